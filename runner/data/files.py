@@ -1,0 +1,232 @@
+"""Rows out of a local file: JSON, JSONL, CSV, TSV or Parquet, gzipped or not."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+from runner.errors import Problem, RequestError
+from runner.suggest import nearest
+
+Row = dict[str, Any]
+
+# More would scroll the first mistake, which often causes the others, out of the terminal.
+SHOWN_PROBLEMS = 20
+_READABLE = ".json, .jsonl, .csv, .tsv or .parquet, each also with .gz"
+_ROW_REMEDY = 'write an object such as {"prompt": "…", "completion": "…"}'
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as they stand in their source, and what could not be read."""
+
+    name: str
+    """The path or id as the user wrote it."""
+    rows: list[Row]
+    unit: str = "row"
+    """What `numbers` count: `line` or `row`."""
+    numbers: Sequence[int] = ()
+    """1-based line (or row) of each row; empty means 1, 2, 3, …"""
+    problems: list[Problem] = field(default_factory=list)
+
+    def place(self, index: int) -> str:
+        """Where row `index` (0-based) stands, such as `my.jsonl, line 17`."""
+        return f"{self.name}, {self.unit} {self.numbers[index] if self.numbers else index + 1}"
+
+
+def refuse(problems: Sequence[Problem]) -> NoReturn:
+    """Raise one RequestError: the first 20 problems spelled out, the others counted."""
+    rest = len(problems) - SHOWN_PROBLEMS
+    more = [Problem(f"and {rest} more")] if rest > 0 else []
+    raise RequestError(*problems[:SHOWN_PROBLEMS], *more)
+
+
+def read_rows(path: str) -> list[Row]:
+    """All rows of a data file; RequestError names every line that cannot be read."""
+    table = read_table(path)
+    if table.problems:
+        refuse(table.problems)
+    return table.rows
+
+
+def read_table(path: str) -> Table:
+    """The rows of `path` (relative to the working directory), and the lines that are broken.
+
+    Raises RequestError where there is nothing to read at all: no such file, an unknown ending,
+    not UTF-8, a damaged archive.
+    """
+    file = Path(path).expanduser()
+    ending = file.with_suffix("").suffix if file.suffix.lower() == ".gz" else file.suffix
+    ending = ending.lower()
+    data = _bytes(file, path)
+    match ending:
+        case ".parquet":
+            return _parquet(data, path)
+        case ".json" | ".jsonl" | ".ndjson":
+            return _json(_decoded(data, path), path, by_line=ending != ".json")
+        case ".csv" | ".tsv":
+            return _delimited(_decoded(data, path), path, "\t" if ending == ".tsv" else ",")
+    raise RequestError(Problem(f"{path}: cannot tell the format by its name", None, f"name it {_READABLE}"))
+
+
+def _bytes(file: Path, path: str) -> bytes:
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise RequestError(_missing(file, path)) from None
+    except IsADirectoryError:
+        raise RequestError(Problem(f"{path} is a folder", None, "name one file in it")) from None
+    except OSError as error:
+        raise RequestError(Problem(f"{path} cannot be read: {error.strerror}")) from None
+    if file.suffix.lower() != ".gz" and not data.startswith(_GZIP_MAGIC):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise RequestError(Problem(f"{path} is damaged: {error}", None, "make the .gz file again")) from None
+
+
+def _missing(file: Path, path: str) -> Problem:
+    if not file.parent.is_dir():
+        return Problem(f"{path} does not exist, nor does the folder {file.parent}")
+    near = nearest(file.name, [other.name for other in file.parent.iterdir() if other.is_file()])
+    relative = "" if file.is_absolute() else f"the path is relative to {Path.cwd()}"
+    remedy = f"did you mean {Path(path).with_name(near)}?" if near else relative or None
+    return Problem(f"{path} does not exist", None, remedy)
+
+
+def _decoded(data: bytes, path: str) -> str:
+    try:
+        return data.decode("utf-8-sig")  # Excel puts a byte order mark before a CSV file
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        what = f"byte 0x{data[error.start]:02x} is not UTF-8"
+        remedy = f"save the file as UTF-8, such as with: iconv -f WINDOWS-1252 -t UTF-8 {path}"
+        raise RequestError(Problem(what, f"{path}, line {line}", remedy)) from None
+
+
+def _json(text: str, path: str, by_line: bool) -> Table:
+    """A list of objects, or one object per line whatever the ending says: the Hub's .json often is."""
+    try:
+        whole = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        if by_line or _is_json(text.lstrip().partition("\n")[0]):
+            return _json_lines(text, path)
+        return Table(path, [], problems=[_broken(error, f"{path}, line {error.lineno}")])
+    if not isinstance(whole, list):
+        return _json_lines(text, path) if by_line else _objects([whole], path, "row", ())
+    return _objects(whole, path, "row", ())
+
+
+def _json_lines(text: str, path: str) -> Table:
+    values, numbers, problems = [], [], []
+    # Not splitlines(): U+2028 may stand unescaped inside a JSON string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            values.append(json.loads(line))
+            numbers.append(number)
+        except json.JSONDecodeError as error:
+            problems.append(_broken(error, f"{path}, line {number}"))
+    table = _objects(values, path, "line", numbers)
+    return Table(path, table.rows, "line", table.numbers, problems + table.problems)
+
+
+def _objects(values: list[Any], path: str, unit: str, numbers: Sequence[int]) -> Table:
+    """The values that are objects; each of the others is a problem."""
+    found = list(zip(numbers or range(1, len(values) + 1), values, strict=True))
+    problems = [
+        Problem(f"is {kind_of(value)}, not an object", f"{path}, {unit} {number}", _ROW_REMEDY)
+        for number, value in found
+        if not isinstance(value, dict)
+    ]
+    rows = [(number, value) for number, value in found if isinstance(value, dict)]
+    return Table(path, [value for _, value in rows], unit, [number for number, _ in rows], problems)
+
+
+_KINDS = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def kind_of(value: Any) -> str:
+    """What a value is in JSON's words, such as `a list`."""
+    return "null" if value is None else _KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _broken(error: json.JSONDecodeError, place: str) -> Problem:
+    return Problem(f"broken JSON: {error.msg} (column {error.colno})", place, _ROW_REMEDY)
+
+
+def _delimited(text: str, path: str, delimiter: str) -> Table:
+    first = text.partition("\n")[0]
+    if delimiter == "," and "," not in first and ";" in first:
+        delimiter = ";"  # what Excel writes where the comma is the decimal mark
+    csv.field_size_limit(sys.maxsize)  # a cell may hold a document; the module's own limit is 128 KiB
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    rows, numbers, problems = [], [], []
+    start = 1
+    try:
+        for cells in reader:
+            number, start = start, reader.line_num + 1
+            if not cells:
+                continue
+            if not header:
+                header = [cell.strip() for cell in cells]
+                problems += _header_problems(header, f"{path}, line {number}")
+            elif len(cells) != len(header):
+                what = f"has {len(cells)} cells where the header has {len(header)}"
+                problems.append(Problem(what, f"{path}, line {number}", 'put a cell with commas into "…"'))
+            else:
+                rows.append(dict(zip(header, cells, strict=True)))
+                numbers.append(number)
+    except csv.Error as error:
+        place = f"{path}, line {start}"
+        problems.append(Problem(f"broken CSV: {error}", place, 'write a quote inside a quoted cell as ""'))
+    return Table(path, rows, "line", numbers, problems)
+
+
+def _header_problems(header: list[str], place: str) -> list[Problem]:
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    problems = [Problem(f"two columns are called {name}", place, "rename one of them") for name in twice]
+    if "" in header:
+        problems.append(Problem(f"column {header.index('') + 1} has no name", place, "name every column"))
+    return problems
+
+
+def _parquet(data: bytes, path: str) -> Table:
+    try:  # only Parquet needs it, and it takes 0.1 s to import
+        pyarrow = import_module("pyarrow")
+        parquet = import_module("pyarrow.parquet")
+    except ImportError:
+        raise RequestError(Problem(f"{path}: Parquet needs pyarrow", None, "pip install pyarrow")) from None
+    try:
+        return Table(path, parquet.read_table(io.BytesIO(data)).to_pylist())
+    except pyarrow.ArrowException as error:
+        reason = str(error).split("\n")[0]
+        raise RequestError(Problem(f"{path} is no Parquet file: {reason}", None, "write it again")) from None

@@ -1,0 +1,64 @@
+"""Every error a user can meet, with its exit code.
+
+    RunnerError                  base: says what, where from, what to do instead
+    ├── RequestError      2      the request is wrong: bad key, value, file, data
+    │   └── NotYetError   2      the request is right and not supported yet
+    ├── CannotRunError    3      it does not fit, or not here, or costs too much
+    ├── RunFailedError    1      the run started and failed
+    └── InterruptedRun  130      stopped by the user, with a checkpoint
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong."""
+
+    what: str
+    """The mistake, in one line."""
+    source: str | None = None
+    """Where the value came from: `command line`, or a file and line."""
+    remedy: str | None = None
+    """What to write or do instead."""
+
+
+class RunnerError(Exception):
+    """Base of every error that is shown to a user without a stack trace."""
+
+    exit_code = 1
+
+    def __init__(self, *problems: Problem | str) -> None:
+        self.problems = [Problem(p) if isinstance(p, str) else p for p in problems]
+        super().__init__("; ".join(p.what for p in self.problems))
+
+    def __reduce__(self) -> tuple[type[RunnerError], tuple[Problem, ...]]:
+        return type(self), tuple(self.problems)  # survives the process boundary of parallel sweeps
+
+
+class RequestError(RunnerError):
+    """The request is wrong: nothing was started."""
+
+    exit_code = 2
+
+
+class NotYetError(RequestError):
+    """The request is right, and this version cannot serve it."""
+
+
+class CannotRunError(RunnerError):
+    """The run does not fit the machine, or may not cost what it would."""
+
+    exit_code = 3
+
+
+class RunFailedError(RunnerError):
+    """The run was started and failed."""
+
+
+class InterruptedRun(RunnerError):
+    """The run was stopped from outside and has saved what it had."""
+
+    exit_code = 130

@@ -1,0 +1,35 @@
+"""Find a run's model and hand it to the chat worker."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from runner.errors import Problem, RequestError
+from runner.rundir import RunDir, all_runs
+from runner.suggest import nearest
+
+
+def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_json: bool) -> int:
+    """Talk to the run's model in a process of its own; RequestError where there is none to talk to."""
+    run = find(run_dir)
+    if not base and not (run.path / "model").is_dir():
+        raise RequestError(
+            Problem(f"{run.path} has no model: its state is {run.state()}", None,
+                    f"run it again: python -m runner {run.spec_file}, or talk to the model as it was: --base")
+        )
+    command = [sys.executable, "-m", "runner.train.chat", str(run.spec_file), "--max-new-tokens", str(max_new_tokens)]
+    command += ["--base"] * base + ["--json"] * as_json + (["--prompt", prompt] if prompt is not None else [])
+    return subprocess.call(command)
+
+
+def find(path: Path) -> RunDir:
+    """The run at `path`, by its directory or its id below `runs/`."""
+    for candidate in (path, Path("runs") / path):
+        if (candidate / "spec.json").is_file():
+            return RunDir(candidate)
+    parent = path.parent if path.parent.is_dir() and path.parent != Path() else Path("runs")
+    near = nearest(path.name, [run.id for run in all_runs(parent)])
+    remedy = f"did you mean {parent / near}?" if near else "python -m runner runs shows them"
+    raise RequestError(Problem(f"there is no run {path}", "command line", remedy))

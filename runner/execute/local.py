@@ -1,0 +1,112 @@
+"""Run here: the worker in a process of its own, so that nothing it does can take the front down."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import util
+from types import FrameType
+
+from runner.errors import CannotRunError, NotYetError, Problem
+from runner.hardware import why_not_here
+from runner.rundir import ACTIVE, RunDir
+from runner.spec import LaterObjective, LaterPlace, RunSpec
+
+Handler = Callable[[int, FrameType | None], object] | int | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a worker ended."""
+
+    run: RunDir
+    exit_code: int
+
+
+def check(spec: RunSpec) -> None:
+    """Refuse, before anything is started, what this version or this machine cannot run."""
+    later = _not_yet(spec)
+    if later:
+        raise NotYetError(*later)
+    reason = why_not_here(spec.hw)
+    if reason:
+        raise CannotRunError(
+            Problem(reason, f"hw={spec.hw.name}", "hw=local uses what this machine has; python -m runner list hw shows the rest")
+        )
+    if util.find_spec("torch") is None or util.find_spec("trl") is None:
+        raise CannotRunError(
+            Problem("training needs torch, transformers, trl and peft, which are not installed", None,
+                    'pip install "llm-finetuning-runner[train]", or make setup in a checkout')
+        )
+
+
+def _not_yet(spec: RunSpec) -> list[Problem]:
+    problems = []
+    if isinstance(spec.objective, LaterObjective):
+        problems.append(
+            Problem(f"objective={spec.objective.name} is not supported yet: this version has no trainer for it",
+                    None, "use objective=sft")
+        )
+    if isinstance(spec.where, LaterPlace):
+        problems.append(
+            Problem(f"where={spec.where.name} is not supported yet: this version cannot rent a pod", None,
+                    "use where=local on the machine with the GPU")
+        )
+    return problems
+
+
+def _needs_more_processes(spec: RunSpec) -> list[Problem]:
+    problems = []
+    if spec.hw.world_size > 1:
+        problems.append(
+            Problem(f"hw={spec.hw.name} needs {spec.hw.world_size} processes: this version launches one",
+                    None, "use hw.num_gpus=1 on this machine")
+        )
+    if spec.deepspeed.name not in ("none", "auto"):
+        problems.append(
+            Problem(f"deepspeed={spec.deepspeed.name} is not supported yet: this version does not launch DeepSpeed",
+                    None, "use deepspeed=none")
+        )
+    return problems
+
+
+def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False) -> Outcome:
+    """Start the worker on `run`, pass signals on, wait; the exit code is the worker's.
+
+    `quiet_stdout` sends the worker's words to standard error and keeps standard output for JSON.
+    """
+    later = _needs_more_processes(spec)
+    if later:
+        run.set_status("failed", exit_code=NotYetError.exit_code, error=later[0].what)
+        raise NotYetError(*later)
+    command = [sys.executable, "-m", "runner.train", str(run.spec_file)]
+    environment = {**os.environ, **spec.hw.env}
+    worker = subprocess.Popen(command, env=environment, stdout=sys.stderr if quiet_stdout else None)
+    previous = {number: signal.signal(number, _forward(worker)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = worker.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if code < 0:  # killed from outside: the worker could not say so itself
+        name = signal.Signals(-code).name
+        hint = "; the kernel kills like this when memory runs out" if -code == signal.SIGKILL else ""
+        run.set_status("failed", exit_code=1, error=f"the worker was ended by {name}{hint}")
+        code = 1
+    elif code and run.state() in (*ACTIVE, "killed"):
+        run.set_status("failed", exit_code=code, error=f"the worker ended with exit code {code}")
+    return Outcome(run, code)
+
+
+def _forward(worker: subprocess.Popen[bytes]) -> Callable[[int, FrameType | None], None]:
+    """On a terminal Ctrl-C reaches the worker by itself; SIGTERM has to be handed on."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM or not sys.stdin.isatty():
+            worker.send_signal(number)
+
+    return handle

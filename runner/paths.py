@@ -1,0 +1,24 @@
+"""Where the project's own files are: in a checkout, or inside the installed wheel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+# The wheel carries conf/, recipes/ and deepspeed_configs/ below runner/assets; a checkout has
+# them beside runner/.
+ASSETS = _PACKAGE / "assets" if (_PACKAGE / "assets").is_dir() else _PACKAGE.parent
+CONF = ASSETS / "conf"
+RECIPES = ASSETS / "recipes"
+DEEPSPEED_CONFIGS = ASSETS / "deepspeed_configs"
+
+
+def cache_dir() -> Path:
+    """Folder for what can be made again: tokenised data, dequantised models.
+
+    `RUNNER_CACHE` names it; else it is `runner` below `XDG_CACHE_HOME` or `~/.cache`.
+    """
+    if named := os.environ.get("RUNNER_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "runner"

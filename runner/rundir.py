@@ -1,0 +1,124 @@
+"""The run directory: unique, never overwritten, every small file written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from runner.spec import RunSpec
+
+ACTIVE = ("created", "loading", "evaluating", "training", "saving")
+"""States of a run whose process should be alive; the others are done, failed, interrupted."""
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """`runs/<id>/` and what it holds (docs/reference.md lists the files)."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, spec: RunSpec, sweep: str | None = None) -> RunDir:
+        """A new directory with `spec.json` in it; the id is name, time and four random digits."""
+        stem = spec.run.name or f"{spec.model.name}-{spec.method.name}"
+        while True:
+            name = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+            run = cls(Path(spec.run.output_dir).expanduser() / name)
+            try:
+                run.path.mkdir(parents=True)
+                break
+            except FileExistsError:  # 1 in 65,536 for two runs of one second
+                continue
+        (run.path / "logs").mkdir()
+        run.write("spec.json", spec.model_dump(mode="json"))
+        run.set_status("created", sweep=sweep, created=time.time(), model=spec.model.name, method=spec.method.name)
+        return run
+
+    @property
+    def id(self) -> str:
+        """The directory's own name."""
+        return self.path.name
+
+    @property
+    def spec_file(self) -> Path:
+        """The resolved run, which repeats it: `python -m runner runs/<id>/spec.json`."""
+        return self.path / "spec.json"
+
+    def write(self, name: str, content: Any) -> None:
+        """Write JSON so that a reader, or the next command after a crash, sees the old file or the new one."""
+        write_atomically(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def read(self, name: str) -> dict[str, Any]:
+        """One of the JSON files; empty if it is not there or not readable."""
+        try:
+            content = json.loads((self.path / name).read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def set_status(self, state: str, **facts: Any) -> None:
+        """Move to `state`, keep the facts already there, stamp time, process and machine."""
+        stamp = {"run_id": self.id, "state": state, "pid": os.getpid(), "host": socket.gethostname()}
+        self.write("status.json", {**self.read("status.json"), **stamp, "updated": time.time(), **facts})
+
+    def state(self) -> str:
+        """The state, or `killed` where the process that should be at work is gone."""
+        status = self.read("status.json")
+        state = str(status.get("state", "unknown"))
+        if state in ACTIVE and status.get("host") == socket.gethostname() and not _alive(status.get("pid")):
+            return "killed"
+        return state
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Lines of `metrics.jsonl`, one per optimiser step."""
+        return self._lines("metrics.jsonl")
+
+    def evals(self) -> Iterator[dict[str, Any]]:
+        """Lines of `evals.jsonl`, one per measurement of the held-out loss."""
+        return self._lines("evals.jsonl")
+
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """JSON lines; a last one cut short by a kill is passed over."""
+        try:
+            lines = (self.path / name).read_text("utf-8").splitlines()
+        except OSError:
+            return
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def all_runs(output_dir: Path) -> list[RunDir]:
+    """Every run below `output_dir`, oldest first."""
+    found = [RunDir(file.parent) for file in output_dir.glob("*/status.json")]
+    return sorted(found, key=lambda run: (run.read("status.json").get("created", 0.0), run.id))
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Temporary file beside it, fsync, rename."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def _alive(pid: Any) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, TypeError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,99 @@
+"""`python -m runner.train.chat spec.json`: answers with a run's model, one-shot or in a conversation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from runner.errors import RunnerError
+from runner.report.problems import print_problems
+from runner.rundir import RunDir
+from runner.spec import RunSpec
+from runner.train.__main__ import quiet_libraries
+
+
+def main() -> int:
+    """Load once, then answer `--prompt`, or every line that is typed."""
+    options = _options()
+    run = RunDir(options.spec.resolve().parent)
+    spec = RunSpec.model_validate(json.loads(options.spec.read_text("utf-8")))
+    quiet_libraries(run)
+    console = Console(stderr=True)
+    try:
+        with console.status("Loading the model …"):
+            model, tokenizer = load(spec, run, base=options.base)
+    except RunnerError as error:
+        print_problems(console, error)
+        return error.exit_code
+    system = [{"role": "system", "content": spec.data.system_prompt}] if spec.data.system_prompt else []
+    if options.prompt is not None:
+        text = answer(spec, model, tokenizer, [*system, _user(options.prompt)], options.max_new_tokens)
+        print(json.dumps({"prompt": options.prompt, "answer": text}, ensure_ascii=False) if options.json else text)
+        return 0
+    console.print("Type a prompt; [bold]/new[/bold] starts over, Ctrl-D ends.", highlight=False)
+    turns = list(system)
+    while True:
+        try:
+            line = input("» ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return 0
+        if line == "/new":
+            turns = list(system)
+        elif line:
+            turns.append(_user(line))
+            text = answer(spec, model, tokenizer, turns, options.max_new_tokens)
+            turns.append({"role": "assistant", "content": text})
+            print(text)
+
+
+def load(spec: RunSpec, run: RunDir, *, base: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer of a finished run, loaded as a user of plain transformers and peft would."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    from runner.spec import Freeze, Full
+    from runner.train import models
+
+    folder = run.path / "model"
+    whole = isinstance(spec.method, (Full, Freeze))
+    if whole and not base:
+        tuned = spec.model_copy(update={"model": spec.model.model_copy(
+            update={"id": str(folder), "package": None, "gguf_file": None, "revision": None})})  # fmt: skip
+        return models.load_model(tuned, str(folder)), AutoTokenizer.from_pretrained(folder)
+    source = models.source_of(spec.model)
+    tokenizer = models.load_tokenizer(spec, source)
+    model = models.load_model(spec, source)
+    return (model if base else PeftModel.from_pretrained(model, str(folder))), tokenizer
+
+
+def answer(spec: RunSpec, model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tokens: int) -> str:
+    """One greedy answer."""
+    from runner.train.evaluate import generate
+    from runner.train.trainer import autocast
+
+    options = {"max_new_tokens": max_new_tokens, "batch_size": 1, "autocast": autocast(spec)}
+    return generate(model, tokenizer, [turns], **options)[0]
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m runner.train.chat")
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("--prompt")
+    parser.add_argument("--base", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

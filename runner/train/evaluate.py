@@ -1,0 +1,59 @@
+"""Held-out prompts answered by the model and compared exactly, and the shared way to generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from runner.data.formats import Example
+from runner.train.dataset import chat_ids
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    conversations: list[list[dict[str, str]]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    autocast: AbstractContextManager[Any],
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """One greedy answer per conversation, in order; longest prompts first, padded on the left."""
+    prompts = [chat_ids(tokenizer, turns, ask=True) for turns in conversations]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    answers = [""] * len(prompts)
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = tokenizer.pad(
+            {"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        with torch.inference_mode(), autocast:
+            output = model.generate(
+                **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+                use_cache=True, temperature=None, top_p=None, top_k=None,
+            )
+        new = output[:, batch["input_ids"].shape[1] :]
+        for index, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            answers[index] = text.strip()
+        on_batch(min(start + batch_size, len(order)))
+    model.train(was_training)
+    return answers
+
+
+def compare(examples: list[Example], answers: list[str]) -> list[dict[str, Any]]:
+    """Per prompt: the question, what was expected, what came, and whether the two are equal."""
+    return [
+        {
+            "prompt": example.prompt[-1]["content"],
+            "expected": example.completion[0]["content"].strip(),
+            "answer": answer,
+            "exact": answer == example.completion[0]["content"].strip(),
+        }
+        for example, answer in zip(examples, answers, strict=True)
+    ]

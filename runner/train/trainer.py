@@ -1,0 +1,118 @@
+"""TRL's SFTTrainer with our settings, and the numbers it does not keep itself."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from trl import SFTConfig, SFTTrainer
+
+from runner.rundir import RunDir
+from runner.spec import RunSpec
+
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+    "wsd": "warmup_stable_decay",
+}
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+}
+WSD_DECAY_SHARE = 0.2  # of all steps; 10–20% decays as well as a full cosine (arXiv 2405.18392)
+
+
+class CountingTrainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
+    """SFTTrainer that counts the positions and the real tokens of every step."""
+
+    positions = 0
+    """Positions computed in the current step, padding included."""
+    tokens = 0
+    """Positions of the current step that hold a token."""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """One micro batch; `inputs["input_ids"]` is [b, s]."""
+        size = inputs["input_ids"].numel()
+        mask = inputs.get("attention_mask")
+        self.positions += size
+        self.tokens += size if mask is None else int(mask.sum())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def take_counts(self) -> tuple[int, int]:
+        """Positions and tokens since the last call."""
+        counts = self.positions, self.tokens
+        self.positions = self.tokens = 0
+        return counts
+
+
+def autocast(spec: RunSpec) -> AbstractContextManager[Any]:
+    """The arithmetic that training uses, for evaluation outside the trainer."""
+    if spec.train.precision == "fp32":
+        return nullcontext()
+    dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float16
+    return torch.autocast("cuda" if spec.hw.accelerator == "cuda" else "cpu", dtype)
+
+
+def num_steps(spec: RunSpec, num_rows: int) -> int:
+    """Optimiser steps of the whole run: `max_steps`, or the epochs' rows over the global batch.
+
+    transformers counts an epoch's steps as ceil(micro batches / accumulation steps).
+    """
+    if spec.train.max_steps:
+        return spec.train.max_steps
+    assert isinstance(spec.train.micro_batch_size, int) and isinstance(spec.train.accumulation_steps, int)
+    micro_batches = -(-num_rows // (spec.train.micro_batch_size * spec.hw.world_size))
+    per_epoch = max(1, -(-micro_batches // spec.train.accumulation_steps))
+    return -(-int(spec.train.num_epochs * per_epoch * 1000) // 1000)
+
+
+def settings(spec: RunSpec, run: RunDir, total_steps: int, report_to: list[str]) -> SFTConfig:
+    """Our settings in TRL's words."""
+    train, evaluate = spec.train, spec.eval
+    warmup = round(train.warmup_ratio * total_steps)
+    schedule_options = {}
+    if train.schedule == "wsd":
+        schedule_options = {"num_decay_steps": max(1, round(WSD_DECAY_SHARE * total_steps))}
+    return SFTConfig(
+        output_dir=str(run.path / "checkpoints"),
+        per_device_train_batch_size=int(train.micro_batch_size),
+        per_device_eval_batch_size=int(train.micro_batch_size),
+        gradient_accumulation_steps=int(train.accumulation_steps),
+        num_train_epochs=train.num_epochs,
+        max_steps=train.max_steps or -1,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=SCHEDULES[train.schedule],
+        lr_scheduler_kwargs=schedule_options,
+        warmup_steps=warmup,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim=OPTIMIZERS[train.optimizer],
+        bf16=train.precision == "bf16",
+        fp16=train.precision == "fp16",
+        use_cpu=spec.hw.accelerator == "cpu",
+        gradient_checkpointing=bool(train.gradient_checkpointing),
+        use_liger_kernel=train.liger is True,
+        max_length=train.max_length,
+        packing=train.packing,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        seed=train.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluate.every_steps else "no",
+        eval_steps=evaluate.every_steps,
+        metric_for_best_model="eval_loss" if evaluate.early_stopping_patience else None,
+        greater_is_better=False if evaluate.early_stopping_patience else None,
+        save_strategy="steps" if train.save_every_steps else "no",
+        save_steps=train.save_every_steps or 500,
+        save_total_limit=train.keep_checkpoints,
+        report_to=report_to,
+        run_name=run.id,
+        disable_tqdm=True,
+        dataloader_pin_memory=spec.hw.accelerator == "cuda",
+    )
