@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -12,7 +13,7 @@ import click
 from rich.console import Console
 
 from runner import __version__
-from runner.errors import Problem, RequestError, RunnerError
+from runner.errors import InterruptedRun, Problem, RunnerError
 from runner.report.problems import dump, print_problems, problems_as_json
 
 EPILOG = """
@@ -54,7 +55,9 @@ def cli() -> None:
 
 def composed(command: Callable[..., Any]) -> Callable[..., Any]:
     """Arguments that every verb with a run takes, and errors in words."""
-    command = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE|SPEC.JSON] [KEY=VALUE]…")(command)
+    command = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE|SPEC.JSON] [KEY=VALUE]…")(
+        command
+    )
     command = click.option(
         "--config-dir", "config_dirs", multiple=True, type=click.Path(path_type=Path),
         help="Folder with groups of your own (model/mine.yaml, …); may be given more than once.",
@@ -75,49 +78,74 @@ def spoken(command: Callable[..., Any]) -> Callable[..., Any]:
                 click.echo(dump(problems_as_json(error)))
             print_problems(Console(stderr=True), error)
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            sys.exit(InterruptedRun.exit_code)
 
     return wrapped
 
 
 def request_of(words: Arguments, config_dirs: tuple[Path, ...]) -> Any:
     """Words of the command line → what to compose: files by their ending, the rest `key=value`."""
-    from runner.compose import Request
-    from runner.suggest import nearest
+    from runner.request import Request
 
-    recipe: str | None = None
     spec_file: Path | None = None
     overrides: list[str] = []
     problems: list[Problem] = []
     for word in words:
+        folder = Path(word)
         if "=" in word or word.startswith("~"):
             overrides.append(word)
-        elif word.endswith((".yaml", ".yml")) and recipe is None:
-            recipe = word
+        elif word.endswith((".yaml", ".yml")):
+            overrides.append(f"recipe={word}")
         elif word.endswith(".json") and spec_file is None:
-            spec_file = Path(word)
-        elif Path(word).is_dir() and (Path(word) / "spec.json").is_file() and spec_file is None:
-            spec_file = Path(word) / "spec.json"
+            spec_file = folder
+        elif (folder / "spec.json").is_file() and spec_file is None:
+            spec_file = folder / "spec.json"
         else:
-            near = nearest(word, cli.commands)
-            remedy = f"did you mean {near}?" if near else "write group=name, key=value, a recipe or a spec.json"
-            problems.append(Problem(f"{word!r} is neither a verb nor a choice", "command line", remedy))
-    if recipe and spec_file:
-        problems.append(Problem("a recipe and a spec.json together", "command line", "name one of the two"))
-    if problems:
-        raise RequestError(*problems)
-    return Request(recipe, tuple(overrides), config_dirs, spec_file)
+            problems.append(_stray(word))
+    return Request(None, tuple(overrides), config_dirs, spec_file, tuple(problems))
+
+
+def _stray(word: str) -> Problem:
+    """A word that is no file, and neither `group=name` nor `key=value`."""
+    from runner import catalogue
+    from runner.suggest import known_keys, nearest
+
+    if word in cli.commands:
+        return Problem(f"{word!r} is not the first word", "command line", f"python -m runner {word} …")
+    if word.endswith(".json"):
+        return Problem(f"{word}: a run starts from one file", "command line", "name one of them")
+    meant = {key: f"{key}=…" for key in sorted(known_keys())}
+    meant |= {name: f"{group}={name}" for group in catalogue.GROUPS for name in catalogue.options(group)}
+    meant |= {name: f"recipe={name}" for name in catalogue.recipes()} | {verb: verb for verb in cli.commands}
+    near = nearest(word, meant)
+    remedy = f"did you mean {near}?" if near else "write group=name, key=value, a recipe or a spec.json"
+    return Problem(f"{word!r} is neither a verb nor a choice", "command line", remedy)
 
 
 @cli.command()
 @composed
-@click.option("-m", "--multirun", is_flag=True, help="Sweep: key=a,b runs once per value (hydra/launcher=joblib: in parallel).")
+@click.option(
+    "-m",
+    "--multirun",
+    is_flag=True,
+    help="Sweep: key=a,b runs once per value (hydra/launcher=joblib: in parallel).",
+)
 @click.option("-sc", "--shell-completion", metavar="install=bash|zsh|fish", help="Print a completion script; eval it.")
-def run(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, multirun: bool, shell_completion: str | None) -> None:
+def run(
+    words: Arguments,
+    config_dirs: tuple[Path, ...],
+    as_json: bool,
+    multirun: bool,
+    shell_completion: str | None,
+) -> None:
     """Compose, validate and run (the verb may be left out)."""
     if shell_completion:
-        from runner.compose import complete
+        from runner.completion import answer
 
-        return complete(shell_completion)
+        verbs = {name: [o for p in verb.params for o in p.opts if o[0] == "-"] for name, verb in cli.commands.items()}
+        click.echo(answer(shell_completion, os.environ.get("COMP_LINE", ""), verbs), nl=False)
+        return
     from runner import launch
 
     request = request_of(words, config_dirs)
@@ -148,19 +176,19 @@ def show(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None
 @composed
 def explain(key: str, words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
     """Where the value of KEY came from: command line, recipe, or which file and line."""
-    from runner.compose import explain as trace
-    from runner.launch import resolved
+    from runner.compose import compose, places, source_finder
+    from runner.launch import complete
+    from runner.problems import value_of
     from runner.report.tables import print_origins
 
     request = request_of(words, config_dirs)
-    value, places = trace(request, key)
-    final: Any = resolved(request)[0].model_dump(mode="json")
-    for step in key.split("."):
-        final = final[step]
+    spec = compose(request)
+    value, final = value_of(spec, key), value_of(complete(spec, source_finder(request))[0], key)
+    origins = places(request, key)
     if as_json:
-        click.echo(dump({"key": key, "value": final, "composed": value, "origins": [vars(p) for p in places]}))
+        click.echo(dump({"key": key, "value": final, "composed": value, "origins": [vars(p) for p in origins]}))
         return
-    print_origins(Console(), key, value, final, places)
+    print_origins(Console(), key, value, final, origins)
 
 
 @cli.command(name="list")

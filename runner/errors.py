@@ -1,11 +1,11 @@
 """Every error a user can meet, with its exit code.
 
-    RunnerError                  base: says what, where from, what to do instead
-    ├── RequestError      2      the request is wrong: bad key, value, file, data
-    │   └── NotYetError   2      the request is right and not supported yet
-    ├── CannotRunError    3      it does not fit, or not here, or costs too much
-    ├── RunFailedError    1      the run started and failed
-    └── InterruptedRun  130      stopped by the user, with a checkpoint
+RunnerError                  base: says what, where from, what to do instead
+├── RequestError      2      the request is wrong: bad key, value, file, data
+│   └── NotYetError   2      the request is right and not supported yet
+├── CannotRunError    3      it does not fit, or not here, or costs too much
+├── RunFailedError    1      the run started and failed
+└── InterruptedRun  130      stopped by the user, with a checkpoint
 """
 
 from __future__ import annotations

@@ -13,27 +13,29 @@ import click
 from rich.console import Console
 
 from runner import hardware
-from runner.compose import Request, compose, task_overrides
+from runner.compose import compose, parallel_jobs, points, source_finder, task_overrides
 from runner.compose import sweep as hydra_sweep
-from runner.errors import RunnerError
+from runner.errors import InterruptedRun, RunnerError
 from runner.execute import local
 from runner.plan.resolve import resolve
+from runner.problems import SourceOf, validated
 from runner.report.problems import dump, print_problems
 from runner.report.summary import metric_of, shown
 from runner.report.tables import headline, print_sweep
+from runner.request import Request
 from runner.rundir import RunDir, write_atomically
 from runner.spec import RunSpec
 
 
 def resolved(request: Request) -> tuple[RunSpec, list[str]]:
     """The run with nothing left open, and notes for the user."""
-    return complete(compose(request))
+    return complete(compose(request), source_finder(request))
 
 
-def complete(spec: RunSpec) -> tuple[RunSpec, list[str]]:
+def complete(spec: RunSpec, source_of: SourceOf = lambda key: None) -> tuple[RunSpec, list[str]]:
     """Look at the hardware, then decide every `auto`; the rules across parts are checked once more."""
-    spec = RunSpec.model_validate(spec.model_copy(update={"hw": hardware.resolve(spec.hw)}).model_dump())
-    return resolve(spec)
+    found = spec.model_copy(update={"hw": hardware.resolve(spec.hw)})
+    return resolve(validated(found.model_dump(), source_of))
 
 
 def run(request: Request, console: Console, as_json: bool) -> int:
@@ -46,9 +48,7 @@ def run(request: Request, console: Console, as_json: bool) -> int:
     return outcome.exit_code
 
 
-def start(
-    spec: RunSpec, notes: list[str], console: Console, as_json: bool, sweep: str | None = None
-) -> local.Outcome:
+def start(spec: RunSpec, notes: list[str], console: Console, as_json: bool, sweep: str | None = None) -> local.Outcome:
     """Make the run directory, say what is about to happen, and run."""
     directory = RunDir.create(spec, sweep)
     console.print(headline(spec, shown(directory.path)), highlight=False, soft_wrap=True)
@@ -59,25 +59,54 @@ def start(
 
 def sweep(request: Request, console: Console, as_json: bool) -> int:
     """All points of a sweep; a failed one does not stop the others, but the exit code says so."""
-    base = compose(_without_sweeps(request))
+    shared = _checked(request)[0]
     name = f"sweep-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    folder = Path(base.run.output_dir).expanduser() / "sweeps" / name
-    hydra_sweep(request, partial(_point, sweep_dir=folder, as_json=as_json), folder)
+    folder = Path(shared.run.output_dir).expanduser() / "sweeps" / name
+    interrupted = False
+    try:
+        hydra_sweep(request, partial(_point, sweep_dir=folder, as_json=as_json), folder)
+    except KeyboardInterrupt:
+        interrupted = True
     rows = [r for file in sorted(folder.glob("point-*.json")) if (r := RunDir(folder).read(file.name))]
-    worst = math.inf if base.run.metric_mode == "min" else -math.inf
-    rows.sort(key=lambda r: r["metric"] if r["metric"] is not None else worst, reverse=base.run.metric_mode == "max")
-    RunDir(folder).write("sweep.json", {"sweep": name, "metric": base.run.metric, "runs": rows})
+    worst = math.inf if shared.run.metric_mode == "min" else -math.inf
+    rows.sort(key=lambda r: r["metric"] if r["metric"] is not None else worst, reverse=shared.run.metric_mode == "max")
+    folder.mkdir(parents=True, exist_ok=True)
+    RunDir(folder).write("sweep.json", {"sweep": name, "metric": shared.run.metric, "runs": rows})
     if as_json:
         click.echo(dump(rows))
     else:
-        print_sweep(console, rows, base.run.metric, shown(folder))
+        print_sweep(console, rows, shared.run.metric, shown(folder))
+    if interrupted:
+        return InterruptedRun.exit_code
     return 1 if any(row["exit_code"] for row in rows) or not rows else 0
 
 
-def _without_sweeps(request: Request) -> Request:
-    """The first point, for what all points share (where runs go, which metric sorts them)."""
-    keep = tuple(o for o in request.overrides if o.startswith(("run.", "recipe=")))
-    return Request(request.recipe, keep, request.config_dirs, request.spec_file)
+def _checked(request: Request) -> list[RunSpec]:
+    """Every point of a sweep, resolved and able to run; else one error with what is wrong with any of them."""
+    specs: list[RunSpec] = []
+    errors: list[RunnerError] = []
+    for point in points(request):
+        try:
+            spec, _ = resolved(point)
+            local.check(spec)
+            specs.append(spec)
+        except RunnerError as error:
+            errors.append(error)
+    if errors:
+        kind = type(errors[0])
+        raise kind(*dict.fromkeys(p for error in errors if isinstance(error, kind) for p in error.problems))
+    return specs
+
+
+def _sharing(spec: RunSpec, jobs: int) -> RunSpec:
+    """On a CPU, an equal share of the cores for each of the runs that go on at once.
+
+    Two runs with a thread per core each wait for one another at every barrier: ten times slower, not two.
+    """
+    hw = hardware.resolve(spec.hw)
+    if jobs == 1 or hw.accelerator != "cpu" or not hw.num_cpus:
+        return spec
+    return spec.model_copy(update={"hw": hw.model_copy(update={"num_cpus": max(1, hw.num_cpus // jobs)})})
 
 
 def _point(spec: RunSpec, index: int, sweep_dir: Path, as_json: bool) -> float:
@@ -85,7 +114,7 @@ def _point(spec: RunSpec, index: int, sweep_dir: Path, as_json: bool) -> float:
     console = Console(stderr=as_json)
     row: dict[str, Any] = {"index": index, "run_id": None, "overrides": task_overrides(), "metric": None}
     try:
-        spec, notes = complete(spec)
+        spec, notes = complete(_sharing(spec, parallel_jobs()))
         local.check(spec)
         outcome = start(spec, notes, console, as_json, sweep=sweep_dir.name)
         row |= {"run_id": outcome.run.id, "exit_code": outcome.exit_code}

@@ -29,7 +29,8 @@ class LayerChoice:
 def parse_layers(value: str | list[int | str]) -> LayerChoice:
     """Parse one choice of layers; ValueError says what to write instead."""
     if isinstance(value, str) and (match := re.fullmatch(r"(first|last):([1-9]\d*)", value.strip())):
-        return LayerChoice(**{match[1]: int(match[2])})
+        count = int(match[2])
+        return LayerChoice(first=count) if match[1] == "first" else LayerChoice(last=count)
     indices: set[int] = set()
     for item in value.split(",") if isinstance(value, str) else value:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(item).strip())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from runner.errors import Problem
+from runner.errors import Problem, RequestError
+from runner.provenance import flat
 from runner.spec import RunSpec
-from runner.suggest import nearest, nearest_key, parts_of
+from runner.suggest import choices_with, known_keys, nearest, nearest_key, parts_of
+
+SourceOf = Callable[[str], str | None]
+"""From a key to the place that set it: `command line`, or a file and line."""
 
 _EXPECTED = {
     "int": "a whole number",
@@ -23,30 +27,75 @@ _EXPECTED = {
 }
 
 
-def problems_of(error: ValidationError, source_of: Callable[[str], str | None]) -> list[Problem]:
+def validated(
+    values: dict[str, Any], source_of: SourceOf, found: Iterable[Problem] = (), unsure: Iterable[str] = ()
+) -> RunSpec:
+    """The run that `values` describe; RequestError with what was `found` before and all that is wrong with them.
+
+    Groups and keys that are `unsure` hold something else than the user meant: what follows from
+    them is not told.
+    """
+    problems, spec = list(found), None
+    try:
+        spec = RunSpec.model_validate(values)
+    except ValidationError as error:
+        problems += problems_of(error, source_of, frozenset(unsure))
+    if spec is None or problems:
+        raise RequestError(*dict.fromkeys(problems))
+    return spec
+
+
+def problems_of(error: ValidationError, source_of: SourceOf, unsure: frozenset[str] = frozenset()) -> list[Problem]:
     """One problem per offending key; `source_of(key)` tells where its value came from."""
     by_key: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         by_key.setdefault(_key_of(detail["loc"], detail["type"] == "extra_forbidden"), []).append(detail)
     found: list[Problem] = []
     for key, details in by_key.items():
-        found += _explain(key, details, source_of)
+        if not (unsure & {key, key.split(".")[0]}):
+            found += _explain(key, details, source_of, unsure)
     return found
 
 
-def _explain(key: str, details: list[ErrorDetails], source_of: Callable[[str], str | None]) -> list[Problem]:
+def value_of(spec: RunSpec, key: str) -> Any:
+    """What `spec` holds under a dotted key; RequestError where there is no such key."""
+    value: Any = spec.model_dump(mode="json")
+    steps = key.split(".")
+    for step in steps:
+        if not isinstance(value, dict) or step not in value:
+            chosen = getattr(getattr(spec, steps[0], None), "name", None)
+            raise RequestError(unknown(key, chosen, "command line"))
+        value = value[step]
+    return value
+
+
+def unknown(key: str, chosen: str | None, source: str | None) -> Problem:
+    """A key that is nowhere, or only in other choices than the one `chosen` for its group."""
+    group, _, leaf = key.partition(".")
+    others = [f"{group}={name}" for name in choices_with(key)]
+    if others:
+        listed = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
+        return Problem(
+            f"{group}={chosen} has no {leaf}", source, f"{listed} {'has' if len(others) == 1 else 'have'} it"
+        )
+    near = nearest_key(key) if key not in known_keys() else None
+    return Problem(
+        f"unknown key {key}", source, f"did you mean {near}?" if near else "see docs/reference.md for every key"
+    )
+
+
+def _explain(key: str, details: list[ErrorDetails], source_of: SourceOf, unsure: frozenset[str]) -> list[Problem]:
     first = details[0]
     kind = first["type"]
     if kind == "extra_forbidden":
-        near = nearest_key(key)
-        remedy = f"did you mean {near}?" if near and near != key else "see docs/reference.md for every key"
-        return [Problem(f"unknown key {key}", source_of(key), remedy)]
+        chosen = str(first["loc"][1]) if len(first["loc"]) > 2 else None  # the tag of a union
+        inner = first["input"] if "." not in key and isinstance(first["input"], dict) else {}
+        keys = [f"{key}.{leaf}" for leaf, _ in flat(inner)] or [key]  # for a misspelt group: what stands in it
+        return [unknown(k, chosen, source_of(k)) for k in keys]
     if kind == "missing":
         return [Problem(f"{key} is missing", None, f"write {key}=…")]
     if kind == "value_error":
-        texts = str(first["ctx"]["error"]).split("\n")
-        prefix = "" if not key or any(_names_a_key(t) for t in texts) else f"{key}={first['input']}: "
-        return [_split_remedy(prefix + text, source_of(_subject(text) or key)) for text in texts]
+        return _rule(key, first, source_of, unsure)
     if kind == "union_tag_invalid":
         key, value = f"{key}.name", first["ctx"]["tag"]
         names = [n.strip("' ") for n in str(first["ctx"]["expected_tags"]).split(",")]
@@ -55,6 +104,20 @@ def _explain(key: str, details: list[ErrorDetails], source_of: Callable[[str], s
     choices = [c for d in details if d["type"] == "literal_error" for c in _choices(d)]
     value = _shown(first["input"])
     return [Problem(f"{key}={value}: expected {expected}", source_of(key), _did_you_mean(value, choices))]
+
+
+def _rule(key: str, detail: ErrorDetails, source_of: SourceOf, unsure: frozenset[str]) -> list[Problem]:
+    """What a rule of our own in the schema says: one problem per line, its remedy after a semicolon."""
+    if not key and any(k in RunSpec.model_fields for k in unsure):
+        return []  # a rule across parts, one of which is not the one that was meant
+    found = []
+    for text in str(detail["ctx"]["error"]).split("\n"):
+        subject = _subject(text)
+        what, _, remedy = text.partition("; ")
+        prefix = "" if subject or not key else f"{key}={_shown(detail['input'])}: "
+        if subject not in unsure:
+            found.append(Problem(prefix + what, source_of(subject or key), remedy or None))
+    return found
 
 
 def _did_you_mean(value: Any, choices: list[str]) -> str | None:
@@ -84,10 +147,6 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def _names_a_key(text: str) -> bool:
-    return _subject(text) is not None
-
-
 def _subject(text: str) -> str | None:
     """The dotted key a message of the schema opens with, such as `train.max_length`."""
     word = text.split(" ", 1)[0].split("=", 1)[0].rstrip(":")
@@ -95,17 +154,12 @@ def _subject(text: str) -> str | None:
     return word if "." in word and group in RunSpec.model_fields else None
 
 
-def _split_remedy(text: str, source: str | None) -> Problem:
-    what, _, remedy = text.partition("; ")
-    return Problem(what, source, remedy or None)
-
-
 def _key_of(loc: tuple[int | str, ...], unknown: bool) -> str:
     """The dotted key behind pydantic's location, without its union tags."""
     keys: list[str] = []
     parts: list[type[BaseModel]] = [RunSpec]
     for position, step in enumerate(loc):
-        field = next((p.model_fields[step] for p in parts if step in p.model_fields), None)  # type: ignore[index]
+        field = next((p.model_fields[step] for p in parts if step in p.model_fields), None)
         if field is not None:
             keys.append(str(step))
             parts = list(parts_of(field.annotation))

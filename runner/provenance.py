@@ -22,6 +22,10 @@ class Origin:
     place: str
     """`command line`, or file and line, such as `conf/method/lora.yaml:7`."""
 
+    def concerns(self, key: str) -> bool:
+        """It sets `key`, something inside it, or the mapping it is in."""
+        return self.key == key or self.key.startswith(f"{key}.") or key.startswith(f"{self.key}.")
+
 
 def of_file(file: Path, package: str) -> Iterator[Origin]:
     """Every key a YAML file sets, with its line, placed below `package` (dotted; empty: top level)."""
@@ -36,6 +40,15 @@ def shown(file: Path) -> str:
         if file.resolve().is_relative_to(base.resolve()):
             return str(file.resolve().relative_to(base.resolve()))
     return str(file)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; an empty mapping counts as a value."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _walk(node: yaml.MappingNode, prefix: str, file: str) -> Iterator[Origin]:

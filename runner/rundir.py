@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 
 ACTIVE = ("created", "loading", "evaluating", "training", "saving")
@@ -27,7 +28,10 @@ class RunDir:
 
     @classmethod
     def create(cls, spec: RunSpec, sweep: str | None = None) -> RunDir:
-        """A new directory with `spec.json` in it; the id is name, time and four random digits."""
+        """A new directory with `spec.json` in it; the id is name, time and four random digits.
+
+        RequestError where `run.output_dir` cannot be written to.
+        """
         stem = spec.run.name or f"{spec.model.name}-{spec.method.name}"
         while True:
             name = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -37,6 +41,9 @@ class RunDir:
                 break
             except FileExistsError:  # 1 in 65,536 for two runs of one second
                 continue
+            except OSError as error:
+                problem = Problem(f"run.output_dir={spec.run.output_dir} cannot be written to: {error.strerror}")
+                raise RequestError(problem) from None
         (run.path / "logs").mkdir()
         run.write("spec.json", spec.model_dump(mode="json"))
         run.set_status("created", sweep=sweep, created=time.time(), model=spec.model.name, method=spec.method.name)

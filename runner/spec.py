@@ -8,6 +8,7 @@ names (`memory_gib`, `usd_per_hour`). The sentence under a field is its document
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -83,7 +84,7 @@ class ModelSpec(Named):
     def _heads_divide(self) -> ModelSpec:
         if self.num_heads and self.num_kv_heads and self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
+                f"model.num_heads={self.num_heads} must be a multiple of model.num_kv_heads={self.num_kv_heads}"
             )
         return self
 
@@ -121,7 +122,7 @@ class _Adapter(Part):
 
     rank: int = Field(default=16, ge=1)
     """Rank r of the update B·A."""
-    alpha: float = Field(default=32, gt=0)
+    alpha: int = Field(default=32, ge=1)
     """Scale: the update is multiplied by alpha / rank (alpha / √rank with rsLoRA)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
@@ -235,14 +236,17 @@ class HardwareSpec(Named):
     @field_validator("env", mode="before")
     @classmethod
     def _strings(cls, value: Any) -> Any:
-        return {k: str(v) for k, v in value.items()} if isinstance(value, dict) else value
+        """Numbers as text; null takes a variable of the profile away."""
+        return {k: str(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _gpus_match(self) -> HardwareSpec:
         if self.accelerator == "cuda" and self.num_gpus < 1:
-            raise ValueError("hw.num_gpus must be at least 1 where hw.accelerator is cuda; or choose hw=cpu")
+            raise ValueError("hw.num_gpus must be at least 1 where hw.accelerator is cuda; choose hw=cpu for none")
         if self.accelerator == "cpu" and self.num_gpus:
-            raise ValueError("hw.num_gpus must be 0 where hw.accelerator is cpu; or choose hw=local")
+            raise ValueError(
+                "hw.num_gpus must be 0 where hw.accelerator is cpu; choose hw=local for this machine's GPUs"
+            )
         return self
 
     @property
@@ -322,9 +326,9 @@ class DataSpec(Part):
     @model_validator(mode="after")
     def _source_has_its_key(self) -> DataSpec:
         if self.source == "file" and not self.path:
-            raise ValueError("data.path is missing: name a file, such as data.path=my.jsonl")
+            raise ValueError("data.path is missing; name a file, such as data.path=my.jsonl")
         if self.source == "hub" and not self.id:
-            raise ValueError("data.id is missing: name a data set, such as data.id=org/name")
+            raise ValueError("data.id is missing; name a data set, such as data.id=org/name")
         return self
 
 
@@ -415,7 +419,7 @@ class EvalSpec(Part):
     """Held-out prompts answered before and after training and compared exactly; 0 switches it off."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest answer, in tokens."""
-    batch_size: int = Field(default=20, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     """Prompts answered at once."""
     every_steps: int | None = Field(default=None, ge=1)
     """Measure the held-out loss every n steps as well; null means before and after only."""
@@ -426,7 +430,7 @@ class EvalSpec(Part):
 class RunInfo(Part):
     """Name and place of the run."""
 
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str | None = None
     """Name to recognise the run by; it begins the run's id. Null means model and method."""
     output_dir: str = "runs"
     """Folder in which every run gets its own directory."""
@@ -434,6 +438,16 @@ class RunInfo(Part):
     """Key of `summary.json` that a sweep is sorted by and an HPO sweeper is given."""
     metric_mode: Literal["min", "max"] = "min"
     """Whether less or more of the metric is better."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_fits_a_folder(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError(
+                "a name is made of letters, digits, dots, dashes and underscores, beginning with a letter or digit; "
+                f"write run.name={re.sub(r'[^A-Za-z0-9._-]+', '-', value).lstrip('._-') or 'NAME'}"
+            )
+        return value
 
 
 class RunSpec(Part):
@@ -462,7 +476,7 @@ class RunSpec(Part):
                 f"tokens; write train.max_length={limit} or less"
             )
         if self.eval.early_stopping_patience and not self.eval.every_steps:
-            problems.append("eval.early_stopping_patience needs measurements: add eval.every_steps=50, say")
+            problems.append("eval.early_stopping_patience needs measurements; add eval.every_steps=50, say")
         layers = getattr(self.method, "layers", None)
         if layers is not None and self.model.num_layers:
             try:
@@ -471,17 +485,15 @@ class RunSpec(Part):
                 problems.append(f"method.layers={layers}: {error}")
         on_cpu = self.hw.accelerator == "cpu"
         if on_cpu and ("8bit" in self.train.optimizer or "paged" in self.train.optimizer):
-            problems.append(
-                f"train.optimizer={self.train.optimizer} needs a GPU; write train.optimizer=adamw"
-            )
+            problems.append(f"train.optimizer={self.train.optimizer} needs a GPU; write train.optimizer=adamw")
         if self.train.precision == "bf16" and self.hw.bf16 is False and self.hw.accelerator == "cuda":
-            problems.append(
-                f"train.precision=bf16: {self.hw.name} has no bfloat16; write train.precision=fp16 or auto"
-            )
+            problems.append(f"train.precision=bf16: {self.hw.name} has no bfloat16; write train.precision=fp16 or auto")
         if on_cpu and self.train.precision == "fp16":
             problems.append("train.precision=fp16 needs a GPU; write train.precision=bf16, fp32 or auto")
-        if self.train.attention.startswith("flash") and not self.hw.flash_attention and (
-            self.hw.accelerator != "detect"
+        if (
+            self.train.attention.startswith("flash")
+            and not self.hw.flash_attention
+            and (self.hw.accelerator != "detect")
         ):
             problems.append(
                 f"train.attention={self.train.attention} does not run on {self.hw.name}; write train.attention=sdpa"

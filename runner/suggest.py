@@ -1,16 +1,17 @@
-""""Did you mean": the nearest key or choice to what was typed."""
+"""The nearest key or choice to what was typed: "did you mean"."""
 
 from __future__ import annotations
 
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
 
+from runner import catalogue
 from runner.spec import RunSpec
 
 # What other trainers call the same thing; people arrive with these in their fingers.
@@ -58,9 +59,32 @@ SYNONYMS = {
 
 
 @cache
-def known_keys() -> frozenset[str]:
+def _annotations() -> dict[str, list[Any]]:
+    """Every dotted key of the schema with its types, one per variant of a union that has it."""
+    found: dict[str, list[Any]] = {}
+    for key, annotation in _walk(RunSpec, ""):
+        found.setdefault(key, []).append(annotation)
+    return found
+
+
+def known_keys() -> Collection[str]:
     """Every dotted key of the schema, all variants of a union together."""
-    return frozenset(_walk(RunSpec, ""))
+    return _annotations().keys()
+
+
+def allowed_words(key: str) -> list[str]:
+    """What may be written after `key=` where only certain words may: `auto`, `true`, `cosine`."""
+    return [word for annotation in _annotations().get(key, []) for word in _words(annotation)]
+
+
+def _words(annotation: Any) -> Iterator[str]:
+    if annotation is bool:
+        yield from ("true", "false")
+    elif typing.get_origin(annotation) is typing.Literal:
+        yield from map(str, typing.get_args(annotation))
+    elif typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
+        for inner in typing.get_args(annotation):
+            yield from _words(inner)
 
 
 def parts_of(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -72,30 +96,59 @@ def parts_of(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from parts_of(inner)
 
 
-def _walk(part: type[BaseModel], prefix: str) -> Iterator[str]:
+def choices_with(key: str) -> list[str]:
+    """Choices that have `key` where others of their group have not: `method.rank` → lora, qlora4, qlora8."""
+    group, _, leaf = key.partition(".")
+    field = RunSpec.model_fields.get(group)
+    parts = list(parts_of(field.annotation)) if field else []
+    having = [part for part in parts if leaf in part.model_fields]
+    if len(having) == len(parts):
+        return []
+    return [name for part in having for name in typing.get_args(part.model_fields["name"].annotation)]
+
+
+def _walk(part: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, field in part.model_fields.items():
-        yield prefix + name
+        yield prefix + name, field.annotation
         for inner in parts_of(field.annotation):
             yield from _walk(inner, f"{prefix}{name}.")
 
 
 def nearest_key(key: str) -> str | None:
-    """The schema key a user most likely meant by `key`, or None."""
-    leaf = key.rpartition(".")[2]
+    """The schema key (or group) a user most likely meant by `key`, or None."""
+    group, _, leaf = key.rpartition(".")
     if leaf in SYNONYMS:
         return SYNONYMS[leaf]
     keys = known_keys()
-    same_leaf = sorted(k for k in keys if k.rpartition(".")[2] == leaf)
+    same_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
+    if not group and same_leaf:  # `batch_size` alone: eval has one too, and train's is meant
+        return min(same_leaf, key=lambda k: (_BARE.index(k.split(".")[0]), k))
     if same_leaf:
-        return nearest(key, same_leaf, cutoff=0.0)
-    return nearest(key, keys) or nearest(leaf, {k.rpartition(".")[2]: k for k in sorted(keys)}, cutoff=0.75)
+        return nearest(key, sorted(same_leaf), cutoff=0.0)
+    leaves = {k.rpartition(".")[2]: k for k in sorted(keys)}
+    return (
+        nearest(key, sorted(keys)) or nearest(leaf, leaves, cutoff=0.75) or nearest(group, list(RunSpec.model_fields))
+    )
+
+
+# Whose key a bare name is: the first of these groups that has it.
+_BARE = sorted(RunSpec.model_fields, key=lambda group: {"train": 0, "run": 1}.get(group, 2))
 
 
 def nearest(word: str, candidates: Iterable[str] | dict[str, str], cutoff: float = 0.6) -> str | None:
-    """The candidate most like `word` (for a mapping: the value behind the nearest key)."""
+    """The candidate most like `word` (for a mapping of texts: the value behind the nearest key)."""
     table = candidates if isinstance(candidates, dict) else {c: c for c in candidates}
     lowered = {name.lower(): target for name, target in table.items()}
     word = word.lower()
     starts = sorted((name for name in lowered if name.startswith(word)), key=len) if len(word) > 2 else []
     found = starts or difflib.get_close_matches(word, sorted(lowered), n=1, cutoff=cutoff)
     return lowered[found[0]] if found else None
+
+
+def nearest_choice(group: str, word: str, names: Iterable[str]) -> str | None:
+    """The choice of a group most like `word`; models and hardware also by what people call them."""
+    table: dict[str, str] = {}
+    for name in catalogue.options(group) if group in ("model", "hw") else ():
+        values = catalogue.load(group, name)
+        table |= dict.fromkeys([*values.get("aliases", []), values.get("title") or name], name)
+    return nearest(word, {**table, **{name: name for name in names}})

@@ -18,6 +18,8 @@ from runner.data.commands import Row, examples, key_of
 from runner.paths import ASSETS
 
 Rows = tuple[list[Row], list[Row]]
+SENTENCES = 640
+HW_SENTENCES = 448  # those that name hardware
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +35,7 @@ def parsed(row: Row) -> dict[str, str]:
 
 def names_in(sentence: str, spoken: list[tuple[str, str]]) -> set[tuple[str, str]]:
     """The names a sentence uses, the longest where one holds another (`Phi-3` in `Phi-3 Mini`)."""
-    text = (
-        f" {sentence.casefold()} ".replace(",", " ,")
-        .replace(":", " :")
-        .replace("?", " ?")
-        .replace(". ", " . ")
-    )
+    text = f" {sentence.casefold()} ".replace(",", " ,").replace(":", " :").replace("?", " ?").replace(". ", " . ")
     found = {(choice, name) for choice, name in spoken if f" {name.casefold()} " in text}
     return {pair for pair in found if not any(pair[1] != o[1] and pair[1] in o[1] for o in found)}
 
@@ -83,7 +80,7 @@ def test_no_sentence_stands_for_two_commands(rows: Rows) -> None:
 
 @pytest.mark.parametrize("group", ["model", "hw"])
 def test_a_name_belongs_to_one_choice(group: str) -> None:
-    spoken = commands.spoken_models(640) if group == "model" else commands.spoken_hardware(480)
+    spoken = commands.spoken_models(SENTENCES) if group == "model" else commands.spoken_hardware(HW_SENTENCES)
     assert max(Counter(key_of(name) for _, name in spoken).values()) == 1
 
 
@@ -102,7 +99,7 @@ def test_a_command_needs_nothing_beside_it(rows: Rows) -> None:
 
 
 def test_the_sentence_says_what_the_command_does(rows: Rows) -> None:
-    models, hardware = commands.spoken_models(640), commands.spoken_hardware(480)
+    models, hardware = commands.spoken_models(SENTENCES), commands.spoken_hardware(HW_SENTENCES)
     for row in [*rows[0], *rows[1]]:
         choices = parsed(row)
         assert {choice for choice, _ in names_in(row["prompt"], models)} == {choices["model"]}, row
@@ -112,7 +109,7 @@ def test_the_sentence_says_what_the_command_does(rows: Rows) -> None:
 
 def test_held_out_uses_only_names_that_training_teaches(rows: Rows) -> None:
     train, held = rows
-    for spoken in (commands.spoken_models(640), commands.spoken_hardware(480)):
+    for spoken in (commands.spoken_models(SENTENCES), commands.spoken_hardware(HW_SENTENCES)):
         taught = set().union(*(names_in(row["prompt"], spoken) for row in train))
         assert set().union(*(names_in(row["prompt"], spoken) for row in held)) <= taught
     phrases = {(m, p) for m, said in commands.METHODS.items() for p in (*said.means, *said.objects)}
@@ -121,9 +118,9 @@ def test_held_out_uses_only_names_that_training_teaches(rows: Rows) -> None:
 
 
 def test_every_name_is_taught_often_enough(rows: Rows) -> None:
-    for spoken in (commands.spoken_models(640), commands.spoken_hardware(480)):
+    for spoken in (commands.spoken_models(SENTENCES), commands.spoken_hardware(HW_SENTENCES)):
         uses = Counter(name for row in rows[0] for _, name in names_in(row["prompt"], spoken))
-        rare = {name: uses[name] for _, name in spoken if uses[name] < commands.MIN_USES - 2}
+        rare = {name: uses[name] for _, name in spoken if uses[name] < commands.MIN_USES * 0.7}
         assert not rare
 
 
@@ -143,9 +140,7 @@ def test_sentences_are_short(rows: Rows) -> None:
 def test_sentences_are_tidy(rows: Rows) -> None:
     for row in [*rows[0], *rows[1]]:
         sentence = row["prompt"]
-        assert (
-            "  " not in sentence and " ." not in sentence and "{" not in sentence and " on," not in sentence
-        )
+        assert "  " not in sentence and " ." not in sentence and "{" not in sentence and " on," not in sentence
         assert sentence == sentence.strip()
         assert sentence[0].isupper() or sentence[0].isdigit() or sentence == sentence.lower()
         assert " a RTX" not in sentence and " a A100" not in sentence and " an T4" not in sentence
@@ -167,7 +162,9 @@ def test_a_name_of_two_choices_is_never_said() -> None:
 
 def test_a_large_catalogue_keeps_every_name_frequent() -> None:
     names = {f"m{i}": tuple(f"name {i} {j}" for j in range(5)) for i in range(40)}
-    assert len(commands._spoken(names, 600)) == 80  # 600 sentences give 100 names six uses: two per model
+    said = Counter(choice for choice, _ in commands._spoken(names, 60 * commands.MIN_USES))
+    assert sorted(said.values()) == [1] * 20 + [2] * 20
+    assert len(commands._spoken(names, 10)) == 40
 
 
 def test_more_sentences_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

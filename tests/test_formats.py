@@ -71,9 +71,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, ending: str, zipped: b
     assert read_rows(str(file)) == ROWS
 
 
-def test_a_path_is_relative_to_where_the_command_is_typed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_is_relative_to_where_the_command_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my.jsonl").write_bytes(as_bytes("jsonl"))
     monkeypatch.chdir(tmp_path)
     assert read_rows("my.jsonl") == ROWS
@@ -131,9 +129,7 @@ def test_a_missing_file_is_guessed_at(tmp_path: Path) -> None:
         ("notes.txt", "cannot tell the format"),
     ],
 )
-def test_a_path_that_leads_nowhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, what: str
-) -> None:
+def test_a_path_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, what: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(RequestError, match=what):
@@ -359,9 +355,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 
 def test_mistakes_of_both_files_are_told_in_one_error(tmp_path: Path) -> None:
     (tmp_path / "eval.jsonl").write_text('{"prompt": "a", "completion": ""}')
-    told = wrong(
-        tmp_path, "my.jsonl", '{"prompt": "", "completion": "b"}', eval_path=str(tmp_path / "eval.jsonl")
-    )
+    told = wrong(tmp_path, "my.jsonl", '{"prompt": "", "completion": "b"}', eval_path=str(tmp_path / "eval.jsonl"))
     assert [line.partition(" (")[0] for line in told] == [
         "my.jsonl, line 1: prompt is empty",
         "eval.jsonl, line 1: completion is empty",
@@ -480,9 +474,7 @@ class DatasetNotFoundError(FileNotFoundError):
 
 
 GATED = "Dataset 'org/name' is a gated dataset on the Hub. You must be authenticated to access it."
-SUBSETS = (
-    "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\nExample: …"
-)
+SUBSETS = "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\nExample: …"
 
 
 @pytest.mark.parametrize(

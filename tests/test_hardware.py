@@ -83,9 +83,7 @@ def test_a_price_says_when_and_by_whom(name: str) -> None:
 
 
 def test_several_gpus_differ_from_one_in_number_and_name_only() -> None:
-    groups = itertools.groupby(
-        sorted(CUDA_NAMES, key=lambda n: spec_of(n).gpu or ""), lambda n: spec_of(n).gpu
-    )
+    groups = itertools.groupby(sorted(CUDA_NAMES, key=lambda n: spec_of(n).gpu or ""), lambda n: spec_of(n).gpu)
     for _, names in groups:
         facts = [spec_of(n).model_dump(exclude={"name", "title", "aliases", "num_gpus"}) for n in names]
         assert all(f == facts[0] for f in facts)
@@ -215,8 +213,7 @@ def test_nvidia_smi_is_asked_where_nvml_does_not_answer(
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     put_nvidia_smi(
         tmp_path,
-        "echo 'NVIDIA GeForce RTX 4090, GPU-aa11, 24564, 8.9'\n"
-        "echo 'NVIDIA H100 80GB HBM3, GPU-cc33, 81559, 9.0'",
+        "echo 'NVIDIA GeForce RTX 4090, GPU-aa11, 24564, 8.9'\necho 'NVIDIA H100 80GB HBM3, GPU-cc33, 81559, 9.0'",
     )
     assert hardware.detect(root_with(tmp_path, dev__nvidiactl="")).gpus == (RTX4090, H100)
 
@@ -317,9 +314,7 @@ def test_cores_end_at_affinity_and_the_containers_quota(
     assert hardware.detect(root_with(tmp_path, **files)).num_cpus == cores
 
 
-def test_a_system_that_says_nothing_does_not_crash_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_system_that_says_nothing_does_not_crash_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
     for system in ("Darwin", "Windows"):
         monkeypatch.setattr("platform.system", lambda s=system: s)

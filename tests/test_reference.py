@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from runner.report import reference
+from runner.report import choices, reference
 
 
 def test_every_key_has_a_sentence() -> None:
     assert reference.undocumented() == [], "write a sentence under these fields in runner/spec.py"
 
 
-def test_page_is_up_to_date() -> None:
-    written = reference.PAGE.read_text("utf-8")
-    assert written == reference.page(), "docs/reference.md differs from runner/spec.py: run `make docs`"
+@pytest.mark.parametrize("name", ["docs/reference.md", "docs/choices.md", "README.md"])
+def test_page_is_up_to_date(name: str) -> None:
+    written, generated = {**reference.pages(), **choices.pages()}[name]
+    assert written == generated, f"{name} differs from what it is generated from: run `make docs`"
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,12 @@ T = TypeVar("T")
 
 SEED = 7
 MAX_WORDS = 20  # a laptop trains on about 450 tokens a second: 600 short rows take two minutes
-MIN_USES = 6  # a 135M model has a new name down after about six sentences with it
-SHARE_WITHOUT_HW = 0.25
-SHARE_CARELESS = 0.15
+# The title and one alias: with all of them (6 to 10 sentences a name) SmolLM2-135M, after 55k tokens,
+# gets 38 of 40 held-out questions right, but 12 of 200 others wrong, mostly in a name.
+NAMES_PER_CHOICE = 2
+MIN_USES = 8  # sentences a name; a catalogue too large for it leaves aliases unsaid
+SHARE_WITHOUT_HW = 0.3  # with 0.2 the model adds hardware that nobody asked for
+SHARE_CARELESS = 0.08  # all lower case, without a full stop
 
 
 class Row(TypedDict):
@@ -45,24 +48,24 @@ class Said:
 # conf/method holds no names for people; a method that is missing here goes by its own name.
 METHODS = {
     "full": Said(
-        ("full fine-tuning", "full training", "full-parameter training"),
-        ("all weights of", "every weight of", "all the parameters of"),
+        ("full fine-tuning", "full training"),
+        ("all weights of", "every weight of"),
     ),
     "freeze": Said(
-        ("layer freezing", "partial freezing", "last-layer training"),
-        ("the last layers of", "only the last layers of", "just the last layers of"),
+        ("layer freezing", "partial freezing"),
+        ("the last layers of", "only the last layers of"),
     ),
     "lora": Said(
-        ("LoRA", "plain LoRA", "16-bit LoRA"),
+        ("LoRA", "plain LoRA"),
         ("a LoRA adapter for", "a plain LoRA for"),
     ),
     "qlora4": Said(
-        ("4-bit QLoRA", "QLoRA in 4 bits", "four-bit QLoRA"),
-        ("a 4-bit QLoRA adapter for", "a four-bit QLoRA for"),
+        ("4-bit QLoRA", "QLoRA in 4 bits"),
+        ("a 4-bit QLoRA adapter for", "a 4-bit QLoRA for"),
     ),
     "qlora8": Said(
-        ("8-bit QLoRA", "QLoRA in 8 bits", "eight-bit QLoRA"),
-        ("an 8-bit QLoRA adapter for", "an eight-bit QLoRA for"),
+        ("8-bit QLoRA", "QLoRA in 8 bits"),
+        ("an 8-bit QLoRA adapter for", "an 8-bit QLoRA for"),
     ),
 }
 
@@ -247,7 +250,10 @@ def spoken_hardware(count: int) -> list[tuple[str, str]]:
 
 
 def _spoken(names: dict[str, tuple[str, ...]], count: int) -> list[tuple[str, str]]:
-    """Pairs of choice and name: no name that two choices share, and each `MIN_USES` times in `count`."""
+    """Pairs of choice and name, for `count` sentences; a name that two choices share is left out.
+
+    Every choice is called by its first name, and as many by a second as get `MIN_USES` sentences.
+    """
     owners: dict[str, set[str]] = {}
     for choice, said in names.items():
         for name in said:
@@ -256,10 +262,12 @@ def _spoken(names: dict[str, tuple[str, ...]], count: int) -> list[tuple[str, st
     for choice, said in names.items():
         first_spelling = {key_of(name): name for name in reversed(said)}
         clear[choice] = [first_spelling[k] for k in dict.fromkeys(map(key_of, said)) if len(owners[k]) == 1]
-    most = max(map(len, clear.values()), default=0)
-    while most > 1 and sum(min(most, len(said)) for said in clear.values()) * MIN_USES > count:
-        most -= 1
-    return [(choice, name) for choice, said in clear.items() for name in said[:most]]
+    ranked = sorted(
+        ((choice, rank) for choice in clear for rank in range(len(clear[choice][:NAMES_PER_CHOICE]))),
+        key=lambda p: p[1],
+    )
+    room = max(count // MIN_USES, len(clear))
+    return [(choice, clear[choice][rank]) for choice, rank in sorted(ranked[:room])]
 
 
 _COUNTED = re.compile(r"\d|(a|an|the|this|my|one|two|three|four|five|six|seven|eight|dual) ", re.IGNORECASE)

@@ -16,10 +16,20 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
     run = find(run_dir)
     if not base and not (run.path / "model").is_dir():
         raise RequestError(
-            Problem(f"{run.path} has no model: its state is {run.state()}", None,
-                    f"run it again: python -m runner {run.spec_file}, or talk to the model as it was: --base")
+            Problem(
+                f"{run.path} has no model: its state is {run.state()}",
+                None,
+                f"run it again: python -m runner {run.spec_file}, or talk to the model as it was: --base",
+            )
         )
-    command = [sys.executable, "-m", "runner.train.chat", str(run.spec_file), "--max-new-tokens", str(max_new_tokens)]
+    command = [
+        sys.executable,
+        "-m",
+        "runner.train.chat",
+        str(run.spec_file),
+        "--max-new-tokens",
+        str(max_new_tokens),
+    ]
     command += ["--base"] * base + ["--json"] * as_json + (["--prompt", prompt] if prompt is not None else [])
     return subprocess.call(command)
 

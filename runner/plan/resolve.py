@@ -7,6 +7,9 @@ from typing import Any
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 
+# On a CPU in bf16, packed, eager attention trains 1.16 to 1.23 times as fast as SDPA at 256 and 512
+# tokens (docs/benchmarks.md); beyond this its scores, heads × s² per layer, cost too much memory.
+EAGER_UP_TO = 1024
 MAX_MICRO_BATCH = 8  # larger ones gain little speed on any GPU once a sequence has 512 tokens
 
 
@@ -19,13 +22,15 @@ def resolve(spec: RunSpec) -> tuple[RunSpec, list[str]]:
     train: dict[str, Any] = {"precision": _precision(spec)}
     on_gpu = spec.hw.accelerator == "cuda"
     if spec.train.attention == "auto" and not (on_gpu and spec.hw.flash_attention):
-        train["attention"] = "sdpa"
+        short_on_cpu = not on_gpu and spec.train.max_length <= EAGER_UP_TO
+        train["attention"] = "eager" if short_on_cpu else "sdpa"
     if spec.train.gradient_checkpointing == "auto":
         train["gradient_checkpointing"] = on_gpu
     if spec.train.liger == "auto" and not on_gpu:
         train["liger"] = False
     micro, accumulation, notes = _batch(spec)
     train |= {"micro_batch_size": micro, "accumulation_steps": accumulation}
+    train["batch_size"] = micro * accumulation * spec.hw.world_size  # as run, so that spec.json repeats it
     stage = spec.deepspeed.name
     if stage == "auto" and spec.hw.world_size == 1:
         stage = "none"

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from runner import catalogue
 from runner.errors import Problem, RequestError
-from runner.paths import RECIPES
+from runner.paths import CONF, RECIPES
 from runner.suggest import nearest
 
 # What people type after `list` → the group it stands for.
@@ -49,15 +49,25 @@ def listing(what: str | None) -> Listing:
     group = SPOKEN.get(what, what)
     if group == "recipes":
         rows = [recipe_row(name) for name in catalogue.recipes()]
-        return Listing("Recipes", rows, ("name", "model", "method", "hw", "data", "what"), "python -m runner recipe=NAME")
+        return Listing(
+            "Recipes", rows, ("name", "model", "method", "hw", "data", "what"), "python -m runner recipe=NAME"
+        )
     if group not in catalogue.GROUPS:
         near = nearest(what, [*catalogue.GROUPS, *SPOKEN, "recipes"])
         raise RequestError(
-            Problem(f"there is nothing called {what!r} to list", "command line",
-                    f"did you mean {near}?" if near else f"one of {', '.join((*catalogue.GROUPS, 'recipes'))}")
+            Problem(
+                f"there is nothing called {what!r} to list",
+                "command line",
+                f"did you mean {near}?" if near else f"one of {', '.join((*catalogue.GROUPS, 'recipes'))}",
+            )
         )
-    rows, columns = _ROWS.get(group, (_plain_row, ("name", "what")))
-    return Listing(group, [rows(group, name) for name in catalogue.options(group)], columns, f"python -m runner {group}=NAME")
+    row_of, columns = _ROWS.get(group, (_plain_row, ("name", "what")))
+    return Listing(
+        group,
+        [row_of(group, name) for name in catalogue.options(group)],
+        columns,
+        f"python -m runner {group}=NAME",
+    )
 
 
 def recipe_row(name: str) -> Row:
@@ -68,8 +78,12 @@ def recipe_row(name: str) -> Row:
         if isinstance(entry, dict):
             for key, value in entry.items():
                 chosen[str(key).removeprefix("override").strip().lstrip("/")] = value
-    defaults = {k: v for e in catalogue.read(RECIPES.parent / "conf" / "config.yaml")["defaults"]
-                if isinstance(e, dict) for k, v in e.items()}
+    defaults = {
+        k: v
+        for e in catalogue.read(RECIPES.parent / "conf" / "config.yaml")["defaults"]
+        if isinstance(e, dict)
+        for k, v in e.items()
+    }
     row = {group: chosen.get(group, defaults.get(group)) for group in catalogue.GROUPS}
     return {"name": name, **row, "what": _comment(file)}
 
@@ -87,13 +101,31 @@ def _comment(file: Any) -> str:
 
 def _model_row(group: str, name: str) -> Row:
     m = catalogue.load(group, name)
-    keys = ("title", "id", "architecture", "num_parameters", "num_layers", "hidden_size", "context_length", "gated")
+    keys = (
+        "title",
+        "id",
+        "architecture",
+        "num_parameters",
+        "num_layers",
+        "hidden_size",
+        "context_length",
+        "gated",
+    )
     return {"name": name, **{k: m.get(k) for k in keys}}
 
 
 def _hw_row(group: str, name: str) -> Row:
     h = catalogue.load(group, name)
-    keys = ("gpu", "num_gpus", "memory_gib", "bf16", "flash_attention", "tflops_bf16", "usd_per_hour", "price_date")
+    keys = (
+        "gpu",
+        "num_gpus",
+        "memory_gib",
+        "bf16",
+        "flash_attention",
+        "tflops_bf16",
+        "usd_per_hour",
+        "price_date",
+    )
     return {"name": name, **{k: h.get(k) for k in keys}}
 
 
@@ -107,7 +139,7 @@ _METHODS = {
 
 
 def _plain_row(group: str, name: str) -> Row:
-    file = catalogue.CONF / group / f"{name}.yaml"
+    file = CONF / group / f"{name}.yaml"
     what = _METHODS.get(name, "") if group == "method" else _comment(file)
     return {"name": name, "what": what}
 
@@ -129,14 +161,24 @@ _HEADERS = {
 }
 
 
+# Columns a narrow terminal does without: a recipe's name says most of them.
+_WIDE_ONLY = {"Recipes": ("model", "method", "hw", "data"), "model": ("hidden_size",)}
+
+
 def print_listing(console: Console, table: Listing) -> None:
     """The listing as a table."""
-    view = Table(box=None, header_style="bold")
-    for column in table.columns:
-        number = any(isinstance(r.get(column), (int, float)) and not isinstance(r.get(column), bool) for r in table.rows)
-        view.add_column(_HEADERS.get(column, column), justify="right" if number else "left", overflow="fold")
+    left_out = _WIDE_ONLY.get(table.title, ()) if console.width < 120 else ()
+    columns = [column for column in table.columns if column not in left_out]
+    view = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        number = any(
+            isinstance(r.get(column), (int, float)) and not isinstance(r.get(column), bool) for r in table.rows
+        )
+        justify: JustifyMethod = "right" if number else "left"
+        # A name is copied, so it is never broken over two lines.
+        view.add_column(_HEADERS.get(column, column), justify=justify, overflow="fold", no_wrap=column == "name")
     for row in table.rows:
-        view.add_row(*(_cell(row.get(column)) for column in table.columns))
+        view.add_row(*(_cell(row.get(column)) for column in columns))
     console.print(view)
     console.print(f"\n[dim]{table.hint}[/dim]", highlight=False)
 
@@ -151,3 +193,10 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def markdown(table: Listing) -> str:
+    """The listing as a Markdown table."""
+    lines = ["| " + " | ".join(_HEADERS.get(c, c) for c in table.columns) + " |", "|---" * len(table.columns) + "|"]
+    lines += ["| " + " | ".join(_cell(row.get(c)) for c in table.columns) + " |" for row in table.rows]
+    return "\n".join(lines)

@@ -10,7 +10,12 @@ from rich.text import Text
 
 from runner.errors import RunnerError
 
-TITLES = {1: "The run failed", 2: "The request is wrong; nothing was started", 3: "This cannot run", 130: "Interrupted"}
+TITLES = {
+    1: "The run failed",
+    2: "The request is wrong; nothing was started",
+    3: "This cannot run",
+    130: "Interrupted",
+}
 
 
 def print_problems(console: Console, error: RunnerError) -> None:

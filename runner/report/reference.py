@@ -1,7 +1,6 @@
 """`docs/reference.md`, generated from `runner/spec.py`: every key, its type, default and meaning.
 
-`python -m runner.report.reference` writes the page; with `--check` it only tells whether the page
-is up to date. The sentence under a field is read from the source, because pydantic's
+The sentence under a field is read from the source, because pydantic's
 `use_attribute_docstrings` would parse that source again at every start of the runner.
 """
 
@@ -9,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -20,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import annotated_types
-import click
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -201,16 +198,6 @@ def _default(info: FieldInfo) -> str:
     return f"`{value}`".replace("e-0", "e-")
 
 
-@click.command()
-@click.option("--check", is_flag=True, help="Only tell whether the page is up to date.")
-def main(check: bool) -> None:
-    """Write docs/reference.md."""
-    if not check:
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(), "utf-8")
-    elif not PAGE.is_file() or PAGE.read_text("utf-8") != page():
-        sys.exit("docs/reference.md is not what runner/spec.py says: run `make docs`")
-
-
-if __name__ == "__main__":
-    main()
+def pages() -> dict[str, tuple[str, str]]:
+    """File → what it says and what it should say."""
+    return {"docs/reference.md": (PAGE.read_text("utf-8") if PAGE.is_file() else "", page())}

@@ -69,11 +69,8 @@ def print_summary(console: Console, summary: dict[str, Any], run: RunDir) -> Non
     )
     table.add_row("Loss", f"{train['loss_first']:.4f} → [bold]{train['loss_last']:.4f}[/bold]")
     if "exact_match" in after:
-        count = after["num_prompts"]
-        table.add_row(
-            "Held out",
-            f"{before['num_exact']} of {count} → [bold green]{after['num_exact']} of {count}[/bold green] answered exactly",
-        )
+        count, then, now = after["num_prompts"], before["num_exact"], after["num_exact"]
+        table.add_row("Held out", f"answered exactly: {then} of {count} → [bold green]{now} of {count}[/bold green]")
     if "loss" in after:
         table.add_row("Held-out loss", f"{before['loss']:.4f} → {after['loss']:.4f}")
     table.add_row(

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from runner.provenance import Origin
+from runner.provenance import Origin, flat
 from runner.report.summary import duration, metric_of
 from runner.rundir import all_runs
 from runner.spec import RunSpec
@@ -19,25 +21,42 @@ def headline(spec: RunSpec, where: str) -> str:
     train, hw = spec.train, spec.hw
     machine = f"{hw.num_gpus} × {hw.gpu or hw.name}" if hw.accelerator == "cuda" else f"CPU, {hw.num_cpus} cores"
     size = f", {spec.model.num_parameters / 1e9:,.2f} B parameters" if spec.model.num_parameters else ""
+    model = f"{spec.model.title or spec.model.id}{size} ({spec.model.name})"
     return (
-        f"Run     [bold]{where}[/bold]\n"
-        f"Model   {spec.model.title or spec.model.id} ({spec.model.name}{size}) with {spec.method.name}, {spec.data.name} data\n"
+        f"Run     [bold]{escape(where)}[/bold]\n"
+        f"Model   {escape(model)}, {spec.method.name}, {spec.data.name} data\n"
         f"On      {machine}, {train.precision}, batch {train.batch_size} × {train.max_length} tokens, "
         f"learning rate {train.learning_rate:g}"
     )
 
 
 def print_origins(console: Console, key: str, value: Any, final: Any, places: list[Origin]) -> None:
-    """The value of a key and the places that set it, the deciding one last."""
-    console.print(f"[bold]{key}[/bold] = {final}", highlight=False)
+    """The value of a key and the places that set it, the deciding one last; for a group, one line per key."""
+    if isinstance(final, dict):
+        _print_group(console, key, value, final, places)
+        return
+    console.print(Text.assemble((key, "bold"), f" = {final}"), soft_wrap=True)
     if not places:
-        console.print("  default in the schema (runner/spec.py); nothing sets it", highlight=False)
+        console.print(f"  {_DEFAULT}", highlight=False)
     for place in places:
-        shown = place.value if not place.key.endswith(key) or place.key == key else f"{place.key}={place.value}"
-        label = shown if place.key == key else f"{place.key} = {place.value}"
-        console.print(f"  {place.place}  [dim]{label}[/dim]", highlight=False)
+        label = place.value if place.key == key else f"{place.key} = {place.value}"
+        console.print(Text.assemble(f"  {place.place}  ", (str(label), "dim")), soft_wrap=True)
     if final != value:
-        console.print(f"  then derived from the hardware: {value} → {final}", highlight=False)
+        console.print(f"  {_DERIVED}: {value} → {final}", highlight=False, markup=False)
+
+
+_DEFAULT = "default in the schema (runner/spec.py); nothing sets it"
+_DERIVED = "then derived from the hardware"
+
+
+def _print_group(console: Console, group: str, value: Any, final: dict[str, Any], places: list[Origin]) -> None:
+    composed = dict(flat(value, f"{group}."))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for key, decided in flat(final, f"{group}."):
+        setting = [place.place for place in places if place.concerns(key)]
+        where = _DERIVED.removeprefix("then ") if decided != composed.get(key) else (setting or ["default"])[-1]
+        table.add_row(Text(key), Text(str(decided)), Text(where, style="dim"))
+    console.print(table)
 
 
 def run_rows(output_dir: Path) -> list[dict[str, Any]]:
@@ -45,9 +64,7 @@ def run_rows(output_dir: Path) -> list[dict[str, Any]]:
     rows = []
     for run in all_runs(output_dir):
         status, summary = run.read("status.json"), run.read("summary.json")
-        last: dict[str, Any] = {}
-        for last in run.metrics():
-            pass
+        last = ([{}, *run.metrics()])[-1]
         started, updated = status.get("started"), status.get("updated")
         rows.append(
             {
@@ -73,19 +90,22 @@ _STATE_STYLE = {"done": "green", "failed": "red", "killed": "red", "interrupted"
 def print_runs(console: Console, rows: list[dict[str, Any]], output_dir: Path) -> None:
     """The table of past runs, the newest last."""
     if not rows:
-        console.print(f"No runs in {output_dir} yet. Start one: [bold]python -m runner[/bold]", highlight=False)
+        console.print(
+            f"No runs in {escape(str(output_dir))} yet. Start one: [bold]python -m runner[/bold]", highlight=False
+        )
         return
-    table = Table(box=None, header_style="bold")
-    for name, justify in (("run", "left"), ("state", "left"), ("model", "left"), ("method", "left"),
-                          ("steps", "right"), ("loss", "right"), ("exact", "right"), ("time", "right")):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    wide = console.width >= 110  # a run's id names model and method already
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    for name in ("run", "state", *(("model", "method") if wide else ())):
+        table.add_column(name, no_wrap=True)  # to be copied
+    for name in ("steps", "loss", "exact", "time"):
+        table.add_column(name, justify="right")
     for row in rows:
         style = _STATE_STYLE.get(row["state"], "cyan")
         table.add_row(
-            row["run_id"],
+            escape(row["run_id"]),
             f"[{style}]{row['state']}[/{style}]",
-            row["model"] or "",
-            row["method"] or "",
+            *((row["model"] or "", row["method"] or "") if wide else ()),
             str(row["step"] or "–"),
             f"{row['loss']:.4f}" if row["loss"] is not None else "–",
             f"{row['exact_match']:.0%}" if row["exact_match"] is not None else "–",

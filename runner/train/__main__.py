@@ -58,13 +58,15 @@ def main(argv: list[str]) -> int:
 def quiet_libraries(run: RunDir) -> None:
     """Libraries talk to a log file; the terminal is ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ["TRANSFORMERS_VERBOSITY"] = "warning"
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     handler = logging.FileHandler(run.path / "logs" / "rank0.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    # One line per matrix product: "MatMul8bitLt: inputs will be cast from torch.bfloat16 to float16".
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import transformers.utils.logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

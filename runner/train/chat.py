@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from runner.data.formats import Turn
 from runner.errors import RunnerError
 from runner.report.problems import print_problems
 from runner.rundir import RunDir
@@ -30,7 +31,7 @@ def main() -> int:
     except RunnerError as error:
         print_problems(console, error)
         return error.exit_code
-    system = [{"role": "system", "content": spec.data.system_prompt}] if spec.data.system_prompt else []
+    system: list[Turn] = [{"role": "system", "content": spec.data.system_prompt}] if spec.data.system_prompt else []
     if options.prompt is not None:
         text = answer(spec, model, tokenizer, [*system, _user(options.prompt)], options.max_new_tokens)
         print(json.dumps({"prompt": options.prompt, "answer": text}, ensure_ascii=False) if options.json else text)
@@ -69,19 +70,20 @@ def load(spec: RunSpec, run: RunDir, *, base: bool = False) -> tuple[Any, Any]:
     source = models.source_of(spec.model)
     tokenizer = models.load_tokenizer(spec, source)
     model = models.load_model(spec, source)
-    return (model if base else PeftModel.from_pretrained(model, str(folder))), tokenizer
+    if base:
+        return model, tokenizer
+    return PeftModel.from_pretrained(model, str(folder)), tokenizer
 
 
-def answer(spec: RunSpec, model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tokens: int) -> str:
+def answer(spec: RunSpec, model: Any, tokenizer: Any, turns: list[Turn], max_new_tokens: int) -> str:
     """One greedy answer."""
     from runner.train.evaluate import generate
     from runner.train.trainer import autocast
 
-    options = {"max_new_tokens": max_new_tokens, "batch_size": 1, "autocast": autocast(spec)}
-    return generate(model, tokenizer, [turns], **options)[0]
+    return generate(model, tokenizer, [turns], max_new_tokens=max_new_tokens, batch_size=1, autocast=autocast(spec))[0]
 
 
-def _user(text: str) -> dict[str, str]:
+def _user(text: str) -> Turn:
     return {"role": "user", "content": text}
 
 

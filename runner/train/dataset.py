@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,13 @@ from datasets import Dataset, load_from_disk
 from datasets.utils.logging import disable_progress_bar
 from trl import pack_dataset
 
-from runner.data.formats import Example, fingerprint
+from runner.data.formats import Example, Turn, fingerprint
 from runner.errors import Problem, RequestError
 from runner.paths import cache_dir
 from runner.spec import RunSpec, Sft
 
 LAYOUT = 1  # raise it when what is stored changes shape: old entries are then left alone
 IGNORED = -100  # torch's cross_entropy leaves these labels out
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 over everything that decides a token id: vocabulary, merges, added tokens, template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     body = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    parts = [type(tokenizer).__name__, body, str(tokenizer.chat_template), sorted(tokenizer.special_tokens_map.items())]
+    parts = [
+        type(tokenizer).__name__,
+        body,
+        str(tokenizer.chat_template),
+        sorted(tokenizer.special_tokens_map.items()),
+    ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
@@ -147,16 +150,15 @@ def encode(example: Example, tokenizer: Any, loss_on: str) -> tuple[list[int], l
         if not ids or ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
         return ids, list(ids)
-    turns = [dict(turn) for turn in example.prompt]
-    prompt = chat_ids(tokenizer, turns, ask=True)
-    ids = chat_ids(tokenizer, turns + [dict(turn) for turn in example.completion], ask=False)
+    prompt = chat_ids(tokenizer, example.prompt, ask=True)
+    ids = chat_ids(tokenizer, [*example.prompt, *example.completion], ask=False)
     if loss_on == "all":
         return ids, list(ids)
     start = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids)))
     return ids, [IGNORED] * start + ids[start:]
 
 
-def chat_ids(tokenizer: Any, turns: list[dict[str, str]], ask: bool) -> list[int]:
+def chat_ids(tokenizer: Any, turns: Sequence[Turn], ask: bool) -> list[int]:
     """Token ids of a rendered conversation; `ask` ends it where the assistant is to speak.
 
     RequestError for a conversation the model's template refuses (a system turn, say).
@@ -164,10 +166,15 @@ def chat_ids(tokenizer: Any, turns: list[dict[str, str]], ask: bool) -> list[int
     import jinja2
 
     try:
-        encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=ask, return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], add_generation_prompt=ask, return_dict=True
+        )
     except jinja2.TemplateError as error:
         raise RequestError(
-            Problem(f"the model's chat template refuses a conversation: {error}", None,
-                    "set data.chat_template to a Jinja file, or data.system_prompt=null")
+            Problem(
+                f"the model's chat template refuses a conversation: {error}",
+                None,
+                "set data.chat_template to a Jinja file, or data.system_prompt=null",
+            )
         ) from None
     return list(encoded["input_ids"])

@@ -14,7 +14,17 @@ from runner.paths import ASSETS
 from runner.spec import RunSpec
 from runner.train.dataset import tokenizer_fingerprint
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed", "tokenizers")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "deepspeed",
+    "tokenizers",
+)
 
 
 def environment(spec: RunSpec, model: Any, tokenizer: Any, source: str, data_fingerprint: str) -> dict[str, Any]:

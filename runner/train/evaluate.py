@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from runner.data.formats import Example
+from runner.data.formats import Example, Turn
 from runner.train.dataset import chat_ids
 
 
 def generate(
     model: Any,
     tokenizer: Any,
-    conversations: list[list[dict[str, str]]],
+    conversations: Sequence[Sequence[Turn]],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -30,13 +30,19 @@ def generate(
     model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = tokenizer.pad(
-            {"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt"
-        ).to(model.device)
+        batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt").to(
+            model.device
+        )
         with torch.inference_mode(), autocast:
             output = model.generate(
-                **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-                use_cache=True, temperature=None, top_p=None, top_k=None,
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                use_cache=True,
+                temperature=None,
+                top_p=None,
+                top_k=None,
             )
         new = output[:, batch["input_ids"].shape[1] :]
         for index, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):

@@ -14,6 +14,7 @@ from runner.errors import Problem, RequestError
 from runner.layers import parse_layers
 from runner.rundir import RunDir
 from runner.spec import Freeze, Full, Lora, QLora4, QLora8, RunSpec
+from runner.train.models import DTYPES
 
 
 def adapter_config(spec: RunSpec, model: Any) -> LoraConfig | None:
@@ -32,13 +33,13 @@ def adapter_config(spec: RunSpec, model: Any) -> LoraConfig | None:
     init = method.init if isinstance(method, Lora) else "default"
     return LoraConfig(
         r=method.rank,
-        lora_alpha=method.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
+        lora_alpha=method.alpha,
         lora_dropout=method.dropout,
         target_modules=targets,
         layers_to_transform=chosen,
         use_rslora=method.use_rslora,
         use_dora=method.use_dora,
-        init_lora_weights=True if init == "default" else init,  # type: ignore[arg-type]
+        init_lora_weights=True if init == "default" else init,
         modules_to_save=method.modules_to_save or None,
         task_type="CAUSAL_LM",
     )
@@ -53,7 +54,8 @@ def mark_trainable(spec: RunSpec, model: Any) -> None:
         for module in _freeze_modules(spec.method, model):
             module.requires_grad_(True)
             if spec.method.master_weights:
-                module.to(torch.float32)
+                for parameter in module.parameters():
+                    parameter.data = parameter.data.float()
 
 
 def _freeze_modules(method: Freeze, model: Any) -> list[Any]:
@@ -64,16 +66,17 @@ def _freeze_modules(method: Freeze, model: Any) -> list[Any]:
     """
     path, layers = decoder_layers(model)
     found = [layers[i] for i in _selected(method.layers, layers)]
-    outside = {
-        name: module for name, module in model.named_modules() if name and not f"{name}.".startswith(f"{path}.")
-    }
+    outside = {name: module for name, module in model.named_modules() if name and not f"{name}.".startswith(f"{path}.")}
     for wanted in method.extra_modules:
         matches = [m for name, m in outside.items() if name == wanted or name.rpartition(".")[2] == wanted]
         if not matches:
             leaves = sorted({n.rpartition(".")[2] for n, m in outside.items() if any(True for _ in m.parameters())})
             raise RequestError(
-                Problem(f"method.extra_modules: the model has no {wanted} outside its layers", None,
-                        f"it has {', '.join(leaves)}")
+                Problem(
+                    f"method.extra_modules: the model has no {wanted} outside its layers",
+                    None,
+                    f"it has {', '.join(leaves)}",
+                )
             )
         found += matches
     return found
@@ -88,8 +91,13 @@ def decoder_layers(model: Any) -> tuple[str, Any]:
         if isinstance(module, torch.nn.ModuleList) and len(module) == wanted
     ]
     if not lists:
-        raise RequestError(Problem(f"{type(model).__name__} has no list of {wanted} decoder layers", None,
-                                   "use method=lora, which finds linear layers by type"))
+        raise RequestError(
+            Problem(
+                f"{type(model).__name__} has no list of {wanted} decoder layers",
+                None,
+                "use method=lora, which finds linear layers by type",
+            )
+        )
     return min(lists, key=lambda item: item[0].count("."))
 
 
@@ -114,7 +122,11 @@ def _check_names(model: Any, names: str | list[str], key: str) -> None:
     for name in names:
         if name.rpartition(".")[2] not in known:
             raise RequestError(
-                Problem(f"{key}: the model has no module {name}", None, f"linear layers: {', '.join(linear_names(model))}")
+                Problem(
+                    f"{key}: the model has no module {name}",
+                    None,
+                    f"linear layers: {', '.join(linear_names(model))}",
+                )
             )
 
 
@@ -153,19 +165,27 @@ def decomposes(spec: RunSpec) -> bool:
 def keep_initial_adapter(spec: RunSpec, model: Any, run: RunDir) -> None:
     """PiSSA and OLoRA move part of the base into the adapter: keep the start, to save the difference later."""
     if decomposes(spec):
-        model.save_pretrained(run.path / ".initial_adapter")
+        model.save_pretrained(run.path / "initial_adapter")
 
 
 def settle(spec: RunSpec, model: Any) -> None:
-    """Cast fp32 training weights to the precision the model is saved in, so that what is measured is what is saved."""
-    if isinstance(spec.method, (Full, Freeze)) and spec.train.precision != "fp32":
-        model.to(torch.bfloat16 if spec.train.precision == "bf16" else torch.float16)
+    """Give weights the precision they are loaded in, so that what is measured is what a user will load.
+
+    Whole weights trained in fp32 become 16 bits; an adapter (TRL trains it in bf16 over a quantised
+    base) becomes fp32, as peft loads it. Parameters only: a buffer such as the rotary frequencies
+    must stay fp32, as it is after loading.
+    """
+    whole = isinstance(spec.method, (Full, Freeze))
+    dtype = DTYPES[spec.train.precision] if whole else torch.float32
+    for parameter in model.parameters():
+        if whole or parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def save_model(spec: RunSpec, model: Any, folder: Path, run: RunDir) -> None:
     """Write the weights that `from_pretrained` needs: all of them, or the adapter over the untouched base."""
     if decomposes(spec):
-        start = run.path / ".initial_adapter"
+        start = run.path / "initial_adapter"
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start))
         shutil.rmtree(start)
     else:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.utils import is_flash_attn_2_available
 
 from runner.errors import Problem, RequestError
 from runner.paths import cache_dir
-from runner.spec import Full, Freeze, ModelSpec, QLora4, QLora8, RunSpec
+from runner.spec import Full, ModelSpec, QLora4, QLora8, RunSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -27,7 +30,7 @@ FALLBACK_TEMPLATE = (
 )
 
 
-def source_of(model: ModelSpec) -> str:
+def source_of(model: ModelSpec, say: Callable[[str], None] = lambda line: None) -> str:
     """What `from_pretrained` is given: a Hub id, or a local folder.
 
     A model carried by a package as GGUF is dequantised to 16-bit safetensors once (20 s for
@@ -43,6 +46,7 @@ def source_of(model: ModelSpec) -> str:
     stat = gguf.stat()
     target = cache_dir() / "models" / f"{gguf.stem}-{stat.st_size}-{int(stat.st_mtime)}"
     if not (target / "config.json").is_file():
+        say(f"Unpacking {model.gguf_file} (half a minute, once) …")
         _dequantise(folder, model.gguf_file, target)
     return str(target)
 
@@ -80,7 +84,7 @@ def _dequantise(folder: Path, gguf_file: str, target: Path) -> None:
 
 def load_tokenizer(spec: RunSpec, source: str) -> Any:
     """The tokenizer with a pad token and a chat template; RequestError for a template that cannot be read."""
-    with explained(spec):
+    with explained(spec.model):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.model.revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -89,7 +93,11 @@ def load_tokenizer(spec: RunSpec, source: str) -> Any:
             tokenizer.chat_template = Path(spec.data.chat_template).read_text("utf-8")
         except OSError as error:
             raise RequestError(
-                Problem(f"data.chat_template={spec.data.chat_template}: {error.strerror}", None, "name a Jinja file")
+                Problem(
+                    f"data.chat_template={spec.data.chat_template}: {error.strerror}",
+                    None,
+                    "name a Jinja file",
+                )
             ) from None
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = FALLBACK_TEMPLATE
@@ -121,8 +129,22 @@ def load_model(spec: RunSpec, source: str) -> Any:
         dtype = torch.float32
     if spec.hw.accelerator == "cuda":
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    with explained(spec):
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    with explained(spec.model):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    if isinstance(spec.method, QLora4) and spec.hw.accelerator == "cpu":
+        _keep_trainable_layout(model)
+    return model
+
+
+def _keep_trainable_layout(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for inference on a CPU with avx512_bf16.
+
+    In 0.50 the first forward pass in eval mode repacks them for good, and the backward pass then reads
+    the new layout as the old one: after one evaluation gradients are wrong and the loss no longer falls.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def attention(spec: RunSpec) -> str:
@@ -132,34 +154,28 @@ def attention(spec: RunSpec) -> str:
     return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
 
 
-class explained:
+@contextmanager
+def explained(model: ModelSpec) -> Iterator[None]:
     """Context in which the Hub's and transformers' refusals become one line with a remedy."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise RequestError(_refusal(model, error)) from error
 
-    def __init__(self, spec: RunSpec) -> None:
-        self.model = spec.model
 
-    def __enter__(self) -> None:
-        return None
+def _refusal(model: ModelSpec, error: Exception) -> Problem:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-        if not isinstance(error, (OSError, ValueError)):
-            return
-        name, text = self.model.id, str(error)
-        chain = f"{text} {error.__cause__}"
-        if isinstance(error.__cause__, GatedRepoError) or "gated repo" in chain:
-            remedy = f"accept its licence at https://huggingface.co/{name}, then export HF_TOKEN=…"
-            raise RequestError(Problem(f"{name} is gated on the Hugging Face Hub", None, remedy)) from error
-        if isinstance(error.__cause__, RevisionNotFoundError):
-            raise RequestError(
-                Problem(f"{name} has no revision {self.model.revision}", None, "check model.revision")
-            ) from error
-        if isinstance(error.__cause__, RepositoryNotFoundError) or "not a valid model identifier" in text:
-            remedy = "check model.id; a private model needs HF_TOKEN"
-            raise RequestError(Problem(f"the Hub has no model {name}", None, remedy)) from error
-        if "couldn't connect" in text.lower() or "offline" in text.lower():
-            remedy = "check the network, or name a local folder: model=hub model.id=./folder"
-            raise RequestError(Problem(f"the Hugging Face Hub cannot be reached to load {name}", None, remedy)) from error
-        first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-        raise RequestError(Problem(f"cannot load {name}: {first}", None, "check model.id")) from error
+    name, text, cause = model.id, str(error).strip(), error.__cause__
+    if isinstance(cause, GatedRepoError) or "gated repo" in f"{text} {cause}":
+        remedy = f"accept its licence at https://huggingface.co/{name}, then export HF_TOKEN=…"
+        return Problem(f"{name} is gated on the Hugging Face Hub", None, remedy)
+    if isinstance(cause, RevisionNotFoundError):
+        return Problem(f"{name} has no revision {model.revision}", None, "check model.revision")
+    if isinstance(cause, RepositoryNotFoundError) or "not a valid model identifier" in text:
+        return Problem(f"the Hub has no model {name}", None, "check model.id; a private model needs HF_TOKEN")
+    if "couldn't connect" in text.lower() or "offline" in text.lower():
+        remedy = "check the network, or name a local folder: model=hub model.id=./folder"
+        return Problem(f"the Hugging Face Hub cannot be reached to load {name}", None, remedy)
+    first = text.splitlines()[0] if text else type(error).__name__
+    return Problem(f"cannot load {name}: {first}", None, "check model.id")

@@ -41,7 +41,7 @@ def work(spec: RunSpec, run: RunDir, progress: Progress, stop: StopOnSignal) -> 
         torch.set_num_threads(spec.hw.num_cpus)
     set_seed(spec.train.seed)
     train_examples, eval_examples = load(spec.data, spec.train.seed)
-    source = models.source_of(spec.model)
+    source = models.source_of(spec.model, progress.note)
     tokenizer = models.load_tokenizer(spec, source)
     train_rows = dataset.tokenise(train_examples, tokenizer, spec)
     eval_rows = dataset.tokenise(eval_examples, tokenizer, spec) if eval_examples else None
@@ -84,7 +84,9 @@ def work(spec: RunSpec, run: RunDir, progress: Progress, stop: StopOnSignal) -> 
     plot_loss(run, summary)
     run.write("summary.json", summary)
     run.set_status("done", exit_code=0, step=trainer.state.global_step)
-    return Finished(trainer.model, tokenizer, summary)
+    # Without accelerate's wrapper, whose autocast nobody sees: the model as it was saved.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return Finished(model, tokenizer, summary)
 
 
 def _trainer(
@@ -145,7 +147,7 @@ def _measure(
             answers = generate(
                 trainer.model,
                 tokenizer,
-                [[dict(turn) for turn in e.prompt] for e in asked],
+                [e.prompt for e in asked],
                 max_new_tokens=spec.eval.max_new_tokens,
                 batch_size=spec.eval.batch_size,
                 autocast=autocast(spec),
@@ -154,7 +156,10 @@ def _measure(
         rows = compare(asked, answers)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(run.path / f"answers_{when}.jsonl", text)
-        result |= {"exact_match": sum(r["exact"] for r in rows) / len(rows), "num_exact": sum(r["exact"] for r in rows)}
+        result |= {
+            "exact_match": sum(r["exact"] for r in rows) / len(rows),
+            "num_exact": sum(r["exact"] for r in rows),
+        }
         result["num_prompts"] = len(rows)
     if result:
         progress.note(f"{when.capitalize():8}" + describe(result))
@@ -183,8 +188,11 @@ def _check_finite(losses: list[float]) -> None:
     bad = next((i for i, loss in enumerate(losses) if loss != loss or abs(loss) == float("inf")), None)
     if bad is not None:
         raise RunFailedError(
-            Problem(f"the loss became {losses[bad]} at step {bad + 1}", None,
-                    "lower train.learning_rate, or use train.precision=fp32")
+            Problem(
+                f"the loss became {losses[bad]} at step {bad + 1}",
+                None,
+                "lower train.learning_rate, or use train.precision=fp32",
+            )
         )
 
 

@@ -1,0 +1,96 @@
+"""How long a command takes that trains nothing, as a user feels it: from Enter to the prompt."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.bench import ROOT, Benchmark, alone, quartiles, say, table
+
+EXPLANATION = """\
+## Startup
+
+Whole processes, from start to exit, that answer before anything is trained: a rejected typo, the
+resolved run, a list, where a value came from. None of them imports torch; the last rows show what
+Python and an import alone cost on the same machine. The commands take turns, so that a busy moment hits
+all of them; the first round (cold files) is not counted.
+"""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A command, as arguments of Python, and the exit code that shows it did its work."""
+
+    what: str
+    arguments: tuple[str, ...]
+    exit_code: int = 0
+
+    @property
+    def typed(self) -> str:
+        """As a user types it."""
+        return "python " + " ".join(f'"{a}"' if " " in a else a for a in self.arguments)
+
+
+RUNNER = ("-m", "runner")
+COMMANDS = (
+    Timed("reject a typo", (*RUNNER, "train.lr=1"), exit_code=2),
+    Timed("show a resolved run", (*RUNNER, "show", "model=phi2")),
+    Timed("list the models", (*RUNNER, "list", "models")),
+    Timed("explain a value", (*RUNNER, "explain", "train.learning_rate", "recipe=phi2_lora_rtx6000adax5")),
+    Timed("Python alone", ("-c", "pass")),
+    Timed("torch alone", ("-c", "import torch")),
+    Timed("transformers alone", ("-c", "import transformers")),
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """`--repeats`."""
+    parser.add_argument("--repeats", type=int, default=20, help="runs of each command (default 20)")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of every run of every command; the commands take turns."""
+    seconds: dict[str, list[float]] = {command.what: [] for command in COMMANDS}
+    for turn in range(options.repeats + 1):
+        for command in COMMANDS:
+            taken = _seconds(command)
+            if turn:
+                seconds[command.what].append(round(taken, 4))
+        say(f"startup: round {turn} of {options.repeats}")
+    return {"commands": [{"what": c.what, "typed": c.typed, "seconds": seconds[c.what]} for c in COMMANDS]}
+
+
+def _seconds(command: Timed) -> float:
+    """Wall time of one process; RuntimeError if it did not end as it should."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *command.arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    taken = time.perf_counter() - began
+    if done.returncode != command.exit_code:
+        words = done.stderr.decode(errors="replace")
+        raise RuntimeError(f"{command.typed} ended with {done.returncode}, not {command.exit_code}:\n{words}")
+    return taken
+
+
+def section(measured: dict[str, Any]) -> str:
+    """Milliseconds per command."""
+    rows = []
+    for command in measured["commands"]:
+        low, middle, high = (1000 * value for value in quartiles(command["seconds"]))
+        fastest, slowest = 1000 * min(command["seconds"]), 1000 * max(command["seconds"])
+        spread = [f"{low:,.0f}–{high:,.0f}", f"{fastest:,.0f}–{slowest:,.0f}", str(len(command["seconds"]))]
+        rows.append([f"{command['what']}: `{command['typed']}`", f"**{middle:,.0f}**", *spread])
+    head = ["command", "median, ms", "middle half", "fastest–slowest", "runs"]
+    return f"{EXPLANATION}\n{table(head, rows)}"
+
+
+BENCHMARK = Benchmark("startup", add_options, measure, section)
+
+if __name__ == "__main__":
+    alone(BENCHMARK, sys.argv[1:])

@@ -1,0 +1,69 @@
+"""Which file a recipe is, and what is wrong with its defaults list: told with lines, before Hydra reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from runner import catalogue
+from runner.errors import Problem, RequestError
+from runner.paths import RECIPES
+from runner.provenance import shown
+from runner.suggest import nearest, nearest_choice
+
+_BASE = "begin it with: defaults: [config, _self_]"
+
+
+def find(recipe: str) -> Path:
+    """The file behind `recipe=NAME` or a path; RequestError where there is none."""
+    file = Path(recipe).expanduser()
+    if recipe in catalogue.recipes():
+        return RECIPES / f"{recipe}.yaml"
+    if file.suffix not in (".yaml", ".yml") or not file.is_file():
+        near = nearest(file.stem, catalogue.recipes())
+        remedy = f"did you mean recipe={near}?" if near else "python -m runner list recipes shows them"
+        raise RequestError(Problem(f"there is no recipe {recipe!r}", "command line", remedy))
+    if file.name != f"{file.stem}.yaml" or file.stem == "config":  # Hydra reads .yaml only, and config is the main job
+        name = "my_recipe" if file.stem == "config" else file.stem
+        raise RequestError(Problem(f"a recipe cannot be called {file.name}", "command line", f"call it {name}.yaml"))
+    return file
+
+
+def problems_in(file: Path, folders: tuple[Path, ...]) -> list[Problem]:
+    """Mistakes in the defaults list of a recipe, with a user's own `folders` of choices; YAMLError if it is broken."""
+    with file.open(encoding="utf-8") as stream:  # a stream, so that an error knows the file's name
+        node = yaml.compose(stream)
+    if not isinstance(node, yaml.MappingNode):
+        return [Problem(f"{shown(file)} is not a recipe: it holds no keys", None, _BASE)]
+    entries = next((value for key, value in node.value if key.value == "defaults"), None)
+    entries = entries.value if isinstance(entries, yaml.SequenceNode) else []
+    if not any(isinstance(entry, yaml.ScalarNode) and entry.value != "_self_" for entry in entries):
+        return [Problem(f"{shown(file)} builds on nothing: its defaults list does not name config", None, _BASE)]
+    choices = [pair for entry in entries if isinstance(entry, yaml.MappingNode) for pair in entry.value]
+    return [p for group, choice in choices for p in _problems_of_entry(group, choice, shown(file), folders)]
+
+
+def no_choice(group: str, name: str, names: tuple[str, ...], place: str) -> Problem:
+    """`group=name` where `names` are all there are."""
+    near = nearest_choice(group, name, names)
+    remedy = f"did you mean {group}={near}?" if near else f"python -m runner list {group} shows all"
+    return Problem(f"there is no {group} {name!r}", place, remedy)
+
+
+def _problems_of_entry(key: yaml.Node, choice: yaml.Node, file: str, folders: tuple[Path, ...]) -> Iterator[Problem]:
+    """What is wrong with `override /group: choice`."""
+    place = f"{file}:{key.start_mark.line + 1}"
+    group = re.sub(r"^(override|optional)\s+", "", key.value).removeprefix("/").split("@")[0]
+    if group.startswith("hydra/") or not isinstance(choice, yaml.ScalarNode):
+        return
+    names = catalogue.options(group, folders)
+    if not names:
+        near = nearest(group, catalogue.GROUPS)
+        yield Problem(f"there is no group {group!r}", place, near and f"did you mean override /{near}?")
+    elif choice.value not in names:
+        yield no_choice(group, choice.value, names, place)
+    elif group in catalogue.GROUPS and not key.value.startswith("override "):
+        yield Problem(f"{group} is chosen twice: in config and here", place, f"write override /{group}: {choice.value}")

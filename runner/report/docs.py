@@ -1,0 +1,24 @@
+"""`python -m runner.report.docs [--check]`: write, or check, every page that is generated."""
+
+from __future__ import annotations
+
+import click
+
+from runner.paths import ASSETS
+from runner.report import choices, reference
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Write nothing; fail if a page is not up to date.")
+def main(check: bool) -> None:
+    """Write the generated pages: docs/reference.md, docs/choices.md and the README's table."""
+    stale = {name: new for name, (old, new) in {**reference.pages(), **choices.pages()}.items() if old != new}
+    if check and stale:
+        raise click.ClickException(f"not up to date: {', '.join(stale)}; run `make docs`")
+    for name, text in stale.items():
+        (ASSETS / name).parent.mkdir(exist_ok=True)
+        (ASSETS / name).write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""What was typed, judged as far as it can be before anything is composed.
+
+`key=value` is read by Hydra's own grammar; which choices there are is read off the folders.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, OverrideType
+from hydra.errors import HydraException
+
+from runner import catalogue, recipe
+from runner.errors import Problem, RequestError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, before anything is read."""
+
+    recipe: str | None = None
+    """Name of a recipe, or path of a YAML file; None means `conf/config.yaml`."""
+    overrides: tuple[str, ...] = ()
+    """`group=choice` and `key=value`, in the order they were typed."""
+    config_dirs: tuple[Path, ...] = ()
+    """A user's own folders with groups; they come before the project's."""
+    spec_file: Path | None = None
+    """A finished `spec.json` to repeat, instead of a recipe."""
+    problems: tuple[Problem, ...] = ()
+    """What is wrong with other words that were typed, to be told with the rest."""
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where a user's own choices are: named folders, and the one the recipe is in."""
+        try:
+            beside = (recipe.find(self.recipe).resolve().parent,) if self.recipe else ()
+        except RequestError:
+            beside = ()
+        return (*(folder for folder in self.config_dirs if folder.is_dir()), *beside)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A request as far as it can be read, and what is wrong with the rest of it."""
+
+    request: Request
+    """Without `recipe=…` among its overrides."""
+    overrides: tuple[Override, ...]
+    problems: tuple[Problem, ...]
+    unsure: frozenset[str]
+    """Groups and keys that do not hold what the user meant for them."""
+
+    @property
+    def for_hydra(self) -> list[str]:
+        """The overrides as Hydra is to see them."""
+        return [for_hydra(override) for override in self.overrides]
+
+    def without_sweeps(self) -> Checked:
+        """What all points of a sweep share."""
+        fixed = tuple(o for o in self.overrides if not o.is_sweep_override())
+        varied = {o.key_or_group for o in self.overrides if o.is_sweep_override()}
+        return replace(self, overrides=fixed, unsure=self.unsure | varied)
+
+
+def check(request: Request, *, sweeping: bool = False) -> Checked:
+    """Judge every word; `sweeping` allows several values for a key."""
+    request, found = _lift_recipe(request)
+    unsure = set(catalogue.GROUPS) if found else set()
+    problems = [*request.problems, *found]
+    for folder in request.config_dirs:
+        if not folder.is_dir():
+            what = f"--config-dir {folder} is not a folder"
+            problems.append(Problem(what, COMMAND_LINE, "name a folder with model/mine.yaml, say"))
+    if sweeping and request.spec_file:
+        remedy = "start from a recipe, or repeat the spec.json once per value"
+        problems.append(Problem("a sweep cannot start from a spec.json", COMMAND_LINE, remedy))
+    overrides: list[Override] = []
+    for text in request.overrides:
+        override, problem = _read(text, request, sweeping)
+        if override and not problem:
+            overrides.append(override)
+        if problem:
+            problems.append(problem)
+            unsure.add(text.lstrip("+~").partition("=")[0])
+    return Checked(request, tuple(overrides), tuple(problems), frozenset(unsure))
+
+
+def for_hydra(override: Override) -> str:
+    """A plain `key=value` becomes `++key=value`: the schema, not Hydra, knows which keys there are."""
+    plain = override.type == OverrideType.CHANGE and not override.is_hydra_override()
+    return f"{'++' if plain and override.key_or_group not in catalogue.GROUPS else ''}{override.input_line}"
+
+
+def _lift_recipe(request: Request) -> tuple[Request, list[Problem]]:
+    """Take `recipe=…` out of the overrides: it names the primary config."""
+    named = [o.split("=", 1)[1] for o in request.overrides if o.startswith("recipe=")]
+    rest = tuple(o for o in request.overrides if not o.startswith("recipe="))
+    files = [str(file) for file in (request.recipe, request.spec_file) if file] + named
+    if len(files) > 1:
+        problem = Problem(f"{' and '.join(files)}: a run starts from one file", COMMAND_LINE, "name one of them")
+    elif named and "," in named[0]:
+        remedy = "sweep over choices and values, such as method=lora,qlora4, or call the runner once per recipe"
+        problem = Problem(f"recipe={named[0]}: a sweep cannot go over recipes", COMMAND_LINE, remedy)
+    else:
+        return replace(request, recipe=named[0] if named else request.recipe, overrides=rest), []
+    return replace(request, recipe=None, spec_file=None, overrides=rest), [problem]
+
+
+def _read(text: str, request: Request, sweeping: bool) -> tuple[Override | None, Problem | None]:
+    """One `key=value`, and what is wrong with it."""
+    parser = OverridesParser.create()
+    try:
+        override = parser.parse_override(text)
+        parser.parse_override(for_hydra(override))  # stricter about the key
+    except HydraException:
+        return None, Problem(f"cannot read {text!r}", COMMAND_LINE, _how_to_quote(text))
+    group = override.key_or_group
+    if not group:
+        return None, Problem(f"cannot read {text!r}", COMMAND_LINE, "write key=value")
+    if override.is_sweep_override() and not sweeping:
+        remedy = "add -m to run once per value"
+        if group not in catalogue.GROUPS:
+            remedy += f", or write a list: {group}=[…]"
+        return override, Problem(f"{text}: several values make a sweep", COMMAND_LINE, remedy)
+    return override, _choice_problem(override, request) if group in catalogue.GROUPS else None
+
+
+def _how_to_quote(text: str) -> str:
+    name, _, value = text.partition("=")
+    if not re.fullmatch(r"[+~]{0,2}\w[\w./@-]*", name) or ".." in name or not value:
+        return "write key=value"
+    quoted = f"\"'{value}'\"" if '"' in value else f"'\"{value}\"'"
+    return f"quote values with special characters: {name}={quoted}"
+
+
+def _choice_problem(override: Override, request: Request) -> Problem | None:
+    """A `group=name` whose name does not exist, or that is no choice at all; else None."""
+    group = override.key_or_group
+    if override.is_delete() or override.package is not None:
+        remedy = f"write {group}=NAME; python -m runner list {group} shows all"
+        return Problem(f"{override.input_line}: a run has one {group}", COMMAND_LINE, remedy)
+    names = catalogue.options(group, request.folders)
+    bad = [value for value in _chosen(override, names) if value not in names]
+    return recipe.no_choice(group, bad[0], names, COMMAND_LINE) if bad else None
+
+
+def _chosen(override: Override, names: tuple[str, ...]) -> list[str]:
+    """The choices an override names: one, those of a sweep, or those that fit a pattern."""
+    value: Any = override.value()
+    if isinstance(value, Glob):
+        return value.filter(list(names)) or [str(override.input_line).partition("=")[2]]
+    if override.is_discrete_sweep():
+        return list(override.sweep_string_iterator())
+    return [] if override.is_sweep_override() else [override.get_value_element_as_str()]

@@ -1,0 +1,69 @@
+"""What the tests share: one cache for the dequantised model, short runs of the real one."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Kept between test runs: unpacking SmolLM2 takes 20 s.
+os.environ.setdefault("RUNNER_CACHE", str(ROOT / ".pytest_cache" / "runner"))
+os.environ["WANDB_MODE"] = "offline"
+
+# A run of the real model in seconds: five steps of 2 × 128 tokens, one prompt.
+SHORT = (
+    "train.max_steps=5",
+    "train.max_length=128",
+    "train.batch_size=2",
+    "data.max_examples=40",
+    "eval.num_prompts=1",
+    "eval.max_new_tokens=4",
+)
+
+
+def spec_of(*overrides: str) -> Any:
+    """The resolved spec of a command line."""
+    from runner.launch import resolved
+    from runner.request import Request
+
+    return resolved(Request(overrides=overrides))[0]
+
+
+def run_cli(*words: str, cwd: Path | None = None, timeout: float = 560, **env: str) -> subprocess.CompletedProcess[str]:
+    """`python -m runner …` as a user runs it, in a process of its own."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-m", "runner", *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "160", **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., Any]:
+    """Train in this process: `train("method=full") -> (finished, run_dir)`."""
+
+    def start(*overrides: str) -> Any:
+        from rich.console import Console
+
+        from runner.report.progress import Progress
+        from runner.rundir import RunDir
+        from runner.train.callbacks import StopOnSignal
+        from runner.train.worker import work
+
+        spec = spec_of(*SHORT, *overrides, f"run.output_dir={tmp_path / 'runs'}")
+        run = RunDir.create(spec)
+        return work(spec, run, Progress(Console(file=io.StringIO())), StopOnSignal()), run
+
+    return start

@@ -1,0 +1,370 @@
+"""The command line: what it prints, what it refuses and with which exit code; nothing here trains."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner import catalogue, hardware, launch
+from runner.execute import local
+from runner.execute.local import Outcome
+from runner.hardware import Gpu, Machine
+from runner.paths import ASSETS
+from runner.rundir import RunDir
+from runner.spec import RunSpec
+from tests.conftest import run_cli
+from tests.front import here, laptop, runner, spec_of, write
+
+__all__ = ["here", "laptop"]  # fixtures
+pytestmark = pytest.mark.usefixtures("here")
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+# ── refusals ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_typo_is_told_on_standard_error_and_nothing_is_started(here: Path) -> None:
+    done = run_cli("model=mistrl7b", "train.lerning_rate=1e-4", cwd=here, **NO_GPU)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "The request is wrong; nothing was started",
+        "  • there is no model 'mistrl7b'  (command line)",
+        "    → did you mean model=mistral7b?",
+        "  • unknown key train.lerning_rate  (command line)",
+        "    → did you mean train.learning_rate?",
+    ]
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ("shwo", 2, "did you mean show?"),
+        ("run model=phi3", 2, "did you mean model=phi3_mini?"),
+        ("show lr=1", 2, "did you mean train.learning_rate?"),
+        ("explain train.lr", 2, "did you mean train.learning_rate?"),
+        ("explain method.rank method=full", 2, "method=full has no rank"),
+        ("explain model.size model=phi2", 2, "unknown key model.size"),
+        ("list modles", 2, "did you mean models?"),
+        ("list everything", 2, "one of model, method, hw"),
+        ("chat nowhere", 2, "there is no run nowhere"),
+        ("nowhere/spec.json", 2, "cannot read nowhere/spec.json"),
+        ("nowhere.yaml", 2, "there is no recipe 'nowhere.yaml'"),
+        ("--jsn", 2, "No such option"),
+        ("explain", 2, "Missing argument"),
+        ("-m method=full,lorra", 2, "did you mean method=lora?"),
+        ("-m train.seed=1,x,-3", 2, "train.seed=-3: expected at least 0"),
+        ("-m recipe=a,b", 2, "a sweep cannot go over recipes"),
+        ("-m train.precision=fp32,fp16", 2, "train.precision=fp16 needs a GPU"),
+        ("train.precision=fp16", 2, "train.precision=fp16 needs a GPU"),
+        ("train.batch_size=8 train.micro_batch_size=3 train.accumulation_steps=3", 2, "write train.batch_size=9"),
+        ("run.output_dir=/proc/nowhere", 2, "run.output_dir=/proc/nowhere cannot be written to"),
+        ("objective=dpo", 2, "objective=dpo is not supported yet: this version has no trainer for it"),
+        ("where=runpod hw=h100x3", 2, "where=runpod is not supported yet: this version cannot rent a pod"),
+        ("deepspeed=zero2", 2, "deepspeed=zero2 is not supported yet: this version does not launch DeepSpeed"),
+        ("hw.num_processes=2", 2, "takes 2 processes, not supported yet: this version launches one"),
+        ("-m objective=sft,dpo", 2, "objective=dpo is not supported yet"),
+        ("hw=h100x3", 3, "h100x3 needs 3 × H100"),
+        ("hw=h100x3 objective=dpo deepspeed=zero2", 3, "h100x3 needs 3 × H100"),
+        ("hw.num_gpus=2", 3, "this machine has no NVIDIA GPU"),
+        ("-m hw=local,h100", 3, "h100 needs 1 × H100"),
+    ],
+)
+def test_a_refusal_has_its_exit_code_and_leaves_nothing_behind(here: Path, words: str, code: int, says: str) -> None:
+    result = runner(*words.split())
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert says in result.stderr
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "what"),
+    [
+        ("show model=phi3 lr=1", 2, ["there is no model 'phi3'", "unknown key lr"]),
+        ("run hw=h100x3", 3, ["h100x3 needs 3 × H100 80GB HBM3 (79.7 GiB); this machine has no NVIDIA GPU "]),
+        ("-m method=full,lorra", 2, ["there is no method 'lorra'"]),
+        ("list modles", 2, ["there is nothing called 'modles' to list"]),
+        ("explain nope", 2, ["unknown key nope"]),
+        ("chat nowhere", 2, ["there is no run nowhere"]),
+    ],
+)
+def test_a_refusal_can_be_had_as_json(words: str, code: int, what: list[str]) -> None:
+    result = runner(*words.split(), "--json")
+    answer = json.loads(result.stdout)
+    assert answer["exit_code"] == result.exit_code == code
+    assert len(answer["problems"]) == len(what)
+    for problem, beginning in zip(answer["problems"], what, strict=True):
+        assert problem["what"].startswith(beginning)
+        assert set(problem) == {"what", "source", "remedy"}
+        assert problem["remedy"]
+
+
+def test_hardware_that_is_there_but_needs_more_processes_is_not_supported_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = tuple(Gpu("H100 80GB HBM3", f"GPU-{i}", 79.65, 9.0) for i in range(3))
+    monkeypatch.setattr(hardware, "detect", lambda: Machine(gpus, None, 0, 64, 500.0, True))
+    result = runner("hw=h100x3")
+    assert result.exit_code == 2
+    assert "hw=h100x3 takes 3 processes, not supported yet" in result.stderr
+
+
+def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "run", interrupt)
+    assert runner().exit_code == 130
+
+
+# ── answers ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_help_names_every_verb() -> None:
+    result = runner("--help")
+    assert result.exit_code == 0
+    for verb in ("run", "show", "explain", "list", "runs", "chat"):
+        assert f"\n  {verb} " in result.stdout
+        assert runner(verb, "--help").exit_code == 0
+
+
+def test_show_prints_the_resolved_run_and_its_notes() -> None:
+    result = runner("show", "model=phi2", "hw=h100x3", "train.batch_size=16")
+    assert result.exit_code == 0
+    assert "model:\n  title: Phi-2\n" in result.stdout
+    assert result.stdout.endswith("# note: global batch 16 rounded to 15 = 5 × 1 × 3 processes\n")
+
+
+def test_show_as_json_is_the_spec() -> None:
+    words = ("model=phi2", "method=full", "hw=a100")
+    assert RunSpec.model_validate_json(runner("show", "--json", *words).stdout) == spec_of(*words)
+
+
+@pytest.mark.parametrize("group", [*catalogue.GROUPS, "models", "gpus", "recipes"])
+def test_every_group_is_listed_with_all_its_choices(group: str) -> None:
+    rows = json.loads(runner("list", group, "--json").stdout)
+    known = {"models": catalogue.options("model"), "gpus": catalogue.options("hw"), "recipes": catalogue.recipes()}
+    assert [row["name"] for row in rows] == list(known.get(group) or catalogue.options(group))
+    table = runner("list", group)
+    assert table.exit_code == 0
+    assert all(row["name"] in table.stdout for row in rows)
+
+
+def test_models_are_listed_with_their_sizes() -> None:
+    assert "2,779,683,840" in runner("list", "models").stdout
+    (row,) = [row for row in json.loads(runner("list", "models", "--json").stdout) if row["name"] == "phi2"]
+    assert (row["num_parameters"], row["num_layers"], row["context_length"]) == (2_779_683_840, 32, 2048)
+
+
+def test_list_alone_shows_every_group() -> None:
+    rows = json.loads(runner("list", "--json").stdout)
+    assert [row["group"] for row in rows] == [*catalogue.GROUPS, "recipes"]
+    assert runner("list").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        ((), "train.learning_rate", 1e-3),
+        (("recipe=mistral7b_full_h100x3",), "train.batch_size", 48),
+        (("hw=h100x3",), "hw.num_gpus", 3),
+        (("hw=rtx4090x2",), "hw.env.NCCL_P2P_DISABLE", "1"),
+        (("model=phi2", "method=full"), "train.learning_rate", 2e-5),
+    ],
+)
+def test_explain_names_a_line_that_really_holds_the_key(words: tuple[str, ...], key: str, value: Any) -> None:
+    answer = json.loads(runner("explain", key, *words, "--json").stdout)
+    assert answer["value"] == value
+    printed = runner("explain", key, *words).stdout
+    for origin in answer["origins"]:
+        file, line = origin["place"].split(":")
+        text = (ASSETS / file).read_text("utf-8").splitlines()[int(line) - 1]
+        assert f"{origin['key'].rpartition('.')[2]}:" in text and str(origin["value"]) in text
+        assert origin["place"] in printed
+
+
+def test_explain_tells_command_line_default_and_hardware_apart() -> None:
+    assert (
+        "  command line  [q_proj,v_proj]\n"
+        in runner("explain", "method.target_modules", "method.target_modules=[q_proj,v_proj]").stdout
+    )
+    assert "default in the schema" in runner("explain", "train.seed").stdout
+    assert "derived from the hardware: auto → bf16" in runner("explain", "train.precision").stdout
+
+
+def test_explain_of_a_group_has_a_line_for_every_key() -> None:
+    lines = runner("explain", "train", "train.seed=3").stdout.splitlines()
+    assert len(lines) == len(RunSpec.model_fields["train"].annotation.model_fields)  # type: ignore[union-attr]
+    (seed,) = [line.split() for line in lines if line.startswith("train.seed")]
+    assert seed == ["train.seed", "3", "command", "line"]
+
+
+def test_runs_are_listed_with_their_state_and_last_loss(here: Path) -> None:
+    assert "No runs in runs yet" in runner("runs").stdout
+    assert runner("runs", "--json").stdout == "[]\n"
+    run = RunDir.create(spec_of("model=phi2", "method=lora"))
+    run.set_status("failed", error="out of memory", num_steps=9, exit_code=1)
+    (run.path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.25}\n{"st')
+    (row,) = json.loads(runner("runs", "--json").stdout)
+    assert {key: row[key] for key in ("run_id", "state", "model", "method", "step", "loss", "error")} == {
+        "run_id": run.id, "state": "failed", "model": "phi2", "method": "lora", "step": 2, "loss": 1.25,
+        "error": "out of memory",
+    }  # fmt: skip
+    table = runner("runs").stdout
+    assert run.id in table and "failed" in table and "1.2500" in table
+
+
+def test_chat_with_a_run_that_has_no_model_says_what_to_do(here: Path) -> None:
+    run = RunDir.create(spec_of())
+    run.set_status("failed")
+    result = runner("chat", str(run.path))
+    assert result.exit_code == 2
+    assert f"{run.path} has no model: its state is failed" in result.stderr
+    near = runner("chat", f"{str(run.path)[:-1]}x")
+    assert f"did you mean {run.path}?" in near.stderr
+
+
+# ── a run and a sweep, with a worker that does not train ───────────────────────────────────────
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[RunSpec]]:
+    """Replaces the worker by one that reports the seed as its loss; fails where the seed is `failing`."""
+
+    def replace(failing: int = -1, code: int = 1) -> list[RunSpec]:
+        seen: list[RunSpec] = []
+
+        def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False) -> Outcome:
+            seen.append(spec)
+            bad = spec.train.seed == failing
+            run.set_status("failed" if bad else "done", error="it broke" if bad else None)
+            if not bad:
+                run.write("summary.json", {"run_id": run.id, "eval": {"after": {"loss": float(spec.train.seed)}}})
+            return Outcome(run, code if bad else 0)
+
+        monkeypatch.setattr(local, "execute", execute)
+        return seen
+
+    return replace
+
+
+def test_no_words_at_all_run_the_main_job(here: Path, worker: Any) -> None:
+    seen = worker()
+    assert runner().exit_code == 0
+    (spec,) = seen
+    assert (spec.model.name, spec.method.name, spec.data.name) == ("smollm2_135m", "lora", "commands")
+    (run,) = (here / "runs").iterdir()
+    assert spec_of(str(run)) == spec
+
+
+def test_a_run_answers_with_its_summary_as_json(worker: Any) -> None:
+    worker()
+    result = runner("train.seed=3", "--json")
+    assert json.loads(result.stdout)["eval"]["after"]["loss"] == 3.0
+    assert "smollm2_135m" in result.stderr  # the words go elsewhere
+
+
+def test_a_run_that_fails_exits_with_its_code(worker: Any) -> None:
+    worker(failing=3)
+    assert runner("train.seed=3").exit_code == 1
+
+
+def test_a_sweep_runs_every_point_and_sorts_them_by_the_metric(here: Path, worker: Any) -> None:
+    seen = worker()
+    result = runner("-m", "train.seed=3,1,2", "model=phi2")
+    assert result.exit_code == 0
+    assert [spec.train.seed for spec in seen] == [3, 1, 2]
+    assert {spec.model.name for spec in seen} == {"phi2"}
+    (folder,) = (here / "runs/sweeps").iterdir()
+    report = json.loads((folder / "sweep.json").read_text())
+    assert [(row["metric"], row["overrides"][0]) for row in report["runs"]] == [
+        (1.0, "train.seed=1"), (2.0, "train.seed=2"), (3.0, "train.seed=3"),
+    ]  # fmt: skip
+    assert {RunDir(here / "runs" / row["run_id"]).read("status.json")["sweep"] for row in report["runs"]} == {
+        folder.name
+    }
+
+
+def test_a_point_that_fails_does_not_stop_the_others(worker: Any) -> None:
+    seen = worker(failing=1)
+    result = runner("-m", "train.seed=1,2", "--json")
+    assert result.exit_code == 1
+    assert len(seen) == 2
+    assert [(row["metric"], row["exit_code"], row["error"]) for row in json.loads(result.stdout)] == [
+        (2.0, 0, None),
+        (None, 1, "it broke"),
+    ]
+
+
+def test_an_interrupt_ends_a_sweep_and_keeps_what_was_done(here: Path, worker: Any) -> None:
+    seen = worker(failing=2, code=130)
+    assert runner("-m", "train.seed=1,2,3").exit_code == 130
+    assert len(seen) == 2
+    (folder,) = (here / "runs/sweeps").iterdir()
+    assert len(json.loads((folder / "sweep.json").read_text())["runs"]) == 2
+
+
+def test_a_sweep_may_start_from_a_recipe_that_leaves_something_open(here: Path, worker: Any) -> None:
+    seen = worker()
+    write(here / "mine.yaml", "defaults: [config, override /model: hub, _self_]\nrun: {output_dir: out}\n")
+    assert runner("-m", "mine.yaml", "model.id=org/a,org/b").exit_code == 0
+    assert [spec.model.id for spec in seen] == ["org/a", "org/b"]
+    assert (here / "out/sweeps").is_dir()
+
+
+# ── speed ──────────────────────────────────────────────────────────────────────────────────────
+
+HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "runpod", "deepspeed", "numpy", "matplotlib")
+BEFORE_TRAINING = [
+    *(["list", group] for group in (*catalogue.GROUPS, "recipes")),
+    ["--help"],
+    ["show"],
+    ["show", "recipe=mistral7b_full_h100x3", "--json"],
+    ["explain", "train.learning_rate", "model=phi2"],
+    ["list"],
+    ["runs"],
+    ["chat", "nowhere"],
+    ["run", "model=mistrl7b"],
+    ["run", "hw=h100x3"],
+    ["objective=dpo"],
+    ["-m", "method=full,lorra"],
+    ["-m", "hw=h100x3,h100"],
+    ["-sc", "install=bash"],
+    ["-sc", "query=bash"],
+]
+
+
+def test_nothing_before_training_imports_torch(here: Path) -> None:
+    code = (
+        "import json, sys\n"
+        "from runner.cli import cli\n"
+        "found = []\n"
+        f"for words in {BEFORE_TRAINING!r}:\n"
+        "    try:\n"
+        "        cli(words, prog_name='runner')\n"
+        "    except SystemExit as end:\n"
+        f"        found.append([words, end.code, [name for name in {HEAVY!r} if name in sys.modules]])\n"
+        "open('found.json', 'w').write(json.dumps(found))\n"
+    )
+    env = {"PYTHONPATH": str(ASSETS), "COMP_LINE": "runner model=", **NO_GPU}
+    subprocess.run([sys.executable, "-c", code], cwd=here, env=env, check=True, capture_output=True)
+    found = json.loads((here / "found.json").read_text())
+    assert [words for words, _, _ in found] == BEFORE_TRAINING
+    assert {code for _, code, _ in found} == {0, 2, 3}
+    assert [(words, heavy) for words, _, heavy in found if heavy] == []
+
+
+@pytest.mark.parametrize("words", [("model=mistrl7b",), ("show",)])
+def test_an_answer_takes_half_a_second(here: Path, words: tuple[str, ...]) -> None:
+    # Time of this process's children on the CPU, which does not grow while others work beside us:
+    # 0.35 to 0.4 s; importing torch alone takes over 2 s.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run_cli(*words, cwd=here, **NO_GPU)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 1.0

@@ -1,0 +1,114 @@
+"""All five methods on the real model: the loss falls, and what is saved is what was in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import modules as bnb_modules
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from runner.train import models
+from tests.conftest import spec_of
+
+QUESTION = "Fine-tune Mistral with 4-bit QLoRA on three H100s."
+
+
+@pytest.fixture(scope="module")
+def base() -> str:
+    """Folder of the unpacked base model."""
+    return models.source_of(spec_of().model)
+
+
+def logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    """Logits of one question, [1, s, V], without autocast: the weights decide."""
+    ids = tokenizer(QUESTION, return_tensors="pt")["input_ids"]
+    model.eval()
+    with torch.inference_mode():
+        return model(input_ids=ids).logits.float()
+
+
+@pytest.mark.parametrize(
+    ("method", "quantised"),
+    [
+        ("full", None),
+        ("freeze", None),
+        ("lora", None),
+        (
+            "qlora4",
+            BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+                bnb_4bit_quant_storage=torch.bfloat16,
+            ),
+        ),
+        ("qlora8", BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)),
+    ],
+)
+def test_trains_and_reloads(
+    method: str, quantised: Any, base: str, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # bitsandbytes' inference kernel for 4 bits rounds differently from its training one: take the latter.
+    monkeypatch.setattr(bnb_modules, "has_avx512bf16", lambda: False)
+    finished, run = train(
+        f"method={method}", "train.precision=bf16", "train.learning_rate=1e-3", "train.warmup_ratio=0"
+    )
+    lines = list(run.metrics())
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    needed = {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds", "time"}
+    assert needed <= lines[0].keys()
+
+    folder = run.path / "model"
+    if method in ("full", "freeze"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=quantised)
+        loaded = PeftModel.from_pretrained(plain, str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    difference = (logits(loaded, tokenizer) - logits(finished.model, finished.tokenizer)).abs().max().item()
+    assert difference == 0.0
+    # and it is not the base model that was saved
+    untouched = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    assert (logits(loaded, tokenizer) - logits(untouched, tokenizer)).abs().max().item() > 0.5
+
+    summary = json.loads((run.path / "summary.json").read_text("utf-8"))
+    assert summary["method"] == method and summary["state"] == "done"
+    assert summary["train"]["loss_last"] == lines[-1]["loss"]
+    assert summary["eval"]["after"]["loss"] < summary["eval"]["before"]["loss"]
+    assert run.state() == "done"
+    for name in ("spec.json", "status.json", "environment.json", "loss.png", "answers_before.jsonl"):
+        assert (run.path / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_decomposing_starts_reload_on_the_untouched_base(init: str, base: str, train: Callable[..., Any]) -> None:
+    """PiSSA and OLoRA change the base while they train; the saved adapter must not need that."""
+    finished, run = train(f"method.init={init}", "train.precision=fp32", "train.max_steps=2")
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(run.path / "model")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(run.path / "model")
+    torch.testing.assert_close(
+        logits(loaded, tokenizer), logits(finished.model, finished.tokenizer), atol=2e-3, rtol=1e-3
+    )
+    assert not (run.path / "initial_adapter").exists()
+
+
+def test_dora_rslora_layers_and_saved_modules(train: Callable[..., Any]) -> None:
+    finished, _ = train(
+        "method.use_dora=true", "method.use_rslora=true", "method.layers=[0,29]", "method.rank=4",
+        "method.target_modules=[q_proj,v_proj]", "method.modules_to_save=[norm]", "train.max_steps=1",
+        "eval.num_prompts=0",
+    )  # fmt: skip
+    trained = {n for n, p in finished.model.named_parameters() if p.requires_grad}
+    layers = {n.split(".layers.")[1].split(".")[0] for n in trained if ".layers." in n and "lora_" in n}
+    assert layers == {"0", "29"}
+    assert any("lora_magnitude_vector" in n for n in trained)
+    assert any(n.endswith("model.norm.modules_to_save.default.weight") for n in trained)

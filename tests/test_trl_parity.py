@@ -1,0 +1,76 @@
+"""Our worker against a bare TRL script with the same settings: the same losses, step by step."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.data.commands import examples
+from runner.train import models
+from tests.conftest import spec_of
+
+# What somebody would write without this project. It gets the rows as text and lets TRL do the rest.
+SCRIPT = """
+import json, sys
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+source, rows, out, packing = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3], sys.argv[4] == "true"
+torch.set_num_threads(2)
+tokenizer = AutoTokenizer.from_pretrained(source)
+model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+trainer = SFTTrainer(
+    model=model,
+    processing_class=tokenizer,
+    train_dataset=Dataset.from_list(rows),
+    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    args=SFTConfig(
+        output_dir=out, max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=1, max_length=128, packing=packing,
+        bf16=True, use_cpu=True, gradient_checkpointing=False, seed=42, logging_steps=1, save_strategy="no",
+        max_grad_norm=1.0, weight_decay=0.0, optim="adamw_torch_fused", report_to="none", disable_tqdm=True,
+    ),
+)
+trainer.train()
+json.dump([h["loss"] for h in trainer.state.log_history if "loss" in h], open(out + "/losses.json", "w"))
+"""
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_same_losses_as_bare_trl(packing: str, train: Callable[..., Any], tmp_path: Path) -> None:
+    finished, run = train(
+        "train.precision=bf16", f"train.packing={packing}", "train.batch_size=4", "train.micro_batch_size=2",
+        "train.learning_rate=1e-3", "train.warmup_ratio=0.2", "train.attention=sdpa", "hw.num_cpus=2",
+        "eval.num_prompts=0",
+    )  # fmt: skip
+    ours = [line["loss"] for line in run.metrics()]
+
+    system = {"role": "system", "content": spec_of().data.system_prompt}
+    rows = [
+        {
+            "prompt": [system, {"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+        for row in examples()[0][:40]
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), "utf-8")
+    out = tmp_path / "bare"
+    out.mkdir()
+    source = models.source_of(spec_of().model)
+    subprocess.run(
+        [sys.executable, "-c", SCRIPT, source, str(tmp_path / "rows.json"), str(out), packing],
+        check=True, capture_output=True, timeout=500,
+    )  # fmt: skip
+    theirs = json.loads((out / "losses.json").read_text("utf-8"))
+    assert len(ours) == len(theirs) == 5
+    assert ours == theirs
+    assert finished.summary["train"]["loss_first"] == theirs[0]
