@@ -21,8 +21,10 @@ INTRO = """\
 # Benchmarks
 
 What the README claims, measured. `python -m benchmarks` (or `make bench`) repeats everything on your
-machine and writes this page again; `python -m benchmarks NAME` repeats one of {names}. A median stands
-with its middle half (25th to 75th percentile): where that is wide, the machine was not quiet.
+machine and writes this page again; `python -m benchmarks NAME` repeats one of them: {names}.
+
+A median stands with its middle half (25th to 75th percentile): where that is wide, the machine was not
+quiet.
 """
 
 
@@ -33,7 +35,7 @@ def page() -> str:
         for benchmark in BENCHMARKS.values()
         if benchmark.file.is_file()
     ]
-    names = " and ".join(f"`{name}`" for name in BENCHMARKS)
+    names = ", ".join(f"`{name}`" for name in BENCHMARKS)
     return "\n".join([INTRO.format(names=names), *sections])
 
 

@@ -89,10 +89,17 @@ def bare(spec: RunSpec, run: RunDir, turns: Turns) -> None:
         torch.nn.utils.clip_grad_norm_(trained, spec.train.max_grad_norm)
         optimizer.step()
         schedule.step()
-        size = batch["input_ids"].numel()
-        mask = batch.get("attention_mask")
-        tokens = size if mask is None else int(mask.sum())
-        turns.step_done(Step(turns.elapsed(), loss.item(), tokens, size))
+        turns.step_done(Step(turns.elapsed(), loss.item(), *count(batch)))
+
+
+def count(batch: dict[str, Any]) -> tuple[int, int]:
+    """Tokens and positions; in a packed batch all padding, and each first token, is at position 0 without a label."""
+    size = batch["input_ids"].numel()
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum()), size
+    starts = batch["position_ids"] == 0
+    padding = starts & functional.pad(starts[:, 1:], (0, 1), value=True)  # no second token follows
+    return size - int(padding.sum()), size
 
 
 def loss_of(model: Any, batch: dict[str, Any]) -> torch.Tensor:

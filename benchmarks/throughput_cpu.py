@@ -20,7 +20,7 @@ from runner.spec import RunSpec
 
 WARMUP_STEPS = 2  # the first steps build oneDNN's kernels for every shape
 BLOCK = 2  # steps of a turn
-PADDED_BATCH = 8  # a packed sequence of 512 tokens holds about as many examples of `commands`
+PADDED_BATCH = 4  # a packed sequence of 256 tokens holds about as many examples of `commands`
 TARGET = 1.05
 
 EXPLANATION = f"""\
@@ -49,9 +49,8 @@ Both train on the same batches in the same order: the losses differ by at most {
 PACKING = f"""\
 ### Packed against padded
 
-Packed: one sequence of up to 512 tokens made of whole examples that do not see each other. Padded:
-{PADDED_BATCH} examples of the same data, each filled up to the longest one. Effective tokens per second
-leave the padding out.
+Packed: one sequence made of whole examples that do not see each other. Padded: {PADDED_BATCH} examples of the
+same data, each filled up to the longest one. Effective tokens per second leave the padding out.
 """
 ATTENTION = """\
 ### SDPA against eager attention

@@ -308,6 +308,8 @@ class DataSpec(Part):
     """Share of the rows held out where no separate file or split is named."""
     max_examples: int | None = Field(default=None, ge=1)
     """Take only the first n training rows."""
+    max_eval_examples: int | None = Field(default=None, ge=1)
+    """Take only the first n held-out rows: a large set makes every evaluation slow."""
     format: Literal["auto", "chat", "prompt_completion", "text"] = "auto"
     """Shape of a row; auto looks at the fields of the first."""
     messages_field: str = "messages"

@@ -23,6 +23,7 @@ SHORT = (
     "train.max_length=128",
     "train.batch_size=2",
     "data.max_examples=40",
+    "data.max_eval_examples=6",
     "eval.num_prompts=1",
     "eval.max_new_tokens=4",
 )

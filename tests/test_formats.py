@@ -397,6 +397,7 @@ def test_a_share_of_the_rows_is_held_out(tmp_path: Path) -> None:
 
 def test_a_file_of_its_own_is_held_out(tmp_path: Path) -> None:
     paths = {"path": many(tmp_path, 5), "eval_path": many(tmp_path, 3, "eval.jsonl")}
+    assert len(load(spec(**paths, max_eval_examples=1), seed=1)[1]) == 1
     train, held = load(spec(**paths, max_examples=2), seed=1)
     assert [e.text for e in train] == ["my.jsonl 0", "my.jsonl 1"]
     assert [e.text for e in held] == ["eval.jsonl 0", "eval.jsonl 1", "eval.jsonl 2"]

@@ -36,7 +36,8 @@ trainer = SFTTrainer(
     args=SFTConfig(
         output_dir=out, max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=2,
         learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=1, max_length=128, packing=packing,
-        bf16=True, use_cpu=True, gradient_checkpointing=False, seed=42, logging_steps=1, save_strategy="no",
+        bf16=True, use_cpu=True, gradient_checkpointing=False, seed=42,
+        pad_to_multiple_of=128 if packing else "auto", logging_steps=1, save_strategy="no",
         max_grad_norm=1.0, weight_decay=0.0, optim="adamw_torch_fused", report_to="none", disable_tqdm=True,
     ),
 )

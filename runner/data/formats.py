@@ -259,7 +259,7 @@ def load(spec: DataSpec, seed: int) -> tuple[list[Example], list[Example]]:
         refuse(problems)
     if eval_table is None:
         train, held = split(train, spec.eval_fraction, seed)
-    return train[: spec.max_examples], held
+    return train[: spec.max_examples], held[: spec.max_eval_examples]
 
 
 def _tables(spec: DataSpec) -> tuple[Table, Table | None]:

@@ -26,7 +26,9 @@ def plot_loss(run: RunDir, summary: dict[str, Any]) -> None:
     top.plot(steps, running_mean(losses), color=BLUE, linewidth=2, label="running mean")
     held = [(line["step"], line["loss"]) for line in run.evals()]
     if held:
-        top.plot(*zip(*held, strict=True), color=ORANGE, marker="o", linewidth=1.2, label="held out")
+        top.plot(
+            *zip(*held, strict=True), color=ORANGE, marker="o", linewidth=1.2 if len(held) > 2 else 0, label="held out"
+        )
     if min(losses) > 0 and max(losses) / min(losses) > 20:
         top.set_yscale("log")
     top.set_ylabel("loss")

@@ -40,8 +40,11 @@ class CountingTrainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
         """One micro batch; `inputs["input_ids"]` is [b, s]."""
         size = inputs["input_ids"].numel()
         mask = inputs.get("attention_mask")
+        if mask is None:  # packed: padding begins a document of its own at every position
+            pad = self.processing_class.pad_token_id
+            mask = (inputs["position_ids"] != 0) | (inputs["input_ids"] != pad)
         self.positions += size
-        self.tokens += size if mask is None else int(mask.sum())
+        self.tokens += int(mask.sum())
         return super().training_step(model, inputs, *args, **kwargs)
 
     def take_counts(self) -> tuple[int, int]:
@@ -72,6 +75,12 @@ def num_steps(spec: RunSpec, num_rows: int) -> int:
     return -(-int(spec.train.num_epochs * per_epoch * 1000) // 1000)
 
 
+def _pad_to(spec: RunSpec) -> int | str:
+    """On a CPU every packed batch gets the same shape: oneDNN builds a kernel per shape and keeps each one's
+    scratch memory, 1.6 instead of 2.2 GiB at the peak of the main job; packing leaves 3% to pad."""
+    return spec.train.max_length if spec.hw.accelerator == "cpu" and spec.train.packing else "auto"
+
+
 def settings(spec: RunSpec, run: RunDir, total_steps: int, report_to: list[str]) -> SFTConfig:
     """Our settings in TRL's words."""
     train, evaluate = spec.train, spec.eval
@@ -100,6 +109,7 @@ def settings(spec: RunSpec, run: RunDir, total_steps: int, report_to: list[str])
         use_liger_kernel=train.liger is True,
         max_length=train.max_length,
         packing=train.packing,
+        pad_to_multiple_of=_pad_to(spec),
         dataset_kwargs={"skip_prepare_dataset": True},
         seed=train.seed,
         logging_steps=1,
