@@ -79,7 +79,8 @@ def print_summary(console: Console, summary: dict[str, Any], run: RunDir) -> Non
         f"{train['tokens_per_second']:,.0f} tokens/s; peak memory {summary['peak_memory_gib']:.1f} GiB",
     )
     where = shown(run.path)
-    table.add_row("Model", f"{where}/model  (loss curve: {where}/loss.png)")
+    table.add_row("Model", f"{where}/model")
+    table.add_row("Loss curve", f"{where}/loss.png")
     console.print()
     console.print(table, highlight=False)
     console.print(f"\nTry it:  [bold]python -m runner chat {shlex.quote(where)}[/bold]", highlight=False)

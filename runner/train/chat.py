@@ -23,6 +23,7 @@ def main() -> int:
     options = _options()
     run = RunDir(options.spec.resolve().parent)
     spec = RunSpec.model_validate(json.loads(options.spec.read_text("utf-8")))
+    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between a script and its JSON
     quiet_libraries(run)
     console = Console(stderr=True)
     try:
@@ -34,7 +35,8 @@ def main() -> int:
     system: list[Turn] = [{"role": "system", "content": spec.data.system_prompt}] if spec.data.system_prompt else []
     if options.prompt is not None:
         text = answer(spec, model, tokenizer, [*system, _user(options.prompt)], options.max_new_tokens)
-        print(json.dumps({"prompt": options.prompt, "answer": text}, ensure_ascii=False) if options.json else text)
+        reply = {"prompt": options.prompt, "answer": text}
+        print(json.dumps(reply, ensure_ascii=False) if options.json else text, file=out)
         return 0
     console.print("Type a prompt; [bold]/new[/bold] starts over, Ctrl-D ends.", highlight=False)
     turns = list(system)
@@ -50,7 +52,7 @@ def main() -> int:
             turns.append(_user(line))
             text = answer(spec, model, tokenizer, turns, options.max_new_tokens)
             turns.append({"role": "assistant", "content": text})
-            print(text)
+            print(text, file=out, flush=True)
 
 
 def load(spec: RunSpec, run: RunDir, *, base: bool = False) -> tuple[Any, Any]:
