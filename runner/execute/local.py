@@ -19,7 +19,12 @@ from runner.spec import LaterObjective, LocalPlace, RunSpec
 # glibc gives every freed block of a few MiB back to the kernel and pays page faults to get it again,
 # step after step: 264 tokens/s instead of 391 for the main job on two cores. So: let it keep blocks up to
 # 32 MiB (8 MiB is too few; more wins nothing and costs memory).
-CPU_ENV = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
+# DeepSpeed, where installed, is imported by accelerate and would announce that it found no GPU.
+CPU_ENV = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "DS_ACCELERATOR": "cpu",
+}
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
