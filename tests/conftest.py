@@ -38,12 +38,12 @@ def spec_of(*overrides: str) -> Any:
 
 
 def run_cli(*words: str, cwd: Path | None = None, timeout: float = 560, **env: str) -> subprocess.CompletedProcess[str]:
-    """`python -m runner …` as a user runs it, in a process of its own."""
+    """`python -m runner …` as a user runs it, in a process of its own; an empty variable is taken away."""
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, "-m", "runner", *words],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "160", **env},
+        env={k: v for k, v in {**os.environ, "PYTHONPATH": paths, "COLUMNS": "160", **env}.items() if v},
         capture_output=True,
         text=True,
         timeout=timeout,

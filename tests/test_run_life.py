@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -131,9 +130,10 @@ def test_wandb_offline_leaves_a_run_that_wandb_reads(tmp_path: Path) -> None:
         [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(folder)],
         check=True, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    losses = [float(loss) for loss in re.findall(r'"train/loss":\s*"?([0-9.eE+-]+)', read.stdout)]
-    assert [line["loss"] for line in run.metrics()] == pytest.approx(losses[:3])
-    assert len(losses) >= 3
+    history = [record["history"]["item"] for record in map(json.loads, read.stdout.splitlines())
+               if record["type"] == "history"]  # fmt: skip
+    losses = [float(item["train/loss"]) for item in history if "train/loss" in item]
+    assert losses == pytest.approx([line["loss"] for line in run.metrics()])
 
 
 def test_wandb_without_network_says_so_and_goes_on(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import netrc
 import os
 import socket
 from typing import Any
@@ -23,7 +24,7 @@ def start_tracking(spec: RunSpec, run: RunDir) -> tuple[list[str], str | None]:
 def _start_wandb(spec: RunSpec, run: RunDir) -> str:
     import wandb
 
-    reason = _why_offline(wandb)
+    reason = _why_offline()
     os.environ["WANDB_SILENT"] = "true"
     options: dict[str, Any] = {
         "project": spec.track.project,
@@ -42,16 +43,24 @@ def _start_wandb(spec: RunSpec, run: RunDir) -> str:
     return f"Weights & Biases: recorded offline ({reason}); upload it later: wandb sync {run.path}/wandb/offline-run-*"
 
 
-def _why_offline(wandb: Any) -> str | None:
+def _why_offline() -> str | None:
     """Why wandb cannot go online, or None; never asks, never waits for more than 3 s."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
-    if not wandb.api.api_key:
-        return "no key: export WANDB_API_KEY=… or wandb login"
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
     name, _, port = host.partition(":")
+    if not os.environ.get("WANDB_API_KEY") and not _in_netrc(name):
+        return "no key: export WANDB_API_KEY=… or wandb login"
     try:
         socket.create_connection((name, int(port or 443)), timeout=3).close()
     except OSError:
         return f"{host} cannot be reached"
     return None
+
+
+def _in_netrc(host: str) -> bool:
+    """`wandb login` leaves its key there."""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
