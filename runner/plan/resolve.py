@@ -7,9 +7,9 @@ from typing import Any
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 
-# On a CPU in bf16, packed, eager attention trains 1.16 to 1.23 times as fast as SDPA at 256 and 512
-# tokens (docs/benchmarks.md); beyond this its scores, heads × s² per layer, cost too much memory.
-EAGER_UP_TO = 1024
+# On a CPU in bf16, packed, eager attention takes 0.74 to 0.98 of SDPA's time at 256 and 512 tokens
+# (docs/benchmarks.md); at 1,024 it is slower, and its scores, heads × s² per layer, take 4.5 instead of 2.5 GiB.
+EAGER_UP_TO = 512
 MAX_MICRO_BATCH = 8  # larger ones gain little speed on any GPU once a sequence has 512 tokens
 
 
