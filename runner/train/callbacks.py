@@ -70,7 +70,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has 
             stream.write(json.dumps(line) + "\n")
 
 
-class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second one ends the process at once."""
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         self.training = False
 
 
-class MarkComplete(TrainerCallback):  # type: ignore[misc]
+class MarkComplete(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """A checkpoint counts only with its marker, written after everything else."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
