@@ -43,8 +43,7 @@ most {TARGET - 1:.0%} longer.
 """
 SAME = """\
 Both train on the same batches in the same order: the losses differ by at most {worst:.6f} in any step
-(mean loss {mean:.3f}). In bfloat16 two ways to round move apart by about 0.01 within a few steps;
-`--with train.precision=fp32` shows the same without rounding.
+(mean loss {mean:.3f}).
 """
 PACKING = f"""\
 ### Packed against padded

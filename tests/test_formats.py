@@ -11,7 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
 import pytest
+from huggingface_hub import constants
+from pyarrow import parquet
 
 from runner.data import commands, hub
 from runner.data.files import read_rows, read_table
@@ -33,9 +37,8 @@ def spec(**changes: Any) -> DataSpec:
 
 def as_bytes(ending: str) -> bytes:
     if ending == "parquet":
-        pyarrow = pytest.importorskip("pyarrow")
         buffer = io.BytesIO()
-        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(ROWS), buffer)
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), buffer)
         return buffer.getvalue()
     if ending == "json":
         return json.dumps(ROWS, indent=1, ensure_ascii=False).encode()
@@ -448,7 +451,6 @@ def test_nothing_heavy_is_imported() -> None:
 
 def test_a_data_set_is_loaded_as_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`load_dataset` reads a folder the way it reads a repository: the real thing, without a network."""
-    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()
@@ -538,8 +540,6 @@ def test_what_goes_wrong_with_the_hub_is_said_in_one_line(
 
 
 def test_without_a_network_the_hub_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets")
-    constants = pytest.importorskip("huggingface_hub").constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(RequestError, match="the Hugging Face Hub cannot be reached"):
         load(DataSpec(source="hub", id="org/no-such-data-set"), seed=0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import PAGE, page
 from runner.report import choices, reference
 
 
@@ -19,6 +20,10 @@ def test_every_key_has_a_sentence() -> None:
 def test_page_is_up_to_date(name: str) -> None:
     written, generated = {**reference.pages(), **choices.pages()}[name]
     assert written == generated, f"{name} differs from what it is generated from: run `make docs`"
+
+
+def test_the_benchmark_page_shows_the_results_that_are_kept() -> None:
+    assert PAGE.read_text("utf-8") == page(), "run `python -m benchmarks --docs`"
 
 
 @pytest.mark.parametrize(

@@ -100,33 +100,18 @@ def _comment(file: Any) -> str:
 
 
 def _model_row(group: str, name: str) -> Row:
-    m = catalogue.load(group, name)
-    keys = (
-        "title",
-        "id",
-        "architecture",
-        "num_parameters",
-        "num_layers",
-        "hidden_size",
-        "context_length",
-        "gated",
-    )
-    return {"name": name, **{k: m.get(k) for k in keys}}
+    keys = "title id architecture num_parameters num_layers hidden_size context_length gated"
+    return _fields(group, name, keys.split())
 
 
 def _hw_row(group: str, name: str) -> Row:
-    h = catalogue.load(group, name)
-    keys = (
-        "gpu",
-        "num_gpus",
-        "memory_gib",
-        "bf16",
-        "flash_attention",
-        "tflops_bf16",
-        "usd_per_hour",
-        "price_date",
-    )
-    return {"name": name, **{k: h.get(k) for k in keys}}
+    keys = "gpu num_gpus memory_gib bf16 flash_attention tflops_bf16 usd_per_hour price_date"
+    return _fields(group, name, keys.split())
+
+
+def _fields(group: str, name: str, keys: list[str]) -> Row:
+    values = catalogue.load(group, name)
+    return {"name": name, **{key: values.get(key) for key in keys}}
 
 
 _METHODS = {

@@ -71,6 +71,10 @@ class CountingTrainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
             loss = loss * self.accelerator.num_processes  # counted over all ranks, whose gradients are averaged
         return (loss, outputs) if return_outputs else loss
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """None: to count them the trainer walks through all modules at every step, and nobody reads `total_flos`."""
+        return 0
+
     def take_counts(self) -> tuple[int, int]:
         """Positions and tokens since the last call."""
         counts = self.positions, self.tokens
@@ -129,7 +133,7 @@ def settings(spec: RunSpec, run: RunDir, total_steps: int, report_to: list[str])
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
         use_cpu=spec.hw.accelerator == "cpu",
-        gradient_checkpointing=bool(train.gradient_checkpointing),
+        activation_checkpointing=bool(train.gradient_checkpointing),
         use_liger_kernel=train.liger is True,
         max_length=train.max_length,
         packing=train.packing,
