@@ -56,6 +56,9 @@ def mark_trainable(spec: RunSpec, model: Any) -> None:
             if spec.method.master_weights:
                 for parameter in module.parameters():
                     parameter.data = parameter.data.float()
+        # transformers 5 gives the embeddings' output a gradient wherever it checkpoints, for adapters' sake. Here that
+        # would keep the input of every frozen layer and run the backward pass through them all, for nothing.
+        model.enable_input_require_grads = lambda: None
 
 
 def _freeze_modules(method: Freeze, model: Any) -> list[Any]:
