@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import sys
 
-from benchmarks import startup, throughput_cpu
+from benchmarks import memory_accuracy, startup, throughput_cpu
 from benchmarks.bench import ROOT, write
 
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (startup.BENCHMARK, throughput_cpu.BENCHMARK)}
+BENCHMARKS = {b.name: b for b in (startup.BENCHMARK, throughput_cpu.BENCHMARK, memory_accuracy.BENCHMARK)}
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 INTRO = """\

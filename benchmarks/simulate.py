@@ -177,7 +177,7 @@ def transformers_config(model: ModelSpec, num_layers: int | None = None) -> Any:
     if model.num_experts:
         facts |= {"num_local_experts": model.num_experts, "num_experts_per_tok": model.experts_per_token}
     if model.architecture == "phi":
-        facts["resid_pdrop"] = 0.1  # microsoft/phi-2's config.json
+        facts |= {"resid_pdrop": 0.1, "partial_rotary_factor": 0.4}  # microsoft/phi-2's config.json
     assert model.architecture
     return AutoConfig.for_model(model.architecture, **facts)
 

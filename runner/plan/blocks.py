@@ -6,11 +6,12 @@ those decide when a tensor dies. b sequences of s tokens; `n` = b·s; widths are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from runner.plan.shape import Matrix, Shape
-from runner.plan.tape import ACTIVATIONS, CASTS, HEAD, Node, Storage, Tape, Tensor
+from runner.plan.tape import CASTS, Node, Storage, Tape, Tensor
 
 FUSED_ROWS = 4096  # TOKEN_CHUNK_SIZE of trl/kernels/chunked_logprob.py (TRL 1.16)
 FUSED_COLUMNS = 32768  # _CHUNKED_LOGPROB_CHUNK_SIZE of trl/trainer/utils.py
@@ -81,7 +82,9 @@ class Block:
             out.node = t.node(lambda grad: [(source, t.new(values, before))])
         return out
 
-    def weight(self, key: object, values: float, width: int, trained: bool, wanted: int) -> tuple[Storage | None, Node | None]:
+    def weight(
+        self, key: object, values: float, width: int, trained: bool, wanted: int
+    ) -> tuple[Storage | None, Node | None]:
         """A parameter as an operation sees it: under autocast a cast copy, made once per forward pass."""
         t = self.t
         leaf = t.leaf() if trained and t.recording else None
@@ -431,7 +434,7 @@ class Block:
         a, b = self.views(x, [x.values / 2, x.values / 2])
         return a, b
 
-    def views(self, x: Tensor, parts: list[float]) -> list[Tensor]:
+    def views(self, x: Tensor, parts: Sequence[float]) -> list[Tensor]:
         """Views of x; every one's gradient is written into zeros of x's size, which are then added up."""
         t, values, width, source = self.t, x.values, x.width, x.node
         made = [Tensor(part, width, x.storage) for part in parts]
@@ -491,7 +494,7 @@ class Block:
         if nodes and t.recording:
 
             def backward(grad: Storage) -> list[tuple[Node, Storage]]:
-                return [(n, grad if w == width else t.new(v, w)) for n, v, w in nodes if n is not None]
+                return [(n, grad if w == width else t.new(v, w)) for n, v, w in nodes]
 
             out.node = t.node(backward)
         return out

@@ -42,7 +42,9 @@ def _llama_mlp(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
     if "gate_up_proj" in k.matrices:
         gate, up = k.halves(k.project(x, "gate_up_proj", kind))
         return k.project(k.mul(up, k.pointwise(gate)), "down_proj", kind)
-    return k.project(k.mul(k.pointwise(k.project(x, "gate_proj", kind)), k.project(x, "up_proj", kind)), "down_proj", kind)
+    return k.project(
+        k.mul(k.pointwise(k.project(x, "gate_proj", kind)), k.project(x, "up_proj", kind)), "down_proj", kind
+    )
 
 
 def _experts(k: Block, x: Tensor, kind: LayerKind) -> Tensor:

@@ -42,7 +42,7 @@ class Step:
 
 @lru_cache(maxsize=4096)
 def step(shape: Shape, setting: Setting, trains: Trains, has_gradients: bool = False) -> Step:
-    """Replay one micro batch; `has_gradients`: an earlier micro batch has left its gradients (counted by the caller)."""
+    """Replay one micro batch; with `has_gradients` an earlier one has left its gradients, which the caller counts."""
     tape = Tape()
     tape.has_gradients = has_gradients
     k = Block(tape, shape, setting)
@@ -71,7 +71,7 @@ def step(shape: Shape, setting: Setting, trains: Trains, has_gradients: bool = F
     times.append(1)
     forward, held = stretched(tape.segments, times)
     _, held = stretched(tape.forget(), times, held)
-    segments = tape.backward(loss)
+    segments = tape.backward(loss) if loss.node is not None else []
     del positions
     backward, _ = stretched(segments, [times[segment.index] for segment in segments], held)
     return Step(_peak(forward), _peak(backward))

@@ -1,0 +1,87 @@
+"""What a run costs: the hours a machine is held, times its price, and the disk it needs meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# GB/s from the Hugging Face Hub to a rented machine. Plain Python reaches about 0.5 on a very fast network
+# (github.com/huggingface/hf_transfer, README); half of it: assumption.
+DOWNLOAD_GB_S = 0.25
+# Cold pull of RunPod's PyTorch image: 9 to 13 minutes, 28 s where the host has it (users' reports, 2026). The cold one
+# is counted: nobody knows the host beforehand.
+IMAGE_PULL_S = 11 * 60
+# Start of the pod, installing the runner, importing torch, reading the data: assumption.
+START_S = 3 * 60
+LOCAL_START_S = 30  # importing torch and transformers takes 2 s (docs/benchmarks.md), the data the rest: assumption
+LOAD_GB_S = 1.0  # weights from the disk into memory, a NVMe disk or the page cache: assumption
+SAVE_GB_S = 0.5  # weights to the disk of the machine, synced: assumption
+# Container disk and volume of a running pod, $/GB-month (docs.runpod.io/pods/pricing, as of 2026-11-20).
+STORAGE_USD_PER_GB_MONTH = 0.10
+HOURS_PER_MONTH = 730  # 365 × 24 / 12
+
+
+@dataclass(frozen=True, slots=True)
+class Hours:
+    """The parts of a run, in hours."""
+
+    setup: float
+    """Start of the machine and of the program; on a rented one with the pull of the image."""
+    download: float
+    load: float
+    training: float
+    evaluation: float
+    save: float
+
+    @property
+    def total(self) -> float:
+        """From the first second that is paid for to the last."""
+        return self.setup + self.download + self.load + self.training + self.evaluation + self.save
+
+
+def hours(
+    *,
+    training_s: float,
+    evaluation_s: float = 0.0,
+    download_gb: float = 0.0,
+    load_gb: float = 0.0,
+    save_gb: float = 0.0,
+    rented: bool = False,
+) -> Hours:
+    """How long the machine is needed. `download_gb` is 0 where the weights are there already; GB are 10⁹ bytes."""
+    setup_s = IMAGE_PULL_S + START_S if rented else LOCAL_START_S
+    parts = (setup_s, download_gb / DOWNLOAD_GB_S, load_gb / LOAD_GB_S, training_s, evaluation_s, save_gb / SAVE_GB_S)
+    return Hours(*(part / 3600 for part in parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a run costs, in US$."""
+
+    compute_usd: float
+    storage_usd: float
+    usd_per_hour: float
+    """Of all GPUs together."""
+
+    @property
+    def total_usd(self) -> float:
+        """All of it."""
+        return self.compute_usd + self.storage_usd
+
+
+def usd(
+    run: Hours,
+    usd_per_gpu_hour: float | None,
+    *,
+    num_gpus: int,
+    disk_gb: float = 0.0,
+    storage_usd_per_gb_month: float = STORAGE_USD_PER_GB_MONTH,
+) -> Cost | None:
+    """The cost of the run; None where no price is known (a CPU, one's own machine), which is not the same as 0.
+
+    `num_gpus` counts those of all nodes; `disk_gb` is rented for as long as the GPUs are.
+    """
+    if usd_per_gpu_hour is None:
+        return None
+    rate = usd_per_gpu_hour * num_gpus
+    storage = disk_gb * storage_usd_per_gb_month * run.total / HOURS_PER_MONTH
+    return Cost(run.total * rate, storage, rate)

@@ -1,0 +1,213 @@
+"""What one GPU holds (or, on a CPU, one process), phase by phase and term by term.
+
+The tape (step.py) gives what comes and goes within a step; here is what is always there, and what no
+tensor shows: the CUDA context, the collectives' buffers, the allocator's slack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from runner.plan import zero
+from runner.plan.blocks import LayerKind, Setting
+from runner.plan.host import CPU_PROCESS
+from runner.plan.step import Trains, step
+from runner.plan.tape import KINDS
+from runner.plan.training import Precision, Training, largest_trained, norms_and_biases
+
+GIB = 2**30
+Phases = dict[str, dict[str, float]]
+
+# Bytes per trained value of each optimiser's states, over fp32 values. AdamW: two fp32 moments. In 8 bits
+# (arXiv 2110.02861; bitsandbytes' blocks of 256): two bytes and two fp32 scales per block. Adafactor keeps a row and a
+# column per matrix: under 0.01 of a byte per value at the sizes of language models.
+STATES = {
+    "adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256,
+    "adafactor": 0.01, "sgd": 0.0,
+}  # fmt: skip
+
+# Users and vendors report 0.5 to 0.9 GiB for a CUDA context with its libraries' workspaces; it grows with the
+# number of kernels a card's generation loads. Not measured by this project.
+CONTEXT = {"low": 0.5 * GIB, "expected": 0.65 * GIB, "high": 0.9 * GIB}
+# NCCL's channels and staging buffers, per process: an assumption, between 0.2 and 0.6 GiB in users' reports.
+COLLECTIVES = {"low": 0.2 * GIB, "expected": 0.35 * GIB, "high": 0.6 * GIB}
+# Share of what comes and goes that the caching allocator holds beyond it: reports go from 3 to 15%.
+SLACK = {"low": 0.0, "expected": 0.04, "high": 0.15}
+PROMPT_TOKENS = 512
+"""Longest prompt that an evaluation is planned for, where the sequence is longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the memory of a run depends on besides the method, the ZeRO stage and the batch."""
+
+    seq: int
+    """Tokens per sequence."""
+    precision: Precision
+    checkpointing: bool
+    attention: Literal["flash", "sdpa", "eager"]
+    optimizer: str
+    on_gpu: bool
+    world: int = 1
+    eval_batch: int = 0
+    """Prompts answered at once; 0 without such an evaluation."""
+    eval_new_tokens: int = 0
+    labelled: float = 1.0
+    """Share of positions with a label (on a CPU, where the head sees only those)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    phases: Phases
+    peak_phase: str
+    low: float
+    expected: float
+    high: float
+    host: float
+    """Bytes of main memory per process for what ZeRO offloads."""
+
+
+def setting_of(training: Training, job: Job, micro_batch: int) -> Setting:
+    """The tape's view of a run."""
+    return Setting(
+        b=micro_batch,
+        s=job.seq,
+        width=training.width,
+        autocast=training.autocast,
+        trained_width=training.trained_width,
+        frozen_width=training.width,
+        checkpointing=job.checkpointing,
+        attention=job.attention,
+        head="fused" if job.on_gpu else "labelled",
+        labelled=job.labelled,
+        rank=training.rank,
+        targets=training.targets,
+        adapter_width=training.adapter_width,
+        dropout=training.dropout,
+        base=training.base,
+    )
+
+
+def memory(
+    training: Training,
+    job: Job,
+    micro_batch: int,
+    accumulation: int,
+    stage: str = "none",
+    config: Mapping[str, Any] | None = None,
+) -> Memory:
+    """Peaks of every phase; `config` is the resolved DeepSpeed JSON of `stage`."""
+    sharded = stage != "none"
+    setting = setting_of(training, job, micro_batch)
+    # Under ZeRO gradients are reduced as they come; `zero.terms` counts them as a whole.
+    one = step(training.shape, setting, training.trains, sharded or accumulation > 1)
+    fixed, last, extra, host = _states(training, job, stage, config, accumulation > 1)
+    phases: Phases = {
+        "load": _load(training, fixed, extra),
+        "forward": fixed | extra | one.forward.kinds,
+        "backward": _summed(fixed | extra, one.backward.kinds),
+        "step": fixed | last,
+    }
+    if accumulation > 1 and not sharded:
+        phases["forward"]["gradients"] = last["gradients"]
+        phases["backward"]["gradients"] = last["gradients"]
+    if sharded:
+        phases["backward"] |= {"gradients": extra["gradients"]}
+        phases["forward"].pop("gradients", None)
+    phases["eval"] = fixed | _evaluation(training, job, setting)
+    phases["save"] = dict(fixed)
+    return _with_overheads(phases, fixed, job, host)
+
+
+def _states(
+    training: Training, job: Job, stage: str, config: Mapping[str, Any] | None, accumulates: bool
+) -> tuple[dict[str, float], dict[str, float], dict[str, float], float]:
+    """What is always there; what is there in the optimiser's step; what comes with communication; host bytes."""
+    states = STATES[job.optimizer]
+    if stage == "none":
+        trained = training.trained_bytes
+        narrow = training.trained_width < 4 and not training.adapter
+        fixed = {
+            "frozen_weights": training.frozen_bytes,
+            "trained_weights": trained,
+            "optimizer": training.trainable * (states / 2 if narrow and states == STATES["adamw"] else states),
+        }
+        buckets = zero.terms(
+            "none", job.world, trainable=training.trainable, frozen=0, frozen_bytes=0.0,
+            largest_layer_parameters=0, optimizer_bytes=0.0, config={}, precision=job.precision,
+            trained_bytes=trained / max(1, training.trainable),
+        ).buckets  # fmt: skip
+        if buckets:
+            fixed["ddp_buckets"] = buckets
+        return fixed, {"gradients": trained}, {}, 0.0
+    assert config is not None
+    terms = zero.terms(
+        stage, job.world, trainable=training.trainable,
+        frozen=training.shape.num_parameters - (0 if training.adapter else training.base_trained),
+        frozen_bytes=training.frozen_bytes,
+        largest_layer_parameters=training.largest_matrix, optimizer_bytes=states, config=config,
+        precision=job.precision, largest_trained=largest_trained(training),
+        persistent=norms_and_biases(training.shape) if training.method == "full" else 0,
+    )  # fmt: skip
+    fixed = {"weights": terms.weights, "master_weights": terms.master, "optimizer": terms.optimizer}
+    last = {"gradients": terms.kept_gradients, "zero_step": terms.step}
+    extra = {"zero_gathered": terms.gathered, "zero_buckets": terms.buckets, "gradients": terms.gradients}
+    return {k: v for k, v in fixed.items() if v}, last, extra, terms.host
+
+
+def _load(training: Training, fixed: Mapping[str, float], extra: Mapping[str, float]) -> dict[str, float]:
+    """Weights as they arrive; ZeRO-3 never holds a whole model, and the optimiser is not there yet."""
+    weights = {k: v for k, v in fixed.items() if k.endswith("weights") and k != "master_weights"}
+    return weights | ({"largest_matrix": training.load_extra} if training.load_extra else {})
+
+
+def _evaluation(training: Training, job: Job, setting: Setting) -> dict[str, float]:
+    """Answering prompts: keys and values of every layer, and one forward pass that keeps nothing."""
+    if not job.eval_batch:
+        return {}
+    shape, prompt = training.shape, min(job.seq, PROMPT_TOKENS)
+    length = prompt + job.eval_new_tokens
+    cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * length * job.eval_batch * training.width
+    quiet = Trains(((LayerKind(), shape.num_layers),))
+    forward = replace(setting, b=job.eval_batch, s=prompt, checkpointing=False, dropout=False, labelled=1 / prompt)
+    if forward.head == "fused":
+        forward = replace(forward, head="labelled")  # generate() computes the last position's logits only
+    kinds = step(shape, forward, quiet).forward.kinds
+    return {"kv_cache": float(cache)} | {name: kinds[name] for name in KINDS if kinds[name]}
+
+
+def _summed(fixed: Mapping[str, float], kinds: Mapping[str, float]) -> dict[str, float]:
+    result = dict(fixed)
+    for name, size in kinds.items():
+        result[name] = result.get(name, 0.0) + size
+    return result
+
+
+def _with_overheads(phases: Phases, fixed: Mapping[str, float], job: Job, host: float) -> Memory:
+    """Add what no tensor shows, and find the peak."""
+    constant = sum(fixed.values())
+    peak_phase, top = "", -1.0
+    for name, terms in phases.items():
+        phases[name] = {k: v for k, v in terms.items() if v}
+        total = sum(terms.values())
+        if total > top:
+            peak_phase, top = name, total
+    moving = max(0.0, top - constant)
+    totals = {}
+    for case in ("low", "expected", "high"):
+        overhead = CONTEXT[case] + (COLLECTIVES[case] if job.world > 1 else 0.0) if job.on_gpu else float(CPU_PROCESS)
+        totals[case] = top + overhead + SLACK[case] * moving
+    for name, terms in phases.items():
+        terms["process"] = float(CPU_PROCESS) if not job.on_gpu else CONTEXT["expected"]
+        if job.on_gpu and job.world > 1:
+            terms["collectives"] = COLLECTIVES["expected"]
+        slack = SLACK["expected"] * max(0.0, sum(v for k, v in terms.items() if k not in fixed) - terms["process"])
+        if slack and name == peak_phase:
+            slack = totals["expected"] - sum(terms.values())
+        if slack > 0:
+            terms["allocator_slack"] = slack
+    return Memory(phases, peak_phase, totals["low"], totals["expected"], totals["high"], host)

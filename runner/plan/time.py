@@ -1,0 +1,236 @@
+"""How long one optimiser step takes: arithmetic, memory traffic, and what the processes send each other.
+
+What does not depend on the micro batch is made once (`work_of`, `machine_of`); `step_time` is then a few
+multiplications. It is an estimate: of the 44 published measurements in tests/test_time.py (LoRA and 4-bit LoRA of
+1.8B to 14B on one A100, a 7B under ZeRO on eight), to some of which it was fitted, the furthest is a quarter off; where
+a note says "assumption", nobody has published one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from runner.plan.shape import Shape
+from runner.plan.speed import (
+    ADAPTERS,
+    CPU_ADAM_S_PER_PARAMETER,
+    HIDDEN_SHARE,
+    INT8_SLOWDOWN,
+    PASS_S,
+    PASS_WITHOUT_ADAPTER_S,
+    STREAM_SHARE,
+    UNPACK_BYTES,
+    UNPACK_SHARE,
+    UPDATE_BYTES,
+    Machine,
+    efficiency,
+    machine_of,
+)
+
+__all__ = ["Machine", "StepTime", "Work", "evaluation_time", "flops_per_token", "machine_of", "step_time", "work_of"]
+
+Stage = Literal["none", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+
+
+@lru_cache(maxsize=4096)
+def flops_per_token(
+    shape: Shape,
+    seq: int,
+    *,
+    method: str,
+    trained_layers: int,
+    checkpointing: bool,
+    adapter_parameters: int = 0,
+    backward_layers: int | None = None,
+) -> float:
+    """Floating-point operations that the hardware executes for one token of a training step.
+
+    A matrix of W weights costs 2·W forward, 2·W for the gradient of its input and 2·W for its own (Kaplan et al.
+    2020, arXiv 2001.08361, table 1). So: the whole model forward; gradients of inputs in the `backward_layers`
+    top ones, which the loss flows through (default: `trained_layers`, as if the trained ones were the last);
+    gradients of weights where they train. With checkpointing those layers run forward once more, the head does
+    not (Korthikanti et al. 2022, arXiv 2205.05198, appendix A). A mixture counts the experts a token is routed to.
+
+    Attention adds 2·(s/2)·d for scores and as much for values, per token and layer (PaLM, arXiv 2204.02311,
+    appendix B, halved: a causal kernel skips the masked half), twice that backward. In a packed sequence it spans
+    one document: `seq` is then the mean length of a document, or the sequence, for an upper bound.
+    """
+    layers = shape.num_layers
+    reached = _reached(layers, method, trained_layers, backward_layers)
+    active = sum(m.weights * _active_share(shape, m.count) for m in shape.matrices)
+    head = shape.vocab_size * shape.hidden_size
+    attention = 2.0 * seq * shape.num_heads * shape.head_dim  # 2 products × 2 operations × s/2 × d
+    per_layer = 2 * active + attention
+    total = layers * per_layer + 2 * head
+    total += reached * (2 * active + 2 * attention) + 2 * head
+    if checkpointing:
+        total += reached * per_layer
+    if method == "full":
+        total += layers * 2 * active + 2 * head
+    elif method in ADAPTERS:
+        total += (8 if checkpointing else 6) * adapter_parameters
+    else:
+        total += min(layers, trained_layers) * 2 * active
+    return float(total)
+
+
+def _reached(layers: int, method: str, trained: int, backward: int | None) -> int:
+    """Layers that the backward pass runs through."""
+    return layers if method == "full" else min(layers, trained if backward is None else backward)
+
+
+def _active_share(shape: Shape, count: int) -> float:
+    experts = shape.num_experts
+    return shape.experts_per_token / experts if experts and count % experts == 0 else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run computes and moves, whatever its micro batch and hardware."""
+
+    method: str
+    flops_per_token: float
+    seq: int
+    """Tokens in a sequence."""
+    passes: float
+    """Passes over all layers in a micro batch: forward 1, backward 2, recomputation 1, where they are reached."""
+    num_layers: int
+    unpacked_weights: float
+    """4-bit weights unpacked in a micro batch, each time counted."""
+    trained_parameters: int
+    weight_bytes: float
+    """Bytes of all weights as stored: what ZeRO-3 gathers."""
+    gradient_bytes: int
+    """Bytes of one gradient as sent."""
+
+
+def work_of(
+    shape: Shape,
+    seq: int,
+    *,
+    method: str,
+    trained_layers: int,
+    checkpointing: bool,
+    trained_parameters: int,
+    adapter_parameters: int = 0,
+    backward_layers: int | None = None,
+    weight_bytes: float | None = None,
+    gradient_bytes: int = 2,
+) -> Work:
+    """The work of a run; `weight_bytes` is 2 per parameter unless given."""
+    share = _reached(shape.num_layers, method, trained_layers, backward_layers) / shape.num_layers
+    flops = flops_per_token(
+        shape,
+        seq,
+        method=method,
+        trained_layers=trained_layers,
+        checkpointing=checkpointing,
+        adapter_parameters=adapter_parameters,
+        backward_layers=backward_layers,
+    )
+    packed = shape.num_layers * sum(m.weights for m in shape.matrices if m.linear) if method == "qlora4" else 0
+    unpacked = packed * (1 + share * (2 if checkpointing else 1))  # forward, backward, recomputation
+    stored = 2.0 * shape.num_parameters if weight_bytes is None else weight_bytes
+    passes = 1 + share * (3 if checkpointing else 2)
+    sizes = trained_parameters, stored, gradient_bytes
+    return Work(method, flops, seq, passes, shape.num_layers, unpacked, *sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one optimiser step, on every process alike."""
+
+    compute_s: float
+    communication_s: float
+    """What computing does not hide."""
+    update_s: float
+    total_s: float
+    efficiency: float
+    """Share of the peak that the computing part reaches; 1 on a CPU, whose speed is a measured one."""
+    notes: tuple[str, ...]
+
+
+def step_time(
+    work: Work,
+    machine: Machine,
+    *,
+    micro_batch: int,
+    accumulation: int,
+    stage: Stage = "none",
+    optimizer: str = "adamw",
+) -> StepTime:
+    """Time of `accumulation` micro batches of `micro_batch` sequences per process, and of the update."""
+    flops = work.flops_per_token * micro_batch * work.seq
+    source: tuple[str, ...] = ()
+    if machine.on_gpu:
+        share, said = efficiency(work.method, machine.capability, machine.tflops, machine.bandwidth)
+        arithmetic = flops / (machine.flops * share) * (INT8_SLOWDOWN if work.method == "qlora8" else 1)
+        launches = work.num_layers * work.passes * PASS_S.get(work.method, PASS_WITHOUT_ADAPTER_S)
+        # The processor launches while the GPU computes, and each waits for the other now and then: hypot lies
+        # 17% above Qwen-7B's 256 and 512 tokens and 2% below 1024; the larger of the two alone lies 15% below.
+        one = math.hypot(arithmetic, launches)
+        one += work.unpacked_weights * UNPACK_BYTES / (machine.bandwidth / STREAM_SHARE * UNPACK_SHARE)
+        source = (f"speed: {said}",)
+    else:
+        one = flops / machine.flops
+    compute = accumulation * one
+    sent = _exposed(work, machine, accumulation, stage, compute)
+    update = _update(work, machine, stage, optimizer)
+    reached = accumulation * flops / (machine.flops * compute) if compute else 0.0
+    return StepTime(compute, sent, update, compute + sent + update, reached, machine.notes + source)
+
+
+def _exposed(work: Work, machine: Machine, accumulation: int, stage: Stage, compute_s: float) -> float:
+    """Seconds of sending that computing does not hide (volumes: ZeRO, arXiv 1910.02054, section 7).
+
+    Per step and process, (N−1)/N of: DDP reduces gradients with the last micro batch, 2 × their bytes (reduce-scatter
+    and all-gather); ZeRO-1 reduces them then too, and gathers the updated weights; ZeRO-2 reduces in every micro
+    batch; ZeRO-3 also gathers all weights for forward and for backward in every micro batch, frozen ones included,
+    which makes 1.5 times the volume. Offload adds what goes to main memory and back: gradients each micro batch,
+    updated weights each step, with ZeRO-3 the weights for each pass. Gathering after the update hides behind nothing.
+    """
+    world = machine.world_size
+    kept = (world - 1) / world
+    gradients, weights = work.gradient_bytes * work.trained_parameters, 2 * work.trained_parameters
+    hidden = to_host = after = 0.0
+    if stage == "none":
+        hidden = 2 * gradients * kept
+    elif stage == "zero1":
+        hidden, after = gradients * kept, weights * kept / machine.link
+    elif stage.startswith("zero2"):
+        hidden, after = accumulation * gradients * kept, weights * kept / machine.link
+    else:
+        hidden = accumulation * (2 * work.weight_bytes + gradients) * kept
+    if stage.endswith("offload"):
+        to_host = accumulation * gradients / world
+        after += weights / world / machine.host_link
+        if stage == "zero3_offload":
+            to_host += accumulation * 2 * work.weight_bytes / world
+    during = hidden / machine.link + to_host / machine.host_link
+    return after + max(0.0, during - HIDDEN_SHARE * compute_s)
+
+
+def _update(work: Work, machine: Machine, stage: Stage, optimizer: str) -> float:
+    """Seconds of the optimiser: memory-bound, so bytes over bandwidth; or DeepSpeed's Adam on the CPU."""
+    if stage.endswith("offload"):
+        return work.trained_parameters / machine.num_nodes * CPU_ADAM_S_PER_PARAMETER
+    share = 1 if stage == "none" else machine.world_size
+    return work.trained_parameters / share * UPDATE_BYTES[optimizer] / machine.bandwidth
+
+
+def evaluation_time(
+    work: Work, machine: Machine, *, tokens: int, num_prompts: int, max_new_tokens: int, batch_size: int
+) -> float:
+    """Seconds of one measurement on one process: the held-out loss, and answers of the longest length.
+
+    Forward is a third of a full step's operations and at most half of a LoRA's: half is taken. A generated token
+    takes one pass of every layer, or reading all weights once, whichever is longer.
+    """
+    share = efficiency(work.method, machine.capability, machine.tflops, machine.bandwidth)[0] if machine.on_gpu else 1
+    loss = tokens * work.flops_per_token / 2 / (machine.flops * share)
+    launches = work.num_layers * PASS_S.get(work.method, PASS_WITHOUT_ADAPTER_S)
+    one_token = max(launches if machine.on_gpu else 0.0, work.weight_bytes / machine.bandwidth)
+    return loss + math.ceil(num_prompts / batch_size) * max_new_tokens * one_token

@@ -1,0 +1,223 @@
+"""Data are counted before training as training counts them; where they cannot be, the answer says so."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.catalogue import load
+from runner.data.lengths import DataLengths, lengths, packed, steps, tokenizer_file
+from runner.errors import RequestError
+from runner.spec import DataSpec, ModelSpec, RunSpec
+from tests.conftest import spec_of
+
+NOWHERE = ModelSpec(id="nobody/nothing")
+COMMANDS = DataSpec(**load("data", "commands"))
+SMOLLM2 = ModelSpec(**load("model", "smollm2_135m"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "real_cache" not in request.fixturenames:
+        monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def real_cache() -> None:
+    """The cache that holds the unpacked demo model."""
+    if tokenizer_file(SMOLLM2) is None:
+        pytest.skip("the demo model is not unpacked here")
+
+
+def rows_file(path: Path, count: int, words: int = 4) -> Path:
+    """Rows of `4 × words` characters in prompt and answer together, numbered so that none is like another."""
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            prompt = f"{number:07d} "
+            file.write(json.dumps({"prompt": prompt, "completion": "x" * (4 * words - len(prompt))}) + "\n")
+    return path
+
+
+def counted(path: Path, **settings: object) -> DataLengths:
+    """Lengths of a file, for a model whose tokenizer is not here."""
+    return lengths(DataSpec.model_validate({"path": str(path), **settings}), NOWHERE)
+
+
+def test_the_default_job_is_known_to_the_token(real_cache: None) -> None:
+    """The figures that the worker printed: 39,761 tokens, 168 sequences, 336 steps, 79,522 tokens (README)."""
+    found = lengths(COMMANDS, SMOLLM2)
+    assert (found.num_examples, sum(found.row_tokens), found.exact) == (600, 39_761, True)
+    assert packed(found.row_tokens, 256) == 168
+    assert steps(spec_of(), found) == (336, 79_522, [])
+
+
+def test_without_the_tokenizer_four_characters_count_as_a_token() -> None:
+    found = lengths(COMMANDS, NOWHERE)
+    assert found.num_examples == 600 and not found.exact and found.row_tokens == ()
+    assert found.tokens_per_example == pytest.approx(66.27, rel=0.3)  # exactly: the test above; commands are dense
+    assert "4 characters a token assumed" in found.how
+
+
+def test_a_small_file_is_counted_whole_and_its_held_out_rows_are_taken_off(tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "my.jsonl", 100, words=25)
+    found = counted(file, eval_fraction=0.1)
+    assert found.num_examples == 90
+    assert found.tokens_per_example == 25 + 2 * 5  # two turns of ChatML
+    assert counted(file, eval_fraction=0.0).num_examples == 100
+    assert counted(file, eval_path=str(file)).num_examples == 100
+    assert counted(file, max_examples=7).num_examples == 7
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "jsonl.gz", "json lines"])
+def test_of_a_large_file_the_beginning_tells_the_rest(tmp_path: Path, kind: str) -> None:
+    rows = [{"prompt": f"{n:07d} " + "a b " * 25, "completion": "yes"} for n in range(30_000)]
+    lines = "\n".join(map(json.dumps, rows)) + "\n"
+    delimiter = "\t" if kind == "tsv" else ","
+    text = {
+        "json": json.dumps(rows, indent=1),
+        "csv": "prompt,completion\n" + "".join(f"{r['prompt']}{delimiter}{r['completion']}\n" for r in rows),
+    }
+    text["tsv"] = text["csv"].replace(",", "\t")
+    body = text.get(kind, lines)
+    if kind == "jsonl.gz":
+        # Hashes: an archive of the rows above would be small.
+        hashes = (hashlib.sha512(str(n).encode()).hexdigest() * 2 for n in range(30_000))
+        body = "".join(json.dumps({"text": text}) + "\n" for text in hashes)
+    file = tmp_path / f"my.{kind.replace('json lines', 'json')}"
+    file.write_bytes(gzip.compress(body.encode(), 1) if kind.endswith("gz") else body.encode())
+    assert file.stat().st_size > 2_000_000
+    found = counted(file, eval_fraction=0.0)
+    assert found.num_examples == pytest.approx(30_000, rel=0.01) and not found.exact
+    assert "estimated from the first" in found.how and "tokens of 200 rows" in found.how
+    assert found.tokens_per_example == pytest.approx(65 if kind.endswith("gz") else 111 / 4 + 10, abs=0.6)
+
+
+def test_a_parquet_file_knows_its_own_row_count(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [f"{n:07d}" * 20 for n in range(40_000)]
+    parquet.write_table(
+        pyarrow.table({"text": texts}), tmp_path / "my.parquet", compression="none", use_dictionary=False
+    )
+    found = counted(tmp_path / "my.parquet", eval_fraction=0.05)
+    assert found.num_examples == 38_000
+    assert found.tokens_per_example == 36  # 140 characters and the end of the text
+
+
+def test_a_changed_file_is_counted_again_and_an_unchanged_one_is_not(tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "my.jsonl", 50)
+    assert counted(file, eval_fraction=0.0).num_examples == 50
+    (stored,) = (tmp_path / "cache" / "lengths").iterdir()
+    stored.write_text(json.dumps({**json.loads(stored.read_text()), "num_examples": 51}))
+    assert counted(file, eval_fraction=0.0).num_examples == 51
+    rows_file(file, 60)
+    assert counted(file, eval_fraction=0.0).num_examples == 60
+
+
+def test_a_broken_cache_and_one_that_cannot_be_written_are_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = rows_file(tmp_path / "my.jsonl", 50)
+    first = counted(file)
+    (stored,) = (tmp_path / "cache" / "lengths").iterdir()
+    stored.write_text("{")
+    assert counted(file) == first
+    monkeypatch.setenv("RUNNER_CACHE", "/dev/null/cache")
+    assert counted(file) == first
+
+
+def test_a_file_that_is_not_there_is_an_error_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"my\.jsonl does not exist"):
+        counted(tmp_path / "my.jsonl")
+
+
+def test_data_on_the_hub_are_not_guessed() -> None:
+    found = lengths(DataSpec(**load("data", "gsm8k")), SMOLLM2)
+    assert (found.num_examples, found.tokens_per_example, found.exact) == (None, None, False)
+    count, tokens, notes = steps(_spec(), found)
+    assert (count, tokens) == (None, None) and "openai/gsm8k is on the Hub" in notes[0]
+
+
+def test_the_hubs_cache_and_a_folder_have_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = tmp_path / "hub" / "models--org--name"
+    snapshot = hub / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("abc123")
+    (snapshot / "tokenizer.json").write_text("{}")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert tokenizer_file(ModelSpec(id="org/name")) == snapshot / "tokenizer.json"
+    assert tokenizer_file(ModelSpec(id=str(snapshot))) == snapshot / "tokenizer.json"
+    assert tokenizer_file(ModelSpec(id="org/other")) is None
+
+
+def _spec(**train: object) -> RunSpec:
+    settings = {"micro_batch_size": 2, "accumulation_steps": 4, "batch_size": 16, "max_length": 100, **train}
+    return RunSpec.model_validate(
+        {
+            "model": {"id": "a/b"},
+            "method": {"name": "lora"},
+            "hw": {"name": "two", "accelerator": "cuda", "num_gpus": 2},
+            "data": {"path": "my.jsonl"},
+            "train": settings,
+        }
+    )
+
+
+def test_estimated_rows_are_packed_to_97_percent() -> None:
+    count, tokens, notes = steps(_spec(num_epochs=2), DataLengths(970, 50.0, False, "a sample"))
+    # 970 × 50 / (100 × 0.97) = 500 sequences; 125 micro batches of 2 × 2, 32 steps of 4 of them, twice.
+    assert (count, tokens) == (64, 97_000)
+    assert notes == ["about 970 rows of 50 tokens: a sample", "packing assumed to fill 97% of a sequence"]
+
+
+def test_without_packing_each_row_is_a_sequence_and_long_ones_are_cut() -> None:
+    count, tokens, _ = steps(_spec(packing=False, num_epochs=1), DataLengths(3, 90.0, True, "", (10, 60, 200)))
+    assert (count, tokens) == (1, 170)
+
+
+def test_max_steps_stand_for_data_that_nobody_counted() -> None:
+    assert steps(_spec(max_steps=10), DataLengths(None, None, False, "?"))[:2] == (10, 10 * 16 * 100)
+    assert steps(_spec(max_steps=10, packing=False), DataLengths(32, 50.0, False, "?"))[:2] == (10, 5 * 1600)
+
+
+def test_rows_go_where_they_leave_the_least_room() -> None:
+    assert packed((60, 50, 50, 40), 100) == 2
+    assert packed((60, 45, 50, 40), 100) == 2
+    assert packed((60, 60, 60), 100) == 3
+    assert packed((100, 0, 1), 100) == 2
+
+
+def test_packing_and_steps_are_those_of_the_trainer() -> None:
+    """Against TRL's own packing and transformers' own count, on lengths as they come."""
+    import random
+
+    datasets = pytest.importorskip("datasets")
+    trl = pytest.importorskip("trl")
+    from runner.train.trainer import num_steps
+
+    rng = random.Random(3)
+    rows = tuple(min(512, 1 + int(rng.expovariate(1 / 120))) for _ in range(700))
+    table = datasets.Dataset.from_dict({"input_ids": [[1] * n for n in rows]})
+    by_trl = len(trl.pack_dataset(table, 512, "bfd"))
+    assert packed(rows, 512) == by_trl
+    for epochs in (0.5, 1.0, 2.7):
+        spec = _spec(num_epochs=epochs, max_length=512)
+        assert steps(spec, DataLengths(700, 120.0, True, "", rows))[0] == num_steps(spec, by_trl)
+
+
+def test_counting_needs_neither_torch_nor_transformers_nor_much_time() -> None:
+    code = (
+        "import sys, runner.launch, time; began = time.perf_counter(); import runner.data.lengths; "
+        "print(time.perf_counter() - began, {'torch', 'transformers', 'numpy', 'tokenizers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, loaded = done.stdout.split(maxsplit=1)
+    assert loaded.strip() == "set()"
+    assert float(seconds) < 0.2  # 0.015 on a machine with nothing else to do
