@@ -13,7 +13,9 @@ from typing import Any
 from benchmarks.bench import Benchmark, alone, say, table
 from runner.launch import resolved
 from runner.plan.memory import GIB, memory
-from runner.plan.plan import inputs_of
+from runner.plan.options import job_of
+from runner.plan.shape import shape_of
+from runner.plan.training import training_of
 from runner.request import Request
 from runner.spec import RunSpec
 
@@ -93,8 +95,9 @@ def compare(spec: RunSpec) -> dict[str, Any]:
 
 def tensors(spec: RunSpec) -> dict[str, float]:
     """The plan's bytes per phase of a step, without what no tensor shows."""
-    training, job = inputs_of(spec)
-    phases = memory(training, job, int(spec.train.micro_batch_size), int(spec.train.accumulation_steps)).phases
+    assert spec.train.precision != "auto"
+    training = training_of(shape_of(spec.model), spec.method, spec.train.precision, deepspeed=False)
+    phases = memory(training, job_of(spec), int(spec.train.micro_batch_size), int(spec.train.accumulation_steps)).phases
     shown = ("forward", "backward", "step")
     return {name: sum(v for k, v in phases[name].items() if k not in NO_TENSOR) for name in shown}
 

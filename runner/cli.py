@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 
 from runner import __version__
-from runner.errors import InterruptedRun, Problem, RunnerError
+from runner.errors import CannotRunError, InterruptedRun, Problem, RunnerError
 from runner.report.problems import dump, print_problems, problems_as_json
 
 EPILOG = """
@@ -169,6 +169,79 @@ def show(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None
     click.echo(OmegaConf.to_yaml(OmegaConf.create(content)), nl=False)
     for note in notes:
         click.echo(f"# note: {note}")
+
+
+@cli.command()
+@composed
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the memory of every phase.")
+@click.option("--deepspeed", "ds_json", is_flag=True, help="Print the resolved DeepSpeed JSON and nothing else.")
+def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: Path | None, ds_json: bool) -> None:
+    """Does it fit, where do the GiB go, how long, how much: before anything is rented or loaded.
+
+    Exit code 0 if it fits, 3 if not, or if it takes more than where.max_usd or where.max_hours.
+    """
+    from runner import planning
+    from runner.launch import resolved
+    from runner.report.plan import print_plan
+    from runner.report.plan_plot import plot_plan
+
+    spec, notes = resolved(request_of(words, config_dirs), needed=True)
+    found = planning.plan(spec, notes)
+    content = found.as_dict()
+    if plot is not None:
+        plot_plan(content, plot)
+    if ds_json:
+        click.echo(dump(found.deepspeed))
+    elif as_json:
+        click.echo(dump(content))
+    else:
+        console = Console()
+        print_plan(console, content)
+        if found.reasons:
+            console.print(f"→ {planning.advice(spec, found)}", highlight=False, soft_wrap=True)
+        if plot is not None:
+            console.print(f"Picture: {plot}", highlight=False, soft_wrap=True)
+    sys.exit(CannotRunError.exit_code if found.reasons else 0)
+
+
+@cli.command()
+@composed
+@click.option("--by", type=click.Choice(["usd", "time"]), default="usd", show_default=True, help="What to rank by.")
+@click.option("--all", "everything", is_flag=True, help="Show what does not fit, too, and all of a long table.")
+def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str, everything: bool) -> None:
+    """What hardware, method or model: every one that is not named is tried, with its best ZeRO stage and batch."""
+    from dataclasses import asdict
+
+    from runner import planning
+    from runner.launch import resolved
+    from runner.report.plan import print_fit
+
+    request = request_of(words, config_dirs)
+    spec, _ = resolved(request, needed=True)
+    given = planning.given_in(request)
+    rows = [asdict(row) for row in planning.fits(spec, given, by)]
+    if as_json:
+        click.echo(dump(rows))
+    else:
+        fitting = [row for row in rows if row["fits"]]
+        short = fitting[:20] + [row for row in rows if not row["fits"]][: max(0, 12 - len(fitting))]
+        print_fit(Console(), rows if everything else short, planning.fit_title(spec, given, rows))
+    sys.exit(0 if any(row["fits"] for row in rows) else CannotRunError.exit_code)
+
+
+@cli.command()
+@composed
+def table(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
+    """Memory by method and model size, from arithmetic, with what it assumes."""
+    from runner import planning
+    from runner.launch import resolved
+    from runner.report.plan import print_memory_table
+
+    content = planning.memory_table(resolved(request_of(words, config_dirs))[0])
+    if as_json:
+        click.echo(dump(content))
+        return
+    print_memory_table(Console(), content)
 
 
 @cli.command()

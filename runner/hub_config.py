@@ -110,6 +110,16 @@ def local_facts(model_id: str, revision: str | None = None) -> dict[str, Any] | 
     return facts_from_config(_read(file), str(file)) if file else None
 
 
+def cached(model_id: str) -> bool:
+    """Weights of this Hub id are in the local cache."""
+    repo = _repo(model_id)
+    return any(any(repo.glob(f"snapshots/*/*.{ending}")) for ending in ("safetensors", "bin", "gguf"))
+
+
+def _repo(model_id: str) -> Path:
+    return _cache() / "--".join(("models", *model_id.split("/")))  # repo_folder_name, huggingface_hub/file_download.py
+
+
 def _language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the language model; whether embeddings are tied may stand outside it."""
     inner = config.get("text_config")
@@ -168,9 +178,7 @@ def _config_file(model_id: str, revision: str | None) -> Path | None:
     if folder.is_dir():
         file = folder / "config.json"
         return file if file.is_file() else None
-    repo = _cache() / "--".join(
-        ("models", *model_id.split("/"))
-    )  # repo_folder_name in huggingface_hub/file_download.py
+    repo = _repo(model_id)
     wanted = revision or "main"
     reference = repo / "refs" / wanted
     commit = reference.read_text("utf-8").strip() if reference.is_file() else wanted

@@ -12,46 +12,81 @@ from typing import Any
 import click
 from rich.console import Console
 
-from runner import hardware
+from runner import hardware, planning
 from runner.compose import compose, parallel_jobs, points, source_finder, task_overrides
 from runner.compose import sweep as hydra_sweep
-from runner.errors import InterruptedRun, RunnerError
+from runner.errors import InterruptedRun, RequestError, RunnerError
 from runner.execute import local
+from runner.plan.plan import Plan
 from runner.plan.resolve import resolve
 from runner.problems import SourceOf, validated
 from runner.report.problems import dump, print_problems
 from runner.report.summary import metric_of, shown
-from runner.report.tables import headline, print_sweep
+from runner.report.tables import headline, in_one_line, print_sweep
 from runner.request import Request
 from runner.rundir import RunDir, write_atomically
 from runner.spec import RunSpec
 
 
-def resolved(request: Request) -> tuple[RunSpec, list[str]]:
+def resolved(request: Request, *, needed: bool = False) -> tuple[RunSpec, list[str]]:
     """The run with nothing left open, and notes for the user."""
-    return complete(compose(request), source_finder(request))
+    return complete(compose(request), source_finder(request), needed=needed)
 
 
-def complete(spec: RunSpec, source_of: SourceOf = lambda key: None) -> tuple[RunSpec, list[str]]:
-    """Look at the hardware, then decide every `auto`; the rules across parts are checked once more."""
+def complete(
+    spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool = False
+) -> tuple[RunSpec, list[str]]:
+    """Look at the hardware and the model's facts, then decide every `auto`; the rules across parts are checked again.
+
+    `needed`: the facts of a model outside the catalogue are asked of the Hub, and missing ones are an error.
+    """
     found = spec.model_copy(update={"hw": hardware.resolve(spec.hw)})
-    return resolve(validated(found.model_dump(), source_of))
+    checked = validated(planning.with_facts(found, needed=needed).model_dump(), source_of)
+    return resolve(checked, planning.options_for(checked))
 
 
 def run(request: Request, console: Console, as_json: bool) -> int:
     """One run, to its end; the exit code of the worker."""
     spec, notes = resolved(request)
-    local.check(spec)
-    outcome = start(spec, notes, console, as_json)
+    planned = plan_first(spec, notes)
+    try:
+        local.check(spec)
+    except RunnerError:
+        if planned is not None:
+            console.print(f"Plan    {in_one_line(planned.as_dict())}", highlight=False, soft_wrap=True)
+        raise
+    outcome = start(spec, notes, console, as_json, planned=planned)
     if as_json:
         click.echo(dump(outcome.run.read("summary.json") or outcome.run.read("status.json")))
     return outcome.exit_code
 
 
-def start(spec: RunSpec, notes: list[str], console: Console, as_json: bool, sweep: str | None = None) -> local.Outcome:
+def plan_first(spec: RunSpec, notes: list[str]) -> Plan | None:
+    """What the run needs and takes, before anything is made; CannotRunError for what does not fit or costs too much.
+
+    None for a model that the arithmetic does not know: the run goes on without a plan, and says so.
+    """
+    try:
+        planned = planning.plan(spec, notes)
+    except RequestError as error:
+        notes.append(f"no plan: {error}")
+        return None
+    planning.refuse(spec, planned)
+    return planned
+
+
+def start(
+    spec: RunSpec, notes: list[str], console: Console, as_json: bool, sweep: str | None = None,
+    planned: Plan | None = None,
+) -> local.Outcome:  # fmt: skip
     """Make the run directory, say what is about to happen, and run."""
     directory = RunDir.create(spec, sweep)
     console.print(headline(spec, shown(directory.path)), highlight=False, soft_wrap=True)
+    if planned is not None:
+        directory.write("plan.json", planned.as_dict())
+        console.print(f"Plan    {in_one_line(planned.as_dict())}", highlight=False, soft_wrap=True)
+        if planned.deepspeed is not None:
+            directory.write("deepspeed.json", planned.deepspeed)
     for note in notes:
         console.print(f"Note    {note}", highlight=False, soft_wrap=True)
     return local.execute(directory, spec, quiet_stdout=as_json)
@@ -87,7 +122,8 @@ def _checked(request: Request) -> list[RunSpec]:
     errors: list[RunnerError] = []
     for point in points(request):
         try:
-            spec, _ = resolved(point)
+            spec, notes = resolved(point)
+            plan_first(spec, notes)
             local.check(spec)
             specs.append(spec)
         except RunnerError as error:
@@ -115,8 +151,9 @@ def _point(spec: RunSpec, index: int, sweep_dir: Path, as_json: bool) -> float:
     row: dict[str, Any] = {"index": index, "run_id": None, "overrides": task_overrides(), "metric": None}
     try:
         spec, notes = complete(_sharing(spec, parallel_jobs()))
+        planned = plan_first(spec, notes)
         local.check(spec)
-        outcome = start(spec, notes, console, as_json, sweep=sweep_dir.name)
+        outcome = start(spec, notes, console, as_json, sweep=sweep_dir.name, planned=planned)
         row |= {"run_id": outcome.run.id, "exit_code": outcome.exit_code}
         row["error"] = outcome.run.read("status.json").get("error")
         value = metric_of(outcome.run.read("summary.json"), spec.run.metric)

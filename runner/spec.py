@@ -262,6 +262,8 @@ class DeepSpeedSpec(Part):
     """The stage; auto takes none for one process."""
     config: str | None = None
     """DeepSpeed JSON: a file name in `deepspeed_configs/`, or a path."""
+    nvme_path: str | None = None
+    """Folder on an NVMe disk for what `zero3_offload` moves out of the GPU, instead of main memory."""
 
 
 class Sft(Part):
@@ -334,21 +336,37 @@ class DataSpec(Part):
         return self
 
 
-class LocalPlace(Part):
+class _Place(Part):
+    """What every place shares."""
+
+    max_usd: float | None = Field(default=None, gt=0)
+    """Refuse a run whose plan costs more than this, in US$."""
+    max_hours: float | None = Field(default=None, gt=0)
+    """Refuse a run whose plan takes longer than this."""
+
+
+class LocalPlace(_Place):
     """Run on this machine."""
 
     name: Literal["local"] = "local"
     """Name of the choice."""
 
 
-class LaterPlace(Part):
-    """A place that is named already and cannot run yet."""
+class AutoPlace(_Place):
+    """Run here if it fits here, else on the cheapest rented hardware that it fits."""
 
-    name: Literal["runpod", "auto"]
+    name: Literal["auto"]
     """Name of the choice."""
 
 
-Where = Annotated[LocalPlace | LaterPlace, Field(discriminator="name")]
+class LaterPlace(_Place):
+    """A place that is named already and cannot run yet."""
+
+    name: Literal["runpod"]
+    """Name of the choice."""
+
+
+Where = Annotated[LocalPlace | AutoPlace | LaterPlace, Field(discriminator="name")]
 
 
 class TrackSpec(Part):

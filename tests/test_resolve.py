@@ -9,7 +9,8 @@ import pytest
 
 from runner.compose import compose
 from runner.errors import RequestError
-from runner.plan.resolve import EAGER_UP_TO, MAX_MICRO_BATCH, resolve
+from runner.plan.options import MAX_MICRO_BATCH
+from runner.plan.resolve import EAGER_UP_TO, resolve
 from runner.request import Request
 from runner.spec import RunSpec
 from tests.front import here, laptop, spec_of
@@ -60,7 +61,7 @@ def test_what_was_typed_is_kept(typed: str) -> None:
 
 def test_deepspeed_is_for_more_than_one_process() -> None:
     assert spec_of("hw=h100").deepspeed.name == "none"
-    assert spec_of("hw=h100x3").deepspeed.name == "auto"
+    assert spec_of("hw=h100x3", "model=mistral7b", "method=full").deepspeed.name == "zero1"
     assert spec_of("hw=h100", "deepspeed=zero2").deepspeed.name == "zero2"
 
 

@@ -7,7 +7,7 @@ tensor shows: the CUDA context, the collectives' buffers, the allocator's slack.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from runner.plan import zero
@@ -123,6 +123,14 @@ def memory(
     return _with_overheads(phases, fixed, job, host)
 
 
+def floor(
+    training: Training, job: Job, accumulation: int, stage: str = "none", config: Mapping[str, Any] | None = None
+) -> float:
+    """Bytes that are there whatever the micro batch: a quick no for what is far too large."""
+    fixed, *_ = _states(training, job, stage, config, accumulation > 1)
+    return sum(fixed.values())
+
+
 def _states(
     training: Training, job: Job, stage: str, config: Mapping[str, Any] | None, accumulates: bool
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float], float]:
@@ -173,9 +181,12 @@ def _evaluation(training: Training, job: Job, setting: Setting) -> dict[str, flo
     length = prompt + job.eval_new_tokens
     cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * length * job.eval_batch * training.width
     quiet = Trains(((LayerKind(), shape.num_layers),))
-    forward = replace(setting, b=job.eval_batch, s=prompt, checkpointing=False, dropout=False, labelled=1 / prompt)
-    if forward.head == "fused":
-        forward = replace(forward, head="labelled")  # generate() computes the last position's logits only
+    # generate() computes the last position's logits only; the adapters' own products are next to nothing.
+    forward = Setting(
+        b=job.eval_batch, s=prompt, width=setting.width, autocast=setting.autocast, trained_width=setting.trained_width,
+        frozen_width=setting.frozen_width, attention=setting.attention, base=setting.base, head="labelled",
+        labelled=1 / prompt,
+    )  # fmt: skip
     kinds = step(shape, forward, quiet).forward.kinds
     return {"kv_cache": float(cache)} | {name: kinds[name] for name in KINDS if kinds[name]}
 

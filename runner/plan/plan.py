@@ -1,28 +1,265 @@
-"""Everything that can be known of a run before it starts, put together."""
+"""Everything that can be known of a run before it starts, put together. Pure; the contract is `Plan.as_dict`."""
 
 from __future__ import annotations
 
-from runner.plan.memory import Job
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from runner.plan import cost, host
+from runner.plan.memory import GIB
+from runner.plan.options import Option, Options, job_of
 from runner.plan.shape import shape_of
-from runner.plan.training import Training, training_of
-from runner.spec import RunSpec
+from runner.plan.time import evaluation_time
+from runner.plan.training import Training
+from runner.spec import HardwareSpec, RunSpec
+
+GB = 1e9
 
 
-def inputs_of(spec: RunSpec, stage: str = "none") -> tuple[Training, Job]:
-    """The run in the arithmetic's own terms."""
+@dataclass(frozen=True)
+class Facts:
+    """What the arithmetic cannot know by itself: looked up by the caller."""
+
+    num_steps: int | None = None
+    """Optimiser steps; None where the data's size is not known."""
+    tokens_total: int | None = None
+    """Tokens learnt from, over all epochs."""
+    data_tokens: int | None = None
+    """Tokens of the data set."""
+    usd_per_gpu_hour: float | None = None
+    price_source: str | None = None
+    download: bool = True
+    """The weights are not on this machine."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs, takes and costs. Sizes in GiB; `docs/planning.md` explains every figure."""
+
+    model: str
+    method: str
+    hw: str
+    where: str
+    fits: bool
+    """Memory of the GPU and of the machine suffice."""
+    reasons: list[str]
+    """Why the run is refused: what does not fit, or costs or lasts more than allowed."""
+    peak_gib: dict[str, float]
+    capacity_gib: float | None
+    peak_phase: str
+    phases: dict[str, dict[str, float]]
+    host_ram_gib: float
+    host_ram: dict[str, float]
+    disk_gib: float
+    disk: dict[str, float]
+    zero_stage: str
+    deepspeed: dict[str, Any] | None
+    micro_batch: int
+    accumulation: int
+    batch: int
+    num_gpus: int
+    trainable_parameters: int
+    num_steps: int | None
+    tokens_total: int | None
+    step_seconds: float | None
+    tokens_per_second: float | None
+    hours: float | None
+    hours_parts: dict[str, float] | None
+    usd: float | None
+    usd_per_hour: float | None
+    price_source: str | None
+    command: list[str]
+    env: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: stable, documented in docs/planning.md."""
+        return asdict(self)
+
+
+def plan_of(spec: RunSpec, options: Options, facts: Facts, notes: list[str]) -> Plan:
+    """The plan of a resolved run: its stage, micro batch and accumulation are decided."""
     train, hw = spec.train, spec.hw
+    assert isinstance(train.micro_batch_size, int) and isinstance(train.accumulation_steps, int)
     assert train.precision != "auto"
-    training = training_of(shape_of(spec.model), spec.method, train.precision, deepspeed=stage != "none")
-    flash = train.attention.startswith("flash") or (train.attention == "auto" and hw.flash_attention)
-    job = Job(
-        seq=train.max_length,
-        precision=train.precision,
-        checkpointing=train.gradient_checkpointing is True,
-        attention="flash" if flash else "eager" if train.attention == "eager" else "sdpa",
-        optimizer=train.optimizer,
-        on_gpu=hw.accelerator == "cuda",
-        world=hw.world_size,
-        eval_batch=spec.eval.batch_size if spec.eval.num_prompts else 0,
-        eval_new_tokens=spec.eval.max_new_tokens,
+    shape = shape_of(spec.model)
+    stage = spec.deepspeed.name
+    option = options.option(spec, shape, stage, train.micro_batch_size, train.accumulation_steps)
+    training = options.training(shape, spec.method, train.precision, deepspeed=stage != "none")
+    ram, disk = _host(spec, training, option, facts), _disk(spec, training, stage, facts)
+    hours, price = _hours(spec, options, training, option, facts, disk)
+    said = [*notes, *facts.notes, *(option.step.notes if option.step else ())]
+    reasons = [*_short_of_memory(option, ram, hw), *_too_much(spec, hours.total if hours else None, price)]
+    if option.fits and not option.comfortable and option.capacity:
+        high, there = option.memory.high / GIB, option.capacity / GIB
+        said.append(f"tight: with a fragmented allocator it may need {high:.1f} of {there:.1f} GiB")
+    positions = option.batch * train.max_length
+    return Plan(
+        model=spec.model.name,
+        method=spec.method.name,
+        hw=hw.name,
+        where=spec.where.name,
+        fits=not _short_of_memory(option, ram, hw),
+        reasons=reasons,
+        peak_gib={k: round(getattr(option.memory, k) / GIB, 3) for k in ("low", "expected", "high")},
+        capacity_gib=hw.memory_gib,
+        peak_phase=option.memory.peak_phase,
+        phases={name: _gib(terms) for name, terms in option.memory.phases.items()},
+        host_ram_gib=round(sum(ram.values()) / GIB, 3),
+        host_ram=_gib(ram),
+        disk_gib=round(sum(disk.values()) / GIB, 3),
+        disk=_gib(disk),
+        zero_stage=stage,
+        deepspeed=dict(option.config) if option.config else None,
+        micro_batch=option.micro_batch,
+        accumulation=option.accumulation,
+        batch=option.batch,
+        num_gpus=hw.num_gpus * hw.num_nodes,
+        trainable_parameters=training.trainable,
+        num_steps=facts.num_steps,
+        tokens_total=facts.tokens_total,
+        step_seconds=round(option.step.total_s, 4) if option.step else None,
+        tokens_per_second=round(positions / option.step.total_s, 1) if option.step else None,
+        hours=round(hours.total, 4) if hours else None,
+        hours_parts={k: round(v, 4) for k, v in asdict(hours).items()} if hours else None,
+        usd=round(price.total_usd, 2) if price else None,
+        usd_per_hour=price.usd_per_hour if price else None,
+        price_source=facts.price_source if price else None,
+        command=command_of(spec),
+        env=dict(hw.env),
+        notes=list(dict.fromkeys(said)),
     )
-    return training, job
+
+
+def command_of(spec: RunSpec) -> list[str]:
+    """What starts the worker on every node; `spec.json` is the run's."""
+    worker = ["-m", "runner.train", "spec.json"]
+    per_node = spec.hw.num_processes or max(1, spec.hw.num_gpus)
+    if spec.hw.world_size == 1:
+        return ["python", *worker]
+    nodes = [f"--nnodes={spec.hw.num_nodes}"] if spec.hw.num_nodes > 1 else ["--standalone"]
+    return ["torchrun", *nodes, f"--nproc-per-node={per_node}", *worker]
+
+
+def _gib(terms: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(size / GIB, 3) for name, size in terms.items() if size}
+
+
+def _summary(training: Training, optimizer_bytes: float) -> host.Trained:
+    return host.Trained(
+        method_name=training.method,
+        parameters=training.shape.num_parameters,
+        trainable=training.trainable,
+        bytes_trained=training.adapter_width if training.adapter else training.trained_width,
+        bytes_16=training.width,
+        bytes_optimizer=optimizer_bytes,
+    )
+
+
+def _states(spec: RunSpec) -> float:
+    from runner.plan.memory import STATES
+
+    return STATES[spec.train.optimizer]
+
+
+def _number(stage: str) -> int:
+    return int(stage[4]) if stage.startswith("zero") else 0
+
+
+def _host(spec: RunSpec, training: Training, option: Option, facts: Facts) -> dict[str, float]:
+    """Main memory of one node."""
+    on_gpu = spec.hw.accelerator == "cuda"
+    per_node = spec.hw.num_processes or max(1, spec.hw.num_gpus)
+    trained = _summary(training, _states(spec))
+    tensors = option.memory.expected - host.CPU_PROCESS
+    ram = host.host_ram(
+        trained,
+        _number(option.stage),
+        processes=per_node,
+        accelerator="cuda" if on_gpu else "cpu",
+        held=training.frozen_bytes + training.trained_bytes,
+        largest_matrix=training.largest_matrix,
+        data_tokens=facts.data_tokens or 0,
+        training=0.0 if on_gpu else tensors,
+    )
+    if option.memory.host:
+        ram["offloaded"] = ram.get("offloaded", 0.0) + per_node * option.memory.host
+    return ram
+
+
+def _disk(spec: RunSpec, training: Training, stage: str, facts: Facts) -> dict[str, float]:
+    source = "package" if spec.model.package else "hub" if facts.download else "folder"
+    return host.disk(
+        _summary(training, _states(spec)),
+        _number(stage),
+        source=source,  # type: ignore[arg-type]
+        keep_checkpoints=spec.train.keep_checkpoints,
+        periodic=spec.train.save_every_steps is not None,
+        data_tokens=facts.data_tokens or 0,
+    )
+
+
+def _hours(
+    spec: RunSpec, options: Options, training: Training, option: Option, facts: Facts, disk: Mapping[str, float]
+) -> tuple[cost.Hours | None, cost.Cost | None]:
+    machine = options.machine(spec.hw, str(spec.train.precision))
+    if option.step is None or machine is None or facts.num_steps is None:
+        return None, None
+    job = job_of(spec)
+    answers = evaluation_time(
+        options.work(training, job), machine, tokens=0, num_prompts=spec.eval.num_prompts,
+        max_new_tokens=spec.eval.max_new_tokens, batch_size=spec.eval.batch_size,
+    )  # fmt: skip
+    rented = spec.hw.accelerator == "cuda" and spec.where.name != "local"
+    weights = 2.0 * training.shape.num_parameters / GB
+    hours = cost.hours(
+        training_s=facts.num_steps * option.step.total_s,
+        evaluation_s=2 * answers,
+        download_gb=weights if facts.download else 0.0,
+        load_gb=weights,
+        save_gb=disk.get("final_model", 0.0) / GB,
+        rented=rented,
+    )
+    gpus = spec.hw.num_gpus * spec.hw.num_nodes
+    size = sum(disk.values()) / GB
+    return hours, cost.usd(hours, facts.usd_per_gpu_hour, num_gpus=gpus, disk_gb=size if rented else 0.0)
+
+
+def _short_of_memory(option: Option, ram: Mapping[str, float], hw: HardwareSpec) -> list[str]:
+    reasons = []
+    if not option.fits and option.capacity:
+        what = f"each {hw.gpu or 'GPU'} has" if hw.accelerator == "cuda" else "this machine has"
+        peak, phase = option.memory.expected / GIB, option.memory.peak_phase
+        terms = option.memory.phases[phase]
+        largest = max(terms, key=lambda name: terms[name])
+        reasons.append(
+            f"needs {peak:.1f} GiB at its peak ({_PHASE[phase]}), most of it {largest.replace('_', ' ')} "
+            f"({terms[largest] / GIB:.1f} GiB); {what} {option.capacity / GIB:.1f} GiB"
+        )
+    needed = sum(ram.values()) / GIB
+    if hw.host_memory_gib and hw.accelerator == "cuda" and needed > hw.host_memory_gib:
+        reasons.append(f"needs {needed:.0f} GiB of main memory; the machine has {hw.host_memory_gib:.0f} GiB")
+    return reasons
+
+
+_PHASE = {
+    "load": "while loading", "forward": "in the forward pass", "backward": "in the backward pass",
+    "step": "in the optimiser step", "eval": "in evaluation", "save": "while saving",
+}  # fmt: skip
+
+
+def _too_much(spec: RunSpec, hours: float | None, price: cost.Cost | None) -> list[str]:
+    reasons = []
+    if spec.where.max_hours is not None:
+        if hours is None:
+            reasons.append(f"where.max_hours={spec.where.max_hours:g}: how long the run takes is not known")
+        elif hours > spec.where.max_hours:
+            reasons.append(f"takes {hours:.2f} hours, more than where.max_hours={spec.where.max_hours:g}")
+    if spec.where.max_usd is not None:
+        if price is None:
+            reasons.append(f"where.max_usd={spec.where.max_usd:g}: what the run costs is not known")
+        elif price.total_usd > spec.where.max_usd:
+            reasons.append(f"costs ${price.total_usd:.2f}, more than where.max_usd={spec.where.max_usd:g}")
+    return reasons

@@ -5,19 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from runner.errors import Problem, RequestError
+from runner.plan.memory import GIB
+from runner.plan.options import STAGES, Option, Options, batches
 from runner.spec import RunSpec
 
 # On a CPU in bf16, packed, eager attention takes 0.74 to 0.98 of SDPA's time at 256 and 512 tokens
 # (docs/benchmarks.md); at 1,024 it is slower, and its scores, heads × s² per layer, take 4.5 instead of 2.5 GiB.
 EAGER_UP_TO = 512
-MAX_MICRO_BATCH = 8  # larger ones gain little speed on any GPU once a sequence has 512 tokens
 
 
-def resolve(spec: RunSpec) -> tuple[RunSpec, list[str]]:
+def resolve(spec: RunSpec, options: Options | None = None) -> tuple[RunSpec, list[str]]:
     """The run with every `auto` decided that the hardware decides, and what a user should know about it.
 
-    `spec.hw` must be detected already. What only the machine that trains can know (which kernels
-    are installed on a GPU) stays `auto` and is recorded there.
+    `spec.hw` must be detected already. With `options` the ZeRO stage and the micro batch are the fastest that fit;
+    without (a model whose shape is not known) the micro batch follows from the global batch alone. What only the
+    machine that trains can know (which kernels are installed on a GPU) stays `auto` and is recorded there.
     """
     train: dict[str, Any] = {"precision": _precision(spec)}
     on_gpu = spec.hw.accelerator == "cuda"
@@ -28,19 +30,66 @@ def resolve(spec: RunSpec) -> tuple[RunSpec, list[str]]:
         train["gradient_checkpointing"] = on_gpu
     if spec.train.liger == "auto" and not on_gpu:
         train["liger"] = False
-    micro, accumulation, notes = _batch(spec)
-    train |= {"micro_batch_size": micro, "accumulation_steps": accumulation}
-    train["batch_size"] = micro * accumulation * spec.hw.world_size  # as run, so that spec.json repeats it
-    stage = spec.deepspeed.name
-    if stage == "auto" and spec.hw.world_size == 1:
-        stage = "none"
-    resolved = spec.model_copy(
-        update={
-            "train": spec.train.model_copy(update=train),
-            "deepspeed": spec.deepspeed.model_copy(update={"name": stage}),
-        }
-    )
-    return resolved, notes
+    spec = spec.model_copy(update={"train": spec.train.model_copy(update=train)})
+    _check_product(spec)
+    notes: list[str] = []
+    if options is not None:
+        best = options.best(spec)
+        stage, micro, accumulation = best.stage, best.micro_batch, best.accumulation
+        notes += _why(spec, options, best)
+    else:
+        (micro, accumulation), *_ = batches(spec)
+        stage = "none" if spec.deepspeed.name == "auto" and spec.hw.world_size == 1 else spec.deepspeed.name
+    total = micro * accumulation * spec.hw.world_size
+    if total != spec.train.batch_size:
+        shape = f"{micro} × {accumulation} × {spec.hw.world_size} processes"
+        notes.insert(0, f"global batch {spec.train.batch_size} rounded to {total} = {shape}")
+    batch = {"micro_batch_size": micro, "accumulation_steps": accumulation}
+    update = {
+        "train": spec.train.model_copy(update=batch | {"batch_size": total}),  # as run, so that spec.json repeats it
+        "deepspeed": spec.deepspeed.model_copy(update={"name": stage} | _config(spec, stage)),
+    }
+    return spec.model_copy(update=update), notes
+
+
+def _config(spec: RunSpec, stage: str) -> dict[str, str]:
+    """The JSON's name for a stage that was chosen; what the user named stays."""
+    sharded = stage not in ("none", "auto")
+    return {"config": f"{stage}.json"} if sharded and spec.deepspeed.config is None else {}
+
+
+def _why(spec: RunSpec, options: Options, best: Option) -> list[str]:
+    """Why this ZeRO stage, where it was left open."""
+    if spec.deepspeed.name != "auto" or spec.hw.world_size == 1:
+        return []
+    if not best.fits:
+        return [f"deepspeed=auto: no stage fits without offloading; {best.stage} needs least"]
+    lower = STAGES[: STAGES.index(best.stage)]
+    too_big = []
+    for stage in lower:
+        tried = min(options.of(spec, (stage,)), key=lambda option: option.memory.expected)
+        if not tried.comfortable:
+            too_big.append(f"{stage} needs {tried.memory.high / GIB:.1f} GiB with headroom")
+    reason = "; ".join(too_big) if too_big else "it is the fastest that fits"
+    return [f"deepspeed=auto took {best.stage}: {reason}"]
+
+
+def _check_product(spec: RunSpec) -> None:
+    """RequestError where micro batch, accumulation and global batch are all given and contradict each other."""
+    world, wanted = spec.hw.world_size, spec.train.batch_size
+    micro, accumulation = spec.train.micro_batch_size, spec.train.accumulation_steps
+    if not (isinstance(micro, int) and isinstance(accumulation, int)):
+        return
+    total = micro * accumulation * world
+    if total != wanted:
+        raise RequestError(
+            Problem(
+                f"train.micro_batch_size={micro} × train.accumulation_steps={accumulation} × {world} process"
+                f"{'es' * (world > 1)} = {total}, but train.batch_size={wanted}",
+                None,
+                f"write train.batch_size={total}, or leave accumulation_steps at auto",
+            )
+        )
 
 
 def _precision(spec: RunSpec) -> str:
@@ -50,29 +99,3 @@ def _precision(spec: RunSpec) -> str:
         return "bf16"
     # Without bf16 a GPU still has fast fp16 (T4: 65 against 8 TFLOP/s); a CPU has nothing below fp32.
     return "fp16" if spec.hw.accelerator == "cuda" else "fp32"
-
-
-def _batch(spec: RunSpec) -> tuple[int, int, list[str]]:
-    """Micro batch and accumulation whose product over all processes comes nearest to the global batch."""
-    world, wanted = spec.hw.world_size, spec.train.batch_size
-    micro, accumulation = spec.train.micro_batch_size, spec.train.accumulation_steps
-    micros = [micro] if isinstance(micro, int) else range(min(MAX_MICRO_BATCH, wanted), 0, -1)
-    pairs = [
-        (m, accumulation if isinstance(accumulation, int) else max(1, round(wanted / (world * m)))) for m in micros
-    ]
-    best = min(pairs, key=lambda pair: (abs(pair[0] * pair[1] * world - wanted), -pair[0]))
-    total = best[0] * best[1] * world
-    fixed = isinstance(micro, int) and isinstance(accumulation, int)
-    if fixed and total != wanted:
-        raise RequestError(
-            Problem(
-                f"train.micro_batch_size={micro} × train.accumulation_steps={accumulation} × {world} process"
-                f"{'es' * (world > 1)} = {total}, but train.batch_size={wanted}",
-                None,
-                f"write train.batch_size={total}, or leave accumulation_steps at auto",
-            )
-        )
-    notes = []
-    if total != wanted:
-        notes.append(f"global batch {wanted} rounded to {total} = {best[0]} × {best[1]} × {world} processes")
-    return best[0], best[1], notes

@@ -54,9 +54,12 @@ class Matrix:
         return self.weights + (self.outputs * self.count if self.bias else 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Shape:
-    """What the arithmetic needs to know of a decoder-only transformer."""
+    """What the arithmetic needs to know of a decoder-only transformer.
+
+    Compared by identity (`shape_of` makes one per model): as a key of caches it is hashed 100,000 times by `fit`.
+    """
 
     family: Family
     """How a layer computes: which code of transformers its activations follow."""

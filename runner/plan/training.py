@@ -102,7 +102,7 @@ def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed
         trained_width=adapter_width,
         adapter_width=adapter_width,
         frozen_bytes=float(base_bytes(shape, name, bytes_16=width, double_quant=double)),
-        load_extra=0.0 if name == "lora" else float(largest_load_peak(shape, name, bytes_16=width, double_quant=double)),
+        load_extra=_load_extra(shape, name, width, double),
         width=width,
         autocast=width < 4 and not deepspeed,
         base={"lora": "16", "qlora4": "nf4", "qlora8": "int8"}[name],  # type: ignore[arg-type]
@@ -112,6 +112,13 @@ def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed
         trained_layers=count,
         backward_layers=shape.num_layers - first,
     )  # fmt: skip
+
+
+def _load_extra(shape: Shape, name: MethodName, width: int, double_quant: bool) -> float:
+    """What quantising the largest matrix needs beside the finished model."""
+    if name == "qlora4" or name == "qlora8":
+        return float(largest_load_peak(shape, name, bytes_16=width, double_quant=double_quant))
+    return 0.0
 
 
 def _whole(shape: Shape, method: Full | Freeze, width: int, trained_width: int, *, autocast: bool) -> Training:

@@ -30,6 +30,20 @@ def headline(spec: RunSpec, where: str) -> str:
     )
 
 
+def in_one_line(plan: dict[str, Any]) -> str:
+    """A plan for somebody who is about to wait for the run."""
+    capacity = f" of {plan['capacity_gib']:.1f}" if plan["capacity_gib"] else ""
+    parts = [f"{plan['peak_gib']['expected']:.1f}{capacity} GiB at the peak ({plan['peak_phase']})"]
+    if plan["zero_stage"] != "none":
+        parts.append(plan["zero_stage"])
+    parts.append(f"{plan['num_steps']:,} steps" if plan["num_steps"] else "as many steps as the data has")
+    if plan["hours"] is not None:
+        parts.append(f"about {duration(plan['hours'] * 3600)}")
+    if plan["usd"] is not None:
+        parts.append(f"${plan['usd']:.2f}")
+    return ", ".join(parts)
+
+
 def print_origins(console: Console, key: str, value: Any, final: Any, places: list[Origin]) -> None:
     """The value of a key and the places that set it, the deciding one last; for a group, one line per key."""
     if isinstance(final, dict):

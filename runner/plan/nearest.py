@@ -1,0 +1,111 @@
+"""What to change so that a run fits: the smallest changes first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from runner.errors import RunnerError
+from runner.plan.options import OFFLOADING, STAGES, Option, Options
+from runner.spec import HardwareSpec, Method, QLora4, RunSpec
+
+SHORTEST = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change that makes a run fit."""
+
+    words: str
+    """What to write on the command line."""
+    option: Option
+    spec: RunSpec
+
+
+def nearest(spec: RunSpec, options: Options, hardware: Iterable[HardwareSpec], limit: int = 3) -> list[Change]:
+    """At most `limit` changes to a resolved run, each of which alone makes it fit."""
+    found: list[Change] = []
+    for words, changed in _changes(spec):
+        change = _tried(words, changed, options)
+        if change is not None:
+            found.append(change)
+        if len(found) == limit - 1:
+            break
+    larger = _cheapest(spec, options, hardware)
+    return [*found, larger] if larger is not None else found
+
+
+def _changes(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
+    """Changes in the order of what they take away: nothing, time, context, exactness."""
+    train, named = spec.train, spec.deepspeed.name
+    if not train.gradient_checkpointing:
+        yield "train.gradient_checkpointing=true", _with(spec, train={"gradient_checkpointing": True})
+    if isinstance(train.micro_batch_size, int) and train.micro_batch_size > 1:
+        yield "train.micro_batch_size=1", _with(spec, train={"micro_batch_size": 1})
+    if spec.hw.world_size > 1:
+        for stage in STAGES:
+            if stage != named and (stage != "none" or named == "none"):
+                yield f"deepspeed={stage}", _with(spec, deepspeed={"name": stage})
+    whole = spec.method.name in ("full", "freeze")
+    if whole and train.optimizer == "adamw" and spec.hw.accelerator == "cuda":
+        yield "train.optimizer=adamw_8bit", _with(spec, train={"optimizer": "adamw_8bit"})
+    length = train.max_length // 2
+    while length >= SHORTEST:
+        yield f"train.max_length={length}", _with(spec, train={"max_length": length})
+        length //= 2
+    if spec.method.name in ("full", "freeze", "lora", "qlora8"):
+        yield "method=qlora4", spec.model_copy(update={"method": _qlora4(spec.method)})
+    if spec.hw.accelerator == "cuda":
+        for stage in OFFLOADING:
+            if stage != named:
+                yield f"deepspeed={stage}", _with(spec, deepspeed={"name": stage})
+
+
+def _qlora4(method: Method) -> QLora4:
+    kept = {k: v for k, v in method.model_dump().items() if k in QLora4.model_fields and k != "name"}
+    return QLora4(**(kept if method.name in ("lora", "qlora8") else {}))
+
+
+def _with(spec: RunSpec, **parts: dict[str, Any]) -> RunSpec:
+    """A copy with some keys changed; micro batch and accumulation are open again."""
+    train = {"micro_batch_size": "auto", "accumulation_steps": "auto"} | parts.pop("train", {})
+    update: dict[str, Any] = {name: getattr(spec, name).model_copy(update=keys) for name, keys in parts.items()}
+    return spec.model_copy(update=update | {"train": spec.train.model_copy(update=train)})
+
+
+def _tried(words: str, spec: RunSpec, options: Options) -> Change | None:
+    try:
+        option = options.best(_with(spec))
+    except RunnerError:
+        return None
+    host = spec.hw.host_memory_gib
+    if host and option.memory.host * spec.hw.world_size > host * 2**30:
+        return None
+    return Change(words, option, spec) if option.fits else None
+
+
+def _cheapest(spec: RunSpec, options: Options, hardware: Iterable[HardwareSpec]) -> Change | None:
+    """The same run on the hardware of the catalogue that costs least."""
+    best: Change | None = None
+    lowest = float("inf")
+    for hw in hardware:
+        if hw.accelerator != "cuda" or hw.usd_per_hour is None:
+            continue
+        change = _tried(f"hw={hw.name}", on(spec, hw), options)
+        if change is None or change.option.step is None:
+            continue
+        usd = change.option.seconds_per_sequence * hw.usd_per_hour * hw.num_gpus * hw.num_nodes
+        if usd < lowest:
+            best, lowest = change, usd
+    return best
+
+
+def on(spec: RunSpec, hw: HardwareSpec) -> RunSpec:
+    """The run on other hardware, with what the hardware decides decided again."""
+    precision = "bf16" if hw.bf16 else "fp16" if hw.accelerator == "cuda" else "fp32"
+    train: dict[str, Any] = {"precision": precision, "attention": "auto" if hw.flash_attention else "sdpa"}
+    if hw.accelerator == "cuda" and spec.hw.accelerator == "cpu":
+        train["gradient_checkpointing"] = True
+    update = {"hw": hw, "deepspeed": spec.deepspeed.model_copy(update={"name": "auto", "config": None})}
+    return _with(spec.model_copy(update=update), train=train)

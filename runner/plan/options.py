@@ -1,0 +1,231 @@
+"""The ways to run one request on one machine: ZeRO stage × micro batch, each with its memory and its speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from runner.errors import Problem, RequestError
+from runner.plan import zero
+from runner.plan.memory import GIB, Job, Memory, floor, memory
+from runner.plan.shape import Shape, shape_of
+from runner.plan.time import Machine, StepTime, Work, machine_of, step_time, work_of
+from runner.plan.training import Precision, Training, training_of
+from runner.spec import HardwareSpec, Method, RunSpec
+
+Templates = Mapping[str, Mapping[str, Any]]
+"""The DeepSpeed JSONs by stage, as they are in deepspeed_configs/."""
+
+STAGES = ("none", "zero1", "zero2", "zero3")
+"""What `deepspeed=auto` chooses from. Offloading costs a factor in time: it has to be asked for."""
+OFFLOADING = ("zero2_offload", "zero3_offload")
+MAX_MICRO_BATCH = 8
+"""Larger ones gain little speed on any GPU once a sequence has 512 tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One stage and micro batch."""
+
+    stage: str
+    micro_batch: int
+    accumulation: int
+    batch: int
+    """Global batch, as rounded."""
+    memory: Memory
+    capacity: float | None
+    """Bytes of one GPU (of the machine, on a CPU); None where the hardware does not say."""
+    step: StepTime | None
+    """None where the hardware's speed is not known."""
+    config: Mapping[str, Any] | None
+
+    @property
+    def fits(self) -> bool:
+        """The expected peak is within the memory."""
+        return self.capacity is None or self.memory.expected <= self.capacity
+
+    @property
+    def comfortable(self) -> bool:
+        """Even the high estimate is."""
+        return self.capacity is None or self.memory.high <= self.capacity
+
+    @property
+    def seconds_per_sequence(self) -> float:
+        """Of the whole machine; infinite where the speed is not known."""
+        return self.step.total_s / self.batch if self.step else float("inf")
+
+
+class Options:
+    """Makes options; what they share between runs is worked out once."""
+
+    def __init__(self, templates: Templates) -> None:
+        self.templates = templates
+        self._training: dict[Any, tuple[Method, Training]] = {}
+        self._machines: dict[Any, tuple[HardwareSpec, Machine | None]] = {}
+        self._work: dict[Any, tuple[Training, Work]] = {}
+        self._configs: dict[Any, dict[str, Any]] = {}
+
+    def training(self, shape: Shape, method: Method, precision: Precision, *, deepspeed: bool) -> Training:
+        """`training_of`, remembered by identity: pydantic models with lists cannot be hashed."""
+        key = (shape, id(method), precision, deepspeed)
+        if key not in self._training:
+            self._training[key] = (method, training_of(shape, method, precision, deepspeed=deepspeed))
+        return self._training[key][1]
+
+    def machine(self, hw: HardwareSpec, precision: str) -> Machine | None:
+        """`machine_of`, remembered."""
+        key = (id(hw), precision)
+        if key not in self._machines:
+            self._machines[key] = (hw, machine_of(hw, precision))
+        return self._machines[key][1]
+
+    def work(self, training: Training, job: Job) -> Work:
+        """`work_of`, remembered."""
+        key = (id(training), job.seq, job.checkpointing)
+        if key not in self._work:
+            work = work_of(
+                training.shape,
+                job.seq,
+                method=training.method,
+                trained_layers=training.trained_layers,
+                backward_layers=training.backward_layers,
+                checkpointing=job.checkpointing,
+                trained_parameters=training.trainable,
+                adapter_parameters=training.adapter,
+                weight_bytes=training.frozen_bytes + training.trained_bytes,
+                gradient_bytes=training.width,
+            )
+            self._work[key] = (training, work)
+        return self._work[key][1]
+
+    def config(self, spec: RunSpec, stage: str, micro: int, accumulation: int, hidden: int) -> dict[str, Any]:
+        """The resolved DeepSpeed JSON, remembered."""
+        train = spec.train
+        key = (stage, micro, accumulation, spec.hw.world_size, hidden, train.precision, train.max_grad_norm)
+        if key not in self._configs:
+            assert train.precision != "auto"
+            self._configs[key] = zero.resolved_config(
+                self.templates[stage],
+                micro_batch=micro,
+                accumulation=accumulation,
+                world=spec.hw.world_size,
+                hidden_size=hidden,
+                precision=train.precision,
+                max_grad_norm=train.max_grad_norm,
+                nvme_path=spec.deepspeed.nvme_path,
+            )
+        return self._configs[key]
+
+    def of(self, spec: RunSpec, stages: tuple[str, ...] | None = None) -> Iterator[Option]:
+        """Every option of a run whose precision and hardware are resolved, best rounding first within a stage."""
+        shape = shape_of(spec.model)
+        for stage in stages or allowed_stages(spec):
+            for micro, accumulation in batches(spec):
+                yield self.option(spec, shape, stage, micro, accumulation)
+
+    def option(self, spec: RunSpec, shape: Shape, stage: str, micro: int, accumulation: int) -> Option:
+        """One of them."""
+        precision = spec.train.precision
+        assert precision != "auto"
+        sharded = stage != "none"
+        training = self.training(shape, spec.method, precision, deepspeed=sharded)
+        job = job_of(spec)
+        config = self.config(spec, stage, micro, accumulation, shape.hidden_size) if sharded else None
+        held = memory(training, job, micro, accumulation, stage, config)
+        machine = self.machine(spec.hw, precision)
+        step = None
+        if machine is not None:
+            step = step_time(
+                self.work(training, job),
+                machine,
+                micro_batch=micro,
+                accumulation=accumulation,
+                stage=stage,  # type: ignore[arg-type]  # a stage's name
+                optimizer=spec.train.optimizer,
+            )
+        capacity = None if spec.hw.memory_gib is None else spec.hw.memory_gib * GIB
+        total = micro * accumulation * spec.hw.world_size
+        return Option(stage, micro, accumulation, total, held, capacity, step, config)
+
+    def best(self, spec: RunSpec) -> Option:
+        """The fastest that fits with headroom; else the fastest that fits; else the one that misses by least."""
+        chosen: list[Option] = []
+        shape = shape_of(spec.model)
+        for stage in allowed_stages(spec):
+            tried = []
+            pairs = batches(spec)
+            if self._hopeless(spec, shape, stage, pairs[0]):
+                pairs = [min(pairs)]
+            for micro, accumulation in pairs:
+                option = self.option(spec, shape, stage, micro, accumulation)
+                tried.append(option)
+                if option.comfortable:
+                    break  # the best rounding, and of those the largest micro batch
+            comfortable = [o for o in tried if o.comfortable]
+            fitting = [o for o in tried if o.fits]
+            chosen.append((comfortable or fitting or [min(tried, key=lambda o: o.memory.expected)])[0])
+        return min(chosen, key=_rank)
+
+    def _hopeless(self, spec: RunSpec, shape: Shape, stage: str, pair: tuple[int, int]) -> bool:
+        """What is always there is more than there is room for."""
+        precision = spec.train.precision
+        if spec.hw.memory_gib is None or precision == "auto":
+            return False
+        training = self.training(shape, spec.method, precision, deepspeed=stage != "none")
+        config = self.config(spec, stage, *pair, shape.hidden_size) if stage != "none" else None
+        return floor(training, job_of(spec), pair[1], stage, config) > spec.hw.memory_gib * GIB
+
+
+def _rank(option: Option) -> tuple[bool, bool, float, int]:
+    lacking = 0.0 if option.fits else option.memory.expected
+    speed = round(option.seconds_per_sequence, 4) if option.fits else lacking
+    order = (*STAGES, *OFFLOADING).index(option.stage)
+    return not option.fits, not option.comfortable, speed, order
+
+
+def allowed_stages(spec: RunSpec) -> tuple[str, ...]:
+    """The stage that was named, or all that `auto` may take; RequestError for one that cannot work."""
+    named = spec.deepspeed.name
+    if named != "auto":
+        problem = _refusal(spec, named)
+        if problem:
+            raise RequestError(problem)
+        return (named,)
+    if spec.hw.world_size == 1:
+        return ("none",)
+    return tuple(stage for stage in STAGES if _refusal(spec, stage) is None) or ("none",)
+
+
+def _refusal(spec: RunSpec, stage: str) -> Problem | None:
+    master = getattr(spec.method, "master_weights", True)
+    return zero.refusal(stage, spec.method.name, spec.train.optimizer, spec.train.precision, master)
+
+
+def batches(spec: RunSpec) -> list[tuple[int, int]]:
+    """Micro batch and accumulation: nearest to the global batch first, then the largest micro batch."""
+    world, wanted = spec.hw.world_size, spec.train.batch_size
+    micro, accumulation = spec.train.micro_batch_size, spec.train.accumulation_steps
+    micros = [micro] if isinstance(micro, int) else range(min(MAX_MICRO_BATCH, wanted), 0, -1)
+    pairs = [
+        (m, accumulation if isinstance(accumulation, int) else max(1, round(wanted / (world * m)))) for m in micros
+    ]
+    return sorted(pairs, key=lambda pair: (abs(pair[0] * pair[1] * world - wanted), -pair[0]))
+
+
+def job_of(spec: RunSpec) -> Job:
+    """The run in the memory arithmetic's own terms; precision, checkpointing and hardware must be resolved."""
+    train, hw = spec.train, spec.hw
+    assert train.precision != "auto"
+    flash = train.attention.startswith("flash") or (train.attention == "auto" and hw.flash_attention)
+    return Job(
+        seq=train.max_length,
+        precision=train.precision,
+        checkpointing=train.gradient_checkpointing is True,
+        attention="flash" if flash else "eager" if train.attention == "eager" else "sdpa",
+        optimizer=train.optimizer,
+        on_gpu=hw.accelerator == "cuda",
+        world=hw.world_size,
+        eval_batch=spec.eval.batch_size if spec.eval.num_prompts else 0,
+        eval_new_tokens=spec.eval.max_new_tokens,
+    )

@@ -1,0 +1,126 @@
+"""Tables over many plans: what fits where, and the memory of every method and model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from runner.report.plan_terms import gib
+from runner.report.spelling import spelt
+from runner.report.summary import duration
+
+UNKNOWN = "–"
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table of options."""
+
+    header: str
+    cell: Callable[[Row], str]
+    number: bool = True
+    rank: int = 0
+    """A terminal too narrow for all does without the highest first."""
+
+
+def _named(key: str) -> Column:
+    return Column(key, lambda row: str(row[key]), number=False)
+
+
+def _known(key: str, words: Callable[[Any], str]) -> Callable[[Row], str]:
+    return lambda row: UNKNOWN if row[key] is None else words(row[key])
+
+
+def _memory(row: Row) -> str:
+    return gib(row["peak_gib"]) + (f" of {gib(row['capacity_gib'])}" if row["capacity_gib"] is not None else "")
+
+
+_CHOICES = ("model", "method", "hw")
+_STAGE = Column("ZeRO", lambda row: str(row["zero_stage"]), number=False, rank=1)
+_MEMORY = Column("GiB", _memory)
+_FITTING = (
+    Column("GPUs", lambda row: str(row["num_gpus"] or UNKNOWN), rank=6),
+    _STAGE,
+    Column("batch", lambda row: f"{row['micro_batch']} × {row['accumulation']}", rank=4),
+    _MEMORY,
+    Column("tokens/s", _known("tokens_per_second", lambda speed: f"{speed:,.0f}"), rank=3),
+    Column("time", _known("hours", lambda hours: duration(3600 * hours))),
+    Column("cost", _known("usd", lambda usd: f"${usd:,.2f}")),
+    Column(
+        "$/M tokens", _known("usd_per_million_tokens", lambda usd: f"{usd:.3f}" if usd < 1 else f"{usd:,.2f}"), rank=5
+    ),
+)
+_NOTE = Column("what makes it fit", lambda row: row["note"] or UNKNOWN, number=False)
+
+
+def print_fit(console: Console, rows: Sequence[Row], title: str) -> None:
+    """The options in the order given, those that fit first; of the others what to change.
+
+    A choice that is the same in all rows is said once, beside the title.
+    """
+    same = [key for key in _CHOICES if len(rows) > 1 and len({row[key] for row in rows}) == 1]
+    choices = tuple(_named(key) for key in _CHOICES if key not in same)
+    with spelt(console):
+        heading = Text(title, style="bold")
+        if same:
+            heading.append("  " + "  ".join(f"{key}={rows[0][key]}" for key in same), style="not bold dim")
+        console.print(heading)
+        fitting, others = [row for row in rows if row["fits"]], [row for row in rows if not row["fits"]]
+        if fitting:
+            console.print(Text(f"\nFits ({len(fitting)})", style="bold green"))
+            _print(console, (*choices, *_FITTING), fitting)
+            console.print(Text("batch: micro batch × accumulation on each GPU; –: not known", style="dim"))
+        if others:
+            console.print(Text(f"\nDoes not fit ({len(others)})", style="bold red"))
+            _print(console, (*choices, _STAGE, _MEMORY, _NOTE), others)
+        if not rows:
+            console.print(Text("\nNothing to choose from", style="yellow"))
+
+
+def _print(console: Console, columns: Sequence[Column], rows: Sequence[Row]) -> None:
+    """A table without the columns there is no room for; the last one folds where it is text."""
+    cells = {column: [column.cell(row) for row in rows] for column in columns}
+    widths = {c: max(cell_len(c.header), *(cell_len(cell) for cell in cells[c])) for c in columns}
+    if columns[-1] is _NOTE:
+        widths[_NOTE] = min(widths[_NOTE], 30)
+    shown = list(columns)
+    while sum(widths[c] + 2 for c in shown) - 2 > console.width and any(c.rank for c in shown):
+        shown.remove(max(shown, key=lambda c: c.rank))
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    for column in shown:
+        table.add_column(column.header, justify="right" if column.number else "left", overflow="fold",
+                         no_wrap=column.number)  # fmt: skip
+    for index in range(len(rows)):
+        table.add_row(*(Text(cells[column][index]) for column in shown))
+    console.print(table, highlight=False)
+
+
+def print_memory_table(console: Console, table: Mapping[str, Any]) -> None:
+    """GiB by method and model: a row per method, or, where the models need more room than there is, per model."""
+    columns = [str(name) for name in table["columns"]]
+    methods = [str(row["method"]) for row in table["rows"]]
+    cells = [[UNKNOWN if size is None else gib(size) for size in row["cells"]] for row in table["rows"]]
+    first, across, down = "method", columns, methods
+    room = max(map(len, [first, *methods])) + sum(max(5, len(name)) + 2 for name in columns)
+    if room > console.width:
+        first, across, down, cells = "model", methods, columns, [list(column) for column in zip(*cells, strict=True)]
+    view = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    view.add_column(first, overflow="fold")
+    for name in across:
+        view.add_column(name, justify="right", overflow="fold")
+    for name, sizes in zip(down, cells, strict=True):
+        view.add_row(Text(name), *map(Text, sizes))
+    with spelt(console):
+        console.print(Text(table["title"], style="bold"))
+        console.print(view, highlight=False)
+        if any(UNKNOWN in sizes for sizes in cells):
+            console.print(Text(f"{UNKNOWN}: does not work, or not known", style="dim"))
+        for assumption in table["assumptions"]:
+            console.print(Text(assumption, style="dim"))
