@@ -212,32 +212,33 @@ def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str,
     """What hardware, method or model: every one that is not named is tried, with its best ZeRO stage and batch."""
     from dataclasses import asdict
 
-    from runner import planning
+    from runner import fitting
     from runner.launch import resolved
     from runner.report.plan import print_fit
 
     request = request_of(words, config_dirs)
-    spec, _ = resolved(request, needed=True)
-    given = planning.given_in(request)
-    rows = [asdict(row) for row in planning.fits(spec, given, by)]
+    given = fitting.given_in(request)
+    spec = fitting.opened(resolved(request, needed=True)[0], given)
+    rows = [asdict(row) for row in fitting.fits(spec, given, by)]
+    fit = [row for row in rows if row["fits"]]
     if as_json:
         click.echo(dump(rows))
     else:
-        fitting = [row for row in rows if row["fits"]]
-        short = fitting[:20] + [row for row in rows if not row["fits"]][: max(0, 12 - len(fitting))]
-        print_fit(Console(), rows if everything else short, planning.fit_title(spec, given, rows))
-    sys.exit(0 if any(row["fits"] for row in rows) else CannotRunError.exit_code)
+        short = fit[:20] + [row for row in rows if not row["fits"]][: max(0, 12 - len(fit))]
+        print_fit(Console(), rows if everything else short, fitting.title(spec, rows))
+    sys.exit(0 if fit else CannotRunError.exit_code)
 
 
 @cli.command()
 @composed
 def table(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
     """Memory by method and model size, from arithmetic, with what it assumes."""
-    from runner import planning
+    from runner import fitting
     from runner.launch import resolved
     from runner.report.plan import print_memory_table
 
-    content = planning.memory_table(resolved(request_of(words, config_dirs))[0])
+    request = request_of(words, config_dirs)
+    content = fitting.memory_table(fitting.opened(resolved(request)[0], fitting.given_in(request)))
     if as_json:
         click.echo(dump(content))
         return

@@ -18,7 +18,7 @@ from runner.compose import sweep as hydra_sweep
 from runner.errors import InterruptedRun, RequestError, RunnerError
 from runner.execute import local
 from runner.plan.plan import Plan
-from runner.plan.resolve import resolve
+from runner.plan.resolve import resolve, settled
 from runner.problems import SourceOf, validated
 from runner.report.problems import dump, print_problems
 from runner.report.summary import metric_of, shown
@@ -42,7 +42,12 @@ def complete(
     """
     found = spec.model_copy(update={"hw": hardware.resolve(spec.hw)})
     checked = validated(planning.with_facts(found, needed=needed).model_dump(), source_of)
-    return resolve(checked, planning.options_for(checked))
+    said: list[str] = []
+    if checked.where.name == "auto":
+        here = None if hardware.why_not_here(checked.hw) else checked.hw
+        checked, said = planning.place(settled(checked), here)
+    ready, notes = resolve(checked, planning.options_for(checked))
+    return ready, [*said, *notes]
 
 
 def run(request: Request, console: Console, as_json: bool) -> int:

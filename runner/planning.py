@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 
-from runner import catalogue, hub_config, hub_fetch, recipe
+from runner import catalogue, hub_config, hub_fetch
 from runner.cloud import prices
 from runner.data import lengths
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
-from runner.plan.fit import Row, combinations, fit
-from runner.plan.nearest import nearest
+from runner.plan.memory import GIB
+from runner.plan.nearest import Change, cheapest, nearest
 from runner.plan.options import Options
 from runner.plan.plan import Facts, Plan, plan_of
 from runner.plan.shape import shape_of
-from runner.request import Request
-from runner.spec import DeepSpeedSpec, HardwareSpec, Method, ModelSpec, RunSpec
+from runner.spec import HardwareSpec, LaterPlace, LocalPlace, Method, ModelSpec, RunSpec
 
 METHOD: TypeAdapter[Method] = TypeAdapter(Method)
 
@@ -112,64 +109,38 @@ def hardware() -> list[HardwareSpec]:
     return [hw for hw in found if hw.accelerator == "cuda"]
 
 
-def models() -> list[ModelSpec]:
-    """Every model of the catalogue whose shape is known."""
-    found = [catalogue.load("model", name) for name in catalogue.options("model")]
-    return [ModelSpec.model_validate(values) for values in found if values.get("architecture")]
+def place(spec: RunSpec, here: HardwareSpec | None) -> tuple[RunSpec, list[str]]:
+    """`where=auto` decided: this machine if the run fits it (`here`: its hardware, None if another was named), else
+    the hardware of the catalogue that does it for the least money, rented.
+    """
+    options = options_for(spec)
+    usd, hours = spec.where.max_usd, spec.where.max_hours
+    local, rented = LocalPlace(max_usd=usd, max_hours=hours), LaterPlace(name="runpod", max_usd=usd, max_hours=hours)
+    if options is None:
+        return spec.model_copy(update={"where": local}), ["where=auto: here, since nothing can be planned"]
+    why = f"this machine is not {spec.hw.name}"
+    if here is not None:
+        best = options.best(spec)
+        if best.fits:
+            note = "where=auto: here, where it fits"
+            return spec.model_copy(update={"where": local, "hw": here}), [note]
+        why = f"it needs {best.memory.expected / GIB:.1f} GiB and this machine has {(best.capacity or 0) / GIB:.1f}"
+    larger = cheapest(spec, options, hardware() if here is not None else [spec.hw], sequences(spec))
+    if larger is None:
+        note = f"where=auto: {why}, and no hardware of the catalogue holds it"
+        return spec.model_copy(update={"where": rented}), [note]
+    hw = larger.spec.hw
+    note = f"where=auto: {why}; rented, {hw.name} costs least (${hw.usd_per_hour} per GPU-hour)"
+    return larger.spec.model_copy(update={"where": rented}), [note]
 
 
-def methods() -> list[Method]:
-    """All methods, as their files have them."""
-    return [METHOD.validate_python({"name": name} | _plain("method", name)) for name in catalogue.options("method")]
-
-
-def _plain(group: str, name: str) -> dict[str, Any]:
-    fields = METHOD.validate_python({"name": name})
-    return {k: v for k, v in catalogue.load(group, name).items() if k in type(fields).model_fields}
-
-
-VARIED = ("model", "method", "hw")
-NAMED = (*VARIED, "deepspeed")
-
-
-def given_in(request: Request) -> set[str]:
-    """Of model, method, hardware and ZeRO stage, those that the request names: on the command line, in its recipe or its file."""
-    if request.spec_file is not None:
-        return set(NAMED)
-    words = [override.partition("=") for override in request.overrides]
-    named = {key for key, _, _ in words if key in NAMED}
-    chosen = request.recipe or next((value for key, _, value in words if key == "recipe"), None)
-    if chosen:
-        for entry in catalogue.read(recipe.find(chosen)).get("defaults", []):
-            if isinstance(entry, dict):
-                named |= {key.removeprefix("override ").lstrip("/") for key in entry} & set(NAMED)
-    return named
-
-
-def fit_title(spec: RunSpec, given: set[str], rows: list[dict[str, Any]]) -> str:
-    """What was asked, and how many answers there are."""
-    asked = [f"{group}={getattr(spec, group).name}" for group in VARIED if group in given]
-    fitting = sum(row["fits"] for row in rows)
-    return f"{' '.join(asked) or 'everything'}: {fitting} of {len(rows)} combinations fit"
-
-
-def fits(spec: RunSpec, given: Iterable[str], by: str) -> list[Row]:
-    """What goes together: of model, method and hardware those that `given` names, and all of the others."""
-    given = set(given)
-    options = Options(catalogue.deepspeed_templates())
-    open_: dict[str, Any] = {
-        "train": spec.train.model_copy(update={"micro_batch_size": "auto", "accumulation_steps": "auto"})
-    }
-    if "deepspeed" not in given:
-        open_["deepspeed"] = DeepSpeedSpec()
-    steps = facts_of(spec).num_steps
-    runs = combinations(
-        spec.model_copy(update=open_),
-        [spec.model] if "model" in given else models(),
-        [spec.method] if "method" in given else methods(),
-        [spec.hw] if "hw" in given else hardware(),
-    )
-    return fit(runs, options, sequences=steps * spec.train.batch_size if steps else None, by=by)
+def sequences(spec: RunSpec) -> int | None:
+    """Sequences that a run computes in all; None where the data's size is not known."""
+    one = {"micro_batch_size": 1, "accumulation_steps": spec.train.batch_size}
+    alone = spec.hw.model_copy(update={"num_processes": 1, "num_nodes": 1})
+    counted = spec.model_copy(update={"train": spec.train.model_copy(update=one), "hw": alone})
+    steps = facts_of(counted).num_steps
+    return steps * spec.train.batch_size if steps else None
 
 
 def refuse(spec: RunSpec, plan: Plan) -> None:
@@ -184,51 +155,13 @@ def advice(spec: RunSpec, plan: Plan) -> str | None:
     options = options_for(spec)
     if plan.fits or options is None:
         return "raise the limit, or take a smaller run (fewer steps, a cheaper method, other hardware)"
-    changes = nearest(spec, options, hardware())
+    changes = nearest(spec, options, hardware(), sequences=sequences(spec))
     if not changes:
         return "no hardware of the catalogue holds it; try method=qlora4, or a smaller model"
-    texts = [f"{change.words} ({change.option.memory.expected / 2**30:.1f} GiB)" for change in changes]
-    return "it fits with " + ", or ".join(texts)
+    return "it fits with " + ", or ".join(_words(change) for change in changes)
 
 
-TABLE_MODELS = ("llama2_7b", "llama2_13b", "llama30b", "llama65b", "llama2_70b", "mixtral_8x7b")
-TABLE_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("full, fp32 weights", {"name": "full"}),
-    ("full, bf16 weights", {"name": "full", "master_weights": False}),
-    ("freeze, last 2 layers", {"name": "freeze"}),
-    ("LoRA, rank 16", {"name": "lora"}),
-    ("QLoRA, 8 bits", {"name": "qlora8"}),
-    ("QLoRA, 4 bits", {"name": "qlora4"}),
-)
-
-
-def memory_table(spec: RunSpec, names: Iterable[str] = TABLE_MODELS) -> dict[str, Any]:
-    """Method × model size: GiB on one GPU that is large enough, for one sequence at a time."""
-    options = Options(catalogue.deepspeed_templates())
-    found = [ModelSpec.model_validate(catalogue.load("model", name)) for name in names]
-    length = min(spec.train.max_length, *(m.context_length or spec.train.max_length for m in found))
-    train = spec.train.model_copy(
-        update={"max_length": length, "micro_batch_size": 1, "accumulation_steps": 1, "batch_size": 1}
-        | {"gradient_checkpointing": True, "precision": "bf16", "attention": "auto"}
-    )
-    hw = HardwareSpec.model_validate(catalogue.load("hw", "h200"))
-    rows = []
-    for label, method in TABLE_ROWS:
-        base = spec.model_copy(update={"hw": hw, "train": train, "method": METHOD.validate_python(method)})
-        cells = []
-        for model in found:
-            one = base.model_copy(update={"model": model})
-            option = options.option(one, shape_of(model), "none", 1, 1)
-            cells.append(round(option.memory.expected / 2**30, 1))
-        rows.append({"method": label, "cells": cells})
-    return {
-        "title": "Memory of one GPU, in GiB",
-        "columns": [model.name for model in found],
-        "rows": rows,
-        "assumptions": [
-            f"one sequence of {length} tokens at a time, gradient checkpointing, bf16 arithmetic, AdamW with two moments",
-            "FlashAttention; TRL's fused head; the context of CUDA and 4% of slack are counted in",
-            "full: fp32 weights, gradients and moments, 16 bytes per parameter, and 2 more for the copy in bf16",
-            "several GPUs: `plan` with deepspeed=zero3 shards all of it but the activations",
-        ],
-    }
+def _words(change: Change) -> str:
+    text = f"{change.words} ({change.option.memory.expected / GIB:.1f} GiB"
+    main = change.option.memory.host * (change.spec.hw.world_size / change.spec.hw.num_nodes) / GIB
+    return f"{text}, and {main:,.0f} GiB of main memory)" if main > 1 else f"{text})"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.errors import RunnerError
+from runner.plan import cost
 from runner.plan.options import OFFLOADING, STAGES, Option, Options
 from runner.spec import HardwareSpec, Method, QLora4, RunSpec
 
@@ -23,7 +24,14 @@ class Change:
     spec: RunSpec
 
 
-def nearest(spec: RunSpec, options: Options, hardware: Iterable[HardwareSpec], limit: int = 3) -> list[Change]:
+def nearest(
+    spec: RunSpec,
+    options: Options,
+    hardware: Iterable[HardwareSpec],
+    *,
+    limit: int = 3,
+    sequences: int | None = None,
+) -> list[Change]:
     """At most `limit` changes to a resolved run, each of which alone makes it fit."""
     found: list[Change] = []
     for words, changed in _changes(spec):
@@ -32,7 +40,7 @@ def nearest(spec: RunSpec, options: Options, hardware: Iterable[HardwareSpec], l
             found.append(change)
         if len(found) == limit - 1:
             break
-    larger = _cheapest(spec, options, hardware)
+    larger = cheapest(spec, options, hardware, sequences)
     return [*found, larger] if larger is not None else found
 
 
@@ -85,8 +93,12 @@ def _tried(words: str, spec: RunSpec, options: Options) -> Change | None:
     return Change(words, option, spec) if option.fits else None
 
 
-def _cheapest(spec: RunSpec, options: Options, hardware: Iterable[HardwareSpec]) -> Change | None:
-    """The same run on the hardware of the catalogue that costs least."""
+def cheapest(
+    spec: RunSpec, options: Options, hardware: Iterable[HardwareSpec], sequences: int | None = None
+) -> Change | None:
+    """The same run on the hardware that costs least: set-up and download included where `sequences` are known."""
+    weights = 2 * (spec.model.num_parameters or 0) / 1e9
+    before = cost.hours(training_s=0.0, download_gb=weights, load_gb=weights, rented=True).total * 3600
     best: Change | None = None
     lowest = float("inf")
     for hw in hardware:
@@ -95,7 +107,8 @@ def _cheapest(spec: RunSpec, options: Options, hardware: Iterable[HardwareSpec])
         change = _tried(f"hw={hw.name}", on(spec, hw), options)
         if change is None or change.option.step is None:
             continue
-        usd = change.option.seconds_per_sequence * hw.usd_per_hour * hw.num_gpus * hw.num_nodes
+        seconds = change.option.seconds_per_sequence * (sequences or 1) + (before if sequences else 0.0)
+        usd = seconds * hw.usd_per_hour * hw.num_gpus * hw.num_nodes
         if usd < lowest:
             best, lowest = change, usd
     return best

@@ -187,14 +187,14 @@ def _rank(option: Option) -> tuple[bool, bool, float, int]:
 def allowed_stages(spec: RunSpec) -> tuple[str, ...]:
     """The stage that was named, or all that `auto` may take; RequestError for one that cannot work."""
     named = spec.deepspeed.name
-    if named != "auto":
-        problem = _refusal(spec, named)
-        if problem:
-            raise RequestError(problem)
-        return (named,)
-    if spec.hw.world_size == 1:
-        return ("none",)
-    return tuple(stage for stage in STAGES if _refusal(spec, stage) is None) or ("none",)
+    stages = STAGES if named == "auto" else (named,)
+    if named == "auto" and spec.hw.world_size == 1:
+        stages = ("none",)
+    problems = {stage: _refusal(spec, stage) for stage in stages}
+    allowed = tuple(stage for stage, problem in problems.items() if problem is None)
+    if not allowed:
+        raise RequestError(*dict.fromkeys(problem for problem in problems.values() if problem))
+    return allowed
 
 
 def _refusal(spec: RunSpec, stage: str) -> Problem | None:

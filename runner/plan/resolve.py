@@ -21,16 +21,7 @@ def resolve(spec: RunSpec, options: Options | None = None) -> tuple[RunSpec, lis
     without (a model whose shape is not known) the micro batch follows from the global batch alone. What only the
     machine that trains can know (which kernels are installed on a GPU) stays `auto` and is recorded there.
     """
-    train: dict[str, Any] = {"precision": _precision(spec)}
-    on_gpu = spec.hw.accelerator == "cuda"
-    if spec.train.attention == "auto" and not (on_gpu and spec.hw.flash_attention):
-        short_on_cpu = not on_gpu and spec.train.max_length <= EAGER_UP_TO
-        train["attention"] = "eager" if short_on_cpu else "sdpa"
-    if spec.train.gradient_checkpointing == "auto":
-        train["gradient_checkpointing"] = on_gpu
-    if spec.train.liger == "auto" and not on_gpu:
-        train["liger"] = False
-    spec = spec.model_copy(update={"train": spec.train.model_copy(update=train)})
+    spec = settled(spec)
     _check_product(spec)
     notes: list[str] = []
     if options is not None:
@@ -50,6 +41,20 @@ def resolve(spec: RunSpec, options: Options | None = None) -> tuple[RunSpec, lis
         "deepspeed": spec.deepspeed.model_copy(update={"name": stage} | _config(spec, stage)),
     }
     return spec.model_copy(update=update), notes
+
+
+def settled(spec: RunSpec) -> RunSpec:
+    """The `auto`s that the hardware alone decides."""
+    train: dict[str, Any] = {"precision": _precision(spec)}
+    on_gpu = spec.hw.accelerator == "cuda"
+    if spec.train.attention == "auto" and not (on_gpu and spec.hw.flash_attention):
+        short_on_cpu = not on_gpu and spec.train.max_length <= EAGER_UP_TO
+        train["attention"] = "eager" if short_on_cpu else "sdpa"
+    if spec.train.gradient_checkpointing == "auto":
+        train["gradient_checkpointing"] = on_gpu
+    if spec.train.liger == "auto" and not on_gpu:
+        train["liger"] = False
+    return spec.model_copy(update={"train": spec.train.model_copy(update=train)})
 
 
 def _config(spec: RunSpec, stage: str) -> dict[str, str]:

@@ -23,6 +23,8 @@ SUB_GROUP_SIZE = 1_000_000_000
 """Elements ZeRO-3 updates at once: default of `sub_group_size`, zero/config.py."""
 LIVE_PARAMETERS = 1_000_000_000
 """Elements ZeRO-3 may hold gathered: default of `stage3_max_live_parameters`, zero/config.py."""
+REDUCE_BUCKET = 500_000_000
+"""Default of `reduce_bucket_size`, zero/config.py."""
 REUSE_DISTANCE = 1_000_000_000
 """Default of `stage3_max_reuse_distance`, zero/config.py."""
 
@@ -192,10 +194,10 @@ def terms(
     width = 4 if precision == "fp32" else 2
     if largest_trained is None:
         largest_trained = 0 if frozen else largest_layer_parameters
-    waiting = largest_trained if largest_trained > zero["reduce_bucket_size"] else 0
+    waiting = largest_trained if largest_trained > zero.get("reduce_bucket_size", REDUCE_BUCKET) else 0
     run = _Run(world, width, trainable, frozen_bytes, optimizer_bytes, largest_trained, waiting, persistent)
     if zero["stage"] < 3:
-        return _stage_1_and_2(run, zero, config["gradient_accumulation_steps"] > 1)
+        return _stage_1_and_2(run, zero, config.get("gradient_accumulation_steps", 1) > 1)
     return _stage_3(run, zero, _gathered(run, zero, frozen, largest_layer_parameters))
 
 
@@ -205,7 +207,7 @@ def _stage_1_and_2(run: _Run, zero: Zero, accumulates: bool) -> Terms:
     whole = -(-run.trainable // align) * align
     own = whole // run.world
     weights = whole * width + run.frozen_bytes
-    buckets = zero["reduce_bucket_size"] * width * (2 if zero.get("overlap_comm") else 1)
+    buckets = zero.get("reduce_bucket_size", REDUCE_BUCKET) * width * (2 if zero.get("overlap_comm") else 1)
     held = run.trainable if zero["stage"] == 1 else run.waiting
     if _offloads(zero, "offload_optimizer"):
         host = _host_1_and_2(run, zero["offload_optimizer"], own, accumulates)
@@ -222,7 +224,7 @@ def _stage_3(run: _Run, zero: Zero, live: float) -> Terms:
     """Stage 3: `_create_fp32_partitions`, `_setup_for_real_optimizer` and `step` of zero/stage3.py."""
     width, own = run.width, -(-run.trainable // run.world)
     part, waiting = own * width, run.waiting * width
-    bucket = zero["reduce_bucket_size"] * width
+    bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET) * width
     weights = float(run.persistent * width)
     if not _offloads(zero, "offload_param"):
         weights += part + run.frozen_bytes / run.world

@@ -51,18 +51,21 @@ def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
 def _answer(plan: Mapping[str, Any]) -> Text:
     """Does it fit?"""
     peak, capacity = plan["peak_gib"], plan["capacity_gib"]
+    over = capacity is not None and peak["expected"] > capacity
     if not plan["fits"]:
-        text = Text("Does not fit", style="bold red")
+        text = Text(f"Does not fit in {f'{gib(capacity)} GiB' if over else 'main memory'}", style="bold red")
     elif capacity is None:
         text = Text("Not known whether it fits", style="bold yellow")
     elif plan["reasons"]:
         text = Text("Fits, but is refused", style="bold red")
     else:
         text = Text("Fits", style="bold green")
-    needed = f"{gib(peak['expected'])} GiB" if capacity is None else f"{gib(peak['expected'])} of {gib(capacity)} GiB"
+    of = "" if over else " GiB" if capacity is None else f" of {gib(capacity)} GiB"
     each = " on each GPU" if plan["num_gpus"] > 1 else ""
-    spread = f"{gib(peak['low'])}–{gib(peak['high'])}"
-    answer = f": {needed} expected{each} at the peak, {PHASES[plan['peak_phase']]} ({spread})"
+    answer = (
+        f": {gib(peak['expected'])}{of} expected{each} at the peak, {PHASES[plan['peak_phase']]} "
+        f"({gib(peak['low'])}–{gib(peak['high'])})"
+    )
     return text.append(answer, style="not bold default")
 
 
@@ -73,7 +76,7 @@ def _print_bars(console: Console, plan: Mapping[str, Any]) -> None:
     totals = {name: sum(terms.values()) for name, terms in plan["phases"].items()}
     capacity = plan["capacity_gib"]
     scale = max(*totals.values(), capacity or 0.0)
-    mark = round(width * capacity / scale) if capacity else None
+    mark = min(round(width * capacity / scale), width - (scale > capacity)) if capacity else None
     if mark is not None:
         label = f"{gib(capacity)} GiB"
         there = f"{label} ┐".rjust(mark + 1) if mark > len(label) else f"{'┌':>{mark + 1}} {label}"
@@ -106,14 +109,14 @@ def _fills(console: Console) -> dict[Family, Text]:
 def _bar(
     sizes: Mapping[Family, float], scale: float, width: int, mark: int | None, fills: Mapping[Family, Text]
 ) -> Text:
-    """`width` cells and one for the mark at the capacity, which stands before cell number `mark`."""
+    """`width` cells and one for the mark at the capacity, which stands before cell `mark`: at the end if all fit."""
     bar = Text()
     for family, count in zip(sizes, cells(list(sizes.values()), scale, width), strict=True):
         bar.append_text(Text(fills[family].plain * count, style=fills[family].style))
     bar.append(" " * (width - len(bar)))
     if mark is None:
         return bar
-    return bar[:mark] + Text("│", style="dim") + bar[mark:]
+    return bar[:mark] + Text("│", style="dim" if mark == width else "bold red") + bar[mark:]
 
 
 def _packed(entries: list[Text], separator: str, width: int) -> Text:
@@ -135,7 +138,8 @@ def _print_peak(console: Console, plan: Mapping[str, Any]) -> None:
     table.add_column()
     table.add_column(f"At the peak, {PHASES[phase]}")
     table.add_column("GiB", justify="right", no_wrap=True)
-    for name, size in sorted(plan["phases"][phase].items(), key=lambda term: -term[1]):
+    terms = {name: size for name, size in plan["phases"][phase].items() if size > 0}
+    for name, size in sorted(terms.items(), key=lambda term: -term[1]):
         words, family = term_of(name)
         table.add_row(fills[family], Text(words), f"{size:.2f}" if size >= 0.005 else "<0.01")
     console.print(table, highlight=False)

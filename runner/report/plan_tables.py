@@ -44,14 +44,16 @@ def _memory(row: Row) -> str:
 
 _CHOICES = ("model", "method", "hw")
 _STAGE = Column("ZeRO", lambda row: str(row["zero_stage"]), number=False, rank=1)
+_GPUS = Column("GPUs", lambda row: str(row["num_gpus"]), rank=6)
+_BATCH = Column("batch", lambda row: f"{row['micro_batch']} × {row['accumulation']}", rank=4)
 _MEMORY = Column("GiB", _memory)
 _FITTING = (
-    Column("GPUs", lambda row: str(row["num_gpus"] or UNKNOWN), rank=6),
+    _GPUS,
     _STAGE,
-    Column("batch", lambda row: f"{row['micro_batch']} × {row['accumulation']}", rank=4),
+    _BATCH,
     _MEMORY,
     Column("tokens/s", _known("tokens_per_second", lambda speed: f"{speed:,.0f}"), rank=3),
-    Column("time", _known("hours", lambda hours: duration(3600 * hours))),
+    Column("time", _known("hours", lambda hours: duration(3600 * hours)), rank=2),
     Column("cost", _known("usd", lambda usd: f"${usd:,.2f}")),
     Column(
         "$/M tokens", _known("usd_per_million_tokens", lambda usd: f"{usd:.3f}" if usd < 1 else f"{usd:,.2f}"), rank=5
@@ -63,20 +65,21 @@ _NOTE = Column("what makes it fit", lambda row: row["note"] or UNKNOWN, number=F
 def print_fit(console: Console, rows: Sequence[Row], title: str) -> None:
     """The options in the order given, those that fit first; of the others what to change.
 
-    A choice that is the same in all rows is said once, beside the title.
+    A choice that is the same in all rows is said once, beside the title (unless the title says it).
     """
     same = [key for key in _CHOICES if len(rows) > 1 and len({row[key] for row in rows}) == 1]
     choices = tuple(_named(key) for key in _CHOICES if key not in same)
     with spelt(console):
         heading = Text(title, style="bold")
-        if same:
-            heading.append("  " + "  ".join(f"{key}={rows[0][key]}" for key in same), style="not bold dim")
+        for said in (f"{key}={rows[0][key]}" for key in same):
+            if said not in title:
+                heading.append(f"  {said}", style="not bold dim")
         console.print(heading)
         fitting, others = [row for row in rows if row["fits"]], [row for row in rows if not row["fits"]]
         if fitting:
             console.print(Text(f"\nFits ({len(fitting)})", style="bold green"))
-            _print(console, (*choices, *_FITTING), fitting)
-            console.print(Text("batch: micro batch × accumulation on each GPU; –: not known", style="dim"))
+            told = {_GPUS} if len({row["num_gpus"] for row in rows}) == 1 else set()
+            _print(console, [c for c in (*choices, *_FITTING) if c not in told], fitting)
         if others:
             console.print(Text(f"\nDoes not fit ({len(others)})", style="bold red"))
             _print(console, (*choices, _STAGE, _MEMORY, _NOTE), others)
@@ -85,12 +88,13 @@ def print_fit(console: Console, rows: Sequence[Row], title: str) -> None:
 
 
 def _print(console: Console, columns: Sequence[Column], rows: Sequence[Row]) -> None:
-    """A table without the columns there is no room for; the last one folds where it is text."""
+    """A table without the columns there is no room for, or nothing known; the last one folds where it is text."""
     cells = {column: [column.cell(row) for row in rows] for column in columns}
     widths = {c: max(cell_len(c.header), *(cell_len(cell) for cell in cells[c])) for c in columns}
-    if columns[-1] is _NOTE:
+    if _NOTE in columns:
         widths[_NOTE] = min(widths[_NOTE], 30)
-    shown = list(columns)
+    unknown = [c for c in columns if set(cells[c]) == {UNKNOWN}]
+    shown = [c for c in columns if c not in unknown]
     while sum(widths[c] + 2 for c in shown) - 2 > console.width and any(c.rank for c in shown):
         shown.remove(max(shown, key=lambda c: c.rank))
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
@@ -100,6 +104,13 @@ def _print(console: Console, columns: Sequence[Column], rows: Sequence[Row]) -> 
     for index in range(len(rows)):
         table.add_row(*(Text(cells[column][index]) for column in shown))
     console.print(table, highlight=False)
+    legend = {"batch": "micro batch × accumulation on each GPU"} if _BATCH in shown else {}
+    if unknown:
+        legend[", ".join(column.header for column in unknown)] = "not known"
+    if any(UNKNOWN in cells[column] for column in shown):
+        legend[UNKNOWN] = "not known"
+    if legend:
+        console.print(Text("; ".join(f"{sign}: {words}" for sign, words in legend.items()), style="dim"))
 
 
 def print_memory_table(console: Console, table: Mapping[str, Any]) -> None:

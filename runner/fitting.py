@@ -1,0 +1,131 @@
+"""`fit` and `table`: many plans at once, over whatever of the catalogue the request leaves open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from runner import catalogue, recipe
+from runner.plan.fit import Row, combinations, fit
+from runner.plan.memory import GIB
+from runner.plan.options import Options
+from runner.plan.shape import shape_of
+from runner.planning import hardware, sequences
+from runner.request import Request
+from runner.spec import DeepSpeedSpec, HardwareSpec, Method, ModelSpec, RunSpec, TrainSpec
+
+METHOD: TypeAdapter[Method] = TypeAdapter(Method)
+OPEN = ("micro_batch_size", "accumulation_steps")
+
+
+def _plain(group: str, name: str) -> dict[str, Any]:
+    fields = METHOD.validate_python({"name": name})
+    return {k: v for k, v in catalogue.load(group, name).items() if k in type(fields).model_fields}
+
+
+def methods() -> list[Method]:
+    """All methods, as their files have them."""
+    return [METHOD.validate_python({"name": name} | _plain("method", name)) for name in catalogue.options("method")]
+
+
+def models() -> list[ModelSpec]:
+    """Every model of the catalogue whose shape is known."""
+    found = [catalogue.load("model", name) for name in catalogue.options("model")]
+    return [ModelSpec.model_validate(values) for values in found if values.get("architecture")]
+
+
+def given_in(request: Request) -> set[str]:
+    """Groups and keys that the request names: on the command line, in its recipe, or in a spec.json."""
+    if request.spec_file is not None:
+        return {*catalogue.GROUPS, *OPEN}
+    words = [override.partition("=") for override in request.overrides]
+    named = {key.lstrip("+~") for key, _, _ in words}
+    chosen = request.recipe or next((value for key, _, value in words if key == "recipe"), None)
+    if chosen:
+        content = catalogue.read(recipe.find(chosen))
+        groups = [key for entry in content.get("defaults", []) if isinstance(entry, dict) for key in entry]
+        named |= {group.removeprefix("override ").lstrip("/") for group in groups}
+        named |= {f"train.{key}" for key in content.get("train", {})}
+    return named
+
+
+def opened(spec: RunSpec, given: set[str]) -> RunSpec:
+    """The run with everything open again that nobody has named.
+
+    Without data or a length of one's own, the sequences are not the demo's 256 tokens, but the schema's defaults.
+    """
+    update: dict[str, Any] = {key: "auto" for key in OPEN if f"train.{key}" not in given}
+    if "data" not in given:
+        fields = TrainSpec.model_fields
+        update |= {key: fields[key].default for key in ("max_length", "batch_size") if f"train.{key}" not in given}
+    parts: dict[str, Any] = {"train": spec.train.model_copy(update=update)}
+    if "deepspeed" not in given:
+        parts["deepspeed"] = DeepSpeedSpec()
+    return spec.model_copy(update=parts)
+
+
+def title(spec: RunSpec, rows: list[dict[str, Any]]) -> str:
+    """How many answers there are, and for what sequences and batch."""
+    fitting = sum(row["fits"] for row in rows)
+    size = f"sequences of {spec.train.max_length:,} tokens, batch {spec.train.batch_size}"
+    return f"{fitting} of {len(rows)} combinations fit: {size}"
+
+
+def fits(spec: RunSpec, given: set[str], by: str) -> list[Row]:
+    """What goes together: of model, method and hardware those that `given` names, and all of the others.
+
+    `spec` is what `opened` returned.
+    """
+    options = Options(catalogue.deepspeed_templates())
+    runs = combinations(
+        spec,
+        [spec.model] if "model" in given else models(),
+        [spec.method] if "method" in given else methods(),
+        [spec.hw] if "hw" in given else hardware(),
+    )
+    return fit(runs, options, sequences=sequences(spec) if "data" in given else None, by=by)
+
+
+TABLE_MODELS = ("llama2_7b", "llama2_13b", "llama30b", "llama65b", "llama2_70b", "mixtral_8x7b")
+TABLE_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("full, fp32 weights", {"name": "full"}),
+    ("full, bf16 weights", {"name": "full", "master_weights": False}),
+    ("freeze, last 2 layers", {"name": "freeze"}),
+    ("LoRA, rank 16", {"name": "lora"}),
+    ("QLoRA, 8 bits", {"name": "qlora8"}),
+    ("QLoRA, 4 bits", {"name": "qlora4"}),
+)
+
+
+def memory_table(spec: RunSpec, names: Iterable[str] = TABLE_MODELS) -> dict[str, Any]:
+    """Method × model size: GiB on one GPU that is large enough, for one sequence at a time."""
+    options = Options(catalogue.deepspeed_templates())
+    found = [ModelSpec.model_validate(catalogue.load("model", name)) for name in names]
+    length = min(spec.train.max_length, *(m.context_length or spec.train.max_length for m in found))
+    train = spec.train.model_copy(
+        update={"max_length": length, "micro_batch_size": 1, "accumulation_steps": 1, "batch_size": 1}
+        | {"gradient_checkpointing": True, "precision": "bf16", "attention": "auto"}
+    )
+    hw = HardwareSpec.model_validate(catalogue.load("hw", "h200"))
+    rows = []
+    for label, method in TABLE_ROWS:
+        base = spec.model_copy(update={"hw": hw, "train": train, "method": METHOD.validate_python(method)})
+        cells = []
+        for model in found:
+            one = base.model_copy(update={"model": model})
+            option = options.option(one, shape_of(model), "none", 1, 1)
+            cells.append(round(option.memory.expected / GIB, 1))
+        rows.append({"method": label, "cells": cells})
+    return {
+        "title": "Memory of one GPU, in GiB",
+        "columns": [model.name for model in found],
+        "rows": rows,
+        "assumptions": [
+            f"one sequence of {length} tokens at a time, gradient checkpointing, bf16 arithmetic, AdamW",
+            "FlashAttention; TRL's fused head; the context of CUDA and 4% of slack are counted in",
+            "full: fp32 weights, gradients and moments, 16 bytes per parameter, and 2 more for the copy in bf16",
+            "several GPUs: `plan` with deepspeed=zero3 shards all of it but the activations",
+        ],
+    }
