@@ -51,7 +51,8 @@ def deepspeed_templates(own: tuple[str, str] | None = None) -> dict[str, dict[st
     files = {file.stem: file for file in DEEPSPEED_CONFIGS.glob("*.json")}
     if own is not None:
         stage, name = own
-        files[stage] = DEEPSPEED_CONFIGS / name if (DEEPSPEED_CONFIGS / name).is_file() else Path(name).expanduser()
+        ours = "/" not in name and (DEEPSPEED_CONFIGS / name).is_file()  # ./zero2.json is the user's
+        files[stage] = DEEPSPEED_CONFIGS / name if ours else Path(name).expanduser()
     return {stage: _json(file) for stage, file in files.items()}
 
 

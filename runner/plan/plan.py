@@ -235,13 +235,17 @@ def _short_of_memory(option: Option, ram: Mapping[str, float], hw: HardwareSpec)
         terms = option.memory.phases[phase]
         largest = max(terms, key=lambda name: terms[name])
         reasons.append(
-            f"needs {peak:.1f} GiB at its peak ({_PHASE[phase]}), most of it {largest.replace('_', ' ')} "
+            f"needs {peak:.1f} GiB at its peak ({_PHASE[phase]}), most of it {_named(largest)} "
             f"({terms[largest] / GIB:.1f} GiB); {what} {option.capacity / GIB:.1f} GiB"
         )
     needed = sum(ram.values()) / GIB
     if hw.host_memory_gib and hw.accelerator == "cuda" and needed > hw.host_memory_gib:
         reasons.append(f"needs {needed:.0f} GiB of main memory; the machine has {hw.host_memory_gib:.0f} GiB")
     return reasons
+
+
+def _named(term: str) -> str:
+    return {"optimizer": "optimiser states"}.get(term, term.replace("_", " "))
 
 
 _PHASE = {

@@ -10,7 +10,7 @@ Sizes are bytes. `benchmarks/memory_accuracy.py` compares the result with real m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from sys import getrefcount
 from typing import Any, Literal
@@ -38,14 +38,57 @@ class Storage:
         self.tape.by_kind[self.kind] -= self.size
 
 
+class Bundle(Storage):
+    """Several gradients on their way to one step."""
+
+    __slots__ = ("grads",)
+
+    def __init__(self, tape: Tape, grads: list[Storage | None]) -> None:
+        super().__init__(tape, 0.0, ACTIVATIONS)
+        self.grads = grads
+
+
+class EnoughMade(Exception):
+    """Everything that a checkpointed stretch had kept has been made again (`_StopRecomputationError` of torch)."""
+
+
+class Frame:
+    """A checkpointed stretch of the forward pass: what it would have kept is made again when it is first needed.
+
+    torch.utils.checkpoint without re-entry: `again` runs the stretch once more and stops at the last thing kept.
+    """
+
+    __slots__ = ("again", "count", "held", "made")
+
+    def __init__(self, again: Callable[[], object]) -> None:
+        self.again, self.count = again, 0
+        self.made: list[Stored | None] | None = None
+        self.held: list[Storage] = []
+
+
+class Promise:
+    """In place of something kept: where the frame will have it."""
+
+    __slots__ = ("frame", "index")
+
+    def __init__(self, frame: Frame, index: int) -> None:
+        self.frame, self.index = frame, index
+
+
+Stored = tuple["Storage | None", ...]
+Kept = Stored | Promise | None
+
+
 class Node:
     """One step of the backward pass, or a leaf that collects its gradient."""
 
-    __slots__ = ("backward", "grad", "segment", "trained")
+    __slots__ = ("backward", "grad", "kept", "ports", "segment", "trained")
 
-    def __init__(self, backward: Backward | None, segment: int, trained: bool = False) -> None:
-        self.backward, self.segment, self.trained = backward, segment, trained
+    def __init__(self, backward: Backward | None, segment: int, kept: Kept = None, trained: bool = False) -> None:
+        self.backward, self.segment, self.kept, self.trained = backward, segment, kept, trained
         self.grad: Storage | None = None
+        self.ports: list[Node] | None = None
+        """Of an operation with several results: where their gradients wait."""
 
 
 Backward = Callable[[Storage], "list[tuple[Node, Storage]]"]
@@ -86,7 +129,9 @@ class Tape:
         self.at_peak = [0.0, 0.0, 0.0, 0.0]
         self.nodes: list[Node] = []
         self.segments: list[Segment] = []
-        self.recording = True
+        self.frame: Frame | None = None
+        self.held: list[Storage] = []
+        """What lives as long as the loss."""
         self.has_gradients = False
         self.gradients: list[Storage] = []
         self.cache: dict[Any, tuple[Storage, Node | None]] = {}
@@ -97,15 +142,58 @@ class Tape:
         """Bytes for `values` numbers of `width` bytes."""
         return Storage(self, values * width, kind)
 
-    def node(self, backward: Backward) -> Node:
+    def keep(self, *storages: Storage | None) -> Kept:
+        """Keep something for the backward pass, where torch packs it: inputs before an operation, its result after.
+
+        None stands for what is there anyway (a weight, a number): it counts, because a checkpoint counts it.
+        """
+        frame = self.frame
+        if frame is None:
+            return storages
+        if frame.made is None:
+            frame.count += 1
+            return Promise(frame, frame.count - 1)
+        frame.made.append(storages)
+        if len(frame.made) == frame.count:
+            raise EnoughMade
+        return None
+
+    def hold(self, storage: Storage) -> None:
+        """Keep something in an attribute of a `torch.autograd.Function`: until the loss goes, checkpointed or not."""
+        again = self.frame is not None and self.frame.made is not None
+        (self.frame.held if again and self.frame else self.held).append(storage)
+
+    def node(self, backward: Backward, kept: Kept = None) -> Node:
         """Put a step of the backward pass on the tape."""
-        node = Node(backward, self.current)
+        if self.frame is not None and self.frame.made is not None:
+            return AGAIN
+        node = Node(backward, self.current, kept)
         self.nodes.append(node)
         return node
 
     def leaf(self, trained: bool = True) -> Node:
-        """A parameter (or the input of a layer that is computed again): it collects its gradient and keeps it."""
-        return Node(None, self.current, trained)
+        """A parameter (or an input that is made to require a gradient): it collects its gradient and keeps it."""
+        return Node(None, self.current, None, trained)
+
+    def checkpoint(self, again: Callable[[], Tensor]) -> Tensor:
+        """Run a stretch of the forward pass of which only what `again` holds is kept."""
+        self.frame = Frame(again)
+        out = again()
+        self.frame = None
+        return out
+
+    def _made(self, promise: Promise) -> Stored | None:
+        """What was promised; the first to ask has the whole stretch made again."""
+        frame = promise.frame
+        if frame.made is None:
+            frame.made = []
+            cache, self.cache, self.frame = self.cache, {}, frame
+            with suppress(EnoughMade):
+                frame.again()
+            self.cache, self.frame = cache, None
+            frame.held.clear()
+        found, frame.made[promise.index] = frame.made[promise.index], None
+        return found
 
     @contextmanager
     def segment(self, name: str) -> Iterator[None]:
@@ -157,25 +245,32 @@ class Tape:
         self._close(found[-1], start, kinds)
         return found
 
-    def run(self, nodes: list[Node], root: Node, grad: Storage) -> None:
-        """Backward through `nodes` alone (a layer that was computed again)."""
-        root.grad = grad
-        del grad
-        while nodes:
-            self._step(nodes.pop())
-
     def _step(self, node: Node) -> None:
         grad, node.grad = node.grad, None
+        if node.ports is not None:
+            grad = self._ported(node.ports)
+        kept, node.kept = node.kept, None
         if grad is None:
             node.backward = None
             return
         assert node.backward is not None
+        if type(kept) is Promise:
+            kept = self._made(kept)
         results = node.backward(grad)
-        node.backward = None  # what the step had kept is let go before its results go on
+        node.backward = kept = None  # what the step had kept is let go before its results go on
         del grad
         while results:
             target, piece = results.pop()
             self.collect(target, piece)
+
+    def _ported(self, ports: list[Node]) -> Storage | None:
+        """The gradients of several results; those that nobody used are zeros."""
+        grads = [port.grad for port in ports]
+        for port in ports:
+            port.grad = None
+        if all(grad is None for grad in grads):
+            return None
+        return Bundle(self, grads)
 
     def collect(self, target: Node, piece: Storage) -> None:
         """Add a gradient to what `target` has already: in place where torch does (`InputBuffer::accumulate`)."""
@@ -190,5 +285,8 @@ class Tape:
         elif old is None:
             target.grad = piece
         elif getrefcount(old) > 3:  # somebody else needs it: target.grad, `old`, and getrefcount's argument are 3
-            shared = getrefcount(piece) > 3
-            target.grad = Storage(self, old.size, old.kind) if shared else piece
+            target.grad = Storage(self, old.size, old.kind)
+
+
+AGAIN = Node(None, 0)
+"""The node of everything that is made again: the backward pass runs over the nodes of the first time."""
