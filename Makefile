@@ -23,8 +23,8 @@ setup: $(VENV)/.dev  ## Install everything for development into .venv
 run: $(VENV)/.run  ## Fine-tune the demo model here; installs what that needs first
 	@$(BIN)/python -m runner $(ARGS)
 
-test: $(VENV)/.dev  ## Run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev  ## Run the tests, a worker per core
+	@$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.dev  ## Check style and layout
 	@$(BIN)/ruff check .

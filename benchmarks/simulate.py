@@ -6,8 +6,14 @@ CPU build of torch is put in its place, and nothing else:
 
 - attention is FlashAttention 2 (`FlashAttention` below allocates what `mha_fwd` and `mha_bwd` of
   Dao-AILab/flash-attention 2.8 allocate), without a mask;
-- TRL's head folds its tiles in Triton kernels, which work in place;
-- autocast runs `layer_norm` and `torch.pow` in fp32, and dropout keeps a mask of bytes.
+- TRL's head takes the labelled rows out (here: all) and folds its tiles in Triton kernels, which work in place;
+- autocast runs `layer_norm` and `torch.pow` in fp32, and dropout keeps a mask of bytes;
+- gradients that meet are added in place where nobody else holds the first. torch's engine does so too, but
+  never under a dispatch mode (`can_accumulate_inplace` in its input_buffer.cpp), which counts them here;
+- experts in fp32 multiply with `grouped_mm`, whose kernel takes them but whose shape function does not.
+
+Mixtures of experts need no routing: `grouped_mm`, the default of transformers, computes the same number of rows
+wherever they go.
 """
 
 from __future__ import annotations
@@ -34,6 +40,7 @@ from runner.train import methods
 from runner.train.models import DTYPES
 
 FLASH = "flash_on_fakes"
+ADD = torch.ops.aten.add.Tensor
 
 
 class LiveBytes(TorchDispatchMode):
@@ -47,11 +54,27 @@ class LiveBytes(TorchDispatchMode):
         self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self.run(func, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.count(leaf)
         return result
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an operation as a GPU would, without this mode."""
+        if func is ADD and not torch.is_grad_enabled() and self.phase == "backward" and _sole(args[0]):
+            return torch.ops.aten.add_.Tensor(*args)
+        if func is torch.ops.aten.index.Tensor and _is_mask(args[1]):
+            self.count(index := torch.empty(args[1][0].numel(), args[1][0].ndim, dtype=torch.int64))
+            return args[0].new_empty(index.shape[0], *args[0].shape[args[1][0].ndim :])
+        if func is torch.ops.aten._index_put_impl_.default and _is_mask(args[1]):
+            return args[0]
+        if func is torch.ops.aten.masked_scatter_backward.default:
+            return args[0].new_empty(args[2])
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
+            rows, columns = args[0].shape[0], args[1].shape[-1]
+            return args[0].new_empty((rows, columns) if args[1].ndim == 3 else (args[2].shape[0], rows, columns))
+        return func(*args, **kwargs)
 
     def count(self, tensor: torch.Tensor) -> None:
         """Add the tensor's storage, once, until it dies."""
@@ -71,6 +94,19 @@ class LiveBytes(TorchDispatchMode):
         """From here on peaks belong to `phase`."""
         self.phase = phase
         self.peaks[phase] = max(self.peaks.get(phase, 0), self.live)
+
+
+def _is_mask(indices: Any) -> bool:
+    return len(indices) == 1 and indices[0].dtype == torch.bool
+
+
+def _sole(tensor: torch.Tensor) -> bool:
+    """The engine alone holds this gradient: no other reference to the tensor nor to its storage.
+
+    4 and 2: the engine's own references and those of the call into the mode; more means a holder besides.
+    """
+    storage = tensor.untyped_storage()
+    return tensor._use_count() <= 4 and torch._C._storage_Use_Count(storage._cdata) <= 2
 
 
 class FlashAttention(torch.autograd.Function):
@@ -132,6 +168,14 @@ def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = Fals
     return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
+def _always(*args: Any) -> bool:  # not a Mock: that would keep every tensor it is called with
+    return True
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
 @contextmanager
 def gpu_like() -> Iterator[None]:
     """The three differences between a GPU and the CPU build of torch; see the module's docstring."""
@@ -140,7 +184,8 @@ def gpu_like() -> Iterator[None]:
     kernels = "trl.kernels.chunked_logprob"
     with ExitStack() as stack:
         for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
-            stack.enter_context(mock.patch(f"{kernels}.{name}", lambda *args, **kwargs: None))
+            stack.enter_context(mock.patch(f"{kernels}.{name}", _nothing))
+        stack.enter_context(mock.patch("trl.trainer.utils._use_triton", _always))
         norm = torch.nn.functional.layer_norm
         stack.enter_context(mock.patch("torch.nn.functional.layer_norm", _layer_norm(norm)))
         stack.enter_context(mock.patch("torch.pow", _pow(torch.pow)))
@@ -153,6 +198,8 @@ class Simulated:
     """Most bytes alive in each phase of a step that is not the first."""
 
     peaks: dict[str, int] = field(default_factory=dict)
+    start: int = 0
+    """Bytes alive when the step began: weights (if they were made under the counter) and the optimiser's states."""
 
     @property
     def peak(self) -> int:
@@ -192,7 +239,7 @@ def build(spec: RunSpec, num_layers: int | None = None) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.config._attn_implementation = FLASH
         methods.mark_trainable(spec, model)
-        add_fused_lm_head(model)
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer
         adapter = methods.adapter_config(spec, model)
         if adapter is not None:
             model = get_peft_model(model, adapter)
@@ -223,24 +270,31 @@ def simulate(spec: RunSpec, num_layers: int | None = None, steps: int = 2) -> Si
     """Peaks of the last of `steps` optimiser steps (the optimiser's states are made in the first)."""
     counter = LiveBytes()
     model = build(spec, num_layers)
-    b, s = int(spec.train.micro_batch_size), spec.train.max_length
-    mixed = spec.train.precision != "fp32"
     with gpu_like(), FakeTensorMode(), counter:
         to_fakes(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-        batch = {name: torch.zeros(b, s, dtype=torch.int64) for name in ("input_ids", "labels")}
-        for _ in range(steps):
-            counter.peaks.clear()
-            for _ in range(int(spec.train.accumulation_steps)):
-                counter.enter("forward")
-                with torch.autocast("cpu", DTYPES[spec.train.precision], enabled=mixed):
-                    loss = model(**batch, use_cache=False, fused_lm_head=True).loss
-                counter.enter("backward")
-                loss.backward()
-                del loss
-            counter.enter("step")
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    return Simulated(dict(counter.peaks))
+        return take_steps(spec, model, counter, steps)
+
+
+def take_steps(spec: RunSpec, model: Any, counter: LiveBytes, steps: int = 2) -> Simulated:
+    """Peaks of the last of `steps` steps of any model, fake or real, under `counter`."""
+    b, s = int(spec.train.micro_batch_size), spec.train.max_length
+    mixed = spec.train.precision != "fp32"
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    batch = {name: torch.zeros(b, s, dtype=torch.int64) for name in ("input_ids", "labels")}
+    start = 0
+    for _ in range(steps):
+        counter.peaks.clear()
+        start = counter.live
+        for _ in range(int(spec.train.accumulation_steps)):
+            counter.enter("forward")
+            with torch.autocast("cpu", DTYPES[spec.train.precision], enabled=mixed):
+                loss = model(**batch, use_cache=False, fused_lm_head=True).loss
+            counter.enter("backward")
+            loss.backward()
+            del loss
+        counter.enter("step")
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return Simulated(dict(counter.peaks), start)

@@ -296,6 +296,21 @@ def runs(output_dir: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--output-dir", default="runs", type=click.Path(path_type=Path), help="Folder with the runs.")
+@click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+@spoken
+def calibrate(output_dir: Path, as_json: bool) -> None:
+    """Predicted against measured, over past runs."""
+    from runner.report.calibrate import calibration, print_calibration
+
+    found = calibration(output_dir)
+    if as_json:
+        click.echo(dump(found))
+        return
+    print_calibration(Console(), found)
+
+
+@cli.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Answer this one prompt and stop.")
 @click.option("--base", is_flag=True, help="Talk to the model as it was before training.")

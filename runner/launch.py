@@ -58,7 +58,8 @@ def run(request: Request, console: Console, as_json: bool) -> int:
         local.check(spec)
     except RunnerError:
         if planned is not None:
-            console.print(f"Plan    {in_one_line(planned.as_dict())}", highlight=False, soft_wrap=True)
+            line = f"Plan    {in_one_line(planned.as_dict())}"
+            Console(stderr=True).print(line, highlight=False, soft_wrap=True)
         raise
     outcome = start(spec, notes, console, as_json, planned=planned)
     if as_json:

@@ -19,6 +19,9 @@ from runner.spec import RunSpec
 ACTIVE = ("created", "loading", "evaluating", "training", "saving")
 """States of a run whose process should be alive; the others are done, failed, interrupted."""
 
+PHASE_OF_STATE = {"loading": "load", "evaluating": "eval", "training": "train", "saving": "save"}
+"""What a plan calls them; `train` is its forward, backward and step."""
+
 
 @dataclass(frozen=True)
 class RunDir:

@@ -17,6 +17,23 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("RUNNER_CACHE", str(ROOT / ".pytest_cache" / "runner"))
 os.environ["WANDB_MODE"] = "offline"
 
+# `make test` starts a worker per core, and each stays on its own: torch's threads then never wait for one another.
+# (Two runs of two threads on two cores take ten times as long as one, not twice.)
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if WORKER and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw")) % len(cores)]})
+
+LONGEST_FIRST = ("test_learning", "test_run_life", "test_methods_end_to_end", "test_trl_parity", "test_memory_tape")
+"""Files that take minutes: begun first, so that no core waits for one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, the others in their own order."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 # A run of the real model in seconds: five steps of 2 × 128 tokens, one prompt.
 SHORT = (
     "train.max_steps=5",

@@ -50,11 +50,11 @@ def counted(path: Path, **settings: object) -> DataLengths:
 
 
 def test_the_default_job_is_known_to_the_token(real_cache: None) -> None:
-    """The figures that the worker printed: 39,761 tokens, 168 sequences, 336 steps, 79,522 tokens (README)."""
+    """What the worker prints: 39,761 tokens in 168 sequences; 294 steps of one are 1.75 epochs."""
     found = lengths(COMMANDS, SMOLLM2)
     assert (found.num_examples, sum(found.row_tokens), found.exact) == (600, 39_761, True)
     assert packed(found.row_tokens, 256) == 168
-    assert steps(spec_of(), found) == (336, 79_522, [])
+    assert steps(spec_of(), found) == (294, 69_582, [])
 
 
 def test_without_the_tokenizer_four_characters_count_as_a_token() -> None:

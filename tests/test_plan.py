@@ -65,8 +65,8 @@ def test_every_method_plans_every_kind_of_model(model: str, method: str) -> None
 def test_the_main_job_fits_a_laptop() -> None:
     content = plan()
     assert content["fits"]
-    assert content["num_steps"] == 336
-    assert content["tokens_total"] == pytest.approx(79_522, rel=0.25)  # exact where the tokenizer is at hand
+    assert content["num_steps"] == 294
+    assert content["tokens_total"] == pytest.approx(69_582, rel=0.25)  # exact where the tokenizer is at hand
 
 
 # --- facts that users have reported: who fits, who dies, and where --------------------------------
@@ -91,18 +91,18 @@ def test_llama3_8b_full_zero3_dies_on_eight_24_gb_cards() -> None:
     assert content["peak_phase"] == "backward"
 
 
-def test_a_32b_with_full_offload_needs_more_than_744_gb_of_main_memory() -> None:
+def test_a_32b_with_full_offload_dies_of_744_gb_of_main_memory() -> None:
     words = ("model=llama30b", "method=full", "hw=a100x8", "deepspeed=zero3_offload", "hw.host_memory_gib=693")
     content = plan(*words)
-    assert content["host_ram_gib"] > 693
+    assert content["peak_gib"]["expected"] < 80
     assert any("main memory" in reason for reason in content["reasons"])
 
 
-def test_70b_qlora4_settles_below_24_gb_only_when_sharded() -> None:
-    one = plan("model=llama2_70b", "method=qlora4", "hw=rtx4090")
-    four = plan("model=llama2_70b", "method=qlora4", "hw=rtx4090", "hw.num_gpus=4", "deepspeed=zero3")
-    assert not one["fits"]
-    assert 9 < four["peak_gib"]["expected"] < 24
+def test_70b_qlora4_on_four_24_gb_cards_dies_while_loading_and_would_settle_near_10_gb() -> None:
+    content = plan("model=llama2_70b", "method=qlora4", "hw=rtx4090", "hw.num_gpus=4", "deepspeed=zero3")
+    assert not content["fits"]
+    assert content["peak_phase"] == "load"
+    assert 9 < sum(content["phases"]["step"].values()) < 13
 
 
 # --- answers ------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 source, rows, out, packing = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3], sys.argv[4] == "true"
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 tokenizer = AutoTokenizer.from_pretrained(source)
 model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
 trainer = SFTTrainer(
@@ -54,7 +54,7 @@ json.dump([h["loss"] for h in trainer.state.log_history if "loss" in h], open(ou
 def test_same_losses_as_bare_trl(packing: str, train: Callable[..., Any], tmp_path: Path) -> None:
     finished, run = train(
         "train.precision=fp32", f"train.packing={packing}", "train.batch_size=4", "train.micro_batch_size=2",
-        "train.learning_rate=1e-3", "train.warmup_ratio=0.2", "train.attention=sdpa", "hw.num_cpus=2",
+        "train.learning_rate=1e-3", "train.warmup_ratio=0.2", "train.attention=sdpa", "hw.num_cpus=1",
         "eval.num_prompts=0",
     )  # fmt: skip
     ours = [line["loss"] for line in run.metrics()]

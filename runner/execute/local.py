@@ -11,8 +11,13 @@ from dataclasses import dataclass
 from importlib import util
 from types import FrameType
 
-from runner.errors import CannotRunError, NotYetError, Problem
+from rich.console import Console
+
+from runner.errors import CannotRunError, NotYetError, Problem, RunFailedError
+from runner.execute.killed import killer, oom_kills
 from runner.hardware import why_not_here
+from runner.report.autopsy import report
+from runner.report.problems import print_problems
 from runner.rundir import ACTIVE, RunDir
 from runner.spec import LaterObjective, LocalPlace, RunSpec
 
@@ -85,6 +90,7 @@ def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False) -> Outcom
     """
     command = [sys.executable, "-m", "runner.train", str(run.spec_file)]
     environment = {**(CPU_ENV if spec.hw.accelerator == "cpu" else {}), **os.environ, **spec.hw.env}
+    counts = oom_kills()
     worker = subprocess.Popen(command, env=environment, stdout=sys.stderr if quiet_stdout else None)
     previous = {number: signal.signal(number, _forward(worker)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -92,13 +98,17 @@ def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False) -> Outcom
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if code < 0:  # killed from outside: the worker could not say so itself
-        name = signal.Signals(-code).name
-        hint = "; the kernel kills like this when memory runs out" if -code == signal.SIGKILL else ""
-        run.set_status("failed", exit_code=1, error=f"the worker was ended by {name}{hint}")
-        code = 1
+    if code == -signal.SIGKILL:
+        print_problems(Console(stderr=True), report(run, spec, killer(counts, oom_kills())))
+    elif code < 0:  # killed from outside: the worker could not say so itself
+        error = RunFailedError(Problem(f"the worker was ended by {signal.Signals(-code).name}"))
+        run.set_status("failed", exit_code=1, error=str(error))
+        print_problems(Console(stderr=True), error)
+    elif code and run.read("status.json").get("oom"):
+        print_problems(Console(stderr=True), report(run, spec))
     elif code and run.state() in (*ACTIVE, "killed"):
         run.set_status("failed", exit_code=code, error=f"the worker ended with exit code {code}")
+    code = 1 if code < 0 else code
     return Outcome(run, code)
 
 

@@ -35,6 +35,11 @@ CONTEXT = {"low": 0.5 * GIB, "expected": 0.65 * GIB, "high": 0.9 * GIB}
 COLLECTIVES = {"low": 0.2 * GIB, "expected": 0.35 * GIB, "high": 0.6 * GIB}
 # Share of what comes and goes that the caching allocator holds beyond it: reports go from 3 to 15%.
 SLACK = {"low": 0.0, "expected": 0.04, "high": 0.15}
+# On a CPU glibc keeps what is freed: after the first backward pass 1.5 times what was in use (mallinfo2, SmolLM2,
+# LoRA, 256 tokens, 6 steps, peak 1.6 GiB); over the main job's hundreds of steps the peak grows to 2.2 to 2.4 GiB.
+CPU_SLACK = {"low": 0.0, "expected": 1.2, "high": 2.0}
+# Tokenizer and data libraries at first use (57 MiB), and what the first `generate()` leaves for good (79 MiB): same run.
+CPU_FIRST_USE = 136 * 2**20
 PROMPT_TOKENS = 512
 """Longest prompt that an evaluation is planned for, where the sequence is longer."""
 
@@ -107,7 +112,7 @@ def memory(
     one = step(training.shape, setting, training.trains, sharded or accumulation > 1)
     fixed, last, extra, host = _states(training, job, stage, config, accumulation > 1)
     phases: Phases = {
-        "load": _load(training, fixed, extra),
+        "load": _load(training, fixed, stage),
         "forward": fixed | extra | one.forward.kinds,
         "backward": _summed(fixed | extra, one.backward.kinds),
         "step": fixed | last,
@@ -138,11 +143,13 @@ def _states(
     states = STATES[job.optimizer]
     if stage == "none":
         trained = training.trained_bytes
-        narrow = training.trained_width < 4 and not training.adapter
+        # torch keeps the moments in the width of what they belong to (`zeros_like`, optim/adam.py).
+        width = training.adapter_width if training.adapter else training.trained_width
+        narrow = width < 4 and job.optimizer == "adamw"
         fixed = {
             "frozen_weights": training.frozen_bytes,
             "trained_weights": trained,
-            "optimizer": training.trainable * (states / 2 if narrow and states == STATES["adamw"] else states),
+            "optimizer": training.trainable * (states / 2 if narrow else states),
         }
         buckets = zero.terms(
             "none", job.world, trainable=training.trainable, frozen=0, frozen_bytes=0.0,
@@ -167,9 +174,15 @@ def _states(
     return {k: v for k, v in fixed.items() if v}, last, extra, terms.host
 
 
-def _load(training: Training, fixed: Mapping[str, float], extra: Mapping[str, float]) -> dict[str, float]:
-    """Weights as they arrive; ZeRO-3 never holds a whole model, and the optimiser is not there yet."""
+def _load(training: Training, fixed: Mapping[str, float], stage: str) -> dict[str, float]:
+    """Weights as they arrive; the optimiser is not there yet.
+
+    ZeRO-3 shards 16-bit weights as they come. Quantised ones it cannot: every process loads all of them, and
+    DeepSpeed shards the finished model (`get_init_context`, transformers 5.23, modeling_utils.py).
+    """
     weights = {k: v for k, v in fixed.items() if k.endswith("weights") and k != "master_weights"}
+    if stage.startswith("zero3") and training.base != "16":
+        weights = {"weights": training.frozen_bytes + training.trained_bytes}
     return weights | ({"largest_matrix": training.load_extra} if training.load_extra else {})
 
 
@@ -201,24 +214,26 @@ def _summed(fixed: Mapping[str, float], kinds: Mapping[str, float]) -> dict[str,
 def _with_overheads(phases: Phases, fixed: Mapping[str, float], job: Job, host: float) -> Memory:
     """Add what no tensor shows, and find the peak."""
     constant = sum(fixed.values())
-    peak_phase, top = "", -1.0
     for name, terms in phases.items():
         phases[name] = {k: v for k, v in terms.items() if v}
-        total = sum(terms.values())
-        if total > top:
-            peak_phase, top = name, total
-    moving = max(0.0, top - constant)
-    totals = {}
-    for case in ("low", "expected", "high"):
-        overhead = CONTEXT[case] + (COLLECTIVES[case] if job.world > 1 else 0.0) if job.on_gpu else float(CPU_PROCESS)
-        totals[case] = top + overhead + SLACK[case] * moving
+    tensors = {name: sum(terms.values()) for name, terms in phases.items()}
+    peak_phase = max(tensors, key=lambda name: tensors[name])
+    slack = SLACK if job.on_gpu else CPU_SLACK
+
+    def outside(case: str) -> float:
+        if not job.on_gpu:
+            return float(CPU_PROCESS + CPU_FIRST_USE)
+        return CONTEXT[case] + (COLLECTIVES[case] if job.world > 1 else 0.0)
+
+    moving = 0.0 if peak_phase == "load" else max(0.0, tensors[peak_phase] - constant)
+    totals = {case: tensors[peak_phase] + outside(case) + slack[case] * moving for case in ("low", "expected", "high")}
+    collectives = COLLECTIVES["expected"] if job.on_gpu and job.world > 1 else 0.0
     for name, terms in phases.items():
-        terms["process"] = float(CPU_PROCESS) if not job.on_gpu else CONTEXT["expected"]
-        if job.on_gpu and job.world > 1:
-            terms["collectives"] = COLLECTIVES["expected"]
-        slack = SLACK["expected"] * max(0.0, sum(v for k, v in terms.items() if k not in fixed) - terms["process"])
-        if slack and name == peak_phase:
-            slack = totals["expected"] - sum(terms.values())
-        if slack > 0:
-            terms["allocator_slack"] = slack
+        kept = 0.0 if name == "load" else slack["expected"] * max(0.0, tensors[name] - constant)
+        overheads = {
+            "process": outside("expected") - collectives,
+            "collectives": collectives,
+            "allocator_slack": kept,
+        }
+        terms |= {k: v for k, v in overheads.items() if v}
     return Memory(phases, peak_phase, totals["low"], totals["expected"], totals["high"], host)

@@ -63,7 +63,7 @@ def _changes(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
         yield f"train.max_length={length}", _with(spec, train={"max_length": length})
         length //= 2
     if spec.method.name in ("full", "freeze", "lora", "qlora8"):
-        yield "method=qlora4", spec.model_copy(update={"method": _qlora4(spec.method)})
+        yield "method=qlora4", _with(spec.model_copy(update={"method": _qlora4(spec.method)}))
     if spec.hw.accelerator == "cuda":
         for stage in OFFLOADING:
             if stage != named:
@@ -84,7 +84,7 @@ def _with(spec: RunSpec, **parts: dict[str, Any]) -> RunSpec:
 
 def _tried(words: str, spec: RunSpec, options: Options) -> Change | None:
     try:
-        option = options.best(_with(spec))
+        option = options.best(spec)
     except RunnerError:
         return None
     host = spec.hw.host_memory_gib

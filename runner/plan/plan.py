@@ -15,6 +15,8 @@ from runner.plan.training import Training
 from runner.spec import HardwareSpec, RunSpec
 
 GB = 1e9
+FREE_SHARE = 0.95
+"""Of the main memory, for a run: an assumption; the system and its page cache take the rest."""
 
 
 @dataclass(frozen=True)
@@ -39,40 +41,71 @@ class Plan:
     """What a run needs, takes and costs. Sizes in GiB; `docs/planning.md` explains every figure."""
 
     model: str
+    """The choice: `model.name`."""
     method: str
+    """The choice: `full`, `freeze`, `lora`, `qlora4` or `qlora8`."""
     hw: str
+    """The choice: `hw.name`."""
     where: str
+    """`local` or `runpod`; `auto` is decided by now."""
     fits: bool
     """Memory of the GPU and of the machine suffice."""
     reasons: list[str]
     """Why the run is refused: what does not fit, or costs or lasts more than allowed."""
     peak_gib: dict[str, float]
+    """`low`, `expected`, `high`: GiB on one GPU (of the process, on a CPU) in the phase that needs most."""
     capacity_gib: float | None
+    """GiB of one GPU (of the machine, on a CPU); null where the hardware does not say."""
     peak_phase: str
+    """The phase that needs most, one of the keys of `phases`."""
     phases: dict[str, dict[str, float]]
+    """`load`, `forward`, `backward`, `step`, `eval`, `save`: each with its terms in GiB at its highest moment."""
     host_ram_gib: float
+    """Main memory of one node at its peak, GiB."""
     host_ram: dict[str, float]
+    """The same by term."""
     disk_gib: float
+    """Disk at the end of the run, GiB."""
     disk: dict[str, float]
+    """The same by term."""
     zero_stage: str
+    """`none`, `zero1`, `zero2`, `zero2_offload`, `zero3` or `zero3_offload`: named, or what `auto` took."""
     deepspeed: dict[str, Any] | None
+    """The DeepSpeed JSON without any "auto"; null without DeepSpeed."""
     micro_batch: int
+    """Sequences that one process computes at once."""
     accumulation: int
+    """Micro batches per optimiser step."""
     batch: int
+    """Sequences per optimiser step over all processes, as rounded."""
     num_gpus: int
+    """GPUs of all nodes; 0 on a CPU."""
     trainable_parameters: int
+    """Values that train."""
     num_steps: int | None
+    """Optimiser steps; null where the size of the data is not known."""
     tokens_total: int | None
+    """Tokens learnt from over all epochs, padding left out; null like `num_steps`."""
     step_seconds: float | None
+    """Seconds of one optimiser step; null where the hardware's speed is not known."""
     tokens_per_second: float | None
+    """Positions per second over all processes, padding included."""
     hours: float | None
+    """From the first second that is paid for to the last; null where steps or speed are not known."""
     hours_parts: dict[str, float] | None
+    """`setup`, `download`, `load`, `training`, `evaluation`, `save`, in hours."""
     usd: float | None
+    """US$ of the whole run; null without a price or a time, which is not 0."""
     usd_per_hour: float | None
+    """US$ per hour of all GPUs together."""
     price_source: str | None
+    """Who says so, and when."""
     command: list[str]
+    """What starts the worker on every node."""
     env: dict[str, str]
+    """Environment variables that the hardware needs."""
     notes: list[str] = field(default_factory=list)
+    """What was assumed, rounded or chosen, in sentences."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: stable, documented in docs/planning.md."""
@@ -239,7 +272,7 @@ def _short_of_memory(option: Option, ram: Mapping[str, float], hw: HardwareSpec)
             f"({terms[largest] / GIB:.1f} GiB); {what} {option.capacity / GIB:.1f} GiB"
         )
     needed = sum(ram.values()) / GIB
-    if hw.host_memory_gib and hw.accelerator == "cuda" and needed > hw.host_memory_gib:
+    if hw.host_memory_gib and hw.accelerator == "cuda" and needed > FREE_SHARE * hw.host_memory_gib:
         reasons.append(f"needs {needed:.0f} GiB of main memory; the machine has {hw.host_memory_gib:.0f} GiB")
     return reasons
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from runner.plan import layers
+from runner.plan.attention import mask
 from runner.plan.blocks import Block, LayerKind, Setting
+from runner.plan.head import Inner, embed, head
+from runner.plan.layers import LAYERS, checkpointed
 from runner.plan.shape import Shape
 from runner.plan.tape import KINDS, Segment, Tape
 
-SHOWN = 3
-"""Layers of a run of equal layers that are put on the tape: its first, its last, and one for all between."""
+SHOWN = 2
+"""Layers of a run of equal layers that are put on the tape: its first, and one for all others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,31 +50,31 @@ def step(shape: Shape, setting: Setting, trains: Trains, has_gradients: bool = F
     k = Block(tape, shape, setting)
     times: list[int] = []
     with tape.segment("embedding"):
-        hidden = layers.embed(k, LayerKind(trains.embedding))
-        if setting.checkpointing and hidden.node is None and any(kind.adapters for kind, _ in trains.runs):
-            hidden.node = tape.leaf(trained=False)  # enable_input_require_grads
+        needs_grad = setting.checkpointing and any(kind.adapters for kind, _ in trains.runs)
+        hidden, variables = embed(k, LayerKind(trains.embedding), needs_grad)
         cos = hidden.width
-        positions = tape.new(2 * setting.s * shape.rotary_dim, cos)
+        shared = [tape.new(2 * setting.s * shape.rotary_dim, cos)]  # cos and sin
+        (shared if setting.checkpointing else variables).extend(mask(k, cos))
     times.append(1)
-    layer = layers.LAYERS[shape.family]
+    layer = LAYERS[shape.family]
     for kind, count in trains.runs:
         shown = min(count, SHOWN)
         for i in range(shown):
             with tape.segment("layer"):
                 if setting.checkpointing:
-                    hidden = layers.checkpointed(k, layer, hidden, kind, cos)
+                    hidden = checkpointed(k, layer, hidden, kind, cos)
                 else:
                     hidden = layer(k, hidden, kind, cos)
-            times.append(count - SHOWN + 1 if shown == SHOWN and i == 1 else 1)
+            times.append(count - SHOWN + 1 if i == SHOWN - 1 else 1)
     with tape.segment("head"):
-        hidden = layers.final_norm(k, hidden, LayerKind(trains.norm))
-        loss = layers.head(k, hidden, LayerKind(trains.head))
+        inner = Inner(hidden, variables)
         del hidden
+        loss = head(k, inner, LayerKind(trains.norm), LayerKind(trains.head))
     times.append(1)
     forward, held = stretched(tape.segments, times)
     _, held = stretched(tape.forget(), times, held)
     segments = tape.backward(loss) if loss.node is not None else []
-    del positions
+    shared.clear()
     backward, _ = stretched(segments, [times[segment.index] for segment in segments], held)
     return Step(_peak(forward), _peak(backward))
 

@@ -23,19 +23,23 @@ KINDS = ("activations", "weight_casts", "head_and_loss", "gradients")
 class Storage:
     """Bytes that are held as long as somebody refers to them."""
 
-    __slots__ = ("kind", "size", "tape")
+    __slots__ = ("kind", "size", "tape", "width")
 
-    def __init__(self, tape: Tape, size: float, kind: int) -> None:
-        self.tape, self.size, self.kind = tape, size, kind
+    def __init__(self, tape: Tape, size: float, width: int, kind: int) -> None:
+        self.tape, self.size, self.width, self.kind = tape, size, width, kind
         tape.live += size
         tape.by_kind[kind] += size
         if tape.live > tape.peak:
             tape.peak = tape.live
-            tape.at_peak = tape.by_kind.copy()
+            tape.rising = True
 
     def __del__(self) -> None:
-        self.tape.live -= self.size
-        self.tape.by_kind[self.kind] -= self.size
+        tape = self.tape
+        if tape.rising:  # the peak is over: what was it made of?
+            tape.at_peak = tape.by_kind.copy()
+            tape.rising = False
+        tape.live -= self.size
+        tape.by_kind[self.kind] -= self.size
 
 
 class Bundle(Storage):
@@ -44,7 +48,7 @@ class Bundle(Storage):
     __slots__ = ("grads",)
 
     def __init__(self, tape: Tape, grads: list[Storage | None]) -> None:
-        super().__init__(tape, 0.0, ACTIVATIONS)
+        super().__init__(tape, 0.0, 0, ACTIVATIONS)
         self.grads = grads
 
 
@@ -82,10 +86,13 @@ Kept = Stored | Promise | None
 class Node:
     """One step of the backward pass, or a leaf that collects its gradient."""
 
-    __slots__ = ("backward", "grad", "kept", "ports", "segment", "trained")
+    __slots__ = ("backward", "grad", "kept", "ports", "segment", "trained", "width")
 
-    def __init__(self, backward: Backward | None, segment: int, kept: Kept = None, trained: bool = False) -> None:
-        self.backward, self.segment, self.kept, self.trained = backward, segment, kept, trained
+    def __init__(
+        self, width: int, backward: Backward | None, segment: int, kept: Kept = None, trained: bool = False
+    ) -> None:
+        self.width, self.backward, self.segment, self.kept, self.trained = width, backward, segment, kept, trained
+        """`width`: bytes of a number of the result, to which the engine casts a gradient that is wider."""
         self.grad: Storage | None = None
         self.ports: list[Node] | None = None
         """Of an operation with several results: where their gradients wait."""
@@ -127,6 +134,7 @@ class Tape:
         self.live = self.peak = 0.0
         self.by_kind = [0.0, 0.0, 0.0, 0.0]
         self.at_peak = [0.0, 0.0, 0.0, 0.0]
+        self.rising = False
         self.nodes: list[Node] = []
         self.segments: list[Segment] = []
         self.frame: Frame | None = None
@@ -140,7 +148,7 @@ class Tape:
 
     def new(self, values: float, width: int, kind: int = ACTIVATIONS) -> Storage:
         """Bytes for `values` numbers of `width` bytes."""
-        return Storage(self, values * width, kind)
+        return Storage(self, values * width, width, kind)
 
     def keep(self, *storages: Storage | None) -> Kept:
         """Keep something for the backward pass, where torch packs it: inputs before an operation, its result after.
@@ -158,22 +166,34 @@ class Tape:
             raise EnoughMade
         return None
 
+    def promises(self) -> bool:
+        """The first pass of a checkpoint: what is kept now is made again later."""
+        return self.frame is not None and self.frame.made is None
+
     def hold(self, storage: Storage) -> None:
         """Keep something in an attribute of a `torch.autograd.Function`: until the loss goes, checkpointed or not."""
         again = self.frame is not None and self.frame.made is not None
         (self.frame.held if again and self.frame else self.held).append(storage)
 
-    def node(self, backward: Backward, kept: Kept = None) -> Node:
-        """Put a step of the backward pass on the tape."""
+    def node(self, width: int, backward: Backward, kept: Kept = None) -> Node:
+        """Put a step of the backward pass on the tape; `width` is its result's."""
         if self.frame is not None and self.frame.made is not None:
             return AGAIN
-        node = Node(backward, self.current, kept)
+        node = Node(width, backward, self.current, kept)
         self.nodes.append(node)
         return node
 
-    def leaf(self, trained: bool = True) -> Node:
+    def fork(self, width: int, backward: Backward, results: int) -> list[Node]:
+        """A step with several results; its gradient is a `Bundle`."""
+        node = self.node(width, backward)
+        if node is AGAIN:
+            return [AGAIN] * results
+        node.ports = [self.leaf(width, trained=False) for _ in range(results)]
+        return node.ports
+
+    def leaf(self, width: int, trained: bool = True) -> Node:
         """A parameter (or an input that is made to require a gradient): it collects its gradient and keeps it."""
-        return Node(None, self.current, None, trained)
+        return Node(width, None, self.current, None, trained)
 
     def checkpoint(self, again: Callable[[], Tensor]) -> Tensor:
         """Run a stretch of the forward pass of which only what `again` holds is kept."""
@@ -206,10 +226,12 @@ class Tape:
         self._close(segment, start, kinds)
 
     def _open(self) -> tuple[float, list[float]]:
-        self.peak, self.at_peak = self.live, self.by_kind.copy()
+        self.peak, self.at_peak, self.rising = self.live, self.by_kind.copy(), False
         return self.live, self.by_kind.copy()
 
     def _close(self, segment: Segment, start: float, kinds: list[float]) -> None:
+        if self.rising:
+            self.at_peak, self.rising = self.by_kind.copy(), False
         segment.peak = self.peak - start
         segment.change = self.live - start
         segment.at_peak = tuple(a - b for a, b in zip(self.at_peak, kinds, strict=True))
@@ -256,12 +278,22 @@ class Tape:
         assert node.backward is not None
         if type(kept) is Promise:
             kept = self._made(kept)
-        results = node.backward(grad)
+            results = node.backward(grad)
+            kept = None  # nobody but the step held what was made again
+        else:
+            results = node.backward(grad)
+        self._validate(results)
         node.backward = kept = None  # what the step had kept is let go before its results go on
         del grad
         while results:
             target, piece = results.pop()
             self.collect(target, piece)
+
+    def _validate(self, results: list[tuple[Node, Storage]]) -> None:
+        """The engine casts every gradient to the type of what it is the gradient of (`validate_outputs`)."""
+        for i, (target, piece) in enumerate(results):
+            if piece.width != target.width:
+                results[i] = (target, Storage(self, piece.size / piece.width * target.width, target.width, piece.kind))
 
     def _ported(self, ports: list[Node]) -> Storage | None:
         """The gradients of several results; those that nobody used are zeros."""
@@ -285,8 +317,8 @@ class Tape:
         elif old is None:
             target.grad = piece
         elif getrefcount(old) > 3:  # somebody else needs it: target.grad, `old`, and getrefcount's argument are 3
-            target.grad = Storage(self, old.size, old.kind)
+            target.grad = Storage(self, old.size, old.width, old.kind)
 
 
-AGAIN = Node(None, 0)
+AGAIN = Node(0, None, 0)
 """The node of everything that is made again: the backward pass runs over the nodes of the first time."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import click
 
 from runner.paths import ASSETS
-from runner.report import choices, reference
+from runner.report import choices, planning_page, reference
 
 
 @click.command()
 @click.option("--check", is_flag=True, help="Write nothing; fail if a page is not up to date.")
 def main(check: bool) -> None:
-    """Write the generated pages: docs/reference.md, docs/choices.md and the README's table."""
-    stale = {name: new for name, (old, new) in {**reference.pages(), **choices.pages()}.items() if old != new}
+    """Write the generated pages: docs/reference.md, docs/choices.md, docs/planning.md and the README's table."""
+    pages = {**reference.pages(), **choices.pages(), **planning_page.pages()}
+    stale = {name: new for name, (old, new) in pages.items() if old != new}
     if check and stale:
         raise click.ClickException(f"not up to date: {', '.join(stale)}; run `make docs`")
     for name, text in stale.items():

@@ -23,7 +23,6 @@ def beside_plan(
     on_gpu = peaks["reserved"] is not None
     hours = plan["hours"]
     found: dict[str, Any] = {
-        "device": plan.get("device") or ("cuda" if on_gpu else "cpu"),
         "peak_gib": _peak(plan, peaks, on_gpu),
         "phases": _phases(plan, peaks["phases"], on_gpu),
         "tokens_per_second": pair(plan["tokens_per_second"], tokens_per_second),

@@ -5,22 +5,29 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from runner.report.measured import beside_plan
 from runner.rundir import RunDir
 from runner.spec import RunSpec
 
 
 def summary_of(
     spec: RunSpec, run: RunDir, trained: dict[str, Any], before: dict[str, Any], after: dict[str, Any],
-    seconds: float, peak_memory_gib: float,
+    seconds: float, peaks: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """The stable, documented record of a finished run (see docs/reference.md, Files of a run)."""
+    """The stable, documented record of a finished run (see docs/reference.md, Files of a run).
+
+    `peaks` is `runner.train.peaks.Peaks.as_dict`.
+    """
     losses = trained["losses"]
+    positions_per_second = trained["positions"] / trained["seconds"]
+    planned = _beside_plan(spec, run, peaks, positions_per_second, seconds)
     return {
         "run_id": run.id,
         "state": "done",
@@ -35,7 +42,7 @@ def summary_of(
             "steps": trained["steps"],
             "examples": trained["examples"],
             "tokens": trained["tokens"],
-            "tokens_per_second": trained["positions"] / trained["seconds"],
+            "tokens_per_second": positions_per_second,
             "effective_tokens_per_second": trained["tokens"] / trained["seconds"],
             "seconds": trained["seconds"],
             "trainable_parameters": trained["parameters"][0],
@@ -43,9 +50,21 @@ def summary_of(
         },
         "eval": {"num_prompts": after.get("num_prompts", 0), "before": before, "after": after},
         "seconds": seconds,
-        "peak_memory_gib": peak_memory_gib,
+        "peak_memory_gib": peaks["resident"] if peaks["reserved"] is None else peaks["reserved"],
         "model_dir": str(run.path / "model"),
+        **({"plan": planned} if planned else {}),
     }
+
+
+def _beside_plan(
+    spec: RunSpec, run: RunDir, peaks: dict[str, Any], tokens_per_second: float, seconds: float
+) -> dict[str, Any] | None:
+    """The part `plan`; its time runs from the creation of the run, before torch was imported, as the plan's does."""
+    plan, created = run.read("plan.json"), run.read("status.json").get("created")
+    if not plan:
+        return None
+    waited = time.time() - created if created else seconds
+    return {"device": spec.hw.gpu or "CPU", **beside_plan(plan, peaks, tokens_per_second, waited)}
 
 
 def metric_of(summary: dict[str, Any], key: str) -> float:
@@ -78,12 +97,24 @@ def print_summary(console: Console, summary: dict[str, Any], run: RunDir) -> Non
         f"{duration(summary['seconds'])}, of which training {duration(train['seconds'])} at "
         f"{train['tokens_per_second']:,.0f} tokens/s; peak memory {summary['peak_memory_gib']:.1f} GiB",
     )
+    if "plan" in summary:
+        table.add_row("Plan", plan_line(summary["plan"]))
     where = shown(run.path)
     table.add_row("Model", f"{where}/model")
     table.add_row("Loss curve", f"{where}/loss.png")
     console.print()
     console.print(table, highlight=False)
     console.print(f"\nTry it:  [bold]python -m runner chat {shlex.quote(where)}[/bold]", highlight=False)
+
+
+def plan_line(planned: dict[str, Any]) -> str:
+    """`predicted 2.1 GiB, 4 min 10 s; measured 2.2 GiB, 4 min 41 s`."""
+    parts = []
+    for key in ("predicted", "measured"):
+        size, seconds = planned["peak_gib"][key], planned["seconds"][key]
+        time_ = "" if seconds is None else f", {duration(seconds)}"
+        parts.append(f"{key} {size:.1f} GiB{time_}")
+    return "; ".join(parts)
 
 
 def shown(path: Path) -> str:

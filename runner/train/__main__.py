@@ -14,7 +14,7 @@ from rich.console import Console
 from runner.errors import Problem, RunnerError
 from runner.report.problems import print_problems
 from runner.report.progress import Progress
-from runner.rundir import RunDir
+from runner.rundir import PHASE_OF_STATE, RunDir
 from runner.spec import RunSpec
 
 
@@ -38,6 +38,8 @@ def main(argv: list[str]) -> int:
         print_summary(console, finished.summary, run)
         return 0
     except RunnerError as error:
+        if _out_of_memory(run, error):
+            return 1
         if run.state() != "interrupted":
             run.set_status("failed", exit_code=error.exit_code, error=str(error))
         print_problems(Console(stderr=True), error)
@@ -47,12 +49,36 @@ def main(argv: list[str]) -> int:
         print_problems(Console(stderr=True), RunnerError("interrupted before there was anything to save"))
         return 130
     except Exception as error:
-        log = run.path / "logs" / "traceback.txt"
-        log.write_text(traceback.format_exc(), "utf-8")
+        if _out_of_memory(run, error):
+            return 1
+        log = _keep_traceback(run)
         what = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         run.set_status("failed", exit_code=1, error=what)
         print_problems(Console(stderr=True), RunnerError(Problem(what, None, f"the stack trace is in {log}")))
         return 1
+
+
+def _out_of_memory(run: RunDir, error: BaseException) -> bool:
+    """Whether the run died of that: kept in `status.json`, for the front to say what would have fitted."""
+    if "torch" not in sys.modules:
+        return False
+    from runner.train.peaks import out_of_memory
+
+    found = out_of_memory(error)
+    if found is None:
+        return False
+    log, state = _keep_traceback(run), run.read("status.json").get("state")
+    found["phase"] = found["phase"] or PHASE_OF_STATE.get(str(state))
+    what = f"out of memory: {found['message']}"
+    run.set_status("failed", exit_code=1, error=what, oom=found)
+    Console(stderr=True).print(f"Out of memory; the stack trace is in {log}", markup=False, soft_wrap=True)
+    return True
+
+
+def _keep_traceback(run: RunDir) -> Path:
+    log = run.path / "logs" / "traceback.txt"
+    log.write_text(traceback.format_exc(), "utf-8")
+    return log
 
 
 def quiet_libraries(run: RunDir) -> None:

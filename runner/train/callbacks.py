@@ -15,9 +15,8 @@ from transformers import TrainerCallback
 
 from runner.report.progress import Progress
 from runner.rundir import RunDir, write_atomically
+from runner.train.peaks import GIB, gpu_in_use
 from runner.train.trainer import CountingTrainer
-
-GIB = 2**30
 
 
 class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has no types
@@ -110,17 +109,6 @@ class MarkComplete(TrainerCallback):  # type: ignore[misc]  # transformers has n
 
 def memory_gib() -> float:
     """Memory held now: allocated on the GPU, resident on a CPU."""
-    if torch.cuda.is_available():
+    if gpu_in_use():
         return float(torch.cuda.memory_allocated() / GIB)
     return float(psutil.Process().memory_info().rss / GIB)
-
-
-def peak_memory_gib() -> float:
-    """Most memory held so far: reserved on the GPU, resident on a CPU (ru_maxrss counts KiB, bytes on macOS)."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_reserved() / GIB)
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB

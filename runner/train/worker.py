@@ -17,9 +17,10 @@ from runner.report.summary import summary_of
 from runner.rundir import RunDir
 from runner.spec import RunSpec
 from runner.train import dataset, methods, models
-from runner.train.callbacks import MarkComplete, MetricsWriter, StopOnSignal, peak_memory_gib
+from runner.train.callbacks import MarkComplete, MetricsWriter, StopOnSignal
 from runner.train.environment import environment
 from runner.train.evaluate import compare, generate
+from runner.train.peaks import Peaks
 from runner.train.tracking import start_tracking
 from runner.train.trainer import CountingTrainer, autocast, num_steps, settings
 
@@ -37,6 +38,7 @@ def work(spec: RunSpec, run: RunDir, progress: Progress, stop: StopOnSignal) -> 
     """Do the whole run; every state it enters is in `status.json` before its work begins."""
     began = time.time()
     run.set_status("loading", started=began)
+    peaks = Peaks(spec.hw.accelerator == "cuda")
     if spec.hw.accelerator == "cpu" and spec.hw.num_cpus:
         torch.set_num_threads(spec.hw.num_cpus)
     set_seed(spec.train.seed)
@@ -59,18 +61,23 @@ def work(spec: RunSpec, run: RunDir, progress: Progress, stop: StopOnSignal) -> 
     _say_what_trains(trainer.model, progress)
     facts = environment(spec, trainer.model, tokenizer, source, fingerprint([*train_examples, *eval_examples]))
     run.write("environment.json", facts)
+    peaks.end("load")
 
     before = _measure(spec, run, "before", trainer, tokenizer, eval_examples, progress)
+    peaks.end("eval")
     run.set_status("training", num_steps=steps)
     with progress.stage("Training", "steps"):
         trainer.train()
     _stop_if_asked(run, stop, trainer.state.global_step)
     _check_finite(metrics.losses)
+    peaks.end("train")
 
     methods.settle(spec, trainer.model)
     after = _measure(spec, run, "after", trainer, tokenizer, eval_examples, progress)
+    peaks.end("eval")
     run.set_status("saving")
     save(spec, run, trainer.model, tokenizer)
+    peaks.end("save")
     trained = {
         "losses": metrics.losses,
         "steps": trainer.state.global_step,
@@ -80,7 +87,7 @@ def work(spec: RunSpec, run: RunDir, progress: Progress, stop: StopOnSignal) -> 
         "parameters": methods.describe_trainable(trainer.model)[:2],
         "examples": train_rows.num_examples,
     }
-    summary = summary_of(spec, run, trained, before, after, time.time() - began, peak_memory_gib())
+    summary = summary_of(spec, run, trained, before, after, time.time() - began, peaks.as_dict())
     plot_loss(run, summary)
     run.write("summary.json", summary)
     run.set_status("done", exit_code=0, step=trainer.state.global_step)
