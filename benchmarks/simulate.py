@@ -12,8 +12,7 @@ CPU build of torch is put in its place, and nothing else:
   never under a dispatch mode (`can_accumulate_inplace` in its input_buffer.cpp), which counts them here;
 - experts in fp32 multiply with `grouped_mm`, whose kernel takes them but whose shape function does not.
 
-Mixtures of experts need no routing: `grouped_mm`, the default of transformers, computes the same number of rows
-wherever they go.
+Mixtures need no routing: `grouped_mm`, transformers' default, computes as many rows wherever they go.
 """
 
 from __future__ import annotations
@@ -72,8 +71,8 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten.masked_scatter_backward.default:
             return args[0].new_empty(args[2])
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
-            rows, columns = args[0].shape[0], args[1].shape[-1]
-            return args[0].new_empty((rows, columns) if args[1].ndim == 3 else (args[2].shape[0], rows, columns))
+            shape = args[0].shape[0], args[1].shape[-1]
+            return args[0].new_empty(shape if args[1].ndim == 3 else (args[2].shape[0], *shape))
         return func(*args, **kwargs)
 
     def count(self, tensor: torch.Tensor) -> None:
@@ -172,13 +171,12 @@ def _always(*args: Any) -> bool:  # not a Mock: that would keep every tensor it 
     return True
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
 @contextmanager
 def gpu_like() -> Iterator[None]:
-    """The three differences between a GPU and the CPU build of torch; see the module's docstring."""
+    """The differences between a GPU and the CPU build of torch; see the module's docstring."""
     ALL_ATTENTION_FUNCTIONS.register(FLASH, _attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(FLASH, lambda *args, **kwargs: None)
     kernels = "trl.kernels.chunked_logprob"
@@ -223,6 +221,8 @@ def transformers_config(model: ModelSpec, num_layers: int | None = None) -> Any:
         facts["head_dim"] = model.head_dim
     if model.num_experts:
         facts |= {"num_local_experts": model.num_experts, "num_experts_per_tok": model.experts_per_token}
+    if model.architecture == "qwen3_moe":
+        facts["moe_intermediate_size"] = model.intermediate_size
     if model.architecture == "phi":
         facts |= {"resid_pdrop": 0.1, "partial_rotary_factor": 0.4}  # microsoft/phi-2's config.json
     assert model.architecture

@@ -25,13 +25,15 @@ Examples:
   python -m runner -m method=full,freeze,lora,qlora4,qlora8 train.max_steps=5
   python -m runner show model=phi2                         the resolved run as YAML
   python -m runner explain train.learning_rate recipe=phi2_lora_rtx6000adax5
+  python -m runner plan model=llama3_8b hw=rtx4090         memory, time and cost, before anything starts
+  python -m runner fit model=llama2_70b method=lora        which hardware, ZeRO stage and micro batch
   python -m runner list models
   python -m runner runs                                    past runs
   python -m runner chat runs/<id>                          talk to a tuned model
 
 Choices are written group=name (model, method, hw, deepspeed, objective, data, where, track),
 values key=value; docs/reference.md has every key. Exit codes: 0 done, 1 the run failed,
-2 the request was wrong, 3 it cannot run here, 130 interrupted.
+2 the request was wrong, 3 it does not fit, not here, or not within the limits, 130 interrupted.
 """
 
 Arguments = tuple[str, ...]
@@ -181,11 +183,14 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
     Exit code 0 if it fits, 3 if not, or if it takes more than where.max_usd or where.max_hours.
     """
     from runner import planning
-    from runner.launch import resolved
+    from runner.compose import compose, source_finder
+    from runner.launch import asked, complete
     from runner.report.plan import print_plan
     from runner.report.plan_plot import plot_plan
 
-    spec, notes = resolved(request_of(words, config_dirs), needed=True)
+    request = request_of(words, config_dirs)
+    composed = compose(request)
+    spec, notes = complete(composed, source_finder(request), needed=True)
     found = planning.plan(spec, notes)
     content = found.as_dict()
     if plot is not None:
@@ -198,7 +203,7 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
         console = Console()
         print_plan(console, content)
         if found.reasons:
-            console.print(f"→ {planning.advice(spec, found)}", highlight=False, soft_wrap=True)
+            console.print(f"→ {planning.advice(asked(composed, needed=True), found)}", highlight=False, soft_wrap=True)
         if plot is not None:
             console.print(f"Picture: {plot}", highlight=False, soft_wrap=True)
     sys.exit(CannotRunError.exit_code if found.reasons else 0)
@@ -213,12 +218,13 @@ def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str,
     from dataclasses import asdict
 
     from runner import fitting
-    from runner.launch import resolved
+    from runner.compose import compose, source_finder
+    from runner.launch import asked
     from runner.report.plan import print_fit
 
     request = request_of(words, config_dirs)
     given = fitting.given_in(request)
-    spec = fitting.opened(resolved(request, needed=True)[0], given)
+    spec = fitting.opened(asked(compose(request), source_finder(request), needed=True), given)
     rows = [asdict(row) for row in fitting.fits(spec, given, by)]
     fit = [row for row in rows if row["fits"]]
     if as_json:
@@ -226,6 +232,8 @@ def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str,
     else:
         short = fit[:20] + [row for row in rows if not row["fits"]][: max(0, 12 - len(fit))]
         print_fit(Console(), rows if everything else short, fitting.title(spec, rows))
+        if not everything and len(short) < len(rows):
+            click.echo(f"… and {len(rows) - len(short)} more: --all")
     sys.exit(0 if fit else CannotRunError.exit_code)
 
 

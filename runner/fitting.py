@@ -14,10 +14,9 @@ from runner.plan.options import Options
 from runner.plan.shape import shape_of
 from runner.planning import hardware, sequences
 from runner.request import Request
-from runner.spec import DeepSpeedSpec, HardwareSpec, Method, ModelSpec, RunSpec, TrainSpec
+from runner.spec import HardwareSpec, Method, ModelSpec, RunSpec, TrainSpec
 
 METHOD: TypeAdapter[Method] = TypeAdapter(Method)
-OPEN = ("micro_batch_size", "accumulation_steps")
 
 
 def _plain(group: str, name: str) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def models() -> list[ModelSpec]:
 def given_in(request: Request) -> set[str]:
     """Groups and keys that the request names: on the command line, in its recipe, or in a spec.json."""
     if request.spec_file is not None:
-        return {*catalogue.GROUPS, *OPEN}
+        return set(catalogue.GROUPS)
     words = [override.partition("=") for override in request.overrides]
     named = {key.lstrip("+~") for key, _, _ in words}
     chosen = request.recipe or next((value for key, _, value in words if key == "recipe"), None)
@@ -52,18 +51,15 @@ def given_in(request: Request) -> set[str]:
 
 
 def opened(spec: RunSpec, given: set[str]) -> RunSpec:
-    """The run with everything open again that nobody has named.
+    """Without data or a length of one's own, the sequences are not the demo's 256 tokens, but the schema's defaults.
 
-    Without data or a length of one's own, the sequences are not the demo's 256 tokens, but the schema's defaults.
+    `spec` is the run as it was asked for, its `auto`s open.
     """
-    update: dict[str, Any] = {key: "auto" for key in OPEN if f"train.{key}" not in given}
-    if "data" not in given:
-        fields = TrainSpec.model_fields
-        update |= {key: fields[key].default for key in ("max_length", "batch_size") if f"train.{key}" not in given}
-    parts: dict[str, Any] = {"train": spec.train.model_copy(update=update)}
-    if "deepspeed" not in given:
-        parts["deepspeed"] = DeepSpeedSpec()
-    return spec.model_copy(update=parts)
+    if "data" in given:
+        return spec
+    fields = TrainSpec.model_fields
+    update = {key: fields[key].default for key in ("max_length", "batch_size") if f"train.{key}" not in given}
+    return spec.model_copy(update={"train": spec.train.model_copy(update=update)})
 
 
 def title(spec: RunSpec, rows: list[dict[str, Any]]) -> str:
@@ -78,7 +74,8 @@ def fits(spec: RunSpec, given: set[str], by: str) -> list[Row]:
 
     `spec` is what `opened` returned.
     """
-    options = Options(catalogue.deepspeed_templates())
+    own = (spec.deepspeed.name, spec.deepspeed.config) if spec.deepspeed.config else None
+    options = Options(catalogue.deepspeed_templates(own))
     runs = combinations(
         spec,
         [spec.model] if "model" in given else models(),
@@ -126,6 +123,7 @@ def memory_table(spec: RunSpec, names: Iterable[str] = TABLE_MODELS) -> dict[str
             f"one sequence of {length} tokens at a time, gradient checkpointing, bf16 arithmetic, AdamW",
             "FlashAttention; TRL's fused head; the context of CUDA and 4% of slack are counted in",
             "full: fp32 weights, gradients and moments, 16 bytes per parameter, and 2 more for the copy in bf16",
+            "fused experts of a mixture (mixtral_8x7b) stay in 16 bits: bitsandbytes quantises linear layers only",
             "several GPUs: `plan` with deepspeed=zero3 shards all of it but the activations",
         ],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from runner.compose import sweep as hydra_sweep
 from runner.errors import InterruptedRun, RequestError, RunnerError
 from runner.execute import local
 from runner.plan.plan import Plan
-from runner.plan.resolve import resolve, settled
+from runner.plan.resolve import resolve
 from runner.problems import SourceOf, validated
 from runner.report.problems import dump, print_problems
 from runner.report.summary import metric_of, shown
@@ -40,20 +41,26 @@ def complete(
 
     `needed`: the facts of a model outside the catalogue are asked of the Hub, and missing ones are an error.
     """
-    found = spec.model_copy(update={"hw": hardware.resolve(spec.hw)})
-    checked = validated(planning.with_facts(found, needed=needed).model_dump(), source_of)
+    checked = asked(spec, source_of, needed=needed)
     said: list[str] = []
     if checked.where.name == "auto":
         here = None if hardware.why_not_here(checked.hw) else checked.hw
-        checked, said = planning.place(settled(checked), here)
+        checked, said = planning.place(checked, here)
     ready, notes = resolve(checked, planning.options_for(checked))
     return ready, [*said, *notes]
 
 
+def asked(spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool = False) -> RunSpec:
+    """A composed run with the facts of hardware and model, its `auto`s still open."""
+    found = spec.model_copy(update={"hw": hardware.resolve(spec.hw)})
+    return validated(planning.with_facts(found, needed=needed).model_dump(), source_of)
+
+
 def run(request: Request, console: Console, as_json: bool) -> int:
     """One run, to its end; the exit code of the worker."""
-    spec, notes = resolved(request)
-    planned = plan_first(spec, notes)
+    composed = compose(request)
+    spec, notes = complete(composed, source_finder(request))
+    planned = plan_first(spec, notes, composed)
     try:
         local.check(spec)
     except RunnerError:
@@ -67,8 +74,10 @@ def run(request: Request, console: Console, as_json: bool) -> int:
     return outcome.exit_code
 
 
-def plan_first(spec: RunSpec, notes: list[str]) -> Plan | None:
+def plan_first(spec: RunSpec, notes: list[str], composed: RunSpec) -> Plan | None:
     """What the run needs and takes, before anything is made; CannotRunError for what does not fit or costs too much.
+
+    `composed` is the run as it was asked for, from which the refusal works out what would fit.
 
     None for a model that the arithmetic does not know: the run goes on without a plan, and says so.
     """
@@ -77,7 +86,8 @@ def plan_first(spec: RunSpec, notes: list[str]) -> Plan | None:
     except RequestError as error:
         notes.append(f"no plan: {error}")
         return None
-    planning.refuse(spec, planned)
+    if planned.reasons:
+        planning.refuse(asked(composed), planned)
     return planned
 
 
@@ -128,16 +138,23 @@ def _checked(request: Request) -> list[RunSpec]:
     errors: list[RunnerError] = []
     for point in points(request):
         try:
-            spec, notes = resolved(point)
-            plan_first(spec, notes)
+            composed = compose(point)
+            spec, notes = complete(composed, source_finder(point))
+            plan_first(spec, notes, composed)
             local.check(spec)
             specs.append(spec)
         except RunnerError as error:
-            errors.append(error)
+            errors.append(_of_point(error, point))
     if errors:
         kind = type(errors[0])
         raise kind(*dict.fromkeys(p for error in errors if isinstance(error, kind) for p in error.problems))
     return specs
+
+
+def _of_point(error: RunnerError, point: Request) -> RunnerError:
+    """The error with the point of the sweep that it concerns."""
+    where = " ".join(point.overrides)
+    return type(error)(*(replace(p, source=p.source or where) for p in error.problems))
 
 
 def _sharing(spec: RunSpec, jobs: int) -> RunSpec:
@@ -156,8 +173,9 @@ def _point(spec: RunSpec, index: int, sweep_dir: Path, as_json: bool) -> float:
     console = Console(stderr=as_json)
     row: dict[str, Any] = {"index": index, "run_id": None, "overrides": task_overrides(), "metric": None}
     try:
-        spec, notes = complete(_sharing(spec, parallel_jobs()))
-        planned = plan_first(spec, notes)
+        composed = _sharing(spec, parallel_jobs())
+        spec, notes = complete(composed)
+        planned = plan_first(spec, notes, composed)
         local.check(spec)
         outcome = start(spec, notes, console, as_json, sweep=sweep_dir.name, planned=planned)
         row |= {"run_id": outcome.run.id, "exit_code": outcome.exit_code}

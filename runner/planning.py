@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-
-from pydantic import TypeAdapter
+from typing import NoReturn
 
 from runner import catalogue, hub_config, hub_fetch
 from runner.cloud import prices
 from runner.data import lengths
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
 from runner.plan.memory import GIB
-from runner.plan.nearest import Change, cheapest, nearest
+from runner.plan.nearest import cheapest, nearest
 from runner.plan.options import Options
 from runner.plan.plan import Facts, Plan, plan_of
+from runner.plan.settle import settled
 from runner.plan.shape import shape_of
-from runner.spec import HardwareSpec, LaterPlace, LocalPlace, Method, ModelSpec, RunSpec
-
-METHOD: TypeAdapter[Method] = TypeAdapter(Method)
+from runner.spec import HardwareSpec, LaterPlace, LocalPlace, ModelSpec, RunSpec
 
 
 def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:
@@ -106,7 +104,13 @@ def _at_hand(model: ModelSpec) -> bool:
 def hardware() -> list[HardwareSpec]:
     """Every named GPU machine of the catalogue."""
     found = [HardwareSpec.model_validate(catalogue.load("hw", name)) for name in catalogue.options("hw")]
-    return [hw for hw in found if hw.accelerator == "cuda"]
+    return [_priced(hw) for hw in found if hw.accelerator == "cuda"]
+
+
+def _priced(hw: HardwareSpec) -> HardwareSpec:
+    """With today's price where the live catalogue tells it."""
+    usd, _ = price_of(hw)
+    return hw if usd == hw.usd_per_hour else hw.model_copy(update={"usd_per_hour": usd})
 
 
 def place(spec: RunSpec, here: HardwareSpec | None) -> tuple[RunSpec, list[str]]:
@@ -118,14 +122,16 @@ def place(spec: RunSpec, here: HardwareSpec | None) -> tuple[RunSpec, list[str]]
     local, rented = LocalPlace(max_usd=usd, max_hours=hours), LaterPlace(name="runpod", max_usd=usd, max_hours=hours)
     if options is None:
         return spec.model_copy(update={"where": local}), ["where=auto: here, since nothing can be planned"]
-    why = f"this machine is not {spec.hw.name}"
-    if here is not None:
-        best = options.best(spec)
-        if best.fits:
-            note = "where=auto: here, where it fits"
-            return spec.model_copy(update={"where": local, "hw": here}), [note]
-        why = f"it needs {best.memory.expected / GIB:.1f} GiB and this machine has {(best.capacity or 0) / GIB:.1f}"
-    larger = cheapest(spec, options, hardware() if here is not None else [spec.hw], sequences(spec))
+    best = options.best(settled(spec))
+    if here is None:  # the user has chosen the hardware
+        fit = "" if best.fits else ", and it does not fit there either"
+        return spec.model_copy(update={"where": rented}), [
+            f"where=auto: this machine is not {spec.hw.name}{fit}; rented"
+        ]
+    if best.fits:
+        return spec.model_copy(update={"where": local, "hw": here}), ["where=auto: here, where it fits"]
+    why = f"it needs {best.memory.expected / GIB:.1f} GiB and this machine has {(best.capacity or 0) / GIB:.1f}"
+    larger = cheapest(spec, options, hardware(), sequences(spec))
     if larger is None:
         note = f"where=auto: {why}, and no hardware of the catalogue holds it"
         return spec.model_copy(update={"where": rented}), [note]
@@ -143,25 +149,22 @@ def sequences(spec: RunSpec) -> int | None:
     return steps * spec.train.batch_size if steps else None
 
 
-def refuse(spec: RunSpec, plan: Plan) -> None:
-    """CannotRunError with the reasons of a refused plan and the nearest run that fits; nothing if it is not."""
-    if not plan.reasons:
-        return
-    raise CannotRunError(*(Problem(reason, None, advice(spec, plan)) for reason in plan.reasons))
+def refuse(asked: RunSpec, plan: Plan) -> NoReturn:
+    """CannotRunError with the reasons of a refused plan and the nearest run that fits."""
+    raise CannotRunError(*(Problem(reason, None, advice(asked, plan)) for reason in plan.reasons))
 
 
-def advice(spec: RunSpec, plan: Plan) -> str | None:
-    """The changes that make a plan fit, in words."""
-    options = options_for(spec)
+def advice(asked: RunSpec, plan: Plan) -> str:
+    """The changes that make a refused plan fit, in words; `asked` is the run with its `auto`s open."""
+    options = options_for(asked)
     if plan.fits or options is None:
+        if plan.hours is None:
+            return "say how long it trains (train.max_steps=…), or leave the limit out"
+        if plan.usd is None and asked.where.max_usd is not None:
+            return "say what the hardware costs (hw.usd_per_hour=…), or leave where.max_usd out"
         return "raise the limit, or take a smaller run (fewer steps, a cheaper method, other hardware)"
-    changes = nearest(spec, options, hardware(), sequences=sequences(spec))
+    changes = nearest(asked, options, hardware(), sequences=sequences(asked))
     if not changes:
         return "no hardware of the catalogue holds it; try method=qlora4, or a smaller model"
-    return "it fits with " + ", or ".join(_words(change) for change in changes)
-
-
-def _words(change: Change) -> str:
-    text = f"{change.words} ({change.option.memory.expected / GIB:.1f} GiB"
-    main = change.option.memory.host * (change.spec.hw.world_size / change.spec.hw.num_nodes) / GIB
-    return f"{text}, and {main:,.0f} GiB of main memory)" if main > 1 else f"{text})"
+    texts = [f"{change.described} ({change.option.memory.expected / GIB:.1f} GiB)" for change in changes]
+    return "it fits with " + ", or ".join(texts)

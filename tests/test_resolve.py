@@ -10,7 +10,8 @@ import pytest
 from runner.compose import compose
 from runner.errors import RequestError
 from runner.plan.options import MAX_MICRO_BATCH
-from runner.plan.resolve import EAGER_UP_TO, resolve
+from runner.plan.resolve import resolve
+from runner.plan.settle import EAGER_UP_TO
 from runner.request import Request
 from runner.spec import RunSpec
 from tests.front import here, laptop, spec_of

@@ -25,7 +25,8 @@ def project(k: Block, x: Tensor, name: str, kind: LayerKind) -> Tensor:
     if setting.dora:
         result = k.add(result, _dora(k, x, result, m, quantised))
     else:
-        result = k.add(result, k.scale(_low_rank(k, k.dropout(x) if setting.dropout else x, m)))
+        small = _lora_a(k, k.dropout(x) if setting.dropout else x, m)
+        result = k.add(result, k.scale(_lora_b(k, small, m)))
     return k.cast(result, own)
 
 
@@ -36,11 +37,14 @@ def _base(k: Block, x: Tensor, m: Matrix, kind: LayerKind, quantised: bool) -> T
     return k.linear(x, m.inputs, m.outputs, id(m), width=k.width_of(kind), trained=kind.weights, bias=m.bias)
 
 
-def _low_rank(k: Block, x: Tensor, m: Matrix) -> Tensor:
-    """`lora_B(lora_A(x))`."""
-    width, rank = k.set.adapter_width, k.set.rank
-    small = k.linear(x, m.inputs, rank, (m.name, "A"), width=width, trained=True)
-    return k.linear(small, rank, m.outputs, (m.name, "B"), width=width, trained=True)
+@module
+def _lora_a(k: Block, x: Tensor, m: Matrix) -> Tensor:
+    return k.linear(x, m.inputs, k.set.rank, (id(m), "A"), width=k.set.adapter_width, trained=True)
+
+
+@module
+def _lora_b(k: Block, x: Tensor, m: Matrix) -> Tensor:
+    return k.linear(x, k.set.rank, m.outputs, (id(m), "B"), width=k.set.adapter_width, trained=True)
 
 
 @module
@@ -64,7 +68,7 @@ def _dora(k: Block, x: Tensor, result: Tensor, m: Matrix, quantised: bool) -> Te
     scaled = t.new(values, wide)
     summed = t.new(values, wide)
     del scaled, summed
-    low = _low_rank(k, x, m)
+    low = _lora_b(k, _lora_a(k, x, m), m)
     if base is None:
         base = k.linear(x, m.inputs, m.outputs, None, width=wide, trained=False)
     elif m.bias:

@@ -38,10 +38,15 @@ def rotate(k: Block, x: Tensor, cos: int) -> Tensor:
     return out
 
 
-def rotate_part(k: Block, query: Tensor, key: Tensor, cos: int) -> tuple[Tensor, Tensor]:
-    """Rotary positions on the first `rotary_dim` features of each head; the rest is joined on again."""
+def parts(k: Block, x: Tensor) -> list[Tensor]:
+    """The first `rotary_dim` features of each head, and the rest."""
     share = k.shape.rotary_dim / k.shape.head_dim
-    pairs = [k.slices(x, [x.values * share, x.values * (1 - share)]) for x in (query, key)]
+    return k.slices(x, [x.values * share, x.values * (1 - share)])
+
+
+def rotate_part(k: Block, query: Tensor, key: Tensor, cos: int) -> tuple[Tensor, Tensor]:
+    """GPT-NeoX's `apply_rotary_pos_emb`: the first features of each head are rotated, the rest is joined on again."""
+    pairs = [parts(k, x) for x in (query, key)]
     turned = [rotate(k, turn, cos) for turn, _ in pairs]
     first, second = (k.join(turn, rest) for turn, (_, rest) in zip(turned, pairs, strict=True))
     return first, second

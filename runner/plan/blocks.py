@@ -167,14 +167,12 @@ class Block:
         out.node = t.node(out.width, backward, kept)
         return out
 
-    def scale(self, x: Tensor, width: int = 0) -> Tensor:
-        """x times something small that needs no gradient (a number, a row of `width` bytes per value)."""
-        t, values, source = self.t, x.values, x.node
-        wide = max(x.width, width)
-        kept = t.keep(None) if source is not None else None
-        out = Tensor(values, wide, t.new(values, wide))
+    def scale(self, x: Tensor) -> Tensor:
+        """x times a number, of which autograd keeps no tensor (`SavedVariable` packs no wrapped number)."""
+        t, values, width, source = self.t, x.values, x.width, x.node
+        out = Tensor(values, width, t.new(values, width))
         if source is not None:
-            out.node = t.node(wide, lambda grad: [(source, t.new(values, wide))], kept)
+            out.node = t.node(width, lambda grad: [(source, t.new(values, width))])
         return out
 
     def weigh(self, x: Tensor, features: float, width: int, trained: bool) -> Tensor:

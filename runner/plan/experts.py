@@ -8,52 +8,60 @@ compute in fp32. PEFT 0.21 adapts it through `target_parameters`: its `ParamWrap
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from runner.plan.blocks import Block, LayerKind, module
 from runner.plan.shape import Matrix
 from runner.plan.tape import Node, Storage, Tensor
 
-Weight = tuple[int, "Storage | None", "Node | None"]
-"""A parameter of all experts: bytes of a value, its sum with the adapter, where its gradient goes."""
+
+@dataclass(slots=True)
+class Weight:
+    """One parameter of all experts, or of the router."""
+
+    matrix: Matrix
+    width: int
+    """Bytes of a value."""
+    node: Node | None = None
+    """Where its gradient goes."""
+    factors: list[tuple[Storage, Node]] = field(default_factory=list)
+    """A and B in the parameter's width, which the wrapper holds until the module returns."""
+    total: Storage | None = None
+    """The parameter plus B·A."""
 
 
 @module
 def mixture(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
     """`MixtralSparseMoeBlock.forward` and `Qwen3MoeSparseMoeBlock.forward`."""
-    wrapped = kind.adapters and k.set.targets is None
-    scores = _router(k, x, kind, wrapped)
-    cached: dict[str, Weight] = {}  # parametrize.cached(): both sums live until the experts are done
-    for name in ("gate_up_proj", "down_proj"):
-        if not wrapped:
-            leaf = k.t.leaf(k.width_of(kind)) if kind.weights else None
-            cached[name] = (k.width_of(kind), None, leaf)
-    return _experts(k, x, scores, cached, wrapped)
+    scores = _router(k, x, kind)
+    return _experts(k, x, scores, _weight(k, "gate_up_proj", kind), _weight(k, "down_proj", kind))
 
 
 @module
-def _router(k: Block, x: Tensor, kind: LayerKind, wrapped: bool) -> Tensor:
+def _router(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
     """`MixtralTopKRouter.forward`: logits, softmax in fp32, the chosen ones' shares."""
-    shape, n = k.shape, k.n
-    width = k.width_of(kind)
-    m = k.matrices["gate"]
-    if wrapped:
-        logits = _product(k, x, _weight(k, "gate", {}, wrapped), m.inputs, m.outputs)
+    shape, n, weight = k.shape, k.n, _weight(k, "gate", kind)
+    m = weight.matrix
+    if weight.factors:
+        logits = _product(k, x, weight, m.inputs, m.outputs)
     else:
-        logits = k.linear(x, m.inputs, m.outputs, "gate", width=width, trained=kind.weights)
+        logits = k.linear(x, m.inputs, m.outputs, "gate", width=weight.width, trained=kind.weights)
     shares = k.tanh(k.cast(logits, 4))  # softmax
     chosen = k.take(shares, n * shape.experts_per_token)
     return chosen if shape.qk_norm is False else k.cast(chosen, logits.width)
 
 
-def _experts(k: Block, x: Tensor, scores: Tensor, cached: dict[str, Weight], wrapped: bool) -> Tensor:
+@module
+def _experts(k: Block, x: Tensor, scores: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     shape, t = k.shape, k.t
     h, f, s = shape.hidden_size, shape.intermediate_size, k.n * shape.experts_per_token
-    order = t.new(2 * s, 8)  # expert_ids_g and perm
+    order = t.new(3 * s, 8)  # top_k_index, expert_ids_g and perm
     index = t.new(s, 8)
     selected = k.take(x, s * h)
     del index
-    rows = _product(k, selected, _weight(k, "gate_up_proj", cached, wrapped), h, 2 * f, shape.num_experts)
+    rows = _product(k, selected, gate_up, h, 2 * f)
     rows = _gated(k, rows)
-    rows = _product(k, rows, _weight(k, "down_proj", cached, wrapped), f, h, shape.num_experts)
+    rows = _product(k, rows, down, f, h)
     weighted = _weighted(k, rows, scores)
     weighted = k.take(weighted, s * h)
     out = Tensor(x.values, weighted.width, t.new(x.values, weighted.width))
@@ -71,32 +79,36 @@ def _gated(k: Block, rows: Tensor) -> Tensor:
     return k.mul(k.pointwise(gate), up)
 
 
-def _weight(k: Block, name: str, cached: dict[str, Weight], wrapped: bool) -> Weight:
-    """All experts' matrices; with an adapter their sum, made when it is first asked for."""
-    if not wrapped:
-        return cached[name]
+def _weight(k: Block, name: str, kind: LayerKind) -> Weight:
+    """A parameter as the module finds it: `ParamWrapper` has made its factors ready before the module runs."""
     t, m, setting = k.t, k.matrices[name], k.set
-    width, rank = setting.frozen_width, setting.rank * m.rank_factor
-    narrow = [(m.count * rank * side, t.leaf(setting.adapter_width)) for side in (m.inputs, m.outputs)]
-    factors = [t.new(values, width) for values, _ in narrow]
-    kept = t.keep(*factors)
-    total = t.new(m.weights, width)
-
-    def backward(grad: Storage) -> list[tuple[Node, Storage]]:
-        return [(leaf, t.new(values, width)) for values, leaf in narrow]
-
-    cached[name] = (width, total, t.node(width, backward, kept))
-    return cached[name]
+    if not kind.adapters or setting.targets is not None:
+        width = k.width_of(kind)
+        return Weight(m, width, t.leaf(width) if kind.weights else None)
+    values = [m.count * setting.rank * m.rank_factor * side for side in (m.inputs, m.outputs)]
+    width, own = setting.frozen_width, setting.adapter_width
+    return Weight(m, width, factors=[(t.new(v, width), t.leaf(own)) for v in values])
 
 
-def _product(k: Block, x: Tensor, weight: Weight, inputs: int, outputs: int, count: int = 1) -> Tensor:
+def _fold(k: Block, weight: Weight) -> None:
+    """The parameter plus B·A, made when it is first asked for and then cached (`parametrize.cached`)."""
+    t, factors, width = k.t, weight.factors, weight.width
+    sizes = [(factor.size / width, leaf) for factor, leaf in factors]
+    kept = t.keep(*(factor for factor, _ in factors))
+    weight.total = t.new(weight.matrix.weights, width)
+    weight.node = t.node(width, lambda grad: [(leaf, t.new(values, width)) for values, leaf in sizes], kept)
+
+
+def _product(k: Block, x: Tensor, weight: Weight, inputs: int, outputs: int) -> Tensor:
     """`torch.nn.functional.grouped_mm(x.to(weight.dtype), weight.transpose(-2, -1), offs=offsets)`."""
-    t, (w, total, leaf) = k.t, weight
+    if weight.factors:
+        _fold(k, weight)
+    t, w, leaf, values = k.t, weight.width, weight.node, weight.matrix.weights
     x = k.cast(x, w)
     rows, source = x.values / inputs, x.node
     if source is None and leaf is None:
         return Tensor(rows * outputs, w, t.new(rows * outputs, w))
-    kept = t.keep(x.storage if leaf is not None else None, total if source is not None else None)
+    kept = t.keep(x.storage if leaf is not None else None, weight.total if source is not None else None)
     out = Tensor(rows * outputs, w, t.new(rows * outputs, w))
 
     def backward(grad: Storage) -> list[tuple[Node, Storage]]:
@@ -104,7 +116,7 @@ def _product(k: Block, x: Tensor, weight: Weight, inputs: int, outputs: int, cou
         if source is not None:
             pieces.append((source, t.new(rows * inputs, w)))
         if leaf is not None:
-            pieces.append((leaf, t.new(count * inputs * outputs, w)))
+            pieces.append((leaf, t.new(values, w)))
         return pieces
 
     out.node = t.node(out.width, backward, kept)

@@ -9,6 +9,7 @@ from runner.errors import RunnerError
 from runner.plan.memory import GIB
 from runner.plan.nearest import nearest, on
 from runner.plan.options import Option, Options
+from runner.plan.settle import settled
 from runner.spec import HardwareSpec, Method, ModelSpec, RunSpec
 
 MILLION = 1e6
@@ -49,8 +50,7 @@ def combinations(
         for method in methods:
             base = spec.model_copy(update={"model": model, "method": method, "train": train})
             for hw in hardware:
-                changed = on(base, hw)
-                yield changed.model_copy(update={"deepspeed": spec.deepspeed})
+                yield on(base, hw)
 
 
 def fit(
@@ -60,7 +60,7 @@ def fit(
     rows = []
     for spec in specs:
         try:
-            option = options.best(spec)
+            option = options.best(settled(spec))
         except RunnerError as error:  # a stage that this method cannot have
             rows.append(_refused(spec, str(error)))
             continue
@@ -113,4 +113,4 @@ def _refused(spec: RunSpec, why: str) -> Row:
 
 def _advice(spec: RunSpec, options: Options) -> str:
     changes = nearest(spec, options, (), limit=2)
-    return f"fits with {changes[0].words}" if changes else "no single change makes it fit"
+    return f"fits with {changes[0].described}" if changes else "no single change makes it fit"

@@ -35,6 +35,7 @@ def embed(k: Block, kind: LayerKind, needs_grad: bool) -> tuple[Tensor, list[Sto
             out.node = t.node(out.width, lambda grad: [(leaf, t.new(table, width))])
     elif needs_grad:
         out.node = t.leaf(width, trained=False)
+        t.hold(out.storage)  # the graph holds its leaf
     if shape.family == "gpt2":
         positions = t.new(k.set.s * shape.hidden_size, width)
         return k.dropout(k.copy(out)), [out.storage, positions]
@@ -130,14 +131,14 @@ def labelled(k: Block, inner: Inner, norm: LayerKind, kind: LayerKind) -> Tensor
     values = logits.values
     logs = t.new(values, 4, HEAD)
     loss = Tensor(1, 4, t.new(1, 4, HEAD))
-    inner = wide.node
-    if inner is not None:
+    source = wide.node
+    if source is not None:
 
         def backward(grad: Storage) -> list[tuple[Node, Storage]]:
             chosen = t.new(values, 4, HEAD)  # the gradient of nll_loss, zeros but for the labels
             piece = t.new(values, 4, HEAD)
             del chosen
-            return [(inner, piece)]
+            return [(source, piece)]
 
         loss.node = t.node(loss.width, backward, t.keep(logs))
     return loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from runner.plan.adapters import project
-from runner.plan.attention import attend, rotate, rotate_part
+from runner.plan.attention import attend, parts, rotate, rotate_part
 from runner.plan.blocks import Block, LayerKind, module
 from runner.plan.experts import mixture
 from runner.plan.norms import gelu_new, layer_norm, rms_norm
@@ -78,7 +78,10 @@ def _phi_attention(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tenso
     q = project(k, hidden, "q_proj", kind)
     key = project(k, hidden, "k_proj", kind)
     v = project(k, hidden, "v_proj", kind)
-    q, key = rotate_part(k, q, key, cos)
+    (turn, rest), (key_turn, key_rest) = parts(k, q), parts(k, key)  # variables until the end
+    turn, key_turn = rotate(k, turn, cos), rotate(k, key_turn, cos)
+    q = k.join(turn, rest)
+    key = k.join(key_turn, key_rest)
     out = attend(k, q, key, v)
     out = k.copy(out)  # joined queries lie head by head, and so does the result: reshape copies it
     return project(k, out, "dense", kind)

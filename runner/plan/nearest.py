@@ -8,7 +8,9 @@ from typing import Any
 
 from runner.errors import RunnerError
 from runner.plan import cost
+from runner.plan.memory import FREE_SHARE, GIB
 from runner.plan.options import OFFLOADING, STAGES, Option, Options
+from runner.plan.settle import settled
 from runner.spec import HardwareSpec, Method, QLora4, RunSpec
 
 SHORTEST = 512
@@ -23,6 +25,12 @@ class Change:
     option: Option
     spec: RunSpec
 
+    @property
+    def described(self) -> str:
+        """The words, and the main memory that offloading takes instead."""
+        main = self.option.memory.host * self.spec.hw.world_size / self.spec.hw.num_nodes / GIB
+        return f"{self.words}, with {main:,.0f} GiB of main memory" if main > 1 else self.words
+
 
 def nearest(
     spec: RunSpec,
@@ -32,7 +40,11 @@ def nearest(
     limit: int = 3,
     sequences: int | None = None,
 ) -> list[Change]:
-    """At most `limit` changes to a resolved run, each of which alone makes it fit."""
+    """At most `limit` changes, each of which alone makes the run fit.
+
+    `spec` is the run as it was asked for: what it leaves at `auto` is decided again under every change, as it will be
+    when the change is typed.
+    """
     found: list[Change] = []
     for words, changed in _changes(spec):
         change = _tried(words, changed, options)
@@ -41,13 +53,14 @@ def nearest(
         if len(found) == limit - 1:
             break
     larger = cheapest(spec, options, hardware, sequences)
-    return [*found, larger] if larger is not None else found
+    ranked = [*found, larger] if larger is not None else found
+    return sorted(ranked, key=lambda change: change.option.stage in OFFLOADING)  # a factor in time: last
 
 
 def _changes(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
     """Changes in the order of what they take away: nothing, time, context, exactness."""
     train, named = spec.train, spec.deepspeed.name
-    if not train.gradient_checkpointing:
+    if train.gradient_checkpointing is False:
         yield "train.gradient_checkpointing=true", _with(spec, train={"gradient_checkpointing": True})
     if isinstance(train.micro_batch_size, int) and train.micro_batch_size > 1:
         yield "train.micro_batch_size=1", _with(spec, train={"micro_batch_size": 1})
@@ -63,7 +76,7 @@ def _changes(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
         yield f"train.max_length={length}", _with(spec, train={"max_length": length})
         length //= 2
     if spec.method.name in ("full", "freeze", "lora", "qlora8"):
-        yield "method=qlora4", _with(spec.model_copy(update={"method": _qlora4(spec.method)}))
+        yield "method=qlora4", spec.model_copy(update={"method": _qlora4(spec.method)})
     if spec.hw.accelerator == "cuda":
         for stage in OFFLOADING:
             if stage != named:
@@ -76,19 +89,18 @@ def _qlora4(method: Method) -> QLora4:
 
 
 def _with(spec: RunSpec, **parts: dict[str, Any]) -> RunSpec:
-    """A copy with some keys changed; micro batch and accumulation are open again."""
-    train = {"micro_batch_size": "auto", "accumulation_steps": "auto"} | parts.pop("train", {})
+    """A copy with some keys changed; what was left at `auto` is open still, and what was fixed stays."""
     update: dict[str, Any] = {name: getattr(spec, name).model_copy(update=keys) for name, keys in parts.items()}
-    return spec.model_copy(update=update | {"train": spec.train.model_copy(update=train)})
+    return spec.model_copy(update=update)
 
 
 def _tried(words: str, spec: RunSpec, options: Options) -> Change | None:
     try:
-        option = options.best(spec)
+        option = options.best(settled(spec))
     except RunnerError:
         return None
     host = spec.hw.host_memory_gib
-    if host and option.memory.host * spec.hw.world_size > host * 2**30:
+    if host and option.memory.host * spec.hw.world_size / spec.hw.num_nodes > FREE_SHARE * host * GIB:
         return None
     return Change(words, option, spec) if option.fits else None
 
@@ -102,7 +114,7 @@ def cheapest(
     best: Change | None = None
     lowest = float("inf")
     for hw in hardware:
-        if hw.accelerator != "cuda" or hw.usd_per_hour is None:
+        if hw.accelerator != "cuda" or hw.usd_per_hour is None or hw.name == spec.hw.name:
             continue
         change = _tried(f"hw={hw.name}", on(spec, hw), options)
         if change is None or change.option.step is None:
@@ -115,10 +127,5 @@ def cheapest(
 
 
 def on(spec: RunSpec, hw: HardwareSpec) -> RunSpec:
-    """The run on other hardware, with what the hardware decides decided again."""
-    precision = "bf16" if hw.bf16 else "fp16" if hw.accelerator == "cuda" else "fp32"
-    train: dict[str, Any] = {"precision": precision, "attention": "auto" if hw.flash_attention else "sdpa"}
-    if hw.accelerator == "cuda" and spec.hw.accelerator == "cpu":
-        train["gradient_checkpointing"] = True
-    update = {"hw": hw, "deepspeed": spec.deepspeed.model_copy(update={"name": "auto", "config": None})}
-    return _with(spec.model_copy(update=update), train=train)
+    """The run on other hardware."""
+    return spec.model_copy(update={"hw": hw})

@@ -20,6 +20,9 @@ Templates = Mapping[str, Mapping[str, Any]]
 STAGES = ("none", "zero1", "zero2", "zero3")
 """What `deepspeed=auto` chooses from. Offloading costs a factor in time: it has to be asked for."""
 OFFLOADING = ("zero2_offload", "zero3_offload")
+ORDER = (*STAGES, *OFFLOADING)
+NOISE = 1.05
+"""A higher stage has to be 5% faster to be taken: the speeds are estimates (docs/planning.md)."""
 MAX_MICRO_BATCH = 8
 """Larger ones gain little speed on any GPU once a sequence has 512 tokens."""
 
@@ -167,9 +170,14 @@ class Options:
                 if option.comfortable:
                     break  # the best rounding, and of those the largest micro batch
             comfortable = [o for o in tried if o.comfortable]
-            fitting = [o for o in tried if o.fits]
-            chosen.append((comfortable or fitting or [min(tried, key=lambda o: o.memory.expected)])[0])
-        return min(chosen, key=_rank)
+            # Without headroom the option that needs least is the safest; the largest micro batch would fill the card.
+            chosen.append(comfortable[0] if comfortable else min(tried, key=lambda o: o.memory.expected))
+        best = min(chosen, key=_rank)
+        if not best.fits:
+            return best
+        alike = [o for o in chosen if _rank(o)[:2] == _rank(best)[:2]]
+        near = [o for o in alike if o.seconds_per_sequence <= NOISE * best.seconds_per_sequence]
+        return min(near or [best], key=lambda o: ORDER.index(o.stage))
 
     def _hopeless(self, spec: RunSpec, shape: Shape, stage: str, pair: tuple[int, int]) -> bool:
         """What is always there is more than there is room for."""
@@ -184,7 +192,7 @@ class Options:
 def _rank(option: Option) -> tuple[bool, bool, float, int]:
     lacking = 0.0 if option.fits else option.memory.expected
     speed = round(option.seconds_per_sequence, 4) if option.fits else lacking
-    order = (*STAGES, *OFFLOADING).index(option.stage)
+    order = ORDER.index(option.stage)
     return not option.fits, not option.comfortable, speed, order
 
 

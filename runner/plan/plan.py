@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from runner.plan import cost, host
-from runner.plan.memory import GIB
+from runner.plan.memory import FREE_SHARE, GIB, STATES
 from runner.plan.options import Option, Options, job_of
 from runner.plan.shape import shape_of
 from runner.plan.time import evaluation_time
@@ -15,8 +15,6 @@ from runner.plan.training import Training
 from runner.spec import HardwareSpec, RunSpec
 
 GB = 1e9
-FREE_SHARE = 0.95
-"""Of the main memory, for a run: an assumption; the system and its page cache take the rest."""
 
 
 @dataclass(frozen=True)
@@ -192,8 +190,6 @@ def _summary(training: Training, optimizer_bytes: float) -> host.Trained:
 
 
 def _states(spec: RunSpec) -> float:
-    from runner.plan.memory import STATES
-
     return STATES[spec.train.optimizer]
 
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from runner.errors import Problem, RequestError
 from runner.plan.memory import GIB
 from runner.plan.options import STAGES, Option, Options, batches
+from runner.plan.settle import settled
 from runner.spec import RunSpec
-
-# On a CPU in bf16, packed, eager attention takes 0.74 to 0.98 of SDPA's time at 256 and 512 tokens
-# (docs/benchmarks.md); at 1,024 it is slower, and its scores, heads × s² per layer, take 4.5 instead of 2.5 GiB.
-EAGER_UP_TO = 512
 
 
 def resolve(spec: RunSpec, options: Options | None = None) -> tuple[RunSpec, list[str]]:
@@ -41,20 +36,6 @@ def resolve(spec: RunSpec, options: Options | None = None) -> tuple[RunSpec, lis
         "deepspeed": spec.deepspeed.model_copy(update={"name": stage} | _config(spec, stage)),
     }
     return spec.model_copy(update=update), notes
-
-
-def settled(spec: RunSpec) -> RunSpec:
-    """The `auto`s that the hardware alone decides."""
-    train: dict[str, Any] = {"precision": _precision(spec)}
-    on_gpu = spec.hw.accelerator == "cuda"
-    if spec.train.attention == "auto" and not (on_gpu and spec.hw.flash_attention):
-        short_on_cpu = not on_gpu and spec.train.max_length <= EAGER_UP_TO
-        train["attention"] = "eager" if short_on_cpu else "sdpa"
-    if spec.train.gradient_checkpointing == "auto":
-        train["gradient_checkpointing"] = on_gpu
-    if spec.train.liger == "auto" and not on_gpu:
-        train["liger"] = False
-    return spec.model_copy(update={"train": spec.train.model_copy(update=train)})
 
 
 def _config(spec: RunSpec, stage: str) -> dict[str, str]:
@@ -95,12 +76,3 @@ def _check_product(spec: RunSpec) -> None:
                 f"write train.batch_size={total}, or leave accumulation_steps at auto",
             )
         )
-
-
-def _precision(spec: RunSpec) -> str:
-    if spec.train.precision != "auto":
-        return spec.train.precision
-    if spec.hw.bf16:
-        return "bf16"
-    # Without bf16 a GPU still has fast fp16 (T4: 65 against 8 TFLOP/s); a CPU has nothing below fp32.
-    return "fp16" if spec.hw.accelerator == "cuda" else "fp32"

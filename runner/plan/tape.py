@@ -2,7 +2,7 @@
 
 An operation makes a `Tensor`, which has a size and nothing in it. CPython's reference counting ends its life
 exactly where it would end a real tensor's, so a layer written here like the layer in transformers has the
-same peak. What an operation keeps for its backward pass is what its closure captures.
+same peak. What an operation keeps for its backward pass it hands to `keep`: closures capture numbers only.
 
 Sizes are bytes. `benchmarks/memory_accuracy.py` compares the result with real models on fake tensors.
 """
@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from sys import getrefcount
 from typing import Any, Literal
+
+from runner.plan.recompute import EnoughMade, Frame, Promise, Stored
 
 Kind = Literal["activations", "casts", "head", "gradients"]
 ACTIVATIONS, CASTS, HEAD, GRADIENTS = range(4)
@@ -52,34 +54,6 @@ class Bundle(Storage):
         self.grads = grads
 
 
-class EnoughMade(Exception):
-    """Everything that a checkpointed stretch had kept has been made again (`_StopRecomputationError` of torch)."""
-
-
-class Frame:
-    """A checkpointed stretch of the forward pass: what it would have kept is made again when it is first needed.
-
-    torch.utils.checkpoint without re-entry: `again` runs the stretch once more and stops at the last thing kept.
-    """
-
-    __slots__ = ("again", "count", "held", "made")
-
-    def __init__(self, again: Callable[[], object]) -> None:
-        self.again, self.count = again, 0
-        self.made: list[Stored | None] | None = None
-        self.held: list[Storage] = []
-
-
-class Promise:
-    """In place of something kept: where the frame will have it."""
-
-    __slots__ = ("frame", "index")
-
-    def __init__(self, frame: Frame, index: int) -> None:
-        self.frame, self.index = frame, index
-
-
-Stored = tuple["Storage | None", ...]
 Kept = Stored | Promise | None
 
 

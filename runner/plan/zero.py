@@ -243,7 +243,8 @@ def _gathered(run: _Run, zero: Zero, frozen: int, largest: int) -> float:
     DeepSpeed counts elements of storage: of a quantised weight, the bytes it is packed into.
     """
     elements = run.trainable - run.persistent + min(frozen, run.frozen_bytes)
-    if elements <= 0:
+    alone = run.world == 1 and not _offloads(zero, "offload_param")
+    if elements <= 0 or alone:  # alone, a gathered parameter is a view of its part (`_no_gather_coalesced`)
         return 0.0
     size = (run.trainable - run.persistent) * run.width + run.frozen_bytes
     # A parameter is kept from forward to backward where less than the reuse distance lies between the two uses,

@@ -18,7 +18,7 @@ from typing import Any
 
 from runner import fitting
 from runner.paths import ASSETS
-from runner.plan import cost, head, host, memory, options, resolve, zero
+from runner.plan import cost, head, host, memory, options, settle, zero
 from runner.plan import plan as contract
 from runner.plan.fit import Row
 from runner.plan.memory import GIB
@@ -230,7 +230,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "tokenised_file": lambda: str(host.TOKENISED_FILE),
     "loader_threads": lambda: str(host.LOADER_THREADS),
     "max_micro_batch": lambda: str(options.MAX_MICRO_BATCH),
-    "eager_up_to": lambda: str(resolve.EAGER_UP_TO),
+    "eager_up_to": lambda: str(settle.EAGER_UP_TO),
     "live_parameters": lambda: f"{zero.LIVE_PARAMETERS:,}",
     "download_rate": lambda: f"{cost.DOWNLOAD_GB_S:g}",
     "load_rate": lambda: f"{cost.LOAD_GB_S:g}",
