@@ -42,7 +42,7 @@ PLAN: dict[str, Any] = {
     },
     "host_ram_gib": 21.0, "host_ram": {"processes": 7.5, "saving": 13.5},
     "disk_gib": 121.4, "disk": {"weights": 13.5, "checkpoints": 94.4, "final_model": 13.5},
-    "zero_stage": "zero3", "deepspeed": {}, "micro_batch": 1, "accumulation": 2, "batch": 6, "num_gpus": 3,
+    "zero_stage": "zero3", "deepspeed": {}, "max_length": 256, "data": "commands", "precision": "bf16", "micro_batch": 1, "accumulation": 2, "batch": 6, "num_gpus": 3,
     "trainable_parameters": 7_241_732_096, "num_steps": 100, "tokens_total": 3_200_000,
     "step_seconds": 0.1483, "tokens_per_second": 5178.0, "hours": 0.05, "usd": 0.33, "usd_per_hour": 7.5,
     "hours_parts": {"setup": 0.01, "download": 0.02, "load": 0.0, "training": 0.02, "evaluation": 0.0, "save": 0.0},
@@ -192,7 +192,7 @@ def test_batch_memory_disk_time_and_cost_are_told() -> None:
     text = text_of(PLAN)
     for line in (
         "ZeRO         ZeRO-3; deepspeed=auto took zero3: zero2 needs 90.1 GiB with headroom",
-        "Batch        1 × 2 × 3 GPUs = 6 sequences a step (micro batch × accumulation × GPUs)",
+        "Batch        1 × 2 × 3 GPUs = 6 sequences of 256 tokens a step (micro batch × accumulation × GPUs)",
         "Trains       7,241,732,096 parameters",
         "Main memory  21.0 GiB: saving 13.5, processes 7.5",
         "Disk         121 GiB: checkpoints 94.4, weights 13.5, final model 13.5",
@@ -221,7 +221,7 @@ def test_what_is_not_known_is_said_in_words() -> None:
 def test_a_cpu_has_processes() -> None:
     text = text_of(changed(num_gpus=0, hw="cpu", batch=2, zero_stage="none"))
     assert text.startswith("Mistral 7B, full, CPU\n")
-    assert "1 × 2 × 1 process = 2 sequences a step" in text and "on each GPU" not in text
+    assert "1 × 2 × 1 process = 2 sequences of 256 tokens a step" in text and "on each GPU" not in text
 
 
 def test_a_terminal_with_colours_gets_blocks_in_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,7 @@ def setting_of(training: Training, job: Job, micro_batch: int) -> Setting:
         targets=training.targets,
         adapter_width=training.adapter_width,
         dropout=training.dropout,
+        dora=training.dora,
         base=training.base,
     )
 
@@ -148,13 +149,10 @@ def _states(
     states = STATES[job.optimizer]
     if stage == "none":
         trained = training.trained_bytes
-        # torch keeps the moments in the width of what they belong to (`zeros_like`, optim/adam.py).
-        width = training.adapter_width if training.adapter else training.trained_width
-        narrow = width < 4 and job.optimizer == "adamw"
         fixed = {
             "frozen_weights": training.frozen_bytes,
             "trained_weights": trained,
-            "optimizer": training.trainable * (states / 2 if narrow else states),
+            "optimizer": _moments(training, job.optimizer),
         }
         buckets = zero.terms(
             "none", job.world, trainable=training.trainable, frozen=0, frozen_bytes=0.0,
@@ -177,6 +175,13 @@ def _states(
     last = {"gradients": terms.kept_gradients, "zero_step": terms.step}
     extra = {"zero_gathered": terms.gathered, "zero_buckets": terms.buckets, "gradients": terms.gradients}
     return {k: v for k, v in fixed.items() if v}, last, extra, terms.host
+
+
+def _moments(training: Training, optimizer: str) -> float:
+    """Bytes of the optimiser's states; torch keeps them in the width of their weight (`zeros_like`, optim/adam.py)."""
+    parts = ((training.base_trained, training.trained_width), (training.adapter, training.adapter_width))
+    own = optimizer == "adamw"
+    return sum(count * STATES[optimizer] * (width / 4 if own else 1) for count, width in parts)
 
 
 def _load(training: Training, fixed: Mapping[str, float], stage: str) -> dict[str, float]:

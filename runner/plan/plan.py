@@ -15,6 +15,8 @@ from runner.plan.training import Training
 from runner.spec import HardwareSpec, RunSpec
 
 GB = 1e9
+USUAL_HOST_GIB = 60
+"""Main memory that machines with one GPU are rented with at least, mostly: an assumption."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,12 @@ class Plan:
     """Micro batches per optimiser step."""
     batch: int
     """Sequences per optimiser step over all processes, as rounded."""
+    max_length: int
+    """Tokens of a sequence."""
+    data: str
+    """Choice of data that the steps are counted for."""
+    precision: str
+    """Arithmetic: bf16, fp16 or fp32."""
     num_gpus: int
     """GPUs of all nodes; 0 on a CPU."""
     trainable_parameters: int
@@ -123,6 +131,10 @@ def plan_of(spec: RunSpec, options: Options, facts: Facts, notes: list[str]) -> 
     hours, price = _hours(spec, options, training, option, facts, disk)
     said = [*notes, *facts.notes, *(option.step.notes if option.step else ())]
     reasons = [*_short_of_memory(option, ram, hw), *_too_much(spec, hours.total if hours else None, price)]
+    if training.base != "16" and shape.num_experts:
+        said.append("the experts stay in 16 bits: bitsandbytes quantises linear layers, and these are fused")
+    if _unsure(ram, hw):
+        said.append(f"what main memory {hw.name} has is not known here (hw.host_memory_gib=…)")
     if option.fits and not option.comfortable and option.capacity:
         high, there = option.memory.high / GIB, option.capacity / GIB
         said.append(f"tight: with a fragmented allocator it may need {high:.1f} of {there:.1f} GiB")
@@ -147,6 +159,9 @@ def plan_of(spec: RunSpec, options: Options, facts: Facts, notes: list[str]) -> 
         micro_batch=option.micro_batch,
         accumulation=option.accumulation,
         batch=option.batch,
+        max_length=train.max_length,
+        data=spec.data.name,
+        precision=train.precision,
         num_gpus=hw.num_gpus * hw.num_nodes,
         trainable_parameters=training.trainable,
         num_steps=facts.num_steps,
@@ -164,13 +179,20 @@ def plan_of(spec: RunSpec, options: Options, facts: Facts, notes: list[str]) -> 
     )
 
 
+def _unsure(ram: Mapping[str, float], hw: HardwareSpec) -> bool:
+    """More main memory is needed than every rented machine has, and what this one has is not known."""
+    return hw.accelerator == "cuda" and hw.host_memory_gib is None and sum(ram.values()) > USUAL_HOST_GIB * GIB
+
+
 def command_of(spec: RunSpec) -> list[str]:
     """What starts the worker on every node; `spec.json` is the run's."""
     worker = ["-m", "runner.train", "spec.json"]
     per_node = spec.hw.num_processes or max(1, spec.hw.num_gpus)
     if spec.hw.world_size == 1:
         return ["python", *worker]
-    nodes = [f"--nnodes={spec.hw.num_nodes}"] if spec.hw.num_nodes > 1 else ["--standalone"]
+    nodes = ["--standalone"]
+    if spec.hw.num_nodes > 1:
+        nodes = [f"--nnodes={spec.hw.num_nodes}", "--rdzv-backend=c10d", "--rdzv-endpoint=FIRST_NODE:29500"]
     return ["torchrun", *nodes, f"--nproc-per-node={per_node}", *worker]
 
 

@@ -51,6 +51,7 @@ class Training:
     rank: int
     targets: frozenset[str] | None
     dropout: bool
+    dora: bool
     trained_layers: int
     """Layers in which something trains."""
     backward_layers: int
@@ -98,8 +99,8 @@ def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed
     return Training(
         shape, name, trains,
         base_trained=_outside(shape, extra),
-        adapter=count * sum(m.adapter_parameters(method.rank) for m in adapted),
-        trained_width=adapter_width,
+        adapter=count * sum(m.adapter_parameters(method.rank) + (m.outputs if method.use_dora else 0) for m in adapted),
+        trained_width=width,  # of the copies that `modules_to_save` makes: PEFT leaves them as the model is
         adapter_width=adapter_width,
         frozen_bytes=float(base_bytes(shape, name, bytes_16=width, double_quant=double)),
         load_extra=_load_extra(shape, name, width, double),
@@ -109,6 +110,7 @@ def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed
         rank=method.rank,
         targets=targets,
         dropout=method.dropout > 0,
+        dora=method.use_dora,
         trained_layers=count,
         backward_layers=shape.num_layers - first,
     )  # fmt: skip
@@ -147,6 +149,7 @@ def _whole(shape: Shape, method: Full | Freeze, width: int, trained_width: int, 
         rank=0,
         targets=None,
         dropout=False,
+        dora=False,
         trained_layers=len(chosen),
         backward_layers=shape.num_layers - first,
     )  # fmt: skip

@@ -181,7 +181,7 @@ def _batch(plan: Mapping[str, Any]) -> list[str]:
     count, (one, many) = batch // (micro * accumulation), ("GPU", "GPUs") if plan["num_gpus"] else _PROCESS
     return [
         f"{micro} × {accumulation} × {count} {one if count == 1 else many} =",
-        f"{batch} sequence{'s' * (batch != 1)} a step",
+        f"{batch} sequence{'s' * (batch != 1)} of {plan['max_length']:,} tokens a step",
         f"(micro batch × accumulation × {many})",
     ]
 
