@@ -197,6 +197,8 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
         plot_plan(content, plot)
     if ds_json:
         click.echo(dump(found.deepspeed))
+        for reason in found.reasons:
+            click.echo(f"refused: {reason}", err=True)
     elif as_json:
         click.echo(dump(content))
     else:
