@@ -68,7 +68,7 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 	$(call pip_install,Installing PyTorch and what training needs into $(VENV) (2 to 5 minutes$(comma) once) …,-e '.[train$(comma)demo]')
 
 $(VENV)/.dev: $(VENV)/.run
-	$(call pip_install,Installing the development tools into $(VENV) (about half a minute$(comma) once) …,-e '.[train$(comma)demo$(comma)dev]')
+	$(call pip_install,Installing the development tools into $(VENV) (about half a minute$(comma) once) …,-e '.[train$(comma)demo$(comma)cloud$(comma)emulator$(comma)eval$(comma)dev]')
 
 comma := ,
 

@@ -1,20 +1,37 @@
 """`python -m benchmarks [NAME [OPTIONS]]`: measure one or all, keep the results, write docs/benchmarks.md.
 
-The accuracy of the plan's memory goes to docs/planning.md, where its formulas are.
-`--docs` only writes both pages again from the results that are there. `python -m benchmarks.NAME
-[--json FILE]` measures without touching either.
+The accuracy of the plan's memory goes to docs/planning.md, where its formulas are; which method runs on which ZeRO
+stage to docs/compatibility.md; what killing runs does to them to docs/reliability.md. `--docs` only writes the pages
+again from the results that are there. `python -m benchmarks.NAME [--json FILE]` measures without touching either.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-from benchmarks import memory_accuracy, startup, throughput_cpu
+from benchmarks import (
+    chaos,
+    chaos_cloud,
+    data,
+    matrix,
+    matrix_page,
+    memory_accuracy,
+    reliability_page,
+    startup,
+    throughput_cpu,
+)
 from benchmarks.bench import ROOT, write
 from runner.report import planning_page
 
-BENCHMARKS = {b.name: b for b in (startup.BENCHMARK, throughput_cpu.BENCHMARK, memory_accuracy.BENCHMARK)}
+BENCHMARKS = {
+    module.BENCHMARK.name: module.BENCHMARK
+    for module in (startup, throughput_cpu, data, memory_accuracy, matrix, chaos, chaos_cloud)
+}
+ELSEWHERE = {"memory_accuracy", "matrix", "chaos", "chaos_cloud"}
+"""Shown on pages of their own."""
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 INTRO = """\
@@ -36,10 +53,20 @@ def page() -> str:
     sections = [
         benchmark.show(json.loads(benchmark.file.read_text("utf-8")))
         for benchmark in BENCHMARKS.values()
-        if benchmark.file.is_file() and benchmark is not memory_accuracy.BENCHMARK
+        if benchmark.file.is_file() and benchmark.name not in ELSEWHERE
     ]
     names = ", ".join(f"`{name}`" for name in BENCHMARKS)
     return "\n".join([INTRO.format(names=names), *sections])
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every page that is made from results, and what it says now."""
+    yield PAGE, page()
+    yield planning_page.PAGE, planning_page.page()
+    if matrix.BENCHMARK.file.is_file():
+        result = json.loads(matrix.BENCHMARK.file.read_text("utf-8"))
+        yield matrix_page.PAGE, matrix_page.page(result, matrix.BENCHMARK.show(result))
+    yield reliability_page.PAGE, reliability_page.page()
 
 
 def main(arguments: list[str]) -> int:
@@ -54,7 +81,7 @@ def main(arguments: list[str]) -> int:
     if name != "--docs":
         for benchmark in BENCHMARKS.values() if name == "all" else [BENCHMARKS[name]]:
             write(benchmark.file, benchmark.run(options))
-    for file, text in ((PAGE, page()), (planning_page.PAGE, planning_page.page())):
+    for file, text in pages():
         file.write_text(text, "utf-8")
         print(f"written: {file.relative_to(ROOT)}")
     return 0

@@ -203,7 +203,7 @@ def _folders(request: Request, primary: _Primary) -> tuple[Path, ...]:
 def _composed(request: Request, checked: Checked) -> _Composed:
     try:
         if request.spec_file:
-            return _Composed(*_repeated(request.spec_file, checked.overrides))
+            return _Composed(*_repeated(request.spec_file, checked.overrides, request.exchange))
         with _as_request_error(checked):
             primary = _primary(request)
             with _hydra(request, primary) as hydra:
@@ -286,11 +286,15 @@ def _file_origins(checked: Checked) -> Iterator[Origin]:
             yield from of_file(file, item.package or "")
 
 
-def _repeated(spec_file: Path, overrides: tuple[Override, ...]) -> tuple[dict[str, Any], list[Problem]]:
-    """A `spec.json` with single values changed; choices cannot be exchanged in it any more."""
+def _repeated(
+    spec_file: Path, overrides: tuple[Override, ...], exchange: tuple[str, ...]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """A `spec.json` with single values changed; only choices of the groups in `exchange` can become others in it."""
     values, problems = repeat.read(spec_file), []
     for override in overrides:
-        if override.key_or_group in catalogue.GROUPS or override.is_delete():
+        if override.key_or_group in exchange and not override.is_delete():
+            values[override.key_or_group] = catalogue.load(override.key_or_group, str(override.value()))
+        elif override.key_or_group in catalogue.GROUPS or override.is_delete():
             remedy = "change single values such as train.max_steps=5, or start from a recipe"
             what = f"{override.input_line}: a spec.json is resolved, so a whole choice cannot be exchanged in it"
             problems.append(Problem(what, COMMAND_LINE, remedy))

@@ -5,6 +5,7 @@ RunnerError                  base: says what, where from, what to do instead
 │   └── NotYetError   2      the request is right and not supported yet
 ├── CannotRunError    3      it does not fit, or not here, or costs too much
 ├── RunFailedError    1      the run started and failed
+├── Rewind           75      of the worker alone: start me again from the last checkpoint
 └── InterruptedRun  130      stopped by the user, with a checkpoint
 """
 
@@ -56,6 +57,13 @@ class CannotRunError(RunnerError):
 
 class RunFailedError(RunnerError):
     """The run was started and failed."""
+
+
+class Rewind(RunnerError):
+    """The loss jumped: the worker is to start again from the last checkpoint, without the data of `rewinds.json`."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: try again."""
 
 
 class InterruptedRun(RunnerError):

@@ -117,7 +117,7 @@ def cached(model_id: str) -> bool:
 
 
 def _repo(model_id: str) -> Path:
-    return _cache() / "--".join(("models", *model_id.split("/")))  # repo_folder_name, huggingface_hub/file_download.py
+    return cache() / "--".join(("models", *model_id.split("/")))  # repo_folder_name, huggingface_hub/file_download.py
 
 
 def _language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -189,7 +189,7 @@ def _config_file(model_id: str, revision: str | None) -> Path | None:
     return max(snapshots, key=lambda f: f.parent.stat().st_mtime_ns, default=None)
 
 
-def _cache() -> Path:
+def cache() -> Path:
     """The Hub's local cache, by the rules of `huggingface_hub/constants.py` (2.x)."""
     home = os.getenv("HF_HOME") or os.path.join(os.getenv("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     cache = os.getenv("HF_HUB_CACHE") or os.getenv("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")

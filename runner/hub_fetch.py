@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import Problem, RequestError
@@ -17,21 +18,54 @@ if TYPE_CHECKING:
     from urllib.error import HTTPError
 
 TIMEOUT_S = 5.0
+_unreachable: dict[str, str] = {}
+"""Hubs that this process did not reach, and why: nobody waits for one twice."""
 LARGEST = 1_000_000  # bytes; a config.json has a few thousand
+
+
+class UnreachableError(RequestError):
+    """The Hub said nothing about the model: no network, no answer in time, or an error of its own."""
 
 
 def config(model_id: str, revision: str | None = None) -> dict[str, Any]:
     """The parsed config.json; kept in the cache. RequestError says what stands in the way, and what to do."""
-    wanted = revision or "main"
-    name = "--".join([*model_id.split("/"), wanted.replace("/", "--")])
-    kept = cache_dir() / "configs" / f"{name}.json"
-    if kept.is_file():
-        return _parsed(kept.read_text("utf-8"), model_id)
-    text = _get(model_id, wanted)
+    found = kept(model_id, revision)
+    if found is not None:
+        return found
+    text = _get(model_id, revision or "main")
     content = _parsed(text, model_id)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(kept, text)
+    file = _file(model_id, revision)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, text)
     return content
+
+
+def kept(model_id: str, revision: str | None = None) -> dict[str, Any] | None:
+    """What an earlier `config` has kept; None where there was none."""
+    file = _file(model_id, revision)
+    return _parsed(file.read_text("utf-8"), model_id) if file.is_file() else None
+
+
+def _file(model_id: str, revision: str | None) -> Path:
+    name = "--".join([*model_id.split("/"), (revision or "main").replace("/", "--")])
+    return cache_dir() / "configs" / f"{name}.json"
+
+
+def token() -> str | None:
+    """HF_TOKEN, or what `hf auth login` has put into its file (`huggingface_hub/constants.py`); None without one."""
+    if value := os.environ.get("HF_TOKEN", "").strip():
+        return value
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    file = Path(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token")).expanduser()
+    try:
+        return file.read_text("utf-8").strip() or None
+    except OSError:
+        return None
+
+
+def gate(model_id: str) -> str:
+    """How a gated model is opened."""
+    return f"accept its licence at https://huggingface.co/{model_id}, then export HF_TOKEN=…"
 
 
 def _get(model_id: str, revision: str) -> str:
@@ -41,28 +75,32 @@ def _get(model_id: str, revision: str) -> str:
 
     folder = f"name a folder that has its config.json (hf download {model_id} config.json --local-dir .): model.id=."
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise RequestError(Problem(f"HF_HUB_OFFLINE is set: config.json of {model_id} is not here", None, folder))
+        raise UnreachableError(Problem(f"HF_HUB_OFFLINE is set: config.json of {model_id} is not here", None, folder))
     base = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if base in _unreachable:
+        raise UnreachableError(Problem(f"the Hub cannot be reached for {model_id}: {_unreachable[base]}", None, folder))
     url = f"{base.rstrip('/')}/{urllib.parse.quote(model_id)}/resolve/{urllib.parse.quote(revision)}/config.json"
     request = urllib.request.Request(url)
-    if os.environ.get("HF_TOKEN"):
+    if (secret := token()) is not None:
         # Unredirected: a redirect to a storage host must not get the token.
-        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+        request.add_unredirected_header("Authorization", f"Bearer {secret}")
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             content: bytes = answer.read(LARGEST)
             return content.decode("utf-8")
     except urllib.error.HTTPError as error:
-        raise RequestError(_refused(model_id, error)) from None
+        kind = UnreachableError if error.code >= 500 or error.code == 429 else RequestError
+        raise kind(_refused(model_id, error)) from None
     except (OSError, ValueError) as error:
         why = getattr(error, "reason", error)
-        raise RequestError(Problem(f"the Hub cannot be reached for {model_id}: {why}", None, folder)) from None
+        _unreachable[base] = str(why)
+        raise UnreachableError(Problem(f"the Hub cannot be reached for {model_id}: {why}", None, folder)) from None
 
 
 def _refused(model_id: str, error: HTTPError) -> Problem:
     if error.code in (401, 403):
-        remedy = f"accept its licence at https://huggingface.co/{model_id}, then export HF_TOKEN=…"
-        return Problem(f"{model_id} is gated or private on the Hugging Face Hub, or does not exist", None, remedy)
+        what = f"{model_id} is gated or private on the Hugging Face Hub, or does not exist"
+        return Problem(what, None, gate(model_id))
     if error.code == 404:
         return Problem(f"the Hub has no config.json for {model_id}", None, "check model.id and model.revision")
     return Problem(f"the Hub answered {error.code} for {model_id}", None, "try again, or name a local folder")

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
 import secrets
+import shlex
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from runner import hardware, planning
+from runner import hardware, hostfile, inputs, kernels, planning
+from runner import resume as resuming
 from runner.compose import compose, parallel_jobs, points, source_finder, task_overrides
 from runner.compose import sweep as hydra_sweep
-from runner.errors import InterruptedRun, RequestError, RunnerError
+from runner.data import pipeline
+from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
 from runner.execute import local
+from runner.execute.manner import PLAINLY, Manner
+from runner.execute.torchrun import MEETING_SECONDS
 from runner.plan.plan import Plan
 from runner.plan.resolve import resolve
 from runner.problems import SourceOf, validated
@@ -35,42 +42,80 @@ def resolved(request: Request, *, needed: bool = False) -> tuple[RunSpec, list[s
 
 
 def complete(
-    spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool = False
+    spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool = False, fetch: bool = False
 ) -> tuple[RunSpec, list[str]]:
     """Look at the hardware and the model's facts, then decide every `auto`; the rules across parts are checked again.
 
     `needed`: the facts of a model outside the catalogue are asked of the Hub, and missing ones are an error.
+    `fetch`: they are asked for as well, and done without where the Hub cannot be reached.
     """
+    if fetch:
+        planning.fetch(spec)
     checked = asked(spec, source_of, needed=needed)
-    said: list[str] = []
+    said = [kernels.NO_FLASH] if checked.train.attention != spec.train.attention else []
     if checked.where.name == "auto":
         here = None if hardware.why_not_here(checked.hw) else checked.hw
         checked, said = planning.place(checked, here)
+    pipeline.check(checked)
     ready, notes = resolve(checked, planning.options_for(checked))
-    return ready, [*said, *notes]
+    return sized(ready), [*said, *notes]
+
+
+def sized(spec: RunSpec) -> RunSpec:
+    """A run on a pod with its disks and its deadline decided; any other as it is."""
+    if spec.where.name != "runpod":
+        return spec
+    try:
+        planned = planning.plan(spec, [])
+    except RequestError:  # a model that the arithmetic does not know
+        planned = None
+    return planning.rented(spec, planned)
 
 
 def asked(spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool = False) -> RunSpec:
     """A composed run with the facts of hardware and model, its `auto`s still open."""
-    found = spec.model_copy(update={"hw": hardware.resolve(spec.hw)})
-    return validated(planning.with_facts(found, needed=needed).model_dump(), source_of)
+    found = spec.model_copy(update={"hw": hostfile.settled(spec.hw, hardware.resolve(spec.hw))})
+    return validated(planning.with_facts(kernels.known(found), needed=needed).model_dump(), source_of)
 
 
-def run(request: Request, console: Console, as_json: bool) -> int:
+def run(request: Request, console: Console, as_json: bool, manner: Manner = PLAINLY) -> int:
     """One run, to its end; the exit code of the worker."""
     composed = compose(request)
-    spec, notes = complete(composed, source_finder(request))
+    spec, notes = complete(composed, source_finder(request), fetch=True)
+    notes += resuming.unfinished(request)
     planned = plan_first(spec, notes, composed)
     try:
-        local.check(spec)
+        check(spec, notes, composed, manner)
     except RunnerError:
         if planned is not None:
             line = f"Plan    {in_one_line(planned.as_dict())}"
             Console(stderr=True).print(line, highlight=False, soft_wrap=True)
         raise
-    outcome = start(spec, notes, console, as_json, planned=planned)
+    if not _agreed([spec], planned, manner, console):
+        return InterruptedRun.exit_code
+    outcome = start(spec, notes, console, as_json, planned=planned, manner=manner)
     if as_json:
         click.echo(dump(outcome.run.read("summary.json") or outcome.run.read("status.json")))
+    return outcome.exit_code
+
+
+def resume(
+    run: RunDir, overrides: tuple[str, ...], config_dirs: tuple[Path, ...], console: Console, as_json: bool,
+    manner: Manner = PLAINLY,
+) -> int:  # fmt: skip
+    """Go on with a run in its own directory; the exit code of the worker."""
+    request = resuming.request(run, overrides, config_dirs)
+    composed = resuming.check(run, request)
+    spec, notes = complete(composed, source_finder(request), fetch=True)
+    notes += resuming.check_resolved(run, spec)
+    planned = plan_first(spec, notes, composed)
+    check(spec, notes, composed, manner)
+    if not _agreed([spec], planned, manner, console):
+        return InterruptedRun.exit_code
+    resuming.record(run, spec, overrides)
+    outcome = begin(run, spec, notes, console, as_json, planned, manner)
+    if as_json:
+        click.echo(dump(run.read("summary.json") or run.read("status.json")))
     return outcome.exit_code
 
 
@@ -79,43 +124,102 @@ def plan_first(spec: RunSpec, notes: list[str], composed: RunSpec) -> Plan | Non
 
     `composed` is the run as it was asked for, from which the refusal works out what would fit.
 
-    None for a model that the arithmetic does not know: the run goes on without a plan, and says so.
+    None for a model that the arithmetic does not know: the run goes on without a plan, and says so. RequestError where
+    data or model are not there.
     """
+    planned: Plan | None = None
     try:
         planned = planning.plan(spec, notes)
-    except RequestError as error:
-        notes.append(f"no plan: {error}")
-        return None
-    if planned.reasons:
+    except RequestError:
+        notes.append(f"no plan: {planning.unknown(spec)}")
+    if planned is not None and planned.reasons:
         planning.refuse(asked(composed), planned)
+    notes += inputs.check(spec, planned)
     return planned
+
+
+def check(spec: RunSpec, notes: list[str], composed: RunSpec, manner: Manner = PLAINLY) -> None:
+    """Refuse what cannot run where it is to run; what `where=auto` would rent is refused as its choice, not as a pod
+    that somebody named."""
+    if spec.where.name != "runpod":
+        local.check(spec)
+        return
+    try:
+        _rented().check(spec, manner)
+    except RunnerError as error:
+        if composed.where.name != "auto":
+            raise
+        chosen = next(note for note in notes if note.startswith("where=auto"))
+        remedy = (
+            f"or write hw={spec.hw.name} where=local on a machine that has it; "
+            f"python -m runner fit model={spec.model.name} hw=local says what fits here"
+        )
+        told = [Problem(f"{chosen}; {p.what}", p.source, f"{p.remedy}, {remedy}") for p in error.problems]
+        raise type(error)(*told) from None
 
 
 def start(
     spec: RunSpec, notes: list[str], console: Console, as_json: bool, sweep: str | None = None,
-    planned: Plan | None = None,
+    planned: Plan | None = None, manner: Manner = PLAINLY,
 ) -> local.Outcome:  # fmt: skip
     """Make the run directory, say what is about to happen, and run."""
-    directory = RunDir.create(spec, sweep)
+    return begin(RunDir.create(spec, sweep), spec, notes, console, as_json, planned, manner)
+
+
+def begin(
+    directory: RunDir, spec: RunSpec, notes: list[str], console: Console, as_json: bool, planned: Plan | None,
+    manner: Manner = PLAINLY,
+) -> local.Outcome:  # fmt: skip
+    """Say what is about to happen in a run directory, write the plan there, and run."""
     console.print(headline(spec, shown(directory.path)), highlight=False, soft_wrap=True)
     if planned is not None:
         directory.write("plan.json", planned.as_dict())
         console.print(f"Plan    {in_one_line(planned.as_dict())}", highlight=False, soft_wrap=True)
         if planned.deepspeed is not None:
             directory.write("deepspeed.json", planned.deepspeed)
-    for note in notes:
+    for note in [*notes, *_waits_for(directory, spec)]:
         console.print(f"Note    {note}", highlight=False, soft_wrap=True)
+    if spec.where.name == "runpod":
+        outcome: local.Outcome = _rented().execute(directory, spec, quiet_stdout=as_json, manner=manner)
+        return outcome
     return local.execute(directory, spec, quiet_stdout=as_json)
 
 
-def sweep(request: Request, console: Console, as_json: bool) -> int:
+def _waits_for(directory: RunDir, spec: RunSpec) -> list[str]:
+    """What to type on the other machines, where nobody does it by ssh."""
+    if spec.hw.num_nodes == 1 or spec.hw.hostfile:
+        return []
+    word = f"cd {shlex.quote(os.getcwd())} && python -m runner join {shlex.quote(shown(directory.path))}"
+    others = "the other machine" if spec.hw.num_nodes == 2 else f"each of the {spec.hw.num_nodes - 1} other machines"
+    return [f"waits {MEETING_SECONDS // 60} minutes for {others}; type there: {word}"]
+
+
+def _agreed(specs: list[RunSpec], planned: Plan | None, manner: Manner, console: Console) -> bool:
+    """What is rented is said with its price, and agreed to; `planned` is the first one's, where it is known."""
+    rented = [spec for spec in specs if spec.where.name == "runpod"]
+    if not rented:
+        return True
+    plan = planned or plan_first(rented[0], [], rented[0])
+    return bool(_rented().confirm(rented[0], plan.as_dict() if plan else {}, manner, console, len(rented)))
+
+
+def _rented() -> Any:
+    """The executor of rented runs, read when one is asked for: 0.1 s of the half second that a typo takes."""
+    return import_module("runner.execute.runpod")
+
+
+def sweep(request: Request, console: Console, as_json: bool, manner: Manner = PLAINLY) -> int:
     """All points of a sweep; a failed one does not stop the others, but the exit code says so."""
-    shared = _checked(request)[0]
+    specs = _checked(request, manner)
+    shared = specs[0]
+    if not _agreed(specs, None, manner, console):
+        return InterruptedRun.exit_code
+    manner = replace(manner, yes=True)  # asked once
     name = f"sweep-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = Path(shared.run.output_dir).expanduser() / "sweeps" / name
     interrupted = False
     try:
-        hydra_sweep(request, partial(_point, sweep_dir=folder, as_json=as_json), folder)
+        hydra_sweep(request, partial(_point, sweep_dir=folder, as_json=as_json, manner=manner), folder)
     except KeyboardInterrupt:
         interrupted = True
     rows = [r for file in sorted(folder.glob("point-*.json")) if (r := RunDir(folder).read(file.name))]
@@ -132,16 +236,16 @@ def sweep(request: Request, console: Console, as_json: bool) -> int:
     return 1 if any(row["exit_code"] for row in rows) or not rows else 0
 
 
-def _checked(request: Request) -> list[RunSpec]:
+def _checked(request: Request, manner: Manner) -> list[RunSpec]:
     """Every point of a sweep, resolved and able to run; else one error with what is wrong with any of them."""
     specs: list[RunSpec] = []
     errors: list[RunnerError] = []
     for point in points(request):
         try:
             composed = compose(point)
-            spec, notes = complete(composed, source_finder(point))
+            spec, notes = complete(composed, source_finder(point), fetch=True)
             plan_first(spec, notes, composed)
-            local.check(spec)
+            check(spec, notes, composed, manner)
             specs.append(spec)
         except RunnerError as error:
             errors.append(_of_point(error, point))
@@ -168,16 +272,16 @@ def _sharing(spec: RunSpec, jobs: int) -> RunSpec:
     return spec.model_copy(update={"hw": hw.model_copy(update={"num_cpus": max(1, hw.num_cpus // jobs)})})
 
 
-def _point(spec: RunSpec, index: int, sweep_dir: Path, as_json: bool) -> float:
+def _point(spec: RunSpec, index: int, sweep_dir: Path, as_json: bool, manner: Manner = PLAINLY) -> float:
     """One point of a sweep: never raises; leaves `point-<index>.json` and returns the metric (NaN if it failed)."""
     console = Console(stderr=as_json)
     row: dict[str, Any] = {"index": index, "run_id": None, "overrides": task_overrides(), "metric": None}
     try:
         composed = _sharing(spec, parallel_jobs())
-        spec, notes = complete(composed)
+        spec, notes = complete(composed, fetch=True)
         planned = plan_first(spec, notes, composed)
-        local.check(spec)
-        outcome = start(spec, notes, console, as_json, sweep=sweep_dir.name, planned=planned)
+        check(spec, notes, composed, manner)
+        outcome = start(spec, notes, console, as_json, sweep=sweep_dir.name, planned=planned, manner=manner)
         row |= {"run_id": outcome.run.id, "exit_code": outcome.exit_code}
         row["error"] = outcome.run.read("status.json").get("error")
         value = metric_of(outcome.run.read("summary.json"), spec.run.metric)

@@ -12,6 +12,7 @@ ASSETS = _PACKAGE / "assets" if (_PACKAGE / "assets").is_dir() else _PACKAGE.par
 CONF = ASSETS / "conf"
 RECIPES = ASSETS / "recipes"
 DEEPSPEED_CONFIGS = ASSETS / "deepspeed_configs"
+CONSTRAINTS = ASSETS / "constraints.txt"
 
 
 def cache_dir() -> Path:
@@ -22,3 +23,13 @@ def cache_dir() -> Path:
     if named := os.environ.get("RUNNER_CACHE"):
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "runner"
+
+
+def state_dir() -> Path:
+    """Folder for what must not be lost: the ledger of rented pods, and their keys.
+
+    `RUNNER_STATE` names it; else it is `runner` below `XDG_STATE_HOME` or `~/.local/state`.
+    """
+    if named := os.environ.get("RUNNER_STATE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "runner"

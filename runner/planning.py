@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from runner import catalogue, hub_config, hub_fetch
 from runner.cloud import prices
-from runner.data import lengths
+from runner.cloud.flavours import vcpus
+from runner.data import lengths, pipeline
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
+from runner.plan.hours import GB, Facts
 from runner.plan.memory import GIB
 from runner.plan.nearest import cheapest, nearest
 from runner.plan.options import Options
-from runner.plan.plan import Facts, Plan, plan_of
+from runner.plan.plan import Plan, plan_of
 from runner.plan.settle import settled
 from runner.plan.shape import shape_of
-from runner.spec import HardwareSpec, LaterPlace, LocalPlace, ModelSpec, RunSpec
+from runner.spec import HardwareSpec, LocalPlace, ModelSpec, RunPodPlace, RunSpec, Where
+
+ENVIRONMENT_GB = 20  # torch with its CUDA libraries takes 8, packages on the way another 4: room for both
+UNKNOWN_DISK_GB = 100  # where nothing can be planned: a 7B model in 16 bits, two checkpoints, the environment
+UNKNOWN_HOURS = 24.0
+CPU_USD_PER_VCPU = 0.03  # cpu3c, secure cloud, as users saw it in 2026
 
 
 def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:
@@ -29,11 +38,9 @@ def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:
     model = spec.model
     try:
         facts = hub_config.local_facts(model.id, model.revision)
-        if facts is None and needed:
-            if not _looks_like_a_hub_id(model.id):
-                missing = f"there is no folder {model.id} with a config.json"
-                raise RequestError(Problem(missing, f"model.id={model.id}", "name one, or a Hub id: org/name"))
-            facts = hub_config.facts_from_config(hub_fetch.config(model.id, model.revision), f"{model.id}/config.json")
+        if facts is None:
+            config = (hub_fetch.config if needed else hub_fetch.kept)(_hub_id(model), model.revision)
+            facts = None if config is None else hub_config.facts_from_config(config, f"{model.id}/config.json")
     except RequestError:
         if needed:
             raise
@@ -44,8 +51,39 @@ def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:
     return spec.model_copy(update={"model": ModelSpec.model_validate(facts | given)})
 
 
-def _looks_like_a_hub_id(text: str) -> bool:
-    return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text) is not None
+def _hub_id(model: ModelSpec) -> str:
+    """The id, if it is one; RequestError for what can only be a folder, which is not there."""
+    if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", model.id) is None:
+        missing = f"there is no folder {model.id} with a config.json"
+        raise RequestError(Problem(missing, f"model.id={model.id}", "name one, or a Hub id: org/name"))
+    return model.id
+
+
+def fetch(spec: RunSpec) -> None:
+    """The config.json of a Hub model outside the catalogue is put into the cache, so that a run of it can be planned.
+
+    RequestError for a model that is not there, or closed; nothing where the Hub cannot be reached.
+    """
+    model = spec.model
+    if model.architecture is not None or model.gguf_file is not None or model.package is not None:
+        return
+    with suppress(hub_fetch.UnreachableError):
+        try:
+            known = hub_config.local_facts(model.id, model.revision)
+        except RequestError:  # a kind that the arithmetic does not know: the trainer may
+            return
+        if known is None:
+            hub_fetch.config(_hub_id(model), model.revision)
+
+
+def unknown(spec: RunSpec) -> str:
+    """Why a run cannot be planned, in one line."""
+    try:
+        with_facts(spec, needed=True)
+        shape_of(spec.model)
+    except RequestError as error:
+        return str(error)
+    return "the model's size is not known"
 
 
 def options_for(spec: RunSpec) -> Options | None:
@@ -71,25 +109,50 @@ def facts_of(spec: RunSpec) -> Facts:
     """Data, price and whether the weights are here."""
     notes: list[str] = []
     try:
-        found = lengths.lengths(spec.data, spec.model, seed=spec.train.seed)
+        found = pipeline.lengths_of(spec) or lengths.lengths(spec.data, spec.model, seed=spec.train.seed)
     except RunnerError as error:
         found = lengths.DataLengths(None, None, False, str(error))
     steps, tokens, said = lengths.steps(spec, found)
     notes += said
-    usd, source = price_of(spec.hw)
+    usd, source = price_of(spec.hw, spec.where)
     if usd is not None and spec.where.name == "local" and spec.hw.accelerator == "cuda":
         notes.append("the cost is what renting this hardware would be")
     total = None
     if found.num_examples and found.tokens_per_example:
         total = round(found.num_examples * found.tokens_per_example)
-    return Facts(steps, tokens, total, usd, source, not _at_hand(spec.model), tuple(notes))
+    held_out, row = found.held_out_rows, found.held_out_tokens_per_row or spec.train.max_length
+    if held_out is None and steps is not None:
+        notes.append("time: the held-out loss is left out, as the number of held-out rows is not known")
+    if spec.model.gated and hub_fetch.token() is None and not _at_hand(spec.model):
+        notes.append(f"{spec.model.id} is gated: {hub_fetch.gate(spec.model.id)}")
+    if spec.data.source == "commands" and spec.model.package is None:
+        notes.append("data is the bundled demo: name data= and train.max_length= for your own run")
+    return Facts(
+        num_steps=steps,
+        tokens_total=tokens,
+        data_tokens=total,
+        held_out_tokens=(held_out or 0) * min(row, spec.train.max_length),
+        prompts=0 if found.answer_tokens == 0 else held_out,
+        prompt_tokens=found.held_out_tokens_per_row,
+        answer_tokens=found.answer_tokens,
+        usd_per_gpu_hour=usd,
+        price_source=source,
+        download=not _at_hand(spec.model),
+        notes=tuple(notes),
+    )
 
 
-def price_of(hw: HardwareSpec) -> tuple[float | None, str | None]:
-    """US$ per GPU and hour, and who says so: RunPod's catalogue of today, else the dated figure in conf/hw."""
-    if hw.accelerator != "cuda":
-        return None, None
-    live = prices.price(hw.runpod_gpu_id)
+def price_of(hw: HardwareSpec, where: Where | None = None) -> tuple[float | None, str | None]:
+    """US$ per GPU and hour (of the machine, on a CPU), and who says so: a bid, RunPod's catalogue of today in the cloud
+    that is asked for, else the dated figure in conf/hw.
+    """
+    place = where if isinstance(where, RunPodPlace) else None
+    if place is not None and place.bid_usd is not None:
+        return place.bid_usd, "where.bid_usd"
+    if hw.accelerator != "cuda" and not (place and place.gpu_types):
+        return cpu_price(hw) if place else (None, None)
+    gpu_id = place.gpu_types[0] if place and place.gpu_types else hw.runpod_gpu_id
+    live = prices.price(gpu_id, place.cloud if place else "secure")
     if live is not None:
         return live.usd_per_hour, live.source
     if hw.usd_per_hour is None:
@@ -97,8 +160,26 @@ def price_of(hw: HardwareSpec) -> tuple[float | None, str | None]:
     return hw.usd_per_hour, f"conf/hw, seen {hw.price_date}" if hw.price_date else "conf/hw"
 
 
+def cpu_price(hw: HardwareSpec) -> tuple[float, str]:
+    """US$ per hour of a CPU pod with as many cores, rounded up as RunPod rents them."""
+    return vcpus(hw.num_cpus) * CPU_USD_PER_VCPU, "RunPod's CPU pods, as seen 2026: $0.03 per vCPU-hour"
+
+
+def rented(spec: RunSpec, planned: Plan | None) -> RunSpec:
+    """A run on a pod with its disks and its deadline decided, from what the plan says."""
+    place = spec.where
+    if not isinstance(place, RunPodPlace):
+        return spec
+    disk = UNKNOWN_DISK_GB if planned is None else math.ceil(planned.disk_gib * 1.5 * GIB / GB) + ENVIRONMENT_GB
+    hours = place.max_hours or (2 * planned.hours + 1 if planned and planned.hours else UNKNOWN_HOURS)
+    own = ENVIRONMENT_GB + (disk if spec.hw.accelerator == "cpu" and place.volume is None else 0)
+    decided = {"volume_gb": disk, "container_disk_gb": own, "deadline_hours": round(hours, 2)}
+    update = {key: value for key, value in decided.items() if getattr(place, key) == "auto"}
+    return spec.model_copy(update={"where": place.model_copy(update=update)})
+
+
 def _at_hand(model: ModelSpec) -> bool:
-    return model.package is not None or Path(model.id).is_dir() or hub_config.cached(model.id)
+    return model.package is not None or model.from_scratch or Path(model.id).is_dir() or hub_config.cached(model.id)
 
 
 def hardware() -> list[HardwareSpec]:
@@ -119,7 +200,7 @@ def place(spec: RunSpec, here: HardwareSpec | None) -> tuple[RunSpec, list[str]]
     """
     options = options_for(spec)
     usd, hours = spec.where.max_usd, spec.where.max_hours
-    local, rented = LocalPlace(max_usd=usd, max_hours=hours), LaterPlace(name="runpod", max_usd=usd, max_hours=hours)
+    local, rented = LocalPlace(max_usd=usd, max_hours=hours), RunPodPlace(name="runpod", max_usd=usd, max_hours=hours)
     if options is None:
         return spec.model_copy(update={"where": local}), ["where=auto: here, since nothing can be planned"]
     best = options.best(settled(spec))

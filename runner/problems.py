@@ -103,7 +103,8 @@ def _explain(key: str, details: list[ErrorDetails], source_of: SourceOf, unsure:
     expected = " or ".join(dict.fromkeys(_expected(d) for d in details))
     choices = [c for d in details if d["type"] == "literal_error" for c in _choices(d)]
     value = _shown(first["input"])
-    return [Problem(f"{key}={value}: expected {expected}", source_of(key), _did_you_mean(value, choices))]
+    remedy = _did_you_mean(value, choices) or _instead(key, first)
+    return [Problem(f"{key}={value}: expected {expected}", source_of(key), remedy)]
 
 
 def _rule(key: str, detail: ErrorDetails, source_of: SourceOf, unsure: frozenset[str]) -> list[Problem]:
@@ -123,6 +124,20 @@ def _rule(key: str, detail: ErrorDetails, source_of: SourceOf, unsure: frozenset
 def _did_you_mean(value: Any, choices: list[str]) -> str | None:
     near = nearest(str(value), choices)
     return f"did you mean {near}?" if near else None
+
+
+_NEAREST = {"greater_than_equal": "ge", "less_than_equal": "le"}
+"""Bounds that are themselves allowed."""
+
+
+def _instead(key: str, detail: ErrorDetails) -> str:
+    """What to write for a value of the wrong kind, or out of bounds."""
+    kind = detail["type"]
+    if kind in _NEAREST:
+        return f"write {key}={detail['ctx'][_NEAREST[kind]]:g}, or {'more' if kind.startswith('greater') else 'less'}"
+    if kind.startswith("bool"):
+        return f"write {key}=true or {key}=false"
+    return f"docs/reference.md says what {key} takes"
 
 
 def _expected(detail: ErrorDetails) -> str:

@@ -37,6 +37,8 @@ class Request:
     """A finished `spec.json` to repeat, instead of a recipe."""
     problems: tuple[Problem, ...] = ()
     """What is wrong with other words that were typed, to be told with the rest."""
+    exchange: tuple[str, ...] = ()
+    """Groups whose choice may be another one than in `spec_file`."""
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -83,7 +83,7 @@ class RunDir:
         """The state, or `killed` where the process that should be at work is gone."""
         status = self.read("status.json")
         state = str(status.get("state", "unknown"))
-        if state in ACTIVE and status.get("host") == socket.gethostname() and not _alive(status.get("pid")):
+        if state in ACTIVE and status.get("host") == socket.gethostname() and not alive(status.get("pid")):
             return "killed"
         return state
 
@@ -94,6 +94,14 @@ class RunDir:
     def evals(self) -> Iterator[dict[str, Any]]:
         """Lines of `evals.jsonl`, one per measurement of the held-out loss."""
         return self._lines("evals.jsonl")
+
+    def cut_after(self, step: int) -> None:
+        """Forget the lines of later steps: they are done again."""
+        for name in ("metrics.jsonl", "evals.jsonl"):
+            lines = list(self._lines(name))
+            kept = [line for line in lines if line["step"] <= step and step]
+            if len(kept) < len(lines):
+                write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         """JSON lines; a last one cut short by a kill is passed over."""
@@ -124,11 +132,15 @@ def write_atomically(file: Path, text: str) -> None:
     temporary.replace(file)
 
 
-def _alive(pid: Any) -> bool:
+def alive(pid: Any) -> bool:
+    """Whether such a process is at work on this machine. A zombie is not: in a container whose first process does not
+    collect orphans it stays for ever."""
     try:
         os.kill(int(pid), 0)
+        return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] not in ("Z", "X")
     except (ProcessLookupError, TypeError, ValueError):
         return False
-    except PermissionError:
+    except FileNotFoundError:  # gone just now; on macOS there is no /proc
+        return not Path("/proc/self").exists()
+    except OSError:  # somebody else's
         return True
-    return True

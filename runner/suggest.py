@@ -49,6 +49,8 @@ SYNONYMS = {
     "dataset": "data",
     "gpus": "hw.num_gpus",
     "num_processes": "hw.num_processes",
+    "nnodes": "hw.num_nodes",
+    "nodes": "hw.num_nodes",
     "hardware": "hw",
     "output_dir": "run.output_dir",
     "model_name_or_path": "model.id",

@@ -24,7 +24,17 @@ if WORKER and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw")) % len(cores)]})
 
-LONGEST_FIRST = ("test_learning", "test_run_life", "test_methods_end_to_end", "test_trl_parity", "test_memory_tape")
+LONGEST_FIRST = (
+    "test_learning",
+    "test_matrix",
+    "test_runpod_run",
+    "test_nodes",
+    "test_launch",
+    "test_run_life",
+    "test_methods_end_to_end",
+    "test_trl_parity",
+    "test_memory_tape",
+)
 """Files that take minutes: begun first, so that no core waits for one of them at the end."""
 
 

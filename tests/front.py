@@ -9,11 +9,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from runner import hardware
-from runner.cli import cli, request_of
+from runner.cli import cli
 from runner.errors import Problem, RequestError
 from runner.hardware import Machine
 from runner.launch import resolved
 from runner.spec import RunSpec
+from runner.verbs.shared import request_of
 
 LAPTOP = Machine(gpus=(), visible_devices=None, num_hidden_gpus=0, num_cpus=8, memory_gib=16.0, cpu_bf16=True)
 

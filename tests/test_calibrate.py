@@ -156,6 +156,12 @@ def test_the_verb_prints_the_table_and_the_sentence(monkeypatch: pytest.MonkeyPa
     assert json.loads(runner("calibrate", "--json").stdout)["runs"][0]["run_id"] == run.id
 
 
+def test_a_plan_that_was_far_too_high_is_said_in_times() -> None:
+    past_run("lora", 1 / 713.84, 1.0)
+    said = runner("calibrate").stdout
+    assert "(×714)" in said and "%" not in said.split("(×714)")[0].splitlines()[-1]
+
+
 def test_without_runs_it_says_what_to_type() -> None:
     result = runner("calibrate", "--output-dir", "elsewhere")
     assert result.exit_code == 0

@@ -45,7 +45,7 @@ def test_choices_are_offered_however_the_runner_is_called(program: str) -> None:
         ("runner recipe=phi", ["recipe=phi2_lora_rtx6000adax5"]),
         ("runner sh", ["show"]),
         ("runner model=phi2 sh", []),  # a verb comes first
-        ("runner me", ["method.", "method="]),
+        ("runner me", ["merge", "method.", "method="]),
         ("runner list obj", ["objective"]),
         ("runner show --", ["--config-dir", "--json"]),
         ("runner chat runs/", []),

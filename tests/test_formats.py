@@ -129,12 +129,12 @@ def test_a_missing_file_is_guessed_at(tmp_path: Path) -> None:
     [
         ("nowhere/my.jsonl", "nor does the folder nowhere"),
         (".", "is a folder"),
-        ("notes.txt", "cannot tell the format"),
+        ("notes.pdf", "cannot tell the format"),
     ],
 )
 def test_a_path_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, what: str) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "notes.pdf").write_text("hello")
     with pytest.raises(RequestError, match=what):
         read_rows(path)
 
@@ -208,9 +208,9 @@ def test_a_shape_is_told_by_its_fields(row: dict[str, Any], changes: dict[str, A
     [
         (["question", "answer"], "write data.prompt_field=question data.completion_field=answer"),
         (["prompt", "response"], "write data.completion_field=response"),
-        (["conversations", "id"], "write data.messages_field=conversations"),
+        (["dialog", "id"], "write data.messages_field=dialog"),
         (["title", "content"], "write data.text_field=content"),
-        (["instruction", "input", "output"], "join the instruction and its input"),
+        (["instruction", "context", "response"], "write data.output_field=response data.input_field=context"),
         (["x"], "write data.messages_field=…"),
     ],
 )

@@ -85,17 +85,18 @@ def test_the_tokenised_cache_takes_twelve_bytes_a_token(tmp_path: Path) -> None:
 
 
 def test_deepspeed_checkpoints_hold_16_bit_weights_and_fp32_states() -> None:
-    """2 bytes for `model.safetensors`, 12 for states; stages 1 and 2 write the module's weights once more."""
+    """12 bytes for states; stages 1 and 2 write the module's 16-bit weights as well."""
     full = Trained("full", SEVEN_B, SEVEN_B, bytes_trained=2)
-    assert {stage: sum(checkpoint(full, stage).values()) / SEVEN_B for stage in (1, 2, 3)} == {1: 16, 2: 16, 3: 14}
+    assert {stage: sum(checkpoint(full, stage).values()) / SEVEN_B for stage in (1, 2, 3)} == {1: 14, 2: 14, 3: 12}
 
 
 DEEPSPEED = """
-import json, os, pathlib, sys
+import importlib, json, os, pathlib, sys
 import deepspeed, torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # compiles for a minute, under a lock
 deepspeed.init_distributed("gloo")
 config = LlamaConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
                      num_key_value_heads=2, vocab_size=1000, tie_word_embeddings=True)
@@ -149,18 +150,18 @@ def test_frozen_weights_are_written_again_from_stage_2_on() -> None:
 def test_an_adapter_checkpoint_leaves_the_base_out_but_for_a_tied_head() -> None:
     lora = Trained("lora", SEVEN_B, 1_000_000)
     assert sum(checkpoint(lora, 0).values()) == 12e6
-    assert sum(checkpoint(lora, 2).values()) == 16e6
+    assert sum(checkpoint(lora, 2).values()) == 14e6
     assert checkpoint(lora, 2, tied_values=500)["deepspeed_weights"] == 2e6 + 1000
     assert checkpoint(lora, 3, tied_values=500)["deepspeed_weights"] == 0
 
 
-def test_disk_holds_one_checkpoint_more_than_are_kept() -> None:
+def test_disk_holds_as_many_checkpoints_as_are_there_at_once() -> None:
     full = Trained("full", SEVEN_B, SEVEN_B)
-    terms = disk(full, 0, source="hub", keep_checkpoints=2, periodic=True, data_tokens=1000)
+    terms = disk(full, 0, source="hub", checkpoints=3, data_tokens=1000)
     assert terms == {
         "weights": 14e9, "checkpoints": 3 * 12 * 7e9, "final_model": 14e9, "tokenised": 12_000,
     }  # fmt: skip
-    seldom = disk(full, 0, source="folder", keep_checkpoints=2, periodic=False)
+    seldom = disk(full, 0, source="folder", checkpoints=1)
     assert seldom == {"checkpoints": 12 * 7e9, "final_model": 14e9}
     assert final_model(Trained("qlora4", SEVEN_B, 1000, bytes_trained=2)) == 4000
 
@@ -181,10 +182,10 @@ def test_a_model_on_one_gpu_passes_through_main_memory_when_saved_one_file_at_a_
     assert terms == {"processes": host.CUDA_PROCESS, "saving": 4e6}
 
 
-def test_in_stages_1_and_2_every_process_copies_its_whole_model_to_save_it() -> None:
+def test_zero_3_gathers_in_one_process_what_it_saves() -> None:
     lora = Trained("lora", 10 * SEVEN_B, 1_000_000)
-    assert ram(lora, 2, processes=8, held=140e9)["saving"] == 8 * 140e9
-    assert ram(lora, 3, processes=8, held=17.5e9)["saving"] == 2e6
+    assert ram(lora, 2, processes=8, held=140e9)["saving"] == 4e6
+    assert ram(lora, 3, processes=8, held=17.5e9)["saving"] == 4e6
     assert ram(Trained("full", SEVEN_B, SEVEN_B), 3, processes=8, held=2e9)["saving"] == 14e9
 
 

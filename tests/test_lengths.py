@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from runner.catalogue import load
-from runner.data.lengths import DataLengths, lengths, packed, steps, tokenizer_file
+from runner.data.lengths import DataLengths, lengths, packed, steps
+from runner.data.tokens import tokenizer_file
 from runner.errors import RequestError
 from runner.spec import DataSpec, ModelSpec, RunSpec
 from tests.conftest import spec_of
@@ -55,13 +56,44 @@ def test_the_default_job_is_known_to_the_token(real_cache: None) -> None:
     assert (found.num_examples, sum(found.row_tokens), found.exact) == (600, 39_761, True)
     assert packed(found.row_tokens, 256) == 168
     assert steps(spec_of(), found) == (294, 69_582, [])
+    assert found.held_out_tokens_per_row is not None
+    assert (found.held_out_rows, round(40 * found.held_out_tokens_per_row), found.answer_tokens) == (40, 2655, 31)
 
 
-def test_without_the_tokenizer_four_characters_count_as_a_token() -> None:
-    found = lengths(COMMANDS, NOWHERE)
-    assert found.num_examples == 600 and not found.exact and found.row_tokens == ()
-    assert found.tokens_per_example == pytest.approx(66.27, rel=0.3)  # exactly: the test above; commands are dense
-    assert "4 characters a token assumed" in found.how
+def test_before_the_demo_model_is_unpacked_its_steps_are_known_to_two_percent() -> None:
+    """294, as the test above says and the worker takes."""
+    found = lengths(COMMANDS, SMOLLM2)
+    assert tokenizer_file(SMOLLM2) is None
+    assert found.num_examples == len(found.row_tokens) == 600 and not found.exact
+    assert found.tokens_per_example == pytest.approx(66.27, rel=0.02)
+    assert found.held_out_tokens_per_row == pytest.approx(66.38, rel=0.02)
+    assert found.answer_tokens == pytest.approx(31, abs=3)
+    count, tokens, (note,) = steps(spec_of(), found)
+    assert count == pytest.approx(294, rel=0.02) and tokens == pytest.approx(69_582, rel=0.02)
+    assert note == (
+        "about 66 tokens a row: all rows, 2.4 characters a token assumed: the tokenizer is not on this machine"
+    )
+
+
+def test_what_is_held_out_is_counted_for_the_time_that_it_takes(tmp_path: Path) -> None:
+    file, other = rows_file(tmp_path / "my.jsonl", 100, words=25), rows_file(tmp_path / "held.jsonl", 30, words=50)
+    assert _held(counted(file, eval_fraction=0.1)) == (10, 35, 24)  # 92 characters, and the end of the answer
+    assert _held(counted(file, eval_path=str(other))) == (30, 60, 49)
+    assert _held(counted(file, eval_path=str(other), max_eval_examples=7))[0] == 7
+    assert _held(counted(file, eval_fraction=0.0)) == (0, None, 0)
+    (tmp_path / "text.jsonl").write_text('{"text": "once upon a time"}\n' * 10)
+    assert _held(counted(tmp_path / "text.jsonl", eval_fraction=0.1)) == (1, 5, 0)  # nothing is asked
+
+
+def _held(found: DataLengths) -> tuple[int | None, float | None, int | None]:
+    return found.held_out_rows, found.held_out_tokens_per_row, found.answer_tokens
+
+
+def test_of_large_data_the_held_out_rows_are_like_the_others(tmp_path: Path) -> None:
+    found = counted(rows_file(tmp_path / "my.jsonl", 20_000, words=25), eval_fraction=0.1)
+    assert (found.tokens_per_example, found.held_out_tokens_per_row, found.answer_tokens) == (35, 35, 24)
+    assert found.held_out_rows == pytest.approx(2000, rel=0.01)
+    assert found.num_examples == pytest.approx(18_000, rel=0.01)
 
 
 def test_a_small_file_is_counted_whole_and_its_held_out_rows_are_taken_off(tmp_path: Path) -> None:
@@ -140,6 +172,8 @@ def test_a_file_that_is_not_there_is_an_error_with_its_name(tmp_path: Path) -> N
 def test_data_on_the_hub_are_not_guessed() -> None:
     found = lengths(DataSpec(**load("data", "gsm8k")), SMOLLM2)
     assert (found.num_examples, found.tokens_per_example, found.exact) == (None, None, False)
+    assert _held(found) == (None, None, None)
+    assert lengths(DataSpec(**load("data", "gsm8k"), max_eval_examples=50), SMOLLM2).held_out_rows == 50
     count, tokens, notes = steps(_spec(), found)
     assert (count, tokens) == (None, None) and "openai/gsm8k is on the Hub" in notes[0]
 

@@ -14,16 +14,20 @@ from rich.color import Color, ColorSystem
 from rich.console import Console
 from rich.text import Text
 
-from runner import catalogue
+from runner import catalogue, fitting
 from runner.errors import RequestError
+from runner.plan.hours import Facts
 from runner.plan.options import Options, allowed_stages
-from runner.plan.plan import Facts, plan_of
+from runner.plan.plan import plan_of
 from runner.plan.tape import KINDS
 from runner.report.plan import print_fit, print_memory_table, print_plan
 from runner.report.plan_plot import plot_plan
 from runner.report.plan_terms import FAMILIES, PHASES, TERMS, cells, heading, present, segments, term_of
 from runner.spec import DeepSpeedSpec
 from tests.conftest import spec_of
+from tests.front import here, laptop, runner
+
+__all__ = ["here", "laptop"]  # fixtures
 
 METHODS = ("full", "freeze", "lora", "qlora4", "qlora8")
 STAGES = ("none", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -320,6 +324,15 @@ def test_the_memory_table_turns_where_it_would_be_too_wide() -> None:
     assert shown[40][1:3] == [["model", "full", "lora"], ["llama2_7b", "112", "14.2"]]
     assert shown[40][5] == ["llama2_70b", "–", "131"]
     assert shown[100][-1] == shown[40][-1] == table["assumptions"][0].split()
+
+
+@pytest.mark.usefixtures("here")
+def test_the_memory_table_breaks_no_name_at_80_columns() -> None:
+    result = runner("table")
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines[:14])) <= 80
+    for name in fitting.TABLE_MODELS:
+        assert sum(line.split()[:1] == [name] for line in lines) == 1, name
 
 
 @pytest.mark.parametrize("plan", [PLAN, TOO_BIG, changed(capacity_gib=None)], ids=["fits", "too big", "no capacity"])

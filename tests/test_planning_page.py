@@ -79,7 +79,7 @@ def test_every_term_of_main_memory_and_disk_is_documented() -> None:
     found |= set(host.host_ram(trained, 1, processes=1, accelerator="cuda", **(everything | {"largest_matrix": 9})))
     found |= set(host.host_ram(trained, 1, processes=1, accelerator="cuda", **(everything | {"held": 999.0})))
     assert found == set(planning_page.HOST_TERMS)
-    written = host.disk(trained, 1, source="hub", keep_checkpoints=1, periodic=True, data_tokens=1, nvme=1.0)
+    written = host.disk(trained, 1, source="hub", checkpoints=1, data_tokens=1, nvme=1.0)
     assert set(written) == set(planning_page.DISK_TERMS)
 
 

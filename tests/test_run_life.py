@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from runner import checkpoints
 from runner.rundir import RunDir, all_runs
 from tests.conftest import ROOT, SHORT, run_cli
 
@@ -104,8 +105,8 @@ def test_sigterm_saves_a_complete_checkpoint_and_exits_130(tmp_path: Path) -> No
     assert process.returncode == 130, err
     assert run.state() == "interrupted"
     step = run.read("status.json")["step"]
-    checkpoint = run.path / "checkpoints" / f"checkpoint-{step}"
-    assert (checkpoint / "COMPLETE").read_text("utf-8").strip() == str(step)
+    checkpoint = checkpoints.folder(run, step)
+    assert checkpoints.facts(checkpoint)["step"] == step and checkpoints.damage(checkpoint) == []
     assert (checkpoint / "optimizer.pt").stat().st_size > 0
     assert f"after step {step}" in err and "Traceback" not in err
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import RequestError
-from runner.rundir import ACTIVE, RunDir, all_runs, write_atomically
+from runner.rundir import ACTIVE, RunDir, alive, all_runs, write_atomically
 from runner.spec import RunSpec
 from tests.front import here, laptop, spec_of
 
@@ -147,3 +147,13 @@ class _Noon:
     @staticmethod
     def now() -> datetime:
         return datetime(2025, 1, 1, 12)
+
+
+def test_a_zombie_is_not_alive() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    try:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, and not yet collected
+        assert not alive(child.pid)
+    finally:
+        child.wait()
+    assert alive(os.getpid()) and not alive(None)

@@ -262,13 +262,58 @@ def test_single_precision_is_slower_and_half_precision_is_what_a_t4_has() -> Non
     assert machine("t4", "fp16").flops == 65e12
 
 
-def test_answers_take_longer_the_longer_they_are() -> None:
+# --- measuring -------------------------------------------------------------------------------------------------
+
+NOTHING: dict[str, Any] = {"tokens": 0, "num_prompts": 0, "prompt_tokens": 0, "new_tokens": 0, "batch_size": 8}
+
+
+def measuring(of: Work, on: Machine, **how: Any) -> float:
+    return evaluation_time(of, on, **{**NOTHING, **how})
+
+
+def test_the_main_jobs_measurements_take_what_they_took() -> None:
+    """The README's run of 2026-11-21: held-out loss 3.5 and 3.8 s, answers 29.1 s before and 15.4 s after training."""
+    of = work(shape("smollm2_135m"), 256, "lora", False, trained_parameters=4_884_480, adapter_parameters=4_884_480)
+    cpu = machine_of(HardwareSpec(name="cpu", accelerator="cpu", num_cpus=2), "bf16")
+    assert cpu is not None
+    answers = {"num_prompts": 40, "prompt_tokens": 66.4}
+    loss = measuring(of, cpu, tokens=2655)
+    before, after = (measuring(of, cpu, **answers, new_tokens=n) for n in (64, 31))
+    assert loss == pytest.approx(3.65, rel=0.15)
+    assert before == pytest.approx(29.1, rel=0.05)
+    assert after == pytest.approx(15.4, rel=0.1)
+    assert 2 * loss + before + after == pytest.approx(51.8, rel=0.05)
+
+
+def test_every_token_of_an_answer_is_a_pass_of_its_own() -> None:
     of, on = work(MISTRAL, 1024, "lora"), machine("h100")
-    settings = {"tokens": 0, "num_prompts": 40, "batch_size": 8}
-    short, long = (evaluation_time(of, on, max_new_tokens=n, **settings) for n in (64, 128))
+    short, long = (measuring(of, on, num_prompts=40, new_tokens=n) for n in (64, 128))
     assert long == 2 * short
     assert short == pytest.approx(5 * 64 * 32 * 1.25e-3)
-    assert evaluation_time(of, on, **{**settings, "num_prompts": 0, "tokens": 10_000}, max_new_tokens=64) > 0
+    assert measuring(of, on, num_prompts=41, new_tokens=64) == pytest.approx(short * 6 / 5)
+    assert measuring(of, on, num_prompts=40, new_tokens=64, batch_size=40) == pytest.approx(short / 5)
+    assert measuring(of, on, num_prompts=40, new_tokens=64, prompt_tokens=500) > short
+    assert measuring(of, on, tokens=20_000) == pytest.approx(2 * measuring(of, on, tokens=10_000))
+
+
+def test_the_weights_of_a_large_model_are_read_for_every_token() -> None:
+    of = work(shape("llama2_70b"), 1024, "lora")
+    read = 2 * shape("llama2_70b").num_parameters
+    one = {"num_prompts": 1, "new_tokens": 1}
+    assert measuring(of, machine("h200"), **one) == pytest.approx(max(80 * 1.25e-3, read / (4800e9 * 0.9)))
+    cpu = machine_of(HardwareSpec(name="cpu", accelerator="cpu", num_cpus=64), "bf16")
+    assert cpu is not None
+    assert measuring(of, cpu, **one) == pytest.approx(read / 20e9, rel=0.05)
+
+
+def test_processes_share_the_questions_and_zero_three_gathers_the_weights_for_every_token() -> None:
+    of, one, eight = work(MISTRAL, 1024, "lora"), machine("a100"), machine("a100x8")
+    asked = {"num_prompts": 64, "new_tokens": 10, "tokens": 8000}
+    alone, shared = measuring(of, one, **asked), measuring(of, eight, **asked)
+    assert shared == pytest.approx(alone / 8)
+    gathered = 10 * 2 * MISTRAL.num_parameters * 7 / 8 / 240e9
+    assert measuring(of, eight, **asked, stage="zero3") == pytest.approx(shared + gathered)
+    assert measuring(of, eight, **asked, stage="zero2") == shared
 
 
 def test_tens_of_thousands_of_plans_take_a_second() -> None:

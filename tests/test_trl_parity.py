@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from runner.data.commands import examples
-from runner.train import models
+from runner.data.templates import template_source
+from runner.data.words import FALLBACK
+from tests import preferences
 from tests.conftest import spec_of
 
 # What somebody would write without this project. It gets the rows as text and lets TRL do the rest.
@@ -79,3 +81,65 @@ def test_same_losses_as_bare_trl(packing: str, train: Callable[..., Any], tmp_pa
     assert len(ours) == len(theirs) == 5
     assert ours == pytest.approx(theirs, abs=5e-5)
     assert finished.summary["train"]["loss_first"] == ours[0]
+
+
+# The same for preferences: TRL tokenises, copies the reference model and computes the loss by itself.
+PREFERENCES = """
+import json, sys
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+source, rows, out, loss, adapter = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3], sys.argv[4], sys.argv[5]
+torch.set_num_threads(1)
+tokenizer = AutoTokenizer.from_pretrained(source)
+tokenizer.chat_template = sys.argv[6]
+model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+trainer = DPOTrainer(
+    model=model,
+    processing_class=tokenizer,
+    train_dataset=Dataset.from_list(rows),
+    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    if adapter == "lora" else None,
+    args=DPOConfig(
+        output_dir=out, max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=2, beta=0.1,
+        loss_type=[loss], learning_rate=2e-3, lr_scheduler_type="cosine", warmup_steps=1, max_length=48,
+        bf16=False, use_cpu=True, gradient_checkpointing=False, seed=42, logging_steps=1, save_strategy="no",
+        max_grad_norm=1.0, weight_decay=0.0, optim="adamw_torch_fused", report_to="none", disable_tqdm=True,
+    ),
+)
+trainer.train()
+history = [h for h in trainer.state.log_history if "loss" in h]
+json.dump([[h["loss"], h["rewards/margins"], h["grad_norm"]] for h in history], open(out + "/losses.json", "w"))
+"""
+
+
+@pytest.mark.parametrize(("loss", "method"), [("sigmoid", "lora"), ("ipo", "full")])
+def test_same_preference_losses_as_bare_trl(loss: str, method: str, tmp_path: Path) -> None:
+    """Some rows are longer than `max_length`: what is cut is the same, too."""
+    _, run = preferences.train(
+        tmp_path, "objective=dpo", f"objective.loss={loss}", f"method={method}", "train.max_steps=5",
+        "train.learning_rate=2e-3", "train.warmup_ratio=0.2", "train.attention=sdpa", "train.max_length=48",
+        "data.eval_fraction=0",
+    )  # fmt: skip
+    ours = [[line["loss"], line["reward_margin"], line["grad_norm"]] for line in run.metrics()]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in preferences.pairs()
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), "utf-8")
+    out = tmp_path / "bare"
+    out.mkdir()
+    template = template_source(FALLBACK)
+    arguments = [str(tmp_path / "tiny"), str(tmp_path / "rows.json"), str(out), loss, method, template]
+    subprocess.run([sys.executable, "-c", PREFERENCES, *arguments], check=True, capture_output=True, timeout=300)
+    theirs = json.loads((out / "losses.json").read_text("utf-8"))
+    assert len(ours) == len(theirs) == 5
+    assert ours == [pytest.approx(step, abs=1e-5) for step in theirs]
+    assert ours[-1][0] < ours[0][0]

@@ -415,8 +415,10 @@ def test_without_zero_ddp_keeps_a_copy_of_the_gradients_and_one_process_nothing(
     [
         ("zero3", "qlora8", "adamw", "bf16", True, "8-bit base", "deepspeed=zero2"),
         ("zero3_offload", "qlora8", "adamw", "bf16", True, "8-bit base", "method=qlora4"),
-        ("zero2_offload", "full", "adamw_8bit", "bf16", True, "DeepSpeedCPUAdam", "deepspeed=zero2"),
-        ("zero3_offload", "full", "sgd", "bf16", True, "DeepSpeedCPUAdam", "train.optimizer=adamw"),
+        ("zero2_offload", "full", "adamw_8bit", "bf16", True, "AdamW on the CPU", "deepspeed=zero2"),
+        ("zero3_offload", "full", "sgd", "bf16", True, "AdamW on the CPU", "train.optimizer=adamw"),
+        ("zero1", "full", "adafactor", "bf16", True, "second moment", "deepspeed=none"),
+        ("zero2_offload", "lora", "adafactor", "bf16", True, "second moment", "deepspeed=none"),
         ("zero3", "full", "adamw", "fp16", False, "fp16", "method.master_weights=true"),
         ("none", "freeze", "adamw", "fp16", False, "loss scaler", "method.master_weights=true"),
     ],

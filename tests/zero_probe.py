@@ -13,11 +13,11 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import deepspeed.comm.torch as deepspeed_torch
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
@@ -127,7 +127,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Measure every case and write one file per rank."""
     # Without this DeepSpeed compiles a C++ all-reduce for CPUs, half a minute on two cores; gloo has one.
-    deepspeed_torch.build_shm_op = lambda: None
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # the attribute `torch` is torch itself
     deepspeed.init_distributed("gloo")
     cases, out = Path(sys.argv[1]), Path(sys.argv[2])
     results = [measure(case) for case in json.loads(cases.read_text("utf-8"))]

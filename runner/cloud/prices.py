@@ -11,15 +11,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from runner.cloud.account import KEY, base_url
 from runner.paths import cache_dir
 
 Cloud = Literal["secure", "community"]
 
-# RunPod's own SDK reads the same two variables.
-KEY = "RUNPOD_API_KEY"
-BASE_URL = "RUNPOD_API_BASE_URL"
-DEFAULT_BASE_URL = "https://api.runpod.io/v2"
-PATH = "/catalog/gpus"  # REST v2: {"gpus": [{"id": …, "price": {"secure": 0.44, "community": 0.31}}]}
+PATH = "/v2/catalog/gpus"  # REST v2: {"gpus": [{"id": …, "price": {"secure": 0.44, "community": 0.31}}]}
 
 TIMEOUT_S = 2.0
 FRESH_S = 3600.0  # prices moved by about a fifth in three months of 2026: an hour changes nothing
@@ -45,7 +42,7 @@ def price(gpu_id: str | None, cloud: Cloud = "secure") -> Price | None:
     key = os.environ.get(KEY)
     if not gpu_id or not key:
         return None
-    base = (os.environ.get(BASE_URL) or DEFAULT_BASE_URL).rstrip("/")
+    base = base_url()
     found = _read(base) or _fetch(base, key)
     usd = found["gpus"].get(gpu_id, {}).get(cloud)
     if not usd:

@@ -1,19 +1,18 @@
-"""Rows out of a local file: JSON, JSONL, CSV, TSV or Parquet, gzipped or not."""
+"""Rows out of a file: JSON, JSONL, CSV, TSV, Parquet or text, compressed or not, here or behind a URL."""
 
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import sys
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
+from runner.data.compressed import COMPRESSIONS, decompressed
 from runner.errors import Problem, RequestError
 from runner.suggest import nearest
 
@@ -21,9 +20,12 @@ Row = dict[str, Any]
 
 # More would scroll the first mistake, which often causes the others, out of the terminal.
 SHOWN_PROBLEMS = 20
-_READABLE = ".json, .jsonl, .csv, .tsv or .parquet, each also with .gz"
+READABLE = ".json, .jsonl, .csv, .tsv, .parquet or .txt, each also with .gz, .bz2, .xz or .zst"
+_KINDS_OF_FILE = {
+    ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+    ".txt": "txt",
+}  # fmt: skip
 _ROW_REMEDY = 'write an object such as {"prompt": "…", "completion": "…"}'
-_GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,19 @@ class Table:
 
     name: str
     """The path or id as the user wrote it."""
-    rows: list[Row]
+    rows: Sequence[Row]
     unit: str = "row"
     """What `numbers` count: `line` or `row`."""
     numbers: Sequence[int] = ()
     """1-based line (or row) of each row; empty means 1, 2, 3, …"""
     problems: list[Problem] = field(default_factory=list)
+
+    def pieces(self, size: int) -> Iterator[Table]:
+        """The same rows, `size` at a time, numbered through."""
+        for begin in range(0, len(self.rows), size):
+            part = range(begin, min(begin + size, len(self.rows)))
+            numbers = [self.numbers[i] if self.numbers else i + 1 for i in part]
+            yield Table(self.name, [self.rows[i] for i in part], self.unit, numbers)
 
     def place(self, index: int) -> str:
         """Where row `index` (0-based) stands, such as `my.jsonl, line 17`."""
@@ -56,44 +65,64 @@ def read_rows(path: str) -> list[Row]:
     table = read_table(path)
     if table.problems:
         refuse(table.problems)
-    return table.rows
+    return list(table.rows)
 
 
 def read_table(path: str) -> Table:
-    """The rows of `path` (relative to the working directory), and the lines that are broken.
+    """The rows of `path` (relative to the working directory, or a URL), and the lines that are broken.
 
     Raises RequestError where there is nothing to read at all: no such file, an unknown ending,
     not UTF-8, a damaged archive.
     """
-    file = Path(path).expanduser()
-    ending = file.with_suffix("").suffix if file.suffix.lower() == ".gz" else file.suffix
-    ending = ending.lower()
-    data = _bytes(file, path)
-    match ending:
-        case ".parquet":
+    data = decompressed(_bytes(path), path)
+    match kind_of_file(path):
+        case "parquet":
             return _parquet(data, path)
-        case ".json" | ".jsonl" | ".ndjson":
-            return _json(_decoded(data, path), path, by_line=ending != ".json")
-        case ".csv" | ".tsv":
-            return _delimited(_decoded(data, path), path, "\t" if ending == ".tsv" else ",")
-    raise RequestError(Problem(f"{path}: cannot tell the format by its name", None, f"name it {_READABLE}"))
+        case "json" | "jsonl" as kind:
+            return _json(_decoded(data, path), path, by_line=kind == "jsonl")
+        case "csv" | "tsv" as kind:
+            return _delimited(_decoded(data, path), path, "\t" if kind == "tsv" else ",")
+        case "txt":
+            return text_lines(_decoded(data, path), path)
+    raise RequestError(Problem(f"{path}: cannot tell the format by its name", None, f"name it {READABLE}"))
 
 
-def _bytes(file: Path, path: str) -> bytes:
+def is_url(path: str) -> bool:
+    """`s3://bucket/my.jsonl`, `https://…`: read by fsspec."""
+    return "://" in path
+
+
+def kind_of_file(path: str) -> str | None:
+    """`jsonl`, `csv`, …: by the ending, whatever it is compressed with; None where it is none of ours."""
+    name = PurePosixPath(path.partition("?")[0] if is_url(path) else path)
+    ending = (name.with_suffix("") if name.suffix.lower() in COMPRESSIONS else name).suffix
+    return _KINDS_OF_FILE.get(ending.lower())
+
+
+def _bytes(path: str) -> bytes:
+    if is_url(path):
+        return _fetched(path)
+    file = Path(path).expanduser()
     try:
-        data = file.read_bytes()
+        return file.read_bytes()
     except FileNotFoundError:
         raise RequestError(_missing(file, path)) from None
     except IsADirectoryError:
         raise RequestError(Problem(f"{path} is a folder", None, "name one file in it")) from None
     except OSError as error:
-        raise RequestError(Problem(f"{path} cannot be read: {error.strerror}")) from None
-    if file.suffix.lower() != ".gz" and not data.startswith(_GZIP_MAGIC):
-        return data
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise RequestError(Problem(f"{path} is damaged: {error}", None, "make the .gz file again")) from None
+        raise RequestError(Problem(f"{path} cannot be read: {error.strerror or error}")) from None
+
+
+def _fetched(url: str) -> bytes:
+    try:  # 0.1 s, and only URLs need it
+        with import_module("fsspec").open(url, "rb") as opened:
+            content: bytes = opened.read()
+            return content
+    except ImportError as error:
+        raise RequestError(Problem(f"{url}: {error}", None, "install what it names")) from None
+    except Exception as error:  # whatever a file system raises for a place that cannot be reached
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise RequestError(Problem(f"{url} cannot be read: {reason}", None, "check the address and the keys")) from None
 
 
 def _missing(file: Path, path: str) -> Problem:
@@ -121,17 +150,24 @@ def _json(text: str, path: str, by_line: bool) -> Table:
         whole = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
         if by_line or _is_json(text.lstrip().partition("\n")[0]):
-            return _json_lines(text, path)
+            return json_lines(text, path)
         return Table(path, [], problems=[_broken(error, f"{path}, line {error.lineno}")])
     if not isinstance(whole, list):
-        return _json_lines(text, path) if by_line else _objects([whole], path, "row", ())
+        return json_lines(text, path) if by_line else _objects([whole], path, "row", ())
     return _objects(whole, path, "row", ())
 
 
-def _json_lines(text: str, path: str) -> Table:
+def text_lines(text: str, path: str, first: int = 1) -> Table:
+    """Every line that is not blank is a row; `first` is the number of the first line."""
+    found = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), first) if line.strip()]
+    return Table(path, [{"text": line} for _, line in found], "line", [number for number, _ in found])
+
+
+def json_lines(text: str, path: str, first: int = 1) -> Table:
+    """Every line is an object; `first` is the number of the first line."""
     values, numbers, problems = [], [], []
     # Not splitlines(): U+2028 may stand unescaped inside a JSON string.
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), first):
         if not line.strip():
             continue
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from importlib import import_module
+from itertools import islice
+from math import ceil
 
 from runner.data.files import Table
 from runner.errors import Problem, RequestError
@@ -20,8 +22,11 @@ def load_hub(spec: DataSpec) -> tuple[Table, Table | None]:
     """
     # Without a held-out split, rows are held out of all of them first: nothing may be cut here.
     limit = spec.max_examples if spec.eval_split else None
+    if spec.streaming and spec.max_examples and not spec.eval_split:
+        limit = ceil(spec.max_examples / (1 - spec.eval_fraction)) + 1
     train = _split(spec, "split", spec.split, limit)
-    return train, _split(spec, "eval_split", spec.eval_split, None) if spec.eval_split else None
+    held = spec.max_eval_examples if spec.streaming else None
+    return train, _split(spec, "eval_split", spec.eval_split, held) if spec.eval_split else None
 
 
 def _split(spec: DataSpec, key: str, split: str, limit: int | None) -> Table:
@@ -34,14 +39,18 @@ def _split(spec: DataSpec, key: str, split: str, limit: int | None) -> Table:
     level = hub_log.level
     hub_log.setLevel(logging.ERROR)  # else five lines about retries stand before the one that matters
     try:
-        rows = datasets.load_dataset(spec.id, name=spec.subset, split=split, revision=spec.revision)
+        rows = datasets.load_dataset(
+            spec.id, name=spec.subset, split=split, revision=spec.revision, streaming=spec.streaming
+        )
+        if spec.streaming:  # no more than is asked for comes over the network
+            return Table(f"{spec.id} {split}", list(islice(rows, limit)))
     except Exception as error:  # whatever a loader of foreign files raises, the data set is at fault
         raise RequestError(problem_of(error, spec, key, split)) from error
     finally:
         hub_log.setLevel(level)
     if limit is not None and limit < len(rows):
         rows = rows.select(range(limit))
-    return Table(f"{spec.id} {split}", list(rows))
+    return Table(f"{spec.id} {split}", rows)
 
 
 def problem_of(error: Exception, spec: DataSpec, key: str, split: str) -> Problem:

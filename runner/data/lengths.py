@@ -1,39 +1,36 @@
 """How much data there is, found in a moment: rows, tokens of a row, and the steps that follow from them.
 
 Small data are read whole and tokenised with the model's own tokenizer, if it is on this machine: then the answer
-is exact. Else a sample is. Answers are kept, because the front should not read the same file twice.
+is exact. Else a sample is, or characters are counted (tokens.py). Answers are kept: the front should not read the same
+file twice.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import json
 import math
 import os
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from runner.data import commands
-from runner.data.formats import Example, split
+from runner.data.examples import Learnable
+from runner.data.files import is_url
+from runner.data.formats import split
 from runner.data.sample import Sample, sample
+from runner.data.sources import files_of
+from runner.data.tokens import Counting, tokenizer_file
 from runner.paths import CONF, cache_dir
 from runner.spec import DataSpec, ModelSpec, RunSpec
 
-LAYOUT = 1  # raise it when what is stored changes meaning
+LAYOUT = 2  # raise it when what is stored changes meaning
 SAMPLE_ROWS = 200  # rows tokenised of more data than that
 WHOLE_ROWS = 2000  # rows up to which all are tokenised
 
-# "1 token ~= 4 chars in English" (help.openai.com, article 4936856). Text with names and figures has fewer: 2.4
-# in the commands data with SmolLM2's tokenizer, so that this can be a quarter too low.
-CHARS_PER_TOKEN = 4.0
-# ChatML puts <|im_start|>, role, line break, <|im_end|> and line break around each turn; other templates about as much.
-TEMPLATE_TOKENS_PER_TURN = 5
 # Best-fit packing of rows much shorter than a sequence leaves little empty: 97% is an assumption for lengths that
 # are not known one by one. Rows of about 66 tokens in 256 fill 92% (README).
 PACKING_EFFICIENCY = 0.97
@@ -52,7 +49,13 @@ class DataLengths:
     how: str
     """How the figures were found, in a few words."""
     row_tokens: tuple[int, ...] = ()
-    """Tokens of every training row, in order, where all are known."""
+    """Tokens of every training row, in order, where all were counted; by characters, unless `exact`."""
+    held_out_rows: int | None = None
+    """Held-out rows, after `data.max_eval_examples`; None where nobody knows."""
+    held_out_tokens_per_row: float | None = None
+    """Mean tokens of a held-out row."""
+    answer_tokens: int | None = None
+    """Tokens of the longest held-out answer; 0 where nothing is asked (plain text), None where nobody knows."""
 
 
 def lengths(data: DataSpec, model: ModelSpec, *, seed: int = 42) -> DataLengths:
@@ -63,9 +66,11 @@ def lengths(data: DataSpec, model: ModelSpec, *, seed: int = 42) -> DataLengths:
     """
     if data.source == "hub":
         note = f"{data.id} is on the Hub: rows are counted when it is loaded"
-        return DataLengths(
-            data.max_examples, None, False, note + (", at most data.max_examples" * bool(data.max_examples))
-        )
+        note += ", at most data.max_examples" * bool(data.max_examples)
+        return DataLengths(data.max_examples, None, False, note, held_out_rows=data.max_eval_examples)
+    if far := next((path for path in _paths(data) if is_url(path)), None):
+        note = f"{far} is not on this machine: rows are counted when they are loaded"
+        return DataLengths(data.max_examples, None, False, note, held_out_rows=data.max_eval_examples)
     tokenizer = tokenizer_file(model)
     file = cache_dir() / "lengths" / f"{_key(data, tokenizer, seed)}.json"
     with suppress(OSError, ValueError, TypeError, KeyError):
@@ -89,10 +94,14 @@ def _key(data: DataSpec, tokenizer: Path | None, seed: int) -> str:
             *sorted(f for g in ("model", "hw", "method") for f in (CONF / g).glob("*.yaml")),
         ]
     else:
-        files += [Path(name).expanduser().absolute() for name in (data.path, data.eval_path) if name]
+        files += [Path(name).expanduser().absolute() for path in _paths(data) for name in files_of(path)]
     stats = [(str(f), s.st_size, s.st_mtime_ns) for f in files if f and (s := _stat(f))]
     parts = [LAYOUT, data.model_dump(), stats, seed]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _paths(data: DataSpec) -> list[str]:
+    return [path for path in (data.path, *(one.path for one in data.sources), data.eval_path) if path]
 
 
 def _stat(file: Path) -> os.stat_result | None:
@@ -101,115 +110,47 @@ def _stat(file: Path) -> os.stat_result | None:
     return None
 
 
-# --- tokens ----------------------------------------------------------------------------------------------------
-
-
-def tokenizer_file(model: ModelSpec) -> Path | None:
-    """The model's `tokenizer.json`, if it is on this machine: in its folder, our cache or the Hub's cache."""
-    if model.package or model.gguf_file:
-        return _unpacked(model)
-    folder = Path(model.id).expanduser()
-    if not folder.is_dir():
-        home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-        hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{model.id.replace('/', '--')}"
-        commit = model.revision or "main"
-        with suppress(OSError):
-            commit = (hub / "refs" / commit).read_text("utf-8").strip()
-        folder = hub / "snapshots" / commit
-    file = folder / "tokenizer.json"
-    return file if file.is_file() else None
-
-
-def _unpacked(model: ModelSpec) -> Path | None:
-    """Of a model that was unpacked from GGUF; the folder's name is `runner.train.models.source_of`'s."""
-    with suppress(ImportError, OSError, ValueError):
-        found = importlib.util.find_spec(model.package) if model.package else None
-        folder = Path(found.origin).parent if found and found.origin else Path(model.id).expanduser()
-        gguf = folder / str(model.gguf_file)
-        stat = gguf.stat()
-        file = cache_dir() / "models" / f"{gguf.stem}-{stat.st_size}-{int(stat.st_mtime)}" / "tokenizer.json"
-        return file if file.is_file() else None
-    return None
-
-
 def _count(data: DataSpec, found: Sample, file: Path | None, seed: int) -> DataLengths:
-    """Rows that train, and their tokens."""
+    """Rows that train, rows that are held out, and their tokens."""
+    counting = Counting(data, file)
+    rows, every = _counted(found, counting)
+    total = found.total
+    if found.held_out is not None:
+        held, held_total = _counted(found.held_out, counting)[0], found.held_out.total
+    else:
+        held_total = min(max(1, round(total * data.eval_fraction)) if data.eval_fraction else 0, max(0, total - 1))
+        total -= held_total
+        rows, held = split(rows, data.eval_fraction, seed) if every else (rows, rows)
+    rows = rows[: data.max_examples] if every else rows
+    held = held[: data.max_eval_examples]
+    total = min(total, data.max_examples or total)
+    held_total = min(held_total, data.max_eval_examples or held_total)
+    tokens = tuple(count for _, count in rows)
+    answers = counting.answers([example for example, _ in held]) if held_total else []
+    how = found.how if every else f"{found.how}, tokens of {len(rows)} rows"
+    return DataLengths(
+        total,
+        sum(tokens) / len(tokens) if tokens else None,
+        every and counting.exact,
+        f"{how}, {counting.how}",
+        tokens if every else (),
+        held_total,
+        sum(count for _, count in held) / len(held) if held else None,
+        max(answers, default=0),
+    )
+
+
+def _counted(found: Sample, counting: Counting) -> tuple[list[tuple[Learnable, int]], bool]:
+    """Rows with their tokens, and whether these are all rows."""
     every = found.whole and len(found.examples) <= WHOLE_ROWS
     examples = found.examples if every else _spread(found.examples)
-    tokens, exact, by = _tokens(examples, data, file)
-    training = tokens
-    total = found.total
-    if not found.held_apart:
-        if every:
-            training = split(tokens, data.eval_fraction, seed)[0]
-        held = max(1, round(total * data.eval_fraction)) if data.eval_fraction else 0
-        total -= min(held, max(0, total - 1))
-    if every:
-        training = training[: data.max_examples]
-    total = min(total, data.max_examples or total)
-    mean = sum(training) / len(training) if training else None
-    rows = found.how if every else f"{found.how}, tokens of {len(examples)} rows"
-    return DataLengths(total, mean, every and exact, f"{rows}, {by}", tuple(training) if every and exact else ())
+    return list(zip(examples, counting.rows(examples), strict=True)), every
 
 
-def _spread(examples: list[Example]) -> list[Example]:
+def _spread(examples: list[Learnable]) -> list[Learnable]:
     """`SAMPLE_ROWS` rows at equal distances: files are often sorted."""
     count = min(SAMPLE_ROWS, len(examples))
     return [examples[i * len(examples) // count] for i in range(count)]
-
-
-def _tokens(examples: Sequence[Example], data: DataSpec, file: Path | None) -> tuple[list[int], bool, str]:
-    """Tokens of each example, whether that is exact, and how they were counted."""
-    try:  # 7 ms, and SmolLM2's file takes 75 ms to load
-        encoder: Any = importlib.import_module("tokenizers").Tokenizer.from_file(str(file)) if file else None
-    except Exception:  # tokenizers raises a bare Exception for a file that it cannot read
-        encoder = None
-    render = _renderer(file, data) if encoder else None
-    texts = [_text(example, render) for example in examples]
-    if encoder is None:
-        counts = [max(1, round(len(text) / CHARS_PER_TOKEN)) + extra for text, extra in texts]
-        return counts, False, "4 characters a token assumed: the tokenizer is not on this machine"
-    ids = encoder.encode_batch([text for text, _ in texts], add_special_tokens=False)
-    counts = [len(one.ids) + extra for one, (_, extra) in zip(ids, texts, strict=True)]
-    exact = all(extra == 0 for _, extra in texts)
-    return counts, exact, "counted with the model's tokenizer" + ("" if exact else ", its template estimated")
-
-
-def _text(example: Example, render: Callable[..., str] | None) -> tuple[str, int]:
-    """The text of an example, and the tokens to add for what stands around it."""
-    if example.text is not None:
-        return example.text, 1  # the end of the text
-    turns = [*example.prompt, *example.completion]
-    if render is not None:
-        with suppress(Exception):  # a template may refuse a conversation in any way
-            return render(messages=[dict(turn) for turn in turns], add_generation_prompt=False), 0
-    return "".join(turn["content"] for turn in turns), TEMPLATE_TOKENS_PER_TURN * len(turns)
-
-
-def _renderer(file: Path | None, data: DataSpec) -> Callable[..., str] | None:
-    """The chat template, as transformers compiles it; None without one, or without jinja2."""
-    assert file is not None
-    source: str | None = None
-    with suppress(OSError, ValueError):
-        if data.chat_template:
-            source = Path(data.chat_template).read_text("utf-8")
-        elif (beside := file.with_name("chat_template.jinja")).is_file():
-            source = beside.read_text("utf-8")
-        else:
-            source = json.loads(file.with_name("tokenizer_config.json").read_text("utf-8")).get("chat_template")
-    if not isinstance(source, str):
-        return None
-    try:
-        sandbox: Any = importlib.import_module("jinja2.sandbox")  # 40 ms; never code of a stranger's template
-        names = json.loads(file.with_name("tokenizer_config.json").read_text("utf-8"))
-        special = {k: v for k, v in names.items() if k.endswith("_token") and isinstance(v, str)}
-        extensions = ["jinja2.ext.loopcontrols"]
-        environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        template = environment.from_string(source, globals=special)
-    except Exception:
-        return None
-    render: Callable[..., str] = template.render
-    return render
 
 
 # --- steps -----------------------------------------------------------------------------------------------------
@@ -244,6 +185,8 @@ def _rows(spec: RunSpec, data: DataLengths, notes: list[str]) -> tuple[int | Non
     """Sequences of one epoch, and the tokens in them."""
     limit, packing = spec.train.max_length, spec.train.packing
     if data.row_tokens:
+        if not data.exact:
+            notes.append(f"about {data.tokens_per_example:.0f} tokens a row: {data.how}")
         cut = [min(tokens, limit) for tokens in data.row_tokens]
         return packed(cut, limit) if packing else len(cut), sum(cut)
     if data.num_examples is None or data.tokens_per_example is None:

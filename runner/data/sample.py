@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from runner.data import commands
-from runner.data.files import Row, Table, read_table, refuse
-from runner.data.formats import Example, canonical_rows
+from runner.data.compressed import COMPRESSIONS
+from runner.data.documents import reference_pages
+from runner.data.examples import Learnable
+from runner.data.files import Row, Table, kind_of_file, read_table, refuse
+from runner.data.formats import canonical_rows
+from runner.data.sources import Source, mixed, sources_of
+from runner.errors import Problem
 from runner.spec import DataSpec
 
 WHOLE_BYTES = 2_000_000  # a file up to this size is read whole: 20 to 60 ms
@@ -27,41 +32,75 @@ PARQUET_ROWS = 200
 class Sample:
     """Some rows, and how many there are of them in all."""
 
-    examples: list[Example]
+    examples: list[Learnable]
     total: int
     whole: bool
     how: str
-    held_apart: bool
-    """Held-out rows are elsewhere, so that all of these train."""
+    held_out: Sample | None
+    """Held-out rows that are elsewhere, so that all of these train."""
 
 
 def sample(data: DataSpec) -> Sample:
     """Rows of a local source; RequestError for a file that is missing, of an unknown kind, or holds no usable row."""
     if data.source == "commands":
-        rows = commands.examples()[0]
-        examples, _ = canonical_rows(Table("commands", [dict(row) for row in rows]), data)
-        return Sample(examples, len(examples), True, "all rows", True)
-    assert data.path is not None  # DataSpec: source=file has a path
-    file = Path(data.path).expanduser()
-    size = file.stat().st_size if file.is_file() else 0
-    kind = _kind(file)
-    if size <= WHOLE_BYTES or kind not in (*_PARSERS, "parquet"):
-        table, total, how = read_table(data.path), None, "all rows"
-    elif kind == "parquet":
-        table, total, how = _parquet_head(file, data.path)
-    else:
-        table, total, how = _text_head(file, data.path, kind, size)
-    examples, problems = canonical_rows(table, data)
+        train, held = (
+            canonical_rows(Table("commands", [dict(row) for row in rows]), data)[0] for rows in commands.examples()
+        )
+        return Sample(train, len(train), True, "all rows", Sample(held, len(held), True, "all rows", None))
+    if data.source == "pydoc":
+        rows = canonical_rows(Table("pydoc", [{"text": text} for text in reference_pages()]), data)[0]
+        return Sample(rows, len(rows), True, "all rows", None)
+    found = [_of_source(source) for source in sources_of(data)]
+    examples = [example for one in found for example in one.examples]
+    total = sum(one.total for one in found)
+    if len(found) > 1:
+        order = mixed([one.total for one in found], [s.weight for s in sources_of(data)], data.mix, 0)
+        total = len(order)
+    elsewhere = data.model_copy(update={"path": data.eval_path, "eval_path": None, "sources": []})
+    held_out = sample(elsewhere) if data.eval_path else None
+    whole = all(one.whole for one in found) and (len(found) == 1 or data.mix == "concat")
+    return Sample(examples, total, whole, "; ".join(dict.fromkeys(one.how for one in found)), held_out)
+
+
+def _of_source(source: Source) -> Sample:
+    """Rows of the first file, as many as that takes to know what they are like, and the others by their size."""
+    sizes = [_size(file) for file in source.files]
+    files = source.files if sum(sizes) <= WHOLE_BYTES else source.files[:1]
+    examples: list[Learnable] = []
+    problems: list[Problem] = []
+    total, hows = 0, []
+    for file in files:
+        table, rows, how = _head(file)
+        found, wrong = canonical_rows(table, source.spec)
+        examples += found
+        problems += wrong
+        total += len(found) if rows is None else rows
+        hows.append(how)
     if problems and not examples:
         refuse(problems)
-    if problems:
-        how += f", {len(problems)} mistakes in them left out"
-    return Sample(examples, total or len(examples), total is None, how, bool(data.eval_path))
+    how = "; ".join(dict.fromkeys(hows))
+    how += f", {len(problems)} mistakes in them left out" if problems else ""
+    whole = how.startswith("all rows") and len(files) == len(source.files)
+    if len(files) < len(source.files):
+        total = round(total * sum(sizes) / max(1, sizes[0]))
+        how = f"estimated from the first of {len(source.files)} files by their sizes"
+    if source.limit is not None:
+        examples, total = examples[: source.limit], min(total, source.limit)
+    return Sample(examples, total, whole, how, None)
 
 
-def _kind(file: Path) -> str:
-    name = file.with_suffix("") if file.suffix.lower() == ".gz" else file
-    return {"ndjson": "jsonl"}.get(name.suffix.lower()[1:], name.suffix.lower()[1:])
+def _size(file: str) -> int:
+    place = Path(file).expanduser()
+    return place.stat().st_size if place.is_file() else 0
+
+
+def _head(name: str) -> tuple[Table, int | None, str]:
+    """Rows of a file, how many it has where these are not all, and how that is known."""
+    file, kind, size = Path(name).expanduser(), kind_of_file(name), _size(name)
+    compressed = file.suffix.lower() in COMPRESSIONS and file.suffix.lower() != ".gz"
+    if size <= WHOLE_BYTES or compressed or kind not in (*_PARSERS, "parquet"):
+        return read_table(name), None, "all rows"
+    return _parquet_head(file, name) if kind == "parquet" else _text_head(file, name, kind, size)
 
 
 def _parquet_head(file: Path, name: str) -> tuple[Table, int, str]:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from runner.errors import Problem, RequestError
 from runner.rundir import RunDir, all_runs
+from runner.spec import Reward, RunSpec
 from runner.suggest import nearest
 
 
 def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_json: bool) -> int:
     """Talk to the run's model in a process of its own; RequestError where there is none to talk to."""
     run = find(run_dir)
+    says_words(RunSpec.model_validate(run.read("spec.json")))
     if not base and not (run.path / "model").is_dir():
         raise RequestError(
             Problem(
@@ -32,6 +34,14 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
     ]
     command += ["--base"] * base + ["--json"] * as_json + (["--prompt", prompt] if prompt is not None else [])
     return subprocess.call(command)
+
+
+def says_words(spec: RunSpec) -> None:
+    """RequestError for a model that gives an answer one number."""
+    if isinstance(spec.objective, Reward):
+        what = "a reward model says nothing: it gives an answer a number"
+        remedy = "load runs/<id>/model with AutoModelForSequenceClassification, or peft's class of that name"
+        raise RequestError(Problem(what, "objective=reward", remedy))
 
 
 def find(path: Path) -> RunDir:

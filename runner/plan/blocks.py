@@ -49,8 +49,8 @@ class Setting:
     """Every layer is computed again in the backward pass."""
     attention: Literal["flash", "sdpa", "eager"] = "flash"
     """`flash`: no scores and no mask; `sdpa`: a mask for packed rows and keys for every head; `eager`: all scores."""
-    head: Literal["fused", "labelled"] = "fused"
-    """`fused`: TRL's tiles; `labelled`: logits of the labelled positions (on a CPU)."""
+    head: Literal["fused", "labelled", "number"] = "fused"
+    """`fused`: TRL's tiles; `labelled`: logits of the labelled positions (on a CPU); `number`: one each."""
     labelled: float = 1.0
     """Share of the positions that have a label, for `labelled`."""
     rank: int = 0

@@ -12,7 +12,9 @@ DOWNLOAD_GB_S = 0.25
 IMAGE_PULL_S = 11 * 60
 # Start of the pod, installing the runner, importing torch, reading the data: assumption.
 START_S = 3 * 60
-LOCAL_START_S = 30  # importing torch and transformers takes 2 s (docs/benchmarks.md), the data the rest: assumption
+# From the command to the first evaluation the main job takes 10 s, and 22 to 27 s where it first unpacks its model
+# (2 cores of an AMD EPYC, 2026-11-21; importing torch and transformers is 2 s of it, docs/benchmarks.md): between them.
+LOCAL_START_S = 20
 LOAD_GB_S = 1.0  # weights from the disk into memory, a NVMe disk or the page cache: assumption
 SAVE_GB_S = 0.5  # weights to the disk of the machine, synced: assumption
 # Container disk and volume of a running pod, $/GB-month (docs.runpod.io/pods/pricing, as of 2026-11-20).

@@ -53,10 +53,8 @@ def combinations(
                 yield on(base, hw)
 
 
-def fit(
-    specs: Iterable[RunSpec], options: Options, *, sequences: int | None = None, by: str = "usd", advice: bool = True
-) -> list[Row]:
-    """One row per run, those that fit first, cheapest (`by="usd"`) or fastest (`by="time"`) first."""
+def fit(specs: Iterable[RunSpec], options: Options, *, sequences: int | None = None, advice: bool = True) -> list[Row]:
+    """One row per run."""
     rows = []
     for spec in specs:
         try:
@@ -66,6 +64,11 @@ def fit(
             continue
         note = "" if option.fits or not advice else _advice(spec, options)
         rows.append(_row(spec, option, sequences, note))
+    return rows
+
+
+def ranked(rows: Iterable[Row], by: str) -> list[Row]:
+    """Those that fit first, cheapest (`by="usd"`) or fastest (`by="time"`) first."""
     return sorted(rows, key=lambda row: _order(row, by))
 
 

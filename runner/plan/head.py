@@ -59,7 +59,11 @@ class Inner:
 
 
 def head(k: Block, inner: Inner, norm: LayerKind, kind: LayerKind) -> Tensor:
-    """The last norm and the loss: TRL's fused head, tile by tile, or (on a CPU) the labelled positions' logits."""
+    """The last norm and the loss: TRL's fused head, tile by tile; on a CPU the labelled rows' logits; or a number."""
+    if k.set.head == "number":  # the loss over its few values is next to nothing
+        hidden = inner.normed(k, norm)
+        width = k.width_of(kind)
+        return k.linear(hidden, k.shape.hidden_size, 1, "score", width=width, trained=kind.weights)
     return fused(k, inner, norm, kind) if k.set.head == "fused" else labelled(k, inner, norm, kind)
 
 

@@ -68,11 +68,11 @@ def checkpoint(trained: Trained, stage: int, *, tied_values: int = 0) -> dict[st
 
     `stage` is 0 without DeepSpeed, `tied_values` the size of an embedding matrix that is the head as
     well. Without DeepSpeed transformers writes the weights in the types they are held in (the adapter
-    alone, for LoRA) and `optimizer.pt`. With it the weights are 16 bits, and beside them stands
-    `global_stepN/` (deepspeed 0.19.8, `engine.save_checkpoint`): the module's weights again (from
-    stage 2 on the frozen ones a second time, in stage 3 those only; on a CPU the second time shares the first's
-    storage) and, over all ranks, fp32 master weights with the optimiser's states. For an adapter the
-    frozen weights are left out, but for a tied head, whose second name is overlooked.
+    alone, for LoRA) and `optimizer.pt`. With it there is `global_stepN/` alone (deepspeed 0.19.8,
+    `engine.save_checkpoint`; the worker leaves out the weights that transformers would write beside it): the module's
+    weights in 16 bits (from stage 2 on the frozen ones a second time, in stage 3 those only; on a CPU the second time
+    shares the first's storage) and, over all ranks, fp32 master weights with the optimiser's states. For an adapter
+    the frozen weights are left out, but for a tied head, whose second name is overlooked.
     """
     frozen = 0 if trained.adapter else trained.parameters - trained.trainable
     states = trained.bytes_optimizer * trained.trainable
@@ -82,7 +82,6 @@ def checkpoint(trained: Trained, stage: int, *, tied_values: int = 0) -> dict[st
     module = trained.trainable + frozen + (tied_values if trained.adapter else 0) if stage < 3 else 0
     again = frozen if stage >= 2 else 0
     return {
-        "weights": float(trained.bytes_16 * (trained.trainable + frozen)),
         "deepspeed_weights": float(trained.bytes_16 * (module + again)),
         "optimizer": states + MASTER * trained.trainable,
     }
@@ -125,7 +124,7 @@ def host_ram(
     passing = {
         "tokenising": float(processes * (TOKENISING_PEAK - TOKENISING_KEPT) * data_tokens),
         "loading": processes * _loading(trained, stage, largest_matrix) if accelerator == "cuda" else 0.0,
-        "saving": _saving(trained, stage, processes, held) if accelerator == "cuda" else 0.0,
+        "saving": _saving(trained, stage) if accelerator == "cuda" else 0.0,
     }
     largest = max(passing, key=lambda name: passing[name])
     return {name: size for name, size in (terms | {largest: passing[largest]}).items() if size}
@@ -145,36 +144,29 @@ def _loading(trained: Trained, stage: int, largest_matrix: int) -> float:
     return 0.0
 
 
-def _saving(trained: Trained, stage: int, processes: int, held: float) -> float:
-    """Bytes of main memory on one node that a checkpoint of weights on GPUs passes through.
+def _saving(trained: Trained, stage: int) -> float:
+    """Bytes of main memory on one node that weights on GPUs pass through on their way to a file.
 
-    Without DeepSpeed one process writes, copying a file's tensors (`SHARD` at most) off the GPU first.
-    In stages 1 and 2 every process copies its whole model, the frozen base under an adapter too
-    (accelerate 1.15, `get_state_dict` → `clone_tensors_for_torch_save`). In stage 3 rank 0 gathers
-    the 16-bit weights, or the adapter's alone (`_zero3_consolidated_16bit_state_dict`).
+    Up to stage 2 one process writes the model, copying a file's tensors (`SHARD` at most) off the GPU first. In stage
+    3 rank 0 gathers all of it, or of the adapter (`runner.train.methods.whole_weights`).
     """
-    weights = checkpoint(trained, stage)["weights"]
-    if stage in (1, 2):
-        return processes * held
-    return min(weights, SHARD) if stage == 0 else weights
+    weights = final_model(trained) if stage else checkpoint(trained, 0)["weights"]
+    return weights if stage == 3 else min(weights, SHARD)
 
 
 def disk(
-    trained: Trained, stage: int, *, source: Literal["hub", "package", "folder"], keep_checkpoints: int,
-    periodic: bool, data_tokens: int = 0, nvme: float = 0.0, tied_values: int = 0,
+    trained: Trained, stage: int, *, source: Literal["hub", "package", "folder"], checkpoints: int,
+    data_tokens: int = 0, nvme: float = 0.0, tied_values: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Bytes on disk at the end of a run, by term, on one disk that all nodes share.
 
     `weights` are downloaded, or unpacked from a package's GGUF file; 16 bits are assumed, as nearly
-    all models of the Hub are stored. transformers deletes the oldest checkpoint after it has written a
-    new one, so one more than `keep_checkpoints` is there for a while; without `periodic` ones only an
-    interrupted run writes one. `nvme` is what is offloaded to disk. Not counted: packages, the data
-    set as downloaded, logs.
+    all models of the Hub are stored. `checkpoints` are there at once (plan/keeping.py). `nvme` is what is
+    offloaded to disk. Not counted: packages, the data set as downloaded, logs.
     """
-    copies = keep_checkpoints + 1 if periodic else 1
     terms = {
         "weights": trained.weights_16 if source != "folder" else 0.0,
-        "checkpoints": copies * sum(checkpoint(trained, stage, tied_values=tied_values).values()),
+        "checkpoints": checkpoints * sum(checkpoint(trained, stage, tied_values=tied_values).values()),
         "final_model": final_model(trained),
         "tokenised": float(TOKENISED_FILE * data_tokens),
         "offloaded": nvme,

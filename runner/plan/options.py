@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.errors import Problem, RequestError
 from runner.plan import zero
-from runner.plan.memory import GIB, Job, Memory, floor, memory
-from runner.plan.shape import Shape, shape_of
-from runner.plan.time import Machine, StepTime, Work, machine_of, step_time, work_of
+from runner.plan.memory import GIB, PROMPT_TOKENS, Job, Memory, floor, memory
+from runner.plan.passes import passes_of, shape_for
+from runner.plan.shape import Shape
+from runner.plan.time import Machine, StepTime, Work, evaluation_time, machine_of, step_time, work_of
 from runner.plan.training import Precision, Training, training_of
-from runner.spec import HardwareSpec, Method, RunSpec
+from runner.spec import HardwareSpec, Kto, Method, RunSpec
 
 Templates = Mapping[str, Mapping[str, Any]]
 """The DeepSpeed JSONs by stage, as they are in deepspeed_configs/."""
@@ -89,7 +90,7 @@ class Options:
 
     def work(self, training: Training, job: Job) -> Work:
         """`work_of`, remembered."""
-        key = (id(training), job.seq, job.checkpointing)
+        key = (id(training), job.seq, job.checkpointing, job.passes)
         if key not in self._work:
             work = work_of(
                 training.shape,
@@ -102,6 +103,7 @@ class Options:
                 adapter_parameters=training.adapter,
                 weight_bytes=training.frozen_bytes + training.trained_bytes,
                 gradient_bytes=training.width,
+                quiet=job.passes.quiet,
             )
             self._work[key] = (training, work)
         return self._work[key][1]
@@ -126,7 +128,7 @@ class Options:
 
     def of(self, spec: RunSpec, stages: tuple[str, ...] | None = None) -> Iterator[Option]:
         """Every option of a run whose precision and hardware are resolved, best rounding first within a stage."""
-        shape = shape_of(spec.model)
+        shape = shape_for(spec)
         for stage in stages or allowed_stages(spec):
             for micro, accumulation in batches(spec):
                 yield self.option(spec, shape, stage, micro, accumulation)
@@ -146,38 +148,51 @@ class Options:
             step = step_time(
                 self.work(training, job),
                 machine,
-                micro_batch=micro,
+                micro_batch=micro * job.passes.sequences,
                 accumulation=accumulation,
                 stage=stage,  # type: ignore[arg-type]  # a stage's name
                 optimizer=spec.train.optimizer,
             )
+            step = with_answers(step, self.work(training, job), machine, job, micro * accumulation)
         capacity = None if spec.hw.memory_gib is None else spec.hw.memory_gib * GIB
         total = micro * accumulation * spec.hw.world_size
         return Option(stage, micro, accumulation, total, held, capacity, step, config)
 
     def best(self, spec: RunSpec) -> Option:
         """The fastest that fits with headroom; else the fastest that fits; else the one that misses by least."""
-        chosen: list[Option] = []
-        shape = shape_of(spec.model)
-        for stage in allowed_stages(spec):
-            tried = []
-            pairs = batches(spec)
-            if self._hopeless(spec, shape, stage, pairs[0]):
-                pairs = [min(pairs)]
-            for micro, accumulation in pairs:
-                option = self.option(spec, shape, stage, micro, accumulation)
-                tried.append(option)
-                if option.comfortable:
-                    break  # the best rounding, and of those the largest micro batch
-            comfortable = [o for o in tried if o.comfortable]
-            # Without headroom the option that needs least is the safest; the largest micro batch would fill the card.
-            chosen.append(comfortable[0] if comfortable else min(tried, key=lambda o: o.memory.expected))
+        shape = shape_for(spec)
+        chosen = [self._in_stage(spec, shape, stage) for stage in allowed_stages(spec)]
         best = min(chosen, key=_rank)
         if not best.fits:
             return best
         alike = [o for o in chosen if _rank(o)[:2] == _rank(best)[:2]]
         near = [o for o in alike if o.seconds_per_sequence <= NOISE * best.seconds_per_sequence]
         return min(near or [best], key=lambda o: ORDER.index(o.stage))
+
+    def _in_stage(self, spec: RunSpec, shape: Shape, stage: str) -> Option:
+        """Of the best rounding the largest micro batch with headroom; without headroom, what needs least.
+
+        That is the safest: the largest micro batch would fill the card.
+        """
+        pairs = batches(spec)
+        smallest = min(pairs)
+        if self._hopeless(spec, shape, stage, pairs[0]):
+            return self.option(spec, shape, stage, *smallest)
+        first = self.option(spec, shape, stage, *pairs[0])
+        if first.comfortable or len(pairs) == 1:
+            return first
+        least = self.option(spec, shape, stage, *smallest)
+        rest = pairs[1:]
+        grows = least.memory.peak_phase in ("forward", "backward")
+        if grows and not least.comfortable:  # larger ones need more, unless they keep no gradients from step to step
+            rest = [pair for pair in rest if pair[1] == 1 < least.accumulation]
+        tried = [first, least]
+        for pair in rest:
+            option = self.option(spec, shape, stage, *pair) if pair != smallest else least
+            if option.comfortable:
+                return option
+            tried.append(option)
+        return min(tried, key=lambda o: (o.memory.expected, pairs.index((o.micro_batch, o.accumulation))))
 
     def _hopeless(self, spec: RunSpec, shape: Shape, stage: str, pair: tuple[int, int]) -> bool:
         """What is always there is more than there is room for."""
@@ -218,7 +233,8 @@ def batches(spec: RunSpec) -> list[tuple[int, int]]:
     """Micro batch and accumulation: nearest to the global batch first, then the largest micro batch."""
     world, wanted = spec.hw.world_size, spec.train.batch_size
     micro, accumulation = spec.train.micro_batch_size, spec.train.accumulation_steps
-    micros = [micro] if isinstance(micro, int) else range(min(MAX_MICRO_BATCH, wanted), 0, -1)
+    least = 2 if isinstance(spec.objective, Kto) else 1  # which exchanges answers within a micro batch
+    micros = [micro] if isinstance(micro, int) else range(max(least, min(MAX_MICRO_BATCH, wanted)), least - 1, -1)
     pairs = [
         (m, accumulation if isinstance(accumulation, int) else max(1, round(wanted / (world * m)))) for m in micros
     ]
@@ -238,6 +254,24 @@ def job_of(spec: RunSpec) -> Job:
         optimizer=train.optimizer,
         on_gpu=hw.accelerator == "cuda",
         world=hw.world_size,
-        eval_batch=spec.eval.batch_size if spec.eval.num_prompts else 0,
+        eval_batch=spec.eval.batch_size if asks(spec) else 0,
         eval_new_tokens=spec.eval.max_new_tokens,
+        passes=passes_of(spec.objective, spec.method),
     )
+
+
+def asks(spec: RunSpec) -> bool:
+    """Held-out prompts are answered before and after training: there are right answers to compare with."""
+    return bool(spec.eval.num_prompts) and spec.objective.name in ("sft", "grpo")
+
+
+def with_answers(step: StepTime, work: Work, machine: Machine, job: Job, sequences: int) -> StepTime:
+    """The step with the generation of `sequences` answers on every process before it, all at once."""
+    new = job.passes.new_tokens
+    if not new:
+        return step
+    seconds = evaluation_time(
+        work, machine, tokens=0.0, num_prompts=sequences * machine.world_size, batch_size=sequences, new_tokens=new,
+        prompt_tokens=min(job.seq - new, PROMPT_TOKENS),
+    )  # fmt: skip
+    return replace(step, compute_s=step.compute_s + seconds, total_s=step.total_s + seconds)

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from runner.plan import cost, host
+from runner.plan.hours import GB, Facts, hours_of
+from runner.plan.keeping import Checkpoints, checkpoints_of
 from runner.plan.memory import FREE_SHARE, GIB, STATES
-from runner.plan.options import Option, Options, job_of
-from runner.plan.shape import shape_of
-from runner.plan.time import evaluation_time
+from runner.plan.options import Option, Options
+from runner.plan.passes import passes_of, shape_for
+from runner.plan.start import arguments, variables
 from runner.plan.training import Training
 from runner.spec import HardwareSpec, RunSpec
 
-GB = 1e9
+SPOT_WARNING_S = 5
+"""Between SIGTERM and SIGKILL on RunPod's interruptible machines (docs.runpod.io, spot pods)."""
+
 USUAL_HOST_GIB = 60
 """Main memory that machines with one GPU are rented with at least, mostly: an assumption."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the arithmetic cannot know by itself: looked up by the caller."""
-
-    num_steps: int | None = None
-    """Optimiser steps; None where the data's size is not known."""
-    tokens_total: int | None = None
-    """Tokens learnt from, over all epochs."""
-    data_tokens: int | None = None
-    """Tokens of the data set."""
-    usd_per_gpu_hour: float | None = None
-    price_source: str | None = None
-    download: bool = True
-    """The weights are not on this machine."""
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,9 +94,9 @@ class Plan:
     price_source: str | None
     """Who says so, and when."""
     command: list[str]
-    """What starts the worker on every node."""
+    """What starts the worker on the first machine, the run's id for `ID`; on the others `--node-rank` is 1, 2, …"""
     env: dict[str, str]
-    """Environment variables that the hardware needs."""
+    """Environment variables that the worker gets; what is set already stays, but for those of `hw.env`."""
     notes: list[str] = field(default_factory=list)
     """What was assumed, rounded or chosen, in sentences."""
 
@@ -123,22 +110,42 @@ def plan_of(spec: RunSpec, options: Options, facts: Facts, notes: list[str]) -> 
     train, hw = spec.train, spec.hw
     assert isinstance(train.micro_batch_size, int) and isinstance(train.accumulation_steps, int)
     assert train.precision != "auto"
-    shape = shape_of(spec.model)
+    shape = shape_for(spec)
     stage = spec.deepspeed.name
     option = options.option(spec, shape, stage, train.micro_batch_size, train.accumulation_steps)
     training = options.training(shape, spec.method, train.precision, deepspeed=stage != "none")
-    ram, disk = _host(spec, training, option, facts), _disk(spec, training, stage, facts)
-    hours, price = _hours(spec, options, training, option, facts, disk)
+    ram = _host(spec, training, option, facts)
+    one = sum(host.checkpoint(_summary(training, _states(spec)), _number(stage)).values())
+    step_s = option.step.total_s if option.step else None
+    kept = checkpoints_of(train, seconds=one / GB / cost.SAVE_GB_S, step_seconds=step_s, num_steps=facts.num_steps)
+    disk = _disk(spec, training, stage, facts, kept.at_once)
+    hours, price = hours_of(spec, options, training, option, facts, disk, (kept.written or 1) * one)
     said = [*notes, *facts.notes, *(option.step.notes if option.step else ())]
+    if spec.where.name == "runpod":
+        unknown = _unknown(spec, hours.total if hours else None, price)
+        said += [f"{what} is not known; the pod saves a checkpoint and ends at that limit" for what in unknown]
     reasons = [*_short_of_memory(option, ram, hw), *_too_much(spec, hours.total if hours else None, price)]
     if training.base != "16" and shape.num_experts:
         said.append("the experts stay in 16 bits: bitsandbytes quantises linear layers, and these are fused")
     if _unsure(ram, hw):
         said.append(f"what main memory {hw.name} has is not known here (hw.host_memory_gib=…)")
+    if train.attention == "auto" and hw.accelerator == "cuda":  # decided by what is installed where it trains
+        plain = spec.model_copy(update={"train": train.model_copy(update={"attention": "sdpa"})})
+        other = options.option(plain, shape, stage, option.micro_batch, option.accumulation)
+        verdict = "" if other.fits or not option.fits else ", which does not fit"
+        said.append(
+            f"attention: assumes that flash-attn is installed; with SDPA {other.memory.expected / GIB:.1f} GiB{verdict}"
+        )
+    if option.memory.host and stage == "none":
+        said.append(
+            f"paged: the optimiser's {option.memory.host / GIB:.1f} GiB move to main memory while the GPU is full, and "
+            "every step waits for them"
+        )
     if option.fits and not option.comfortable and option.capacity:
         high, there = option.memory.high / GIB, option.capacity / GIB
         said.append(f"tight: with a fragmented allocator it may need {high:.1f} of {there:.1f} GiB")
-    positions = option.batch * train.max_length
+    said += _of_checkpoints(spec, kept, one / GB / cost.SAVE_GB_S, step_s or 0.0)
+    positions = option.batch * train.max_length * passes_of(spec.objective, spec.method).sequences
     return Plan(
         model=spec.model.name,
         method=spec.method.name,
@@ -173,27 +180,31 @@ def plan_of(spec: RunSpec, options: Options, facts: Facts, notes: list[str]) -> 
         usd=round(price.total_usd, 2) if price else None,
         usd_per_hour=price.usd_per_hour if price else None,
         price_source=facts.price_source if price else None,
-        command=command_of(spec),
-        env=dict(hw.env),
+        command=["python", *arguments(spec, "runs/ID/spec.json", "ID-0")],
+        env=variables(spec),
         notes=list(dict.fromkeys(said)),
     )
+
+
+def _of_checkpoints(spec: RunSpec, kept: Checkpoints, seconds: float, step_s: float) -> Iterator[str]:
+    """How often one is written, where that is not what was asked for, and whether a spot machine waits for one."""
+    asked = spec.train.save_every_minutes
+    if kept.minutes and asked and kept.minutes > asked and kept.written != 1:
+        yield (
+            f"writing a checkpoint takes about {seconds:.0f} s: one comes every {kept.minutes:.0f} minutes, not every "
+            f"{asked:g}"
+        )
+    if step_s + seconds > SPOT_WARNING_S and spec.hw.usd_per_hour is not None:
+        rest = "keep some with train.save_every_minutes" if kept.written == 1 else "the one before counts then"
+        yield (
+            f"finishing a step and writing a checkpoint take up to {step_s + seconds:.0f} s, and a spot machine gives "
+            f"{SPOT_WARNING_S}: {rest}"
+        )
 
 
 def _unsure(ram: Mapping[str, float], hw: HardwareSpec) -> bool:
     """More main memory is needed than every rented machine has, and what this one has is not known."""
     return hw.accelerator == "cuda" and hw.host_memory_gib is None and sum(ram.values()) > USUAL_HOST_GIB * GIB
-
-
-def command_of(spec: RunSpec) -> list[str]:
-    """What starts the worker on every node; `spec.json` is the run's."""
-    worker = ["-m", "runner.train", "spec.json"]
-    per_node = spec.hw.num_processes or max(1, spec.hw.num_gpus)
-    if spec.hw.world_size == 1:
-        return ["python", *worker]
-    nodes = ["--standalone"]
-    if spec.hw.num_nodes > 1:
-        nodes = [f"--nnodes={spec.hw.num_nodes}", "--rdzv-backend=c10d", "--rdzv-endpoint=FIRST_NODE:29500"]
-    return ["torchrun", *nodes, f"--nproc-per-node={per_node}", *worker]
 
 
 def _gib(terms: Mapping[str, float]) -> dict[str, float]:
@@ -240,42 +251,15 @@ def _host(spec: RunSpec, training: Training, option: Option, facts: Facts) -> di
     return ram
 
 
-def _disk(spec: RunSpec, training: Training, stage: str, facts: Facts) -> dict[str, float]:
+def _disk(spec: RunSpec, training: Training, stage: str, facts: Facts, checkpoints: int) -> dict[str, float]:
     source = "package" if spec.model.package else "hub" if facts.download else "folder"
     return host.disk(
         _summary(training, _states(spec)),
         _number(stage),
         source=source,  # type: ignore[arg-type]
-        keep_checkpoints=spec.train.keep_checkpoints,
-        periodic=spec.train.save_every_steps is not None,
+        checkpoints=checkpoints,
         data_tokens=facts.data_tokens or 0,
     )
-
-
-def _hours(
-    spec: RunSpec, options: Options, training: Training, option: Option, facts: Facts, disk: Mapping[str, float]
-) -> tuple[cost.Hours | None, cost.Cost | None]:
-    machine = options.machine(spec.hw, str(spec.train.precision))
-    if option.step is None or machine is None or facts.num_steps is None:
-        return None, None
-    job = job_of(spec)
-    answers = evaluation_time(
-        options.work(training, job), machine, tokens=0, num_prompts=spec.eval.num_prompts,
-        max_new_tokens=spec.eval.max_new_tokens, batch_size=spec.eval.batch_size,
-    )  # fmt: skip
-    rented = spec.hw.accelerator == "cuda" and spec.where.name != "local"
-    weights = 2.0 * training.shape.num_parameters / GB
-    hours = cost.hours(
-        training_s=facts.num_steps * option.step.total_s,
-        evaluation_s=2 * answers,
-        download_gb=weights if facts.download else 0.0,
-        load_gb=weights,
-        save_gb=disk.get("final_model", 0.0) / GB,
-        rented=rented,
-    )
-    gpus = spec.hw.num_gpus * spec.hw.num_nodes
-    size = sum(disk.values()) / GB
-    return hours, cost.usd(hours, facts.usd_per_gpu_hour, num_gpus=gpus, disk_gb=size if rented else 0.0)
 
 
 def _short_of_memory(option: Option, ram: Mapping[str, float], hw: HardwareSpec) -> list[str]:
@@ -306,15 +290,19 @@ _PHASE = {
 
 
 def _too_much(spec: RunSpec, hours: float | None, price: cost.Cost | None) -> list[str]:
-    reasons = []
-    if spec.where.max_hours is not None:
-        if hours is None:
-            reasons.append(f"where.max_hours={spec.where.max_hours:g}: how long the run takes is not known")
-        elif hours > spec.where.max_hours:
-            reasons.append(f"takes {hours:.2f} hours, more than where.max_hours={spec.where.max_hours:g}")
-    if spec.where.max_usd is not None:
-        if price is None:
-            reasons.append(f"where.max_usd={spec.where.max_usd:g}: what the run costs is not known")
-        elif price.total_usd > spec.where.max_usd:
-            reasons.append(f"costs ${price.total_usd:.2f}, more than where.max_usd={spec.where.max_usd:g}")
+    """Limits that the plan is above, or that nobody can hold it to: on a pod an agent holds the run to them."""
+    place = spec.where
+    reasons = [] if place.name == "runpod" else [f"{what} is not known" for what in _unknown(spec, hours, price)]
+    if place.max_hours is not None and hours is not None and hours > place.max_hours:
+        reasons.append(f"takes {hours:.2f} hours, more than where.max_hours={place.max_hours:g}")
+    if place.max_usd is not None and price is not None and price.total_usd > place.max_usd:
+        reasons.append(f"costs ${price.total_usd:.2f}, more than where.max_usd={place.max_usd:g}")
     return reasons
+
+
+def _unknown(spec: RunSpec, hours: float | None, price: cost.Cost | None) -> Iterator[str]:
+    """Limits with nothing to compare them with."""
+    if spec.where.max_hours is not None and hours is None:
+        yield f"where.max_hours={spec.where.max_hours:g}: how long the run takes"
+    if spec.where.max_usd is not None and price is None:
+        yield f"where.max_usd={spec.where.max_usd:g}: what the run costs"

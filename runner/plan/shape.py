@@ -86,6 +86,8 @@ class Shape:
     """Experts of one layer; 0 for a dense model."""
     experts_per_token: int = 0
     """Experts that each token is routed to."""
+    head_outputs: int = 0
+    """Outputs of the head where they are not the vocabulary's words; 0 where they are."""
     qk_norm: bool = False
     """Queries and keys are normalised per head (Qwen3)."""
     rotary_dim: int = 0
@@ -108,7 +110,7 @@ class Shape:
     @property
     def head_parameters(self) -> int:
         """Values in the output head; 0 where it is the embedding matrix."""
-        own = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
+        own = 0 if self.tie_embeddings else (self.head_outputs or self.vocab_size) * self.hidden_size
         return own + (self.vocab_size if self.head_bias else 0)
 
     @property

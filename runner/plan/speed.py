@@ -66,6 +66,13 @@ FP32_SHARE = {7.0: 1 / 8, 7.5: 1 / 8, 8.0: 1 / 16, 8.6: 1 / 4, 8.9: 1 / 4, 9.0: 
 # GFLOP by the formula, which scores every position: 97 GFLOP/s a core. In fp32 that job trains at 117 to 143 tokens/s
 # where bf16 reaches 410 to 480 (CPU with avx512_bf16, 2026-11). That it grows with the cores is an assumption.
 CPU_FLOPS = {"bf16": 97e9, "fp32": 97e9 * 130 / 445}
+# A generated token passes every layer with next to nothing to compute: on a CPU too the time is that of starting the
+# kernels, whatever the number of cores. Main job (30 layers, LoRA, 5 batches of 8 prompts; README: run of 2026-11-21 on
+# 2 cores of an AMD EPYC with avx512_bf16): answers of 64 tokens before training took 29.1 s; less 4.1 s for the prompts
+# that is 78 ms a token, of which 13 are the weights at CPU_BANDWIDTH. Quantised: taken as LoRA, an assumption. Without
+# an adapter three quarters: `generate()` alone, same model and machine, 45.6 and 56.3 ms a token, less the same 13.
+CPU_PASS_S = dict.fromkeys(ADAPTERS, 2.15e-3)
+CPU_PASS_WITHOUT_ADAPTER_S = 1.6e-3
 CPU_BANDWIDTH = 20e9  # bytes/s for the update: assumption, one channel of DDR4-3200 gives 25.6
 LOOPBACK = 1e9  # bytes/s between CPU processes over gloo: assumption
 STREAM_SHARE = 0.9  # of the datasheet's bandwidth: about 4.3 of 4.8 TB/s in a device copy (conf/hw/h200.yaml)

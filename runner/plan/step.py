@@ -40,6 +40,8 @@ class Step:
 
     forward: Peak
     backward: Peak
+    held: Peak
+    """What is left when the forward pass is over: kept for the backward pass."""
 
 
 @lru_cache(maxsize=4096)
@@ -73,10 +75,11 @@ def step(shape: Shape, setting: Setting, trains: Trains, has_gradients: bool = F
     times.append(1)
     forward, held = stretched(tape.segments, times)
     _, held = stretched(tape.forget(), times, held)
+    kept = held
     segments = tape.backward(loss) if loss.node is not None else []
     shared.clear()
     backward, _ = stretched(segments, [times[segment.index] for segment in segments], held)
-    return Step(_peak(forward), _peak(backward))
+    return Step(_peak(forward), _peak(backward), _peak(kept))
 
 
 def stretched(

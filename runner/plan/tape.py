@@ -29,19 +29,21 @@ class Storage:
 
     def __init__(self, tape: Tape, size: float, width: int, kind: int) -> None:
         self.tape, self.size, self.width, self.kind = tape, size, width, kind
-        tape.live += size
-        tape.by_kind[kind] += size
-        if tape.live > tape.peak:
-            tape.peak = tape.live
+        tape.live = live = tape.live + size
+        if kind:  # most are activations, and those are what the others leave of `live`
+            tape.by_kind[kind] += size
+        if live > tape.peak:
+            tape.peak = live
             tape.rising = True
 
     def __del__(self) -> None:
         tape = self.tape
         if tape.rising:  # the peak is over: what was it made of?
-            tape.at_peak = tape.by_kind.copy()
+            tape.at_peak = tape.kinds()
             tape.rising = False
         tape.live -= self.size
-        tape.by_kind[self.kind] -= self.size
+        if self.kind:
+            tape.by_kind[self.kind] -= self.size
 
 
 class Bundle(Storage):
@@ -107,6 +109,7 @@ class Tape:
     def __init__(self) -> None:
         self.live = self.peak = 0.0
         self.by_kind = [0.0, 0.0, 0.0, 0.0]
+        """What is live of each kind but activations: `kinds` has those as well."""
         self.at_peak = [0.0, 0.0, 0.0, 0.0]
         self.rising = False
         self.nodes: list[Node] = []
@@ -119,6 +122,12 @@ class Tape:
         self.cache: dict[Any, tuple[Storage, Node | None]] = {}
         """Autocast's copies of weights: (segment, name) → copy and where its gradient goes."""
         self.current = 0
+
+    def kinds(self) -> list[float]:
+        """What is live, by kind."""
+        found = self.by_kind.copy()
+        found[ACTIVATIONS] = self.live - sum(found)
+        return found
 
     def new(self, values: float, width: int, kind: int = ACTIVATIONS) -> Storage:
         """Bytes for `values` numbers of `width` bytes."""
@@ -200,16 +209,18 @@ class Tape:
         self._close(segment, start, kinds)
 
     def _open(self) -> tuple[float, list[float]]:
-        self.peak, self.at_peak, self.rising = self.live, self.by_kind.copy(), False
-        return self.live, self.by_kind.copy()
+        kinds = self.kinds()
+        self.peak, self.at_peak, self.rising = self.live, kinds, False
+        return self.live, kinds
 
     def _close(self, segment: Segment, start: float, kinds: list[float]) -> None:
+        now = self.kinds()
         if self.rising:
-            self.at_peak, self.rising = self.by_kind.copy(), False
+            self.at_peak, self.rising = now, False
         segment.peak = self.peak - start
         segment.change = self.live - start
         segment.at_peak = tuple(a - b for a, b in zip(self.at_peak, kinds, strict=True))
-        segment.kept = tuple(a - b for a, b in zip(self.by_kind, kinds, strict=True))
+        segment.kept = tuple(a - b for a, b in zip(now, kinds, strict=True))
 
     def forget(self) -> list[Segment]:
         """The end of autocast: its copies of weights go, but for those that the backward pass needs."""
@@ -256,7 +267,10 @@ class Tape:
             kept = None  # nobody but the step held what was made again
         else:
             results = node.backward(grad)
-        self._validate(results)
+        for target, piece in results:
+            if piece.width != target.width:
+                self._validate(results)
+                break
         node.backward = kept = None  # what the step had kept is let go before its results go on
         del grad
         while results:
@@ -283,7 +297,8 @@ class Tape:
         old = target.grad
         if target.trained:
             if old is None and not self.has_gradients:
-                self.by_kind[piece.kind] -= piece.size
+                if piece.kind:
+                    self.by_kind[piece.kind] -= piece.size
                 self.by_kind[GRADIENTS] += piece.size
                 piece.kind = GRADIENTS
                 target.grad = piece

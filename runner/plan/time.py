@@ -17,6 +17,8 @@ from runner.plan.shape import Shape
 from runner.plan.speed import (
     ADAPTERS,
     CPU_ADAM_S_PER_PARAMETER,
+    CPU_PASS_S,
+    CPU_PASS_WITHOUT_ADAPTER_S,
     HIDDEN_SHARE,
     INT8_SLOWDOWN,
     PASS_S,
@@ -45,6 +47,7 @@ def flops_per_token(
     checkpointing: bool,
     adapter_parameters: int = 0,
     backward_layers: int | None = None,
+    quiet: int = 0,
 ) -> float:
     """Floating-point operations that the hardware executes for one token of a training step.
 
@@ -57,14 +60,16 @@ def flops_per_token(
     Attention adds 2·(s/2)·d for scores and as much for values, per token and layer (PaLM, arXiv 2204.02311,
     appendix B, halved: a causal kernel skips the masked half), twice that backward. In a packed sequence it spans
     one document: `seq` is then the mean length of a document, or the sequence, for an upper bound.
+
+    `quiet`: forward passes beside it of which nothing is kept (a reference model's).
     """
     layers = shape.num_layers
     reached = _reached(layers, method, trained_layers, backward_layers)
     active = sum(m.weights * _active_share(shape, m.count) for m in shape.matrices)
-    head = shape.vocab_size * shape.hidden_size
+    head = (shape.head_outputs or shape.vocab_size) * shape.hidden_size
     attention = 2.0 * seq * shape.num_heads * shape.head_dim  # 2 products × 2 operations × s/2 × d
     per_layer = 2 * active + attention
-    total = layers * per_layer + 2 * head
+    total = (1 + quiet) * (layers * per_layer + 2 * head)
     total += reached * (2 * active + 2 * attention) + 2 * head
     if checkpointing:
         total += reached * per_layer
@@ -119,8 +124,9 @@ def work_of(
     backward_layers: int | None = None,
     weight_bytes: float | None = None,
     gradient_bytes: int = 2,
+    quiet: int = 0,
 ) -> Work:
-    """The work of a run; `weight_bytes` is 2 per parameter unless given."""
+    """The work of a run; `weight_bytes` is 2 per parameter unless given, `quiet` as in `flops_per_token`."""
     share = _reached(shape.num_layers, method, trained_layers, backward_layers) / shape.num_layers
     flops = flops_per_token(
         shape,
@@ -130,11 +136,12 @@ def work_of(
         checkpointing=checkpointing,
         adapter_parameters=adapter_parameters,
         backward_layers=backward_layers,
+        quiet=quiet,
     )
     packed = shape.num_layers * sum(m.weights for m in shape.matrices if m.linear) if method == "qlora4" else 0
-    unpacked = packed * (1 + share * (2 if checkpointing else 1))  # forward, backward, recomputation
+    unpacked = packed * (1 + quiet + share * (2 if checkpointing else 1))  # forward, backward, recomputation
     stored = 2.0 * shape.num_parameters if weight_bytes is None else weight_bytes
-    passes = 1 + share * (3 if checkpointing else 2)
+    passes = 1 + quiet + share * (3 if checkpointing else 2)
     sizes = trained_parameters, stored, gradient_bytes
     return Work(method, flops, seq, passes, shape.num_layers, unpacked, *sizes)
 
@@ -222,15 +229,38 @@ def _update(work: Work, machine: Machine, stage: Stage, optimizer: str) -> float
 
 
 def evaluation_time(
-    work: Work, machine: Machine, *, tokens: int, num_prompts: int, max_new_tokens: int, batch_size: int
+    work: Work,
+    machine: Machine,
+    *,
+    tokens: float,
+    num_prompts: int,
+    prompt_tokens: float,
+    new_tokens: int,
+    batch_size: int,
+    stage: Stage = "none",
 ) -> float:
-    """Seconds of one measurement on one process: the held-out loss, and answers of the longest length.
+    """Seconds of one measurement: the loss of all held-out `tokens`, and `num_prompts` answers of `new_tokens`.
 
-    Forward is a third of a full step's operations and at most half of a LoRA's: half is taken. A generated token
-    takes one pass of every layer, or reading all weights once, whichever is longer.
+    Processes share both. Forward is a third of a full step's operations and at most half of a LoRA's: half is taken,
+    for the loss and for reading prompts of `prompt_tokens`. Then all answers of a batch grow by one token at a time.
     """
     share = efficiency(work.method, machine.capability, machine.tflops, machine.bandwidth)[0] if machine.on_gpu else 1
-    loss = tokens * work.flops_per_token / 2 / (machine.flops * share)
-    launches = work.num_layers * PASS_S.get(work.method, PASS_WITHOUT_ADAPTER_S)
-    one_token = max(launches if machine.on_gpu else 0.0, work.weight_bytes / machine.bandwidth)
-    return loss + math.ceil(num_prompts / batch_size) * max_new_tokens * one_token
+    one_position = work.flops_per_token / 2 / (machine.flops * share)
+    asked = math.ceil(num_prompts / machine.world_size)
+    batches = math.ceil(asked / batch_size)
+    decoding = batches * new_tokens * _token_time(work, machine, min(asked, batch_size) * one_position, stage)
+    return (tokens / machine.world_size + asked * prompt_tokens) * one_position + decoding
+
+
+def _token_time(work: Work, machine: Machine, arithmetic_s: float, stage: Stage) -> float:
+    """Seconds in which every answer of a batch grows by one token.
+
+    All weights are read once, and every layer is one pass. A GPU reads while the processor launches; on a CPU the same
+    cores do both, one after the other, and `arithmetic_s` beside the reading. ZeRO-3 gathers all weights every time.
+    """
+    read = work.weight_bytes / machine.bandwidth
+    if not machine.on_gpu:
+        return work.num_layers * CPU_PASS_S.get(work.method, CPU_PASS_WITHOUT_ADAPTER_S) + max(read, arithmetic_s)
+    world = machine.world_size
+    gathered = work.weight_bytes * (world - 1) / world / machine.link if stage.startswith("zero3") else 0.0
+    return max(work.num_layers * PASS_S.get(work.method, PASS_WITHOUT_ADAPTER_S), read) + gathered

@@ -93,7 +93,7 @@ def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed
     adapted = [m for m in shape.matrices if targets is None or (m.linear and m.name in targets)]
     runs, first = _runs(shape, chosen, LayerKind(adapters=True))
     count = shape.num_layers if chosen is None else len(chosen)
-    extra = {ALIASES.get(m, m) for m in method.modules_to_save}
+    extra = {ALIASES.get(m, m) for m in method.modules_to_save} | _new_head(shape)
     trains = Trains(runs, *(module in extra for module in OUTSIDE))
     double = isinstance(method, QLora4) and method.double_quant
     return Training(
@@ -130,7 +130,7 @@ def _whole(shape: Shape, method: Full | Freeze, width: int, trained_width: int, 
         values = shape.num_parameters
     else:
         chosen = parse_layers(method.layers).select(shape.num_layers)
-        extra = {ALIASES.get(m, m) for m in method.extra_modules}
+        extra = {ALIASES.get(m, m) for m in method.extra_modules} | _new_head(shape)
         values = len(chosen) * shape.layer_parameters + _outside(shape, extra)
     runs, first = _runs(shape, chosen, LayerKind(weights=True))
     if "embed_tokens" in extra:
@@ -153,6 +153,11 @@ def _whole(shape: Shape, method: Full | Freeze, width: int, trained_width: int, 
         trained_layers=len(chosen),
         backward_layers=shape.num_layers - first,
     )  # fmt: skip
+
+
+def _new_head(shape: Shape) -> set[str]:
+    """A head that is not the model's own has everything to learn, whatever else trains."""
+    return {"lm_head"} if shape.head_outputs else set()
 
 
 def _outside(shape: Shape, modules: set[str]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from runner import planning
+from runner import checkpoints, planning
 from runner.errors import Problem, RunFailedError
 from runner.execute.killed import Killer
 from runner.plan.memory import GIB
@@ -242,7 +242,10 @@ def _remedy(run: RunDir, spec: RunSpec, facts: Mapping[str, Any], found: list[Su
         return f"nothing is known of this model's size; try {again} {less}"
     if not found:
         return "no hardware of the catalogue holds it; try method=qlora4, or a smaller model"
-    start = f"{again}; if memory was the reason, it fits with" if facts["killer"] == "somebody else" else "it fits with"
+    start = "it fits with"
+    if facts["killer"] == "somebody else":
+        on = f"python -m runner resume {shlex.quote(shown(run.path))}" if checkpoints.complete(run) else again
+        start = f"{on}; if memory was the reason, it fits with"
     words = [f"{s.words} ({s.gib:.1f} GiB by the plan)" for s in found]
     example = "" if facts["killer"] == "somebody else" else f"; the first: {again} {found[0].words}"
     return f"{start} {', or '.join(words)}{example}"

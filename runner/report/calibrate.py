@@ -19,6 +19,8 @@ MEASURES = {"peak_gib": "memory", "tokens_per_second": "speed", "seconds": "time
 """What is predicted, by its key in the part `plan` of `summary.json`, and in a word."""
 CLOSE = 0.10
 """A median error up to this is called right: what a choice between two GPUs can bear. An assumption."""
+MANY = 10
+"""Times too much, from which a percentage says nothing."""
 ENOUGH = 3
 """Runs from which a median is worth more than an anecdote."""
 
@@ -154,4 +156,7 @@ def _said(key: str, value: float | None) -> str:
 
 
 def _share(error: float | None) -> str:
-    return "–" if error is None else f"{error:+.0%}"
+    """`+7%`; from ten times too much on `×714`, which one can read."""
+    if error is None:
+        return "–"
+    return f"×{error + 1:,.0f}" if error >= MANY - 1 else f"{error:+.0%}"

@@ -12,9 +12,9 @@ TRAINING = ("forward", "backward", "step")
 
 
 def beside_plan(
-    plan: Mapping[str, Any], peaks: Mapping[str, Any], tokens_per_second: float, seconds: float
+    plan: Mapping[str, Any], peaks: Mapping[str, Any], tokens_per_second: float, seconds: float | None
 ) -> dict[str, Any]:
-    """Predicted, measured, and `error` = predicted / measured - 1, for memory, speed and time.
+    """Predicted, measured, and `error` = predicted / measured - 1, for memory, speed and time (None: not measured).
 
     `peaks` is `runner.train.peaks.Peaks.as_dict`. On a GPU torch's allocator sees its own memory only: what it
     reserved is compared with the plan less its terms `process` and `collectives`, what it allocated with the plan

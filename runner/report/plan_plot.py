@@ -13,21 +13,27 @@ INK, GREY, GRID, RED = "#24292f", "#6b7280", "#e6e8eb", "#c0392b"
 FORMATS = (".png", ".svg", ".pdf")
 
 
+def drawing() -> Any:
+    """matplotlib's pyplot, without a screen; RequestError where it is not installed."""
+    try:
+        import matplotlib  # heavy (0.4 s), and not needed by anyone who only reads
+    except ImportError:
+        what = "a picture needs matplotlib, which is not installed"
+        raise RequestError(Problem(what, "command line", "pip install matplotlib")) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def plot_plan(plan: Mapping[str, Any], file: Path) -> None:
     """Draw a plan (`Plan.as_dict`) into `file`: a stacked bar per phase in GiB against the capacity of one GPU.
 
     RequestError where the folder is not there, the file's name ends in none of `FORMATS`, it cannot be
     written, or matplotlib is not installed.
     """
-    _check(file)
-    try:
-        import matplotlib  # heavy (0.4 s), and not needed by anyone who only plans
-    except ImportError:
-        what = "a picture of the plan needs matplotlib, which is not installed"
-        raise RequestError(Problem(what, "command line", "pip install matplotlib")) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    check_picture(file)
+    pyplot = drawing()
     figure, axis = pyplot.subplots(figsize=(9.6, 5), dpi=140)
     try:
         _bars(axis, plan)
@@ -42,7 +48,8 @@ def plot_plan(plan: Mapping[str, Any], file: Path) -> None:
         pyplot.close(figure)
 
 
-def _check(file: Path) -> None:
+def check_picture(file: Path) -> None:
+    """RequestError for a name of no picture, or in no folder."""
     if file.suffix.lower() not in FORMATS:
         what = f"{file}: the picture's format is not known"
         raise RequestError(Problem(what, "command line", f"a name that ends in {', '.join(FORMATS)}"))

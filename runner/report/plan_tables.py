@@ -123,7 +123,7 @@ def print_memory_table(console: Console, table: Mapping[str, Any]) -> None:
     if room > console.width:
         first, across, down, cells = "model", methods, columns, [list(column) for column in zip(*cells, strict=True)]
     view = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
-    view.add_column(first, overflow="fold")
+    view.add_column(first, no_wrap=True)  # names, to be copied
     for name in across:
         view.add_column(name, justify="right", overflow="fold")
     for name, sizes in zip(down, cells, strict=True):

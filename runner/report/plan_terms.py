@@ -38,6 +38,7 @@ TERMS: dict[str, tuple[str, Family]] = {
     "weights": ("weights", WEIGHTS),
     "frozen_weights": ("frozen weights", WEIGHTS),
     "trained_weights": ("trained weights", WEIGHTS),
+    "reference": ("weights of the reference model", WEIGHTS),
     "weight_casts": ("16-bit and dequantised copies of weights", WEIGHTS),
     "largest_matrix": ("the largest matrix while it is loaded", WEIGHTS),
     "master_weights": ("fp32 master weights", MASTER),

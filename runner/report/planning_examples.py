@@ -16,10 +16,11 @@ from runner import catalogue
 from runner.compose import compose
 from runner.launch import complete
 from runner.plan.blocks import Block, LayerKind, Setting
+from runner.plan.hours import Facts
 from runner.plan.layers import LAYERS
 from runner.plan.memory import CONTEXT, GIB, SLACK, setting_of
 from runner.plan.options import job_of
-from runner.plan.plan import Facts, Plan, plan_of
+from runner.plan.plan import Plan, plan_of
 from runner.plan.shape import Shape, shape_of
 from runner.plan.step import Trains, step
 from runner.plan.tape import CASTS, Kept, Storage, Tape, Tensor
@@ -275,6 +276,8 @@ def phases_of_terms() -> dict[str, list[str]]:
     """Term → the phases in which one run or another has it."""
     found: dict[str, list[str]] = defaultdict(list)
     kinds: list[tuple[str, ...]] = [(f"method={method}", *RUN) for method in ("full", "lora", "qlora4")]
+    others = ("data=ultrachat_200k", "train.packing=false", "train.batch_size=8")
+    kinds += [("method=full", *RUN, "objective=dpo", *others), ("method=lora", *RUN, "objective=grpo", *others)]
     kinds += [(*EIGHT, f"deepspeed={stage}") for stage in ("none", "zero2", "zero3", "zero3_offload")]
     for words in kinds:
         for phase, terms in planned(*words).phases.items():

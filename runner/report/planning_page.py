@@ -17,6 +17,7 @@ from statistics import mean
 from typing import Any
 
 from runner import fitting
+from runner.data import tokens
 from runner.paths import ASSETS
 from runner.plan import cost, head, host, memory, options, settle, zero
 from runner.plan import plan as contract
@@ -44,12 +45,12 @@ HOST_TERMS = {
     "tokenising": "more than that while it tokenises",
     "loading": "matrices converted or copied back on their way to the GPU",
     "saving": "the weights on their way to a file",
-    "offloaded": "what ZeRO offloads",
+    "offloaded": "what ZeRO offloads, or a paged optimiser's states",
     "training": "on a CPU: everything that the phases above hold",
 }
 DISK_TERMS = {
     "weights": "the download (16 bits); nothing for a folder that is there",
-    "checkpoints": "`train.keep_checkpoints` + 1 of them; one without periodic ones, for an interruption",
+    "checkpoints": "`train.keep_checkpoints` + 1 of them, or as many as the run writes: at least the last one",
     "final_model": "`model/`: 16 bits, or the adapter in fp32",
     "tokenised": "the data set as tokenised",
     "offloaded": "what ZeRO-3 offloads to NVMe",
@@ -220,6 +221,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "context": lambda: _range(memory.CONTEXT, GIB, " GiB"),
     "collectives": lambda: _range(memory.COLLECTIVES, GIB, " GiB"),
     "slack": lambda: _range({k: 100 * v for k, v in memory.SLACK.items()}, 1, "%"),
+    "cpu_slack": lambda: _range(memory.CPU_SLACK, 1, ""),
+    "cpu_slack_most": lambda: _range(memory.CPU_SLACK_MOST, GIB, " GiB"),
+    "chars": lambda: f"{tokens.CHARS_PER_TOKEN:g}",
+    "commands_chars": lambda: f"{tokens.COMMANDS_CHARS_PER_TOKEN:g}",
     "states_per_value": _states_per_value,
     "prompt_tokens": lambda: str(memory.PROMPT_TOKENS),
     "cpu_process": lambda: f"{host.CPU_PROCESS / MIB:.0f} MiB",

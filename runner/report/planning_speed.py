@@ -6,10 +6,13 @@ import math
 from collections.abc import Callable
 
 from runner.plan import cost
-from runner.plan.plan import GB
+from runner.plan.hours import GB
 from runner.plan.speed import (
     BALANCE,
     BEST_SHARE,
+    CPU_BANDWIDTH,
+    CPU_PASS_S,
+    CPU_PASS_WITHOUT_ADAPTER_S,
     HIDDEN_SHARE,
     INT8_SLOWDOWN,
     NETWORK_GB_S,
@@ -34,6 +37,9 @@ FIGURES: dict[str, Callable[[], str]] = {
     "pass_lora": lambda: f"{1000 * PASS_S['lora']:g}",
     "pass_quantised": lambda: f"{1000 * PASS_S['qlora4']:g}",
     "pass_whole": lambda: f"{1000 * PASS_WITHOUT_ADAPTER_S:g}",
+    "cpu_pass_lora": lambda: f"{1000 * CPU_PASS_S['lora']:g}",
+    "cpu_pass_whole": lambda: f"{1000 * CPU_PASS_WITHOUT_ADAPTER_S:g}",
+    "cpu_bandwidth": lambda: f"{CPU_BANDWIDTH / 1e9:g}",
     "unpack_bytes": lambda: f"{UNPACK_BYTES:g}",
     "unpack_share": lambda: f"{UNPACK_SHARE:g}",
     "int8_slowdown": lambda: f"{INT8_SLOWDOWN:g}",

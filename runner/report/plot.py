@@ -6,6 +6,8 @@ from typing import Any
 
 from runner.rundir import RunDir
 
+MEASURES = ("reward_margin", "reward")
+"""What is drawn below the loss: the first that a run has."""
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9822b", "#8a8f98"
 
 
@@ -19,9 +21,15 @@ def plot_loss(run: RunDir, summary: dict[str, Any]) -> None:
     lines = list(run.metrics())
     steps = [line["step"] for line in lines]
     losses = [line["loss"] for line in lines]
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(9, 5.4), dpi=140, sharex=True, height_ratios=[4, 1], constrained_layout=True
-    )
+    measure = next((name for name in MEASURES if any(name in line for line in lines)), None)
+    heights = [4, 2, 1] if measure else [4, 1]
+    figure, axes = pyplot.subplots(
+        len(heights), 1, figsize=(9, 5.4 + 1.6 * (measure is not None)), dpi=140, sharex=True, height_ratios=heights,
+        constrained_layout=True,
+    )  # fmt: skip
+    top, bottom = axes[0], axes[-1]
+    if measure:
+        _draw_measure(axes[1], measure, lines, list(run.evals()))
     top.plot(steps, losses, color=BLUE, alpha=0.35, linewidth=1, label="each step")
     top.plot(steps, running_mean(losses), color=BLUE, linewidth=2, label="running mean")
     held = [(line["step"], line["loss"]) for line in run.evals()]
@@ -38,11 +46,22 @@ def plot_loss(run: RunDir, summary: dict[str, Any]) -> None:
     bottom.set_ylabel("learning rate")
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     bottom.set_xlabel("step")
-    for axis in (top, bottom):
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#e6e8eb", linewidth=0.8)
     figure.savefig(run.path / "loss.png")
     pyplot.close(figure)
+
+
+def _draw_measure(axis: Any, name: str, lines: list[dict[str, Any]], held: list[dict[str, Any]]) -> None:
+    """What the objective is after, besides its loss."""
+    steps, values = zip(*((line["step"], line[name]) for line in lines if name in line), strict=True)
+    axis.plot(steps, values, color=BLUE, alpha=0.35, linewidth=1)
+    axis.plot(steps, running_mean(list(values)), color=BLUE, linewidth=2)
+    points = [(line["step"], line[name]) for line in held if name in line]
+    if points:
+        axis.plot(*zip(*points, strict=True), color=ORANGE, marker="o", linewidth=1.2 if len(points) > 2 else 0)
+    axis.set_ylabel(name.replace("_", " "))
 
 
 def _title(summary: dict[str, Any]) -> str:

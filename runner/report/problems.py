@@ -18,9 +18,12 @@ TITLES = {
 }
 
 
-def print_problems(console: Console, error: RunnerError) -> None:
-    """One line per problem, its remedy below it."""
-    console.print(Text(TITLES.get(error.exit_code, "Error"), style="bold red"))
+def print_problems(console: Console, error: RunnerError, *, started: bool = False) -> None:
+    """One line per problem, its remedy below it; `started`: the worker was at it already."""
+    title = TITLES.get(error.exit_code, "Error")
+    if started:
+        title = title.partition(";")[0]
+    console.print(Text(title, style="bold red"))
     for problem in error.problems:
         line = Text("  • ").append(problem.what)
         if problem.source:

@@ -1,4 +1,4 @@
-"""`docs/reference.md`, generated from `runner/spec.py`: every key, its type, default and meaning.
+"""`docs/reference.md`, generated from `runner/spec/`: every key, its type, default and meaning.
 
 The sentence under a field is read from the source, because pydantic's
 `use_attribute_docstrings` would parse that source again at every start of the runner.
@@ -30,7 +30,7 @@ PAGE = ASSETS / "docs" / "reference.md"
 RUN_FILES = Path(__file__).with_name("run_files.md")
 
 _INTRO = """\
-<!-- Generated from runner/spec.py: change it there, then `make docs`. -->
+<!-- Generated from runner/spec/: change it there, then `make docs`. -->
 
 # Reference
 
@@ -92,11 +92,12 @@ def meaning(part: type[BaseModel], name: str) -> str:
 
 @cache
 def _sentences() -> dict[str, dict[str, str]]:
-    """Class → field → the string literal that stands under it in `runner/spec.py`."""
+    """Class → field → the string literal that stands under it in `runner/spec/`."""
     found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(spec)).body:
-        if isinstance(node, ast.ClassDef):
-            found[node.name] = dict(_documented(node.body))
+    for file in sorted(Path(spec.__path__[0]).glob("*.py")):
+        for node in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                found[node.name] = dict(_documented(node.body))
     return found
 
 
@@ -184,7 +185,10 @@ def _options(annotation: Any) -> list[str]:
     if origin is list:
         return ["list of " + " or ".join(f"{option}s" for option in _options(inner[0]))]
     if origin is dict:
-        return [f"mapping of names to {_options(inner[1])[0]}s"]
+        values = _options(inner[1])
+        return [f"mapping of names to {'one of ' + ', '.join(values) if len(values) > 1 else values[0] + 's'}"]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [f"`{{{', '.join(annotation.model_fields)}}}` mapping"]
     return ["true", "false"] if annotation is bool else [_WORDS[annotation]]
 
 

@@ -34,6 +34,7 @@ def summary_of(
         "exit_code": 0,
         "model": spec.model.name,
         "method": spec.method.name,
+        "objective": spec.objective.name,
         "hw": spec.hw.name,
         "data": spec.data.name,
         "train": {
@@ -63,7 +64,9 @@ def _beside_plan(
     plan, created = run.read("plan.json"), run.read("status.json").get("created")
     if not plan:
         return None
-    waited = time.time() - created if created else seconds
+    waited: float | None = time.time() - created if created else seconds
+    if run.read("resumes.json") or run.read("rewinds.json"):  # it stood still in between
+        waited = None
     return {"device": spec.hw.gpu or "CPU", **beside_plan(plan, peaks, tokens_per_second, waited)}
 
 
@@ -92,6 +95,9 @@ def print_summary(console: Console, summary: dict[str, Any], run: RunDir) -> Non
         table.add_row("Held out", f"answered exactly: {then} of {count} → [bold green]{now} of {count}[/bold green]")
     if "loss" in after:
         table.add_row("Held-out loss", f"{before['loss']:.4f} → {after['loss']:.4f}")
+    for name, words in (("reward", "Reward"), ("reward_margin", "Margin"), ("reward_accuracy", "Preferred")):
+        if name in after and name in before:
+            table.add_row(words, f"held out: {before[name]:.4g} → [bold green]{after[name]:.4g}[/bold green]")
     table.add_row(
         "Time",
         f"{duration(summary['seconds'])}, of which training {duration(train['seconds'])} at "
@@ -104,6 +110,8 @@ def print_summary(console: Console, summary: dict[str, Any], run: RunDir) -> Non
     table.add_row("Loss curve", f"{where}/loss.png")
     console.print()
     console.print(table, highlight=False)
+    if summary.get("objective") == "reward":
+        return  # a model that says no words
     console.print(f"\nTry it:  [bold]python -m runner chat {shlex.quote(where)}[/bold]", highlight=False)
 
 

@@ -59,7 +59,7 @@ def print_origins(console: Console, key: str, value: Any, final: Any, places: li
         console.print(f"  {_DERIVED}: {value} → {final}", highlight=False, markup=False)
 
 
-_DEFAULT = "default in the schema (runner/spec.py); nothing sets it"
+_DEFAULT = "default in the schema (runner/spec/); nothing sets it"
 _DERIVED = "then derived from the hardware"
 
 

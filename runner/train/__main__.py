@@ -1,4 +1,8 @@
-"""The worker: `python -m runner.train runs/<id>/spec.json`. Exit codes as in runner/errors.py."""
+"""The worker: `python -m runner.train runs/<id>/spec.json`, alone or under torchrun. Exit codes as in runner/errors.py.
+
+Under torchrun nobody speaks but the main process; what goes wrong is left in `logs/rank<k>.json`, and the front says
+it once. There an interrupted worker ends with 0, for any other code would have torchrun stop the others.
+"""
 
 from __future__ import annotations
 
@@ -8,77 +12,109 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from runner.errors import Problem, RunnerError
+from runner import checkpoints
+from runner.errors import InterruptedRun, Problem, Rewind, RunnerError
+from runner.execute.torchrun import die_with_parent
 from runner.report.problems import print_problems
 from runner.report.progress import Progress
 from runner.rundir import PHASE_OF_STATE, RunDir
 from runner.spec import RunSpec
 
+RANK = int(os.environ.get("RANK", "0"))
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
+
 
 def main(argv: list[str]) -> int:
-    """Run one spec that lies in its run directory."""
+    """Run one spec that lies in its run directory; this process's part, where there are several."""
+    die_with_parent()
     run = RunDir(Path(argv[0]).resolve().parent)
     spec = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
     quiet_libraries(run)
-    console = Console()
+    console = Console() if RANK == 0 else Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     progress = Progress(console)
     progress.note("Loading torch and transformers …")
+    pulse = None
     try:
-        from runner.train.callbacks import StopOnSignal  # torch: after the first line is on screen
+        from runner.train.pulse import Pulse  # torch: after the first line is on screen
+
+        pulse = Pulse(run, RANK)
+        pulse.install()
+        from runner.train.callbacks import StopOnSignal
+        from runner.train.ranks import join
         from runner.train.worker import work
 
-        stop = StopOnSignal()
+        ranks = join(spec)
+        stop = StopOnSignal(ranks)
         stop.install()
-        from runner.report.summary import print_summary
+        finished = work(spec, run, progress, stop, ranks, pulse)
+        if ranks.main:
+            from runner.report.summary import print_summary
 
-        finished = work(spec, run, progress, stop)
-        print_summary(console, finished.summary, run)
+            print_summary(console, finished.summary, run)
+        pulse.end("done")
         return 0
-    except RunnerError as error:
-        if _out_of_memory(run, error):
-            return 1
-        if run.state() != "interrupted":
-            run.set_status("failed", exit_code=error.exit_code, error=str(error))
-        print_problems(Console(stderr=True), error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        run.set_status("interrupted", exit_code=130, error="interrupted before training: nothing to save")
-        print_problems(Console(stderr=True), RunnerError("interrupted before there was anything to save"))
-        return 130
-    except Exception as error:
-        if _out_of_memory(run, error):
-            return 1
-        log = _keep_traceback(run)
-        what = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-        run.set_status("failed", exit_code=1, error=what)
-        print_problems(Console(stderr=True), RunnerError(Problem(what, None, f"the stack trace is in {log}")))
-        return 1
+    except BaseException as error:
+        return _explained(run, pulse, error)
+    finally:
+        _leave()
 
 
-def _out_of_memory(run: RunDir, error: BaseException) -> bool:
+def _explained(run: RunDir, pulse: Any, error: BaseException) -> int:
+    """The error in `status.json` and on screen (alone), or in the process's own file (under torchrun)."""
+    oom = _out_of_memory(error)
+    agreed = isinstance(error, InterruptedRun)  # by all processes, with a checkpoint
+    if isinstance(error, KeyboardInterrupt):
+        error = checkpoints.interrupted(run)
+        if not LAUNCHED:
+            run.set_status("interrupted", exit_code=130, error=str(error))
+    code = error.exit_code if isinstance(error, RunnerError) else 1
+    problems = error.problems if isinstance(error, RunnerError) else []
+    what = str(error) if problems else f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    interrupted = isinstance(error, InterruptedRun)
+    log = None if problems and oom is None else _keep_traceback(run, error)
+    if oom is not None:
+        oom["phase"] = oom["phase"] or PHASE_OF_STATE.get(str(run.read("status.json").get("state")))
+        run.set_status("failed", exit_code=1, error=f"out of memory: {oom['message']}", oom=oom)
+        Console(stderr=True).print(f"Out of memory; the stack trace is in {log}", markup=False, soft_wrap=True)
+        code = 1
+    elif not LAUNCHED and not interrupted and run.read("status.json").get("state") != "rewinding":
+        run.set_status("failed", exit_code=code, error=what)
+    if pulse is not None:
+        kept = {"what": what, "problems": [vars(problem) for problem in problems], "exit_code": code}
+        pulse.end("interrupted" if interrupted else "failed", error=kept, agreed=agreed)
+    if LAUNCHED:
+        return 0 if agreed else code
+    if oom is None and not isinstance(error, Rewind):  # of which the guard has spoken
+        shown = error if problems else RunnerError(Problem(what, None, f"the stack trace is in {log}"))
+        assert isinstance(shown, RunnerError)
+        print_problems(Console(stderr=True), shown, started=True)
+    return code
+
+
+def _out_of_memory(error: BaseException) -> dict[str, Any] | None:
     """Whether the run died of that: kept in `status.json`, for the front to say what would have fitted."""
     if "torch" not in sys.modules:
-        return False
+        return None
     from runner.train.peaks import out_of_memory
 
-    found = out_of_memory(error)
-    if found is None:
-        return False
-    log, state = _keep_traceback(run), run.read("status.json").get("state")
-    found["phase"] = found["phase"] or PHASE_OF_STATE.get(str(state))
-    what = f"out of memory: {found['message']}"
-    run.set_status("failed", exit_code=1, error=what, oom=found)
-    Console(stderr=True).print(f"Out of memory; the stack trace is in {log}", markup=False, soft_wrap=True)
-    return True
+    return out_of_memory(error)
 
 
-def _keep_traceback(run: RunDir) -> Path:
-    log = run.path / "logs" / "traceback.txt"
-    log.write_text(traceback.format_exc(), "utf-8")
+def _keep_traceback(run: RunDir, error: BaseException) -> Path:
+    log = run.path / "logs" / (f"rank{RANK}.traceback.txt" if LAUNCHED else "traceback.txt")
+    log.write_text("".join(traceback.format_exception(error)), "utf-8")
     return log
+
+
+def _leave() -> None:
+    if LAUNCHED and "torch" in sys.modules:
+        from runner.train.ranks import leave
+
+        leave()
 
 
 def quiet_libraries(run: RunDir) -> None:
@@ -87,7 +123,7 @@ def quiet_libraries(run: RunDir) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ["TRANSFORMERS_VERBOSITY"] = "warning"
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-    handler = logging.FileHandler(run.path / "logs" / "rank0.log", encoding="utf-8")
+    handler = logging.FileHandler(run.path / "logs" / f"rank{RANK}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
@@ -98,7 +134,16 @@ def quiet_libraries(run: RunDir) -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
+    import huggingface_hub.utils.logging as hub_logging
+
+    # Its own handler writes every try to the terminal: some 20 lines of "Retrying in 1s" without a network.
+    hub_logging.get_logger().handlers.clear()
+    hub_logging.enable_propagation()
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if LAUNCHED and status:
+        sys.stdout.flush()
+        os._exit(status)  # the threads of a collective that will never end would keep the process
+    sys.exit(status)

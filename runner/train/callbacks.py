@@ -1,4 +1,4 @@
-"""What happens beside the steps: metrics.jsonl, progress, stopping on a signal, checkpoint markers."""
+"""What happens beside the steps: metrics.jsonl, progress, stopping early or on a signal."""
 
 from __future__ import annotations
 
@@ -6,30 +6,33 @@ import json
 import os
 import signal
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import psutil
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from runner.report.progress import Progress
-from runner.rundir import RunDir, write_atomically
+from runner.rundir import RunDir
+from runner.train.keeping import CutShort, Keeping
 from runner.train.peaks import GIB, gpu_in_use
-from runner.train.trainer import CountingTrainer
+from runner.train.ranks import Ranks
 
 
 class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """One line of `metrics.jsonl` per optimiser step, one of `evals.jsonl` per evaluation."""
 
-    def __init__(self, run: RunDir, progress: Progress) -> None:
-        self.run, self.progress = run, progress
-        self.trainer: CountingTrainer | None = None
+    def __init__(self, run: RunDir, progress: Progress, main: bool = True, start: int = 0) -> None:
+        self.run, self.progress, self.main, self.start = run, progress, main, start
+        self.trainer: Keeping | None = None
         self.started = 0.0
         self.seconds = 0.0
-        self.tokens = self.positions = 0
-        self.total_seconds = 0.0
-        self.losses: list[float] = []
+        lines = [line for line in run.metrics() if line["step"] <= start]  # of the run's earlier part
+        self.tokens = round(sum(line["effective_tokens_per_second"] * line["step_seconds"] for line in lines))
+        self.positions = round(sum(line["tokens_per_second"] * line["step_seconds"] for line in lines))
+        self.total_seconds = sum(line["step_seconds"] for line in lines)
+        self.losses: list[float] = [line["loss"] for line in lines]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
@@ -40,8 +43,12 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
         if "eval_loss" in logs:
-            self._append("evals.jsonl", {"step": state.global_step, "loss": logs["eval_loss"], "time": time.time()})
-            if self.trainer is not None and self.trainer.is_in_train:
+            own = self.trainer.measured(logs, "eval_") if self.trainer is not None else {}
+            line = {"step": state.global_step, "loss": logs["eval_loss"], **own, "time": time.time()}
+            known = [(kept["step"], kept["loss"]) for kept in self.run.evals()]
+            if (line["step"], line["loss"]) not in known:  # measured again by a run that was ended after its last step
+                self._append("evals.jsonl", line)
+            if self.trainer is not None and self.trainer.is_in_train and state.global_step > self.start:
                 self.progress.note(f"  step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
         if "loss" not in logs or self.trainer is None:
             return
@@ -55,26 +62,71 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has 
             "loss": float(logs["loss"]),
             "grad_norm": float(logs.get("grad_norm", float("nan"))),
             "learning_rate": float(logs["learning_rate"]),
+            **self.trainer.measured(logs),
             "tokens_per_second": positions / self.seconds,
             "effective_tokens_per_second": tokens / self.seconds,
             "step_seconds": self.seconds,
             "memory_gib": memory_gib(),
             "time": time.time(),
         }
+        if logs.get("skipped"):
+            line["skipped"] = True
         self._append("metrics.jsonl", line)
         self.progress.step(state.global_step, state.max_steps, line)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
+        if not self.main:
+            return
         with (self.run.path / name).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
 
-class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second one ends the process at once."""
+class AtStart(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Calls something when everything is ready and nothing is trained yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.begin = begin
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin()
+
+
+class StopEarly(EarlyStoppingCallback):  # type: ignore[misc]  # transformers has no types
+    """Too many measurements without a new best: that was the last step, which gets its checkpoint like any other's.
+
+    transformers forgets the count when a run is resumed, or (`restore_callback_states_from_checkpoint`) changes the
+    order of the callbacks.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        kept = state.stateful_callbacks.get(type(self).__name__, {})
+        if kept:
+            self.early_stopping_patience_counter = kept["attributes"]["early_stopping_patience_counter"]
+        self._stop(control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        self._stop(control)
+
+    def _stop(self, control: Any) -> None:
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_save = control.should_training_stop = True
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second one ends the process at once.
+
+    A measurement between two steps is cut short. Before the first step and after the last one nothing has to be
+    finished: what there is to save is saved. Where there are several processes, a signal to one of them stops all,
+    after the same step.
+    """
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
         self.received: int | None = None
         self.training = False
+        self.stopping = False
 
     def install(self) -> None:
         """Take over both signals."""
@@ -85,26 +137,33 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers has n
         if self.received is not None:
             os._exit(130)
         self.received = number
-        if not self.training:  # nothing to save yet, or everything saved
+        if not self.training:
             raise KeyboardInterrupt
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.training = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.received is not None:
+        if self.agreed():
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training and self.agreed():
+            control.should_save = control.should_training_stop = True
+            raise CutShort
+
+    def agreed(self) -> bool:
+        """Whether to stop: asked of all processes at the same point."""
+        self.stopping = self.stopping or self.ranks.any(self.received is not None)
+        return self.stopping
+
+    def settle(self) -> bool:
+        """Whether to stop, with the last step's checkpoint sealed; a later signal ends the process at once."""
+        stop = self.agreed()
         self.training = False
-
-
-class MarkComplete(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """A checkpoint counts only with its marker, written after everything else."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_atomically(folder / "COMPLETE", f"{state.global_step}\n")
+        if self.received is not None and not stop:  # just now
+            raise KeyboardInterrupt
+        return stop
 
 
 def memory_gib() -> float:

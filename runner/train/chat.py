@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from runner.data.formats import Turn
-from runner.errors import RunnerError
+from runner.errors import Problem, RunFailedError, RunnerError
 from runner.report.problems import print_problems
 from runner.rundir import RunDir
 from runner.spec import RunSpec
@@ -34,7 +34,11 @@ def main() -> int:
         return error.exit_code
     system: list[Turn] = [{"role": "system", "content": spec.data.system_prompt}] if spec.data.system_prompt else []
     if options.prompt is not None:
-        text = answer(spec, model, tokenizer, [*system, _user(options.prompt)], options.max_new_tokens)
+        try:
+            text = answer(spec, model, tokenizer, [*system, _user(options.prompt)], options.max_new_tokens)
+        except RunnerError as error:
+            print_problems(console, error)
+            return error.exit_code
         reply = {"prompt": options.prompt, "answer": text}
         print(json.dumps(reply, ensure_ascii=False) if options.json else text, file=out)
         return 0
@@ -50,7 +54,12 @@ def main() -> int:
             turns = list(system)
         elif line:
             turns.append(_user(line))
-            text = answer(spec, model, tokenizer, turns, options.max_new_tokens)
+            try:
+                text = answer(spec, model, tokenizer, turns, options.max_new_tokens)
+            except RunnerError as error:
+                print_problems(console, error)
+                turns.pop()
+                continue
             turns.append({"role": "assistant", "content": text})
             print(text, file=out, flush=True)
 
@@ -66,8 +75,19 @@ def load(spec: RunSpec, run: RunDir, *, base: bool = False) -> tuple[Any, Any]:
     folder = run.path / "model"
     whole = isinstance(spec.method, (Full, Freeze))
     if whole and not base:
-        tuned = spec.model_copy(update={"model": spec.model.model_copy(
-            update={"id": str(folder), "package": None, "gguf_file": None, "revision": None})})  # fmt: skip
+        tuned = spec.model_copy(
+            update={
+                "model": spec.model.model_copy(
+                    update={
+                        "id": str(folder),
+                        "package": None,
+                        "gguf_file": None,
+                        "revision": None,
+                        "from_scratch": False,
+                    }
+                )
+            }
+        )
         return models.load_model(tuned, str(folder)), AutoTokenizer.from_pretrained(folder)
     source = models.source_of(spec.model)
     tokenizer = models.load_tokenizer(spec, source)
@@ -78,11 +98,19 @@ def load(spec: RunSpec, run: RunDir, *, base: bool = False) -> tuple[Any, Any]:
 
 
 def answer(spec: RunSpec, model: Any, tokenizer: Any, turns: list[Turn], max_new_tokens: int) -> str:
-    """One greedy answer."""
+    """One greedy answer; RunFailedError in one line for whatever a model makes of a prompt."""
     from runner.train.evaluate import generate
     from runner.train.trainer import autocast
 
-    return generate(model, tokenizer, [turns], max_new_tokens=max_new_tokens, batch_size=1, autocast=autocast(spec))[0]
+    try:
+        (text,) = generate(
+            model, tokenizer, [turns], max_new_tokens=max_new_tokens, batch_size=1, autocast=autocast(spec)
+        )
+        return text
+    except Exception as error:  # a chat template that wants another order of turns, memory, a kernel
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = "ask something shorter, or write a smaller --max-new-tokens"
+        raise RunFailedError(Problem(f"the model cannot answer: {reason}", None, remedy)) from error
 
 
 def _user(text: str) -> Turn:

@@ -21,8 +21,13 @@ def generate(
     batch_size: int,
     autocast: AbstractContextManager[Any],
     on_batch: Callable[[int], None] = lambda done: None,
+    sharded: bool = False,
 ) -> list[str]:
-    """One greedy answer per conversation, in order; longest prompts first, padded on the left."""
+    """One greedy answer per conversation, in order; longest prompts first, padded on the left.
+
+    `sharded`: ZeRO-3 gathers each layer from all processes, so all must ask for as many answers, and go on together
+    until the last is done.
+    """
     prompts = [chat_ids(tokenizer, turns, ask=True) for turns in conversations]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers = [""] * len(prompts)
@@ -33,13 +38,15 @@ def generate(
         batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt").to(
             model.device
         )
-        with torch.inference_mode(), autocast:
+        # What ZeRO-3 gathers in inference mode could not be trained with afterwards.
+        with torch.no_grad() if sharded else torch.inference_mode(), autocast:
             output = model.generate(
                 **batch,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
                 use_cache=True,
+                synced_gpus=sharded,
                 temperature=None,
                 top_p=None,
                 top_k=None,
@@ -57,9 +64,10 @@ def compare(examples: list[Example], answers: list[str]) -> list[dict[str, Any]]
     return [
         {
             "prompt": example.prompt[-1]["content"],
-            "expected": example.completion[0]["content"].strip(),
+            "expected": expected,
             "answer": answer,
-            "exact": answer == example.completion[0]["content"].strip(),
+            "exact": answer == expected,
         }
         for example, answer in zip(examples, answers, strict=True)
+        for expected in [example.completion[0]["content"].strip() if example.completion else None]
     ]

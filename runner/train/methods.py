@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from runner.errors import Problem, RequestError
 from runner.layers import parse_layers
 from runner.rundir import RunDir
-from runner.spec import Freeze, Full, Lora, QLora4, QLora8, RunSpec
+from runner.spec import Freeze, Full, Lora, QLora4, QLora8, Reward, RunSpec
 from runner.train.models import DTYPES
+
+
+def adapter_of(spec: RunSpec) -> Lora | QLora4 | QLora8 | None:
+    """The method, if it trains an adapter."""
+    return spec.method if isinstance(spec.method, (Lora, QLora4, QLora8)) else None
 
 
 def adapter_config(spec: RunSpec, model: Any) -> LoraConfig | None:
     """PEFT's configuration of the adapter, or None for a method without one."""
-    method = spec.method
-    if not isinstance(method, (Lora, QLora4, QLora8)):
+    method = adapter_of(spec)
+    if method is None:
         return None
     targets: str | list[str] = method.target_modules
     chosen = None
@@ -41,8 +48,20 @@ def adapter_config(spec: RunSpec, model: Any) -> LoraConfig | None:
         use_dora=method.use_dora,
         init_lora_weights=True if init == "default" else init,
         modules_to_save=method.modules_to_save or None,
-        task_type="CAUSAL_LM",
+        trainable_token_indices=_added_tokens(model),
+        task_type="SEQ_CLS" if isinstance(spec.objective, Reward) else "CAUSAL_LM",  # the former trains the head whole
     )
+
+
+def _added_tokens(model: Any) -> dict[str, list[int]] | None:
+    """Rows of the embedding (and of a head of its own) that `data.add_tokens` made: they train, whatever else does."""
+    ids = getattr(model, "added_token_ids", None)
+    if not ids:
+        return None
+    trained = [model.get_input_embeddings()]
+    if not model.config.tie_word_embeddings:
+        trained.append(model.get_output_embeddings())
+    return {name.rpartition(".")[2]: ids for name, module in model.named_modules() if any(module is t for t in trained)}
 
 
 def mark_trainable(spec: RunSpec, model: Any) -> None:
@@ -51,9 +70,13 @@ def mark_trainable(spec: RunSpec, model: Any) -> None:
         model.requires_grad_(True)
     elif isinstance(spec.method, Freeze):
         model.requires_grad_(False)
-        for module in _freeze_modules(spec.method, model):
+        if getattr(model, "added_token_ids", None) and not spec.method.extra_modules:
+            what = "data.add_tokens makes new embeddings, and method=freeze trains none"
+            raise RequestError(Problem(what, "data.add_tokens", "write method.extra_modules=[embed_tokens]"))
+        head = [model.score] if isinstance(spec.objective, Reward) else []  # new, so it has everything to learn
+        for module in [*_freeze_modules(spec.method, model), *head]:
             module.requires_grad_(True)
-            if spec.method.master_weights:
+            if spec.method.master_weights and spec.deepspeed.name == "none":
                 for parameter in module.parameters():
                     parameter.data = parameter.data.float()
         # transformers 5 gives the embeddings' output a gradient wherever it checkpoints, for adapters' sake. Here that
@@ -113,7 +136,7 @@ def _selected(choice: str | list[int | str], layers: Any) -> tuple[int, ...]:
 
 def linear_names(model: Any) -> list[str]:
     """Last names of all linear layers but the output head, as PEFT's `all-linear` takes them."""
-    head = model.get_output_embeddings()
+    head = getattr(model, "score", None) or model.get_output_embeddings()
     kinds = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
     return sorted(kinds)
 
@@ -136,13 +159,13 @@ def _check_names(model: Any, names: str | list[str], key: str) -> None:
 def describe_trainable(model: Any) -> tuple[int, int, list[str]]:
     """Trainable and total parameters, and one line per kind of trained module, for people.
 
-    Packed 4-bit weights count as the parameters they stand for.
+    Packed 4-bit weights count as the parameters they stand for, and those that ZeRO-3 sharded as a whole.
     """
     trainable = total = 0
     where: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
-        count = state.shape.numel() if state is not None else parameter.numel()
+        count = state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
         total += count
         if parameter.requires_grad:
             trainable += count
@@ -171,6 +194,14 @@ def keep_initial_adapter(spec: RunSpec, model: Any, run: RunDir) -> None:
         model.save_pretrained(run.path / "initial_adapter")
 
 
+def widen(spec: RunSpec, model: Any) -> None:
+    """An adapter over a packed base in fp32, where the run computes in that: TRL makes it bf16 whatever was asked."""
+    if spec.train.precision == "fp32" and adapter_of(spec):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+
 def settle(spec: RunSpec, model: Any) -> None:
     """Give weights the precision they are loaded in, so that what is measured is what a user will load.
 
@@ -185,11 +216,61 @@ def settle(spec: RunSpec, model: Any) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def save_model(spec: RunSpec, model: Any, folder: Path, run: RunDir) -> None:
-    """Write the weights that `from_pretrained` needs: all of them, or the adapter over the untouched base."""
-    if decomposes(spec):
-        start = run.path / "initial_adapter"
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start))
-        shutil.rmtree(start)
-    else:
-        model.save_pretrained(folder)
+def save_model(spec: RunSpec, model: Any, folder: Path, run: RunDir, state: dict[str, Any] | None = None) -> None:
+    """Write the weights that `from_pretrained` needs: all of them, or the adapter over the untouched base.
+
+    `state` are the weights where the model itself holds only a part of them (ZeRO-3).
+    """
+    if not decomposes(spec):
+        model.save_pretrained(folder, state_dict=state)
+        return
+    start, config = run.path / "initial_adapter", copy.deepcopy(model.peft_config["default"])
+    own = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    folder.mkdir(parents=True)
+    save_file(relative(config, own, start), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    shutil.rmtree(start)
+
+
+def relative(config: PeftConfig, state: dict[str, Any], start: Path) -> dict[str, Any]:
+    """An adapter over the untouched base, from one that started as a part of it (PiSSA, OLoRA); `config` becomes its.
+
+    The base lost B₀·A₀ when training began, so what was learned is B·A − B₀·A₀ = [B −B₀]·[A; A₀]: twice the rank, at
+    the same scale alpha / rank. `start` holds A₀ and B₀.
+    """
+    first = load_file(start / "adapter_model.safetensors")
+    found = {}
+    for name, value in state.items():
+        value = value.detach().to("cpu", torch.float32)
+        if "lora_A" in name:
+            value = torch.cat([value, first[name].float()], dim=0)
+        elif "lora_B" in name:
+            value = torch.cat([value, -first[name].float()], dim=1)
+        found[name] = value.contiguous()
+    config.r *= 2
+    config.lora_alpha *= 2
+    config.init_lora_weights = True
+    return found
+
+
+def whole_weights(spec: RunSpec, model: Any, main: bool) -> dict[str, Any]:
+    """What has to be saved of a model that ZeRO-3 sharded, gathered one by one; on the main process only.
+
+    Every process must call it. An adapter's own weights, or all of them, in the precision they are trained in.
+    """
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    adapter = adapter_of(spec)
+    dtype = torch.float32 if adapter else DTYPES[spec.train.precision]
+    found = {}
+    for name, parameter in model.named_parameters():
+        if adapter and not parameter.requires_grad:
+            continue
+        with GatheredParameters([parameter]):
+            if main:
+                found[name] = parameter.data.to("cpu", dtype, copy=True)
+    if main and not adapter:
+        buffers = {name for name, _ in model.named_buffers()}  # those that are saved are in `state_dict`, too
+        found |= {name: value for name, value in model.state_dict().items() if name in buffers}
+    return found

@@ -11,23 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from peft.tuners.lora import dora
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+)
+from transformers.trainer_utils import set_seed
 from transformers.utils import is_flash_attn_2_available
 
+from runner.data.templates import template_source
+from runner.data.words import FALLBACK
 from runner.errors import Problem, RequestError
 from runner.paths import cache_dir
 from runner.spec import Full, ModelSpec, QLora4, QLora8, RunSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-# A model without a chat template gets this one: ChatML (the layout of SmolLM2, Qwen and others),
-# ended by the model's own end-of-text token so that it learns to stop.
-FALLBACK_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '<|im_end|>' }}{% endif %}{{ '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def source_of(model: ModelSpec, say: Callable[[str], None] = lambda line: None) -> str:
@@ -37,7 +41,7 @@ def source_of(model: ModelSpec, say: Callable[[str], None] = lambda line: None) 
     SmolLM2-135M) and read from the cache afterwards (0.1 s).
     """
     if model.package is None and model.gguf_file is None:
-        return model.id
+        return model.id  # of random weights: the folder of their tokenizer (stages.py)
     folder = _package_folder(model) if model.package else Path(model.id)
     assert model.gguf_file is not None
     gguf = folder / model.gguf_file
@@ -83,32 +87,30 @@ def _dequantise(folder: Path, gguf_file: str, target: Path) -> None:
 
 
 def load_tokenizer(spec: RunSpec, source: str) -> Any:
-    """The tokenizer with a pad token and a chat template; RequestError for a template that cannot be read."""
+    """The tokenizer with a pad token and a chat template, and the special tokens of `data.add_tokens`.
+
+    RequestError for a template that cannot be read.
+    """
     with explained(spec.model):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.model.revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if spec.data.chat_template:
-        try:
-            tokenizer.chat_template = Path(spec.data.chat_template).read_text("utf-8")
-        except OSError as error:
-            raise RequestError(
-                Problem(
-                    f"data.chat_template={spec.data.chat_template}: {error.strerror}",
-                    None,
-                    "name a Jinja file",
-                )
-            ) from None
+        tokenizer.chat_template = template_source(spec.data.chat_template)
     elif tokenizer.chat_template is None:
-        tokenizer.chat_template = FALLBACK_TEMPLATE
+        tokenizer.chat_template = template_source(FALLBACK)
+    if spec.data.add_tokens:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(spec.data.add_tokens)})
     return tokenizer
 
 
-def load_model(spec: RunSpec, source: str) -> Any:
+def load_model(spec: RunSpec, source: str, rewards: bool = False) -> Any:
     """The base model as the method wants it: 16 bits, quantised, or fp32 where its own weights train.
 
+    `rewards`: with a head for one number instead of one for words; its weights are random, by the run's seed.
+
     Weights that train are kept in fp32 under 16-bit autocast: in bf16 an update smaller than
-    1/256 of a weight is lost.
+    1/256 of a weight is lost. DeepSpeed computes with 16-bit weights and keeps its own in fp32.
     """
     dtype = DTYPES[spec.train.precision]
     options: dict[str, Any] = {"attn_implementation": attention(spec), "revision": spec.model.revision}
@@ -125,15 +127,68 @@ def load_model(spec: RunSpec, source: str) -> Any:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=True, llm_int8_threshold=spec.method.outlier_threshold
         )
-    if isinstance(spec.method, Full) and spec.method.master_weights:
+    if isinstance(spec.method, Full) and spec.method.master_weights and spec.deepspeed.name == "none":
         dtype = torch.float32
-    if spec.hw.accelerator == "cuda":
+    if spec.hw.accelerator == "cuda" and not spec.deepspeed.name.startswith("zero3"):  # which shards as it loads
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    kind: Any = AutoModelForCausalLM
+    if rewards:
+        kind = AutoModelForSequenceClassification
+        options["num_labels"] = 1
+        set_seed(spec.train.seed)
+    if spec.model.from_scratch:
+        return random_weights(spec, dtype)
     with explained(spec.model):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        model = kind.from_pretrained(source, dtype=dtype, **options)
     if isinstance(spec.method, QLora4) and spec.hw.accelerator == "cpu":
         _keep_trainable_layout(model)
+    if isinstance(spec.method, (QLora4, QLora8)) and spec.hw.accelerator == "cpu":
+        _only_look()
+    if spec.data.add_tokens:
+        _add_rows(spec, source, model)
     return model
+
+
+def random_weights(spec: RunSpec, dtype: torch.dtype) -> Any:
+    """A model of the sizes in `model`, its weights by the run's seed."""
+    facts = spec.model
+    sizes = {
+        "hidden_size": facts.hidden_size,
+        "intermediate_size": facts.intermediate_size,
+        "num_hidden_layers": facts.num_layers,
+        "num_attention_heads": facts.num_heads,
+        "num_key_value_heads": facts.num_kv_heads,
+        "vocab_size": facts.vocab_size,
+        "max_position_embeddings": facts.context_length,
+        "tie_word_embeddings": facts.tie_embeddings,
+        "num_local_experts": facts.num_experts,
+        "num_experts_per_tok": facts.experts_per_token,
+        "head_dim": facts.head_dim or (facts.hidden_size or 0) // (facts.num_heads or 1) or None,
+    }
+    known = {name: value for name, value in sizes.items() if value is not None}
+    # The tokenizer's ids are set when it is there (objectives.load_model).
+    config = AutoConfig.for_model(str(facts.architecture), bos_token_id=None, eos_token_id=None, **known)
+    set_seed(spec.train.seed)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(spec))
+
+
+def _add_rows(spec: RunSpec, source: str, model: Any) -> None:
+    """Embeddings (and a head of its own) for `data.add_tokens`: each begins as the mean of all others.
+
+    The same on every process and whenever it is loaded, so that an adapter meets what it was trained on. The ids are
+    left in `model.added_token_ids`.
+    """
+    if spec.deepspeed.name.startswith("zero3"):
+        what = "data.add_tokens makes the embeddings larger, which ZeRO-3 has sharded by then"
+        raise RequestError(Problem(what, "data.add_tokens", "write deepspeed=zero2, or less"))
+    tokenizer = load_tokenizer(spec, source)
+    model.added_token_ids = tokenizer.convert_tokens_to_ids(list(spec.data.add_tokens))
+    before = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > before:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+            with torch.no_grad():
+                module.weight[before:] = module.weight[:before].float().mean(0).to(module.weight.dtype)
 
 
 def _keep_trainable_layout(model: Any) -> None:
@@ -145,6 +200,24 @@ def _keep_trainable_layout(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _only_look() -> None:
+    """Stop peft 0.21 from replacing a packed weight by a copy, as it does on a CPU whenever DoRA has looked at it.
+
+    The copy of an int8 weight has no scales, which the next forward pass would take over; that of a 4-bit weight is
+    not the one that ZeRO-3 has sharded.
+    """
+    looking: Any = dora
+    looking.dequantize_module_weight = _dequantised
+
+
+def _dequantised(module: Any) -> torch.Tensor:
+    """The weight of a linear layer [out, in], packed or not."""
+    if isinstance(module, (Linear4bit, Linear8bitLt)):
+        packed: Any = module.weight
+        return dequantize_bnb_weight(packed, getattr(module, "state", None))
+    return dequantize_module_weight(module)
 
 
 def attention(spec: RunSpec) -> str:

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with our settings, and the numbers it does not keep itself."""
+"""TRL's SFTTrainer with our settings, which the other objectives' trainers share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from runner.rundir import RunDir
 from runner.spec import RunSpec
+from runner.train.keeping import Keeping
 
 SCHEDULES = {
     "cosine": "cosine",
@@ -26,27 +27,20 @@ OPTIMIZERS = {
     "adafactor": "adafactor",
     "sgd": "sgd",
 }
+NEVER = 2**31 - 1
 WSD_DECAY_SHARE = 0.2  # of all steps; 10–20% decays as well as a full cosine (arXiv 2405.18392)
 
 
-class CountingTrainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
-    """SFTTrainer that counts the positions and the real tokens of every step."""
+class CountingTrainer(Keeping, SFTTrainer):  # type: ignore[misc]  # trl has no types
+    """SFTTrainer that counts, keeps whole checkpoints, and spares a CPU the head's work where nothing is learned."""
 
-    positions = 0
-    """Positions computed in the current step, padding included."""
-    tokens = 0
-    """Positions of the current step that hold a token."""
-
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """One micro batch; `inputs["input_ids"]` is [b, s]."""
-        size = inputs["input_ids"].numel()
+    def sizes(self, inputs: Any) -> tuple[int, int]:
+        """`inputs["input_ids"]` is [b, s]."""
         mask = inputs.get("attention_mask")
         if mask is None:  # packed: padding begins a document of its own at every position
             pad = self.processing_class.pad_token_id
             mask = (inputs["position_ids"] != 0) | (inputs["input_ids"] != pad)
-        self.positions += size
-        self.tokens += int(mask.sum())
-        return super().training_step(model, inputs, *args, **kwargs)
+        return inputs["input_ids"].numel(), int(mask.sum())
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -70,16 +64,6 @@ class CountingTrainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # counted over all ranks, whose gradients are averaged
         return (loss, outputs) if return_outputs else loss
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """None: to count them the trainer walks through all modules at every step, and nobody reads `total_flos`."""
-        return 0
-
-    def take_counts(self) -> tuple[int, int]:
-        """Positions and tokens since the last call."""
-        counts = self.positions, self.tokens
-        self.positions = self.tokens = 0
-        return counts
 
 
 def autocast(spec: RunSpec) -> AbstractContextManager[Any]:
@@ -109,48 +93,62 @@ def _pad_to(spec: RunSpec) -> int | str:
     return spec.train.max_length if spec.hw.accelerator == "cpu" and spec.train.packing else "auto"
 
 
-def settings(spec: RunSpec, run: RunDir, total_steps: int, report_to: list[str]) -> SFTConfig:
-    """Our settings in TRL's words."""
+def settings(
+    spec: RunSpec, run: RunDir, total_steps: int, report_to: list[str], deepspeed: dict[str, Any] | None = None
+) -> SFTConfig:
+    """`shared_settings` and what supervised fine-tuning adds."""
+    return SFTConfig(
+        **shared_settings(spec, run, total_steps, report_to, deepspeed),
+        packing=spec.train.packing,
+        pad_to_multiple_of=_pad_to(spec),
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+
+
+def shared_settings(
+    spec: RunSpec, run: RunDir, total_steps: int, report_to: list[str], deepspeed: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Our settings in TRL's words. With `deepspeed` (its resolved JSON) before the model is loaded, for ZeRO-3's sake:
+    transformers looks for living settings to know that it has to shard."""
     train, evaluate = spec.train, spec.eval
     warmup = round(train.warmup_ratio * total_steps)
     schedule_options = {}
     if train.schedule == "wsd":
         schedule_options = {"num_decay_steps": max(1, round(WSD_DECAY_SHARE * total_steps))}
-    return SFTConfig(
-        output_dir=str(run.path / "checkpoints"),
-        per_device_train_batch_size=int(train.micro_batch_size),
-        per_device_eval_batch_size=int(train.micro_batch_size),
-        gradient_accumulation_steps=int(train.accumulation_steps),
-        num_train_epochs=train.num_epochs,
-        max_steps=train.max_steps or -1,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=SCHEDULES[train.schedule],
-        lr_scheduler_kwargs=schedule_options,
-        warmup_steps=warmup,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        optim=OPTIMIZERS[train.optimizer],
-        bf16=train.precision == "bf16",
-        fp16=train.precision == "fp16",
-        use_cpu=spec.hw.accelerator == "cpu",
-        activation_checkpointing=bool(train.gradient_checkpointing),
-        use_liger_kernel=train.liger is True,
-        max_length=train.max_length,
-        packing=train.packing,
-        pad_to_multiple_of=_pad_to(spec),
-        dataset_kwargs={"skip_prepare_dataset": True},
-        seed=train.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if evaluate.every_steps else "no",
-        eval_steps=evaluate.every_steps,
-        metric_for_best_model="eval_loss" if evaluate.early_stopping_patience else None,
-        greater_is_better=False if evaluate.early_stopping_patience else None,
-        save_strategy="steps" if train.save_every_steps else "no",
-        save_steps=train.save_every_steps or 500,
-        save_total_limit=train.keep_checkpoints,
-        report_to=report_to,
-        run_name=run.id,
-        disable_tqdm=True,
-        dataloader_pin_memory=spec.hw.accelerator == "cuda",
-    )
+    return {
+        "output_dir": str(run.path / "checkpoints"),
+        "per_device_train_batch_size": int(train.micro_batch_size),
+        "per_device_eval_batch_size": int(train.micro_batch_size),
+        "gradient_accumulation_steps": int(train.accumulation_steps),
+        "num_train_epochs": train.num_epochs,
+        "max_steps": train.max_steps or -1,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": SCHEDULES[train.schedule],
+        "lr_scheduler_kwargs": schedule_options,
+        "warmup_steps": warmup,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "optim": OPTIMIZERS[train.optimizer],
+        "bf16": train.precision == "bf16",
+        "fp16": train.precision == "fp16",
+        "use_cpu": spec.hw.accelerator == "cpu",
+        "activation_checkpointing": bool(train.gradient_checkpointing),
+        "use_liger_kernel": train.liger is True,
+        "max_length": train.max_length,
+        "seed": train.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if evaluate.every_steps else "no",
+        "eval_steps": evaluate.every_steps,
+        "metric_for_best_model": "eval_loss" if evaluate.every_steps else None,
+        "greater_is_better": False if evaluate.every_steps else None,
+        "save_strategy": "steps",  # and so after the last one, whatever `save_steps` is
+        "save_steps": train.save_every_steps or NEVER,
+        "save_total_limit": None,  # the sealer deletes, and only once the newer checkpoint is complete
+        "deepspeed": deepspeed,
+        "ddp_find_unused_parameters": bool(spec.model.num_experts),  # an expert may see no token of a micro batch
+        "report_to": report_to,
+        "run_name": run.id,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": spec.hw.accelerator == "cuda",
+    }

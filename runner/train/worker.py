@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+from transformers import set_seed
 
-from runner.data.formats import Example, fingerprint, load
-from runner.errors import InterruptedRun, Problem, RunFailedError
+from runner import checkpoints
+from runner.errors import InterruptedRun, Problem
 from runner.report.plot import plot_loss
 from runner.report.progress import Progress
 from runner.report.summary import summary_of
 from runner.rundir import RunDir
 from runner.spec import RunSpec
-from runner.train import dataset, methods, models
-from runner.train.callbacks import MarkComplete, MetricsWriter, StopOnSignal
+from runner.train import dataset, methods, models, objectives, stages, universal
+from runner.train.callbacks import AtStart, MetricsWriter, StopEarly, StopOnSignal
 from runner.train.environment import environment
-from runner.train.evaluate import compare, generate
+from runner.train.guards import LossGuard
+from runner.train.measure import Measuring
 from runner.train.peaks import Peaks
+from runner.train.pulse import Pulse
+from runner.train.ranks import Ranks
+from runner.train.saving import SaveWhenDue, Sealer
+from runner.train.sharding import deepspeed_config
 from runner.train.tracking import start_tracking
-from runner.train.trainer import CountingTrainer, autocast, num_steps, settings
 
 
 @dataclass
@@ -34,50 +39,102 @@ class Finished:
     summary: dict[str, Any]
 
 
-def work(spec: RunSpec, run: RunDir, progress: Progress, stop: StopOnSignal) -> Finished:
-    """Do the whole run; every state it enters is in `status.json` before its work begins."""
+def work(
+    spec: RunSpec, run: RunDir, progress: Progress, stop: StopOnSignal,
+    ranks: Ranks | None = None, pulse: Pulse | None = None,
+) -> Finished:  # fmt: skip
+    """Do the whole run, or go on with one that has checkpoints; this process's part, where there are several.
+
+    Every state the run enters is in `status.json` before its work begins.
+    """
     began = time.time()
-    run.set_status("loading", started=began)
+    ranks = ranks or Ranks()
+    pulse = pulse or Pulse(run, ranks.rank)
+
+    def enter(state: str, **facts: Any) -> None:
+        pulse.beat(state)
+        if ranks.main:
+            run.set_status(state, **facts)
+
+    enter("loading", started=began)
+    start = _start(run, progress, ranks)
     peaks = Peaks(spec.hw.accelerator == "cuda")
     if spec.hw.accelerator == "cpu" and spec.hw.num_cpus:
-        torch.set_num_threads(spec.hw.num_cpus)
+        torch.set_num_threads(max(1, spec.hw.num_cpus // (spec.hw.num_processes or 1)))
+
+    def count(done: int, total: int) -> None:
+        """Rows are tokenised: said, and a sign of life."""
+        progress.advance(done, total)
+        pulse.beat("loading")
+
     set_seed(spec.train.seed)
-    train_examples, eval_examples = load(spec.data, spec.train.seed)
-    source = models.source_of(spec.model, progress.note)
-    tokenizer = models.load_tokenizer(spec, source)
-    train_rows = dataset.tokenise(train_examples, tokenizer, spec)
-    eval_rows = dataset.tokenise(eval_examples, tokenizer, spec) if eval_examples else None
-    progress.note(_data_line(train_rows, len(eval_examples)))
-    model = models.load_model(spec, source)
-    methods.mark_trainable(spec, model)
-    steps = num_steps(spec, len(train_rows.rows))
+    spec = stages.prepare(spec, progress.note, pulse.beat, ranks)
+    examples = objectives.read(spec)
+    if examples.note:
+        progress.note(examples.note)
+    with ranks.main_first():
+        source = models.source_of(spec.model, progress.note)
+        tokenizer = models.load_tokenizer(spec, source)
+        with progress.stage("Tokenising", "rows"):
+            rows = objectives.tokenise(examples, tokenizer, spec, count)
+    progress.note(dataset.line_of(rows[0], len(examples.held or ())))
+    steps = objectives.num_steps(spec, len(rows[0].rows))
     report_to, line = start_tracking(spec, run)
     if line:
         progress.note(line)
-    metrics = MetricsWriter(run, progress)
-    trainer = _trainer(spec, run, model, tokenizer, train_rows, eval_rows, steps, report_to, [metrics, stop])
-    metrics.trainer = trainer
-    methods.keep_initial_adapter(spec, trainer.model, run)
-    _say_what_trains(trainer.model, progress)
-    facts = environment(spec, trainer.model, tokenizer, source, fingerprint([*train_examples, *eval_examples]))
-    run.write("environment.json", facts)
-    peaks.end("load")
+    sharding = universal.prepare(spec, run, start, ranks, deepspeed_config(spec, run, source))
+    arguments = objectives.settings(spec, run, steps, report_to, sharding)
+    model = objectives.load_model(spec, source, tokenizer)
+    methods.mark_trainable(spec, model)
+    metrics = MetricsWriter(run, progress, ranks.main, start)
+    measuring = Measuring(
+        spec, run, progress, ranks, tokenizer, examples.asked, pulse, objectives.judge(spec, examples)
+    )
 
-    before = _measure(spec, run, "before", trainer, tokenizer, eval_examples, progress)
-    peaks.end("eval")
-    run.set_status("training", num_steps=steps)
+    def begin() -> None:
+        """Once DeepSpeed has its engine: before that a sharded model cannot answer."""
+        peaks.end("load")
+        measuring.before()
+        if start:
+            trainer.follow_schedule()
+            measuring.make_up(start)
+        peaks.end("eval")
+        enter("training", num_steps=steps)
+
+    sealer = Sealer(run, ranks, spec.train.keep_checkpoints, pulse)
+    early = [StopEarly(spec.eval.early_stopping_patience)] if spec.eval.early_stopping_patience else []
+    callbacks = [metrics, pulse, *early, AtStart(begin), stop, SaveWhenDue(sealer, spec.train.save_every_minutes)]
+    guard = LossGuard(spec.train, run, ranks, progress.note)
+    trainer: Any = objectives.build(
+        spec, source, model, tokenizer, rows, args=arguments, guard=guard, callbacks=callbacks
+    )
+    trainer.ranks, trainer.sealer = ranks, sealer
+    trainer.noted = {"processes": ranks.world, "stage": spec.deepspeed.name}
+    metrics.trainer = measuring.trainer = trainer
+    if ranks.main:
+        methods.keep_initial_adapter(spec, trainer.model, run)
+    _say_what_trains(trainer.model, progress)
+    facts = environment(spec, trainer.model, tokenizer, source, examples.fingerprint)
+    if ranks.main:
+        run.write("environment.json", {**facts, "processes": ranks.world})
+
     with progress.stage("Training", "steps"):
-        trainer.train()
-    _stop_if_asked(run, stop, trainer.state.global_step)
-    _check_finite(metrics.losses)
+        trainer.train(resume_from_checkpoint=str(checkpoints.folder(run, start)) if start else None)
+    sealer.wait()
+    _stop_if_asked(run, stop, trainer.state.global_step, ranks)
     peaks.end("train")
 
-    methods.settle(spec, trainer.model)
-    after = _measure(spec, run, "after", trainer, tokenizer, eval_examples, progress)
+    if not trainer.is_deepspeed_enabled:  # which has made 16 bits of them already
+        methods.settle(spec, trainer.model)
+    after = measuring.measure("after")
     peaks.end("eval")
-    run.set_status("saving")
-    save(spec, run, trainer.model, tokenizer)
+    enter("saving")
+    save(spec, run, trainer, tokenizer, ranks)
     peaks.end("save")
+    # Without accelerate's wrapper, whose autocast nobody sees: the model as it was saved.
+    finished = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if not ranks.main:
+        return Finished(finished, tokenizer, {})
     trained = {
         "losses": metrics.losses,
         "steps": trainer.state.global_step,
@@ -85,47 +142,26 @@ def work(spec: RunSpec, run: RunDir, progress: Progress, stop: StopOnSignal) -> 
         "positions": metrics.positions,
         "seconds": metrics.total_seconds,
         "parameters": methods.describe_trainable(trainer.model)[:2],
-        "examples": train_rows.num_examples,
+        "examples": rows[0].num_examples,
     }
-    summary = summary_of(spec, run, trained, before, after, time.time() - began, peaks.as_dict())
+    summary = summary_of(spec, run, trained, measuring.first, after, time.time() - began, peaks.as_dict())
     plot_loss(run, summary)
     run.write("summary.json", summary)
     run.set_status("done", exit_code=0, step=trainer.state.global_step)
-    # Without accelerate's wrapper, whose autocast nobody sees: the model as it was saved.
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    return Finished(model, tokenizer, summary)
+    sealer.finish()
+    return Finished(finished, tokenizer, summary)
 
 
-def _trainer(
-    spec: RunSpec, run: RunDir, model: Any, tokenizer: Any, train_rows: dataset.Tokenised,
-    eval_rows: dataset.Tokenised | None, steps: int, report_to: list[str], callbacks: list[Any],
-) -> CountingTrainer:  # fmt: skip
-    if spec.eval.early_stopping_patience:
-        callbacks = [*callbacks, EarlyStoppingCallback(spec.eval.early_stopping_patience)]
-    trainer = CountingTrainer(
-        model=model,
-        args=settings(spec, run, steps, report_to),
-        train_dataset=train_rows.rows,
-        eval_dataset=eval_rows.rows if eval_rows else None,
-        processing_class=tokenizer,
-        peft_config=methods.adapter_config(spec, model),
-        callbacks=[*callbacks, MarkComplete()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _data_line(rows: dataset.Tokenised, num_eval: int) -> str:
-    parts = [f"{rows.num_examples:,} examples, {rows.num_tokens:,} tokens"]
-    if rows.packing_efficiency is not None:
-        parts.append(f"packed into {len(rows.rows):,} sequences, {rows.packing_efficiency:.0%} full")
-    if rows.num_truncated:
-        parts.append(f"{rows.num_truncated:,} cut to the longest length")
-    if rows.num_dropped:
-        parts.append(f"{rows.num_dropped:,} dropped: nothing left to learn after the cut")
-    if num_eval:
-        parts.append(f"{num_eval:,} held out")
-    return "Data    " + "; ".join(parts) + (" (tokens from the cache)" if rows.from_cache else "")
+def _start(run: RunDir, progress: Progress, ranks: Ranks) -> int:
+    """Step after which to go on: that of the newest checkpoint that is whole, 0 without one. Later traces go."""
+    step: int = ranks.from_main((checkpoints.newest(run, progress.note) or 0) if ranks.main else 0)
+    if ranks.main:
+        checkpoints.discard(run, [later for later in checkpoints.steps(run) if later > step])
+        run.cut_after(step)
+    if step:
+        progress.note(f"Resumes after step {step}")
+    ranks.barrier()
+    return step
 
 
 def _say_what_trains(model: Any, progress: Progress) -> None:
@@ -135,77 +171,30 @@ def _say_what_trains(model: Any, progress: Progress) -> None:
     progress.note("        " + ", ".join(shown))
 
 
-def _measure(
-    spec: RunSpec, run: RunDir, when: str, trainer: CountingTrainer, tokenizer: Any,
-    examples: list[Example], progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
-    """Held-out loss and exact match; the answers go to `answers_<when>.jsonl`."""
-    import json
-
-    from runner.rundir import write_atomically
-
-    run.set_status("evaluating", when=when)
-    result: dict[str, Any] = {}
-    if trainer.eval_dataset is not None:
-        result["loss"] = float(trainer.evaluate()["eval_loss"])
-    asked = [e for e in examples if e.text is None][: spec.eval.num_prompts]
-    if asked:
-        with progress.stage(f"Answering {len(asked)} held-out prompts {when} training", "prompts"):
-            answers = generate(
-                trainer.model,
-                tokenizer,
-                [e.prompt for e in asked],
-                max_new_tokens=spec.eval.max_new_tokens,
-                batch_size=spec.eval.batch_size,
-                autocast=autocast(spec),
-                on_batch=lambda done: progress.advance(done, len(asked)),
-            )
-        rows = compare(asked, answers)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(run.path / f"answers_{when}.jsonl", text)
-        result |= {
-            "exact_match": sum(r["exact"] for r in rows) / len(rows),
-            "num_exact": sum(r["exact"] for r in rows),
-        }
-        result["num_prompts"] = len(rows)
-    if result:
-        progress.note(f"{when.capitalize():8}" + describe(result))
-    return result
-
-
-def describe(result: dict[str, Any]) -> str:
-    """A measurement in words."""
-    parts = []
-    if "exact_match" in result:
-        parts.append(f"{result['num_exact']} of {result['num_prompts']} held-out prompts answered exactly")
-    if "loss" in result:
-        parts.append(f"held-out loss {result['loss']:.4f}")
-    return ", ".join(parts)
-
-
-def _stop_if_asked(run: RunDir, stop: StopOnSignal, step: int) -> None:
-    if stop.received is None:
+def _stop_if_asked(run: RunDir, stop: StopOnSignal, step: int, ranks: Ranks) -> None:
+    if not stop.settle():
         return
-    where = run.path / "checkpoints" / f"checkpoint-{step}"
-    run.set_status("interrupted", exit_code=130, step=step)
-    raise InterruptedRun(Problem(f"stopped after step {step}; checkpoint saved", None, str(where)))
+    where = checkpoints.folder(run, step)
+    if ranks.main:
+        run.set_status("interrupted", exit_code=130, step=step)
+    ranks.barrier()  # the checkpoint is sealed: now torchrun may end the others as soon as one has gone
+    raise InterruptedRun(
+        Problem(f"stopped after step {step}; checkpoint saved in {where}", None, f"python -m runner resume {run.path}")
+    )
 
 
-def _check_finite(losses: list[float]) -> None:
-    bad = next((i for i, loss in enumerate(losses) if loss != loss or abs(loss) == float("inf")), None)
-    if bad is not None:
-        raise RunFailedError(
-            Problem(
-                f"the loss became {losses[bad]} at step {bad + 1}",
-                None,
-                "lower train.learning_rate, or use train.precision=fp32",
-            )
-        )
-
-
-def save(spec: RunSpec, run: RunDir, model: Any, tokenizer: Any) -> None:
+def save(spec: RunSpec, run: RunDir, trainer: Any, tokenizer: Any, ranks: Ranks) -> None:
     """Write `model/` so that plain transformers (or peft, for an adapter) loads it; whole or not at all."""
     temporary, final = run.path / ".model.tmp", run.path / "model"
-    methods.save_model(spec, model, temporary, run)
-    tokenizer.save_pretrained(temporary)
-    temporary.rename(final)
+    state = None
+    if trainer.is_deepspeed_enabled and spec.deepspeed.name.startswith("zero3"):
+        trainer.deepspeed.empty_partition_cache()  # what was fetched ahead of its use: it cannot be gathered again
+        state = methods.whole_weights(spec, trainer.model, ranks.main)
+    if ranks.main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        trainer.model.config.use_cache = True  # training switched it off
+        methods.save_model(spec, trainer.model, temporary, run, state)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(final, ignore_errors=True)  # of a run that was extended
+        temporary.rename(final)
+    ranks.barrier()

@@ -1,0 +1,55 @@
+"""docs/reliability.md: what is promised, and what the two chaos benchmarks found."""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks import chaos, chaos_cloud
+from benchmarks.bench import ROOT
+
+PAGE = ROOT / "docs" / "reliability.md"
+INTRO = """\
+<!-- Written by `python -m benchmarks chaos` and `chaos_cloud` from benchmarks/results/: run these, edit nothing. -->
+
+# Reliability
+
+What a run keeps and what a pod may cost, whatever happens to them, and how that was tried.
+
+## What is promised
+
+- **A checkpoint counts when it is whole.** Its files are flushed to the disk, then `COMPLETE` is written, atomically,
+  with the size and the SHA-256 of each. That happens beside the training: the next step does not wait for it. The old
+  checkpoint is deleted after that, never before. (runner/checkpoints.py)
+- **One is written every 15 minutes** (`train.save_every_minutes`; less often where writing takes more than a twentieth
+  of the time), every `train.save_every_steps`, and always after the last step: a run that is killed while it measures
+  or saves its model does that again, and nothing else. It stays, so that `resume runs/<id> train.max_steps=…` can make
+  a finished run longer; `train.keep_checkpoints=0` deletes it when the run is done. A finished run is never begun anew.
+- **`python -m runner resume runs/<id>`** takes the newest checkpoint whose sums are right, says which ones it passed
+  over, and goes on: weights or adapter, optimiser, learning rate, random numbers of every process, place in the data.
+  On a CPU the end is the same, to the last bit, as if nothing had happened. On another number of processes
+  DeepSpeed's universal checkpoints are used, and sums are taken in another order: the losses are the same to 1e-5 in
+  fp32 (tests/test_launch.py).
+- **Ctrl-C and SIGTERM** finish the step, write a checkpoint and exit with 130; every process stops after the same
+  step. A measurement is cut short, and made up for by resume. Before the first step and after the last one they end the
+  run at once: everything is saved. So does a second Ctrl-C, always. If the launcher is killed, the kernel tells the
+  workers (PR_SET_PDEATHSIG), and they do the same.
+- **One process fails: all end within seconds**, and the one that failed is named, with its log and, where the cause is
+  known (runner/execute/causes.py), the remedy. One that hangs is found by its missing sign of life
+  (`train.hang_minutes`; four times that while it starts, loads, or writes a checkpoint or the model), and the stacks of
+  all are kept in `logs/rank<k>.stack.txt`.
+- **A run has one owner**: `resume` refuses while any of its processes is alive.
+- **A rented pod ends**: what cannot happen with money is in [runpod.md](runpod.md#what-cannot-happen).
+"""
+
+PARTS = ((chaos.BENCHMARK, "How runs were tried"), (chaos_cloud.BENCHMARK, "How renting was tried"))
+
+
+def page() -> str:
+    """The whole page, from the results that are there."""
+    parts = [INTRO]
+    for benchmark, title in PARTS:
+        shown = f"Not measured yet: `python -m benchmarks {benchmark.name}`.\n"
+        if benchmark.file.is_file():
+            shown = benchmark.show(json.loads(benchmark.file.read_text("utf-8")))
+        parts.append(f"## {title}\n\n{shown}")
+    return "\n".join(parts)

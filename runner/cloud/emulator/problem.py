@@ -1,0 +1,32 @@
+"""An answer that says what was wrong, in the form of RFC 9457 as RunPod sends it."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class ApiProblem(Exception):
+    """Ends a request with an error answer."""
+
+    def __init__(self, status: int, detail: str, errors: list[str] | None = None, retry_after: int | None = None):
+        self.status, self.detail, self.errors = status, detail, errors or []
+        self.retry_after = retry_after
+        super().__init__(f"{status} {detail}")
+
+    def content(self) -> dict[str, Any]:
+        """The body."""
+        title = {422: "Unprocessable Entity"}.get(self.status) or HTTPStatus(self.status).phrase
+        found: dict[str, Any] = {"title": title, "status": self.status, "detail": self.detail}
+        return {**found, "errors": self.errors} if self.errors else found
+
+    def headers(self) -> dict[str, str]:
+        """What goes with it."""
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+def not_found(what: str) -> ApiProblem:
+    """404: `pod not found`."""
+    return ApiProblem(404, f"{what} not found")

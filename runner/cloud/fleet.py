@@ -1,0 +1,207 @@
+"""Every pod of this project: what the ledger knows of them and what RunPod says, side by side."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.cloud import ending
+from runner.cloud.answers import OVER, Pod
+from runner.cloud.api import Api
+from runner.cloud.ledger import PREFIX, Entry, Ledger
+from runner.cloud.money import Meter, stopped_usd_per_day
+from runner.cloud.problems import StillThereError, pod_page
+from runner.cloud.reconcile import overdue
+from runner.errors import Problem, RequestError, RunnerError
+from runner.suggest import nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One pod, as `pods --json` prints it."""
+
+    run_id: str
+    pod_id: str | None
+    name: str
+    state: str
+    """Of the ledger; `ELSEWHERE` for a pod that another machine has rented."""
+    status: str | None
+    """RunPod's own word; null where it has no such pod."""
+    gpu: str | None
+    cloud: str
+    data_center: str | None
+    usd_per_hour: float
+    usd: float
+    """So far, by time and price, disks included."""
+    usd_per_day_stopped: float
+    age_hours: float
+    deadline: float | None
+    """When it ends itself, epoch."""
+    held: bool
+    """A living launcher holds it."""
+    detail: str
+    page: str | None
+
+
+def rows(api: Api, ledger: Ledger, now: float | None = None) -> list[Row]:
+    """All of them, oldest first."""
+    now = time.time() if now is None else now
+    pods = {pod.id: pod for pod in api.pods() if pod.name.startswith(PREFIX) and pod.status not in OVER}
+    found: list[Row] = []
+    known: set[str] = set()
+    for entry in ledger.entries():
+        pod = pods.get(entry.pod_id or "") or next((p for p in pods.values() if p.name == entry.name), None)
+        if pod is not None:
+            known.add(pod.id)
+        found.append(_row(entry, pod, now))
+    found += [_elsewhere(pod, now) for pod in pods.values() if pod.id not in known]
+    return sorted(found, key=lambda row: -row.age_hours)
+
+
+def _row(entry: Entry, pod: Pod | None, now: float) -> Row:
+    meter = Meter(entry.usd_per_hour, entry.created, entry.disk_gb)
+    pod_id = pod.id if pod else entry.pod_id
+    return Row(
+        run_id=entry.run_id, pod_id=pod_id, name=entry.name, state=entry.state, status=pod.status if pod else None,
+        gpu=entry.gpu, cloud=entry.cloud, data_center=pod.data_center if pod else None,
+        usd_per_hour=pod.usd_per_hour if pod else entry.usd_per_hour, usd=round(meter.usd(now), 4),
+        usd_per_day_stopped=round(stopped_usd_per_day(entry.disk_gb), 4), age_hours=(now - entry.created) / 3600,
+        deadline=entry.deadline, held=entry.owned, detail=entry.detail, page=pod_page(pod_id) if pod_id else None,
+    )  # fmt: skip
+
+
+def _elsewhere(pod: Pod, now: float) -> Row:
+    """A pod of this project that this machine's ledger does not know: its variables tell run and deadline."""
+    began = pod.created or now
+    return Row(
+        run_id=run_of(pod), pod_id=pod.id, name=pod.name, state="ELSEWHERE", status=pod.status, gpu=pod.gpu_id,
+        cloud=pod.cloud, data_center=pod.data_center, usd_per_hour=pod.usd_per_hour,
+        usd=round(Meter(pod.usd_per_hour, began).usd(now), 4), usd_per_day_stopped=0.0,
+        age_hours=max(0.0, now - began) / 3600, deadline=deadline_of(pod), held=False,
+        detail="rented from another machine", page=pod_page(pod.id),
+    )  # fmt: skip
+
+
+def run_of(pod: Pod) -> str:
+    """The run that a pod belongs to: its variable, or its name without prefix and number."""
+    return pod.env.get("RUNNER_RUN_ID") or pod.name.removeprefix(PREFIX).rpartition("-")[0]
+
+
+def deadline_of(pod: Pod) -> float | None:
+    """What the pod's own variable says."""
+    try:
+        return float(pod.env["RUNNER_DEADLINE"])
+    except (KeyError, ValueError):
+        return None
+
+
+def find(api: Api, ledger: Ledger, word: str) -> tuple[str, str, str]:
+    """Name, pod id and run id of the pod that a word means: a pod's id or name, a run's id or folder.
+
+    RequestError where there is none, or more than one.
+    """
+    asked = Path(word).name if "/" in word else word
+    alive = [row for row in rows(api, ledger) if row.pod_id is not None and row.status is not None]
+    exact = [row for row in alive if asked in (row.pod_id, row.name, row.run_id)]
+    found = exact or [row for row in alive if len(asked) > 3 and row.run_id.startswith(asked)]
+    if len(found) == 1:
+        (row,) = found
+        return row.name, str(row.pod_id), row.run_id
+    if found:
+        ids = " or ".join(str(row.pod_id) for row in found)
+        raise RequestError(Problem(f"{word} has {len(found)} pods", "command line", f"name one by its id: {ids}"))
+    meant = {str(row.pod_id): str(row.pod_id) for row in alive} | {row.run_id: row.run_id for row in alive}
+    near = nearest(asked, meant)
+    remedy = f"did you mean {near}?" if near else "python -m runner pods lists them"
+    raise RequestError(Problem(f"this project has no pod {word}", "command line", remedy))
+
+
+def terminate(api: Api, ledger: Ledger, word: str, why: str = "asked for by a person") -> str:
+    """End a pod whoever holds it, confirmed; its id. StillThereError where that fails.
+
+    A pod's id that is neither in the ledger nor listed is asked to end as well, for such a command stands in messages;
+    one of a name that is not this project's is refused.
+    """
+    try:
+        name, pod_id, run_id = find(api, ledger, word)
+    except RequestError:
+        entry = next((e for e in ledger.entries() if word in (e.pod_id, e.name, e.run_id) and e.pod_id), None)
+        if entry is None:
+            raise
+        name, pod_id, run_id = entry.name, str(entry.pod_id), entry.run_id
+    if ledger.entry(name) is None:
+        adopt(api, ledger, pod_id, run_id)
+    ending.end(api, ledger, name, pod_id, why)
+    return pod_id
+
+
+def stop(api: Api, ledger: Ledger, word: str) -> str:
+    """Stop a pod and keep its disk, confirmed; its id."""
+    name, pod_id, run_id = find(api, ledger, word)
+    if ledger.entry(name) is None:
+        adopt(api, ledger, pod_id, run_id)
+    ending.stop(api, ledger, name, pod_id, "asked for by a person")
+    ledger.leave(name)
+    return pod_id
+
+
+def adopt(api: Api, ledger: Ledger, pod_id: str, run_id: str, run_dir: str = "") -> Entry:
+    """Write a pod that another machine has rented into this machine's ledger, held by this process."""
+    pod = api.pod(pod_id)
+    if pod is None:
+        raise RequestError(Problem(f"pod {pod_id} is gone", "command line", "python -m runner pods lists them"))
+    if not pod.name.startswith(PREFIX):
+        what = f"pod {pod_id} is {pod.name}, which is not this project's"
+        raise RequestError(Problem(what, "command line", f"end it by hand: {pod_page(pod_id)}"))
+    ledger.plan(
+        pod.name, run_id=run_id, run_dir=run_dir, gpu=pod.gpu_id, cloud=pod.cloud, usd_per_hour=pod.usd_per_hour,
+        disk_gb=float(pod.raw.get("disk") or 0), keep=False, volume=pod.volume_id, base=api.base, account=api.account,
+        heartbeat_s=None,
+    )  # fmt: skip
+    facts = {"pod_id": pod.id, "deadline": deadline_of(pod)} | ({"created": pod.created} if pod.created else {})
+    ledger.move(pod.name, "RUNNING", "rented from another machine", **facts)
+    found = ledger.entry(pod.name)
+    assert found is not None
+    return found
+
+
+def owned_by_none(api: Api, ledger: Ledger, *, everything: bool = False) -> list[tuple[str, str, str]]:
+    """Pods that no run owns: name, id and why. With `everything` all that no living process of this machine holds.
+
+    Without: those past their deadline, wherever they were rented, but for stopped ones; `reconcile` has ended before
+    what crashed launchers left half-made.
+    """
+    now = time.time()
+    entries = {entry.name: entry for entry in ledger.entries()}
+    found = []
+    for pod in api.pods():
+        if not pod.name.startswith(PREFIX) or pod.status in OVER:
+            continue
+        entry = entries.get(pod.name)
+        deadline = entry.deadline if entry else deadline_of(pod)
+        if entry is not None and entry.owned:
+            continue
+        # Stopped: by a run that keeps its pod, or with a result that nobody has fetched. It costs its disk alone.
+        if (entry.state == "STOPPED" if entry else pod.status == "EXITED") and not everything:
+            continue
+        if deadline is not None and now > deadline:
+            found.append((pod.name, pod.id, "past its deadline"))
+        elif entry is not None and overdue(entry, now):
+            found.append((pod.name, pod.id, "its launcher is silent for too long"))
+        elif everything:
+            found.append((pod.name, pod.id, "nobody here holds it" if entry else "rented from another machine"))
+    return found
+
+
+def reap(api: Api, ledger: Ledger, found: list[tuple[str, str, str]]) -> list[str]:
+    """End them, all of them even if one cannot be; StillThereError with every one that could not be confirmed."""
+    ended, failures = [], []
+    for _, pod_id, why in found:
+        try:
+            ended.append(terminate(api, ledger, pod_id, why))
+        except RunnerError as error:
+            failures += error.problems
+    if failures:
+        raise StillThereError(*failures)
+    return ended

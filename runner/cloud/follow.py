@@ -1,0 +1,193 @@
+"""Follows a run in a pod over one connection, which comes back after every break and goes on at its byte.
+
+What is new in the run's files arrives in the run directory here as it grows; what it means is told as news.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import select
+import shlex
+import subprocess
+import time
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runner.cloud.ship import Berth
+from runner.cloud.ssh import SSH_FAILED
+from runner.errors import Problem, RunnerError
+from runner.rundir import RunDir
+
+TICK_SECONDS = 0.5
+BEAT_SECONDS = 3.0
+SILENT_SECONDS = 40.0
+"""The pod says something every 2 s; a connection that says nothing for so long is dead."""
+WAITS = (0.5, 1, 2, 4, 8, 15)
+"""Seconds between attempts to connect again; the last one stays."""
+NOT_HERE = ("status.json",)
+"""Files of the pod that do not lie here as they are: this run directory has its own."""
+SAFE = re.compile(r"(?!.*\.\.)[\w.\-/]+")
+WORDS = "logs/worker.log"
+
+
+class Vanished(RunnerError):
+    """The pod is gone, or its files are."""
+
+
+class News(NamedTuple):
+    """One thing that happened: `agent`, `status` (dict), `step` (a line of metrics.jsonl), `words` (a line of the
+    training's output), `checkpoints` (steps), `lost` (why), `back`, `tick` (nothing, twice a second)."""
+
+    kind: str
+    value: Any = None
+
+
+class Follower:
+    """One run in one pod. `find` tells the pod's present address, None while it has none; raises Vanished."""
+
+    def __init__(self, at: Berth, run: RunDir, find: Callable[[], tuple[str, int] | None],
+                 before: Callable[[], None] = lambda: None) -> None:  # fmt: skip
+        self.at, self.run, self.find, self.before = at, run, find, before
+        self.rest: dict[str, bytes] = {}
+        self.process: subprocess.Popen[bytes] | None = None
+        self.failed = 0
+
+    def news(self) -> Generator[News, None, None]:
+        """Until nobody listens any more. Vanished where the pod, or the run in it, is gone."""
+        try:
+            while True:
+                yield from self._connected()
+                yield from self._again()
+        finally:
+            self._hang_up()
+
+    def _connected(self) -> Iterator[News]:
+        """One connection, to its end."""
+        folder = shlex.quote(self.at.folder)
+        command = f"test -e {folder}/agent.py || exit 44; exec python3 {folder}/tail.py {folder}"
+        process = self.process = self.at.connection.open(command)
+        assert process.stdin is not None and process.stdout is not None
+        known = {name: _known(self.run.path / name) for name in self._growing()}
+        with suppress(OSError):
+            process.stdin.write(json.dumps(known).encode() + b"\n")
+            process.stdin.flush()
+        buffer, heard, beat = b"", time.monotonic(), 0.0
+        while time.monotonic() - heard < SILENT_SECONDS:
+            if select.select([process.stdout], [], [], TICK_SECONDS)[0]:
+                block = process.stdout.read1(1 << 20)  # type: ignore[attr-defined]
+                if not block:
+                    break
+                if self.failed:
+                    self.failed = 0
+                    yield News("back")
+                heard = time.monotonic()
+                *lines, buffer = (buffer + block).split(b"\n")
+                for line in lines:
+                    yield from self._take(json.loads(line))
+            yield News("tick")
+            if time.monotonic() - beat > BEAT_SECONDS:
+                beat = time.monotonic()
+                with suppress(OSError):
+                    process.stdin.write(b"\n")
+                    process.stdin.flush()
+
+    def _again(self) -> Iterator[News]:
+        """After a break: wait, ask where the pod is now, bring back what a restart took."""
+        code = self._hang_up()
+        if code == 44:
+            raise Vanished(Problem("the pod's disk is empty: the run is not there any more"))
+        why = "the connection to the pod was lost" if code in (None, SSH_FAILED) else f"the pod's end ended ({code})"
+        if not self.failed:
+            yield News("lost", why)
+        while True:
+            end = time.monotonic() + WAITS[min(self.failed, len(WAITS) - 1)]
+            self.failed += 1
+            while time.monotonic() < end:
+                yield News("tick")
+                time.sleep(min(TICK_SECONDS, max(0.0, end - time.monotonic())))
+            try:
+                address = self.find()
+                if address is not None:
+                    self.at.connection.moved(*address)
+                    self.before()
+                    return
+            except Vanished:
+                raise
+            except RunnerError:  # the API or the pod does not answer: later
+                continue
+
+    def _hang_up(self) -> int | None:
+        process, self.process = self.process, None
+        if process is None:
+            return None
+        assert process.stdin is not None and process.stdout is not None
+        with suppress(OSError):
+            process.stdin.close()
+        try:
+            return process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return None
+        finally:
+            process.stdout.close()
+
+    def _growing(self) -> list[str]:
+        files = [*self.run.path.glob("*.jsonl"), *self.run.path.glob("logs/*.log"), *self.run.path.glob("logs/*.txt")]
+        files += self.run.path.glob("tensorboard/**/events.*")
+        return [str(file.relative_to(self.run.path)) for file in files]
+
+    def _take(self, line: dict[str, Any]) -> Iterator[News]:
+        """One line of the pod's, into the run directory."""
+        if "checkpoints" in line:
+            yield News("checkpoints", line["checkpoints"])
+        name = str(line.get("file") or line.get("whole") or "")
+        if not SAFE.fullmatch(name) or name.startswith("/"):
+            return
+        content, file = base64.b64decode(line["data"]), self.run.path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if "file" in line:
+            _write_at(file, int(line["at"]), content)
+            yield from self._told(name, int(line["at"]), content)
+            return
+        if name not in NOT_HERE:
+            temporary = file.with_name(f".{file.name}.tmp")
+            temporary.write_bytes(content)
+            temporary.replace(file)
+        if name in ("status.json", "agent-status.json"):
+            with suppress(ValueError):
+                yield News("status" if name == "status.json" else "agent", json.loads(content))
+
+    def _told(self, name: str, at: int, content: bytes) -> Iterator[News]:
+        if name not in ("metrics.jsonl", WORDS):
+            return
+        before = self.rest.get(name, b"") if at else b""
+        *lines, self.rest[name] = (before + content).split(b"\n")
+        for text in lines:
+            if name == WORDS:
+                yield News("words", text.decode(errors="replace"))
+            else:
+                with suppress(ValueError):
+                    yield News("step", json.loads(text))
+
+
+def _known(file: Path) -> list[int]:
+    """Size and CRC-32 of what is here."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return [0, 0]
+    return [len(content), zlib.crc32(content)]
+
+
+def _write_at(file: Path, at: int, content: bytes) -> None:
+    file.touch(exist_ok=True)
+    with file.open("r+b") as stream:
+        stream.seek(at)
+        stream.write(content)
+        stream.truncate()

@@ -1,0 +1,194 @@
+"""In the pod: find or make the Python that trains. Standard library only, Python 3.10 or later; run by the agent.
+
+`install.py DIR` reads DIR/install-order.json and leaves DIR/install.json {python, how, torch}. In this order:
+
+    given    a Python that was named (RUNNER_POD_PYTHON), if it has what is needed
+    image    the image's own, if it has all that is needed, recent enough
+    around   an environment around the image's torch, which is recent enough: 3 GB less to download
+    pinned   an environment with the pinned torch
+
+An environment is made once per set of requirements and kept in the workspace's cache, on the volume where there is one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROBE = """
+import importlib.metadata as m, json, sys
+found = {}
+for name in json.loads(sys.argv[1]):
+    try: found[name] = m.version(name)
+    except m.PackageNotFoundError: pass
+print(json.dumps({"python": "%d.%d" % sys.version_info[:2], "versions": found}))
+"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A Python and the packages it has, of those that matter."""
+
+    executable: str
+    python: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which way to go, and why, in words."""
+
+    how: str
+    why: str
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """`2.13.0+cu128` → (2, 13, 0)."""
+    return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[+a-z]", version)[0]))
+
+
+def name_of(requirement: str) -> str:
+    """`torch>=2.13` → `torch`."""
+    return re.split(r"[<>=!~\[; ]", requirement, maxsplit=1)[0].lower()
+
+
+def lower_bound(requirement: str) -> tuple[int, ...]:
+    """`torch>=2.13,<3` → (2, 13); empty without one."""
+    bound = re.search(r"[>=]=\s*([\w.]+)", requirement)
+    return numbers(bound[1]) if bound else ()
+
+
+def lacking(found: Found, requirements: list[str]) -> list[str]:
+    """The requirements that it does not meet."""
+    return [
+        line
+        for line in requirements
+        if name_of(line) not in found.versions or numbers(found.versions[name_of(line)]) < lower_bound(line)
+    ]
+
+
+def decide(given: Found | None, image: Found, requirements: list[str]) -> Choice:
+    """Which Python trains. ValueError where one was named that cannot."""
+    if given is not None:
+        missing = lacking(given, requirements)
+        if missing:
+            raise ValueError(f"{given.executable} lacks {', '.join(missing)}")
+        return Choice("given", f"{given.executable}, as RUNNER_POD_PYTHON says")
+    if not lacking(image, requirements):
+        return Choice("image", "the image's own Python has everything")
+    torch = next((line for line in requirements if name_of(line) == "torch"), "torch")
+    has = image.versions.get("torch")
+    if has and not lacking(image, [torch]):
+        return Choice("around", f"around the image's torch {has}")
+    return Choice("pinned", f"with the pinned torch: the image has {has or 'none'}, and {torch} is needed")
+
+
+def without_torch(constraints: str, version: str) -> str:
+    """The pins, with the image's torch in place of theirs and none for what it brings."""
+    tied = re.compile(r"^(torch|torchvision|torchaudio|triton|nvidia-[\w-]+)\b", re.IGNORECASE)
+    kept = [line for line in constraints.splitlines() if not tied.match(line)]
+    return "\n".join([*kept, f"torch=={version}", ""])
+
+
+def probe(executable: str, requirements: list[str]) -> Found | None:
+    """What a Python has; None if it does not run."""
+    names = json.dumps([name_of(line) for line in requirements])
+    try:
+        done = subprocess.run([executable, "-c", PROBE, names], capture_output=True, text=True, timeout=120)
+        answer = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+    return Found(executable, answer["python"], answer["versions"])
+
+
+def make(folder: Path, choice: Choice, image: Found, order: dict[str, Any]) -> str:
+    """The Python of an environment in `folder`; made whole or not at all. CalledProcessError if a step fails."""
+    python = str(folder / "bin" / "python")
+    if (folder / "COMPLETE").exists():
+        say(f"the environment is there already: {folder}")
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    around = choice.how == "around"
+    pins = folder.parent / f"{folder.name}.txt"
+    pins.write_text(
+        without_torch(order["constraints"], image.versions["torch"]) if around else order["constraints"], "utf-8"
+    )
+    site = ["--system-site-packages"] if around else []
+    uv = _uv(image.executable)
+    if uv:
+        _do([uv, "venv", "--python", image.executable, *site, str(folder)])
+        install = [uv, "pip", "install", "--python", python]
+    else:
+        _do([image.executable, "-m", "venv", *site, str(folder)])
+        install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
+    _do([*install, "-c", str(pins), *order["requirements"]])
+    if order["alone"]:  # packages whose own requirements are not wanted
+        _do([*install, "--no-deps", *order["alone"]])
+    (folder / "COMPLETE").touch()
+    return python
+
+
+def _uv(python: str) -> str | None:
+    """uv, which is ten times as fast as pip; installed by pip where it is not there."""
+    if found := shutil.which("uv"):
+        return found
+    subprocess.run([python, "-m", "pip", "install", "-q", "uv"], check=False, stdin=subprocess.DEVNULL)
+    return shutil.which("uv")
+
+
+def _do(command: list[str]) -> None:
+    say("$ " + " ".join(command))
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": ""})
+
+
+def say(line: str) -> None:
+    """One line for the log."""
+    print(line, flush=True)
+
+
+def main(folder: Path) -> int:
+    """Decide, make, leave word."""
+    order = json.loads((folder / "install-order.json").read_text("utf-8"))
+    needed = [*order["requirements"], *order["alone"]]
+    given = None
+    if order.get("python"):
+        given = probe(order["python"], needed)
+        if given is None:
+            say(f"{order['python']}, which RUNNER_POD_PYTHON names, does not run in the pod")
+            return 1
+    image = probe(order.get("image_python") or shutil.which("python3") or sys.executable, needed)
+    if image is None:
+        say("the image has no Python")
+        return 1
+    try:
+        choice = decide(given, image, needed)
+        say(f"trains with {choice.how}: {choice.why}")
+        python = (given or image).executable
+        if choice.how in ("around", "pinned"):
+            torch = image.versions.get("torch", "") if choice.how == "around" else ""
+            key = json.dumps([choice.how, image.python, torch, needed, order["constraints"]])
+            name = f"env-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+            python = make(Path(order["environments"]) / name, choice, image, order)
+    except ValueError as error:
+        say(str(error))
+        return 1
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    found = probe(python, needed)
+    version = found.versions.get("torch") if found else None
+    answer = {"python": python, "how": choice.how, "why": choice.why, "torch": version}
+    (folder / "install.json").write_text(json.dumps(answer), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]).absolute()))

@@ -1,0 +1,245 @@
+"""What was rented, written before it is done: whatever crashes, the next command knows what to look for.
+
+One SQLite file for all runs of this user on this machine. WAL, so that two launchers write at once; `synchronous=FULL`,
+so that an intent is on the disk before the request that it announces leaves. Nothing in it is secret.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from runner.errors import Problem, RunnerError
+from runner.paths import state_dir
+from runner.rundir import alive
+
+State = Literal[
+    "PLANNED", "CREATING", "CREATE_UNKNOWN", "PROVISIONING", "SSH_READY", "SYNCED", "RUNNING", "COLLECTING",
+    "TERMINATING", "STOPPED", "PREEMPTED", "GONE",
+]  # fmt: skip
+"""
+    PLANNED         it is about to be asked for
+    CREATING        the request may have left
+    CREATE_UNKNOWN  the request was not answered: the pod may exist, or appear yet
+    PROVISIONING    it exists and has an id
+    SSH_READY       it can be reached
+    SYNCED          it has everything that the run needs
+    RUNNING         its agent is armed: from here on it ends itself
+    COLLECTING      the training is over, its result is being fetched
+    TERMINATING     it is to end; with `keep`, to stop
+    STOPPED         kept, on purpose
+    PREEMPTED       it was taken away; what is left of it is to be ended
+    GONE            confirmed, or never there
+"""
+PREFIX = "runner-"
+"""Every pod's name begins with it: no other pod is ever touched."""
+BUSY_S = 30.0
+MIGRATE = f"""
+create table if not exists pods (
+  name text primary key, run_id text not null, run_dir text not null, state text not null, pod_id text, gpu text,
+  cloud text not null, usd_per_hour real not null, disk_gb real not null, deadline real, heartbeat_s real,
+  created real not null, updated real not null, ended real, detail text not null, keep integer not null,
+  volume text, base text not null, account text not null, pid integer, host text, pid_started real,
+  check (state in ({", ".join(repr(s) for s in get_args(State))}))
+);
+create index if not exists pods_by_run on pods (run_id);
+create table if not exists transitions (
+  time real not null, name text not null, run_id text not null, "from" text, "to" text not null, why text not null
+);
+"""
+
+
+class LedgerError(RunnerError):
+    """The ledger cannot be written: without it nothing may be rented."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One pod of the ledger."""
+
+    name: str
+    run_id: str
+    run_dir: str
+    state: State
+    pod_id: str | None
+    gpu: str | None
+    cloud: str
+    usd_per_hour: float
+    disk_gb: float
+    """Container disk and volume disk, which are paid for as well."""
+    deadline: float | None
+    """When its own switch ends it, epoch."""
+    heartbeat_s: float | None
+    """How long its agent bears a silent launcher; None for a detached run."""
+    created: float
+    updated: float
+    ended: float | None
+    detail: str
+    """Why it is in this state."""
+    keep: bool
+    volume: str | None
+    base: str
+    """Address of the API that it was rented from."""
+    account: str
+    """Fingerprint of the key that it was rented with."""
+    pid: int | None
+    host: str | None
+    pid_started: float | None
+
+    @property
+    def owned(self) -> bool:
+        """A living launcher holds it: nobody else may act on it. One of another machine is taken for alive."""
+        if self.pid is None:
+            return False
+        if self.host != socket.gethostname():
+            return True
+        return alive(self.pid) and _started(self.pid) == self.pid_started
+
+    @property
+    def owned_here(self) -> bool:
+        """This very process holds it."""
+        return self.owned and self.pid == os.getpid() and self.host == socket.gethostname()
+
+
+class Ledger:
+    """The file. Every method is one transaction."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        """LedgerError where it cannot be opened or written."""
+        self.file = file or state_dir() / "ledger.db"
+        try:
+            self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self._open() as db:
+                db.executescript(MIGRATE)
+        except (OSError, sqlite3.Error) as error:
+            remedy = "set RUNNER_STATE=FOLDER to one that can be written to"
+            raise LedgerError(Problem(f"the ledger {self.file} cannot be written: {error}", None, remedy)) from None
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """A connection of its own: none is shared between threads or survives a fork."""
+        db = sqlite3.connect(self.file, timeout=BUSY_S, isolation_level=None)
+        try:
+            db.row_factory = sqlite3.Row
+            db.execute("pragma journal_mode=wal")
+            db.execute("pragma synchronous=full")
+            yield db
+        finally:
+            db.close()
+
+    def plan(
+        self, name: str, *, run_id: str, run_dir: str, gpu: str | None, cloud: str, usd_per_hour: float, disk_gb: float,
+        keep: bool, volume: str | None, base: str, account: str, heartbeat_s: float | None,
+    ) -> None:  # fmt: skip
+        """A pod is about to be asked for, by this process."""
+        now = time.time()
+        row = {
+            "name": name, "run_id": run_id, "run_dir": run_dir, "state": "PLANNED", "gpu": gpu, "cloud": cloud,
+            "usd_per_hour": usd_per_hour, "disk_gb": disk_gb, "created": now, "updated": now, "detail": "planned",
+            "keep": int(keep), "volume": volume, "base": base, "account": account, "heartbeat_s": heartbeat_s,
+            **_owner(),
+        }  # fmt: skip
+        with self._write() as db:
+            marks = ", ".join(f":{key}" for key in row)
+            db.execute(f"insert into pods ({', '.join(row)}) values ({marks})", row)
+            self._log(db, name, run_id, None, "PLANNED", "planned")
+
+    def move(self, name: str, state: State, why: str, **facts: Any) -> None:
+        """To another state, before what it says is done; `facts` are columns that are known now.
+
+        A state that a pod is in already is written again, with its reason.
+        """
+        if state == "GONE":
+            facts = {"ended": time.time(), "pid": None, "host": None, "pid_started": None} | facts
+        with self._write() as db:
+            row = db.execute("select run_id, state from pods where name = ?", (name,)).fetchone()
+            if row is None:
+                raise LedgerError(Problem(f"the ledger {self.file} has no pod {name}"))
+            values = {"state": state, "detail": why, "updated": time.time(), **facts}
+            self._set(db, name, values)
+            self._log(db, name, row["run_id"], row["state"], state, why)
+
+    def set(self, name: str, **facts: Any) -> None:
+        """Facts without a change of state."""
+        with self._write() as db:
+            self._set(db, name, {"updated": time.time(), **facts})
+
+    def take(self, name: str) -> bool:
+        """Make this process the owner; False where a living one has it."""
+        with self._write() as db:
+            row = db.execute("select * from pods where name = ?", (name,)).fetchone()
+            found = _entry(row) if row is not None else None
+            if found is None or (found.owned and not found.owned_here):
+                return False
+            self._set(db, name, _owner())
+            return True
+
+    def leave(self, name: str) -> None:
+        """Nobody's now: the pod looks after itself."""
+        self.set(name, pid=None, host=None, pid_started=None)
+
+    def entry(self, name: str) -> Entry | None:
+        """By the pod's name."""
+        with self._open() as db:
+            row = db.execute("select * from pods where name = ?", (name,)).fetchone()
+        return _entry(row) if row is not None else None
+
+    def entries(self, run_id: str | None = None, *, gone: bool = False) -> list[Entry]:
+        """Oldest first; those that are gone only if asked for."""
+        with self._open() as db:
+            rows = db.execute("select * from pods order by created").fetchall()
+        found = [_entry(row) for row in rows]
+        return [e for e in found if (gone or e.state != "GONE") and run_id in (None, e.run_id)]
+
+    def transitions(self, name: str) -> list[tuple[str | None, str, str]]:
+        """From, to and why, in order."""
+        with self._open() as db:
+            query = 'select "from", "to", why from transitions where name = ? order by rowid'
+            return [tuple(row) for row in db.execute(query, (name,))]
+
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with self._open() as db:
+                db.execute("begin immediate")
+                try:
+                    yield db
+                except BaseException:
+                    db.execute("rollback")
+                    raise
+                db.execute("commit")
+        except sqlite3.Error as error:
+            raise LedgerError(Problem(f"the ledger {self.file} cannot be written: {error}")) from None
+
+    @staticmethod
+    def _set(db: sqlite3.Connection, name: str, values: dict[str, Any]) -> None:
+        marks = ", ".join(f"{key} = :{key}" for key in values)
+        db.execute(f"update pods set {marks} where name = :_name", {**values, "_name": name})
+
+    @staticmethod
+    def _log(db: sqlite3.Connection, name: str, run_id: str, old: str | None, new: str, why: str) -> None:
+        db.execute("insert into transitions values (?, ?, ?, ?, ?, ?)", (time.time(), name, run_id, old, new, why))
+
+
+def _entry(row: sqlite3.Row) -> Entry:
+    values = {f.name: row[f.name] for f in fields(Entry)}
+    return Entry(**{**values, "keep": bool(values["keep"])})
+
+
+def _owner() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname(), "pid_started": _started(os.getpid())}
+
+
+def _started(pid: int) -> float | None:
+    """When a process began, in ticks since the machine's start: a number that is used again is told by it."""
+    try:
+        return float(Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None

@@ -1,0 +1,336 @@
+"""Renting a pod: recorded before it is asked for, found again if nobody answered, checked, and given back if it is bad.
+
+    PLANNED → CREATING → PROVISIONING → SSH_READY → SYNCED → RUNNING → COLLECTING → TERMINATING → GONE
+                  └→ CREATE_UNKNOWN ┘                          └→ PREEMPTED ┘          └→ STOPPED (where.keep)
+
+`acquire` goes as far as SSH_READY; `Rented` is what the rest of a run does with the pod.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from runner.cloud import ending
+from runner.cloud.account import pace
+from runner.cloud.answers import Pod, Volume
+from runner.cloud.api import Api
+from runner.cloud.ledger import PREFIX, Ledger, State
+from runner.cloud.money import Meter, stopped_usd_per_day
+from runner.cloud.placement import Candidate, image_of, runpod
+from runner.cloud.preflight import check
+from runner.cloud.problems import NoCapacityError, NoPodError, TooDearError, UnclearError, WrongKeyError
+from runner.cloud.reconcile import reconcile, settle_unknown
+from runner.cloud.waiting import BadHostError, look_for, until_ready
+from runner.cloud.wanted import PodRequest
+from runner.errors import Problem, RunnerError
+from runner.rundir import RunDir
+from runner.spec import RunPodPlace, RunSpec
+
+Say = Callable[[str], None]
+TRIES_PER_MACHINE = 2  # the second try of a GPU type mostly lands on another host
+SSH_PORT = "22/tcp"
+
+
+class Key(Protocol):
+    """The public half of a run's SSH key."""
+
+    @property
+    def public(self) -> str:
+        """A line for `authorized_keys`."""
+
+
+@dataclass
+class Rented:
+    """A pod that this process holds: everything about it that is not SSH. It outlives the process by `detach`."""
+
+    api: Api
+    ledger: Ledger
+    name: str
+    pod: Pod
+    """As it was seen last."""
+    deadline: float
+    """Epoch at which it must have ended itself: by `where.deadline_hours`, or what the cap pays for."""
+    meter: Meter
+    run_id: str
+    volume_gb: float = 0.0
+
+    @property
+    def usd_per_hour(self) -> float:
+        """Its real price."""
+        return self.meter.usd_per_hour
+
+    @property
+    def cap_usd(self) -> float | None:
+        """What this pod may cost still: `where.max_usd` less what earlier pods of the run have cost."""
+        return None if self.meter.cap_usd is None else self.meter.cap_usd - self.meter.before_usd
+
+    def usd(self) -> float:
+        """What the run has cost so far, earlier pods and disks included."""
+        return self.meter.usd(time.time())
+
+    def mark(self, state: State, why: str = "") -> None:
+        """Record a state before what it says is done."""
+        self.ledger.move(self.name, state, why or state.lower())
+
+    def refresh(self) -> Pod | None:
+        """The pod as it is now; None where it is gone, looked at twice. A pod that was taken away may also be EXITED.
+
+        ApiDownError and WrongKeyError mean that nobody knows, and not that it is gone.
+        """
+        settle_unknown(self.api, self.ledger, self.run_id)
+        found = self._asked()
+        if found is None:
+            if ending.is_gone(self.api, self.pod.id):
+                self.mark("PREEMPTED", "it vanished")
+                return None
+            found = self.api.pod(self.pod.id)
+        if found is not None:
+            self.pod = found
+        return self.pod
+
+    def _asked(self) -> Pod | None:
+        """A key is refused once in a while: a run in the middle of its training does not end for that."""
+        for strike in range(1, ending.WRONG_KEYS + 1):
+            try:
+                return self.api.pod(self.pod.id)
+            except WrongKeyError:
+                if strike == ending.WRONG_KEYS:
+                    raise
+                time.sleep(ending.GAP_S * pace())
+        raise AssertionError("unreachable")
+
+    def release(self, keep: bool = False) -> None:
+        """End the pod, or stop it with `keep`, and confirm that; StillThereError, loud, where that cannot be done.
+
+        May be called again, and for a pod that is gone.
+        """
+        for attempt in (1, 2):
+            try:
+                settle_unknown(self.api, self.ledger, self.run_id, now=True)
+                if keep:
+                    ending.stop(self.api, self.ledger, self.name, self.pod.id, "the run is over")
+                else:
+                    ending.end(self.api, self.ledger, self.name, self.pod.id, "the run is over")
+                self.ledger.leave(self.name)
+                return
+            except KeyboardInterrupt:  # once: an impatient second Ctrl-C must not leave a pod behind
+                if attempt == 2:
+                    raise
+
+    def detach(self) -> None:
+        """Leave it to its agent: nobody holds it, and no launcher has to be heard of."""
+        self.ledger.set(self.name, heartbeat_s=None)
+        self.ledger.leave(self.name)
+
+    def kept_usd_per_day(self) -> float:
+        """What it costs while it is stopped."""
+        return stopped_usd_per_day(self.volume_gb)
+
+
+def acquire(
+    run: RunDir, spec: RunSpec, plan: dict[str, Any], keys: Key, say: Say, *, detached: bool = False,
+    args: str | None = None, env: dict[str, str] | None = None, ports: tuple[str, ...] = (),
+) -> Rented:  # fmt: skip
+    """A pod for a run that answers by SSH, or an error with nothing left behind.
+
+    `args` is a start command of one's own; `env` is added to the pod's variables: no secret may be in it. Errors before
+    any pod: NoKeyError, WrongKeyError, RequestError, NoBalanceError, CannotRunError. After: NoCapacityError and
+    NoPodError where every machine was tried, TooDearError, StillThereError where one could not be given back.
+    """
+    api, ledger = Api(), Ledger()
+    for note in reconcile(api, ledger):
+        say(note)
+    machines, volume = check(api, spec, plan)
+    order = _Order(api, ledger, run, spec, keys, say, volume, detached, args, env or {}, ports)
+    failures: list[RunnerError] = []
+    for machine in machines:
+        for _ in range(TRIES_PER_MACHINE):
+            try:
+                return order.rent(machine)
+            except NoCapacityError as error:
+                say(f"{machine.described}: none is free")
+                failures.append(error)
+                break
+            except (BadHostError, UnclearError) as error:
+                say(f"{error}; another one is tried")
+                failures.append(error)
+    raise _nothing(machines, failures)
+
+
+@dataclass
+class _Order:
+    """What all pods of one `acquire` share."""
+
+    api: Api
+    ledger: Ledger
+    run: RunDir
+    spec: RunSpec
+    keys: Key
+    say: Say
+    volume: Volume | None
+    detached: bool
+    args: str | None
+    env: dict[str, str]
+    ports: tuple[str, ...] = ()
+    spent: float = field(default=0.0)
+
+    def rent(self, machine: Candidate) -> Rented:
+        """One pod, ready. Whatever goes wrong after it exists, it is ended."""
+        place = runpod(self.spec)
+        self.spent = spent(self.ledger, self.run.id)
+        name = f"{PREFIX}{self.run.id}-{secrets.token_hex(2)}"
+        wanted = self._wanted(name, machine)
+        disk = wanted.container_disk_gb + wanted.volume_gb
+        self.ledger.plan(
+            name, run_id=self.run.id, run_dir=str(self.run.path.absolute()), gpu=machine.gpu_id or machine.cpu_id,
+            cloud=machine.cloud, usd_per_hour=machine.usd_per_hour, disk_gb=disk, keep=place.keep,
+            volume=wanted.volume_id, base=self.api.base, account=self.api.account,
+            heartbeat_s=None if self.detached else place.heartbeat_minutes * 60,
+        )  # fmt: skip
+        self._afford(name, machine.usd_per_hour, disk)
+        self.say(f"asking for {machine.described}")
+        began = time.time()
+        pod = self._create(wanted)
+        try:
+            meter = Meter(pod.usd_per_hour or machine.usd_per_hour, began, disk, place.max_usd, self.spent)
+            deadline = self._deadline(meter)
+            facts = {"pod_id": pod.id, "usd_per_hour": meter.usd_per_hour, "deadline": deadline}
+            self.ledger.move(name, "PROVISIONING", f"created as {pod.id}", **facts)
+            rented = Rented(self.api, self.ledger, name, pod, deadline, meter, self.run.id, wanted.volume_gb)
+            self._check_price(rented, machine, pod)
+            rented.pod = until_ready(
+                self.api, pod, setup_s=place.setup_minutes * 60, bad_host_s=place.bad_host_minutes * 60,
+                say=self.say, seen=lambda seen: self._check_price(rented, machine, seen),
+            )  # fmt: skip
+            self.ledger.move(name, "SSH_READY", f"{rented.pod.ssh_host}:{rented.pod.ssh_port} says hello")
+            return rented
+        except BaseException as error:
+            self._give_back(name, pod, error)
+            raise
+
+    def _create(self, wanted: PodRequest) -> Pod:
+        """The pod, even if the answer was lost; UnclearError if there is none as far as can be seen."""
+        name = wanted.name
+        self.ledger.move(name, "CREATING", "asking")
+        try:
+            return self.api.create_pod(wanted)
+        except UnclearError as error:
+            self.ledger.move(name, "CREATE_UNKNOWN", str(error))
+            self.say(f"{error}: looking for {name}")
+            found = look_for(self.api, name)
+            for double in found[1:]:
+                ending.confirm_gone(self.api, name, double.id)
+            if found:
+                return found[0]
+            raise UnclearError(Problem(f"no pod {name} has appeared")) from None
+        except RunnerError as error:  # RunPod said no
+            self.ledger.move(name, "GONE", f"not created: {error}")
+            raise
+        except BaseException:  # Ctrl-C in the middle of the request
+            self.ledger.move(name, "CREATE_UNKNOWN", "interrupted")
+            for pod in look_for(self.api, name):
+                ending.end(self.api, self.ledger, name, pod.id, "interrupted")
+            raise
+
+    def _give_back(self, name: str, pod: Pod, why: BaseException) -> None:
+        """End a pod that is not used; a StillThereError takes the place of the error that led here."""
+        reason = str(why) or type(why).__name__
+        self.say(f"giving pod {pod.id} back: {reason}")
+        for attempt in (1, 2):
+            try:
+                ending.end(self.api, self.ledger, name, pod.id, reason)
+                return
+            except KeyboardInterrupt:
+                if attempt == 2:
+                    raise
+
+    def _wanted(self, name: str, machine: Candidate) -> PodRequest:
+        place = runpod(self.spec)
+        env = {"PUBLIC_KEY": self.keys.public, "SSH_KEY": self.keys.public, "RUNNER_RUN_ID": self.run.id}
+        env["RUNNER_DEADLINE"] = str(round(time.time() + hours_of(place) * 3600))
+        volume_gb = 0 if self.volume or machine.cpu_id else number(place.volume_gb)
+        return PodRequest(
+            name=name,
+            image=None if place.template else image_of(place),
+            template=place.template,
+            cloud=machine.cloud,
+            gpu_id=machine.gpu_id,
+            gpu_count=machine.gpu_count,
+            cpu_id=machine.cpu_id,
+            num_vcpus=machine.num_vcpus,
+            data_centers=machine.data_centers,
+            container_disk_gb=number(place.container_disk_gb),
+            volume_gb=volume_gb,
+            volume_id=self.volume.id if self.volume else None,
+            cuda_versions=() if machine.cpu_id else tuple(place.cuda_versions),
+            ports=(SSH_PORT, *self.ports),
+            env={**env, **self.env},
+            args=self.args,
+            bid_usd=place.bid_usd if place.spot else None,
+        )
+
+    def _deadline(self, meter: Meter) -> float:
+        """Epoch: `where.deadline_hours`, or earlier where the cap is reached."""
+        named = meter.started + hours_of(runpod(self.spec)) * 3600
+        paid = meter.ends()
+        return named if paid is None else min(named, paid)
+
+    def _afford(self, name: str, usd_per_hour: float, disk_gb: float) -> None:
+        """A pod after others of the same run: what is left must pay for a tenth of an hour at least."""
+        cap = runpod(self.spec).max_usd
+        left = None if cap is None else cap - self.spent
+        if left is not None and self.spent and left < usd_per_hour / 10:
+            what = f"${self.spent:.2f} of where.max_usd={cap:g} are spent: no further pod is rented"
+            self.ledger.move(name, "GONE", what)
+            raise TooDearError(Problem(what, None, "raise where.max_usd, and resume the run"))
+
+    def _check_price(self, rented: Rented, machine: Candidate, seen: Pod) -> None:
+        """The pod's own price against the cap, as soon as it is told: it has been half as high again as the list's."""
+        if not seen.usd_per_hour or seen.usd_per_hour == rented.meter.usd_per_hour == machine.usd_per_hour:
+            return
+        cap, real = runpod(self.spec).max_usd, seen.usd_per_hour
+        if real != rented.meter.usd_per_hour:
+            rented.meter.usd_per_hour = real
+            rented.deadline = self._deadline(rented.meter)
+            self.ledger.set(rented.name, usd_per_hour=real, deadline=rented.deadline)
+        if cap is not None and real > cap - self.spent:
+            what = f"pod {seen.id} costs ${real:.2f} an hour, where ${machine.usd_per_hour:.2f} was offered"
+            what += f": its first hour is more than what is left of where.max_usd={cap:g}; it was given back"
+            raise TooDearError(Problem(what, "where.max_usd", "raise where.max_usd, or take cheaper hardware"))
+        if real > machine.usd_per_hour * 1.01:
+            self.say(f"pod {seen.id} costs ${real:.2f} an hour, not ${machine.usd_per_hour:.2f} as the catalogue says")
+
+
+def spent(ledger: Ledger, run_id: str) -> float:
+    """US$ that the pods of a run have cost so far, by their time and price."""
+    total = 0.0
+    for entry in ledger.entries(run_id, gone=True):
+        if entry.pod_id is not None:
+            total += Meter(entry.usd_per_hour, entry.created, entry.disk_gb).usd(entry.ended or time.time())
+    return total
+
+
+def number(value: int | str) -> int:
+    """A size of a resolved run; what is open still gets RunPod's usual 20."""
+    return value if isinstance(value, int) else 20
+
+
+def hours_of(place: RunPodPlace) -> float:
+    """The deadline of a resolved run; what is open still gets a day, which is more than nothing."""
+    return 24.0 if isinstance(place.deadline_hours, str) else place.deadline_hours
+
+
+def _nothing(machines: list[Candidate], failures: list[RunnerError]) -> RunnerError:
+    """Every machine was tried."""
+    tried = "; ".join(dict.fromkeys(machine.described for machine in machines))
+    remedy = (
+        "try again later, name other GPUs (where.gpu_types), or the other cloud (where.cloud): python -m runner gpus"
+    )
+    if all(isinstance(failure, NoCapacityError) for failure in failures):
+        return NoCapacityError(Problem(f"none of these is free now: {tried}", "where=runpod", remedy))
+    last = failures[-1]
+    return NoPodError(Problem(f"no pod became ready: {last}; tried {tried}", "where=runpod", remedy))

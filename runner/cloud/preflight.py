@@ -1,0 +1,58 @@
+"""Whatever can be known to be wrong before a pod is asked for: key, volume, GPU, cap, ssh; nothing is rented here."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from runner.cloud.answers import Volume
+from runner.cloud.api import Api
+from runner.cloud.placement import Candidate, candidates, cpu_candidates, runpod
+from runner.errors import CannotRunError, NotYetError, Problem, RequestError
+from runner.spec import RunSpec
+from runner.suggest import nearest
+
+
+def check(api: Api, spec: RunSpec, plan: dict[str, Any]) -> tuple[list[Candidate], Volume | None]:
+    """Machines to ask for, and the network volume; every error is one line with its remedy."""
+    if shutil.which("ssh") is None:
+        what = "ssh, by which a run is sent to a pod, is not installed"
+        raise CannotRunError(Problem(what, "where=runpod", "install it: apt-get install openssh-client rsync"))
+    if spec.hw.num_nodes > 1:
+        what = f"hw.num_nodes={spec.hw.num_nodes}: this version rents one machine for a run"
+        raise NotYetError(Problem(what, "where=runpod", "take one machine with more GPUs, such as hw=h100x8"))
+    volume = volume_of(api, spec)
+    if spec.hw.accelerator == "cpu" and not runpod(spec).gpu_types:
+        return cpu_candidates(spec, api.cpus(), volume), volume
+    return candidates(spec, plan, api.gpus(), volume), volume
+
+
+def volume_of(api: Api, spec: RunSpec) -> Volume | None:
+    """The network volume that `where.volume` names, by id or name; and every named data centre exists."""
+    place = runpod(spec)
+    if place.data_centers:
+        known = {center.id: center.id for center in api.data_centers()}
+        for center in place.data_centers:
+            if center not in known:
+                near = nearest(center, known)
+                remedy = f"did you mean {near}?" if near else f"one of {', '.join(sorted(known))}"
+                raise RequestError(Problem(f"RunPod has no data centre {center}", "where.data_centers", remedy))
+    if place.volume is None:
+        return None
+    volumes = api.volumes()
+    found = [v for v in volumes if v.id == place.volume] or [v for v in volumes if v.name == place.volume]
+    source = f"where.volume={place.volume}"
+    if not found:
+        names = ", ".join(f"{v.name} ({v.id}, {v.data_center})" for v in volumes) or "there is none yet"
+        remedy = f"python -m runner volumes create NAME --size 100 --data-center EU-RO-1; this account has: {names}"
+        raise RequestError(Problem(f"there is no network volume {place.volume}", source, remedy))
+    if len(found) > 1:
+        ids = " or ".join(f"{v.id} ({v.data_center})" for v in found)
+        raise RequestError(
+            Problem(f"{len(found)} network volumes have that name", source, f"name one by its id: {ids}")
+        )
+    (volume,) = found
+    if place.data_centers and volume.data_center not in place.data_centers:
+        what = f"network volume {volume.name} is in {volume.data_center}, and a pod elsewhere cannot have it"
+        raise RequestError(Problem(what, "where.data_centers", f"write where.data_centers=[{volume.data_center}]"))
+    return volume

@@ -1,0 +1,146 @@
+"""After a crash: what the ledger says against what RunPod has. Run at the start of every command that rents or looks.
+
+A pod that a living launcher holds is left alone. So is one whose agent is armed (RUNNING, COLLECTING), for it ends
+itself, and may have a result that is worth fetching; all others that nobody holds are ended.
+"""
+
+from __future__ import annotations
+
+import time
+
+from runner.cloud import ending
+from runner.cloud.answers import OVER, Pod
+from runner.cloud.api import Api
+from runner.cloud.ledger import PREFIX, Entry, Ledger
+from runner.cloud.problems import CloudError, StillThereError
+from runner.cloud.waiting import look_for, named
+from runner.errors import RunnerError
+
+# A create that was not answered is believed to have come to nothing when its name has not appeared for so long.
+UNKNOWN_S = 15 * 60
+AFTER_DEADLINE_S = 5 * 60  # a pod that should have ended itself, and did not
+ARMED = ("RUNNING", "COLLECTING")
+
+
+def reconcile(api: Api, ledger: Ledger) -> list[str]:
+    """Bring every entry that nobody holds to its end, and say what was done; never raises for what RunPod does.
+
+    WrongKeyError alone goes through: with such a key nothing else would work either.
+    """
+    entries = [entry for entry in ledger.entries() if not entry.owned]
+    if not entries:
+        return []
+    notes: list[str] = []
+    try:
+        pods = {pod.id: pod for pod in api.pods() if pod.status not in OVER}
+    except CloudError as error:
+        return [f"{len(entries)} pods of earlier commands could not be looked after: {error}"]
+    for entry in entries:
+        if _of_another_account(api, entry, pods):
+            notes.append(f"pod {entry.pod_id or entry.name} was rented with another key or address; left alone")
+            continue
+        if not ledger.take(entry.name):
+            continue  # another command was faster
+        try:
+            now = ledger.entry(entry.name)  # it may have moved on since it was listed
+            if now is None or now.state == "GONE":
+                continue
+            if note := _settle(api, ledger, now, pods):
+                notes.append(note)
+        except StillThereError as error:
+            notes += [f"{problem.what}; {problem.remedy}" for problem in error.problems]
+        except RunnerError as error:
+            notes.append(f"pod {entry.pod_id or entry.name}: {error}")
+        finally:
+            ledger.leave(entry.name)
+    return notes
+
+
+def _of_another_account(api: Api, entry: Entry, pods: dict[str, Pod]) -> bool:
+    """A pod is not gone because another account does not have it."""
+    if entry.base != api.base:
+        return True
+    return entry.account != api.account and entry.pod_id not in pods
+
+
+def _settle(api: Api, ledger: Ledger, entry: Entry, pods: dict[str, Pod]) -> str | None:
+    """One entry that nobody holds; what was done, or None where nothing had to be."""
+    name, state = entry.name, entry.state
+    if state == "PLANNED":
+        ledger.move(name, "GONE", "never asked for: the launcher ended before")
+        return None
+    if state in ("CREATING", "CREATE_UNKNOWN"):
+        return _unanswered(api, ledger, entry)
+    assert entry.pod_id is not None
+    if state in (*ARMED, "STOPPED"):
+        return _armed(api, ledger, entry, pods.get(entry.pod_id))
+    if state == "TERMINATING" and entry.keep:
+        ending.stop(api, ledger, name, entry.pod_id, "again, after the launcher ended")
+        return f"pod {entry.pod_id} of run {entry.run_id} is stopped, as was asked"
+    ending.end(api, ledger, name, entry.pod_id, f"nobody holds it any more, {state} since its launcher ended")
+    return f"pod {entry.pod_id} of run {entry.run_id} was left {state} by a launcher that is gone: it is ended"
+
+
+def _unanswered(api: Api, ledger: Ledger, entry: Entry) -> str | None:
+    """A create of which nobody knows what became of it."""
+    if entry.state == "CREATING":
+        ledger.move(entry.name, "CREATE_UNKNOWN", "the launcher ended while it asked")
+    found = look_for(api, entry.name) if entry.state == "CREATING" else named(api, entry.name)
+    for pod in found:
+        ending.end(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
+    if found:
+        return f"pod {found[0].id} of run {entry.run_id} came of a create that was not answered: it is ended"
+    if time.time() - entry.created > UNKNOWN_S:
+        ledger.move(entry.name, "GONE", "no pod of that name has appeared")
+    return None
+
+
+def _armed(api: Api, ledger: Ledger, entry: Entry, pod: Pod | None) -> str | None:
+    """A pod that looks after itself."""
+    assert entry.pod_id is not None
+    if pod is None:
+        if ending.is_gone(api, entry.pod_id):
+            ledger.move(entry.name, "GONE", "it has ended itself, or was taken away")
+            if entry.state != "STOPPED":
+                return f"pod {entry.pod_id} of run {entry.run_id} is gone"
+        return None
+    if pod.status == "EXITED" and entry.state != "STOPPED":
+        ledger.move(entry.name, "STOPPED", "it has stopped itself, with what nobody had fetched")
+        return f"pod {pod.id} has stopped itself with its result: python -m runner fetch {entry.run_id}"
+    if entry.state != "STOPPED" and overdue(entry, time.time()):
+        ending.end(api, ledger, entry.name, pod.id, "it is past its deadline")
+        return f"pod {pod.id} of run {entry.run_id} was past its deadline and alive: it is ended"
+    return None
+
+
+def overdue(entry: Entry, now: float) -> bool:
+    """It should have ended itself: at its deadline, or when its launcher was silent for too long."""
+    if entry.deadline is not None and now > entry.deadline + AFTER_DEADLINE_S:
+        return True
+    return entry.heartbeat_s is not None and now > entry.updated + entry.heartbeat_s + AFTER_DEADLINE_S
+
+
+def settle_unknown(api: Api, ledger: Ledger, run_id: str, *, now: bool = False) -> None:
+    """End what a create of this run that was not answered has brought forth meanwhile; one question, if any.
+
+    `now`: the run is over, and what has not appeared in a minute is left to the next command.
+    """
+    for entry in ledger.entries(run_id):
+        if entry.state != "CREATE_UNKNOWN" or not (entry.owned_here or not entry.owned):
+            continue
+        try:
+            found = look_for(api, entry.name) if now else named(api, entry.name)
+        except RunnerError:
+            continue  # it stays in the ledger
+        for pod in found:
+            ending.end(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
+        if not found and time.time() - entry.created > UNKNOWN_S:
+            ledger.move(entry.name, "GONE", "no pod of that name has appeared")
+
+
+def strangers(api: Api, ledger: Ledger) -> list[Pod]:
+    """Pods with this project's prefix that no entry of this machine's ledger knows."""
+    entries = ledger.entries()
+    names, ids = {entry.name for entry in entries}, {entry.pod_id for entry in entries}
+    found = [pod for pod in api.pods() if pod.name.startswith(PREFIX) and pod.status not in OVER]
+    return [pod for pod in found if pod.name not in names and pod.id not in ids]

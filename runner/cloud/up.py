@@ -1,0 +1,78 @@
+"""Just a pod: SSH and Jupyter through a tunnel, and the same deadline and price guard as a run has."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from runner.cloud import boot, keys
+from runner.cloud.api import Api
+from runner.cloud.placement import Candidate, runpod
+from runner.cloud.pod import acquire
+from runner.cloud.preflight import check
+from runner.errors import CannotRunError, Problem
+from runner.paths import state_dir
+from runner.rundir import RunDir
+from runner.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class Up:
+    """A pod that is a person's own until its deadline."""
+
+    run_id: str
+    pod_id: str
+    usd_per_hour: float
+    deadline: float
+    """Epoch: then it ends itself."""
+    jupyter_token: str
+
+    @property
+    def described(self) -> str:
+        """What to do with it."""
+        until = datetime.fromtimestamp(self.deadline)
+        return (
+            f"pod {self.pod_id}, ${self.usd_per_hour:.2f} an hour, ends itself at {until:%H:%M on %Y-%m-%d}\n"
+            f"  python -m runner pods ssh {self.pod_id}\n"
+            f"  python -m runner pods tunnel {self.pod_id}      http://127.0.0.1:8888/?token={self.jupyter_token}\n"
+            f"  python -m runner pods terminate {self.pod_id}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def spec_for(spec: RunSpec, hours: float) -> RunSpec:
+    """A resolved spec, with the hours as its deadline."""
+    return spec.model_copy(update={"where": runpod(spec).model_copy(update={"deadline_hours": hours})})
+
+
+def offer(api: Api, spec: RunSpec, hours: float) -> Candidate:
+    """What would be asked for first; CannotRunError where so many hours of it cost more than is allowed."""
+    (first, *_), _ = check(api, spec, {})
+    cap, cost = runpod(spec).max_usd, first.usd_per_hour * hours
+    if cap is not None and cost > cap:
+        what = f"{hours:g} hours cost ${cost:.2f}, more than where.max_usd={cap:g}"
+        raise CannotRunError(Problem(what, "where.max_usd", f"write --hours {cap / first.usd_per_hour:.1f}, or less"))
+    return first
+
+
+def up(spec: RunSpec, hours: float, say: Callable[[str], None]) -> Up:
+    """Rent it, and leave it to itself: what ends it in time is started with it, before anything else."""
+    run_id = f"pod-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    token = secrets.token_urlsafe(12)  # of a server that listens inside the pod alone; nobody's key
+    began = time.time()
+    rented = acquire(
+        RunDir(state_dir() / "pods" / run_id), spec, {"hours": hours}, keys.pair(run_id), say, detached=True,
+        args=boot.as_text(run_id, hours * 60), env={"JUPYTER_PASSWORD": token},
+    )  # fmt: skip
+    rented.deadline = min(rented.deadline, began + hours * 3600)
+    rented.ledger.set(rented.name, deadline=rented.deadline)
+    rented.mark("RUNNING", "it is a person's own until its deadline")
+    rented.detach()
+    return Up(run_id, rented.pod.id, rented.usd_per_hour, rented.deadline, token)

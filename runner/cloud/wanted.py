@@ -1,0 +1,62 @@
+"""A pod to ask for, and the body that asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+WORKSPACE = "/workspace"
+LEAST_VOLUME_GB = 10  # RunPod's own floor
+
+
+@dataclass(frozen=True, slots=True)
+class PodRequest:
+    """A pod to ask for: either GPUs or a CPU flavour, either an image or a template."""
+
+    name: str
+    """Unique: by it a pod is found again whose create was never answered."""
+    image: str | None
+    cloud: str
+    gpu_id: str | None = None
+    gpu_count: int = 1
+    cpu_id: str | None = None
+    num_vcpus: int = 2
+    template: str | None = None
+    data_centers: tuple[str, ...] = ()
+    container_disk_gb: int = 20
+    volume_gb: int = 0
+    volume_id: str | None = None
+    cuda_versions: tuple[str, ...] = ()
+    ports: tuple[str, ...] = ("22/tcp",)
+    env: dict[str, str] = field(default_factory=dict)
+    """Seen by whoever may look at the pod: never a secret."""
+    args: str | None = None
+    """Start command, instead of the image's own."""
+    bid_usd: float | None = None
+    """Bid per GPU and hour, for an interruptible machine."""
+
+    def body(self) -> dict[str, Any]:
+        """As REST v2 wants it (CreatePodRequest)."""
+        body: dict[str, Any] = {
+            "name": self.name,
+            "cloud": self.cloud.upper(),
+            "disk": self.container_disk_gb,
+            "ports": list(self.ports),
+            "env": dict(self.env),
+            "startSsh": True,
+        }
+        body |= {"templateId": self.template} if self.template else {"image": self.image}
+        if self.cpu_id:
+            body["cpu"] = {"id": self.cpu_id, "vcpuCount": self.num_vcpus}
+        else:
+            cuda = {"allowedCudaVersions": list(self.cuda_versions)} if self.cuda_versions else {}
+            body["gpu"] = {"id": self.gpu_id, "count": self.gpu_count, **cuda}
+        if self.volume_id:
+            body["mounts"] = {"network": [{"volumeId": self.volume_id, "path": WORKSPACE}]}
+        elif self.volume_gb and not self.cpu_id:  # a CPU pod has no volume disk
+            body["mounts"] = {"persistent": {"size": max(LEAST_VOLUME_GB, self.volume_gb), "path": WORKSPACE}}
+        if self.data_centers:
+            body["dataCenterIds"] = list(self.data_centers)
+        if self.args:
+            body["args"] = self.args
+        return body

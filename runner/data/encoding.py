@@ -1,0 +1,152 @@
+"""Rows → tokens, a chunk at a time, in this process or in several: what is cut, dropped, split or refused is counted.
+
+The other processes get the tokenizer as text and rows as they are; they import neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import cast
+
+from runner.data.examples import Example
+from runner.data.masks import IGNORED
+from runner.data.stored import Stored, decoded
+from runner.data.words import Words
+from runner.errors import Problem, RequestError
+
+CHUNK = 1000
+ALONE = 20_000
+"""Rows up to which one process does it: to start another takes a second, in which one tokenises 3,000 rows."""
+
+
+@dataclass(frozen=True)
+class How:
+    """What shapes the tokens, besides the tokenizer."""
+
+    loss_on: str
+    limit: int
+    on_long: str = "truncate"
+
+
+@dataclass
+class Chunk:
+    """Tokens of some rows, one after the other."""
+
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    labels: array[int] = field(default_factory=lambda: array("i"))
+    lengths: list[int] = field(default_factory=list)
+    examples: int = 0
+    truncated: int = 0
+    """Rows that were longer than the limit and lost their end."""
+    dropped: int = 0
+    """Rows without a token to learn, within the limit, and long ones under `data.on_long=drop`."""
+    split: int = 0
+    """Rows that go on in another."""
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], labels: Sequence[int], how: How) -> None:
+        """One row, as `how` has it."""
+        self.examples += 1
+        limit = how.limit
+        if len(ids) > limit:
+            if how.on_long == "split":
+                self._split(ids, labels, limit)
+                return
+            if how.on_long == "drop":
+                self.dropped += 1
+                return
+            self.truncated += 1
+        if not self._keep(ids[:limit], labels[:limit]):
+            self.dropped += 1
+
+    def _split(self, ids: Sequence[int], labels: Sequence[int], limit: int) -> None:
+        """Pieces of `limit` tokens; those with nothing to learn are left out, and the row counts once."""
+        kept = [self._keep(ids[at : at + limit], labels[at : at + limit]) for at in range(0, len(ids), limit)]
+        self.split += 1
+        self.dropped += not any(kept)
+
+    def _keep(self, ids: Sequence[int], labels: Sequence[int]) -> bool:
+        if all(label == IGNORED for label in labels[1:]):  # the first token has nothing before it
+            return False
+        self.ids.extend(ids)
+        self.labels.extend(labels)
+        self.lengths.append(len(ids))
+        return True
+
+
+def encode_chunk(words: Words, examples: Sequence[Example], how: How) -> Chunk:
+    """Tokens of the examples; those that the template refuses are problems with their place."""
+    chunk = Chunk()
+    try:
+        found = words.encode_all(examples, how.loss_on)
+    except RequestError:  # one at least: which?
+        for example in examples:
+            try:
+                encoded = words.encode(example, how.loss_on)
+                chunk.add(encoded.ids, encoded.labels, how)
+            except RequestError as error:
+                chunk.problems += [Problem(p.what, example.where or p.source, p.remedy) for p in error.problems]
+        return chunk
+    for encoded in found:
+        chunk.add(encoded.ids, encoded.labels, how)
+    return chunk
+
+
+def encoded_chunks(
+    words: Words, examples: Iterable[Example], total: int, how: How, num_proc: int | None
+) -> Iterator[Chunk]:
+    """Chunks in the order of the examples, whatever the number of processes; few are in memory at once."""
+    processes = num_proc or (1 if total <= ALONE else max(1, len(_cores())))
+    # Rows in a file go to the other processes as they are written there.
+    rest: Iterator[Example | bytes] = examples.lines() if isinstance(examples, Stored) else iter(examples)
+    pieces = iter(lambda: list(islice(rest, CHUNK)), [])
+    if processes == 1:
+        yield from (encode_chunk(words, _read(piece), how) for piece in pieces)
+        return
+    # Not fork: the caller has torch's threads. One thread each for the tokenizer: the processes share the cores.
+    context = multiprocessing.get_context("spawn")
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        with ProcessPoolExecutor(processes, context, _begin, (words, how)) as pool:
+            waiting: deque[Future[Chunk]] = deque()
+            for piece in pieces:
+                waiting.append(pool.submit(_encode, piece))
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _cores() -> Sequence[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return range(os.cpu_count() or 1)
+
+
+_state: list[tuple[Words, How]] = []
+
+
+def _begin(words: Words, how: How) -> None:
+    """In a process of the pool: keep what every chunk needs."""
+    _state[:] = [(words, how)]
+
+
+def _encode(piece: Sequence[Example | bytes]) -> Chunk:
+    return encode_chunk(_state[0][0], _read(piece), _state[0][1])
+
+
+def _read(piece: Sequence[Example | bytes]) -> list[Example]:
+    return [cast("Example", decoded(row, "sft")) if isinstance(row, bytes) else row for row in piece]

@@ -1,0 +1,214 @@
+"""Values out of one row, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from runner.data.examples import Turn
+from runner.data.files import Row, kind_of
+from runner.errors import Problem
+from runner.suggest import nearest
+
+ROLES = ("system", "user", "assistant", "tool")
+# ShareGPT's, LLaMA-Factory's and OpenAI's names, common on the Hub.
+OTHER_ROLES = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "model": "assistant", "ai": "assistant", "function_call": "assistant", "developer": "system",
+    "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool", "ipython": "tool",
+}  # fmt: skip
+_ROLE_KEYS, _CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # as transformers reads them
+_TURN = 'write {"role": "user", "content": "…"}'
+_TURNS = 'write [{"role": "user", "content": "…"}, …]'
+_TRUTH = {"true": True, "false": False, "1": True, "0": False, "+1": True, "-1": False}
+
+
+class RowReader:
+    """Takes values out of one row and notes what is wrong with them."""
+
+    def __init__(self, row: Row, where: str, roles: Mapping[str, str] | None = None, weight: str = "weight") -> None:
+        self.row = row
+        self.where = where
+        self.roles = OTHER_ROLES | dict(roles or {})
+        self.weight = weight
+        self.problems: list[Problem] = []
+
+    def wrong(self, what: str, remedy: str | None = None) -> None:
+        self.problems.append(Problem(what, self.where, remedy))
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there; a problem where not."""
+        if name not in self.row:
+            near = nearest(name, [str(key) for key in self.row])
+            self.wrong(f"has no field {name}", f"is {near} misspelt?" if near else f"add {name}")
+        return name in self.row
+
+    def text(self, name: str, may_be_empty: bool = False) -> str:
+        """Text that is there; `""` where it is not (and a problem)."""
+        return self.content(name, self.row[name], may_be_empty) if self.has(name) else ""
+
+    def optional(self, name: str) -> str:
+        """Text that may be missing, null or empty."""
+        value = self.row.get(name)
+        return "" if value is None else self.content(name, value, may_be_empty=True)
+
+    def content(self, name: str, value: Any, may_be_empty: bool = False) -> str:
+        """`value` if it is text one can learn."""
+        if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
+            value = "".join(part["text"] for part in value)  # OpenAI's content in parts
+        if not isinstance(value, str):
+            self.wrong(f"{name} is {kind_of(value)}, not text", "write it as text in quotes")
+            return ""
+        if not value.strip() and not may_be_empty:
+            self.wrong(f"{name} is empty", "fill it in, or delete the row")
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON can spell it, and a tokenizer raises on it
+            self.wrong(f"{name} holds half a character (\\ud800 to \\udfff)", "write the character itself")
+        return value
+
+    def truth(self, name: str) -> bool:
+        """True or false, as JSON, CSV and LLaMA-Factory write it."""
+        value = self.row[name] if self.has(name) else True
+        said = str(value).strip().lower()
+        if isinstance(value, (bool, int, str)) and said in _TRUTH:
+            return _TRUTH[said]
+        self.wrong(f"{name} is {_short(value)}, neither true nor false", "write true or false, 1 or 0")
+        return True
+
+    def ids(self, name: str) -> list[int]:
+        """A list of token ids or labels."""
+        value = self.row[name] if self.has(name) else [0]
+        if not isinstance(value, list) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+            self.wrong(f"{name} is not a list of whole numbers", "write token ids such as [1, 15043, 2]")
+            return []
+        if not value:
+            self.wrong(f"{name} is an empty list", "fill it in, or delete the row")
+        return value
+
+    def tools(self, name: str) -> list[dict[str, Any]]:
+        """Tools as a list of schemas or as JSON text of one; none where there are none."""
+        value = self.row.get(name)
+        if isinstance(value, str) and value.strip():
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                self.wrong(f"{name} is broken JSON: {error.msg} (column {error.colno})", "write a list of JSON schemas")
+                return []
+        if not value:
+            return []
+        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+            self.wrong(f"{name} is {kind_of(value)}, not a list of tools", "write a list of JSON schemas")
+            return []
+        return value
+
+    def turns(self, name: str, whole: bool = True) -> list[Turn]:
+        """The turns of a conversation that are right; one that is not `whole` goes on after another field's."""
+        if not self.has(name):
+            return []
+        value = self.row[name]
+        if isinstance(value, str) and value.lstrip().startswith("["):  # CSV cannot hold a list
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                self.wrong(f"{name} is broken JSON: {error.msg} (column {error.colno})", _TURNS)
+                return []
+        if not isinstance(value, list) or not value:
+            what = "is an empty list" if value == [] else f"is {kind_of(value)}, not a list of turns"
+            self.wrong(f"{name} {what}", _TURNS)
+            return []
+        turns = [self._turn(f"{name}[{index}]", turn) for index, turn in enumerate(value)]
+        if all(turns):
+            self._check_order(name, [turn for turn in turns if turn], whole)
+        return [turn for turn in turns if turn]
+
+    def _turn(self, name: str, turn: Any) -> Turn | None:
+        if not isinstance(turn, dict):
+            self.wrong(f"{name} is {kind_of(turn)}, not a turn", _TURN)
+            return None
+        role_key = next((key for key in _ROLE_KEYS if key in turn), "role")
+        content_key = next((key for key in _CONTENT_KEYS if key in turn), "value" if role_key == "from" else "content")
+        calls = turn.get("tool_calls") or None
+        missing = [key for key in (role_key, content_key) if key not in turn and not (calls and key == content_key)]
+        for key in missing:
+            self.wrong(f"{name} has no {key}", _TURN)
+        if missing:
+            return None
+        said = turn[role_key]
+        role = self.roles.get(said, said) if isinstance(said, str) else said
+        if role not in ROLES:
+            near = nearest(str(role), ROLES)
+            other = f"write data.roles={{{role}: user}}, or assistant, system, tool" if isinstance(role, str) else None
+            self.wrong(f"{name} has the unknown role {role!r}", f"did you mean {near}?" if near else other)
+            return None
+        content = turn.get(content_key)
+        if said == "function_call" and isinstance(content, str):
+            calls, content = [content], ""
+        content = "" if content is None and (calls or role == "tool") else content
+        # An empty question happens in collected chats and does no harm; an empty answer teaches silence.
+        empty_is_fine = role != "assistant" or bool(calls)
+        found: Turn = {"role": role, "content": self.content(f"{name}.{content_key}", content, empty_is_fine)}
+        self._add_rest(name, turn, calls, found)
+        return found
+
+    def _add_rest(self, name: str, turn: Row, calls: Any, found: Turn) -> None:
+        """What only some turns have: weight, tool calls, thoughts, names."""
+        weight = turn.get(self.weight)
+        if isinstance(weight, (bool, int, float)) and weight in (0, 1):
+            if not weight:
+                found["weight"] = 0
+        elif weight is not None:
+            self.wrong(f"{name}.{self.weight} is {_short(weight)}, neither 0 nor 1", "write 0 to learn nothing of it")
+        if calls is not None:
+            found["tool_calls"] = self._calls(f"{name}.tool_calls", calls)
+        thought = next((turn[key] for key in _THOUGHTS if turn.get(key)), None)
+        if thought is not None:
+            found["reasoning_content"] = self.content(f"{name}.reasoning_content", thought)
+        if isinstance(turn.get("name"), str):
+            found["name"] = turn["name"]
+        if isinstance(turn.get("tool_call_id"), str):
+            found["tool_call_id"] = turn["tool_call_id"]
+
+    def _calls(self, name: str, calls: Any) -> list[dict[str, Any]]:
+        """Calls in the one form that templates know, their arguments as an object."""
+        found = []
+        for index, call in enumerate(calls if isinstance(calls, list) else [calls]):
+            try:
+                call = json.loads(call) if isinstance(call, str) else call
+                function = call.get("function", call)
+                arguments = function.get("arguments", function.get("parameters", {}))
+                arguments = json.loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
+                known = {"name": str(function["name"]), "arguments": arguments or {}}
+            except (KeyError, AttributeError, json.JSONDecodeError):
+                remedy = 'write {"function": {"name": "…", "arguments": {…}}}'
+                self.wrong(f"{name}[{index}] is no call of a function with its arguments in JSON", remedy)
+                continue
+            ident = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+            found.append({**ident, "type": "function", "function": known})
+        return found
+
+    def _check_order(self, name: str, turns: list[Turn], whole: bool) -> None:
+        """A system prompt comes first, a tool answers a call, and the assistant does not speak before it is asked."""
+        before = "" if whole else "assistant"
+        for index, turn in enumerate(turns):
+            role = turn["role"]
+            if role == "system" and index and before != "system":
+                self.wrong(f"{name}[{index}] is a system turn after the first turn", "put it first")
+            if role == "tool" and before not in ("assistant", "tool"):
+                self.wrong(f"{name}[{index}] is a tool's answer that nothing called for", "put the call before it")
+            before = role
+        first = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), None)
+        asked = any(turn["role"] == "user" for turn in turns)
+        if whole and first is not None and turns[first]["role"] == "assistant" and asked:
+            self.wrong(f"{name}[{first}] is the assistant's, before anything was asked", "put the question first")
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 40 else text[:39] + "…"

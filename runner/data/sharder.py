@@ -1,0 +1,198 @@
+"""A stream of documents → text files of so many lines each, with a manifest; going on where it was interrupted.
+
+A document is a line: line breaks within it become spaces. Whether it goes to the training or the validation shards
+depends on its number and the seed alone, so a run that was cut off sends every document where it would have gone. The
+manifest counts finished shards only; what a shard was made of is found again by number.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.data.documents import documents
+from runner.data.workspace import Workspace, has_lost, is_whole, manifest_of
+from runner.errors import Problem, RequestError
+from runner.rundir import write_atomically
+from runner.spec import DataSpec, Pretrain
+
+SMOKE_DOCUMENTS = 1000
+TELL_EVERY = 20_000
+"""Documents between two lines of progress."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides which document lies in which shard; kept in the manifest."""
+
+    source: str
+    mode: str
+    val_ratio: float | None
+    lines_per_shard: int
+    take: int | None
+    gzip: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """What is there now."""
+
+    train: dict[str, Any]
+    val: dict[str, Any] | None
+    made: bool
+    """It was made now, or finished; else it was there."""
+
+
+class _Shards:
+    """Writes one folder of shards; a shard has its name only when it is whole."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder, self.settings = folder, settings
+        folder.mkdir(parents=True, exist_ok=True)
+        self.manifest = manifest_of(folder) or {"settings": asdict(settings), "shards": [], "last": -1}
+        for file in folder.glob(".*.tmp"):
+            file.unlink()
+        self.lines: list[str] = []
+
+    @property
+    def last(self) -> int:
+        """Number of the last document in a finished shard; -1 before the first."""
+        return int(self.manifest["last"])
+
+    def add(self, number: int, text: str) -> None:
+        """One document, unless a finished shard has it."""
+        if number <= self.last:
+            return
+        self.lines.append(" ".join(text.split()) + "\n")
+        if len(self.lines) == self.settings.lines_per_shard:
+            self.flush(number)
+
+    def flush(self, number: int, complete: bool = False) -> None:
+        """Write the shard, then the manifest: whoever dies in between does the shard again, under the same name."""
+        if self.lines:
+            name = f"shard-{len(self.manifest['shards']):05d}.txt{'.gz' if self.settings.gzip else ''}"
+            content = "".join(self.lines).encode()
+            if self.settings.gzip:
+                content = gzip.compress(content, mtime=0)
+            temporary = self.folder / f".{name}.{os.getpid()}.tmp"
+            with temporary.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(self.folder / name)
+            digest = hashlib.sha256(content).hexdigest()
+            shard = {"file": name, "lines": len(self.lines), "bytes": len(content), "sha256": digest}
+            self.manifest["shards"].append(shard)
+            self.lines = []
+        shards = self.manifest["shards"]
+        self.manifest |= {
+            "last": max(number, self.last), "complete": complete, "num_shards": len(shards),
+            "lines": sum(shard["lines"] for shard in shards), "bytes": sum(shard["bytes"] for shard in shards),
+        }  # fmt: skip
+        write_atomically(self.folder / "manifest.json", json.dumps(self.manifest, indent=2) + "\n")
+
+
+def settings_of(objective: Pretrain, data: DataSpec, seed: int) -> Settings:
+    """`take` and `val_ratio` as the mode means them."""
+    source = {"pydoc": "pydoc", "hub": f"{data.id}:{data.subset}:{data.split}"}.get(data.source, str(data.path))
+    take = objective.take or (SMOKE_DOCUMENTS if objective.mode == "smoke" else None)
+    ratio = objective.val_ratio if objective.mode == "split" and not _own_val(data) else None
+    return Settings(source, objective.mode, ratio, objective.lines_per_shard, take, objective.gzip, seed)
+
+
+def shard(
+    place: Workspace, objective: Pretrain, data: DataSpec, seed: int, say: Callable[[str], None] = lambda line: None,
+    beat: Callable[[], None] = lambda: None,
+) -> Sharded:  # fmt: skip
+    """Make what is missing; RequestError where shards of other settings are in the way, or where nothing was read."""
+    settings = settings_of(objective, data, seed)
+    if objective.shards == "anew":
+        for folder in (place.train, place.val):
+            shutil.rmtree(folder, ignore_errors=True)
+    if is_whole(place.train):
+        return Sharded(manifest_of(place.train), manifest_of(place.val) or None, False)
+    if objective.shards == "reuse":
+        raise RequestError(missing(place))
+    _check_same(place, settings)
+    for folder in (place.train, place.val):
+        if has_lost(folder):  # which documents were in it is known by number only: all are done again
+            say(f"Shards  some of {folder} are gone: made again")
+            shutil.rmtree(folder)
+    train = _Shards(place.train, settings)
+    val = _Shards(place.val, settings) if settings.val_ratio else None
+    first = min(part.last for part in (train, val) if part) + 1
+    if first:
+        say(f"Shards  go on after {first:,} documents")
+    number = -1
+    for number, text in _numbered(data, settings, first):
+        (val if val and _to_val(number, settings) else train).add(number, text)
+        beat()
+        if (number + 1) % TELL_EVERY == 0:
+            say(f"  {number + 1:,} documents sharded")
+    if val:
+        val.flush(number, complete=True)
+    elif _own_val(data):
+        val = _Shards(place.val, settings)
+        for held, text in _numbered(data, settings, val.last + 1, held_out=True):
+            val.add(held, text)
+            beat()
+        val.flush(val.last, complete=True)
+    train.flush(number, complete=True)  # last: whoever finds it whole finds the other whole, too
+    if not train.manifest["shards"]:
+        shutil.rmtree(place.train)
+        raise RequestError(Problem(f"{settings.source} holds no document to train on", "data", "name another source"))
+    return Sharded(train.manifest, val.manifest if val else None, True)
+
+
+def lines_of(folder: Path) -> Iterator[str]:
+    """The documents of all shards in a folder, in order."""
+    for part in manifest_of(folder).get("shards", []):
+        file = folder / part["file"]
+        opened: Any = gzip.open if file.suffix == ".gz" else open
+        with opened(file, "rt", encoding="utf-8") as stream:
+            for line in stream:
+                yield line.rstrip("\n")
+
+
+def missing(place: Workspace) -> Problem:
+    """Shards that are to be reused are not there."""
+    found = manifest_of(place.train)
+    what = f"{place.train} holds no shards" if not found else f"{place.train} is not complete"
+    return Problem(what, "objective.shards=reuse", "write objective.shards=auto to make them")
+
+
+def _check_same(place: Workspace, settings: Settings) -> None:
+    for folder in (place.train, place.val):
+        known = manifest_of(folder).get("settings")
+        if known and known != asdict(settings):
+            changed = ", ".join(key for key, value in asdict(settings).items() if known.get(key) != value)
+            what = f"{folder} was begun with another {changed}"
+            remedy = "write objective.shards=anew, or another objective.experiment"
+            raise RequestError(Problem(what, "objective.experiment", remedy))
+
+
+def _numbered(
+    data: DataSpec, settings: Settings, first: int, held_out: bool = False
+) -> Iterator[tuple[int, str]]:  # fmt: skip
+    for number, text in enumerate(documents(data, held_out=held_out, skip=first), first):
+        if settings.take is not None and number >= settings.take:
+            return
+        if text.strip():
+            yield number, text
+
+
+def _to_val(number: int, settings: Settings) -> bool:
+    return random.Random(f"{settings.seed}:{number}").random() < (settings.val_ratio or 0.0)
+
+
+def _own_val(data: DataSpec) -> bool:
+    return bool(data.eval_path or data.eval_split)

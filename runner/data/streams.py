@@ -1,0 +1,81 @@
+"""Large files, some thousand rows at a time: JSONL, text and Parquet; others are read whole."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any
+
+from runner.data.files import Table, json_lines, kind_of_file, read_table, text_lines
+from runner.errors import Problem, RequestError
+
+BLOCK = 8 << 20
+"""Bytes of lines that are parsed at once."""
+PARQUET_ROWS = 5000
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def tables(path: str) -> Iterator[Table]:
+    """The file in pieces, rows numbered through; RequestError as in `read_table`."""
+    file, kind = Path(path).expanduser(), kind_of_file(path)
+    ending = file.suffix.lower()
+    if not file.is_file() or ending == ".zst" or kind not in ("jsonl", "txt", "parquet"):
+        yield read_table(path)
+    elif kind == "parquet" and ending == ".parquet":
+        yield from _parquet(file, path)
+    elif kind == "parquet":
+        yield read_table(path)
+    else:
+        with _OPENERS.get(ending, open)(file, "rb") as opened:
+            yield from _lines(opened, path, kind)
+
+
+def _lines(opened: IO[bytes], path: str, kind: str) -> Iterator[Table]:
+    number, parse = 1, json_lines if kind == "jsonl" else text_lines
+    for block in _blocks(opened, path):
+        text = _text(block, path, number)
+        yield parse(text, path, number)
+        number += text.count("\n")
+
+
+def _blocks(opened: IO[bytes], path: str) -> Iterator[bytes]:
+    """Whole lines, about `BLOCK` bytes of them."""
+    while True:
+        try:
+            block = opened.read(BLOCK)
+            block += opened.readline() if block else b""
+        except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+            raise RequestError(Problem(f"{path} is damaged: {error}", None, "make the file again")) from None
+        if not block:
+            return
+        yield block
+
+
+def _text(block: bytes, path: str, number: int) -> str:
+    try:
+        return block.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line = number + block.count(b"\n", 0, error.start)
+        what = f"byte 0x{block[error.start]:02x} is not UTF-8"
+        remedy = f"save the file as UTF-8, such as with: iconv -f WINDOWS-1252 -t UTF-8 {path}"
+        raise RequestError(Problem(what, f"{path}, line {line}", remedy)) from None
+
+
+def _parquet(file: Path, path: str) -> Iterator[Table]:
+    try:  # only Parquet needs it, and it takes 0.1 s to import
+        pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError:
+        raise RequestError(Problem(f"{path}: Parquet needs pyarrow", None, "pip install pyarrow")) from None
+    number = 1
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(PARQUET_ROWS):
+            rows = batch.to_pylist()
+            yield Table(path, rows, numbers=range(number, number + len(rows)))
+            number += len(rows)
+    except pyarrow.ArrowException as error:
+        reason = str(error).split("\n")[0]
+        raise RequestError(Problem(f"{path} is no Parquet file: {reason}", None, "write it again")) from None

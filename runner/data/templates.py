@@ -1,0 +1,135 @@
+"""Chat templates: where they come from, and what a conversation looks like in one.
+
+They are compiled as transformers compiles them (a sandbox, its `tojson`, `raise_exception`, `strftime_now`, `{%
+generation %}`), without importing it: a preview takes a moment, and a process that tokenises stays small.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from runner.data.examples import Turn
+from runner.errors import Problem, RequestError
+from runner.paths import CONF
+from runner.suggest import nearest
+
+FOLDER = CONF / "chat_template"
+# Around what a template marks as {% generation %}; no text one learns from holds these two of Unicode's private use.
+_BEGIN, _END = "\ue0f0\ue0f1", "\ue0f1\ue0f0"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the text that is tokenised."""
+
+    text: str
+    marks: list[tuple[int, int]]
+    """Where the template says, by `{% generation %}`, that the assistant speaks: [begin, end) in characters."""
+
+
+def named() -> dict[str, Path]:
+    """The templates one can call by name."""
+    return {file.stem: file for file in sorted(FOLDER.glob("*.jinja"))}
+
+
+def template_source(choice: str) -> str:
+    """The Jinja source of `data.chat_template`: a name, or a file; RequestError where it is neither."""
+    file = named().get(choice, Path(choice).expanduser())
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        near = nearest(choice, list(named()))
+        remedy = f"did you mean {near}?" if near else f"name a Jinja file, or one of {', '.join(named())}"
+        reason = getattr(error, "strerror", None) or "is not text"
+        raise RequestError(Problem(f"data.chat_template={choice}: {reason}", None, remedy)) from None
+
+
+class Template:
+    """One compiled template, with the special tokens it may name."""
+
+    def __init__(self, source: str, special: dict[str, str]) -> None:
+        """`special` as in tokenizer_config.json: `bos_token`, `eos_token`, …; RequestError for one that is no Jinja."""
+        self.source, self.special = source, special
+        self._render = _compiled(source)
+
+    def render(self, turns: Sequence[Turn], ask: bool = False, tools: Sequence[dict[str, Any]] = ()) -> Rendered:
+        """The conversation as text; `ask` ends it where the assistant is to speak.
+
+        Raises jinja2.TemplateError, or whatever else the template does, where it refuses the conversation.
+        """
+        messages = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
+        text = self._render(
+            messages=messages, add_generation_prompt=ask, tools=list(tools) or None, documents=None, **self.special
+        )
+        if _BEGIN not in text:
+            return Rendered(text, [])
+        return _unmarked(text)
+
+
+def _unmarked(text: str) -> Rendered:
+    parts: list[str] = []
+    marks: list[tuple[int, int]] = []
+    length = 0
+    for number, part in enumerate(text.split(_BEGIN)):
+        inside, _, outside = part.partition(_END) if number else ("", "", part)
+        marks += [(length, length + len(inside))] if number else []
+        parts += [inside, outside]
+        length += len(inside) + len(outside)
+    return Rendered("".join(parts), marks)
+
+
+@lru_cache(maxsize=16)
+def _compiled(source: str) -> Callable[..., str]:
+    try:
+        jinja2: Any = import_module("jinja2")  # 40 ms
+        sandbox: Any = import_module("jinja2.sandbox")  # never code of a stranger's template
+        extension = _generation(jinja2, import_module("jinja2.ext"))
+    except ImportError:
+        raise RequestError(Problem("chat templates need jinja2", None, "pip install jinja2")) from None
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[extension, "jinja2.ext.loopcontrols"]
+    )
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        render: Callable[..., str] = environment.from_string(source).render
+    except jinja2.TemplateSyntaxError as error:
+        what = f"the chat template is no Jinja: line {error.lineno}: {error.message}"
+        raise RequestError(Problem(what, None, "set data.chat_template to another file")) from None
+    return render
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """As transformers has it: Jinja's own would escape < and >."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _generation(jinja2: Any, ext: Any) -> type:
+    """transformers' `{% generation %}` tag: here it puts marks around what it encloses."""
+
+    class Generation(ext.Extension):  # type: ignore[misc]  # jinja2 is read when it is needed
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+        def _marked(self, caller: Callable[[], str]) -> str:
+            return f"{_BEGIN}{caller()}{_END}"
+
+    return Generation

@@ -1,0 +1,81 @@
+"""Where the shards, the tokenizer and the caches of an experiment are, here as on a pod's volume.
+
+datasets/train/<experiment>/      shards and their manifest.json
+datasets/val/<experiment>/
+artifacts/tokenizer/<experiment>/
+hf_cache/                         what the Hub's libraries keep
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.spec import Pretrain
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folders of one experiment."""
+
+    root: Path
+    experiment: str
+
+    @property
+    def train(self) -> Path:
+        """Shards to train on."""
+        return self.root / "datasets" / "train" / self.experiment
+
+    @property
+    def val(self) -> Path:
+        """Shards that are held out."""
+        return self.root / "datasets" / "val" / self.experiment
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's bundle."""
+        return self.root / "artifacts" / "tokenizer" / self.experiment
+
+    @property
+    def hf_cache(self) -> Path:
+        """For `HF_HOME`."""
+        return self.root / "hf_cache"
+
+
+def workspace_of(objective: Pretrain) -> Workspace | None:
+    """None for an objective that trains on the rows of `data` as they are."""
+    if objective.experiment is None:
+        return None
+    root = objective.root or os.environ.get("RUNNER_WORKSPACE") or "."
+    return Workspace(Path(root).expanduser(), objective.experiment)
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """What lies in a folder of shards; empty where there is none, or none that can be read."""
+    try:
+        content = json.loads((folder / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def is_whole(folder: Path) -> bool:
+    """All shards were written, and are there as they were written."""
+    manifest = manifest_of(folder)
+    return bool(manifest.get("complete") and manifest.get("shards")) and not has_lost(folder)
+
+
+def has_lost(folder: Path) -> bool:
+    """A shard that was written is not there as it was written."""
+    shards = manifest_of(folder).get("shards", [])
+    return any(_size(folder / shard["file"]) != shard["bytes"] for shard in shards)
+
+
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None

@@ -1,0 +1,121 @@
+"""Room on the disks a run writes to, and whether it can write there: a real file, written, synced and read back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runner import hub_config
+from runner.doctor.finding import GIB, Finding, State, Wanted, in_words
+from runner.paths import cache_dir
+from runner.spec import RunInfo
+
+LITTLE, NOTHING = 10.0, 0.5
+"""GiB free, where no run is named: less than a 7B model with what comes out of it; less than the demo run."""
+TIGHT = 0.9
+"""Of what is free, for a run: what others write meanwhile, and logs, are not in the plan."""
+_BLOCK = os.urandom(2**20)  # random: a file system that compresses cannot make it nothing
+
+
+@dataclass
+class Folder:
+    """One of the folders a run writes to."""
+
+    title: str
+    path: Path
+    setting: str
+    """What moves it elsewhere."""
+    terms: tuple[str, ...]
+    """Of the plan's disk: what of it lies here."""
+    needed_gib: float = 0.0
+
+
+@dataclass
+class _Disk:
+    folders: list[Folder] = field(default_factory=list)
+    free: int = 0
+    size: int = 0
+
+
+def findings(wanted: Wanted | None) -> Iterator[Finding]:
+    """One line per disk, and one per folder that cannot be written to."""
+    disks: dict[int, _Disk] = {}
+    for folder in folders(wanted):
+        there = _nearest(folder.path)
+        failure = _try_to_write(there)
+        if failure:
+            what = f"{folder.title} ({folder.path}) cannot be written to: {failure}"
+            yield Finding("disk", "problem", what, f"name another folder: {folder.setting}")
+        try:
+            device, usage = there.stat().st_dev, shutil.disk_usage(there)
+        except OSError:
+            continue  # said above
+        disk = disks.setdefault(device, _Disk())
+        disk.folders.append(folder)
+        disk.free, disk.size = usage.free, usage.total
+    for disk in disks.values():
+        yield _room(disk, planned=wanted is not None and wanted.here and wanted.plan is not None)
+
+
+def folders(wanted: Wanted | None) -> list[Folder]:
+    """Where runs, our cache and the Hub's are, and what a run puts into each."""
+    output = Path(wanted.spec.run.output_dir if wanted else RunInfo().output_dir).expanduser()
+    nvme = wanted.spec.deepspeed.nvme_path if wanted else None
+    ours = wanted is not None and wanted.spec.model.package is not None  # unpacked from a package, not downloaded
+    found = [
+        Folder("runs", output, "run.output_dir=…", ("checkpoints", "final_model", *(() if nvme else ("offloaded",)))),
+        Folder("cache", cache_dir(), "RUNNER_CACHE=…", ("tokenised", *(("weights",) if ours else ()))),
+        Folder("Hugging Face cache", hub_config.cache(), "HF_HOME=…", () if ours else ("weights",)),
+    ]
+    if nvme:
+        found.append(Folder("offload", Path(nvme).expanduser(), "deepspeed.nvme_path=…", ("offloaded",)))
+    if wanted is not None and wanted.here and wanted.plan is not None:
+        for folder in found:
+            folder.needed_gib = sum(wanted.plan.disk.get(term, 0.0) for term in folder.terms)
+    return found
+
+
+def _room(disk: _Disk, *, planned: bool) -> Finding:
+    names = ", ".join(folder.title for folder in disk.folders)
+    needed = sum(folder.needed_gib for folder in disk.folders)
+    free = disk.free / GIB
+    what = f"{in_words(disk.free)} of {in_words(disk.size)} free for {names}"
+    facts = {
+        "free_gib": round(free, 2),
+        "size_gib": round(disk.size / GIB, 2),
+        "needed_gib": round(needed, 2) if planned else None,
+        "folders": {folder.title: str(folder.path) for folder in disk.folders},
+    }
+    largest = max(disk.folders, key=lambda folder: folder.needed_gib)
+    remedy = f"make room, or name a folder on a larger disk: {largest.setting}"
+    state: State = "ok"
+    if planned:
+        what += f"; the run takes {needed:.1f}"
+        state = "problem" if needed > free else "warning" if needed > TIGHT * free else "ok"
+    else:
+        state = "problem" if free < NOTHING else "warning" if free < LITTLE else "ok"
+    return Finding("disk", state, what, None if state == "ok" else remedy, facts)
+
+
+def _nearest(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there: where it would be made."""
+    absolute = path.absolute()
+    return next(folder for folder in (absolute, *absolute.parents) if os.path.exists(folder))
+
+
+def _try_to_write(folder: Path) -> str | None:
+    """Why 1 MiB cannot be written, synced and read back in `folder`; None where it can. Leaves nothing."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".runner-doctor-") as file:
+            file.write(_BLOCK)
+            file.flush()
+            os.fsync(file.fileno())
+            if Path(file.name).read_bytes() != _BLOCK:
+                return "what was read back is not what was written"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None

@@ -1,0 +1,244 @@
+"""Packages, torch's build for this driver, DeepSpeed's compilers, git: read from files, nothing imported."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
+
+from runner import kernels
+from runner.doctor.finding import Finding, State, Wanted
+from runner.doctor.gpus import Driver
+from runner.hardware import Machine
+from runner.paths import ASSETS
+
+PROJECT = "llm-finetuning-runner"
+_INSTALL = f'pip install "{PROJECT}[train]", or make setup in a checkout'
+
+# Without these some runs work, and what does not. The others of `train` every run needs.
+_FOR_SOME = {
+    "bitsandbytes": "method=qlora4, qlora8 and 8-bit optimisers",
+    "deepspeed": "ZeRO",
+    "hydra-joblib-launcher": "sweeps in parallel",
+    "matplotlib": "pictures of the loss",
+    "nvidia-ml-py": "the state of the GPUs",
+    "psutil": "measuring memory",
+    "tensorboard": "track=tensorboard",
+    "wandb": "track=wandb",
+}
+
+# Oldest driver branch per major version of CUDA: docs.nvidia.com/deploy/cuda-compatibility, "Minor Version
+# Compatibility". Within a major version an older driver of that family serves a newer toolkit.
+DRIVER_OF_CUDA = {13: 580, 12: 525, 11: 450}
+# Compute capabilities that PyTorch's wheels have kernels for, by the first CUDA of the range: pytorch/test-infra
+# pull request 7046 (CUDA 12.6: 5.0 to 9.0; 12.8: 7.0 to 12.0; 13.0: 7.5 to 12.0 with PTX for what comes later).
+_KERNELS = {(11, 0): (5.0, 9.0), (12, 7): (7.0, 12.1), (13, 0): (7.5, 99.0)}
+
+
+_FLASH = 8.0
+"""Compute capability from which flash-attn 2 has kernels (its README: Ampere, Ada, Hopper)."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """The installed torch, as its files say."""
+
+    version: str
+    cuda: tuple[int, int] | None
+    """Built for this CUDA; None for a CPU (or ROCm) build."""
+
+
+def findings(machine: Machine, driver: Driver | None, wanted: Wanted | None) -> Iterator[Finding]:
+    """Packages, torch, compilers where they matter, git."""
+    yield _packages(wanted)
+    torch = installed_torch()
+    if torch is not None:
+        yield _torch(torch, machine, driver)
+    if any((gpu.compute_capability or 0) >= _FLASH for gpu in machine.gpus):
+        yield _attention()
+    if wanted is None or "offload" in wanted.spec.deepspeed.name:
+        yield from _compilers(torch, needed=wanted is not None)
+    yield _git()
+
+
+def requirements() -> dict[str, Requirement]:
+    """What this version asks for, by name: its own and those of `train`, for this Python and system."""
+    lines = _of_checkout() or metadata.requires(PROJECT) or []
+    found = {}
+    for line in lines:
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": "train"}):
+            found[requirement.name] = requirement
+    return found
+
+
+def _of_checkout() -> list[str] | None:
+    """The requirements in pyproject.toml, which an editable install's own record may be older than."""
+    file = ASSETS / "pyproject.toml"
+    if sys.version_info < (3, 11) or not file.is_file():
+        return None
+    import tomllib  # not in Python 3.10
+
+    project = tomllib.loads(file.read_text("utf-8"))["project"]
+    return [*project["dependencies"], *project["optional-dependencies"]["train"]]
+
+
+def _version(name: str) -> Version | None:
+    try:
+        return Version(metadata.version(name))
+    except (metadata.PackageNotFoundError, InvalidVersion):
+        return None
+
+
+def _packages(wanted: Wanted | None) -> Finding:
+    """Missing ones, then those older than the tests ran with."""
+    try:
+        asked = requirements()
+    except metadata.PackageNotFoundError:
+        return Finding("packages", "note", "what this version asks for is not recorded: not installed by pip", _INSTALL)
+    have = {name: _version(name) for name in asked}
+    facts = {"python": platform.python_version(), **{n: str(v) if v else None for n, v in have.items()}}
+    missing = [name for name, version in have.items() if version is None]
+    if missing:
+        state: State = "warning"
+        if _start_without(missing, wanted):
+            state = "problem" if wanted is None or wanted.here else "note"
+        why = [f"{name} ({_FOR_SOME[name]})" if name in _FOR_SOME else name for name in missing]
+        return Finding("packages", state, f"not installed: {', '.join(why)}", _INSTALL, facts)
+    older = [f"{name} {have[name]} (asked: {requirement.specifier})" for name, requirement in asked.items()
+             if not requirement.specifier.contains(str(have[name]), prereleases=True)]  # fmt: skip
+    if older:  # the bounds are what the tests ran with, not what is known to fail
+        return Finding("packages", "warning", f"not as asked for: {', '.join(older)}", _INSTALL, facts)
+    shown = ", ".join(f"{name} {have[name]}" for name in ("transformers", "trl", "peft", "deepspeed") if have.get(name))
+    return Finding(
+        "packages", "ok", f"Python {platform.python_version()}, {shown}: all {len(asked)} as asked", None, facts
+    )
+
+
+def _start_without(missing: list[str], wanted: Wanted | None) -> bool:
+    """One of them stops a run (this run)."""
+    if any(name not in _FOR_SOME for name in missing):
+        return True
+    if wanted is None:
+        return False
+    spec = wanted.spec
+    needed = {
+        "bitsandbytes": spec.method.name in ("qlora4", "qlora8") or "8bit" in spec.train.optimizer
+        or "paged" in spec.train.optimizer,
+        "deepspeed": spec.deepspeed.name not in ("none", "auto"),
+        "tensorboard": spec.track.name == "tensorboard",
+        "wandb": spec.track.name == "wandb",
+    }  # fmt: skip
+    return any(needed.get(name, False) for name in missing)
+
+
+def installed_torch() -> Torch | None:
+    """Version and CUDA of torch, from torch/version.py; None where it is not installed."""
+    try:
+        found = metadata.distribution("torch")
+    except metadata.PackageNotFoundError:
+        return None
+    try:
+        text = Path(str(found.locate_file("torch/version.py"))).read_text("utf-8")
+    except OSError:
+        text = ""
+    cuda = re.search(r"^cuda\b.*=\s*['\"](\d+)\.(\d+)", text, re.M)
+    return Torch(found.version, (int(cuda[1]), int(cuda[2])) if cuda else None)
+
+
+def _torch(torch: Torch, machine: Machine, driver: Driver | None) -> Finding:
+    """Its build against driver and cards."""
+    build = "CUDA {}.{}".format(*torch.cuda) if torch.cuda else "CPU"
+    what, facts = f"{torch.version}, {build} build", {"version": torch.version, "cuda": torch.cuda}
+    if not machine.gpus:
+        return Finding("torch", "ok", what, None, facts)
+    if torch.cuda is None:
+        remedy = "install a CUDA build (without an extra index for CPU builds): pytorch.org/get-started/locally"
+        return Finding("torch", "problem", f"{what}, which does not see the GPUs", remedy, facts)
+    if driver is not None and (short := _too_old(driver, torch.cuda)):
+        branch = DRIVER_OF_CUDA.get(torch.cuda[0])
+        remedy = f"install driver {branch} or later" if branch else "install a newer driver"
+        older = f", or a torch built for CUDA {driver.cuda[0]}: pytorch.org/get-started/locally" if driver.cuda else ""
+        return Finding("torch", "problem", f"{what}, and {short}", remedy + older, facts)
+    oldest, newest = next(bounds for first, bounds in reversed(_KERNELS.items()) if torch.cuda >= first)
+    for gpu in machine.gpus:
+        capability = gpu.compute_capability
+        if capability is not None and not oldest <= capability <= newest:
+            build = "an older build, CUDA 12.6" if capability < oldest else "a newer build, CUDA 12.8 or later"
+            what += f", without kernels for {gpu.name} (compute capability {capability})"
+            return Finding("torch", "problem", what, f"install {build}: pytorch.org/get-started/locally", facts)
+    return Finding("torch", "ok", what, None, facts)
+
+
+def _attention() -> Finding:
+    """Of GPUs that could: whether `train.attention=auto` is FlashAttention here."""
+    version = kernels.flash_attn()
+    if version is not None:
+        return Finding("attention", "ok", f"flash-attn {version}", None, {"flash_attn": version})
+    remedy = "pip install flash-attn --no-build-isolation (builds for long without a wheel for your torch)"
+    return Finding("attention", "note", kernels.NO_FLASH, remedy, {"flash_attn": None})
+
+
+def _too_old(driver: Driver, cuda: tuple[int, int]) -> str | None:
+    """Why the driver cannot serve a build for `cuda`; None where it can, or says nothing."""
+    if driver.cuda is not None:
+        return None if driver.cuda[0] >= cuda[0] else "the driver serves CUDA {}.{}".format(*driver.cuda)
+    branch = int(driver.version.split(".")[0]) if driver.version else None
+    if branch is None or branch >= DRIVER_OF_CUDA.get(cuda[0], 0):
+        return None
+    return f"the driver is {driver.version}"
+
+
+def _compilers(torch: Torch | None, *, needed: bool) -> Iterator[Finding]:
+    """What DeepSpeed builds its kernels with when it first offloads to NVMe, or by a user's own JSON. Never more than a
+    note: with the JSONs of this project nothing is built for main memory."""
+    compiler = next(
+        (tool for tool in (os.environ.get("CXX"), "c++", "g++", "clang++") if tool and shutil.which(tool)), None
+    )
+    nvcc = _nvcc()
+    what = [f"C++: {compiler or 'none'}", f"nvcc: {nvcc or 'none'}"]
+    missing = ["a C++ compiler (apt install g++)"] if compiler is None else []
+    if torch is not None and torch.cuda is not None:
+        wanted = "{}.{}".format(*torch.cuda)
+        # DeepSpeed 0.19.8, op_builder/builder.py: any 11.x for 11.x and 12.x for 12.x, but 13.x must be the same.
+        serves = nvcc is not None and (nvcc == wanted or nvcc.split(".")[0] == wanted.split(".")[0] in ("11", "12"))
+        if not serves:
+            missing.append(
+                f"CUDA's toolkit {wanted}, as torch was built with" + (" (or DS_SKIP_CUDA_CHECK=1)" if nvcc else "")
+            )
+    facts = {"compiler": compiler, "nvcc": nvcc}
+    if missing:
+        remedy = f"for ZeRO with offload to NVMe install {' and '.join(missing)}"
+        yield Finding("compiler", "note", "; ".join(what), remedy, facts)
+    elif needed:
+        yield Finding("compiler", "ok", "; ".join(what) + ": DeepSpeed can build its kernels", None, facts)
+
+
+def _nvcc() -> str | None:
+    """Version of the nvcc that torch's extension builder would take: CUDA_HOME, else PATH, else /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    tool = str(Path(home) / "bin/nvcc") if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    try:
+        said = subprocess.run([tool, "--version"], capture_output=True, text=True, timeout=5).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"release (\d+\.\d+)", said)
+    return found[1] if found else None
+
+
+def _git() -> Finding:
+    try:
+        said = subprocess.run(["git", "--version"], capture_output=True, text=True, timeout=5, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return Finding("git", "note", "not there: a run does not record the commit of its code", "install git")
+    return Finding("git", "ok", said.strip().removeprefix("git version "))

@@ -1,0 +1,95 @@
+"""Processor, main memory and /dev/shm, within what the container is allowed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from runner.doctor.finding import GIB, Finding, Wanted, in_words
+from runner.hardware import Machine
+from runner.plan.host import CPU_PROCESS, CUDA_PROCESS
+from runner.plan.memory import FREE_SHARE
+
+# NVIDIA asks for `docker run --shm-size=1g` (NCCL's user guide, "Runtime and MPI issues"); DeepSpeed 0.19 warns
+# under 512 MiB. With four GPUs Docker's 64 MiB were too little for segments of 9.2 MiB (NVIDIA/nccl issue 342).
+SHM_ASKED, SHM_LEAST = 1.0, 0.5  # GiB
+_MORE_SHM = "docker run --shm-size=1g (or --ipc=host); in Kubernetes an emptyDir with medium: Memory at /dev/shm"
+
+
+def findings(machine: Machine, wanted: Wanted | None, root: Path = Path("/")) -> Iterator[Finding]:
+    """CPU, memory, shared memory."""
+    yield _cpu(machine)
+    yield _memory(machine, wanted, root)
+    yield _shm(len(machine.gpus), root / "dev/shm")
+
+
+def _cpu(machine: Machine) -> Finding:
+    cores, there = machine.num_cpus, os.cpu_count() or machine.num_cpus
+    what = "1 core" if cores == 1 else f"{cores} cores"
+    if there > cores:
+        what += f" of {there} (affinity, or the container's quota)"
+    what += ", bfloat16" if machine.cpu_bf16 else ", no bfloat16"
+    facts = {"num_cpus": cores, "bf16": machine.cpu_bf16}
+    if cores < len(machine.gpus):
+        remedy = "give the container a core per GPU at least: every process tokenises, and feeds its own"
+        return Finding("cpu", "warning", f"{what}, for {len(machine.gpus)} GPUs", remedy, facts)
+    if not machine.cpu_bf16 and not machine.gpus:  # 410 to 480 tokens/s against 117 to 143: hardware.py
+        remedy = "a CPU with AVX512-BF16, AMX or Arm's BF16 trains three times as fast"
+        return Finding("cpu", "note", f"{what}: runs use fp32", remedy, facts)
+    return Finding("cpu", "ok", what, None, facts)
+
+
+def _memory(machine: Machine, wanted: Wanted | None, root: Path) -> Finding:
+    """Main memory that the container may use, what is free of it, and what a run takes."""
+    total, installed, free = machine.memory_gib, _meminfo(root, "MemTotal"), _meminfo(root, "MemAvailable")
+    if total is None:
+        return Finding("memory", "note", "the system does not say how much there is")
+    facts: dict[str, float | None] = {"memory_gib": total, "free_gib": free}
+    what = f"{total:.1f} GiB"
+    if installed is not None and total < 0.99 * installed:
+        what += f" (the container's limit; the machine has {installed:.1f})"
+    if free is not None:
+        free = facts["free_gib"] = min(free, total)
+        what += f", {free:.1f} free"
+    if wanted is None or wanted.plan is None or not wanted.here:
+        least = len(machine.gpus) * CUDA_PROCESS / GIB or CPU_PROCESS / GIB
+        if free is not None and free < least:
+            remedy = f"a run's processes take {least:.1f} GiB before they load a model: end other programs"
+            return Finding("memory", "warning", what, remedy, facts)
+        return Finding("memory", "ok", what, None, facts)
+    needed = facts["needed_gib"] = wanted.plan.host_ram_gib
+    what += f"; the run takes {needed:.1f}"
+    if needed > FREE_SHARE * total:
+        remedy = "a larger machine or container limit, or a run that takes less: python -m runner plan says for what"
+        return Finding("memory", "problem", what, remedy, facts)
+    if free is not None and needed > free:
+        return Finding("memory", "warning", what, "end what holds the rest of it", facts)
+    return Finding("memory", "ok", what, None, facts)
+
+
+def _meminfo(root: Path, name: str) -> float | None:
+    """A line of /proc/meminfo, in GiB."""
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB", (root / "proc/meminfo").read_text("utf-8"), re.M)
+    except OSError:
+        return None
+    return round(int(found[1]) / 2**20, 2) if found else None
+
+
+def _shm(num_gpus: int, folder: Path) -> Finding:
+    """Shared memory: NCCL's between processes of one machine, and that of data loaders with workers."""
+    try:
+        size, _, free = shutil.disk_usage(folder)
+    except OSError:
+        return Finding("/dev/shm", "ok", "not there, not needed outside of Linux")
+    facts = {"size_gib": round(size / GIB, 3), "free_gib": round(free / GIB, 3)}
+    what = f"{in_words(free)} free of {in_words(size)}"
+    remedy = _MORE_SHM if size < SHM_ASKED * GIB else "delete what ended programs left there: ls -l /dev/shm"
+    if num_gpus > 1 and free < SHM_LEAST * GIB:
+        return Finding("/dev/shm", "problem", f"{what}: NCCL cannot start on {num_gpus} GPUs", remedy, facts)
+    if free < SHM_ASKED * GIB:
+        return Finding("/dev/shm", "warning", f"{what}: little for NCCL, or for a data loader's workers", remedy, facts)
+    return Finding("/dev/shm", "ok", what, None, facts)

@@ -1,0 +1,207 @@
+"""Back to a run that was left to its pod: look on, read its words, bring it home; from any machine with the API key."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from runner.cloud import keys, ship, ssh
+from runner.cloud.adopt import NoPodOfRunError, adopt, look, run_id_of
+from runner.cloud.follow import Vanished
+from runner.cloud.pod import Rented
+from runner.cloud.session import END_STATES, Session
+from runner.cloud.ssh import CommandError, Connection
+from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError
+from runner.execute import runpod
+from runner.execute.voice import Voice
+from runner.report.summary import shown
+from runner.rundir import ACTIVE, RunDir
+from runner.spec import RunPodPlace, RunSpec
+
+LISTENING_MINUTES = 10.0
+"""How long a pod waits for somebody who has come back and falls silent again."""
+STARTING_SECONDS = 600.0
+FINISHED = ("done", "failed")
+
+
+def attach(words: str, output_dir: Path, console: Console) -> int:
+    """Follow a run to its end and bring it home; the training's exit code. Ctrl-C leaves, and the run goes on."""
+    with _aboard(words, output_dir, console) as (session, voice):
+        _listen(session, LISTENING_MINUTES)
+        try:
+            with voice:
+                last = runpod.follow(session, voice, leave=True)
+        except KeyboardInterrupt:
+            _listen(session, None)
+            voice.say(f"Left    the run goes on: python -m runner attach {session.run.id}")
+            return InterruptedRun.exit_code
+        return runpod.finish(session, last, voice).exit_code
+
+
+def fetch(words: str, output_dir: Path, console: Console) -> int:
+    """Bring here what there is: of a run that is over everything, and its pod is ended; of one that trains a copy.
+
+    A pod that has stopped itself is started for it. The training's exit code, 0 while it has none.
+    """
+    with _aboard(words, output_dir, console) as (session, voice):
+        if session.agent.get("state") not in END_STATES:
+            session.collect(final=False)
+            voice.say(f"Copied  what there is so far to {shown(session.run.path)}; the run goes on")
+            return 0
+        _listen(session, LISTENING_MINUTES)
+        ended_in = session.agent.get("ended_in") or session.agent.get("state")
+        last = {**session.agent, "state": ended_in}
+        if last["state"] not in FINISHED:
+            last["message"] = f"the pod ended it: {session.agent.get('message')}"
+        return runpod.finish(session, last, voice).exit_code
+
+
+def status(words: str) -> dict[str, Any]:
+    """Where a run stands, by its pod; nothing is changed there."""
+    run_id = run_id_of(words)
+    pod = look(run_id)
+    facts: dict[str, Any] = {
+        "run_id": run_id, "pod_id": pod.id, "pod": pod.status, "gpu": pod.gpu_id, "usd_per_hour": pod.usd_per_hour,
+    }  # fmt: skip
+    if pod.status != "RUNNING" or not pod.ssh_host:
+        return facts
+    with _connected(run_id, pod) as at:
+        agent = at.agent()
+        said = at.connection.attempt(f"cat {shlex.quote(at.folder)}/status.json; tail -n 1 {at.folder}/metrics.jsonl")
+    facts |= {"agent": agent.get("state"), "exit_code": agent.get("exit_code"), "message": agent.get("message")}
+    text, _, line = said[1].strip().rpartition("}\n{")
+    run = ship.loads(text + "}") if line else ship.loads(said[1])
+    metrics = ship.loads("{" + line) if line else {}
+    facts |= {key: run.get(key) for key in ("state", "num_steps") if run.get(key) is not None}
+    return facts | {key: metrics[key] for key in ("step", "loss", "tokens_per_second") if key in metrics}
+
+
+def logs(words: str, follow: bool, lines: int) -> Iterator[str]:
+    """The training's output, from its last lines on; with `follow` until it ends."""
+    run_id = run_id_of(words)
+    pod = look(run_id)
+    if pod.status != "RUNNING" or not pod.ssh_host:
+        remedy = f"python -m runner fetch {run_id} starts it and brings all files here"
+        raise RequestError(Problem(f"pod {pod.id} is {pod.status}: its files cannot be read", run_id, remedy))
+    with _connected(run_id, pod) as at:
+        folder = shlex.quote(at.folder)
+        if not follow:
+            yield from at.connection.attempt(f"tail -n {lines} {folder}/logs/worker.log 2>/dev/null")[1].splitlines()
+            return
+        process = at.connection.open(f"touch {folder}/logs/worker.log; tail -n {lines} -F {folder}/logs/worker.log")
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                yield line.decode(errors="replace").rstrip("\n")
+        finally:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _connected(run_id: str, pod: Any) -> Iterator[ship.Berth]:
+    ssh.check()
+    pair = keys.pair(run_id)
+    connection = Connection(str(pod.id), str(pod.ssh_host), int(pod.ssh_port), pair.private, ssh.user_of(pod.raw))
+    try:
+        yield ship.berth(connection, run_id)
+    finally:
+        connection.close()
+
+
+@contextmanager
+def _aboard(words: str, output_dir: Path, console: Console) -> Iterator[tuple[Session, Voice]]:
+    """A session with the run's pod, which is started if it has stopped itself; left as it is at the end."""
+    ssh.check()
+    run_id = run_id_of(words)
+    path = Path(words) if Path(words).is_dir() else output_dir / run_id
+    voice = Voice(console)
+    run = RunDir(path)
+    try:
+        rented = adopt(run_id, path)
+    except NoPodOfRunError as error:
+        if run.state() in ACTIVE:  # so that it can be resumed from what is here
+            run.set_status("failed", exit_code=1, error=str(error))
+        raise
+    pair = keys.pair(run_id)
+    session: Session | None = None
+    try:
+        if rented.pod.status == "EXITED":
+            _wake(rented, voice)
+        spec = _own_spec(run)
+        session = Session(run, spec, rented, pair, voice.say) if spec else None
+        if session is None:
+            spec = _their_spec(rented, pair, run)
+            session = Session(run, spec, rented, pair, voice.say)
+        at = session.board()
+        session.agent = at.agent()
+        if not session.agent:
+            raise RequestError(Problem(f"pod {rented.pod.id} has no run: it was not begun", run_id))
+        yield session, voice
+    finally:
+        if session is not None:
+            session.close()
+        rented.ledger.leave(rented.name)
+
+
+def _wake(rented: Rented, voice: Voice) -> None:
+    """Start a pod that has stopped itself, to read its disk."""
+    voice.say(f"Starts  pod {rented.pod.id}, which was stopped: its disk has the run")
+    rented.api.start(rented.pod.id)
+    end = time.monotonic() + STARTING_SECONDS
+    while time.monotonic() < end:
+        pod = rented.refresh()
+        if pod is None:
+            raise Vanished(Problem("the pod is gone"))
+        if pod.status == "RUNNING" and pod.ssh_host and pod.ssh_port:
+            return
+        time.sleep(1)
+    raise RunFailedError(Problem(f"pod {rented.pod.id} did not start", None, "try again later: its host may be full"))
+
+
+def _listen(session: Session, minutes: float | None) -> None:
+    """A new order: somebody is there, and the pod waits to be collected from; or nobody is any more."""
+    at = session.at
+    assert at is not None
+    old = ship.loads(at.connection.run(f"cat {shlex.quote(at.folder)}/agent.json"))
+    sent = time.time()
+    deadline = max(float(old["deadline"]), sent + 60 * LISTENING_MINUTES if session.over else 0.0)
+    new = {**old, "id": uuid.uuid4().hex, "sent": sent, "heartbeat_minutes": minutes, "deadline": deadline}
+    if session.over:
+        new["budget_usd"] = None  # what is left to do costs minutes
+    at.place("agent.json", new)
+    at.start_agent()
+
+
+def _own_spec(run: RunDir) -> RunSpec | None:
+    try:
+        spec = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
+    except (OSError, ValueError, ValidationError):
+        return None
+    return spec if isinstance(spec.where, RunPodPlace) else None
+
+
+def _their_spec(rented: Rented, pair: keys.KeyPair, run: RunDir) -> RunSpec:
+    """The run of another machine: its spec from the pod, and a directory here."""
+    with _connected(run.id, rented.pod) as at:
+        try:
+            text = at.connection.run(f"cat {shlex.quote(at.folder)}/spec.json")
+        except CommandError:
+            raise RequestError(Problem(f"pod {rented.pod.id} has no run {run.id}", "command line")) from None
+        plan = at.connection.attempt(f"cat {shlex.quote(at.folder)}/plan.json")[1]
+    spec = RunSpec.model_validate(json.loads(text))
+    spec = spec.model_copy(update={"where": RunPodPlace(name="runpod", volume=rented.pod.volume_id)})
+    (run.path / "logs").mkdir(parents=True, exist_ok=True)
+    run.write("spec.json", spec.model_dump(mode="json"))
+    if content := ship.loads(plan):
+        run.write("plan.json", content)
+    return spec

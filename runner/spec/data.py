@@ -1,0 +1,129 @@
+"""`data=`: where the examples come from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from runner.spec.part import Part
+
+Format = Literal[
+    "auto", "chat", "alpaca", "prompt_completion", "text", "preference", "unpaired", "prompts", "tokens"
+]  # fmt: skip
+
+
+class SourceSpec(Part):
+    """One of several sources that are mixed; what it leaves out is as in `data`."""
+
+    path: str
+    """File, folder, glob or URL."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often it is drawn from, relative to the others, where `data.mix` is not `concat`."""
+    max_examples: int | None = Field(default=None, ge=1)
+    """Take only its first n rows."""
+    format: Format | None = None
+    """Shape of its rows; null means `data.format`."""
+    fields: dict[str, str] = {}
+    """Its own field names, by the keys of `data` without `_field`: `{prompt: question, completion: answer}`."""
+
+
+class DataSpec(Part):
+    """Where the examples come from and what their fields are called."""
+
+    name: str = "file"
+    """Name of the choice, as in `data=commands`."""
+    source: Literal["commands", "pydoc", "file", "hub"] = "file"
+    """The bundled generator, the reference pages that every Python carries, local files, or a data set on the Hugging Face Hub."""
+    path: str | None = None
+    """File (JSON, JSONL, CSV, TSV, Parquet, text; .gz, .bz2, .xz, .zst), folder, glob or fsspec URL for `source=file`; relative to where the command is typed."""
+    sources: list[SourceSpec] = []
+    """Several sources for `source=file`, mixed by `mix`; instead of `path`."""
+    mix: Literal["concat", "weights", "until_exhausted"] = "concat"
+    """How sources are mixed: one after the other; by weight with the rarest repeated until all are used; or by weight until the first one has no rows left."""
+    eval_path: str | None = None
+    """File with held-out rows; null means `eval_fraction` of the rows is held out."""
+    id: str | None = None
+    """Hub id of the data set for `source=hub`."""
+    revision: str | None = None
+    """Branch, tag or commit of the data set on the Hub."""
+    subset: str | None = None
+    """Configuration of the data set on the Hub."""
+    split: str = "train"
+    """Split of the data set on the Hub."""
+    eval_split: str | None = None
+    """Split with held-out rows; null means `eval_fraction` of the rows is held out."""
+    streaming: bool = False
+    """Read the first `max_examples` rows of the Hub as they come, without downloading the data set: for one that does not fit on the disk."""
+    eval_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the rows held out where no separate file or split is named."""
+    max_examples: int | None = Field(default=None, ge=1)
+    """Take only the first n training rows."""
+    max_eval_examples: int | None = Field(default=None, ge=1)
+    """Take only the first n held-out rows: a large set makes every evaluation slow."""
+    format: Format = "auto"
+    """Shape of a row; auto looks at the fields of the first. docs/data.md shows each."""
+    messages_field: str = "messages"
+    """Field with the list of `{role, content}` turns; auto takes `conversations` (ShareGPT) too."""
+    prompt_field: str = "prompt"
+    """Field with the prompt: text, or turns."""
+    completion_field: str = "completion"
+    """Field with the answer: text, or turns."""
+    text_field: str = "text"
+    """Field with plain text."""
+    instruction_field: str = "instruction"
+    """Alpaca: field with the task."""
+    input_field: str = "input"
+    """Alpaca: field with what the task is about; it may be empty or missing."""
+    output_field: str = "output"
+    """Alpaca: field with the answer."""
+    history_field: str = "history"
+    """Alpaca: field with earlier `[question, answer]` pairs; it may be missing."""
+    system_field: str = "system"
+    """Field with a row's own system prompt; it may be missing."""
+    tools_field: str = "tools"
+    """Field with the tools (JSON schemas, as a list or as JSON text) that a conversation may call; it may be missing."""
+    chosen_field: str = "chosen"
+    """Preferences: field with the better answer."""
+    rejected_field: str = "rejected"
+    """Preferences: field with the worse answer."""
+    label_field: str = "label"
+    """Unpaired preferences: field that says whether the answer is good: true or false, 1 or 0."""
+    answer_field: str = "answer"
+    """Prompts to be answered by the model: field with what a reward function compares with."""
+    ids_field: str = "input_ids"
+    """Already tokenised: field with the token ids; `labels` beside it are taken as they are."""
+    weight_field: str = "weight"
+    """Key of a turn with its weight: 0 trains on nothing of it, 1 on all (an assistant turn without one weighs 1)."""
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = {}
+    """What else roles are called: `{Frage: user, Antwort: assistant}`."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do about rows that are wrong: stop with all of them listed, or skip them and say how many."""
+    on_long: Literal["truncate", "drop", "split"] = "truncate"
+    """What to do with rows longer than `train.max_length`: cut the end off, leave them out, or go on in another row. How many is said."""
+    system_prompt: str | None = None
+    """System turn put before every conversation that has none."""
+    chat_template: str | None = None
+    """Jinja file with a chat template, or a name from conf/chat_template; null means the tokenizer's own, or ChatML if it has none."""
+    add_tokens: list[str] = []
+    """Special tokens to add to the tokenizer; the embedding grows with them, they are trained and saved with the model."""
+    num_proc: int | None = Field(default=None, ge=1)
+    """Processes that read and tokenise; null means one per core, and one where there are few rows."""
+
+    @model_validator(mode="after")
+    def _source_has_its_key(self) -> DataSpec:
+        if self.source != "file" and (self.path or self.sources):
+            raise ValueError(
+                f"data.path names a file, and data={self.name} takes its rows from elsewhere; write data=file"
+            )
+        if self.source == "file" and self.path and self.sources:
+            raise ValueError("data.path and data.sources are both given; name one of them")
+        if self.source == "file" and not self.path and not self.sources:
+            raise ValueError("data.path is missing; name a file, such as data.path=my.jsonl")
+        if self.source == "hub" and not self.id:
+            raise ValueError("data.id is missing; name a data set, such as data.id=org/name")
+        if self.streaming and not (self.source == "hub" and self.max_examples):
+            raise ValueError(
+                "data.streaming takes the first rows of a data set on the Hub; say how many with data.max_examples"
+            )
+        return self

@@ -1,0 +1,64 @@
+"""`model=`: which model, pretrained or from random weights."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from runner.spec.part import Named
+
+
+class ModelSpec(Named):
+    """Which model, and the facts about its architecture that can be known without loading it."""
+
+    name: str = "hub"
+    """Name of the choice, as in `model=mistral7b`."""
+    id: str = Field(min_length=1)
+    """Hugging Face Hub id (`org/name`) or a local folder that `from_pretrained` can read."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; null means the default branch. The commit that was loaded is recorded with the run."""
+    package: str | None = None
+    """Python package that carries the weights, instead of the Hub (the offline demo model)."""
+    gguf_file: str | None = None
+    """GGUF file inside `package` or the model folder; it is dequantised once and cached."""
+    from_scratch: bool = False
+    """Random weights of the sizes below instead of loading `id`; the tokenizer is `objective.tokenizer`'s, or trained."""
+    gated: bool = False
+    """The Hub asks for an accepted licence: set `HF_TOKEN`."""
+    architecture: str | None = None
+    """`model_type` in transformers, such as `llama` or `mixtral`; null for a model that is not in the catalogue."""
+    num_parameters: int | None = Field(default=None, ge=1)
+    """Exact number of parameters, tied weights counted once; a test checks it against transformers."""
+    hidden_size: int | None = Field(default=None, ge=1)
+    """Width of the residual stream."""
+    intermediate_size: int | None = Field(default=None, ge=1)
+    """Width of the MLP (of one expert, in a mixture)."""
+    num_layers: int | None = Field(default=None, ge=1)
+    """Number of decoder layers."""
+    num_heads: int | None = Field(default=None, ge=1)
+    """Number of attention heads."""
+    num_kv_heads: int | None = Field(default=None, ge=1)
+    """Number of key/value heads; fewer than `num_heads` means grouped-query attention."""
+    head_dim: int | None = Field(default=None, ge=1)
+    """Width of one head; null means `hidden_size / num_heads`."""
+    vocab_size: int | None = Field(default=None, ge=1)
+    """Rows of the embedding matrix."""
+    context_length: int | None = Field(default=None, ge=1)
+    """Longest sequence the model was made for, in tokens."""
+    tie_embeddings: bool | None = None
+    """Input and output embeddings are one matrix."""
+    num_experts: int | None = Field(default=None, ge=1)
+    """Experts per layer; null for a dense model."""
+    experts_per_token: int | None = Field(default=None, ge=1)
+    """Experts each token is routed to; null for a dense model."""
+    learning_rate_full: float = Field(default=1e-5, gt=0)
+    """Learning rate that methods training the model's own weights start from."""
+    learning_rate_adapter: float = Field(default=2e-4, gt=0)
+    """Learning rate that LoRA-like methods start from."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelSpec:
+        if self.num_heads and self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} must be a multiple of model.num_kv_heads={self.num_kv_heads}"
+            )
+        return self

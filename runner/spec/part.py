@@ -1,0 +1,25 @@
+"""What every part of a run is made of."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Auto = Literal["auto"]
+Layers = str | list[int | str]
+
+
+class Part(BaseModel):
+    """Base of every part of a run: immutable, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Named(Part):
+    """A part chosen by name from a `conf/` group, with what people call it."""
+
+    title: str | None = None
+    """Name as a person would write it, such as `Mistral 7B`."""
+    aliases: list[str] = []
+    """What else people call it, cased as they write it: used for "did you mean" and for the `commands` data set."""

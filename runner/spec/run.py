@@ -1,0 +1,106 @@
+"""The whole run, and the rules across its parts."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import field_validator, model_validator
+
+from runner.layers import parse_layers
+from runner.spec.agreement import disagreements
+from runner.spec.data import DataSpec
+from runner.spec.hw import DeepSpeedSpec, HardwareSpec
+from runner.spec.method import Method
+from runner.spec.model import ModelSpec
+from runner.spec.objective import Objective, Sft
+from runner.spec.part import Part
+from runner.spec.train import EvalSpec, TrackSpec, TrainSpec
+from runner.spec.where import LocalPlace, Where
+
+
+class RunInfo(Part):
+    """Name and place of the run."""
+
+    name: str | None = None
+    """Name to recognise the run by; it begins the run's id. Null means model and method."""
+    output_dir: str = "runs"
+    """Folder in which every run gets its own directory."""
+    metric: str = "eval.after.loss"
+    """Key of `summary.json` that a sweep is sorted by and an HPO sweeper is given."""
+    metric_mode: Literal["min", "max"] = "min"
+    """Whether less or more of the metric is better."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_fits_a_folder(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError(
+                "a name is made of letters, digits, dots, dashes and underscores, beginning with a letter or digit; "
+                f"write run.name={re.sub(r'[^A-Za-z0-9._-]+', '-', value).lstrip('._-') or 'NAME'}"
+            )
+        return value
+
+
+class RunSpec(Part):
+    """One run, complete: the file `spec.json` in the run directory."""
+
+    model: ModelSpec
+    method: Method
+    hw: HardwareSpec
+    deepspeed: DeepSpeedSpec = DeepSpeedSpec()
+    objective: Objective = Sft()
+    data: DataSpec
+    where: Where = LocalPlace()
+    track: TrackSpec = TrackSpec()
+    train: TrainSpec = TrainSpec()
+    eval: EvalSpec = EvalSpec()
+    run: RunInfo = RunInfo()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> RunSpec:
+        """Rules across parts: everything that can be refused without touching a GPU."""
+        problems: list[str] = []
+        limit = self.model.context_length
+        if limit and self.train.max_length > limit:
+            problems.append(
+                f"train.max_length={self.train.max_length} is beyond {self.model.name}'s limit of {limit} "
+                f"tokens; write train.max_length={limit} or less"
+            )
+        if self.eval.early_stopping_patience and not self.eval.every_steps:
+            problems.append("eval.early_stopping_patience needs measurements; add eval.every_steps=50, say")
+        if self.train.on_loss_spike == "rewind" and not self.train.save_every_steps:
+            problems.append(
+                "train.on_loss_spike=rewind goes back to a checkpoint, and one by the clock may be far behind; "
+                "add train.save_every_steps=100, say, or write train.on_loss_spike=skip"
+            )
+        if self.hw.num_nodes > 1 and self.where.name == "local" and not (self.hw.rendezvous or self.hw.hostfile):
+            problems.append(
+                f"hw.num_nodes={self.hw.num_nodes}, and the machines have no place to meet; write hw.rendezvous=HOST:29500 "
+                "with the first one's address, or hw.hostfile=FILE"
+            )
+        layers = getattr(self.method, "layers", None)
+        if layers is not None and self.model.num_layers:
+            try:
+                parse_layers(layers).select(self.model.num_layers)
+            except ValueError as error:
+                problems.append(f"method.layers={layers}: {error}")
+        on_cpu = self.hw.accelerator == "cpu"
+        if on_cpu and ("8bit" in self.train.optimizer or "paged" in self.train.optimizer):
+            problems.append(f"train.optimizer={self.train.optimizer} needs a GPU; write train.optimizer=adamw")
+        if self.train.precision == "bf16" and self.hw.bf16 is False and self.hw.accelerator == "cuda":
+            problems.append(f"train.precision=bf16: {self.hw.name} has no bfloat16; write train.precision=fp16 or auto")
+        if on_cpu and self.train.precision == "fp16":
+            problems.append("train.precision=fp16 needs a GPU; write train.precision=bf16, fp32 or auto")
+        if (
+            self.train.attention.startswith("flash")
+            and not self.hw.flash_attention
+            and (self.hw.accelerator != "detect")
+        ):
+            problems.append(
+                f"train.attention={self.train.attention} does not run on {self.hw.name}; write train.attention=sdpa"
+            )
+        problems += disagreements(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self

@@ -1,0 +1,95 @@
+"""`train`, `eval` and `track`: how to optimise, measure and record."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from runner.spec.part import Auto, Part
+
+
+class TrackSpec(Part):
+    """Where metrics go besides the run directory."""
+
+    name: Literal["none", "tensorboard", "wandb"] = "none"
+    """Name of the choice."""
+    project: str = "llm-finetuning-runner"
+    """Project in Weights & Biases."""
+    entity: str | None = None
+    """Team or user in Weights & Biases."""
+
+
+class TrainSpec(Part):
+    """How to optimise."""
+
+    batch_size: int = Field(default=16, ge=1)
+    """Global batch in sequences: the same on any hardware. With packing a sequence is `max_length` tokens of packed rows."""
+    micro_batch_size: int | Auto = Field(default="auto")
+    """Sequences that one process takes at once; auto derives it from `batch_size` and the hardware."""
+    accumulation_steps: int | Auto = Field(default="auto")
+    """Micro batches per optimiser step; auto derives it so that the product comes nearest to `batch_size`."""
+    max_length: int = Field(default=1024, ge=8)
+    """Tokens per sequence; longer rows are cut, and the count is reported."""
+    packing: bool = True
+    """Put several short rows into one sequence (best-fit decreasing), without attention across them."""
+    num_epochs: float = Field(default=3.0, gt=0)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps; overrides `num_epochs`."""
+    learning_rate: float = Field(default=2e-4, gt=0, lt=1)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Learning rate after the warm-up; wsd is warm-up, stable, decay (the last 20% of the steps)."""
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradient clipping by global norm; 0 switches it off."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw", "adafactor", "sgd"] = "adamw"
+    """Optimiser; adamw is torch's fused kernel, the 8-bit and paged ones are bitsandbytes' and need a GPU."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Arithmetic; auto takes bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention kernel; auto takes FlashAttention where it is installed and the GPU can, else SDPA."""
+    gradient_checkpointing: bool | Auto = "auto"
+    """Recompute activations in the backward pass: less memory, a third more time; auto means on a GPU only."""
+    liger: bool | Auto = "auto"
+    """Liger's fused kernels; auto means on a GPU where `liger-kernel` is installed."""
+    seed: int = Field(default=42, ge=0)
+    """Seed of everything: data order, adapter initialisation, dropout."""
+    save_every_steps: int | None = Field(default=None, ge=1)
+    """Write a checkpoint every n steps as well; one is always written after the last step, and when interrupted."""
+    save_every_minutes: float | None = Field(default=15.0, gt=0)
+    """Write a checkpoint when the last one is n minutes old, but spend no more than a twentieth of the time on it; null means by steps alone."""
+    keep_checkpoints: int = Field(default=2, ge=0)
+    """How many checkpoints to keep; with `eval.every_steps` the one with the lowest held-out loss is kept as well. 0 deletes the last one when the run is done: it cannot be made longer then."""
+    hang_minutes: float | None = Field(default=15.0, gt=0)
+    """End a run in which no process has got on for so long (four times that while starting, loading and saving); null waits."""
+    on_loss_spike: Literal["ignore", "skip", "rewind"] = "ignore"
+    """What to do when the loss jumps: skip leaves that micro batch out of learning; rewind goes back to the last checkpoint and leaves the data around the jump out (PaLM, arXiv 2204.02311 §5.1), three times at most."""
+    spike_factor: float = Field(default=3.0, gt=1)
+    """A jump is a micro batch's loss above this many times the median of the last 50 steps; the first 20 steps are not judged."""
+
+    @field_validator("micro_batch_size", "accumulation_steps")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be a whole number of at least 1, or auto")
+        return value
+
+
+class EvalSpec(Part):
+    """What is measured on held-out data."""
+
+    num_prompts: int = Field(default=40, ge=0)
+    """Held-out prompts answered before and after training and compared exactly; 0 switches it off."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest answer, in tokens."""
+    batch_size: int = Field(default=8, ge=1)
+    """Prompts answered at once."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Measure the held-out loss every n steps as well; null means before and after only."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop after n such measurements without a new best; needs `every_steps`."""

@@ -1,0 +1,97 @@
+"""`where=`: here, or on a rented machine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from runner.spec.part import Auto, Part
+
+
+class _Place(Part):
+    """What every place shares."""
+
+    max_usd: float | None = Field(default=None, gt=0)
+    """Refuse a run whose plan costs more than this, in US$; a rented pod is ended before it costs more."""
+    max_hours: float | None = Field(default=None, gt=0)
+    """Refuse a run whose plan takes longer than this; a rented pod is ended after it."""
+
+
+class LocalPlace(_Place):
+    """Run on this machine."""
+
+    name: Literal["local"] = "local"
+    """Name of the choice."""
+
+
+class AutoPlace(_Place):
+    """Run here if it fits here, else on the cheapest rented hardware that it fits."""
+
+    name: Literal["auto"]
+    """Name of the choice."""
+
+
+class RunPodPlace(_Place):
+    """Run on a pod rented from RunPod, which is ended and verified to be gone when the run ends."""
+
+    name: Literal["runpod"]
+    """Name of the choice."""
+    cloud: Literal["secure", "community"] = "secure"
+    """RunPod's own data centres, or machines of others: cheaper, less certain. Always named to RunPod: a price differs."""
+    data_centers: list[str] = []
+    """Data centres to take, in this order, such as `[EU-RO-1, US-KS-2]`; empty means any."""
+    gpu_types: list[str] = []
+    """RunPod's exact GPU ids, tried in this order; empty means that of `hw` and what may stand in for it."""
+    cpu_type: str = "cpu3c"
+    """RunPod's CPU flavour, for `hw=cpu`."""
+    image: str = "runpod/pytorch:1.0.7-cu1281-torch280-ubuntu2404"
+    """Container image, or one of the names `pytorch`, `unsloth`, `axolotl` (conf/runpod/images.yaml)."""
+    template: str | None = None
+    """RunPod template id, instead of an image."""
+    volume: str | None = None
+    """Network volume, by id or name: it outlives the pod, and binds the run to its data centre."""
+    volume_gb: int | Auto = Field(default="auto")
+    """Disk at `/workspace`, GB, where there is no network volume; auto takes what the plan needs, half more, and 20."""
+    container_disk_gb: int | Auto = Field(default="auto")
+    """Disk of the container's own files, GB; auto takes 20 (on a CPU pod, which has no other, what the plan needs as well)."""
+    cuda_versions: list[str] = []
+    """CUDA versions that the host's driver must serve, such as `["12.8"]`; empty means any."""
+    spot: bool = False
+    """An interruptible machine at a bid: cheaper, and taken away at any moment. Through RunPod's old API while it lives."""
+    bid_usd: float | None = Field(default=None, gt=0)
+    """Bid per GPU-hour in US$, with `spot`."""
+    max_replacements: int = Field(default=3, ge=0)
+    """How many pods may follow one that vanished in the middle of the run."""
+    keep: bool = False
+    """Leave the pod stopped at the end instead of ending it: its volume disk is kept, and paid for."""
+    push_to: str | None = None
+    """Where the pod uploads the result itself: a Hub id `org/name`, or `s3://bucket/prefix`."""
+    deadline_hours: float | Auto = Field(default="auto")
+    """Hours after which the pod ends itself, whatever happens; auto is `max_hours`, or twice the plan and one."""
+    heartbeat_minutes: float = Field(default=30, gt=0)
+    """The pod ends itself when an attached launcher is silent for so long."""
+    setup_minutes: float = Field(default=20, gt=0)
+    """How long a pod may take until SSH answers: a cold image takes 9 to 13 minutes."""
+    bad_host_minutes: float = Field(default=3, gt=0)
+    """How long a pod may be without a machine; then it is given back and another one tried."""
+
+    @field_validator("volume_gb", "container_disk_gb", "deadline_hours")
+    @classmethod
+    def _positive(cls, value: float | Auto) -> float | Auto:
+        if value != "auto" and value <= 0:
+            raise ValueError("expected more than 0, or auto")
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> RunPodPlace:
+        if self.spot and self.bid_usd is None:
+            raise ValueError("where.spot=true needs a bid per GPU-hour; write where.bid_usd=0.30, say")
+        if self.bid_usd is not None and not self.spot:
+            raise ValueError("where.bid_usd is for interruptible machines; add where.spot=true, or leave it out")
+        if self.volume is not None and self.cloud == "community":
+            raise ValueError("where.volume: network volumes are in the secure cloud only; write where.cloud=secure")
+        return self
+
+
+Where = Annotated[LocalPlace | AutoPlace | RunPodPlace, Field(discriminator="name")]

@@ -1,0 +1,77 @@
+"""Fold an adapter into its base: packed weights unpacked, the update added in fp32, rounded once and without bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners import lora
+from torch import nn
+
+from runner.train.proof import dequantised, quantised
+from runner.train.rounding import at_random
+
+SEED = 0  # the same merge gives the same weights
+
+
+def fold(model: PeftModel, dtype: torch.dtype) -> tuple[Any, set[str]]:
+    """The merged model, plain and on the CPU, and the names of the weights that were rounded to `dtype`.
+
+    PEFT alone would merge into the packed weight and pack the sum again, with a second quantisation error as large as
+    the first; or, in 16 bits, round the update and then the sum, to nearest. So every layer gets a plain base in fp32
+    first, and only one layer at a time is that large. ValueError for a weight that is not finite.
+    """
+    rounded = set()
+    generator = torch.Generator().manual_seed(SEED)
+    for name, layer in list(model.get_base_model().named_modules()):
+        if isinstance(layer, lora.LoraLayer):
+            packed = quantised(layer.get_base_layer())
+            layer.base_layer = _plain(layer.get_base_layer(), torch.float32)
+            # On the classes for packed layers PEFT's own `merge` packs again; the update itself is the same.
+            kind: Any = lora.Linear if packed else type(layer)
+            kind.merge(layer, safe_merge=True)
+            _settle(layer.base_layer, dtype, generator)
+            rounded.add(f"{name}.weight")
+    merged = model.merge_and_unload()  # nothing is left to merge: takes the wrappers away, keeps saved modules
+    for name, module in list(merged.named_modules()):
+        if quantised(module):
+            plain = _plain(module, torch.float32)
+            rounded |= {f"{name}.{own}" for own, parameter in plain.named_parameters() if _loses(parameter, dtype)}
+            _settle(plain, dtype, generator)
+            merged.set_submodule(name, plain)
+    rounded |= {name for name, parameter in merged.named_parameters() if _loses(parameter, dtype)}
+    _settle(merged, dtype, generator)
+    _forget_packing(merged)
+    return merged.cpu(), rounded
+
+
+def _plain(module: Any, dtype: torch.dtype) -> Any:
+    """The same layer with an unpacked weight of its own in `dtype`; a weight shared with another layer no longer is."""
+    if quantised(module):
+        bias = module.bias is not None
+        plain: Any = nn.Linear(module.in_features, module.out_features, bias=bias, device="meta")
+        plain.weight = nn.Parameter(dequantised(module).to(dtype), requires_grad=False)
+        plain.bias = module.bias
+        return plain
+    module.weight = nn.Parameter(module.weight.detach().to(dtype, copy=True), requires_grad=False)
+    return module
+
+
+def _loses(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether rounding to `dtype` changes it."""
+    return parameter.is_floating_point() and not torch.equal(parameter, parameter.to(dtype).to(parameter.dtype))
+
+
+def _settle(module: Any, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Parameters to `dtype` and the CPU; buffers such as the rotary frequencies keep their precision."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and (parameter.dtype != dtype or parameter.device.type != "cpu"):
+            parameter.data = at_random(parameter.data.cpu().float(), dtype, generator)
+
+
+def _forget_packing(model: Any) -> None:
+    """Take away what says that the model is quantised: it no longer is."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)

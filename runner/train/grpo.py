@@ -1,0 +1,93 @@
+"""TRL's GRPO trainer, guarded and kept like the others: it answers the prompts itself and learns from their rewards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from trl import GRPOConfig, GRPOTrainer
+
+from runner.errors import Problem, RequestError
+from runner.spec import Grpo, RunSpec
+from runner.train import rows
+from runner.train.guarded import Guarding
+
+
+class GrpoTrainer(Guarding, GRPOTrainer):  # type: ignore[misc]  # trl has no types
+    """A "batch" here is a list of rows: what is computed is known only when they have been answered."""
+
+    METRICS = {  # noqa: RUF012
+        "reward": "reward",
+        "reward_std": "reward_std",
+        "kl": "kl",
+        "entropy": "entropy",
+        "completions/mean_length": "completion_tokens",
+        "completions/clipped_ratio": "completion_cut",
+        "frac_reward_zero_std": "groups_alike",
+    }
+
+    def _watch_rows(self) -> None:
+        """Rows come as they are, with their numbers in them."""
+
+    def _taken_rows(self, inputs: Any) -> list[int]:
+        """Of the whole generation batch that the micro batch is a part of; reward functions do not get them."""
+        return [example.pop(rows.COLUMN) for example in inputs]
+
+    def sizes(self, inputs: Any) -> tuple[int, int]:
+        """Nothing yet: see `compute_loss`."""
+        return 0, 0
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """With answers now: prompts [b, p] and completions [b, c] with their masks."""
+        if model.training:
+            masks = inputs["prompt_mask"], inputs["completion_mask"]
+            self.positions += sum(mask.numel() for mask in masks)
+            self.tokens += int(sum(mask.sum() for mask in masks))
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def measured(self, logs: Any, prefix: str = "") -> dict[str, float]:
+        """Also the mean of each reward function, by its name."""
+        head, tail = f"{prefix}rewards/", "/mean"
+        names = [name for name in logs if name.startswith(head) and name.endswith(tail)]
+        own = {f"reward_{name.removeprefix(head).removesuffix(tail)}": logs[name] for name in names}
+        return super().measured(logs, prefix) | {k: float(v) for k, v in own.items() if v is not None}
+
+
+def config_of(spec: RunSpec, shared: dict[str, Any]) -> GRPOConfig:
+    """Our settings in TRL's words. One generation for each optimiser step: its answers are those of the model that
+    learns from them."""
+    objective = spec.objective
+    assert isinstance(objective, Grpo)
+    shared = {name: value for name, value in shared.items() if name != "max_length"}
+    return GRPOConfig(
+        **shared,
+        num_generations=objective.num_generations,
+        max_completion_length=objective.max_new_tokens,
+        temperature=objective.temperature,
+        beta=objective.beta,
+        loss_type=objective.loss,
+        epsilon=objective.clip,
+        reward_weights=objective.reward_weights,
+        disable_dropout=True,
+    )
+
+
+def narrow(trainer: GrpoTrainer, dtype: torch.dtype) -> None:
+    """A reference of its own in the width of the arithmetic: TRL loads it as wide as the weights that train."""
+    for parameter in [] if trainer.ref_model is None else trainer.ref_model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
+
+
+def num_steps(spec: RunSpec, num_rows: int) -> int:
+    """Optimiser steps: each takes as many prompts as the batch has groups; RequestError for too few (TRL would train on
+    none of them and say nothing)."""
+    assert isinstance(spec.objective, Grpo)
+    prompts = spec.train.batch_size // spec.objective.num_generations
+    if num_rows < prompts:
+        what = f"{num_rows} prompts, and a step takes {prompts}"
+        remedy = "write a smaller train.batch_size, a larger objective.num_generations, or more rows"
+        raise RequestError(Problem(what, "data", remedy))
+    return spec.train.max_steps or -(-int(spec.train.num_epochs * (num_rows // prompts) * 1000) // 1000)

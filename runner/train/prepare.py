@@ -1,0 +1,79 @@
+"""`python -m runner.train.prepare [--json] < spec.json`: tokenise and pack now what a run would do at its beginning.
+
+The same functions with the same settings, so the run finds its tokens in the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from runner.data.examples import kind_of
+from runner.errors import NotYetError, Problem, RunFailedError, RunnerError
+from runner.report.problems import dump, print_problems, problems_as_json
+from runner.report.progress import Progress
+from runner.spec import RunSpec
+
+Note = Callable[[str], None]
+
+
+def main() -> int:
+    """Exit codes as in runner/errors.py."""
+    spec, as_json = RunSpec.model_validate(json.loads(sys.stdin.read())), "--json" in sys.argv
+    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between a script and its JSON
+    console = Console(file=sys.stderr if as_json else out)
+    try:
+        facts = prepared(spec, Progress(console))
+    except Exception as error:
+        if not isinstance(error, RunnerError):
+            traceback.print_exc()
+            error = RunFailedError(Problem(f"{type(error).__name__}: {error}"))
+        if as_json:
+            print(dump(problems_as_json(error)), file=out)
+        print_problems(Console(stderr=True), error)
+        return error.exit_code
+    if as_json:
+        print(dump(facts), file=out)
+    return 0
+
+
+def prepared(spec: RunSpec, progress: Progress) -> dict[str, Any]:
+    """Fill the cache for training and held-out rows; what was found."""
+    if kind_of(spec.objective.name) != "sft":
+        what = f"objective={spec.objective.name} tokenises pairs and prompts as it trains"
+        raise NotYetError(Problem(what, None, "data preview and data stats look at them"))
+    began = time.perf_counter()
+    from runner.train import dataset, models, objectives, stages  # torch and transformers: after the first line
+    from runner.train.ranks import Ranks
+
+    spec = stages.prepare(spec, progress.note, lambda: None, Ranks())
+    data = objectives.read(spec)
+    if data.note:
+        progress.note(data.note)
+    progress.note(f"Read    {len(data.train):,} rows in {time.perf_counter() - began:.1f} s; loading the tokenizer …")
+    tokenizer = models.load_tokenizer(spec, models.source_of(spec.model, progress.note))
+    began = time.perf_counter()
+    with progress.stage("Tokenising", "rows"):
+        rows, held_rows = objectives.tokenise(data, tokenizer, spec, lambda done, total: progress.advance(done, total))
+    seconds = time.perf_counter() - began
+    progress.note(dataset.line_of(rows, len(data.held or ())))
+    facts = {key: value for key, value in vars(rows).items() if key != "rows"}
+    return facts | {
+        "num_sequences": len(rows.rows),
+        "num_held_out": held_rows.num_examples if held_rows else 0,
+        "num_skipped": data.num_skipped,
+        "seconds": seconds,
+        "rows_per_second": len(data.train) / seconds,
+        "tokens_per_second": rows.num_tokens / seconds,
+        "files": [file["filename"] for file in rows.rows.cache_files],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

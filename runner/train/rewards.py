@@ -1,0 +1,109 @@
+"""Reward functions for `objective=grpo`, by name or from a user's file.
+
+Each is called as TRL calls one: lists of prompts and completions of one length, and every other field of the rows as a
+list under its name; it answers with one number each.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from runner.errors import Problem, RequestError
+from runner.spec import Grpo
+
+Reward = Callable[..., list[float]]
+
+
+def text_of(completion: str | Sequence[dict[str, Any]]) -> str:
+    """What was answered, as text."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def exact_match(completions: Sequence[Any], answer: Sequence[str | None], **_: Any) -> list[float]:
+    """1 where the answer is the row's, but for white space around it."""
+    pairs = zip(completions, answer, strict=True)
+    return [float(right is not None and text_of(said).strip() == right.strip()) for said, right in pairs]
+
+
+def regex(pattern: str) -> Reward:
+    """1 where the pattern is found; RequestError for one that cannot be read."""
+    try:
+        wanted = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise RequestError(Problem(f"objective.reward_regex={pattern!r}: {error}", None, "correct it")) from None
+
+    def reward(completions: Sequence[Any], **_: Any) -> list[float]:
+        return [float(wanted.search(text_of(said)) is not None) for said in completions]
+
+    return reward
+
+
+def length(target: int) -> Reward:
+    """1 up to `target` characters, 0 from twice as many on, in between a straight line."""
+
+    def reward(completions: Sequence[Any], **_: Any) -> list[float]:
+        return [max(0.0, min(1.0, 2 - len(text_of(said)) / target)) for said in completions]
+
+    return reward
+
+
+def json_validity(completions: Sequence[Any], **_: Any) -> list[float]:
+    """1 where the whole answer is JSON."""
+    return [float(_is_json(text_of(said))) for said in completions]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def functions(objective: Grpo) -> list[Reward]:
+    """The functions that `objective.rewards` names, each under that name; RequestError for one that is not there."""
+    return [_named(_function(name, objective), name) for name in objective.rewards]
+
+
+def _function(name: str, objective: Grpo) -> Reward:
+    if name == "regex":
+        return regex(str(objective.reward_regex))
+    if name == "length":
+        return length(objective.reward_length)
+    known: dict[str, Reward] = {"exact_match": exact_match, "json": json_validity}
+    return known[name] if name in known else _own(name)
+
+
+def _named(function: Reward, name: str) -> Reward:
+    """TRL logs a function's `__name__`."""
+
+    def reward(**columns: Any) -> list[float]:
+        return function(**columns)
+
+    reward.__name__ = name.rpartition(":")[2]
+    return reward
+
+
+def _own(name: str) -> Reward:
+    file, _, function = name.rpartition(":")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise RequestError(Problem(f"there is no {file}", f"objective.rewards={name}", "name a Python file"))
+    made = importlib.util.spec_from_file_location(f"rewards_{path.stem}", path)
+    assert made is not None and made.loader is not None
+    module = importlib.util.module_from_spec(made)
+    try:
+        made.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file raises
+        what = f"{file} cannot be read: {type(error).__name__}: {error}"
+        raise RequestError(Problem(what, f"objective.rewards={name}", "run it by itself to see where")) from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise RequestError(Problem(f"{file} has no function {function}", f"objective.rewards={name}", "define it"))
+    own: Reward = found
+    return own

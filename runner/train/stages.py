@@ -1,0 +1,86 @@
+"""What comes before training from a corpus: folders, shards, a tokenizer. A stage whose result is there is skipped."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from runner.data import sharder, tokenizer
+from runner.data.pipeline import check_tokenizer, tokenizer_of
+from runner.data.workspace import Workspace, is_whole, workspace_of
+from runner.errors import Problem, RequestError
+from runner.spec import Pretrain, RunSpec
+from runner.train.ranks import Ranks
+
+TOGETHER_SECONDS = 20.0
+"""How often the process that works tells the others to wait on: far below a collective's timeout (ranks.py)."""
+
+
+def prepare(spec: RunSpec, say: Callable[[str], None], beat: Callable[[], None], ranks: Ranks) -> RunSpec:
+    """The run with its tokenizer in place; the main process does the work, the others wait for it."""
+    if not isinstance(spec.objective, Pretrain):
+        return spec
+    place = workspace_of(spec.objective)
+    if place is not None:
+        waiting = _Waiting(beat, ranks)
+        if ranks.main:
+            try:
+                _work(spec, spec.objective, place, say, waiting.beat)
+            finally:
+                waiting.end()
+        else:
+            waiting.wait()
+        if not is_whole(place.train):
+            what = f"{place.train} is not there on this machine"
+            raise RequestError(Problem(what, "objective.root", "name a folder that all machines share"))
+    folder = tokenizer_of(spec, spec.objective, place)
+    if folder is None:
+        return spec
+    check_tokenizer(spec, folder)
+    # Of random weights `model.id` is the folder of their tokenizer from here on.
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"id": str(folder)})})
+
+
+def _work(
+    spec: RunSpec, objective: Pretrain, place: Workspace, say: Callable[[str], None], beat: Callable[[], None]
+) -> None:
+    for folder in (place.train.parent, place.val.parent, place.tokenizer.parent, place.hf_cache):
+        folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("HF_HOME", str(place.hf_cache))
+    os.environ.setdefault("HF_DATASETS_CACHE", str(place.hf_cache / "datasets"))
+    found = sharder.shard(place, objective, spec.data, spec.train.seed, say, beat)
+    held = f", {found.val['lines']:,} held out" if found.val else ""
+    count = f"{found.train['lines']:,} documents in {found.train['num_shards']} shards{held}"
+    say(f"Shards  {count}: {'written' if found.made else 'there already'} ({place.train})")
+    if not spec.model.from_scratch or objective.tokenizer:
+        return
+    if (place.tokenizer / "tokenizer.json").is_file():
+        say(f"Tokens  {tokenizer.size_of(place.tokenizer):,} in the tokenizer that is there ({place.tokenizer})")
+        return
+    beat()
+    facts = tokenizer.train(place.train, place.tokenizer, int(spec.model.vocab_size or 0))
+    say(f"Tokens  {facts['vocab_size']:,} learned from the shards ({place.tokenizer})")
+
+
+class _Waiting:
+    """One process works for as long as it takes, and no collective of the others waits for longer than a while."""
+
+    def __init__(self, alive: Callable[[], None], ranks: Ranks) -> None:
+        self.alive, self.ranks, self.last = alive, ranks, time.monotonic()
+
+    def beat(self) -> None:
+        """By the one that works."""
+        self.alive()
+        if self.ranks.world > 1 and time.monotonic() - self.last > TOGETHER_SECONDS:
+            self.last = time.monotonic()
+            self.ranks.any(False)
+
+    def end(self) -> None:
+        """By the one that works, whatever came of it."""
+        self.ranks.any(True)
+
+    def wait(self) -> None:
+        """By the others."""
+        while not self.ranks.any(False):
+            self.alive()

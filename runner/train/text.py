@@ -1,0 +1,143 @@
+"""Plain text → token ids, document after document, cut into sequences of equal length; nothing is lost, nothing padded.
+
+A document ends with the tokenizer's end of text. One longer than what is left of a sequence goes on in the next; what
+of several documents lies in one sequence does not attend to one another (`seq_lengths`, from which TRL makes
+positions). Read, tokenised and written as a stream: memory does not grow with the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from datasets.arrow_writer import ArrowWriter
+from datasets.utils.logging import disable_progress_bar
+
+from runner.data.examples import Example, fingerprint
+from runner.data.sharder import lines_of
+from runner.data.workspace import manifest_of
+from runner.errors import Problem, RequestError
+from runner.paths import cache_dir
+from runner.spec import RunSpec
+from runner.train.dataset import Tokenised, tokenizer_fingerprint
+
+LAYOUT = 2  # raise it when what is stored changes shape
+AT_ONCE = 512
+"""Documents that the tokenizer is given together: it spreads them over the cores."""
+
+
+class Shards:
+    """The documents of a folder of shards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.manifest = folder, manifest_of(folder)
+
+    def __len__(self) -> int:
+        return int(self.manifest.get("lines", 0))
+
+    def __iter__(self) -> Iterator[str]:
+        return lines_of(self.folder)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the shards' own; empty without any."""
+        digests = [shard["sha256"] for shard in self.manifest.get("shards", [])]
+        return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
+
+
+def tokenise(documents: Shards | Sequence[Example], tokenizer: Any, spec: RunSpec) -> Tokenised:
+    """The rows of a run, or those in the cache; RequestError where there is no token to learn."""
+    disable_progress_bar()
+    own = documents.fingerprint if isinstance(documents, Shards) else fingerprint(documents)
+    parts = [LAYOUT, own, tokenizer_fingerprint(tokenizer), spec.train.max_length, spec.train.packing]
+    folder = cache_dir() / "text" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    stored = _read(folder)
+    from_cache = stored is not None
+    if stored is None:
+        texts: Iterable[str] = documents if isinstance(documents, Shards) else map(_text, documents)
+        _build(texts, len(documents), tokenizer, spec, folder)
+        stored = _read(folder)
+        assert stored is not None
+    return Tokenised(rows=stored[0], from_cache=from_cache, **stored[1])
+
+
+def _read(folder: Path) -> tuple[Dataset, dict[str, Any]] | None:
+    try:
+        facts = json.loads((folder / "facts.json").read_text("utf-8"))
+        return Dataset.from_file(str(folder / "rows.arrow")), facts
+    except (OSError, ValueError):
+        return None
+
+
+def _build(texts: Iterable[str], documents: int, tokenizer: Any, spec: RunSpec, folder: Path) -> None:
+    """Write one cache entry, whole or not at all; two runs may build the same one at once."""
+    limit, packing = spec.train.max_length, spec.train.packing
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    rows = tokens = 0
+    try:
+        with ArrowWriter(path=str(temporary / "rows.arrow")) as writer:
+            for row in sequences(texts, tokenizer, limit, packing):
+                writer.write(row)
+                rows, tokens = rows + 1, tokens + len(row["input_ids"])
+            if not rows:
+                raise RequestError(Problem("the text holds no token to learn", "data", "name another source"))
+            writer.finalize()
+        facts = {
+            "num_examples": documents,
+            "num_truncated": 0,
+            "num_dropped": 0,
+            "num_split": 0,
+            "num_refused": 0,
+            "num_tokens": tokens,
+            "packing_efficiency": tokens / (rows * limit) if packing else None,
+        }
+        (temporary / "facts.json").write_text(json.dumps(facts), "utf-8")
+        if _read(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)  # an entry that cannot be read
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sequences(texts: Iterable[str], tokenizer: Any, limit: int, packing: bool) -> Iterator[dict[str, list[int]]]:
+    """Rows of `input_ids` and `labels`, [limit] each but for the last; packed ones with `seq_lengths`."""
+    ids: list[int] = []
+    parts: list[int] = []
+    for document in _encoded(texts, tokenizer):
+        while document:
+            taken = document[: limit - len(ids)]
+            document = document[len(taken) :]
+            ids, parts = ids + taken, [*parts, len(taken)]
+            if len(ids) == limit or not packing:
+                yield _row(ids, parts, packing)
+                ids, parts = [], []
+    if len(ids) > 1:  # one token alone has nothing before it
+        yield _row(ids, parts, packing)
+
+
+def _row(ids: list[int], parts: list[int], packing: bool) -> dict[str, list[int]]:
+    row = {"input_ids": ids, "labels": list(ids)}
+    return row | {"seq_lengths": parts} if packing else row
+
+
+def _encoded(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Ids of every document, with the one that ends it."""
+    stream = iter(texts)
+    while some := list(islice(stream, AT_ONCE)):
+        for ids in tokenizer(some)["input_ids"]:
+            yield [*ids] if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+
+
+def _text(example: Example) -> str:
+    if example.text is None:
+        what = "objective=pretrain learns plain text, and the rows are conversations"
+        raise RequestError(Problem(what, "data", "write objective=sft, or data.format=text data.text_field=…"))
+    return example.text

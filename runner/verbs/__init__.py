@@ -1,0 +1,32 @@
+"""The verbs of the command line, each in the module that is read when it is typed."""
+
+VERBS = {
+    "run": "starting",
+    "resume": "starting",
+    "join": "starting",
+    "show": "looking",
+    "plan": "planning",
+    "fit": "planning",
+    "table": "planning",
+    "explain": "looking",
+    "list": "looking",
+    "runs": "looking",
+    "data": "data",
+    "calibrate": "planning",
+    "doctor": "looking",
+    "pods": "pods",
+    "gpus": "stock",
+    "volumes": "stock",
+    "attach": "remote",
+    "logs": "remote",
+    "status": "remote",
+    "fetch": "remote",
+    "chat": "results",
+    "eval": "results",
+    "merge": "results",
+    "export": "results",
+    "emulate": "emulating",
+    "push": "results",
+    "deploy": "results",
+}
+"""Verb → module of this package, in the order of `--help`. There it is a click command of that name, or `list_`."""

@@ -1,0 +1,146 @@
+"""Verbs that look at what there is and what was said, and start nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from runner.report.problems import dump
+from runner.verbs.shared import Arguments, composed, one_run, request_of, spoken
+
+
+@click.command()
+@composed
+@one_run
+def show(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
+    """The resolved run, as YAML; nothing is started.
+
+    \b
+    Examples:
+      python -m runner show model=phi2 method=lora hw=rtx4090
+      python -m runner show recipe=mistral7b_qlora4_h100x3 --json
+    """
+    from runner.launch import resolved
+
+    spec, notes = resolved(request_of(words, config_dirs))
+    content = spec.model_dump(mode="json")
+    if as_json:
+        click.echo(dump(content))
+        return
+    from omegaconf import OmegaConf
+
+    click.echo(OmegaConf.to_yaml(OmegaConf.create(content)), nl=False)
+    for note in notes:
+        click.echo(f"# note: {note}")
+
+
+@click.command()
+@click.argument("key")
+@composed
+@one_run
+def explain(key: str, words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
+    """Where the value of KEY came from: command line, recipe, or which file and line.
+
+    \b
+    Examples:
+      python -m runner explain train.learning_rate recipe=phi2_lora_rtx6000adax5
+      python -m runner explain train.micro_batch_size model=llama3_8b hw=a100 --json
+    """
+    from runner.compose import compose, places, source_finder
+    from runner.launch import complete
+    from runner.problems import value_of
+    from runner.report.tables import print_origins
+
+    request = request_of(words, config_dirs)
+    spec = compose(request)
+    value, final = value_of(spec, key), value_of(complete(spec, source_finder(request))[0], key)
+    origins = places(request, key)
+    if as_json:
+        click.echo(dump({"key": key, "value": final, "composed": value, "origins": [vars(p) for p in origins]}))
+        return
+    print_origins(Console(), key, value, final, origins)
+
+
+@click.command(name="list")
+@click.argument("what", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+@spoken
+def list_(what: str | None, as_json: bool) -> None:
+    """What there is to choose from: models, methods, hw, deepspeed, objectives, data, where, track, recipes.
+
+    \b
+    Examples:
+      python -m runner list
+      python -m runner list models
+      python -m runner list hw --json
+    """
+    from runner.report.catalogue import listing, print_listing
+
+    table = listing(what)
+    if as_json:
+        click.echo(dump(table.rows))
+        return
+    print_listing(Console(), table)
+
+
+@click.command()
+@click.option("--output-dir", default="runs", type=click.Path(path_type=Path), help="Folder with the runs.")
+@click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+@spoken
+def runs(output_dir: Path, as_json: bool) -> None:
+    """Past runs: state, model, method, loss, time.
+
+    \b
+    Examples:
+      python -m runner runs
+      python -m runner runs --output-dir /data/runs --json
+    """
+    from runner.report.tables import print_runs, run_rows
+
+    rows = run_rows(output_dir)
+    if as_json:
+        click.echo(dump(rows))
+        return
+    print_runs(Console(), rows, output_dir)
+
+
+@click.command()
+@composed
+@one_run
+@click.option(
+    "--bandwidth",
+    is_flag=True,
+    help="Measure an all-reduce as well: NCCL over the GPUs, gloo over two processes on a CPU (10 s and more).",
+)
+def doctor(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, bandwidth: bool) -> None:
+    """Is this machine ready: driver, GPUs, disk, memory, packages, keys; what is wrong, and what to do about it.
+
+    With the words of a run, also whether the machine has what that run needs. Imports no torch, but for --bandwidth.
+    Exit code 0 without a problem, 3 with one.
+
+    \b
+    Examples:
+      python -m runner doctor
+      python -m runner doctor model=llama3_8b method=qlora4 hw=rtx4090
+      python -m runner doctor --bandwidth --json
+    """
+    from runner.doctor.examine import examine
+    from runner.doctor.finding import exit_code
+    from runner.report.doctor import findings_as_json, print_findings
+
+    run = None
+    if words or config_dirs:
+        from runner.doctor.wanted import wanted  # Hydra: 0.2 s
+
+        run = wanted(request_of(words, config_dirs))
+    if bandwidth:
+        click.echo("Measuring an all-reduce …", err=True)
+    found = examine(run, bandwidth=bandwidth)
+    if as_json:
+        click.echo(dump(findings_as_json(found, run)))
+    else:
+        print_findings(Console(), found)
+    sys.exit(exit_code(found))

@@ -1,0 +1,231 @@
+"""The verb `pods`: what is rented, and what can be done about it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from runner.report.problems import dump
+from runner.verbs.shared import Arguments, composed, one_run, request_of, spoken
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+
+
+class Subverbs(click.Group):
+    """`pods` alone lists."""
+
+
+@click.group(invoke_without_command=True, cls=Subverbs)
+@as_json_option
+@click.pass_context
+def pods(context: click.Context, as_json: bool) -> None:
+    """Every pod of this project: state, cost so far, age, deadline; and what to do with one.
+
+    What a crashed launcher has left is put in order first: whatever is half-made is ended.
+
+    \b
+    Examples:
+      python -m runner pods
+      python -m runner pods terminate <run>            a run's id, its folder, or the pod's id
+      python -m runner pods tunnel <run>               TensorBoard and Jupyter at 127.0.0.1, over SSH
+      python -m runner pods reap                       end what no run owns
+      python -m runner pods up hw=rtx4090 --hours 3    just a pod
+    """
+    if context.invoked_subcommand is None:
+        _list(as_json=as_json)
+
+
+@spoken
+def _list(as_json: bool) -> None:
+    from runner.cloud import fleet
+    from runner.report.pods import print_pods
+
+    api, ledger = _ready()
+    rows = fleet.rows(api, ledger)
+    if as_json:
+        click.echo(dump([asdict(row) for row in rows]))
+    else:
+        print_pods(Console(), rows)
+
+
+@pods.command(name="list")
+@as_json_option
+def list_(as_json: bool) -> None:
+    """The same as `pods` alone."""
+    _list(as_json=as_json)
+
+
+@pods.command()
+@click.argument("run")
+@as_json_option
+@spoken
+def stop(run: str, as_json: bool) -> None:
+    """Stop the pod of RUN: its volume disk is kept, and paid for; container disk and GPU are given back.
+
+    \b
+    Example:
+      python -m runner pods stop mistral7b-qlora4-20261125-164234-ab12
+    """
+    from runner.cloud import fleet
+
+    api, ledger = _ready()
+    pod_id = fleet.stop(api, ledger, run)
+    per_day = next((row.usd_per_day_stopped for row in fleet.rows(api, ledger) if row.pod_id == pod_id), 0.0)
+    said = f"pod {pod_id} is stopped, and costs about ${per_day:.2f} a day until it is terminated"
+    _answer(as_json, said, pod_id=pod_id, state="stopped", usd_per_day=per_day)
+
+
+@pods.command()
+@click.argument("run")
+@as_json_option
+@spoken
+def terminate(run: str, as_json: bool) -> None:
+    """End the pod of RUN, whoever holds it, and confirm that it is gone. What is only on its disk is lost.
+
+    Exit code 1, with the pod's id and page, where that cannot be confirmed.
+
+    \b
+    Example:
+      python -m runner pods terminate mistral7b-qlora4-20261125-164234-ab12
+    """
+    from runner.cloud import fleet
+
+    api, ledger = _ready()
+    pod_id = fleet.terminate(api, ledger, run)
+    _answer(as_json, f"pod {pod_id} is gone: looked for twice", pod_id=pod_id, state="gone")
+
+
+@pods.command(context_settings={"ignore_unknown_options": True})
+@click.argument("run")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@spoken
+def ssh(run: str, command: Arguments) -> None:
+    """A shell in the pod of RUN, or one COMMAND there.
+
+    \b
+    Examples:
+      python -m runner pods ssh <run>
+      python -m runner pods ssh <run> nvidia-smi
+    """
+    from runner.cloud.shell import shell
+
+    api, ledger = _ready()
+    sys.exit(shell(api, ledger, run, command))
+
+
+@pods.command()
+@click.argument("run")
+@click.option("-p", "--port", "ports", multiple=True, help="LOCAL:POD or one number for both; default 6006 and 8888.")
+@spoken
+def tunnel(run: str, ports: tuple[str, ...]) -> None:
+    """TensorBoard (6006) and Jupyter (8888) of the pod of RUN at 127.0.0.1, over SSH; Ctrl-C ends it.
+
+    RunPod's own proxy addresses are public and ask for no password: they are not used.
+
+    \b
+    Examples:
+      python -m runner pods tunnel <run>
+      python -m runner pods tunnel <run> -p 9000:8888
+    """
+    from runner.cloud.shell import tunnel as open_tunnel
+
+    api, ledger = _ready()
+    sys.exit(open_tunnel(api, ledger, run, ports, lambda line: click.echo(line, err=True)))
+
+
+@pods.command()
+@click.argument("run")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the pod is gone.")
+@click.option("--tail", default=100, show_default=True, help="Lines from before.")
+@click.option("--source", type=click.Choice(["container", "system"]), help="Only these; default both.")
+@spoken
+def logs(run: str, follow: bool, tail: int, source: str | None) -> None:
+    """What RunPod logs of the pod of RUN: pulling the image, starting the container. The training's own: `logs`.
+
+    \b
+    Example:
+      python -m runner pods logs -f <run>
+    """
+    from runner.cloud import fleet
+
+    api, ledger = _ready()
+    _, pod_id, _ = fleet.find(api, ledger, run)
+    for line in api.logs(pod_id, source=source, tail=tail, follow=follow):
+        click.echo(line)
+
+
+@pods.command()
+@click.option("--all", "everything", is_flag=True, help="Every pod of this project that no process here holds.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@as_json_option
+@spoken
+def reap(everything: bool, yes: bool, as_json: bool) -> None:
+    """End what no run owns: what crashed launchers left, and whatever is past its deadline.
+
+    Only pods whose name begins with `runner-` are touched. A detached run within its deadline is left alone; with --all
+    it is ended, too, also one that another machine has rented.
+
+    \b
+    Examples:
+      python -m runner pods reap
+      python -m runner pods reap --all --yes
+    """
+    from runner.cloud import fleet
+
+    api, ledger = _ready()
+    found = fleet.owned_by_none(api, ledger, everything=everything)
+    for name, pod_id, why in found:
+        click.echo(f"pod {pod_id} ({name}): {why}", err=True)
+    if found and not yes and sys.stdin.isatty():
+        click.confirm(f"End {len(found)}?", abort=True, err=True)
+    ended = fleet.reap(api, ledger, found)
+    _answer(as_json, f"{len(ended)} ended, and looked for twice" if ended else "nothing to end", ended=ended)
+
+
+@pods.command()
+@composed
+@one_run
+@click.option("--hours", type=click.FloatRange(min=0, min_open=True), required=True, help="Then it ends itself.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before renting.")
+def up(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, hours: float, yes: bool) -> None:
+    """Just a pod: SSH, and Jupyter through a tunnel, with the same deadline and price guard as a run.
+
+    \b
+    Examples:
+      python -m runner pods up hw=rtx4090 --hours 3
+      python -m runner pods up hw=rtx4090 where.cloud=community where.max_usd=2 --hours 3 --yes
+    """
+    from runner.cloud import up as upping
+    from runner.launch import resolved
+
+    api, ledger = _ready()
+    request = request_of(("where=runpod", *words), config_dirs)
+    spec = upping.spec_for(resolved(request)[0], hours)
+    offer = upping.offer(api, spec, hours)
+    click.echo(f"{offer.described}; ${offer.usd_per_hour * hours:.2f} for {hours:g} hours at most", err=True)
+    if not yes and sys.stdin.isatty():
+        click.confirm("Rent it?", abort=True, err=True)
+    made = upping.up(spec, hours, lambda line: click.echo(line, err=True))
+    _answer(as_json, made.described, **made.as_dict())
+    del ledger
+
+
+def _ready() -> tuple[Any, Any]:
+    """API and ledger, in order: what crashed launchers left is settled, and said."""
+    from runner.cloud.api import Api
+    from runner.cloud.ledger import Ledger
+    from runner.cloud.reconcile import reconcile
+
+    api, ledger = Api(), Ledger()
+    for note in reconcile(api, ledger):
+        click.echo(f"Note    {note}", err=True)
+    return api, ledger
+
+
+def _answer(as_json: bool, said: str, **facts: Any) -> None:
+    click.echo(dump(facts) if as_json else said)

@@ -1,0 +1,103 @@
+"""What verbs share: the arguments of a run, `-m` refused in words, errors in words."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
+from runner.report.problems import dump, print_problems, problems_as_json
+from runner.verbs import VERBS
+
+Arguments = tuple[str, ...]
+
+
+def composed(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Arguments that every verb with a run takes, and errors in words."""
+    command = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE|SPEC.JSON] [KEY=VALUE]…")(
+        command
+    )
+    command = click.option(
+        "--config-dir", "config_dirs", multiple=True, type=click.Path(path_type=Path),
+        help="Folder with groups of your own (model/mine.yaml, …); may be given more than once.",
+    )(command)  # fmt: skip
+    command = click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")(command)
+    return spoken(command)
+
+
+def one_run(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse `-m` in words, for a verb that answers for one run."""
+
+    @click.option("-m", "--multirun", is_flag=True, hidden=True)
+    @wraps(command)
+    def wrapped(*args: Any, multirun: bool, **options: Any) -> Any:
+        if multirun:
+            what = f"-m sweeps over several runs, and {command.__name__} answers for one"
+            remedy = "name one value for each key; python -m runner -m … plans every point before the first one starts"
+            raise RequestError(Problem(what, "command line", remedy))
+        return command(*args, **options)
+
+    return wrapped
+
+
+def spoken(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn a RunnerError into words (or JSON) and its exit code."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **options: Any) -> Any:
+        try:
+            return command(*args, **options)
+        except RunnerError as error:
+            if options.get("as_json"):
+                click.echo(dump(problems_as_json(error)))
+            print_problems(Console(stderr=True), error)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            sys.exit(InterruptedRun.exit_code)
+
+    return wrapped
+
+
+def request_of(words: Arguments, config_dirs: tuple[Path, ...]) -> Any:
+    """Words of the command line → what to compose: files by their ending, the rest `key=value`."""
+    from runner.request import Request
+
+    spec_file: Path | None = None
+    overrides: list[str] = []
+    problems: list[Problem] = []
+    for word in words:
+        folder = Path(word)
+        if "=" in word or word.startswith("~"):
+            overrides.append(word)
+        elif word.endswith((".yaml", ".yml")):
+            overrides.append(f"recipe={word}")
+        elif word.endswith(".json") and spec_file is None:
+            spec_file = folder
+        elif (folder / "spec.json").is_file() and spec_file is None:
+            spec_file = folder / "spec.json"
+        else:
+            problems.append(stray(word))
+    return Request(None, tuple(overrides), config_dirs, spec_file, tuple(problems))
+
+
+def stray(word: str) -> Problem:
+    """A word that is no file, and neither `group=name` nor `key=value`."""
+    from runner import catalogue
+    from runner.suggest import known_keys, nearest
+
+    if word in VERBS:
+        return Problem(f"{word!r} is not the first word", "command line", f"python -m runner {word} …")
+    if word.endswith(".json"):
+        return Problem(f"{word}: a run starts from one file", "command line", "name one of them")
+    meant = {key: f"{key}=…" for key in sorted(known_keys())}
+    meant |= {name: f"{group}={name}" for group in catalogue.GROUPS for name in catalogue.options(group)}
+    meant |= {name: f"recipe={name}" for name in catalogue.recipes()} | {verb: verb for verb in VERBS}
+    near = nearest(word, meant)
+    remedy = f"did you mean {near}?" if near else "write group=name, key=value, a recipe or a spec.json"
+    return Problem(f"{word!r} is neither a verb nor a choice", "command line", remedy)

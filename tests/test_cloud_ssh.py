@@ -1,0 +1,122 @@
+"""The connection to a pod: nothing of the user's own, nothing in arguments, and errors that say what broke."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runner.cloud import keys, ssh
+from runner.cloud.ssh import CommandError, LostError
+from runner.errors import CannotRunError, RequestError
+from tests.emulated import needs_sshd
+from tests.sshd import Server, server
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Iterator[Server]:
+    with server(tmp_path / "sshd") as found:
+        yield found
+
+
+@needs_sshd
+def test_commands_input_and_exit_codes(there: Server) -> None:
+    link = there.connection()
+    assert link.run("echo $((6*7))").strip() == "42"
+    assert link.run("cat", stdin=b"over standard input") == "over standard input"
+    assert link.attempt("exit 3")[0] == 3
+    with pytest.raises(CommandError, match="no such thing"):
+        link.run("echo no such thing >&2; exit 4")
+    folder = link._folder
+    assert (folder / "known_hosts").read_text().startswith("pod1 ")
+    link.close()
+    assert not folder.exists()
+
+
+@needs_sshd
+def test_a_pod_that_moved_is_found_at_its_new_port(there: Server) -> None:
+    link = there.connection()
+    link.run("true")
+    there.cut()
+    with pytest.raises(LostError, match="cannot be reached"):
+        link.run("true")
+    (there.root / "host").unlink()
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(there.root / "host")], check=True)
+    there.start(there.port + 1)
+    link.moved("127.0.0.1", there.port)
+    assert link.run("echo here").strip() == "here"
+    link.close()
+
+
+@needs_sshd
+def test_another_host_at_the_same_address_is_not_trusted(there: Server) -> None:
+    link = there.connection()
+    link.run("true")
+    there.cut()
+    (there.root / "host").unlink()
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(there.root / "host")], check=True)
+    there.start()
+    with pytest.raises(LostError):
+        link.run("true")
+    link.close()
+
+
+@needs_sshd
+def test_files_go_and_come_and_a_broken_transfer_goes_on(there: Server, tmp_path: Path) -> None:
+    link = there.connection()
+    source = tmp_path / "some file.bin"
+    source.write_bytes(b"x" * 3_000_000)
+    told: list[str] = []
+    link.put([source], f"{tmp_path}/a folder/", told.append, options=["--mkpath"])
+    link.get(f"{tmp_path}/a folder/some file.bin", tmp_path / "back.bin")
+    assert (tmp_path / "back.bin").read_bytes() == source.read_bytes()
+    assert any("100%" in line for line in told)
+    with pytest.raises(CommandError, match="rsync failed"):
+        link.get(f"{tmp_path}/nothing", tmp_path / "x")
+    there.cut()
+    with pytest.raises(LostError):
+        link.put([source], f"{tmp_path}/b/")
+    link.close()
+
+
+@needs_sshd
+def test_a_command_that_hangs_is_given_up(tmp_path: Path) -> None:
+    with server(tmp_path / "sshd") as there:
+        link = there.connection()
+        with pytest.raises(LostError, match="within 1 s"):
+            link.run("sleep 60", seconds=1)
+        link.close()
+
+
+def test_without_ssh_or_rsync_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh.shutil, "which", lambda name: None if name == "rsync" else "/usr/bin/x")
+    with pytest.raises(CannotRunError) as caught:
+        ssh.check()
+    assert "apt-get install rsync" in str(caught.value.problems[0].remedy)
+
+
+def test_the_key_is_made_from_the_account_and_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNPOD_API_KEY", "rpa_ONE")
+    made = []
+    for machine in ("here", "elsewhere"):
+        monkeypatch.setenv("RUNNER_STATE", str(tmp_path / machine))
+        made.append(keys.pair("run-1"))
+    assert made[0].public == made[1].public and made[0].private != made[1].private
+    assert made[0].private.stat().st_mode & 0o777 == 0o600
+    said = subprocess.run(["ssh-keygen", "-y", "-f", str(made[0].private)], capture_output=True, text=True, check=True)
+    assert said.stdout.split()[1] == made[0].public.split()[1]
+    assert keys.pair("run-2").public != made[0].public
+    monkeypatch.setenv("RUNPOD_API_KEY", "rpa_TWO")
+    assert keys.pair("run-1").public == made[0].public  # the copy, after the account's key was exchanged
+    keys.forget("run-1")
+    assert keys.pair("run-1").public != made[0].public
+    assert b"rpa_" not in made[1].private.read_bytes()
+
+
+def test_without_an_api_key_the_remedy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNNER_STATE", str(tmp_path))
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    with pytest.raises(RequestError, match="RUNPOD_API_KEY is not set"):
+        keys.pair("run-1")

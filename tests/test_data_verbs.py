@@ -1,0 +1,103 @@
+"""`data preview`, `data stats`, `data prepare`: what people see before it costs anything."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.data.stats import histogram, suggested
+from runner.report.data import bars
+from tests.conftest import ROOT, run_cli
+from tests.front import here, laptop, runner
+
+__all__ = ["here", "laptop"]  # fixtures
+
+GOOD = '{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "[b]4[/b]"}]}\n'
+
+
+def test_a_preview_shows_format_rows_and_every_mistake(here: Path) -> None:
+    (here / "my.jsonl").write_text(GOOD + '{"messages": []}\n{\n')
+    result = runner("data", "preview", "data.path=my.jsonl", "model=llama3_8b")
+    assert result.exit_code == 2
+    assert "my.jsonl: chat, 1 rows, 2 wrong" in result.output
+    assert "⟦[b]4[/b]\n⟧" in result.output and "[user] 2+2?" in result.output
+    assert "line 2: messages is an empty list" in result.output and "line 3: broken JSON" in result.output
+    result = runner("data", "preview", "data.path=my.jsonl", "data.on_error=skip", "--json", "model=llama3_8b")
+    assert result.exit_code == 0
+    found = json.loads(result.output)
+    assert found["files"] == [{"name": "my.jsonl", "format": "chat", "num_rows": 1, "num_wrong": 2}]
+    assert [(piece["text"], piece["trained"]) for piece in found["rows"][0]["segments"]][-1] == ("[b]4[/b]\n", True)
+    assert len(found["problems"]) == 2
+
+
+def test_pairs_are_shown_side_by_side(here: Path) -> None:
+    (here / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    # The kind follows from the data where the objective is supervised: the better answer is learned.
+    found = json.loads(runner("data", "preview", "data.path=pairs.jsonl", "--json", "model=llama3_8b").output)
+    assert found["files"][0]["format"] == "preference" and found["learns_from"] == "sft"
+
+
+def test_a_row_is_shown_by_its_number(here: Path) -> None:
+    (here / "my.jsonl").write_text("".join(f'{{"text": "number {n}"}}\n' for n in range(1, 31)))
+    words = ("data", "preview", "data.path=my.jsonl", "model=llama3_8b", "--json")
+    found = json.loads(runner(*words, "--row", "17").output)
+    assert [row["content"]["text"] for row in found["rows"]] == ["number 17"]
+    assert runner(*words, "--row", "31").exit_code == 2
+
+
+def test_statistics_of_a_file(here: Path) -> None:
+    rows = [{"prompt": f"question {n % 50}", "completion": "word " * (n % 40 + 1)} for n in range(400)]
+    (here / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = json.loads(runner("data", "stats", "data.path=my.jsonl", "model=llama3_8b", "--json").output)
+    assert (found["num_rows"], found["num_held_out"]) == (380, 20)
+    assert sum(one["rows"] for one in found["histogram"]) == 380
+    assert found["duplicates"]["rows"] > 0 and found["duplicates"]["prompts"] == 330
+    at = {one["max_length"]: one for one in found["at_length"]}
+    assert at[128]["packed_share"] > 0.9 > at[128]["padded_share"]
+    text = runner("data", "stats", "data.path=my.jsonl", "model=llama3_8b", "--plot", "lengths.png")
+    assert "380 to train on, 20 held out" in text.output and "█" in text.output
+    assert (here / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert runner("data", "stats", "data.path=my.jsonl", "model=llama3_8b", "--plot", "x.doc").exit_code == 2
+
+
+def test_classes_of_a_histogram_are_round_and_complete() -> None:
+    found = histogram([3, 5, 5, 97])
+    assert found[0] == {"from": 0, "to": 5, "rows": 1} and found[-1] == {"from": 95, "to": 100, "rows": 1}
+    assert sum(one["rows"] for one in found) == 4 and len(found) <= 24
+    assert bars(found)[1].endswith("█ 2") and bars(found)[2].endswith("  0")
+    assert suggested(list(range(1, 101)), None) == 128 and suggested([5000], 4096) == 4096
+
+
+def test_the_front_of_data_stays_light(tmp_path: Path) -> None:
+    (tmp_path / "my.jsonl").write_text(GOOD)
+    code = (
+        "import sys; from click.testing import CliRunner; from runner.cli import cli;"
+        "r = CliRunner().invoke(cli, ['data', 'preview', 'data.path=my.jsonl']); assert r.exit_code == 0, r.output;"
+        "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("verb", ["preview", "stats", "prepare"])
+def test_help_has_examples(verb: str) -> None:
+    result = runner("data", verb, "--help")
+    assert result.exit_code == 0 and f"python -m runner data {verb}" in result.output
+
+
+def test_prepared_tokens_are_found_by_the_run(tmp_path: Path) -> None:
+    """With the real tokenizer: the second time everything comes from the cache that the run looks into."""
+    (tmp_path / "my.jsonl").write_text(GOOD * 30)
+    words = ("data", "prepare", "data.path=my.jsonl", "train.max_length=128", "--json")
+    first, second = (run_cli(*words, cwd=tmp_path) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr
+    found = json.loads(second.stdout)
+    assert found["from_cache"] and (found["num_examples"], found["num_held_out"]) == (28, 2)
+    (tmp_path / "my.jsonl").write_text('{"text": ""}\n')
+    wrong = run_cli(*words, cwd=tmp_path)
+    assert wrong.returncode == 2 and "text is empty" in wrong.stdout

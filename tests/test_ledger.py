@@ -1,0 +1,101 @@
+"""The ledger: what was meant is on the disk before it is done, and two launchers do not fight over it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.cloud.ledger import Ledger, LedgerError
+
+FACTS: dict[str, Any] = {
+    "run_dir": "/tmp/runs/a", "gpu": "NVIDIA L4", "cloud": "secure", "usd_per_hour": 0.49, "disk_gb": 30.0,
+    "keep": False, "volume": None, "base": "https://api.runpod.io", "account": "abc", "heartbeat_s": 1800.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger.db")
+
+
+def test_states_and_reasons_are_kept_in_order(ledger: Ledger) -> None:
+    ledger.plan("runner-a-1", run_id="a", **FACTS)
+    ledger.move("runner-a-1", "CREATING", "asking")
+    ledger.move("runner-a-1", "PROVISIONING", "created", pod_id="xyz", usd_per_hour=0.6)
+    entry = Ledger(ledger.file).entry("runner-a-1")
+    assert entry is not None and (entry.state, entry.pod_id, entry.usd_per_hour) == ("PROVISIONING", "xyz", 0.6)
+    assert entry.owned_here
+    ledger.move("runner-a-1", "GONE", "confirmed")
+    assert ledger.entries() == [] and ledger.entries("a", gone=True)[0].ended is not None
+    assert [(old, new) for old, new, _ in ledger.transitions("runner-a-1")] == [
+        (None, "PLANNED"), ("PLANNED", "CREATING"), ("CREATING", "PROVISIONING"), ("PROVISIONING", "GONE"),
+    ]  # fmt: skip
+
+
+def test_a_name_is_planned_once_and_an_unknown_state_is_refused(ledger: Ledger) -> None:
+    ledger.plan("runner-a-1", run_id="a", **FACTS)
+    with pytest.raises(LedgerError):
+        ledger.plan("runner-a-1", run_id="a", **FACTS)
+    with pytest.raises(LedgerError):
+        ledger.move("runner-a-1", "LOST", "no such state")  # type: ignore[arg-type]
+    with pytest.raises(LedgerError):
+        ledger.move("runner-b-1", "GONE", "never planned")
+    entry = ledger.entry("runner-a-1")
+    assert entry is not None and entry.state == "PLANNED"
+
+
+def test_a_killed_process_holds_nothing_and_what_it_wrote_is_there(ledger: Ledger) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from runner.cloud.ledger import Ledger\n"
+        "from tests.test_ledger import FACTS\n"
+        "ledger = Ledger(Path(sys.argv[1])); ledger.plan('runner-a-1', run_id='a', **FACTS)\n"
+        "ledger.move('runner-a-1', 'CREATING', 'asking'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(ledger.file)], check=False)
+    assert done.returncode == -9
+    entry = ledger.entry("runner-a-1")
+    assert entry is not None and entry.state == "CREATING" and not entry.owned
+    assert ledger.take("runner-a-1")
+    entry = ledger.entry("runner-a-1")
+    assert entry is not None and entry.pid == os.getpid()
+
+
+def test_what_a_living_process_holds_is_not_taken(ledger: Ledger) -> None:
+    ledger.plan("runner-a-1", run_id="a", **FACTS)
+    code = "import sys; from pathlib import Path; from runner.cloud.ledger import Ledger\n"
+    code += "print(Ledger(Path(sys.argv[1])).take('runner-a-1'))"
+    run = [sys.executable, "-c", code, str(ledger.file)]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == "False"
+    ledger.leave("runner-a-1")
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == "True"
+
+
+def test_a_process_number_that_is_used_again_is_not_the_owner(ledger: Ledger) -> None:
+    ledger.plan("runner-a-1", run_id="a", **FACTS)
+    ledger.set("runner-a-1", pid_started=1.0)
+    entry = ledger.entry("runner-a-1")
+    assert entry is not None and not entry.owned
+
+
+def test_many_writers_at_once(ledger: Ledger) -> None:
+    def write(number: int) -> None:
+        ledger.plan(f"runner-a-{number}", run_id="a", **FACTS)
+        for _ in range(5):
+            ledger.move(f"runner-a-{number}", "CREATING", "asking")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(16)))
+    assert len(ledger.entries("a")) == 16
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LedgerError, match="cannot be written") as error:
+        Ledger(tmp_path / "file" / "ledger.db")
+    assert "RUNNER_STATE" in str(error.value.problems[0].remedy)

@@ -1,0 +1,313 @@
+"""Renting against an emulated RunPod: whatever goes wrong, and wherever a launcher dies, no pod is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runner.cloud import pod as renting
+from runner.cloud.api import Api
+from runner.cloud.ledger import PREFIX, Ledger
+from runner.cloud.pod import Rented, acquire
+from runner.cloud.problems import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
+from runner.cloud.reconcile import UNKNOWN_S, reconcile
+from tests.emulated import Emulator, emulator, until
+from tests.rented import A6000, PLAN, RTX4090, Key, rented_spec, run_of, state
+
+__all__ = ["emulator", "state"]
+pytestmark = pytest.mark.usefixtures("state", "hello")
+Rent = Callable[..., Rented]
+
+
+@pytest.fixture
+def hello(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod is ready when its port is mapped: what this file is about ends where SSH begins."""
+    monkeypatch.setattr("runner.cloud.waiting.says_hello", lambda host, port: True)
+
+
+@pytest.fixture
+def rent(tmp_path: Path) -> Rent:
+    """Rent a pod for the demo; words are the run's."""
+
+    def rented(*words: str, said: list[str] | None = None) -> Rented:
+        spec = rented_spec("where.setup_minutes=0.2", "where.bad_host_minutes=0.02", *words)
+        return acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, Key("ssh-ed25519 AAAA test"), (said or []).append)
+
+    return rented
+
+
+def states(name: str) -> list[str]:
+    return [new for _, new, _ in Ledger().transitions(name)]
+
+
+def creates(emulator: Emulator) -> int:
+    return sum(e.method == "POST" and e.path == "/v2/pods" for e in emulator.exchanges)
+
+
+def test_from_planned_to_gone(emulator: Emulator, rent: Rent) -> None:
+    rented = rent("where.max_usd=5")
+    assert list(emulator.pods()) == [rented.pod.id] and rented.usd_per_hour == 0.74
+    assert rented.name.startswith(PREFIX) and rented.pod.name == rented.name
+    assert rented.pod.env["RUNNER_RUN_ID"] == rented.run_id
+    rented.mark("RUNNING", "training")
+    rented.release()
+    rented.release()  # again is no error
+    assert emulator.pods() == {} and Ledger().entries() == []
+    assert states(rented.name)[:7] == [
+        "PLANNED", "CREATING", "PROVISIONING", "SSH_READY", "RUNNING", "TERMINATING", "GONE",
+    ]  # fmt: skip
+
+
+def test_keep_leaves_it_stopped_and_says_so(emulator: Emulator, rent: Rent) -> None:
+    rented = rent("where.volume_gb=50")
+    rented.release(keep=True)
+    (pod,) = emulator.pods().values()
+    assert pod.status == "EXITED" and states(rented.name)[-1] == "STOPPED"
+    assert rented.kept_usd_per_day() == pytest.approx(50 * 0.20 / 730 * 24)
+    assert reconcile(Api(), Ledger()) == [] and len(emulator.pods()) == 1  # kept on purpose
+
+
+@pytest.mark.parametrize("fault", ["lost", "timeout"])
+def test_a_create_whose_answer_is_lost_is_found_by_its_name(
+    emulator: Emulator, rent: Rent, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.cloud.transport.TIMEOUT_S", 1.0)
+    emulator.inject(fault, on="create", seconds=3)
+    rented = rent()
+    assert list(emulator.pods()) == [rented.pod.id]
+    assert "CREATE_UNKNOWN" in states(rented.name)
+    rented.release()
+    assert emulator.pods() == {}
+    assert until(lambda: creates(emulator)) == 1  # one that is late is counted when it was answered
+
+
+def test_a_pod_that_appears_long_after_its_create_is_ended_too(emulator: Emulator, rent: Rent) -> None:
+    emulator.inject("late_listing", seconds=6)  # longer than it is looked for here: 3 s
+    emulator.inject("lost", on="create")
+    rented = rent()  # another one, under another name
+    assert creates(emulator) == 2 and len(emulator.pods()) == 2
+    until(lambda: len(Api().pods()) == 2, 20)
+    assert rented.refresh() is not None
+    assert list(emulator.pods()) == [rented.pod.id]
+    rented.release()
+    assert emulator.pods() == {}
+
+
+def test_no_capacity_moves_on_and_nothing_else_does(emulator: Emulator, rent: Rent) -> None:
+    emulator.inject("no_capacity", gpu=RTX4090, times=0)
+    said: list[str] = [""]
+    rented = rent("where.max_usd=5", said=said)
+    assert rented.pod.gpu_id == A6000 and any("none is free" in line for line in said)
+    rented.release()
+    emulator.inject("no_capacity", times=0)
+    with pytest.raises(NoCapacityError, match="none of these is free now") as error:
+        rent("where.max_usd=5")
+    assert error.value.exit_code == 3 and Ledger().entries() == []
+
+
+def test_a_bad_host_is_given_back_and_another_one_tried(emulator: Emulator, rent: Rent) -> None:
+    emulator.inject("bad_host")
+    rented = rent()
+    assert creates(emulator) == 2 and list(emulator.pods()) == [rented.pod.id]
+    rented.release()
+    emulator.inject("bad_host", times=0)
+    with pytest.raises(NoPodError, match="no machine after"):
+        rent("where.gpu_types=[NVIDIA L4]")
+    assert emulator.pods() == {}
+
+
+def test_the_real_price_is_held_against_the_cap(emulator: Emulator, rent: Rent) -> None:
+    emulator.inject("price", factor=2.0, times=0)
+    with pytest.raises(TooDearError, match=r"costs \$1.48 an hour, where \$0.74 was offered"):
+        rent("where.max_usd=1")
+    assert emulator.pods() == {} and Ledger().entries() == []
+    rented = rent("where.max_usd=2")
+    assert rented.usd_per_hour == 1.48
+    assert rented.deadline - rented.meter.started == pytest.approx(2 / rented.meter.rate * 3600, rel=0.01)
+    rented.release()
+
+
+def test_an_end_that_is_accepted_and_not_done_is_asked_for_again(emulator: Emulator, rent: Rent) -> None:
+    rented = rent()
+    emulator.inject("undead")
+    rented.release()
+    assert emulator.pods() == {}
+    assert sum(e.method == "DELETE" for e in emulator.exchanges) >= 2
+
+
+def test_an_end_that_cannot_be_confirmed_is_loud_and_tried_again_by_the_next_command(
+    emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.cloud.ending.LEAST_PATIENCE_S", 0.5)
+    monkeypatch.setattr("runner.cloud.ending.PATIENCE_S", 0.5)
+    rented = rent()
+    emulator.inject("undead", times=0)
+    with pytest.raises(StillThereError) as error:
+        rented.release()
+    (problem,) = error.value.problems
+    assert error.value.exit_code == 1 and rented.pod.id in problem.what and "MAY STILL BE RUNNING" in problem.what
+    assert f"python -m runner pods terminate {rented.pod.id}" in str(problem.remedy)
+    assert "https://console.runpod.io/pods" in str(problem.remedy)
+    assert states(rented.name)[-1] == "TERMINATING"
+    emulator.clear()
+    Ledger().leave(rented.name)  # the launcher has ended
+    (note,) = reconcile(Api(), Ledger())
+    assert rented.pod.id in note and emulator.pods() == {}
+
+
+def test_a_refused_key_is_not_the_pods_end(emulator: Emulator, rent: Rent) -> None:
+    rented = rent()
+    emulator.inject("answer", on="get", status=401, times=2)
+    assert rented.refresh() is not None
+    emulator.inject("answer", on="reads", status=401, times=2)
+    rented.release()  # asked again, and then confirmed
+    assert emulator.pods() == {}
+
+
+def test_a_pod_that_vanished_is_told_from_an_api_that_is_down(emulator: Emulator, rent: Rent) -> None:
+    rented = rent()
+    emulator.inject("answer", on="get", status=502, times=0)
+    with pytest.raises(ApiDownError):
+        rented.refresh()
+    emulator.clear()
+    assert rented.refresh() is not None
+    emulator.inject("vanish", pod=rented.pod.id)
+    until(lambda: not emulator.pods())
+    assert rented.refresh() is None and states(rented.name)[-1] == "PREEMPTED"
+    rented.release()
+    assert Ledger().entries() == []
+
+
+def test_what_earlier_pods_of_a_run_cost_counts(emulator: Emulator, tmp_path: Path) -> None:
+    spec = rented_spec("where.max_usd=1")
+    run = run_of(spec, tmp_path / "runs")
+    rented = acquire(run, spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
+    rented.release()
+    Ledger().set(rented.name, created=time.time() - 3600 * 1.3)
+    assert renting.spent(Ledger(), run.id) == pytest.approx(0.97, abs=0.03)
+    with pytest.raises(TooDearError, match="are spent"):
+        acquire(run, spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
+    assert emulator.pods() == {}
+
+
+def test_ctrl_c_while_waiting_gives_the_pod_back(
+    emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(renting, "until_ready", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rent()
+    assert emulator.pods() == {} and Ledger().entries() == []
+
+
+# ── launchers that die ─────────────────────────────────────────────────────────────────────────
+
+LAUNCHER = """
+import os, signal, sys
+from pathlib import Path
+from runner.cloud import ledger, pod, waiting
+from runner.cloud.api import Api
+from tests.rented import PLAN, Key, rented_spec, run_of
+die, folder = sys.argv[1], Path(sys.argv[2])
+waiting.says_hello = lambda host, port: True
+kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+if die == "CREATING":  # after the request, before its answer is written down
+    create = Api.create_pod
+    Api.create_pod = lambda self, wanted: (create(self, wanted), kill())
+move = ledger.Ledger.move
+def moved(self, name, state, why, **facts):
+    move(self, name, state, why, **facts)
+    if state == die and die != "CREATING":
+        kill()
+ledger.Ledger.move = moved
+plan = ledger.Ledger.plan
+ledger.Ledger.plan = lambda self, name, **facts: (plan(self, name, **facts), die == "PLANNED" and kill())
+spec = rented_spec()
+rented = pod.acquire(run_of(spec, folder), spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
+rented.mark("RUNNING", "training")
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def launcher(die: str, folder: Path) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", LAUNCHER, die, str(folder)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+
+
+@pytest.mark.parametrize("die", ["PLANNED", "CREATING", "CREATE_UNKNOWN", "PROVISIONING", "SSH_READY"])
+def test_after_a_launcher_was_killed_the_next_command_ends_its_pod(
+    emulator: Emulator, tmp_path: Path, die: str
+) -> None:
+    if die == "CREATE_UNKNOWN":
+        emulator.inject("lost", on="create")
+    dead = launcher(die, tmp_path / "runs")
+    assert dead.wait(60) == -signal.SIGKILL
+    assert len(emulator.pods()) == (die != "PLANNED")
+    notes = reconcile(Api(), Ledger())
+    assert emulator.pods() == {} and Ledger().entries() == []
+    assert ("is ended" in "".join(notes)) == (die != "PLANNED")
+
+
+def test_a_living_launchers_pod_is_left_alone_and_an_armed_one_survives_it(emulator: Emulator, tmp_path: Path) -> None:
+    alive = launcher("NEVER", tmp_path / "runs")
+    assert alive.stdout is not None
+    while "ready" not in alive.stdout.readline():
+        pass
+    assert reconcile(Api(), Ledger()) == [] and len(emulator.pods()) == 1
+    alive.kill()
+    alive.wait()
+    assert reconcile(Api(), Ledger()) == [] and len(emulator.pods()) == 1  # its agent ends it in time
+    (entry,) = Ledger().entries()
+    Ledger().set(entry.name, deadline=time.time() - 3600)
+    assert "past its deadline" in reconcile(Api(), Ledger())[0]
+    assert emulator.pods() == {}
+
+
+def test_a_pod_that_stopped_itself_with_its_result_is_not_ended(emulator: Emulator, tmp_path: Path) -> None:
+    alive = launcher("NEVER", tmp_path / "runs")
+    assert alive.stdout is not None
+    while "ready" not in alive.stdout.readline():
+        pass
+    alive.kill()
+    alive.wait()
+    (entry,) = Ledger().entries()
+    assert entry.pod_id is not None
+    Api().stop(entry.pod_id)
+    Ledger().set(entry.name, deadline=time.time() - 3600)
+    assert f"runner fetch {entry.run_id}" in reconcile(Api(), Ledger())[0]
+    assert reconcile(Api(), Ledger()) == [] and len(emulator.pods()) == 1
+    assert Ledger().entries()[0].state == "STOPPED"
+
+
+def test_another_accounts_pods_are_not_taken_for_gone(
+    emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rented = rent()
+    rented.ledger.leave(rented.name)
+    rented.ledger.set(rented.name, account="another", pod_id="elsewhere")
+    (note,) = reconcile(Api(), Ledger())
+    assert "another key" in note and len(Ledger().entries()) == 1
+
+
+def test_a_create_that_came_to_nothing_is_forgotten_after_a_while(emulator: Emulator, rent: Rent) -> None:
+    emulator.inject("lost", on="create", commit=False)
+    rented = rent()
+    rented.release()
+    (entry,) = Ledger().entries()
+    assert entry.state == "CREATE_UNKNOWN"
+    Ledger().leave(entry.name)
+    assert reconcile(Api(), Ledger()) == [] and len(Ledger().entries()) == 1
+    Ledger().leave(entry.name)
+    Ledger().set(entry.name, created=time.time() - UNKNOWN_S - 1)
+    reconcile(Api(), Ledger())
+    assert Ledger().entries() == []

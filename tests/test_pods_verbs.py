@@ -1,0 +1,142 @@
+"""The verbs pods, gpus and volumes, against an emulated RunPod."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.cloud.api import Api
+from runner.cloud.ledger import Ledger
+from runner.cloud.wanted import PodRequest
+from tests.emulated import IMAGE, Emulator, emulator, needs_sshd
+from tests.front import here, laptop, runner
+from tests.rented import state
+
+__all__ = ["emulator", "here", "laptop", "state"]
+pytestmark = pytest.mark.usefixtures("state", "here")
+
+
+def answered(*words: str, code: int = 0) -> Any:
+    result = runner(*words, "--json")
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)
+
+
+def elsewhere(name: str = "runner-demo-20261125-abcd-0001", **env: str) -> str:
+    """A pod that another machine has rented."""
+    return Api().create_pod(PodRequest(name, IMAGE, "secure", gpu_id="NVIDIA L4", env=env)).id
+
+
+@needs_sshd
+def test_a_pod_of_ones_own_from_up_to_terminate(emulator: Emulator, here: Path) -> None:
+    words = ("pods", "up", "hw=rtx4090", "where.max_usd=5", "--hours", "3", "--yes")
+    made = answered(*words)
+    assert made["usd_per_hour"] == 0.74 and made["deadline"] == pytest.approx(time.time() + 3 * 3600, abs=120)
+    (row,) = answered("pods")
+    assert (row["pod_id"], row["state"], row["status"]) == (made["pod_id"], "RUNNING", "RUNNING")
+    assert row["run_id"] == made["run_id"] and row["usd"] > 0 and not row["held"]
+    assert made["pod_id"] in runner("pods", "list").output
+    assert answered("pods", "reap", "--yes") == {"ended": []}  # it is within its deadline
+    assert answered("pods", "stop", made["run_id"])["state"] == "stopped"
+    assert answered("pods")[0]["state"] == "STOPPED" and answered("pods")[0]["usd_per_hour"] == 0
+    assert answered("pods", "terminate", made["pod_id"]) == {"pod_id": made["pod_id"], "state": "gone"}
+    assert answered("pods") == [] and emulator.pods() == {}
+    assert not (here / "runs").exists()
+
+
+def test_up_refuses_what_costs_more_than_the_cap(emulator: Emulator) -> None:
+    result = runner("pods", "up", "hw=rtx4090", "where.max_usd=1", "--hours", "3", "--yes")
+    assert result.exit_code == 3 and "write --hours 1.4" in result.output
+    assert emulator.pods() == {}
+
+
+def test_reap_ends_what_is_past_its_deadline_and_all_only_if_asked(emulator: Emulator) -> None:
+    late = elsewhere("runner-a-0001", RUNNER_DEADLINE=str(time.time() - 60), RUNNER_RUN_ID="a")
+    young = elsewhere("runner-b-0001", RUNNER_DEADLINE=str(time.time() + 3600))
+    kept = elsewhere("runner-c-0001", RUNNER_DEADLINE=str(time.time() - 60))
+    Api().stop(kept)
+    other = elsewhere("somebody-else")
+    assert {row["state"] for row in answered("pods")} == {"ELSEWHERE"}
+    assert answered("pods", "reap", "--yes") == {"ended": [late]}
+    assert set(emulator.pods()) == {young, kept, other}
+    assert answered("pods", "reap", "--all", "--yes") == {"ended": [young, kept]}
+    assert set(emulator.pods()) == {other}  # never one that is not this project's
+    assert runner("pods", "terminate", other).exit_code == 2
+
+
+def test_an_end_that_cannot_be_confirmed_is_exit_1_with_the_pod_and_the_command(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.cloud.ending.LEAST_PATIENCE_S", 0.3)
+    monkeypatch.setattr("runner.cloud.ending.PATIENCE_S", 0.3)
+    pod = elsewhere()
+    emulator.inject("undead", times=0)
+    result = runner("pods", "terminate", pod)
+    assert result.exit_code == 1 and "MAY STILL BE RUNNING" in result.output and pod in result.output
+    (entry,) = Ledger().entries()
+    assert entry.state == "TERMINATING"
+
+
+@pytest.mark.parametrize("words", [("pods",), ("gpus",), ("volumes",)])
+def test_without_a_key_or_with_a_wrong_one(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("RUNPOD_API_KEY", "rpa_wrong")
+    Ledger()
+    result = runner(*words)
+    assert result.exit_code == 2 and "does not accept RUNPOD_API_KEY" in result.output
+    assert "rpa_wrong" not in result.output
+    monkeypatch.delenv("RUNPOD_API_KEY")
+    result = runner(*words)
+    assert result.exit_code == 2 and "RUNPOD_API_KEY is not set" in result.output
+
+
+def test_a_word_that_means_no_pod(emulator: Emulator) -> None:
+    pod = elsewhere()
+    result = runner("pods", "terminate", f"{pod}x")
+    assert result.exit_code == 2 and f"did you mean {pod}?" in result.output
+    assert runner("pods", "ssh", "nowhere").exit_code == 2
+    assert runner("pods", "tunnel", pod, "-p", "all").exit_code == 2
+
+
+def test_gpus_have_prices_stock_and_what_they_hold(emulator: Emulator) -> None:
+    rows = {row["id"]: row for row in answered("gpus", "--min-memory", "40", "--cloud", "secure")}
+    a40 = rows["NVIDIA A40"]
+    assert (a40["memory_gb"], a40["secure_usd"], a40["hw"], a40["stock"]) == (48, 0.44, "a40", "HIGH")
+    assert "qlora4" in a40["holds"] and "NVIDIA L4" not in rows
+    assert "NVIDIA A40" in runner("gpus").output
+
+
+def test_volumes_are_made_listed_filled_and_deleted(
+    emulator: Emulator, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = answered("volumes", "create", "data", "--size", "100", "--data-center", "EU-RO-1")
+    assert made["usd_per_month"] == 7.0
+    assert runner("volumes", "create", "data", "--size", "100", "--data-center", "EU-RO-1").exit_code == 2
+    result = runner("volumes", "create", "x", "--size", "100", "--data-center", "EU-RO-9")
+    assert result.exit_code == 2 and "did you mean EU-RO-1?" in result.output
+    (here / "corpus").mkdir()
+    (here / "corpus" / "a.txt").write_text("a" * 10)
+    result = runner("volumes", "put", "data", "corpus", "datasets")
+    assert result.exit_code == 2 and "AWS_ACCESS_KEY_ID" in result.output
+    for name, value in emulator.serve_s3().items():
+        monkeypatch.setenv(name, value)
+    assert answered("volumes", "put", "data", "corpus", "datasets") == {"sent": ["datasets/a.txt"]}
+    assert answered("volumes", "ls", "data") == [{"path": "datasets/a.txt", "size": 10}]
+    answered("volumes", "get", "data", "datasets", "back")
+    assert (here / "back" / "a.txt").read_text() == "a" * 10
+    assert answered("volumes", "delete", "data", "--yes")["state"] == "gone"
+    assert answered("volumes") == []
+
+
+@pytest.mark.parametrize(
+    "words", ["pods", "pods stop", "pods terminate", "pods ssh", "pods tunnel", "pods logs", "pods reap", "pods up",
+              "gpus", "volumes"],
+)  # fmt: skip
+def test_help_has_an_example(words: str) -> None:
+    result = runner(*words.split(), "--help")
+    assert result.exit_code == 0 and f"python -m runner {words.split()[0]}" in result.output

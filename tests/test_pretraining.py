@@ -1,0 +1,141 @@
+"""From nothing: shards, a tokenizer, random weights, a loss below what words alone would give; stages are skipped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from runner.data.sharder import lines_of
+from runner.data.workspace import manifest_of
+from runner.errors import RequestError
+from runner.rundir import RunDir
+from tests.conftest import run_cli, spec_of
+
+# recipes/pretrain_22m.yaml, small enough for seconds: 2 layers of 64, 384 tokens, 1,500 paragraphs.
+SMALL = (
+    "recipe=pretrain_22m", "hw=cpu", "hw.num_cpus=1", "model.hidden_size=64", "model.intermediate_size=176",
+    "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=4", "model.vocab_size=384",
+    "model.num_parameters=null", "objective.experiment=small", "objective.take=1500", "train.max_length=64",
+    "train.batch_size=8", "train.micro_batch_size=8", "train.learning_rate=1e-2", "train.precision=fp32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The seed's quickstart in a folder of its own: one command does all four stages."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    done = run_cli(*SMALL, "train.max_steps=150", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "out.txt").write_text(done.stdout, "utf-8")
+    return folder
+
+
+def the_run(folder: Path) -> RunDir:
+    """Of the quickstart."""
+    (summary,) = folder.glob("runs/*/summary.json")
+    return RunDir(summary.parent)
+
+
+@pytest.mark.slow
+def test_the_loss_falls_below_the_entropy_of_the_words_alone(quickstart: Path) -> None:
+    from transformers import AutoTokenizer
+
+    run = the_run(quickstart)
+    tokenizer = AutoTokenizer.from_pretrained(run.path / "model")
+    counts: Counter[int] = Counter()
+    for line in lines_of(quickstart / "datasets/train/small"):
+        counts.update([*tokenizer(line)["input_ids"], tokenizer.eos_token_id])
+    total = sum(counts.values())
+    entropy = -sum(n / total * math.log(n / total) for n in counts.values())
+    measured = run.read("summary.json")["eval"]
+    assert measured["before"]["loss"] == pytest.approx(math.log(384), abs=0.1)  # knows nothing
+    assert measured["after"]["loss"] < entropy - 0.1
+    assert measured["after"]["perplexity"] == pytest.approx(math.exp(measured["after"]["loss"]))
+
+
+@pytest.mark.slow
+def test_the_folders_are_the_seeds(quickstart: Path) -> None:
+    train, val = quickstart / "datasets/train/small", quickstart / "datasets/val/small"
+    for folder in (train, val):
+        manifest = manifest_of(folder)
+        assert manifest["complete"] and manifest["num_shards"] == len(manifest["shards"])
+        for shard in manifest["shards"]:
+            content = (folder / shard["file"]).read_bytes()
+            assert (len(content), content.count(b"\n")) == (shard["bytes"], shard["lines"])
+    assert manifest_of(train)["lines"] + manifest_of(val)["lines"] == 1500
+    assert 0.03 < manifest_of(val)["lines"] / 1500 < 0.07
+    bundle = quickstart / "artifacts/tokenizer/small"
+    assert {file.name for file in bundle.iterdir()} == {"tokenizer.json", "tokenizer_config.json", "bundle.json"}
+    assert json.loads((bundle / "bundle.json").read_text("utf-8"))["vocab_size"] == 384
+    assert (quickstart / "hf_cache").is_dir()
+
+
+@pytest.mark.slow
+def test_the_model_is_a_plain_one_that_generates(quickstart: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = the_run(quickstart).path / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    ids = tokenizer("The value of the", return_tensors="pt")["input_ids"]
+    new = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert len(new) == 12 or new[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[0]) == "The value of the"  # bytes and back
+
+
+@pytest.mark.slow
+def test_the_next_run_takes_what_is_there(quickstart: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in quickstart.glob("[da]*/**/*") if file.is_file()}
+    done = run_cli(*SMALL, "train.max_steps=1", "run.output_dir=others", cwd=quickstart)
+    assert done.returncode == 0, done.stderr
+    out = " ".join(done.stdout.split())
+    assert "there already" in out and "in the tokenizer that is there" in out and "tokens from the cache" in out
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+    assert "there already" not in (quickstart / "out.txt").read_text("utf-8")
+
+
+def test_missing_shards_stop_the_run_at_composition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError) as caught:
+        spec_of("recipe=pretrain_2b", "objective.shards=reuse")
+    (problem,) = caught.value.problems
+    assert problem.what == "datasets/train/pretrain_2b holds no shards"
+    assert problem.remedy == "write objective.shards=auto to make them"
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("data=file", "data.path=nowhere.txt"), "there is no nowhere.txt"),
+        (("method=lora",), "method=lora: a model from random weights trains whole"),
+        (("objective.experiment=null",), "random weights need a tokenizer"),
+        (("objective.tokenizer=nowhere",), "there is no nowhere/tokenizer.json"),
+        (("objective=sft", "data=commands"), "objective=sft: a model from random weights"),
+        (("data=commands",), "objective=pretrain needs plain text"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_composition(
+    words: tuple[str, ...], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    clean = ("~objective.experiment", "~objective.val_ratio", "~objective.lines_per_shard")
+    with pytest.raises(RequestError) as caught:
+        spec_of("recipe=pretrain_22m", *words, *(clean if "objective=sft" in words else ()))
+    found = [problem for problem in caught.value.problems if what in problem.what]
+    assert found and found[0].remedy, [problem.what for problem in caught.value.problems]
+
+
+def test_pretraining_goes_on_from_a_pretrained_model_on_the_rows_as_they_are(tmp_path: Path) -> None:
+    from tests import preferences
+
+    rows = preferences.write(tmp_path / "text.jsonl", ({"text": row["chosen"]} for row in preferences.pairs(200)))
+    finished, run = preferences.train(
+        tmp_path, "objective=pretrain", "method=full", f"data.path={rows}", "train.packing=true", "train.max_steps=20",
+        "train.max_length=32",
+    )  # fmt: skip
+    assert finished.summary["eval"]["after"]["loss"] < 0.8 * finished.summary["eval"]["before"]["loss"]
+    assert not (tmp_path / "datasets").exists() and len(list(run.metrics())) == 20

@@ -1,0 +1,283 @@
+"""A run on a rented pod, whole: official SDK, emulated RunPod, real sshd and rsync, a real training, and home."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from runner import checkpoints
+from runner.rundir import RunDir
+from tests.conftest import SHORT
+from tests.emulated import Emulator, emulator, needs_sshd, rest  # noqa: F401
+from tests.processes import losses, only_run, start, tiny_model, until, words
+
+pytestmark = [needs_sshd, pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync: apt-get install rsync")]
+SECRETS = {"HF_TOKEN": "hf_" + "sEcReT" * 5, "WANDB_API_KEY": "w4ndb" * 8}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+class Typed:
+    """What a user types on a machine whose state is the test's own."""
+
+    def __init__(self, root: Path, model: Path, emulator: Emulator) -> None:  # noqa: F811
+        self.root, self.model, self.emulator = root, model, emulator
+        self.env = {
+            **emulator.env, **SECRETS, "RUNNER_STATE": str(root / "state"), "RUNNER_POD_PYTHON": sys.executable,
+            "RUNNER_CLOUD_PACE": "0.1",
+        }  # fmt: skip
+
+    def run(self, *more: str, yes: bool = True) -> subprocess.Popen[str]:
+        own = words(self.model, self.root / "runs", "where=runpod", "hw.num_cpus=1", *more)
+        return start(*own, *["--yes"] * yes, **self.env)
+
+    def verb(self, *words: str) -> subprocess.Popen[str]:
+        return start(*words, **self.env)
+
+    @property
+    def path(self) -> Path:
+        return until(lambda: only_run(self.root / "runs"))
+
+    @property
+    def folder(self) -> RunDir:
+        return RunDir(self.path)
+
+    def steps(self) -> int:
+        return len(list(self.folder.metrics()))
+
+
+@pytest.fixture
+def typed(tmp_path: Path, model: Path, emulator: Emulator) -> Typed:  # noqa: F811
+    return Typed(tmp_path, model, emulator)
+
+
+def ended(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str]:
+    out, err = process.communicate(timeout=seconds)
+    print(out, err)
+    return process.returncode, out + err
+
+
+def watch_arguments(over: threading.Event, found: set[str]) -> None:
+    """Every process's command line, a few times a second: pods' too, for a namespace hides nothing from outside."""
+    while not over.wait(0.05):
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                found.add(file.read_text("utf-8", errors="replace").replace("\0", " "))
+            except OSError:
+                continue
+
+
+def test_the_whole_way(typed: Typed) -> None:
+    over, arguments = threading.Event(), set[str]()
+    watcher = threading.Thread(target=watch_arguments, args=(over, arguments))
+    watcher.start()
+    try:
+        process = typed.run("train.save_every_steps=6", "where.max_usd=5")
+        until(lambda: typed.steps() > 0, 240)
+        assert process.poll() is None  # the metrics came while it ran
+        _no_secret(typed, arguments, "")  # nor on the pod's disk, which will be gone
+        code, said = ended(process)
+    finally:
+        over.set()
+        watcher.join()
+    run = typed.folder
+    assert code == 0, said
+    assert typed.emulator.pods() == {}
+    assert len(losses(run.path)) == 12 and run.state() == "done"
+    summary = run.read("summary.json")
+    assert summary["model_dir"] == str(run.path / "model")
+    assert summary["cost"]["usd"] > 0 and summary["cost"]["predicted_hours"] > 0
+    assert "Cost    $" in said and "gone, which was confirmed" in said
+    adapter_loads(typed.model, run.path / "model")
+    adapter = json.loads((run.path / "model" / "adapter_config.json").read_text("utf-8"))
+    assert adapter["base_model_name_or_path"] == str(typed.model)  # here, and not where it was in the pod
+    _no_secret(typed, arguments, said)
+
+
+def adapter_loads(model: Path, adapter: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter)
+
+
+def _no_secret(typed: Typed, arguments: set[str], said: str) -> None:
+    """Neither the secrets nor the account's key: in files, arguments, ledger, the pod's variables."""
+    hidden = [*SECRETS.values(), typed.emulator.key]
+    assert any("runner.execute.there" in words for words in arguments)  # it did see the pod's processes
+    texts = {"arguments": "\n".join(arguments), "output": said}
+    texts["requests"] = "\n".join(f"{e.path} {e.query} {e.body} {e.answer}" for e in typed.emulator.exchanges)
+    for folder in (typed.root / "runs", typed.root / "state", typed.root / "emulator"):
+        for file in folder.rglob("*"):
+            if file.is_file() and not file.is_symlink() and ".host" not in file.parts:
+                texts[str(file)] = file.read_bytes().decode(errors="replace")
+    found = [name for name, text in texts.items() for secret in hidden if secret in text]
+    assert not found
+
+
+GPU = "where.gpu_types=[NVIDIA L4]"
+"""A GPU pod, which has a volume disk; the training in it takes the CPU."""
+LONG = ("train.max_steps=60", "train.save_every_steps=4", "train.keep_checkpoints=2")
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_an_install_that_fails_is_told_and_the_pod_is_gone(
+    typed: Typed, isolated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the emulator has no right to make namespaces, and the workspace is elsewhere."""
+    if not isolated:
+        monkeypatch.setattr("runner.cloud.emulator.container.namespaces", lambda: False)
+    typed.env["RUNNER_POD_PYTHON"] = "/usr/bin/false"
+    code, said = ended(typed.run())
+    assert code == 1 and "installing failed" in said
+    assert "does not run in the pod" in (typed.path / "logs" / "install.log").read_text("utf-8")
+    assert typed.emulator.pods() == {} and typed.folder.state() == "failed"
+
+
+def test_a_training_that_dies_brings_its_checkpoint_home(typed: Typed) -> None:
+    process = typed.run(*LONG)
+    until(lambda: typed.steps() >= 6, 240)
+    for pid in workers(typed.folder.id):
+        os.kill(pid, signal.SIGKILL)
+    code, said = ended(process)
+    run = typed.folder
+    assert code == 1 and run.state() == "failed"
+    assert "SIGKILL" in said or "killed" in said
+    assert checkpoints.newest(run) is not None and (run.path / "logs" / "rank0.log").is_file()
+    assert run.read("status.json")["cost"]["usd"] > 0
+    assert typed.emulator.pods() == {}
+
+
+def workers(run_id: str) -> list[int]:
+    """Processes that train, in whatever pod."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = file.read_text("utf-8", errors="replace")
+        except OSError:
+            continue
+        if "runner.train\0" in text and f"{run_id}/spec.json" in text:
+            found.append(int(file.parent.name))
+    return found
+
+
+def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on_in_another_pod(typed: Typed) -> None:
+    process = typed.run(*LONG)
+    until(lambda: typed.steps() >= 3, 240)
+    process.send_signal(signal.SIGINT)
+    code, said = ended(process)
+    assert code == 130, said
+    run = typed.folder
+    step = checkpoints.newest(run)
+    assert step and typed.emulator.pods() == {} and run.state() == "interrupted"
+    code, said = ended(typed.verb("resume", str(run.path), f"train.max_steps={step + 4}", "--yes"))
+    assert code == 0, said
+    assert len(losses(run.path)) == step + 4 and f"Resumes after step {step}" in said
+
+
+@pytest.mark.parametrize("volume", [False, True])
+def test_a_pod_that_vanishes_is_replaced_and_the_run_goes_on(typed: Typed, volume: bool) -> None:
+    """From the checkpoint that was copied here meanwhile, or from the network volume that both pods have."""
+    more = []
+    if volume:
+        made = rest("POST", "/v2/network-volumes", json={"name": "mine", "size": 20, "dataCenter": "EU-RO-1"})
+        more = [f"where.volume={made['id']}"]
+    process = typed.run("train.max_steps=20", "train.save_every_steps=4", *more)
+    until(lambda: typed.steps() >= 6 if volume else checkpoints.complete(typed.folder), 300)
+    (first,) = typed.emulator.pods()
+    typed.emulator.inject("vanish", pod=first)
+    code, said = ended(process)
+    assert code == 0, said
+    assert "in its place" in said and "Resumes after step" in said and len(losses(typed.path)) == 20
+    assert typed.emulator.pods() == {}
+    assert typed.folder.read("summary.json")["cost"]["pod_id"] != first
+
+
+def test_a_restart_of_the_container_costs_no_result(typed: Typed) -> None:
+    process = typed.run(GPU, "train.max_steps=20", "train.save_every_steps=4")
+    until(lambda: checkpoints.complete(typed.folder), 240)
+    (only,) = typed.emulator.pods()
+    typed.emulator.inject("restart", pod=only)
+    code, said = ended(process)
+    assert code == 0, said
+    assert len(losses(typed.path)) == 20 and "The connection is back" in said
+    assert typed.folder.read("summary.json")["cost"]["pod_id"] == only
+    assert typed.emulator.pods() == {}
+
+
+def test_a_launcher_that_is_killed_leaves_a_stopped_pod_and_fetch_brings_the_run_home(typed: Typed) -> None:
+    process = typed.run(GPU, *LONG, "where.heartbeat_minutes=0.1")
+    until(lambda: typed.steps() >= 5, 240)
+    run = typed.folder
+    process.kill()
+    process.communicate()
+    until(lambda: [pod.status for pod in typed.emulator.pods().values()] == ["EXITED"], 120)
+    code, said = ended(typed.verb("fetch", run.id, "--output-dir", str(typed.root / "runs")))
+    assert code == 130, said
+    assert checkpoints.newest(run) and run.state() == "interrupted"
+    assert typed.emulator.pods() == {}
+
+
+def test_detached_looked_at_and_brought_home_on_another_machine(typed: Typed, tmp_path: Path) -> None:
+    code, said = ended(typed.run("--detach"))
+    assert code == 0 and "attach" in said
+    run = typed.folder
+    assert len(typed.emulator.pods()) == 1
+    typed.env["RUNNER_STATE"] = str(tmp_path / "another" / "state")
+    code, said = ended(typed.verb("status", run.id, "--json"))
+    assert code == 0 and json.loads(said)["agent"] in ("installing", "training", "done")
+    follower = typed.verb("logs", run.id, "-f")
+    assert follower.stdout is not None and "Loading torch" in follower.stdout.readline()
+    follower.send_signal(signal.SIGINT)
+    assert ended(follower)[0] == 130
+    there = RunDir(tmp_path / "another" / "runs" / run.id)
+    code, said = ended(typed.verb("attach", run.id, "--output-dir", str(there.path.parent)))
+    assert code == 0, said
+    assert len(losses(there.path)) == 12 and there.state() == "done"
+    adapter_loads(typed.model, there.path / "model")
+    assert typed.emulator.pods() == {}
+
+
+def test_a_detached_run_is_refused_where_its_pod_may_not_end_itself(typed: Typed) -> None:
+    typed.emulator.inject("no_right", times=0)
+    code, said = ended(typed.run("--detach"))
+    assert code == 1 and "may not end itself" in said
+    assert typed.emulator.pods() == {} and typed.folder.state() == "failed"
+    assert "Sends" not in said  # nothing was uploaded
+
+
+def test_without_anybody_to_ask_nothing_is_rented(typed: Typed) -> None:
+    code, said = ended(typed.run(yes=False))
+    assert code == 2 and "add --yes" in said and typed.emulator.pods() == {}
+
+
+def test_a_run_whose_pod_is_gone_can_be_resumed(typed: Typed, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "run-1")
+    run.path.mkdir(parents=True)
+    run.write("spec.json", {})
+    run.set_status("training", host="runner-run-1-abcd", pid=None)
+    code, said = ended(typed.verb("resume", str(run.path)))
+    assert code == 2 and "is in a pod" in said and "attach run-1" in said
+    code, said = ended(typed.verb("fetch", str(run.path)))
+    assert code == 2 and "RunPod has no pod of run run-1" in said
+    assert run.state() == "failed"
+
+
+@pytest.mark.slow
+def test_the_demo_model_learns_on_a_rented_pod(typed: Typed) -> None:
+    """The main job's model, out of the package that carries it."""
+    own = ("where=runpod", "hw=cpu", f"run.output_dir={typed.root / 'runs'}", *SHORT, "eval.num_prompts=0", "--yes")
+    code, said = ended(start(*own, **typed.env), 1000)
+    assert code == 0, said
+    assert (typed.path / "model" / "adapter_model.safetensors").is_file() and typed.emulator.pods() == {}
