@@ -78,9 +78,8 @@ def asked(spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool
     return validated(planning.with_facts(kernels.known(found), needed=needed).model_dump(), source_of)
 
 
-def run(request: Request, console: Console, as_json: bool, manner: Manner = PLAINLY) -> int:
-    """One run, to its end; the exit code of the worker."""
-    composed = compose(request)
+def run(request: Request, composed: RunSpec, console: Console, as_json: bool, manner: Manner = PLAINLY) -> int:
+    """One run, as `request` composes it, to its end; the exit code of the worker."""
     spec, notes = complete(composed, source_finder(request), fetch=True)
     notes += resuming.unfinished(request)
     planned = plan_first(spec, notes, composed)

@@ -13,7 +13,7 @@ Layers = str | list[int | str]
 class Part(BaseModel):
     """Base of every part of a run: immutable, and a key it does not know is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", protected_namespaces=())
 
 
 class Named(Part):

@@ -58,12 +58,17 @@ def run(
 
         click.echo(answer(shell_completion, os.environ.get("COMP_LINE", ""), _options(ctx)), nl=False)
         return
+    from runner.compose import compose
+
+    request = request_of(words, config_dirs)
+    composed = None if multirun else compose(request)  # a typo ends here, before all that plans and trains is read
     from runner import launch
     from runner.execute.manner import Manner
 
-    request, manner = request_of(words, config_dirs), Manner(yes, detach)
-    begin = launch.sweep if multirun else launch.run
-    sys.exit(begin(request, Console(stderr=as_json), as_json, manner))
+    manner, console = Manner(yes, detach), Console(stderr=as_json)
+    if composed is None:
+        sys.exit(launch.sweep(request, console, as_json, manner))
+    sys.exit(launch.run(request, composed, console, as_json, manner))
 
 
 def _options(ctx: click.Context) -> dict[str, list[str]]:
