@@ -74,6 +74,6 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the console script and of `python -m runner`."""
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # to look for some reads every package's metadata: 15 ms
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # the look for some reads all packages: 15 ms
     gc.set_threshold(50_000)  # starting makes 300,000 objects that stay: to look for garbage among them takes 40 ms
     cli(prog_name="python -m runner" if sys.argv[0].endswith("__main__.py") else None)

@@ -18,6 +18,7 @@ import pytest
 from runner.data.commands import examples
 from runner.data.templates import template_source
 from runner.data.words import FALLBACK
+from runner.train import models
 from tests import preferences
 from tests.conftest import spec_of
 
