@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from runner.errors import Problem, RequestError
+from runner.execute.offline import ENVIRONMENT
 from runner.rundir import RunDir, all_runs
 from runner.spec import Reward, RunSpec
 from runner.suggest import nearest
@@ -33,7 +35,7 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
         str(max_new_tokens),
     ]
     command += ["--base"] * base + ["--json"] * as_json + (["--prompt", prompt] if prompt is not None else [])
-    return subprocess.call(command)
+    return subprocess.call(command, env={**ENVIRONMENT, **os.environ})
 
 
 def says_words(spec: RunSpec) -> None:

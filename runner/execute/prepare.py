@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
+from runner.execute.offline import ENVIRONMENT
 from runner.spec import RunSpec
 
 
 def prepare(spec: RunSpec, as_json: bool) -> int:
     """Exit code of the process; what it says goes where this one's words go."""
     command = [sys.executable, "-m", "runner.train.prepare", *["--json"] * as_json]
-    return subprocess.run(command, input=spec.model_dump_json(), text=True).returncode
+    env = {**ENVIRONMENT, **os.environ}
+    return subprocess.run(command, input=spec.model_dump_json(), text=True, env=env).returncode
