@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks import (
     chaos,
     chaos_cloud,
+    chaos_pods,
     data,
     matrix,
     matrix_page,
@@ -28,9 +29,9 @@ from runner.report import planning_page
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (startup, throughput_cpu, data, memory_accuracy, matrix, chaos, chaos_cloud)
+    for module in (startup, throughput_cpu, data, memory_accuracy, matrix, chaos, chaos_cloud, chaos_pods)
 }
-ELSEWHERE = {"memory_accuracy", "matrix", "chaos", "chaos_cloud"}
+ELSEWHERE = {"memory_accuracy", "matrix", "chaos", "chaos_cloud", "chaos_pods"}
 """Shown on pages of their own."""
 PAGE = ROOT / "docs" / "benchmarks.md"
 

@@ -1,15 +1,15 @@
-"""docs/reliability.md: what is promised, and what the two chaos benchmarks found."""
+"""docs/reliability.md: what is promised, and what the chaos benchmarks found."""
 
 from __future__ import annotations
 
 import json
 
-from benchmarks import chaos, chaos_cloud
+from benchmarks import chaos, chaos_cloud, chaos_pods
 from benchmarks.bench import ROOT
 
 PAGE = ROOT / "docs" / "reliability.md"
 INTRO = """\
-<!-- Written by `python -m benchmarks chaos` and `chaos_cloud` from benchmarks/results/: run these, edit nothing. -->
+<!-- Written by `python -m benchmarks chaos`, `chaos_cloud`, `chaos_pods` from benchmarks/results/: edit nothing. -->
 
 # Reliability
 
@@ -41,7 +41,11 @@ What a run keeps and what a pod may cost, whatever happens to them, and how that
 - **A rented pod ends**: what cannot happen with money is in [runpod.md](runpod.md#what-cannot-happen).
 """
 
-PARTS = ((chaos.BENCHMARK, "How runs were tried"), (chaos_cloud.BENCHMARK, "How renting was tried"))
+PARTS = (
+    (chaos.BENCHMARK, "How runs were tried"),
+    (chaos_cloud.BENCHMARK, "How renting was tried"),
+    (chaos_pods.BENCHMARK, "How whole runs in pods were tried"),
+)
 
 
 def page() -> str:

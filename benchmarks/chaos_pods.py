@@ -1,0 +1,272 @@
+"""Whole runs in pods, launchers killed, pods taken away, caps reached: what is left, what lost, what overspent?"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench import ROOT, Benchmark, alone, say, table
+from benchmarks.pod_training import MODEL, STEP_S, SUM
+from runner.cloud.emulator.server import Emulator
+from runner.cloud.ledger import Ledger
+from tests.processes import only_run, tiny_model, words
+
+STEPS = 80
+CAP_LEFT_S = 110.0
+"""So long before its cap a run of the second kind begins. The launcher ends a training 90 s before the end."""
+SILENCE_S = 15.0
+LAUNCHER = """\
+import sys
+from runner.cloud import pod
+from runner.cloud.money import Meter
+left = float(sys.argv.pop(1))
+
+def near(usd, began, disk=0.0, cap=None, spent=0.0):
+    meter = Meter(usd, began, disk, cap, spent)
+    if left and cap is not None:
+        meter.started -= meter.ends() - began - left
+    return meter
+
+pod.Meter = near
+from runner.cli import main
+main()
+"""
+FAULTS: tuple[tuple[str, dict[str, Any]] | None, ...] = (
+    None,
+    ("restart", {}),
+    ("preempt", {"warning": True}),
+    ("preempt", {"warning": False}),
+    ("vanish", {}),
+    ("lost", {"on": "create"}),
+    ("answer", {"on": "reads", "status": 502, "times": 5}),
+    ("answer", {"on": "terminate", "status": 500, "times": 3}),
+    ("undead", {}),
+    ("late_listing", {"seconds": 3}),
+)
+"""What happens, once, at a random moment; the first kinds happen to a pod, the others to the next requests."""
+TAKEN = ("vanish",)
+"""Faults that take the disk away, with what only it had."""
+
+EXPLANATION = """\
+Each case is `python -m runner … where=runpod`, from renting to the end, with an [emulated RunPod](emulator.md) of its
+own: real ssh servers, rsync, the real agent. In place of the training stands a process that does with files and signals
+what one does, for {seconds:.0f} s (benchmarks/pod_training.py). At a random moment one of {faults} faults happens, or
+none; half of the launchers get SIGKILL at another, and a quarter of the runs is left to its pod (`--detach`). Every
+third run begins {left:.0f} s before its cap: its meter is told that the pod was rented so much earlier, and its
+training would take for ever. Then nobody does anything until no pod is paid for any more, and `fetch` and `pods reap`
+are typed once.
+
+- *lost*: models that a training had finished, on a disk that was not taken away, and that are not here then, bit for
+  bit;
+- *past the cap*: the longest time for which a pod was paid for after its cap was reached;
+- *left*: pods that exist at the end.
+"""
+
+
+@dataclass
+class Watch:
+    """What is paid for, looked at five times a second."""
+
+    emulator: Emulator
+    seen: dict[str, float] = field(default_factory=dict)
+    """Pod → when it was last seen to be paid for by the hour."""
+    finished: str | None = None
+    """The sum of the model that a training in some pod has finished."""
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Watch:
+        self.thread = threading.Thread(target=self._look, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _look(self) -> None:
+        while not self.over.wait(0.2):
+            self.seen.update(dict.fromkeys(self.paid(), time.time()))
+            for file in self.emulator.world.root.glob(f"pods/*/volume/runs/*/{SUM}"):
+                with suppress(OSError):
+                    self.finished = file.read_text("utf-8")
+
+    def paid(self) -> list[str]:
+        """Pods that run, or begin to."""
+        return [id for id, pod in self.emulator.pods().items() if pod.status not in ("EXITED", "TERMINATED")]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """`--cases`, `--seed`, `--at-once`."""
+    parser.add_argument("--cases", type=int, default=90, help="runs in all (default 90)")
+    parser.add_argument("--seed", type=int, default=1, help="of the random moments (default 1)")
+    parser.add_argument("--at-once", type=int, default=3, help="cases beside one another (default 3)")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All cases."""
+    visible = ROOT / ".pytest_cache"  # from inside of a pod, which has a /tmp and a /root of its own
+    visible.mkdir(exist_ok=True)
+    python = _pods_python(visible / "pods-python")
+    with tempfile.TemporaryDirectory(prefix="chaos-") as name:
+        folder = Path(name)
+        model = tiny_model(folder / "model")
+
+        def one(number: int) -> dict[str, Any]:
+            dice = random.Random(f"{options.seed}-{number}")
+            found = _case(number, folder / str(number), model, python, dice)
+            say(f"case {number}: {found}")
+            return found
+
+        with ThreadPoolExecutor(options.at_once) as pool:
+            cases = list(pool.map(one, range(options.cases)))
+    return {"seed": options.seed, "cases": cases}
+
+
+def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Random) -> dict[str, Any]:
+    """One run, its end, and what is left of it."""
+    fault = FAULTS[number % len(FAULTS)]
+    near_cap = number % 3 == 2
+    detached = dice.random() < 0.25
+    longest = 35.0 if near_cap else 13.0 + STEPS * STEP_S
+    kill_at = dice.uniform(0, longest) if dice.random() < 0.5 else None
+    strike_at = dice.uniform(0, longest)
+    folder.mkdir()
+    with Emulator(folder / "runpod") as emulator, Watch(emulator) as watch:
+        env = {
+            **os.environ, **emulator.env, "RUNNER_STATE": str(folder / "state"), "RUNNER_CACHE": str(folder / "cache"),
+            "RUNNER_POD_PYTHON": str(python), "RUNNER_CLOUD_PACE": "0.1", "PYTHONPATH": str(ROOT), "COLUMNS": "200",
+        }  # fmt: skip
+        steps = 100_000 if near_cap else STEPS
+        typed = words(
+            model, folder / "runs", "where=runpod", "where.gpu_types=[NVIDIA L4]", f"train.max_steps={steps}",
+            "where.max_usd=5", "where.deadline_hours=24", "where.bad_host_minutes=0.2",
+            f"where.heartbeat_minutes={SILENCE_S / 60}",
+        )  # fmt: skip
+        command = [sys.executable, "-c", LAUNCHER, str(CAP_LEFT_S if near_cap else 0.0), *typed, "--yes"]
+        with (folder / "launcher.log").open("w") as log:
+            launcher = subprocess.Popen(
+                [*command, *["--detach"] * detached],
+                env=env,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        taken = _strike(watch, fault, strike_at, launcher, kill_at)
+        killed = launcher.returncode == -signal.SIGKILL
+        quiet = _until(lambda: launcher.poll() is not None and not watch.paid(), CAP_LEFT_S + 120)
+        if launcher.poll() is None:
+            launcher.kill()
+        emulator.clear()
+        run = only_run(folder / "runs")
+        with (folder / "after.log").open("w") as log:
+            fetch = [["fetch", run.name, "--output-dir", str(run.parent)]] if run else []
+            for verb in (*fetch, ["pods", "reap"]):
+                done = [sys.executable, "-m", "runner", *verb]
+                with suppress(subprocess.TimeoutExpired):
+                    subprocess.run(
+                        done, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=120
+                    )
+        left = [id for id, pod in emulator.pods().items() if pod.status != "TERMINATED"]
+        past = _past_cap(folder / "state", watch.seen) if near_cap else None
+    return {
+        "case": number, "fault": None if fault is None else " ".join([fault[0], *map(str, fault[1].values())]),
+        "near_cap": near_cap, "detached": detached, "killed": killed, "quiet": quiet, "left": left,
+        "finished": watch.finished is not None, "home": _home(run, watch.finished), "taken": taken,
+        "past_cap_seconds": past, "state": _state(run),
+    }  # fmt: skip
+
+
+def _pods_python(file: Path) -> Path:
+    """A Python for pods whose training is the stand-in."""
+    file.write_text(
+        '#!/bin/sh\ncase "$*" in "-m runner.execute.there "*) shift 2; '
+        f'PYTHONPATH="{ROOT}" exec {sys.executable} -m benchmarks.pod_training "$@";; esac\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    file.chmod(0o755)
+    return file
+
+
+def _strike(
+    watch: Watch, fault: tuple[str, dict[str, Any]] | None, strike_at: float, launcher: subprocess.Popen[bytes],
+    kill_at: float | None,
+) -> bool:  # fmt: skip
+    """Both blows at their moments; whether a finished model was taken away with its disk."""
+    began, taken = time.monotonic(), False
+    blows = [(kill_at, "kill")] * (kill_at is not None) + [(strike_at, "strike")] * (fault is not None)
+    for moment, blow in sorted(blows):
+        time.sleep(max(0.0, began + moment - time.monotonic()))
+        if blow == "kill":
+            launcher.kill()
+            launcher.wait()
+        elif fault is not None:
+            taken = fault[0] in TAKEN and watch.finished is not None
+            watch.emulator.inject(fault[0], **fault[1])
+    return taken
+
+
+def _past_cap(state: Path, seen: dict[str, float]) -> float:
+    """Seconds for which a pod was paid for after its cap: the deadline in the ledger is the cap's here."""
+    entries = Ledger(state / "ledger.db").entries(gone=True)
+    over = [seen[e.pod_id] - e.deadline for e in entries if e.pod_id in seen and e.deadline is not None]
+    return round(max([0.0, *over]), 1)
+
+
+def _home(run: Path | None, expected: str | None) -> bool:
+    """Whether the finished model is here, bit for bit."""
+    file = run / MODEL if run else None
+    return bool(file and file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == expected)
+
+
+def _state(run: Path | None) -> str | None:
+    from runner.rundir import RunDir
+
+    return RunDir(run).state() if run else None
+
+
+def _until(condition: Any, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def section(measured: dict[str, Any]) -> str:
+    """By fault: runs, killed launchers, and what must be zero."""
+    cases = measured["cases"]
+    rows = []
+    for fault in [*dict.fromkeys(case["fault"] for case in cases), "all"]:
+        some = [case for case in cases if fault in ("all", case["fault"])]
+        past = [case["past_cap_seconds"] for case in some if case["past_cap_seconds"] is not None]
+        lost = [case for case in some if case["finished"] and not case["home"] and not case["taken"]]
+        rows.append([
+            "none" if fault is None else f"`{fault}`" if fault != "all" else "**all**", str(len(some)),
+            str(sum(case["killed"] for case in some)), str(sum(case["detached"] for case in some)),
+            str(sum(case["finished"] for case in some)), str(len(lost)),
+            f"{max(past):.1f}" if past else "–", str(sum(len(case["left"]) for case in some)),
+        ])  # fmt: skip
+    head = ["fault", "runs", "killed", "detached", "trained to the end", "lost", "past the cap, s", "left"]
+    text = EXPLANATION.format(seconds=STEPS * STEP_S, faults=len(FAULTS) - 1, left=CAP_LEFT_S)
+    return f"{text}\n{table(head, rows)}"
+
+
+BENCHMARK = Benchmark("chaos_pods", add_options, measure, section)
+
+if __name__ == "__main__":
+    alone(BENCHMARK, sys.argv[1:])

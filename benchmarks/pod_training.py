@@ -1,0 +1,61 @@
+"""What trains in the pods of `chaos_pods`: a training's files and signals, without torch. Run by the pod's agent.
+
+`python -m benchmarks.pod_training spec.json` in place of `python -m runner.execute.there spec.json`: a step every
+50 ms, a checkpoint every 20, and at the end a model of random bytes, and then its sum in a file beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from runner import checkpoints
+from runner.rundir import RunDir, write_atomically
+
+STEP_S, EVERY = 0.05, 20
+MODEL, SUM = "model/adapter_model.safetensors", "model.sha256"
+
+
+def main(spec: Path) -> int:
+    """The exit code of a training: 0, or 130 with a checkpoint after a signal."""
+    run, asked = RunDir(spec.absolute().parent), []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked.append(1))
+    steps = json.loads(spec.read_text("utf-8"))["train"]["max_steps"]
+    done = checkpoints.newest(run) or 0
+    lines = (run.path / "metrics.jsonl").read_text("utf-8").splitlines() if done else []
+    with (run.path / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
+        metrics.writelines(f"{line}\n" for line in lines[:done])
+        run.set_status("running", num_steps=steps)
+        for step in range(done + 1, steps + 1):
+            time.sleep(STEP_S)
+            metrics.write(json.dumps({"step": step, "loss": 1 / step, "time": time.time()}) + "\n")
+            metrics.flush()
+            if step % EVERY == 0 or asked:
+                _save(run, step)
+            if asked:
+                run.set_status("interrupted", exit_code=130)
+                return 130
+    file = run.path / MODEL
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(os.urandom(1_000_000))
+    run.write("summary.json", {"run_id": run.id, "state": "done", "exit_code": 0})
+    run.set_status("done", exit_code=0)
+    write_atomically(run.path / SUM, hashlib.sha256(file.read_bytes()).hexdigest())
+    return 0
+
+
+def _save(run: RunDir, step: int) -> None:
+    folder = checkpoints.folder(run, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "state.bin").write_bytes(os.urandom(100_000))
+    checkpoints.seal(folder, {"step": step})
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
