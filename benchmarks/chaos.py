@@ -33,8 +33,8 @@ newest checkpoint is cut short or changed. Then `python -m runner resume` goes o
 {hits} hits the run is left alone. Then:
 
 - resume has to work, every time;
-- every JSON file of the run has to be whole, and every checkpoint that calls itself complete, too, but for the one
-  that was damaged on purpose, which has to be found and passed over;
+- every JSON file of the run has to be whole, and every checkpoint that calls itself complete, too, but for those
+  that were damaged on purpose, which have to be found and passed over;
 - the losses of all steps, each of them once, and the final weights have to equal those of the undisturbed run to
   the last bit.
 """
@@ -106,6 +106,7 @@ def _one_run(
 ) -> dict[str, Any]:
     """A run, hit `HITS` times, then left alone; how it ended."""
     out.mkdir()
+    spoilt: set[int] = set()
     disk_full = dice.random() < 0.5
     with _disk(out, dice.choice(SMALL_DISKS) if disk_full else LARGE_DISK) as resize:
         for number in range(HITS):
@@ -116,9 +117,10 @@ def _one_run(
             if action == "disk full":
                 resize(LARGE_DISK)
             run = _run_in(out)
-            hits.append(
-                {"variant": variant, **hit, **(_checked(run, hit) if run else {"checkpoint": None, "whole": True})}
-            )
+            spoilt |= {hit["damaged"]} if hit.get("damaged") else set()
+            found = _checked(run, spoilt) if run else {"checkpoint": None, "whole": True}
+            spoilt &= set(found.pop("bad", ()))  # what was written anew must be whole from then on
+            hits.append({"variant": variant, **hit, **found})
             if hit["ended by itself"]:  # done before the moment had come
                 break
         run = _run_in(out)
@@ -223,8 +225,11 @@ def _damage(run: RunDir, action: str, dice: random.Random) -> int | None:
     return done[-1]
 
 
-def _checked(run: RunDir, hit: dict[str, Any]) -> dict[str, Any]:
-    """The newest checkpoint to go on from, and whether all that calls itself whole is whole."""
+def _checked(run: RunDir, spoilt: set[int]) -> dict[str, Any]:
+    """The newest checkpoint to go on from, and whether all that calls itself whole is whole, but for what was spoilt.
+
+    A checkpoint that this or an earlier hit has damaged is there until a resume has come as far as to write it anew.
+    """
     whole = True
     for file in run.path.rglob("*.json"):
         if "checkpoint-" in str(file) or ".tmp" in str(file):
@@ -235,8 +240,8 @@ def _checked(run: RunDir, hit: dict[str, Any]) -> dict[str, Any]:
             whole = False
     done = checkpoints.complete(run)
     bad = [step for step in done if checkpoints.damage(checkpoints.folder(run, step))]
-    damaged = hit.get("damaged")
-    return {"checkpoint": max((s for s in done if s not in bad), default=0), "whole": whole and set(bad) <= {damaged}}
+    good = [step for step in done if step not in bad]
+    return {"checkpoint": max(good, default=0), "whole": whole and set(bad) <= spoilt, "bad": bad}
 
 
 def _run_in(out: Path) -> RunDir | None:

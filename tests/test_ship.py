@@ -9,7 +9,6 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -126,26 +125,24 @@ def test_this_python_is_found_out_about(tmp_path: Path) -> None:
     assert install.probe("/usr/bin/false", NEEDS) is None
 
 
-def test_an_environment_is_made_once(tmp_path: Path) -> None:
-    """Really: a venv around this Python's packages, without an index to ask."""
-    image = install.probe(sys.executable, ["rich"])
-    assert image is not None
-    order: dict[str, Any] = {"requirements": [], "alone": [], "constraints": ""}
-    choice = install.Choice("pinned", "")
-    calls: list[list[str]] = []
-
-    def do(command: list[str]) -> None:
-        calls.append(command)
-        if "venv" in command:
-            subprocess.run([sys.executable, "-m", "venv", "--without-pip", command[-1]], check=True)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(install, "_do", do)
-        patch.setattr(install, "_uv", lambda python: None)
-        python = install.make(tmp_path / "env-1", choice, image, order)
-        count = len(calls)
-        assert install.make(tmp_path / "env-1", choice, image, order) == python
-    assert len(calls) == count and Path(python).exists()
+def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Really: by pip, from its index, with a pin, for a Python that lacks the package."""
+    monkeypatch.setattr(install, "_uv", lambda python: None)  # which would be installed into that Python
+    bare = str(Path(sys.base_prefix) / "bin" / "python3")
+    order = {
+        "python": None, "image_python": bare, "requirements": ["sqlparse>=0.5"], "alone": [],
+        "constraints": "sqlparse==0.5.3\n", "environments": str(tmp_path / "cache"),
+    }  # fmt: skip
+    (tmp_path / "install-order.json").write_text(json.dumps(order))
+    assert install.main(tmp_path) == 0
+    answer = json.loads((tmp_path / "install.json").read_text())
+    assert answer["how"] == "pinned" and answer["python"].startswith(str(tmp_path / "cache" / "env-"))
+    version = [answer["python"], "-c", "import sqlparse; print(sqlparse.__version__)"]
+    assert subprocess.run(version, capture_output=True, text=True, check=True).stdout.strip() == "0.5.3"
+    made = Path(answer["python"]).stat().st_mtime_ns
+    monkeypatch.setattr(install, "_do", lambda command: pytest.fail(f"made anew: {command}"))
+    assert install.main(tmp_path) == 0
+    assert Path(answer["python"]).stat().st_mtime_ns == made
 
 
 @pytest.fixture
