@@ -50,9 +50,8 @@ Each case is a launcher of its own that rents a pod from an [emulated RunPod](em
 it as a run would, and gives it back; one of {faults} faults is in force, or none, and half of the launchers get SIGKILL
 at a random moment. Then the fault is over, and the next command puts in order what is left.
 
-Training and agent are left out here: of a pod that was armed when its launcher died the case lets the deadline pass,
-which its agent would keep (tests/test_agent.py, tests/test_runpod_run.py). Nor does a case of some seconds come near a
-cap.
+Training and agent are left out here, and caps (below they are not): of a pod that was armed when its launcher died the
+case lets the deadline pass.
 """
 
 

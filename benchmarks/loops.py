@@ -85,7 +85,7 @@ def bare(spec: RunSpec, run: RunDir, turns: Turns) -> None:
         optimizer.zero_grad()
         with autocast(spec):
             loss = loss_of(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's
         torch.nn.utils.clip_grad_norm_(trained, spec.train.max_grad_norm)
         optimizer.step()
         schedule.step()

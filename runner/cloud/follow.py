@@ -79,7 +79,7 @@ class Follower:
         buffer, heard, beat = b"", time.monotonic(), 0.0
         while time.monotonic() - heard < SILENT_SECONDS:
             if select.select([process.stdout], [], [], TICK_SECONDS)[0]:
-                block = process.stdout.read1(1 << 20)  # type: ignore[attr-defined]
+                block = process.stdout.read1(1 << 20)  # type: ignore[attr-defined]  # a BufferedReader
                 if not block:
                     break
                 if self.failed:

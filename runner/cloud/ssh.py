@@ -167,7 +167,7 @@ def _tell(process: subprocess.Popen[Any], say: Callable[[str], None] | None) -> 
     """rsync's progress, such as `12,345,678  45%  10.2MB/s  0:00:07`, as it comes."""
     assert process.stdout is not None
     rest = b""
-    while block := process.stdout.read1(4096):  # type: ignore[attr-defined]
+    while block := process.stdout.read1(4096):  # type: ignore[attr-defined]  # a BufferedReader
         *lines, rest = re.split(rb"[\r\n]", rest + block)
         shown = [line for line in lines if line.strip()]
         if say is not None and shown:

@@ -49,6 +49,6 @@ def _towards(host: str) -> str | None:
 
 def _resolved(host: str) -> list[tuple[int, int, int, str, tuple[str | int, ...]]]:
     try:
-        return socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)  # type: ignore[return-value]
+        return socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)  # type: ignore[return-value]  # IPv4 or 6
     except OSError:
         return []

@@ -256,7 +256,7 @@ def _disk(spec: RunSpec, training: Training, stage: str, facts: Facts, checkpoin
     return host.disk(
         _summary(training, _states(spec)),
         _number(stage),
-        source=source,  # type: ignore[arg-type]
+        source=source,  # type: ignore[arg-type]  # one of those words
         checkpoints=checkpoints,
         data_tokens=facts.data_tokens or 0,
     )

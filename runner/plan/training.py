@@ -106,7 +106,7 @@ def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed
         load_extra=_load_extra(shape, name, width, double),
         width=width,
         autocast=width < 4 and not deepspeed,
-        base={"lora": "16", "qlora4": "nf4", "qlora8": "int8"}[name],  # type: ignore[arg-type]
+        base={"lora": "16", "qlora4": "nf4", "qlora8": "int8"}[name],  # type: ignore[arg-type]  # one of those names
         rank=method.rank,
         targets=targets,
         dropout=method.dropout > 0,

@@ -14,7 +14,10 @@ from runner.train.trainer import CountingTrainer
 
 
 class Guarding(Keeping):
-    """Mixed in before a TRL trainer: a `LossGuard` over it; the losses stay bit by bit what they are without it."""
+    """Mixed in before a TRL trainer: a `LossGuard` over it; the losses stay bit by bit what they are without it.
+
+    The trainer has no types: hence each `type: ignore` at a `super()`.
+    """
 
     train_dataset: Any
     data_collator: Any

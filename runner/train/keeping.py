@@ -14,7 +14,7 @@ class CutShort(Exception):
 
 
 class Keeping:
-    """Mixed in before a TRL trainer."""
+    """Mixed in before a TRL trainer, which has no types: hence each `type: ignore` at a `super()`."""
 
     METRICS: ClassVar[Mapping[str, str]] = {}
     """TRL's name of a metric → ours, in `metrics.jsonl`, `evals.jsonl` and `summary.json`."""

@@ -150,7 +150,7 @@ def build(
         if passes_of(spec.objective, spec.method).copy:
             common["ref_model"] = reference(spec, source)
         made = kind(model=model, peft_config=config, **common)
-    made.remove_callback(PrinterCallback)  # type: ignore[attr-defined]
+    made.remove_callback(PrinterCallback)  # type: ignore[attr-defined]  # `object` to mypy
     methods.widen(spec, made.model)
     return made
 

@@ -68,7 +68,7 @@ class Peaks:
 
 def gpu_in_use() -> bool:
     """CUDA is there and initialised: asking it for numbers before that would create a context of half a GiB."""
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch's
 
 
 def highest(on_gpu: bool) -> Peak:
