@@ -29,7 +29,7 @@ def renting(command: Callable[..., Any]) -> Callable[..., Any]:
     "-m",
     "--multirun",
     is_flag=True,
-    help="Sweep: key=a,b runs once per value (hydra/launcher=joblib: in parallel).",
+    help="Sweep: key=a,b runs once per value (here in parallel: hydra/launcher=joblib; on pods: sweep.max_pods=N).",
 )
 @renting
 @click.option("-sc", "--shell-completion", metavar="install=bash|zsh|fish", help="Print a completion script; eval it.")
@@ -58,11 +58,11 @@ def run(
 
         click.echo(answer(shell_completion, os.environ.get("COMP_LINE", ""), _options(ctx)), nl=False)
         return
-    from runner import launch
+    from runner import launch, sweep
     from runner.execute.manner import Manner
 
     request, manner = request_of(words, config_dirs), Manner(yes, detach)
-    begin = launch.sweep if multirun else launch.run
+    begin = sweep.sweep if multirun else launch.run
     sys.exit(begin(request, Console(stderr=as_json), as_json, manner))
 
 
