@@ -43,10 +43,8 @@ def sweep(request: Request, console: Console, as_json: bool, manner: Manner = PL
     if not agreed(checked, manner, console):
         return InterruptedRun.exit_code
     manner = replace(manner, yes=True)  # asked once
-    interrupted = False
     try:
-        _run(request, folder, as_json, manner, console)
-        interrupted = manner.pool is not None and manner.pool.points.stopped
+        interrupted = not _run(request, folder, as_json, manner, console)
     except KeyboardInterrupt:
         interrupted = True
     rows = [r for file in sorted(folder.glob("point-*.json")) if (r := RunDir(folder).read(file.name))]
@@ -63,17 +61,19 @@ def sweep(request: Request, console: Console, as_json: bool, manner: Manner = PL
     return 1 if any(row["exit_code"] for row in rows) or not rows else 0
 
 
-def _run(request: Request, folder: Path, as_json: bool, manner: Manner, console: Console) -> None:
-    """Every point, through Hydra's launcher; over rented pods as many at once as there may be pods."""
+def _run(request: Request, folder: Path, as_json: bool, manner: Manner, console: Console) -> bool:
+    """Every point, through Hydra's launcher; over rented pods as many at once as there may be pods. False where it was
+    stopped before the last one."""
     task, pool = partial(_point, sweep_dir=folder, as_json=as_json, manner=manner), manner.pool
     if pool is None:
         hydra_sweep(request, task, folder)
-        return
+        return True
     jobs = min(pool.max_pods, len(pool.kinds))
     launcher = ["basic"] if jobs == 1 else ["joblib", f"hydra.launcher.n_jobs={jobs}", "hydra.launcher.batch_size=1"]
     request = replace(request, overrides=(*request.overrides, f"hydra/launcher={launcher[0]}", *launcher[1:]))
     with pool.kept(lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)):
         hydra_sweep(request, partial(pool.points.do, task), folder)
+        return not pool.points.stopped
 
 
 def _max_pods(request: Request, specs: list[RunSpec], manner: Manner) -> int | None:

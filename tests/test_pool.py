@@ -21,7 +21,7 @@ from tests.emulated import Emulator, emulator, needs_sshd
 from tests.front import here, laptop, runner
 from tests.processes import losses, tiny_model, until, words
 from tests.rented import state
-from tests.test_runpod_run import GPU, Typed, adapter_loads, ended
+from tests.test_runpod_run import GPU, Typed, adapter_loads, ended, workers
 
 __all__ = ["emulator", "here", "laptop", "state"]
 RATES = "train.learning_rate=1e-3,2e-3,3e-3"
@@ -111,7 +111,11 @@ def test_two_pods_are_two_runs_at_once(typed: Sweep) -> None:
 
 @needs_sshd
 def test_after_a_run_that_fails_the_next_one_has_another_pod(typed: Sweep) -> None:
-    code, said = ended(typed.sweep("train.learning_rate=1e30,1e-3,2e-3"))
+    process = typed.sweep("train.max_steps=60,12,13")
+    until(lambda: typed.runs and len(list(typed.runs[0].metrics())) > 2, 240)
+    for pid in workers(typed.runs[0].id):
+        os.kill(pid, signal.SIGKILL)
+    code, said = ended(process)
     assert code == 1, said
     assert sorted(row["exit_code"] for row in typed.rows()) == [0, 0, 1]
     assert typed.rented() == 2 and typed.emulator.pods() == {}
@@ -180,6 +184,19 @@ def test_ctrl_c_has_every_run_save_and_come_home(typed: Sweep, group: bool) -> N
     for run in typed.runs:
         assert run.state() == "interrupted" and checkpoints.newest(run)
     assert [row["exit_code"] for row in typed.rows()] == [130, 130]
+
+
+@needs_sshd
+@pytest.mark.parametrize(("state", "pods"), [("SSH_READY", 2), ("PARKED", 1)])
+def test_ctrl_c_before_a_run_has_begun(typed: Sweep, state: str, pods: int) -> None:
+    """Two that are being sent, each in a process of its own; and a pod that no run has."""
+    process = typed.sweep(RATES, f"sweep.max_pods={pods}")
+    until(at(typed, state), 240)
+    process.send_signal(signal.SIGINT)
+    code, said = ended(process)
+    assert code == 130, said
+    assert typed.emulator.pods() == {} and "Traceback" not in said
+    assert not list((typed.root / "runs" / "sweeps").glob("*/.pool"))
 
 
 @needs_sshd

@@ -12,9 +12,12 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +26,8 @@ from runner.rundir import alive
 from runner.spec import RunSpec
 
 Task = Callable[[RunSpec, int], float]
+_AT_WORK = threading.Lock()
+"""Held while this process, which is not the sweep's, does a point."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,11 @@ class Points:
         try:
             if here:
                 return task(spec, index)
-            with _apart(f"[{index + 1}] "):  # only now it can be told, and what was told before is in `stopped`
+            _leave_with(self.owner)
+            with (
+                _AT_WORK,
+                _apart(f"[{index + 1}] "),
+            ):  # only now it can be told, and what was told before is in `stopped`
                 return math.nan if self.stopped else task(spec, index)
         except KeyboardInterrupt:
             self.stop()
@@ -104,6 +113,20 @@ class Points:
 def interrupt(number: int, frame: FrameType | None) -> None:
     """A handler: the signal is a Ctrl-C."""
     raise KeyboardInterrupt
+
+
+@cache
+def _leave_with(owner: int) -> None:
+    """Once the sweep's process is gone, and the point that is at work is over, end this one: joblib's would wait for
+    ever for their next task."""
+
+    def wait() -> None:
+        while alive(owner):
+            time.sleep(1)
+        with _AT_WORK:
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager
