@@ -91,6 +91,9 @@ def test_a_sweep_has_one_pod_that_goes_from_run_to_run(typed: Sweep) -> None:
         assert after.created == before.ended  # no second is counted twice, or not at all
     billed, costs = typed.emulator.billed(), [typed.cost(run) for run in typed.runs]
     assert all(costs) and sum(costs) == pytest.approx(billed, rel=0.15)
+    (body,) = (e.body for e in typed.emulator.exchanges if e.method == "POST" and e.path == "/v2/pods")
+    hours = sum(run.read("spec.json")["where"]["deadline_hours"] for run in typed.runs)
+    assert float(body["env"]["RUNNER_DEADLINE"]) > first.created + 3600 * hours  # for who looks at it from elsewhere
     assert last.run_id == typed.runs[-1].id
     assert not (typed.root / "state" / "keys" / first.run_id).exists()
 
@@ -157,6 +160,16 @@ def test_a_launcher_that_is_killed_while_a_pod_is_parked(typed: Sweep, by_hand: 
 
 
 @needs_sshd
+def test_runs_of_a_sweep_whose_process_is_killed_come_home(typed: Sweep) -> None:
+    process = typed.sweep("train.learning_rate=1e-3,2e-3,3e-3,4e-3", "sweep.max_pods=2", "train.max_steps=60")
+    until(lambda: sum(len(list(run.metrics())) >= 3 for run in typed.runs) == 2, 300)
+    process.kill()
+    until(lambda: typed.emulator.pods() == {}, 120)
+    process.communicate(timeout=30)  # its children have let go of its output: they are gone
+    assert len(typed.runs) == 2 and all((run.path / "model").is_dir() for run in typed.runs)
+
+
+@needs_sshd
 def test_a_launcher_that_is_killed_in_the_middle_of_a_handover(typed: Sweep) -> None:
     process = typed.sweep(RATES, GPU, "where.heartbeat_minutes=0.2")
     until(lambda: len(typed.entries()) == 2, 240)
@@ -211,6 +224,7 @@ def test_verbs_take_the_id_of_the_run_that_has_the_pod(typed: Sweep) -> None:
     assert code == 0 and "inside" in said
     code, said = ended(typed.verb("fetch", first, "--output-dir", str(typed.root / "runs")))
     assert code == 2 and f"RunPod has no pod of run {first}" in said  # and does not end the other one's
+    assert json.loads(ended(typed.verb("pods", "reap", "--all", "--yes", "--json"))[1]) == {"ended": []}
     assert len(typed.emulator.pods()) == 1
     process.send_signal(signal.SIGINT)
     assert ended(process)[0] == 130 and typed.emulator.pods() == {}

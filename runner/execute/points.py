@@ -47,10 +47,8 @@ class Points:
             if here:
                 return task(spec, index)
             _leave_with(self.owner)
-            with (
-                _AT_WORK,
-                _apart(f"[{index + 1}] "),
-            ):  # only now it can be told, and what was told before is in `stopped`
+            with _AT_WORK, _apart(f"[{index + 1}] "):
+                # A Ctrl-C reaches it from here on; one that came before has left its mark.
                 return math.nan if self.stopped else task(spec, index)
         except KeyboardInterrupt:
             self.stop()
