@@ -1,14 +1,10 @@
-"""From a request to finished runs: one, or a sweep of them."""
+"""From a request to a finished run."""
 
 from __future__ import annotations
 
-import math
 import os
-import secrets
 import shlex
-from dataclasses import replace
-from datetime import datetime
-from functools import partial
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,8 +14,7 @@ from rich.console import Console
 
 from runner import hardware, hostfile, inputs, kernels, planning
 from runner import resume as resuming
-from runner.compose import compose, parallel_jobs, points, source_finder, task_overrides
-from runner.compose import sweep as hydra_sweep
+from runner.compose import compose, source_finder
 from runner.data import pipeline
 from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
 from runner.execute import local
@@ -28,11 +23,11 @@ from runner.execute.torchrun import MEETING_SECONDS
 from runner.plan.plan import Plan
 from runner.plan.resolve import resolve
 from runner.problems import SourceOf, validated
-from runner.report.problems import dump, print_problems
-from runner.report.summary import metric_of, shown
-from runner.report.tables import headline, in_one_line, print_sweep
+from runner.report.problems import dump
+from runner.report.summary import shown
+from runner.report.tables import headline, in_one_line
 from runner.request import Request
-from runner.rundir import RunDir, write_atomically
+from runner.rundir import RunDir
 from runner.spec import RunSpec
 
 
@@ -90,7 +85,7 @@ def run(request: Request, composed: RunSpec, console: Console, as_json: bool, ma
             line = f"Plan    {in_one_line(planned.as_dict())}"
             Console(stderr=True).print(line, highlight=False, soft_wrap=True)
         raise
-    if not _agreed([spec], planned, manner, console):
+    if not agreed([(spec, planned)], manner, console):
         return InterruptedRun.exit_code
     outcome = start(spec, notes, console, as_json, planned=planned, manner=manner)
     if as_json:
@@ -109,7 +104,7 @@ def resume(
     notes += resuming.check_resolved(run, spec)
     planned = plan_first(spec, notes, composed)
     check(spec, notes, composed, manner)
-    if not _agreed([spec], planned, manner, console):
+    if not agreed([(spec, planned)], manner, console):
         return InterruptedRun.exit_code
     resuming.record(run, spec, overrides)
     outcome = begin(run, spec, notes, console, as_json, planned, manner)
@@ -193,104 +188,12 @@ def _waits_for(directory: RunDir, spec: RunSpec) -> list[str]:
     return [f"waits {MEETING_SECONDS // 60} minutes for {others}; type there: {word}"]
 
 
-def _agreed(specs: list[RunSpec], planned: Plan | None, manner: Manner, console: Console) -> bool:
-    """What is rented is said with its price, and agreed to; `planned` is the first one's, where it is known."""
-    rented = [spec for spec in specs if spec.where.name == "runpod"]
-    if not rented:
-        return True
-    plan = planned or plan_first(rented[0], [], rented[0])
-    return bool(_rented().confirm(rented[0], plan.as_dict() if plan else {}, manner, console, len(rented)))
+def agreed(asked: Sequence[tuple[RunSpec, Plan | None]], manner: Manner, console: Console) -> bool:
+    """What is rented for these runs is said with its price, and agreed to."""
+    renting = [(spec, plan.as_dict() if plan else {}) for spec, plan in asked if spec.where.name == "runpod"]
+    return not renting or bool(_rented().confirm(renting, manner, console))
 
 
 def _rented() -> Any:
     """The executor of rented runs, read when one is asked for: 0.1 s of the half second that a typo takes."""
     return import_module("runner.execute.runpod")
-
-
-def sweep(request: Request, console: Console, as_json: bool, manner: Manner = PLAINLY) -> int:
-    """All points of a sweep; a failed one does not stop the others, but the exit code says so."""
-    specs = _checked(request, manner)
-    shared = specs[0]
-    if not _agreed(specs, None, manner, console):
-        return InterruptedRun.exit_code
-    manner = replace(manner, yes=True)  # asked once
-    name = f"sweep-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    folder = Path(shared.run.output_dir).expanduser() / "sweeps" / name
-    interrupted = False
-    try:
-        hydra_sweep(request, partial(_point, sweep_dir=folder, as_json=as_json, manner=manner), folder)
-    except KeyboardInterrupt:
-        interrupted = True
-    rows = [r for file in sorted(folder.glob("point-*.json")) if (r := RunDir(folder).read(file.name))]
-    worst = math.inf if shared.run.metric_mode == "min" else -math.inf
-    rows.sort(key=lambda r: r["metric"] if r["metric"] is not None else worst, reverse=shared.run.metric_mode == "max")
-    folder.mkdir(parents=True, exist_ok=True)
-    RunDir(folder).write("sweep.json", {"sweep": name, "metric": shared.run.metric, "runs": rows})
-    if as_json:
-        click.echo(dump(rows))
-    else:
-        print_sweep(console, rows, shared.run.metric, shown(folder))
-    if interrupted:
-        return InterruptedRun.exit_code
-    return 1 if any(row["exit_code"] for row in rows) or not rows else 0
-
-
-def _checked(request: Request, manner: Manner) -> list[RunSpec]:
-    """Every point of a sweep, resolved and able to run; else one error with what is wrong with any of them."""
-    specs: list[RunSpec] = []
-    errors: list[RunnerError] = []
-    for point in points(request):
-        try:
-            composed = compose(point)
-            spec, notes = complete(composed, source_finder(point), fetch=True)
-            plan_first(spec, notes, composed)
-            check(spec, notes, composed, manner)
-            specs.append(spec)
-        except RunnerError as error:
-            errors.append(_of_point(error, point))
-    if errors:
-        kind = type(errors[0])
-        raise kind(*dict.fromkeys(p for error in errors if isinstance(error, kind) for p in error.problems))
-    return specs
-
-
-def _of_point(error: RunnerError, point: Request) -> RunnerError:
-    """The error with the point of the sweep that it concerns."""
-    where = " ".join(point.overrides)
-    return type(error)(*(replace(p, source=p.source or where) for p in error.problems))
-
-
-def _sharing(spec: RunSpec, jobs: int) -> RunSpec:
-    """On a CPU, an equal share of the cores for each of the runs that go on at once.
-
-    Two runs with a thread per core each wait for one another at every barrier: ten times slower, not two.
-    """
-    hw = hardware.resolve(spec.hw)
-    if jobs == 1 or hw.accelerator != "cpu" or not hw.num_cpus:
-        return spec
-    return spec.model_copy(update={"hw": hw.model_copy(update={"num_cpus": max(1, hw.num_cpus // jobs)})})
-
-
-def _point(spec: RunSpec, index: int, sweep_dir: Path, as_json: bool, manner: Manner = PLAINLY) -> float:
-    """One point of a sweep: never raises; leaves `point-<index>.json` and returns the metric (NaN if it failed)."""
-    console = Console(stderr=as_json)
-    row: dict[str, Any] = {"index": index, "run_id": None, "overrides": task_overrides(), "metric": None}
-    try:
-        composed = _sharing(spec, parallel_jobs())
-        spec, notes = complete(composed, fetch=True)
-        planned = plan_first(spec, notes, composed)
-        check(spec, notes, composed, manner)
-        outcome = start(spec, notes, console, as_json, sweep=sweep_dir.name, planned=planned, manner=manner)
-        row |= {"run_id": outcome.run.id, "exit_code": outcome.exit_code}
-        row["error"] = outcome.run.read("status.json").get("error")
-        value = metric_of(outcome.run.read("summary.json"), spec.run.metric)
-    except RunnerError as error:
-        print_problems(Console(stderr=True), error)
-        row |= {"exit_code": error.exit_code, "error": str(error)}
-        value = math.nan
-    row["metric"] = None if math.isnan(value) else value
-    sweep_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(sweep_dir / f"point-{index:04d}.json", dump(row))
-    if row["exit_code"] == 130:
-        raise KeyboardInterrupt
-    return value

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runner.cloud.ledger import Ledger, LedgerError
+from runner.cloud.ledger import MIGRATE, Ledger, LedgerError, owner
 
 FACTS: dict[str, Any] = {
     "run_dir": "/tmp/runs/a", "gpu": "NVIDIA L4", "cloud": "secure", "usd_per_hour": 0.49, "disk_gb": 30.0,
@@ -99,3 +101,39 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="cannot be written") as error:
         Ledger(tmp_path / "file" / "ledger.db")
     assert "RUNNER_STATE" in str(error.value.problems[0].remedy)
+
+
+def test_a_parked_pod_goes_to_one_other_run_and_no_second_is_lost(ledger: Ledger) -> None:
+    ledger.plan("runner-a-1", run_id="a", **FACTS)
+    ledger.move("runner-a-1", "SSH_READY", "ready", pod_id="xyz")
+    to = {"run_dir": "/tmp/runs/b", "heartbeat_s": 60.0}
+    assert ledger.hand_over("runner-a-1", "runner-b-1", run_id="b", **to) is None  # it is not parked
+    ledger.move("runner-a-1", "PARKED", "waits", **owner(os.getppid()))
+    parked = ledger.entry("runner-a-1")
+    assert parked is not None and parked.owned and not parked.owned_here and not ledger.take("runner-a-1")
+    entry = ledger.hand_over("runner-a-1", "runner-b-1", run_id="b", **to)
+    assert entry is not None and ledger.hand_over("runner-a-1", "runner-c-1", run_id="c", **to) is None
+    assert (entry.state, entry.pod_id, entry.run_id, entry.run_dir) == ("SSH_READY", "xyz", "b", "/tmp/runs/b")
+    assert entry.owned_here and entry.usd_per_hour == 0.49 and entry.heartbeat_s == 60.0
+    (before,) = ledger.entries("a", gone=True)
+    assert before.state == "GONE" and before.ended == parked.updated == entry.created and not before.owned
+    assert [e.name for e in ledger.entries()] == ["runner-b-1"]
+    assert ledger.transitions("runner-b-1") == [(None, "SSH_READY", "taken over from run a")]
+
+
+def test_a_ledger_of_an_earlier_version_learns_new_states(tmp_path: Path) -> None:
+    file = tmp_path / "ledger.db"
+    with closing(sqlite3.connect(file)) as db:
+        db.executescript(MIGRATE.replace("'PARKED', ", ""))
+    assert "PARKED" not in MIGRATE.replace("'PARKED', ", "")
+    with closing(sqlite3.connect(file)) as db, db:
+        facts = {**FACTS, "name": "runner-a-1", "run_id": "a", "state": "RUNNING", "created": 1.0, "updated": 1.0,
+                 "detail": "", "keep": 0, "deadline": None}  # fmt: skip
+        db.execute(f"insert into pods ({', '.join(facts)}) values ({', '.join('?' * len(facts))})", [*facts.values()])
+    with ThreadPoolExecutor(4) as pool:
+        ledgers = list(pool.map(lambda _: Ledger(file), range(4)))
+    ledgers[0].move("runner-a-1", "PARKED", "waits")
+    (entry,) = ledgers[1].entries("a")
+    assert entry.state == "PARKED" and entry.gpu == FACTS["gpu"] and entry.created == 1.0
+    with pytest.raises(LedgerError):
+        ledgers[2].move("runner-a-1", "LOST", "no such state")  # type: ignore[arg-type]

@@ -15,9 +15,10 @@ import pytest
 from runner.cloud import pod as renting
 from runner.cloud.api import Api
 from runner.cloud.ledger import PREFIX, Ledger
-from runner.cloud.pod import Rented, acquire
+from runner.cloud.pod import acquire
 from runner.cloud.problems import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
 from runner.cloud.reconcile import UNKNOWN_S, reconcile
+from runner.cloud.rented import Rented, spent
 from tests.emulated import Emulator, emulator, until
 from tests.rented import A6000, PLAN, RTX4090, Key, rented_spec, run_of, state
 
@@ -191,7 +192,7 @@ def test_what_earlier_pods_of_a_run_cost_counts(emulator: Emulator, tmp_path: Pa
     rented = acquire(run, spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
     rented.release()
     Ledger().set(rented.name, created=time.time() - 3600 * 1.3)
-    assert renting.spent(Ledger(), run.id) == pytest.approx(0.97, abs=0.03)
+    assert spent(Ledger(), run.id) == pytest.approx(0.97, abs=0.03)
     with pytest.raises(TooDearError, match="are spent"):
         acquire(run, spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
     assert emulator.pods() == {}

@@ -9,7 +9,7 @@ from runner.cloud.answers import OVER, Pod
 from runner.cloud.api import Api
 from runner.cloud.ledger import PREFIX, Entry, Ledger
 from runner.cloud.money import Meter
-from runner.cloud.pod import Rented
+from runner.cloud.rented import Rented
 from runner.errors import CannotRunError, Problem, RequestError
 
 UNKNOWN_DEADLINE_S = 24 * 3600.0
@@ -30,19 +30,20 @@ def adopt(run_id: str, folder: Path) -> Rented:
     """The run's pod, held by this process. RequestError where RunPod has none, CannotRunError where another command
     holds it."""
     api, ledger = Api(), Ledger()
-    pod = _found(api, run_id)
-    entry = ledger.entry(pod.name) or _entered(api, ledger, run_id, folder, pod)
-    if not ledger.take(pod.name):
+    pod = _found(api, ledger, run_id)
+    own = [entry for entry in ledger.entries(run_id) if entry.pod_id == pod.id]
+    entry = own[-1] if own else ledger.entry(pod.name) or _entered(api, ledger, run_id, folder, pod)
+    if not ledger.take(entry.name):
         what = f"another command looks after pod {pod.id}: process {entry.pid} on {entry.host}"
         raise CannotRunError(Problem(what, run_id, "python -m runner logs -f and status may look on"))
     meter = Meter(entry.usd_per_hour, entry.created, entry.disk_gb)
     deadline = entry.deadline or time.time() + UNKNOWN_DEADLINE_S
-    return Rented(api, ledger, pod.name, pod, deadline, meter, run_id, volume_of(pod))
+    return Rented(api, ledger, entry.name, pod, deadline, meter, run_id, volume_of(pod))
 
 
 def look(run_id: str) -> Pod:
     """The run's pod, and nothing is held. RequestError where RunPod has none."""
-    return _found(Api(), run_id)
+    return _found(Api(), Ledger(), run_id)
 
 
 def volume_of(pod: Pod) -> float:
@@ -52,9 +53,12 @@ def volume_of(pod: Pod) -> float:
     return float(persistent.get("size") or 0)
 
 
-def _found(api: Api, run_id: str) -> Pod:
-    start = f"{PREFIX}{run_id}-"
-    pods = [pod for pod in api.pods() if pod.name.startswith(start) and pod.status not in OVER]
+def _found(api: Api, ledger: Ledger, run_id: str) -> Pod:
+    """By its name; but a pod that was handed on within a sweep has the name of its first run, and is its last one's."""
+    start, entries = f"{PREFIX}{run_id}-", ledger.entries()
+    mine, others = ({e.pod_id for e in entries if (e.run_id == run_id) is own} for own in (True, False))
+    pods = [p for p in api.pods() if p.status not in OVER and (p.id in mine or p.name.startswith(start))]
+    pods = [pod for pod in pods if pod.id not in others]
     if not pods:
         remedy = "resume goes on with what is here; python -m runner pods lists what RunPod has"
         raise NoPodOfRunError(Problem(f"RunPod has no pod of run {run_id}", "command line", remedy))

@@ -8,6 +8,7 @@ status; it lives on in a session of its own. DIR is the run's folder in the pod:
     work.json          what to do; the agent waits for it, for it comes after the data
     agent-status.json  where it stands: armed, installing, training, uploading, done, failed, refused, ending
     collected          the launcher has everything: nothing in this pod is needed any more
+    successor.json     the run that has the pod next: once this one is over, its switch becomes that run's
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 SHM = Path("/dev/shm")
 """Memory: what lies here is gone with the pod, and on no disk. Secrets, and the launcher's sign of life."""
@@ -155,6 +156,27 @@ def note(folder: Path, **facts: Any) -> None:
         write(file, {**read(file), "time": time.time(), **facts})
 
 
+def successor(folder: Path, pod_id: str) -> Path | None:
+    """The folder of the run that this pod was handed on to, if that has its order for this very pod."""
+    named = read(folder / "successor.json").get("run_id")
+    if not named or not pod_id:
+        return None
+    order = read(folder.parent / named / "agent.json")
+    return folder.parent / named if (order.get("run_id"), order.get("pod_id")) == (named, pod_id) else None
+
+
+def admit(key: str | None) -> None:
+    """Let a run's launcher in by its own key, for a pod that was handed on knows the first run's alone."""
+    named = variables().get("RUNNER_AUTHORIZED_KEYS")
+    with suppress(OSError, RuntimeError):
+        file = Path(named) if named else Path.home() / ".ssh" / "authorized_keys"
+        known = file.read_text("utf-8") if file.exists() else ""
+        if key and key not in known.splitlines():
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as stream:
+                stream.write(f"{'' if not known or known.endswith(chr(10)) else chr(10)}{key}\n")
+
+
 # --- the dead-man's switch -------------------------------------------------------------------------------------------
 
 
@@ -225,8 +247,8 @@ class Switch:
         self.limits = Limits(folder, order, self.beat)
         self.child: int | None = None
 
-    def serve(self) -> None:
-        """Until the pod is gone."""
+    def serve(self) -> Path:
+        """Until the pod is gone, or handed on: then the next run's folder."""
         signal.signal(signal.SIGTERM, lambda *_: self._pass_on())
         while True:
             self._renew()
@@ -238,6 +260,9 @@ class Switch:
                     note(self.folder, state="failed", exit_code=1, message="the agent's worker ended without a word")
                 continue
             over = self.child is None and status.get("state") in FINAL
+            if over and (following := successor(self.folder, self.own.id)):
+                log(f"the pod is handed on to {following.name}")
+                return following
             if over and (self.folder / "collected").exists():
                 reason = "everything was collected"
             elif over and self._waits(status):
@@ -393,18 +418,38 @@ def sample(folder: Path, over: threading.Event, every: float = 5.0) -> None:
 
 
 def run(folder: Path) -> int:
-    """Arm the switch, then let the work begin; returns only where there is nothing for this process to do."""
+    """Be the switch of a run, then of those that its pod is handed on to; returns where there is nothing to do.
+
+    One process, so that no moment is without a switch. It keeps the locks of the runs before: whoever watches over the
+    first one, as the pod's start command does, sees that somebody is at work.
+    """
+    held: list[IO[str]] = []
+    following: Path | None = folder
+    while following is not None:
+        following = hold(following, held)
+    return 0
+
+
+def hold(folder: Path, held: list[IO[str]]) -> Path | None:
+    """Arm the switch of one run, then let its work begin; the folder of the run that has the pod next."""
     order = read(folder / "agent.json")
     own = Own(order.get("api_base"))
     if not order or order["pod_id"] != own.id:
         log(f"the order is for pod {order.get('pod_id')}, and this is {own.id}")
-        return 0
+        return None
     lock = (SHM / f"runner-{order['run_id']}.lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if held:
+        speak(folder)
+    try:  # of a run that was handed the pod, another agent may be at work: this one stands by
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if held else fcntl.LOCK_NB))
     except OSError:
         log("an agent is at work already")
-        return 0
+        return None
+    held.append(lock)
+    order = read(folder / "agent.json") or order  # it may have stood by for long
+    if following := successor(folder, own.id):
+        return following
+    admit(order.get("public_key"))
     switch = Switch(folder, order, own)
     shield()
     status = read(folder / "agent-status.json")
@@ -416,7 +461,7 @@ def run(folder: Path) -> int:
     facts = {"pod_id": own.id, "agent": os.getpid(), "order": order["id"], "right_to_end": right, "pid": None}
     if order.get("heartbeat_minutes") is None and not right:
         note(folder, state="refused", **facts, exit_code=1, message="this pod may not end itself: its key is refused")
-        return 0  # nothing is here yet; the launcher ends the pod
+        return None  # nothing is here yet; the launcher ends the pod
     again = before.get("state") not in (None, "refused")
     note(folder, state=before["state"] if again else "armed", **facts, armed=time.time())
     for name in FOLDERS:
@@ -426,14 +471,23 @@ def run(folder: Path) -> int:
         if switch.child == 0:
             os.setpgid(0, 0)
             shield(0)
-            lock.close()
+            for one in held:
+                one.close()
             try:
                 work(folder)
             except BaseException as error:
                 note(folder, state="failed", exit_code=1, message=f"{type(error).__name__}: {error}")
             os._exit(0)
-    switch.serve()
-    return 0
+    return switch.serve()
+
+
+def speak(folder: Path) -> None:
+    """Standard output and error go to the run's `logs/agent.log` from here on."""
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    words = os.open(folder / "logs" / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for target in (1, 2):
+        os.dup2(words, target)
+    os.close(words)
 
 
 def shield(score: int = -900) -> None:
@@ -443,23 +497,22 @@ def shield(score: int = -900) -> None:
 
 
 def start(folder: Path) -> int:
-    """Go on in a session of its own, and answer with the status as soon as the switch is armed."""
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    asked = read(folder / "agent.json").get("id")
+    """Go on in a session of its own, and answer as soon as the switch is armed: with the status of the run that has the
+    pod now."""
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
-            words = os.open(folder / "logs" / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            null = os.open(os.devnull, os.O_RDONLY)
-            for number, target in ((0, null), (1, words), (2, words)):
-                os.dup2(target, number)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            speak(folder)
             os._exit(run(folder))
         os._exit(0)
     os.wait()
-    deadline = now() + 60
+    own, deadline = Own().id, now() + 60
     while now() < deadline:
+        while following := successor(folder, own):
+            folder = following
         status = read(folder / "agent-status.json")
-        if status.get("order") == asked and status.get("right_to_end") is not None:
+        if status.get("order") == read(folder / "agent.json").get("id") and status.get("right_to_end") is not None:
             print(json.dumps(status), flush=True)
             return 0
         time.sleep(0.1)

@@ -173,12 +173,12 @@ def owned_by_none(api: Api, ledger: Ledger, *, everything: bool = False) -> list
     what crashed launchers left half-made.
     """
     now = time.time()
-    entries = {entry.name: entry for entry in ledger.entries()}
+    entries = {key: entry for entry in ledger.entries() for key in (entry.name, entry.pod_id)}
     found = []
     for pod in api.pods():
         if not pod.name.startswith(PREFIX) or pod.status in OVER:
             continue
-        entry = entries.get(pod.name)
+        entry = entries.get(pod.id) or entries.get(pod.name)
         deadline = entry.deadline if entry else deadline_of(pod)
         if entry is not None and entry.owned:
             continue

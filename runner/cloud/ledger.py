@@ -22,7 +22,7 @@ from runner.rundir import alive
 
 State = Literal[
     "PLANNED", "CREATING", "CREATE_UNKNOWN", "PROVISIONING", "SSH_READY", "SYNCED", "RUNNING", "COLLECTING",
-    "TERMINATING", "STOPPED", "PREEMPTED", "GONE",
+    "PARKED", "TERMINATING", "STOPPED", "PREEMPTED", "GONE",
 ]  # fmt: skip
 """
     PLANNED         it is about to be asked for
@@ -33,6 +33,7 @@ State = Literal[
     SYNCED          it has everything that the run needs
     RUNNING         its agent is armed: from here on it ends itself
     COLLECTING      the training is over, its result is being fetched
+    PARKED          its run is home, and it waits for the next one of the sweep
     TERMINATING     it is to end; with `keep`, to stop
     STOPPED         kept, on purpose
     PREEMPTED       it was taken away; what is left of it is to be ended
@@ -41,7 +42,8 @@ State = Literal[
 PREFIX = "runner-"
 """Every pod's name begins with it: no other pod is ever touched."""
 BUSY_S = 30.0
-MIGRATE = f"""
+NOBODY = {"pid": None, "host": None, "pid_started": None}
+PODS = f"""
 create table if not exists pods (
   name text primary key, run_id text not null, run_dir text not null, state text not null, pod_id text, gpu text,
   cloud text not null, usd_per_hour real not null, disk_gb real not null, deadline real, heartbeat_s real,
@@ -49,6 +51,9 @@ create table if not exists pods (
   volume text, base text not null, account text not null, pid integer, host text, pid_started real,
   check (state in ({", ".join(repr(s) for s in get_args(State))}))
 );
+"""
+MIGRATE = f"""
+{PODS}
 create index if not exists pods_by_run on pods (run_id);
 create table if not exists transitions (
   time real not null, name text not null, run_id text not null, "from" text, "to" text not null, why text not null
@@ -118,6 +123,7 @@ class Ledger:
             self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._open() as db:
                 db.executescript(MIGRATE)
+                _know_all_states(db)
         except (OSError, sqlite3.Error) as error:
             remedy = "set RUNNER_STATE=FOLDER to one that can be written to"
             raise LedgerError(Problem(f"the ledger {self.file} cannot be written: {error}", None, remedy)) from None
@@ -144,11 +150,10 @@ class Ledger:
             "name": name, "run_id": run_id, "run_dir": run_dir, "state": "PLANNED", "gpu": gpu, "cloud": cloud,
             "usd_per_hour": usd_per_hour, "disk_gb": disk_gb, "created": now, "updated": now, "detail": "planned",
             "keep": int(keep), "volume": volume, "base": base, "account": account, "heartbeat_s": heartbeat_s,
-            **_owner(),
+            **owner(),
         }  # fmt: skip
         with self._write() as db:
-            marks = ", ".join(f":{key}" for key in row)
-            db.execute(f"insert into pods ({', '.join(row)}) values ({marks})", row)
+            self._insert(db, row)
             self._log(db, name, run_id, None, "PLANNED", "planned")
 
     def move(self, name: str, state: State, why: str, **facts: Any) -> None:
@@ -157,7 +162,7 @@ class Ledger:
         A state that a pod is in already is written again, with its reason.
         """
         if state == "GONE":
-            facts = {"ended": time.time(), "pid": None, "host": None, "pid_started": None} | facts
+            facts = {"ended": time.time(), **NOBODY} | facts
         with self._write() as db:
             row = db.execute("select run_id, state from pods where name = ?", (name,)).fetchone()
             if row is None:
@@ -178,12 +183,33 @@ class Ledger:
             found = _entry(row) if row is not None else None
             if found is None or (found.owned and not found.owned_here):
                 return False
-            self._set(db, name, _owner())
+            self._set(db, name, owner())
             return True
+
+    def hand_over(self, old: str, name: str, *, run_id: str, run_dir: str, heartbeat_s: float) -> Entry | None:
+        """A parked pod becomes another run's, held by this process; None where another one was faster.
+
+        The old entry ends with the moment in which the pod was parked, and the new one begins with it, under a name of
+        its own (RunPod's stays): no second is counted twice, or not at all.
+        """
+        with self._write() as db:
+            row = db.execute("select * from pods where name = ? and state = 'PARKED'", (old,)).fetchone()
+            if row is None:
+                return None
+            parked, now = row["updated"], time.time()
+            gone = {"state": "GONE", "ended": parked, "updated": now, "detail": f"handed on to run {run_id}", **NOBODY}
+            self._set(db, old, gone)
+            self._log(db, old, row["run_id"], "PARKED", "GONE", gone["detail"])
+            why = f"taken over from run {row['run_id']}"
+            new = {"name": name, "run_id": run_id, "run_dir": run_dir, "heartbeat_s": heartbeat_s, "state": "SSH_READY"}
+            new |= {"created": parked, "updated": now, "ended": None, "detail": why, **owner()}
+            self._insert(db, {**row, **new})
+            self._log(db, name, run_id, None, "SSH_READY", why)
+        return self.entry(name)
 
     def leave(self, name: str) -> None:
         """Nobody's now: the pod looks after itself."""
-        self.set(name, pid=None, host=None, pid_started=None)
+        self.set(name, **NOBODY)
 
     def entry(self, name: str) -> Entry | None:
         """By the pod's name."""
@@ -219,6 +245,11 @@ class Ledger:
             raise LedgerError(Problem(f"the ledger {self.file} cannot be written: {error}")) from None
 
     @staticmethod
+    def _insert(db: sqlite3.Connection, row: dict[str, Any]) -> None:
+        marks = ", ".join(f":{key}" for key in row)
+        db.execute(f"insert into pods ({', '.join(row)}) values ({marks})", row)
+
+    @staticmethod
     def _set(db: sqlite3.Connection, name: str, values: dict[str, Any]) -> None:
         marks = ", ".join(f"{key} = :{key}" for key in values)
         db.execute(f"update pods set {marks} where name = :_name", {**values, "_name": name})
@@ -233,8 +264,28 @@ def _entry(row: sqlite3.Row) -> Entry:
     return Entry(**{**values, "keep": bool(values["keep"])})
 
 
-def _owner() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "pid_started": _started(os.getpid())}
+def _know_all_states(db: sqlite3.Connection) -> None:
+    """A ledger of an earlier version refuses states that came later: SQLite changes no check of a table in place."""
+    if "'PARKED'" in _table(db):
+        return
+    db.execute("begin immediate")
+    if "'PARKED'" not in _table(db):  # another process may have been faster
+        db.execute("alter table pods rename to pods_before")
+        db.execute(PODS)
+        db.execute("insert into pods select * from pods_before")
+        db.execute("drop table pods_before")
+        db.execute("create index pods_by_run on pods (run_id)")
+    db.execute("commit")
+
+
+def _table(db: sqlite3.Connection) -> str:
+    return str(db.execute("select sql from sqlite_master where name = 'pods'").fetchone()["sql"])
+
+
+def owner(pid: int | None = None) -> dict[str, Any]:
+    """Columns that say who holds a pod: this process, or another one of this machine."""
+    pid = os.getpid() if pid is None else pid
+    return {"pid": pid, "host": socket.gethostname(), "pid_started": _started(pid)}
 
 
 def _started(pid: int) -> float | None:

@@ -3,7 +3,8 @@
     PLANNED → CREATING → PROVISIONING → SSH_READY → SYNCED → RUNNING → COLLECTING → TERMINATING → GONE
                   └→ CREATE_UNKNOWN ┘                          └→ PREEMPTED ┘          └→ STOPPED (where.keep)
 
-`acquire` goes as far as SSH_READY; `Rented` is what the rest of a run does with the pod.
+`acquire` goes as far as SSH_READY; `Rented` (rented.py) is what the rest of a run does with the pod. In a sweep, a pod
+whose run has ended well is PARKED, and SSH_READY again under the name of the next run.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from runner.cloud import ending
-from runner.cloud.account import pace
 from runner.cloud.answers import Pod, Volume
 from runner.cloud.api import Api
-from runner.cloud.ledger import PREFIX, Ledger, State
-from runner.cloud.money import Meter, stopped_usd_per_day
+from runner.cloud.ledger import PREFIX, Ledger
+from runner.cloud.money import Meter
 from runner.cloud.placement import Candidate, image_of, runpod
 from runner.cloud.preflight import check
-from runner.cloud.problems import NoCapacityError, NoPodError, TooDearError, UnclearError, WrongKeyError
-from runner.cloud.reconcile import reconcile, settle_unknown
+from runner.cloud.problems import NoCapacityError, NoPodError, TooDearError, UnclearError
+from runner.cloud.reconcile import reconcile
+from runner.cloud.rented import Rented, deadline_of, hours_of, spent
 from runner.cloud.waiting import BadHostError, look_for, until_ready
 from runner.cloud.wanted import PodRequest
 from runner.errors import Problem, RunnerError
 from runner.rundir import RunDir
-from runner.spec import RunPodPlace, RunSpec
+from runner.spec import RunSpec
 
 Say = Callable[[str], None]
 TRIES_PER_MACHINE = 2  # the second try of a GPU type mostly lands on another host
@@ -41,94 +42,6 @@ class Key(Protocol):
     @property
     def public(self) -> str:
         """A line for `authorized_keys`."""
-
-
-@dataclass
-class Rented:
-    """A pod that this process holds: everything about it that is not SSH. It outlives the process by `detach`."""
-
-    api: Api
-    ledger: Ledger
-    name: str
-    pod: Pod
-    """As it was seen last."""
-    deadline: float
-    """Epoch at which it must have ended itself: by `where.deadline_hours`, or what the cap pays for."""
-    meter: Meter
-    run_id: str
-    volume_gb: float = 0.0
-
-    @property
-    def usd_per_hour(self) -> float:
-        """Its real price."""
-        return self.meter.usd_per_hour
-
-    @property
-    def cap_usd(self) -> float | None:
-        """What this pod may cost still: `where.max_usd` less what earlier pods of the run have cost."""
-        return None if self.meter.cap_usd is None else self.meter.cap_usd - self.meter.before_usd
-
-    def usd(self) -> float:
-        """What the run has cost so far, earlier pods and disks included."""
-        return self.meter.usd(time.time())
-
-    def mark(self, state: State, why: str = "") -> None:
-        """Record a state before what it says is done."""
-        self.ledger.move(self.name, state, why or state.lower())
-
-    def refresh(self) -> Pod | None:
-        """The pod as it is now; None where it is gone, looked at twice. A pod that was taken away may also be EXITED.
-
-        ApiDownError and WrongKeyError mean that nobody knows, and not that it is gone.
-        """
-        settle_unknown(self.api, self.ledger, self.run_id)
-        found = self._asked()
-        if found is None:
-            if ending.is_gone(self.api, self.pod.id):
-                self.mark("PREEMPTED", "it vanished")
-                return None
-            found = self.api.pod(self.pod.id)
-        if found is not None:
-            self.pod = found
-        return self.pod
-
-    def _asked(self) -> Pod | None:
-        """A key is refused once in a while: a run in the middle of its training does not end for that."""
-        for strike in range(1, ending.WRONG_KEYS + 1):
-            try:
-                return self.api.pod(self.pod.id)
-            except WrongKeyError:
-                if strike == ending.WRONG_KEYS:
-                    raise
-                time.sleep(ending.GAP_S * pace())
-        raise AssertionError("unreachable")
-
-    def release(self, keep: bool = False) -> None:
-        """End the pod, or stop it with `keep`, and confirm that; StillThereError, loud, where that cannot be done.
-
-        May be called again, and for a pod that is gone.
-        """
-        for attempt in (1, 2):
-            try:
-                settle_unknown(self.api, self.ledger, self.run_id, now=True)
-                if keep:
-                    ending.stop(self.api, self.ledger, self.name, self.pod.id, "the run is over")
-                else:
-                    ending.end(self.api, self.ledger, self.name, self.pod.id, "the run is over")
-                self.ledger.leave(self.name)
-                return
-            except KeyboardInterrupt:  # once: an impatient second Ctrl-C must not leave a pod behind
-                if attempt == 2:
-                    raise
-
-    def detach(self) -> None:
-        """Leave it to its agent: nobody holds it, and no launcher has to be heard of."""
-        self.ledger.set(self.name, heartbeat_s=None)
-        self.ledger.leave(self.name)
-
-    def kept_usd_per_day(self) -> float:
-        """What it costs while it is stopped."""
-        return stopped_usd_per_day(self.volume_gb)
 
 
 def acquire(
@@ -197,7 +110,7 @@ class _Order:
         pod = self._create(wanted)
         try:
             meter = Meter(pod.usd_per_hour or machine.usd_per_hour, began, disk, place.max_usd, self.spent)
-            deadline = self._deadline(meter)
+            deadline = deadline_of(place, meter)
             facts = {"pod_id": pod.id, "usd_per_hour": meter.usd_per_hour, "deadline": deadline}
             self.ledger.move(name, "PROVISIONING", f"created as {pod.id}", **facts)
             rented = Rented(self.api, self.ledger, name, pod, deadline, meter, self.run.id, wanted.volume_gb)
@@ -273,12 +186,6 @@ class _Order:
             bid_usd=place.bid_usd if place.spot else None,
         )
 
-    def _deadline(self, meter: Meter) -> float:
-        """Epoch: `where.deadline_hours`, or earlier where the cap is reached."""
-        named = meter.started + hours_of(runpod(self.spec)) * 3600
-        paid = meter.ends()
-        return named if paid is None else min(named, paid)
-
     def _afford(self, name: str, usd_per_hour: float, disk_gb: float) -> None:
         """A pod after others of the same run: what is left must pay for a tenth of an hour at least."""
         cap = runpod(self.spec).max_usd
@@ -295,7 +202,7 @@ class _Order:
         cap, real = runpod(self.spec).max_usd, seen.usd_per_hour
         if real != rented.meter.usd_per_hour:
             rented.meter.usd_per_hour = real
-            rented.deadline = self._deadline(rented.meter)
+            rented.deadline = deadline_of(runpod(self.spec), rented.meter)
             self.ledger.set(rented.name, usd_per_hour=real, deadline=rented.deadline)
         if cap is not None and real > cap - self.spent:
             what = f"pod {seen.id} costs ${real:.2f} an hour, where ${machine.usd_per_hour:.2f} was offered"
@@ -305,23 +212,9 @@ class _Order:
             self.say(f"pod {seen.id} costs ${real:.2f} an hour, not ${machine.usd_per_hour:.2f} as the catalogue says")
 
 
-def spent(ledger: Ledger, run_id: str) -> float:
-    """US$ that the pods of a run have cost so far, by their time and price."""
-    total = 0.0
-    for entry in ledger.entries(run_id, gone=True):
-        if entry.pod_id is not None:
-            total += Meter(entry.usd_per_hour, entry.created, entry.disk_gb).usd(entry.ended or time.time())
-    return total
-
-
 def number(value: int | str) -> int:
     """A size of a resolved run; what is open still gets RunPod's usual 20."""
     return value if isinstance(value, int) else 20
-
-
-def hours_of(place: RunPodPlace) -> float:
-    """The deadline of a resolved run; what is open still gets a day, which is more than nothing."""
-    return 24.0 if isinstance(place.deadline_hours, str) else place.deadline_hours
 
 
 def _nothing(machines: list[Candidate], failures: list[RunnerError]) -> RunnerError:

@@ -17,7 +17,7 @@ from runner import checkpoints
 from runner.cloud import home, ship, tail
 from runner.cloud.follow import Follower, News, Vanished
 from runner.cloud.keys import KeyPair
-from runner.cloud.pod import Rented
+from runner.cloud.rented import Rented
 from runner.cloud.ship import Berth, Say
 from runner.cloud.ssh import CommandError, Connection, LostError, user_of
 from runner.errors import Problem, RunFailedError, RunnerError
@@ -88,6 +88,7 @@ class Session:
             usd_per_hour=meter.rate, budget_usd=self.rented.cap_usd, keep=self.where.keep,
             heartbeat_minutes=None if detach else self.where.heartbeat_minutes,
             uncollected="terminate" if self.where.volume else "stop" if own_disk else "wait",
+            public_key=self.keys.public,
         )  # fmt: skip
 
     def load(self, detach: bool) -> None:
@@ -249,11 +250,11 @@ class Session:
 
     # --- home ---
 
-    def collect(self, final: bool = True) -> None:
+    def collect(self, final: bool = True, part: bool = True) -> None:
         """Bring the run home: all but what is ours, the newest checkpoint, the model. Goes on after every break.
 
-        Unless it is `final`, the pod is not told that it is needed no more. Vanished where the pod goes first,
-        RunFailedError where it takes too long.
+        Unless it is `final`, and to `part` with it, the pod is not told that it is needed no more. Vanished where the
+        pod goes first, RunFailedError where it takes too long.
         """
         at = self.at
         assert at is not None
@@ -265,8 +266,8 @@ class Session:
                 began = time.monotonic()
                 with self._heard(at):
                     mirror(self.run, home.bring(at, self.run, self.spec), self.rented)
-                if final:
-                    at.connection.run(f"touch {shlex.quote(at.folder)}/collected")
+                if final and part:
+                    self.part()
                 return
             except LostError as error:
                 if time.monotonic() - began > PROGRESS_SECONDS:  # something was brought: patience begins anew
@@ -278,6 +279,11 @@ class Session:
                 address = self.find()
                 if address:
                     at.connection.moved(*address)
+
+    def part(self) -> None:
+        """Tell the pod that it is needed no more: it ends itself, should nobody else."""
+        assert self.at is not None
+        self.at.connection.run(f"touch {shlex.quote(self.at.folder)}/collected")
 
     def close(self) -> None:
         """Log out."""

@@ -17,7 +17,7 @@ from rich.console import Console
 from runner.cloud import keys, ship, ssh
 from runner.cloud.adopt import NoPodOfRunError, adopt, look, run_id_of
 from runner.cloud.follow import Vanished
-from runner.cloud.pod import Rented
+from runner.cloud.rented import Rented
 from runner.cloud.session import END_STATES, Session
 from runner.cloud.ssh import CommandError, Connection
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runner.execute.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -13,6 +17,8 @@ class Manner:
     """Do not ask."""
     detach: bool = False
     """Leave as soon as it trains."""
+    pool: Pool | None = None
+    """The pods of the sweep that the run is a point of."""
 
 
 PLAINLY = Manner()

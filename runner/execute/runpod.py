@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -17,12 +17,13 @@ from runner import checkpoints
 from runner.cloud import boot, keys, pod, preflight, ssh
 from runner.cloud.api import Api
 from runner.cloud.follow import News, Vanished
-from runner.cloud.pod import Rented
 from runner.cloud.problems import StillThereError
+from runner.cloud.rented import Rented
 from runner.cloud.session import Session
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
 from runner.execute.local import Outcome
 from runner.execute.manner import PLAINLY, Manner
+from runner.execute.pool import Pool, kind_of
 from runner.execute.voice import Voice
 from runner.report.problems import print_problems
 from runner.report.summary import duration, shown
@@ -46,17 +47,38 @@ def check(spec: RunSpec, manner: Manner = PLAINLY) -> None:
         raise RequestError(Problem(what, "where=runpod", "add --yes"))
 
 
-def confirm(spec: RunSpec, plan: dict[str, Any], manner: Manner, console: Console, times: int = 1) -> bool:
-    """Say what would be rented at which price, and ask. What RunPod does not have is an error here already."""
-    machines, _ = preflight.check(Api(), spec, plan)
-    first, hours = machines[0], plan.get("hours")
-    price = f"${first.usd_per_hour:.2f} an hour"
-    about = f", about ${first.usd_per_hour * hours * times:.2f} for {duration(3600 * hours * times)}" if hours else ""
-    cap = where(spec).max_usd
-    limit = f", never more than ${cap:g}" if cap else ""
-    many = f" for each of {times} runs, one after the other" if times > 1 else ""
-    console.print(f"Rents   {first.described}, {price}{about}{limit}{many}", highlight=False, soft_wrap=True)
+def confirm(asked: Sequence[tuple[RunSpec, dict[str, Any]]], manner: Manner, console: Console) -> bool:
+    """Say what would be rented for runs and their plans at which price, and ask. What RunPod does not have is an error
+    here already."""
+    kinds: dict[str, list[tuple[RunSpec, dict[str, Any]]]] = {}
+    for spec, plan in asked:
+        kinds.setdefault(kind_of(spec) or spec.hw.name, []).append((spec, plan))
+    lines, costs = [], []
+    for runs in kinds.values():
+        line, usd = _priced(runs)
+        lines.append(f"Rents   {line}")
+        costs.append(usd)
+    if len(asked) > 1:
+        pods = min(manner.pool.max_pods, len(asked)) if manner.pool else 0
+        place = f"on up to {pods} pods" if pods > 1 else "on one pod at a time" if pods else "a pod for each"
+        total = f", about ${sum(filter(None, costs)):.2f} in all" if all(costs) else ""
+        lines.append(f"Sweep   {len(asked)} runs, {place}{total}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
     return manner.yes or click.confirm("Rent it?", default=True, err=True)
+
+
+def _priced(runs: Sequence[tuple[RunSpec, dict[str, Any]]]) -> tuple[str, float | None]:
+    """The machine for runs that could have the same pod, and what all of them cost there, where that is known."""
+    spec, plan = runs[0]
+    machines, _ = preflight.check(Api(), spec, plan)
+    first, each = machines[0], [plan.get("hours") for _, plan in runs]
+    hours = sum(filter(None, each)) if all(each) else None
+    usd = first.usd_per_hour * hours if hours else None
+    about = f", about ${usd:.2f} for {duration(3600 * hours)}" if usd is not None and hours else ""
+    cap = where(spec).max_usd
+    limit = f", never more than ${cap:g}{' a run' if len(runs) > 1 else ''}" if cap else ""
+    return f"{first.described}, ${first.usd_per_hour:.2f} an hour{about}{limit}", usd
 
 
 def where(spec: RunSpec) -> RunPodPlace:
@@ -75,7 +97,7 @@ def execute(
     lost = 0
     with _terminated_is_interrupted():
         while True:
-            rented = _rent(run, spec, pair, voice, manner, args)
+            rented = _rent(run, spec, pair, voice, manner, args, again=lost > 0)
             session = Session(run, spec, rented, pair, voice.say)
             try:
                 with voice:
@@ -92,10 +114,16 @@ def execute(
                 session.close()
 
 
-def _rent(run: RunDir, spec: RunSpec, pair: keys.KeyPair, voice: Voice, manner: Manner, args: str) -> Rented:
+def _rent(
+    run: RunDir, spec: RunSpec, pair: keys.KeyPair, voice: Voice, manner: Manner, args: str, again: bool
+) -> Rented:  # fmt: skip
+    """A pod of its own, or one of the sweep's; what another run waits for is not taken `again`."""
+    pool = manner.pool
     try:
-        rented = pod.acquire(
-            run, spec, run.read("plan.json"), pair, voice.say, detached=manner.detach, args=args
+        rented = pool.take(run, spec, pair, voice.say) if pool and not again else None
+        rented = rented or pod.acquire(
+            run, spec, run.read("plan.json"), pair, voice.say, detached=manner.detach, args=args,
+            env=pool.variables() if pool else None,
         )  # fmt: skip
     except BaseException as error:
         run.set_status("failed", exit_code=getattr(error, "exit_code", 130), error=str(error) or "interrupted")
@@ -127,7 +155,7 @@ def _with(session: Session, voice: Voice, manner: Manner) -> Outcome:
         rented.release()
         account(run, rented, error)
         raise
-    return finish(session, last, voice)
+    return finish(session, last, voice, manner.pool)
 
 
 def follow(session: Session, voice: Voice, leave: bool = False) -> dict[str, Any]:
@@ -141,22 +169,28 @@ def follow(session: Session, voice: Voice, leave: bool = False) -> dict[str, Any
     return session.follow(tell, leave)
 
 
-def finish(session: Session, last: dict[str, Any], voice: Voice) -> Outcome:
-    """Bring the run home, give the pod back, say what it cost; the outcome of the training."""
+def finish(session: Session, last: dict[str, Any], voice: Voice, pool: Pool | None = None) -> Outcome:
+    """Bring the run home, give the pod back (after a run that ended well perhaps to the sweep's `pool`), say what it
+    cost; the outcome of the training."""
     run, rented, spec = session.run, session.rented, session.spec
     if last.get("state") == "ending":
         raise _ended_by_itself(session, last)
     voice.say("Brings  the run home")
+    code = int(last["exit_code"]) if isinstance(last.get("exit_code"), int) else 1
+    shared = pool if code == 0 else None
     try:
-        session.collect()
+        session.collect(part=shared is None)
     except Vanished:
         raise
     except BaseException:  # the pod keeps what it has, and its agent ends it when nobody is heard of
         rented.ledger.leave(rented.name)
         voice.say(f"Pod {rented.pod.id} still has the result: python -m runner fetch {run.id}")
         raise
+    if shared is not None and _parked(session, shared):
+        account(run, rented)
+        _close(run, rented, last, voice, "waits for the next run")
+        return Outcome(run, code)
     session.close()
-    code = int(last["exit_code"]) if isinstance(last.get("exit_code"), int) else 1
     if code and run.read("status.json").get("state") not in ("failed", "interrupted"):
         run.set_status("failed", exit_code=code, error=last.get("message") or f"the training ended with {code}")
     keep = where(spec).keep
@@ -167,8 +201,25 @@ def finish(session: Session, last: dict[str, Any], voice: Voice) -> Outcome:
         raise
     account(run, rented)
     keys.forget(run.id) if not keep else None
-    _close(run, rented, last, voice, keep)
+    _close(run, rented, last, voice, "is stopped" if keep else "is gone, which was confirmed")
+    if keep:
+        per_day = f"${rented.kept_usd_per_day():.2f} a day"
+        voice.say(f"Kept    its disk costs {per_day}: python -m runner pods terminate {run.id}")
     return Outcome(run, code)
+
+
+def _parked(session: Session, pool: Pool) -> bool:
+    """The pod is the pool's now; else it knows that it is needed no more, and is this run's to give back."""
+    try:
+        if pool.park(session):
+            session.close()
+            return True
+        with suppress(RunnerError):
+            session.part()
+        return False
+    except BaseException:
+        session.rented.release()
+        raise
 
 
 def account(run: RunDir, rented: Rented, error: BaseException | None = None) -> None:
@@ -192,15 +243,11 @@ def account(run: RunDir, rented: Rented, error: BaseException | None = None) -> 
         run.write("summary.json", {**summary, "model_dir": str(run.path / "model"), "cost": cost})
 
 
-def _close(run: RunDir, rented: Rented, last: dict[str, Any], voice: Voice, keep: bool) -> None:
+def _close(run: RunDir, rented: Rented, last: dict[str, Any], voice: Voice, became: str) -> None:
+    """What it cost, what `became` of the pod, and why the run ended as it did."""
     cost = run.read("status.json")["cost"]
     predicted = f", ${cost['predicted_usd']:.2f} predicted" if cost["predicted_usd"] is not None else ""
-    gone = "stopped" if keep else "gone, which was confirmed"
-    voice.say(f"Cost    ${cost['usd']:.2f}{predicted}; pod {rented.pod.id} is {gone}")
-    if keep:
-        voice.say(
-            f"Kept    its disk costs ${rented.kept_usd_per_day():.2f} a day: python -m runner pods terminate {run.id}"
-        )
+    voice.say(f"Cost    ${cost['usd']:.2f}{predicted}; pod {rented.pod.id} {became}")
     if last.get("stopped_for"):
         remedy = f"python -m runner resume {shown(run.path)} where.max_usd=…"
         print_problems(Console(stderr=True), InterruptedRun(Problem(f"stopped: {last['stopped_for']}", None, remedy)))

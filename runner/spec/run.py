@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from runner.layers import parse_layers
 from runner.spec.agreement import disagreements
@@ -42,6 +42,13 @@ class RunInfo(Part):
         return value
 
 
+class SweepSpec(Part):
+    """How the points of a sweep are run."""
+
+    max_pods: int = Field(default=1, ge=1)
+    """Rented pods of a sweep at once, each with a run; a pod whose run has ended well is handed on to the next one."""
+
+
 class RunSpec(Part):
     """One run, complete: the file `spec.json` in the run directory."""
 
@@ -56,6 +63,7 @@ class RunSpec(Part):
     train: TrainSpec = TrainSpec()
     eval: EvalSpec = EvalSpec()
     run: RunInfo = RunInfo()
+    sweep: SweepSpec = SweepSpec()
 
     @model_validator(mode="after")
     def _parts_agree(self) -> RunSpec:

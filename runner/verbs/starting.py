@@ -29,7 +29,7 @@ def renting(command: Callable[..., Any]) -> Callable[..., Any]:
     "-m",
     "--multirun",
     is_flag=True,
-    help="Sweep: key=a,b runs once per value (hydra/launcher=joblib: in parallel).",
+    help="Sweep: key=a,b runs once per value (here in parallel: hydra/launcher=joblib; on pods: sweep.max_pods=N).",
 )
 @renting
 @click.option("-sc", "--shell-completion", metavar="install=bash|zsh|fish", help="Print a completion script; eval it.")
@@ -62,12 +62,12 @@ def run(
 
     request = request_of(words, config_dirs)
     composed = None if multirun else compose(request)  # a typo ends here, before all that plans and trains is read
-    from runner import launch
+    from runner import launch, sweep
     from runner.execute.manner import Manner
 
     manner, console = Manner(yes, detach), Console(stderr=as_json)
     if composed is None:
-        sys.exit(launch.sweep(request, console, as_json, manner))
+        sys.exit(sweep.sweep(request, console, as_json, manner))
     sys.exit(launch.run(request, composed, console, as_json, manner))
 
 

@@ -78,11 +78,12 @@ def _own_etc(folder: Path, hostname: str) -> None:
 
 def _sshd_config(port: int, places: Places) -> str:
     """Of a server that knows one user, by key. Only the path is set for commands: the variables are not, as there."""
+    keys = f"{places.home}/.ssh/authorized_keys"
     return f"""Port {port}
 ListenAddress 127.0.0.1
 HostKey {places.etc}/ssh/ssh_host_ed25519_key
 PidFile {places.root}/run/sshd.pid
-AuthorizedKeysFile {places.home}/.ssh/authorized_keys
+AuthorizedKeysFile {keys}
 PermitRootLogin prohibit-password
 PasswordAuthentication no
 KbdInteractiveAuthentication no
@@ -92,6 +93,6 @@ PrintMotd no
 MaxStartups 100
 MaxSessions 100
 LogLevel ERROR
-SetEnv PATH={places.path} RUNNER_RP_ENVIRONMENT={places.etc}/rp_environment
+SetEnv PATH={places.path} RUNNER_RP_ENVIRONMENT={places.etc}/rp_environment RUNNER_AUTHORIZED_KEYS={keys}
 Subsystem sftp internal-sftp
 """

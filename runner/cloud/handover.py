@@ -1,0 +1,69 @@
+"""A pod goes from one run of a sweep to the next, and at every moment its dead-man's switch is armed.
+
+Parked, it has a last order from the run that is home: end in ten minutes. Then its switch finds the next run's order,
+and the word that the pod is handed on, and serves that run from there on (agent.py). Whoever dies in between leaves a
+pod that ends itself: by the one order or by the other.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+
+from runner.cloud.session import Session
+from runner.cloud.ship import Berth
+from runner.cloud.ssh import LostError
+from runner.errors import Problem, RunFailedError
+
+PARKED_MINUTES = 10.0
+"""A pod that no run takes over in so many minutes ends itself."""
+TRIES = 2
+
+
+def park(session: Session) -> float:
+    """Have a pod whose run is home end itself unless it is handed on in time; epoch at which that is."""
+    assert session.at is not None
+    deadline = time.time() + 60 * PARKED_MINUTES
+    order = session.order(detach=False) | {"deadline": deadline, "budget_usd": None, "uncollected": "terminate"}
+    session.at.place("agent.json", order)
+    return deadline
+
+
+def hand_on(old: Session, new: Session) -> None:
+    """The parked pod of `old` serves the run of `new`, which gets in by its own key from here on.
+
+    LostError, Vanished or RunFailedError where it does not: then it is to be ended.
+    """
+    for attempt in range(1, TRIES + 1):
+        try:
+            _hand_on(old, new)
+            return
+        except LostError:
+            if attempt == TRIES:
+                raise
+        finally:
+            old.close()
+
+
+def _hand_on(old: Session, new: Session) -> None:
+    at = old.board()
+    _clear(at, old, new)
+    there = Berth(at.connection, at.workspace, new.run.id)
+    at.connection.run(f"mkdir -p {shlex.quote(there.folder)}/logs")
+    order = new.order(detach=False)
+    there.place("agent.json", order)
+    at.place("successor.json", {"run_id": new.run.id})
+    status = at.start_agent()  # it is at work, and answers for the run that it serves by then; else it begins with that
+    if status.get("order") != order["id"]:
+        what = f"its agent did not take the next run's order: it is {status.get('state')}"
+        raise RunFailedError(Problem(what, None, f"{at.folder}/logs/agent.log in the pod says why"))
+
+
+def _clear(at: Berth, old: Session, new: Session) -> None:
+    """Room on the pod's own disk: what is home, and the weights of another model. The agent's files stay, and logs."""
+    words = [f"rm -f /dev/shm/runner-{shlex.quote(old.run.id)}.env"]
+    if old.where.volume is None:
+        words.append(f"find {shlex.quote(at.folder)} -mindepth 1 -maxdepth 1 -type d ! -name logs -exec rm -rf {{}} +")
+        if old.spec.model.id != new.spec.model.id:
+            words += [f"rm -rf {at.workspace}/{name}" for name in ("hf_cache/hub", "cache/runner", "artifacts")]
+    at.connection.run("; ".join(words), seconds=300)
