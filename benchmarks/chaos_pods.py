@@ -152,7 +152,7 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
         steps = 100_000 if near_cap else STEPS
         typed = words(
             model, folder / "runs", "where=runpod", "where.gpu_types=[NVIDIA L4]", f"train.max_steps={steps}",
-            "where.max_usd=5", "where.deadline_hours=24", "where.bad_host_minutes=0.2",
+            "where.max_usd=5", "where.deadline_hours=24", "where.bad_host_minutes=0.2", "where.setup_minutes=0.75",
             f"where.heartbeat_minutes={SILENCE_S / 60}",
         )  # fmt: skip
         command = [sys.executable, "-c", LAUNCHER, str(CAP_LEFT_S if near_cap else 0.0), *typed, "--yes"]

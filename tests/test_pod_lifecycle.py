@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -196,6 +197,25 @@ def test_what_earlier_pods_of_a_run_cost_counts(emulator: Emulator, tmp_path: Pa
     with pytest.raises(TooDearError, match="are spent"):
         acquire(run, spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
     assert emulator.pods() == {}
+
+
+def test_a_pod_whose_launcher_dies_at_once_ends_before_the_cap(emulator: Emulator, tmp_path: Path) -> None:
+    """Found by benchmarks/chaos_pods.py: twice `where.setup_minutes` are more than what is left for a later pod."""
+    spec = rented_spec("where.max_usd=1")
+    run = run_of(spec, tmp_path / "runs")
+
+    def alone_seconds() -> int:
+        key = Key("ssh-ed25519 AAAA test")
+        rented = acquire(run, spec, PLAN, key, print, alone_minutes=40)
+        command = shlex.split(emulator.pods()[rented.pod.id].config["args"])
+        rented.release()
+        Ledger().set(rented.name, created=time.time() - 3600 * 0.9)
+        return int(command[command.index(run.id) + 1])
+
+    assert alone_seconds() == 40 * 60
+    left = 1 - spent(Ledger(), run.id)
+    assert 0.1 < left < 0.4
+    assert alone_seconds() == pytest.approx(left / 0.75 * 3600, rel=0.1)  # $0.74 an hour, and its disks
 
 
 def test_ctrl_c_while_waiting_gives_the_pod_back(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from runner.cloud import ending
+from runner.cloud import boot, ending
 from runner.cloud.answers import Pod, Volume
 from runner.cloud.api import Api
 from runner.cloud.ledger import PREFIX, Ledger
@@ -46,19 +46,20 @@ class Key(Protocol):
 
 def acquire(
     run: RunDir, spec: RunSpec, plan: dict[str, Any], keys: Key, say: Say, *, detached: bool = False,
-    args: str | None = None, env: dict[str, str] | None = None, ports: tuple[str, ...] = (),
+    alone_minutes: float | None = None, env: dict[str, str] | None = None, ports: tuple[str, ...] = (),
 ) -> Rented:  # fmt: skip
     """A pod for a run that answers by SSH, or an error with nothing left behind.
 
-    `args` is a start command of one's own; `env` is added to the pod's variables: no secret may be in it. Errors before
-    any pod: NoKeyError, WrongKeyError, RequestError, NoBalanceError, CannotRunError. After: NoCapacityError and
-    NoPodError where every machine was tried, TooDearError, StillThereError where one could not be given back.
+    It ends itself if no agent has come after `alone_minutes`, or when the cap is reached if that is sooner. `env` is
+    added to the pod's variables: no secret may be in it. Errors before any pod: NoKeyError, WrongKeyError,
+    RequestError, NoBalanceError, CannotRunError. After: NoCapacityError and NoPodError where every machine was tried,
+    TooDearError, StillThereError where one could not be given back.
     """
     api, ledger = Api(), Ledger()
     for note in reconcile(api, ledger):
         say(note)
     machines, volume = check(api, spec, plan)
-    order = _Order(api, ledger, run, spec, keys, say, volume, detached, args, env or {}, ports)
+    order = _Order(api, ledger, run, spec, keys, say, volume, detached, alone_minutes, env or {}, ports)
     failures: list[RunnerError] = []
     for machine in machines:
         for _ in range(TRIES_PER_MACHINE):
@@ -86,7 +87,7 @@ class _Order:
     say: Say
     volume: Volume | None
     detached: bool
-    args: str | None
+    alone_minutes: float | None
     env: dict[str, str]
     ports: tuple[str, ...] = ()
     spent: float = field(default=0.0)
@@ -182,9 +183,16 @@ class _Order:
             cuda_versions=() if machine.cpu_id else tuple(place.cuda_versions),
             ports=(SSH_PORT, *self.ports),
             env={**env, **self.env},
-            args=self.args,
+            args=self._start_command(machine, number(place.container_disk_gb) + volume_gb),
             bid_usd=place.bid_usd if place.spot else None,
         )
+
+    def _start_command(self, machine: Candidate, disk_gb: float) -> str | None:
+        """The image's own where the pod may be alone for ever. Afterwards it cannot be told its real price any more."""
+        if self.alone_minutes is None:
+            return None
+        paid = Meter(machine.usd_per_hour, 0.0, disk_gb, runpod(self.spec).max_usd, self.spent).ends()
+        return boot.as_text(self.run.id, self.alone_minutes if paid is None else min(self.alone_minutes, paid / 60))
 
     def _afford(self, name: str, usd_per_hour: float, disk_gb: float) -> None:
         """A pod after others of the same run: what is left must pay for a tenth of an hour at least."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from runner.cloud import boot, keys
+from runner.cloud import keys
 from runner.cloud.api import Api
 from runner.cloud.placement import Candidate, runpod
 from runner.cloud.pod import acquire
@@ -69,7 +69,7 @@ def up(spec: RunSpec, hours: float, say: Callable[[str], None]) -> Up:
     began = time.time()
     rented = acquire(
         RunDir(state_dir() / "pods" / run_id), spec, {"hours": hours}, keys.pair(run_id), say, detached=True,
-        args=boot.as_text(run_id, hours * 60), env={"JUPYTER_PASSWORD": token},
+        alone_minutes=60 * hours, env={"JUPYTER_PASSWORD": token},
     )  # fmt: skip
     rented.deadline = min(rented.deadline, began + hours * 3600)
     rented.ledger.set(rented.name, deadline=rented.deadline)

@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 
 from runner import checkpoints
-from runner.cloud import boot, keys, pod, preflight, ssh
+from runner.cloud import keys, pod, preflight, ssh
 from runner.cloud.api import Api
 from runner.cloud.follow import News, Vanished
 from runner.cloud.problems import StillThereError
@@ -93,11 +93,10 @@ def execute(
     """Rent, run and give back; the outcome is the training's. Errors of renting as `pod.acquire` has them."""
     voice = Voice(Console(stderr=quiet_stdout))
     pair = keys.pair(run.id)
-    args = boot.as_text(run.id, BOOT_FACTOR * where(spec).setup_minutes)
     lost = 0
     with _terminated_is_interrupted():
         while True:
-            rented = _rent(run, spec, pair, voice, manner, args, again=lost > 0)
+            rented = _rent(run, spec, pair, voice, manner, again=lost > 0)
             session = Session(run, spec, rented, pair, voice.say)
             try:
                 with voice:
@@ -114,16 +113,14 @@ def execute(
                 session.close()
 
 
-def _rent(
-    run: RunDir, spec: RunSpec, pair: keys.KeyPair, voice: Voice, manner: Manner, args: str, again: bool
-) -> Rented:  # fmt: skip
+def _rent(run: RunDir, spec: RunSpec, pair: keys.KeyPair, voice: Voice, manner: Manner, again: bool) -> Rented:
     """A pod of its own, or one of the sweep's; what another run waits for is not taken `again`."""
     pool = manner.pool
     try:
         rented = pool.take(run, spec, pair, voice.say) if pool and not again else None
         rented = rented or pod.acquire(
-            run, spec, run.read("plan.json"), pair, voice.say, detached=manner.detach, args=args,
-            env=pool.variables() if pool else None,
+            run, spec, run.read("plan.json"), pair, voice.say, detached=manner.detach,
+            alone_minutes=BOOT_FACTOR * where(spec).setup_minutes, env=pool.variables() if pool else None,
         )  # fmt: skip
     except BaseException as error:
         run.set_status("failed", exit_code=getattr(error, "exit_code", 130), error=str(error) or "interrupted")
