@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from runner.report.problems import dump
-from runner.verbs.shared import Arguments, composed, one_run, request_of, spoken
+from runner.verbs.shared import Arguments, as_json_option, composed, one_run, output_dir_option, request_of, spoken
 
 
 @click.command()
@@ -66,7 +66,7 @@ def explain(key: str, words: Arguments, config_dirs: tuple[Path, ...], as_json: 
 
 @click.command(name="list")
 @click.argument("what", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+@as_json_option
 @spoken
 def list_(what: str | None, as_json: bool) -> None:
     """What there is to choose from: models, methods, hw, deepspeed, objectives, data, where, track, recipes.
@@ -87,8 +87,8 @@ def list_(what: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--output-dir", default="runs", type=click.Path(path_type=Path), help="Folder with the runs.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+@output_dir_option
+@as_json_option
 @spoken
 def runs(output_dir: Path, as_json: bool) -> None:
     """Past runs: state, model, method, loss, time.

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from runner.errors import CannotRunError
 from runner.report.problems import dump
-from runner.verbs.shared import Arguments, composed, one_run, request_of, spoken
+from runner.verbs.shared import Arguments, as_json_option, composed, one_run, output_dir_option, request_of, spoken
 
 
 @click.command()
@@ -119,8 +119,8 @@ def table(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> Non
 
 
 @click.command()
-@click.option("--output-dir", default="runs", type=click.Path(path_type=Path), help="Folder with the runs.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+@output_dir_option
+@as_json_option
 @spoken
 def calibrate(output_dir: Path, as_json: bool) -> None:
     """Predicted against measured, over past runs.

@@ -11,9 +11,7 @@ import click
 from rich.console import Console
 
 from runner.report.problems import dump
-from runner.verbs.shared import Arguments, composed, one_run, request_of, spoken
-
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+from runner.verbs.shared import Arguments, as_json_option, composed, one_run, request_of, spoken
 
 
 class Subverbs(click.Group):

@@ -9,18 +9,13 @@ import click
 from rich.console import Console
 
 from runner.report.problems import dump
-from runner.verbs.shared import spoken
-
-OUTPUT_DIR = click.option(
-    "--output-dir", default="runs", type=click.Path(path_type=Path), help="Folder with the runs.", show_default=True
-)
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+from runner.verbs.shared import as_json_option, output_dir_option, spoken
 
 
 @click.command()
 @click.argument("run_id")
-@OUTPUT_DIR
-@AS_JSON
+@output_dir_option
+@as_json_option
 @spoken
 def attach(run_id: str, output_dir: Path, as_json: bool) -> None:
     """Follow a run in its pod to its end, bring it home, end the pod. Ctrl-C leaves again, and the run goes on.
@@ -42,8 +37,8 @@ def attach(run_id: str, output_dir: Path, as_json: bool) -> None:
 
 @click.command()
 @click.argument("run_id")
-@OUTPUT_DIR
-@AS_JSON
+@output_dir_option
+@as_json_option
 @spoken
 def fetch(run_id: str, output_dir: Path, as_json: bool) -> None:
     """Bring a run home: all of one that is over, and its pod is ended; a copy so far of one that trains.
@@ -72,7 +67,7 @@ def _answer(as_json: bool, run: object) -> None:
 
 @click.command()
 @click.argument("run_id")
-@AS_JSON
+@as_json_option
 @spoken
 def status(run_id: str, as_json: bool) -> None:
     """Where a run in a pod stands: its step, its loss, its pod, its price.
@@ -97,7 +92,7 @@ def status(run_id: str, as_json: bool) -> None:
 @click.argument("run_id")
 @click.option("-f", "--follow", is_flag=True, help="Go on as it grows, until Ctrl-C.")
 @click.option("-n", "--lines", default=40, show_default=True, help="Last lines to begin with.")
-@AS_JSON
+@as_json_option
 @spoken
 def logs(run_id: str, follow: bool, lines: int, as_json: bool) -> None:
     """What the training of a run in a pod says.

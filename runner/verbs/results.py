@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from runner.report.problems import dump
-from runner.verbs.shared import spoken
+from runner.verbs.shared import as_json_option, spoken
 
 
 @click.command()
@@ -44,7 +44,7 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
 @click.option("--tasks-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder with task files of your own.")
 @click.option("--limit", type=int, help="Take only the first n rows, and n of each benchmark.")
 @click.option("--base", is_flag=True, help="Measure the model as it was before training.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+@as_json_option
 @spoken
 def eval_(run_dir: Path, as_json: bool, **wanted: Any) -> None:
     """Measure the model of a run: held-out loss and perplexity, and benchmarks.
@@ -67,7 +67,7 @@ def eval_(run_dir: Path, as_json: bool, **wanted: Any) -> None:
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write, if not runs/<id>/merged.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+@as_json_option
 @spoken
 def merge(run_dir: Path, out: Path | None, as_json: bool) -> None:
     """Fold the adapter of a finished run into its base: a plain 16-bit Hugging Face folder, and the proof of it.
@@ -89,7 +89,7 @@ def merge(run_dir: Path, out: Path | None, as_json: bool) -> None:
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--step", type=int, help="Which checkpoint; the newest complete one if left out.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write, if not export-<step>.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+@as_json_option
 @spoken
 def export(run_dir: Path, step: int | None, out: Path | None, as_json: bool) -> None:
     """Write a checkpoint as what the run would have saved at its end: a plain model, or an adapter.
@@ -111,7 +111,7 @@ def export(run_dir: Path, step: int | None, out: Path | None, as_json: bool) -> 
 @click.argument("repo", metavar="ORG/NAME")
 @click.option("--public", is_flag=True, help="Everybody may see a repository that is made; else it is private.")
 @click.option("--merged", is_flag=True, help="What `merge` has written, instead of the adapter.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+@as_json_option
 @spoken
 def push(run_dir: Path, repo: str, public: bool, merged: bool, as_json: bool) -> None:
     """Upload a run's model to the Hugging Face Hub, with a card and the spec that makes it again: one commit.
@@ -138,7 +138,7 @@ def push(run_dir: Path, repo: str, public: bool, merged: bool, as_json: bool) ->
 @click.option("--secret", metavar="NAME", help="The secret in RunPod's console with an HF_TOKEN for private models.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--delete", "remove", is_flag=True, help="Delete endpoint and template.")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+@as_json_option
 @spoken
 def deploy(run_dir: Path, remove: bool, yes: bool, as_json: bool, **options: Any) -> None:
     """Serve a run's model from RunPod: a serverless endpoint with OpenAI's API, which costs nothing while nobody asks.

@@ -16,6 +16,10 @@ from runner.report.problems import dump, print_problems, problems_as_json
 from runner.verbs import VERBS
 
 Arguments = tuple[str, ...]
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+output_dir_option = click.option(
+    "--output-dir", default="runs", type=click.Path(path_type=Path), show_default=True, help="Folder with the runs."
+)
 
 
 def composed(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,8 +31,7 @@ def composed(command: Callable[..., Any]) -> Callable[..., Any]:
         "--config-dir", "config_dirs", multiple=True, type=click.Path(path_type=Path),
         help="Folder with groups of your own (model/mine.yaml, …); may be given more than once.",
     )(command)  # fmt: skip
-    command = click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")(command)
-    return spoken(command)
+    return spoken(as_json_option(command))
 
 
 def one_run(command: Callable[..., Any]) -> Callable[..., Any]:

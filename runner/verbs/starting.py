@@ -13,7 +13,7 @@ from rich.console import Console
 
 from runner.errors import RequestError
 from runner.report.problems import dump
-from runner.verbs.shared import Arguments, composed, request_of, spoken, stray
+from runner.verbs.shared import Arguments, as_json_option, composed, request_of, spoken, stray
 
 
 def renting(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +115,7 @@ def resume(
 @click.option("--node-address", metavar="ADDRESS", help="This machine's own, if it is not on the way to the first one.")
 @click.option("--node", type=click.IntRange(min=1), hidden=True)
 @click.option("--attached", is_flag=True, hidden=True)
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+@as_json_option
 @spoken
 def join(run_dir: Path, node_address: str | None, node: int | None, attached: bool, as_json: bool) -> None:
     """Take part in a run of several machines: typed on every one but the first, in the same folder: runs/<id>

@@ -10,9 +10,7 @@ import click
 from rich.console import Console
 
 from runner.report.problems import dump
-from runner.verbs.shared import spoken
-
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
+from runner.verbs.shared import as_json_option, spoken
 
 
 @click.command()
