@@ -186,6 +186,21 @@ def test_signs_of_the_launcher_keep_a_pod(pod: Pod) -> None:
     until(pod.api.ended, 30)  # nothing was begun: nothing to keep
 
 
+def test_a_detached_run_that_never_begins_does_not_wait_for_its_deadline(pod: Pod) -> None:
+    """Found by benchmarks/chaos_pods.py: the launcher was killed between arming the pod and telling it what to do."""
+    pod.order(heartbeat_minutes=None, boarding_minutes=2 / 60)
+    pod.start()
+    until(pod.api.ended, 30)
+
+
+def test_a_detached_run_that_has_begun_needs_no_launcher(pod: Pod) -> None:
+    pod.order(heartbeat_minutes=None, boarding_minutes=2 / 60)
+    pod.start()
+    pod.task("import time; time.sleep(5)")
+    time.sleep(4)
+    assert pod.state() == "training" and not pod.api.ended() and not pod.api.ended("stop")
+
+
 def test_a_pod_that_cannot_be_stopped_is_terminated(pod: Pod) -> None:
     pod.api.answers["stop"] = 409
     pod.order(deadline=time.time() + 2)

@@ -193,14 +193,19 @@ def now() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def seconds(minutes: float | None) -> float | None:
+    """None stays None: without end."""
+    return None if minutes is None else 60 * minutes
+
+
 class Limits:
     """Until when, in this host's own seconds. The order's are the launcher's: only differences are taken from it."""
 
     def __init__(self, folder: Path, order: dict[str, Any], beat: Path) -> None:
-        self.beat, self.silence = (
-            beat,
-            None if order.get("heartbeat_minutes") is None else 60 * order["heartbeat_minutes"],
-        )
+        self.beat = beat
+        self.silence = seconds(order.get("heartbeat_minutes"))
+        self.boarding = seconds(order.get("boarding_minutes"))
+        """The same for a run that will be left to its pod, until it has begun: somebody is sending it."""
         self.seen, self.heard = self._mark(), now()
         sent = float(order["sent"])
         ends = {"deadline": float(order["deadline"]) - sent}
@@ -220,15 +225,16 @@ class Limits:
             **mine, "boot_id": boot_id(), "at_boot": self.at, "at_wall": time.time() + left,
         })  # fmt: skip
 
-    def over(self, silence: bool = True) -> str | None:
+    def over(self, silence: bool = True, begun: bool = True) -> str | None:
         """Why the pod must end now, in words; a launcher's `silence` may be one reason."""
         mark = self._mark()
         if mark != self.seen:
             self.seen, self.heard = mark, now()
         if now() > self.at - self.grace:
             return "the budget is spent" if self.why == "budget" else "the deadline has come"
-        if silence and self.silence is not None and now() - self.heard > self.silence:
-            return f"no sign of the launcher for {self.silence / 60:.3g} minutes"
+        longest = self.silence if begun or self.silence is not None else self.boarding
+        if silence and longest is not None and now() - self.heard > longest:
+            return f"no sign of the launcher for {longest / 60:.3g} minutes"
         return None
 
     def _mark(self) -> float:
@@ -252,8 +258,8 @@ class Switch:
         signal.signal(signal.SIGTERM, lambda *_: self._pass_on())
         while True:
             self._renew()
-            reason = self.limits.over()
             status = read(self.folder / "agent-status.json")
+            reason = self.limits.over(begun=status.get("state") != "armed")
             if self.child is not None and os.waitpid(self.child, os.WNOHANG)[0]:
                 self.child = None
                 if status.get("state") not in FINAL:

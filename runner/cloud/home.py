@@ -29,8 +29,10 @@ def bring(at: Berth, run: RunDir, spec: RunSpec) -> dict[str, Any]:
     steps = [int(line.split("/")[-2].rpartition("-")[2]) for line in listed.split()]
     if steps and max(steps) not in checkpoints.complete(run):
         bring_checkpoint(at, run, max(steps))
-    theirs = ship.loads(at.connection.attempt(f"cat {folder}/spec.json")[1])
-    _rename(run, {f"{at.workspace}/cache/runner": str(cache_dir()), str(theirs["model"]["id"]): spec.model.id})
+    places = {f"{at.workspace}/cache/runner": str(cache_dir())}
+    if theirs := ship.loads(at.connection.attempt(f"cat {folder}/spec.json")[1]):  # it is sent after the agent
+        places[str(theirs["model"]["id"])] = spec.model.id
+    _rename(run, places)
     if at.connection.attempt(f"test -e {folder}/summary.json")[0] == 0:
         at.connection.get(f"{at.folder}/summary.json", run.path)
     return status

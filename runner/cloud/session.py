@@ -87,6 +87,7 @@ class Session:
             self.run.id, str(self.rented.pod.id), deadline=self.rented.deadline, started=meter.started,
             usd_per_hour=meter.rate, budget_usd=self.rented.cap_usd, keep=self.where.keep,
             heartbeat_minutes=None if detach else self.where.heartbeat_minutes,
+            boarding_minutes=self.where.heartbeat_minutes,
             uncollected="terminate" if self.where.volume else "stop" if own_disk else "wait",
             public_key=self.keys.public,
         )  # fmt: skip

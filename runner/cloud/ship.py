@@ -84,15 +84,16 @@ def berth(connection: Connection, run_id: str, say: Say = lambda line: None) -> 
 
 def order(
     run_id: str, pod_id: str, *, deadline: float, started: float, usd_per_hour: float, budget_usd: float | None,
-    heartbeat_minutes: float | None, keep: bool, uncollected: str, public_key: str | None = None,
+    heartbeat_minutes: float | None, boarding_minutes: float, keep: bool, uncollected: str,
+    public_key: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What the agent is told: until when (epoch seconds of this machine, as `sent` is), for how much, how to end, and
     by which key this launcher comes in."""
     return {
         "id": uuid.uuid4().hex, "run_id": run_id, "pod_id": pod_id, "sent": time.time(), "started": started,
         "deadline": deadline, "budget_usd": budget_usd, "usd_per_hour": usd_per_hour,
-        "heartbeat_minutes": heartbeat_minutes, "keep": keep, "uncollected": uncollected,
-        "public_key": public_key,
+        "heartbeat_minutes": heartbeat_minutes, "boarding_minutes": boarding_minutes, "keep": keep,
+        "uncollected": uncollected, "public_key": public_key,
     }  # fmt: skip
 
 

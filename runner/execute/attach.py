@@ -54,6 +54,12 @@ def fetch(words: str, output_dir: Path, console: Console) -> int:
     """
     with _aboard(words, output_dir, console) as (session, voice):
         if session.agent.get("state") not in END_STATES:
+            if not session.agent.get("task"):
+                what = (
+                    f"nothing has begun in pod {session.rented.pod.id}: the run is being sent, or was never sent whole"
+                )
+                remedy = "python -m runner pods ends a pod that nobody holds; then resume the run"
+                raise RunFailedError(Problem(what, None, remedy))
             session.collect(final=False)
             voice.say(f"Copied  what there is so far to {shown(session.run.path)}; the run goes on")
             return 0
