@@ -28,6 +28,8 @@ STEPS = 80
 CAP_LEFT_S = 110.0
 """So long before its cap a run of the second kind begins. The launcher ends a training 90 s before the end."""
 SILENCE_S = 15.0
+ROUNDS = 3
+"""A pod that was taken away in the middle of its training goes on with it when `fetch` starts it again."""
 LAUNCHER = """\
 import sys
 from runner.cloud import pod
@@ -66,8 +68,8 @@ own: real ssh servers, rsync, the real agent. In place of the training stands a 
 what one does, for {seconds:.0f} s (benchmarks/pod_training.py). At a random moment one of {faults} faults happens, or
 none; half of the launchers get SIGKILL at another, and a quarter of the runs is left to its pod (`--detach`). Every
 third run begins {left:.0f} s before its cap: its meter is told that the pod was rented so much earlier, and its
-training would take for ever. Then nobody does anything until no pod is paid for any more, and `fetch` and `pods reap`
-are typed once.
+training would take for ever. Then nobody does anything until no pod is paid for any more, and `fetch` is typed (again
+when a training that was taken away has gone on in between), and `pods reap`.
 
 - *lost*: models that a training had finished, on a disk that was not taken away, and that are not here then, bit for
   bit;
@@ -171,17 +173,15 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
         if launcher.poll() is None:
             launcher.kill()
         emulator.clear()
-        run = only_run(folder / "runs")
-        with (folder / "after.log").open("w") as log:
-            fetch = [["fetch", run.name, "--output-dir", str(run.parent)]] if run else []
-            for verb in (*fetch, ["pods", "reap"]):
-                done = [sys.executable, "-m", "runner", *verb]
-                with suppress(subprocess.TimeoutExpired):
-                    subprocess.run(
-                        done, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=120
-                    )
-        left = [id for id, pod in emulator.pods().items() if pod.status != "TERMINATED"]
         past = _past_cap(folder / "state", watch.seen) if near_cap else None
+        run = only_run(folder / "runs")
+        for _ in range(ROUNDS):
+            if run is None or not emulator.pods():
+                break
+            _typed(env, folder / "after.log", "fetch", run.name, "--output-dir", str(run.parent))
+            _until(lambda: not watch.paid(), CAP_LEFT_S)
+        _typed(env, folder / "after.log", "pods", "reap")
+        left = [id for id, pod in emulator.pods().items() if pod.status != "TERMINATED"]
     return {
         "case": number, "fault": None if fault is None else " ".join([fault[0], *map(str, fault[1].values())]),
         "near_cap": near_cap, "detached": detached, "killed": killed, "quiet": quiet, "left": left,
@@ -217,6 +217,12 @@ def _strike(
             taken = fault[0] in TAKEN and watch.finished is not None
             watch.emulator.inject(fault[0], **fault[1])
     return taken
+
+
+def _typed(env: dict[str, str], log: Path, *verb: str) -> None:
+    with log.open("a") as words, suppress(subprocess.TimeoutExpired):
+        command = [sys.executable, "-m", "runner", *verb]
+        subprocess.run(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=words, stderr=words, timeout=300)
 
 
 def _past_cap(state: Path, seen: dict[str, float]) -> float:
