@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import spec_of
+from tests.conftest import spec_of, train_here
 from tests.processes import tiny_model
 
 COLOURS = ("red", "green", "blue", "black", "white", "amber", "gold", "grey", "pink", "teal")
@@ -42,7 +41,7 @@ def write(file: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def words(folder: Path, *more: str) -> list[str]:
-    """A run of the tiny model on pairs (or, for KTO, on marked answers): 8 steps of 4."""
+    """A run of the tiny model on pairs (or, for KTO, on marked answers): 6 steps of 4."""
     model = folder / "tiny"
     if not model.exists():
         tiny_model(model)
@@ -51,7 +50,7 @@ def words(folder: Path, *more: str) -> list[str]:
     rows = "judged" if "objective=kto" in more else "pairs"
     return [
         "model=hub", f"model.id={model}", f"run.output_dir={folder / 'runs'}", "hw=cpu", "hw.num_cpus=1",
-        "train.precision=fp32", "train.max_steps=8", "train.batch_size=4", "train.micro_batch_size=2",
+        "train.precision=fp32", "train.max_steps=6", "train.batch_size=4", "train.micro_batch_size=2",
         "train.max_length=96", "train.learning_rate=2e-3", "data=file", f"data.path={folder / f'{rows}.jsonl'}",
         "data.eval_fraction=0.1", "eval.num_prompts=0", *more,
     ]  # fmt: skip
@@ -59,13 +58,4 @@ def words(folder: Path, *more: str) -> list[str]:
 
 def train(folder: Path, *more: str) -> tuple[Any, Any]:
     """Train in this process: what the worker leaves, and its run directory."""
-    from rich.console import Console
-
-    from runner.report.progress import Progress
-    from runner.rundir import RunDir
-    from runner.train.callbacks import StopOnSignal
-    from runner.train.worker import work
-
-    spec = spec_of(*words(folder, *more))
-    run = RunDir.create(spec)
-    return work(spec, run, Progress(Console(file=io.StringIO())), StopOnSignal()), run
+    return train_here(spec_of(*words(folder, *more)))

@@ -468,7 +468,8 @@ def test_peer_to_peer_of_other_cards(
 
 
 def test_nvml_is_asked_in_its_own_numbers() -> None:
-    pynvml = pytest.importorskip("pynvml")
+    import pynvml
+
     assert (pynvml.NVML_P2P_CAPS_INDEX_NVLINK, pynvml.NVML_P2P_STATUS_OK) == (gpus._P2P_NVLINK, gpus._P2P_OK)
     assert (pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC) == (1, 0)
     assert pynvml.NVML_COMPUTEMODE_PROHIBITED == gpus._PROHIBITED

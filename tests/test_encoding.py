@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,16 +129,3 @@ def test_rows_that_came_tokenised_are_packed_as_they_are(tokenizer: Any) -> None
     rows = [Example(ids=[1, 2, 3], labels=[-100, 2, 3]), Example(ids=[4, 5])]
     (row,) = dataset.tokenise(rows, tokenizer, spec()).rows
     assert row == {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, 4, 5], "seq_lengths": [3, 2]}
-
-
-def test_two_runs_may_fill_the_same_cache_at_once(tokenizer: Any, tmp_path: Path) -> None:
-    """Threads stand for runs: both build, one wins, nothing half-made is left."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    build: Callable[[int], Any] = lambda _: dataset.tokenise(examples(300), tokenizer, spec())  # noqa: E731
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(build, range(4)))
-    assert all(one.rows[:] == found[0].rows[:] for one in found)
-    (entry,) = (tmp_path / "cache" / "tokenised").iterdir()
-    assert sorted(file.name for file in entry.iterdir()) == ["facts.json", "rows.arrow"]
-    assert json.loads((entry / "facts.json").read_text())["num_examples"] == 300

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = preferences.write(folder / "both.jsonl", both)
     preferences.write(folder / "red.jsonl", ({"prompt": text, "answer": "red", "level": 2} for text in QUESTIONS))
     _, run = preferences.train(
-        folder, "method=full", f"data.path={rows}", "train.max_steps=60", "train.batch_size=8", "train.packing=false",
+        folder, "method=full", f"data.path={rows}", "train.max_steps=120", "train.batch_size=8", "train.packing=false",
         "train.micro_batch_size=8", "train.learning_rate=3e-3", "train.max_length=64",
     )  # fmt: skip
     (run.path / "model").rename(folder / "both")
@@ -49,9 +49,9 @@ def trained(folder: Path, *more: str) -> tuple[Any, Any]:
     "words", [("method=full", "objective.beta=0.01"), ("method=full", "objective.loss=grpo")], ids=" ".join
 )
 def test_the_exact_match_reward_rises(words: tuple[str, ...], folder: Path) -> None:
-    finished, run = trained(folder, *words, "train.max_steps=30")
+    finished, run = trained(folder, *words, "train.max_steps=16")
     lines = list(run.metrics())
-    assert len(lines) == 30
+    assert len(lines) == 16
     first, last = (sum(line["reward_exact_match"] for line in some) / 5 for some in (lines[:5], lines[-5:]))
     assert first < 0.8 and last > first + 0.15
     assert ("kl" in lines[-1]) == ("objective.beta=0.01" in words)

@@ -31,9 +31,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.
 
 @pytest.fixture
 def real_cache() -> None:
-    """The cache that holds the unpacked demo model."""
+    """The cache that holds the unpacked demo model: unpacked now, if no test has done it before."""
     if tokenizer_file(SMOLLM2) is None:
-        pytest.skip("the demo model is not unpacked here")
+        from runner.train.models import source_of
+
+        source_of(SMOLLM2)
 
 
 def rows_file(path: Path, count: int, words: int = 4) -> Path:
@@ -131,8 +133,9 @@ def test_of_a_large_file_the_beginning_tells_the_rest(tmp_path: Path, kind: str)
 
 
 def test_a_parquet_file_knows_its_own_row_count(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     texts = [f"{n:07d}" * 20 for n in range(40_000)]
     parquet.write_table(
         pyarrow.table({"text": texts}), tmp_path / "my.parquet", compression="none", use_dictionary=False
@@ -232,8 +235,9 @@ def test_packing_and_steps_are_those_of_the_trainer() -> None:
     """Against TRL's own packing and transformers' own count, on lengths as they come."""
     import random
 
-    datasets = pytest.importorskip("datasets")
-    trl = pytest.importorskip("trl")
+    import datasets
+    import trl
+
     from runner.train.trainer import num_steps
 
     rng = random.Random(3)

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +27,7 @@ from runner.data.files import refuse
 from runner.data.packing import bins
 from runner.data.words import IGNORED, Words
 from runner.errors import Problem, RequestError
+from runner.folders import cached
 from runner.paths import cache_dir
 from runner.spec import RunSpec, Sft
 
@@ -120,20 +118,9 @@ def _read(folder: Path) -> tuple[Dataset, dict[str, Any]] | None:
 
 def _build(examples: Sequence[Example], tokenizer: Any, spec: RunSpec, folder: Path, tell: Tell | None) -> None:
     """Write one cache entry, whole or not at all; two runs may build the same one at once."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}-{uuid4().hex[:8]}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with cached(folder, lambda: _read(folder) is not None) as temporary:
         facts = _write(examples, tokenizer, spec, temporary, tell)
         (temporary / "facts.json").write_text(json.dumps(facts), "utf-8")
-        if _read(folder) is None:
-            shutil.rmtree(folder, ignore_errors=True)  # an entry that cannot be read
-            try:
-                temporary.rename(folder)
-            except OSError:  # another run was faster
-                if _read(folder) is None:
-                    raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(

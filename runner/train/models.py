@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers.utils import is_flash_attn_2_available
 from runner.data.templates import template_source
 from runner.data.words import FALLBACK
 from runner.errors import Problem, RequestError
+from runner.folders import cached
 from runner.paths import cache_dir
 from runner.spec import Full, ModelSpec, QLora4, QLora8, RunSpec
 
@@ -72,18 +72,12 @@ def _package_folder(model: ModelSpec) -> Path:
 
 def _dequantise(folder: Path, gguf_file: str, target: Path) -> None:
     """Write the GGUF's weights as a plain Hugging Face folder, whole or not at all."""
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with cached(target, (target / "config.json").is_file) as temporary:
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf_file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(temporary)
-        if not target.exists():
-            temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_tokenizer(spec: RunSpec, source: str) -> Any:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,6 +22,7 @@ from runner.data.examples import Example, fingerprint
 from runner.data.sharder import lines_of
 from runner.data.workspace import manifest_of
 from runner.errors import Problem, RequestError
+from runner.folders import cached
 from runner.paths import cache_dir
 from runner.spec import RunSpec
 from runner.train.dataset import Tokenised, tokenizer_fingerprint
@@ -79,10 +78,8 @@ def _read(folder: Path) -> tuple[Dataset, dict[str, Any]] | None:
 def _build(texts: Iterable[str], documents: int, tokenizer: Any, spec: RunSpec, folder: Path) -> None:
     """Write one cache entry, whole or not at all; two runs may build the same one at once."""
     limit, packing = spec.train.max_length, spec.train.packing
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
     rows = tokens = 0
-    try:
+    with cached(folder, lambda: _read(folder) is not None) as temporary:
         with ArrowWriter(path=str(temporary / "rows.arrow")) as writer:
             for row in sequences(texts, tokenizer, limit, packing):
                 writer.write(row)
@@ -100,11 +97,6 @@ def _build(texts: Iterable[str], documents: int, tokenizer: Any, spec: RunSpec, 
             "packing_efficiency": tokens / (rows * limit) if packing else None,
         }
         (temporary / "facts.json").write_text(json.dumps(facts), "utf-8")
-        if _read(folder) is None:
-            shutil.rmtree(folder, ignore_errors=True)  # an entry that cannot be read
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sequences(texts: Iterable[str], tokenizer: Any, limit: int, packing: bool) -> Iterator[dict[str, list[int]]]:
