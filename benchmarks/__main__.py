@@ -20,6 +20,7 @@ from benchmarks import (
     matrix,
     matrix_page,
     memory_accuracy,
+    objectives,
     reliability_page,
     startup,
     throughput_cpu,
@@ -29,7 +30,7 @@ from runner.report import planning_page
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (startup, throughput_cpu, data, memory_accuracy, matrix, chaos, chaos_cloud, chaos_pods)
+    for module in (startup, throughput_cpu, data, objectives, memory_accuracy, matrix, chaos, chaos_cloud, chaos_pods)
 }
 ELSEWHERE = {"memory_accuracy", "matrix", "chaos", "chaos_cloud", "chaos_pods"}
 """Shown on pages of their own."""
