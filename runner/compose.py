@@ -191,7 +191,8 @@ def _hydra(request: Request, primary: _Primary) -> Iterator[Hydra]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a recipe may leave `_self_` out: it comes last anyway
-            yield Hydra.create_main_hydra2("runner", search)
+            with _interruptible():
+                yield Hydra.create_main_hydra2("runner", search)
     finally:
         GlobalHydra.instance().clear()
 
@@ -221,7 +222,8 @@ def _resolved(config: DictConfig, source_of: SourceOf) -> _Composed:
     dangling: dict[str, Problem] = {}
     while True:
         try:
-            values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            with _interruptible():
+                values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
             assert isinstance(values, dict)
             return _Composed({str(k): v for k, v in values.items()}, [*dangling.values()], frozenset(dangling))
         except OmegaConfBaseException as error:
@@ -245,10 +247,26 @@ def _dangling(key: str, error: OmegaConfBaseException, source_of: SourceOf) -> P
 
 
 @contextmanager
+def _interruptible() -> Iterator[None]:
+    """A Ctrl-C stays one. One in twenty meets OmegaConf with a node half set, over which its own clean-up then fails:
+    that error would be taken for a mistake in the config."""
+    try:
+        yield
+    except Exception as error:
+        before: BaseException | None = error
+        while before is not None:
+            if isinstance(before, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            before = before.__context__
+        raise
+
+
+@contextmanager
 def _as_request_error(checked: Checked) -> Iterator[None]:
     """Hydra's, OmegaConf's and YAML's own complaints in one line, with the file or word they are about."""
     try:
-        yield
+        with _interruptible():
+            yield
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError(_complaint(error, checked)) from None
     except yaml.YAMLError as error:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from _thread import interrupt_main
 from pathlib import Path
 
 import pytest
 
-from runner.compose import places, points
+from runner.compose import compose, places, points
 from runner.errors import RequestError
 from runner.paths import CONF
 from runner.request import Request
@@ -150,6 +153,20 @@ def test_single_values_of_a_spec_json_can_be_changed(here: Path) -> None:
     expected["train"]["learning_rate"], expected["method"]["target_modules"] = 2e-5, ["q_proj"]
     expected["hw"]["env"] = {"A": "1"}
     assert after == RunSpec.model_validate(expected)
+
+
+def test_a_ctrl_c_in_the_middle_is_no_mistake_in_the_config() -> None:
+    """Of 60, three or so leave an OmegaConf node half set, over which its clean-up fails."""
+    begun = time.monotonic()
+    compose(Request())
+    took = time.monotonic() - begun
+    for part in range(60):
+        timer = threading.Timer(took * (part + 0.5) / 60, interrupt_main)
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            while True:
+                compose(Request())
+        timer.join()
 
 
 def test_a_choice_cannot_be_exchanged_in_a_spec_json(here: Path) -> None:
