@@ -193,13 +193,15 @@ def _order(run: RunDir, held: Sequence[Mapping[str, str]]) -> dict[str, list[flo
     """Log-probability of the right command less that of the wrong one, for every held-out pair: [before, after]."""
     import torch
 
+    from runner.data.pairs import split
+    from runner.data.words import Words
     from runner.train import chat
-    from runner.train.pairs import split
 
     spec = RunSpec.model_validate(run.read("spec.json"))
     torch.set_num_threads(spec.hw.num_cpus or 1)
     model, tokenizer = chat.load(spec, run)
     model.eval()
+    words = Words.of(tokenizer)
 
     def likely(prompt: list[int], answer: list[int]) -> float:
         ids = torch.tensor([prompt + answer])
@@ -212,7 +214,7 @@ def _order(run: RunDir, held: Sequence[Mapping[str, str]]) -> dict[str, list[flo
         for row in held:
             turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["prompt"]}]
             answers = [[{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")]
-            prompt, (right, wrong) = split(tokenizer, turns, answers)  # type: ignore[arg-type]
+            prompt, (right, wrong) = split(words, turns, answers)  # type: ignore[arg-type]
             found.append(round(likely(prompt, right) - likely(prompt, wrong), 3))
         return found
 

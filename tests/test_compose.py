@@ -155,6 +155,11 @@ def test_single_values_of_a_spec_json_can_be_changed(here: Path) -> None:
     assert after == RunSpec.model_validate(expected)
 
 
+def _for_ever() -> None:
+    while True:
+        compose(Request())
+
+
 def test_a_ctrl_c_in_the_middle_is_no_mistake_in_the_config() -> None:
     """Of 60, three or so leave an OmegaConf node half set, over which its clean-up fails."""
     begun = time.monotonic()
@@ -162,10 +167,9 @@ def test_a_ctrl_c_in_the_middle_is_no_mistake_in_the_config() -> None:
     took = time.monotonic() - begun
     for part in range(60):
         timer = threading.Timer(took * (part + 0.5) / 60, interrupt_main)
+        timer.start()
         with pytest.raises(KeyboardInterrupt):
-            timer.start()
-            while True:
-                compose(Request())
+            _for_ever()
         timer.join()
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from runner.data import prepared
 from runner.data.stats import histogram, suggested
 from runner.report.data import bars
-from tests.conftest import ROOT, run_cli
+from runner.report.progress import Progress
+from runner.train import prepare
+from tests import preferences
+from tests.conftest import ROOT, run_cli, spec_of, train_here
 from tests.front import here, laptop, runner
 
 __all__ = ["here", "laptop"]  # fixtures
@@ -88,6 +94,26 @@ def test_the_front_of_data_stays_light(tmp_path: Path) -> None:
 def test_help_has_examples(verb: str) -> None:
     result = runner("data", verb, "--help")
     assert result.exit_code == 0 and f"python -m runner data {verb}" in result.output
+
+
+@pytest.mark.parametrize("objective", ["sft", "pretrain", "dpo", "kto", "orpo", "reward", "grpo"])
+def test_what_is_prepared_is_all_that_the_run_takes(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
+    own = {"grpo": ["objective.rewards=[length]", "objective.num_generations=2", "objective.max_new_tokens=4"]}
+    words = preferences.words(tmp_path, f"objective={objective}", "train.max_steps=1", *own.get(objective, []))
+    if objective == "pretrain":
+        preferences.write(tmp_path / "text.jsonl", [{"text": "The door is red. " * 9}] * 20)
+        words.append(f"data.path={tmp_path / 'text.jsonl'}")
+    spec = spec_of(*words)
+    found = prepare.prepared(spec, Progress(Console(file=io.StringIO())))
+    there = sorted((tmp_path / "cache" / "tokenised").iterdir())
+    assert sorted(found["folders"]) == [str(folder) for folder in there] and len(there) == 2  # to learn, and held out
+    assert not found["from_cache"] and found["num_tokens"] > 0 and found["num_held_out"] > 0
+    assert sorted(prepared.entries(spec)) == [f"tokenised/{folder.name}" for folder in there]
+    train_here(spec)
+    assert sorted((tmp_path / "cache" / "tokenised").iterdir()) == there
 
 
 def test_prepared_tokens_are_found_by_the_run(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from runner.data.formats import Example
+from runner.data.masks import IGNORED
 from runner.errors import RequestError
 from runner.train import dataset, models
 from tests.conftest import spec_of
@@ -20,7 +21,7 @@ from tests.conftest import spec_of
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty cache of tokens (the unpacked model is found before)."""
     source()
-    monkeypatch.setattr(dataset, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
 
 
 def source() -> str:
@@ -43,7 +44,7 @@ EXAMPLES = [chat(f"What is {n} plus {n}?" + " Think." * (n % 3), f"It is {2 * n}
 def test_loss_is_taken_on_the_answer_and_its_end_only() -> None:
     words = tokenizer()
     ids, labels = dataset.encode(EXAMPLES[3], words, "auto")
-    learned = words.decode([t for t, label in zip(ids, labels, strict=True) if label != dataset.IGNORED])
+    learned = words.decode([t for t, label in zip(ids, labels, strict=True) if label != IGNORED])
     assert learned == "It is 6.<|im_end|>\n"
     ids, labels = dataset.encode(EXAMPLES[3], words, "all")
     assert labels == ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl import pack_dataset
 
-from runner.data.encoding import Chunk, How, encoded_chunks
+from runner.data.encoding import Chunk, How, encode_chunk, in_chunks
 from runner.data.examples import Example
 from runner.data.lengths import packed
 from runner.data.masks import IGNORED
@@ -21,6 +22,7 @@ from runner.data.templates import template_source
 from runner.data.words import Words
 from runner.errors import RequestError
 from runner.train import dataset
+from runner.train.tokenised import line_of
 from tests.conftest import spec_of
 from tests.test_masks import SPECIAL, body
 
@@ -84,7 +86,7 @@ def examples(count: int) -> list[Example]:
 
 def test_several_processes_give_what_one_does(body: str) -> None:
     words, rows, how = Words(body, template_source("chatml"), SPECIAL), examples(2500), How("auto", 64)
-    one, two = (list(encoded_chunks(words, rows, len(rows), how, processes)) for processes in (1, 2))
+    one, two = (list(in_chunks(partial(encode_chunk, how=how), words, rows, processes)) for processes in (1, 2))
     assert [chunk.ids for chunk in one] == [chunk.ids for chunk in two]
     assert [chunk.labels for chunk in one] == [chunk.labels for chunk in two]
     assert sum(chunk.examples for chunk in two) == 2500
@@ -94,7 +96,7 @@ def test_several_processes_give_what_one_does(body: str) -> None:
 def tokenizer(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    monkeypatch.setattr(dataset, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tokenizer.json").write_text(body)
     found = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **SPECIAL)
     found.chat_template = template_source("mistral")  # refuses two questions in a row
@@ -114,7 +116,7 @@ def test_rows_that_the_template_refuses_are_named_all_or_skipped(tokenizer: Any)
     assert [problem.source for problem in caught.value.problems] == ["my.jsonl, line 3", "my.jsonl, line 9"]
     found = dataset.tokenise(rows, tokenizer, spec("data.on_error=skip"))
     assert (found.num_refused, found.num_examples) == (2, 6)
-    assert "2 skipped: the chat template refuses them" in dataset.line_of(found, 0)
+    assert "2 skipped: the chat template refuses them" in line_of(found, 0)
 
 
 @pytest.mark.parametrize(("policy", "facts"), [("truncate", (1, 0, 0)), ("drop", (0, 1, 0)), ("split", (0, 0, 1))])

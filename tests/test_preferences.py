@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from runner.errors import RequestError
-from runner.train import dataset, models, objectives
+from runner.train import models, objectives
+from runner.train.tokenised import line_of
 from tests import preferences
 from tests.conftest import spec_of, train_here
 
@@ -97,7 +98,7 @@ def test_what_is_cut_and_dropped_is_said(folder: Path, tmp_path: Path) -> None:
     train, held = objectives.tokenise(examples, tokenizer, spec)
     dropped = train.num_dropped + (held.num_dropped if held else 0)
     assert dropped == 1 and train.num_truncated > 0
-    assert "cut to the longest length" in dataset.line_of(train, len(examples.held))
+    assert "cut to the longest length" in line_of(train, len(examples.held))
 
 
 @pytest.mark.parametrize(

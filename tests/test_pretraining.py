@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from runner.data.sharder import lines_of
 from runner.data.workspace import manifest_of
 from runner.errors import RequestError
+from runner.report.progress import Progress
 from runner.rundir import RunDir
+from runner.train.prepare import prepared
 from tests.conftest import run_cli, spec_of
 
 # recipes/pretrain_22m.yaml, small enough for seconds: 2 layers of 64, 384 tokens, 1,500 paragraphs.
@@ -38,6 +42,18 @@ def the_run(folder: Path) -> RunDir:
     """Of the quickstart."""
     (summary,) = folder.glob("runs/*/summary.json")
     return RunDir(summary.parent)
+
+
+def test_prepare_does_all_that_comes_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards, tokenizer and tokens; the second time all of them are there."""
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
+    spec = spec_of(*SMALL, "objective.take=200", f"objective.root={tmp_path}", "train.max_steps=1")
+    out = io.StringIO()
+    first, again = (prepared(spec, Progress(Console(file=out, width=200))) for _ in range(2))
+    assert (first["from_cache"], again["from_cache"]) == (False, True) and first["num_tokens"] == again["num_tokens"]
+    assert first["num_examples"] == manifest_of(tmp_path / "datasets/train/small")["lines"]
+    assert (tmp_path / "artifacts/tokenizer/small/tokenizer.json").is_file()
+    assert out.getvalue().count("there already") == 1
 
 
 @pytest.mark.slow

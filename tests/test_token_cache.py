@@ -73,20 +73,20 @@ def writing(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
     return process
 
 
-def entries(cache: Path, kind: str) -> list[Path]:
-    return sorted((cache / {"dataset": "tokenised", "text": "text"}[kind]).iterdir())
+def entries(cache: Path) -> list[Path]:
+    return sorted((cache / "tokenised").iterdir())
 
 
 @pytest.mark.parametrize("kind", ["dataset", "text"])
 def test_after_a_killed_process_two_at_once_end_with_one_whole_entry(kind: str, given: Path, tmp_path: Path) -> None:
     with writing(writer(kind, given, tmp_path)) as killed:
         killed.kill()
-    (left,) = entries(tmp_path, kind)
+    (left,) = entries(tmp_path)
     assert left.suffix == ".tmp"
     with writer(kind, given, tmp_path) as one, writer(kind, given, tmp_path) as two:
         for process in (one, two):
             writing(process)  # which it would not be with what it found
-        assert [path.suffix for path in entries(tmp_path, kind)] == [".tmp"] * 3  # nor is another's taken away
+        assert [path.suffix for path in entries(tmp_path)] == [".tmp"] * 3  # nor is another's taken away
         for process in (one, two):
             assert process.stdin is not None
             process.stdin.write("\n")
@@ -98,7 +98,7 @@ def test_after_a_killed_process_two_at_once_end_with_one_whole_entry(kind: str, 
         os.utime(path, (time.time() - folders.LEFT_BEHIND - 60,) * 2)
     with folders.cached(left.parent / "another", lambda: False):
         assert not left.exists()
-    (_, entry) = sorted(entries(tmp_path, kind), key=lambda path: path.name != "another")
+    (_, entry) = sorted(entries(tmp_path), key=lambda path: path.name != "another")
     assert sorted(file.name for file in entry.iterdir()) == ["facts.json", "rows.arrow"]
     assert json.loads((entry / "facts.json").read_text("utf-8"))["num_tokens"] == first["tokens"]
 

@@ -9,18 +9,19 @@ import multiprocessing
 import os
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import cast
+from typing import Any, TypeVar, cast
 
-from runner.data.examples import Example
+from runner.data.examples import Example, Kind
 from runner.data.masks import IGNORED
 from runner.data.stored import Stored, decoded
 from runner.data.words import Words
 from runner.errors import Problem, RequestError
 
+T = TypeVar("T")
 CHUNK = 1000
 ALONE = 20_000
 """Rows up to which one process does it: to start another takes a second, in which one tokenises 3,000 rows."""
@@ -99,26 +100,28 @@ def encode_chunk(words: Words, examples: Sequence[Example], how: How) -> Chunk:
     return chunk
 
 
-def encoded_chunks(
-    words: Words, examples: Iterable[Example], total: int, how: How, num_proc: int | None
-) -> Iterator[Chunk]:
-    """Chunks in the order of the examples, whatever the number of processes; few are in memory at once."""
-    processes = num_proc or (1 if total <= ALONE else max(1, len(_cores())))
+def in_chunks(
+    work: Callable[[Words, Sequence[Any]], T], words: Words, rows: Sequence[Any], num_proc: int | None
+) -> Iterator[T]:
+    """What `work` makes of a thousand rows at a time, in their order, whatever the number of processes; few are in
+    memory at once. `work` is sent to the other processes, so it has a name in a module."""
+    processes = num_proc or (1 if len(rows) <= ALONE else max(1, len(_cores())))
+    kind = rows.kind if isinstance(rows, Stored) else None
     # Rows in a file go to the other processes as they are written there.
-    rest: Iterator[Example | bytes] = examples.lines() if isinstance(examples, Stored) else iter(examples)
+    rest: Iterator[Any] = iter(rows) if kind is None else cast("Stored", rows).lines()
     pieces = iter(lambda: list(islice(rest, CHUNK)), [])
     if processes == 1:
-        yield from (encode_chunk(words, _read(piece), how) for piece in pieces)
+        yield from (work(words, _read(piece, kind)) for piece in pieces)
         return
     # Not fork: the caller has torch's threads. One thread each for the tokenizer: the processes share the cores.
     context = multiprocessing.get_context("spawn")
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        with ProcessPoolExecutor(processes, context, _begin, (words, how)) as pool:
-            waiting: deque[Future[Chunk]] = deque()
+        with ProcessPoolExecutor(processes, context, _begin, (work, words, kind)) as pool:
+            waiting: deque[Future[T]] = deque()
             for piece in pieces:
-                waiting.append(pool.submit(_encode, piece))
+                waiting.append(pool.submit(_work, piece))
                 if len(waiting) > 2 * processes:
                     yield waiting.popleft().result()
             while waiting:
@@ -136,17 +139,18 @@ def _cores() -> Sequence[int]:
     return range(os.cpu_count() or 1)
 
 
-_state: list[tuple[Words, How]] = []
+_state: list[tuple[Callable[[Words, Sequence[Any]], Any], Words, Kind | None]] = []
 
 
-def _begin(words: Words, how: How) -> None:
+def _begin(work: Callable[[Words, Sequence[Any]], Any], words: Words, kind: Kind | None) -> None:
     """In a process of the pool: keep what every chunk needs."""
-    _state[:] = [(words, how)]
+    _state[:] = [(work, words, kind)]
 
 
-def _encode(piece: Sequence[Example | bytes]) -> Chunk:
-    return encode_chunk(_state[0][0], _read(piece), _state[0][1])
+def _work(piece: Sequence[Any]) -> Any:
+    work, words, kind = _state[0]
+    return work(words, _read(piece, kind))
 
 
-def _read(piece: Sequence[Example | bytes]) -> list[Example]:
-    return [cast("Example", decoded(row, "sft")) if isinstance(row, bytes) else row for row in piece]
+def _read(piece: Sequence[Any], kind: Kind | None) -> Sequence[Any]:
+    return piece if kind is None else [decoded(line, kind) for line in piece]

@@ -6,16 +6,16 @@ Small enough to be sent to the processes that tokenise, and loaded in a moment f
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from runner.data.examples import Example
+from runner.data.examples import Example, Turn
 from runner.data.masks import IGNORED, Turns, labels_of, learned
-from runner.data.templates import Template, named, template_source
+from runner.data.templates import Rendered, Template, named, template_source
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec
 
@@ -82,15 +82,23 @@ class Words:
             return "", []
         if example.text is not None:
             return example.text, []
-        try:
+        with _refusals():
             shown = self.turns.template.render([*example.prompt, *example.completion], tools=example.tools)
             return shown.text, learned(example, loss_on, shown.text, shown.marks, self.turns)
-        except RequestError:
-            raise
-        except Exception as error:  # a template may refuse a conversation in any way
-            remedy = "set data.chat_template to a Jinja file, or data.system_prompt=null"
-            what = f"the model's chat template refuses a conversation: {error}"
-            raise RequestError(Problem(what, None, remedy)) from None
+
+    def rendered(self, turns: Sequence[Turn], ask: bool = False, tools: Sequence[dict[str, Any]] = ()) -> Rendered:
+        """A conversation as text; `ask` ends it where the assistant is to speak. RequestError where it is refused."""
+        with _refusals():
+            return self.turns.template.render(turns, ask, tools)
+
+    def ids(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """Token ids of each text; if `special`, with the tokenizer's own around them: a template has its own."""
+        return [list(found.ids) for found in self.backend.encode_batch(list(texts), add_special_tokens=special)]
+
+    def ended(self, text: str) -> str:
+        """The text with the token that ends one, as words."""
+        end = self.state[2].get("eos_token", "")
+        return text if text.endswith(end) else text + end
 
     def _ended(self, ids: list[int], offsets: list[tuple[int, int]], text: str) -> Encoded:
         """Plain text is learned whole, and that it ends."""
@@ -126,6 +134,19 @@ class Words:
             raise
         except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot read
             raise RequestError(Problem(f"{file} is no tokenizer: {error}", "model.id", None)) from None
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """A template may refuse a conversation in any way: a RequestError."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except Exception as error:
+        remedy = "set data.chat_template to a Jinja file, or data.system_prompt=null"
+        what = f"the model's chat template refuses a conversation: {error}"
+        raise RequestError(Problem(what, None, remedy)) from None
 
 
 def _content(token: Any) -> str:

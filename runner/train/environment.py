@@ -12,7 +12,7 @@ import torch
 from runner import __version__
 from runner.paths import ASSETS
 from runner.spec import RunSpec
-from runner.train.dataset import tokenizer_fingerprint
+from runner.train.tokenised import tokenizer_fingerprint
 
 PACKAGES = (
     "torch",

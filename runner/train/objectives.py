@@ -17,10 +17,10 @@ from runner.plan.passes import passes_of
 from runner.rundir import RunDir
 from runner.spec import Dpo, Full, Grpo, Orpo, Pretrain, QLora4, QLora8, Reward, RunSpec, Sft
 from runner.train import dataset, grpo, methods, models, pairs, preference, rewards, text, trainer
-from runner.train.dataset import Tell, Tokenised
 from runner.train.guarded import GuardedTrainer, Guarding
 from runner.train.models import DTYPES
 from runner.train.text import Shards
+from runner.train.tokenised import Tell, Tokenised
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,11 @@ def tokenise(
     examples: Examples, tokenizer: Any, spec: RunSpec, tell: Tell | None = None
 ) -> tuple[Tokenised, Tokenised | None]:
     """Rows as the trainer takes them, training and held out; `tell` hears of the training rows that are done."""
-    if isinstance(spec.objective, Sft):
-        held = dataset.tokenise(examples.held, tokenizer, spec) if examples.held else None  # type: ignore[arg-type]
-        return dataset.tokenise(examples.train, tokenizer, spec, tell), held  # type: ignore[arg-type]
     make: Callable[..., Tokenised] = pairs.tokenise
-    if isinstance(spec.objective, Pretrain):
-        make = text.tokenise
-    return make(examples.train, tokenizer, spec), make(examples.held, tokenizer, spec) if examples.held else None
+    if isinstance(spec.objective, (Sft, Pretrain)):
+        make = dataset.tokenise if isinstance(spec.objective, Sft) else text.tokenise
+    train = make(examples.train, tokenizer, spec, tell)
+    return train, make(examples.held, tokenizer, spec) if examples.held else None
 
 
 def num_steps(spec: RunSpec, num_rows: int) -> int:

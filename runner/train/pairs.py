@@ -1,106 +1,87 @@
-"""Preferences, marked answers and questions → token ids, as TRL's own trainers would make them.
+"""Preferences, marked answers and questions in the cache, as columns that the trainers leave as they are.
 
-The trainers are given these columns and leave them as they are (preference.py), so what is cut and dropped is known and
-said, and one process's mistake is not found by every process anew. That the ids are TRL's is tested against TRL.
+So what is cut and dropped is known and said, and every process finds the same rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Features, Json, List, Value
+from datasets.arrow_writer import ArrowWriter
 
-from runner.data.examples import Judged, Preference, Question, Turn
+from runner.data.encoding import in_chunks
+from runner.data.examples import Learnable, Question, fingerprint
+from runner.data.files import refuse
+from runner.data.pairs import How, encode_chunk
+from runner.data.words import Words
 from runner.errors import Problem, RequestError
-from runner.spec import Grpo, Reward, RunSpec
-from runner.train.dataset import Tokenised, chat_ids
+from runner.spec import Grpo, Kto, Reward, RunSpec
+from runner.train.tokenised import ROWS, Tell, Tokenised, stored, tokenizer_fingerprint
 
 
-def tokenise(rows: Sequence[Any], tokenizer: Any, spec: RunSpec) -> Tokenised:
-    """Rows of the objective's kind as columns; RequestError where none is short enough."""
-    limit = spec.train.max_length
-    kept: list[dict[str, Any]] = []
-    cut = tokens = 0
-    for row in rows:
-        found = _columns(row, tokenizer, spec)
-        lengths = _lengths(found)
-        if _hopeless(found, lengths, spec):
-            continue
-        cut += any(length > limit for length in lengths)
-        tokens += sum(min(length, limit) for length in lengths)
-        kept.append(found)
+def tokenise(rows: Sequence[Learnable], tokenizer: Any, spec: RunSpec, tell: Tell | None = None) -> Tokenised:
+    """Rows of the objective's kind, tokenised or from the cache.
+
+    RequestError with every row that the template refuses (unless `data.on_error=skip`), or where none is short enough.
+    """
+    how = _how(spec)
+    parts = ["pairs", fingerprint(rows), tokenizer_fingerprint(tokenizer), vars(how), spec.data.on_error]
+    return stored(parts, lambda folder: _write(rows, tokenizer, spec, how, folder, tell))
+
+
+def _how(spec: RunSpec) -> How:
+    """A reward is read at an answer's end, so none may be cut; GRPO's answers are as long as it lets them become."""
+    room = spec.objective.max_new_tokens if isinstance(spec.objective, Grpo) else 1
+    return How(spec.train.max_length, room, isinstance(spec.objective, Reward))
+
+
+def _write(
+    rows: Sequence[Learnable], tokenizer: Any, spec: RunSpec, how: How, folder: Path, tell: Tell | None
+) -> dict[str, Any]:
+    """Rows of the entry into `folder`; its facts."""
+    counts = dict.fromkeys(("truncated", "dropped", "tokens"), 0)
+    done = kept = refused = 0
+    problems: list[Problem] = []
+    with ArrowWriter(path=str(folder / ROWS), features=_features(rows, spec)) as writer:
+        for chunk in in_chunks(partial(encode_chunk, how=how), Words.of(tokenizer), rows, spec.data.num_proc):
+            for row in chunk.rows:
+                writer.write({name: row.get(name) for name in writer.schema.names})
+            counts = {name: count + getattr(chunk, name) for name, count in counts.items()}
+            kept += len(chunk.rows)
+            refused += len({problem.source for problem in chunk.problems})
+            problems += chunk.problems[: 1000 - len(problems)]
+            done += chunk.examples + len(chunk.problems)
+            if tell is not None:
+                tell(min(done, len(rows)), len(rows))
+        writer.finalize()
+    if problems and (spec.data.on_error == "stop" or not kept):
+        refuse(problems)
     if not kept:
-        what = f"none of the {len(rows)} rows leaves room for an answer within {limit} tokens"
+        what = f"none of the {len(rows)} rows leaves room for an answer within {how.limit} tokens"
         raise RequestError(Problem(what, None, "raise train.max_length"))
-    return Tokenised(
-        rows=Dataset.from_list([_shown(row) for row in kept]),
-        num_examples=len(rows),
-        num_truncated=cut,
-        num_dropped=len(rows) - len(kept),
-        num_split=0,
-        num_refused=0,
-        num_tokens=tokens,
-        packing_efficiency=None,
-        from_cache=False,
-    )
+    return {
+        "num_examples": len(rows),
+        **{f"num_{name}": count for name, count in counts.items()},
+        "num_split": 0,
+        "num_refused": refused,
+        "packing_efficiency": None,
+    }
 
 
-def _columns(row: Any, tokenizer: Any, spec: RunSpec) -> dict[str, Any]:
-    if isinstance(row, Question):
-        prompt = [dict(turn) for turn in row.prompt]
-        asked = chat_ids(tokenizer, row.prompt, ask=True)
-        return {**row.extra, "prompt_ids": asked, "prompt": prompt, "answer": row.answer}
-    answers = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion,)
-    prompt_ids, parts = split(tokenizer, row.prompt, answers)
-    if isinstance(spec.objective, Reward):
-        return {"chosen_ids": prompt_ids + parts[0], "rejected_ids": prompt_ids + parts[1]}
-    if isinstance(row, Judged):
-        return {"prompt_ids": prompt_ids, "completion_ids": parts[0], "label": row.label}
-    return {"prompt_ids": prompt_ids, "chosen_ids": parts[0], "rejected_ids": parts[1]}
-
-
-def split(
-    tokenizer: Any, prompt: Sequence[Turn] | str, answers: Sequence[Sequence[Turn] | str]
-) -> tuple[list[int], list[list[int]]]:
-    """Ids of a prompt [p] and of each answer to it: an answer begins where prompt and conversation part, which a
-    template or a merged token may put before the prompt's end (`common_prefix_length`, TRL 1.16)."""
-    if isinstance(prompt, str):
-        asked = list(tokenizer(prompt)["input_ids"])
-        whole = [list(tokenizer(prompt + _ended(str(answer), tokenizer.eos_token))["input_ids"]) for answer in answers]
-    else:
-        asked = chat_ids(tokenizer, prompt, ask=True)
-        turns = [answer for answer in answers if not isinstance(answer, str)]
-        whole = [chat_ids(tokenizer, [*prompt, *answer], ask=False) for answer in turns]
-    start = min(_same(asked, ids) for ids in whole)
-    return asked[:start], [ids[start:] for ids in whole]
-
-
-def _ended(text: str, end: str) -> str:
-    return text if text.endswith(end) else text + end
-
-
-def _same(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _lengths(row: dict[str, Any]) -> list[int]:
-    """Tokens of each sequence that a row stands for."""
-    prompt = len(row.get("prompt_ids", ()))
-    answers = [len(row[name]) for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in row]
-    return [prompt + answer for answer in answers] or [prompt]
-
-
-def _hopeless(row: dict[str, Any], lengths: Sequence[int], spec: RunSpec) -> bool:
-    """Nothing of an answer would be left: TRL drops these too. A reward is read at an answer's end: none may be cut."""
-    limit = spec.train.max_length
-    if isinstance(spec.objective, Reward):
-        return max(lengths) > limit
+def _features(rows: Sequence[Learnable], spec: RunSpec) -> Features:
+    """Of questions the turns and the extra fields may be of any shape: Arrow's own columns would fill a tool call with
+    the arguments of all others."""
+    ids = List(Value("int32"))
     if isinstance(spec.objective, Grpo):
-        return lengths[0] + spec.objective.max_new_tokens > limit
-    return len(row["prompt_ids"]) >= limit
-
-
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """Of a question the text alone: TRL renders and tokenises it before every generation."""
-    return {key: value for key, value in row.items() if not ("prompt" in row and key == "prompt_ids")}
+        extra = dict.fromkeys(name for row in rows if isinstance(row, Question) for name in row.extra)
+        return Features({**dict.fromkeys(extra, Json()), "prompt": Json(), "answer": Value("string")})
+    if isinstance(spec.objective, Kto):
+        return Features({"prompt_ids": ids, "completion_ids": ids, "label": Value("bool")})
+    names = ("chosen_ids", "rejected_ids") if isinstance(spec.objective, Reward) else (
+        "prompt_ids", "chosen_ids", "rejected_ids",
+    )  # fmt: skip
+    return Features(dict.fromkeys(names, ids))

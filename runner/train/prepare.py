@@ -9,18 +9,15 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 
-from runner.data.examples import kind_of
-from runner.errors import NotYetError, Problem, RunFailedError, RunnerError
+from runner.data.prepared import remember
+from runner.errors import Problem, RunFailedError, RunnerError
 from runner.report.problems import dump, print_problems, problems_as_json
 from runner.report.progress import Progress
 from runner.spec import RunSpec
-
-Note = Callable[[str], None]
 
 
 def main() -> int:
@@ -45,14 +42,12 @@ def main() -> int:
 
 def prepared(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     """Fill the cache for training and held-out rows; what was found."""
-    if kind_of(spec.objective.name) != "sft":
-        what = f"objective={spec.objective.name} tokenises pairs and prompts as it trains"
-        raise NotYetError(Problem(what, None, "data preview and data stats look at them"))
     began = time.perf_counter()
-    from runner.train import dataset, models, objectives, stages  # torch and transformers: after the first line
+    from runner.train import models, objectives, stages  # torch and transformers: after the first line
     from runner.train.ranks import Ranks
+    from runner.train.tokenised import line_of
 
-    spec = stages.prepare(spec, progress.note, lambda: None, Ranks())
+    asked, spec = spec, stages.prepare(spec, progress.note, lambda: None, Ranks())
     data = objectives.read(spec)
     if data.note:
         progress.note(data.note)
@@ -60,18 +55,20 @@ def prepared(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     tokenizer = models.load_tokenizer(spec, models.source_of(spec.model, progress.note))
     began = time.perf_counter()
     with progress.stage("Tokenising", "rows"):
-        rows, held_rows = objectives.tokenise(data, tokenizer, spec, lambda done, total: progress.advance(done, total))
+        rows, held = objectives.tokenise(data, tokenizer, spec, progress.advance)
     seconds = time.perf_counter() - began
-    progress.note(dataset.line_of(rows, len(data.held or ())))
+    progress.note(line_of(rows, len(data.held or ())))
+    entries = [rows.folder] + ([held.folder] if held else [])
+    remember(asked, entries)
     facts = {key: value for key, value in vars(rows).items() if key != "rows"}
     return facts | {
         "num_sequences": len(rows.rows),
-        "num_held_out": held_rows.num_examples if held_rows else 0,
+        "num_held_out": held.num_examples if held else 0,
         "num_skipped": data.num_skipped,
         "seconds": seconds,
         "rows_per_second": len(data.train) / seconds,
         "tokens_per_second": rows.num_tokens / seconds,
-        "files": [file["filename"] for file in rows.rows.cache_files],
+        "folders": [str(folder) for folder in entries],
     }
 
 

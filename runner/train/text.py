@@ -8,26 +8,20 @@ positions). Read, tokenised and written as a stream: memory does not grow with t
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
-from datasets.utils.logging import disable_progress_bar
 
 from runner.data.examples import Example, fingerprint
 from runner.data.sharder import lines_of
 from runner.data.workspace import manifest_of
 from runner.errors import Problem, RequestError
-from runner.folders import cached
-from runner.paths import cache_dir
 from runner.spec import RunSpec
-from runner.train.dataset import Tokenised, tokenizer_fingerprint
+from runner.train.tokenised import ROWS, Tell, Tokenised, stored, tokenizer_fingerprint
 
-LAYOUT = 2  # raise it when what is stored changes shape
 AT_ONCE = 512
 """Documents that the tokenizer is given together: it spreads them over the cores."""
 
@@ -51,52 +45,48 @@ class Shards:
         return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
 
 
-def tokenise(documents: Shards | Sequence[Example], tokenizer: Any, spec: RunSpec) -> Tokenised:
+def tokenise(
+    documents: Shards | Sequence[Example], tokenizer: Any, spec: RunSpec, tell: Tell | None = None
+) -> Tokenised:
     """The rows of a run, or those in the cache; RequestError where there is no token to learn."""
-    disable_progress_bar()
     own = documents.fingerprint if isinstance(documents, Shards) else fingerprint(documents)
-    parts = [LAYOUT, own, tokenizer_fingerprint(tokenizer), spec.train.max_length, spec.train.packing]
-    folder = cache_dir() / "text" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    stored = _read(folder)
-    from_cache = stored is not None
-    if stored is None:
-        texts: Iterable[str] = documents if isinstance(documents, Shards) else map(_text, documents)
-        _build(texts, len(documents), tokenizer, spec, folder)
-        stored = _read(folder)
-        assert stored is not None
-    return Tokenised(rows=stored[0], from_cache=from_cache, **stored[1])
+    parts = ["text", own, tokenizer_fingerprint(tokenizer), spec.train.max_length, spec.train.packing]
+    return stored(parts, lambda folder: _write(documents, tokenizer, spec, folder, tell))
 
 
-def _read(folder: Path) -> tuple[Dataset, dict[str, Any]] | None:
-    try:
-        facts = json.loads((folder / "facts.json").read_text("utf-8"))
-        return Dataset.from_file(str(folder / "rows.arrow")), facts
-    except (OSError, ValueError):
-        return None
-
-
-def _build(texts: Iterable[str], documents: int, tokenizer: Any, spec: RunSpec, folder: Path) -> None:
-    """Write one cache entry, whole or not at all; two runs may build the same one at once."""
+def _write(
+    documents: Shards | Sequence[Example], tokenizer: Any, spec: RunSpec, folder: Path, tell: Tell | None
+) -> dict[str, Any]:
+    """Rows of the entry into `folder`; its facts."""
     limit, packing = spec.train.max_length, spec.train.packing
+    texts: Iterable[str] = documents if isinstance(documents, Shards) else map(_text, documents)
     rows = tokens = 0
-    with cached(folder, lambda: _read(folder) is not None) as temporary:
-        with ArrowWriter(path=str(temporary / "rows.arrow")) as writer:
-            for row in sequences(texts, tokenizer, limit, packing):
-                writer.write(row)
-                rows, tokens = rows + 1, tokens + len(row["input_ids"])
-            if not rows:
-                raise RequestError(Problem("the text holds no token to learn", "data", "name another source"))
-            writer.finalize()
-        facts = {
-            "num_examples": documents,
-            "num_truncated": 0,
-            "num_dropped": 0,
-            "num_split": 0,
-            "num_refused": 0,
-            "num_tokens": tokens,
-            "packing_efficiency": tokens / (rows * limit) if packing else None,
-        }
-        (temporary / "facts.json").write_text(json.dumps(facts), "utf-8")
+    with ArrowWriter(path=str(folder / ROWS)) as writer:
+        for row in sequences(_told(texts, len(documents), tell), tokenizer, limit, packing):
+            writer.write(row)
+            rows, tokens = rows + 1, tokens + len(row["input_ids"])
+        if not rows:
+            raise RequestError(Problem("the text holds no token to learn", "data", "name another source"))
+        writer.finalize()
+    return {
+        "num_examples": len(documents),
+        "num_truncated": 0,
+        "num_dropped": 0,
+        "num_split": 0,
+        "num_refused": 0,
+        "num_tokens": tokens,
+        "packing_efficiency": tokens / (rows * limit) if packing else None,
+    }
+
+
+def _told(texts: Iterable[str], total: int, tell: Tell | None) -> Iterator[str]:
+    """The same, while `tell` hears how many were taken."""
+    for number, text in enumerate(texts):
+        if tell is not None and number % AT_ONCE == 0:
+            tell(number, total)
+        yield text
+    if tell is not None:
+        tell(total, total)
 
 
 def sequences(texts: Iterable[str], tokenizer: Any, limit: int, packing: bool) -> Iterator[dict[str, list[int]]]:

@@ -17,7 +17,7 @@ from runner.report.progress import Progress
 from runner.report.summary import summary_of
 from runner.rundir import RunDir
 from runner.spec import RunSpec
-from runner.train import dataset, methods, models, objectives, stages, universal
+from runner.train import methods, models, objectives, stages, universal
 from runner.train.callbacks import AtStart, MetricsWriter, StopEarly, StopOnSignal
 from runner.train.environment import environment
 from runner.train.guards import LossGuard
@@ -27,6 +27,7 @@ from runner.train.pulse import Pulse
 from runner.train.ranks import Ranks
 from runner.train.saving import SaveWhenDue, Sealer
 from runner.train.sharding import deepspeed_config
+from runner.train.tokenised import line_of
 from runner.train.tracking import start_tracking
 
 
@@ -77,7 +78,7 @@ def work(
         tokenizer = models.load_tokenizer(spec, source)
         with progress.stage("Tokenising", "rows"):
             rows = objectives.tokenise(examples, tokenizer, spec, count)
-    progress.note(dataset.line_of(rows[0], len(examples.held or ())))
+    progress.note(line_of(rows[0], len(examples.held or ())))
     steps = objectives.num_steps(spec, len(rows[0].rows))
     report_to, line = start_tracking(spec, run)
     if line:

@@ -1,0 +1,105 @@
+"""Preferences, marked answers and questions → token ids, as TRL's own trainers would make them (tested against TRL).
+
+With the tokenizer alone, as encoding.py: the processes that do it import neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from runner.data.examples import Judged, Preference, Question, Turn
+from runner.data.words import Words
+from runner.errors import Problem, RequestError
+
+Answer = Sequence[Turn] | str
+
+
+@dataclass(frozen=True)
+class How:
+    """What shapes the columns, besides the tokenizer."""
+
+    limit: int
+    """Longest sequence, in tokens."""
+    room: int = 1
+    """Tokens that a prompt has to leave for an answer within the limit."""
+    whole: bool = False
+    """A reward model's rows: prompt and answer are one sequence, of which nothing may be cut."""
+
+
+@dataclass
+class Chunk:
+    """Some rows as columns."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    examples: int = 0
+    truncated: int = 0
+    """Rows with a sequence that the trainer cuts."""
+    dropped: int = 0
+    """Rows that leave no room for an answer; and those that would be cut where nothing may be."""
+    tokens: int = 0
+    """Within the limit."""
+    problems: list[Problem] = field(default_factory=list)
+
+
+def encode_chunk(words: Words, rows: Sequence[Preference | Judged | Question], how: How) -> Chunk:
+    """Columns of the rows; those that the template refuses are problems with their place."""
+    chunk = Chunk()
+    for row in rows:
+        try:
+            columns, lengths = _columns(words, row, how)
+        except RequestError as error:
+            chunk.problems += [Problem(p.what, row.where or p.source, p.remedy) for p in error.problems]
+            continue
+        chunk.examples += 1
+        if lengths is None:
+            chunk.dropped += 1
+            continue
+        chunk.truncated += any(length > how.limit for length in lengths)
+        chunk.tokens += sum(min(length, how.limit) for length in lengths)
+        chunk.rows.append(columns)
+    return chunk
+
+
+def _columns(
+    words: Words, row: Preference | Judged | Question, how: How
+) -> tuple[dict[str, Any], Sequence[int] | None]:
+    """The columns of a row and the lengths of its sequences; None where it cannot be learned from: TRL drops these,
+    too."""
+    if isinstance(row, Question):
+        # Of a question the words alone: TRL renders and tokenises it before every generation.
+        (asked,) = words.ids([words.rendered(row.prompt, ask=True).text])
+        fits = len(asked) + how.room <= how.limit
+        return {**row.extra, "prompt": row.prompt, "answer": row.answer}, [len(asked)] if fits else None
+    answers = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion,)
+    prompt, parts = split(words, row.prompt, answers, row.tools)
+    lengths = [len(prompt) + len(part) for part in parts]
+    fits = max(lengths) <= how.limit if how.whole else len(prompt) + how.room <= how.limit
+    if isinstance(row, Judged):
+        columns: dict[str, Any] = {"prompt_ids": prompt, "completion_ids": parts[0], "label": row.label}
+    elif how.whole:
+        columns = {"chosen_ids": prompt + parts[0], "rejected_ids": prompt + parts[1]}
+    else:
+        columns = {"prompt_ids": prompt, "chosen_ids": parts[0], "rejected_ids": parts[1]}
+    return columns, lengths if fits else None
+
+
+def split(
+    words: Words, prompt: Answer, answers: Sequence[Answer], tools: Sequence[dict[str, Any]] = ()
+) -> tuple[list[int], list[list[int]]]:
+    """Ids of a prompt [p] and of each answer to it: an answer begins where prompt and conversation part, which a
+    template or a merged token may put before the prompt's end (`common_prefix_length`, TRL 1.16)."""
+    if isinstance(prompt, str):
+        texts = [prompt, *(prompt + words.ended(str(answer)) for answer in answers)]
+    else:
+        turns = [answer for answer in answers if not isinstance(answer, str)]
+        whole = [words.rendered([*prompt, *answer], tools=tools).text for answer in turns]
+        texts = [words.rendered(prompt, ask=True, tools=tools).text, *whole]
+    asked, *conversations = words.ids(texts, special=isinstance(prompt, str))
+    start = min(_same(asked, ids) for ids in conversations)
+    return asked[:start], [ids[start:] for ids in conversations]
+
+
+def _same(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

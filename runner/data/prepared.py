@@ -1,0 +1,60 @@
+"""Which tokens `data prepare` has made for a run: they travel to its pod, which then has nothing to tokenise.
+
+Tokens are found by their content alone (train/tokenised.py). Here is only remembered what was made for which words, so
+that the command line, which reads neither rows nor tokenizer, knows what to send. A wrong guess costs a transfer, never
+wrong tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from runner.data.files import is_url
+from runner.data.sources import files_of
+from runner.paths import cache_dir
+from runner.rundir import write_atomically
+from runner.spec import RunSpec
+
+
+def remember(spec: RunSpec, entries: Sequence[Path]) -> None:
+    """These folders of the cache hold the tokens of the run."""
+    record = _record(spec)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(record, json.dumps([str(entry.relative_to(cache_dir())) for entry in entries]))
+
+
+def entries(spec: RunSpec) -> list[str]:
+    """Folders of the run's tokens, below the cache; none where nothing was prepared, or a file has changed since."""
+    with suppress(OSError, ValueError):
+        found = [str(name) for name in json.loads(_record(spec).read_text("utf-8"))]
+        if all((cache_dir() / name).is_dir() for name in found):
+            return found
+    return []
+
+
+def _record(spec: RunSpec) -> Path:
+    """Named by all that shapes the tokens, as far as a command line can tell."""
+    train, model, data = spec.train, spec.model, spec.data.model_dump(exclude={"name", "num_proc"})
+    said = [
+        data, spec.objective.model_dump(), model.id, model.revision, model.package, model.gguf_file,
+        train.max_length, train.packing, train.seed, sorted(_states(spec)),
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_dir() / "prepared" / f"{digest}.json"
+
+
+def _states(spec: RunSpec) -> Iterator[tuple[str, int, int]]:
+    """Path, size and time of change of every file on this machine that rows or the template come from."""
+    data = spec.data
+    paths: Iterable[str | None] = (data.chat_template,)
+    if data.source == "file":
+        paths = (*paths, data.path, data.eval_path, *(source.path for source in data.sources))
+    for path in filter(None, paths):
+        for file in [] if is_url(path) else files_of(path):
+            with suppress(OSError):
+                stat = Path(file).expanduser().stat()
+                yield file, stat.st_size, stat.st_mtime_ns

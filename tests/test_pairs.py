@@ -1,0 +1,171 @@
+"""Preferences, marked answers and questions as columns: whole, in any number of processes, found again in the cache."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.data.encoding import in_chunks
+from runner.data.examples import Judged, Learnable, Preference, Question, Turn
+from runner.data.pairs import How, encode_chunk, split
+from runner.data.templates import template_source
+from runner.data.words import Words
+from runner.errors import RequestError
+from runner.spec import RunSpec
+from runner.train import pairs
+from runner.train.dataset import chat_ids
+from tests.conftest import spec_of
+from tests.test_masks import SPECIAL, body
+
+__all__ = ["body"]  # a fixture
+SEARCH = {
+    "type": "function",
+    "function": {"name": "search_the_web", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+def user(text: str) -> Turn:
+    return {"role": "user", "content": text}
+
+
+def said(text: str) -> Turn:
+    return {"role": "assistant", "content": text}
+
+
+def preference(n: int) -> Preference:
+    return Preference([user(f"{n}? " * (n % 5 + 1))], [said(f"yes {n}")], [said("no " * (n % 4))], where=f"row {n + 1}")
+
+
+def rows_of(objective: str, count: int) -> list[Learnable]:
+    """Rows that the objective learns from."""
+    pairs_of = [preference(n) for n in range(count)]
+    if objective == "kto":
+        return [Judged(row.prompt, row.chosen, n % 2 == 0) for n, row in enumerate(pairs_of)]  # type: ignore[arg-type]
+    if objective == "grpo":
+        return [Question(row.prompt, str(n), {"level": n}) for n, row in enumerate(pairs_of)]  # type: ignore[arg-type]
+    return list(pairs_of)
+
+
+def spec(objective: str = "dpo", *overrides: str) -> RunSpec:
+    words = ["train.batch_size=8", "train.micro_batch_size=4", "data=file", "data.path=x.jsonl"]
+    generated = ["objective.max_new_tokens=8"] if objective == "grpo" else []
+    return spec_of(f"objective={objective}", "train.max_length=64", *words, *generated, *overrides)
+
+
+@pytest.fixture
+def tokenizer(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tokenizer.json").write_text(body)
+    found = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **SPECIAL)
+    found.chat_template = template_source("mistral")  # refuses two questions in a row
+    return found
+
+
+def test_several_processes_give_what_one_does(body: str) -> None:
+    words, rows = Words(body, template_source("chatml"), SPECIAL), rows_of("dpo", 2500)
+    one, two = (list(in_chunks(partial(encode_chunk, how=How(64)), words, rows, count)) for count in (1, 2))
+    assert [chunk.rows for chunk in one] == [chunk.rows for chunk in two]
+    assert sum(chunk.examples for chunk in two) == 2500
+
+
+def test_prompt_and_answer_together_are_the_conversation(tokenizer: Any) -> None:
+    words = Words.of(tokenizer)
+    for row in map(preference, range(20)):
+        prompt, (right, wrong) = split(words, row.prompt, (row.chosen, row.rejected))
+        assert prompt + right == chat_ids(tokenizer, [*row.prompt, *row.chosen], ask=False)  # type: ignore[list-item]
+        assert prompt + wrong == chat_ids(tokenizer, [*row.prompt, *row.rejected], ask=False)  # type: ignore[list-item]
+
+
+def test_text_is_ended_once(tokenizer: Any) -> None:
+    words, end = Words.of(tokenizer), tokenizer.eos_token
+    prompt, (right, wrong) = split(words, "2+2? ", ("4", f"5{end}"))
+    assert prompt + right == tokenizer(f"2+2? 4{end}")["input_ids"]
+    assert prompt + wrong == tokenizer(f"2+2? 5{end}")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", [Preference, Judged])
+def test_tools_are_shown_to_the_model(kind: type, body: str) -> None:
+    """As TRL does; the template decides how."""
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + template_source("chatml")
+    words, row = Words(body, template, SPECIAL), preference(1)
+    if kind is Judged:
+        given: Any = Judged(row.prompt, row.chosen, True, tools=[SEARCH])  # type: ignore[arg-type]
+    else:
+        given = Preference(row.prompt, row.chosen, row.rejected, tools=[SEARCH])
+    (columns,) = encode_chunk(words, [given], How(4000)).rows
+    assert "search_the_web" in words.backend.decode(columns["prompt_ids"])
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "reward", "grpo"])
+def test_the_second_time_comes_from_the_cache(objective: str, tokenizer: Any) -> None:
+    rows = rows_of(objective, 30)
+    told: list[tuple[int, int]] = []
+    first = pairs.tokenise(rows, tokenizer, spec(objective), lambda *done: told.append(done))
+    again = pairs.tokenise(rows, tokenizer, spec(objective))
+    assert (first.from_cache, again.from_cache) == (False, True) and told == [(30, 30)]
+    assert first.rows[:] == again.rows[:] and first.num_tokens == again.num_tokens > 0
+    assert len(first.rows) + first.num_dropped == first.num_examples == 30
+    changes = [
+        pairs.tokenise(rows[:-1], tokenizer, spec(objective)),
+        pairs.tokenise(rows, tokenizer, spec(objective, "train.max_length=60")),
+    ]
+    assert not any(found.from_cache for found in changes)
+    tokenizer.chat_template = template_source("zephyr")
+    assert not pairs.tokenise(rows, tokenizer, spec(objective)).from_cache
+
+
+def test_a_reward_takes_other_columns_than_a_preference(tokenizer: Any) -> None:
+    rows = rows_of("dpo", 5)
+    preferences, rewards = (pairs.tokenise(rows, tokenizer, spec(name)) for name in ("dpo", "reward"))
+    assert not rewards.from_cache
+    for pair, whole in zip(preferences.rows, rewards.rows, strict=True):
+        assert whole["chosen_ids"] == pair["prompt_ids"] + pair["chosen_ids"]
+        assert whole["rejected_ids"] == pair["prompt_ids"] + pair["rejected_ids"]
+    assert pairs.tokenise(rows, tokenizer, spec("orpo")).from_cache  # which takes the same as DPO
+
+
+def test_rows_that_the_template_refuses_are_named_all_or_skipped(tokenizer: Any) -> None:
+    wrong = [Preference([user("a"), user("b")], [said("c")], [said("d")], where=f"my.jsonl, line {n}") for n in (3, 9)]
+    rows = [*rows_of("dpo", 4), *wrong]
+    with pytest.raises(RequestError, match="user and assistant must take turns") as caught:
+        pairs.tokenise(rows, tokenizer, spec())
+    assert [problem.source for problem in caught.value.problems] == ["my.jsonl, line 3", "my.jsonl, line 9"]
+    found = pairs.tokenise(rows, tokenizer, spec("dpo", "data.on_error=skip"))
+    assert (found.num_refused, found.num_examples, len(found.rows)) == (2, 6, 4)
+    with pytest.raises(RequestError, match="user and assistant must take turns"):
+        pairs.tokenise(wrong, tokenizer, spec("dpo", "data.on_error=skip"))
+
+
+def test_a_question_comes_back_as_it_was(tokenizer: Any) -> None:
+    """Calls with other arguments, fields that only some rows have, or that are a number here and a text there."""
+    tokenizer.chat_template = template_source("chatml")
+
+    def call(**arguments: Any) -> Turn:
+        function = {"name": "look", "arguments": arguments}
+        return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+
+    rows = [
+        Question([user("2+2?")], "4"),
+        Question([user("a"), call(x=1), {"role": "tool", "content": "b"}], None, {"level": 1}),
+        Question([user("c"), call(y="z"), {"role": "tool", "content": "d"}], "e", {"level": "hard", "seen": True}),
+    ]
+    found = pairs.tokenise(rows, tokenizer, spec("grpo", "train.max_length=200")).rows
+    assert [row["prompt"] for row in found] == [row.prompt for row in rows]
+    assert [row["answer"] for row in found] == ["4", None, "e"]
+    assert [(row["level"], row["seen"]) for row in found] == [(None, None), (1, None), ("hard", True)]
+
+
+def test_a_row_that_leaves_no_room_is_dropped_and_counted(tokenizer: Any) -> None:
+    rows = rows_of("dpo", 10)
+    random.Random(0).shuffle(rows)
+    long = Preference([user("why? " * 80)], [said("a")], [said("b")])
+    found = pairs.tokenise([*rows, long], tokenizer, spec())
+    assert (found.num_dropped, len(found.rows)) == (1, 10)
+    with pytest.raises(RequestError, match="none of the 1 rows leaves room for an answer within 64 tokens"):
+        pairs.tokenise([long], tokenizer, spec())
