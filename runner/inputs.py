@@ -16,7 +16,7 @@ from runner.errors import Problem, RequestError
 from runner.hub_fetch import UnreachableError
 from runner.paths import CONF
 from runner.plan.plan import Plan
-from runner.spec import RunSpec
+from runner.spec import Grpo, Pretrain, RunSpec
 from runner.suggest import nearest
 
 TEMPLATES = CONF / "chat_template"
@@ -44,21 +44,54 @@ def check_files(spec: RunSpec) -> None:
         raise RequestError(*problems)
 
 
-def _files(spec: RunSpec) -> Iterator[Problem]:
+def named_places(spec: RunSpec) -> Iterator[tuple[str, str]]:
+    """Key and value of everything that a run reads and that may be a file or folder: model, data, template, DeepSpeed's
+    config, tokenizer, reward functions (without the function's name)."""
+    data, objective = spec.data, spec.objective
+    if spec.model.package is None:
+        yield "model.id", spec.model.id
+    yield from _data(spec)
+    if data.chat_template is not None and not _is_named(data.chat_template):
+        yield "data.chat_template", data.chat_template
+    if spec.deepspeed.config is not None:
+        yield "deepspeed.config", spec.deepspeed.config
+    if isinstance(objective, Pretrain) and objective.tokenizer is not None:
+        yield "objective.tokenizer", objective.tokenizer
+    yield from _rewards(spec)
+
+
+def _data(spec: RunSpec) -> Iterator[tuple[str, str]]:
     data = spec.data
     if data.source == "file":
-        for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path),
-                          *(("data.sources", source.path) for source in data.sources)):  # fmt: skip
-            if path is not None and (problem := _missing(path, key, spec)):
-                yield problem
+        named = [("data.path", data.path), ("data.eval_path", data.eval_path)]
+        named += [(f"data.sources.{number}.path", source.path) for number, source in enumerate(data.sources)]
+        yield from ((key, path) for key, path in named if path is not None)
+
+
+def _rewards(spec: RunSpec) -> Iterator[tuple[str, str]]:
+    if isinstance(spec.objective, Grpo):
+        for number, reward in enumerate(spec.objective.rewards):
+            if ".py:" in reward:
+                yield f"objective.rewards.{number}", reward.rpartition(":")[0]
+
+
+def _files(spec: RunSpec) -> Iterator[Problem]:
+    data = spec.data
+    for key, path in (*_data(spec), *_rewards(spec)):
+        if problem := _missing(path, key, spec):
+            yield problem
     template = data.chat_template
-    if template is not None and not (TEMPLATES / f"{template}.jinja").is_file():
+    if template is not None and not _is_named(template):
         problem = _missing(template, "data.chat_template", spec)
         if problem:
             names = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.jinja")))
             near = str(problem.remedy).startswith("did you mean")
             remedy = problem.remedy if near else f"name a Jinja file, or one of {names}"
             yield Problem(problem.what, problem.source, remedy)
+
+
+def _is_named(template: str) -> bool:
+    return (TEMPLATES / f"{template}.jinja").is_file()
 
 
 def _missing(path: str, key: str, spec: RunSpec) -> Problem | None:

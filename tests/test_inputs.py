@@ -99,7 +99,7 @@ def test_data_that_are_not_there_are_refused_before_anything_is_made(here: Path,
     assert "mine.jinja does not exist (data.chat_template)" in said
     assert "no file fits rows-*.jsonl" in refused(here, verb, "data=file", "data.path=rows-*.jsonl")
     said = refused(here, verb, "data=file", "data.sources=[{path: train.jsonl}, {path: more.jsonl}]")
-    assert "more.jsonl does not exist (data.sources)" in said
+    assert "more.jsonl does not exist (data.sources.1.path)" in said
     assert ", or one of chatml, " in refused(here, verb, "data.chat_template=/x/y")
 
 

@@ -79,6 +79,11 @@ def watch_arguments(over: threading.Event, found: set[str]) -> None:
 
 
 def test_the_whole_way(typed: Typed) -> None:
+    """With tokens that were prepared here: there is nothing to tokenise in the pod."""
+    typed.env["RUNNER_CACHE"] = str(typed.root / "cache")
+    own = words(typed.model, typed.root / "runs", "data.max_eval_examples=4")
+    code, said = ended(typed.verb("data", "prepare", *own))
+    assert code == 0 and "from the cache" not in said, said
     over, arguments = threading.Event(), set[str]()
     watcher = threading.Thread(target=watch_arguments, args=(over, arguments))
     watcher.start()
@@ -99,6 +104,7 @@ def test_the_whole_way(typed: Typed) -> None:
     assert summary["model_dir"] == str(run.path / "model")
     assert summary["cost"]["usd"] > 0 and summary["cost"]["predicted_hours"] > 0
     assert "Cost    $" in said and "gone, which was confirmed" in said
+    assert said.count("Sends   tokens") == 2 and "(tokens from the cache)" in said
     adapter_loads(typed.model, run.path / "model")
     adapter = json.loads((run.path / "model" / "adapter_config.json").read_text("utf-8"))
     assert adapter["base_model_name_or_path"] == str(typed.model)  # here, and not where it was in the pod

@@ -16,10 +16,13 @@ from runner import checkpoints
 from runner.cloud import agent, install, parcels, ship, wheel
 from runner.cloud.install import Found, decide
 from runner.cloud.ship import Berth
+from runner.data import prepared
+from runner.data.sources import files_of
 from runner.errors import RequestError
 from runner.rundir import RunDir
-from runner.spec import LocalPlace, RunSpec
+from runner.spec import Grpo, LocalPlace, RunSpec
 from tests.emulated import needs_sshd
+from tests.front import spec_of
 from tests.rented import rented_spec, run_of
 from tests.sshd import Server, server
 
@@ -48,12 +51,50 @@ def test_parcels_are_named_by_their_content(tmp_path: Path) -> None:
     assert there.train == spec.train and there.hw == spec.hw
 
 
-def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
-    file = a_file(tmp_path)
-    spec = rented_spec(f"data.path={file}", "data=file", "data.format=text")
-    file.unlink()
-    with pytest.raises(RequestError, match=r"data\.path=.*my\.jsonl is not there"):
-        parcels.parcels(spec)
+def test_a_relative_file_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match=r"data\.path=my\.jsonl is not there"):
+        parcels.parcels(rented_spec("data.path=my.jsonl", "data=file", "data.format=text"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("data.path=s3://bucket/rows/*.jsonl",),
+        ("data.path=/workspace/datasets/*.jsonl",),  # of the pod's own volume
+        ("data.path=/workspace/rows.jsonl", "data.chat_template=chatml"),
+    ],
+)
+def test_what_is_elsewhere_stays_as_it_is(words: tuple[str, ...]) -> None:
+    spec = rented_spec("data=file", *words)
+    assert parcels.parcels(spec) == []
+    assert parcels.rewritten(spec, "/workspace", []).data == spec.data
+
+
+def test_every_kind_of_file_travels_and_is_found_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources, a reward function of one's own, a template: each key then names what has its content."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def score(**columns): return []")
+    (tmp_path / "my.jinja").write_text("{{ messages }}")
+    for name in ("a.jsonl", "b.jsonl"):
+        a_file(tmp_path, name, rows=3 if name == "a.jsonl" else 4)
+    spec = rented_spec(
+        "objective=grpo", "objective.rewards=[length,./mine.py:score]", "data=file",
+        "data.sources=[{path: a.jsonl, weight: 2}, {path: '*.jsonl'}]", "data.chat_template=my.jinja",
+        "train.batch_size=8", "train.micro_batch_size=8",
+    )  # fmt: skip
+    found = parcels.parcels(spec)
+    assert [(parcel.key, parcel.source.name) for parcel in found] == [
+        ("data.sources.0.path", "a.jsonl"), ("data.sources.1.path", tmp_path.name),
+        ("data.chat_template", "my.jinja"), ("objective.rewards.1", "mine.py"),
+    ]  # fmt: skip
+    there = parcels.rewritten(spec, "/workspace", found)
+    one, two = there.data.sources
+    assert one.path == f"/workspace/{found[0].target}" and one.weight == 2
+    assert two.path == f"/workspace/{found[1].target}/*.jsonl" and found[1].files == ("a.jsonl", "b.jsonl")
+    assert isinstance(there.objective, Grpo)
+    assert there.objective.rewards == ["length", f"/workspace/{found[3].target}:score"]
+    assert there.data.chat_template == f"/workspace/{found[2].target}"
 
 
 def test_the_demo_and_the_hub_send_no_data() -> None:
@@ -173,6 +214,44 @@ def test_a_parcel_that_is_there_is_not_sent_twice(berth: Berth, tmp_path: Path) 
     assert "is there already" not in said[0]
     assert ship.send(berth, run, spec, said.append) == code
     assert "is there already" in said[1]
+
+
+@needs_sshd
+def test_a_glob_sends_what_fits_and_links_send_what_they_point_to(berth: Berth, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    (corpus / "deep").mkdir(parents=True)
+    a_file(corpus / "deep", "a.jsonl", rows=1)
+    (corpus / "notes.txt").write_text("stays here")
+    (corpus / "deep" / "b.jsonl").symlink_to(a_file(tmp_path, "elsewhere", rows=2))
+    spec = rented_spec(f"data.path={corpus}/**/*.jsonl", "data=file", "data.format=text")
+    ship.send(berth, run_of(spec, tmp_path / "here"), spec, lambda line: None)
+    there = RunSpec.model_validate(json.loads((Path(berth.folder) / "spec.json").read_text()))
+    assert there.data.path is not None
+    sent = files_of(there.data.path)
+    assert [Path(file).name for file in sent] == ["a.jsonl", "b.jsonl"]
+    assert [Path(file).read_text().count("\n") for file in sent] == [1, 2] and not Path(sent[1]).is_symlink()
+    assert not list((tmp_path / "workspace").rglob("notes.txt"))
+
+
+@needs_sshd
+def test_tokens_that_were_prepared_travel(berth: Berth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other settings, or of a file that has changed since, they stay."""
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
+    file = a_file(tmp_path)
+    words = (f"data.path={file}", "data=file", "data.format=text")
+    entry = tmp_path / "cache" / "tokenised" / "abc"
+    entry.mkdir(parents=True)
+    (entry / "rows.arrow").write_bytes(b"rows")
+    prepared.remember(spec_of("model=mistral7b", "method=lora", "train.max_steps=10", *words), [entry])
+    assert prepared.entries(rented_spec(*words)) == ["tokenised/abc"]  # where and how it trains does not matter
+    assert prepared.entries(rented_spec(*words, "train.max_length=64")) == []
+    run, said = run_of(rented_spec(*words), tmp_path / "here"), []
+    for _ in range(2):
+        ship.send(berth, run, rented_spec(*words), said.append)
+    assert (tmp_path / "workspace" / "cache" / "runner" / "tokenised" / "abc" / "rows.arrow").read_bytes() == b"rows"
+    assert [line for line in said if "tokens" in line][1].endswith("abc is there already (0.0 MB)")
+    a_file(tmp_path, rows=5)
+    assert prepared.entries(rented_spec(*words)) == []
 
 
 @needs_sshd

@@ -1,23 +1,27 @@
 """What of a run lies on this machine and has to travel: files and folders, named by their content.
 
 A volume that has a parcel already is not sent it twice; and a spec whose paths name parcels is the same on every pod.
+What is not here, such as a URL, a name, or a place on the pod's own disk, stays as it is.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.data import prepared
 from runner.errors import Problem, RequestError
+from runner.inputs import named_places
+from runner.paths import cache_dir
 from runner.spec import LocalPlace, RunSpec
 
 BLOCK = 1 << 20
-FILES = (("data", "path"), ("data", "eval_path"), ("data", "chat_template"), ("deepspeed", "config"))
-"""Keys that may name a file here."""
+WILD = "*?["
 
 
 @dataclass(frozen=True)
@@ -31,48 +35,78 @@ class Parcel:
     """Where it belongs, below the workspace."""
     size: int
     """Bytes."""
+    inner: str = ""
+    """What the key says below the target: a glob."""
+    files: tuple[str, ...] | None = None
+    """Only these of the folder `source`, by their names in it; None sends all."""
 
 
 def parcels(spec: RunSpec) -> list[Parcel]:
-    """Everything on this machine that the spec names. RequestError for a file that is not there."""
-    return [_parcel(key, source) for key, source in _named(spec)]
+    """Everything on this machine that the spec names. RequestError for a relative path that is not there."""
+    found = [_parcel(key, value) for key, value in named_places(spec)]
+    return [parcel for parcel in found if parcel is not None]
 
 
-def rewritten(spec: RunSpec, workspace: str, found: list[Parcel]) -> RunSpec:
+def tokens(spec: RunSpec) -> list[Parcel]:
+    """What `data prepare` has made for this run, for the pod's own cache, where the run looks first."""
+    found = []
+    for name in prepared.entries(spec):
+        folder = cache_dir() / name
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        found.append(Parcel("tokens", folder, f"cache/runner/{name}", size))
+    return found
+
+
+def rewritten(spec: RunSpec, workspace: str, found: Iterable[Parcel]) -> RunSpec:
     """The spec as the pod runs it: its own paths, and a place that is here."""
-    changes: dict[str, dict[str, Any]] = {}
+    values = spec.model_dump(mode="json")
     for parcel in found:
-        part, _, name = parcel.key.partition(".")
-        changes.setdefault(part, {})[name] = f"{workspace}/{parcel.target}"
-    changes.setdefault("run", {})["output_dir"] = f"{workspace}/runs"
-    parts = {name: getattr(spec, name).model_copy(update=values) for name, values in changes.items()}
-    return spec.model_copy(update={**parts, "where": LocalPlace()})
+        _put(values, parcel.key, f"{workspace}/{parcel.target}{parcel.inner}")
+    there = RunSpec.model_validate(values)
+    run = there.run.model_copy(update={"output_dir": f"{workspace}/runs"})
+    return there.model_copy(update={"run": run, "where": LocalPlace()})
 
 
-def _named(spec: RunSpec) -> Iterator[tuple[str, Path]]:
-    if spec.model.package is None and Path(spec.model.id).is_dir():
-        yield "model.id", Path(spec.model.id)
-    for part, name in FILES:
-        value = getattr(getattr(spec, part), name)
-        if value is None or (part == "data" and name.endswith("path") and spec.data.source != "file"):
-            continue
-        if part == "deepspeed" and not Path(value).is_file():
-            continue  # one of the project's own, which the wheel carries
-        yield f"{part}.{name}", Path(value).expanduser()
+def _put(values: Any, key: str, value: str) -> None:
+    *parents, leaf = (int(step) if step.isdigit() else step for step in key.split("."))
+    for step in parents:
+        values = values[step]
+    function = str(values[leaf]).rpartition(".py:")[2] if key.startswith("objective.rewards") else ""
+    values[leaf] = f"{value}:{function}" if function else value
 
 
-def _parcel(key: str, source: Path) -> Parcel:
+def _parcel(key: str, value: str) -> Parcel | None:
+    """None for what is not on this machine, or need not be."""
+    source, inner, names = Path(value).expanduser(), "", None
     if not source.exists():
-        raise RequestError(Problem(f"{key}={source} is not there", None, "name a file or folder of this machine"))
-    files = sorted(f for f in source.rglob("*") if f.is_file()) if source.is_dir() else [source]
+        if any(sign in value for sign in WILD) and "://" not in value:
+            source, inner, names = _matched(source)
+        if not names:
+            _refuse_if_wanted(key, value)
+            return None
+    files = names or [str(file.relative_to(source)) for file in sorted(source.rglob("*")) if file.is_file()]
     digest = hashlib.sha256()
     size = 0
-    for file in files:
-        name = os.fspath(file.relative_to(source)) if source.is_dir() else file.name
-        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+    for name in files or [""]:
+        file = source / name if name else source
+        digest.update(f"{name or file.name}\0{file.stat().st_size}\0".encode())
         size += file.stat().st_size
         with file.open("rb") as stream:
             while block := stream.read(BLOCK):
                 digest.update(block)
-    shelf = "artifacts" if source.is_dir() else "datasets"
-    return Parcel(key, source.absolute(), f"{shelf}/{digest.hexdigest()[:16]}/{source.name}", size)
+    shelf = "artifacts" if source.is_dir() and not inner else "datasets"
+    target = f"{shelf}/{digest.hexdigest()[:16]}/{source.resolve().name}"
+    return Parcel(key, source.absolute(), target, size, inner, tuple(names) if names else None)
+
+
+def _matched(pattern: Path) -> tuple[Path, str, list[str]]:
+    """The folder in which a glob begins, the rest of it, and the files that fit, as it names them there."""
+    fixed = next(number for number, part in enumerate(pattern.parts) if any(sign in part for sign in WILD))
+    base, rest = Path(*pattern.parts[:fixed]), "/".join(pattern.parts[fixed:])
+    return base, f"/{rest}", sorted(n for n in glob.glob(rest, root_dir=base, recursive=True) if (base / n).is_file())
+
+
+def _refuse_if_wanted(key: str, value: str) -> None:
+    """RequestError for data that should have been here."""
+    if key.startswith("data.") and key != "data.chat_template" and "://" not in value and not os.path.isabs(value):
+        raise RequestError(Problem(f"{key}={value} is not there", None, "name a file or folder of this machine"))

@@ -116,7 +116,7 @@ def send(at: Berth, run: RunDir, spec: RunSpec, say: Say) -> str:
     """The project, the data, the run's files and its newest checkpoint; the folder of the project there."""
     code = _send_wheel(at)
     found = parcels.parcels(spec)
-    for parcel in found:
+    for parcel in (*found, *parcels.tokens(spec)):
         _send_parcel(at, parcel, say)
     _send_run(at, run, parcels.rewritten(spec, at.workspace, found), say)
     return code
@@ -191,15 +191,24 @@ def _send_wheel(at: Berth) -> str:
 def _send_parcel(at: Berth, parcel: parcels.Parcel, say: Say) -> None:
     """To a name of its own first: what has the right name is whole, and a transfer that broke off goes on there."""
     target = f"{at.workspace}/{parcel.target}"
-    shelf, half = os.path.dirname(target), f"{os.path.dirname(target)}.part"
+    half, name = f"{target}.part", os.path.basename(target)
     size = f"{parcel.size / 1e9:.1f} GB" if parcel.size > 5e8 else f"{parcel.size / 1e6:.1f} MB"
     if at.connection.attempt(f"test -e {shlex.quote(target)}")[0] == 0:
         say(f"Sends   {parcel.key}: {parcel.source.name} is there already ({size})")
         return
     say(f"Sends   {parcel.key}: {parcel.source.name} ({size})")
     at.connection.run(f"mkdir -p {shlex.quote(half)}")
-    at.connection.put([parcel.source], f"{half}/")
-    at.connection.run(f"rm -rf {shlex.quote(shelf)} && mv {shlex.quote(half)} {shlex.quote(shelf)}")
+    # What links point to, not the links: the Hub's cache is made of them.
+    source = f"{parcel.source}/" if parcel.source.is_dir() else str(parcel.source)
+    with tempfile.NamedTemporaryFile("w", prefix="runner-files-") as listed:
+        options = ["--copy-links"]
+        if parcel.files is not None:
+            listed.write("\n".join(parcel.files))
+            listed.flush()
+            options.append(f"--files-from={listed.name}")
+        at.connection.put([source], f"{half}/{name}", options=options)
+    half, target = shlex.quote(half), shlex.quote(target)
+    at.connection.run(f"rm -rf {target} && mv {half}/{shlex.quote(name)} {target} && rmdir {half}")
 
 
 def _send_run(at: Berth, run: RunDir, there: RunSpec, say: Say) -> None:
