@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.objectives import pairs
+from runner.data import commands
 from runner.errors import RequestError
 from runner.train import models, objectives
 from runner.train.tokenised import line_of
@@ -55,6 +57,24 @@ def test_the_margin_grows_on_held_out_rows(words: tuple[str, ...], folder: Path)
     held = list(run.evals())
     assert held[-1]["reward_margin"] == finished.summary["eval"]["after"]["reward_margin"]
     assert (run.path / "loss.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_real_model_with_lora_prefers_right_commands_it_has_not_seen(tmp_path: Path) -> None:
+    """SmolLM2, six steps; `python -m benchmarks objectives` takes thirty, and the other objectives."""
+    train, held = commands.examples(count_eval=8)
+    for name, rows in (("train", train), ("held", held)):
+        preferences.write(tmp_path / f"{name}.jsonl", pairs(rows, seed=1))
+    spec = spec_of(
+        "objective=dpo", "model=smollm2_135m", "method=lora", "hw=cpu", "data=file", "train.max_length=128",
+        f"data.path={tmp_path / 'train.jsonl'}", f"data.eval_path={tmp_path / 'held.jsonl'}", "eval.num_prompts=0",
+        "data.system_prompt='Answer with the command only.'", "train.max_steps=6", "train.batch_size=4",
+        "train.micro_batch_size=4", "train.learning_rate=5e-4", f"run.output_dir={tmp_path / 'runs'}",
+    )  # fmt: skip
+    finished, _ = train_here(spec)
+    after = finished.summary["eval"]["after"]
+    assert grown(finished) > 0.1 and after["reward_accuracy"] >= 0.75
+    assert after["loss"] < finished.summary["eval"]["before"]["loss"]
 
 
 def test_a_reward_model_is_loaded_by_plain_transformers_and_ranks_held_out_answers(folder: Path) -> None:

@@ -286,5 +286,7 @@ def test_only_the_secrets_that_are_needed_go_and_into_memory(berth: Berth, monke
         assert ship.tell_secrets(berth, rented_spec()) == ["HF_TOKEN"]
         assert json.loads(file.read_text()) == {"HF_TOKEN": "hf_x"} and file.stat().st_mode & 0o777 == 0o600
         assert ship.tell_secrets(berth, rented_spec("track=wandb")) == ["HF_TOKEN", "WANDB_API_KEY"]
+        data = rented_spec("data=file", "data.sources=[{path: 's3://rows/a.jsonl'}]")
+        assert ship.tell_secrets(berth, data) == ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY"]
     finally:
         file.unlink(missing_ok=True)

