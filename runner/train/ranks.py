@@ -6,20 +6,27 @@ torchrun tells each process its place through the environment; without it there 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
+from itertools import count
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
 
 from runner.spec import RunSpec
 
 TIMEOUT = timedelta(minutes=30)
 """Of one collective. A hang is found earlier, by the heartbeat (execute/supervise.py): this is for a lost watcher."""
+LOOK_SECONDS = 0.2
+_TURNS = count()
+"""Of `main_first`: all processes come by each of them in the same order."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +49,36 @@ class Ranks:
             self.total([0.0])  # an all-reduce over gloo, also where the GPUs speak NCCL: it needs no stream
 
     @contextmanager
-    def main_first(self) -> Iterator[None]:
+    def main_first(self, beat: Callable[[], None] = lambda: None) -> Iterator[Callable[[], None]]:
         """What fills a cache is done by the main process and found there by the others; where other machines do not
-        share it, by one process on each, once the main one is through."""
+        share it, by one process on each, once the main one is through.
+
+        Gives what whoever is at work calls as it gets on: `beat`, the sign of life, of those who wait as well. They
+        look into the store where all have met, for as long as it takes: a collective would end after `TIMEOUT`.
+        """
+        if self.world == 1:
+            yield beat
+            return
+        turn, machine = next(_TURNS), os.environ.get("GROUP_RANK", "0")
+        store = PrefixStore(f"turn {turn}", distributed_c10d._get_default_store())
         if not self.main:
-            self.barrier()
+            _wait(store, "main", beat)
         if self.local:
-            self.barrier()
-        yield
-        if self.main:
-            self.barrier()
+            _wait(store, machine, beat)
+        last = 0.0
+
+        def working() -> None:
+            nonlocal last
+            beat()
+            if time.monotonic() - last > 1:
+                last = time.monotonic()
+                store.add("beats", 1)
+
+        yield working
         if not self.local:
-            self.barrier()
+            store.set(machine, "over")
+        if self.main:
+            store.set("main", "over")
 
     def any(self, flag: bool) -> bool:
         """Whether it is true anywhere; all get the same answer."""
@@ -82,6 +107,16 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+
+def _wait(store: PrefixStore, over: str, beat: Callable[[], None]) -> None:
+    """Until the key is there; whenever whoever is at work got on, that is a sign of life."""
+    heard = 0
+    while not store.check([over]):
+        time.sleep(LOOK_SECONDS)
+        if (beats := store.add("beats", 0)) != heard:
+            heard = beats
+            beat()
 
 
 def launched() -> bool:

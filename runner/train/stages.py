@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 
 from runner.data import sharder, tokenizer
@@ -13,9 +12,6 @@ from runner.errors import Problem, RequestError
 from runner.spec import Pretrain, RunSpec
 from runner.train.ranks import Ranks
 
-TOGETHER_SECONDS = 20.0
-"""How often the process that works tells the others to wait on: far below a collective's timeout (ranks.py)."""
-
 
 def prepare(spec: RunSpec, say: Callable[[str], None], beat: Callable[[], None], ranks: Ranks) -> RunSpec:
     """The run with its tokenizer in place; the main process does the work, the others wait for it."""
@@ -23,14 +19,9 @@ def prepare(spec: RunSpec, say: Callable[[str], None], beat: Callable[[], None],
         return spec
     place = workspace_of(spec.objective)
     if place is not None:
-        waiting = _Waiting(beat, ranks)
-        if ranks.main:
-            try:
-                _work(spec, spec.objective, place, say, waiting.beat)
-            finally:
-                waiting.end()
-        else:
-            waiting.wait()
+        with ranks.main_first(beat) as working:
+            if ranks.main:
+                _work(spec, spec.objective, place, say, working)
         if not is_whole(place.train):
             what = f"{place.train} is not there on this machine"
             raise RequestError(Problem(what, "objective.root", "name a folder that all machines share"))
@@ -61,26 +52,3 @@ def _work(
     beat()
     facts = tokenizer.train(place.train, place.tokenizer, int(spec.model.vocab_size or 0))
     say(f"Tokens  {facts['vocab_size']:,} learned from the shards ({place.tokenizer})")
-
-
-class _Waiting:
-    """One process works for as long as it takes, and no collective of the others waits for longer than a while."""
-
-    def __init__(self, alive: Callable[[], None], ranks: Ranks) -> None:
-        self.alive, self.ranks, self.last = alive, ranks, time.monotonic()
-
-    def beat(self) -> None:
-        """By the one that works."""
-        self.alive()
-        if self.ranks.world > 1 and time.monotonic() - self.last > TOGETHER_SECONDS:
-            self.last = time.monotonic()
-            self.ranks.any(False)
-
-    def end(self) -> None:
-        """By the one that works, whatever came of it."""
-        self.ranks.any(True)
-
-    def wait(self) -> None:
-        """By the others."""
-        while not self.ranks.any(False):
-            self.alive()

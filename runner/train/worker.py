@@ -63,17 +63,18 @@ def work(
     if spec.hw.accelerator == "cpu" and spec.hw.num_cpus:
         torch.set_num_threads(max(1, spec.hw.num_cpus // (spec.hw.num_processes or 1)))
 
-    def count(done: int, total: int) -> None:
-        """Rows are tokenised: said, and a sign of life."""
-        progress.advance(done, total)
-        pulse.beat("loading")
-
     set_seed(spec.train.seed)
     spec = stages.prepare(spec, progress.note, pulse.beat, ranks)
     examples = objectives.read(spec)
     if examples.note:
         progress.note(examples.note)
-    with ranks.main_first():
+    with ranks.main_first(pulse.beat) as working:
+
+        def count(done: int, total: int) -> None:
+            """Rows are tokenised: said, and a sign of life."""
+            progress.advance(done, total)
+            working()
+
         source = models.source_of(spec.model, progress.note)
         tokenizer = models.load_tokenizer(spec, source)
         with progress.stage("Tokenising", "rows"):
