@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from benchmarks.turns import Finished, Step, Turns
 from runner.data.formats import load
+from runner.data.masks import IGNORED
 from runner.report.progress import Progress
 from runner.rundir import RunDir
 from runner.spec import RunSpec
@@ -109,7 +110,7 @@ def loss_of(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
     hidden = backbone(**inputs, use_cache=False).last_hidden_state[:, :-1]  # [b, s-1, d]
     labels = batch["labels"][:, 1:]  # [b, s-1]
-    labelled = labels != dataset.IGNORED
+    labelled = labels != IGNORED
     return functional.cross_entropy(head(hidden[labelled]).float(), labels[labelled])
 
 

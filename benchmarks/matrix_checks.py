@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from runner import checkpoints
 from runner.data.formats import load
+from runner.data.masks import IGNORED
 from runner.errors import RequestError
 from runner.rundir import RunDir
 from runner.spec import DataSpec, DeepSpeedSpec, Freeze, RunSpec
@@ -195,7 +196,7 @@ def held_out_loss(spec: RunSpec, model: Any, tokenizer: Any) -> float:
                 with torch.no_grad():
                     logits = model(input_ids=ids).logits[0, :-1].float()
                 total += float(functional.cross_entropy(logits, labels[0, 1:], reduction="sum"))
-                count += int((labels[0, 1:] != dataset.IGNORED).sum())
+                count += int((labels[0, 1:] != IGNORED).sum())
         means.append(total / count)
     return sum(means) / len(means)
 
