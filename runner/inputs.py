@@ -7,6 +7,7 @@ whoever loads it.
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
@@ -16,7 +17,7 @@ from runner.errors import Problem, RequestError
 from runner.hub_fetch import UnreachableError
 from runner.paths import CONF
 from runner.plan.plan import Plan
-from runner.spec import Grpo, Pretrain, RunSpec
+from runner.spec import Grpo, Pretrain, RunPodPlace, RunSpec
 from runner.suggest import nearest
 
 TEMPLATES = CONF / "chat_template"
@@ -48,7 +49,7 @@ def named_places(spec: RunSpec) -> Iterator[tuple[str, str]]:
     """Key and value of everything that a run reads and that may be a file or folder: model, data, template, DeepSpeed's
     config, tokenizer, reward functions (without the function's name)."""
     data, objective = spec.data, spec.objective
-    if spec.model.package is None:
+    if spec.model.package is None and Path(spec.model.id).is_dir():  # else of the Hub, whatever file is called so
         yield "model.id", spec.model.id
     yield from _data(spec)
     if data.chat_template is not None and not _is_named(data.chat_template):
@@ -77,9 +78,13 @@ def _rewards(spec: RunSpec) -> Iterator[tuple[str, str]]:
 
 def _files(spec: RunSpec) -> Iterator[Problem]:
     data = spec.data
-    for key, path in (*_data(spec), *_rewards(spec)):
-        if problem := _missing(path, key, spec):
+    for key, path in _data(spec):
+        problem = _missing(path, key, spec) or _unreadable(path, key, spec)
+        if problem:
             yield problem
+    for key, path in _rewards(spec):
+        if problem := _missing(path, key, spec):
+            yield Problem(problem.what, problem.source, "name a Python file and its function: FILE.py:FUNCTION")
     template = data.chat_template
     if template is not None and not _is_named(template):
         problem = _missing(template, "data.chat_template", spec)
@@ -88,6 +93,24 @@ def _files(spec: RunSpec) -> Iterator[Problem]:
             near = str(problem.remedy).startswith("did you mean")
             remedy = problem.remedy if near else f"name a Jinja file, or one of {names}"
             yield Problem(problem.what, problem.source, remedy)
+
+
+def _has_files(place: RunPodPlace) -> bool:
+    """A pod of that kind may come with files: on a network volume, or in an image of one's own."""
+    return bool(place.volume or place.template or place.image != RunPodPlace.model_fields["image"].default)
+
+
+def _unreadable(path: str, key: str, spec: RunSpec) -> Problem | None:
+    """A URL whose keys a pod will not have; what the AWS tools keep in files stays here."""
+    if spec.where.name == "local":
+        return None
+    if path.startswith("gs://"):
+        remedy = "copy it here, to S3, or to a network volume (python -m runner volumes put)"
+        return Problem(f"{path}: a pod has no keys of Google's", key, remedy)
+    if path.startswith("s3://") and not os.environ.get("AWS_ACCESS_KEY_ID"):
+        remedy = 'export them: eval "$(aws configure export-credentials --format env)"'
+        return Problem(f"{path}: AWS_ACCESS_KEY_ID is not set, and a pod has the keys that are set here", key, remedy)
+    return None
 
 
 def _is_named(template: str) -> bool:
@@ -99,8 +122,11 @@ def _missing(path: str, key: str, spec: RunSpec) -> Problem | None:
     place = Path(path).expanduser()
     if "://" in path or place.exists():
         return None
-    if spec.where.name != "local" and place.is_absolute():  # of a pod's volume, it may be
-        return None
+    if Path(path).is_absolute() and isinstance(spec.where, RunPodPlace):
+        if _has_files(spec.where):
+            return None
+        what = f"{path} is not on this machine, and on a pod's new disk there is nothing"
+        return Problem(what, key, f"correct {key}, or name the network volume that has it with where.volume=…")
     if any(sign in path for sign in "*?["):
         if glob.glob(str(place), recursive=True):
             return None

@@ -103,6 +103,36 @@ def test_data_that_are_not_there_are_refused_before_anything_is_made(here: Path,
     assert ", or one of chatml, " in refused(here, verb, "data.chat_template=/x/y")
 
 
+RENTED = ("run", "where=runpod", "hw=rtx4090", "model=mistral7b", "method=qlora4", "train.max_steps=9", "data=file")
+GRPO = ("objective=grpo", "train.batch_size=8", "train.micro_batch_size=8")
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "remedy"),
+    [
+        (("data.path='~/typo.jsonl'",), "typo.jsonl does not exist", "correct data.path"),
+        (("data.path=/data/typo.jsonl",), "on a pod's new disk there is nothing", "where.volume"),
+        (("data.path=gs://rows/a.jsonl",), "a pod has no keys of Google's", "volumes put"),
+        (("data.path=s3://rows/a.jsonl",), "AWS_ACCESS_KEY_ID is not set", "aws configure export-credentials"),
+        (("data.path=train.jsonl", *GRPO, "objective.rewards=[mina.py:score]"), "mina.py does not", "FILE.py:FUNCTION"),
+    ],
+)
+def test_what_a_pod_would_not_find_is_said_before_one_is_rented(
+    words: tuple[str, ...], what: str, remedy: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    (here / "train.jsonl").write_text(ROW)
+    result = runner(*RENTED, *words)
+    assert result.exit_code == 2, result.output
+    said = " ".join(result.output.split())
+    assert what in said and remedy in said
+
+
+def test_a_volume_may_have_what_is_not_here(here: Path) -> None:
+    result = runner(*RENTED, "data.path=/workspace/rows.jsonl", "where.volume=mine")
+    assert "rows.jsonl" not in result.output  # something else may be missing, such as a key
+
+
 def test_all_that_is_missing_is_said_at_once(here: Path) -> None:
     said = refused(here, "data=file", "data.path=a.jsonl", "data.eval_path=b.jsonl", "data.chat_template=c.jinja")
     assert all(name in said for name in ("a.jsonl", "b.jsonl", "c.jinja"))

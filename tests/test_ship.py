@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_a_relative_file_that_is_not_there_is_said(tmp_path: Path, monkeypatch: 
 )
 def test_what_is_elsewhere_stays_as_it_is(words: tuple[str, ...]) -> None:
     spec = rented_spec("data=file", *words)
-    assert parcels.parcels(spec) == []
+    assert parcels.parcels(spec) == parcels.tokens(spec) == []
     assert parcels.rewritten(spec, "/workspace", []).data == spec.data
 
 
@@ -220,17 +221,65 @@ def test_a_parcel_that_is_there_is_not_sent_twice(berth: Berth, tmp_path: Path) 
 def test_a_glob_sends_what_fits_and_links_send_what_they_point_to(berth: Berth, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     (corpus / "deep").mkdir(parents=True)
-    a_file(corpus / "deep", "a.jsonl", rows=1)
+    a_file(corpus / "deep", "# a.jsonl", rows=1)
     (corpus / "notes.txt").write_text("stays here")
     (corpus / "deep" / "b.jsonl").symlink_to(a_file(tmp_path, "elsewhere", rows=2))
+    (corpus / "deep" / "c.jsonl").symlink_to(tmp_path / "nowhere")
     spec = rented_spec(f"data.path={corpus}/**/*.jsonl", "data=file", "data.format=text")
     ship.send(berth, run_of(spec, tmp_path / "here"), spec, lambda line: None)
     there = RunSpec.model_validate(json.loads((Path(berth.folder) / "spec.json").read_text()))
     assert there.data.path is not None
     sent = files_of(there.data.path)
-    assert [Path(file).name for file in sent] == ["a.jsonl", "b.jsonl"]
+    assert [Path(file).name for file in sent] == ["# a.jsonl", "b.jsonl"]
     assert [Path(file).read_text().count("\n") for file in sent] == [1, 2] and not Path(sent[1]).is_symlink()
     assert not list((tmp_path / "workspace").rglob("notes.txt"))
+
+
+@needs_sshd
+@pytest.mark.parametrize("linked", ["the folder", "a folder in it", "the file"])
+def test_through_links_the_pod_sees_what_is_seen_here(linked: str, berth: Berth, tmp_path: Path) -> None:
+    """Also with what an earlier attempt of the same run has left behind."""
+    real = tmp_path / "real"
+    real.mkdir()
+    a_file(real, "a.jsonl", rows=2)
+    (real / ".#a.jsonl").symlink_to("nobody@nowhere")  # an editor's lock
+    named = tmp_path / "named.jsonl" if linked == "the file" else tmp_path / "named"
+    if linked == "a folder in it":
+        named.mkdir()
+        a_file(named, "b.jsonl", rows=3)
+        (named / "more").symlink_to(real)  # which nobody reads here either
+    else:
+        named.symlink_to(real / "a.jsonl" if linked == "the file" else real)
+    spec = rented_spec(f"data.path={named}", "data=file", "data.format=text")
+    (parcel,) = parcels.parcels(spec)
+    left = tmp_path / "workspace" / f"{parcel.target}.{berth.run_id}.part"
+    left.mkdir(parents=True)
+    (left / ".a.jsonl.x7Gh").write_text("half a row")
+    ship.send(berth, run_of(spec, tmp_path / "here"), spec, lambda line: None)
+    assert not left.exists()
+    there = RunSpec.model_validate(json.loads((Path(berth.folder) / "spec.json").read_text()))
+    assert there.data.path is not None and Path(there.data.path).name == named.name
+    sent, mine = ([Path(name).read_text() for name in files_of(str(path))] for path in (there.data.path, named))
+    assert sent == mine and len(sent) == 1
+
+
+@needs_sshd
+def test_what_another_run_has_sent_meanwhile_stays(berth: Berth, tmp_path: Path) -> None:
+    """Two launchers send the same to one volume: the first one's stays, for it may be read already."""
+    spec = rented_spec(f"data.path={a_file(tmp_path)}", "data=file", "data.format=text")
+    (parcel,) = parcels.parcels(spec)
+    target = tmp_path / "workspace" / parcel.target
+    put = berth.connection.put
+
+    def late(*args: Any, **options: Any) -> None:
+        put(*args, **options)
+        if target.parent.is_dir() and not target.exists():
+            target.write_text("whole, and being read")
+
+    object.__setattr__(berth.connection, "put", late)
+    ship.send(berth, run_of(spec, tmp_path / "here"), spec, lambda line: None)
+    assert target.read_text() == "whole, and being read"
+    assert [file.name for file in target.parent.iterdir()] == [target.name]
 
 
 @needs_sshd
@@ -245,6 +294,7 @@ def test_tokens_that_were_prepared_travel(berth: Berth, tmp_path: Path, monkeypa
     prepared.remember(spec_of("model=mistral7b", "method=lora", "train.max_steps=10", *words), [entry])
     assert prepared.entries(rented_spec(*words)) == ["tokenised/abc"]  # where and how it trains does not matter
     assert prepared.entries(rented_spec(*words, "train.max_length=64")) == []
+    assert prepared.entries(rented_spec(*words, "data.chat_template=chatml")) == []
     run, said = run_of(rented_spec(*words), tmp_path / "here"), []
     for _ in range(2):
         ship.send(berth, run, rented_spec(*words), said.append)

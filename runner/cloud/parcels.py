@@ -38,7 +38,8 @@ class Parcel:
     inner: str = ""
     """What the key says below the target: a glob."""
     files: tuple[str, ...] | None = None
-    """Only these of the folder `source`, by their names in it; None sends all."""
+    """Of a folder: what is in it or fits the glob, by the names there. A link to a folder is not followed, as nobody
+    reads through one; a link to a file travels as the file."""
 
 
 def parcels(spec: RunSpec) -> list[Parcel]:
@@ -52,8 +53,8 @@ def tokens(spec: RunSpec) -> list[Parcel]:
     found = []
     for name in prepared.entries(spec):
         folder = cache_dir() / name
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        found.append(Parcel("tokens", folder, f"cache/runner/{name}", size))
+        files = {file.name: file.stat().st_size for file in folder.iterdir()}
+        found.append(Parcel("tokens", folder, f"cache/runner/{name}", sum(files.values()), files=tuple(files)))
     return found
 
 
@@ -77,17 +78,18 @@ def _put(values: Any, key: str, value: str) -> None:
 
 def _parcel(key: str, value: str) -> Parcel | None:
     """None for what is not on this machine, or need not be."""
-    source, inner, names = Path(value).expanduser(), "", None
-    if not source.exists():
-        if any(sign in value for sign in WILD) and "://" not in value:
-            source, inner, names = _matched(source)
-        if not names:
-            _refuse_if_wanted(key, value)
-            return None
-    files = names or [str(file.relative_to(source)) for file in sorted(source.rglob("*")) if file.is_file()]
+    source, inner = Path(os.path.abspath(Path(value).expanduser())), ""
+    names: list[str] = []
+    if source.is_dir():
+        names = [str(file.relative_to(source)) for file in sorted(source.rglob("*")) if file.is_file()]
+    elif not source.exists() and any(sign in value for sign in WILD) and "://" not in value:
+        source, inner, names = _matched(source)
+    if not names and not source.is_file():
+        _refuse_if_wanted(key, value)
+        return None
     digest = hashlib.sha256()
     size = 0
-    for name in files or [""]:
+    for name in names or [""]:
         file = source / name if name else source
         digest.update(f"{name or file.name}\0{file.stat().st_size}\0".encode())
         size += file.stat().st_size
@@ -95,8 +97,8 @@ def _parcel(key: str, value: str) -> Parcel | None:
             while block := stream.read(BLOCK):
                 digest.update(block)
     shelf = "artifacts" if source.is_dir() and not inner else "datasets"
-    target = f"{shelf}/{digest.hexdigest()[:16]}/{source.resolve().name}"
-    return Parcel(key, source.absolute(), target, size, inner, tuple(names) if names else None)
+    target = f"{shelf}/{digest.hexdigest()[:16]}/{source.name}"
+    return Parcel(key, source, target, size, inner, tuple(names) or None)
 
 
 def _matched(pattern: Path) -> tuple[Path, str, list[str]]:
@@ -108,5 +110,5 @@ def _matched(pattern: Path) -> tuple[Path, str, list[str]]:
 
 def _refuse_if_wanted(key: str, value: str) -> None:
     """RequestError for data that should have been here."""
-    if key.startswith("data.") and key != "data.chat_template" and "://" not in value and not os.path.isabs(value):
+    if key.startswith("data.") and "://" not in value and not os.path.isabs(value):
         raise RequestError(Problem(f"{key}={value} is not there", None, "name a file or folder of this machine"))

@@ -194,26 +194,26 @@ def _send_wheel(at: Berth) -> str:
 
 
 def _send_parcel(at: Berth, parcel: parcels.Parcel, say: Say) -> None:
-    """To a name of its own first: what has the right name is whole, and a transfer that broke off goes on there."""
+    """To a name of its own first: what has the right name is whole, and a transfer that broke off goes on there. The
+    name is the run's: another one may send the same to the same volume, and whoever is ready first has done it."""
     target = f"{at.workspace}/{parcel.target}"
-    half, name = f"{target}.part", os.path.basename(target)
+    half, name = f"{target}.{at.run_id}.part", os.path.basename(target)
     size = f"{parcel.size / 1e9:.1f} GB" if parcel.size > 5e8 else f"{parcel.size / 1e6:.1f} MB"
     if at.connection.attempt(f"test -e {shlex.quote(target)}")[0] == 0:
         say(f"Sends   {parcel.key}: {parcel.source.name} is there already ({size})")
         return
     say(f"Sends   {parcel.key}: {parcel.source.name} ({size})")
     at.connection.run(f"mkdir -p {shlex.quote(half)}")
-    # What links point to, not the links: the Hub's cache is made of them.
-    source = f"{parcel.source}/" if parcel.source.is_dir() else str(parcel.source)
-    with tempfile.NamedTemporaryFile("w", prefix="runner-files-") as listed:
-        options = ["--copy-links"]
+    with tempfile.NamedTemporaryFile(prefix="runner-files-") as listed:
+        options, source, sent = ["--copy-links"], str(parcel.source), f"{half}/{name}"  # the Hub's cache is all links
         if parcel.files is not None:
-            listed.write("\n".join(parcel.files))
+            listed.write(b"\0".join(map(os.fsencode, parcel.files)))
             listed.flush()
-            options.append(f"--files-from={listed.name}")
-        at.connection.put([source], f"{half}/{name}", options=options)
-    half, target = shlex.quote(half), shlex.quote(target)
-    at.connection.run(f"rm -rf {target} && mv {half}/{shlex.quote(name)} {target} && rmdir {half}")
+            options += ["--from0", f"--files-from={listed.name}"]
+            source, sent = f"{source}/", f"{sent}/"  # or rsync makes a file of that name, where it is only one
+        at.connection.put([source], sent, options=options)
+    sent, half, target = (shlex.quote(path) for path in (f"{half}/{name}", half, target))
+    at.connection.run(f"mv -nT {sent} {target}; test -e {target} && rm -rf {half}")
 
 
 def _send_run(at: Berth, run: RunDir, there: RunSpec, say: Say) -> None:

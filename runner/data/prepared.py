@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from runner.data.files import is_url
 from runner.data.sources import files_of
+from runner.errors import RequestError
 from runner.paths import cache_dir
 from runner.rundir import write_atomically
-from runner.spec import RunSpec
+from runner.spec import Pretrain, RunSpec
 
 
 def remember(spec: RunSpec, entries: Sequence[Path]) -> None:
@@ -28,7 +29,12 @@ def remember(spec: RunSpec, entries: Sequence[Path]) -> None:
 
 
 def entries(spec: RunSpec) -> list[str]:
-    """Folders of the run's tokens, below the cache; none where nothing was prepared, or a file has changed since."""
+    """Folders of the run's tokens, below the cache; none where nothing was prepared, or a file has changed since.
+
+    None either where shards are made: a pod makes its own, of which the tokens would have to come out the same.
+    """
+    if isinstance(spec.objective, Pretrain) and spec.objective.experiment is not None:
+        return []
     with suppress(OSError, ValueError):
         found = [str(name) for name in json.loads(_record(spec).read_text("utf-8"))]
         if all((cache_dir() / name).is_dir() for name in found):
@@ -39,9 +45,10 @@ def entries(spec: RunSpec) -> list[str]:
 def _record(spec: RunSpec) -> Path:
     """Named by all that shapes the tokens, as far as a command line can tell."""
     train, model, data = spec.train, spec.model, spec.data.model_dump(exclude={"name", "num_proc"})
+    own = [getattr(spec.objective, name, None) for name in ("name", "loss_on", "max_new_tokens", "tokenizer")]
     said = [
-        data, spec.objective.model_dump(), model.id, model.revision, model.package, model.gguf_file,
-        train.max_length, train.packing, train.seed, sorted(_states(spec)),
+        data, own, model.id, model.revision, model.package, model.gguf_file, train.max_length, train.packing,
+        train.seed, sorted(_states(spec)),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
     return cache_dir() / "prepared" / f"{digest}.json"
@@ -49,12 +56,13 @@ def _record(spec: RunSpec) -> Path:
 
 def _states(spec: RunSpec) -> Iterator[tuple[str, int, int]]:
     """Path, size and time of change of every file on this machine that rows or the template come from."""
-    data = spec.data
-    paths: Iterable[str | None] = (data.chat_template,)
+    data, files = spec.data, [spec.data.chat_template]
     if data.source == "file":
-        paths = (*paths, data.path, data.eval_path, *(source.path for source in data.sources))
-    for path in filter(None, paths):
-        for file in [] if is_url(path) else files_of(path):
-            with suppress(OSError):
-                stat = Path(file).expanduser().stat()
-                yield file, stat.st_size, stat.st_mtime_ns
+        for path in (data.path, data.eval_path, *(source.path for source in data.sources)):
+            if path is not None and not is_url(path):
+                with suppress(RequestError):  # a folder or glob of another machine
+                    files += files_of(path)
+    for file in filter(None, files):
+        with suppress(OSError):
+            stat = Path(file).expanduser().stat()
+            yield file, stat.st_size, stat.st_mtime_ns

@@ -36,7 +36,7 @@ class DataSpec(Part):
     source: Literal["commands", "pydoc", "file", "hub"] = "file"
     """The bundled generator, the reference pages that every Python carries, local files, or a data set on the Hugging Face Hub."""
     path: str | None = None
-    """File (JSON, JSONL, CSV, TSV, Parquet, text; .gz, .bz2, .xz, .zst), folder, glob or fsspec URL for `source=file`; relative to where the command is typed."""
+    """File (JSON, JSONL, CSV, TSV, Parquet, text; .gz, .bz2, .xz, .zst), folder, glob or URL (`s3://`, `gs://`, whatever fsspec reads) for `source=file`; relative to where the command is typed."""
     sources: list[SourceSpec] = []
     """Several sources for `source=file`, mixed by `mix`; instead of `path`."""
     mix: Literal["concat", "weights", "until_exhausted"] = "concat"

@@ -96,8 +96,9 @@ def stats(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: 
 def prepare(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
     """Tokenise, pack and cache now, on the cheap machine: the same run then starts training at once.
 
-    Takes the words of the run. What shapes the tokens (data, model, train.max_length, train.packing,
-    objective.loss_on) must be the same there; hardware, method and all else may differ.
+    Takes the words of the run, with any objective. What shapes the tokens (data, model, objective, train.max_length,
+    train.packing, train.seed) must be the same there; hardware, method and all else may differ. With where=runpod the
+    tokens travel to the pod.
 
     \b
     Examples:
