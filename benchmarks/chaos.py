@@ -118,7 +118,7 @@ def _one_run(
                 resize(LARGE_DISK)
             run = _run_in(out)
             spoilt |= {hit["damaged"]} if hit.get("damaged") else set()
-            found = _checked(run, spoilt) if run else {"checkpoint": None, "whole": True}
+            found: dict[str, Any] = _checked(run, spoilt) if run else {"checkpoint": None, "whole": True}
             spoilt &= set(found.pop("bad", ()))  # what was written anew must be whole from then on
             hits.append({"variant": variant, **hit, **found})
             if hit["ended by itself"]:  # done before the moment had come

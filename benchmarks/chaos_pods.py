@@ -207,7 +207,7 @@ def _strike(
 ) -> bool:  # fmt: skip
     """Both blows at their moments; whether a finished model was taken away with its disk."""
     began, taken = time.monotonic(), False
-    blows = [(kill_at, "kill")] * (kill_at is not None) + [(strike_at, "strike")] * (fault is not None)
+    blows = ([] if kill_at is None else [(kill_at, "kill")]) + [(strike_at, "strike")] * (fault is not None)
     for moment, blow in sorted(blows):
         time.sleep(max(0.0, began + moment - time.monotonic()))
         if blow == "kill":

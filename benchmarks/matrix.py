@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +206,7 @@ def facts_of(cell: Cell, folder: Path) -> dict[str, Any]:
     if not ended(str(run.path)):
         return facts | {"apart": {"train": checks.last_words(run)}}
     facts["held_out"] = checks.held_out(run)
-    questions = {
+    questions: dict[str, Callable[[], float | str | None]] = {
         "save": lambda: checks.saved(spec, run, range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)),
         "resume": lambda: checks.resumed(run, RunDir(cell.again)),
         "reload": lambda: checks.reloaded(spec, run),

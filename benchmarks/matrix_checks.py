@@ -95,7 +95,7 @@ def last_words(run: RunDir) -> str:
     return lines[-1] if lines else "ended without a word"
 
 
-def answer(ask: Callable[[], float | None]) -> Answer:
+def answer(ask: Callable[[], float | str | None]) -> Answer:
     """What the check finds; its refusal, where the runner refuses; an error in words; None where there is no check."""
     try:
         return ask()

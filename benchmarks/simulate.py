@@ -42,11 +42,11 @@ FLASH = "flash_on_fakes"
 ADD = torch.ops.aten.add.Tensor
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that are alive; `peaks[phase]` is the most there was in a phase."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.phase = "load"
         self.peaks: dict[str, int] = {}
@@ -105,7 +105,8 @@ def _sole(tensor: torch.Tensor) -> bool:
     4 and 2: the engine's own references and those of the call into the mode; more means a holder besides.
     """
     storage = tensor.untyped_storage()
-    return tensor._use_count() <= 4 and torch._C._storage_Use_Count(storage._cdata) <= 2
+    references: int = tensor._use_count()  # type: ignore[attr-defined]
+    return references <= 4 and torch._C._storage_Use_Count(storage._cdata) <= 2
 
 
 class FlashAttention(torch.autograd.Function):
@@ -120,7 +121,7 @@ class FlashAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         q, k, v, _, _ = ctx.saved_tensors
         b, s, heads, d = q.shape
         rounded = -(-s // 128) * 128
@@ -137,7 +138,8 @@ class FlashAttention(torch.autograd.Function):
 def _attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> tuple[torch.Tensor, None]:
     if torch.is_autocast_enabled("cpu"):  # attention is on autocast's list
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-    return FlashAttention.apply(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)), None
+    heads_last = (x.transpose(1, 2) for x in (query, key, value))
+    return FlashAttention.apply(*heads_last), None  # type: ignore[no-untyped-call]
 
 
 def _layer_norm(original: Any) -> Any:
