@@ -10,16 +10,16 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-# Three processes on two machines. A collective of theirs would time out after 2 s; the main one works for 5.
+# Three processes on two machines; the main one works for 5 s. A collective would end after its timeout: there is none.
 PROCESS = """
 import json, sys, time
-from datetime import timedelta
 import torch.distributed as dist
 from runner.train.ranks import Ranks
 
 rank, machine, local, path = *map(int, sys.argv[1:4]), sys.argv[4]
 store = dist.FileStore(f"{path}/store", 3)
-dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=timedelta(seconds=2))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
+dist.all_reduce = None
 ranks, beats = Ranks(rank, 3, local), []
 found = []
 for talks in (True, False):
@@ -36,7 +36,7 @@ print(json.dumps(found))
 """
 
 
-def test_the_others_wait_longer_than_a_collective_would(tmp_path: Path) -> None:
+def test_the_others_wait_for_as_long_as_it_takes(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
