@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from runner.data import sharder
 from runner.data.documents import documents
@@ -112,6 +116,57 @@ def test_what_is_there_is_reused_made_anew_or_in_the_way(tmp_path: Path, corpus:
     with pytest.raises(RequestError) as caught:
         made(tmp_path, corpus, mode="prod")
     assert "was begun with another mode, take" in str(caught.value)
+
+
+@pytest.mark.parametrize("mix", ["concat", "weights", "until_exhausted"])
+def test_several_sources_are_mixed_and_a_cut_changes_nothing(mix: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"a {n}\n" for n in range(30)))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"body": f"b {n}"}) + "\n" for n in range(300)))
+    sources = [
+        {"path": str(tmp_path / "a.txt"), "weight": 1},
+        {"path": str(tmp_path / "b.jsonl"), "weight": 3, "max_examples": 200, "fields": {"text": "body"}},
+    ]
+    data = DataSpec.model_validate({"sources": sources, "mix": mix})
+    found = list(documents(data, seed=5))
+    assert list(documents(data, seed=5, skip=40)) == found[40:]
+    kinds = Counter(text[0] for text in found)
+    if mix == "concat":
+        assert found == [f"a {n}" for n in range(30)] + [f"b {n}" for n in range(200)]
+    elif mix == "weights":  # all of both, the rarer one again and again
+        assert set(found) == {f"a {n}" for n in range(30)} | {f"b {n}" for n in range(200)}
+        assert 2 < kinds["b"] / kinds["a"] < 4.5
+    else:
+        assert kinds["a"] == 30 and 50 < kinds["b"] < 200
+    place, _ = made(tmp_path, data, seed=5, mode="prod")
+    assert list(sharder.lines_of(place.train)) == found
+    said: list[str] = []
+    objective = Pretrain(experiment="e", root=str(tmp_path / "work"))
+    other = data.model_copy(update={"mix": "concat" if mix != "concat" else "weights"})
+    assert not sharder.shard(place, objective, other, 5, said.append).made
+    (line,) = said
+    assert "made with another source, mode, val_ratio" in line and "objective.shards=anew" in line
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl.zst", "csv", "txt.bz2"])
+def test_a_corpus_in_any_kind_of_file(ending: str, tmp_path: Path) -> None:
+    file, texts = tmp_path / f"corpus.{ending}", [f"document {n}, with a comma" for n in range(20)]
+    if ending == "parquet":
+        parquet.write_table(pyarrow.table({"text": texts}), file)
+    elif ending == "csv":
+        file.write_text("text\n" + "".join(f'"{text}"\n' for text in texts))
+    elif ending == "txt.bz2":
+        file.write_bytes(bz2.compress("\n\n".join(texts).encode()))
+    else:
+        with pyarrow.CompressedOutputStream(str(file), "zstd") as out:
+            out.write("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    assert list(documents(DataSpec(path=str(file)))) == texts
+
+
+def test_every_broken_line_of_a_piece_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": "a"}\n{\n[]\n{"body": "b"}\n')
+    with pytest.raises(RequestError) as caught:
+        list(documents(DataSpec(path=str(tmp_path / "c.jsonl"))))
+    assert [str(p.source).rpartition(", ")[2] for p in caught.value.problems] == ["line 2", "line 3"]
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:

@@ -1,39 +1,77 @@
-"""Documents of plain text, one after the other, from any source, without holding more than one of them."""
+"""Documents of plain text, one after the other, from any source, a piece of a file in memory at a time."""
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from importlib import import_module
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
-from runner.data.files import is_url, read_table
+from runner.data.files import kind_of_file, refuse
 from runner.data.hub import problem_of
-from runner.data.sources import files_of
+from runner.data.sources import Source, files_of, sources_of
+from runner.data.streams import tables
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec
 
-TEXT = (".txt", ".text", ".md")
-LINES = (".jsonl", ".ndjson")
 
-
-def documents(data: DataSpec, *, held_out: bool = False, skip: int = 0) -> Iterator[str]:
+def documents(data: DataSpec, *, held_out: bool = False, skip: int = 0, seed: int = 0) -> Iterator[str]:
     """The texts of `data` (or of its held-out file or split), from number `skip` on.
 
     A line of a text file is a document, empty ones are passed over; of a table the text is in `data.text_field`.
+    Several sources are mixed as `data.mix` says, drawn by `seed`.
     """
     if data.source == "pydoc":
         found = reference_pages()
     elif data.source == "hub":
         yield from _hub(data, str(data.eval_split if held_out else data.split), skip)
         return
+    elif held_out:
+        found = _texts(Source(str(data.eval_path), files_of(str(data.eval_path)), data))
     else:
-        found = _files(str(data.eval_path if held_out else data.path), data.text_field)
-    for number, text in enumerate(found):
-        if number >= skip:
+        found = _mixed(sources_of(data), data.mix, seed)
+    yield from islice(found, skip, None)
+
+
+def _mixed(sources: Sequence[Source], mix: str, seed: int) -> Iterator[str]:
+    """As `sources.mixed`, without knowing how many there are: that a source is used up shows when it is drawn next."""
+    if mix == "concat" or len(sources) < 2:
+        for source in sources:
+            yield from _texts(source)
+        return
+    rng, weights = random.Random(seed), [source.weight for source in sources]
+    left = [_texts(source) for source in sources]
+    used, over = [False] * len(sources), [False] * len(sources)
+    while not all(over):
+        (drawn,) = rng.choices(range(len(sources)), weights)
+        text = next(left[drawn], None)
+        if text is not None:
+            used[drawn] = True
             yield text
+        elif not used[drawn]:
+            raise RequestError(Problem(f"{sources[drawn].name} has no document to mix", None, "leave it out"))
+        elif mix == "until_exhausted":
+            return
+        else:
+            over[drawn], left[drawn] = True, _texts(sources[drawn])
+
+
+def _texts(source: Source) -> Iterator[str]:
+    """Every document of the source that holds more than white space, at most its limit."""
+    return islice(_all(source), source.limit)
+
+
+def _all(source: Source) -> Iterator[str]:
+    for name in source.files:
+        field = "text" if kind_of_file(name) == "txt" else source.spec.text_field
+        for table in tables(name):
+            if table.problems:
+                refuse(table.problems)
+            for index, row in enumerate(table.rows):
+                text = _text(row, field, table.place(index))
+                if text.strip():
+                    yield text
 
 
 def reference_pages() -> Iterator[str]:
@@ -44,42 +82,6 @@ def reference_pages() -> Iterator[str]:
             text = " ".join(paragraph.split())
             if len(text) > 40:  # headings and rules
                 yield text
-
-
-def _files(path: str, field: str) -> Iterator[str]:
-    for name in files_of(path):
-        file = Path(name).expanduser()
-        suffixes = [suffix.lower() for suffix in file.suffixes]
-        kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
-        if kind in TEXT and not is_url(name):
-            yield from (line for line in _lines(file) if line)
-        elif kind in LINES and not is_url(name):
-            for number, line in enumerate(_lines(file), 1):
-                if line:
-                    yield _field(line, field, f"{file}:{number}")
-        else:
-            for index, row in enumerate((table := read_table(name)).rows):
-                yield _text(row, field, table.place(index))
-
-
-def _lines(file: Path) -> Iterator[str]:
-    opened: Any = gzip.open if file.suffix.lower() == ".gz" else open
-    try:
-        with opened(file, "rt", encoding="utf-8") as stream:
-            for line in stream:
-                yield line.strip()
-    except UnicodeDecodeError as error:
-        raise RequestError(Problem(f"is not UTF-8: {error.reason}", str(file), "convert it to UTF-8")) from None
-    except OSError as error:
-        raise RequestError(Problem(f"cannot be read: {error.strerror or error}", str(file))) from None
-
-
-def _field(line: str, field: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise RequestError(Problem(f"is not JSON: {error}", where, "one JSON object a line")) from None
-    return _text(row if isinstance(row, dict) else {}, field, where)
 
 
 def _text(row: dict[str, Any], field: str, where: str) -> str:

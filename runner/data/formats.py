@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 from runner.data import commands
 from runner.data.documents import reference_pages
 from runner.data.examples import Example, Kind, Learnable, Turn, as_kind, columns, fingerprint
-from runner.data.files import Row, Table, read_rows, refuse
+from runner.data.files import Row, Table, is_url, read_rows, refuse
 from runner.data.hub import load_hub
 from runner.data.shapes import Shape, detect
 from runner.data.shapes import read as read_shape
@@ -145,7 +145,7 @@ def load(spec: DataSpec, seed: int) -> tuple[list[Example], list[Example]]:
 
 def _rows_of(source: Source, kind: Kind | None, problems: list[Problem]) -> Sequence[Learnable]:
     """The rows of one source, in a file where they are many; what is wrong with them is added to `problems`."""
-    many = num_bytes(source.files) > IN_MEMORY_BYTES
+    many = num_bytes(source.files) > IN_MEMORY_BYTES or any(map(is_url, source.files))
     many = many or (isinstance(source, Loose) and len(source.table.rows) > IN_MEMORY_ROWS)
     if kind is None or not many:
         found = [row for table in source.tables() for row in _canonical(table, source.spec, kind, problems)]

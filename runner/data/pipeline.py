@@ -32,7 +32,7 @@ def check(spec: RunSpec) -> None:
 
 
 def _check_corpus(data: DataSpec) -> None:
-    for path in filter(None, (data.path, data.eval_path)):
+    for path in filter(None, (data.path, data.eval_path, *(source.path for source in data.sources))):
         for file in files_of(path):
             if not is_url(file) and not Path(file).expanduser().is_file():
                 raise RequestError(Problem(f"there is no {file}", "data.path", "name a file, a folder or a pattern"))

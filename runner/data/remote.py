@@ -6,10 +6,11 @@ Arrow comes with `datasets`, while s3fs would want a botocore of its own, other 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from runner.errors import Problem, RequestError
 
@@ -38,6 +39,13 @@ def fetched(url: str) -> bytes:
             return content
 
     return asked(url, read)
+
+
+@contextmanager
+def opened(url: str) -> Iterator[IO[bytes]]:
+    """One file, read as it comes; RequestError where it cannot be opened."""
+    with asked(url, lambda system, path: system.open(path, "rb")) as stream:
+        yield stream
 
 
 def scheme_of(url: str) -> str:

@@ -104,6 +104,8 @@ class _Shards:
 def settings_of(objective: Pretrain, data: DataSpec, seed: int) -> Settings:
     """`take` and `val_ratio` as the mode means them."""
     source = {"pydoc": "pydoc", "hub": f"{data.id}:{data.subset}:{data.split}"}.get(data.source, str(data.path))
+    if data.sources:
+        source = json.dumps([data.mix, *(one.model_dump(exclude_defaults=True) for one in data.sources)])
     take = objective.take or (SMOKE_DOCUMENTS if objective.mode == "smoke" else None)
     ratio = objective.val_ratio if objective.mode == "split" and not _own_val(data) else None
     return Settings(source, objective.mode, ratio, objective.lines_per_shard, take, objective.gzip, seed)
@@ -119,6 +121,8 @@ def shard(
         for folder in (place.train, place.val):
             shutil.rmtree(folder, ignore_errors=True)
     if is_whole(place.train):
+        if changed := _changed(place.train, settings):
+            say(f"Shards  made with another {changed} than asked for now; objective.shards=anew makes them again")
         return Sharded(manifest_of(place.train), manifest_of(place.val) or None, False)
     if objective.shards == "reuse":
         raise RequestError(missing(place))
@@ -172,18 +176,22 @@ def missing(place: Workspace) -> Problem:
 
 def _check_same(place: Workspace, settings: Settings) -> None:
     for folder in (place.train, place.val):
-        known = manifest_of(folder).get("settings")
-        if known and known != asdict(settings):
-            changed = ", ".join(key for key, value in asdict(settings).items() if known.get(key) != value)
+        if changed := _changed(folder, settings):
             what = f"{folder} was begun with another {changed}"
             remedy = "write objective.shards=anew, or another objective.experiment"
             raise RequestError(Problem(what, "objective.experiment", remedy))
 
 
+def _changed(folder: Path, settings: Settings) -> str:
+    """Names of the settings with which the shards there were not made; empty where there are none."""
+    known = manifest_of(folder).get("settings", {})
+    return ", ".join(key for key, value in asdict(settings).items() if known and known.get(key) != value)
+
+
 def _numbered(
     data: DataSpec, settings: Settings, first: int, held_out: bool = False
 ) -> Iterator[tuple[int, str]]:  # fmt: skip
-    for number, text in enumerate(documents(data, held_out=held_out, skip=first), first):
+    for number, text in enumerate(documents(data, held_out=held_out, skip=first, seed=settings.seed), first):
         if settings.take is not None and number >= settings.take:
             return
         if text.strip():

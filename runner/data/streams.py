@@ -7,10 +7,11 @@ import gzip
 import lzma
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from runner.data.files import Table, json_lines, kind_of_file, read_table, text_lines
+from runner.data import remote
+from runner.data.files import Table, is_url, json_lines, kind_of_file, read_table, text_lines
 from runner.errors import Problem, RequestError
 
 BLOCK = 8 << 20
@@ -22,16 +23,17 @@ _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, "
 def tables(path: str) -> Iterator[Table]:
     """The file in pieces, rows numbered through; RequestError as in `read_table`."""
     file, kind = Path(path).expanduser(), kind_of_file(path)
-    ending = file.suffix.lower()
-    if not file.is_file() or ending == ".zst" or kind not in ("jsonl", "txt", "parquet"):
+    ending = PurePosixPath(path.partition("?")[0] if is_url(path) else path).suffix.lower()
+    lines = kind in ("jsonl", "txt") and ending != ".zst"
+    if not (lines or (kind == "parquet" and ending == ".parquet")) or not (is_url(path) or file.is_file()):
         yield read_table(path)
-    elif kind == "parquet" and ending == ".parquet":
-        yield from _parquet(file, path)
-    elif kind == "parquet":
-        yield read_table(path)
-    else:
-        with _OPENERS.get(ending, open)(file, "rb") as opened:
-            yield from _lines(opened, path, kind)
+        return
+    with remote.opened(path) if is_url(path) else file.open("rb") as opened:
+        if lines:
+            unpacked = _OPENERS[ending](opened) if ending in _OPENERS else opened
+            yield from _lines(unpacked, path, str(kind))
+        else:
+            yield from _parquet(opened, path)
 
 
 def _lines(opened: IO[bytes], path: str, kind: str) -> Iterator[Table]:
@@ -65,14 +67,14 @@ def _text(block: bytes, path: str, number: int) -> str:
         raise RequestError(Problem(what, f"{path}, line {line}", remedy)) from None
 
 
-def _parquet(file: Path, path: str) -> Iterator[Table]:
+def _parquet(opened: IO[bytes], path: str) -> Iterator[Table]:
     try:  # only Parquet needs it, and it takes 0.1 s to import
         pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     except ImportError:
         raise RequestError(Problem(f"{path}: Parquet needs pyarrow", None, "pip install pyarrow")) from None
     number = 1
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(PARQUET_ROWS):
+        for batch in parquet.ParquetFile(opened).iter_batches(PARQUET_ROWS):
             rows = batch.to_pylist()
             yield Table(path, rows, numbers=range(number, number + len(rows)))
             number += len(rows)
