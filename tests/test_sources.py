@@ -210,6 +210,22 @@ def test_large_files_give_what_small_ones_do(tmp_path: Path, monkeypatch: pytest
     assert list(large.train[2:5]) == small.train[2:5] and large.train[-1] == small.train[-1]
 
 
+@pytest.mark.parametrize("mix", ["concat", "weights"])
+def test_large_sources_are_mixed_on_disk_as_small_ones_in_memory(
+    mix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
+    for name, count in (("a", 20), ("b", 90)):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(count, name))
+    sources = [{"path": str(tmp_path / "a.jsonl"), "weight": 2}, {"path": str(tmp_path / "b.jsonl")}]
+    spec = DataSpec.model_validate({"sources": sources, "mix": mix, "eval_fraction": 0.2, "max_examples": 60})
+    small = read(spec, 1)
+    monkeypatch.setattr(formats, "IN_MEMORY_BYTES", 0)
+    large = read(spec, 1)
+    assert isinstance(large.train, Stored) and isinstance(large.held, Stored)
+    assert list(large.train) == small.train and list(large.held) == small.held
+
+
 def test_mistakes_in_large_files_have_their_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(streams, "BLOCK", 20)

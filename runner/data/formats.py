@@ -7,9 +7,10 @@ examples.py.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TypeVar, cast
 
 from runner.data import commands
@@ -132,8 +133,11 @@ def read(spec: DataSpec, seed: int, kind: Kind | None = "sft") -> Loaded:
         held = [_rows_of(held_source, kind, problems)]
     if problems and (spec.on_error == "stop" or not any(trains) or (held_source is not None and not any(held))):
         refuse(problems)
-    train = trains[0] if len(trains) == 1 else _mixed(trains, [own.weight for own in sources], spec, seed)
-    out = held[0] if len(held) == 1 else [row for rows in held for row in rows]
+    train, out = trains[0], held[0]
+    if len(sources) > 1:
+        order = mixed([len(rows) for rows in trains], [own.weight for own in sources], spec.mix, seed)
+        train = _joined((trains[source][row] for source, row in order[: spec.max_examples]), trains, kind)
+        out = out if len(held) == 1 else _joined(chain.from_iterable(held), held, kind)
     return Loaded(train[: spec.max_examples], out[: spec.max_eval_examples], problems)
 
 
@@ -180,11 +184,11 @@ def _split(
     return rows.take(train), rows.take(held)
 
 
-def _mixed(
-    trains: Sequence[Sequence[Learnable]], weights: Sequence[float], spec: DataSpec, seed: int
-) -> list[Learnable]:
-    order = mixed([len(rows) for rows in trains], weights, spec.mix, seed)
-    return [trains[source][row] for source, row in order[: spec.max_examples]]
+def _joined(rows: Iterable[Learnable], of: Sequence[Sequence[Learnable]], kind: Kind | None) -> Sequence[Learnable]:
+    """Rows of several sources; in a file where one of those is."""
+    if kind is not None and any(isinstance(source, Stored) for source in of):
+        return Stored.of(rows, kind)
+    return list(rows)
 
 
 def _sources(spec: DataSpec) -> tuple[list[Source], Source | None]:
