@@ -223,7 +223,7 @@ def test_a_restart_of_the_container_costs_no_result(typed: Typed) -> None:
 
 
 def test_a_launcher_that_is_killed_leaves_a_stopped_pod_and_fetch_brings_the_run_home(typed: Typed) -> None:
-    process = typed.run(GPU, *LONG, "where.heartbeat_minutes=0.1")
+    process = typed.run(GPU, *LONG, "where.heartbeat_minutes=0.1", "train.max_steps=1500")  # more than in 6 s
     until(lambda: typed.steps() >= 5, 240)
     run = typed.folder
     process.kill()

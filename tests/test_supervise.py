@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from runner.execute import supervise
-from runner.execute.verdict import hung
+from runner.execute.supervise import Ending
+from runner.execute.verdict import hung, judge
 from runner.rundir import RunDir
+from tests.conftest import spec_of
 
 WORKER = """
 import json, os, socket, sys, time
@@ -57,6 +60,17 @@ def test_a_process_that_never_begins_is_ended(run: RunDir, monkeypatch: pytest.M
     problem = hung(run, ending).problems[0]
     assert problem.what.startswith("the worker hangs: no sign of life for") and "(starting)" in problem.what
     assert problem.remedy is not None and "it never began; see" in problem.remedy
+
+
+@pytest.mark.parametrize(("last", "code"), [("done", 0), ("alive", 1)])
+def test_a_signal_while_python_leaves_after_the_last_word_changes_nothing(last: str, code: int, run: RunDir) -> None:
+    spec = spec_of()
+    run.write("spec.json", spec.model_dump(mode="json"))
+    run.set_status("done" if last == "done" else "training", exit_code=0)
+    sign = {"rank": 0, "pid": 1, "host": "here", "state": last, "beat": time.time()}
+    ending = Ending(-signal.SIGTERM, [sign])
+    assert judge(run, spec, ending, lambda: "somebody else") == code
+    assert run.read("status.json")["state"] == ("done" if last == "done" else "failed")
 
 
 def test_null_waits(run: RunDir) -> None:

@@ -37,6 +37,8 @@ def judge(run: RunDir, spec: RunSpec, ending: Ending, killer: Callable[[], Kille
         return InterruptedRun.exit_code
     if ending.code == 0 or ending.code == Rewind.exit_code or state == "rewinding":
         return Rewind.exit_code if state == "rewinding" else 0
+    if state == "done" and ending.ranks and all(sign["state"] == "done" for sign in ending.ranks):
+        return 0  # a signal that came while Python was leaving: everything is written
     if spec.hw.num_nodes > 1:
         ending = _with_others(run, spec, ending)
     if ending.hung is not None:
