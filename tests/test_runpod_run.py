@@ -134,7 +134,7 @@ def _no_secret(typed: Typed, arguments: set[str], said: str) -> None:
 
 GPU = "where.gpu_types=[NVIDIA L4]"
 """A GPU pod, which has a volume disk; the training in it takes the CPU."""
-LONG = ("train.max_steps=60", "train.save_every_steps=4", "train.keep_checkpoints=2")
+LONG = ("train.max_steps=400", "train.save_every_steps=4", "train.keep_checkpoints=2")
 
 
 @pytest.mark.parametrize("isolated", [True, False])
