@@ -13,6 +13,7 @@ from importlib import util
 from pathlib import Path
 
 from runner import hub_config, hub_fetch
+from runner.data.files import is_glob, is_url
 from runner.errors import Problem, RequestError
 from runner.hub_fetch import UnreachableError
 from runner.paths import CONF
@@ -120,14 +121,14 @@ def _is_named(template: str) -> bool:
 def _missing(path: str, key: str, spec: RunSpec) -> Problem | None:
     """What is wrong with a path of this machine; None for what may be there."""
     place = Path(path).expanduser()
-    if "://" in path or place.exists():
+    if is_url(path) or place.exists():
         return None
     if Path(path).is_absolute() and isinstance(spec.where, RunPodPlace):
         if _has_files(spec.where):
             return None
         what = f"{path} is not on this machine, and on a pod's new disk there is nothing"
         return Problem(what, key, f"correct {key}, or name the network volume that has it with where.volume=…")
-    if any(sign in path for sign in "*?["):
+    if is_glob(path):
         if glob.glob(str(place), recursive=True):
             return None
         return Problem(f"no file fits {path}", key, f"the pattern is relative to {Path.cwd()}")

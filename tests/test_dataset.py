@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from runner.data.formats import Example
 from runner.data.masks import IGNORED
+from runner.data.words import Words
 from runner.errors import RequestError
 from runner.train import dataset, models
 from tests.conftest import spec_of
@@ -26,6 +27,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def source() -> str:
     return models.source_of(spec_of().model)
+
+
+def encoded(example: Example, words: Any, loss_on: str) -> tuple[list[int], list[int]]:
+    found = Words.of(words).encode(example, loss_on)
+    return found.ids, found.labels
 
 
 def tokenizer() -> Any:
@@ -43,16 +49,16 @@ EXAMPLES = [chat(f"What is {n} plus {n}?" + " Think." * (n % 3), f"It is {2 * n}
 
 def test_loss_is_taken_on_the_answer_and_its_end_only() -> None:
     words = tokenizer()
-    ids, labels = dataset.encode(EXAMPLES[3], words, "auto")
+    ids, labels = encoded(EXAMPLES[3], words, "auto")
     learned = words.decode([t for t, label in zip(ids, labels, strict=True) if label != IGNORED])
     assert learned == "It is 6.<|im_end|>\n"
-    ids, labels = dataset.encode(EXAMPLES[3], words, "all")
+    ids, labels = encoded(EXAMPLES[3], words, "all")
     assert labels == ids
 
 
 def test_plain_text_ends_with_the_end_token_and_is_learned_whole() -> None:
     words = tokenizer()
-    ids, labels = dataset.encode(Example(text="Once upon a time"), words, "auto")
+    ids, labels = encoded(Example(text="Once upon a time"), words, "auto")
     assert ids[-1] == words.eos_token_id and labels == ids
 
 
@@ -147,4 +153,4 @@ def test_a_template_that_refuses_a_conversation_says_so() -> None:
     words = tokenizer()
     words.chat_template = "{{ raise_exception('no system turn, please') }}"
     with pytest.raises(RequestError, match="no system turn, please"):
-        dataset.encode(EXAMPLES[0], words, "auto")
+        encoded(EXAMPLES[0], words, "auto")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +18,10 @@ from runner.spec import RunSpec
 from runner.train import pairs
 from runner.train.dataset import chat_ids
 from tests.conftest import spec_of
+from tests.test_encoding import tokenizer
 from tests.test_masks import SPECIAL, body
 
-__all__ = ["body"]  # a fixture
+__all__ = ["body", "tokenizer"]  # fixtures
 SEARCH = {
     "type": "function",
     "function": {"name": "search_the_web", "parameters": {"type": "object", "properties": {}}},
@@ -54,17 +54,6 @@ def spec(objective: str = "dpo", *overrides: str) -> RunSpec:
     words = ["train.batch_size=8", "train.micro_batch_size=4", "data=file", "data.path=x.jsonl"]
     generated = ["objective.max_new_tokens=8"] if objective == "grpo" else []
     return spec_of(f"objective={objective}", "train.max_length=64", *words, *generated, *overrides)
-
-
-@pytest.fixture
-def tokenizer(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
-    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "tokenizer.json").write_text(body)
-    found = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **SPECIAL)
-    found.chat_template = template_source("mistral")  # refuses two questions in a row
-    return found
 
 
 def test_several_processes_give_what_one_does(body: str) -> None:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from runner.data import prepared
+from runner.data.files import is_glob, is_url
 from runner.errors import Problem, RequestError
 from runner.inputs import named_places
 from runner.paths import cache_dir
 from runner.spec import LocalPlace, RunSpec
 
 BLOCK = 1 << 20
-WILD = "*?["
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _parcel(key: str, value: str) -> Parcel | None:
     names: list[str] = []
     if source.is_dir():
         names = [str(file.relative_to(source)) for file in sorted(source.rglob("*")) if file.is_file()]
-    elif not source.exists() and any(sign in value for sign in WILD) and "://" not in value:
+    elif not source.exists() and is_glob(value):
         source, inner, names = _matched(source)
     if not names and not source.is_file():
         _refuse_if_wanted(key, value)
@@ -103,12 +103,12 @@ def _parcel(key: str, value: str) -> Parcel | None:
 
 def _matched(pattern: Path) -> tuple[Path, str, list[str]]:
     """The folder in which a glob begins, the rest of it, and the files that fit, as it names them there."""
-    fixed = next(number for number, part in enumerate(pattern.parts) if any(sign in part for sign in WILD))
+    fixed = next(number for number, part in enumerate(pattern.parts) if is_glob(part))
     base, rest = Path(*pattern.parts[:fixed]), "/".join(pattern.parts[fixed:])
     return base, f"/{rest}", sorted(n for n in glob.glob(rest, root_dir=base, recursive=True) if (base / n).is_file())
 
 
 def _refuse_if_wanted(key: str, value: str) -> None:
     """RequestError for data that should have been here."""
-    if key.startswith("data.") and "://" not in value and not os.path.isabs(value):
+    if key.startswith("data.") and not is_url(value) and not os.path.isabs(value):
         raise RequestError(Problem(f"{key}={value} is not there", None, "name a file or folder of this machine"))

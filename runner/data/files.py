@@ -26,6 +26,7 @@ _KINDS_OF_FILE = {
     ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
     ".txt": "txt",
 }  # fmt: skip
+GLOB_SIGNS = "*?["
 _ROW_REMEDY = 'write an object such as {"prompt": "…", "completion": "…"}'
 
 
@@ -91,6 +92,11 @@ def read_table(path: str) -> Table:
 def is_url(path: str) -> bool:
     """`s3://bucket/my.jsonl`, `https://…`: see remote.py."""
     return "://" in path
+
+
+def is_glob(path: str) -> bool:
+    """A pattern on this machine, unless a file is called so."""
+    return not is_url(path) and any(sign in path for sign in GLOB_SIGNS)
 
 
 def kind_of_file(path: str) -> str | None:

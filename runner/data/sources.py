@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.data import remote
-from runner.data.files import READABLE, Table, is_url, kind_of_file, read_table
+from runner.data.files import READABLE, Table, is_glob, is_url, kind_of_file, read_table
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec, SourceSpec
 
@@ -71,7 +71,7 @@ def files_of(path: str) -> list[str]:
     if place.is_dir():
         found = sorted(str(file) for file in place.rglob("*") if file.is_file() and _is_data(file.name))
         return found or _none(f"{path} holds no data file", f"name files {READABLE}")
-    if not place.exists() and any(sign in path for sign in "*?["):
+    if not place.exists() and is_glob(path):
         found = sorted(file for file in glob.glob(str(place), recursive=True) if Path(file).is_file())
         return found or _none(f"no file fits {path}", f"the pattern is relative to {Path.cwd()}")
     return [path]

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     run = RunDir(Path(argv[0]).resolve().parent)
     spec = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
     quiet_libraries(run)
-    console = Console() if RANK == 0 else Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    console = Console() if RANK == 0 else Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # as long as the process
     progress = Progress(console)
     progress.note("Loading torch and transformers …")
     pulse = None

@@ -122,12 +122,6 @@ def _lists(values: Any, sizes: Sequence[int]) -> Any:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
-def encode(example: Example, tokenizer: Any, loss_on: str) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one example, both [s]; labels are -100 where no loss is taken."""
-    found = Words.of(tokenizer).encode(example, loss_on)
-    return found.ids, found.labels
-
-
 def chat_ids(tokenizer: Any, turns: Sequence[Turn], ask: bool) -> list[int]:
     """Token ids of a rendered conversation; `ask` ends it where the assistant is to speak.
 

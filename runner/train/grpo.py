@@ -16,7 +16,7 @@ from runner.train.guarded import Guarding
 class GrpoTrainer(Guarding, GRPOTrainer):  # type: ignore[misc]  # trl has no types
     """A "batch" here is a list of rows: what is computed is known only when they have been answered."""
 
-    METRICS = {  # noqa: RUF012
+    METRICS = {  # noqa: RUF012  # as in Guarding, read only
         "reward": "reward",
         "reward_std": "reward_std",
         "kl": "kl",

@@ -33,7 +33,7 @@ def router(world: World) -> APIRouter:
         return pod.answer(world.settings.runtime_s)
 
     @api.get("")
-    def list_pods(includeClusterPods: bool = False, cursor: str | None = None) -> Json:  # noqa: N803
+    def list_pods(includeClusterPods: bool = False, cursor: str | None = None) -> Json:  # noqa: N803  # RunPod's name
         pods = listed(world, includeClusterPods)
         return page("pods", [shown(pod) for pod in pods], cursor, world.settings.page_size)
 
