@@ -10,6 +10,7 @@ from importlib import import_module
 import click
 
 from runner import __version__
+from runner.invocation import remember
 from runner.verbs import VERBS
 
 EPILOG = """
@@ -76,4 +77,5 @@ def main() -> None:
     """Entry point of the console script and of `python -m runner`."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # the look for some reads all packages: 15 ms
     gc.set_threshold(50_000)  # starting makes 300,000 objects that stay: to look for garbage among them takes 40 ms
+    remember()
     cli(prog_name="python -m runner" if sys.argv[0].endswith("__main__.py") else None)

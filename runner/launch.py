@@ -20,6 +20,7 @@ from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
 from runner.execute import local
 from runner.execute.manner import PLAINLY, Manner
 from runner.execute.torchrun import MEETING_SECONDS
+from runner.invocation import typed
 from runner.plan.plan import Plan
 from runner.plan.resolve import resolve
 from runner.problems import SourceOf, validated
@@ -172,7 +173,7 @@ def begin(
         if planned.deepspeed is not None:
             directory.write("deepspeed.json", planned.deepspeed)
     for note in [*notes, *_waits_for(directory, spec)]:
-        console.print(f"Note    {note}", highlight=False, soft_wrap=True)
+        console.print(f"Note    {typed(note)}", highlight=False, soft_wrap=True)
     if spec.where.name == "runpod":
         outcome: local.Outcome = _rented().execute(directory, spec, quiet_stdout=as_json, manner=manner)
         return outcome

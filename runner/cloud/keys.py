@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import CannotRunError, Problem, RequestError
+from runner.invocation import install
 from runner.paths import state_dir
 
 PURPOSE = b"llm-finetuning-runner ssh key v1\0"
@@ -66,7 +67,7 @@ def _made(run_id: str) -> tuple[str, str]:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     except ImportError:
         what = "renting a pod needs the RunPod SDK, which is not installed"
-        raise CannotRunError(Problem(what, None, 'pip install "llm-finetuning-runner[cloud]"')) from None
+        raise CannotRunError(Problem(what, None, install("cloud"))) from None
     seed = hmac.new(account.encode(), PURPOSE + run_id.encode(), hashlib.sha256).digest()
     key = Ed25519PrivateKey.from_private_bytes(seed)
     text = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption())

@@ -11,6 +11,7 @@ from runner.cloud.api import Api
 from runner.cloud.problems import KEYS_PAGE, CloudError
 from runner.cloud.volumes import find
 from runner.errors import CannotRunError, Problem, RequestError
+from runner.invocation import install
 
 Say = Callable[[str], None]
 
@@ -79,7 +80,7 @@ def _client(data_center: str) -> Any:
         from botocore.config import Config
     except ImportError:
         what = "S3 needs boto3, which is not installed"
-        raise CannotRunError(Problem(what, None, 'pip install "llm-finetuning-runner[cloud]"')) from None
+        raise CannotRunError(Problem(what, None, install("cloud"))) from None
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     if missing := [name for name in names if not os.environ.get(name)]:
         remedy = f"make S3 keys at {KEYS_PAGE} and export them; they are not the API key"

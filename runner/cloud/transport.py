@@ -25,6 +25,7 @@ from runner.cloud.problems import (
     WrongKeyError,
 )
 from runner.errors import CannotRunError, Problem, RunnerError
+from runner.invocation import install
 
 TIMEOUT_S = 30.0
 TRIES = 5
@@ -97,7 +98,7 @@ def _once(method: str, path: str, params: Any, json: Any) -> Any:
         from runpod.error import AuthenticationError, QueryError
     except ImportError:
         what = "where=runpod needs RunPod's SDK, which is not installed"
-        raise CannotRunError(Problem(what, None, 'pip install "llm-finetuning-runner[cloud]"')) from None
+        raise CannotRunError(Problem(what, None, install("cloud"))) from None
     try:
         return run_rest_request(method, _prefixed(path), api_key=api_key(), params=params, json=json, timeout=TIMEOUT_S)
     except AuthenticationError as error:

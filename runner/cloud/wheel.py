@@ -16,8 +16,8 @@ from pathlib import Path
 import runner
 from runner import paths
 from runner.errors import CannotRunError, Problem
+from runner.invocation import PROJECT
 
-DISTRIBUTION = "llm-finetuning-runner"
 NOT_THERE = ("hydra-core", "omegaconf", "hydra-joblib-launcher", "click")
 """What only the command line needs: a run arrives composed."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -26,7 +26,7 @@ ASSETS = {"conf": paths.CONF, "recipes": paths.RECIPES, "deepspeed_configs": pat
 
 def packed() -> tuple[str, bytes]:
     """File name and content."""
-    stem = f"{DISTRIBUTION.replace('-', '_')}-{runner.__version__}"
+    stem = f"{PROJECT.replace('-', '_')}-{runner.__version__}"
     files = dict(sorted(_files().items()))
     info = f"{stem}.dist-info"
     files[f"{info}/METADATA"] = _metadata().encode()
@@ -46,7 +46,7 @@ def packed() -> tuple[str, bytes]:
 def requirements() -> list[str]:
     """What training needs, as pip takes it: the core and the extra `train`, without what only the front needs."""
     try:
-        listed = importlib.metadata.requires(DISTRIBUTION) or []
+        listed = importlib.metadata.requires(PROJECT) or []
     except importlib.metadata.PackageNotFoundError:
         what = "what a pod has to install is not known: this project is used without being installed"
         raise CannotRunError(Problem(what, None, "pip install -e . in the checkout, or make setup")) from None
@@ -83,7 +83,7 @@ def _files() -> dict[str, bytes]:
 
 
 def _metadata() -> str:
-    lines = ["Metadata-Version: 2.1", f"Name: {DISTRIBUTION}", f"Version: {runner.__version__}"]
+    lines = ["Metadata-Version: 2.1", f"Name: {PROJECT}", f"Version: {runner.__version__}"]
     return "\n".join([*lines, *(f"Requires-Dist: {line}" for line in requirements()), ""])
 
 

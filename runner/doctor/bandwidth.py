@@ -14,6 +14,7 @@ from runner import hardware
 from runner.doctor.finding import Finding, Wanted
 from runner.doctor.software import installed_torch
 from runner.hardware import Machine
+from runner.invocation import install
 from runner.plan.speed import machine_of
 from runner.spec import HardwareSpec
 
@@ -29,9 +30,7 @@ def finding(machine: Machine, wanted: Wanted | None, limit_s: float = LIMIT_S) -
     """All-reduce between the GPUs (of the run, or all visible), or between two CPU processes where there are none."""
     torch = installed_torch()
     if torch is None:
-        return Finding(
-            "bandwidth", "problem", "not measured: torch is not installed", 'pip install "llm-finetuning-runner[train]"'
-        )
+        return Finding("bandwidth", "problem", "not measured: torch is not installed", install("train"))
     hw = hardware.resolve(HardwareSpec(name="local", accelerator="detect"), machine)
     if wanted is not None and wanted.here and hardware.why_not_here(wanted.spec.hw, machine) is None:
         hw = wanted.spec.hw

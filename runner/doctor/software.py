@@ -20,10 +20,8 @@ from runner import kernels
 from runner.doctor.finding import Finding, State, Wanted
 from runner.doctor.gpus import Driver
 from runner.hardware import Machine
+from runner.invocation import PROJECT, install
 from runner.paths import ASSETS
-
-PROJECT = "llm-finetuning-runner"
-_INSTALL = f'pip install "{PROJECT}[train]", or make setup in a checkout'
 
 # Without these some runs work, and what does not. The others of `train` every run needs.
 _FOR_SOME = {
@@ -105,7 +103,9 @@ def _packages(wanted: Wanted | None) -> Finding:
     try:
         asked = requirements()
     except metadata.PackageNotFoundError:
-        return Finding("packages", "note", "what this version asks for is not recorded: not installed by pip", _INSTALL)
+        return Finding(
+            "packages", "note", "what this version asks for is not recorded: not installed by pip", install("train")
+        )
     have = {name: _version(name) for name in asked}
     facts = {"python": platform.python_version(), **{n: str(v) if v else None for n, v in have.items()}}
     missing = [name for name, version in have.items() if version is None]
@@ -114,11 +114,11 @@ def _packages(wanted: Wanted | None) -> Finding:
         if _start_without(missing, wanted):
             state = "problem" if wanted is None or wanted.here else "note"
         why = [f"{name} ({_FOR_SOME[name]})" if name in _FOR_SOME else name for name in missing]
-        return Finding("packages", state, f"not installed: {', '.join(why)}", _INSTALL, facts)
+        return Finding("packages", state, f"not installed: {', '.join(why)}", install("train"), facts)
     older = [f"{name} {have[name]} (asked: {requirement.specifier})" for name, requirement in asked.items()
              if not requirement.specifier.contains(str(have[name]), prereleases=True)]  # fmt: skip
     if older:  # the bounds are what the tests ran with, not what is known to fail
-        return Finding("packages", "warning", f"not as asked for: {', '.join(older)}", _INSTALL, facts)
+        return Finding("packages", "warning", f"not as asked for: {', '.join(older)}", install("train"), facts)
     shown = ", ".join(f"{name} {have[name]}" for name in ("transformers", "trl", "peft", "deepspeed") if have.get(name))
     return Finding(
         "packages", "ok", f"Python {platform.python_version()}, {shown}: all {len(asked)} as asked", None, facts

@@ -12,6 +12,7 @@ from pathlib import Path
 from runner.errors import CannotRunError, Problem, RequestError
 from runner.execute.chat import find, says_words
 from runner.execute.offline import ENVIRONMENT, MODULE
+from runner.invocation import install
 from runner.spec import RunSpec
 
 
@@ -40,7 +41,7 @@ def evaluate(run_dir: Path, wanted: Wanted, as_json: bool) -> int:
             raise RequestError(Problem(f"there is no {place}", option))
     if wanted.tasks and util.find_spec("lm_eval") is None:
         what = "benchmarks need lm-eval, which is not installed"
-        raise CannotRunError(Problem(what, "--tasks", 'pip install "llm-finetuning-runner[eval]"'))
+        raise CannotRunError(Problem(what, "--tasks", install("eval")))
     words = ["--base"] * wanted.base + ["--json"] * as_json
     for option in ("data", "tasks", "tasks_dir", "limit"):
         value = getattr(wanted, option)

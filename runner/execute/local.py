@@ -13,6 +13,7 @@ from runner.execute import ssh, supervise, torchrun
 from runner.execute.killed import Killer, killer, oom_kills
 from runner.execute.verdict import judge
 from runner.hardware import why_not_here
+from runner.invocation import install
 from runner.rundir import RunDir
 from runner.spec import LocalPlace, RunSpec
 
@@ -47,7 +48,7 @@ def check_here(spec: RunSpec) -> None:
             Problem(
                 "training needs torch, transformers, trl and peft, which are not installed",
                 None,
-                'pip install "llm-finetuning-runner[train]", or make setup in a checkout',
+                install("train"),
             )
         )
     if spec.deepspeed.name not in ("none", "auto") and util.find_spec("deepspeed") is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from runner.errors import CannotRunError, Problem, RequestError, RunFailedError
 from runner.folders import unfinished
+from runner.invocation import install
 from runner.rundir import RunDir
 
 MODULE = "runner.train.offline"
@@ -60,4 +61,4 @@ def _check(target: Path) -> None:
         raise RequestError(Problem(f"{target.parent} cannot be written to", "--out", "name another folder with --out"))
     if util.find_spec("torch") is None or util.find_spec("peft") is None:
         what = "this needs torch, transformers and peft, which are not installed"
-        raise CannotRunError(Problem(what, None, 'pip install "llm-finetuning-runner[train]", or make setup'))
+        raise CannotRunError(Problem(what, None, install("train")))

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from rich.console import Console
 
 from runner.cloud.follow import News
+from runner.invocation import typed
 from runner.report.progress import Progress
 
 
@@ -28,7 +29,7 @@ class Voice:
 
     def say(self, line: str) -> None:
         """One line that stays."""
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(typed(line), highlight=False, soft_wrap=True, markup=False)
 
     def tell(self, news: News) -> None:
         """Show what happened in the pod."""

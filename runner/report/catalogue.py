@@ -11,6 +11,7 @@ from rich.table import Table
 
 from runner import catalogue
 from runner.errors import Problem, RequestError
+from runner.invocation import typed
 from runner.paths import CONF, RECIPES
 from runner.suggest import nearest
 
@@ -165,7 +166,7 @@ def print_listing(console: Console, table: Listing) -> None:
     for row in table.rows:
         view.add_row(*(_cell(row.get(column)) for column in columns))
     console.print(view)
-    console.print(f"\n[dim]{table.hint}[/dim]", highlight=False)
+    console.print(f"\n[dim]{typed(table.hint)}[/dim]", highlight=False)
 
 
 def _cell(value: Any) -> str:

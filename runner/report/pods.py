@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from runner.invocation import typed
+
 _STYLE = {"RUNNING": "green", "STOPPED": "yellow", "CREATE_UNKNOWN": "red", "TERMINATING": "red", "ELSEWHERE": "cyan"}
 
 
@@ -39,9 +41,8 @@ def print_pods(console: Console, rows: Sequence[Any], now: float | None = None) 
         )  # fmt: skip
     console.print(table)
     total = sum(row.usd_per_hour for row in rows if row.status is not None)
-    console.print(
-        f"\n[dim]${total:.2f} an hour in all. End one: python -m runner pods terminate RUN[/dim]", highlight=False
-    )
+    end = typed("python -m runner pods terminate RUN")
+    console.print(f"\n[dim]${total:.2f} an hour in all. End one: {end}[/dim]", highlight=False)
 
 
 def print_gpus(console: Console, rows: Sequence[dict[str, Any]], cloud: str | None) -> None:

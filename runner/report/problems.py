@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from runner.errors import RunnerError
+from runner.invocation import typed
 
 TITLES = {
     1: "The run failed",
@@ -25,12 +26,12 @@ def print_problems(console: Console, error: RunnerError, *, started: bool = Fals
         title = title.partition(";")[0]
     console.print(Text(title, style="bold red"))
     for problem in error.problems:
-        line = Text("  • ").append(problem.what)
+        line = Text("  • ").append(typed(problem.what))
         if problem.source:
             line.append(f"  ({problem.source})", style="dim")
         console.print(line, soft_wrap=True)
         if problem.remedy:
-            console.print(Text(f"    → {problem.remedy}", style="green"), soft_wrap=True)
+            console.print(Text(f"    → {typed(problem.remedy)}", style="green"), soft_wrap=True)
 
 
 def problems_as_json(error: RunnerError) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from runner.invocation import typed
 from runner.report.measured import beside_plan
 from runner.rundir import RunDir
 from runner.spec import RunSpec
@@ -112,7 +113,7 @@ def print_summary(console: Console, summary: dict[str, Any], run: RunDir) -> Non
     console.print(table, highlight=False)
     if summary.get("objective") == "reward":
         return  # a model that says no words
-    console.print(f"\nTry it:  [bold]python -m runner chat {shlex.quote(where)}[/bold]", highlight=False)
+    console.print(f"\nTry it:  [bold]{typed('python -m runner')} chat {shlex.quote(where)}[/bold]", highlight=False)
 
 
 def plan_line(planned: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from runner.invocation import typed
 from runner.provenance import Origin, flat
 from runner.report.summary import duration, metric_of
 from runner.rundir import all_runs
@@ -104,9 +105,8 @@ _STATE_STYLE = {"done": "green", "failed": "red", "killed": "red", "interrupted"
 def print_runs(console: Console, rows: list[dict[str, Any]], output_dir: Path) -> None:
     """The table of past runs, the newest last."""
     if not rows:
-        console.print(
-            f"No runs in {escape(str(output_dir))} yet. Start one: [bold]python -m runner[/bold]", highlight=False
-        )
+        start = typed("python -m runner")
+        console.print(f"No runs in {escape(str(output_dir))} yet. Start one: [bold]{start}[/bold]", highlight=False)
         return
     wide = console.width >= 110  # a run's id names model and method already
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 
 from runner.errors import CannotRunError, Problem
+from runner.invocation import install
 from runner.verbs.shared import spoken
 
 
@@ -38,6 +39,6 @@ def emulate(
         from runner.cloud.emulator.foreground import REALISTIC, faults_of, serve  # FastAPI, uvicorn: 1 s
     except ModuleNotFoundError as error:
         what = f"the emulator's packages are not installed: there is no {error.name}"
-        raise CannotRunError(Problem(what, "emulate", "pip install 'llm-finetuning-runner[emulator]'")) from None
+        raise CannotRunError(Problem(what, "emulate", install("emulator"))) from None
     settings = {**(REALISTIC if realistic else {}), **({"key": key} if key else {}), "speed": speed}
     sys.exit(serve(Console(highlight=False), port, root, faults_of(faults), s3, **settings))
