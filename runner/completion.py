@@ -6,7 +6,10 @@ The shell asks with the line so far in `COMP_LINE`. Hydra's own completion knows
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -42,35 +45,61 @@ _FISH = "complete -c runner -a '(COMP_LINE=(commandline -cp) runner -sc query=fi
 SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 
 
-def answer(request: str, line: str, verbs: Mapping[str, Iterable[str]]) -> str:
-    """What `-sc install=SHELL` or `-sc query=SHELL` prints; `verbs` with their options are the command line's."""
+# Keys whose value is a file or a folder.
+_PATHS = (
+    "data.path", "data.eval_path", "data.chat_template", "deepspeed.config", "model.id", "objective.tokenizer",
+    "recipe", "run.output_dir",
+)  # fmt: skip
+_STARTS = (".yaml", ".yml", ".json")
+"""What a run starts from: a recipe, or the spec of another run."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What may follow a verb."""
+
+    options: tuple[str, ...]
+    arguments: tuple[str, ...]
+    """The names of its arguments on the command line; `words` takes any number of `key=value`."""
+
+
+def answer(request: str, line: str, verbs: Mapping[str, Verb]) -> str:
+    """What `-sc install=SHELL` or `-sc query=SHELL` prints; `verbs` are the command line's, `pods stop` among them."""
     what, _, shell = request.partition("=")
     if what not in ("install", "query") or shell not in SCRIPTS:
         shells = ", ".join(f"install={name}" for name in SCRIPTS)
         raise RequestError(Problem(f"-sc {request} is not known", "command line", f"one of {shells}"))
-    return SCRIPTS[shell] if what == "install" else "".join(f"{word}\n" for word in candidates(line, verbs))
+    return SCRIPTS[shell] if what == "install" else "".join(f"{_escaped(word)}\n" for word in candidates(line, verbs))
 
 
-def candidates(line: str, verbs: Mapping[str, Iterable[str]]) -> list[str]:
+def candidates(line: str, verbs: Mapping[str, Verb]) -> list[str]:
     """What the last word of `line` may become (an empty one after a space): sorted, whole words."""
-    typed = line.split()
+    typed = [re.sub(r"\\(.)", r"\1", word) for word in re.findall(r"(?:\\.|\S)+", line)]
     word = "" if line[-1:].isspace() or not typed else typed.pop()
     program = next((i for i, w in enumerate(typed) if Path(w).name == "runner"), -1)
     before = typed[program + 1 :]
-    verb = before[0] if before and before[0] in verbs else None
+    name = next((name for name in (" ".join(before[:2]), *before[:1]) if name in verbs), None)
+    verb = verbs[name or "run"]
+    given = [w for w in before[len(name.split()) if name else 0 :] if not w.startswith("-")]
     if word.startswith("-"):
-        found = iter(verbs[verb or "run"])
-    elif verb == "list":
+        found = iter(verb.options)
+    elif name == "list":
         found = iter((*catalogue.GROUPS, "recipes"))
-    elif verb == "explain" and len(before) == 1:
+    elif name == "explain" and not given:
         found = _keys(word, end="")
-    elif verb in ("runs", "chat"):
-        found = iter(())  # files: the shell knows them
+    elif len(given) < len(verb.arguments) and verb.arguments[len(given)] in ("run", "run_dir", "run_id"):
+        found = _runs(word)
+    elif "words" not in verb.arguments and name is not None:
+        found = iter(_parts_of(name, verbs))  # of a group; else files, which the shell knows
     elif "=" in word:
-        found = _values(word.partition("=")[0], before)
+        found = _values(word, before)
     else:
-        found = iter((*_keys(word, end="="), *(() if before else verbs)))
+        found = chain(_keys(word, end="="), _files(word, _STARTS), () if before else (v for v in verbs if " " not in v))
     return sorted({candidate for candidate in found if candidate.startswith(word)})
+
+
+def _parts_of(group: str, verbs: Mapping[str, Verb]) -> Iterator[str]:
+    return (name.partition(" ")[2] for name in verbs if name.startswith(f"{group} "))
 
 
 def _keys(word: str, end: str) -> Iterator[str]:
@@ -81,7 +110,47 @@ def _keys(word: str, end: str) -> Iterator[str]:
     return chain(choices, (f"{group}." for group in RunSpec.model_fields))
 
 
-def _values(key: str, before: list[str]) -> Iterator[str]:
+def _values(word: str, before: list[str]) -> Iterator[str]:
+    key, _, value = word.partition("=")
     own = tuple(Path(folder) for flag, folder in pairwise(before) if flag == "--config-dir")
     names = catalogue.recipes() if key == "recipe" else catalogue.options(key, own) if key in catalogue.GROUPS else ()
-    return (f"{key}={value}" for value in (*names, *allowed_words(key)))
+    files = _files(value, _STARTS[:2] if key == "recipe" else ("",)) if key in _PATHS and value else ()
+    return (f"{key}={value}" for value in (*names, *allowed_words(key), *files))
+
+
+def _runs(word: str) -> Iterator[str]:
+    """Folders of runs below what is typed, else below `runs/`: `runs/<id>`, or the id alone where that was begun."""
+    parent = os.path.dirname(word)
+    for entry in _entries(parent or "."):
+        if os.path.isfile(os.path.join(entry.path, "spec.json")):
+            yield os.path.join(parent, entry.name)
+        elif entry.is_dir() and word and parent:
+            yield os.path.join(parent, entry.name) + "/"
+    if not parent:
+        ids = [e.name for e in _entries("runs") if os.path.isfile(os.path.join(e.path, "spec.json"))]
+        yield from (name for name in ids if word and name.startswith(word))
+        yield from (f"runs/{name}" for name in ids)
+
+
+def _files(word: str, endings: tuple[str, ...]) -> Iterator[str]:
+    """Files with one of the endings, and folders, where a path has been begun."""
+    parent = os.path.dirname(word)
+    for entry in _entries(os.path.expanduser(parent) or ".") if word else ():
+        if entry.name.startswith(".") and not os.path.basename(word).startswith("."):
+            continue
+        if entry.is_dir():
+            yield os.path.join(parent, entry.name) + "/"
+        elif entry.name.endswith(endings):
+            yield os.path.join(parent, entry.name)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        return list(os.scandir(folder))
+    except OSError:
+        return []
+
+
+def _escaped(word: str) -> str:
+    """As a shell wants it typed: a blank or a quote of a path behind a backslash."""
+    return re.sub(r"([ \t'\"\\$&()|;<>*?`#!])", r"\\\1", word)

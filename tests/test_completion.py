@@ -48,7 +48,6 @@ def test_choices_are_offered_however_the_runner_is_called(program: str) -> None:
         ("runner me", ["merge", "method.", "method="]),
         ("runner list obj", ["objective"]),
         ("runner show --", ["--config-dir", "--json"]),
-        ("runner chat runs/", []),
         ("runner no.such", []),
     ],
 )
@@ -64,6 +63,73 @@ def test_choices_of_ones_own_folder_are_offered(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("")
     assert "model=mine" in offered(f"runner --config-dir {tmp_path} model=mi")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with two runs, data and a recipe."""
+    monkeypatch.chdir(tmp_path)
+    for run in ("runs/phi2-lora-1", "runs/phi2-lora-2", "elsewhere/old"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "spec.json").write_text("{}")
+    (tmp_path / "runs" / "no_run").mkdir()
+    (tmp_path / "rows").mkdir()
+    for name in ("mine.yaml", "rows/a.jsonl", "rows/mit blank.jsonl", "rows/.hidden", "reward.py"):
+        (tmp_path / name).write_text("")
+    return tmp_path
+
+
+OF_A_RUN = ["resume", "join", "chat", "eval", "merge", "export", "push", "deploy", "attach", "fetch", "status", "logs",
+            "pods stop", "pods terminate", "pods ssh", "pods tunnel", "pods logs"]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", OF_A_RUN)
+def test_every_verb_that_takes_a_run_offers_runs(verb: str, folder: Path) -> None:
+    both = ["runs/phi2-lora-1", "runs/phi2-lora-2"]
+    assert offered(f"runner {verb} ") == both
+    assert offered(f"runner {verb} ru") == both
+    assert offered(f"runner {verb} runs/") == [*sorted(["runs/no_run/"]), *both]
+    assert offered(f"runner {verb} phi2") == ["phi2-lora-1", "phi2-lora-2"]
+    assert offered(f"runner {verb} elsewhere/o") == ["elsewhere/old"]
+    assert offered(f"runner {verb} {folder}/runs/phi2-lora-2") == [f"{folder}/runs/phi2-lora-2"]
+    assert offered(f"runner {verb} none") == []
+
+
+def test_no_verb_with_a_run_was_forgotten() -> None:
+    from runner.cli import cli as group
+    from runner.verbs.starting import _verbs
+
+    with group.make_context("runner", ["list"]) as ctx:
+        verbs = dict(_verbs(group, ctx))
+    takes_a_run = {name for name, verb in verbs.items() if {"run", "run_dir", "run_id"} & set(verb.arguments[:1])}
+    assert takes_a_run == set(OF_A_RUN)
+
+
+def test_after_the_run_come_keys_where_the_verb_takes_them(folder: Path) -> None:
+    assert offered("runner resume runs/phi2-lora-1 train.max_st") == ["train.max_steps="]
+    assert offered("runner chat runs/phi2-lora-1 --pr") == ["--prompt"]
+    assert offered("runner push runs/phi2-lora-1 ") == []
+
+
+def test_recipes_specs_and_data_of_ones_own_are_offered(folder: Path) -> None:
+    assert "mine.yaml" in offered("runner mi")
+    assert offered("runner plan runs/phi2-lora-1/s") == ["runs/phi2-lora-1/spec.json"]
+    assert offered("runner data preview data.path=ro") == ["data.path=rows/"]
+    assert offered("runner data stats data.path=rows/a") == ["data.path=rows/a.jsonl"]
+    assert "reward.py" not in offered("runner re")
+
+
+def test_a_blank_in_a_name_is_typed_as_the_shell_needs_it(folder: Path) -> None:
+    result = CliRunner(env={"COMP_LINE": "runner plan data.path=rows/mit"}).invoke(cli, ["-sc", "query=bash"])
+    assert result.stdout == "data.path=rows/mit\\ blank.jsonl\n"
+    result = CliRunner(env={"COMP_LINE": "runner plan data.path=rows/mit\\ b"}).invoke(cli, ["-sc", "query=bash"])
+    assert result.stdout == "data.path=rows/mit\\ blank.jsonl\n"
+
+
+def test_verbs_of_a_group_are_offered() -> None:
+    assert offered("runner data pre") == ["prepare", "preview"]
+    assert offered("runner pods te") == ["terminate"]
+    assert offered("runner volumes ") == ["create", "delete", "get", "list", "ls", "put"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -87,12 +153,17 @@ def test_the_script_is_valid_bash() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
-def test_tab_completes_in_an_interactive_bash() -> None:
+def test_tab_completes_in_an_interactive_bash(tmp_path: Path) -> None:
     with Terminal() as bash:
         bash.type('eval "$(python -m runner -sc install=bash)"; echo rea""dy\n', until="ready")
         bash.type("python -m runner model=phi3\t", until="model=phi3_mini")
         bash.type("\x15python -m runner show train.learn\t", until="train.learning_rate=")
         bash.type(f"\x15python {ROOT}/pyproj\t", until="pyproject.toml")  # files, as before
+        bash.type(
+            "\x15cd $(mktemp -d) && mkdir -p runs/phi2-7 && touch runs/phi2-7/spec.json; echo made\n", until="made"
+        )
+        bash.type("python -m runner resume ru\t", until="runs/phi2-7")
+        bash.type(f"\x15python -m runner volumes put v {ROOT}/pyproj\t", until="pyproject.toml")
 
 
 class Terminal:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.console import Console
 from runner.errors import RequestError
 from runner.report.problems import dump
 from runner.verbs.shared import Arguments, as_json_option, composed, request_of, spoken, stray
+
+if TYPE_CHECKING:
+    from runner.completion import Verb
 
 
 def renting(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +59,9 @@ def run(
     if shell_completion:
         from runner.completion import answer
 
-        click.echo(answer(shell_completion, os.environ.get("COMP_LINE", ""), _options(ctx)), nl=False)
+        group = ctx.find_root().command
+        assert isinstance(group, click.Group)
+        click.echo(answer(shell_completion, os.environ.get("COMP_LINE", ""), dict(_verbs(group, ctx))), nl=False)
         return
     from runner.compose import compose
 
@@ -71,16 +76,18 @@ def run(
     sys.exit(launch.run(request, composed, console, as_json, manner))
 
 
-def _options(ctx: click.Context) -> dict[str, list[str]]:
-    """Verb → its options that are not hidden."""
-    group = ctx.find_root().command
-    assert isinstance(group, click.Group)
-    verbs = {name: group.get_command(ctx, name) for name in group.list_commands(ctx)}
-    return {
-        name: [o for p in verb.params if not getattr(p, "hidden", False) for o in p.opts if o[0] == "-"]
-        for name, verb in verbs.items()
-        if verb is not None
-    }
+def _verbs(group: click.Group, ctx: click.Context, before: str = "") -> Iterator[tuple[str, Verb]]:
+    """Every verb with what may follow it; a verb of a group, `pods stop`, after the group."""
+    from runner.completion import Verb
+
+    for name in group.list_commands(ctx):
+        if (verb := group.get_command(ctx, name)) is None:
+            continue
+        seen = [p for p in verb.params if not getattr(p, "hidden", False)]
+        options = tuple(o for p in seen for o in p.opts if o[0] == "-")
+        yield before + name, Verb(options, tuple(str(p.name) for p in seen if isinstance(p, click.Argument)))
+        if isinstance(verb, click.Group):
+            yield from _verbs(verb, ctx, f"{before}{name} ")
 
 
 @click.command()
