@@ -35,8 +35,8 @@ def index() -> str | None:
     """The package index that pip takes PyTorch from besides its own.
 
     TORCH_INDEX names one (https://download.pytorch.org/whl/cu126, …/rocm7.0); empty, it leaves pip alone. Without it:
-    PyTorch's CPU builds where Linux has no NVIDIA GPU, for PyPI's are for CUDA there and take 5 GB more; None where that
-    index does not answer.
+    PyTorch's CPU builds where Linux has no NVIDIA GPU, for PyPI's are for CUDA there and take 5 GB more; None where
+    that index does not answer.
     """
     if (named := os.environ.get("TORCH_INDEX")) is not None:
         return named or None
