@@ -17,7 +17,7 @@ from runner.report.progress import Progress
 from runner.report.summary import summary_of
 from runner.rundir import RunDir
 from runner.spec import RunSpec
-from runner.train import methods, models, objectives, stages, universal
+from runner.train import independence, methods, models, objectives, stages, universal
 from runner.train.callbacks import AtStart, MetricsWriter, StopEarly, StopOnSignal
 from runner.train.environment import environment
 from runner.train.guards import LossGuard
@@ -96,6 +96,7 @@ def work(
     def begin() -> None:
         """Once DeepSpeed has its engine: before that a sharded model cannot answer."""
         peaks.end("load")
+        independence.check(spec, trainer, tokenizer)
         measuring.before()
         if start:
             trainer.follow_schedule()
