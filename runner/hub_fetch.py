@@ -68,19 +68,46 @@ def gate(model_id: str) -> str:
     return f"accept its licence at https://huggingface.co/{model_id}, then export HF_TOKEN=…"
 
 
+def check_dataset(dataset_id: str) -> None:
+    """RequestError for a data set that is not there, or closed; UnreachableError where nobody says so."""
+    import urllib.error
+    import urllib.parse
+
+    remedy = "check the network, or bring the rows in a file: data=file data.path=…"
+    try:
+        _asked(f"api/datasets/{urllib.parse.quote(dataset_id)}", dataset_id, dataset_id, remedy)
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 403, 404):
+            raise UnreachableError(Problem(f"the Hub answered {error.code} for {dataset_id}", None, remedy)) from None
+        spelling = "check the spelling (org/name); for a private data set set HF_TOKEN"
+        what = f"{dataset_id} is not on the Hugging Face Hub, or private"
+        raise RequestError(Problem(what, "data.id", spelling)) from None
+
+
 def _get(model_id: str, revision: str) -> str:
     import urllib.error  # 24 ms with what it imports, once per model
     import urllib.parse
-    import urllib.request
 
     folder = f"name a folder that has its config.json (hf download {model_id} config.json --local-dir .): model.id=."
+    path = f"{urllib.parse.quote(model_id)}/resolve/{urllib.parse.quote(revision)}/config.json"
+    try:
+        return _asked(path, f"config.json of {model_id}", model_id, folder)
+    except urllib.error.HTTPError as error:
+        kind = UnreachableError if error.code >= 500 or error.code == 429 else RequestError
+        raise kind(_refused(model_id, error)) from None
+
+
+def _asked(path: str, wanted: str, name: str, remedy: str) -> str:
+    """What the Hub answers; UnreachableError where it does not, HTTPError where it refuses."""
+    import urllib.error
+    import urllib.request
+
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise UnreachableError(Problem(f"HF_HUB_OFFLINE is set: config.json of {model_id} is not here", None, folder))
+        raise UnreachableError(Problem(f"HF_HUB_OFFLINE is set: {wanted} is not here", None, remedy))
     base = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if base in _unreachable:
-        raise UnreachableError(Problem(f"the Hub cannot be reached for {model_id}: {_unreachable[base]}", None, folder))
-    url = f"{base.rstrip('/')}/{urllib.parse.quote(model_id)}/resolve/{urllib.parse.quote(revision)}/config.json"
-    request = urllib.request.Request(url)
+        raise UnreachableError(Problem(f"the Hub cannot be reached for {name}: {_unreachable[base]}", None, remedy))
+    request = urllib.request.Request(f"{base.rstrip('/')}/{path}")
     if (secret := token()) is not None:
         # Unredirected: a redirect to a storage host must not get the token.
         request.add_unredirected_header("Authorization", f"Bearer {secret}")
@@ -88,13 +115,12 @@ def _get(model_id: str, revision: str) -> str:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             content: bytes = answer.read(LARGEST)
             return content.decode("utf-8")
-    except urllib.error.HTTPError as error:
-        kind = UnreachableError if error.code >= 500 or error.code == 429 else RequestError
-        raise kind(_refused(model_id, error)) from None
+    except urllib.error.HTTPError:
+        raise
     except (OSError, ValueError) as error:
         why = getattr(error, "reason", error)
         _unreachable[base] = str(why)
-        raise UnreachableError(Problem(f"the Hub cannot be reached for {model_id}: {why}", None, folder)) from None
+        raise UnreachableError(Problem(f"the Hub cannot be reached for {name}: {why}", None, remedy)) from None
 
 
 def _refused(model_id: str, error: HTTPError) -> Problem:

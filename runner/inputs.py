@@ -1,7 +1,7 @@
-"""Whether what a run reads is there: looked at in a moment, before anything is made.
+"""Whether what a run reads is there and right: looked at in a moment, before anything is made.
 
-Only what certainly is not there is refused. A file on a pod's own disk, a URL or a data set on the Hub is left to
-whoever loads it.
+Only what certainly is wrong is refused. A file on a pod's own disk, and a URL or a data set on the Hub that does not
+answer, are left to whoever loads them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from importlib import util
 from pathlib import Path
 
 from runner import hub_config, hub_fetch
+from runner.data import checking
 from runner.data.files import is_glob, is_url
 from runner.errors import Problem, RequestError
 from runner.hub_fetch import UnreachableError
@@ -44,6 +45,12 @@ def check_files(spec: RunSpec) -> None:
     """RequestError for data and a chat template that are not there."""
     if problems := list(_files(spec)):
         raise RequestError(*problems)
+
+
+def check_read(spec: RunSpec) -> list[str]:
+    """Notes; RequestError for what is not there, and for rows, templates and reward functions that are not right."""
+    check_files(spec)
+    return checking.check(spec)
 
 
 def named_places(spec: RunSpec) -> Iterator[tuple[str, str]]:

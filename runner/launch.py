@@ -127,6 +127,7 @@ def plan_first(spec: RunSpec, notes: list[str], composed: RunSpec) -> Plan | Non
         planned = planning.plan(spec, notes)
     except RequestError:
         notes.append(f"no plan: {planning.unknown(spec)}")
+    notes += inputs.check_read(spec)  # before the plan refuses what it could not count
     if planned is not None and planned.reasons:
         planning.refuse(asked(composed), planned)
     notes += inputs.check(spec, planned)

@@ -28,7 +28,7 @@ def documents(data: DataSpec, *, held_out: bool = False, skip: int = 0, seed: in
         yield from _hub(data, str(data.eval_split if held_out else data.split), skip)
         return
     elif held_out:
-        found = _texts(Source(str(data.eval_path), files_of(str(data.eval_path)), data))
+        found = texts(Source(str(data.eval_path), files_of(str(data.eval_path)), data))
     else:
         found = _mixed(sources_of(data), data.mix, seed)
     yield from islice(found, skip, None)
@@ -38,10 +38,10 @@ def _mixed(sources: Sequence[Source], mix: str, seed: int) -> Iterator[str]:
     """As `sources.mixed`, without knowing how many there are: that a source is used up shows when it is drawn next."""
     if mix == "concat" or len(sources) < 2:
         for source in sources:
-            yield from _texts(source)
+            yield from texts(source)
         return
     rng, weights = random.Random(seed), [source.weight for source in sources]
-    left = [_texts(source) for source in sources]
+    left = [texts(source) for source in sources]
     used, over = [False] * len(sources), [False] * len(sources)
     while not all(over):
         (drawn,) = rng.choices(range(len(sources)), weights)
@@ -54,10 +54,10 @@ def _mixed(sources: Sequence[Source], mix: str, seed: int) -> Iterator[str]:
         elif mix == "until_exhausted":
             return
         else:
-            over[drawn], left[drawn] = True, _texts(sources[drawn])
+            over[drawn], left[drawn] = True, texts(sources[drawn])
 
 
-def _texts(source: Source) -> Iterator[str]:
+def texts(source: Source) -> Iterator[str]:
     """Every document of the source that holds more than white space, at most its limit."""
     return islice(_all(source), source.limit)
 

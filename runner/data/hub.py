@@ -7,8 +7,11 @@ import re
 from importlib import import_module
 from itertools import islice
 from math import ceil
+from pathlib import Path
 
+from runner import hub_fetch
 from runner.data.files import Table
+from runner.data.remote import UnreachableError
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec
 from runner.suggest import nearest
@@ -29,11 +32,27 @@ def load_hub(spec: DataSpec) -> tuple[Table, Table | None]:
     return train, _split(spec, "eval_split", spec.eval_split, held) if spec.eval_split else None
 
 
+def first_rows(spec: DataSpec, count: int, notes: list[str]) -> list[Table]:
+    """The first rows of each split, without downloading the data set; none, and a note, where nobody answers.
+
+    RequestError as in `load_hub`.
+    """
+    try:
+        if not Path(str(spec.id)).is_dir():  # which is read as a repository is
+            hub_fetch.check_dataset(str(spec.id))
+        few = spec.model_copy(update={"streaming": True})
+        wanted = [("split", spec.split), *([("eval_split", spec.eval_split)] if spec.eval_split else [])]
+        return [_split(few, key, split, count) for key, split in wanted]
+    except (hub_fetch.UnreachableError, UnreachableError) as error:
+        notes.append(f"{error}; its rows are checked when they are loaded")
+        return []
+
+
 def _split(spec: DataSpec, key: str, split: str, limit: int | None) -> Table:
     try:  # 0.9 s to import, and only Hub data needs it
         datasets = import_module("datasets")
     except ImportError:
-        raise RequestError(Problem("data.source=hub needs datasets", None, "pip install datasets")) from None
+        raise UnreachableError(Problem("data.source=hub needs datasets", None, "pip install datasets")) from None
     assert spec.id is not None  # DataSpec: source=hub has an id
     hub_log = logging.getLogger("huggingface_hub")
     level = hub_log.level
@@ -45,7 +64,8 @@ def _split(spec: DataSpec, key: str, split: str, limit: int | None) -> Table:
         if spec.streaming:  # no more than is asked for comes over the network
             return Table(f"{spec.id} {split}", list(islice(rows, limit)))
     except Exception as error:  # whatever a loader of foreign files raises, the data set is at fault
-        raise RequestError(problem_of(error, spec, key, split)) from error
+        kind = UnreachableError if isinstance(error, ConnectionError) else RequestError
+        raise kind(problem_of(error, spec, key, split)) from error
     finally:
         hub_log.setLevel(level)
     if limit is not None and limit < len(rows):
@@ -66,7 +86,7 @@ def problem_of(error: Exception, spec: DataSpec, key: str, split: str) -> Proble
         return Problem(f"{spec.id} is gated, and this machine has no access", "data.id", remedy)
     if text.startswith("Revision"):
         return Problem(f"{spec.id} has no revision {spec.revision}", "data.revision", f"see {page}/tree/main")
-    if text.startswith("Unknown split"):
+    if text.startswith(("Unknown split", "Bad split")):  # downloaded, streamed
         key = f"data.{key}"
         return Problem(f"{spec.id} has no split {split}", key, _choose(key, split, choices))
     if text.startswith(("Config name is missing", "BuilderConfig")):

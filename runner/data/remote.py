@@ -19,15 +19,28 @@ GCS_PATIENCE = timedelta(minutes=1)
 """Without keys or network Arrow would try again for a quarter of an hour."""
 
 
+class UnreachableError(RequestError):
+    """The place did not answer, or not to this machine: another one may reach it."""
+
+
 def asked(url: str, question: Callable[[Any, str], T]) -> T:
     """`question(file system, path in it)`; RequestError where the place cannot be reached, in one line."""
     try:
         return question(*_system(url))
     except ImportError as error:
-        raise RequestError(Problem(f"{url}: {error}", None, "install what it names")) from None
+        raise UnreachableError(Problem(f"{url}: {error}", None, "install what it names")) from None
     except Exception as error:  # whatever a file system raises for a place that cannot be reached
+        kind = RequestError if _is_missing(error) else UnreachableError
+        error = error.__cause__ if kind is UnreachableError and isinstance(error.__cause__, Exception) else error
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise RequestError(Problem(f"{url} cannot be read: {reason}", None, "check the address and the keys")) from None
+        raise kind(Problem(f"{url} cannot be read: {reason}", None, "check the address and the keys")) from None
+
+
+def _is_missing(error: BaseException) -> bool:
+    """The place answers, and has no such file. fsspec says so of a web server that does not answer, too."""
+    cause = error.__cause__
+    told = getattr(cause, "status", None) in (404, 410)
+    return isinstance(error, FileNotFoundError) and (cause is None or told or _is_missing(cause))
 
 
 def fetched(url: str) -> bytes:
@@ -39,6 +52,11 @@ def fetched(url: str) -> bytes:
             return content
 
     return asked(url, read)
+
+
+def size_of(url: str) -> int:
+    """Bytes of one file; 0 where the place does not say."""
+    return asked(url, lambda system, path: int(system.size(path) or 0))
 
 
 @contextmanager

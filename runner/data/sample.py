@@ -70,7 +70,7 @@ def _of_source(source: Source) -> Sample:
     problems: list[Problem] = []
     total, hows = 0, []
     for file in files:
-        table, rows, how = _head(file)
+        table, rows, how = head(file)
         found, wrong = canonical_rows(table, source.spec)
         examples += found
         problems += wrong
@@ -94,7 +94,7 @@ def _size(file: str) -> int:
     return place.stat().st_size if place.is_file() else 0
 
 
-def _head(name: str) -> tuple[Table, int | None, str]:
+def head(name: str) -> tuple[Table, int | None, str]:
     """Rows of a file, how many it has where these are not all, and how that is known."""
     file, kind, size = Path(name).expanduser(), kind_of_file(name), _size(name)
     compressed = file.suffix.lower() in COMPRESSIONS and file.suffix.lower() != ".gz"

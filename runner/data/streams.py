@@ -20,35 +20,48 @@ PARQUET_ROWS = 5000
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-def tables(path: str) -> Iterator[Table]:
-    """The file in pieces, rows numbered through; RequestError as in `read_table`."""
-    file, kind = Path(path).expanduser(), kind_of_file(path)
-    ending = PurePosixPath(path.partition("?")[0] if is_url(path) else path).suffix.lower()
-    lines = kind in ("jsonl", "txt") and ending != ".zst"
-    if not (lines or (kind == "parquet" and ending == ".parquet")) or not (is_url(path) or file.is_file()):
+def tables(path: str, block: int | None = None) -> Iterator[Table]:
+    """The file in pieces (of about `block` bytes of lines), rows numbered through; RequestError as in `read_table`."""
+    file = Path(path).expanduser()
+    if not in_pieces(path) or not (is_url(path) or file.is_file()):
         yield read_table(path)
         return
-    with remote.opened(path) if is_url(path) else file.open("rb") as opened:
-        if lines:
-            unpacked = _OPENERS[ending](opened) if ending in _OPENERS else opened
-            yield from _lines(unpacked, path, str(kind))
-        else:
-            yield from _parquet(opened, path)
+    try:
+        with remote.opened(path) if is_url(path) else file.open("rb") as opened:
+            if kind_of_file(path) == "parquet":
+                yield from _parquet(opened, path)
+            else:
+                unpacked = _OPENERS[_ending(path)](opened) if _ending(path) in _OPENERS else opened
+                yield from _lines(unpacked, path, block or BLOCK)
+    except OSError as error:
+        raise RequestError(Problem(f"{path} cannot be read: {error.strerror or error}")) from None
 
 
-def _lines(opened: IO[bytes], path: str, kind: str) -> Iterator[Table]:
-    number, parse = 1, json_lines if kind == "jsonl" else text_lines
-    for block in _blocks(opened, path):
+def in_pieces(path: str) -> bool:
+    """A file that need not be read whole to see its first rows."""
+    kind = kind_of_file(path)
+    if kind == "parquet":
+        return _ending(path) == ".parquet"
+    return kind in ("jsonl", "txt") and _ending(path) != ".zst"
+
+
+def _ending(path: str) -> str:
+    return PurePosixPath(path.partition("?")[0] if is_url(path) else path).suffix.lower()
+
+
+def _lines(opened: IO[bytes], path: str, size: int) -> Iterator[Table]:
+    number, parse = 1, json_lines if kind_of_file(path) == "jsonl" else text_lines
+    for block in _blocks(opened, path, size):
         text = _text(block, path, number)
         yield parse(text, path, number)
         number += text.count("\n")
 
 
-def _blocks(opened: IO[bytes], path: str) -> Iterator[bytes]:
-    """Whole lines, about `BLOCK` bytes of them."""
+def _blocks(opened: IO[bytes], path: str, size: int) -> Iterator[bytes]:
+    """Whole lines, about `size` bytes of them."""
     while True:
         try:
-            block = opened.read(BLOCK)
+            block = opened.read(size)
             block += opened.readline() if block else b""
         except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
             raise RequestError(Problem(f"{path} is damaged: {error}", None, "make the file again")) from None

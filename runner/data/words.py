@@ -122,10 +122,7 @@ class Words:
     @classmethod
     def from_file(cls, file: Path, data: DataSpec) -> Words:
         """Those beside a model's `tokenizer.json`; RequestError for files that cannot be read."""
-        names: dict[str, Any] = {}
-        with suppress(OSError, ValueError):
-            names = json.loads(file.with_name("tokenizer_config.json").read_text("utf-8"))
-        special = {key: _content(value) for key, value in names.items() if key.endswith("_token") and _content(value)}
+        names, special = _names(file)
         try:
             words = cls(file.read_text("utf-8"), _template(file, data, names), special)
             words.backend.add_special_tokens(list(data.add_tokens))
@@ -147,6 +144,25 @@ def _refusals() -> Iterator[None]:
         remedy = "set data.chat_template to a Jinja file, or data.system_prompt=null"
         what = f"the model's chat template refuses a conversation: {error}"
         raise RequestError(Problem(what, None, remedy)) from None
+
+
+def template_of(file: Path | None, data: DataSpec) -> Template | None:
+    """The chat template of `data`, or of a model with this `tokenizer.json`; None where neither is known here.
+
+    RequestError for one that is no Jinja.
+    """
+    if file is None:
+        return Template(template_source(data.chat_template), {}) if data.chat_template else None
+    names, special = _names(file)
+    return Template(_template(file, data, names), special)
+
+
+def _names(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings beside a tokenizer.json, and the special tokens in them."""
+    names: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        names = json.loads(file.with_name("tokenizer_config.json").read_text("utf-8"))
+    return names, {key: _content(value) for key, value in names.items() if key.endswith("_token") and _content(value)}
 
 
 def _content(token: Any) -> str:

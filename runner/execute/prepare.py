@@ -7,11 +7,14 @@ import subprocess
 import sys
 
 from runner.execute.offline import ENVIRONMENT
+from runner.inputs import check_read
 from runner.spec import RunSpec
 
 
 def prepare(spec: RunSpec, as_json: bool) -> int:
-    """Exit code of the process; what it says goes where this one's words go."""
+    """Exit code of the process; what it says goes where this one's words go. RequestError for data that are wrong."""
+    for note in check_read(spec):
+        print(f"Note    {note}", file=sys.stderr)
     command = [sys.executable, "-m", "runner.train.prepare", *["--json"] * as_json]
     env = {**ENVIRONMENT, **os.environ}
     return subprocess.run(command, input=spec.model_dump_json(), text=True, env=env).returncode

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from runner.data import reward_files
 from runner.errors import Problem, RequestError
 from runner.spec import Grpo
 
@@ -32,10 +33,9 @@ def exact_match(completions: Sequence[Any], answer: Sequence[str | None], **_: A
 
 def regex(pattern: str) -> Reward:
     """1 where the pattern is found; RequestError for one that cannot be read."""
-    try:
-        wanted = re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise RequestError(Problem(f"objective.reward_regex={pattern!r}: {error}", None, "correct it")) from None
+    if problem := reward_files.pattern(pattern):
+        raise RequestError(problem)
+    wanted = re.compile(pattern, re.DOTALL)
 
     def reward(completions: Sequence[Any], **_: Any) -> list[float]:
         return [float(wanted.search(text_of(said)) is not None) for said in completions]

@@ -1,0 +1,126 @@
+"""What can be said of `objective.rewards` without running them: names, syntax, parameters, patterns.
+
+A user's file is parsed and not run: it may import what only the machine that trains has.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from importlib import util
+from pathlib import Path
+
+from runner.errors import Problem
+from runner.spec import Grpo
+from runner.suggest import nearest
+
+ALWAYS = ("prompts", "completions", "completion_ids")
+"""What every reward function is given, besides the columns of the rows; TRL adds `trainer_state` and others."""
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def problems(objective: Grpo, columns: Iterable[str] | None, *, here: bool) -> list[Problem]:
+    """Everything that is wrong; `columns` are those of all rows (None: not known), `here`: this machine trains."""
+    found = [] if objective.reward_regex is None or (bad := pattern(objective.reward_regex)) is None else [bad]
+    given = None if columns is None else {*ALWAYS, *columns} - {"prompt"}
+    for name in objective.rewards:
+        if ".py:" in name:
+            found += _of(name, given, here)
+    return found
+
+
+def pattern(regex: str) -> Problem | None:
+    """What is wrong with `objective.reward_regex`."""
+    try:
+        re.compile(regex, re.DOTALL)
+    except re.error as error:
+        return Problem(f"objective.reward_regex={regex!r}: {error}", None, "correct it")
+    return None
+
+
+def _of(name: str, given: set[str] | None, here: bool) -> list[Problem]:
+    file, _, function = name.rpartition(":")
+    source = f"objective.rewards={name}"
+    try:
+        tree = ast.parse(Path(file).expanduser().read_bytes(), file)
+    except OSError as error:
+        return [Problem(f"{file} cannot be read: {error.strerror}", source, "name a Python file")]
+    except (SyntaxError, ValueError) as error:  # a null byte is a ValueError
+        line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
+        what = f"{file} cannot be read: {line}{type(error).__name__}: {getattr(error, 'msg', error)}"
+        return [Problem(what, source, f"correct it: python {file} shows where")]
+    bound: dict[str, ast.stmt | None] = dict(_bound(tree.body))
+    if function not in bound and not _is_dynamic(tree):
+        near = nearest(function, [key for key, node in bound.items() if isinstance(node, _Function)])
+        what = f"{file} has no function {function}"
+        return [Problem(what, source, f"did you mean {file}:{near}?" if near else "define it")]
+    found = list(_absent(tree, file, source)) if here else []
+    node = bound.get(function)
+    if isinstance(node, _Function):
+        found += _signature(node, given, source)
+    return found
+
+
+def _signature(node: _Function, given: set[str] | None, source: str) -> list[Problem]:
+    """Parameters that nobody fills, and no `**` for what else there is."""
+    if node.decorator_list:
+        return []
+    said = f"{node.name}({ast.unparse(node.args)})"
+    if isinstance(node, ast.AsyncFunctionDef):
+        return [Problem(f"{said} is asynchronous", source, "write def instead of async def")]
+    found = []
+    args = node.args
+    positional = [*args.posonlyargs, *args.args]
+    optional = positional[len(positional) - len(args.defaults) :]
+    optional += [arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if default is not None]
+    wanted = [arg.arg for arg in [*positional, *args.kwonlyargs] if arg not in optional]
+    missing = [] if given is None else [name for name in wanted if name not in given]
+    if missing:
+        have = ", ".join(sorted((given or set()) - set(ALWAYS))) or "none"
+        remedy = f"use {', '.join(ALWAYS)} or a column of the rows: {have}"
+        found.append(Problem(f"{said} wants {' and '.join(missing)}, which the rows do not have", source, remedy))
+    if args.kwarg is None:
+        what = f"{said} does not take what else it is given: the rows' other columns, and TRL's own"
+        found.append(Problem(what, source, "end its parameters with **_"))
+    return found
+
+
+def _bound(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt | None]]:
+    """Names that a module has once it was run, with their function where it is one."""
+    for node in body:
+        if isinstance(node, _Function | ast.ClassDef):
+            yield node.name, node
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (((one.asname or one.name).partition(".")[0], None) for one in node.names)
+        yield from ((name.id, None) for name in _stored(node))
+        for inner in ("body", "orelse", "finalbody"):
+            yield from _bound(getattr(node, inner, ()))
+        for handler in getattr(node, "handlers", ()):
+            yield from _bound(handler.body)
+
+
+def _stored(node: ast.stmt) -> Iterator[ast.Name]:
+    """Names that a statement assigns."""
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+            yield inner
+
+
+def _is_dynamic(tree: ast.Module) -> bool:
+    """Names may appear that are not written there."""
+    stars = (isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in ast.walk(tree))
+    names = (isinstance(node, ast.Name) and node.id in ("globals", "exec", "vars") for node in ast.walk(tree))
+    return any(stars) or any(names)
+
+
+def _absent(tree: ast.Module, file: str, source: str) -> Iterator[Problem]:
+    """Packages that the file imports at once, and that are not installed here."""
+    for node in tree.body:
+        names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+        names += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+        for name in dict.fromkeys(name.partition(".")[0] for name in names):
+            if util.find_spec(name) is None:
+                what = f"{file} cannot be read: ModuleNotFoundError: No module named '{name}'"
+                yield Problem(what, source, f"pip install {name}, or put what it needs into {Path(file).name}")

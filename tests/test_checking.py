@@ -1,0 +1,288 @@
+"""Rows, chat template and reward functions are checked before anything is made, loaded or rented."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.data import checking
+from runner.execute import local
+from runner.execute.local import Outcome
+from runner.rundir import RunDir
+from runner.spec import RunSpec
+from tests.conftest import ROOT
+from tests.front import here, laptop, runner, write
+
+__all__ = ["here", "laptop"]  # fixtures
+pytestmark = pytest.mark.usefixtures("here")
+
+ROW = '{"prompt": "a", "completion": "b"}\n'
+HERE = ("data=file", "train.max_steps=1")
+RENTED = (*HERE, "where=runpod", "hw=rtx4090", "model=mistral7b", "method=qlora4")
+GRPO = ("objective=grpo", "train.batch_size=8", "train.micro_batch_size=8", "data.path=questions.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def started(monkeypatch: pytest.MonkeyPatch) -> list[RunDir]:
+    """The runs that got as far as their worker, which does nothing."""
+    found: list[RunDir] = []
+
+    def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False) -> Outcome:
+        found.append(run)
+        return Outcome(run, 0)
+
+    monkeypatch.setattr(local, "execute", execute)
+    return found
+
+
+def refused(here: Path, *words: str) -> str:
+    """What is said of a run that is refused, and has left nothing."""
+    before = sorted(here.iterdir())
+    result = runner(*words)
+    assert result.exit_code == 2, result.output
+    assert sorted(here.iterdir()) == before
+    said = " ".join(result.stderr.split())
+    assert "nothing was started" in said and "Loading" not in result.output
+    return said
+
+
+@pytest.mark.parametrize("place", [HERE, RENTED], ids=["here", "rented"])
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("rows.jsonl", ROW + "{oops\n", "broken JSON: Expecting property name enclosed in double quotes"),
+        ("rows.jsonl", ROW + '{"prompt": "a", "completion": 5}\n', "is a number, not text (rows.jsonl, line 2)"),
+        ("rows.jsonl", ROW + '{"prompt": "a", "completion": " "}\n', "completion is empty (rows.jsonl, line 2)"),
+        ("rows.jsonl", ROW + '{"prompt": "a"}\n', "has no field completion (rows.jsonl, line 2)"),
+        ("rows.jsonl", ROW + "[1]\n", "is a list, not an object (rows.jsonl, line 2)"),
+        ("rows.jsonl", "\n\n", "holds no rows (rows.jsonl)"),
+        ("rows.json", "[]", "holds no rows (rows.json)"),
+        ("rows.csv", "prompt,completion\na\n", "has 1 cells where the header has 2 (rows.csv, line 2)"),
+        ("rows.jsonl", b'{"prompt": "a", "completion": "\xe9"}\n', "byte 0xe9 is not UTF-8 (rows.jsonl, line 1)"),
+        ("rows.jsonl.gz", b"no gzip", "damaged"),
+        ("rows.parquet", b"PAR", "rows.parquet is no Parquet file"),
+        ("rows.jsonl", '{"a": 1}\n', "cannot tell what to learn by the fields: a (rows.jsonl, line 1)"),
+    ],
+)  # fmt: skip
+def test_wrong_rows_are_refused_as_training_would(
+    here: Path, place: tuple[str, ...], name: str, content: str | bytes, what: str
+) -> None:
+    (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert what in refused(here, *place, f"data.path={name}")
+
+
+def test_all_mistakes_are_said_at_once_and_held_out_rows_count(here: Path) -> None:
+    write(here / "rows.jsonl", ROW + "{oops\n" + '{"prompt": "a", "completion": ""}\n')
+    write(here / "held.jsonl", '{"prompt": 1, "completion": "b"}\n')
+    said = refused(here, *HERE, "data.path=rows.jsonl", "data.eval_path=held.jsonl")
+    assert all(place in said for place in ("rows.jsonl, line 2", "rows.jsonl, line 3", "held.jsonl, line 1"))
+    write(here / "held.jsonl", "")
+    write(here / "rows.jsonl", ROW)
+    assert "holds no rows (held.jsonl)" in refused(here, *HERE, "data.path=rows.jsonl", "data.eval_path=held.jsonl")
+
+
+def test_rows_that_are_skipped_are_refused_only_where_none_is_left(here: Path, started: list[RunDir]) -> None:
+    words = (*HERE, "data.path=rows.jsonl", "data.on_error=skip")
+    write(here / "rows.jsonl", "{oops\n")
+    assert "broken JSON" in refused(here, *words)
+    write(here / "rows.jsonl", ROW + "{oops\n")
+    assert runner(*words).exit_code == 0 and started
+
+
+@pytest.mark.parametrize(
+    ("objective", "needs"),
+    [("dpo", "a chosen and a rejected answer"), ("reward", "a chosen"), ("kto", "an answer and a label, good or not")],
+)
+def test_rows_of_another_objective_are_refused(here: Path, objective: str, needs: str) -> None:
+    write(here / "rows.jsonl", ROW)
+    assert needs in refused(here, *HERE, f"objective={objective}", "data.path=rows.jsonl")
+
+
+def test_every_point_of_a_sweep_is_checked_before_the_first_one(here: Path, started: list[RunDir]) -> None:
+    write(here / "a.jsonl", ROW)
+    write(here / "b.jsonl", ROW + "{oops\n")
+    assert "b.jsonl, line 2" in refused(here, "-m", *HERE, "data.path=a.jsonl,b.jsonl")
+    assert not started
+
+
+def test_prepare_checks_without_loading_anything(here: Path) -> None:
+    write(here / "rows.jsonl", ROW + "{oops\n")
+    assert "rows.jsonl, line 2" in refused(here, "data", "prepare", "data.path=rows.jsonl")
+
+
+def test_documents_for_shards_are_checked(here: Path) -> None:
+    write(here / "docs.jsonl", '{"text": "a"}\n{"body": "b"}\n')
+    words = (
+        *HERE,
+        "objective=pretrain",
+        "objective.experiment=mine",
+        "model=scratch_22m",
+        "method=full",
+        "train.max_length=512",
+    )
+    said = refused(here, *words, "data.path=docs.jsonl")
+    assert "has no text in its field text (docs.jsonl, line 2) → write data.text_field=" in said
+
+
+REWARD = """\
+import math
+
+def score(completions, tests, **rest):
+    return [1.0 for _ in completions]
+
+def narrow(completions):
+    return [1.0 for _ in completions]
+
+async def later(completions, **rest):
+    return [1.0 for _ in completions]
+
+try:
+    better = score
+except ImportError:
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("reward", "content", "what"),
+    [
+        ("scor", REWARD, "has no function scor (objective.rewards=./reward.py:scor) → did you mean ./reward.py:score?"),
+        ("score", "def score(completions, **rest):\n    return [\n", "line 2: SyntaxError: '[' was never closed"),
+        ("score", "x = '\0'", "./reward.py cannot be read"),
+        ("narrow", REWARD, "narrow(completions) does not take what else it is given"),
+        ("later", REWARD, "later(completions, **rest) is asynchronous"),
+        ("score", "def score(completions, key, **rest): ...", "wants key, which the rows do not have"),
+        ("score", "import nothing_like_it\ndef score(**rest): ...", "No module named 'nothing_like_it'"),
+    ],
+)  # fmt: skip
+def test_a_reward_function_is_looked_at_without_running_it(here: Path, reward: str, content: str, what: str) -> None:
+    write(here / "questions.jsonl", '{"prompt": "Q", "answer": "1", "level": 3}\n' * 8)
+    write(here / "reward.py", content)
+    assert what in refused(here, *HERE, *GRPO, f"objective.rewards=[./reward.py:{reward}]")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "def score(completions, level, answer=None, *, prompts=(), **rest): ...",
+        "raise SystemExit\ndef score(**rest): ...",  # it is not run
+        "from operator import add as score",
+        "score = lambda **rest: []",
+        "class score: ...",
+        "globals()['sco' + 're'] = print",
+        "try:\n    import nothing_like_it\nexcept ImportError:\n    pass\ndef score(**rest): ...",
+    ],
+)
+def test_a_reward_function_that_may_be_right_is_left_to_training(
+    here: Path, started: list[RunDir], content: str
+) -> None:
+    write(here / "questions.jsonl", '{"prompt": "Q", "answer": "1", "level": 3}\n' * 8)
+    write(here / "reward.py", content)
+    result = runner(*HERE, *GRPO, "objective.rewards=[./reward.py:score]")
+    assert result.exit_code == 0 and started, result.output
+
+
+def test_a_pattern_that_cannot_be_read_is_refused(here: Path) -> None:
+    write(here / "questions.jsonl", '{"prompt": "Q"}\n' * 8)
+    words = (*HERE, *GRPO, "objective.rewards=[regex]", "objective.reward_regex='\"(\"'")
+    assert "unterminated subpattern" in refused(here, *words)
+
+
+def test_a_chat_template_is_tried_on_the_rows_before_a_tokenizer_is_here(here: Path, started: list[RunDir]) -> None:
+    write(here / "rows.jsonl", ROW)
+    write(here / "mine.jinja", "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}")
+    words = (*HERE, "model=mistral7b", "method=qlora4", "hw=rtx4090", "where=runpod", "data.path=rows.jsonl")
+    said = refused(here, *words, "data.chat_template=mine.jinja", "data.system_prompt=hi")
+    assert "refuses a conversation: no system (rows.jsonl, line 1)" in said
+    write(here / "broken.jinja", "{% for m in %}")
+    assert "the chat template is no Jinja: line 1" in refused(here, *words, "data.chat_template=broken.jinja")
+    # What a template makes of special tokens is known where the tokenizer is.
+    write(here / "mine.jinja", "{{ bos_token + nothing.at_all }}")
+    assert runner(*HERE, "data.path=rows.jsonl", "data.chat_template=mine.jinja").exit_code == 0 and started
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "json"])
+def test_of_large_files_the_beginning_is_checked_and_how_much_is_said(
+    here: Path, started: list[RunDir], monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.setattr(checking, "WHOLE_BYTES", 3_000_000)
+    rows = [{"prompt": f"question {n}", "completion": "word " * 40} for n in range(20_000)]
+    text = {
+        "jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "json": json.dumps(rows),
+        "csv": "prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in rows),
+    }[ending]
+    write(here / f"rows.{ending}", text)
+    began = time.perf_counter()
+    result = runner(*HERE, f"data.path=rows.{ending}")
+    assert result.exit_code == 0 and len(started) == 1, result.output
+    assert time.perf_counter() - began < 5
+    (note,) = [line for line in result.output.splitlines() if "were checked" in line]
+    count = int(note.split()[3].replace(",", ""))
+    assert 5_000 < count < 20_000 and f"rows of rows.{ending}" in note
+    write(here / f"rows.{ending}", text.replace("question 7", "", 1).replace('"prompt": "",', '"prompt": 7,'))
+    said = refused(here, *HERE, f"data.path=rows.{ending}")
+    assert "prompt is" in said
+
+
+@pytest.fixture
+def served(here: Path) -> Iterator[str]:
+    """The folder behind a web server."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(here)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("place", [HERE, RENTED], ids=["here", "rented"])
+def test_what_is_behind_a_url_is_checked_where_it_answers(here: Path, served: str, place: tuple[str, ...]) -> None:
+    write(here / "rows.jsonl", ROW + "{oops\n")
+    assert f"{served}/rows.jsonl, line 2" in refused(here, *place, f"data.path={served}/rows.jsonl")
+    assert f"{served}/gone.jsonl cannot be read" in refused(here, *place, f"data.path={served}/gone.jsonl")
+    write(here / "rows.json", '[{"prompt": "a"}]')
+    words = (f"data.path={served}/rows.json", "data.format=prompt_completion")
+    assert "has no field completion" in refused(here, *place, *words)
+
+
+def test_what_does_not_answer_is_left_to_whoever_loads_it(here: Path, started: list[RunDir]) -> None:
+    result = runner(*HERE, "data.path=http://127.0.0.1:9/rows.jsonl")
+    assert result.exit_code == 0 and started
+    assert "127.0.0.1:9/rows.jsonl cannot be read" in result.output and "when they are loaded" in result.output
+
+
+def test_a_data_set_that_answers_as_the_hub_does_is_checked(here: Path) -> None:
+    """`load_dataset` reads a folder the way it reads a repository."""
+    write(here / "org" / "name" / "train.jsonl", ROW)
+    write(here / "org" / "name" / "test.jsonl", '{"prompt": "a", "completion": ""}\n')
+    words = ("data=hub", "data.id=org/name", "train.max_steps=1")
+    assert "completion is empty (org/name test, row 1)" in refused(here, *words, "data.eval_split=test")
+    assert "did you mean data.eval_split=test?" in refused(here, *words, "data.eval_split=tset")
+    assert "a chosen and a rejected answer" in refused(here, *words, "objective=dpo")
+
+
+def test_no_torch_is_loaded_for_it(here: Path) -> None:
+    write(here / "questions.jsonl", '{"prompt": "Q", "answer": "1"}\n' * 8)
+    write(here / "reward.py", REWARD)
+    write(here / "check.py", (
+        "import sys\nfrom runner.inputs import check_read\nfrom tests.front import spec_of\n"
+        f"check_read(spec_of(*{(*HERE, *GRPO, 'objective.rewards=[./reward.py:better]')!r}))\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'fsspec') if m in sys.modules])\n"
+    ))  # fmt: skip
+
+    done = subprocess.run([sys.executable, "check.py"], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
