@@ -9,21 +9,29 @@ status; it lives on in a session of its own. DIR is the run's folder in the pod:
     agent-status.json  where it stands: armed, installing, training, uploading, done, failed, refused, ending
     collected          the launcher has everything: nothing in this pod is needed any more
     successor.json     the run that has the pod next: once this one is over, its switch becomes that run's
+
+The limits are held in memory, and ending the pod needs no file, log or lock: a disk that is full, read-only or broken
+does not keep a pod alive. Twice a second the pod's start command (boot.py) is told until when the agent will have ended
+the pod; where it falls silent, the start command does it.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +50,13 @@ SECOND_THOUGHT_SECONDS = 600.0
 """A pod that was stopped past its deadline and is started again has somebody who wants something of it."""
 MAX_STARTS = 4
 """A training that takes the container down with it four times will do so a fifth time."""
+REQUEST_SECONDS = 20.0
+"""From a request to the end of its answer's headers, however slowly they come."""
+SYNC_SECONDS = 20.0
+STALE_SECONDS = 120.0
+"""An order that is armed so long after it came was armed before."""
+WATCH_SECONDS = 30.0
+"""So long after a limit the start command ends a pod whose agent has not."""
 
 
 # --- the pod ---------------------------------------------------------------------------------------------------------
@@ -67,6 +82,17 @@ class Own:
         env = variables()
         self.id, self.key = env.get("RUNPOD_POD_ID", ""), env.get("RUNPOD_API_KEY", "")
         self.base = (env.get("RUNPOD_API_BASE_URL") or base or API).rstrip("/")
+        # Made now: certificates are read from a disk that may be gone by the time they are needed.
+        handler = urllib.request.HTTPSHandler(context=ssl.create_default_context())
+        self._open = urllib.request.build_opener(handler).open
+        self._watch = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._watch.setblocking(False)
+
+    def tell_watch(self, due: float, how: str) -> None:
+        """Tell the pod's start command by when (`now()`) and how this process ends the pod: afterwards it is the start
+        command's turn. Over an abstract socket, which needs no disk."""
+        with suppress(OSError):
+            self._watch.sendto(f"{due} {how}".encode(), watch_address(self.id, self.base))
 
     def ask(self, method: str, path: str = "", body: dict[str, Any] | None = None) -> int:
         """The status of an answer; 0 where there was none."""
@@ -81,11 +107,12 @@ class Own:
             },
         )
         try:
-            with urllib.request.urlopen(request, timeout=15) as answer:
+            with at_most(REQUEST_SECONDS), self._open(request, timeout=15) as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             return int(error.code)
-        except (OSError, ValueError):
+        except Exception as error:  # a broken connection, an answer that is no HTTP, no memory: all the same here
+            log(f"{method} {path}: {type(error).__name__}: {error}")
             return 0
 
     def may_end(self) -> bool:
@@ -109,51 +136,113 @@ class Own:
         """`stop` or `terminate`, again and again until this process is gone with its pod: an answer is no proof."""
         wait = 1.0
         while True:
-            if how == "stop":
-                answer = self.ask("POST", "/action", {"action": "stop"})
-                if answer in (400, 403, 404, 405, 409, 422):  # it cannot be stopped; it must not go on costing
-                    how = "terminate"
+            with suppress(Exception):
+                self.tell_watch(now() + REQUEST_SECONDS + 30.0 + WATCH_SECONDS, how)
+                answer = self.ask("POST", "/action", {"action": "stop"}) if how == "stop" else self.ask("DELETE")
+                log(f"{how}: the API answers {answer}")
+                if how == "stop" and answer in (400, 403, 404, 405, 409, 422):
+                    how = "terminate"  # it cannot be stopped; it must not go on costing
                     continue
-            else:
-                answer = self.ask("DELETE")
-            log(f"{how}: the API answers {answer}")
             time.sleep(wait)
             wait = min(30.0, wait * 1.5)
+
+
+def watch_address(pod_id: str, base: str) -> str:
+    """The abstract socket (unix(7)) at which the pod's start command listens; such a name has 107 bytes at most."""
+    return f"\0runner-{pod_id} {base}"[:100]
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """TimeoutError after so long, in the main thread: a socket's own timeout begins anew with every byte."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"no whole answer within {seconds:g} s")
+
+    previous = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 def log(line: str) -> None:
-    """One line with its time; standard error is `logs/agent.log`."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} {line}", file=sys.stderr, flush=True)
+    """One line with its time; standard error is `logs/agent.log`. Never raises: nothing depends on a log."""
+    with suppress(Exception):
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} {line}", file=sys.stderr, flush=True)
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A JSON object; empty if it is not there or not whole."""
+    """A JSON object; empty if it is not there, not whole, or cannot be read."""
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
+    except Exception:  # also RecursionError, MemoryError
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def write(file: Path, content: dict[str, Any]) -> None:
-    """Written whole or not at all."""
+    """Written whole or not at all; on a full disk over the old content, which takes no new block."""
+    text = json.dumps(content, indent=1)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        with file.open("r+", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.truncate()
+
+
+UNWRITTEN: dict[Path, dict[str, Any]] = {}
+"""Facts by run's folder that its disk did not take."""
+
+
+def status_of(folder: Path) -> dict[str, Any]:
+    """Where a run stands: its file, and what could not be written there since."""
+    found, kept = read(folder / "agent-status.json"), UNWRITTEN.get(folder, {})
+    return {**found, **kept} if kept.get("time", 0.0) >= found.get("time", 0.0) else found
+
+
+def there(file: Path) -> bool:
+    """False also where the disk does not say."""
+    try:
+        return file.exists()
+    except OSError:
+        return False
 
 
 def note(folder: Path, **facts: Any) -> None:
-    """Put facts into the status; the others stay. The switch and its child both do: one at a time."""
-    file = folder / "agent-status.json"
-    with (SHM / f"runner-{folder.name}.status").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        write(file, {**read(file), "time": time.time(), **facts})
+    """Put facts into the status; the others stay. The switch and its child both do: one at a time. Never raises: what
+    the disk does not take is kept in memory."""
+    with suppress(Exception), ExitStack() as stack:
+        with suppress(OSError):
+            own = stack.enter_context((SHM / f"runner-{folder.name}.status").open("w"))
+            _wait_for(own)
+        UNWRITTEN[folder] = {**status_of(folder), "time": time.time(), **facts}
+        write(folder / "agent-status.json", UNWRITTEN[folder])
+        del UNWRITTEN[folder]
+
+
+def _wait_for(stream: IO[str], seconds: float = 2.0) -> None:
+    """Lock a file; whoever holds it for longer hangs, and is not waited for."""
+    end = now() + seconds
+    while now() < end:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.02)
 
 
 def successor(folder: Path, pod_id: str) -> Path | None:
@@ -168,7 +257,7 @@ def successor(folder: Path, pod_id: str) -> Path | None:
 def admit(key: str | None) -> None:
     """Let a run's launcher in by its own key, for a pod that was handed on knows the first run's alone."""
     named = variables().get("RUNNER_AUTHORIZED_KEYS")
-    with suppress(OSError, RuntimeError):
+    with suppress(Exception):
         file = Path(named) if named else Path.home() / ".ssh" / "authorized_keys"
         known = file.read_text("utf-8") if file.exists() else ""
         if key and key not in known.splitlines():
@@ -199,133 +288,247 @@ def seconds(minutes: float | None) -> float | None:
 
 
 class Limits:
-    """Until when, in this host's own seconds. The order's are the launcher's: only differences are taken from it."""
+    """Until when, in this host's own seconds, held in memory. The order's are the launcher's: only differences are
+    taken from it. ValueError for an order without a finite end."""
 
-    def __init__(self, folder: Path, order: dict[str, Any], beat: Path) -> None:
+    def __init__(self, folder: Path, order: dict[str, Any], beat: Path, again: bool = False) -> None:
+        """`again`: the pod was ended before, and somebody has started it."""
         self.beat = beat
         self.silence = seconds(order.get("heartbeat_minutes"))
         self.boarding = seconds(order.get("boarding_minutes"))
         """The same for a run that will be left to its pod, until it has begun: somebody is sending it."""
-        self.seen, self.heard = self._mark(), now()
+        self.seen, self.heard = 0.0, now()
+        self.seen = self._mark()
         sent = float(order["sent"])
         ends = {"deadline": float(order["deadline"]) - sent}
         if order.get("budget_usd") is not None and order.get("usd_per_hour"):
             ends["budget"] = float(order["started"]) + 3600 * order["budget_usd"] / order["usd_per_hour"] - sent
         self.why, left = min(ends.items(), key=lambda end: end[1])
-        armed = read(folder / "armed.json")
         mine = {"pod_id": order["pod_id"], "order": order["id"]}
-        if {key: armed.get(key) for key in mine} == mine:  # the container, or the pod, was started again
-            same = armed.get("boot_id") == boot_id()
-            left = armed["at_boot"] - now() if same else min(left, armed["at_wall"] - time.time())
-            if left < 0 and read(folder / "agent-status.json").get("state") == "ending":
-                left = SECOND_THOUGHT_SECONDS
+        left = _since_armed(folder, mine, left)
+        if not all(map(math.isfinite, (left, *ends.values()))):
+            raise ValueError(f"the order has no end: {ends}")
+        if again:
+            left = min(left, SECOND_THOUGHT_SECONDS) if left > 0 else SECOND_THOUGHT_SECONDS
         self.at = now() + left
         self.grace = min(GRACE_SECONDS, max(0.0, left) / 10)
-        write(folder / "armed.json", {
-            **mine, "boot_id": boot_id(), "at_boot": self.at, "at_wall": time.time() + left,
-        })  # fmt: skip
+        try:
+            write(folder / "armed.json", {
+                **mine, "boot_id": boot_id(), "at_boot": self.at, "at_wall": time.time() + left,
+            })  # fmt: skip
+        except Exception as error:  # it is for a restart of the container; this process knows
+            log(f"armed.json: {error}")
 
-    def over(self, silence: bool = True, begun: bool = True) -> str | None:
-        """Why the pod must end now, in words; a launcher's `silence` may be one reason."""
+    def due(self, silence: bool = True, begun: bool = True) -> float:
+        """`now()` at which the pod must have ended."""
         mark = self._mark()
         if mark != self.seen:
             self.seen, self.heard = mark, now()
+        longest = self._longest(begun) if silence else None
+        return self.at if longest is None else min(self.at, self.heard + longest)
+
+    def over(self, silence: bool = True, begun: bool = True) -> str | None:
+        """Why the pod must end now, in words; a launcher's `silence` may be one reason."""
+        due, longest = self.due(silence, begun), self._longest(begun)
         if now() > self.at - self.grace:
             return "the budget is spent" if self.why == "budget" else "the deadline has come"
-        longest = self.silence if begun or self.silence is not None else self.boarding
-        if silence and longest is not None and now() - self.heard > longest:
-            return f"no sign of the launcher for {longest / 60:.3g} minutes"
-        return None
+        return f"no sign of the launcher for {(longest or 0) / 60:.3g} minutes" if now() > due else None
+
+    def _longest(self, begun: bool) -> float | None:
+        return self.silence if begun or self.silence is not None else self.boarding
 
     def _mark(self) -> float:
         try:
             return self.beat.stat().st_mtime
-        except OSError:
-            return 0.0
+        except Exception:  # not there yet, or not to be read now: nothing was heard
+            return self.seen
+
+
+def _since_armed(folder: Path, mine: dict[str, Any], left: float) -> float:
+    """Seconds of an order that are left where the container, or the pod, was started again since it was armed."""
+    armed = read(folder / "armed.json")
+    try:
+        if {key: armed.get(key) for key in mine} == mine:
+            same = armed.get("boot_id") == boot_id()
+            return float(armed["at_boot"]) - now() if same else min(left, float(armed["at_wall"]) - time.time())
+        # No disk took that file, perhaps: an order is armed within seconds, and its file says when it came.
+        age = time.time() - (folder / "agent.json").stat().st_mtime
+        return left - age if age > STALE_SECONDS else left
+    except (OSError, KeyError, TypeError, ValueError):
+        return left
 
 
 class Switch:
     """The process that outlives all others: it holds the limits, and starts the work as its child."""
 
-    def __init__(self, folder: Path, order: dict[str, Any], own: Own) -> None:
+    def __init__(self, folder: Path, order: dict[str, Any], own: Own, again: bool = False) -> None:
         self.folder, self.order, self.own = folder, order, own
         self.beat = SHM / f"runner-{order['run_id']}.beat"
-        self.limits = Limits(folder, order, self.beat)
+        self.limits = Limits(folder, order, self.beat, again)
         self.child: int | None = None
+        self.held: list[IO[str]] = []
+        self._status: dict[str, Any] = {}
+        self._refused: Any = None
+        """Id of an order that is no order."""
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """Where the run stands, as far as it could last be read."""
+        self._status = status_of(self.folder) or self._status
+        return self._status
+
+    def begin(self) -> None:
+        """Start the work, in a process of its own."""
+        try:
+            self.child = os.fork()
+        except OSError as error:
+            note(self.folder, state="failed", exit_code=1, message=f"no process can be started: {error.strerror}")
+            return
+        if self.child == 0:
+            with suppress(BaseException):
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.setpgid(0, 0)
+                shield(0)
+                for one in self.held:
+                    one.close()
+                try:
+                    work(self.folder)
+                except BaseException as error:
+                    note(self.folder, state="failed", exit_code=1, message=f"{type(error).__name__}: {error}")
+            os._exit(0)
 
     def serve(self) -> Path:
         """Until the pod is gone, or handed on: then the next run's folder."""
         signal.signal(signal.SIGTERM, lambda *_: self._pass_on())
         while True:
-            self._renew()
-            status = read(self.folder / "agent-status.json")
-            reason = self.limits.over(begun=status.get("state") != "armed")
-            if self.child is not None and os.waitpid(self.child, os.WNOHANG)[0]:
-                self.child = None
-                if status.get("state") not in FINAL:
-                    note(self.folder, state="failed", exit_code=1, message="the agent's worker ended without a word")
-                continue
-            over = self.child is None and status.get("state") in FINAL
-            if over and (following := successor(self.folder, self.own.id)):
-                log(f"the pod is handed on to {following.name}")
-                return following
-            if over and (self.folder / "collected").exists():
-                reason = "everything was collected"
-            elif over and self._waits(status):
-                reason = self.limits.over(silence=False)
-            elif reason is None and over and self.order.get("heartbeat_minutes") is None:
-                reason = "the run is over"
-            if reason is not None:
-                self._end(reason, status)
+            try:
+                if (following := self._look()) is not None:
+                    return following
+            except Exception as error:  # a disk that is gone, no memory: the limits need neither
+                log(f"{type(error).__name__}: {error}")
+                if reason := self.limits.over():
+                    self._end(reason)
+            with suppress(Exception):
+                self.own.tell_watch(self._due() + WATCH_SECONDS, self._how())
             time.sleep(EVERY_SECONDS)
 
+    def _look(self) -> Path | None:
+        """The next run's folder, once the pod is handed on; ends the pod where a limit has come."""
+        self._renew()
+        reason, status = self.limits.over(begun=self._begun()), self.status
+        if self.child is not None and self._worker_is_gone():
+            self.child = None
+            if self.status.get("state") not in FINAL:
+                note(self.folder, state="failed", exit_code=1, message="the agent's worker ended without a word")
+            return None
+        over = self._is_over()
+        if over and (following := successor(self.folder, self.own.id)):
+            log(f"the pod is handed on to {following.name}")
+            return following
+        if over and there(self.folder / "collected"):
+            reason = "everything was collected"
+        elif over and self._waits(status):
+            reason = self.limits.over(silence=False)
+        elif reason is None and over and self.order.get("heartbeat_minutes") is None:
+            reason = "the run is over"
+        if reason is not None:
+            self._end(reason)
+        return None
+
     def _renew(self) -> None:
-        """A newer order, for this pod."""
+        """A newer order, for this pod; a `fresh` one is that of a run that begins again in a pod that was kept."""
         order = read(self.folder / "agent.json")
-        if order and order["id"] != self.order["id"] and order["pod_id"] == self.own.id:
-            log(f"a new order: {order['id']}")
-            self.order, self.limits = order, Limits(self.folder, order, self.beat)
+        if order.get("id") in (None, self.order["id"], self._refused) or order.get("pod_id") != self.own.id:
+            return
+        try:
+            limits = Limits(self.folder, order, self.beat)
+        except Exception as error:
+            log(f"an order that is none, the old one stays: {type(error).__name__}: {error}")
+            self._refused = order["id"]
+            return
+        log(f"a new order: {order['id']}")
+        again = bool(order.get("fresh")) and self.child is None
+        self.order, self.limits = order, limits
+        if again:
+            (self.folder / "collected").unlink(missing_ok=True)
+            note(self.folder, **ANEW, over=self.status.get("task"), order=order["id"])
+            self.begin()
+        else:
             note(self.folder, order=order["id"])
 
-    def _end(self, reason: str, status: dict[str, Any]) -> None:
+    def _worker_is_gone(self) -> bool:
+        assert self.child is not None
+        try:
+            return os.waitpid(self.child, os.WNOHANG)[0] != 0
+        except OSError:
+            return True
+
+    def _end(self, reason: str) -> None:
         """Have the training save what it has, then end the pod."""
-        how = self._how(status)
+        status, how = self._status, "terminate"
+        with suppress(Exception):
+            status, how = self.status, self._how()
+        until = now() + max(self.limits.grace, 1.0)
+        self.own.tell_watch(until + WATCH_SECONDS, how)
         log(f"ends the pod ({how}): {reason}")
-        deadline = now() + max(self.limits.grace, 1.0)
-        if self.child is not None:
-            self._pass_on()
-            while status.get("pid") and now() < deadline and not os.waitpid(self.child, os.WNOHANG)[0]:
-                time.sleep(0.1)
-            kill_group(read(self.folder / "agent-status.json").get("pid"), signal.SIGKILL)
-            kill_group(self.child, signal.SIGKILL)
+        with suppress(Exception):
+            self._end_work(until)
         note(self.folder, state="ending", ended_in=status.get("state"), message=reason, how=how)
-        os.sync()
+        with suppress(Exception):  # a broken disk never ends to be written to
+            sync = threading.Thread(target=os.sync, daemon=True)
+            sync.start()
+            sync.join(SYNC_SECONDS)
         self.own.end(how)
+
+    def _end_work(self, until: float) -> None:
+        if self.child is None:
+            return
+        self._pass_on()
+        while self.status.get("pid") and now() < until and not self._worker_is_gone():
+            time.sleep(0.1)
+        kill_group(self.status.get("pid"), signal.SIGKILL)
+        kill_group(self.child, signal.SIGKILL)
+
+    def _begun(self) -> bool:
+        return self.status.get("state") != "armed"
+
+    def _is_over(self) -> bool:
+        return self.child is None and self.status.get("state") in FINAL
+
+    def _due(self) -> float:
+        return self.limits.due(not (self._is_over() and self._waits(self.status)), self._begun())
 
     def _waits(self, status: dict[str, Any]) -> bool:
         """No disk outlives this pod, and nobody else has the result: it is kept until the deadline."""
         return self.order.get("uncollected") == "wait" and not status.get("uploaded")
 
-    def _how(self, status: dict[str, Any]) -> str:
+    def _how(self) -> str:
         """Stopped, a pod keeps its volume disk, for cents: where that has what nobody else has yet."""
+        status = self.status
         if self.order.get("keep"):
             return "stop"
         begun = status.get("state") in ("training", "uploading", "done", "failed", "ending")
-        if not begun or (self.folder / "collected").exists() or status.get("uploaded"):
+        if not begun or there(self.folder / "collected") or status.get("uploaded"):
             return "terminate"
         return "stop" if self.order.get("uncollected") == "stop" else "terminate"
 
     def _pass_on(self) -> None:
-        pid = read(self.folder / "agent-status.json").get("pid")
+        pid = self.status.get("pid")
         if pid:
-            with suppress(OSError):
+            with suppress(OSError, TypeError, ValueError):
                 os.kill(int(pid), signal.SIGTERM)
+
+
+ANEW = {"state": "armed", "task": None, "starts": 0, "exit_code": None, "message": None, "pid": None, "uploaded": None,
+        "ended_in": None, "how": None}  # fmt: skip
+"""Status of a run that begins again."""
 
 
 def kill_group(pid: Any, number: int) -> None:
     """All processes that a leader has started."""
     with suppress(OSError, TypeError, ValueError):
-        os.killpg(int(pid), number)
+        if int(pid) > 1:
+            os.killpg(int(pid), number)
 
 
 # --- the work --------------------------------------------------------------------------------------------------------
@@ -333,8 +536,11 @@ def kill_group(pid: Any, number: int) -> None:
 
 def work(folder: Path) -> None:
     """Wait for what to do; install, train, upload. Every state is in the status before it begins."""
-    status = read(folder / "agent-status.json")
-    while (task := read(folder / "work.json")).get("pod_id") != status["pod_id"]:  # an earlier pod's, on a volume
+    status = status_of(folder)
+    while True:
+        task = read(folder / "work.json")  # an earlier pod's, on a volume, or what this pod has done, is not for now
+        if task.get("pod_id") == status["pod_id"] and task.get("id") not in (None, status.get("over")):
+            break
         time.sleep(EVERY_SECONDS)
     starts = int(status.get("starts", 0)) + 1
     if status.get("state") in FINAL and status.get("task") == task["id"]:
@@ -440,29 +646,28 @@ def hold(folder: Path, held: list[IO[str]]) -> Path | None:
     """Arm the switch of one run, then let its work begin; the folder of the run that has the pod next."""
     order = read(folder / "agent.json")
     own = Own(order.get("api_base"))
-    if not order or order["pod_id"] != own.id:
+    if not order or order.get("pod_id") != own.id:
         log(f"the order is for pod {order.get('pod_id')}, and this is {own.id}")
         return None
-    lock = (SHM / f"runner-{order['run_id']}.lock").open("w")
     if held:
         speak(folder)
-    try:  # of a run that was handed the pod, another agent may be at work: this one stands by
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if held else fcntl.LOCK_NB))
-    except OSError:
+    if not lock(folder.name, held):
         log("an agent is at work already")
         return None
-    held.append(lock)
     order = read(folder / "agent.json") or order  # it may have stood by for long
     if following := successor(folder, own.id):
         return following
     admit(order.get("public_key"))
-    switch = Switch(folder, order, own)
+    before = before_this(folder, order, own.id)
+    switch = Switch(folder, order, own, again=before.get("state") == "ending")
+    switch.held = held
     shield()
-    status = read(folder / "agent-status.json")
-    before = status if status.get("pod_id") == own.id else {}
-    write(folder / "agent-status.json", before)
-    if not before:
-        (folder / "collected").unlink(missing_ok=True)
+    own.tell_watch(switch.limits.due() + WATCH_SECONDS, "terminate")
+    with suppress(OSError):
+        write(folder / "agent-status.json", before)
+    if not before.get("state"):
+        with suppress(OSError):
+            (folder / "collected").unlink(missing_ok=True)
     right = own.may_end()
     facts = {"pod_id": own.id, "agent": os.getpid(), "order": order["id"], "right_to_end": right, "pid": None}
     if order.get("heartbeat_minutes") is None and not right:
@@ -471,29 +676,51 @@ def hold(folder: Path, held: list[IO[str]]) -> Path | None:
     again = before.get("state") not in (None, "refused")
     note(folder, state=before["state"] if again else "armed", **facts, armed=time.time())
     for name in FOLDERS:
-        (folder.parent.parent / name).mkdir(exist_ok=True)
+        with suppress(OSError):
+            (folder.parent.parent / name).mkdir(exist_ok=True)
     if before.get("state") != "ending":  # ended on purpose and started again: somebody wants to have a look
-        switch.child = os.fork()
-        if switch.child == 0:
-            os.setpgid(0, 0)
-            shield(0)
-            for one in held:
-                one.close()
-            try:
-                work(folder)
-            except BaseException as error:
-                note(folder, state="failed", exit_code=1, message=f"{type(error).__name__}: {error}")
-            os._exit(0)
+        switch.begin()
     return switch.serve()
 
 
+def lock(run_id: str, held: list[IO[str]]) -> bool:
+    """One agent for one run: False where another one is at work. Where no lock can be made it goes on without one.
+
+    Of a run that was handed the pod, another agent may be at work: this one stands by.
+    """
+    try:
+        stream = (SHM / f"runner-{run_id}.lock").open("w")
+        held.append(stream)
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if len(held) > 1 else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        log(f"no lock: {error}")
+    return True
+
+
+def before_this(folder: Path, order: dict[str, Any], pod_id: str) -> dict[str, Any]:
+    """The run's status from before this process, if it is of this pod."""
+    status = read(folder / "agent-status.json")
+    if status.get("pod_id") != pod_id:
+        return {}
+    over = status.get("state") in (*FINAL, "ending")
+    if over and order.get("fresh") and status.get("order") != order["id"]:  # in a pod that was kept
+        return {"over": status.get("task")}
+    if over and there(folder / "collected"):  # ended and started again; somebody may want something of it
+        (folder / "collected").unlink(missing_ok=True)
+        return {**status, "state": "ending", "ended_in": status.get("ended_in") or status.get("state")}
+    return status
+
+
 def speak(folder: Path) -> None:
-    """Standard output and error go to the run's `logs/agent.log` from here on."""
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    words = os.open(folder / "logs" / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for target in (1, 2):
-        os.dup2(words, target)
-    os.close(words)
+    """Standard output and error go to the run's `logs/agent.log` from here on, where that can be written."""
+    with suppress(OSError):
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        words = os.open(folder / "logs" / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for target in (1, 2):
+            os.dup2(words, target)
+        os.close(words)
 
 
 def shield(score: int = -900) -> None:

@@ -3,6 +3,9 @@
 Between the moment a pod is rented and the moment its agent is armed lie minutes in which the launcher may die. From
 its first second, therefore, a pod runs these lines: they end it when no agent has been sent in time, and start the
 agent again when the container was restarted, for a restart takes every process with it.
+
+An agent says twice a second, through a socket and thus whatever the disks do, until when it will have ended the pod.
+Where it falls silent, because it hangs, or died and cannot be started again, these lines end the pod then.
 """
 
 from __future__ import annotations
@@ -20,26 +23,52 @@ python3 -c "$1" "$2" "$3" &
 exec sleep infinity"""
 # Every line counts: it is an argument of the pod, and read by whoever looks at it. No secret is in it.
 WATCH = """\
-import fcntl,json,os,subprocess,sys,time,urllib.request
+import fcntl,json,os,signal,socket,subprocess,sys,threading,time,urllib.request
 run,left=sys.argv[1],float(sys.argv[2])
 e=os.environ.get
 d=os.path.join(e("RUNNER_WORKSPACE","/workspace"),"runs",run)
-pod,base=e("RUNPOD_POD_ID",""),e("RUNPOD_API_BASE_URL","https://api.runpod.io")
-end=time.monotonic()+left
-while True:
-    try: mine=json.load(open(d+"/agent.json"))["pod_id"]==pod
-    except Exception: mine=False
-    if mine:
+pod,base=e("RUNPOD_POD_ID",""),e("RUNPOD_API_BASE_URL","https://api.runpod.io").rstrip("/")
+now=lambda: time.clock_gettime(time.CLOCK_BOOTTIME)
+end,how,told,busy=now()+left,"terminate",[None],[0]
+def say(*x):
+    if x!=told[0]:
+        told[0]=x
+        try: print("runner:",*x,flush=True)
+        except Exception: pass
+def late(*_): raise TimeoutError("no whole answer in 20 s")
+signal.signal(signal.SIGALRM,late)
+def ask(method,path="",body=None):
+    r=urllib.request.Request(base+"/v2/pods/"+pod+path,body,method=method,headers={"User-Agent":"runner",
+        "Authorization":"Bearer "+e("RUNPOD_API_KEY",""),"Content-Type":"application/json"})
+    signal.alarm(20)
+    try: return urllib.request.urlopen(r,timeout=15).status<300
+    except Exception as x: say("could not end this pod:",x)
+    finally: signal.alarm(0)
+def keep():
+    p=None
+    while True:
         try:
-            with open("/dev/shm/runner-"+run+".lock","w") as f: fcntl.flock(f,fcntl.LOCK_EX|fcntl.LOCK_NB)
-            subprocess.call([sys.executable,d+"/agent.py","start",d],stdout=subprocess.DEVNULL)
-        except OSError: pass
-    elif time.monotonic()>end:
-        r=urllib.request.Request(base+"/v2/pods/"+pod,method="DELETE",
-            headers={"Authorization":"Bearer "+e("RUNPOD_API_KEY",""),"User-Agent":"runner"})
-        try: urllib.request.urlopen(r,timeout=15)
-        except Exception as x: print("runner: could not end this pod:",x,flush=True)
-    time.sleep(5)
+            if p: p.poll()
+            if json.load(open(d+"/agent.json"))["pod_id"]==pod:
+                with open("/dev/shm/runner-"+run+".lock","w") as f: fcntl.flock(f,fcntl.LOCK_EX|fcntl.LOCK_NB)
+                if not p or p.poll() is not None:
+                    p=subprocess.Popen([sys.executable,d+"/agent.py","start",d],stdout=subprocess.DEVNULL)
+        except BlockingIOError: busy[0]=now()
+        except Exception: pass
+        time.sleep(5)
+threading.Thread(target=keep,daemon=True).start()
+s=socket.socket(socket.AF_UNIX,socket.SOCK_DGRAM)
+s.settimeout(5)
+bound=False
+while True:
+    try:
+        if not bound: s.bind(("\\0runner-"+pod+" "+base)[:100]); bound=True
+        due,how=s.recv(99).decode().split(); end=float(due)
+    except socket.timeout: pass
+    except Exception as x: say(x); time.sleep(5)
+    if now()>end and (bound or now()-busy[0]>30):
+        if how!="stop" or not ask("POST","/action",b'{"action":"stop"}'): ask("DELETE")
+        time.sleep(5)
 """
 
 
