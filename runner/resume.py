@@ -14,7 +14,7 @@ from runner.execute.supervise import signs
 from runner.provenance import flat
 from runner.report.summary import shown
 from runner.request import Request
-from runner.rundir import ACTIVE, RunDir, alive
+from runner.rundir import ACTIVE, RunDir, alive, facts_of
 from runner.spec import RunSpec
 
 FREE = ("hw.", "deepspeed.", "where.", "track.", "run.", "eval.", "train.max_steps", "train.num_epochs",
@@ -112,11 +112,12 @@ def unfinished(asked: Request) -> list[str]:
 
 def record(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> None:
     """The spec that is in force from now on; `resumes.json` keeps what was typed, and after which step."""
+    spent = run.spent()
     before: list[Any] = run.read("resumes.json").get("resumes", [])
     step = (checkpoints.complete(run) or [0])[-1]
     run.write("resumes.json", {"resumes": [*before, {"after_step": step, "overrides": list(overrides)}]})
     run.write("spec.json", spec.model_dump(mode="json"))
-    run.set_status("created", exit_code=None, error=None, oom=None)
+    run.set_status("created", exit_code=None, error=None, oom=None, spent=spent, started=None, **facts_of(spec))
 
 
 def _form(spec: RunSpec) -> str:

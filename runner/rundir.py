@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import socket
 import time
@@ -31,13 +32,12 @@ class RunDir:
 
     @classmethod
     def create(cls, spec: RunSpec, sweep: str | None = None) -> RunDir:
-        """A new directory with `spec.json` in it; the id is name, time and four random digits.
+        """A new directory with `spec.json` in it; the id is name (`name_of`), time and four random digits.
 
         RequestError where `run.output_dir` cannot be written to.
         """
-        stem = spec.run.name or f"{spec.model.name}-{spec.method.name}"
         while True:
-            name = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+            name = f"{name_of(spec)}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
             run = cls(Path(spec.run.output_dir).expanduser() / name)
             try:
                 run.path.mkdir(parents=True)
@@ -49,7 +49,7 @@ class RunDir:
                 raise RequestError(problem) from None
         (run.path / "logs").mkdir()
         run.write("spec.json", spec.model_dump(mode="json"))
-        run.set_status("created", sweep=sweep, created=time.time(), model=spec.model.name, method=spec.method.name)
+        run.set_status("created", sweep=sweep, created=time.time(), **facts_of(spec))
         return run
 
     @property
@@ -78,6 +78,15 @@ class RunDir:
         """Move to `state`, keep the facts already there, stamp time, process and machine."""
         stamp = {"run_id": self.id, "state": state, "pid": os.getpid(), "host": socket.gethostname()}
         self.write("status.json", {**self.read("status.json"), **stamp, "updated": time.time(), **facts})
+
+    def spent(self) -> float:
+        """Seconds of work on it so far, over all its starts: the time in which nobody worked on it does not count."""
+        status = self.read("status.json")
+        started = status.get("started")
+        if started is None:
+            return float(status.get("spent", 0.0))
+        seen = [float(line.get("time", 0.0)) for line in (*self.metrics(), *self.evals())]
+        return float(status.get("spent", 0.0)) + max(0.0, max([status.get("updated", started), *seen]) - started)
 
     def state(self) -> str:
         """The state, or `killed` where the process that should be at work is gone."""
@@ -114,6 +123,32 @@ class RunDir:
                 yield json.loads(line)
             except ValueError:
                 continue
+
+
+def name_of(spec: RunSpec) -> str:
+    """`run.name`, else what tells it from others: model and method, the objective and the data where they are not the
+    main job's: `phi2-lora`, `phi2-lora-dpo-pairs`."""
+    if spec.run.name:
+        return spec.run.name
+    data = spec.data
+    about = Path(data.path).name.partition(".")[0] if data.source == "file" and data.path else data.name
+    about = re.sub(r"[^A-Za-z0-9_]+", "-", about).strip("-")[:32]
+    parts = [spec.model.name, spec.method.name]
+    parts += [spec.objective.name] if spec.objective.name != "sft" else []
+    parts += [about] if about and about != "commands" else []
+    return "-".join(parts)
+
+
+def facts_of(spec: RunSpec) -> dict[str, Any]:
+    """What `runs` shows of a run: kept in `status.json`, as a list of a thousand runs reads no specs."""
+    data = spec.data
+    return {
+        "model": spec.model.name,
+        "method": spec.method.name,
+        "objective": spec.objective.name,
+        "data": data.path if data.source == "file" and data.path else data.name,
+        "learning_rate": spec.train.learning_rate,
+    }
 
 
 def all_runs(output_dir: Path) -> list[RunDir]:

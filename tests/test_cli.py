@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from runner import catalogue, launch
+from runner import catalogue, launch, resume
 from runner.execute import local
 from runner.execute.local import Outcome
 from runner.paths import ASSETS
@@ -48,6 +48,12 @@ def test_a_typo_is_told_on_standard_error_and_nothing_is_started(here: Path) -> 
     ("words", "code", "says"),
     [
         ("shwo", 2, "did you mean show?"),
+        ("serve runs/x", 2, "there is no verb 'serve'  (command line)\n    → did you mean deploy?\n"),
+        ("evaluate runs/x", 2, "did you mean eval?"),
+        ("train model=phi2", 2, "there is no verb 'train'  (command line)\n    → leave it out: no verb means run"),
+        ("help", 2, "did you mean --help?"),
+        ("mistral7b", 2, "did you mean model=mistral7b?"),
+        ("no/such", 2, "there is no file or folder no/such"),
         ("run model=phi3", 2, "did you mean model=phi3_mini?"),
         ("show lr=1", 2, "did you mean train.learning_rate?"),
         ("explain train.lr", 2, "did you mean train.learning_rate?"),
@@ -244,12 +250,71 @@ def test_runs_are_listed_with_their_state_and_last_loss(here: Path) -> None:
     assert run.id in table and "failed" in table and "1.2500" in table
 
 
-def test_chat_with_a_run_that_has_no_model_says_what_to_do(here: Path) -> None:
+def test_runs_show_what_tells_them_apart(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(here / "pairs.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    sft = RunDir.create(spec_of("model=phi2", "train.learning_rate=3e-4"))
+    dpo = RunDir.create(spec_of("model=phi2", "objective=dpo", "data=file", "data.path=pairs.jsonl"))
+    assert sft.id.startswith("phi2-lora-2") and dpo.id.startswith("phi2-lora-dpo-pairs-2")
+    first, second = json.loads(runner("runs", "--json").stdout)
+    assert (first["objective"], first["data"], first["learning_rate"]) == ("sft", "commands", 3e-4)
+    assert (second["objective"], second["data"]) == ("dpo", "pairs.jsonl")
+    monkeypatch.setenv("COLUMNS", "140")
+    header, *rows = runner("runs").stdout.splitlines()
+    assert header.split() == ["run", "state", "method", "objective", "data", "rate", "steps", "loss", "exact", "time"]
+    assert rows[0].split()[2:6] == ["lora", "sft", "commands", "0.0003"]
+    monkeypatch.setenv("COLUMNS", "80")
+    assert all(len(line.rstrip()) <= 80 for line in runner("runs").stdout.splitlines())
+
+
+@pytest.mark.parametrize("verb", ["chat", "eval", "merge"])
+def test_a_run_that_has_no_model_yet_is_resumed(here: Path, verb: str) -> None:
     run = RunDir.create(spec_of())
     run.set_status("failed")
-    result = runner("chat", str(run.path))
+    result = runner(verb, str(run.path))
     assert result.exit_code == 2
-    assert f"{run.path} has no model: its state is failed" in result.stderr
+    assert f"{run.path} has no model yet: its state is failed" in result.stderr
+    assert f"python -m runner resume {run.path} begins it anew: it has no checkpoint" in result.stderr
+    checkpoint = run.path / "checkpoints" / "checkpoint-7"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMPLETE").touch()
+    run.set_status("interrupted")
+    said = runner(verb, str(run.path)).stderr
+    assert f"python -m runner resume {run.path} goes on after step 7" in said
+    run.set_status("training")
+    assert "wait for its end" in runner(verb, str(run.path)).stderr
+
+
+def test_status_of_a_run_of_this_machine_needs_no_key(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    run = RunDir.create(spec_of("model=phi2"))
+    run.set_status("training", num_steps=9)
+    (run.path / "metrics.jsonl").write_text('{"step": 2, "loss": 1.25, "tokens_per_second": 300.5}\n')
+    for word in (str(run.path), run.id, str(run.spec_file)):
+        facts = json.loads(runner("status", word, "--json").stdout)
+        assert {key: facts[key] for key in ("run_id", "state", "step", "num_steps", "loss")} == {
+            "run_id": run.id, "state": "training", "step": 2, "num_steps": 9, "loss": 1.25,
+        }  # fmt: skip
+    for verb in ("logs", "attach", "fetch"):
+        refused = runner(verb, run.id)
+        assert refused.exit_code == 2 and "runs on this machine, not in a pod" in refused.stderr
+
+
+def test_the_times_of_a_run_that_was_resumed_add_up(here: Path) -> None:
+    """30 s of work, a day of nobody at it, 20 s of work: 50 s, not one start alone and not the day."""
+    run = RunDir.create(spec_of())
+    run.set_status("training", started=1000.0)
+    (run.path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "time": 1030.0}\n')
+    status = {**run.read("status.json"), "updated": 1010.0}
+    run.write("status.json", status)
+    assert run.spent() == 30.0
+    resume.record(run, spec_of(), ())
+    assert run.spent() == 30.0
+    run.write("status.json", {**run.read("status.json"), "started": 90_000.0, "updated": 90_020.0})
+    assert run.spent() == 50.0
+
+
+def test_chat_finds_the_run_that_was_meant(here: Path) -> None:
+    run = RunDir.create(spec_of())
     near = runner("chat", f"{str(run.path)[:-1]}x")
     assert f"did you mean {run.path}?" in near.stderr
 

@@ -70,11 +70,18 @@ def test_statistics_of_a_file(here: Path) -> None:
     assert runner("data", "stats", "data.path=my.jsonl", "model=llama3_8b", "--plot", "x.doc").exit_code == 2
 
 
+def test_sixty_rows_fall_into_few_classes() -> None:
+    lengths = sorted([45] * 20 + list(range(100, 140)))
+    found = histogram(lengths)
+    assert [one["from"] for one in found] == [40, 60, 80, 100, 120]
+    assert len(histogram([45, 46, 47, 47, 48, 49])) == 5  # lengths that differ little are told apart
+
+
 def test_classes_of_a_histogram_are_round_and_complete() -> None:
     found = histogram([3, 5, 5, 97])
-    assert found[0] == {"from": 0, "to": 5, "rows": 1} and found[-1] == {"from": 95, "to": 100, "rows": 1}
+    assert found[0] == {"from": 0, "to": 20, "rows": 3} and found[-1] == {"from": 80, "to": 100, "rows": 1}
     assert sum(one["rows"] for one in found) == 4 and len(found) <= 24
-    assert bars(found)[1].endswith("█ 2") and bars(found)[2].endswith("  0")
+    assert bars(found)[0].endswith("█ 3") and bars(found)[1].endswith("  0")
     assert suggested(list(range(1, 101)), None) == 128 and suggested([5000], 4096) == 4096
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -77,8 +78,12 @@ def _quantiles(ordered: Sequence[int]) -> dict[str, float]:
 
 
 def histogram(ordered: Sequence[int]) -> list[dict[str, int]]:
-    """Rows by length in at most 24 classes of equal, round width: `from`, `to` (left out), `rows`."""
-    width = next(w for w in _widths() if ordered[-1] // w < BINS)
+    """Rows by length in classes of equal, round width: `from`, `to` (left out), `rows`.
+
+    At most 24, and for n rows about 2·∛n (the Rice rule): 8 for 60 rows, so that a class has some in it.
+    """
+    most = min(BINS, max(5, math.ceil(2 * len(ordered) ** (1 / 3))))
+    width = next(w for w in _widths() if ordered[-1] // w - ordered[0] // w < most)
     counts = Counter(length // width for length in ordered)
     first, last = ordered[0] // width, ordered[-1] // width
     return [{"from": i * width, "to": (i + 1) * width, "rows": counts[i]} for i in range(first, last + 1)]

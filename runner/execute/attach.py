@@ -72,8 +72,14 @@ def fetch(words: str, output_dir: Path, console: Console) -> int:
 
 
 def status(words: str) -> dict[str, Any]:
-    """Where a run stands, by its pod; nothing is changed there."""
+    """Where a run stands: by its folder where it runs or ended here, else by its pod; nothing is changed there."""
     run_id = run_id_of(words)
+    if (run := _here(words)) and (_is_local(run) or run.state() in FINISHED):
+        last = ([{}, *run.metrics()])[-1]
+        kept = run.read("status.json")
+        facts = {key: kept.get(key) for key in ("model", "method", "objective", "data", "num_steps", "error")}
+        facts |= {key: last.get(key) for key in ("step", "loss", "tokens_per_second")}
+        return {"run_id": run.id, "state": run.state(), **facts, "folder": shown(run.path)}
     pod = look(run_id)
     facts: dict[str, Any] = {
         "run_id": run_id, "pod_id": pod.id, "pod": pod.status, "gpu": pod.gpu_id, "usd_per_hour": pod.usd_per_hour,
@@ -91,8 +97,27 @@ def status(words: str) -> dict[str, Any]:
     return facts | {key: metrics[key] for key in ("step", "loss", "tokens_per_second") if key in metrics}
 
 
+def _here(words: str) -> RunDir | None:
+    """The run's folder, where this machine has one."""
+    path = Path(words).parent if Path(words).name == "spec.json" else Path(words)
+    return next((RunDir(p) for p in (path, Path("runs") / path) if (p / "spec.json").is_file()), None)
+
+
+def _is_local(run: RunDir) -> bool:
+    place = run.read("spec.json").get("where")
+    return isinstance(place, dict) and place.get("name") == "local"
+
+
+def _check_rented(words: str) -> None:
+    """RequestError for a run of this machine: no pod has anything of it."""
+    if (run := _here(words)) and _is_local(run):
+        what = f"{run.id} runs on this machine, not in a pod: its files are in {shown(run.path)}"
+        raise RequestError(Problem(what, "command line", f"python -m runner status {shlex.quote(shown(run.path))}"))
+
+
 def logs(words: str, follow: bool, lines: int) -> Iterator[str]:
     """The training's output, from its last lines on; with `follow` until it ends."""
+    _check_rented(words)
     run_id = run_id_of(words)
     pod = look(run_id)
     if pod.status != "RUNNING" or not pod.ssh_host:
@@ -127,6 +152,7 @@ def _connected(run_id: str, pod: Any) -> Iterator[ship.Berth]:
 @contextmanager
 def _aboard(words: str, output_dir: Path, console: Console) -> Iterator[tuple[Session, Voice]]:
     """A session with the run's pod, which is started if it has stopped itself; left as it is at the end."""
+    _check_rented(words)
     ssh.check()
     run_id = run_id_of(words)
     path = Path(words) if Path(words).is_dir() else output_dir / run_id

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+from runner import checkpoints
 from runner.errors import Problem, RequestError
 from runner.execute.offline import ENVIRONMENT
-from runner.rundir import RunDir, all_runs
+from runner.report.summary import shown
+from runner.rundir import ACTIVE, RunDir, all_runs
 from runner.spec import Reward, RunSpec
 from runner.suggest import nearest
 
@@ -19,13 +22,7 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
     run = find(run_dir)
     says_words(RunSpec.model_validate(run.read("spec.json")))
     if not base and not (run.path / "model").is_dir():
-        raise RequestError(
-            Problem(
-                f"{run.path} has no model: its state is {run.state()}",
-                None,
-                f"run it again: python -m runner {run.spec_file}, or talk to the model as it was: --base",
-            )
-        )
+        raise unfinished(run, "or talk to the model as it was: --base")
     command = [
         sys.executable,
         "-m",
@@ -36,6 +33,20 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
     ]
     command += ["--base"] * base + ["--json"] * as_json + (["--prompt", prompt] if prompt is not None else [])
     return subprocess.call(command, env={**ENVIRONMENT, **os.environ})
+
+
+def unfinished(run: RunDir, instead: str | None = None) -> RequestError:
+    """A run that has no model yet: resumed where it has a checkpoint, else run again."""
+    going_on = f"python -m runner resume {shlex.quote(shown(run.path))}"
+    state = run.state()
+    if state in ACTIVE:
+        remedy = "wait for its end: python -m runner runs shows how far it is"
+    elif checkpoints.complete(run):
+        remedy = f"{going_on} goes on after step {checkpoints.complete(run)[-1]}"
+    else:
+        remedy = f"{going_on} begins it anew: it has no checkpoint"
+    what = f"{shown(run.path)} has no model yet: its state is {state}"
+    return RequestError(Problem(what, None, f"{remedy}, {instead}" if instead else remedy))
 
 
 def says_words(spec: RunSpec) -> None:

@@ -10,7 +10,7 @@ from importlib import util
 from pathlib import Path
 
 from runner.errors import CannotRunError, Problem, RequestError
-from runner.execute.chat import find, says_words
+from runner.execute.chat import find, says_words, unfinished
 from runner.execute.offline import ENVIRONMENT, MODULE
 from runner.invocation import install
 from runner.spec import RunSpec
@@ -34,8 +34,7 @@ def evaluate(run_dir: Path, wanted: Wanted, as_json: bool) -> int:
     run = find(run_dir)
     says_words(RunSpec.model_validate(run.read("spec.json")))
     if not wanted.base and not (run.path / "model").is_dir():
-        what = f"{run.path} has no model: its state is {run.state()}"
-        raise RequestError(Problem(what, None, f"run it again: python -m runner {run.spec_file}"))
+        raise unfinished(run, "or measure the model as it was: --base")
     for place, option in ((wanted.data, "--data"), (wanted.tasks_dir, "--tasks-dir")):
         if place is not None and not place.exists():
             raise RequestError(Problem(f"there is no {place}", option))

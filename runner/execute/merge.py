@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runner.errors import Problem, RequestError
-from runner.execute.chat import find, says_words
+from runner.execute.chat import find, says_words, unfinished
 from runner.execute.offline import produce
 from runner.spec import Freeze, Full, RunSpec
 
@@ -21,6 +21,5 @@ def merge(run_dir: Path, out: Path | None, as_json: bool) -> int:
         remedy = f"{model} is a plain Hugging Face folder already" if model.is_dir() else None
         raise RequestError(Problem(what, str(run.spec_file), remedy))
     if not (model / "adapter_config.json").is_file():
-        what = f"{run.path} has no adapter: its state is {run.state()}"
-        raise RequestError(Problem(what, None, f"run it again: python -m runner {run.spec_file}"))
+        raise unfinished(run)
     return produce("merge", run, out or run.path / "merged", *["--json"] * as_json)

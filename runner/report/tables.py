@@ -80,18 +80,20 @@ def run_rows(output_dir: Path) -> list[dict[str, Any]]:
     for run in all_runs(output_dir):
         status, summary = run.read("status.json"), run.read("summary.json")
         last = ([{}, *run.metrics()])[-1]
-        started, updated = status.get("started"), status.get("updated")
         rows.append(
             {
                 "run_id": run.id,
                 "state": run.state(),
                 "model": status.get("model"),
                 "method": status.get("method"),
+                "objective": status.get("objective"),
+                "data": status.get("data"),
+                "learning_rate": status.get("learning_rate"),
                 "step": last.get("step"),
                 "num_steps": status.get("num_steps"),
                 "loss": last.get("loss"),
                 "exact_match": summary.get("eval", {}).get("after", {}).get("exact_match"),
-                "seconds": summary.get("seconds") or (updated - started if started and updated else None),
+                "seconds": summary.get("seconds") or run.spent() or None,
                 "created": status.get("created"),
                 "error": status.get("error"),
             }
@@ -108,18 +110,22 @@ def print_runs(console: Console, rows: list[dict[str, Any]], output_dir: Path) -
         start = typed("python -m runner")
         console.print(f"No runs in {escape(str(output_dir))} yet. Start one: [bold]{start}[/bold]", highlight=False)
         return
-    wide = console.width >= 110  # a run's id names model and method already
+    wide = console.width >= 110  # a run's id says most of it already
+    facts = ("method", "objective", "data") if wide else ()
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
-    for name in ("run", "state", *(("model", "method") if wide else ())):
+    for name in ("run", "state"):
         table.add_column(name, no_wrap=True)  # to be copied
-    for name in ("steps", "loss", "exact", "time"):
+    for name in facts:
+        table.add_column(name, no_wrap=name != "data", overflow="ellipsis", max_width=24)
+    for name in (*(("rate",) if wide else ()), "steps", "loss", "exact", "time"):
         table.add_column(name, justify="right")
     for row in rows:
         style = _STATE_STYLE.get(row["state"], "cyan")
         table.add_row(
             escape(row["run_id"]),
             f"[{style}]{row['state']}[/{style}]",
-            *((row["model"] or "", row["method"] or "") if wide else ()),
+            *(escape(str(row[name] or "–")) for name in facts),
+            *((f"{row['learning_rate']:g}" if row["learning_rate"] else "–",) if wide else ()),
             str(row["step"] or "–"),
             f"{row['loss']:.4f}" if row["loss"] is not None else "–",
             f"{row['exact_match']:.0%}" if row["exact_match"] is not None else "–",

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     die_with_parent()
     run = RunDir(Path(argv[0]).resolve().parent)
     spec = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
-    quiet_libraries(run)
+    quiet_libraries(run.path / "logs" / f"rank{RANK}.log")
     console = Console() if RANK == 0 else Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # as long as the process
     progress = Progress(console)
     progress.note("Loading torch and transformers …")
@@ -117,13 +117,13 @@ def _leave() -> None:
         leave()
 
 
-def quiet_libraries(run: RunDir) -> None:
+def quiet_libraries(log: Path) -> None:
     """Libraries talk to a log file; the terminal is ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ["TRANSFORMERS_VERBOSITY"] = "warning"
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-    handler = logging.FileHandler(run.path / "logs" / f"rank{RANK}.log", encoding="utf-8")
+    handler = logging.FileHandler(log, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)

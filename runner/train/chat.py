@@ -24,7 +24,7 @@ def main() -> int:
     run = RunDir(options.spec.resolve().parent)
     spec = RunSpec.model_validate(json.loads(options.spec.read_text("utf-8")))
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between a script and its JSON
-    quiet_libraries(run)
+    quiet_libraries(run.path / "logs" / "rank0.log")
     console = Console(stderr=True)
     try:
         with console.status("Loading the model …"):

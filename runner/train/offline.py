@@ -35,7 +35,7 @@ def main() -> int:
     console = Console(file=sys.stderr if options.json else out)
     try:
         console.print("Loading torch and transformers …")
-        quiet_libraries(run)
+        quiet_libraries(run.path / "logs" / "rank0.log")
         facts = _work(options, run, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
     except Exception as error:
         problem = error if isinstance(error, RunnerError) else _unexpected(options.verb, run, error)

@@ -15,9 +15,11 @@ from rich.console import Console
 
 from runner.data.prepared import remember
 from runner.errors import Problem, RunFailedError, RunnerError
+from runner.paths import cache_dir
 from runner.report.problems import dump, print_problems, problems_as_json
 from runner.report.progress import Progress
 from runner.spec import RunSpec
+from runner.train.__main__ import quiet_libraries
 
 
 def main() -> int:
@@ -25,7 +27,10 @@ def main() -> int:
     spec, as_json = RunSpec.model_validate(json.loads(sys.stdin.read())), "--json" in sys.argv
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between a script and its JSON
     console = Console(file=sys.stderr if as_json else out)
+    log = cache_dir() / "prepare.log"
     try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        quiet_libraries(log)
         facts = prepared(spec, Progress(console))
     except Exception as error:
         if not isinstance(error, RunnerError):
@@ -42,11 +47,11 @@ def main() -> int:
 
 def prepared(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     """Fill the cache for training and held-out rows; what was found."""
-    began = time.perf_counter()
     from runner.train import models, objectives, stages  # torch and transformers: after the first line
     from runner.train.ranks import Ranks
     from runner.train.tokenised import line_of
 
+    began = time.perf_counter()
     asked, spec = spec, stages.prepare(spec, progress.note, lambda: None, Ranks())
     data = objectives.read(spec)
     if data.note:

@@ -57,7 +57,8 @@ def work(
         if ranks.main:
             run.set_status(state, **facts)
 
-    enter("loading", started=began)
+    spent = run.spent()  # by its earlier starts
+    enter("loading", started=began, spent=spent)
     start = _start(run, progress, ranks)
     peaks = Peaks(spec.hw.accelerator == "cuda")
     if spec.hw.accelerator == "cpu" and spec.hw.num_cpus:
@@ -147,7 +148,7 @@ def work(
         "parameters": methods.describe_trainable(trainer.model)[:2],
         "examples": rows[0].num_examples,
     }
-    summary = summary_of(spec, run, trained, measuring.first, after, time.time() - began, peaks.as_dict())
+    summary = summary_of(spec, run, trained, measuring.first, after, spent + time.time() - began, peaks.as_dict())
     plot_loss(run, summary)
     run.write("summary.json", summary)
     run.set_status("done", exit_code=0, step=trainer.state.global_step)

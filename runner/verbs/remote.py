@@ -70,7 +70,7 @@ def _answer(as_json: bool, run: object) -> None:
 @as_json_option
 @spoken
 def status(run_id: str, as_json: bool) -> None:
-    """Where a run in a pod stands: its step, its loss, its pod, its price.
+    """Where a run stands: its step, its loss; in a pod, its price, too.
 
     \b
     Examples:

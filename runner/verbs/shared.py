@@ -74,7 +74,7 @@ def request_of(words: Arguments, config_dirs: tuple[Path, ...]) -> Any:
     spec_file: Path | None = None
     overrides: list[str] = []
     problems: list[Problem] = []
-    for word in words:
+    for place, word in enumerate(words):
         folder = Path(word)
         if "=" in word or word.startswith("~"):
             overrides.append(word)
@@ -84,13 +84,28 @@ def request_of(words: Arguments, config_dirs: tuple[Path, ...]) -> Any:
             spec_file = folder
         elif (folder / "spec.json").is_file() and spec_file is None:
             spec_file = folder / "spec.json"
-        else:
-            problems.append(stray(word))
+        elif not problems or "/" in words[0]:  # what follows a verb that does not exist is that verb's
+            problems.append(stray(word, first=place == 0))
     return Request(None, tuple(overrides), config_dirs, spec_file, tuple(problems))
 
 
-def stray(word: str) -> Problem:
-    """A word that is no file, and neither `group=name` nor `key=value`."""
+_MEANT = {
+    "train": "run", "finetune": "run", "fine-tune": "run", "start": "run", "sft": "run", "launch": "run",
+    "serve": "deploy", "api": "deploy", "evaluate": "eval", "test": "eval", "benchmark": "eval", "infer": "chat",
+    "inference": "chat", "generate": "chat", "predict": "chat", "talk": "chat", "continue": "resume",
+    "restart": "resume", "upload": "push", "publish": "push", "preprocess": "data prepare", "prepare": "data prepare",
+    "preview": "data preview", "stats": "data stats", "check": "plan", "validate": "plan", "dry-run": "plan",
+    "estimate": "plan", "config": "show", "print": "show", "ls": "list", "models": "list", "recipes": "list recipes",
+    "history": "runs", "price": "gpus", "prices": "gpus", "terminate": "pods terminate", "kill": "pods terminate",
+    "stop": "pods stop", "ssh": "pods ssh", "tunnel": "pods tunnel", "up": "pods up", "reap": "pods reap",
+    "sync": "fetch", "download": "fetch", "tail": "logs", "convert": "export", "fuse": "merge", "help": "--help",
+    "version": "--version",
+}  # fmt: skip
+"""What other tools call our verbs."""
+
+
+def stray(word: str, first: bool = False) -> Problem:
+    """A word that is no file, and neither `group=name` nor `key=value`; the `first` one may be meant as a verb."""
     from runner import catalogue
     from runner.suggest import known_keys, nearest
 
@@ -98,9 +113,15 @@ def stray(word: str) -> Problem:
         return Problem(f"{word!r} is not the first word", "command line", f"python -m runner {word} …")
     if word.endswith(".json"):
         return Problem(f"{word}: a run starts from one file", "command line", "name one of them")
-    meant = {key: f"{key}=…" for key in sorted(known_keys())}
-    meant |= {name: f"{group}={name}" for group in catalogue.GROUPS for name in catalogue.options(group)}
-    meant |= {name: f"recipe={name}" for name in catalogue.recipes()} | {verb: verb for verb in VERBS}
+    if "/" in word:
+        near = "correct it" if word.startswith("/") else f"the path is relative to {Path.cwd()}"
+        return Problem(f"there is no file or folder {word}", "command line", near)
+    choices = {name: f"{group}={name}" for group in catalogue.GROUPS for name in catalogue.options(group)}
+    choices |= {name: f"recipe={name}" for name in catalogue.recipes()}
+    if first and word not in choices and (verb := _MEANT.get(word) or nearest(word, list(VERBS), cutoff=0.7)):
+        remedy = "leave it out: no verb means run" if verb == "run" else f"did you mean {verb}?"
+        return Problem(f"there is no verb {word!r}", "command line", remedy)
+    meant = {key: f"{key}=…" for key in sorted(known_keys())} | choices | {verb: verb for verb in VERBS}
     near = nearest(word, meant)
     remedy = f"did you mean {near}?" if near else "write group=name, key=value, a recipe or a spec.json"
     return Problem(f"{word!r} is neither a verb nor a choice", "command line", remedy)
