@@ -149,7 +149,7 @@ def main(kind: str, run_dir: str) -> None:
     turns = Turns()
     run = RunDir(Path(run_dir))
     spec = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
-    quiet_libraries(run)
+    quiet_libraries(run.path / "logs" / "rank0.log")
     with suppress(Finished):
         {"worker": worker, "bare": bare}[kind](spec, run, turns)
 

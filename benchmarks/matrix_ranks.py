@@ -24,7 +24,7 @@ from runner import checkpoints, resume
 from runner.report.progress import Progress
 from runner.rundir import RunDir
 from runner.spec import RunSpec
-from runner.train.__main__ import quiet_libraries
+from runner.train.__main__ import RANK, quiet_libraries
 from runner.train.callbacks import StopOnSignal
 from runner.train.ranks import Ranks, join, leave
 from runner.train.worker import work
@@ -55,7 +55,7 @@ def main() -> None:
 def finish(run: RunDir, console: Console) -> Ranks:
     """One run to its end, as `runner.train` does it; then nothing of it is left in this process."""
     spec = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
-    quiet_libraries(run)
+    quiet_libraries(run.path / "logs" / f"rank{RANK}.log")
     ranks = join(spec)
     environment = dict(os.environ)
     finished: Any = work(spec, run, Progress(console), StopOnSignal(ranks), ranks)

@@ -82,11 +82,11 @@ class RunDir:
     def spent(self) -> float:
         """Seconds of work on it so far, over all its starts: the time in which nobody worked on it does not count."""
         status = self.read("status.json")
-        started = status.get("started")
+        started, before = status.get("started"), float(status.get("spent", 0.0))
         if started is None:
-            return float(status.get("spent", 0.0))
+            return before
         seen = [float(line.get("time", 0.0)) for line in (*self.metrics(), *self.evals())]
-        return float(status.get("spent", 0.0)) + max(0.0, max([status.get("updated", started), *seen]) - started)
+        return before + max(0.0, max([float(status.get("updated", started)), *seen]) - float(started))
 
     def state(self) -> str:
         """The state, or `killed` where the process that should be at work is gone."""

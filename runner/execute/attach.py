@@ -74,12 +74,9 @@ def fetch(words: str, output_dir: Path, console: Console) -> int:
 def status(words: str) -> dict[str, Any]:
     """Where a run stands: by its folder where it runs or ended here, else by its pod; nothing is changed there."""
     run_id = run_id_of(words)
-    if (run := _here(words)) and (_is_local(run) or run.state() in FINISHED):
-        last = ([{}, *run.metrics()])[-1]
-        kept = run.read("status.json")
-        facts = {key: kept.get(key) for key in ("model", "method", "objective", "data", "num_steps", "error")}
-        facts |= {key: last.get(key) for key in ("step", "loss", "tokens_per_second")}
-        return {"run_id": run.id, "state": run.state(), **facts, "folder": shown(run.path)}
+    here = _here(words)
+    if here and (_is_local(here) or here.state() in FINISHED):
+        return _status_here(here)
     pod = look(run_id)
     facts: dict[str, Any] = {
         "run_id": run_id, "pod_id": pod.id, "pod": pod.status, "gpu": pod.gpu_id, "usd_per_hour": pod.usd_per_hour,
@@ -95,6 +92,13 @@ def status(words: str) -> dict[str, Any]:
     metrics = ship.loads("{" + line) if line else {}
     facts |= {key: run.get(key) for key in ("state", "num_steps") if run.get(key) is not None}
     return facts | {key: metrics[key] for key in ("step", "loss", "tokens_per_second") if key in metrics}
+
+
+def _status_here(run: RunDir) -> dict[str, Any]:
+    last, kept = ([{}, *run.metrics()])[-1], run.read("status.json")
+    facts = {key: kept.get(key) for key in ("model", "method", "objective", "data", "num_steps", "error")}
+    facts |= {key: last.get(key) for key in ("step", "loss", "tokens_per_second")}
+    return {"run_id": run.id, "state": run.state(), **facts, "folder": shown(run.path)}
 
 
 def _here(words: str) -> RunDir | None:

@@ -119,8 +119,8 @@ def stray(word: str, first: bool = False) -> Problem:
     choices = {name: f"{group}={name}" for group in catalogue.GROUPS for name in catalogue.options(group)}
     choices |= {name: f"recipe={name}" for name in catalogue.recipes()}
     if first and word not in choices and (verb := _MEANT.get(word) or nearest(word, list(VERBS), cutoff=0.7)):
-        remedy = "leave it out: no verb means run" if verb == "run" else f"did you mean {verb}?"
-        return Problem(f"there is no verb {word!r}", "command line", remedy)
+        instead = "leave it out: no verb means run" if verb == "run" else f"did you mean {verb}?"
+        return Problem(f"there is no verb {word!r}", "command line", instead)
     meant = {key: f"{key}=…" for key in sorted(known_keys())} | choices | {verb: verb for verb in VERBS}
     near = nearest(word, meant)
     remedy = f"did you mean {near}?" if near else "write group=name, key=value, a recipe or a spec.json"
