@@ -166,7 +166,7 @@ def test_thoughts_are_learned_where_the_template_shows_them(body: str) -> None:
     ]
     pieces = learned_pieces(words, words.encode(whole(turns), "auto"))
     end = ENDS["deepseek"]
-    assert pieces == [f"one{end}", f"well\n</think>\ntwo{end}"]  # asking has opened them with <think>
+    assert pieces == [f"well\n</think>\ntwo{end}"]  # asking has opened them with <think>
 
 
 def test_a_turn_that_weighs_nothing_is_not_learned(body: str) -> None:
@@ -216,5 +216,6 @@ def test_templates_render_as_transformers_does() -> None:
         words = Words.of(tokenizer)
         theirs = tokenizer.apply_chat_template(turns, tools=TOOLS, tokenize=False)
         assert words.turns.template.render(turns, tools=TOOLS).text == theirs  # type: ignore[arg-type]
-        example = Example(turns[:1], turns[1:], tools=TOOLS)  # type: ignore[arg-type]
-        assert words.encode(example, "auto").ids == tokenizer.apply_chat_template(turns, tools=TOOLS)["input_ids"]
+        tools = TOOLS if "add" in theirs else []  # a template that does not show them is refused
+        example = Example(turns[:1], turns[1:], tools=tools)  # type: ignore[arg-type]
+        assert words.encode(example, "auto").ids == tokenizer.apply_chat_template(turns, tools=tools)["input_ids"]

@@ -7,24 +7,25 @@ longest length are left to training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from runner.data import reward_files
+from runner.data.completeness import show
 from runner.data.documents import texts
-from runner.data.examples import Kind, Learnable, Preference, Question, Turn, columns, kind_of
+from runner.data.examples import Example, Judged, Kind, Learnable, Preference, Question, Turn, columns, kind_of
 from runner.data.files import Table, is_url, kind_of_file, refuse
 from runner.data.formats import canonical_rows
 from runner.data.hub import first_rows
+from runner.data.masks import Turns, learned
 from runner.data.remote import UnreachableError, size_of
 from runner.data.sample import head
 from runner.data.sources import Source, files_of, sources_of
 from runner.data.stored import num_bytes
 from runner.data.streams import in_pieces, tables
-from runner.data.templates import Template
 from runner.data.tokens import tokenizer_file
 from runner.data.words import template_of
 from runner.data.workspace import is_whole, workspace_of
@@ -62,7 +63,7 @@ class _Part:
     broken: list[Problem] = field(default_factory=list)
     """With the source, from here on."""
 
-    def look(self, kind: Kind, template: Template | None) -> None:
+    def look(self, kind: Kind, turns: Turns | None, loss_on: str) -> None:
         """Read and check."""
         try:
             for table in self.tables:
@@ -73,7 +74,7 @@ class _Part:
                 self.columns |= dict.fromkeys(columns(found) if found else ())
         except RequestError as error:
             self.broken = error.problems
-        self.wrong += _refused(template, self.rows)
+        self.wrong += [p for row in self.rows for p in _tried(turns, row, loss_on)] if turns else []
         if self.whole and not self.count and not self.broken:
             self.broken = self.wrong or [Problem("holds no rows", self.name, "add rows, or name another file")]
 
@@ -87,9 +88,10 @@ def check(spec: RunSpec) -> list[str]:
             _check_documents(spec, notes)
         return notes
     template = template_of(tokenizer_file(spec.model), spec.data)
+    turns = Turns(template) if template else None
     parts = _parts(spec, notes)
     for part in parts:
-        part.look(kind_of(objective.name), template)
+        part.look(kind_of(objective.name), turns, getattr(objective, "loss_on", "all"))
         if not part.whole:
             notes.append(f"the first {part.count:,} rows of {part.name} were checked, the others when they are loaded")
     stops = spec.data.on_error == "stop"
@@ -190,27 +192,30 @@ def _check_documents(spec: RunSpec, notes: list[str]) -> None:
             refuse([Problem("holds no document", source.name, "name another source")])
 
 
-def _refused(template: Template | None, rows: Sequence[Learnable]) -> list[Problem]:
-    """Conversations that the chat template refuses in words; whatever else it may raise is left to training, which
-    has all special tokens."""
-    return [] if template is None else [p for row in rows for p in _tried(template, row)]
+def _tried(turns: Turns, row: Learnable, loss_on: str) -> Iterator[Problem]:
+    """Conversations that the chat template refuses in words, or hides a part of; whatever else it may raise is left to
+    training, which has all special tokens."""
+    try:
+        if isinstance(row, Example):
+            if row.completion:
+                shown = turns.template.render([*row.prompt, *row.completion], tools=row.tools)
+                learned(row, loss_on, shown.text, shown.marks, turns)
+            return
+        for prompt, answer in _conversations(row):
+            show(turns.template, prompt, answer, getattr(row, "tools", ()))
+    except RequestError as error:
+        yield from (Problem(p.what, row.where, p.remedy) for p in error.problems)
+    except Exception as error:
+        if type(error).__name__ == "TemplateError":  # Jinja's own subclasses are mistakes in the template
+            what = f"the model's chat template refuses a conversation: {error}"
+            yield Problem(what, row.where, "set data.chat_template to a Jinja file, or data.system_prompt=null")
 
 
-def _tried(template: Template, row: Learnable) -> Iterator[Problem]:
-    for turns in _conversations(row):
-        try:
-            template.render(turns, tools=getattr(row, "tools", ()))
-        except Exception as error:
-            if type(error).__name__ == "TemplateError":  # Jinja's own subclasses are mistakes in the template
-                what = f"the model's chat template refuses a conversation: {error}"
-                yield Problem(what, row.where, "set data.chat_template to a Jinja file, or data.system_prompt=null")
-                return
-
-
-def _conversations(row: Learnable) -> Iterator[list[Turn]]:
+def _conversations(row: Preference | Judged | Question) -> Iterator[tuple[list[Turn], list[Turn]]]:
+    """Prompt and answer; a question has none."""
     if isinstance(row.prompt, str):
         return
     if isinstance(row, Preference):
-        yield from ([*row.prompt, *said] for said in (row.chosen, row.rejected) if not isinstance(said, str))
-    elif turns := [*row.prompt, *([] if isinstance(row, Question) else row.completion)]:
-        yield turns
+        yield from ((row.prompt, said) for said in (row.chosen, row.rejected) if not isinstance(said, str))
+    else:
+        yield row.prompt, [] if isinstance(row, Question) else row.completion

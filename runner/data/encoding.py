@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 from runner.data.examples import Example, Kind
 from runner.data.masks import IGNORED
 from runner.data.stored import Stored, decoded
-from runner.data.words import Words
+from runner.data.words import Encoded, Words
 from runner.errors import Problem, RequestError
 
 T = TypeVar("T")
@@ -50,6 +50,10 @@ class Chunk:
     """Rows without a token to learn, within the limit, and long ones under `data.on_long=drop`."""
     split: int = 0
     """Rows that go on in another."""
+    unlearned: int = 0
+    """Answers that are not learned, because the template drops a part of what they say."""
+    conversations: int = 0
+    """Rows that the template rendered."""
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], labels: Sequence[int], how: How) -> None:
@@ -66,6 +70,11 @@ class Chunk:
             self.truncated += 1
         if not self._keep(ids[:limit], labels[:limit]):
             self.dropped += 1
+
+    def take(self, encoded: Encoded, how: How) -> None:
+        """The same, with what is known of it."""
+        self.add(encoded.ids, encoded.labels, how)
+        self.unlearned += encoded.num_dropped
 
     def _split(self, ids: Sequence[int], labels: Sequence[int], limit: int) -> None:
         """Pieces of `limit` tokens; those with nothing to learn are left out, and the row counts once."""
@@ -85,18 +94,20 @@ class Chunk:
 def encode_chunk(words: Words, examples: Sequence[Example], how: How) -> Chunk:
     """Tokens of the examples; those that the template refuses are problems with their place."""
     chunk = Chunk()
+    chunk.conversations = sum(example.text is None and example.ids is None for example in examples)
+    if chunk.conversations:
+        words.check_end()
     try:
         found = words.encode_all(examples, how.loss_on)
     except RequestError:  # one at least: which?
         for example in examples:
             try:
-                encoded = words.encode(example, how.loss_on)
-                chunk.add(encoded.ids, encoded.labels, how)
+                chunk.take(words.encode(example, how.loss_on), how)
             except RequestError as error:
                 chunk.problems += [Problem(p.what, example.where or p.source, p.remedy) for p in error.problems]
         return chunk
     for encoded in found:
-        chunk.add(encoded.ids, encoded.labels, how)
+        chunk.take(encoded, how)
     return chunk
 
 

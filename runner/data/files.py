@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from runner.data import remote
+from runner.data import arrow, remote
 from runner.data.compressed import COMPRESSIONS, decompressed
 from runner.errors import Problem, RequestError
 from runner.suggest import nearest
@@ -257,7 +257,7 @@ def _parquet(data: bytes, path: str) -> Table:
     except ImportError:
         raise RequestError(Problem(f"{path}: Parquet needs pyarrow", None, "pip install pyarrow")) from None
     try:
-        return Table(path, parquet.read_table(io.BytesIO(data)).to_pylist())
+        return Table(path, arrow.rows_of(parquet.read_table(io.BytesIO(data))))
     except pyarrow.ArrowException as error:
         reason = str(error).split("\n")[0]
         raise RequestError(Problem(f"{path} is no Parquet file: {reason}", None, "write it again")) from None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import islice
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from runner import hub_fetch
-from runner.data.files import Table
+from runner.data import arrow
+from runner.data.files import Row, Table
 from runner.data.remote import UnreachableError
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec
@@ -62,7 +65,7 @@ def _split(spec: DataSpec, key: str, split: str, limit: int | None) -> Table:
             spec.id, name=spec.subset, split=split, revision=spec.revision, streaming=spec.streaming
         )
         if spec.streaming:  # no more than is asked for comes over the network
-            return Table(f"{spec.id} {split}", list(islice(rows, limit)))
+            return Table(f"{spec.id} {split}", list(map(_cleaned(rows), islice(rows, limit))))
     except Exception as error:  # whatever a loader of foreign files raises, the data set is at fault
         kind = UnreachableError if isinstance(error, ConnectionError) else RequestError
         raise kind(problem_of(error, spec, key, split)) from error
@@ -70,7 +73,26 @@ def _split(spec: DataSpec, key: str, split: str, limit: int | None) -> Table:
         hub_log.setLevel(level)
     if limit is not None and limit < len(rows):
         rows = rows.select(range(limit))
-    return Table(f"{spec.id} {split}", rows)
+    return Table(f"{spec.id} {split}", _rows(rows))
+
+
+def _cleaned(rows: Any) -> Callable[[Row], Row]:
+    """What takes the nulls that Arrow invents out of a row; a stream may not know its types."""
+    if rows.features is None:
+        return lambda row: {name: arrow.without_nulls(value) for name, value in row.items()}
+    return arrow.converter(rows.features.arrow_schema, decoded=True)
+
+
+def _rows(rows: Any) -> Sequence[Row]:
+    """The rows of a `datasets.Dataset`, each read and cleaned when it is asked for."""
+    clean = _cleaned(rows)
+
+    def cleaned(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        found = [clean(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+        return {name: [row[name] for row in found] for name in batch}
+
+    lazy: Sequence[Row] = rows.with_transform(cleaned)
+    return lazy
 
 
 def problem_of(error: Exception, spec: DataSpec, key: str, split: str) -> Problem:

@@ -10,17 +10,18 @@ words is an error, never a guess.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from runner.data.completeness import check_given, missing, refusal
 from runner.data.examples import Example, Turn
-from runner.data.templates import Template
+from runner.data.templates import MARK, Template
 from runner.errors import Problem, RequestError
 
 IGNORED = -100
 """torch's cross_entropy leaves these labels out."""
 
 Span = tuple[int, int]
-_OTHER = "\ue000\ue001\ue000"  # of Unicode's private use: neither trimmed nor a beginning or end of anybody's words
 
 
 def shared(one: str, other: str) -> int:
@@ -47,13 +48,13 @@ class Turns:
     def _frame(self) -> tuple[str, str]:
         """What stands after an answer up to its last visible character, and what asks for one."""
         question: Turn = {"role": "user", "content": "?"}
-        answer: Turn = {"role": "assistant", "content": _OTHER}
+        answer: Turn = {"role": "assistant", "content": MARK}
         try:
             whole = self.template.render([question, answer, question, answer]).text
             asked, not_asked = (self.template.render([question], ask=ask).text for ask in (True, False))
         except Exception:  # a template may refuse in any way; then the difference of the turns has to do
             return "", ""
-        _, inside, last = (*whole.split(_OTHER), "", "")[:3]
+        _, inside, last = (*whole.split(MARK), "", "")[:3]
         closing = inside[: _whole_tags(inside, shared(inside, last))]  # Phi-3 puts one more token behind the last
         return closing.rstrip(), asked[shared(asked, not_asked) :]
 
@@ -87,6 +88,8 @@ class Turns:
         else:
             at = text.rfind(self.opening, last, begin) if self.opening else -1
             start = at + len(self.opening) if at >= 0 else begin
+        if after and text.startswith(after) and len(after) >= end:
+            return start, self._without_trailing(after)
         if turns[index].get("tool_calls"):
             following = self._changed(turns, index + 1, tools, text)[0] if index + 1 < len(turns) else len(text)
             at = text.find(self.closing, end, following) if self.closing else -1
@@ -108,12 +111,17 @@ class Turns:
         """What becomes different in `text` where the turn says something else."""
         other: Turn = {**turns[index]}
         if other["content"]:
-            other["content"] = _OTHER
+            other["content"] = MARK
         if other.get("reasoning_content"):
-            other["reasoning_content"] = _OTHER
+            other["reasoning_content"] = MARK
         if other.get("tool_calls"):
-            function = {"name": _OTHER, "arguments": {_OTHER: _OTHER}}
+            function = {"name": MARK, "arguments": {MARK: MARK}}
             other["tool_calls"] = [{"type": "function", "function": function} for _ in other["tool_calls"]]
+        return self._different(turns, index, other, tools, text)
+
+    def _different(
+        self, turns: Sequence[Turn], index: int, other: Turn, tools: Sequence[dict[str, Any]], text: str
+    ) -> Span:
         changed = self._text([*turns[:index], other, *turns[index + 1 :]], tools) or ""
         begin = shared(text, changed)
         room = min(len(text), len(changed)) - begin
@@ -121,37 +129,102 @@ class Turns:
         return begin, len(text) - end
 
     def _check(self, turns: Sequence[Turn], text: str, spans: dict[int, Span]) -> None:
-        """Every turn holds its own words, after the one before."""
+        """Every turn stands after the one before."""
         last = 0
         for index, (begin, end) in spans.items():
-            words = turns[index]["content"].rpartition("</think>")[2].strip()
-            if begin < last or end < begin or words not in text[begin:end]:
-                what = f"the chat template does not show which words of turn {index + 1} are the assistant's"
-                remedy = "mark them in it with {% generation %} … {% endgeneration %}, or write objective.loss_on=all"
-                raise RequestError(Problem(what, None, remedy))
+            if begin < last or end < begin:
+                raise _unclear(index)
             last = end
 
+    def dropped(
+        self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], text: str, spans: dict[int, Span]
+    ) -> set[int]:
+        """Turns that `text` shows without something that they say, as the conversation goes on after them.
 
-def learned(example: Example, loss_on: str, text: str, marks: Sequence[Span], turns: Turns) -> list[Span]:
-    """The spans of `text`, the rendered conversation, that the loss is taken on; `loss_on` as in `Sft`."""
-    said = [*example.prompt, *example.completion]
+        Some templates drop earlier thoughts (Qwen3, DeepSeek, gpt-oss). To learn such a turn would teach to answer
+        without them. RequestError for what the template never shows, not even where the turn is the last.
+        """
+        found = set()
+        for index, (begin, end) in spans.items():
+            lacks = missing(turns[index], text[begin:end])
+            if lacks is None:
+                continue
+            if index + 1 < len(turns) and missing(turns[index], self._text(turns[: index + 1], tools) or "") is None:
+                found.add(index)
+            else:
+                raise _unclear(index) if lacks == "content" else refusal(lacks, index)
+        return found
+
+    def pieces(
+        self, turns: Sequence[Turn], index: int, tools: Sequence[dict[str, Any]], text: str, span: Span
+    ) -> list[Span]:
+        """A turn without what tools answer to it, which some templates (Gemma's) put inside the assistant's turn.
+
+        RequestError where the two cannot be told apart.
+        """
+        if index + 1 == len(turns) or turns[index + 1]["role"] != "tool":
+            return [span]
+        begin, end = span
+        results = [i for i in range(index + 1, len(turns)) if turns[i]["role"] == "tool" and turns[i]["content"]]
+        alone = self._text(turns[: index + 1], tools) or ""
+        cut = _whole_tags(text, shared(alone, text))  # what follows is not what the turn says by itself
+        unclosed = not (self.closing and text[begin:end].endswith(self.closing))
+        if begin < cut and (cut < end or unclosed):
+            answers = [self._changed(turns, i, tools, text) for i in results]
+            words = self._different(turns, index, {**turns[index], "content": MARK}, tools, text)
+            after = [(words[0], end)] if answers and answers[-1][1] <= words[0] < end else []  # Gemma 4's place for it
+            found = [(begin, len(text[:cut].rstrip())), *after]
+            if missing(turns[index], "".join(text[a:b] for a, b in found)) is None:
+                return found
+        if any(first < end and begin < last for first, last in (self._changed(turns, i, tools, text) for i in results)):
+            what = f"the chat template puts what a tool answers inside turn {index + 1}, where it would be learned"
+            raise RequestError(Problem(what, None, "set data.chat_template to one that keeps them apart, such as qwen"))
+        return [span]
+
+
+def _unclear(index: int) -> RequestError:
+    what = f"the chat template does not show which words of turn {index + 1} are the assistant's"
+    remedy = "mark them in it with {% generation %} … {% endgeneration %}, or write objective.loss_on=all"
+    return RequestError(Problem(what, None, remedy))
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What of a rendered conversation the loss is taken on."""
+
+    spans: list[Span]
+    """[begin, end) in characters, in order."""
+    num_dropped: int = 0
+    """Turns that are not learned, because the template drops a part of what they say."""
+
+
+def learned(example: Example, loss_on: str, text: str, marks: Sequence[Span], turns: Turns) -> Learned:
+    """What of `text`, the rendered conversation, is learned; `loss_on` as in `Sft`."""
+    said, tools = [*example.prompt, *example.completion], example.tools
+    check_given(turns.template, said, tools, text)
+    answers = {index: (0, len(text)) for index, turn in enumerate(said) if turn["role"] == "assistant"}
+    weighted = {index for index in answers if said[index].get("weight", 1)}
     unweighted = all(turn.get("weight", 1) for turn in said)
-    answers_only = all(turn["role"] == "assistant" for turn in example.completion)
-    if loss_on == "all" and unweighted:
-        return [(0, len(text))]
+    if loss_on == "all" and unweighted and not turns.dropped(said, tools, text, answers):
+        return Learned([(0, len(text))])
     pair = loss_on == "completion" or (loss_on == "auto" and not example.dialogue)
-    if pair and unweighted and answers_only and not marks:  # as TRL: from where the prompt asks, to the end
-        asked = turns.template.render(example.prompt, True, example.tools).text
-        return [(shared(asked, text), len(text))]
-    spans = turns.spans(said, example.tools, text, marks)
-    if loss_on == "all":  # but for the turns that weigh nothing
-        silent = [span for index, span in spans.items() if not said[index].get("weight", 1)]
-        return _without(silent, len(text))
+    if pair and unweighted and not marks and all(turn["role"] == "assistant" for turn in example.completion):
+        asked = turns.template.render(example.prompt, True, tools).text
+        span = (shared(asked, text), len(text))  # as TRL: from where the prompt asks, to the end
+        if not turns.dropped(said, tools, text, dict.fromkeys(range(len(example.prompt), len(said)), span)):
+            return Learned([span])
+    spans = turns.spans(said, tools, text, marks)
     if pair:
         spans = {index: span for index, span in spans.items() if index >= len(example.prompt)}
     elif loss_on == "last":
         spans = dict(list(spans.items())[-1:])
-    return [span for index, span in spans.items() if said[index].get("weight", 1)]
+    kept = {index: span for index, span in spans.items() if index in weighted}
+    dropped = turns.dropped(said, tools, text, kept)
+    if loss_on == "all":  # but for the turns that weigh nothing, or of which something is missing
+        silent = [span for index, span in spans.items() if index in dropped or index not in kept]
+        return Learned(_without(silent, len(text)), len(dropped))
+    pieces = [turns.pieces(said, index, tools, text, kept[index]) for index in kept if index not in dropped]
+    return Learned([span for found in pieces for span in found], len(dropped))
 
 
 def _without(silent: Sequence[Span], length: int) -> list[Span]:

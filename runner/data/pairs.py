@@ -40,12 +40,16 @@ class Chunk:
     """Rows that leave no room for an answer; and those that would be cut where nothing may be."""
     tokens: int = 0
     """Within the limit."""
+    conversations: int = 0
+    """Rows that the template rendered."""
     problems: list[Problem] = field(default_factory=list)
 
 
 def encode_chunk(words: Words, rows: Sequence[Preference | Judged | Question], how: How) -> Chunk:
     """Columns of the rows; those that the template refuses are problems with their place."""
-    chunk = Chunk()
+    chunk = Chunk(conversations=sum(not isinstance(row.prompt, str) for row in rows))
+    if chunk.conversations and not how.whole and not isinstance(rows[0], Question):
+        words.check_end()  # a reward model answers nothing, and of questions the model's own answers are learned
     for row in rows:
         try:
             columns, lengths = _columns(words, row, how)
@@ -69,9 +73,10 @@ def _columns(
     too."""
     if isinstance(row, Question):
         # Of a question the words alone: TRL renders and tokenises it before every generation.
-        (asked,) = words.ids([words.rendered(row.prompt, ask=True).text])
+        (asked,) = words.ids([words.asked(row.prompt)])
         fits = len(asked) + how.room <= how.limit
-        return {**row.extra, "prompt": row.prompt, "answer": row.answer}, [len(asked)] if fits else None
+        turns = words.turns.template.messages(row.prompt)
+        return {**row.extra, "prompt": turns, "answer": row.answer}, [len(asked)] if fits else None
     answers = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion,)
     prompt, parts = split(words, row.prompt, answers, row.tools)
     lengths = [len(prompt) + len(part) for part in parts]
@@ -94,8 +99,7 @@ def split(
         texts = [prompt, *(prompt + words.ended(str(answer)) for answer in answers)]
     else:
         turns = [answer for answer in answers if not isinstance(answer, str)]
-        whole = [words.rendered([*prompt, *answer], tools=tools).text for answer in turns]
-        texts = [words.rendered(prompt, ask=True, tools=tools).text, *whole]
+        texts = [words.asked(prompt, tools), *(words.answered(prompt, answer, tools) for answer in turns)]
     asked, *conversations = words.ids(texts, special=isinstance(prompt, str))
     start = min(_same(asked, ids) for ids in conversations)
     return asked[:start], [ids[start:] for ids in conversations]

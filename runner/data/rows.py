@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from runner.data.examples import Turn
@@ -130,13 +131,14 @@ class RowReader:
             return None
         role_key = next((key for key in _ROLE_KEYS if key in turn), "role")
         content_key = next((key for key in _CONTENT_KEYS if key in turn), "value" if role_key == "from" else "content")
-        calls = turn.get("tool_calls") or None
-        missing = [key for key in (role_key, content_key) if key not in turn and not (calls and key == content_key)]
+        said = turn.get(role_key)
+        calls = turn.get("tool_calls") or turn.get("function_call") or None
+        silent = bool(calls) or (isinstance(said, str) and self.roles.get(said, said) == "tool")
+        missing = [key for key in (role_key, content_key) if key not in turn and not (silent and key == content_key)]
         for key in missing:
             self.wrong(f"{name} has no {key}", _TURN)
         if missing:
             return None
-        said = turn[role_key]
         role = self.roles.get(said, said) if isinstance(said, str) else said
         if role not in ROLES:
             near = nearest(str(role), ROLES)
@@ -144,8 +146,8 @@ class RowReader:
             self.wrong(f"{name} has the unknown role {role!r}", f"did you mean {near}?" if near else other)
             return None
         content = turn.get(content_key)
-        if said == "function_call" and isinstance(content, str):
-            calls, content = [content], ""
+        if said == "function_call" and content:
+            calls, content = content, ""
         content = "" if content is None and (calls or role == "tool") else content
         # An empty question happens in collected chats and does no harm; an empty answer teaches silence.
         empty_is_fine = role != "assistant" or bool(calls)
@@ -174,14 +176,14 @@ class RowReader:
     def _calls(self, name: str, calls: Any) -> list[dict[str, Any]]:
         """Calls in the one form that templates know, their arguments as an object."""
         found = []
-        for index, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        for index, call in enumerate(_items(calls)):
             try:
                 call = json.loads(call) if isinstance(call, str) else call
                 function = call.get("function", call)
                 arguments = function.get("arguments", function.get("parameters", {}))
                 arguments = json.loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
-                known = {"name": str(function["name"]), "arguments": arguments or {}}
-            except (KeyError, AttributeError, json.JSONDecodeError):
+                known = {"name": str(function["name"]), "arguments": {**(arguments or {})}}
+            except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
                 remedy = 'write {"function": {"name": "…", "arguments": {…}}}'
                 self.wrong(f"{name}[{index}] is no call of a function with its arguments in JSON", remedy)
                 continue
@@ -207,6 +209,13 @@ class RowReader:
 
 def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _items(calls: Any) -> list[Any]:
+    """The calls of a turn: a list, one call, or the JSON text of either."""
+    with suppress(json.JSONDecodeError):
+        calls = json.loads(calls) if isinstance(calls, str) else calls
+    return calls if isinstance(calls, list) else [calls]
 
 
 def _short(value: Any) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.data import commands
+from runner.data import arrow, commands
 from runner.data.compressed import COMPRESSIONS
 from runner.data.documents import reference_pages
 from runner.data.examples import Learnable
@@ -108,7 +108,7 @@ def _parquet_head(file: Path, name: str) -> tuple[Table, int, str]:
     try:
         parquet: Any = importlib.import_module("pyarrow.parquet")
         opened = parquet.ParquetFile(file)
-        rows = next(opened.iter_batches(PARQUET_ROWS)).to_pylist()
+        rows = arrow.rows_of(next(opened.iter_batches(PARQUET_ROWS)))
     except Exception:  # read_table says what is wrong with it, in one line
         table = read_table(name)
         return table, len(table.rows), "all rows"

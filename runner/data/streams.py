@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from runner.data import remote
+from runner.data import arrow, remote
 from runner.data.files import Table, is_url, json_lines, kind_of_file, read_table, text_lines
 from runner.errors import Problem, RequestError
 
@@ -88,7 +88,7 @@ def _parquet(opened: IO[bytes], path: str) -> Iterator[Table]:
     number = 1
     try:
         for batch in parquet.ParquetFile(opened).iter_batches(PARQUET_ROWS):
-            rows = batch.to_pylist()
+            rows = arrow.rows_of(batch)
             yield Table(path, rows, numbers=range(number, number + len(rows)))
             number += len(rows)
     except pyarrow.ArrowException as error:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,22 @@ from runner.suggest import nearest
 FOLDER = CONF / "chat_template"
 # Around what a template marks as {% generation %}; no text one learns from holds these two of Unicode's private use.
 _BEGIN, _END = "\ue0f0\ue0f1", "\ue0f1\ue0f0"
+
+
+MARK = "\ue000\ue001\ue000"
+"""Of Unicode's private use: neither trimmed nor a beginning or end of anybody's words."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a template reads what only some turns have; transformers documents one way, published templates know more."""
+
+    reasoning: str = "reasoning_content"
+    """gpt-oss reads `thinking`."""
+    text_arguments: bool = False
+    """DeepSeek's join the arguments of a call to text, which an object cannot be."""
+    null_content: bool = False
+    """Of a turn that only calls: DeepSeek-R1's show calls only then."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +55,17 @@ def named() -> dict[str, Path]:
     return {file.stem: file for file in sorted(FOLDER.glob("*.jinja"))}
 
 
-def template_source(choice: str) -> str:
-    """The Jinja source of `data.chat_template`: a name, or a file; RequestError where it is neither."""
-    file = named().get(choice, Path(choice).expanduser())
+def template_source(choice: str, adds_bos: bool = False) -> str:
+    """The Jinja source of `data.chat_template`: a name, or a file; RequestError where it is neither.
+
+    `adds_bos`: the tokenizer begins every text with BOS, and its model has seen no other. A template does it itself
+    (nothing is added to what it renders), so one of ours does then; a user's own file stays as it is.
+    """
+    ours = named().get(choice)
+    file = ours or Path(choice).expanduser()
     try:
-        return file.read_text("utf-8")
+        source = file.read_text("utf-8")
+        return "{{- bos_token -}}" + source if ours and adds_bos and "bos_token" not in source else source
     except (OSError, UnicodeDecodeError) as error:
         near = nearest(choice, list(named()))
         remedy = f"did you mean {near}?" if near else f"name a Jinja file, or one of {', '.join(named())}"
@@ -64,13 +86,57 @@ class Template:
 
         Raises jinja2.TemplateError, or whatever else the template does, where it refuses the conversation.
         """
-        messages = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
         text = self._render(
-            messages=messages, add_generation_prompt=ask, tools=list(tools) or None, documents=None, **self.special
-        )
+            messages=self.messages(turns), add_generation_prompt=ask, tools=list(tools) or None, documents=None,
+            **self.special,
+        )  # fmt: skip
         if _BEGIN not in text:
             return Rendered(text, [])
         return _unmarked(text)
+
+    def messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        """Turns in the form that the template reads."""
+        return [self._message(turn) for turn in turns]
+
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        message: dict[str, Any] = {key: value for key, value in turn.items() if key != "weight"}
+        return _in_form(message, self.form) if "reasoning_content" in turn or turn.get("tool_calls") else message
+
+    @cached_property
+    def form(self) -> Form:
+        """Tried out with one turn that thinks and one that calls, as nothing in a template states it."""
+        names = ("reasoning_content", "thinking", "reasoning")
+        call = {"type": "function", "function": {"name": MARK, "arguments": {MARK: MARK}}}
+        calls = [Form(text_arguments=text, null_content=null) for null in (False, True) for text in (False, True)]
+        calling = next((form for form in calls if self._shows({"tool_calls": [call]}, form, 3)), Form())
+        thoughts = [replace(calling, reasoning=name) for name in names]
+        said: list[dict[str, Any]] = [{"content": "!"}, {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]
+        tries = [(form, turn) for turn in said for form in thoughts]
+        return next((form for form, turn in tries if self._shows(turn | {"reasoning_content": MARK}, form, 1)), calling)
+
+    def _shows(self, turn: dict[str, Any], form: Form, marks: int) -> bool:
+        """Whether all marks of the turn are in the text."""
+        asked = {"role": "user", "content": "?"}
+        message = _in_form({"role": "assistant", "content": "", **turn}, form)
+        try:
+            text = self._render(messages=[asked, message], add_generation_prompt=False, tools=None, documents=None,
+                                **self.special)  # fmt: skip
+        except Exception:  # a template may refuse in any way
+            return False
+        return text.count(MARK) >= marks
+
+
+def _in_form(message: dict[str, Any], form: Form) -> dict[str, Any]:
+    if "reasoning_content" in message:
+        message[form.reasoning] = message.pop("reasoning_content")
+    if calls := message.get("tool_calls"):
+        if form.text_arguments:
+            message["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": _to_json(call["function"]["arguments"])}}
+                for call in calls
+            ]
+        message["content"] = message["content"] or (None if form.null_content else "")
+    return message
 
 
 def _unmarked(text: str) -> Rendered:

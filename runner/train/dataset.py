@@ -55,7 +55,7 @@ def _write(
     """Rows of the entry into `folder`; its facts."""
     limit = spec.train.max_length
     how = How(_loss_on(spec), limit, spec.data.on_long)
-    counts = dict.fromkeys(("truncated", "dropped", "split"), 0)
+    counts = dict.fromkeys(("truncated", "dropped", "split", "unlearned", "conversations"), 0)
     done = refused = 0
     lengths = array("i")
     problems: list[Problem] = []

@@ -25,7 +25,7 @@ from transformers.trainer_utils import set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from runner.data.templates import template_source
-from runner.data.words import FALLBACK
+from runner.data.words import FALLBACK, adds_bos
 from runner.errors import Problem, RequestError
 from runner.folders import cached
 from runner.paths import cache_dir
@@ -90,9 +90,9 @@ def load_tokenizer(spec: RunSpec, source: str) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if spec.data.chat_template:
-        tokenizer.chat_template = template_source(spec.data.chat_template)
+        tokenizer.chat_template = template_source(spec.data.chat_template, adds_bos(tokenizer))
     elif tokenizer.chat_template is None:
-        tokenizer.chat_template = template_source(FALLBACK)
+        tokenizer.chat_template = template_source(FALLBACK, adds_bos(tokenizer))
     if spec.data.add_tokens:
         tokenizer.add_special_tokens({"additional_special_tokens": list(spec.data.add_tokens)})
     return tokenizer

@@ -43,7 +43,7 @@ def _write(
     rows: Sequence[Learnable], tokenizer: Any, spec: RunSpec, how: How, folder: Path, tell: Tell | None
 ) -> dict[str, Any]:
     """Rows of the entry into `folder`; its facts."""
-    counts = dict.fromkeys(("truncated", "dropped", "tokens"), 0)
+    counts = dict.fromkeys(("truncated", "dropped", "tokens", "conversations"), 0)
     done = kept = refused = 0
     problems: list[Problem] = []
     with ArrowWriter(path=str(folder / ROWS), features=_features(rows, spec)) as writer:
@@ -67,6 +67,7 @@ def _write(
         "num_examples": len(rows),
         **{f"num_{name}": count for name, count in counts.items()},
         "num_split": 0,
+        "num_unlearned": 0,
         "num_refused": refused,
         "packing_efficiency": None,
     }

@@ -17,6 +17,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from runner.data.examples import Example, fingerprint
 from runner.data.sharder import lines_of
+from runner.data.words import begun, ended
 from runner.data.workspace import manifest_of
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
@@ -74,6 +75,8 @@ def _write(
         "num_dropped": 0,
         "num_split": 0,
         "num_refused": 0,
+        "num_unlearned": 0,
+        "num_conversations": 0,
         "num_tokens": tokens,
         "packing_efficiency": tokens / (rows * limit) if packing else None,
     }
@@ -113,9 +116,10 @@ def _row(ids: list[int], parts: list[int], packing: bool) -> dict[str, list[int]
 def _encoded(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
     """Ids of every document, with the one that ends it."""
     stream = iter(texts)
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     while some := list(islice(stream, AT_ONCE)):
         for ids in tokenizer(some)["input_ids"]:
-            yield [*ids] if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+            yield ended(begun(ids, begin), end)
 
 
 def _text(example: Example) -> str:

@@ -20,7 +20,7 @@ from runner.paths import cache_dir
 
 SHELF = "tokenised"
 ROWS = "rows.arrow"
-LAYOUT = 3  # raise it when what is stored changes shape: old entries are then left alone
+LAYOUT = 4  # raise it when what is stored changes shape: old entries are then left alone
 Tell = Callable[[int, int], None]
 """Told after every chunk: rows done, rows in all."""
 
@@ -39,6 +39,10 @@ class Tokenised:
     """Examples that were longer and go on in another row."""
     num_refused: int
     """Examples that the template refuses, skipped under `data.on_error=skip`."""
+    num_unlearned: int
+    """Answers that are not learned, because the template drops a part of what they say as the conversation goes on."""
+    num_conversations: int
+    """Examples that the chat template rendered."""
     num_tokens: int
     packing_efficiency: float | None
     """Share of the positions in packed sequences that hold tokens; None without packing."""
@@ -101,6 +105,8 @@ def line_of(rows: Tokenised, num_eval: int) -> str:
         parts.append(f"{rows.num_split:,} longer ones go on in another row")
     if rows.num_refused:
         parts.append(f"{rows.num_refused:,} skipped: the chat template refuses them")
+    if rows.num_unlearned:
+        parts.append(f"{rows.num_unlearned:,} earlier answers not learned: the chat template drops their thoughts")
     if num_eval:
         parts.append(f"{num_eval:,} held out")
     return "Data    " + "; ".join(parts) + (" (tokens from the cache)" if rows.from_cache else "")

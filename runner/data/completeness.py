@@ -1,0 +1,113 @@
+"""Checks that the rendered text of a conversation holds what its turns say.
+
+Templates leave out what they were not made for, and say nothing: tool calls, thoughts, system prompts. They may trim a
+value, indent it, write it as JSON, Python or XML: so texts are compared without white space, in each of these
+spellings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import Any
+
+from runner.data.examples import Turn
+from runner.data.templates import Template
+from runner.errors import Problem, RequestError
+
+THOUGHTS_END = "</think>"
+"""Where thoughts that stand inside the content end; some templates take them from there."""
+_REMEDY = {
+    "content": "set data.chat_template to one that shows it, or leave it out of the row",
+    "reasoning": "set data.chat_template to one that shows it (such as deepseek), or leave it out of the row",
+    "tool calls": "set data.chat_template to one that shows them (such as qwen), or leave them out of the row",
+}
+
+
+def missing(turn: Turn, text: str) -> str | None:
+    """What of an assistant's turn is not in `text`: `content`, `reasoning`, `tool calls`; None where all is.
+
+    Each value takes up its place: two equal calls have to be there twice.
+    """
+    thoughts, _, content = turn["content"].rpartition(THOUGHTS_END)
+    reasoning, calls = turn.get("reasoning_content", ""), turn.get("tool_calls") or []
+    if not (thoughts or reasoning or calls) and content.strip() in text:
+        return None
+    parts: list[tuple[str, Any]] = [("content", content), ("reasoning", reasoning)]
+    parts += [("reasoning", thought) for thought in thoughts.split("<think>")]
+    for function in (call["function"] for call in calls):
+        parts += [("tool calls", leaf) for leaf in (function["name"], *_leaves(function["arguments"]))]
+    left = _bare(text)
+    for what, value in sorted(parts, key=lambda part: -len(str(part[1]))):
+        found = next((one for one in _spellings(value) if one in left), None)
+        if found is None:
+            return what
+        left = left.replace(found, "\0", 1) if found else left
+    return None
+
+
+def check_given(
+    template: Template, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], text: str, ask: bool = False
+) -> None:
+    """RequestError where `text` leaves out what the model is given: system, user and tool turns, schemas of tools."""
+    bare: str | None = None
+    for index, turn in enumerate(turns):
+        if turn["role"] == "assistant" or turn["content"].strip() in text:
+            continue
+        bare = bare or _bare(text)
+        if not any(one in bare for one in _spellings(turn["content"])):
+            what = f"the chat template does not show turn {index + 1}, of the role {turn['role']}"
+            raise RequestError(Problem(what, None, _REMEDY["content"]))
+    if tools and template.render(turns, ask).text == text:
+        raise RequestError(Problem("the chat template does not show the row's tools", None, _REMEDY["tool calls"]))
+
+
+def show(
+    template: Template, prompt: Sequence[Turn], answer: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()
+) -> str:
+    """A prompt with its answer as text; without one, up to where the assistant is to speak. RequestError where the
+    text leaves something out, or as `Template.render` where the template refuses them."""
+    said = [*prompt, *answer]
+    text = template.render(said, not answer, tools).text
+    check_given(template, said, tools, text, ask=not answer)
+    for index, turn in enumerate(said):
+        if index >= len(prompt) and turn["role"] == "assistant" and (lacks := missing(turn, text)):
+            raise refusal(lacks, index)
+    return text
+
+
+def refusal(what: str, index: int) -> RequestError:
+    """The error for what of turn `index` is missing."""
+    return RequestError(Problem(f"the chat template does not show the {what} of turn {index + 1}", None, _REMEDY[what]))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Names and values, whatever they are nested in."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def _spellings(value: Any) -> Iterator[str]:
+    """How templates write a value, without white space."""
+    if not isinstance(value, str):
+        yield from dict.fromkeys(map(_bare, (json.dumps(value), str(value))))
+        return
+    yield _bare(value)
+    for ascii_only in (False, True):
+        written = json.dumps(value, ensure_ascii=ascii_only)[1:-1]
+        yield _bare(written)
+        yield _bare(json.dumps(written)[1:-1])  # JSON inside JSON
+    yield _bare(repr(value)[1:-1])
+    yield _bare(escape(value))
+
+
+def _bare(text: str) -> str:
+    return "".join(text.split())
