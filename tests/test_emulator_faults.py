@@ -45,6 +45,13 @@ def test_an_error_in_place_of_an_answer_and_nothing_done(emulator: Emulator, sta
     assert create()["status"] == "PROVISIONING"  # once is once
 
 
+def test_a_create_that_is_carried_out_twice(emulator: Emulator) -> None:
+    emulator.inject("double", on="create")
+    made = create()
+    assert made["id"] in emulator.pods() and len(emulator.pods()) == 2
+    assert {pod.name for pod in emulator.pods().values()} == {made["name"]}
+
+
 def test_401_is_an_error_of_its_own(emulator: Emulator) -> None:
     emulator.inject("answer", on="list", status=401, times=0)
     for _ in range(3):

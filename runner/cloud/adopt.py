@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from runner.cloud.answers import OVER, Pod
+from runner.cloud.answers import OVER, Pod, number
 from runner.cloud.api import Api
 from runner.cloud.ledger import PREFIX, Entry, Ledger
 from runner.cloud.money import Meter
@@ -29,7 +29,7 @@ def run_id_of(words: str) -> str:
 def adopt(run_id: str, folder: Path) -> Rented:
     """The run's pod, held by this process. RequestError where RunPod has none, CannotRunError where another command
     holds it."""
-    api, ledger = Api(), Ledger()
+    api, (ledger, _) = Api(), Ledger.or_copy()
     pod = _found(api, ledger, run_id)
     own = [entry for entry in ledger.entries(run_id) if entry.pod_id == pod.id]
     entry = own[-1] if own else ledger.entry(pod.name) or _entered(api, ledger, run_id, folder, pod)
@@ -43,14 +43,14 @@ def adopt(run_id: str, folder: Path) -> Rented:
 
 def look(run_id: str) -> Pod:
     """The run's pod, and nothing is held. RequestError where RunPod has none."""
-    return _found(Api(), Ledger(), run_id)
+    return _found(Api(), Ledger.or_copy()[0], run_id)
 
 
 def volume_of(pod: Pod) -> float:
     """GB of its own volume disk; 0 without one."""
-    mounts = pod.raw.get("mounts") or {}
-    persistent = mounts.get("persistent") or {}
-    return float(persistent.get("size") or 0)
+    mounts = pod.raw.get("mounts")
+    persistent = mounts.get("persistent") if isinstance(mounts, dict) else None
+    return number(persistent.get("size")) if isinstance(persistent, dict) else 0.0
 
 
 def _found(api: Api, ledger: Ledger, run_id: str) -> Pod:

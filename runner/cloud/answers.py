@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -105,28 +106,44 @@ class Volume:
 
 
 def pod(raw: Raw) -> Pod:
-    """From an answer of the API; KeyError or TypeError where it is none."""
-    gpu, ssh = raw.get("gpu") or {}, raw.get("ssh") or {}
-    direct, proxy = ssh.get("direct") or {}, ssh.get("proxy") or {}
-    network = (raw.get("mounts") or {}).get("network") or []
+    """From an answer of the API; KeyError or TypeError where it is none. Only the id is needed: a pod of whatever
+    shape, somebody else's perhaps, must not keep this project's pods from being ended."""
+    gpu, ssh = _dict(raw, "gpu"), _dict(raw, "ssh")
+    direct, proxy = _dict(ssh, "direct"), _dict(ssh, "proxy")
+    network = _dict(raw, "mounts").get("network")
+    first = network[0] if isinstance(network, list) and network and isinstance(network[0], dict) else {}
+    port = number(direct.get("port"))
     return Pod(
         id=str(raw["id"]),
-        name=str(raw["name"]),
-        status=str(raw["status"]),
-        usd_per_hour=float(raw.get("cost") or 0.0),
+        name=str(raw.get("name") or ""),
+        status=str(raw.get("status") or "UNKNOWN"),
+        usd_per_hour=number(raw.get("cost")),
         gpu_id=gpu.get("id"),
-        gpu_count=int(gpu.get("count") or 0),
+        gpu_count=int(number(gpu.get("count"))),
         cloud=str(raw.get("cloud") or "").lower(),
         data_center=raw.get("dataCenterId"),
         image=str(raw.get("image") or ""),
         ssh_host=direct.get("host"),
-        ssh_port=direct.get("port"),
+        ssh_port=int(port) or None,
         created=epoch(raw.get("createdAt")),
         machine_id=proxy.get("username"),
-        volume_id=network[0].get("volumeId") if network else None,
-        env={str(k): str(v) for k, v in (raw.get("env") or {}).items()},
+        volume_id=first.get("volumeId"),
+        env={str(k): str(v) for k, v in _dict(raw, "env").items()},
         raw=raw,
     )
+
+
+def _dict(raw: Raw, name: str) -> Raw:
+    value = raw.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def number(value: Any) -> float:
+    """0 for what is no finite number."""
+    try:
+        return float(value) if math.isfinite(float(value)) else 0.0
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
 
 
 def gpu_type(raw: Raw) -> GpuType:
@@ -176,11 +193,11 @@ def volume(raw: Raw) -> Volume:
     )
 
 
-def epoch(text: str | None) -> float | None:
+def epoch(text: Any) -> float | None:
     """Seconds since the epoch of an RFC 3339 time; None for none."""
     if not text:
         return None
     try:
-        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
-    except ValueError:
+        return datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError):
         return None

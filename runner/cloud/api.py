@@ -37,8 +37,9 @@ class Api:
         return _read(answers.pod, request("POST", "/v2/pods", json=wanted.body(), repeat=False), UnclearError)
 
     def pods(self) -> list[Pod]:
-        """Every pod of the account, of all pages."""
-        return [_read(answers.pod, raw, ApiDownError) for raw in self._all("/v2/pods", "pods")]
+        """Every pod of the account, of all pages; an entry that is no pod at all is passed over."""
+        found: list[Any] = self._all("/v2/pods", "pods")
+        return [answers.pod(raw) for raw in found if isinstance(raw, dict) and raw.get("id")]
 
     def pod(self, pod_id: str) -> Pod | None:
         """One pod; None only where RunPod itself says that there is none."""
@@ -205,6 +206,8 @@ class Api:
             raw = request("GET", path, params={"cursor": cursor} if cursor else None, repeat=True)
             found += _entries(raw, name)
             paging = raw.get("pagination") or {}
+            if not isinstance(paging, dict):
+                break
             following = paging.get("nextCursor")
             if not paging.get("hasNextPage"):
                 return found

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.cloud import ending
-from runner.cloud.answers import OVER, Pod
+from runner.cloud.answers import OVER, Pod, number
 from runner.cloud.api import Api
-from runner.cloud.ledger import PREFIX, Entry, Ledger
+from runner.cloud.ledger import PREFIX, Entry, Ledger, LedgerError
 from runner.cloud.money import Meter, stopped_usd_per_day
-from runner.cloud.problems import StillThereError, pod_page
+from runner.cloud.problems import CloudError, StillThereError, pod_page, unseen
 from runner.cloud.reconcile import overdue
 from runner.errors import Problem, RequestError, RunnerError
 from runner.suggest import nearest
@@ -117,23 +118,67 @@ def find(api: Api, ledger: Ledger, word: str) -> tuple[str, str, str]:
     raise RequestError(Problem(f"this project has no pod {word}", "command line", remedy))
 
 
-def terminate(api: Api, ledger: Ledger, word: str, why: str = "asked for by a person") -> str:
-    """End a pod whoever holds it, confirmed; its id. StillThereError where that fails.
+def terminate(api: Api, ledger: Ledger, word: str, why: str = "asked for by a person") -> list[str]:
+    """End every pod that a word means, whoever holds it, and confirm it; their ids. StillThereError where that fails.
 
-    A pod's id that is neither in the ledger nor listed is asked to end as well, for such a command stands in messages;
-    one of a name that is not this project's is refused.
+    By the ledger alone where RunPod's list cannot be had, and by the list alone where the ledger cannot. A pod's id
+    that is in neither is asked to end as well, for such a command stands in messages; one of a name that is not this
+    project's is refused.
     """
+    found = _meant(api, ledger, word)
+    for _, pod_id, _ in found:
+        with suppress(RunnerError):  # all of them first: confirming one can take minutes
+            api.terminate(pod_id)
+    failures: list[Problem] = []
+    for name, pod_id, run_id in found:
+        try:
+            if _unknown(ledger, name):
+                with suppress(RunnerError):  # it was listed when it was looked for
+                    adopt(api, ledger, pod_id, run_id)
+            ending.end(api, ledger, name, pod_id, why)
+        except RunnerError as error:
+            failures += error.problems
+    if failures:
+        raise StillThereError(*failures)
+    return [pod_id for _, pod_id, _ in found]
+
+
+def _meant(api: Api, ledger: Ledger, word: str) -> list[tuple[str, str, str]]:
+    """Name, id and run of every pod that a word means."""
+    asked = Path(word).name if "/" in word else word
+    entries = ledger.entries()
+    own = [e for e in entries if asked in (e.pod_id, e.name, e.run_id)]
+    found = {str(e.pod_id): (e.name, str(e.pod_id), e.run_id) for e in own if e.pod_id}
     try:
-        name, pod_id, run_id = find(api, ledger, word)
-    except RequestError:
-        entry = next((e for e in ledger.entries() if word in (e.pod_id, e.name, e.run_id) and e.pod_id), None)
-        if entry is None:
-            raise
-        name, pod_id, run_id = entry.name, str(entry.pod_id), entry.run_id
-    if ledger.entry(name) is None:
-        adopt(api, ledger, pod_id, run_id)
-    ending.end(api, ledger, name, pod_id, why)
-    return pod_id
+        listed = [pod for pod in api.pods() if pod.name.startswith(PREFIX) and pod.status not in OVER]
+    except CloudError as error:
+        return list(found.values()) or [_by_id(api, asked, own, error)]
+    known = {e.pod_id for e in entries}
+    for pod in listed:  # also a second one of the same name: a request can be carried out twice
+        named = asked in (pod.id, pod.name) or any(e.name == pod.name for e in own)
+        if pod.id not in found and (named or (pod.id not in known and run_of(pod) == asked)):
+            found[pod.id] = (pod.name, pod.id, run_of(pod))
+    if not found and (lost := next((e for e in own if e.state == "CREATE_UNKNOWN"), None)):
+        raise StillThereError(unseen(lost.name, "no pod of that name is listed now"))
+    return list(found.values()) or [find(api, ledger, word)]
+
+
+def _by_id(api: Api, asked: str, own: list[Entry], error: CloudError) -> tuple[str, str, str]:
+    """The pod of that id where there is no list; `error` where there is none."""
+    if own:
+        raise StillThereError(unseen(own[0].name, str(error)))
+    pod = api.pod(asked)
+    if pod is None:
+        raise error
+    _check_ours(pod)
+    return pod.name, pod.id, run_of(pod)
+
+
+def _unknown(ledger: Ledger, name: str) -> bool:
+    try:
+        return ledger.entry(name) is None
+    except LedgerError:
+        return False
 
 
 def stop(api: Api, ledger: Ledger, word: str) -> str:
@@ -151,12 +196,10 @@ def adopt(api: Api, ledger: Ledger, pod_id: str, run_id: str, run_dir: str = "")
     pod = api.pod(pod_id)
     if pod is None:
         raise RequestError(Problem(f"pod {pod_id} is gone", "command line", "python -m runner pods lists them"))
-    if not pod.name.startswith(PREFIX):
-        what = f"pod {pod_id} is {pod.name}, which is not this project's"
-        raise RequestError(Problem(what, "command line", f"end it by hand: {pod_page(pod_id)}"))
+    _check_ours(pod)
     ledger.plan(
         pod.name, run_id=run_id, run_dir=run_dir, gpu=pod.gpu_id, cloud=pod.cloud, usd_per_hour=pod.usd_per_hour,
-        disk_gb=float(pod.raw.get("disk") or 0), keep=False, volume=pod.volume_id, base=api.base, account=api.account,
+        disk_gb=number(pod.raw.get("disk")), keep=False, volume=pod.volume_id, base=api.base, account=api.account,
         heartbeat_s=None,
     )  # fmt: skip
     facts = {"pod_id": pod.id, "deadline": deadline_of(pod)} | ({"created": pod.created} if pod.created else {})
@@ -164,6 +207,12 @@ def adopt(api: Api, ledger: Ledger, pod_id: str, run_id: str, run_dir: str = "")
     found = ledger.entry(pod.name)
     assert found is not None
     return found
+
+
+def _check_ours(pod: Pod) -> None:
+    if not pod.name.startswith(PREFIX):
+        what = f"pod {pod.id} is {pod.name or 'without a name'}, which is not this project's"
+        raise RequestError(Problem(what, "command line", f"end it by hand: {pod_page(pod.id)}"))
 
 
 def owned_by_none(api: Api, ledger: Ledger, *, everything: bool = False) -> list[tuple[str, str, str]]:
@@ -199,7 +248,7 @@ def reap(api: Api, ledger: Ledger, found: list[tuple[str, str, str]]) -> list[st
     ended, failures = [], []
     for _, pod_id, why in found:
         try:
-            ended.append(terminate(api, ledger, pod_id, why))
+            ended += terminate(api, ledger, pod_id, why)
         except RunnerError as error:
             failures += error.problems
     if failures:

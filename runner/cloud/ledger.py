@@ -11,10 +11,11 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import quote
 
 from runner.errors import Problem, RunnerError
 from runner.paths import state_dir
@@ -62,7 +63,7 @@ create table if not exists transitions (
 
 
 class LedgerError(RunnerError):
-    """The ledger cannot be written: without it nothing may be rented."""
+    """The ledger cannot be read or written: without it nothing may be rented. What is rented is ended all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,19 +120,55 @@ class Ledger:
     def __init__(self, file: Path | None = None) -> None:
         """LedgerError where it cannot be opened or written."""
         self.file = file or state_dir() / "ledger.db"
+        self._address = str(self.file)
         try:
             self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with self._open() as db:
-                db.executescript(MIGRATE)
-                _know_all_states(db)
-        except (OSError, sqlite3.Error) as error:
-            remedy = "set RUNNER_STATE=FOLDER to one that can be written to"
-            raise LedgerError(Problem(f"the ledger {self.file} cannot be written: {error}", None, remedy)) from None
+        except OSError as error:
+            raise LedgerError(_unusable(self.file, error)) from None
+        with self._open() as db:
+            db.executescript(MIGRATE)
+            _know_all_states(db)
+            if (said := db.execute("pragma quick_check(1)").fetchone()[0]) != "ok":
+                raise LedgerError(_unusable(self.file, sqlite3.DatabaseError(f"malformed: {said}")))
+
+    @classmethod
+    def or_copy(cls, file: Path | None = None) -> tuple[Ledger, LedgerError | None]:
+        """The ledger; or a copy in memory of what can be read of one that cannot be used, and what is wrong with it.
+
+        For whoever ends pods or looks at them: that works without a ledger, and from the copy it is known which.
+        """
+        try:
+            return cls(file), None
+        except LedgerError as error:
+            copy = cls.__new__(cls)
+            copy.file = file or state_dir() / "ledger.db"
+            copy._address = f"file:runner-{id(copy)}?mode=memory&cache=shared"
+            copy._alive = copy._connect()  # the memory is there as long as one connection is
+            copy._alive.executescript(MIGRATE)
+            for row in _readable(copy.file):
+                with suppress(sqlite3.Error), copy._open() as db:
+                    cls._insert(db, row)
+            return copy, error
+
+    _alive: sqlite3.Connection | None = None
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(
+            self._address, timeout=BUSY_S, isolation_level=None, uri=self._address.startswith("file:")
+        )
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """A connection of its own: none is shared between threads or survives a fork."""
-        db = sqlite3.connect(self.file, timeout=BUSY_S, isolation_level=None)
+        """A connection of its own: none is shared between threads or survives a fork. LedgerError where it fails."""
+        try:
+            with self._connected() as db:
+                yield db
+        except sqlite3.Error as error:
+            raise LedgerError(_unusable(self.file, error)) from None
+
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        db = self._connect()
         try:
             db.row_factory = sqlite3.Row
             db.execute("pragma journal_mode=wal")
@@ -171,6 +208,14 @@ class Ledger:
             self._set(db, name, values)
             self._log(db, name, row["run_id"], row["state"], state, why)
 
+    def try_move(self, name: str, state: State, why: str, **facts: Any) -> bool:
+        """As `move`; False where it cannot be written. For what must be done whether it is recorded or not."""
+        try:
+            self.move(name, state, why, **facts)
+        except LedgerError:
+            return False
+        return True
+
     def set(self, name: str, **facts: Any) -> None:
         """Facts without a change of state."""
         with self._write() as db:
@@ -208,8 +253,9 @@ class Ledger:
         return self.entry(name)
 
     def leave(self, name: str) -> None:
-        """Nobody's now: the pod looks after itself."""
-        self.set(name, **NOBODY)
+        """Release ownership. Never raises: this process will be gone, and be found to be."""
+        with suppress(LedgerError):
+            self.set(name, **NOBODY)
 
     def entry(self, name: str) -> Entry | None:
         """By the pod's name."""
@@ -232,17 +278,15 @@ class Ledger:
 
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
-        try:
-            with self._open() as db:
-                db.execute("begin immediate")
-                try:
-                    yield db
-                except BaseException:
-                    db.execute("rollback")
-                    raise
+        with self._open() as db:
+            db.execute("begin immediate")
+            try:
+                yield db
                 db.execute("commit")
-        except sqlite3.Error as error:
-            raise LedgerError(Problem(f"the ledger {self.file} cannot be written: {error}")) from None
+            except BaseException:
+                with suppress(sqlite3.Error):  # a full disk has rolled it back already
+                    db.execute("rollback")
+                raise
 
     @staticmethod
     def _insert(db: sqlite3.Connection, row: dict[str, Any]) -> None:
@@ -257,6 +301,31 @@ class Ledger:
     @staticmethod
     def _log(db: sqlite3.Connection, name: str, run_id: str, old: str | None, new: str, why: str) -> None:
         db.execute("insert into transitions values (?, ?, ?, ?, ?, ?)", (time.time(), name, run_id, old, new, why))
+
+
+def _unusable(file: Path, error: Exception) -> Problem:
+    """The ledger, what is wrong with it, and what to do about it."""
+    said = str(error)
+    if any(word in said for word in ("malformed", "not a database", "corrupt")):
+        remedy = f"mv {file} {file}.broken; python -m runner pods then lists what RunPod has"
+    elif "locked" in said:
+        remedy = "another process of yours holds it: end that, or try again"
+    else:
+        remedy = "make room there, or set RUNNER_STATE=FOLDER to one that can be written to"
+    return Problem(f"the ledger {file} cannot be written: {said}", None, remedy)
+
+
+def _readable(file: Path) -> list[dict[str, Any]]:
+    """Rows of a ledger that cannot be written, as far as they can be read."""
+    rows: list[dict[str, Any]] = []
+    for way in ("mode=ro", "mode=ro&immutable=1"):  # the second one where no file can be made beside it
+        with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{quote(str(file))}?{way}", uri=True)) as db:
+            db.row_factory = sqlite3.Row
+            for row in db.execute("select * from pods"):
+                rows.append(dict(row))
+        if rows:
+            break
+    return rows
 
 
 def _entry(row: sqlite3.Row) -> Entry:

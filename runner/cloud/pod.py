@@ -12,17 +12,25 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from runner.cloud import boot, ending
+from runner.cloud import boot, ending, problems
 from runner.cloud.answers import Pod, Volume
 from runner.cloud.api import Api
 from runner.cloud.ledger import PREFIX, Ledger
 from runner.cloud.money import Meter
 from runner.cloud.placement import Candidate, image_of, runpod
 from runner.cloud.preflight import check
-from runner.cloud.problems import NoCapacityError, NoPodError, TooDearError, UnclearError
+from runner.cloud.problems import (
+    ApiDownError,
+    NoCapacityError,
+    NoPodError,
+    StillThereError,
+    TooDearError,
+    UnclearError,
+)
 from runner.cloud.reconcile import reconcile
 from runner.cloud.rented import Rented, deadline_of, hours_of, spent
 from runner.cloud.waiting import BadHostError, look_for, until_ready
@@ -60,6 +68,13 @@ def acquire(
         say(note)
     machines, volume = check(api, spec, plan)
     order = _Order(api, ledger, run, spec, keys, say, volume, detached, alone_minutes, env or {}, ports)
+    try:
+        return _first_of(order, machines, say)
+    except RunnerError as error:
+        raise type(error)(*error.problems, *order.unseen()) from None
+
+
+def _first_of(order: _Order, machines: list[Candidate], say: Say) -> Rented:
     failures: list[RunnerError] = []
     for machine in machines:
         for _ in range(TRIES_PER_MACHINE):
@@ -91,6 +106,8 @@ class _Order:
     env: dict[str, str]
     ports: tuple[str, ...] = ()
     spent: float = field(default=0.0)
+    unclear: list[str] = field(default_factory=list)
+    """Names for which no pod has appeared yet."""
 
     def rent(self, machine: Candidate) -> Rented:
         """One pod, ready. Whatever goes wrong after it exists, it is ended."""
@@ -114,12 +131,15 @@ class _Order:
             deadline = deadline_of(place, meter)
             facts = {"pod_id": pod.id, "usd_per_hour": meter.usd_per_hour, "deadline": deadline}
             self.ledger.move(name, "PROVISIONING", f"created as {pod.id}", **facts)
-            rented = Rented(self.api, self.ledger, name, pod, deadline, meter, self.run.id, wanted.volume_gb)
+            rented = Rented(self.api, self.ledger, name, pod, deadline, meter, self.run.id, wanted.volume_gb, self.say)
             self._check_price(rented, machine, pod)
             rented.pod = until_ready(
                 self.api, pod, setup_s=place.setup_minutes * 60, bad_host_s=place.bad_host_minutes * 60,
                 say=self.say, seen=lambda seen: self._check_price(rented, machine, seen),
             )  # fmt: skip
+            with suppress(ApiDownError):  # looked for again when the run is over
+                for double in ending.end_doubles(self.api, pod.id, name):
+                    self.say(f"the request was carried out twice: pod {double} is ended")
             self.ledger.move(name, "SSH_READY", f"{rented.pod.ssh_host}:{rented.pod.ssh_port} says hello")
             return rented
         except BaseException as error:
@@ -133,22 +153,36 @@ class _Order:
         try:
             return self.api.create_pod(wanted)
         except UnclearError as error:
-            self.ledger.move(name, "CREATE_UNKNOWN", str(error))
             self.say(f"{error}: looking for {name}")
-            found = look_for(self.api, name)
+            found = self._looked_for(name, str(error))
             for double in found[1:]:
                 ending.confirm_gone(self.api, name, double.id)
             if found:
                 return found[0]
+            self.unclear.append(name)
             raise UnclearError(Problem(f"no pod {name} has appeared")) from None
         except RunnerError as error:  # RunPod said no
-            self.ledger.move(name, "GONE", f"not created: {error}")
+            self.ledger.try_move(name, "GONE", f"not created: {error}")
             raise
         except BaseException:  # Ctrl-C in the middle of the request
-            self.ledger.move(name, "CREATE_UNKNOWN", "interrupted")
-            for pod in look_for(self.api, name):
+            for pod in self._looked_for(name, "interrupted"):
                 ending.end(self.api, self.ledger, name, pod.id, "interrupted")
             raise
+
+    def _looked_for(self, name: str, why: str) -> list[Pod]:
+        """Pods of a create that was not answered; StillThereError where RunPod cannot be asked for them."""
+        recorded = self.ledger.try_move(name, "CREATE_UNKNOWN", why)
+        try:
+            found = look_for(self.api, name)
+        except RunnerError as error:
+            raise StillThereError(problems.unseen(name, f"{why}; {error}")) from None
+        if not found and not recorded:
+            raise StillThereError(problems.unseen(name, f"{why}, and the ledger cannot be written"))
+        return found
+
+    def unseen(self) -> list[Problem]:
+        """What has to be said about pods that may appear yet."""
+        return [problems.unseen(name, "no pod of that name has appeared so far") for name in self.unclear]
 
     def _give_back(self, name: str, pod: Pod, why: BaseException) -> None:
         """End a pod that is not used; a StillThereError takes the place of the error that led here."""
@@ -157,6 +191,8 @@ class _Order:
         for attempt in (1, 2):
             try:
                 ending.end(self.api, self.ledger, name, pod.id, reason)
+                with suppress(ApiDownError):
+                    ending.end_doubles(self.api, pod.id, name)
                 return
             except KeyboardInterrupt:
                 if attempt == 2:

@@ -102,3 +102,13 @@ def still_there(pod_id: str, name: str, why: str) -> Problem:
         f"or end it by hand at {pod_page(pod_id)}"
     )
     return Problem(f"POD {pod_id} ({name}) MAY STILL BE RUNNING AND COST MONEY: {why}", None, remedy)
+
+
+def unseen(name: str, why: str) -> Problem:
+    """A create request of which nobody knows what became of it."""
+    remedy = (
+        f"python -m runner pods terminate {name}   (every following command looks for it, too), "
+        f"or look for it at {CONSOLE}/pods"
+    )
+    what = f"POD {name} MAY STILL BE RUNNING AND COST MONEY: what became of the request for it is not known: {why}"
+    return Problem(what, None, remedy)

@@ -11,7 +11,7 @@ import time
 from runner.cloud import ending
 from runner.cloud.answers import OVER, Pod
 from runner.cloud.api import Api
-from runner.cloud.ledger import PREFIX, Entry, Ledger
+from runner.cloud.ledger import PREFIX, Entry, Ledger, LedgerError
 from runner.cloud.problems import CloudError, StillThereError
 from runner.cloud.waiting import look_for, named
 from runner.errors import RunnerError
@@ -27,7 +27,10 @@ def reconcile(api: Api, ledger: Ledger) -> list[str]:
 
     WrongKeyError alone goes through: with such a key nothing else would work either.
     """
-    entries = [entry for entry in ledger.entries() if not entry.owned]
+    try:
+        entries = [entry for entry in ledger.entries() if not entry.owned]
+    except LedgerError as error:
+        return [str(error)]
     if not entries:
         return []
     notes: list[str] = []
@@ -39,9 +42,9 @@ def reconcile(api: Api, ledger: Ledger) -> list[str]:
         if _of_another_account(api, entry, pods):
             notes.append(f"pod {entry.pod_id or entry.name} was rented with another key or address; left alone")
             continue
-        if not ledger.take(entry.name):
-            continue  # another command was faster
         try:
+            if not ledger.take(entry.name):
+                continue  # another command was faster
             now = ledger.entry(entry.name)  # it may have moved on since it was listed
             if now is None or now.state == "GONE":
                 continue
@@ -51,8 +54,7 @@ def reconcile(api: Api, ledger: Ledger) -> list[str]:
             notes += [f"{problem.what}; {problem.remedy}" for problem in error.problems]
         except RunnerError as error:
             notes.append(f"pod {entry.pod_id or entry.name}: {error}")
-        finally:
-            ledger.leave(entry.name)
+        ledger.leave(entry.name)
     return notes
 
 
@@ -72,6 +74,8 @@ def _settle(api: Api, ledger: Ledger, entry: Entry, pods: dict[str, Pod]) -> str
     if state in ("CREATING", "CREATE_UNKNOWN"):
         return _unanswered(api, ledger, entry)
     assert entry.pod_id is not None
+    if any(pod.name == name and pod.id != entry.pod_id for pod in pods.values()):
+        ending.end_doubles(api, entry.pod_id, name)
     if state in (*ARMED, "STOPPED"):
         return _armed(api, ledger, entry, pods.get(entry.pod_id))
     if state == "TERMINATING" and entry.keep:
@@ -125,7 +129,11 @@ def settle_unknown(api: Api, ledger: Ledger, run_id: str, *, now: bool = False) 
 
     `now`: the run is over, and what has not appeared in a minute is left to the next command.
     """
-    for entry in ledger.entries(run_id):
+    try:
+        entries = ledger.entries(run_id)
+    except LedgerError:
+        return
+    for entry in entries:
         if entry.state != "CREATE_UNKNOWN" or not (entry.owned_here or not entry.owned):
             continue
         try:
@@ -135,7 +143,7 @@ def settle_unknown(api: Api, ledger: Ledger, run_id: str, *, now: bool = False) 
         for pod in found:
             ending.end(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
         if not found and time.time() - entry.created > UNKNOWN_S:
-            ledger.move(entry.name, "GONE", "no pod of that name has appeared")
+            ledger.try_move(entry.name, "GONE", "no pod of that name has appeared")
 
 
 def strangers(api: Api, ledger: Ledger) -> list[Pod]:

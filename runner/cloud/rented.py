@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from runner.cloud import ending
 from runner.cloud.account import pace
 from runner.cloud.answers import Pod
 from runner.cloud.api import Api
-from runner.cloud.ledger import Ledger, State
+from runner.cloud.ledger import Ledger, LedgerError, State
 from runner.cloud.money import Meter, stopped_usd_per_day
-from runner.cloud.problems import WrongKeyError
+from runner.cloud.problems import ApiDownError, WrongKeyError
 from runner.cloud.reconcile import settle_unknown
 from runner.spec import RunPodPlace
 
@@ -30,6 +32,8 @@ class Rented:
     meter: Meter
     run_id: str
     volume_gb: float = 0.0
+    say: Callable[[str], None] = lambda line: None
+    """For what somebody has to know at once."""
 
     @property
     def usd_per_hour(self) -> float:
@@ -46,8 +50,15 @@ class Rented:
         return self.meter.usd(time.time())
 
     def mark(self, state: State, why: str = "") -> None:
-        """Record a state before what it says is done."""
-        self.ledger.move(self.name, state, why or state.lower())
+        """Record a state before what it says is done. Where that fails it is said how to end the pod: this process
+        still holds it, and a run is not ended for its bookkeeping."""
+        try:
+            self.ledger.move(self.name, state, why or state.lower())
+        except LedgerError as error:
+            (problem,) = error.problems
+            command = f"python -m runner pods terminate {self.pod.id}"
+            self.say(f"Warning: {problem.what}. Should this command be killed, POD {self.pod.id} MAY STILL BE RUNNING")
+            self.say(f"         AND COST MONEY: {command}. The ledger: {problem.remedy}")
 
     def refresh(self) -> Pod | None:
         """The pod as it is now; None where it is gone, looked at twice. A pod that was taken away may also be EXITED.
@@ -83,11 +94,13 @@ class Rented:
         """
         for attempt in (1, 2):
             try:
-                settle_unknown(self.api, self.ledger, self.run_id, now=True)
                 if keep:
                     ending.stop(self.api, self.ledger, self.name, self.pod.id, "the run is over")
                 else:
                     ending.end(self.api, self.ledger, self.name, self.pod.id, "the run is over")
+                settle_unknown(self.api, self.ledger, self.run_id, now=True)
+                with suppress(ApiDownError):  # what is listed later is ended by the next command
+                    ending.end_doubles(self.api, self.pod.id, self.pod.name)
                 self.ledger.leave(self.name)
                 return
             except KeyboardInterrupt:  # once: an impatient second Ctrl-C must not leave a pod behind

@@ -83,9 +83,10 @@ def stop(run: str, as_json: bool) -> None:
 @as_json_option
 @spoken
 def terminate(run: str, as_json: bool) -> None:
-    """End the pod of RUN, whoever holds it, and confirm that it is gone. What is only on its disk is lost.
+    """End every pod of RUN, whoever holds it, and confirm that it is gone. What is only on its disk is lost.
 
-    Exit code 1, with the pod's id and page, where that cannot be confirmed.
+    It needs neither RunPod's list nor the ledger, if it has the other one. Exit code 1, with the pod's id and page,
+    where the end cannot be confirmed.
 
     \b
     Example:
@@ -93,9 +94,11 @@ def terminate(run: str, as_json: bool) -> None:
     """
     from runner.cloud import fleet
 
-    api, ledger = _ready()
-    pod_id = fleet.terminate(api, ledger, run)
-    _answer(as_json, f"pod {pod_id} is gone: looked for twice", pod_id=pod_id, state="gone")
+    api, ledger = _ready(settle=False)  # nothing comes before it
+    ended = fleet.terminate(api, ledger, run)
+    said = "\n".join(f"pod {pod_id} is gone: looked for twice" for pod_id in ended)
+    facts: dict[str, Any] = {"pod_id": ended[0]} if len(ended) == 1 else {"pod_ids": ended}
+    _answer(as_json, said, **facts, state="gone")
 
 
 @pods.command(context_settings={"ignore_unknown_options": True})
@@ -213,14 +216,17 @@ def up(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, hours: fl
     del ledger
 
 
-def _ready() -> tuple[Any, Any]:
-    """API and ledger, in order: what crashed launchers left is settled, and said."""
+def _ready(settle: bool = True) -> tuple[Any, Any]:
+    """API and ledger, in order: what crashed launchers left is settled, and said. A ledger that cannot be used is said,
+    and done without: what is listed can be ended."""
     from runner.cloud.api import Api
     from runner.cloud.ledger import Ledger
     from runner.cloud.reconcile import reconcile
 
-    api, ledger = Api(), Ledger()
-    for note in reconcile(api, ledger):
+    api, (ledger, error) = Api(), Ledger.or_copy()
+    for problem in error.problems if error else ():
+        click.echo(f"Note    {problem.what}; {problem.remedy}", err=True)
+    for note in reconcile(api, ledger) if settle else ():
         click.echo(f"Note    {note}", err=True)
     return api, ledger
 

@@ -11,6 +11,7 @@ KINDS = {
     "answer": "an error is answered, `status` (401, 402, 403, 409, 429, 500, …; 502 is HTML), and nothing done",
     "lost": "the request is carried out (commit: false: it is not), and the connection closes without an answer",
     "timeout": "the request is carried out (commit: false: it is not), and the answer takes `seconds`",
+    "double": "create makes two pods of the same name, and answers with one of them",
     "no_capacity": "create, or start, finds no machine: for gpu, cloud, data_center, or all",
     "slow_pull": "the image takes `seconds`",
     "bad_host": "the pod never gets a machine: PROVISIONING for ever",
