@@ -11,6 +11,7 @@ import click
 
 from runner import __version__
 from runner.invocation import remember
+from runner.report import terminal
 from runner.verbs import VERBS
 
 EPILOG = """
@@ -78,4 +79,8 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # the look for some reads all packages: 15 ms
     gc.set_threshold(50_000)  # starting makes 300,000 objects that stay: to look for garbage among them takes 40 ms
     remember()
-    cli(prog_name="python -m runner" if sys.argv[0].endswith("__main__.py") else None)
+    terminal.guard()
+    try:
+        cli(prog_name="python -m runner" if sys.argv[0].endswith("__main__.py") else None)
+    except SystemExit as end:
+        sys.exit(terminal.exit_code(end.code) if isinstance(end.code, int | None) else end.code)

@@ -24,6 +24,7 @@ from runner.invocation import typed
 from runner.plan.plan import Plan
 from runner.plan.resolve import resolve
 from runner.problems import SourceOf, validated
+from runner.report import terminal
 from runner.report.problems import dump
 from runner.report.summary import shown
 from runner.report.tables import headline, in_one_line
@@ -167,14 +168,21 @@ def begin(
     manner: Manner = PLAINLY,
 ) -> local.Outcome:  # fmt: skip
     """Say what is about to happen in a run directory, write the plan there, and run."""
-    console.print(headline(spec, shown(directory.path)), highlight=False, soft_wrap=True)
+    (directory.path / "logs").mkdir(exist_ok=True)
+    consoles = (console, terminal.appended(directory.path / "logs" / "run.log"))
+
+    def say(line: str) -> None:
+        for one in consoles:
+            one.print(line, highlight=False, soft_wrap=True)
+
+    say(headline(spec, shown(directory.path)))
     if planned is not None:
         directory.write("plan.json", planned.as_dict())
-        console.print(f"Plan    {in_one_line(planned.as_dict())}", highlight=False, soft_wrap=True)
+        say(f"Plan    {in_one_line(planned.as_dict())}")
         if planned.deepspeed is not None:
             directory.write("deepspeed.json", planned.deepspeed)
     for note in [*notes, *_waits_for(directory, spec)]:
-        console.print(f"Note    {typed(note)}", highlight=False, soft_wrap=True)
+        say(f"Note    {typed(note)}")
     if spec.where.name == "runpod":
         outcome: local.Outcome = _rented().execute(directory, spec, quiet_stdout=as_json, manner=manner)
         return outcome

@@ -40,7 +40,7 @@ class Voice:
         elif news.kind == "step" and self.console.is_terminal and self.total:
             if self.open is None:
                 self.open = ExitStack()
-                self.open.enter_context(self.progress.stage("Training", "steps"))
+                self.open.enter_context(self.progress.stage("Training", "steps", self.total, int(news.value["step"])))
             self.progress.step(int(news.value["step"]), self.total, news.value)
         elif news.kind == "lost":
             self.say(f"{news.value}; the run goes on there, and is looked for")

@@ -113,7 +113,8 @@ def print_summary(console: Console, summary: dict[str, Any], run: RunDir) -> Non
     console.print(table, highlight=False)
     if summary.get("objective") == "reward":
         return  # a model that says no words
-    console.print(f"\nTry it:  [bold]{typed('python -m runner')} chat {shlex.quote(where)}[/bold]", highlight=False)
+    command = f"{typed('python -m runner')} chat {shlex.quote(where)}"
+    console.print(f"\nTry it:  [bold]{command}[/bold]", highlight=False, soft_wrap=True)
 
 
 def plan_line(planned: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from rich.console import Console
 from runner import checkpoints
 from runner.errors import InterruptedRun, Problem, Rewind, RunnerError
 from runner.execute.torchrun import die_with_parent
+from runner.report import terminal
 from runner.report.problems import print_problems
 from runner.report.progress import Progress
 from runner.rundir import PHASE_OF_STATE, RunDir
@@ -31,11 +32,12 @@ LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 def main(argv: list[str]) -> int:
     """Run one spec that lies in its run directory; this process's part, where there are several."""
     die_with_parent()
+    terminal.guard(goes_on=True)
     run = RunDir(Path(argv[0]).resolve().parent)
     spec = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
     quiet_libraries(run.path / "logs" / f"rank{RANK}.log")
     console = Console() if RANK == 0 else Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # as long as the process
-    progress = Progress(console)
+    progress = Progress(console, terminal.appended(run.path / "logs" / "run.log") if RANK == 0 else None)
     progress.note("Loading torch and transformers …")
     pulse = None
     try:
@@ -54,7 +56,8 @@ def main(argv: list[str]) -> int:
         if ranks.main:
             from runner.report.summary import print_summary
 
-            print_summary(console, finished.summary, run)
+            for console in progress.consoles:
+                print_summary(console, finished.summary, run)
         pulse.end("done")
         return 0
     except BaseException as error:
@@ -91,7 +94,8 @@ def _explained(run: RunDir, pulse: Any, error: BaseException) -> int:
     if oom is None and not isinstance(error, Rewind):  # of which the guard has spoken
         shown = error if problems else RunnerError(Problem(what, None, f"the stack trace is in {log}"))
         assert isinstance(shown, RunnerError)
-        print_problems(Console(stderr=True), shown, started=True)
+        for console in (Console(stderr=True), terminal.appended(run.path / "logs" / "run.log")):
+            print_problems(console, shown, started=True)
     return code
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from runner.data.formats import Turn
 from runner.errors import Problem, RunFailedError, RunnerError
+from runner.report import terminal
 from runner.report.problems import print_problems
 from runner.rundir import RunDir
 from runner.spec import RunSpec
@@ -23,6 +24,7 @@ def main() -> int:
     options = _options()
     run = RunDir(options.spec.resolve().parent)
     spec = RunSpec.model_validate(json.loads(options.spec.read_text("utf-8")))
+    terminal.guard()
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between a script and its JSON
     quiet_libraries(run.path / "logs" / "rank0.log")
     console = Console(stderr=True)

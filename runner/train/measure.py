@@ -86,7 +86,7 @@ class Measuring:
             self.pulse.beat()
             self.progress.advance(min(done * ranks.world, total), total)
 
-        with self.progress.stage(f"Answering {total} held-out prompts {when} training", "prompts"):
+        with self.progress.stage(f"Answering {total} held-out prompts {when} training", "prompts", total):
             answers = generate(
                 self.trainer.model,
                 self.tokenizer,

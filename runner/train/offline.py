@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from runner.errors import InterruptedRun, Problem, RunFailedError, RunnerError
+from runner.report import terminal
 from runner.report.problems import dump, print_problems, problems_as_json
 from runner.rundir import RunDir
 from runner.spec import RunSpec
@@ -31,6 +32,7 @@ def main() -> int:
     run = RunDir(options.spec.resolve().parent)
     # SIGTERM, too, ends with what is half done tidied away.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    terminal.guard()
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between a script and its JSON
     console = Console(file=sys.stderr if options.json else out)
     try:

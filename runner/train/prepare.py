@@ -16,6 +16,7 @@ from rich.console import Console
 from runner.data.prepared import remember
 from runner.errors import Problem, RunFailedError, RunnerError
 from runner.paths import cache_dir
+from runner.report import terminal
 from runner.report.problems import dump, print_problems, problems_as_json
 from runner.report.progress import Progress
 from runner.spec import RunSpec
@@ -25,6 +26,7 @@ from runner.train.__main__ import quiet_libraries
 def main() -> int:
     """Exit codes as in runner/errors.py."""
     spec, as_json = RunSpec.model_validate(json.loads(sys.stdin.read())), "--json" in sys.argv
+    terminal.guard()
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between a script and its JSON
     console = Console(file=sys.stderr if as_json else out)
     log = cache_dir() / "prepare.log"

@@ -122,7 +122,7 @@ def work(
     if ranks.main:
         run.write("environment.json", {**facts, "processes": ranks.world})
 
-    with progress.stage("Training", "steps"):
+    with progress.stage("Training", "steps", steps, start):
         trainer.train(resume_from_checkpoint=str(checkpoints.folder(run, start)) if start else None)
     sealer.wait()
     _stop_if_asked(run, stop, trainer.state.global_step, ranks)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from runner.report import terminal
 from runner.report.problems import dump
 from runner.verbs.shared import as_json_option, output_dir_option, spoken
 
@@ -30,6 +31,7 @@ def attach(run_id: str, output_dir: Path, as_json: bool) -> None:
     from runner.execute.attach import attach as go_back
     from runner.rundir import RunDir
 
+    terminal.outlive()
     code = go_back(run_id, output_dir, Console(stderr=as_json))
     _answer(as_json, RunDir(output_dir / Path(run_id).name))
     sys.exit(code)
@@ -53,6 +55,7 @@ def fetch(run_id: str, output_dir: Path, as_json: bool) -> None:
     from runner.execute.attach import fetch as bring
     from runner.rundir import RunDir
 
+    terminal.outlive()
     code = bring(run_id, output_dir, Console(stderr=as_json))
     _answer(as_json, RunDir(output_dir / Path(run_id).name))
     sys.exit(code)
@@ -106,3 +109,5 @@ def logs(run_id: str, follow: bool, lines: int, as_json: bool) -> None:
 
     for line in read(run_id, follow, lines):
         click.echo(dump({"line": line}) if as_json else line)
+        if terminal.lost():  # `| head`: nobody reads on
+            return

@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 
 from runner.errors import RequestError
+from runner.report import terminal
 from runner.report.problems import dump
 from runner.verbs.shared import Arguments, as_json_option, composed, request_of, spoken, stray
 
@@ -65,6 +66,7 @@ def run(
         return
     from runner.compose import compose
 
+    terminal.outlive()
     request = request_of(words, config_dirs)
     composed = None if multirun else compose(request)  # a typo ends here, before all that plans and trains is read
     from runner import launch, sweep
@@ -109,6 +111,7 @@ def resume(
     from runner.execute.manner import Manner
     from runner.rundir import RunDir
 
+    terminal.outlive()
     strays = [stray(word) for word in words if "=" not in word]
     if strays:
         raise RequestError(*strays)
@@ -137,6 +140,7 @@ def join(run_dir: Path, node_address: str | None, node: int | None, attached: bo
     """
     from runner.execute.join import join as take_part
 
+    terminal.outlive()
     code = take_part(run_dir, node_address, node, attached, Console(stderr=as_json))
     if as_json:
         click.echo(dump({"run_dir": str(run_dir), "exit_code": code}))
