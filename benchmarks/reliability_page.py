@@ -31,12 +31,19 @@ What a run keeps and what a pod may cost, whatever happens to them, and how that
   fp32 (tests/test_launch.py).
 - **Ctrl-C and SIGTERM** finish the step, write a checkpoint and exit with 130; every process stops after the same
   step. A measurement is cut short, and made up for by resume. Before the first step and after the last one they end the
-  run at once: everything is saved. So does a second Ctrl-C, always. If the launcher is killed, the kernel tells the
-  workers (PR_SET_PDEATHSIG), and they do the same.
+  run at once: everything is saved. So does a second one, within seconds, always: 3 s later whoever is still there,
+  stopped or busy in C, is killed; a third does not wait. Signals within 0.2 s are one (make and uv pass a terminal's
+  on). If the launcher is killed, the kernel tells the workers (PR_SET_PDEATHSIG), and they do the same.
+- **Who reads what a run says may go**: a closed terminal (SIGHUP), `| head`, a killed `tee`, a full disk under
+  `> file`. The run goes on, its exit code is its own, and `logs/run.log` has every line. A reader that stops reading
+  (Ctrl-S, a pager) is waited for for 20 s, then lines are dropped until it reads again. To stop a run: Ctrl-C, or
+  `kill` its process. Answers of other verbs end quietly where nobody reads on, and with exit code 1 where they cannot
+  be written. (runner/report/terminal.py)
 - **One process fails: all end within seconds**, and the one that failed is named, with its log and, where the cause is
   known (runner/execute/causes.py), the remedy. One that hangs is found by its missing sign of life
   (`train.hang_minutes`; four times that while it starts, loads, or writes a checkpoint or the model), and the stacks of
-  all are kept in `logs/rank<k>.stack.txt`.
+  all are kept in `logs/rank<k>.stack.txt`. Time that nobody lived through, of a suspended laptop or a stopped process,
+  is no silence, and a wall clock that is set changes nothing.
 - **A run has one owner**: `resume` refuses while any of its processes is alive.
 - **A rented pod ends**: what cannot happen with money is in [runpod.md](runpod.md#what-cannot-happen).
 """

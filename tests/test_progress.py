@@ -62,7 +62,9 @@ def test_steps_of_a_minute_have_a_time_left(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_note_is_broken_between_words_and_continued_below_its_words() -> None:
     console = screen(80)
-    note = "Data    120 examples, 9,323 tokens; packed into 120 sequences, 81% full; 40 held out (tokens from the cache)"
+    note = (
+        "Data    120 examples, 9,323 tokens; packed into 120 sequences, 81% full; 40 held out (tokens from the cache)"
+    )
     Progress(console).note(note)
     said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert said == [

@@ -85,6 +85,5 @@ def attend(
     with (run.path / "logs" / name).open("w", encoding="utf-8") as log:
         process = torchrun.start(run, spec, log, stdout, node=node, address=address)
         with supervise.passing_on(process, run, own) as asked:
-            early = asked if torchrun.several(spec) else ()
-            ending = supervise.watch(process, run, spec.train.hang_minutes, own, name, others.lost, early)
+            ending = supervise.watch(process, run, spec.train.hang_minutes, own, name, others.lost, asked)
     return ending, lambda: killer(counts, oom_kills())

@@ -1,4 +1,7 @@
-"""Watches the processes of a run: passes signals on, ends all when one fails, finds one that hangs."""
+"""Watches the processes of a run: passes signals on, ends all when one fails, finds one that hangs.
+
+Seconds are those of the monotonic clock: a wall clock that is set says nothing about a run.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,13 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
+
+from rich.console import Console
 
 from runner.errors import Problem
 from runner.execute.torchrun import MEETING_SECONDS
@@ -21,6 +26,12 @@ from runner.rundir import RunDir, alive
 
 GRACE_SECONDS = 5.0
 """After one process failed, the others may end by themselves; torchrun alone would wait for 30 s."""
+KILL_SECONDS = 3.0
+"""After a second Ctrl-C whoever is still there is killed: one that is stopped, or busy in C, hears no signal."""
+SAME_SECONDS = 0.2
+"""Signals so close together are one Ctrl-C: of the terminal, and of a wrapper that passes it on (make, uv run)."""
+GAP_SECONDS = 10.0
+"""Two looks that lie so far apart: this machine, or this process, was suspended. Otherwise they are 0.5 s apart."""
 STACK_SECONDS = 1.0
 """What SIGUSR1 needs to write the stacks."""
 SLOW = 4
@@ -48,7 +59,7 @@ class Ending:
     stopped: set[int] = field(default_factory=set)
     """Ranks that were ended here because another one had failed: what their end looks like says nothing."""
     interrupted: bool = False
-    """A signal came before there was a process to hand it to, or a second time."""
+    """A signal came before there was a worker to hand it to, or a second time."""
     lost: Problem | None = None
     """What became of another machine, if that is why all were ended."""
 
@@ -89,14 +100,13 @@ def forget(run: RunDir, own: range | None = None) -> None:
 
 def watch(
     process: subprocess.Popen[Any], run: RunDir, hang_minutes: float | None, own: range | None = None,
-    log: str = LAUNCHER_LOG, lost: Callable[[], Problem | None] = lambda: None, asked: Sequence[int] = (),
+    log: str = LAUNCHER_LOG, lost: Callable[[], Problem | None] = lambda: None, asked: Interrupts | None = None,
 ) -> Ending:  # fmt: skip
-    """Until the process has ended, by itself or because one of its processes failed or hangs.
+    """Until the process has ended, by itself or because one of its processes failed or hangs, or `asked` for it twice.
 
-    Where there are several machines: `own` are this one's ranks, and `lost` tells when another one was lost. `asked`
-    are the signals that no worker will answer.
+    Where there are several machines: `own` are this one's ranks, and `lost` tells when another one was lost.
     """
-    began = time.time()
+    asked, silence = asked or Interrupts(), Silence()
     failed_at = over_at = None
     cause: Problem | None = None
     stopped: set[int] = set()
@@ -104,17 +114,20 @@ def watch(
         try:
             code = process.wait(timeout=0.5)
             killed = _signals(run, log)
-            return Ending(code, signs(run, own), None, 0.0, killed, stopped, interrupted=bool(asked), lost=cause)
+            return Ending(code, signs(run, own), None, 0.0, killed, stopped, asked.unanswered, cause)
         except subprocess.TimeoutExpired:
             pass
-        ranks, now = signs(run, own), time.time()
+        ranks, now = signs(run, own), time.monotonic()
+        if asked.urgent(now):
+            _end_all(process, ranks)
+            return Ending(process.wait(), ranks, stopped={sign["rank"] for sign in ranks}, interrupted=True)
         if own and _over(ranks, own):
             over_at = over_at or now
             if now - over_at > GRACE_SECONDS:  # torchrun waits 5 minutes for those of the other machines
                 process.kill()
                 process.wait()
                 return Ending(int(any(sign["state"] == "failed" for sign in ranks)), ranks, lost=cause)
-        broken = any(gone(sign) for sign in ranks) or (own and elsewhere(run, own)) or (asked and not ranks)
+        broken = any(gone(sign) for sign in ranks) or (own and elsewhere(run, own)) or (asked.unanswered and not ranks)
         cause = cause or (None if broken else lost())
         if broken or cause:
             failed_at = failed_at or now
@@ -123,7 +136,7 @@ def watch(
                 if not ranks:
                     process.kill()  # torchrun still waits for the other machines: deaf to signals (in C++)
                 failed_at = now
-        silent = now - max((sign["beat"] for sign in ranks), default=began)
+        silent = silence.seconds(ranks, now)
         if hang_minutes is not None and silent > _patience(ranks, 60 * hang_minutes):
             return _end_hanging(process, ranks, silent, own)
 
@@ -138,19 +151,53 @@ def gone(sign: dict[str, Any]) -> bool:
     return sign["state"] == "failed" or (sign["state"] == "alive" and not alive(sign["pid"]))
 
 
+@dataclass
+class Silence:
+    """How long no process has given a sign of life, of the time that this one has lived through."""
+
+    last: float = field(default_factory=time.monotonic)
+    seen: list[dict[str, Any]] = field(default_factory=list)
+    total: float = 0.0
+
+    def seconds(self, ranks: list[dict[str, Any]], now: float) -> float:
+        """To be asked twice a second. After a gap in that, everybody has as long as ever to give the next sign."""
+        if ranks != self.seen or now - self.last > GAP_SECONDS:
+            self.total = 0.0
+        else:
+            self.total += now - self.last
+        self.last, self.seen = now, ranks
+        return self.total
+
+
+@dataclass
+class Interrupts:
+    """SIGINT and SIGTERM as they came, when."""
+
+    times: list[float] = field(default_factory=list)
+    unanswered: bool = False
+    """No worker will say what became of it: one came before there was any, or a second one ends it without a word."""
+
+    def urgent(self, now: float) -> bool:
+        """The second was some seconds ago, or there was a third."""
+        return len(self.times) > 2 or (len(self.times) > 1 and now - self.times[1] > KILL_SECONDS)
+
+
 @contextmanager
-def passing_on(process: subprocess.Popen[Any], run: RunDir, own: range | None = None) -> Iterator[list[int]]:
+def passing_on(process: subprocess.Popen[Any], run: RunDir, own: range | None = None) -> Iterator[Interrupts]:
     """SIGINT and SIGTERM go to every worker, once each: they live in a session of their own, out of the terminal's
-    reach, where torchrun would hand them on a second time. Gives those that no worker will answer: they came before
-    there was one, or a second time, which ends it without a word."""
-    asked: list[int] = []
-    passed: list[int] = []
+    reach, where torchrun would hand them on a second time."""
+    asked = Interrupts()
 
     def handle(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if asked.times and now - asked.times[-1] < SAME_SECONDS:
+            return
+        asked.times.append(now)
         pids = [sign["pid"] for sign in signs(run, own) if sign["state"] == "alive" and alive(sign["pid"])]
-        if not pids or passed:
-            asked.append(number)
-        passed.extend(pids)
+        asked.unanswered |= not pids or len(asked.times) > 1
+        if pids and len(asked.times) == 1:
+            what = "Stops after this step, with a checkpoint; Ctrl-C again ends the run at once"
+            Console(stderr=True).print(what, highlight=False, soft_wrap=True)
         for pid in pids or [process.pid]:
             _send(pid, number)
 
@@ -175,16 +222,25 @@ def _end_hanging(
         if hasattr(signal, "SIGUSR1"):
             _send(sign["pid"], signal.SIGUSR1)
     time.sleep(STACK_SECONDS)
-    _kill(ranks)
-    if not ranks:
-        process.terminate()  # torchrun takes its workers with it
-    try:
-        process.wait(timeout=GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    _end_all(process, ranks)
+    process.wait()
     nobody = {"rank": own.start if own else 0, "phase": "starting"}
     return Ending(1, ranks, min(ranks, key=lambda s: (s.get("step") or 0, s["beat"]), default=nobody), silent)
+
+
+def _end_all(process: subprocess.Popen[Any], ranks: list[dict[str, Any]]) -> None:
+    """SIGKILL for all, torchrun first, which would name a cause, and those that have not given a sign yet as well."""
+    import psutil  # comes with training, and this is asked only then
+
+    try:
+        below = psutil.Process(process.pid).children(recursive=True)
+    except psutil.Error:
+        below = []
+    process.kill()
+    _kill(ranks)
+    for one in below:
+        with suppress(psutil.Error):
+            one.kill()
 
 
 def _kill(ranks: list[dict[str, Any]]) -> set[int]:

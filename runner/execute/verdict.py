@@ -48,6 +48,8 @@ def judge(run: RunDir, spec: RunSpec, ending: Ending, killer: Callable[[], Kille
         return 1
     if several(spec):
         return _of_several(run, spec, ending, killer)
+    if ending.code < 0 and ending.interrupted:
+        return _interrupted(run)
     if ending.code == -signal.SIGKILL:
         print_problems(Console(stderr=True), report(run, spec, killer()))
         return 1

@@ -19,6 +19,9 @@ from runner.train.keeping import CutShort, Keeping
 from runner.train.peaks import GIB, gpu_in_use
 from runner.train.ranks import Ranks
 
+SAME_SECONDS = 1.0
+"""Two signals so close together are one. Who means it twice is helped by the launcher (execute/supervise.py)."""
+
 
 class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """One line of `metrics.jsonl` per optimiser step, one of `evals.jsonl` per evaluation."""
@@ -115,7 +118,9 @@ class StopEarly(EarlyStoppingCallback):  # type: ignore[misc]  # transformers ha
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second one ends the process at once.
+    """SIGINT or SIGTERM: finish the step, save a checkpoint, stop. A second one ends the process at once, but for one
+    right after the first: what stops a whole service (systemd, Slurm) tells the launcher, who passes it on, and the
+    worker.
 
     A measurement between two steps is cut short. Before the first step and after the last one nothing has to be
     finished: what there is to save is saved. Where there are several processes, a signal to one of them stops all,
@@ -125,6 +130,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers has n
     def __init__(self, ranks: Ranks | None = None) -> None:
         self.ranks = ranks or Ranks()
         self.received: int | None = None
+        self.since = 0.0
         self.training = False
         self.stopping = False
 
@@ -134,9 +140,12 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers has n
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
         if self.received is not None:
-            os._exit(130)
-        self.received = number
+            if now - self.since > SAME_SECONDS:
+                os._exit(130)
+            return
+        self.received, self.since = number, now
         if not self.training:
             raise KeyboardInterrupt
 

@@ -24,7 +24,7 @@ IGNORED = -100  # torch's cross_entropy leaves these labels out
 
 def evaluation(spec: RunSpec, run: RunDir, options: argparse.Namespace, say: Say) -> dict[str, Any]:
     """What was measured, also written to `eval.json`."""
-    began = time.time()
+    began = time.monotonic()
     model, tokenizer = load(spec, run, base=options.base)
     model.eval()
     facts: dict[str, Any] = {"run_id": run.id, "model": "base" if options.base else "tuned"}
@@ -37,7 +37,7 @@ def evaluation(spec: RunSpec, run: RunDir, options: argparse.Namespace, say: Say
         for task, figures in facts["tasks"].items():
             said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if "stderr" not in name)
             say(f"{task}: {said}")
-    facts["seconds"] = time.time() - began
+    facts["seconds"] = time.monotonic() - began
     run.write("eval.json", facts)
     return facts
 

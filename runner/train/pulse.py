@@ -25,6 +25,7 @@ class Pulse(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     def __init__(self, run: RunDir, rank: int) -> None:
         self.file = run.path / "logs" / f"rank{rank}.json"
         self.facts: dict[str, Any] = {"rank": rank, "pid": os.getpid(), "host": socket.gethostname(), "state": "alive"}
+        self.facts["count"] = 0
         self.last = 0.0
         self.stacks: Any = None
 
@@ -40,9 +41,10 @@ class Pulse(TrainerCallback):  # type: ignore[misc]  # transformers has no types
         """Something was done; `phase` and `facts` stay until they are changed."""
         changed = phase is not None and phase != self.facts.get("phase")
         self.facts |= facts | ({"phase": phase} if phase else {})
-        moment = time.time()
+        moment = time.monotonic()
         if now or changed or moment - self.last >= EVERY_SECONDS:
-            self.last = self.facts["beat"] = moment
+            self.last, self.facts["beat"] = moment, time.time()
+            self.facts["count"] += 1  # also where the wall clock stands still or goes back
             temporary = self.file.with_suffix(".tmp")
             temporary.write_text(json.dumps(self.facts), "utf-8")
             temporary.replace(self.file)

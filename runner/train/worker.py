@@ -48,7 +48,7 @@ def work(
 
     Every state the run enters is in `status.json` before its work begins.
     """
-    began = time.time()
+    began = time.monotonic()
     ranks = ranks or Ranks()
     pulse = pulse or Pulse(run, ranks.rank)
 
@@ -58,7 +58,7 @@ def work(
             run.set_status(state, **facts)
 
     spent = run.spent()  # by its earlier starts
-    enter("loading", started=began, spent=spent)
+    enter("loading", started=time.time(), spent=spent)
     start = _start(run, progress, ranks)
     peaks = Peaks(spec.hw.accelerator == "cuda")
     if spec.hw.accelerator == "cpu" and spec.hw.num_cpus:
@@ -148,7 +148,7 @@ def work(
         "parameters": methods.describe_trainable(trainer.model)[:2],
         "examples": rows[0].num_examples,
     }
-    summary = summary_of(spec, run, trained, measuring.first, after, spent + time.time() - began, peaks.as_dict())
+    summary = summary_of(spec, run, trained, measuring.first, after, spent + time.monotonic() - began, peaks.as_dict())
     plot_loss(run, summary)
     run.write("summary.json", summary)
     run.set_status("done", exit_code=0, step=trainer.state.global_step)
