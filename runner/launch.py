@@ -17,7 +17,7 @@ from runner import resume as resuming
 from runner.compose import compose, source_finder
 from runner.data import pipeline
 from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
-from runner.execute import local
+from runner.execute import inherited, local
 from runner.execute.manner import PLAINLY, Manner
 from runner.execute.torchrun import MEETING_SECONDS
 from runner.invocation import typed
@@ -181,7 +181,8 @@ def begin(
         say(f"Plan    {in_one_line(planned.as_dict())}")
         if planned.deepspeed is not None:
             directory.write("deepspeed.json", planned.deepspeed)
-    for note in [*notes, *_waits_for(directory, spec)]:
+    left = [] if spec.where.name == "runpod" else inherited.notes()
+    for note in [*notes, *left, *_waits_for(directory, spec)]:
         say(f"Note    {typed(note)}")
     if spec.where.name == "runpod":
         outcome: local.Outcome = _rented().execute(directory, spec, quiet_stdout=as_json, manner=manner)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from runner import checkpoints
 from runner.errors import Problem, RequestError
-from runner.execute.offline import ENVIRONMENT
+from runner.execute.offline import environment
 from runner.report.summary import shown
 from runner.rundir import ACTIVE, RunDir, all_runs
 from runner.spec import Reward, RunSpec
@@ -32,7 +31,7 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
         str(max_new_tokens),
     ]
     command += ["--base"] * base + ["--json"] * as_json + (["--prompt", prompt] if prompt is not None else [])
-    return subprocess.call(command, env={**ENVIRONMENT, **os.environ})
+    return subprocess.call(command, env=environment())
 
 
 def unfinished(run: RunDir, instead: str | None = None) -> RequestError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from runner.errors import CannotRunError, Problem, RequestError
 from runner.execute.chat import find, says_words, unfinished
-from runner.execute.offline import ENVIRONMENT, MODULE
+from runner.execute.offline import MODULE, environment
 from runner.invocation import install
 from runner.spec import RunSpec
 
@@ -46,4 +45,4 @@ def evaluate(run_dir: Path, wanted: Wanted, as_json: bool) -> int:
         value = getattr(wanted, option)
         words += [f"--{option.replace('_', '-')}", str(value)] if value is not None else []
     command = [sys.executable, "-m", MODULE, "eval", str(run.spec_file), *words]
-    return subprocess.call(command, env={**ENVIRONMENT, **os.environ})
+    return subprocess.call(command, env=environment())

@@ -11,6 +11,7 @@ from importlib import util
 from pathlib import Path
 
 from runner.errors import CannotRunError, Problem, RequestError, RunFailedError
+from runner.execute import inherited
 from runner.folders import unfinished
 from runner.invocation import install
 from runner.rundir import RunDir
@@ -20,6 +21,11 @@ MODULE = "runner.train.offline"
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
 
 
+def environment() -> dict[str, str]:
+    """What a process finds that is no run: one, wherever another launcher placed this one."""
+    return {**ENVIRONMENT, **inherited.cleaned(os.environ)}
+
+
 def produce(verb: str, run: RunDir, target: Path, *arguments: str) -> int:
     """Have `verb` write `target` from the run; its exit code. Nothing of a killed one is left.
 
@@ -27,7 +33,7 @@ def produce(verb: str, run: RunDir, target: Path, *arguments: str) -> int:
     """
     _check(target)
     command = [sys.executable, "-m", MODULE, verb, str(run.spec_file), "--out", str(target), *arguments]
-    worker = subprocess.Popen(command, env={**ENVIRONMENT, **os.environ})
+    worker = subprocess.Popen(command, env=environment())
     previous = signal.signal(signal.SIGTERM, lambda number, frame: worker.send_signal(number))
     try:
         code = _wait(worker)

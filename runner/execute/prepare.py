@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
-from runner.execute.offline import ENVIRONMENT
+from runner.execute.offline import environment
 from runner.inputs import check_read
 from runner.spec import RunSpec
 
@@ -16,5 +15,4 @@ def prepare(spec: RunSpec, as_json: bool) -> int:
     for note in check_read(spec):
         print(f"Note    {note}", file=sys.stderr)
     command = [sys.executable, "-m", "runner.train.prepare", *["--json"] * as_json]
-    env = {**ENVIRONMENT, **os.environ}
-    return subprocess.run(command, input=spec.model_dump_json(), text=True, env=env).returncode
+    return subprocess.run(command, input=spec.model_dump_json(), text=True, env=environment()).returncode

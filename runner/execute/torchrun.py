@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from runner.execute import network
+from runner.execute import inherited, network
 from runner.plan.start import CPU_ENV, LOCALHOST, MEETING_SECONDS, arguments, several, variables
 from runner.rundir import RunDir
 from runner.spec import RunSpec
@@ -60,7 +60,7 @@ def command(run: RunDir, spec: RunSpec, node: int = 0) -> list[str]:
 
 
 def environment(spec: RunSpec, address: str | None = None) -> dict[str, str]:
-    """This process's over our own defaults, under what the hardware profile sets.
+    """This process's over our own defaults, under what the hardware profile sets; without places of other launchers.
 
     `address` is this machine's own towards the others, where several are not to find it by themselves.
     """
@@ -71,7 +71,7 @@ def environment(spec: RunSpec, address: str | None = None) -> dict[str, str]:
     found = network.interface(str(hw.rendezvous), address) if hw.num_nodes > 1 else None
     if found is not None:
         own["GLOO_SOCKET_IFNAME"] = found
-    return {**own, **os.environ, **hw.env}
+    return {**own, **inherited.cleaned(os.environ), **hw.env}
 
 
 def die_with_parent(parent: int | None = None) -> None:

@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 
 from runner.errors import RequestError
+from runner.execute import inherited
 from runner.report import terminal
 from runner.report.problems import dump
 from runner.verbs.shared import Arguments, as_json_option, composed, request_of, spoken, stray
@@ -67,6 +68,7 @@ def run(
     from runner.compose import compose
 
     terminal.outlive()
+    inherited.check()
     request = request_of(words, config_dirs)
     composed = None if multirun else compose(request)  # a typo ends here, before all that plans and trains is read
     from runner import launch, sweep
@@ -112,6 +114,7 @@ def resume(
     from runner.rundir import RunDir
 
     terminal.outlive()
+    inherited.check()
     strays = [stray(word) for word in words if "=" not in word]
     if strays:
         raise RequestError(*strays)
