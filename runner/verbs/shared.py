@@ -114,8 +114,8 @@ def stray(word: str, first: bool = False) -> Problem:
     if word.endswith(".json"):
         return Problem(f"{word}: a run starts from one file", "command line", "name one of them")
     if "/" in word:
-        near = "correct it" if word.startswith("/") else f"the path is relative to {Path.cwd()}"
-        return Problem(f"there is no file or folder {word}", "command line", near)
+        why = "correct it" if word.startswith("/") else f"the path is relative to {Path.cwd()}"
+        return Problem(f"there is no file or folder {word}", "command line", why)
     choices = {name: f"{group}={name}" for group in catalogue.GROUPS for name in catalogue.options(group)}
     choices |= {name: f"recipe={name}" for name in catalogue.recipes()}
     if first and word not in choices and (verb := _MEANT.get(word) or nearest(word, list(VERBS), cutoff=0.7)):
