@@ -35,7 +35,7 @@ from runner.problems import SourceOf, validated
 from runner.provenance import Origin, of_file, shown
 from runner.request import COMMAND_LINE, Checked, Request, check, for_hydra
 from runner.spec import RunSpec
-from runner.suggest import known_keys, nearest_key
+from runner.suggest import default_of, known_keys, nearest_key
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -227,6 +227,10 @@ def _resolved(config: DictConfig, source_of: SourceOf) -> _Composed:
             assert isinstance(values, dict)
             return _Composed({str(k): v for k, v in values.items()}, [*dangling.values()], frozenset(dangling))
         except OmegaConfBaseException as error:
+            target = _target(error)
+            if target and (default := default_of(target)) is not None:  # an interpolation sees the schema's, too
+                OmegaConf.update(config, target, default)
+                continue
             key = str(error.full_key).split("[")[0]
             dangling[key] = _dangling(key, error, source_of)
             parent, _, leaf = key.rpartition(".")
@@ -237,13 +241,18 @@ def _dangling(key: str, error: OmegaConfBaseException, source_of: SourceOf) -> P
     """A key whose interpolation cannot be followed, or that was left open with `???`."""
     if isinstance(error, MissingMandatoryValue):
         return Problem(f"{key} is missing", source_of(key), f"write {key}=…")
-    what = str(error).split("\n", 1)[0]
-    target = re.search(r"key '(.+)' not found", what)
-    near = nearest_key(target[1]) if target and target[1] not in known_keys() else None
+    what, target = str(error).split("\n", 1)[0], _target(error)
+    near = nearest_key(target) if target and target not in known_keys() else None
     remedy = (
         f"did you mean ${{{near}}}?" if near else "write the value itself: no file of this run sets what it refers to"
     )
     return Problem(f"{key}: {what[:1].lower()}{what[1:]}", source_of(key), remedy)
+
+
+def _target(error: OmegaConfBaseException) -> str | None:
+    """The key to which an interpolation leads, where no file sets it."""
+    found = re.search(r"key '(.+)' not found", str(error).split("\n", 1)[0])
+    return found[1] if found else None
 
 
 @contextmanager

@@ -74,6 +74,16 @@ def known_keys() -> Collection[str]:
     return _annotations().keys()
 
 
+def default_of(key: str) -> Any:
+    """The value of a key that nothing sets; None for one that is unknown, has to be set, or is null then."""
+    group, _, leaf = key.partition(".")
+    field = RunSpec.model_fields.get(group)
+    for part in parts_of(field.annotation) if field else ():
+        if (found := part.model_fields.get(leaf)) and not found.is_required():
+            return found.get_default(call_default_factory=True)
+    return None
+
+
 def allowed_words(key: str) -> list[str]:
     """What may be written after `key=` where only certain words may: `auto`, `true`, `cosine`."""
     return [word for annotation in _annotations().get(key, []) for word in _words(annotation)]

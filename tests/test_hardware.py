@@ -45,8 +45,6 @@ def machine_with(*gpus: Gpu) -> Machine:
 def test_every_file_validates_and_is_named_after_itself(name: str) -> None:
     spec = spec_of(name)
     assert spec.name == name
-    assert spec.title
-    assert len(spec.aliases) >= 2
 
 
 def test_nobody_can_mean_two_machines() -> None:
