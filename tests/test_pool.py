@@ -15,7 +15,7 @@ import pytest
 
 from runner import checkpoints
 from runner.cloud.ledger import Entry, Ledger
-from runner.rundir import RunDir, all_runs
+from runner.rundir import RunDir, alive, all_runs
 from tests.conftest import ROOT
 from tests.emulated import Emulator, emulator, needs_sshd
 from tests.front import here, laptop, runner
@@ -160,13 +160,20 @@ def test_a_launcher_that_is_killed_while_a_pod_is_parked(typed: Sweep, by_hand: 
 
 
 @needs_sshd
-def test_runs_of_a_sweep_whose_process_is_killed_come_home(typed: Sweep) -> None:
-    process = typed.sweep("train.learning_rate=1e-3,2e-3,3e-3,4e-3", "sweep.max_pods=2", "train.max_steps=60")
+def test_processes_of_a_sweep_that_is_killed_end_with_it_and_their_pods_are_nobodys(typed: Sweep) -> None:
+    process = typed.sweep("train.learning_rate=1e-3,2e-3,3e-3,4e-3", "sweep.max_pods=2", *LONG)
     until(lambda: sum(len(list(run.metrics())) >= 3 for run in typed.runs) == 2, 300)
+    owners = {entry.pid for entry in typed.entries()}
+    assert len(owners) == 2 and process.pid not in owners
     process.kill()
-    until(lambda: typed.emulator.pods() == {}, 120)
-    process.communicate(timeout=30)  # its children have let go of its output: they are gone
-    assert len(typed.runs) == 2 and all((run.path / "model").is_dir() for run in typed.runs)
+    process.wait()
+    until(lambda: not any(map(alive, owners)), 5)
+    assert len(typed.emulator.pods()) == 2  # their agents listen for a launcher
+    assert (
+        len(json.loads(ended(typed.verb("pods", "reap", "--all", "--yes", "--json"))[1].partition("pod ")[0])["ended"])
+        == 2
+    )
+    assert typed.emulator.pods() == {} and typed.rented() == 2 and len(typed.runs) == 2
 
 
 @needs_sshd

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -84,6 +86,7 @@ class Api:
         headers = {"Authorization": f"Bearer {api_key()}", "Accept": "text/event-stream"}
         silence = LOG_SILENCE_S if follow else 2.0
         last: str | None = None
+        end = math.inf if follow else time.monotonic() + LOG_SILENCE_S
         while True:
             try:
                 more = headers | ({"Last-Event-ID": last} if last else {})
@@ -92,7 +95,7 @@ class Api:
                     if answer.status_code >= 400:
                         self.pod(pod_id)  # says what is wrong in words
                         raise ApiDownError(Problem(f"RunPod: logs of pod {pod_id}: it answers {answer.status_code}"))
-                    for line in map(str, answer.iter_lines(decode_unicode=True)):
+                    for line in _lines(answer, end):
                         if line.startswith("id: "):
                             last = line[4:]
                         elif line.startswith("data: "):
@@ -216,6 +219,16 @@ class Api:
             cursor = following
         # A list that is not whole would make pods look gone that are not.
         raise ApiDownError(Problem(f"RunPod: GET {path}: its pages do not end", None, "try again later"))
+
+
+def _lines(answer: Any, end: float) -> Iterator[str]:
+    """Lines as they come, until `end` (monotonic): a line that drips never comes to its own end."""
+    rest = b""
+    for block in answer.iter_content(64):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from (line.decode(errors="replace").rstrip("\r") for line in lines)
+        if time.monotonic() > end:
+            return
 
 
 def _entries(raw: Any, name: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 from runner.cloud import problems
 from runner.cloud.account import api_key
 from runner.cloud.problems import NoBalanceError, NoCapacityError, RefusedError, UnclearError, WrongKeyError
-from runner.cloud.transport import FULL, POOR
+from runner.cloud.transport import FULL, POOR, bounded
 from runner.cloud.wanted import WORKSPACE, PodRequest
 from runner.errors import Problem
 
@@ -25,7 +25,7 @@ def rent(wanted: PodRequest) -> str:
     from runpod.error import AuthenticationError, QueryError
 
     try:
-        answer = run_graphql_query(MUTATION, api_key=api_key(), variables={"input": _input(wanted)})
+        answer = bounded(lambda: run_graphql_query(MUTATION, api_key=api_key(), variables={"input": _input(wanted)}))
         return str(answer["data"]["podRentInterruptable"]["id"])
     except AuthenticationError as error:
         raise WrongKeyError(problems.wrong_key(str(error))) from None

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from runner.cloud import problems
 from runner.cloud.account import api_key, base_url, pace
@@ -27,7 +29,9 @@ from runner.cloud.problems import (
 from runner.errors import CannotRunError, Problem, RunnerError
 from runner.invocation import install
 
-TIMEOUT_S = 30.0
+T = TypeVar("T")
+TIMEOUT_S = 30.0  # between two bytes
+TOTAL_S = 60.0  # to the last byte, however slowly they come
 TRIES = 5
 PAUSE_S = 1.0  # before the second try; doubled each time: 1 + 2 + 4 + 8 = 15 s in all
 TOO_OFTEN = 429
@@ -100,7 +104,11 @@ def _once(method: str, path: str, params: Any, json: Any) -> Any:
         what = "where=runpod needs RunPod's SDK, which is not installed"
         raise CannotRunError(Problem(what, None, install("cloud"))) from None
     try:
-        return run_rest_request(method, _prefixed(path), api_key=api_key(), params=params, json=json, timeout=TIMEOUT_S)
+        return bounded(
+            lambda: run_rest_request(
+                method, _prefixed(path), api_key=api_key(), params=params, json=json, timeout=TIMEOUT_S
+            )
+        )
     except AuthenticationError as error:
         raise WrongKeyError(problems.wrong_key(str(error).rstrip("."))) from None
     except QueryError as error:
@@ -111,6 +119,34 @@ def _once(method: str, path: str, params: Any, json: Any) -> Any:
         again = _Again(_reason(error))
         again.undone = again.problems[0].what.startswith(base_url())
         raise again from None
+    except RunnerError:
+        raise
+    except Exception as error:  # whatever else an answer can be: nested a thousand times, a number of 5000 digits
+        raise _Again(f"the answer cannot be read ({type(error).__name__})") from None
+
+
+def bounded(call: Callable[[], T], seconds: float | None = None) -> T:
+    """What a call returns or raises; TimeoutError after so long, `TOTAL_S` by default.
+
+    A socket's own timeout begins anew with every byte. The call goes on in a thread that nobody waits for.
+    """
+    found: list[T] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(call())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(TOTAL_S if seconds is None else seconds)
+    for error in failed:
+        raise error
+    if not found:
+        raise TimeoutError("timed out: no whole answer in time")
+    return found[0]
 
 
 def _prefixed(path: str) -> str:

@@ -21,13 +21,12 @@ from functools import cache
 from pathlib import Path
 from types import FrameType
 
+from runner.execute.torchrun import die_with_parent
 from runner.report.labelled import Labelled
 from runner.rundir import alive
 from runner.spec import RunSpec
 
 Task = Callable[[RunSpec, int], float]
-_AT_WORK = threading.Lock()
-"""Held while this process, which is not the sweep's, does a point."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Points:
             if here:
                 return task(spec, index)
             _leave_with(self.owner)
-            with _AT_WORK, _apart(f"[{index + 1}] "):
+            with _apart(f"[{index + 1}] "):
                 # A Ctrl-C reaches it from here on; one that came before has left its mark.
                 return math.nan if self.stopped else task(spec, index)
         except KeyboardInterrupt:
@@ -115,14 +114,15 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 @cache
 def _leave_with(owner: int) -> None:
-    """Once the sweep's process is gone, and the point that is at work is over, end this one: joblib's would wait for
-    ever for their next task."""
+    """End this process as soon as the sweep's is gone, however it ended: joblib's live on, and would rent pods in place
+    of those that somebody ends. Their own pods are then nobody's: they end themselves, and `pods reap --all` ends them.
+    """
+    die_with_parent(owner, signal.SIGKILL)
 
-    def wait() -> None:
+    def wait() -> None:  # where the kernel does not tell: macOS
         while alive(owner):
-            time.sleep(1)
-        with _AT_WORK:
-            os._exit(1)
+            time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
 

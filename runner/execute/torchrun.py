@@ -74,15 +74,15 @@ def environment(spec: RunSpec, address: str | None = None) -> dict[str, str]:
     return {**own, **inherited.cleaned(os.environ), **hw.env}
 
 
-def die_with_parent(parent: int | None = None) -> None:
-    """Ask the kernel for SIGTERM when the parent is gone (Linux; prctl(2), PR_SET_PDEATHSIG): a run whose launcher was
+def die_with_parent(parent: int | None = None, number: int = signal.SIGTERM) -> None:
+    """Ask the kernel for a signal when the parent is gone (Linux; prctl(2), PR_SET_PDEATHSIG): a run whose launcher was
     killed saves a checkpoint and ends, instead of going on unseen.
 
     Called in the new process; it ends at once if `parent` (by default torchrun, for its workers) is gone already.
     """
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(1, number)
     orphan = os.getppid() != parent if parent is not None else LAUNCHED and not _is_torchrun(os.getppid())
     if orphan:
         os._exit(1)
