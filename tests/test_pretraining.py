@@ -114,6 +114,34 @@ def test_the_next_run_takes_what_is_there(quickstart: Path) -> None:
     assert "there already" not in (quickstart / "out.txt").read_text("utf-8")
 
 
+def test_another_corpus_is_refused_before_the_run_and_anew_makes_a_tokenizer_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("abc", "xyz"):
+        letters = (" ".join((letter + name) * 3 for letter in name * 4) + f" {n}\n" for n in range(60))
+        (tmp_path / f"{name}.txt").write_text("".join(letters))
+    words = (*SMALL, "data=file", "data.path=abc.txt", "objective.take=null", "train.max_steps=1")
+    progress = Progress(Console(file=io.StringIO()))
+    prepared(spec_of(*words), progress)
+    bundle = tmp_path / "artifacts" / "tokenizer" / "small" / "bundle.json"
+    first = json.loads(bundle.read_text("utf-8"))
+    spec_of(*words)
+    other = tuple(word.replace("abc.txt", "xyz.txt") for word in words)
+    with pytest.raises(RequestError) as caught:
+        spec_of(*other)
+    (problem,) = caught.value.problems
+    assert problem.what == "datasets/train/small was made with another source (abc.txt, now xyz.txt)"
+    assert "objective.shards=anew" in str(problem.remedy) and "objective.experiment=NAME" in str(problem.remedy)
+    prepared(spec_of(*other, "objective.shards=anew"), progress)
+    second = json.loads(bundle.read_text("utf-8"))
+    assert second["settings"]["fingerprint"] != first["settings"]["fingerprint"]
+    spec_of(*other)
+    bundle.write_text(json.dumps(first))  # shards were deleted and made of xyz.txt, its tokenizer stayed
+    with pytest.raises(RequestError, match="tokenizer/small was trained on shards with another source"):
+        spec_of(*other)
+
+
 def test_missing_shards_stop_the_run_at_composition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RequestError) as caught:

@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from runner.data import sharder
+from runner.data import digest, sharder
 from runner.data.documents import documents
 from runner.data.workspace import Workspace, is_whole, manifest_of, workspace_of
 from runner.errors import RequestError
@@ -118,6 +118,61 @@ def test_what_is_there_is_reused_made_anew_or_in_the_way(tmp_path: Path, corpus:
     assert "was begun with another mode, take" in str(caught.value)
 
 
+@pytest.mark.parametrize("change", ["rows", "longer", "field", "held", "sources", "hub", "mode"])
+def test_shards_of_other_documents_are_refused_with_the_ways_out(tmp_path: Path, corpus: DataSpec, change: str) -> None:
+    file, held = Path(str(corpus.path)), tmp_path / "held.txt"
+    held.write_text("held out\n")
+    corpus = DataSpec(path=str(file), eval_path=str(held))
+    _, first = made(tmp_path, corpus)
+    moved = file.rename(tmp_path / "moved.txt")
+    corpus = DataSpec(path=str(moved), eval_path=str(held))
+    assert made(tmp_path, corpus)[1].train == first.train  # moved, and the same
+    lines, knobs = moved.read_text().splitlines(keepends=True), {}
+    match change:
+        case "rows":
+            moved.write_text("".join([lines[0].replace("0", "9"), *lines[1:]]))
+        case "longer":
+            moved.write_text("".join([*lines, "one more\n"]))
+        case "field":
+            corpus = corpus.model_copy(update={"text_field": "body"})
+        case "held":
+            held.write_text("other\n")
+        case "sources":
+            corpus = DataSpec.model_validate({"sources": [{"path": str(moved), "weight": 2}], "eval_path": str(held)})
+        case "hub":
+            corpus = DataSpec(source="hub", id="org/rows", eval_split="test")
+        case "mode":
+            knobs = {"mode": "smoke"}
+    with pytest.raises(RequestError) as caught:
+        made(tmp_path, corpus, **knobs)
+    (problem,) = caught.value.problems
+    assert "was made with another " + ("mode, take" if change == "mode" else "source") in problem.what
+    assert "objective.shards=anew" in str(problem.remedy) and "objective.experiment=NAME" in str(problem.remedy)
+    assert made(tmp_path, corpus, shards="reuse", **knobs)[1].train == first.train
+    if change not in ("hub", "field"):
+        again = made(tmp_path, corpus, shards="anew", **knobs)[1]
+        assert again.made and (again.train["shards"] != first.train["shards"] or change in ("held", "sources", "mode"))
+
+
+def test_another_seed_or_size_of_shards_is_said(tmp_path: Path, corpus: DataSpec) -> None:
+    place, first = made(tmp_path, corpus)
+    said: list[str] = []
+    objective = Pretrain(experiment="e", root=str(tmp_path / "work"), lines_per_shard=7)
+    assert sharder.shard(place, objective, corpus, 5, said.append).train == first.train
+    assert "made with another lines_per_shard, seed than asked for now" in said[0]
+
+
+def test_a_large_corpus_is_told_apart_by_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest, "WHOLE_BYTES", 0)
+    file = tmp_path / "large.txt"
+    file.write_bytes(b"a" * 20_000_000)
+    before = digest.of_files([str(file)])
+    assert digest.of_files([str(file)]) == before
+    for content in (b"a" * 20_000_001, b"a" * 19_999_999 + b"b", b"b" + b"a" * 19_999_999):
+        file.write_bytes(content)
+        assert digest.of_files([str(file)]) != before
+
+
 @pytest.mark.parametrize("mix", ["concat", "weights", "until_exhausted"])
 def test_several_sources_are_mixed_and_a_cut_changes_nothing(mix: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("".join(f"a {n}\n" for n in range(30)))
@@ -142,9 +197,9 @@ def test_several_sources_are_mixed_and_a_cut_changes_nothing(mix: str, tmp_path:
     said: list[str] = []
     objective = Pretrain(experiment="e", root=str(tmp_path / "work"))
     other = data.model_copy(update={"mix": "concat" if mix != "concat" else "weights"})
-    assert not sharder.shard(place, objective, other, 5, said.append).made
-    (line,) = said
-    assert "made with another source, mode, val_ratio" in line and "objective.shards=anew" in line
+    with pytest.raises(RequestError, match="made with another source, mode, val_ratio") as caught:
+        sharder.shard(place, objective, other, 5, said.append)
+    assert "objective.shards=anew" in str(caught.value.problems[0].remedy) and not said
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl.zst", "csv", "txt.bz2"])

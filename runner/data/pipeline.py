@@ -7,7 +7,7 @@ from pathlib import Path
 from runner.data import tokenizer
 from runner.data.files import is_url
 from runner.data.lengths import DataLengths
-from runner.data.sharder import missing
+from runner.data.sharder import Settings, check_same, missing, other, settings_of
 from runner.data.sources import files_of
 from runner.data.tokens import CHARS_PER_TOKEN
 from runner.data.workspace import Workspace, is_whole, manifest_of, workspace_of
@@ -26,6 +26,11 @@ def check(spec: RunSpec) -> None:
             raise RequestError(missing(place))
         if spec.data.source == "file":
             _check_corpus(spec.data)
+    elif place is not None and objective.shards == "auto":
+        settings = settings_of(objective, spec.data, spec.train.seed)
+        check_same(place, settings)
+        if spec.model.from_scratch and not objective.tokenizer:
+            check_trained(place, settings)
     folder = tokenizer_of(spec, objective, place)
     if folder is not None and (objective.tokenizer or (folder / "tokenizer.json").is_file()):
         check_tokenizer(spec, folder)
@@ -46,6 +51,13 @@ def tokenizer_of(spec: RunSpec, objective: Pretrain, place: Workspace | None) ->
         return Path(objective.tokenizer).expanduser()
     assert place is not None  # a rule across parts: without an experiment a tokenizer is named
     return place.tokenizer
+
+
+def check_trained(place: Workspace, settings: Settings) -> None:
+    """RequestError for a tokenizer of the experiment that was trained on other documents."""
+    known = tokenizer.facts_of(place.tokenizer).get("settings", {})
+    if changed := settings.differ(known):
+        raise RequestError(other(f"{place.tokenizer} was trained on shards with another {changed}", known, settings))
 
 
 def check_tokenizer(spec: RunSpec, folder: Path) -> None:

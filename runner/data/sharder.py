@@ -13,11 +13,12 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.data import digest
 from runner.data.documents import documents
 from runner.data.workspace import Workspace, has_lost, is_whole, manifest_of
 from runner.errors import Problem, RequestError
@@ -29,17 +30,32 @@ TELL_EVERY = 20_000
 """Documents between two lines of progress."""
 
 
+CONTENT = ("fingerprint", "mode", "val_ratio", "take")
+"""Settings that decide which documents are learned from."""
+OTHERS = ("lines_per_shard", "gzip", "seed")
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What decides which document lies in which shard; kept in the manifest."""
+    """What decides which document lies in which shard; kept in the manifest, and with the tokenizer."""
 
     source: str
+    """As it is called; what it holds is in `fingerprint`."""
+    fingerprint: str
     mode: str
     val_ratio: float | None
     lines_per_shard: int
     take: int | None
     gzip: bool
     seed: int
+
+    def differ(self, known: dict[str, Any], keys: Sequence[str] = CONTENT) -> str:
+        """Names of the settings that others were made with; empty where they were the same."""
+        own = asdict(self)
+        if "fingerprint" not in known:  # of an earlier version
+            keys = ["source" if key == "fingerprint" else key for key in keys]
+        changed = [key for key in keys if known and known.get(key) != own[key]]
+        return ", ".join("source" if key == "fingerprint" else key for key in changed)
 
 
 @dataclass(frozen=True)
@@ -89,8 +105,8 @@ class _Shards:
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(self.folder / name)
-            digest = hashlib.sha256(content).hexdigest()
-            shard = {"file": name, "lines": len(self.lines), "bytes": len(content), "sha256": digest}
+            checksum = hashlib.sha256(content).hexdigest()
+            shard = {"file": name, "lines": len(self.lines), "bytes": len(content), "sha256": checksum}
             self.manifest["shards"].append(shard)
             self.lines = []
         shards = self.manifest["shards"]
@@ -102,13 +118,19 @@ class _Shards:
 
 
 def settings_of(objective: Pretrain, data: DataSpec, seed: int) -> Settings:
-    """`take` and `val_ratio` as the mode means them."""
+    """`take` and `val_ratio` as the mode means them; RequestError where a file of the source is gone."""
     source = {"pydoc": "pydoc", "hub": f"{data.id}:{data.subset}:{data.split}"}.get(data.source, str(data.path))
     if data.sources:
         source = json.dumps([data.mix, *(one.model_dump(exclude_defaults=True) for one in data.sources)])
     take = objective.take or (SMOKE_DOCUMENTS if objective.mode == "smoke" else None)
     ratio = objective.val_ratio if objective.mode == "split" and not _own_val(data) else None
-    return Settings(source, objective.mode, ratio, objective.lines_per_shard, take, objective.gzip, seed)
+    try:
+        fingerprint = digest.of_documents(data)
+    except OSError as error:
+        what = f"{error.filename} cannot be read: {error.strerror}"
+        remedy = "correct it, or write objective.shards=reuse to take the shards that are there"
+        raise RequestError(Problem(what, "data.path", remedy)) from None
+    return Settings(source, fingerprint, objective.mode, ratio, objective.lines_per_shard, take, objective.gzip, seed)
 
 
 def shard(
@@ -116,17 +138,20 @@ def shard(
     beat: Callable[[], None] = lambda: None,
 ) -> Sharded:  # fmt: skip
     """Make what is missing; RequestError where shards of other settings are in the way, or where nothing was read."""
+    if objective.shards == "reuse" and is_whole(place.train):  # whatever they were made of
+        return Sharded(manifest_of(place.train), manifest_of(place.val) or None, False)
     settings = settings_of(objective, data, seed)
     if objective.shards == "anew":
         for folder in (place.train, place.val):
             shutil.rmtree(folder, ignore_errors=True)
     if is_whole(place.train):
-        if changed := _changed(place.train, settings):
+        check_same(place, settings)
+        if changed := settings.differ(_settings(place.train), OTHERS):
             say(f"Shards  made with another {changed} than asked for now; objective.shards=anew makes them again")
         return Sharded(manifest_of(place.train), manifest_of(place.val) or None, False)
     if objective.shards == "reuse":
         raise RequestError(missing(place))
-    _check_same(place, settings)
+    check_same(place, settings, (*CONTENT, *OTHERS))
     for folder in (place.train, place.val):
         if has_lost(folder):  # which documents were in it is known by number only: all are done again
             say(f"Shards  some of {folder} are gone: made again")
@@ -174,18 +199,26 @@ def missing(place: Workspace) -> Problem:
     return Problem(what, "objective.shards=reuse", "write objective.shards=auto to make them")
 
 
-def _check_same(place: Workspace, settings: Settings) -> None:
+def check_same(place: Workspace, settings: Settings, keys: Sequence[str] = CONTENT) -> None:
+    """RequestError where the shards there, or the tokenizer, belong to other documents."""
     for folder in (place.train, place.val):
-        if changed := _changed(folder, settings):
-            what = f"{folder} was begun with another {changed}"
-            remedy = "write objective.shards=anew, or another objective.experiment"
-            raise RequestError(Problem(what, "objective.experiment", remedy))
+        known = _settings(folder)
+        if changed := settings.differ(known, keys):
+            begun = "made" if is_whole(folder) else "begun"
+            raise RequestError(other(f"{folder} was {begun} with another {changed}", known, settings))
 
 
-def _changed(folder: Path, settings: Settings) -> str:
-    """Names of the settings with which the shards there were not made; empty where there are none."""
-    known = manifest_of(folder).get("settings", {})
-    return ", ".join(key for key, value in asdict(settings).items() if known and known.get(key) != value)
+def other(what: str, known: dict[str, Any], settings: Settings) -> Problem:
+    """Shards or a tokenizer that belong to other documents, with the ways out."""
+    before, now = str(known.get("source", settings.source)), settings.source
+    names = f" ({before}, now {now})" if before != now and not (before + now).count("[") else ""  # no lists of sources
+    remedy = "write objective.shards=anew to make shards and tokenizer again, or another objective.experiment=NAME"
+    return Problem(f"{what}{names}", "objective.experiment", remedy)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    found = manifest_of(folder).get("settings", {})
+    return found if isinstance(found, dict) else {}
 
 
 def _numbered(

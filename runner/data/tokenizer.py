@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.data.sharder import lines_of
+from runner.data.workspace import manifest_of
 from runner.errors import Problem, RequestError
 from runner.folders import whole
 
@@ -34,6 +35,7 @@ def train(shards: Path, target: Path, vocab_size: int) -> dict[str, Any]:
     )
     tokenizer.train_from_iterator(_text(shards), trainer)
     facts = {"vocab_size": tokenizer.get_vocab_size(), "wanted": vocab_size, "trained_on": str(shards)}
+    facts["settings"] = manifest_of(shards).get("settings", {})
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole(target) as folder:
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -47,6 +49,15 @@ def train(shards: Path, target: Path, vocab_size: int) -> dict[str, Any]:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         (folder / "bundle.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     return facts
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What `train` has noted about a tokenizer; empty for any other."""
+    try:
+        content = json.loads((folder / "bundle.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def size_of(folder: Path) -> int:

@@ -31,7 +31,7 @@ class Pretrain(Part):
     root: str | None = None
     """Folder that holds `datasets/`, `artifacts/` and `hf_cache/`; null means `RUNNER_WORKSPACE`, else where the command is typed."""
     shards: Literal["auto", "reuse", "anew"] = "auto"
-    """auto makes them of `data` where there are none, or goes on where it was interrupted; reuse only takes what is there; anew deletes and makes them."""
+    """auto makes them of `data` where there are none, goes on where it was interrupted, and refuses those of other data; reuse takes what is there, whatever it was made of; anew makes them and the tokenizer again."""
     mode: Literal["smoke", "prod", "split"] = "split"
     """smoke takes the first `take` documents (1,000 if that is null), prod all; split also sends a share of them, `val_ratio`, to the validation shards."""
     val_ratio: float = Field(default=0.01, gt=0, lt=1)

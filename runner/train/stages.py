@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 
 from runner.data import sharder, tokenizer
-from runner.data.pipeline import check_tokenizer, tokenizer_of
-from runner.data.workspace import Workspace, is_whole, workspace_of
+from runner.data.pipeline import check_tokenizer, check_trained, tokenizer_of
+from runner.data.workspace import Workspace, is_whole, manifest_of, workspace_of
 from runner.errors import Problem, RequestError
 from runner.spec import Pretrain, RunSpec
 from runner.train.ranks import Ranks
@@ -46,9 +47,19 @@ def _work(
     say(f"Shards  {count}: {'written' if found.made else 'there already'} ({place.train})")
     if not spec.model.from_scratch or objective.tokenizer:
         return
+    if objective.shards == "anew" and _is_of_others(spec, place):
+        shutil.rmtree(place.tokenizer, ignore_errors=True)
     if (place.tokenizer / "tokenizer.json").is_file():
+        if objective.shards == "auto":
+            check_trained(place, sharder.settings_of(objective, spec.data, spec.train.seed))
         say(f"Tokens  {tokenizer.size_of(place.tokenizer):,} in the tokenizer that is there ({place.tokenizer})")
         return
     beat()
     facts = tokenizer.train(place.train, place.tokenizer, int(spec.model.vocab_size or 0))
     say(f"Tokens  {facts['vocab_size']:,} learned from the shards ({place.tokenizer})")
+
+
+def _is_of_others(spec: RunSpec, place: Workspace) -> bool:
+    """The tokenizer there is not what its training on the shards there would give."""
+    known, shards = tokenizer.facts_of(place.tokenizer), manifest_of(place.train)["settings"]
+    return known.get("wanted") != spec.model.vocab_size or known.get("settings") != shards
