@@ -44,6 +44,12 @@ What a run keeps and what a pod may cost, whatever happens to them, and how that
   (`train.hang_minutes`; four times that while it starts, loads, or writes a checkpoint or the model), and the stacks of
   all are kept in `logs/rank<k>.stack.txt`. Time that nobody lived through, of a suspended laptop or a stopped process,
   is no silence, and a wall clock that is set changes nothing.
+- **A run goes on with what it was trained on, or not at all**: where rows, held-out rows, chat template, reward file,
+  tokenizer or a base model in a folder have changed since the checkpoint, `resume` refuses before anything starts, by
+  the files' content (`inputs.json`), and the worker before the first step, by all rows and the tokenizer, wherever they
+  come from (`environment.json`). A file that was moved and is the same is named with its key:
+  `resume runs/<id> data.path=NEW`. `run.on_changed_inputs=continue` permits the change, for that resume. Paths in
+  `spec.json` are absolute: a run is resumed, merged or talked to from any folder.
 - **A run has one owner**: `resume` refuses while any of its processes is alive.
 - **A rented pod ends**: what cannot happen with money is in [runpod.md](runpod.md#what-cannot-happen).
 """

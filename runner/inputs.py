@@ -11,10 +11,12 @@ import os
 from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 from runner import hub_config, hub_fetch
 from runner.data import checking
 from runner.data.files import is_glob, is_url
+from runner.data.workspace import workspace_of
 from runner.errors import Problem, RequestError
 from runner.hub_fetch import UnreachableError
 from runner.paths import CONF
@@ -67,6 +69,35 @@ def named_places(spec: RunSpec) -> Iterator[tuple[str, str]]:
     if isinstance(objective, Pretrain) and objective.tokenizer is not None:
         yield "objective.tokenizer", objective.tokenizer
     yield from _rewards(spec)
+
+
+def anchored(spec: RunSpec) -> RunSpec:
+    """The run with absolute paths, so that it is the same from any folder: what `spec.json` holds."""
+    values = spec.model_dump(mode="json")
+    for key, path in named_places(spec):
+        place = Path(path).expanduser()
+        if not is_url(path) and (place.exists() or is_glob(path)):
+            put_place(values, key, os.path.abspath(place))
+    if spec.where.name == "local" and isinstance(spec.objective, Pretrain) and spec.objective.experiment is not None:
+        place_of_it = workspace_of(spec.objective)
+        values["objective"]["root"] = os.path.abspath(place_of_it.root) if place_of_it else None
+    return RunSpec.model_validate(values)
+
+
+def get_place(values: Any, key: str) -> str:
+    """What a dumped spec says for a key of `named_places`. KeyError or IndexError where there is none."""
+    for step in key.split("."):
+        values = values[int(step)] if step.isdigit() else values[step]
+    return str(values)
+
+
+def put_place(values: Any, key: str, path: str) -> None:
+    """Name another file or folder in a dumped spec; a reward function keeps its name."""
+    *parents, leaf = (int(step) if step.isdigit() else step for step in key.split("."))
+    for step in parents:
+        values = values[step]
+    function = str(values[leaf]).rpartition(".py:")[2] if key.startswith("objective.rewards") else ""
+    values[leaf] = f"{path}:{function}" if function and not path.endswith(f".py:{function}") else path
 
 
 def _data(spec: RunSpec) -> Iterator[tuple[str, str]]:

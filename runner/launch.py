@@ -12,7 +12,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from runner import hardware, hostfile, inputs, kernels, planning
+from runner import hardware, hostfile, inputs, kernels, planning, unchanged
 from runner import resume as resuming
 from runner.compose import compose, source_finder
 from runner.data import pipeline
@@ -160,7 +160,10 @@ def start(
     planned: Plan | None = None, manner: Manner = PLAINLY,
 ) -> local.Outcome:  # fmt: skip
     """Make the run directory, say what is about to happen, and run."""
-    return begin(RunDir.create(spec, sweep), spec, notes, console, as_json, planned, manner)
+    spec = inputs.anchored(spec)
+    run = RunDir.create(spec, sweep)
+    unchanged.record(run, spec)
+    return begin(run, spec, notes, console, as_json, planned, manner)
 
 
 def begin(

@@ -7,10 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from runner import checkpoints
+from runner import checkpoints, unchanged
 from runner.compose import compose, source_finder
 from runner.errors import Problem, RequestError
 from runner.execute.supervise import signs
+from runner.inputs import anchored
 from runner.provenance import flat
 from runner.report.summary import shown
 from runner.request import Request
@@ -38,6 +39,8 @@ def request(run: RunDir, overrides: tuple[str, ...], config_dirs: tuple[Path, ..
     derived = ("train.micro_batch_size", "train.accumulation_steps")
     if any(word == "hw" or word.startswith("hw.") for word in words) and not words & set(derived):
         overrides = (*(f"{key}=auto" for key in derived), *overrides)
+    if "run.on_changed_inputs" not in words:  # a permission is for one resume
+        overrides = ("run.on_changed_inputs=stop", *overrides)
     groups = ("hw", "deepspeed", "track")
     return Request(overrides=overrides, config_dirs=config_dirs, spec_file=run.spec_file, exchange=groups)
 
@@ -47,9 +50,10 @@ def check(run: RunDir, asked: Request) -> RunSpec:
     if not run.spec_file.is_file():
         raise RequestError(Problem(f"{shown(run.path)} is no run: it has no spec.json", "command line", _list(run)))
     _check_idle(run)
-    old = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
-    new = compose(asked)
-    before, after = (dict(flat(spec.model_dump(mode="json"))) for spec in (old, new))
+    old = anchored(RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8"))))
+    new = anchored(compose(asked))
+    same = unchanged.with_moved(run, old, new)
+    before, after = (dict(flat(spec.model_dump(mode="json"))) for spec in (old, same))
     find = source_finder(asked)
     changed = [key for key in after if before.get(key) != after[key] and not key.startswith(FREE)]
     remedy = f"start a run of its own: python -m runner {shown(run.spec_file)} …"
@@ -85,7 +89,7 @@ def check_resolved(run: RunDir, spec: RunSpec) -> list[str]:
     if not step:
         return ["there is no complete checkpoint: the run begins anew"]
     old = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
-    problems = []
+    problems = unchanged.changed(run, spec)
     if _batch(old) != _batch(spec):
         what = f"{spec.hw.name} makes the global batch {_batch(spec)}, and the first {step} steps took {_batch(old)}"
         remedy = f"take a number of processes that divides {_batch(old)}, or set train.micro_batch_size"
@@ -116,7 +120,8 @@ def record(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> None:
     before: list[Any] = run.read("resumes.json").get("resumes", [])
     step = (checkpoints.complete(run) or [0])[-1]
     run.write("resumes.json", {"resumes": [*before, {"after_step": step, "overrides": list(overrides)}]})
-    run.write("spec.json", spec.model_dump(mode="json"))
+    run.write("spec.json", anchored(spec).model_dump(mode="json"))
+    unchanged.record(run, spec)
     run.set_status("created", exit_code=None, error=None, oom=None, spent=spent, started=None, **facts_of(spec))
 
 

@@ -12,12 +12,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from runner.data import prepared
 from runner.data.files import is_glob, is_url
 from runner.errors import Problem, RequestError
-from runner.inputs import named_places
+from runner.inputs import named_places, put_place
 from runner.paths import cache_dir
 from runner.spec import LocalPlace, RunSpec
 
@@ -62,18 +61,10 @@ def rewritten(spec: RunSpec, workspace: str, found: Iterable[Parcel]) -> RunSpec
     """The spec as the pod runs it: its own paths, and a place that is here."""
     values = spec.model_dump(mode="json")
     for parcel in found:
-        _put(values, parcel.key, f"{workspace}/{parcel.target}{parcel.inner}")
+        put_place(values, parcel.key, f"{workspace}/{parcel.target}{parcel.inner}")
     there = RunSpec.model_validate(values)
     run = there.run.model_copy(update={"output_dir": f"{workspace}/runs"})
     return there.model_copy(update={"run": run, "where": LocalPlace()})
-
-
-def _put(values: Any, key: str, value: str) -> None:
-    *parents, leaf = (int(step) if step.isdigit() else step for step in key.split("."))
-    for step in parents:
-        values = values[step]
-    function = str(values[leaf]).rpartition(".py:")[2] if key.startswith("objective.rewards") else ""
-    values[leaf] = f"{value}:{function}" if function else value
 
 
 def _parcel(key: str, value: str) -> Parcel | None:

@@ -26,6 +26,8 @@ class RunInfo(Part):
     """Name to recognise the run by; it begins the run's id. Null means model and method."""
     output_dir: str = "runs"
     """Folder in which every run gets its own directory."""
+    on_changed_inputs: Literal["stop", "continue"] = "stop"
+    """What `resume` does where rows, chat template, reward files, tokenizer or a base model in a folder are no longer those that the checkpoint was trained on: refuse, or go on with what they are now. Typed for one resume, it is not kept for the next."""
     metric: str = "eval.after.loss"
     """Key of `summary.json` that a sweep is sorted by and an HPO sweeper is given."""
     metric_mode: Literal["min", "max"] = "min"

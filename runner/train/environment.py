@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from runner import __version__
+from runner.errors import Problem, RequestError
 from runner.paths import ASSETS
+from runner.rundir import RunDir
 from runner.spec import RunSpec
 from runner.train.tokenised import tokenizer_fingerprint
 
@@ -27,8 +29,26 @@ PACKAGES = (
 )
 
 
-def environment(spec: RunSpec, model: Any, tokenizer: Any, source: str, data_fingerprint: str) -> dict[str, Any]:
-    """Facts for `environment.json`."""
+FINGERPRINTS = {"data_fingerprint": "the rows", "tokenizer_fingerprint": "the tokenizer or its chat template"}
+
+
+def fingerprints(tokenizer: Any, data_fingerprint: str) -> dict[str, str]:
+    """What the run learns from, by content: the same for the whole run."""
+    return {"data_fingerprint": data_fingerprint, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
+
+
+def check_same(spec: RunSpec, run: RunDir, found: dict[str, str], step: int) -> None:
+    """RequestError where the checkpoint was trained on other rows, or with another tokenizer."""
+    known = run.read("environment.json")
+    changed = [what for key, what in FINGERPRINTS.items() if key in known and known[key] != found[key]]
+    if step and changed and spec.run.on_changed_inputs == "stop":
+        remedy = "bring them back, or write run.on_changed_inputs=continue to go on with what they are now"
+        what = f"{' and '.join(changed)} are not those of the first {step} steps"
+        raise RequestError(Problem(what, "resume", remedy))
+
+
+def environment(spec: RunSpec, model: Any, source: str, found: dict[str, str]) -> dict[str, Any]:
+    """Facts for `environment.json`; `found` are the fingerprints."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "runner": __version__,
@@ -43,8 +63,7 @@ def environment(spec: RunSpec, model: Any, tokenizer: Any, source: str, data_fin
         "model_source": source,
         "model_commit": getattr(model.config, "_commit_hash", None),
         "attention": model.config._attn_implementation,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "data_fingerprint": data_fingerprint,
+        **found,
         "seed": spec.train.seed,
     }
 

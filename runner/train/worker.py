@@ -19,7 +19,7 @@ from runner.rundir import RunDir
 from runner.spec import RunSpec
 from runner.train import independence, methods, models, objectives, stages, universal
 from runner.train.callbacks import AtStart, MetricsWriter, StopEarly, StopOnSignal
-from runner.train.environment import environment
+from runner.train.environment import check_same, environment, fingerprints
 from runner.train.guards import LossGuard
 from runner.train.measure import Measuring
 from runner.train.peaks import Peaks
@@ -81,6 +81,9 @@ def work(
         with progress.stage("Tokenising", "rows"):
             rows = objectives.tokenise(examples, tokenizer, spec, count)
     progress.note(line_of(rows[0], len(examples.held or ())))
+    content = fingerprints(tokenizer, examples.fingerprint)
+    if ranks.main:
+        check_same(spec, run, content, start)
     steps = objectives.num_steps(spec, len(rows[0].rows))
     report_to, line = start_tracking(spec, run)
     if line:
@@ -118,7 +121,7 @@ def work(
     if ranks.main:
         methods.keep_initial_adapter(spec, trainer.model, run)
     _say_what_trains(trainer.model, progress)
-    facts = environment(spec, trainer.model, tokenizer, source, examples.fingerprint)
+    facts = environment(spec, trainer.model, source, content)
     if ranks.main:
         run.write("environment.json", {**facts, "processes": ranks.world})
 

@@ -108,6 +108,7 @@ def resume(
       python -m runner resume runs/<id>
       python -m runner resume runs/<id> train.max_steps=2000      longer than was planned
       python -m runner resume runs/<id> hw=h100x3                 on other hardware: the same global batch
+      python -m runner resume runs/<id> data.path=moved.jsonl     the same rows, elsewhere
     """
     from runner import launch
     from runner.execute.manner import Manner
