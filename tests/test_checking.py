@@ -226,7 +226,7 @@ def test_of_large_files_the_beginning_is_checked_and_how_much_is_said(
     began = time.perf_counter()
     result = runner(*HERE, f"data.path=rows.{ending}")
     assert result.exit_code == 0 and len(started) == 1, result.output
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 30  # 0.3 s alone
     (note,) = [line for line in result.output.splitlines() if "were checked" in line]
     count = int(note.split()[3].replace(",", ""))
     assert 5_000 < count < 20_000 and f"rows of rows.{ending}" in note

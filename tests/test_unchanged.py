@@ -22,6 +22,7 @@ __all__ = ["here", "laptop"]  # fixtures
 
 ROWS = '{"prompt": "Q", "answer": "1"}\n' * 8
 REWARD = "def score(completions, **_):\n    return [1.0 for _ in completions]\n"
+TEMPLATE = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
 GRPO = (
     "data=file", "data.path=rows.jsonl", "data.eval_path=held.jsonl", "data.chat_template=mine.jinja",
     "objective=grpo", "objective.rewards=[reward.py:score]", "train.batch_size=8", "train.micro_batch_size=8",
@@ -37,7 +38,7 @@ def run(here: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
         return Outcome(run, 0)
 
     monkeypatch.setattr(local, "execute", execute)
-    for name, text in (("rows.jsonl", ROWS), ("held.jsonl", ROWS), ("reward.py", REWARD), ("mine.jinja", "{{ 1 }}")):
+    for name, text in (("rows.jsonl", ROWS), ("held.jsonl", ROWS), ("reward.py", REWARD), ("mine.jinja", TEMPLATE)):
         write(here / name, text)
     result = runner(*GRPO)
     assert result.exit_code == 0, result.output
