@@ -165,8 +165,10 @@ class _Task:
     def __call__(self, config: Any) -> float:
         from hydra.core.hydra_config import HydraConfig
 
-        values = OmegaConf.to_container(config, resolve=True)
-        return self.task(RunSpec.model_validate(values), int(HydraConfig.get().job.num))
+        composed = _resolved(config.copy(), lambda key: None)
+        if composed.problems:
+            raise RequestError(*composed.problems)
+        return self.task(RunSpec.model_validate(composed.values), int(HydraConfig.get().job.num))
 
 
 def _primary(request: Request) -> _Primary:
@@ -229,7 +231,7 @@ def _resolved(config: DictConfig, source_of: SourceOf) -> _Composed:
         except OmegaConfBaseException as error:
             target = _target(error)
             if target and (default := default_of(target)) is not None:  # an interpolation sees the schema's, too
-                OmegaConf.update(config, target, default)
+                OmegaConf.update(config, target, default, force_add=True)
                 continue
             key = str(error.full_key).split("[")[0]
             dangling[key] = _dangling(key, error, source_of)
