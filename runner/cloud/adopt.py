@@ -34,7 +34,7 @@ def adopt(run_id: str, folder: Path) -> Rented:
     own = [entry for entry in ledger.entries(run_id) if entry.pod_id == pod.id]
     entry = own[-1] if own else ledger.entry(pod.name) or _entered(api, ledger, run_id, folder, pod)
     if not ledger.take(entry.name):
-        what = f"another command looks after pod {pod.id}: process {entry.pid} on {entry.host}"
+        what = f"another command looks after pod {pod.id}: process {entry.pid} on {str(entry.host).partition('|')[0]}"
         raise CannotRunError(Problem(what, run_id, "python -m runner logs -f and status may look on"))
     meter = Meter(entry.usd_per_hour, entry.created, entry.disk_gb)
     deadline = entry.deadline or time.time() + UNKNOWN_DEADLINE_S

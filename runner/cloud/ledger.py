@@ -7,7 +7,6 @@ so that an intent is on the disk before the request that it announces leaves. No
 from __future__ import annotations
 
 import os
-import socket
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import quote
 
+from runner.cloud import owner as owners
 from runner.errors import Problem, RunnerError
 from runner.paths import state_dir
-from runner.rundir import alive
 
 State = Literal[
     "PLANNED", "CREATING", "CREATE_UNKNOWN", "PROVISIONING", "SSH_READY", "SYNCED", "RUNNING", "COLLECTING",
@@ -101,17 +100,13 @@ class Entry:
 
     @property
     def owned(self) -> bool:
-        """A living launcher holds it: nobody else may act on it. One of another machine is taken for alive."""
-        if self.pid is None:
-            return False
-        if self.host != socket.gethostname():
-            return True
-        return alive(self.pid) and _started(self.pid) == self.pid_started
+        """A living launcher holds it: nobody else may act on it."""
+        return self.pid is not None and owners.lives(self.host, self.pid, self.pid_started)
 
     @property
     def owned_here(self) -> bool:
         """This very process holds it."""
-        return self.owned and self.pid == os.getpid() and self.host == socket.gethostname()
+        return self.pid == os.getpid() and self.owned
 
 
 class Ledger:
@@ -352,14 +347,7 @@ def _table(db: sqlite3.Connection) -> str:
 
 
 def owner(pid: int | None = None) -> dict[str, Any]:
-    """Columns that say who holds a pod: this process, or another one of this machine."""
-    pid = os.getpid() if pid is None else pid
-    return {"pid": pid, "host": socket.gethostname(), "pid_started": _started(pid)}
-
-
-def _started(pid: int) -> float | None:
-    """When a process began, in ticks since the machine's start: a number that is used again is told by it."""
-    try:
-        return float(Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
-        return None
+    """Columns that say who holds a pod: this process, or another one that can be seen from here."""
+    if pid is None:
+        owners.hold()
+    return owners.of(pid)

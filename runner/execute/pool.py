@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.cloud import ending, handover, keys
+from runner.cloud import owner as owners
 from runner.cloud.api import Api
 from runner.cloud.ledger import PREFIX, Entry, Ledger, owner
 from runner.cloud.money import Meter
@@ -153,6 +154,7 @@ class Pool:
     @contextmanager
     def kept(self, say: Say) -> Iterator[None]:
         """Around the sweep, in the process that owns it: whatever happens, no parked pod is left."""
+        owners.hold()
         with self.points.watched(apart=self.max_pods > 1):
             try:
                 yield

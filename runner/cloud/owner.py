@@ -1,0 +1,141 @@
+"""Which process holds a pod, and whether it lives: told apart by boot, PID namespace, process number and start time.
+
+A hostname changes with DHCP, and is another one in every container. A process that this one can see is looked up. One
+of another container, or from before a reboot, has a lock in the state folder as long as it lives: the kernel gives it
+back whatever ends the process. On a network file system locks are not always told to other machines (mount option `nolock`):
+there an owner on another machine is taken for alive.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+from runner.paths import state_dir
+from runner.rundir import alive
+
+NETWORK = ("nfs", "cifs", "smb", "fuse", "9p", "virtiofs", "lustre", "ceph", "gpfs", "beegfs", "afs", "ocfs", "gfs")
+"""Beginnings of the names of file systems that several machines may share."""
+KEPT_S = 60 * 86_400
+_held: dict[Path, IO[str]] = {}
+
+
+def of(pid: int | None = None) -> dict[str, Any]:
+    """Columns of the ledger for a process that can be seen from here, by default this one."""
+    pid = os.getpid() if pid is None else pid
+    return {
+        "pid": pid,
+        "host": "|".join((socket.gethostname(), machine(), boot(), namespace())),
+        "pid_started": started(pid),
+    }
+
+
+def hold() -> None:
+    """Hold this process's lock until its end. Without one, as on a full disk, it is only seen from this container."""
+    with suppress(OSError):
+        file = _lock(**of())
+        if file in _held:
+            return
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        stream = file.open("w")
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _held[file] = stream
+        for old in file.parent.iterdir():
+            if time.time() - old.stat().st_mtime > KEPT_S and _is_held(old) is False:
+                old.unlink()
+
+
+def lives(host: str | None, pid: int, pid_started: float | None) -> bool:
+    """Whether an owner is at work, or has to be taken to be."""
+    name, *rest = (host or "").split("|")
+    if len(rest) != 3:  # of an earlier version
+        return name != socket.gethostname() or _runs(pid, pid_started)
+    its_machine, its_boot, its_namespace = rest
+    seen = (its_boot, its_namespace) == (boot(), namespace())
+    if seen and (its_boot or name == socket.gethostname()):
+        return _runs(pid, pid_started)
+    lock = _lock(host=str(host), pid=pid, pid_started=pid_started)
+    held = _is_held(lock)
+    if held is not None and (its_boot == boot() or not on_network(lock)):
+        return held
+    rebooted = its_machine != "" and its_machine == machine() and its_boot != boot()
+    return held is True or not rebooted
+
+
+def _runs(pid: int, pid_started: float | None) -> bool:
+    return alive(pid) and started(pid) == pid_started
+
+
+def _lock(host: str, pid: int, pid_started: float | None) -> Path:
+    _, _, its_boot, its_namespace = host.split("|")
+    return state_dir() / "owners" / f"{its_boot or 'boot'}-{its_namespace or 'ns'}-{pid}-{pid_started or 0:.0f}"
+
+
+def _is_held(lock: Path) -> bool | None:
+    """None where there is no such lock, or it cannot be asked."""
+    try:
+        with lock.open("r+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+
+
+@cache
+def machine() -> str:
+    """Of the installed system (machine-id(5)); empty in most containers."""
+    return _first("/etc/machine-id", "/var/lib/dbus/machine-id")
+
+
+@cache
+def boot() -> str:
+    """Of the kernel's start, the same in all its containers (random(4)); empty on macOS."""
+    return _first("/proc/sys/kernel/random/boot_id")
+
+
+@cache
+def namespace() -> str:
+    """In which process numbers are unique."""
+    try:
+        return str(os.stat("/proc/self/ns/pid").st_ino)
+    except OSError:
+        return ""
+
+
+def started(pid: int) -> float | None:
+    """When a process began, in ticks since the machine's start: a number that is used again is told by it."""
+    try:
+        return float(Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def on_network(file: Path) -> bool:
+    """Whether another machine may have the same file; False where it cannot be found out (macOS)."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return False
+    path, best, kind = file.resolve(), Path("/"), ""
+    for line in lines:
+        place, _, source = line.partition(" - ")
+        point = Path(place.split()[4].replace("\\040", " "))
+        if path.is_relative_to(point) and len(point.parts) >= len(best.parts):
+            best, kind = point, source.split()[0]
+    return kind.startswith(NETWORK)
+
+
+def _first(*files: str) -> str:
+    for file in files:
+        with suppress(OSError):
+            if text := Path(file).read_text("utf-8").strip():
+                return text
+    return ""
