@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.bench import ROOT, Benchmark, alone, quartiles, say, table
-from runner import catalogue
+from runner import deepspeed_json
 from runner.compose import compose
 from runner.fitting import methods, models, opened
 from runner.plan.fit import combinations
@@ -97,7 +97,7 @@ def plans() -> dict[str, int]:
     A ZeRO stage whose weights alone are too large, and micro batches beside one that fits with headroom, are decided
     without working them out.
     """
-    options, spec = Counting(catalogue.deepspeed_templates()), opened(compose(Request()), set())
+    options, spec = Counting(deepspeed_json.templates()), opened(compose(Request()), set())
     found = [settled(one) for one in combinations(spec, models(), methods(), hardware())]
     weighed = 0
     for one in found:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from runner.errors import Problem, RequestError
-from runner.paths import CONF, DEEPSPEED_CONFIGS, RECIPES
+from runner.paths import CONF, RECIPES
 
 GROUPS = ("model", "method", "hw", "deepspeed", "objective", "data", "where", "track")
 
@@ -32,41 +30,17 @@ def read(file: Path) -> dict[str, Any]:
     return yaml.load(file.read_text("utf-8"), Loader=_loader()) or {}
 
 
-def load(group: str, name: str) -> dict[str, Any]:
-    """The values `conf/<group>/<name>.yaml` gives to its own group, its in-group defaults merged."""
+def load(group: str, name: str, extra_dirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values `<group>/<name>.yaml`, of `conf/` or a user's own folders, gives to its own group, its in-group
+    defaults merged."""
     values: dict[str, Any] = {}
-    content = read(CONF / group / f"{name}.yaml")
+    files = (base / group / f"{name}.yaml" for base in (*extra_dirs, CONF))
+    content = read(next((file for file in files if file.is_file()), CONF / group / f"{name}.yaml"))
     for parent in content.get("defaults", []):
         if isinstance(parent, str) and parent != "_self_":
-            values |= load(group, parent)
+            values |= load(group, parent, extra_dirs)
     own = content.get(group, content)
     return values | {key: value for key, value in own.items() if key != "defaults"}
-
-
-def deepspeed_templates(own: tuple[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """The DeepSpeed JSONs by stage, as they are written; `own` is a stage and a user's file for it.
-
-    RequestError for a file that is not there or not JSON.
-    """
-    files = {file.stem: file for file in DEEPSPEED_CONFIGS.glob("*.json")}
-    if own is not None:
-        stage, name = own
-        ours = "/" not in name and (DEEPSPEED_CONFIGS / name).is_file()  # ./zero2.json is the user's
-        files[stage] = DEEPSPEED_CONFIGS / name if ours else Path(name).expanduser()
-    return {stage: _json(file) for stage, file in files.items()}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        names = ", ".join(sorted(f.name for f in DEEPSPEED_CONFIGS.glob("*.json")))
-        raise RequestError(Problem(f"deepspeed.config={file}: {error.strerror}", None, f"a path, or {names}")) from None
-    except ValueError as error:
-        raise RequestError(Problem(f"deepspeed.config={file} is not JSON: {error}")) from None
-    if not isinstance(content, dict) or "zero_optimization" not in content:
-        raise RequestError(Problem(f"deepspeed.config={file} has no zero_optimization", None, "see deepspeed_configs/"))
-    return content
 
 
 def _loader() -> type[yaml.SafeLoader]:

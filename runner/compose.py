@@ -7,10 +7,11 @@ nearest right spelling, instead of one by one.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from runner import catalogue, recipe, repeat
+from runner import catalogue, identity, recipe, repeat
 from runner.errors import Problem, RequestError
 from runner.paths import CONF
 from runner.problems import SourceOf, validated
@@ -206,7 +207,7 @@ def _folders(request: Request, primary: _Primary) -> tuple[Path, ...]:
 def _composed(request: Request, checked: Checked) -> _Composed:
     try:
         if request.spec_file:
-            return _Composed(*_repeated(request.spec_file, checked.overrides, request.exchange))
+            return _repeated(request, request.spec_file, checked.overrides)
         with _as_request_error(checked):
             primary = _primary(request)
             with _hydra(request, primary) as hydra:
@@ -216,7 +217,20 @@ def _composed(request: Request, checked: Checked) -> _Composed:
     except RequestError as error:
         return _Composed(None, error.problems)
     own = OmegaConf.create({key: value for key, value in config.items_ex(resolve=False) if key != "hydra"})
-    return _resolved(own, source_finder(request))
+    source_of = source_finder(request)
+    found = _resolved(own, source_of)
+    if found.values is not None:
+        return _identified(
+            found, identity.problems(config.hydra.runtime.choices, found.values, request.folders, source_of)
+        )
+    return found
+
+
+def _identified(found: _Composed, others: Iterable[Problem]) -> _Composed:
+    """With what names another choice than the composed one: of a group with another name nothing else is told."""
+    problems = list(others)
+    unsure = {p.what.split(".")[0] for p in problems if p.what.split("=")[0].endswith((".name", ".source"))}
+    return replace(found, problems=[*found.problems, *problems], unsure=found.unsure | unsure)
 
 
 def _resolved(config: DictConfig, source_of: SourceOf) -> _Composed:
@@ -315,21 +329,24 @@ def _file_origins(checked: Checked) -> Iterator[Origin]:
             yield from of_file(file, item.package or "")
 
 
-def _repeated(
-    spec_file: Path, overrides: tuple[Override, ...], exchange: tuple[str, ...]
-) -> tuple[dict[str, Any], list[Problem]]:
+def _repeated(request: Request, spec_file: Path, overrides: tuple[Override, ...]) -> _Composed:
     """A `spec.json` with single values changed; only choices of the groups in `exchange` can become others in it."""
-    values, problems = repeat.read(spec_file), []
+    before = repeat.read(spec_file)
+    values, problems = copy.deepcopy(before), []
     for override in overrides:
-        if override.key_or_group in exchange and not override.is_delete():
-            values[override.key_or_group] = catalogue.load(override.key_or_group, str(override.value()))
+        if override.key_or_group in request.exchange and not override.is_delete():
+            name = str(override.value())
+            values[override.key_or_group] = before[override.key_or_group] = catalogue.load(
+                override.key_or_group, name, request.folders
+            )
         elif override.key_or_group in catalogue.GROUPS or override.is_delete():
             remedy = "change single values such as train.max_steps=5, or start from a recipe"
             what = f"{override.input_line}: a spec.json is resolved, so a whole choice cannot be exchanged in it"
             problems.append(Problem(what, COMMAND_LINE, remedy))
         else:
             repeat.put(values, override.key_or_group, override.value())
-    return values, problems
+    others = identity.of_repeat(before, values, request.exchange, source_finder(request))
+    return _identified(_Composed(values, problems), others)
 
 
 def _file_of(config_path: str | None, request: Request, primary: _Primary) -> Path | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from runner import catalogue, recipe
+from runner import catalogue, deepspeed_json, recipe
 from runner.plan.fit import Row, combinations, fit, ranked
 from runner.plan.memory import GIB
 from runner.plan.options import Options
@@ -100,8 +100,7 @@ def fits(spec: RunSpec, given: set[str], by: str) -> list[Row]:
 def _fits_of(
     spec: RunSpec, methods: list[Method], hw: list[HardwareSpec], size: int | None, advice: bool, model: ModelSpec
 ) -> list[Row]:
-    own = (spec.deepspeed.name, spec.deepspeed.config) if spec.deepspeed.config else None
-    options = Options(catalogue.deepspeed_templates(own))
+    options = Options(deepspeed_json.templates(spec.deepspeed))
     return fit(combinations(spec, [model], methods, hw), options, sequences=size, advice=advice)
 
 
@@ -130,7 +129,7 @@ TABLE_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def memory_table(spec: RunSpec, names: Iterable[str] = TABLE_MODELS) -> dict[str, Any]:
     """Method × model size: GiB on one GPU that is large enough, for one sequence at a time."""
-    options = Options(catalogue.deepspeed_templates())
+    options = Options(deepspeed_json.templates())
     found = [ModelSpec.model_validate(catalogue.load("model", name)) for name in names]
     length = min(spec.train.max_length, *(m.context_length or spec.train.max_length for m in found))
     train = spec.train.model_copy(

@@ -12,7 +12,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from runner import hardware, hostfile, inputs, kernels, planning, unchanged
+from runner import deepspeed_json, hardware, hostfile, inputs, kernels, planning, unchanged
 from runner import resume as resuming
 from runner.compose import compose, source_finder
 from runner.data import pipeline
@@ -72,7 +72,8 @@ def sized(spec: RunSpec) -> RunSpec:
 def asked(spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool = False) -> RunSpec:
     """A composed run with the facts of hardware and model, its `auto`s still open."""
     found = spec.model_copy(update={"hw": hostfile.settled(spec.hw, hardware.resolve(spec.hw))})
-    return validated(planning.with_facts(kernels.known(found), needed=needed).model_dump(), source_of)
+    found = deepspeed_json.decided(kernels.known(found), source_of)
+    return validated(planning.with_facts(found, needed=needed).model_dump(), source_of)
 
 
 def run(request: Request, composed: RunSpec, console: Console, as_json: bool, manner: Manner = PLAINLY) -> int:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from runner import catalogue, hub_config, hub_fetch
+from runner import catalogue, deepspeed_json, hub_config, hub_fetch
 from runner.cloud import prices
 from runner.cloud.flavours import vcpus
 from runner.data import lengths, pipeline
@@ -33,9 +33,10 @@ def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:
 
     Where they are not needed, a config that the plan does not understand is left to the trainer.
     """
-    if spec.model.architecture is not None:
-        return spec
     model = spec.model
+    if model.architecture is not None:
+        _check_facts(model)
+        return spec
     try:
         facts = hub_config.local_facts(model.id, model.revision)
         if facts is None:
@@ -48,7 +49,30 @@ def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:
     if facts is None:
         return spec
     given = spec.model.model_dump(exclude_unset=True, exclude_none=True)
-    return spec.model_copy(update={"model": ModelSpec.model_validate(facts | given)})
+    found = ModelSpec.model_validate(facts | given)
+    _check_facts(found)
+    return spec.model_copy(update={"model": found})
+
+
+def _check_facts(model: ModelSpec) -> None:
+    """RequestError where a model that is at hand has another architecture than the plan would count with."""
+    if model.from_scratch or model.package is not None or model.gguf_file is not None:
+        return
+    try:
+        facts = hub_config.local_facts(model.id, model.revision)
+    except RequestError:
+        return  # a kind that the arithmetic does not know: what was given is all there is
+    wrong = [key for key in _SIZES if facts and key in facts and getattr(model, key) not in (None, facts[key])]
+    if facts and wrong:
+        told = ", ".join(f"{key} {facts[key]} and not {getattr(model, key)}" for key in wrong)
+        remedy = "leave the facts out: model=hub reads them from there"
+        raise RequestError(Problem(f"model.id={model.id}: its config.json has {told}", None, remedy))
+
+
+_SIZES = (
+    "architecture", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size",
+    "num_experts",
+)  # fmt: skip
 
 
 def _hub_id(model: ModelSpec) -> str:
@@ -92,8 +116,7 @@ def options_for(spec: RunSpec) -> Options | None:
         shape_of(spec.model)
     except RequestError:
         return None
-    own = (spec.deepspeed.name, spec.deepspeed.config) if spec.deepspeed.config else None
-    return Options(catalogue.deepspeed_templates(own))
+    return Options(deepspeed_json.templates(spec.deepspeed))
 
 
 def plan(spec: RunSpec, notes: list[str]) -> Plan:

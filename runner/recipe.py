@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from runner import catalogue
 from runner.errors import Problem, RequestError
 from runner.paths import RECIPES
-from runner.provenance import shown
+from runner.provenance import flat, shown
 from runner.suggest import nearest, nearest_choice
 
 _BASE = "begin it with: defaults: [config, _self_]"
@@ -44,6 +45,26 @@ def problems_in(file: Path, folders: tuple[Path, ...]) -> list[Problem]:
         return [Problem(f"{shown(file)} builds on nothing: its defaults list does not name config", None, _BASE)]
     choices = [pair for entry in entries if isinstance(entry, yaml.MappingNode) for pair in entry.value]
     return [p for group, choice in choices for p in _problems_of_entry(group, choice, shown(file), folders)]
+
+
+def written(file: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Choices of a recipe by group, and the dotted keys it sets, those of recipes it builds on included."""
+    choices: dict[str, str] = {}
+    keys: dict[str, Any] = {}
+    content = catalogue.read(file.resolve())
+    for entry in content.get("defaults") or []:
+        if isinstance(entry, dict):
+            choices |= {re.sub(r"^(override|optional)\s+", "", str(k)).lstrip("/"): str(v) for k, v in entry.items()}
+        elif (base := base_of(file, str(entry))) is not None:
+            below = written(base)
+            choices, keys = below[0] | choices, below[1] | keys
+    return choices, keys | dict(flat({k: v for k, v in content.items() if k != "defaults"}))
+
+
+def base_of(file: Path, name: str) -> Path | None:
+    """The recipe that an entry of a defaults list names: one beside `file`, or a shipped one."""
+    found = (folder / f"{name.removesuffix('.yaml')}.yaml" for folder in (file.resolve().parent, RECIPES))
+    return next((f for f in found if f.is_file() and f.resolve() != file.resolve()), None)
 
 
 def no_choice(group: str, name: str, names: tuple[str, ...], place: str) -> Problem:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, OverrideType
 from hydra.errors import HydraException
+from yaml import YAMLError
 
 from runner import catalogue, recipe
 from runner.errors import Problem, RequestError
@@ -93,7 +94,51 @@ def check(request: Request, *, sweeping: bool = False) -> Checked:
         if problem:
             problems.append(problem)
             unsure.add(text.lstrip("+~").partition("=")[0])
-    return Checked(request, tuple(overrides), tuple(problems), frozenset(unsure))
+    return Checked(request, (*_implied(request, overrides), *overrides), tuple(problems), frozenset(unsure))
+
+
+IMPLIED = {
+    "model.id": ("model", "hub"),
+    "data.id": ("data", "hub"),
+    "data.path": ("data", "file"),
+    "data.sources": ("data", "file"),
+}
+"""Keys that say which choice they mean: `model.id=X` alone is `model=hub model.id=X`."""
+
+
+def _implied(request: Request, overrides: list[Override]) -> list[Override]:
+    """The choices that keys mean whose group nobody has named with them."""
+    typed = {o.key_or_group for o in overrides if not o.is_delete()}
+    if request.spec_file or not (request.recipe or typed & IMPLIED.keys()):
+        return []
+    chosen, written = _of_recipe(request)
+    found: dict[str, str] = {}
+    for key, (group, choice) in IMPLIED.items():
+        by_recipe = key not in typed and group not in chosen and written.get(key) is not None
+        if group not in typed and (
+            by_recipe or (key in typed and not _takes(chosen.get(group), group, choice, request))
+        ):
+            found.setdefault(group, choice)
+    return [OverridesParser.create().parse_override(f"{group}={choice}") for group, choice in found.items()]
+
+
+def _takes(chosen: str | None, group: str, choice: str, request: Request) -> bool:
+    """The recipe's own choice is one whose rows are named by such a key: `data/mine.yaml` with `source: file`."""
+    if chosen is None or chosen not in catalogue.options(group, request.folders):
+        return False
+    return choice in (
+        chosen,
+        catalogue.load(group, chosen, request.folders).get("source") if choice == "file" else None,
+    )
+
+
+def _of_recipe(request: Request) -> tuple[dict[str, str], dict[str, Any]]:
+    if request.recipe is None:
+        return {}, {}
+    try:
+        return recipe.written(recipe.find(request.recipe))
+    except (RequestError, YAMLError, OSError, ValueError, AttributeError, TypeError):
+        return {}, {}  # told when it is composed
 
 
 def for_hydra(override: Override) -> str:

@@ -269,7 +269,11 @@ def test_every_mistake_of_a_recipe_is_told_with_its_line(here: Path) -> None:
         (("objective=dpo", "objective.loss_on=all"), "objective=dpo has no loss_on", "objective=sft has it"),
         (("model=hub",), "model.id is missing", "write model.id=…"),
         (("data=file",), "data.path is missing", "name a file, such as data.path=my.jsonl"),
-        (("model.num_heads=7", "model.num_kv_heads=2"), "model.num_heads=7 must be a multiple of", None),
+        (
+            ("model=hub", "model.id=a/b", "model.num_heads=7", "model.num_kv_heads=2"),
+            "model.num_heads=7 must be a multiple of",
+            None,
+        ),
         (("train.learning_rate=0",), "train.learning_rate=0: expected greater than 0", None),
         (("train.micro_batch_size=x",), "train.micro_batch_size=x: expected a whole number or auto", None),
         (("train.micro_batch_size=0",), "train.micro_batch_size=0: must be a whole number of at least 1", None),

@@ -14,7 +14,7 @@ from rich.color import Color, ColorSystem
 from rich.console import Console
 from rich.text import Text
 
-from runner import catalogue, fitting
+from runner import deepspeed_json, fitting
 from runner.errors import RequestError
 from runner.plan.hours import Facts
 from runner.plan.options import Options, allowed_stages
@@ -74,7 +74,7 @@ def text_of(plan: dict[str, Any], width: int = 100, **console: Any) -> str:
 
 def real_plans(hw: str = "h100x3") -> dict[tuple[str, str], dict[str, Any]]:
     """Every method with every stage that works."""
-    options, plans = Options(catalogue.deepspeed_templates()), {}
+    options, plans = Options(deepspeed_json.templates()), {}
     for method in METHODS:
         spec = spec_of("model=llama2_7b", f"method={method}", f"hw={hw}", "deepspeed=none", "train.batch_size=12")
         for stage in STAGES:

@@ -28,10 +28,6 @@ MAX_MICRO_BATCH = 8
 """Larger ones gain little speed on any GPU once a sequence has 512 tokens."""
 
 
-# A user's own JSON may leave these out: DeepSpeed would then count on other batches than the run takes.
-_BATCH = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
-
-
 @dataclass(frozen=True, slots=True)
 class Option:
     """One stage and micro batch."""
@@ -115,7 +111,7 @@ class Options:
         if key not in self._configs:
             assert train.precision != "auto"
             self._configs[key] = zero.resolved_config(
-                {**_BATCH, **self.templates[stage]},
+                self.templates[stage],
                 micro_batch=micro,
                 accumulation=accumulation,
                 world=spec.hw.world_size,

@@ -102,6 +102,18 @@ class DeepSpeedSpec(Part):
     name: Literal["auto", "none", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"] = "auto"
     """The stage; auto takes none for one process."""
     config: str | None = None
-    """DeepSpeed JSON: a file name in `deepspeed_configs/`, or a path."""
+    """DeepSpeed JSON: a file name in `deepspeed_configs/`, or a path. With `deepspeed=auto` one of your own decides the stage."""
     nvme_path: str | None = None
     """Folder on an NVMe disk for what `zero3_offload` moves out of the GPU, instead of main memory."""
+
+    @model_validator(mode="after")
+    def _used(self) -> DeepSpeedSpec:
+        for key in ("config", "nvme_path"):
+            unread = self.name == "none" or (key == "nvme_path" and self.name == "auto" and self.config is None)
+            if unread and getattr(self, key) is not None:
+                why = "runs without DeepSpeed" if self.name == "none" else "takes no stage that offloads"
+                instead = (
+                    "deepspeed=auto, which takes the stage from it" if key == "config" else "deepspeed=zero3_offload"
+                )
+                raise ValueError(f"deepspeed.{key}={getattr(self, key)}: deepspeed={self.name} {why}; write {instead}")
+        return self

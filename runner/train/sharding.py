@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from runner import catalogue
+from runner import deepspeed_json
 from runner.plan import zero
 from runner.rundir import RunDir
 from runner.spec import RunSpec
@@ -22,12 +22,11 @@ def deepspeed_config(spec: RunSpec, run: RunDir, source: str) -> dict[str, Any] 
     planned = run.read(FILE)
     if planned:
         return planned
-    own = (stage, spec.deepspeed.config) if spec.deepspeed.config else None
     train = spec.train
     assert isinstance(train.micro_batch_size, int) and isinstance(train.accumulation_steps, int)
     assert train.precision != "auto"
     return zero.resolved_config(
-        catalogue.deepspeed_templates(own)[stage],
+        deepspeed_json.templates(spec.deepspeed)[stage],
         micro_batch=train.micro_batch_size,
         accumulation=train.accumulation_steps,
         world=spec.hw.world_size,

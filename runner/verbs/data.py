@@ -27,12 +27,10 @@ def data() -> None:
 
 
 def _composed(words: Arguments, config_dirs: tuple[Path, ...]) -> Any:
-    """The run that the words describe; a path without `data=` means a file, not the bundled rows."""
+    """The run that the words describe."""
     from runner.compose import compose
 
-    named = any(word.startswith(("data=", "recipe=")) or "=" not in word for word in words)
-    path = any(word.startswith(("data.path=", "data.sources=")) for word in words)
-    return compose(request_of(("data=file", *words) if path and not named else words, config_dirs))
+    return compose(request_of(words, config_dirs))
 
 
 @data.command()

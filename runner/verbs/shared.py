@@ -86,7 +86,8 @@ def request_of(words: Arguments, config_dirs: tuple[Path, ...]) -> Any:
             spec_file = folder / "spec.json"
         elif not problems or "/" in words[0]:  # what follows a verb that does not exist is that verb's
             problems.append(stray(word, first=place == 0))
-    return Request(None, tuple(overrides), config_dirs, spec_file, tuple(problems))
+    # Where a repeated run goes on and what is recorded of it is no part of what it trains.
+    return Request(None, tuple(overrides), config_dirs, spec_file, tuple(problems), ("where", "track"))
 
 
 _MEANT = {
