@@ -165,15 +165,15 @@ def _contradictions(spec: RunSpec, config: Config) -> Iterator[tuple[str, Any, s
             theirs = value if _rounded(theirs, spec) == value else theirs
         if theirs is not None and value != "auto" and theirs != value:
             yield key, theirs, ours, value, f'write {ours}={theirs}, or "auto" in the JSON'
-    for key, table, ours, value in (
+    for key, table, ours, kept in (
         ("optimizer.type", _OPTIMIZERS, "train.optimizer", train.optimizer),
         ("scheduler.type", _SCHEDULES, "train.schedule", train.schedule),
     ):
         theirs = config.get(key)
         meant = table.get(theirs.lower() if table is _OPTIMIZERS else theirs) if theirs else None
-        if theirs and meant != value:
+        if theirs and meant != kept:
             block = f"leave the {key.split('.')[0]} block out"
-            yield key, theirs, ours, value, f"write {ours}={meant}, or {block}" if meant else block
+            yield key, theirs, ours, kept, f"write {ours}={meant}, or {block}" if meant else block
     if train.precision != "auto":
         for key in ("bf16", "fp16"):
             theirs, wanted = config.get(f"{key}.enabled"), train.precision == key

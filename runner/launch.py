@@ -109,8 +109,8 @@ def resume(
     check(spec, notes, composed, manner)
     if not agreed([(spec, planned)], manner, console):
         return InterruptedRun.exit_code
-    resuming.record(run, spec, overrides)
-    outcome = begin(run, spec, notes, console, as_json, planned, manner)
+    with resuming.recorded(run, spec, overrides):
+        outcome = begin(run, spec, notes, console, as_json, planned, manner)
     if as_json:
         click.echo(dump(run.read("summary.json") or run.read("status.json")))
     return outcome.exit_code

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from runner import checkpoints, unchanged
 from runner.compose import compose, source_finder
-from runner.errors import Problem, RequestError
+from runner.errors import Problem, RequestError, RunnerError
 from runner.execute.supervise import signs
 from runner.inputs import anchored
 from runner.provenance import flat
 from runner.report.summary import shown
 from runner.request import Request
-from runner.rundir import ACTIVE, RunDir, alive, facts_of
+from runner.rundir import ACTIVE, RunDir, alive, facts_of, write_atomically
 from runner.spec import RunSpec
 
 FREE = ("hw.", "deepspeed.", "where.", "track.", "run.", "eval.", "train.max_steps", "train.num_epochs",
@@ -123,6 +125,21 @@ def record(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> None:
     run.write("spec.json", anchored(spec).model_dump(mode="json"))
     unchanged.record(run, spec)
     run.set_status("created", exit_code=None, error=None, oom=None, spent=spent, started=None, **facts_of(spec))
+
+
+@contextmanager
+def recorded(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> Iterator[None]:
+    """`record` for a resume; one that fails before it has kept a step leaves spec.json as it was, since the next resume
+    starts from that."""
+    before, step = run.spec_file.read_text("utf-8"), (checkpoints.complete(run) or [0])[-1]
+    record(run, spec, overrides)
+    try:
+        yield
+    except RunnerError:
+        write_atomically(run.spec_file, before)
+        raise
+    if run.state() == "failed" and (checkpoints.complete(run) or [0])[-1] == step:
+        write_atomically(run.spec_file, before)
 
 
 def _form(spec: RunSpec) -> str:

@@ -364,6 +364,19 @@ def test_a_run_that_fails_exits_with_its_code(worker: Any) -> None:
     assert runner("train.seed=3").exit_code == 1
 
 
+def test_a_resume_that_fails_before_it_kept_a_step_leaves_the_spec_as_it_was(here: Path, worker: Any) -> None:
+    run = RunDir.create(spec_of("train.seed=1", "train.max_steps=4", "hw=cpu"))
+    run.set_status("interrupted")
+    before = run.spec_file.read_text()
+    seen = worker(failing=1)
+    assert runner("resume", str(run.path), "deepspeed=zero1", "train.max_steps=9").exit_code == 1
+    assert (seen[0].deepspeed.name, seen[0].train.max_steps) == ("zero1", 9)
+    assert run.spec_file.read_text() == before
+    worker()
+    assert runner("resume", str(run.path), "train.max_steps=8").exit_code == 0
+    assert json.loads(run.spec_file.read_text())["train"]["max_steps"] == 8
+
+
 def test_a_sweep_runs_every_point_and_sorts_them_by_the_metric(here: Path, worker: Any) -> None:
     seen = worker()
     result = runner("-m", "train.seed=3,1,2", "model=phi2")
