@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib import util
 from pathlib import Path
 from typing import Any
 
+from runner.data.files import is_url
 from runner.errors import CannotRunError, Problem, RequestError, RunFailedError
 from runner.execute.chat import find
-from runner.report.card import card
+from runner.inputs import named_places, put_place
+from runner.report.card import base_name, card
+from runner.report.problems import dump
 from runner.rundir import RunDir
 from runner.spec import RunSpec
 
@@ -36,9 +40,29 @@ def push(run_dir: Path, repo: str, *, public: bool, merged: bool) -> dict[str, A
     text = card(spec, run, repo, adapter=adapter, picture="loss.png" in beside)
     files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
     files |= {name: run.path / name for name in beside}
-    done = _commit(repo, {**files, "README.md": text.encode()}, run.id, private=not public)
+    own: dict[str, Path | bytes] = {"README.md": text.encode(), "spec.json": dump(_portable(spec)).encode()}
+    if adapter:
+        own["adapter_config.json"] = _with_base(folder / "adapter_config.json", spec)
+    done = _commit(repo, {**files, **own}, run.id, private=not public)
     run.write("pushed.json", {"repo": repo, "commit": done["commit"], "folder": folder.name})
     return done
+
+
+def _portable(spec: RunSpec) -> dict[str, Any]:
+    """The spec without the folders of this machine: whoever repeats the run has the files beside it."""
+    values = spec.model_dump(mode="json")
+    for key, path in named_places(spec):
+        if not is_url(path):
+            put_place(values, key, Path(path).name)
+    return values
+
+
+def _with_base(file: Path, spec: RunSpec) -> bytes:
+    """The adapter's settings; a base in a folder of this machine is called by its name."""
+    config = json.loads(file.read_text("utf-8"))
+    if str(config.get("base_model_name_or_path") or "").startswith("/"):
+        config["base_model_name_or_path"] = base_name(spec)
+    return dump(config).encode()
 
 
 def _folder(run: RunDir, merged: bool) -> Path:

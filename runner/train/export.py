@@ -21,6 +21,7 @@ from transformers.trainer_utils import align_special_tokens
 from runner import checkpoints
 from runner.errors import Problem, RequestError, RunFailedError
 from runner.folders import whole
+from runner.report.card import write_card
 from runner.rundir import RunDir
 from runner.spec import RunSpec
 from runner.train import methods, models
@@ -50,6 +51,7 @@ def export(spec: RunSpec, run: RunDir, step: int, target: Path, say: Callable[[s
             model.config.use_cache = True  # training switched it off
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        write_card(spec, run, folder, step)
     kind = "adapter" if methods.adapter_of(spec) else "model"
     say(f"Written {target} ({kind}, step {step})")
     return {"folder": str(target), "kind": kind, "step": step, "sharded": sharded}

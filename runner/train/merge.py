@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from runner.data.formats import Turn
 from runner.errors import Problem, RequestError, RunFailedError
 from runner.folders import whole
+from runner.report.card import write_card
 from runner.rundir import RunDir
 from runner.spec import DeepSpeedSpec, Lora, RunSpec
 from runner.train import models, proof, rounding
@@ -50,7 +51,7 @@ def merge(spec: RunSpec, run: RunDir, target: Path, say: Callable[[str], None]) 
     adapter = run.path / "model"
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     prompts, what = held_out(spec, run, tokenizer)
-    spec, model = _load(spec, adapter, say)
+    made, (spec, model) = spec, _load(spec, adapter, say)
     dtype = _sixteen_bits(spec, model)
     with proof.exact(model):
         before = proof.logits(model, prompts)
@@ -62,6 +63,7 @@ def merge(spec: RunSpec, run: RunDir, target: Path, say: Callable[[str], None]) 
     with whole(target) as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        write_card(made, run, folder)
         del merged
         say(f"Reading it back: {len(prompts)} {what}, in fp32 arithmetic …")
         facts = prove(folder, models.attention(spec), before, prompts, rounded, dtype, as_run)

@@ -12,6 +12,7 @@ from transformers import set_seed
 
 from runner import checkpoints
 from runner.errors import InterruptedRun, Problem
+from runner.report.card import write_card
 from runner.report.plot import plot_loss
 from runner.report.progress import Progress
 from runner.report.summary import summary_of
@@ -154,6 +155,7 @@ def work(
     summary = summary_of(spec, run, trained, measuring.first, after, spent + time.monotonic() - began, peaks.as_dict())
     plot_loss(run, summary)
     run.write("summary.json", summary)
+    write_card(spec, run, run.path / "model")
     run.set_status("done", exit_code=0, step=trainer.state.global_step)
     sealer.finish()
     return Finished(finished, tokenizer, summary)
@@ -202,6 +204,7 @@ def save(spec: RunSpec, run: RunDir, trainer: Any, tokenizer: Any, ranks: Ranks)
         trainer.model.config.use_cache = True  # training switched it off
         methods.save_model(spec, trainer.model, temporary, run, state)
         tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").unlink(missing_ok=True)  # peft's, of a path and "More Information Needed"
         shutil.rmtree(final, ignore_errors=True)  # of a run that was extended
         temporary.rename(final)
     ranks.barrier()
