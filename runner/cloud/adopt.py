@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
+from runner.cloud import clock
 from runner.cloud.answers import OVER, Pod, number
 from runner.cloud.api import Api
 from runner.cloud.ledger import PREFIX, Entry, Ledger
@@ -37,7 +37,7 @@ def adopt(run_id: str, folder: Path) -> Rented:
         what = f"another command looks after pod {pod.id}: process {entry.pid} on {str(entry.host).partition('|')[0]}"
         raise CannotRunError(Problem(what, run_id, "python -m runner logs -f and status may look on"))
     meter = Meter(entry.usd_per_hour, entry.created, entry.disk_gb)
-    deadline = entry.deadline or time.time() + UNKNOWN_DEADLINE_S
+    deadline = entry.deadline or clock.now() + UNKNOWN_DEADLINE_S
     return Rented(api, ledger, entry.name, pod, deadline, meter, run_id, volume_of(pod))
 
 
@@ -72,9 +72,9 @@ def _entered(api: Api, ledger: Ledger, run_id: str, folder: Path, pod: Pod) -> E
         usd_per_hour=pod.usd_per_hour, disk_gb=volume_of(pod), keep=False, volume=pod.volume_id, base=api.base,
         account=api.account, heartbeat_s=None,
     )  # fmt: skip
-    deadline = time.time() + UNKNOWN_DEADLINE_S
+    deadline = clock.now() + UNKNOWN_DEADLINE_S
     why = "rented on another machine"
-    ledger.move(pod.name, "RUNNING", why, pod_id=pod.id, deadline=deadline, created=pod.created or time.time())
+    ledger.move(pod.name, "RUNNING", why, pod_id=pod.id, deadline=deadline, created=pod.created or clock.now())
     entry = ledger.entry(pod.name)
     assert entry is not None
     return entry

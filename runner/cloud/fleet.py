@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.cloud import ending
+from runner.cloud import clock, ending
 from runner.cloud.answers import OVER, Pod, number
 from runner.cloud.api import Api
 from runner.cloud.ledger import PREFIX, Entry, Ledger, LedgerError
 from runner.cloud.money import Meter, stopped_usd_per_day
 from runner.cloud.problems import CloudError, StillThereError, pod_page, unseen
-from runner.cloud.reconcile import overdue
+from runner.cloud.reconcile import overdue, rented_at
 from runner.errors import Problem, RequestError, RunnerError
 from runner.suggest import nearest
 
@@ -47,7 +46,7 @@ class Row:
 
 def rows(api: Api, ledger: Ledger, now: float | None = None) -> list[Row]:
     """All of them, oldest first."""
-    now = time.time() if now is None else now
+    now = clock.now() if now is None else now
     pods = {pod.id: pod for pod in api.pods() if pod.name.startswith(PREFIX) and pod.status not in OVER}
     found: list[Row] = []
     known: set[str] = set()
@@ -90,9 +89,14 @@ def run_of(pod: Pod) -> str:
 
 
 def deadline_of(pod: Pod) -> float | None:
-    """What the pod's own variable says."""
+    """By its own variable, and by the clock of whoever rented it."""
+    return variable(pod, "RUNNER_DEADLINE")
+
+
+def variable(pod: Pod, name: str) -> float | None:
+    """A time among the pod's variables."""
     try:
-        return float(pod.env["RUNNER_DEADLINE"])
+        return float(pod.env[name])
     except (KeyError, ValueError):
         return None
 
@@ -202,7 +206,10 @@ def adopt(api: Api, ledger: Ledger, pod_id: str, run_id: str, run_dir: str = "")
         disk_gb=number(pod.raw.get("disk")), keep=False, volume=pod.volume_id, base=api.base, account=api.account,
         heartbeat_s=None,
     )  # fmt: skip
-    facts = {"pod_id": pod.id, "deadline": deadline_of(pod)} | ({"created": pod.created} if pod.created else {})
+    deadline, rented = deadline_of(pod), variable(pod, "RUNNER_RENTED")
+    if deadline is not None and rented is not None and pod.created is not None:
+        deadline += pod.created - rented  # from the other machine's clock to RunPod's
+    facts = {"pod_id": pod.id, "deadline": deadline} | ({"created": pod.created} if pod.created else {})
     ledger.move(pod.name, "RUNNING", "rented from another machine", **facts)
     found = ledger.entry(pod.name)
     assert found is not None
@@ -221,7 +228,7 @@ def owned_by_none(api: Api, ledger: Ledger, *, everything: bool = False) -> list
     Without: those past their deadline, wherever they were rented, but for stopped ones; `reconcile` has ended before
     what crashed launchers left half-made.
     """
-    now = time.time()
+    there = clock.RenterClock(api.time)
     entries = {key: entry for entry in ledger.entries() for key in (entry.name, entry.pod_id)}
     found = []
     for pod in api.pods():
@@ -229,14 +236,15 @@ def owned_by_none(api: Api, ledger: Ledger, *, everything: bool = False) -> list
             continue
         entry = entries.get(pod.id) or entries.get(pod.name)
         deadline = entry.deadline if entry else deadline_of(pod)
+        now = there.now(pod, rented_at(ledger, entry) if entry else variable(pod, "RUNNER_RENTED"))
         if entry is not None and entry.owned:
             continue
         # Stopped: by a run that keeps its pod, or with a result that nobody has fetched. It costs its disk alone.
         if (entry.state == "STOPPED" if entry else pod.status == "EXITED") and not everything:
             continue
-        if deadline is not None and now > deadline:
+        if deadline is not None and now is not None and now > deadline:
             found.append((pod.name, pod.id, "past its deadline"))
-        elif entry is not None and overdue(entry, now):
+        elif entry is not None and now is not None and overdue(entry, now):
             found.append((pod.name, pod.id, "its launcher is silent for too long"))
         elif everything:
             found.append((pod.name, pod.id, "nobody here holds it" if entry else "rented from another machine"))

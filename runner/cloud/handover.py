@@ -8,8 +8,8 @@ pod that ends itself: by the one order or by the other.
 from __future__ import annotations
 
 import shlex
-import time
 
+from runner.cloud import clock
 from runner.cloud.session import Session
 from runner.cloud.ship import Berth
 from runner.cloud.ssh import LostError
@@ -23,7 +23,7 @@ TRIES = 2
 def park(session: Session) -> float:
     """Have a pod whose run is home end itself unless it is handed on in time; epoch at which that is."""
     assert session.at is not None
-    deadline = time.time() + 60 * PARKED_MINUTES
+    deadline = clock.now() + 60 * PARKED_MINUTES
     order = session.order(detach=False) | {"deadline": deadline, "budget_usd": None, "uncollected": "terminate"}
     session.at.place("agent.json", order)
     return deadline

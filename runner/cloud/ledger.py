@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import quote
 
+from runner.cloud import clock
 from runner.cloud import owner as owners
 from runner.errors import Problem, RunnerError
 from runner.paths import state_dir
@@ -177,7 +177,7 @@ class Ledger:
         keep: bool, volume: str | None, base: str, account: str, heartbeat_s: float | None,
     ) -> None:  # fmt: skip
         """A pod is about to be asked for, by this process."""
-        now = time.time()
+        now = clock.now()
         row = {
             "name": name, "run_id": run_id, "run_dir": run_dir, "state": "PLANNED", "gpu": gpu, "cloud": cloud,
             "usd_per_hour": usd_per_hour, "disk_gb": disk_gb, "created": now, "updated": now, "detail": "planned",
@@ -194,12 +194,12 @@ class Ledger:
         A state that a pod is in already is written again, with its reason.
         """
         if state == "GONE":
-            facts = {"ended": time.time(), **NOBODY} | facts
+            facts = {"ended": clock.now(), **NOBODY} | facts
         with self._write() as db:
             row = db.execute("select run_id, state from pods where name = ?", (name,)).fetchone()
             if row is None:
                 raise LedgerError(Problem(f"the ledger {self.file} has no pod {name}"))
-            values = {"state": state, "detail": why, "updated": time.time(), **facts}
+            values = {"state": state, "detail": why, "updated": clock.now(), **facts}
             self._set(db, name, values)
             self._log(db, name, row["run_id"], row["state"], state, why)
 
@@ -214,7 +214,7 @@ class Ledger:
     def set(self, name: str, **facts: Any) -> None:
         """Facts without a change of state."""
         with self._write() as db:
-            self._set(db, name, {"updated": time.time(), **facts})
+            self._set(db, name, {"updated": clock.now(), **facts})
 
     def take(self, name: str) -> bool:
         """Make this process the owner; False where a living one has it."""
@@ -236,7 +236,7 @@ class Ledger:
             row = db.execute("select * from pods where name = ? and state = 'PARKED'", (old,)).fetchone()
             if row is None:
                 return None
-            parked, now = row["updated"], time.time()
+            parked, now = row["updated"], clock.now()
             gone = {"state": "GONE", "ended": parked, "updated": now, "detail": f"handed on to run {run_id}", **NOBODY}
             self._set(db, old, gone)
             self._log(db, old, row["run_id"], "PARKED", "GONE", gone["detail"])
@@ -249,8 +249,8 @@ class Ledger:
 
     def leave(self, name: str) -> None:
         """Release ownership. Never raises: this process will be gone, and be found to be."""
-        with suppress(LedgerError):
-            self.set(name, **NOBODY)
+        with suppress(LedgerError), self._write() as db:
+            self._set(db, name, NOBODY)  # `updated` stays the word of whoever held it
 
     def entry(self, name: str) -> Entry | None:
         """By the pod's name."""
@@ -295,7 +295,7 @@ class Ledger:
 
     @staticmethod
     def _log(db: sqlite3.Connection, name: str, run_id: str, old: str | None, new: str, why: str) -> None:
-        db.execute("insert into transitions values (?, ?, ?, ?, ?, ?)", (time.time(), name, run_id, old, new, why))
+        db.execute("insert into transitions values (?, ?, ?, ?, ?, ?)", (clock.now(), name, run_id, old, new, why))
 
 
 def _unusable(file: Path, error: Exception) -> Problem:

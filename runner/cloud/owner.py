@@ -2,8 +2,8 @@
 
 A hostname changes with DHCP, and is another one in every container. A process that this one can see is looked up. One
 of another container, or from before a reboot, has a lock in the state folder as long as it lives: the kernel gives it
-back whatever ends the process. On a network file system locks are not always told to other machines (mount option `nolock`):
-there an owner on another machine is taken for alive.
+back whatever ends the process. On a network file system locks are not always told to other machines
+(mount option `nolock`): there an owner on another machine is taken for alive.
 """
 
 from __future__ import annotations

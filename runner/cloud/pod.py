@@ -10,13 +10,12 @@ whose run has ended well is PARKED, and SSH_READY again under the name of the ne
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from runner.cloud import boot, ending, problems
+from runner.cloud import boot, clock, ending, problems
 from runner.cloud.answers import Pod, Volume
 from runner.cloud.api import Api
 from runner.cloud.ledger import PREFIX, Ledger
@@ -124,7 +123,7 @@ class _Order:
         )  # fmt: skip
         self._afford(name, machine.usd_per_hour, disk)
         self.say(f"asking for {machine.described}")
-        began = time.time()
+        began = clock.now()
         pod = self._create(wanted)
         try:
             meter = Meter(pod.usd_per_hour or machine.usd_per_hour, began, disk, place.max_usd, self.spent)
@@ -201,7 +200,8 @@ class _Order:
     def _wanted(self, name: str, machine: Candidate) -> PodRequest:
         place = runpod(self.spec)
         env = {"PUBLIC_KEY": self.keys.public, "SSH_KEY": self.keys.public, "RUNNER_RUN_ID": self.run.id}
-        env["RUNNER_DEADLINE"] = str(round(time.time() + hours_of(place) * 3600))
+        env["RUNNER_RENTED"] = str(round(clock.now()))
+        env["RUNNER_DEADLINE"] = str(round(clock.now() + hours_of(place) * 3600))
         volume_gb = 0 if self.volume or machine.cpu_id else number(place.volume_gb)
         return PodRequest(
             name=name,

@@ -6,9 +6,7 @@ itself, and may have a result that is worth fetching; all others that nobody hol
 
 from __future__ import annotations
 
-import time
-
-from runner.cloud import ending
+from runner.cloud import clock, ending
 from runner.cloud.answers import OVER, Pod
 from runner.cloud.api import Api
 from runner.cloud.ledger import PREFIX, Entry, Ledger, LedgerError
@@ -38,6 +36,7 @@ def reconcile(api: Api, ledger: Ledger) -> list[str]:
         pods = {pod.id: pod for pod in api.pods() if pod.status not in OVER}
     except CloudError as error:
         return [f"{len(entries)} pods of earlier commands could not be looked after: {error}"]
+    there = clock.RenterClock(api.time)
     for entry in entries:
         if _of_another_account(api, entry, pods):
             notes.append(f"pod {entry.pod_id or entry.name} was rented with another key or address; left alone")
@@ -48,7 +47,7 @@ def reconcile(api: Api, ledger: Ledger) -> list[str]:
             now = ledger.entry(entry.name)  # it may have moved on since it was listed
             if now is None or now.state == "GONE":
                 continue
-            if note := _settle(api, ledger, now, pods):
+            if note := _settle(api, ledger, now, pods, there):
                 notes.append(note)
         except StillThereError as error:
             notes += [f"{problem.what}; {problem.remedy}" for problem in error.problems]
@@ -65,7 +64,9 @@ def _of_another_account(api: Api, entry: Entry, pods: dict[str, Pod]) -> bool:
     return entry.account != api.account and entry.pod_id not in pods
 
 
-def _settle(api: Api, ledger: Ledger, entry: Entry, pods: dict[str, Pod]) -> str | None:
+def _settle(
+    api: Api, ledger: Ledger, entry: Entry, pods: dict[str, Pod], there: clock.RenterClock
+) -> str | None:  # fmt: skip
     """One entry that nobody holds; what was done, or None where nothing had to be."""
     name, state = entry.name, entry.state
     if state == "PLANNED":
@@ -77,7 +78,7 @@ def _settle(api: Api, ledger: Ledger, entry: Entry, pods: dict[str, Pod]) -> str
     if any(pod.name == name and pod.id != entry.pod_id for pod in pods.values()):
         ending.end_doubles(api, entry.pod_id, name)
     if state in (*ARMED, "STOPPED"):
-        return _armed(api, ledger, entry, pods.get(entry.pod_id))
+        return _armed(api, ledger, entry, pods.get(entry.pod_id), there)
     if state == "TERMINATING" and entry.keep:
         ending.stop(api, ledger, name, entry.pod_id, "again, after the launcher ended")
         return f"pod {entry.pod_id} of run {entry.run_id} is stopped, as was asked"
@@ -94,12 +95,23 @@ def _unanswered(api: Api, ledger: Ledger, entry: Entry) -> str | None:
         ending.end(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
     if found:
         return f"pod {found[0].id} of run {entry.run_id} came of a create that was not answered: it is ended"
-    if time.time() - entry.created > UNKNOWN_S:
+    if _is_old(api, entry):
         ledger.move(entry.name, "GONE", "no pod of that name has appeared")
     return None
 
 
-def _armed(api: Api, ledger: Ledger, entry: Entry, pod: Pod | None) -> str | None:
+def _is_old(api: Api, entry: Entry) -> bool:
+    """A create of which nothing has come for a quarter of an hour, by this machine's clock and by RunPod's: one of them
+    may be wrong."""
+    if clock.now() - entry.created <= UNKNOWN_S:
+        return False
+    there = api.time()
+    return there is not None and there - entry.created > UNKNOWN_S
+
+
+def _armed(
+    api: Api, ledger: Ledger, entry: Entry, pod: Pod | None, there: clock.RenterClock
+) -> str | None:  # fmt: skip
     """A pod that looks after itself."""
     assert entry.pod_id is not None
     if pod is None:
@@ -111,14 +123,24 @@ def _armed(api: Api, ledger: Ledger, entry: Entry, pod: Pod | None) -> str | Non
     if pod.status == "EXITED" and entry.state != "STOPPED":
         ledger.move(entry.name, "STOPPED", "it has stopped itself, with what nobody had fetched")
         return f"pod {pod.id} has stopped itself with its result: python -m runner fetch {entry.run_id}"
-    if entry.state != "STOPPED" and overdue(entry, time.time()):
+    now = None if entry.state == "STOPPED" else there.now(pod, rented_at(ledger, entry))
+    if now is not None and overdue(entry, now):
         ending.end(api, ledger, entry.name, pod.id, "it is past its deadline")
         return f"pod {pod.id} of run {entry.run_id} was past its deadline and alive: it is ended"
     return None
 
 
+def rented_at(ledger: Ledger, entry: Entry) -> float:
+    """When the entry's pod was asked for, by this machine's clock of then; another run may have had it first."""
+    same = [e for e in ledger.entries(gone=True) if e.pod_id == entry.pod_id and e.pod_id is not None]
+    return min(e.created for e in [entry, *same])
+
+
 def overdue(entry: Entry, now: float) -> bool:
-    """It should have ended itself: at its deadline, or when its launcher was silent for too long."""
+    """It should have ended itself: at its deadline, or when its launcher was silent for too long.
+
+    `now` by the clock that the entry was written by, never by whatever this machine's clock says.
+    """
     if entry.deadline is not None and now > entry.deadline + AFTER_DEADLINE_S:
         return True
     return entry.heartbeat_s is not None and now > entry.updated + entry.heartbeat_s + AFTER_DEADLINE_S
@@ -142,7 +164,7 @@ def settle_unknown(api: Api, ledger: Ledger, run_id: str, *, now: bool = False) 
             continue  # it stays in the ledger
         for pod in found:
             ending.end(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
-        if not found and time.time() - entry.created > UNKNOWN_S:
+        if not found and _is_old(api, entry):
             ledger.try_move(entry.name, "GONE", "no pod of that name has appeared")
 
 

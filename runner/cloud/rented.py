@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from runner.cloud import ending
+from runner.cloud import clock, ending
 from runner.cloud.account import pace
 from runner.cloud.answers import Pod
 from runner.cloud.api import Api
@@ -47,7 +47,7 @@ class Rented:
 
     def usd(self) -> float:
         """What the run has cost so far, earlier pods and disks included."""
-        return self.meter.usd(time.time())
+        return self.meter.usd(clock.now())
 
     def mark(self, state: State, why: str = "") -> None:
         """Record a state before what it says is done. Where that fails it is said how to end the pod: this process
@@ -122,7 +122,7 @@ def spent(ledger: Ledger, run_id: str) -> float:
     total = 0.0
     for entry in ledger.entries(run_id, gone=True):
         if entry.pod_id is not None:
-            total += Meter(entry.usd_per_hour, entry.created, entry.disk_gb).usd(entry.ended or time.time())
+            total += Meter(entry.usd_per_hour, entry.created, entry.disk_gb).usd(entry.ended or clock.now())
     return total
 
 

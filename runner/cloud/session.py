@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from runner import checkpoints
-from runner.cloud import home, ship, tail
+from runner.cloud import clock, home, ship, tail
 from runner.cloud.follow import Follower, News, Vanished
 from runner.cloud.keys import KeyPair
 from runner.cloud.rented import Rented
@@ -171,7 +171,7 @@ class Session:
     def _why_stop(self) -> str | None:
         if self.asked:
             return "you asked for it"
-        left = self.rented.deadline - time.time()
+        left = self.rented.deadline - clock.now()
         if left < min(MARGIN_SECONDS, (self.rented.deadline - self.rented.meter.started) / 5):
             paid = self.rented.meter.ends()
             if paid is not None and paid <= self.rented.deadline + 1:

@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import tempfile
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import checkpoints
-from runner.cloud import agent, install, parcels, tail, wheel
+from runner.cloud import agent, clock, install, parcels, tail, wheel
 from runner.cloud.ssh import Connection
 from runner.errors import CannotRunError, Problem, RunFailedError
 from runner.inputs import named_places
@@ -94,7 +93,7 @@ def order(
     """What the agent is told: until when (epoch seconds of this machine, as `sent` is), for how much, how to end, and
     by which key this launcher comes in."""
     return {
-        "id": uuid.uuid4().hex, "run_id": run_id, "pod_id": pod_id, "sent": time.time(), "started": started,
+        "id": uuid.uuid4().hex, "run_id": run_id, "pod_id": pod_id, "sent": clock.now(), "started": started,
         "deadline": deadline, "budget_usd": budget_usd, "usd_per_hour": usd_per_hour,
         "heartbeat_minutes": heartbeat_minutes, "boarding_minutes": boarding_minutes, "keep": keep,
         "uncollected": uncollected, "public_key": public_key,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from runner.cloud import keys
+from runner.cloud import clock, keys
 from runner.cloud.api import Api
 from runner.cloud.placement import Candidate, runpod
 from runner.cloud.pod import acquire
@@ -66,7 +65,7 @@ def up(spec: RunSpec, hours: float, say: Callable[[str], None]) -> Up:
     """Rent it, and leave it to itself: what ends it in time is started with it, before anything else."""
     run_id = f"pod-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     token = secrets.token_urlsafe(12)  # of a server that listens inside the pod alone; nobody's key
-    began = time.time()
+    began = clock.now()
     rented = acquire(
         RunDir(state_dir() / "pods" / run_id), spec, {"hours": hours}, keys.pair(run_id), say, detached=True,
         alone_minutes=60 * hours, env={"JUPYTER_PASSWORD": token},

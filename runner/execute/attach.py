@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
-from runner.cloud import keys, ship, ssh
+from runner.cloud import clock, keys, ship, ssh
 from runner.cloud.adopt import NoPodOfRunError, adopt, look, run_id_of
 from runner.cloud.follow import Vanished
 from runner.cloud.rented import Rented
@@ -208,10 +208,17 @@ def _listen(session: Session, minutes: float | None) -> None:
     """A new order: somebody is there, and the pod waits to be collected from; or nobody is any more."""
     at = session.at
     assert at is not None
-    old = ship.loads(at.connection.run(f"cat {shlex.quote(at.folder)}/agent.json"))
-    sent = time.time()
-    deadline = max(float(old["deadline"]), sent + 60 * LISTENING_MINUTES if session.over else 0.0)
-    new = {**old, "id": uuid.uuid4().hex, "sent": sent, "heartbeat_minutes": minutes, "deadline": deadline}
+    file = shlex.quote(f"{at.folder}/agent.json")
+    said, _, times = at.connection.run(f"cat {file}; echo; stat -c %Y {file}; date +%s").rstrip().rpartition("}")
+    old, (came, there) = ship.loads(said + "}"), map(float, times.split())
+    sent = clock.now()
+    # Its times are those of another clock: of a launcher elsewhere, or of this one before it was set.
+    ahead = sent - (float(old["sent"]) + max(0.0, there - came))
+    deadline = max(float(old["deadline"]) + ahead, sent + 60 * LISTENING_MINUTES if session.over else 0.0)
+    new = {
+        **old, "id": uuid.uuid4().hex, "sent": sent, "heartbeat_minutes": minutes, "deadline": deadline,
+        "started": float(old["started"]) + ahead, "fresh": False,
+    }  # fmt: skip
     if session.over:
         new["budget_usd"] = None  # what is left to do costs minutes
     at.place("agent.json", new)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.cloud import ending, handover, keys
+from runner.cloud import clock, ending, handover, keys
 from runner.cloud import owner as owners
 from runner.cloud.api import Api
 from runner.cloud.ledger import PREFIX, Entry, Ledger, owner
@@ -59,7 +58,7 @@ class Pool:
 
     def variables(self) -> dict[str, str]:
         """Of a pod that is rented for this sweep: when whoever looks at it from elsewhere may call it forgotten."""
-        return {"RUNNER_DEADLINE": str(round(time.time() + 3600 * self.hours))}
+        return {"RUNNER_DEADLINE": str(round(clock.now() + 3600 * self.hours))}
 
     def take(self, run: RunDir, spec: RunSpec, pair: keys.KeyPair, say: Say) -> Rented | None:
         """A parked pod that serves this run from here on; None where one is to be rented, for which there is room."""

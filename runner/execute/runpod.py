@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -14,7 +13,7 @@ import click
 from rich.console import Console
 
 from runner import checkpoints
-from runner.cloud import keys, pod, preflight, ssh
+from runner.cloud import clock, keys, pod, preflight, ssh
 from runner.cloud.api import Api
 from runner.cloud.follow import News, Vanished
 from runner.cloud.problems import StillThereError
@@ -160,7 +159,7 @@ def follow(session: Session, voice: Voice, leave: bool = False) -> dict[str, Any
 
     def tell(news: News) -> None:
         voice.tell(news)
-        if news.kind == "tick" and (warning := session.rented.meter.warning(time.time())):
+        if news.kind == "tick" and (warning := session.rented.meter.warning(clock.now())):
             voice.say(f"Warning: {warning}")
 
     return session.follow(tell, leave)
@@ -225,7 +224,7 @@ def account(run: RunDir, rented: Rented, error: BaseException | None = None) -> 
     cost = {
         "usd": round(rented.usd(), 4),
         "predicted_usd": plan.get("usd"),
-        "hours": round((time.time() - rented.meter.started) / 3600, 4),
+        "hours": round((clock.now() - rented.meter.started) / 3600, 4),
         "predicted_hours": plan.get("hours"),
         "usd_per_hour": rented.usd_per_hour,
         "gpu": rented.pod.gpu_id,
