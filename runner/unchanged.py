@@ -32,7 +32,12 @@ def changed(run: RunDir, spec: RunSpec) -> list[Problem]:
         return []
     known, now = run.read(FILE), _digests(spec)
     places = dict(named_places(spec))
-    return [
+    gone = [
+        Problem(f"{places[key]} does not exist", key, f"bring it back, or say where it is now: {key}=…")
+        for key in known
+        if key in places and key not in now
+    ]
+    return gone + [
         Problem(f"{places[key]} is not what the run has trained on until now", key, REMEDY)
         for key in now
         if key in known and known[key] != now[key]

@@ -99,6 +99,29 @@ def test_rows_that_are_skipped_are_refused_only_where_none_is_left(here: Path, s
     assert runner(*words).exit_code == 0 and started
 
 
+def test_measurements_need_held_out_rows(here: Path, started: list[RunDir]) -> None:
+    write(here / "one.jsonl", ROW)
+    write(here / "two.jsonl", ROW * 2)
+    words = (*HERE, "eval.every_steps=1")
+    for more in (("data.path=one.jsonl",), ("data.path=two.jsonl", "data.eval_fraction=0")):
+        said = refused(here, *words, *more)
+        assert "eval.every_steps=1 measures held-out rows, and there are none (eval.every_steps)" in said
+    for more in (("data.path=two.jsonl",), ("data.path=one.jsonl", "data.eval_path=one.jsonl")):
+        assert runner(*words, *more).exit_code == 0
+    assert runner("data=commands", "train.max_steps=1", "eval.every_steps=1", "data.eval_fraction=0").exit_code == 0
+    assert len(started) == 3
+    corpus = (
+        "objective=pretrain",
+        "objective.experiment=mine",
+        "model=scratch_22m",
+        "method=full",
+        "objective.mode=prod",
+    )
+    write(here / "docs.txt", "a\nb\n")
+    said = refused(here, *words, *corpus, "data.path=docs.txt", "train.max_length=512", "objective.mode=prod")
+    assert "objective.mode=split" in said
+
+
 @pytest.mark.parametrize(
     ("objective", "needs"),
     [("dpo", "a chosen and a rejected answer"), ("reward", "a chosen"), ("kto", "an answer and a label, good or not")],

@@ -86,6 +86,8 @@ def check(spec: RunSpec) -> list[str]:
     if isinstance(objective, Pretrain) and (place := workspace_of(objective)) is not None:
         if objective.shards == "anew" or (objective.shards == "auto" and not is_whole(place.train)):
             _check_documents(spec, notes)
+        if spec.eval.every_steps and objective.mode != "split" and not (spec.data.eval_path or spec.data.eval_split):
+            raise RequestError(nothing_held_out(spec))
         return notes
     template = template_of(tokenizer_file(spec.model), spec.data)
     turns = Turns(template) if template else None
@@ -96,12 +98,34 @@ def check(spec: RunSpec) -> list[str]:
             notes.append(f"the first {part.count:,} rows of {part.name} were checked, the others when they are loaded")
     stops = spec.data.on_error == "stop"
     problems = list(dict.fromkeys(p for part in parts for p in [*(part.wrong if stops else ()), *part.broken]))
+    if spec.eval.every_steps and not problems and not _holds_out(spec.data, parts):
+        problems.append(nothing_held_out(spec))
     if isinstance(objective, Grpo):
         known = {name for part in parts for name in part.columns} if all(part.whole for part in parts) else None
         problems += reward_files.problems(objective, known, here=spec.where.name == "local")
     if problems:
         refuse(problems)
     return notes
+
+
+def nothing_held_out(spec: RunSpec) -> Problem:
+    """Measurements are wanted, and there is nothing to measure on."""
+    if isinstance(spec.objective, Pretrain) and spec.objective.experiment is not None:
+        remedy = "write objective.mode=split, name data.eval_path, or leave eval.every_steps out"
+    else:
+        remedy = (
+            "write data.eval_fraction=0.05 (of two rows or more), or data.eval_path=…, or leave eval.every_steps out"
+        )
+    what = f"eval.every_steps={spec.eval.every_steps} measures held-out rows, and there are none"
+    return Problem(what, "eval.every_steps", remedy)
+
+
+def _holds_out(data: DataSpec, parts: list[_Part]) -> bool:
+    """Some rows are held out, or may be; at least one of every source stays for training."""
+    if data.source == "commands" or data.eval_path or data.eval_split:
+        return True
+    may_have_two = data.source in BUNDLED or not parts or any(not part.whole or part.count > 1 for part in parts)
+    return data.eval_fraction > 0 and may_have_two
 
 
 def _parts(spec: RunSpec, notes: list[str]) -> list[_Part]:

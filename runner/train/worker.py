@@ -11,7 +11,8 @@ import torch
 from transformers import set_seed
 
 from runner import checkpoints
-from runner.errors import InterruptedRun, Problem
+from runner.data.checking import nothing_held_out
+from runner.errors import InterruptedRun, Problem, RequestError
 from runner.report.card import write_card
 from runner.report.plot import plot_loss
 from runner.report.progress import Progress
@@ -82,6 +83,8 @@ def work(
         with progress.stage("Tokenising", "rows"):
             rows = objectives.tokenise(examples, tokenizer, spec, count)
     progress.note(line_of(rows[0], len(examples.held or ())))
+    if spec.eval.every_steps and (rows[1] is None or not len(rows[1].rows)):
+        raise RequestError(nothing_held_out(spec))
     content = fingerprints(tokenizer, examples.fingerprint)
     if ranks.main:
         check_same(spec, run, content, start)
