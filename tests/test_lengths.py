@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -173,12 +174,29 @@ def test_a_file_that_is_not_there_is_an_error_with_its_name(tmp_path: Path) -> N
 
 
 def test_data_on_the_hub_are_not_guessed() -> None:
-    found = lengths(DataSpec(**load("data", "gsm8k")), SMOLLM2)
+    found = lengths(DataSpec(name="hub", source="hub", id="org/rows"), SMOLLM2)
     assert (found.num_examples, found.tokens_per_example, found.exact) == (None, None, False)
     assert _held(found) == (None, None, None)
-    assert lengths(DataSpec(**load("data", "gsm8k"), max_eval_examples=50), SMOLLM2).held_out_rows == 50
     count, tokens, notes = steps(_spec(), found)
-    assert (count, tokens) == (None, None) and "openai/gsm8k is on the Hub" in notes[0]
+    assert (count, tokens) == (None, None) and "org/rows is on the Hub" in notes[0]
+
+
+def test_data_of_the_catalogue_are_as_large_as_their_card_says() -> None:
+    found = lengths(DataSpec(**load("data", "gsm8k")), SMOLLM2)
+    assert (found.num_examples, found.tokens_per_example, found.exact) == (7473, 132.5, False)
+    assert _held(found) == (1319, 132.5, None)
+    assert lengths(DataSpec(**load("data", "gsm8k"), max_eval_examples=50), SMOLLM2).held_out_rows == 50
+    assert lengths(DataSpec(**load("data", "gsm8k"), max_examples=100), SMOLLM2).num_examples == 100
+    count, _, notes = steps(_spec(num_epochs=1, packing=False), found)
+    at_once = 2 * 2  # micro batch and processes of `_spec`
+    assert count == math.ceil(math.ceil(7473 / at_once) / 4) and "the card of openai/gsm8k states" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "change", [{"split": "test"}, {"subset": "socratic"}, {"revision": "v1"}, {"eval_split": None}]
+)
+def test_the_card_says_nothing_of_another_split(change: dict[str, str | None]) -> None:
+    assert lengths(DataSpec(**{**load("data", "gsm8k"), **change}), SMOLLM2).num_examples is None
 
 
 def test_the_hubs_cache_and_a_folder_have_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

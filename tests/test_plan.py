@@ -100,7 +100,7 @@ def test_the_demo_data_for_another_model_are_named_as_such(here: Path) -> None:
 
 
 def test_a_held_out_set_that_nobody_counted_is_left_out_and_the_plan_says_so() -> None:
-    words = ("model=mistral7b", "hw=h100", "data=ultrachat_200k", "train.max_steps=10")
+    words = ("model=mistral7b", "hw=h100", "data=hub", "data.id=org/rows", "data.eval_split=test", "train.max_steps=10")
     note = "time: the held-out loss is left out, as the number of held-out rows is not known"
     unknown, bounded = plan(*words), plan(*words, "data.max_eval_examples=500")
     assert note in unknown["notes"] and note not in bounded["notes"]
@@ -191,8 +191,22 @@ def test_limits_of_money_and_time_refuse() -> None:
     assert time.endswith("more than where.max_hours=0.001")
 
 
+def test_a_data_set_of_the_catalogue_has_a_time_and_a_price() -> None:
+    planned = plan("model=mistral7b", "method=qlora4", "hw=rtx4090", "data=guanaco", "where=runpod", "where.max_usd=5")
+    assert planned["num_steps"] == 1848  # 9,846 rows, three passes, 16 a step: each a full sequence
+    assert 1 < planned["usd"] < 5 and planned["reasons"] == []
+    assert any("so it is at most this" in note for note in planned["notes"])
+
+
 def test_a_limit_without_a_figure_refuses_here_and_is_held_to_on_a_pod() -> None:
-    words = ("model=mistral7b", "method=lora", "hw=h100", "data=guanaco", "where.max_usd=20")  # rows not counted
+    words = (
+        "model=mistral7b",
+        "method=lora",
+        "hw=h100",
+        "data=hub",
+        "data.id=org/rows",
+        "where.max_usd=20",
+    )  # rows not counted
     (reason,) = plan(*words)["reasons"]
     assert reason == "where.max_usd=20: what the run costs is not known"
     rented = plan(*words, "where=runpod")

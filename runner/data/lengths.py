@@ -17,13 +17,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from runner import catalogue
 from runner.data import commands
 from runner.data.examples import Learnable
 from runner.data.files import is_url
 from runner.data.formats import split
 from runner.data.sample import Sample, sample
 from runner.data.sources import files_of
-from runner.data.tokens import Counting, tokenizer_file
+from runner.data.tokens import CHARS_PER_TOKEN, Counting, tokenizer_file
 from runner.paths import CONF, cache_dir
 from runner.spec import DataSpec, ModelSpec, RunSpec
 
@@ -65,9 +66,7 @@ def lengths(data: DataSpec, model: ModelSpec, *, seed: int = 42) -> DataLengths:
     is missing or of an unknown kind.
     """
     if data.source == "hub":
-        note = f"{data.id} is on the Hub: rows are counted when it is loaded"
-        note += ", at most data.max_examples" * bool(data.max_examples)
-        return DataLengths(data.max_examples, None, False, note, held_out_rows=data.max_eval_examples)
+        return _of_hub(data)
     if far := next((path for path in _paths(data) if is_url(path)), None):
         note = f"{far} is not on this machine: rows are counted when they are loaded"
         return DataLengths(data.max_examples, None, False, note, held_out_rows=data.max_eval_examples)
@@ -83,6 +82,35 @@ def lengths(data: DataSpec, model: ModelSpec, *, seed: int = 42) -> DataLengths:
         temporary.write_text(json.dumps(asdict(counted)), "utf-8")
         temporary.replace(file)
     return counted
+
+
+def _of_hub(data: DataSpec) -> DataLengths:
+    """Of a data set in the catalogue what its card states; of any other at most `data.max_examples`."""
+    if not data.num_rows or not _is_as_in_the_catalogue(data):
+        note = f"{data.id} is on the Hub: rows are counted when it is loaded"
+        note += ", at most data.max_examples" * bool(data.max_examples)
+        return DataLengths(data.max_examples, None, False, note, held_out_rows=data.max_eval_examples)
+    rows, held = data.num_rows, data.num_eval_rows
+    if not data.eval_split:
+        held = round(rows * data.eval_fraction)
+        rows -= held
+    tokens = data.bytes_per_row / CHARS_PER_TOKEN if data.bytes_per_row else None
+    return DataLengths(
+        min(rows, data.max_examples or rows),
+        tokens,
+        False,
+        f"as the card of {data.id} states" + f", {CHARS_PER_TOKEN:g} characters a token assumed" * bool(tokens),
+        held_out_rows=min(held or 0, data.max_eval_examples or held or 0),
+        held_out_tokens_per_row=tokens,
+    )
+
+
+def _is_as_in_the_catalogue(data: DataSpec) -> bool:
+    """The rows are of the split that the file in `conf/data/` counts."""
+    if data.name not in catalogue.options("data"):
+        return data.name != "hub"  # of a folder of the user's own, which says what it says
+    own = catalogue.load("data", data.name)
+    return all(getattr(data, key) == own.get(key, None) for key in ("id", "subset", "revision", "split", "eval_split"))
 
 
 def _key(data: DataSpec, tokenizer: Path | None, seed: int) -> str:
@@ -189,9 +217,13 @@ def _rows(spec: RunSpec, data: DataLengths, notes: list[str]) -> tuple[int | Non
             notes.append(f"about {data.tokens_per_example:.0f} tokens a row: {data.how}")
         cut = [min(tokens, limit) for tokens in data.row_tokens]
         return packed(cut, limit) if packing else len(cut), sum(cut)
-    if data.num_examples is None or data.tokens_per_example is None:
-        if data.num_examples is None or packing:
-            return None, None
+    if data.num_examples is None:
+        return None, None
+    if data.tokens_per_example is None:
+        if packing:
+            notes.append(
+                f"{data.num_examples:,} rows, {data.how}: each counted as a full sequence, so it is at most this"
+            )
         return data.num_examples, None
     notes.append(f"about {data.num_examples:,} rows of {data.tokens_per_example:.0f} tokens: {data.how}")
     tokens = round(data.num_examples * min(data.tokens_per_example, limit))

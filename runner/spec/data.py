@@ -53,6 +53,12 @@ class DataSpec(Part):
     """Split of the data set on the Hub."""
     eval_split: str | None = None
     """Split with held-out rows; null means `eval_fraction` of the rows is held out."""
+    num_rows: int | None = Field(default=None, ge=1)
+    """Rows of `split`, as the data set's card states them: for the plan, before anything is downloaded. Belongs to the files in `conf/data/`."""
+    num_eval_rows: int | None = Field(default=None, ge=1)
+    """Rows of `eval_split`, likewise."""
+    bytes_per_row: float | None = Field(default=None, gt=0)
+    """Mean bytes of a row's text, likewise: a card's `num_bytes / num_examples`."""
     streaming: bool = False
     """Read the first `max_examples` rows of the Hub as they come, without downloading the data set: for one that does not fit on the disk."""
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
