@@ -138,6 +138,19 @@ def test_every_point_of_a_sweep_is_checked_before_the_first_one(here: Path, star
     assert not started
 
 
+def test_points_that_read_the_same_are_checked_once(
+    here: Path, started: list[RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[RunSpec] = []
+    whole = checking.check
+    monkeypatch.setattr(checking, "check", lambda spec: counted.append(spec) or whole(spec))  # type: ignore[func-returns-value]
+    write(here / "rows.jsonl", ROW)
+    result = runner("-m", *HERE, "data.path=rows.jsonl", "train.learning_rate=1e-3,1e-4")
+    assert len(started) == 2 and len(counted) == 1, result.output
+    write(here / "rows.jsonl", "{oops\n")
+    assert "rows.jsonl, line 1" in refused(here, "-m", *HERE, "data.path=rows.jsonl", "train.learning_rate=1e-3,1e-4")
+
+
 def test_prepare_checks_without_loading_anything(here: Path) -> None:
     write(here / "rows.jsonl", ROW + "{oops\n")
     assert "rows.jsonl, line 2" in refused(here, "data", "prepare", "data.path=rows.jsonl")
