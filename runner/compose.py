@@ -136,10 +136,10 @@ def sweep(request: Request, task: Callable[[RunSpec, int], float], sweep_dir: Pa
     checked = check(request, sweeping=True)
     quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
     folders = [f"hydra.sweep.dir={_quoted(sweep_dir)}", "hydra.sweep.subdir=."]
-    primary = _primary(checked.request)
+    primary, texts = _primary(checked.request), _texts(replace(request, overrides=()))
     with _hydra(checked.request, primary) as hydra, _as_request_error(checked):
         overrides = [*quiet, *folders, *checked.for_hydra]
-        hydra.multirun(primary.name, _Task(task), overrides, with_log_configuration=False)
+        hydra.multirun(primary.name, _Task(task, texts), overrides, with_log_configuration=False)
 
 
 def task_overrides() -> list[str]:
@@ -162,6 +162,8 @@ class _Task:
     """What Hydra calls for one point; picklable, for launchers that use processes."""
 
     task: Callable[[RunSpec, int], float]
+    texts: dict[str, str]
+    """Environment variables as the files write them."""
 
     def __call__(self, config: Any) -> float:
         from hydra.core.hydra_config import HydraConfig
@@ -169,6 +171,8 @@ class _Task:
         composed = _resolved(config.copy(), lambda key: None)
         if composed.problems:
             raise RequestError(*composed.problems)
+        assert composed.values is not None
+        _keep_texts(composed.values, self.texts)
         return self.task(RunSpec.model_validate(composed.values), int(HydraConfig.get().job.num))
 
 
@@ -220,10 +224,35 @@ def _composed(request: Request, checked: Checked) -> _Composed:
     source_of = source_finder(request)
     found = _resolved(own, source_of)
     if found.values is not None:
+        if any(not isinstance(value, (str, type(None))) for value in _environment(found.values).values()):
+            _keep_texts(found.values, _texts(request))
         return _identified(
             found, identity.problems(config.hydra.runtime.choices, found.values, request.folders, source_of)
         )
     return found
+
+
+def _environment(values: dict[str, Any]) -> dict[str, Any]:
+    hw = values.get("hw")
+    env = hw.get("env") if isinstance(hw, dict) else None
+    return env if isinstance(env, dict) else {}
+
+
+def _texts(request: Request) -> dict[str, str]:
+    """Environment variables as YAML files write them: to YAML 1.1, `010` is 8, `12:30` is 750 and `no` is false."""
+    found: dict[str, str] = {}
+    for origin in origins(request):
+        if origin.key == "hw.env" and isinstance(origin.value, str):  # typed as a mapping
+            found.update(re.findall(r"[{,]\s*(\w+)\s*:\s*([^,{}]*)", origin.value))
+        elif origin.key.startswith("hw.env.") and isinstance(origin.value, str):
+            found[origin.key.removeprefix("hw.env.")] = origin.value
+    return found
+
+
+def _keep_texts(values: dict[str, Any], texts: dict[str, str]) -> None:
+    env = _environment(values)
+    scalars = {key: value for key, value in env.items() if isinstance(value, (int, float))}
+    env.update({key: texts.get(key, str(value)) for key, value in scalars.items()})
 
 
 def _identified(found: _Composed, others: Iterable[Problem]) -> _Composed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -173,11 +173,13 @@ def _key_of(loc: tuple[int | str, ...], unknown: bool) -> str:
     """The dotted key behind pydantic's location, without its union tags."""
     keys: list[str] = []
     parts: list[type[BaseModel]] = [RunSpec]
+    mapping = False
     for position, step in enumerate(loc):
         field = next((p.model_fields[step] for p in parts if step in p.model_fields), None)
         if field is not None:
             keys.append(str(step))
-            parts = list(parts_of(field.annotation))
-        elif unknown and position == len(loc) - 1:
+            parts, mapping = list(parts_of(field.annotation)), get_origin(field.annotation) is dict
+        elif mapping or (unknown and position == len(loc) - 1):
             keys.append(str(step))
+            mapping = False
     return ".".join(keys)

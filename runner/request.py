@@ -165,6 +165,7 @@ def _lift_recipe(request: Request) -> tuple[Request, list[Problem]]:
 def _read(text: str, request: Request, sweeping: bool) -> tuple[Override | None, Problem | None]:
     """One `key=value`, and what is wrong with it."""
     parser = OverridesParser.create()
+    text = _environment_text(text, sweeping)
     try:
         override = parser.parse_override(text)
         parser.parse_override(for_hydra(override))  # stricter about the key
@@ -179,6 +180,24 @@ def _read(text: str, request: Request, sweeping: bool) -> tuple[Override | None,
             remedy += f", or write a list: {group}=[…]"
         return override, Problem(f"{text}: several values make a sweep", COMMAND_LINE, remedy)
     return override, _choice_problem(override, request) if group in catalogue.GROUPS else None
+
+
+def _environment_text(word: str, sweeping: bool) -> str:
+    """`hw.env.X=0,1` with its value quoted: an environment variable is a text, as written. `null` and what is quoted, an
+    interpolation or empty stay."""
+    key, _, value = word.partition("=")
+    if not re.fullmatch(r"\+{0,2}hw\.env\.\w+", key) or value in ("", "null") or value[0] in "'\"" or "${" in value:
+        return word
+    if sweeping and "," in value:
+        return f"{key}={','.join(map(quoted, value.split(',')))}"
+    return f"{key}={quoted(value)}"
+
+
+def quoted(value: str) -> str:
+    """A text in Hydra's quotes, in which only a quote, and backslashes before one, have to be escaped."""
+    quote = "'" if "'" not in value or '"' in value else '"'
+    escaped = re.sub(rf"(\\*)({quote}|$)", lambda m: m[1] * 2 + ("\\" + m[2] if m[2] else ""), value)
+    return f"{quote}{escaped}{quote}"
 
 
 def _how_to_quote(text: str) -> str:

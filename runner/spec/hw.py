@@ -50,7 +50,7 @@ class HardwareSpec(Named):
     price_date: str | None = None
     """Day on which `usd_per_hour` was seen, and by whom."""
     env: dict[str, str] = {}
-    """Environment variables every process gets, such as `NCCL_P2P_DISABLE`."""
+    """Environment variables every process gets, such as `NCCL_P2P_DISABLE`: texts, as written (`0,1`, `010`, `no`)."""
     hostfile: str | None = None
     """File with a line `name slots=4` per machine, the first of which is this one: the others are started by ssh."""
     rendezvous: str | None = None
@@ -60,9 +60,9 @@ class HardwareSpec(Named):
 
     @field_validator("env", mode="before")
     @classmethod
-    def _strings(cls, value: Any) -> Any:
-        """Numbers as text; null takes a variable of the profile away."""
-        return {k: str(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+    def _without_null(cls, value: Any) -> Any:
+        """Null takes a variable of the profile away."""
+        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
     @field_validator("rendezvous")
     @classmethod
