@@ -97,8 +97,8 @@ def plans() -> dict[str, int]:
     A ZeRO stage whose weights alone are too large, and micro batches beside one that fits with headroom, are decided
     without working them out.
     """
-    options, spec = Counting(deepspeed_json.templates()), opened(compose(Request()), set())
-    found = [settled(one) for one in combinations(spec, models(), methods(), hardware())]
+    options, spec = Counting(deepspeed_json.templates()), opened(compose(Request()), {})
+    found = [settled(one) for one in combinations(spec, models(), methods({}), hardware())]
     weighed = 0
     for one in found:
         weighed += len(allowed_stages(one)) * len(batches(one))

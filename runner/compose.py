@@ -120,7 +120,8 @@ def points(request: Request) -> list[Request]:
     if checked.problems:
         _judged(shared)
     if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in checked.overrides):
-        return [replace(checked.request, overrides=tuple(shared.for_hydra))]
+        fixed = tuple(for_hydra(o) for o in shared.overrides if not o.is_hydra_override())
+        return [replace(checked.request, overrides=fixed)]
     typed = [for_hydra(o) for o in checked.overrides if not o.is_hydra_override()]
     with _hydra(checked.request, _Primary("config")) as hydra:  # a glob asks Hydra which choices there are
         parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(typed)

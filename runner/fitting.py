@@ -10,17 +10,20 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from runner import catalogue, deepspeed_json, recipe
+from runner import catalogue, deepspeed_json, recipe, repeat
+from runner.errors import Problem, RequestError
 from runner.plan.fit import Row, combinations, fit, ranked
 from runner.plan.memory import GIB
 from runner.plan.options import Options
 from runner.plan.shape import shape_of
 from runner.planning import hardware, sequences
-from runner.request import Request
+from runner.provenance import flat
+from runner.request import COMMAND_LINE, Request, check
 from runner.spec import HardwareSpec, Method, ModelSpec, RunSpec, TrainSpec
 
 ADVISED = 200
@@ -33,14 +36,19 @@ def _plain(group: str, name: str) -> dict[str, Any]:
     return {k: v for k, v in catalogue.load(group, name).items() if k in type(fields).model_fields}
 
 
-def methods() -> list[Method]:
-    """All methods, as their files have them."""
-    return [METHOD.validate_python({"name": name} | _plain("method", name)) for name in catalogue.options("method")]
+def methods(given: dict[str, Any], folders: tuple[Path, ...] = ()) -> list[Method]:
+    """All methods, as their files have them, and with what was typed for any."""
+    found = []
+    for name in catalogue.options("method", folders):
+        own = {"name": name} | _plain("method", name)
+        values = _varied(type(METHOD.validate_python(own)), own, given, "method")
+        found += [METHOD.validate_python(values)] if values else []
+    return found
 
 
-def models() -> list[ModelSpec]:
+def models(folders: tuple[Path, ...] = ()) -> list[ModelSpec]:
     """Every pretrained model of the catalogue whose shape is known."""
-    found = [catalogue.load("model", name) for name in catalogue.options("model")]
+    found = [catalogue.load("model", name, folders) for name in catalogue.options("model", folders)]
     return [
         ModelSpec.model_validate(values)
         for values in found
@@ -48,22 +56,47 @@ def models() -> list[ModelSpec]:
     ]
 
 
-def given_in(request: Request) -> set[str]:
-    """Groups and keys that the request names: on the command line, in its recipe, or in a spec.json."""
-    if request.spec_file is not None:
-        return set(catalogue.GROUPS)
-    words = [override.partition("=") for override in request.overrides]
-    named = {key.lstrip("+~") for key, _, _ in words}
-    chosen = request.recipe or next((value for key, _, value in words if key == "recipe"), None)
-    if chosen:
-        content = catalogue.read(recipe.find(chosen))
-        groups = [key for entry in content.get("defaults", []) if isinstance(entry, dict) for key in entry]
-        named |= {group.removeprefix("override ").lstrip("/") for group in groups}
-        named |= {f"train.{key}" for key in content.get("train", {})}
+def machines(given: dict[str, Any], folders: tuple[Path, ...] = ()) -> list[HardwareSpec]:
+    """Every named GPU machine, with what was typed for any."""
+    found = hardware(folders)
+    values = [_varied(HardwareSpec, hw.model_dump(exclude_unset=True), given, "hw") for hw in found]
+    told = [HardwareSpec.model_validate(content) for content in values if content]
+    return list({(hw.gpu, hw.num_gpus, hw.num_nodes): hw for hw in reversed(told)}.values())[::-1]
+
+
+def given_in(request: Request) -> dict[str, Any]:
+    """Groups and keys that the request names, with their values: on the command line, in its recipe, or in a spec.json.
+
+    A group without a value is named; what is typed for one of its keys is not: `method.rank=8` holds for any method.
+    """
+    checked = check(request)
+    if checked.request.spec_file is not None:
+        return dict.fromkeys(catalogue.GROUPS)
+    named: dict[str, Any] = {}
+    if checked.request.recipe:
+        choices, keys = recipe.written(recipe.find(checked.request.recipe))
+        named = {**dict.fromkeys(choices), **keys}
+    for override in checked.overrides:
+        if override.key_or_group in catalogue.GROUPS:  # another choice: what a recipe says of it stays, as in a run
+            named[override.key_or_group] = None
+        elif not override.is_hydra_override() and not override.is_delete():
+            named |= dict(flat({override.key_or_group: override.value()}))
     return named
 
 
-def opened(spec: RunSpec, given: set[str]) -> RunSpec:
+def _varied(part: Any, values: dict[str, Any], given: dict[str, Any], group: str) -> dict[str, Any] | None:
+    """One candidate of an open group with what was typed for the group; None if it has no such key."""
+    content = dict(values)
+    for key, value in given.items():
+        if not key.startswith(f"{group}."):
+            continue
+        if key.split(".")[1] not in part.model_fields:
+            return None
+        repeat.put(content, key.partition(".")[2], value)
+    return content
+
+
+def opened(spec: RunSpec, given: dict[str, Any]) -> RunSpec:
     """Without data or a length of one's own, the sequences are not the demo's 256 tokens, but the schema's defaults.
 
     `spec` is the run as it was asked for, its `auto`s open.
@@ -82,14 +115,14 @@ def title(spec: RunSpec, rows: list[dict[str, Any]]) -> str:
     return f"{fitting} of {len(rows)} combinations fit: {size}"
 
 
-def fits(spec: RunSpec, given: set[str], by: str) -> list[Row]:
+def fits(spec: RunSpec, given: dict[str, Any], by: str, folders: tuple[Path, ...] = ()) -> list[Row]:
     """What goes together: of model, method and hardware those that `given` names, and all of the others.
 
     `spec` is what `opened` returned.
     """
-    open_models = [spec.model] if "model" in given else models()
-    open_methods = [spec.method] if "method" in given else methods()
-    open_hw = [spec.hw] if "hw" in given else hardware()
+    open_models = [spec.model] if "model" in given else models(folders)
+    open_methods = [spec.method] if "method" in given else methods(given, folders)
+    open_hw = [spec.hw] if "hw" in given else machines(given, folders)
     advice = len(open_models) * len(open_methods) * len(open_hw) <= ADVISED
     size = sequences(spec) if "data" in given else None
     work = partial(_fits_of, spec, open_methods, open_hw, size, advice)
@@ -114,6 +147,19 @@ def _on_all_cores(work: Callable[[ModelSpec], list[Row]], models: list[ModelSpec
         return [work(model) for model in models]
     with ProcessPoolExecutor(min(cores, len(models)), multiprocessing.get_context("fork"), gc.disable) as pool:
         return list(pool.map(work, models))
+
+
+def refuse_for_table(request: Request) -> None:
+    """RequestError for words that change nothing of the table, which is for all methods and sizes."""
+    typed = {o.key_or_group: str(o.input_line) for o in check(request).overrides}
+    words = [word for key, word in typed.items() if key != "train.max_length"]
+    files = [str(file) for file in (check(request).request.recipe, request.spec_file) if file]
+    if words or files:
+        said = " ".join([*files, *words])
+        what = f"{said}: the table is of every method and size, and changes with train.max_length alone"
+        raise RequestError(
+            Problem(what, COMMAND_LINE, f"python -m runner plan {said} answers for one run, fit for many")
+        )
 
 
 TABLE_MODELS = ("llama2_7b", "llama2_13b", "llama30b", "llama65b", "llama2_70b", "mixtral_8x7b")

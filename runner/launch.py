@@ -31,6 +31,7 @@ from runner.report.tables import headline, in_one_line
 from runner.request import Request
 from runner.rundir import RunDir
 from runner.spec import RunSpec
+from runner.spec.unused import unused
 
 
 def resolved(request: Request, *, needed: bool = False) -> tuple[RunSpec, list[str]]:
@@ -55,7 +56,7 @@ def complete(
         checked, said = planning.place(checked, here)
     pipeline.check(checked)
     ready, notes = resolve(checked, planning.options_for(checked))
-    return sized(ready), [*said, *notes]
+    return sized(ready), [*said, *notes, *unused(spec)]
 
 
 def sized(spec: RunSpec) -> RunSpec:

@@ -205,9 +205,10 @@ def _at_hand(model: ModelSpec) -> bool:
     return model.package is not None or model.from_scratch or Path(model.id).is_dir() or hub_config.cached(model.id)
 
 
-def hardware() -> list[HardwareSpec]:
-    """Every named GPU machine of the catalogue."""
-    found = [HardwareSpec.model_validate(catalogue.load("hw", name)) for name in catalogue.options("hw")]
+def hardware(folders: tuple[Path, ...] = ()) -> list[HardwareSpec]:
+    """Every named GPU machine of the catalogue and of a user's own folders."""
+    names = catalogue.options("hw", folders)
+    found = [HardwareSpec.model_validate(catalogue.load("hw", name, folders)) for name in names]
     return [_priced(hw) for hw in found if hw.accelerator == "cuda"]
 
 

@@ -174,6 +174,8 @@ def _read(text: str, request: Request, sweeping: bool) -> tuple[Override | None,
     group = override.key_or_group
     if not group:
         return None, Problem(f"cannot read {text!r}", COMMAND_LINE, "write key=value")
+    if override.is_hydra_override() and (problem := _hydra_problem(group, sweeping)):
+        return override, Problem(f"{text}: {problem[0]}", COMMAND_LINE, problem[1])
     if override.is_sweep_override() and not sweeping:
         remedy = "add -m to run once per value"
         if group not in catalogue.GROUPS:
@@ -182,9 +184,18 @@ def _read(text: str, request: Request, sweeping: bool) -> tuple[Override | None,
     return override, _choice_problem(override, request) if group in catalogue.GROUPS else None
 
 
+def _hydra_problem(key: str, sweeping: bool) -> tuple[str, str] | None:
+    """Why one of Hydra's own keys would be ignored, and what to write."""
+    if not key.startswith(("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweeper")):
+        return "this runner decides it itself", "leave it out; run.output_dir is where runs go"
+    return None if sweeping else ("it has no effect on a single run", "add -m to sweep, or leave it out")
+
+
 def _environment_text(word: str, sweeping: bool) -> str:
-    """`hw.env.X=0,1` with its value quoted: an environment variable is a text, as written. `null` and what is quoted, an
-    interpolation or empty stay."""
+    """`hw.env.X=0,1` with its value quoted: an environment variable is a text, as written.
+
+    `null`, an interpolation, and what is empty or quoted stay.
+    """
     key, _, value = word.partition("=")
     if not re.fullmatch(r"\+{0,2}hw\.env\.\w+", key) or value in ("", "null") or value[0] in "'\"" or "${" in value:
         return word

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -118,18 +119,28 @@ class DataSpec(Part):
 
     @model_validator(mode="after")
     def _source_has_its_key(self) -> DataSpec:
-        if self.source != "file" and (self.path or self.sources):
-            raise ValueError(
-                f"data.path names a file, and data={self.name} takes its rows from elsewhere; write data=file"
-            )
-        if self.source == "file" and self.path and self.sources:
-            raise ValueError("data.path and data.sources are both given; name one of them")
-        if self.source == "file" and not self.path and not self.sources:
-            raise ValueError("data.path is missing; name a file, such as data.path=my.jsonl")
-        if self.source == "hub" and not self.id:
-            raise ValueError("data.id is missing; name a data set, such as data.id=org/name")
-        if self.streaming and not (self.source == "hub" and self.max_examples):
-            raise ValueError(
-                "data.streaming takes the first rows of a data set on the Hub; say how many with data.max_examples"
-            )
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
+
+    def _problems(self) -> Iterator[str]:
+        if self.source != "file" and (self.path or self.sources):
+            yield f"data.path names a file, and data={self.name} takes its rows from elsewhere; write data=file"
+        if self.source == "file" and self.path and self.sources:
+            yield "data.path and data.sources are both given; name one of them"
+        if self.source == "file" and not self.path and not self.sources:
+            yield "data.path is missing; name a file, such as data.path=my.jsonl"
+        if self.source == "hub" and not self.id:
+            yield "data.id is missing; name a data set, such as data.id=org/name"
+        for key in ("id", "revision", "subset", "split", "eval_split"):
+            if self.source != "hub" and getattr(self, key) != type(self).model_fields[key].default:
+                what = f"data.{key}={getattr(self, key)} is of a data set on the Hub, and data={self.name} is none"
+                yield f"{what}; write data=hub data.id=org/name, or leave it out"
+        if self.eval_path and self.source != "file":
+            instead = "write data.eval_split=test, say" if self.source == "hub" else "write data.eval_fraction=0.1, say"
+            yield f"data.eval_path={self.eval_path} is for data=file, and not for data={self.name}; {instead}"
+        if self.mix != "concat" and not self.sources:
+            yield f"data.mix={self.mix} mixes data.sources, and there are none; leave it out"
+        if self.streaming and not (self.source == "hub" and self.max_examples):
+            yield "data.streaming takes the first rows of a data set on the Hub; say how many with data.max_examples"

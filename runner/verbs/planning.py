@@ -83,7 +83,7 @@ def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str,
     request = request_of(words, config_dirs)
     given = fitting.given_in(request)
     spec = fitting.opened(asked(compose(request), source_finder(request), needed=True), given)
-    rows = [asdict(row) for row in fitting.fits(spec, given, by)]
+    rows = [asdict(row) for row in fitting.fits(spec, given, by, request.folders)]
     fit = [row for row in rows if row["fits"]]
     if as_json:
         click.echo(dump(rows))
@@ -111,6 +111,7 @@ def table(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> Non
     from runner.report.plan import print_memory_table
 
     request = request_of(words, config_dirs)
+    fitting.refuse_for_table(request)
     content = fitting.memory_table(fitting.opened(resolved(request)[0], fitting.given_in(request)))
     if as_json:
         click.echo(dump(content))
