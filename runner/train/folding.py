@@ -25,7 +25,15 @@ def fold(model: PeftModel, dtype: torch.dtype) -> tuple[Any, set[str]]:
     rounded = set()
     generator = torch.Generator().manual_seed(SEED)
     for name, layer in list(model.get_base_model().named_modules()):
-        if isinstance(layer, lora.LoraLayer):
+        if isinstance(
+            layer, lora.ParamWrapper
+        ):  # a parameter that is no layer's weight: all experts of a mixture in one
+            experts, own = layer.get_base_layer(), layer.parameter_name
+            setattr(experts, own, _widened(getattr(experts, own)))
+            layer.merge(safe_merge=True)
+            _settle(experts, dtype, generator)
+            rounded.add(f"{name.replace('.base_layer', '')}.{own}")  # one wrapper in another where several are adapted
+        elif isinstance(layer, lora.LoraLayer):
             packed = quantised(layer.get_base_layer())
             layer.base_layer = _plain(layer.get_base_layer(), torch.float32)
             # On the classes for packed layers PEFT's own `merge` packs again; the update itself is the same.
@@ -54,8 +62,13 @@ def _plain(module: Any, dtype: torch.dtype) -> Any:
         plain.weight = nn.Parameter(dequantised(module).to(dtype), requires_grad=False)
         plain.bias = module.bias
         return plain
-    module.weight = nn.Parameter(module.weight.detach().to(dtype, copy=True), requires_grad=False)
+    module.weight = _widened(module.weight, dtype)
     return module
+
+
+def _widened(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """A copy in `dtype`."""
+    return nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
 
 
 def _loses(parameter: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from runner.errors import Rewind, RunnerError
 from runner.train import rows
 from runner.train.guards import LossGuard, MicroBatch, step_losses
+from runner.train.heldout import TokenMean
 from runner.train.keeping import Keeping
 from runner.train.trainer import CountingTrainer
 
@@ -117,7 +118,7 @@ class Guarding(Keeping):
         return {"learning_rate": self._get_learning_rate(), "rows": shown}  # type: ignore[attr-defined]
 
 
-class GuardedTrainer(Guarding, CountingTrainer):
+class GuardedTrainer(TokenMean, Guarding, CountingTrainer):
     """Supervised fine-tuning and pretraining under guard."""
 
     def labelled(self, inputs: Any) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -16,7 +17,7 @@ from runner.data.workspace import workspace_of
 from runner.plan.passes import passes_of
 from runner.rundir import RunDir
 from runner.spec import Dpo, Full, Grpo, Orpo, Pretrain, QLora4, QLora8, Reward, RunSpec, Sft
-from runner.train import dataset, grpo, methods, models, pairs, preference, rewards, text, trainer
+from runner.train import dataset, experts, grpo, methods, models, pairs, preference, rewards, text, trainer
 from runner.train.guarded import GuardedTrainer, Guarding
 from runner.train.models import DTYPES
 from runner.train.text import Shards
@@ -93,11 +94,12 @@ def tokenise(
     examples: Examples, tokenizer: Any, spec: RunSpec, tell: Tell | None = None
 ) -> tuple[Tokenised, Tokenised | None]:
     """Rows as the trainer takes them, training and held out; `tell` hears of the training rows that are done."""
-    make: Callable[..., Tokenised] = pairs.tokenise
-    if isinstance(spec.objective, (Sft, Pretrain)):
-        make = dataset.tokenise if isinstance(spec.objective, Sft) else text.tokenise
+    make: Callable[..., Tokenised] = dataset.tokenise if isinstance(spec.objective, Sft) else pairs.tokenise
+    measured = make
+    if isinstance(spec.objective, Pretrain):
+        make, measured = text.tokenise, partial(text.tokenise, held=True)
     train = make(examples.train, tokenizer, spec, tell)
-    return train, make(examples.held, tokenizer, spec) if examples.held else None
+    return train, measured(examples.held, tokenizer, spec) if examples.held else None
 
 
 def num_steps(spec: RunSpec, num_rows: int) -> int:
@@ -133,24 +135,30 @@ def build(
     train, held = rows
     common |= {"train_dataset": train.rows, "eval_dataset": held.rows if held else None, "processing_class": tokenizer}
     config = methods.adapter_config(spec, model)
-    made: Guarding
+    with experts.prepared(model):
+        made = _made(spec, source, model, config, common)
+    made.remove_callback(PrinterCallback)  # type: ignore[attr-defined]  # `object` to mypy
+    methods.widen(spec, made.model)
+    return made
+
+
+def _made(spec: RunSpec, source: str, model: Any, config: Any, common: dict[str, Any]) -> Guarding:
+    """The objective's trainer, with the adapter on the model."""
     if isinstance(spec.objective, (Sft, Pretrain)):
-        made = GuardedTrainer(model=model, peft_config=config, **common)
-    elif isinstance(spec.objective, Grpo):
+        return GuardedTrainer(model=model, peft_config=config, **common)
+    if isinstance(spec.objective, Grpo):
         common["reward_funcs"] = rewards.functions(spec.objective)
         common["eval_dataset"] = None  # the reward of greedy answers is what is measured (measure.py)
         made = grpo.GrpoTrainer(model=model, peft_config=config, **common)
         grpo.narrow(made, DTYPES[str(spec.train.precision)])
-    else:
-        kind = preference.trainer_of(spec)
-        if _is_older(spec) and config is not None:
-            model, config = _adapted(spec, model, config), None
-        if passes_of(spec.objective, spec.method).copy:
-            common["ref_model"] = reference(spec, source)
-        made = kind(model=model, peft_config=config, **common)
-    made.remove_callback(PrinterCallback)  # type: ignore[attr-defined]  # `object` to mypy
-    methods.widen(spec, made.model)
-    return made
+        return made
+    kind: Any = preference.trainer_of(spec)
+    if _is_older(spec) and config is not None:
+        model, config = _adapted(spec, model, config), None
+    if passes_of(spec.objective, spec.method).copy:
+        common["ref_model"] = reference(spec, source)
+    trained: Guarding = kind(model=model, peft_config=config, **common)
+    return trained
 
 
 def reference(spec: RunSpec, source: str) -> Any:

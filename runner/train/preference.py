@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from datasets import Dataset
@@ -11,6 +12,8 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from runner.spec import Dpo, Kto, Orpo, Reward, RunSpec
 from runner.train.guarded import Guarding
+from runner.train.heldout import Row, RowMeans
+from runner.train.rows import KEY
 
 REWARDS = {
     "rewards/margins": "reward_margin",
@@ -22,7 +25,39 @@ REWARDS = {
 }
 
 
-class _Prepared(Guarding):
+class _Pairs(RowMeans, Guarding):
+    """The loss is a mean over the rows of a step: one that is not full counts by its rows, however it is split."""
+
+    mean_rows = 1.0
+    """Per micro batch of the step."""
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro batches of a step, counted."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self.mean_rows = self._mean_of([len(batch[KEY]) for batch in batches])
+        return batches, num_items
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As before; in training by the share of the rows."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training or self.share == 1:
+            return result
+        return (result[0] * self.share, *result[1:]) if return_outputs else result * self.share
+
+    @property
+    def share(self) -> float:
+        """Rows of the micro batch at hand beside the mean of the step."""
+        return len(self.step_rows[1][-1]) / self.mean_rows if self.model.training else 1.0
+
+    def _mean_of(self, counts: list[int]) -> float:
+        """Over the micro batches of all processes."""
+        total, number = self.ranks.total([sum(counts), len(counts)])
+        return total / max(1.0, number)
+
+
+class _Prepared(_Pairs):
     """The rows are tokenised already (pairs.py)."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -36,19 +71,54 @@ class DpoTrainer(_Prepared, DPOTrainer):  # type: ignore[misc]  # trl has no typ
 
 
 class KtoTrainer(_Prepared, KTOTrainer):  # type: ignore[misc]  # trl has no types
-    """Marked answers; the KL divergence is estimated from answers exchanged within a micro batch."""
+    """Marked answers; the KL divergence is estimated from answers exchanged within a micro batch, and over all held-out
+    rows where they are measured."""
 
     METRICS = REWARDS | {"kl": "kl"}
+    exchanged: tuple[Any, ...] = ()
+    """Log probabilities of the exchanged answers in the last held-out row: the model's, then the reference's."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        """Every row gets the answer of the row before it, in groups of the micro batch, as TRL does."""
-        size = args[1].per_device_train_batch_size
+        """Every row gets the answer of the row before it, in groups of the micro batch as in TRL; held out, of all."""
+        _, settings, name = args
         answers = dataset["completion_ids"]
+        size = len(answers) if name == "eval" else settings.per_device_train_batch_size
         exchanged: list[Any] = []
         for start in range(0, len(answers), size):
             group = answers[start : start + size]
             exchanged += [group[-1], *group[:-1]]
         return dataset.add_column("KL_completion_ids", exchanged)
+
+    def _compute_kl_logps(self, model: Any, batch: Any) -> Any:
+        found = super()._compute_kl_logps(model, batch)
+        if not self.model.training:
+            self.exchanged = (*self.exchanged, found)
+        return found
+
+    def described(self, row: Row, inputs: Any) -> Row:
+        """With the divergence as it is, which TRL clamps at 0."""
+        ours, theirs, *_ = (*self.exchanged, inputs.get("ref_KL_logps"))
+        self.exchanged = ()
+        return row | {"kl": float(ours) - float(theirs)}
+
+    def means(self, rows: list[Row]) -> Row:
+        """TRL's loss (arXiv 2402.01306, equation 7) with one divergence for all rows."""
+        found = super().means(rows)
+        found["kl"] = max(0.0, found["kl"])
+        losses = []
+        for row in rows:
+            wanted = "rewards/chosen" in row
+            gain = (
+                row["rewards/chosen"] - self.beta * found["kl"]
+                if wanted
+                else self.beta * found["kl"] - row["rewards/rejected"]
+            )
+            weight = self.desirable_weight if wanted else self.undesirable_weight
+            losses.append(weight * (1 - 1 / (1 + math.exp(-gain))))
+        found["loss"] = sum(losses) / len(losses)
+        if "rewards/chosen" in found and "rewards/rejected" in found:
+            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        return found
 
 
 class RewardsTrainer(_Prepared, RewardTrainer):  # type: ignore[misc]  # trl has no types
@@ -57,11 +127,47 @@ class RewardsTrainer(_Prepared, RewardTrainer):  # type: ignore[misc]  # trl has
     METRICS = {"accuracy": "reward_accuracy", "margin": "reward_margin", "mean_reward": "reward"}  # noqa: RUF012  # as in Guarding, read only
 
 
-class _Labelled(Guarding):
-    """TRL's older trainers, which want each sequence with mask and labels."""
+class _Labelled(_Pairs):
+    """TRL's older trainers, which want each sequence with mask and labels.
+
+    Their next-token loss is a mean over the tokens of a micro batch. Here it is one over those of a whole step (or of
+    all held-out rows): each micro batch counts by its tokens, so that accumulation changes nothing.
+    """
 
     METRICS = REWARDS | {"nll_loss": "nll_loss"}
+    LEARNED = ("chosen_labels", -100)
+    """Column of a pair by which tokens of the better answer are learned, and its mark for those that are not."""
     max_length: int
+    mean_tokens = 1.0
+    """Learned per micro batch of the step, or per held-out row."""
+
+    def held_metrics(self) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = self._stored_metrics["eval"]  # type: ignore[attr-defined]
+        return found
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro batches of a step, counted."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self.mean_tokens = self._mean_of([self._num_learned(batch) for batch in batches])
+        return batches, num_items
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """As before; the rows are counted first."""
+        column, ignored = self.LEARNED
+        rows = dataloader.dataset[column]
+        self.mean_tokens = sum(value != ignored for row in rows for value in row[1:]) / len(rows)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def concatenated_forward(self, model: Any, batch: Any) -> tuple[Any, ...]:
+        """TRL's: log probabilities, logits, then the next-token loss."""
+        found = list(super().concatenated_forward(model, batch))  # type: ignore[misc]
+        found[4] = found[4] * (self._num_learned(batch) / self.mean_tokens / self.share)
+        return tuple(found)
+
+    def _num_learned(self, batch: Any) -> int:
+        """The first token of a sequence has none before it."""
+        column, ignored = self.LEARNED
+        return int((batch[column][:, 1:] != ignored).sum())
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
         """The columns of a row that is tokenised already."""
@@ -84,6 +190,7 @@ class OrpoTrainer(_Labelled, ORPOTrainer):  # type: ignore[misc]  # trl has no t
     """Next-token loss and odds ratio."""
 
     METRICS = _Labelled.METRICS | {"log_odds_ratio": "log_odds_ratio"}
+    LEARNED = ("chosen_attention_mask", 0)  # the prompt, too
 
 
 class CpoTrainer(_Labelled, CPOTrainer):  # type: ignore[misc]  # trl has no types

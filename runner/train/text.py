@@ -47,23 +47,32 @@ class Shards:
 
 
 def tokenise(
-    documents: Shards | Sequence[Example], tokenizer: Any, spec: RunSpec, tell: Tell | None = None
+    documents: Shards | Sequence[Example],
+    tokenizer: Any,
+    spec: RunSpec,
+    tell: Tell | None = None,
+    *,
+    held: bool = False,
 ) -> Tokenised:
-    """The rows of a run, or those in the cache; RequestError where there is no token to learn."""
+    """The rows of a run, or those in the cache; RequestError where there is no token to learn.
+
+    `held`: rows that are measured. What is learned of a document must not depend on packing then: one that does not fit
+    into what is left of a sequence begins the next.
+    """
     own = documents.fingerprint if isinstance(documents, Shards) else fingerprint(documents)
-    parts = ["text", own, tokenizer_fingerprint(tokenizer), spec.train.max_length, spec.train.packing]
-    return stored(parts, lambda folder: _write(documents, tokenizer, spec, folder, tell))
+    parts = ["text", own, tokenizer_fingerprint(tokenizer), spec.train.max_length, spec.train.packing, held]
+    return stored(parts, lambda folder: _write(documents, tokenizer, spec, folder, tell, held))
 
 
 def _write(
-    documents: Shards | Sequence[Example], tokenizer: Any, spec: RunSpec, folder: Path, tell: Tell | None
+    documents: Shards | Sequence[Example], tokenizer: Any, spec: RunSpec, folder: Path, tell: Tell | None, held: bool
 ) -> dict[str, Any]:
     """Rows of the entry into `folder`; its facts."""
     limit, packing = spec.train.max_length, spec.train.packing
     texts: Iterable[str] = documents if isinstance(documents, Shards) else map(_text, documents)
     rows = tokens = 0
     with ArrowWriter(path=str(folder / ROWS)) as writer:
-        for row in sequences(_told(texts, len(documents), tell), tokenizer, limit, packing):
+        for row in sequences(_told(texts, len(documents), tell), tokenizer, limit, packing, whole=held):
             writer.write(row)
             rows, tokens = rows + 1, tokens + len(row["input_ids"])
         if not rows:
@@ -92,11 +101,19 @@ def _told(texts: Iterable[str], total: int, tell: Tell | None) -> Iterator[str]:
         tell(total, total)
 
 
-def sequences(texts: Iterable[str], tokenizer: Any, limit: int, packing: bool) -> Iterator[dict[str, list[int]]]:
-    """Rows of `input_ids` and `labels`, [limit] each but for the last; packed ones with `seq_lengths`."""
+def sequences(
+    texts: Iterable[str], tokenizer: Any, limit: int, packing: bool, whole: bool = False
+) -> Iterator[dict[str, list[int]]]:
+    """Rows of `input_ids` and `labels`, [limit] each but for the last; packed ones with `seq_lengths`.
+
+    `whole`: only a document longer than `limit` goes on in the next row, and rows need not be full.
+    """
     ids: list[int] = []
     parts: list[int] = []
     for document in _encoded(texts, tokenizer):
+        if whole and ids and len(document) > limit - len(ids):
+            yield _row(ids, parts, packing)
+            ids, parts = [], []
         while document:
             taken = document[: limit - len(ids)]
             document = document[len(taken) :]

@@ -93,6 +93,12 @@ def _pad_to(spec: RunSpec) -> int | str:
     return spec.train.max_length if spec.hw.accelerator == "cpu" and spec.train.packing else "auto"
 
 
+def _held_batch(spec: RunSpec) -> int:
+    """Held-out rows at a time: rows of preferences are measured one by one, and packed ones are full (heldout.py)."""
+    alone = spec.train.packing or spec.objective.name not in ("sft", "pretrain")
+    return 1 if alone else int(spec.train.micro_batch_size)
+
+
 def settings(
     spec: RunSpec, run: RunDir, total_steps: int, report_to: list[str], deepspeed: dict[str, Any] | None = None
 ) -> SFTConfig:
@@ -118,7 +124,7 @@ def shared_settings(
     return {
         "output_dir": str(run.path / "checkpoints"),
         "per_device_train_batch_size": int(train.micro_batch_size),
-        "per_device_eval_batch_size": int(train.micro_batch_size),
+        "per_device_eval_batch_size": _held_batch(spec),
         "gradient_accumulation_steps": int(train.accumulation_steps),
         "num_train_epochs": train.num_epochs,
         "max_steps": train.max_steps or -1,
