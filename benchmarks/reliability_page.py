@@ -50,6 +50,11 @@ What a run keeps and what a pod may cost, whatever happens to them, and how that
   come from (`environment.json`). A file that was moved and is the same is named with its key:
   `resume runs/<id> data.path=NEW`. `run.on_changed_inputs=continue` permits the change, for that resume. Paths in
   `spec.json` are absolute: a run is resumed, merged or talked to from any folder.
+- **What is saved at the end is tried before the first step**: configuration, generation config, tokenizer, chat
+  template, shared weights, adapter, trainer state and the room on the disk; all but the bytes of the weights. Values of
+  a published generation_config.json that have no effect, which transformers loads and then refuses to save
+  (`do_sample: false` with a temperature), are left out and named. A checkpoint without weights or trainer state never
+  counts. (runner/train/rehearsal.py)
 - **A run has one owner**: `resume` refuses while any of its processes is alive.
 - **A rented pod ends**: what cannot happen with money is in [runpod.md](runpod.md#what-cannot-happen).
 """

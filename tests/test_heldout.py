@@ -62,7 +62,7 @@ def test_the_loss_is_the_mean_over_the_tokens(objective: str, tmp_path: Path) ->
         else:
             turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
             ids = tokenizer.apply_chat_template(turns)["input_ids"]
-            begin = len(tokenizer.apply_chat_template(turns[:1])["input_ids"])
+            begin = len(tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"])
         logits = model(torch.tensor([ids])).logits[0]
         total += float(functional.cross_entropy(logits[begin - 1 : -1], torch.tensor(ids[begin:]), reduction="sum"))
         count += len(ids) - begin

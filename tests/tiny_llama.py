@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 WORDS = 64
 TEMPLATE = (
-    "{% for turn in messages %}{{ turn['content'] }} {{ eos_token }} {% endfor %}"
+    "{% for turn in messages %}{{ 'w2 ' if turn['role'] == 'assistant' }}"
+    "{{ turn['content'] }} {{ eos_token }} {% endfor %}"
     "{% if add_generation_prompt %}w2 {% endif %}"
 )
 

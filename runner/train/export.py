@@ -25,6 +25,7 @@ from runner.report.card import write_card
 from runner.rundir import RunDir
 from runner.spec import RunSpec
 from runner.train import methods, models
+from runner.train.rehearsal import mend
 
 State = dict[str, torch.Tensor]
 SHOWN = 3  # names of an error
@@ -49,6 +50,7 @@ def export(spec: RunSpec, run: RunDir, step: int, target: Path, say: Callable[[s
         else:
             model = _gathered_model(spec, source, checkpoint, tokenizer) if sharded else _model(spec, checkpoint)
             model.config.use_cache = True  # training switched it off
+            mend(model)
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_card(spec, run, folder, step)

@@ -25,6 +25,7 @@ from runner.spec import DeepSpeedSpec, Lora, RunSpec
 from runner.train import models, proof, rounding
 from runner.train.dataset import chat_ids
 from runner.train.folding import fold
+from runner.train.rehearsal import mend
 from runner.train.trainer import autocast
 
 NUM_PROMPTS = 4
@@ -59,6 +60,7 @@ def merge(spec: RunSpec, run: RunDir, target: Path, say: Callable[[str], None]) 
         as_run = proof.logits(model, prompts)
     say("Folding the adapter into its base …")
     merged, rounded = fold(model, dtype)
+    mend(merged)
     del model  # from here on there is one copy, of 16 bits
     with whole(target) as folder:
         merged.save_pretrained(folder)

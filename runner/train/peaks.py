@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import resource
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 GIB = 2**30
-CLEAR_REFS = Path("/proc/self/clear_refs")
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -73,22 +75,36 @@ def gpu_in_use() -> bool:
 
 def highest(on_gpu: bool) -> Peak:
     """Since the last reset."""
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    resident = usage / GIB if sys.platform == "darwin" else usage * 1024 / GIB  # macOS counts bytes, Linux KiB
+    resident = _resident()
     if not on_gpu:
         return Peak(resident)
     return Peak(resident, torch.cuda.max_memory_reserved() / GIB, torch.cuda.max_memory_allocated() / GIB)
 
 
+def _resident() -> float:
+    """`VmHWM` where there is one (proc_pid_status(5)): in `ru_maxrss` is also what the process that started this one
+    held at that moment, and no reset takes that away."""
+    with suppress(OSError):
+        for line in STATUS.read_text("ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / GIB
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage / GIB if sys.platform == "darwin" else usage * 1024 / GIB  # macOS counts bytes, Linux KiB
+
+
 def _reset(on_gpu: bool) -> bool:
     """Begin anew; False where the peak of main memory cannot be reset, so that phases cannot be told apart.
 
-    Linux: "5" in clear_refs resets the peak of the resident size, ru_maxrss with it (proc_pid_clear_refs(5)).
+    What is free but kept, by torch's allocator or by the C library, goes back first: the next phase would seem to use
+    it. Linux: "5" in clear_refs resets the peak of the resident size (proc_pid_clear_refs(5)).
     """
     if on_gpu:
         if gpu_in_use():
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         return True
+    with suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         CLEAR_REFS.write_text("5", "ascii")
     except OSError:

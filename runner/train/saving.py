@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from runner import checkpoints
+from runner.errors import RunFailedError
 from runner.plan.keeping import LARGEST_SHARE
 from runner.rundir import RunDir
 from runner.train.pulse import Pulse
@@ -67,10 +69,19 @@ class Sealer:
 
     def _work(self, step: int, best: int | None, noted: Mapping[str, Any]) -> None:
         try:
+            _check_held(checkpoints.folder(self.run, step))
             checkpoints.seal(checkpoints.folder(self.run, step), {"step": step, **noted})
             checkpoints.discard(self.run, checkpoints.superseded(self.run, max(1, self.keep), best))
         except BaseException as error:
             self.error = error
+
+
+def _check_held(folder: Path) -> None:
+    """RunFailedError for a checkpoint without weights (DeepSpeed's shards are named in `latest`) or trainer state."""
+    weights = any(folder.glob("*.safetensors")) or (folder / "latest").is_file()
+    if not weights or not (folder / "trainer_state.json").is_file():
+        what = f"{folder} holds {'no trainer state' if weights else 'no weights'}, and does not count as a checkpoint"
+        raise RunFailedError(what)
 
 
 class SaveWhenDue(TrainerCallback):  # type: ignore[misc]  # transformers has no types

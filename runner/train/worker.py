@@ -19,7 +19,7 @@ from runner.report.progress import Progress
 from runner.report.summary import summary_of
 from runner.rundir import RunDir
 from runner.spec import RunSpec
-from runner.train import independence, methods, models, objectives, stages, universal
+from runner.train import independence, methods, models, objectives, rehearsal, stages, universal
 from runner.train.callbacks import AtStart, MetricsWriter, StopEarly, StopOnSignal
 from runner.train.environment import check_same, environment, fingerprints
 from runner.train.guards import LossGuard
@@ -95,6 +95,8 @@ def work(
     sharding = universal.prepare(spec, run, start, ranks, deepspeed_config(spec, run, source))
     arguments = objectives.settings(spec, run, steps, report_to, sharding)
     model = objectives.load_model(spec, source, tokenizer)
+    if line := rehearsal.mend(model):
+        progress.note(line)
     methods.mark_trainable(spec, model)
     metrics = MetricsWriter(run, progress, ranks.main, start)
     measuring = Measuring(
@@ -104,6 +106,7 @@ def work(
     def begin() -> None:
         """Once DeepSpeed has its engine: before that a sharded model cannot answer."""
         peaks.end("load")
+        rehearsal.rehearse(spec, run, trainer, tokenizer, ranks)
         independence.check(spec, trainer, tokenizer)
         measuring.before()
         if start:
