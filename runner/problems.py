@@ -19,6 +19,7 @@ SourceOf = Callable[[str], str | None]
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
+    "finite": "a finite number",
     "bool": "true or false",
     "string": "text",
     "list": "a list such as [a,b]",

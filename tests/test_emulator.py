@@ -331,10 +331,12 @@ def test_without_namespaces_a_pod_is_still_a_pod(
 
 def test_the_command_ends_well_when_it_is_told_to(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "runner", "emulate", "--s3", "--realistic", "--fault", "bad_host:pod=x"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "TMPDIR": str(tmp_path)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "TMPDIR": str(tmp_path), "COLUMNS": "20"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     assert process.stdout is not None
-    names = [process.stdout.readline().partition("=")[0] for _ in range(5)]
+    lines = [process.stdout.readline() for _ in range(6)]
+    assert lines.pop().startswith("# a RunPod on this machine, until Ctrl-C; faults: POST http://127.0.0.1:")
+    names = [line.partition("=")[0] for line in lines]
     keys = ["AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]
     assert names == [f"export {name}" for name in ("RUNPOD_API_BASE_URL", "RUNPOD_API_KEY", *keys)]
     process.send_signal(signal.SIGTERM)

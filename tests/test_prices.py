@@ -64,6 +64,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append((self.path, self.headers.get("Authorization")))
+        assert str(self.headers.get("User-Agent")).startswith("llm-finetuning-runner/")
         time.sleep(self.server.delay)
         self.send_response(self.server.status)
         if self.server.location:

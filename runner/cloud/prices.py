@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from runner import __version__
 from runner.cloud.account import KEY, base_url
 from runner.paths import cache_dir
 
@@ -81,7 +82,9 @@ def _fetch(base: str, key: str) -> dict[str, Any]:
     answer: dict[str, Any] = {"base": base, "time": time.time(), "gpus": {}}
     # Whatever an unknown server sends: no connection, an error page, JSON of another shape.
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, HTTPException):
-        request = urllib.request.Request(base + PATH, headers={"Accept": "application/json"})
+        request = urllib.request.Request(
+            base + PATH, headers={"Accept": "application/json", "User-Agent": f"llm-finetuning-runner/{__version__}"}
+        )
         # Unredirected: urllib would hand the key on to wherever a redirect points.
         request.add_unredirected_header("Authorization", f"Bearer {key}")
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:

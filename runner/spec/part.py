@@ -13,7 +13,9 @@ Layers = str | list[int | str]
 class Part(BaseModel):
     """Base of every part of a run: immutable, and a key it does not know is an error."""
 
-    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        defer_build=True, frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Named(Part):

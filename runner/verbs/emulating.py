@@ -10,7 +10,7 @@ from rich.console import Console
 
 from runner.errors import CannotRunError, Problem
 from runner.invocation import install
-from runner.verbs.shared import spoken
+from runner.verbs.shared import Finite, spoken
 
 
 @click.command()
@@ -18,7 +18,7 @@ from runner.verbs.shared import spoken
 @click.option("--root", type=click.Path(path_type=Path), metavar="DIR", help="Keeps pods and volumes there.")
 @click.option("--key", metavar="KEY", help="The account's API key, if it is not to be made up.")
 @click.option("--fault", "faults", multiple=True, metavar="KIND[:NAME=VALUE,…]", help="Goes wrong; may be given again.")
-@click.option("--speed", default=1.0, show_default=True, type=click.FloatRange(0.0), help="Of the bill.")
+@click.option("--speed", default=1.0, show_default=True, type=Finite(0.0), help="Of the bill.")
 @click.option("--realistic", is_flag=True, help="Pods take as long as RunPod's: a minute, where it is a second else.")
 @click.option("--s3", is_flag=True, help="Serve network volumes by S3, too.")
 @spoken

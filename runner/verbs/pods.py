@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from runner.report.problems import dump
-from runner.verbs.shared import Arguments, as_json_option, composed, one_run, request_of, spoken
+from runner.verbs.shared import Arguments, Finite, as_json_option, composed, one_run, request_of, spoken
 
 
 class Subverbs(click.Group):
@@ -191,7 +191,7 @@ def reap(everything: bool, yes: bool, as_json: bool) -> None:
 @pods.command()
 @composed
 @one_run
-@click.option("--hours", type=click.FloatRange(min=0, min_open=True), required=True, help="Then it ends itself.")
+@click.option("--hours", type=Finite(min=0, min_open=True), required=True, help="Then it ends itself.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask before renting.")
 def up(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, hours: float, yes: bool) -> None:
     """Just a pod: SSH, and Jupyter through a tunnel, with the same deadline and price guard as a run.

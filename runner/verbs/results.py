@@ -153,7 +153,8 @@ def deploy(run_dir: Path, remove: bool, yes: bool, as_json: bool, **options: Any
 
     if remove:
         gone = serving.delete(run_dir)
-        click.echo(dump({"deleted": gone}) if as_json else f"Deleted: {', '.join(gone) or 'nothing was there'}")
+        said = f"Deleted: {', '.join(gone)}" if gone else f"Nothing to delete: RunPod has no endpoint of {run_dir}"
+        click.echo(dump({"deleted": gone}) if as_json else said)
         return
     wanted = serving.Wanted(**options)
     done = serving.deploy(run_dir, wanted, lambda what: yes or click.confirm(f"Deploy {what}?", err=True))

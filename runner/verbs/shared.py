@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -20,6 +21,17 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Answer in
 output_dir_option = click.option(
     "--output-dir", default="runs", type=click.Path(path_type=Path), show_default=True, help="Folder with the runs."
 )
+
+
+class Finite(click.FloatRange):
+    """A number within bounds; `nan`, which is within any, and `inf` are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As a float range does."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
 
 
 def composed(command: Callable[..., Any]) -> Callable[..., Any]:

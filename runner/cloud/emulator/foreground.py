@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +37,16 @@ def serve(console: Console, port: int, root: Path | None, faults: list[Fault], w
         emulator.clock.set_speed(speed)
         for fault in faults:
             emulator.world.inject(fault)
+        # Whole lines at any width: they are pasted into a shell.
+        say = partial(console.print, soft_wrap=True, markup=False, highlight=False)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         for name, value in {**emulator.env, **(emulator.serve_s3() if with_s3 else {})}.items():
-            console.print(f"export {name}={value}", soft_wrap=True)
-        console.print(f"# a RunPod on this machine, until Ctrl-C; faults: POST {emulator.url}/_emulator/faults")
+            say(f"export {name}={shlex.quote(value)}")
+        say(f"# a RunPod on this machine, until Ctrl-C; faults: POST {emulator.url}/_emulator/faults")
         stop.wait()
-        console.print(f"# billed {emulator.billed():.4f} US$ that nobody pays; {len(emulator.pods())} pods ended")
+        say(f"# billed {emulator.billed():.4f} US$ that nobody pays; {len(emulator.pods())} pods ended")
     return 0
 
 
