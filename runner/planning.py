@@ -12,6 +12,7 @@ from runner import catalogue, deepspeed_json, hub_config, hub_fetch
 from runner.cloud import prices
 from runner.cloud.flavours import vcpus
 from runner.data import lengths, pipeline
+from runner.data.examples import kind_of
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
 from runner.plan.hours import GB, Facts
 from runner.plan.memory import GIB
@@ -132,7 +133,9 @@ def facts_of(spec: RunSpec) -> Facts:
     """Data, price and whether the weights are here."""
     notes: list[str] = []
     try:
-        found = pipeline.lengths_of(spec) or lengths.lengths(spec.data, spec.model, seed=spec.train.seed)
+        found = pipeline.lengths_of(spec) or lengths.lengths(
+            spec.data, spec.model, seed=spec.train.seed, kind=kind_of(spec.objective.name)
+        )
     except RunnerError as error:
         found = lengths.DataLengths(None, None, False, str(error))
     steps, tokens, said = lengths.steps(spec, found)

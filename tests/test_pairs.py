@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from runner.data import preview as previewing
 from runner.data.encoding import in_chunks
-from runner.data.examples import Judged, Learnable, Preference, Question, Turn
+from runner.data.examples import Judged, Learnable, Preference, Question, Turn, kind_of
+from runner.data.formats import Found, canonical
 from runner.data.pairs import How, encode_chunk, split
 from runner.data.templates import template_source
 from runner.data.words import Words
 from runner.errors import RequestError
-from runner.spec import RunSpec
+from runner.spec import DataSpec, RunSpec
 from runner.train import pairs
 from runner.train.dataset import chat_ids
 from tests.conftest import spec_of
@@ -91,6 +94,53 @@ def test_tools_are_shown_to_the_model(kind: type, body: str) -> None:
     assert "search_the_web" in words.backend.decode(columns["prompt_ids"])
 
 
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "reward", "kto", "grpo"])
+def test_a_question_and_its_system_prompt_are_in_what_is_trained(objective: str, tokenizer: Any) -> None:
+    row: dict[str, Any] = {"question": "2+2?", "system": "Be brief.", "chosen": "It is 4.", "rejected": "It is 5."}
+    row |= {"completion": "It is 4.", "label": True} if objective == "kto" else {}
+    kind = kind_of(objective)
+    if objective == "kto":
+        del row["chosen"], row["rejected"]
+    (found,) = pairs.tokenise([canonical(row, "row 1", DataSpec(path="x"), kind)], tokenizer, spec(objective)).rows
+    turns: list[Turn] = [{"role": "system", "content": "Be brief."}, user("2+2?")]
+    asked = chat_ids(tokenizer, turns, ask=True)
+    good, bad = (chat_ids(tokenizer, [*turns, said(text)], ask=False) for text in ("It is 4.", "It is 5."))
+    if objective == "grpo":
+        assert found["prompt"] == turns and found["chosen"] == "It is 4."
+    elif objective == "kto":
+        assert (found["prompt_ids"], found["prompt_ids"] + found["completion_ids"]) == (asked, good)
+    elif objective == "reward":
+        assert (found["chosen_ids"], found["rejected_ids"]) == (good, bad)
+    else:
+        prompt = found["prompt_ids"]
+        assert (prompt, prompt + found["chosen_ids"], prompt + found["rejected_ids"]) == (asked, good, bad)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward", "kto"])
+def test_a_preview_shows_the_tokens_that_are_learned(
+    objective: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of answers with several turns, too: what lies between them counts as they do."""
+    tokenizer.save_pretrained(tmp_path)
+    kind: Learnable = Preference([user("a?")], [said("b"), user("c?"), said("d")], [said("e")], where="row 1")
+    if objective == "kto":
+        kind = Judged([user("a?")], [said("b"), user("c?"), said("d")], True, where="row 1")
+    found = Found("x", "preference", [kind], [], [])
+    monkeypatch.setattr(previewing, "inspect", lambda *_: ([found], []))
+    (shown,) = previewing.preview(spec(objective, "model=hub", f"model.id={tmp_path}"))["rows"]
+    (trained,) = pairs.tokenise([kind], tokenizer, spec(objective)).rows
+    decode = tokenizer.backend_tokenizer.decode
+    for name in ("completion",) if objective == "kto" else ("chosen", "rejected"):
+        pieces = [piece for piece in shown["segments"] if piece.get("part", "completion") == name]
+        assert [piece["trained"] for piece in pieces] == [False, True]
+        ids = trained.get("prompt_ids", []) + trained[f"{name}_ids"]
+        assert "".join(piece["text"] for piece in pieces) == decode(ids, skip_special_tokens=False)
+        assert sum(piece["tokens"] for piece in pieces) == len(ids)
+        if "prompt_ids" in trained:
+            assert [piece["tokens"] for piece in pieces] == [len(trained["prompt_ids"]), len(trained[f"{name}_ids"])]
+    assert "c?" in shown["segments"][1]["text"]
+
+
 @pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "reward", "grpo"])
 def test_the_second_time_comes_from_the_cache(objective: str, tokenizer: Any) -> None:
     rows = rows_of(objective, 30)
@@ -140,14 +190,15 @@ def test_a_question_comes_back_as_it_was(tokenizer: Any) -> None:
         return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
 
     rows = [
-        Question([user("2+2?")], "4"),
+        Question([user("2+2?")], "007", {"level": "3", "tests": ["a"], "pi": 3.141592653589793}),
         Question([user("a"), call(x=1), {"role": "tool", "content": "b"}], None, {"level": 1}),
         Question([user("c"), call(y="z"), {"role": "tool", "content": "d"}], "e", {"level": "hard", "seen": True}),
     ]
     found = pairs.tokenise(rows, tokenizer, spec("grpo", "train.max_length=200")).rows
     assert [row["prompt"] for row in found] == [row.prompt for row in rows]
-    assert [row["answer"] for row in found] == ["4", None, "e"]
-    assert [(row["level"], row["seen"]) for row in found] == [(None, None), (1, None), ("hard", True)]
+    assert [row["answer"] for row in found] == ["007", None, "e"]  # text stays text, and a number whole
+    assert [row["tests"] for row in found] == [["a"], None, None] and found[0]["pi"] == 3.141592653589793
+    assert [(row["level"], row["seen"]) for row in found] == [("3", None), (1, None), ("hard", True)]
 
 
 def test_a_row_that_leaves_no_room_is_dropped_and_counted(tokenizer: Any) -> None:

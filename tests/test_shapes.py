@@ -48,7 +48,7 @@ def told(row: dict[str, Any], kind: Kind | None = None, **changes: Any) -> list[
         ({"prompt": ""}, "prompts", "prompts"),
         ({"messages": [], "answer": ""}, "prompts", "prompts"),
         ({"input_ids": []}, None, "tokens"),
-        ({"text": "", "input_ids": []}, None, "text"),
+        ({"text": "", "input_ids": []}, None, "tokens"),
     ],
 )
 def test_shapes_are_recognised(row: dict[str, Any], kind: Kind | None, shape: str) -> None:
@@ -245,10 +245,12 @@ def test_a_label_that_says_nothing_is_explained(label: Any) -> None:
 
 def test_prompts_keep_what_reward_functions_look_at() -> None:
     found = made({"prompt": "2 + 2?", "answer": 4, "level": 2, "tags": ["x"]}, "prompts")
-    assert found == Question([USER], "4", {"level": 2})  # type: ignore[list-item]
-    assert columns([found, Question([], None)]) == {"prompt": [[USER], []], "answer": ["4", None], "level": [2, None]}
+    assert found == Question([USER], 4, {"level": 2, "tags": ["x"]})  # type: ignore[list-item]
+    table = columns([found, Question([], None)])
+    assert table == {"prompt": [[USER], []], "answer": [4, None], "level": [2, None], "tags": [["x"], None]}
     assert made({"prompt": "2 + 2?"}, "prompts").answer is None
-    assert told({"prompt": "a", "answer": ["4"]}, "prompts") == ["answer is a list, neither text nor a number"]
+    assert made({"prompt": "a", "answer": ["4", "four"]}, "prompts").answer == ["4", "four"]
+    assert told({"prompt": "a", "answer": {"b": 4}}, "prompts") == ["answer is an object, neither text nor a number"]
     assert told({"prompt": [USER, ANSWER], "answer": "4"}, "prompts") == ["the prompt ends with an assistant turn"]
 
 
@@ -267,7 +269,7 @@ def test_an_objective_takes_what_it_can_learn_from() -> None:
     pair = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
     answered = {"prompt": "2 + 2?", "completion": "4"}
     assert made(pair, "sft") == Example([USER], [ANSWER])  # type: ignore[list-item]
-    assert made(pair, "prompts") == Question([USER])  # type: ignore[list-item]
+    assert made(pair, "prompts") == Question([USER], None, {"chosen": "4", "rejected": "5"})  # type: ignore[list-item]
     assert made(answered, "prompts") == Question([USER], "4")  # type: ignore[list-item]
     assert "an answer without another to compare it with" in told(answered, "preference")[0]
     assert "a prompt without an answer to learn" in told({"prompt": "a", "answer": "b"}, "sft")[0]

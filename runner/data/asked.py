@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+from runner.data.columns import PROMPTS, SYSTEMS
 from runner.data.examples import Turn
 from runner.data.files import Row
-from runner.data.rows import RowReader
+from runner.data.rows import CONTENT_KEYS, ROLE_KEYS, THOUGHTS, RowReader
 from runner.spec import DataSpec
 
 SHAREGPT = "conversations"
-HH = re.compile(r"\s*\b(Human|Assistant):[ \n]?")
+_SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \n]?")
 """Anthropic's HH-RLHF: a whole conversation as one text, `\\n\\nHuman: …\\n\\nAssistant: …`."""
 
 
 def messages_field(row: Row, spec: DataSpec) -> str:
     """Where the turns of a conversation are: the field that is named, or else ShareGPT's."""
     return SHAREGPT if spec.messages_field not in row and SHAREGPT in row else spec.messages_field
+
+
+def prompt_field(row: Row, spec: DataSpec) -> str | None:
+    """Where the prompt is: the field that is named, a conversation, an instruction, or else what others call it."""
+    named = (spec.prompt_field, messages_field(row, spec), spec.instruction_field, *PROMPTS)
+    return next((name for name in named if name in row), None)
 
 
 def turn(role: str, content: str) -> Turn:
@@ -28,22 +37,27 @@ def turn(role: str, content: str) -> Turn:
 
 def with_system(turns: list[Turn], reader: RowReader, spec: DataSpec) -> list[Turn]:
     """The row's own system prompt, or else `data.system_prompt`, before turns that have none."""
-    prompt = reader.optional(spec.system_field)
+    name = next((name for name in (spec.system_field, *SYSTEMS) if reader.row.get(name)), spec.system_field)
+    prompt = reader.optional(name)
+    own = [turn["content"] for turn in turns if turn["role"] == "system"]
+    if own and prompt.strip() and prompt.strip() not in "\n".join(own):
+        remedy = f"write data.ignore_columns=[{name}] to take the turn"
+        reader.wrong(f"{name} and the system turn of the conversation are not the same", remedy)
     prompt = prompt if prompt.strip() else spec.system_prompt or ""
-    if not prompt or any(turn["role"] == "system" for turn in turns):
-        return turns
-    return [turn("system", prompt), *turns]
+    return turns if own or not prompt else [turn("system", prompt), *turns]
 
 
 def asked(reader: RowReader, spec: DataSpec, as_turns: bool = False) -> list[Turn]:
-    """The prompt of a row: text or turns; else an instruction with its input; else a conversation."""
-    row, name = reader.row, spec.prompt_field
-    if name not in row and messages_field(row, spec) in row:
-        turns = reader.turns(messages_field(row, spec))
-    elif name not in row and spec.instruction_field in row:
+    """The prompt of a row: text or turns; an instruction with its input; or a conversation."""
+    name = prompt_field(reader.row, spec) or spec.prompt_field
+    value = reader.row.get(name)
+    if name == spec.instruction_field and not is_turns(value):
         turns = instructed(reader, spec)
-    elif as_turns or is_turns(row.get(name)):
+    elif as_turns or name == messages_field(reader.row, spec) or is_turns(value):
         turns = reader.turns(name)
+    elif isinstance(value, str) and value.rstrip().endswith("\n\nAssistant:") and (said := spoken(value)):
+        reader.read.add(name)
+        turns = said[:-1]  # the last one is still to be spoken
     else:
         turns = [turn("user", reader.text(name))]
     return with_system(turns, reader, spec)
@@ -52,7 +66,7 @@ def asked(reader: RowReader, spec: DataSpec, as_turns: bool = False) -> list[Tur
 def instructed(reader: RowReader, spec: DataSpec) -> list[Turn]:
     """Alpaca's task with its input, after the pairs of its history."""
     turns: list[Turn] = []
-    history = reader.row.get(spec.history_field)
+    history = reader.value(spec.history_field)
     pairs = history if isinstance(history, list) else []
     if history and not isinstance(history, list):
         reader.wrong(f"{spec.history_field} is no list of pairs", 'write [["question", "answer"], …]')
@@ -67,36 +81,62 @@ def instructed(reader: RowReader, spec: DataSpec) -> list[Turn]:
 
 
 def answered(reader: RowReader, name: str, as_turns: bool = False) -> list[Turn]:
-    """An answer: text, turns, one turn, or a whole conversation, which HH-RLHF writes as one text."""
+    """An answer: text, one turn, or turns; text is never taken apart."""
     value = reader.row.get(name)
-    if isinstance(value, dict) and not value.keys().isdisjoint(("role", "from")):
+    if isinstance(value, dict) and _is_turn(value):
         reader.row = {**reader.row, name: [value]}
         return reader.turns(name, whole=False)
-    if as_turns or is_turns(value):
-        return reader.turns(name, whole=False)
-    text = reader.text(name)
-    marks = list(HH.finditer(text))
-    if not marks or marks[0].start() or marks[0][1] != "Human":
-        return [turn("assistant", text)]
+    return reader.turns(name, whole=False) if as_turns else [turn("assistant", reader.text(name))]
+
+
+def with_thoughts(answer: Turn, reader: RowReader, spec: DataSpec) -> Turn:
+    """The answer with what the row says was thought before it."""
+    name = next((name for name in (spec.thinking_field, *THOUGHTS) if reader.row.get(name)), spec.thinking_field)
+    thought = reader.optional(name)
+    return {**answer, "reasoning_content": thought} if thought.strip() else answer
+
+
+def spoken(text: str) -> list[Turn]:
+    """Turns of an HH-RLHF conversation, which Human begins and Assistant has a part in; none where it is no such."""
+    marks = list(_SPEAKER.finditer(text))
+    if not marks or marks[0].start() or marks[0][1] != "Human" or all(mark[1] == "Human" for mark in marks):
+        return []
     ends = [*(mark.start() for mark in marks[1:]), len(text)]
     said = [(mark[1], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True)]
-    if not said[-1][1]:
-        reader.wrong(f"{name} ends with an empty turn", "fill it in, or delete the row")
     return [turn("user" if who == "Human" else "assistant", content) for who, content in said]
 
 
 def is_turns(value: Any) -> bool:
-    """A list of turns, or the JSON text of one, which is how CSV holds it."""
-    return isinstance(value, list) or (isinstance(value, str) and value.startswith('[{"') and value.endswith("}]"))
+    """A list, which has to be one of turns, or the JSON text of turns, which is how CSV holds them."""
+    return isinstance(value, list) or bool(said_turns(value))
 
 
-def check_ends(
-    reader: RowReader, name: str, prompt: Sequence[Turn], completion: Sequence[Turn], unasked: bool = False
-) -> None:
-    """A conversation asks first (where it is not `unasked`) and ends with an answer."""
+def said_turns(value: Any) -> list[Any]:
+    """Turns as they are written, in a list or its JSON text; none where the value is something else."""
+    if isinstance(value, str) and value.startswith("[{") and value.endswith("}]"):
+        with suppress(json.JSONDecodeError):
+            value = json.loads(value)
+    return value if isinstance(value, list) and all(map(_is_turn, value)) else []
+
+
+def _is_turn(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys().isdisjoint(ROLE_KEYS):
+        return False
+    return not value.keys().isdisjoint((*CONTENT_KEYS, "tool_calls", "function_call"))
+
+
+def check_answer(reader: RowReader, name: str, completion: Sequence[Turn]) -> None:
+    """The assistant says something, and speaks last."""
     if reader.problems:
         return  # turns are missing already
     if not completion or completion[-1]["role"] != "assistant":
         reader.wrong(f"{name} does not end with an assistant turn", "add the answer, or drop the last turn")
-    elif not unasked and all(turn["role"] == "system" for turn in prompt):
+    elif not completion[-1]["content"] and len(completion[-1]) == 2:  # of a conversation that came as one text
+        reader.wrong(f"{name} ends with an empty turn", "fill it in, or delete the row")
+
+
+def check_ends(reader: RowReader, name: str, prompt: Sequence[Turn], completion: Sequence[Turn]) -> None:
+    """A conversation asks first and ends with an answer."""
+    check_answer(reader, name, completion)
+    if not reader.problems and all(turn["role"] == "system" for turn in prompt):
         reader.wrong(f"{name} has no user turn before the answer", "put the question first")

@@ -101,9 +101,10 @@ class Question:
     """Something to answer; `answer` and `extra` are for the reward functions."""
 
     prompt: list[Turn]
-    answer: str | None = None
+    answer: Any = None
+    """Text, a number, or a list of answers that are all right."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """The row's other fields that are text, numbers, true or false."""
+    """All fields of the row, with their types; those that TRL has a name for itself are not among them."""
     where: str = field(default="", compare=False)
     """File and row it came from."""
 
@@ -134,10 +135,6 @@ def as_kind(row: Learnable, kind: Kind, where: str) -> Learnable:
         if isinstance(row.prompt, str):
             return Example(text=f"{row.prompt}{row.chosen}", where=where)
         return Example(row.prompt, _turns(row.chosen), tools=row.tools, where=where)
-    if kind == "prompts" and isinstance(row, Example) and row.completion:
-        return Question(row.prompt, row.completion[-1]["content"], where=where)
-    if kind == "prompts" and isinstance(row, (Preference, Judged)) and not isinstance(row.prompt, str):
-        return Question(row.prompt, where=where)
     what = f"this objective learns from {_NEEDS[kind]}, and the row is {_IS[type(row)]}"
     raise RequestError(Problem(what, where, _FITTING.get(type(row))))
 
@@ -152,7 +149,7 @@ _FITTING: dict[type, str] = {
     Example: "write objective=sft, or name data with fields chosen and rejected, or label",
     Preference: "write objective=dpo, orpo, reward or sft",
     Judged: "write objective=kto, or data.format=prompt_completion to learn every answer",
-    Question: "write objective=grpo",
+    Question: "write data.completion_field=answer to learn the answers, or objective=grpo",
 }
 
 

@@ -27,6 +27,8 @@ _KINDS_OF_FILE = {
     ".txt": "txt",
 }  # fmt: skip
 GLOB_SIGNS = "*?["
+UNNAMED = "Unnamed: "
+"""With its place, pandas' name for a column without one."""
 _ROW_REMEDY = 'write an object such as {"prompt": "…", "completion": "…"}'
 
 
@@ -221,15 +223,15 @@ def _delimited(text: str, path: str, delimiter: str) -> Table:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     rows, numbers, problems = [], [], []
-    start = 1
+    start, first_line = 1, path
     try:
         for cells in reader:
             number, start = start, reader.line_num + 1
             if not cells:
                 continue
             if not header:
-                header = [cell.strip() for cell in cells]
-                problems += _header_problems(header, f"{path}, line {number}")
+                header = [cell.strip() or f"{UNNAMED}{index}" for index, cell in enumerate(cells)]
+                first_line = f"{path}, line {number}"
             elif len(cells) != len(header):
                 what = f"has {len(cells)} cells where the header has {len(header)}"
                 problems.append(Problem(what, f"{path}, line {number}", 'put a cell with commas into "…"'))
@@ -239,14 +241,17 @@ def _delimited(text: str, path: str, delimiter: str) -> Table:
     except csv.Error as error:
         place = f"{path}, line {start}"
         problems.append(Problem(f"broken CSV: {error}", place, 'write a quote inside a quoted cell as ""'))
-    return Table(path, rows, "line", numbers, problems)
+    return Table(path, rows, "line", numbers, [*_header_problems(header, rows, first_line), *problems])
 
 
-def _header_problems(header: list[str], place: str) -> list[Problem]:
-    twice = sorted({name for name in header if name and header.count(name) > 1})
+def _header_problems(header: list[str], rows: list[Row], place: str) -> list[Problem]:
+    """Names that are there twice, and columns without one; but for the numbers of the rows, as pandas writes them."""
+    twice = sorted({name for name in header if header.count(name) > 1})
     problems = [Problem(f"two columns are called {name}", place, "rename one of them") for name in twice]
-    if "" in header:
-        problems.append(Problem(f"column {header.index('') + 1} has no name", place, "name every column"))
+    for index, name in enumerate(header):
+        cells = (row[name].strip() for row in rows) if name == f"{UNNAMED}{index}" else ()
+        if not all(cell.isdigit() or not cell for cell in cells):
+            problems.append(Problem(f"column {index + 1} has no name", place, "name every column"))
     return problems
 
 

@@ -18,7 +18,7 @@ from runner.data.documents import reference_pages
 from runner.data.examples import Example, Kind, Learnable, Turn, as_kind, columns, fingerprint
 from runner.data.files import Row, Table, is_url, read_rows, refuse
 from runner.data.hub import load_hub
-from runner.data.shapes import Shape, detect
+from runner.data.shapes import UNREAD, Shape, detect, left_out
 from runner.data.shapes import read as read_shape
 from runner.data.sources import Loose, Source, files_of, mixed, sources_of
 from runner.data.stored import Stored, num_bytes
@@ -38,6 +38,8 @@ IN_MEMORY_BYTES = 64 << 20
 IN_MEMORY_ROWS = 200_000
 """The same of a data set on the Hub, whose bytes nobody counts."""
 PIECE = 5000
+LOOKED_AT = 50
+"""Rows whose columns are compared with what was read of them."""
 
 
 def canonical(row: Row, where: str, spec: DataSpec, kind: Kind | None = None) -> Learnable:
@@ -46,12 +48,14 @@ def canonical(row: Row, where: str, spec: DataSpec, kind: Kind | None = None) ->
         shape = detect(row, spec, kind)
     except RequestError as error:
         raise RequestError(*(replace(problem, source=where) for problem in error.problems)) from None
-    found = read_shape(row, where, spec, shape)
+    found = read_shape(row, where, spec, shape, kind)
     return as_kind(found, kind, where) if kind else found
 
 
-def canonical_rows(table: Table, spec: DataSpec, kind: Kind | None = None) -> tuple[list[Learnable], list[Problem]]:
-    """Every row made canonical by the first row's shape, and every mistake there is.
+def canonical_rows(
+    table: Table, spec: DataSpec, kind: Kind | None = None, shape: Shape | None = None
+) -> tuple[list[Learnable], list[Problem]]:
+    """Every row made canonical by the first row's shape (or `shape`), and every mistake there is.
 
     `kind` is what the objective learns from; without it rows become what they are.
     """
@@ -60,20 +64,28 @@ def canonical_rows(table: Table, spec: DataSpec, kind: Kind | None = None) -> tu
     found: list[Learnable] = []
     problems = list(table.problems)
     try:
-        shape = detect(table.rows[0], spec, kind)
+        shape = shape or detect(table.rows[0], spec, kind)
     except RequestError as error:  # the same holds for every other row
         return [], problems + [replace(problem, source=table.place(0)) for problem in error.problems]
     for index, row in enumerate(table.rows):
         try:
-            one = read_shape(row, table.place(index), spec, shape)
+            one = read_shape(row, table.place(index), spec, shape, kind)
         except RequestError as error:
-            problems += error.problems
+            _add(problems, error.problems, spec)
             continue
         try:
             found.append(as_kind(one, kind, table.place(index)) if kind else one)
         except RequestError as error:
             return [], problems + error.problems  # every other row is of that kind as well
     return found, problems
+
+
+def _add(problems: list[Problem], more: Sequence[Problem], spec: DataSpec) -> None:
+    """Also these; a column that nothing reads once, not for every row, but where rows that are skipped are counted."""
+    once = spec.on_error == "stop"
+    for problem in more:
+        if not (once and UNREAD in problem.what and any(problem.what == known.what for known in problems)):
+            problems.append(problem)
 
 
 def split(rows: Sequence[T], eval_fraction: float, seed: int) -> tuple[list[T], list[T]]:
@@ -95,6 +107,8 @@ class Loaded:
     held: Sequence[Learnable]
     skipped: list[Problem] = field(default_factory=list)
     """What was wrong with the rows that `data.on_error=skip` left out."""
+    left_out: Sequence[str] = ()
+    """Columns that were not read."""
 
     @property
     def examples(self) -> tuple[Sequence[Example], Sequence[Example]]:
@@ -104,11 +118,11 @@ class Loaded:
     @property
     def note(self) -> str | None:
         """What was left out, for people."""
-        if not self.skipped:
-            return None
-        rows = len({problem.source for problem in self.skipped})
-        first = self.skipped[0]
-        return f"Skipped {rows:,} rows that are wrong; the first: {first.source}: {first.what}"
+        lines = [f"Columns that were not read: {', '.join(self.left_out)}"] if self.left_out else []
+        if self.skipped:
+            rows, first = len({problem.source for problem in self.skipped}), self.skipped[0]
+            lines.append(f"Skipped {rows:,} rows that are wrong; the first: {first.source}: {first.what}")
+        return "\n".join(lines) or None
 
 
 def read(spec: DataSpec, seed: int, kind: Kind | None = "sft") -> Loaded:
@@ -121,16 +135,17 @@ def read(spec: DataSpec, seed: int, kind: Kind | None = "sft") -> Loaded:
     """
     sources, held_source = _sources(spec)
     problems: list[Problem] = []
+    left: dict[str, None] = {}
     trains: list[Sequence[Learnable]] = []
     held: list[Sequence[Learnable]] = []
     for own in sources:
-        rows = _rows_of(own, kind, problems)[: own.limit]
+        rows = _rows_of(own, kind, problems, left)[: own.limit]
         if held_source is None:
             rows, out = _split(rows, spec.eval_fraction, seed)
             held.append(out)
         trains.append(rows)
     if held_source is not None:
-        held = [_rows_of(held_source, kind, problems)]
+        held = [_rows_of(held_source, kind, problems, left)]
     if problems and (spec.on_error == "stop" or not any(trains) or (held_source is not None and not any(held))):
         refuse(problems)
     train, out = trains[0], held[0]
@@ -138,7 +153,7 @@ def read(spec: DataSpec, seed: int, kind: Kind | None = "sft") -> Loaded:
         order = mixed([len(rows) for rows in trains], [own.weight for own in sources], spec.mix, seed)
         train = _joined((trains[source][row] for source, row in order[: spec.max_examples]), trains, kind)
         out = out if len(held) == 1 else _joined(chain.from_iterable(held), held, kind)
-    return Loaded(train[: spec.max_examples], out[: spec.max_eval_examples], problems)
+    return Loaded(train[: spec.max_examples], out[: spec.max_eval_examples], problems, list(left))
 
 
 def load(spec: DataSpec, seed: int) -> tuple[list[Example], list[Example]]:
@@ -147,32 +162,45 @@ def load(spec: DataSpec, seed: int) -> tuple[list[Example], list[Example]]:
     return list(train), list(held)
 
 
-def _rows_of(source: Source, kind: Kind | None, problems: list[Problem]) -> Sequence[Learnable]:
-    """The rows of one source, in a file where they are many; what is wrong with them is added to `problems`."""
+def _rows_of(source: Source, kind: Kind | None, problems: list[Problem], left: dict[str, None]) -> Sequence[Learnable]:
+    """The rows of one source, in a file where they are many; what is wrong with them is added to `problems`, columns
+    that are not read to `left`."""
     many = num_bytes(source.files) > IN_MEMORY_BYTES or any(map(is_url, source.files))
     many = many or (isinstance(source, Loose) and len(source.table.rows) > IN_MEMORY_ROWS)
     if kind is None or not many:
-        found = [row for table in source.tables() for row in _canonical(table, source.spec, kind, problems)]
+        found: list[Learnable] = []
+        for table in source.tables():
+            rows, wrong = canonical_rows(table, source.spec, kind)
+            found += rows
+            _add(problems, wrong, source.spec)
+            left |= dict.fromkeys(columns_left(table, source.spec, kind))
         return found
-    return Stored.of(_streamed(source, kind, problems), kind)
+    return Stored.of(_streamed(source, kind, problems, left), kind)
 
 
-def _streamed(source: Source, kind: Kind, problems: list[Problem]) -> Iterator[Learnable]:
+def _streamed(source: Source, kind: Kind, problems: list[Problem], left: dict[str, None]) -> Iterator[Learnable]:
     """Rows of large files, a piece at a time; the first piece of a file tells the shape of all."""
     files = [source.table.pieces(PIECE)] if isinstance(source, Loose) else map(tables, source.files)
     for pieces in files:
-        spec = source.spec
+        shape: Shape | None = None
         for table in pieces:
-            yield from _canonical(table, spec, kind, problems)
-            if spec.format == "auto" and table.rows:
+            rows, wrong = canonical_rows(table, source.spec, kind, shape)
+            yield from rows
+            _add(problems, wrong, source.spec)
+            left |= dict.fromkeys(columns_left(table, source.spec, kind, shape))
+            if shape is None and table.rows:
                 with suppress(RequestError):
-                    spec = spec.model_copy(update={"format": detect(table.rows[0], spec, kind)})
+                    shape = detect(table.rows[0], source.spec, kind)
 
 
-def _canonical(table: Table, spec: DataSpec, kind: Kind | None, problems: list[Problem]) -> list[Learnable]:
-    rows, wrong = canonical_rows(table, spec, kind)
-    problems += wrong
-    return rows
+def columns_left(table: Table, spec: DataSpec, kind: Kind | None, shape: Shape | None = None) -> list[str]:
+    """Columns that are not read, by the first rows."""
+    with suppress(RequestError):
+        shape = shape or (detect(table.rows[0], spec, kind) if table.rows else None)
+    if shape is None:
+        return []
+    rows = [table.rows[index] for index in range(min(LOOKED_AT, len(table.rows)))]
+    return list(dict.fromkeys(name for row in rows for name in left_out(row, spec, shape, kind)))
 
 
 def _split(
@@ -216,6 +244,8 @@ class Found:
     """None where no shape fits."""
     rows: list[Learnable]
     problems: list[Problem]
+    left_out: list[str]
+    """Columns that are not read."""
 
 
 def inspect(spec: DataSpec, kind: Kind | None) -> tuple[list[Found], list[Found]]:
@@ -236,4 +266,4 @@ def _found(table: Table, spec: DataSpec, kind: Kind | None) -> Found:
         shape = detect(table.rows[0], spec, kind) if table.rows else None
     except RequestError:
         shape = None
-    return Found(table.name, shape, rows, problems)
+    return Found(table.name, shape, rows, problems, columns_left(table, spec, kind, shape))

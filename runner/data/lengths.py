@@ -19,7 +19,7 @@ from pathlib import Path
 
 from runner import catalogue
 from runner.data import commands
-from runner.data.examples import Learnable
+from runner.data.examples import Kind, Learnable
 from runner.data.files import is_url
 from runner.data.formats import split
 from runner.data.sample import Sample, sample
@@ -28,7 +28,7 @@ from runner.data.tokens import CHARS_PER_TOKEN, Counting, tokenizer_file
 from runner.paths import CONF, cache_dir
 from runner.spec import DataSpec, ModelSpec, RunSpec
 
-LAYOUT = 2  # raise it when what is stored changes meaning
+LAYOUT = 3  # raise it when what is stored changes meaning
 SAMPLE_ROWS = 200  # rows tokenised of more data than that
 WHOLE_ROWS = 2000  # rows up to which all are tokenised
 
@@ -59,8 +59,9 @@ class DataLengths:
     """Tokens of the longest held-out answer; 0 where nothing is asked (plain text), None where nobody knows."""
 
 
-def lengths(data: DataSpec, model: ModelSpec, *, seed: int = 42) -> DataLengths:
-    """What can be known of the data here; `seed` chooses the held-out rows, as in `train.seed`.
+def lengths(data: DataSpec, model: ModelSpec, *, seed: int = 42, kind: Kind | None = None) -> DataLengths:
+    """What can be known of the data here; `seed` chooses the held-out rows, as in `train.seed`, and `kind` is what the
+    objective learns from.
 
     Reads files and, after the first time, its own cache; never the network. RequestError for a data file that
     is missing or of an unknown kind.
@@ -71,11 +72,11 @@ def lengths(data: DataSpec, model: ModelSpec, *, seed: int = 42) -> DataLengths:
         note = f"{far} is not on this machine: rows are counted when they are loaded"
         return DataLengths(data.max_examples, None, False, note, held_out_rows=data.max_eval_examples)
     tokenizer = tokenizer_file(model)
-    file = cache_dir() / "lengths" / f"{_key(data, tokenizer, seed)}.json"
+    file = cache_dir() / "lengths" / f"{_key(data, tokenizer, seed, kind)}.json"
     with suppress(OSError, ValueError, TypeError, KeyError):
         stored = json.loads(file.read_text("utf-8"))
         return DataLengths(**{**stored, "row_tokens": tuple(stored["row_tokens"])})
-    counted = _count(data, sample(data), tokenizer, seed)
+    counted = _count(data, sample(data, kind), tokenizer, seed)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
@@ -113,7 +114,7 @@ def _is_as_in_the_catalogue(data: DataSpec) -> bool:
     return all(getattr(data, key) == own.get(key, None) for key in ("id", "subset", "revision", "split", "eval_split"))
 
 
-def _key(data: DataSpec, tokenizer: Path | None, seed: int) -> str:
+def _key(data: DataSpec, tokenizer: Path | None, seed: int, kind: Kind | None) -> str:
     """Changes with anything that changes the answer: settings, files by size and time, the code of the rows."""
     files = [tokenizer, Path(data.chat_template) if data.chat_template else None]
     if data.source == "commands":
@@ -124,7 +125,7 @@ def _key(data: DataSpec, tokenizer: Path | None, seed: int) -> str:
     else:
         files += [Path(name).expanduser().absolute() for path in _paths(data) for name in files_of(path)]
     stats = [(str(f), s.st_size, s.st_mtime_ns) for f in files if f and (s := _stat(f))]
-    parts = [LAYOUT, data.model_dump(), stats, seed]
+    parts = [LAYOUT, data.model_dump(), stats, seed, kind]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from runner.data.examples import Example, Learnable, Preference, Turn, content_of, kind_of
+from runner.data.examples import Example, Judged, Learnable, Preference, Turn, content_of, kind_of
 from runner.data.formats import Found, inspect
 from runner.data.masks import IGNORED
+from runner.data.pairs import split
 from runner.data.tokens import tokenizer_file
 from runner.data.words import Encoded, Words
 from runner.errors import Problem, RequestError
@@ -60,28 +61,48 @@ def _chosen(rows: Sequence[Learnable], count: int, row: int | None) -> list[tupl
 
 def _facts(found: Found) -> dict[str, Any]:
     wrong = len({problem.source for problem in found.problems})
-    return {"name": found.name, "format": found.shape, "num_rows": len(found.rows), "num_wrong": wrong}
+    facts = {"name": found.name, "format": found.shape, "num_rows": len(found.rows), "num_wrong": wrong}
+    return facts | {"left_out": found.left_out}
 
 
 def _segments(row: Learnable, words: Words | None, loss_on: str) -> Iterator[dict[str, Any]]:
     """Pieces of the row in order: `text`, `trained`, and the `part` they belong to where a row has several."""
-    if isinstance(row, Preference):
-        for name, said in (("chosen", row.chosen), ("rejected", row.rejected)):
-            example = _joined(row.prompt, said, row)
-            for piece in _pieces(example, words, "completion" if example.text is None else "all"):
-                yield piece | {"part": name}
-    elif isinstance(row, Example):
+    if isinstance(row, Example):
         yield from _pieces(row, words, loss_on)
+    elif isinstance(row, Preference):
+        yield from _compared(row, {"chosen": row.chosen, "rejected": row.rejected}, words)
+    elif isinstance(row, Judged):
+        yield from _compared(row, {"": row.completion}, words)
+    elif words is not None:
+        text = words.asked(row.prompt)
+        yield {"text": text, "trained": False, "tokens": len(words.ids([text])[0])}
     else:
-        completion = getattr(row, "completion", [])
-        yield from _pieces(Example(row.prompt, completion), words if completion else None, "completion")
+        yield from _turns(row.prompt, lambda _: False)
 
 
-def _joined(prompt: list[Turn] | str, said: list[Turn] | str, row: Preference) -> Example:
-    if isinstance(prompt, str):
-        return Example(text=f"{prompt}{said}")
-    assert not isinstance(said, str)
-    return Example(prompt, said, tools=row.tools)
+def _compared(
+    row: Preference | Judged, answers: dict[str, list[Turn] | str], words: Words | None
+) -> Iterator[dict[str, Any]]:
+    """A prompt with each of its answers, of which every token counts: in turns between them, too."""
+    prompt, parts = split(words, row.prompt, list(answers.values()), row.tools) if words else ([], [])
+    for index, (name, answer) in enumerate(answers.items()):
+        if words is not None:
+            given, whole = (
+                words.backend.decode(ids, skip_special_tokens=False) for ids in (prompt, prompt + parts[index])
+            )
+            said = whole.removeprefix(given)  # decoded alone, it may lose the space that it begins with
+            pieces = _given_and_learned(given, said, len(prompt), len(parts[index]))
+        elif isinstance(answer, str):
+            pieces = _given_and_learned(str(row.prompt), answer)
+        else:
+            pieces = [*_turns(row.prompt, lambda _: False), *_turns(answer, lambda _: True)]
+        yield from (piece | {"part": name} if name else piece for piece in pieces)
+
+
+def _given_and_learned(given: str, said: str, *tokens: int) -> list[dict[str, Any]]:
+    counts: Sequence[int | None] = tokens or (None, None)
+    texts = ((given, False, counts[0]), (said, True, counts[1]))
+    return [{"text": text, "trained": trained, "tokens": count} for text, trained, count in texts]
 
 
 def _pieces(example: Example, words: Words | None, loss_on: str) -> Iterator[dict[str, Any]]:
@@ -90,11 +111,19 @@ def _pieces(example: Example, words: Words | None, loss_on: str) -> Iterator[dic
         return
     if example.text is not None or example.ids is not None:
         yield {"text": example.text or " ".join(map(str, example.ids or [])), "trained": True, "tokens": None}
-    for learned, turns in ((example.dialogue, example.prompt), (True, example.completion)):
-        for turn in turns:
-            trained = learned and turn["role"] == "assistant" and bool(turn.get("weight", 1))
-            yield {"text": f"[{turn['role']}] ", "trained": False, "tokens": None}
-            yield {"text": f"{turn['content']}\n", "trained": trained or loss_on == "all", "tokens": None}
+
+    def learned(turn: Turn) -> bool:
+        return turn["role"] == "assistant" and bool(turn.get("weight", 1))
+
+    yield from _turns(example.prompt, lambda turn: loss_on == "all" or (example.dialogue and learned(turn)))
+    yield from _turns(example.completion, lambda turn: loss_on == "all" or learned(turn))
+
+
+def _turns(turns: Sequence[Turn] | str, learned: Callable[[Turn], bool]) -> Iterator[dict[str, Any]]:
+    for turn in turns if not isinstance(turns, str) else ():
+        yield {"text": f"[{turn['role']}] ", "trained": False, "tokens": None}
+        thought = f"{turn['reasoning_content']}\n" if turn.get("reasoning_content") else ""
+        yield {"text": f"{thought}{turn['content']}\n", "trained": learned(turn), "tokens": None}
 
 
 def _tokens(encoded: Encoded, words: Words) -> Iterator[dict[str, Any]]:

@@ -19,8 +19,9 @@ OTHER_ROLES = {
     "model": "assistant", "ai": "assistant", "function_call": "assistant", "developer": "system",
     "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
-_ROLE_KEYS, _CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # as transformers reads them
+ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # as transformers reads them
+_LEARN = ("loss", "train", "training")  # ms-swift's, Axolotl's and others' names for a turn that is learned or not
 _TURN = 'write {"role": "user", "content": "…"}'
 _TURNS = 'write [{"role": "user", "content": "…"}, …]'
 _TRUTH = {"true": True, "false": False, "1": True, "0": False, "+1": True, "-1": False}
@@ -31,6 +32,8 @@ class RowReader:
 
     def __init__(self, row: Row, where: str, roles: Mapping[str, str] | None = None, weight: str = "weight") -> None:
         self.row = row
+        self.read: set[str] = set()
+        """Columns that were looked at: what is not among them was left out."""
         self.where = where
         self.roles = OTHER_ROLES | dict(roles or {})
         self.weight = weight
@@ -38,6 +41,11 @@ class RowReader:
 
     def wrong(self, what: str, remedy: str | None = None) -> None:
         self.problems.append(Problem(what, self.where, remedy))
+
+    def value(self, name: str) -> Any:
+        """What the field holds; None where it is not there."""
+        self.read.add(name)
+        return self.row.get(name)
 
     def has(self, name: str) -> bool:
         """Whether the field is there; a problem where not."""
@@ -48,11 +56,11 @@ class RowReader:
 
     def text(self, name: str, may_be_empty: bool = False) -> str:
         """Text that is there; `""` where it is not (and a problem)."""
-        return self.content(name, self.row[name], may_be_empty) if self.has(name) else ""
+        return self.content(name, self.value(name), may_be_empty) if self.has(name) else ""
 
     def optional(self, name: str) -> str:
         """Text that may be missing, null or empty."""
-        value = self.row.get(name)
+        value = self.value(name)
         return "" if value is None else self.content(name, value, may_be_empty=True)
 
     def content(self, name: str, value: Any, may_be_empty: bool = False) -> str:
@@ -64,15 +72,19 @@ class RowReader:
             return ""
         if not value.strip() and not may_be_empty:
             self.wrong(f"{name} is empty", "fill it in, or delete the row")
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # JSON can spell it, and a tokenizer raises on it
-            self.wrong(f"{name} holds half a character (\\ud800 to \\udfff)", "write the character itself")
+        self.check_characters(name, value)
         return value
+
+    def check_characters(self, name: str, value: Any) -> None:
+        """A problem where text, wherever in `value` it is, holds half of a surrogate pair."""
+        try:  # JSON can spell it, and a tokenizer raises on it
+            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).encode()
+        except UnicodeEncodeError:
+            self.wrong(f"{name} holds half a character (\\ud800 to \\udfff)", "write the character itself")
 
     def truth(self, name: str) -> bool:
         """True or false, as JSON, CSV and LLaMA-Factory write it."""
-        value = self.row[name] if self.has(name) else True
+        value = self.value(name) if self.has(name) else True
         said = str(value).strip().lower()
         if isinstance(value, (bool, int, str)) and said in _TRUTH:
             return _TRUTH[said]
@@ -81,7 +93,7 @@ class RowReader:
 
     def ids(self, name: str) -> list[int]:
         """A list of token ids or labels."""
-        value = self.row[name] if self.has(name) else [0]
+        value = self.value(name) if self.has(name) else [0]
         if not isinstance(value, list) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
             self.wrong(f"{name} is not a list of whole numbers", "write token ids such as [1, 15043, 2]")
             return []
@@ -91,7 +103,7 @@ class RowReader:
 
     def tools(self, name: str) -> list[dict[str, Any]]:
         """Tools as a list of schemas or as JSON text of one; none where there are none."""
-        value = self.row.get(name)
+        value = self.value(name)
         if isinstance(value, str) and value.strip():
             try:
                 value = json.loads(value)
@@ -103,13 +115,14 @@ class RowReader:
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
             self.wrong(f"{name} is {kind_of(value)}, not a list of tools", "write a list of JSON schemas")
             return []
+        self.check_characters(name, value)
         return value
 
     def turns(self, name: str, whole: bool = True) -> list[Turn]:
         """The turns of a conversation that are right; one that is not `whole` goes on after another field's."""
         if not self.has(name):
             return []
-        value = self.row[name]
+        value = self.value(name)
         if isinstance(value, str) and value.lstrip().startswith("["):  # CSV cannot hold a list
             try:
                 value = json.loads(value)
@@ -120,6 +133,8 @@ class RowReader:
             what = "is an empty list" if value == [] else f"is {kind_of(value)}, not a list of turns"
             self.wrong(f"{name} {what}", _TURNS)
             return []
+        if whole and len(value) > 1 and all(isinstance(said, str) for said in value):  # LIMA: questions and answers
+            value = [{"role": ("user", "assistant")[index % 2], "content": said} for index, said in enumerate(value)]
         turns = [self._turn(f"{name}[{index}]", turn) for index, turn in enumerate(value)]
         if all(turns):
             self._check_order(name, [turn for turn in turns if turn], whole)
@@ -129,8 +144,8 @@ class RowReader:
         if not isinstance(turn, dict):
             self.wrong(f"{name} is {kind_of(turn)}, not a turn", _TURN)
             return None
-        role_key = next((key for key in _ROLE_KEYS if key in turn), "role")
-        content_key = next((key for key in _CONTENT_KEYS if key in turn), "value" if role_key == "from" else "content")
+        role_key = next((key for key in ROLE_KEYS if key in turn), "role")
+        content_key = next((key for key in CONTENT_KEYS if key in turn), "value" if role_key == "from" else "content")
         said = turn.get(role_key)
         calls = turn.get("tool_calls") or turn.get("function_call") or None
         silent = bool(calls) or (isinstance(said, str) and self.roles.get(said, said) == "tool")
@@ -157,21 +172,37 @@ class RowReader:
 
     def _add_rest(self, name: str, turn: Row, calls: Any, found: Turn) -> None:
         """What only some turns have: weight, tool calls, thoughts, names."""
-        weight = turn.get(self.weight)
-        if isinstance(weight, (bool, int, float)) and weight in (0, 1):
-            if not weight:
-                found["weight"] = 0
-        elif weight is not None:
-            self.wrong(f"{name}.{self.weight} is {_short(weight)}, neither 0 nor 1", "write 0 to learn nothing of it")
+        self._add_weight(name, turn, found)
         if calls is not None:
             found["tool_calls"] = self._calls(f"{name}.tool_calls", calls)
-        thought = next((turn[key] for key in _THOUGHTS if turn.get(key)), None)
+        thought = next((turn[key] for key in THOUGHTS if turn.get(key)), None)
         if thought is not None:
             found["reasoning_content"] = self.content(f"{name}.reasoning_content", thought)
         if isinstance(turn.get("name"), str):
             found["name"] = turn["name"]
         if isinstance(turn.get("tool_call_id"), str):
             found["tool_call_id"] = turn["tool_call_id"]
+
+    def _add_weight(self, name: str, turn: Row, found: Turn) -> None:
+        """Weight 0 where any of the keys says that nothing of the turn is learned."""
+        said: dict[str, bool] = {}
+        for key in (self.weight, *_LEARN):
+            value = turn.get(key)
+            weight = value.strip().lower() if isinstance(value, str) else value
+            if weight in (0, 1, "true", "false"):  # True and False are among them
+                said[key] = weight in (1, "true")
+            elif value is not None:
+                no, yes = ("0", "1") if key == self.weight else ("true", "false")
+                remedy = f"write {'0' if key == self.weight else 'false'} to learn nothing of it"
+                self.wrong(f"{name}.{key} is {_short(value)}, neither {no} nor {yes}", remedy)
+        if len(set(said.values())) > 1:
+            self.wrong(f"{name} is to be learned by one of {', '.join(said)} and not by another", "write one of them")
+        flag = next((key for key in _LEARN if said.get(key)), None)
+        if flag and found["role"] != "assistant":
+            what = f"{name}.{flag} is true, and the turn is not the assistant's"
+            self.wrong(what, f"write {flag}: false, or nothing: objective.loss_on=all learns every turn")
+        if not all(said.values()):
+            found["weight"] = 0
 
     def _calls(self, name: str, calls: Any) -> list[dict[str, Any]]:
         """Calls in the one form that templates know, their arguments as an object."""
@@ -187,6 +218,7 @@ class RowReader:
                 remedy = 'write {"function": {"name": "…", "arguments": {…}}}'
                 self.wrong(f"{name}[{index}] is no call of a function with its arguments in JSON", remedy)
                 continue
+            self.check_characters(f"{name}[{index}]", known)
             ident = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
             found.append({**ident, "type": "function", "function": known})
         return found

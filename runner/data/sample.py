@@ -16,7 +16,7 @@ from typing import Any
 from runner.data import arrow, commands
 from runner.data.compressed import COMPRESSIONS
 from runner.data.documents import reference_pages
-from runner.data.examples import Learnable
+from runner.data.examples import Kind, Learnable
 from runner.data.files import Row, Table, kind_of_file, read_table, refuse
 from runner.data.formats import canonical_rows
 from runner.data.sources import Source, mixed, sources_of
@@ -40,29 +40,31 @@ class Sample:
     """Held-out rows that are elsewhere, so that all of these train."""
 
 
-def sample(data: DataSpec) -> Sample:
-    """Rows of a local source; RequestError for a file that is missing, of an unknown kind, or holds no usable row."""
+def sample(data: DataSpec, kind: Kind | None = None) -> Sample:
+    """Rows of a local source, as an objective of that kind learns them; RequestError for a file that is missing, of an
+    unknown kind, or holds no usable row."""
     if data.source == "commands":
         train, held = (
-            canonical_rows(Table("commands", [dict(row) for row in rows]), data)[0] for rows in commands.examples()
+            canonical_rows(Table("commands", [dict(row) for row in rows]), data, kind)[0]
+            for rows in commands.examples()
         )
         return Sample(train, len(train), True, "all rows", Sample(held, len(held), True, "all rows", None))
     if data.source == "pydoc":
-        rows = canonical_rows(Table("pydoc", [{"text": text} for text in reference_pages()]), data)[0]
+        rows = canonical_rows(Table("pydoc", [{"text": text} for text in reference_pages()]), data, kind)[0]
         return Sample(rows, len(rows), True, "all rows", None)
-    found = [_of_source(source) for source in sources_of(data)]
+    found = [_of_source(source, kind) for source in sources_of(data)]
     examples = [example for one in found for example in one.examples]
     total = sum(one.total for one in found)
     if len(found) > 1:
         order = mixed([one.total for one in found], [s.weight for s in sources_of(data)], data.mix, 0)
         total = len(order)
     elsewhere = data.model_copy(update={"path": data.eval_path, "eval_path": None, "sources": []})
-    held_out = sample(elsewhere) if data.eval_path else None
+    held_out = sample(elsewhere, kind) if data.eval_path else None
     whole = all(one.whole for one in found) and (len(found) == 1 or data.mix == "concat")
     return Sample(examples, total, whole, "; ".join(dict.fromkeys(one.how for one in found)), held_out)
 
 
-def _of_source(source: Source) -> Sample:
+def _of_source(source: Source, kind: Kind | None) -> Sample:
     """Rows of the first file, as many as that takes to know what they are like, and the others by their size."""
     sizes = [_size(file) for file in source.files]
     files = source.files if sum(sizes) <= WHOLE_BYTES else source.files[:1]
@@ -71,7 +73,7 @@ def _of_source(source: Source) -> Sample:
     total, hows = 0, []
     for file in files:
         table, rows, how = head(file)
-        found, wrong = canonical_rows(table, source.spec)
+        found, wrong = canonical_rows(table, source.spec, kind)
         examples += found
         problems += wrong
         total += len(found) if rows is None else rows

@@ -22,6 +22,9 @@ def print_preview(console: Console, found: Mapping[str, Any]) -> None:
         held = ", held out" if file in found["held_out_files"] else ""
         shape = file["format"] or "unknown"
         console.print(f"{file['name']}: {shape}, {file['num_rows']:,} rows{wrong}{held}", highlight=False, markup=False)
+        if file["left_out"]:
+            names = ", ".join(file["left_out"])
+            console.print(f"  columns that are not read: {names}", highlight=False, markup=False, soft_wrap=True)
     unit = "tokens" if found["tokenizer"] else "turns: the model's tokenizer is not on this machine"
     legend = Text.assemble("Learned for ", found["objective"], ": ", _legend(console), f" (by {unit})")
     console.print(legend)

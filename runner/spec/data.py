@@ -87,7 +87,9 @@ class DataSpec(Part):
     history_field: str = "history"
     """Alpaca: field with earlier `[question, answer]` pairs; it may be missing."""
     system_field: str = "system"
-    """Field with a row's own system prompt; it may be missing."""
+    """Field with a row's own system prompt; it may be missing. `system_prompt` is taken, too."""
+    thinking_field: str = "thinking"
+    """Field with what was thought before a single answer (prompt_completion, alpaca); it may be missing. auto takes `reasoning` and `reasoning_content` too."""
     tools_field: str = "tools"
     """Field with the tools (JSON schemas, as a list or as JSON text) that a conversation may call; it may be missing."""
     chosen_field: str = "chosen"
@@ -102,6 +104,8 @@ class DataSpec(Part):
     """Already tokenised: field with the token ids; `labels` beside it are taken as they are."""
     weight_field: str = "weight"
     """Key of a turn with its weight: 0 trains on nothing of it, 1 on all (an assistant turn without one weighs 1)."""
+    ignore_columns: list[str] = []
+    """Columns that are left out although they look like content (`answer`, `context`, `reasoning`, …) and no other key reads them."""
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = {}
     """What else roles are called: `{Frage: user, Antwort: assistant}`."""
     on_error: Literal["stop", "skip"] = "stop"

@@ -63,7 +63,8 @@ def read(spec: RunSpec) -> Examples:
 
 
 def _answer(row: Question) -> list[Turn]:
-    return [] if row.answer is None else [{"role": "assistant", "content": row.answer}]
+    first = row.answer[0] if isinstance(row.answer, list) and row.answer else row.answer
+    return [] if first is None else [{"role": "assistant", "content": str(first)}]
 
 
 def judge(spec: RunSpec, examples: Examples) -> Callable[[list[str]], dict[str, float]] | None:

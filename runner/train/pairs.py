@@ -5,6 +5,7 @@ So what is cut and dropped is known and said, and every process finds the same r
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -46,10 +47,11 @@ def _write(
     counts = dict.fromkeys(("truncated", "dropped", "tokens", "conversations"), 0)
     done = kept = refused = 0
     problems: list[Problem] = []
-    with ArrowWriter(path=str(folder / ROWS), features=_features(rows, spec)) as writer:
+    features = _features(rows, spec)
+    with ArrowWriter(path=str(folder / ROWS), features=features) as writer:
         for chunk in in_chunks(partial(encode_chunk, how=how), Words.of(tokenizer), rows, spec.data.num_proc):
             for row in chunk.rows:
-                writer.write({name: row.get(name) for name in writer.schema.names})
+                writer.write({name: _stored(row.get(name), features[name]) for name in writer.schema.names})
             counts = {name: count + getattr(chunk, name) for name, count in counts.items()}
             kept += len(chunk.rows)
             refused += len({problem.source for problem in chunk.problems})
@@ -73,13 +75,18 @@ def _write(
     }
 
 
+def _stored(value: Any, feature: Any) -> Any:
+    """As `Json` keeps it: given text it would store "007" as 7, and given a number 10 of its digits (datasets 5.2)."""
+    return json.dumps(value) if isinstance(feature, Json) and value is not None else value
+
+
 def _features(rows: Sequence[Learnable], spec: RunSpec) -> Features:
     """Of questions the turns and the extra fields may be of any shape: Arrow's own columns would fill a tool call with
     the arguments of all others."""
     ids = List(Value("int32"))
     if isinstance(spec.objective, Grpo):
         extra = dict.fromkeys(name for row in rows if isinstance(row, Question) for name in row.extra)
-        return Features({**dict.fromkeys(extra, Json()), "prompt": Json(), "answer": Value("string")})
+        return Features({**dict.fromkeys(extra, Json()), "prompt": Json(), "answer": Json()})
     if isinstance(spec.objective, Kto):
         return Features({"prompt_ids": ids, "completion_ids": ids, "label": Value("bool")})
     names = ("chosen_ids", "rejected_ids") if isinstance(spec.objective, Reward) else (

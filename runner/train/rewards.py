@@ -25,10 +25,15 @@ def text_of(completion: str | Sequence[dict[str, Any]]) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
-def exact_match(completions: Sequence[Any], answer: Sequence[str | None], **_: Any) -> list[float]:
-    """1 where the answer is the row's, but for white space around it."""
+def exact_match(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
+    """1 where the answer is the row's, or one of the row's list, but for white space around it."""
     pairs = zip(completions, answer, strict=True)
-    return [float(right is not None and text_of(said).strip() == right.strip()) for said, right in pairs]
+    return [float(text_of(said).strip() in _rights(right)) for said, right in pairs]
+
+
+def _rights(right: Any) -> list[str]:
+    rights = right if isinstance(right, list) else [] if right is None else [right]
+    return [str(one).strip() for one in rights]
 
 
 def regex(pattern: str) -> Reward:

@@ -1,6 +1,6 @@
 """Which rows of the training set a micro batch was made of, and how they read.
 
-The training set gets a column `row`. The collator takes it off again and puts `row_ids` [b] beside what it makes of
+The training set gets a column `__row__`. The collator takes it off again and puts `row_ids` [b] beside what it makes of
 the rows; the trainer takes that out before the model sees the batch. So it is true of any sampler, any number of
 processes and packed rows: the data itself says where it comes from.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-COLUMN = "row"
+COLUMN = "__row__"  # not `row`: a data set may have a column of that name for its reward function
 KEY = "row_ids"
 LONGEST_TEXT = 300
 """Characters shown of one document."""

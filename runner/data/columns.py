@@ -1,0 +1,150 @@
+"""Names that columns go by, and the one rule for those that no shape reads.
+
+A column is read, or it is left out and that is said. One that looks like content, by its name and by holding text, is
+not left out unless the row says the same elsewhere: it is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from runner.data.examples import Example, Judged, Learnable, Preference, Turn
+from runner.data.files import Row
+from runner.data.rows import CONTENT_KEYS, THOUGHTS, RowReader
+from runner.spec import DataSpec
+
+PROMPTS = ("question", "query", "problem", "input")
+"""What a prompt is called where there is no `data.prompt_field`, in the order they are looked for."""
+SYSTEMS = ("system_prompt",)
+
+_ASKING = {*PROMPTS, "prompt", "prompts", "instruction", "instructions", "inputs", "user", "human", "user_prompt",
+           "user_message"}  # fmt: skip
+_ABOUT = {"context", "background", "passage", "choices", "options", "role"}
+_HISTORY = {"history", "chat_history"}
+_SYSTEM = {"system", "system_prompt", "system_message", "system_instruction", "developer"}
+_ANSWERING = {
+    "completion", "response", "answer", "answers", "output", "outputs", "target", "reply", "solution", "chosen",
+    "rejected", "assistant", "responses", "completions",
+}  # fmt: skip
+_THINKING = {
+    *THOUGHTS, "thought", "thoughts", "cot", "complex_cot", "chain_of_thought", "rationale", "explanation", "think",
+}  # fmt: skip
+_REMARKS = {"rationale", "explanation"}
+"""Beside a pair of answers, why one of them is better."""
+_TALKING = {"messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat", "trajectory"}
+_TOOLS = {"tools", "functions"}
+
+_KEYS: tuple[tuple[set[str], tuple[str, ...]], ...] = (
+    (_SYSTEM, ("system_field",)),
+    (_TOOLS, ("tools_field",)),
+    (_THINKING, ("thinking_field",)),
+    (_HISTORY, ("history_field",)),
+    (_ABOUT, ("input_field",)),
+    (_ASKING, ("prompt_field", "input_field")),
+    (_ANSWERING, ("completion_field", "output_field")),
+    (_TALKING, ("messages_field", "prompt_field")),
+)
+"""Kinds of content, and the keys of `DataSpec` that may read them."""
+
+
+def _plain(name: str) -> str:
+    """The name as the sets above have it: `Complex CoT` → `complex_cot`."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
+
+
+def seen(row: Row, spec: DataSpec) -> Row:
+    """The row without the numbers of rows and `data.ignore_columns`."""
+    hidden = {name for name in row if is_index(name)} | {*spec.ignore_columns}
+    return row if hidden.isdisjoint(row) else {name: value for name, value in row.items() if name not in hidden}
+
+
+def is_index(name: str) -> bool:
+    """pandas' name for the numbers of the rows, in CSV, when read again, and in Parquet."""
+    return name in ("", "__index_level_0__") or name.startswith("Unnamed: ")
+
+
+def unread(reader: RowReader, found: Learnable) -> list[str]:
+    """Columns that look like content, were not read, and say what no other column does.
+
+    Beside judged answers plain text may be their prompt; otherwise it is the less exact form of what was read.
+    """
+    content = _CONTENT | {"text"} if isinstance(found, (Preference, Judged)) else _CONTENT
+    content = content - _REMARKS if isinstance(found, Preference) else content
+    return [
+        name
+        for name, value in reader.row.items()
+        if name not in reader.read
+        and isinstance(value, (str, list, dict))
+        and (key := _plain(str(name))) in content
+        and any(text.strip() not in _NOTHING for text in _texts(value))
+        and not _said(key, value, found)
+    ]
+
+
+_NOTHING = ("", "[]", "{}", "null")  # as CSV and JSON text have it
+_CONTENT = set[str]().union(*(names for names, _ in _KEYS))
+
+
+def mappings(name: str, prompt: str, text: str) -> list[dict[str, str]]:
+    """Keys of `DataSpec` that may make the column read, beside a column with the prompt or with plain text."""
+    plain = _plain(name)
+    keys = next((keys for names, keys in _KEYS if plain in names), ())
+    found = [{key: name} for key in keys]
+    if plain in _ASKING | _ABOUT:  # as Alpaca's input behind its instruction
+        found.append({"instruction_field": prompt, "input_field": name})
+    if plain in _HISTORY:
+        found.append({"instruction_field": prompt, "history_field": name})
+    return [*found, {"completion_field": text}] if plain in _ASKING else found
+
+
+def listing(names: Sequence[str]) -> str:
+    """Names as a list of Hydra's, quoted for a shell where they have to be."""
+    if all(re.fullmatch(r"\w+", name) for name in names):
+        return f"[{','.join(names)}]"
+    return f"'[{','.join(json.dumps(name, ensure_ascii=False) for name in names)}]'"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value; of turns what they say."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        said = next((value[key] for key in CONTENT_KEYS if key in value), None)
+        yield from _texts(list(value.values()) if said is None else said)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+
+
+def _said(key: str, value: Any, found: Learnable) -> bool:
+    """The value is in what was read, where such a value belongs; or it is the whole of that, rendered as a prompt."""
+    given, answered = _contents(found)
+    if (
+        key in ("prompt", "text")
+        and isinstance(value, str)
+        and all(part in value for text in (*given, *answered) for part in text.split("\n\n"))
+    ):
+        return True
+    places = answered if key in _ANSWERING | _THINKING else [*given, *answered] if key in _TALKING else given
+    return all(any(text.strip() in place for place in places) for text in _texts(value))
+
+
+def _contents(found: Learnable) -> tuple[list[str], list[str]]:
+    """What is given and what the assistant says."""
+    if isinstance(found, Preference) and isinstance(found.prompt, str):
+        return [found.prompt], [f"{found.prompt}{found.chosen}", f"{found.prompt}{found.rejected}"]
+    turns: list[Turn] = [*found.prompt] if not isinstance(found.prompt, str) else []
+    for part in ("completion", "chosen", "rejected"):
+        turns += getattr(found, part, [])
+    given = [turn["content"] for turn in turns if turn["role"] != "assistant"]
+    answered = [turn[key] for turn in turns if turn["role"] == "assistant" for key in _SAYS if turn.get(key)]  # type: ignore[literal-required]
+    if isinstance(found, Example) and found.text is not None:
+        given.append(found.text)
+        answered.append(found.text)
+    return given, answered
+
+
+_SAYS = ("content", "reasoning_content")
