@@ -69,6 +69,7 @@ def refused(here: Path, *words: str) -> str:
         ("rows.json", "[]", "holds no rows (rows.json)"),
         ("rows.csv", "prompt,completion\na\n", "has 1 cells where the header has 2 (rows.csv, line 2)"),
         ("rows.jsonl", b'{"prompt": "a", "completion": "\xe9"}\n', "byte 0xe9 is not UTF-8 (rows.jsonl, line 1)"),
+        ("rows.csv", "prompt,completion\na,b\n".encode("utf-16"), "iconv -f UTF-16 -t UTF-8 rows.csv"),
         ("rows.jsonl.gz", b"no gzip", "damaged"),
         ("rows.parquet", b"PAR", "rows.parquet is no Parquet file"),
         ("rows.jsonl", '{"a": 1}\n', "cannot tell what to learn by the fields: a (rows.jsonl, line 1)"),

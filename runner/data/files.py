@@ -135,10 +135,16 @@ def _decoded(data: bytes, path: str) -> str:
     try:
         return data.decode("utf-8-sig")  # Excel puts a byte order mark before a CSV file
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        what = f"byte 0x{data[error.start]:02x} is not UTF-8"
-        remedy = f"save the file as UTF-8, such as with: iconv -f WINDOWS-1252 -t UTF-8 {path}"
-        raise RequestError(Problem(what, f"{path}, line {line}", remedy)) from None
+        raise RequestError(not_utf8(data, error, path, 1)) from None
+
+
+def not_utf8(data: bytes, error: UnicodeDecodeError, path: str, first: int) -> Problem:
+    """Where the bytes of a file are of another encoding, and how it is converted; `first` is the number of their first
+    line."""
+    kind = "UTF-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "WINDOWS-1252"
+    remedy = f"save the file as UTF-8, such as with: iconv -f {kind} -t UTF-8 {path}"
+    line = first + data.count(b"\n", 0, error.start)
+    return Problem(f"byte 0x{data[error.start]:02x} is not UTF-8", f"{path}, line {line}", remedy)
 
 
 def _json(text: str, path: str, by_line: bool) -> Table:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from runner.data import arrow, remote
-from runner.data.files import Table, is_url, json_lines, kind_of_file, read_table, text_lines
+from runner.data.files import Table, is_url, json_lines, kind_of_file, not_utf8, read_table, text_lines
 from runner.errors import Problem, RequestError
 
 BLOCK = 8 << 20
@@ -74,10 +74,7 @@ def _text(block: bytes, path: str, number: int) -> str:
     try:
         return block.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        line = number + block.count(b"\n", 0, error.start)
-        what = f"byte 0x{block[error.start]:02x} is not UTF-8"
-        remedy = f"save the file as UTF-8, such as with: iconv -f WINDOWS-1252 -t UTF-8 {path}"
-        raise RequestError(Problem(what, f"{path}, line {line}", remedy)) from None
+        raise RequestError(not_utf8(block, error, path, number)) from None
 
 
 def _parquet(opened: IO[bytes], path: str) -> Iterator[Table]:
