@@ -47,8 +47,8 @@ What a run keeps and what a pod may cost, whatever happens to them, and how that
 - **A run goes on with what it was trained on, or not at all**: where rows, held-out rows, chat template, reward file,
   tokenizer or a base model in a folder have changed since the checkpoint, `resume` refuses before anything starts, by
   the files' content (`inputs.json`), and the worker before the first step, by all rows and the tokenizer, wherever they
-  come from (`environment.json`). A file that was moved and is the same is named with its key:
-  `resume runs/<id> data.path=NEW`. `run.on_changed_inputs=continue` permits the change, for that resume. Paths in
+  come from (their fingerprints are kept with each checkpoint). A file that was moved and is the same is named with its
+  key: `resume runs/<id> data.path=NEW`. `run.on_changed_inputs=continue` permits the change, for that resume. Paths in
   `spec.json` are absolute: a run is resumed, merged or talked to from any folder.
 - **What is saved at the end is tried before the first step**: configuration, generation config, tokenizer, chat
   template, shared weights, adapter, trainer state and the room on the disk; all but the bytes of the weights. Values of

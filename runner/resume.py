@@ -129,17 +129,23 @@ def record(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> None:
 
 @contextmanager
 def recorded(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> Iterator[None]:
-    """`record` for a resume; one that fails before it has kept a step leaves spec.json as it was, since the next resume
-    starts from that."""
+    """`record` for a resume; one that fails before it has kept a step leaves spec.json and inputs.json as they were,
+    since the next resume starts from those."""
     before, step = run.spec_file.read_text("utf-8"), (checkpoints.complete(run) or [0])[-1]
+    inputs = run.read(unchanged.FILE)
     record(run, spec, overrides)
+
+    def undo() -> None:
+        write_atomically(run.spec_file, before)
+        run.write(unchanged.FILE, inputs)
+
     try:
         yield
     except RunnerError:
-        write_atomically(run.spec_file, before)
+        undo()
         raise
     if run.state() == "failed" and (checkpoints.complete(run) or [0])[-1] == step:
-        write_atomically(run.spec_file, before)
+        undo()
 
 
 def _form(spec: RunSpec) -> str:

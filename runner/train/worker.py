@@ -123,7 +123,7 @@ def work(
         spec, source, model, tokenizer, rows, args=arguments, guard=guard, callbacks=callbacks
     )
     trainer.ranks, trainer.sealer = ranks, sealer
-    trainer.noted = {"processes": ranks.world, "stage": spec.deepspeed.name}
+    trainer.noted = {"processes": ranks.world, "stage": spec.deepspeed.name, **content}
     metrics.trainer = measuring.trainer = trainer
     if ranks.main:
         methods.keep_initial_adapter(spec, trainer.model, run)
