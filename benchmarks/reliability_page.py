@@ -55,7 +55,10 @@ What a run keeps and what a pod may cost, whatever happens to them, and how that
   a published generation_config.json that have no effect, which transformers loads and then refuses to save
   (`do_sample: false` with a temperature), are left out and named. A checkpoint without weights or trainer state never
   counts. (runner/train/rehearsal.py)
-- **A run has one owner**: `resume` refuses while any of its processes is alive.
+- **A run has one owner**: `resume` refuses while any of its processes is alive. The launcher holds a lock that its
+  worker inherits and the kernel lets go with the last of them (runner/run_lock.py), so neither two resumes at once nor
+  a launcher that got SIGKILL make two owners. A process number that somebody else has by now (a reboot, a container) is
+  nobody; a run at work on another host, as far as is known, is refused with what to do if that host is no more.
 - **A rented pod ends**: what cannot happen with money is in [runpod.md](runpod.md#what-cannot-happen).
 """
 

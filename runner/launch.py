@@ -29,6 +29,7 @@ from runner.report.problems import dump
 from runner.report.summary import shown
 from runner.report.tables import headline, in_one_line
 from runner.request import Request
+from runner.run_lock import owned
 from runner.rundir import RunDir
 from runner.spec import RunSpec
 from runner.spec.unused import unused
@@ -103,6 +104,15 @@ def resume(
 ) -> int:  # fmt: skip
     """Go on with a run in its own directory; the exit code of the worker."""
     request = resuming.request(run, overrides, config_dirs)
+    resuming.check_there(run)
+    with owned(run):
+        return _resume(run, request, overrides, console, as_json, manner)
+
+
+def _resume(
+    run: RunDir, request: Request, overrides: tuple[str, ...], console: Console, as_json: bool, manner: Manner
+) -> int:
+    """Go on with a run that this process owns."""
     composed = resuming.check(run, request)
     spec, notes = complete(composed, source_finder(request), fetch=True)
     notes += resuming.check_resolved(run, spec)
@@ -164,8 +174,9 @@ def start(
     """Make the run directory, say what is about to happen, and run."""
     spec = inputs.anchored(spec)
     run = RunDir.create(spec, sweep)
-    unchanged.record(run, spec)
-    return begin(run, spec, notes, console, as_json, planned, manner)
+    with owned(run):
+        unchanged.record(run, spec)
+        return begin(run, spec, notes, console, as_json, planned, manner)
 
 
 def begin(

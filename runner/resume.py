@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runner import checkpoints, unchanged
+from runner import checkpoints, run_lock, unchanged
 from runner.compose import compose, source_finder
 from runner.errors import Problem, RequestError, RunnerError
 from runner.execute.supervise import signs
@@ -17,7 +19,7 @@ from runner.inputs import anchored
 from runner.provenance import flat
 from runner.report.summary import shown
 from runner.request import Request
-from runner.rundir import ACTIVE, RunDir, alive, facts_of, write_atomically
+from runner.rundir import ACTIVE, RunDir, alive, birth, facts_of, write_atomically
 from runner.spec import RunSpec
 
 FREE = ("hw.", "deepspeed.", "where.", "track.", "run.", "eval.", "train.max_steps", "train.num_epochs",
@@ -47,13 +49,18 @@ def request(run: RunDir, overrides: tuple[str, ...], config_dirs: tuple[Path, ..
     return Request(overrides=overrides, config_dirs=config_dirs, spec_file=run.spec_file, exchange=groups)
 
 
-def check(run: RunDir, asked: Request) -> RunSpec:
-    """The composed spec; RequestError for a run that is at work, that is done, or that would become another one."""
+def check_there(run: RunDir) -> None:
+    """RequestError for a folder that is no run."""
     if not run.spec_file.is_file():
         raise RequestError(Problem(f"{shown(run.path)} is no run: it has no spec.json", "command line", _list(run)))
+
+
+def check(run: RunDir, asked: Request) -> RunSpec:
+    """The composed spec; RequestError for a run that is at work, that is done, or that would become another one."""
     _check_idle(run)
+    asked_for = compose(asked)  # first: a file that is no run is told there
     old = anchored(RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8"))))
-    new = anchored(compose(asked))
+    new = anchored(asked_for)
     same = unchanged.with_moved(run, old, new)
     before, after = (dict(flat(spec.model_dump(mode="json"))) for spec in (old, same))
     find = source_finder(asked)
@@ -157,17 +164,23 @@ def _batch(spec: RunSpec) -> int:
 
 
 def _check_idle(run: RunDir) -> None:
-    """Nobody may be at work on it: two would write the same files."""
-    busy = [sign["pid"] for sign in signs(run) if sign["state"] == "alive" and alive(sign["pid"])]
-    state = run.state()
-    if state in ACTIVE and not busy and run.read("status.json").get("pid") is None:
-        what = f"{run.id} is in a pod ({run.read('status.json').get('host')}): {state}, as far as is known here"
-        raise RequestError(Problem(what, "command line", f"python -m runner attach {run.id}, or fetch {run.id}"))
-    if state in ACTIVE and not busy:
-        busy = [run.read("status.json").get("pid")]
+    """Nobody may be at work on it, also without the lock (run_lock.py): torchrun's ranks do not inherit it."""
+    status, state, here = run.read("status.json"), run.state(), socket.gethostname()
+    busy = [sign for sign in signs(run) if sign["state"] == "alive" and alive(sign["pid"], sign.get("born"))]
     if busy:
-        what = f"{run.id} is at work ({state}, process {busy[0]})"
-        raise RequestError(Problem(what, "command line", f"wait for its end, or stop it: kill {busy[0]}"))
+        raise RequestError(run_lock.at_work(run, {"pid": busy[0]["pid"]}))
+    if state not in ACTIVE:
+        return
+    if status.get("pid") is None:
+        what = f"{run.id} is in a pod ({status.get('host')}): {state}, as far as is known here"
+        raise RequestError(Problem(what, "command line", f"python -m runner attach {run.id}, or fetch {run.id}"))
+    problem = run_lock.at_work(run, status)
+    if status.get("host") == here:
+        raise RequestError(problem)
+    boot = str(birth(os.getpid())).partition(":")[0]
+    if str(status.get("born")).partition(":")[0] != boot:  # else: another container, or name, of this machine
+        gone = f"if {status.get('host')} is no more, delete {shown(run.path / 'status.json')} and resume again"
+        raise RequestError(Problem(problem.what, problem.source, f"{problem.remedy}; {gone}"))
 
 
 def _list(run: RunDir) -> str:

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runner.errors import Problem, RequestError
-from runner.spec import RunSpec
+
+if TYPE_CHECKING:  # pydantic: 0.1 s, for nothing where runs are only listed
+    from runner.spec import RunSpec
 
 ACTIVE = ("created", "loading", "evaluating", "training", "saving")
 """States of a run whose process should be alive; the others are done, failed, interrupted."""
@@ -77,6 +79,7 @@ class RunDir:
     def set_status(self, state: str, **facts: Any) -> None:
         """Move to `state`, keep the facts already there, stamp time, process and machine."""
         stamp = {"run_id": self.id, "state": state, "pid": os.getpid(), "host": socket.gethostname()}
+        stamp["born"] = birth(os.getpid())
         self.write("status.json", {**self.read("status.json"), **stamp, "updated": time.time(), **facts})
 
     def spent(self) -> float:
@@ -88,11 +91,12 @@ class RunDir:
         seen = [float(line.get("time", 0.0)) for line in (*self.metrics(), *self.evals())]
         return before + max(0.0, max([float(status.get("updated", started)), *seen]) - float(started))
 
-    def state(self) -> str:
-        """The state, or `killed` where the process that should be at work is gone."""
-        status = self.read("status.json")
+    def state(self, status: dict[str, Any] | None = None) -> str:
+        """The state, or `killed` where the process that should be at work is gone; `status` is what was read of it."""
+        status = self.read("status.json") if status is None else status
         state = str(status.get("state", "unknown"))
-        if state in ACTIVE and status.get("host") == socket.gethostname() and not alive(status.get("pid")):
+        here = status.get("host") == socket.gethostname()
+        if state in ACTIVE and here and not alive(status.get("pid"), status.get("born")):
             return "killed"
         return state
 
@@ -151,10 +155,14 @@ def facts_of(spec: RunSpec) -> dict[str, Any]:
     }
 
 
+def runs_in(output_dir: Path) -> list[RunDir]:
+    """Every run below `output_dir`, in no order."""
+    return [RunDir(file.parent) for file in output_dir.glob("*/status.json")]
+
+
 def all_runs(output_dir: Path) -> list[RunDir]:
     """Every run below `output_dir`, oldest first."""
-    found = [RunDir(file.parent) for file in output_dir.glob("*/status.json")]
-    return sorted(found, key=lambda run: (run.read("status.json").get("created", 0.0), run.id))
+    return sorted(runs_in(output_dir), key=lambda run: (run.read("status.json").get("created", 0.0), run.id))
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -167,11 +175,23 @@ def write_atomically(file: Path, text: str) -> None:
     temporary.replace(file)
 
 
-def alive(pid: Any) -> bool:
-    """Whether such a process is at work on this machine. A zombie is not: in a container whose first process does not
-    collect orphans it stays for ever."""
+def birth(pid: Any) -> str | None:
+    """When a process began, by boot and clock tick: tells it from a later one that was given its number, after a reboot
+    or in a container that was started again. None for one that is not there, or where there is no /proc."""
+    try:
+        ticks = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text('utf-8').strip()}:{ticks}"
+    except OSError:
+        return None
+
+
+def alive(pid: Any, born: str | None = None) -> bool:
+    """Whether such a process, which was `born` then, is at work on this machine. A zombie is not: in a container whose
+    first process does not collect orphans it stays for ever."""
     try:
         os.kill(int(pid), 0)
+        if born and birth(pid) not in (born, None):
+            return False
         return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] not in ("Z", "X")
     except (ProcessLookupError, TypeError, ValueError):
         return False

@@ -21,6 +21,7 @@ from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
 from runner.execute.manner import PLAINLY, Manner
 from runner.launch import agreed, check, complete, plan_first, start
 from runner.plan.plan import Plan
+from runner.report.metrics import unknown_metric
 from runner.report.problems import dump, print_problems
 from runner.report.summary import metric_of, shown
 from runner.report.tables import print_sweep
@@ -31,6 +32,9 @@ from runner.spec import RunSpec
 
 def sweep(request: Request, console: Console, as_json: bool, manner: Manner = PLAINLY) -> int:
     """All points of a sweep; a failed one does not stop the others, but the exit code says so."""
+    if not request.overrides and request.spec_file is None:
+        remedy = "write key=a,b for what is to differ, such as method=lora,full; without -m it is one run"
+        raise RequestError(Problem("-m sweeps over values, and none is named", COMMAND_LINE, remedy))
     checked = _checked(request, manner)
     specs = [spec for spec, _ in checked]
     shared = specs[0]
@@ -42,6 +46,7 @@ def sweep(request: Request, console: Console, as_json: bool, manner: Manner = PL
         manner = replace(manner, pool=pods.made_for(specs, folder, max_pods))
     if not agreed(checked, manner, console):
         return InterruptedRun.exit_code
+    _made(folder, shared.run.output_dir)
     manner = replace(manner, yes=True)  # asked once
     try:
         interrupted = not _run(request, folder, as_json, manner, console)
@@ -50,7 +55,6 @@ def sweep(request: Request, console: Console, as_json: bool, manner: Manner = PL
     rows = [r for file in sorted(folder.glob("point-*.json")) if (r := RunDir(folder).read(file.name))]
     worst = math.inf if shared.run.metric_mode == "min" else -math.inf
     rows.sort(key=lambda r: r["metric"] if r["metric"] is not None else worst, reverse=shared.run.metric_mode == "max")
-    folder.mkdir(parents=True, exist_ok=True)
     RunDir(folder).write("sweep.json", {"sweep": name, "metric": shared.run.metric, "runs": rows})
     if as_json:
         click.echo(dump(rows))
@@ -59,6 +63,14 @@ def sweep(request: Request, console: Console, as_json: bool, manner: Manner = PL
     if interrupted:
         return InterruptedRun.exit_code
     return 1 if any(row["exit_code"] for row in rows) or not rows else 0
+
+
+def _made(folder: Path, output_dir: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = Problem(f"run.output_dir={output_dir} cannot be written to: {error.strerror}", "run.output_dir")
+        raise RequestError(problem) from None
 
 
 def _run(request: Request, folder: Path, as_json: bool, manner: Manner, console: Console) -> bool:
@@ -106,6 +118,8 @@ def _checked(request: Request, manner: Manner) -> list[tuple[RunSpec, Plan | Non
     for point in points(request):
         try:
             composed = compose(point)
+            if (wrong := unknown_metric(composed.run.metric)) is not None:
+                raise RequestError(wrong)
             spec, notes = complete(composed, source_finder(point), fetch=True)
             planned = plan_first(spec, notes, composed)
             check(spec, notes, composed, manner)
@@ -138,7 +152,10 @@ def _sharing(spec: RunSpec, jobs: int) -> RunSpec:
 
 
 def _point(spec: RunSpec, index: int, sweep_dir: Path, as_json: bool, manner: Manner = PLAINLY) -> float:
-    """One point of a sweep: never raises; leaves `point-<index>.json` and returns the metric (NaN if it failed)."""
+    """One point of a sweep: never raises; leaves `point-<index>.json` and returns the metric.
+
+    Of one that failed, or whose metric is no number, the worst there can be: NaN would end a study of Optuna's.
+    """
     console = Console(stderr=as_json)
     row: dict[str, Any] = {"index": index, "run_id": None, "overrides": task_overrides(), "metric": None}
     try:
@@ -156,7 +173,9 @@ def _point(spec: RunSpec, index: int, sweep_dir: Path, as_json: bool, manner: Ma
         print_problems(Console(stderr=True), error)
         row |= {"exit_code": error.exit_code, "error": str(error)}
         value = math.nan
-    row["metric"] = None if math.isnan(value) else value
+    if math.isnan(value):
+        value = math.inf if spec.run.metric_mode == "min" else -math.inf
+    row["metric"] = value if math.isfinite(value) else None
     sweep_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(sweep_dir / f"point-{index:04d}.json", dump(row))
     if row["exit_code"] == 130:

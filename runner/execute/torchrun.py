@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from runner import run_lock
 from runner.execute import inherited, network
 from runner.plan.start import CPU_ENV, LOCALHOST, MEETING_SECONDS, arguments, several, variables
 from runner.rundir import RunDir
@@ -47,6 +48,7 @@ def start(
         stdout=stdout,
         stderr=log if several(spec) else None,
         start_new_session=True,
+        pass_fds=run_lock.inherited(),
         preexec_fn=partial(die_with_parent, os.getpid()),
     )
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from runner.invocation import typed
+from runner.report.durations import duration as duration
 from runner.report.measured import beside_plan
 from runner.rundir import RunDir
 from runner.spec import RunSpec
@@ -131,11 +132,3 @@ def shown(path: Path) -> str:
     """A path as one would type it from here."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
-
-
-def duration(seconds: float) -> str:
-    """`48 s`, `3 min 5 s`, `2 h 10 min`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,10 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from runner.invocation import typed
 from runner.provenance import Origin, flat
 from runner.report.summary import duration, metric_of
-from runner.rundir import all_runs
 from runner.spec import RunSpec
 
 
@@ -74,66 +71,6 @@ def _print_group(console: Console, group: str, value: Any, final: dict[str, Any]
     console.print(table)
 
 
-def run_rows(output_dir: Path) -> list[dict[str, Any]]:
-    """One row per run below `output_dir`, oldest first."""
-    rows = []
-    for run in all_runs(output_dir):
-        status, summary = run.read("status.json"), run.read("summary.json")
-        last = ([{}, *run.metrics()])[-1]
-        rows.append(
-            {
-                "run_id": run.id,
-                "state": run.state(),
-                "model": status.get("model"),
-                "method": status.get("method"),
-                "objective": status.get("objective"),
-                "data": status.get("data"),
-                "learning_rate": status.get("learning_rate"),
-                "step": last.get("step"),
-                "num_steps": status.get("num_steps"),
-                "loss": last.get("loss"),
-                "exact_match": summary.get("eval", {}).get("after", {}).get("exact_match"),
-                "seconds": summary.get("seconds") or run.spent() or None,
-                "created": status.get("created"),
-                "error": status.get("error"),
-            }
-        )
-    return rows
-
-
-_STATE_STYLE = {"done": "green", "failed": "red", "killed": "red", "interrupted": "yellow"}
-
-
-def print_runs(console: Console, rows: list[dict[str, Any]], output_dir: Path) -> None:
-    """The table of past runs, the newest last."""
-    if not rows:
-        start = typed("python -m runner")
-        console.print(f"No runs in {escape(str(output_dir))} yet. Start one: [bold]{start}[/bold]", highlight=False)
-        return
-    wide = console.width >= 110  # a run's id says most of it already
-    facts = ("method", "objective", "data") if wide else ()
-    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
-    for name in ("run", "state"):
-        table.add_column(name, no_wrap=True)  # to be copied
-    for name in facts:
-        table.add_column(name, no_wrap=name != "data", overflow="ellipsis", max_width=24)
-    for name in (*(("rate",) if wide else ()), "steps", "loss", "exact", "time"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        style = _STATE_STYLE.get(row["state"], "cyan")
-        table.add_row(
-            escape(row["run_id"]),
-            f"[{style}]{row['state']}[/{style}]",
-            *(escape(str(row[name] or "–")) for name in facts),
-            *((f"{row['learning_rate']:g}" if row["learning_rate"] else "–",) if wide else ()),
-            str(row["step"] or "–"),
-            f"{row['loss']:.4f}" if row["loss"] is not None else "–",
-            f"{row['exact_match']:.0%}" if row["exact_match"] is not None else "–",
-            duration(row["seconds"]) if row["seconds"] else "–",
-        )
-    console.print(table)
-
-
 def print_sweep(console: Console, rows: list[dict[str, Any]], metric: str, where: str) -> None:
     """The points of a sweep, best first."""
     varied = _varied(rows)
@@ -160,4 +97,4 @@ def _varied(rows: list[dict[str, Any]]) -> list[str]:
     return [key for key, seen in values.items() if len(seen) > 1] or list(values)
 
 
-__all__ = ["headline", "metric_of", "print_origins", "print_runs", "print_sweep", "run_rows"]
+__all__ = ["headline", "metric_of", "print_origins", "print_sweep"]

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.utils.logging import set_tqdm_hook
 
-from runner.rundir import RunDir
+from runner.rundir import RunDir, birth
 
 EVERY_SECONDS = 0.5
 
@@ -25,7 +25,7 @@ class Pulse(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     def __init__(self, run: RunDir, rank: int) -> None:
         self.file = run.path / "logs" / f"rank{rank}.json"
         self.facts: dict[str, Any] = {"rank": rank, "pid": os.getpid(), "host": socket.gethostname(), "state": "alive"}
-        self.facts["count"] = 0
+        self.facts |= {"count": 0, "born": birth(os.getpid())}
         self.last = 0.0
         self.stacks: Any = None
 

@@ -98,7 +98,7 @@ def runs(output_dir: Path, as_json: bool) -> None:
       python -m runner runs
       python -m runner runs --output-dir /data/runs --json
     """
-    from runner.report.tables import print_runs, run_rows
+    from runner.report.runs import print_runs, run_rows
 
     rows = run_rows(output_dir)
     if as_json:
