@@ -81,7 +81,7 @@ class Turns:
         after = self._text(turns[: index + 1], tools) if index + 1 < len(turns) else text
         if before and after and text.startswith(before) and text.startswith(after) and len(before) < len(after):
             return len(before), self._without_trailing(after)
-        begin, end = self._changed(turns, index, tools, text)
+        begin, end = self.changed(turns, index, tools, text)
         alike = shared(before or "", text)
         if alike >= last and alike:
             start = min(_whole_tags(text, alike), begin)
@@ -91,7 +91,7 @@ class Turns:
         if after and text.startswith(after) and len(after) >= end:
             return start, self._without_trailing(after)
         if turns[index].get("tool_calls"):
-            following = self._changed(turns, index + 1, tools, text)[0] if index + 1 < len(turns) else len(text)
+            following = self.changed(turns, index + 1, tools, text)[0] if index + 1 < len(turns) else len(text)
             at = text.find(self.closing, end, following) if self.closing else -1
             return start, at + len(self.closing) if at >= 0 else end
         return start, end + len(self.closing) if text.startswith(self.closing, end) else end
@@ -107,8 +107,8 @@ class Turns:
         except Exception:  # half a conversation may be one that the template refuses
             return None
 
-    def _changed(self, turns: Sequence[Turn], index: int, tools: Sequence[dict[str, Any]], text: str) -> Span:
-        """What becomes different in `text` where the turn says something else."""
+    def changed(self, turns: Sequence[Turn], index: int, tools: Sequence[dict[str, Any]], text: str) -> Span:
+        """What becomes different in `text` where turn `index` says something else."""
         other: Turn = {**turns[index]}
         if other["content"]:
             other["content"] = MARK
@@ -170,13 +170,13 @@ class Turns:
         cut = _whole_tags(text, shared(alone, text))  # what follows is not what the turn says by itself
         unclosed = not (self.closing and text[begin:end].endswith(self.closing))
         if begin < cut and (cut < end or unclosed):
-            answers = [self._changed(turns, i, tools, text) for i in results]
+            answers = [self.changed(turns, i, tools, text) for i in results]
             words = self._different(turns, index, {**turns[index], "content": MARK}, tools, text)
             after = [(words[0], end)] if answers and answers[-1][1] <= words[0] < end else []  # Gemma 4's place for it
             found = [(begin, len(text[:cut].rstrip())), *after]
             if missing(turns[index], "".join(text[a:b] for a, b in found)) is None:
                 return found
-        if any(first < end and begin < last for first, last in (self._changed(turns, i, tools, text) for i in results)):
+        if any(first < end and begin < last for first, last in (self.changed(turns, i, tools, text) for i in results)):
             what = f"the chat template puts what a tool answers inside turn {index + 1}, where it would be learned"
             raise RequestError(Problem(what, None, "set data.chat_template to one that keeps them apart, such as qwen"))
         return [span]
@@ -210,7 +210,10 @@ def learned(example: Example, loss_on: str, text: str, marks: Sequence[Span], tu
     pair = loss_on == "completion" or (loss_on == "auto" and not example.dialogue)
     if pair and unweighted and not marks and all(turn["role"] == "assistant" for turn in example.completion):
         asked = turns.template.render(example.prompt, True, tools).text
-        span = (shared(asked, text), len(text))  # as TRL: from where the prompt asks, to the end
+        begin = shared(asked, text)  # as TRL: from where the prompt asks, to the end
+        if begin < len(asked):  # what asks is not in the text: an answer may begin like it
+            begin = min(begin, turns.changed(said, len(example.prompt), tools, text)[0])
+        span = (begin, len(text))
         if not turns.dropped(said, tools, text, dict.fromkeys(range(len(example.prompt), len(said)), span)):
             return Learned([span])
     spans = turns.spans(said, tools, text, marks)

@@ -149,7 +149,7 @@ class Words:
         if tail is None or self._ends[0]:
             return
         if end := tail.strip().partition("\n")[0]:
-            what = f"ends an answer with {end!r}, which is no token of this tokenizer: generation would not stop there"
+            what = f"ends an answer with {end!r}, which is no special token of the tokenizer: nothing would stop there"
             remedy = f"write data.add_tokens=['{end}'], or end it with {{{{ eos_token }}}} in a template of your own"
         else:
             what = "ends an answer with nothing, and the tokenizer has no end of text"

@@ -67,7 +67,16 @@ def main() -> int:
 
 
 def load(spec: RunSpec, run: RunDir, *, base: bool = False) -> tuple[Any, Any]:
-    """Model and tokenizer of a finished run, loaded as a user of plain transformers and peft would."""
+    """Model and tokenizer of a finished run, loaded as a user of plain transformers and peft would; an adapter's base
+    stops where its template ends a turn."""
+    from runner.train import stopping
+
+    model, tokenizer = _loaded(spec, run, base=base)
+    stopping.align(model, tokenizer)
+    return model, tokenizer
+
+
+def _loaded(spec: RunSpec, run: RunDir, *, base: bool) -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoTokenizer
 
@@ -101,14 +110,17 @@ def load(spec: RunSpec, run: RunDir, *, base: bool = False) -> tuple[Any, Any]:
 
 def answer(spec: RunSpec, model: Any, tokenizer: Any, turns: list[Turn], max_new_tokens: int) -> str:
     """One greedy answer; RunFailedError in one line for whatever a model makes of a prompt."""
+    from runner.data.words import Words
     from runner.train.evaluate import generate
     from runner.train.trainer import autocast
 
     try:
-        (text,) = generate(
-            model, tokenizer, [turns], max_new_tokens=max_new_tokens, batch_size=1, autocast=autocast(spec)
+        words = Words.of(tokenizer)
+        prompts = words.ids([words.asked(turns)])
+        (found,) = generate(
+            model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=1, autocast=autocast(spec)
         )
-        return text
+        return found.text
     except Exception as error:  # a chat template that wants another order of turns, memory, a kernel
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = "ask something shorter, or write a smaller --max-new-tokens"

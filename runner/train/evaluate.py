@@ -4,40 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from runner.data.formats import Example, Turn
-from runner.train.dataset import chat_ids
+from runner.data.examples import Example
+from runner.data.masks import IGNORED
+from runner.data.words import Words
+from runner.train import stopping
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was generated for one prompt, up to the token that ended it."""
+
+    text: str
+    """Without special tokens."""
+    whole: str
+    """With them: tool calls and thoughts may be written with some."""
+    stopped: bool
+    """It ended by itself, within the limit."""
 
 
 def generate(
     model: Any,
     tokenizer: Any,
-    conversations: Sequence[Sequence[Turn]],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     batch_size: int,
     autocast: AbstractContextManager[Any],
     on_batch: Callable[[int], None] = lambda done: None,
     sharded: bool = False,
-) -> list[str]:
-    """One greedy answer per conversation, in order; longest prompts first, padded on the left.
+) -> list[Answer]:
+    """One greedy answer per prompt (token ids), in order; longest prompts first, padded on the left.
 
     `sharded`: ZeRO-3 gathers each layer from all processes, so all must ask for as many answers, and go on together
     until the last is done.
     """
-    prompts = [chat_ids(tokenizer, turns, ask=True) for turns in conversations]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    answers = [""] * len(prompts)
+    answers: dict[int, Answer] = {}
+    stops = stopping.ids_of(getattr(model, "generation_config", None), tokenizer)
     was_training = model.training
     model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt").to(
-            model.device
-        )
+        batch = tokenizer.pad(
+            {"input_ids": [list(prompts[i]) for i in chosen]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
         # What ZeRO-3 gathers in inference mode could not be trained with afterwards.
         with torch.no_grad() if sharded else torch.inference_mode(), autocast:
             output = model.generate(
@@ -52,22 +67,45 @@ def generate(
                 top_k=None,
             )
         new = output[:, batch["input_ids"].shape[1] :]
-        for index, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-            answers[index] = text.strip()
+        for index, ids in zip(chosen, new.tolist(), strict=True):
+            answers[index] = _answer(ids, stops, tokenizer)
         on_batch(min(start + batch_size, len(order)))
     model.train(was_training)
-    return answers
+    return [answers[index] for index in range(len(prompts))]
 
 
-def compare(examples: list[Example], answers: list[str]) -> list[dict[str, Any]]:
-    """Per prompt: the question, what was expected, what came, and whether the two are equal."""
-    return [
-        {
-            "prompt": example.prompt[-1]["content"],
-            "expected": expected,
-            "answer": answer,
-            "exact": answer == expected,
-        }
-        for example, answer in zip(examples, answers, strict=True)
-        for expected in [example.completion[0]["content"].strip() if example.completion else None]
-    ]
+def _answer(ids: Sequence[int], stops: Sequence[int], tokenizer: Any) -> Answer:
+    """Token ids as an answer; `stops` end one."""
+    end = next((i for i, token in enumerate(ids) if token in stops), None)
+    text, whole = (tokenizer.decode(ids[:end], skip_special_tokens=skip).strip() for skip in (True, False))
+    return Answer(text, whole, end is not None)
+
+
+def learned_answer(words: Words, tokenizer: Any, stops: Sequence[int], example: Example) -> Answer:
+    """What a model that has learned the example generates for its prompt."""
+    turns = Example(example.prompt, example.completion[:1], dialogue=True, tools=example.tools)
+    labels = words.encode(turns, "last").labels
+    return _answer([label for label in labels if label != IGNORED], stops, tokenizer)
+
+
+def compare(
+    examples: Sequence[Example], answers: Sequence[Answer], learned: Callable[[Example], Answer]
+) -> list[dict[str, Any]]:
+    """Per prompt: the question, what was expected, what came, and whether the two are equal.
+
+    Content is compared as text, calls and thoughts as the template writes them (`learned`). An answer that did not
+    stop is wrong, whatever it says: a user would not see its end.
+    """
+    rows = []
+    for example, answer in zip(examples, answers, strict=True):
+        right = example.completion[0] if example.completion else None
+        said, expected = answer.text, right["content"].strip() if right else None
+        equal = said == expected
+        if right and ("tool_calls" in right or "reasoning_content" in right):
+            said, expected = answer.whole, learned(example).whole
+            equal = said == expected
+        elif right and not equal:  # Qwen3 begins each answer with empty thoughts
+            equal = answer.whole == learned(example).whole
+        facts = {"prompt": example.prompt[-1]["content"], "expected": expected, "answer": said}
+        rows.append({**facts, "stopped": answer.stopped, "exact": answer.stopped and equal})
+    return rows

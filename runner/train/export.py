@@ -24,7 +24,7 @@ from runner.folders import whole
 from runner.report.card import write_card
 from runner.rundir import RunDir
 from runner.spec import RunSpec
-from runner.train import methods, models
+from runner.train import methods, models, stopping
 from runner.train.rehearsal import mend
 
 State = dict[str, torch.Tensor]
@@ -47,10 +47,12 @@ def export(spec: RunSpec, run: RunDir, step: int, target: Path, say: Callable[[s
             save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             config.inference_mode = True
             config.save_pretrained(str(folder))
+            stopping.save(folder, None, tokenizer)
         else:
             model = _gathered_model(spec, source, checkpoint, tokenizer) if sharded else _model(spec, checkpoint)
             model.config.use_cache = True  # training switched it off
             mend(model)
+            stopping.align(model, tokenizer)
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_card(spec, run, folder, step)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from runner.data.formats import Example
+from runner.data.words import Words
 from runner.report.progress import Progress
 from runner.rundir import RunDir, write_atomically
 from runner.spec import RunSpec
-from runner.train.evaluate import compare, generate
+from runner.train import stopping
+from runner.train.evaluate import Answer, compare, generate, learned_answer
 from runner.train.pulse import Pulse
 from runner.train.ranks import Ranks
 from runner.train.trainer import autocast
@@ -62,7 +65,10 @@ class Measuring:
             if self.spec.objective.name in ("sft", "pretrain"):  # whose loss is one of words
                 result["perplexity"] = math.exp(min(result["loss"], MOST))
         if self.asked:
-            rows = compare(list(self.asked), self._answers(when))
+            words = Words.of(self.tokenizer)
+            stops = stopping.ids_of(getattr(self.trainer.model, "generation_config", None), self.tokenizer)
+            learned = partial(learned_answer, words, self.tokenizer, stops)
+            rows = compare(self.asked, self._answers(when, words), learned)
             known = [row for row in rows if row["expected"] is not None]
             if self.ranks.main:
                 text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -70,13 +76,14 @@ class Measuring:
             if known:
                 exact = sum(row["exact"] for row in known)
                 result |= {"exact_match": exact / len(known), "num_exact": exact, "num_prompts": len(known)}
+            result["num_endless"] = sum(not row["stopped"] for row in rows)
             if self.judge is not None:
                 result |= self.judge([row["answer"] for row in rows])
         if result:
             self.progress.note(f"{when.capitalize():8}" + describe(result))
         return result
 
-    def _answers(self, when: str) -> list[str]:
+    def _answers(self, when: str, words: Words) -> list[Answer]:
         """One per prompt; prompts are dealt out in turn, and all processes get equally many."""
         ranks, total = self.ranks, len(self.asked)
         each = -(-total // ranks.world)
@@ -90,7 +97,7 @@ class Measuring:
             answers = generate(
                 self.trainer.model,
                 self.tokenizer,
-                [e.prompt for e in own],
+                words.ids([words.asked(e.prompt, e.tools) for e in own]),
                 max_new_tokens=self.spec.eval.max_new_tokens,
                 batch_size=self.spec.eval.batch_size,
                 autocast=autocast(self.spec),
@@ -106,6 +113,8 @@ def describe(result: dict[str, Any]) -> str:
     parts = []
     if "exact_match" in result:
         parts.append(f"{result['num_exact']} of {result['num_prompts']} held-out prompts answered exactly")
+    if result.get("num_endless"):
+        parts.append(f"{result['num_endless']} not stopped within eval.max_new_tokens")
     if "loss" in result:
         parts.append(f"held-out loss {result['loss']:.4f}")
     if "reward" in result and "reward_accuracy" not in result:

@@ -22,7 +22,7 @@ from runner.folders import whole
 from runner.report.card import write_card
 from runner.rundir import RunDir
 from runner.spec import DeepSpeedSpec, Lora, RunSpec
-from runner.train import models, proof, rounding
+from runner.train import models, proof, rounding, stopping
 from runner.train.dataset import chat_ids
 from runner.train.folding import fold
 from runner.train.rehearsal import mend
@@ -62,6 +62,7 @@ def merge(spec: RunSpec, run: RunDir, target: Path, say: Callable[[str], None]) 
     merged, rounded = fold(model, dtype)
     mend(merged)
     del model  # from here on there is one copy, of 16 bits
+    stopping.align(merged, tokenizer)
     with whole(target) as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

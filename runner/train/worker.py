@@ -19,7 +19,7 @@ from runner.report.progress import Progress
 from runner.report.summary import summary_of
 from runner.rundir import RunDir
 from runner.spec import RunSpec
-from runner.train import independence, methods, models, objectives, rehearsal, stages, universal
+from runner.train import independence, methods, models, objectives, rehearsal, stages, stopping, universal
 from runner.train.callbacks import AtStart, MetricsWriter, StopEarly, StopOnSignal
 from runner.train.environment import check_same, environment, fingerprints
 from runner.train.guards import LossGuard
@@ -97,6 +97,10 @@ def work(
     model = objectives.load_model(spec, source, tokenizer)
     if line := rehearsal.mend(model):
         progress.note(line)
+    if rows[0].num_conversations and (added := stopping.align(model, tokenizer, save=True)):
+        progress.note(
+            f"Stops   at {' and '.join(added)}, too, where the chat template ends a turn; saved with the model"
+        )
     methods.mark_trainable(spec, model)
     metrics = MetricsWriter(run, progress, ranks.main, start)
     measuring = Measuring(
@@ -211,6 +215,8 @@ def save(spec: RunSpec, run: RunDir, trainer: Any, tokenizer: Any, ranks: Ranks)
         methods.save_model(spec, trainer.model, temporary, run, state)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").unlink(missing_ok=True)  # peft's, of a path and "More Information Needed"
+        if methods.adapter_of(spec):
+            stopping.save(temporary, trainer.model, tokenizer)
         shutil.rmtree(final, ignore_errors=True)  # of a run that was extended
         temporary.rename(final)
     ranks.barrier()
