@@ -248,6 +248,22 @@ def test_a_chat_template_is_tried_on_the_rows_before_a_tokenizer_is_here(here: P
     assert runner(*HERE, "data.path=rows.jsonl", "data.chat_template=mine.jinja").exit_code == 0 and started
 
 
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
+def test_what_the_template_hides_of_a_row_is_refused_before_anything_is_made(here: Path, objective: str) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {"a": 1}}}]}
+    asked, said = [{"role": "user", "content": "q"}], {"role": "assistant", "content": "no"}
+    rows: dict[str, dict[str, Any]] = {
+        "sft": {"messages": [*asked, call]},
+        "dpo": {"prompt": asked, "chosen": [call], "rejected": [said]},
+        "kto": {"prompt": asked, "completion": [call], "label": True},
+    }
+    write(here / "calls.jsonl", json.dumps(rows[objective]) + "\n")
+    words = (*RENTED, "data.path=calls.jsonl", f"objective={objective}", "data.chat_template=llama3")
+    said_so = refused(here, *words)
+    assert "the chat template does not show the tool calls of turn 2 (calls.jsonl, line 1)" in said_so
+    assert "set data.chat_template to one that shows them (such as qwen)" in " ".join(said_so.split())
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "json"])
 def test_of_large_files_the_beginning_is_checked_and_how_much_is_said(
     here: Path, started: list[RunDir], monkeypatch: pytest.MonkeyPatch, ending: str

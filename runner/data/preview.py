@@ -29,6 +29,11 @@ def preview(spec: RunSpec, count: int = 3, row: int | None = None) -> dict[str, 
     chosen = _chosen(rows, count, row)
     problems = [problem for found in (*files, *held) for problem in found.problems]
     loss_on = getattr(spec.objective, "loss_on", "all")
+    if words and kind != "prompts" and any(_is_conversation(example) for _, example in chosen):
+        try:
+            words.check_end()
+        except RequestError as error:
+            problems += error.problems
     shown = []
     for number, example in chosen:
         try:
@@ -57,6 +62,10 @@ def _chosen(rows: Sequence[Learnable], count: int, row: int | None) -> list[tupl
     if not 1 <= row <= len(rows):
         raise RequestError(Problem(f"there is no row {row} among {len(rows):,} that are right", "--row"))
     return [(row, rows[row - 1])]
+
+
+def _is_conversation(row: Learnable) -> bool:
+    return getattr(row, "ids", None) is None and getattr(row, "text", None) is None and not isinstance(row.prompt, str)
 
 
 def _facts(found: Found) -> dict[str, Any]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from runner.data.examples import Example, Learnable, Preference, Question, Turn
-from runner.data.templates import template_source
+from runner.data.templates import Template
+from runner.data.words import template_of
+from runner.errors import RequestError
 from runner.paths import cache_dir
 from runner.spec import DataSpec, ModelSpec
 
@@ -34,7 +35,7 @@ class Counting:
         """`file` is the model's `tokenizer.json`; None where it is not on this machine."""
         self._data = data
         self._encoder = _encoder(file)
-        self._render = _renderer(file, data) if file is not None and self._encoder is not None else None
+        self._template = _template(file, data) if self._encoder is not None else None
         self.exact = self._encoder is not None
 
     @property
@@ -52,7 +53,7 @@ class Counting:
             return [len(example.ids) if example.ids else self._estimated(example) for example in examples]
         if any(example.ids for example in examples):  # it came tokenised
             return [len(example.ids or []) for example in examples]
-        texts = [_text(example, self._render) for example in examples]
+        texts = [_text(example, self._template) for example in examples]
         self.exact = self.exact and all(extra == 0 for _, extra in texts)
         return [count + extra for count, (_, extra) in zip(self._encoded([t for t, _ in texts]), texts, strict=True)]
 
@@ -85,11 +86,12 @@ def _as_example(row: Learnable) -> Example:
     if isinstance(row, Question):
         return Example(row.prompt)
     if not isinstance(row, Preference):
-        return Example(row.prompt, row.completion)
+        return Example(row.prompt, row.completion, tools=row.tools)
     if isinstance(row.prompt, str):
         return Example(text=row.prompt + max(str(row.chosen), str(row.rejected), key=len))
     answers = [answer for answer in (row.chosen, row.rejected) if not isinstance(answer, str)]
-    return Example(row.prompt, max(answers, key=lambda turns: sum(len(turn["content"]) for turn in turns)))
+    longest = max(answers, key=lambda turns: sum(len(turn["content"]) for turn in turns))
+    return Example(row.prompt, longest, tools=row.tools)
 
 
 def _rate(data: DataSpec) -> float:
@@ -103,40 +105,22 @@ def _encoder(file: Path | None) -> Any:
         return None
 
 
-def _text(example: Example, render: Callable[..., str] | None) -> tuple[str, int]:
+def _text(example: Example, template: Template | None) -> tuple[str, int]:
     """The text of an example, and the tokens to add for what stands around it."""
     if example.text is not None:
         return example.text, 1  # the end of the text
     turns = [*example.prompt, *example.completion]
-    if render is not None:
+    if template is not None:
         with suppress(Exception):  # a template may refuse a conversation in any way
-            return render(messages=[dict(turn) for turn in turns], add_generation_prompt=False), 0
+            return template.render(turns, tools=example.tools).text, 0
     return "".join(turn["content"] for turn in turns), TEMPLATE_TOKENS_PER_TURN * len(turns)
 
 
-def _renderer(file: Path, data: DataSpec) -> Callable[..., str] | None:
-    """The chat template, as transformers compiles it; None without one, or without jinja2."""
-    source: str | None = None
-    with suppress(OSError, ValueError):
-        if data.chat_template:
-            source = template_source(data.chat_template)
-        elif (beside := file.with_name("chat_template.jinja")).is_file():
-            source = beside.read_text("utf-8")
-        else:
-            source = json.loads(file.with_name("tokenizer_config.json").read_text("utf-8")).get("chat_template")
-    if not isinstance(source, str):
-        return None
-    try:
-        sandbox: Any = importlib.import_module("jinja2.sandbox")  # 40 ms; never code of a stranger's template
-        names = json.loads(file.with_name("tokenizer_config.json").read_text("utf-8"))
-        special = {k: v for k, v in names.items() if k.endswith("_token") and isinstance(v, str)}
-        extensions = ["jinja2.ext.loopcontrols"]
-        environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        template = environment.from_string(source, globals=special)
-    except Exception:
-        return None
-    render: Callable[..., str] = template.render
-    return render
+def _template(file: Path | None, data: DataSpec) -> Template | None:
+    """The chat template; None where it is not here, or cannot be read."""
+    with suppress(RequestError):
+        return template_of(file, data) if file else None
+    return None
 
 
 def tokenizer_file(model: ModelSpec) -> Path | None:

@@ -240,10 +240,11 @@ def _refusals() -> Iterator[None]:
 def template_of(file: Path | None, data: DataSpec) -> Template | None:
     """The chat template of `data`, or of a model with this `tokenizer.json`; None where neither is known here.
 
-    RequestError for one that is no Jinja.
+    RequestError for one that is no Jinja. Where the tokenizer is not here, its special tokens are empty.
     """
     if file is None:
-        return Template(template_source(data.chat_template), {}) if data.chat_template else None
+        unknown = {"bos_token": "", "eos_token": ""}
+        return Template(template_source(data.chat_template), unknown) if data.chat_template else None
     names, special = _names(file)
     return Template(_template(file, data, names), special)
 
