@@ -114,7 +114,7 @@ def test_an_answer_that_does_not_stop_is_wrong(tmp_path: Path) -> None:
             return torch.cat([input_ids, said], dim=1)
 
     found = generate(
-        Parrot(), tokenizer, [[4, 2], [4, 2]], max_new_tokens=4, batch_size=2, autocast=torch.inference_mode()
+        Parrot(), tokenizer, [[asks("w4")]] * 2, max_new_tokens=4, batch_size=2, autocast=torch.inference_mode()
     )
     assert found == [Answer("w5 w6", "w5 w6", True), Answer("w5 w6 w7 w8", "w5 w6 w7 w8", False)]
     rows = [Example([asks("w4")], [says("w5 w6")]), Example([asks("w4")], [says("w5 w6 w7 w8")]), Example([asks("w4")])]

@@ -110,15 +110,12 @@ def _loaded(spec: RunSpec, run: RunDir, *, base: bool) -> tuple[Any, Any]:
 
 def answer(spec: RunSpec, model: Any, tokenizer: Any, turns: list[Turn], max_new_tokens: int) -> str:
     """One greedy answer; RunFailedError in one line for whatever a model makes of a prompt."""
-    from runner.data.words import Words
     from runner.train.evaluate import generate
     from runner.train.trainer import autocast
 
     try:
-        words = Words.of(tokenizer)
-        prompts = words.ids([words.asked(turns)])
         (found,) = generate(
-            model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=1, autocast=autocast(spec)
+            model, tokenizer, [turns], max_new_tokens=max_new_tokens, batch_size=1, autocast=autocast(spec)
         )
         return found.text
     except Exception as error:  # a chat template that wants another order of turns, memory, a kernel

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from runner.data.examples import Example
+from runner.data.examples import Example, Turn
 from runner.data.masks import IGNORED
 from runner.data.words import Words
 from runner.train import stopping
@@ -30,19 +30,28 @@ class Answer:
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
+    conversations: Sequence[Sequence[Turn]],
     *,
+    tools: Sequence[Sequence[dict[str, Any]]] | None = None,
     max_new_tokens: int,
     batch_size: int,
     autocast: AbstractContextManager[Any],
     on_batch: Callable[[int], None] = lambda done: None,
     sharded: bool = False,
 ) -> list[Answer]:
-    """One greedy answer per prompt (token ids), in order; longest prompts first, padded on the left.
+    """One greedy answer per conversation, in order; longest prompts first, padded on the left. `tools` are schemas of
+    what may be called in each.
 
     `sharded`: ZeRO-3 gathers each layer from all processes, so all must ask for as many answers, and go on together
     until the last is done.
     """
+    words = Words.of(tokenizer)
+    prompts = words.ids(
+        [
+            words.asked(turns, given)
+            for turns, given in zip(conversations, tools or [()] * len(conversations), strict=True)
+        ]
+    )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, Answer] = {}
     stops = stopping.ids_of(getattr(model, "generation_config", None), tokenizer)
@@ -50,9 +59,9 @@ def generate(
     model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = tokenizer.pad(
-            {"input_ids": [list(prompts[i]) for i in chosen]}, padding_side="left", return_tensors="pt"
-        ).to(model.device)
+        batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt").to(
+            model.device
+        )
         # What ZeRO-3 gathers in inference mode could not be trained with afterwards.
         with torch.no_grad() if sharded else torch.inference_mode(), autocast:
             output = model.generate(

@@ -68,7 +68,7 @@ class Measuring:
             words = Words.of(self.tokenizer)
             stops = stopping.ids_of(getattr(self.trainer.model, "generation_config", None), self.tokenizer)
             learned = partial(learned_answer, words, self.tokenizer, stops)
-            rows = compare(self.asked, self._answers(when, words), learned)
+            rows = compare(self.asked, self._answers(when), learned)
             known = [row for row in rows if row["expected"] is not None]
             if self.ranks.main:
                 text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -83,7 +83,7 @@ class Measuring:
             self.progress.note(f"{when.capitalize():8}" + describe(result))
         return result
 
-    def _answers(self, when: str, words: Words) -> list[Answer]:
+    def _answers(self, when: str) -> list[Answer]:
         """One per prompt; prompts are dealt out in turn, and all processes get equally many."""
         ranks, total = self.ranks, len(self.asked)
         each = -(-total // ranks.world)
@@ -97,7 +97,8 @@ class Measuring:
             answers = generate(
                 self.trainer.model,
                 self.tokenizer,
-                words.ids([words.asked(e.prompt, e.tools) for e in own]),
+                [e.prompt for e in own],
+                tools=[e.tools for e in own],
                 max_new_tokens=self.spec.eval.max_new_tokens,
                 batch_size=self.spec.eval.batch_size,
                 autocast=autocast(self.spec),
