@@ -91,7 +91,7 @@ def test_generation_stops_there_too_and_what_stopped_before_still_does(known: An
     assert stopping.align(model, tokenizer) == ["<|im_end|>"] and tokenizer.eos_token == "w1"
     assert model.generation_config.eos_token_id == [*([1, 2] if known == [1, 2] else [1]), 64]
     assert stopping.align(model, tokenizer, save=True) == [] and tokenizer.eos_token == "<|im_end|>"
-    stopping.save(tmp_path, None, tokenizer)
+    stopping.save(tmp_path, tokenizer)
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [64]
     tokenizer.eos_token, tokenizer.chat_template = "w1", ENDED + "{{ eos_token }}"
     stopping.align(model, tokenizer, save=True)

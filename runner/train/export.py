@@ -47,7 +47,7 @@ def export(spec: RunSpec, run: RunDir, step: int, target: Path, say: Callable[[s
             save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             config.inference_mode = True
             config.save_pretrained(str(folder))
-            stopping.save(folder, None, tokenizer)
+            stopping.save(folder, tokenizer)
         else:
             model = _gathered_model(spec, source, checkpoint, tokenizer) if sharded else _model(spec, checkpoint)
             model.config.use_cache = True  # training switched it off

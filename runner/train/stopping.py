@@ -39,7 +39,7 @@ def align(model: Any, tokenizer: Any, save: bool = False) -> list[str]:
     return [str(token) for token in tokenizer.convert_ids_to_tokens(added)]
 
 
-def save(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Beside an adapter, whose base says something else."""
-    stops = dict.fromkeys([*ids_of(getattr(model, "generation_config", None), tokenizer), *Words.of(tokenizer).stops])
+def save(folder: Path, tokenizer: Any) -> None:
+    """Beside an adapter: the tokens to add to those that stop its base."""
+    stops = dict.fromkeys([*ids_of(None, tokenizer), *Words.of(tokenizer).stops])
     GenerationConfig(eos_token_id=list(stops), pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)

@@ -216,7 +216,7 @@ def save(spec: RunSpec, run: RunDir, trainer: Any, tokenizer: Any, ranks: Ranks)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").unlink(missing_ok=True)  # peft's, of a path and "More Information Needed"
         if methods.adapter_of(spec):
-            stopping.save(temporary, trainer.model, tokenizer)
+            stopping.save(temporary, tokenizer)
         shutil.rmtree(final, ignore_errors=True)  # of a run that was extended
         temporary.rename(final)
     ranks.barrier()
