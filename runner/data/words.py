@@ -83,8 +83,22 @@ class Words:
                     found[index] = Encoded(ids, labels, offsets, text, shown.num_dropped)
         for index, example in enumerate(examples):
             if example.ids is not None:
+                self._check_ids(example.ids, example.labels or ())
                 found[index] = Encoded(example.ids, example.labels or list(example.ids), [], "")
         return [found[index] for index in range(len(examples))]
+
+    def _check_ids(self, ids: Sequence[int], labels: Sequence[int]) -> None:
+        """RequestError for ids that the tokenizer has no token for: the embedding would have no row for them."""
+        wrong = [id for id in ids if not 0 <= id < self._size]
+        wrong += [label for label in labels if label != IGNORED and not 0 <= label < self._size]
+        if wrong:
+            what = f"token id {wrong[0]} is outside the model's vocabulary of {self._size:,} tokens"
+            remedy = f"tokenise the rows with this model's tokenizer; a label that is not learned is {IGNORED}"
+            raise RequestError(Problem(what, None, remedy))
+
+    @cached_property
+    def _size(self) -> int:
+        return 1 + max(self.backend.get_vocab().values(), default=-1)
 
     def _prepared(self, example: Example, loss_on: str) -> tuple[str, Learned]:
         """The text to tokenise and the spans of it to learn."""

@@ -31,6 +31,8 @@ from runner.folders import cached
 from runner.paths import cache_dir
 from runner.spec import Full, ModelSpec, QLora4, QLora8, RunSpec
 
+FEW_TOKENS = 8
+"""That may have been added to a tokenizer without the model: more is another model's."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -89,6 +91,9 @@ def load_tokenizer(spec: RunSpec, source: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.model.revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        what = f"the tokenizer of {spec.model.id} names neither an eos_token nor a pad_token: no answer could end"
+        raise RequestError(Problem(what, "model.id", "name its eos_token in its tokenizer_config.json"))
     if spec.data.chat_template:
         tokenizer.chat_template = template_source(spec.data.chat_template, adds_bos(tokenizer))
     elif tokenizer.chat_template is None:
@@ -96,6 +101,20 @@ def load_tokenizer(spec: RunSpec, source: str) -> Any:
     if spec.data.add_tokens:
         tokenizer.add_special_tokens({"additional_special_tokens": list(spec.data.add_tokens)})
     return tokenizer
+
+
+def check_vocabulary(spec: RunSpec, source: str, tokenizer: Any) -> None:
+    """RequestError for a tokenizer with more tokens than the embedding has rows, which `data.add_tokens` would add."""
+    with explained(spec.model):
+        config = AutoConfig.from_pretrained(source, revision=spec.model.revision)
+    rows, ids = getattr(config.get_text_config(), "vocab_size", None), tokenizer.get_vocab()
+    beyond = sorted((id, token) for token, id in ids.items() if rows and id >= rows)
+    if not beyond or spec.data.add_tokens:
+        return
+    what = f"the tokenizer has {len(ids):,} tokens, and the model's embedding has {rows:,} rows"
+    names = ",".join(f"'{token}'" for _, token in beyond)
+    few = f'write "data.add_tokens=[{names}]", which adds rows for them, or use' if len(beyond) <= FEW_TOKENS else "use"
+    raise RequestError(Problem(what, "model.id", f"{few} the tokenizer that the model came with"))
 
 
 def load_model(spec: RunSpec, source: str, rewards: bool = False) -> Any:

@@ -112,6 +112,8 @@ def num_steps(spec: RunSpec, num_rows: int) -> int:
 
 def load_model(spec: RunSpec, source: str, tokenizer: Any) -> Any:
     """The model that trains: with a head for words, or for one number; new weights get the tokenizer's special ids."""
+    if not spec.model.from_scratch:
+        models.check_vocabulary(spec, source, tokenizer)
     model = models.load_model(spec, source, rewards=isinstance(spec.objective, Reward))
     if spec.model.from_scratch:
         for config in (model.config, model.generation_config):
