@@ -8,6 +8,7 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from runner import catalogue
 from runner.errors import Problem, RequestError
 from runner.provenance import flat
 from runner.spec import RunSpec
@@ -79,6 +80,10 @@ def unknown(key: str, chosen: str | None, source: str | None) -> Problem:
         return Problem(
             f"{group}={chosen} has no {leaf}", source, f"{listed} {'has' if len(others) == 1 else 'have'} it"
         )
+    if key in known_keys() and group in RunSpec.model_fields and source != "command line" and leaf:
+        steps = key.split(".")
+        nested = ": {".join(steps) + ": …" + "}" * (len(steps) - 1)
+        return Problem(f"unknown key {key}: a dot has no meaning in YAML", source, f"write {nested}")
     near = nearest_key(key) if key not in known_keys() else None
     return Problem(
         f"unknown key {key}", source, f"did you mean {near}?" if near else "see docs/reference.md for every key"
@@ -104,7 +109,7 @@ def _explain(key: str, details: list[ErrorDetails], source_of: SourceOf, unsure:
     expected = " or ".join(dict.fromkeys(_expected(d) for d in details))
     choices = [c for d in details if d["type"] == "literal_error" for c in _choices(d)]
     value = _shown(first["input"])
-    remedy = _did_you_mean(value, choices) or _instead(key, first)
+    remedy = _did_you_mean(value, choices) or _instead(key, first, source_of(key))
     return [Problem(f"{key}={value}: expected {expected}", source_of(key), remedy)]
 
 
@@ -131,9 +136,20 @@ _NEAREST = {"greater_than_equal": "ge", "less_than_equal": "le"}
 """Bounds that are themselves allowed."""
 
 
-def _instead(key: str, detail: ErrorDetails) -> str:
+def _instead(key: str, detail: ErrorDetails, source: str | None) -> str:
     """What to write for a value of the wrong kind, or out of bounds."""
-    kind = detail["type"]
+    kind, value, leaf = detail["type"], detail["input"], key.rpartition(".")[2]
+    in_file = source is not None and source != "command line"
+    if kind == "string_type" and isinstance(value, (bool, int, float)):  # YAML and Hydra have read it as one
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        listed = isinstance(detail["loc"][-1], int)
+        if in_file and isinstance(value, bool):
+            return f'quote it: {leaf}: "…", since yes, no, on, off, true and false are no texts in YAML'
+        if in_file:
+            return f'quote it: {leaf}: ["{text}"]' if listed else f'quote it: {leaf}: "{text}"'
+        return f"quote it: {key}='[\"{text}\"]'" if listed else f"quote it: {key}='\"{text}\"'"
+    if key in catalogue.GROUPS and isinstance(value, str) and in_file:
+        return f"write it into the defaults list: - override /{key}: {value}"
     if kind in _NEAREST:
         return f"write {key}={detail['ctx'][_NEAREST[kind]]:g}, or {'more' if kind.startswith('greater') else 'less'}"
     if kind.startswith("bool"):

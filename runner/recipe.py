@@ -70,8 +70,29 @@ def base_of(file: Path, name: str) -> Path | None:
 def no_choice(group: str, name: str, names: tuple[str, ...], place: str) -> Problem:
     """`group=name` where `names` are all there are."""
     near = nearest_choice(group, name, names)
+    if meant := _meant(group, name):
+        return Problem(f"there is no {group} {name!r}", place, f"write {meant}")
     remedy = f"did you mean {group}={near}?" if near else f"python -m runner list {group} shows all"
     return Problem(f"there is no {group} {name!r}", place, remedy)
+
+
+def _meant(group: str, name: str) -> str | None:
+    """What is no name of a choice and has one meaning: a Hub id, a file, a stage."""
+    path = re.search(r"[/.]", name) is not None and not name.endswith((".yaml", ".yml"))
+    if group == "model" and (path or Path(name).is_dir()):
+        return f"model=hub model.id={name}"
+    if group == "data" and path:
+        of_hub = (
+            re.fullmatch(r"[\w-]+/[\w.-]+", name) and "." not in name.rpartition("/")[2] and not Path(name).exists()
+        )
+        return f"data=hub data.id={name}" if of_hub else f"data=file data.path={name}"
+    if group == "deepspeed" and name.endswith(".json"):
+        return f"deepspeed=auto deepspeed.config={name}"
+    if group == "deepspeed" and (found := re.fullmatch(r"(?:stage[_-]?|z)?([0-3])", name)):
+        return f"deepspeed=zero{found[1]}" if found[1] != "0" else "deepspeed=none"
+    if group == "hw" and name.isdigit():
+        return f"hw.num_gpus={name}"
+    return None
 
 
 def _problems_of_entry(key: yaml.Node, choice: yaml.Node, file: str, folders: tuple[Path, ...]) -> Iterator[Problem]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from yaml import YAMLError
 
 from runner import catalogue, recipe
 from runner.errors import Problem, RequestError
+from runner.suggest import takes_list
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -179,7 +181,12 @@ def _read(text: str, request: Request, sweeping: bool) -> tuple[Override | None,
     if override.is_sweep_override() and not sweeping:
         remedy = "add -m to run once per value"
         if group not in catalogue.GROUPS:
-            remedy += f", or write a list: {group}=[…]"
+            value = text.partition("=")[2]
+            remedy += (
+                f", or write a list: {group}=[{value}]"
+                if takes_list(group)
+                else f", or quote it: {typed(group, value)}"
+            )
         return override, Problem(f"{text}: several values make a sweep", COMMAND_LINE, remedy)
     return override, _choice_problem(override, request) if group in catalogue.GROUPS else None
 
@@ -204,9 +211,8 @@ def _environment_text(word: str, sweeping: bool) -> str:
     return f"{key}={quoted(value)}"
 
 
-def quoted(value: str) -> str:
+def quoted(value: str, quote: str = "'") -> str:
     """A text in Hydra's quotes, in which only a quote, and backslashes before one, have to be escaped."""
-    quote = "'" if "'" not in value or '"' in value else '"'
     escaped = re.sub(rf"(\\*)({quote}|$)", lambda m: m[1] * 2 + ("\\" + m[2] if m[2] else ""), value)
     return f"{quote}{escaped}{quote}"
 
@@ -215,8 +221,16 @@ def _how_to_quote(text: str) -> str:
     name, _, value = text.partition("=")
     if not re.fullmatch(r"[+~]{0,2}\w[\w./@-]*", name) or ".." in name or not value:
         return "write key=value"
-    quoted = f"\"'{value}'\"" if '"' in value else f"'\"{value}\"'"
-    return f"quote values with special characters: {name}={quoted}"
+    return f"quote values with special characters: {typed(name, value)}"
+
+
+def typed(key: str, value: str) -> str:
+    """What to type into a shell so that `key` gets the text `value`, or a list of it where it takes nothing else."""
+    text = value.replace("${", "\\${")  # else it would be an interpolation
+    word = quoted(text, '"')
+    if takes_list(key) and value.startswith("[") and value.endswith("]") and len(value) > 2:
+        word = f"[{','.join(quoted(part.strip(), chr(34)) for part in text[1:-1].split(','))}]"
+    return f"{key}='{word}'" if "'" not in word else shlex.quote(f"{key}={word}")
 
 
 def _choice_problem(override: Override, request: Request) -> Problem | None:

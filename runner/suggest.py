@@ -12,52 +12,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from runner import catalogue
+from runner.peer_keys import PEERS
 from runner.spec import RunSpec
-
-# What other trainers call the same thing; people arrive with these in their fingers.
-SYNONYMS = {
-    "lr": "train.learning_rate",
-    "epochs": "train.num_epochs",
-    "num_train_epochs": "train.num_epochs",
-    "steps": "train.max_steps",
-    "bs": "train.batch_size",
-    "global_batch_size": "train.batch_size",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.accumulation_steps",
-    "accumulation": "train.accumulation_steps",
-    "cutoff_len": "train.max_length",
-    "max_seq_length": "train.max_length",
-    "sequence_len": "train.max_length",
-    "seq_len": "train.max_length",
-    "lr_scheduler": "train.schedule",
-    "lr_scheduler_type": "train.schedule",
-    "scheduler": "train.schedule",
-    "optim": "train.optimizer",
-    "warmup": "train.warmup_ratio",
-    "dtype": "train.precision",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "flash_attention": "train.attention",
-    "attn_implementation": "train.attention",
-    "grad_checkpointing": "train.gradient_checkpointing",
-    "r": "method.rank",
-    "lora_r": "method.rank",
-    "lora_rank": "method.rank",
-    "lora_alpha": "method.alpha",
-    "lora_dropout": "method.dropout",
-    "lora_target_modules": "method.target_modules",
-    "dataset": "data",
-    "gpus": "hw.num_gpus",
-    "num_processes": "hw.num_processes",
-    "nnodes": "hw.num_nodes",
-    "nodes": "hw.num_nodes",
-    "hardware": "hw",
-    "output_dir": "run.output_dir",
-    "model_name_or_path": "model.id",
-    "finetuning_type": "method",
-    "stage": "deepspeed",
-    "zero_stage": "deepspeed",
-}
 
 
 @cache
@@ -99,6 +55,11 @@ def _words(annotation: Any) -> Iterator[str]:
             yield from _words(inner)
 
 
+def takes_list(key: str) -> bool:
+    """A list may be written after `key=`."""
+    return any("list[" in str(annotation) for annotation in _annotations().get(key, []))
+
+
 def parts_of(annotation: Any) -> Iterator[type[BaseModel]]:
     """The schema classes inside an annotation (a class, a union, an Annotated)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -129,8 +90,8 @@ def _walk(part: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
 def nearest_key(key: str) -> str | None:
     """The schema key (or group) a user most likely meant by `key`, or None."""
     group, _, leaf = key.rpartition(".")
-    if leaf in SYNONYMS:
-        return SYNONYMS[leaf]
+    if leaf in PEERS and key not in known_keys():
+        return PEERS[leaf]
     keys = known_keys()
     same_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
     if not group and same_leaf:  # `batch_size` alone: eval has one too, and train's is meant

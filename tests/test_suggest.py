@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from runner import catalogue
+from runner.peer_keys import PEERS
 from runner.spec import RunSpec
 from runner.suggest import (
-    SYNONYMS,
     allowed_words,
     choices_with,
     known_keys,
@@ -17,7 +17,7 @@ from runner.suggest import (
 )
 
 
-@pytest.mark.parametrize(("theirs", "ours"), SYNONYMS.items())
+@pytest.mark.parametrize(("theirs", "ours"), PEERS.items())
 def test_names_of_other_trainers_lead_to_ours(theirs: str, ours: str) -> None:
     assert ours in known_keys()  # which holds groups, too
     assert theirs not in known_keys()

@@ -81,7 +81,7 @@ def _of_source(source: Source, kind: Kind | None) -> Sample:
     if problems and not examples:
         refuse(problems)
     how = "; ".join(dict.fromkeys(hows))
-    how += f", {len(problems)} mistakes in them left out" if problems else ""
+    how += f", {len(problems)} mistake{'s' * (len(problems) != 1)} in them left out" if problems else ""
     whole = how.startswith("all rows") and len(files) == len(source.files)
     if len(files) < len(source.files):
         total = round(total * sum(sizes) / max(1, sizes[0]))

@@ -15,6 +15,11 @@ BAR = "█"
 BAR_WIDTH = 40
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def print_preview(console: Console, found: Mapping[str, Any]) -> None:
     """Files with their formats, rows with what is learned in green, and every mistake with its file and row."""
     for file in (*found["files"], *found["held_out_files"]):
@@ -65,7 +70,9 @@ def _print_problems(console: Console, problems: list[dict[str, Any]], policy: st
         return
     rows = len({problem["source"] for problem in problems})
     fate = {"stop": "; training would stop", "skip": "; training skips them"}.get(policy or "", "")
-    console.print(f"\n{len(problems):,} mistakes in {rows:,} rows{fate}", style="bold red", highlight=False)
+    console.print(
+        f"\n{counted(len(problems), 'mistake')} in {counted(rows, 'row')}{fate}", style="bold red", highlight=False
+    )
     for problem in problems[:SHOWN_PROBLEMS]:
         line = Text("  • ").append(f"{problem['source']}: " if problem["source"] else "", style="dim")
         console.print(line.append(problem["what"]), soft_wrap=True)
