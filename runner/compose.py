@@ -31,7 +31,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from runner import catalogue, identity, recipe, repeat
 from runner.errors import Problem, RequestError
-from runner.paths import CONF
+from runner.paths import CONF, RECIPES
 from runner.problems import SourceOf, validated
 from runner.provenance import Origin, of_file, shown
 from runner.request import COMMAND_LINE, Checked, Request, check, for_hydra
@@ -181,7 +181,7 @@ def _primary(request: Request) -> _Primary:
     """Name of the primary config and the folder it needs in the search path."""
     if request.recipe is None:
         return _Primary("config")
-    file = recipe.find(request.recipe)
+    file = recipe.find(request.recipe, request.config_dirs)
     problems = recipe.problems_in(file, request.folders)
     if problems:
         raise RequestError(*problems)
@@ -206,7 +206,7 @@ def _hydra(request: Request, primary: _Primary) -> Iterator[Hydra]:
 
 
 def _folders(request: Request, primary: _Primary) -> tuple[Path, ...]:
-    return (*(folder for folder in request.config_dirs if folder.is_dir()), CONF, *primary.folders)
+    return (*(folder for folder in request.config_dirs if folder.is_dir()), CONF, *primary.folders, RECIPES)
 
 
 def _composed(request: Request, checked: Checked) -> _Composed:
@@ -344,7 +344,7 @@ def _complaint(error: Exception, checked: Checked) -> Problem:
         return Problem(what, COMMAND_LINE, remedy)
     source, key = checked.request.recipe, getattr(cause, "full_key", None)
     if source and key:
-        lines_of_recipe = of_file(recipe.find(source), "")
+        lines_of_recipe = of_file(recipe.find(source, checked.request.config_dirs), "")
         source = next((o.place for o in lines_of_recipe if o.key == key), source)
     return Problem(f"{key}: {what}" if key else what, source, remedy)
 

@@ -74,7 +74,7 @@ def given_in(request: Request) -> dict[str, Any]:
         return dict.fromkeys(catalogue.GROUPS)
     named: dict[str, Any] = {}
     if checked.request.recipe:
-        choices, keys = recipe.written(recipe.find(checked.request.recipe))
+        choices, keys = recipe.written(recipe.find(checked.request.recipe, request.config_dirs))
         named = {**dict.fromkeys(choices), **keys}
     for override in checked.overrides:
         if override.key_or_group in catalogue.GROUPS:  # another choice: what a recipe says of it stays, as in a run

@@ -18,9 +18,12 @@ from runner.suggest import nearest, nearest_choice
 _BASE = "begin it with: defaults: [config, _self_]"
 
 
-def find(recipe: str) -> Path:
-    """The file behind `recipe=NAME` or a path; RequestError where there is none."""
+def find(recipe: str, folders: tuple[Path, ...] = ()) -> Path:
+    """The file behind `recipe=NAME`, of a user's own `folders` or a shipped one, or a path; RequestError for none."""
     file = Path(recipe).expanduser()
+    own = (folder / f"{recipe.removesuffix('.yaml')}.yaml" for folder in folders)
+    if not file.is_file() and (found := next((f for f in own if f.is_file()), None)):
+        return found
     if recipe in catalogue.recipes():
         return RECIPES / f"{recipe}.yaml"
     if file.suffix not in (".yaml", ".yml") or not file.is_file():

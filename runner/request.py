@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from runner import catalogue, recipe
 from runner.errors import Problem, RequestError
-from runner.suggest import takes_list
+from runner.suggest import takes_list, takes_text
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -47,7 +47,7 @@ class Request:
     def folders(self) -> tuple[Path, ...]:
         """Where a user's own choices are: named folders, and the one the recipe is in."""
         try:
-            beside = (recipe.find(self.recipe).resolve().parent,) if self.recipe else ()
+            beside = (recipe.find(self.recipe, self.config_dirs).resolve().parent,) if self.recipe else ()
         except RequestError:
             beside = ()
         return (*(folder for folder in self.config_dirs if folder.is_dir()), *beside)
@@ -85,6 +85,10 @@ def check(request: Request, *, sweeping: bool = False) -> Checked:
         if not folder.is_dir():
             what = f"--config-dir {folder} is not a folder"
             problems.append(Problem(what, COMMAND_LINE, "name a folder with model/mine.yaml, say"))
+        elif (folder / "config.yaml").is_file():
+            what = f"--config-dir {folder} holds a config.yaml, which would take the place of the main job"
+            problems.append(Problem(what, COMMAND_LINE, "call it another name, and start it with recipe=NAME"))
+            request = replace(request, config_dirs=tuple(d for d in request.config_dirs if d != folder))
     if sweeping and request.spec_file:
         remedy = "start from a recipe, or repeat the spec.json once per value"
         problems.append(Problem("a sweep cannot start from a spec.json", COMMAND_LINE, remedy))
@@ -138,7 +142,7 @@ def _of_recipe(request: Request) -> tuple[dict[str, str], dict[str, Any]]:
     if request.recipe is None:
         return {}, {}
     try:
-        return recipe.written(recipe.find(request.recipe))
+        return recipe.written(recipe.find(request.recipe, request.config_dirs))
     except (RequestError, YAMLError, OSError, ValueError, AttributeError, TypeError):
         return {}, {}  # told when it is composed
 
@@ -182,11 +186,10 @@ def _read(text: str, request: Request, sweeping: bool) -> tuple[Override | None,
         remedy = "add -m to run once per value"
         if group not in catalogue.GROUPS:
             value = text.partition("=")[2]
-            remedy += (
-                f", or write a list: {group}=[{value}]"
-                if takes_list(group)
-                else f", or quote it: {typed(group, value)}"
-            )
+            if takes_list(group):
+                remedy += f", or write a list: {group}=[{value}]"
+            elif takes_text(group):
+                remedy += f", or quote it: {typed(group, value)}"
         return override, Problem(f"{text}: several values make a sweep", COMMAND_LINE, remedy)
     return override, _choice_problem(override, request) if group in catalogue.GROUPS else None
 

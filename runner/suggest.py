@@ -60,6 +60,11 @@ def takes_list(key: str) -> bool:
     return any("list[" in str(annotation) for annotation in _annotations().get(key, []))
 
 
+def takes_text(key: str) -> bool:
+    """Any text may be written after `key=`."""
+    return any("str" in str(annotation).replace("list[str]", "") for annotation in _annotations().get(key, []))
+
+
 def parts_of(annotation: Any) -> Iterator[type[BaseModel]]:
     """The schema classes inside an annotation (a class, a union, an Annotated)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

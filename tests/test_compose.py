@@ -131,6 +131,23 @@ def test_a_folder_of_ones_own_adds_choices_and_replaces_them(here: Path) -> None
     assert runner("show", "--config-dir", "own", "model=mine", "train.learning_rate=1e-4").exit_code == 0
 
 
+def test_a_recipe_in_a_folder_of_ones_own_is_found_by_name(here: Path) -> None:
+    write(here / "own/try.yaml", "defaults: [config, override /model: phi2, _self_]\n")
+    assert spec_of("recipe=try", config_dirs=(here / "own",)).model.name == "phi2"
+    write(here / "own/model/mine.yaml", "name: mine\nid: me/mine\narchitecture: llama\n")
+    result = runner("list", "models", "--config-dir", "own", "--json")
+    assert "mine" in [row["name"] for row in json.loads(result.stdout)]
+    write(here / "own/config.yaml", "defaults: [model: phi2]\n")
+    assert "holds a config.yaml" in only_problem("model=phi2", config_dirs=(here / "own",)).what
+
+
+def test_a_shipped_recipe_is_extended_by_name(here: Path) -> None:
+    write(here / "mine.yaml", "defaults: [mistral7b_qlora4_h100x3, _self_]\ntrain: {seed: 7}\n")
+    spec, base = spec_of("mine.yaml"), spec_of("recipe=mistral7b_qlora4_h100x3")
+    assert spec.train.seed == 7 and base.train.seed == 42
+    assert spec.model_copy(update={"train": spec.train.model_copy(update={"seed": 42})}) == base
+
+
 def test_choices_beside_a_recipe_are_found(here: Path) -> None:
     write(here / "own/model/mine.yaml", "name: mine\nid: me/mine\nlearning_rate_adapter: 1e-4\n")
     write(here / "own/try.yaml", "defaults: [config, override /model: mine, _self_]\n")
@@ -226,7 +243,7 @@ def test_every_mistake_of_a_command_line_is_told_at_once() -> None:
         "run.name=a b: a name is made of letters, digits, dots, dashes and underscores, "
         "beginning with a letter or digit": "write run.name=a-b",
         "cannot read 'train.seed=['": "quote values with special characters: train.seed='\"[\"'",
-        "train.seed=1,2: several values make a sweep": "add -m to run once per value, or write a list: train.seed=[…]",
+        "train.seed=1,2: several values make a sweep": "add -m to run once per value",
         "train.weight_decay: interpolation key 'zzz' not found": "write the value itself: no file of this run "
         "sets what it refers to",
         "'shwo' is neither a verb nor a choice": "did you mean show?",

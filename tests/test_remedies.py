@@ -15,8 +15,8 @@ pytestmark = pytest.mark.usefixtures("here")
 
 ODD = (
     "it's", '"', "'\"'", "a\\", 'a\\"', "\\'", "$HOME", "${model.id}", "${", "`id`", "[<|x|>]", "{a: 1}", "a,b", "a, b",
-    "(x)", "a=b", "é ü 漢", "~/rows", "!x", "*", "#x", "a;b|c&d", " spaced ", "-x", "2024", "true", "null", "1e3", "\\\\",
-    "say \"it's ${x}\" \\ now", "%s", "<|im_start|>",
+    "(x)", "a=b", "é ü 漢", "~/rows", "!x", "*", "#x", "a;b|c&d", " spaced ", "-x", "2024", "true", "null", "1e3",
+    "\\\\",    "say \"it's ${x}\" \\ now", "%s", "<|im_start|>",
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def test_a_text_is_quoted_for_shell_and_hydra(value: str) -> None:
     assert spec_of(word).data.system_prompt == value
 
 
-@pytest.mark.parametrize("value", ["it's", "[<|x|>]", "${", "a, b: {", "(x", "~/rows", "'\"'"])
+@pytest.mark.parametrize("value", ["it's", "[<|x|>]", "${", "a, b: {", "(x", "~/rows"])
 def test_what_cannot_be_read_is_told_in_a_way_that_can(value: str) -> None:
     remedy = only_problem(f"data.system_prompt={value}").remedy or ""
     (word,) = shell(remedy.removeprefix("quote values with special characters: "))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, JustifyMethod
@@ -41,10 +42,10 @@ class Listing:
     hint: str
 
 
-def listing(what: str | None) -> Listing:
+def listing(what: str | None, folders: tuple[Path, ...] = ()) -> Listing:
     """The rows of one group; of all groups where none is named; RequestError for a group that is not there."""
     if what is None:
-        rows = [{"group": g, "choices": list(catalogue.options(g))} for g in catalogue.GROUPS]
+        rows = [{"group": g, "choices": list(catalogue.options(g, folders))} for g in catalogue.GROUPS]
         rows.append({"group": "recipes", "choices": list(catalogue.recipes())})
         return Listing("Choices", rows, ("group", "choices"), "python -m runner list models shows one group in full")
     group = SPOKEN.get(what, what)
@@ -65,7 +66,7 @@ def listing(what: str | None) -> Listing:
     row_of, columns = _ROWS.get(group, (_plain_row, ("name", "what")))
     return Listing(
         group,
-        [row_of(group, name) for name in catalogue.options(group)],
+        [row_of(group, name, folders) for name in catalogue.options(group, folders)],
         columns,
         f"python -m runner {group}=NAME",
     )
@@ -100,18 +101,18 @@ def _comment(file: Any) -> str:
     return " ".join(words).split(": ")[0].split(". ")[0].rstrip(".")
 
 
-def _model_row(group: str, name: str) -> Row:
+def _model_row(group: str, name: str, folders: tuple[Path, ...]) -> Row:
     keys = "title id architecture num_parameters num_layers hidden_size context_length gated"
-    return _fields(group, name, keys.split())
+    return _fields(group, name, keys.split(), folders)
 
 
-def _hw_row(group: str, name: str) -> Row:
+def _hw_row(group: str, name: str, folders: tuple[Path, ...]) -> Row:
     keys = "gpu num_gpus memory_gib bf16 flash_attention tflops_bf16 usd_per_hour price_date"
-    return _fields(group, name, keys.split())
+    return _fields(group, name, keys.split(), folders)
 
 
-def _fields(group: str, name: str, keys: list[str]) -> Row:
-    values = catalogue.load(group, name)
+def _fields(group: str, name: str, keys: list[str], folders: tuple[Path, ...]) -> Row:
+    values = catalogue.load(group, name, folders)
     return {"name": name, **{key: values.get(key) for key in keys}}
 
 
@@ -124,13 +125,14 @@ _METHODS = {
 }
 
 
-def _plain_row(group: str, name: str) -> Row:
-    file = CONF / group / f"{name}.yaml"
+def _plain_row(group: str, name: str, folders: tuple[Path, ...]) -> Row:
+    files = (base / group / f"{name}.yaml" for base in (*folders, CONF))
+    file = next(f for f in files if f.is_file())
     what = _METHODS.get(name, "") if group == "method" else _comment(file)
     return {"name": name, "what": what}
 
 
-_ROWS: dict[str, tuple[Callable[[str, str], Row], tuple[str, ...]]] = {
+_ROWS: dict[str, tuple[Callable[[str, str, tuple[Path, ...]], Row], tuple[str, ...]]] = {
     "model": (_model_row, ("name", "id", "num_parameters", "num_layers", "hidden_size", "context_length")),
     "hw": (_hw_row, ("name", "gpu", "num_gpus", "memory_gib", "bf16", "tflops_bf16", "usd_per_hour")),
 }

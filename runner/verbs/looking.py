@@ -9,7 +9,16 @@ import click
 from rich.console import Console
 
 from runner.report.problems import dump
-from runner.verbs.shared import Arguments, as_json_option, composed, one_run, output_dir_option, request_of, spoken
+from runner.verbs.shared import (
+    Arguments,
+    as_json_option,
+    composed,
+    config_dirs_option,
+    one_run,
+    output_dir_option,
+    request_of,
+    spoken,
+)
 
 
 @click.command()
@@ -66,9 +75,10 @@ def explain(key: str, words: Arguments, config_dirs: tuple[Path, ...], as_json: 
 
 @click.command(name="list")
 @click.argument("what", required=False)
+@config_dirs_option
 @as_json_option
 @spoken
-def list_(what: str | None, as_json: bool) -> None:
+def list_(what: str | None, config_dirs: tuple[Path, ...], as_json: bool) -> None:
     """What there is to choose from: models, methods, hw, deepspeed, objectives, data, where, track, recipes.
 
     \b
@@ -79,7 +89,7 @@ def list_(what: str | None, as_json: bool) -> None:
     """
     from runner.report.catalogue import listing, print_listing
 
-    table = listing(what)
+    table = listing(what, config_dirs)
     if as_json:
         click.echo(dump(table.rows))
         return

@@ -22,6 +22,11 @@ output_dir_option = click.option(
     "--output-dir", default="runs", type=click.Path(path_type=Path), show_default=True, help="Folder with the runs."
 )
 
+config_dirs_option = click.option(
+    "--config-dir", "config_dirs", multiple=True, type=click.Path(path_type=Path),
+    help="Folder with groups (model/mine.yaml, …) and recipes of your own; may be given more than once.",
+)  # fmt: skip
+
 
 class Finite(click.FloatRange):
     """A number within bounds; `nan`, which is within any, and `inf` are none."""
@@ -39,11 +44,7 @@ def composed(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE|SPEC.JSON] [KEY=VALUE]…")(
         command
     )
-    command = click.option(
-        "--config-dir", "config_dirs", multiple=True, type=click.Path(path_type=Path),
-        help="Folder with groups of your own (model/mine.yaml, …); may be given more than once.",
-    )(command)  # fmt: skip
-    return spoken(as_json_option(command))
+    return spoken(as_json_option(config_dirs_option(command)))
 
 
 def one_run(command: Callable[..., Any]) -> Callable[..., Any]:
