@@ -21,6 +21,7 @@ from runner.execute import inherited, local
 from runner.execute.manner import PLAINLY, Manner
 from runner.execute.torchrun import MEETING_SECONDS
 from runner.invocation import typed
+from runner.paths import state_dir
 from runner.plan.plan import Plan
 from runner.plan.resolve import resolve
 from runner.problems import SourceOf, validated
@@ -115,6 +116,8 @@ def _resume(
     """Go on with a run that this process owns."""
     composed = resuming.check(run, request)
     spec, notes = complete(composed, source_finder(request), fetch=True)
+    if spec.where.name == "runpod" or (state_dir() / "ledger.db").exists():
+        notes += _one_pod().refuse_second(run.id, rents=spec.where.name == "runpod")
     notes += resuming.check_resolved(run, spec)
     planned = plan_first(spec, notes, composed)
     check(spec, notes, composed, manner)
@@ -219,6 +222,11 @@ def agreed(asked: Sequence[tuple[RunSpec, Plan | None]], manner: Manner, console
     """What is rented for these runs is said with its price, and agreed to."""
     renting = [(spec, plan.as_dict() if plan else {}) for spec, plan in asked if spec.where.name == "runpod"]
     return not renting or bool(_rented().confirm(renting, manner, console))
+
+
+def _one_pod() -> Any:
+    """Read only where a pod may have the run."""
+    return import_module("runner.cloud.kept")
 
 
 def _rented() -> Any:

@@ -235,6 +235,31 @@ def test_a_launcher_that_is_killed_leaves_a_stopped_pod_and_fetch_brings_the_run
     assert typed.emulator.pods() == {}
 
 
+def test_a_run_whose_launcher_was_killed_is_not_resumed_beside_its_pod_but_attached_to(typed: Typed) -> None:
+    process = typed.run(GPU, "train.max_steps=30", "train.save_every_steps=4")
+    until(lambda: typed.steps() >= 1, 240)
+    process.kill()
+    process.communicate()
+    (only,) = typed.emulator.pods()
+    code, said = ended(typed.verb("resume", str(typed.path), "--yes"))
+    assert code == 2 and f"python -m runner attach {typed.folder.id}" in said, said
+    assert list(typed.emulator.pods()) == [only]
+    code, said = ended(typed.verb("attach", typed.folder.id, "--output-dir", str(typed.root / "runs")))
+    assert code == 0 and len(losses(typed.path)) == 30, said
+    assert typed.emulator.pods() == {}
+
+
+def test_a_kept_pod_goes_on_with_the_run_that_is_resumed(typed: Typed) -> None:
+    code, said = ended(typed.run(GPU, "where.keep=true", "train.save_every_steps=6"))
+    assert code == 0, said
+    (only,) = typed.emulator.pods()
+    code, said = ended(typed.verb("resume", str(typed.path), "train.max_steps=16", "where.keep=false", "--yes"))
+    assert code == 0 and f"Starts  pod {only}" in said, said
+    assert len(losses(typed.path)) == 16 and typed.folder.state() == "done"
+    assert typed.emulator.pods() == {}
+    assert sum(e.method == "POST" and e.path == "/v2/pods" for e in typed.emulator.exchanges) == 1
+
+
 def test_detached_looked_at_and_brought_home_on_another_machine(typed: Typed, tmp_path: Path) -> None:
     code, said = ended(typed.run("--detach"))
     assert code == 0 and "attach" in said

@@ -25,6 +25,7 @@ def park(session: Session) -> float:
     assert session.at is not None
     deadline = clock.now() + 60 * PARKED_MINUTES
     order = session.order(detach=False) | {"deadline": deadline, "budget_usd": None, "uncollected": "terminate"}
+    order["fresh"] = False
     session.at.place("agent.json", order)
     return deadline
 

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from runner.cloud import clock
 from runner.cloud import owner as owners
-from runner.errors import Problem, RunnerError
+from runner.errors import Problem, RequestError, RunnerError
 from runner.paths import state_dir
 
 State = Literal[
@@ -63,6 +63,10 @@ create table if not exists transitions (
 
 class LedgerError(RunnerError):
     """The ledger cannot be read or written: without it nothing may be rented. What is rented is ended all the same."""
+
+
+class HeldError(RequestError):
+    """Another process has a pod for the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +180,7 @@ class Ledger:
         self, name: str, *, run_id: str, run_dir: str, gpu: str | None, cloud: str, usd_per_hour: float, disk_gb: float,
         keep: bool, volume: str | None, base: str, account: str, heartbeat_s: float | None,
     ) -> None:  # fmt: skip
-        """A pod is about to be asked for, by this process."""
+        """A pod is about to be asked for, by this process. HeldError where another one has a pod for the same run."""
         now = clock.now()
         row = {
             "name": name, "run_id": run_id, "run_dir": run_dir, "state": "PLANNED", "gpu": gpu, "cloud": cloud,
@@ -185,6 +189,11 @@ class Ledger:
             **owner(),
         }  # fmt: skip
         with self._write() as db:
+            query = "select * from pods where run_id = ? and state != 'GONE'"
+            for other in map(_entry, db.execute(query, (run_id,)).fetchall()):
+                if other.owned and not other.owned_here:
+                    what = f"{run_id} is at work in pod {other.pod_id or name}: process {other.pid} looks after it"
+                    raise HeldError(Problem(what, "command line", f"python -m runner logs {run_id} -f looks on"))
             self._insert(db, row)
             self._log(db, name, run_id, None, "PLANNED", "planned")
 
@@ -226,23 +235,33 @@ class Ledger:
             self._set(db, name, owner())
             return True
 
-    def hand_over(self, old: str, name: str, *, run_id: str, run_dir: str, heartbeat_s: float) -> Entry | None:
-        """A parked pod becomes another run's, held by this process; None where another one was faster.
+    def hand_over(self, old: str, name: str, *, run_id: str, run_dir: str, heartbeat_s: float | None) -> Entry | None:
+        """A parked or stopped pod becomes another run's, or the same one's again, held by this process; None where
+        another one was faster.
 
         The old entry ends with the moment in which the pod was parked, and the new one begins with it, under a name of
-        its own (RunPod's stays): no second is counted twice, or not at all.
+        its own (RunPod's stays): no second is counted twice, or not at all. A stopped pod's begins now.
         """
         with self._write() as db:
-            row = db.execute("select * from pods where name = ? and state = 'PARKED'", (old,)).fetchone()
-            if row is None:
+            query = "select * from pods where name = ? and state in ('PARKED', 'STOPPED')"
+            row = db.execute(query, (old,)).fetchone()
+            if row is None or (row["state"] == "STOPPED" and (was := _entry(row)).owned and not was.owned_here):
                 return None
-            parked, now = row["updated"], clock.now()
+            now = clock.now()
+            parked = row["updated"]
             gone = {"state": "GONE", "ended": parked, "updated": now, "detail": f"handed on to run {run_id}", **NOBODY}
             self._set(db, old, gone)
-            self._log(db, old, row["run_id"], "PARKED", "GONE", gone["detail"])
+            self._log(db, old, row["run_id"], row["state"], "GONE", gone["detail"])
             why = f"taken over from run {row['run_id']}"
-            new = {"name": name, "run_id": run_id, "run_dir": run_dir, "heartbeat_s": heartbeat_s, "state": "SSH_READY"}
-            new |= {"created": parked, "updated": now, "ended": None, "detail": why, **owner()}
+            new: dict[str, Any] = {
+                "name": name,
+                "run_id": run_id,
+                "run_dir": run_dir,
+                "heartbeat_s": heartbeat_s,
+                "state": "SSH_READY",
+            }
+            new |= {"updated": now, "ended": None, "detail": why, **owner()}
+            new["created"] = now if row["state"] == "STOPPED" else parked
             self._insert(db, {**row, **new})
             self._log(db, name, run_id, None, "SSH_READY", why)
         return self.entry(name)

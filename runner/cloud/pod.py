@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from runner.cloud import boot, clock, ending, problems
+from runner.cloud import boot, clock, ending, kept, problems
 from runner.cloud.answers import Pod, Volume
 from runner.cloud.api import Api
 from runner.cloud.ledger import PREFIX, Ledger
@@ -55,7 +55,7 @@ def acquire(
     run: RunDir, spec: RunSpec, plan: dict[str, Any], keys: Key, say: Say, *, detached: bool = False,
     alone_minutes: float | None = None, env: dict[str, str] | None = None, ports: tuple[str, ...] = (),
 ) -> Rented:  # fmt: skip
-    """A pod for a run that answers by SSH, or an error with nothing left behind.
+    """A pod for a run that answers by SSH, its own stopped one first, or an error with nothing left behind.
 
     It ends itself if no agent has come after `alone_minutes`, or when the cap is reached if that is sooner. `env` is
     added to the pod's variables: no secret may be in it. Errors before any pod: NoKeyError, WrongKeyError,
@@ -66,6 +66,8 @@ def acquire(
     for note in reconcile(api, ledger):
         say(note)
     machines, volume = check(api, spec, plan)
+    if (again := kept.taken(api, ledger, run, spec, machines, say, detached)) is not None:
+        return again
     order = _Order(api, ledger, run, spec, keys, say, volume, detached, alone_minutes, env or {}, ports)
     try:
         return _first_of(order, machines, say)

@@ -11,7 +11,7 @@ from runner.cloud import clock, ending
 from runner.cloud.account import pace
 from runner.cloud.answers import Pod
 from runner.cloud.api import Api
-from runner.cloud.ledger import Ledger, LedgerError, State
+from runner.cloud.ledger import Entry, Ledger, LedgerError, State
 from runner.cloud.money import Meter, stopped_usd_per_day
 from runner.cloud.problems import ApiDownError, WrongKeyError
 from runner.cloud.reconcile import settle_unknown
@@ -122,8 +122,13 @@ def spent(ledger: Ledger, run_id: str) -> float:
     total = 0.0
     for entry in ledger.entries(run_id, gone=True):
         if entry.pod_id is not None:
-            total += Meter(entry.usd_per_hour, entry.created, entry.disk_gb).usd(entry.ended or clock.now())
+            total += Meter(entry.usd_per_hour, entry.created, entry.disk_gb).usd(_until(entry))
     return total
+
+
+def _until(entry: Entry) -> float:
+    """A stopped pod costs its disk alone: cents, which are not counted."""
+    return entry.ended or (entry.updated if entry.state == "STOPPED" else clock.now())
 
 
 def hours_of(place: RunPodPlace) -> float:

@@ -90,13 +90,13 @@ def order(
     heartbeat_minutes: float | None, boarding_minutes: float, keep: bool, uncollected: str,
     public_key: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What the agent is told: until when (epoch seconds of this machine, as `sent` is), for how much, how to end, and
-    by which key this launcher comes in."""
+    """What the agent is told as a run begins in its pod: until when (epoch seconds of this machine, as `sent` is), for
+    how much, how to end, and by which key this launcher comes in."""
     return {
         "id": uuid.uuid4().hex, "run_id": run_id, "pod_id": pod_id, "sent": clock.now(), "started": started,
         "deadline": deadline, "budget_usd": budget_usd, "usd_per_hour": usd_per_hour,
         "heartbeat_minutes": heartbeat_minutes, "boarding_minutes": boarding_minutes, "keep": keep,
-        "uncollected": uncollected, "public_key": public_key,
+        "uncollected": uncollected, "public_key": public_key, "fresh": True,
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from runner import checkpoints
 from runner.cloud import clock, keys, pod, preflight, ssh
 from runner.cloud.api import Api
 from runner.cloud.follow import News, Vanished
+from runner.cloud.ledger import HeldError
 from runner.cloud.problems import StillThereError
 from runner.cloud.rented import Rented
 from runner.cloud.session import Session
@@ -121,6 +122,8 @@ def _rent(run: RunDir, spec: RunSpec, pair: keys.KeyPair, voice: Voice, manner: 
             run, spec, run.read("plan.json"), pair, voice.say, detached=manner.detach,
             alone_minutes=BOOT_FACTOR * where(spec).setup_minutes, env=pool.variables() if pool else None,
         )  # fmt: skip
+    except HeldError:  # the status is the other process's
+        raise
     except BaseException as error:
         run.set_status("failed", exit_code=getattr(error, "exit_code", 130), error=str(error) or "interrupted")
         raise
