@@ -18,7 +18,7 @@ from tests.preferences import words
 class Letters:
     """A tokenizer of one token a character; 0 ends a document."""
 
-    eos_token_id = 0
+    bos_token_id, eos_token_id = None, 0
 
     def __call__(self, texts: list[str]) -> dict[str, Any]:
         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
@@ -40,6 +40,23 @@ def test_every_token_is_there_once_and_in_order(documents: list[str], limit: int
             ends = [sum(row["seq_lengths"][: i + 1]) for i in range(len(row["seq_lengths"]))]
             assert all(row["input_ids"][end - 1] == 0 for end in ends[:-1])
             assert row["input_ids"][: ends[-1] - 1].count(0) == len(ends) - 1
+
+
+@settings(deadline=None)
+@given(st.lists(st.text("abc", max_size=20), min_size=1, max_size=12), st.integers(2, 9))
+def test_what_is_measured_of_a_document_does_not_depend_on_packing(documents: list[str], limit: int) -> None:
+    def parts(packing: bool) -> list[list[int]]:
+        """Those with something to be learned from."""
+        found = []
+        for row in text.sequences(documents, Letters(), limit, packing, whole=True):
+            ids, begin = row["input_ids"], 0
+            assert len(ids) <= limit
+            for length in row.get("seq_lengths", [len(ids)]):
+                found.append(ids[begin : begin + length])
+                begin += length
+        return [part for part in found if len(part) > 1]
+
+    assert parts(packing=True) == parts(packing=False)
 
 
 def test_conversations_are_refused(tmp_path: Path) -> None:
