@@ -78,6 +78,11 @@ def main() -> None:
     """Entry point of the console script and of `python -m runner`."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # the look for some reads all packages: 15 ms
     gc.set_threshold(50_000)  # starting makes 300,000 objects that stay: to look for garbage among them takes 40 ms
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        print("The working directory has been deleted: cd to another one.", file=sys.stderr)
+        sys.exit(2)
     remember()
     terminal.guard()
     try:

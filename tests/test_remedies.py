@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from runner.paths import ASSETS
 from runner.request import typed
 from tests.front import here, laptop, only_problem, problems_of, spec_of, write
 
@@ -88,3 +91,16 @@ def test_yaml_that_means_something_else_is_told(here: Path) -> None:
     }
     write(here / "run.yaml", "defaults: [config, _self_]\nrun: {name: 123}\n")
     assert only_problem("run.yaml").remedy == 'quote it: name: "123"'
+
+
+def test_a_name_longer_than_a_file_may_have_is_refused() -> None:
+    assert only_problem(f"run.name={'a' * 300}").what.endswith("at most 150 characters, and this has 300")
+
+
+def test_errors_are_spelt_for_a_terminal_without_unicode_and_a_deleted_folder_is_told(tmp_path: Path) -> None:
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ASSETS)}
+    done = subprocess.run([sys.executable, "-m", "runner", "show", "model=xx"], capture_output=True, env=ascii_only)
+    assert done.returncode == 2 and b"  * there is no model 'xx'" in done.stderr and b"\\u" not in done.stderr
+    gone = f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m runner show"
+    done = subprocess.run(["bash", "-c", gone], capture_output=True, env=ascii_only)
+    assert done.returncode == 2 and done.stderr == b"The working directory has been deleted: cd to another one.\n"

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from runner.errors import RunnerError
 from runner.invocation import typed
+from runner.report.spelling import spelt
 
 TITLES = {
     1: "The run failed",
@@ -24,14 +25,15 @@ def print_problems(console: Console, error: RunnerError, *, started: bool = Fals
     title = TITLES.get(error.exit_code, "Error")
     if started:
         title = title.partition(";")[0]
-    console.print(Text(title, style="bold red"))
-    for problem in error.problems:
-        line = Text("  • ").append(typed(problem.what))
-        if problem.source:
-            line.append(f"  ({problem.source})", style="dim")
-        console.print(line, soft_wrap=True)
-        if problem.remedy:
-            console.print(Text(f"    → {typed(problem.remedy)}", style="green"), soft_wrap=True)
+    with spelt(console):
+        console.print(Text(title, style="bold red"))
+        for problem in error.problems:
+            line = Text("  • ").append(typed(problem.what))
+            if problem.source:
+                line.append(f"  ({problem.source})", style="dim")
+            console.print(line, soft_wrap=True)
+            if problem.remedy:
+                console.print(Text(f"    → {typed(problem.remedy)}", style="green"), soft_wrap=True)
 
 
 def problems_as_json(error: RunnerError) -> dict[str, Any]:

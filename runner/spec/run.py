@@ -36,6 +36,8 @@ class RunInfo(Part):
     @field_validator("name")
     @classmethod
     def _name_fits_a_folder(cls, value: str | None) -> str | None:
+        if value is not None and len(value) > 150:  # a file's name has 255 bytes, and the run's id adds to it
+            raise ValueError(f"a name has at most 150 characters, and this has {len(value)}; write a shorter one")
         if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
             raise ValueError(
                 "a name is made of letters, digits, dots, dashes and underscores, beginning with a letter or digit; "
