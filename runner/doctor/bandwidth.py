@@ -12,11 +12,11 @@ from typing import Any
 
 from runner import hardware
 from runner.doctor.finding import Finding, Wanted
-from runner.doctor.software import installed_torch
 from runner.hardware import Machine
 from runner.invocation import install
 from runner.plan.speed import machine_of
 from runner.spec import HardwareSpec
+from runner.torch_build import installed_torch
 
 LIMIT_S = 180.0
 """torch is loaded by every process (seconds; more from a cold disk), then ranks wait 60 s for each other at most."""
@@ -39,7 +39,9 @@ def finding(machine: Machine, wanted: Wanted | None, limit_s: float = LIMIT_S) -
     between = f"{processes} GPU{'s' * (processes > 1)}" if on_gpus else f"{processes} CPU processes"
     with tempfile.TemporaryDirectory(prefix="runner-doctor-") as folder:
         result = Path(folder) / "bandwidth.json"
-        said = _torchrun(processes, [str(result), backend], {**os.environ, **hw.env}, limit_s)
+        said = _torchrun(
+            processes, [str(result), backend], {**os.environ, **hw.env, **hardware.only(hw, machine)}, limit_s
+        )
         if said is not None or not result.is_file():
             return _failed(backend, between, said or "it ended without a result")
         content = json.loads(result.read_text("utf-8"))

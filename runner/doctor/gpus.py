@@ -6,7 +6,6 @@ What a driver or a card does not answer (a GeForce has no ECC, an old NVML lacks
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,14 +14,10 @@ from typing import Any
 
 from runner import hardware
 from runner.doctor.finding import GIB, Finding, State, Wanted
-from runner.hardware import AMPERE, Gpu, Machine
+from runner.gpus import DRIVER_FILES, Gpu, on_the_bus
+from runner.hardware import AMPERE, Machine
 from runner.spec import HardwareSpec
-
-# Where an NVIDIA driver is loaded, one of these exists (the last: Windows' subsystem for Linux).
-_KERNEL_MODULE = "proc/driver/nvidia/version"
-_LOADED = (_KERNEL_MODULE, "dev/nvidiactl", "dev/dxg")
-_NVIDIA = "0x10de"  # PCI vendor
-_DISPLAY = "0x03"  # PCI base class: display controllers, "3D controller" included
+from runner.torch_build import Driver, module_version
 
 # nvml.h, nvmlGpuP2PCapsIndex_t. Not pynvml's own names: in 13.615 NVML_P2P_CAPS_INDEX_READ is the tuple (0,).
 _P2P_READ, _P2P_NVLINK, _P2P_OK = 0, 2, 0
@@ -33,16 +28,6 @@ _SLOWED = {0x20: "heat", 0x40: "heat", 0x80: "the power supply", 0x8: "the hardw
 
 IN_USE = 1.0
 """GiB that others may hold on a card without a word: a desktop, a monitoring agent."""
-
-
-@dataclass(frozen=True)
-class Driver:
-    """The NVIDIA driver."""
-
-    version: str | None
-    """Such as `580.82.07`."""
-    cuda: tuple[int, int] | None
-    """The newest CUDA that it (or a forward-compatibility library beside it) serves: (13, 0)."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +64,20 @@ class Seen:
 
 def look(machine: Machine, root: Path = Path("/")) -> Seen:
     """Ask NVML about the visible GPUs of `machine`."""
-    if not machine.gpus and not any((root / file).exists() for file in _LOADED):
-        return Seen(None, None, (), {}, _on_the_bus(root))
+    if not machine.gpus and not any((root / file).exists() for file in DRIVER_FILES):
+        return Seen(None, None, (), {}, on_the_bus(root))
     cards = tuple(Card(gpu, index) for index, gpu in enumerate(machine.gpus))
     try:
         import pynvml  # 40 ms
     except ImportError:
-        return Seen(Driver(_module_version(root), None), None, cards, {}, 0)
+        return Seen(Driver(module_version(root), None), None, cards, {}, 0)
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        return Seen(Driver(_module_version(root), None), None if cards else str(error), cards, {}, 0)
+        return Seen(Driver(module_version(root), None), None if cards else str(error), cards, {}, 0)
     try:
         handles = _handles(pynvml, machine)
-        driver = Driver(_text(_ask(pynvml, "nvmlSystemGetDriverVersion")) or _module_version(root), _cuda(pynvml))
+        driver = Driver(_text(_ask(pynvml, "nvmlSystemGetDriverVersion")) or module_version(root), _cuda(pynvml))
         seen = tuple(_card(pynvml, card, handles[card.gpu.uuid]) for card in cards if card.gpu.uuid in handles)
         return Seen(driver, None, seen or cards, _links(pynvml, [handles[card.gpu.uuid] for card in seen]), 0)
     finally:
@@ -101,7 +86,15 @@ def look(machine: Machine, root: Path = Path("/")) -> Seen:
 
 def findings(seen: Seen, machine: Machine, wanted: Wanted | None) -> Iterator[Finding]:
     """The driver, the cards and peer-to-peer."""
-    yield _driver(seen)
+    yield _driver(seen, machine)
+    if not seen.silence and not seen.unused:  # of which the driver's line speaks
+        for one in machine.unusable:
+            state: State = "note" if not one.broken else "warning" if machine.gpus else "problem"
+            yield Finding("gpus", state, one.what, one.remedy)
+    if len(machine.gpus) > machine.together and any(gpu.is_slice for gpu in machine.gpus):
+        what = f"MIG slices: {sum(gpu.is_slice for gpu in machine.gpus)}; a run takes "
+        what += "the whole GPUs" if machine.together > 1 or not machine.gpus[0].is_slice else "the first of them"
+        yield Finding("gpus", "note", what, "CUDA_VISIBLE_DEVICES=MIG-… names another one; NCCL joins none")
     if not seen.cards:
         return
     said = [_judged(card, wanted) for card in seen.cards]
@@ -116,7 +109,7 @@ def findings(seen: Seen, machine: Machine, wanted: Wanted | None) -> Iterator[Fi
         yield _peers(seen, machine)
 
 
-def _driver(seen: Seen) -> Finding:
+def _driver(seen: Seen, machine: Machine) -> Finding:
     if seen.driver is None and seen.unused:
         what = f"NVIDIA cards on the bus: {seen.unused}; no driver for them here"
         remedy = (
@@ -219,24 +212,6 @@ def _peers(seen: Seen, machine: Machine) -> Finding:
         return Finding("p2p", "warning", what, remedy, seen.links)
     over = " and ".join({"nvlink": "NVLink", "pcie": "PCIe"}[kind] for kind in seen.links)
     return Finding("p2p", "ok", f"all cards reach each other over {over}", None, seen.links)
-
-
-def _on_the_bus(root: Path) -> int:
-    """NVIDIA's display controllers that the kernel sees, with or without a driver."""
-    devices = (root / "sys/bus/pci/devices").glob("*")
-    return sum(_read(d / "vendor") == _NVIDIA and _read(d / "class").startswith(_DISPLAY) for d in devices)
-
-
-def _module_version(root: Path) -> str | None:
-    found = re.search(r"Kernel Module\b.*?\s(\d{3}\.[\d.]+)", _read(root / _KERNEL_MODULE))
-    return found[1] if found else None
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text("utf-8", errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def _ask(pynvml: Any, function: str, *arguments: Any) -> Any:

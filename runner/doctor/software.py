@@ -9,19 +9,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
-from runner import kernels
+from runner import kernels, torch_build
 from runner.doctor.finding import Finding, State, Wanted
-from runner.doctor.gpus import Driver
 from runner.hardware import Machine
 from runner.invocation import PROJECT, install
 from runner.paths import ASSETS
+from runner.torch_build import Driver, Torch, installed_torch
 
 # Without these some runs work, and what does not. The others of `train` every run needs.
 _FOR_SOME = {
@@ -35,25 +34,8 @@ _FOR_SOME = {
     "wandb": "track=wandb",
 }
 
-# Oldest driver branch per major version of CUDA: docs.nvidia.com/deploy/cuda-compatibility, "Minor Version
-# Compatibility". Within a major version an older driver of that family serves a newer toolkit.
-DRIVER_OF_CUDA = {13: 580, 12: 525, 11: 450}
-# Compute capabilities that PyTorch's wheels have kernels for, by the first CUDA of the range: pytorch/test-infra
-# pull request 7046 (CUDA 12.6: 5.0 to 9.0; 12.8: 7.0 to 12.0; 13.0: 7.5 to 12.0 with PTX for what comes later).
-_KERNELS = {(11, 0): (5.0, 9.0), (12, 7): (7.0, 12.1), (13, 0): (7.5, 99.0)}
-
-
 _FLASH = 8.0
 """Compute capability from which flash-attn 2 has kernels (its README: Ampere, Ada, Hopper)."""
-
-
-@dataclass(frozen=True)
-class Torch:
-    """The installed torch, as its files say."""
-
-    version: str
-    cuda: tuple[int, int] | None
-    """Built for this CUDA; None for a CPU (or ROCm) build."""
 
 
 def findings(machine: Machine, driver: Driver | None, wanted: Wanted | None) -> Iterator[Finding]:
@@ -64,6 +46,9 @@ def findings(machine: Machine, driver: Driver | None, wanted: Wanted | None) -> 
         yield _torch(torch, machine, driver)
     if any((gpu.compute_capability or 0) >= _FLASH for gpu in machine.gpus):
         yield _attention()
+    if machine.gpus and torch is not None and torch.cuda is not None and (missing := kernels.no_compiler()):
+        state: State = "problem" if wanted is None or kernels.compiles(wanted.spec) else "note"
+        yield Finding("compiler", state, *missing)
     if wanted is None or "offload" in wanted.spec.deepspeed.name:
         yield from _compilers(torch, needed=wanted is not None)
     yield _git()
@@ -142,41 +127,14 @@ def _start_without(missing: list[str], wanted: Wanted | None) -> bool:
     return any(needed.get(name, False) for name in missing)
 
 
-def installed_torch() -> Torch | None:
-    """Version and CUDA of torch, from torch/version.py; None where it is not installed."""
-    try:
-        found = metadata.distribution("torch")
-    except metadata.PackageNotFoundError:
-        return None
-    try:
-        text = Path(str(found.locate_file("torch/version.py"))).read_text("utf-8")
-    except OSError:
-        text = ""
-    cuda = re.search(r"^cuda\b.*=\s*['\"](\d+)\.(\d+)", text, re.M)
-    return Torch(found.version, (int(cuda[1]), int(cuda[2])) if cuda else None)
-
-
 def _torch(torch: Torch, machine: Machine, driver: Driver | None) -> Finding:
     """Its build against driver and cards."""
     build = "CUDA {}.{}".format(*torch.cuda) if torch.cuda else "CPU"
     what, facts = f"{torch.version}, {build} build", {"version": torch.version, "cuda": torch.cuda}
     if not machine.gpus:
         return Finding("torch", "ok", what, None, facts)
-    if torch.cuda is None:
-        remedy = "install a CUDA build (without an extra index for CPU builds): pytorch.org/get-started/locally"
-        return Finding("torch", "problem", f"{what}, which does not see the GPUs", remedy, facts)
-    if driver is not None and (short := _too_old(driver, torch.cuda)):
-        branch = DRIVER_OF_CUDA.get(torch.cuda[0])
-        remedy = f"install driver {branch} or later" if branch else "install a newer driver"
-        older = f", or a torch built for CUDA {driver.cuda[0]}: pytorch.org/get-started/locally" if driver.cuda else ""
-        return Finding("torch", "problem", f"{what}, and {short}", remedy + older, facts)
-    oldest, newest = next(bounds for first, bounds in reversed(_KERNELS.items()) if torch.cuda >= first)
-    for gpu in machine.gpus:
-        capability = gpu.compute_capability
-        if capability is not None and not oldest <= capability <= newest:
-            build = "an older build, CUDA 12.6" if capability < oldest else "a newer build, CUDA 12.8 or later"
-            what += f", without kernels for {gpu.name} (compute capability {capability})"
-            return Finding("torch", "problem", what, f"install {build}: pytorch.org/get-started/locally", facts)
+    if reason := torch_build.why_not(torch, machine.gpus, driver):
+        return Finding("torch", "problem", f"{what}, {reason[0]}", reason[1], facts)
     return Finding("torch", "ok", what, None, facts)
 
 
@@ -187,16 +145,6 @@ def _attention() -> Finding:
         return Finding("attention", "ok", f"flash-attn {version}", None, {"flash_attn": version})
     remedy = "pip install flash-attn --no-build-isolation (builds for long without a wheel for your torch)"
     return Finding("attention", "note", kernels.NO_FLASH, remedy, {"flash_attn": None})
-
-
-def _too_old(driver: Driver, cuda: tuple[int, int]) -> str | None:
-    """Why the driver cannot serve a build for `cuda`; None where it can, or says nothing."""
-    if driver.cuda is not None:
-        return None if driver.cuda[0] >= cuda[0] else "the driver serves CUDA {}.{}".format(*driver.cuda)
-    branch = int(driver.version.split(".")[0]) if driver.version else None
-    if branch is None or branch >= DRIVER_OF_CUDA.get(cuda[0], 0):
-        return None
-    return f"the driver is {driver.version}"
 
 
 def _compilers(torch: Torch | None, *, needed: bool) -> Iterator[Finding]:

@@ -19,8 +19,38 @@ def _cause(pattern: str, what: str, remedy: str) -> Cause:
     return Cause(re.compile(pattern, re.IGNORECASE), what, remedy)
 
 
+GPU_MEMORY = re.compile(
+    # torch, the driver, NCCL ("Cuda failure 2 'out of memory'"), Triton ("Triton Error [CUDA]"), HIP, bitsandbytes
+    r"(cuda|hip|nccl|gpu|driver|triton|device)[^\n]{0,80}\bout of (\w+ )?memory|cudaErrorMemoryAllocation|"
+    r"out of memory at line \d+ in file|"
+    # the libraries' workspaces; a handle of cuBLAS or cuDNN is made at its first use, and mostly fails for that reason
+    r"(CUBLAS|CUBLASLT|CUDNN|CUSOLVER|CUSPARSE|CUFFT)_(STATUS_)?(ALLOC_FAILED|NOT_INITIALIZED|INSUFFICIENT_RESOURCES)",
+    re.IGNORECASE,
+)
+"""What libraries say when a GPU's memory is full: few of them raise torch's own error."""
+
+
 # First match wins: the specific before the general.
 CAUSES = (
+    Cause(
+        GPU_MEMORY,
+        "the GPU's memory was full",
+        "write train.micro_batch_size=1 or train.gradient_checkpointing=true, or take method=qlora4 or more GPUs; "
+        "nvidia-smi shows what others hold of it",
+    ),
+    _cause(
+        r"NVIDIA driver on your system is too old|driver version is insufficient|forward compatibility was attempted|"
+        r"cudaErrorInsufficientDriver|nvidia-container-cli: requirement error|unsatisfied condition: cuda",
+        "the NVIDIA driver is too old for this build of torch (or for the container's CUDA)",
+        "install a newer driver (580 or later for CUDA 13), or a torch built for an older CUDA: pip install torch "
+        "--index-url https://download.pytorch.org/whl/cu126 serves drivers since 525; a rented pod: "
+        'where.cuda_versions=["13.0"]',
+    ),
+    _cause(
+        r"failed to find c compiler|python\.h: no such file|error: command '?(gcc|cc|clang)'? failed",
+        "Triton has to compile a kernel, and there is no C compiler (or no header files of Python)",
+        "install them (apt-get install gcc python3-dev), or set CC",
+    ),
     _cause(
         r"no space left on device|file write failed|disk quota exceeded",
         "the disk is full",
@@ -51,7 +81,8 @@ CAUSES = (
         "hw.env.NCCL_DEBUG=INFO says which connection is used; python -m runner doctor --bandwidth tests it",
     ),
     _cause(
-        r"nccl.*(unhandled system error|unhandled cuda error|remote process exited|invalid usage)|ncclSystemError",
+        r"nccl.*(unhandled system error|unhandled cuda error|remote process exited|invalid usage)|"
+        r"nccl(System|UnhandledCuda)Error",
         "NCCL failed",
         "hw.env.NCCL_DEBUG=INFO says why; in a container give it shared memory (--shm-size=8g or --ipc=host); "
         "python -m runner doctor --bandwidth tests the connection",
@@ -71,7 +102,8 @@ CAUSES = (
     _cause(
         r"no kernel image is available|cuda capability .* is not compatible",
         "torch was not built for this GPU",
-        "install the torch build for the GPU's generation (https://pytorch.org/get-started)",
+        "install a build with kernels for it: a V100 or older needs CUDA 12.6's (pip install torch --index-url "
+        "https://download.pytorch.org/whl/cu126), a Blackwell CUDA 12.8's or later",
     ),
     _cause(
         r"unable to open shared memory|bus error|insufficient shared memory|shm_open",

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from importlib import util
 from typing import TextIO
 
+from runner import hardware, kernels, torch_build
 from runner.errors import CannotRunError, Problem, Rewind
 from runner.execute import ssh, supervise, torchrun
 from runner.execute.killed import Killer, killer, oom_kills
 from runner.execute.verdict import judge
-from runner.hardware import why_not_here
 from runner.invocation import install
 from runner.rundir import RunDir
 from runner.spec import LocalPlace, RunSpec
@@ -34,7 +34,9 @@ def check(spec: RunSpec) -> None:
 
 def check_here(spec: RunSpec) -> None:
     """What concerns this machine and this version: also of one that joins a run."""
-    reason = why_not_here(spec.hw) if isinstance(spec.where, LocalPlace) else None
+    reason = hardware.why_not_here(spec.hw) if isinstance(spec.where, LocalPlace) else None
+    if spec.hw.name == "local" and spec.hw.accelerator == "cpu":
+        _check_gpus()
     if reason:
         raise CannotRunError(
             Problem(
@@ -51,9 +53,34 @@ def check_here(spec: RunSpec) -> None:
                 install("train"),
             )
         )
+    if spec.hw.accelerator == "cuda":
+        check_torch(spec)
     if spec.deepspeed.name not in ("none", "auto") and util.find_spec("deepspeed") is None:
         what = f"deepspeed={spec.deepspeed.name} needs DeepSpeed, which is not installed"
         raise CannotRunError(Problem(what, None, "pip install deepspeed (Linux), or deepspeed=none"))
+
+
+def _check_gpus() -> None:
+    """CannotRunError where the CPU would take the place of GPUs that are broken, or that nobody can name."""
+    machine = hardware.detect()
+    broken = [one for one in machine.unusable if one.broken]
+    if broken and not machine.gpus and not machine.hides_all:
+        raise CannotRunError(*(Problem(one.what, "hw=local", f"{one.remedy}; or hw=cpu") for one in broken))
+
+
+def check_torch(spec: RunSpec) -> None:
+    """CannotRunError where the installed torch cannot use this machine's GPUs, or Triton cannot compile for them."""
+    torch, used = torch_build.installed_torch(), hardware.detect().gpus[: spec.hw.num_gpus]
+    if torch is None or not used:  # of a named machine that is somewhere else
+        return
+    if reason := torch_build.why_not(torch, used, torch_build.driver()):
+        build = "CUDA {}.{}".format(*torch.cuda) if torch.cuda else "CPU"
+        raise CannotRunError(Problem(f"torch {torch.version} is a {build} build, {reason[0]}", None, reason[1]))
+    if kernels.compiles(spec) and (missing := kernels.no_compiler()):
+        raise CannotRunError(Problem(missing[0], None, missing[1]))
+    if spec.train.liger is True and not kernels.has_liger():
+        remedy = "pip install liger-kernel, or write train.liger=false"
+        raise CannotRunError(Problem("Liger's kernels are not installed", "train.liger=true", remedy))
 
 
 def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False) -> Outcome:

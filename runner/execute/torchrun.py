@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from runner import run_lock
+from runner import gpus, hardware, run_lock
 from runner.execute import inherited, network
 from runner.plan.start import CPU_ENV, LOCALHOST, MEETING_SECONDS, arguments, several, variables
 from runner.rundir import RunDir
@@ -73,7 +73,12 @@ def environment(spec: RunSpec, address: str | None = None) -> dict[str, str]:
     found = network.interface(str(hw.rendezvous), address) if hw.num_nodes > 1 else None
     if found is not None:
         own["GLOO_SOCKET_IFNAME"] = found
-    return {**own, **inherited.cleaned(os.environ), **hw.env}
+    if gpus.is_wsl() or "PYTORCH_CUDA_ALLOC_CONF" in os.environ:  # its driver has no such segments; torch's older name
+        own.pop("PYTORCH_ALLOC_CONF", None)
+    shown = hardware.only(hw)  # the order of devices is a default, the devices are not
+    order = {name: value for name, value in shown.items() if name != gpus.VARIABLE}
+    devices = {name: shown[name] for name in shown.keys() - order.keys()}
+    return {**order, **own, **inherited.cleaned(os.environ), **hw.env, **devices}
 
 
 def die_with_parent(parent: int | None = None, number: int = signal.SIGTERM) -> None:

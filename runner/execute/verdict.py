@@ -14,7 +14,7 @@ from rich.console import Console
 
 from runner import checkpoints
 from runner.errors import InterruptedRun, Problem, Rewind, RunFailedError, RunnerError
-from runner.execute.causes import SECONDARY, cause_of
+from runner.execute.causes import GPU_MEMORY, SECONDARY, cause_of
 from runner.execute.killed import Killer
 from runner.execute.supervise import GRACE_SECONDS, LAUNCHER_LOG, Ending, elsewhere, gone
 from runner.execute.torchrun import ranks_of, several
@@ -103,6 +103,12 @@ def _of_several(run: RunDir, spec: RunSpec, ending: Ending, killer: Callable[[],
         return _say(run, RunFailedError(ending.lost))
     if killed and killer() == "kernel":
         print_problems(Console(stderr=True), report(run, spec, "kernel"))
+        return 1
+    # NCCL's watchdog and bitsandbytes end the process themselves: all there is are their words on standard error.
+    full = next((line for line in _tail(run.path / "logs" / LAUNCHER_LOG).splitlines() if GPU_MEMORY.search(line)), "")
+    if full:
+        run.set_status("failed", exit_code=1, error=full.strip(), oom={"kind": "cuda", "message": full.strip()})
+        print_problems(Console(stderr=True), report(run, spec))
         return 1
     if silent or killed:
         rank = (killed or silent)[0]  # torchrun's SIGTERM may have reached one before it could say what it lost

@@ -15,7 +15,8 @@ def settled(spec: RunSpec) -> RunSpec:
     """The `auto`s that the hardware alone decides."""
     train: dict[str, Any] = {"precision": _precision(spec)}
     on_gpu = spec.hw.accelerator == "cuda"
-    if spec.train.attention == "auto" and not (on_gpu and spec.hw.flash_attention):
+    flash = on_gpu and spec.hw.flash_attention and train["precision"] != "fp32"  # it has kernels for 16 bits alone
+    if spec.train.attention == "auto" and not flash:
         short_on_cpu = not on_gpu and spec.train.max_length <= EAGER_UP_TO
         train["attention"] = "eager" if short_on_cpu else "sdpa"
     if spec.train.gradient_checkpointing == "auto":

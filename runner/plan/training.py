@@ -84,7 +84,8 @@ def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed
         trained_width = 4 if method.master_weights and not deepspeed else width
         return _whole(shape, method, width, trained_width, autocast=width < 4 and not deepspeed)
     name: MethodName = method.name
-    adapter_width = 4 if name == "lora" and not deepspeed else width
+    scaled = precision == "fp16" and not deepspeed  # torch's GradScaler wants fp32 gradients (methods.widen)
+    adapter_width = 4 if (name == "lora" and not deepspeed) or scaled else width
     chosen = None if method.layers is None else parse_layers(method.layers).select(shape.num_layers)
     every = method.target_modules == "all-linear"
     targets = None if every else frozenset(str(t).rpartition(".")[2] for t in method.target_modules)
@@ -100,7 +101,7 @@ def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed
         shape, name, trains,
         base_trained=_outside(shape, extra),
         adapter=count * sum(m.adapter_parameters(method.rank) + (m.outputs if method.use_dora else 0) for m in adapted),
-        trained_width=width,  # of the copies that `modules_to_save` makes: PEFT leaves them as the model is
+        trained_width=4 if scaled else width,  # of the copies that `modules_to_save` makes: left as the model is
         adapter_width=adapter_width,
         frozen_bytes=float(base_bytes(shape, name, bytes_16=width, double_quant=double)),
         load_extra=_load_extra(shape, name, width, double),

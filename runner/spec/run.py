@@ -112,6 +112,13 @@ class RunSpec(Part):
             problems.append(
                 f"train.attention={self.train.attention} does not run on {self.hw.name}; write train.attention=sdpa"
             )
+        elif self.train.attention.startswith("flash") and self.train.precision == "fp32":
+            problems.append(
+                f"train.attention={self.train.attention} has kernels for 16 bits alone, and train.precision is fp32; "
+                "write train.attention=sdpa"
+            )
+        if on_cpu and self.train.liger is True:
+            problems.append("train.liger=true needs a GPU; write train.liger=false or auto")
         problems += disagreements(self)
         if problems:
             raise ValueError("\n".join(problems))

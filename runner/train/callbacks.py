@@ -38,10 +38,10 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has 
         self.losses: list[float] = [line["loss"] for line in lines]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
+        self.started = clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter() - self.started
+        self.seconds = clock() - self.started
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
@@ -173,6 +173,17 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers has n
         if self.received is not None and not stop:  # just now
             raise KeyboardInterrupt
         return stop
+
+
+def clock() -> float:
+    """Seconds by which work is timed: what was launched on a GPU is done by then.
+
+    The host waits for the GPU after `on_step_end` only, in `_maybe_log_save_evaluate`: without this a step would be as
+    short as its launch.
+    """
+    if gpu_in_use():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def memory_gib() -> float:

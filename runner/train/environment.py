@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from runner import __version__, checkpoints
+from runner import __version__, checkpoints, kernels
 from runner.errors import Problem, RequestError
 from runner.paths import ASSETS
 from runner.rundir import RunDir
@@ -63,6 +63,7 @@ def environment(spec: RunSpec, model: Any, source: str, found: dict[str, str]) -
         "model_source": source,
         "model_commit": getattr(model.config, "_commit_hash", None),
         "attention": model.config._attn_implementation,
+        "liger": kernels.liger(spec),
         **found,
         "seed": spec.train.seed,
     }

@@ -13,7 +13,7 @@ from torch.nn import functional
 from runner.errors import Problem, RequestError
 from runner.rundir import RunDir
 from runner.spec import DataSpec, Pretrain, RunSpec, Sft
-from runner.train import objectives
+from runner.train import objectives, opening
 from runner.train.chat import load
 from runner.train.measure import MOST
 from runner.train.offline import Say
@@ -25,6 +25,7 @@ IGNORED = -100  # torch's cross_entropy leaves these labels out
 def evaluation(spec: RunSpec, run: RunDir, options: argparse.Namespace, say: Say) -> dict[str, Any]:
     """What was measured, also written to `eval.json`."""
     began = time.monotonic()
+    spec = opening.here(spec, say)
     model, tokenizer = load(spec, run, base=options.base)
     model.eval()
     facts: dict[str, Any] = {"run_id": run.id, "model": "base" if options.base else "tuned"}

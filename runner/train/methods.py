@@ -195,11 +195,19 @@ def keep_initial_adapter(spec: RunSpec, model: Any, run: RunDir) -> None:
 
 
 def widen(spec: RunSpec, model: Any) -> None:
-    """An adapter over a packed base in fp32, where the run computes in that: TRL makes it bf16 whatever was asked."""
-    if spec.train.precision == "fp32" and adapter_of(spec):
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    """Give trained weights the width that the arithmetic needs, whatever TRL and PEFT made of them.
+
+    TRL makes an adapter over a packed base bf16, PEFT leaves copies of whole modules (`modules_to_save`, a new head) as
+    the base is. Under fp16 torch's GradScaler unscales fp32 gradients alone: it has no kernel for bf16 ones, and
+    refuses fp16 ones. DeepSpeed scales by itself, and takes the width of the first weight that trains for that of all.
+    """
+    if spec.train.precision == "bf16":
+        return
+    sharded = spec.train.precision == "fp16" and spec.deepspeed.name != "none"
+    dtype = torch.float16 if sharded else torch.float32
+    for parameter in model.parameters():
+        if parameter.requires_grad and (adapter_of(spec) or sharded) and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 def settle(spec: RunSpec, model: Any) -> None:

@@ -234,10 +234,14 @@ def _dequantised(module: Any) -> torch.Tensor:
 
 
 def attention(spec: RunSpec) -> str:
-    """The attention kernel: as asked, else FlashAttention where it is installed, else SDPA."""
+    """The attention kernel: as asked, else FlashAttention where it is installed and can be, else SDPA.
+
+    It has kernels for 16 bits alone, on Ampere and later.
+    """
     if spec.train.attention != "auto":
         return spec.train.attention
-    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    could = spec.hw.accelerator == "cuda" and spec.hw.flash_attention and spec.train.precision != "fp32"
+    return "flash_attention_2" if could and is_flash_attn_2_available() else "sdpa"
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from runner.execute.causes import GPU_MEMORY
+
 GIB = 2**30
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -120,7 +122,6 @@ def _outside() -> float:
 
 # ── out of memory ──────────────────────────────────────────────────────────────────────────────
 
-_CUDA = ("cuda out of memory", "cuda error: out of memory", "cublas_status_alloc_failed")
 _CPU = ("defaultcpuallocator: can't allocate memory", "cannot allocate memory")
 
 
@@ -133,7 +134,8 @@ def out_of_memory(error: BaseException) -> dict[str, Any] | None:
     for cause in _causes(error):
         kind = _kind(cause)
         if kind:
-            text = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+            lines = (str(cause).strip() or type(cause).__name__).splitlines()
+            text = next((line.strip() for line in lines if GPU_MEMORY.search(line)), lines[0])
             return {"kind": kind, "message": text, "phase": _where(cause.__traceback__), **_held()}
     return None
 
@@ -168,9 +170,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _kind(error: BaseException) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         return "cuda"
-    text = str(error).lower()
-    if isinstance(error, RuntimeError) and any(words in text for words in _CUDA):
+    if GPU_MEMORY.search(str(error)):
         return "cuda"
+    text = str(error).lower()
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return "cpu"
     return "cpu" if isinstance(error, (RuntimeError, OSError)) and any(words in text for words in _CPU) else None

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 from trl import SFTConfig, SFTTrainer
 
+from runner import kernels
 from runner.rundir import RunDir
 from runner.spec import RunSpec
 from runner.train.keeping import Keeping
@@ -139,7 +140,9 @@ def shared_settings(
         "fp16": train.precision == "fp16",
         "use_cpu": spec.hw.accelerator == "cpu",
         "activation_checkpointing": bool(train.gradient_checkpointing),
-        "use_liger_kernel": train.liger is True,
+        "use_liger_kernel": kernels.liger(spec),
+        # Not its loss, which would leave TRL's trainers without logits or their own fused head.
+        "liger_kernel_config": {"fused_linear_cross_entropy": False} if kernels.liger(spec) else None,
         "max_length": train.max_length,
         "seed": train.seed,
         "logging_steps": 1,
