@@ -590,13 +590,16 @@ def test_known_causes_on_gpus(words: str, what: str) -> None:
 # ── a finished run, at home ────────────────────────────────────────────────────────────────────
 
 
+SHOWN = "data.chat_template=chatml"  # whose turns can be told apart
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[RunSpec, RunDir]]:
     """Finished runs of three methods, whose specs then say that they trained on a pod."""
     found = {}
     for method in ("full", "lora", "qlora4"):
         folder = tmp_path_factory.mktemp(method)
-        words = [*tiny_llama.words(folder), f"method={method}", "train.max_steps=2", "eval.num_prompts=2"]
+        words = [*tiny_llama.words(folder), f"method={method}", "train.max_steps=2", "eval.num_prompts=2", SHOWN]
         spec = spec_of(*words, f"run.output_dir={folder / 'runs'}", "eval.max_new_tokens=4")
         _, run = train_here(spec)
         found[method] = spec, run
