@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from runner import gpus, hardware, kernels, torch_build
+from runner.cloud import install
 from runner.errors import CannotRunError, RequestError
 from runner.execute import local, torchrun
 from runner.execute.causes import cause_of
@@ -689,3 +690,36 @@ def test_a_gpu_that_torch_does_not_see_is_said_before_the_cpu_is_taken(monkeypat
     said: list[str] = []
     assert opening.here(on("hw=t4"), said.append).hw.accelerator == "cpu"
     assert len(said) == 1 and "does not see 1 × Tesla T4" in said[0] and "the driver serves CUDA 12.4" in said[0]
+
+
+# ── a pod's environment ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("driver", "capabilities", "build"),
+    [
+        ("580.82.07", [9.0], ""), ("570.86.10", [9.0], "cu126"), ("550.54.15", [8.0, 8.0], "cu126"),
+        ("525.60.13", [8.9], "cu126"), ("580.82.07", [7.0], "cu126"), ("570.86.10", [12.0], "cu129"),
+        ("580.82.07", [12.0], ""), ("610.1", [10.0], ""),
+    ],
+)  # fmt: skip
+def test_the_torch_that_a_pod_installs_fits_its_driver(driver: str, capabilities: list[float], build: str) -> None:
+    assert install.build_for(driver, capabilities) == build
+
+
+@pytest.mark.parametrize(
+    ("driver", "capabilities"), [("515.43", [8.0]), ("550.54.15", [12.0]), ("570.86", [7.0, 12.0])]
+)
+def test_a_host_that_no_torch_fits_is_said(driver: str, capabilities: list[float]) -> None:
+    with pytest.raises(ValueError, match="no torch fits the host"):
+        install.build_for(driver, capabilities)
+
+
+def test_the_pin_names_the_build() -> None:
+    assert install.for_build("torch==2.13.0\ntrl==1.16.0\n", "cu126") == "torch==2.13.0+cu126\ntrl==1.16.0\n"
+    assert install.for_build("torch==2.13.0\n", "") == "torch==2.13.0\n"
+
+
+def test_an_environment_whose_torch_sees_too_few_gpus_is_no_good() -> None:
+    assert install.blind(sys.executable, 0) is None
+    assert install.blind(sys.executable, 1) == "torch sees 0 of 1 GPUs"

@@ -19,7 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,15 @@ for name in json.loads(sys.argv[1]):
     try: found[name] = m.version(name)
     except m.PackageNotFoundError: pass
 print(json.dumps({"python": "%d.%d" % sys.version_info[:2], "versions": found}))
+"""
+
+
+INDEX = "https://download.pytorch.org/whl"
+"""PyTorch's own index of wheels, one folder per CUDA. PyPI's torch 2.13 is built for CUDA 13."""
+SEES = """
+import torch
+for number in range(torch.cuda.device_count()): torch.zeros(1, device=f"cuda:{number}").add(1).item()
+print(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 """
 
 
@@ -91,6 +100,51 @@ def decide(given: Found | None, image: Found, requirements: list[str]) -> Choice
     return Choice("pinned", f"with the pinned torch: the image has {has or 'none'}, and {torch} is needed")
 
 
+def build_for(driver: str, capabilities: list[float]) -> str:
+    """Folder of PyTorch's index whose torch this driver and these GPUs can run, such as `cu126`; empty for PyPI's own.
+
+    A driver serves every CUDA of its major version: 580 begins 13, 525 began 12. CUDA 12.6's build has kernels for
+    compute capability 5.0 to 9.0, 12.9's from 7.5 to 12.0, 13.0's from 7.5. ValueError where none fits.
+    """
+    branch, oldest, newest = int(driver.split(".")[0]), min(capabilities), max(capabilities)
+    if oldest >= 7.5 and branch >= 580:
+        return ""
+    if branch >= 525 and newest <= 9.0:
+        return "cu126"
+    if branch >= 570 and oldest >= 7.5:
+        return "cu129"
+    raise ValueError(f"no torch fits the host: NVIDIA driver {driver}, compute capabilities {capabilities}")
+
+
+def wanted_build(order: dict[str, Any]) -> str:
+    """`build_for` this host, where GPUs are to be used; ValueError where their driver does not answer."""
+    if not order.get("gpus"):
+        return ""
+    words = ["nvidia-smi", "--query-gpu=driver_version,compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, timeout=60).stdout
+        rows = [line.split(",") for line in said.splitlines() if line.strip()]
+        return build_for(rows[0][0].strip(), [float(row[1]) for row in rows])
+    except (OSError, IndexError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"the host's NVIDIA driver does not answer: {error}") from None
+
+
+def blind(executable: str, gpus: int) -> str | None:
+    """Why a Python's torch does not compute on so many GPUs; None where it does."""
+    if not gpus:
+        return None
+    done = subprocess.run([executable, "-c", SEES], capture_output=True, text=True, timeout=300)
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:] or ["nothing was said"]
+    if done.returncode == 0 and int(said[0]) >= gpus:
+        return None
+    return f"torch sees {said[0]} of {gpus} GPUs" if done.returncode == 0 else f"torch cannot use the GPUs: {said[0]}"
+
+
+def for_build(constraints: str, build: str) -> str:
+    """The pins with torch's for that folder of PyTorch's index."""
+    return re.sub(r"(?m)^(torch==[\w.]+)$", rf"\1+{build}", constraints) if build else constraints
+
+
 def without_torch(constraints: str, version: str) -> str:
     """The pins, with the image's torch in place of theirs and none for what it brings."""
     tied = re.compile(r"^(torch|torchvision|torchaudio|triton|nvidia-[\w-]+)\b", re.IGNORECASE)
@@ -109,7 +163,7 @@ def probe(executable: str, requirements: list[str]) -> Found | None:
     return Found(executable, answer["python"], answer["versions"])
 
 
-def make(folder: Path, choice: Choice, image: Found, order: dict[str, Any]) -> str:
+def make(folder: Path, choice: Choice, image: Found, order: dict[str, Any], build: str = "") -> str:
     """The Python of an environment in `folder`; made whole or not at all. CalledProcessError if a step fails."""
     python = str(folder / "bin" / "python")
     if (folder / "COMPLETE").exists():
@@ -120,7 +174,10 @@ def make(folder: Path, choice: Choice, image: Found, order: dict[str, Any]) -> s
     around = choice.how == "around"
     pins = folder.parent / f"{folder.name}.txt"
     pins.write_text(
-        without_torch(order["constraints"], image.versions["torch"]) if around else order["constraints"], "utf-8"
+        without_torch(order["constraints"], image.versions["torch"])
+        if around
+        else for_build(order["constraints"], build),
+        "utf-8",
     )
     site = ["--system-site-packages"] if around else []
     uv = _uv(image.executable)
@@ -130,6 +187,8 @@ def make(folder: Path, choice: Choice, image: Found, order: dict[str, Any]) -> s
     else:
         _do([image.executable, "-m", "venv", *site, str(folder)])
         install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
+    if build and not around:  # that index has old versions of other packages, too, which uv would be content with
+        install += ["--extra-index-url", f"{INDEX}/{build}", *(["--index-strategy", "unsafe-best-match"] if uv else [])]
     _do([*install, "-c", str(pins), *order["requirements"]])
     if order["alone"]:  # packages whose own requirements are not wanted
         _do([*install, "--no-deps", *order["alone"]])
@@ -169,15 +228,25 @@ def main(folder: Path) -> int:
     if image is None:
         say("the image has no Python")
         return 1
+    gpus = int(order.get("gpus") or 0)
     try:
+        build = "" if given else wanted_build(order)
+        has_torch = given is None and not lacking(image, [line for line in needed if name_of(line) == "torch"])
+        if has_torch and (reason := blind(image.executable, gpus)):
+            say(f"the image's {reason}")
+            image = replace(image, versions={k: v for k, v in image.versions.items() if k != "torch"})
         choice = decide(given, image, needed)
         say(f"trains with {choice.how}: {choice.why}")
         python = (given or image).executable
         if choice.how in ("around", "pinned"):
             torch = image.versions.get("torch", "") if choice.how == "around" else ""
-            key = json.dumps([choice.how, image.python, torch, needed, order["constraints"]])
+            key = json.dumps(
+                [choice.how, image.python, torch, needed, order["constraints"], *([build] if build else [])]
+            )
             name = f"env-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-            python = make(Path(order["environments"]) / name, choice, image, order)
+            python = make(Path(order["environments"]) / name, choice, image, order, build)
+        if given is None and (reason := blind(python, gpus)):
+            raise ValueError(reason)
     except ValueError as error:
         say(str(error))
         return 1

@@ -155,6 +155,7 @@ def begin(at: Berth, spec: RunSpec, pod_id: str, code: str, secrets: list[str]) 
             *(["gguf>=0.19"] if spec.model.gguf_file else []),
             *(["liger-kernel"] if spec.train.liger is True else []),
         ],
+        "gpus": spec.hw.num_gpus if spec.hw.accelerator == "cuda" else 0,
         "alone": DEMO.get(str(spec.model.package), []),
         "constraints": wheel.constraints(),
         "environments": f"{at.workspace}/cache",
