@@ -120,7 +120,7 @@ def _prepared() -> Any:
     from runpod.api.rest import run_rest_request  # noqa: F401
 
     from runner.cloud import pod, reconcile  # noqa: F401
-    from runner.launch import resolved
+    from runner.resolve import resolved
     from runner.verbs.shared import request_of
 
     words = ("where=runpod", "hw=rtx4090", f"where.max_usd={CAP_USD}", "where.bad_host_minutes=0.01")

@@ -29,6 +29,7 @@ from runner.errors import RunnerError
 from runner.execute import local, torchrun
 from runner.paths import DEEPSPEED_CONFIGS
 from runner.request import Request
+from runner.resolve import complete
 from runner.rundir import RunDir
 from runner.spec import RunSpec
 
@@ -145,7 +146,7 @@ def cell_of(row: str, stage: str, words: tuple[str, ...], folder: Path) -> Cell:
 def prepare(request: Request) -> tuple[RunDir, RunSpec]:
     """What `runner.launch` does before it starts the worker."""
     composed = compose(request)
-    spec, notes = launch.complete(composed, source_finder(request))
+    spec, notes = complete(composed, source_finder(request))
     plan = launch.plan_first(spec, notes, composed)
     local.check(spec)
     run = RunDir.create(spec)

@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.bench import Benchmark, alone, quartiles, say, table
 from benchmarks.turns import Loop, Step, take_turns
-from runner.launch import resolved
 from runner.request import Request
+from runner.resolve import resolved
 from runner.rundir import RunDir
 from runner.spec import RunSpec
 

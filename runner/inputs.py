@@ -9,15 +9,12 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 from runner import hub_config, hub_fetch
-from runner.data import checking
 from runner.data.files import is_glob, is_url
-from runner.data.sources import files_of
 from runner.data.workspace import workspace_of
 from runner.errors import Problem, RequestError
 from runner.hub_fetch import UnreachableError
@@ -27,8 +24,6 @@ from runner.spec import Grpo, Pretrain, RunPodPlace, RunSpec
 from runner.suggest import nearest
 
 TEMPLATES = CONF / "chat_template"
-_checked: dict[str, list[str]] = {}
-"""Notes on what this process has found right: the points of a sweep mostly read the same."""
 
 
 def check(spec: RunSpec, planned: Plan | None) -> list[str]:
@@ -51,25 +46,6 @@ def check_files(spec: RunSpec) -> None:
     """RequestError for data and a chat template that are not there."""
     if problems := list(_files(spec)):
         raise RequestError(*problems)
-
-
-def check_read(spec: RunSpec) -> list[str]:
-    """Notes; RequestError for what is not there, and for rows, templates and reward functions that are not right."""
-    check_files(spec)
-    said = (spec.data, spec.objective, spec.model, spec.eval, spec.where.name, sorted(_states(spec)))
-    if (key := repr(said)) not in _checked:
-        _checked[key] = checking.check(spec)
-    return list(_checked[key])
-
-
-def _states(spec: RunSpec) -> Iterator[tuple[str, int, int]]:
-    """Path, size and time of change of every file here that a run reads."""
-    for _, path in named_places(spec):
-        with suppress(RequestError):
-            for file in [] if is_url(path) else files_of(path):
-                with suppress(OSError):
-                    stat = Path(file).expanduser().stat()
-                    yield file, stat.st_size, stat.st_mtime_ns
 
 
 def named_places(spec: RunSpec) -> Iterator[tuple[str, str]]:

@@ -12,10 +12,9 @@ from typing import Any
 import click
 from rich.console import Console
 
-from runner import deepspeed_json, hardware, hostfile, inputs, kernels, planning, unchanged
+from runner import inputs, planning, unchanged
 from runner import resume as resuming
-from runner.compose import compose, source_finder
-from runner.data import pipeline
+from runner.compose import source_finder
 from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
 from runner.execute import inherited, local
 from runner.execute.manner import PLAINLY, Manner
@@ -23,61 +22,16 @@ from runner.execute.torchrun import MEETING_SECONDS
 from runner.invocation import typed
 from runner.paths import state_dir
 from runner.plan.plan import Plan
-from runner.plan.resolve import resolve
-from runner.problems import SourceOf, validated
 from runner.report import terminal
 from runner.report.problems import dump
 from runner.report.summary import shown
 from runner.report.tables import headline, in_one_line
 from runner.request import Request
+from runner.resolve import asked, complete
 from runner.run_lock import owned
 from runner.rundir import RunDir
 from runner.spec import RunSpec
-from runner.spec.unused import unused
-
-
-def resolved(request: Request, *, needed: bool = False) -> tuple[RunSpec, list[str]]:
-    """The run with nothing left open, and notes for the user."""
-    return complete(compose(request), source_finder(request), needed=needed)
-
-
-def complete(
-    spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool = False, fetch: bool = False
-) -> tuple[RunSpec, list[str]]:
-    """Look at the hardware and the model's facts, then decide every `auto`; the rules across parts are checked again.
-
-    `needed`: the facts of a model outside the catalogue are asked of the Hub, and missing ones are an error.
-    `fetch`: they are asked for as well, and done without where the Hub cannot be reached.
-    """
-    if fetch:
-        planning.fetch(spec)
-    checked = asked(spec, source_of, needed=needed)
-    said = hardware.detect().remarks if spec.hw.accelerator == "detect" else []
-    said += [kernels.NO_FLASH] if checked.train.attention != spec.train.attention else []
-    if checked.where.name == "auto":
-        here = None if hardware.why_not_here(checked.hw) else checked.hw
-        checked, said = planning.place(checked, here)
-    pipeline.check(checked)
-    ready, notes = resolve(checked, planning.options_for(checked))
-    return sized(ready), [*said, *notes, *unused(spec)]
-
-
-def sized(spec: RunSpec) -> RunSpec:
-    """A run on a pod with its disks and its deadline decided; any other as it is."""
-    if spec.where.name != "runpod":
-        return spec
-    try:
-        planned = planning.plan(spec, [])
-    except RequestError:  # a model that the arithmetic does not know
-        planned = None
-    return planning.rented(spec, planned)
-
-
-def asked(spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool = False) -> RunSpec:
-    """A composed run with the facts of hardware and model, its `auto`s still open."""
-    found = spec.model_copy(update={"hw": hostfile.settled(spec.hw, hardware.resolve(spec.hw))})
-    found = deepspeed_json.decided(kernels.known(found), source_of)
-    return validated(planning.with_facts(found, needed=needed).model_dump(), source_of)
+from runner.trial import check_read
 
 
 def run(request: Request, composed: RunSpec, console: Console, as_json: bool, manner: Manner = PLAINLY) -> int:
@@ -144,7 +98,7 @@ def plan_first(spec: RunSpec, notes: list[str], composed: RunSpec) -> Plan | Non
         planned = planning.plan(spec, notes)
     except RequestError:
         notes.append(f"no plan: {planning.unknown(spec)}")
-    notes += inputs.check_read(spec)  # before the plan refuses what it could not count
+    notes += check_read(spec)  # before the plan refuses what it could not count
     if planned is not None and planned.reasons:
         planning.refuse(asked(composed), planned)
     notes += inputs.check(spec, planned)

@@ -19,13 +19,14 @@ from runner.compose import compose, parallel_jobs, points, source_finder, task_o
 from runner.compose import sweep as hydra_sweep
 from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
 from runner.execute.manner import PLAINLY, Manner
-from runner.launch import agreed, check, complete, plan_first, start
+from runner.launch import agreed, check, plan_first, start
 from runner.plan.plan import Plan
 from runner.report.metrics import unknown_metric
 from runner.report.problems import dump, print_problems
 from runner.report.summary import metric_of, shown
 from runner.report.tables import print_sweep
 from runner.request import COMMAND_LINE, Request
+from runner.resolve import complete
 from runner.rundir import RunDir, write_atomically
 from runner.spec import RunSpec
 

@@ -60,8 +60,8 @@ SHORT = (
 
 def spec_of(*overrides: str) -> Any:
     """The resolved spec of a command line."""
-    from runner.launch import resolved
     from runner.request import Request
+    from runner.resolve import resolved
 
     return resolved(Request(overrides=overrides))[0]
 

@@ -12,7 +12,7 @@ from runner import hardware
 from runner.cli import cli
 from runner.errors import Problem, RequestError
 from runner.hardware import Machine
-from runner.launch import resolved
+from runner.resolve import resolved
 from runner.spec import RunSpec
 from runner.verbs.shared import request_of
 

@@ -16,9 +16,9 @@ from runner import planning
 from runner.execute.killed import OomKills, killer, oom_kills
 from runner.execute.supervise import Ending
 from runner.execute.verdict import judge
-from runner.launch import resolved
 from runner.report.autopsy import Autopsy, autopsy, report
 from runner.request import Request
+from runner.resolve import resolved
 from runner.rundir import RunDir, all_runs
 from runner.train.__main__ import main
 from runner.train.peaks import out_of_memory

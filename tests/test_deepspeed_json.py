@@ -12,8 +12,8 @@ import pytest
 from runner import deepspeed_json
 from runner.deepspeed_keys import ELSEWHERE, KEYS
 from runner.errors import Problem
-from runner.launch import resolved
 from runner.paths import DEEPSPEED_CONFIGS
+from runner.resolve import resolved
 from runner.spec import RunSpec
 from runner.verbs.shared import request_of
 from tests.front import here, laptop, problems_of, runner, write

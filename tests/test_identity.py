@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.launch import resolved
+from runner.resolve import resolved
 from runner.verbs.shared import request_of
 from tests.front import here, laptop, only_problem, problems_of, runner, spec_of, write
 

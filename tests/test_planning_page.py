@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from runner.launch import resolved
 from runner.plan import host
 from runner.plan.memory import GIB
 from runner.plan.plan import Plan
@@ -20,6 +19,7 @@ from runner.report.plan_terms import TERMS
 from runner.report.planning_facts import RUNS as REPORTED_RUNS
 from runner.report.planning_speed import RENTED, money_example
 from runner.request import Request
+from runner.resolve import resolved
 
 TOKENS = 2048
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from runner import catalogue, hardware
-from runner.launch import resolved
 from runner.paths import ASSETS, RECIPES
 from runner.request import Request
+from runner.resolve import resolved
 from runner.spec import RunSpec
 from tests.front import LAPTOP, laptop, spec_of
 

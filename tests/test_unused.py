@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from runner.launch import resolved
+from runner.resolve import resolved
 from runner.verbs.shared import request_of
 from tests.front import here, laptop, runner
 

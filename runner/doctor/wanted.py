@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from runner import launch, planning
+from runner import planning
 from runner.doctor.finding import Wanted
 from runner.errors import RequestError
 from runner.request import Request
+from runner.resolve import resolved
 
 
 def wanted(request: Request) -> Wanted:
     """What the words ask for; RequestError where they are wrong."""
-    spec, notes = launch.resolved(request)
+    spec, notes = resolved(request)
     try:
         return Wanted(spec, planning.plan(spec, notes))
     except RequestError:  # a model that the arithmetic does not know

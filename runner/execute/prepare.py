@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 from runner.execute.offline import environment
-from runner.inputs import check_read
 from runner.spec import RunSpec
+from runner.trial import check_read
 
 
 def prepare(spec: RunSpec, as_json: bool) -> int:

@@ -14,7 +14,6 @@ import yaml
 
 from runner import catalogue
 from runner.compose import compose
-from runner.launch import complete
 from runner.plan.blocks import Block, LayerKind, Setting
 from runner.plan.hours import Facts
 from runner.plan.layers import LAYERS
@@ -27,6 +26,7 @@ from runner.plan.tape import CASTS, Kept, Storage, Tape, Tensor
 from runner.plan.training import Training, training_of
 from runner.planning import options_for
 from runner.request import Request
+from runner.resolve import complete
 from runner.spec import RunSpec
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]

@@ -32,7 +32,7 @@ def show(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None
       python -m runner show model=phi2 method=lora hw=rtx4090
       python -m runner show recipe=mistral7b_qlora4_h100x3 --json
     """
-    from runner.launch import resolved
+    from runner.resolve import resolved
 
     spec, notes = resolved(request_of(words, config_dirs))
     content = spec.model_dump(mode="json")
@@ -59,9 +59,9 @@ def explain(key: str, words: Arguments, config_dirs: tuple[Path, ...], as_json: 
       python -m runner explain train.micro_batch_size model=llama3_8b hw=a100 --json
     """
     from runner.compose import compose, places, source_finder
-    from runner.launch import complete
     from runner.problems import value_of
     from runner.report.tables import print_origins
+    from runner.resolve import complete
 
     request = request_of(words, config_dirs)
     spec = compose(request)

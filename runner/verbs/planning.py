@@ -31,9 +31,9 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
     """
     from runner import inputs, planning
     from runner.compose import compose, source_finder
-    from runner.launch import asked, complete
     from runner.report.plan import print_plan
     from runner.report.plan_plot import plot_plan
+    from runner.resolve import asked, complete
 
     request = request_of(words, config_dirs)
     composed = compose(request)
@@ -77,8 +77,8 @@ def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str,
 
     from runner import fitting
     from runner.compose import compose, source_finder
-    from runner.launch import asked
     from runner.report.plan import print_fit
+    from runner.resolve import asked
 
     request = request_of(words, config_dirs)
     given = fitting.given_in(request)
@@ -107,8 +107,8 @@ def table(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> Non
       python -m runner table train.max_length=2048 --json
     """
     from runner import fitting
-    from runner.launch import resolved
     from runner.report.plan import print_memory_table
+    from runner.resolve import resolved
 
     request = request_of(words, config_dirs)
     fitting.refuse_for_table(request)

@@ -202,7 +202,7 @@ def up(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, hours: fl
       python -m runner pods up hw=rtx4090 where.cloud=community where.max_usd=2 --hours 3 --yes
     """
     from runner.cloud import up as upping
-    from runner.launch import resolved
+    from runner.resolve import resolved
 
     api, ledger = _ready()
     request = request_of(("where=runpod", *words), config_dirs)

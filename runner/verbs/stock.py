@@ -30,8 +30,8 @@ def gpus(min_memory: int, cloud: str | None, count: int, as_json: bool) -> None:
     """
     from runner import stock
     from runner.cloud.api import Api
-    from runner.launch import resolved
     from runner.report.pods import print_gpus
+    from runner.resolve import resolved
     from runner.verbs.shared import request_of
 
     found = Api().gpus(count=count, cloud=cloud, stock=True)

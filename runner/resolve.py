@@ -1,0 +1,57 @@
+"""From what was typed to a run with nothing left open, in one order: hardware, model, place, every `auto`, disks."""
+
+from __future__ import annotations
+
+from runner import deepspeed_json, hardware, hostfile, kernels, planning
+from runner.compose import compose, source_finder
+from runner.data import pipeline
+from runner.errors import RequestError
+from runner.plan.resolve import resolve
+from runner.problems import SourceOf, validated
+from runner.request import Request
+from runner.spec import RunSpec
+from runner.spec.unused import unused
+
+
+def resolved(request: Request, *, needed: bool = False) -> tuple[RunSpec, list[str]]:
+    """The run with nothing left open, and notes for the user."""
+    return complete(compose(request), source_finder(request), needed=needed)
+
+
+def complete(
+    spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool = False, fetch: bool = False
+) -> tuple[RunSpec, list[str]]:
+    """Look at the hardware and the model's facts, then decide every `auto`; the rules across parts are checked again.
+
+    `needed`: the facts of a model outside the catalogue are asked of the Hub, and missing ones are an error.
+    `fetch`: they are asked for as well, and done without where the Hub cannot be reached.
+    """
+    if fetch:
+        planning.fetch(spec)
+    checked = asked(spec, source_of, needed=needed)
+    said = hardware.detect().remarks if spec.hw.accelerator == "detect" else []
+    said += [kernels.NO_FLASH] if checked.train.attention != spec.train.attention else []
+    if checked.where.name == "auto":
+        here = None if hardware.why_not_here(checked.hw) else checked.hw
+        checked, said = planning.place(checked, here)
+    pipeline.check(checked)
+    ready, notes = resolve(checked, planning.options_for(checked))
+    return sized(ready), [*said, *notes, *unused(spec)]
+
+
+def sized(spec: RunSpec) -> RunSpec:
+    """A run on a pod with its disks and its deadline decided; any other as it is."""
+    if spec.where.name != "runpod":
+        return spec
+    try:
+        planned = planning.plan(spec, [])
+    except RequestError:  # a model that the arithmetic does not know
+        planned = None
+    return planning.rented(spec, planned)
+
+
+def asked(spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool = False) -> RunSpec:
+    """A composed run with the facts of hardware and model, its `auto`s still open."""
+    found = spec.model_copy(update={"hw": hostfile.settled(spec.hw, hardware.resolve(spec.hw))})
+    found = deepspeed_json.decided(kernels.known(found), source_of)
+    return validated(planning.with_facts(found, needed=needed).model_dump(), source_of)
