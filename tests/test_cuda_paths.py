@@ -482,8 +482,8 @@ def test_the_cpu_never_takes_the_place_of_a_broken_gpu(monkeypatch: pytest.Monke
 
 
 def test_notes_of_a_run_name_what_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner.launch import resolved
     from runner.request import Request
+    from runner.resolve import resolved
 
     amd = Unusable("an AMD GPU is not used", "hw=cpu")
     seen(monkeypatch, machine(unusable=(amd,)))
