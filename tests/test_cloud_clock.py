@@ -19,6 +19,7 @@ from runner.cloud.rented import Rented
 from runner.execute import attach
 from tests.emulated import Emulator, emulator
 from tests.front import here, laptop, runner
+from tests.processes import until
 from tests.rented import PLAN, Key, rented_spec, run_of, state
 from tests.test_pods_verbs import elsewhere
 
@@ -80,6 +81,20 @@ def test_a_pod_of_another_machine_whose_clock_is_wrong(emulator: Emulator, ahead
     late = elsewhere("runner-b-0001", RUNNER_RENTED=str(then), RUNNER_DEADLINE=str(then - 60))
     assert json.loads(runner("pods", "reap", "--yes", "--json").stdout)["ended"] == [late]
     assert list(emulator.pods()) == [healthy]
+
+
+def test_a_pod_that_another_machine_has_kept_and_started_again_is_not_past_its_first_deadline(
+    emulator: Emulator,
+) -> None:
+    then = time.time()
+    pod = elsewhere("runner-a-0001", RUNNER_RENTED=str(then), RUNNER_DEADLINE=str(then + 3600))
+    Api().stop(pod)
+    emulator.clock.skew_s = 7200
+    Api().start(pod)
+    until(lambda: emulator.pods()[pod].status == "RUNNING")
+    assert json.loads(runner("pods", "reap", "--yes", "--json").stdout)["ended"] == []
+    emulator.clock.skew_s = 7200 + 3700
+    assert json.loads(runner("pods", "reap", "--yes", "--json").stdout)["ended"] == [pod]
 
 
 def test_a_lost_create_is_not_forgotten_because_the_clock_was_set(emulator: Emulator, tmp_path: Path) -> None:

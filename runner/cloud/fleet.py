@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.cloud import clock, ending
-from runner.cloud.answers import OVER, Pod, number
+from runner.cloud.answers import OVER, Pod, epoch, number
 from runner.cloud.api import Api
 from runner.cloud.ledger import PREFIX, Entry, Ledger, LedgerError
 from runner.cloud.money import Meter, stopped_usd_per_day
@@ -89,8 +89,12 @@ def run_of(pod: Pod) -> str:
 
 
 def deadline_of(pod: Pod) -> float | None:
-    """By its own variable, and by the clock of whoever rented it."""
-    return variable(pod, "RUNNER_DEADLINE")
+    """By its own variable, and by the clock of whoever rented it. One that was kept and started again has as long as
+    before, for its variables stay."""
+    deadline, started = variable(pod, "RUNNER_DEADLINE"), epoch(pod.raw.get("startedAt"))
+    if deadline is None or started is None or pod.created is None:
+        return deadline
+    return deadline + max(0.0, started - pod.created)
 
 
 def variable(pod: Pod, name: str) -> float | None:
