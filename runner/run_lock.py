@@ -6,12 +6,15 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from runner.errors import Problem, RequestError
-from runner.rundir import RunDir
+from runner.rundir import RunDir, alive
 
+LEAVING_SECONDS = 15.0
 _held: set[int] = set()
 
 
@@ -27,12 +30,7 @@ def owned(run: RunDir) -> Iterator[None]:
     except OSError as error:
         raise RequestError(Problem(f"{run.path} cannot be written to: {error.strerror}", "command line")) from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(at_work(run, _read(handle))) from None
-        except OSError:
-            pass
+        _lock(handle, run)
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         _held.add(handle)
@@ -40,6 +38,33 @@ def owned(run: RunDir) -> Iterator[None]:
     finally:
         _held.discard(handle)
         os.close(handle)
+
+
+def _lock(handle: int, run: RunDir) -> None:
+    """Take it. Where the launcher is gone, those it left are on their way out: torchrun after its ranks."""
+    end = time.monotonic() + LEAVING_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            by = _read(handle)
+            lost = by.get("host") == socket.gethostname() and not alive(by.get("pid"))
+            if not lost or time.monotonic() > end:
+                held = _holder(run.path / ".owner") if lost else None
+                raise RequestError(at_work(run, by if held is None else {**by, "pid": held})) from None
+            time.sleep(0.1)
+        except OSError:  # a disk without locks
+            return
+
+
+def _holder(file: Path) -> int | None:
+    """A process that has the file open, but for this one."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if (pid := int(link.parts[2])) != os.getpid() and os.readlink(link) == str(file.resolve()):
+                return pid
+    return None
 
 
 def inherited() -> tuple[int, ...]:

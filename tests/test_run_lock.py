@@ -52,11 +52,12 @@ def test_a_worker_that_its_launcher_lost_keeps_the_run(model: Path, tmp_path: Pa
     front = start(*words(model, tmp_path))
     worker = until(lambda: [p for p in below(front) if "runner.train" in p.cmdline()])[0]
     worker.send_signal(signal.SIGSTOP)
+    until(lambda: worker.status() == "stopped")  # else the SIGTERM of the launcher's death comes first
     run = RunDir(until(lambda: only_run(tmp_path)))
     front.kill()
     front.wait()
     shutil.rmtree(run.path / "logs")
-    assert run.state() == "killed" and "is at work" in refusal(run)
+    assert run.state() == "killed" and f"process {worker.pid}" in refusal(run)
     worker.kill()
     until(lambda: not alive(worker.pid))
     done = run_cli("resume", str(run.path), OMP_NUM_THREADS="1")  # without `logs/`
