@@ -286,6 +286,15 @@ def test_a_second_agent_leaves_the_first_alone(pod: Pod) -> None:
     assert pod.log("worker.log").count("once") == 1
 
 
+def test_a_process_that_waits_for_work_ends_with_its_agent(pod: Pod) -> None:
+    """Or the training would begin twice: there, and in the agent that follows."""
+    pod.order()
+    own = pod.start()["agent"]
+    (waits,) = until(lambda: children(own))
+    os.kill(own, signal.SIGKILL)
+    until(lambda: not alive(waits), 10)
+
+
 def test_after_a_restart_of_the_container_the_training_goes_on_and_the_deadline_stays(pod: Pod) -> None:
     pod.order(deadline=time.time() + 300)
     pod.start()

@@ -28,6 +28,13 @@ class Clock:
         self.wall += seconds
 
 
+@pytest.fixture(autouse=True)
+def shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of the test's own."""
+    (tmp_path / "shm").mkdir()
+    monkeypatch.setattr(agent, "SHM", tmp_path / "shm")
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)

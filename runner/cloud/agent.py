@@ -536,8 +536,10 @@ def kill_group(pid: Any, number: int) -> None:
 
 def work(folder: Path) -> None:
     """Wait for what to do; install, train, upload. Every state is in the status before it begins."""
-    status = status_of(folder)
+    status, switch = status_of(folder), os.getppid()
     while True:
+        if os.getppid() != switch:  # killed; whoever follows it has a process of its own for the work
+            return
         task = read(folder / "work.json")  # an earlier pod's, on a volume, or what this pod has done, is not for now
         if task.get("pod_id") == status["pod_id"] and task.get("id") not in (None, status.get("over")):
             break
