@@ -15,6 +15,7 @@ from rich.console import Console
 
 from runner import gpus, hardware, kernels, torch_build
 from runner.cloud import install
+from runner.cloud.wanted import PodRequest
 from runner.errors import CannotRunError, RequestError
 from runner.execute import local, torchrun
 from runner.execute.causes import cause_of
@@ -22,7 +23,7 @@ from runner.gpus import Gpu, Unusable
 from runner.hardware import Machine
 from runner.report.progress import Progress
 from runner.rundir import RunDir
-from runner.spec import RunSpec
+from runner.spec import RunPodPlace, RunSpec
 from runner.torch_build import Driver, Torch
 from runner.train import callbacks, chat, methods, models, objectives, opening, trainer
 from runner.train.guards import LossGuard
@@ -723,3 +724,16 @@ def test_the_pin_names_the_build() -> None:
 def test_an_environment_whose_torch_sees_too_few_gpus_is_no_good() -> None:
     assert install.blind(sys.executable, 0) is None
     assert install.blind(sys.executable, 1) == "torch sees 0 of 1 GPUs"
+
+
+def test_hosts_that_cannot_start_the_image_are_never_asked_for() -> None:
+    def gpu(image: str, **more: Any) -> dict[str, Any]:
+        found: dict[str, Any] = PodRequest("n", image, "secure", "NVIDIA L4", **more).body()["gpu"]
+        return found
+
+    default = RunPodPlace(name="runpod").image
+    assert gpu(default)["minCudaVersion"] == "12.8"
+    assert gpu("x/y:cu130")["minCudaVersion"] == "13.0"
+    assert gpu("unsloth/unsloth:latest") == {"id": "NVIDIA L4", "count": 1}
+    named = gpu(default, cuda_versions=("13.0",))
+    assert named == {"id": "NVIDIA L4", "count": 1, "allowedCudaVersions": ["13.0"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ class PodRequest:
     volume_gb: int = 0
     volume_id: str | None = None
     cuda_versions: tuple[str, ...] = ()
+    """Exactly these of the host's driver; empty means any since the image's own, where its tag says which that is."""
     ports: tuple[str, ...] = ("22/tcp",)
     env: dict[str, str] = field(default_factory=dict)
     """Seen by whoever may look at the pod: never a secret."""
@@ -49,7 +51,9 @@ class PodRequest:
         if self.cpu_id:
             body["cpu"] = {"id": self.cpu_id, "vcpuCount": self.num_vcpus}
         else:
-            cuda = {"allowedCudaVersions": list(self.cuda_versions)} if self.cuda_versions else {}
+            least = cuda_of(self.image) if self.image and not self.template else None
+            cuda: dict[str, Any] = {"minCudaVersion": least} if least else {}
+            cuda = {"allowedCudaVersions": list(self.cuda_versions)} if self.cuda_versions else cuda
             body["gpu"] = {"id": self.gpu_id, "count": self.gpu_count, **cuda}
         if self.volume_id:
             body["mounts"] = {"network": [{"volumeId": self.volume_id, "path": WORKSPACE}]}
@@ -60,3 +64,9 @@ class PodRequest:
         if self.args:
             body["args"] = self.args
         return body
+
+
+def cuda_of(image: str) -> str | None:
+    """`12.8` of `…-cu1281-torch280`: no container of that image starts where the driver serves less."""
+    found = re.search(r"[:-]cu(1\d)(\d)\d?\b", image)
+    return f"{found[1]}.{found[2]}" if found else None
