@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Kept between test runs: unpacking SmolLM2 takes 20 s.
 os.environ.setdefault("RUNNER_CACHE", str(ROOT / ".pytest_cache" / "runner"))
 os.environ["WANDB_MODE"] = "offline"
+os.environ["RUNNER_PYTHON"] = "python"  # messages spell commands as in a shell with the environment active
 
 # `make test` starts a worker per core, and each stays on its own: torch's threads then never wait for one another.
 # (Two runs of two threads on two cores take ten times as long as one, not twice.)
