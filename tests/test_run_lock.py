@@ -102,7 +102,11 @@ def test_a_number_that_another_process_has_now_is_nobody(file: str, run: RunDir)
     _is_free(run)
 
 
-@pytest.mark.parametrize(("born", "free"), [(birth(os.getpid()), True), (SOMEBODY, False), (None, False)])
+@pytest.mark.parametrize(
+    ("born", "free"),
+    [(birth(os.getpid()), True), (SOMEBODY, False), (None, False)],
+    ids=["this machine", "another", "unknown"],  # not the value: workers of a parallel run have to collect the same
+)
 def test_another_host_is_believed_unless_it_is_this_machine(born: Any, free: bool, run: RunDir) -> None:
     """A container gets a new name each time, a laptop with each network; another machine cannot be looked at."""
     run.set_status("training", host="elsewhere", pid=57, born=born)
