@@ -21,6 +21,14 @@ from runner.execute import local, torchrun
 from runner.execute.causes import cause_of
 from runner.gpus import Gpu, Unusable
 from runner.hardware import Machine
+from runner.plan.attention import mask
+from runner.plan.blocks import Block, LayerKind
+from runner.plan.head import embed
+from runner.plan.memory import setting_of
+from runner.plan.options import job_of
+from runner.plan.shape import shape_of
+from runner.plan.tape import Tape
+from runner.plan.training import training_of
 from runner.report.progress import Progress
 from runner.rundir import RunDir
 from runner.spec import RunPodPlace, RunSpec
@@ -161,6 +169,67 @@ def test_liger_is_off_on_a_cpu_and_refused_there_by_name(monkeypatch: pytest.Mon
         on("hw=cpu", "train.liger=true")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cuda")
+
+
+def trainer_of(spec: RunSpec, other: RunSpec | None = None) -> Any:
+    """The trainer of a run on this CPU; `other` is what it is told to compute with."""
+    run = RunDir.create(spec)
+    examples = objectives.read(spec)
+    source = models.source_of(spec.model)
+    tokenizer = models.load_tokenizer(spec, source)
+    tokenised = objectives.tokenise(examples, tokenizer, spec)
+    told = other or spec
+    model = objectives.load_model(told, source, tokenizer)
+    methods.mark_trainable(told, model)
+    guard = LossGuard(spec.train, run, Ranks(), lambda line: None)
+    settings = objectives.settings(spec, run, 6, [])
+    return objectives.build(told, source, model, tokenizer, tokenised, args=settings, guard=guard, callbacks=[])
+
+
+# ── attention masks ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_plan_counts_the_mask_that_the_model_makes(packed: bool, attention: str, method: str, folder: Path) -> None:
+    """Of a batch by the trainer's own collator: packed rows of two documents each, or rows of which one is full."""
+    words = f"method={method}", f"train.attention={attention}", f"train.packing={str(packed).lower()}"
+    found: Any = None
+    for b, s in ((1, 32), (2, 32), (3, 32), (4, 16)):
+        batch = f"train.max_length={s}", f"train.micro_batch_size={b}", f"train.batch_size={b}"
+        spec = spec_of(*tiny_llama.words(folder), *words, *batch)
+        found = found or trainer_of(spec)
+        lengths = [s if packed or not row else s - row for row in range(b)]
+        extra = {"seq_lengths": [5, s - 5]} if packed else {}
+        real = mask_made(spec, found, [{"input_ids": [4] * n, "labels": [4] * n, **extra} for n in lengths])
+        shape = shape_of(spec.model)
+        training = training_of(shape, spec.method, "bf16", deepspeed=False)
+        block = Block(Tape(), shape, setting_of(training, job_of(spec), b))
+        hidden, _ = embed(block, LayerKind(training.trains.embedding), needs_grad=False)
+        counted = [storage.size for storage in mask(block, hidden.width)]
+        if real is None:  # without padding SDPA is told that the row is causal: the plan has the mask of a padded one
+            assert (attention, packed, b) == ("sdpa", False, 1)
+            continue
+        assert counted == [real.numel() * real.element_size()], (b, s, real.shape)
+
+
+def mask_made(spec: RunSpec, found: Any, rows: list[dict[str, Any]]) -> torch.Tensor | None:
+    """The mask that the first layer gets when the trainer computes the loss of a batch of these rows."""
+    made: list[Any] = []
+    layer = next(module for name, module in found.model.named_modules() if name.endswith("layers.0"))
+    hook = layer.register_forward_pre_hook(lambda _, args, more: made.append(more["attention_mask"]), with_kwargs=True)
+    found.model.eval()  # whose loss the guard does not look at
+    with torch.no_grad(), trainer.autocast(spec):
+        found.compute_loss(found.model, found.data_collator(rows))
+    hook.remove()
+    (mask,) = made
+    return mask
+
+
 # ── fp16: nothing that trains has 16 bits ──────────────────────────────────────────────────────
 
 SAVED = "method.modules_to_save=[embed_tokens,lm_head]"
@@ -174,27 +243,12 @@ TRAINED = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cuda")
-
-
 def built(folder: Path, words: tuple[str, ...]) -> Any:
     """The trainer of a run in fp16, on the CPU: what is looked at is the width of its weights."""
     objective, *more = words
     rows = {"grpo": ("objective.num_generations=2", "objective.max_new_tokens=4")}.get(objective, ())
     spec = spec_of(*preferences.words(folder, f"objective={objective}", "train.packing=false", *rows, *more))
-    half = spec.model_copy(update={"train": spec.train.model_copy(update={"precision": "fp16"})})
-    run = RunDir.create(spec)
-    examples = objectives.read(spec)
-    source = models.source_of(spec.model)
-    tokenizer = models.load_tokenizer(spec, source)
-    tokenised = objectives.tokenise(examples, tokenizer, spec)
-    model = objectives.load_model(half, source, tokenizer)
-    methods.mark_trainable(half, model)
-    guard = LossGuard(spec.train, run, Ranks(), lambda line: None)
-    settings = objectives.settings(spec, run, 6, [])
-    return objectives.build(half, source, model, tokenizer, tokenised, args=settings, guard=guard, callbacks=[])
+    return trainer_of(spec, spec.model_copy(update={"train": spec.train.model_copy(update={"precision": "fp16"})}))
 
 
 @pytest.mark.parametrize("words", TRAINED, ids=" ".join)
@@ -221,9 +275,6 @@ def test_under_deepspeed_a_bf16_adapter_becomes_fp16_which_it_scales_itself() ->
 
 
 def test_the_plan_counts_the_width_that_trains() -> None:
-    from runner.plan.shape import shape_of
-    from runner.plan.training import training_of
-
     def widths(*words: str) -> tuple[int, int]:
         spec = on(*words)
         found = training_of(shape_of(spec.model), spec.method, spec.train.precision, deepspeed=False)

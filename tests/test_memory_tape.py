@@ -76,11 +76,11 @@ def run_of(method: str, *overrides: str, family: str = "llama", s: int = 192, b:
     return spec.model_copy(update={"model": model_of(family)})
 
 
-def setting(spec: RunSpec, **changes: Any) -> tuple[Any, Setting]:
+def setting(spec: RunSpec, packed: bool = False, **changes: Any) -> tuple[Any, Setting]:
     training = training_of(shape_of(spec.model), spec.method, "bf16", deepspeed=False)
     job = Job(
         seq=spec.train.max_length, precision="bf16", checkpointing=spec.train.gradient_checkpointing is True,
-        attention="flash", optimizer="adamw", on_gpu=True,
+        attention="flash", optimizer="adamw", on_gpu=True, packed=packed,
     )  # fmt: skip
     return training, replace(setting_of(training, job, int(spec.train.micro_batch_size)), **changes)
 
@@ -153,11 +153,12 @@ def test_the_head_works_in_tiles_of_rows_too(monkeypatch: pytest.MonkeyPatch) ->
 # --- attention and the head of a CPU: a step written out, as the simulation has neither --------------
 
 
-def steps_with(spec: RunSpec, attention: str, fused: bool) -> simulate.Simulated:
+def steps_with(spec: RunSpec, attention: str, fused: bool, packed: bool = False) -> simulate.Simulated:
     """A step on fakes with a mask of four dimensions and, unless `fused`, `CountingTrainer.compute_loss`."""
     model, counter = simulate.build(spec), simulate.LiveBytes()
     model.config._attn_implementation = attention
     b, s = int(spec.train.micro_batch_size), spec.train.max_length
+    b, s = (1, b * s) if packed else (b, s)
     with simulate.gpu_like(), FakeTensorMode(), counter:
         simulate.to_fakes(model)
         ids = torch.zeros(b, s, dtype=torch.int64)
@@ -182,11 +183,12 @@ def steps_with(spec: RunSpec, attention: str, fused: bool) -> simulate.Simulated
     ("method", "attention", "fused"),
     [("full", "eager", False), ("full", "sdpa", True), ("lora", "eager", True), ("lora", "sdpa", False)],
 )
-def test_masks_scores_and_logits_are_counted(method: str, attention: str, fused: bool) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_masks_scores_and_logits_are_counted(method: str, attention: str, fused: bool, packed: bool) -> None:
     for checkpointing in (True, False):
         spec = run_of(method, f"train.gradient_checkpointing={str(checkpointing).lower()}")
-        plan = planned(spec, attention=attention, head="fused" if fused else "labelled")
-        assert_same(plan, steps_with(spec, attention, fused), 0.03)
+        plan = planned(spec, packed=packed, attention=attention, head="fused" if fused else "labelled")
+        assert_same(plan, steps_with(spec, attention, fused, packed), 0.03)
 
 
 # --- quantised weights: real tensors on the CPU ----------------------------------------------------

@@ -47,6 +47,12 @@ def test_on_a_cpu_short_sequences_take_eager_attention(length: int, attention: s
     assert spec_of("hw=cpu", f"train.max_length={length}").train.attention == attention
 
 
+@pytest.mark.parametrize(("packing", "attention"), [("true", "sdpa"), ("false", "eager")])
+def test_on_a_cpu_a_packed_micro_batch_is_one_long_row(packing: str, attention: str) -> None:
+    batch = "train.batch_size=4", "train.micro_batch_size=4", f"train.packing={packing}"
+    assert spec_of("hw=cpu", f"train.max_length={EAGER_UP_TO}", *batch).train.attention == attention
+
+
 def test_a_cpu_without_bfloat16_computes_in_fp32() -> None:
     assert spec_of("hw=cpu", "hw.bf16=false").train.precision == "fp32"
 

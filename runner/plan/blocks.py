@@ -1,7 +1,7 @@
 """The setting of a step, and torch's operations on the tape.
 
 Every operation allocates, keeps and frees like torch's, in the same order: that decides when a tensor dies.
-b sequences of s tokens; `n` = b·s; widths are bytes per number.
+b rows of s tokens; `n` = b·s; widths are bytes per number.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Setting:
     """Everything but the shape that decides the memory of a step."""
 
     b: int
-    """Micro batch, in sequences."""
+    """Rows of a micro batch: its sequences, or 1 where they are packed."""
     s: int
-    """Tokens per sequence."""
+    """Tokens per row."""
     width: int = 2
     """Bytes of the arithmetic: 2 for bf16 and fp16, 4 for fp32."""
     autocast: bool = True

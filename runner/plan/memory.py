@@ -70,6 +70,8 @@ class Job:
     """Share of positions with a label (on a CPU, where the head sees only those)."""
     passes: Passes = PLAIN
     """What the objective makes of a micro batch."""
+    packed: bool = False
+    """Documents share sequences, and the sequences of a micro batch one row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +88,12 @@ class Memory:
 
 
 def setting_of(training: Training, job: Job, micro_batch: int) -> Setting:
-    """The tape's view of a run."""
+    """The tape's view of a run. A packed micro batch is one row [1, b·s] (`padding_free`, TRL's collator)."""
+    sequences = micro_batch * job.passes.sequences
+    rows = 1 if job.packed else sequences
     return Setting(
-        b=micro_batch * job.passes.sequences,
-        s=job.seq,
+        b=rows,
+        s=job.seq * sequences // rows,
         width=training.width,
         autocast=training.autocast,
         trained_width=training.trained_width,

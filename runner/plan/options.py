@@ -253,6 +253,7 @@ def job_of(spec: RunSpec) -> Job:
         eval_batch=spec.eval.batch_size if asks(spec) else 0,
         eval_new_tokens=spec.eval.max_new_tokens,
         passes=passes_of(spec.objective, spec.method),
+        packed=train.packing,
     )
 
 

@@ -17,7 +17,9 @@ def settled(spec: RunSpec) -> RunSpec:
     on_gpu = spec.hw.accelerator == "cuda"
     flash = on_gpu and spec.hw.flash_attention and train["precision"] != "fp32"  # it has kernels for 16 bits alone
     if spec.train.attention == "auto" and not flash:
-        short_on_cpu = not on_gpu and spec.train.max_length <= EAGER_UP_TO
+        micro = spec.train.micro_batch_size if spec.train.packing else 1  # a packed micro batch is one row
+        row = spec.train.max_length * (micro if isinstance(micro, int) else 1)
+        short_on_cpu = not on_gpu and row <= EAGER_UP_TO
         train["attention"] = "eager" if short_on_cpu else "sdpa"
     if spec.train.gradient_checkpointing == "auto":
         train["gradient_checkpointing"] = on_gpu
