@@ -221,9 +221,12 @@ def _composed(request: Request, checked: Checked) -> _Composed:
                 )
     except RequestError as error:
         return _Composed(None, error.problems)
-    own = OmegaConf.create({key: value for key, value in config.items_ex(resolve=False) if key != "hydra"})
     source_of = source_finder(request)
-    found = _resolved(own, source_of)
+    content = {key: value for key, value in config.items_ex(resolve=False) if key != "hydra"}
+    names = {key: content.pop(key) for key in catalogue.GROUPS if isinstance(content.get(key), (str, int, float))}
+    found = _resolved(OmegaConf.create(content), source_of, tuple(names))
+    misplaced = [recipe.misplaced(key, str(name), source_of(key), request.folders) for key, name in names.items()]
+    found = replace(found, problems=[*misplaced, *found.problems])
     if found.values is not None:
         if any(not isinstance(value, (str, type(None))) for value in _environment(found.values).values()):
             _keep_texts(found.values, _texts(request))
@@ -263,22 +266,29 @@ def _identified(found: _Composed, others: Iterable[Problem]) -> _Composed:
     return replace(found, problems=[*found.problems, *problems], unsure=found.unsure | unsure)
 
 
-def _resolved(config: DictConfig, source_of: SourceOf) -> _Composed:
-    """Interpolations replaced by their values; a key whose own leads nowhere is told and left out."""
+def _resolved(config: DictConfig, source_of: SourceOf, without: tuple[str, ...] = ()) -> _Composed:
+    """Interpolations replaced by their values; a key whose own leads nowhere is told and left out.
+
+    `without` are groups of which nothing is known: what refers to them is left out, too.
+    """
     dangling: dict[str, Problem] = {}
+    left_out = set(without)
     while True:
         try:
             with _interruptible():
                 values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
             assert isinstance(values, dict)
-            return _Composed({str(k): v for k, v in values.items()}, [*dangling.values()], frozenset(dangling))
+            unsure = frozenset(left_out | dangling.keys())
+            return _Composed({str(k): v for k, v in values.items()}, [*dangling.values()], unsure)
         except OmegaConfBaseException as error:
-            target = _target(error)
-            if target and (default := default_of(target)) is not None:  # an interpolation sees the schema's, too
+            target, key = _target(error), str(error.full_key).split("[")[0]
+            if target and target.split(".")[0] in without:
+                left_out.add(key)
+            elif target and (default := default_of(target)) is not None:  # an interpolation sees the schema's, too
                 OmegaConf.update(config, target, default, force_add=True)
                 continue
-            key = str(error.full_key).split("[")[0]
-            dangling[key] = _dangling(key, error, source_of)
+            else:
+                dangling[key] = _dangling(key, error, source_of)
             parent, _, leaf = key.rpartition(".")
             del (OmegaConf.select(config, parent) if parent else config)[leaf]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runner import catalogue
+from runner import catalogue, recipe
 from runner.errors import Problem
 from runner.problems import SourceOf
 from runner.suggest import nearest_choice
@@ -73,8 +73,10 @@ def _of_choice(
         if _taken_away(group, key, held) or (generic and _describes(group, key, held, folders)):
             continue
         what = f"{group}.{key}={value} names another {_NOUN.get(group, group)}"
-        remedy = _instead(group, key, str(value), folders)
-        yield Problem(f"{what}, and the rest would stay that of {group}={choice}", source_of(f"{group}.{key}"), remedy)
+        remedy, source = _instead(group, key, str(value), folders), source_of(f"{group}.{key}")
+        if source != "command line":
+            remedy = recipe.for_file(remedy)
+        yield Problem(f"{what}, and the rest would stay that of {group}={choice}", source, remedy)
     if group == "model" and not generic and own.get("architecture") and not held.get("from_scratch"):
         for key in ARCHITECTURE:
             if held.get(key) != own.get(key):

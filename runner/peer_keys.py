@@ -1,6 +1,7 @@
 """What other trainers call our keys: Axolotl, LLaMA-Factory, TRL, and transformers' TrainingArguments.
 
-People arrive with these in their fingers; a key or group of ours is what `did you mean` answers.
+People arrive with these in their fingers; a key or group of ours is what `did you mean` answers. `NONE` are those
+without one.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ PEERS = {
     # data
     "dataset": "data",
     "datasets": "data.sources",
+    "train_dataset": "data",
     "dataset_name": "data.id",
     "dataset_config_name": "data.subset",
     "dataset_config": "data.subset",
@@ -124,6 +126,8 @@ PEERS = {
     "sequence_len": "train.max_length",
     "seq_len": "train.max_length",
     "sample_packing": "train.packing",
+    "eval_sample_packing": "train.packing",
+    "max_packed_sequence_len": "train.max_length",
     "lr_scheduler": "train.schedule",
     "lr_scheduler_type": "train.schedule",
     "scheduler": "train.schedule",
@@ -141,17 +145,21 @@ PEERS = {
     "flash_attn": "train.attention",
     "attn_implementation": "train.attention",
     "grad_checkpointing": "train.gradient_checkpointing",
+    "gradient_checkpointing_kwargs": "train.gradient_checkpointing",
     "disable_gradient_checkpointing": "train.gradient_checkpointing",
     "use_liger_kernel": "train.liger",
     "enable_liger_kernel": "train.liger",
     "data_seed": "train.seed",
     "save_steps": "train.save_every_steps",
     "saves_per_epoch": "train.save_every_steps",
+    "save_strategy": "train.save_every_steps",
     "save_total_limit": "train.keep_checkpoints",
     "ddp_timeout": "train.hang_minutes",
     "loss_watchdog_threshold": "train.on_loss_spike",
     # evaluation, tracking, the run
     "eval_steps": "eval.every_steps",
+    "eval_strategy": "eval.every_steps",
+    "evaluation_strategy": "eval.every_steps",
     "evals_per_epoch": "eval.every_steps",
     "eval_batch_size": "eval.batch_size",
     "per_device_eval_batch_size": "eval.batch_size",
@@ -165,3 +173,40 @@ PEERS = {
     "metric_for_best_model": "run.metric",
     "greater_is_better": "run.metric_mode",
 }
+
+_OWN = "it is read from the model's own files"
+_TOKENS = "tokens are cached by content, below RUNNER_CACHE"
+NONE = {
+    "logging_steps": "every step is written to metrics.jsonl",
+    "logging_strategy": "every step is written to metrics.jsonl",
+    "logging_dir": "logs are in the run's own folder",
+    "do_train": "no verb means run",
+    "do_eval": "eval.every_steps measures while training, and the verb eval after it",
+    "do_predict": "the verb eval asks a finished run",
+    "trust_remote_code": "no code of a model's repository is executed",
+    "overwrite_output_dir": "no run overwrites another's folder",
+    "resume_from_checkpoint": "python -m runner resume RUN goes on from its last checkpoint",
+    "auto_resume_from_checkpoints": "python -m runner resume RUN goes on from its last checkpoint",
+    "push_to_hub": "python -m runner push RUN uploads a finished run",
+    "hub_model_id": "python -m runner push RUN uploads a finished run",
+    "export_dir": "python -m runner merge RUN writes a finished model",
+    "plot_loss": "every run draws loss.png",
+    "model_type": _OWN,
+    "tokenizer_type": _OWN,
+    "processor_type": _OWN,
+    "model_class": _OWN,
+    "dataset_prepared_path": _TOKENS,
+    "overwrite_cache": _TOKENS,
+    "tokenized_path": _TOKENS,
+    "special_tokens": "the tokenizer's own are used, and data.add_tokens adds others",
+} | dict.fromkeys(
+    (
+        "tf32", "wandb_watch", "wandb_log_model", "pad_to_sequence_len", "strict", "plugins", "group_by_length",
+        "remove_unused_columns", "dataloader_num_workers", "save_only_model", "xformers_attention", "adam_beta1",
+        "adam_beta2", "adam_epsilon", "eot_tokens", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "debug",
+        "loss_watchdog_patience", "neftune_noise_alpha", "noisy_embedding_alpha", "load_best_model_at_end",
+        "ddp_find_unused_parameters", "dataloader_pin_memory", "logging_first_step", "include_num_input_tokens_seen",
+    ),
+    "this runner has no such setting",
+)  # fmt: skip
+"""Keys of theirs that have none of ours, and why."""

@@ -8,8 +8,8 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from runner import catalogue
 from runner.errors import Problem, RequestError
+from runner.peer_keys import NONE
 from runner.provenance import flat
 from runner.spec import RunSpec
 from runner.suggest import choices_with, known_keys, nearest, nearest_key, parts_of
@@ -84,6 +84,8 @@ def unknown(key: str, chosen: str | None, source: str | None) -> Problem:
         steps = key.split(".")
         nested = ": {".join(steps) + ": …" + "}" * (len(steps) - 1)
         return Problem(f"unknown key {key}: a dot has no meaning in YAML", source, f"write {nested}")
+    if (word := key.rpartition(".")[2]) in NONE and key not in known_keys():
+        return Problem(f"unknown key {key}", source, f"leave it out: {NONE[word]}")
     near = nearest_key(key) if key not in known_keys() else None
     return Problem(
         f"unknown key {key}", source, f"did you mean {near}?" if near else "see docs/reference.md for every key"
@@ -148,8 +150,6 @@ def _instead(key: str, detail: ErrorDetails, source: str | None) -> str:
         if in_file:
             return f'quote it: {leaf}: ["{text}"]' if listed else f'quote it: {leaf}: "{text}"'
         return f"quote it: {key}='[\"{text}\"]'" if listed else f"quote it: {key}='\"{text}\"'"
-    if key in catalogue.GROUPS and isinstance(value, str) and in_file:
-        return f"write it into the defaults list: - override /{key}: {value}"
     if kind in _NEAREST:
         return f"write {key}={detail['ctx'][_NEAREST[kind]]:g}, or {'more' if kind.startswith('greater') else 'less'}"
     if kind.startswith("bool"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from runner import catalogue
+from runner import catalogue, foreign
 from runner.errors import Problem, RequestError
 from runner.paths import RECIPES
 from runner.provenance import flat, shown
@@ -30,6 +30,8 @@ def find(recipe: str, folders: tuple[Path, ...] = ()) -> Path:
         near = nearest(file.stem, catalogue.recipes())
         remedy = f"did you mean recipe={near}?" if near else "python -m runner list recipes shows them"
         raise RequestError(Problem(f"there is no recipe {recipe!r}", "command line", remedy))
+    if file.suffix == ".yml" and (theirs := foreign.problems_in(file)):
+        raise RequestError(*theirs)
     if file.name != f"{file.stem}.yaml" or file.stem == "config":  # Hydra reads .yaml only, and config is the main job
         name = "my_recipe" if file.stem == "config" else file.stem
         raise RequestError(Problem(f"a recipe cannot be called {file.name}", "command line", f"call it {name}.yaml"))
@@ -42,12 +44,79 @@ def problems_in(file: Path, folders: tuple[Path, ...]) -> list[Problem]:
         node = yaml.compose(stream)
     if not isinstance(node, yaml.MappingNode):
         return [Problem(f"{shown(file)} is not a recipe: it holds no keys", None, _BASE)]
-    entries = next((value for key, value in node.value if key.value == "defaults"), None)
-    entries = entries.value if isinstance(entries, yaml.SequenceNode) else []
-    if not any(isinstance(entry, yaml.ScalarNode) and entry.value != "_self_" for entry in entries):
-        return [Problem(f"{shown(file)} builds on nothing: its defaults list does not name config", None, _BASE)]
+    if theirs := foreign.problems_in(file):
+        return theirs
+    listed = next((value for key, value in node.value if key.value == "defaults"), None)
+    entries = listed.value if isinstance(listed, yaml.SequenceNode) else [listed] if listed else []
     choices = [pair for entry in entries if isinstance(entry, yaml.MappingNode) for pair in entry.value]
+    if not isinstance(listed, yaml.SequenceNode) or not any(
+        isinstance(entry, yaml.ScalarNode) and entry.value != "_self_" for entry in entries
+    ):
+        return _baseless(file, choices, node, folders)
     return [p for group, choice in choices for p in _problems_of_entry(group, choice, shown(file), folders)]
+
+
+def _baseless(
+    file: Path, choices: list[tuple[yaml.Node, yaml.Node]], node: yaml.MappingNode, folders: tuple[Path, ...]
+) -> list[Problem]:
+    """What a recipe without `config` in its defaults list is to begin with, and each choice that stands elsewhere."""
+    found, lines = [], []
+    outside = [(key, value) for key, value in node.value if isinstance(value, yaml.ScalarNode)]
+    for key, value in [*choices, *((k, v) for k, v in outside if k.value in catalogue.GROUPS)]:
+        group = _group_of(key.value)
+        if group in catalogue.GROUPS and isinstance(value, yaml.ScalarNode):
+            place = f"{shown(file)}:{key.start_mark.line + 1}"
+            entry, rest = _in_defaults(group, value.value, folders)
+            lines.append(f"  {entry}")
+            if (key, value) in outside:
+                found.append(misplaced(group, value.value, place, folders))
+            elif rest or value.value not in catalogue.options(group, folders):
+                found.append(no_choice(group, value.value, catalogue.options(group, folders), place))
+    what = f"{shown(file)} builds on nothing: its defaults list does not name config"
+    block = ["begin it with:", "defaults:", "  - config", *dict.fromkeys(lines), "  - _self_"]
+    return [Problem(what, None, "\n".join(block) if lines else _BASE), *found]
+
+
+def misplaced(group: str, name: str, place: str | None, folders: tuple[Path, ...]) -> Problem:
+    """`group: name` among the values of a file."""
+    entry, rest = _in_defaults(group, name, folders)
+    remedy = f"write it into the defaults list: {entry}" + (f", and below it {rest}" if rest else "")
+    return Problem(f"{group}: {name} chooses, and that is done in the defaults list", place, remedy)
+
+
+def _in_defaults(group: str, name: str, folders: tuple[Path, ...]) -> tuple[str, str | None]:
+    """The line of a defaults list that chooses `name`, and the value it needs where it is no choice itself."""
+    meant = None if name in catalogue.options(group, folders) else _meant(group, name)
+    if meant is None:
+        near = nearest_choice(group, name, catalogue.options(group, folders))
+        return f"- override /{group}: {near or name}", None
+    choice, value = in_yaml(meant)
+    return choice or f"- override /{group}: local", value  # `hw: 2` is `hw.num_gpus=2`
+
+
+def in_yaml(words: str) -> tuple[str | None, str | None]:
+    """`model=hub model.id=org/name` as a line of the defaults list, and one of values."""
+    choice = value = None
+    for word in re.split(r" (?=\w+\.\w+=)", words):
+        key, _, text = word.partition("=")
+        if "." in key:
+            value = f"{key.split('.')[0]}: {{{key.split('.')[1]}: {text}}}"
+        else:
+            choice = f"- override /{key}: {text}"
+    return choice, value
+
+
+def for_file(remedy: str) -> str:
+    """A remedy for the command line as one for a file: `write model=hub model.id=x`."""
+    if not re.fullmatch(r"write \w+(\.\w+)?=\S+( \w+\.\w+=\S+)*", remedy):
+        return remedy
+    choice, value = in_yaml(remedy.removeprefix("write "))
+    said = f"write it into the defaults list: {choice}" if choice else ""
+    return said + (f"{', and below it ' if said else 'write '}{value}" if value else "")
+
+
+def _group_of(key: str) -> str:
+    return re.sub(r"^(override|optional)\s+", "", key).removeprefix("/").split("@")[0]
 
 
 def written(file: Path) -> tuple[dict[str, str], dict[str, Any]]:
@@ -74,7 +143,8 @@ def no_choice(group: str, name: str, names: tuple[str, ...], place: str) -> Prob
     """`group=name` where `names` are all there are."""
     near = nearest_choice(group, name, names)
     if meant := _meant(group, name):
-        return Problem(f"there is no {group} {name!r}", place, f"write {meant}")
+        remedy = f"write {meant}"
+        return Problem(f"there is no {group} {name!r}", place, remedy if place == "command line" else for_file(remedy))
     remedy = f"did you mean {group}={near}?" if near else f"python -m runner list {group} shows all"
     return Problem(f"there is no {group} {name!r}", place, remedy)
 
@@ -101,7 +171,7 @@ def _meant(group: str, name: str) -> str | None:
 def _problems_of_entry(key: yaml.Node, choice: yaml.Node, file: str, folders: tuple[Path, ...]) -> Iterator[Problem]:
     """What is wrong with `override /group: choice`."""
     place = f"{file}:{key.start_mark.line + 1}"
-    group = re.sub(r"^(override|optional)\s+", "", key.value).removeprefix("/").split("@")[0]
+    group = _group_of(key.value)
     if group.startswith("hydra/") or not isinstance(choice, yaml.ScalarNode):
         return
     names = catalogue.options(group, folders)

@@ -85,7 +85,8 @@ def test_a_key_that_names_another_thing_is_refused(words: str, key: str, remedy:
 def test_a_recipe_that_chooses_one_model_and_names_another_is_refused_with_its_line(here: Path) -> None:
     write(here / "mine.yaml", "defaults: [config, override /model: phi2, _self_]\nmodel:\n  id: me/other\n")
     problem = only_problem("mine.yaml")
-    assert (problem.source, problem.remedy) == ("mine.yaml:3", "write model=hub model.id=me/other")
+    remedy = "write it into the defaults list: - override /model: hub, and below it model: {id: me/other}"
+    assert (problem.source, problem.remedy) == ("mine.yaml:3", remedy)
 
 
 def test_what_changes_no_identity_is_taken() -> None:
