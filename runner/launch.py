@@ -15,6 +15,7 @@ from rich.console import Console
 from runner import inputs, planning, unchanged
 from runner import resume as resuming
 from runner.compose import source_finder
+from runner.content_checks import check_read
 from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
 from runner.execute import inherited, local
 from runner.execute.manner import PLAINLY, Manner
@@ -31,7 +32,6 @@ from runner.resolve import asked, complete
 from runner.run_lock import owned
 from runner.rundir import RunDir
 from runner.spec import RunSpec
-from runner.trial import check_read
 
 
 def run(request: Request, composed: RunSpec, console: Console, as_json: bool, manner: Manner = PLAINLY) -> int:

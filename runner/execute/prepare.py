@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from runner.content_checks import check_read
 from runner.execute.offline import environment
 from runner.spec import RunSpec
-from runner.trial import check_read
 
 
 def prepare(spec: RunSpec, as_json: bool) -> int:
