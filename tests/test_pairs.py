@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from runner.data import preview as previewing
 from runner.data.encoding import in_chunks
 from runner.data.examples import Judged, Learnable, Preference, Question, Turn, kind_of
 from runner.data.formats import Found, canonical
-from runner.data.pairs import How, encode_chunk, split
+from runner.data.pairs import TOOLS, How, encode_chunk, split
 from runner.data.templates import template_source
 from runner.data.words import Words
 from runner.errors import RequestError
 from runner.spec import DataSpec, RunSpec
 from runner.train import pairs
 from runner.train.dataset import chat_ids
+from runner.train.grpo import GrpoTrainer
+from runner.train.preference import Given
 from tests.conftest import spec_of
 from tests.test_encoding import tokenizer
 from tests.test_masks import SPECIAL, body
@@ -29,6 +34,7 @@ SEARCH = {
     "type": "function",
     "function": {"name": "search_the_web", "parameters": {"type": "object", "properties": {}}},
 }
+SEARCH_CALL = {"type": "function", "function": {"name": "search_the_web", "arguments": {"for": "x"}}}
 
 
 def user(text: str) -> Turn:
@@ -120,7 +126,8 @@ def test_a_question_and_its_system_prompt_are_in_what_is_trained(objective: str,
 def test_a_preview_shows_the_tokens_that_are_learned(
     objective: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of answers with several turns, too: what lies between them counts as they do."""
+    """Of answers with several turns, too: what others say between them is given, but for a reward model, which judges
+    the whole."""
     tokenizer.save_pretrained(tmp_path)
     kind: Learnable = Preference([user("a?")], [said("b"), user("c?"), said("d")], [said("e")], where="row 1")
     if objective == "kto":
@@ -132,13 +139,63 @@ def test_a_preview_shows_the_tokens_that_are_learned(
     decode = tokenizer.backend_tokenizer.decode
     for name in ("completion",) if objective == "kto" else ("chosen", "rejected"):
         pieces = [piece for piece in shown["segments"] if piece.get("part", "completion") == name]
-        assert [piece["trained"] for piece in pieces] == [False, True]
+        several = "c?" in "".join(piece["text"] for piece in pieces) and objective != "reward"
+        assert [piece["trained"] for piece in pieces] == [False, True] * (1 + several)
         ids = trained.get("prompt_ids", []) + trained[f"{name}_ids"]
         assert "".join(piece["text"] for piece in pieces) == decode(ids, skip_special_tokens=False)
         assert sum(piece["tokens"] for piece in pieces) == len(ids)
         if "prompt_ids" in trained:
-            assert [piece["tokens"] for piece in pieces] == [len(trained["prompt_ids"]), len(trained[f"{name}_ids"])]
-    assert "c?" in shown["segments"][1]["text"]
+            edges = [0, *trained[f"{name}_given"], len(trained[f"{name}_ids"])]
+            sizes = [end - begin for begin, end in zip(edges, edges[1:], strict=False)]
+            assert [piece["tokens"] for piece in pieces] == [len(trained["prompt_ids"]), *sizes]
+    between = shown["segments"][1 if objective == "reward" else 2]["text"]
+    assert "c?" in between and (objective == "reward" or not {"b", "d"} & set(between.split("c?")))
+
+
+RESULT: Turn = {"role": "tool", "content": "RESULT"}
+
+
+@pytest.mark.parametrize("between", [user("c?"), RESULT], ids=["user", "tool"])
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_what_others_say_inside_an_answer_is_given_and_not_learned(
+    objective: str, between: Turn, tokenizer: Any
+) -> None:
+    first: Turn = {**said(""), "tool_calls": [SEARCH_CALL]} if between is RESULT else said("b")
+    answer = [first, between, said("d")]
+    row: Learnable = Preference([user("a?")], [said("e")], answer)
+    name = "rejected"
+    if objective == "kto":
+        row, name = Judged([user("a?")], answer, True), "completion"
+    tokenizer.chat_template = template_source("qwen")
+    (found,) = pairs.tokenise([row], tokenizer, spec(objective)).rows
+    begin, end = found[f"{name}_given"]
+    ids, decode = found[f"{name}_ids"], tokenizer.decode
+    assert decode(ids[end:]) == "d<|im_end|>\n" and decode(ids[:begin]).endswith("<|im_end|>")
+    inside = between["content"] if between is not RESULT else "<tool_response>\nRESULT\n</tool_response>"
+    assert decode(ids[begin:end]) == f"\n<|im_start|>user\n{inside}<|im_end|>\n<|im_start|>assistant\n"
+    if objective != "kto":
+        assert found["chosen_given"] == []
+    if objective == "orpo":
+        return
+    collator: Any = {"dpo": DataCollatorForPreference, "kto": DataCollatorForUnpairedPreference}[objective]
+    batch = Given(collator(pad_token_id=0))([found])
+    learned = batch["input_ids"][-1][batch["completion_mask"][-1].bool()]
+    assert learned.tolist() == ids[:begin] + ids[end:]
+
+
+def test_a_question_is_asked_with_its_tools(tokenizer: Any) -> None:
+    tokenizer.chat_template = template_source("qwen")
+    row: dict[str, Any] = {"prompt": "Wie wird das Wetter?", "tools": json.dumps([SEARCH]), "answer": "7"}
+    question = canonical(row, "row 1", DataSpec(path="x"), "prompts")
+    assert question == Question([user("Wie wird das Wetter?")], "7", {"tools": row["tools"]}, [SEARCH])
+    (found,) = pairs.tokenise([question], tokenizer, spec("grpo", "train.max_length=999")).rows
+    assert found[TOOLS] == [SEARCH] and found["tools"] == row["tools"]  # the text is the reward functions'
+    trainer = GrpoTrainer.__new__(GrpoTrainer)
+    trainer.processing_class, trainer.row_tools = tokenizer, [found[TOOLS], None]
+    ids, *_ = trainer._tokenize_prompts([found["prompt"], found["prompt"]])
+    with_tools, without = (tokenizer.decode(one) for one in ids)
+    assert '"name": "search_the_web"' in with_tools and "search_the_web" not in without
+    assert with_tools.endswith("<|im_start|>assistant\n")
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "reward", "grpo"])

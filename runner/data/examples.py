@@ -105,6 +105,7 @@ class Question:
     """Text, a number, or a list of answers that are all right."""
     extra: dict[str, Any] = field(default_factory=dict)
     """All fields of the row, with their types; those that TRL has a name for itself are not among them."""
+    tools: list[dict[str, Any]] = field(default_factory=list)
     where: str = field(default="", compare=False)
     """File and row it came from."""
 

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner.data.examples import Judged, Preference, Question, Turn
+from runner.data.examples import Example, Judged, Preference, Question, Turn
+from runner.data.masks import IGNORED
 from runner.data.words import Words
 from runner.errors import Problem, RequestError
 
 Answer = Sequence[Turn] | str
+TOOLS = "__tools__"  # not `tools`: a reward function gets that column as it is written
 
 
 @dataclass(frozen=True)
@@ -73,20 +75,22 @@ def _columns(
     too."""
     if isinstance(row, Question):
         # Of a question the words alone: TRL renders and tokenises it before every generation.
-        (asked,) = words.ids([words.asked(row.prompt)])
+        (asked,) = words.ids([words.asked(row.prompt, row.tools)])
         fits = len(asked) + how.room <= how.limit
         turns = words.turns.template.messages(row.prompt)
-        return {**row.extra, "prompt": turns, "answer": row.answer}, [len(asked)] if fits else None
+        columns: dict[str, Any] = {**row.extra, "prompt": turns, "answer": row.answer, TOOLS: row.tools}
+        return columns, [len(asked)] if fits else None
     answers = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion,)
     prompt, parts = split(words, row.prompt, answers, row.tools)
     lengths = [len(prompt) + len(part) for part in parts]
     fits = max(lengths) <= how.limit if how.whole else len(prompt) + how.room <= how.limit
-    if isinstance(row, Judged):
-        columns: dict[str, Any] = {"prompt_ids": prompt, "completion_ids": parts[0], "label": row.label}
-    elif how.whole:
-        columns = {"chosen_ids": prompt + parts[0], "rejected_ids": prompt + parts[1]}
-    else:
-        columns = {"prompt_ids": prompt, "chosen_ids": parts[0], "rejected_ids": parts[1]}
+    if how.whole:
+        return {"chosen_ids": prompt + parts[0], "rejected_ids": prompt + parts[1]}, lengths if fits else None
+    names = ("chosen", "rejected") if isinstance(row, Preference) else ("completion",)
+    columns = {"prompt_ids": prompt} | ({"label": row.label} if isinstance(row, Judged) else {})
+    for name, answer, part in zip(names, answers, parts, strict=True):
+        spans = others(words, row.prompt, answer, row.tools, len(prompt))
+        columns |= {f"{name}_ids": part, f"{name}_given": [edge for span in spans for edge in span]}
     return columns, lengths if fits else None
 
 
@@ -103,6 +107,20 @@ def split(
     asked, *conversations = words.ids(texts, special=isinstance(prompt, str))
     start = min(_same(asked, ids) for ids in conversations)
     return asked[:start], [ids[start:] for ids in conversations]
+
+
+def others(
+    words: Words, prompt: Answer, answer: Answer, tools: Sequence[dict[str, Any]], start: int
+) -> list[tuple[int, int]]:
+    """[begin, end) of the tokens inside an answer that users and tools say, counted from its first token, `start` of
+    the whole. They are given, not answered: no objective takes their probability. RequestError where they cannot be
+    told from the assistant's."""
+    if isinstance(prompt, str) or isinstance(answer, str) or all(turn["role"] == "assistant" for turn in answer):
+        return []
+    labels = words.encode(Example([*prompt], [*answer], tools=[*tools]), "completion").labels[start:]
+    learned = [index for index, label in enumerate(labels) if label != IGNORED]
+    edges = zip([-1, *learned], learned, strict=False)  # what is behind the last one counts, as in any other answer
+    return [(before + 1, after) for before, after in edges if before + 1 < after]
 
 
 def _same(a: Sequence[int], b: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from runner.data.examples import Example, Judged, Learnable, Preference, Turn, content_of, kind_of
 from runner.data.formats import Found, inspect
 from runner.data.masks import IGNORED
-from runner.data.pairs import split
+from runner.data.pairs import others, split
 from runner.data.tokens import tokenizer_file
 from runner.data.words import Encoded, Words
 from runner.errors import Problem, RequestError
@@ -29,6 +29,7 @@ def preview(spec: RunSpec, count: int = 3, row: int | None = None) -> dict[str, 
     chosen = _chosen(rows, count, row)
     problems = [problem for found in (*files, *held) for problem in found.problems]
     loss_on = getattr(spec.objective, "loss_on", "all")
+    whole = spec.objective.name == "reward"
     if words and kind != "prompts" and any(_is_conversation(example) for _, example in chosen):
         try:
             words.check_end()
@@ -37,7 +38,7 @@ def preview(spec: RunSpec, count: int = 3, row: int | None = None) -> dict[str, 
     shown = []
     for number, example in chosen:
         try:
-            segments = list(_segments(example, words, loss_on))
+            segments = list(_segments(example, words, loss_on, whole))
         except RequestError as error:
             problems += [Problem(p.what, example.where, p.remedy) for p in error.problems]
             continue
@@ -74,44 +75,53 @@ def _facts(found: Found) -> dict[str, Any]:
     return facts | {"left_out": found.left_out}
 
 
-def _segments(row: Learnable, words: Words | None, loss_on: str) -> Iterator[dict[str, Any]]:
-    """Pieces of the row in order: `text`, `trained`, and the `part` they belong to where a row has several."""
+def _segments(row: Learnable, words: Words | None, loss_on: str, whole: bool = False) -> Iterator[dict[str, Any]]:
+    """Pieces of the row in order: `text`, `trained`, and the `part` they belong to where a row has several; `whole`:
+    answers are judged with everything in them."""
     if isinstance(row, Example):
         yield from _pieces(row, words, loss_on)
     elif isinstance(row, Preference):
-        yield from _compared(row, {"chosen": row.chosen, "rejected": row.rejected}, words)
+        yield from _compared(row, {"chosen": row.chosen, "rejected": row.rejected}, words, whole)
     elif isinstance(row, Judged):
         yield from _compared(row, {"": row.completion}, words)
     elif words is not None:
-        text = words.asked(row.prompt)
+        text = words.asked(row.prompt, row.tools)
         yield {"text": text, "trained": False, "tokens": len(words.ids([text])[0])}
     else:
         yield from _turns(row.prompt, lambda _: False)
 
 
 def _compared(
-    row: Preference | Judged, answers: dict[str, list[Turn] | str], words: Words | None
+    row: Preference | Judged, answers: dict[str, list[Turn] | str], words: Words | None, whole: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """A prompt with each of its answers, of which every token counts: in turns between them, too."""
+    """A prompt with each of its answers, of which every token counts; but what users and tools say in one is given,
+    unless the `whole` is judged."""
     prompt, parts = split(words, row.prompt, list(answers.values()), row.tools) if words else ([], [])
     for index, (name, answer) in enumerate(answers.items()):
         if words is not None:
-            given, whole = (
-                words.backend.decode(ids, skip_special_tokens=False) for ids in (prompt, prompt + parts[index])
-            )
-            said = whole.removeprefix(given)  # decoded alone, it may lose the space that it begins with
-            pieces = _given_and_learned(given, said, len(prompt), len(parts[index]))
+            spans = [] if whole else others(words, row.prompt, answer, row.tools, len(prompt))
+            pieces = _decoded(words, prompt + parts[index], len(prompt), [edge for span in spans for edge in span])
         elif isinstance(answer, str):
             pieces = _given_and_learned(str(row.prompt), answer)
         else:
-            pieces = [*_turns(row.prompt, lambda _: False), *_turns(answer, lambda _: True)]
+            pieces = [*_turns(row.prompt, lambda _: False), *_turns(answer, lambda turn: whole or turn["role"] == "assistant")]
         yield from (piece | {"part": name} if name else piece for piece in pieces)
 
 
-def _given_and_learned(given: str, said: str, *tokens: int) -> list[dict[str, Any]]:
-    counts: Sequence[int | None] = tokens or (None, None)
-    texts = ((given, False, counts[0]), (said, True, counts[1]))
-    return [{"text": text, "trained": trained, "tokens": count} for text, trained, count in texts]
+def _decoded(words: Words, ids: Sequence[int], start: int, edges: Sequence[int]) -> list[dict[str, Any]]:
+    """The ids as pieces that are given and learned in turn: the prompt up to `start`, and from there up to each edge."""
+    begin, known, pieces = 0, "", []
+    for index, end in enumerate([start, *(start + edge for edge in edges), len(ids)]):
+        text = words.backend.decode(ids[:end], skip_special_tokens=False)
+        if end > begin or not edges:  # decoded alone, a piece may lose the space that it begins with
+            piece = {"text": text.removeprefix(known), "trained": index % 2 == 1, "tokens": end - begin}
+            pieces.append(piece)
+        begin, known = end, text
+    return pieces
+
+
+def _given_and_learned(given: str, said: str) -> list[dict[str, Any]]:
+    return [{"text": text, "trained": trained, "tokens": None} for text, trained in ((given, False), (said, True))]
 
 
 def _pieces(example: Example, words: Words | None, loss_on: str) -> Iterator[dict[str, Any]]:

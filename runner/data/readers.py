@@ -177,7 +177,7 @@ def prompts_of(reader: RowReader, spec: DataSpec) -> Question:
         reader.wrong(f"{name} is {kind_of(answer)}, neither text nor a number", "write what is compared with")
     if prompt and prompt[-1]["role"] == "assistant":
         reader.wrong("the prompt ends with an assistant turn", "drop it: the model is to write it")
-    return Question(prompt, _passable(answer), passed_on(reader))
+    return Question(prompt, _passable(answer), passed_on(reader), reader.tools(spec.tools_field))
 
 
 def _asks(turns: list[Turn]) -> int:

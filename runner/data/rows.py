@@ -21,7 +21,14 @@ OTHER_ROLES = {
 }  # fmt: skip
 ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # as transformers reads them
-_LEARN = ("loss", "train", "training")  # ms-swift's, Axolotl's and others' names for a turn that is learned or not
+# ms-swift's, Axolotl's and others' names for a turn that is learned or not; torchtune's for one that is not.
+_LEARN = ("loss", "train", "training", "trainable", "learn", "loss_mask")
+_HIDE = ("masked",)
+_UNCLEAR = {
+    "mask": ("may mean that the turn is learned or that it is not", "write loss: true or false in its place"),
+    "train_detail": ("leaves out parts of a turn", "write train: true or false for the whole turn"),
+    "training_detail": ("leaves out parts of a turn", "write train: true or false for the whole turn"),
+}
 _TURN = 'write {"role": "user", "content": "…"}'
 _TURNS = 'write [{"role": "user", "content": "…"}, …]'
 _TRUTH = {"true": True, "false": False, "1": True, "0": False, "+1": True, "-1": False}
@@ -186,15 +193,19 @@ class RowReader:
     def _add_weight(self, name: str, turn: Row, found: Turn) -> None:
         """Weight 0 where any of the keys says that nothing of the turn is learned."""
         said: dict[str, bool] = {}
-        for key in (self.weight, *_LEARN):
+        for key in (self.weight, *_LEARN, *_HIDE):
             value = turn.get(key)
             weight = value.strip().lower() if isinstance(value, str) else value
-            if weight in (0, 1, "true", "false"):  # True and False are among them
-                said[key] = weight in (1, "true")
+            if isinstance(weight, (int, float, str)) and weight in (0, 1, "true", "false"):
+                said[key] = (weight in (1, "true")) != (key in _HIDE)
             elif value is not None:
                 no, yes = ("0", "1") if key == self.weight else ("true", "false")
-                remedy = f"write {'0' if key == self.weight else 'false'} to learn nothing of it"
+                none = "0" if key == self.weight else "true" if key in _HIDE else "false"
+                remedy = f"write {none} to learn nothing of it"
                 self.wrong(f"{name}.{key} is {_short(value)}, neither {no} nor {yes}", remedy)
+        for key in _UNCLEAR.keys() & turn.keys() - {self.weight} if found["role"] == "assistant" else ():
+            if turn[key] is not None:
+                self.wrong(f"{name}.{key} {_UNCLEAR[key][0]}", _UNCLEAR[key][1])
         if len(set(said.values())) > 1:
             self.wrong(f"{name} is to be learned by one of {', '.join(said)} and not by another", "write one of them")
         flag = next((key for key in _LEARN if said.get(key)), None)

@@ -124,7 +124,7 @@ def _read(row: Row, where: str, spec: DataSpec, shape: Shape, kind: Kind | None)
         return reader, prompts_of(reader, spec)  # whatever else the row could be
     found = READERS[shape](reader, spec)
     if kind == "prompts" and isinstance(found, Preference) and not isinstance(found.prompt, str):
-        found = Question(found.prompt, None, passed_on(reader))
+        found = Question(found.prompt, None, passed_on(reader), found.tools)
     return reader, found
 
 

@@ -73,6 +73,15 @@ def template_source(choice: str, adds_bos: bool = False) -> str:
         raise RequestError(Problem(f"data.chat_template={choice}: {reason}", None, remedy)) from None
 
 
+def with_tools(default: str, tool_use: str | None) -> str:
+    """One template for a model that has two: transformers takes the one named `tool_use` where there are tools."""
+    if tool_use is None or tool_use == default:
+        return default
+    kept = "{{ '' }}"  # blocks trim the white space next to them
+    parts = [f"{kept}{source.removesuffix(chr(10))}{kept}" for source in (tool_use, default)]
+    return f"{{% if tools %}}{parts[0]}{{% else %}}{parts[1]}{{% endif %}}"
+
+
 class Template:
     """One compiled template, with the special tokens it may name."""
 

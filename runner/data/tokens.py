@@ -84,7 +84,7 @@ def _as_example(row: Learnable) -> Example:
     if isinstance(row, Example):
         return row
     if isinstance(row, Question):
-        return Example(row.prompt)
+        return Example(row.prompt, tools=row.tools)
     if not isinstance(row, Preference):
         return Example(row.prompt, row.completion, tools=row.tools)
     if isinstance(row.prompt, str):

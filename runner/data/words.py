@@ -17,7 +17,7 @@ from typing import Any
 from runner.data.completeness import show
 from runner.data.examples import Example, Turn
 from runner.data.masks import IGNORED, Learned, Turns, labels_of, learned
-from runner.data.templates import MARK, Template, template_source
+from runner.data.templates import MARK, Template, template_source, with_tools
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec
 
@@ -204,9 +204,10 @@ class Words:
             what = f"{type(tokenizer).__name__} has no fast tokenizer"
             raise RequestError(Problem(what, "model.id", "use a model folder with a tokenizer.json"))
         template = tokenizer.chat_template
-        source = template.get("default") if isinstance(template, dict) else template
+        own = template if isinstance(template, dict) else {"default": template}
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-        return cls(backend.to_str(), source or template_source(FALLBACK, adds_bos(tokenizer)), special)
+        default = own.get("default") or template_source(FALLBACK, adds_bos(tokenizer))
+        return cls(backend.to_str(), with_tools(default, own.get("tool_use")), special)
 
     @classmethod
     def from_file(cls, file: Path, data: DataSpec) -> Words:
@@ -284,12 +285,12 @@ def _template(file: Path, data: DataSpec, names: dict[str, Any], adds_bos: bool 
     """`data.chat_template`, or the tokenizer's own: beside it, in its settings, or ChatML."""
     if data.chat_template:
         return template_source(data.chat_template, adds_bos)
-    if (beside := file.with_name("chat_template.jinja")).is_file():
-        return beside.read_text("utf-8")
     own = names.get("chat_template")
-    if isinstance(own, list):  # several, by name
-        own = next((one["template"] for one in own if one.get("name") == "default"), None)
-    return own if isinstance(own, str) else template_source(FALLBACK, adds_bos)
+    named = {one.get("name"): one.get("template") for one in own} if isinstance(own, list) else {"default": own}
+    for name, place in (("default", "chat_template.jinja"), ("tool_use", "additional_chat_templates/tool_use.jinja")):
+        if (beside := file.parent / place).is_file():
+            named[name] = beside.read_text("utf-8")
+    return with_tools(named.get("default") or template_source(FALLBACK, adds_bos), named.get("tool_use"))
 
 
 __all__ = ["FALLBACK", "IGNORED", "Encoded", "Words"]

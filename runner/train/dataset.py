@@ -122,7 +122,9 @@ def _lists(values: Any, sizes: Sequence[int]) -> Any:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
-def chat_ids(tokenizer: Any, turns: Sequence[Turn], ask: bool) -> list[int]:
+def chat_ids(
+    tokenizer: Any, turns: Sequence[Turn], ask: bool, tools: Sequence[dict[str, Any]] | None = None
+) -> list[int]:
     """Token ids of a rendered conversation; `ask` ends it where the assistant is to speak.
 
     RequestError for a conversation the model's template refuses (a system turn, say).
@@ -131,7 +133,7 @@ def chat_ids(tokenizer: Any, turns: Sequence[Turn], ask: bool) -> list[int]:
 
     try:
         encoded = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns], add_generation_prompt=ask, return_dict=True
+            [dict(turn) for turn in turns], tools=tools and [*tools], add_generation_prompt=ask, return_dict=True
         )
     except jinja2.TemplateError as error:
         raise RequestError(

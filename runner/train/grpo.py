@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
+from runner.data.pairs import TOOLS
 from runner.errors import Problem, RequestError
 from runner.spec import Grpo, RunSpec
 from runner.train import rows
+from runner.train.dataset import chat_ids
 from runner.train.guarded import Guarding
 
 
@@ -26,12 +29,27 @@ class GrpoTrainer(Guarding, GRPOTrainer):  # type: ignore[misc]  # trl has no ty
         "frac_reward_zero_std": "groups_alike",
     }
 
+    row_tools: Sequence[list[dict[str, Any]] | None] = ()
+    """Of each row of the batch at hand."""
+
     def _watch_rows(self) -> None:
         """Rows come as they are, with their numbers in them."""
 
     def _taken_rows(self, inputs: Any) -> list[int]:
         """Of the whole generation batch that the micro batch is a part of; reward functions do not get them."""
         return [example.pop(rows.COLUMN) for example in inputs]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        """As TRL, with the tools of each row in its prompt; they are kept apart from what reward functions get."""
+        self.row_tools = [example.pop(TOOLS, None) or None for example in inputs]
+        return super()._generate_and_score_completions(inputs)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """TRL renders all with the same tools, which are functions it calls itself; here each row has its own."""
+        if not any(self.row_tools):
+            return super()._tokenize_prompts(prompts)
+        rendered = zip(prompts, self.row_tools, strict=True)
+        return [chat_ids(self.processing_class, turns, ask=True, tools=tools) for turns, tools in rendered], None, {}
 
     def sizes(self, inputs: Any) -> tuple[int, int]:
         """Nothing yet: see `compute_loss`."""

@@ -51,7 +51,7 @@ def read(spec: RunSpec) -> Examples:
     if isinstance(spec.objective, Sft):
         asked = [row for row in found.held if isinstance(row, Example) and row.completion]
     elif isinstance(spec.objective, Grpo):
-        asked = [Example(row.prompt, _answer(row)) for row in found.held if isinstance(row, Question)]
+        asked = [Example(row.prompt, _answer(row), tools=row.tools) for row in found.held if isinstance(row, Question)]
     return Examples(
         found.train,
         found.held,

@@ -17,7 +17,7 @@ from datasets.arrow_writer import ArrowWriter
 from runner.data.encoding import in_chunks
 from runner.data.examples import Learnable, Question, fingerprint
 from runner.data.files import refuse
-from runner.data.pairs import How, encode_chunk
+from runner.data.pairs import TOOLS, How, encode_chunk
 from runner.data.words import Words
 from runner.errors import Problem, RequestError
 from runner.spec import Grpo, Kto, Reward, RunSpec
@@ -86,10 +86,11 @@ def _features(rows: Sequence[Learnable], spec: RunSpec) -> Features:
     ids = List(Value("int32"))
     if isinstance(spec.objective, Grpo):
         extra = dict.fromkeys(name for row in rows if isinstance(row, Question) for name in row.extra)
-        return Features({**dict.fromkeys(extra, Json()), "prompt": Json(), "answer": Json()})
+        return Features({**dict.fromkeys(extra, Json()), "prompt": Json(), "answer": Json(), TOOLS: Json()})
     if isinstance(spec.objective, Kto):
-        return Features({"prompt_ids": ids, "completion_ids": ids, "label": Value("bool")})
-    names = ("chosen_ids", "rejected_ids") if isinstance(spec.objective, Reward) else (
-        "prompt_ids", "chosen_ids", "rejected_ids",
-    )  # fmt: skip
+        names: tuple[str, ...] = "prompt_ids", "completion_ids", "completion_given"
+        return Features({**dict.fromkeys(names, ids), "label": Value("bool")})
+    if isinstance(spec.objective, Reward):
+        return Features(dict.fromkeys(("chosen_ids", "rejected_ids"), ids))
+    names = "prompt_ids", "chosen_ids", "chosen_given", "rejected_ids", "rejected_given"
     return Features(dict.fromkeys(names, ids))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
@@ -57,11 +58,50 @@ class _Pairs(RowMeans, Guarding):
         return total / max(1.0, number)
 
 
+class Given:
+    """A collator around TRL's: what users and tools say inside an answer is given, and no part of its probability."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The collator's batch of b rows, with 0 for such tokens in `completion_mask` [2b, s], or [b, s] for KTO."""
+        batch = self.collator(examples)
+        names = ("chosen", "rejected") if "chosen_ids" in examples[0] else ("completion",)
+        answers = {"completion_mask": names, "KL_completion_mask": ("KL_completion",)}
+        for key in answers.keys() & batch.keys():
+            rows = [(example, name) for name in answers[key] for example in examples]
+            for mask, (example, name) in zip(batch[key], rows, strict=True):
+                for begin, end in spans_of(example, name):
+                    mask[begin:end] = 0
+        return batch
+
+
+def spans_of(row: dict[str, Any], name: str) -> list[tuple[int, int]]:
+    """[begin, end) of an answer's tokens that are given, counted from the prompt's first."""
+    edges = [len(row["prompt_ids"]) + edge for edge in row.get(f"{name}_given") or ()]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
 class _Prepared(_Pairs):
     """The rows are tokenised already (pairs.py)."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
+
+    def _watch_rows(self) -> None:
+        self.data_collator = Given(self.data_collator)
+        super()._watch_rows()
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL, which does it while the trainer is made."""
+        self.data_collator = Given(self.data_collator)
+        return super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        given = [f"{name}_given" for name in ("chosen", "rejected", "completion", "KL_completion")]
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *given]))
 
 
 class DpoTrainer(_Prepared, DPOTrainer):  # type: ignore[misc]  # trl has no types
@@ -81,13 +121,15 @@ class KtoTrainer(_Prepared, KTOTrainer):  # type: ignore[misc]  # trl has no typ
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """Every row gets the answer of the row before it, in groups of the micro batch as in TRL; held out, of all."""
         _, settings, name = args
-        answers = dataset["completion_ids"]
-        size = len(answers) if name == "eval" else settings.per_device_train_batch_size
-        exchanged: list[Any] = []
-        for start in range(0, len(answers), size):
-            group = answers[start : start + size]
-            exchanged += [group[-1], *group[:-1]]
-        return dataset.add_column("KL_completion_ids", exchanged)
+        size = len(dataset) if name == "eval" else settings.per_device_train_batch_size
+        order: list[int] = []
+        for start in range(0, len(dataset), size):
+            group = range(start, min(start + size, len(dataset)))
+            order += [group[-1], *group[:-1]]
+        for column in ("completion_ids", "completion_given"):
+            values = list(dataset[column])
+            dataset = dataset.add_column(f"KL_{column}", [values[index] for index in order])
+        return dataset
 
     def _compute_kl_logps(self, model: Any, batch: Any) -> Any:
         found = super()._compute_kl_logps(model, batch)
@@ -176,7 +218,10 @@ class _Labelled(_Pairs):
         for name in ("chosen", "rejected"):
             ids = (prompt + feature[f"{name}_ids"])[: self.max_length]
             row[f"{name}_input_ids"], row[f"{name}_attention_mask"] = ids, [1] * len(ids)
-            row[f"{name}_labels"] = [-100] * len(prompt) + ids[len(prompt) :]
+            labels = [-100] * len(prompt) + ids[len(prompt) :]
+            for begin, end in spans_of(feature, name):
+                labels[begin:end] = [-100] * len(labels[begin:end])
+            row[f"{name}_labels"] = labels
         return row
 
     def sizes(self, inputs: Any) -> tuple[int, int]:

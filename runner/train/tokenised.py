@@ -20,7 +20,7 @@ from runner.paths import cache_dir
 
 SHELF = "tokenised"
 ROWS = "rows.arrow"
-LAYOUT = 4  # raise it when what is stored changes shape: old entries are then left alone
+LAYOUT = 5  # raise it when what is stored changes shape: old entries are then left alone
 Tell = Callable[[int, int], None]
 """Told after every chunk: rows done, rows in all."""
 
