@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 
 from runner.errors import RequestError
 from runner.train import methods, models
+from runner.train.folding import fold
 from tests.conftest import spec_of
 
 WORDS = ("data.add_tokens=['<call>','</call>']",)
@@ -50,3 +51,19 @@ def test_an_adapter_trains_and_saves_them(tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(loaded("method=lora", "train.precision=fp32")[2], str(tmp_path)).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids).logits, again(input_ids=ids).logits)
+
+
+def test_an_adapter_with_new_tokens_is_merged() -> None:
+    """Their rows are fp32 and the embedding they go into is bf16: rounded like all that is merged."""
+    spec, tokenizer, model = loaded("method=lora", "train.precision=bf16")
+    model = get_peft_model(model.bfloat16(), methods.adapter_config(spec, model))
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data = parameter.data.float() + 0.5
+    ids = [len(tokenizer) - 2, len(tokenizer) - 1]
+    before = model.get_input_embeddings()(torch.tensor(ids)).detach().float()
+    merged, rounded = fold(model, torch.bfloat16)
+    weight = merged.get_input_embeddings().weight
+    assert weight.dtype == torch.bfloat16 and any("embed_tokens" in name for name in rounded)
+    torch.testing.assert_close(weight[ids].float(), before, atol=0.01, rtol=0)
+    assert merged.get_output_embeddings().weight is weight

@@ -284,7 +284,8 @@ def test_texts_that_only_begin_like_a_conversation_are_plain() -> None:
 
 
 @pytest.mark.parametrize("flag", [{"loss": False}, {"train": False}, {"training": False}, {"weight": 0}, {"loss": 0},
-                                  {"train": "false"}, {"weight": 0.0}])  # fmt: skip
+                                  {"train": "false"}, {"weight": 0.0}, {"trainable": False}, {"masked": True},
+                                  {"loss_mask": 0}, {"learn": 0}])  # fmt: skip
 def test_a_turn_is_not_learned_where_it_says_so(flag: dict[str, Any]) -> None:
     found = made(
         {"messages": [{**user(), "loss": False}, {**said("a"), **flag}, user(), {**said(), "loss": True}]}, "sft"
@@ -385,3 +386,34 @@ def test_a_run_refuses_what_a_preview_refuses(here: Path) -> None:
         result = runner(*verb, "data=file", "data.path=my.jsonl", "model=smollm2_135m")
         assert result.exit_code == 2 and "column context looks like content" in result.output
         assert "data.instruction_field=prompt data.input_field=context" in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("flag", "what", "remedy"),
+    [
+        ({"mask": 1}, "mask may mean that the turn is learned or that it is not", "write loss: true or false"),
+        ({"train_detail": [{"begin_offset": 0}]}, "train_detail leaves out parts of a turn", "write train: true or"),
+        ({"masked": "yes"}, 'masked is "yes", neither true nor false', "write true to learn nothing of it"),
+        ({"trainable": "no"}, 'trainable is "no", neither true nor false', "write false to learn nothing of it"),
+    ],
+)
+def test_a_flag_of_a_turn_that_is_not_clear_is_refused(flag: dict[str, Any], what: str, remedy: str) -> None:
+    told = refusal({"messages": [user(), {**said(), **flag}]}, "sft")
+    assert told[0] == f"messages[1].{what}" and told[1].startswith(remedy)
+
+
+@pytest.mark.parametrize(
+    ("row", "odd"),
+    [
+        (
+            {"question": "Wer?", "context": "…", "answers": {"text": ["er"], "answer_start": [0]}},
+            "answers is an object",
+        ),
+        ({"question": "Which?", "choices": ["a", "b"], "answer": 1}, "answer is a number"),
+        ({"question": {"stem": "Why?"}, "answerKey": "B"}, "question is an object"),
+    ],
+)
+def test_a_prompt_or_an_answer_that_is_no_text_is_named(row: dict[str, Any], odd: str) -> None:
+    told = refusal(row, "sft")[1]
+    assert told.startswith(f"{odd}, and prompt and answer have to be text or turns: write data.")
+    assert told.endswith('where no column is such, write rows as {"prompt": "…", "completion": "…"} first')

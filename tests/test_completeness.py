@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from runner.data.examples import Example, Judged, Preference, Turn
 from runner.data.formats import canonical
@@ -216,3 +218,17 @@ def test_what_the_model_is_given_is_shown_or_the_row_is_refused(body: str) -> No
     words = Words(body, template_source("qwen"), SPECIAL)
     assert "look_up" in words.encode(whole([system, asks("q"), says("a")], tools=TOOLS), "auto").text
     assert ENDS["qwen"] in words.encode(whole([asks("q"), says("a")]), "auto").text
+
+
+@pytest.mark.parametrize("end", ["", "\n", "  \n"])
+def test_a_template_for_tools_is_taken_where_there_are_tools(body: str, end: str) -> None:
+    """As transformers does of the two that some models have (Hermes, Command R): character for character."""
+    default = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}" + end
+    tool_use = "\n  {%- for t in tools %}{{ t.function.name }}{% endfor %}\n{{ messages[-1].content }}!" + end
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(body), **SPECIAL)
+    tokenizer.chat_template = {"default": default, "tool_use": tool_use}
+    words = Words.of(tokenizer)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for tools in ([], TOOLS):
+        right = tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False)
+        assert words.turns.template.render(turns, tools=tools).text == right  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_a_preview_shows_the_tokens_that_are_learned(
         assert sum(piece["tokens"] for piece in pieces) == len(ids)
         if "prompt_ids" in trained:
             edges = [0, *trained[f"{name}_given"], len(trained[f"{name}_ids"])]
-            sizes = [end - begin for begin, end in zip(edges, edges[1:], strict=False)]
+            sizes = [end - begin for begin, end in pairwise(edges)]
             assert [piece["tokens"] for piece in pieces] == [len(trained["prompt_ids"]), *sizes]
     between = shown["segments"][1 if objective == "reward" else 2]["text"]
     assert "c?" in between and (objective == "reward" or not {"b", "d"} & set(between.split("c?")))

@@ -66,6 +66,11 @@ def is_index(name: str) -> bool:
     return name in ("", "__index_level_0__") or name.startswith("Unnamed: ")
 
 
+def is_odd(name: str, value: Any) -> bool:
+    """Whether a column is named like a prompt, an answer or turns, and holds neither text nor a list."""
+    return _plain(str(name)) in _ASKING | _ANSWERING | _TALKING and not isinstance(value, (str, list, type(None)))
+
+
 def unread(reader: RowReader, found: Learnable) -> list[str]:
     """Columns that look like content, were not read, and say what no other column does.
 

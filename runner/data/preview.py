@@ -104,12 +104,15 @@ def _compared(
         elif isinstance(answer, str):
             pieces = _given_and_learned(str(row.prompt), answer)
         else:
-            pieces = [*_turns(row.prompt, lambda _: False), *_turns(answer, lambda turn: whole or turn["role"] == "assistant")]
+            pieces = [
+                *_turns(row.prompt, lambda _: False),
+                *_turns(answer, lambda turn: whole or turn["role"] == "assistant"),
+            ]
         yield from (piece | {"part": name} if name else piece for piece in pieces)
 
 
 def _decoded(words: Words, ids: Sequence[int], start: int, edges: Sequence[int]) -> list[dict[str, Any]]:
-    """The ids as pieces that are given and learned in turn: the prompt up to `start`, and from there up to each edge."""
+    """The ids as pieces, given and learned in turn: the prompt up to `start`, from there up to each edge."""
     begin, known, pieces = 0, "", []
     for index, end in enumerate([start, *(start + edge for edge in edges), len(ids)]):
         text = words.backend.decode(ids[:end], skip_special_tokens=False)

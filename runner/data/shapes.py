@@ -21,9 +21,9 @@ from contextlib import suppress
 from dataclasses import replace
 
 from runner.data.asked import messages_field, prompt_field
-from runner.data.columns import is_index, listing, mappings, seen, unread
+from runner.data.columns import is_index, is_odd, listing, mappings, seen, unread
 from runner.data.examples import Kind, Learnable, Preference, Question, as_kind
-from runner.data.files import Row
+from runner.data.files import Row, kind_of
 from runner.data.readers import READERS, Shape, passed_on, prompts_of
 from runner.data.rows import RowReader
 from runner.errors import Problem, RequestError
@@ -78,7 +78,10 @@ def detect(row: Row, spec: DataSpec, kind: Kind | None = None) -> Shape:
 
 def _which_fields(row: Row, spec: DataSpec, kind: Kind | None) -> str:
     if kind == "preference":
-        return "write data.prompt_field=… data.chosen_field=… data.rejected_field=…: the better and the worse answer"
+        return (
+            "write data.prompt_field=… data.chosen_field=… data.rejected_field=…: the better and the worse answer; "
+            "rows that mark one of two answers have to be written so first"
+        )
     lower = {str(name).lower(): name for name in reversed(row) if isinstance(row[name], (str, list))}
     guess = {key: next((lower[name] for name in names if name in lower), None) for key, names in _GUESSES.items()}
     pair = {"prompt_field": spec.prompt_field, "completion_field": spec.completion_field}
@@ -93,7 +96,12 @@ def _which_fields(row: Row, spec: DataSpec, kind: Kind | None) -> str:
     elif guess["text_field"]:
         keys = {"text_field": guess["text_field"]}
     if not keys:
-        return "write data.messages_field=…, data.text_field=…, or data.prompt_field=… data.completion_field=…"
+        odd = [f"{name} is {kind_of(value)}" for name, value in row.items() if is_odd(name, value)]
+        needs = f"{' and '.join(odd)}, and prompt and answer have to be text or turns: " if odd else ""
+        keys_of = "data.messages_field=…, data.text_field=…, or data.prompt_field=… data.completion_field=…"
+        return (
+            f'{needs}write {keys_of}; where no column is such, write rows as {{"prompt": "…", "completion": "…"}} first'
+        )
     with suppress(RequestError):
         tried = spec.model_copy(update=keys)
         rest = _rest(row, tried, kind)

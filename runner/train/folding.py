@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners import lora
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from runner.train.proof import dequantised, quantised
@@ -41,6 +42,9 @@ def fold(model: PeftModel, dtype: torch.dtype) -> tuple[Any, set[str]]:
             kind.merge(layer, safe_merge=True)
             _settle(layer.base_layer, dtype, generator)
             rounded.add(f"{name}.weight")
+        elif isinstance(layer, TrainableTokensLayer):  # PEFT copies its fp32 rows into a weight of their own width only
+            weight = layer.get_base_layer().weight
+            weight.data = weight.data.float()  # in place: the output may share it
     merged = model.merge_and_unload()  # nothing is left to merge: takes the wrappers away, keeps saved modules
     for name, module in list(merged.named_modules()):
         if quantised(module):
