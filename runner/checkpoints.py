@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from runner import links
 from runner.errors import InterruptedRun, Problem
 from runner.rundir import RunDir, write_atomically
 
@@ -66,10 +67,13 @@ def damage(path: Path, *, content: bool = True) -> list[str]:
     listed = facts(path).get("files")
     if not isinstance(listed, dict):
         return [f"{MARKER} is missing or cannot be read"]
-    found = []
-    for name, expected in listed.items():
+    found = [f"{file.relative_to(path)} is {what}" for file, what in links.found(path)]
+    for name, expected in listed.items() if not found else ():
         file = path / name
         try:
+            if not file.resolve().is_relative_to(path.resolve()):
+                found.append(f"{name} is outside of it")
+                continue
             size = file.stat().st_size
             if size != expected["size"]:
                 found.append(f"{name} has {size:,} of {expected['size']:,} bytes")

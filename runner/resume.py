@@ -20,7 +20,7 @@ from runner.provenance import flat
 from runner.report.summary import shown
 from runner.request import Request
 from runner.rundir import ACTIVE, RunDir, alive, birth, facts_of, write_atomically
-from runner.spec import RunSpec
+from runner.spec import LocalPlace, RunSpec
 
 FREE = ("hw.", "deepspeed.", "where.", "track.", "run.", "eval.", "train.max_steps", "train.num_epochs",
         "train.save_every_", "train.keep_checkpoints", "train.hang_minutes", "train.micro_batch_size",
@@ -109,6 +109,8 @@ def check_resolved(run: RunDir, spec: RunSpec) -> list[str]:
         problems.append(Problem(f"{what} deepspeed={spec.deepspeed.name}", "deepspeed", f"write {alike}"))
     if problems:
         raise RequestError(*problems)
+    if old.deepspeed.name != "none" and run.read("pod.json") and isinstance(spec.where, LocalPlace):
+        return ["DeepSpeed unpickles its checkpoint, which a pod wrote: what that pod wanted runs here, if it wanted to"]
     return []
 
 

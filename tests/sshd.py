@@ -17,7 +17,8 @@ from runner.cloud.ssh import Connection
 class Server:
     """It may be stopped and started again, at the same port or another one."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, force: str = "") -> None:
+        self.force = f"ForceCommand {force}\n" if force else ""
         self.root, self.key, self.port = root, root / "key", free_port()
         root.mkdir(parents=True, exist_ok=True)
         for name in ("key", "host"):
@@ -31,7 +32,7 @@ class Server:
         config.write_text(
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.root}/host\nPidFile {self.root}/pid\n"
             f"AuthorizedKeysFile {self.root}/key.pub\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n"
-            "PermitRootLogin prohibit-password\nMaxSessions 50\nMaxStartups 50\n"
+            f"PermitRootLogin prohibit-password\nMaxSessions 50\nMaxStartups 50\n{self.force}"
         )
         Path("/run/sshd").mkdir(parents=True, exist_ok=True)
         self.process = subprocess.Popen([str(sshd()), "-D", "-f", str(config)], stderr=subprocess.DEVNULL)
@@ -53,7 +54,12 @@ class Server:
         self.process.wait()
 
     def connection(self) -> Connection:
-        return Connection("pod1", "127.0.0.1", self.port, self.key, getpass.getuser())
+        return Connection("pod1", "127.0.0.1", self.port, self.key, getpass.getuser(), self.root / "hosts")
+
+    def new_host_key(self) -> None:
+        """As another machine has it, or a container that was made anew."""
+        (self.root / "host").unlink()
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.root / "host")], check=True)
 
 
 def _descendants(pid: int) -> list[int]:
@@ -65,8 +71,8 @@ def _descendants(pid: int) -> list[int]:
 
 
 @contextmanager
-def server(root: Path) -> Iterator[Server]:
-    found = Server(root)
+def server(root: Path, force: str = "") -> Iterator[Server]:
+    found = Server(root, force)
     try:
         yield found
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner.cloud.api import Api
+from runner.cloud.api import Api, _said
 from runner.cloud.problems import (
     ApiDownError,
     NoBalanceError,
@@ -151,3 +151,24 @@ def test_spot_is_rented_by_a_bid_and_read_over_rest(emulator: Emulator) -> None:
     assert pod.usd_per_hour == 0.4 and list(emulator.pods()) == [pod.id]
     with pytest.raises(NoCapacityError):
         Api().create_pod(wanted("runner-a-0002", bid_usd=0.01))
+
+
+@pytest.mark.parametrize("pagination", [[], ["x"], "next", 7, True])
+def test_a_list_whose_pages_are_not_as_described_is_whole_or_an_error(
+    monkeypatch: pytest.MonkeyPatch, pagination: object
+) -> None:
+    monkeypatch.setenv("RUNPOD_API_KEY", "rpa_x")
+    monkeypatch.setattr("runner.cloud.api.request", lambda *_, **__: {"pods": [], "pagination": pagination})
+    if not pagination:
+        assert Api().pods() == []
+        return
+    with pytest.raises(ApiDownError, match="GET /v2/pods: its pages are not as described"):
+        Api().pods()
+
+
+@pytest.mark.parametrize(("data", "line"), [
+    ('{"line": "pulls"}', "pulls"), ("pulls the image", "pulls the image"), ("[1, 2]", "[1, 2]"), ("7", "7"),
+    ('{"line": "cut o', '{"line": "cut o'), ("[" * 20_000, "[" * 20_000), ('{"other": 1}', ""), ("", ""),
+])  # fmt: skip
+def test_a_line_of_a_log_that_is_no_json_is_shown_as_it_is(data: str, line: str) -> None:
+    assert _said(data) == line

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from runner.cloud import keys, ssh
-from runner.cloud.ssh import CommandError, LostError
+from runner.cloud import keys, ship, ssh
+from runner.cloud.account import api_key
+from runner.cloud.api import Api
+from runner.cloud.ssh import CommandError, HostKeyError, LostError
 from runner.errors import CannotRunError, RequestError
 from tests.emulated import needs_sshd
 from tests.sshd import Server, server
@@ -30,7 +32,7 @@ def test_commands_input_and_exit_codes(there: Server) -> None:
     with pytest.raises(CommandError, match="no such thing"):
         link.run("echo no such thing >&2; exit 4")
     folder = link._folder
-    assert (folder / "known_hosts").read_text().startswith("pod1 ")
+    assert link.known_hosts.read_text().startswith("pod1 ")
     link.close()
     assert not folder.exists()
 
@@ -42,8 +44,7 @@ def test_a_pod_that_moved_is_found_at_its_new_port(there: Server) -> None:
     there.cut()
     with pytest.raises(LostError, match="cannot be reached"):
         link.run("true")
-    (there.root / "host").unlink()
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(there.root / "host")], check=True)
+    there.new_host_key()
     there.start(there.port + 1)
     link.moved("127.0.0.1", there.port)
     assert link.run("echo here").strip() == "here"
@@ -55,12 +56,79 @@ def test_another_host_at_the_same_address_is_not_trusted(there: Server) -> None:
     link = there.connection()
     link.run("true")
     there.cut()
-    (there.root / "host").unlink()
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(there.root / "host")], check=True)
+    there.new_host_key()
     there.start()
     with pytest.raises(LostError):
         link.run("true")
     link.close()
+
+
+@needs_sshd
+def test_a_host_key_that_has_changed_since_an_earlier_login_is_refused_before_anything_is_sent(there: Server) -> None:
+    first = there.connection()
+    first.run("true")
+    first.close()  # and days later, in another process:
+    there.cut()
+    there.new_host_key()
+    there.start()
+    heard, later = there.root / "heard", there.connection()
+    with pytest.raises(HostKeyError) as caught:
+        later.run(f"cat > {heard}", stdin=b"a secret")
+    assert not heard.exists()
+    with pytest.raises(HostKeyError):
+        later.put([there.root / "key.pub"], f"{heard}/")
+    (problem,) = caught.value.problems
+    assert f"pod1 at 127.0.0.1:{there.port} shows another host key" in problem.what
+    assert str(problem.remedy).endswith(f"rm {later.known_hosts}")
+    subprocess.run(str(problem.remedy).rpartition(": ")[2], shell=True, check=True)
+    assert later.run("echo here").strip() == "here"
+    later.close()
+
+
+@needs_sshd
+def test_any_folders_of_state_and_temporary_files_will_do(there: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a long folder " * 6, "with 100%h and 'quotes'"):
+        folder = there.root / name
+        folder.mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(folder))
+        link = there.connection()
+        link.hosts = folder / "hosts"
+        link.run("true")
+        assert link.known_hosts.is_file()
+        assert (
+            "Master running"
+            in subprocess.run(
+                [*link.words("-O", "check"), f"{link.user}@{link.host}"], capture_output=True, text=True
+            ).stderr
+        )
+        link.close()
+
+
+@needs_sshd
+def test_no_token_of_this_process_is_in_the_variables_of_ssh(there: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    link = there.connection()
+    process = link.open("sleep 30")
+    try:
+        assert b"hf_secret" not in Path(f"/proc/{process.pid}/environ").read_bytes()
+    finally:
+        process.kill()
+        process.communicate()
+        link.close()
+
+
+@needs_sshd
+def test_a_shell_that_greets_is_said_to_do_so(tmp_path: Path) -> None:
+    script = tmp_path / "greets"
+    script.write_text('#!/bin/sh\necho "Welcome to the pod!"\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')
+    script.chmod(0o755)
+    with server(tmp_path / "sshd", str(script)) as there:
+        link = there.connection()
+        with pytest.raises(CannotRunError, match="prints 'Welcome to the pod!' before the output of every command"):
+            ship.berth(link, "run-1")
+        with pytest.raises(CommandError, match="the pod's shell prints something"):
+            link.get(f"{tmp_path}/greets", tmp_path / "here")
+        link.close()
 
 
 @needs_sshd
@@ -120,3 +188,18 @@ def test_without_an_api_key_the_remedy_is_said(tmp_path: Path, monkeypatch: pyte
     monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
     with pytest.raises(RequestError, match="RUNPOD_API_KEY is not set"):
         keys.pair("run-1")
+
+
+@pytest.mark.parametrize("key", ["rpa_é", "rpa_ключ", "rpa_one\nrpa_two", "rpa_xy zz", "rpa_\x00"[:-1] + "\x07"])
+def test_an_api_key_that_no_header_can_carry_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("RUNNER_STATE", str(tmp_path))
+    monkeypatch.setenv("RUNPOD_API_KEY", key)
+    for call in (Api, lambda: keys.pair("run-1")):
+        with pytest.raises(RequestError) as caught:
+            call()
+        (problem,) = caught.value.problems
+        assert problem.what.startswith("RUNPOD_API_KEY is no key") and key[4:] not in str(problem)
+    monkeypatch.setenv("RUNPOD_API_KEY", "rpa_ONE\n")  # a line break at its end is cut off
+    assert api_key() == "rpa_ONE"

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import signal
+import threading
 import time
+import urllib.error
+import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runner.cloud.api import Api
+from runner.cloud.emulator.container import free_port
 from runner.cloud.ledger import Ledger
 from runner.cloud.wanted import PodRequest
 from tests.emulated import IMAGE, Emulator, emulator, needs_sshd
 from tests.front import here, laptop, runner
+from tests.processes import start
 from tests.rented import state
 
 __all__ = ["emulator", "here", "laptop", "state"]
@@ -46,6 +54,36 @@ def test_a_pod_of_ones_own_from_up_to_terminate(emulator: Emulator, here: Path) 
     assert answered("pods", "terminate", made["pod_id"]) == {"pod_id": made["pod_id"], "state": "gone"}
     assert answered("pods") == [] and emulator.pods() == {}
     assert not (here / "runs").exists()
+
+
+@needs_sshd
+def test_a_tunnel_carries_http_until_ctrl_c_and_says_where_before(emulator: Emulator, state: Path) -> None:
+    made = answered("pods", "up", "hw=rtx4090", "where.max_usd=5", "--hours", "3", "--yes")
+    local, there = free_port(), free_port()
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(state))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", there), handler) as server:  # the pods' loopback is this one
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        words = ("pods", "tunnel", made["run_id"], "-p", f"{local}:{there}")
+        process = start(*words, **emulator.env, RUNNER_STATE=str(state))
+        try:
+            assert process.stderr is not None
+            assert f"http://127.0.0.1:{local}  port {there} of the pod" in process.stderr.readline()
+            assert process.stderr.readline().strip() == "Ctrl-C ends it"
+            for _ in range(2):
+                answer = urllib.request.urlopen(f"http://127.0.0.1:{local}/", timeout=10)
+                assert answer.status == 200 and b"ledger" in answer.read()
+            assert process.poll() is None
+            taken = runner(*words)
+            assert taken.exit_code == 2 and f"port {local} of this machine: Address already in use" in taken.output
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+            server.shutdown()
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"http://127.0.0.1:{local}/", timeout=2)
+    assert runner("pods", "tunnel", made["run_id"], "-p", "70000").exit_code == 2
+    assert answered("pods", "terminate", made["pod_id"])["state"] == "gone"
 
 
 def test_up_refuses_what_costs_more_than_the_cap(emulator: Emulator) -> None:

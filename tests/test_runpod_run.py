@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from runner import checkpoints
 from runner.rundir import RunDir
 from tests.conftest import SHORT
 from tests.emulated import Emulator, emulator, needs_sshd, rest  # noqa: F401
+from tests.leaks import Watch
 from tests.processes import losses, only_run, start, tiny_model, until, words
 
 pytestmark = [needs_sshd, pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync: apt-get install rsync")]
@@ -68,34 +68,26 @@ def ended(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, st
     return process.returncode, out + err
 
 
-def watch_arguments(over: threading.Event, found: set[str]) -> None:
-    """Every process's command line, a few times a second: pods' too, for a namespace hides nothing from outside."""
-    while not over.wait(0.05):
-        for file in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                found.add(file.read_text("utf-8", errors="replace").replace("\0", " "))
-            except OSError:
-                continue
-
-
 def test_the_whole_way(typed: Typed) -> None:
     """With tokens that were prepared here: there is nothing to tokenise in the pod."""
     typed.env["RUNNER_CACHE"] = str(typed.root / "cache")
     own = words(typed.model, typed.root / "runs", "data.max_eval_examples=4")
     code, said = ended(typed.verb("data", "prepare", *own))
     assert code == 0 and "from the cache" not in said, said
-    over, arguments = threading.Event(), set[str]()
-    watcher = threading.Thread(target=watch_arguments, args=(over, arguments))
-    watcher.start()
-    try:
+    hidden = [*SECRETS.values(), typed.emulator.key]
+    places = [typed.root / name for name in ("runs", "state", "emulator", "cache")]
+    with Watch(hidden, places, typed.root / "state" / "keys") as watch:
         process = typed.run("train.save_every_steps=6", "where.max_usd=5")
         until(lambda: typed.steps() > 0, 240)
         assert process.poll() is None  # the metrics came while it ran
-        _no_secret(typed, arguments, "")  # nor on the pod's disk, which will be gone
+        assert len(watch.hidden()) > len(hidden)  # there is an SSH key
         code, said = ended(process)
-    finally:
-        over.set()
-        watcher.join()
+        watch.look("output", said)
+        for e in typed.emulator.exchanges:
+            watch.look(e.path, f"{e.path} {e.query} {e.body} {e.answer}")
+    assert any("runner.execute.there" in words for words in watch.arguments)  # it did see the pod's processes
+    assert any(words.startswith("ssh ") for words in watch.arguments) and watch.looks > 20
+    assert not watch.found
     run = typed.folder
     assert code == 0, said
     assert typed.emulator.pods() == {}
@@ -108,7 +100,6 @@ def test_the_whole_way(typed: Typed) -> None:
     adapter_loads(typed.model, run.path / "model")
     adapter = json.loads((run.path / "model" / "adapter_config.json").read_text("utf-8"))
     assert adapter["base_model_name_or_path"] == str(typed.model)  # here, and not where it was in the pod
-    _no_secret(typed, arguments, said)
 
 
 def adapter_loads(model: Path, adapter: Path) -> None:
@@ -116,20 +107,6 @@ def adapter_loads(model: Path, adapter: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter)
-
-
-def _no_secret(typed: Typed, arguments: set[str], said: str) -> None:
-    """Neither the secrets nor the account's key: in files, arguments, ledger, the pod's variables."""
-    hidden = [*SECRETS.values(), typed.emulator.key]
-    assert any("runner.execute.there" in words for words in arguments)  # it did see the pod's processes
-    texts = {"arguments": "\n".join(arguments), "output": said}
-    texts["requests"] = "\n".join(f"{e.path} {e.query} {e.body} {e.answer}" for e in typed.emulator.exchanges)
-    for folder in (typed.root / "runs", typed.root / "state", typed.root / "emulator"):
-        for file in folder.rglob("*"):
-            if file.is_file() and not file.is_symlink() and ".host" not in file.parts:
-                texts[str(file)] = file.read_bytes().decode(errors="replace")
-    found = [name for name, text in texts.items() for secret in hidden if secret in text]
-    assert not found
 
 
 GPU = "where.gpu_types=[NVIDIA L4]"

@@ -6,7 +6,7 @@ import hashlib
 import os
 from urllib.parse import urlsplit
 
-from runner.cloud.problems import NoKeyError, no_key
+from runner.cloud.problems import NoKeyError, no_key, odd_key
 
 KEY = "RUNPOD_API_KEY"
 BASE_URL = "RUNPOD_API_BASE_URL"
@@ -22,10 +22,12 @@ def base_url() -> str:
 
 
 def api_key() -> str:
-    """The account's key; NoKeyError without one."""
+    """The account's key; NoKeyError without one, or where it can be none."""
     key = os.environ.get(KEY, "").strip()
     if not key:
         raise NoKeyError(no_key())
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise NoKeyError(odd_key())
     return key
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from runner.cloud import answers, clock, spot
+from runner.cloud import answers, clock, spot, ssh
 from runner.cloud.account import api_key, base_url, fingerprint
 from runner.cloud.answers import CpuType, DataCenter, GpuType, Pod, Volume
 from runner.cloud.problems import ApiDownError, ConflictError, UnclearError
@@ -64,6 +64,7 @@ class Api:
 
     def terminate(self, pod_id: str) -> None:
         """End it; one that is gone already is no error. Accepted is not done: look afterwards."""
+        ssh.forget(pod_id)
         try:
             request("DELETE", f"/v2/pods/{_segment(pod_id)}", repeat=True)
         except NotFound:
@@ -87,6 +88,7 @@ class Api:
         self._act(pod_id, "restart")
 
     def _act(self, pod_id: str, action: str) -> None:
+        ssh.forget(pod_id)  # its container is made anew
         request("POST", f"/v2/pods/{_segment(pod_id)}/action", json={"action": action}, repeat=action == "stop")
 
     def logs(self, pod_id: str, *, source: str | None = None, tail: int = 100, follow: bool = False) -> Iterator[str]:
@@ -110,7 +112,7 @@ class Api:
                         if line.startswith("id: "):
                             last = line[4:]
                         elif line.startswith("data: "):
-                            yield str(json.loads(line[6:]).get("line", ""))
+                            yield _said(line[6:])
             except (requests.RequestException, OSError):
                 pass
             if not follow or self.pod(pod_id) is None:
@@ -221,7 +223,9 @@ class Api:
             found += _entries(raw, name)
             paging = raw.get("pagination") or {}
             if not isinstance(paging, dict):
-                break
+                raise ApiDownError(
+                    Problem(f"RunPod: GET {path}: its pages are not as described", None, "try again later")
+                )
             following = paging.get("nextCursor")
             if not paging.get("hasNextPage"):
                 return found
@@ -240,6 +244,15 @@ def _lines(answer: Any, end: float) -> Iterator[str]:
         yield from (line.decode(errors="replace").rstrip("\r") for line in lines)
         if time.monotonic() > end:
             return
+
+
+def _said(data: str) -> str:
+    """The line of one event; one that is no JSON object as it came."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return data
+    return str(content.get("line", "")) if isinstance(content, dict) else data
 
 
 def _entries(raw: Any, name: str) -> list[dict[str, Any]]:

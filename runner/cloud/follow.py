@@ -6,6 +6,7 @@ What is new in the run's files arrives in the run directory here as it grows; wh
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import re
 import select
@@ -18,8 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runner.cloud import incoming
 from runner.cloud.ship import Berth
 from runner.cloud.ssh import SSH_FAILED
+from runner.cloud.tail import GROWING, WHOLE
 from runner.errors import Problem, RunnerError
 from runner.rundir import RunDir
 
@@ -31,7 +34,10 @@ WAITS = (0.5, 1, 2, 4, 8, 15)
 """Seconds between attempts to connect again; the last one stays."""
 NOT_HERE = ("status.json",)
 """Files of the pod that do not lie here as they are: this run directory has its own."""
-SAFE = re.compile(r"(?!.*\.\.)[\w.\-/]+")
+NOT_PLAIN = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMLINK, errno.ENXIO)
+"""A link, a folder or a pipe is where a file belongs (EMLINK for a link on BSD)."""
+LONGEST_LINE = 64 << 20
+CONTROL = re.compile(r"\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 WORDS = "logs/worker.log"
 
 
@@ -87,8 +93,10 @@ class Follower:
                     yield News("back")
                 heard = time.monotonic()
                 *lines, buffer = (buffer + block).split(b"\n")
+                if len(buffer) > LONGEST_LINE:
+                    break
                 for line in lines:
-                    yield from self._take(json.loads(line))
+                    yield from self._take(line)
             yield News("tick")
             if time.monotonic() - beat > BEAT_SECONDS:
                 beat = time.monotonic()
@@ -142,26 +150,37 @@ class Follower:
         files += self.run.path.glob("tensorboard/**/events.*")
         return [str(file.relative_to(self.run.path)) for file in files]
 
-    def _take(self, line: dict[str, Any]) -> Iterator[News]:
-        """One line of the pod's, into the run directory."""
-        if "checkpoints" in line:
-            yield News("checkpoints", line["checkpoints"])
-        name = str(line.get("file") or line.get("whole") or "")
-        if not SAFE.fullmatch(name) or name.startswith("/"):
+    def _take(self, text: bytes) -> Iterator[News]:
+        """One line of the pod's, into the run directory; what is not as `tail.py` writes it is passed over."""
+        try:
+            line = json.loads(text)
+            if "checkpoints" in line:
+                yield News("checkpoints", [int(step) for step in line["checkpoints"]])
+            name = str(line.get("file") or line.get("whole") or "")
+            if not _is_ours(name, GROWING if "file" in line else WHOLE):
+                return
+            content = base64.b64decode(line["data"])
+            if "file" in line:
+                incoming.write_at(self.run.path, name, int(line["at"]), content)
+                yield from self._told(name, int(line["at"]), content)
+                return
+            if name not in NOT_HERE:
+                incoming.write_whole(self.run.path, name, content)
+            if name in ("status.json", "agent-status.json") and isinstance(said := json.loads(content), dict):
+                yield News("status" if name == "status.json" else "agent", said)
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            incoming.NotPlainError,
+        ):
             return
-        content, file = base64.b64decode(line["data"]), self.run.path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if "file" in line:
-            _write_at(file, int(line["at"]), content)
-            yield from self._told(name, int(line["at"]), content)
-            return
-        if name not in NOT_HERE:
-            temporary = file.with_name(f".{file.name}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(file)
-        if name in ("status.json", "agent-status.json"):
-            with suppress(ValueError):
-                yield News("status" if name == "status.json" else "agent", json.loads(content))
+        except OSError as error:
+            if error.errno not in NOT_PLAIN:  # such as a full disk here
+                raise
 
     def _told(self, name: str, at: int, content: bytes) -> Iterator[News]:
         if name not in ("metrics.jsonl", WORDS):
@@ -170,10 +189,11 @@ class Follower:
         *lines, self.rest[name] = (before + content).split(b"\n")
         for text in lines:
             if name == WORDS:
-                yield News("words", text.decode(errors="replace"))
+                yield News("words", shown(text.decode(errors="replace")))
             else:
-                with suppress(ValueError):
-                    yield News("step", json.loads(text))
+                with suppress(ValueError, RecursionError):
+                    if isinstance(line := json.loads(text), dict):
+                        yield News("step", line)
 
 
 def _known(file: Path) -> list[int]:
@@ -185,9 +205,12 @@ def _known(file: Path) -> list[int]:
     return [len(content), zlib.crc32(content)]
 
 
-def _write_at(file: Path, at: int, content: bytes) -> None:
-    file.touch(exist_ok=True)
-    with file.open("r+b") as stream:
-        stream.seek(at)
-        stream.write(content)
-        stream.truncate()
+def _is_ours(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether `tail.py` tells of such a file."""
+    told = (re.escape(one).replace(r"\*\*/", "(.+/)?").replace(r"\*", "[^/]*") for one in patterns)
+    return any(re.fullmatch(one, name) for one in told)
+
+
+def shown(text: str) -> str:
+    """Without what a terminal obeys: colours, titles, its clipboard."""
+    return CONTROL.sub("", text)

@@ -1,14 +1,21 @@
-"""Brings a run home from a pod: all but what is ours, the newest checkpoint, and last what says that it is whole."""
+"""Brings a run home from a pod: all but what is ours, the newest checkpoint, and last what says that it is whole.
+
+The pod is a stranger's machine: what it sends arrives in a folder of its own, is looked through there (incoming.py),
+and only plain files with names that are not ours go on to their place.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import shutil
+from fnmatch import fnmatch
 from typing import Any
 
 from runner import checkpoints
-from runner.cloud import ship
-from runner.cloud.ship import Berth
+from runner.cloud import incoming, ship
+from runner.cloud.ship import Berth, Say
 from runner.paths import cache_dir
 from runner.rundir import RunDir, write_atomically
 from runner.spec import RunSpec
@@ -18,32 +25,75 @@ OURS = ("spec.json", "status.json", "plan.json", "deepspeed.json", "pod.json", "
         ".*", "*.tmp", "*.new", "summary.json")  # fmt: skip
 """What of the pod's folder does not come back as it is: this run directory has its own, or it is read by itself."""
 
+ARRIVED = ".arrived"
+"""Folder of the run directory for what comes from a pod, until it was looked through."""
+LAST = "summary.json"
+TOLD = 5
 
-def bring(at: Berth, run: RunDir, spec: RunSpec) -> dict[str, Any]:
+
+def bring(at: Berth, run: RunDir, spec: RunSpec, say: Say = lambda line: None) -> dict[str, Any]:
     """All of it; the pod's `status.json`. LostError where the connection breaks: called again, it goes on there."""
-    folder = shlex.quote(at.folder)
+    folder, arrived = shlex.quote(at.folder), run.path / ARRIVED
     excluded = [word for name in OURS for word in ("--exclude", f"/{name}")]
-    at.connection.get(f"{at.folder}/", run.path, options=excluded)
+    known = f"--link-dest={run.path.absolute()}"  # what is here already does not travel again
+    left = at.connection.get(f"{at.folder}/", arrived, options=[*excluded, known, "--delete"])
     status = ship.loads(at.connection.attempt(f"cat {folder}/status.json")[1])
-    listed = at.connection.attempt(f"ls -d {folder}/checkpoints/*/COMPLETE 2>/dev/null")[1]
-    steps = [int(line.split("/")[-2].rpartition("-")[2]) for line in listed.split()]
-    if steps and max(steps) not in checkpoints.complete(run):
-        bring_checkpoint(at, run, max(steps))
+    step = max(_complete_there(at), default=None)
+    if step is not None and step not in checkpoints.complete(run):
+        bring_checkpoint(at, run, step, say)
     places = {f"{at.workspace}/cache/runner": str(cache_dir())}
-    if theirs := ship.loads(at.connection.attempt(f"cat {folder}/spec.json")[1]):  # it is sent after the agent
-        places[str(theirs["model"]["id"])] = spec.model.id
-    _rename(run, places)
+    theirs = ship.loads(at.connection.attempt(f"cat {folder}/spec.json")[1]).get("model")
+    if isinstance(theirs, dict):  # it is sent after the agent
+        places[str(theirs.get("id"))] = spec.model.id
     if at.connection.attempt(f"test -e {folder}/summary.json")[0] == 0:
-        at.connection.get(f"{at.folder}/summary.json", run.path)
+        left += at.connection.get(f"{at.folder}/summary.json", arrived)
+    _take(run, [*left, *incoming.clean(arrived)], places, say)
     return status
 
 
-def bring_checkpoint(at: Berth, run: RunDir, step: int) -> None:
+def bring_checkpoint(at: Berth, run: RunDir, step: int, say: Say = lambda line: None) -> None:
     """Its files, then the marker that makes them count."""
     source, target = f"{at.folder}/checkpoints/checkpoint-{step}", checkpoints.folder(run, step)
     target.mkdir(parents=True, exist_ok=True)
-    at.connection.get(f"{source}/", target, options=["--exclude", checkpoints.MARKER])
-    at.connection.get(f"{source}/{checkpoints.MARKER}", target)
+    left = at.connection.get(f"{source}/", target, options=["--exclude", checkpoints.MARKER])
+    left += at.connection.get(f"{source}/{checkpoints.MARKER}", target)
+    _say_refused([*left, *incoming.clean(target)], say)
+
+
+def _complete_there(at: Berth) -> list[int]:
+    listed = at.connection.attempt(f"ls -d {shlex.quote(at.folder)}/checkpoints/*/COMPLETE 2>/dev/null")[1]
+    found = re.findall(r"/checkpoint-(\d{1,12})/COMPLETE$", listed, re.MULTILINE | re.ASCII)
+    return [int(step) for step in found]
+
+
+def _take(run: RunDir, refused: list[str], places: dict[str, str], say: Say) -> None:
+    """What has arrived to its place, last what says that it is whole."""
+    arrived = run.path / ARRIVED
+    files = [str(file.relative_to(arrived)) for file in sorted(arrived.rglob("*")) if file.is_file()]
+    theirs = [name for name in files if not any(fnmatch(name.split("/")[0], ours) for ours in OURS)]
+    refused += _moved(run, theirs)
+    _rename(run, places)
+    refused += _moved(run, [name for name in files if name == LAST])
+    shutil.rmtree(arrived, ignore_errors=True)
+    _say_refused(refused, say)
+
+
+def _moved(run: RunDir, names: list[str]) -> list[str]:
+    """What could not be, and why."""
+    refused = []
+    for name in names:
+        try:
+            incoming.move(run.path / ARRIVED, run.path, name)
+        except OSError as error:
+            refused.append(f"{name!a}: {error.strerror or error}")
+    return refused
+
+
+def _say_refused(refused: list[str], say: Say) -> None:
+    for name in refused[:TOLD]:
+        say(f"Warning: not taken from the pod, for it is no plain file of the run: {name}")
+    if len(refused) > TOLD:
+        say(f"Warning: and {len(refused) - TOLD} more")
 
 
 def _rename(run: RunDir, places: dict[str, str]) -> None:

@@ -13,7 +13,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.errors import CannotRunError, Problem, RequestError
+from runner.cloud.account import api_key
+from runner.errors import CannotRunError, Problem
 from runner.invocation import install
 from runner.paths import state_dir
 
@@ -58,10 +59,7 @@ def forget(run_id: str) -> None:
 
 def _made(run_id: str) -> tuple[str, str]:
     """Private key in OpenSSH's form, public line. Ed25519 takes any 32 bytes as its secret (RFC 8032, 5.1.5)."""
-    account = os.environ.get("RUNPOD_API_KEY", "").strip()
-    if not account:
-        remedy = "export RUNPOD_API_KEY=…, from console.runpod.io/user/settings"
-        raise RequestError(Problem("RUNPOD_API_KEY is not set", "environment", remedy))
+    account = api_key()
     try:
         from cryptography.hazmat.primitives import serialization as form
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

@@ -79,6 +79,12 @@ def no_key() -> Problem:
     return Problem("RUNPOD_API_KEY is not set", "environment", f"export RUNPOD_API_KEY=…, made at {KEYS_PAGE}")
 
 
+def odd_key() -> Problem:
+    """RUNPOD_API_KEY cannot be sent in a header."""
+    what = "RUNPOD_API_KEY is no key: it has a blank, a line break or a letter that no key has"
+    return Problem(what, "environment", f"copy it again, on one line, from {KEYS_PAGE}")
+
+
 def wrong_key(said: str) -> Problem:
     """401 or 403."""
     remedy = f"make a key with write access at {KEYS_PAGE} and export RUNPOD_API_KEY=…"

@@ -19,7 +19,7 @@ from runner.cloud.follow import Follower, News, Vanished
 from runner.cloud.keys import KeyPair
 from runner.cloud.rented import Rented
 from runner.cloud.ship import Berth, Say
-from runner.cloud.ssh import CommandError, Connection, LostError, user_of
+from runner.cloud.ssh import CommandError, Connection, HostKeyError, LostError, user_of
 from runner.errors import Problem, RunFailedError, RunnerError
 from runner.rundir import RunDir
 from runner.spec import RunPodPlace, RunSpec
@@ -70,6 +70,9 @@ class Session:
             try:
                 self.at = ship.berth(connection, self.run.id, self.say)
                 return self.at
+            except HostKeyError:
+                connection.close()
+                raise
             except LostError:
                 address = self.find()
                 if time.monotonic() > end:
@@ -98,6 +101,8 @@ class Session:
             try:
                 self._load(detach)
                 return
+            except HostKeyError:
+                raise
             except LostError:
                 if attempt == LOADS - 1:
                     raise
@@ -187,7 +192,7 @@ class Session:
         try:
             self.at.connection.run(f"kill -INT {int(pid)}", check=False)
             return True
-        except RunnerError:
+        except (RunnerError, ValueError, TypeError):
             return False
 
     def _back(self) -> None:
@@ -207,7 +212,7 @@ class Session:
 
     def _fetch_checkpoint(self, at: Berth, step: int) -> None:
         with suppress(LostError, CommandError):  # overtaken by a newer one, or by the end: tried again then
-            home.bring_checkpoint(at, self.run, step)
+            home.bring_checkpoint(at, self.run, step, self.say)
 
     @contextmanager
     def _heard(self, at: Berth) -> Iterator[None]:
@@ -266,7 +271,7 @@ class Session:
             try:
                 began = time.monotonic()
                 with self._heard(at):
-                    mirror(self.run, home.bring(at, self.run, self.spec), self.rented)
+                    mirror(self.run, home.bring(at, self.run, self.spec, self.say), self.rented)
                 if final and part:
                     self.part()
                 return

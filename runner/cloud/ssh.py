@@ -1,11 +1,13 @@
 """A connection to a pod by the system's own `ssh` and `rsync`: one login, many commands.
 
-The run's key and a `known_hosts` of its own: nothing of the user's ~/.ssh is read or written. A pod is known by its id
-and not by its address, for its port changes with every restart.
+The run's key and a `known_hosts` of its own: nothing of the user's ~/.ssh is read or written. A pod's host key is kept
+as long as it has its address, which RunPod says, over TLS: another key at the same address is refused.
 """
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 import shlex
 import shutil
@@ -18,12 +20,23 @@ from pathlib import Path
 from typing import IO, Any
 
 from runner.errors import CannotRunError, Problem, RunnerError
+from runner.paths import state_dir
 
 SSH_FAILED = 255
 """ssh(1): the connection failed; any other code is the command's."""
 RSYNC_LOST = (10, 12, 20, 30, 35, 255)
 """rsync(1): error in socket I/O, in the protocol's stream, ended by a signal, timeouts; 255 is ssh's."""
 ANSWER_SECONDS = 120.0
+LONGEST_SOCKET = 80
+"""Of 104 bytes that a Unix socket's path may have (108 on Linux) ssh adds 17 while it makes one."""
+PASSED = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TERM", "TMPDIR", "TZ", "LD_LIBRARY_PATH")
+"""What of this process's variables ssh and rsync get: neither needs a token, and ssh's master lives on for a minute."""
+RECEIVE = ("-rt", "--no-links", "--no-devices", "--no-specials", "--no-inc-recursive")
+"""Plain files and folders; no modes, owners or links of a stranger's. Every name is known, and checked by rsync, before
+the first file is written (CVE-2024-12087 needs inc-recursive)."""
+CHANGED = ("REMOTE HOST IDENTIFICATION HAS CHANGED", "Host key verification failed")
+SKIPPED = b'skipping non-regular file "'
+GREETING = "is your shell clean"
 OPTIONS = {
     "BatchMode": "yes",  # no questions: nobody is there to answer
     "IdentitiesOnly": "yes",
@@ -43,6 +56,10 @@ class LostError(RunnerError):
     """The connection could not be made, or broke: the command may have run."""
 
 
+class HostKeyError(LostError):
+    """Another machine answers at the pod's address: nothing is sent to it."""
+
+
 class CommandError(RunnerError):
     """A command in the pod failed."""
 
@@ -53,6 +70,29 @@ def check() -> None:
         if shutil.which(name) is None:
             what = f"{name}, which carries the run to a pod, is not installed"
             raise CannotRunError(Problem(what, "where=runpod", f"install it: apt-get install {package}"))
+
+
+def environment() -> dict[str, str]:
+    """Of ssh and rsync."""
+    return {name: value for name in PASSED if (value := os.environ.get(name)) is not None}
+
+
+def hosts_dir() -> Path:
+    """The folder of the host keys of pods, one file per pod and address."""
+    return state_dir() / "hosts"
+
+
+def forget(pod_id: str) -> None:
+    """The pod is gone, or its container is made anew, and so is its host key."""
+    with suppress(OSError):
+        for file in hosts_dir().glob(f"{glob.escape(pod_id)}@*"):
+            file.unlink()
+
+
+def _folder() -> Path:
+    """For the socket of one login: `$TMPDIR` may be too long for one."""
+    place = None if len(os.fsencode(tempfile.gettempdir())) < LONGEST_SOCKET - 30 else "/tmp"
+    return Path(tempfile.mkdtemp(prefix="runner-ssh-", dir=place))
 
 
 def user_of(raw: dict[str, Any]) -> str:
@@ -71,25 +111,33 @@ class Connection:
     port: int
     key: Path
     user: str = "root"
-    _folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="runner-ssh-")))
+    hosts: Path = field(default_factory=hosts_dir)
+    """Where the keys of pods are kept: one that changes between two commands, or years, is refused."""
+    _folder: Path = field(default_factory=_folder)
+
+    @property
+    def known_hosts(self) -> Path:
+        """Of this pod at this address. RunPod says the address: at another one another container may answer."""
+        return self.hosts / f"{self.name}@{self.host}:{self.port}"
 
     def words(self, *more: str) -> list[str]:
         """`ssh` with all options, up to the host."""
+        with suppress(OSError):  # a full disk: ssh goes on, and knows the pod for this login alone
+            self.hosts.mkdir(mode=0o700, parents=True, exist_ok=True)
         own = {
             **OPTIONS,
             "HostKeyAlias": self.name,
-            "UserKnownHostsFile": str(self._folder / "known_hosts"),
+            "UserKnownHostsFile": '"' + str(self.known_hosts.absolute()).replace("%", "%%") + '"',
             "GlobalKnownHostsFile": "/dev/null",
-            "ControlPath": str(self._folder / f"{self.port}"),
+            "ControlPath": str(self._folder / f"{self.port}").replace("%", "%%"),
         }
         options = [word for name, value in own.items() for word in ("-o", f"{name}={value}")]
         return ["ssh", "-F", "/dev/null", "-i", str(self.key), "-p", str(self.port), *options, *more]
 
     def moved(self, host: str, port: int) -> None:
-        """The pod has another address now; a container that was made anew has another host key, too."""
+        """The pod has another address now."""
         if (host, port) != (self.host, self.port):
             self._leave()
-            (self._folder / "known_hosts").unlink(missing_ok=True)
             self.host, self.port = host, port
 
     def run(self, command: str, *, stdin: bytes = b"", seconds: float = ANSWER_SECONDS, check: bool = True) -> str:
@@ -104,53 +152,67 @@ class Connection:
         """Exit code, output and error output of a command."""
         words = [*self.words(f"{self.user}@{self.host}"), command]
         try:
-            done = subprocess.run(words, input=stdin, capture_output=True, timeout=seconds, start_new_session=True)
+            done = subprocess.run(
+                words, input=stdin, capture_output=True, timeout=seconds, start_new_session=True, env=environment()
+            )
         except subprocess.TimeoutExpired:
             self._leave()
             raise LostError(Problem(f"the pod did not answer within {seconds:.0f} s")) from None
         wrong = done.stderr.decode(errors="replace")
         if done.returncode == SSH_FAILED:
             self._leave()
-            raise LostError(Problem(f"the pod cannot be reached by SSH: {_last(wrong)}"))
+            raise self._lost(wrong, "the pod cannot be reached by SSH")
         return done.returncode, done.stdout.decode(errors="replace"), wrong
 
     def open(self, command: str, stderr: IO[bytes] | int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
         """A command that is talked with; it is out of the reach of the terminal's Ctrl-C."""
         words = [*self.words(f"{self.user}@{self.host}"), command]
         pipe = subprocess.PIPE
-        return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=stderr, start_new_session=True)
+        return subprocess.Popen(
+            words, stdin=pipe, stdout=pipe, stderr=stderr, start_new_session=True, env=environment()
+        )
 
     def put(self, sources: Sequence[Path | str], target: str, say: Callable[[str], None] | None = None,
             options: Sequence[str] = ()) -> None:  # fmt: skip
         """Send files or folders; one that was broken off goes on where it was."""
-        self._rsync([*options, *map(str, sources), f"{self.user}@{self.host}:{target}"], say)
+        self._rsync(["-rlptD", *options, *map(str, sources), f"{self.user}@{self.host}:{target}"], say)
 
     def get(self, source: str, target: Path, say: Callable[[str], None] | None = None,
-            options: Sequence[str] = ()) -> None:  # fmt: skip
-        """Bring a file or folder here."""
-        self._rsync([*options, f"{self.user}@{self.host}:{source}", str(target)], say)
+            options: Sequence[str] = ()) -> list[str]:  # fmt: skip
+        """Bring a file or folder here; the names of what was left there, for it is neither: links, devices."""
+        return self._rsync([*RECEIVE, *options, f"{self.user}@{self.host}:{source}", str(target)], say)
 
-    def _rsync(self, words: list[str], say: Callable[[str], None] | None) -> None:
+    def _rsync(self, words: list[str], say: Callable[[str], None] | None) -> list[str]:
         carrier = shlex.join(self.words())
         # --append-verify would trust a partial file's length; --partial compares its blocks.
-        command = ["rsync", "-rlptD", "--partial", "--timeout=60", "--protect-args", "--info=progress2", "-e", carrier]
+        command = ["rsync", "--partial", "--timeout=60", "--protect-args", "--info=progress2", "-e", carrier]
         process = subprocess.Popen(
             [*command, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            start_new_session=True,
+            start_new_session=True, env=environment(),
         )  # fmt: skip
         with process:
             try:
-                _tell(process, say)
+                skipped = _tell(process, say)
                 assert process.stderr is not None
                 wrong = process.stderr.read().decode(errors="replace")
             except BaseException:
                 process.kill()
                 raise
         code = process.returncode
+        if GREETING in wrong:
+            raise CommandError(greeted("something"))
         if code in RSYNC_LOST:
-            raise LostError(Problem(f"the connection broke while files were carried: {_last(wrong)}"))
+            raise self._lost(wrong, "the connection broke while files were carried")
         if code:
             raise CommandError(Problem(f"rsync failed ({code}): {_last(wrong)}"))
+        return skipped
+
+    def _lost(self, wrong: str, what: str) -> LostError:
+        if not any(words in wrong for words in CHANGED):
+            return LostError(Problem(f"{what}: {_last(wrong)}"))
+        what = f"pod {self.name} at {self.host}:{self.port} shows another host key than before: nothing was sent to it"
+        remedy = "somebody may be in between; if the pod was started anew by hand, forget the old key: rm "
+        return HostKeyError(Problem(what, None, remedy + shlex.quote(str(self.known_hosts))))
 
     def close(self) -> None:
         """Log out, forget the pod."""
@@ -160,18 +222,28 @@ class Connection:
     def _leave(self) -> None:
         with suppress(OSError, subprocess.TimeoutExpired):
             words = [*self.words("-O", "exit"), f"{self.user}@{self.host}"]
-            subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=5)
+            subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=5, env=environment())
 
 
-def _tell(process: subprocess.Popen[Any], say: Callable[[str], None] | None) -> None:
-    """rsync's progress, such as `12,345,678  45%  10.2MB/s  0:00:07`, as it comes."""
+def greeted(what: str) -> Problem:
+    """The pod's shell says something before every command's own output: files cannot be carried through that."""
+    remedy = "let the image's ~/.bashrc say it in interactive shells alone; its first line: [[ $- == *i* ]] || return"
+    return Problem(f"the pod's shell prints {what} before the output of every command", "where.image", remedy)
+
+
+def _tell(process: subprocess.Popen[Any], say: Callable[[str], None] | None) -> list[str]:
+    """rsync's progress, such as `12,345,678  45%  10.2MB/s  0:00:07`, as it comes; what it has skipped."""
     assert process.stdout is not None
-    rest = b""
+    rest, skipped = b"", []
     while block := process.stdout.read1(4096):  # type: ignore[attr-defined]  # a BufferedReader
         *lines, rest = re.split(rb"[\r\n]", rest + block)
+        skipped += [
+            ascii(line[len(SKIPPED) :].decode(errors="replace").strip('"')) for line in lines if SKIPPED in line
+        ]
         shown = [line for line in lines if line.strip()]
         if say is not None and shown:
             say(" ".join(shown[-1].decode(errors="replace").split()[:4]))
+    return skipped
 
 
 def _last(text: str) -> str:

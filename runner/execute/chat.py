@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runner import checkpoints
+from runner import checkpoints, links
 from runner.errors import Problem, RequestError
 from runner.execute.offline import environment
 from runner.report.summary import shown
@@ -57,9 +57,10 @@ def says_words(spec: RunSpec) -> None:
 
 
 def find(path: Path) -> RunDir:
-    """The run at `path`, by its directory or its id below `runs/`."""
+    """The run at `path`, by its directory or its id below `runs/`; RequestError where its model is not plain files."""
     for candidate in (path, Path("runs") / path):
         if (candidate / "spec.json").is_file():
+            links.refuse(candidate / "model")
             return RunDir(candidate)
     parent = path.parent if path.parent.is_dir() and path.parent != Path() else Path("runs")
     near = nearest(path.name, [run.id for run in all_runs(parent)])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from runner import links
 from runner.errors import CannotRunError, Problem, RequestError, RunFailedError, RunnerError
 from runner.report.problems import print_problems
 from runner.rundir import RunDir
@@ -24,6 +25,7 @@ def upload(run: RunDir, target: str) -> str:
     if not folder.is_dir():
         what = f"{run.path} has no model: its state is {run.state()}"
         raise RequestError(Problem(what, None, f"python -m runner resume {run.path}"))
+    links.refuse(folder, *(run.path / name for name in BESIDE))
     files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
     files |= {f"run/{name}": run.path / name for name in BESIDE if (run.path / name).is_file()}
     try:

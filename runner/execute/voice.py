@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from rich.console import Console
 
@@ -32,7 +32,11 @@ class Voice:
         self.console.print(typed(line), highlight=False, soft_wrap=True, markup=False)
 
     def tell(self, news: News) -> None:
-        """Show what happened in the pod."""
+        """Show what happened in the pod; what is no number where one belongs is not shown."""
+        with suppress(KeyError, TypeError, ValueError, ArithmeticError):
+            self._tell(news)
+
+    def _tell(self, news: News) -> None:
         if news.kind == "words" and not (self.console.is_terminal and _is_progress(news.value)):
             self.say(news.value)
         elif news.kind == "status":

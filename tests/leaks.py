@@ -1,0 +1,83 @@
+"""Looks for secrets all the time while something runs: in arguments, in variables, in files."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ENTITLED = ("-m runner", "runner.execute.", "runner.train", "runner.cloud.", "torch.distributed")
+"""What an argument list has of a process that gets tokens by right: the launcher, and the training in the pod."""
+PROC = Path("/proc")
+
+
+class Watch:
+    """Used as a context manager. `found` is where a secret was seen, and `arguments` every command line.
+
+    Arguments and variables are those of all processes: pods' too, for a namespace hides nothing from outside. `private`
+    is a folder whose keys appear in no other file.
+    """
+
+    def __init__(self, secrets: Sequence[str], folders: Sequence[Path], private: Path) -> None:
+        self.secrets, self.folders, self.private = secrets, folders, private
+        self.found, self.arguments, self.looks = set[str](), set[str](), 0
+        self._over, self._seen = threading.Event(), dict[Path, tuple[int, int]]()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self.files()
+
+    def hidden(self) -> list[str]:
+        """The secrets, and the private keys that there are by now, line by line."""
+        keys = [file.read_text("utf-8") for file in _files(self.private) if file.suffix != ".pub"]
+        return [*self.secrets, *(line for key in keys for line in key.splitlines()[1:-1] if len(line) > 40)]
+
+    def look(self, where: str, text: str) -> None:
+        """Note a secret that a text has."""
+        self.found |= {f"{where}: {secret[:8]}…" for secret in self.hidden() if secret in text}
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.05):
+            self.looks += 1
+            self.processes()
+            if self.looks % 10 == 0:
+                self.files()
+
+    def processes(self) -> None:
+        """Of all command lines, and of the variables of those that need no secret."""
+        for folder in PROC.glob("[0-9]*"):
+            try:
+                words = (folder / "cmdline").read_text("utf-8", errors="replace").replace("\0", " ")
+                variables = (folder / "environ").read_text("utf-8", errors="replace")
+            except OSError:
+                continue
+            if words not in self.arguments:
+                self.arguments.add(words)
+                self.look("arguments", words)
+            if not any(entitled in words for entitled in ENTITLED):
+                self.look(f"variables of {words}", variables)
+
+    def files(self) -> None:
+        """All that have changed since they were last looked at."""
+        for file in (file for folder in self.folders for file in _files(folder)):
+            try:
+                facts = file.stat()
+                if self._seen.get(file) == (facts.st_size, facts.st_mtime_ns) or file.parent == self.private:
+                    continue
+                self._seen[file] = (facts.st_size, facts.st_mtime_ns)
+                self.look(str(file), file.read_bytes().decode(errors="replace"))
+            except OSError:
+                continue
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    """Plain ones; not what an emulated pod has of its host."""
+    return [
+        file for file in folder.rglob("*") if ".host" not in file.parts and not file.is_symlink() and file.is_file()
+    ]
