@@ -110,7 +110,7 @@ def check_resolved(run: RunDir, spec: RunSpec) -> list[str]:
     if problems:
         raise RequestError(*problems)
     if old.deepspeed.name != "none" and run.read("pod.json") and isinstance(spec.where, LocalPlace):
-        return ["DeepSpeed unpickles its checkpoint, which a pod wrote: what that pod wanted runs here, if it wanted to"]
+        return ["DeepSpeed unpickles its checkpoint, and a pod wrote it: go on here only if you trust that pod"]
     return []
 
 
