@@ -169,6 +169,20 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on_in_another_pod(typed: Type
     assert len(losses(run.path)) == step + 4 and f"Resumes after step {step}" in said
 
 
+def test_ctrl_c_while_installing_is_an_interrupt(typed: Typed, tmp_path: Path) -> None:
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nsleep 60\n")
+    slow.chmod(0o755)
+    typed.env["RUNNER_POD_PYTHON"] = str(slow)
+    process = typed.run()
+    until(lambda: (typed.path / "agent-status.json").exists() and "installing" in
+          (typed.path / "agent-status.json").read_text(), 120)  # fmt: skip
+    process.send_signal(signal.SIGINT)
+    code, said = ended(process)
+    assert code == 130 and "you asked for it" in said and "where.max_usd" not in said
+    assert typed.folder.state() == "interrupted" and typed.emulator.pods() == {}
+
+
 @pytest.mark.parametrize("volume", [False, True])
 def test_a_pod_that_vanishes_is_replaced_and_the_run_goes_on(typed: Typed, volume: bool) -> None:
     """From the checkpoint that was copied here meanwhile, or from the network volume that both pods have."""

@@ -107,6 +107,8 @@ class _Order:
     env: dict[str, str]
     ports: tuple[str, ...] = ()
     spent: float = field(default=0.0)
+    told: tuple[str, float] | None = None
+    """Pod and price that were said last."""
     unclear: list[str] = field(default_factory=list)
     """Names for which no pod has appeared yet."""
 
@@ -254,7 +256,8 @@ class _Order:
             what = f"pod {seen.id} costs ${real:.2f} an hour, where ${machine.usd_per_hour:.2f} was offered"
             what += f": its first hour is more than what is left of where.max_usd={cap:g}; it was given back"
             raise TooDearError(Problem(what, "where.max_usd", "raise where.max_usd, or take cheaper hardware"))
-        if real > machine.usd_per_hour * 1.01:
+        if real > machine.usd_per_hour * 1.01 and (seen.id, real) != self.told:
+            self.told = (seen.id, real)
             self.say(f"pod {seen.id} costs ${real:.2f} an hour, not ${machine.usd_per_hour:.2f} as the catalogue says")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from runner.cloud.account import pace
 from runner.cloud.answers import OVER, Pod
 from runner.cloud.api import Api
 from runner.cloud.problems import ApiDownError, CloudError, WrongKeyError
-from runner.errors import Problem, RunnerError
+from runner.errors import Problem, RequestError, RunnerError
 
 POLL_S = 3.0
 LEAST_POLL_S = 0.1
@@ -20,6 +21,21 @@ LEAST_POLL_S = 0.1
 LOOK_S = 60.0
 LEAST_LOOK_S = 2.0
 BANNER_S = 5.0
+
+
+PULL_S = 20.0
+LEAST_PULL_S = 1.0
+NO_IMAGE = re.compile(
+    r"manifest unknown|manifest for .* not found|pull access denied|repository does not exist|no matching manifest|"
+    r"invalid reference format|name unknown|failed to (pull|resolve)[^\n]*(not found|unauthorized|denied|forbidden)|"
+    r"(unauthorized|insufficient_scope): ?(authentication|authorization)",
+    re.IGNORECASE,
+)
+"""What Docker and registries say of an image that no host will ever be able to pull."""
+
+
+class NoImageError(RequestError):
+    """The image cannot be pulled, on this host or another one."""
 
 
 class BadHostError(CloudError):
@@ -61,9 +77,12 @@ def until_ready(
 
     RUNNING is not enough: it has come without ports, and a port without a server behind it.
     """
-    began = time.monotonic()
+    began = looked = time.monotonic()
     told = ""
     while True:
+        if time.monotonic() - looked > max(LEAST_PULL_S, PULL_S * pace()):
+            _check_pull(api, pod)
+            looked = time.monotonic()
         # It cannot be asked for a moment, or a key is refused once and accepted again: the deadline goes on.
         with suppress(ApiDownError, WrongKeyError):
             found = api.pod(pod.id)
@@ -83,6 +102,16 @@ def until_ready(
         if waited > setup_s:
             raise BadHostError(Problem(f"pod {pod.id} does not answer by SSH after {waited / 60:.1f} minutes"))
         time.sleep(poll_s())
+
+
+def _check_pull(api: Api, pod: Pod) -> None:
+    """NoImageError where RunPod's log of the pod says that its image cannot be had."""
+    with suppress(CloudError):
+        line = next((line for line in api.logs(pod.id, source="system", tail=20) if NO_IMAGE.search(line)), None)
+        if line is not None:
+            what = f"the image {pod.image} cannot be pulled: {' '.join(line.split())[-200:]}"
+            remedy = "correct where.image; for a private one, a template of RunPod's with its registry's login"
+            raise NoImageError(Problem(what, "where.image", f"{remedy}: where.template=ID"))
 
 
 def says_hello(host: str, port: int) -> bool:

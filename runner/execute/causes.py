@@ -13,10 +13,12 @@ class Cause:
     pattern: re.Pattern[str]
     what: str
     remedy: str
+    in_pod: str | None = None
+    """The remedy where it happened in a rented pod, if that is another one."""
 
 
-def _cause(pattern: str, what: str, remedy: str) -> Cause:
-    return Cause(re.compile(pattern, re.IGNORECASE), what, remedy)
+def _cause(pattern: str, what: str, remedy: str, in_pod: str | None = None) -> Cause:
+    return Cause(re.compile(pattern, re.IGNORECASE), what, remedy, in_pod)
 
 
 GPU_MEMORY = re.compile(
@@ -45,6 +47,7 @@ CAUSES = (
         "install a newer driver (580 or later for CUDA 13), or a torch built for an older CUDA: pip install torch "
         "--index-url https://download.pytorch.org/whl/cu126 serves drivers since 525; a rented pod: "
         'where.cuda_versions=["13.0"]',
+        'take a host with a newer driver: where.cuda_versions=["13.0"]',
     ),
     _cause(
         r"failed to find c compiler|python\.h: no such file|error: command '?(gcc|cc|clang)'? failed",
@@ -56,6 +59,12 @@ CAUSES = (
         "the disk is full",
         "make room, or keep less: train.keep_checkpoints=1, a larger train.save_every_steps, another run.output_dir; "
         "then resume",
+        "a larger disk, and keep less: where.container_disk_gb=…, where.volume_gb=…, train.keep_checkpoints=1",
+    ),
+    _cause(
+        r"429 Client Error|HTTP (Error|status)[^\n]{0,20}\b429|too many requests",
+        "a server was asked too often (429), the Hugging Face Hub for one",
+        "export HF_TOKEN=...: with a token more is allowed; wait some minutes, then resume",
     ),
     _cause(
         r"address already in use|EADDRINUSE|failed to bind|server socket has failed to listen",

@@ -13,14 +13,15 @@ import click
 from rich.console import Console
 
 from runner import checkpoints
-from runner.cloud import clock, keys, pod, preflight, ssh
+from runner.cloud import balance, clock, keys, pod, preflight, ssh
 from runner.cloud.api import Api
 from runner.cloud.follow import News, Vanished
 from runner.cloud.ledger import HeldError
-from runner.cloud.problems import StillThereError
+from runner.cloud.problems import NoBalanceError, StillThereError, no_balance
 from runner.cloud.rented import Rented
 from runner.cloud.session import Session
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
+from runner.execute.causes import cause_of
 from runner.execute.local import Outcome
 from runner.execute.manner import PLAINLY, Manner
 from runner.execute.pool import Pool, kind_of
@@ -30,6 +31,7 @@ from runner.report.summary import duration, shown
 from runner.rundir import RunDir
 from runner.spec import RunPodPlace, RunSpec
 
+LOG_CHARS = 20_000
 BOOT_FACTOR = 2
 """A pod to which no agent has come after so many times `where.setup_minutes` ends itself."""
 
@@ -53,9 +55,10 @@ def confirm(asked: Sequence[tuple[RunSpec, dict[str, Any]]], manner: Manner, con
     kinds: dict[str, list[tuple[RunSpec, dict[str, Any]]]] = {}
     for spec, plan in asked:
         kinds.setdefault(kind_of(spec) or spec.hw.name, []).append((spec, plan))
-    lines, costs = [], []
+    lines, costs, hourly = [], [], 0.0
     for runs in kinds.values():
-        line, usd = _priced(runs)
+        line, usd, rate = _priced(runs)
+        hourly = max(hourly, rate)
         lines.append(f"Rents   {line}")
         costs.append(usd)
     if len(asked) > 1:
@@ -63,13 +66,15 @@ def confirm(asked: Sequence[tuple[RunSpec, dict[str, Any]]], manner: Manner, con
         place = f"on up to {pods} pods" if pods > 1 else "on one pod at a time" if pods else "a pod for each"
         total = f", about ${sum(filter(None, costs)):.2f} in all" if all(costs) else ""
         lines.append(f"Sweep   {len(asked)} runs, {place}{total}")
+    lines += _balance(sum(filter(None, costs)), hourly)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
     return manner.yes or click.confirm("Rent it?", default=True, err=True)
 
 
-def _priced(runs: Sequence[tuple[RunSpec, dict[str, Any]]]) -> tuple[str, float | None]:
-    """The machine for runs that could have the same pod, and what all of them cost there, where that is known."""
+def _priced(runs: Sequence[tuple[RunSpec, dict[str, Any]]]) -> tuple[str, float | None, float]:
+    """The machine for runs that could have the same pod, what all of them cost there, where that is known, and its
+    price per hour."""
     spec, plan = runs[0]
     machines, _ = preflight.check(Api(), spec, plan)
     first, each = machines[0], [plan.get("hours") for _, plan in runs]
@@ -78,7 +83,19 @@ def _priced(runs: Sequence[tuple[RunSpec, dict[str, Any]]]) -> tuple[str, float 
     about = f", about ${usd:.2f} for {duration(3600 * hours)}" if usd is not None and hours else ""
     cap = where(spec).max_usd
     limit = f", never more than ${cap:g}{' a run' if len(runs) > 1 else ''}" if cap else ""
-    return f"{first.described}, ${first.usd_per_hour:.2f} an hour{about}{limit}", usd
+    return f"{first.described}, ${first.usd_per_hour:.2f} an hour{about}{limit}", usd, first.usd_per_hour
+
+
+def _balance(usd: float, usd_per_hour: float) -> list[str]:
+    """A warning where the account has less than what would be spent: it may be filled by itself, so the run may begin.
+    NoBalanceError where it does not pay for a tenth of an hour."""
+    has = balance.balance()
+    if has is None or has >= max(usd, usd_per_hour / 10):
+        return []
+    if has < usd_per_hour / 10:
+        raise NoBalanceError(no_balance(f"the account has ${has:.2f}, and the pod costs ${usd_per_hour:.2f} an hour"))
+    what = f"the account has ${has:.2f}, less than the ${usd:.2f} that this costs"
+    return [f"Warning {what}: unless it is topped up, RunPod stops the pod when nothing is left"]
 
 
 def where(spec: RunSpec) -> RunPodPlace:
@@ -191,7 +208,11 @@ def finish(session: Session, last: dict[str, Any], voice: Voice, pool: Pool | No
         return Outcome(run, code)
     session.close()
     if code and run.read("status.json").get("state") not in ("failed", "interrupted"):
-        run.set_status("failed", exit_code=code, error=last.get("message") or f"the training ended with {code}")
+        if last.get("stopped_for"):  # before there was a training, which would say so itself
+            code, last = InterruptedRun.exit_code, {**last, "message": None}
+            run.set_status("interrupted", exit_code=code, error=f"stopped: {last['stopped_for']}")
+        else:
+            run.set_status("failed", exit_code=code, error=last.get("message") or f"the training ended with {code}")
     keep = where(spec).keep
     try:
         rented.release(keep)
@@ -248,12 +269,23 @@ def _close(run: RunDir, rented: Rented, last: dict[str, Any], voice: Voice, beca
     predicted = f", ${cost['predicted_usd']:.2f} predicted" if cost["predicted_usd"] is not None else ""
     voice.say(f"Cost    ${cost['usd']:.2f}{predicted}; pod {rented.pod.id} {became}")
     if last.get("stopped_for"):
-        remedy = f"python -m runner resume {shown(run.path)} where.max_usd=…"
+        more = " where.max_usd=…" if "where.max_usd" in last["stopped_for"] else ""
+        remedy = f"python -m runner resume {shown(run.path)}{more}"
         print_problems(Console(stderr=True), InterruptedRun(Problem(f"stopped: {last['stopped_for']}", None, remedy)))
     elif last.get("message"):
-        print_problems(
-            Console(stderr=True), RunFailedError(Problem(str(last["message"]), None, f"see {shown(run.path / 'logs')}"))
-        )
+        print_problems(Console(stderr=True), RunFailedError(_why(run, str(last["message"]))))
+
+
+def _why(run: RunDir, message: str) -> Problem:
+    """What the agent says, with what installing left in its log, where the cause is a known one."""
+    log = run.path / "logs" / "install.log"
+    try:
+        cause = cause_of(log.read_text("utf-8", errors="replace")[-LOG_CHARS:]) if "install" in message else None
+    except OSError:
+        cause = None
+    if cause is None:
+        return Problem(message, None, f"see {shown(run.path / 'logs')}")
+    return Problem(f"{message}: {cause.what}", shown(log), cause.in_pod or cause.remedy)
 
 
 def _replaceable(session: Session, error: Vanished, lost: int) -> None:

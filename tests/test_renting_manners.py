@@ -1,0 +1,124 @@
+"""What renting says, and when: a price once, an image that cannot be pulled, a balance too small, a known cause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from runner.cloud import waiting
+from runner.cloud.api import Api
+from runner.cloud.pod import acquire
+from runner.cloud.problems import NoBalanceError
+from runner.cloud.waiting import NoImageError
+from runner.execute import runpod
+from runner.execute.causes import cause_of
+from runner.execute.manner import Manner
+from runner.rundir import RunDir
+from tests.emulated import Emulator, emulator
+from tests.rented import PLAN, Key, rented_spec, run_of, state
+
+__all__ = ["emulator", "state"]
+pytestmark = pytest.mark.usefixtures("state")
+
+
+def rent(tmp_path: Path, said: list[str], *words: str) -> None:
+    spec = rented_spec("where.setup_minutes=1", *words)
+    acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, Key("ssh-ed25519 AAAA test"), said.append)
+
+
+def creates(emulator: Emulator) -> int:
+    return sum(e.method == "POST" and e.path == "/v2/pods" for e in emulator.exchanges)
+
+
+def test_a_price_above_the_catalogues_is_said_once(
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hellos = iter([False] * 12 + [True] * 99)
+    monkeypatch.setattr("runner.cloud.waiting.says_hello", lambda host, port: next(hellos))
+    emulator.inject("price", factor=1.5)
+    said: list[str] = []
+    rent(tmp_path, said)
+    assert sum("as the catalogue says" in line for line in said) == 1
+    assert next(hellos) and "costs $1.11 an hour, not $0.74" in "\n".join(said)
+
+
+LINES = (
+    "error pulling image: Error response from daemon: manifest for ghcr.io/a/b:c not found: manifest unknown",
+    "pull access denied for acme/private, repository does not exist or may require 'docker login'",
+    "failed to resolve reference ghcr.io/acme/x:1: unexpected status: 401 Unauthorized",
+    "no matching manifest for linux/amd64 in the manifest list entries",
+    "invalid reference format: repository name must be lowercase",
+)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_an_image_that_cannot_be_pulled_is_said_and_not_tried_on_other_pods(
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    def logs(
+        api: Api, pod_id: str, *, source: str | None = None, tail: int = 100, follow: bool = False
+    ) -> Iterator[str]:
+        assert source == "system" and not follow
+        yield from ("create container", line)
+
+    monkeypatch.setattr(Api, "logs", logs)
+    monkeypatch.setattr(waiting, "LEAST_PULL_S", 0.2)
+    emulator.inject("slow_pull", seconds=60, times=0)
+    with pytest.raises(NoImageError) as caught:
+        rent(tmp_path, [], "where.image=acme/private:1")
+    (problem,) = caught.value.problems
+    assert problem.what.startswith("the image acme/private:1 cannot be pulled: ") and problem.source == "where.image"
+    assert caught.value.exit_code == 2 and creates(emulator) == 1 and emulator.pods() == {}
+
+
+@pytest.mark.parametrize("line", [
+    "create container runpod/pytorch:1", "Pulling from runpod/pytorch", "toomanyrequests: the pull rate limit",
+    "net/http: TLS handshake timeout", "error pulling image: connection reset by peer", "start container: begin",
+])  # fmt: skip
+def test_what_another_host_may_do_better_is_no_fault_of_the_image(line: str) -> None:
+    assert waiting.NO_IMAGE.search(line) is None
+
+
+def test_a_balance_that_pays_for_nothing_is_refused_and_one_that_is_too_small_is_said(
+    emulator: Emulator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec, console = rented_spec(), Console(width=300)
+    asked, manner = [(spec, {**PLAN, "hours": 10.0})], Manner(yes=True)
+    assert runpod.confirm(asked, manner, console) and "Warning" not in capsys.readouterr().out
+    emulator.world.settings.balance_usd = 2.0
+    assert runpod.confirm(asked, manner, console)
+    assert "Warning the account has $2.00, less than the $7.40 that this costs" in capsys.readouterr().out
+    emulator.world.settings.balance_usd = 0.05
+    with pytest.raises(NoBalanceError, match=r"the account has \$0\.05, and the pod costs \$0\.74 an hour") as caught:
+        runpod.confirm(asked, manner, console)
+    assert caught.value.exit_code == 3 and creates(emulator) == 0
+
+
+def test_an_account_that_does_not_say_its_balance_rents_as_before(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise RuntimeError("GraphQL has ended")
+
+    monkeypatch.setattr("runpod.api.graphql.run_graphql_query", refuses)
+    assert runpod.confirm([(rented_spec(), PLAN)], Manner(yes=True), Console())
+
+
+@pytest.mark.parametrize(("log", "what", "remedy"), [
+    ("OSError: [Errno 28] No space left on device", "the disk is full", "where.container_disk_gb=…"),
+    ("huggingface_hub.errors.HfHubHTTPError: 429 Client Error: Too Many Requests for url", "429", "HF_TOKEN"),
+    ("The NVIDIA driver on your system is too old (found version 12040)", "driver is too old", "where.cuda_versions"),
+])  # fmt: skip
+def test_a_known_cause_of_a_failed_install_comes_with_its_remedy(
+    tmp_path: Path, log: str, what: str, remedy: str
+) -> None:
+    run = RunDir(tmp_path / "run")
+    (run.path / "logs").mkdir(parents=True)
+    (run.path / "logs" / "install.log").write_text(f"$ pip install\n{log}\n")
+    problem = runpod._why(run, "installing failed: logs/install.log says why")
+    assert what in problem.what and remedy in str(problem.remedy)
+    assert runpod._why(run, "the container was restarted").remedy == f"see {run.path / 'logs'}"
+    assert cause_of("learning rate 4.29e-5 at step 429") is None
