@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from runner import writable
 from runner.data import checking
 from runner.data.files import is_url
 from runner.data.sources import files_of
@@ -21,8 +22,12 @@ _checked: dict[str, list[str]] = {}
 
 
 def check_read(spec: RunSpec) -> list[str]:
-    """Notes; RequestError for what is not there, and for rows, templates and reward functions that are not right."""
+    """Notes; RequestError for what is not there, and for rows, templates and reward functions that are not right.
+
+    CannotRunError where a cache cannot be written to.
+    """
     check_files(spec)
+    writable.check(spec)
     said = (spec.data, spec.objective, spec.model, spec.eval, spec.where.name, sorted(_states(spec)))
     if (key := repr(said)) not in _checked:
         _checked[key] = checking.check(spec)

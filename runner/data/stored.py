@@ -9,7 +9,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from tempfile import TemporaryFile
-from typing import Any, overload
+from typing import IO, Any, overload
 
 from runner.data.examples import CLASSES, Kind, Learnable, content_of
 from runner.paths import cache_dir
@@ -27,10 +27,8 @@ class Stored(Sequence[Learnable]):
     @classmethod
     def of(cls, rows: Iterable[Learnable], kind: Kind) -> Stored:
         """Write rows as they come."""
-        folder = cache_dir()
-        folder.mkdir(parents=True, exist_ok=True)
         begins, at = array("q"), 0
-        with TemporaryFile(dir=folder, buffering=1 << 20) as file:
+        with _file() as file:
             for row in rows:
                 content = json.dumps(content_of(row), sort_keys=True, separators=(",", ":"))
                 begins.append(at)
@@ -85,3 +83,13 @@ def decoded(line: bytes, kind: Kind) -> Learnable:
 def num_bytes(files: Iterable[str]) -> int:
     """Size of the files that are here."""
     return sum(os.path.getsize(os.path.expanduser(name)) for name in files if os.path.isfile(os.path.expanduser(name)))
+
+
+def _file() -> IO[bytes]:
+    """In the cache, whose disk is the larger one; where that cannot be written to, among the system's own."""
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return TemporaryFile(dir=folder, buffering=1 << 20)
+    except OSError:
+        return TemporaryFile(buffering=1 << 20)

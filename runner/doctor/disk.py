@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runner import hub_config
+from runner import hub_config, writable
 from runner.doctor.finding import GIB, Finding, State, Wanted, in_words
 from runner.paths import cache_dir
 from runner.spec import RunInfo
@@ -18,7 +16,6 @@ LITTLE, NOTHING = 10.0, 0.5
 """GiB free, where no run is named: less than a 7B model with what comes out of it; less than the demo run."""
 TIGHT = 0.9
 """Of what is free, for a run: what others write meanwhile, and logs, are not in the plan."""
-_BLOCK = os.urandom(2**20)  # random: a file system that compresses cannot make it nothing
 
 
 @dataclass
@@ -45,8 +42,8 @@ def findings(wanted: Wanted | None) -> Iterator[Finding]:
     """One line per disk, and one per folder that cannot be written to."""
     disks: dict[int, _Disk] = {}
     for folder in folders(wanted):
-        there = _nearest(folder.path)
-        failure = _try_to_write(there)
+        there = writable.nearest(folder.path)
+        failure = writable.why_not(there, synced=True)
         if failure:
             what = f"{folder.title} ({folder.path}) cannot be written to: {failure}"
             yield Finding("disk", "problem", what, f"name another folder: {folder.setting}")
@@ -99,23 +96,3 @@ def _room(disk: _Disk, *, planned: bool) -> Finding:
     else:
         state = "problem" if free < NOTHING else "warning" if free < LITTLE else "ok"
     return Finding("disk", state, what, None if state == "ok" else remedy, facts)
-
-
-def _nearest(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that is there: where it would be made."""
-    absolute = path.absolute()
-    return next(folder for folder in (absolute, *absolute.parents) if os.path.exists(folder))
-
-
-def _try_to_write(folder: Path) -> str | None:
-    """Why 1 MiB cannot be written, synced and read back in `folder`; None where it can. Leaves nothing."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".runner-doctor-") as file:
-            file.write(_BLOCK)
-            file.flush()
-            os.fsync(file.fileno())
-            if Path(file.name).read_bytes() != _BLOCK:
-                return "what was read back is not what was written"
-    except OSError as error:
-        return error.strerror or str(error)
-    return None

@@ -29,7 +29,7 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
       python -m runner plan model=mistral7b method=full hw=h100x3 --json
       python -m runner plan model=hub model.id=org/name hw=a100 --plot plan.png
     """
-    from runner import inputs, planning
+    from runner import inputs, planning, writable
     from runner.compose import compose, source_finder
     from runner.report.plan import print_plan
     from runner.report.plan_plot import plot_plan
@@ -39,6 +39,7 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
     composed = compose(request)
     spec, notes = complete(composed, source_finder(request), needed=True)
     inputs.check_files(spec)
+    notes += [f"{p.what}: a run is refused; {p.remedy}" for p in writable.problems(spec)]
     found = planning.plan(spec, notes)
     content = found.as_dict()
     if plot is not None:
