@@ -339,3 +339,27 @@ def test_no_torch_is_loaded_for_it(here: Path) -> None:
 
     done = subprocess.run([sys.executable, "check.py"], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("row", "remedy"),
+    [
+        ({"problem": "3 + 4?", "solution": "7"}, "data.answer_field=solution"),
+        ({"prompt": [{"role": "user", "content": "Q"}], "reward_model": {"ground_truth": "7"}}, "data.answer_field=…"),
+        ({"prompt": "Q", "answer": None, "gold": "7"}, "data.answer_field=gold"),
+    ],
+)
+def test_answers_to_compare_with_are_there(here: Path, row: dict[str, Any], remedy: str) -> None:
+    write(here / "questions.jsonl", "".join(json.dumps(row) + "\n" for _ in range(8)))
+    told = refused(here, "data=file", *GRPO)
+    assert "exact_match compares with the row's answer, and no row has one" in told and f"write {remedy}" in told
+
+
+def test_columns_to_ignore_are_there(here: Path) -> None:
+    rows = '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "b", "context": "c"}\n'
+    write(here / "my.jsonl", rows)
+    told = refused(here, "data=file", "data.path=my.jsonl", "data.ignore_columns=[context,contxt]")
+    assert "no row has the column contxt" in told and "did you mean context?" in told
+    assert (
+        runner("data=file", "data.path=my.jsonl", "train.max_steps=1", "data.ignore_columns=[context]").exit_code == 0
+    )

@@ -7,7 +7,7 @@ longest length are left to training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from runner.data.words import template_of
 from runner.data.workspace import is_whole, workspace_of
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec, Grpo, Pretrain, RunSpec
+from runner.suggest import nearest
 
 WHOLE_BYTES = 32 << 20
 """Files of this size in all are checked whole: about 0.7 s."""
@@ -58,6 +59,10 @@ class _Part:
     """The first ones."""
     columns: dict[str, None] = field(default_factory=dict)
     """Names of what a reward function is given, in order."""
+    names: dict[str, None] = field(default_factory=dict)
+    """Columns of all rows, where some are ignored."""
+    answered: bool = False
+    """Some question has an answer to compare with."""
     wrong: list[Problem] = field(default_factory=list)
     """With rows, which `data.on_error=skip` leaves out."""
     broken: list[Problem] = field(default_factory=list)
@@ -68,10 +73,13 @@ class _Part:
         try:
             for table in self.tables:
                 found, mistakes = canonical_rows(table, self.spec, kind)
+                if self.spec.ignore_columns:
+                    self.names |= {str(name): None for row in table.rows for name in row}
                 self.wrong += mistakes
                 self.count += len(found)
                 self.rows += found[: TEMPLATE_ROWS - len(self.rows)]
                 self.columns |= dict.fromkeys(columns(found) if found else ())
+                self.answered |= any(isinstance(row, Question) and row.answer not in (None, "", []) for row in found)
         except RequestError as error:
             self.broken = error.problems
         self.wrong += [p for row in self.rows for p in _tried(turns, row, loss_on)] if turns else []
@@ -98,14 +106,28 @@ def check(spec: RunSpec) -> list[str]:
             notes.append(f"the first {part.count:,} rows of {part.name} were checked, the others when they are loaded")
     stops = spec.data.on_error == "stop"
     problems = list(dict.fromkeys(p for part in parts for p in [*(part.wrong if stops else ()), *part.broken]))
+    if not problems and parts and all(part.whole for part in parts) and spec.data.source not in BUNDLED:
+        problems += _ignores_nothing(spec.data, parts)
     if spec.eval.every_steps and not problems and not _holds_out(spec.data, parts):
         problems.append(nothing_held_out(spec))
     if isinstance(objective, Grpo):
         known = {name for part in parts for name in part.columns} if all(part.whole for part in parts) else None
         problems += reward_files.problems(objective, known, here=spec.where.name == "local")
+        if known and "exact_match" in objective.rewards and not problems and not any(part.answered for part in parts):
+            problems.append(reward_files.nothing_right(known))
     if problems:
         refuse(problems)
     return notes
+
+
+def _ignores_nothing(data: DataSpec, parts: Sequence[_Part]) -> Iterator[Problem]:
+    """Names to ignore that no row of any source has."""
+    names = {name for part in parts for name in part.names}
+    for name in data.ignore_columns:
+        if name not in names:
+            near = nearest(name, sorted(names))
+            remedy = f"did you mean {near}?" if near else "leave it out"
+            yield Problem(f"no row has the column {name}", "data.ignore_columns", remedy)
 
 
 def nothing_held_out(spec: RunSpec) -> Problem:

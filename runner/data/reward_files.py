@@ -30,6 +30,16 @@ def problems(objective: Grpo, columns: Iterable[str] | None, *, here: bool) -> l
     return found
 
 
+_ANSWERS = ("solution", "ground_truth", "final_answer", "expected_answer", "correct_answer", "gold", "target", "label")
+
+
+def nothing_right(columns: Iterable[str]) -> Problem:
+    """No row has an answer: each would be wrong, and nothing learned."""
+    named = next((name for name in _ANSWERS if name in set(columns)), None)
+    remedy = f"write data.answer_field={named or '…'}, or objective.rewards=[./my.py:score] for a function of your own"
+    return Problem("exact_match compares with the row's answer, and no row has one", "objective.rewards", remedy)
+
+
 def pattern(regex: str) -> Problem | None:
     """What is wrong with `objective.reward_regex`."""
     try:
