@@ -80,6 +80,21 @@ def test_the_last_checkpoint_is_the_final_save(
     assert files(tmp_path / "out") == files(run.path / "model")
 
 
+@pytest.mark.parametrize("words", [["method=full"], ["method=freeze"], ["method=lora"]], ids=lambda words: words[0])
+def test_a_reward_model_keeps_its_head(words: list[str], train: Callable[..., Any], tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"w{n}", "chosen": f"w{n + 1}", "rejected": f"w{n + 2}"} for n in range(4, 20)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["objective=reward", f"data.path={pairs}", "train.max_steps=2", "eval.num_prompts=0"]
+    _, run = train(*tiny_llama.words(tmp_path), *words, *more)
+    empty = exporting._empty(str(tmp_path / "base"), RunSpec.model_validate(run.read("spec.json")), where="meta")
+    assert empty.score.weight.shape == (1, 64)  # what the shards of a DeepSpeed checkpoint are put into
+    export(run, 2, tmp_path / "out")
+    assert_same(weights(tmp_path / "out"), weights(run.path / "model"))
+    assert any("score" in name for name in weights(tmp_path / "out"))
+    assert files(tmp_path / "out") == files(run.path / "model")
+
+
 def test_a_start_that_is_gone_is_said(train: Callable[..., Any], tmp_path: Path) -> None:
     words = ["method=lora", "method.init=pissa", "train.precision=fp32", "train.max_steps=1"]
     _, run = train(*tiny_llama.words(tmp_path), *words, "train.save_every_steps=1", "eval.num_prompts=0")

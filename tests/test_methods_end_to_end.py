@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.nn import modules as bnb_modules
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from runner import hardware
+from runner.errors import RequestError
 from runner.train import models
+from tests import tiny_llama
 from tests.conftest import spec_of
 
 # Where the CPU multiplies in bf16; emulated, a step takes a minute and a half.
@@ -119,3 +122,45 @@ def test_dora_rslora_layers_and_saved_modules(train: Callable[..., Any]) -> None
     assert layers == {"0", "29"}
     assert any("lora_magnitude_vector" in n for n in trained)
     assert any(n.endswith("model.norm.modules_to_save.default.weight") for n in trained)
+
+
+@pytest.mark.parametrize("objective", ["sft", "reward"])
+def test_what_trains_beside_an_adapter_is_measured_as_wide_as_it_is_loaded(
+    objective: str, train: Callable[..., Any], tmp_path: Path
+) -> None:
+    """OPT's norms know 16 bits alone: behind an fp32 embedding the run ended in an error after its last step."""
+    base = tiny_llama.words(tmp_path, architecture="opt" if objective == "sft" else "qwen3")
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text('{"prompt": "w5", "chosen": "w6 w7", "rejected": "w8"}\n' * 8)
+    more = {
+        "sft": ["method.modules_to_save=[embed_tokens]"],
+        "reward": ["objective=reward", f"data.path={rows}", "data.eval_fraction=0.5"],
+    }[objective]
+    finished, run = train(*base, *more, "train.max_steps=2", "eval.num_prompts=1", "eval.max_new_tokens=2")
+    kind = AutoModelForCausalLM if objective == "sft" else AutoModelForSequenceClassification
+    head = {} if objective == "sft" else {"num_labels": 1}
+    model = kind.from_pretrained(tmp_path / "base", dtype=torch.bfloat16, attn_implementation="sdpa", **head)
+    loaded = dict(PeftModel.from_pretrained(model, run.path / "model").named_parameters())
+    trained = {name: p for name, p in finished.model.named_parameters() if p.requires_grad}
+    assert any(".modules_to_save." in name for name in trained)
+    for name, parameter in trained.items():
+        assert parameter.dtype == loaded[name].dtype and torch.equal(parameter, loaded[name]), name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "left_out", "sizes"),
+    [
+        ("phimoe", "mlp.router", {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("mamba", "mixer.out_proj", {}),
+    ],
+)
+def test_all_linear_leaves_out_what_cannot_have_an_adapter(
+    architecture: str, left_out: str, sizes: dict[str, Any], train: Callable[..., Any], tmp_path: Path
+) -> None:
+    base = tiny_llama.words(tmp_path, architecture=architecture, **sizes)
+    more = ["method=lora", "method.dropout=0", "train.max_steps=2", "eval.num_prompts=0"]
+    finished, _ = train(*base, *more)
+    adapted = {name for name, p in finished.model.named_parameters() if p.requires_grad}
+    assert adapted and not [name for name in adapted if f".{left_out}." in name]
+    with pytest.raises(RequestError, match="cannot have an adapter"):
+        train(*base, *more, f"method.target_modules=[{left_out.rpartition('.')[2]}]")

@@ -129,6 +129,7 @@ def test_what_is_cut_and_dropped_is_said(folder: Path, tmp_path: Path) -> None:
         (("objective=dpo", "method.init=pissa"), "method.init=pissa moves a part of the model into the adapter"),
         (("objective=dpo", "train.packing=true"), "train.packing=true: objective=dpo"),
         (("objective=dpo", "method.target_modules=[q_proj,lm_head]"), "an adapter on lm_head would never train"),
+        (("objective=sft", "method.target_modules=[q_proj,lm_head]"), "an adapter on lm_head would never train"),
         (("objective=dpo", "objective.loss=simpo", "objective.precompute_reference=true"), "has no reference"),
         (("objective=dpo", "objective.loss=ipo", "objective.label_smoothing=0.1"), "objective.label_smoothing"),
         (("objective=kto", "objective.loss=ipo"), "objective=kto has no loss"),

@@ -85,7 +85,7 @@ def _tokenizer(spec: RunSpec, objective: Pretrain) -> Iterator[str]:
         yield "objective.tokenizer: a pretrained model keeps its own; leave it out, or take a model=scratch_…"
 
 
-_FUSED = ("dpo", "kto", "grpo")
+_FUSED = ("sft", "pretrain", "dpo", "kto", "grpo")
 """Objectives whose TRL trainer refuses an adapter on the head: `add_fused_lm_head`, TRL 1.16."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.trainer_utils import align_special_tokens
 
 from runner import checkpoints
@@ -41,7 +41,7 @@ def export(spec: RunSpec, run: RunDir, step: int, target: Path, say: Callable[[s
     say(f"Reading checkpoint {step} …")
     with whole(target) as folder:
         if methods.adapter_of(spec):
-            config, state = _gathered_adapter(spec, source, checkpoint) if sharded else _adapter(checkpoint)
+            config, state = _gathered_adapter(spec, source, checkpoint) if sharded else _adapter(spec, checkpoint)
             if methods.decomposes(spec):
                 state = _relative(config, state, run.path / "initial_adapter")
             save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -63,13 +63,15 @@ def export(spec: RunSpec, run: RunDir, step: int, target: Path, say: Callable[[s
 
 def _model(spec: RunSpec, checkpoint: Path) -> Any:
     """All weights of a plain checkpoint; those that train are in fp32 there, and 16 bits in what is saved."""
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=models.DTYPES[spec.train.precision])
+    return models.kind_of(spec).from_pretrained(checkpoint, dtype=models.DTYPES[spec.train.precision])
 
 
-def _adapter(checkpoint: Path) -> tuple[PeftConfig, State]:
-    """The adapter of a plain checkpoint, in fp32, as peft loads it."""
+def _adapter(spec: RunSpec, checkpoint: Path) -> tuple[PeftConfig, State]:
+    """The adapter of a plain checkpoint, as wide as peft loads it."""
     state = load_file(checkpoint / "adapter_model.safetensors")
-    return PeftConfig.from_pretrained(str(checkpoint)), {name: value.float() for name, value in state.items()}
+    return PeftConfig.from_pretrained(str(checkpoint)), {
+        name: value.to(methods.width(spec, name)) for name, value in state.items()
+    }
 
 
 def _shards(checkpoint: Path, *, trained_only: bool = False) -> dict[str, Any]:
@@ -108,7 +110,9 @@ def _gathered_model(spec: RunSpec, source: str, checkpoint: Path, tokenizer: Any
     model = _empty(source, spec, where="cpu")
     if any(name not in shards for name, _ in model.named_parameters()):
         dtype = models.DTYPES[spec.train.precision]
-        model = AutoModelForCausalLM.from_pretrained(source, revision=spec.model.revision, dtype=dtype)
+        model = models.kind_of(spec).from_pretrained(
+            source, revision=spec.model.revision, dtype=dtype, **models.head_of(spec)
+        )
         methods.mark_trainable(spec, model)
         _check([name for name, p in model.named_parameters() if p.requires_grad], shards, checkpoint)
         for parameter in model.parameters():
@@ -123,9 +127,9 @@ def _gathered_model(spec: RunSpec, source: str, checkpoint: Path, tokenizer: Any
 
 def _empty(source: str, spec: RunSpec, where: str) -> Any:
     """The run's model without its weights, in the run's precision."""
-    config = AutoConfig.from_pretrained(source, revision=spec.model.revision)
+    config = AutoConfig.from_pretrained(source, revision=spec.model.revision, **models.head_of(spec))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=models.DTYPES[spec.train.precision])
+        model = models.kind_of(spec).from_config(config, dtype=models.DTYPES[spec.train.precision])
     if where != "meta":
         model.to_empty(device=where)
         model.tie_weights()

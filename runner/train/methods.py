@@ -17,6 +17,7 @@ from runner.layers import parse_layers
 from runner.rundir import RunDir
 from runner.spec import Freeze, Full, Lora, QLora4, QLora8, Reward, RunSpec
 from runner.train.models import DTYPES
+from runner.train.targets import check_names, linear_names, unfit
 
 
 def adapter_of(spec: RunSpec) -> Lora | QLora4 | QLora8 | None:
@@ -35,14 +36,15 @@ def adapter_config(spec: RunSpec, model: Any) -> LoraConfig | None:
         chosen = list(_selected(method.layers, decoder_layers(model)[1]))
         if targets == "all-linear":  # PEFT wants names, not the shorthand, when layers are chosen
             targets = linear_names(model)
-    _check_names(model, targets, "method.target_modules")
-    _check_names(model, method.modules_to_save, "method.modules_to_save")
+    check_names(model, targets, "method.target_modules")
+    check_names(model, method.modules_to_save, "method.modules_to_save")
     init = method.init if isinstance(method, Lora) else "default"
     return LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,
         lora_dropout=method.dropout,
         target_modules=targets,
+        exclude_modules=unfit(model, method.target_modules) or None,
         layers_to_transform=chosen,
         use_rslora=method.use_rslora,
         use_dora=method.use_dora,
@@ -134,28 +136,6 @@ def _selected(choice: str | list[int | str], layers: Any) -> tuple[int, ...]:
         raise RequestError(Problem(f"method.layers={choice}: {error}")) from None
 
 
-def linear_names(model: Any) -> list[str]:
-    """Last names of all linear layers but the output head, as PEFT's `all-linear` takes them."""
-    head = getattr(model, "score", None) or model.get_output_embeddings()
-    kinds = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    return sorted(kinds)
-
-
-def _check_names(model: Any, names: str | list[str], key: str) -> None:
-    if isinstance(names, str):
-        return
-    known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for name in names:
-        if name.rpartition(".")[2] not in known:
-            raise RequestError(
-                Problem(
-                    f"{key}: the model has no module {name}",
-                    None,
-                    f"linear layers: {', '.join(linear_names(model))}",
-                )
-            )
-
-
 def describe_trainable(model: Any) -> tuple[int, int, list[str]]:
     """Trainable and total parameters, and one line per kind of trained module, for people.
 
@@ -210,18 +190,25 @@ def widen(spec: RunSpec, model: Any) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def settle(spec: RunSpec, model: Any) -> None:
-    """Give weights the precision they are loaded in, so that what is measured is what a user will load.
+def width(spec: RunSpec, name: str) -> torch.dtype:
+    """How wide a trained weight is in what a user loads.
 
-    Whole weights trained in fp32 become 16 bits; an adapter (TRL trains it in bf16 over a quantised
-    base) becomes fp32, as peft loads it. Parameters only: a buffer such as the rotary frequencies
-    must stay fp32, as it is after loading.
+    peft makes fp32 of what an adapter adds, and leaves whole modules (`modules_to_save`, a new head) as it finds the
+    base: the norm behind an embedding may know 16 bits alone.
     """
-    whole = isinstance(spec.method, (Full, Freeze))
-    dtype = DTYPES[spec.train.precision] if whole else torch.float32
-    for parameter in model.parameters():
-        if whole or parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    added = adapter_of(spec) and any(kind in name for kind in ("lora_", "trainable_tokens"))
+    return torch.float32 if added else DTYPES[spec.train.precision]
+
+
+def settle(spec: RunSpec, model: Any) -> None:
+    """Give trained weights their `width`, so that what is measured is what a user will load.
+
+    Whole weights trained in fp32 become 16 bits; an adapter (TRL trains it in bf16 over a quantised base) becomes fp32.
+    Parameters only: a buffer such as the rotary frequencies must stay fp32, as it is after loading.
+    """
+    for name, parameter in model.named_parameters():
+        if adapter_of(spec) is None or parameter.requires_grad:
+            parameter.data = parameter.data.to(width(spec, name))
 
 
 def save_model(spec: RunSpec, model: Any, folder: Path, run: RunDir, state: dict[str, Any] | None = None) -> None:

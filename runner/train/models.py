@@ -29,7 +29,7 @@ from runner.data.words import FALLBACK, adds_bos
 from runner.errors import Problem, RequestError
 from runner.folders import cached
 from runner.paths import cache_dir
-from runner.spec import Full, ModelSpec, QLora4, QLora8, RunSpec
+from runner.spec import Full, ModelSpec, QLora4, QLora8, Reward, RunSpec
 
 FEW_TOKENS = 8
 """That may have been added to a tokenizer without the model: more is another model's."""
@@ -117,10 +117,20 @@ def check_vocabulary(spec: RunSpec, source: str, tokenizer: Any) -> None:
     raise RequestError(Problem(what, "model.id", f"{few} the tokenizer that the model came with"))
 
 
-def load_model(spec: RunSpec, source: str, rewards: bool = False) -> Any:
+def kind_of(spec: RunSpec) -> Any:
+    """The class of what trains: with a head for words, or for one number."""
+    return AutoModelForSequenceClassification if isinstance(spec.objective, Reward) else AutoModelForCausalLM
+
+
+def head_of(spec: RunSpec) -> dict[str, int]:
+    """What `kind_of` has to be told of its head when a base without one is loaded."""
+    return {"num_labels": 1} if isinstance(spec.objective, Reward) else {}
+
+
+def load_model(spec: RunSpec, source: str) -> Any:
     """The base model as the method wants it: 16 bits, quantised, or fp32 where its own weights train.
 
-    `rewards`: with a head for one number instead of one for words; its weights are random, by the run's seed.
+    The weights of a reward model's new head are random, by the run's seed.
 
     Weights that train are kept in fp32 under 16-bit autocast: in bf16 an update smaller than
     1/256 of a weight is lost. DeepSpeed computes with 16-bit weights and keeps its own in fp32.
@@ -144,15 +154,13 @@ def load_model(spec: RunSpec, source: str, rewards: bool = False) -> Any:
         dtype = torch.float32
     if spec.hw.accelerator == "cuda" and not spec.deepspeed.name.startswith("zero3"):  # which shards as it loads
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    kind: Any = AutoModelForCausalLM
-    if rewards:
-        kind = AutoModelForSequenceClassification
-        options["num_labels"] = 1
+    if head := head_of(spec):
+        options |= head
         set_seed(spec.train.seed)
     if spec.model.from_scratch:
         return random_weights(spec, dtype)
     with explained(spec.model):
-        model = kind.from_pretrained(source, dtype=dtype, **options)
+        model = kind_of(spec).from_pretrained(source, dtype=dtype, **options)
     if isinstance(spec.method, QLora4) and spec.hw.accelerator == "cpu":
         _keep_trainable_layout(model)
     if isinstance(spec.method, (QLora4, QLora8)) and spec.hw.accelerator == "cpu":

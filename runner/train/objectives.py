@@ -16,7 +16,7 @@ from runner.data.examples import Example, Question, Turn, kind_of
 from runner.data.workspace import workspace_of
 from runner.plan.passes import passes_of
 from runner.rundir import RunDir
-from runner.spec import Dpo, Full, Grpo, Orpo, Pretrain, QLora4, QLora8, Reward, RunSpec, Sft
+from runner.spec import Dpo, Full, Grpo, Orpo, Pretrain, QLora4, QLora8, RunSpec, Sft
 from runner.train import dataset, experts, grpo, methods, models, pairs, preference, rewards, text, trainer
 from runner.train.guarded import GuardedTrainer, Guarding
 from runner.train.models import DTYPES
@@ -114,7 +114,7 @@ def load_model(spec: RunSpec, source: str, tokenizer: Any) -> Any:
     """The model that trains: with a head for words, or for one number; new weights get the tokenizer's special ids."""
     if not spec.model.from_scratch:
         models.check_vocabulary(spec, source, tokenizer)
-    model = models.load_model(spec, source, rewards=isinstance(spec.objective, Reward))
+    model = models.load_model(spec, source)
     if spec.model.from_scratch:
         for config in (model.config, model.generation_config):
             config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
