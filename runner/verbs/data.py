@@ -11,7 +11,7 @@ from rich.console import Console
 
 from runner.errors import RequestError
 from runner.report.problems import dump
-from runner.verbs.shared import Arguments, composed, one_run, request_of
+from runner.verbs.shared import Arguments, composed, one_run, request_of, say_unread
 
 
 @click.group()
@@ -26,11 +26,14 @@ def data() -> None:
     """
 
 
-def _composed(words: Arguments, config_dirs: tuple[Path, ...]) -> Any:
-    """The run that the words describe."""
+def _composed(verb: str, words: Arguments, config_dirs: tuple[Path, ...]) -> Any:
+    """The run that the words describe; those that `verb` does not read are named."""
     from runner.compose import compose
 
-    return compose(request_of(words, config_dirs))
+    request = request_of(words, config_dirs)
+    spec = compose(request)
+    say_unread(f"data {verb}", request)
+    return spec
 
 
 @data.command()
@@ -52,7 +55,7 @@ def preview(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, rows
     from runner.data.preview import preview as look
     from runner.report.data import print_preview
 
-    found = look(_composed(words, config_dirs), rows, row)
+    found = look(_composed("preview", words, config_dirs), rows, row)
     if as_json:
         click.echo(dump(found))
     else:
@@ -77,7 +80,7 @@ def stats(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: 
     from runner.report.data import print_stats
     from runner.report.data_plot import plot_lengths
 
-    found = count(_composed(words, config_dirs))
+    found = count(_composed("stats", words, config_dirs))
     if plot is not None:
         plot_lengths(found, plot)
     if as_json:
@@ -105,4 +108,4 @@ def prepare(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> N
     """
     from runner.execute.prepare import prepare as tokenise
 
-    sys.exit(tokenise(_composed(words, config_dirs), as_json))
+    sys.exit(tokenise(_composed("prepare", words, config_dirs), as_json))

@@ -17,6 +17,7 @@ from runner.verbs.shared import (
     one_run,
     output_dir_option,
     request_of,
+    say_unread,
     spoken,
 )
 
@@ -145,7 +146,9 @@ def doctor(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, bandw
     if words or config_dirs:
         from runner.doctor.wanted import wanted  # Hydra: 0.2 s
 
-        run = wanted(request_of(words, config_dirs))
+        request = request_of(words, config_dirs)
+        run = wanted(request)
+        say_unread("doctor", request)
     if bandwidth:
         click.echo("Measuring an all-reduce …", err=True)
     found = examine(run, bandwidth=bandwidth)

@@ -10,7 +10,16 @@ from rich.console import Console
 
 from runner.errors import CannotRunError
 from runner.report.problems import dump
-from runner.verbs.shared import Arguments, as_json_option, composed, one_run, output_dir_option, request_of, spoken
+from runner.verbs.shared import (
+    Arguments,
+    as_json_option,
+    composed,
+    one_run,
+    output_dir_option,
+    request_of,
+    say_unread,
+    spoken,
+)
 
 
 @click.command()
@@ -29,7 +38,7 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
       python -m runner plan model=mistral7b method=full hw=h100x3 --json
       python -m runner plan model=hub model.id=org/name hw=a100 --plot plan.png
     """
-    from runner import inputs, planning, writable
+    from runner import inputs, planning, unread, writable
     from runner.compose import compose, source_finder
     from runner.report.plan import print_plan
     from runner.report.plan_plot import plot_plan
@@ -39,6 +48,7 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
     composed = compose(request)
     spec, notes = complete(composed, source_finder(request), needed=True)
     inputs.check_files(spec)
+    notes += unread.notes("plan", request)
     notes += [f"{p.what}: a run is refused; {p.remedy}" for p in writable.problems(spec)]
     found = planning.plan(spec, notes)
     content = found.as_dict()
@@ -82,6 +92,7 @@ def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str,
     from runner.resolve import asked
 
     request = request_of(words, config_dirs)
+    say_unread("fit", request)
     given = fitting.given_in(request)
     spec = fitting.opened(asked(compose(request), source_finder(request), needed=True), given)
     rows = [asdict(row) for row in fitting.fits(spec, given, by, request.folders)]

@@ -103,6 +103,14 @@ def request_of(words: Arguments, config_dirs: tuple[Path, ...]) -> Any:
     return Request(None, tuple(overrides), config_dirs, spec_file, tuple(problems), ("where", "track"))
 
 
+def say_unread(verb: str, request: Any) -> None:
+    """Name the typed words that change nothing of the answer, where they do not get into JSON."""
+    from runner import unread
+
+    for note in unread.notes(verb, request):
+        click.echo(f"Note    {note}", err=True)
+
+
 _MEANT = {
     "train": "run", "finetune": "run", "fine-tune": "run", "start": "run", "sft": "run", "launch": "run",
     "serve": "deploy", "api": "deploy", "evaluate": "eval", "test": "eval", "benchmark": "eval", "infer": "chat",
