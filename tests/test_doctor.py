@@ -297,7 +297,11 @@ def test_room_is_held_against_the_plan_once_per_disk(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("laptop")
 def test_every_term_of_a_planned_disk_lies_in_one_folder() -> None:
-    for words in (("method=lora",), ("model=phi2", "hw=h100"), ("model=phi2", "hw=h100", "deepspeed.nvme_path=/tmp")):
+    for words in (
+        ("method=lora",),
+        ("model=phi2", "hw=h100"),
+        ("model=phi2", "hw=h100", "deepspeed=zero3_offload", "deepspeed.nvme_path=/tmp"),
+    ):
         terms = [term for folder in disk.folders(run_of(*words)) for term in folder.terms]
         assert sorted(terms) == ["checkpoints", "final_model", "offloaded", "tokenised", "weights"]
 

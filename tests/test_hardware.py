@@ -369,7 +369,7 @@ def test_what_the_user_wrote_is_kept() -> None:
     two = machine_with(RTX4090, RTX4090)
     hw = hardware.resolve(spec_of("local", num_gpus=1, memory_gib=20.0, env={"A": "1"}), two)
     assert (hw.num_gpus, hw.memory_gib, hw.env) == (1, 20.0, {"A": "1"})
-    hw = hardware.resolve(spec_of("local", env={"NCCL_P2P_DISABLE": 0}), two)
+    hw = hardware.resolve(spec_of("local", env={"NCCL_P2P_DISABLE": "0"}), two)
     assert hw.env == {"NCCL_P2P_DISABLE": "0", "NCCL_IB_DISABLE": "1"}
     assert hardware.resolve(spec_of("local", num_gpus=0), two).accelerator == "cpu"
     assert hardware.resolve(spec_of("local", flash_attention=False), two).flash_attention is False
