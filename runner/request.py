@@ -160,7 +160,7 @@ def _lift_recipe(request: Request) -> tuple[Request, list[Problem]]:
     files = [str(file) for file in (request.recipe, request.spec_file) if file] + named
     if len(files) > 1:
         problem = Problem(f"{' and '.join(files)}: a run starts from one file", COMMAND_LINE, "name one of them")
-    elif named and "," in named[0]:
+    elif named and "," in named[0] and not Path(named[0]).expanduser().is_file():
         remedy = "sweep over choices and values, such as method=lora,qlora4, or call the runner once per recipe"
         problem = Problem(f"recipe={named[0]}: a sweep cannot go over recipes", COMMAND_LINE, remedy)
     else:

@@ -8,7 +8,7 @@ import pytest
 
 from runner.peer_keys import NONE, PEERS
 from runner.suggest import known_keys
-from tests.front import here, laptop, only_problem, problems_of, spec_of, write
+from tests.front import here, laptop, only_problem, problems_of, runner, spec_of, write
 
 __all__ = ["here", "laptop"]  # fixtures
 pytestmark = pytest.mark.usefixtures("here")
@@ -149,3 +149,16 @@ def test_words_of_other_trainers_without_a_key_here_are_told_so() -> None:
     assert not NONE.keys() & (PEERS.keys() | {key.rpartition(".")[2] for key in known_keys()})
     for word in ("logging_steps", "trust_remote_code", "tf32"):
         assert only_problem(f"train.{word}=1").remedy == f"leave it out: {NONE[word]}"
+
+
+@pytest.mark.parametrize("name", ["lr=1e-4,r=8.yaml", "a,b.yaml", "folder=x/mine.yaml"])
+def test_a_recipe_may_be_called_as_a_file_may(here: Path, name: str) -> None:
+    write(here / name, "defaults: [config, _self_]\ntrain: {max_steps: 7}\n")
+    assert spec_of(name).train.max_steps == spec_of(f"recipe={name}").train.max_steps == 7
+
+
+def test_a_title_of_ones_own_is_in_the_heading_of_a_plan(here: Path) -> None:
+    write(here / "own/model/mine.yaml", "defaults: [mistral7b]\ntitle: My Mistral\nname: mine\n")
+    write(here / "own/hw/box.yaml", "defaults: [h100]\ntitle: The box\nname: box\n")
+    result = runner("plan", "--config-dir", "own", "model=mine", "method=qlora4", "hw=box")
+    assert result.stdout.startswith("My Mistral, qlora4, The box\n"), result.output

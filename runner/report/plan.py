@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -34,10 +35,12 @@ _PARTS = {
 }  # fmt: skip
 
 
-def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
+def print_plan(
+    console: Console, plan: Mapping[str, Any], titles: Mapping[str, str | None] = MappingProxyType({})
+) -> None:
     """A plan (`Plan.as_dict`): the answer in a sentence, a bar per phase, the peak's terms, time and money."""
     with spelt(console):
-        console.print(Text(heading(plan), style="bold"))
+        console.print(Text(heading(plan, titles), style="bold"))
         console.print(_answer(plan))
         console.print()
         _print_bars(console, plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from types import MappingProxyType
 from typing import Any
 
 from runner import catalogue
@@ -102,9 +103,10 @@ def present(plan: Mapping[str, Any]) -> list[Family]:
     return [family for family in FAMILIES if family in shown]
 
 
-def heading(plan: Mapping[str, Any]) -> str:
-    """`Mistral 7B, full, 3 × H100, ZeRO-3`."""
-    parts = [_title("model", plan["model"]), plan["method"], _title("hw", plan["hw"])]
+def heading(plan: Mapping[str, Any], titles: Mapping[str, str | None] = MappingProxyType({})) -> str:
+    """`Mistral 7B, full, 3 × H100, ZeRO-3`; `titles` are those of a run, for choices of a user's own."""
+    model, hw = (titles.get(group) or _title(group, plan[group]) for group in ("model", "hw"))
+    parts = [model, plan["method"], hw]
     if plan["num_gpus"] > 1 or plan["zero_stage"] != "none":
         parts.append(STAGES.get(plan["zero_stage"], plan["zero_stage"]))
     return ", ".join(parts)

@@ -62,7 +62,7 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
         click.echo(dump(content))
     else:
         console = Console()
-        print_plan(console, content)
+        print_plan(console, content, {"model": spec.model.title, "hw": spec.hw.title})
         if found.reasons:
             console.print(f"→ {planning.advice(asked(composed, needed=True), found)}", highlight=False, soft_wrap=True)
         if plot is not None:

@@ -89,7 +89,8 @@ def request_of(words: Arguments, config_dirs: tuple[Path, ...]) -> Any:
     problems: list[Problem] = []
     for place, word in enumerate(words):
         folder = Path(word)
-        if "=" in word or word.startswith("~"):
+        named = folder.is_file() and word.endswith((".yaml", ".yml", ".json"))  # whatever its name holds
+        if ("=" in word or word.startswith("~")) and not named:
             overrides.append(word)
         elif word.endswith((".yaml", ".yml")):
             overrides.append(f"recipe={word}")
