@@ -172,3 +172,11 @@ def test_a_list_whose_pages_are_not_as_described_is_whole_or_an_error(
 ])  # fmt: skip
 def test_a_line_of_a_log_that_is_no_json_is_shown_as_it_is(data: str, line: str) -> None:
     assert _said(data) == line
+
+
+@pytest.mark.parametrize("bid", [None, 0.4])
+def test_a_host_that_cannot_start_the_image_is_not_rented(bid: float | None, emulator: Emulator) -> None:
+    """The emulated machines serve CUDA 12.6 to 13.0."""
+    with pytest.raises(NoCapacityError):
+        Api().create_pod(PodRequest("runner-a-1", "runpod/pytorch:1-cu1320", "secure", gpu_id=L4, bid_usd=bid))
+    assert emulator.pods() == {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -788,3 +790,137 @@ def test_hosts_that_cannot_start_the_image_are_never_asked_for() -> None:
     assert gpu("unsloth/unsloth:latest") == {"id": "NVIDIA L4", "count": 1}
     named = gpu(default, cuda_versions=("13.0",))
     assert named == {"id": "NVIDIA L4", "count": 1, "allowedCudaVersions": ["13.0"]}
+
+
+def test_a_bid_asks_for_hosts_that_start_the_image_too() -> None:
+    """RunPod's GraphQL has no floor, only a list."""
+    from runner.cloud import spot
+
+    def allowed(image: str, **more: Any) -> Any:
+        return spot._input(PodRequest("n", image, "secure", "NVIDIA L4", bid_usd=0.2, **more)).get(
+            "allowedCudaVersions"
+        )
+
+    since = allowed(RunPodPlace(name="runpod").image)
+    assert since[:3] == ["12.8", "12.9", "13.0"] and "12.7" not in since
+    assert allowed("x/y:cu130")[0] == "13.0"
+    assert allowed("x/y:cu118")[0] == "11.8"
+    assert allowed("unsloth/unsloth:latest") is None
+    assert allowed("x/y:cu130", cuda_versions=("12.8",)) == ["12.8"]
+    assert allowed("x/y:cu130", template="abc") is None
+
+
+# ── a pod's GPUs, before anything is uploaded ──────────────────────────────────────────────────
+
+
+class FakeDriver:
+    """CUDA's driver API with so many GPUs, of which one call may fail."""
+
+    def __init__(self, gpus: int, fails: str = "", keeps: int = 7) -> None:
+        self.gpus, self.fails, self.keeps = gpus, fails, keeps
+        self.tried: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            if name == "cuGetErrorString":
+                arguments[1]._obj.value = b"system not yet initialized"
+            if name == "cuDeviceGetCount":
+                arguments[0]._obj.value = self.gpus
+            if name == "cuDeviceGet":
+                self.tried.append(arguments[1])
+            if name == "cuMemcpyDtoH_v2":
+                arguments[0]._obj.value = self.keeps
+            return 802 if name == self.fails else 0
+
+        return call
+
+
+GOOD_SMI = 'echo "580.82.07, 9.0"; echo "580.82.07, 9.0"'
+
+
+@pytest.mark.parametrize(
+    ("smi", "driver", "reason"),
+    [
+        (GOOD_SMI, FakeDriver(2), None),
+        (GOOD_SMI, FakeDriver(1), "the host's driver shows 1 of 2 GPUs"),
+        (GOOD_SMI, FakeDriver(2, fails="cuInit"), "cuInit fails with 802, system not yet initialized"),
+        (GOOD_SMI, FakeDriver(2, fails="cuMemsetD32_v2"), "the host's GPUs do not compute: cuMemsetD32_v2"),
+        (GOOD_SMI, FakeDriver(2, keeps=0), "does not keep what is written"),
+        (GOOD_SMI, None, "libcuda.so.1"),
+        ('echo "515.43.04, 8.0"; echo "515.43.04, 8.0"', FakeDriver(2), "no torch fits the host: NVIDIA driver 515"),
+        (
+            'echo "Failed to initialize NVML"; exit 9',
+            FakeDriver(2),
+            "driver does not answer: Failed to initialize NVML",
+        ),
+        ("exit 9", FakeDriver(2), "driver does not answer: nvidia-smi ends with 9"),
+    ],
+)
+def test_a_pods_gpus_are_tried_without_torch(
+    smi: str, driver: FakeDriver | None, reason: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "bin").mkdir()
+    put_nvidia_smi(tmp_path, smi)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+
+    def load(name: str) -> Any:
+        if driver is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return driver
+
+    monkeypatch.setattr(install.ctypes, "CDLL", load)
+    assert install.look(2) == (install.REFUSED if reason else 0)
+    assert (reason or "") in capsys.readouterr().out
+    if reason is None:
+        assert driver is not None and driver.tried == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "named", "code", "what"),
+    [
+        ("hw=h100", None, install.REFUSED, "the pod is no good: cuInit fails"),
+        ("hw=h100", None, 124, "did not answer within 90 s"),
+        ("hw=h100", None, 0, None),
+        ("hw=h100", None, 127, None),  # no `timeout` in the image: the installation tries them again
+        ("hw=h100", "/my/python", None, None),  # whose torch may be for another driver
+        ("hw=cpu", None, None, None),
+    ],
+)
+def test_a_pod_whose_gpus_do_not_compute_gets_nothing(
+    words: str, named: str | None, code: int | None, what: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runner.cloud import session, ship
+
+    done: list[str] = []
+
+    def attempt(command: str) -> tuple[int, str, str]:
+        done.append(command)
+        assert code is not None
+        return code, "cuInit fails\n", ""
+
+    at = ship.Berth(types.SimpleNamespace(attempt=attempt), "/workspace", "r1")  # type: ignore[arg-type]
+    monkeypatch.setattr(ship, "arm", lambda *_: done.append("arm"))
+    monkeypatch.setattr(ship, "send", lambda *_: done.append("send") or "code")
+    monkeypatch.setattr(ship, "tell_secrets", lambda *_: [])
+    monkeypatch.setattr(ship, "begin", lambda *_: done.append("begin"))
+    monkeypatch.setenv("RUNNER_POD_PYTHON", named or "")
+    one: Any = session.Session.__new__(session.Session)
+    one.spec, one.run, one.say = on(words), None, print
+    one.rented = types.SimpleNamespace(mark=lambda *_: None, pod=types.SimpleNamespace(id="p"))
+    monkeypatch.setattr(session.Session, "board", lambda self: at)
+    monkeypatch.setattr(session.Session, "order", lambda self, detach: {})
+    monkeypatch.setattr(session.Session, "_heard", lambda self, at: contextlib.nullcontext())
+    tried = [] if code is None else ["timeout 90 python3 /workspace/runs/r1/install.py --gpus 1"]
+    if what is None:
+        one._load(False)
+        assert done == ["arm", *tried, "send", "begin"]
+        return
+    with pytest.raises(CannotRunError, match=what):
+        one._load(False)
+    assert done == ["arm", *tried]
+
+
+def test_a_machine_without_a_driver_is_refused_by_the_file_that_is_sent() -> None:
+    done = subprocess.run([sys.executable, install.__file__, "--gpus", "1"], capture_output=True, text=True)
+    assert done.returncode == install.REFUSED and "NVIDIA driver does not answer" in done.stdout

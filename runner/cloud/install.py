@@ -8,10 +8,13 @@
     pinned   an environment with the pinned torch
 
 An environment is made once per set of requirements and kept in the workspace's cache, on the volume where there is one.
+
+`install.py --gpus N` says why N GPUs of this host cannot be trained on, and ends with REFUSED; it needs no torch.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -40,6 +43,9 @@ import torch
 for number in range(torch.cuda.device_count()): torch.zeros(1, device=f"cuda:{number}").add(1).item()
 print(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 """
+
+
+REFUSED = 3
 
 
 @dataclass(frozen=True)
@@ -116,17 +122,60 @@ def build_for(driver: str, capabilities: list[float]) -> str:
     raise ValueError(f"no torch fits the host: NVIDIA driver {driver}, compute capabilities {capabilities}")
 
 
-def wanted_build(order: dict[str, Any]) -> str:
+def wanted_build(gpus: int) -> str:
     """`build_for` this host, where GPUs are to be used; ValueError where their driver does not answer."""
-    if not order.get("gpus"):
+    if not gpus:
         return ""
     words = ["nvidia-smi", "--query-gpu=driver_version,compute_cap", "--format=csv,noheader"]
     try:
-        said = subprocess.run(words, capture_output=True, text=True, timeout=60).stdout
-        rows = [line.split(",") for line in said.splitlines() if line.strip()]
-        return build_for(rows[0][0].strip(), [float(row[1]) for row in rows])
-    except (OSError, IndexError, subprocess.TimeoutExpired) as error:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"the host's NVIDIA driver does not answer: {error}") from None
+    rows = [line.split(",") for line in done.stdout.splitlines() if line.strip()]
+    try:
+        driver, capabilities = rows[0][0].strip(), [float(row[1]) for row in rows]
+    except (IndexError, ValueError):
+        said = " ".join(f"{done.stdout} {done.stderr}".split()) or f"nvidia-smi ends with {done.returncode}"
+        raise ValueError(f"the host's NVIDIA driver does not answer: {said}") from None
+    return build_for(driver, capabilities)
+
+
+def fault(gpus: int) -> str | None:
+    """Why so many GPUs of this host cannot be trained on, found out without torch; None where they can."""
+    try:
+        wanted_build(gpus)
+        computes(ctypes.CDLL("libcuda.so.1"), gpus)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def computes(driver: Any, gpus: int) -> None:
+    """Write a number on every GPU and read it back (CUDA's driver API); ValueError in the driver's own words."""
+
+    def do(name: str, *arguments: Any) -> None:
+        if code := getattr(driver, name)(*arguments):
+            said = ctypes.c_char_p()
+            driver.cuGetErrorString(code, ctypes.byref(said))
+            words = (said.value or b"unknown").decode(errors="replace")
+            raise ValueError(f"the host's GPUs do not compute: {name} fails with {code}, {words}")
+
+    count = ctypes.c_int()
+    do("cuInit", 0)
+    do("cuDeviceGetCount", ctypes.byref(count))
+    if count.value < gpus:
+        raise ValueError(f"the host's driver shows {count.value} of {gpus} GPUs")
+    for number in range(count.value):
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        place, value = ctypes.c_uint64(), ctypes.c_uint32()
+        do("cuDeviceGet", ctypes.byref(device), number)
+        do("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        do("cuCtxSetCurrent", context)
+        do("cuMemAlloc_v2", ctypes.byref(place), ctypes.c_size_t(4))
+        do("cuMemsetD32_v2", place, ctypes.c_uint32(7), ctypes.c_size_t(1))
+        do("cuMemcpyDtoH_v2", ctypes.byref(value), place, ctypes.c_size_t(4))
+        if value.value != 7:
+            raise ValueError(f"GPU {number} of the host does not keep what is written")
 
 
 def blind(executable: str, gpus: int) -> str | None:
@@ -230,7 +279,7 @@ def main(folder: Path) -> int:
         return 1
     gpus = int(order.get("gpus") or 0)
     try:
-        build = "" if given else wanted_build(order)
+        build = "" if given else wanted_build(gpus)
         has_torch = given is None and not lacking(image, [line for line in needed if name_of(line) == "torch"])
         if has_torch and (reason := blind(image.executable, gpus)):
             say(f"the image's {reason}")
@@ -259,5 +308,15 @@ def main(folder: Path) -> int:
     return 0
 
 
+def look(gpus: int) -> int:
+    """`--gpus`: the exit code."""
+    reason = fault(gpus)
+    if reason:
+        say(reason)
+    return REFUSED if reason else 0
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "--gpus":
+        sys.exit(look(int(sys.argv[2])))
     sys.exit(main(Path(sys.argv[1]).absolute()))

@@ -112,6 +112,7 @@ class Session:
     def _load(self, detach: bool) -> None:
         at = self.board()
         self.agent = ship.arm(at, self.order(detach), self.say)
+        ship.try_gpus(at, self.spec)
         with self._heard(at):
             code = ship.send(at, self.run, self.spec, self.say)
             self.rented.mark("SYNCED", "everything was sent")

@@ -34,6 +34,9 @@ SENT_BACK = ("metrics.jsonl", "evals.jsonl", "gpu.jsonl")
 SENT_JSON = ("plan.json", "deepspeed.json", "status.json", "rewinds.json", "resumes.json")
 APT = "apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends rsync"
 BEGINS = "runner-begins"
+GPU_SECONDS = 90
+"""For a computation on every GPU: eight need about ten; a driver that hangs needs for ever."""
+LATE = 124  # of `timeout`
 Say = Callable[[str], None]
 
 
@@ -119,6 +122,25 @@ def arm(at: Berth, orders: dict[str, Any], say: Say) -> dict[str, Any]:
     return status
 
 
+def try_gpus(at: Berth, spec: RunSpec) -> None:
+    """CannotRunError where the host's GPUs cannot be trained on. A Python that was named has a torch of its own, maybe
+    for another driver."""
+    gpus = _gpus(spec)
+    if not gpus or os.environ.get("RUNNER_POD_PYTHON"):
+        return
+    words = f"timeout {GPU_SECONDS} python3 {shlex.quote(at.folder)}/install.py --gpus {gpus}"
+    code, said, _ = at.connection.attempt(words)
+    if code == LATE:
+        said = f"the host's GPUs did not answer within {GPU_SECONDS} s"
+    if code in (install.REFUSED, LATE):
+        remedy = 'start it again: another host may be rented; where.cuda_versions=["13.0"] takes new drivers alone'
+        raise CannotRunError(Problem(f"the pod is no good: {said.strip()}", None, remedy))
+
+
+def _gpus(spec: RunSpec) -> int:
+    return spec.hw.num_gpus if spec.hw.accelerator == "cuda" else 0
+
+
 def send(at: Berth, run: RunDir, spec: RunSpec, say: Say) -> str:
     """The project, the data, the run's files and its newest checkpoint; the folder of the project there."""
     code = _send_wheel(at)
@@ -159,7 +181,7 @@ def begin(at: Berth, spec: RunSpec, pod_id: str, code: str, secrets: list[str]) 
             *(["gguf>=0.19"] if spec.model.gguf_file else []),
             *(["liger-kernel"] if spec.train.liger is True else []),
         ],
-        "gpus": spec.hw.num_gpus if spec.hw.accelerator == "cuda" else 0,
+        "gpus": _gpus(spec),
         "alone": DEMO.get(str(spec.model.package), []),
         "constraints": wheel.constraints(),
         "environments": f"{at.workspace}/cache",

@@ -58,6 +58,6 @@ def _input(wanted: PodRequest) -> dict[str, Any]:
         "ports": ",".join(wanted.ports),
         "env": [{"key": key, "value": value} for key, value in wanted.env.items()],
         "startSsh": True,
-        "allowedCudaVersions": list(wanted.cuda_versions) or None,
+        "allowedCudaVersions": wanted.allowed_cuda or None,  # its input type has no minCudaVersion
     }
     return {key: value for key, value in found.items() if value is not None}

@@ -37,6 +37,19 @@ class PodRequest:
     bid_usd: float | None = None
     """Bid per GPU and hour, for an interruptible machine."""
 
+    @property
+    def least_cuda(self) -> str | None:
+        """What the host's driver has to serve for the image to start, where that is known."""
+        return cuda_of(self.image) if self.image and not self.template else None
+
+    @property
+    def allowed_cuda(self) -> list[str]:
+        """All versions that the host's driver may serve, for an API without a floor; empty means any."""
+        if self.cuda_versions or self.least_cuda is None:
+            return list(self.cuda_versions)
+        least = tuple(map(int, self.least_cuda.split(".")))
+        return [f"{major}.{minor}" for major in range(11, 15) for minor in range(10) if (major, minor) >= least]
+
     def body(self) -> dict[str, Any]:
         """As REST v2 wants it (CreatePodRequest)."""
         body: dict[str, Any] = {
@@ -51,7 +64,7 @@ class PodRequest:
         if self.cpu_id:
             body["cpu"] = {"id": self.cpu_id, "vcpuCount": self.num_vcpus}
         else:
-            least = cuda_of(self.image) if self.image and not self.template else None
+            least = self.least_cuda
             cuda: dict[str, Any] = {"minCudaVersion": least} if least else {}
             cuda = {"allowedCudaVersions": list(self.cuda_versions)} if self.cuda_versions else cuda
             body["gpu"] = {"id": self.gpu_id, "count": self.gpu_count, **cuda}

@@ -58,7 +58,8 @@ def _rent(world: World, asked: Json) -> Json:
     if gpu is None or bid < LOWEST_BID * gpu.usd_per_hour(cloud):
         raise ApiProblem(400, NO_CAPACITY)
     body: Json = {
-        "name": asked["name"], "image": asked["imageName"], "cloud": cloud, "gpu": {"id": gpu.id, "count": count},
+        "name": asked["name"], "image": asked["imageName"], "cloud": cloud,
+        "gpu": {"id": gpu.id, "count": count, "allowedCudaVersions": asked.get("allowedCudaVersions")},
         "args": asked.get("dockerArgs") or "", "disk": int(asked.get("containerDiskInGb") or 10),
         "ports": [port for port in (asked.get("ports") or "").split(",") if port],
         "env": {pair["key"]: pair["value"] for pair in asked.get("env") or []},
