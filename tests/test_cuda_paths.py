@@ -897,7 +897,7 @@ def test_a_pod_whose_gpus_do_not_compute_gets_nothing(
     def attempt(command: str) -> tuple[int, str, str]:
         done.append(command)
         assert code is not None
-        return code, "cuInit fails\n", ""
+        return code, "Welcome to the pod\ncuInit fails\n", ""
 
     at = ship.Berth(types.SimpleNamespace(attempt=attempt), "/workspace", "r1")  # type: ignore[arg-type]
     monkeypatch.setattr(ship, "arm", lambda *_: done.append("arm"))

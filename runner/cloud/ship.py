@@ -134,7 +134,10 @@ def try_gpus(at: Berth, spec: RunSpec) -> None:
         said = f"the host's GPUs did not answer within {GPU_SECONDS} s"
     if code in (install.REFUSED, LATE):
         remedy = 'start it again: another host may be rented; where.cuda_versions=["13.0"] takes new drivers alone'
-        raise CannotRunError(Problem(f"the pod is no good: {said.strip()}", None, remedy))
+        reason = (said.strip().splitlines() or ["its GPUs cannot be used"])[
+            -1
+        ]  # after what its shell says to everybody
+        raise CannotRunError(Problem(f"the pod is no good: {reason}", None, remedy))
 
 
 def _gpus(spec: RunSpec) -> int:
