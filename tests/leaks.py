@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-ENTITLED = ("-m runner", "runner.execute.", "runner.train", "runner.cloud.", "torch.distributed")
-"""What an argument list has of a process that gets tokens by right: the launcher, and the training in the pod."""
+CARRIERS = re.compile(r"^(ssh|rsync|sshd|/usr/sbin/sshd|sftp)\b|/(agent|tail|install)\.py |\bpip install|^uv ")
+"""Command lines of processes that work for a run and need no token: only the launcher and the training have them."""
 PROC = Path("/proc")
 
 
@@ -34,9 +35,9 @@ class Watch:
         self.files()
 
     def hidden(self) -> list[str]:
-        """The secrets, and the private keys that there are by now, line by line."""
+        """The secrets, and the private keys that there are by now: the lines that no other key has."""
         keys = [file.read_text("utf-8") for file in _files(self.private) if file.suffix != ".pub"]
-        return [*self.secrets, *(line for key in keys for line in key.splitlines()[1:-1] if len(line) > 40)]
+        return [*self.secrets, *(line for key in keys for line in key.splitlines()[2:-1] if len(line) > 40)]
 
     def look(self, where: str, text: str) -> None:
         """Note a secret that a text has."""
@@ -50,7 +51,7 @@ class Watch:
                 self.files()
 
     def processes(self) -> None:
-        """Of all command lines, and of the variables of those that need no secret."""
+        """Of all command lines, and of the variables of those that carry and install."""
         for folder in PROC.glob("[0-9]*"):
             try:
                 words = (folder / "cmdline").read_text("utf-8", errors="replace").replace("\0", " ")
@@ -60,7 +61,7 @@ class Watch:
             if words not in self.arguments:
                 self.arguments.add(words)
                 self.look("arguments", words)
-            if not any(entitled in words for entitled in ENTITLED):
+            if CARRIERS.search(words):
                 self.look(f"variables of {words}", variables)
 
     def files(self) -> None:

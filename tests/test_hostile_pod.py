@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from runner import checkpoints, links
-from runner.cloud import home, tail
+from runner.cloud import home, parcels, tail
 from runner.cloud.follow import Follower, shown
 from runner.cloud.ship import Berth
 from runner.cloud.ssh import RunnerError
@@ -223,6 +223,43 @@ def test_a_model_with_a_link_is_not_read_or_uploaded(verb: str, tmp_path: Path, 
     result = runner(verb, str(run.path), *more)
     assert result.exit_code == 2, result.output
     assert "tokenizer.model is a link to /etc/shadow, where only plain files belong" in " ".join(result.output.split())
+
+
+def test_a_model_of_a_run_is_sent_to_a_pod_without_what_its_links_lead_to(
+    tmp_path: Path, laptop: None, here: Path
+) -> None:
+    run, stray = tmp_path / "runs" / "r", tmp_path / "cache" / "model"
+    for folder in (run / "model", run / "checkpoints" / "checkpoint-4", stray):
+        folder.mkdir(parents=True)
+        (folder / "tokenizer.model").symlink_to(__file__)
+    (run / "spec.json").write_text("{}")
+    for folder in (run / "model", run / "checkpoints" / "checkpoint-4"):
+        with pytest.raises(RequestError, match=r"tokenizer\.model is a link to .*, where only plain files belong"):
+            parcels._parcel("model.id", str(folder))
+    found = parcels._parcel("model.id", str(stray))  # of the Hub's cache, for one, which is all links
+    assert found is not None and found.files == ("tokenizer.model",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_what_a_checkpoint_has_pickled_is_not_run(name: str, tmp_path: Path) -> None:
+    """transformers reads all three with `weights_only`; this holds it to that."""
+    torch = pytest.importorskip("torch")
+    from transformers import Trainer, TrainingArguments
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    arguments = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to=[])
+    trainer = Trainer(torch.nn.Linear(1, 1), arguments)
+    trainer.create_optimizer_and_scheduler(1)
+    torch.save(trainer.optimizer.state_dict(), tmp_path / "optimizer.pt")
+    torch.save(trainer.lr_scheduler.state_dict(), tmp_path / "scheduler.pt")
+    torch.save({"x": Evil()}, tmp_path / name)
+    read = trainer._load_rng_state if name.startswith("rng") else trainer._load_optimizer_and_scheduler
+    with pytest.raises(Exception, match=r"weights_only|Weights only"):
+        read(str(tmp_path))
+    assert not (tmp_path / "evil").exists()
 
 
 def test_upload_from_a_pod_refuses_links_too(tmp_path: Path) -> None:

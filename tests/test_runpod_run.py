@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,8 @@ def test_the_whole_way(typed: Typed) -> None:
     own = words(typed.model, typed.root / "runs", "data.max_eval_examples=4")
     code, said = ended(typed.verb("data", "prepare", *own))
     assert code == 0 and "from the cache" not in said, said
-    hidden = [*SECRETS.values(), typed.emulator.key]
+    typed.env |= {name: secret + uuid.uuid4().hex for name, secret in SECRETS.items()}  # no other test's processes
+    hidden = [*(typed.env[name] for name in SECRETS), typed.emulator.key]
     places = [typed.root / name for name in ("runs", "state", "emulator", "cache")]
     with Watch(hidden, places, typed.root / "state" / "keys") as watch:
         process = typed.run("train.save_every_steps=6", "where.max_usd=5")

@@ -519,6 +519,8 @@ class Switch:
                 os.kill(int(pid), signal.SIGTERM)
 
 
+INSTALL_LOG = "install.log"
+"""Of packages that are installed: their scripts get no token."""
 ANEW = {"state": "armed", "task": None, "starts": 0, "exit_code": None, "message": None, "pid": None, "uploaded": None,
         "ended_in": None, "how": None}  # fmt: skip
 """Status of a run that begins again."""
@@ -579,7 +581,7 @@ def install(folder: Path, task: dict[str, Any]) -> str | None:
     """The Python that trains; None if there is none."""
     if not task.get("install"):
         return str(task["python"])
-    code = call(folder, task, [sys.executable, *task["install"]], "install.log")
+    code = call(folder, task, [sys.executable, *task["install"]], INSTALL_LOG)
     return read(folder / "install.json").get("python") if code == 0 else None
 
 
@@ -596,7 +598,7 @@ def call(folder: Path, task: dict[str, Any], command: list[str], name: str, stat
     """Run to the end, in a process group of its own; its words go to a log."""
     with (folder / "logs" / name).open("ab") as words:
         process = subprocess.Popen(
-            command, cwd=task.get("cwd"), env=environment(folder, task), stdin=subprocess.DEVNULL,
+            command, cwd=task.get("cwd"), env=environment(folder, task, name != INSTALL_LOG), stdin=subprocess.DEVNULL,
             stdout=words, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     note(folder, pid=process.pid, **({"state": state} if state else {}))
@@ -605,9 +607,9 @@ def call(folder: Path, task: dict[str, Any], command: list[str], name: str, stat
     return code if code >= 0 else 128 - code
 
 
-def environment(folder: Path, task: dict[str, Any]) -> dict[str, str]:
-    """The pod's, the task's, and the secrets; without the key that ends the pod."""
-    secrets = read(SHM / f"runner-{folder.name}.env")
+def environment(folder: Path, task: dict[str, Any], told: bool = True) -> dict[str, str]:
+    """The pod's, the task's, and the secrets where they are `told`; without the key that ends the pod."""
+    secrets = read(SHM / f"runner-{folder.name}.env") if told else {}
     env = {**variables(), **task.get("env", {}), **secrets}
     env.pop("RUNPOD_API_KEY", None)
     return env

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner import links
 from runner.data import prepared
 from runner.data.files import is_glob, is_url
 from runner.errors import Problem, RequestError
@@ -72,6 +73,8 @@ def _parcel(key: str, value: str) -> Parcel | None:
     source, inner = Path(os.path.abspath(Path(value).expanduser())), ""
     names: list[str] = []
     if source.is_dir():
+        if any((above / "spec.json").is_file() for above in source.parents):  # of a run, which a pod may have made
+            links.refuse(source)
         names = [str(file.relative_to(source)) for file in sorted(source.rglob("*")) if file.is_file()]
     elif not source.exists() and is_glob(value):
         source, inner, names = _matched(source)
