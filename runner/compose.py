@@ -1,4 +1,5 @@
-"""Recipe, choices and command line → one validated `RunSpec`. With request.py, the only importer of Hydra.
+"""Recipe, choices and command line → one validated `RunSpec`. Only it, request.py and
+sweeper.py import Hydra.
 
 A recipe is Hydra's primary config. Every `key=value` that is not a choice is handed to Hydra as
 `++key=value`, so that the schema alone judges keys: all mistakes are found at once, with their
@@ -8,10 +9,9 @@ nearest right spelling, instead of one by one.
 from __future__ import annotations
 
 import copy
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,6 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -34,7 +33,7 @@ from runner.errors import Problem, RequestError
 from runner.paths import CONF, RECIPES
 from runner.problems import SourceOf, validated
 from runner.provenance import Origin, of_file, shown
-from runner.request import COMMAND_LINE, Checked, Request, check, for_hydra
+from runner.request import COMMAND_LINE, Checked, Request, check
 from runner.spec import RunSpec
 from runner.suggest import default_of, known_keys, nearest_key
 
@@ -60,10 +59,11 @@ class _Composed:
 
 def compose(request: Request) -> RunSpec:
     """The validated run; RequestError with every mistake at once."""
-    return _judged(check(request))
+    return judged(check(request))
 
 
-def _judged(checked: Checked) -> RunSpec:
+def judged(checked: Checked) -> RunSpec:
+    """The validated run of a request whose words are checked; RequestError with every mistake at once."""
     base, problems, unsure = checked.request, list(checked.problems), checked.unsure
     composed = _composed(base, checked)
     problems += composed.problems
@@ -92,7 +92,7 @@ def origins(request: Request) -> list[Origin]:
     if checked.request.spec_file:
         found = list(repeat.origins(checked.request.spec_file))
     else:
-        found = list(_file_origins(checked))
+        found = list(file_origins(checked))
     for override in checked.overrides:
         key, text = override.key_or_group, str(override.input_line).partition("=")[2]
         found.append(Origin(f"{key}.name" if key in catalogue.GROUPS else key, text, COMMAND_LINE))
@@ -111,73 +111,16 @@ def source_finder(request: Request) -> SourceOf:
     return source_of
 
 
-def points(request: Request) -> list[Request]:
-    """One request per point of a grid, in Hydra's order; where an HPO sweeper chooses them: what they share."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    checked = check(request, sweeping=True)
-    shared = checked.without_sweeps()
-    if checked.problems:
-        _judged(shared)
-    if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in checked.overrides):
-        fixed = tuple(for_hydra(o) for o in shared.overrides if not o.is_hydra_override())
-        return [replace(checked.request, overrides=fixed)]
-    typed = [for_hydra(o) for o in checked.overrides if not o.is_hydra_override()]
-    with _hydra(checked.request, _Primary("config")) as hydra:  # a glob asks Hydra which choices there are
-        parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(typed)
-    return [replace(checked.request, overrides=tuple(point)) for point in BasicSweeper.split_arguments(parsed, None)[0]]
+def spec_of_point(config: DictConfig, texts: dict[str, str]) -> RunSpec:
+    """The validated run of what Hydra composed for a point of a sweep; `texts` are environment variables as the files
+    write them."""
+    composed = _resolved(config.copy(), lambda key: None)
+    if composed.values is not None:
+        _keep_texts(composed.values, texts)
+    return validated(composed.values or {}, lambda key: None, composed.problems, composed.unsure)
 
 
-def sweep(request: Request, task: Callable[[RunSpec, int], float], sweep_dir: Path) -> None:
-    """Run `task(spec, index)` for every point of a sweep through Hydra's sweeper and launcher.
-
-    `task` returns the metric, so that an HPO sweeper can drive it. `sweep_dir` receives what Hydra
-    itself writes. Whoever calls has checked the `points`.
-    """
-    checked = check(request, sweeping=True)
-    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
-    folders = [f"hydra.sweep.dir={_quoted(sweep_dir)}", "hydra.sweep.subdir=."]
-    primary, texts = _primary(checked.request), _texts(replace(request, overrides=()))
-    with _hydra(checked.request, primary) as hydra, _as_request_error(checked):
-        overrides = [*quiet, *folders, *checked.for_hydra]
-        hydra.multirun(primary.name, _Task(task, texts), overrides, with_log_configuration=False)
-
-
-def task_overrides() -> list[str]:
-    """What was typed for the point of a sweep that is running now."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return [o.lstrip("+") for o in HydraConfig.get().overrides.task]
-
-
-def parallel_jobs() -> int:
-    """How many points of the sweep run at once (joblib's `n_jobs`; -1 is one per core)."""
-    from hydra.core.hydra_config import HydraConfig
-
-    jobs = int(HydraConfig.get().launcher.get("n_jobs", 1))
-    return jobs if jobs > 0 else os.cpu_count() or 1
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What Hydra calls for one point; picklable, for launchers that use processes."""
-
-    task: Callable[[RunSpec, int], float]
-    texts: dict[str, str]
-    """Environment variables as the files write them."""
-
-    def __call__(self, config: Any) -> float:
-        from hydra.core.hydra_config import HydraConfig
-
-        composed = _resolved(config.copy(), lambda key: None)
-        if composed.problems:
-            raise RequestError(*composed.problems)
-        assert composed.values is not None
-        _keep_texts(composed.values, self.texts)
-        return self.task(RunSpec.model_validate(composed.values), int(HydraConfig.get().job.num))
-
-
-def _primary(request: Request) -> _Primary:
+def primary_of(request: Request) -> _Primary:
     """Name of the primary config and the folder it needs in the search path."""
     if request.recipe is None:
         return _Primary("config")
@@ -189,7 +132,7 @@ def _primary(request: Request) -> _Primary:
 
 
 @contextmanager
-def _hydra(request: Request, primary: _Primary) -> Iterator[Hydra]:
+def hydra_over(request: Request, primary: _Primary) -> Iterator[Hydra]:
     """Hydra over the user's folders, `conf/`, and the recipe's folder, in that order."""
     search = create_config_search_path(None)
     for folder in _folders(request, primary):
@@ -213,9 +156,9 @@ def _composed(request: Request, checked: Checked) -> _Composed:
     try:
         if request.spec_file:
             return _repeated(request, request.spec_file, checked.overrides)
-        with _as_request_error(checked):
-            primary = _primary(request)
-            with _hydra(request, primary) as hydra:
+        with as_request_error(checked):
+            primary = primary_of(request)
+            with hydra_over(request, primary) as hydra:
                 config = hydra.compose_config(
                     primary.name, checked.for_hydra, RunMode.RUN, with_log_configuration=False
                 )
@@ -229,7 +172,7 @@ def _composed(request: Request, checked: Checked) -> _Composed:
     found = replace(found, problems=[*misplaced, *found.problems])
     if found.values is not None:
         if any(not isinstance(value, (str, type(None))) for value in _environment(found.values).values()):
-            _keep_texts(found.values, _texts(request))
+            _keep_texts(found.values, texts_of(request))
         return _identified(
             found, identity.problems(config.hydra.runtime.choices, found.values, request.folders, source_of)
         )
@@ -242,7 +185,7 @@ def _environment(values: dict[str, Any]) -> dict[str, Any]:
     return env if isinstance(env, dict) else {}
 
 
-def _texts(request: Request) -> dict[str, str]:
+def texts_of(request: Request) -> dict[str, str]:
     """Environment variables as YAML files write them: to YAML 1.1, `010` is 8, `12:30` is 750 and `no` is false."""
     found: dict[str, str] = {}
     for origin in origins(request):
@@ -327,7 +270,7 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _as_request_error(checked: Checked) -> Iterator[None]:
+def as_request_error(checked: Checked) -> Iterator[None]:
     """Hydra's, OmegaConf's and YAML's own complaints in one line, with the file or word they are about."""
     try:
         with _interruptible():
@@ -359,10 +302,10 @@ def _complaint(error: Exception, checked: Checked) -> Problem:
     return Problem(f"{key}: {what}" if key else what, source, remedy)
 
 
-def _file_origins(checked: Checked) -> Iterator[Origin]:
+def file_origins(checked: Checked) -> Iterator[Origin]:
     """Every key set by the YAML files of the defaults list, in order."""
-    primary = _primary(checked.request)
-    with _hydra(checked.request, primary) as hydra, _as_request_error(checked):
+    primary = primary_of(checked.request)
+    with hydra_over(checked.request, primary) as hydra, as_request_error(checked):
         result = hydra.config_loader.compute_defaults_list(primary.name, checked.for_hydra, RunMode.RUN)
     for item in result.defaults:
         if file := _file_of(item.config_path, checked.request, primary):
@@ -395,5 +338,5 @@ def _file_of(config_path: str | None, request: Request, primary: _Primary) -> Pa
     return next((file for file in candidates if file.is_file()), None)
 
 
-def _quoted(path: Path) -> str:
+def quoted_path(path: Path) -> str:
     return "'" + str(path).replace("'", "\\'") + "'"

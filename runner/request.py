@@ -196,9 +196,18 @@ def _read(text: str, request: Request, sweeping: bool) -> tuple[Override | None,
 
 def _hydra_problem(key: str, sweeping: bool) -> tuple[str, str] | None:
     """Why one of Hydra's own keys would be ignored, and what to write."""
+    if key.startswith(PRUNER):
+        return NO_PRUNING
     if not key.startswith(("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweeper")):
         return "this runner decides it itself", "leave it out; run.output_dir is where runs go"
     return None if sweeping else ("it has no effect on a single run", "add -m to sweep, or leave it out")
+
+
+PRUNER = ("hydra.sweeper.pruner", "hydra/sweeper/pruner")
+NO_PRUNING = (
+    "Hydra's Optuna sweeper hears of whole runs only, and cannot prune one",
+    "leave it out; eval.every_steps=50 eval.early_stopping_patience=3 ends a run that gets no better",
+)
 
 
 def _environment_text(word: str, sweeping: bool) -> str:
@@ -243,7 +252,10 @@ def _choice_problem(override: Override, request: Request) -> Problem | None:
         remedy = f"write {group}=NAME; python -m runner list {group} shows all"
         return Problem(f"{override.input_line}: a run has one {group}", COMMAND_LINE, remedy)
     names = catalogue.options(group, request.folders)
-    bad = [value for value in _chosen(override, names) if value not in names]
+    chosen = _chosen(override, names)
+    bad = [value for value in chosen if value not in names]
+    if len(bad) < len(chosen):
+        return None  # of a sweep, some of whose points are right: the others are told one by one
     return recipe.no_choice(group, bad[0], names, COMMAND_LINE) if bad else None
 
 

@@ -21,12 +21,13 @@ from functools import cache
 from pathlib import Path
 from types import FrameType
 
+from runner.errors import RunnerError
 from runner.execute.torchrun import die_with_parent
 from runner.report.labelled import Labelled
 from runner.rundir import alive
 from runner.spec import RunSpec
 
-Task = Callable[[RunSpec, int], float]
+Task = Callable[[RunSpec | RunnerError, int], float]
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,17 @@ class Points:
     owner: int
     """The process of the sweep."""
 
-    def do(self, task: Task, spec: RunSpec, index: int) -> float:
+    def do(self, task: Task, given: RunSpec | RunnerError, index: int) -> float:
         """Do one point; NaN for one that is not begun any more, or was interrupted in a process of its own."""
         here = os.getpid() == self.owner
         self._marker("begun", index).write_text(str(os.getpid()))
         try:
             if here:
-                return task(spec, index)
+                return task(given, index)
             _leave_with(self.owner)
             with _apart(f"[{index + 1}] "):
                 # A Ctrl-C reaches it from here on; one that came before has left its mark.
-                return math.nan if self.stopped else task(spec, index)
+                return math.nan if self.stopped else task(given, index)
         except KeyboardInterrupt:
             self.stop()
             if here:

@@ -20,9 +20,9 @@ TITLES = {
 }
 
 
-def print_problems(console: Console, error: RunnerError, *, started: bool = False) -> None:
+def print_problems(console: Console, error: RunnerError, *, started: bool = False, title: str | None = None) -> None:
     """One line per problem, its remedy below it; `started`: the worker was at it already."""
-    title = TITLES.get(error.exit_code, "Error")
+    title = title or TITLES.get(error.exit_code, "Error")
     if started:
         title = title.partition(";")[0]
     with spelt(console):
