@@ -44,6 +44,19 @@ def changed(run: RunDir, spec: RunSpec) -> list[Problem]:
     ]
 
 
+def check_base(run: RunDir, spec: RunSpec) -> str | None:
+    """A line where the folder of the base holds something else than when the run began; RequestError where it is gone.
+
+    An adapter belongs to the weights that it was trained on. A note only: a file more in the folder does no harm.
+    """
+    place, known = Path(spec.model.id), run.read(FILE).get("model.id")
+    if place.is_absolute() and not place.exists():
+        raise RequestError(Problem(f"{place}, the run's base, does not exist", "model.id", "bring it back"))
+    if known is None or known == _digest(spec.model.id):
+        return None
+    return f"Note: {place}, the run's base, is not what the adapter was trained on: its files have changed since"
+
+
 def with_moved(run: RunDir, old: RunSpec, new: RunSpec) -> RunSpec:
     """The new run with its places called as before where they hold the same, or where that does not matter."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from runner import checkpoints
+from runner import checkpoints, unchanged
+from runner.errors import RequestError
 from runner.execute import local
+from runner.execute.chat import look_at_base
 from runner.execute.local import Outcome
 from runner.rundir import RunDir
 from runner.spec import RunSpec
-from tests.conftest import run_cli
+from tests.conftest import run_cli, spec_of
 from tests.front import here, laptop, runner, write
 from tests.processes import only_run, tiny_model, words
 
@@ -139,6 +141,26 @@ def test_without_a_checkpoint_the_run_begins_anew_on_what_is_there(run: RunDir, 
     shutil.rmtree(run.path / "checkpoints")
     (here / "rows.jsonl").write_text(ROWS * 2)
     assert runner("resume", str(run.path)).exit_code == 0
+
+
+def test_what_opens_an_adapter_says_that_its_base_is_another_one(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = spec_of("method=lora", "hw=cpu")
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update={"id": str(here / "base"), "package": None})})
+    run = RunDir.create(spec)
+    base = here / "base"
+    write(base / "model.safetensors", "weights")
+    unchanged.record(run, spec)
+    write(run.path / "model" / "adapter_config.json", "{}")
+    look_at_base(run)
+    assert capsys.readouterr().err == ""
+    write(base / "model.safetensors", "others!")
+    look_at_base(run)
+    assert f"{base}, the run's base, is not what the adapter was trained on" in capsys.readouterr().err
+    base.rename(here / "moved")
+    with pytest.raises(RequestError, match="the run's base, does not exist"):
+        look_at_base(run)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runner import checkpoints, links
+from runner import checkpoints, links, unchanged
 from runner.errors import Problem, RequestError
 from runner.execute.offline import environment
 from runner.report.summary import shown
@@ -22,6 +22,7 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
     says_words(RunSpec.model_validate(run.read("spec.json")))
     if not base and not (run.path / "model").is_dir():
         raise unfinished(run, "or talk to the model as it was: --base")
+    look_at_base(run, base)
     command = [
         sys.executable,
         "-m",
@@ -46,6 +47,14 @@ def unfinished(run: RunDir, instead: str | None = None) -> RequestError:
         remedy = f"{going_on} begins it anew: it has no checkpoint"
     what = f"{shown(run.path)} has no model yet: its state is {state}"
     return RequestError(Problem(what, None, f"{remedy}, {instead}" if instead else remedy))
+
+
+def look_at_base(run: RunDir, base: bool = False) -> None:
+    """Say on stderr that the base has changed, where it is needed: below an adapter, or alone (`--base`)."""
+    if not base and not (run.path / "model" / "adapter_config.json").is_file():
+        return
+    if line := unchanged.check_base(run, RunSpec.model_validate(run.read("spec.json"))):
+        print(line, file=sys.stderr)
 
 
 def says_words(spec: RunSpec) -> None:

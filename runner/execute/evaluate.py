@@ -9,7 +9,7 @@ from importlib import util
 from pathlib import Path
 
 from runner.errors import CannotRunError, Problem, RequestError
-from runner.execute.chat import find, says_words, unfinished
+from runner.execute.chat import find, look_at_base, says_words, unfinished
 from runner.execute.offline import MODULE, environment
 from runner.invocation import install
 from runner.spec import RunSpec
@@ -40,6 +40,7 @@ def evaluate(run_dir: Path, wanted: Wanted, as_json: bool) -> int:
     if wanted.tasks and util.find_spec("lm_eval") is None:
         what = "benchmarks need lm-eval, which is not installed"
         raise CannotRunError(Problem(what, "--tasks", install("eval")))
+    look_at_base(run, wanted.base)
     words = ["--base"] * wanted.base + ["--json"] * as_json
     for option in ("data", "tasks", "tasks_dir", "limit"):
         value = getattr(wanted, option)

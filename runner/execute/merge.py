@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runner.errors import Problem, RequestError
-from runner.execute.chat import find, says_words, unfinished
+from runner.execute.chat import find, look_at_base, says_words, unfinished
 from runner.execute.offline import produce
 from runner.spec import Freeze, Full, RunSpec
 
@@ -22,4 +22,5 @@ def merge(run_dir: Path, out: Path | None, as_json: bool) -> int:
         raise RequestError(Problem(what, str(run.spec_file), remedy))
     if not (model / "adapter_config.json").is_file():
         raise unfinished(run)
+    look_at_base(run)
     return produce("merge", run, out or run.path / "merged", *["--json"] * as_json)
