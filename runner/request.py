@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from yaml import YAMLError
 
 from runner import catalogue, recipe
 from runner.errors import Problem, RequestError
-from runner.suggest import takes_list, takes_text
+from runner.suggest import only_text, takes_list, takes_text
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -160,7 +161,7 @@ def _lift_recipe(request: Request) -> tuple[Request, list[Problem]]:
     files = [str(file) for file in (request.recipe, request.spec_file) if file] + named
     if len(files) > 1:
         problem = Problem(f"{' and '.join(files)}: a run starts from one file", COMMAND_LINE, "name one of them")
-    elif named and "," in named[0] and not Path(named[0]).expanduser().is_file():
+    elif named and "," in named[0] and not os.path.isfile(os.path.expanduser(named[0])):
         remedy = "sweep over choices and values, such as method=lora,qlora4, or call the runner once per recipe"
         problem = Problem(f"recipe={named[0]}: a sweep cannot go over recipes", COMMAND_LINE, remedy)
     else:
@@ -191,7 +192,18 @@ def _read(text: str, request: Request, sweeping: bool) -> tuple[Override | None,
             elif takes_text(group):
                 remedy += f", or quote it: {typed(group, value)}"
         return override, Problem(f"{text}: several values make a sweep", COMMAND_LINE, remedy)
+    if (raw := _number(override)) and only_text(group):
+        return override, Problem(f"{group}={raw}: expected text", COMMAND_LINE, f"quote it: {typed(group, raw)}")
     return override, _choice_problem(override, request) if group in catalogue.GROUPS else None
+
+
+def _number(override: Override) -> str | None:
+    """A number as it was typed, where Python would write it otherwise, or a truth value: `1e3`, `1_000`, `TRUE`."""
+    raw = str(override.input_line).partition("=")[2]
+    if override.is_sweep_override() or override.is_delete():
+        return None
+    value = override.value()
+    return raw if isinstance(value, bool) or (isinstance(value, (int, float)) and str(value) != raw) else None
 
 
 def _hydra_problem(key: str, sweeping: bool) -> tuple[str, str] | None:

@@ -65,6 +65,11 @@ def takes_text(key: str) -> bool:
     return any("str" in str(annotation).replace("list[str]", "") for annotation in _annotations().get(key, []))
 
 
+def only_text(key: str) -> bool:
+    """Nothing but a text, or null, may be written after `key=`."""
+    return set(_annotations().get(key, ())) <= {str, str | None} and key in known_keys()
+
+
 def parts_of(annotation: Any) -> Iterator[type[BaseModel]]:
     """The schema classes inside an annotation (a class, a union, an Annotated)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

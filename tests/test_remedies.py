@@ -47,6 +47,10 @@ def test_what_cannot_be_read_is_told_in_a_way_that_can(value: str) -> None:
     [
         ("run.name=123", "run.name", "123"),
         ("data.subset=2024", "data.subset", "2024"),
+        ("data.system_prompt=1e3", "data.system_prompt", "1e3"),
+        ("run.name=1.10", "run.name", "1.10"),
+        ("data.subset=1_000", "data.subset", "1_000"),
+        ("data.system_prompt=True", "data.system_prompt", "True"),
         ("data.system_prompt=true", "data.system_prompt", "true"),
         ("data.system_prompt=a,b", "data.system_prompt", "a,b"),
         ("data.add_tokens=[<|x|>]", "data.add_tokens", ["<|x|>"]),
@@ -94,6 +98,7 @@ def test_yaml_that_means_something_else_is_told(here: Path) -> None:
 
 
 def test_a_name_longer_than_a_file_may_have_is_refused() -> None:
+    assert only_problem(f"recipe={'a,' * 300}.yaml").remedy
     assert only_problem(f"run.name={'a' * 300}").what.endswith("at most 150 characters, and this has 300")
 
 

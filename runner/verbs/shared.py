@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -89,7 +90,7 @@ def request_of(words: Arguments, config_dirs: tuple[Path, ...]) -> Any:
     problems: list[Problem] = []
     for place, word in enumerate(words):
         folder = Path(word)
-        named = folder.is_file() and word.endswith((".yaml", ".yml", ".json"))  # whatever its name holds
+        named = word.endswith((".yaml", ".yml", ".json")) and os.path.isfile(word)  # whatever its name holds
         if ("=" in word or word.startswith("~")) and not named:
             overrides.append(word)
         elif word.endswith((".yaml", ".yml")):
