@@ -133,6 +133,11 @@ def test_another_corpus_is_refused_before_the_run_and_anew_makes_a_tokenizer_of_
     (problem,) = caught.value.problems
     assert problem.what == "datasets/train/small was made with another source (abc.txt, now xyz.txt)"
     assert "objective.shards=anew" in str(problem.remedy) and "objective.experiment=NAME" in str(problem.remedy)
+    text = (tmp_path / "abc.txt").read_text()
+    (tmp_path / "abc.txt").write_text(text + "one more\n")
+    with pytest.raises(RequestError, match=r"abc\.txt: its files or the field that is read have changed"):
+        spec_of(*words)
+    (tmp_path / "abc.txt").write_text(text)
     prepared(spec_of(*other, "objective.shards=anew"), progress)
     second = json.loads(bundle.read_text("utf-8"))
     assert second["settings"]["fingerprint"] != first["settings"]["fingerprint"]

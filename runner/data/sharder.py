@@ -211,7 +211,9 @@ def check_same(place: Workspace, settings: Settings, keys: Sequence[str] = CONTE
 def other(what: str, known: dict[str, Any], settings: Settings) -> Problem:
     """Shards or a tokenizer that belong to other documents, with the ways out."""
     before, now = str(known.get("source", settings.source)), settings.source
-    names = f" ({before}, now {now})" if before != now and not (before + now).count("[") else ""  # no lists of sources
+    names = "" if (before + now).count("[") else f" ({before}, now {now})"  # no lists of sources
+    if names and os.path.abspath(os.path.expanduser(before)) == os.path.abspath(os.path.expanduser(now)):
+        names = f" ({now}: its files or the field that is read have changed)" if "source" in what else ""
     remedy = "write objective.shards=anew to make shards and tokenizer again, or another objective.experiment=NAME"
     return Problem(f"{what}{names}", "objective.experiment", remedy)
 
