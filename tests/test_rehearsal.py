@@ -17,7 +17,7 @@ from runner import checkpoints
 from runner.errors import CannotRunError, RequestError, RunFailedError
 from runner.execute.supervise import forget
 from runner.rundir import RunDir
-from runner.train import objectives, saving, worker
+from runner.train import objectives, rehearsal, saving, worker
 from runner.train.rehearsal import mend
 from tests import tiny_llama
 from tests.conftest import spec_of, train_here
@@ -121,6 +121,15 @@ def test_a_tokenizer_that_cannot_be_saved_is_found(asked: list[str], monkeypatch
 
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", broken)
     with pytest.raises(RequestError, match="Object of type set"):
+        train_here(spec_of(*asked))
+
+
+def test_a_card_that_cannot_be_written_is_found(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*some: Any) -> None:
+        raise ValueError("no card")
+
+    monkeypatch.setattr(rehearsal, "write_card", broken)
+    with pytest.raises(RequestError, match="no card"):
         train_here(spec_of(*asked))
 
 

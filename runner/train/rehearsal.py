@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
+from runner.report.card import write_card
 from runner.rundir import RunDir
 from runner.spec import RunSpec
 from runner.train import methods
@@ -61,7 +62,7 @@ def rehearse(spec: RunSpec, run: RunDir, trainer: Any, tokenizer: Any, ranks: Ra
         try:
             _room(spec, run, trainer.model)
             with _weightless():
-                _write(spec, folder, trainer, tokenizer)
+                _write(spec, run, folder, trainer, tokenizer)
         except RunnerError as refused:
             error = refused
         except OSError as refused:
@@ -81,7 +82,7 @@ def rehearse(spec: RunSpec, run: RunDir, trainer: Any, tokenizer: Any, ranks: Ra
         raise error
 
 
-def _write(spec: RunSpec, folder: Path, trainer: Any, tokenizer: Any) -> None:
+def _write(spec: RunSpec, run: RunDir, folder: Path, trainer: Any, tokenizer: Any) -> None:
     """As `saving` a checkpoint does, and the end of the run."""
     sharded = trainer.is_deepspeed_enabled and spec.deepspeed.name.startswith("zero3")  # no process has whole weights
     trainer._save(str(folder), state_dict={} if sharded else None)
@@ -89,6 +90,7 @@ def _write(spec: RunSpec, folder: Path, trainer: Any, tokenizer: Any) -> None:
     again = AutoTokenizer.from_pretrained(folder)
     if (len(again), again.chat_template) != (len(tokenizer), tokenizer.chat_template):
         raise ValueError("the tokenizer is another one when it is read back")
+    write_card(spec, run, folder)
 
 
 def _room(spec: RunSpec, run: RunDir, model: Any) -> None:
