@@ -95,10 +95,24 @@ class RunDir:
         """The state, or `killed` where the process that should be at work is gone; `status` is what was read of it."""
         status = self.read("status.json") if status is None else status
         state = str(status.get("state", "unknown"))
-        here = status.get("host") == socket.gethostname()
-        if state in ACTIVE and here and not alive(status.get("pid"), status.get("born")):
-            return "killed"
-        return state
+        if state not in ACTIVE:
+            return state
+        if status.get("host") == socket.gethostname():
+            return state if alive(status.get("pid"), status.get("born")) else "killed"
+        # Another name of this machine, or a container on it, whose processes are not to be seen from here: its lock is.
+        boot = str(birth(os.getpid())).partition(":")[0]
+        return "killed" if str(status.get("born")).startswith(f"{boot}:") and self._unowned() else state
+
+    def _unowned(self) -> bool:
+        """No process of this machine holds the run's lock (run_lock.py), which it has."""
+        try:
+            import fcntl  # not on Windows, where there are no such locks
+
+            with (self.path / ".owner").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (OSError, ImportError):
+            return False
+        return True
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Lines of `metrics.jsonl`, one per optimiser step."""

@@ -102,6 +102,16 @@ def test_a_number_that_another_process_has_now_is_nobody(file: str, run: RunDir)
     _is_free(run)
 
 
+def test_a_run_under_an_earlier_name_of_this_machine_is_not_at_work_for_ever(run: RunDir) -> None:
+    run.set_status("training", host="before-dhcp", born=birth(os.getpid()))
+    assert run.state() == "training"  # started without a lock: nobody can tell
+    with owned(run):
+        assert run.state() == "training"
+    assert run.state() == "killed"
+    run.set_status("training", host="another-machine", born=SOMEBODY)
+    assert run.state() == "training"
+
+
 @pytest.mark.parametrize(
     ("born", "free"),
     [(birth(os.getpid()), True), (SOMEBODY, False), (None, False)],
