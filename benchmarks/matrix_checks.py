@@ -180,25 +180,19 @@ def reloaded(spec: RunSpec, run: RunDir) -> float:
 
 
 def held_out_loss(spec: RunSpec, model: Any, tokenizer: Any) -> float:
-    """As the trainer weighs it, a mean per label within a batch and over the batches, but every document alone: in
-    one sequence of its own, where the run had packed several into one."""
-    rows = dataset.tokenise(load(spec.data, spec.train.seed)[1], tokenizer, spec).rows
-    micro = int(spec.train.micro_batch_size)
-    assert len(rows) % (2 * micro) == 0, "of a batch that is not full the trainer counts some rows twice"
-    means = []
+    """As a run measures it, a mean over the labels, but every document alone: in one sequence of its own, where the run
+    had packed several into one."""
+    total, count = 0.0, 0
     model.eval()
-    for start in range(0, len(rows), micro):
-        total, count = 0.0, 0
-        for row in (rows[start + i] for i in range(micro)):
-            ends = torch.tensor(row.get("seq_lengths", [len(row["input_ids"])])).cumsum(0).tolist()
-            for begin, end in zip([0, *ends[:-1]], ends, strict=True):
-                ids, labels = (torch.tensor([row[key][begin:end]]) for key in ("input_ids", "labels"))
-                with torch.no_grad():
-                    logits = model(input_ids=ids).logits[0, :-1].float()
-                total += float(functional.cross_entropy(logits, labels[0, 1:], reduction="sum"))
-                count += int((labels[0, 1:] != IGNORED).sum())
-        means.append(total / count)
-    return sum(means) / len(means)
+    for row in dataset.tokenise(load(spec.data, spec.train.seed)[1], tokenizer, spec).rows:
+        ends = torch.tensor(row.get("seq_lengths", [len(row["input_ids"])])).cumsum(0).tolist()
+        for begin, end in zip([0, *ends[:-1]], ends, strict=True):
+            ids, labels = (torch.tensor([row[key][begin:end]]) for key in ("input_ids", "labels"))
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, :-1].float()
+            total += float(functional.cross_entropy(logits, labels[0, 1:], reduction="sum"))
+            count += int((labels[0, 1:] != IGNORED).sum())
+    return total / count
 
 
 def exported(spec: RunSpec, run: RunDir, step: int, target: Path) -> float:
