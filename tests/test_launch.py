@@ -15,7 +15,7 @@ import pytest
 from runner import checkpoints, planning
 from runner.execute import torchrun
 from runner.execute.causes import CAUSES, cause_of
-from runner.rundir import RunDir
+from runner.rundir import RunDir, alive
 from runner.spec import RunSpec
 from tests.conftest import run_cli, spec_of
 from tests.processes import losses, only_run, sign, start, tiny_model, until, words
@@ -169,7 +169,7 @@ def test_a_rank_that_hangs_is_found_and_its_stack_is_kept(model: Path, tmp_path:
     assert "after step 5" in errors or "after step 4" in errors
     stack = (run / "logs" / "rank1.stack.txt").read_text("utf-8")
     assert "at_step" in stack and "sitecustomize.py" in stack
-    assert not any(os.path.exists(f"/proc/{sign(run, rank)['pid']}") for rank in (0, 1))
+    until(lambda: not any(alive(sign(run, rank)["pid"]) for rank in (0, 1)), 10)
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(model: Path, undisturbed: Path, tmp_path: Path) -> None:

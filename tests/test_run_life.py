@@ -155,7 +155,9 @@ def test_sweep_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
         HF_HUB_OFFLINE="1",
     )  # fmt: skip
     assert done.returncode == 1
-    assert len(all_runs(tmp_path / "runs")) == 2  # both were tried
+    (file,) = (tmp_path / "runs" / "sweeps").glob("*/sweep.json")
+    rows = json.loads(file.read_text("utf-8"))["runs"]
+    assert len(rows) == 2 and all(row["exit_code"] and row["error"] for row in rows)  # each has its reason
     assert "Traceback" not in done.stdout + done.stderr
 
 
