@@ -63,16 +63,16 @@ What a run keeps and what a pod may cost, whatever happens to them, and how that
 
 ## Sweeps
 
-Every point of `-m` is checked before the first run. Points that cannot run (a value out of bounds, a choice that does not
-exist, wrong data, too little memory) are told first, and are rows of the table with their reason; the others run, and the
-exit code is 1. Where no point can run, nothing is started: 2 or 3, as for one run. `hydra.sweeper.params` of a recipe is
-read like words that were typed, and a typed word wins.
+Every point of `-m` is checked before the first run. Points that cannot run (a value out of bounds, a choice that does
+not exist, wrong data, too little memory) are told first, and are rows of the table with their reason; the others run,
+and the exit code is 1. Where no point can run, nothing is started: 2 or 3, as for one run. `hydra.sweeper.params` of
+a recipe is read like words that were typed, and a typed word wins.
 
-With `hydra/sweeper=optuna` (`pip install hydra-optuna-sweeper`) the ends of each range and all choices have to be valid
-before the first trial. A trial that fails, does not fit, or whose metric is no number counts as the worst, and the study goes
-on. The direction follows `run.metric_mode`. Whole numbers are `train.max_steps='int(interval(10,100))'`. Trials cannot be
-pruned, for Hydra's Optuna sweeper hears of whole runs only; `eval.every_steps=50 eval.early_stopping_patience=3` ends a run
-that gets no better.
+With `hydra/sweeper=optuna` (`pip install hydra-optuna-sweeper`) the ends of each range and all choices have to be
+valid before the first trial. A trial that fails, does not fit, or whose metric is no number counts as the worst, and
+the study goes on. The direction follows `run.metric_mode`. Whole numbers are
+`train.max_steps='int(interval(10,100))'`. Trials cannot be pruned, for Hydra's Optuna sweeper hears of whole runs
+only; `eval.every_steps=50 eval.early_stopping_patience=3` ends a run that gets no better.
 """
 
 PARTS = (
