@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,9 @@ from runner.execute.torchrun import die_with_parent
 from runner.report.labelled import Labelled
 from runner.rundir import alive
 from runner.spec import RunSpec
+
+_index: ContextVar[int | None] = ContextVar("_index", default=None)
+"""The point that this process does."""
 
 Task = Callable[[RunSpec | RunnerError, int], float]
 
@@ -43,6 +47,7 @@ class Points:
         """Do one point; NaN for one that is not begun any more, or was interrupted in a process of its own."""
         here = os.getpid() == self.owner
         self._marker("begun", index).write_text(str(os.getpid()))
+        _index.set(index)
         try:
             if here:
                 return task(given, index)
@@ -68,9 +73,14 @@ class Points:
         with suppress(OSError):
             (self.folder / "stopped").touch()
 
-    def begun(self, index: int) -> bool:
-        """Whether a point has begun."""
-        return self._marker("begun", index).exists()
+    def serve(self) -> None:
+        """The point that this process does has its pod, or rents one: it waits for none any more."""
+        if (index := _index.get()) is not None:
+            self._marker("served", index).touch()
+
+    def served(self, index: int) -> bool:
+        """Whether a point has had its pod. One that has only begun may still take what another one leaves."""
+        return self._marker("served", index).exists() or self._marker("over", index).exists()
 
     def at_work(self) -> list[int]:
         """Processes of points that have begun and are not over."""

@@ -70,6 +70,7 @@ class Pool:
             old = Session(before.run, before.spec, rented, keys.pair(before.run.id), say)
             try:
                 handover.hand_on(old, Session(run, spec, rented, pair, say))
+                self.points.serve()
                 return rented
             except RunnerError as error:
                 say(f"pod {rented.pod.id} cannot be taken over, and is ended: {error}")
@@ -79,11 +80,12 @@ class Pool:
                 raise
             finally:
                 keys.forget(before.run.id)
+        self.points.serve()
         self._make_room()
         return None
 
     def park(self, session: Session) -> bool:
-        """Keep the pod of a run that is home for a point that has not begun; False where there is none for it."""
+        """Keep the pod of a run that is home for a point that has none yet; False where there is none for it."""
         kind = kind_of(session.spec)
         if kind is None or not self._wanted(kind):
             return False
@@ -131,10 +133,10 @@ class Pool:
         return [entry for entry in ledger.entries() if entry.state == "PARKED" and entry.pid == self.points.owner]
 
     def _wanted(self, kind: str) -> bool:
-        """More points that could have such a pod have not begun than such pods are parked."""
+        """More points that could have such a pod have none yet than such pods are parked."""
         if self.points.stopped:
             return False
-        left = [k for index, k in enumerate(self.kinds) if k == kind and not self.points.begun(index)]
+        left = [k for index, k in enumerate(self.kinds) if k == kind and not self.points.served(index)]
         waiting = [e for e in self.parked(Ledger()) if kind_of(Before.of(e).spec) == kind]
         return len(left) > len(waiting)
 

@@ -170,6 +170,8 @@ def _with(session: Session, voice: Voice, manner: Manner) -> Outcome:
         session.close()
         rented.release()
         account(run, rented, error)
+        if isinstance(error, KeyboardInterrupt):  # before anybody followed it, who would have told
+            voice.say(f"Interrupted: you asked for it; pod {rented.pod.id} is given back")
         raise
     return finish(session, last, voice, manner.pool)
 
