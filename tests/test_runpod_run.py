@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -171,14 +172,20 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on_in_another_pod(typed: Type
     assert len(losses(run.path)) == step + 4 and f"Resumes after step {step}" in said
 
 
-def test_ctrl_c_while_installing_is_an_interrupt(typed: Typed, tmp_path: Path) -> None:
-    slow = tmp_path / "python"
-    slow.write_text("#!/bin/sh\nsleep 60\n")
-    slow.chmod(0o755)
-    typed.env["RUNNER_POD_PYTHON"] = str(slow)
+@pytest.fixture
+def slow_python() -> Iterator[Path]:
+    """One that takes a minute to answer, in a folder that emulated pods see (their `/tmp` is their own)."""
+    file = Path(sys.prefix) / "bin" / f"slow-python-{os.getpid()}"
+    file.write_text("#!/bin/sh\nsleep 60\n")
+    file.chmod(0o755)
+    yield file
+    file.unlink()
+
+
+def test_ctrl_c_while_installing_is_an_interrupt(typed: Typed, slow_python: Path) -> None:
+    typed.env["RUNNER_POD_PYTHON"] = str(slow_python)
     process = typed.run()
-    until(lambda: (typed.path / "agent-status.json").exists() and "installing" in
-          (typed.path / "agent-status.json").read_text(), 120)  # fmt: skip
+    until(lambda: typed.path.is_dir() and typed.folder.read("agent-status.json").get("state") == "installing", 120)
     process.send_signal(signal.SIGINT)
     code, said = ended(process)
     assert code == 130 and "you asked for it" in said and "where.max_usd" not in said
