@@ -19,7 +19,7 @@ from transformers.utils.logging import set_tqdm_hook
 
 from runner import checkpoints
 from runner.errors import InterruptedRun
-from runner.execute.supervise import forget
+from runner.execute.supervise import SAME_SECONDS, forget
 from runner.report.progress import Progress
 from runner.rundir import RunDir
 from runner.train import saving
@@ -144,6 +144,7 @@ def test_a_second_signal_ends_the_run_at_once(model: Path, tmp_path: Path) -> No
     front.send_signal(signal.SIGINT)  # finishes the step, and begins to write its checkpoint
     until(lambda: sign(run, 0).get("phase") == "saving", 240)
     pid = sign(run, 0)["pid"]
+    time.sleep(2 * SAME_SECONDS)  # so close together they would be one
     front.send_signal(signal.SIGINT)
     began = time.monotonic()
     _, errors = front.communicate(timeout=120)
