@@ -9,7 +9,7 @@ from __future__ import annotations
 from runner.cloud import clock, ending
 from runner.cloud.answers import OVER, Pod
 from runner.cloud.api import Api
-from runner.cloud.ledger import PREFIX, Entry, Ledger, LedgerError
+from runner.cloud.ledger import Entry, Ledger, LedgerError
 from runner.cloud.problems import CloudError, StillThereError
 from runner.cloud.waiting import look_for, named
 from runner.errors import RunnerError
@@ -166,11 +166,3 @@ def settle_unknown(api: Api, ledger: Ledger, run_id: str, *, now: bool = False) 
             ending.end(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
         if not found and _is_old(api, entry):
             ledger.try_move(entry.name, "GONE", "no pod of that name has appeared")
-
-
-def strangers(api: Api, ledger: Ledger) -> list[Pod]:
-    """Pods with this project's prefix that no entry of this machine's ledger knows."""
-    entries = ledger.entries()
-    names, ids = {entry.name for entry in entries}, {entry.pod_id for entry in entries}
-    found = [pod for pod in api.pods() if pod.name.startswith(PREFIX) and pod.status not in OVER]
-    return [pod for pod in found if pod.name not in names and pod.id not in ids]
