@@ -297,7 +297,7 @@ def test_a_run_whose_pod_is_gone_can_be_resumed(typed: Typed, tmp_path: Path) ->
     run = RunDir(tmp_path / "runs" / "run-1")
     run.path.mkdir(parents=True)
     run.write("spec.json", {})
-    run.set_status("training", host="runner-run-1-abcd", pid=None)
+    run.set_status("training", host="runner-run-1-abcd", pid=None, born="another-boot:1")
     code, said = ended(typed.verb("resume", str(run.path)))
     assert code == 2 and "is in a pod" in said and "attach run-1" in said
     code, said = ended(typed.verb("fetch", str(run.path)))
