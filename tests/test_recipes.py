@@ -68,3 +68,11 @@ def test_a_recipe_is_named_as_its_file_and_says_what_it_is_for(name: str, shown:
 def test_the_command_line_still_beats_a_recipe() -> None:
     spec = spec_of("recipe=mistral7b_qlora4_h100x3", "hw=h100", "train.batch_size=24")
     assert (spec.model.name, spec.hw.num_gpus, spec.train.batch_size) == ("mistral7b", 1, 24)
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_a_recipe_takes_the_same_steps_on_eight_gpus(name: str, shown: Shown) -> None:
+    """It says the global batch alone: micro batch and accumulation follow from the hardware."""
+    spec = spec_of(f"recipe={name}", "hw=a100x8")
+    wanted = max(8, shown[name][0].train.batch_size)
+    assert abs(spec.train.batch_size - wanted) <= 4  # the nearest multiple of eight
