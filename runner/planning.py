@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from runner import catalogue, deepspeed_json, hub_config, hub_fetch
+from runner import catalogue, credentials, deepspeed_json, hub_config, hub_fetch
 from runner.cloud import prices
 from runner.cloud.flavours import vcpus
 from runner.data import lengths, pipeline
@@ -149,7 +149,7 @@ def facts_of(spec: RunSpec) -> Facts:
     held_out, row = found.held_out_rows, found.held_out_tokens_per_row or spec.train.max_length
     if held_out is None and steps is not None:
         notes.append("time: the held-out loss is left out, as the number of held-out rows is not known")
-    if spec.model.gated and hub_fetch.token() is None and not _at_hand(spec.model):
+    if spec.model.gated and credentials.hub_token() is None and not _at_hand(spec.model):
         notes.append(f"{spec.model.id} is gated: {hub_fetch.gate(spec.model.id)}")
     if spec.data.source == "commands" and spec.model.package is None:
         notes.append("data is the bundled demo: name data= and train.max_length= for your own run")

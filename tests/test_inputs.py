@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from runner import hub_fetch
+from runner import credentials, hub_fetch
 from runner.execute import local
 from runner.execute.local import Outcome
 from runner.rundir import RunDir
@@ -234,8 +235,17 @@ def test_a_key_whose_licence_is_not_accepted_is_refused(here: Path, monkeypatch:
 def test_a_key_of_hf_auth_login_counts(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(here.parent / f"{here.name}-token", "hf_mine\n")
     monkeypatch.setenv("HF_TOKEN_PATH", str(file))
-    assert hub_fetch.token() == "hf_mine"
+    assert credentials.hub_token() == "hf_mine"
     assert not any("gated" in note for note in json.loads(runner("plan", "--json", *GATED).stdout)["notes"])
+
+
+@pytest.mark.parametrize("name", ["HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN"])
+def test_a_key_by_another_name_counts(here: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "hf_mine")
+    assert credentials.hub_token() == "hf_mine"
+    monkeypatch.setenv("HF_TOKEN", " ")
+    credentials.export_hub_token()
+    assert os.environ["HF_TOKEN"] == "hf_mine"  # what huggingface_hub reads
 
 
 # ── for real ───────────────────────────────────────────────────────────────────────────────────

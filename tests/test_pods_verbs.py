@@ -21,6 +21,7 @@ from runner.cloud.ledger import Ledger
 from runner.cloud.wanted import PodRequest
 from tests.emulated import IMAGE, Emulator, emulator, needs_sshd
 from tests.front import here, laptop, runner
+from tests.leaks import Watch
 from tests.processes import start
 from tests.rented import state
 
@@ -84,6 +85,39 @@ def test_a_tunnel_carries_http_until_ctrl_c_and_says_where_before(emulator: Emul
         urllib.request.urlopen(f"http://127.0.0.1:{local}/", timeout=2)
     assert runner("pods", "tunnel", made["run_id"], "-p", "70000").exit_code == 2
     assert answered("pods", "terminate", made["pod_id"])["state"] == "gone"
+
+
+@needs_sshd
+def test_up_passes_variables_by_name_and_no_request_or_argument_has_their_values(
+    emulator: Emulator, here: Path, state: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_s3cr3t")
+    monkeypatch.setenv("MY_KEY", "it's a s3cr3t")
+    passed = ("-e", "HF_TOKEN", "-e", "MY_KEY")
+    words = ("pods", "up", "hw=rtx4090", "where.max_usd=5", "--hours", "3", "--yes", *passed)
+    with Watch(["hf_s3cr3t", "it's a s3cr3t"], [state], private=state / "keys") as watch:
+        made = answered(*words)
+    assert watch.found == set() and watch.looks
+    assert not any("s3cr3t" in str(e.body) for e in emulator.exchanges)
+    for command in (["printenv", "HF_TOKEN", "MY_KEY"], ["bash", "-ic", "'printenv HF_TOKEN MY_KEY'"]):
+        capfd.readouterr()
+        assert runner("pods", "ssh", made["pod_id"], *command).exit_code == 0
+        assert capfd.readouterr().out.splitlines() == ["hf_s3cr3t", "it's a s3cr3t"]
+    assert answered("pods", "terminate", made["pod_id"])["state"] == "gone"
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("HF_TOKEN=hf_x", "export it, and write --env HF_TOKEN"),
+        ("NOT_THERE", "'NOT_THERE' is not set here"),
+        ("RUNPOD_API_KEY", "may end every other pod"),
+    ],
+)
+def test_up_refuses_what_cannot_or_may_not_be_passed(emulator: Emulator, word: str, said: str) -> None:
+    result = runner("pods", "up", "hw=rtx4090", "--hours", "3", "--yes", "--env", word)
+    assert result.exit_code == 2 and said in " ".join(result.output.split()) and "hf_x" not in result.output
+    assert not any(e.method == "POST" for e in emulator.exchanges)
 
 
 def test_up_refuses_what_costs_more_than_the_cap(emulator: Emulator) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from runner import checkpoints
+from runner import checkpoints, credentials
 from runner.cloud import agent, install, parcels, ship, wheel
 from runner.cloud.install import Found, decide
 from runner.cloud.ship import Berth
@@ -338,5 +338,35 @@ def test_only_the_secrets_that_are_needed_go_and_into_memory(berth: Berth, monke
         assert ship.tell_secrets(berth, rented_spec("track=wandb")) == ["HF_TOKEN", "WANDB_API_KEY"]
         data = rented_spec("data=file", "data.sources=[{path: 's3://rows/a.jsonl'}]")
         assert ship.tell_secrets(berth, data) == ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY"]
+    finally:
+        file.unlink(missing_ok=True)
+
+
+@needs_sshd
+def test_keys_that_their_own_tools_keep_here_go_too(
+    berth: Berth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*credentials.HUB, "WANDB_API_KEY", *credentials.S3):
+        monkeypatch.delenv(name, raising=False)
+    for name, text in {
+        "token": "hf_file\n", ".netrc": "machine api.wandb.ai login user password w_file\n",
+        "aws": "[default]\naws_access_key_id = a_file\naws_secret_access_key = s_file\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "aws"))
+    file = agent.SHM / "runner-run-1.env"
+    spec = rented_spec("track=wandb", "data=file", "data.path=s3://rows/a.jsonl")
+    try:
+        ship.tell_secrets(berth, spec)
+        assert json.loads(file.read_text()) == {
+            "HF_TOKEN": "hf_file", "WANDB_API_KEY": "w_file", "AWS_ACCESS_KEY_ID": "a_file",
+            "AWS_SECRET_ACCESS_KEY": "s_file",
+        }  # fmt: skip
+        monkeypatch.setenv("HUGGINGFACEHUB_API_TOKEN", "hf_chain")
+        ship.tell_secrets(berth, spec)
+        assert json.loads(file.read_text())["HF_TOKEN"] == "hf_chain"
     finally:
         file.unlink(missing_ok=True)

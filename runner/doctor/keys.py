@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
+from runner import credentials
 from runner.doctor.finding import Finding, Wanted
 
 _FOR = {
@@ -29,28 +28,13 @@ def _key(name: str, wanted: Wanted | None) -> Finding:
             remedy = "export it again without"
             return Finding(name, "warning", "set, with a space, a line break or a quote around it", remedy)
         return Finding(name, "ok", "set")
-    if elsewhere := _elsewhere(name):
-        return Finding(name, "ok", f"not set; {elsewhere}")
+    if key := credentials.find(name):
+        return Finding(name, "ok", f"not set; {key.source} is used")
     need = _need(name, wanted) if wanted else None
     if need is None:
         return Finding(name, "note", f"not set; needed for {_FOR[name]}")
     what, remedy = need
     return Finding(name, "warning" if name == "WANDB_API_KEY" else "problem", f"not set, and {what}", remedy)
-
-
-def _elsewhere(name: str) -> str | None:
-    """Where the key's own tool has put it (`hf auth login`, `wandb login`)."""
-    if name == "HF_TOKEN":
-        home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-        file = Path(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token")).expanduser()
-        return f"{file} is used" if file.is_file() else None
-    if name == "WANDB_API_KEY":
-        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].partition(":")[0]
-        try:
-            return "~/.netrc has one" if netrc.netrc().authenticators(host) else None
-        except (OSError, netrc.NetrcParseError):
-            return None
-    return None
 
 
 def _need(name: str, wanted: Wanted) -> tuple[str, str] | None:

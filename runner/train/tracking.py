@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 import socket
 from typing import Any
 
+from runner import credentials
 from runner.rundir import RunDir
 from runner.spec import RunSpec
 
@@ -49,18 +49,10 @@ def _why_offline() -> str | None:
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
     name, _, port = host.partition(":")
-    if not os.environ.get("WANDB_API_KEY") and not _in_netrc(name):
+    if credentials.find("WANDB_API_KEY") is None:
         return "no key: export WANDB_API_KEY=… or wandb login"
     try:
         socket.create_connection((name, int(port or 443)), timeout=3).close()
     except OSError:
         return f"{host} cannot be reached"
     return None
-
-
-def _in_netrc(host: str) -> bool:
-    """`wandb login` leaves its key there."""
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

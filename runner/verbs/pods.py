@@ -13,6 +13,11 @@ from rich.console import Console
 from runner.report.problems import dump
 from runner.verbs.shared import Arguments, Finite, as_json_option, composed, one_run, request_of, spoken
 
+env_option = click.option(
+    "-e", "--env", multiple=True, metavar="NAME",
+    help="Pass this variable's value to shells and notebooks in the pod, over SSH into its memory.",
+)  # fmt: skip
+
 
 class Subverbs(click.Group):
     """`pods` alone lists."""
@@ -192,18 +197,24 @@ def reap(everything: bool, yes: bool, as_json: bool) -> None:
 @composed
 @one_run
 @click.option("--hours", type=Finite(min=0, min_open=True), required=True, help="Then it ends itself.")
+@env_option
 @click.option("-y", "--yes", is_flag=True, help="Do not ask before renting.")
-def up(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, hours: float, yes: bool) -> None:
+def up(
+    words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, hours: float, env: tuple[str, ...], yes: bool
+) -> None:  # fmt: skip
     """Just a pod: SSH, and Jupyter through a tunnel, with the same deadline and price guard as a run.
 
     \b
     Examples:
       python -m runner pods up hw=rtx4090 --hours 3
+      python -m runner pods up hw=rtx4090 --hours 3 --env HF_TOKEN
       python -m runner pods up hw=rtx4090 where.cloud=community where.max_usd=2 --hours 3 --yes
     """
+    from runner.cloud import pod_env
     from runner.cloud import up as upping
     from runner.resolve import resolved
 
+    values = pod_env.named(env)
     api, ledger = _ready()
     request = request_of(("where=runpod", *words), config_dirs)
     spec = upping.spec_for(resolved(request)[0], hours)
@@ -211,7 +222,7 @@ def up(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, hours: fl
     click.echo(f"{offer.described}; ${offer.usd_per_hour * hours:.2f} for {hours:g} hours at most", err=True)
     if not yes and sys.stdin.isatty():
         click.confirm("Rent it?", abort=True, err=True)
-    made = upping.up(spec, hours, lambda line: click.echo(line, err=True))
+    made = upping.up(spec, hours, lambda line: click.echo(line, err=True), values)
     _answer(as_json, made.described, **made.as_dict())
     del ledger
 
