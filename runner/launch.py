@@ -110,9 +110,11 @@ def check(spec: RunSpec, notes: list[str], composed: RunSpec, manner: Manner = P
     that somebody named."""
     if spec.where.name != "runpod":
         local.check(spec)
+        notes += _push().check(spec) if spec.push.to else []
         return
     try:
         _rented().check(spec, manner)
+        notes += _push().check(spec) if spec.push.to else []
     except RunnerError as error:
         if composed.where.name != "auto":
             raise
@@ -161,7 +163,10 @@ def begin(
     if spec.where.name == "runpod":
         outcome: local.Outcome = _rented().execute(directory, spec, quiet_stdout=as_json, manner=manner)
         return outcome
-    return local.execute(directory, spec, quiet_stdout=as_json)
+    outcome = local.execute(directory, spec, quiet_stdout=as_json)
+    if outcome.exit_code == 0 and spec.push.to:
+        say(f"Pushed  {_push().after(directory)}")
+    return outcome
 
 
 def _waits_for(directory: RunDir, spec: RunSpec) -> list[str]:
@@ -177,6 +182,11 @@ def agreed(asked: Sequence[tuple[RunSpec, Plan | None]], manner: Manner, console
     """What is rented for these runs is said with its price, and agreed to."""
     renting = [(spec, plan.as_dict() if plan else {}) for spec, plan in asked if spec.where.name == "runpod"]
     return not renting or bool(_rented().confirm(renting, manner, console))
+
+
+def _push() -> Any:
+    """Read only where there is something to upload."""
+    return import_module("runner.execute.push")
 
 
 def _one_pod() -> Any:

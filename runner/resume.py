@@ -22,7 +22,7 @@ from runner.request import Request
 from runner.rundir import ACTIVE, RunDir, alive, birth, facts_of, write_atomically
 from runner.spec import LocalPlace, RunSpec
 
-FREE = ("hw.", "deepspeed.", "where.", "track.", "run.", "eval.", "train.max_steps", "train.num_epochs",
+FREE = ("hw.", "deepspeed.", "where.", "push.", "track.", "run.", "eval.", "train.max_steps", "train.num_epochs",
         "train.save_every_", "train.keep_checkpoints", "train.hang_minutes", "train.micro_batch_size",
         "train.accumulation_steps", "train.gradient_checkpointing", "train.attention", "train.liger",
         "train.on_loss_spike", "train.spike_factor")  # fmt: skip

@@ -20,9 +20,10 @@ from runner.cloud.ship import Berth
 from runner.cloud.ssh import RunnerError
 from runner.errors import RequestError
 from runner.execute.chat import find
-from runner.execute.upload import upload
 from runner.rundir import RunDir
 from runner.spec import RunSpec
+from runner.upload.contents import push_model
+from runner.upload.targets import S3
 from tests.emulated import needs_sshd
 from tests.front import here, laptop, runner, spec_of
 from tests.sshd import Server, server
@@ -262,17 +263,17 @@ def test_what_a_checkpoint_has_pickled_is_not_run(name: str, tmp_path: Path) -> 
     assert not (tmp_path / "evil").exists()
 
 
-def test_upload_from_a_pod_refuses_links_too(tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
+def test_an_upload_refuses_links_too(tmp_path: Path, laptop: None, here: Path) -> None:
+    run, target = RunDir(tmp_path / "run"), S3("s3://nowhere/x")
     (run.path / "model").mkdir(parents=True)
     (run.path / "loss.png").symlink_to("/etc/passwd")
     with pytest.raises(RequestError, match=r"loss\.png is a link to /etc/passwd"):
-        upload(run, "org/name")
+        push_model(run, spec(), run.path / "model", target)
     (run.path / "loss.png").unlink()
     (run.path / "model").rmdir()
     (run.path / "model").symlink_to("/etc")
     with pytest.raises(RequestError, match="is a link to /etc,"):
-        upload(run, "org/name")
+        push_model(run, spec(), run.path / "model", target)
     assert links.found(run.path / "nothing") == []
 
 

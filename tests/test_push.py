@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from runner import checkpoints
+from runner.errors import RunFailedError
+from runner.execute.push import after
 from runner.report.card import card
 from runner.rundir import RunDir
+from runner.spec import RunSpec
 from tests.conftest import run_cli, spec_of
+from tests.front import problems_of
+from tests.hub import TOKEN, Hub, hub
+from tests.processes import start, tiny_model, words
 
-TOKEN = "hf_testtokentesttokentesttoken"
+__all__ = ["hub"]
+
 SUMMARY = {
     "train": {"loss_first": 4.6, "loss_last": 0.01, "steps": 294, "tokens": 69512, "trainable_parameters": 4884480},
     "eval": {
@@ -26,64 +30,6 @@ SUMMARY = {
         "after": {"loss": 0.01, "num_exact": 40, "exact_match": 1.0},
     },
 }
-
-
-class Hub:
-    """The requests of a commit, as the Hub answers them: create, preupload, the card's metadata, commit."""
-
-    def __init__(self) -> None:
-        hub = self
-        self.repos: dict[str, dict[str, Any]] = {}
-        self.commits: list[dict[str, bytes]] = []
-        self.status = 200
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-                if self.headers["Authorization"] != f"Bearer {TOKEN}":
-                    hub.answer(self, 401, {"error": "Invalid username or password."})
-                elif hub.status != 200:
-                    hub.answer(self, hub.status, {"error": "no"})
-                else:
-                    hub.answer(self, 200, hub.serve(self.path, body))
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def answer(self, request: BaseHTTPRequestHandler, status: int, content: dict[str, Any]) -> None:
-        data = json.dumps(content).encode()
-        request.send_response(status)
-        request.send_header("Content-Type", "application/json")
-        request.send_header("Content-Length", str(len(data)))
-        request.end_headers()
-        request.wfile.write(data)
-
-    def serve(self, path: str, body: bytes) -> dict[str, Any]:
-        if path == "/api/repos/create":
-            wanted = json.loads(body)
-            self.repos[wanted["name"]] = wanted
-            return {"url": f"{self.url}/{wanted['organization']}/{wanted['name']}"}
-        if "/preupload/" in path:
-            files = json.loads(body)["files"]
-            return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-        if path == "/api/validate-yaml":
-            return {"errors": [], "warnings": []}
-        assert path == "/api/models/me/tuned/commit/main"
-        lines = [json.loads(line) for line in body.splitlines()]
-        files = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
-        self.commits.append({name: base64.b64decode(content) for name, content in files.items()})
-        return {"commitUrl": f"{self.url}/me/tuned/commit/{'0' * 40}", "commitOid": "0" * 40}
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    found = Hub()
-    yield found
-    found.server.shutdown()
 
 
 @pytest.fixture
@@ -98,9 +44,14 @@ def run(tmp_path: Path) -> RunDir:
     return done
 
 
+def portable(run: RunDir) -> Any:
+    """Its spec, but for the folder of this machine that the run lies in."""
+    spec = run.read("spec.json")
+    return {**spec, "run": {**spec["run"], "output_dir": "runs"}}
+
+
 def push(run: RunDir, hub: Hub, *words: str, token: str = TOKEN) -> Any:
-    env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HOME": str(run.path.parent / "hf"), "HF_HUB_DISABLE_XET": "1"}
-    return run_cli("push", str(run.path), *words, **env)
+    return run_cli("push", str(run.path), *words, **hub.env(token), HF_HOME=str(run.path.parent / "hf"))
 
 
 def test_weights_card_and_spec_go_in_one_commit_to_a_private_repository(run: RunDir, hub: Hub) -> None:
@@ -109,10 +60,11 @@ def test_weights_card_and_spec_go_in_one_commit_to_a_private_repository(run: Run
     (commit,) = hub.commits
     assert hub.repos["tuned"]["visibility"] == "private"
     assert commit["adapter_model.safetensors"] == b"weights" and commit["loss.png"] == b"picture"
-    assert json.loads(commit["spec.json"]) == run.read("spec.json")
+    assert json.loads(commit["spec.json"]) == portable(run)
     assert json.loads(done.stdout)["files"] == sorted(commit)
     assert commit["README.md"].decode().startswith("---\nlibrary_name: peft")
     assert not any(TOKEN.encode() in content for content in commit.values())
+    assert run.read("pushed.json")["repo"] == "me/tuned" and run.read("pushed.json")["folder"] == "model"
 
 
 @pytest.mark.parametrize(
@@ -151,3 +103,80 @@ def test_the_card_says_what_the_hub_reads(run: RunDir) -> None:
     assert metadata["datasets"] == [spec.data.id]
     assert "| held-out prompts answered exactly | 0 of 40 | 40 |" in text
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/tuned")' in text and "loss.png" not in text
+
+
+# ── push.to ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_run_uploads_checkpoints_while_it_trains_and_its_model_at_its_end(tmp_path: Path, hub: Hub) -> None:
+    own = words(tiny_model(tmp_path / "tiny"), tmp_path / "runs", "push.to=me/tuned", "push.every_steps=4")
+    more = ("train.save_every_steps=2", "train.keep_checkpoints=1", "push.keep_checkpoints=2")
+    process = start(*own, *more, **hub.env(), HF_HOME=str(tmp_path / "hf"))
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and "Pushed  http" in said, said
+    (run,) = map(RunDir, (tmp_path / "runs").iterdir())
+    folders = {name.split("/")[1] for name in hub.files if name.startswith("checkpoints/")}
+    assert folders == {"checkpoint-8", "checkpoint-12"}  # of 4, 8 and 12
+    assert any("checkpoints/checkpoint-4/COMPLETE" in commit for commit in hub.commits)
+    assert not list(run.path.glob(".pushing-*"))
+    assert hub.files["README.md"].startswith(b"---") and json.loads(hub.files["spec.json"]) == portable_of(run)
+    assert run.read("pushed.json")["folder"] == "model" and run.read("pushed.json")["repo"] == "me/tuned"
+    # A run goes on from what is on the Hub.
+    back = RunDir(tmp_path / "back")
+    for name, content in hub.files.items():
+        if name.startswith("checkpoints/"):
+            file = back.path / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+    assert checkpoints.newest(back) == 12
+
+
+def portable_of(run: RunDir) -> Any:
+    spec = portable(run)
+    return {**spec, "model": {**spec["model"], "id": Path(spec["model"]["id"]).name}}
+
+
+def test_a_place_that_may_not_be_written_to_is_refused_before_the_run(tmp_path: Path, hub: Hub) -> None:
+    where = f"run.output_dir={tmp_path / 'runs'}"
+    done = run_cli("push.to=me/tuned", where, **hub.env("hf_wrong"), HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == 2 and "the Hub does not accept the token" in done.stderr, done.stderr
+    hub.read_only = True
+    done = run_cli("push.to=me/tuned", where, **hub.env(), HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == 2 and "may not write to me/tuned" in done.stderr, done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_whose_upload_fails_keeps_its_model_and_says_what_to_type(
+    run: RunDir, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.server.shutdown()
+    hub.server.server_close()
+    run.write("spec.json", {**run.read("spec.json"), "push": {"to": "me/tuned"}})
+    for name, value in hub.env().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    with pytest.raises(RunFailedError, match="was not uploaded") as error:
+        after(run)
+    assert error.value.problems[-1].remedy == f"python -m runner push {run.path}"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["push.to=tuned"], "write push.to=ORG/NAME"),
+        (["push.every_steps=4"], "add push.to=ORG/NAME"),
+        (["push.to=me/tuned", "push.keep_checkpoints=3"], "add push.every_steps=100"),
+        (["push.to=me/tuned", "push.every_steps=4"], "add train.save_every_steps=4"),
+        (["push.to=me/tuned", "push.every_steps=5", "train.save_every_steps=2"], "add train.save_every_steps=5"),
+        (["where=runpod", "where.push_to=me/tuned"], "did you mean push.to?"),
+        (["hub_model_id=me/tuned"], "did you mean push.to?"),
+    ],
+)
+def test_what_cannot_be_uploaded_is_refused_with_what_to_write(words: list[str], said: str) -> None:
+    assert any(said in str(problem.remedy) for problem in problems_of(*words).values())
+
+
+def test_a_spec_of_before_is_read(run: RunDir) -> None:
+    values = spec_of("where=runpod", "hw=rtx4090").model_dump(mode="json")
+    values["where"]["push_to"] = None
+    assert RunSpec.model_validate(values).push.to is None

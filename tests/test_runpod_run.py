@@ -18,6 +18,7 @@ from runner import checkpoints
 from runner.rundir import RunDir
 from tests.conftest import SHORT
 from tests.emulated import Emulator, emulator, needs_sshd, rest  # noqa: F401
+from tests.hub import Hub, hub  # noqa: F401
 from tests.leaks import Watch
 from tests.processes import losses, only_run, start, tiny_model, until, words
 
@@ -277,6 +278,18 @@ def test_detached_looked_at_and_brought_home_on_another_machine(typed: Typed, tm
     assert code == 0, said
     assert len(losses(there.path)) == 12 and there.state() == "done"
     adapter_loads(typed.model, there.path / "model")
+    assert typed.emulator.pods() == {}
+
+
+def test_a_pod_uploads_checkpoints_and_the_model_itself(typed: Typed, hub: Hub) -> None:  # noqa: F811
+    typed.env |= hub.env()
+    more = ("push.to=me/tuned", "push.every_steps=6", "train.save_every_steps=6", "where.max_usd=5")
+    code, said = ended(typed.run(*more))
+    assert code == 0 and f"Pushed  {hub.url}/me/tuned" in said, said
+    assert "checkpoints/checkpoint-12/COMPLETE" in hub.files and "adapter_model.safetensors" in hub.files
+    assert not any("checkpoint-6/" in name for name in hub.files)
+    assert b"/workspace" not in hub.files["spec.json"] + hub.files["README.md"] + hub.files["adapter_config.json"]
+    assert typed.folder.read("pushed.json")["repo"] == "me/tuned" and typed.folder.state() == "done"
     assert typed.emulator.pods() == {}
 
 

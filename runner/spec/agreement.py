@@ -42,6 +42,9 @@ def disagreements(spec: RunSpec) -> Iterator[str]:
     name = objective.name
     if train.packing and not packs(objective):
         yield f"train.packing=true: objective={name} takes its rows one by one; write train.packing=false"
+    every, saved = spec.push.every_steps, train.save_every_steps
+    if every and (saved is None or every % saved):
+        yield f"push.every_steps={every}: no checkpoint is written after every {every} steps; add train.save_every_steps={every}"
     yield from _methods(spec)
     if spec.data.source == "commands" and name in WANTED and name != "grpo":
         yield f"data={spec.data.name} holds questions and answers, and objective={name} needs {WANTED[name]}; {_NAME_DATA}"

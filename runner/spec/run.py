@@ -15,6 +15,7 @@ from runner.spec.method import Method
 from runner.spec.model import ModelSpec
 from runner.spec.objective import Objective, Sft
 from runner.spec.part import Part
+from runner.spec.push import PushSpec
 from runner.spec.train import EvalSpec, TrackSpec, TrainSpec
 from runner.spec.where import LocalPlace, Where
 
@@ -67,6 +68,7 @@ class RunSpec(Part):
     train: TrainSpec = TrainSpec()
     eval: EvalSpec = EvalSpec()
     run: RunInfo = RunInfo()
+    push: PushSpec = PushSpec()
     sweep: SweepSpec = SweepSpec()
 
     @model_validator(mode="after")

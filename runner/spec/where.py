@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -65,8 +65,6 @@ class RunPodPlace(_Place):
     """How many pods may follow one that vanished in the middle of the run."""
     keep: bool = False
     """Leave the pod stopped at the end instead of ending it: its volume disk is kept, and paid for."""
-    push_to: str | None = None
-    """Where the pod uploads the result itself: a Hub id `org/name`, or `s3://bucket/prefix`."""
     deadline_hours: float | Auto = Field(default="auto")
     """Hours after which the pod ends itself, whatever happens; auto is `max_hours`, or twice the plan and one."""
     heartbeat_minutes: float = Field(default=30, gt=0)
@@ -75,6 +73,14 @@ class RunPodPlace(_Place):
     """How long a pod may take until SSH answers: a cold image takes 9 to 13 minutes."""
     bad_host_minutes: float = Field(default=3, gt=0)
     """How long a pod may be without a machine; then it is given back and another one tried."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_push(cls, values: Any) -> Any:
+        """`push_to: null` stands in the spec.json of runs from before there was `push.to`."""
+        if isinstance(values, dict) and "push_to" in values and values["push_to"] is None:
+            return {key: value for key, value in values.items() if key != "push_to"}
+        return values
 
     @field_validator("volume_gb", "container_disk_gb", "deadline_hours")
     @classmethod

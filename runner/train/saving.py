@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,11 @@ class Sealer:
     The step that follows may run meanwhile: the files are written already, and nobody changes them.
     """
 
-    def __init__(self, run: RunDir, ranks: Ranks, keep: int, pulse: Pulse | None = None) -> None:
+    def __init__(self, run: RunDir, ranks: Ranks, keep: int, pulse: Pulse | None = None,
+                 sealed: Callable[[int], None] = lambda step: None) -> None:  # fmt: skip
+        """`sealed` is told of each whole checkpoint, before any is deleted."""
         self.run, self.ranks, self.keep = run, ranks, keep
+        self.sealed = sealed
         self.pulse = pulse or Pulse(run, ranks.rank)
         self.began = self.seconds = 0.0
         """When the last checkpoint was begun, and for how long it held up the training."""
@@ -71,6 +74,7 @@ class Sealer:
         try:
             _check_held(checkpoints.folder(self.run, step))
             checkpoints.seal(checkpoints.folder(self.run, step), {"step": step, **noted})
+            self.sealed(step)
             checkpoints.discard(self.run, checkpoints.superseded(self.run, max(1, self.keep), best))
         except BaseException as error:
             self.error = error

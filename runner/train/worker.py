@@ -21,6 +21,7 @@ from runner.rundir import RunDir
 from runner.spec import RunSpec
 from runner.train import independence, methods, models, objectives, rehearsal, stages, stopping, universal
 from runner.train.callbacks import AtStart, MetricsWriter, StopEarly, StopOnSignal
+from runner.train.checkpoint_push import CheckpointPush
 from runner.train.environment import check_same, environment, fingerprints
 from runner.train.guards import LossGuard
 from runner.train.measure import Measuring
@@ -119,7 +120,8 @@ def work(
         peaks.end("eval")
         enter("training", num_steps=steps)
 
-    sealer = Sealer(run, ranks, spec.train.keep_checkpoints, pulse)
+    push = CheckpointPush(run, spec.push, progress.note)
+    sealer = Sealer(run, ranks, spec.train.keep_checkpoints, pulse, push.offer)
     early = [StopEarly(spec.eval.early_stopping_patience)] if spec.eval.early_stopping_patience else []
     callbacks = [metrics, pulse, *early, AtStart(begin), stop, SaveWhenDue(sealer, spec.train.save_every_minutes)]
     guard = LossGuard(spec.train, run, ranks, progress.note)
@@ -139,6 +141,7 @@ def work(
     with progress.stage("Training", "steps", steps, start):
         trainer.train(resume_from_checkpoint=str(checkpoints.folder(run, start)) if start else None)
     sealer.wait()
+    push.close()
     _stop_if_asked(run, stop, trainer.state.global_step, ranks)
     peaks.end("train")
 

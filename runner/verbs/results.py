@@ -108,13 +108,15 @@ def export(run_dir: Path, step: int | None, out: Path | None, as_json: bool) -> 
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
-@click.argument("repo", metavar="ORG/NAME")
+@click.argument("repo", metavar="[ORG/NAME|s3://BUCKET/PREFIX]", required=False)
 @click.option("--public", is_flag=True, help="Everybody may see a repository that is made; else it is private.")
 @click.option("--merged", is_flag=True, help="What `merge` has written, instead of the adapter.")
 @as_json_option
 @spoken
-def push(run_dir: Path, repo: str, public: bool, merged: bool, as_json: bool) -> None:
+def push(run_dir: Path, repo: str | None, public: bool, merged: bool, as_json: bool) -> None:
     """Upload a run's model to the Hugging Face Hub, with a card and the spec that makes it again: one commit.
+
+    Without a name it goes to the run's push.to, where a run with that key has put it at its end.
 
     \b
     Examples:
@@ -124,7 +126,7 @@ def push(run_dir: Path, repo: str, public: bool, merged: bool, as_json: bool) ->
     from runner.execute.push import push as upload
 
     done = upload(run_dir, repo, public=public, merged=merged)
-    click.echo(dump(done) if as_json else f"{len(done['files'])} files, one commit: {done['url']}")
+    click.echo(dump(done) if as_json else f"{len(done['files'])} files: {done['url']}")
 
 
 @click.command()

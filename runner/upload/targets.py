@@ -1,0 +1,160 @@
+"""Where models and checkpoints are uploaded: a repository on the Hugging Face Hub, or a prefix in an S3 bucket."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from runner.errors import CannotRunError, Problem, RequestError, RunFailedError
+
+Files = Mapping[str, Path | bytes]
+"""Path below the target → a file here, or its content."""
+Answer = TypeVar("Answer")
+WRITE = "export HF_TOKEN=… with a token that may write (huggingface.co/settings/tokens)"
+
+
+class Target(Protocol):
+    """What an upload needs of a place. Errors: RequestError for keys and names, RunFailedError where it fails."""
+
+    @property
+    def repo(self) -> str | None:
+        """Its name on the Hub."""
+
+    def prepare(self) -> None:
+        """Make the repository, or find that the bucket may be used: before hours are spent on what goes there."""
+
+    def send(self, files: Files, message: str, without: Sequence[str] = ()) -> dict[str, Any]:
+        """Upload files, delete the folders `without`: facts for `pushed.json`."""
+
+    def folders(self, below: str) -> list[str]:
+        """Names of the folders that are in one there."""
+
+
+def target_of(name: str, *, public: bool = False) -> Target:
+    """`org/name` or `s3://bucket/prefix`; RequestError for neither, CannotRunError without its library."""
+    hub = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name)
+    if not hub and not re.fullmatch(r"s3://[^/]+(/.*)?", name):
+        what = f"{name!r} is not the name of a repository on the Hub, and no s3:// address"
+        raise RequestError(Problem(what, None, "write ORG/NAME, with your user name or an organisation's"))
+    module, package = ("huggingface_hub", "huggingface-hub") if hub else ("boto3", "boto3")
+    if util.find_spec(module) is None:
+        what = f"{package}, which uploads to {name}, is not installed"
+        raise CannotRunError(Problem(what, None, f"pip install {package}"))
+    return Hub(name, public) if hub else S3(name)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A repository for a model. What is sent is one commit: all of it or nothing."""
+
+    repo: str
+    public: bool = False
+    """Of a repository that is made; one that is there stays as it is."""
+
+    def prepare(self) -> None:
+        """Make the repository if it is not there."""
+        from huggingface_hub import HfApi  # 0.3 s
+
+        self._asked(lambda: HfApi().create_repo(self.repo, private=not self.public, exist_ok=True))
+        self._asked(lambda: HfApi().auth_check(self.repo, write=True))  # one that is there may be somebody else's
+
+    def send(self, files: Files, message: str, without: Sequence[str] = ()) -> dict[str, Any]:
+        """One commit."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+        added = [CommitOperationAdd(name, str(f) if isinstance(f, Path) else f) for name, f in files.items()]
+        deleted = [CommitOperationDelete(f"{folder}/", is_folder=True) for folder in without]
+        done = self._asked(lambda: HfApi().create_commit(self.repo, [*added, *deleted], commit_message=message))
+        return {"repo": self.repo, "url": str(done.repo_url), "commit": done.oid}
+
+    def folders(self, below: str) -> list[str]:
+        """By the paths of all files."""
+        from huggingface_hub import HfApi
+
+        paths = self._asked(lambda: HfApi().list_repo_files(self.repo))
+        return sorted({path.split("/")[1] for path in paths if path.startswith(f"{below}/") and path.count("/") > 1})
+
+    def _asked(self, ask: Callable[[], Answer]) -> Answer:
+        """The Hub's answer, or its refusal in words."""
+        from httpx2 import HTTPError  # what huggingface_hub calls the Hub with
+        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+        try:
+            return ask()
+        except LocalTokenNotFoundError:
+            raise RequestError(Problem("there is no token for the Hub", None, WRITE)) from None
+        except OfflineModeIsEnabled:
+            raise CannotRunError(Problem("HF_HUB_OFFLINE is set", None, "unset it to push")) from None
+        except HfHubHTTPError as error:
+            raise self._refused(error) from None
+        except (HTTPError, OSError, ValueError) as error:
+            what = f"the Hub cannot be reached: {error}"
+            raise RunFailedError(Problem(what, None, "try again; nothing went")) from None
+
+    def _refused(self, error: Any) -> RequestError | RunFailedError:
+        status = error.response.status_code
+        if status == 401:
+            return RequestError(Problem("the Hub does not accept the token", None, WRITE))
+        if status == 403:
+            return RequestError(Problem(f"the token may not write to {self.repo}", None, WRITE))
+        words = getattr(error, "server_message", None) or str(error).splitlines()[0]
+        return RunFailedError(Problem(f"the Hub answered {status}: {words}", None, "try again; nothing was changed"))
+
+
+@dataclass(frozen=True)
+class S3:
+    """A prefix in a bucket: file by file, in the order in which they are given."""
+
+    address: str
+    repo: None = None
+
+    def prepare(self) -> None:
+        """Ask for the bucket."""
+        bucket, _ = self._place()
+        self._asked(lambda client: client.head_bucket(Bucket=bucket))
+
+    def send(self, files: Files, message: str, without: Sequence[str] = ()) -> dict[str, Any]:
+        """Every file, in parts; then what goes."""
+        bucket, prefix = self._place()
+
+        def upload(client: Any) -> None:
+            for name, file in files.items():
+                if isinstance(file, Path):
+                    client.upload_file(str(file), bucket, prefix + name)
+                else:
+                    client.put_object(Bucket=bucket, Key=prefix + name, Body=file)
+            for folder in without:
+                pages = client.get_paginator("list_objects_v2")
+                for page in pages.paginate(Bucket=bucket, Prefix=f"{prefix}{folder}/"):
+                    for entry in page.get("Contents", ()):
+                        client.delete_object(Bucket=bucket, Key=entry["Key"])
+
+        self._asked(upload)
+        return {"url": self.address}
+
+    def folders(self, below: str) -> list[str]:
+        """Common prefixes."""
+        bucket, prefix = self._place()
+        start = f"{prefix}{below}/"
+        found = self._asked(lambda client: client.list_objects_v2(Bucket=bucket, Prefix=start, Delimiter="/"))
+        return [entry["Prefix"][len(start) : -1] for entry in found.get("CommonPrefixes", ())]
+
+    def _place(self) -> tuple[str, str]:
+        bucket, _, prefix = self.address.removeprefix("s3://").partition("/")
+        return bucket, f"{prefix.strip('/')}/".lstrip("/")
+
+    def _asked(self, ask: Callable[[Any], Answer]) -> Answer:
+        import boto3
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            return ask(boto3.client("s3"))
+        except (Boto3Error, BotoCoreError, ClientError, OSError) as error:
+            said = (str(error).splitlines() or ["no message"])[0]
+            what = f"the upload to {self.address} failed: {type(error).__name__}: {said}"
+            raise RunFailedError(Problem(what, None, "look at the bucket's name and the AWS_… keys")) from None
