@@ -215,10 +215,10 @@ def status_of(folder: Path) -> dict[str, Any]:
 
 
 def there(file: Path) -> bool:
-    """False also where the disk does not say."""
+    """False also where the disk does not say, or no memory is left to ask."""
     try:
         return file.exists()
-    except OSError:
+    except Exception:
         return False
 
 
@@ -465,7 +465,8 @@ class Switch:
 
     def _end(self, reason: str) -> None:
         """Have the training save what it has, then end the pod."""
-        status, how = self._status, "terminate"
+        keeps = self.order.get("keep") or self.order.get("uncollected") == "stop"
+        status, how = self._status, "stop" if keeps else "terminate"  # a result may be on a disk that does not answer
         with suppress(Exception):
             status, how = self.status, self._how()
         until = now() + max(self.limits.grace, 1.0)
