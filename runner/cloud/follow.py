@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runner.cloud import incoming
+from runner.cloud import incoming, room
 from runner.cloud.ship import Berth
 from runner.cloud.ssh import SSH_FAILED
 from runner.cloud.tail import GROWING, WHOLE
@@ -39,6 +39,7 @@ NOT_PLAIN = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno
 LONGEST_LINE = 64 << 20
 CONTROL = re.compile(r"\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 WORDS = "logs/worker.log"
+TOO_MUCH = "Warning: the pod's logs are more than a run's can be, or than this disk has room for: no more is copied"
 
 
 class Vanished(RunnerError):
@@ -60,6 +61,9 @@ class Follower:
                  before: Callable[[], None] = lambda: None) -> None:  # fmt: skip
         self.at, self.run, self.find, self.before = at, run, find, before
         self.rest: dict[str, bytes] = {}
+        self.sizes: dict[str, int] = {}
+        """Of every file that was written here."""
+        self.refused = False
         self.process: subprocess.Popen[bytes] | None = None
         self.failed = 0
 
@@ -160,6 +164,11 @@ class Follower:
             if not _is_ours(name, GROWING if "file" in line else WHOLE):
                 return
             content = base64.b64decode(line["data"])
+            if not self._has_room(name, len(content) + (int(line["at"]) if "file" in line else 0)):
+                if not self.refused:
+                    self.refused = True
+                    yield News("words", TOO_MUCH)
+                return
             if "file" in line:
                 incoming.write_at(self.run.path, name, int(line["at"]), content)
                 yield from self._told(name, int(line["at"]), content)
@@ -181,6 +190,17 @@ class Follower:
         except OSError as error:
             if error.errno not in NOT_PLAIN:  # such as a full disk here
                 raise
+
+    def _has_room(self, name: str, size: int) -> bool:
+        """Whether a file may have so many bytes here, beside the others."""
+        others = sum(self.sizes.values()) - self.sizes.get(name, 0)
+        more = size - self.sizes.get(name, 0)
+        if name not in self.sizes and len(self.sizes) >= room.FOLLOWED_FILES:
+            return False
+        if others + size > room.FOLLOWED_BYTES or (more > 0 and more > room.free(self.run.path)):
+            return False
+        self.sizes[name] = size
+        return True
 
     def _told(self, name: str, at: int, content: bytes) -> Iterator[News]:
         if name not in ("metrics.jsonl", WORDS):

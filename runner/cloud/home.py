@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from runner import checkpoints
-from runner.cloud import incoming, ship
+from runner.cloud import incoming, room, ship
 from runner.cloud.ship import Berth, Say
 from runner.paths import cache_dir
 from runner.rundir import RunDir, write_atomically
@@ -32,11 +32,18 @@ TOLD = 5
 
 
 def bring(at: Berth, run: RunDir, spec: RunSpec, say: Say = lambda line: None) -> dict[str, Any]:
-    """All of it; the pod's `status.json`. LostError where the connection breaks: called again, it goes on there."""
+    """All of it; the pod's `status.json`. LostError where the connection breaks: called again, it goes on there.
+    TooMuchError where it is more than there is room for here, or than a run can hold."""
     folder, arrived = shlex.quote(at.folder), run.path / ARRIVED
     excluded = [word for name in OURS for word in ("--exclude", f"/{name}")]
     known = f"--link-dest={run.path.absolute()}"  # what is here already does not travel again
-    left = at.connection.get(f"{at.folder}/", arrived, options=[*excluded, known, "--delete"])
+    try:
+        left = at.connection.get(
+            f"{at.folder}/", arrived, options=[*excluded, known, "--delete"], most=room.of_run(run)
+        )
+    except room.TooMuchError:
+        shutil.rmtree(arrived, ignore_errors=True)
+        raise
     status = ship.loads(at.connection.attempt(f"cat {folder}/status.json")[1])
     step = max(_complete_there(at), default=None)
     if step is not None and step not in checkpoints.complete(run):
@@ -46,7 +53,7 @@ def bring(at: Berth, run: RunDir, spec: RunSpec, say: Say = lambda line: None) -
     if isinstance(theirs, dict):  # it is sent after the agent
         places[str(theirs.get("id"))] = spec.model.id
     if at.connection.attempt(f"test -e {folder}/summary.json")[0] == 0:
-        left += at.connection.get(f"{at.folder}/summary.json", arrived)
+        left += at.connection.get(f"{at.folder}/summary.json", arrived, most=room.of_run(run))
     _take(run, [*left, *incoming.clean(arrived)], places, say)
     return status
 
@@ -55,8 +62,12 @@ def bring_checkpoint(at: Berth, run: RunDir, step: int, say: Say = lambda line: 
     """Its files, then the marker that makes them count."""
     source, target = f"{at.folder}/checkpoints/checkpoint-{step}", checkpoints.folder(run, step)
     target.mkdir(parents=True, exist_ok=True)
-    left = at.connection.get(f"{source}/", target, options=["--exclude", checkpoints.MARKER])
-    left += at.connection.get(f"{source}/{checkpoints.MARKER}", target)
+    try:
+        left = at.connection.get(f"{source}/", target, options=["--exclude", checkpoints.MARKER], most=room.of_run(run))
+        left += at.connection.get(f"{source}/{checkpoints.MARKER}", target, most=room.of_run(run))
+    except room.TooMuchError:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
     _say_refused([*left, *incoming.clean(target)], say)
 
 

@@ -18,6 +18,7 @@ from runner.cloud import clock, home, ship, tail
 from runner.cloud.follow import Follower, News, Vanished
 from runner.cloud.keys import KeyPair
 from runner.cloud.rented import Rented
+from runner.cloud.room import TooMuchError
 from runner.cloud.ship import Berth, Say
 from runner.cloud.ssh import CommandError, Connection, HostKeyError, LostError, user_of
 from runner.errors import Problem, RunFailedError, RunnerError
@@ -212,8 +213,11 @@ class Session:
         self._pull.start()
 
     def _fetch_checkpoint(self, at: Berth, step: int) -> None:
-        with suppress(LostError, CommandError):  # overtaken by a newer one, or by the end: tried again then
-            home.bring_checkpoint(at, self.run, step, self.say)
+        try:
+            with suppress(LostError, CommandError):  # overtaken by a newer one, or by the end: tried again then
+                home.bring_checkpoint(at, self.run, step, self.say)
+        except (TooMuchError, OSError) as error:
+            self.say(f"Warning: the checkpoint after step {step} is in the pod alone: {error}")
 
     @contextmanager
     def _heard(self, at: Berth) -> Iterator[None]:

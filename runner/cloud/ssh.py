@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from runner.cloud import room
+from runner.cloud.streams import EndlessError, Last, spoken
 from runner.errors import CannotRunError, Problem, RunnerError
 from runner.paths import state_dir
 
@@ -36,6 +39,8 @@ RECEIVE = ("-rt", "--no-links", "--no-devices", "--no-specials", "--no-inc-recur
 the first file is written (CVE-2024-12087 needs inc-recursive)."""
 CHANGED = ("REMOTE HOST IDENTIFICATION HAS CHANGED", "Host key verification failed")
 SKIPPED = b'skipping non-regular file "'
+PROGRESS = re.compile(rb"\s*([\d,]+)\s+\d+%\s")
+STATS = (r"Total transferred file size: ([\d,]+) bytes", r"Number of regular files transferred: ([\d,]+)")
 GREETING = "is your shell clean"
 OPTIONS = {
     "BatchMode": "yes",  # no questions: nobody is there to answer
@@ -150,19 +155,19 @@ class Connection:
 
     def attempt(self, command: str, *, stdin: bytes = b"", seconds: float = ANSWER_SECONDS) -> tuple[int, str, str]:
         """Exit code, output and error output of a command."""
-        words = [*self.words(f"{self.user}@{self.host}"), command]
+        process = self.open(command, subprocess.PIPE)
         try:
-            done = subprocess.run(
-                words, input=stdin, capture_output=True, timeout=seconds, start_new_session=True, env=environment()
-            )
+            said, wrong = spoken(process, stdin, seconds)
         except subprocess.TimeoutExpired:
             self._leave()
             raise LostError(Problem(f"the pod did not answer within {seconds:.0f} s")) from None
-        wrong = done.stderr.decode(errors="replace")
-        if done.returncode == SSH_FAILED:
+        except EndlessError as error:
+            self._leave()
+            raise CommandError(*error.problems) from None
+        if process.returncode == SSH_FAILED:
             self._leave()
             raise self._lost(wrong, "the pod cannot be reached by SSH")
-        return done.returncode, done.stdout.decode(errors="replace"), wrong
+        return process.returncode, said, wrong
 
     def open(self, command: str, stderr: IO[bytes] | int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
         """A command that is talked with; it is out of the reach of the terminal's Ctrl-C."""
@@ -178,33 +183,55 @@ class Connection:
         self._rsync(["-rlptD", *options, *map(str, sources), f"{self.user}@{self.host}:{target}"], say)
 
     def get(self, source: str, target: Path, say: Callable[[str], None] | None = None,
-            options: Sequence[str] = ()) -> list[str]:  # fmt: skip
-        """Bring a file or folder here; the names of what was left there, for it is neither: links, devices."""
-        return self._rsync([*RECEIVE, *options, f"{self.user}@{self.host}:{source}", str(target)], say)
+            options: Sequence[str] = (), most: int | None = None) -> list[str]:  # fmt: skip
+        """Bring a file or folder here; the names of what was left there, for it is neither: links, devices.
 
-    def _rsync(self, words: list[str], say: Callable[[str], None] | None) -> list[str]:
+        TooMuchError, before anything is written, where it is more than `most` bytes; also for a pod that says less
+        and sends more.
+        """
+        words = [*RECEIVE, *options, f"{self.user}@{self.host}:{source}", str(target)]
+        if most is not None:
+            told: list[str] = []
+            self._rsync(["--dry-run", "--stats", *words], None, told=told)
+            size, files = (_number(pattern, told) for pattern in STATS)
+            room.check(size, files, most, target)
+        return self._rsync(words, say, most=most, target=target)
+
+    def _rsync(self, words: list[str], say: Callable[[str], None] | None, *, most: int | None = None,
+               target: Path = Path(), told: list[str] | None = None) -> list[str]:  # fmt: skip
         carrier = shlex.join(self.words())
         # --append-verify would trust a partial file's length; --partial compares its blocks.
-        command = ["rsync", "--partial", "--timeout=60", "--protect-args", "--info=progress2", "-e", carrier]
+        command = [
+            "rsync",
+            "--partial",
+            "--timeout=60",
+            "--protect-args",
+            "--info=progress2",
+            "--outbuf=N",
+            "-e",
+            carrier,
+        ]
         process = subprocess.Popen(
             [*command, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True, env=environment(),
         )  # fmt: skip
         with process:
             try:
-                skipped = _tell(process, say)
-                assert process.stderr is not None
-                wrong = process.stderr.read().decode(errors="replace")
+                wrong = Last(process.stderr)  # read all the while: a full pipe would stop the transfer for ever
+                skipped, arrived = _tell(process, say, most, told)
+                if most is not None and arrived > most:
+                    raise room.too_much("the pod sends more than it said", most, target)
+                complaint = wrong.text()
             except BaseException:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # rsync is two processes here
                 raise
         code = process.returncode
-        if GREETING in wrong:
+        if GREETING in complaint:
             raise CommandError(greeted("something"))
         if code in RSYNC_LOST:
-            raise self._lost(wrong, "the connection broke while files were carried")
+            raise self._lost(complaint, "the connection broke while files were carried")
         if code:
-            raise CommandError(Problem(f"rsync failed ({code}): {_last(wrong)}"))
+            raise CommandError(Problem(f"rsync failed ({code}): {_last(complaint)}"))
         return skipped
 
     def _lost(self, wrong: str, what: str) -> LostError:
@@ -231,19 +258,33 @@ def greeted(what: str) -> Problem:
     return Problem(f"the pod's shell prints {what} before the output of every command", "where.image", remedy)
 
 
-def _tell(process: subprocess.Popen[Any], say: Callable[[str], None] | None) -> list[str]:
-    """rsync's progress, such as `12,345,678  45%  10.2MB/s  0:00:07`, as it comes; what it has skipped."""
+def _tell(
+    process: subprocess.Popen[Any], say: Callable[[str], None] | None, most: int | None, told: list[str] | None
+) -> tuple[list[str], int]:  # fmt: skip
+    """rsync's progress, such as `12,345,678  45%  10.2MB/s  0:00:07`, as it comes; what it has skipped, and how many
+    bytes have arrived by then: reading ends with more than `most`. Its own words are added to `told`."""
     assert process.stdout is not None
-    rest, skipped = b"", []
+    rest, skipped, arrived = b"", [], 0
     while block := process.stdout.read1(4096):  # type: ignore[attr-defined]  # a BufferedReader
-        *lines, rest = re.split(rb"[\r\n]", rest + block)
+        *lines, rest = re.split(rb"[\r\n]", rest[-LONGEST_SOCKET * 1024 :] + block)
         skipped += [
             ascii(line[len(SKIPPED) :].decode(errors="replace").strip('"')) for line in lines if SKIPPED in line
         ]
         shown = [line for line in lines if line.strip()]
+        if told is not None:
+            told += [line.decode(errors="replace") for line in shown if line[:1].isupper()]
+        for line in shown:
+            if found := PROGRESS.match(line):
+                arrived = int(found[1].replace(b",", b""))
+        if most is not None and arrived > most:
+            break
         if say is not None and shown:
             say(" ".join(shown[-1].decode(errors="replace").split()[:4]))
-    return skipped
+    return skipped, arrived
+
+
+def _number(pattern: str, lines: list[str]) -> int:
+    return next((int(found[1].replace(",", "")) for line in lines if (found := re.match(pattern, line))), 0)
 
 
 def _last(text: str) -> str:
