@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks import (
     chaos,
+    chaos_agents,
     chaos_cloud,
     chaos_pods,
     data,
@@ -30,9 +31,20 @@ from runner.report import planning_page
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (startup, throughput_cpu, data, objectives, memory_accuracy, matrix, chaos, chaos_cloud, chaos_pods)
-}
-ELSEWHERE = {"memory_accuracy", "matrix", "chaos", "chaos_cloud", "chaos_pods"}
+    for module in (
+        startup,
+        throughput_cpu,
+        data,
+        objectives,
+        memory_accuracy,
+        matrix,
+        chaos,
+        chaos_cloud,
+        chaos_agents,
+        chaos_pods,
+    )
+}  # fmt: skip
+ELSEWHERE = {"memory_accuracy", "matrix", "chaos", "chaos_cloud", "chaos_agents", "chaos_pods"}
 """Shown on pages of their own."""
 PAGE = ROOT / "docs" / "benchmarks.md"
 

@@ -1,4 +1,4 @@
-"""Does a pod ever stay behind? Faults at every step of renting one, launchers killed at random moments."""
+"""Launchers that rent a pod under faults of RunPod's or harm to their own machine, and get killed: is a pod left?"""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import Benchmark, alone, say, table
+from benchmarks import cases, launchers
+from benchmarks.bench import Benchmark, alone, table
+from benchmarks.harm import DAY_S, HARMS, Harm
+from tests.disks import unshare
 
 CAP_USD = 1.0
 LONGEST_S = 3.5
@@ -39,53 +43,85 @@ FAULTS: tuple[dict[str, Any] | None, ...] = (
     {"kind": "late_listing", "seconds": 3},
     {"kind": "no_capacity", "times": 1},
     {"kind": "bad_host"},
+    {"kind": "double"},
+    {"kind": "answer", "on": "list", "status": 500, "times": 0},
+    {"kind": "answer", "on": "terminate", "status": 502, "times": 6},
+    {"kind": "answer", "on": "terminate", "status": 429, "times": 3, "retry_after": 0},
+    {"kind": "timeout", "on": "terminate", "seconds": 2},
+    {"kind": "skew", "seconds": DAY_S},
+    {"kind": "skew", "seconds": -DAY_S},
     {"kind": "price", "factor": 3.0, "times": 0},
     {"kind": "vanish", "seconds": 1},
     {"kind": "preempt", "seconds": 1},
 )
+TROUBLES: tuple[tuple[dict[str, Any] | None, str | None], ...] = (
+    *((fault, None) for fault in FAULTS),
+    *((None, harm) for harm in HARMS),
+)
+"""A fault of RunPod's, or a harm to the launcher's machine."""
+ALONE_MINUTES = 0.2
+"""So long after its start a pod whose ledger may be lost ends itself: its start command sees that no agent came."""
+LEFT_S = 60.0
+LOUD = "MAY STILL BE RUNNING"
 
 
 EXPLANATION = """\
 Each case is a launcher of its own that rents a pod from an [emulated RunPod](emulator.md), a process of its own, marks
-it as a run would, and gives it back; one of {faults} faults is in force, or none, and half of the launchers get SIGKILL
-at a random moment. Then the fault is over, and the next command puts in order what is left.
+it as a run would, and gives it back. In each one thing is wrong, from the start or a random moment on: one of {faults}
+faults of RunPod's (the clock of RunPod a day off among them), or one of {harms} harms to the launcher's machine. Half
+of the launchers get SIGKILL at a random moment. Then the fault is over, a full disk has room again, a broken ledger is
+moved away as the message says, and the next command puts in order what is left.
 
 Training and agent are left out here, and caps (below they are not): of a pod that was armed when its launcher died the
-case lets the deadline pass.
+case lets the deadline pass. Of a pod whose ledger is lost no command knows; its start command, which runs in the
+emulated pod, ends it: after {alone:.0f} s here.
+
+- *silent*: launchers that ended by themselves while a pod was there, and did not say that it may still be running;
+- *crashed*: launchers that ended with an error that is no message;
+- *robbed*: launchers whose pod was ended by somebody else's listing.
 """
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """`--cases`, `--seed`."""
-    parser.add_argument("--cases", type=int, default=200, help="launchers in all (default 200)")
-    parser.add_argument("--seed", type=int, default=1, help="of the random moments (default 1)")
+    """`--cases`, `--seed`, `--at-once`."""
+    cases.add_options(parser, 8 * len(TROUBLES), 3)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All cases."""
+    """All cases, in lanes beside one another: processes with an emulator each."""
+    kept = cases.Kept(BENCHMARK.name, options.seed)
+    missing = kept.missing(options.cases)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        cases = _run(Path(folder), options.cases, random.Random(options.seed))
-    return {"seed": options.seed, "cases": cases}
+        lanes = [
+            _forked(lambda k=k: _lane(Path(folder) / str(k), missing[k :: options.at_once], options.seed, kept))  # type: ignore[misc]
+            for k in range(options.at_once)
+        ]
+        for lane in lanes:
+            os.waitpid(lane, 0)
+    return {"seed": options.seed, "cases": kept.all(options.cases)}
 
 
 def section(measured: dict[str, Any]) -> str:
     """By fault: how many launchers, how many were killed or left a pod, and how many pods were there at the end."""
-    cases = measured["cases"]
+    found = measured["cases"]
     rows = []
-    for fault in FAULTS:
-        some = [case for case in cases if case["fault"] == fault]
-        killed, left = sum(case["killed"] for case in some), sum(case["left"] for case in some)
-        rows.append([_named(fault), *map(str, (len(some), killed, left, sum(len(case["leaked"]) for case in some)))])
-    killed, left = sum(case["killed"] for case in cases), sum(case["left"] for case in cases)
-    leaked = sum(len(case["leaked"]) for case in cases)
-    head = ["fault", "launchers", "killed", "pods there when the launcher ended", "pods there after the next command"]
-    states = ", ".join(f"{state} {n}" for state, n in _counted(c["state"] for c in cases if c["killed"]).items())
+    for fault, harm in TROUBLES:
+        some = [case for case in found if (case["fault"], case.get("harm")) == (fault, harm)]
+        counts = [len(some), *(sum(bool(case[key]) for case in some) for key in ("killed", "left"))]
+        counts += [sum(bool(case.get(key)) for case in some) for key in ("silent", "crashed", "robbed")]
+        rows.append([harm or _named(fault), *map(str, (*counts, sum(len(case["leaked"]) for case in some)))])
+    killed, left = sum(case["killed"] for case in found), sum(case["left"] for case in found)
+    leaked = sum(len(case["leaked"]) for case in found)
+    head = ["fault or harm", "launchers", "killed", "with a pod at the launcher's end", "silent", "crashed", "robbed",
+            "pods there after the next command"]  # fmt: skip
+    states = ", ".join(f"{state} {n}" for state, n in _counted(c["state"] for c in found if c["killed"]).items())
     facts = [
-        f"**{leaked} pods were left** in {len(cases)} cases; {killed} launchers were killed, and the next command "
-        f"ended {left - leaked} pods that were there when their launcher was gone.",
+        f"**{leaked} pods were left** in {len(found)} cases; {killed} launchers were killed, and the next command, or "
+        f"the pod itself, ended {left - leaked} pods that were there when their launcher was gone.",
         f"Where the killed ones stood, by the ledger: {states}.",
+        *(f"*{harm}*: {what}." for harm, what in HARMS.items()),
     ]
-    text = EXPLANATION.format(faults=len(FAULTS) - 1)
+    text = EXPLANATION.format(faults=len(FAULTS) - 1, harms=len(HARMS), alone=60 * ALONE_MINUTES)
     return f"{text}\n{table(head, rows)}\n\n" + "\n".join(f"- {fact}" for fact in facts)
 
 
@@ -95,9 +131,11 @@ def _named(fault: dict[str, Any] | None) -> str:
     return f"`{fault['kind']}`" + "".join(f" {key}={value}" for key, value in fault.items() if key != "kind")
 
 
-def _run(folder: Path, cases: int, chance: random.Random) -> list[dict[str, Any]]:
+def _lane(folder: Path, numbers: list[int], seed: int, kept: cases.Kept) -> None:
+    """Some of the cases, with an emulator of their own."""
+    unshare()
     words = [sys.executable, "-m", "runner", "emulate", "--port", "0", "--root", str(folder / "runpod")]
-    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert server.stdout is not None
         for line in server.stdout:  # export RUNPOD_API_BASE_URL=…, export RUNPOD_API_KEY=…
@@ -105,10 +143,10 @@ def _run(folder: Path, cases: int, chance: random.Random) -> list[dict[str, Any]
             os.environ[name] = value.strip("'\"")
             if name == "RUNPOD_API_KEY":
                 break
-        os.environ["RUNNER_STATE"] = str(folder / "state")
         os.environ["RUNNER_CACHE"] = str(folder / "cache")
         spec = _prepared()
-        return [_case(number, spec, folder, chance) for number in range(cases)]
+        for number in numbers:
+            kept.add(_case(number, spec, folder / str(number), random.Random(f"{seed}-{number}")))
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(20)
@@ -129,81 +167,58 @@ def _prepared() -> Any:
 
 def _case(number: int, spec: Any, folder: Path, chance: random.Random) -> dict[str, Any]:
     """One launcher, its end, and the next command's."""
-    fault = FAULTS[number % len(FAULTS)]
+    fault, kind = TROUBLES[number % len(TROUBLES)]
+    folder.mkdir(parents=True)
+    os.environ["RUNNER_STATE"] = str(folder / "state")
+    delay = chance.uniform(0.0, LONGEST_S) if chance.random() < 0.5 else None
+    harm = Harm(kind, folder / "state", chance.uniform(0.0, LONGEST_S - 0.5), chance)
     _ask("DELETE", "faults")
     if fault is not None:
         _ask("POST", "faults", fault)
-    launcher = _forked(lambda: _launch(spec, folder / "runs" / str(number)))
-    delay = chance.uniform(0.0, LONGEST_S) if chance.random() < 0.5 else None
-    killed = delay is not None and not _ended(launcher, delay)
-    if killed:
-        os.kill(launcher, signal.SIGKILL)
-    if not _ended(launcher, 90.0):
-        os.kill(launcher, signal.SIGKILL)
-        os.waitpid(launcher, 0)
-    state, left = _states(number), len(_alive())
+    said, words = os.pipe()
+    minutes = ALONE_MINUTES if kind is not None else None
+    launcher = _forked(
+        lambda: harm.inside(lambda: launchers.launch(spec, folder / "runs" / str(number), words, minutes))
+    )
+    os.close(words)
+    killed = _meet(launcher, delay, harm, kind)
+    with open(said, encoding="utf-8") as stream:
+        told = stream.read()
+    state, left = launchers.states(), len(_alive())
     _ask("DELETE", "faults")
-    deadline = time.monotonic() + 60
-    while (_alive() or not _settled()) and time.monotonic() < deadline:
-        _ended(_forked(_next_command), 60.0)
+    if fault is not None and fault["kind"] == "skew":  # a wrong clock stays wrong
+        _ask("POST", "faults", fault)
+    harm.mend()
+    deadline = time.monotonic() + LEFT_S
+    while (_alive() or not launchers.settled()) and time.monotonic() < deadline:
+        _ended(_forked(launchers.next_command), 60.0)
     alive = _alive()
     for pod_id in alive:  # counted, and not left to the next case
         _ask("DELETE", f"../v2/pods/{pod_id}")
-    say(f"case {number}: {fault}, killed: {killed}, {state}")
+    harm.close()
     return {
-        "case": number, "fault": fault, "killed": killed, "state": state, "left": left, "leaked": alive,
+        "case": number, "fault": fault, "harm": kind, "killed": killed, "state": state, "left": left, "leaked": alive,
+        "silent": bool(left and not killed and LOUD not in told), "crashed": "Traceback" in told,
+        "robbed": "ROBBED" in told, "said": told[-500:] if "Traceback" in told else "",
     }  # fmt: skip
 
 
-def _launch(spec: Any, folder: Path) -> None:
-    """What a run does with a pod, without training."""
-    from runner.cloud.pod import acquire
-    from runner.rundir import RunDir
-
-    class Key:
-        public = "ssh-ed25519 AAAA chaos"
-
-    rented = acquire(RunDir(folder), spec, {"hours": 0.2, "usd_per_hour": 0.74}, Key(), lambda line: None)
-    rented.mark("SYNCED", "sent")
-    rented.mark("RUNNING", "armed")
-    for _ in range(10):
-        if rented.refresh() is None:
-            break
-        time.sleep(0.1)
-    rented.mark("COLLECTING", "done")
-    time.sleep(0.2)
-    rented.release()
-
-
-def _next_command() -> None:
-    """Any: it reconciles first. Deadlines have passed meanwhile, and answers that never came are old."""
-    from runner.cloud.api import Api
-    from runner.cloud.ledger import Ledger
-    from runner.cloud.reconcile import reconcile
-
-    ledger = Ledger()
-    for entry in ledger.entries():
-        if entry.state in ("RUNNING", "COLLECTING", "STOPPED"):
-            ledger.set(entry.name, deadline=time.time() - 3600)
-            if entry.state == "STOPPED":  # stopped by being taken away: a person would end it
-                from runner.cloud import fleet
-
-                fleet.terminate(Api(), ledger, entry.name)
-    reconcile(Api(), ledger)
-
-
-def _settled() -> bool:
-    """Nothing in the ledger, but for creates that came to nothing and are looked for during a quarter of an hour."""
-    from runner.cloud.ledger import Ledger
-
-    return all(entry.state == "CREATE_UNKNOWN" for entry in Ledger().entries())
-
-
-def _states(number: int) -> str:
-    """Of the case's own pods."""
-    from runner.cloud.ledger import Ledger
-
-    return "+".join(sorted({entry.state for entry in Ledger().entries(str(number))})) or "none"
+def _meet(launcher: int, delay: float | None, harm: Harm, kind: str | None) -> bool:
+    """What comes over a launcher, in order; whether it was killed. It is gone then."""
+    began = time.monotonic()
+    blows = [(harm.moment, "harm"), *([] if delay is None else [(delay, "kill")])]
+    for moment, blow in sorted(blows):
+        if _ended(launcher, max(0.0, began + moment - time.monotonic())):
+            return False
+        if blow == "kill":
+            os.kill(launcher, signal.SIGKILL)
+            os.waitpid(launcher, 0)
+            return True
+        harm.strike(lambda: _forked(lambda: launchers.listing(DAY_S if str(kind).endswith("ahead") else -DAY_S)))
+    if not _ended(launcher, 90.0):
+        os.kill(launcher, signal.SIGKILL)
+        os.waitpid(launcher, 0)
+    return False
 
 
 def _alive() -> list[str]:
@@ -221,18 +236,17 @@ def _ask(method: str, path: str, body: Any = None) -> Any:
     return json.loads(content) if content else None
 
 
-def _forked(work: Any) -> int:
-    """A child that does it and ends; what goes wrong there is the case's own business."""
+def _forked(work: Callable[[], None]) -> int:
+    """A child that does it and ends; its standard error is kept, for a case that goes wrong itself."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        with open(os.devnull, "w") as nothing:
-            os.dup2(nothing.fileno(), 1)
-            os.dup2(nothing.fileno(), 2)
         work()
         code = 0
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
         os._exit(code)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-from benchmarks import chaos, chaos_cloud, chaos_pods
+from benchmarks import chaos, chaos_agents, chaos_cloud, chaos_pods
 from benchmarks.bench import ROOT
 
 PAGE = ROOT / "docs" / "reliability.md"
 INTRO = """\
-<!-- Written by `python -m benchmarks chaos`, `chaos_cloud`, `chaos_pods` from benchmarks/results/: edit nothing. -->
+<!-- Written by `python -m benchmarks chaos`, `chaos_cloud`, … from benchmarks/results/: edit nothing. -->
 
 # Reliability
 
@@ -78,6 +78,7 @@ only; `eval.every_steps=50 eval.early_stopping_patience=3` ends a run that gets 
 PARTS = (
     (chaos.BENCHMARK, "How runs were tried"),
     (chaos_cloud.BENCHMARK, "How renting was tried"),
+    (chaos_agents.BENCHMARK, "How the end of pods was tried"),
     (chaos_pods.BENCHMARK, "How whole runs in pods were tried"),
 )
 
