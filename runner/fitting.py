@@ -200,7 +200,6 @@ def memory_table(spec: RunSpec, names: Iterable[str] = TABLE_MODELS) -> dict[str
             f"one sequence of {length} tokens at a time, gradient checkpointing, bf16 arithmetic, AdamW",
             "FlashAttention; TRL's fused head; the context of CUDA and 4% of slack are counted in",
             "full: fp32 weights, gradients and moments, 16 bytes per parameter, and 2 more for the copy in bf16",
-            "fused experts of a mixture (mixtral_8x7b) stay in 16 bits: bitsandbytes quantises linear layers only",
             "several GPUs: `plan` with deepspeed=zero3 shards all of it but the activations",
         ],
     }

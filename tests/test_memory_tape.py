@@ -17,7 +17,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks import simulate
@@ -261,6 +261,28 @@ def cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_quantised_layers_keep_what_real_tensors_show(method: str, checkpointing: str, folder: Path) -> None:
     spec = run_of(method, f"train.gradient_checkpointing={checkpointing}", hw="cpu")
     assert_same(planned(spec), real_steps(spec, folder), 0.005)
+
+
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
+def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    path = tmp_path_factory.mktemp(request.param)
+    config = simulate.transformers_config(model_of(request.param))
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(path)
+    return request.param, path
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "[q_proj,v_proj]"])
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize("method", ["qlora4", "qlora8"])
+@pytest.mark.usefixtures("cpu_kernels")
+def test_quantised_experts_keep_what_real_tensors_show(
+    method: str, checkpointing: str, targets: str, mixture: tuple[str, Path]
+) -> None:
+    """Unpacked for the time of a product, not kept for the backward pass: with or without checkpointing."""
+    family, source = mixture
+    words = f"train.gradient_checkpointing={checkpointing}", f"method.target_modules={targets}"
+    spec = run_of(method, *words, family=family, hw="cpu")
+    assert_same(planned(spec), real_steps(spec, source), 0.01)
 
 
 def test_int8_keeps_its_inputs_through_a_checkpoint() -> None:

@@ -34,9 +34,11 @@ def model_bytes(model: torch.nn.Module) -> int:
     tensors: list[torch.Tensor] = []
     for module in model.modules():
         tensors += module.parameters(recurse=False)
-        if isinstance(module, bnb.nn.Linear4bit):
-            tensors += tensors_of(module.weight.quant_state)
-        elif isinstance(module, bnb.nn.Linear8bitLt):
+        for parameter in module.parameters(recurse=False):
+            if getattr(parameter, "quant_state", None) is not None:
+                tensors += tensors_of(parameter.quant_state)
+            tensors += [parameter.scales] if hasattr(parameter, "scales") else []  # experts in 8 bits
+        if isinstance(module, bnb.nn.Linear8bitLt):
             tensors += [t for t in (*vars(module.weight).values(), *vars(module.state).values()) if torch.is_tensor(t)]
     return held(tensors)
 

@@ -4,6 +4,9 @@ Every token goes to `experts_per_token` experts, so S = n · experts_per_token r
 spread. The matrices of all experts are one parameter; autocast does not touch it, so that weights held in fp32
 compute in fp32. PEFT 0.21 adapts it through `target_parameters`: its `ParamWrapper` adds B·A to the whole parameter
 (`baddbmm`), a second copy of all experts that is kept for the backward pass.
+
+Quantised ones compute in `runner/train/quantised_experts.py`: a parameter is unpacked for the time of a product, and
+an adapter multiplies beside it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from runner.plan.blocks import Block, LayerKind, module
+from runner.plan.quant import BLOCK
 from runner.plan.shape import Matrix
 from runner.plan.tape import Node, Storage, Tensor
 
@@ -34,7 +38,9 @@ class Weight:
 def mixture(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
     """`MixtralSparseMoeBlock.forward` and `Qwen3MoeSparseMoeBlock.forward`."""
     scores = _router(k, x, kind)
-    return _experts(k, x, scores, _weight(k, "gate_up_proj", kind), _weight(k, "down_proj", kind))
+    quantised = k.set.base != "16" and k.matrices["gate_up_proj"].fused and not kind.weights
+    experts = _quantised_experts if quantised else _experts
+    return experts(k, x, scores, _weight(k, "gate_up_proj", kind), _weight(k, "down_proj", kind))
 
 
 @module
@@ -67,9 +73,85 @@ def _experts(k: Block, x: Tensor, scores: Tensor, gate_up: Weight, down: Weight)
     out = Tensor(x.values, weighted.width, t.new(x.values, weighted.width))
     source = weighted.node
     if source is not None:
-        out.node = t.node(out.width, lambda grad: [(source, grad)])  # the sum's gradient is a view of its own
+        # the sum's gradient is spread by a view, which the view before it has to copy
+        out.node = t.node(out.width, lambda grad: [(source, t.new(s * h, source.width))])
     del order
     return k.cast(out, x.width)
+
+
+@module
+def _quantised_experts(k: Block, x: Tensor, scores: Tensor, gate_up: Weight, down: Weight) -> Tensor:
+    shape, t = k.shape, k.t
+    h, f, s = shape.hidden_size, shape.intermediate_size, k.n * shape.experts_per_token
+    order = t.new(3 * s, 8)  # top_k_index, ids and order
+    rows = _projected(k, k.take(x, s * h), gate_up, h, 2 * f)
+    rows = _gated(k, rows)
+    rows = _projected(k, rows, down, f, h)
+    rows = _weighted(k, rows, scores)
+    rows = k.take(rows, s * h)
+    out = Tensor(x.values, rows.width, t.new(x.values, rows.width))
+    source = rows.node
+    if source is not None:
+        out.node = t.node(out.width, lambda grad: [(source, t.new(s * h, source.width))])
+    del order
+    return k.cast(out, x.width)
+
+
+def _projected(k: Block, x: Tensor, weight: Weight, inputs: int, outputs: int) -> Tensor:
+    """`_Product`, and what an adapter adds to its result in place."""
+    t, w, rank = k.t, weight.width, k.set.rank * weight.matrix.rank_factor
+    x = k.cast(x, w)
+    out = _unpacked_product(k, x, weight, inputs, outputs)
+    if not weight.factors:
+        return out
+    (low, low_leaf), (_, high_leaf) = weight.factors
+    small = k.scale(_narrow(k, x, low, low_leaf, weight.matrix, inputs, rank))
+    high = t.new(weight.matrix.count * rank * outputs, w)  # `contiguous`
+    update = _narrow(k, small, high, high_leaf, weight.matrix, rank, outputs)
+    nodes = [node for node in (out.node, update.node) if node is not None]
+    out.node = t.node(w, lambda grad: [(node, grad) for node in nodes])
+    return out
+
+
+def _unpacked_product(k: Block, x: Tensor, weight: Weight, inputs: int, outputs: int) -> Tensor:
+    """All experts are unpacked, first the scales of 4 bits; nothing is kept."""
+    t, w, values, source = k.t, weight.width, weight.matrix.weights, x.node
+    rows, scales = x.values / inputs, 2 * values / BLOCK if k.set.base == "nf4" else 0
+
+    def unpacked() -> Storage:
+        borrowed = t.new(scales, 4)
+        whole = t.new(values, w)
+        del borrowed
+        return whole
+
+    whole = unpacked()
+    out = Tensor(rows * outputs, w, t.new(rows * outputs, w))
+    del whole
+    if source is not None:
+        kept = t.keep(None)  # where each expert's rows end
+
+        def backward(grad: Storage) -> list[tuple[Node, Storage]]:
+            whole = unpacked()
+            piece = t.new(rows * inputs, w)
+            del whole
+            return [(source, piece)]
+
+        out.node = t.node(w, backward, kept)
+    return out
+
+
+def _narrow(k: Block, x: Tensor, factor: Storage, leaf: Node, matrix: Matrix, inputs: int, outputs: int) -> Tensor:
+    """`grouped_mm` with A or B of every expert: keeps its rows and the factor."""
+    t, w, rows, source = k.t, x.width, x.values / inputs, x.node
+    kept = t.keep(x.storage, factor if source is not None else None)
+    out = Tensor(rows * outputs, w, t.new(rows * outputs, w))
+
+    def backward(grad: Storage) -> list[tuple[Node, Storage]]:
+        pieces = [(source, t.new(rows * inputs, w))] if source is not None else []
+        return [*pieces, (leaf, t.new(matrix.count * inputs * outputs, w))]
+
+    out.node = t.node(w, backward, kept)
+    return out
 
 
 @module
@@ -87,6 +169,8 @@ def _weight(k: Block, name: str, kind: LayerKind) -> Weight:
         return Weight(m, width, t.leaf(width) if kind.weights else None)
     values = [m.count * setting.rank * m.rank_factor * side for side in (m.inputs, m.outputs)]
     width, own = setting.frozen_width, setting.adapter_width
+    if m.fused and setting.base != "16" and own == width:  # a view of what trains
+        values = [0, 0]
     return Weight(m, width, factors=[(t.new(v, width), t.leaf(own)) for v in values])
 
 

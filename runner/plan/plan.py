@@ -125,8 +125,6 @@ def plan_of(spec: RunSpec, options: Options, facts: Facts, notes: list[str]) -> 
         unknown = _unknown(spec, hours.total if hours else None, price)
         said += [f"{what} is not known; the pod saves a checkpoint and ends at that limit" for what in unknown]
     reasons = [*_short_of_memory(option, ram, hw), *_too_much(spec, hours.total if hours else None, price)]
-    if training.base != "16" and shape.num_experts:
-        said.append("the experts stay in 16 bits: bitsandbytes quantises linear layers, and these are fused")
     if _unsure(ram, hw):
         said.append(f"what main memory {hw.name} has is not known here (hw.host_memory_gib=…)")
     if train.attention == "auto" and hw.accelerator == "cuda":  # decided by what is installed where it trains

@@ -106,6 +106,23 @@ def load_peak_int8(inputs: int, outputs: int, *, bytes_16: int = 2) -> int:
     return (bytes_16 + 2) * inputs * outputs + int8_bytes(inputs, outputs)
 
 
+def load_peak_experts(
+    matrix: Matrix, method_name: Literal["qlora4", "qlora8"], *, bytes_16: int = 2, double_quant: bool = True
+) -> int:
+    """Most GPU bytes while the experts of a layer become one quantised parameter, its own result included.
+
+    Where the file has one matrix for each expert, transformers moves those of a parameter to the GPU and joins them
+    there: twice its 16-bit size (`MergeModulelist`, `Concatenate`). Quantising then takes the joined ones and, for 4
+    bits, the scales and the result; for 8 bits the result, the scales twice, and one expert in fp32.
+    """
+    joined = bytes_16 * matrix.weights
+    if method_name == "qlora4":
+        values = matrix.inputs, matrix.outputs * matrix.count
+        return max(2 * joined, load_peak_nf4(*values, bytes_16=bytes_16, double_quant=double_quant))
+    rows = matrix.outputs * matrix.count
+    return max(2 * joined, joined + matrix.weights + (4 + bytes_16) * rows + 4 * matrix.inputs * matrix.outputs)
+
+
 def saved_nf4(tokens: int, inputs: int) -> int:
     """Bytes that `MatMul4Bit` keeps for backward beside the weight itself: none, not even its input.
 
@@ -128,23 +145,26 @@ def saved_int8(tokens: int, inputs: int, *, bytes_16: int = 2, outliers: int = 0
 
 
 def matrix_bytes(matrix: Matrix, method_name: MethodName, *, bytes_16: int = 2, double_quant: bool = True) -> int:
-    """Bytes of a layer's matrix or matrices alike, with biases, which stay in 16 bits."""
-    if not matrix.linear or method_name not in ("qlora4", "qlora8"):
+    """Bytes of a layer's matrix or matrices alike, with biases, which stay in 16 bits.
+
+    A mixture's experts are one parameter: 4 bits have one table for all of them, 8 bits a scale for each row.
+    """
+    if not (matrix.linear or matrix.fused) or method_name not in ("qlora4", "qlora8"):
         return bytes_16 * matrix.parameters
+    count, outputs = (1, matrix.outputs * matrix.count) if matrix.fused else (matrix.count, matrix.outputs)
     if method_name == "qlora4":
-        one = nf4_bytes(matrix.inputs, matrix.outputs, double_quant=double_quant, bytes_storage=bytes_16)
+        one = nf4_bytes(matrix.inputs, outputs, double_quant=double_quant, bytes_storage=bytes_16)
     else:
-        one = int8_bytes(matrix.inputs, matrix.outputs)
-    return matrix.count * one + bytes_16 * (matrix.parameters - matrix.weights)
+        one = int8_bytes(matrix.inputs, outputs)
+    return count * one + bytes_16 * (matrix.parameters - matrix.weights)
 
 
 @lru_cache(maxsize=4096)
 def base_bytes(shape: Shape, method_name: MethodName, *, bytes_16: int = 2, double_quant: bool = True) -> int:
-    """Bytes of the weights as loaded: linear layers of the decoder quantised, all else in `bytes_16`.
+    """Bytes of the weights as loaded: linear layers of the decoder and experts quantised, all else in `bytes_16`.
 
     All else is the embeddings, the head (transformers leaves the output embeddings alone), norms, biases
-    and experts held as one tensor. The 4-bit codes are packed in the same type. Weights that train
-    in fp32 are the caller's affair.
+    and routers. The 4-bit codes are packed in the same type. Weights that train in fp32 are the caller's affair.
     """
     if method_name not in ("qlora4", "qlora8"):
         return bytes_16 * shape.num_parameters
@@ -162,6 +182,10 @@ def largest_load_peak(
         if m.linear and method_name == "qlora4":
             peak = load_peak_nf4(m.inputs, m.outputs, bytes_16=bytes_16, double_quant=double_quant)
             extra = max(extra, peak - nf4_bytes(m.inputs, m.outputs, double_quant=double_quant))
+        elif m.fused:
+            peak = load_peak_experts(m, method_name, bytes_16=bytes_16, double_quant=double_quant)
+            own = matrix_bytes(m, method_name, bytes_16=bytes_16, double_quant=double_quant)
+            extra = max(extra, peak - own)
         elif m.linear:
             peak = load_peak_int8(m.inputs, m.outputs, bytes_16=bytes_16)
             extra = max(extra, peak - int8_bytes(m.inputs, m.outputs))

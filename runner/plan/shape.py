@@ -34,8 +34,11 @@ class Matrix:
     """How many there are in one layer (experts of a mixture)."""
     linear: bool = True
     """It is an `nn.Linear` (GPT-2: a `Conv1D`): bitsandbytes quantises it. False for a mixture's router and
-    experts, bare parameters that stay in 16 bits; `all-linear` gives them an adapter all the same, unless
-    `method.layers` chooses layers: then only the linear ones get one."""
+    experts, bare parameters; `all-linear` gives them an adapter all the same, unless `method.layers` chooses
+    layers: then only the linear ones get one."""
+    fused: bool = False
+    """All `count` are one parameter, which is quantised as a whole (runner/train/quantised_experts.py); a router stays
+    in 16 bits."""
     rank_factor: int = 1
     """What `all-linear` multiplies an adapter's rank by: 2 for a mixture's gate and up, fused into one."""
 
@@ -120,6 +123,8 @@ class Shape:
         return self.num_layers * self.layer_parameters + outside
 
 
+MOST_VALUES = 2**31 - 1
+"""Of one parameter that bitsandbytes quantises: its kernels count in an int32."""
 _read = attrgetter(*FACTS)
 _LAYER_NORM = ("phi", "gpt_neox", "gpt2")  # nn.LayerNorm: weight and bias; the others RMSNorm: weight
 # PhiConfig's defaults, the sizes of phi-1: 0.5 of 64 features; phi-2's config.json: partial_rotary_factor 0.4 of 80
@@ -176,11 +181,16 @@ def _llama(s: Sizes) -> tuple[Matrix, ...]:
         return (
             *attention,
             Matrix("gate", s.hidden, s.experts, linear=False),
-            Matrix("gate_up_proj", s.hidden, 2 * s.inner, count=s.experts, linear=False, rank_factor=2),
-            Matrix("down_proj", s.inner, s.hidden, count=s.experts, linear=False),
+            _fused("gate_up_proj", s.hidden, 2 * s.inner, s.experts, rank_factor=2),
+            _fused("down_proj", s.inner, s.hidden, s.experts),
         )
     mlp = (Matrix("gate_proj", s.hidden, s.inner), Matrix("up_proj", s.hidden, s.inner))
     return (*attention, *mlp, Matrix("down_proj", s.inner, s.hidden))
+
+
+def _fused(name: str, inputs: int, outputs: int, count: int, rank_factor: int = 1) -> Matrix:
+    small = inputs * outputs * count <= MOST_VALUES
+    return Matrix(name, inputs, outputs, count=count, linear=False, fused=small, rank_factor=rank_factor)
 
 
 def _phi3(s: Sizes) -> tuple[Matrix, ...]:

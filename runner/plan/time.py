@@ -104,7 +104,7 @@ class Work:
     """Passes over all layers in a micro batch: forward 1, backward 2, recomputation 1, where they are reached."""
     num_layers: int
     unpacked_weights: float
-    """4-bit weights unpacked in a micro batch, each time counted."""
+    """4-bit weights, and quantised experts, unpacked in a micro batch, each time counted."""
     trained_parameters: int
     weight_bytes: float
     """Bytes of all weights as stored: what ZeRO-3 gathers."""
@@ -138,7 +138,8 @@ def work_of(
         backward_layers=backward_layers,
         quiet=quiet,
     )
-    packed = shape.num_layers * sum(m.weights for m in shape.matrices if m.linear) if method == "qlora4" else 0
+    unpacks = {"qlora4": ("linear", "fused"), "qlora8": ("fused",)}.get(method, ())  # int8 layers multiply in int8
+    packed = shape.num_layers * sum(m.weights for m in shape.matrices if any(getattr(m, kind) for kind in unpacks))
     unpacked = packed * (1 + quiet + share * (2 if checkpointing else 1))  # forward, backward, recomputation
     stored = 2.0 * shape.num_parameters if weight_bytes is None else weight_bytes
     passes = 1 + quiet + share * (3 if checkpointing else 2)

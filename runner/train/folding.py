@@ -10,6 +10,7 @@ from peft.tuners import lora
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
+from runner.train import quantised_experts
 from runner.train.proof import dequantised, quantised
 from runner.train.rounding import at_random
 
@@ -30,6 +31,7 @@ def fold(model: PeftModel, dtype: torch.dtype) -> tuple[Any, set[str]]:
             layer, lora.ParamWrapper
         ):  # a parameter that is no layer's weight: all experts of a mixture in one
             experts, own = layer.get_base_layer(), layer.parameter_name
+            _unpack(experts, own)
             setattr(experts, own, _widened(getattr(experts, own)))
             layer.merge(safe_merge=True)
             _settle(experts, dtype, generator)
@@ -52,6 +54,10 @@ def fold(model: PeftModel, dtype: torch.dtype) -> tuple[Any, set[str]]:
             rounded |= {f"{name}.{own}" for own, parameter in plain.named_parameters() if _loses(parameter, dtype)}
             _settle(plain, dtype, generator)
             merged.set_submodule(name, plain)
+        for own in quantised_experts.parameters(module):
+            _unpack(module, own)
+            rounded |= {f"{name}.{own}"} if _loses(getattr(module, own), dtype) else set()
+            _settle(module, dtype, generator)
     rounded |= {name for name, parameter in merged.named_parameters() if _loses(parameter, dtype)}
     _settle(merged, dtype, generator)
     _forget_packing(merged)
@@ -68,6 +74,13 @@ def _plain(module: Any, dtype: torch.dtype) -> Any:
         return plain
     module.weight = _widened(module.weight, dtype)
     return module
+
+
+def _unpack(experts: Any, own: str) -> None:
+    """Give a mixture's experts a plain parameter in place of a quantised one."""
+    packed = quantised_experts.parameters(experts).get(own)
+    if packed is not None:
+        setattr(experts, own, nn.Parameter(quantised_experts.unpacked(packed), requires_grad=False))
 
 
 def _widened(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> nn.Parameter:

@@ -30,6 +30,7 @@ from runner.errors import Problem, RequestError
 from runner.folders import cached
 from runner.paths import cache_dir
 from runner.spec import Full, ModelSpec, QLora4, QLora8, Reward, RunSpec
+from runner.train import quantised_experts
 
 FEW_TOKENS = 8
 """That may have been added to a tokenizer without the model: more is another model's."""
@@ -159,8 +160,9 @@ def load_model(spec: RunSpec, source: str) -> Any:
         set_seed(spec.train.seed)
     if spec.model.from_scratch:
         return random_weights(spec, dtype)
-    with explained(spec.model):
+    with explained(spec.model), quantised_experts.quantising():
         model = kind_of(spec).from_pretrained(source, dtype=dtype, **options)
+    quantised_experts.settle(model)
     if isinstance(spec.method, QLora4) and spec.hw.accelerator == "cpu":
         _keep_trainable_layout(model)
     if isinstance(spec.method, (QLora4, QLora8)) and spec.hw.accelerator == "cpu":

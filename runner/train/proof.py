@@ -13,6 +13,7 @@ from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch.nn import functional
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
+from runner.train import quantised_experts
 from runner.train.methods import decoder_layers
 from runner.train.rounding import Change
 
@@ -76,6 +77,8 @@ def exact(model: Any, change: Change = lambda name, weight: weight) -> Iterator[
         for module in model.modules():
             if quantised(module):
                 stack.enter_context(_replaced(module, partial(_multiply, module)))
+            elif quantised_experts.parameters(module):
+                stack.enter_context(quantised_experts.exactly(module))
         for unit in _units(model):
             stack.enter_context(_widened(unit, names, change))
         yield
