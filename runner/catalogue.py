@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
+from runner.errors import Problem, RequestError
 from runner.paths import CONF, RECIPES
+from runner.provenance import shown
 
 GROUPS = ("model", "method", "hw", "deepspeed", "objective", "data", "where", "track")
 
@@ -26,19 +28,31 @@ def recipes() -> tuple[str, ...]:
 
 @cache
 def read(file: Path) -> dict[str, Any]:
-    """One YAML file as written (an empty file is an empty mapping)."""
-    return yaml.load(file.read_text("utf-8"), Loader=_loader()) or {}
+    """One YAML file as written (an empty file is an empty mapping); RequestError for one that cannot be read."""
+    try:
+        content = yaml.load(file.read_text("utf-8-sig"), Loader=_loader()) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{shown(file)}:{mark.line + 1}" if mark else shown(file)
+        raise RequestError(Problem(f"broken YAML: {getattr(error, 'problem', error)}", place)) from None
+    except UnicodeDecodeError as error:
+        raise RequestError(Problem(f"a YAML file is not UTF-8: {error.reason}", shown(file))) from None
+    if not isinstance(content, dict):
+        raise RequestError(Problem(f"{shown(file)} holds no keys", None, "write key: value, one a line"))
+    return content
 
 
-def load(group: str, name: str, extra_dirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+def load(
+    group: str, name: str, extra_dirs: tuple[Path, ...] = (), above: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """The values `<group>/<name>.yaml`, of `conf/` or a user's own folders, gives to its own group, its in-group
-    defaults merged."""
+    defaults merged, those already `above` it left out."""
     values: dict[str, Any] = {}
     files = (base / group / f"{name}.yaml" for base in (*extra_dirs, CONF))
     content = read(next((file for file in files if file.is_file()), CONF / group / f"{name}.yaml"))
     for parent in content.get("defaults", []):
-        if isinstance(parent, str) and parent != "_self_":
-            values |= load(group, parent, extra_dirs)
+        if isinstance(parent, str) and parent not in ("_self_", name, *above):
+            values |= load(group, parent, extra_dirs, above | {name})
     own = content.get(group, content)
     return values | {key: value for key, value in own.items() if key != "defaults"}
 

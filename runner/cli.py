@@ -6,11 +6,13 @@ import gc
 import os
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
 from runner import __version__
 from runner.credentials import export_hub_token
+from runner.errors import Problem, RequestError
 from runner.invocation import remember
 from runner.report import terminal
 from runner.verbs import VERBS
@@ -62,11 +64,50 @@ class Verbs(click.Group):
         verb: click.Command = getattr(module, cmd_name, None) or getattr(module, f"{cmd_name}_")
         return verb
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """A verb's usage errors also in JSON, and an option that is a key with the word to write."""
+        words = ctx.meta[WORDS]
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            if isinstance(error, click.NoSuchOption) and (instead := _as_key(error, words)):
+                error = click.NoSuchOption(error.option_name, f"{error.message} {instead}", ctx=error.ctx)
+            if "--json" in words:
+                from runner.report.problems import dump, problems_as_json
+
+                click.echo(dump(problems_as_json(RequestError(Problem(error.format_message(), "command line")))))
+            raise error from None
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[WORDS] = tuple(args)
         own = {"--help", "-h", "--version"}
         if not args or (args[0] not in VERBS and args[0] not in own):
             args = ["run", *args]
         return super().parse_args(ctx, args)
+
+
+WORDS = f"{__name__}.words"
+"""Where click keeps the words of the command line for an error."""
+
+
+def _as_key(error: click.NoSuchOption, words: tuple[str, ...]) -> str:
+    """`--learning_rate 1e-4`, as other trainers take it, in this runner's way; empty where it is no key."""
+    if not (error.ctx and any(p.name == "words" for p in error.ctx.command.params)):
+        return ""
+    from runner import catalogue
+    from runner.peer_keys import PEERS
+    from runner.suggest import known_keys, nearest_key
+
+    place = next((n for n, word in enumerate(words) if word.startswith(error.option_name)), None)
+    option = error.option_name if place is None else words[place]
+    option, _, value = option.partition("=")
+    word = option.lstrip("-").replace("-", "_")
+    key = word if word in catalogue.GROUPS else nearest_key(word)
+    if len(word) < 2 or key is None or (error.possibilities and word not in {*catalogue.GROUPS, *PEERS, *known_keys()}):
+        return ""
+    following = words[place + 1] if place is not None and place + 1 < len(words) else ""
+    value = value or ("…" if not following or following.startswith("-") or "=" in following else following)
+    return f"Keys have no dashes: {key}={value}"
 
 
 @click.group(cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

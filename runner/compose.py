@@ -31,7 +31,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from runner import catalogue, identity, recipe, repeat
 from runner.errors import Problem, RequestError
 from runner.paths import CONF, RECIPES
-from runner.problems import SourceOf, validated
+from runner.problems import SourceOf, unknown, validated
 from runner.provenance import Origin, of_file, shown
 from runner.request import COMMAND_LINE, Checked, Request, check
 from runner.spec import RunSpec
@@ -204,7 +204,7 @@ def _keep_texts(values: dict[str, Any], texts: dict[str, str]) -> None:
 
 def _identified(found: _Composed, others: Iterable[Problem]) -> _Composed:
     """With what names another choice than the composed one: of a group with another name nothing else is told."""
-    problems = list(others)
+    problems = [p for p in others if p.what.split("=")[0] not in found.unsure]
     unsure = {p.what.split(".")[0] for p in problems if p.what.split("=")[0].endswith((".name", ".source"))}
     return replace(found, problems=[*found.problems, *problems], unsure=found.unsure | unsure)
 
@@ -241,10 +241,16 @@ def _dangling(key: str, error: OmegaConfBaseException, source_of: SourceOf) -> P
     if isinstance(error, MissingMandatoryValue):
         return Problem(f"{key} is missing", source_of(key), f"write {key}=…")
     what, target = str(error).split("\n", 1)[0], _target(error)
+    if found := re.search(r"Environment variable '(.+)' not found", what):
+        remedy = f"export {found[1]}=…, or give a default: ${{oc.env:{found[1]},…}}"
+        return Problem(f"{key}: the environment variable {found[1]} is not set", source_of(key), remedy)
     near = nearest_key(target) if target and target not in known_keys() else None
-    remedy = (
-        f"did you mean ${{{near}}}?" if near else "write the value itself: no file of this run sets what it refers to"
-    )
+    if near:
+        remedy = f"did you mean ${{{near}}}?"
+    elif target:
+        remedy = "write the value itself: no file of this run sets what it refers to"
+    else:  # a resolver that there is not, or a value that refers to itself
+        remedy = "write the value itself, ${group.key} or ${oc.env:NAME}"
     return Problem(f"{key}: {what[:1].lower()}{what[1:]}", source_of(key), remedy)
 
 
@@ -281,6 +287,9 @@ def as_request_error(checked: Checked) -> Iterator[None]:
         mark = getattr(error, "problem_mark", None)
         place = f"{shown(Path(mark.name))}:{mark.line + 1}" if mark else checked.request.recipe
         raise RequestError(Problem(f"broken YAML: {getattr(error, 'problem', error)}", place)) from None
+    except RecursionError:
+        what = "a defaults list leads back to its own file, and would never end"
+        raise RequestError(Problem(what, checked.request.recipe, "name another file there, or _self_")) from None
     except UnicodeDecodeError as error:
         raise RequestError(Problem(f"a YAML file is not UTF-8: {error.reason}", checked.request.recipe)) from None
 
@@ -289,10 +298,16 @@ def _complaint(error: Exception, checked: Checked) -> Problem:
     """Its first line; where it comes from: a word that was typed, a line of the recipe, or the recipe."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith("raised while composing config:"):
+        del lines[0]  # a name of OmegaConf's alone
     what, remedy = re.sub(r"^In '.*?': ", "", lines[0]) if lines else "bad config", None
     if isinstance(cause, MissingConfigException):
         what = f"there is no {cause.missing_cfg_file}"
         remedy = f"one of {', '.join(cause.options)}" if cause.options else None
+        if cause.missing_cfg_file == "hydra/sweeper/optuna":
+            remedy = "pip install hydra-optuna-sweeper"
+    if found := re.match(_NOT_DELETED, what):
+        return _nothing_deleted(found[1], found[2], found[3])
     if any(override.key_or_group in what for override in checked.overrides):
         return Problem(what, COMMAND_LINE, remedy)
     source, key = checked.request.recipe, getattr(cause, "full_key", None)
@@ -300,6 +315,18 @@ def _complaint(error: Exception, checked: Checked) -> Problem:
         lines_of_recipe = of_file(recipe.find(source, checked.request.config_dirs), "")
         source = next((o.place for o in lines_of_recipe if o.key == key), source)
     return Problem(f"{key}: {what}" if key else what, source, remedy)
+
+
+_NOT_DELETED = r"Could not delete from config\. (?:'(.+)' does not exist|The value of '(.+)' is (.+) and not)"
+
+
+def _nothing_deleted(unset: str | None, other: str, value: str) -> Problem:
+    """`~key` where no file sets the key, and `~key=value` where it has another value."""
+    if unset is None:
+        return Problem(f"~{other}: it is {value}", COMMAND_LINE, f"write ~{other}")
+    if unset not in known_keys():
+        return unknown(unset, None, COMMAND_LINE)
+    return Problem(f"~{unset}: no file sets it, so that it has its default already", COMMAND_LINE, "leave it out")
 
 
 def file_origins(checked: Checked) -> Iterator[Origin]:

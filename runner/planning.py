@@ -21,12 +21,25 @@ from runner.plan.options import Options
 from runner.plan.plan import Plan, plan_of
 from runner.plan.settle import settled
 from runner.plan.shape import shape_of
+from runner.plan.training import ALIASES, OUTSIDE
 from runner.spec import HardwareSpec, LocalPlace, ModelSpec, RunPodPlace, RunSpec, Where
 
 ENVIRONMENT_GB = 20  # torch with its CUDA libraries takes 8, packages on the way another 4: room for both
 UNKNOWN_DISK_GB = 100  # where nothing can be planned: a 7B model in 16 bits, two checkpoints, the environment
 UNKNOWN_HOURS = 24.0
 CPU_USD_PER_VCPU = 0.03  # cpu3c, secure cloud, as users saw it in 2026
+
+
+def no_targets(spec: RunSpec) -> Problem | None:
+    """A list of target modules none of which is in a model whose layers are known; None where all is well."""
+    wanted = getattr(spec.method, "target_modules", "all-linear")
+    if wanted == "all-linear" or spec.model.architecture is None:
+        return None
+    linear = {m.name for m in shape_of(spec.model).matrices if m.linear}
+    if any(name.rpartition(".")[2] in {*linear, *OUTSIDE, *ALIASES} for name in wanted):
+        return None
+    what = f"method.target_modules=[{','.join(wanted)}]: none of them is in {spec.model.name}, and nothing would train"
+    return Problem(what, None, f"choose among its linear layers: {', '.join(sorted(linear))}; or write all-linear")
 
 
 def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:

@@ -87,9 +87,9 @@ def unknown(key: str, chosen: str | None, source: str | None) -> Problem:
     if (word := key.rpartition(".")[2]) in NONE and key not in known_keys():
         return Problem(f"unknown key {key}", source, f"leave it out: {NONE[word]}")
     near = nearest_key(key) if key not in known_keys() else None
-    return Problem(
-        f"unknown key {key}", source, f"did you mean {near}?" if near else "see docs/reference.md for every key"
-    )
+    every = f"docs/reference.md has every key of {group}" if group in RunSpec.model_fields and leaf else None
+    remedy = f"did you mean {near}?" if near else every or "see docs/reference.md for every key"
+    return Problem(f"unknown key {key}", source, remedy)
 
 
 def _explain(key: str, details: list[ErrorDetails], source_of: SourceOf, unsure: frozenset[str]) -> list[Problem]:
@@ -151,7 +151,8 @@ def _instead(key: str, detail: ErrorDetails, source: str | None) -> str:
             return f'quote it: {leaf}: ["{text}"]' if listed else f'quote it: {leaf}: "{text}"'
         return f"quote it: {key}='[\"{text}\"]'" if listed else f"quote it: {key}='\"{text}\"'"
     if kind in _NEAREST:
-        return f"write {key}={detail['ctx'][_NEAREST[kind]]:g}, or {'more' if kind.startswith('greater') else 'less'}"
+        more = "more" if kind.startswith("greater") else "less"
+        return f"write {key}={_number(detail['ctx'][_NEAREST[kind]])}, or {more}"
     if kind.startswith("bool"):
         return f"write {key}=true or {key}=false"
     return f"docs/reference.md says what {key} takes"
@@ -164,7 +165,7 @@ def _expected(detail: ErrorDetails) -> str:
         return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     bounds = {"greater_than_equal": "ge", "greater_than": "gt", "less_than_equal": "le", "less_than": "lt"}
     if kind in bounds:
-        return f"{kind.replace('_', ' ').replace(' equal', ' or equal to')} {ctx[bounds[kind]]:g}".replace(
+        return f"{kind.replace('_', ' ').replace(' equal', ' or equal to')} {_number(ctx[bounds[kind]])}".replace(
             "greater than or equal to", "at least"
         ).replace("less than or equal to", "at most")
     return _EXPECTED.get(kind.split("_")[0], detail["msg"][0].lower() + detail["msg"][1:])
@@ -174,8 +175,12 @@ def _choices(detail: ErrorDetails) -> list[str]:
     return [c.strip("' ") for c in str(detail["ctx"]["expected"]).replace(" or ", ", ").split(",")]
 
 
+def _number(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
 def _shown(value: Any) -> str:
-    text = str(value)
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 

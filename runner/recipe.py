@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from runner import catalogue, foreign
+from runner import catalogue, defaults_list, foreign
+from runner.defaults_list import group_of
 from runner.errors import Problem, RequestError
 from runner.paths import RECIPES
 from runner.provenance import flat, shown
@@ -53,7 +54,8 @@ def problems_in(file: Path, folders: tuple[Path, ...]) -> list[Problem]:
         isinstance(entry, yaml.ScalarNode) and entry.value != "_self_" for entry in entries
     ):
         return _baseless(file, choices, node, folders)
-    return [p for group, choice in choices for p in _problems_of_entry(group, choice, shown(file), folders)]
+    found = [p for group, choice in choices for p in _problems_of_entry(group, choice, shown(file), folders)]
+    return [*found, *defaults_list.problems_in(file, node, entries, choices)]
 
 
 def _baseless(
@@ -63,7 +65,7 @@ def _baseless(
     found, lines = [], []
     outside = [(key, value) for key, value in node.value if isinstance(value, yaml.ScalarNode)]
     for key, value in [*choices, *((k, v) for k, v in outside if k.value in catalogue.GROUPS)]:
-        group = _group_of(key.value)
+        group = group_of(key.value)
         if group in catalogue.GROUPS and isinstance(value, yaml.ScalarNode):
             place = f"{shown(file)}:{key.start_mark.line + 1}"
             entry, rest = _in_defaults(group, value.value, folders)
@@ -115,11 +117,7 @@ def for_file(remedy: str) -> str:
     return said + (f"{', and below it ' if said else 'write '}{value}" if value else "")
 
 
-def _group_of(key: str) -> str:
-    return re.sub(r"^(override|optional)\s+", "", key).removeprefix("/").split("@")[0]
-
-
-def written(file: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def written(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, str], dict[str, Any]]:
     """Choices of a recipe by group, and the dotted keys it sets, those of recipes it builds on included."""
     choices: dict[str, str] = {}
     keys: dict[str, Any] = {}
@@ -127,8 +125,8 @@ def written(file: Path) -> tuple[dict[str, str], dict[str, Any]]:
     for entry in content.get("defaults") or []:
         if isinstance(entry, dict):
             choices |= {re.sub(r"^(override|optional)\s+", "", str(k)).lstrip("/"): str(v) for k, v in entry.items()}
-        elif (base := base_of(file, str(entry))) is not None:
-            below = written(base)
+        elif (base := base_of(file, str(entry))) is not None and base not in above:
+            below = written(base, (*above, base))
             choices, keys = below[0] | choices, below[1] | keys
     return choices, keys | dict(flat({k: v for k, v in content.items() if k != "defaults"}))
 
@@ -163,15 +161,22 @@ def _meant(group: str, name: str) -> str | None:
         return f"deepspeed=auto deepspeed.config={name}"
     if group == "deepspeed" and (found := re.fullmatch(r"(?:stage[_-]?|z)?([0-3])", name)):
         return f"deepspeed=zero{found[1]}" if found[1] != "0" else "deepspeed=none"
-    if group == "hw" and name.isdigit():
+    if group == "hw" and name.isdigit() and len(name) < 3:
         return f"hw.num_gpus={name}"
+    if group == "hw" and name.lower() in ("gpu", "cuda", "auto", "nvidia"):
+        return "hw=local"
+    several = re.fullmatch(r"(?:(\d+)\s*[x×*]\s*)?([a-z]+\d+\w*?)(?:\s*[x×*]\s*(\d+))?", name.lower())
+    if group == "hw" and several and several[2] in catalogue.options("hw") and (several[1] or several[3]):
+        count = several[1] or several[3]
+        ready = f"{several[2]}x{count}"
+        return f"hw={ready}" if ready in catalogue.options("hw") else f"hw={several[2]} hw.num_gpus={count}"
     return None
 
 
 def _problems_of_entry(key: yaml.Node, choice: yaml.Node, file: str, folders: tuple[Path, ...]) -> Iterator[Problem]:
     """What is wrong with `override /group: choice`."""
     place = f"{file}:{key.start_mark.line + 1}"
-    group = _group_of(key.value)
+    group = group_of(key.value)
     if group.startswith("hydra/") or not isinstance(choice, yaml.ScalarNode):
         return
     names = catalogue.options(group, folders)

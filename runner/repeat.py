@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from runner import foreign
 from runner.errors import Problem, RequestError
+from runner.problems import validated
 from runner.provenance import Origin, flat, shown
+from runner.spec import RunSpec
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -21,7 +24,26 @@ def read(file: Path) -> dict[str, Any]:
         raise RequestError(Problem(f"{shown(file)} is not JSON: {error}", "command line")) from None
     if not isinstance(values, dict):
         raise RequestError(Problem(f"{shown(file)} is not a spec.json: it holds no keys", "command line"))
+    lacks = [name for name, field in RunSpec.model_fields.items() if field.is_required() and name not in values]
+    if lacks:
+        raise RequestError(_other(file, values, lacks))
     return values
+
+
+def _other(file: Path, values: dict[str, Any], lacks: list[str]) -> Problem:
+    """A JSON file that is no whole spec.json: DeepSpeed's, another trainer's, or one that somebody has cut."""
+    if values.keys() & {"zero_optimization", "train_micro_batch_size_per_gpu", "zero_allow_untested_optimizer"}:
+        remedy = f"write deepspeed=auto deepspeed.config={shown(file)}"
+        return Problem(f"{shown(file)} is a DeepSpeed config, and no spec.json", "command line", remedy)
+    if theirs := foreign.problems_in(file):
+        return theirs[0]
+    remedy = "write a recipe (docs/recipes.md): what it leaves out has its default"
+    return Problem(f"{shown(file)} is not a whole spec.json: it has no {', '.join(lacks)}", "command line", remedy)
+
+
+def spec_of(file: Path) -> RunSpec:
+    """The run that a `spec.json` describes; RequestError with every key that somebody has made wrong in it."""
+    return validated(read(file), lambda key: shown(file))
 
 
 def put(values: dict[str, Any], key: str, value: Any) -> None:

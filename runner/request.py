@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from runner import catalogue, recipe
 from runner.errors import Problem, RequestError
-from runner.suggest import only_text, takes_list, takes_text
+from runner.suggest import nearest, only_text, takes_list, takes_text
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -172,7 +172,7 @@ def _lift_recipe(request: Request) -> tuple[Request, list[Problem]]:
 def _read(text: str, request: Request, sweeping: bool) -> tuple[Override | None, Problem | None]:
     """One `key=value`, and what is wrong with it."""
     parser = OverridesParser.create()
-    text = _environment_text(text, sweeping)
+    text = _plain_text(_environment_text(text, sweeping))
     try:
         override = parser.parse_override(text)
         parser.parse_override(for_hydra(override))  # stricter about the key
@@ -194,7 +194,13 @@ def _read(text: str, request: Request, sweeping: bool) -> tuple[Override | None,
         return override, Problem(f"{text}: several values make a sweep", COMMAND_LINE, remedy)
     if (raw := _number(override)) and only_text(group):
         return override, Problem(f"{group}={raw}: expected text", COMMAND_LINE, f"quote it: {typed(group, raw)}")
-    return override, _choice_problem(override, request) if group in catalogue.GROUPS else None
+    if group in catalogue.GROUPS:
+        return override, _choice_problem(override, request)
+    if any((folder / group).is_dir() for folder in request.folders):
+        near = nearest(group, catalogue.GROUPS)
+        remedy = f"call the folder {near}, and write {near}=…" if near else f"one of {', '.join(catalogue.GROUPS)}"
+        return None, Problem(f"there is no group {group!r}", COMMAND_LINE, remedy)
+    return override, None
 
 
 def _number(override: Override) -> str | None:
@@ -235,6 +241,13 @@ def _environment_text(word: str, sweeping: bool) -> str:
     return f"{key}={quoted(value)}"
 
 
+def _plain_text(word: str) -> str:
+    """`data.path=~/dö.jsonl` with its value quoted: Hydra's grammar knows no letters but ASCII's, and no `~`."""
+    key, _, value = word.partition("=")
+    plain = re.fullmatch(r"(~/)?[\w./\\ :@+%-]*", value) and value.strip() == value
+    return f"{key}={quoted(value)}" if plain and (value.startswith("~/") or not value.isascii()) else word
+
+
 def quoted(value: str, quote: str = "'") -> str:
     """A text in Hydra's quotes, in which only a quote, and backslashes before one, have to be escaped."""
     escaped = re.sub(rf"(\\*)({quote}|$)", lambda m: m[1] * 2 + ("\\" + m[2] if m[2] else ""), value)
@@ -263,6 +276,9 @@ def _choice_problem(override: Override, request: Request) -> Problem | None:
     if override.is_delete() or override.package is not None:
         remedy = f"write {group}=NAME; python -m runner list {group} shows all"
         return Problem(f"{override.input_line}: a run has one {group}", COMMAND_LINE, remedy)
+    text = str(override.input_line)
+    if text.startswith("+"):
+        return Problem(f"{text}: a run has one {group}", COMMAND_LINE, f"write {text.lstrip('+')}")
     names = catalogue.options(group, request.folders)
     chosen = _chosen(override, names)
     bad = [value for value in chosen if value not in names]
@@ -278,4 +294,6 @@ def _chosen(override: Override, names: tuple[str, ...]) -> list[str]:
         return value.filter(list(names)) or [str(override.input_line).partition("=")[2]]
     if override.is_discrete_sweep():
         return list(override.sweep_string_iterator())
-    return [] if override.is_sweep_override() else [override.get_value_element_as_str()]
+    if override.is_sweep_override():
+        return []
+    return [value if isinstance(value, str) else override.get_value_element_as_str()]

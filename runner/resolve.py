@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from runner import deepspeed_json, hardware, hostfile, kernels, planning
 from runner.compose import compose, source_finder
 from runner.data import pipeline
@@ -54,4 +56,7 @@ def asked(spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool
     """A composed run with the facts of hardware and model, its `auto`s still open."""
     found = spec.model_copy(update={"hw": hostfile.settled(spec.hw, hardware.resolve(spec.hw))})
     found = deepspeed_json.decided(kernels.known(found), source_of)
-    return validated(planning.with_facts(found, needed=needed).model_dump(), source_of)
+    found = planning.with_facts(found, needed=needed)
+    if problem := planning.no_targets(found):
+        raise RequestError(replace(problem, source=source_of("method.target_modules")))
+    return validated(found.model_dump(), source_of)

@@ -57,7 +57,7 @@ class RunDir:
     @property
     def id(self) -> str:
         """The directory's own name."""
-        return self.path.name
+        return self.path.name or self.path.resolve().name  # `.`
 
     @property
     def spec_file(self) -> Path:

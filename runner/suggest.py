@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Collection, Iterable, Iterator
@@ -109,9 +110,9 @@ def nearest_key(key: str) -> str | None:
     if same_leaf:
         return nearest(key, sorted(same_leaf), cutoff=0.0)
     leaves = {k.rpartition(".")[2]: k for k in sorted(keys)}
-    return (
-        nearest(key, sorted(keys)) or nearest(leaf, leaves, cutoff=0.75) or nearest(group, list(RunSpec.model_fields))
-    )
+    found = nearest(key, sorted(keys)) or nearest(leaf, leaves, cutoff=0.75)
+    found = found or nearest(group, list(RunSpec.model_fields))
+    return None if found == group else found  # `train` is right, and no answer to `train.foo`
 
 
 # Whose key a bare name is: the first of these groups that has it.
@@ -123,7 +124,8 @@ def nearest(word: str, candidates: Iterable[str] | dict[str, str], cutoff: float
     table = candidates if isinstance(candidates, dict) else {c: c for c in candidates}
     lowered = {name.lower(): target for name, target in table.items()}
     word = word.lower()
-    starts = sorted((name for name in lowered if name.startswith(word)), key=len) if len(word) > 2 else []
+    starts = [name for name in lowered if name.startswith(word)] if len(word) > 2 else []
+    starts.sort(key=lambda name: (name[len(word) : len(word) + 1].isalnum(), len(name)))  # llama3: not llama30b
     found = starts or difflib.get_close_matches(word, sorted(lowered), n=1, cutoff=cutoff)
     return lowered[found[0]] if found else None
 
@@ -134,4 +136,10 @@ def nearest_choice(group: str, word: str, names: Iterable[str]) -> str | None:
     for name in catalogue.options(group) if group in ("model", "hw") else ():
         values = catalogue.load(group, name)
         table |= dict.fromkeys([*values.get("aliases", []), values.get("title") or name], name)
-    return nearest(word, {**table, **{name: name for name in names}})
+    known = {name.lower(): name for name in names}
+    pieces = [piece.lower() for piece in re.split(r"[^A-Za-z0-9]+", word)]
+    counted = any(re.fullmatch(r"\d+x|x\d+", piece) for piece in pieces)  # `3x H100`
+    whole = [word.lower(), *(() if counted else pieces)]
+    exact = next((known[piece] for piece in whole if piece in known), None)  # `H100 80GB`: closer to `A100 80GB`
+    inside = next((known[name] for name in sorted(known) if len(word) > 3 and word.lower() in name), None)
+    return exact or nearest(word, {**table, **known}) or inside

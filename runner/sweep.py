@@ -186,6 +186,9 @@ def _checked(asked: Sweep, manner: Manner) -> _Points:
             points.right.append((number, point, *_able(asked, point, manner)))
         except RunnerError as error:
             points.wrong.append((number, point, type(error)(*(asked.told(p, point) for p in error.problems))))
+    if not asked.points:
+        remedy = "write key=a,b, or range(1,4), whose end is left out"
+        raise RequestError(Problem("a range or a pattern among the values holds none", COMMAND_LINE, remedy))
     errors = [error for _, _, error in points.wrong]
     invalid: list[RunnerError] = [error for error in errors if isinstance(error, RequestError)]
     if invalid and asked.searches:

@@ -10,6 +10,7 @@ from pathlib import Path
 from runner import checkpoints, links, unchanged
 from runner.errors import Problem, RequestError
 from runner.execute.offline import environment
+from runner.repeat import spec_of
 from runner.report.summary import shown
 from runner.rundir import ACTIVE, RunDir, all_runs
 from runner.spec import Reward, RunSpec
@@ -19,7 +20,7 @@ from runner.suggest import nearest
 def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_json: bool) -> int:
     """Talk to the run's model in a process of its own; RequestError where there is none to talk to."""
     run = find(run_dir)
-    says_words(RunSpec.model_validate(run.read("spec.json")))
+    says_words(spec_of(run.spec_file))
     if not base and not (run.path / "model").is_dir():
         raise unfinished(run, "or talk to the model as it was: --base")
     look_at_base(run, base)
@@ -53,7 +54,7 @@ def look_at_base(run: RunDir, base: bool = False) -> None:
     """Say on stderr that the base has changed, where it is needed: below an adapter, or alone (`--base`)."""
     if not base and not (run.path / "model" / "adapter_config.json").is_file():
         return
-    if line := unchanged.check_base(run, RunSpec.model_validate(run.read("spec.json"))):
+    if line := unchanged.check_base(run, spec_of(run.spec_file)):
         print(line, file=sys.stderr)
 
 

@@ -14,6 +14,7 @@ from runner.cloud.problems import CONSOLE, CloudError, UnclearError
 from runner.cloud.serving import Gpus, Source
 from runner.errors import Problem, RequestError
 from runner.execute.chat import find
+from runner.repeat import spec_of
 from runner.rundir import RunDir
 from runner.spec import RunSpec
 
@@ -42,7 +43,7 @@ def deploy(run_dir: Path, wanted: Wanted, agreed: Callable[[str], bool]) -> dict
     RequestError where the model is in no place that a worker reaches, or has an endpoint already.
     """
     run = find(run_dir)
-    spec = RunSpec.model_validate(run.read("spec.json"))
+    spec = spec_of(run.spec_file)
     known = run.read(RECORD)
     if known.get("endpoint"):
         remedy = f"python -m runner deploy --delete {run.path}"

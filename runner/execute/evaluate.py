@@ -12,7 +12,7 @@ from runner.errors import CannotRunError, Problem, RequestError
 from runner.execute.chat import find, look_at_base, says_words, unfinished
 from runner.execute.offline import MODULE, environment
 from runner.invocation import install
-from runner.spec import RunSpec
+from runner.repeat import spec_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Wanted:
 def evaluate(run_dir: Path, wanted: Wanted, as_json: bool) -> int:
     """Its exit code; RequestError where there is no model, CannotRunError for benchmarks without lm-eval."""
     run = find(run_dir)
-    says_words(RunSpec.model_validate(run.read("spec.json")))
+    says_words(spec_of(run.spec_file))
     if not wanted.base and not (run.path / "model").is_dir():
         raise unfinished(run, "or measure the model as it was: --base")
     for place, option in ((wanted.data, "--data"), (wanted.tasks_dir, "--tasks-dir")):

@@ -10,6 +10,7 @@ from runner import checkpoints
 from runner.errors import Problem, RequestError
 from runner.execute.chat import find
 from runner.execute.offline import produce
+from runner.repeat import spec_of
 from runner.rundir import RunDir
 
 
@@ -19,6 +20,7 @@ def export(run_dir: Path, step: int | None, out: Path | None, as_json: bool) -> 
     RequestError where there is no such checkpoint, or where its files are not those that were written.
     """
     run = find(run_dir)
+    spec_of(run.spec_file)
     if step is None:
         console = Console(stderr=True)
         step = checkpoints.newest(run, lambda line: console.print(line, highlight=False, soft_wrap=True))

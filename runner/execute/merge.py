@@ -7,13 +7,14 @@ from pathlib import Path
 from runner.errors import Problem, RequestError
 from runner.execute.chat import find, look_at_base, says_words, unfinished
 from runner.execute.offline import produce
-from runner.spec import Freeze, Full, RunSpec
+from runner.repeat import spec_of
+from runner.spec import Freeze, Full
 
 
 def merge(run_dir: Path, out: Path | None, as_json: bool) -> int:
     """Write the merged model to `out` (`merged/` in the run's folder); RequestError where there is no adapter."""
     run = find(run_dir)
-    spec = RunSpec.model_validate(run.read("spec.json"))
+    spec = spec_of(run.spec_file)
     says_words(spec)
     model = run.path / "model"
     if isinstance(spec.method, (Full, Freeze)):

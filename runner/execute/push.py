@@ -13,6 +13,7 @@ from rich.console import Console
 
 from runner.errors import CannotRunError, Problem, RequestError, RunFailedError, RunnerError
 from runner.execute.chat import find
+from runner.repeat import spec_of
 from runner.report.problems import print_problems
 from runner.rundir import RunDir
 from runner.spec import RunSpec
@@ -26,8 +27,8 @@ def push(run_dir: Path, to: str | None = None, *, public: bool = False, merged: 
     RequestError for what cannot be pushed, CannotRunError without the library, RunFailedError where it fails.
     """
     run = find(run_dir)
+    spec = spec_of(run.spec_file)
     folder = _folder(run, merged)
-    spec = RunSpec.model_validate(run.read("spec.json"))
     if (to := to or spec.push.to) is None:
         remedy = f"python -m runner push {run.path} org/name"
         raise RequestError(Problem("the run has no push.to, and no repository was named", "command line", remedy))

@@ -172,7 +172,8 @@ def _type(info: FieldInfo) -> str:
 
 def _bound(limit: Any) -> str:
     attribute, sign = _SIGNS[type(limit)]
-    return f"{sign} {getattr(limit, attribute):g}"
+    value = getattr(limit, attribute)
+    return f"{sign} {value if isinstance(value, int) else f'{value:g}'}"
 
 
 def _options(annotation: Any) -> list[str]:

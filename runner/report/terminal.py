@@ -17,6 +17,8 @@ STALLED_SECONDS = 20.0
 """How long training waits for a reader that does not read (Ctrl-S, a pager, a stopped tee) before it drops a line."""
 CLOSED = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
 """The reader has gone: `| head`, a killed tee, a closed terminal. Anything else is a fault, such as a full disk."""
+NARROWEST = 20
+"""Columns of a terminal that anybody reads in; a smaller COLUMNS is not meant."""
 _CHUNK = 512
 """Bytes that a pipe or terminal which poll(2) calls writable takes without blocking (POSIX, PIPE_BUF)."""
 
@@ -77,6 +79,8 @@ def guard(*, goes_on: bool = False) -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
     sys.stdout, sys.stderr = _on_outlet(sys.stdout, 1), _on_outlet(sys.stderr, 2)
+    if os.environ.get("COLUMNS", "80").isdigit() and int(os.environ.get("COLUMNS", "80")) < NARROWEST:
+        del os.environ["COLUMNS"]  # 0 in a shell without a terminal: rich then prints nothing at all
     if goes_on:
         outlive()
 

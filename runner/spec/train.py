@@ -57,7 +57,7 @@ class TrainSpec(Part):
     """Recompute activations in the backward pass: less memory, a third more time; auto means on a GPU only."""
     liger: bool | Auto = "auto"
     """Liger's fused kernels for norms, rotary positions and the MLP; auto means on a GPU where `liger-kernel` is installed."""
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Seed of everything: data order, adapter initialisation, dropout."""
     save_every_steps: int | None = Field(default=None, ge=1)
     """Write a checkpoint every n steps as well; one is always written after the last step, and when interrupted."""

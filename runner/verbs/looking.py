@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from runner.errors import Problem, RequestError
 from runner.report.problems import dump
 from runner.verbs.shared import (
     Arguments,
@@ -59,6 +60,9 @@ def explain(key: str, words: Arguments, config_dirs: tuple[Path, ...], as_json: 
       python -m runner explain train.learning_rate recipe=phi2_lora_rtx6000adax5
       python -m runner explain train.micro_batch_size model=llama3_8b hw=a100 --json
     """
+    if "=" in key:
+        remedy = f"python -m runner explain {key.partition('=')[0]} {key}"
+        raise RequestError(Problem(f"{key} changes a value: the key to explain comes first", "command line", remedy))
     from runner.compose import compose, places, source_finder
     from runner.problems import value_of
     from runner.report.tables import print_origins

@@ -113,6 +113,19 @@ def say_unread(verb: str, request: Any) -> None:
         click.echo(f"Note    {note}", err=True)
 
 
+def _no_recipe(word: str, file: Path) -> Problem:
+    """A file or folder that is there, and that no run starts from."""
+    from runner.data.files import kind_of_file
+
+    if file.is_dir():
+        remedy = f"a folder of choices: --config-dir {word}; of rows: data.path={word}; a model: model.id={word}"
+        return Problem(f"{word} is a folder without a spec.json", "command line", remedy)
+    if kind_of_file(word):
+        return Problem(f"{word} holds rows, and no recipe", "command line", f"write data.path={word}")
+    remedy = f"call it {file.with_suffix('.yaml') if file.is_file() else 'my.yaml'}, if it is a recipe"
+    return Problem(f"{word} is no recipe: the name of one ends in .yaml", "command line", remedy)
+
+
 _MEANT = {
     "train": "run", "finetune": "run", "fine-tune": "run", "start": "run", "sft": "run", "launch": "run",
     "serve": "deploy", "api": "deploy", "evaluate": "eval", "test": "eval", "benchmark": "eval", "infer": "chat",
@@ -137,6 +150,8 @@ def stray(word: str, first: bool = False) -> Problem:
         return Problem(f"{word!r} is not the first word", "command line", f"python -m runner {word} …")
     if word.endswith(".json"):
         return Problem(f"{word}: a run starts from one file", "command line", "name one of them")
+    if (file := Path(word)).exists():
+        return _no_recipe(word, file)
     if "/" in word:
         why = "correct it" if word.startswith("/") else f"the path is relative to {Path.cwd()}"
         return Problem(f"there is no file or folder {word}", "command line", why)
