@@ -163,6 +163,7 @@ def refuse_for_table(request: Request) -> None:
 
 
 TABLE_MODELS = ("llama2_7b", "llama2_13b", "llama30b", "llama65b", "llama2_70b", "mixtral_8x7b")
+_TABLE = Options({})
 TABLE_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("full, fp32 weights", {"name": "full"}),
     ("full, bf16 weights", {"name": "full", "master_weights": False}),
@@ -175,31 +176,47 @@ TABLE_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def memory_table(spec: RunSpec, names: Iterable[str] = TABLE_MODELS) -> dict[str, Any]:
     """Method × model size: GiB on one GPU that is large enough, for one sequence at a time."""
-    options = Options(deepspeed_json.templates())
     found = [ModelSpec.model_validate(catalogue.load("model", name)) for name in names]
     length = min(spec.train.max_length, *(m.context_length or spec.train.max_length for m in found))
-    train = spec.train.model_copy(
-        update={"max_length": length, "micro_batch_size": 1, "accumulation_steps": 1, "batch_size": 1}
-        | {"gradient_checkpointing": True, "precision": "bf16", "attention": "auto"}
-    )
-    hw = HardwareSpec.model_validate(catalogue.load("hw", "h200"))
-    rows = []
-    for label, method in TABLE_ROWS:
-        base = spec.model_copy(update={"hw": hw, "train": train, "method": METHOD.validate_python(method)})
-        cells = []
-        for model in found:
-            one = base.model_copy(update={"model": model})
-            option = options.option(one, shape_of(model), "none", 1, 1)
-            cells.append(round(option.memory.expected / GIB, 1))
-        rows.append({"method": label, "cells": cells})
+    base = table_run(spec, length)
+    rows = [
+        {"method": label, "cells": [round(table_cell(base, model, method), 1) for model in found]}
+        for label, method in TABLE_ROWS
+    ]
     return {
         "title": "Memory of one GPU, in GiB",
         "columns": [model.name for model in found],
         "rows": rows,
         "assumptions": [
             f"one sequence of {length} tokens at a time, gradient checkpointing, bf16 arithmetic, AdamW",
+            "training alone: answering held-out prompts (eval.num_prompts) can take more, which `plan` counts",
             "FlashAttention; TRL's fused head; the context of CUDA and 4% of slack are counted in",
             "full: fp32 weights, gradients and moments, 16 bytes per parameter, and 2 more for the copy in bf16",
             "several GPUs: `plan` with deepspeed=zero3 shards all of it but the activations",
         ],
     }
+
+
+def table_run(spec: RunSpec, length: int) -> RunSpec:
+    """The run that every cell of the table is of, but for its model and method: training alone, on an H200."""
+    train = {"max_length": length, "gradient_checkpointing": True, "precision": "bf16", "attention": "auto"}
+    return spec.model_copy(
+        update={
+            "hw": HardwareSpec.model_validate(catalogue.load("hw", "h200")),
+            "train": spec.train.model_copy(update=train),
+            "eval": spec.eval.model_copy(update={"num_prompts": 0}),
+        }
+    )
+
+
+def table_cell(base: RunSpec, model: ModelSpec, method: dict[str, Any], micro_batch: int = 1) -> float:
+    """GiB expected at the peak."""
+    size = {"micro_batch_size": micro_batch, "accumulation_steps": 1, "batch_size": micro_batch}
+    one = base.model_copy(
+        update={
+            "model": model,
+            "method": METHOD.validate_python(method),
+            "train": base.train.model_copy(update=size),
+        }
+    )
+    return _TABLE.option(one, shape_of(model), "none", micro_batch, 1).memory.expected / GIB

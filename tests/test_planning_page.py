@@ -15,6 +15,7 @@ from runner.plan.memory import GIB
 from runner.plan.plan import Plan
 from runner.report import planning_examples as examples
 from runner.report import planning_page
+from runner.report import planning_published as published
 from runner.report.plan_terms import TERMS
 from runner.report.planning_facts import RUNS as REPORTED_RUNS
 from runner.report.planning_speed import RENTED, money_example
@@ -189,3 +190,20 @@ def test_the_accuracy_shows_the_results_that_are_kept(text: str) -> None:
     assert f"{worst:.2f}%" in text
     assert sum(abs(row["error"]) for row in rows) / len(rows) <= 3
     assert worst <= 8
+
+
+# --- the table that is passed on -----------------------------------------------------------------------------------
+
+
+def test_every_cell_that_differs_from_the_published_table_has_its_reason_and_no_other() -> None:
+    differing = [(m, name) for m in published.PUBLISHED for name in published.MODELS if published.differs(m, name)]
+    assert differing == [(method, name) for method, names, _ in published.REASONS for name in names]
+
+
+def test_the_published_table_is_compared_with_what_table_prints(text: str) -> None:
+    found = published.fitting.memory_table(published._run(), published.MODELS.values())
+    printed = {row["method"]: row["cells"] for row in found["rows"]}
+    for method in published.PUBLISHED:
+        ours = [published.gigabytes(method, name) * 1e9 / GIB for name in published.MODELS]
+        assert ours == pytest.approx(printed[method], abs=0.051)
+    assert "| QLoRA, 4 bits |" in text

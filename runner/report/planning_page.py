@@ -25,6 +25,7 @@ from runner.plan.fit import Row
 from runner.plan.memory import GIB
 from runner.report import planning_examples as examples
 from runner.report import planning_facts as reported
+from runner.report import planning_published as passed_on
 from runner.report import planning_speed as speed
 from runner.report.plan_terms import TERMS
 
@@ -214,6 +215,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "zero_table": lambda: table(*examples.zero_stages(), numbers=7),
     "facts": lambda: table(*reported.facts()),
     "memory_table": _memory_table,
+    "published_table": lambda: table(*passed_on.published(), numbers=len(passed_on.MODELS)),
+    "published_reasons": passed_on.reasons,
+    "differs": lambda: f"{passed_on.DIFFERS:.0%}",
     "efficiency": lambda: table(*speed.efficiencies()),
     "links": lambda: table(*speed.links()),
     "time_example": speed.time_example,
