@@ -12,7 +12,7 @@ _ARITHMETIC = (
     "objective.undesirable_weight", "objective.center", "objective.reward_weights", "objective.temperature",
     "objective.clip", "data.num_proc", "train.learning_rate", "train.schedule", "train.warmup_ratio",
     "train.weight_decay", "train.hang_minutes", "train.on_loss_spike", "where.data_centers", "where.cpu_type",
-    "where.cuda_versions", "where.max_replacements", "where.keep", "where.heartbeat_minutes",
+    "where.cuda_versions", "where.max_replacements", "where.keep", "where.pod", "where.heartbeat_minutes",
     "where.bad_host_minutes", "where.setup_minutes", "where.deadline_hours", "where.volume_gb",
     "where.container_disk_gb", "method.init", "objective.loss_on",
     "run.on_changed_inputs", "run.metric", "run.metric_mode", "push.*", "sweep.*",

@@ -19,7 +19,7 @@ from runner.cloud.api import Api
 from runner.cloud.emulator.container import free_port
 from runner.cloud.ledger import Ledger
 from runner.cloud.wanted import PodRequest
-from tests.emulated import IMAGE, Emulator, emulator, needs_sshd
+from tests.emulated import IMAGE, Emulator, emulator, needs_sshd, until
 from tests.front import here, laptop, runner
 from tests.leaks import Watch
 from tests.processes import start
@@ -120,6 +120,40 @@ def test_up_refuses_what_cannot_or_may_not_be_passed(emulator: Emulator, word: s
     assert not any(e.method == "POST" for e in emulator.exchanges)
 
 
+@needs_sshd
+def test_a_stopped_pod_is_started_for_a_while_and_stops_itself(
+    emulator: Emulator, here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_KEY", "my")
+    words = ("pods", "up", "hw=rtx4090", "where.max_usd=5", "where.volume_gb=20", "--hours", "3", "--yes")
+    made = answered(*words)
+    refused = runner("pods", "start", made["pod_id"], "--hours", "1", "--yes")
+    assert refused.exit_code == 2 and "is running, and not stopped" in refused.output
+    assert runner("pods", "ssh", made["pod_id"], "touch", "/workspace/mine").exit_code == 0
+    answered("pods", "stop", made["run_id"])
+    started = answered("pods", "start", made["run_id"], "--hours", "0.005", "--yes", "--env", "MY_KEY")
+    assert started["pod_id"] == made["pod_id"] and started["usd_per_hour"] == 0.74
+    assert started["deadline"] == pytest.approx(time.time() + 18, abs=15)
+    assert answered("pods")[0]["state"] == "RUNNING"
+    capfd.readouterr()
+    assert runner("pods", "ssh", made["pod_id"], "ls", "/workspace/mine;", "printenv", "MY_KEY").exit_code == 0
+    assert capfd.readouterr().out.split() == ["/workspace/mine", "my"]
+    until(lambda: [pod.status for pod in emulator.pods().values()] == ["EXITED"], 60)
+    assert answered("pods")[0]["state"] == "STOPPED"
+    assert answered("pods", "terminate", made["pod_id"])["state"] == "gone"
+
+
+def test_all_shows_other_pods_and_no_verb_touches_them(emulator: Emulator) -> None:
+    own, other = elsewhere(), elsewhere("somebody-else")
+    assert [row["pod_id"] for row in answered("pods")] == [own]
+    rows = {row["pod_id"]: row for row in answered("pods", "--all")}
+    assert set(rows) == {own, other} and rows[other]["state"] == "NOT OURS" and rows[other]["usd_per_hour"] > 0
+    assert "somebody-else" in runner("pods", "list", "--all").output
+    for verb in (["stop"], ["start", "--hours", "1"], ["terminate"]):
+        assert runner("pods", *verb, other).exit_code == 2
+    assert set(emulator.pods()) == {own, other}
+
+
 def test_up_refuses_what_costs_more_than_the_cap(emulator: Emulator) -> None:
     result = runner("pods", "up", "hw=rtx4090", "where.max_usd=1", "--hours", "3", "--yes")
     assert result.exit_code == 3 and "write --hours 1.4" in result.output
@@ -207,7 +241,7 @@ def test_volumes_are_made_listed_filled_and_deleted(
 
 @pytest.mark.parametrize(
     "words", ["pods", "pods stop", "pods terminate", "pods ssh", "pods tunnel", "pods logs", "pods reap", "pods up",
-              "gpus", "volumes"],
+              "pods start", "gpus", "volumes"],
 )  # fmt: skip
 def test_help_has_an_example(words: str) -> None:
     result = runner(*words.split(), "--help")

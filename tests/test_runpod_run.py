@@ -261,6 +261,26 @@ def test_a_kept_pod_goes_on_with_the_run_that_is_resumed(typed: Typed) -> None:
     assert sum(e.method == "POST" and e.path == "/v2/pods" for e in typed.emulator.exchanges) == 1
 
 
+def test_a_pod_of_ones_own_takes_runs_one_after_the_other(typed: Typed) -> None:
+    """From `pods up`: a run takes it over and stops it, the resumed run starts it, and a new run ends it."""
+    up = ("pods", "up", GPU, "hw=cpu", "where.max_usd=5", "where.volume_gb=20", "--hours", "3", "--yes", "--json")
+    code, said = ended(typed.verb(*up))
+    assert code == 0, said
+    (only,) = typed.emulator.pods()
+    code, said = ended(typed.run(GPU, f"where.pod={only}", "train.save_every_steps=6", "where.max_usd=4"))
+    assert code == 0 and f"takes pod {only} (running)" in said and "Kept    its disk" in said, said
+    first = typed.folder
+    assert [pod.status for pod in typed.emulator.pods().values()] == ["EXITED"] and len(losses(first.path)) == 12
+    code, said = ended(typed.verb("resume", str(first.path), "train.max_steps=16", "--yes"))
+    assert code == 0 and f"Takes   pod {only} (stopped)" in said and "Sends   the checkpoint" not in said, said
+    assert len(losses(first.path)) == 16
+    more = (GPU, f"where.pod={first.id}", "where.keep=false", "run.name=second")
+    code, said = ended(typed.run(*more))
+    assert code == 0 and "ENDED, with its disk" in said and "is gone, which was confirmed" in said, said
+    assert typed.emulator.pods() == {}
+    assert sum(e.method == "POST" and e.path == "/v2/pods" for e in typed.emulator.exchanges) == 1
+
+
 def test_detached_looked_at_and_brought_home_on_another_machine(typed: Typed, tmp_path: Path) -> None:
     code, said = ended(typed.run("--detach"))
     assert code == 0 and "attach" in said

@@ -422,8 +422,9 @@ class Switch:
                 note(self.folder, state="failed", exit_code=1, message="the agent's worker ended without a word")
             return None
         over = self._is_over()
-        if over and (following := successor(self.folder, self.own.id)):
+        if self._idle() and (following := successor(self.folder, self.own.id)):
             log(f"the pod is handed on to {following.name}")
+            self._leave_child()
             return following
         if over and there(self.folder / "collected"):
             reason = "everything was collected"
@@ -495,6 +496,19 @@ class Switch:
 
     def _is_over(self) -> bool:
         return self.child is None and self.status.get("state") in FINAL
+
+    def _idle(self) -> bool:
+        """Nothing is at work: also in a pod that was ended and started again, or that waits for a task."""
+        state = self.status.get("state")
+        return self._is_over() or state == "armed" or (self.child is None and state == "ending")
+
+    def _leave_child(self) -> None:
+        """End the work's process, which waits for a task that will not come."""
+        if self.child is not None:
+            kill_group(self.child, signal.SIGKILL)
+            with suppress(OSError):
+                os.waitpid(self.child, 0)
+            self.child = None
 
     def _due(self) -> float:
         return self.limits.due(not (self._is_over() and self._waits(self.status)), self._begun())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from runner.cloud import clock, ending
 from runner.cloud.answers import OVER, Pod, epoch, number
@@ -25,7 +26,7 @@ class Row:
     pod_id: str | None
     name: str
     state: str
-    """Of the ledger; `ELSEWHERE` for a pod that another machine has rented."""
+    """Of the ledger; `ELSEWHERE` for a pod that another machine has rented, `NOT OURS` for one of no runner."""
     status: str | None
     """RunPod's own word; null where it has no such pod."""
     gpu: str | None
@@ -44,10 +45,14 @@ class Row:
     page: str | None
 
 
-def rows(api: Api, ledger: Ledger, now: float | None = None) -> list[Row]:
-    """All of them, oldest first."""
+NOT_OURS: dict[str, Any] = {"run_id": "", "state": "NOT OURS", "detail": "not of this project: no verb touches it"}
+
+
+def rows(api: Api, ledger: Ledger, now: float | None = None, *, everything: bool = False) -> list[Row]:
+    """All of them, oldest first; with `everything` the account's other pods as well."""
     now = clock.now() if now is None else now
-    pods = {pod.id: pod for pod in api.pods() if pod.name.startswith(PREFIX) and pod.status not in OVER}
+    listed = [pod for pod in api.pods() if pod.status not in OVER]
+    pods = {pod.id: pod for pod in listed if pod.name.startswith(PREFIX)}
     found: list[Row] = []
     known: set[str] = set()
     for entry in ledger.entries():
@@ -56,6 +61,8 @@ def rows(api: Api, ledger: Ledger, now: float | None = None) -> list[Row]:
             known.add(pod.id)
         found.append(_row(entry, pod, now))
     found += [_elsewhere(pod, now) for pod in pods.values() if pod.id not in known]
+    others = (pod for pod in listed if pod.id not in pods and pod.id not in known)
+    found += [replace(_elsewhere(pod, now), **NOT_OURS) for pod in others if everything]
     return sorted(found, key=lambda row: -row.age_hours)
 
 

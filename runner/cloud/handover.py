@@ -8,6 +8,7 @@ pod that ends itself: by the one order or by the other.
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 from runner.cloud import clock
 from runner.cloud.session import Session
@@ -49,11 +50,14 @@ def hand_on(old: Session, new: Session) -> None:
 def _hand_on(old: Session, new: Session) -> None:
     at = old.board()
     _clear(at, old, new)
-    there = Berth(at.connection, at.workspace, new.run.id)
+    succeed(at, Berth(at.connection, at.workspace, new.run.id), new.order(detach=False))
+
+
+def succeed(at: Berth, there: Berth, order: dict[str, Any]) -> None:
+    """Have the switch of the run `at` serve the run `there`, by its order. RunFailedError where it does not."""
     at.connection.run(f"mkdir -p {shlex.quote(there.folder)}/logs")
-    order = new.order(detach=False)
     there.place("agent.json", order)
-    at.place("successor.json", {"run_id": new.run.id})
+    at.place("successor.json", {"run_id": there.run_id})
     status = at.start_agent()  # it is at work, and answers for the run that it serves by then; else it begins with that
     if status.get("order") != order["id"]:
         what = f"its agent did not take the next run's order: it is {status.get('state')}"

@@ -102,7 +102,7 @@ def taken(
         ledger.set(name, deadline=rented.deadline, pod_id=pod.id)
         api.start(pod.id)
         rented.pod = until_ready(
-            api, _begun(api, pod), setup_s=place.setup_minutes * 60, bad_host_s=place.bad_host_minutes * 60, say=say,
+            api, begun(api, pod), setup_s=place.setup_minutes * 60, bad_host_s=place.bad_host_minutes * 60, say=say,
             seen=lambda seen: None,
         )  # fmt: skip
         ledger.move(name, "SSH_READY", f"{rented.pod.ssh_host}:{rented.pod.ssh_port} says hello")
@@ -115,7 +115,7 @@ def taken(
         raise
 
 
-def _begun(api: Api, pod: Pod) -> Pod:
+def begun(api: Api, pod: Pod) -> Pod:
     """The pod as soon as it is not said to be stopped any more."""
     end = time.monotonic() + STARTING_S
     while time.monotonic() < end:

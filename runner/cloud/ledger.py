@@ -235,23 +235,28 @@ class Ledger:
             self._set(db, name, owner())
             return True
 
-    def hand_over(self, old: str, name: str, *, run_id: str, run_dir: str, heartbeat_s: float | None) -> Entry | None:
+    def hand_over(self, old: str, name: str, *, run_id: str, run_dir: str, heartbeat_s: float | None,
+                  running: bool = False) -> Entry | None:  # fmt: skip
         """A parked or stopped pod becomes another run's, or the same one's again, held by this process; None where
         another one was faster.
 
         The old entry ends with the moment in which the pod was parked, and the new one begins with it, under a name of
-        its own (RunPod's stays): no second is counted twice, or not at all. A stopped pod's begins now.
+        its own (RunPod's stays): no second is counted twice, or not at all. A stopped pod's begins now, and so does
+        one that is `running` for a person, whom it is taken from.
         """
         with self._write() as db:
-            query = "select * from pods where name = ? and state in ('PARKED', 'STOPPED')"
+            query = "select * from pods where name = ? and state in ('PARKED', 'STOPPED', 'RUNNING')"
             row = db.execute(query, (old,)).fetchone()
-            if row is None or (row["state"] == "STOPPED" and (was := _entry(row)).owned and not was.owned_here):
+            if row is None or (row["state"] == "RUNNING" and not running):
+                return None
+            if row["state"] != "PARKED" and (was := _entry(row)).owned and not was.owned_here:
                 return None
             now = clock.now()
-            parked = row["updated"]
-            gone = {"state": "GONE", "ended": parked, "updated": now, "detail": f"handed on to run {run_id}", **NOBODY}
+            parked = now if row["state"] == "RUNNING" else row["updated"]
+            told = f"handed on to run {run_id}"
+            gone = {"state": "GONE", "ended": parked, "updated": now, "detail": told, **NOBODY}
             self._set(db, old, gone)
-            self._log(db, old, row["run_id"], row["state"], "GONE", gone["detail"])
+            self._log(db, old, row["run_id"], row["state"], "GONE", told)
             why = f"taken over from run {row['run_id']}"
             new: dict[str, Any] = {
                 "name": name,

@@ -121,7 +121,7 @@ class _Order:
         disk = wanted.container_disk_gb + wanted.volume_gb
         self.ledger.plan(
             name, run_id=self.run.id, run_dir=str(self.run.path.absolute()), gpu=machine.gpu_id or machine.cpu_id,
-            cloud=machine.cloud, usd_per_hour=machine.usd_per_hour, disk_gb=disk, keep=place.keep,
+            cloud=machine.cloud, usd_per_hour=machine.usd_per_hour, disk_gb=disk, keep=place.keeps,
             volume=wanted.volume_id, base=self.api.base, account=self.api.account,
             heartbeat_s=None if self.detached else place.heartbeat_minutes * 60,
         )  # fmt: skip

@@ -79,7 +79,7 @@ def _settle(
         ending.end_doubles(api, entry.pod_id, name)
     if state in (*ARMED, "STOPPED"):
         return _armed(api, ledger, entry, pods.get(entry.pod_id), there)
-    if state == "TERMINATING" and entry.keep:
+    if entry.keep and (state == "TERMINATING" or rented_at(ledger, entry) < entry.created):  # it had a run before
         ending.stop(api, ledger, name, entry.pod_id, "again, after the launcher ended")
         return f"pod {entry.pod_id} of run {entry.run_id} is stopped, as was asked"
     ending.end(api, ledger, name, entry.pod_id, f"nobody holds it any more, {state} since its launcher ended")

@@ -28,8 +28,6 @@ from runner.spec import RunPodPlace, RunSpec
 COLLECT_SECONDS = 900.0
 """How long a result that is finished is worth trying for, where the connection breaks again and again."""
 PROGRESS_SECONDS = 60.0
-BOARDING_SECONDS = 90.0
-"""How long a pod that has an address may refuse a login."""
 LOADS = 4
 MARGIN_SECONDS = 90.0
 """Before the pod's own end the launcher ends the training, so that there is time to bring its checkpoint home."""
@@ -66,7 +64,7 @@ class Session:
         connection = Connection(
             str(pod.id), str(pod.ssh_host), int(pod.ssh_port or 22), self.keys.private, user_of(pod.raw)
         )
-        end = time.monotonic() + BOARDING_SECONDS
+        end = time.monotonic() + ship.BOARDING_S
         while True:
             try:
                 self.at = ship.berth(connection, self.run.id, self.say)
@@ -89,7 +87,7 @@ class Session:
         own_disk = self.rented.volume_gb > 0 and not self.where.spot
         return ship.order(
             self.run.id, str(self.rented.pod.id), deadline=self.rented.deadline, started=meter.started,
-            usd_per_hour=meter.rate, budget_usd=self.rented.cap_usd, keep=self.where.keep,
+            usd_per_hour=meter.rate, budget_usd=self.rented.cap_usd, keep=self.where.keeps,
             heartbeat_minutes=None if detach else self.where.heartbeat_minutes,
             boarding_minutes=self.where.heartbeat_minutes,
             uncollected="terminate" if self.where.volume else "stop" if own_disk else "wait",

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import tempfile
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from typing import Any
 
 from runner import checkpoints, credentials
 from runner.cloud import agent, clock, install, parcels, tail, wheel
-from runner.cloud.ssh import Connection, greeted
+from runner.cloud.answers import Pod
+from runner.cloud.keys import KeyPair
+from runner.cloud.ssh import Connection, HostKeyError, LostError, greeted, user_of
 from runner.errors import CannotRunError, Problem, RunFailedError
 from runner.inputs import named_places
 from runner.rundir import RunDir
@@ -36,6 +39,8 @@ BEGINS = "runner-begins"
 GPU_SECONDS = 90
 """For a computation on every GPU: eight need about ten; a driver that hangs needs for ever."""
 LATE = 124  # of `timeout`
+BOARDING_S = 90.0
+"""How long a pod that has an address may refuse a login."""
 Say = Callable[[str], None]
 
 
@@ -72,6 +77,21 @@ class Berth:
         return content if isinstance(content, dict) else {}
 
 
+def board(pod: Pod, run_id: str, pair: KeyPair, say: Say) -> Berth:
+    """Log in to a pod that answers; its server may take its time. LostError where it is not reached."""
+    host, port = str(pod.ssh_host), int(pod.ssh_port or 22)
+    connection = Connection(pod.id, host, port, pair.private, user_of(pod.raw))
+    end = time.monotonic() + BOARDING_S
+    while True:
+        try:
+            return berth(connection, run_id, say)
+        except LostError as error:
+            if isinstance(error, HostKeyError) or time.monotonic() > end:
+                connection.close()
+                raise
+        time.sleep(0.5)
+
+
 def berth(connection: Connection, run_id: str, say: Say = lambda line: None) -> Berth:
     """Look around in a pod: its workspace, rsync. CannotRunError for an image without Python."""
     look = (
@@ -93,7 +113,7 @@ def berth(connection: Connection, run_id: str, say: Say = lambda line: None) -> 
 
 def order(
     run_id: str, pod_id: str, *, deadline: float, started: float, usd_per_hour: float, budget_usd: float | None,
-    heartbeat_minutes: float | None, boarding_minutes: float, keep: bool, uncollected: str,
+    heartbeat_minutes: float | None, boarding_minutes: float | None, keep: bool, uncollected: str,
     public_key: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What the agent is told as a run begins in its pod: until when (epoch seconds of this machine, as `sent` is), for

@@ -14,9 +14,9 @@ from runner.cloud.placement import Candidate, runpod
 from runner.cloud.pod import acquire
 from runner.cloud.preflight import check
 from runner.cloud.rented import Rented
+from runner.cloud.reuse import folder_of
 from runner.cloud.ssh import Connection, user_of
 from runner.errors import CannotRunError, Problem
-from runner.paths import state_dir
 from runner.rundir import RunDir
 from runner.spec import RunSpec
 
@@ -35,17 +35,24 @@ class Up:
     @property
     def described(self) -> str:
         """What to do with it."""
-        until = datetime.fromtimestamp(self.deadline)
-        return (
-            f"pod {self.pod_id}, ${self.usd_per_hour:.2f} an hour, ends itself at {until:%H:%M on %Y-%m-%d}\n"
-            f"  python -m runner pods ssh {self.pod_id}\n"
-            f"  python -m runner pods tunnel {self.pod_id}      http://127.0.0.1:8888/?token={self.jupyter_token}\n"
-            f"  python -m runner pods terminate {self.pod_id}"
-        )
+        jupyter = f"      http://127.0.0.1:8888/?token={self.jupyter_token}"
+        return described(self.pod_id, self.usd_per_hour, self.deadline, "ends", jupyter)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+def described(pod_id: str, usd_per_hour: float, deadline: float, how: str, jupyter: str = "") -> str:
+    """What to do with a pod that is one's own."""
+    until = datetime.fromtimestamp(deadline)
+    return (
+        f"pod {pod_id}, ${usd_per_hour:.2f} an hour, {how} itself at {until:%H:%M on %Y-%m-%d}\n"
+        f"  python -m runner pods ssh {pod_id}\n"
+        f"  python -m runner pods tunnel {pod_id}{jupyter}\n"
+        f"  python -m runner … where=runpod where.pod={pod_id}\n"
+        f"  python -m runner pods terminate {pod_id}"
+    )
 
 
 def spec_for(spec: RunSpec, hours: float) -> RunSpec:
@@ -69,7 +76,7 @@ def up(spec: RunSpec, hours: float, say: Callable[[str], None], env: dict[str, s
     token = secrets.token_urlsafe(12)  # of a server that listens inside the pod alone; nobody's key
     began, pair = clock.now(), keys.pair(run_id)
     rented = acquire(
-        RunDir(state_dir() / "pods" / run_id), spec, {"hours": hours}, pair, say, detached=True,
+        RunDir(folder_of(run_id)), spec, {"hours": hours}, pair, say, detached=True,
         alone_minutes=60 * hours, env={"JUPYTER_PASSWORD": token},
     )  # fmt: skip
     if env:

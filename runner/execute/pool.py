@@ -206,7 +206,7 @@ def made_for(specs: Sequence[RunSpec], folder: Path, max_pods: int) -> Pool:
 
 def kind_of(spec: RunSpec) -> str | None:
     """What two runs must share to have the same pod; None for one whose pod is nobody else's."""
-    if not isinstance(spec.where, RunPodPlace) or spec.where.keep:
+    if not isinstance(spec.where, RunPodPlace) or spec.where.keeps or spec.where.pod:
         return None
     machine, place = spec.hw.model_dump(include=MACHINE), spec.where.model_dump(exclude=OWN)
     return json.dumps([machine, place], sort_keys=True)

@@ -13,11 +13,12 @@ import click
 from rich.console import Console
 
 from runner import checkpoints
-from runner.cloud import balance, clock, keys, pod, preflight, ssh
+from runner.cloud import balance, clock, keys, pod, preflight, reuse, ssh
 from runner.cloud.api import Api
 from runner.cloud.follow import News, Vanished
-from runner.cloud.ledger import HeldError
+from runner.cloud.ledger import HeldError, Ledger
 from runner.cloud.problems import NoBalanceError, StillThereError, no_balance
+from runner.cloud.reconcile import reconcile
 from runner.cloud.rented import Rented
 from runner.cloud.session import Session
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
@@ -76,14 +77,27 @@ def _priced(runs: Sequence[tuple[RunSpec, dict[str, Any]]]) -> tuple[str, float 
     """The machine for runs that could have the same pod, what all of them cost there, where that is known, and its
     price per hour."""
     spec, plan = runs[0]
-    machines, _ = preflight.check(Api(), spec, plan)
-    first, each = machines[0], [plan.get("hours") for _, plan in runs]
+    described, rate = _machine(spec, plan)
+    each = [plan.get("hours") for _, plan in runs]
     hours = sum(filter(None, each)) if all(each) else None
-    usd = first.usd_per_hour * hours if hours else None
+    usd = rate * hours if hours else None
     about = f", about ${usd:.2f} for {duration(3600 * hours)}" if usd is not None and hours else ""
     cap = where(spec).max_usd
     limit = f", never more than ${cap:g}{' a run' if len(runs) > 1 else ''}" if cap else ""
-    return f"{first.described}, ${first.usd_per_hour:.2f} an hour{about}{limit}", usd, first.usd_per_hour
+    return f"{described}, ${rate:.2f} an hour{about}{limit}", usd, rate
+
+
+def _machine(spec: RunSpec, plan: dict[str, Any]) -> tuple[str, float]:
+    """What would be asked for first, or the pod that is named, and its price per hour."""
+    if where(spec).pod:
+        api = Api()
+        ledger = Ledger()
+        reconcile(api, ledger)
+        found = reuse.find(api, ledger, spec)
+        became = "stopped" if where(spec).keeps else "ENDED, with its disk"
+        return f"nothing: takes {found.described}, which is {became} after the run", found.entry.usd_per_hour
+    machines, _ = preflight.check(Api(), spec, plan)
+    return machines[0].described, machines[0].usd_per_hour
 
 
 def _balance(usd: float, usd_per_hour: float) -> list[str]:
@@ -135,6 +149,8 @@ def _rent(run: RunDir, spec: RunSpec, pair: keys.KeyPair, voice: Voice, manner: 
     pool = manner.pool
     try:
         rented = pool.take(run, spec, pair, voice.say) if pool and not again else None
+        if where(spec).pod:
+            rented = reuse.take(run, spec, pair, voice.say, manner.detach)
         rented = rented or pod.acquire(
             run, spec, run.read("plan.json"), pair, voice.say, detached=manner.detach,
             alone_minutes=BOOT_FACTOR * where(spec).setup_minutes, env=pool.variables() if pool else None,
@@ -168,7 +184,7 @@ def _with(session: Session, voice: Voice, manner: Manner) -> Outcome:
         raise
     except BaseException as error:
         session.close()
-        rented.release()
+        rented.release(keep=where(session.spec).keeps and bool(where(session.spec).pod))
         account(run, rented, error)
         if isinstance(error, KeyboardInterrupt):  # before anybody followed it, who would have told
             voice.say(f"Interrupted: you asked for it; pod {rented.pod.id} is given back")
@@ -215,7 +231,7 @@ def finish(session: Session, last: dict[str, Any], voice: Voice, pool: Pool | No
             run.set_status("interrupted", exit_code=code, error=f"stopped: {last['stopped_for']}")
         else:
             run.set_status("failed", exit_code=code, error=last.get("message") or f"the training ended with {code}")
-    keep = where(spec).keep
+    keep = where(spec).keeps
     try:
         rented.release(keep)
     except StillThereError as error:
@@ -302,6 +318,9 @@ def _replaceable(session: Session, error: Vanished, lost: int) -> None:
     run, place = session.run, where(session.spec)
     if session.agent.get("state") == "ending":
         raise _ended_by_itself(session, session.agent)
+    if place.pod:
+        account(run, session.rented, error)
+        raise reuse.unavailable(place.pod)
     if lost > place.max_replacements:
         account(run, session.rented, error)
         remedy = f"python -m runner resume {shown(run.path)} goes on after the last checkpoint"

@@ -34,7 +34,7 @@ def print_pods(console: Console, rows: Sequence[Any], now: float | None = None) 
         style = _STYLE.get(row.state, "")
         state = f"[{style}]{row.state}[/{style}]" if style else row.state
         table.add_row(
-            row.pod_id or "–", escape(row.run_id), state,
+            row.pod_id or "–", escape(row.run_id or row.name), state,
             *((row.status or "–", escape(row.gpu or "–")) if wide else ()),
             f"{row.usd_per_hour:.2f}", f"${row.usd:.2f}", _hours(row.age_hours),
             "–" if row.deadline is None else _hours((row.deadline - now) / 3600),

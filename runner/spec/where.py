@@ -63,8 +63,10 @@ class RunPodPlace(_Place):
     """Bid per GPU-hour in US$, with `spot`."""
     max_replacements: int = Field(default=3, ge=0)
     """How many pods may follow one that vanished in the middle of the run."""
-    keep: bool = False
-    """Leave the pod stopped at the end instead of ending it: its volume disk is kept, and paid for."""
+    pod: str | None = None
+    """Run in this pod instead of a new one, by its id or its run's: one that is stopped, or was rented by `pods up`."""
+    keep: bool | None = None
+    """Leave the pod stopped at the end instead of ending it: its volume disk is kept, and paid for; null means one named by `pod` alone."""
     deadline_hours: float | Auto = Field(default="auto")
     """Hours after which the pod ends itself, whatever happens; auto is `max_hours`, or twice the plan and one."""
     heartbeat_minutes: float = Field(default=30, gt=0)
@@ -89,8 +91,16 @@ class RunPodPlace(_Place):
             raise ValueError("expected more than 0, or auto")
         return value
 
+    @property
+    def keeps(self) -> bool:
+        """The pod is stopped at the end, and not ended."""
+        return self.pod is not None if self.keep is None else self.keep
+
     @model_validator(mode="after")
     def _agree(self) -> RunPodPlace:
+        if self.pod is not None and (self.spot or self.volume):
+            key, word = ("where.spot", "spot") if self.spot else ("where.volume", "volume")
+            raise ValueError(f"{key}: a pod that exists has its price and its disks already; leave out where.{word}")
         if self.spot and self.bid_usd is None:
             raise ValueError("where.spot=true needs a bid per GPU-hour; write where.bid_usd=0.30, say")
         if self.bid_usd is not None and not self.spot:

@@ -13,6 +13,10 @@ from rich.console import Console
 from runner.report.problems import dump
 from runner.verbs.shared import Arguments, Finite, as_json_option, composed, one_run, request_of, spoken
 
+all_option = click.option(
+    "--all", "everything", is_flag=True, help="Also the account's pods that are not of this project: to look at alone."
+)
+
 env_option = click.option(
     "-e", "--env", multiple=True, metavar="NAME",
     help="Pass this variable's value to shells and notebooks in the pod, over SSH into its memory.",
@@ -24,9 +28,10 @@ class Subverbs(click.Group):
 
 
 @click.group(invoke_without_command=True, cls=Subverbs)
+@all_option
 @as_json_option
 @click.pass_context
-def pods(context: click.Context, as_json: bool) -> None:
+def pods(context: click.Context, everything: bool, as_json: bool) -> None:
     """Every pod of this project: state, cost so far, age, deadline; and what to do with one.
 
     What a crashed launcher has left is put in order first: whatever is half-made is ended.
@@ -34,22 +39,24 @@ def pods(context: click.Context, as_json: bool) -> None:
     \b
     Examples:
       python -m runner pods
+      python -m runner pods --all                      the account's other pods as well, which no verb touches
       python -m runner pods terminate <run>            a run's id, its folder, or the pod's id
       python -m runner pods tunnel <run>               TensorBoard and Jupyter at 127.0.0.1, over SSH
       python -m runner pods reap                       end what no run owns
       python -m runner pods up hw=rtx4090 --hours 3    just a pod
+      python -m runner pods start <run> --hours 2      one that was kept
     """
     if context.invoked_subcommand is None:
-        _list(as_json=as_json)
+        _list(everything=everything, as_json=as_json)
 
 
 @spoken
-def _list(as_json: bool) -> None:
+def _list(everything: bool, as_json: bool) -> None:
     from runner.cloud import fleet
     from runner.report.pods import print_pods
 
     api, ledger = _ready()
-    rows = fleet.rows(api, ledger)
+    rows = fleet.rows(api, ledger, everything=everything)
     if as_json:
         click.echo(dump([asdict(row) for row in rows]))
     else:
@@ -57,10 +64,11 @@ def _list(as_json: bool) -> None:
 
 
 @pods.command(name="list")
+@all_option
 @as_json_option
-def list_(as_json: bool) -> None:
+def list_(everything: bool, as_json: bool) -> None:
     """The same as `pods` alone."""
-    _list(as_json=as_json)
+    _list(everything=everything, as_json=as_json)
 
 
 @pods.command()
@@ -81,6 +89,39 @@ def stop(run: str, as_json: bool) -> None:
     per_day = next((row.usd_per_day_stopped for row in fleet.rows(api, ledger) if row.pod_id == pod_id), 0.0)
     said = f"pod {pod_id} is stopped, and costs about ${per_day:.2f} a day until it is terminated"
     _answer(as_json, said, pod_id=pod_id, state="stopped", usd_per_day=per_day)
+
+
+@pods.command()
+@click.argument("run")
+@click.option("--hours", type=Finite(min=0, min_open=True), required=True, help="Then it stops itself again.")
+@env_option
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@as_json_option
+@spoken
+def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool) -> None:
+    """Start the stopped pod of RUN for SSH and Jupyter; it stops itself after so many hours, and keeps its disk.
+
+    A run takes a stopped pod by itself: where.pod=RUN.
+
+    \b
+    Example:
+      python -m runner pods start mistral7b-qlora4-20261125-164234-ab12 --hours 2
+    """
+    from runner.cloud import fleet, pod_env, reuse
+    from runner.cloud.up import described
+
+    values = pod_env.named(env)
+    api, ledger = _ready()
+    name, pod_id, _ = fleet.find(api, ledger, run)
+    entry = ledger.entry(name)
+    if entry is not None:
+        click.echo(f"pod {pod_id}, ${entry.usd_per_hour * hours:.2f} for {hours:g} hours at most", err=True)
+    if not yes and sys.stdin.isatty():
+        click.confirm("Start it?", abort=True, err=True)
+    rented = reuse.start(api, ledger, run, hours, lambda line: click.echo(line, err=True), values)
+    said = described(rented.pod.id, rented.usd_per_hour, rented.deadline, "stops")
+    facts = {"pod_id": rented.pod.id, "usd_per_hour": rented.usd_per_hour, "deadline": rented.deadline}
+    _answer(as_json, said, **facts, run_id=rented.run_id, state="running")
 
 
 @pods.command()

@@ -1,0 +1,214 @@
+"""Pods that exist already: taken for a run by `where.pod`, or started again for a person.
+
+A pod is taken in one transaction of the ledger, so that it has one owner; its dead-man's switch then holds the new
+order before anything is sent. Whatever goes wrong, it is stopped, and its disk is kept.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.cloud import clock, fleet, handover, keys, pod_env, ship
+from runner.cloud.adopt import volume_of
+from runner.cloud.answers import Pod
+from runner.cloud.api import Api
+from runner.cloud.kept import begun
+from runner.cloud.ledger import PREFIX, Entry, Ledger
+from runner.cloud.money import Meter
+from runner.cloud.placement import runpod
+from runner.cloud.problems import TooDearError
+from runner.cloud.rented import Rented, deadline_of, spent
+from runner.cloud.session import Session
+from runner.cloud.ship import Berth, Say
+from runner.cloud.waiting import until_ready
+from runner.errors import Problem, RequestError, RunFailedError
+from runner.paths import state_dir
+from runner.rundir import RunDir
+from runner.spec import RunPodPlace, RunSpec
+
+SETUP_S, BAD_HOST_S = 20 * 60.0, 3 * 60.0
+"""For a pod of a person's own, as `where.setup_minutes` and `where.bad_host_minutes` by default."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A pod that may be taken."""
+
+    entry: Entry
+    pod: Pod
+
+    @property
+    def described(self) -> str:
+        """For whoever is asked."""
+        state = "stopped" if self.entry.state == "STOPPED" else "running"
+        return f"pod {self.pod.id} ({state}), {self.pod.gpu_count or ''} {self.entry.gpu}".replace("  ", " ")
+
+
+def folder_of(run_id: str) -> Path:
+    """What stands in the ledger as the run directory of a pod that is a person's own."""
+    return state_dir() / "pods" / run_id
+
+
+def find(api: Api, ledger: Ledger, spec: RunSpec, own: str | None = None) -> Found:
+    """The pod that `where.pod` names; `own` is the run that takes it.
+
+    RequestError for one that is not there, at work, or of another kind.
+    """
+    place = runpod(spec)
+    source = f"where.pod={place.pod}"
+    name, pod_id, run_id = fleet.find(api, ledger, str(place.pod))
+    entry, pod = ledger.entry(name), api.pod(pod_id)
+    if entry is None or pod is None:
+        what, remedy = f"pod {pod_id} was rented from another machine", "use it there; or stop it: pods stop, and again"
+        raise RequestError(Problem(what, source, f"{remedy}: python -m runner pods stop {pod_id}"))
+    if entry.owned and not entry.owned_here:
+        what = f"{run_id} is at work in pod {pod_id}: process {entry.pid} looks after it"
+        raise RequestError(Problem(what, source, f"python -m runner logs {run_id} -f looks on; leave out where.pod"))
+    if entry.state == "STOPPED":
+        if pod.status != "EXITED":
+            raise RequestError(Problem(f"pod {pod_id} is {pod.status}, and not stopped", source, "try again"))
+        over = RunDir(Path(entry.run_dir)).state() in ("done", "failed", "interrupted")
+        if run_id != own and not _is_a_persons(entry) and not over:
+            what = f"pod {pod_id} has what is newest of {run_id}, which is not here"
+            raise RequestError(Problem(what, source, f"python -m runner fetch {run_id} brings it, and ends the pod"))
+    elif entry.state != "RUNNING" or not _is_a_persons(entry):
+        what = f"{run_id} is in pod {pod_id} ({entry.state.lower()})"
+        raise RequestError(Problem(what, source, f"python -m runner attach {run_id}, or fetch {run_id}, first"))
+    _check_kind(spec, entry, pod, source)
+    return Found(entry, pod)
+
+
+def take(run: RunDir, spec: RunSpec, pair: keys.KeyPair, say: Say, detached: bool) -> Rented:
+    """The pod that `where.pod` names, started if it was stopped, serving this run from here on.
+
+    Errors as `find` has them, NoCapacityError or BadHostError where it does not start, TooDearError over the cap.
+    """
+    api, ledger, place = Api(), Ledger(), runpod(spec)
+    found = find(api, ledger, spec, run.id)
+    old = found.entry
+    rented = _taken(
+        api, ledger, found, run.id, run.path.absolute(), say, place.max_usd, spent(ledger, run.id),
+        None if detached else 60 * place.heartbeat_minutes,
+    )  # fmt: skip
+    rented.deadline = deadline_of(place, rented.meter)
+    say(f"Takes   {found.described}, of {old.run_id}")
+    try:
+        ledger.set(rented.name, deadline=rented.deadline, keep=place.keeps)
+        if old.state == "STOPPED":
+            _start(rented, place, say)
+        if place.max_usd is not None and rented.usd_per_hour > (rented.cap_usd or 0):
+            what = f"pod {rented.pod.id} costs ${rented.usd_per_hour:.2f} an hour: more than where.max_usd allows"
+            raise TooDearError(Problem(what, "where.max_usd", "raise where.max_usd, or take cheaper hardware"))
+        _hand_on(rented, old, Session(run, spec, rented, pair, say), detached)
+        return rented
+    except BaseException:
+        rented.release(keep=True)
+        raise
+
+
+def start(api: Api, ledger: Ledger, word: str, hours: float, say: Say, env: dict[str, str]) -> Rented:
+    """Start a stopped pod for a person: it ends itself after so many hours, stopped. RequestError for one that runs."""
+    name, pod_id, run_id = fleet.find(api, ledger, word)
+    entry, pod = ledger.entry(name), api.pod(pod_id)
+    if entry is None:
+        entry = fleet.adopt(api, ledger, pod_id, run_id)
+    if pod is None or pod.status != "EXITED":
+        what = f"pod {pod_id} is {pod.status.lower() if pod else 'gone'}, and not stopped"
+        raise RequestError(Problem(what, "command line", f"python -m runner pods ssh {pod_id}"))
+    if entry.state != "STOPPED":
+        ledger.move(entry.name, "STOPPED", "as RunPod says")
+        ledger.leave(entry.name)
+    rented = _taken(api, ledger, Found(entry, pod), run_id, folder_of(run_id), say, None, 0.0, None)
+    rented.deadline = clock.now() + 3600 * hours
+    try:
+        ledger.set(rented.name, deadline=rented.deadline, keep=True)
+        _start(rented, None, say)
+        at = ship.board(rented.pod, run_id, keys.pair(run_id), say)
+        try:
+            order = ship.order(
+                run_id, rented.pod.id, deadline=rented.deadline, started=rented.meter.started,
+                usd_per_hour=rented.usd_per_hour, budget_usd=None, heartbeat_minutes=None, boarding_minutes=None,
+                keep=True, uncollected="stop",
+            )  # fmt: skip
+            ship.arm(at, order | {"fresh": False}, say)
+            if env:
+                pod_env.place(at.connection, run_id, env)
+        finally:
+            at.connection.close()
+        rented.mark("RUNNING", "it is a person's own until its deadline")
+        rented.detach()
+        return rented
+    except BaseException:
+        rented.release(keep=True)
+        raise
+
+
+def _is_a_persons(entry: Entry) -> bool:
+    """Of `pods up` or `pods start`: no run's result is in it that nobody has."""
+    return Path(entry.run_dir or "/").parent == state_dir() / "pods"
+
+
+def _check_kind(spec: RunSpec, entry: Entry, pod: Pod, source: str) -> None:
+    """RequestError for a pod without what the plan counts on."""
+    hw, place = spec.hw, runpod(spec)
+    wanted = place.gpu_types or ([hw.runpod_gpu_id] if hw.runpod_gpu_id else [])
+    gpus = hw.num_gpus if hw.accelerator == "cuda" else 0
+    if gpus and (entry.gpu not in wanted or pod.gpu_count != gpus):
+        has = f"{pod.gpu_count or 'no'} × {entry.gpu}"
+        what = f"pod {pod.id} has {has}, and the run wants {gpus} × {' or '.join(wanted)}"
+        raise RequestError(Problem(what, source, "name the hardware that it has: hw=…"))
+
+
+def _taken(
+    api: Api, ledger: Ledger, found: Found, run_id: str, folder: Path, say: Say, cap: float | None, before: float,
+    heartbeat_s: float | None,
+) -> Rented:  # fmt: skip
+    """The pod, owned by this process from here on; RequestError where another one was faster."""
+    entry, pod = found.entry, found.pod
+    name = f"{PREFIX}{run_id}-{secrets.token_hex(2)}"
+    own = ledger.hand_over(
+        entry.name, name, run_id=run_id, run_dir=str(folder), heartbeat_s=heartbeat_s, running=_is_a_persons(entry)
+    )
+    if own is None:
+        raise RequestError(Problem(f"another command has taken pod {pod.id}", "command line"))
+    meter = Meter(entry.usd_per_hour, clock.now(), entry.disk_gb, cap, before)
+    return Rented(api, ledger, name, pod, clock.now() + 3600, meter, run_id, volume_of(pod), say)
+
+
+def _start(rented: Rented, place: RunPodPlace | None, say: Say) -> None:
+    """Start a stopped pod, until it answers; its real price from then on."""
+    rented.api.start(rented.pod.id)
+    setup, bad = (60 * place.setup_minutes, 60 * place.bad_host_minutes) if place else (SETUP_S, BAD_HOST_S)
+    pod = begun(rented.api, rented.pod)
+    rented.pod = until_ready(rented.api, pod, setup_s=setup, bad_host_s=bad, say=say, seen=lambda seen: None)
+    if rented.pod.usd_per_hour and rented.pod.usd_per_hour != rented.meter.usd_per_hour:
+        rented.meter.usd_per_hour = rented.pod.usd_per_hour
+        rented.ledger.set(rented.name, usd_per_hour=rented.pod.usd_per_hour)
+
+
+def _hand_on(rented: Rented, old: Entry, new: Session, detached: bool) -> None:
+    """Have the pod's switch serve the new run. One that has none, of `pods up`, gets it where the pod's start command
+    looks for it after a restart."""
+    at = ship.board(rented.pod, old.run_id, keys.pair(old.run_id), rented.say)
+    try:
+        if old.run_id == new.run.id:  # the order of its own folder is renewed as the run is sent
+            return
+        order = new.order(detached)
+        if at.connection.attempt(f"test -e {shlex.quote(at.folder)}/agent.json")[0]:
+            at.connection.run(f"mkdir -p {shlex.quote(at.folder)}/logs")
+            at.connection.put([Path(str(module.__file__)) for module in ship.SCRIPTS], f"{at.folder}/")
+            at.place("agent.json", order | {"run_id": old.run_id, "public_key": None})
+        there = Berth(at.connection, at.workspace, new.run.id)
+        handover.succeed(at, there, order)
+        at.connection.run(f"rm -f /dev/shm/runner-{shlex.quote(old.run_id)}.env", check=False)
+    finally:
+        at.connection.close()
+
+
+def unavailable(pod: str) -> RunFailedError:
+    """A pod that was named is not replaced by another one."""
+    what = f"pod {pod} was named by where.pod, and no other one is rented in its place"
+    return RunFailedError(Problem(what, f"where.pod={pod}", "resume with where.pod=null rents one"))
