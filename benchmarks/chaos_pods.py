@@ -12,16 +12,17 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import ROOT, Benchmark, alone, say, table
+from benchmarks import cases
+from benchmarks.bench import ROOT, Benchmark, alone, table
 from benchmarks.pod_training import MODEL, STEP_S, SUM
 from runner.cloud.emulator.server import Emulator
 from runner.cloud.ledger import Ledger
+from tests.disks import Disk, unshare
 from tests.processes import only_run, tiny_model, words
 
 STEPS = 80
@@ -30,6 +31,8 @@ CAP_LEFT_S = 110.0
 SILENCE_S = 15.0
 ROUNDS = 3
 """A pod that was taken away in the middle of its training goes on with it when `fetch` starts it again."""
+NEAR_CAP = 4
+"""Every so many-th run begins near its cap."""
 LAUNCHER = """\
 import sys
 from runner.cloud import pod
@@ -57,19 +60,28 @@ FAULTS: tuple[tuple[str, dict[str, Any]] | None, ...] = (
     ("answer", {"on": "terminate", "status": 500, "times": 3}),
     ("undead", {}),
     ("late_listing", {"seconds": 3}),
+    ("double", {"on": "create"}),
+    ("answer", {"on": "list", "status": 500, "times": 0}),
+    ("answer", {"on": "terminate", "status": 502, "times": 8}),
+    ("pod disk full", {}),
+    ("pod disk read-only", {}),
+    ("own disk full", {}),
+    ("own disk read-only", {}),
+    ("own ledger deleted", {}),
 )
-"""What happens, once, at a random moment; the first kinds happen to a pod, the others to the next requests."""
+"""What happens, once, at a random moment: to a pod, to the next requests, to the disks of pods or of the launcher."""
 TAKEN = ("vanish",)
 """Faults that take the disk away, with what only it had."""
 
 EXPLANATION = """\
 Each case is `python -m runner … where=runpod`, from renting to the end, with an [emulated RunPod](emulator.md) of its
 own: real ssh servers, rsync, the real agent. In place of the training stands a process that does with files and signals
-what one does, for {seconds:.0f} s (benchmarks/pod_training.py). At a random moment one of {faults} faults happens, or
-none; half of the launchers get SIGKILL at another, and a quarter of the runs is left to its pod (`--detach`). Every
-third run begins {left:.0f} s before its cap: its meter is told that the pod was rented so much earlier, and its
-training would take for ever. Then nobody does anything until no pod is paid for any more, and `fetch` is typed (again
-when a training that was taken away has gone on in between), and `pods reap`.
+what one does, for {seconds:.0f} s (benchmarks/pod_training.py). At a random moment (one of a create request at once)
+one of {faults} faults happens, or none; disks, of all pods or of the launcher with runs, ledger and cache, are real
+ones (ext4). Half of the launchers get SIGKILL at another moment, and a quarter of the runs is left to its pod
+(`--detach`). Every fourth run begins {left:.0f} s before its cap: its meter is told that the pod was rented so much
+earlier, and its training would take for ever. Then nobody does anything until no pod is paid for any more, disks are
+mended, and `fetch` is typed (again when a training that was taken away has gone on in between), and `pods reap`.
 
 - *lost*: models that a training had finished, on a disk that was not taken away, and that are not here then, bit for
   bit;
@@ -112,13 +124,12 @@ class Watch:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """`--cases`, `--seed`, `--at-once`."""
-    parser.add_argument("--cases", type=int, default=90, help="runs in all (default 90)")
-    parser.add_argument("--seed", type=int, default=1, help="of the random moments (default 1)")
-    parser.add_argument("--at-once", type=int, default=3, help="cases beside one another (default 3)")
+    cases.add_options(parser, 5 * len(FAULTS), 3)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All cases."""
+    unshare()
     visible = ROOT / ".pytest_cache"  # from inside of a pod, which has a /tmp and a /root of its own
     visible.mkdir(exist_ok=True)
     python = _pods_python(visible / "pods-python")
@@ -127,33 +138,34 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         model = tiny_model(folder / "model")
 
         def one(number: int) -> dict[str, Any]:
-            dice = random.Random(f"{options.seed}-{number}")
-            found = _case(number, folder / str(number), model, python, dice)
-            say(f"case {number}: {found}")
-            return found
+            return _case(number, folder / str(number), model, python, random.Random(f"{options.seed}-{number}"))
 
-        with ThreadPoolExecutor(options.at_once) as pool:
-            cases = list(pool.map(one, range(options.cases)))
-    return {"seed": options.seed, "cases": cases}
+        found = cases.Kept(BENCHMARK.name, options.seed).run(options.cases, options.at_once, one)
+    return {"seed": options.seed, "cases": found}
 
 
 def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Random) -> dict[str, Any]:
     """One run, its end, and what is left of it."""
     fault = FAULTS[number % len(FAULTS)]
-    near_cap = number % 3 == 2
+    near_cap = number % NEAR_CAP == 2
     detached = dice.random() < 0.25
     longest = 35.0 if near_cap else 13.0 + STEPS * STEP_S
     kill_at = dice.uniform(0, longest) if dice.random() < 0.5 else None
-    strike_at = dice.uniform(0, longest)
+    at_create = fault is not None and fault[1].get("on") == "create"
+    strike_at = dice.uniform(0, longest) if not at_create else 0.0
     folder.mkdir()
+    kind = fault[0] if fault is not None else ""
+    own = folder / "own"
+    disk = _disk(kind, folder)
+    own.mkdir(exist_ok=True)
     with Emulator(folder / "runpod") as emulator, Watch(emulator) as watch:
         env = {
-            **os.environ, **emulator.env, "RUNNER_STATE": str(folder / "state"), "RUNNER_CACHE": str(folder / "cache"),
+            **os.environ, **emulator.env, "RUNNER_STATE": str(own / "state"), "RUNNER_CACHE": str(own / "cache"),
             "RUNNER_POD_PYTHON": str(python), "RUNNER_CLOUD_PACE": "0.1", "PYTHONPATH": str(ROOT), "COLUMNS": "200",
         }  # fmt: skip
         steps = 100_000 if near_cap else STEPS
         typed = words(
-            model, folder / "runs", "where=runpod", "where.gpu_types=[NVIDIA L4]", f"train.max_steps={steps}",
+            model, own / "runs", "where=runpod", "where.gpu_types=[NVIDIA L4]", f"train.max_steps={steps}",
             "where.max_usd=5", "where.deadline_hours=24", "where.bad_host_minutes=0.2", "where.setup_minutes=0.75",
             f"where.heartbeat_minutes={SILENCE_S / 60}",
         )  # fmt: skip
@@ -167,14 +179,16 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
                 stdout=log,
                 stderr=log,
             )
-        taken = _strike(watch, fault, strike_at, launcher, kill_at)
+        taken = _strike(watch, fault, strike_at, launcher, kill_at, own, disk)
         killed = launcher.returncode == -signal.SIGKILL
         quiet = _until(lambda: launcher.poll() is not None and not watch.paid(), CAP_LEFT_S + 120)
         if launcher.poll() is None:
             launcher.kill()
         emulator.clear()
-        past = _past_cap(folder / "state", watch.seen) if near_cap else None
-        run = only_run(folder / "runs")
+        if disk is not None and quiet:
+            disk.mend()
+        past = _past_cap(own / "state", watch.seen) if near_cap else None
+        run = only_run(own / "runs")
         for _ in range(ROUNDS):
             if run is None or not emulator.pods():
                 break
@@ -182,12 +196,29 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
             _until(lambda: not watch.paid(), CAP_LEFT_S)
         _typed(env, folder / "after.log", "pods", "reap")
         left = [id for id, pod in emulator.pods().items() if pod.status != "TERMINATED"]
+    home, state = _home(run, watch.finished), _state(run)
+    if disk is not None:
+        disk.close()
     return {
         "case": number, "fault": None if fault is None else " ".join([fault[0], *map(str, fault[1].values())]),
         "near_cap": near_cap, "detached": detached, "killed": killed, "quiet": quiet, "left": left,
-        "finished": watch.finished is not None, "home": _home(run, watch.finished), "taken": taken,
-        "past_cap_seconds": past, "state": _state(run),
+        "finished": watch.finished is not None, "home": home, "taken": taken,
+        "past_cap_seconds": past, "state": state,
     }  # fmt: skip
+
+
+def _disk(kind: str, folder: Path) -> Disk | None:
+    """The one that is to be harmed: of all pods, or of the launcher."""
+    place = {"pod disk": "runpod", "own disk": "own"}.get(kind[:8])
+    return None if place is None else Disk(folder / place, 96)
+
+
+def _harm(kind: str, own: Path, disk: Disk | None) -> None:
+    if disk is not None:
+        disk.fill() if kind.endswith("full") else disk.break_down()
+        return
+    for part in (own / "state").glob("ledger.db*"):
+        part.unlink(missing_ok=True)
 
 
 def _pods_python(file: Path) -> Path:
@@ -203,7 +234,7 @@ def _pods_python(file: Path) -> Path:
 
 def _strike(
     watch: Watch, fault: tuple[str, dict[str, Any]] | None, strike_at: float, launcher: subprocess.Popen[bytes],
-    kill_at: float | None,
+    kill_at: float | None, own: Path, disk: Disk | None,
 ) -> bool:  # fmt: skip
     """Both blows at their moments; whether a finished model was taken away with its disk."""
     began, taken = time.monotonic(), False
@@ -213,6 +244,8 @@ def _strike(
         if blow == "kill":
             launcher.kill()
             launcher.wait()
+        elif fault is not None and fault[0].startswith(("pod ", "own ")):
+            _harm(fault[0], own, disk)
         elif fault is not None:
             taken = fault[0] in TAKEN and watch.finished is not None
             watch.emulator.inject(fault[0], **fault[1])
@@ -227,7 +260,7 @@ def _typed(env: dict[str, str], log: Path, *verb: str) -> None:
 
 def _past_cap(state: Path, seen: dict[str, float]) -> float:
     """Seconds for which a pod was paid for after its cap: the deadline in the ledger is the cap's here."""
-    entries = Ledger(state / "ledger.db").entries(gone=True)
+    entries = Ledger.or_copy(state / "ledger.db")[0].entries(gone=True)
     over = [seen[e.pod_id] - e.deadline for e in entries if e.pod_id in seen and e.deadline is not None]
     return round(max([0.0, *over]), 1)
 
@@ -255,10 +288,9 @@ def _until(condition: Any, seconds: float) -> bool:
 
 def section(measured: dict[str, Any]) -> str:
     """By fault: runs, killed launchers, and what must be zero."""
-    cases = measured["cases"]
-    rows = []
-    for fault in [*dict.fromkeys(case["fault"] for case in cases), "all"]:
-        some = [case for case in cases if fault in ("all", case["fault"])]
+    rows, found = [], measured["cases"]
+    for fault in [*dict.fromkeys(case["fault"] for case in found), "all"]:
+        some = [case for case in found if fault in ("all", case["fault"])]
         past = [case["past_cap_seconds"] for case in some if case["past_cap_seconds"] is not None]
         lost = [case for case in some if case["finished"] and not case["home"] and not case["taken"]]
         rows.append([

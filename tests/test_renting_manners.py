@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from runner.cloud import waiting
-from runner.cloud.api import Api
 from runner.cloud.pod import acquire
 from runner.cloud.problems import NoBalanceError
-from runner.cloud.waiting import NoImageError
+from runner.cloud.waiting import NoImageError, PullLimitError
 from runner.execute import runpod
 from runner.execute.causes import cause_of
 from runner.execute.manner import Manner
 from runner.rundir import RunDir
 from tests.emulated import Emulator, emulator
+from tests.front import here, laptop, runner
 from tests.rented import PLAN, Key, rented_spec, run_of, state
 
-__all__ = ["emulator", "state"]
+__all__ = ["emulator", "here", "laptop", "state"]
 pytestmark = pytest.mark.usefixtures("state")
 
 
@@ -56,30 +55,53 @@ LINES = (
 
 @pytest.mark.parametrize("line", LINES)
 def test_an_image_that_cannot_be_pulled_is_said_and_not_tried_on_other_pods(
-    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+    emulator: Emulator, tmp_path: Path, line: str
 ) -> None:
-    def logs(
-        api: Api, pod_id: str, *, source: str | None = None, tail: int = 100, follow: bool = False
-    ) -> Iterator[str]:
-        assert source == "system" and not follow
-        yield from ("create container", line)
-
-    monkeypatch.setattr(Api, "logs", logs)
-    monkeypatch.setattr(waiting, "LEAST_PULL_S", 0.2)
-    emulator.inject("slow_pull", seconds=60, times=0)
+    emulator.inject("no_pull", detail=line, times=0)
     with pytest.raises(NoImageError) as caught:
         rent(tmp_path, [], "where.image=acme/private:1")
     (problem,) = caught.value.problems
     assert problem.what.startswith("the image acme/private:1 cannot be pulled: ") and problem.source == "where.image"
+    assert line[-40:] in problem.what
     assert caught.value.exit_code == 2 and creates(emulator) == 1 and emulator.pods() == {}
 
 
+def test_a_registry_that_limits_pulls_is_said_and_not_tried_on_other_pods(emulator: Emulator, tmp_path: Path) -> None:
+    line = "toomanyrequests: You have reached your pull rate limit. You may increase the limit by authenticating"
+    emulator.inject("no_pull", detail=line, times=0)
+    with pytest.raises(PullLimitError) as caught:
+        rent(tmp_path, [], "where.image=acme/public:1")
+    (problem,) = caught.value.problems
+    assert problem.what.startswith("the registry lets nobody pull acme/public:1 now: ") and line in problem.what
+    assert "where.template=ID" in str(problem.remedy) and "another registry" in str(problem.remedy)
+    assert caught.value.exit_code == 3 and creates(emulator) == 1 and emulator.pods() == {}
+
+
+def test_a_pull_that_another_host_may_do_better_is_tried_there(emulator: Emulator, tmp_path: Path) -> None:
+    emulator.inject("no_pull", detail="net/http: TLS handshake timeout")
+    rent(tmp_path, [], "where.setup_minutes=0.05")
+    assert creates(emulator) == 2 and len(emulator.pods()) == 1
+
+
+@pytest.mark.parametrize(("detail", "code"), [(None, 2), ("toomanyrequests: You have reached your pull rate limit", 3)])
+def test_the_command_says_why_no_pod_can_be_had(
+    emulator: Emulator, tmp_path: Path, here: Path, detail: str | None, code: int
+) -> None:
+    emulator.inject("no_pull", detail=detail, times=0)
+    words = ("where=runpod", "hw=rtx4090", "model=mistral7b", "method=qlora4", "train.max_steps=10")
+    result = runner(*words, "where.image=acme/x:1", f"run.output_dir={tmp_path / 'runs'}", "--yes")
+    assert result.exit_code == code and "Traceback" not in result.output
+    said = " ".join(result.output.split())
+    assert "acme/x:1" in said and ("manifest unknown" if code == 2 else "toomanyrequests") in said
+    assert creates(emulator) == 1 and emulator.pods() == {}
+
+
 @pytest.mark.parametrize("line", [
-    "create container runpod/pytorch:1", "Pulling from runpod/pytorch", "toomanyrequests: the pull rate limit",
+    "create container runpod/pytorch:1", "Pulling from runpod/pytorch",
     "net/http: TLS handshake timeout", "error pulling image: connection reset by peer", "start container: begin",
 ])  # fmt: skip
 def test_what_another_host_may_do_better_is_no_fault_of_the_image(line: str) -> None:
-    assert waiting.NO_IMAGE.search(line) is None
+    assert waiting.NO_IMAGE.search(line) is None and waiting.PULL_LIMIT.search(line) is None
 
 
 def test_a_balance_that_pays_for_nothing_is_refused_and_one_that_is_too_small_is_said(

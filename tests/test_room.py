@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from runner.cloud import home, room, streams
+from runner.cloud import home, incoming, room, streams
 from runner.cloud.follow import TOO_MUCH, Follower
 from runner.cloud.room import TooMuchError
 from runner.cloud.ship import Berth
@@ -129,3 +131,27 @@ def test_the_last_of_a_disk_stays_free(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(shutil, "disk_usage", lambda path, facts=facts: facts)
         assert room.free(tmp_path / "not" / "there") == expected
         assert room.of_run(RunDir(tmp_path)) == expected
+
+
+@needs_sshd
+def test_a_full_disk_here_ends_no_training_there(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by benchmarks/chaos_pods.py: the launcher gave the pod back, with the only copy of what it had trained."""
+    follower, told = Follower(pod.at, pod.run, lambda: None), []
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(incoming, "write_at", raising(full))
+    monkeypatch.setattr(incoming, "write_whole", raising(full))
+    status = base64.b64encode(b'{"state": "done"}').decode()
+    for line in (
+        {"file": "metrics.jsonl", "at": 0, "data": "e30K"},
+        {"whole": "agent-status.json", "data": status},
+    ) * 2:
+        told += list(follower._take(json.dumps(line).encode()))
+    assert [news.kind for news in told] == ["words", "agent", "agent"]
+    assert "No space left on device; the run goes on" in told[0].value and told[1].value == {"state": "done"}
+
+
+def raising(error: OSError) -> Callable[..., None]:
+    def call(*_: object) -> None:
+        raise error
+
+    return call

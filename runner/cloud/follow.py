@@ -174,7 +174,10 @@ class Follower:
                 yield from self._told(name, int(line["at"]), content)
                 return
             if name not in NOT_HERE:
-                incoming.write_whole(self.run.path, name, content)
+                try:
+                    incoming.write_whole(self.run.path, name, content)
+                except OSError as error:  # where the run stands is known all the same
+                    yield from self._unwritten(error)
             if name in ("status.json", "agent-status.json") and isinstance(said := json.loads(content), dict):
                 yield News("status" if name == "status.json" else "agent", said)
         except (
@@ -188,8 +191,14 @@ class Follower:
         ):
             return
         except OSError as error:
-            if error.errno not in NOT_PLAIN:  # such as a full disk here
-                raise
+            yield from self._unwritten(error)
+
+    def _unwritten(self, error: OSError) -> Iterator[News]:
+        """Said once: a disk here that is full or read-only ends no training in a pod, whose disk has it all."""
+        if error.errno in NOT_PLAIN or isinstance(error, incoming.NotPlainError) or self.refused:
+            return
+        self.refused = True
+        yield News("words", f"Warning: nothing can be written at {self.run.path}: {error.strerror}; the run goes on")
 
     def _has_room(self, name: str, size: int) -> bool:
         """Whether a file may have so many bytes here, beside the others."""

@@ -54,7 +54,7 @@ def check(size: int, files: int, most: int, folder: Path) -> None:
 def too_much(what: str, most: int, folder: Path) -> TooMuchError:
     """With the limit, and what to do about it."""
     if most >= free(folder):
-        remedy = f"make room at {os.fspath(folder)}, then fetch the run; what stays in the pod is kept there"
+        remedy = f"make room at {os.fspath(folder.parent)}, then fetch the run; what stays in the pod is kept there"
         return TooMuchError(Problem(f"{what}, and there is room for {shown(most)} here", None, remedy))
     return TooMuchError(Problem(f"{what}, more than a run of this plan can hold ({shown(most)})", None, LOOK))
 

@@ -116,8 +116,9 @@ class Session:
             code = ship.send(at, self.run, self.spec, self.say)
             self.rented.mark("SYNCED", "everything was sent")
             secrets = ship.tell_secrets(at, self.spec)
+            # Written before it is done, or not done: whatever else is left behind, the next command would end.
+            self.rented.ledger.move(self.rented.name, "RUNNING", "its agent is armed, and gets its task")
             ship.begin(at, self.spec, str(self.rented.pod.id), code, secrets)
-        self.rented.mark("RUNNING", "the agent has its task")
 
     def find(self) -> tuple[str, int] | None:
         """Where the pod is now. Vanished if it is gone or was stopped."""
@@ -169,7 +170,8 @@ class Session:
         if item.kind == "agent":
             self.agent = item.value
         elif item.kind == "status":
-            mirror(self.run, item.value, self.rented)
+            with suppress(OSError):  # a full disk here, of which the follower speaks
+                mirror(self.run, item.value, self.rented)
         elif item.kind == "checkpoints" and item.value and self.where.volume is None:
             self._bring(max(item.value))
 

@@ -12,7 +12,7 @@ from runner.cloud.account import pace
 from runner.cloud.answers import OVER, Pod
 from runner.cloud.api import Api
 from runner.cloud.problems import ApiDownError, CloudError, WrongKeyError
-from runner.errors import Problem, RequestError, RunnerError
+from runner.errors import CannotRunError, Problem, RequestError, RunnerError
 
 POLL_S = 3.0
 LEAST_POLL_S = 0.1
@@ -32,10 +32,16 @@ NO_IMAGE = re.compile(
     re.IGNORECASE,
 )
 """What Docker and registries say of an image that no host will ever be able to pull."""
+PULL_LIMIT = re.compile(r"toomanyrequests|pull rate limit|429 Too Many Requests", re.IGNORECASE)
+"""What they say where too much was pulled from one address, or with one login: hosts of a cloud share addresses."""
 
 
 class NoImageError(RequestError):
     """The image cannot be pulled, on this host or another one."""
+
+
+class PullLimitError(CannotRunError):
+    """The registry lets nobody pull the image now; another host would wait, and be paid for, just as long."""
 
 
 class BadHostError(CloudError):
@@ -105,13 +111,21 @@ def until_ready(
 
 
 def _check_pull(api: Api, pod: Pod) -> None:
-    """NoImageError where RunPod's log of the pod says that its image cannot be had."""
+    """NoImageError or PullLimitError where RunPod's log of the pod says that its image cannot be had."""
     with suppress(CloudError):
-        line = next((line for line in api.logs(pod.id, source="system", tail=20) if NO_IMAGE.search(line)), None)
-        if line is not None:
-            what = f"the image {pod.image} cannot be pulled: {' '.join(line.split())[-200:]}"
-            remedy = "correct where.image; for a private one, a template of RunPod's with its registry's login"
-            raise NoImageError(Problem(what, "where.image", f"{remedy}: where.template=ID"))
+        for text in api.logs(pod.id, source="system", tail=20):  # which ends when it pauses: a refusal ends it sooner
+            line = " ".join(text.split())[-200:]
+            if NO_IMAGE.search(line):
+                what = f"the image {pod.image} cannot be pulled: {line}"
+                remedy = "correct where.image; for a private one, a template of RunPod's with its registry's login"
+                raise NoImageError(Problem(what, "where.image", f"{remedy}: where.template=ID"))
+            if PULL_LIMIT.search(line):
+                what = f"the registry lets nobody pull {pod.image} now: {line}"
+                remedy = (
+                    "wait (Docker Hub counts by six hours), take an image from another registry (where.image=…), or"
+                )
+                remedy += " a template of RunPod's with a login of the registry: where.template=ID"
+                raise PullLimitError(Problem(what, "where.image", remedy))
 
 
 def says_hello(host: str, port: int) -> bool:

@@ -170,9 +170,10 @@ def _rent(run: RunDir, spec: RunSpec, pair: keys.KeyPair, voice: Voice, manner: 
 
 def _with(session: Session, voice: Voice, manner: Manner) -> Outcome:
     """One pod, from its first byte to its end. It is given back unless it has what nobody else has."""
-    run, rented = session.run, session.rented
+    run, rented, begun = session.run, session.rented, False
     try:
         session.load(manner.detach)
+        begun = True
         if manner.detach:
             rented.detach()
             run.set_status("created", host=rented.name, pid=None)
@@ -184,6 +185,10 @@ def _with(session: Session, voice: Voice, manner: Manner) -> Outcome:
         raise
     except BaseException as error:
         session.close()
+        if begun and isinstance(error, OSError):  # of this machine: it ends no training there
+            rented.ledger.leave(rented.name)
+            what = f"{error.strerror or error}: nothing can be written here, and pod {rented.pod.id} still has the run"
+            raise RunFailedError(Problem(what, None, f"make room, then: python -m runner attach {run.id}")) from None
         rented.release(keep=where(session.spec).keeps and bool(where(session.spec).pod))
         account(run, rented, error)
         if isinstance(error, KeyboardInterrupt):  # before anybody followed it, who would have told

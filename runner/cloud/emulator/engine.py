@@ -17,6 +17,8 @@ from runner.cloud.emulator.problem import ApiProblem
 from runner.cloud.emulator.settings import Settings
 
 TICK_S = 0.02
+PULL_AGAIN_S = 5.0
+"""A host whose pull was refused tries again and again."""
 
 
 class Engine:
@@ -46,6 +48,9 @@ class Engine:
         pod.bad_host = self.faults.take("bad_host", **_facts(pod)) is not None
         slow = self.faults.take("slow_pull", **_facts(pod))
         pod.pull_s = slow.seconds if slow else self.settings.pull_s
+        if refused := self.faults.take("no_pull", **_facts(pod)):
+            image = pod.config["image"]
+            pod.no_pull = refused.detail or f"manifest for {image} not found: manifest unknown: manifest unknown"
         silent = self.faults.take("no_ssh", **_facts(pod))
         pod.ssh_delay_s = 1e6 if silent else self.settings.ssh_delay_s
         pod.created, pod.due = self.clock.now(), now + self.settings.provision_s
@@ -144,6 +149,9 @@ class Engine:
             self.remove(pod)
         elif pod.status == "PROVISIONING" and now >= pod.due and not pod.bad_host:
             self._place(pod, now)
+        elif pod.status == "STARTING" and now >= pod.due and pod.no_pull is not None:
+            pod.due = now + PULL_AGAIN_S
+            pod.log.add("system", f"error pulling image: Error response from daemon: {pod.no_pull}")
         elif pod.status == "STARTING" and now >= pod.due:
             pod.log.add("system", f"start container for {pod.config['image']}: begin")
             pod.status, pod.started = "RUNNING", self.clock.now()

@@ -14,6 +14,7 @@ KINDS = {
     "double": "create makes two pods of the same name, and answers with one of them",
     "no_capacity": "create, or start, finds no machine: for gpu, cloud, data_center, or all",
     "slow_pull": "the image takes `seconds`",
+    "no_pull": "the image cannot be pulled: STARTING for ever; `detail` is what the registry says in the system log",
     "bad_host": "the pod never gets a machine: PROVISIONING for ever",
     "no_ssh": "the pod runs, and its ssh server never answers",
     "price": "the pod costs `factor` times the catalogue's price",

@@ -110,6 +110,8 @@ class Pod:
     pull_s: float = 0.0
     ssh_delay_s: float = 0.0
     bad_host: bool = False
+    no_pull: str | None = None
+    """What the registry says, in place of the image."""
     gone: float | None = None
     """When it was terminated, on the billing clock."""
     terminate_at: float | None = None
