@@ -26,6 +26,14 @@ def recipes() -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in RECIPES.glob("*.yaml")))
 
 
+def broken(error: yaml.YAMLError, place: str | None) -> Problem:
+    """YAML that cannot be read; what to do about the two mistakes that its parser has no plain words for."""
+    what = str(getattr(error, "problem", error))
+    remedy = "indent with spaces: YAML takes no tabs" if "'\\t'" in what else None
+    remedy = "leave one document: without the second ---" if "another document" in what else remedy
+    return Problem(f"broken YAML: {what}", place, remedy)
+
+
 @cache
 def read(file: Path) -> dict[str, Any]:
     """One YAML file as written (an empty file is an empty mapping); RequestError for one that cannot be read."""
@@ -34,7 +42,7 @@ def read(file: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{shown(file)}:{mark.line + 1}" if mark else shown(file)
-        raise RequestError(Problem(f"broken YAML: {getattr(error, 'problem', error)}", place)) from None
+        raise RequestError(broken(error, place)) from None
     except UnicodeDecodeError as error:
         raise RequestError(Problem(f"a YAML file is not UTF-8: {error.reason}", shown(file))) from None
     if not isinstance(content, dict):

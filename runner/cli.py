@@ -132,3 +132,7 @@ def main() -> None:
         cli(prog_name="python -m runner" if sys.argv[0].endswith("__main__.py") else None)
     except SystemExit as end:
         sys.exit(terminal.exit_code(end.code) if isinstance(end.code, int | None) else end.code)
+
+
+if __name__ == "__main__":  # `python -m runner.cli`: otherwise it would say nothing, and look like success
+    main()

@@ -286,7 +286,7 @@ def as_request_error(checked: Checked) -> Iterator[None]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{shown(Path(mark.name))}:{mark.line + 1}" if mark else checked.request.recipe
-        raise RequestError(Problem(f"broken YAML: {getattr(error, 'problem', error)}", place)) from None
+        raise RequestError(catalogue.broken(error, place)) from None
     except RecursionError:
         what = "a defaults list leads back to its own file, and would never end"
         raise RequestError(Problem(what, checked.request.recipe, "name another file there, or _self_")) from None

@@ -47,6 +47,11 @@ def problems_in(file: Path, folders: tuple[Path, ...]) -> list[Problem]:
         return [Problem(f"{shown(file)} is not a recipe: it holds no keys", None, _BASE)]
     if theirs := foreign.problems_in(file):
         return theirs
+    if {"model", "method", "hw", "data"} <= {key.value for key, v in node.value if isinstance(v, yaml.MappingNode)}:
+        what = f"{shown(file)} is a resolved run, as `show` prints it, and no recipe"
+        return [
+            Problem(what, None, "write it as JSON, which a run starts from: python -m runner show … --json > my.json")
+        ]
     listed = next((value for key, value in node.value if key.value == "defaults"), None)
     entries = listed.value if isinstance(listed, yaml.SequenceNode) else [listed] if listed else []
     choices = [pair for entry in entries if isinstance(entry, yaml.MappingNode) for pair in entry.value]

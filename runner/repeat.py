@@ -25,6 +25,7 @@ def read(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RequestError(Problem(f"{shown(file)} is not a spec.json: it holds no keys", "command line"))
     lacks = [name for name, field in RunSpec.model_fields.items() if field.is_required() and name not in values]
+    lacks += [name for name in ("model", "method") if isinstance(values.get(name), str)]  # of `plan --json`
     if lacks:
         raise RequestError(_other(file, values, lacks))
     return values

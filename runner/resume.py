@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from runner import checkpoints, run_lock, unchanged
@@ -52,7 +53,8 @@ def request(run: RunDir, overrides: tuple[str, ...], config_dirs: tuple[Path, ..
 def check_there(run: RunDir) -> None:
     """RequestError for a folder that is no run."""
     if not run.spec_file.is_file():
-        raise RequestError(Problem(f"{shown(run.path)} is no run: it has no spec.json", "command line", _list(run)))
+        why = "is no run: it has no spec.json" if run.path.exists() else "does not exist"
+        raise RequestError(Problem(f"{shown(run.path)} {why}", "command line", _list(run)))
 
 
 def check(run: RunDir, asked: Request) -> RunSpec:
@@ -65,7 +67,7 @@ def check(run: RunDir, asked: Request) -> RunSpec:
     before, after = (dict(flat(spec.model_dump(mode="json"))) for spec in (old, same))
     find = source_finder(asked)
     changed = [key for key in after if before.get(key) != after[key] and not key.startswith(FREE)]
-    remedy = f"start a run of its own: python -m runner {shown(run.spec_file)} …"
+    remedy = f"start a run of its own: python -m runner {quote(shown(run.spec_file))} …"
     problems = [
         Problem(f"{key} was {before.get(key)} and cannot become {after[key]} in the middle of a run", find(key), remedy)
         for key in changed
@@ -88,7 +90,9 @@ def _check_longer(run: RunDir, old: RunSpec, new: RunSpec) -> None:
         raise RequestError(Problem(f"{run.id} is done: all {steps} steps", "command line", remedy))
     if checkpoints.newest(run) is None:
         what = f"{run.id} is done, and has no whole checkpoint from which it could be made longer"
-        remedy = f"python -m runner {shown(run.spec_file)} … starts another one (train.keep_checkpoints=0 keeps none)"
+        remedy = (
+            f"python -m runner {quote(shown(run.spec_file))} … starts another one (train.keep_checkpoints=0 keeps none)"
+        )
         raise RequestError(Problem(what, "command line", remedy))
 
 
@@ -122,7 +126,9 @@ def unfinished(asked: Request) -> list[str]:
     done = checkpoints.complete(run)
     if not done or run.state() not in ("failed", "interrupted", "killed"):
         return []
-    return [f"a new run; python -m runner resume {shown(run.path)} would go on after step {done[-1]} of {run.id}"]
+    return [
+        f"a new run; python -m runner resume {quote(shown(run.path))} would go on after step {done[-1]} of {run.id}"
+    ]
 
 
 def record(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> None:
@@ -186,4 +192,4 @@ def _check_idle(run: RunDir) -> None:
 
 
 def _list(run: RunDir) -> str:
-    return f"python -m runner runs --output-dir {shown(run.path.parent)} lists them"
+    return f"python -m runner runs --output-dir {quote(shown(run.path.parent))} lists them"

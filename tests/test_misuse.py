@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import RequestError
+from runner.execute.offline import produce
 from runner.repeat import spec_of
 from runner.rundir import RunDir
 from tests.front import here, laptop, only_problem, problems_of, runner, write
@@ -278,3 +279,67 @@ def test_the_rest_of_a_spec_is_still_told_key_by_key(here: Path) -> None:
     assert {p.what for p in caught.value.problems} == {
         "train.max_steps=two: expected a whole number", "unknown key train.foo",
     }  # fmt: skip
+
+
+# --- remedies that can be typed where they are given
+
+
+@pytest.mark.parametrize("verb", ["plan", "fit", "show", "doctor", "data preview"])
+def test_several_values_are_no_sweep_for_a_verb_that_takes_no_m(verb: str) -> None:
+    found = runner(*verb.split(), "method=lora,full", "--json")
+    (problem,) = json.loads(found.stdout)["problems"]
+    assert (found.exit_code, problem["remedy"]) == (2, "name one value")
+    assert only_problem("method=lora,full").remedy == "add -m to run once per value"
+
+
+def test_a_run_in_a_folder_with_a_space_is_quoted_in_what_to_type(here: Path) -> None:
+    write(here / "my runs/a/spec.json", json.dumps(resolved().model_dump(mode="json")))
+    write(here / "my runs/a/status.json", '{"state": "done"}')
+    write(here / "my runs/a/summary.json", '{"trained": 1}')
+    (here / "my runs/a/model").mkdir()
+    assert "push 'my runs/a' org/name" in runner("push", "my runs/a").stderr
+    assert "runs --output-dir 'my runs' lists them" in runner("resume", "my runs/b").stderr
+
+
+def test_a_folder_that_is_not_there_is_not_said_to_be_no_run(here: Path) -> None:
+    assert "runs/b does not exist" in runner("resume", "runs/b").stderr
+    (here / "runs/b").mkdir(parents=True)
+    assert "runs/b is no run: it has no spec.json" in runner("resume", "runs/b").stderr
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_anything_is_loaded() -> None:
+    with pytest.raises(RequestError, match="/proc cannot be written to"):
+        produce("export", RunDir(Path("a")), Path("/proc/x"))
+
+
+def test_what_show_prints_is_told_for_what_it_is(here: Path) -> None:
+    shown = runner("show", "model=phi2")
+    problem = only_problem(str(write(here / "a.yaml", shown.stdout)))
+    assert problem.what == "a.yaml is a resolved run, as `show` prints it, and no recipe"
+    assert resolved(str(write(here / "a.json", runner("show", "model=phi2", "--json").stdout))).model.name == "phi2"
+
+
+def test_the_answer_of_plan_is_no_spec(here: Path) -> None:
+    write(here / "plan.json", runner("plan", "--json").stdout)
+    assert "not a whole spec.json: it has no model, method" in next(iter(problems_of("plan.json")))
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("train:\n\tmax_steps: 3\n", "indent with spaces: YAML takes no tabs"),
+        ("---\ntrain: {max_steps: 3}\n---\ntrain: {}\n", "leave one document: without the second ---"),
+    ],
+)
+def test_broken_yaml_is_told_how_to_mend_it(here: Path, text: str, remedy: str) -> None:
+    assert only_problem(str(write(here / "a.yaml", text))).remedy == remedy
+
+
+def test_a_file_is_no_folder_of_runs(here: Path) -> None:
+    write(here / "runs", "")
+    assert runner("runs").exit_code == 2
+
+
+def test_the_module_of_the_command_line_is_the_command_line() -> None:
+    done = subprocess.run([sys.executable, "-m", "runner.cli", "list"], capture_output=True, text=True)
+    assert "smollm2_135m" in done.stdout

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from runner.cloud import serving
@@ -46,7 +47,7 @@ def deploy(run_dir: Path, wanted: Wanted, agreed: Callable[[str], bool]) -> dict
     spec = spec_of(run.spec_file)
     known = run.read(RECORD)
     if known.get("endpoint"):
-        remedy = f"python -m runner deploy --delete {run.path}"
+        remedy = f"python -m runner deploy --delete {quote(str(run.path))}"
         raise RequestError(Problem(f"{run.path} has the endpoint {known['endpoint']} already", None, remedy))
     source = _source(run, spec, wanted)
     gpus = Gpus(list(wanted.pools), 1) if wanted.pools else serving.gpus_for(spec.model)
@@ -111,7 +112,8 @@ def _source(run: RunDir, spec: RunSpec, wanted: Wanted) -> Source:
     repo = wanted.repo or (pushed.get("repo") if pushed.get("folder") == folder else None)
     if repo is None:
         flag = " --merged" if wanted.merged else ""
-        remedy = f"python -m runner push {run.path} org/name{flag}, or name where it is: --repo org/name, --volume ID"
+        push = f"python -m runner push {quote(str(run.path))} org/name{flag}"
+        remedy = f"{push}, or name where it is: --repo org/name, --volume ID"
         raise RequestError(Problem(f"{folder}/ of {run.path} is not on the Hub", None, remedy))
     return Source(str(repo), None, rank)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -74,7 +75,7 @@ def _check_waiting(run: RunDir, spec: RunSpec) -> None:
         remedy = "several machines: hw.num_nodes=2 hw.rendezvous=HOST:29500, on the first one"
         raise RequestError(Problem(f"{run.id} is a run of one machine", "command line", remedy))
     if state not in WAITING:
-        remedy = f"on the first machine: python -m runner resume {shown(run.path)}; then type this again"
+        remedy = f"on the first machine: python -m runner resume {quote(shown(run.path))}; then type this again"
         raise RequestError(Problem(f"{run.id} waits for no machine: it is {state}", "command line", remedy))
 
 

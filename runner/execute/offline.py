@@ -10,6 +10,7 @@ import sys
 from importlib import util
 from pathlib import Path
 
+from runner import writable
 from runner.errors import CannotRunError, Problem, RequestError, RunFailedError
 from runner.execute import inherited
 from runner.folders import unfinished
@@ -63,8 +64,9 @@ def _check(target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(Problem(f"{target} cannot be made: {error.strerror}", "--out")) from None
-    if not os.access(target.parent, os.W_OK):
-        raise RequestError(Problem(f"{target.parent} cannot be written to", "--out", "name another folder with --out"))
+    if why := writable.why_not(target.parent):  # os.access says yes to root, also in /proc
+        what = f"{target.parent} cannot be written to: {why}"
+        raise RequestError(Problem(what, "--out", "name another folder with --out"))
     if util.find_spec("torch") is None or util.find_spec("peft") is None:
         what = "this needs torch, transformers and peft, which are not installed"
         raise CannotRunError(Problem(what, None, install("train")))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -30,7 +31,7 @@ def push(run_dir: Path, to: str | None = None, *, public: bool = False, merged: 
     spec = spec_of(run.spec_file)
     folder = _folder(run, merged)
     if (to := to or spec.push.to) is None:
-        remedy = f"python -m runner push {run.path} org/name"
+        remedy = f"python -m runner push {quote(str(run.path))} org/name"
         raise RequestError(Problem("the run has no push.to, and no repository was named", "command line", remedy))
     target = target_of(to, public=public)
     target.prepare()
@@ -59,7 +60,7 @@ def after(run: RunDir) -> str:
     try:
         return str(push(run.path)["url"])
     except RunnerError as error:
-        again = f"python -m runner push {run.path}"
+        again = f"python -m runner push {quote(str(run.path))}"
         told = (Problem(f"the model is in {run.path}/model and was not uploaded: {p.what}", p.source, p.remedy)
                 for p in error.problems)  # fmt: skip
         raise RunFailedError(*told, Problem("the training itself is done", None, again)) from None
@@ -74,7 +75,7 @@ def _folder(run: RunDir, merged: bool) -> Path:
     folder = run.path / ("merged" if merged else "model")
     if not folder.is_dir() or not run.read("summary.json"):
         what = f"{run.path} has no {folder.name}/: its state is {run.state()}"
-        remedy = f"python -m runner merge {run.path}" if merged else f"python -m runner resume {run.path}"
+        remedy = f"python -m runner {'merge' if merged else 'resume'} {quote(str(run.path))}"
         raise RequestError(Problem(what, None, remedy))
     return folder
 

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from shlex import quote
 from types import FrameType
 from typing import Any
 
@@ -297,7 +298,7 @@ def _close(run: RunDir, rented: Rented, last: dict[str, Any], voice: Voice, beca
     voice.say(f"Cost    ${cost['usd']:.2f}{predicted}; pod {rented.pod.id} {became}")
     if last.get("stopped_for"):
         more = " where.max_usd=…" if "where.max_usd" in last["stopped_for"] else ""
-        remedy = f"python -m runner resume {shown(run.path)}{more}"
+        remedy = f"python -m runner resume {quote(shown(run.path))}{more}"
         print_problems(Console(stderr=True), InterruptedRun(Problem(f"stopped: {last['stopped_for']}", None, remedy)))
     elif last.get("message"):
         print_problems(Console(stderr=True), RunFailedError(_why(run, str(last["message"]))))
@@ -312,7 +313,7 @@ def _why(run: RunDir, message: str) -> Problem:
         cause = None
     if "upload failed" in message:
         return Problem("the model is here, and its upload failed", shown(run.path / "logs" / "upload.log"),
-                       f"python -m runner push {shown(run.path)}")  # fmt: skip
+                       f"python -m runner push {quote(shown(run.path))}")  # fmt: skip
     if cause is None:
         return Problem(message, None, f"see {shown(run.path / 'logs')}")
     return Problem(f"{message}: {cause.what}", shown(log), cause.in_pod or cause.remedy)
@@ -328,7 +329,7 @@ def _replaceable(session: Session, error: Vanished, lost: int) -> None:
         raise reuse.unavailable(place.pod)
     if lost > place.max_replacements:
         account(run, session.rented, error)
-        remedy = f"python -m runner resume {shown(run.path)} goes on after the last checkpoint"
+        remedy = f"python -m runner resume {quote(shown(run.path))} goes on after the last checkpoint"
         raise RunFailedError(Problem(f"{error}, for the {lost}. time: where.max_replacements", None, remedy))
 
 

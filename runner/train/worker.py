@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 import torch
@@ -201,7 +202,11 @@ def _stop_if_asked(run: RunDir, stop: StopOnSignal, step: int, ranks: Ranks) -> 
         run.set_status("interrupted", exit_code=130, step=step)
     ranks.barrier()  # the checkpoint is sealed: now torchrun may end the others as soon as one has gone
     raise InterruptedRun(
-        Problem(f"stopped after step {step}; checkpoint saved in {where}", None, f"python -m runner resume {run.path}")
+        Problem(
+            f"stopped after step {step}; checkpoint saved in {where}",
+            None,
+            f"python -m runner resume {quote(str(run.path))}",
+        )
     )
 
 

@@ -115,6 +115,8 @@ def runs(output_dir: Path, as_json: bool) -> None:
     """
     from runner.report.runs import print_runs, run_rows
 
+    if output_dir.exists() and not output_dir.is_dir():
+        raise RequestError(Problem(f"{output_dir} is not a folder", "--output-dir", "name one that holds runs"))
     rows = run_rows(output_dir)
     if as_json:
         click.echo(dump(rows))

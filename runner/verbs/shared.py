@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def composed(command: Callable[..., Any]) -> Callable[..., Any]:
     return spoken(as_json_option(config_dirs_option(command)))
 
 
+ADD_M = "add -m to run once per value"
+
+
 def one_run(command: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse `-m` in words, for a verb that answers for one run."""
 
@@ -58,9 +62,18 @@ def one_run(command: Callable[..., Any]) -> Callable[..., Any]:
             what = f"-m sweeps over several runs, and {command.__name__} answers for one"
             remedy = "name one value for each key; python -m runner -m … plans every point before the first one starts"
             raise RequestError(Problem(what, "command line", remedy))
-        return command(*args, **options)
+        try:
+            return command(*args, **options)
+        except RequestError as error:
+            raise type(error)(*map(_without_sweep, error.problems)) from None
 
     return wrapped
+
+
+def _without_sweep(problem: Problem) -> Problem:
+    """Several values for a key, where `-m` would be refused next."""
+    remedy = (problem.remedy or "").replace(ADD_M, "name one value", 1)
+    return replace(problem, remedy=remedy or None)
 
 
 def spoken(command: Callable[..., Any]) -> Callable[..., Any]:
