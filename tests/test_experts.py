@@ -30,6 +30,7 @@ ASKED = [
     ("mixtral", EXPERTS, (ATTENTION,)),
     ("mixtral", EXPERTS, ("method=qlora4",)),
     ("mixtral", EXPERTS, ("method=qlora4", "train.gradient_checkpointing=true", "method.double_quant=false")),
+    ("mixtral", EXPERTS, ("method=qlora4", "train.precision=fp32", "train.seed=1")),
     ("mixtral", EXPERTS, ("method=qlora8",)),
     ("qwen3_moe", EXPERTS | {"head_dim": 16}, ("method=qlora4",)),
     ("deepseek_v3", LATENT, ("method=qlora4",)),

@@ -94,9 +94,13 @@ def _loses(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _settle(module: Any, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Parameters to `dtype` and the CPU; buffers such as the rotary frequencies keep their precision."""
+    """Parameters to `dtype` and the CPU; buffers such as the rotary frequencies keep their precision.
+
+    A quantised parameter beside them (the other one of a mixture's experts) holds bits, not numbers.
+    """
     for parameter in module.parameters():
-        if parameter.is_floating_point() and (parameter.dtype != dtype or parameter.device.type != "cpu"):
+        plain = parameter.is_floating_point() and not hasattr(parameter, "quant_state")
+        if plain and (parameter.dtype != dtype or parameter.device.type != "cpu"):
             parameter.data = at_random(parameter.data.cpu().float(), dtype, generator)
 
 
