@@ -143,6 +143,28 @@ def test_a_stopped_pod_is_started_for_a_while_and_stops_itself(
     assert answered("pods", "terminate", made["pod_id"])["state"] == "gone"
 
 
+NVIDIA_SMI = """#!/bin/sh
+echo '0, NVIDIA GeForce RTX 4090, 97, 20480, 24564, 401.50, 450.00, 66'
+echo '1, NVIDIA GeForce RTX 4090, [N/A], 512, 24564, [N/A], 450.00, 41'
+"""
+
+
+@needs_sshd
+def test_top_shows_what_the_gpus_do(emulator: Emulator, here: Path) -> None:
+    made = answered("pods", "up", "hw=rtx4090", "where.max_usd=5", "--hours", "3", "--yes")
+    result = runner("pods", "top", made["run_id"])
+    assert result.exit_code == 3 and "it has no GPU" in result.output
+    (disk,) = (here / "emulator").glob("**/disk/image/bin")
+    (disk / "nvidia-smi").write_text(NVIDIA_SMI)
+    (disk / "nvidia-smi").chmod(0o755)
+    one, two = answered("pods", "top", made["run_id"])
+    assert (one["utilisation_percent"], one["memory_used_mib"], one["temperature_c"]) == (97, 20480, 66)
+    assert two["utilisation_percent"] is None and two["power_w"] is None
+    shown = " ".join(runner("pods", "top", made["run_id"], "--once").output.split())
+    assert "0 NVIDIA GeForce RTX 4090 97% 20.0 of 24.0 402 of 450 66" in shown
+    assert answered("pods", "terminate", made["pod_id"])["state"] == "gone"
+
+
 def test_all_shows_other_pods_and_no_verb_touches_them(emulator: Emulator) -> None:
     own, other = elsewhere(), elsewhere("somebody-else")
     assert [row["pod_id"] for row in answered("pods")] == [own]
@@ -241,7 +263,7 @@ def test_volumes_are_made_listed_filled_and_deleted(
 
 @pytest.mark.parametrize(
     "words", ["pods", "pods stop", "pods terminate", "pods ssh", "pods tunnel", "pods logs", "pods reap", "pods up",
-              "pods start", "gpus", "volumes"],
+              "pods start", "pods top", "gpus", "volumes"],
 )  # fmt: skip
 def test_help_has_an_example(words: str) -> None:
     result = runner(*words.split(), "--help")

@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 
-from runner.cloud import fleet, keys, pod_env, ssh
+from runner.cloud import fleet, keys, pod_env, ssh, tensorboard
 from runner.cloud.api import Api
 from runner.cloud.ledger import Ledger
 from runner.errors import CannotRunError, Problem, RequestError
@@ -35,6 +35,8 @@ def tunnel(api: Api, ledger: Ledger, word: str, ports: Sequence[str], say: Calla
     pairs = [_pair(port) for port in ports or PORTS]
     _check_free(pairs)
     connection = connect(api, ledger, word)
+    if any(there == tensorboard.PORT for _, there in pairs) and (why := tensorboard.serve(connection)):
+        say(why)
     forwards = [w for here, there in pairs for w in ("-L", f"127.0.0.1:{here}:127.0.0.1:{there}")]
     alone = ("-o", "ControlMaster=no", "-o", "ControlPath=none", "-o", "ExitOnForwardFailure=yes")
     words = [*connection.words(), f"{connection.user}@{connection.host}"]

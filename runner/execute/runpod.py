@@ -181,6 +181,8 @@ def _with(session: Session, voice: Voice, manner: Manner) -> Outcome:
             voice.say(f"Detached  python -m runner attach {run.id}; logs -f, status and fetch take the id, too")
             return Outcome(run, 0)
         voice.say(f"Trains  in pod {rented.pod.id}, ${rented.usd_per_hour:.2f} an hour")
+        if session.spec.track.name == "tensorboard":
+            voice.say(f"Board   python -m runner pods tunnel {run.id} -p 6006")
         last = follow(session, voice)
     except Vanished:
         raise

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
@@ -43,6 +45,36 @@ def print_pods(console: Console, rows: Sequence[Any], now: float | None = None) 
     total = sum(row.usd_per_hour for row in rows if row.status is not None)
     end = typed("python -m runner pods terminate RUN")
     console.print(f"\n[dim]${total:.2f} an hour in all. End one: {end}[/dim]", highlight=False)
+
+
+def watch_gpus(console: Console, look: Callable[[], Sequence[Any]], every: float | None) -> None:
+    """A table of GPUs in use, once, or again `every` so many seconds until Ctrl-C."""
+    table = _gpus_in_use(look())
+    if every is None:
+        console.print(table)
+        return
+    with Live(table, console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(every)
+            live.update(_gpus_in_use(look()), refresh=True)
+
+
+def _gpus_in_use(gpus: Sequence[Any]) -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("GPU")
+    for name in ("use", "memory, GiB", "power, W", "°C"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for gpu in gpus:
+        used = "–" if gpu.memory_used_mib is None else f"{gpu.memory_used_mib / 1024:.1f}"
+        whole = "–" if gpu.memory_total_mib is None else f"{gpu.memory_total_mib / 1024:.1f}"
+        share = "–" if gpu.utilisation_percent is None else f"{gpu.utilisation_percent:.0f}%"
+        power = f"{_whole(gpu.power_w)} of {_whole(gpu.power_limit_w)}"
+        table.add_row(f"{gpu.index} {escape(gpu.name)}", share, f"{used} of {whole}", power, _whole(gpu.temperature_c))
+    return table
+
+
+def _whole(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"
 
 
 def print_gpus(console: Console, rows: Sequence[dict[str, Any]], cloud: str | None) -> None:

@@ -42,6 +42,7 @@ def pods(context: click.Context, everything: bool, as_json: bool) -> None:
       python -m runner pods --all                      the account's other pods as well, which no verb touches
       python -m runner pods terminate <run>            a run's id, its folder, or the pod's id
       python -m runner pods tunnel <run>               TensorBoard and Jupyter at 127.0.0.1, over SSH
+      python -m runner pods top <run>                  what its GPUs do
       python -m runner pods reap                       end what no run owns
       python -m runner pods up hw=rtx4090 --hours 3    just a pod
       python -m runner pods start <run> --hours 2      one that was kept
@@ -172,6 +173,8 @@ def ssh(run: str, command: Arguments) -> None:
 def tunnel(run: str, ports: tuple[str, ...]) -> None:
     """TensorBoard (6006) and Jupyter (8888) of the pod of RUN at 127.0.0.1, over SSH; Ctrl-C ends it.
 
+    TensorBoard is started in the pod where none answers, over all runs on its disk.
+
     RunPod's own proxy addresses are public and ask for no password: they are not used.
 
     \b
@@ -183,6 +186,35 @@ def tunnel(run: str, ports: tuple[str, ...]) -> None:
 
     api, ledger = _ready()
     sys.exit(open_tunnel(api, ledger, run, ports, lambda line: click.echo(line, err=True)))
+
+
+@pods.command()
+@click.argument("run")
+@click.option("--every", type=Finite(min=0.5), default=2.0, show_default=True, metavar="SECONDS", help="Look so often.")
+@click.option("--once", is_flag=True, help="Look once, also where nobody pipes the output.")
+@as_json_option
+@spoken
+def top(run: str, every: float, once: bool, as_json: bool) -> None:
+    """What the GPUs of the pod of RUN do: utilisation, memory, power, temperature; until Ctrl-C.
+
+    \b
+    Examples:
+      python -m runner pods top <run>
+      python -m runner pods top <run> --once --json
+    """
+    from runner.cloud.gpu_usage import usage
+    from runner.cloud.shell import connect
+    from runner.report.pods import watch_gpus
+
+    api, ledger = _ready()
+    connection = connect(api, ledger, run)
+    try:
+        if as_json:
+            click.echo(dump([asdict(gpu) for gpu in usage(connection)]))
+        else:
+            watch_gpus(Console(), lambda: usage(connection), None if once or not sys.stdout.isatty() else every)
+    finally:
+        connection.close()
 
 
 @pods.command()
