@@ -80,7 +80,7 @@ def test_a_typo_is_told_on_standard_error_and_nothing_is_started(here: Path) -> 
         ("run.output_dir=/proc/nowhere", 2, "run.output_dir=/proc/nowhere cannot be written to"),
         ("objective=dpo", 2, "objective=dpo needs preferences"),
         ("where=runpod hw=h100x3", 2, "RUNPOD_API_KEY is not set"),
-        ("resume nowhere", 2, "nowhere is no run: it has no spec.json"),
+        ("resume nowhere", 2, "nowhere does not exist"),
         ("-m objective=kto,dpo", 2, "objective=dpo needs preferences"),
         ("hw=h100x3", 3, "h100x3 needs 3 × H100"),
         ("hw=h100x3 objective=dpo data=hub data.id=org/rows deepspeed=zero2", 3, "h100x3 needs 3 × H100"),

@@ -249,6 +249,12 @@ def test_explain_of_an_empty_mapping_says_so() -> None:
     assert runner("explain", "hw.env").stdout.startswith("hw.env = {}")
 
 
+def test_explain_of_a_group_cuts_nothing_off_at_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    told = runner("explain", "model").stdout
+    assert "…" not in told and "yaml:" in told and "model.learning_rate_adap" in told
+
+
 @pytest.mark.parametrize("columns", ["0", "1"])
 def test_a_terminal_of_no_width_gets_its_answer(here: Path, columns: str) -> None:
     done = subprocess.run(

@@ -64,6 +64,8 @@ _DERIVED = "then derived from the hardware"
 def _print_group(console: Console, group: str, value: Any, final: dict[str, Any], places: list[Origin]) -> None:
     composed = dict(flat(value, f"{group}."))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for _ in range(3):
+        table.add_column(overflow="fold")  # a line number that is cut off is of no use
     for key, decided in flat(final, f"{group}."):
         setting = [place.place for place in places if place.concerns(key)]
         where = _DERIVED.removeprefix("then ") if decided != composed.get(key) else (setting or ["default"])[-1]
