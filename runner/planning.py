@@ -16,13 +16,12 @@ from runner.data.examples import kind_of
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
 from runner.plan.hours import GB, Facts
 from runner.plan.memory import GIB
-from runner.plan.nearest import cheapest, nearest
+from runner.plan.nearest import nearest
 from runner.plan.options import Options
 from runner.plan.plan import Plan, plan_of
-from runner.plan.settle import settled
 from runner.plan.shape import shape_of
 from runner.plan.training import ALIASES, OUTSIDE
-from runner.spec import HardwareSpec, LocalPlace, ModelSpec, RunPodPlace, RunSpec, Where
+from runner.spec import HardwareSpec, ModelSpec, RunPodPlace, RunSpec, Where
 
 ENVIRONMENT_GB = 20  # torch with its CUDA libraries takes 8, packages on the way another 4: room for both
 UNKNOWN_DISK_GB = 100  # where nothing can be planned: a 7B model in 16 bits, two checkpoints, the environment
@@ -221,44 +220,17 @@ def _at_hand(model: ModelSpec) -> bool:
     return model.package is not None or model.from_scratch or Path(model.id).is_dir() or hub_config.cached(model.id)
 
 
-def hardware(folders: tuple[Path, ...] = ()) -> list[HardwareSpec]:
-    """Every named GPU machine of the catalogue and of a user's own folders."""
+def hardware(folders: tuple[Path, ...] = (), cloud: prices.Cloud = "secure") -> list[HardwareSpec]:
+    """Every named GPU machine of the catalogue and of a user's own folders, with today's price in a cloud where the
+    live catalogue tells it."""
     names = catalogue.options("hw", folders)
     found = [HardwareSpec.model_validate(catalogue.load("hw", name, folders)) for name in names]
-    return [_priced(hw) for hw in found if hw.accelerator == "cuda"]
+    return [_priced(hw, cloud) for hw in found if hw.accelerator == "cuda"]
 
 
-def _priced(hw: HardwareSpec) -> HardwareSpec:
-    """With today's price where the live catalogue tells it."""
-    usd, _ = price_of(hw)
-    return hw if usd == hw.usd_per_hour else hw.model_copy(update={"usd_per_hour": usd})
-
-
-def place(spec: RunSpec, here: HardwareSpec | None) -> tuple[RunSpec, list[str]]:
-    """`where=auto` decided: this machine if the run fits it (`here`: its hardware, None if another was named), else
-    the hardware of the catalogue that does it for the least money, rented.
-    """
-    options = options_for(spec)
-    usd, hours = spec.where.max_usd, spec.where.max_hours
-    local, rented = LocalPlace(max_usd=usd, max_hours=hours), RunPodPlace(name="runpod", max_usd=usd, max_hours=hours)
-    if options is None:
-        return spec.model_copy(update={"where": local}), ["where=auto: here, since nothing can be planned"]
-    best = options.best(settled(spec))
-    if here is None:  # the user has chosen the hardware
-        fit = "" if best.fits else ", and it does not fit there either"
-        return spec.model_copy(update={"where": rented}), [
-            f"where=auto: this machine is not {spec.hw.name}{fit}; rented"
-        ]
-    if best.fits:
-        return spec.model_copy(update={"where": local, "hw": here}), ["where=auto: here, where it fits"]
-    why = f"it needs {best.memory.expected / GIB:.1f} GiB and this machine has {(best.capacity or 0) / GIB:.1f}"
-    larger = cheapest(spec, options, hardware(), sequences(spec))
-    if larger is None:
-        note = f"where=auto: {why}, and no hardware of the catalogue holds it"
-        return spec.model_copy(update={"where": rented}), [note]
-    hw = larger.spec.hw
-    note = f"where=auto: {why}; rented, {hw.name} costs least (${hw.usd_per_hour} per GPU-hour)"
-    return larger.spec.model_copy(update={"where": rented}), [note]
+def _priced(hw: HardwareSpec, cloud: prices.Cloud) -> HardwareSpec:
+    live = prices.price(hw.runpod_gpu_id, cloud)
+    return hw if live is None else hw.model_copy(update={"usd_per_hour": live.usd_per_hour})
 
 
 def sequences(spec: RunSpec) -> int | None:

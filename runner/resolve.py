@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from runner import deepspeed_json, hardware, hostfile, kernels, planning
+from runner import deepspeed_json, hardware, hostfile, kernels, placing, planning
 from runner.compose import compose, source_finder
 from runner.data import pipeline
 from runner.errors import RequestError
@@ -33,9 +33,10 @@ def complete(
     checked = asked(spec, source_of, needed=needed)
     said = hardware.detect().remarks if spec.hw.accelerator == "detect" else []
     said += [kernels.NO_FLASH] if checked.train.attention != spec.train.attention else []
-    if checked.where.name == "auto":
+    if checked.where.name != "local":
         here = None if hardware.why_not_here(checked.hw) else checked.hw
-        checked, said = planning.place(checked, here)
+        checked, chosen = placing.placed(checked, spec.hw, here)
+        checked, said = validated(checked.model_dump(), source_of), chosen or said
     pipeline.check(checked)
     ready, notes = resolve(checked, planning.options_for(checked))
     return sized(ready), [*said, *notes, *unused(spec)]
@@ -56,7 +57,10 @@ def asked(spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool
     """A composed run with the facts of hardware and model, its `auto`s still open."""
     found = spec.model_copy(update={"hw": hostfile.settled(spec.hw, hardware.resolve(spec.hw))})
     found = deepspeed_json.decided(kernels.known(found), source_of)
-    found = planning.with_facts(found, needed=needed)
-    if problem := planning.no_targets(found):
+    known = planning.with_facts(found, needed=needed)
+    if problem := planning.no_targets(known):
         raise RequestError(replace(problem, source=source_of("method.target_modules")))
-    return validated(found.model_dump(), source_of)
+    if spec.where.name != "local" and placing.unnamed(spec.hw):  # rules of hardware wait until it is chosen
+        values = {**known.model_dump(), "hw": spec.hw.model_dump()}
+        return validated(values, source_of).model_copy(update={"hw": known.hw})
+    return validated(known.model_dump(), source_of)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,14 +105,31 @@ def _tried(words: str, spec: RunSpec, options: Options) -> Change | None:
     return Change(words, option, spec) if option.fits else None
 
 
-def cheapest(
-    spec: RunSpec, options: Options, hardware: Iterable[HardwareSpec], sequences: int | None = None
-) -> Change | None:
-    """The same run on the hardware that costs least: set-up and download included where `sequences` are known."""
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Hardware that a run fits, with what it costs there."""
+
+    change: Change
+    seconds: float
+    """Of the whole run, set-up and download included; of one sequence where the run's length is not known."""
+    usd: float
+    """For those seconds."""
+
+    @property
+    def hw(self) -> HardwareSpec:
+        """The hardware."""
+        return self.change.spec.hw
+
+
+def offers(
+    spec: RunSpec, options: Options, hardware: Iterable[HardwareSpec], sequences: int | None = None,
+    preferred: Sequence[str] = (),
+) -> list[Offer]:  # fmt: skip
+    """The same run on all hardware that has a price and that it fits, cheapest first. Among those that cost the same to
+    the cent: RunPod's ids as `preferred` has them, then the fastest."""
     weights = 2 * (spec.model.num_parameters or 0) / 1e9
     before = cost.hours(training_s=0.0, download_gb=weights, load_gb=weights, rented=True).total * 3600
-    best: Change | None = None
-    lowest = float("inf")
+    found: list[Offer] = []
     for hw in hardware:
         if hw.accelerator != "cuda" or hw.usd_per_hour is None or hw.name == spec.hw.name:
             continue
@@ -120,10 +137,22 @@ def cheapest(
         if change is None or change.option.step is None:
             continue
         seconds = change.option.seconds_per_sequence * (sequences or 1) + (before if sequences else 0.0)
-        usd = seconds * hw.usd_per_hour * hw.num_gpus * hw.num_nodes
-        if usd < lowest:
-            best, lowest = change, usd
-    return best
+        found.append(Offer(change, seconds, seconds * hw.usd_per_hour * hw.num_gpus * hw.num_nodes / 3600))
+    rank = {gpu_id: place for place, gpu_id in enumerate(preferred)}
+
+    def order(offer: Offer) -> tuple[float, int, float]:
+        equal = round(offer.usd, 2) if sequences else offer.usd
+        return equal, rank.get(offer.hw.runpod_gpu_id or "", len(rank)), offer.seconds
+
+    return sorted(found, key=order)
+
+
+def cheapest(
+    spec: RunSpec, options: Options, hardware: Iterable[HardwareSpec], sequences: int | None = None
+) -> Change | None:
+    """The same run on the hardware that costs least: set-up and download included where `sequences` are known."""
+    found = offers(spec, options, hardware, sequences)
+    return found[0].change if found else None
 
 
 def on(spec: RunSpec, hw: HardwareSpec) -> RunSpec:

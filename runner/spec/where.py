@@ -25,18 +25,9 @@ class LocalPlace(_Place):
     """Name of the choice."""
 
 
-class AutoPlace(_Place):
-    """Run here if it fits here, else on the cheapest rented hardware that it fits."""
+class _RentedPlace(_Place):
+    """What a rented pod is like."""
 
-    name: Literal["auto"]
-    """Name of the choice."""
-
-
-class RunPodPlace(_Place):
-    """Run on a pod rented from RunPod, which is ended and verified to be gone when the run ends."""
-
-    name: Literal["runpod"]
-    """Name of the choice."""
     cloud: Literal["secure", "community"] = "secure"
     """RunPod's own data centres, or machines of others: cheaper, less certain. Always named to RunPod: a price differs."""
     data_centers: list[str] = []
@@ -97,7 +88,7 @@ class RunPodPlace(_Place):
         return self.pod is not None if self.keep is None else self.keep
 
     @model_validator(mode="after")
-    def _agree(self) -> RunPodPlace:
+    def _agree(self) -> _RentedPlace:
         if self.pod is not None and (self.spot or self.volume):
             key, word = ("where.spot", "spot") if self.spot else ("where.volume", "volume")
             raise ValueError(f"{key}: a pod that exists has its price and its disks already; leave out where.{word}")
@@ -108,6 +99,29 @@ class RunPodPlace(_Place):
         if self.volume is not None and self.cloud == "community":
             raise ValueError("where.volume: network volumes are in the secure cloud only; write where.cloud=secure")
         return self
+
+
+class RunPodPlace(_RentedPlace):
+    """Run on a pod rented from RunPod, which is ended and verified to be gone when the run ends."""
+
+    name: Literal["runpod"]
+    """Name of the choice."""
+
+
+class AutoPlace(_RentedPlace):
+    """Run here if it fits here and ends in time, else on the cheapest rented hardware that it fits."""
+
+    name: Literal["auto"]
+    """Name of the choice."""
+    max_hours_here: float = Field(default=24, gt=0)
+    """Hours that a run may take on this machine; one that is planned to take longer is rented where that is faster and within `max_usd`. `max_hours` counts here, too."""
+
+    @property
+    def rented(self) -> RunPodPlace:
+        """The pod, if one is rented; what was not set stays so."""
+        return RunPodPlace.model_validate(
+            {**self.model_dump(exclude_unset=True, exclude={"max_hours_here"}), "name": "runpod"}
+        )
 
 
 Where = Annotated[LocalPlace | AutoPlace | RunPodPlace, Field(discriminator="name")]
