@@ -111,6 +111,7 @@ class Session:
     def _load(self, detach: bool) -> None:
         at = self.board()
         self.agent = ship.arm(at, self.order(detach), self.say)
+        ship.try_memory(at, float(self.run.read("plan.json").get("host_ram_gib") or 0.0))
         ship.try_gpus(at, self.spec)
         with self._heard(at):
             code = ship.send(at, self.run, self.spec, self.say)

@@ -21,6 +21,7 @@ from runner.cloud.keys import KeyPair
 from runner.cloud.ssh import Connection, HostKeyError, LostError, greeted, user_of
 from runner.errors import CannotRunError, Problem, RunFailedError
 from runner.inputs import named_places
+from runner.plan.memory import FREE_SHARE, GIB
 from runner.rundir import RunDir
 from runner.spec import RunSpec
 
@@ -157,6 +158,24 @@ def try_gpus(at: Berth, spec: RunSpec) -> None:
             -1
         ]  # after what its shell says to everybody
         raise CannotRunError(Problem(f"the pod is no good: {reason}", None, remedy))
+
+
+def try_memory(at: Berth, needed_gib: float) -> None:
+    """CannotRunError where the pod has less main memory than the plan needs: RunPod's API takes no minimum of it."""
+    said = at.connection.attempt(MEMORY)[1].split()
+    sizes = [int(word) for word in said if word.isdecimal()]  # not "max"
+    has = min(sizes, default=0) / GIB
+    if sizes and needed_gib > FREE_SHARE * has:
+        what = f"the pod has {has:.0f} GiB of main memory, and the plan needs {needed_gib:.0f} GiB"
+        remedy = "take more GPUs or another type, whose pods have more, or a run that offloads less; it was given back"
+        raise CannotRunError(Problem(what, "where=runpod", remedy))
+
+
+MEMORY = (
+    "sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1 1024/p' /proc/meminfo | (read -r kb k && echo $((kb * k))); "
+    "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || true"
+)
+"""Bytes of the host and of the container's limit; version 1 of control groups writes 2⁶³ for none."""
 
 
 def _gpus(spec: RunSpec) -> int:

@@ -99,7 +99,7 @@ def _tried(words: str, spec: RunSpec, options: Options) -> Change | None:
         option = options.best(settled(spec))
     except RunnerError:
         return None
-    host = spec.hw.host_memory_gib
+    host = spec.hw.main_memory_gib(rented=spec.where.name == "runpod")
     if host and option.memory.host * spec.hw.world_size / spec.hw.num_nodes > FREE_SHARE * host * GIB:
         return None
     return Change(words, option, spec) if option.fits else None

@@ -14,7 +14,7 @@ from runner.plan.options import Option, Options
 from runner.plan.passes import passes_of, shape_for
 from runner.plan.start import arguments, variables
 from runner.plan.training import Training
-from runner.spec import HardwareSpec, RunSpec
+from runner.spec import RunSpec
 
 SPOT_WARNING_S = 5
 """Between SIGTERM and SIGKILL on RunPod's interruptible machines (docs.runpod.io, spot pods)."""
@@ -124,8 +124,8 @@ def plan_of(spec: RunSpec, options: Options, facts: Facts, notes: list[str]) -> 
     if spec.where.name == "runpod":
         unknown = _unknown(spec, hours.total if hours else None, price)
         said += [f"{what} is not known; the pod saves a checkpoint and ends at that limit" for what in unknown]
-    reasons = [*_short_of_memory(option, ram, hw), *_too_much(spec, hours.total if hours else None, price)]
-    if _unsure(ram, hw):
+    reasons = [*_short_of_memory(option, ram, spec), *_too_much(spec, hours.total if hours else None, price)]
+    if _unsure(ram, spec):
         said.append(f"what main memory {hw.name} has is not known here (hw.host_memory_gib=…)")
     if train.attention == "auto" and hw.accelerator == "cuda":  # decided by what is installed where it trains
         plain = spec.model_copy(update={"train": train.model_copy(update={"attention": "sdpa"})})
@@ -149,7 +149,7 @@ def plan_of(spec: RunSpec, options: Options, facts: Facts, notes: list[str]) -> 
         method=spec.method.name,
         hw=hw.name,
         where=spec.where.name,
-        fits=not _short_of_memory(option, ram, hw),
+        fits=not _short_of_memory(option, ram, spec),
         reasons=reasons,
         peak_gib={k: round(getattr(option.memory, k) / GIB, 3) for k in ("low", "expected", "high")},
         capacity_gib=hw.memory_gib,
@@ -200,9 +200,13 @@ def _of_checkpoints(spec: RunSpec, kept: Checkpoints, seconds: float, step_s: fl
         )
 
 
-def _unsure(ram: Mapping[str, float], hw: HardwareSpec) -> bool:
+def _unsure(ram: Mapping[str, float], spec: RunSpec) -> bool:
     """More main memory is needed than every rented machine has, and what this one has is not known."""
-    return hw.accelerator == "cuda" and hw.host_memory_gib is None and sum(ram.values()) > USUAL_HOST_GIB * GIB
+    return spec.hw.accelerator == "cuda" and _main_memory(spec) is None and sum(ram.values()) > USUAL_HOST_GIB * GIB
+
+
+def _main_memory(spec: RunSpec) -> float | None:
+    return spec.hw.main_memory_gib(rented=spec.where.name == "runpod")
 
 
 def _gib(terms: Mapping[str, float]) -> dict[str, float]:
@@ -260,8 +264,8 @@ def _disk(spec: RunSpec, training: Training, stage: str, facts: Facts, checkpoin
     )
 
 
-def _short_of_memory(option: Option, ram: Mapping[str, float], hw: HardwareSpec) -> list[str]:
-    reasons = []
+def _short_of_memory(option: Option, ram: Mapping[str, float], spec: RunSpec) -> list[str]:
+    reasons, hw = [], spec.hw
     if not option.fits and option.capacity:
         what = f"each {hw.gpu or 'GPU'} has" if hw.accelerator == "cuda" else "this machine has"
         peak, phase = option.memory.expected / GIB, option.memory.peak_phase
@@ -272,8 +276,10 @@ def _short_of_memory(option: Option, ram: Mapping[str, float], hw: HardwareSpec)
             f"({terms[largest] / GIB:.1f} GiB); {what} {option.capacity / GIB:.1f} GiB"
         )
     needed = sum(ram.values()) / GIB
-    if hw.host_memory_gib and hw.accelerator == "cuda" and needed > FREE_SHARE * hw.host_memory_gib:
-        reasons.append(f"needs {needed:.0f} GiB of main memory; the machine has {hw.host_memory_gib:.0f} GiB")
+    has = _main_memory(spec)
+    if has and hw.accelerator == "cuda" and needed > FREE_SHARE * has:
+        whose = "the machine" if hw.host_memory_gib else "such a pod"
+        reasons.append(f"needs {needed:.0f} GiB of main memory; {whose} has {has:.0f} GiB")
     return reasons
 
 

@@ -33,6 +33,10 @@ class HardwareSpec(Named):
     """CPU cores of one node; on a CPU run, the threads torch uses."""
     host_memory_gib: float | None = Field(default=None, gt=0)
     """Main memory of one node."""
+    rented_memory_gib_per_gpu: float | None = Field(default=None, gt=0)
+    """Main memory that a rented pod has with each GPU; null where nobody says. `host_memory_gib` comes first."""
+    rented_cpus_per_gpu: int | None = Field(default=None, ge=1)
+    """vCPUs that a rented pod has with each GPU."""
     bf16: bool | None = None
     """The hardware multiplies in bfloat16 natively."""
     flash_attention: bool = False
@@ -89,6 +93,12 @@ class HardwareSpec(Named):
     def processes_per_node(self) -> int:
         """One per GPU, or as many as were asked for."""
         return self.num_processes or max(1, self.num_gpus)
+
+    def main_memory_gib(self, *, rented: bool) -> float | None:
+        """Main memory of one node; None where it is not known."""
+        if self.host_memory_gib is None and rented and self.rented_memory_gib_per_gpu:
+            return self.rented_memory_gib_per_gpu * self.num_gpus
+        return self.host_memory_gib
 
     @property
     def world_size(self) -> int:
