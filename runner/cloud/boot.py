@@ -13,14 +13,32 @@ from __future__ import annotations
 import shlex
 
 START = "/start.sh"
-"""Of RunPod's images: sets up SSH, then waits. Replacing the start command replaces it, so it is called."""
+"""Of RunPod's images: sets up SSH, then waits. Replacing the start command replaces it, so it is called where it is."""
 
-MAIN = """\
+SSHD = r"""e="${EMULATED_ROOT:-}/etc" c="-f ${EMULATED_ROOT:-}/etc/ssh/sshd_config -oPermitRootLogin=prohibit-password"
+export -p | sed "s/^declare -x /export /" >"$e/rp_environment"
+mkdir -p ~/.ssh /run/sshd && echo "$PUBLIC_KEY" >>~/.ssh/authorized_keys && chmod -R go= ~/.ssh
+[ -x /usr/sbin/sshd ] || { export DEBIAN_FRONTEND=noninteractive
+  apt-get -qq update && apt-get -qq install -y --no-install-recommends openssh-server; }
+ssh-keygen -A -f "${EMULATED_ROOT:-/}" >/dev/null
+/usr/sbin/sshd -t $c -oPerSourcePenalties=no 2>/dev/null && c="$c -oPerSourcePenalties=no"
+v="PATH=$PATH RUNNER_RP_ENVIRONMENT=$e/rp_environment RUNNER_AUTHORIZED_KEYS=$HOME/.ssh/authorized_keys"
+/usr/sbin/sshd $c -o "SetEnv $v" ||
+  echo "runner: no $4 in this image, and no ssh server can be started: take another where.image"
+exec sleep infinity"""
+"""For an image without START, such as pytorch/pytorch: what START does for SSH, a server being installed first. OpenSSH
+9.8 and later shut out who asks often, and waiting for a pod is asking often. sshd hands its own PATH to nobody."""
+
+MAIN = (
+    """\
 python3 -c "$1" "$2" "$3" &
 [ -e "$4" ] || set -- "$1" "$2" "$3" "${EMULATED_ROOT:-}$4"
 [ -x "$4" ] && exec "$4"
 [ -f "$4" ] && exec bash "$4"
-exec sleep infinity"""
+[ -n "${PUBLIC_KEY:-}" ] || exec sleep infinity
+"""
+    + SSHD
+)
 # Every line counts: it is an argument of the pod, and read by whoever looks at it. No secret is in it.
 WATCH = """\
 import fcntl,json,os,signal,socket,subprocess,sys,threading,time,urllib.request

@@ -86,6 +86,8 @@ class Container:
     ssh_delay_s: float
     on_line: Callable[[str], None]
     """Called with every line that the main process writes."""
+    plain: bool = False
+    """The image is not made for RunPod: it has no /start.sh, and without a command of its own it ends at once."""
     ended: int | None = None
     """Exit code of the main process, once it has one."""
     started: float = field(default_factory=time.monotonic)
@@ -109,7 +111,7 @@ class Container:
         self.disk.mkdir(parents=True, exist_ok=True)
         if not isolated and os.geteuid() == 0:  # where sshd, as root, shuts itself in
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-        lay_out(self.disk, places, self.hostname, self.ssh_port)
+        lay_out(self.disk, places, self.hostname, self.ssh_port, plain=self.plain)
         order_file = self.folder / "order.json"
         order_file.touch(0o600)
         order_file.write_text(json.dumps(self._order(places, isolated)), "utf-8")

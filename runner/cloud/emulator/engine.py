@@ -227,6 +227,7 @@ class Engine:
             ssh_port=port,
             ssh_delay_s=pod.ssh_delay_s,
             on_line=lambda line: pod.log.add("container", line),
+            plain=pod.config["image"].partition(":")[0] in catalogue.content()["plain_images"],
         )
         pod.running_since = time.monotonic()
         pod.container.start()

@@ -37,15 +37,17 @@ class Places:
         return f"{self.root}/image/bin:{SYSTEM_PATH}"
 
 
-def lay_out(disk: Path, places: Places, hostname: str, ssh_port: int | None) -> None:
-    """Fill a container disk: folders, the start script, an ssh server's settings, a Python that is this one."""
+def lay_out(disk: Path, places: Places, hostname: str, ssh_port: int | None, *, plain: bool = False) -> None:
+    """Fill a container disk: folders, the start script (unless it is `plain`), an ssh server's settings, a Python that
+    is this one."""
     for name, mode in FOLDERS.items():
         (disk / name).mkdir(parents=True, exist_ok=True)
         (disk / name).chmod(mode)
     if not places.root:
         _own_etc(disk / "etc", hostname)
-    start = Path(__file__).with_name("start.sh").read_text("utf-8")
-    (disk / "start.sh").write_text(start, "utf-8")
+    if not plain:
+        start = Path(__file__).with_name("start.sh").read_text("utf-8")
+        (disk / "start.sh").write_text(start, "utf-8")
     # As in Debian's: what follows in this file is not for a command sent by ssh.
     (disk / "root" / ".bashrc").write_text('[ -z "$PS1" ] && return\n', "utf-8")
     (disk / "root" / ".profile").write_text(". ~/.bashrc\n", "utf-8")
