@@ -80,7 +80,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 OF_A_RUN = ["resume", "join", "chat", "eval", "merge", "export", "push", "deploy", "attach", "fetch", "status", "logs",
-            "pods stop", "pods terminate", "pods ssh", "pods tunnel", "pods logs"]  # fmt: skip
+            "pods start", "pods stop", "pods top", "pods terminate", "pods ssh", "pods tunnel",
+            "pods logs"]  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", OF_A_RUN)
