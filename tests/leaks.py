@@ -7,8 +7,14 @@ import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-CARRIERS = re.compile(r"^(ssh|rsync|sshd|/usr/sbin/sshd|sftp)\b|/(agent|tail|install)\.py |\bpip install|^uv ")
-"""Command lines of processes that work for a run and need no token: only the launcher and the training have them."""
+MUST_HAVE = {
+    r" -m runner\b": "the launcher: it has the API key and the tokens that it tells the pod",
+    r" -m runner\.execute\.there\b": "the training: the Hub's and wandb's tokens",
+    r" -m runner\.execute\.upload\b": "the upload: the token of where it goes",
+    r" -c from multiprocessing\.| -c .*resource_tracker|/torch/|compile_worker": "children of launcher or training",
+}
+"""Command lines of the only processes that may have a secret among their variables, and why."""
+MAY = re.compile("|".join(MUST_HAVE))
 PROC = Path("/proc")
 
 
@@ -51,7 +57,8 @@ class Watch:
                 self.files()
 
     def processes(self) -> None:
-        """Of all command lines, and of the variables of those that carry and install."""
+        """Of all command lines, and of the variables of all that need no secret: ssh, rsync, sshd, the pod's shell,
+        agent and tail, pip, uv, and whatever else there is."""
         for folder in PROC.glob("[0-9]*"):
             try:
                 words = (folder / "cmdline").read_text("utf-8", errors="replace").replace("\0", " ")
@@ -61,7 +68,7 @@ class Watch:
             if words not in self.arguments:
                 self.arguments.add(words)
                 self.look("arguments", words)
-            if CARRIERS.search(words):
+            if words and not MAY.search(words):
                 self.look(f"variables of {words}", variables)
 
     def files(self) -> None:

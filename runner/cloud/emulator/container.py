@@ -54,7 +54,8 @@ def namespaces() -> bool:
         order_file.write_text(json.dumps({**disk, "namespace": True, "env": {}, "command": ["/bin/true"]}), "utf-8")
         command = [*UNSHARE, sys.executable, "-I", "-S", str(INSIDE), str(order_file)]
         quiet = subprocess.DEVNULL
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet) as probe:
+        env = {"PATH": os.environ.get("PATH", "")}
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, env=env) as probe:
             return probe.wait() == 0
 
 
