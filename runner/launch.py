@@ -12,7 +12,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from runner import inputs, planning, unchanged
+from runner import inputs, planning, unchanged, unread
 from runner import resume as resuming
 from runner.compose import source_finder
 from runner.content_checks import check_read
@@ -37,7 +37,7 @@ from runner.spec import RunSpec
 def run(request: Request, composed: RunSpec, console: Console, as_json: bool, manner: Manner = PLAINLY) -> int:
     """One run, as `request` composes it, to its end; the exit code of the worker."""
     spec, notes = complete(composed, source_finder(request), fetch=True)
-    notes += resuming.unfinished(request)
+    notes += [*unread.notes("run", request, notes), *resuming.unfinished(request)]
     planned = plan_first(spec, notes, composed)
     try:
         check(spec, notes, composed, manner)

@@ -146,7 +146,7 @@ def facts_of(spec: RunSpec) -> Facts:
     notes: list[str] = []
     try:
         found = pipeline.lengths_of(spec) or lengths.lengths(
-            spec.data, spec.model, seed=spec.train.seed, kind=kind_of(spec.objective.name)
+            pipeline.documents_of(spec), spec.model, seed=spec.train.seed, kind=kind_of(spec.objective.name)
         )
     except RunnerError as error:
         found = lengths.DataLengths(None, None, False, str(error))

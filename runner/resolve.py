@@ -10,7 +10,7 @@ from runner.data import pipeline
 from runner.errors import RequestError
 from runner.plan.resolve import resolve
 from runner.problems import SourceOf, validated
-from runner.request import Request
+from runner.request import COMMAND_LINE, Request
 from runner.spec import RunSpec
 from runner.spec.unused import unused
 
@@ -39,7 +39,7 @@ def complete(
         checked, said = validated(checked.model_dump(), source_of), chosen or said
     pipeline.check(checked)
     ready, notes = resolve(checked, planning.options_for(checked))
-    return sized(ready), [*said, *notes, *unused(spec)]
+    return sized(ready), [*said, *notes, *unused(ready, lambda key: source_of(key) == COMMAND_LINE)]
 
 
 def sized(spec: RunSpec) -> RunSpec:

@@ -60,7 +60,7 @@ class _Part:
     columns: dict[str, None] = field(default_factory=dict)
     """Names of what a reward function is given, in order."""
     names: dict[str, None] = field(default_factory=dict)
-    """Columns of all rows, where some are ignored."""
+    """Columns of all rows, where keys name some."""
     answered: bool = False
     """Some question has an answer to compare with."""
     wrong: list[Problem] = field(default_factory=list)
@@ -73,7 +73,7 @@ class _Part:
         try:
             for table in self.tables:
                 found, mistakes = canonical_rows(table, self.spec, kind)
-                if self.spec.ignore_columns:
+                if self.spec.ignore_columns or any(_named(self.spec)):
                     self.names |= {str(name): None for row in table.rows for name in row}
                 self.wrong += mistakes
                 self.count += len(found)
@@ -106,8 +106,8 @@ def check(spec: RunSpec) -> list[str]:
             notes.append(f"the first {part.count:,} rows of {part.name} were checked, the others when they are loaded")
     stops = spec.data.on_error == "stop"
     problems = list(dict.fromkeys(p for part in parts for p in [*(part.wrong if stops else ()), *part.broken]))
-    if not problems and parts and all(part.whole for part in parts) and spec.data.source not in BUNDLED:
-        problems += _ignores_nothing(spec.data, parts)
+    if not problems and parts and all(part.whole for part in parts):
+        problems += _names_nothing(spec.data, parts)
     if spec.eval.every_steps and not problems and not _holds_out(spec.data, parts):
         problems.append(nothing_held_out(spec))
     if isinstance(objective, Grpo):
@@ -120,14 +120,22 @@ def check(spec: RunSpec) -> list[str]:
     return notes
 
 
-def _ignores_nothing(data: DataSpec, parts: Sequence[_Part]) -> Iterator[Problem]:
-    """Names to ignore that no row of any source has."""
+def _names_nothing(data: DataSpec, parts: Sequence[_Part]) -> Iterator[Problem]:
+    """Columns to read or to ignore that no row of any source has."""
     names = {name for part in parts for name in part.names}
-    for name in data.ignore_columns:
+    ignored = [] if data.source in BUNDLED else [("ignore_columns", name) for name in data.ignore_columns]
+    for key, name in dict.fromkeys([*ignored, *(one for part in parts for one in _named(part.spec))]):
         if name not in names:
             near = nearest(name, sorted(names))
             remedy = f"did you mean {near}?" if near else "leave it out"
-            yield Problem(f"no row has the column {name}", "data.ignore_columns", remedy)
+            yield Problem(f"no row has the column {name}", f"data.{key}", remedy)
+
+
+def _named(data: DataSpec) -> Iterator[tuple[str, str]]:
+    """Keys that name another column than they do by themselves; a weight is in a turn, not in a row."""
+    for key, info in DataSpec.model_fields.items():
+        if key.endswith("_field") and key != "weight_field" and (name := getattr(data, key)) != info.default:
+            yield key, name
 
 
 def nothing_held_out(spec: RunSpec) -> Problem:

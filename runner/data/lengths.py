@@ -12,7 +12,7 @@ import json
 import math
 import os
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -216,7 +216,7 @@ def _rows(spec: RunSpec, data: DataLengths, notes: list[str]) -> tuple[int | Non
     if data.row_tokens:
         if not data.exact:
             notes.append(f"about {data.tokens_per_example:.0f} tokens a row: {data.how}")
-        cut = [min(tokens, limit) for tokens in data.row_tokens]
+        cut = list(_pieces(data.row_tokens, limit, spec.data.on_long if spec.objective.name == "sft" else "truncate"))
         return packed(cut, limit) if packing else len(cut), sum(cut)
     if data.num_examples is None:
         return None, None
@@ -232,6 +232,15 @@ def _rows(spec: RunSpec, data: DataLengths, notes: list[str]) -> tuple[int | Non
         return data.num_examples, tokens
     notes.append(f"packing assumed to fill {PACKING_EFFICIENCY:.0%} of a sequence")
     return max(1, math.ceil(tokens / (limit * PACKING_EFFICIENCY))), tokens
+
+
+def _pieces(row_tokens: Sequence[int], limit: int, on_long: str) -> Iterator[int]:
+    """Tokens of what `data.on_long` makes of the rows."""
+    for tokens in row_tokens:
+        if tokens <= limit or on_long == "truncate":
+            yield min(tokens, limit)
+        elif on_long == "split":
+            yield from (min(limit, tokens - begun) for begun in range(0, tokens, limit))
 
 
 def packed(row_tokens: Sequence[int], limit: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from runner.data import tokenizer
 from runner.data.files import is_url
 from runner.data.lengths import DataLengths
-from runner.data.sharder import Settings, check_same, missing, other, settings_of
+from runner.data.sharder import Settings, check_same, missing, other, settings_of, taken
 from runner.data.sources import files_of
 from runner.data.tokens import CHARS_PER_TOKEN
 from runner.data.workspace import Workspace, is_whole, manifest_of, workspace_of
@@ -70,6 +70,22 @@ def check_tokenizer(spec: RunSpec, folder: Path) -> None:
         what = f"{folder} has {size:,} tokens, more than model.vocab_size={spec.model.vocab_size}"
         remedy = f"write model.vocab_size={-(-size // 64) * 64}, or name another objective.experiment"
         raise RequestError(Problem(what, "model.vocab_size", remedy))
+
+
+def documents_of(spec: RunSpec) -> DataSpec:
+    """The data with the limits that the sharder will set, where shards are still to be made: `objective.take`
+    documents, `objective.val_ratio` of them held out."""
+    objective, data = spec.objective, spec.data
+    if not isinstance(objective, Pretrain) or objective.experiment is None:
+        return data
+    own = data.eval_path or data.eval_split
+    share = objective.val_ratio if objective.mode == "split" and not own else 0.0
+    limits: dict[str, float | int | None] = {"eval_fraction": share}
+    if (take := taken(objective)) is not None:
+        held = round(take * share)
+        limits["max_examples"] = min(take - held, data.max_examples or take)
+        limits |= {} if own else {"max_eval_examples": min(max(1, held), data.max_eval_examples or take)}
+    return data.model_copy(update=limits)
 
 
 def lengths_of(spec: RunSpec) -> DataLengths | None:

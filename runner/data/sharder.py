@@ -117,12 +117,16 @@ class _Shards:
         write_atomically(self.folder / "manifest.json", json.dumps(self.manifest, indent=2) + "\n")
 
 
+def taken(objective: Pretrain) -> int | None:
+    """How many documents are read at most."""
+    return objective.take or (SMOKE_DOCUMENTS if objective.mode == "smoke" else None)
+
+
 def settings_of(objective: Pretrain, data: DataSpec, seed: int) -> Settings:
     """`take` and `val_ratio` as the mode means them; RequestError where a file of the source is gone."""
     source = {"pydoc": "pydoc", "hub": f"{data.id}:{data.subset}:{data.split}"}.get(data.source, str(data.path))
     if data.sources:
         source = json.dumps([data.mix, *(one.model_dump(exclude_defaults=True) for one in data.sources)])
-    take = objective.take or (SMOKE_DOCUMENTS if objective.mode == "smoke" else None)
     ratio = objective.val_ratio if objective.mode == "split" and not _own_val(data) else None
     try:
         fingerprint = digest.of_documents(data)
@@ -130,7 +134,9 @@ def settings_of(objective: Pretrain, data: DataSpec, seed: int) -> Settings:
         what = f"{error.filename} cannot be read: {error.strerror}"
         remedy = "correct it, or write objective.shards=reuse to take the shards that are there"
         raise RequestError(Problem(what, "data.path", remedy)) from None
-    return Settings(source, fingerprint, objective.mode, ratio, objective.lines_per_shard, take, objective.gzip, seed)
+    return Settings(
+        source, fingerprint, objective.mode, ratio, objective.lines_per_shard, taken(objective), objective.gzip, seed
+    )
 
 
 def shard(

@@ -48,7 +48,7 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
     composed = compose(request)
     spec, notes = complete(composed, source_finder(request), needed=True)
     inputs.check_files(spec)
-    notes += unread.notes("plan", request)
+    notes += unread.notes("plan", request, notes)
     notes += [f"{p.what}: a run is refused; {p.remedy}" for p in writable.problems(spec)]
     found = planning.plan(spec, notes)
     content = found.as_dict()
