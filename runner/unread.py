@@ -29,7 +29,8 @@ UNREAD = {
     "run": _OF_SWEEPS,
     "plan": (*_ARITHMETIC, "run.*", "track"),
     "fit": (
-        *_ARITHMETIC, "run.*", "track", "model.title", "hw.title", "hw.env", "hw.host_memory_gib", "hw.price_date",
+        *_ARITHMETIC, "run.*", "track", "model.title", "hw.title", "hw.env", "hw.host_memory_gib",
+        "hw.rented_memory_gib_per_gpu", "hw.price_date",
         "hw.runpod_gpu_id", "data.max_eval_examples", "data.num_eval_rows", "eval.max_new_tokens", "eval.num_prompts",
         "model.gated", "objective.shards", "train.max_grad_norm",
         "train.keep_checkpoints", "train.save_every_minutes", "train.save_every_steps", "where.cloud",

@@ -355,7 +355,7 @@ def test_a_mistake_says_what_is_wrong_and_what_to_write(words: tuple[str, ...], 
     ("text", "what", "place", "remedy"),
     [
         ("defaults: [config, _self_]\ntrain:\n  seed: [1\n  x: 2\n", "broken YAML", "mine.yaml:4", None),
-        ("defaults:\n  - config\n\t- x\n", "broken YAML", "mine.yaml:3", None),
+        ("defaults:\n  - config\n\t- x\n", "broken YAML", "mine.yaml:3", "indent with spaces: YAML takes no tabs"),
         (
             "defaults: [config]\ntrain:\n  seed: 1\n  seed: 2\n",
             "broken YAML: found duplicate key seed",

@@ -66,6 +66,7 @@ RUNS = (
 )
 MORE = (
     "model=llama3_8b method=full hw=h100x8 deepspeed=zero3_offload data=ultrachat_200k train.save_every_steps=50",
+    "model=llama3_8b method=full hw=h200 hw.num_gpus=8 deepspeed=zero3_offload where=runpod data=ultrachat_200k",
     "model=llama3_8b method=freeze hw=h100x3 deepspeed=zero2 data.path=alpaca.jsonl data.eval_path=questions.jsonl",
     "model=scratch_22m method=full hw=h100 objective=pretrain objective.experiment=made train.max_length=64 "
     "train.num_epochs=3e6 train.batch_size=1 data.path=texts.jsonl",

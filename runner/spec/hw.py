@@ -35,8 +35,6 @@ class HardwareSpec(Named):
     """Main memory of one node."""
     rented_memory_gib_per_gpu: float | None = Field(default=None, gt=0)
     """Main memory that a rented pod has with each GPU; null where nobody says. `host_memory_gib` comes first."""
-    rented_cpus_per_gpu: int | None = Field(default=None, ge=1)
-    """vCPUs that a rented pod has with each GPU."""
     bf16: bool | None = None
     """The hardware multiplies in bfloat16 natively."""
     flash_attention: bool = False
