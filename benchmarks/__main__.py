@@ -24,6 +24,7 @@ from benchmarks import (
     objectives,
     reliability_page,
     startup,
+    sweep,
     throughput_cpu,
 )
 from benchmarks.bench import ROOT, write
@@ -33,6 +34,7 @@ BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
     for module in (
         startup,
+        sweep,
         throughput_cpu,
         data,
         objectives,

@@ -163,7 +163,7 @@ def begin(
     if spec.where.name == "runpod":
         outcome: local.Outcome = _rented().execute(directory, spec, quiet_stdout=as_json, manner=manner)
         return outcome
-    outcome = local.execute(directory, spec, quiet_stdout=as_json)
+    outcome = local.execute(directory, spec, quiet_stdout=as_json, warm=manner.warm)
     if outcome.exit_code == 0 and spec.push.to:
         say(f"Pushed  {_push().after(directory)}")
     return outcome

@@ -19,6 +19,7 @@ from runner import hardware
 from runner.compose import compose, source_finder
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
 from runner.execute.manner import PLAINLY, Manner
+from runner.execute.warm import WarmWorkers
 from runner.launch import agreed, check, plan_first, start
 from runner.plan.plan import Plan
 from runner.report.metrics import unknown_metric
@@ -144,7 +145,11 @@ def _run(
     )  # fmt: skip
     chosen = [point for _, point, _, _ in points.right]
     if pool is None:
-        asked.run(task, chosen, shared, folder)
+        warm = WarmWorkers()
+        try:
+            asked.run(partial(task, manner=replace(manner, warm=warm)), chosen, shared, folder)
+        finally:
+            warm.close()
         return True
     jobs = min(pool.max_pods, len(pool.kinds))
     launcher = ["basic"] if jobs == 1 else ["joblib", f"hydra.launcher.n_jobs={jobs}", "hydra.launcher.batch_size=1"]
@@ -237,7 +242,8 @@ def _point(
     try:
         if isinstance(given, RunnerError):
             raise given
-        composed = _sharing(given, parallel_jobs())
+        composed = _sharing(given, jobs := parallel_jobs())
+        manner = manner if jobs == 1 else replace(manner, warm=None)  # each job is a process of its own
         spec, notes = complete(composed, fetch=True)
         if manner.pool is not None:
             spec = manner.pool.fitted(spec)

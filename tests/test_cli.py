@@ -334,7 +334,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[RunSpec]]:
     def replace(failing: int = -1, code: int = 1) -> list[RunSpec]:
         seen: list[RunSpec] = []
 
-        def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False) -> Outcome:
+        def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: object = None) -> Outcome:
             seen.append(spec)
             bad = spec.train.seed == failing
             run.set_status("failed" if bad else "done", error="it broke" if bad else None)

@@ -36,7 +36,7 @@ GRPO = (
 def run(here: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """An interrupted run with a checkpoint after step 2, made by the front."""
 
-    def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False) -> Outcome:
+    def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: object = None) -> Outcome:
         return Outcome(run, 0)
 
     monkeypatch.setattr(local, "execute", execute)
@@ -113,7 +113,7 @@ def test_a_file_that_was_moved_and_is_the_same_is_fine(run: RunDir, here: Path) 
 def test_a_permission_for_a_resume_that_failed_is_asked_for_again(
     run: RunDir, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False) -> Outcome:
+    def fails(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: object = None) -> Outcome:
         run.set_status("failed", exit_code=1)
         return Outcome(run, 1)
 

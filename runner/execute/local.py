@@ -13,6 +13,7 @@ from runner.errors import CannotRunError, Problem, Rewind
 from runner.execute import ssh, supervise, torchrun
 from runner.execute.killed import Killer, killer, oom_kills
 from runner.execute.verdict import judge
+from runner.execute.warm import WarmWorkers
 from runner.invocation import install
 from runner.rundir import RunDir
 from runner.spec import LocalPlace, RunSpec
@@ -83,10 +84,11 @@ def check_torch(spec: RunSpec) -> None:
         raise CannotRunError(Problem("Liger's kernels are not installed", "train.liger=true", remedy))
 
 
-def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False) -> Outcome:
+def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: WarmWorkers | None = None) -> Outcome:
     """Start the worker's processes on `run`, watch them to their end, say once what went wrong.
 
-    `quiet_stdout` sends the worker's words to standard error and keeps standard output for JSON.
+    `quiet_stdout` sends the worker's words to standard error and keeps standard output for JSON; `warm` starts the
+    runs of a sweep.
     """
     for claim in (run.path / "logs").glob("node*.json"):  # of an earlier start: see execute/join.py
         claim.unlink()
@@ -94,7 +96,7 @@ def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False) -> Outcom
         while True:
             supervise.forget(run)
             stdout = sys.stderr if quiet_stdout else None
-            ending, who = attend(run, spec, stdout=stdout, others=others, address=spec.hw.node_address)
+            ending, who = attend(run, spec, stdout=stdout, others=others, address=spec.hw.node_address, warm=warm)
             code = judge(run, spec, ending, who)
             if code != Rewind.exit_code:
                 others.well = code == 0
@@ -103,14 +105,15 @@ def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False) -> Outcom
 
 def attend(
     run: RunDir, spec: RunSpec, *, stdout: TextIO | None = None, others: ssh.Others = ssh.NOBODY, node: int = 0,
-    address: str | None = None,
+    address: str | None = None, warm: WarmWorkers | None = None,
 ) -> tuple[supervise.Ending, Callable[[], Killer]]:  # fmt: skip
     """Start this machine's processes and watch them until they end; how, and who killed them if they were killed."""
     counts = oom_kills()
     own = torchrun.ranks_of(spec, node) if spec.hw.num_nodes > 1 else None
     name = torchrun.log_of(node)
     with (run.path / "logs" / name).open("w", encoding="utf-8") as log:
-        process = torchrun.start(run, spec, log, stdout, node=node, address=address)
+        process = warm.start(run, spec, stdout) if warm is not None else None
+        process = process or torchrun.start(run, spec, log, stdout, node=node, address=address)
         with supervise.passing_on(process, run, own) as asked:
             ending = supervise.watch(process, run, spec.train.hang_minutes, own, name, others.lost, asked)
     return ending, lambda: killer(counts, oom_kills())

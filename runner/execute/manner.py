@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from runner.execute.pool import Pool
+    from runner.execute.warm import WarmWorkers
 
 
 @dataclass(frozen=True)
 class Manner:
-    """Options of the command line that concern rented machines."""
+    """Options of the command line that concern rented machines, and what the runs of a sweep share."""
 
     yes: bool = False
     """Do not ask."""
@@ -19,6 +20,8 @@ class Manner:
     """Leave as soon as it trains."""
     pool: Pool | None = None
     """The pods of the sweep that the run is a point of."""
+    warm: WarmWorkers | None = None
+    """What starts the runs of a sweep on this machine, one after the other."""
 
 
 PLAINLY = Manner()

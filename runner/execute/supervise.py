@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 
@@ -41,6 +41,20 @@ LAUNCHER_LOG = "launcher.log"
 _FAILED = re.compile(r"rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: (-\d+) ")
 """In torchrun's summary. Its line on the first failure counts whole seconds: of a killed process and one that lost it
 right after, it may name the second."""
+
+
+class Process(Protocol):
+    """What can be watched: a `subprocess.Popen`, or a worker that another process has forked (warm.py)."""
+
+    @property
+    def pid(self) -> int:
+        """Process number."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code; subprocess.TimeoutExpired where it has not ended within `timeout` seconds."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
 
 
 @dataclass
@@ -99,7 +113,7 @@ def forget(run: RunDir, own: range | None = None) -> None:
 
 
 def watch(
-    process: subprocess.Popen[Any], run: RunDir, hang_minutes: float | None, own: range | None = None,
+    process: Process, run: RunDir, hang_minutes: float | None, own: range | None = None,
     log: str = LAUNCHER_LOG, lost: Callable[[], Problem | None] = lambda: None, asked: Interrupts | None = None,
 ) -> Ending:  # fmt: skip
     """Until the process has ended, by itself or because one of its processes failed or hangs, or `asked` for it twice.
@@ -183,7 +197,7 @@ class Interrupts:
 
 
 @contextmanager
-def passing_on(process: subprocess.Popen[Any], run: RunDir, own: range | None = None) -> Iterator[Interrupts]:
+def passing_on(process: Process, run: RunDir, own: range | None = None) -> Iterator[Interrupts]:
     """SIGINT and SIGTERM go to every worker, once each: they live in a session of their own, out of the terminal's
     reach, where torchrun would hand them on a second time."""
     asked = Interrupts()
@@ -215,9 +229,7 @@ def _patience(ranks: list[dict[str, Any]], seconds: float) -> float:
     return SLOW * seconds if any(sign.get("phase") in ("loading", "saving") for sign in ranks) else seconds
 
 
-def _end_hanging(
-    process: subprocess.Popen[Any], ranks: list[dict[str, Any]], silent: float, own: range | None
-) -> Ending:
+def _end_hanging(process: Process, ranks: list[dict[str, Any]], silent: float, own: range | None) -> Ending:
     for sign in ranks:
         if hasattr(signal, "SIGUSR1"):
             _send(sign["pid"], signal.SIGUSR1)
@@ -228,7 +240,7 @@ def _end_hanging(
     return Ending(1, ranks, min(ranks, key=lambda s: (s.get("step") or 0, s["beat"]), default=nobody), silent)
 
 
-def _end_all(process: subprocess.Popen[Any], ranks: list[dict[str, Any]]) -> None:
+def _end_all(process: Process, ranks: list[dict[str, Any]]) -> None:
     """SIGKILL for all, torchrun first, which would name a cause, and those that have not given a sign yet as well."""
     import psutil  # comes with training, and this is asked only then
 

@@ -121,12 +121,17 @@ def _leave() -> None:
         leave()
 
 
-def quiet_libraries(log: Path) -> None:
-    """Libraries talk to a log file; the terminal is ours."""
+def quiet_environment() -> None:
+    """What libraries read when they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ["TRANSFORMERS_VERBOSITY"] = "warning"
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+
+
+def quiet_libraries(log: Path) -> None:
+    """Libraries talk to a log file; the terminal is ours."""
+    quiet_environment()
     handler = logging.FileHandler(log, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

@@ -1,0 +1,144 @@
+"""Workers of a sweep's runs on this machine's CPU, forked from one process that has torch and transformers loaded.
+
+A run of three steps of a tiny model takes 9 s on two cores, of which 6 are imports (`python -m benchmarks sweep`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from runner import run_lock
+from runner.execute.supervise import Process
+from runner.execute.torchrun import environment, several
+from runner.rundir import RunDir, alive
+from runner.spec import RunSpec
+
+LOST = -signal.SIGKILL
+"""The exit code of a worker whose end nobody saw: the process that forked it was killed, and took it along."""
+LEAVING_SECONDS = 60.0
+"""A worker that lost the process it came from saves a checkpoint, and is killed where it takes longer."""
+
+
+def can_fork(spec: RunSpec) -> bool:
+    """One process on a CPU. A CUDA context does not survive a fork, and bitsandbytes makes one when it is imported."""
+    return sys.platform == "linux" and spec.hw.accelerator == "cpu" and spec.hw.num_nodes == 1 and not several(spec)
+
+
+@dataclass
+class _Warm:
+    """The process that forks."""
+
+    process: subprocess.Popen[Any]
+    connection: socket.socket
+    environment: dict[str, str]
+
+    @classmethod
+    def started(cls, variables: dict[str, str]) -> _Warm:
+        here, there = socket.socketpair()
+        with there:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "runner.train.forked", str(there.fileno())],
+                env=variables,
+                start_new_session=True,
+                pass_fds=(there.fileno(),),
+            )
+        return cls(process, here, variables)
+
+    def close(self) -> None:
+        """Nothing more is asked: it ends by itself."""
+        self.connection.close()
+        self.process.wait()
+
+
+@dataclass
+class WarmWorkers:
+    """Starts the runs of a sweep one after the other; a run whose environment differs gets a new process."""
+
+    _warm: _Warm | None = field(default=None, init=False)
+
+    def start(self, run: RunDir, spec: RunSpec, stdout: TextIO | None = None) -> Process | None:
+        """A worker for `run`; None where it needs processes of its own."""
+        if not can_fork(spec):
+            return None
+        variables = environment(spec)
+        if self._warm is not None and (self._warm.environment != variables or self._warm.process.poll() is not None):
+            self.close()
+        if self._warm is None:
+            self._warm = _Warm.started(variables)
+        order = {"argv": [str(run.spec_file)], "cwd": os.getcwd()}
+        handles = [1 if stdout is None else stdout.fileno(), 2, *run_lock.inherited()]
+        try:
+            socket.send_fds(self._warm.connection, [json.dumps(order).encode()], handles)
+        except OSError:  # it has just died: this run starts as any other
+            self.close()
+            return None
+        return _Forked(self._warm)
+
+    def close(self) -> None:
+        """End the process that forks."""
+        if self._warm is not None:
+            self._warm.close()
+            self._warm = None
+
+
+class _Forked:
+    """A worker that is a child of the warm process."""
+
+    def __init__(self, warm: _Warm) -> None:
+        self._warm = warm
+        self._child: int | None = None
+        self._code: int | None = None
+        self._read = b""
+
+    @property
+    def pid(self) -> int:
+        """Its own, or that of the process that is about to fork it."""
+        return self._warm.process.pid if self._child is None else self._child
+
+    def wait(self, timeout: float | None = None) -> int:
+        """As of a `subprocess.Popen`."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while self._code is None:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            self._warm.connection.settimeout(left or (None if left is None else 1e-3))
+            try:
+                words = self._warm.connection.recv(4096)
+            except TimeoutError:
+                raise subprocess.TimeoutExpired("worker", timeout or 0.0) from None
+            except OSError:
+                words = b""
+            if not words:
+                return self._lost()
+            self._read += words
+            *lines, self._read = self._read.split(b"\n")
+            for facts in map(json.loads, lines):
+                self._child = facts.get("pid", self._child)
+                self._code = facts.get("code", self._code)
+        return self._code
+
+    def _lost(self) -> int:
+        """The warm process is gone, which is the worker's end as well: it was asked by the kernel to leave."""
+        self._code = self._warm.process.wait()
+        if self._child is not None:
+            end = time.monotonic() + LEAVING_SECONDS
+            while alive(self._child) and time.monotonic() < end:
+                time.sleep(0.1)
+            self._code = LOST
+            if alive(self._child):
+                os.kill(self._child, signal.SIGKILL)
+        return self._code
+
+    def kill(self) -> None:
+        """SIGKILL, unless it has ended."""
+        if self._code is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
