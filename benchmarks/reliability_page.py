@@ -68,6 +68,11 @@ not exist, wrong data, too little memory) are told first, and are rows of the ta
 and the exit code is 1. Where no point can run, nothing is started: 2 or 3, as for one run. `hydra.sweeper.params` of
 a recipe is read like words that were typed, and a typed word wins.
 
+Runs on this machine's CPU are forked, one after the other, from one process that has the libraries loaded
+([measured](benchmarks.md#sweeps)); process, log, seed and exit code are each run's own, and a run that is killed costs
+only itself. Runs on GPUs, of several processes, or many at once (`hydra/launcher=joblib`) start
+from nothing, for a CUDA context does not survive a fork.
+
 With `hydra/sweeper=optuna` (`pip install hydra-optuna-sweeper`) the ends of each range and all choices have to be
 valid before the first trial. A trial that fails, does not fit, or whose metric is no number counts as the worst, and
 the study goes on. The direction follows `run.metric_mode`. Whole numbers are

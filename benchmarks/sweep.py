@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of both ways, and whether they trained the same; the first round (cold files, no cache) does not count."""
+    """Seconds of both ways, which must train the same; the first round (cold files, no cache) does not count."""
     seconds: dict[str, list[float]] = {"singly": [], "sweep": []}
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_model(Path(folder) / "model")
@@ -74,7 +74,8 @@ def section(measured: dict[str, Any]) -> str:
     ratio = sweep[1] / singly[1]
     against = f"target ≤ {TARGET}" + ("" if ratio <= TARGET else ", **missed**")
     lines = table([f"{measured['runs']} runs", "median, s", "middle half"], rows)
-    return f"{EXPLANATION}\n{lines}\n\nThe sweep takes **{ratio:.2f}** of the time ({against}); the losses are the same."
+    said = f"The sweep takes **{ratio:.2f}** of the time ({against}); the losses are the same."
+    return f"{EXPLANATION}\n{lines}\n\n{said}"
 
 
 BENCHMARK = Benchmark("sweep", add_options, measure, section)
