@@ -60,7 +60,7 @@ def _ended(pid: int, front: socket.socket) -> bool:
     """Wait for the worker's end; False where the one that gave the order has gone before."""
     handle = os.pidfd_open(pid)
     try:
-        return handle in select.select([handle, front], [], [])[0]
+        return handle in select.select([handle, front.fileno()], [], [])[0]
     finally:
         os.close(handle)
 
