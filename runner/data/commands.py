@@ -242,12 +242,16 @@ def spoken_models(count: int) -> list[tuple[str, str]]:
 
 
 def spoken_hardware(count: int) -> list[tuple[str, str]]:
-    """(choice, name) of all hardware but `local`, which is what a command without `hw=` means."""
+    """(choice, name) of the hardware that has aliases but `local`, which is what a command without `hw=` means.
+
+    Without aliases a profile is not spoken of: a GPU that is added then leaves the demo's rows, and what was measured
+    on them, as they are.
+    """
     names = {}
     for choice in catalogue.options("hw"):
         values = catalogue.load("hw", choice)
-        if values["accelerator"] != "detect":
-            said = (values.get("title") or choice, *values.get("aliases", ()))
+        if values["accelerator"] != "detect" and values.get("aliases"):
+            said = (values.get("title") or choice, *values["aliases"])
             names[choice] = tuple(_with_article(name, values) for name in said)
     return _spoken(names, count)
 
