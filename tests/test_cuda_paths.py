@@ -901,24 +901,28 @@ def test_a_pod_whose_gpus_do_not_compute_gets_nothing(
 
     at = ship.Berth(types.SimpleNamespace(attempt=attempt), "/workspace", "r1")  # type: ignore[arg-type]
     monkeypatch.setattr(ship, "arm", lambda *_: done.append("arm"))
+    monkeypatch.setattr(ship, "try_memory", lambda *_: done.append("memory"))
     monkeypatch.setattr(ship, "send", lambda *_: done.append("send") or "code")
     monkeypatch.setattr(ship, "tell_secrets", lambda *_: [])
     monkeypatch.setattr(ship, "begin", lambda *_: done.append("begin"))
     monkeypatch.setenv("RUNNER_POD_PYTHON", named or "")
     one: Any = session.Session.__new__(session.Session)
-    one.spec, one.run, one.say = on(words), None, print
-    one.rented = types.SimpleNamespace(mark=lambda *_: None, pod=types.SimpleNamespace(id="p"))
+    one.spec, one.run, one.say = on(words), types.SimpleNamespace(read=lambda _: {}), print
+    one.rented = types.SimpleNamespace(
+        mark=lambda *_: None, pod=types.SimpleNamespace(id="p"), name="runner-r1",
+        ledger=types.SimpleNamespace(move=lambda *_: done.append("recorded")),
+    )  # fmt: skip
     monkeypatch.setattr(session.Session, "board", lambda self: at)
     monkeypatch.setattr(session.Session, "order", lambda self, detach: {})
     monkeypatch.setattr(session.Session, "_heard", lambda self, at: contextlib.nullcontext())
     tried = [] if code is None else ["timeout 90 python3 /workspace/runs/r1/install.py --gpus 1"]
     if what is None:
         one._load(False)
-        assert done == ["arm", *tried, "send", "begin"]
+        assert done == ["arm", "memory", *tried, "send", "recorded", "begin"]
         return
     with pytest.raises(CannotRunError, match=what):
         one._load(False)
-    assert done == ["arm", *tried]
+    assert done == ["arm", "memory", *tried]
 
 
 def test_a_machine_without_a_driver_is_refused_by_the_file_that_is_sent() -> None:

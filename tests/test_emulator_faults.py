@@ -129,6 +129,16 @@ def test_slow_pull_and_bad_host(emulator: Emulator) -> None:
     assert (found["status"], found["dataCenterId"], found["ssh"]["proxy"]) == ("PROVISIONING", None, None)
 
 
+def test_an_image_that_is_never_there(emulator: Emulator) -> None:
+    emulator.inject("no_pull", detail="manifest unknown")
+    pod = create()
+    until(lambda: rest("GET", f"/v2/pods/{pod['id']}")["status"] == "STARTING")
+    time.sleep(1.0)  # a pull takes none here
+    assert rest("GET", f"/v2/pods/{pod['id']}")["status"] == "STARTING"
+    runpod.terminate_pod(pod["id"])
+    assert emulator.pods() == {}
+
+
 def test_a_price_higher_than_the_catalogues(emulator: Emulator) -> None:
     emulator.inject("price", factor=1.55)
     assert create()["cost"] == pytest.approx(0.49 * 1.55, abs=1e-3)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from runner.execute.warm import can_fork
+from runner.execute.warm import WarmWorkers, can_fork
 from runner.rundir import RunDir
 from tests.conftest import spec_of
 from tests.processes import losses, start, tiny_model, until, words
@@ -96,6 +99,19 @@ def test_ctrl_c_ends_the_sweep_with_a_checkpoint(model: Path, tmp_path: Path) ->
     while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
         time.sleep(0.1)
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_where_the_libraries_cannot_be_imported_the_run_starts_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = sys.executable
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
+    workers = WarmWorkers()
+    process = workers.start(
+        RunDir(tmp_path), spec_of("hw=cpu"), None, lambda: subprocess.Popen([python, "-c", "raise SystemExit(7)"])
+    )
+    assert process.wait(30) == 7
+    workers.close()
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,11 @@ def attend(
     own = torchrun.ranks_of(spec, node) if spec.hw.num_nodes > 1 else None
     name = torchrun.log_of(node)
     with (run.path / "logs" / name).open("w", encoding="utf-8") as log:
-        process = warm.start(run, spec, stdout) if warm is not None else None
-        process = process or torchrun.start(run, spec, log, stdout, node=node, address=address)
+
+        def cold() -> supervise.Process:
+            return torchrun.start(run, spec, log, stdout, node=node, address=address)
+
+        process = cold() if warm is None else warm.start(run, spec, stdout, cold)
         with supervise.passing_on(process, run, own) as asked:
             ending = supervise.watch(process, run, spec.train.hang_minutes, own, name, others.lost, asked)
     return ending, lambda: killer(counts, oom_kills())

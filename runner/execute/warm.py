@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -26,11 +27,20 @@ LOST = -signal.SIGKILL
 """The exit code of a worker whose end nobody saw: the process that forked it was killed, and took it along."""
 LEAVING_SECONDS = 60.0
 """A worker that lost the process it came from saves a checkpoint, and is killed where it takes longer."""
+CLOSING_SECONDS = 3.0
 
 
 def can_fork(spec: RunSpec) -> bool:
-    """One process on a CPU. A CUDA context does not survive a fork, and bitsandbytes makes one when it is imported."""
-    return sys.platform == "linux" and spec.hw.accelerator == "cpu" and spec.hw.num_nodes == 1 and not several(spec)
+    """One process on a CPU, on a Linux that can wait for it. CUDA does not survive a fork, and libraries that are
+    imported ask for it.
+    """
+    if spec.hw.accelerator != "cpu" or spec.hw.num_nodes > 1 or several(spec) or sys.platform != "linux":
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:  # Linux before 5.3, or a sandbox that does not know the call
+        return False
+    return True
 
 
 @dataclass
@@ -54,9 +64,13 @@ class _Warm:
         return cls(process, here, variables)
 
     def close(self) -> None:
-        """Nothing more is asked: it ends by itself."""
+        """Nothing more is asked: it ends by itself, or is ended."""
         self.connection.close()
-        self.process.wait()
+        try:
+            self.process.wait(CLOSING_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 @dataclass
@@ -65,10 +79,10 @@ class WarmWorkers:
 
     _warm: _Warm | None = field(default=None, init=False)
 
-    def start(self, run: RunDir, spec: RunSpec, stdout: TextIO | None = None) -> Process | None:
-        """A worker for `run`; None where it needs processes of its own."""
+    def start(self, run: RunDir, spec: RunSpec, stdout: TextIO | None, cold: Callable[[], Process]) -> Process:
+        """A worker for `run`, by `cold` where it cannot be forked."""
         if not can_fork(spec):
-            return None
+            return cold()
         variables = environment(spec)
         if self._warm is not None and (self._warm.environment != variables or self._warm.process.poll() is not None):
             self.close()
@@ -78,10 +92,10 @@ class WarmWorkers:
         handles = [1 if stdout is None else stdout.fileno(), 2, *run_lock.inherited()]
         try:
             socket.send_fds(self._warm.connection, [json.dumps(order).encode()], handles)
-        except OSError:  # it has just died: this run starts as any other
+        except OSError:  # it has just died
             self.close()
-            return None
-        return _Forked(self._warm)
+            return cold()
+        return _Forked(self._warm, cold)
 
     def close(self) -> None:
         """End the process that forks."""
@@ -93,8 +107,9 @@ class WarmWorkers:
 class _Forked:
     """A worker that is a child of the warm process."""
 
-    def __init__(self, warm: _Warm) -> None:
-        self._warm = warm
+    def __init__(self, warm: _Warm, cold: Callable[[], Process]) -> None:
+        self._warm, self._start_cold = warm, cold
+        self._cold: Process | None = None
         self._child: int | None = None
         self._code: int | None = None
         self._read = b""
@@ -102,10 +117,14 @@ class _Forked:
     @property
     def pid(self) -> int:
         """Its own, or that of the process that is about to fork it."""
+        if self._cold is not None:
+            return self._cold.pid
         return self._warm.process.pid if self._child is None else self._child
 
     def wait(self, timeout: float | None = None) -> int:
         """As of a `subprocess.Popen`."""
+        if self._cold is not None:
+            return self._cold.wait(timeout)
         end = None if timeout is None else time.monotonic() + timeout
         while self._code is None:
             left = None if end is None else max(0.0, end - time.monotonic())
@@ -117,7 +136,11 @@ class _Forked:
             except OSError:
                 words = b""
             if not words:
-                return self._lost()
+                self._code = self._lost()
+                if self._code is None:
+                    self._cold = self._start_cold()
+                    return self._cold.wait(timeout)
+                return self._code
             self._read += words
             *lines, self._read = self._read.split(b"\n")
             for facts in map(json.loads, lines):
@@ -125,20 +148,24 @@ class _Forked:
                 self._code = facts.get("code", self._code)
         return self._code
 
-    def _lost(self) -> int:
-        """The warm process is gone, which is the worker's end as well: it was asked by the kernel to leave."""
-        self._code = self._warm.process.wait()
-        if self._child is not None:
-            end = time.monotonic() + LEAVING_SECONDS
-            while alive(self._child) and time.monotonic() < end:
-                time.sleep(0.1)
-            self._code = LOST
-            if alive(self._child):
-                os.kill(self._child, signal.SIGKILL)
-        return self._code
+    def _lost(self) -> int | None:
+        """The exit code where the warm process is gone, and with it the worker, whom the kernel asked to leave. None
+        where there was none yet, and no signal of ours was the reason: it failed at an import, which a worker reports.
+        """
+        code = self._warm.process.wait()
+        if self._child is None:
+            return code if code in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL) else None
+        end = time.monotonic() + LEAVING_SECONDS
+        while alive(self._child) and time.monotonic() < end:
+            time.sleep(0.1)
+        if alive(self._child):
+            os.kill(self._child, signal.SIGKILL)
+        return LOST
 
     def kill(self) -> None:
         """SIGKILL, unless it has ended."""
-        if self._code is None:
+        if self._cold is not None:
+            self._cold.kill()
+        elif self._code is None:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)

@@ -42,6 +42,10 @@ def serve(front: socket.socket) -> list[str] | None:
                 os.close(handle)
             os.chdir(order["cwd"])
             argv: list[str] = order["argv"]
+            if _spoilt():
+                for handle in handles[2:]:
+                    os.set_inheritable(handle, True)
+                os.execv(sys.executable, [sys.executable, "-m", "runner.train", *argv])
             return argv
         for handle in handles:  # the lock belongs to the worker: it is free when the worker is gone
             os.close(handle)
@@ -49,6 +53,12 @@ def serve(front: socket.socket) -> list[str] | None:
         if not _ended(pid, front):
             return None
         _answer(front, code=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def _spoilt() -> bool:
+    """A library asked for CUDA before the fork, so that this process can have no GPU: it has to start from nothing."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda._is_in_bad_fork())
 
 
 def _answer(front: socket.socket, **facts: int) -> None:
