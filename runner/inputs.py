@@ -119,6 +119,7 @@ def _files(spec: RunSpec) -> Iterator[Problem]:
     for key, path in _rewards(spec):
         if problem := _missing(path, key, spec):
             yield Problem(problem.what, problem.source, "name a Python file and its function: FILE.py:FUNCTION")
+    yield from _pretraining(spec)
     template = data.chat_template
     if template is not None and not _is_named(template):
         problem = _missing(template, "data.chat_template", spec)
@@ -129,9 +130,22 @@ def _files(spec: RunSpec) -> Iterator[Problem]:
             yield Problem(problem.what, problem.source, remedy)
 
 
+def _pretraining(spec: RunSpec) -> Iterator[Problem]:
+    """What a pod would look for in vain, and nobody sends."""
+    objective, place = spec.objective, spec.where
+    if not isinstance(objective, Pretrain) or not isinstance(place, RunPodPlace):
+        return
+    if objective.tokenizer is not None and (problem := _missing(objective.tokenizer, "objective.tokenizer", spec)):
+        yield problem
+    if objective.experiment is not None and objective.shards == "reuse" and not _has_files(place):
+        what = "it takes shards that are there, and on a pod's new disk there are none"
+        remedy = "name the network volume that has them with where.volume=…, or leave objective.shards out"
+        yield Problem(f"objective.shards=reuse: {what}", "objective.shards", remedy)
+
+
 def _has_files(place: RunPodPlace) -> bool:
-    """A pod of that kind may come with files: on a network volume, or in an image of one's own."""
-    return bool(place.volume or place.template or place.image != RunPodPlace.model_fields["image"].default)
+    """A pod of that kind may come with files: on a network volume, in an image of one's own, or of a run before."""
+    return bool(place.volume or place.pod or place.template or place.image != RunPodPlace.model_fields["image"].default)
 
 
 def _unreadable(path: str, key: str, spec: RunSpec) -> Problem | None:

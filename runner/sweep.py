@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -49,6 +50,7 @@ class _Points:
 def sweep(request: Request, console: Console, as_json: bool, manner: Manner = PLAINLY) -> int:
     """All points of a sweep; one that cannot run, or fails, does not stop the others, but the exit code says so."""
     asked = read(request)
+    _check_targets(asked)
     points = _checked(asked, manner)
     specs, shared = points.specs, points.specs[0]
     name = f"sweep-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -157,6 +159,21 @@ def _run(
         task = partial(pool.points.do, task)
         asked.run(task, chosen, shared, folder, f"hydra/launcher={launcher[0]}", *launcher[1:])
         return not pool.points.stopped
+
+
+def _check_targets(sweep: Sweep) -> None:
+    """RequestError where two runs would upload their models to one place, each over the one before."""
+    targets: list[str] = []
+    for number, point in enumerate(sweep.points):
+        with suppress(RequestError):  # which is said with all that is wrong with the point
+            target = compose(point).push.to
+            if target is None and number == 0:
+                return
+            targets += [target] if target is not None else []
+    if len(targets) > len(set(targets)) or (targets and sweep.searches):
+        what = f"the runs of a sweep would upload to {targets[0]}, each over the one before"
+        remedy = "leave push.to out, and upload the best: python -m runner push runs/<id> org/name"
+        raise RequestError(Problem(what, f"push.to={targets[0]}", remedy))
 
 
 def _max_pods(sweep: Sweep, specs: list[RunSpec], manner: Manner) -> int | None:

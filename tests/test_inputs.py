@@ -129,6 +129,14 @@ def test_what_a_pod_would_not_find_is_said_before_one_is_rented(
     assert what in said and remedy in said
 
 
+@pytest.mark.parametrize("word", ["objective.shards=reuse", "objective.tokenizer=/workspace/tokenizer"])
+def test_what_a_rented_pretraining_would_not_find_is_said_before_one_is_rented(here: Path, word: str) -> None:
+    words = ("plan", "recipe=pretrain_22m", "where=runpod", "hw=rtx4090", word)
+    refusal = runner(*words)
+    assert refusal.exit_code == 2 and "on a pod's new disk there" in " ".join(refusal.output.split())
+    assert runner(*words, "where.volume=mine").exit_code == 0
+
+
 def test_a_volume_may_have_what_is_not_here(here: Path) -> None:
     result = runner(*RENTED, "data.path=/workspace/rows.jsonl", "where.volume=mine")
     assert "rows.jsonl" not in result.output  # something else may be missing, such as a key

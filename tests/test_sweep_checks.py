@@ -124,6 +124,7 @@ def test_a_point_that_cannot_run_is_told_first_and_is_a_row(
         ("hw=h100 train.seed=1,2", 3, ["h100 needs 1 × H100"]),
         ("method=lorra,fulll", 2, ["there is no method 'lorra'"]),
         ("train.seed=interval(1,3)", 2, ["only a sweeper that searches", "name values"]),
+        ("train.seed=1,2 push.to=me/tuned", 2, ["the runs of a sweep would upload to me/tuned", "upload the best"]),
         ("train.seed=1,2 +hydra.sweeper.pruner=median", 2, ["cannot prune", "eval.early_stopping_patience=3"]),
     ],
 )
