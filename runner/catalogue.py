@@ -34,9 +34,13 @@ def broken(error: yaml.YAMLError, place: str | None) -> Problem:
     return Problem(f"broken YAML: {what}", place, remedy)
 
 
-@cache
 def read(file: Path) -> dict[str, Any]:
     """One YAML file as written (an empty file is an empty mapping); RequestError for one that cannot be read."""
+    return _read(file.absolute())  # a relative path is another file in another working directory
+
+
+@cache
+def _read(file: Path) -> dict[str, Any]:
     try:
         content = yaml.load(file.read_text("utf-8-sig"), Loader=_loader()) or {}
     except yaml.YAMLError as error:

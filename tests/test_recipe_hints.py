@@ -162,3 +162,12 @@ def test_a_title_of_ones_own_is_in_the_heading_of_a_plan(here: Path) -> None:
     write(here / "own/hw/box.yaml", "defaults: [h100]\ntitle: The box\nname: box\n")
     result = runner("plan", "--config-dir", "own", "model=mine", "method=qlora4", "hw=box")
     assert result.stdout.startswith("My Mistral, qlora4, The box\n"), result.output
+
+
+def test_a_relative_folder_is_another_one_in_another_working_directory(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, title in (("a", "One"), ("b", "Two")):
+        write(here / name / "own/model/mine.yaml", f"defaults: [mistral7b]\ntitle: {title}\nname: mine\n")
+        monkeypatch.chdir(here / name)
+        assert runner("plan", "--config-dir", "own", "model=mine", "hw=h100").stdout.startswith(f"{title}, ")
