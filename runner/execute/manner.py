@@ -1,4 +1,4 @@
-"""How a user wants a run started; nothing of this belongs to the run."""
+"""Launch options that are not stored in spec.json."""
 
 from __future__ import annotations
 

@@ -70,11 +70,7 @@ def _experts(k: Block, x: Tensor, scores: Tensor, gate_up: Weight, down: Weight)
     rows = _product(k, rows, down, f, h)
     weighted = _weighted(k, rows, scores)
     weighted = k.take(weighted, s * h)
-    out = Tensor(x.values, weighted.width, t.new(x.values, weighted.width))
-    source = weighted.node
-    if source is not None:
-        # the sum's gradient is spread by a view, which the view before it has to copy
-        out.node = t.node(out.width, lambda grad: [(source, t.new(s * h, source.width))])
+    out = _summed(k, x, weighted, s * h)
     del order
     return k.cast(out, x.width)
 
@@ -89,12 +85,19 @@ def _quantised_experts(k: Block, x: Tensor, scores: Tensor, gate_up: Weight, dow
     rows = _projected(k, rows, down, f, h)
     rows = _weighted(k, rows, scores)
     rows = k.take(rows, s * h)
-    out = Tensor(x.values, rows.width, t.new(x.values, rows.width))
-    source = rows.node
-    if source is not None:
-        out.node = t.node(out.width, lambda grad: [(source, t.new(s * h, source.width))])
+    out = _summed(k, x, rows, s * h)
     del order
     return k.cast(out, x.width)
+
+
+def _summed(k: Block, x: Tensor, rows: Tensor, values: int) -> Tensor:
+    """What a token's experts have said, added up: `values` numbers become as many as `x` has."""
+    t, source = k.t, rows.node
+    out = Tensor(x.values, rows.width, t.new(x.values, rows.width))
+    if source is not None:
+        # the sum's gradient is spread by a view, which the view before it has to copy
+        out.node = t.node(out.width, lambda grad: [(source, t.new(values, source.width))])
+    return out
 
 
 def _projected(k: Block, x: Tensor, weight: Weight, inputs: int, outputs: int) -> Tensor:
