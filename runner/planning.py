@@ -195,7 +195,8 @@ def price_of(hw: HardwareSpec, where: Where | None = None) -> tuple[float | None
         return live.usd_per_hour, live.source
     if hw.usd_per_hour is None:
         return None, None
-    return hw.usd_per_hour, f"conf/hw, seen {hw.price_date}" if hw.price_date else "conf/hw"
+    dated = hw.price_date and hw.price_date[0].isdecimal()  # else it says why conf/hw has no price
+    return hw.usd_per_hour, f"conf/hw, seen {hw.price_date}" if dated else "conf/hw"
 
 
 def cpu_price(hw: HardwareSpec) -> tuple[float, str]:

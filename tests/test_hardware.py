@@ -17,6 +17,7 @@ import pytest
 from runner import catalogue, hardware
 from runner.hardware import Gpu, Machine
 from runner.spec import HardwareSpec
+from tests.front import runner
 
 NAMES = catalogue.options("hw")
 GIB = 2**30
@@ -73,11 +74,25 @@ def test_no_fact_of_a_gpu_is_missing(name: str) -> None:
 @pytest.mark.parametrize("name", CUDA_NAMES)
 def test_a_price_says_when_and_by_whom(name: str) -> None:
     spec = spec_of(name)
-    assert (spec.usd_per_hour is None) == (spec.price_date is None)
-    if spec.price_date:
-        day, _, source = spec.price_date.partition(", ")
-        assert day.startswith("2026")
-        assert source
+    assert spec.price_date
+    if spec.usd_per_hour is None:
+        assert spec.price_date == ("no dated price" if spec.runpod_gpu_id else "not on RunPod")
+        return
+    day, _, source = spec.price_date.partition(", ")
+    assert day.startswith("2026")
+    assert source
+
+
+def test_the_list_says_why_there_is_no_price() -> None:
+    lines = {line.split()[0]: line for line in runner("list", "hw").stdout.splitlines() if line.strip()}
+    assert lines["rtx3090"].rstrip().endswith("no dated price") and lines["t4"].rstrip().endswith("not on RunPod")
+    assert lines["rtx6000ada"].rstrip().endswith("0.84") and lines["rtx5090"].rstrip().endswith("0.99")
+
+
+def test_what_a_pod_has_of_main_memory_is_known_of_all_that_are_priced() -> None:
+    priced = [spec_of(name) for name in CUDA_NAMES if spec_of(name).usd_per_hour is not None]
+    assert [hw.name for hw in priced if hw.rented_memory_gib_per_gpu is None] == []
+    assert spec_of("rtx4090x2").main_memory_gib(rented=True) == 76  # 2 × 41 GB
 
 
 def test_several_gpus_differ_from_one_in_number_and_name_only() -> None:

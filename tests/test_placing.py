@@ -60,8 +60,8 @@ def test_the_number_of_gpus_and_their_types_narrow_the_choice() -> None:
     two = spec_of("where=runpod", "model=llama2_7b", "hw.num_gpus=2")
     assert two.hw.num_gpus == 2 and two.hw.accelerator == "cuda"
     assert spec_of("where=runpod", "where.gpu_types=[NVIDIA L4]").hw.name == "l4"
-    unpriced = ("where=runpod", "where.gpu_types=[NVIDIA L40S]")
-    assert spec_of(*unpriced).hw.name == "l40s" and "hw=l40s is the first that is named" in note_of(*unpriced)
+    unpriced = ("where=runpod", "where.gpu_types=[NVIDIA GeForce RTX 3090]")
+    assert spec_of(*unpriced).hw.name == "rtx3090" and "hw=rtx3090 is the first that is named" in note_of(*unpriced)
 
 
 def test_what_no_hardware_holds_is_refused_and_not_rented() -> None:

@@ -278,8 +278,9 @@ def _short_of_memory(option: Option, ram: Mapping[str, float], spec: RunSpec) ->
     needed = sum(ram.values()) / GIB
     has = _main_memory(spec)
     if has and hw.accelerator == "cuda" and needed > FREE_SHARE * has:
-        whose = "the machine" if hw.host_memory_gib else "such a pod"
-        reasons.append(f"needs {needed:.0f} GiB of main memory; {whose} has {has:.0f} GiB")
+        sure = "the machine has" if hw.host_memory_gib else "such a pod is sure of"
+        more = "" if hw.host_memory_gib else " (hw.host_memory_gib=… where you know of more)"
+        reasons.append(f"needs {needed:.0f} GiB of main memory; {sure} {has:.0f} GiB{more}")
     return reasons
 
 

@@ -166,9 +166,14 @@ def print_listing(console: Console, table: Listing) -> None:
         # A name is copied, so it is never broken over two lines.
         view.add_column(_HEADERS.get(column, column), justify=justify, overflow="fold", no_wrap=column == "name")
     for row in table.rows:
-        view.add_row(*(_cell(row.get(column)) for column in columns))
+        view.add_row(*(_cell(_shown(row, column)) for column in columns))
     console.print(view)
     console.print(f"\n[dim]{typed(table.hint)}[/dim]", highlight=False)
+
+
+def _shown(row: Row, column: str) -> Any:
+    """A value; for hardware without a price, why it has none."""
+    return row.get("price_date") if column == "usd_per_hour" and row.get(column) is None else row.get(column)
 
 
 def _cell(value: Any) -> str:

@@ -34,7 +34,7 @@ class HardwareSpec(Named):
     host_memory_gib: float | None = Field(default=None, gt=0)
     """Main memory of one node."""
     rented_memory_gib_per_gpu: float | None = Field(default=None, gt=0)
-    """Main memory that a rented pod has with each GPU; null where nobody says. `host_memory_gib` comes first."""
+    """Main memory that a rented pod has with each GPU at least; null where nobody says. `host_memory_gib` comes first."""
     bf16: bool | None = None
     """The hardware multiplies in bfloat16 natively."""
     flash_attention: bool = False
@@ -50,7 +50,7 @@ class HardwareSpec(Named):
     usd_per_hour: float | None = Field(default=None, ge=0)
     """Price of one GPU for one hour, in US$, as seen on `price_date`: a fallback for a live catalogue."""
     price_date: str | None = None
-    """Day on which `usd_per_hour` was seen, and by whom."""
+    """Day on which `usd_per_hour` was seen, and by whom; or why there is no price, such as `no dated price`."""
     env: dict[str, str] = {}
     """Environment variables every process gets, such as `NCCL_P2P_DISABLE`: texts, as written (`0,1`, `010`, `no`)."""
     hostfile: str | None = None
