@@ -18,9 +18,9 @@ _ARITHMETIC = (
     "data.answer_field", "data.num_proc", "data.on_error", "data.weight_field", "train.hang_minutes",
     "train.learning_rate", "train.liger", "train.on_loss_spike", "train.schedule", "train.spike_factor",
     "train.warmup_ratio", "train.weight_decay", "where.bad_host_minutes", "where.container_disk_gb", "where.cpu_type",
-    "where.cuda_versions", "where.data_centers", "where.deadline_hours", "where.heartbeat_minutes", "where.image",
-    "where.keep", "where.max_replacements", "where.pod", "where.setup_minutes", "where.template", "where.volume",
-    "where.volume_gb", "track.*", "push.*", "run.name", "run.on_changed_inputs", *_OF_SWEEPS,
+    "where.country", "where.cuda_versions", "where.data_centers", "where.deadline_hours", "where.heartbeat_minutes",
+    "where.image", "where.keep", "where.max_replacements", "where.pod", "where.setup_minutes", "where.template",
+    "where.volume", "where.volume_gb", "track.*", "push.*", "run.name", "run.on_changed_inputs", *_OF_SWEEPS,
 )  # fmt: skip
 """Change neither memory nor time nor money."""
 _CARDS = ("data.num_rows", "data.num_eval_rows", "data.bytes_per_row")

@@ -129,7 +129,7 @@ def test_a_blank_in_a_name_is_typed_as_the_shell_needs_it(folder: Path) -> None:
 
 def test_verbs_of_a_group_are_offered() -> None:
     assert offered("runner data pre") == ["prepare", "preview"]
-    assert offered("runner pods te") == ["terminate"]
+    assert offered("runner pods te") == ["templates", "terminate"]
     assert offered("runner volumes ") == ["create", "delete", "get", "list", "ls", "put"]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from runner.cloud import templates
 from runner.cloud.answers import CpuType, GpuType, Volume
 from runner.cloud.api import Api
 from runner.cloud.money import Meter, stopped_usd_per_day
@@ -104,6 +105,62 @@ def test_before_any_pod(emulator: Emulator, words: list[str], code: int, says: s
     assert emulator.pods() == {} and not any(e.method == "POST" and e.path == "/v2/pods" for e in emulator.exchanges)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["where.country=us"], [("US-KS-2", "US-TX-3")]),
+        (["where.country=[us,ca]"], [("CA-MTL-3", "US-KS-2", "US-TX-3")]),
+        (["where.country=US", "where.data_centers=[US-TX-3,US-KS-2]"], [("US-TX-3",), ("US-KS-2",)]),
+        (["where.country=US", "where.spot=true", "where.bid_usd=0.5"], [("US-KS-2",), ("US-TX-3",)]),
+        (["where.country=RO", "where.volume=data"], [("EU-RO-1",)]),
+        (["where.country=SE", "where.cloud=community"], [("EU-SE-1",)]),
+        (["where.country=null"], [()]),
+    ],
+)
+def test_a_country_is_its_data_centres_by_the_catalogue(
+    emulator: Emulator, words: list[str], expected: list[tuple[str, ...]]
+) -> None:
+    Api().create_volume("data", 50, "EU-RO-1")
+    machines, _ = check(Api(), rented_spec(f"where.gpu_types=[{RTX4090}]", *words), PLAN)
+    assert [machine.data_centers for machine in machines] == expected
+    cpu, _ = check(Api(), rented_spec("hw=cpu", "where.country=CA"), PLAN)
+    assert [machine.data_centers for machine in cpu] == [("CA-MTL-3",)]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["where.country=DE"], 2, "no GPU in DE in its secure cloud → it has data centres in CA, RO, SE, US"),
+        (["where.country=[US,DE]"], 2, "no GPU in DE"),
+        (
+            ["where.country=[SE,CA]", "hw=b200"], 3,
+            "no data centre in SE or CA has 1 × NVIDIA B200 → take what is there (hw=…, where.gpu_types), or another "
+            "country: python -m runner gpus --country SE --country CA",
+        ),
+        (["where.country=US", "where.volume=data"], 2, "volume data is in EU-RO-1, which is not in US → leave out"),
+        (["where.country=US", "where.data_centers=[EU-SE-1]"], 2, "where RunPod has US-KS-2, US-TX-3 → leave out"),
+    ],
+)  # fmt: skip
+def test_a_country_that_cannot_be_is_refused_before_renting(
+    emulator: Emulator, words: list[str], code: int, says: str
+) -> None:
+    Api().create_volume("data", 50, "EU-RO-1")
+    with pytest.raises(RunnerError) as error:
+        check(Api(), rented_spec(*words), PLAN)
+    (problem,) = error.value.problems
+    assert error.value.exit_code == code and says in f"{problem.what} → {problem.remedy}"
+
+
+def test_a_template_is_named_by_id_or_name(emulator: Emulator) -> None:
+    assert templates.find(Api(), "RunPod PyTorch 2.8.0") == "runpod-torch-v280"
+    check(Api(), rented_spec("where.template=runpod-torch-v280"), PLAN)
+    for word, says in (("runpod-vllm", "for serverless workers"), ("runpod pytorch 2.9", "did you mean runpod-torch")):
+        with pytest.raises(RunnerError) as error:
+            check(Api(), rented_spec(f"where.template={word}"), PLAN)
+        (problem,) = error.value.problems
+        assert error.value.exit_code == 2 and says in f"{problem.what} → {problem.remedy}"
+
+
 def test_without_ssh_nothing_is_asked(monkeypatch: pytest.MonkeyPatch, emulator: Emulator) -> None:
     spec = rented_spec()
     monkeypatch.setenv("PATH", "/nowhere")
@@ -134,6 +191,8 @@ def test_nothing_is_left_open_in_a_resolved_run() -> None:
         (["where.bid_usd=0.3"], "where.spot=true"),
         (["where.volume=a", "where.cloud=community"], "where.cloud=secure"),
         (["where.volume_gb=0"], "more than 0"),
+        (["where.country=Germany"], "'Germany' is no country code of two letters → write where.country=US, or [SE,RO]"),
+        (["where.country=false"], "a bare NO is false in YAML → write where.country=NO when typed"),
     ],
 )
 def test_places_that_cannot_be(words: list[str], says: str) -> None:

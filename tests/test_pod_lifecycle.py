@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,22 @@ def test_from_planned_to_gone(emulator: Emulator, rent: Rent) -> None:
     assert states(rented.name)[:7] == [
         "PLANNED", "CREATING", "PROVISIONING", "SSH_READY", "RUNNING", "TERMINATING", "GONE",
     ]  # fmt: skip
+
+
+def test_a_pod_in_another_country_is_given_back(
+    emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plainly = Api.create_pod
+    monkeypatch.setattr(Api, "create_pod", lambda api, it: plainly(api, replace(it, data_centers=("EU-RO-1",))))
+    with pytest.raises(NoPodError, match="is in EU-RO-1, not in US-KS-2 or US-TX-3"):
+        rent("where.country=US", f"where.gpu_types=[{RTX4090}]")
+    assert emulator.pods() == {} and Ledger().entries() == []
+
+
+def test_a_template_is_asked_for_by_its_id(emulator: Emulator, rent: Rent) -> None:
+    rent("where.template=Runpod Pytorch 2.8.0").release()
+    (asked,) = [e.body for e in emulator.exchanges if (e.method, e.path) == ("POST", "/v2/pods")]
+    assert asked["templateId"] == "runpod-torch-v280" and "image" not in asked
 
 
 def test_keep_leaves_it_stopped_and_says_so(emulator: Emulator, rent: Rent) -> None:

@@ -26,7 +26,7 @@ def _here(words: str) -> tuple[int, str, str]:
 @pytest.mark.usefixtures("laptop")
 def test_offloading_more_than_a_rented_host_has_is_refused_before_renting() -> None:
     found = plan(spec_of(*OFFLOADED, "where=runpod"), [])
-    assert not found.fits and any("GiB of main memory; such a pod is sure of 257 GiB" in reason for reason in found.reasons)
+    assert not found.fits and any("main memory; such a pod is sure of 257 GiB" in reason for reason in found.reasons)
     eight = plan(spec_of(*OFFLOADED[:2], "hw=h200x8", *OFFLOADED[3:], "where=runpod"), [])
     assert eight.fits, eight.reasons  # eight of them have 2,056 GiB
     assert not any("such a pod" in reason for reason in plan(spec_of(*OFFLOADED), []).reasons)  # here it is not known

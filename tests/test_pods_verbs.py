@@ -239,6 +239,28 @@ def test_gpus_have_prices_stock_and_what_they_hold(emulator: Emulator) -> None:
     assert "NVIDIA A40" in runner("gpus").output
 
 
+def test_gpus_of_a_country(emulator: Emulator) -> None:
+    rows = {row["id"]: row for row in answered("gpus", "--country", "se", "--min-memory", "80")}
+    assert rows["NVIDIA H200"]["data_centers"] == ["EU-SE-1"] and "NVIDIA B200" not in rows
+    assert "EU-RO-1, US-KS-2" in " ".join(runner("gpus", "--min-memory", "150").output.split())
+    result = runner("gpus", "--country", "DE")
+    assert result.exit_code == 2 and "it has data centres in CA, RO, SE, US" in result.output
+    assert runner("gpus", "--country", "Sweden").exit_code == 2
+
+
+def test_templates_are_searched_by_every_word(emulator: Emulator) -> None:
+    api = Api()
+    own = api.create_template({"name": "My own Torch", "image": "me/torch:1"})
+    assert [(row["id"], row["source"]) for row in answered("pods", "templates", "TORCH")] == [
+        (own, "own"), ("runpod-torch-v280", "official"),
+    ]  # fmt: skip
+    assert [row["id"] for row in answered("pods", "templates", "pytorch", "2.8")] == ["runpod-torch-v280"]
+    assert answered("pods", "templates", "vllm") == []  # it is for serverless workers
+    assert "No template for pods has 'x y'" in runner("pods", "templates", "x", "y").output
+    sources = {e.query for e in emulator.exchanges if e.path == "/v2/catalog/templates"}
+    assert sources == {"source=official", "source=verified", "source=community"}
+
+
 def test_volumes_are_made_listed_filled_and_deleted(
     emulator: Emulator, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +285,7 @@ def test_volumes_are_made_listed_filled_and_deleted(
 
 @pytest.mark.parametrize(
     "words", ["pods", "pods stop", "pods terminate", "pods ssh", "pods tunnel", "pods logs", "pods reap", "pods up",
-              "pods start", "pods top", "gpus", "volumes"],
+              "pods start", "pods top", "pods templates", "gpus", "volumes"],
 )  # fmt: skip
 def test_help_has_an_example(words: str) -> None:
     result = runner(*words.split(), "--help")

@@ -51,6 +51,8 @@ DPO = "objective=dpo data.path=x.jsonl"
         ("eval.num_prompts=0 eval.max_new_tokens=3", "eval.max_new_tokens"),
         ("hw.rendezvous=a:29500", "hw.rendezvous"),
         ("hw.node_address=a", "hw.node_address"),
+        ("where=runpod hw=l4 where.pod=x where.country=US", "where.country"),
+        ("where=runpod hw=l4 where.pod=x where.image=axolotl", "where.image"),
         ("model.revision=abc", "model.revision"),
         ("objective=pretrain data=python_docs objective.take=3", "objective.take"),
         (f"{DPO} objective.simpo_margin=2", "objective.simpo_margin"),

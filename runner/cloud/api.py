@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -130,12 +130,16 @@ class Api:
 
     # ── catalogue ──────────────────────────────────────────────────────────────────────────────
 
-    def gpus(self, *, count: int = 1, cloud: str | None = None, stock: bool = False) -> list[GpuType]:
-        """Every GPU type; with `stock` what is free now for pods with so many."""
+    def gpus(
+        self, *, count: int = 1, cloud: str | None = None, stock: bool = False, countries: Sequence[str] = ()
+    ) -> list[GpuType]:
+        """Every GPU type; with `stock` what is free now for pods with so many, and in which data centres; with
+        `countries` only what their data centres have."""
         params: dict[str, Any] = {}
-        if stock:
+        if stock or countries:
             params = {"include": "AVAILABILITY", "product": "POD", "count": count}
             params |= {"cloud": cloud.upper()} if cloud else {}
+            params |= {"countryCodes": ",".join(countries)} if countries else {}
         raw = request("GET", "/v2/catalog/gpus", params=params or None, repeat=True)
         return [_read(answers.gpu_type, gpu, ApiDownError) for gpu in _entries(raw, "gpus")]
 
@@ -179,6 +183,19 @@ class Api:
     def templates(self) -> list[dict[str, Any]]:
         """Those of the account."""
         return self._all("/v2/templates", "templates")
+
+    def public_templates(self, source: str) -> list[dict[str, Any]]:
+        """The first 100 of the `official`, `verified` or `community` ones: RunPod has no search and no pages."""
+        raw = request("GET", "/v2/catalog/templates", params={"source": source}, repeat=True)
+        return _entries(raw, "templates")
+
+    def template(self, template_id: str) -> dict[str, Any] | None:
+        """One of the account or of the catalogue; None where RunPod has none."""
+        try:
+            found = request("GET", f"/v2/templates/{_segment(template_id)}", repeat=True)
+        except NotFound:
+            return None
+        return found if isinstance(found, dict) else None
 
     def delete_template(self, template_id: str) -> None:
         """One that is gone already is no error."""

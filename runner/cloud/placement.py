@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -27,17 +27,22 @@ class Candidate:
     cpu_id: str | None = None
     num_vcpus: int = 0
     data_centers: tuple[str, ...] = ()
+    """Any of these; empty means anywhere."""
 
     @property
     def described(self) -> str:
         """`3 × NVIDIA H100 80GB HBM3 in EU-RO-1 (secure cloud, $9.87 an hour)`."""
         what = f"{self.gpu_count} × {self.gpu_id}" if self.gpu_id else f"{self.cpu_id} with {self.num_vcpus} vCPUs"
-        place = f" in {', '.join(self.data_centers)}" if self.data_centers else ""
+        place = f" in {' or '.join(self.data_centers)}" if self.data_centers else ""
         return f"{what}{place} ({self.cloud} cloud, ${self.usd_per_hour:.2f} an hour)"
 
 
-def candidates(spec: RunSpec, plan: dict[str, Any], gpus: Sequence[GpuType], volume: Volume | None) -> list[Candidate]:
-    """Machines for a run of GPUs, best first. RequestError and CannotRunError say why there is none."""
+def candidates(
+    spec: RunSpec, plan: dict[str, Any], gpus: Sequence[GpuType], volume: Volume | None,
+    within: Mapping[str, tuple[str, ...]] | None = None,
+) -> list[Candidate]:  # fmt: skip
+    """Machines for a run of GPUs, best first; with `within` only in those data centres of each GPU type. RequestError
+    and CannotRunError say why there is none."""
     place, count = runpod(spec), max(1, spec.hw.num_gpus)
     known = {gpu.id: gpu for gpu in gpus}
     wanted = wanted_gpus(spec, known)
@@ -51,19 +56,24 @@ def candidates(spec: RunSpec, plan: dict[str, Any], gpus: Sequence[GpuType], vol
             why.append(f"{gpu_id} is not in the {place.cloud} cloud")
             continue
         rate = (place.bid_usd if place.bid_usd is not None else usd or 0.0) * count
+        there = within.get(gpu_id, ()) if within is not None else ()
         if gpu.most(place.cloud) and gpu.most(place.cloud) < count:
             why.append(f"a pod has at most {gpu.most(place.cloud)} × {gpu_id} in the {place.cloud} cloud")
+        elif within is not None and not there:
+            why.append(f"no data centre in {' or '.join(place.country)} has {count} × {gpu_id}")
         elif reason := dearer(rate, named=gpu_id in place.gpu_types or gpu_id == spec.hw.runpod_gpu_id):
             why.append(f"{gpu_id}: {reason}")
         else:
             machine = Candidate(place.cloud, rate, gpu_id, count)
-            found += _placed(machine, place, volume)
+            found += _placed(machine, place, volume, there)
     if not found:
-        raise CannotRunError(Problem("; ".join(why), "where=runpod", _remedy(why)))
+        raise CannotRunError(Problem("; ".join(why), "where=runpod", _remedy(why, place)))
     return found
 
 
-def cpu_candidates(spec: RunSpec, cpus: Sequence[CpuType], volume: Volume | None) -> list[Candidate]:
+def cpu_candidates(
+    spec: RunSpec, cpus: Sequence[CpuType], volume: Volume | None, within: Sequence[str] = ()
+) -> list[Candidate]:
     """A CPU pod: for `hw=cpu`, to try things at a few cents an hour. It is in the secure cloud, as all of them are."""
     place = runpod(spec)
     known = {cpu.id: cpu for cpu in cpus}
@@ -75,9 +85,9 @@ def cpu_candidates(spec: RunSpec, cpus: Sequence[CpuType], volume: Volume | None
     cores = vcpus(spec.hw.num_cpus, flavour.fewest, flavour.most)
     rate = flavour.usd_per_vcpu * cores
     if reason := _over_the_cap(place, rate):
-        raise CannotRunError(Problem(f"{place.cpu_type}: {reason}", "where.max_usd", _remedy([reason])))
+        raise CannotRunError(Problem(f"{place.cpu_type}: {reason}", "where.max_usd", _remedy([reason], place)))
     machine = Candidate("secure", rate, cpu_id=flavour.id, num_vcpus=cores)
-    return _placed(machine, place, volume)
+    return _placed(machine, place, volume, within)
 
 
 def wanted_gpus(spec: RunSpec, known: dict[str, GpuType]) -> list[str]:
@@ -130,13 +140,18 @@ def data(name: str) -> dict[str, Any]:
     return found
 
 
-def _placed(machine: Candidate, place: RunPodPlace, volume: Volume | None) -> list[Candidate]:
-    """One per data centre that was named, in that order; with a network volume, where that is."""
+def _placed(
+    machine: Candidate, place: RunPodPlace, volume: Volume | None, within: Sequence[str] = ()
+) -> list[Candidate]:
+    """One per data centre that was named, in that order; with a network volume, where that is; else one for all data
+    centres of the countries that were named."""
     if volume is not None:
         return [replace(machine, data_centers=(volume.data_center,))]
-    if not place.data_centers:
-        return [machine]
-    return [replace(machine, data_centers=(center,)) for center in place.data_centers]
+    if place.data_centers:
+        return [replace(machine, data_centers=(center,)) for center in place.data_centers]
+    if place.spot:  # a bid names one data centre
+        return [replace(machine, data_centers=(center,)) for center in within] or [machine]
+    return [replace(machine, data_centers=tuple(within))]
 
 
 def _affordable(spec: RunSpec, plan: dict[str, Any]) -> Any:
@@ -163,9 +178,12 @@ def _over_the_cap(place: RunPodPlace, rate: float) -> str:
     return f"the first hour costs ${rate:.2f}, more than where.max_usd={place.max_usd:g}"
 
 
-def _remedy(why: Sequence[str]) -> str:
+def _remedy(why: Sequence[str], place: RunPodPlace) -> str:
     if any("max_usd" in reason for reason in why):
         return "raise where.max_usd, or take cheaper hardware: python -m runner gpus"
+    if any("no data centre" in reason for reason in why):
+        listed = " ".join(f"--country {code}" for code in place.country)
+        return f"take what is there (hw=…, where.gpu_types), or another country: python -m runner gpus {listed}"
     return "take other GPUs or the other cloud (where.gpu_types, where.cloud): python -m runner gpus"
 
 

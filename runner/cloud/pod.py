@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from runner.cloud import boot, clock, ending, kept, problems
+from runner.cloud import boot, clock, ending, kept, problems, templates
 from runner.cloud.answers import Pod, Volume
 from runner.cloud.api import Api
 from runner.cloud.ledger import PREFIX, Ledger
@@ -66,6 +66,9 @@ def acquire(
     for note in reconcile(api, ledger):
         say(note)
     machines, volume = check(api, spec, plan)
+    if (word := runpod(spec).template) is not None:
+        template = {"template": templates.find(api, word)}
+        spec = spec.model_copy(update={"where": runpod(spec).model_copy(update=template)})
     if (again := kept.taken(api, ledger, run, spec, machines, say, detached)) is not None:
         return again
     order = _Order(api, ledger, run, spec, keys, say, volume, detached, alone_minutes, env or {}, ports)
@@ -140,6 +143,7 @@ class _Order:
                 self.api, pod, setup_s=place.setup_minutes * 60, bad_host_s=place.bad_host_minutes * 60,
                 say=self.say, seen=lambda seen: self._check_price(rented, machine, seen),
             )  # fmt: skip
+            _check_place(rented.pod, machine)
             with suppress(ApiDownError):  # looked for again when the run is over
                 for double in ending.end_doubles(self.api, pod.id, name):
                     self.say(f"the request was carried out twice: pod {double} is ended")
@@ -259,6 +263,12 @@ class _Order:
         if real > machine.usd_per_hour * 1.01 and (seen.id, real) != self.told:
             self.told = (seen.id, real)
             self.say(f"pod {seen.id} costs ${real:.2f} an hour, not ${machine.usd_per_hour:.2f} as the catalogue says")
+
+
+def _check_place(pod: Pod, machine: Candidate) -> None:
+    """BadHostError for a pod elsewhere than asked for: RunPod calls the data centres of a request preferred ones."""
+    if pod.data_center and machine.data_centers and pod.data_center not in machine.data_centers:
+        raise BadHostError(Problem(f"pod {pod.id} is in {pod.data_center}, not in {' or '.join(machine.data_centers)}"))
 
 
 def number(value: int | str) -> int:

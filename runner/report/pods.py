@@ -86,16 +86,22 @@ def print_gpus(console: Console, rows: Sequence[dict[str, Any]], cloud: str | No
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("stock", "hw="):
         table.add_column(name, no_wrap=True)
+    table.add_column("in")
     for name in ("most", "holds, at most") if wide else ():
         table.add_column(name)
+    every = {center for row in rows for center in row["data_centers"]}
     for row in rows:
+        centers = row["data_centers"]
+        place = "all below" if len(every) > 1 and len(centers) == len(every) else ", ".join(centers) or "–"
         table.add_row(
             escape(row["id"]), str(row["memory_gb"]), _usd(row["secure_usd"]), _usd(row["community_usd"]),
-            (row["stock"] or "–").lower(), row["hw"] or "–",
+            (row["stock"] or "–").lower(), row["hw"] or "–", place,
             *((str(row["max"] or "–"), row["holds"] or "–") if wide else ()),
         )  # fmt: skip
     console.print(table)
     where = f" in the {cloud} cloud" if cloud else ""
+    if every:
+        console.print(f"\n[dim]Data centres: {', '.join(sorted(every))}[/dim]", highlight=False)
     console.print(
         f"\n[dim]US$ per GPU and hour, as RunPod says now; stock{where}. Take one: hw=NAME, or "
         'where.gpu_types="[ID, …]"[/dim]',
@@ -119,6 +125,25 @@ def print_volumes(console: Console, rows: Sequence[dict[str, Any]]) -> None:
             row["id"], escape(row["name"]), row["data_center"], row["type"].lower(), str(row["size_gb"]), month
         )
     console.print(table)
+
+
+def print_templates(console: Console, rows: Sequence[dict[str, Any]], text: str) -> None:
+    """Templates that a pod can be made of."""
+    if not rows:
+        console.print(f"No template for pods has {escape(text)!r} in its name, image or id.", soft_wrap=True)
+        return
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("id", no_wrap=True)
+    for name in ("name", "image"):
+        table.add_column(name, overflow="fold")
+    table.add_column("of", no_wrap=True)
+    for row in rows:
+        table.add_row(*(escape(row[key]) for key in ("id", "name", "image", "source")))
+    console.print(table)
+    console.print(
+        "\n[dim]where.template=ID takes one. Of official, verified and community ones RunPod lists 100 each.[/dim]",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _usd(value: float | None) -> str:

@@ -90,6 +90,10 @@ def _of_objective(objective: Objective) -> _Keys:
 
 
 def _of_pod(place: RunPodPlace, cpu: bool) -> _Keys:
+    if place.pod is not None:
+        for key in ("data_centers", "country", "image", "template", "cuda_versions", "max_replacements"):
+            yield f"where.{key}", "where.pod names a pod that is there already"
+        return
     if not cpu or place.gpu_types:
         yield "where.cpu_type", "the pod has GPUs"
     if place.template is not None:

@@ -9,6 +9,17 @@ from pydantic import Field, field_validator, model_validator
 from runner.spec.part import Auto, Part
 
 
+def country_codes(value: Any) -> list[str]:
+    """One code of ISO 3166 or a list of them, in capitals; ValueError for what is none."""
+    codes = list(value or []) if isinstance(value, (list, tuple)) or value is None else [value]
+    for code in codes:
+        if code is False:
+            raise ValueError('a bare NO is false in YAML; write where.country=NO when typed, "NO" in a file')
+        if not (isinstance(code, str) and code.isascii() and code.isalpha() and len(code) == 2):
+            raise ValueError(f"{code!r} is no country code of two letters; write where.country=US, or [SE,RO]")
+    return list(dict.fromkeys(code.upper() for code in codes))
+
+
 class _Place(Part):
     """What every place shares."""
 
@@ -32,6 +43,8 @@ class _RentedPlace(_Place):
     """RunPod's own data centres, or machines of others: cheaper, less certain. Always named to RunPod: a price differs."""
     data_centers: list[str] = []
     """Data centres to take, in this order, such as `[EU-RO-1, US-KS-2]`; empty means any."""
+    country: list[str] = []
+    """Countries to be in, as ISO 3166 codes such as `US` or `[SE, RO]`: any of their data centres; empty means anywhere."""
     gpu_types: list[str] = []
     """RunPod's exact GPU ids, tried in this order; empty means that of `hw` and what may stand in for it."""
     cpu_type: str = "cpu3c"
@@ -39,7 +52,7 @@ class _RentedPlace(_Place):
     image: str = "runpod/pytorch:1.0.7-cu1281-torch280-ubuntu2404"
     """Container image, or one of the names `pytorch`, `unsloth`, `axolotl` (conf/runpod/images.yaml)."""
     template: str | None = None
-    """RunPod template id, instead of an image."""
+    """RunPod template, by id or exact name, instead of an image (`pods templates TEXT` finds one)."""
     volume: str | None = None
     """Network volume, by id or name: it outlives the pod, and binds the run to its data centre."""
     volume_gb: int | Auto = Field(default="auto")
@@ -74,6 +87,11 @@ class _RentedPlace(_Place):
         if isinstance(values, dict) and "push_to" in values and values["push_to"] is None:
             return {key: value for key, value in values.items() if key != "push_to"}
         return values
+
+    @field_validator("country", mode="before")
+    @classmethod
+    def _codes(cls, value: Any) -> Any:
+        return country_codes(value)
 
     @field_validator("volume_gb", "container_disk_gb", "deadline_hours")
     @classmethod

@@ -46,6 +46,7 @@ def pods(context: click.Context, everything: bool, as_json: bool) -> None:
       python -m runner pods reap                       end what no run owns
       python -m runner pods up hw=rtx4090 --hours 3    just a pod
       python -m runner pods start <run> --hours 2      one that was kept
+      python -m runner pods templates pytorch          what where.template takes
     """
     if context.invoked_subcommand is None:
         _list(everything=everything, as_json=as_json)
@@ -264,6 +265,30 @@ def reap(everything: bool, yes: bool, as_json: bool) -> None:
         click.confirm(f"End {len(found)}?", abort=True, err=True)
     ended = fleet.reap(api, ledger, found)
     _answer(as_json, f"{len(ended)} ended, and looked for twice" if ended else "nothing to end", ended=ended)
+
+
+@pods.command()
+@click.argument("text", nargs=-1)
+@as_json_option
+@spoken
+def templates(text: tuple[str, ...], as_json: bool) -> None:
+    """RunPod's templates for pods, the account's own first; with TEXT those that have all its words in name, image or
+    id. A run takes one by where.template=ID, or its exact name.
+
+    \b
+    Examples:
+      python -m runner pods templates
+      python -m runner pods templates pytorch 2.8
+    """
+    from runner.cloud.api import Api
+    from runner.cloud.templates import listed
+    from runner.report.pods import print_templates
+
+    rows = listed(Api(), " ".join(text))
+    if as_json:
+        click.echo(dump(rows))
+    else:
+        print_templates(Console(), rows, " ".join(text))
 
 
 @pods.command()

@@ -10,31 +10,54 @@ import click
 from rich.console import Console
 
 from runner.report.problems import dump
+from runner.spec.where import country_codes
 from runner.verbs.shared import as_json_option, spoken
+
+
+def _codes(context: click.Context, param: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
+    """`us,se` as US and SE."""
+    try:
+        return tuple(country_codes([code for word in words for code in word.split(",")]))
+    except ValueError as error:
+        raise click.BadParameter(str(error).replace("where.country=US, or [SE,RO]", "--country US")) from None
 
 
 @click.command()
 @click.option("--min-memory", type=click.IntRange(min=0), default=0, help="GB that one GPU must have.")
 @click.option("--cloud", type=click.Choice(["secure", "community"]), help="Only what this cloud has, and its stock.")
 @click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Stock for pods with so many.")
+@click.option(
+    "--country",
+    "countries",
+    multiple=True,
+    metavar="CODE",
+    callback=_codes,
+    help="Only what data centres of this country have, such as US; more than once for any of several.",
+)
 @as_json_option
 @spoken
-def gpus(min_memory: int, cloud: str | None, count: int, as_json: bool) -> None:
-    """RunPod's GPUs as they are now: ids, memory, prices per cloud, stock, and the largest model that each holds.
+def gpus(min_memory: int, cloud: str | None, count: int, countries: tuple[str, ...], as_json: bool) -> None:
+    """RunPod's GPUs as they are now: ids, memory, prices per cloud, stock and where, and the largest model that each
+    holds.
 
     \b
     Examples:
       python -m runner gpus
       python -m runner gpus --min-memory 48 --cloud secure
       python -m runner gpus --count 8 --json
+      python -m runner gpus --country SE --country RO    where.country=[SE,RO]
     """
     from runner import stock
+    from runner.cloud import preflight
     from runner.cloud.api import Api
     from runner.report.pods import print_gpus
     from runner.resolve import resolved
     from runner.verbs.shared import request_of
 
-    found = Api().gpus(count=count, cloud=cloud, stock=True)
+    api = Api()
+    for code in countries:
+        preflight.centers_in(api, code, cloud, f"--country {code}")
+    found = api.gpus(count=count, cloud=cloud, stock=True, countries=countries)
     spec, _ = resolved(request_of(("hw=cpu",), ()))
     rows = stock.gpu_rows(found, spec, min_memory=min_memory, cloud=cloud)
     if as_json:

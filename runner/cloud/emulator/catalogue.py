@@ -82,6 +82,12 @@ def data_centers() -> dict[str, DataCenter]:
     return {key: DataCenter(key, *values) for key, values in content()["data_centers"].items()}
 
 
+def centers_of(gpu_id: str) -> list[str]:
+    """Ids of the data centres that have a GPU type."""
+    only: list[str] | None = content()["only_in"].get(gpu_id)
+    return list(data_centers()) if only is None else only
+
+
 def storage_usd_per_hour(kind: str, gigabytes: float) -> float:
     """`running`, `stopped`, `network` or `network_high_performance`."""
     usd: float = content()["storage"][kind]

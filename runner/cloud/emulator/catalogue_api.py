@@ -108,7 +108,7 @@ def _gpu(world: World, gpu: Gpu, asked: Json | None) -> Json:
         return shown
     centers = [
         {"id": center.id, "name": center.name, "availability": _stock(world, gpu, center.id, asked)}
-        for center in catalogue.data_centers().values()
+        for center in map(catalogue.data_centers().__getitem__, catalogue.centers_of(gpu.id))
         if not asked["countries"] or center.country in asked["countries"]
     ]
     levels = [center["availability"] for center in centers]
@@ -149,6 +149,7 @@ def _center(world: World, center: DataCenter, include: str) -> Json:
         shown["gpuAvailability"] = [
             {"id": gpu.id, "name": gpu.name, "availability": _stock(world, gpu, center.id, asked)}
             for gpu in catalogue.gpus().values()
+            if center.id in catalogue.centers_of(gpu.id)
         ]
     if "CPU_AVAILABILITY" in include:
         shown["cpuAvailability"] = [

@@ -146,7 +146,8 @@ def _capacity(world: World, body: dict[str, Any], cloud: str, centers: list[str]
         raise ApiProblem(402, "Insufficient balance to create a pod. Please add funds to your account.")
     gpu = body.get("gpu", {})
     facts = {"on": {"create"}, "gpu": {gpu.get("id")}, "cloud": {cloud}, "pod": {body["name"]}}
-    free = [c for c in centers if not world.faults.any("no_capacity", **facts, data_center={c})]
+    has = [c for c in centers if not gpu or c in catalogue.centers_of(gpu["id"])]
+    free = [c for c in has if not world.faults.any("no_capacity", **facts, data_center={c})]
     if not free:
         fault = world.faults.take("no_capacity", **facts, data_center=set(centers))
         raise ApiProblem(400, fault.detail if fault and fault.detail else NO_CAPACITY)
