@@ -25,14 +25,14 @@ def flash_attn() -> str | None:
 
 
 def known(spec: RunSpec) -> RunSpec:
-    """`train.attention=auto` decided where the run is on this machine's own GPUs, which could run FlashAttention, and
-    which do not have it."""
+    """`train.attention=auto` decided where the run is, or may be, on this machine's own GPUs, which could run
+    FlashAttention, and which do not have it. For a pod plan/settle.py decides."""
     hw = spec.hw
     could = spec.train.attention == "auto" and hw.accelerator == "cuda" and hw.flash_attention
     if (
         not could
         or spec.train.precision == "fp32"
-        or spec.where.name != "local"
+        or spec.where.name == "runpod"
         or hardware.why_not_here(hw)
         or flash_attn() is not None
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from runner import deepspeed_json, hardware, hostfile, kernels, placing, planning
+from runner import deepspeed_json, hardware, hostfile, kernels, placing, planning, pod_packages
 from runner.compose import compose, source_finder
 from runner.data import pipeline
 from runner.errors import RequestError
@@ -38,8 +38,19 @@ def complete(
         checked, chosen = placing.placed(checked, spec.hw, here)
         checked, said = validated(checked.model_dump(), source_of), chosen or said
     pipeline.check(checked)
+    pod_packages.check(checked)
     ready, notes = resolve(checked, planning.options_for(checked))
+    said += _of_pod(checked, ready)
     return sized(ready), [*said, *notes, *unused(ready, lambda key: source_of(key) == COMMAND_LINE)]
+
+
+def _of_pod(asked: RunSpec, ready: RunSpec) -> list[str]:
+    """What a pod has and has not, where the run could use it."""
+    if ready.where.name != "runpod":
+        return []
+    could = asked.train.attention == "auto" and ready.hw.flash_attention and ready.train.precision != "fp32"
+    brings = pod_packages.note(ready)
+    return [*([pod_packages.NO_FLASH] if could else []), *([brings] if brings else [])]
 
 
 def sized(spec: RunSpec) -> RunSpec:

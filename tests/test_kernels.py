@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from runner import hardware, kernels
+from runner import hardware, kernels, pod_packages
+from runner.cloud.wanted import PodRequest
 from runner.doctor import software
-from tests.front import LAPTOP, here, laptop, runner
+from tests.front import LAPTOP, here, laptop, only_problem, runner, spec_of
 from tests.test_hardware import H100, T4
 
 __all__ = ["here", "laptop"]  # fixtures
@@ -63,6 +64,70 @@ def test_here_what_is_installed_decides(monkeypatch: pytest.MonkeyPatch) -> None
     installed(monkeypatch, "2.8.3")
     assert plan("hw=local")["peak_gib"]["expected"] < without["peak_gib"]["expected"]
     assert about_attention(plan("hw=local", "train.attention=sdpa")) == []
+
+
+# ── in a pod ────────────────────────────────────────────────────────────────────────────────────
+
+
+RENTED = ("where=runpod", "hw=h100")
+
+
+def test_a_rented_run_is_planned_and_trained_with_what_the_pod_will_have() -> None:
+    content, sdpa = plan(*RENTED), plan(*RENTED, "train.attention=sdpa")
+    assert content["peak_gib"] == sdpa["peak_gib"] and pod_packages.NO_FLASH in content["notes"]
+    spec = spec_of(*RUN, *RENTED)
+    assert spec.train.attention == "sdpa" and pod_packages.extras(spec) == [] and pod_packages.wheels(spec) == []
+    chosen = spec_of("where=runpod", "model=mistral7b", "method=lora", "train.max_length=4096")  # without hw=
+    assert chosen.hw.accelerator == "cuda" and chosen.train.attention == "sdpa"
+
+
+def test_flash_attention_that_is_named_is_planned_installed_and_its_host_asked_for() -> None:
+    named = (*RENTED, "train.attention=flash_attention_2")
+    assert plan(*named)["peak_gib"]["expected"] < plan(*RENTED)["peak_gib"]["expected"]
+    spec = spec_of(*RUN, *named)
+    assert pod_packages.extras(spec) == ["flash-attn", "einops"]
+    wheels = pod_packages.wheels(spec)
+    assert [wheel["build"] for wheel in wheels] == ["", "cu126"] and pod_packages.least_cuda(spec) is None
+    assert all("torch2.13-cp312-cp312-linux_x86_64.whl" in wheel["url"] for wheel in wheels)
+    blackwell = spec_of(*RUN, "where=runpod", "hw=b200", "train.attention=flash_attention_2")
+    assert pod_packages.least_cuda(blackwell) == "13.0"
+    image = "runpod/pytorch:1.0.7-cu1281-torch280-ubuntu2404"
+    request = PodRequest("a", image, "secure", gpu_id="NVIDIA B200", min_cuda="13.0")
+    assert request.body()["gpu"]["minCudaVersion"] == "13.0" and request.allowed_cuda[0] == "13.0"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("hw=rtx5090", "no wheel of flash-attn is known for torch 2.13 on rtx5090 → write train.attention=sdpa"),
+        ("where.image=axolotl", "which Python axolotl has is not known"),
+        ("where.template=abc", "which Python abc has is not known, and a wheel of flash-attn is for one alone → write"),
+        ("where.pod=abc", "leave out where.pod"),
+        ('hw=b200 where.cuda_versions=["12.8"]', "on b200 it needs CUDA 13.0 → leave out where.cuda_versions"),
+        ("train.attention=flash_attention_3", "write train.attention=flash_attention_2 or sdpa"),
+    ],
+)
+def test_flash_attention_that_a_pod_cannot_get_is_refused_before_renting(
+    words: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = dict(word.split("=", 1) for word in ("hw=h100", "train.attention=flash_attention_2", *words.split()))
+    all_of_them = (*RUN, "where=runpod", *(f"{key}={value}" for key, value in chosen.items()))
+    problem = only_problem(*all_of_them)
+    assert says in f"{problem.what} → {problem.remedy}"
+    monkeypatch.setenv(pod_packages.OWN_PYTHON, "/opt/python")  # which the pod looks at itself
+    assert spec_of(*all_of_them).train.attention.startswith("flash")
+
+
+def test_what_an_image_brings_is_said() -> None:
+    (note,) = [note for note in plan(*RENTED, "where.image=unsloth")["notes"] if "where.image=unsloth brings" in note]
+    assert "torch 2.11 for CUDA 12.8, Unsloth" in note and note.endswith("a run has packages of its own")
+    assert not [note for note in plan(*RENTED)["notes"] if " brings " in note]
+
+
+@pytest.mark.usefixtures("h100_here")
+def test_auto_knows_what_is_here_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, None)
+    assert plan("where=auto", "hw=local")["peak_gib"] == plan("hw=local")["peak_gib"]
 
 
 def test_a_card_without_it_and_a_cpu_need_no_note() -> None:

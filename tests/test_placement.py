@@ -10,10 +10,11 @@ from runner.cloud import templates
 from runner.cloud.answers import CpuType, GpuType, Volume
 from runner.cloud.api import Api
 from runner.cloud.money import Meter, stopped_usd_per_day
-from runner.cloud.placement import candidates, cpu_candidates, data, image_of, runpod, stand_ins
+from runner.cloud.placement import candidates, cpu_candidates, image_of, runpod, stand_ins
 from runner.cloud.preflight import check
 from runner.cloud.volumes import usd_per_month
 from runner.errors import RunnerError
+from runner.pod_packages import data
 from runner.spec import RunPodPlace
 from tests.emulated import Emulator, emulator
 from tests.front import spec_of
@@ -205,7 +206,8 @@ def test_places_that_cannot_be(words: list[str], says: str) -> None:
 def test_images_by_name() -> None:
     assert image_of(runpod(rented_spec("where.image=axolotl"))).startswith("axolotlai/")
     assert image_of(runpod(rented_spec("where.image=my/own:1"))) == "my/own:1"
-    assert image_of(runpod(rented_spec())) == data("images")["pytorch"]
+    assert image_of(runpod(rented_spec())) == image_of(runpod(rented_spec("where.image=pytorch")))
+    assert image_of(runpod(rented_spec())) == data("images")["pytorch"]["image"]
 
 
 # ── money ──────────────────────────────────────────────────────────────────────────────────────

@@ -155,6 +155,43 @@ def test_around_an_images_torch_nothing_of_it_is_pinned() -> None:
     assert "trl==1.16" in kept and "torch==2.14.0" in kept and "torch==2.13.0" not in kept and "triton==3.5" not in kept
 
 
+FLASH_WHEELS = [
+    {"torch": "2.13", "python": "3.12", "build": "", "url": "https://host/cu130.whl"},
+    {"torch": "2.13", "python": "3.12", "build": "cu126", "url": "https://host/cu126.whl"},
+]
+
+
+@pytest.mark.parametrize(
+    ("how", "versions", "python", "build", "expected"),
+    [
+        ("pinned", {}, "3.12", "", ["flash-attn @ https://host/cu130.whl"]),
+        ("pinned", {"torch": "2.8.0+cu128"}, "3.12", "cu126", ["flash-attn @ https://host/cu126.whl"]),
+        ("around", {"torch": "2.13.1+cu126"}, "3.12", "", ["flash-attn @ https://host/cu126.whl"]),
+        ("around", {"torch": "2.13.1+cu130"}, "3.12", "", ["flash-attn @ https://host/cu130.whl"]),
+        ("around", {"torch": "2.13.1", "flash-attn": "2.8.3"}, "3.11", "", []),
+        ("image", {"torch": "2.13.1", "flash-attn": "2.8.3"}, "3.11", "", []),
+        ("pinned", {}, "3.11", "", None),
+        ("pinned", {}, "3.12", "cu129", None),
+        ("around", {"torch": "2.14.0+cu130"}, "3.12", "", None),
+    ],
+)
+def test_the_wheel_of_flash_attn_is_that_of_python_torch_and_its_build(
+    how: str, versions: dict[str, str], python: str, build: str, expected: list[str] | None
+) -> None:
+    order = {"requirements": [*NEEDS, "flash-attn"], "constraints": "torch==2.13.0\n", "flash_attn": FLASH_WHEELS}
+    image, choice = Found("/usr/bin/python3", python, versions), install.Choice(how, "")
+    if expected is None:
+        with pytest.raises(ValueError, match=f"no wheel of flash-attn is known for Python {python} and torch"):
+            install.flash_attn(order, choice, image, build)
+        return
+    assert install.flash_attn(order, choice, image, build) == expected
+    assert install.flash_attn({**order, "requirements": NEEDS}, choice, image, build) == []
+
+
+def test_flash_attn_that_does_not_load_is_said() -> None:
+    assert "No module named 'flash_attn_2_cuda'" in str(install.unloadable(sys.executable))
+
+
 def test_this_python_is_found_out_about(tmp_path: Path) -> None:
     order = {
         "python": None, "image_python": sys.executable, "requirements": ["rich>=13"], "alone": [], "constraints": "",

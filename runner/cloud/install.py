@@ -46,6 +46,7 @@ print(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
 REFUSED = 3
+FLASH = "flash-attn"
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,36 @@ def blind(executable: str, gpus: int) -> str | None:
     return f"torch sees {said[0]} of {gpus} GPUs" if done.returncode == 0 else f"torch cannot use the GPUs: {said[0]}"
 
 
+def unloadable(executable: str) -> str | None:
+    """Why a Python's flash-attn cannot be used: a wheel for another torch or C++ ABI is found out as it is loaded."""
+    done = subprocess.run(
+        [executable, "-c", "import torch, flash_attn_2_cuda"], capture_output=True, text=True, timeout=300
+    )
+    said = done.stderr.strip().splitlines()[-1:] or ["nothing was said"]
+    return None if done.returncode == 0 else f"flash-attn does not load: {said[0]}"
+
+
+def wheel_of(wheels: list[dict[str, Any]], python: str, torch: str, build: str) -> str:
+    """Address of the wheel of flash-attn for a Python and a torch of that folder of PyTorch's index; ValueError."""
+    for wheel in wheels:
+        same = numbers(wheel["torch"]) == numbers(torch)[:2] and wheel["python"] == python
+        if same and wheel["build"] == build:
+            return str(wheel["url"])
+    raise ValueError(f"no wheel of flash-attn is known for Python {python} and torch {torch} {build}".rstrip())
+
+
+def flash_attn(order: dict[str, Any], choice: Choice, image: Found, build: str) -> list[str]:
+    """What to install of flash-attn around the requirements: nothing where it is not asked for, or the image has it."""
+    wanted = any(name_of(line) == FLASH for line in order["requirements"])
+    if not wanted or choice.how not in ("around", "pinned") or (choice.how == "around" and FLASH in image.versions):
+        return []
+    pinned = re.search(r"(?m)^torch==([\w.]+)", order["constraints"])
+    torch = image.versions["torch"] if choice.how == "around" else pinned[1] if pinned else ""
+    if choice.how == "around":  # PyPI's own says nothing, and is for CUDA 13.0
+        build = torch.partition("+")[2].replace("cu130", "")
+    return [f"{FLASH} @ {wheel_of(order.get('flash_attn') or [], image.python, torch, build)}"]
+
+
 def for_build(constraints: str, build: str) -> str:
     """The pins with torch's for that folder of PyTorch's index."""
     return re.sub(r"(?m)^(torch==[\w.]+)$", rf"\1+{build}", constraints) if build else constraints
@@ -212,8 +243,11 @@ def probe(executable: str, requirements: list[str]) -> Found | None:
     return Found(executable, answer["python"], answer["versions"])
 
 
-def make(folder: Path, choice: Choice, image: Found, order: dict[str, Any], build: str = "") -> str:
-    """The Python of an environment in `folder`; made whole or not at all. CalledProcessError if a step fails."""
+def make(
+    folder: Path, choice: Choice, image: Found, order: dict[str, Any], build: str = "", alone: list[str] | None = None
+) -> str:
+    """The Python of an environment in `folder`; made whole or not at all. CalledProcessError if a step fails. `alone`:
+    packages whose own requirements are not wanted."""
     python = str(folder / "bin" / "python")
     if (folder / "COMPLETE").exists():
         say(f"the environment is there already: {folder}")
@@ -238,9 +272,9 @@ def make(folder: Path, choice: Choice, image: Found, order: dict[str, Any], buil
         install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     if build and not around:  # that index has old versions of other packages, too, which uv would be content with
         install += ["--extra-index-url", f"{INDEX}/{build}", *(["--index-strategy", "unsafe-best-match"] if uv else [])]
-    _do([*install, "-c", str(pins), *order["requirements"]])
-    if order["alone"]:  # packages whose own requirements are not wanted
-        _do([*install, "--no-deps", *order["alone"]])
+    _do([*install, "-c", str(pins), *(line for line in order["requirements"] if name_of(line) != FLASH)])
+    if alone:
+        _do([*install, "--no-deps", *alone])
     (folder / "COMPLETE").touch()
     return python
 
@@ -289,12 +323,15 @@ def main(folder: Path) -> int:
         python = (given or image).executable
         if choice.how in ("around", "pinned"):
             torch = image.versions.get("torch", "") if choice.how == "around" else ""
+            flash = flash_attn(order, choice, image, build)
             key = json.dumps(
-                [choice.how, image.python, torch, needed, order["constraints"], *([build] if build else [])]
+                [choice.how, image.python, torch, needed, order["constraints"], *([build] if build else []), *flash]
             )
             name = f"env-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-            python = make(Path(order["environments"]) / name, choice, image, order, build)
+            python = make(Path(order["environments"]) / name, choice, image, order, build, [*order["alone"], *flash])
         if given is None and (reason := blind(python, gpus)):
+            raise ValueError(reason)
+        if FLASH in map(name_of, needed) and (reason := unloadable(python)):
             raise ValueError(reason)
     except ValueError as error:
         say(str(error))

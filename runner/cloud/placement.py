@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 from runner.cloud.answers import CpuType, GpuType, Volume
 from runner.cloud.flavours import vcpus
 from runner.errors import CannotRunError, Problem, RequestError
-from runner.paths import CONF
+from runner.pod_packages import data
 from runner.spec import RunPodPlace, RunSpec
 from runner.suggest import nearest
 
@@ -122,22 +121,14 @@ def stand_ins(num_parameters: int | None) -> list[str]:
 
 def image_of(place: RunPodPlace) -> str:
     """The container image that `where.image` names."""
-    return str(data("images").get(place.image, place.image))
+    named: dict[str, Any] = data("images").get(place.image, {})
+    return str(named.get("image", place.image))
 
 
 def runpod(spec: RunSpec) -> RunPodPlace:
     """The place of a run that is to be rented."""
     assert isinstance(spec.where, RunPodPlace)
     return spec.where
-
-
-@cache
-def data(name: str) -> dict[str, Any]:
-    """A file of conf/runpod."""
-    import yaml  # 20 ms
-
-    found: dict[str, Any] = yaml.safe_load((CONF / "runpod" / f"{name}.yaml").read_text("utf-8"))
-    return found
 
 
 def _placed(

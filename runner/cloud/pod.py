@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from runner import pod_packages
 from runner.cloud import boot, clock, ending, kept, problems, templates
 from runner.cloud.answers import Pod, Volume
 from runner.cloud.api import Api
@@ -225,6 +226,7 @@ class _Order:
             volume_gb=volume_gb,
             volume_id=self.volume.id if self.volume else None,
             cuda_versions=() if machine.cpu_id else tuple(place.cuda_versions),
+            min_cuda=pod_packages.least_cuda(self.spec),
             ports=(SSH_PORT, *self.ports),
             env={**env, **self.env},
             args=self._start_command(machine, number(place.container_disk_gb) + volume_gb),

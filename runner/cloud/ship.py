@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner import checkpoints, credentials
+from runner import checkpoints, credentials, pod_packages
 from runner.cloud import agent, clock, install, parcels, tail, wheel
 from runner.cloud.answers import Pod
 from runner.cloud.keys import KeyPair
@@ -146,7 +146,7 @@ def try_gpus(at: Berth, spec: RunSpec) -> None:
     """CannotRunError where the host's GPUs cannot be trained on. A Python that was named has a torch of its own, maybe
     for another driver."""
     gpus = _gpus(spec)
-    if not gpus or os.environ.get("RUNNER_POD_PYTHON"):
+    if not gpus or os.environ.get(pod_packages.OWN_PYTHON):
         return
     words = f"timeout {GPU_SECONDS} python3 {shlex.quote(at.folder)}/install.py --gpus {gpus}"
     code, said, _ = at.connection.attempt(words)
@@ -219,13 +219,12 @@ def begin(at: Berth, spec: RunSpec, pod_id: str, code: str, secrets: list[str]) 
         "RUNNER_CACHE": f"{at.workspace}/cache/runner", "COLUMNS": "120", **carried,
     }  # fmt: skip
     at.place("install-order.json", {
-        "python": os.environ.get("RUNNER_POD_PYTHON"),
+        "python": os.environ.get(pod_packages.OWN_PYTHON),
         "requirements": [
             *(line for line in wheel.requirements() if _needed(line, spec)),
-            *(["boto3"] if str(spec.push.to).startswith("s3:") else []),
-            *(["gguf>=0.19"] if spec.model.gguf_file else []),
-            *(["liger-kernel"] if spec.train.liger is True else []),
+            *pod_packages.extras(spec),
         ],
+        "flash_attn": pod_packages.wheels(spec),
         "gpus": _gpus(spec),
         "alone": DEMO.get(str(spec.model.package), []),
         "constraints": wheel.constraints(),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from runner.cloud.api import Api
 from runner.errors import Problem, RequestError
 from runner.suggest import nearest

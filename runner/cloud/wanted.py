@@ -29,6 +29,8 @@ class PodRequest:
     volume_id: str | None = None
     cuda_versions: tuple[str, ...] = ()
     """Exactly these of the host's driver; empty means any since the image's own, where its tag says which that is."""
+    min_cuda: str | None = None
+    """What the host's driver has to serve for the run's packages, whatever the image needs."""
     ports: tuple[str, ...] = ("22/tcp",)
     env: dict[str, str] = field(default_factory=dict)
     """Seen by whoever may look at the pod: never a secret."""
@@ -39,8 +41,10 @@ class PodRequest:
 
     @property
     def least_cuda(self) -> str | None:
-        """What the host's driver has to serve for the image to start, where that is known."""
-        return cuda_of(self.image) if self.image and not self.template else None
+        """What the host's driver has to serve for the image and the packages, where that is known."""
+        of_image = cuda_of(self.image) if self.image and not self.template else None
+        known = [version for version in (of_image, self.min_cuda) if version]
+        return max(known, key=lambda version: tuple(map(int, version.split("."))), default=None)
 
     @property
     def allowed_cuda(self) -> list[str]:

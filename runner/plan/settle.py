@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from runner import pod_packages
 from runner.spec import RunSpec
 
 # On a CPU in bf16, packed, eager attention takes 0.74 to 0.98 of SDPA's time at 256 and 512 tokens
@@ -16,6 +17,7 @@ def settled(spec: RunSpec) -> RunSpec:
     train: dict[str, Any] = {"precision": _precision(spec)}
     on_gpu = spec.hw.accelerator == "cuda"
     flash = on_gpu and spec.hw.flash_attention and train["precision"] != "fp32"  # it has kernels for 16 bits alone
+    flash = flash and (spec.where.name != "runpod" or pod_packages.has_flash(spec))
     if spec.train.attention == "auto" and not flash:
         micro = spec.train.micro_batch_size if spec.train.packing else 1  # a packed micro batch is one row
         row = spec.train.max_length * (micro if isinstance(micro, int) else 1)
