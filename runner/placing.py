@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from runner import planning
+from runner import catalogue, hardware, planning
 from runner.cloud.placement import stand_ins
-from runner.errors import CannotRunError, Problem, RunnerError
+from runner.errors import CannotRunError, Problem, RequestError, RunnerError
 from runner.plan.nearest import Offer, offers
 from runner.plan.plan import Plan
 from runner.plan.resolve import resolve
@@ -72,6 +72,8 @@ def _auto(spec: RunSpec, place: AutoPlace, asked: HardwareSpec, here: HardwareSp
 def _unnamed(spec: RunSpec, place: RunPodPlace, asked: HardwareSpec) -> tuple[RunSpec, list[str]]:
     """A rented run whose hardware nobody has named, on GPUs."""
     best, said = _best(spec, asked)
+    if best is not None and place.pod is not None:
+        return best, [f"where.pod={place.pod}: {said}"]
     if best is not None:
         return best, [f"where=runpod: {said}; hw=NAME takes another, hw=cpu a CPU"]
     if named := _of_types(spec, asked):
@@ -87,6 +89,8 @@ def _unnamed(spec: RunSpec, place: RunPodPlace, asked: HardwareSpec) -> tuple[Ru
 def _best(spec: RunSpec, asked: HardwareSpec) -> tuple[RunSpec | None, str]:
     """The run on the GPUs that do it for the least money within its limits; else on those that cost least, for the plan
     to refuse. With it what to say: the choice and the runner-up, or why there is none."""
+    if isinstance(spec.where, RunPodPlace) and spec.where.pod is not None:
+        return _of_pod(spec, spec.where.pod, asked)
     options = planning.options_for(spec)
     if options is None:
         return None, f"no plan: {planning.unknown(spec)}"
@@ -98,6 +102,29 @@ def _best(spec: RunSpec, asked: HardwareSpec) -> tuple[RunSpec | None, str]:
     first, *others = within or found
     second = f"; next {_told(others[0], size)}" if others else ""
     return first.change.spec, f"hw={_told(first, size)} costs least{second}"
+
+
+def _of_pod(spec: RunSpec, pod: str, asked: HardwareSpec) -> tuple[RunSpec, str]:
+    """The run on the hardware of a pod that is there already. RequestError where conf/hw does not know it."""
+    from runner.cloud import fleet  # 0.3 s, for a run that names a pod alone
+
+    gpu_id, gpus, cpus = fleet.machine_of(pod)
+    if gpu_id is None:
+        cpu = hardware.resolve(HardwareSpec.model_validate(catalogue.load("hw", "cpu")))
+        return spec.model_copy(
+            update={"hw": cpu.model_copy(update={"num_cpus": cpus or cpu.num_cpus})}
+        ), "it has no GPU"
+    count = asked.num_gpus if "num_gpus" in asked.model_fields_set else gpus
+    found = sorted(
+        (hw for hw in planning.hardware() if hw.runpod_gpu_id == gpu_id),
+        key=lambda hw: (hw.num_gpus != count, hw.num_gpus),
+    )
+    if not found:
+        what = f"pod {pod} has {gpus} × {gpu_id}, of which conf/hw has no profile"
+        remedy = f"name one with no more memory, such as hw=l4, and write where.gpu_types='[\"{gpu_id}\"]'"
+        raise RequestError(Problem(what, f"where.pod={pod}", remedy))
+    hw = found[0].model_copy(update={"num_gpus": count})
+    return spec.model_copy(update={"hw": hw}), f"it has {gpus} × {gpu_id} (hw={hw.name})"
 
 
 def _limited(spec: RunSpec) -> bool:

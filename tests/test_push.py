@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> RunDir:
     (done.path / "model" / "adapter_model.safetensors").write_bytes(b"weights")
     (done.path / "model" / "adapter_config.json").write_text("{}", "utf-8")
     (done.path / "loss.png").write_bytes(b"picture")
-    done.write("summary.json", SUMMARY)
+    done.write("summary.json", {**SUMMARY, "model_dir": str(done.path / "model")})
     return done
 
 
@@ -64,6 +64,8 @@ def test_weights_card_and_spec_go_in_one_commit_to_a_private_repository(run: Run
     assert json.loads(done.stdout)["files"] == sorted(commit)
     assert commit["README.md"].decode().startswith("---\nlibrary_name: peft")
     assert not any(TOKEN.encode() in content for content in commit.values())
+    assert str(run.path).encode() not in b"".join(commit.values())  # where it was trained is nobody's business
+    assert json.loads(commit["summary.json"]) == SUMMARY
     assert run.read("pushed.json")["repo"] == "me/tuned" and run.read("pushed.json")["folder"] == "model"
 
 

@@ -14,7 +14,9 @@ from runner.cloud.pod import acquire
 from runner.cloud.reconcile import reconcile
 from runner.cloud.wanted import PodRequest
 from runner.errors import RequestError
+from runner.resolve import resolved
 from runner.rundir import RunDir
+from runner.verbs.shared import request_of
 from tests.emulated import IMAGE, Emulator, emulator
 from tests.front import here, laptop, only_problem
 from tests.rented import PLAN, RTX4090, Key, rented_spec, run_of, state
@@ -71,6 +73,36 @@ def test_a_pod_of_another_run_or_machine_or_project_is_refused(emulator: Emulato
         other = Api().create_pod(PodRequest(name, IMAGE, "secure", gpu_id=RTX4090)).id
         with pytest.raises(RequestError, match=said):
             found(f"where.pod={other}")
+
+
+def test_a_run_that_names_no_hardware_is_planned_for_what_the_pod_has(
+    emulator: Emulator, run: RunDir, tmp_path: Path
+) -> None:
+    def pod_of(*words: str) -> str:
+        spec = rented_spec(*WORDS, "where.keep=true", "where.max_usd=90", *words)
+        rented = acquire(done := run_of(spec, tmp_path / "more"), spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
+        rented.release(keep=True)
+        done.set_status("done")
+        return rented.pod.id
+
+    def planned(pod: str, *words: str) -> Any:
+        return resolved(
+            request_of(("where=runpod", f"where.pod={pod}", "model=mistral7b", "method=qlora4", *words), ())
+        )
+
+    spec, notes = planned(two := pod_of("hw=h100", "hw.num_gpus=2"))
+    assert (spec.hw.runpod_gpu_id, spec.hw.num_gpus) == ("NVIDIA H100 80GB HBM3", 2)
+    assert f"where.pod={two}: it has 2 × NVIDIA H100 80GB HBM3 (hw=h100)" in notes
+    assert reuse.find(Api(), Ledger(), spec).pod.id == two
+    assert planned(pod_of("hw=rtx4090x2"))[0].hw.name == "rtx4090x2"
+    cpu = planned(pod_of("hw=cpu", "hw.num_cpus=4"))[0].hw
+    assert (cpu.accelerator, cpu.num_cpus) == ("cpu", 4)
+    strange = pod_of("hw=l4", "where.gpu_types=[NVIDIA RTX A5000]")
+    with pytest.raises(RequestError, match="has 1 × NVIDIA RTX A5000, of which conf/hw has no profile"):
+        planned(strange)
+    assert planned(strange, "hw=l4", "where.gpu_types=[NVIDIA RTX A5000]")[0].hw.name == "l4"
+    with pytest.raises(RequestError, match="this project has no pod nowhere"):
+        planned("nowhere")
 
 
 def test_one_of_two_that_take_a_pod_gets_it(emulator: Emulator, run: RunDir, tmp_path: Path) -> None:

@@ -133,6 +133,20 @@ def find(api: Api, ledger: Ledger, word: str) -> tuple[str, str, str]:
     raise RequestError(Problem(f"this project has no pod {word}", "command line", remedy))
 
 
+def machine_of(word: str) -> tuple[str | None, int, int]:
+    """GPU type, number of GPUs and of vCPUs of the pod that a word means. RequestError where there is none."""
+    api, (ledger, _) = Api(), Ledger.or_copy()
+    name, pod_id, _ = find(api, ledger, word)
+    pod, entry = api.pod(pod_id), ledger.entry(name)
+    cpu = pod.raw.get("cpu") if pod else None
+    if isinstance(cpu, dict):
+        return None, 0, int(number(cpu.get("vcpuCount")))
+    gpu_id = (pod.gpu_id if pod else None) or (entry.gpu if entry else None)
+    if pod is None or gpu_id is None:
+        raise RequestError(Problem(f"RunPod does not say what pod {pod_id} has", "where.pod", "write hw=NAME"))
+    return gpu_id, pod.gpu_count, 0
+
+
 def terminate(api: Api, ledger: Ledger, word: str, why: str = "asked for by a person") -> list[str]:
     """End every pod that a word means, whoever holds it, and confirm it; their ids. StillThereError where that fails.
 
