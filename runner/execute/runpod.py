@@ -75,13 +75,15 @@ def confirm(asked: Sequence[tuple[RunSpec, dict[str, Any]]], manner: Manner, con
 
 
 def _priced(runs: Sequence[tuple[RunSpec, dict[str, Any]]]) -> tuple[str, float | None, float]:
-    """The machine for runs that could have the same pod, what all of them cost there, where that is known, and its
-    price per hour."""
+    """The machine for runs that could have the same pod, what all of them cost there, disks included, where that is
+    known, and its price per hour."""
     spec, plan = runs[0]
     described, rate = _machine(spec, plan)
     each = [plan.get("hours") for _, plan in runs]
     hours = sum(filter(None, each)) if all(each) else None
-    usd = rate * hours if hours else None
+    # The plan's cost, which has the disks, at the price of this machine.
+    extra = sum(plan["usd"] - plan["usd_per_hour"] * plan["hours"] for _, plan in runs if hours and plan.get("usd"))
+    usd = rate * hours + extra if hours else None
     about = f", about ${usd:.2f} for {duration(3600 * hours)}" if usd is not None and hours else ""
     cap = where(spec).max_usd
     limit = f", never more than ${cap:g}{' a run' if len(runs) > 1 else ''}" if cap else ""
