@@ -34,6 +34,7 @@ LONGEST_FIRST = (
     "test_nodes",
     "test_launch",
     "test_run_life",
+    "test_journey",
     "test_methods_end_to_end",
     "test_trl_parity",
     "test_memory_tape",
