@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -181,6 +181,19 @@ def test_the_key_is_made_from_the_account_and_the_run(tmp_path: Path, monkeypatc
     keys.forget("run-1")
     assert keys.pair("run-1").public != made[0].public
     assert b"rpa_" not in made[1].private.read_bytes()
+
+
+@pytest.mark.parametrize("harm", [lambda key: b"", lambda key: key[: len(key) // 2], lambda key: bytes(len(key))])
+def test_a_key_file_that_a_broken_disk_left_empty_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.setenv("RUNNER_STATE", str(tmp_path))
+    monkeypatch.setenv("RUNPOD_API_KEY", "rpa_ONE")
+    made = keys.pair("run-1")
+    made.private.write_bytes(harm(made.private.read_bytes()))
+    assert keys.pair("run-1") == made and made.private.stat().st_mode & 0o777 == 0o600
+    said = subprocess.run(["ssh-keygen", "-y", "-f", str(made.private)], capture_output=True, text=True, check=True)
+    assert said.stdout.split()[1] == made.public.split()[1]
 
 
 def test_without_an_api_key_the_remedy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,28 @@ def test_a_full_disk_here_ends_no_training_there(pod: Pod, monkeypatch: pytest.M
     assert "No space left on device; the run goes on" in told[0].value and told[1].value == {"state": "done"}
 
 
+@needs_sshd
+def test_what_was_brought_is_on_the_disk_before_the_pod_may_end(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that loses power, or a disk that breaks down, has the names of files otherwise, and no content."""
+    synced, real = set[Path](), os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.add(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        real(handle)
+
+    sealed(pod.folder / "checkpoints" / "checkpoint-4", weights="w")
+    monkeypatch.setattr(os, "fsync", fsync)
+    pod.bring()
+    model, step = pod.run.path / "model", pod.run.path / "checkpoints" / "checkpoint-4"
+    assert {pod.run.path, model, model / "config.json", step / "weights", step / "COMPLETE"} <= synced
+    monkeypatch.setattr(os, "fsync", raising(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        pod.bring()
+    monkeypatch.setattr(os, "fsync", raising(OSError(errno.EINVAL, "a file system without fsync")))
+    pod.bring()
+    pod.check()
+
+
 def raising(error: OSError) -> Callable[..., None]:
     def call(*_: object) -> None:
         raise error

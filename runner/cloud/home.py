@@ -33,7 +33,8 @@ TOLD = 5
 
 def bring(at: Berth, run: RunDir, spec: RunSpec, say: Say = lambda line: None) -> dict[str, Any]:
     """All of it; the pod's `status.json`. LostError where the connection breaks: called again, it goes on there.
-    TooMuchError where it is more than there is room for here, or than a run can hold."""
+    TooMuchError where it is more than there is room for here, or than a run can hold. It is on the disk then: OSError
+    where the disk does not take it."""
     folder, arrived = shlex.quote(at.folder), run.path / ARRIVED
     excluded = [word for name in OURS for word in ("--exclude", f"/{name}")]
     known = f"--link-dest={run.path.absolute()}"  # what is here already does not travel again
@@ -55,6 +56,7 @@ def bring(at: Berth, run: RunDir, spec: RunSpec, say: Say = lambda line: None) -
     if at.connection.attempt(f"test -e {folder}/summary.json")[0] == 0:
         left += at.connection.get(f"{at.folder}/summary.json", arrived, most=room.of_run(run))
     _take(run, [*left, *incoming.clean(arrived)], places, say)
+    incoming.flush(run.path)  # the pod, which has it too, is ended next
     return status
 
 

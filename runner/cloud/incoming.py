@@ -6,6 +6,7 @@ No link is followed on the way to a file, and none is kept: folders are opened o
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import unicodedata
@@ -18,6 +19,9 @@ from runner import links
 LONGEST_NAME = 200
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+"""A file system that has no fsync(2), such as some in user space."""
 
 
 class NotPlainError(OSError):
@@ -104,3 +108,25 @@ def move(source: Path, target: Path, name: str) -> None:
     """A plain file `name` from below one folder to below the other, over what was there."""
     with folder_of(source, name) as (here, last), folder_of(target, name) as (there, _):
         os.replace(last, last, src_dir_fd=here, dst_dir_fd=there)
+
+
+def flush(folder: Path) -> None:
+    """Have everything below a folder on the disk (fsync(2)). OSError where the disk does not take it: a full one, or a
+    quota, is told on some file systems by this alone."""
+    for _, _, files, handle in os.fwalk(folder, follow_symlinks=False):
+        for name in files:
+            if stat.S_ISREG(os.stat(name, dir_fd=handle, follow_symlinks=False).st_mode):
+                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=handle)
+                try:
+                    _sync(file)
+                finally:
+                    os.close(file)
+        _sync(handle)
+
+
+def _sync(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runner.cloud.account import api_key
 from runner.errors import CannotRunError, Problem
@@ -32,42 +34,56 @@ class KeyPair:
 
 
 def pair(run_id: str) -> KeyPair:
-    """The run's key, from its file or made anew.
+    """The run's key: from its file if that is a whole key, else made anew, and the file with it.
 
-    RequestError without an API key, CannotRunError without the package that knows the curve.
+    A file may be empty or garbled: a disk that broke down, or a machine that lost power, has its name and not its
+    content. RequestError without an API key, CannotRunError without the package that knows the curve.
     """
-    folder = state_dir() / "keys"
-    private, public = folder / run_id, folder / f"{run_id}.pub"
-    if private.is_file() and public.is_file():
-        return KeyPair(private, public.read_text("utf-8").strip())
+    file = _file(run_id)
+    with suppress(Exception):  # no file, no key, or one of an algorithm that does not exist: a garbled name
+        return KeyPair(file, _line(_curve().load_ssh_private_key(file.read_bytes(), None), run_id))
     text, line = _made(run_id)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for file, content in ((private, text), (public, line + "\n")):
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        temporary.unlink(missing_ok=True)
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-            stream.write(content)
-        temporary.replace(file)
-    return KeyPair(private, line)
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+    return KeyPair(file, line)
 
 
 def forget(run_id: str) -> None:
     """The pod is gone: its key opens nothing any more."""
-    for name in (run_id, f"{run_id}.pub"):
-        (state_dir() / "keys" / name).unlink(missing_ok=True)
+    _file(run_id).unlink(missing_ok=True)
 
 
-def _made(run_id: str) -> tuple[str, str]:
+def _file(run_id: str) -> Path:
+    return state_dir() / "keys" / run_id
+
+
+def _made(run_id: str) -> tuple[bytes, str]:
     """Private key in OpenSSH's form, public line. Ed25519 takes any 32 bytes as its secret (RFC 8032, 5.1.5)."""
-    account = api_key()
+    account, form = api_key(), _curve()
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    seed = hmac.new(account.encode(), PURPOSE + run_id.encode(), hashlib.sha256).digest()
+    key = Ed25519PrivateKey.from_private_bytes(seed)
+    return key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption()), _line(key, run_id)
+
+
+def _line(key: Any, run_id: str) -> str:
+    """For `authorized_keys`."""
+    form = _curve()
+    return f"{key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH).decode()} runner-{run_id}"
+
+
+def _curve() -> Any:
+    """The package's part that reads and writes keys."""
     try:
-        from cryptography.hazmat.primitives import serialization as form
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from cryptography.hazmat.primitives import serialization
     except ImportError:
         what = "renting a pod needs the RunPod SDK, which is not installed"
         raise CannotRunError(Problem(what, None, install("cloud"))) from None
-    seed = hmac.new(account.encode(), PURPOSE + run_id.encode(), hashlib.sha256).digest()
-    key = Ed25519PrivateKey.from_private_bytes(seed)
-    text = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption())
-    line = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH)
-    return text.decode(), f"{line.decode()} runner-{run_id}"
+    return serialization

@@ -72,8 +72,11 @@ class Session:
             except HostKeyError:
                 connection.close()
                 raise
-            except LostError:
-                address = self.find()
+            except LostError as error:
+                try:
+                    address = self.find()
+                except Vanished as gone:
+                    raise Vanished(Problem(f"{gone}; until then {error}")) from None
                 if time.monotonic() > end:
                     connection.close()
                     raise
