@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from runner.cloud import ending, ship
 from runner.cloud import pod as renting
+from runner.cloud.answers import Pod
 from runner.cloud.api import Api
-from runner.cloud.ledger import PREFIX, Ledger
+from runner.cloud.clock import RenterClock
+from runner.cloud.keys import KeyPair
+from runner.cloud.ledger import PREFIX, Ledger, LedgerError
 from runner.cloud.pod import acquire
 from runner.cloud.problems import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
-from runner.cloud.reconcile import UNKNOWN_S, reconcile
+from runner.cloud.reconcile import UNKNOWN_S, _armed, reconcile
 from runner.cloud.rented import Rented, spent
+from runner.cloud.session import Session
+from runner.errors import Problem, RunFailedError
+from runner.execute import runpod
+from runner.rundir import RunDir
 from tests.emulated import Emulator, emulator, until
 from tests.rented import A6000, PLAN, RTX4090, Key, rented_spec, run_of, state
 
@@ -202,6 +214,123 @@ def test_a_pod_that_vanished_is_told_from_an_api_that_is_down(emulator: Emulator
     assert rented.refresh() is None and states(rented.name)[-1] == "PREEMPTED"
     rented.release()
     assert Ledger().entries() == []
+
+
+def absent(monkeypatch: pytest.MonkeyPatch, looks: str) -> list[str]:
+    """What RunPod says of a pod in turn: present, or absent, or an error; then as it is. The looks that were taken."""
+    taken: list[str] = []
+    real = Api.pod
+
+    def pod(self: Api, pod_id: str) -> Pod | None:
+        if len(taken) == len(looks):
+            return real(self, pod_id)
+        taken.append(looks[len(taken)])
+        if taken[-1] == "e":
+            raise ApiDownError(Problem("an error"))
+        return real(self, pod_id) if taken[-1] == "p" else None
+
+    monkeypatch.setattr(Api, "pod", pod)
+    monkeypatch.setattr(Api, "pods", lambda self: [])
+    return taken
+
+
+def test_a_pod_that_is_absent_once_is_not_gone(emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch) -> None:
+    rented = rent()
+    rented.mark("RUNNING", "training")
+    rented.ledger.leave(rented.name)
+    before = states(rented.name)
+    with monkeypatch.context() as context:
+        taken = absent(context, "aap")  # asked, looked at once more, and there it is
+        assert rented.refresh() is not None and taken == ["a", "a", "p"]
+    entry = Ledger().entry(rented.name)
+    with monkeypatch.context() as context:
+        taken = absent(context, "ap")
+        assert entry is not None
+        assert _armed(Api(), Ledger(), entry, None, RenterClock(lambda: None)) is None and taken == ["a", "p"]
+    assert states(rented.name) == before and list(emulator.pods()) == [rented.pod.id]
+    emulator.inject("vanish", pod=rented.pod.id)
+    until(lambda: not emulator.pods())
+    assert rented.refresh() is None
+
+
+@pytest.mark.parametrize(("looks", "asked"), [("aa", 1), ("apaa", 2), ("aeaa", 2), ("ppaa", 3), ("apapaa", 3)])
+def test_an_end_is_confirmed_by_two_absences_in_a_row(
+    emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch, looks: str, asked: int
+) -> None:
+    rented = rent()
+    emulator.inject("undead", times=0)  # until it is not there any more
+    before = sum(e.method == "DELETE" for e in emulator.exchanges)
+    with monkeypatch.context() as context:
+        taken = absent(context, looks)
+        ending.confirm_gone(Api(), rented.name, rented.pod.id)
+    assert "".join(taken) == looks
+    assert sum(e.method == "DELETE" for e in emulator.exchanges) - before == asked
+    emulator.clear()
+    rented.release()
+
+
+def session_of(rented: Rented, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
+    """A session whose pod takes everything, and says nothing."""
+    spec = rented_spec("where.volume_gb=20")
+    run = RunDir(next((folder / "runs").iterdir()))
+    session = Session(run, spec, rented, KeyPair(folder / "key", "ssh-ed25519 AAAA test"), print)
+    monkeypatch.setattr(session, "board", lambda: None)
+    monkeypatch.setattr(session, "_heard", lambda at: nullcontext())
+    for name in ("arm", "try_memory", "try_gpus", "send", "tell_secrets", "begin"):
+        monkeypatch.setattr(ship, name, lambda *_: {})
+    return session
+
+
+def test_a_pod_is_running_in_the_ledger_before_it_has_a_task(
+    emulator: Emulator, rent: Rent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher that dies in between leaves a pod that is armed, and not one that the next command ends."""
+    rented = rent()
+    session = session_of(rented, tmp_path, monkeypatch)
+    seen: list[str] = []
+    monkeypatch.setattr(ship, "begin", lambda *_: seen.append(rented.ledger.entry(rented.name).state))  # type: ignore[union-attr]
+    session.load(False)
+    assert seen == ["RUNNING"]
+    rented.ledger.move(rented.name, "SYNCED", "once more")
+    monkeypatch.setattr(Ledger, "_set", staticmethod(raising(sqlite3.OperationalError("database or disk is full"))))
+    with pytest.raises(LedgerError):
+        session.load(False)
+    assert seen == ["RUNNING"]  # a task that is not recorded is not begun
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def call(*_: object, **__: object) -> None:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("where", ["before", "pod.json", "following"])
+def test_a_disk_here_that_takes_nothing_ends_a_pod_only_before_it_trains(
+    emulator: Emulator, rent: Rent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    rented, full = rent(), OSError(errno.ENOSPC, "No space left on device")
+    session = session_of(rented, tmp_path, monkeypatch)
+    if where == "before":
+        monkeypatch.setattr(ship, "send", raising(full))
+    elif where == "pod.json":
+        monkeypatch.setattr(RunDir, "write", raising(full))
+    else:
+        monkeypatch.setattr(runpod, "follow", raising(full))
+    monkeypatch.setattr(renting, "acquire", lambda *_, **__: rented)
+    monkeypatch.setattr(runpod, "Session", lambda *_: session)
+    monkeypatch.setenv("RUNPOD_API_KEY", emulator.key)
+    with pytest.raises((OSError, RunFailedError)) as caught:
+        runpod.execute(session.run, session.spec)
+    entry = Ledger().entry(rented.name)
+    assert entry is not None and not entry.owned
+    if where == "following":
+        (problem,) = caught.value.problems  # type: ignore[union-attr]
+        assert f"pod {rented.pod.id} still has the run" in problem.what
+        assert f"python -m runner attach {session.run.id}" in str(problem.remedy)
+        assert list(emulator.pods()) == [rented.pod.id] and entry.state == "RUNNING"
+        rented.release()
+    assert emulator.pods() == {}
 
 
 def test_what_earlier_pods_of_a_run_cost_counts(emulator: Emulator, tmp_path: Path) -> None:

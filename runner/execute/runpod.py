@@ -163,18 +163,23 @@ def _rent(run: RunDir, spec: RunSpec, pair: keys.KeyPair, voice: Voice, manner: 
     except BaseException as error:
         run.set_status("failed", exit_code=getattr(error, "exit_code", 130), error=str(error) or "interrupted")
         raise
+    return rented
+
+
+def _note(run: RunDir, rented: Rented) -> None:
+    """Write `pod.json`."""
     run.write("pod.json", {
         "name": rented.name, "pod_id": rented.pod.id, "gpu": rented.pod.gpu_id, "cloud": rented.pod.cloud,
         "data_center": rented.pod.data_center, "usd_per_hour": rented.usd_per_hour, "rented": rented.meter.started,
         "deadline": rented.deadline,
     })  # fmt: skip
-    return rented
 
 
 def _with(session: Session, voice: Voice, manner: Manner) -> Outcome:
     """One pod, from its first byte to its end. It is given back unless it has what nobody else has."""
     run, rented, begun = session.run, session.rented, False
     try:
+        _note(run, rented)
         session.load(manner.detach)
         begun = True
         if manner.detach:
