@@ -6,18 +6,20 @@ import argparse
 import hashlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases
+from benchmarks import cases, hostile
 from benchmarks.bench import ROOT, Benchmark, alone, table
 from benchmarks.pod_training import MODEL, STEP_S, SUM
 from runner.cloud.emulator.server import Emulator
@@ -26,6 +28,7 @@ from tests.disks import Disk, unshare
 from tests.processes import only_run, tiny_model, words
 
 STEPS = 80
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
 CAP_LEFT_S = 110.0
 """So long before its cap a run of the second kind begins. The launcher ends a training 90 s before the end."""
 SILENCE_S = 15.0
@@ -70,6 +73,9 @@ FAULTS: tuple[tuple[str, dict[str, Any]] | None, ...] = (
     ("own ledger deleted", {}),
 )
 """What happens, once, at a random moment: to a pod, to the next requests, to the disks of pods or of the launcher."""
+EACH = 5
+HOSTILE_CASES = 4 * len(hostile.WAYS)
+"""After the cases of the other faults, each way several times, mostly beside others."""
 TAKEN = ("vanish",)
 """Faults that take the disk away, with what only it had."""
 
@@ -83,10 +89,19 @@ ones (ext4). Half of the launchers get SIGKILL at another moment, and a quarter 
 earlier, and its training would take for ever. Then nobody does anything until no pod is paid for any more, disks are
 mended, and `fetch` is typed (again when a training that was taken away has gone on in between), and `pods reap`.
 
+In {hostile} more cases the pod is an enemy's from a random moment on, in one to three of {ways} ways: links and hard
+links, devices and pipes, names with newlines and `..`, helper scripts that write elsewhere or never stop, words that
+command a terminal and JSON of no shape, sparse files of 8 TiB and thousands of small ones. What it says it has trained
+is not counted then.
+
 - *lost*: models that a training had finished, on a disk that was not taken away, and that are not here then, bit for
   bit;
 - *past the cap*: the longest time for which a pod was paid for after its cap was reached;
-- *left*: pods that exist at the end.
+- *left*: pods that exist at the end;
+- *outside*: bytes that appeared on the launcher's side outside of the run directory, the state and the cache;
+- *not plain*: links, devices and pipes in the run directory;
+- *escapes*: control characters that a launcher's output has, from which a pod could command a terminal;
+- *crashed*: commands that ended with an error that is no message.
 """
 
 
@@ -124,7 +139,7 @@ class Watch:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """`--cases`, `--seed`, `--at-once`."""
-    cases.add_options(parser, 5 * len(FAULTS), 3)
+    cases.add_options(parser, EACH * len(FAULTS) + HOSTILE_CASES, 3)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -147,6 +162,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Random) -> dict[str, Any]:
     """One run, its end, and what is left of it."""
     fault = FAULTS[number % len(FAULTS)]
+    ways = list(hostile.WAYS)
+    if number >= EACH * len(FAULTS):
+        fault = (f"hostile pod: {ways[number % len(ways)]}", {})
+        ways = [ways[number % len(ways)], *dice.sample(ways, dice.randrange(3))]
     near_cap = number % NEAR_CAP == 2
     detached = dice.random() < 0.25
     longest = 35.0 if near_cap else 13.0 + STEPS * STEP_S
@@ -157,11 +176,15 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
     kind = fault[0] if fault is not None else ""
     own = folder / "own"
     disk = _disk(kind, folder)
-    own.mkdir(exist_ok=True)
+    elsewhere, outside, temporary = (folder / name for name in ("home", "outside", "tmp"))
+    for place in (own, elsewhere, outside, temporary):
+        place.mkdir(exist_ok=True)
+    (outside / "secret").write_text("owner's")
     with Emulator(folder / "runpod") as emulator, Watch(emulator) as watch:
         env = {
             **os.environ, **emulator.env, "RUNNER_STATE": str(own / "state"), "RUNNER_CACHE": str(own / "cache"),
             "RUNNER_POD_PYTHON": str(python), "RUNNER_CLOUD_PACE": "0.1", "PYTHONPATH": str(ROOT), "COLUMNS": "200",
+            "HOME": str(elsewhere), "TMPDIR": str(temporary),
         }  # fmt: skip
         steps = 100_000 if near_cap else STEPS
         typed = words(
@@ -179,7 +202,9 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
                 stdout=log,
                 stderr=log,
             )
-        taken = _strike(watch, fault, strike_at, launcher, kill_at, own, disk)
+        taken = _strike(
+            watch, fault, strike_at, launcher, kill_at, own, disk, lambda: _turn(emulator, outside, ways, dice)
+        )
         killed = launcher.returncode == -signal.SIGKILL
         quiet = _until(lambda: launcher.poll() is not None and not watch.paid(), CAP_LEFT_S + 120)
         if launcher.poll() is None:
@@ -197,13 +222,19 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
         _typed(env, folder / "after.log", "pods", "reap")
         left = [id for id, pod in emulator.pods().items() if pod.status != "TERMINATED"]
     home, state = _home(run, watch.finished), _state(run)
+    sockets = temporary.glob("runner-ssh-*")  # of ssh, which a launcher that gets SIGKILL leaves
+    ours = (*sockets, own / "state", own / "cache", own / "runs", own / "lost+found", *([run] if run else []))
+    stray = hostile.written(elsewhere, outside, temporary, own, own / "runs", but=ours) - len("owner's")
+    said = "".join(file.read_text("utf-8", errors="replace") for file in folder.glob("*.log"))
     if disk is not None:
         disk.close()
     return {
         "case": number, "fault": None if fault is None else " ".join([fault[0], *map(str, fault[1].values())]),
         "near_cap": near_cap, "detached": detached, "killed": killed, "quiet": quiet, "left": left,
         "finished": watch.finished is not None, "home": home, "taken": taken,
-        "past_cap_seconds": past, "state": state,
+        "past_cap_seconds": past, "state": state, "outside": stray,
+        "not_plain": hostile.not_plain(run) if run else 0, "escapes": len(CONTROL.findall(said)),
+        "crashed": "Traceback" in said,
     }  # fmt: skip
 
 
@@ -211,6 +242,13 @@ def _disk(kind: str, folder: Path) -> Disk | None:
     """The one that is to be harmed: of all pods, or of the launcher."""
     place = {"pod disk": "runpod", "own disk": "own"}.get(kind[:8])
     return None if place is None else Disk(folder / place, 96)
+
+
+def _turn(emulator: Emulator, outside: Path, ways: list[str], dice: random.Random) -> None:
+    """Let the run's folder in every pod be an enemy's, as soon as there is one."""
+    _until(lambda: any(emulator.world.root.glob("pods/*/volume/runs/*/agent.json")), 15)
+    for place in emulator.world.root.glob("pods/*/volume/runs/*"):
+        hostile.turn(place, outside, ways, dice)
 
 
 def _harm(kind: str, own: Path, disk: Disk | None) -> None:
@@ -234,7 +272,7 @@ def _pods_python(file: Path) -> Path:
 
 def _strike(
     watch: Watch, fault: tuple[str, dict[str, Any]] | None, strike_at: float, launcher: subprocess.Popen[bytes],
-    kill_at: float | None, own: Path, disk: Disk | None,
+    kill_at: float | None, own: Path, disk: Disk | None, turn: Callable[[], None],
 ) -> bool:  # fmt: skip
     """Both blows at their moments; whether a finished model was taken away with its disk."""
     began, taken = time.monotonic(), False
@@ -244,6 +282,9 @@ def _strike(
         if blow == "kill":
             launcher.kill()
             launcher.wait()
+        elif fault is not None and fault[0].startswith("hostile"):
+            turn()
+            taken = True  # what such a pod says it has trained is nothing
         elif fault is not None and fault[0].startswith(("pod ", "own ")):
             _harm(fault[0], own, disk)
         elif fault is not None:
@@ -298,9 +339,12 @@ def section(measured: dict[str, Any]) -> str:
             str(sum(case["killed"] for case in some)), str(sum(case["detached"] for case in some)),
             str(sum(case["finished"] for case in some)), str(len(lost)),
             f"{max(past):.1f}" if past else "–", str(sum(len(case["left"]) for case in some)),
+            *(str(sum(case[key] for case in some)) for key in ("outside", "not_plain", "escapes", "crashed")),
         ])  # fmt: skip
-    head = ["fault", "runs", "killed", "detached", "trained to the end", "lost", "past the cap, s", "left"]
-    text = EXPLANATION.format(seconds=STEPS * STEP_S, faults=len(FAULTS) - 1, left=CAP_LEFT_S)
+    head = ["fault", "runs", "killed", "detached", "trained to the end", "lost", "past the cap, s", "left", "outside",
+            "not plain", "escapes", "crashed"]  # fmt: skip
+    text = EXPLANATION.format(seconds=STEPS * STEP_S, faults=len(FAULTS) - 1, left=CAP_LEFT_S,
+                              hostile=HOSTILE_CASES, ways=len(hostile.WAYS))  # fmt: skip
     return f"{text}\n{table(head, rows)}"
 
 

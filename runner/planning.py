@@ -22,6 +22,7 @@ from runner.plan.plan import Plan, plan_of
 from runner.plan.shape import shape_of
 from runner.plan.training import ALIASES, OUTSIDE
 from runner.spec import HardwareSpec, ModelSpec, RunPodPlace, RunSpec, Where
+from runner.spec.where import LONGEST_HOURS
 
 ENVIRONMENT_GB = 20  # torch with its CUDA libraries takes 8, packages on the way another 4: room for both
 UNKNOWN_DISK_GB = 100  # where nothing can be planned: a 7B model in 16 bits, two checkpoints, the environment
@@ -212,7 +213,7 @@ def rented(spec: RunSpec, planned: Plan | None) -> RunSpec:
     disk = UNKNOWN_DISK_GB if planned is None else math.ceil(planned.disk_gib * 1.5 * GIB / GB) + ENVIRONMENT_GB
     hours = place.max_hours or (2 * planned.hours + 1 if planned and planned.hours else UNKNOWN_HOURS)
     own = ENVIRONMENT_GB + (disk if spec.hw.accelerator == "cpu" and place.volume is None else 0)
-    decided = {"volume_gb": disk, "container_disk_gb": own, "deadline_hours": round(hours, 2)}
+    decided = {"volume_gb": disk, "container_disk_gb": own, "deadline_hours": round(min(hours, LONGEST_HOURS), 2)}
     update = {key: value for key, value in decided.items() if getattr(place, key) == "auto"}
     return spec.model_copy(update={"where": place.model_copy(update=update)})
 

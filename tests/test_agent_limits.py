@@ -98,6 +98,8 @@ def test_a_pod_that_was_ended_and_is_started_again_has_ten_minutes_and_not_its_o
     assert limits(tmp_path, again=True, deadline=5_007_200.0).due() == pytest.approx(11_600)
     clock.pass_by(601)
     assert limits(tmp_path, deadline=5_007_200.0).over() == "the deadline has come"
+    soon = limits(tmp_path, again=True, id="o2", deadline=5_000_100.0)
+    assert soon.due() == pytest.approx(clock.seconds + 100)  # ten minutes at most
 
 
 def test_a_restart_does_not_begin_anew_where_no_disk_took_the_deadline(clock: Clock, tmp_path: Path) -> None:

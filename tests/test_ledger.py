@@ -103,6 +103,12 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     assert "RUNNER_STATE" in str(error.value.problems[0].remedy)
 
 
+def test_an_intent_is_on_the_disk_before_the_request_leaves(ledger: Ledger) -> None:
+    with ledger._open() as db:
+        assert db.execute("pragma synchronous").fetchone()[0] == 2  # FULL: an fsync for every transaction
+        assert db.execute("pragma journal_mode").fetchone()[0] == "wal"
+
+
 def test_a_parked_pod_goes_to_one_other_run_and_no_second_is_lost(ledger: Ledger) -> None:
     ledger.plan("runner-a-1", run_id="a", **FACTS)
     ledger.move("runner-a-1", "SSH_READY", "ready", pod_id="xyz")

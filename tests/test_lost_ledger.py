@@ -46,7 +46,7 @@ def rent(tmp_path: Path, say: Callable[[str], None] = print) -> Rented:
     return acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, Key("ssh-ed25519 AAAA test"), say)
 
 
-DAMAGES = ["deleted", "garbage", "zeroed page", "a folder", "locked", "cannot be written"]
+DAMAGES = ["deleted", "garbage", "zeroed page", "a folder", "a pipe", "locked", "cannot be written"]
 
 
 @pytest.fixture
@@ -76,6 +76,8 @@ def damage(state: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[s
                 part.unlink()
             if kind == "a folder":
                 file.mkdir()
+            elif kind == "a pipe":
+                os.mkfifo(file)
 
     yield do
     for db in holder:

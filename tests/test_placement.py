@@ -180,6 +180,7 @@ def test_nothing_is_left_open_in_a_resolved_run() -> None:
     assert isinstance(place.volume_gb, int) and place.volume_gb > 30
     assert place.container_disk_gb == 20 and isinstance(place.deadline_hours, float)
     assert runpod(rented_spec("where.max_hours=2")).deadline_hours == 2.0
+    assert runpod(rented_spec("where.max_hours=1e300")).deadline_hours == 8784.0
     assert runpod(rented_spec("where.volume_gb=77", "where.deadline_hours=9")).volume_gb == 77
     away = spec_of("where=auto", "model=mistral7b", "method=full").where
     assert isinstance(away, RunPodPlace) and away.volume_gb != "auto"

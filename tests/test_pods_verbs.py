@@ -17,8 +17,10 @@ import pytest
 
 from runner.cloud.api import Api
 from runner.cloud.emulator.container import free_port
-from runner.cloud.ledger import Ledger
+from runner.cloud.ledger import Ledger, LedgerError
+from runner.cloud.rented import Rented
 from runner.cloud.wanted import PodRequest
+from runner.errors import Problem
 from tests.emulated import IMAGE, Emulator, emulator, needs_sshd, until
 from tests.front import here, laptop, runner
 from tests.leaks import Watch
@@ -104,6 +106,26 @@ def test_up_passes_variables_by_name_and_no_request_or_argument_has_their_values
         assert runner("pods", "ssh", made["pod_id"], *command).exit_code == 0
         assert capfd.readouterr().out.splitlines() == ["hf_s3cr3t", "it's a s3cr3t"]
     assert answered("pods", "terminate", made["pod_id"])["state"] == "gone"
+
+
+def test_a_deadline_that_never_comes_is_refused_before_anything_is_rented(emulator: Emulator) -> None:
+    result = runner("pods", "up", "hw=rtx4090", "--hours", "1e300", "--yes")
+    assert result.exit_code == 2 and "--hours 1e+300: no pod is rented for more than 8784 hours" in result.output
+    assert not any(e.method == "POST" for e in emulator.exchanges)
+
+
+@pytest.mark.parametrize("fails", ["set", "detach"])
+def test_a_pod_that_cannot_be_recorded_as_ones_own_is_given_back(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise LedgerError(Problem("the ledger cannot be written: database or disk is full"))
+
+    monkeypatch.setattr("runner.cloud.waiting.says_hello", lambda host, port: True)
+    monkeypatch.setattr(*{"set": (Ledger, "set", full), "detach": (Rented, "detach", full)}[fails])
+    result = runner("pods", "up", "hw=rtx4090", "where.max_usd=5", "--hours", "3", "--yes")
+    assert result.exit_code == 1 and "cannot be written" in result.output
+    assert any(e.method == "POST" for e in emulator.exchanges) and emulator.pods() == {}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ so that an intent is on the disk before the request that it announces leaves. No
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -122,6 +123,8 @@ class Ledger:
         self._address = str(self.file)
         try:
             self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.file.exists() and not self.file.is_file():  # a pipe would be waited for for ever
+                raise OSError(errno.EINVAL, "it is no plain file")
         except OSError as error:
             raise LedgerError(_unusable(self.file, error)) from None
         with self._open() as db:
@@ -325,7 +328,9 @@ class Ledger:
 def _unusable(file: Path, error: Exception) -> Problem:
     """The ledger, what is wrong with it, and what to do about it."""
     said = str(error)
-    if any(word in said for word in ("malformed", "not a database", "corrupt")):
+    if isinstance(error, OSError):
+        said = error.strerror or said
+    if any(word in said for word in ("no plain file", "malformed", "not a database", "corrupt")):
         remedy = f"mv {file} {file}.broken; python -m runner pods then lists what RunPod has"
     elif "locked" in said:
         remedy = "another process of yours holds it: end that, or try again"
@@ -337,6 +342,8 @@ def _unusable(file: Path, error: Exception) -> Problem:
 def _readable(file: Path) -> list[dict[str, Any]]:
     """Rows of a ledger that cannot be written, as far as they can be read."""
     rows: list[dict[str, Any]] = []
+    if not file.is_file():
+        return rows
     for way in ("mode=ro", "mode=ro&immutable=1"):  # the second one where no file can be made beside it
         with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{quote(str(file))}?{way}", uri=True)) as db:
             db.row_factory = sqlite3.Row

@@ -66,16 +66,13 @@ class Berth:
     def agent(self) -> dict[str, Any]:
         """The agent's status; empty where there is none."""
         file = shlex.quote(f"{self.folder}/agent-status.json")
-        said = self.connection.attempt(f"cat {file} 2>/dev/null")[1]
-        content = json.loads(said) if said.strip() else {}
-        return content if isinstance(content, dict) else {}
+        return loads(self.connection.attempt(f"cat {file} 2>/dev/null")[1])
 
     def start_agent(self) -> dict[str, Any]:
         """Start the agent, which leaves one that is at work alone; its status."""
         folder = shlex.quote(self.folder)
         said = self.connection.run(f"python3 {folder}/agent.py start {folder}")
-        content = json.loads(said.splitlines()[-1])
-        return content if isinstance(content, dict) else {}
+        return loads(said.rstrip().rpartition("\n")[2])
 
 
 def board(pod: Pod, run_id: str, pair: KeyPair, say: Say) -> Berth:
@@ -310,6 +307,6 @@ def loads(text: str) -> dict[str, Any]:
     """A JSON object; empty where it is none."""
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

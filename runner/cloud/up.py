@@ -16,9 +16,10 @@ from runner.cloud.preflight import check
 from runner.cloud.rented import Rented
 from runner.cloud.reuse import folder_of
 from runner.cloud.ssh import Connection, user_of
-from runner.errors import CannotRunError, Problem
+from runner.errors import CannotRunError, Problem, RequestError
 from runner.rundir import RunDir
 from runner.spec import RunSpec
+from runner.spec.where import LONGEST_HOURS
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,16 @@ def described(pod_id: str, usd_per_hour: float, deadline: float, how: str, jupyt
     )
 
 
+def check_hours(hours: float) -> None:
+    """RequestError for a deadline that never comes."""
+    if hours > LONGEST_HOURS:
+        what = f"--hours {hours:g}: no pod is rented for more than {LONGEST_HOURS} hours, a year"
+        raise RequestError(Problem(what, "command line", f"write --hours {LONGEST_HOURS}, or less"))
+
+
 def spec_for(spec: RunSpec, hours: float) -> RunSpec:
     """A resolved spec, with the hours as its deadline."""
+    check_hours(hours)
     return spec.model_copy(update={"where": runpod(spec).model_copy(update={"deadline_hours": hours})})
 
 
@@ -79,23 +88,24 @@ def up(spec: RunSpec, hours: float, say: Callable[[str], None], env: dict[str, s
         RunDir(folder_of(run_id)), spec, {"hours": hours}, pair, say, detached=True,
         alone_minutes=60 * hours, env={"JUPYTER_PASSWORD": token},
     )  # fmt: skip
-    if env:
-        _tell(rented, pair, env)
-    rented.deadline = min(rented.deadline, began + hours * 3600)
-    rented.ledger.set(rented.name, deadline=rented.deadline)
-    rented.mark("RUNNING", "it is a person's own until its deadline")
-    rented.detach()
+    try:
+        if env:
+            _tell(rented, pair, env)
+        rented.deadline = min(rented.deadline, began + hours * 3600)
+        rented.ledger.set(rented.name, deadline=rented.deadline)
+        rented.mark("RUNNING", "it is a person's own until its deadline")
+        rented.detach()
+    except BaseException:
+        rented.release()
+        raise
     return Up(run_id, rented.pod.id, rented.usd_per_hour, rented.deadline, token)
 
 
 def _tell(rented: Rented, pair: keys.KeyPair, env: dict[str, str]) -> None:
-    """Put variables there; the pod is given back where that fails."""
+    """Put variables there."""
     pod = rented.pod
     connection = Connection(pod.id, str(pod.ssh_host), int(pod.ssh_port or 22), pair.private, user_of(pod.raw))
     try:
         pod_env.place(connection, rented.run_id, env)
-    except BaseException:
-        rented.release()
-        raise
     finally:
         connection.close()

@@ -210,14 +210,20 @@ def _listen(session: Session, minutes: float | None) -> None:
     assert at is not None
     file = shlex.quote(f"{at.folder}/agent.json")
     said, _, times = at.connection.run(f"cat {file}; echo; stat -c %Y {file}; date +%s").rstrip().rpartition("}")
-    old, (came, there) = ship.loads(said + "}"), map(float, times.split())
-    sent = clock.now()
-    # Its times are those of another clock: of a launcher elsewhere, or of this one before it was set.
-    ahead = sent - (float(old["sent"]) + max(0.0, there - came))
-    deadline = max(float(old["deadline"]) + ahead, sent + 60 * LISTENING_MINUTES if session.over else 0.0)
+    sent, old = clock.now(), ship.loads(said + "}")
+    try:
+        came, there = map(float, times.split())
+        # Its times are those of another clock: of a launcher elsewhere, or of this one before it was set.
+        ahead = sent - (float(old["sent"]) + max(0.0, there - came))
+        deadline = max(float(old["deadline"]) + ahead, sent + 60 * LISTENING_MINUTES if session.over else 0.0)
+        started = float(old["started"]) + ahead
+    except (KeyError, TypeError, ValueError, OverflowError):
+        what = f"the order of the agent in pod {session.rented.pod.id} is none: {file} there is damaged"
+        remedy = f"python -m runner pods ssh {session.run.id} looks; pods terminate {session.run.id} ends the pod"
+        raise RunFailedError(Problem(what, None, remedy)) from None
     new = {
         **old, "id": uuid.uuid4().hex, "sent": sent, "heartbeat_minutes": minutes, "deadline": deadline,
-        "started": float(old["started"]) + ahead, "fresh": False,
+        "started": started, "fresh": False,
     }  # fmt: skip
     if session.over:
         new["budget_usd"] = None  # what is left to do costs minutes

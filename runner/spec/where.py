@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from runner.spec.part import Auto, Part
 
+LONGEST_HOURS = 366 * 24
+"""No pod runs for longer: a deadline that never comes is none."""
+
 
 def country_codes(value: Any) -> list[str]:
     """One code of ISO 3166 or a list of them, in capitals; ValueError for what is none."""
@@ -72,12 +75,12 @@ class _RentedPlace(_Place):
     keep: bool | None = None
     """Leave the pod stopped at the end instead of ending it: its volume disk is kept, and paid for; null means one named by `pod` alone."""
     deadline_hours: float | Auto = Field(default="auto")
-    """Hours after which the pod ends itself, whatever happens; auto is `max_hours`, or twice the plan and one."""
-    heartbeat_minutes: float = Field(default=30, gt=0)
+    """Hours after which the pod ends itself, whatever happens, a year (8,784) at most; auto is `max_hours`, or twice the plan and one."""
+    heartbeat_minutes: float = Field(default=30, gt=0, le=60 * LONGEST_HOURS)
     """The pod ends itself when an attached launcher is silent for so long."""
-    setup_minutes: float = Field(default=20, gt=0)
+    setup_minutes: float = Field(default=20, gt=0, le=60 * LONGEST_HOURS)
     """How long a pod may take until SSH answers: a cold image takes 9 to 13 minutes."""
-    bad_host_minutes: float = Field(default=3, gt=0)
+    bad_host_minutes: float = Field(default=3, gt=0, le=60 * LONGEST_HOURS)
     """How long a pod may be without a machine; then it is given back and another one tried."""
 
     @model_validator(mode="before")
@@ -98,6 +101,13 @@ class _RentedPlace(_Place):
     def _positive(cls, value: float | Auto) -> float | Auto:
         if value != "auto" and value <= 0:
             raise ValueError("expected more than 0, or auto")
+        return value
+
+    @field_validator("deadline_hours")
+    @classmethod
+    def _ends(cls, value: float | Auto) -> float | Auto:
+        if value != "auto" and value > LONGEST_HOURS:
+            raise ValueError(f"expected at most {LONGEST_HOURS} (a year), or auto")
         return value
 
     @property

@@ -110,8 +110,9 @@ def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool
       python -m runner pods start mistral7b-qlora4-20261125-164234-ab12 --hours 2
     """
     from runner.cloud import fleet, pod_env, reuse
-    from runner.cloud.up import described
+    from runner.cloud.up import check_hours, described
 
+    check_hours(hours)
     values = pod_env.named(env)
     api, ledger = _ready()
     name, pod_id, _ = fleet.find(api, ledger, run)
