@@ -78,6 +78,15 @@ def test_of_a_silent_launcher_and_a_deadline_the_earlier_one_is_due(clock: Clock
     assert found.over() == "no sign of the launcher for 1 minutes" and found.over(silence=False) is None
 
 
+def test_a_run_that_is_left_to_its_pod_is_silent_only_until_it_begins(clock: Clock, tmp_path: Path) -> None:
+    left = limits(tmp_path, boarding_minutes=1.0)
+    assert left.due(begun=False) == pytest.approx(1060) and left.due() == pytest.approx(1600)
+    followed = limits(tmp_path, id="o2", boarding_minutes=1.0, heartbeat_minutes=2.0)
+    assert followed.due(begun=False) == pytest.approx(1120)
+    clock.pass_by(61)
+    assert left.over(begun=False) == "no sign of the launcher for 1 minutes" and left.over() is None
+
+
 def test_a_restart_on_the_same_host_moves_nothing_and_on_another_one_the_walls_clock_counts(
     clock: Clock, tmp_path: Path
 ) -> None:
@@ -171,6 +180,14 @@ def test_how_a_pod_is_ended(
     assert found._how() == how
     (tmp_path / "agent-status.json").write_text("gar")  # cut short: what was read last still counts
     assert found._how() == how
+
+
+def test_what_was_collected_is_kept_by_no_disk(clock: Clock, tmp_path: Path) -> None:
+    found = switch(tmp_path, uncollected="stop")
+    agent.note(tmp_path, state="done")
+    assert found._how() == "stop"
+    (tmp_path / "collected").touch()
+    assert found._how() == "terminate"
 
 
 def test_a_status_that_no_disk_takes_is_kept_in_memory_and_an_old_file_does_not_hide_it(tmp_path: Path) -> None:

@@ -6,14 +6,15 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from runner.cloud.ledger import MIGRATE, Ledger, LedgerError, owner
+from runner.cloud.ledger import MIGRATE, NOBODY, HeldError, Ledger, LedgerError, State, owner
 
 FACTS: dict[str, Any] = {
     "run_dir": "/tmp/runs/a", "gpu": "NVIDIA L4", "cloud": "secure", "usd_per_hour": 0.49, "disk_gb": 30.0,
@@ -125,6 +126,40 @@ def test_a_parked_pod_goes_to_one_other_run_and_no_second_is_lost(ledger: Ledger
     assert before.state == "GONE" and before.ended == parked.updated == entry.created and not before.owned
     assert [e.name for e in ledger.entries()] == ["runner-b-1"]
     assert ledger.transitions("runner-b-1") == [(None, "SSH_READY", "taken over from run a")]
+
+
+def test_two_launchers_do_not_rent_for_one_run(ledger: Ledger) -> None:
+    ledger.plan("runner-a-1", run_id="a", **FACTS)
+    ledger.plan("runner-a-2", run_id="a", **FACTS)  # the same process, after a pod that did not become ready
+    ledger.set("runner-a-1", **owner(os.getppid()))
+    with pytest.raises(HeldError, match=f"process {os.getppid()} looks after it"):
+        ledger.plan("runner-a-3", run_id="a", **FACTS)
+    ledger.plan("runner-b-1", run_id="b", **FACTS)
+    ledger.move("runner-a-1", "GONE", "confirmed", **owner(os.getppid()))
+    ledger.plan("runner-a-3", run_id="a", **FACTS)
+
+
+@pytest.mark.parametrize("state", get_args(State))
+def test_what_may_be_handed_over(ledger: Ledger, state: State) -> None:
+    """A pod at work only as a person's own, and one that another process holds only if it is parked for whoever comes
+    first."""
+    to = {"run_id": "b", "run_dir": "/tmp/runs/b", "heartbeat_s": None}
+    for number, (theirs, running) in enumerate(((True, True), (True, False), (False, False), (False, True))):
+        old, new = f"runner-a-{number}", f"runner-b-{number}"
+        ledger.plan(old, run_id=f"a{number}", **FACTS)
+        ledger.move(old, state, "", **(owner(os.getppid()) if theirs else NOBODY))
+        may = state == "PARKED" or (not theirs and (state == "STOPPED" or (state == "RUNNING" and running)))
+        entry = ledger.hand_over(old, new, running=running, **to)
+        assert (entry is not None) is may, (theirs, running)
+
+
+def test_a_stopped_pod_is_paid_for_again_from_the_moment_it_is_taken(ledger: Ledger) -> None:
+    ledger.plan("runner-a-1", run_id="a", **FACTS)
+    ledger.move("runner-a-1", "STOPPED", "kept", updated=1000.0, created=500.0, **NOBODY)
+    entry = ledger.hand_over("runner-a-1", "runner-b-1", run_id="b", run_dir="/tmp/runs/b", heartbeat_s=None)
+    assert entry is not None and abs(entry.created - time.time()) < 60
+    (before,) = ledger.entries("a", gone=True)
+    assert before.ended == 1000.0  # when it was stopped
 
 
 def test_a_ledger_of_an_earlier_version_learns_new_states(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from runner.cloud.api import Api
 from runner.cloud.money import Meter, stopped_usd_per_day
 from runner.cloud.placement import candidates, cpu_candidates, image_of, runpod, stand_ins
 from runner.cloud.preflight import check
+from runner.cloud.rented import deadline_of
 from runner.cloud.volumes import usd_per_month
 from runner.errors import RunnerError
 from runner.pod_packages import data
@@ -214,6 +215,14 @@ def test_images_by_name() -> None:
 # ── money ──────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_pod_ends_at_its_deadline_or_its_cap_whichever_comes_first() -> None:
+    place = runpod(rented_spec("where.deadline_hours=3", "where.max_usd=2"))
+    assert deadline_of(place, Meter(1.0, 1000.0, cap_usd=2.0)) == 1000.0 + 2 * 3600
+    assert deadline_of(place, Meter(0.1, 1000.0, cap_usd=2.0)) == 1000.0 + 3 * 3600
+    assert deadline_of(place, Meter(1.0, 1000.0, cap_usd=2.0, before_usd=1.5)) == 1000.0 + 1800
+    assert deadline_of(place, Meter(1.0, 1000.0)) == 1000.0 + 3 * 3600
+
+
 def test_the_meter_counts_time_disks_and_earlier_pods_and_warns_once_a_mark() -> None:
     meter = Meter(1.0, 1000.0, disk_gb=73.0, cap_usd=2.0, before_usd=0.5)
     assert meter.rate == pytest.approx(1.01)
@@ -223,4 +232,5 @@ def test_the_meter_counts_time_disks_and_earlier_pods_and_warns_once_a_mark() ->
     assert [text is not None for text in said] == [False, True, False, True, False, True, False]
     assert "the pod is ended" in str(said[5])
     assert Meter(1.0, 0.0).ends() is None and Meter(1.0, 0.0).warning(1e9) is None
+    assert Meter(0.0, 0.0, cap_usd=5.0).ends() is None  # a price that is not known
     assert stopped_usd_per_day(730) == pytest.approx(4.8) and usd_per_month(1100) == 75.0

@@ -253,6 +253,18 @@ def test_a_pod_that_is_absent_once_is_not_gone(emulator: Emulator, rent: Rent, m
     assert rented.refresh() is None
 
 
+def test_of_two_commands_one_settles_what_a_launcher_has_left(
+    emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rented = rent()
+    rented.ledger.leave(rented.name)
+    with monkeypatch.context() as context:
+        context.setattr(Ledger, "take", lambda self, name: False)  # the other one was faster
+        assert reconcile(Api(), Ledger()) == [] and list(emulator.pods()) == [rented.pod.id]
+    (note,) = reconcile(Api(), Ledger())
+    assert rented.pod.id in note and emulator.pods() == {}
+
+
 @pytest.mark.parametrize(("looks", "asked"), [("aa", 1), ("apaa", 2), ("aeaa", 2), ("ppaa", 3), ("apapaa", 3)])
 def test_an_end_is_confirmed_by_two_absences_in_a_row(
     emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch, looks: str, asked: int
