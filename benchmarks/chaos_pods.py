@@ -339,13 +339,19 @@ def section(measured: dict[str, Any]) -> str:
             str(sum(case["killed"] for case in some)), str(sum(case["detached"] for case in some)),
             str(sum(case["finished"] for case in some)), str(len(lost)),
             f"{max(past):.1f}" if past else "–", str(sum(len(case["left"]) for case in some)),
-            *(str(sum(case[key] for case in some)) for key in ("outside", "not_plain", "escapes", "crashed")),
+*(_sum(some, key) for key in ("outside", "not_plain", "escapes", "crashed")),
         ])  # fmt: skip
     head = ["fault", "runs", "killed", "detached", "trained to the end", "lost", "past the cap, s", "left", "outside",
             "not plain", "escapes", "crashed"]  # fmt: skip
     text = EXPLANATION.format(seconds=STEPS * STEP_S, faults=len(FAULTS) - 1, left=CAP_LEFT_S,
                               hostile=HOSTILE_CASES, ways=len(hostile.WAYS))  # fmt: skip
     return f"{text}\n{table(head, rows)}"
+
+
+def _sum(some: list[dict[str, Any]], key: str) -> str:
+    """Of the cases in which it was counted."""
+    found = [case[key] for case in some if key in case]
+    return str(sum(found)) if found else "–"
 
 
 BENCHMARK = Benchmark("chaos_pods", add_options, measure, section)
