@@ -234,7 +234,7 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
         "finished": watch.finished is not None, "home": home, "taken": taken,
         "past_cap_seconds": past, "state": state, "outside": stray,
         "not_plain": hostile.not_plain(run) if run else 0, "escapes": len(CONTROL.findall(said)),
-        "crashed": "Traceback" in said,
+        "crashed": bool(re.search(r'^  File ".*runner/(cli|verbs/\w+)\.py"', said, re.MULTILINE)),
     }  # fmt: skip
 
 

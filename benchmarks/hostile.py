@@ -9,7 +9,9 @@ import socket
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b]52;c;b3duZWQ=\x07"
 """Sets a terminal's title, clears it, writes its clipboard."""
@@ -40,7 +42,7 @@ def links(folder: Path, outside: Path, dice: random.Random) -> None:
     for name in ("model/tokenizer.model", "logs/x.log", "metrics.jsonl", "summary.json", "checkpoints/x", "tensorboard",
                  "agent-status.json", "model/inner", "checkpoints/checkpoint-7/COMPLETE", "evals.jsonl"):  # fmt: skip
         target = dice.choice((outside / "secret", outside, Path("/etc/shadow"), Path("../../../../outside")))
-        _put(folder / name, lambda place, target=target: place.symlink_to(target))
+        _put(folder / name, partial(_link, target))
     _put(folder / "model" / "hard", lambda place: os.link(folder / "spec.json", place))
 
 
@@ -48,7 +50,7 @@ def devices(folder: Path, outside: Path, dice: random.Random) -> None:
     """Character and block devices, pipes, sockets."""
     for name in ("model/null", "logs/zero.log", "gpu.jsonl", "logs/pipe.txt", "summary.json", "checkpoints/x"):
         kind = dice.choice((stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO))
-        _put(folder / name, lambda place, kind=kind: os.mknod(place, kind | 0o666, os.makedev(1, 5)))
+        _put(folder / name, partial(os.mknod, mode=kind | 0o666, device=os.makedev(1, 5)))
 
     def bind(place: Path) -> None:
         with socket.socket(socket.AF_UNIX) as one:
@@ -71,7 +73,9 @@ def scripts(folder: Path, outside: Path, dice: random.Random) -> None:
         {"file": f"{way}/authorized_keys", "at": 0, "data": "eA=="}
         for way in ("..", "../..", str(outside), "logs/..", "checkpoints/x", "logs/../../..", "tensorboard/x")
     ]
-    odd = [{"whole": name, "data": "W10="} for name in ("spec.json", "../x.json", "/etc/x", "status.json", "logs")]
+    odd: list[dict[str, Any]] = [
+        {"whole": name, "data": "W10="} for name in ("spec.json", "../x.json", "/etc/x", "status.json", "logs")
+    ]
     odd += [{"file": "metrics.jsonl", "at": at, "data": "eA=="} for at in (-1, 1 << 62, "0", None, 1e400)]
     odd += [{"checkpoints": what} for what in ([10**400], "x", [None], [[1]], [-5])]
     lines = [json.dumps(line) for line in [*escape, *odd]] + ["[" * 100_000, "null", "\x00"]
@@ -108,6 +112,10 @@ def turn(folder: Path, outside: Path, ways: list[str], dice: random.Random) -> N
     """Have a run's folder in a pod be an enemy's from now on, in these ways."""
     for way in ways:
         WAYS[way](folder, outside, dice)
+
+
+def _link(target: Path, place: Path) -> None:
+    place.symlink_to(target)
 
 
 def _put(place: Path, make: Callable[[Path], object]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from runner.cloud import ending, ship
 from runner.cloud import pod as renting
@@ -32,6 +33,7 @@ from runner.cloud.rented import Rented, spent
 from runner.cloud.session import Session
 from runner.errors import Problem, RunFailedError
 from runner.execute import runpod
+from runner.execute.voice import Voice
 from runner.rundir import RunDir
 from tests.emulated import Emulator, emulator, until
 from tests.rented import A6000, PLAN, RTX4090, Key, rented_spec, run_of, state
@@ -332,8 +334,9 @@ def test_a_disk_here_that_takes_nothing_ends_a_pod_only_before_it_trains(
     monkeypatch.setattr(renting, "acquire", lambda *_, **__: rented)
     monkeypatch.setattr(runpod, "Session", lambda *_: session)
     monkeypatch.setenv("RUNPOD_API_KEY", emulator.key)
-    with pytest.raises((OSError, RunFailedError)) as caught:
+    with pytest.raises(RunFailedError) as caught:
         runpod.execute(session.run, session.spec)
+    assert "No space left on device" in str(caught.value)
     entry = Ledger().entry(rented.name)
     assert entry is not None and not entry.owned
     if where == "following":
@@ -343,6 +346,30 @@ def test_a_disk_here_that_takes_nothing_ends_a_pod_only_before_it_trains(
         assert list(emulator.pods()) == [rented.pod.id] and entry.state == "RUNNING"
         rented.release()
     assert emulator.pods() == {}
+
+
+@pytest.mark.parametrize("when", ["renting", "released"])
+def test_a_disk_here_that_takes_nothing_hides_no_pod_that_may_still_run(
+    emulator: Emulator, rent: Rent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    rented = rent()
+    session = session_of(rented, tmp_path, monkeypatch)
+    there = StillThereError(Problem("pod x MAY STILL BE RUNNING"))
+    monkeypatch.setattr(RunDir, "write", raising(OSError(errno.EROFS, "Read-only file system")))
+    monkeypatch.setattr(session, "collect", lambda part: None)
+    with monkeypatch.context() as context:
+        context.setattr(renting, "acquire", raising(there))
+        context.setattr(Rented, "release", raising(there))
+        ended = {"state": "failed", "exit_code": 1}
+        ways = {
+            "renting": lambda: runpod.execute(session.run, session.spec),
+            "released": lambda: runpod.finish(session, ended, Voice(Console())),
+        }
+        with pytest.raises(StillThereError) as caught:
+            ways[when]()
+    assert caught.value is there
+    outcome = runpod.finish(session, ended, Voice(Console()))
+    assert outcome.exit_code == 1 and emulator.pods() == {}
 
 
 def test_what_earlier_pods_of_a_run_cost_counts(emulator: Emulator, tmp_path: Path) -> None:

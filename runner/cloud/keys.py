@@ -56,7 +56,8 @@ def pair(run_id: str) -> KeyPair:
 
 def forget(run_id: str) -> None:
     """The pod is gone: its key opens nothing any more."""
-    _file(run_id).unlink(missing_ok=True)
+    with suppress(OSError):
+        _file(run_id).unlink()
 
 
 def _file(run_id: str) -> Path:

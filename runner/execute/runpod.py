@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from shlex import quote
 from types import FrameType
@@ -143,6 +143,9 @@ def execute(
                 step = checkpoints.newest(run) or 0
                 resumes = f"goes on after step {step}" if step else "begins anew"
                 voice.say(f"{error}: pod {lost} of {where(spec).max_replacements} in its place; the run {resumes}")
+            except OSError as error:
+                remedy = f"make room, then: python -m runner resume {quote(shown(run.path))}"
+                raise RunFailedError(Problem(f"nothing can be written here: {error}", None, remedy)) from None
             finally:
                 session.close()
 
@@ -161,9 +164,19 @@ def _rent(run: RunDir, spec: RunSpec, pair: keys.KeyPair, voice: Voice, manner: 
     except HeldError:  # the status is the other process's
         raise
     except BaseException as error:
-        run.set_status("failed", exit_code=getattr(error, "exit_code", 130), error=str(error) or "interrupted")
+        with _said(voice.say):
+            run.set_status("failed", exit_code=getattr(error, "exit_code", 130), error=str(error) or "interrupted")
         raise
     return rented
+
+
+@contextmanager
+def _said(say: Callable[[str], None]) -> Iterator[None]:
+    """A disk here that does not take what became of a run hides neither an error nor a pod."""
+    try:
+        yield
+    except OSError as error:
+        say(f"Warning: what became of the run cannot be written here: {error}")
 
 
 def _note(run: RunDir, rented: Rented) -> None:
@@ -236,25 +249,26 @@ def finish(session: Session, last: dict[str, Any], voice: Voice, pool: Pool | No
         voice.say(f"Pod {rented.pod.id} still has the result: python -m runner fetch {run.id}")
         raise
     if shared is not None and _parked(session, shared):
-        account(run, rented)
-        _close(run, rented, last, voice, "waits for the next run")
+        _close(run, rented, account(run, rented), last, voice, "waits for the next run")
         return Outcome(run, code)
     session.close()
     if code and run.read("status.json").get("state") not in ("failed", "interrupted"):
         if last.get("stopped_for"):  # before there was a training, which would say so itself
             code, last = InterruptedRun.exit_code, {**last, "message": None}
-            run.set_status("interrupted", exit_code=code, error=f"stopped: {last['stopped_for']}")
+            with _said(voice.say):
+                run.set_status("interrupted", exit_code=code, error=f"stopped: {last['stopped_for']}")
         else:
-            run.set_status("failed", exit_code=code, error=last.get("message") or f"the training ended with {code}")
+            with _said(voice.say):
+                run.set_status("failed", exit_code=code, error=last.get("message") or f"the training ended with {code}")
     keep = where(spec).keeps
     try:
         rented.release(keep)
     except StillThereError as error:
         account(run, rented, error)
         raise
-    account(run, rented)
+    cost = account(run, rented)
     keys.forget(run.id) if not keep else None
-    _close(run, rented, last, voice, "is stopped" if keep else "is gone, which was confirmed")
+    _close(run, rented, cost, last, voice, "is stopped" if keep else "is gone, which was confirmed")
     if last.get("uploaded"):
         voice.say(f"Pushed  {run.read('pushed.json').get('url')}")
     elif last.get("uploaded") is False:
@@ -279,7 +293,7 @@ def _parked(session: Session, pool: Pool) -> bool:
         raise
 
 
-def account(run: RunDir, rented: Rented, error: BaseException | None = None) -> None:
+def account(run: RunDir, rented: Rented, error: BaseException | None = None) -> dict[str, Any]:
     """What the run has cost, in `status.json` and beside the prediction in `summary.json`."""
     plan = run.read("plan.json")
     cost = {
@@ -293,16 +307,17 @@ def account(run: RunDir, rented: Rented, error: BaseException | None = None) -> 
         "pod_id": rented.pod.id,
     }
     state = {} if error is None else {"exit_code": getattr(error, "exit_code", 130), "error": str(error)}
-    if state and run.read("status.json").get("state") not in ("done", "interrupted"):
-        run.set_status("failed", **state)
-    run.write("status.json", {**run.read("status.json"), "cost": cost})
-    if summary := run.read("summary.json"):
-        run.write("summary.json", {**summary, "model_dir": str(run.path / "model"), "cost": cost})
+    with _said(rented.say):
+        if state and run.read("status.json").get("state") not in ("done", "interrupted"):
+            run.set_status("failed", **state)
+        run.write("status.json", {**run.read("status.json"), "cost": cost})
+        if summary := run.read("summary.json"):
+            run.write("summary.json", {**summary, "model_dir": str(run.path / "model"), "cost": cost})
+    return cost
 
 
-def _close(run: RunDir, rented: Rented, last: dict[str, Any], voice: Voice, became: str) -> None:
+def _close(run: RunDir, rented: Rented, cost: dict[str, Any], last: dict[str, Any], voice: Voice, became: str) -> None:
     """What it cost, what `became` of the pod, and why the run ended as it did."""
-    cost = run.read("status.json")["cost"]
     predicted = f", ${cost['predicted_usd']:.2f} predicted" if cost["predicted_usd"] is not None else ""
     voice.say(f"Cost    ${cost['usd']:.2f}{predicted}; pod {rented.pod.id} {became}")
     if last.get("stopped_for"):
