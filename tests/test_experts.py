@@ -19,6 +19,11 @@ from tests import tiny_llama
 from tests.test_merge import ALL, exact, merge, spec
 
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}  # as these are published: there is no `num_experts`
+HYBRID = {
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "shared_intermediate_size": 32,
+    "layer_types": ["mamba", "attention", "attention"],
+}  # fmt: skip
 LATENT = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32,
     "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 8,
@@ -42,6 +47,13 @@ ASKED = [
     ("gpt_oss", EXPERTS | {"head_dim": 16}, ()),
     ("deepseek_v3", LATENT, ()),
     ("granitemoe", EXPERTS, ()),
+    ("jetmoe", LOCAL | {"kv_channels": 16}, ()),
+    ("granitemoe", LOCAL, ("method=qlora4",)),
+    ("phimoe", LOCAL, ()),
+    ("llama4_text", LOCAL | {"head_dim": 16, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1}, ()),
+    ("granitemoehybrid", HYBRID | LOCAL, ()),
+    ("granitemoehybrid", HYBRID | {"num_local_experts": 0, "num_experts_per_tok": 0}, ()),
+    ("mamba2", {"num_heads": 8, "state_size": 8, "head_dim": 16, "n_groups": 1}, ()),
 ]
 
 

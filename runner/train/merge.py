@@ -43,7 +43,9 @@ FIXED_TEXTS = (
 # (q_proj of one layer). What is wrong: 5.9 (8 bits) and 40 (4 bits) on the unquantised base, 23 by PEFT's own merge,
 # 24 without the adapter. The largest difference of all positions is as telling on average, but one position may be
 # sensitive: alone, of 14 roundings of one q_proj the furthest was 5.4 times as far as the furthest of four others.
-DRAWS, TYPICAL_FACTOR, MAX_FACTOR = 4, 2.0, 10.0
+# A mixture sends a token to another expert where rounding makes two of them change places: of 8 draws on a small JetMoe
+# typically 0.015 to 0.023, once 0.066. So before a merge is refused it is held against MOST_DRAWS.
+DRAWS, MOST_DRAWS, TYPICAL_FACTOR, MAX_FACTOR = 4, 16, 2.0, 10.0
 GIB = 1 << 30
 
 
@@ -88,13 +90,18 @@ def prove(
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype="auto")
     with proof.exact(model):
         after = proof.logits(model, prompts)
-    draws = [_rounded_once_more(model, prompts, after, rounded, dtype, seed) for seed in range(DRAWS)]
     found = proof.agreement(before, after)
     # fp32 arithmetic alone, all that is left where nothing had to be rounded
-    least = 1e-5 * max(float(one.abs().max()) for one in before)
-    typical = TYPICAL_FACTOR * max(draw.typical_difference for draw in draws) + least
-    largest = MAX_FACTOR * max(draw.max_difference for draw in draws) + least
-    if not (found.typical_difference <= typical and found.max_difference <= largest):  # so that a NaN does not pass
+    typical = largest = least = 1e-5 * max(float(one.abs().max()) for one in before)
+    holds = False
+    for seed in range(MOST_DRAWS):
+        draw = _rounded_once_more(model, prompts, after, rounded, dtype, seed)
+        typical = max(typical, TYPICAL_FACTOR * draw.typical_difference + least)
+        largest = max(largest, MAX_FACTOR * draw.max_difference + least)
+        holds = found.typical_difference <= typical and found.max_difference <= largest  # so that a NaN does not pass
+        if holds and seed + 1 >= DRAWS:
+            break
+    if not holds:
         what = (
             f"the merged model is not base + adapter: its logits differ by up to {found.max_difference:.3g}, typically "
             f"by {found.typical_difference:.3g}; rounding explains {largest:.3g} and {typical:.3g} "

@@ -139,10 +139,12 @@ def build(
     common |= {"train_dataset": train.rows, "eval_dataset": held.rows if held else None, "processing_class": tokenizer}
     config = methods.adapter_config(spec, model)
     with experts.prepared(model):
-        made = _made(spec, source, model, config, common)
-    made.remove_callback(PrinterCallback)  # type: ignore[attr-defined]  # `object` to mypy
+        made: Any = _made(spec, source, model, config, common)
+    made.remove_callback(PrinterCallback)
+    made.aux_loss_enabled = getattr(made, "aux_loss_enabled", False) and experts.has_experts(model)
     methods.widen(spec, made.model)
-    return made
+    trained: Guarding = made
+    return trained
 
 
 def _made(spec: RunSpec, source: str, model: Any, config: Any, common: dict[str, Any]) -> Guarding:

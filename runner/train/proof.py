@@ -112,15 +112,21 @@ def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = before
 
 
+def _floating(value: Any) -> Any:
+    """In fp32, where it is numbers of another width."""
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 @contextmanager
 def _widened(unit: Any, names: dict[int, str], change: Change) -> Iterator[None]:
     kept: list[tuple[Any, torch.Tensor]] = []
 
-    def widen(*_: Any) -> None:
+    def widen(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
         for parameter in unit.parameters():
             if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):  # packed: bits, not numbers
                 kept.append((parameter, parameter.data))
                 parameter.data = change(names[id(parameter)], parameter.data.float())
+        return tuple(map(_floating, given))  # Mamba gives its head what has the width of the head's weight
 
     def narrow(*_: Any) -> None:
         while kept:

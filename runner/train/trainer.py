@@ -58,8 +58,10 @@ class CountingTrainer(Keeping, SFTTrainer):  # type: ignore[misc]  # trl has no 
         columns = (labels != -100).any(0).nonzero().flatten()
         rest = {key: value for key, value in inputs.items() if key != "labels"}
         outputs = model(**rest, use_cache=False, logits_to_keep=columns)
-        labels = labels[:, columns].flatten()
-        total = functional.cross_entropy(outputs.logits.flatten(0, 1).float(), labels, reduction="sum")
+        logits, labels = outputs.logits, labels[:, columns].flatten()
+        if logits.shape[1] != len(columns):  # xLSTM takes `logits_to_keep` and does not look at it
+            logits = logits[:, columns]
+        total = functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
         count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count).clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
