@@ -84,6 +84,48 @@ def test_a_run_of_such_a_base_is_saved(method: str, asked: list[str], tmp_path: 
     assert loaded.generation_config.temperature is None and checkpoints.complete(run) and not list(run.path.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"stop_strings": ["w5"]},
+        {"repetition_penalty": 0.0},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"eos_token_id": "w2"},
+        {"eos_token_id": [1, None]},
+    ],
+    ids=str,
+)
+def test_answers_are_greedy_whatever_is_published(values: dict[str, Any], asked: list[str], tmp_path: Path) -> None:
+    """The same answers as of a base that publishes the tokens alone; and what has an effect elsewhere is saved."""
+    published(tmp_path, eos_token_id=[1])
+    more = ("eval.num_prompts=2", "eval.max_new_tokens=4", "train.max_steps=1")
+    _, plain = train_here(spec_of(*asked, *more))
+    published(tmp_path, **{"eos_token_id": [1], **values})
+    _, run = train_here(spec_of(*asked, *more))
+    for name in ("answers_before.jsonl", "answers_after.jsonl"):
+        assert (run.path / name).read_text() == (plain.path / name).read_text()
+    saved = GenerationConfig.from_pretrained(run.path / "model")
+    assert 1 in stops(saved) and all(isinstance(token, int) for token in stops(saved))
+    if "eos_token_id" not in values:
+        assert {name: getattr(saved, name) for name in values} == values
+
+
+def stops(config: GenerationConfig) -> list[Any]:
+    found = config.eos_token_id
+    return found if isinstance(found, list) else [found]
+
+
+@pytest.mark.parametrize("text", ['{"num_return_sequences": 4}', '{"early_stopping": "always"}', "[]"])
+def test_one_that_transformers_refuses_is_named(text: str, asked: list[str], tmp_path: Path) -> None:
+    (tmp_path / "base" / "generation_config.json").write_text(text)
+    with pytest.raises(RequestError) as refused:
+        train_here(spec_of(*asked))
+    (problem,) = refused.value.problems
+    assert "cannot load" in problem.what and "generation_config.json" in (problem.remedy or "")
+
+
 def tangled(model: Any) -> None:
     """Two layers that share their weights, which the architecture does not say."""
     model.model.layers[1].mlp = model.model.layers[0].mlp

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from runner.data.examples import Example, Turn
 from runner.data.masks import IGNORED
@@ -25,6 +26,26 @@ class Answer:
     """With them: tool calls and thoughts may be written with some."""
     stopped: bool
     """It ended by itself, within the limit."""
+
+
+@contextmanager
+def plain(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Context in which nothing of the model's generation config counts but the tokens that stop generation.
+
+    Published ones sample, return dictionaries or several answers, penalise repetition, stop at strings or ask for code
+    of the Hub. `generate` takes from there whatever its caller leaves open.
+    """
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper reads its base's
+    published = owner.generation_config
+    owner.generation_config = GenerationConfig(
+        eos_token_id=stopping.ids_of(published, tokenizer) or None,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    try:
+        yield
+    finally:
+        owner.generation_config = published
 
 
 def generate(
@@ -63,17 +84,9 @@ def generate(
             model.device
         )
         # What ZeRO-3 gathers in inference mode could not be trained with afterwards.
-        with torch.no_grad() if sharded else torch.inference_mode(), autocast:
+        with torch.no_grad() if sharded else torch.inference_mode(), autocast, plain(model, tokenizer):
             output = model.generate(
-                **batch,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-                use_cache=True,
-                synced_gpus=sharded,
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                **batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, synced_gpus=sharded
             )
         new = output[:, batch["input_ids"].shape[1] :]
         for index, ids in zip(chosen, new.tolist(), strict=True):

@@ -13,6 +13,7 @@ from runner.errors import Problem, RequestError
 from runner.spec import Grpo, RunSpec
 from runner.train import rows
 from runner.train.dataset import chat_ids
+from runner.train.evaluate import plain
 from runner.train.guarded import Guarding
 
 
@@ -42,7 +43,8 @@ class GrpoTrainer(Guarding, GRPOTrainer):  # type: ignore[misc]  # trl has no ty
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
         """As TRL, with the tools of each row in its prompt; they are kept apart from what reward functions get."""
         self.row_tools = [example.pop(TOOLS, None) or None for example in inputs]
-        return super()._generate_and_score_completions(inputs)
+        with plain(self.accelerator.unwrap_model(self.model), self.processing_class):
+            return super()._generate_and_score_completions(inputs)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """TRL renders all with the same tools, which are functions it calls itself; here each row has its own."""

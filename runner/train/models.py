@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -259,7 +260,7 @@ def explained(model: ModelSpec) -> Iterator[None]:
     """Context in which the Hub's and transformers' refusals become one line with a remedy."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:  # whatever a wrong file makes of it
         raise RequestError(_refusal(model, error)) from error
 
 
@@ -278,4 +279,9 @@ def _refusal(model: ModelSpec, error: Exception) -> Problem:
         remedy = "check the network, or name a local folder: model=hub model.id=./folder"
         return Problem(f"the Hugging Face Hub cannot be reached to load {name}", None, remedy)
     first = text.splitlines()[0] if text else type(error).__name__
-    return Problem(f"cannot load {name}: {first}", None, "check model.id")
+    if not isinstance(error, (OSError, ValueError)):
+        first = f"{type(error).__name__}: {first}"
+    read = [Path(step.filename).parts[-2:] for step in traceback.extract_tb(error.__traceback__)]
+    generation = ("generation", "configuration_utils.py") in read
+    remedy = "correct generation_config.json in a copy of it, and name that: model.id=./copy"
+    return Problem(f"cannot load {name}: {first}", None, remedy if generation else "check model.id")

@@ -33,7 +33,7 @@ def mend(model: Any) -> str | None:
     save them as soon as anything else has changed, which training does. What the model answers stays the same.
     """
     config = getattr(model, "generation_config", None)
-    taken: dict[str, Any] = {}
+    taken = {} if config is None else _no_ids(config)
     while config is not None:
         try:
             config.validate(strict=True)
@@ -49,6 +49,17 @@ def mend(model: Any) -> str | None:
         return None
     shown = ", ".join(f"{name}: {value}" for name, value in taken.items())
     return f"Left out of generation_config.json, as without effect there: {shown}"
+
+
+def _no_ids(config: Any) -> dict[str, Any]:
+    """Take away an `eos_token_id` that holds something else than ids, a token's text or null: nothing would stop."""
+    value = config.eos_token_id
+    ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    kept = [one for one in ids if isinstance(one, int)]
+    if len(kept) == len(ids):
+        return {}
+    config.eos_token_id = kept or None
+    return {"eos_token_id": value}
 
 
 def rehearse(spec: RunSpec, run: RunDir, trainer: Any, tokenizer: Any, ranks: Ranks) -> None:
