@@ -81,9 +81,9 @@ def _priced(runs: Sequence[tuple[RunSpec, dict[str, Any]]]) -> tuple[str, float 
     described, rate = _machine(spec, plan)
     each = [plan.get("hours") for _, plan in runs]
     hours = sum(filter(None, each)) if all(each) else None
-    # The plan's cost, which has the disks, at the price of this machine.
-    extra = sum(plan["usd"] - plan["usd_per_hour"] * plan["hours"] for _, plan in runs if hours and plan.get("usd"))
-    usd = rate * hours + extra if hours else None
+    # The plan's cost beside its hours is that of the disks.
+    disks = [plan["usd"] - plan["usd_per_hour"] * plan["hours"] for _, plan in runs if hours and plan.get("usd")]
+    usd = rate * hours + max(0.0, sum(disks)) if hours else None
     about = f", about ${usd:.2f} for {duration(3600 * hours)}" if usd is not None and hours else ""
     cap = where(spec).max_usd
     limit = f", never more than ${cap:g}{' a run' if len(runs) > 1 else ''}" if cap else ""
