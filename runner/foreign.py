@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from runner import catalogue
 from runner.errors import Problem
-from runner.peer_keys import NONE, PEERS
+from runner.peer_keys import NONE, PEERS, TORCHTUNE
 from runner.provenance import shown
 from runner.spec import RunSpec
 from runner.suggest import known_keys, nearest_key
@@ -56,14 +57,36 @@ def problems_in(file: Path) -> list[Problem]:
     if not isinstance(node, yaml.MappingNode):
         return []
     words = {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
-    if "defaults" in words or not (trainer := _trainer(words)):
+    if "defaults" in words:
+        return []
+    leaves = list(_leaves(node))
+    if any(word.endswith("._component_") for word in leaves):
+        keys = {word: TORCHTUNE[word] for word in leaves if word in TORCHTUNE}
+        lines = [f"{word} → {_written(key)}" for word, key in keys.items()]
+        rest = [word for word in leaves if word not in keys and not word.endswith("._component_")]
+        return [_problem(file, "a torchtune config", lines, rest)]
+    if not (trainer := _trainer(words)):
         return []
     here = {word: told for word in words if (told := _here(word, trainer))}
     lines = [f"{word} → {told}" for word, told in here.items()]
-    if rest := [word for word in words if word not in here]:
-        lines.append(f"without a key here: {', '.join(rest)}")
+    return [_problem(file, trainer, lines, [word for word in words if word not in here])]
+
+
+def _leaves(node: yaml.MappingNode, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that holds no mapping."""
+    for key, value in node.value:
+        if isinstance(value, yaml.MappingNode):
+            yield from _leaves(value, f"{prefix}{key.value}.")
+        else:
+            yield f"{prefix}{key.value}"
+
+
+def _problem(file: Path, trainer: str, lines: list[str], rest: list[str]) -> Problem:
+    """Whose file it is, what its keys are called here, and the `rest`, which have none."""
+    if rest:
+        lines = [*lines, f"without a key here: {', '.join(rest)}"]
     remedy = "write a recipe, as docs/recipes.md shows; its keys are called here\n      " + "\n      ".join(lines)
-    return [Problem(f"{shown(file)} is {trainer}, and this runner has keys of its own", None, remedy)]
+    return Problem(f"{shown(file)} is {trainer}, and this runner has keys of its own", None, remedy)
 
 
 def _trainer(words: dict[str, int]) -> str | None:
@@ -85,7 +108,11 @@ def _here(word: str, trainer: str) -> str | None:
     key = nearest_key(word) if word in PEERS or word in {k.rpartition(".")[2] for k in known_keys()} else None
     if key in catalogue.GROUPS:
         return _choice(key)
-    return key and "{}: {{{}: …}}".format(*key.split(".", 1))
+    return key and _written(key)
+
+
+def _written(key: str) -> str:
+    return "{}: {{{}: …}}".format(*key.split(".", 1))
 
 
 def _choice(group: str) -> str:

@@ -1,4 +1,4 @@
-"""What other trainers call our keys: Axolotl, LLaMA-Factory, TRL, and transformers' TrainingArguments.
+"""What other trainers call our keys: Axolotl, LLaMA-Factory, TRL, torchtune, and transformers' TrainingArguments.
 
 People arrive with these in their fingers; a key or group of ours is what `did you mean` answers. `NONE` are those
 without one.
@@ -6,6 +6,33 @@ without one.
 
 from __future__ import annotations
 
+TORCHTUNE = {
+    "checkpointer.checkpoint_dir": "model.id",
+    "tokenizer.max_seq_len": "train.max_length",
+    "tokenizer.prompt_template": "data.chat_template",
+    "model.lora_attn_modules": "method.target_modules",
+    "model.lora_rank": "method.rank",
+    "model.lora_alpha": "method.alpha",
+    "model.lora_dropout": "method.dropout",
+    "model.use_dora": "method.use_dora",
+    "dataset.packed": "train.packing",
+    "dataset.source": "data.id",
+    "dataset.data_files": "data.path",
+    "dataset.split": "data.split",
+    "dataset.train_on_input": "objective.loss_on",
+    "optimizer.lr": "train.learning_rate",
+    "optimizer.weight_decay": "train.weight_decay",
+    "lr_scheduler.num_warmup_steps": "train.warmup_ratio",
+    "epochs": "train.num_epochs",
+    "batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.accumulation_steps",
+    "clip_grad_norm": "train.max_grad_norm",
+    "dtype": "train.precision",
+    "enable_activation_checkpointing": "train.gradient_checkpointing",
+    "seed": "train.seed",
+    "output_dir": "run.output_dir",
+}
+"""Keys of torchtune's YAML files, which have groups as ours do; its `batch_size` is that of one GPU."""
 PEERS = {
     # model
     "base_model": "model.id",

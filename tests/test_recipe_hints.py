@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.peer_keys import NONE, PEERS
+from runner.peer_keys import NONE, PEERS, TORCHTUNE
 from runner.suggest import known_keys
 from tests.front import here, laptop, only_problem, problems_of, runner, spec_of, write
 
@@ -116,6 +116,25 @@ per_device_train_batch_size: 1
 """
 TRL = "model_name_or_path: Qwen/Qwen2-0.5B\ndataset_name: trl-lib/Capybara\nuse_peft: true\nlora_r: 32\n"
 ARGUMENTS = "output_dir: out\nper_device_train_batch_size: 4\nnum_train_epochs: 3\nlearning_rate: 5.0e-5\n"
+TORCHTUNE_FILE = """
+output_dir: /tmp/torchtune/llama3_1_8B/lora_single_device
+model:
+  _component_: torchtune.models.llama3_1.lora_llama3_1_8b
+  lora_attn_modules: ['q_proj', 'v_proj', 'output_proj']
+  lora_rank: 8
+tokenizer:
+  _component_: torchtune.models.llama3.llama3_tokenizer
+  max_seq_len: null
+dataset:
+  _component_: torchtune.datasets.alpaca_cleaned_dataset
+  packed: False
+batch_size: 2
+epochs: 1
+optimizer:
+  _component_: torch.optim.AdamW
+  lr: 3e-4
+compile: False
+"""
 ACCELERATE = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\n"
 
 
@@ -132,6 +151,10 @@ ACCELERATE = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nn
          ["stage → - override /objective: …, in the defaults list", "cutoff_len → train: {max_length: …}"]),
         (TRL, "a TRL config", ["dataset_name → data: {id: …}"]),
         (ARGUMENTS, "a file of transformers' TrainingArguments", ["num_train_epochs → train: {num_epochs: …}"]),
+        (TORCHTUNE_FILE, "a torchtune config",
+         ["model.lora_rank → method: {rank: …}", "model.lora_attn_modules → method: {target_modules: …}",
+          "batch_size → train: {micro_batch_size: …}", "optimizer.lr → train: {learning_rate: …}",
+          "output_dir → run: {output_dir: …}", "without a key here: compile"]),
         (ACCELERATE, "an Accelerate config", ["num_processes → hw: {num_processes: …}"]),
     ],
 )  # fmt: skip
@@ -143,6 +166,10 @@ def test_a_file_of_another_trainer_is_recognised(
     found = only_problem(f"theirs.{ending}")
     assert found.what == f"theirs.{ending} is {whose}, and this runner has keys of its own"
     assert set(here_called) <= {line.strip() for line in (found.remedy or "").splitlines()}
+
+
+def test_the_keys_of_torchtune_are_called_what_the_schema_calls_them() -> None:
+    assert set(TORCHTUNE.values()) <= set(known_keys())
 
 
 def test_words_of_other_trainers_without_a_key_here_are_told_so() -> None:
