@@ -172,6 +172,10 @@ def test_a_folder_that_is_no_group_is_not_taken_for_one(here: Path) -> None:
          "export NOT_SET_HERE=…, or give a default: ${oc.env:NOT_SET_HERE,…}"),
         ("method.target_modules=[q_projj]",
          "method.target_modules=[q_projj]: none of them is in smollm2_135m, and nothing would train", None),
+        ("method.target_modules=[q_proj,foo,model.layers.0.mlp.w1]",
+         "method.target_modules: smollm2_135m has no module foo, model.layers.0.mlp.w1",
+         "choose among its linear layers: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; or write "
+         "all-linear"),
         ("method.target_modules=[]",
          "method.target_modules=[]: none of them is in smollm2_135m, and nothing would train", None),
     ],
