@@ -308,6 +308,22 @@ def test_status_of_a_run_of_this_machine_needs_no_key(here: Path, monkeypatch: p
         assert refused.exit_code == 2 and "runs on this machine, not in a pod" in refused.stderr
 
 
+@pytest.mark.parametrize("verb", ["status", "logs", "attach", "fetch"])
+def test_a_run_that_is_not_here_is_not_answered_with_a_missing_key(
+    verb: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    run = RunDir.create(spec_of("model=phi2"))
+    for word, remedy in (
+        (run.id[:-1] + "z", f"did you mean runs/{run.id}?"),
+        ("x", "python -m runner runs shows them"),
+    ):
+        refused = runner(verb, word)
+        assert refused.exit_code == 2
+        assert f"there is no run {word} on this machine, and no RUNPOD_API_KEY to look for it in pods" in refused.stderr
+        assert remedy in refused.stderr
+
+
 def test_the_times_of_a_run_that_was_resumed_add_up(here: Path) -> None:
     """30 s of work, a day of nobody at it, 20 s of work: 50 s, not one start alone and not the day."""
     run = RunDir.create(spec_of())

@@ -8,12 +8,14 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
 
+from runner import credentials
 from runner.cloud import clock, keys, ship, ssh
 from runner.cloud.adopt import NoPodOfRunError, adopt, look, run_id_of
 from runner.cloud.follow import Vanished
@@ -22,6 +24,7 @@ from runner.cloud.session import END_STATES, Session
 from runner.cloud.ssh import CommandError, Connection
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError
 from runner.execute import runpod
+from runner.execute.chat import missing
 from runner.execute.voice import Voice
 from runner.report.summary import shown
 from runner.rundir import ACTIVE, RunDir
@@ -31,6 +34,7 @@ LISTENING_MINUTES = 10.0
 """How long a pod waits for somebody who has come back and falls silent again."""
 STARTING_SECONDS = 600.0
 FINISHED = ("done", "failed")
+KEY = "RUNPOD_API_KEY"
 
 
 def attach(words: str, output_dir: Path, console: Console) -> int:
@@ -77,6 +81,7 @@ def status(words: str) -> dict[str, Any]:
     here = _here(words)
     if here and (_is_local(here) or here.state() in FINISHED):
         return _status_here(here)
+    _check_reachable(words, here)
     pod = look(run_id)
     facts: dict[str, Any] = {
         "run_id": run_id, "pod_id": pod.id, "pod": pod.status, "gpu": pod.gpu_id, "usd_per_hour": pod.usd_per_hour,
@@ -112,9 +117,19 @@ def _is_local(run: RunDir) -> bool:
     return isinstance(place, dict) and place.get("name") == "local"
 
 
+def _check_reachable(words: str, here: RunDir | None) -> None:
+    if here is None and credentials.find(KEY) is None:
+        told = missing(Path(words))
+        what = f"{told.what} on this machine, and no {KEY} to look for it in pods"
+        raise RequestError(replace(told, what=what, remedy=f"{told.remedy}; for a run in a pod, export {KEY}=…"))
+
+
 def _check_rented(words: str) -> None:
-    """RequestError for a run of this machine: no pod has anything of it."""
-    if (run := _here(words)) and _is_local(run):
+    """RequestError for a run of this machine: no pod has anything of it; and for one that only a pod could have, where
+    no key is there to ask."""
+    run = _here(words)
+    _check_reachable(words, run)
+    if run and _is_local(run):
         what = f"{run.id} runs on this machine, not in a pod: its files are in {shown(run.path)}"
         raise RequestError(Problem(what, "command line", f"python -m runner status {shlex.quote(shown(run.path))}"))
 

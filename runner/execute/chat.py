@@ -72,7 +72,12 @@ def find(path: Path) -> RunDir:
         if (candidate / "spec.json").is_file():
             links.refuse(candidate / "model")
             return RunDir(candidate)
+    raise RequestError(missing(path))
+
+
+def missing(path: Path) -> Problem:
+    """There is no run at `path`; the one whose id is nearest."""
     parent = path.parent if path.parent.is_dir() and path.parent != Path() else Path("runs")
     near = nearest(path.name, [run.id for run in all_runs(parent)])
     remedy = f"did you mean {parent / near}?" if near else "python -m runner runs shows them"
-    raise RequestError(Problem(f"there is no run {path}", "command line", remedy))
+    return Problem(f"there is no run {path}", "command line", remedy)
