@@ -49,6 +49,14 @@ class _Points:
 
 def sweep(request: Request, console: Console, as_json: bool, manner: Manner = PLAINLY) -> int:
     """All points of a sweep; one that cannot run, or fails, does not stop the others, but the exit code says so."""
+    warm = WarmWorkers(lambda line: console.print(line, highlight=False, soft_wrap=True))
+    try:
+        return _sweep(request, console, as_json, replace(manner, warm=warm))
+    finally:
+        warm.close()
+
+
+def _sweep(request: Request, console: Console, as_json: bool, manner: Manner) -> int:
     asked = read(request)
     _check_targets(asked)
     points = _checked(asked, manner)
@@ -147,11 +155,7 @@ def _run(
     )  # fmt: skip
     chosen = [point for _, point, _, _ in points.right]
     if pool is None:
-        warm = WarmWorkers()
-        try:
-            asked.run(partial(task, manner=replace(manner, warm=warm)), chosen, shared, folder)
-        finally:
-            warm.close()
+        asked.run(task, chosen, shared, folder)
         return True
     jobs = min(pool.max_pods, len(pool.kinds))
     launcher = ["basic"] if jobs == 1 else ["joblib", f"hydra.launcher.n_jobs={jobs}", "hydra.launcher.batch_size=1"]
@@ -206,6 +210,8 @@ def _checked(asked: Sweep, manner: Manner) -> _Points:
     for number, point in enumerate(asked.points):
         try:
             points.right.append((number, point, *_able(asked, point, manner)))
+            if manner.warm is not None and len(points.right) == 1:
+                manner.warm.prepare(points.specs[0])
         except RunnerError as error:
             points.wrong.append((number, point, type(error)(*(asked.told(p, point) for p in error.problems))))
     if not asked.points:

@@ -15,10 +15,12 @@ import pytest
 
 from runner.execute.warm import WarmWorkers, can_fork
 from runner.rundir import RunDir
+from runner.train import baseline
 from tests.conftest import spec_of
 from tests.processes import losses, start, tiny_model, until, words
 
-SHORT = ("train.max_steps=4", "eval.num_prompts=2", "eval.max_new_tokens=4")
+ONE = "hw.num_cpus=1"  # two threads wait for one another on a machine with other work to do
+SHORT = (ONE, "train.max_steps=4", "eval.num_prompts=2", "eval.max_new_tokens=4")
 
 
 @pytest.fixture(scope="module")
@@ -32,28 +34,132 @@ def by_rate(out: Path) -> dict[float, RunDir]:
     return {run.read("spec.json")["train"]["learning_rate"]: run for run in runs}
 
 
+def in_order(out: Path) -> list[RunDir]:
+    """The runs in the order in which they were started."""
+    runs = [RunDir(file.parent) for file in out.glob("*/spec.json")]
+    return sorted(runs, key=lambda run: run.read("status.json")["created"])
+
+
+def same_but_time(*files: Path) -> bool:
+    """JSON lines that say the same, but for when."""
+    said = [[{**json.loads(line), "time": 0} for line in file.read_text("utf-8").splitlines()] for file in files]
+    return bool(said[0]) and said[0] == said[1]
+
+
 def told(process: object) -> tuple[int, str]:
     out, error = process.communicate(timeout=100)  # type: ignore[attr-defined]
     return process.returncode, out + error  # type: ignore[attr-defined]
 
 
 def test_the_runs_of_a_sweep_are_those_of_runs_alone(model: Path, tmp_path: Path) -> None:
-    swept, alone = tmp_path / "swept", tmp_path / "alone"
-    code, said = told(start("-m", *words(model, swept, *SHORT), "train.learning_rate=1e-3,3e-3"))
+    # Dropout draws from the generator that a measurement draws from, too.
+    swept, alone, shared = tmp_path / "swept", tmp_path / "alone", ("method.dropout=0.2", *SHORT)
+    code, said = told(start("-m", *words(model, swept, *shared), "train.learning_rate=1e-3,3e-3", "method.rank=4,8"))
     assert code == 0, said
-    code, said = told(start(*words(model, alone, *SHORT), "train.learning_rate=3e-3"))
+    assert said.count("Loading torch and transformers") == 1
+    assert list((swept / "sweeps").glob("*/before-*.json"))
+    code, said = told(start(*words(model, alone, *shared), "train.learning_rate=3e-3", "method.rank=8"))
     assert code == 0, said
     (single,) = by_rate(alone).values()
-    runs = by_rate(swept)
-    assert losses(runs[3e-3].path) == losses(single.path) != losses(runs[1e-3].path)
+    runs = in_order(swept)
+    assert losses(runs[3].path) == losses(single.path)
+    assert len({tuple(losses(run.path)) for run in runs}) == len(runs) == 4
+    assert same_but_time(runs[3].path / "evals.jsonl", single.path / "evals.jsonl")
+    assert (runs[3].path / "answers_before.jsonl").read_bytes() == (single.path / "answers_before.jsonl").read_bytes()
     for key in ("before", "after"):
-        assert runs[3e-3].read("summary.json")["eval"][key] == single.read("summary.json")["eval"][key]
-    pids = {run.read("status.json")["pid"] for run in runs.values()}
-    assert len(pids) == 2
-    weights = [run.path / "model" / "adapter_model.safetensors" for run in (runs[3e-3], single)]
+        assert runs[3].read("summary.json")["eval"][key] == single.read("summary.json")["eval"][key]
+    assert len({run.read("status.json")["pid"] for run in runs}) == 4
+    weights = [run.path / "model" / "adapter_model.safetensors" for run in (runs[3], single)]
     assert len({file.read_bytes() for file in weights}) == 1
-    for run in runs.values():  # each has its own log, and the words of no other
-        assert (run.path / "logs" / "run.log").read_text("utf-8").count("Loading torch and transformers") == 1
+    for number, run in enumerate(runs):  # each has its own log, and the words of no other
+        log = (run.path / "logs" / "run.log").read_text("utf-8")
+        assert log.count("Tokenising …") == 1
+        assert (f"(measured by {runs[0].id})" in log) is (number > 0)
+
+
+@pytest.mark.parametrize(
+    "varied",
+    [
+        ("method=lora,full", "train.precision=fp32,bf16"),  # other arithmetic each
+        ("hw.num_cpus=1,2", "train.max_length=64,96"),  # another environment, and another number of threads
+        ("eval.max_new_tokens=4,6", "train.seed=1,2"),  # other answers, and other rows held out
+    ],
+)
+def test_what_differs_before_training_is_measured_by_each(varied: tuple[str, ...], model: Path, tmp_path: Path) -> None:
+    swept, alone = tmp_path / "swept", tmp_path / "alone"
+    short = (ONE, "train.max_steps=2", "eval.num_prompts=2", "eval.max_new_tokens=4", "train.batch_size=4")
+    code, said = told(start("-m", *words(model, swept, *short), *varied))
+    assert code == 0, said
+    assert "measured by" not in said
+    last = [f"{word.partition('=')[0]}={word.rpartition(',')[2]}" for word in varied]
+    code, said = told(start(*words(model, alone, *short), *last))
+    assert code == 0, said
+    (single,) = in_order(alone)
+    run = in_order(swept)[-1]
+    assert losses(run.path) == losses(single.path)
+    for key in ("before", "after"):
+        assert run.read("summary.json")["eval"][key] == single.read("summary.json")["eval"][key]
+    threads = [one.read("environment.json")["num_threads"] for one in (run, single)]
+    assert threads[0] == threads[1] and (threads[0] == 2 or "hw.num_cpus=1,2" not in varied)
+
+
+def test_a_run_that_raises_costs_only_itself(model: Path, tmp_path: Path) -> None:
+    torn = tmp_path / "torn"
+    shutil.copytree(model, torn)
+    weights = torn / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    options = [
+        word for word in words(model, tmp_path / "runs", ONE, "train.max_steps=2") if not word.startswith("model.id")
+    ]
+    code, said = told(start("-m", *options, f"model.id={torn},{model}"))
+    assert code == 1
+    bad, good = in_order(tmp_path / "runs")
+    assert bad.state() == "failed" and good.state() == "done", said
+    assert bad.read("status.json")["error"] in said and len(losses(good.path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "counts"),
+    [
+        (("train.learning_rate=3e-3", "train.max_steps=7", "method.rank=4", "run.name=other"), False),
+        (("method.rank=4", "method.use_dora=true"), True),
+        (("method.rank=4", "method.init=pissa"), True),
+        (("train.micro_batch_size=1",), True),
+        (("train.packing=false",), True),
+        (("train.attention=eager",), True),
+        (("eval.max_new_tokens=5",), True),
+        (("data.system_prompt=Briefly.",), True),
+        (("method=qlora4",), True),
+    ],
+)
+def test_runs_share_what_the_model_was_before(overrides: tuple[str, ...], counts: bool, tmp_path: Path) -> None:
+    (tmp_path / "sweeps" / "one").mkdir(parents=True)
+    usual, changed = (
+        spec_of("hw=cpu", "train.micro_batch_size=2"),
+        spec_of("hw=cpu", "train.micro_batch_size=2", *overrides),
+    )
+    files = []
+    for name, spec in (("a", usual), ("b", changed)):
+        run = RunDir(tmp_path / name)
+        run.path.mkdir()
+        run.write("status.json", {"sweep": "one"})
+        files.append(baseline.file_of(spec, run))
+    assert None not in files
+    assert (files[0] != files[1]) is counts
+
+
+def test_other_files_and_other_versions_share_nothing(tmp_path: Path) -> None:
+    (tmp_path / "sweeps" / "one").mkdir(parents=True)
+    run, spec = RunDir(tmp_path / "a"), spec_of("hw=cpu")
+    run.path.mkdir()
+    assert baseline.file_of(spec, run) is None  # no sweep's
+    run.write("status.json", {"sweep": "one"})
+    found = {baseline.file_of(spec, run)}
+    for file in ("environment.json", "inputs.json"):
+        for digest in "ab":
+            run.write(file, {"model.id": digest})
+            found.add(baseline.file_of(spec, run))
+    assert len(found) == 5
 
 
 def test_a_killed_run_costs_only_itself(model: Path, tmp_path: Path) -> None:

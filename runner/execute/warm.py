@@ -27,14 +27,19 @@ LOST = -signal.SIGKILL
 """The exit code of a worker whose end nobody saw: the process that forked it was killed, and took it along."""
 LEAVING_SECONDS = 60.0
 """A worker that lost the process it came from saves a checkpoint, and is killed where it takes longer."""
-CLOSING_SECONDS = 3.0
 
 
 def can_fork(spec: RunSpec) -> bool:
     """One process on a CPU, on a Linux that can wait for it. CUDA does not survive a fork, and libraries that are
     imported ask for it.
     """
-    if spec.hw.accelerator != "cpu" or spec.hw.num_nodes > 1 or several(spec) or sys.platform != "linux":
+    if (
+        spec.where.name != "local"
+        or spec.hw.accelerator != "cpu"
+        or spec.hw.num_nodes > 1
+        or several(spec)
+        or sys.platform != "linux"
+    ):
         return False
     try:
         os.close(os.pidfd_open(os.getpid()))
@@ -64,30 +69,40 @@ class _Warm:
         return cls(process, here, variables)
 
     def close(self) -> None:
-        """Nothing more is asked: it ends by itself, or is ended."""
+        """End it; a worker that is still there gets SIGTERM from the kernel."""
         self.connection.close()
-        try:
-            self.process.wait(CLOSING_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()
+        self.process.wait()
 
 
 @dataclass
 class WarmWorkers:
     """Starts the runs of a sweep one after the other; a run whose environment differs gets a new process."""
 
+    say: Callable[[str], None] = lambda line: None
+    """Told what the user is waiting for."""
     _warm: _Warm | None = field(default=None, init=False)
 
-    def start(self, run: RunDir, spec: RunSpec, stdout: TextIO | None, cold: Callable[[], Process]) -> Process:
-        """A worker for `run`, by `cold` where it cannot be forked."""
+    def __reduce__(self) -> tuple[type[WarmWorkers], tuple[()]]:
+        """Without its process: Hydra launchers that use processes of their own pickle what they run."""
+        return WarmWorkers, ()
+
+    def prepare(self, spec: RunSpec) -> None:
+        """Have the process for such a run import its libraries, while the sweep's other points are being checked."""
         if not can_fork(spec):
-            return cold()
+            return
         variables = environment(spec)
         if self._warm is not None and (self._warm.environment != variables or self._warm.process.poll() is not None):
             self.close()
         if self._warm is None:
+            self.say("Loading torch and transformers, once for all runs of the sweep …")
             self._warm = _Warm.started(variables)
+
+    def start(self, run: RunDir, spec: RunSpec, stdout: TextIO | None, cold: Callable[[], Process]) -> Process:
+        """A worker for `run`, by `cold` where it cannot be forked."""
+        self.prepare(spec)
+        if self._warm is None or not can_fork(spec):
+            return cold()
         order = {"argv": [str(run.spec_file)], "cwd": os.getcwd()}
         handles = [1 if stdout is None else stdout.fileno(), 2, *run_lock.inherited()]
         try:

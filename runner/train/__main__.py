@@ -38,7 +38,8 @@ def main(argv: list[str]) -> int:
     quiet_libraries(run.path / "logs" / f"rank{RANK}.log")
     console = Console() if RANK == 0 else Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # as long as the process
     progress = Progress(console, terminal.appended(run.path / "logs" / "run.log") if RANK == 0 else None)
-    progress.note("Loading torch and transformers …")
+    if "torch" not in sys.modules:  # loaded already in a run that was forked
+        progress.note("Loading torch and transformers …")
     pulse = None
     try:
         from runner.train.pulse import Pulse  # torch: after the first line is on screen

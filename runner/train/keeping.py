@@ -86,6 +86,12 @@ class Keeping:
         found = self._evaluate(None, None)  # type: ignore[attr-defined]
         self._determine_best_metric(found, None)  # type: ignore[attr-defined]
 
+    def replay_evaluation(self, logged: Mapping[str, float]) -> None:
+        """Log a measurement of the held-out loss that another run has made, as `evaluate` does its own."""
+        found = dict(logged)
+        self.log(found)  # type: ignore[attr-defined]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)  # type: ignore[attr-defined]
+
     def follow_schedule(self) -> None:
         """The next step's learning rate from the schedule in force: in the checkpoint of a run that is made longer lies
         that of the shorter one, which may have come to 0. All our schedules are torch's LambdaLR."""

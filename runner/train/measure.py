@@ -13,12 +13,15 @@ from runner.data.words import Words
 from runner.report.progress import Progress
 from runner.rundir import RunDir, write_atomically
 from runner.spec import RunSpec
-from runner.train import stopping
+from runner.train import baseline, stopping
 from runner.train.evaluate import Answer, compare, generate, learned_answer
 from runner.train.pulse import Pulse
 from runner.train.ranks import Ranks
 from runner.train.trainer import autocast
 
+ANSWERS = "answers_{}.jsonl"
+PACE = ("_runtime", "_per_second")
+"""Ends of the names under which the trainer logs how long a measurement took."""
 MOST = 700.0
 """Largest loss of which a perplexity can be written down."""
 
@@ -37,13 +40,41 @@ class Measuring:
         self.tokenizer, self.judge = tokenizer, judge
         self.asked = asked[: spec.eval.num_prompts]
         self.first: dict[str, Any] = {}
+        self.logged: dict[str, float] | None = None
+        """What the trainer has logged of the last measurement of the held-out loss."""
 
-    def before(self) -> None:
-        """Measure, unless an earlier part of the same run has."""
+    def before(self, check: Callable[[], None]) -> None:
+        """Measure, unless an earlier part of the same run has, or another run of the sweep; `check` is called where the
+        latter has not: it passed there."""
         known = self.ranks.from_main(self.run.read("before.json"))
-        self.first = known or self.measure("before")
+        file = baseline.file_of(self.spec, self.run) if self.ranks.main and not known else None
+        shared = self.ranks.from_main(baseline.read(file) if file is not None else {})
+        if shared:
+            self.first = self._taken_over(shared)
+        else:
+            check()
+            with baseline.random_state_kept():
+                self.first = known or self.measure("before")
         if self.ranks.main and not known:
             self.run.write("before.json", self.first)
+        if file is not None and not shared:
+            answers = self.run.path / ANSWERS.format("before")
+            said = answers.read_text("utf-8") if answers.is_file() else None
+            content = {"run": self.run.id, "result": self.first, "logged": self.logged, "answers": said}
+            baseline.write(file, content)
+
+    def _taken_over(self, shared: dict[str, Any]) -> dict[str, Any]:
+        """Another run's measurement, written and logged as this one's own."""
+        result: dict[str, Any] = shared["result"]
+        if self.ranks.main:
+            self.run.set_status("evaluating", when="before")
+            if shared["answers"] is not None:
+                write_atomically(self.run.path / ANSWERS.format("before"), shared["answers"])
+        if shared["logged"] is not None:
+            self.trainer.replay_evaluation(shared["logged"])
+        if result:
+            self.progress.note(f"{'Before':8}{describe(result)} (measured by {shared['run']})")
+        return result
 
     def make_up(self, step: int) -> None:
         """The measurement after the step that the run goes on after, if a signal cut it short."""
@@ -61,6 +92,7 @@ class Measuring:
         result: dict[str, Any] = {}
         if self.trainer.eval_dataset is not None:
             found = self.trainer.evaluate()
+            self.logged = {k: v for k, v in found.items() if k != "epoch" and not k.endswith(PACE)}
             result |= {"loss": float(found["eval_loss"]), **self.trainer.measured(found, "eval_")}
             if self.spec.objective.name in ("sft", "pretrain"):  # whose loss is one of words
                 result["perplexity"] = math.exp(min(result["loss"], MOST))
@@ -72,7 +104,7 @@ class Measuring:
             known = [row for row in rows if row["expected"] is not None]
             if self.ranks.main:
                 text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                write_atomically(self.run.path / f"answers_{when}.jsonl", text)
+                write_atomically(self.run.path / ANSWERS.format(when), text)
             if known:
                 exact = sum(row["exact"] for row in known)
                 result |= {"exact_match": exact / len(known), "num_exact": exact, "num_prompts": len(known)}

@@ -113,8 +113,7 @@ def work(
         """Once DeepSpeed has its engine: before that a sharded model cannot answer."""
         peaks.end("load")
         rehearsal.rehearse(spec, run, trainer, tokenizer, ranks)
-        independence.check(spec, trainer, tokenizer)
-        measuring.before()
+        measuring.before(lambda: independence.check(spec, trainer, tokenizer))
         if start:
             trainer.follow_schedule()
             measuring.make_up(start)
