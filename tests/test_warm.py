@@ -47,7 +47,7 @@ def same_but_time(*files: Path) -> bool:
 
 
 def told(process: object) -> tuple[int, str]:
-    out, error = process.communicate(timeout=100)  # type: ignore[attr-defined]
+    out, error = process.communicate(timeout=300)  # type: ignore[attr-defined]
     return process.returncode, out + error  # type: ignore[attr-defined]
 
 
@@ -75,6 +75,18 @@ def test_the_runs_of_a_sweep_are_those_of_runs_alone(model: Path, tmp_path: Path
         log = (run.path / "logs" / "run.log").read_text("utf-8")
         assert log.count("Tokenising …") == 1
         assert (f"(measured by {runs[0].id})" in log) is (number > 0)
+
+
+@pytest.mark.parametrize("method", ["qlora4", "qlora8", "freeze"])
+def test_a_run_that_takes_the_measurement_over_trains_as_alone(method: str, model: Path, tmp_path: Path) -> None:
+    swept, alone, last = tmp_path / "swept", tmp_path / "alone", "train.learning_rate=3e-3"
+    short = (ONE, f"method={method}", "train.max_steps=2", "eval.num_prompts=2", "eval.max_new_tokens=4")
+    code, said = told(start("-m", *words(model, swept, *short), "train.learning_rate=1e-3,3e-3"))
+    assert code == 0 and said.count("measured by") == 1, said
+    code, said = told(start(*words(model, alone, *short), last))
+    assert code == 0, said
+    (single,) = in_order(alone)
+    assert losses(in_order(swept)[1].path) == losses(single.path)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +138,7 @@ def test_a_run_that_raises_costs_only_itself(model: Path, tmp_path: Path) -> Non
         (("method.rank=4", "method.init=pissa"), True),
         (("train.micro_batch_size=1",), True),
         (("train.packing=false",), True),
-        (("train.attention=eager",), True),
+        (("train.attention=sdpa",), True),
         (("eval.max_new_tokens=5",), True),
         (("data.system_prompt=Briefly.",), True),
         (("method=qlora4",), True),

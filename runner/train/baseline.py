@@ -23,7 +23,6 @@ NEUTRAL: dict[str, tuple[str, ...]] = {
         "hang_minutes", "on_loss_spike", "spike_factor",
     ),
     "eval": ("every_steps", "early_stopping_patience"),
-    "method": (),
 }  # fmt: skip
 """Keys that say how to train, and nothing of the model before the first step. A key that is not here counts."""
 NEUTRAL_PARTS = ("run", "push", "sweep", "track")
@@ -46,9 +45,7 @@ def file_of(spec: RunSpec, run: RunDir) -> Path | None:
 def _settings(spec: RunSpec) -> dict[str, Any]:
     """The settings that can change what is measured."""
     values = spec.model_dump(mode="json", exclude=set(NEUTRAL_PARTS))
-    neutral = dict(NEUTRAL)
-    if adds_nothing(spec):
-        neutral["method"] = NEUTRAL_IN_ZERO_UPDATE
+    neutral = NEUTRAL | ({"method": NEUTRAL_IN_ZERO_UPDATE} if adds_nothing(spec) else {})
     for part, keys in neutral.items():
         values[part] = {key: value for key, value in values[part].items() if key not in keys}
     return values
