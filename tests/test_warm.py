@@ -190,7 +190,7 @@ def test_a_killed_run_costs_only_itself(model: Path, tmp_path: Path) -> None:
 
 def test_one_whose_forking_process_is_killed_starts_anew(model: Path, tmp_path: Path) -> None:
     process = start(
-        "-m", *words(model, tmp_path, "eval.num_prompts=0"), "train.learning_rate=1e-3,3e-3", "train.max_steps=60"
+        "-m", *words(model, tmp_path, ONE, "eval.num_prompts=0"), "train.learning_rate=1e-3,3e-3", "train.max_steps=60"
     )
     first = until(lambda: next((r for r in by_rate(tmp_path).values() if len(list(r.metrics())) > 1), None))
     pid = first.read("status.json")["pid"]
@@ -204,7 +204,10 @@ def test_one_whose_forking_process_is_killed_starts_anew(model: Path, tmp_path: 
 
 def test_ctrl_c_ends_the_sweep_with_a_checkpoint(model: Path, tmp_path: Path) -> None:
     process = start(
-        "-m", *words(model, tmp_path, "eval.num_prompts=0"), "train.learning_rate=1e-3,3e-3", "train.max_steps=4000"
+        "-m",
+        *words(model, tmp_path, ONE, "eval.num_prompts=0"),
+        "train.learning_rate=1e-3,3e-3",
+        "train.max_steps=4000",
     )
     first = until(lambda: next((r for r in by_rate(tmp_path).values() if len(list(r.metrics())) > 1), None))
     pid = first.read("status.json")["pid"]
