@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from runner import yaml_files
 from runner.errors import Problem, RequestError
 from runner.paths import CONF, RECIPES
 from runner.provenance import shown
@@ -42,7 +43,8 @@ def read(file: Path) -> dict[str, Any]:
 @cache
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(file.read_text("utf-8-sig"), Loader=_loader()) or {}
+        with file.open(encoding="utf-8-sig") as stream:
+            content = yaml_files.load(stream) or {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{shown(file)}:{mark.line + 1}" if mark else shown(file)
@@ -67,11 +69,3 @@ def load(
             values |= load(group, parent, extra_dirs, above | {name})
     own = content.get(group, content)
     return values | {key: value for key, value in own.items() if key != "defaults"}
-
-
-def _loader() -> type[yaml.SafeLoader]:
-    """OmegaConf's loader: as Hydra reads, so that `2e-5` is a number here too."""
-    from omegaconf._utils import get_yaml_loader
-
-    loader: type[yaml.SafeLoader] = get_yaml_loader()
-    return loader

@@ -1,4 +1,4 @@
-"""Recipe, choices and command line → one validated `RunSpec`. Only it, request.py and
+"""Recipe, choices and command line → one validated `RunSpec`. Only it, config_files.py, request.py and
 sweeper.py import Hydra.
 
 A recipe is Hydra's primary config. Every `key=value` that is not a choice is handed to Hydra as
@@ -11,9 +11,10 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from runner import catalogue, identity, recipe, repeat
+from runner import catalogue, config_files, identity, recipe, repeat
 from runner.errors import Problem, RequestError
 from runner.paths import CONF, RECIPES
 from runner.problems import SourceOf, unknown, validated
@@ -44,12 +45,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Primary:
+    """The config that a composition starts from."""
+
     name: str
     folders: tuple[Path, ...] = field(default=())
 
 
 @dataclass(frozen=True)
 class _Composed:
+    """Plain values of a run, before the schema has seen them."""
+
     values: dict[str, Any] | None
     """Plain values, interpolations resolved; None if nothing could be composed."""
     problems: list[Problem]
@@ -89,26 +94,50 @@ def places(request: Request, key: str) -> list[Origin]:
 def origins(request: Request) -> list[Origin]:
     """Every place that sets any key, in the order in which they apply."""
     checked = check(request)
-    if checked.request.spec_file:
-        found = list(repeat.origins(checked.request.spec_file))
-    else:
-        found = list(file_origins(checked))
-    for override in checked.overrides:
-        key, text = override.key_or_group, str(override.input_line).partition("=")[2]
-        found.append(Origin(f"{key}.name" if key in catalogue.GROUPS else key, text, COMMAND_LINE))
-    return found
+    return [*_in_files(checked), *_typed(checked)]
 
 
-def source_finder(request: Request) -> SourceOf:
-    """A lazy look-up from a key to the place that set it last; files are read on the first call only."""
-    known: list[Origin] = []
+def _in_files(checked: Checked) -> list[Origin]:
+    file = checked.request.spec_file
+    return list(repeat.origins(file) if file else file_origins(checked))
 
-    def source_of(key: str) -> str | None:
-        if not known:
-            known.extend(origins(request))
-        return next((o.place for o in reversed(known) if o.concerns(key)), None)
 
-    return source_of
+def _typed(checked: Checked) -> list[Origin]:
+    split = [(o.key_or_group, str(o.input_line).partition("=")[2]) for o in checked.overrides]
+    return [Origin(f"{key}.name" if key in catalogue.GROUPS else key, text, COMMAND_LINE) for key, text in split]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A lazy look-up from a key to the place that set it last."""
+
+    request: Request
+
+    def __call__(self, key: str) -> str | None:
+        if self.typed(key):
+            return COMMAND_LINE
+        return next((o.place for o in reversed(self._in_files) if o.concerns(key)), None)
+
+    def typed(self, key: str) -> bool:
+        """The command line sets it; no file is read for that."""
+        return any(origin.concerns(key) for origin in self._typed)
+
+    @cached_property
+    def _typed(self) -> list[Origin]:
+        return _typed(self._checked)
+
+    @cached_property
+    def _in_files(self) -> list[Origin]:
+        return _in_files(self._checked)
+
+    @cached_property
+    def _checked(self) -> Checked:
+        return check(self.request)
+
+
+def source_finder(request: Request) -> Sources:
+    """Where the keys of a request come from."""
+    return Sources(request)
 
 
 def spec_of_point(config: DictConfig, texts: dict[str, str]) -> RunSpec:
@@ -140,12 +169,18 @@ def hydra_over(request: Request, primary: _Primary) -> Iterator[Hydra]:
     version.setbase("1.3")
     GlobalHydra.instance().clear()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a recipe may leave `_self_` out: it comes last anyway
-            with _interruptible():
-                yield Hydra.create_main_hydra2("runner", search)
+        with _quiet():
+            yield Hydra.create_main_hydra2("runner", search)
     finally:
         GlobalHydra.instance().clear()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a recipe may leave `_self_` out: it comes last anyway
+        with _interruptible():
+            yield
 
 
 def _folders(request: Request, primary: _Primary) -> tuple[Path, ...]:
@@ -157,11 +192,7 @@ def _composed(request: Request, checked: Checked) -> _Composed:
         if request.spec_file:
             return _repeated(request, request.spec_file, checked.overrides)
         with as_request_error(checked):
-            primary = primary_of(request)
-            with hydra_over(request, primary) as hydra:
-                config = hydra.compose_config(
-                    primary.name, checked.for_hydra, RunMode.RUN, with_log_configuration=False
-                )
+            config, choices = merged(checked, primary_of(request))
     except RequestError as error:
         return _Composed(None, error.problems)
     source_of = source_finder(request)
@@ -173,10 +204,25 @@ def _composed(request: Request, checked: Checked) -> _Composed:
     if found.values is not None:
         if any(not isinstance(value, (str, type(None))) for value in _environment(found.values).values()):
             _keep_texts(found.values, texts_of(request))
-        return _identified(
-            found, identity.problems(config.hydra.runtime.choices, found.values, request.folders, source_of)
-        )
+        return _identified(found, identity.problems(choices, found.values, request.folders, source_of))
     return found
+
+
+def merged(checked: Checked, primary: _Primary) -> tuple[DictConfig, Mapping[str, str | None]]:
+    """What the files and words say together, and the choice of each group."""
+    if found := _without_hydra(checked, primary):
+        return found.config, found.defaults.overrides.known_choices
+    with hydra_over(checked.request, primary) as hydra:
+        config = hydra.compose_config(primary.name, checked.for_hydra, RunMode.RUN, with_log_configuration=False)
+        return config, config.hydra.runtime.choices
+
+
+def _without_hydra(checked: Checked, primary: _Primary) -> config_files.Merged | None:
+    if any(override.is_hydra_override() for override in checked.overrides):
+        return None
+    version.setbase("1.3")
+    with _quiet():
+        return config_files.merged(_folders(checked.request, primary), primary.name, checked.for_hydra)
 
 
 def _environment(values: dict[str, Any]) -> dict[str, Any]:
@@ -332,8 +378,12 @@ def _nothing_deleted(unset: str | None, other: str, value: str) -> Problem:
 def file_origins(checked: Checked) -> Iterator[Origin]:
     """Every key set by the YAML files of the defaults list, in order."""
     primary = primary_of(checked.request)
-    with hydra_over(checked.request, primary) as hydra, as_request_error(checked):
-        result = hydra.config_loader.compute_defaults_list(primary.name, checked.for_hydra, RunMode.RUN)
+    with as_request_error(checked):
+        if found := _without_hydra(checked, primary):
+            result = found.defaults
+        else:
+            with hydra_over(checked.request, primary) as hydra:
+                result = hydra.config_loader.compute_defaults_list(primary.name, checked.for_hydra, RunMode.RUN)
     for item in result.defaults:
         if file := _file_of(item.config_path, checked.request, primary):
             yield from of_file(file, item.package or "")

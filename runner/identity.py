@@ -32,12 +32,12 @@ ARCHITECTURE = (
 
 
 def problems(
-    choices: Mapping[str, str], values: Mapping[str, Any], folders: tuple[Path, ...], source_of: SourceOf
+    choices: Mapping[str, str | None], values: Mapping[str, Any], folders: tuple[Path, ...], source_of: SourceOf
 ) -> Iterator[Problem]:
     """One problem per key of the composed `values` that contradicts the choice it belongs to."""
     for group, choice in choices.items():
         held = values.get(group)
-        if group in catalogue.GROUPS and isinstance(held, dict):
+        if group in catalogue.GROUPS and choice is not None and isinstance(held, dict):
             own = catalogue.load(group, choice, folders)
             yield from _of_choice(group, choice, own, held, folders, source_of)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from runner import yaml_files
 from runner.paths import ASSETS
 
 
@@ -29,7 +30,8 @@ class Origin:
 
 def of_file(file: Path, package: str) -> Iterator[Origin]:
     """Every key a YAML file sets, with its line, placed below `package` (dotted; empty: top level)."""
-    node = yaml.compose(file.read_text("utf-8"))
+    with file.open(encoding="utf-8") as stream:
+        node = yaml_files.compose(stream)
     if isinstance(node, yaml.MappingNode):
         yield from _walk(node, package, shown(file))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from runner import catalogue, defaults_list, foreign
+from runner import catalogue, defaults_list, foreign, yaml_files
 from runner.defaults_list import group_of
 from runner.errors import Problem, RequestError
 from runner.paths import RECIPES
@@ -42,7 +42,7 @@ def find(recipe: str, folders: tuple[Path, ...] = ()) -> Path:
 def problems_in(file: Path, folders: tuple[Path, ...]) -> list[Problem]:
     """Mistakes in the defaults list of a recipe, with a user's own `folders` of choices; YAMLError if it is broken."""
     with file.open(encoding="utf-8") as stream:  # a stream, so that an error knows the file's name
-        node = yaml.compose(stream)
+        node = yaml_files.compose(stream)
     if not isinstance(node, yaml.MappingNode):
         return [Problem(f"{shown(file)} is not a recipe: it holds no keys", None, _BASE)]
     if theirs := foreign.problems_in(file):

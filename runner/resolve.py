@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from runner import deepspeed_json, hardware, hostfile, kernels, placing, planning, pod_packages
-from runner.compose import compose, source_finder
+from runner.compose import Sources, compose, source_finder
 from runner.data import pipeline
 from runner.errors import RequestError
 from runner.plan.resolve import resolve
 from runner.problems import SourceOf, validated
-from runner.request import COMMAND_LINE, Request
+from runner.request import Request
 from runner.spec import RunSpec
 from runner.spec.unused import unused
 
@@ -41,7 +41,8 @@ def complete(
     pod_packages.check(checked)
     ready, notes = resolve(checked, planning.options_for(checked))
     said += _of_pod(checked, ready)
-    return sized(ready), [*said, *notes, *unused(ready, lambda key: source_of(key) == COMMAND_LINE)]
+    unread = unused(ready, source_of.typed) if isinstance(source_of, Sources) else unused(ready)
+    return sized(ready), [*said, *notes, *unread]
 
 
 def _of_pod(asked: RunSpec, ready: RunSpec) -> list[str]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
 from _thread import interrupt_main
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
+from hydra.types import RunMode
+from omegaconf import OmegaConf, open_dict
+from omegaconf._utils import get_yaml_loader
 
-from runner.compose import compose, places
+from runner import catalogue, yaml_files
+from runner.compose import compose, hydra_over, merged, places, primary_of
 from runner.errors import RequestError
-from runner.paths import CONF
-from runner.request import Request
+from runner.paths import CONF, RECIPES
+from runner.request import Checked, Request, check
 from runner.spec import RunSpec
 from runner.sweeper import read
 from tests.front import here, laptop, only_problem, problems_of, runner, spec_of, write
@@ -422,6 +429,97 @@ def test_a_wrong_choice_hides_what_would_only_follow_from_it() -> None:
 def test_a_folder_that_is_not_there_is_told_with_the_rest(here: Path) -> None:
     found = problems_of("lr=1", config_dirs=(here / "nope",))
     assert set(found) == {f"--config-dir {here / 'nope'} is not a folder", "unknown key lr"}
+
+
+# ── as Hydra composes ──────────────────────────────────────────────────────────────────────────
+
+WORDS = [
+    (),
+    ("model=mistral7b", "method=qlora4", "hw=h100x3", "deepspeed=zero2"),
+    ("train.learning_rate=1e-3", "hw.env.A='01'", "method.target_modules=[q_proj,v_proj]"),
+    ("~train.learning_rate", "model=phi2"),
+    ("objective=dpo", "data=file", "data.path=x.jsonl", "run.name=${model.name}"),
+]
+
+
+def _by_hydra(checked: Checked) -> tuple[object, dict[str, str]]:
+    primary = primary_of(checked.request)
+    with hydra_over(checked.request, primary) as hydra:
+        config = hydra.compose_config(primary.name, checked.for_hydra, RunMode.RUN, with_log_configuration=False)
+    choices = {key: value for key, value in config.hydra.runtime.choices.items() if not key.startswith("hydra/")}
+    with open_dict(config):
+        del config["hydra"]
+    return OmegaConf.to_container(config), choices
+
+
+@pytest.mark.parametrize("recipe", [None, *catalogue.recipes()])
+@pytest.mark.parametrize("words", WORDS, ids=" ".join)
+def test_files_are_merged_as_hydra_merges_them(
+    recipe: str | None, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = check(Request(recipe, words))
+    assert not checked.problems
+    config, choices = _by_hydra(checked)
+    monkeypatch.setattr("runner.compose.hydra_over", None)  # it is not asked
+    mine, chosen = merged(checked, primary_of(checked.request))
+    assert OmegaConf.to_container(mine) == config
+    assert dict(chosen) == choices
+
+
+@pytest.mark.parametrize(
+    ("words", "recipe"),
+    [(("hydra.sweeper.max_batch_size=2",), None), ((), "hydra: {sweeper: {max_batch_size: 2}}")],
+    ids=["typed", "written"],
+)
+def test_what_is_for_hydra_is_left_to_it(here: Path, words: tuple[str, ...], recipe: str | None) -> None:
+    write(here / "mine.yaml", f"defaults: [config, _self_]\n{recipe or ''}\n")
+    checked = replace(check(Request("mine.yaml")), overrides=check(Request(overrides=words), sweeping=True).overrides)
+    config, _ = merged(checked, primary_of(checked.request))
+    assert config.hydra.sweeper.max_batch_size == 2
+
+
+@pytest.mark.parametrize("file", [*CONF.rglob("*.yaml"), *RECIPES.glob("*.yaml")], ids=lambda file: file.stem)
+def test_libyaml_reads_what_pyyaml_reads(file: Path) -> None:
+    with file.open(encoding="utf-8") as stream:
+        assert yaml_files.load(stream) == yaml.load(file.read_text("utf-8"), get_yaml_loader())
+    with file.open(encoding="utf-8") as stream:
+        lines = [node.start_mark.line for node, _ in yaml_files.compose(stream).value]
+    assert lines == [node.start_mark.line for node, _ in yaml.compose(file.read_text("utf-8")).value]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a: 1e-3\nb: 010\nc: 12:30\nd: yes\ne: 2026-11-30\nf: .5e+1", [1e-3, 8, 750, True, "2026-11-30", 5.0]),
+        ("a: &x {b: 1}\nc: {<<: *x, d: 2}", [{"b": 1}, {"b": 1, "d": 2}]),
+        ("\ufeffa: ü\nb: |\n  two\n  lines\n", ["ü", "two\nlines\n"]),
+        ("", None),
+    ],
+    ids=["numbers", "anchors", "texts", "empty"],
+)
+def test_libyaml_reads_values_as_omegaconf_does(text: str, value: list[object] | None) -> None:
+    found = yaml_files.load(io.StringIO(text))
+    assert found == yaml.load(text, get_yaml_loader())
+    assert (found and list(found.values())) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "line"),
+    [
+        ("a: 1\na: 2\n", "found duplicate key a", 1),
+        ("a:\n\tb: 1\n", "found character '\\t' that cannot start any token", 1),
+        ("a: [1\nb: 2\n", "expected ',' or ']', but got ':'", 1),
+        ("a: 1\n---\nb: 2\n", "but found another document", 1),
+        ("a: !!python/name:os.system\n", "could not determine a constructor for the tag", 0),
+    ],
+    ids=["twice", "tab", "bracket", "two documents", "python"],
+)
+def test_broken_yaml_is_told_in_pyyamls_words(text: str, what: str, line: int) -> None:
+    with pytest.raises(yaml.MarkedYAMLError) as caught:
+        yaml_files.load(io.StringIO(text))
+    assert what in str(caught.value.problem)
+    assert caught.value.problem_mark is not None
+    assert caught.value.problem_mark.line == line
 
 
 # ── where a value came from ────────────────────────────────────────────────────────────────────
