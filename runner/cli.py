@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from importlib import import_module
@@ -117,9 +116,8 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point of the console script and of `python -m runner`."""
+    """What was typed, done; the process ends with its exit code."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # the look for some reads all packages: 15 ms
-    gc.set_threshold(50_000)  # starting makes 300,000 objects that stay: to look for garbage among them takes 40 ms
     try:
         os.getcwd()
     except FileNotFoundError:

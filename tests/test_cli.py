@@ -499,6 +499,47 @@ def test_nothing_before_training_imports_torch(here: Path) -> None:
     assert [(words, heavy) for words, _, heavy in found if heavy] == []
 
 
+UNNEEDED = (
+    "asyncio", "ssl", "http.client", "urllib.request", "unittest", "rich.markdown", "rich.syntax", "rich.progress",
+    "rich.live", "rich.traceback", "pydantic.networks", "hydra_plugins", "hydra._internal.core_plugins.basic_sweeper",
+    "hydra._internal.core_plugins.importlib_resources_config_source", "runner.cloud.answers", "runner.execute.runpod",
+)  # fmt: skip
+"""Hydra's plugins, what talks to a server, what draws: no answer below needs one of them."""
+
+
+@pytest.mark.parametrize(
+    ("words", "more"),
+    [
+        (("train.lr=1",), ("runner.planning", "runner.hardware", "runner.data.formats", "subprocess", "rich.table")),
+        (("plan", "model=mistral7b", "method=full", "hw=h100x3"), ("multiprocessing", "concurrent.futures")),
+        (("plan", "recipe=mistral7b_full_h100x3"), ("multiprocessing", "concurrent.futures")),
+        (("fit", "model=llama2_70b", "method=lora"), ()),
+        (("show", "model=phi2"), ("rich.table", "runner.report.plan")),
+        (("list", "models"), ("hydra._internal", "runner.planning", "subprocess")),
+    ],
+    ids=" ".join,
+)
+def test_a_verb_imports_nothing_costly_that_it_does_not_need(
+    here: Path, words: tuple[str, ...], more: tuple[str, ...]
+) -> None:
+    code = (
+        "import atexit, gc, json, sys\n"
+        "from runner.__main__ import main\n"
+        "before = [generation['collections'] for generation in gc.get_stats()]\n"
+        f"sys.argv = ['runner', *{list(words)!r}]\n"
+        "now = lambda: [generation['collections'] for generation in gc.get_stats()]\n"
+        "atexit.register(lambda: open('found.json', 'w').write(json.dumps([list(sys.modules), before, now()])))\n"
+        "main()\n"
+    )
+    env = {"PYTHONPATH": str(ASSETS), **NO_GPU}
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True)
+    assert done.returncode in (0, 2), done.stderr
+    modules, before, after = json.loads((here / "found.json").read_text())
+    assert "runner.cli" in modules
+    assert [name for name in (*UNNEEDED, *more) if name in modules] == []
+    assert after == before, "garbage is looked for among what stays"
+
+
 def _cpu_seconds(start: Callable[[], object]) -> float:
     """Time on the CPU of the processes that `start` waits for; it does not grow while others work beside us."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
