@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from fnmatch import fnmatch
 
 from runner.request import Request
 
@@ -59,9 +58,14 @@ _CALLED = {"run": "a run without -m"}
 
 def reads(verb: str, key: str) -> bool:
     """The key can change what the verb answers, in some combination."""
-    if any(fnmatch(key, pattern) for pattern in UNREAD.get(verb, ())):
+    if _named(key, UNREAD.get(verb, ())):
         return False
-    return verb not in READ or any(fnmatch(key, pattern) for pattern in READ[verb])
+    return verb not in READ or _named(key, READ[verb])
+
+
+def _named(key: str, keys: tuple[str, ...]) -> bool:
+    group, dot, _ = key.partition(".")
+    return key in keys or (bool(dot) and f"{group}.*" in keys)
 
 
 def notes(verb: str, request: Request, said: Collection[str] = ()) -> list[str]:

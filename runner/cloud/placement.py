@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from runner.cloud.answers import CpuType, GpuType, Volume
 from runner.cloud.flavours import vcpus
 from runner.errors import CannotRunError, Problem, RequestError
 from runner.pod_packages import data
 from runner.spec import RunPodPlace, RunSpec
 from runner.suggest import nearest
+
+if TYPE_CHECKING:
+    from runner.cloud.answers import CpuType, GpuType, Volume
 
 
 @dataclass(frozen=True, slots=True)

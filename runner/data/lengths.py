@@ -125,8 +125,8 @@ def _key(data: DataSpec, tokenizer: Path | None, seed: int, kind: Kind | None) -
     else:
         files += [Path(name).expanduser().absolute() for path in _paths(data) for name in files_of(path)]
     stats = [(str(f), s.st_size, s.st_mtime_ns) for f in files if f and (s := _stat(f))]
-    parts = [LAYOUT, data.model_dump(), stats, seed, kind]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    parts = [LAYOUT, dict(data), stats, seed, kind]
+    return hashlib.sha256(json.dumps(parts, default=dict).encode()).hexdigest()[:32]
 
 
 def _paths(data: DataSpec) -> list[str]:

@@ -60,16 +60,17 @@ class RunSpec(Part):
     model: ModelSpec
     method: Method
     hw: HardwareSpec
-    deepspeed: DeepSpeedSpec = DeepSpeedSpec()
-    objective: Objective = Sft()
+    # Defaults are made without validators: to build one per part takes 10 ms, and RunSpec's own holds them all.
+    deepspeed: DeepSpeedSpec = DeepSpeedSpec.model_construct()
+    objective: Objective = Sft.model_construct()
     data: DataSpec
-    where: Where = LocalPlace()
-    track: TrackSpec = TrackSpec()
-    train: TrainSpec = TrainSpec()
-    eval: EvalSpec = EvalSpec()
-    run: RunInfo = RunInfo()
-    push: PushSpec = PushSpec()
-    sweep: SweepSpec = SweepSpec()
+    where: Where = LocalPlace.model_construct()
+    track: TrackSpec = TrackSpec.model_construct()
+    train: TrainSpec = TrainSpec.model_construct()
+    eval: EvalSpec = EvalSpec.model_construct()
+    run: RunInfo = RunInfo.model_construct()
+    push: PushSpec = PushSpec.model_construct()
+    sweep: SweepSpec = SweepSpec.model_construct()
 
     @model_validator(mode="after")
     def _parts_agree(self) -> RunSpec:
