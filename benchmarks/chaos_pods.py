@@ -275,6 +275,8 @@ def _strike(
     kill_at: float | None, own: Path, disk: Disk | None, turn: Callable[[], None],
 ) -> bool:  # fmt: skip
     """Both blows at their moments; whether a finished model was taken away with its disk."""
+    if strike_at:  # moments count from the first request on: a slow machine has not asked for a pod before
+        _until(lambda: watch.emulator.exchanges or launcher.poll() is not None, 120)
     began, taken = time.monotonic(), False
     blows = ([] if kill_at is None else [(kill_at, "kill")]) + [(strike_at, "strike")] * (fault is not None)
     for moment, blow in sorted(blows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import io
 import json
 import os
 from collections.abc import Callable
@@ -131,6 +132,24 @@ def test_the_last_of_a_disk_stays_free(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(shutil, "disk_usage", lambda path, facts=facts: facts)
         assert room.free(tmp_path / "not" / "there") == expected
         assert room.of_run(RunDir(tmp_path)) == expected
+
+
+def test_a_run_has_so_many_files_and_no_more(tmp_path: Path) -> None:
+    room.check(10, room.MOST_FILES, 10, tmp_path)
+    with pytest.raises(TooMuchError, match="200,001 files to send: no run has so many"):
+        room.check(10, room.MOST_FILES + 1, 10, tmp_path)
+
+
+@pytest.mark.parametrize("planned", [0, -5, 1e300, float("nan"), "many", None, [1]])
+def test_a_plan_that_says_nothing_of_disks_leaves_the_room_that_there_is(tmp_path: Path, planned: object) -> None:
+    run = RunDir(tmp_path)
+    run.write("plan.json", {"disk_gib": planned})
+    assert room.of_run(run) == pytest.approx(room.free(tmp_path), rel=0.05)
+
+
+def test_of_complaints_the_end_is_kept() -> None:
+    text = streams.Last(io.BytesIO(b"x" * 5_000_000 + b"at last")).text()
+    assert len(text) <= 16 * 4096 and text.endswith("at last")
 
 
 @needs_sshd
