@@ -92,7 +92,7 @@ mended, and `fetch` is typed (again when a training that was taken away has gone
 In {hostile} more cases the pod is an enemy's from a random moment on, in one to three of {ways} ways: links and hard
 links, devices and pipes, names with newlines and `..`, helper scripts that write elsewhere or never stop, words that
 command a terminal and JSON of no shape, sparse files of 8 TiB and thousands of small ones. What it says it has trained
-is not counted then.
+is not counted then. – stands where nothing was counted: those cases were measured before these columns were.
 
 - *lost*: models that a training had finished, on a disk that was not taken away, and that are not here then, bit for
   bit;
@@ -343,10 +343,11 @@ def section(measured: dict[str, Any]) -> str:
             f"{max(past):.1f}" if past else "–", str(sum(len(case["left"]) for case in some)),
 *(_sum(some, key) for key in ("outside", "not_plain", "escapes", "crashed")),
         ])  # fmt: skip
+    enemies = sum(str(case["fault"]).startswith("hostile") for case in found)
     head = ["fault", "runs", "killed", "detached", "trained to the end", "lost", "past the cap, s", "left", "outside",
             "not plain", "escapes", "crashed"]  # fmt: skip
     text = EXPLANATION.format(seconds=STEPS * STEP_S, faults=len(FAULTS) - 1, left=CAP_LEFT_S,
-                              hostile=HOSTILE_CASES, ways=len(hostile.WAYS))  # fmt: skip
+                              hostile=enemies, ways=len(hostile.WAYS))  # fmt: skip
     return f"{text}\n{table(head, rows)}"
 
 
