@@ -27,6 +27,13 @@ def recipes() -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in RECIPES.glob("*.yaml")))
 
 
+def dump(content: dict[str, Any]) -> str:
+    """YAML that `read` reads as the same values: texts such as `1e-5`, `no` and `010` are quoted."""
+    from omegaconf._utils import get_omega_conf_dumper
+
+    return str(yaml.dump(content, Dumper=get_omega_conf_dumper(), sort_keys=False, allow_unicode=True, width=1000))
+
+
 def broken(error: yaml.YAMLError, place: str | None) -> Problem:
     """YAML that cannot be read; what to do about the two mistakes that its parser has no plain words for."""
     what = str(getattr(error, "problem", error))

@@ -390,7 +390,7 @@ def file_origins(checked: Checked) -> Iterator[Origin]:
 
 
 def _repeated(request: Request, spec_file: Path, overrides: tuple[Override, ...]) -> _Composed:
-    """A `spec.json` with single values changed; only choices of the groups in `exchange` can become others in it."""
+    """A resolved run with single values changed; only choices of the groups in `exchange` can become others in it."""
     before = repeat.read(spec_file)
     values, problems = copy.deepcopy(before), []
     for override in overrides:
@@ -401,10 +401,12 @@ def _repeated(request: Request, spec_file: Path, overrides: tuple[Override, ...]
             )
         elif override.key_or_group in catalogue.GROUPS or override.is_delete():
             remedy = "change single values such as train.max_steps=5, or start from a recipe"
-            what = f"{override.input_line}: a spec.json is resolved, so a whole choice cannot be exchanged in it"
+            what = f"{override.input_line}: {shown(spec_file)} is resolved, so a whole choice cannot be exchanged in it"
             problems.append(Problem(what, COMMAND_LINE, remedy))
         else:
             repeat.put(values, override.key_or_group, override.value())
+    if any(not isinstance(value, (str, type(None))) for value in _environment(values).values()):
+        _keep_texts(values, texts_of(request))
     others = identity.of_repeat(before, values, request.exchange, source_finder(request))
     return _identified(_Composed(values, problems), others)
 

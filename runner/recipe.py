@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,17 @@ def find(recipe: str, folders: tuple[Path, ...] = ()) -> Path:
     return file
 
 
+def resolved(recipe: str, folders: tuple[Path, ...] = ()) -> Path | None:
+    """The file behind `recipe=NAME` where it holds a whole run, as `show` prints it and a run keeps it; else None."""
+    file = Path(recipe).expanduser()
+    with suppress(RequestError, OSError):  # told when it is composed
+        file = file if file.is_file() else find(recipe, folders)
+        content = catalogue.read(file)
+        if "defaults" not in content and all(isinstance(content.get(group), dict) for group in catalogue.GROUPS):
+            return file
+    return None
+
+
 def problems_in(file: Path, folders: tuple[Path, ...]) -> list[Problem]:
     """Mistakes in the defaults list of a recipe, with a user's own `folders` of choices; YAMLError if it is broken."""
     with file.open(encoding="utf-8") as stream:  # a stream, so that an error knows the file's name
@@ -47,11 +59,6 @@ def problems_in(file: Path, folders: tuple[Path, ...]) -> list[Problem]:
         return [Problem(f"{shown(file)} is not a recipe: it holds no keys", None, _BASE)]
     if theirs := foreign.problems_in(file):
         return theirs
-    if {"model", "method", "hw", "data"} <= {key.value for key, v in node.value if isinstance(v, yaml.MappingNode)}:
-        what = f"{shown(file)} is a resolved run, as `show` prints it, and no recipe"
-        return [
-            Problem(what, None, "write it as JSON, which a run starts from: python -m runner show … --json > my.json")
-        ]
     listed = next((value for key, value in node.value if key.value == "defaults"), None)
     entries = listed.value if isinstance(listed, yaml.SequenceNode) else [listed] if listed else []
     choices = [pair for entry in entries if isinstance(entry, yaml.MappingNode) for pair in entry.value]

@@ -1,4 +1,4 @@
-"""A finished `spec.json` as the start of another run, with single values changed."""
+"""A resolved run, `spec.json` or YAML, as the start of another one, with single values changed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runner import foreign
+from runner import catalogue, foreign
 from runner.errors import Problem, RequestError
 from runner.problems import validated
-from runner.provenance import Origin, flat, shown
+from runner.provenance import Origin, flat, of_file, shown
 from runner.spec import RunSpec
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The values of a `spec.json`; RequestError if it cannot be read or holds something else."""
+    """The values of a resolved run; RequestError if it cannot be read or holds something else."""
+    if file.suffix != ".json":
+        return catalogue.read(file)
     try:
         values = json.loads(file.read_text("utf-8"))
     except OSError as error:
@@ -59,4 +61,6 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
 
 def origins(file: Path) -> Iterator[Origin]:
     """Every key that the file sets."""
+    if file.suffix != ".json":
+        return of_file(file, "")
     return (Origin(key, value, shown(file)) for key, value in flat(read(file)))

@@ -38,7 +38,7 @@ class Request:
     config_dirs: tuple[Path, ...] = ()
     """A user's own folders with groups; they come before the project's."""
     spec_file: Path | None = None
-    """A finished `spec.json` to repeat, instead of a recipe."""
+    """A resolved run to repeat, instead of a recipe: a finished `spec.json`, or YAML as `show` prints it."""
     problems: tuple[Problem, ...] = ()
     """What is wrong with other words that were typed, to be told with the rest."""
     exchange: tuple[str, ...] = ()
@@ -91,8 +91,8 @@ def check(request: Request, *, sweeping: bool = False) -> Checked:
             problems.append(Problem(what, COMMAND_LINE, "call it another name, and start it with recipe=NAME"))
             request = replace(request, config_dirs=tuple(d for d in request.config_dirs if d != folder))
     if sweeping and request.spec_file:
-        remedy = "start from a recipe, or repeat the spec.json once per value"
-        problems.append(Problem("a sweep cannot start from a spec.json", COMMAND_LINE, remedy))
+        remedy = "start from a recipe, or repeat the run once per value"
+        problems.append(Problem("a sweep cannot start from a resolved run", COMMAND_LINE, remedy))
     overrides: list[Override] = []
     for text in request.overrides:
         override, problem = _read(text, request, sweeping)
@@ -165,7 +165,11 @@ def _lift_recipe(request: Request) -> tuple[Request, list[Problem]]:
         remedy = "sweep over choices and values, such as method=lora,qlora4, or call the runner once per recipe"
         problem = Problem(f"recipe={named[0]}: a sweep cannot go over recipes", COMMAND_LINE, remedy)
     else:
-        return replace(request, recipe=named[0] if named else request.recipe, overrides=rest), []
+        chosen = named[0] if named else request.recipe
+        whole = recipe.resolved(chosen, request.config_dirs) if chosen else None
+        if whole is not None:
+            return replace(request, recipe=None, spec_file=whole, overrides=rest), []
+        return replace(request, recipe=chosen, overrides=rest), []
     return replace(request, recipe=None, spec_file=None, overrides=rest), [problem]
 
 

@@ -20,7 +20,7 @@ from runner.inputs import anchored
 from runner.provenance import flat
 from runner.report.summary import shown
 from runner.request import Request
-from runner.rundir import ACTIVE, RunDir, alive, birth, facts_of, write_atomically
+from runner.rundir import ACTIVE, YAML_FILE, RunDir, alive, birth, facts_of, write_atomically
 from runner.spec import LocalPlace, RunSpec
 
 FREE = ("hw.", "deepspeed.", "where.", "push.", "track.", "run.", "eval.", "train.max_steps", "train.num_epochs",
@@ -137,7 +137,7 @@ def record(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> None:
     before: list[Any] = run.read("resumes.json").get("resumes", [])
     step = (checkpoints.complete(run) or [0])[-1]
     run.write("resumes.json", {"resumes": [*before, {"after_step": step, "overrides": list(overrides)}]})
-    run.write("spec.json", anchored(spec).model_dump(mode="json"))
+    run.write_spec(anchored(spec))
     unchanged.record(run, spec)
     run.set_status("created", exit_code=None, error=None, oom=None, spent=spent, started=None, **facts_of(spec))
 
@@ -146,12 +146,14 @@ def record(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> None:
 def recorded(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> Iterator[None]:
     """`record` for a resume; one that fails before it has kept a step leaves spec.json and inputs.json as they were,
     since the next resume starts from those."""
-    before, step = run.spec_file.read_text("utf-8"), (checkpoints.complete(run) or [0])[-1]
+    files, step = (run.spec_file, run.path / YAML_FILE), (checkpoints.complete(run) or [0])[-1]
+    before = {file: file.read_text("utf-8") for file in files if file.is_file()}
     inputs = run.read(unchanged.FILE)
     record(run, spec, overrides)
 
     def undo() -> None:
-        write_atomically(run.spec_file, before)
+        for file, text in before.items():
+            write_atomically(file, text)
         run.write(unchanged.FILE, inputs)
 
     try:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # pydantic: 0.1 s, for nothing where runs are only listed
 ACTIVE = ("created", "loading", "evaluating", "training", "saving")
 """States of a run whose process should be alive; the others are done, failed, interrupted."""
 
+YAML_FILE = "training.yaml"
+"""The same values as `spec.json`."""
+
 PHASE_OF_STATE = {"loading": "load", "evaluating": "eval", "training": "train", "saving": "save"}
 """What a plan calls them; `train` is its forward, backward and step."""
 
@@ -50,7 +53,7 @@ class RunDir:
                 problem = Problem(f"run.output_dir={spec.run.output_dir} cannot be written to: {error.strerror}")
                 raise RequestError(problem) from None
         (run.path / "logs").mkdir()
-        run.write("spec.json", spec.model_dump(mode="json"))
+        run.write_spec(spec)
         run.set_status("created", sweep=sweep, created=time.time(), **facts_of(spec))
         return run
 
@@ -63,6 +66,14 @@ class RunDir:
     def spec_file(self) -> Path:
         """The resolved run, which repeats it: `python -m runner runs/<id>/spec.json`."""
         return self.path / "spec.json"
+
+    def write_spec(self, spec: RunSpec) -> None:
+        """`spec.json`, and `training.yaml` with the same values for people to read, change and start from."""
+        from runner.catalogue import dump  # YAML and OmegaConf: nothing that a list of runs needs
+
+        content = spec.model_dump(mode="json")
+        self.write("spec.json", content)
+        write_atomically(self.path / YAML_FILE, dump(content))
 
     def write(self, name: str, content: Any) -> None:
         """Write JSON so that a reader, or the next command after a crash, sees the old file or the new one."""

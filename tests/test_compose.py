@@ -10,18 +10,22 @@ from _thread import interrupt_main
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hydra.types import RunMode
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf, open_dict
 from omegaconf._utils import get_yaml_loader
 
-from runner import catalogue, yaml_files
+from runner import catalogue, repeat, yaml_files
 from runner.compose import compose, hydra_over, merged, places, primary_of
 from runner.errors import RequestError
 from runner.paths import CONF, RECIPES
 from runner.request import Checked, Request, check
+from runner.rundir import RunDir
 from runner.spec import RunSpec
 from runner.sweeper import read
 from tests.front import here, laptop, only_problem, problems_of, runner, spec_of, write
@@ -199,7 +203,7 @@ def test_a_choice_cannot_be_exchanged_in_a_spec_json(here: Path) -> None:
     write(here / "spec.json", json.dumps(spec_of().model_dump(mode="json")))
     found = problems_of("spec.json", "method=full", "train.sed=3", "train.seed.x=3")
     assert set(found) == {
-        "method=full: a spec.json is resolved, so a whole choice cannot be exchanged in it",
+        "method=full: spec.json is resolved, so a whole choice cannot be exchanged in it",
         "unknown key train.sed",
         "train.seed={'x': 3}: expected a whole number",
     }
@@ -578,5 +582,81 @@ def test_a_sweep_with_a_wrong_word_tells_all_that_is_wrong() -> None:
 
 def test_a_spec_json_cannot_be_swept(here: Path) -> None:
     write(here / "spec.json", json.dumps(spec_of().model_dump(mode="json")))
-    with pytest.raises(RequestError, match=r"a sweep cannot start from a spec\.json"):
+    with pytest.raises(RequestError, match=r"a sweep cannot start from a resolved run"):
         read(Request(overrides=("train.seed=1,2",), spec_file=Path("spec.json")))
+
+
+# ── a resolved run as YAML ─────────────────────────────────────────────────────────────────────
+
+EACH = [
+    *((f"{group}={name}",) for group in ("hw", "method", "deepspeed", "track") for name in catalogue.options(group)),
+    *((f"model={name}",) for name in catalogue.options("model") if name != "hub" and "scratch" not in name),
+    *((f"recipe={name}",) for name in catalogue.recipes()),
+    ("objective=dpo", "data=hub", "data.id=a/b"),
+    ("objective=kto", "data=hub", "data.id=a/b"),
+    ("objective=orpo", "data=hub", "data.id=a/b"),
+    ("objective=reward", "data=hub", "data.id=a/b"),
+    ("objective=grpo", "data=hub", "data.id=a/b", "objective.rewards=[regex]", "objective.reward_regex='^{[0-9]: #'"),
+    ("objective=pretrain", "data=python_docs"),
+    ("hw=h100x3", "where=runpod", "where.max_usd=40"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", EACH, ids=" ".join)
+def test_what_show_prints_is_run_again_as_the_same_run(here: Path, words: tuple[str, ...]) -> None:
+    shown = runner("show", *words)
+    assert shown.exit_code == 0, shown.stderr
+    write(here / "mine.yaml", shown.stdout)
+    assert spec_of("mine.yaml") == spec_of("recipe=mine.yaml") == spec_of(*words)
+
+
+TEXTS = ["1e-5", "2e5", "no", "on", "null", "~", "010", "0x1f", "12:30", "1_000", "2026-11-30", "???", "${model.id}",
+         "$", "${", "a: b", "#a", " a", "a ", "'", '"', "- a", "*a", "&a", "!a", "%a", "@a", "=", "<<", "[a]", "{a: b}",
+         "a\nb", "ä\u2028ö", "\t", ".inf", ".5", "True", "\\", "x" * 2000]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_text_comes_back_from_yaml_as_it_was(here: Path, text: str) -> None:
+    spec = spec_of("model=phi2", "data.path=rows.jsonl")
+    spec = spec.model_copy(
+        update={
+            "data": spec.data.model_copy(update={"path": text, "add_tokens": [text]}),
+            "hw": spec.hw.model_copy(update={"env": {"NAME": text}}),
+        }
+    )
+    write(here / "mine.yaml", catalogue.dump(spec.model_dump(mode="json")))
+    again = repeat.spec_of(Path("mine.yaml"))
+    assert (again.data.path, again.data.add_tokens, again.hw.env) == (text, [text], {"NAME": text})
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists))
+def test_any_value_comes_back_from_yaml_as_it_was(value: Any) -> None:
+    assert yaml.load(catalogue.dump({"key": value}), Loader=get_yaml_loader()) == {"key": value}
+
+
+def test_a_resolved_run_is_changed_by_hand_and_by_words(here: Path) -> None:
+    text = runner("show", "model=phi2", "method=lora", "hw=a100").stdout
+    write(
+        here / "config.yml", text.replace("learning_rate: 0.0002", "learning_rate: 3e-5")
+    )  # no recipe may be called so
+    spec = spec_of("config.yml", "train.max_steps=7", "hw.env.X=010")
+    assert (spec.train.learning_rate, spec.train.max_steps, spec.hw.env) == (3e-5, 7, {"X": "010"})
+    write(here / "mine.yaml", text.replace("rank: 16", "rnak: 16") + "hw_: {}\n")
+    found = problems_of("mine.yaml", "method=full")
+    assert found["unknown key method.rnak"].source.startswith("mine.yaml:")  # type: ignore[union-attr]
+    assert "method=full: mine.yaml is resolved, so a whole choice cannot be exchanged in it" in found
+
+
+def test_a_recipe_that_sets_a_value_of_every_group_is_still_a_recipe(here: Path) -> None:
+    values = "model: {}\nmethod: {rank: 4}\nhw: {num_cpus: 2}\ndata: {eval_fraction: 0.1}\n"
+    write(
+        here / "mine.yaml",
+        f"defaults: [config, _self_]\n{values}objective: {{}}\ndeepspeed: {{}}\nwhere: {{}}\ntrack: {{}}\n",
+    )
+    assert spec_of("mine.yaml").method.rank == 4  # type: ignore[union-attr]
+
+
+def test_a_run_keeps_its_yaml_which_is_the_same_run(here: Path) -> None:
+    spec = spec_of("model=phi2", "method=lora", "run.name=a")
+    run = RunDir.create(spec)
+    assert spec_of(str(run.path / "training.yaml")) == spec_of(str(run.spec_file)) == spec

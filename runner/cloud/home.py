@@ -20,9 +20,9 @@ from runner.paths import cache_dir
 from runner.rundir import RunDir, write_atomically
 from runner.spec import RunSpec
 
-OURS = ("spec.json", "status.json", "plan.json", "deepspeed.json", "pod.json", "agent.json", "agent.py", "tail.py",
-        "install.py", "work.json", "install-order.json", "armed.json", "collected", "checkpoints", "successor.json",
-        ".*", "*.tmp", "*.new", "summary.json")  # fmt: skip
+OURS = ("spec.json", "training.yaml", "status.json", "plan.json", "deepspeed.json", "pod.json", "agent.json",
+        "agent.py", "tail.py", "install.py", "work.json", "install-order.json", "armed.json", "collected",
+        "checkpoints", "successor.json", ".*", "*.tmp", "*.new", "summary.json")  # fmt: skip
 """What of the pod's folder does not come back as it is: this run directory has its own, or it is read by itself."""
 
 ARRIVED = ".arrived"

@@ -265,7 +265,7 @@ def _their_spec(rented: Rented, pair: keys.KeyPair, run: RunDir) -> RunSpec:
     spec = RunSpec.model_validate(json.loads(text))
     spec = spec.model_copy(update={"where": RunPodPlace(name="runpod", volume=rented.pod.volume_id)})
     (run.path / "logs").mkdir(parents=True, exist_ok=True)
-    run.write("spec.json", spec.model_dump(mode="json"))
+    run.write_spec(spec)
     if content := ship.loads(plan):
         run.write("plan.json", content)
     return spec

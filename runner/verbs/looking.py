@@ -27,11 +27,12 @@ from runner.verbs.shared import (
 @composed
 @one_run
 def show(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
-    """The resolved run, as YAML; nothing is started.
+    """The resolved run, as YAML from which a run can start; nothing is started.
 
     \b
     Examples:
       python -m runner show model=phi2 method=lora hw=rtx4090
+      python -m runner show model=phi2 > mine.yaml; python -m runner mine.yaml train.max_steps=5
       python -m runner show recipe=mistral7b_qlora4_h100x3 --json
     """
     from runner.resolve import resolved
@@ -41,11 +42,11 @@ def show(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None
     if as_json:
         click.echo(dump(content))
         return
-    from omegaconf import OmegaConf
+    from runner import catalogue
 
-    click.echo(OmegaConf.to_yaml(OmegaConf.create(content)), nl=False)
+    click.echo(catalogue.dump(content), nl=False)
     for note in notes:
-        click.echo(f"# note: {note}")
+        click.echo(f"# note: {' '.join(note.split())}")
 
 
 @click.command()
