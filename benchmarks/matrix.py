@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks import matrix_page
 from benchmarks.bench import ROOT, Benchmark, alone, say
+from benchmarks.matrix_page import MIXTURES
 from runner import launch
 from runner.compose import compose, source_finder
 from runner.errors import RunnerError
@@ -49,7 +50,8 @@ OPTIONS = {
     "full, Adafactor": ("method=full", "train.optimizer=adafactor"),
 }
 BF16 = {f"{name}, bf16": (*words, "train.precision=bf16") for name, words in METHODS.items()}
-ROWS = METHODS | OPTIONS | BF16
+EXPERTS = {f"{name}, {title}": words for title in MIXTURES.values() for name, words in METHODS.items()}
+ROWS = METHODS | OPTIONS | BF16 | EXPERTS
 FEWER_STAGES = ("none", "zero2", "zero3")
 """For all but `METHODS`: ZeRO-1 is ZeRO-2 but for when gradients are reduced, and offloading moves the same tensors."""
 
@@ -105,10 +107,12 @@ def prepared(rows: Sequence[str], stages: Sequence[str], folder: Path) -> list[C
     """Every cell with its run directories, or with the words in which it is refused."""
     from benchmarks.matrix_checks import base  # torch: 5 s
 
-    model = base(folder / "base")
+    kinds = {row: next((kind for kind, title in MIXTURES.items() if row.endswith(title)), "llama") for row in rows}
+    models = {kind: base(folder / kind, kind) for kind in dict.fromkeys(kinds.values())}
     cells = []
     for stage in (stage for stage in STAGES if stage in stages):
         for row in (row for row in rows if row in METHODS or stage in FEWER_STAGES):
+            model = models[kinds[row]]
             words = (*RUN, *ROWS[row], "model=hub", f"model.id={model}", f"deepspeed={stage}", *small(stage, folder))
             cells.append(cell_of(row, stage, words, folder))
     return cells

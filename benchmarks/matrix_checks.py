@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from runner import checkpoints
@@ -38,9 +38,12 @@ FAILED = "failed.txt"
 """A stack trace, left by `matrix_ranks` in the run directory."""
 
 
-def base(folder: Path) -> Path:
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
+def base(folder: Path, kind: str = "llama") -> Path:
     """A Llama with grouped-query attention and tied embeddings, 3 layers of width 64, 147,904 weights, and a
-    tokenizer made from the demo's sentences."""
+    tokenizer made from the demo's sentences; or a mixture of that size, with 4 experts of which a token meets 2."""
     disable_progress_bar()
     tokenizer = Tokenizer(BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
@@ -54,12 +57,12 @@ def base(folder: Path) -> Path:
     names = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<|im_end|>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+    config = AutoConfig.for_model(
+        kind, vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=1, eos_token_id=3,
-        bos_token_id=None,
+        bos_token_id=None, **({} if kind == "llama" else EXPERTS | {"head_dim": 16}),
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 

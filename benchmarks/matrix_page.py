@@ -26,6 +26,9 @@ BOUNDS = {"train": 1e-5, "save": 0.0, "resume": 0.0, "reload": 1e-5, "export": 0
 BF16_BOUNDS = BOUNDS | {"train": 2e-3, "reload": 1e-4, "alone": 1e-4}
 """Arithmetic in bf16 (8 bits, 4e-3): without ZeRO autocast leaves parts of it in fp32, with ZeRO all of it is bf16."""
 
+MIXTURES = {"mixtral": "Mixtral", "qwen3_moe": "Qwen3-MoE", "olmoe": "OLMoE"}
+"""`model_type` → how its rows end. DeepSpeed 0.19 makes the blocks of the first two leaves of ZeRO-3 by itself."""
+
 INTRO = """\
 <!-- Written by `python -m benchmarks matrix` from benchmarks/results/matrix.json: run it again instead of editing. -->
 
@@ -56,6 +59,15 @@ BF16 = """
 ## In bf16
 
 Above, everything is computed in fp32, which shows the smallest mistake. The same with `train.precision=bf16`:
+"""
+
+EXPERTS = """
+## Mixtures of experts
+
+The same model with 4 experts in a layer, of which a token meets 2, in fp32. Every block with experts is a leaf of
+ZeRO-3, whose parameters are gathered together: DeepSpeed does that for Mixtral and Qwen3-MoE, the runner for all
+others, such as OLMoE. The head is the embedding: what is gathered ahead for the backward pass is waited for before the
+loss reads it.
 """
 
 MEANING = """
@@ -93,11 +105,13 @@ def section(measured: Facts) -> str:
     cells: Sequence[Facts] = measured["cells"]
     notes: list[str] = []
     plain = [facts for facts in cells if "," not in facts["row"]]
+    mixtures = [facts for facts in cells if facts["row"].endswith(tuple(MIXTURES.values()))]
     bf16 = [facts for facts in cells if facts["row"].endswith("bf16")]
-    rest = [facts for facts in cells if facts not in plain and facts not in bf16]
+    rest = [facts for facts in cells if facts not in [*plain, *bf16, *mixtures]]
     parts = [_matrix(plain, notes)]
     parts += [OPTIONS, _matrix(rest, notes)] if rest else []
     parts += [BF16, _matrix(bf16, notes)] if bf16 else []
+    parts += [EXPERTS, _matrix(mixtures, notes)] if mixtures else []
     parts += [MEANING, _bounds(cells), _details(cells)]
     return "\n".join([*parts, *(f"[^{number}]: {note}" for number, note in enumerate(notes, 1))])
 

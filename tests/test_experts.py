@@ -11,11 +11,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from benchmarks.matrix_ranks import rewind
 from runner import checkpoints
 from runner.errors import RequestError
+from runner.rundir import RunDir
 from runner.train import proof
 from runner.train.export import export
 from tests import tiny_llama
+from tests.conftest import train_here
 from tests.test_merge import ALL, exact, merge, spec
 
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -100,3 +103,20 @@ def test_a_mixture_answers_and_is_saved_as_it_was_published(train: Callable[...,
     finished, run = train(*asked, "method=full", "eval.num_prompts=2", "train.max_steps=2")
     assert finished.summary["eval"]["num_prompts"] == 2
     assert AutoModelForCausalLM.from_pretrained(run.path / "model").config.output_router_logits is False
+
+
+@pytest.mark.parametrize("method", ["full", "freeze"])
+def test_a_resumed_mixture_goes_on_with_its_experts(method: str, train: Callable[..., Any], tmp_path: Path) -> None:
+    """Saved under the names it was published with, of which transformers' resume finds no expert, and says nothing."""
+    asked = tiny_llama.words(tmp_path, tied=False, architecture="mixtral", **EXPERTS)
+    finished, run = train(*asked, f"method={method}", "train.max_steps=4", "train.save_every_steps=2")
+    losses = [line["loss"] for line in run.metrics()]
+    again = RunDir(tmp_path / "again")
+    rewind(run, again)
+    resumed, _ = train_here(spec(again), again)
+    assert [line["loss"] for line in again.metrics()] == losses
+    before, after = finished.model.state_dict(), resumed.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert {name: p.requires_grad for name, p in finished.model.named_parameters()} == {
+        name: p.requires_grad for name, p in resumed.model.named_parameters()
+    }

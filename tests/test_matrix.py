@@ -15,13 +15,21 @@ from benchmarks import matrix, matrix_page
 
 Facts = Mapping[str, Any]
 CELLS = [(row, stage) for row in matrix.METHODS for stage in matrix.STAGES]
+MIXTURES = (
+    (["full, Mixtral"], ["none", "zero3"]),  # experts are resumed; a tied head is in flight when it is read
+    (["lora, OLMoE", "qlora4, OLMoE"], ["zero3"]),  # blocks that DeepSpeed does not know
+)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Facts]:
     """All cells, worked on at once: importing torch and DeepSpeed takes longer than one of these runs."""
     folder = tmp_path_factory.mktemp("matrix")
-    cells = matrix.worked(matrix.prepared(list(matrix.METHODS), matrix.STAGES, folder), folder)
+    asked = matrix.prepared(list(matrix.METHODS), matrix.STAGES, folder)
+    for number, (rows, stages) in enumerate(MIXTURES):
+        (folder / str(number)).mkdir()
+        asked += matrix.prepared(rows, stages, folder / str(number))
+    cells = matrix.worked(asked, folder)
     return {(cell["row"], cell["stage"]): cell for cell in cells}
 
 
@@ -32,7 +40,9 @@ def shown() -> dict[tuple[str, str], Facts]:
     return {(cell["row"], cell["stage"]): cell for cell in cells}
 
 
-@pytest.mark.parametrize(("row", "stage"), CELLS)
+@pytest.mark.parametrize(
+    ("row", "stage"), [*CELLS, *((row, stage) for rows, stages in MIXTURES for row in rows for stage in stages)]
+)
 def test_a_cell_answers_every_question_or_is_refused_with_a_remedy(
     found: dict[tuple[str, str], Facts], shown: dict[tuple[str, str], Facts], row: str, stage: str
 ) -> None:

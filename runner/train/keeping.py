@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
+
+import torch
+from safetensors import safe_open
 
 from runner.train.ranks import Ranks
 from runner.train.saving import Sealer
+
+
+def _names(checkpoint: Path) -> set[str]:
+    """Names of a whole model's weights in a checkpoint; none where it holds an adapter, or is DeepSpeed's."""
+    names: set[str] = set()
+    for file in checkpoint.glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            names |= set(opened.keys())
+    return names
 
 
 class CutShort(Exception):
@@ -114,7 +127,16 @@ class Keeping:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """peft 0.21 makes an adapter fp32 as it loads it, and TRL trains one over a packed base in bf16: it goes on in
-        the precision it had, or a resumed run takes other steps than one that nobody stopped."""
+        the precision it had, or a resumed run takes other steps than one that nobody stopped.
+
+        A model is saved under the names it was published with, and transformers 5.23 resumes by the names it computes
+        with, silently leaving out what it does not find: all experts of a mixture. Such a checkpoint is opened as a
+        model is, in fp32, which holds 16 bits exactly.
+        """
+        if _names(Path(resume_from_checkpoint)) - self.model.state_dict().keys():
+            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+            self.model.load_state_dict(saved.state_dict())
+            return
         before = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         for name, parameter in self.model.named_parameters():  # new ones, in part

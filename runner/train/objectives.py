@@ -17,7 +17,7 @@ from runner.data.workspace import workspace_of
 from runner.plan.passes import passes_of
 from runner.rundir import RunDir
 from runner.spec import Dpo, Full, Grpo, Orpo, Pretrain, QLora4, QLora8, RunSpec, Sft
-from runner.train import dataset, experts, grpo, methods, models, pairs, preference, rewards, text, trainer
+from runner.train import dataset, experts, grpo, methods, models, pairs, preference, rewards, sharding, text, trainer
 from runner.train.guarded import GuardedTrainer, Guarding
 from runner.train.models import DTYPES
 from runner.train.text import Shards
@@ -45,7 +45,7 @@ def read(spec: RunSpec) -> Examples:
     place = workspace_of(spec.objective) if isinstance(spec.objective, Pretrain) else None
     if place is not None:
         train, val = text.Shards(place.train), text.Shards(place.val)
-        return Examples(train, val if val.manifest else None, f"{train.fingerprint}{val.fingerprint}", [])
+        return Examples(train, val if len(val) else None, f"{train.fingerprint}{val.fingerprint}", [])
     found = formats.read(spec.data, spec.train.seed, kind_of(spec.objective.name))
     asked: list[Example] = []
     if isinstance(spec.objective, Sft):
@@ -143,6 +143,8 @@ def build(
     made.remove_callback(PrinterCallback)
     made.aux_loss_enabled = getattr(made, "aux_loss_enabled", False) and experts.has_experts(model)
     methods.widen(spec, made.model)
+    if spec.deepspeed.name.startswith("zero3"):
+        sharding.settle(made.model)
     trained: Guarding = made
     return trained
 

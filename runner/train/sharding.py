@@ -1,10 +1,16 @@
-"""DeepSpeed's JSON for the worker: the one that was planned, or made here for a model that the plan does not know."""
+"""DeepSpeed for the worker: its JSON (planned, or made here for a model that the plan does not know), and ZeRO-3 with
+mixtures of experts and tied heads.
+"""
 
 from __future__ import annotations
 
+import weakref
+from contextlib import AbstractContextManager
 from typing import Any
 
+from torch.nn import Module
 from transformers import AutoConfig
+from trl.trainer import utils as trl_utils
 
 from runner import deepspeed_json
 from runner.plan import zero
@@ -12,6 +18,7 @@ from runner.rundir import RunDir
 from runner.spec import RunSpec
 
 FILE = "deepspeed.json"
+_gather = trl_utils.maybe_gather_lm_head_ctx
 
 
 def deepspeed_config(spec: RunSpec, run: RunDir, source: str) -> dict[str, Any] | None:
@@ -35,3 +42,38 @@ def deepspeed_config(spec: RunSpec, run: RunDir, source: str) -> dict[str, Any] 
         max_grad_norm=train.max_grad_norm,
         nvme_path=spec.deepspeed.nvme_path,
     )
+
+
+def settle(model: Any) -> None:
+    """Prepare a model for ZeRO-3, before DeepSpeed wraps it: mark the blocks of a mixture, and mend TRL's fused head.
+
+    A block with experts becomes a leaf, whose parameters are fetched together: in which order its modules are run may
+    differ from step to step, and DeepSpeed then stops with "tracing error". DeepSpeed 0.19 knows the blocks of Mixtral,
+    Qwen2-MoE and Qwen3-MoE by name, and no others.
+    """
+    from deepspeed.utils import set_z3_leaf_module  # not installed everywhere
+
+    for block in model.modules():
+        if isinstance(getattr(block, "experts", None), Module):
+            set_z3_leaf_module(block, True)
+    trl_utils.maybe_gather_lm_head_ctx = _Fetched(model)
+
+
+class _Fetched:
+    """TRL's context for a head's weight, which takes into account that ZeRO-3 may be fetching the weight.
+
+    TRL 1.16 gathers a weight that is not there. One that is also the embedding may be in flight, fetched ahead for the
+    backward pass: it would be read before it has arrived, and "Cannot partition a param in flight" ends the run.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, *params: Any) -> AbstractContextManager[Any]:
+        """Wait for what is in flight; gather the rest."""
+        under_way = getattr(self.model(), "ds_inflight_param_registry", {})
+        for param in params:
+            if param is not None and param in under_way:
+                under_way.pop(param).wait()
+        context: AbstractContextManager[Any] = _gather(*params)
+        return context
