@@ -15,6 +15,7 @@ from typing import Any
 
 from runner import credentials, hub_config, hub_fetch
 from runner.data.files import is_glob, is_url
+from runner.data.tokenizer import is_hub_id
 from runner.data.workspace import workspace_of
 from runner.errors import Problem, RequestError
 from runner.hub_fetch import UnreachableError
@@ -135,7 +136,8 @@ def _pretraining(spec: RunSpec) -> Iterator[Problem]:
     objective, place = spec.objective, spec.where
     if not isinstance(objective, Pretrain) or not isinstance(place, RunPodPlace):
         return
-    if objective.tokenizer is not None and (problem := _missing(objective.tokenizer, "objective.tokenizer", spec)):
+    named = objective.tokenizer
+    if named and not is_hub_id(named) and (problem := _missing(named, "objective.tokenizer", spec)):
         yield problem
     if objective.experiment is not None and objective.shards == "reuse" and not _has_files(place):
         what = "it takes shards that are there, and on a pod's new disk there are none"

@@ -16,6 +16,7 @@ from runner import inputs, planning, unchanged, unread
 from runner import resume as resuming
 from runner.compose import source_finder
 from runner.content_checks import check_read
+from runner.doctor import disk
 from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
 from runner.execute import inherited, local
 from runner.execute.manner import PLAINLY, Manner
@@ -41,6 +42,7 @@ def run(request: Request, composed: RunSpec, console: Console, as_json: bool, ma
     planned = plan_first(spec, notes, composed)
     try:
         check(spec, notes, composed, manner)
+        notes += disk.check(spec, planned)
     except RunnerError:
         if planned is not None:
             line = f"Plan    {in_one_line(planned.as_dict())}"

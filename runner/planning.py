@@ -164,6 +164,8 @@ def facts_of(spec: RunSpec) -> Facts:
     total = None
     if found.num_examples and found.tokens_per_example:
         total = round(found.num_examples * found.tokens_per_example)
+    shards, data, unknown_size = pipeline.stored(spec, found)
+    notes += unknown_size
     held_out, row = found.held_out_rows, found.held_out_tokens_per_row or spec.train.max_length
     if held_out is None and steps is not None:
         notes.append("time: the held-out loss is left out, as the number of held-out rows is not known")
@@ -175,6 +177,8 @@ def facts_of(spec: RunSpec) -> Facts:
         num_steps=steps,
         tokens_total=tokens,
         data_tokens=total,
+        shard_bytes=shards,
+        data_bytes=data,
         held_out_tokens=(held_out or 0) * min(row, spec.train.max_length),
         prompts=0 if found.answer_tokens == 0 else held_out,
         prompt_tokens=found.held_out_tokens_per_row,

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from runner import hardware
 from runner.compose import compose, source_finder
+from runner.doctor import disk
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
 from runner.execute.manner import PLAINLY, Manner
 from runner.execute.warm import WarmWorkers
@@ -272,6 +273,7 @@ def _point(
             spec = manner.pool.fitted(spec)
         planned = plan_first(spec, notes, composed)
         check(spec, notes, composed, manner)
+        notes += disk.check(spec, planned)
         outcome = start(spec, notes, console, as_json, sweep=sweep_dir.name, planned=planned, manner=manner)
         row |= {"run_id": outcome.run.id, "exit_code": outcome.exit_code}
         row["error"] = outcome.run.read("status.json").get("error")

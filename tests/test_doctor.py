@@ -303,7 +303,27 @@ def test_every_term_of_a_planned_disk_lies_in_one_folder() -> None:
         ("model=phi2", "hw=h100", "deepspeed=zero3_offload", "deepspeed.nvme_path=/tmp"),
     ):
         terms = [term for folder in disk.folders(run_of(*words)) for term in folder.terms]
-        assert sorted(terms) == ["checkpoints", "final_model", "offloaded", "tokenised", "weights"]
+        assert sorted(terms) == ["checkpoints", "data", "final_model", "offloaded", "tokenised", "weights"]
+    (shards,) = [
+        folder for folder in disk.folders(run_of("recipe=pretrain_2b", "hw=local")) if "shards" in folder.terms
+    ]
+    assert shards.path.resolve() == Path.cwd().resolve() and 40 < shards.needed_gib < 60
+
+
+@pytest.mark.usefixtures("laptop")
+def test_a_run_that_its_disk_has_no_room_for_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space(monkeypatch, size=100, free=0.125)
+    done = runner("method=lora", "train.max_steps=1", f"run.output_dir={tmp_path}/runs")
+    said = " ".join(done.stderr.split())
+    assert done.exit_code == 3 and not (tmp_path / "runs").exists()
+    assert re.search(r"128 MiB of 100\.0 GiB free for runs, cache, .*; the run takes \d\.\d", said)
+    assert "make room, or name a folder on a larger disk: " in said
+    run = run_of("method=lora")
+    assert run.plan is not None
+    space(monkeypatch, size=100, free=1.02 * run.plan.disk_gib)
+    assert "the run takes" in disk.check(run.spec, run.plan)[0]
+    space(monkeypatch, size=100, free=50)
+    assert disk.check(run.spec, run.plan) == []
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,22 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from rich.console import Console
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import AutoTokenizer
 
+from runner import inputs, planning
 from runner.data.sharder import lines_of
+from runner.data.tokenizer import bundle
 from runner.data.workspace import manifest_of
 from runner.errors import RequestError
+from runner.plan.plan import Plan
 from runner.report.progress import Progress
 from runner.rundir import RunDir
 from runner.train.prepare import prepared
-from tests.conftest import run_cli, spec_of
+from tests.conftest import run_cli, spec_of, train_here
 
 # recipes/pretrain_22m.yaml, small enough for seconds: 2 layers of 64, 384 tokens, 1,500 paragraphs.
 SMALL = (
@@ -188,3 +195,128 @@ def test_pretraining_goes_on_from_a_pretrained_model_on_the_rows_as_they_are(tmp
     )  # fmt: skip
     assert finished.summary["eval"]["after"]["loss"] < 0.8 * finished.summary["eval"]["before"]["loss"]
     assert not (tmp_path / "datasets").exists() and len(list(run.metrics())) == 20
+
+
+def test_the_disk_plan_counts_shards_and_tokens_where_the_corpus_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside what `prepare` writes; a source of unknown size is named."""
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(
+        "".join(f"this is document number {n} of the corpus, and it says not much\n" for n in range(20_000))
+    )
+    words = (*SMALL, f"data.path={corpus}", f"objective.root={tmp_path}", "objective.take=null")
+    before, on_a_pod = planned(*words), planned(*words, "where=runpod", "hw=a100")
+    prepared(spec_of(*words), Progress(Console(file=io.StringIO())))
+    shards = sum(manifest_of(tmp_path / "datasets" / part / "small")["bytes"] for part in ("train", "val"))
+    assert before.disk["shards"] == pytest.approx(shards / 2**30, rel=0.02, abs=0.0006)
+    assert on_a_pod.disk["shards"] == before.disk["shards"]
+    assert (
+        on_a_pod.disk["data"] == pytest.approx(corpus.stat().st_size / 2**30, abs=0.0006) and "data" not in before.disk
+    )
+    assert "shards" not in planned(*words).disk  # they are there
+    assert before.disk["tokenised"] == pytest.approx(3 * before.disk["shards"], rel=0.01, abs=0.001)
+
+
+def test_the_disk_plan_of_a_recipe_knows_its_corpus_or_says_so() -> None:
+    plan = planned("recipe=pretrain_2b", "objective.experiment=none_yet")
+    assert plan.disk["shards"] == pytest.approx(14_868_862 * 3434 / 2**30, rel=1e-3)
+    assert plan.disk["tokenised"] == pytest.approx(3 * plan.disk["shards"], rel=1e-3)
+    assert plan.host_ram_gib < 20  # text is tokenised as a stream
+    some = planned("recipe=pretrain_2b", "objective.experiment=none_yet", "objective.take=1000000")
+    assert some.disk["shards"] == pytest.approx(1_000_000 * 3434 / 2**30, rel=1e-3)
+    other = planned("recipe=pretrain_2b", "objective.experiment=none_yet", "data.subset=default", "where=runpod")
+    assert "shards" not in other.disk
+    (said,) = [note for note in other.notes if note.startswith("disk: ")]
+    assert said.startswith("disk: how much text HuggingFaceFW/fineweb holds is not known: its shards and their tokens")
+    assert said.endswith("(3 times as much) are not counted; make room for them with where.volume_gb=…")
+
+
+def planned(*words: str) -> Plan:
+    """The plan of the words."""
+    return planning.plan(spec_of(*words), [])
+
+
+def byte_pairs(file: Path, **more: object) -> Path:
+    """A file of the library `tokenizers`: byte-level BPE over the reference pages, 300 tokens."""
+    made = Tokenizer(BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False, **more)
+    made.train_from_iterator(["some words and some more words"], trainer)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    made.save(str(file))
+    return file
+
+
+@pytest.mark.parametrize("named", ["tok.json", "folder", "folder/tokenizer.json"])
+def test_a_tokenizer_is_named_by_its_file_or_its_folder(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for file in ("tok.json", "folder/tokenizer.json"):
+        byte_pairs(tmp_path / file, special_tokens=["<pad>", "</s>"])
+    spec = spec_of(*SMALL, "objective.take=50", f"objective.tokenizer={named}", "train.max_steps=1")
+    assert not (tmp_path / "cache/tokenizers").exists()  # a look changes nothing
+    finished, run = train_here(spec)
+    loaded = AutoTokenizer.from_pretrained(run.path / "model")
+    assert (len(loaded), loaded.eos_token, loaded.pad_token) == (len(finished.tokenizer), "</s>", "<pad>")
+    assert loaded.decode(loaded("some words")["input_ids"]) == "some words"
+    files = (tmp_path / "cache/tokenised").glob("*/rows.arrow")
+    rows = [row for file in files for row in Dataset.from_file(str(file))["input_ids"]]
+    assert sum(row.count(loaded.eos_token_id) for row in rows) == 50  # documents, held-out ones included
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("{}", "tok.json is no tokenizer: "),
+        ('{"zero_optimization": {"stage": 3}}', "tok.json is no tokenizer: "),
+        ("not JSON", "tok.json is no tokenizer: "),
+        ("none", "tok.json has no token that ends a text: none of <|endoftext|>, </s>, "),
+        ("large", "tok.json has 300 tokens, more than model.vocab_size=100"),
+    ],
+)
+def test_a_file_that_is_no_tokenizer_is_refused_by_the_front(
+    content: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    special = {"none": ["<x>"], "large": ["</s>"]}.get(content)
+    file = byte_pairs(tmp_path / "tok.json", special_tokens=special or [])
+    if special is None:
+        file.write_text(content)
+    size = ("model.vocab_size=100",) if content == "large" else ()
+    for place in ((), ("where=runpod", "hw=a100")):
+        with pytest.raises(RequestError) as caught:
+            spec_of("recipe=pretrain_22m", "objective.tokenizer=tok.json", *size, *place)
+        (problem,) = caught.value.problems
+        assert problem.what.startswith(what) or (
+            content == "large" and "more than model.vocab_size=100" in problem.what
+        )
+        assert problem.remedy
+
+
+def test_a_tokenizer_of_the_hub_is_opened_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the cache of the Hub, as no test reaches it; one that is not there is told under its key."""
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    opened = AutoTokenizer.from_pretrained
+    folder = bundle(byte_pairs(tmp_path / "tok.json", special_tokens=["</s>"]))
+
+    def from_hub(name: str, **more: object) -> object:
+        if name != "org/words":
+            raise OSError(f"{name} is not a valid model identifier")
+        return opened(folder)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_hub)
+    words = (*SMALL, "objective.take=50", f"objective.root={tmp_path}")
+    facts = prepared(spec_of(*words, "objective.tokenizer=org/words"), Progress(Console(file=io.StringIO())))
+    assert facts["num_tokens"] > 0 and not (tmp_path / "artifacts/tokenizer/small").exists()
+    with pytest.raises(RequestError, match="the Hub has no model org/nothing") as caught:
+        prepared(spec_of(*words, "objective.tokenizer=org/nothing"), Progress(Console(file=io.StringIO())))
+    assert caught.value.problems[0].source == "objective.tokenizer"
+    rented = spec_of("recipe=pretrain_22m", "objective.tokenizer=org/words", "where=runpod", "hw=a100")
+    inputs.check_files(rented)  # nothing of this machine is missed

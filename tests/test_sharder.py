@@ -5,7 +5,12 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +18,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from runner.data import digest, sharder
+from runner.data import digest, pipeline, sharder
 from runner.data.documents import documents
-from runner.data.workspace import Workspace, is_whole, manifest_of, workspace_of
+from runner.data.workspace import Workspace, is_ready, is_whole, manifest_of, workspace_of
 from runner.errors import RequestError
 from runner.spec import DataSpec, Pretrain
+from tests.front import spec_of
 
 
 @pytest.fixture
@@ -77,9 +83,14 @@ def test_gzip(tmp_path: Path, corpus: DataSpec) -> None:
     assert list(sharder.lines_of(place.train)) == list(documents(corpus))
 
 
+class Killed(BaseException):
+    """Nothing is tidied up."""
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, Killed])
 @pytest.mark.parametrize("dies_at", [3, 20, 55, 99])
-def test_after_a_kill_it_goes_on_to_the_same_shards(
-    dies_at: int, tmp_path: Path, corpus: DataSpec, monkeypatch: pytest.MonkeyPatch
+def test_after_a_kill_it_goes_on_to_the_same_shards_or_trains_on_those_there(
+    ends: type[BaseException], dies_at: int, tmp_path: Path, corpus: DataSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = made(tmp_path / "whole", corpus, val_ratio=0.3, lines_per_shard=8)
     calls = 0
@@ -88,14 +99,30 @@ def test_after_a_kill_it_goes_on_to_the_same_shards(
         nonlocal calls
         calls += 1
         if calls == dies_at:
-            raise KeyboardInterrupt
+            raise ends
 
     objective = Pretrain(experiment="e", root=str(tmp_path / "work"), val_ratio=0.3, lines_per_shard=8)
     place = workspace_of(objective)
     assert place is not None
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ends):
         sharder.shard(place, objective, corpus, 0, beat=beat)
     assert not is_whole(place.train)
+    reuse = objective.model_copy(update={"shards": "reuse"})
+    kept = {text for folder in (place.train, place.val) for text in sharder.lines_of(folder)}
+    if ends is KeyboardInterrupt:  # all that was read
+        assert kept == set(list(documents(corpus))[:dies_at])
+    if is_ready(place.train, "reuse"):
+        said: list[str] = []
+        found = sharder.shard(place, reuse, corpus, 0, said.append)
+        assert (
+            not found.made
+            and list(sharder.lines_of(place.train)) == list(sharder.lines_of(whole.train))[: found.train["lines"]]
+        )
+        assert f"the first {found.train['last'] + 1} documents of a stream that was interrupted" in said[0]
+    else:
+        assert ends is Killed and dies_at < 20
+        with pytest.raises(RequestError, match="holds no shards"):
+            sharder.shard(place, reuse, corpus, 0)
     sharder.shard(place, objective, corpus, 0)
     for cut, meant in ((place.train, whole.train), (place.val, whole.val)):
         assert contents(cut) == contents(meant)
@@ -228,3 +255,54 @@ def test_nothing_to_train_on(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(RequestError, match="holds no document"):
         made(tmp_path, DataSpec(path=str(tmp_path / "empty.txt")))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("again", [[4], [1, 1, 2], [3, 17, 40]])
+def test_interrupted_again_and_again_it_comes_to_the_same_shards(
+    packed: bool, again: list[int], tmp_path: Path, corpus: DataSpec
+) -> None:
+    knobs: dict[str, Any] = {"mode": "prod", "lines_per_shard": 8, "gzip": packed}
+    whole, _ = made(tmp_path / "whole", corpus, **knobs)
+    objective = Pretrain(experiment="e", root=str(tmp_path / "work"), **knobs)
+    place = workspace_of(objective)
+    assert place is not None
+    for count in again:
+        with pytest.raises(KeyboardInterrupt):
+            sharder.shard(place, objective, corpus, 0, beat=partial(_end, iter(range(count - 1))))
+        assert len(list(sharder.lines_of(place.train))) == manifest_of(place.train)["lines"]
+    made(tmp_path, corpus, **knobs)
+    assert contents(place.train) == contents(whole.train) and manifest_of(place.train) == manifest_of(whole.train)
+
+
+def _end(left: Any) -> None:
+    if next(left, None) is None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_data_prepare_keeps_what_was_read_and_a_run_trains_on_it(number: int, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("".join(f"the document of number {n} in a long row\n" for n in range(2_000_000)))
+    words = ["model=scratch_22m", "method=full", "objective=pretrain", "objective.experiment=e", "hw=cpu",
+             "objective.mode=prod", f"data.path={corpus}", "objective.lines_per_shard=1000",
+             "train.max_length=256"]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runner", "data", "prepare", *words], cwd=tmp_path, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    manifest = tmp_path / "datasets/train/e/manifest.json"
+    while not manifest.is_file() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in out + err, out + err
+    facts = json.loads(manifest.read_text())
+    assert 1000 <= facts["lines"] == facts["last"] + 1 < 2_000_000 and facts["complete"] is False
+    assert f"interrupted: {facts['lines']:,} documents are kept" in out
+    assert "objective.shards=reuse trains on them" in " ".join(out.split())
+    place = Workspace(tmp_path, "e")
+    assert list(sharder.lines_of(place.train))[-1] == f"the document of number {facts['last']} in a long row"
+    spec = spec_of(*words, "objective.shards=reuse", f"objective.root={tmp_path}")
+    found = pipeline.lengths_of(spec)
+    assert found is not None and found.num_examples == facts["lines"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from runner.data import tokenizer
@@ -9,19 +10,24 @@ from runner.data.files import is_url
 from runner.data.lengths import DataLengths
 from runner.data.sharder import Settings, check_same, missing, other, settings_of, taken
 from runner.data.sources import files_of
-from runner.data.tokens import CHARS_PER_TOKEN
-from runner.data.workspace import Workspace, is_whole, manifest_of, workspace_of
+from runner.data.stored import num_bytes
+from runner.data.tokens import CHARS_PER_TOKEN, tokenizer_file
+from runner.data.workspace import Workspace, is_ready, manifest_of, workspace_of
 from runner.errors import Problem, RequestError
-from runner.spec import DataSpec, Pretrain, RunSpec
+from runner.spec import DataSpec, ModelSpec, Pretrain, RunSpec
 
 
 def check(spec: RunSpec) -> None:
     """RequestError where shards, corpus or tokenizer are missing. On a rented machine they lie on its own volume."""
     objective = spec.objective
-    if not isinstance(objective, Pretrain) or spec.where.name != "local":
+    if not isinstance(objective, Pretrain):
+        return
+    if objective.tokenizer is not None and spec.model.from_scratch:
+        check_named(spec, objective.tokenizer)
+    if spec.where.name != "local":
         return
     place = workspace_of(objective)
-    if place is not None and (objective.shards == "anew" or not is_whole(place.train)):
+    if place is not None and (objective.shards == "anew" or not is_ready(place.train, objective.shards)):
         if objective.shards == "reuse":
             raise RequestError(missing(place))
         if spec.data.source == "file":
@@ -31,9 +37,9 @@ def check(spec: RunSpec) -> None:
         check_same(place, settings)
         if spec.model.from_scratch and not objective.tokenizer:
             check_trained(place, settings)
-    folder = tokenizer_of(spec, objective, place)
-    if folder is not None and (objective.tokenizer or (folder / "tokenizer.json").is_file()):
-        check_tokenizer(spec, folder)
+    own = place.tokenizer if place and spec.model.from_scratch and not objective.tokenizer else None
+    if own is not None and (own / "tokenizer.json").is_file():
+        check_tokenizer(spec, own)
 
 
 def _check_corpus(data: DataSpec) -> None:
@@ -43,14 +49,17 @@ def _check_corpus(data: DataSpec) -> None:
                 raise RequestError(Problem(f"there is no {file}", "data.path", "name a file, a folder or a pattern"))
 
 
-def tokenizer_of(spec: RunSpec, objective: Pretrain, place: Workspace | None) -> Path | None:
-    """The folder of the tokenizer for random weights; None for a pretrained model, which has its own."""
-    if not spec.model.from_scratch:
-        return None
-    if objective.tokenizer:
-        return Path(objective.tokenizer).expanduser()
-    assert place is not None  # a rule across parts: without an experiment a tokenizer is named
-    return place.tokenizer
+def check_named(spec: RunSpec, name: str) -> None:
+    """RequestError for a file or folder that is no tokenizer, or one with too many tokens; so for a cached Hub id."""
+    path = Path(name).expanduser()
+    if tokenizer.is_hub_id(name):
+        if (kept := tokenizer_file(ModelSpec(id=name))) is not None:
+            check_tokenizer(spec, kept)
+        return
+    if spec.where.name != "local" and not path.exists():
+        return  # a pod's: inputs.py
+    check_tokenizer(spec, path)
+    tokenizer.end_of(path)
 
 
 def check_trained(place: Workspace, settings: Settings) -> None:
@@ -62,10 +71,14 @@ def check_trained(place: Workspace, settings: Settings) -> None:
 
 def check_tokenizer(spec: RunSpec, folder: Path) -> None:
     """RequestError where there is none, or one with more tokens than the model has rows for."""
-    if not (folder / "tokenizer.json").is_file():
-        what = f"there is no {folder / 'tokenizer.json'}"
-        raise RequestError(Problem(what, "objective.tokenizer", "name a folder with one, or leave it out"))
-    size = tokenizer.size_of(folder)
+    if not (file := tokenizer.file_of(folder)).is_file():
+        remedy = "name a tokenizer.json, a folder with one, or a Hub id (org/name); or leave it out"
+        raise RequestError(Problem(f"there is no {file}", "objective.tokenizer", remedy))
+    check_size(spec, folder, tokenizer.size_of(folder))
+
+
+def check_size(spec: RunSpec, folder: Path | str, size: int) -> None:
+    """RequestError for more tokens than the model has rows for."""
     if spec.model.vocab_size and size > spec.model.vocab_size:
         what = f"{folder} has {size:,} tokens, more than model.vocab_size={spec.model.vocab_size}"
         remedy = f"write model.vocab_size={-(-size // 64) * 64}, or name another objective.experiment"
@@ -90,8 +103,9 @@ def documents_of(spec: RunSpec) -> DataSpec:
 
 def lengths_of(spec: RunSpec) -> DataLengths | None:
     """What the manifests say; None where there are no shards, or packed ones."""
-    place = workspace_of(spec.objective) if isinstance(spec.objective, Pretrain) else None
-    if place is None or not is_whole(place.train):
+    objective = spec.objective
+    place = workspace_of(objective) if isinstance(objective, Pretrain) else None
+    if place is None or not isinstance(objective, Pretrain) or not is_ready(place.train, objective.shards):
         return None
     train, val = manifest_of(place.train), manifest_of(place.val)
     if train["settings"]["gzip"]:
@@ -100,3 +114,42 @@ def lengths_of(spec: RunSpec) -> DataLengths | None:
     per_line = train["bytes"] / train["lines"] / CHARS_PER_TOKEN
     held = int(val.get("lines", 0))
     return DataLengths(train["lines"], per_line, False, how, (), held, per_line if held else None, 0)
+
+
+def stored(spec: RunSpec, found: DataLengths) -> tuple[float, float, list[str]]:
+    """Bytes of the shards that a run makes, and of data that it downloads or sends to a pod; a note where they are not
+    known.
+
+    Shards hold the text, a byte a character (with `objective.gzip` they are smaller). A data set of
+    the Hub lies there twice, as Parquet, at most as large as its rows, and as Arrow; one that is streamed does not.
+    """
+    objective, data = spec.objective, spec.data
+    place = workspace_of(objective) if isinstance(objective, Pretrain) else None
+    files = sent(spec) if spec.where.name == "runpod" else 0.0
+    if isinstance(objective, Pretrain) and place is not None:
+        if objective.shards != "anew" and spec.where.name == "local" and is_ready(place.train, objective.shards):
+            return 0.0, files, []
+        if objective.shards == "reuse":
+            return 0.0, 0.0, []
+        if found.num_examples is None or found.tokens_per_example is None:
+            name = data.id if data.source == "hub" else data.path or "the corpus"
+            what = f"disk: how much text {name} holds is not known: its shards and their tokens (3 times as much)"
+            remedy = "; make room for them with where.volume_gb=…" if spec.where.name == "runpod" else ""
+            return 0.0, files, [f"{what} are not counted{remedy}"]
+        held = (found.held_out_rows or 0) * (found.held_out_tokens_per_row or 0.0)
+        return (found.num_examples * found.tokens_per_example + held) * CHARS_PER_TOKEN, files, []
+    if data.source != "hub" or data.streaming:
+        return 0.0, files, []
+    if not data.num_rows or not data.bytes_per_row:
+        return 0.0, 0.0, [f"disk: the size of {data.id} is not known, and not counted"]
+    return 0.0, 2 * (data.num_rows + (data.num_eval_rows or 0)) * data.bytes_per_row, []
+
+
+def sent(spec: RunSpec) -> float:
+    """Bytes of the data files of this machine that a pod gets."""
+    if spec.data.source != "file":
+        return 0.0
+    paths = (spec.data.path, spec.data.eval_path, *(source.path for source in spec.data.sources))
+    with suppress(RequestError):
+        return float(num_bytes(file for path in paths if path for file in ([] if is_url(path) else files_of(path))))
+    return 0.0

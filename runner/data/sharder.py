@@ -1,5 +1,7 @@
 """A stream of documents → text files of so many lines each, with a manifest; going on where it was interrupted.
 
+An interrupted stream keeps what it has read: the shard that is not full yet is written too, and taken up again.
+
 A document is a line: line breaks within it become spaces. Whether it goes to the training or the validation shards
 depends on its number and the seed alone, so a run that was cut off sends every document where it would have gone. The
 manifest counts finished shards only; what a shard was made of is found again by number.
@@ -20,7 +22,7 @@ from typing import Any
 
 from runner.data import digest
 from runner.data.documents import documents
-from runner.data.workspace import Workspace, has_lost, is_whole, manifest_of
+from runner.data.workspace import Workspace, has_lost, is_ready, is_whole, manifest_of
 from runner.errors import Problem, RequestError
 from runner.rundir import write_atomically
 from runner.spec import DataSpec, Pretrain
@@ -77,7 +79,13 @@ class _Shards:
         self.manifest = manifest_of(folder) or {"settings": asdict(settings), "shards": [], "last": -1}
         for file in folder.glob(".*.tmp"):
             file.unlink()
-        self.lines: list[str] = []
+        self.lines: list[tuple[int, str]] = []
+        """Documents of no finished shard, each with its number."""
+        shards = self.manifest["shards"]
+        if shards and shards[-1].get("partial"):
+            self.manifest = self.manifest | {"shards": shards[:-1]}
+            self.lines = [(self.last, line + "\n") for line in _read(folder / shards[-1]["file"])]
+            self._flush_full(self.last)
 
     @property
     def last(self) -> int:
@@ -85,18 +93,25 @@ class _Shards:
         return int(self.manifest["last"])
 
     def add(self, number: int, text: str) -> None:
-        """One document, unless a finished shard has it."""
+        """One document, unless it was kept before."""
         if number <= self.last:
             return
-        self.lines.append(" ".join(text.split()) + "\n")
-        if len(self.lines) == self.settings.lines_per_shard:
+        self.lines.append((number, " ".join(text.split()) + "\n"))
+        self._flush_full(number)
+
+    def _flush_full(self, number: int) -> None:
+        if len(self.lines) >= self.settings.lines_per_shard:
             self.flush(number)
 
-    def flush(self, number: int, complete: bool = False) -> None:
-        """Write the shard, then the manifest: whoever dies in between does the shard again, under the same name."""
+    def flush(self, number: int, complete: bool = False, partial: bool = False) -> None:
+        """Write the shard, then the manifest: whoever dies in between does the shard again, under the same name.
+
+        A `partial` one has another name, so that it stays until a full one has taken its place.
+        """
+        manifest = self.manifest | {"shards": list(self.manifest["shards"])}
         if self.lines:
-            name = f"shard-{len(self.manifest['shards']):05d}.txt{'.gz' if self.settings.gzip else ''}"
-            content = "".join(self.lines).encode()
+            name = f"shard-{len(manifest['shards']):05d}{'-partial' * partial}.txt{'.gz' * self.settings.gzip}"
+            content = "".join(line for _, line in self.lines).encode()
             if self.settings.gzip:
                 content = gzip.compress(content, mtime=0)
             temporary = self.folder / f".{name}.{os.getpid()}.tmp"
@@ -107,14 +122,17 @@ class _Shards:
             temporary.replace(self.folder / name)
             checksum = hashlib.sha256(content).hexdigest()
             shard = {"file": name, "lines": len(self.lines), "bytes": len(content), "sha256": checksum}
-            self.manifest["shards"].append(shard)
-            self.lines = []
-        shards = self.manifest["shards"]
-        self.manifest |= {
+            manifest["shards"].append(shard | {"partial": True} if partial else shard)
+        shards = manifest["shards"]
+        manifest |= {
             "last": max(number, self.last), "complete": complete, "num_shards": len(shards),
             "lines": sum(shard["lines"] for shard in shards), "bytes": sum(shard["bytes"] for shard in shards),
         }  # fmt: skip
-        write_atomically(self.folder / "manifest.json", json.dumps(self.manifest, indent=2) + "\n")
+        write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        self.manifest, self.lines = manifest, []  # no call in between: a signal comes before both, or after both
+        for file in self.folder.glob("*-partial.*"):
+            if not partial:
+                file.unlink()
 
 
 def taken(objective: Pretrain) -> int | None:
@@ -143,8 +161,15 @@ def shard(
     place: Workspace, objective: Pretrain, data: DataSpec, seed: int, say: Callable[[str], None] = lambda line: None,
     beat: Callable[[], None] = lambda: None,
 ) -> Sharded:  # fmt: skip
-    """Make what is missing; RequestError where shards of other settings are in the way, or where nothing was read."""
-    if objective.shards == "reuse" and is_whole(place.train):  # whatever they were made of
+    """Make what is missing; RequestError where shards of other settings are in the way, or where nothing was read.
+
+    Interrupted, it keeps what was read so far, and says how to go on.
+    """
+    if is_ready(place.train, objective.shards) and objective.shards == "reuse":  # whatever they were made of
+        if not is_whole(place.train):
+            say(
+                f"Shards  the first {manifest_of(place.train)['last'] + 1:,} documents of a stream that was interrupted"
+            )
         return Sharded(manifest_of(place.train), manifest_of(place.val) or None, False)
     settings = settings_of(objective, data, seed)
     if objective.shards == "anew":
@@ -168,19 +193,23 @@ def shard(
     if first:
         say(f"Shards  go on after {first:,} documents")
     number = -1
-    for number, text in _numbered(data, settings, first):
-        (val if val and _to_val(number, settings) else train).add(number, text)
-        beat()
-        if (number + 1) % TELL_EVERY == 0:
-            say(f"  {number + 1:,} documents sharded")
-    if val:
-        val.flush(number, complete=True)
-    elif _own_val(data):
-        val = _Shards(place.val, settings)
-        for held, text in _numbered(data, settings, val.last + 1, held_out=True):
-            val.add(held, text)
+    try:
+        for number, text in _numbered(data, settings, first):
+            (val if val and _to_val(number, settings) else train).add(number, text)
             beat()
-        val.flush(val.last, complete=True)
+            if (number + 1) % TELL_EVERY == 0:
+                say(f"  {number + 1:,} documents sharded")
+        if val:
+            val.flush(number, complete=True)
+        elif _own_val(data):
+            val = _Shards(place.val, settings)
+            for held, text in _numbered(data, settings, val.last + 1, held_out=True):
+                val.add(held, text)
+                beat()
+            val.flush(val.last, complete=True)
+    except KeyboardInterrupt:
+        _seal([part for part in (train, val) if part], say)
+        raise
     train.flush(number, complete=True)  # last: whoever finds it whole finds the other whole, too
     if not train.manifest["shards"]:
         shutil.rmtree(place.train)
@@ -188,20 +217,35 @@ def shard(
     return Sharded(train.manifest, val.manifest if val else None, True)
 
 
+def _seal(parts: Sequence[_Shards], say: Callable[[str], None]) -> None:
+    """Keep what an interrupted stream has read."""
+    for part in (part for part in parts if part.lines):
+        same = parts if part.settings.val_ratio else [part]  # a held-out file is numbered by itself
+        part.flush(max(number for other in same for number in (other.last, *(n for n, _ in other.lines))), partial=True)
+    if lines := parts[0].manifest.get("lines"):
+        say(
+            f"Shards  interrupted: {lines:,} documents are kept ({parts[0].folder}). The same command goes on; "
+            "objective.shards=reuse trains on them"
+        )
+
+
 def lines_of(folder: Path) -> Iterator[str]:
     """The documents of all shards in a folder, in order."""
     for part in manifest_of(folder).get("shards", []):
-        file = folder / part["file"]
-        opened: Any = gzip.open if file.suffix == ".gz" else open
-        with opened(file, "rt", encoding="utf-8") as stream:
-            for line in stream:
-                yield line.rstrip("\n")
+        yield from _read(folder / part["file"])
+
+
+def _read(file: Path) -> Iterator[str]:
+    opened: Any = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt", encoding="utf-8", newline="\n") as stream:
+        for line in stream:
+            yield line.rstrip("\n")
 
 
 def missing(place: Workspace) -> Problem:
     """Shards that are to be reused are not there."""
-    found = manifest_of(place.train)
-    what = f"{place.train} holds no shards" if not found else f"{place.train} is not complete"
+    lost = has_lost(place.train)
+    what = f"some of {place.train} are gone" if lost else f"{place.train} holds no shards"
     return Problem(what, "objective.shards=reuse", "write objective.shards=auto to make them")
 
 

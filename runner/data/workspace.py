@@ -68,6 +68,12 @@ def is_whole(folder: Path) -> bool:
     return bool(manifest.get("complete") and manifest.get("shards")) and not has_lost(folder)
 
 
+def is_ready(folder: Path, shards: str) -> bool:
+    """A run can train on the shards that are there: on all of them, or with `objective.shards=reuse` on those of a
+    stream that was interrupted, too."""
+    return is_whole(folder) or (shards == "reuse" and bool(manifest_of(folder).get("shards")) and not has_lost(folder))
+
+
 def has_lost(folder: Path) -> bool:
     """A shard that was written is not there as it was written."""
     shards = manifest_of(folder).get("shards", [])

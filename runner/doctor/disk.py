@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner import hub_config, writable
+from runner.data.workspace import Workspace, workspace_of
 from runner.doctor.finding import GIB, Finding, State, Wanted, in_words
+from runner.errors import CannotRunError, Problem
 from runner.paths import cache_dir
-from runner.spec import RunInfo
+from runner.plan.plan import Plan
+from runner.spec import Pretrain, RunInfo, RunSpec
 
 LITTLE, NOTHING = 10.0, 0.5
 """GiB free, where no run is named: less than a 7B model with what comes out of it; less than the demo run."""
@@ -38,42 +42,68 @@ class _Disk:
     size: int = 0
 
 
+def check(spec: RunSpec, plan: Plan | None) -> list[str]:
+    """Notes, before a run starts here; CannotRunError where a disk has less room than the plan says."""
+    wanted = Wanted(spec, plan)
+    found = [_room(disk, planned=True) for disk in _disks(folders(wanted))] if plan and wanted.here else []
+    problems = [Problem(one.found, None, one.remedy) for one in found if one.state == "problem"]
+    if problems:
+        raise CannotRunError(*problems)
+    return [f"{one.found}: {one.remedy}" for one in found if one.state != "ok"]
+
+
 def findings(wanted: Wanted | None) -> Iterator[Finding]:
     """One line per disk, and one per folder that cannot be written to."""
-    disks: dict[int, _Disk] = {}
-    for folder in folders(wanted):
-        there = writable.nearest(folder.path)
-        failure = writable.why_not(there, synced=True)
+    found = folders(wanted)
+    for folder in found:
+        failure = writable.why_not(writable.nearest(folder.path), synced=True)
         if failure:
             what = f"{folder.title} ({folder.path}) cannot be written to: {failure}"
             yield Finding("disk", "problem", what, f"name another folder: {folder.setting}")
+    for disk in _disks(found):
+        yield _room(disk, planned=wanted is not None and wanted.here and wanted.plan is not None)
+
+
+def _disks(folders: Iterable[Folder]) -> list[_Disk]:
+    """The disks that the folders are on."""
+    disks: dict[int, _Disk] = {}
+    for folder in folders:
+        there = writable.nearest(folder.path)
         try:
             device, usage = there.stat().st_dev, shutil.disk_usage(there)
         except OSError:
-            continue  # said above
+            continue  # it cannot be written to
         disk = disks.setdefault(device, _Disk())
         disk.folders.append(folder)
         disk.free, disk.size = usage.free, usage.total
-    for disk in disks.values():
-        yield _room(disk, planned=wanted is not None and wanted.here and wanted.plan is not None)
+    return list(disks.values())
 
 
 def folders(wanted: Wanted | None) -> list[Folder]:
     """Where runs, our cache and the Hub's are, and what a run puts into each."""
     output = Path(wanted.spec.run.output_dir if wanted else RunInfo().output_dir).expanduser()
     nvme = wanted.spec.deepspeed.nvme_path if wanted else None
+    objective = wanted.spec.objective if wanted else None
+    place = workspace_of(objective) if isinstance(objective, Pretrain) else None
     ours = wanted is not None and wanted.spec.model.package is not None  # unpacked from a package, not downloaded
     found = [
         Folder("runs", output, "run.output_dir=…", ("checkpoints", "final_model", *(() if nvme else ("offloaded",)))),
         Folder("cache", cache_dir(), "RUNNER_CACHE=…", ("tokenised", *(("weights",) if ours else ()))),
-        Folder("Hugging Face cache", hub_config.cache(), "HF_HOME=…", () if ours else ("weights",)),
+        Folder("Hugging Face cache", _hub_cache(place), "HF_HOME=…", ("data", *(() if ours else ("weights",)))),
     ]
+    if place is not None:
+        found.append(Folder("shards", place.root, "objective.root=…", ("shards",)))
     if nvme:
         found.append(Folder("offload", Path(nvme).expanduser(), "deepspeed.nvme_path=…", ("offloaded",)))
     if wanted is not None and wanted.here and wanted.plan is not None:
         for folder in found:
             folder.needed_gib = sum(wanted.plan.disk.get(term, 0.0) for term in folder.terms)
     return found
+
+
+def _hub_cache(place: Workspace | None) -> Path:
+    """Pretraining from a corpus has one of its own, unless `HF_HOME` names another (train/stages.py)."""
+    return hub_config.cache() if place is None or os.environ.get("HF_HOME") else place.hf_cache
 
 
 def _room(disk: _Disk, *, planned: bool) -> Finding:

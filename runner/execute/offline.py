@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 from runner import writable
 from runner.errors import CannotRunError, Problem, RequestError, RunFailedError
@@ -35,26 +36,30 @@ def produce(verb: str, run: RunDir, target: Path, *arguments: str) -> int:
     _check(target)
     command = [sys.executable, "-m", MODULE, verb, str(run.spec_file), "--out", str(target), *arguments]
     worker = subprocess.Popen(command, env=environment())
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: worker.send_signal(number))
     try:
-        code = _wait(worker)
+        return waited(worker)
+    finally:
+        shutil.rmtree(unfinished(target, worker.pid), ignore_errors=True)
+
+
+def waited(worker: subprocess.Popen[Any]) -> int:
+    """Its exit code; RunFailedError if it was killed. A signal to this process is passed on, and it tidies up and ends:
+    on a terminal Ctrl-C reaches it by itself."""
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: worker.send_signal(number))
+    code = None
+    try:
+        while code is None:
+            try:
+                code = worker.wait()
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    worker.send_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, previous)
-        shutil.rmtree(unfinished(target, worker.pid), ignore_errors=True)
     if code < 0:
         remedy = "the system's log (dmesg) says whether memory ran out" if code == -signal.SIGKILL else None
         raise RunFailedError(Problem(f"the process was ended by {signal.Signals(-code).name}", None, remedy))
     return code
-
-
-def _wait(worker: subprocess.Popen[bytes]) -> int:
-    """Its exit code. On a terminal Ctrl-C reaches the worker by itself; it tidies up and ends."""
-    while True:
-        try:
-            return worker.wait()
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():
-                worker.send_signal(signal.SIGINT)
 
 
 def _check(target: Path) -> None:

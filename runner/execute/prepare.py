@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 
 from runner.content_checks import check_read
-from runner.execute.offline import environment
+from runner.execute.offline import environment, waited
 from runner.spec import RunSpec
 
 
@@ -15,4 +16,8 @@ def prepare(spec: RunSpec, as_json: bool) -> int:
     for note in check_read(spec):
         print(f"Note    {note}", file=sys.stderr)
     command = [sys.executable, "-m", "runner.train.prepare", *["--json"] * as_json]
-    return subprocess.run(command, input=spec.model_dump_json(), text=True, env=environment()).returncode
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment())
+    assert worker.stdin is not None
+    with suppress(BrokenPipeError), worker.stdin:
+        worker.stdin.write(spec.model_dump_json())
+    return waited(worker)

@@ -156,13 +156,14 @@ def _saving(trained: Trained, stage: int) -> float:
 
 def disk(
     trained: Trained, stage: int, *, source: Literal["hub", "package", "folder"], checkpoints: int,
-    data_tokens: int = 0, nvme: float = 0.0, tied_values: int = 0,
+    data_tokens: int = 0, nvme: float = 0.0, tied_values: int = 0, shards: float = 0.0, data: float = 0.0,
 ) -> dict[str, float]:  # fmt: skip
     """Bytes on disk at the end of a run, by term, on one disk that all nodes share.
 
     `weights` are downloaded, or unpacked from a package's GGUF file; 16 bits are assumed, as nearly
     all models of the Hub are stored. `checkpoints` are there at once (plan/keeping.py). `nvme` is what is
-    offloaded to disk. Not counted: packages, the data set as downloaded, logs.
+    offloaded to disk. `shards` are those that pretraining makes, `data` what is downloaded or sent to a pod. Not
+    counted: packages, logs.
     """
     terms = {
         "weights": trained.weights_16 if source != "folder" else 0.0,
@@ -170,5 +171,7 @@ def disk(
         "final_model": final_model(trained),
         "tokenised": float(TOKENISED_FILE * data_tokens),
         "offloaded": nvme,
+        "shards": shards,
+        "data": data,
     }
     return {name: size for name, size in terms.items() if size}

@@ -26,6 +26,10 @@ class Facts:
     """Tokens learnt from, over all epochs."""
     data_tokens: int | None = None
     """Tokens of the data set."""
+    shard_bytes: float = 0.0
+    """Text of the shards that are still to be made."""
+    data_bytes: float = 0.0
+    """Of the data set as downloaded, or as sent to a pod."""
     held_out_tokens: float = 0.0
     """Tokens of the held-out rows."""
     prompts: int | None = None

@@ -245,7 +245,7 @@ def _host(spec: RunSpec, training: Training, option: Option, facts: Facts) -> di
         accelerator="cuda" if on_gpu else "cpu",
         held=training.frozen_bytes + training.trained_bytes,
         largest_matrix=training.largest_matrix,
-        data_tokens=facts.data_tokens or 0,
+        data_tokens=0 if spec.objective.name == "pretrain" else facts.data_tokens or 0,  # text is tokenised as a stream
         training=0.0 if on_gpu else tensors,
     )
     if option.memory.host:
@@ -260,7 +260,9 @@ def _disk(spec: RunSpec, training: Training, stage: str, facts: Facts, checkpoin
         _number(stage),
         source=source,  # type: ignore[arg-type]  # one of those words
         checkpoints=checkpoints,
-        data_tokens=facts.data_tokens or 0,
+        data_tokens=(facts.data_tokens or 0) + round(facts.held_out_tokens),
+        shards=facts.shard_bytes,
+        data=facts.data_bytes,
     )
 
 

@@ -54,6 +54,8 @@ DISK_TERMS = {
     "checkpoints": "`train.keep_checkpoints` + 1 of them, or as many as the run writes: at least the last one",
     "final_model": "`model/`: 16 bits, or the adapter in fp32",
     "tokenised": "the data set as tokenised",
+    "shards": "the text of a corpus, as pretraining keeps it",
+    "data": "a data set of the Hub as downloaded, or files as sent to a pod",
     "offloaded": "what ZeRO-3 offloads to NVMe",
 }
 """Terms of `host_ram` and `disk` in words; a test asks `runner.plan.host` for every one of them."""

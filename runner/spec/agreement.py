@@ -82,7 +82,7 @@ def _tokenizer(spec: RunSpec, objective: Pretrain) -> Iterator[str]:
     if spec.model.from_scratch and not (objective.tokenizer or objective.experiment):
         yield (
             "objective.experiment is null: random weights need a tokenizer, which is kept by experiment; write "
-            "objective.experiment=NAME, or objective.tokenizer=FOLDER for one that is there"
+            "objective.experiment=NAME, or objective.tokenizer=FILE for one that is there"
         )
     if objective.tokenizer and not spec.model.from_scratch:
         yield "objective.tokenizer: a pretrained model keeps its own; leave it out, or take a model=scratch_…"

@@ -31,9 +31,9 @@ class Pretrain(Part):
     root: str | None = None
     """Folder that holds `datasets/`, `artifacts/` and `hf_cache/`; null means `RUNNER_WORKSPACE`, else where the command is typed."""
     shards: Literal["auto", "reuse", "anew"] = "auto"
-    """auto makes them of `data` where there are none, goes on where it was interrupted, and refuses those of other data; reuse takes what is there, whatever it was made of; anew makes them and the tokenizer again."""
+    """auto makes them of `data` where there are none, goes on where it was interrupted, and refuses those of other data; reuse takes what is there, whatever it was made of, also of a stream that was interrupted; anew makes them and the tokenizer again."""
     mode: Literal["smoke", "prod", "split"] = "split"
-    """smoke takes the first `take` documents (1,000 if that is null), prod all; split also sends a share of them, `val_ratio`, to the validation shards."""
+    """smoke takes the first `take` documents (1,000 if that is null), prod all, or what was read until it is interrupted; split also sends a share of them, `val_ratio`, to the validation shards."""
     val_ratio: float = Field(default=0.01, gt=0, lt=1)
     """Share of the documents that become validation shards, with `mode=split`."""
     lines_per_shard: int = Field(default=250_000, ge=1)
@@ -43,7 +43,7 @@ class Pretrain(Part):
     gzip: bool = False
     """Write shards as `.txt.gz`."""
     tokenizer: str | None = None
-    """Folder of a tokenizer to use for random weights; null trains byte-level BPE of `model.vocab_size` tokens on the shards, once for each experiment."""
+    """Tokenizer to use for random weights: a `tokenizer.json`, a folder with one, or a Hub id; null trains byte-level BPE of `model.vocab_size` tokens on the shards, once for each experiment."""
 
 
 class _Referenced(Part):

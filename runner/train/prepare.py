@@ -6,6 +6,7 @@ The same functions with the same settings, so the run finds its tokens in the ca
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 import traceback
@@ -14,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from runner.data.prepared import remember
-from runner.errors import Problem, RunFailedError, RunnerError
+from runner.errors import InterruptedRun, Problem, RunFailedError, RunnerError
 from runner.paths import cache_dir
 from runner.report import terminal
 from runner.report.problems import dump, print_problems, problems_as_json
@@ -25,6 +26,7 @@ from runner.train.__main__ import quiet_libraries
 
 def main() -> int:
     """Exit codes as in runner/errors.py."""
+    signal.signal(signal.SIGTERM, _interrupted)
     spec, as_json = RunSpec.model_validate(json.loads(sys.stdin.read())), "--json" in sys.argv
     terminal.guard()
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between a script and its JSON
@@ -34,6 +36,8 @@ def main() -> int:
         log.parent.mkdir(parents=True, exist_ok=True)
         quiet_libraries(log)
         facts = prepared(spec, Progress(console))
+    except KeyboardInterrupt:
+        return InterruptedRun.exit_code
     except Exception as error:
         if not isinstance(error, RunnerError):
             traceback.print_exc()
@@ -45,6 +49,10 @@ def main() -> int:
     if as_json:
         print(dump(facts), file=out)
     return 0
+
+
+def _interrupted(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def prepared(spec: RunSpec, progress: Progress) -> dict[str, Any]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
+
+from transformers import AutoTokenizer
 
 from runner.data import sharder, tokenizer
-from runner.data.pipeline import check_tokenizer, check_trained, tokenizer_of
-from runner.data.workspace import Workspace, is_whole, manifest_of, workspace_of
+from runner.data.pipeline import check_size, check_tokenizer, check_trained
+from runner.data.workspace import Workspace, is_ready, manifest_of, workspace_of
 from runner.errors import Problem, RequestError
-from runner.spec import Pretrain, RunSpec
+from runner.spec import ModelSpec, Pretrain, RunSpec
+from runner.train import models
 from runner.train.ranks import Ranks
 
 
@@ -23,15 +27,32 @@ def prepare(spec: RunSpec, say: Callable[[str], None], beat: Callable[[], None],
         with ranks.main_first(beat) as working:
             if ranks.main:
                 _work(spec, spec.objective, place, say, working)
-        if not is_whole(place.train):
+        if not is_ready(place.train, spec.objective.shards):
             what = f"{place.train} is not there on this machine"
             raise RequestError(Problem(what, "objective.root", "name a folder that all machines share"))
-    folder = tokenizer_of(spec, spec.objective, place)
-    if folder is None:
+    if not spec.model.from_scratch:
         return spec
+    # Of random weights `model.id` is the folder of their tokenizer (or its Hub id) from here on.
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"id": _tokenizer(spec, place)})})
+
+
+def _tokenizer(spec: RunSpec, place: Workspace | None) -> str:
+    """The folder of the tokenizer for random weights, or its Hub id; RequestError where it does not go with them."""
+    assert isinstance(spec.objective, Pretrain)
+    name = spec.objective.tokenizer
+    if name is not None and tokenizer.is_hub_id(name):
+        try:
+            with models.explained(ModelSpec(id=name)):
+                size = len(AutoTokenizer.from_pretrained(name))
+        except RequestError as error:
+            remedy = "name a tokenizer.json or a folder that is here, or a Hub id: org/name"
+            raise RequestError(*(Problem(p.what, "objective.tokenizer", remedy) for p in error.problems)) from error
+        check_size(spec, name, size)
+        return name
+    assert name is not None or place is not None  # a rule across parts: without an experiment a tokenizer is named
+    folder = Path(name).expanduser() if name is not None else place.tokenizer  # type: ignore[union-attr]
     check_tokenizer(spec, folder)
-    # Of random weights `model.id` is the folder of their tokenizer from here on.
-    return spec.model_copy(update={"model": spec.model.model_copy(update={"id": str(folder)})})
+    return str(tokenizer.bundle(folder))
 
 
 def _work(
