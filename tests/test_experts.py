@@ -57,6 +57,11 @@ ASKED = [
     ("granitemoehybrid", HYBRID | LOCAL, ()),
     ("granitemoehybrid", HYBRID | {"num_local_experts": 0, "num_experts_per_tok": 0}, ()),
     ("mamba2", {"num_heads": 8, "state_size": 8, "head_dim": 16, "n_groups": 1}, ()),
+    ("olmoe", EXPERTS, ("method=qlora8",)),
+    ("deepseek_v2", LATENT | {"topk_method": "greedy"}, ("method=qlora8",)),
+    ("deepseek_v3", LATENT, ("method=qlora8",)),
+    ("phimoe", EXPERTS, ("method=qlora4",)),
+    ("gpt_oss", EXPERTS | {"head_dim": 16}, ("method=qlora8",)),
 ]
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch.nn import Module
+
 from runner.errors import Problem, RequestError
 
 COUNTS = ("num_local_experts", "n_routed_experts")
@@ -24,6 +26,11 @@ def has_experts(model: Any) -> bool:
     """Whether there are experts to balance: Granite 4 and Doge have dense models under a mixture's configuration."""
     facts = model.config.get_text_config()
     return bool(getattr(facts, "num_experts", 0)) and bool(getattr(facts, "is_moe", True))
+
+
+def blocks(model: Any) -> list[Module]:
+    """The modules of a mixture that send tokens to experts; none of a dense model."""
+    return [module for module in model.modules() if isinstance(getattr(module, "experts", None), Module)]
 
 
 @contextmanager

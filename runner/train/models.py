@@ -164,6 +164,8 @@ def load_model(spec: RunSpec, source: str) -> Any:
     with explained(spec.model), quantised_experts.quantising():
         model = kind_of(spec).from_pretrained(source, dtype=dtype, **options)
     quantised_experts.settle(model)
+    if isinstance(spec.method, QLora8):
+        _take_any_rows()
     if isinstance(spec.method, QLora4) and spec.hw.accelerator == "cpu":
         _keep_trainable_layout(model)
     if isinstance(spec.method, (QLora4, QLora8)) and spec.hw.accelerator == "cpu":
@@ -224,6 +226,22 @@ def _keep_trainable_layout(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+_int8_forward: Any = Linear8bitLt.forward
+
+
+def _take_any_rows() -> None:
+    """Let int8 layers take inputs of more than three dimensions, as DeepSeek's attention gives them: bitsandbytes 0.50
+    takes their last two for a matrix, and fails."""
+
+    def forward(layer: Any, x: torch.Tensor) -> Any:
+        if x.dim() <= 3:
+            return _int8_forward(layer, x)
+        return _int8_forward(layer, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    layer: Any = Linear8bitLt
+    layer.forward = forward
 
 
 def _only_look() -> None:

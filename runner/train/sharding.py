@@ -8,7 +8,6 @@ import weakref
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch.nn import Module
 from transformers import AutoConfig
 from trl.trainer import utils as trl_utils
 
@@ -16,6 +15,7 @@ from runner import deepspeed_json
 from runner.plan import zero
 from runner.rundir import RunDir
 from runner.spec import RunSpec
+from runner.train import experts
 
 FILE = "deepspeed.json"
 _gather = trl_utils.maybe_gather_lm_head_ctx
@@ -53,9 +53,8 @@ def settle(model: Any) -> None:
     """
     from deepspeed.utils import set_z3_leaf_module  # not installed everywhere
 
-    for block in model.modules():
-        if isinstance(getattr(block, "experts", None), Module):
-            set_z3_leaf_module(block, True)
+    for block in experts.blocks(model):
+        set_z3_leaf_module(block, True)
     trl_utils.maybe_gather_lm_head_ctx = _Fetched(model)
 
 
