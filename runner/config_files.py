@@ -1,7 +1,7 @@
 """YAML files as Hydra merges them, without its plugins and its own config.
 
 Hydra looks for plugins in every installed package, and merges a dozen configs of its own (jobs, logging, sweepers) into
-each composition: two thirds of what composing takes. A run that names none of Hydra's keys needs neither.
+each composition. A run that names none of Hydra's keys needs neither.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """YAML as OmegaConf reads it (`2e-5` is a number, a key that stands twice is an error), parsed by libyaml if installed.
 
-libyaml takes a tenth of the time of PyYAML's own parser, which is asked again about a file with a mistake: its messages
+libyaml is faster than PyYAML's own parser, which is asked again about a file with a mistake: its messages
 are those that users and the tests know.
 """
 

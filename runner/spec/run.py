@@ -60,7 +60,7 @@ class RunSpec(Part):
     model: ModelSpec
     method: Method
     hw: HardwareSpec
-    # Defaults are made without validators: to build one per part takes 10 ms, and RunSpec's own holds them all.
+    # Defaults are made without validators: RunSpec's own holds those of all parts, and to build one per part takes time.
     deepspeed: DeepSpeedSpec = DeepSpeedSpec.model_construct()
     objective: Objective = Sft.model_construct()
     data: DataSpec
