@@ -11,6 +11,7 @@ import pytest
 from datasets import Dataset, Features, Json, List
 from pyarrow import parquet
 
+from runner.data.arrow import rows_of
 from runner.data.examples import Question
 from runner.data.files import read_table
 from runner.data.formats import canonical_rows, load_hub
@@ -124,6 +125,13 @@ def test_a_map_is_an_object_and_a_column_keeps_its_null(tmp_path: Path) -> None:
     parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
     rows = read_table(str(tmp_path / "a.parquet")).rows
     assert rows == [{"label": None, "facts": {"a": "1"}}, {"label": 1, "facts": {"b": None}}]
+
+
+def test_a_list_that_is_a_view_has_no_invented_nulls_either() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "bob"}]
+    kind = pa.struct({"role": pa.string(), "content": pa.string(), "name": pa.string()})
+    for view in (pa.list_view(kind), pa.large_list_view(kind)):
+        assert rows_of(pa.table({"messages": pa.array([turns], view)})) == [{"messages": turns}]
 
 
 def test_prompts_of_grpo_come_back_without_them(tmp_path: Path, body: str) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from runner.data.examples import Example, Judged, Preference, Question, Turn
 from runner.data.pairs import How, encode_chunk
+from runner.data.preview import preview
 from runner.data.templates import template_source
 from runner.data.words import Words
 from runner.train import models, text
@@ -64,6 +65,16 @@ def test_plain_text_begins_and_ends_once(tmp_path: Path, adds: str, said: str) -
     pair = Preference(said.removesuffix("</s>"), " a", " b")
     (columns,) = encode_chunk(words, [pair], How(64)).rows
     assert columns["prompt_ids"] == right[:-1] and columns["chosen_ids"][-1] == EOS
+
+
+@pytest.mark.parametrize("adds", ["", "<s> $A", "<s> $A </s>"])
+def test_a_preview_shows_the_tokens_that_are_put_around_plain_text(tmp_path: Path, adds: str) -> None:
+    file = tmp_path / "my.jsonl"
+    file.write_text('{"text": " Hi"}\n', "utf-8")
+    spec = spec_of("model=hub", f"model.id={saved(tmp_path, adds)}", "data=file", f"data.path={file}")
+    (row,) = preview(spec)["rows"]
+    begins = "<s>" if adds else ""
+    assert row["segments"] == [{"text": f"{begins} Hi</s>", "trained": True, "tokens": 4 + bool(adds)}]
 
 
 @pytest.mark.parametrize("adds", ["", "<s> $A"])

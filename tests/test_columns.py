@@ -137,6 +137,18 @@ def test_a_pair_that_contradicts_itself_is_explained(row: dict[str, Any], what: 
         ({"prompt": "2+2?", "completion": "It is 4.", "answer": "4"}, "sft", "prompt_completion", ["answer"]),
         ({"conversations": ["2+2?", "It is 4."], "source": "x"}, "sft", "chat", ["source"]),  # LIMA
         ({"prompt": "2+2?", "completion": "4", "label": True}, "sft", "prompt_completion", ["label"]),
+        ({"prompt": "Q", "response": "R", "text": "…"}, "sft", "prompt_completion", ["text"]),
+        ({"question": "Q", "answer": "R", "text": "…"}, "sft", "prompt_completion", ["text"]),
+        ({"query": "Q", "response": "R", "type": "GSM", "original_question": "O"}, "sft", "prompt_completion",
+         ["type", "original_question"]),  # MetaMathQA
+        ({"id": "a", "system_prompt": "S", "question": "q", "response": "r"}, "sft", "prompt_completion", ["id"]),
+        ({"input": "a", "output": "b", "text": "…"}, "sft", "prompt_completion", ["text"]),
+        ({"problem": "q", "solution": "It is 4.", "answer": "4"}, "sft", "prompt_completion", ["answer"]),
+        ({"prompt": "q", "response": "r", "label": True}, "unpaired", "unpaired", []),
+        # One table of several kinds of rows.
+        ({"messages": None, "text": "hello", "prompt": None}, "sft", "text", ["messages", "prompt"]),
+        ({"prompt": None, "question": "2+2?", "completion": "4", "text": None}, "sft", "prompt_completion",
+         ["prompt", "text"]),
         ({"prompt": "a", "completion": "b", "context": "", "tools": "[]", "functions": "[]", "history": []}, "sft",
          "prompt_completion", ["context", "functions", "history"]),
         ({"Unnamed: 0": 3, "__index_level_0__": 3, "": "3", "prompt": "a", "completion": "b"}, "sft",
@@ -162,8 +174,23 @@ def test_the_more_specific_shape_is_what_is_learned() -> None:
 @pytest.mark.parametrize(
     ("row", "kind", "columns", "keys"),
     [
-        ({"prompt": "Q", "response": "R", "text": "…"}, "sft", "prompt and response", "data.completion_field=response"),
-        ({"question": "Q", "answer": "R", "text": "…"}, "sft", "question and answer", "data.completion_field=answer"),
+        ({"prompt": "Q", "reply": "R", "text": "…"}, "sft", "prompt and reply", "data.completion_field=reply"),
+        ({"question": "Q", "answer": 3, "text": "…"}, "sft", "question", "data.completion_field=text"),
+        ({"text": "long", "summary": "short"}, "sft", "summary",
+         "data.prompt_field=text data.completion_field=summary"),
+        ({"problem": "q", "solution": "long", "answer": "4"}, "sft", "answer", None),
+        ({"instruction": "i", "context": "c", "response": "r", "category": "x"}, "sft", "context",
+         "data.input_field=context"),  # Dolly
+        ({"prompt": "a", "completion": "b", "user_context": "c"}, "sft", "user_context",
+         "data.instruction_field=prompt data.input_field=user_context"),
+        ({"prompt": "a", "completion": "b", "sys_prompt": "c"}, "sft", "sys_prompt", "data.system_field=sys_prompt"),
+        # Answers to a prompt of any name, in any language; what says something about the row is none.
+        ({"frage": "2+2?", **ONE, "source": "x", "chosen_model": "m"}, "preference", "frage",
+         "data.prompt_field=frage"),
+        ({"user_input": "2+2?", "chosen": "Four", "rejected": "5"}, "preference", "user_input",
+         "data.prompt_field=user_input"),
+        ({"context_messages": [user()], "chosen": "Four", "rejected": "5"}, "preference", "context_messages",
+         "data.prompt_field=context_messages"),
         ({"prompt": "a", "text": "b"}, "sft", "prompt", "data.completion_field=text"),  # Cosmopedia
         ({"prompt": "a", "completion": "b", "context": "c"}, "sft", "context",
          "data.instruction_field=prompt data.input_field=context"),
@@ -182,6 +209,9 @@ def test_the_more_specific_shape_is_what_is_learned() -> None:
         ({"messages": [user(), said()], "functions": '[{"name": "f"}]'}, "sft", "functions",
          "data.tools_field=functions"),
         ({"messages": [user(), said()], "reasoning": "easy"}, "sft", "reasoning", None),
+        ({"messages": [user("<image>What?"), said()], "images": ["a.png"]}, "sft", "images", None),
+        ({"image": "a.png", "conversations": [user(), said()]}, "sft", "image", None),  # LLaVA
+        ({"question": "q", "image": {"bytes": "…"}, "answer": "4"}, "prompts", "image", None),
         ({"messages": [user(), said()], "solution": "Another."}, "sft", "solution", None),
         ({"text": "hi", "role": "prompter", "parent_id": "1"}, "sft", "role", None),  # OASST's single messages
         ({"prompt": "a", "completion": "b", "label": 1, "context": "c"}, "unpaired", "context",
@@ -224,17 +254,13 @@ def test_mapped_columns_are_where_they_belong() -> None:
 @pytest.mark.parametrize(
     ("row", "kind", "remedy"),
     [
-        ({"id": "a", "system_prompt": "S", "question": "q", "response": "r"}, "sft",  # OpenOrca
-         "data.prompt_field=question data.completion_field=response"),
-        ({"instruction": "i", "context": "c", "response": "r", "category": "x"}, "sft",  # Dolly
-         "data.output_field=response data.input_field=context"),
-        ({"type": "t", "query": "q", "original_question": "o", "response": "r"}, "sft",  # MetaMathQA
-         "data.prompt_field=query data.completion_field=response"),
         ({"Question": "Q", "Complex_CoT": "C", "Response": "R"}, "sft",  # medical-o1
          "data.prompt_field=Question data.completion_field=Response data.thinking_field=Complex_CoT"),
         ({"id": 1, "query": "q", "answers": "[]", "tools": "[]"}, "sft",  # xLAM
          "data.prompt_field=query data.completion_field=answers"),
-        ({"question": "q", "answer": "a"}, "sft", "data.prompt_field=question data.completion_field=answer"),
+        ({"prompt": "q", "chosen_response": "a", "rejected_response": "b", "chosen_model": "m"}, "preference",
+         "data.chosen_field=chosen_response data.rejected_field=rejected_response"),
+        ({"instruction": "q", "output": "a", "kto_tag": True}, "unpaired", "data.label_field=kto_tag"),
         ({"conversation": [user(), said()]}, "sft", "data.messages_field=conversation"),  # WildChat
     ],
 )  # fmt: skip
@@ -271,6 +297,50 @@ def test_an_answer_is_never_taken_apart(answer: str) -> None:
     assert made({"instruction": "a", "output": answer}, "sft").completion == [said(answer)]
     pair = made({"prompt": "a", "chosen": answer, "rejected": "no"}, "preference")
     assert pair == Preference([user("a")], [said(answer)], [said("no")])  # type: ignore[arg-type]
+
+
+def test_turns_as_text_are_an_answer_where_they_do_not_begin_with_the_prompt() -> None:
+    """The same JSON text is a conversation where it does, as CSV has it."""
+    whole, alone = [user("2+2?"), said()], [said()]
+    chosen = json.dumps(whole)
+    row = {"prompt": "Write JSON.", "chosen": chosen, "rejected": json.dumps([user(), said("5")])}
+    pair = made(row, "preference")
+    assert pair.prompt == [user("Write JSON.")] and pair.chosen == [said(chosen)]
+    for turns in (whole, alone):
+        row = {"prompt": "2+2?", "chosen": json.dumps(turns), "rejected": json.dumps([*turns[:-1], said("5")])}
+        assert made(row, "preference") == Preference([user()], [said()], [said("5")])  # type: ignore[arg-type]
+
+
+def test_which_of_two_columns_is_the_prompt_is_not_guessed() -> None:
+    what, remedy = refusal({"titel": "a", "frage": "b", "chosen": "Four", "rejected": "5"}, "preference")
+    assert what == "columns titel and frage look like content, and nothing reads them"
+    assert remedy == "write data.prompt_field=titel, or another of them, or data.ignore_columns=[titel,frage]"
+
+
+def test_masks_beside_token_ids_say_what_is_learned() -> None:
+    """TRL's and others' names; padding is no token."""
+    ids = [5, 6, 7, 8]
+    for name in ("completion_mask", "assistant_masks", "loss_mask"):
+        assert made({"input_ids": ids, name: [0, 0, 1, 1]}, "sft") == Example(ids=ids, labels=[-100, -100, 7, 8])
+    row = {"input_ids": ids, "labels": [5, -100, 7, 8], "completion_mask": [0, 1, 1, 1], "attention_mask": [1, 1, 1, 0]}
+    assert made(row, "sft") == Example(ids=[5, 6, 7], labels=[-100, -100, 7])
+    assert left_out(row, spec(), "tokens") == []
+    assert made({"input_ids": ids, "attention_mask": [1, 1, 1, 1]}, "sft") == Example(ids=ids)
+    told = refusal({"input_ids": ids, "loss_mask": [0, 1]}, "sft")[0]
+    assert told == "loss_mask is not a 0 or a 1 for each of 4 tokens"
+    assert "every token" in refusal({"input_ids": [5], "attention_mask": [0]}, "sft")[0]
+
+
+def test_turns_may_be_columns_of_a_column() -> None:
+    """datasets writes Sequence({"from": …, "value": …}) so."""
+    row = {"conversations": {"from": ["human", "gpt"], "value": ["2+2?", "It is 4."]}}
+    assert made(row, "sft") == Example([user()], [said()], dialogue=True)
+
+
+def test_what_only_reward_functions_get_is_said(here: Path) -> None:
+    (here / "my.jsonl").write_text('{"question": "q", "context": "c", "answer": "4", "tests": ["a"]}\n')
+    words = ("data", "preview", "data.path=my.jsonl", "objective=grpo", "model=llama3_8b")
+    assert "  columns that only reward functions get: context, tests" in runner(*words).output
 
 
 def test_texts_that_only_begin_like_a_conversation_are_plain() -> None:
@@ -393,6 +463,10 @@ def test_a_run_refuses_what_a_preview_refuses(here: Path) -> None:
     [
         ({"mask": 1}, "mask may mean that the turn is learned or that it is not", "write loss: true or false"),
         ({"train_detail": [{"begin_offset": 0}]}, "train_detail leaves out parts of a turn", "write train: true or"),
+        *[
+            ({key: False}, f"{key} may say that the turn is not learned", f"write data.weight_field={key} where 0 or")
+            for key in ("is_trainable", "train_on_turn", "ignore_loss")
+        ],
         ({"masked": "yes"}, 'masked is "yes", neither true nor false', "write true to learn nothing of it"),
         ({"trainable": "no"}, 'trainable is "no", neither true nor false', "write false to learn nothing of it"),
     ],

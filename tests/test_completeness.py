@@ -232,3 +232,40 @@ def test_a_template_for_tools_is_taken_where_there_are_tools(body: str, end: str
     for tools in ([], TOOLS):
         right = tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False)
         assert words.turns.template.render(turns, tools=tools).text == right  # type: ignore[arg-type]
+
+
+def test_words_that_are_in_the_text_by_chance_are_not_shown(body: str) -> None:
+    """gpt-oss's template takes the first of two system turns alone, and `d` stands in many words."""
+    words = words_of(body, "gptoss")
+    turns: list[Turn] = [{"role": "system", "content": "s"}, {"role": "system", "content": "d"}, asks("q"), says("a")]
+    with pytest.raises(RequestError, match="does not show turn 2, of the role system"):
+        words.encode(whole(turns), "auto")
+    assert words.encode(whole([turns[0], *turns[2:]]), "auto").num_dropped == 0
+
+
+def test_thoughts_of_a_turn_have_many_names() -> None:
+    spec = spec_of("data=file", "data.path=x.jsonl").data
+    for key in ("thinking", "reasoning", "thought", "cot", "analysis"):
+        example = canonical({"messages": [asks("q"), {**says("a"), key: "deep"}]}, "row 1", spec)
+        assert example.completion == [says("a", "deep")]  # type: ignore[union-attr]
+
+
+def test_a_tool_is_shown_as_the_model_knows_tools(body: str) -> None:
+    """ShareGPT, xLAM and OpenAI's newer interface write the function alone; several templates refuse that."""
+    spec = spec_of("data=file", "data.path=x.jsonl").data
+    function = TOOLS[0]["function"]
+    for tool in (TOOLS[0], function, {"type": "function", **function}):  # type: ignore[dict-item]
+        example = canonical({"messages": [asks("q"), says("a")], "tools": [tool]}, "row 1", spec)
+        assert example.tools == TOOLS  # type: ignore[union-attr]
+        for name in ("our qwen", "gptoss", "gemma4_v5", "llama3_1"):
+            assert "city" in words_of(body, name).encode(example, "auto").text  # type: ignore[arg-type]
+
+
+def test_a_tool_whose_parameters_are_not_shown_is_refused(body: str) -> None:
+    """xLAM's are no JSON schema: gpt-oss's and Gemma 4's templates find nothing in them."""
+    loose = {"name": "look_up", "description": "Look.", "parameters": {"city": {"type": "str"}}}
+    row = whole([asks("q"), says("a")], tools=[{"type": "function", "function": loose}])
+    assert "city" in words_of(body, "our qwen").encode(row, "auto").text
+    for name in ("gptoss", "gemma4_v5"):
+        with pytest.raises(RequestError, match="does not show 'city' of the row's tools"):
+            words_of(body, name).encode(row, "auto")

@@ -35,7 +35,8 @@ def test_a_preview_shows_format_rows_and_every_mistake(here: Path) -> None:
     result = runner("data", "preview", "data.path=my.jsonl", "data.on_error=skip", "--json", "model=llama3_8b")
     assert result.exit_code == 0
     found = json.loads(result.output)
-    assert found["files"] == [{"name": "my.jsonl", "format": "chat", "num_rows": 1, "num_wrong": 2, "left_out": []}]
+    facts = {"name": "my.jsonl", "format": "chat", "num_rows": 1, "num_wrong": 2, "left_out": [], "rewarded": []}
+    assert found["files"] == [facts]
     assert [(piece["text"], piece["trained"]) for piece in found["rows"][0]["segments"]][-1] == ("[b]4[/b]\n", True)
     assert len(found["problems"]) == 2
 

@@ -206,11 +206,13 @@ def test_a_shape_is_told_by_its_fields(row: dict[str, Any], changes: dict[str, A
 @pytest.mark.parametrize(
     ("fields", "remedy"),
     [
-        (["question", "answer"], "write data.prompt_field=question data.completion_field=answer"),
-        (["prompt", "response"], "write data.completion_field=response"),
-        (["dialog", "id"], "write data.messages_field=dialog"),
+        (["question", "reply"], "write data.prompt_field=question data.completion_field=reply"),
+        (["inputs", "targets"], "write data.prompt_field=inputs data.completion_field=targets"),  # Aya
+        (["prompt", "reply"], "write data.completion_field=reply"),
+        (["article", "highlights", "id"], "write data.prompt_field=article data.completion_field=highlights"),
+        (["dialogue", "summary"], "write data.prompt_field=dialogue data.completion_field=summary"),  # no list of turns
         (["title", "content"], "write data.text_field=content"),
-        (["instruction", "context", "response"], "write data.output_field=response data.input_field=context"),
+        (["instruction", "context", "reply"], "write data.output_field=reply data.input_field=context"),
         (["x"], "write data.messages_field=…"),
     ],
 )
@@ -373,10 +375,10 @@ def test_the_first_twenty_mistakes_are_spelled_out(tmp_path: Path) -> None:
 
 
 def test_unknown_fields_are_told_once_not_for_every_row(tmp_path: Path) -> None:
-    told = wrong(tmp_path, "my.csv", "question,answer\na,b\nc,d\n")
+    told = wrong(tmp_path, "my.csv", "question,reply\na,b\nc,d\n")
     assert told == [
-        "my.csv, line 2: cannot tell what to learn by the fields: question, answer "
-        "(write data.prompt_field=question data.completion_field=answer)"
+        "my.csv, line 2: cannot tell what to learn by the fields: question, reply "
+        "(write data.prompt_field=question data.completion_field=reply)"
     ]
 
 

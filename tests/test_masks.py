@@ -219,7 +219,8 @@ def test_marks_in_the_template_are_believed(body: str) -> None:
 
 
 def test_a_template_that_hides_who_speaks_is_an_error_and_no_guess(body: str) -> None:
-    words = Words(body, "{% for m in messages %}{{ m.role }}{% endfor %}", SPECIAL)
+    mute = "{% for m in messages %}{{ m.role }}{{ m.content if m.role == 'user' }}{% endfor %}"
+    words = Words(body, mute, SPECIAL)
     with pytest.raises(RequestError, match="does not show which words of turn 2"):
         words.encode(whole([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]), "auto")
 

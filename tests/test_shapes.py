@@ -105,7 +105,7 @@ def test_calls_and_thoughts_and_weights_are_kept() -> None:
     }  # fmt: skip
     assert said[2] == {**TOOL, "tool_call_id": "1", "name": "add"}
     assert said[3] == {**ANSWER, "reasoning_content": "easy"}
-    assert said[5] == {**ANSWER, "weight": 0} and found.tools == [{"name": "add"}]
+    assert said[5] == {**ANSWER, "weight": 0} and found.tools == [{"type": "function", "function": {"name": "add"}}]
 
 
 def test_sharegpts_calls_are_calls() -> None:

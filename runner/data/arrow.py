@@ -46,7 +46,8 @@ def _of_type(kind: Any, kinds: Any, decoded: bool) -> Convert | None:
         return _of_struct({field.name: _of_type(field.type, kinds, decoded) for field in kind})
     if kinds.is_map(kind):
         return _of_map(_of_type(kind.item_type, kinds, decoded))
-    if kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind):
+    lists = (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list, kinds.is_list_view, kinds.is_large_list_view)
+    if any(is_one(kind) for is_one in lists):
         return _of_list(_of_type(kind.value_type, kinds, decoded))
     return None
 

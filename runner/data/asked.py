@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from runner.data.columns import PROMPTS, SYSTEMS
+from runner.data.columns import ANSWERS, PROMPTS, SYSTEMS
 from runner.data.examples import Turn
 from runner.data.files import Row
 from runner.data.rows import CONTENT_KEYS, ROLE_KEYS, THOUGHTS, RowReader
@@ -21,13 +21,27 @@ _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \n]?")
 
 def messages_field(row: Row, spec: DataSpec) -> str:
     """Where the turns of a conversation are: the field that is named, or else ShareGPT's."""
-    return SHAREGPT if spec.messages_field not in row and SHAREGPT in row else spec.messages_field
+    return _first(row, (spec.messages_field, SHAREGPT)) or spec.messages_field
 
 
 def prompt_field(row: Row, spec: DataSpec) -> str | None:
     """Where the prompt is: the field that is named, a conversation, an instruction, or else what others call it."""
-    named = (spec.prompt_field, messages_field(row, spec), spec.instruction_field, *PROMPTS)
-    return next((name for name in named if name in row), None)
+    return _first(row, (spec.prompt_field, messages_field(row, spec), spec.instruction_field, *PROMPTS))
+
+
+def completion_field(row: Row, spec: DataSpec) -> str:
+    """Where the answer is: the field that is named, or else what others call it."""
+    named = spec.completion_field
+    if row.get(named) is not None or named != type(spec).model_fields["completion_field"].default:
+        return named
+    return next((name for name in ANSWERS if isinstance(row.get(name), (str, list, dict))), named)
+
+
+def _first(row: Row, names: Sequence[str]) -> str | None:
+    """The first of the columns that holds something, or else that is there: a table of several kinds of rows has nulls
+    in the columns of the others."""
+    there = [name for name in names if name in row]
+    return next((name for name in there if row[name] is not None), there[0] if there else None)
 
 
 def turn(role: str, content: str) -> Turn:

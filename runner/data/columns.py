@@ -19,15 +19,23 @@ from runner.spec import DataSpec
 PROMPTS = ("question", "query", "problem", "input")
 """What a prompt is called where there is no `data.prompt_field`, in the order they are looked for."""
 SYSTEMS = ("system_prompt",)
+ANSWERS = ("response", "output", "solution", "answer")
+"""The same for an answer: a long solution goes before the short answer that it ends with."""
 
 _ASKING = {*PROMPTS, "prompt", "prompts", "instruction", "instructions", "inputs", "user", "human", "user_prompt",
            "user_message"}  # fmt: skip
-_ABOUT = {"context", "background", "passage", "choices", "options", "role"}
+_ABOUT = {
+    "context", "contexts", "background", "passage", "passages", "paragraph", "paragraphs", "document", "documents",
+    "article", "articles", "story", "premise", "hypothesis", "choices", "options", "role",
+}  # fmt: skip
 _HISTORY = {"history", "chat_history"}
-_SYSTEM = {"system", "system_prompt", "system_message", "system_instruction", "developer"}
+_SYSTEM = {
+    "system", "system_prompt", "system_message", "system_msg", "system_instruction", "system_instructions",
+    "system_text", "system_content", "sys", "sys_prompt", "sys_msg", "developer",
+}  # fmt: skip
 _ANSWERING = {
     "completion", "response", "answer", "answers", "output", "outputs", "target", "reply", "solution", "chosen",
-    "rejected", "assistant", "responses", "completions",
+    "rejected", "assistant", "responses", "completions", "targets", "summary", "highlights",
 }  # fmt: skip
 _THINKING = {
     *THOUGHTS, "thought", "thoughts", "cot", "complex_cot", "chain_of_thought", "rationale", "explanation", "think",
@@ -51,8 +59,21 @@ _KEYS: tuple[tuple[set[str], tuple[str, ...]], ...] = (
 
 
 def _plain(name: str) -> str:
-    """The name as the sets above have it: `Complex CoT` → `complex_cot`."""
-    return re.sub(r"[\s-]+", "_", name.strip().lower())
+    """The name as the sets above have it: `Complex CoT` → `complex_cot`, `user_query` → `query`."""
+    plain = re.sub(r"[\s-]+", "_", name.strip().lower())
+    role, _, rest = plain.partition("_")
+    return rest if role in _SPEAKERS and plain not in _CONTENT and rest in _CONTENT else plain
+
+
+def is_fact(name: str) -> bool:
+    """Whether a column is named like something about a row, such as `chosen_model` or `Source`."""
+    words = re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    return not _FACTS.isdisjoint(words)
+
+
+def is_content(name: str) -> bool:
+    """Whether a column is named like something that is learned or given."""
+    return _plain(name) in _CONTENT
 
 
 def seen(row: Row, spec: DataSpec) -> Row:
@@ -78,7 +99,7 @@ def unread(reader: RowReader, found: Learnable) -> list[str]:
     """
     content = _CONTENT | {"text"} if isinstance(found, (Preference, Judged)) else _CONTENT
     content = content - _REMARKS if isinstance(found, Preference) else content
-    return [
+    left = [
         name
         for name, value in reader.row.items()
         if name not in reader.read
@@ -87,22 +108,58 @@ def unread(reader: RowReader, found: Learnable) -> list[str]:
         and any(text.strip() not in _NOTHING for text in _texts(value))
         and not _said(key, value, found)
     ]
+    if left or not isinstance(found, Preference) or not isinstance(found.prompt, str):
+        return left
+    return [name for name in perhaps_prompts(reader) if not _said("answer", reader.row[name], found)]
+
+
+def media(reader: RowReader) -> list[str]:
+    """Columns with pictures or sounds: whatever is said of them could not be learned without."""
+    return [str(name) for name, value in reader.row.items() if _plain(str(name)) in _MEDIA and value]
+
+
+def perhaps_prompts(reader: RowReader) -> list[str]:
+    """Columns that may be the prompt of answers that have none, whatever they are called: other text, or turns."""
+    return [
+        str(name)
+        for name, value in reader.row.items()
+        if name not in reader.read
+        and not is_fact(str(name))
+        and (isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, dict) for part in value)))
+        and any(text.strip() not in _NOTHING for text in _texts(value))
+    ]
 
 
 _NOTHING = ("", "[]", "{}", "null")  # as CSV and JSON text have it
+_MEDIA = {"image", "images", "picture", "pictures", "video", "videos", "audio", "audios"}
+_SPEAKERS = {"user", "human", "assistant", "bot", "model", "ai", "gpt", "llm"}
+_FACTS = {
+    "id", "ids", "uid", "uuid", "hash", "key", "index", "source", "src", "dataset", "subset", "split", "origin", "url",
+    "link", "path", "file", "filename", "model", "models", "generator", "author", "annotator", "name", "type", "kind",
+    "category", "categories", "class", "label", "labels", "tag", "tags", "topic", "topics", "task", "domain",
+    "subject", "language", "lang", "locale", "license", "date", "time", "timestamp", "version", "score", "scores",
+    "rating", "ratings", "rank", "difficulty", "level", "quality", "metadata", "meta", "info", "status", "rationale",
+    "explanation", "reason", "critique", "feedback", "chosen", "rejected", "preference", "judge", "judgement",
+    "judgment",
+}  # fmt: skip
+"""Words in the names of columns that say something about a row."""
 _CONTENT = set[str]().union(*(names for names, _ in _KEYS))
 
 
 def mappings(name: str, prompt: str, text: str) -> list[dict[str, str]]:
     """Keys of `DataSpec` that may make the column read, beside a column with the prompt or with plain text."""
     plain = _plain(name)
+    if plain in _MEDIA:
+        return []
     keys = next((keys for names, keys in _KEYS if plain in names), ())
     found = [{key: name} for key in keys]
     if plain in _ASKING | _ABOUT:  # as Alpaca's input behind its instruction
         found.append({"instruction_field": prompt, "input_field": name})
     if plain in _HISTORY:
         found.append({"instruction_field": prompt, "history_field": name})
-    return [*found, {"completion_field": text}] if plain in _ASKING else found
+    if plain in _ANSWERING:  # an article with its summary
+        found.append({"prompt_field": text, "completion_field": name})
+    return [*found, {"completion_field": text}] if plain in _ASKING else found or [{"prompt_field": name}]
 
 
 def listing(names: Sequence[str]) -> str:

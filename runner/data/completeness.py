@@ -8,16 +8,19 @@ spellings.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from typing import Any
 
 from runner.data.examples import Turn
-from runner.data.templates import Template
+from runner.data.templates import MARK, Template
 from runner.errors import Problem, RequestError
 
 THOUGHTS_END = "</think>"
 """Where thoughts that stand inside the content end; some templates take them from there."""
+CHANCE = 24
+"""Characters up to which words may be in a text by chance: in other turns, or in what the template says itself."""
 _REMEDY = {
     "content": "set data.chat_template to one that shows it, or leave it out of the row",
     "reasoning": "set data.chat_template to one that shows it (such as deepseek), or leave it out of the row",
@@ -53,14 +56,47 @@ def check_given(
     """RequestError where `text` leaves out what the model is given: system, user and tool turns, schemas of tools."""
     bare: str | None = None
     for index, turn in enumerate(turns):
-        if turn["role"] == "assistant" or turn["content"].strip() in text:
+        content = turn["content"].strip()
+        if turn["role"] == "assistant" or not content:
             continue
-        bare = bare or _bare(text)
-        if not any(one in bare for one in _spellings(turn["content"])):
+        if found := content in text or any(one in (bare := bare or _bare(text)) for one in _spellings(content)):
+            found = len(content) > CHANCE or _has_place(template, turns, index, tools, ask)
+        if not found:
             what = f"the chat template does not show turn {index + 1}, of the role {turn['role']}"
             raise RequestError(Problem(what, None, _REMEDY["content"]))
     if tools and template.render(turns, ask).text == text:
         raise RequestError(Problem("the chat template does not show the row's tools", None, _REMEDY["tool calls"]))
+    for part in dict.fromkeys(part for tool in tools for part in _described(tool)):
+        bare = bare or _bare(text)
+        if not any(one in bare for one in _spellings(part)):
+            what = f"the chat template does not show {part[:60]!r} of the row's tools"
+            remedy = 'describe their parameters as {"type": "object", "properties": {…}}, or ' + _REMEDY["tool calls"]
+            raise RequestError(Problem(what, None, remedy))
+
+
+def _has_place(
+    template: Template, turns: Sequence[Turn], index: int, tools: Sequence[dict[str, Any]], ask: bool
+) -> bool:
+    """Whether other words in the place of a turn would be shown; of conversations with the same roles tried once."""
+    form = (index, ask, bool(tools), *((turn["role"], bool(turn.get("tool_calls"))) for turn in turns))
+    if form not in template.places:
+        other: list[Turn] = [*turns[:index], {**turns[index], "content": MARK}, *turns[index + 1 :]]
+        template.places[form] = True
+        with suppress(Exception):  # a template may refuse in any way
+            template.places[form] = MARK in template.render(other, ask, tools).text
+    return template.places[form]
+
+
+def _described(tool: Mapping[str, Any]) -> Iterator[str]:
+    """What every template that shows tools says of one: its name, what it does, the names of its parameters."""
+    function = tool.get("function", tool)
+    if not isinstance(function, dict):
+        return
+    yield from (text for text in (function.get("name"), function.get("description")) if isinstance(text, str))
+    parameters = function.get("parameters")
+    if isinstance(parameters, dict):
+        named = parameters.get("properties", {} if "type" in parameters else parameters)
+        yield from map(str, named if isinstance(named, dict) else ())
 
 
 def show(

@@ -18,7 +18,7 @@ from runner.data.documents import reference_pages
 from runner.data.examples import Example, Kind, Learnable, Turn, as_kind, columns, fingerprint
 from runner.data.files import Row, Table, is_url, read_rows, refuse
 from runner.data.hub import load_hub
-from runner.data.shapes import UNREAD, Shape, detect, left_out
+from runner.data.shapes import UNREAD, Shape, detect, left_out, rewarded
 from runner.data.shapes import read as read_shape
 from runner.data.sources import Loose, Source, files_of, mixed, sources_of
 from runner.data.stored import Stored, num_bytes
@@ -246,6 +246,8 @@ class Found:
     problems: list[Problem]
     left_out: list[str]
     """Columns that are not read."""
+    rewarded: list[str] = field(default_factory=list)
+    """Columns that nothing but reward functions gets."""
 
 
 def inspect(spec: DataSpec, kind: Kind | None) -> tuple[list[Found], list[Found]]:
@@ -266,4 +268,5 @@ def _found(table: Table, spec: DataSpec, kind: Kind | None) -> Found:
         shape = detect(table.rows[0], spec, kind) if table.rows else None
     except RequestError:
         shape = None
-    return Found(table.name, shape, rows, problems, columns_left(table, spec, kind, shape))
+    given = rewarded(table.rows[0], spec) if kind == "prompts" and table.rows else []
+    return Found(table.name, shape, rows, problems, columns_left(table, spec, kind, shape), given)

@@ -72,7 +72,7 @@ def _is_conversation(row: Learnable) -> bool:
 def _facts(found: Found) -> dict[str, Any]:
     wrong = len({problem.source for problem in found.problems})
     facts = {"name": found.name, "format": found.shape, "num_rows": len(found.rows), "num_wrong": wrong}
-    return facts | {"left_out": found.left_out}
+    return facts | {"left_out": found.left_out, "rewarded": found.rewarded}
 
 
 def _segments(row: Learnable, words: Words | None, loss_on: str, whole: bool = False) -> Iterator[dict[str, Any]]:
@@ -155,8 +155,16 @@ def _tokens(encoded: Encoded, words: Words) -> Iterator[dict[str, Any]]:
     for index in range(1, len(flags) + 1):
         if index == len(flags) or flags[index] != flags[begin]:
             ids = encoded.ids[begin:index]
-            text = words.backend.decode(ids, skip_special_tokens=False)
-            if encoded.offsets:  # as it was written: decoding may lose spaces
-                text = encoded.text[encoded.offsets[begin][0] : encoded.offsets[index - 1][1]] or text
+            text = _shown(ids, encoded.offsets[begin:index], encoded.text, words)
             yield {"text": text, "trained": flags[begin], "tokens": len(ids)}
             begin = index
+
+
+def _shown(ids: Sequence[int], offsets: Sequence[tuple[int, int]], text: str, words: Words) -> str:
+    """The text of tokens as it was written, as decoding may lose spaces, with the tokens that were put around it."""
+    inside = [index for index, (begin, end) in enumerate(offsets) if begin < end]
+    if not inside:
+        return str(words.backend.decode(ids, skip_special_tokens=False))
+    first, last = inside[0], inside[-1] + 1
+    before, after = (words.backend.decode(part, skip_special_tokens=False) for part in (ids[:first], ids[last:]))
+    return f"{before}{text[offsets[first][0] : offsets[last - 1][1]]}{after}"

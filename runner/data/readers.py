@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from runner.data.asked import (
@@ -10,6 +10,7 @@ from runner.data.asked import (
     asked,
     check_answer,
     check_ends,
+    completion_field,
     instructed,
     is_turns,
     messages_field,
@@ -22,6 +23,7 @@ from runner.data.asked import (
 )
 from runner.data.examples import Example, Judged, Learnable, Preference, Question, Turn
 from runner.data.files import kind_of
+from runner.data.masks import IGNORED
 from runner.data.rows import RowReader
 from runner.spec import DataSpec
 
@@ -32,6 +34,8 @@ RESERVED = frozenset(
      "answer", "environment", "environments", "image", "images", "chat_template_kwargs"}
 )  # fmt: skip
 """Names that reward functions are given anyway, or that TRL 1.16 takes from a row for something else."""
+_LEARNED_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
+"""TRL's, transformers' and others' names beside token ids for what is learned."""
 
 
 def _chat(reader: RowReader, spec: DataSpec) -> Example:
@@ -50,7 +54,7 @@ def _alpaca(reader: RowReader, spec: DataSpec) -> Example:
 
 
 def _pair(reader: RowReader, spec: DataSpec) -> Example:
-    row, name = reader.row, spec.completion_field
+    row, name = reader.row, completion_field(reader.row, spec)
     asked_in = prompt_field(row, spec) or spec.prompt_field
     both = is_turns(row.get(asked_in)) and is_turns(row.get(name))  # a cell of CSV that is JSON alone may be an answer
     as_turns = both or isinstance(row.get(asked_in), list) or isinstance(row.get(name), list)
@@ -77,7 +81,7 @@ def _preference(reader: RowReader, spec: DataSpec) -> Preference:
         reader.read |= {*names, spec.prompt_field}
         chosen, rejected, alone = *whole, True
     else:
-        turns = all(map(is_turns, values))
+        turns = all(map(is_turns, values)) and _repeats(values, row.get(prompt_field(row, spec) or ""))
         chosen, rejected = (answered(reader, name, turns or isinstance(row.get(name), list)) for name in names)
     prompt = [] if alone else asked(reader, spec)
     if chosen and chosen[0]["role"] != "assistant":  # whole conversations: the prompt is what they share
@@ -101,6 +105,17 @@ def _conversations(values: list[Any], prompt: Any, alone: bool) -> list[list[Tur
         return []
     whole = [spoken(value) for value in values]
     return whole if all(whole) else []
+
+
+def _repeats(values: list[Any], prompt: Any) -> bool:
+    """JSON text of turns is a conversation; where others speak in it and none says the prompt, it is what the assistant
+    wrote."""
+    if not isinstance(prompt, str) or is_turns(prompt) or not all(isinstance(value, str) for value in values):
+        return True
+    turns = [said for value in values for said in said_turns(value)]
+    others = [said for said in turns if said.get("role", said.get("from")) not in ("assistant", "gpt", "model")]
+    texts = [said.get("content", said.get("value")) for said in others]
+    return not texts or prompt.strip() in [text.strip() for text in texts if isinstance(text, str)]
 
 
 def _begun(prompt: list[Turn], begun: list[Turn], reader: RowReader, spec: DataSpec) -> list[Turn]:
@@ -155,9 +170,9 @@ def _are_the_same(reader: RowReader, spec: DataSpec) -> None:
 def _unpaired(reader: RowReader, spec: DataSpec) -> Judged:
     row = reader.row
     instructed_alone = spec.completion_field not in row and {spec.instruction_field, spec.output_field} <= row.keys()
-    conversation = spec.completion_field not in row and messages_field(row, spec) in row
+    conversation = completion_field(row, spec) not in row and messages_field(row, spec) in row
     found = (_chat if conversation else _alpaca if instructed_alone else _pair)(reader, spec)
-    _weighs(reader, spec.completion_field, found.completion)
+    _weighs(reader, completion_field(row, spec), found.completion)
     return Judged(found.prompt, found.completion, reader.truth(spec.label_field), found.tools)
 
 
@@ -209,7 +224,27 @@ def _tokens(reader: RowReader, spec: DataSpec) -> Example:
     labels = reader.ids("labels") if reader.row.get("labels") is not None else None
     if labels is not None and len(labels) != len(ids) and not reader.problems:
         reader.wrong(f"has {len(labels)} labels for {len(ids)} tokens", "write a label for every token, -100 for none")
+    learned, given = (_mask(reader, names, len(ids)) for names in (_LEARNED_MASKS, ("attention_mask",)))
+    if not all(learned):
+        labels = [label if flag else IGNORED for label, flag in zip(labels or ids, learned, strict=False)]
+    if not all(given):  # padding
+        ids, labels = ([x for x, flag in zip(row, given, strict=False) if flag] for row in (ids, labels or ids))
+        reader.wrong("attention_mask leaves out every token", "delete the row") if not ids else None
     return Example(ids=ids, labels=labels)
+
+
+def _mask(reader: RowReader, names: Sequence[str], size: int) -> list[bool]:
+    """Of every token, whether all the columns of 0 and 1 that are there keep it."""
+    kept = [True] * size
+    for name in names:
+        flags = reader.value(name)
+        if flags is None:
+            continue
+        if not isinstance(flags, list) or len(flags) != size or not all(flag in (0, 1) for flag in flags):
+            reader.wrong(f"{name} is not a 0 or a 1 for each of {size} tokens", "correct it, or delete the column")
+            continue
+        kept = [one and bool(flag) for one, flag in zip(kept, flags, strict=True)]
+    return kept
 
 
 READERS: dict[Shape, Callable[[RowReader, DataSpec], Learnable]] = {

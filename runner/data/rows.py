@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -21,6 +22,7 @@ OTHER_ROLES = {
 }  # fmt: skip
 ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # as transformers reads them
+_OTHER_THOUGHTS = ("thought", "thoughts", "think", "cot", "chain_of_thought", "analysis")
 # ms-swift's, Axolotl's and others' names for a turn that is learned or not; torchtune's for one that is not.
 _LEARN = ("loss", "train", "training", "trainable", "learn", "loss_mask")
 _HIDE = ("masked",)
@@ -29,6 +31,8 @@ _UNCLEAR = {
     "train_detail": ("leaves out parts of a turn", "write train: true or false for the whole turn"),
     "training_detail": ("leaves out parts of a turn", "write train: true or false for the whole turn"),
 }
+_PERHAPS = re.compile(r"train|loss|learn|mask|weight|ignore")
+"""Others that may be meant so: `train_on_turn`, `is_trainable`, `ignore_loss`."""
 _TURN = 'write {"role": "user", "content": "…"}'
 _TURNS = 'write [{"role": "user", "content": "…"}, …]'
 _TRUTH = {"true": True, "false": False, "1": True, "0": False, "+1": True, "-1": False}
@@ -123,7 +127,7 @@ class RowReader:
             self.wrong(f"{name} is {kind_of(value)}, not a list of tools", "write a list of JSON schemas")
             return []
         self.check_characters(name, value)
-        return value
+        return [_tool(tool) for tool in value]
 
     def turns(self, name: str, whole: bool = True) -> list[Turn]:
         """The turns of a conversation that are right; one that is not `whole` goes on after another field's."""
@@ -136,6 +140,9 @@ class RowReader:
             except json.JSONDecodeError as error:
                 self.wrong(f"{name} is broken JSON: {error.msg} (column {error.colno})", _TURNS)
                 return []
+        if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
+            columns = zip(*value.values(), strict=False)  # of datasets' Sequence({…})
+            value = [dict(zip(value, said, strict=True)) for said in columns]
         if not isinstance(value, list) or not value:
             what = "is an empty list" if value == [] else f"is {kind_of(value)}, not a list of turns"
             self.wrong(f"{name} {what}", _TURNS)
@@ -182,7 +189,7 @@ class RowReader:
         self._add_weight(name, turn, found)
         if calls is not None:
             found["tool_calls"] = self._calls(f"{name}.tool_calls", calls)
-        thought = next((turn[key] for key in THOUGHTS if turn.get(key)), None)
+        thought = next((turn[key] for key in (*THOUGHTS, *_OTHER_THOUGHTS) if turn.get(key)), None)
         if thought is not None:
             found["reasoning_content"] = self.content(f"{name}.reasoning_content", thought)
         if isinstance(turn.get("name"), str):
@@ -203,9 +210,13 @@ class RowReader:
                 none = "0" if key == self.weight else "true" if key in _HIDE else "false"
                 remedy = f"write {none} to learn nothing of it"
                 self.wrong(f"{name}.{key} is {_short(value)}, neither {no} nor {yes}", remedy)
-        for key in _UNCLEAR.keys() & turn.keys() - {self.weight} if found["role"] == "assistant" else ():
-            if turn[key] is not None:
+        unknown = [key for key in turn if key not in (self.weight, *_LEARN, *_HIDE) and turn[key] is not None]
+        for key in unknown if found["role"] == "assistant" else ():
+            if key in _UNCLEAR:
                 self.wrong(f"{name}.{key} {_UNCLEAR[key][0]}", _UNCLEAR[key][1])
+            elif _PERHAPS.search(str(key).lower()):
+                remedy = f"write data.weight_field={key} where 0 or false says so, or loss: false in its place"
+                self.wrong(f"{name}.{key} may say that the turn is not learned", remedy)
         if len(set(said.values())) > 1:
             self.wrong(f"{name} is to be learned by one of {', '.join(said)} and not by another", "write one of them")
         flag = next((key for key in _LEARN if said.get(key)), None)
@@ -252,6 +263,13 @@ class RowReader:
 
 def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as templates know it; ShareGPT, xLAM and OpenAI's newer interface leave the function around it out."""
+    if "function" in tool or "name" not in tool or tool.get("type", "function") != "function":
+        return tool
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
 
 def _items(calls: Any) -> list[Any]:

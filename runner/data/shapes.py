@@ -2,7 +2,7 @@
 
     chat                {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}, or `conversations`
     alpaca              {"instruction": "…", "input": "…", "output": "…", "system": "…", "history": [["…", "…"]]}
-    prompt_completion   {"prompt": "…", "completion": "…"}       text, or two lists of turns
+    prompt_completion   {"prompt": "…", "completion": "…"}       text, or two lists of turns; or `response`, `output`, …
     text                {"text": "…"}
     preference          {"prompt": "…", "chosen": "…", "rejected": "…"}, or both answers with their prompt in them
     unpaired            {"prompt": "…", "completion": "…", "label": true}
@@ -15,13 +15,14 @@ The names of the fields are those of `DataSpec`. A new shape is one function in 
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
-from runner.data.asked import messages_field, prompt_field
-from runner.data.columns import is_index, is_odd, listing, mappings, seen, unread
+from runner.data.asked import completion_field, messages_field, prompt_field, said_turns
+from runner.data.columns import is_content, is_fact, is_index, is_odd, listing, mappings, media, seen, unread
 from runner.data.examples import Kind, Learnable, Preference, Question, as_kind
 from runner.data.files import Row, kind_of
 from runner.data.readers import READERS, Shape, passed_on, prompts_of
@@ -34,8 +35,33 @@ UNREAD = "like content, and nothing reads "
 # What other data sets call the fields, in the order they are looked for.
 _GUESSES = {
     "messages_field": ("conversation", "dialog", "dialogue", "turns"),
-    "prompt_field": ("instruction", "question", "query", "input", "source"),
-    "completion_field": ("response", "answer", "output", "target", "reply", "answers"),
+    "prompt_field": (
+        "instruction",
+        "question",
+        "query",
+        "input",
+        "inputs",
+        "user",
+        "human",
+        "article",
+        "document",
+        "dialogue",
+        "dialog",
+        "source",
+    ),
+    "completion_field": (
+        "response",
+        "answer",
+        "output",
+        "target",
+        "targets",
+        "reply",
+        "answers",
+        "summary",
+        "highlights",
+        "assistant",
+        "gpt",
+    ),
     "text_field": ("content", "document", "body"),
 }
 
@@ -49,6 +75,17 @@ def detect(row: Row, spec: DataSpec, kind: Kind | None = None) -> Shape:
     if spec.format != "auto":
         return spec.format
     row = seen(row, spec)
+    said = {name: value for name, value in row.items() if value is not None or name == spec.label_field}
+    if shape := _shape(said, spec, kind) or _shape(row, spec, kind):  # what is null is named where it is missed
+        flags = [name for name, value in row.items() if isinstance(value, bool)]
+        if kind == "unpaired" and shape in ("chat", "alpaca", "prompt_completion") and len(flags) == 1:
+            raise RequestError(Problem(f"has no field {spec.label_field}", None, f"write data.label_field={flags[0]}"))
+        return shape
+    what = f"cannot tell what to learn by the fields: {', '.join(map(str, row)) or 'none'}"
+    raise RequestError(Problem(what, None, _which_fields(row, spec, kind)))
+
+
+def _shape(row: Row, spec: DataSpec, kind: Kind | None) -> Shape | None:
     has = row.keys()
     prompted = prompt_field(row, spec) is not None
     if spec.ids_field in has and kind in (None, "sft"):
@@ -66,24 +103,23 @@ def detect(row: Row, spec: DataSpec, kind: Kind | None = None) -> Shape:
         return "prompt_completion"
     if {spec.instruction_field, spec.output_field} <= has:
         return "alpaca"
-    if {spec.prompt_field, spec.answer_field} <= has:
+    answer = completion_field(row, spec)
+    if {spec.prompt_field, spec.answer_field} <= has and answer in (spec.answer_field, spec.completion_field):
         return "prompts"
+    if prompted and answer in has:
+        return "prompt_completion"
     if spec.text_field in has:
         return "text"
-    if spec.ids_field in has:
-        return "tokens"
-    what = f"cannot tell what to learn by the fields: {', '.join(map(str, row)) or 'none'}"
-    raise RequestError(Problem(what, None, _which_fields(row, spec, kind)))
+    return "tokens" if spec.ids_field in has else None
 
 
 def _which_fields(row: Row, spec: DataSpec, kind: Kind | None) -> str:
     if kind == "preference":
-        return (
-            "write data.prompt_field=… data.chosen_field=… data.rejected_field=…: the better and the worse answer; "
-            "rows that mark one of two answers have to be written so first"
-        )
+        return _which_answers(row, spec)
     lower = {str(name).lower(): name for name in reversed(row) if isinstance(row[name], (str, list))}
     guess = {key: next((lower[name] for name in names if name in lower), None) for key, names in _GUESSES.items()}
+    if isinstance(talk := row.get(guess["messages_field"] or ""), str) and not said_turns(talk):
+        guess["messages_field"] = None
     pair = {"prompt_field": spec.prompt_field, "completion_field": spec.completion_field}
     named = {key: name if name in row else guess[key] for key, name in pair.items()}
     keys: dict[str, str] = {}
@@ -109,6 +145,20 @@ def _which_fields(row: Row, spec: DataSpec, kind: Kind | None) -> str:
     return f"write {_said(keys)}"
 
 
+def _which_answers(row: Row, spec: DataSpec) -> str:
+    keys = {}
+    for key, word in (("chosen_field", spec.chosen_field), ("rejected_field", spec.rejected_field)):
+        found = [name for name in map(str, row) if word in re.split(r"[\W_]+", name.lower())]
+        found = [n for n in found if isinstance(row[n], (str, list, dict)) and not is_fact(n.lower().replace(word, ""))]
+        if len(found) != 1:
+            return (
+                "write data.prompt_field=… data.chosen_field=… data.rejected_field=…: the better and the worse answer; "
+                "rows that mark one of two answers have to be written so first"
+            )
+        keys[key] = found[0]
+    return f"write {_said(keys)}"
+
+
 def read(row: Row, where: str, spec: DataSpec, shape: Shape, kind: Kind | None = None) -> Learnable:
     """A row of a known shape; RequestError with every mistake in it, each at `where`."""
     reader, found = _read(row, where, spec, shape, kind)
@@ -126,6 +176,13 @@ def left_out(row: Row, spec: DataSpec, shape: Shape, kind: Kind | None = None) -
     return [name for name in row if name not in {*reader.read, *extra} and not is_index(name)]
 
 
+def rewarded(row: Row, spec: DataSpec) -> list[str]:
+    """Columns of a prompt that nothing but reward functions gets."""
+    reader = RowReader(seen(row, spec), "", spec.roles, spec.weight_field)
+    extra = prompts_of(reader, spec).extra if prompt_field(reader.row, spec) is not None else {}
+    return [name for name in extra if name not in reader.read]
+
+
 def _read(row: Row, where: str, spec: DataSpec, shape: Shape, kind: Kind | None) -> tuple[RowReader, Learnable]:
     reader = RowReader(seen(row, spec), where, spec.roles, spec.weight_field)
     if kind == "prompts" and prompt_field(reader.row, spec) is not None:
@@ -138,9 +195,9 @@ def _read(row: Row, where: str, spec: DataSpec, shape: Shape, kind: Kind | None)
 
 def _unread(reader: RowReader, found: Learnable, spec: DataSpec, shape: Shape) -> list[str]:
     """Token ids and text that is named are taken as they are, and all of a prompt goes to the reward functions."""
-    if shape == "tokens" or spec.format == "text" or isinstance(found, Question):
+    if shape == "tokens" or spec.format == "text":
         return []
-    return unread(reader, found)
+    return media(reader) if isinstance(found, Question) else [*unread(reader, found), *media(reader)]
 
 
 def _left(names: list[str], reader: RowReader, spec: DataSpec, kind: Kind | None) -> Problem:
@@ -149,6 +206,8 @@ def _left(names: list[str], reader: RowReader, spec: DataSpec, kind: Kind | None
     what = f"column{'s' * many} {' and '.join(names)} look{'s' * (not many)} {UNREAD}"
     ignored = f"data.ignore_columns={listing([*spec.ignore_columns, *names])}"
     words = _mapping(names, reader.row, spec, kind)
+    if many and not any(map(is_content, names)):  # which of them is the prompt cannot be told by their names
+        words = f"data.prompt_field={names[0]}, or another of them"
     remedy = f"write {words}, or {ignored}" if words else f"write {ignored} to leave {'them' if many else 'it'} out"
     return Problem(what + ("them" if many else "it"), reader.where, remedy)
 

@@ -89,6 +89,8 @@ class Template:
         """`special` as in tokenizer_config.json: `bos_token`, `eos_token`, …; RequestError for one that is no Jinja."""
         self.source, self.special = source, special
         self._render = _compiled(source)
+        self.places: dict[Any, bool] = {}
+        """Form of a conversation, with the number of a turn in it → whether that is shown (completeness.py)."""
 
     def render(self, turns: Sequence[Turn], ask: bool = False, tools: Sequence[dict[str, Any]] = ()) -> Rendered:
         """The conversation as text; `ask` ends it where the assistant is to speak.

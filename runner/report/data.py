@@ -30,6 +30,10 @@ def print_preview(console: Console, found: Mapping[str, Any]) -> None:
         if file["left_out"]:
             names = ", ".join(file["left_out"])
             console.print(f"  columns that are not read: {names}", highlight=False, markup=False, soft_wrap=True)
+        if file["rewarded"]:
+            names = ", ".join(file["rewarded"])
+            line = f"  columns that only reward functions get: {names}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     unit = "tokens" if found["tokenizer"] else "turns: the model's tokenizer is not on this machine"
     legend = Text.assemble("Learned for ", found["objective"], ": ", _legend(console), f" (by {unit})")
     console.print(legend)

@@ -75,7 +75,7 @@ class DataSpec(Part):
     prompt_field: str = "prompt"
     """Field with the prompt: text, or turns."""
     completion_field: str = "completion"
-    """Field with the answer: text, or turns."""
+    """Field with the answer: text, or turns; auto takes `response`, `output`, `solution` and `answer` too."""
     text_field: str = "text"
     """Field with plain text."""
     instruction_field: str = "instruction"
@@ -103,7 +103,7 @@ class DataSpec(Part):
     ids_field: str = "input_ids"
     """Already tokenised: field with the token ids; `labels` beside it are taken as they are."""
     weight_field: str = "weight"
-    """Key of a turn with its weight: 0 trains on nothing of it, 1 on all (an assistant turn without one weighs 1)."""
+    """Key of a turn with its weight: 0 or false trains on nothing of it, 1 or true on all (an assistant turn without one weighs 1)."""
     ignore_columns: list[str] = []
     """Columns that are left out although they look like content (`answer`, `context`, `reasoning`, …) and no other key reads them."""
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = {}
