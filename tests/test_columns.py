@@ -311,6 +311,14 @@ def test_turns_as_text_are_an_answer_where_they_do_not_begin_with_the_prompt() -
         assert made(row, "preference") == Preference([user()], [said()], [said("5")])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("key", "row"),
+    [("completion_field", {"prompt": "a", "response": "b"}), ("output_field", {"instruction": "a", "output": "b"})],
+)
+def test_other_names_are_not_tried_where_one_is_named(key: str, row: dict[str, Any]) -> None:
+    assert refusal(row, "sft", **{key: "reply"})[0].startswith("cannot tell what to learn")
+
+
 def test_which_of_two_columns_is_the_prompt_is_not_guessed() -> None:
     what, remedy = refusal({"titel": "a", "frage": "b", "chosen": "Four", "rejected": "5"}, "preference")
     assert what == "columns titel and frage look like content, and nothing reads them"

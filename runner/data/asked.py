@@ -32,7 +32,10 @@ def prompt_field(row: Row, spec: DataSpec) -> str | None:
 def completion_field(row: Row, spec: DataSpec) -> str:
     """Where the answer is: the field that is named, or else what others call it."""
     named = spec.completion_field
-    if row.get(named) is not None or named != type(spec).model_fields["completion_field"].default:
+    own = any(
+        getattr(spec, key) != type(spec).model_fields[key].default for key in ("completion_field", "output_field")
+    )
+    if row.get(named) is not None or own:  # a name that no row has is an error, not another name's leave
         return named
     return next((name for name in ANSWERS if isinstance(row.get(name), (str, list, dict))), named)
 
