@@ -31,7 +31,7 @@ _UNCLEAR = {
     "train_detail": ("leaves out parts of a turn", "write train: true or false for the whole turn"),
     "training_detail": ("leaves out parts of a turn", "write train: true or false for the whole turn"),
 }
-_PERHAPS = re.compile(r"train|loss|learn|mask|weight|ignore")
+_PERHAPS = re.compile(r"train|loss|learn|mask|ignore")
 """Others that may be meant so: `train_on_turn`, `is_trainable`, `ignore_loss`."""
 _TURN = 'write {"role": "user", "content": "…"}'
 _TURNS = 'write [{"role": "user", "content": "…"}, …]'
