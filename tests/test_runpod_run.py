@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -262,19 +263,35 @@ def test_a_kept_pod_goes_on_with_the_run_that_is_resumed(typed: Typed) -> None:
 
 
 def test_a_pod_of_ones_own_takes_runs_one_after_the_other(typed: Typed) -> None:
-    """From `pods up`: a run takes it over and stops it, the resumed run starts it, and a new run ends it."""
+    """From `pods up`: a run takes it and hands it back, and so do the resumed run and, in the pod that was stopped
+    and started again, another one; the last run starts and ends it."""
     up = ("pods", "up", GPU, "hw=cpu", "where.max_usd=5", "where.volume_gb=20", "--hours", "3", "--yes", "--json")
-    code, said = ended(typed.verb(*up))
-    assert code == 0, said
+    made = json.loads(typed.verb(*up).communicate(timeout=120)[0])
     (only,) = typed.emulator.pods()
     code, said = ended(typed.run(GPU, f"where.pod={only}", "train.save_every_steps=6", "where.max_usd=4"))
-    assert code == 0 and f"takes pod {only} (running)" in said and "Kept    its disk" in said, said
+    assert code == 0 and f"takes pod {only} (running)" in said and "is yours again, until " in said, said
     first = typed.folder
-    assert [pod.status for pod in typed.emulator.pods().values()] == ["EXITED"] and len(losses(first.path)) == 12
+    assert [pod.status for pod in typed.emulator.pods().values()] == ["RUNNING"] and len(losses(first.path)) == 12
+
+    def row() -> dict[str, Any]:
+        (found,) = json.loads(ended(typed.verb("pods", "--json"))[1])
+        return dict(found)
+
+    mine = row()
+    assert (mine["state"], mine["held"]) == ("RUNNING", False) and mine["run_id"].startswith(made["run_id"])
+    assert mine["deadline"] == pytest.approx(made["deadline"], abs=2)
+    code, said = ended(typed.verb("pods", "ssh", made["run_id"], "ls", f"/workspace/runs/{first.id}/agent.json"))
+    assert code == 0 and "agent.json" in said  # by the id that it had, and a key that is let in
     code, said = ended(typed.verb("resume", str(first.path), "train.max_steps=16", "--yes"))
-    assert code == 0 and f"Takes   pod {only} (stopped)" in said and "Sends   the checkpoint" not in said, said
-    assert len(losses(first.path)) == 16
-    more = (GPU, f"where.pod={first.id}", "where.keep=false", "run.name=second")
+    assert code == 0 and f"Takes   pod {only} (running)" in said and "Sends   the checkpoint" not in said, said
+    assert len(losses(first.path)) == 16 and "is yours again, until " in said
+    assert ended(typed.verb("pods", "stop", only))[0] == 0
+    assert ended(typed.verb("pods", "start", only, "--hours", "2", "--yes"))[0] == 0
+    code, said = ended(typed.run(GPU, f"where.pod={only}", "run.name=third"))
+    assert code == 0 and f"Takes   pod {only} (running)" in said and "is yours again, until " in said, said
+    assert row()["state"] == "RUNNING" and row()["deadline"] < made["deadline"]
+    assert ended(typed.verb("pods", "stop", only))[0] == 0
+    more = (GPU, f"where.pod={only}", "where.keep=false", "run.name=second")
     code, said = ended(typed.run(*more))
     assert code == 0 and "ENDED, with its disk" in said and "is gone, which was confirmed" in said, said
     assert typed.emulator.pods() == {}

@@ -705,10 +705,14 @@ def hold(folder: Path, held: list[IO[str]]) -> Path | None:
 def lock(run_id: str, held: list[IO[str]]) -> bool:
     """One agent for one run: False where another one is at work. Where no lock can be made it goes on without one.
 
-    Of a run that was handed the pod, another agent may be at work: this one stands by.
+    Of a run that was handed the pod, another agent may be at work: this one stands by. The lock of a run that had the
+    pod before, and has it again, is held already.
     """
+    file = SHM / f"runner-{run_id}.lock"
+    if any(stream.name == str(file) for stream in held):
+        return True
     try:
-        stream = (SHM / f"runner-{run_id}.lock").open("w")
+        stream = file.open("w")
         held.append(stream)
         fcntl.flock(stream, fcntl.LOCK_EX | (0 if len(held) > 1 else fcntl.LOCK_NB))
     except BlockingIOError:

@@ -55,7 +55,9 @@ def _hand_on(old: Session, new: Session) -> None:
 
 def succeed(at: Berth, there: Berth, order: dict[str, Any]) -> None:
     """Have the switch of the run `at` serve the run `there`, by its order. RunFailedError where it does not."""
-    at.connection.run(f"mkdir -p {shlex.quote(there.folder)}/logs")
+    folder = shlex.quote(there.folder)
+    # A run that had the pod before has handed it on to somebody, too: two that name each other would go round for ever.
+    at.connection.run(f"mkdir -p {folder}/logs; rm -f {folder}/successor.json")
     there.place("agent.json", order)
     at.place("successor.json", {"run_id": there.run_id})
     status = at.start_agent()  # it is at work, and answers for the run that it serves by then; else it begins with that

@@ -34,6 +34,8 @@ class Rented:
     volume_gb: float = 0.0
     say: Callable[[str], None] = lambda line: None
     """For what somebody has to know at once."""
+    before: Entry | None = None
+    """A person's own running pod that it was, and becomes again after the run."""
 
     @property
     def usd_per_hour(self) -> float:

@@ -1,7 +1,8 @@
 """Pods that exist already: taken for a run by `where.pod`, or started again for a person.
 
 A pod is taken in one transaction of the ledger, so that it has one owner; its dead-man's switch then holds the new
-order before anything is sent. Whatever goes wrong, it is stopped, and its disk is kept.
+order before anything is sent. A person's own running pod is theirs again after the run; whatever goes wrong, a pod is
+stopped, and its disk is kept.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from runner.cloud.rented import Rented, deadline_of, spent
 from runner.cloud.session import Session
 from runner.cloud.ship import Berth, Say
 from runner.cloud.waiting import until_ready
-from runner.errors import Problem, RequestError, RunFailedError
+from runner.errors import Problem, RequestError, RunFailedError, RunnerError
 from runner.paths import state_dir
 from runner.rundir import RunDir
 from runner.spec import RunPodPlace, RunSpec
 
+OWN = "-own-"
+LEAST_S = 60.0
+"""A pod that ends itself sooner is not handed back."""
 SETUP_S, BAD_HOST_S = 20 * 60.0, 3 * 60.0
 """For a pod of a person's own, as `where.setup_minutes` and `where.bad_host_minutes` by default."""
 
@@ -94,6 +98,7 @@ def take(run: RunDir, spec: RunSpec, pair: keys.KeyPair, say: Say, detached: boo
         None if detached else 60 * place.heartbeat_minutes,
     )  # fmt: skip
     rented.deadline = deadline_of(place, rented.meter)
+    rented.before = old if old.state == "RUNNING" and place.keep is None else None
     say(f"Takes   {found.described}, of {old.run_id}")
     try:
         ledger.set(rented.name, deadline=rented.deadline, keep=place.keeps)
@@ -107,6 +112,36 @@ def take(run: RunDir, spec: RunSpec, pair: keys.KeyPair, say: Say, detached: boo
     except BaseException:
         rented.release(keep=True)
         raise
+
+
+def hand_back(session: Session) -> float | None:
+    """Make a person's own running pod theirs again, under its former deadline, which is returned. None where there is
+    nothing to hand back, its time is over, or the pod does not take the order: then it is to be stopped."""
+    rented, at = session.rented, session.at
+    old, now = rented.before, clock.now()
+    if old is None or at is None or old.deadline is None or old.deadline < now + LEAST_S:
+        return None
+    run_id = f"{old.run_id.partition(OWN)[0]}{OWN}{secrets.token_hex(2)}"  # the first part still finds it
+    name = f"{PREFIX}{run_id}-{secrets.token_hex(2)}"
+    order = ship.order(
+        run_id, rented.pod.id, deadline=old.deadline, started=now, usd_per_hour=rented.usd_per_hour, budget_usd=None,
+        heartbeat_minutes=None, boarding_minutes=None, keep=old.keep, uncollected="stop" if old.keep else "terminate",
+        public_key=keys.pair(run_id).public,
+    )  # fmt: skip
+    try:
+        there = Berth(at.connection, at.workspace, run_id)
+        _scripts(there)
+        handover.succeed(at, there, order | {"fresh": False})
+        at.connection.run(f"rm -f /dev/shm/runner-{shlex.quote(session.run.id)}.env", check=False)
+        rented.ledger.move(rented.name, "PARKED", "handed back", deadline=old.deadline)
+        rented.ledger.hand_over(rented.name, name, run_id=run_id, run_dir=str(folder_of(run_id)), heartbeat_s=None)
+        rented.ledger.set(name, deadline=old.deadline, keep=old.keep)
+        rented.ledger.move(name, "RUNNING", "it is a person's own until its deadline")
+        rented.ledger.leave(name)
+    except RunnerError as error:
+        rented.say(f"Pod {rented.pod.id} could not be handed back, and is stopped: {error}")
+        return None
+    return old.deadline
 
 
 def start(api: Api, ledger: Ledger, word: str, hours: float, say: Say, env: dict[str, str]) -> Rented:
@@ -198,14 +233,19 @@ def _hand_on(rented: Rented, old: Entry, new: Session, detached: bool) -> None:
             return
         order = new.order(detached)
         if at.connection.attempt(f"test -e {shlex.quote(at.folder)}/agent.json")[0]:
-            at.connection.run(f"mkdir -p {shlex.quote(at.folder)}/logs")
-            at.connection.put([Path(str(module.__file__)) for module in ship.SCRIPTS], f"{at.folder}/")
+            _scripts(at)
             at.place("agent.json", order | {"run_id": old.run_id, "public_key": None})
         there = Berth(at.connection, at.workspace, new.run.id)
         handover.succeed(at, there, order)
         at.connection.run(f"rm -f /dev/shm/runner-{shlex.quote(old.run_id)}.env", check=False)
     finally:
         at.connection.close()
+
+
+def _scripts(at: Berth) -> None:
+    """Send the agent to a folder that has none yet."""
+    at.connection.run(f"mkdir -p {shlex.quote(at.folder)}/logs")
+    at.connection.put([Path(str(module.__file__)) for module in ship.SCRIPTS], f"{at.folder}/")
 
 
 def unavailable(pod: str) -> RunFailedError:

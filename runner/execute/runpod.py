@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from shlex import quote
 from types import FrameType
 from typing import Any
@@ -98,6 +99,8 @@ def _machine(spec: RunSpec, plan: dict[str, Any]) -> tuple[str, float]:
         reconcile(api, ledger)
         found = reuse.find(api, ledger, spec)
         became = "stopped" if where(spec).keeps else "ENDED, with its disk"
+        if found.entry.state == "RUNNING" and where(spec).keep is None:
+            became = "yours again (stopped, where the run is detached)"
         return f"nothing: takes {found.described}, which is {became} after the run", found.entry.usd_per_hour
     machines, _ = preflight.check(Api(), spec, plan)
     return machines[0].described, machines[0].usd_per_hour
@@ -207,12 +210,14 @@ def _with(session: Session, voice: Voice, manner: Manner) -> Outcome:
     except Vanished:
         raise
     except BaseException as error:
+        until = None if begun and isinstance(error, OSError) else reuse.hand_back(session)
         session.close()
         if begun and isinstance(error, OSError):  # of this machine: it ends no training there
             rented.ledger.leave(rented.name)
             what = f"{error.strerror or error}: nothing can be written here, and pod {rented.pod.id} still has the run"
             raise RunFailedError(Problem(what, None, f"make room, then: python -m runner attach {run.id}")) from None
-        rented.release(keep=where(session.spec).keeps and bool(where(session.spec).pod))
+        if until is None:
+            rented.release(keep=where(session.spec).keeps and bool(where(session.spec).pod))
         account(run, rented, error)
         if isinstance(error, KeyboardInterrupt):  # before anybody followed it, who would have told
             voice.say(f"Interrupted: you asked for it; pod {rented.pod.id} is given back")
@@ -241,7 +246,7 @@ def finish(session: Session, last: dict[str, Any], voice: Voice, pool: Pool | No
     code = int(last["exit_code"]) if isinstance(last.get("exit_code"), int) else 1
     shared = pool if code == 0 else None
     try:
-        session.collect(part=shared is None)
+        session.collect(part=shared is None and rented.before is None)
     except Vanished:
         raise
     except BaseException:  # the pod keeps what it has, and its agent ends it when nobody is heard of
@@ -251,6 +256,7 @@ def finish(session: Session, last: dict[str, Any], voice: Voice, pool: Pool | No
     if shared is not None and _parked(session, shared):
         _close(run, rented, account(run, rented), last, voice, "waits for the next run")
         return Outcome(run, code)
+    until = reuse.hand_back(session)
     session.close()
     if code and run.read("status.json").get("state") not in ("failed", "interrupted"):
         if last.get("stopped_for"):  # before there was a training, which would say so itself
@@ -262,18 +268,21 @@ def finish(session: Session, last: dict[str, Any], voice: Voice, pool: Pool | No
                 run.set_status("failed", exit_code=code, error=last.get("message") or f"the training ended with {code}")
     keep = where(spec).keeps
     try:
-        rented.release(keep)
+        rented.release(keep) if until is None else None
     except StillThereError as error:
         account(run, rented, error)
         raise
     cost = account(run, rented)
     keys.forget(run.id) if not keep else None
-    _close(run, rented, cost, last, voice, "is stopped" if keep else "is gone, which was confirmed")
+    became = "is stopped" if keep else "is gone, which was confirmed"
+    if until is not None:
+        became = f"is yours again, until {datetime.fromtimestamp(until):%H:%M on %Y-%m-%d}"
+    _close(run, rented, cost, last, voice, became)
     if last.get("uploaded"):
         voice.say(f"Pushed  {run.read('pushed.json').get('url')}")
     elif last.get("uploaded") is False:
         code = code or RunFailedError.exit_code
-    if keep:
+    if keep and until is None:
         per_day = f"${rented.kept_usd_per_day():.2f} a day"
         voice.say(f"Kept    its disk costs {per_day}: python -m runner pods terminate {run.id}")
     return Outcome(run, code)

@@ -73,7 +73,7 @@ class _RentedPlace(_Place):
     pod: str | None = None
     """Run in this pod instead of a new one, by its id or its run's: one that is stopped, or was rented by `pods up`."""
     keep: bool | None = None
-    """Leave the pod stopped at the end instead of ending it: its volume disk is kept, and paid for; null means one named by `pod` alone."""
+    """Leave the pod stopped at the end instead of ending it: its volume disk is kept, and paid for; null means as it was found: one named by `pod` that was stopped."""
     deadline_hours: float | Auto = Field(default="auto")
     """Hours after which the pod ends itself, whatever happens, a year (8,784) at most; auto is `max_hours`, or twice the plan and one."""
     heartbeat_minutes: float = Field(default=30, gt=0, le=60 * LONGEST_HOURS)
