@@ -37,10 +37,10 @@ format: $(VENV)/.dev  ## Lay the code out and repair what can be repaired
 check: lint types test docs-check  ## All that CI checks
 
 docs: $(VENV)/.dev  ## Write the generated pages of docs/
-	@$(BIN)/python -m runner.report.docs
+	@$(BIN)/python -m docs.generate
 
 docs-check: $(VENV)/.dev
-	@$(BIN)/python -m runner.report.docs --check
+	@$(BIN)/python -m docs.generate --check
 
 bench: $(VENV)/.dev  ## Measure what the README claims
 	@$(BIN)/python -m benchmarks $(ARGS)

@@ -28,7 +28,7 @@ from benchmarks import (
     throughput_cpu,
 )
 from benchmarks.bench import ROOT, write
-from runner.report import planning_page
+from docs.generate import planning_page
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import ROOT, Benchmark, alone, say, table
-from runner import checkpoints
-from runner.execute.supervise import signs
-from runner.rundir import RunDir
-from tests.processes import tiny_model, words
+from runner.launcher.supervisor import signs
+from runner.rundir import checkpoints
+from runner.rundir.directory import RunDir
+from tests.support.processes import tiny_model, words
 
 EXPLANATION = """\
 A tiny Llama trains {steps} steps with an evaluation every {evaluated} (LoRA): with a checkpoint every {every} steps in

@@ -16,10 +16,10 @@ from typing import Any
 from benchmarks import cases
 from benchmarks.bench import Benchmark, alone, table
 from benchmarks.harm import DAY_S
-from runner.cloud import boot
-from tests.disks import Disk, unshare
-from tests.test_agent import AGENT, KEY, Api, Pod
-from tests.test_agent_disks import FAULTY, end
+from runner.cloud.agent import boot
+from tests.cloud.test_agent import AGENT, KEY, Api, Pod
+from tests.cloud.test_agent_disks import FAULTY, end
+from tests.support.disks import Disk, unshare
 
 CALLS = ("EDQUOT", "ENOSPC", "EROFS", "EIO", "ENOMEM", "EMFILE")
 DAMAGES = (

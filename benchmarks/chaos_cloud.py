@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import cases, launchers
 from benchmarks.bench import Benchmark, alone, table
 from benchmarks.harm import DAY_S, HARMS, Harm
-from tests.disks import unshare
+from tests.support.disks import unshare
 
 CAP_USD = 1.0
 LONGEST_S = 3.5
@@ -157,9 +157,9 @@ def _prepared() -> Any:
     import requests  # noqa: F401
     from runpod.api.rest import run_rest_request  # noqa: F401
 
-    from runner.cloud import pod, reconcile  # noqa: F401
-    from runner.resolve import resolved
-    from runner.verbs.shared import request_of
+    from runner.cli.options import request_of
+    from runner.cloud import lifecycle, reconcile  # noqa: F401
+    from runner.resolve.steps import resolved
 
     words = ("where=runpod", "hw=rtx4090", f"where.max_usd={CAP_USD}", "where.bad_host_minutes=0.01")
     return resolved(request_of((*words, "where.setup_minutes=0.2"), ()))[0]

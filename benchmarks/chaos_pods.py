@@ -22,10 +22,10 @@ from typing import Any
 from benchmarks import cases, hostile
 from benchmarks.bench import ROOT, Benchmark, alone, table
 from benchmarks.pod_training import MODEL, STEP_S, SUM
-from runner.cloud.emulator.server import Emulator
 from runner.cloud.ledger import Ledger
-from tests.disks import Disk, unshare
-from tests.processes import only_run, tiny_model, words
+from runner.emulator.server import Emulator
+from tests.support.disks import Disk, unshare
+from tests.support.processes import only_run, tiny_model, words
 
 STEPS = 80
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
@@ -38,8 +38,8 @@ NEAR_CAP = 4
 """Every so many-th run begins near its cap."""
 LAUNCHER = """\
 import sys
-from runner.cloud import pod
-from runner.cloud.money import Meter
+from runner.cloud import lifecycle
+from runner.cloud.budget import Meter
 left = float(sys.argv.pop(1))
 
 def near(usd, began, disk=0.0, cap=None, spent=0.0):
@@ -48,8 +48,8 @@ def near(usd, began, disk=0.0, cap=None, spent=0.0):
         meter.started -= meter.ends() - began - left
     return meter
 
-pod.Meter = near
-from runner.cli import main
+lifecycle.Meter = near
+from runner.cli.main import main
 main()
 """
 FAULTS: tuple[tuple[str, dict[str, Any]] | None, ...] = (
@@ -262,7 +262,7 @@ def _harm(kind: str, own: Path, disk: Disk | None) -> None:
 def _pods_python(file: Path) -> Path:
     """A Python for pods whose training is the stand-in."""
     file.write_text(
-        '#!/bin/sh\ncase "$*" in "-m runner.execute.there "*) shift 2; '
+        '#!/bin/sh\ncase "$*" in "-m runner.launcher.on_pod "*) shift 2; '
         f'PYTHONPATH="{ROOT}" exec {sys.executable} -m benchmarks.pod_training "$@";; esac\n'
         f'exec {sys.executable} "$@"\n'
     )
@@ -315,7 +315,7 @@ def _home(run: Path | None, expected: str | None) -> bool:
 
 
 def _state(run: Path | None) -> str | None:
-    from runner.rundir import RunDir
+    from runner.rundir.directory import RunDir
 
     return RunDir(run).state() if run else None
 

@@ -86,27 +86,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def work(file: Path, num_proc: int) -> dict[str, Any]:
     """In the process that is measured: read, tokenise and pack one file."""
     os.environ.setdefault("RUNNER_CACHE", str(ROOT / ".pytest_cache" / "runner"))
-    from runner.catalogue import load
-    from runner.data import formats
+    from runner.config.catalog import load
+    from runner.data import load as data_load
     from runner.spec import ModelSpec
-    from runner.train import dataset, models
+    from runner.train import model_loading, token_dataset
     from tests.conftest import spec_of
 
     spec = spec_of("data=file", f"data.path={file}", "data.eval_fraction=0.01", f"train.max_length={LIMIT}")
     spec = spec.model_copy(update={"data": spec.data.model_copy(update={"num_proc": num_proc or None})})
-    source = models.source_of(ModelSpec(**load("model", "smollm2_135m")))
-    tokenizer = models.load_tokenizer(spec, source)
+    source = model_loading.source_of(ModelSpec(**load("model", "smollm2_135m")))
+    tokenizer = model_loading.load_tokenizer(spec, source)
     os.environ["RUNNER_CACHE"] = str(file.parent / "cache")
-    formats.IN_MEMORY_BYTES = 0  # every size takes the way of the large ones
+    data_load.IN_MEMORY_BYTES = 0  # every size takes the way of the large ones
     memory = Memory()
     before = memory.now()
     began = time.perf_counter()
-    data = formats.read(spec.data, 1)
+    data = data_load.read(spec.data, 1)
     read_at = time.perf_counter()
     train, _ = data.examples
-    found = dataset.tokenise(train, tokenizer, spec)
+    found = token_dataset.tokenise(train, tokenizer, spec)
     done = time.perf_counter()
-    again = dataset.tokenise(train, tokenizer, spec)
+    again = token_dataset.tokenise(train, tokenizer, spec)
     cached = time.perf_counter() - done
     assert again.from_cache
     peak = memory.stop()

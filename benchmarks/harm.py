@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
-from tests.disks import CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWUTS, Disk, unshare
+from tests.support.disks import CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWUTS, Disk, unshare
 
 DAY_S = 86_400.0
 PR_SET_PDEATHSIG = 1

@@ -1,8 +1,9 @@
 """The journey of docs/runpod.md, typed: every command of the page against an emulated RunPod, its output into the page.
 
 `python -m benchmarks.journey` runs all of it (a real training and a merge: ten minutes) and writes the page;
-tests/test_journey.py runs what stands between `<!-- journey: quick -->` and `<!-- /journey -->` and compares. Commands
-are the lines after `$`, and those after `>` that go on with one; below is their output, standard error included.
+tests/pages/test_journey.py runs what stands between `<!-- journey: quick -->` and `<!-- /journey -->` and compares.
+Commands are the lines after `$`, and those after `>` that go on with one; below is their output, standard error
+included.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.bench import ROOT
-from tests.hub import Hub
+from tests.support.hub import Hub
 
 PAGE = ROOT / "docs" / "runpod.md"
 PART = re.compile(r"(<!-- journey: (\w+) -->\n)(.*?)(<!-- /journey -->)", re.DOTALL)
@@ -123,7 +124,7 @@ def parts(text: str, kind: str) -> Iterator[str]:
 
 def main() -> int:
     """Type everything and write the page."""
-    from runner.cloud.emulator.server import Emulator
+    from runner.emulator.server import Emulator
 
     with tempfile.TemporaryDirectory(prefix="journey-") as name, Emulator(Path(name) / "runpod") as emulator:
         by = typist(Path(name), emulator.env, Hub())

@@ -14,9 +14,9 @@ def launch(spec: Any, folder: Path, words: int, alone: float | None) -> None:
     """What a run does with a pod, without training. What it says goes to a pipe: files may be what is harmed."""
     import traceback
 
-    from runner.cloud.pod import acquire
+    from runner.cloud.lifecycle import acquire
     from runner.errors import RunnerError
-    from runner.rundir import RunDir
+    from runner.rundir.directory import RunDir
 
     class Key:
         public = "ssh-ed25519 AAAA chaos"
@@ -46,9 +46,9 @@ def launch(spec: Any, folder: Path, words: int, alone: float | None) -> None:
 def listing(seconds: float) -> None:
     """Another command, whose clock is so much ahead: it reconciles, lists, and reaps what is past its deadline."""
     from runner.cloud import fleet
-    from runner.cloud.api import Api
     from runner.cloud.ledger import Ledger
     from runner.cloud.reconcile import reconcile
+    from runner.cloud.runpod.api import Api
 
     set_clock(seconds, from_start=True)
     api, ledger = Api(), Ledger()
@@ -60,9 +60,9 @@ def listing(seconds: float) -> None:
 def next_command() -> None:
     """Any: it reconciles first. Deadlines have passed meanwhile, and answers that never came are old."""
     from runner.cloud import fleet
-    from runner.cloud.api import Api
     from runner.cloud.ledger import Ledger
     from runner.cloud.reconcile import reconcile
+    from runner.cloud.runpod.api import Api
 
     ledger = Ledger()
     for entry in ledger.entries():

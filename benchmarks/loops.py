@@ -19,12 +19,12 @@ from torch.nn import functional
 from transformers import set_seed
 
 from benchmarks.turns import Finished, Step, Turns
-from runner.data.formats import load
-from runner.data.masks import IGNORED
+from runner.data.load import load
+from runner.data.loss_mask import IGNORED
 from runner.report.progress import Progress
-from runner.rundir import RunDir
+from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.train import dataset, methods, models
+from runner.train import model_loading, peft_methods, token_dataset
 from runner.train.__main__ import quiet_libraries
 from runner.train.callbacks import StopOnSignal
 from runner.train.trainer import CountingTrainer, autocast, num_steps, settings
@@ -120,18 +120,18 @@ def _parts(spec: RunSpec, run: RunDir) -> tuple[Any, Iterator[dict[str, Any]], i
     A trainer is made for its data loader and its adapter, which its seed decides, and never trains.
     """
     examples, _ = load(spec.data, spec.train.seed)
-    source = models.source_of(spec.model)
-    tokenizer = models.load_tokenizer(spec, source)
-    rows = dataset.tokenise(examples, tokenizer, spec).rows
-    model = models.load_model(spec, source)
-    methods.mark_trainable(spec, model)
+    source = model_loading.source_of(spec.model)
+    tokenizer = model_loading.load_tokenizer(spec, source)
+    rows = token_dataset.tokenise(examples, tokenizer, spec).rows
+    model = model_loading.load_model(spec, source)
+    peft_methods.mark_trainable(spec, model)
     steps = num_steps(spec, len(rows))
     trainer = CountingTrainer(
         model=model,
         args=settings(spec, run, steps, []),
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=methods.adapter_config(spec, model),
+        peft_config=peft_methods.adapter_config(spec, model),
     )
     return trainer.model, _endless(trainer.get_train_dataloader()), steps, int(trainer.args.warmup_steps)
 

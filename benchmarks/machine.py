@@ -9,7 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from runner import __version__, hardware
+from runner import __version__
+from runner.machine import detect
 
 # What decides how fast a CPU multiplies in bfloat16; Arm says `bf16` and `i8mm` instead.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "bf16")
@@ -18,7 +19,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "hydra-core", 
 
 def machine() -> dict[str, Any]:
     """CPU, cores, memory (GiB), the flags that matter, and how busy the machine was before the start."""
-    found = hardware.detect()
+    found = detect.detect()
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return {

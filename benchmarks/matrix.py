@@ -24,14 +24,14 @@ from typing import Any
 from benchmarks import matrix_page
 from benchmarks.bench import ROOT, Benchmark, alone, say
 from benchmarks.matrix_page import MIXTURES
-from runner import launch
-from runner.compose import compose, source_finder
+from runner.config.compose import compose, source_finder
+from runner.config.request import Request
 from runner.errors import RunnerError
-from runner.execute import local, torchrun
+from runner.launcher import local, torchrun
 from runner.paths import DEEPSPEED_CONFIGS
-from runner.request import Request
-from runner.resolve import complete
-from runner.rundir import RunDir
+from runner.resolve.steps import complete
+from runner.rundir.directory import RunDir
+from runner.runs import launch
 from runner.spec import RunSpec
 
 STAGES = ("none", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -148,7 +148,7 @@ def cell_of(row: str, stage: str, words: tuple[str, ...], folder: Path) -> Cell:
 
 
 def prepare(request: Request) -> tuple[RunDir, RunSpec]:
-    """What `runner.launch` does before it starts the worker."""
+    """What `runner.runs.launch` does before it starts the worker."""
     composed = compose(request)
     spec, notes = complete(composed, source_finder(request))
     plan = launch.plan_first(spec, notes, composed)

@@ -21,16 +21,16 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from runner import checkpoints
-from runner.data.formats import load
-from runner.data.masks import IGNORED
+from runner.data.load import load
+from runner.data.loss_mask import IGNORED
 from runner.errors import RequestError
-from runner.rundir import RunDir
+from runner.rundir import checkpoints
+from runner.rundir.directory import RunDir
 from runner.spec import DataSpec, DeepSpeedSpec, Freeze, RunSpec
-from runner.train import dataset, methods, models
+from runner.train import model_loading, peft_methods, token_dataset
 from runner.train.export import export
-from runner.train.merge import merge
-from runner.train.models import DTYPES
+from runner.train.merge.adapter import merge
+from runner.train.model_loading import DTYPES
 
 State = dict[str, torch.Tensor]
 Answer = float | str | dict[str, str] | None
@@ -158,7 +158,7 @@ def saved(spec: RunSpec, run: RunDir, steps: Iterable[int]) -> float:
 
 def _untrained(spec: RunSpec, state: State) -> list[str]:
     """Weights that should have changed and did not, or should not and did; of an adapter, those that are zero."""
-    if methods.adapter_of(spec):
+    if peft_methods.adapter_of(spec):
         return [f"{name} is zero" for name, value in state.items() if not value.any()]
     base = {name: value.to(DTYPES[spec.train.precision]) for name, value in weights(Path(spec.model.id)).items()}
     wrong = [f"{name} is in one of them only" for name in state.keys() ^ base.keys()]
@@ -175,8 +175,8 @@ def reloaded(spec: RunSpec, run: RunDir) -> float:
     """Relative difference of the held-out loss: measured by the run, and by `model/` read back."""
     spec = spec.model_copy(update={"deepspeed": DeepSpeedSpec(name="none")})
     tokenizer = AutoTokenizer.from_pretrained(run.path / "model")
-    if methods.adapter_of(spec):
-        model = PeftModel.from_pretrained(models.load_model(spec, spec.model.id), str(run.path / "model"))
+    if peft_methods.adapter_of(spec):
+        model = PeftModel.from_pretrained(model_loading.load_model(spec, spec.model.id), str(run.path / "model"))
     else:
         model = AutoModelForCausalLM.from_pretrained(run.path / "model")
     return abs(held_out_loss(spec, model, tokenizer) / held_out(run)["after"] - 1)
@@ -187,7 +187,7 @@ def held_out_loss(spec: RunSpec, model: Any, tokenizer: Any) -> float:
     had packed several into one."""
     total, count = 0.0, 0
     model.eval()
-    for row in dataset.tokenise(load(spec.data, spec.train.seed)[1], tokenizer, spec).rows:
+    for row in token_dataset.tokenise(load(spec.data, spec.train.seed)[1], tokenizer, spec).rows:
         ends = torch.tensor(row.get("seq_lengths", [len(row["input_ids"])])).cumsum(0).tolist()
         for begin, end in zip([0, *ends[:-1]], ends, strict=True):
             ids, labels = (torch.tensor([row[key][begin:end]]) for key in ("input_ids", "labels"))
@@ -207,7 +207,7 @@ def exported(spec: RunSpec, run: RunDir, step: int, target: Path) -> float:
 def merged(spec: RunSpec, run: RunDir, target: Path) -> float | None:
     """Largest difference of a logit of the merged model as a share of what its rounding to 16 bits explains; None
     without an adapter."""
-    if methods.adapter_of(spec) is None:
+    if peft_methods.adapter_of(spec) is None:
         return None
     facts = merge(spec, run, target, _silent)
     return float(facts["typical_difference"] / facts["typical_bound"])

@@ -37,7 +37,7 @@ INTRO = """\
 Every cell was run: two processes train a model for {steps} steps, and what came of it has to answer all the questions
 below. A ✓ means that every answer is within its bound. What cannot work is refused before anything starts, by `plan`
 and by every run, in the words of the footnote. `python -m benchmarks matrix` repeats it all ({seconds:.0f} s here); the
-test suite does the first table anew each time (tests/test_matrix.py).
+test suite does the first table anew each time (tests/train/test_matrix.py).
 
 The processes are two CPU ranks that talk over gloo: this shows that sharding, checkpoints and numbers are right, not
 how fast they are, and no CUDA kernel took part. Offloading moves tensors from the CPU to the CPU here. The model is a

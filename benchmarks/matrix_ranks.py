@@ -20,13 +20,14 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from runner import checkpoints, resume
 from runner.report.progress import Progress
-from runner.rundir import RunDir
+from runner.rundir import checkpoints
+from runner.rundir.directory import RunDir
+from runner.runs import resume
 from runner.spec import RunSpec
 from runner.train.__main__ import RANK, quiet_libraries
 from runner.train.callbacks import StopOnSignal
-from runner.train.ranks import Ranks, join, leave
+from runner.train.distributed import Ranks, join, leave
 from runner.train.worker import work
 
 FAILED = "failed.txt"

@@ -11,12 +11,12 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.bench import Benchmark, alone, say, table
+from runner.config.request import Request
+from runner.plan.candidates import job_of
 from runner.plan.memory import GIB, memory
-from runner.plan.options import job_of
-from runner.plan.shape import shape_of
-from runner.plan.training import training_of
-from runner.request import Request
-from runner.resolve import resolved
+from runner.plan.model_shape import shape_of
+from runner.plan.trainable import training_of
+from runner.resolve.steps import resolved
 from runner.spec import RunSpec
 
 MODELS = ("phi2", "llama2_7b", "mistral7b", "llama3_8b", "llama2_13b", "llama2_70b")

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import ROOT, Benchmark, alone, say, table
-from runner import catalogue
-from runner.data import commands
-from runner.rundir import RunDir
+from runner.config import catalog
+from runner.data import commands_dataset
+from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 
 HELD_OUT = 40
@@ -63,10 +63,10 @@ plain peft: of how many held-out pairs the right command is the likelier one, an
 """
 
 
-def pairs(rows: Iterable[commands.Row], seed: int) -> Iterator[dict[str, str]]:
+def pairs(rows: Iterable[commands_dataset.Row], seed: int) -> Iterator[dict[str, str]]:
     """The right command, and one with another method or other hardware."""
     rng = random.Random(seed)
-    known = {"method": catalogue.options("method"), "hw": sorted(dict(commands.spoken_hardware(1000)))}
+    known = {"method": catalog.options("method"), "hw": sorted(dict(commands_dataset.spoken_hardware(1000)))}
     for row in rows:
         words = row["completion"].split()
         at = rng.randrange(4, len(words))  # python -m runner model=… method=… hw=…
@@ -82,7 +82,7 @@ def judged(rows: Iterable[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
             yield {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
 
 
-def questions(rows: Iterable[commands.Row]) -> list[dict[str, str]]:
+def questions(rows: Iterable[commands_dataset.Row]) -> list[dict[str, str]]:
     """Whether a sentence names hardware: as many that do as that do not, in turns."""
     asked: dict[str, list[str]] = {"yes": [], "no": []}
     for row in rows:
@@ -103,9 +103,9 @@ def spellings(rows: Iterable[Mapping[str, str]]) -> Iterator[dict[str, str]]:
 
 def write_rows(folder: Path) -> list[dict[str, str]]:
     """All files of rows; the held-out pairs."""
-    train, held = commands.examples(count_eval=HELD_OUT)
-    known = {commands.key_of(row["prompt"]) for row in train}
-    assert not any(commands.key_of(row["prompt"]) in known for row in held)
+    train, held = commands_dataset.examples(count_eval=HELD_OUT)
+    known = {commands_dataset.key_of(row["prompt"]) for row in train}
+    assert not any(commands_dataset.key_of(row["prompt"]) in known for row in held)
     for end, rows, seed in (("", train, 1), ("_held_out", held, 2)):
         both = list(pairs(rows, seed))
         _write(folder / f"pairs{end}.jsonl", both)
@@ -193,8 +193,8 @@ def _order(run: RunDir, held: Sequence[Mapping[str, str]]) -> dict[str, list[flo
     """Log-probability of the right command less that of the wrong one, for every held-out pair: [before, after]."""
     import torch
 
-    from runner.data.pairs import split
-    from runner.data.words import Words
+    from runner.data.preference_tokens import split
+    from runner.data.tokenize import Words
     from runner.train import chat
 
     spec = RunSpec.model_validate(run.read("spec.json"))

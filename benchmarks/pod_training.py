@@ -1,6 +1,6 @@
 """What trains in the pods of `chaos_pods`: a training's files and signals, without torch. Run by the pod's agent.
 
-`python -m benchmarks.pod_training spec.json` in place of `python -m runner.execute.there spec.json`: a step every
+`python -m benchmarks.pod_training spec.json` in place of `python -m runner.launcher.on_pod spec.json`: a step every
 50 ms, a checkpoint every 20, and at the end a model of random bytes, and then its sum in a file beside it.
 """
 
@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from runner import checkpoints
-from runner.rundir import RunDir, write_atomically
+from runner.rundir import checkpoints
+from runner.rundir.directory import RunDir, write_atomically
 
 STEP_S, EVERY = 0.05, 20
 MODEL, SUM = "model/adapter_model.safetensors", "model.sha256"

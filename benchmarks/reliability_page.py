@@ -19,7 +19,7 @@ What a run keeps and what a pod may cost, whatever happens to them, and how that
 
 - **A checkpoint counts when it is whole.** Its files are flushed to the disk, then `COMPLETE` is written, atomically,
   with the size and the SHA-256 of each. That happens beside the training: the next step does not wait for it. The old
-  checkpoint is deleted after that, never before. (runner/checkpoints.py)
+  checkpoint is deleted after that, never before. (runner/rundir/checkpoints.py)
 - **One is written every 15 minutes** (`train.save_every_minutes`; less often where writing takes more than a twentieth
   of the time), every `train.save_every_steps`, and always after the last step: a run that is killed while it measures
   or saves its model does that again, and nothing else. It stays, so that `resume runs/<id> train.max_steps=…` can make
@@ -28,7 +28,7 @@ What a run keeps and what a pod may cost, whatever happens to them, and how that
   over, and goes on: weights or adapter, optimiser, learning rate, random numbers of every process, place in the data.
   On a CPU the end is the same, to the last bit, as if nothing had happened. On another number of processes
   DeepSpeed's universal checkpoints are used, and sums are taken in another order: the losses are the same to 1e-5 in
-  fp32 (tests/test_launch.py).
+  fp32 (tests/launcher/test_launch.py).
 - **Ctrl-C and SIGTERM** finish the step, write a checkpoint and exit with 130; every process stops after the same
   step. A measurement is cut short, and made up for by resume. Before the first step and after the last one they end the
   run at once: everything is saved. So does a second one, within seconds, always: 3 s later whoever is still there,
@@ -40,7 +40,7 @@ What a run keeps and what a pod may cost, whatever happens to them, and how that
   `kill` its process. Answers of other verbs end quietly where nobody reads on, and with exit code 1 where they cannot
   be written. (runner/report/terminal.py)
 - **One process fails: all end within seconds**, and the one that failed is named, with its log and, where the cause is
-  known (runner/execute/causes.py), the remedy. One that hangs is found by its missing sign of life
+  known (runner/report/known_causes.py), the remedy. One that hangs is found by its missing sign of life
   (`train.hang_minutes`; four times that while it starts, loads, or writes a checkpoint or the model), and the stacks of
   all are kept in `logs/rank<k>.stack.txt`. Time that nobody lived through, of a suspended laptop or a stopped process,
   is no silence, and a wall clock that is set changes nothing.
@@ -54,10 +54,11 @@ What a run keeps and what a pod may cost, whatever happens to them, and how that
   template, shared weights, adapter, trainer state and the room on the disk; all but the bytes of the weights. Values of
   a published generation_config.json that have no effect, which transformers loads and then refuses to save
   (`do_sample: false` with a temperature), are left out and named. A checkpoint without weights or trainer state never
-  counts. (runner/train/rehearsal.py)
+  counts. (runner/train/save_rehearsal.py)
 - **A run has one owner**: `resume` refuses while any of its processes is alive. The launcher holds a lock that its
-  worker inherits and the kernel lets go with the last of them (runner/run_lock.py), so neither two resumes at once nor
-  a launcher that got SIGKILL make two owners. A process number that somebody else has by now (a reboot, a container) is
+  worker inherits and the kernel lets go with the last of them (runner/rundir/lock.py), so neither two resumes at once
+  nor a launcher that got SIGKILL make two owners. A process number that somebody else has by now (a reboot, a
+  container) is
   nobody; a run at work on another host, as far as is known, is refused with what to do if that host is no more.
 - **A rented pod ends**: what cannot happen with money is in [runpod.md](runpod.md#what-cannot-happen).
 

@@ -35,8 +35,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.utils import add_fused_lm_head
 
 from runner.spec import Full, ModelSpec, RunSpec
-from runner.train import methods
-from runner.train.models import DTYPES
+from runner.train import peft_methods
+from runner.train.model_loading import DTYPES
 
 FLASH = "flash_on_fakes"
 ADD = torch.ops.aten.add.Tensor
@@ -240,9 +240,9 @@ def build(spec: RunSpec, num_layers: int | None = None) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.config._attn_implementation = FLASH
-        methods.mark_trainable(spec, model)
+        peft_methods.mark_trainable(spec, model)
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer
-        adapter = methods.adapter_config(spec, model)
+        adapter = peft_methods.adapter_config(spec, model)
         if adapter is not None:
             model = get_peft_model(model, adapter)
     if spec.train.gradient_checkpointing:

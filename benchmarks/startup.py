@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.bench import ROOT, Benchmark, alone, quartiles, say, table
-from runner import deepspeed_json
-from runner.compose import compose
-from runner.fitting import methods, models, opened
-from runner.plan.fit import combinations
-from runner.plan.options import Option, Options, allowed_stages, batches
-from runner.plan.settle import settled
-from runner.planning import hardware
-from runner.request import Request
+from runner.config.compose import compose
+from runner.config.request import Request
+from runner.plan import deepspeed_json
+from runner.plan.candidates import Option, Options, allowed_stages, batches
+from runner.plan.hardware_defaults import settled
+from runner.plan.search import combinations
+from runner.resolve.fit import methods, models, opened
+from runner.resolve.plan_inputs import hardware
 
 EXPLANATION = """\
 ## Startup

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import ROOT, Benchmark, alone, quartiles, say, table
-from tests.processes import tiny_model, words
+from tests.support.processes import tiny_model, words
 
 RATES = ("1e-3", "2e-3", "3e-3")
 STEPS = "train.max_steps=3"
@@ -27,7 +27,10 @@ forked from a process that has torch and transformers loaded. The three take tur
 loss is compared to the last bit.
 """
 WAYS = {"singly": "a command each", "cold": "one sweep, each run from nothing", "sweep": "one sweep, forked"}
-COLD = "from runner.cli import main; from runner.execute import warm; warm.can_fork = lambda spec: False; main()"
+COLD = (
+    "from runner.cli.main import main; from runner.launcher import warm_workers; "
+    "warm_workers.can_fork = lambda spec: False; main()"
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 from benchmarks.bench import Benchmark, alone, quartiles, say, table
 from benchmarks.turns import Loop, Step, take_turns
-from runner.request import Request
-from runner.resolve import resolved
-from runner.rundir import RunDir
+from runner.config.request import Request
+from runner.resolve.steps import resolved
+from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 
 WARMUP_STEPS = 2  # the first steps build oneDNN's kernels for every shape

@@ -12,7 +12,7 @@ def main() -> None:
     here, ahead of every import.
     """
     gc.set_threshold(250_000)
-    from runner.cli import main as command_line
+    from runner.cli.main import main as command_line
 
     command_line()
 

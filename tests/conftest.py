@@ -62,8 +62,8 @@ SHORT = (
 
 def spec_of(*overrides: str) -> Any:
     """The resolved spec of a command line."""
-    from runner.request import Request
-    from runner.resolve import resolved
+    from runner.config.request import Request
+    from runner.resolve.steps import resolved
 
     return resolved(Request(overrides=overrides))[0]
 
@@ -87,7 +87,7 @@ def train_here(spec: Any, run: Any = None) -> tuple[Any, Any]:
     from rich.console import Console
 
     from runner.report.progress import Progress
-    from runner.rundir import RunDir
+    from runner.rundir.directory import RunDir
     from runner.train.callbacks import StopOnSignal
     from runner.train.worker import work
 

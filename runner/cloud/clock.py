@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import timezone
 from email.utils import parsedate_to_datetime
 
-from runner.cloud.answers import Pod
+from runner.cloud.runpod.types import Pod
 
 
 def _elapsed() -> float:

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runner.cloud import clock, ending
-from runner.cloud.answers import OVER, Pod, epoch, number
-from runner.cloud.api import Api
+from runner.cloud import clock, termination
+from runner.cloud.budget import Meter, stopped_usd_per_day
 from runner.cloud.ledger import PREFIX, Entry, Ledger, LedgerError
-from runner.cloud.money import Meter, stopped_usd_per_day
-from runner.cloud.problems import CloudError, StillThereError, pod_page, unseen
 from runner.cloud.reconcile import overdue, rented_at
+from runner.cloud.runpod.api import Api
+from runner.cloud.runpod.errors import CloudError, StillThereError, pod_page, unseen
+from runner.cloud.runpod.types import OVER, Pod, epoch, number
+from runner.config.suggestions import nearest
 from runner.errors import Problem, RequestError, RunnerError
-from runner.suggest import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ def terminate(api: Api, ledger: Ledger, word: str, why: str = "asked for by a pe
             if _unknown(ledger, name):
                 with suppress(RunnerError):  # it was listed when it was looked for
                     adopt(api, ledger, pod_id, run_id)
-            ending.end(api, ledger, name, pod_id, why)
+            termination.end(api, ledger, name, pod_id, why)
         except RunnerError as error:
             failures += error.problems
     if failures:
@@ -215,7 +215,7 @@ def stop(api: Api, ledger: Ledger, word: str) -> str:
     name, pod_id, run_id = find(api, ledger, word)
     if ledger.entry(name) is None:
         adopt(api, ledger, pod_id, run_id)
-    ending.stop(api, ledger, name, pod_id, "asked for by a person")
+    termination.stop(api, ledger, name, pod_id, "asked for by a person")
     ledger.leave(name)
     return pod_id
 

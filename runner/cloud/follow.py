@@ -19,12 +19,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runner.cloud import incoming, room
-from runner.cloud.ship import Berth
+from runner.cloud import transfer_limits, untrusted_files
+from runner.cloud.agent.tail import GROWING, WHOLE
 from runner.cloud.ssh import SSH_FAILED
-from runner.cloud.tail import GROWING, WHOLE
+from runner.cloud.transfer import Berth
 from runner.errors import Problem, RunnerError
-from runner.rundir import RunDir
+from runner.rundir.directory import RunDir
 
 TICK_SECONDS = 0.5
 BEAT_SECONDS = 3.0
@@ -170,12 +170,12 @@ class Follower:
                     yield News("words", TOO_MUCH)
                 return
             if "file" in line:
-                incoming.write_at(self.run.path, name, int(line["at"]), content)
+                untrusted_files.write_at(self.run.path, name, int(line["at"]), content)
                 yield from self._told(name, int(line["at"]), content)
                 return
             if name not in NOT_HERE:
                 try:
-                    incoming.write_whole(self.run.path, name, content)
+                    untrusted_files.write_whole(self.run.path, name, content)
                 except OSError as error:  # where the run stands is known all the same
                     yield from self._unwritten(error)
             if name in ("status.json", "agent-status.json") and isinstance(said := json.loads(content), dict):
@@ -187,7 +187,7 @@ class Follower:
             AttributeError,
             ArithmeticError,
             RecursionError,
-            incoming.NotPlainError,
+            untrusted_files.NotPlainError,
         ):
             return
         except OSError as error:
@@ -195,7 +195,7 @@ class Follower:
 
     def _unwritten(self, error: OSError) -> Iterator[News]:
         """Said once: a disk here that is full or read-only ends no training in a pod, whose disk has it all."""
-        if error.errno in NOT_PLAIN or isinstance(error, incoming.NotPlainError) or self.refused:
+        if error.errno in NOT_PLAIN or isinstance(error, untrusted_files.NotPlainError) or self.refused:
             return
         self.refused = True
         yield News("words", f"Warning: nothing can be written at {self.run.path}: {error.strerror}; the run goes on")
@@ -204,9 +204,9 @@ class Follower:
         """Whether a file may have so many bytes here, beside the others."""
         others = sum(self.sizes.values()) - self.sizes.get(name, 0)
         more = size - self.sizes.get(name, 0)
-        if name not in self.sizes and len(self.sizes) >= room.FOLLOWED_FILES:
+        if name not in self.sizes and len(self.sizes) >= transfer_limits.FOLLOWED_FILES:
             return False
-        if others + size > room.FOLLOWED_BYTES or (more > 0 and more > room.free(self.run.path)):
+        if others + size > transfer_limits.FOLLOWED_BYTES or (more > 0 and more > transfer_limits.free(self.run.path)):
             return False
         self.sizes[name] = size
         return True

@@ -12,8 +12,8 @@ from typing import Any
 
 from runner.cloud import clock
 from runner.cloud.session import Session
-from runner.cloud.ship import Berth
 from runner.cloud.ssh import LostError
+from runner.cloud.transfer import Berth
 from runner.errors import Problem, RunFailedError
 
 PARKED_MINUTES = 10.0

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from runner.paths import state_dir
-from runner.rundir import alive
+from runner.rundir.directory import alive
 
 NETWORK = ("nfs", "cifs", "smb", "fuse", "9p", "virtiofs", "lustre", "ceph", "gpfs", "beegfs", "afs", "ocfs", "gfs")
 """Beginnings of the names of file systems that several machines may share."""

@@ -11,9 +11,9 @@ import shlex
 import time
 from collections.abc import Sequence
 
-from runner import credentials
-from runner.cloud.ship import place_secret
 from runner.cloud.ssh import Connection, HostKeyError, LostError
+from runner.cloud.transfer import place_secret
+from runner.config import credentials
 from runner.errors import Problem, RequestError
 
 PATIENCE_S = 90.0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from runner.cloud import templates
-from runner.cloud.answers import DataCenter, Volume
-from runner.cloud.api import Api
-from runner.cloud.placement import Candidate, candidates, cpu_candidates, runpod
+from runner.cloud.runpod import templates
+from runner.cloud.runpod.api import Api
+from runner.cloud.runpod.offers import Candidate, candidates, cpu_candidates, runpod
+from runner.cloud.runpod.types import DataCenter, Volume
+from runner.config.suggestions import nearest
 from runner.errors import CannotRunError, NotYetError, Problem, RequestError
 from runner.spec import RunSpec
-from runner.suggest import nearest
 
 REGIONS = {"EU", "EUR", "AP", "OC", "SEA"}
 """With which ids of data centres begin that have their country second: `EU-RO-1`, but `US-KS-2`."""

@@ -6,12 +6,12 @@ itself, and may have a result that is worth fetching; all others that nobody hol
 
 from __future__ import annotations
 
-from runner.cloud import clock, ending
-from runner.cloud.answers import OVER, Pod
-from runner.cloud.api import Api
+from runner.cloud import clock, termination
 from runner.cloud.ledger import Entry, Ledger, LedgerError
-from runner.cloud.problems import CloudError, StillThereError
-from runner.cloud.waiting import look_for, named
+from runner.cloud.readiness import look_for, named
+from runner.cloud.runpod.api import Api
+from runner.cloud.runpod.errors import CloudError, StillThereError
+from runner.cloud.runpod.types import OVER, Pod
 from runner.errors import RunnerError
 
 # A create that was not answered is believed to have come to nothing when its name has not appeared for so long.
@@ -76,13 +76,13 @@ def _settle(
         return _unanswered(api, ledger, entry)
     assert entry.pod_id is not None
     if any(pod.name == name and pod.id != entry.pod_id for pod in pods.values()):
-        ending.end_doubles(api, entry.pod_id, name)
+        termination.end_doubles(api, entry.pod_id, name)
     if state in (*ARMED, "STOPPED"):
         return _armed(api, ledger, entry, pods.get(entry.pod_id), there)
     if entry.keep and (state == "TERMINATING" or rented_at(ledger, entry) < entry.created):  # it had a run before
-        ending.stop(api, ledger, name, entry.pod_id, "again, after the launcher ended")
+        termination.stop(api, ledger, name, entry.pod_id, "again, after the launcher ended")
         return f"pod {entry.pod_id} of run {entry.run_id} is stopped, as was asked"
-    ending.end(api, ledger, name, entry.pod_id, f"nobody holds it any more, {state} since its launcher ended")
+    termination.end(api, ledger, name, entry.pod_id, f"nobody holds it any more, {state} since its launcher ended")
     return f"pod {entry.pod_id} of run {entry.run_id} was left {state} by a launcher that is gone: it is ended"
 
 
@@ -92,7 +92,7 @@ def _unanswered(api: Api, ledger: Ledger, entry: Entry) -> str | None:
         ledger.move(entry.name, "CREATE_UNKNOWN", "the launcher ended while it asked")
     found = look_for(api, entry.name) if entry.state == "CREATING" else named(api, entry.name)
     for pod in found:
-        ending.end(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
+        termination.end(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
     if found:
         return f"pod {found[0].id} of run {entry.run_id} came of a create that was not answered: it is ended"
     if _is_old(api, entry):
@@ -115,7 +115,7 @@ def _armed(
     """A pod that looks after itself."""
     assert entry.pod_id is not None
     if pod is None:
-        if ending.is_gone(api, entry.pod_id):
+        if termination.is_gone(api, entry.pod_id):
             ledger.move(entry.name, "GONE", "it has ended itself, or was taken away")
             if entry.state != "STOPPED":
                 return f"pod {entry.pod_id} of run {entry.run_id} is gone"
@@ -125,7 +125,7 @@ def _armed(
         return f"pod {pod.id} has stopped itself with its result: python -m runner fetch {entry.run_id}"
     now = None if entry.state == "STOPPED" else there.now(pod, rented_at(ledger, entry))
     if now is not None and overdue(entry, now):
-        ending.end(api, ledger, entry.name, pod.id, "it is past its deadline")
+        termination.end(api, ledger, entry.name, pod.id, "it is past its deadline")
         return f"pod {pod.id} of run {entry.run_id} was past its deadline and alive: it is ended"
     return None
 
@@ -163,6 +163,6 @@ def settle_unknown(api: Api, ledger: Ledger, run_id: str, *, now: bool = False) 
         except RunnerError:
             continue  # it stays in the ledger
         for pod in found:
-            ending.end(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
+            termination.end(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
         if not found and _is_old(api, entry):
             ledger.try_move(entry.name, "GONE", "no pod of that name has appeared")

@@ -12,22 +12,22 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.cloud import clock, fleet, handover, keys, pod_env, ship
-from runner.cloud.adopt import volume_of
-from runner.cloud.answers import Pod
-from runner.cloud.api import Api
-from runner.cloud.kept import begun
+from runner.cloud import clock, fleet, handover, pod_env, ssh_keys, transfer
+from runner.cloud.adoption import volume_of
+from runner.cloud.budget import Meter
+from runner.cloud.lease import Rented, deadline_of, spent
 from runner.cloud.ledger import PREFIX, Entry, Ledger
-from runner.cloud.money import Meter
-from runner.cloud.placement import runpod
-from runner.cloud.problems import TooDearError
-from runner.cloud.rented import Rented, deadline_of, spent
+from runner.cloud.pod_of_run import begun
+from runner.cloud.readiness import until_ready
+from runner.cloud.runpod.api import Api
+from runner.cloud.runpod.errors import TooDearError
+from runner.cloud.runpod.offers import runpod
+from runner.cloud.runpod.types import Pod
 from runner.cloud.session import Session
-from runner.cloud.ship import Berth, Say
-from runner.cloud.waiting import until_ready
+from runner.cloud.transfer import Berth, Say
 from runner.errors import Problem, RequestError, RunFailedError, RunnerError
 from runner.paths import state_dir
-from runner.rundir import RunDir
+from runner.rundir.directory import RunDir
 from runner.spec import RunPodPlace, RunSpec
 
 OWN = "-own-"
@@ -85,7 +85,7 @@ def find(api: Api, ledger: Ledger, spec: RunSpec, own: str | None = None) -> Fou
     return Found(entry, pod)
 
 
-def take(run: RunDir, spec: RunSpec, pair: keys.KeyPair, say: Say, detached: bool) -> Rented:
+def take(run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, say: Say, detached: bool) -> Rented:
     """The pod that `where.pod` names, started if it was stopped, serving this run from here on.
 
     Errors as `find` has them, NoCapacityError or BadHostError where it does not start, TooDearError over the cap.
@@ -123,10 +123,10 @@ def hand_back(session: Session) -> float | None:
         return None
     run_id = f"{old.run_id.partition(OWN)[0]}{OWN}{secrets.token_hex(2)}"  # the first part still finds it
     name = f"{PREFIX}{run_id}-{secrets.token_hex(2)}"
-    order = ship.order(
+    order = transfer.order(
         run_id, rented.pod.id, deadline=old.deadline, started=now, usd_per_hour=rented.usd_per_hour, budget_usd=None,
         heartbeat_minutes=None, boarding_minutes=None, keep=old.keep, uncollected="stop" if old.keep else "terminate",
-        public_key=keys.pair(run_id).public,
+        public_key=ssh_keys.pair(run_id).public,
     )  # fmt: skip
     try:
         there = Berth(at.connection, at.workspace, run_id)
@@ -161,14 +161,14 @@ def start(api: Api, ledger: Ledger, word: str, hours: float, say: Say, env: dict
     try:
         ledger.set(rented.name, deadline=rented.deadline, keep=True)
         _start(rented, None, say)
-        at = ship.board(rented.pod, run_id, keys.pair(run_id), say)
+        at = transfer.board(rented.pod, run_id, ssh_keys.pair(run_id), say)
         try:
-            order = ship.order(
+            order = transfer.order(
                 run_id, rented.pod.id, deadline=rented.deadline, started=rented.meter.started,
                 usd_per_hour=rented.usd_per_hour, budget_usd=None, heartbeat_minutes=None, boarding_minutes=None,
                 keep=True, uncollected="stop",
             )  # fmt: skip
-            ship.arm(at, order | {"fresh": False}, say)
+            transfer.arm(at, order | {"fresh": False}, say)
             if env:
                 pod_env.place(at.connection, run_id, env)
         finally:
@@ -227,7 +227,7 @@ def _start(rented: Rented, place: RunPodPlace | None, say: Say) -> None:
 def _hand_on(rented: Rented, old: Entry, new: Session, detached: bool) -> None:
     """Have the pod's switch serve the new run. One that has none, of `pods up`, gets it where the pod's start command
     looks for it after a restart."""
-    at = ship.board(rented.pod, old.run_id, keys.pair(old.run_id), rented.say)
+    at = transfer.board(rented.pod, old.run_id, ssh_keys.pair(old.run_id), rented.say)
     try:
         if old.run_id == new.run.id:  # the order of its own folder is renewed as the run is sent
             return
@@ -245,7 +245,7 @@ def _hand_on(rented: Rented, old: Entry, new: Session, detached: bool) -> None:
 def _scripts(at: Berth) -> None:
     """Send the agent to a folder that has none yet."""
     at.connection.run(f"mkdir -p {shlex.quote(at.folder)}/logs")
-    at.connection.put([Path(str(module.__file__)) for module in ship.SCRIPTS], f"{at.folder}/")
+    at.connection.put([Path(str(module.__file__)) for module in transfer.SCRIPTS], f"{at.folder}/")
 
 
 def unavailable(pod: str) -> RunFailedError:

@@ -13,16 +13,17 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from runner import checkpoints
-from runner.cloud import clock, home, ship, tail
+from runner.cloud import clock, download, transfer
+from runner.cloud.agent import tail
 from runner.cloud.follow import Follower, News, Vanished
-from runner.cloud.keys import KeyPair
-from runner.cloud.rented import Rented
-from runner.cloud.room import TooMuchError
-from runner.cloud.ship import Berth, Say
+from runner.cloud.lease import Rented
 from runner.cloud.ssh import CommandError, Connection, HostKeyError, LostError, user_of
+from runner.cloud.ssh_keys import KeyPair
+from runner.cloud.transfer import Berth, Say
+from runner.cloud.transfer_limits import TooMuchError
 from runner.errors import Problem, RunFailedError, RunnerError
-from runner.rundir import RunDir
+from runner.rundir import checkpoints
+from runner.rundir.directory import RunDir
 from runner.spec import RunPodPlace, RunSpec
 
 COLLECT_SECONDS = 900.0
@@ -64,10 +65,10 @@ class Session:
         connection = Connection(
             str(pod.id), str(pod.ssh_host), int(pod.ssh_port or 22), self.keys.private, user_of(pod.raw)
         )
-        end = time.monotonic() + ship.BOARDING_S
+        end = time.monotonic() + transfer.BOARDING_S
         while True:
             try:
-                self.at = ship.berth(connection, self.run.id, self.say)
+                self.at = transfer.berth(connection, self.run.id, self.say)
                 return self.at
             except HostKeyError:
                 connection.close()
@@ -88,7 +89,7 @@ class Session:
         """What the agent is told. An end that nobody awaits stops the pod where its own disk holds the only result."""
         meter = self.rented.meter
         own_disk = self.rented.volume_gb > 0 and not self.where.spot
-        return ship.order(
+        return transfer.order(
             self.run.id, str(self.rented.pod.id), deadline=self.rented.deadline, started=meter.started,
             usd_per_hour=meter.rate, budget_usd=self.rented.cap_usd, keep=self.where.keeps,
             heartbeat_minutes=None if detach else self.where.heartbeat_minutes,
@@ -113,16 +114,16 @@ class Session:
 
     def _load(self, detach: bool) -> None:
         at = self.board()
-        self.agent = ship.arm(at, self.order(detach), self.say)
-        ship.try_memory(at, float(self.run.read("plan.json").get("host_ram_gib") or 0.0))
-        ship.try_gpus(at, self.spec)
+        self.agent = transfer.arm(at, self.order(detach), self.say)
+        transfer.try_memory(at, float(self.run.read("plan.json").get("host_ram_gib") or 0.0))
+        transfer.try_gpus(at, self.spec)
         with self._heard(at):
-            code = ship.send(at, self.run, self.spec, self.say)
+            code = transfer.send(at, self.run, self.spec, self.say)
             self.rented.mark("SYNCED", "everything was sent")
-            secrets = ship.tell_secrets(at, self.spec)
+            secrets = transfer.tell_secrets(at, self.spec)
             # Written before it is done, or not done: whatever else is left behind, the next command would end.
             self.rented.ledger.move(self.rented.name, "RUNNING", "its agent is armed, and gets its task")
-            ship.begin(at, self.spec, str(self.rented.pod.id), code, secrets)
+            transfer.begin(at, self.spec, str(self.rented.pod.id), code, secrets)
 
     def find(self) -> tuple[str, int] | None:
         """Where the pod is now. Vanished if it is gone or was stopped."""
@@ -204,7 +205,7 @@ class Session:
     def _back(self) -> None:
         """After a break: a container that was made anew has neither secrets nor an agent."""
         assert self.at is not None
-        ship.tell_secrets(self.at, self.spec)
+        transfer.tell_secrets(self.at, self.spec)
         with suppress(CommandError):
             self.agent = self.at.start_agent()
 
@@ -219,7 +220,7 @@ class Session:
     def _fetch_checkpoint(self, at: Berth, step: int) -> None:
         try:
             with suppress(LostError, CommandError):  # overtaken by a newer one, or by the end: tried again then
-                home.bring_checkpoint(at, self.run, step, self.say)
+                download.bring_checkpoint(at, self.run, step, self.say)
         except (TooMuchError, OSError) as error:
             self.say(f"Warning: the checkpoint after step {step} is in the pod alone: {error}")
 
@@ -280,7 +281,7 @@ class Session:
             try:
                 began = time.monotonic()
                 with self._heard(at):
-                    mirror(self.run, home.bring(at, self.run, self.spec, self.say), self.rented)
+                    mirror(self.run, download.bring(at, self.run, self.spec, self.say), self.rented)
                 if final and part:
                     self.part()
                 return

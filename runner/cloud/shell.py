@@ -8,9 +8,9 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 
-from runner.cloud import fleet, keys, pod_env, ssh, tensorboard
-from runner.cloud.api import Api
+from runner.cloud import fleet, pod_env, ssh, ssh_keys, tensorboard
 from runner.cloud.ledger import Ledger
+from runner.cloud.runpod.api import Api
 from runner.errors import CannotRunError, Problem, RequestError
 
 PORTS = ("6006", "8888")
@@ -88,7 +88,7 @@ def connect(api: Api, ledger: Ledger, word: str) -> ssh.Connection:
         state = pod.status.lower() if pod else "gone"
         what = f"pod {pod_id} is {state}, and cannot be reached by SSH"
         raise CannotRunError(Problem(what, None, f"python -m runner pods logs {pod_id} says what it does"))
-    return ssh.Connection(pod_id, pod.ssh_host, pod.ssh_port, keys.pair(run_id).private, ssh.user_of(pod.raw))
+    return ssh.Connection(pod_id, pod.ssh_host, pod.ssh_port, ssh_keys.pair(run_id).private, ssh.user_of(pod.raw))
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from runner.cloud import room
-from runner.cloud.streams import EndlessError, Last, spoken
+from runner.cloud import transfer_limits
+from runner.cloud.bounded_streams import EndlessError, Last, spoken
 from runner.errors import CannotRunError, Problem, RunnerError
 from runner.paths import state_dir
 
@@ -194,7 +194,7 @@ class Connection:
             told: list[str] = []
             self._rsync(["--dry-run", "--stats", *words], None, told=told)
             size, files = (_number(pattern, told) for pattern in STATS)
-            room.check(size, files, most, target)
+            transfer_limits.check(size, files, most, target)
         return self._rsync(words, say, most=most, target=target)
 
     def _rsync(self, words: list[str], say: Callable[[str], None] | None, *, most: int | None = None,
@@ -220,7 +220,7 @@ class Connection:
                 wrong = Last(process.stderr)  # read all the while: a full pipe would stop the transfer for ever
                 skipped, arrived = _tell(process, say, most, told)
                 if most is not None and arrived > most:
-                    raise room.too_much("the pod sends more than it said", most, target)
+                    raise transfer_limits.too_much("the pod sends more than it said", most, target)
                 complaint = wrong.text()
             except BaseException:
                 os.killpg(process.pid, signal.SIGKILL)  # rsync is two processes here

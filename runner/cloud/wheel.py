@@ -16,7 +16,7 @@ from pathlib import Path
 import runner
 from runner import paths
 from runner.errors import CannotRunError, Problem
-from runner.invocation import PROJECT
+from runner.report.invocation import PROJECT
 
 NOT_THERE = ("hydra-core", "omegaconf", "hydra-joblib-launcher", "click")
 """What only the command line needs: a run arrives composed."""

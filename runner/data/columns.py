@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from runner.data.examples import Example, Judged, Learnable, Preference, Turn
-from runner.data.files import Row
-from runner.data.rows import CONTENT_KEYS, THOUGHTS, RowReader
+from runner.data.readers.files import Row
+from runner.data.row_values import CONTENT_KEYS, THOUGHTS, RowReader
 from runner.spec import DataSpec
 
 PROMPTS = ("question", "query", "problem", "input")

@@ -13,8 +13,8 @@ from contextlib import suppress
 from html import escape
 from typing import Any
 
+from runner.data.chat_template import MARK, Template
 from runner.data.examples import Turn
-from runner.data.templates import MARK, Template
 from runner.errors import Problem, RequestError
 
 THOUGHTS_END = "</think>"

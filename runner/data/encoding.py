@@ -16,9 +16,9 @@ from itertools import islice
 from typing import Any, TypeVar, cast
 
 from runner.data.examples import Example, Kind
-from runner.data.masks import IGNORED
-from runner.data.stored import Stored, decoded
-from runner.data.words import Encoded, Words
+from runner.data.loss_mask import IGNORED
+from runner.data.row_store import Stored, decoded
+from runner.data.tokenize import Encoded, Words
 from runner.errors import Problem, RequestError
 
 T = TypeVar("T")

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from importlib import util
 from pathlib import Path
 
+from runner.config.suggestions import nearest
 from runner.errors import Problem
 from runner.spec import Grpo
-from runner.suggest import nearest
 
 ALWAYS = ("prompts", "completions", "completion_ids")
 """What every reward function is given, besides the columns of the rows; TRL adds `trainer_state` and others."""

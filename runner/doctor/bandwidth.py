@@ -10,13 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from runner import hardware
 from runner.doctor.finding import Finding, Wanted
-from runner.hardware import Machine
-from runner.invocation import install
-from runner.plan.speed import machine_of
+from runner.machine import detect
+from runner.machine.detect import Machine
+from runner.machine.torch_build import installed_torch
+from runner.plan.hardware_speed import machine_of
+from runner.report.invocation import install
 from runner.spec import HardwareSpec
-from runner.torch_build import installed_torch
 
 LIMIT_S = 180.0
 """torch is loaded by every process (seconds; more from a cold disk), then ranks wait 60 s for each other at most."""
@@ -31,8 +31,8 @@ def finding(machine: Machine, wanted: Wanted | None, limit_s: float = LIMIT_S) -
     torch = installed_torch()
     if torch is None:
         return Finding("bandwidth", "problem", "not measured: torch is not installed", install("train"))
-    hw = hardware.resolve(HardwareSpec(name="local", accelerator="detect"), machine)
-    if wanted is not None and wanted.here and hardware.why_not_here(wanted.spec.hw, machine) is None:
+    hw = detect.resolve(HardwareSpec(name="local", accelerator="detect"), machine)
+    if wanted is not None and wanted.here and detect.why_not_here(wanted.spec.hw, machine) is None:
         hw = wanted.spec.hw
     on_gpus = hw.accelerator == "cuda" and torch.cuda is not None
     backend, processes = ("nccl", hw.num_gpus) if on_gpus else ("gloo", 2)
@@ -40,7 +40,7 @@ def finding(machine: Machine, wanted: Wanted | None, limit_s: float = LIMIT_S) -
     with tempfile.TemporaryDirectory(prefix="runner-doctor-") as folder:
         result = Path(folder) / "bandwidth.json"
         said = _torchrun(
-            processes, [str(result), backend], {**os.environ, **hw.env, **hardware.only(hw, machine)}, limit_s
+            processes, [str(result), backend], {**os.environ, **hw.env, **detect.only(hw, machine)}, limit_s
         )
         if said is not None or not result.is_file():
             return _failed(backend, between, said or "it ended without a result")

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runner import hub_config, writable
-from runner.data.workspace import Workspace, workspace_of
+from runner.data.pretraining.workspace import Workspace, workspace_of
 from runner.doctor.finding import GIB, Finding, State, Wanted, in_words
 from runner.errors import CannotRunError, Problem
+from runner.hub import config
+from runner.machine import writable
 from runner.paths import cache_dir
 from runner.plan.plan import Plan
 from runner.spec import Pretrain, RunInfo, RunSpec
@@ -102,8 +103,8 @@ def folders(wanted: Wanted | None) -> list[Folder]:
 
 
 def _hub_cache(place: Workspace | None) -> Path:
-    """Pretraining from a corpus has one of its own, unless `HF_HOME` names another (train/stages.py)."""
-    return hub_config.cache() if place is None or os.environ.get("HF_HOME") else place.hf_cache
+    """Pretraining from a corpus has one of its own, unless `HF_HOME` names another (train/pretraining_stages.py)."""
+    return config.cache() if place is None or os.environ.get("HF_HOME") else place.hf_cache
 
 
 def _room(disk: _Disk, *, planned: bool) -> Finding:

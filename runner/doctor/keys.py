@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from runner import credentials
+from runner.config import credentials
 from runner.doctor.finding import Finding, Wanted
 
 _FOR = {

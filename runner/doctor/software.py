@@ -15,12 +15,12 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
-from runner import kernels, torch_build
 from runner.doctor.finding import Finding, State, Wanted
-from runner.hardware import Machine
-from runner.invocation import PROJECT, install
+from runner.machine import kernels, torch_build
+from runner.machine.detect import Machine
+from runner.machine.torch_build import Driver, Torch, installed_torch
 from runner.paths import ASSETS
-from runner.torch_build import Driver, Torch, installed_torch
+from runner.report.invocation import PROJECT, install
 
 # Without these some runs work, and what does not. The others of `train` every run needs.
 _FOR_SOME = {

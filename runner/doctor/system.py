@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from runner.doctor.finding import GIB, Finding, Wanted, in_words
-from runner.hardware import Machine
-from runner.plan.host import CPU_PROCESS, CUDA_PROCESS
+from runner.machine.detect import Machine
+from runner.plan.host_memory import CPU_PROCESS, CUDA_PROCESS
 from runner.plan.memory import FREE_SHARE
 
 # NVIDIA asks for `docker run --shm-size=1g` (NCCL's user guide, "Runtime and MPI issues"); DeepSpeed 0.19 warns

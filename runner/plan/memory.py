@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from runner.plan import zero
-from runner.plan.blocks import LayerKind, Setting
-from runner.plan.host import CPU_PROCESS
-from runner.plan.passes import Passes
-from runner.plan.step import Step, Trains, step
-from runner.plan.tape import KINDS
-from runner.plan.training import Precision, Training, largest_trained, norms_and_biases
+from runner.plan.autograd.ops import LayerKind, Setting
+from runner.plan.autograd.tape import KINDS
+from runner.plan.host_memory import CPU_PROCESS
+from runner.plan.objective_passes import Passes
+from runner.plan.step_peak import Step, Trains, step
+from runner.plan.trainable import Precision, Training, largest_trained, norms_and_biases
 
 GIB = 2**30
 Phases = dict[str, dict[str, float]]
@@ -39,7 +39,7 @@ SLACK = {"low": 0.0, "expected": 0.04, "high": 0.15}
 # On a CPU glibc keeps what is freed, and the more the longer a run goes on: the main job (SmolLM2, LoRA, 256 tokens, of
 # which 1.38 GiB are accounted for and 0.45 come and go) peaks at 1.4 to 1.6 GiB after 5 and 6 steps, at 2.2 to 2.5
 # after 250 and more, 2.46 in the README's run: 2.4 times what comes and goes. Long runs are what has to fit. Blocks
-# beyond the 32 MiB of CPU_ENV (execute/torchrun.py) are given back, so it stops growing: where is an assumption.
+# beyond the 32 MiB of CPU_ENV (launcher/torchrun.py) are given back, so it stops growing: where is an assumption.
 CPU_SLACK = {"low": 0.0, "expected": 2.3, "high": 3.0}
 CPU_SLACK_MOST = {"low": 0.0, "expected": 1.2 * GIB, "high": 2.0 * GIB}
 # Tokenizer and data libraries at first use (57 MiB), and what the first `generate()` leaves for good (79): same run.

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from runner.plan import cost, host
-from runner.plan.hours import GB, Facts, hours_of
-from runner.plan.keeping import Checkpoints, checkpoints_of
+from runner.plan import cost, host_memory
+from runner.plan.candidates import Option, Options
+from runner.plan.checkpoint_count import Checkpoints, checkpoints_of
+from runner.plan.duration import GB, Facts, hours_of
 from runner.plan.memory import FREE_SHARE, GIB, STATES
-from runner.plan.options import Option, Options
-from runner.plan.passes import passes_of, shape_for
-from runner.plan.start import arguments, variables
-from runner.plan.training import Training
+from runner.plan.objective_passes import passes_of, shape_for
+from runner.plan.trainable import Training
+from runner.plan.worker_environment import arguments, variables
 from runner.spec import RunSpec
 
 SPOT_WARNING_S = 5
@@ -115,7 +115,7 @@ def plan_of(spec: RunSpec, options: Options, facts: Facts, notes: list[str]) -> 
     option = options.option(spec, shape, stage, train.micro_batch_size, train.accumulation_steps)
     training = options.training(shape, spec.method, train.precision, deepspeed=stage != "none")
     ram = _host(spec, training, option, facts)
-    one = sum(host.checkpoint(_summary(training, _states(spec)), _number(stage)).values())
+    one = sum(host_memory.checkpoint(_summary(training, _states(spec)), _number(stage)).values())
     step_s = option.step.total_s if option.step else None
     kept = checkpoints_of(train, seconds=one / GB / cost.SAVE_GB_S, step_seconds=step_s, num_steps=facts.num_steps)
     disk = _disk(spec, training, stage, facts, kept.at_once)
@@ -213,8 +213,8 @@ def _gib(terms: Mapping[str, float]) -> dict[str, float]:
     return {name: round(size / GIB, 3) for name, size in terms.items() if size}
 
 
-def _summary(training: Training, optimizer_bytes: float) -> host.Trained:
-    return host.Trained(
+def _summary(training: Training, optimizer_bytes: float) -> host_memory.Trained:
+    return host_memory.Trained(
         method_name=training.method,
         parameters=training.shape.num_parameters,
         trainable=training.trainable,
@@ -237,8 +237,8 @@ def _host(spec: RunSpec, training: Training, option: Option, facts: Facts) -> di
     on_gpu = spec.hw.accelerator == "cuda"
     per_node = spec.hw.num_processes or max(1, spec.hw.num_gpus)
     trained = _summary(training, _states(spec))
-    tensors = option.memory.expected - host.CPU_PROCESS
-    ram = host.host_ram(
+    tensors = option.memory.expected - host_memory.CPU_PROCESS
+    ram = host_memory.host_ram(
         trained,
         _number(option.stage),
         processes=per_node,
@@ -255,7 +255,7 @@ def _host(spec: RunSpec, training: Training, option: Option, facts: Facts) -> di
 
 def _disk(spec: RunSpec, training: Training, stage: str, facts: Facts, checkpoints: int) -> dict[str, float]:
     source = "package" if spec.model.package else "hub" if facts.download else "folder"
-    return host.disk(
+    return host_memory.disk(
         _summary(training, _states(spec)),
         _number(stage),
         source=source,  # type: ignore[arg-type]  # one of those words

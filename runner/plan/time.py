@@ -1,7 +1,7 @@
 """How long one optimiser step takes: arithmetic, memory traffic, and what the processes send each other.
 
 What does not depend on the micro batch is made once (`work_of`, `machine_of`); `step_time` is then a few
-multiplications. It is an estimate: of the 44 published measurements in tests/test_time.py (LoRA and 4-bit LoRA of
+multiplications. It is an estimate: of the 44 published measurements in tests/plan/test_time.py (LoRA and 4-bit LoRA of
 1.8B to 14B on one A100, a 7B under ZeRO on eight), to some of which it was fitted, the furthest is a quarter off; where
 a note says "assumption", nobody has published one.
 """
@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from runner.plan.shape import Shape
-from runner.plan.speed import (
+from runner.plan.hardware_speed import (
     ADAPTERS,
     CPU_ADAM_S_PER_PARAMETER,
     CPU_PASS_S,
@@ -31,6 +30,7 @@ from runner.plan.speed import (
     efficiency,
     machine_of,
 )
+from runner.plan.model_shape import Shape
 
 __all__ = ["Machine", "StepTime", "Work", "evaluation_time", "flops_per_token", "machine_of", "step_time", "work_of"]
 

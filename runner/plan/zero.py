@@ -1,7 +1,7 @@
 """What DeepSpeed ZeRO puts where, per GPU, in bytes, and its JSON with no "auto" left.
 
 Sources are files of DeepSpeed 0.19.8 under `deepspeed/`, unless another library is named. Checked
-against the tensors two real ranks hold: `tests/test_zero.py`.
+against the tensors two real ranks hold: `tests/plan/test_zero.py`.
 """
 
 from __future__ import annotations

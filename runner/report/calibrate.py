@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runner.report.spelling import spelt
+from runner.report.encodings import spelt
 from runner.report.summary import duration
-from runner.rundir import all_runs
+from runner.rundir.directory import all_runs
 
 MEASURES = {"peak_gib": "memory", "tokens_per_second": "speed", "seconds": "time"}
 """What is predicted, by its key in the part `plan` of `summary.json`, and in a word."""

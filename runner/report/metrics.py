@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from runner.config.suggestions import nearest
 from runner.errors import Problem
-from runner.suggest import nearest
 
 TRAIN = (
     "loss_first", "loss_last", "steps", "examples", "tokens", "tokens_per_second", "effective_tokens_per_second",

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from runner.report.encodings import spelt
 from runner.report.plan_terms import gib
-from runner.report.spelling import spelt
 from runner.report.summary import duration
 
 UNKNOWN = "–"

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from types import MappingProxyType
 from typing import Any
 
-from runner import catalogue
+from runner.config import catalog
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,6 @@ def gib(size: float) -> str:
 
 def _title(group: str, name: str) -> str:
     """As people call it; the name itself where the catalogue has no title for it."""
-    if name not in catalogue.options(group):
+    if name not in catalog.options(group):
         return name
-    return str(catalogue.load(group, name).get("title") or name)
+    return str(catalog.load(group, name).get("title") or name)

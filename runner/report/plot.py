@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runner.rundir import RunDir
+from runner.rundir.directory import RunDir
 
 MEASURES = ("reward_margin", "reward")
 """What is drawn below the loss: the first that a run has."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from runner.invocation import typed
 from runner.report.durations import duration as duration
-from runner.report.measured import beside_plan
-from runner.rundir import RunDir
+from runner.report.invocation import typed
+from runner.report.plan_vs_measured import beside_plan
+from runner.rundir.directory import RunDir, shown
 from runner.spec import RunSpec
 
 
@@ -25,7 +23,7 @@ def summary_of(
 ) -> dict[str, Any]:  # fmt: skip
     """The stable, documented record of a finished run (see docs/reference.md, Files of a run).
 
-    `peaks` is `runner.train.peaks.Peaks.as_dict`.
+    `peaks` is `runner.train.memory_stats.Peaks.as_dict`.
     """
     losses = trained["losses"]
     positions_per_second = trained["positions"] / trained["seconds"]
@@ -126,9 +124,3 @@ def plan_line(planned: dict[str, Any]) -> str:
         time_ = "" if seconds is None else f", {duration(seconds)}"
         parts.append(f"{key} {size:.1f} GiB{time_}")
     return "; ".join(parts)
-
-
-def shown(path: Path) -> str:
-    """A path as one would type it from here."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative

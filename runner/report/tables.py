@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from runner.provenance import Origin, flat
+from runner.config.provenance import Origin, flat
 from runner.report.summary import duration, metric_of
 from runner.spec import RunSpec
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from runner.layers import parse_layers
+from runner.spec.layer_ranges import parse_layers
 from runner.spec.part import Layers, Part
 
 

@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from runner.layers import parse_layers
 from runner.spec.agreement import disagreements
 from runner.spec.data import DataSpec
 from runner.spec.hw import DeepSpeedSpec, HardwareSpec
+from runner.spec.layer_ranges import parse_layers
 from runner.spec.method import Method
 from runner.spec.model import ModelSpec
 from runner.spec.objective import Objective, Sft

@@ -16,13 +16,13 @@ from typing import Any
 
 from rich.console import Console
 
-from runner import checkpoints
 from runner.errors import InterruptedRun, Problem, Rewind, RunnerError
-from runner.execute.torchrun import die_with_parent
+from runner.machine.processes import die_with_parent
 from runner.report import terminal
-from runner.report.problems import print_problems
+from runner.report.errors_text import print_problems
 from runner.report.progress import Progress
-from runner.rundir import PHASE_OF_STATE, RunDir
+from runner.rundir import checkpoints
+from runner.rundir.directory import PHASE_OF_STATE, RunDir
 from runner.spec import RunSpec
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -42,12 +42,12 @@ def main(argv: list[str]) -> int:
         progress.note("Loading torch and transformers …")
     pulse = None
     try:
-        from runner.train.pulse import Pulse  # torch: after the first line is on screen
+        from runner.train.heartbeat import Pulse  # torch: after the first line is on screen
 
         pulse = Pulse(run, RANK)
         pulse.install()
         from runner.train.callbacks import StopOnSignal
-        from runner.train.ranks import join
+        from runner.train.distributed import join
         from runner.train.worker import work
 
         ranks = join(spec)
@@ -104,7 +104,7 @@ def _out_of_memory(error: BaseException) -> dict[str, Any] | None:
     """Whether the run died of that: kept in `status.json`, for the front to say what would have fitted."""
     if "torch" not in sys.modules:
         return None
-    from runner.train.peaks import out_of_memory
+    from runner.train.memory_stats import out_of_memory
 
     return out_of_memory(error)
 
@@ -117,7 +117,7 @@ def _keep_traceback(run: RunDir, error: BaseException) -> Path:
 
 def _leave() -> None:
     if LAUNCHED and "torch" in sys.modules:
-        from runner.train.ranks import leave
+        from runner.train.distributed import leave
 
         leave()
 

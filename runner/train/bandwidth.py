@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runner.rundir import write_atomically
+from runner.rundir.directory import write_atomically
 
 SIZES_MIB = {"nccl": (1, 16, 256), "gloo": (1, 16)}
 """The largest: about what DDP and ZeRO send at once (buckets of 25 to 500 MB)."""

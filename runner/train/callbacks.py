@@ -14,13 +14,13 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from runner.report.progress import Progress
-from runner.rundir import RunDir
-from runner.train.keeping import CutShort, Keeping
-from runner.train.peaks import GIB, gpu_in_use
-from runner.train.ranks import Ranks
+from runner.rundir.directory import RunDir
+from runner.train.distributed import Ranks
+from runner.train.memory_stats import GIB, gpu_in_use
+from runner.train.trainer_records import CutShort, Keeping
 
 SAME_SECONDS = 1.0
-"""Two signals so close together are one. Who means it twice is helped by the launcher (execute/supervise.py)."""
+"""Two signals so close together are one. Who means it twice is helped by the launcher (launcher/supervisor.py)."""
 
 
 class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has no types

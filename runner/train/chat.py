@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
-from runner.data.formats import Turn
+from runner.data.load import Turn
 from runner.errors import Problem, RunFailedError, RunnerError
 from runner.report import terminal
-from runner.report.problems import print_problems
-from runner.rundir import RunDir
+from runner.report.errors_text import print_problems
+from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 from runner.train.__main__ import quiet_libraries
 
@@ -29,9 +29,9 @@ def main() -> int:
     quiet_libraries(run.path / "logs" / "rank0.log")
     console = Console(stderr=True)
     try:
-        from runner.train import opening
+        from runner.train import finished_run
 
-        spec = opening.here(spec, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+        spec = finished_run.here(spec, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
         with console.status("Loading the model …"):
             model, tokenizer = load(spec, run, base=options.base)
     except RunnerError as error:
@@ -72,10 +72,10 @@ def main() -> int:
 def load(spec: RunSpec, run: RunDir, *, base: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer of a finished run, loaded as a user of plain transformers and peft would; an adapter's base
     stops where its template ends a turn. `spec` is the run's as it is opened here (opening.py)."""
-    from runner.train import stopping
+    from runner.train import stop_tokens
 
     model, tokenizer = _loaded(spec, run, base=base)
-    stopping.align(model, tokenizer)
+    stop_tokens.align(model, tokenizer)
     return model, tokenizer
 
 
@@ -84,7 +84,7 @@ def _loaded(spec: RunSpec, run: RunDir, *, base: bool) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
     from runner.spec import Freeze, Full
-    from runner.train import models
+    from runner.train import model_loading
 
     folder = run.path / "model"
     whole = isinstance(spec.method, (Full, Freeze))
@@ -102,10 +102,10 @@ def _loaded(spec: RunSpec, run: RunDir, *, base: bool) -> tuple[Any, Any]:
                 )
             }
         )
-        return models.load_model(tuned, str(folder)), AutoTokenizer.from_pretrained(folder)
-    source = models.source_of(spec.model)
-    tokenizer = models.load_tokenizer(spec, source)
-    model = models.load_model(spec, source)
+        return model_loading.load_model(tuned, str(folder)), AutoTokenizer.from_pretrained(folder)
+    source = model_loading.source_of(spec.model)
+    tokenizer = model_loading.load_tokenizer(spec, source)
+    model = model_loading.load_model(spec, source)
     if base:
         return model, tokenizer
     return PeftModel.from_pretrained(model, str(folder)), tokenizer
@@ -113,7 +113,7 @@ def _loaded(spec: RunSpec, run: RunDir, *, base: bool) -> tuple[Any, Any]:
 
 def answer(spec: RunSpec, model: Any, tokenizer: Any, turns: list[Turn], max_new_tokens: int) -> str:
     """One greedy answer; RunFailedError in one line for whatever a model makes of a prompt."""
-    from runner.train.evaluate import generate
+    from runner.train.evaluation.generation import generate
     from runner.train.trainer import autocast
 
     try:

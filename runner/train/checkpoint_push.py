@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from runner import checkpoints
 from runner.errors import RunnerError
-from runner.rundir import RunDir
+from runner.hub.upload_contents import push_checkpoint
+from runner.hub.upload_targets import target_of
+from runner.rundir import checkpoints
+from runner.rundir.directory import RunDir
 from runner.spec.push import PushSpec
-from runner.upload.contents import push_checkpoint
-from runner.upload.targets import target_of
 
 CLOSING_S = 60.0
 """How long a training that has ended waits for a checkpoint on its way."""

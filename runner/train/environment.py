@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from runner import __version__, checkpoints, kernels
+from runner import __version__
 from runner.errors import Problem, RequestError
+from runner.machine import kernels
 from runner.paths import ASSETS
-from runner.rundir import RunDir
+from runner.rundir import checkpoints
+from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.train.tokenised import tokenizer_fingerprint
+from runner.train.token_cache import tokenizer_fingerprint
 
 PACKAGES = (
     "torch",

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.trainer_utils import align_special_tokens
 
-from runner import checkpoints
 from runner.errors import Problem, RequestError, RunFailedError
-from runner.folders import whole
-from runner.report.card import write_card
-from runner.rundir import RunDir
+from runner.hub.model_card import write_card
+from runner.rundir import checkpoints
+from runner.rundir.atomic_folder import whole
+from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.train import methods, models, stopping
-from runner.train.rehearsal import mend
+from runner.train import model_loading, peft_methods, stop_tokens
+from runner.train.save_rehearsal import mend
 
 State = dict[str, torch.Tensor]
 SHOWN = 3  # names of an error
@@ -36,41 +36,41 @@ def export(spec: RunSpec, run: RunDir, step: int, target: Path, say: Callable[[s
     checkpoint = checkpoints.folder(run, step)
     sharded = (checkpoint / "latest").is_file()  # DeepSpeed's file: the name of the folder with the shards
     kept = (checkpoint / "tokenizer_config.json").is_file()
-    source = models.source_of(spec.model, say) if sharded or not kept else ""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint) if kept else models.load_tokenizer(spec, source)
+    source = model_loading.source_of(spec.model, say) if sharded or not kept else ""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint) if kept else model_loading.load_tokenizer(spec, source)
     say(f"Reading checkpoint {step} …")
     with whole(target) as folder:
-        if methods.adapter_of(spec):
+        if peft_methods.adapter_of(spec):
             config, state = _gathered_adapter(spec, source, checkpoint) if sharded else _adapter(spec, checkpoint)
-            if methods.decomposes(spec):
+            if peft_methods.decomposes(spec):
                 state = _relative(config, state, run.path / "initial_adapter")
             save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             config.inference_mode = True
             config.save_pretrained(str(folder))
-            stopping.save(folder, tokenizer)
+            stop_tokens.save(folder, tokenizer)
         else:
             model = _gathered_model(spec, source, checkpoint, tokenizer) if sharded else _model(spec, checkpoint)
             model.config.use_cache = True  # training switched it off
             mend(model)
-            stopping.align(model, tokenizer)
+            stop_tokens.align(model, tokenizer)
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_card(spec, run, folder, step)
-    kind = "adapter" if methods.adapter_of(spec) else "model"
+    kind = "adapter" if peft_methods.adapter_of(spec) else "model"
     say(f"Written {target} ({kind}, step {step})")
     return {"folder": str(target), "kind": kind, "step": step, "sharded": sharded}
 
 
 def _model(spec: RunSpec, checkpoint: Path) -> Any:
     """All weights of a plain checkpoint; those that train are in fp32 there, and 16 bits in what is saved."""
-    return models.kind_of(spec).from_pretrained(checkpoint, dtype=models.DTYPES[spec.train.precision])
+    return model_loading.kind_of(spec).from_pretrained(checkpoint, dtype=model_loading.DTYPES[spec.train.precision])
 
 
 def _adapter(spec: RunSpec, checkpoint: Path) -> tuple[PeftConfig, State]:
     """The adapter of a plain checkpoint, as wide as peft loads it."""
     state = load_file(checkpoint / "adapter_model.safetensors")
     return PeftConfig.from_pretrained(str(checkpoint)), {
-        name: value.to(methods.width(spec, name)) for name, value in state.items()
+        name: value.to(peft_methods.width(spec, name)) for name, value in state.items()
     }
 
 
@@ -92,14 +92,14 @@ def _gathered_adapter(spec: RunSpec, source: str, checkpoint: Path) -> tuple[Pef
     rounded to that, though the shards hold more digits.
     """
     model = _empty(source, spec, where="meta")  # names and shapes are all that is needed: no memory
-    config = methods.adapter_config(spec, model)
+    config = peft_methods.adapter_config(spec, model)
     assert config is not None
     config.init_lora_weights = True  # others would decompose the weights of the base
     wrapped = get_peft_model(model, config)
     shards = _shards(checkpoint, trained_only=True)
     wanted = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
     _check(wanted, shards, checkpoint)
-    dtype = models.DTYPES[spec.train.precision]
+    dtype = model_loading.DTYPES[spec.train.precision]
     state = {name: shards[name].contiguous().to(dtype).float() for name in wanted}
     return config, dict(get_peft_model_state_dict(wrapped, state_dict=state, save_embedding_layers=False))
 
@@ -109,11 +109,11 @@ def _gathered_model(spec: RunSpec, source: str, checkpoint: Path, tokenizer: Any
     shards = _shards(checkpoint)
     model = _empty(source, spec, where="cpu")
     if any(name not in shards for name, _ in model.named_parameters()):
-        dtype = models.DTYPES[spec.train.precision]
-        model = models.kind_of(spec).from_pretrained(
-            source, revision=spec.model.revision, dtype=dtype, **models.head_of(spec)
+        dtype = model_loading.DTYPES[spec.train.precision]
+        model = model_loading.kind_of(spec).from_pretrained(
+            source, revision=spec.model.revision, dtype=dtype, **model_loading.head_of(spec)
         )
-        methods.mark_trainable(spec, model)
+        peft_methods.mark_trainable(spec, model)
         _check([name for name, p in model.named_parameters() if p.requires_grad], shards, checkpoint)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -127,9 +127,9 @@ def _gathered_model(spec: RunSpec, source: str, checkpoint: Path, tokenizer: Any
 
 def _empty(source: str, spec: RunSpec, where: str) -> Any:
     """The run's model without its weights, in the run's precision."""
-    config = AutoConfig.from_pretrained(source, revision=spec.model.revision, **models.head_of(spec))
+    config = AutoConfig.from_pretrained(source, revision=spec.model.revision, **model_loading.head_of(spec))
     with torch.device("meta"):
-        model = models.kind_of(spec).from_config(config, dtype=models.DTYPES[spec.train.precision])
+        model = model_loading.kind_of(spec).from_config(config, dtype=model_loading.DTYPES[spec.train.precision])
     if where != "meta":
         model.to_empty(device=where)
         model.tie_weights()
@@ -152,4 +152,4 @@ def _relative(config: PeftConfig, state: State, start: Path) -> State:
     if not start.is_dir():
         remedy = "the finished run's model/ is the adapter after the last step"
         raise RequestError(Problem(f"{start} is gone, and without it the checkpoint cannot be converted", None, remedy))
-    return methods.relative(config, state, start)
+    return peft_methods.relative(config, state, start)

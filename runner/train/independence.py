@@ -14,7 +14,7 @@ import torch
 
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
-from runner.train.peaks import out_of_memory
+from runner.train.memory_stats import out_of_memory
 from runner.train.trainer import autocast
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]

@@ -14,11 +14,11 @@ from typing import Any
 
 from rich.console import Console
 
-from runner.data.prepared import remember
+from runner.data.prepared_index import remember
 from runner.errors import InterruptedRun, Problem, RunFailedError, RunnerError
 from runner.paths import cache_dir
 from runner.report import terminal
-from runner.report.problems import dump, print_problems, problems_as_json
+from runner.report.errors_text import dump, print_problems, problems_as_json
 from runner.report.progress import Progress
 from runner.spec import RunSpec
 from runner.train.__main__ import quiet_libraries
@@ -57,20 +57,21 @@ def _interrupted(number: int, frame: Any) -> None:
 
 def prepared(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     """Fill the cache for training and held-out rows; what was found."""
-    from runner.train import models, objectives, stages  # torch and transformers: after the first line
-    from runner.train.ranks import Ranks
-    from runner.train.tokenised import line_of
+    from runner.train import model_loading, pretraining_stages
+    from runner.train.distributed import Ranks
+    from runner.train.objectives import setup  # torch and transformers: after the first line
+    from runner.train.token_cache import line_of
 
     began = time.perf_counter()
-    asked, spec = spec, stages.prepare(spec, progress.note, lambda: None, Ranks())
-    data = objectives.read(spec)
+    asked, spec = spec, pretraining_stages.prepare(spec, progress.note, lambda: None, Ranks())
+    data = setup.read(spec)
     if data.note:
         progress.note(data.note)
     progress.note(f"Read    {len(data.train):,} rows in {time.perf_counter() - began:.1f} s; loading the tokenizer …")
-    tokenizer = models.load_tokenizer(spec, models.source_of(spec.model, progress.note))
+    tokenizer = model_loading.load_tokenizer(spec, model_loading.source_of(spec.model, progress.note))
     began = time.perf_counter()
     with progress.stage("Tokenising", "rows"):
-        rows, held = objectives.tokenise(data, tokenizer, spec, progress.advance)
+        rows, held = setup.tokenise(data, tokenizer, spec, progress.advance)
     seconds = time.perf_counter() - began
     progress.note(line_of(rows, len(data.held or ())))
     entries = [rows.folder] + ([held.folder] if held else [])

@@ -25,7 +25,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
-from runner.plan.shape import MOST_VALUES
+from runner.plan.model_shape import MOST_VALUES
 
 IMPLEMENTATION = "quantised"
 NAMES = ("gate_up_proj", "up_proj", "down_proj")

@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional
 from trl import SFTConfig, SFTTrainer
 
-from runner import kernels
-from runner.rundir import RunDir
+from runner.machine import kernels
+from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.train.keeping import Keeping
+from runner.train.trainer_records import Keeping
 
 SCHEDULES = {
     "cosine": "cosine",

@@ -11,28 +11,37 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from runner import checkpoints
-from runner.data.checking import nothing_held_out
+from runner.data.row_checks import nothing_held_out
 from runner.errors import InterruptedRun, Problem, RequestError
-from runner.report.card import write_card
+from runner.hub.model_card import write_card
 from runner.report.plot import plot_loss
 from runner.report.progress import Progress
 from runner.report.summary import summary_of
-from runner.rundir import RunDir
+from runner.rundir import checkpoints
+from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.train import independence, methods, models, objectives, rehearsal, stages, stopping, universal
+from runner.train import (
+    independence,
+    model_loading,
+    peft_methods,
+    pretraining_stages,
+    save_rehearsal,
+    stop_tokens,
+    universal_checkpoint,
+)
 from runner.train.callbacks import AtStart, MetricsWriter, StopEarly, StopOnSignal
 from runner.train.checkpoint_push import CheckpointPush
+from runner.train.checkpointing import SaveWhenDue, Sealer
+from runner.train.deepspeed_config import deepspeed_config
+from runner.train.distributed import Ranks
 from runner.train.environment import check_same, environment, fingerprints
-from runner.train.guards import LossGuard
-from runner.train.measure import Measuring
-from runner.train.peaks import Peaks
-from runner.train.pulse import Pulse
-from runner.train.ranks import Ranks
-from runner.train.saving import SaveWhenDue, Sealer
-from runner.train.sharding import deepspeed_config
-from runner.train.tokenised import line_of
-from runner.train.tracking import start_tracking
+from runner.train.evaluation.before_after import Measuring
+from runner.train.heartbeat import Pulse
+from runner.train.loss_guard import LossGuard
+from runner.train.memory_stats import Peaks
+from runner.train.objectives import setup
+from runner.train.token_cache import line_of
+from runner.train.trackers import start_tracking
 
 
 @dataclass
@@ -69,8 +78,8 @@ def work(
         torch.set_num_threads(max(1, spec.hw.num_cpus // (spec.hw.num_processes or 1)))
 
     set_seed(spec.train.seed)
-    spec = stages.prepare(spec, progress.note, pulse.beat, ranks)
-    examples = objectives.read(spec)
+    spec = pretraining_stages.prepare(spec, progress.note, pulse.beat, ranks)
+    examples = setup.read(spec)
     if examples.note:
         progress.note(examples.note)
     with ranks.main_first(pulse.beat) as working:
@@ -80,39 +89,37 @@ def work(
             progress.advance(done, total)
             working()
 
-        source = models.source_of(spec.model, progress.note)
-        tokenizer = models.load_tokenizer(spec, source)
+        source = model_loading.source_of(spec.model, progress.note)
+        tokenizer = model_loading.load_tokenizer(spec, source)
         with progress.stage("Tokenising", "rows"):
-            rows = objectives.tokenise(examples, tokenizer, spec, count)
+            rows = setup.tokenise(examples, tokenizer, spec, count)
     progress.note(line_of(rows[0], len(examples.held or ())))
     if spec.eval.every_steps and (rows[1] is None or not len(rows[1].rows)):
         raise RequestError(nothing_held_out(spec))
     content = fingerprints(tokenizer, examples.fingerprint)
     if ranks.main:
         check_same(spec, run, content, start)
-    steps = objectives.num_steps(spec, len(rows[0].rows))
+    steps = setup.num_steps(spec, len(rows[0].rows))
     report_to, line = start_tracking(spec, run)
     if line:
         progress.note(line)
-    sharding = universal.prepare(spec, run, start, ranks, deepspeed_config(spec, run, source))
-    arguments = objectives.settings(spec, run, steps, report_to, sharding)
-    model = objectives.load_model(spec, source, tokenizer)
-    if line := rehearsal.mend(model):
+    sharding = universal_checkpoint.prepare(spec, run, start, ranks, deepspeed_config(spec, run, source))
+    arguments = setup.settings(spec, run, steps, report_to, sharding)
+    model = setup.load_model(spec, source, tokenizer)
+    if line := save_rehearsal.mend(model):
         progress.note(line)
-    if rows[0].num_conversations and (added := stopping.align(model, tokenizer, save=True)):
+    if rows[0].num_conversations and (added := stop_tokens.align(model, tokenizer, save=True)):
         progress.note(
             f"Stops   at {' and '.join(added)}, too, where the chat template ends a turn; saved with the model"
         )
-    methods.mark_trainable(spec, model)
+    peft_methods.mark_trainable(spec, model)
     metrics = MetricsWriter(run, progress, ranks.main, start)
-    measuring = Measuring(
-        spec, run, progress, ranks, tokenizer, examples.asked, pulse, objectives.judge(spec, examples)
-    )
+    measuring = Measuring(spec, run, progress, ranks, tokenizer, examples.asked, pulse, setup.judge(spec, examples))
 
     def begin() -> None:
         """Once DeepSpeed has its engine: before that a sharded model cannot answer."""
         peaks.end("load")
-        rehearsal.rehearse(spec, run, trainer, tokenizer, ranks)
+        save_rehearsal.rehearse(spec, run, trainer, tokenizer, ranks)
         measuring.before(lambda: independence.check(spec, trainer, tokenizer))
         if start:
             trainer.follow_schedule()
@@ -125,14 +132,12 @@ def work(
     early = [StopEarly(spec.eval.early_stopping_patience)] if spec.eval.early_stopping_patience else []
     callbacks = [metrics, pulse, *early, AtStart(begin), stop, SaveWhenDue(sealer, spec.train.save_every_minutes)]
     guard = LossGuard(spec.train, run, ranks, progress.note)
-    trainer: Any = objectives.build(
-        spec, source, model, tokenizer, rows, args=arguments, guard=guard, callbacks=callbacks
-    )
+    trainer: Any = setup.build(spec, source, model, tokenizer, rows, args=arguments, guard=guard, callbacks=callbacks)
     trainer.ranks, trainer.sealer = ranks, sealer
     trainer.noted = {"processes": ranks.world, "stage": spec.deepspeed.name, **content}
     metrics.trainer = measuring.trainer = trainer
     if ranks.main:
-        methods.keep_initial_adapter(spec, trainer.model, run)
+        peft_methods.keep_initial_adapter(spec, trainer.model, run)
     _say_what_trains(trainer.model, progress)
     facts = environment(spec, trainer.model, source, content)
     if ranks.main:
@@ -146,7 +151,7 @@ def work(
     peaks.end("train")
 
     if not trainer.is_deepspeed_enabled:  # which has made 16 bits of them already
-        methods.settle(spec, trainer.model)
+        peft_methods.settle(spec, trainer.model)
     after = measuring.measure("after")
     peaks.end("eval")
     enter("saving")
@@ -162,7 +167,7 @@ def work(
         "tokens": metrics.tokens,
         "positions": metrics.positions,
         "seconds": metrics.total_seconds,
-        "parameters": methods.describe_trainable(trainer.model)[:2],
+        "parameters": peft_methods.describe_trainable(trainer.model)[:2],
         "examples": rows[0].num_examples,
     }
     summary = summary_of(spec, run, trained, measuring.first, after, spent + time.monotonic() - began, peaks.as_dict())
@@ -187,7 +192,7 @@ def _start(run: RunDir, progress: Progress, ranks: Ranks) -> int:
 
 
 def _say_what_trains(model: Any, progress: Progress) -> None:
-    trainable, total, lines = methods.describe_trainable(model)
+    trainable, total, lines = peft_methods.describe_trainable(model)
     progress.note(f"Trains  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     shown = lines if len(lines) <= 8 else [*lines[:7], f"and {len(lines) - 7} more"]
     progress.note("        " + ", ".join(shown))
@@ -215,15 +220,15 @@ def save(spec: RunSpec, run: RunDir, trainer: Any, tokenizer: Any, ranks: Ranks)
     state = None
     if trainer.is_deepspeed_enabled and spec.deepspeed.name.startswith("zero3"):
         trainer.deepspeed.empty_partition_cache()  # what was fetched ahead of its use: it cannot be gathered again
-        state = methods.whole_weights(spec, trainer.model, ranks.main)
+        state = peft_methods.whole_weights(spec, trainer.model, ranks.main)
     if ranks.main:
         shutil.rmtree(temporary, ignore_errors=True)
         trainer.model.config.use_cache = True  # training switched it off
-        methods.save_model(spec, trainer.model, temporary, run, state)
+        peft_methods.save_model(spec, trainer.model, temporary, run, state)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").unlink(missing_ok=True)  # peft's, of a path and "More Information Needed"
-        if methods.adapter_of(spec):
-            stopping.save(temporary, tokenizer)
+        if peft_methods.adapter_of(spec):
+            stop_tokens.save(temporary, tokenizer)
         shutil.rmtree(final, ignore_errors=True)  # of a run that was extended
         temporary.rename(final)
     ranks.barrier()

@@ -1,0 +1,111 @@
+"""`data`: look at a data set, count it, and prepare it, before it costs anything."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from runner.cli.options import Arguments, composed, one_run, request_of, say_unread
+from runner.errors import RequestError
+from runner.report.errors_text import dump
+
+
+@click.group()
+def data() -> None:
+    """Look at a data set before it costs anything: preview, stats, prepare.
+
+    \b
+    Examples:
+      python -m runner data preview data.path=my.jsonl
+      python -m runner data stats   data.path='shards/*.parquet' model=qwen3_0_6b --plot lengths.png
+      python -m runner data prepare data.path=my.jsonl train.max_length=2048
+    """
+
+
+def _composed(verb: str, words: Arguments, config_dirs: tuple[Path, ...]) -> Any:
+    """The run that the words describe; those that `verb` does not read are named."""
+    from runner.config.compose import compose
+
+    request = request_of(words, config_dirs)
+    spec = compose(request)
+    say_unread(f"data {verb}", request)
+    return spec
+
+
+@data.command()
+@composed
+@one_run
+@click.option("--rows", default=3, show_default=True, type=click.IntRange(min=0), help="How many rows to show.")
+@click.option("--row", type=click.IntRange(min=1), help="Show this one (1-based, of those that are right).")
+def preview(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, rows: int, row: int | None) -> None:
+    """Detected format, rows as the template shows them, tokens that are learned in green, and what is wrong with which.
+
+    Imports no torch. Exit code 0 without a mistake, 2 with one (also with data.on_error=skip where no row is right).
+
+    \b
+    Examples:
+      python -m runner data preview data.path=my.jsonl
+      python -m runner data preview data.path=my.jsonl model=llama3_8b --row 17
+      python -m runner data preview objective=dpo data.path=pairs.jsonl --json
+    """
+    from runner.data.inspect.preview import preview as look
+    from runner.report.data_tables import print_preview
+
+    found = look(_composed("preview", words, config_dirs), rows, row)
+    if as_json:
+        click.echo(dump(found))
+    else:
+        print_preview(Console(), found)
+    if found["problems"] and (found["on_error"] == "stop" or not found["num_rows"]):
+        sys.exit(RequestError.exit_code)
+
+
+@data.command()
+@composed
+@one_run
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the lengths.")
+def stats(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: Path | None) -> None:
+    """Lengths, what is cut and how full packing is at several longest lengths, duplicates, a suggested length.
+
+    \b
+    Examples:
+      python -m runner data stats data.path=my.jsonl
+      python -m runner data stats data.path=my.jsonl model=qwen3_0_6b --plot lengths.png --json
+    """
+    from runner.data.inspect.stats import stats as count
+    from runner.report.data_plot import plot_lengths
+    from runner.report.data_tables import print_stats
+
+    found = count(_composed("stats", words, config_dirs))
+    if plot is not None:
+        plot_lengths(found, plot)
+    if as_json:
+        click.echo(dump(found))
+        return
+    print_stats(Console(), found)
+    if plot is not None:
+        click.echo(f"Picture: {plot}")
+
+
+@data.command()
+@composed
+@one_run
+def prepare(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
+    """Tokenise, pack and cache now, on the cheap machine: the same run then starts training at once.
+
+    Takes the words of the run, with any objective. What shapes the tokens (data, model, objective, train.max_length,
+    train.packing, train.seed) must be the same there; hardware, method and all else may differ. With where=runpod the
+    tokens travel to the pod.
+
+    \b
+    Examples:
+      python -m runner data prepare data.path=my.jsonl train.max_length=2048
+      python -m runner data prepare recipes/mistral7b_qlora4_h100x3.yaml --json
+    """
+    from runner.runs.prepare import prepare as tokenise
+
+    sys.exit(tokenise(_composed("prepare", words, config_dirs), as_json))

@@ -1,0 +1,166 @@
+"""Verbs that look at what there is and what was said, and start nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from runner.cli.options import (
+    Arguments,
+    as_json_option,
+    composed,
+    config_dirs_option,
+    one_run,
+    output_dir_option,
+    request_of,
+    say_unread,
+    spoken,
+)
+from runner.errors import Problem, RequestError
+from runner.report.errors_text import dump
+
+
+@click.command()
+@composed
+@one_run
+def show(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
+    """The resolved run, as YAML from which a run can start; nothing is started.
+
+    \b
+    Examples:
+      python -m runner show model=phi2 method=lora hw=rtx4090
+      python -m runner show model=phi2 > mine.yaml; python -m runner mine.yaml train.max_steps=5
+      python -m runner show recipe=mistral7b_qlora4_h100x3 --json
+    """
+    from runner.resolve.steps import resolved
+
+    spec, notes = resolved(request_of(words, config_dirs))
+    content = spec.model_dump(mode="json")
+    if as_json:
+        click.echo(dump(content))
+        return
+    from runner.config import catalog
+
+    click.echo(catalog.dump(content), nl=False)
+    for note in notes:
+        click.echo(f"# note: {' '.join(note.split())}")
+
+
+@click.command()
+@click.argument("key")
+@composed
+@one_run
+def explain(key: str, words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
+    """Where the value of KEY came from: command line, recipe, or which file and line.
+
+    \b
+    Examples:
+      python -m runner explain train.learning_rate recipe=phi2_lora_rtx6000adax5
+      python -m runner explain train.micro_batch_size model=llama3_8b hw=a100 --json
+    """
+    if "=" in key:
+        remedy = f"python -m runner explain {key.partition('=')[0]} {key}"
+        raise RequestError(Problem(f"{key} changes a value: the key to explain comes first", "command line", remedy))
+    from runner.config.compose import compose, places, source_finder
+    from runner.config.validation import value_of
+    from runner.report.tables import print_origins
+    from runner.resolve.steps import complete
+
+    request = request_of(words, config_dirs)
+    spec = compose(request)
+    value, final = value_of(spec, key), value_of(complete(spec, source_finder(request))[0], key)
+    origins = places(request, key)
+    if as_json:
+        click.echo(dump({"key": key, "value": final, "composed": value, "origins": [vars(p) for p in origins]}))
+        return
+    print_origins(Console(), key, value, final, origins)
+
+
+@click.command(name="list")
+@click.argument("what", required=False)
+@config_dirs_option
+@as_json_option
+@spoken
+def list_(what: str | None, config_dirs: tuple[Path, ...], as_json: bool) -> None:
+    """What there is to choose from: models, methods, hw, deepspeed, objectives, data, where, track, recipes.
+
+    \b
+    Examples:
+      python -m runner list
+      python -m runner list models
+      python -m runner list hw --json
+    """
+    from runner.report.catalog_tables import listing, print_listing
+
+    table = listing(what, config_dirs)
+    if as_json:
+        click.echo(dump(table.rows))
+        return
+    print_listing(Console(), table)
+
+
+@click.command()
+@output_dir_option
+@as_json_option
+@spoken
+def runs(output_dir: Path, as_json: bool) -> None:
+    """Past runs: state, model, method, loss, time.
+
+    \b
+    Examples:
+      python -m runner runs
+      python -m runner runs --output-dir /data/runs --json
+    """
+    from runner.report.run_list import print_runs, run_rows
+
+    if output_dir.exists() and not output_dir.is_dir():
+        raise RequestError(Problem(f"{output_dir} is not a folder", "--output-dir", "name one that holds runs"))
+    rows = run_rows(output_dir)
+    if as_json:
+        click.echo(dump(rows))
+        return
+    print_runs(Console(), rows, output_dir)
+
+
+@click.command()
+@composed
+@one_run
+@click.option(
+    "--bandwidth",
+    is_flag=True,
+    help="Measure an all-reduce as well: NCCL over the GPUs, gloo over two processes on a CPU (10 s and more).",
+)
+def doctor(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, bandwidth: bool) -> None:
+    """Is this machine ready: driver, GPUs, disk, memory, packages, keys; what is wrong, and what to do about it.
+
+    With the words of a run, also whether the machine has what that run needs. Imports no torch, but for --bandwidth.
+    Exit code 0 without a problem, 3 with one.
+
+    \b
+    Examples:
+      python -m runner doctor
+      python -m runner doctor model=llama3_8b method=qlora4 hw=rtx4090
+      python -m runner doctor --bandwidth --json
+    """
+    from runner.doctor.checks import examine
+    from runner.doctor.finding import exit_code
+    from runner.doctor.report import findings_as_json, print_findings
+
+    run = None
+    if words or config_dirs:
+        from runner.resolve.doctor_target import wanted  # Hydra: 0.2 s
+
+        request = request_of(words, config_dirs)
+        run = wanted(request)
+        say_unread("doctor", request)
+    if bandwidth:
+        click.echo("Measuring an all-reduce …", err=True)
+    found = examine(run, bandwidth=bandwidth)
+    if as_json:
+        click.echo(dump(findings_as_json(found, run)))
+    else:
+        print_findings(Console(), found)
+    sys.exit(exit_code(found))

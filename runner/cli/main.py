@@ -1,0 +1,136 @@
+"""The command line: no verb means `run`. Every verb stands in a module of `runner.cli`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from runner import __version__
+from runner.cli.verbs import VERBS
+from runner.config.credentials import export_hub_token
+from runner.errors import Problem, RequestError
+from runner.report import terminal
+from runner.report.invocation import remember
+
+EPILOG = """
+\b
+Examples:
+  python -m runner                                         train the demo model here, on the CPU if need be
+  python -m runner model=mistral7b method=qlora4 hw=h100x3
+  python -m runner recipes/mistral7b_qlora4_h100x3.yaml train.learning_rate=1e-4
+  python -m runner -m method=full,freeze,lora,qlora4,qlora8 train.max_steps=5
+  python -m runner show model=phi2                         the resolved run as YAML
+  python -m runner explain train.learning_rate recipe=phi2_lora_rtx6000adax5
+  python -m runner plan model=llama3_8b hw=rtx4090         memory, time and cost, before anything starts
+  python -m runner fit model=llama2_70b method=lora        which hardware, ZeRO stage and micro batch
+  python -m runner list models
+  python -m runner data preview data.path=my.jsonl         which tokens are learned, and what is wrong with which row
+  python -m runner runs                                    past runs
+  python -m runner resume runs/<id>                        go on after the newest checkpoint
+  python -m runner join runs/<id>                          on every other machine of a run of several
+  python -m runner model=mistral7b method=qlora4 hw=h100x3 where=runpod where.max_usd=20 --detach
+  python -m runner attach <id>                             back to a run in its pod; logs -f, status, fetch
+  python -m runner chat runs/<id>                          talk to a tuned model
+  python -m runner eval runs/<id> --tasks arc_easy         held-out loss, perplexity, benchmarks
+  python -m runner merge runs/<id>                         fold an adapter into its base: a plain 16-bit model
+  python -m runner export runs/<id> --step 200             a checkpoint as a plain model or adapter
+  python -m runner push runs/<id> org/name                 the model, a card and its spec, on the Hub
+  python -m runner gpus --min-memory 48                    what RunPod has now, and for how much
+  python -m runner pods                                    what is rented; pods reap ends what no run owns
+  python -m runner doctor hw=h100x3                        is this machine ready, and what is wrong with it
+  python -m runner emulate                                 a RunPod on this machine, to try pods without an account
+
+Choices are written group=name (model, method, hw, deepspeed, objective, data, where, track),
+values key=value; docs/reference.md has every key. Exit codes: 0 done, 1 the run failed,
+2 the request was wrong, 3 it does not fit, not here, or not within the limits, 130 interrupted.
+"""
+
+
+class Verbs(click.Group):
+    """A group in which anything that is not a verb belongs to `run`; a verb's module is read when it is needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = import_module(f"runner.cli.{VERBS[cmd_name]}")
+        verb: click.Command = getattr(module, cmd_name, None) or getattr(module, f"{cmd_name}_")
+        return verb
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """A verb's usage errors also in JSON, and an option that is a key with the word to write."""
+        words = ctx.meta[WORDS]
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            if isinstance(error, click.NoSuchOption) and (instead := _as_key(error, words)):
+                error = click.NoSuchOption(error.option_name, f"{error.message} {instead}", ctx=error.ctx)
+            if "--json" in words:
+                from runner.report.errors_text import dump, problems_as_json
+
+                click.echo(dump(problems_as_json(RequestError(Problem(error.format_message(), "command line")))))
+            raise error from None
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[WORDS] = tuple(args)
+        own = {"--help", "-h", "--version"}
+        if not args or (args[0] not in VERBS and args[0] not in own):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+WORDS = f"{__name__}.words"
+"""Where click keeps the words of the command line for an error."""
+
+
+def _as_key(error: click.NoSuchOption, words: tuple[str, ...]) -> str:
+    """`--learning_rate 1e-4`, as other trainers take it, in this runner's way; empty where it is no key."""
+    if not (error.ctx and any(p.name == "words" for p in error.ctx.command.params)):
+        return ""
+    from runner.config import catalog
+    from runner.config.peer_keys import PEERS
+    from runner.config.suggestions import known_keys, nearest_key
+
+    place = next((n for n, word in enumerate(words) if word.startswith(error.option_name)), None)
+    option = error.option_name if place is None else words[place]
+    option, _, value = option.partition("=")
+    word = option.lstrip("-").replace("-", "_")
+    key = word if word in catalog.GROUPS else nearest_key(word)
+    if len(word) < 2 or key is None or (error.possibilities and word not in {*catalog.GROUPS, *PEERS, *known_keys()}):
+        return ""
+    following = words[place + 1] if place is not None and place + 1 < len(words) else ""
+    value = value or ("…" if not following or following.startswith("-") or "=" in following else following)
+    return f"Keys have no dashes: {key}={value}"
+
+
+@click.group(cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="runner")
+def cli() -> None:
+    """Fine-tune a language model: model × method × hardware × ZeRO stage → one resolved run."""
+
+
+def main() -> None:
+    """What was typed, done; the process ends with its exit code."""
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # the look for some reads all packages: 15 ms
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        print("The working directory has been deleted: cd to another one.", file=sys.stderr)
+        sys.exit(2)
+    remember()
+    export_hub_token()
+    terminal.guard()
+    try:
+        cli(prog_name="python -m runner" if sys.argv[0].endswith("__main__.py") else None)
+    except SystemExit as end:
+        sys.exit(terminal.exit_code(end.code) if isinstance(end.code, int | None) else end.code)
+
+
+if __name__ == "__main__":  # `python -m runner.cli.main`: otherwise it would say nothing, and look like success
+    main()

@@ -1,0 +1,156 @@
+"""Verbs of the plan: what a run would need and take."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from runner.cli.options import (
+    Arguments,
+    as_json_option,
+    composed,
+    one_run,
+    output_dir_option,
+    request_of,
+    say_unread,
+    spoken,
+)
+from runner.errors import CannotRunError
+from runner.report.errors_text import dump
+
+
+@click.command()
+@composed
+@one_run
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the memory of every phase.")
+@click.option("--deepspeed", "ds_json", is_flag=True, help="Print the resolved DeepSpeed JSON and nothing else.")
+def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: Path | None, ds_json: bool) -> None:
+    """Does it fit, where do the GiB go, how long, how much: before anything is rented or loaded.
+
+    Exit code 0 if it fits, 3 if not, or if it takes more than where.max_usd or where.max_hours.
+
+    \b
+    Examples:
+      python -m runner plan model=llama2_70b method=qlora4 hw=rtx4090x2
+      python -m runner plan model=mistral7b method=full hw=h100x3 --json
+      python -m runner plan model=hub model.id=org/name hw=a100 --plot plan.png
+    """
+    from runner.config.compose import compose, source_finder
+    from runner.machine import writable
+    from runner.report.plan_plot import plot_plan
+    from runner.report.plan_text import print_plan
+    from runner.resolve import plan_inputs
+    from runner.resolve.steps import asked, complete
+    from runner.runs import inputs, unread_keys
+
+    request = request_of(words, config_dirs)
+    composed = compose(request)
+    spec, notes = complete(composed, source_finder(request), needed=True)
+    inputs.check_files(spec)
+    notes += unread_keys.notes("plan", request, notes)
+    notes += [f"{p.what}: a run is refused; {p.remedy}" for p in writable.problems(spec)]
+    found = plan_inputs.plan(spec, notes)
+    content = found.as_dict()
+    if plot is not None:
+        plot_plan(content, plot)
+    if ds_json:
+        click.echo(dump(found.deepspeed))
+        for reason in found.reasons:
+            click.echo(f"refused: {reason}", err=True)
+    elif as_json:
+        click.echo(dump(content))
+    else:
+        console = Console()
+        print_plan(console, content, {"model": spec.model.title, "hw": spec.hw.title})
+        if found.reasons:
+            console.print(
+                f"→ {plan_inputs.advice(asked(composed, needed=True), found)}", highlight=False, soft_wrap=True
+            )
+        if plot is not None:
+            console.print(f"Picture: {plot}", highlight=False, soft_wrap=True)
+    sys.exit(CannotRunError.exit_code if found.reasons else 0)
+
+
+@click.command()
+@composed
+@one_run
+@click.option("--by", type=click.Choice(["usd", "time"]), default="usd", show_default=True, help="What to rank by.")
+@click.option("--all", "everything", is_flag=True, help="Show what does not fit, too, and all of a long table.")
+def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str, everything: bool) -> None:
+    """What hardware, method or model: every one that is not named is tried, with its best ZeRO stage and batch.
+
+    \b
+    Examples:
+      python -m runner fit model=llama2_70b method=lora
+      python -m runner fit model=llama3_8b hw=rtx4090 --all
+      python -m runner fit model=llama3_8b --by time --json
+    """
+    from dataclasses import asdict
+
+    from runner.config.compose import compose, source_finder
+    from runner.report.plan_text import print_fit
+    from runner.resolve import fit as resolve_fit
+    from runner.resolve.steps import asked
+
+    request = request_of(words, config_dirs)
+    say_unread("fit", request)
+    given = resolve_fit.given_in(request)
+    spec = resolve_fit.opened(asked(compose(request), source_finder(request), needed=True), given)
+    rows = [asdict(row) for row in resolve_fit.fits(spec, given, by, request.folders)]
+    fit = [row for row in rows if row["fits"]]
+    if as_json:
+        click.echo(dump(rows))
+    else:
+        short = fit[:20] + [row for row in rows if not row["fits"]][: max(0, 12 - len(fit))]
+        print_fit(Console(), rows if everything else short, resolve_fit.title(spec, rows))
+        if not everything and len(short) < len(rows):
+            click.echo(f"… and {len(rows) - len(short)} more: --all")
+    sys.exit(0 if fit else CannotRunError.exit_code)
+
+
+@click.command()
+@composed
+@one_run
+def table(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
+    """Memory by method and model size, from arithmetic, with what it assumes.
+
+    \b
+    Examples:
+      python -m runner table
+      python -m runner table train.max_length=2048 --json
+    """
+    from runner.report.plan_text import print_memory_table
+    from runner.resolve import fit
+    from runner.resolve.steps import resolved
+
+    request = request_of(words, config_dirs)
+    fit.refuse_for_table(request)
+    content = fit.memory_table(fit.opened(resolved(request)[0], fit.given_in(request)))
+    if as_json:
+        click.echo(dump(content))
+        return
+    print_memory_table(Console(), content)
+
+
+@click.command()
+@output_dir_option
+@as_json_option
+@spoken
+def calibrate(output_dir: Path, as_json: bool) -> None:
+    """Predicted against measured, over past runs.
+
+    \b
+    Examples:
+      python -m runner calibrate
+      python -m runner calibrate --output-dir /data/runs --json
+    """
+    from runner.report.calibrate import calibration, print_calibration
+
+    found = calibration(output_dir)
+    if as_json:
+        click.echo(dump(found))
+        return
+    print_calibration(Console(), found)

@@ -1,0 +1,345 @@
+"""The verb `pods`: what is rented, and what can be done about it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from runner.cli.options import Arguments, Finite, as_json_option, composed, one_run, request_of, spoken
+from runner.report.errors_text import dump
+
+all_option = click.option(
+    "--all", "everything", is_flag=True, help="Also the account's pods that are not of this project: to look at alone."
+)
+
+env_option = click.option(
+    "-e", "--env", multiple=True, metavar="NAME",
+    help="Pass this variable's value to shells and notebooks in the pod, over SSH into its memory.",
+)  # fmt: skip
+
+
+class Subverbs(click.Group):
+    """`pods` alone lists."""
+
+
+@click.group(invoke_without_command=True, cls=Subverbs)
+@all_option
+@as_json_option
+@click.pass_context
+def pods(context: click.Context, everything: bool, as_json: bool) -> None:
+    """Every pod of this project: state, cost so far, age, deadline; and what to do with one.
+
+    What a crashed launcher has left is put in order first: whatever is half-made is ended.
+
+    \b
+    Examples:
+      python -m runner pods
+      python -m runner pods --all                      the account's other pods as well, which no verb touches
+      python -m runner pods terminate <run>            a run's id, its folder, or the pod's id
+      python -m runner pods tunnel <run>               TensorBoard and Jupyter at 127.0.0.1, over SSH
+      python -m runner pods top <run>                  what its GPUs do
+      python -m runner pods reap                       end what no run owns
+      python -m runner pods up hw=rtx4090 --hours 3    just a pod
+      python -m runner pods start <run> --hours 2      one that was kept
+      python -m runner pods templates pytorch          what where.template takes
+    """
+    if context.invoked_subcommand is None:
+        _list(everything=everything, as_json=as_json)
+
+
+@spoken
+def _list(everything: bool, as_json: bool) -> None:
+    from runner.cloud import fleet
+    from runner.report.pod_tables import print_pods
+
+    api, ledger = _ready()
+    rows = fleet.rows(api, ledger, everything=everything)
+    if as_json:
+        click.echo(dump([asdict(row) for row in rows]))
+    else:
+        print_pods(Console(), rows)
+
+
+@pods.command(name="list")
+@all_option
+@as_json_option
+def list_(everything: bool, as_json: bool) -> None:
+    """The same as `pods` alone."""
+    _list(everything=everything, as_json=as_json)
+
+
+@pods.command()
+@click.argument("run")
+@as_json_option
+@spoken
+def stop(run: str, as_json: bool) -> None:
+    """Stop the pod of RUN: its volume disk is kept, and paid for; container disk and GPU are given back.
+
+    \b
+    Example:
+      python -m runner pods stop mistral7b-qlora4-20261125-164234-ab12
+    """
+    from runner.cloud import fleet
+
+    api, ledger = _ready()
+    pod_id = fleet.stop(api, ledger, run)
+    per_day = next((row.usd_per_day_stopped for row in fleet.rows(api, ledger) if row.pod_id == pod_id), 0.0)
+    said = f"pod {pod_id} is stopped, and costs about ${per_day:.2f} a day until it is terminated"
+    _answer(as_json, said, pod_id=pod_id, state="stopped", usd_per_day=per_day)
+
+
+@pods.command()
+@click.argument("run")
+@click.option("--hours", type=Finite(min=0, min_open=True), required=True, help="Then it stops itself again.")
+@env_option
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@as_json_option
+@spoken
+def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool) -> None:
+    """Start the stopped pod of RUN for SSH and Jupyter; it stops itself after so many hours, and keeps its disk.
+
+    A run takes a stopped pod by itself: where.pod=RUN.
+
+    \b
+    Example:
+      python -m runner pods start mistral7b-qlora4-20261125-164234-ab12 --hours 2
+    """
+    from runner.cloud import fleet, pod_env, reuse
+    from runner.cloud.interactive import check_hours, described
+
+    check_hours(hours)
+    values = pod_env.named(env)
+    api, ledger = _ready()
+    name, pod_id, _ = fleet.find(api, ledger, run)
+    entry = ledger.entry(name)
+    if entry is not None:
+        click.echo(f"pod {pod_id}, ${entry.usd_per_hour * hours:.2f} for {hours:g} hours at most", err=True)
+    if not yes and sys.stdin.isatty():
+        click.confirm("Start it?", abort=True, err=True)
+    rented = reuse.start(api, ledger, run, hours, lambda line: click.echo(line, err=True), values)
+    said = described(rented.pod.id, rented.usd_per_hour, rented.deadline, "stops")
+    facts = {"pod_id": rented.pod.id, "usd_per_hour": rented.usd_per_hour, "deadline": rented.deadline}
+    _answer(as_json, said, **facts, run_id=rented.run_id, state="running")
+
+
+@pods.command()
+@click.argument("run")
+@as_json_option
+@spoken
+def terminate(run: str, as_json: bool) -> None:
+    """End every pod of RUN, whoever holds it, and confirm that it is gone. What is only on its disk is lost.
+
+    It needs neither RunPod's list nor the ledger, if it has the other one. Exit code 1, with the pod's id and page,
+    where the end cannot be confirmed.
+
+    \b
+    Example:
+      python -m runner pods terminate mistral7b-qlora4-20261125-164234-ab12
+    """
+    from runner.cloud import fleet
+
+    api, ledger = _ready(settle=False)  # nothing comes before it
+    ended = fleet.terminate(api, ledger, run)
+    said = "\n".join(f"pod {pod_id} is gone: looked for twice" for pod_id in ended)
+    facts: dict[str, Any] = {"pod_id": ended[0]} if len(ended) == 1 else {"pod_ids": ended}
+    _answer(as_json, said, **facts, state="gone")
+
+
+@pods.command(context_settings={"ignore_unknown_options": True})
+@click.argument("run")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@spoken
+def ssh(run: str, command: Arguments) -> None:
+    """A shell in the pod of RUN, or one COMMAND there.
+
+    \b
+    Examples:
+      python -m runner pods ssh <run>
+      python -m runner pods ssh <run> nvidia-smi
+    """
+    from runner.cloud.shell import shell
+
+    api, ledger = _ready()
+    sys.exit(shell(api, ledger, run, command))
+
+
+@pods.command()
+@click.argument("run")
+@click.option("-p", "--port", "ports", multiple=True, help="LOCAL:POD or one number for both; default 6006 and 8888.")
+@spoken
+def tunnel(run: str, ports: tuple[str, ...]) -> None:
+    """TensorBoard (6006) and Jupyter (8888) of the pod of RUN at 127.0.0.1, over SSH; Ctrl-C ends it.
+
+    TensorBoard is started in the pod where none answers, over all runs on its disk.
+
+    RunPod's own proxy addresses are public and ask for no password: they are not used.
+
+    \b
+    Examples:
+      python -m runner pods tunnel <run>
+      python -m runner pods tunnel <run> -p 9000:8888
+    """
+    from runner.cloud.shell import tunnel as open_tunnel
+
+    api, ledger = _ready()
+    sys.exit(open_tunnel(api, ledger, run, ports, lambda line: click.echo(line, err=True)))
+
+
+@pods.command()
+@click.argument("run")
+@click.option("--every", type=Finite(min=0.5), default=2.0, show_default=True, metavar="SECONDS", help="Look so often.")
+@click.option("--once", is_flag=True, help="Look once, also where nobody pipes the output.")
+@as_json_option
+@spoken
+def top(run: str, every: float, once: bool, as_json: bool) -> None:
+    """What the GPUs of the pod of RUN do: utilisation, memory, power, temperature; until Ctrl-C.
+
+    \b
+    Examples:
+      python -m runner pods top <run>
+      python -m runner pods top <run> --once --json
+    """
+    from runner.cloud.gpu_usage import usage
+    from runner.cloud.shell import connect
+    from runner.report.pod_tables import watch_gpus
+
+    api, ledger = _ready()
+    connection = connect(api, ledger, run)
+    try:
+        if as_json:
+            click.echo(dump([asdict(gpu) for gpu in usage(connection)]))
+        else:
+            watch_gpus(Console(), lambda: usage(connection), None if once or not sys.stdout.isatty() else every)
+    finally:
+        connection.close()
+
+
+@pods.command()
+@click.argument("run")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the pod is gone.")
+@click.option("--tail", default=100, show_default=True, help="Lines from before.")
+@click.option("--source", type=click.Choice(["container", "system"]), help="Only these; default both.")
+@spoken
+def logs(run: str, follow: bool, tail: int, source: str | None) -> None:
+    """What RunPod logs of the pod of RUN: pulling the image, starting the container. The training's own: `logs`.
+
+    \b
+    Example:
+      python -m runner pods logs -f <run>
+    """
+    from runner.cloud import fleet
+
+    api, ledger = _ready()
+    _, pod_id, _ = fleet.find(api, ledger, run)
+    for line in api.logs(pod_id, source=source, tail=tail, follow=follow):
+        click.echo(line)
+
+
+@pods.command()
+@click.option("--all", "everything", is_flag=True, help="Every pod of this project that no process here holds.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@as_json_option
+@spoken
+def reap(everything: bool, yes: bool, as_json: bool) -> None:
+    """End what no run owns: what crashed launchers left, and whatever is past its deadline.
+
+    Only pods whose name begins with `runner-` are touched. A detached run within its deadline is left alone; with --all
+    it is ended, too, also one that another machine has rented.
+
+    \b
+    Examples:
+      python -m runner pods reap
+      python -m runner pods reap --all --yes
+    """
+    from runner.cloud import fleet
+
+    api, ledger = _ready()
+    found = fleet.owned_by_none(api, ledger, everything=everything)
+    for name, pod_id, why in found:
+        click.echo(f"pod {pod_id} ({name}): {why}", err=True)
+    if found and not yes and sys.stdin.isatty():
+        click.confirm(f"End {len(found)}?", abort=True, err=True)
+    ended = fleet.reap(api, ledger, found)
+    _answer(as_json, f"{len(ended)} ended, and looked for twice" if ended else "nothing to end", ended=ended)
+
+
+@pods.command()
+@click.argument("text", nargs=-1)
+@as_json_option
+@spoken
+def templates(text: tuple[str, ...], as_json: bool) -> None:
+    """RunPod's templates for pods, the account's own first; with TEXT those that have all its words in name, image or
+    id. A run takes one by where.template=ID, or its exact name.
+
+    \b
+    Examples:
+      python -m runner pods templates
+      python -m runner pods templates pytorch 2.8
+    """
+    from runner.cloud.runpod.api import Api
+    from runner.cloud.runpod.templates import listed
+    from runner.report.pod_tables import print_templates
+
+    rows = listed(Api(), " ".join(text))
+    if as_json:
+        click.echo(dump(rows))
+    else:
+        print_templates(Console(), rows, " ".join(text))
+
+
+@pods.command()
+@composed
+@one_run
+@click.option("--hours", type=Finite(min=0, min_open=True), required=True, help="Then it ends itself.")
+@env_option
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before renting.")
+def up(
+    words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, hours: float, env: tuple[str, ...], yes: bool
+) -> None:  # fmt: skip
+    """Just a pod: SSH, and Jupyter through a tunnel, with the same deadline and price guard as a run.
+
+    \b
+    Examples:
+      python -m runner pods up hw=rtx4090 --hours 3
+      python -m runner pods up hw=rtx4090 --hours 3 --env HF_TOKEN
+      python -m runner pods up hw=rtx4090 where.cloud=community where.max_usd=2 --hours 3 --yes
+    """
+    from runner.cloud import interactive as upping
+    from runner.cloud import pod_env
+    from runner.resolve.steps import resolved
+
+    values = pod_env.named(env)
+    api, ledger = _ready()
+    request = request_of(("where=runpod", *words), config_dirs)
+    spec = upping.spec_for(resolved(request)[0], hours)
+    offer = upping.offer(api, spec, hours)
+    click.echo(f"{offer.described}; ${offer.usd_per_hour * hours:.2f} for {hours:g} hours at most", err=True)
+    if not yes and sys.stdin.isatty():
+        click.confirm("Rent it?", abort=True, err=True)
+    made = upping.up(spec, hours, lambda line: click.echo(line, err=True), values)
+    _answer(as_json, made.described, **made.as_dict())
+    del ledger
+
+
+def _ready(settle: bool = True) -> tuple[Any, Any]:
+    """API and ledger, in order: what crashed launchers left is settled, and said. A ledger that cannot be used is said,
+    and done without: what is listed can be ended."""
+    from runner.cloud.ledger import Ledger
+    from runner.cloud.reconcile import reconcile
+    from runner.cloud.runpod.api import Api
+
+    api, (ledger, error) = Api(), Ledger.or_copy()
+    for problem in error.problems if error else ():
+        click.echo(f"Note    {problem.what}; {problem.remedy}", err=True)
+    for note in reconcile(api, ledger) if settle else ():
+        click.echo(f"Note    {note}", err=True)
+    return api, ledger
+
+
+def _answer(as_json: bool, said: str, **facts: Any) -> None:
+    click.echo(dump(facts) if as_json else said)

@@ -1,0 +1,113 @@
+"""Verbs for a run that is in a pod: by its id or its folder, from this machine or another one with the same API key."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from runner.cli.options import as_json_option, output_dir_option, spoken
+from runner.report import terminal
+from runner.report.errors_text import dump
+
+
+@click.command()
+@click.argument("run_id")
+@output_dir_option
+@as_json_option
+@spoken
+def attach(run_id: str, output_dir: Path, as_json: bool) -> None:
+    """Follow a run in its pod to its end, bring it home, end the pod. Ctrl-C leaves again, and the run goes on.
+
+    The exit code is the training's.
+
+    \b
+    Examples:
+      python -m runner attach runs/<id>
+      python -m runner attach <id>                 on another machine, with the same RUNPOD_API_KEY
+    """
+    from runner.cloud.attach import attach as go_back
+    from runner.rundir.directory import RunDir
+
+    terminal.outlive()
+    code = go_back(run_id, output_dir, Console(stderr=as_json))
+    _answer(as_json, RunDir(output_dir / Path(run_id).name))
+    sys.exit(code)
+
+
+@click.command()
+@click.argument("run_id")
+@output_dir_option
+@as_json_option
+@spoken
+def fetch(run_id: str, output_dir: Path, as_json: bool) -> None:
+    """Bring a run home: all of one that is over, and its pod is ended; a copy so far of one that trains.
+
+    A pod that has stopped itself, because nobody came for its result, is started for it.
+
+    \b
+    Examples:
+      python -m runner fetch runs/<id>
+      python -m runner fetch <id> --output-dir ~/runs --json
+    """
+    from runner.cloud.attach import fetch as bring
+    from runner.rundir.directory import RunDir
+
+    terminal.outlive()
+    code = bring(run_id, output_dir, Console(stderr=as_json))
+    _answer(as_json, RunDir(output_dir / Path(run_id).name))
+    sys.exit(code)
+
+
+def _answer(as_json: bool, run: object) -> None:
+    from runner.rundir.directory import RunDir
+
+    if as_json and isinstance(run, RunDir):
+        click.echo(dump(run.read("summary.json") or run.read("status.json")))
+
+
+@click.command()
+@click.argument("run_id")
+@as_json_option
+@spoken
+def status(run_id: str, as_json: bool) -> None:
+    """Where a run stands: its step, its loss; in a pod, its price, too.
+
+    \b
+    Examples:
+      python -m runner status runs/<id>
+      python -m runner status <id> --json
+    """
+    from runner.cloud.attach import status as ask
+
+    facts = ask(run_id)
+    if as_json:
+        click.echo(dump(facts))
+        return
+    for name, value in facts.items():
+        if value is not None:
+            click.echo(f"{name.replace('_', ' '):16} {value}")
+
+
+@click.command()
+@click.argument("run_id")
+@click.option("-f", "--follow", is_flag=True, help="Go on as it grows, until Ctrl-C.")
+@click.option("-n", "--lines", default=40, show_default=True, help="Last lines to begin with.")
+@as_json_option
+@spoken
+def logs(run_id: str, follow: bool, lines: int, as_json: bool) -> None:
+    """What the training of a run in a pod says.
+
+    \b
+    Examples:
+      python -m runner logs runs/<id>
+      python -m runner logs <id> -f
+    """
+    from runner.cloud.attach import logs as read
+
+    for line in read(run_id, follow, lines):
+        click.echo(dump({"line": line}) if as_json else line)
+        if terminal.lost():  # `| head`: nobody reads on
+            return

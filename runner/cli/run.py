@@ -1,0 +1,151 @@
+"""Verbs that start a run, or go on with one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from runner.cli.options import Arguments, as_json_option, composed, request_of, spoken, stray
+from runner.errors import RequestError
+from runner.launcher import inherited_ranks
+from runner.report import terminal
+from runner.report.errors_text import dump
+
+if TYPE_CHECKING:
+    from runner.cli.completion import Verb
+
+
+def renting(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of what may rent a pod."""
+    detach = "where=runpod: leave once it trains; attach, logs, status and fetch come back to it."
+    command = click.option("--detach", is_flag=True, help=detach)(command)
+    return click.option("--yes", "-y", is_flag=True, help="where=runpod: rent without asking.")(command)
+
+
+@click.command()
+@composed
+@click.option(
+    "-m",
+    "--multirun",
+    is_flag=True,
+    help="Sweep: key=a,b runs once per value (here in parallel: hydra/launcher=joblib; on pods: sweep.max_pods=N).",
+)
+@renting
+@click.option("-sc", "--shell-completion", metavar="install=bash|zsh|fish", help="Print a completion script; eval it.")
+@click.pass_context
+def run(
+    ctx: click.Context,
+    words: Arguments,
+    config_dirs: tuple[Path, ...],
+    as_json: bool,
+    multirun: bool,
+    yes: bool,
+    detach: bool,
+    shell_completion: str | None,
+) -> None:
+    """Compose, validate and run (the verb may be left out).
+
+    \b
+    Examples:
+      python -m runner model=mistral7b method=qlora4 hw=h100x3
+      python -m runner recipes/mistral7b_qlora4_h100x3.yaml train.learning_rate=1e-4 --json
+      python -m runner -m method=full,lora train.max_steps=5
+      python -m runner runs/<id>/spec.json
+    """
+    if shell_completion:
+        from runner.cli.completion import answer
+
+        group = ctx.find_root().command
+        assert isinstance(group, click.Group)
+        click.echo(answer(shell_completion, os.environ.get("COMP_LINE", ""), dict(_verbs(group, ctx))), nl=False)
+        return
+    from runner.config.compose import compose
+
+    terminal.outlive()
+    inherited_ranks.check()
+    request = request_of(words, config_dirs)
+    composed = None if multirun else compose(request)  # a typo ends here, before all that plans and trains is read
+    from runner.rundir.launch_options import Manner
+    from runner.runs import launch, sweep
+
+    manner, console = Manner(yes, detach), Console(stderr=as_json)
+    if composed is None:
+        sys.exit(sweep.sweep(request, console, as_json, manner))
+    sys.exit(launch.run(request, composed, console, as_json, manner))
+
+
+def _verbs(group: click.Group, ctx: click.Context, before: str = "") -> Iterator[tuple[str, Verb]]:
+    """Every verb with what may follow it; a verb of a group, `pods stop`, after the group."""
+    from runner.cli.completion import Verb
+
+    for name in group.list_commands(ctx):
+        if (verb := group.get_command(ctx, name)) is None:
+            continue
+        seen = [p for p in verb.params if not getattr(p, "hidden", False)]
+        options = tuple(o for p in seen for o in p.opts if o[0] == "-")
+        yield before + name, Verb(options, tuple(str(p.name) for p in seen if isinstance(p, click.Argument)))
+        if isinstance(verb, click.Group):
+            yield from _verbs(verb, ctx, f"{before}{name} ")
+
+
+@click.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@composed
+@renting
+def resume(
+    run_dir: Path, words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, yes: bool, detach: bool
+) -> None:
+    """Go on with a run after its newest whole checkpoint: runs/<id> [KEY=VALUE]…
+
+    \b
+    Examples:
+      python -m runner resume runs/<id>
+      python -m runner resume runs/<id> train.max_steps=2000      longer than was planned
+      python -m runner resume runs/<id> hw=h100x3                 on other hardware: the same global batch
+      python -m runner resume runs/<id> data.path=moved.jsonl     the same rows, elsewhere
+    """
+    from runner.rundir.directory import RunDir
+    from runner.rundir.launch_options import Manner
+    from runner.runs import launch
+
+    terminal.outlive()
+    inherited_ranks.check()
+    strays = [stray(word) for word in words if "=" not in word]
+    if strays:
+        raise RequestError(*strays)
+    folder = run_dir.parent if run_dir.name == "spec.json" else run_dir
+    manner = Manner(yes, detach)
+    sys.exit(launch.resume(RunDir(folder), words, config_dirs, Console(stderr=as_json), as_json, manner))
+
+
+@click.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--node-address", metavar="ADDRESS", help="This machine's own, if it is not on the way to the first one.")
+@click.option("--node", type=click.IntRange(min=1), hidden=True)
+@click.option("--attached", is_flag=True, hidden=True)
+@as_json_option
+@spoken
+def join(run_dir: Path, node_address: str | None, node: int | None, attached: bool, as_json: bool) -> None:
+    """Take part in a run of several machines: typed on every one but the first, in the same folder: runs/<id>
+
+    The first machine makes the run (hw.num_nodes=2 hw.rendezvous=HOST:29500) and waits 10 minutes for the others. All
+    share its folder (run.output_dir) at the same place. With hw.hostfile=FILE it starts the others itself, by ssh.
+
+    \b
+    Examples:
+      python -m runner join runs/<id>
+      python -m runner join /shared/runs/<id> --node-address 10.0.0.2 --json
+    """
+    from runner.launcher.join import join as take_part
+
+    terminal.outlive()
+    code = take_part(run_dir, node_address, node, attached, Console(stderr=as_json))
+    if as_json:
+        click.echo(dump({"run_dir": str(run_dir), "exit_code": code}))
+    sys.exit(code)

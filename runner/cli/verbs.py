@@ -1,0 +1,32 @@
+"""The verbs of the command line, each in the module that is read when it is typed."""
+
+VERBS = {
+    "run": "run",
+    "resume": "run",
+    "join": "run",
+    "show": "inspect",
+    "plan": "plan",
+    "fit": "plan",
+    "table": "plan",
+    "explain": "inspect",
+    "list": "inspect",
+    "runs": "inspect",
+    "data": "data",
+    "calibrate": "plan",
+    "doctor": "inspect",
+    "pods": "pods",
+    "gpus": "gpus_and_volumes",
+    "volumes": "gpus_and_volumes",
+    "attach": "remote",
+    "logs": "remote",
+    "status": "remote",
+    "fetch": "remote",
+    "chat": "artifacts",
+    "eval": "artifacts",
+    "merge": "artifacts",
+    "export": "artifacts",
+    "emulate": "emulator",
+    "push": "artifacts",
+    "deploy": "artifacts",
+}
+"""Verb → module of this package, in the order of `--help`. There it is a click command of that name, or `list_`."""

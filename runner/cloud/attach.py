@@ -1,0 +1,269 @@
+"""Back to a run that was left to its pod: look on, read its words, bring it home; from any machine with the API key."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from runner.cloud import clock, executor, ssh, ssh_keys, transfer
+from runner.cloud.adoption import NoPodOfRunError, adopt, look, run_id_of
+from runner.cloud.follow import Vanished
+from runner.cloud.lease import Rented
+from runner.cloud.run_output import Voice
+from runner.cloud.session import END_STATES, Session
+from runner.cloud.ssh import CommandError, Connection
+from runner.config import credentials
+from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError
+from runner.rundir.directory import ACTIVE, RunDir, shown
+from runner.rundir.find import missing
+from runner.spec import RunPodPlace, RunSpec
+
+LISTENING_MINUTES = 10.0
+"""How long a pod waits for somebody who has come back and falls silent again."""
+STARTING_SECONDS = 600.0
+FINISHED = ("done", "failed")
+KEY = "RUNPOD_API_KEY"
+
+
+def attach(words: str, output_dir: Path, console: Console) -> int:
+    """Follow a run to its end and bring it home; the training's exit code. Ctrl-C leaves, and the run goes on."""
+    with _aboard(words, output_dir, console) as (session, voice):
+        _listen(session, LISTENING_MINUTES)
+        try:
+            with voice:
+                last = executor.follow(session, voice, leave=True)
+        except KeyboardInterrupt:
+            _listen(session, None)
+            voice.say(f"Left    the run goes on: python -m runner attach {session.run.id}")
+            return InterruptedRun.exit_code
+        return executor.finish(session, last, voice).exit_code
+
+
+def fetch(words: str, output_dir: Path, console: Console) -> int:
+    """Bring here what there is: of a run that is over everything, and its pod is ended; of one that trains a copy.
+
+    A pod that has stopped itself is started for it. The training's exit code, 0 while it has none.
+    """
+    with _aboard(words, output_dir, console) as (session, voice):
+        if session.agent.get("state") not in END_STATES:
+            if not session.agent.get("task"):
+                what = (
+                    f"nothing has begun in pod {session.rented.pod.id}: the run is being sent, or was never sent whole"
+                )
+                remedy = "python -m runner pods ends a pod that nobody holds; then resume the run"
+                raise RunFailedError(Problem(what, None, remedy))
+            session.collect(final=False)
+            voice.say(f"Copied  what there is so far to {shown(session.run.path)}; the run goes on")
+            return 0
+        _listen(session, LISTENING_MINUTES)
+        ended_in = session.agent.get("ended_in") or session.agent.get("state")
+        last = {**session.agent, "state": ended_in}
+        if last["state"] not in FINISHED:
+            last["message"] = f"the pod ended it: {session.agent.get('message')}"
+        return executor.finish(session, last, voice).exit_code
+
+
+def status(words: str) -> dict[str, Any]:
+    """Where a run stands: by its folder where it runs or ended here, else by its pod; nothing is changed there."""
+    run_id = run_id_of(words)
+    here = _here(words)
+    if here and (_is_local(here) or here.state() in FINISHED):
+        return _status_here(here)
+    _check_reachable(words, here)
+    pod = look(run_id)
+    facts: dict[str, Any] = {
+        "run_id": run_id, "pod_id": pod.id, "pod": pod.status, "gpu": pod.gpu_id, "usd_per_hour": pod.usd_per_hour,
+    }  # fmt: skip
+    if pod.status != "RUNNING" or not pod.ssh_host:
+        return facts
+    with _connected(run_id, pod) as at:
+        agent = at.agent()
+        said = at.connection.attempt(f"cat {shlex.quote(at.folder)}/status.json; tail -n 1 {at.folder}/metrics.jsonl")
+    facts |= {"agent": agent.get("state"), "exit_code": agent.get("exit_code"), "message": agent.get("message")}
+    text, _, line = said[1].strip().rpartition("}\n{")
+    run = transfer.loads(text + "}") if line else transfer.loads(said[1])
+    metrics = transfer.loads("{" + line) if line else {}
+    facts |= {key: run.get(key) for key in ("state", "num_steps") if run.get(key) is not None}
+    return facts | {key: metrics[key] for key in ("step", "loss", "tokens_per_second") if key in metrics}
+
+
+def _status_here(run: RunDir) -> dict[str, Any]:
+    last, kept = ([{}, *run.metrics()])[-1], run.read("status.json")
+    facts = {key: kept.get(key) for key in ("model", "method", "objective", "data", "num_steps", "error")}
+    facts |= {key: last.get(key) for key in ("step", "loss", "tokens_per_second")}
+    return {"run_id": run.id, "state": run.state(), **facts, "folder": shown(run.path)}
+
+
+def _here(words: str) -> RunDir | None:
+    """The run's folder, where this machine has one."""
+    path = Path(words).parent if Path(words).name == "spec.json" else Path(words)
+    return next((RunDir(p) for p in (path, Path("runs") / path) if (p / "spec.json").is_file()), None)
+
+
+def _is_local(run: RunDir) -> bool:
+    place = run.read("spec.json").get("where")
+    return isinstance(place, dict) and place.get("name") == "local"
+
+
+def _check_reachable(words: str, here: RunDir | None) -> None:
+    if here is None and credentials.find(KEY) is None:
+        told = missing(Path(words))
+        what = f"{told.what} on this machine, and no {KEY} to look for it in pods"
+        raise RequestError(replace(told, what=what, remedy=f"{told.remedy}; for a run in a pod, export {KEY}=…"))
+
+
+def _check_rented(words: str) -> None:
+    """RequestError for a run of this machine: no pod has anything of it; and for one that only a pod could have, where
+    no key is there to ask."""
+    run = _here(words)
+    _check_reachable(words, run)
+    if run and _is_local(run):
+        what = f"{run.id} runs on this machine, not in a pod: its files are in {shown(run.path)}"
+        raise RequestError(Problem(what, "command line", f"python -m runner status {shlex.quote(shown(run.path))}"))
+
+
+def logs(words: str, follow: bool, lines: int) -> Iterator[str]:
+    """The training's output, from its last lines on; with `follow` until it ends."""
+    _check_rented(words)
+    run_id = run_id_of(words)
+    pod = look(run_id)
+    if pod.status != "RUNNING" or not pod.ssh_host:
+        remedy = f"python -m runner fetch {run_id} starts it and brings all files here"
+        raise RequestError(Problem(f"pod {pod.id} is {pod.status}: its files cannot be read", run_id, remedy))
+    with _connected(run_id, pod) as at:
+        folder = shlex.quote(at.folder)
+        if not follow:
+            yield from at.connection.attempt(f"tail -n {lines} {folder}/logs/worker.log 2>/dev/null")[1].splitlines()
+            return
+        process = at.connection.open(f"touch {folder}/logs/worker.log; tail -n {lines} -F {folder}/logs/worker.log")
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                yield line.decode(errors="replace").rstrip("\n")
+        finally:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _connected(run_id: str, pod: Any) -> Iterator[transfer.Berth]:
+    ssh.check()
+    pair = ssh_keys.pair(run_id)
+    connection = Connection(str(pod.id), str(pod.ssh_host), int(pod.ssh_port), pair.private, ssh.user_of(pod.raw))
+    try:
+        yield transfer.berth(connection, run_id)
+    finally:
+        connection.close()
+
+
+@contextmanager
+def _aboard(words: str, output_dir: Path, console: Console) -> Iterator[tuple[Session, Voice]]:
+    """A session with the run's pod, which is started if it has stopped itself; left as it is at the end."""
+    _check_rented(words)
+    ssh.check()
+    run_id = run_id_of(words)
+    path = Path(words) if Path(words).is_dir() else output_dir / run_id
+    voice = Voice(console)
+    run = RunDir(path)
+    try:
+        rented = adopt(run_id, path)
+    except NoPodOfRunError as error:
+        if run.state() in ACTIVE:  # so that it can be resumed from what is here
+            run.set_status("failed", exit_code=1, error=str(error))
+        raise
+    pair = ssh_keys.pair(run_id)
+    session: Session | None = None
+    try:
+        if rented.pod.status == "EXITED":
+            _wake(rented, voice)
+        spec = _own_spec(run)
+        session = Session(run, spec, rented, pair, voice.say) if spec else None
+        if session is None:
+            spec = _their_spec(rented, pair, run)
+            session = Session(run, spec, rented, pair, voice.say)
+        at = session.board()
+        session.agent = at.agent()
+        if not session.agent:
+            raise RequestError(Problem(f"pod {rented.pod.id} has no run: it was not begun", run_id))
+        yield session, voice
+    finally:
+        if session is not None:
+            session.close()
+        rented.ledger.leave(rented.name)
+
+
+def _wake(rented: Rented, voice: Voice) -> None:
+    """Start a pod that has stopped itself, to read its disk."""
+    voice.say(f"Starts  pod {rented.pod.id}, which was stopped: its disk has the run")
+    rented.api.start(rented.pod.id)
+    end = time.monotonic() + STARTING_SECONDS
+    while time.monotonic() < end:
+        pod = rented.refresh()
+        if pod is None:
+            raise Vanished(Problem("the pod is gone"))
+        if pod.status == "RUNNING" and pod.ssh_host and pod.ssh_port:
+            return
+        time.sleep(1)
+    raise RunFailedError(Problem(f"pod {rented.pod.id} did not start", None, "try again later: its host may be full"))
+
+
+def _listen(session: Session, minutes: float | None) -> None:
+    """A new order: somebody is there, and the pod waits to be collected from; or nobody is any more."""
+    at = session.at
+    assert at is not None
+    file = shlex.quote(f"{at.folder}/agent.json")
+    said, _, times = at.connection.run(f"cat {file}; echo; stat -c %Y {file}; date +%s").rstrip().rpartition("}")
+    sent, old = clock.now(), transfer.loads(said + "}")
+    try:
+        came, there = map(float, times.split())
+        # Its times are those of another clock: of a launcher elsewhere, or of this one before it was set.
+        ahead = sent - (float(old["sent"]) + max(0.0, there - came))
+        deadline = max(float(old["deadline"]) + ahead, sent + 60 * LISTENING_MINUTES if session.over else 0.0)
+        started = float(old["started"]) + ahead
+    except (KeyError, TypeError, ValueError, OverflowError):
+        what = f"the order of the agent in pod {session.rented.pod.id} is none: {file} there is damaged"
+        remedy = f"python -m runner pods ssh {session.run.id} looks; pods terminate {session.run.id} ends the pod"
+        raise RunFailedError(Problem(what, None, remedy)) from None
+    new = {
+        **old, "id": uuid.uuid4().hex, "sent": sent, "heartbeat_minutes": minutes, "deadline": deadline,
+        "started": started, "fresh": False,
+    }  # fmt: skip
+    if session.over:
+        new["budget_usd"] = None  # what is left to do costs minutes
+    at.place("agent.json", new)
+    at.start_agent()
+
+
+def _own_spec(run: RunDir) -> RunSpec | None:
+    try:
+        spec = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
+    except (OSError, ValueError, ValidationError):
+        return None
+    return spec if isinstance(spec.where, RunPodPlace) else None
+
+
+def _their_spec(rented: Rented, pair: ssh_keys.KeyPair, run: RunDir) -> RunSpec:
+    """The run of another machine: its spec from the pod, and a directory here."""
+    with _connected(run.id, rented.pod) as at:
+        try:
+            text = at.connection.run(f"cat {shlex.quote(at.folder)}/spec.json")
+        except CommandError:
+            raise RequestError(Problem(f"pod {rented.pod.id} has no run {run.id}", "command line")) from None
+        plan = at.connection.attempt(f"cat {shlex.quote(at.folder)}/plan.json")[1]
+    spec = RunSpec.model_validate(json.loads(text))
+    spec = spec.model_copy(update={"where": RunPodPlace(name="runpod", volume=rented.pod.volume_id)})
+    (run.path / "logs").mkdir(parents=True, exist_ok=True)
+    run.write_spec(spec)
+    if content := transfer.loads(plan):
+        run.write("plan.json", content)
+    return spec

@@ -1,0 +1,394 @@
+"""Run on a rented pod: price → confirm → pod → send → train, followed here → home → pod gone, cost told."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from shlex import quote
+from types import FrameType
+from typing import Any
+
+import click
+from rich.console import Console
+
+from runner.cloud import clock, lifecycle, preflight, reuse, ssh, ssh_keys
+from runner.cloud.follow import News, Vanished
+from runner.cloud.lease import Rented
+from runner.cloud.ledger import HeldError, Ledger
+from runner.cloud.reconcile import reconcile
+from runner.cloud.run_output import Voice
+from runner.cloud.runpod import balance
+from runner.cloud.runpod.api import Api
+from runner.cloud.runpod.errors import NoBalanceError, StillThereError, no_balance
+from runner.cloud.session import Session
+from runner.cloud.sweep_pool import Pool, kind_of
+from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
+from runner.report.errors_text import print_problems
+from runner.report.known_causes import cause_of
+from runner.report.summary import duration
+from runner.rundir import checkpoints
+from runner.rundir.directory import RunDir, shown
+from runner.rundir.launch_options import PLAINLY, Manner
+from runner.rundir.outcome import Outcome
+from runner.spec import RunPodPlace, RunSpec
+
+LOG_CHARS = 20_000
+BOOT_FACTOR = 2
+"""A pod to which no agent has come after so many times `where.setup_minutes` ends itself."""
+
+
+def check(spec: RunSpec, manner: Manner = PLAINLY) -> None:
+    """Refuse, before anything is made or rented, what cannot be: no key, no ssh, nobody to ask."""
+    ssh.check()
+    Api()  # NoKeyError
+    place = where(spec)
+    if manner.detach and place.spot and place.volume is None and spec.push.to is None:
+        what = "a detached run on an interruptible pod would lose everything when the pod is taken away"
+        raise RequestError(Problem(what, "--detach", "add where.volume=NAME, or push.to=org/name"))
+    if not manner.yes and not sys.stdin.isatty():
+        what = "renting a pod costs money, and there is nobody to ask"
+        raise RequestError(Problem(what, "where=runpod", "add --yes"))
+
+
+def confirm(asked: Sequence[tuple[RunSpec, dict[str, Any]]], manner: Manner, console: Console) -> bool:
+    """Say what would be rented for runs and their plans at which price, and ask. What RunPod does not have is an error
+    here already."""
+    kinds: dict[str, list[tuple[RunSpec, dict[str, Any]]]] = {}
+    for spec, plan in asked:
+        kinds.setdefault(kind_of(spec) or spec.hw.name, []).append((spec, plan))
+    lines, costs, hourly = [], [], 0.0
+    for runs in kinds.values():
+        line, usd, rate = _priced(runs)
+        hourly = max(hourly, rate)
+        lines.append(f"Rents   {line}")
+        costs.append(usd)
+    if len(asked) > 1:
+        pods = min(manner.pool.max_pods, len(asked)) if manner.pool else 0
+        place = f"on up to {pods} pods" if pods > 1 else "on one pod at a time" if pods else "a pod for each"
+        total = f", about ${sum(filter(None, costs)):.2f} in all" if all(costs) else ""
+        lines.append(f"Sweep   {len(asked)} runs, {place}{total}")
+    lines += _balance(sum(filter(None, costs)), hourly)
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    return manner.yes or click.confirm("Rent it?", default=True, err=True)
+
+
+def _priced(runs: Sequence[tuple[RunSpec, dict[str, Any]]]) -> tuple[str, float | None, float]:
+    """The machine for runs that could have the same pod, what all of them cost there, disks included, where that is
+    known, and its price per hour."""
+    spec, plan = runs[0]
+    described, rate = _machine(spec, plan)
+    each = [plan.get("hours") for _, plan in runs]
+    hours = sum(filter(None, each)) if all(each) else None
+    # The plan's cost beside its hours is that of the disks.
+    disks = [plan["usd"] - plan["usd_per_hour"] * plan["hours"] for _, plan in runs if hours and plan.get("usd")]
+    usd = rate * hours + max(0.0, sum(disks)) if hours else None
+    about = f", about ${usd:.2f} for {duration(3600 * hours)}" if usd is not None and hours else ""
+    cap = where(spec).max_usd
+    limit = f", never more than ${cap:g}{' a run' if len(runs) > 1 else ''}" if cap else ""
+    return f"{described}, ${rate:.2f} an hour{about}{limit}", usd, rate
+
+
+def _machine(spec: RunSpec, plan: dict[str, Any]) -> tuple[str, float]:
+    """What would be asked for first, or the pod that is named, and its price per hour."""
+    if where(spec).pod:
+        api = Api()
+        ledger = Ledger()
+        reconcile(api, ledger)
+        found = reuse.find(api, ledger, spec)
+        became = "stopped" if where(spec).keeps else "ENDED, with its disk"
+        if found.entry.state == "RUNNING" and where(spec).keep is None:
+            became = "yours again (stopped, where the run is detached)"
+        return f"nothing: takes {found.described}, which is {became} after the run", found.entry.usd_per_hour
+    machines, _ = preflight.check(Api(), spec, plan)
+    return machines[0].described, machines[0].usd_per_hour
+
+
+def _balance(usd: float, usd_per_hour: float) -> list[str]:
+    """A warning where the account has less than what would be spent: it may be filled by itself, so the run may begin.
+    NoBalanceError where it does not pay for a tenth of an hour."""
+    has = balance.balance()
+    if has is None or has >= max(usd, usd_per_hour / 10):
+        return []
+    if has < usd_per_hour / 10:
+        raise NoBalanceError(no_balance(f"the account has ${has:.2f}, and the pod costs ${usd_per_hour:.2f} an hour"))
+    what = f"the account has ${has:.2f}, less than the ${usd:.2f} that this costs"
+    return [f"Warning {what}: unless it is topped up, RunPod stops the pod when nothing is left"]
+
+
+def where(spec: RunSpec) -> RunPodPlace:
+    """The part `where` of a rented run."""
+    assert isinstance(spec.where, RunPodPlace)
+    return spec.where
+
+
+def execute(
+    run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, manner: Manner = PLAINLY
+) -> Outcome:  # fmt: skip
+    """Rent, run and give back; the outcome is the training's. Errors of renting as `pod.acquire` has them."""
+    voice = Voice(Console(stderr=quiet_stdout))
+    pair = ssh_keys.pair(run.id)
+    lost = 0
+    with _terminated_is_interrupted():
+        while True:
+            rented = _rent(run, spec, pair, voice, manner, again=lost > 0)
+            session = Session(run, spec, rented, pair, voice.say)
+            try:
+                with voice:
+                    return _with(session, voice, manner)
+            except Vanished as error:
+                lost += 1
+                rented.mark("PREEMPTED", str(error))
+                rented.release()
+                _replaceable(session, error, lost)
+                step = checkpoints.newest(run) or 0
+                resumes = f"goes on after step {step}" if step else "begins anew"
+                voice.say(f"{error}: pod {lost} of {where(spec).max_replacements} in its place; the run {resumes}")
+            except OSError as error:
+                remedy = f"make room, then: python -m runner resume {quote(shown(run.path))}"
+                raise RunFailedError(Problem(f"nothing can be written here: {error}", None, remedy)) from None
+            finally:
+                session.close()
+
+
+def _rent(run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, voice: Voice, manner: Manner, again: bool) -> Rented:
+    """A pod of its own, or one of the sweep's; what another run waits for is not taken `again`."""
+    pool = manner.pool
+    try:
+        rented = pool.take(run, spec, pair, voice.say) if pool and not again else None
+        if where(spec).pod:
+            rented = reuse.take(run, spec, pair, voice.say, manner.detach)
+        rented = rented or lifecycle.acquire(
+            run, spec, run.read("plan.json"), pair, voice.say, detached=manner.detach,
+            alone_minutes=BOOT_FACTOR * where(spec).setup_minutes, env=pool.variables() if pool else None,
+        )  # fmt: skip
+    except HeldError:  # the status is the other process's
+        raise
+    except BaseException as error:
+        with _said(voice.say):
+            run.set_status("failed", exit_code=getattr(error, "exit_code", 130), error=str(error) or "interrupted")
+        raise
+    return rented
+
+
+@contextmanager
+def _said(say: Callable[[str], None]) -> Iterator[None]:
+    """A disk here that does not take what became of a run hides neither an error nor a pod."""
+    try:
+        yield
+    except OSError as error:
+        say(f"Warning: what became of the run cannot be written here: {error}")
+
+
+def _note(run: RunDir, rented: Rented) -> None:
+    """Write `pod.json`."""
+    run.write("pod.json", {
+        "name": rented.name, "pod_id": rented.pod.id, "gpu": rented.pod.gpu_id, "cloud": rented.pod.cloud,
+        "data_center": rented.pod.data_center, "usd_per_hour": rented.usd_per_hour, "rented": rented.meter.started,
+        "deadline": rented.deadline,
+    })  # fmt: skip
+
+
+def _with(session: Session, voice: Voice, manner: Manner) -> Outcome:
+    """One pod, from its first byte to its end. It is given back unless it has what nobody else has."""
+    run, rented, begun = session.run, session.rented, False
+    try:
+        _note(run, rented)
+        session.load(manner.detach)
+        begun = True
+        if manner.detach:
+            rented.detach()
+            run.set_status("created", host=rented.name, pid=None)
+            voice.say(f"Detached  python -m runner attach {run.id}; logs -f, status and fetch take the id, too")
+            return Outcome(run, 0)
+        voice.say(f"Trains  in pod {rented.pod.id}, ${rented.usd_per_hour:.2f} an hour")
+        if session.spec.track.name == "tensorboard":
+            voice.say(f"Board   python -m runner pods tunnel {run.id} -p 6006")
+        last = follow(session, voice)
+    except Vanished:
+        raise
+    except BaseException as error:
+        until = None if begun and isinstance(error, OSError) else reuse.hand_back(session)
+        session.close()
+        if begun and isinstance(error, OSError):  # of this machine: it ends no training there
+            rented.ledger.leave(rented.name)
+            what = f"{error.strerror or error}: nothing can be written here, and pod {rented.pod.id} still has the run"
+            raise RunFailedError(Problem(what, None, f"make room, then: python -m runner attach {run.id}")) from None
+        if until is None:
+            rented.release(keep=where(session.spec).keeps and bool(where(session.spec).pod))
+        account(run, rented, error)
+        if isinstance(error, KeyboardInterrupt):  # before anybody followed it, who would have told
+            voice.say(f"Interrupted: you asked for it; pod {rented.pod.id} is given back")
+        raise
+    return finish(session, last, voice, manner.pool)
+
+
+def follow(session: Session, voice: Voice, leave: bool = False) -> dict[str, Any]:
+    """`Session.follow` with its news on screen and the meter's warnings."""
+
+    def tell(news: News) -> None:
+        voice.tell(news)
+        if news.kind == "tick" and (warning := session.rented.meter.warning(clock.now())):
+            voice.say(f"Warning: {warning}")
+
+    return session.follow(tell, leave)
+
+
+def finish(session: Session, last: dict[str, Any], voice: Voice, pool: Pool | None = None) -> Outcome:
+    """Bring the run home, give the pod back (after a run that ended well perhaps to the sweep's `pool`), say what it
+    cost; the outcome of the training."""
+    run, rented, spec = session.run, session.rented, session.spec
+    if last.get("state") == "ending":
+        raise _ended_by_itself(session, last)
+    voice.say("Brings  the run home")
+    code = int(last["exit_code"]) if isinstance(last.get("exit_code"), int) else 1
+    shared = pool if code == 0 else None
+    try:
+        session.collect(part=shared is None and rented.before is None)
+    except Vanished:
+        raise
+    except BaseException:  # the pod keeps what it has, and its agent ends it when nobody is heard of
+        rented.ledger.leave(rented.name)
+        voice.say(f"Pod {rented.pod.id} still has the result: python -m runner fetch {run.id}")
+        raise
+    if shared is not None and _parked(session, shared):
+        _close(run, rented, account(run, rented), last, voice, "waits for the next run")
+        return Outcome(run, code)
+    until = reuse.hand_back(session)
+    session.close()
+    if code and run.read("status.json").get("state") not in ("failed", "interrupted"):
+        if last.get("stopped_for"):  # before there was a training, which would say so itself
+            code, last = InterruptedRun.exit_code, {**last, "message": None}
+            with _said(voice.say):
+                run.set_status("interrupted", exit_code=code, error=f"stopped: {last['stopped_for']}")
+        else:
+            with _said(voice.say):
+                run.set_status("failed", exit_code=code, error=last.get("message") or f"the training ended with {code}")
+    keep = where(spec).keeps
+    try:
+        rented.release(keep) if until is None else None
+    except StillThereError as error:
+        account(run, rented, error)
+        raise
+    cost = account(run, rented)
+    ssh_keys.forget(run.id) if not keep else None
+    became = "is stopped" if keep else "is gone, which was confirmed"
+    if until is not None:
+        became = f"is yours again, until {datetime.fromtimestamp(until):%H:%M on %Y-%m-%d}"
+    _close(run, rented, cost, last, voice, became)
+    if last.get("uploaded"):
+        voice.say(f"Pushed  {run.read('pushed.json').get('url')}")
+    elif last.get("uploaded") is False:
+        code = code or RunFailedError.exit_code
+    if keep and until is None:
+        per_day = f"${rented.kept_usd_per_day():.2f} a day"
+        voice.say(f"Kept    its disk costs {per_day}: python -m runner pods terminate {run.id}")
+    return Outcome(run, code)
+
+
+def _parked(session: Session, pool: Pool) -> bool:
+    """The pod is the pool's now; else it knows that it is needed no more, and is this run's to give back."""
+    try:
+        if pool.park(session):
+            session.close()
+            return True
+        with suppress(RunnerError):
+            session.part()
+        return False
+    except BaseException:
+        session.rented.release()
+        raise
+
+
+def account(run: RunDir, rented: Rented, error: BaseException | None = None) -> dict[str, Any]:
+    """What the run has cost, in `status.json` and beside the prediction in `summary.json`."""
+    plan = run.read("plan.json")
+    cost = {
+        "usd": round(rented.usd(), 4),
+        "predicted_usd": plan.get("usd"),
+        "hours": round((clock.now() - rented.meter.started) / 3600, 4),
+        "predicted_hours": plan.get("hours"),
+        "usd_per_hour": rented.usd_per_hour,
+        "gpu": rented.pod.gpu_id,
+        "cloud": rented.pod.cloud,
+        "pod_id": rented.pod.id,
+    }
+    state = {} if error is None else {"exit_code": getattr(error, "exit_code", 130), "error": str(error)}
+    with _said(rented.say):
+        if state and run.read("status.json").get("state") not in ("done", "interrupted"):
+            run.set_status("failed", **state)
+        run.write("status.json", {**run.read("status.json"), "cost": cost})
+        if summary := run.read("summary.json"):
+            run.write("summary.json", {**summary, "model_dir": str(run.path / "model"), "cost": cost})
+    return cost
+
+
+def _close(run: RunDir, rented: Rented, cost: dict[str, Any], last: dict[str, Any], voice: Voice, became: str) -> None:
+    """What it cost, what `became` of the pod, and why the run ended as it did."""
+    predicted = f", ${cost['predicted_usd']:.2f} predicted" if cost["predicted_usd"] is not None else ""
+    voice.say(f"Cost    ${cost['usd']:.2f}{predicted}; pod {rented.pod.id} {became}")
+    if last.get("stopped_for"):
+        more = " where.max_usd=…" if "where.max_usd" in last["stopped_for"] else ""
+        remedy = f"python -m runner resume {quote(shown(run.path))}{more}"
+        print_problems(Console(stderr=True), InterruptedRun(Problem(f"stopped: {last['stopped_for']}", None, remedy)))
+    elif last.get("message"):
+        print_problems(Console(stderr=True), RunFailedError(_why(run, str(last["message"]))))
+
+
+def _why(run: RunDir, message: str) -> Problem:
+    """What the agent says, with what installing left in its log, where the cause is a known one."""
+    log = run.path / "logs" / "install.log"
+    try:
+        cause = cause_of(log.read_text("utf-8", errors="replace")[-LOG_CHARS:]) if "install" in message else None
+    except OSError:
+        cause = None
+    if "upload failed" in message:
+        return Problem("the model is here, and its upload failed", shown(run.path / "logs" / "upload.log"),
+                       f"python -m runner push {quote(shown(run.path))}")  # fmt: skip
+    if cause is None:
+        return Problem(message, None, f"see {shown(run.path / 'logs')}")
+    return Problem(f"{message}: {cause.what}", shown(log), cause.in_pod or cause.remedy)
+
+
+def _replaceable(session: Session, error: Vanished, lost: int) -> None:
+    """Whether another pod may follow; RunFailedError if not."""
+    run, place = session.run, where(session.spec)
+    if session.agent.get("state") == "ending":
+        raise _ended_by_itself(session, session.agent)
+    if place.pod:
+        account(run, session.rented, error)
+        raise reuse.unavailable(place.pod)
+    if lost > place.max_replacements:
+        account(run, session.rented, error)
+        remedy = f"python -m runner resume {quote(shown(run.path))} goes on after the last checkpoint"
+        raise RunFailedError(Problem(f"{error}, for the {lost}. time: where.max_replacements", None, remedy))
+
+
+def _ended_by_itself(session: Session, last: dict[str, Any]) -> RunnerError:
+    run, rented = session.run, session.rented
+    error = RunFailedError(
+        Problem(
+            f"pod {rented.pod.id} ended itself: {last.get('message')}",
+            "where=runpod",
+            f"python -m runner fetch {run.id} brings what its disk has" if last.get("how") == "stop" else None,
+        )
+    )
+    account(run, rented, error)
+    return error
+
+
+@contextmanager
+def _terminated_is_interrupted() -> Iterator[None]:
+    """SIGTERM gives the pod back as Ctrl-C does."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

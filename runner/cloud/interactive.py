@@ -1,0 +1,111 @@
+"""Just a pod: SSH and Jupyter through a tunnel, and the same deadline and price guard as a run has."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from runner.cloud import clock, pod_env, ssh_keys
+from runner.cloud.lease import Rented
+from runner.cloud.lifecycle import acquire
+from runner.cloud.preflight import check
+from runner.cloud.reuse import folder_of
+from runner.cloud.runpod.api import Api
+from runner.cloud.runpod.offers import Candidate, runpod
+from runner.cloud.ssh import Connection, user_of
+from runner.errors import CannotRunError, Problem, RequestError
+from runner.rundir.directory import RunDir
+from runner.spec import RunSpec
+from runner.spec.where import LONGEST_HOURS
+
+
+@dataclass(frozen=True)
+class Up:
+    """A pod that is a person's own until its deadline."""
+
+    run_id: str
+    pod_id: str
+    usd_per_hour: float
+    deadline: float
+    """Epoch: then it ends itself."""
+    jupyter_token: str
+
+    @property
+    def described(self) -> str:
+        """What to do with it."""
+        jupyter = f"      http://127.0.0.1:8888/?token={self.jupyter_token}"
+        return described(self.pod_id, self.usd_per_hour, self.deadline, "ends", jupyter)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def described(pod_id: str, usd_per_hour: float, deadline: float, how: str, jupyter: str = "") -> str:
+    """What to do with a pod that is one's own."""
+    until = datetime.fromtimestamp(deadline)
+    return (
+        f"pod {pod_id}, ${usd_per_hour:.2f} an hour, {how} itself at {until:%H:%M on %Y-%m-%d}\n"
+        f"  python -m runner pods ssh {pod_id}\n"
+        f"  python -m runner pods tunnel {pod_id}{jupyter}\n"
+        f"  python -m runner … where=runpod where.pod={pod_id}\n"
+        f"  python -m runner pods terminate {pod_id}"
+    )
+
+
+def check_hours(hours: float) -> None:
+    """RequestError for a deadline that never comes."""
+    if hours > LONGEST_HOURS:
+        what = f"--hours {hours:g}: no pod is rented for more than {LONGEST_HOURS} hours, a year"
+        raise RequestError(Problem(what, "command line", f"write --hours {LONGEST_HOURS}, or less"))
+
+
+def spec_for(spec: RunSpec, hours: float) -> RunSpec:
+    """A resolved spec, with the hours as its deadline."""
+    check_hours(hours)
+    return spec.model_copy(update={"where": runpod(spec).model_copy(update={"deadline_hours": hours})})
+
+
+def offer(api: Api, spec: RunSpec, hours: float) -> Candidate:
+    """What would be asked for first; CannotRunError where so many hours of it cost more than is allowed."""
+    (first, *_), _ = check(api, spec, {})
+    cap, cost = runpod(spec).max_usd, first.usd_per_hour * hours
+    if cap is not None and cost > cap:
+        what = f"{hours:g} hours cost ${cost:.2f}, more than where.max_usd={cap:g}"
+        raise CannotRunError(Problem(what, "where.max_usd", f"write --hours {cap / first.usd_per_hour:.1f}, or less"))
+    return first
+
+
+def up(spec: RunSpec, hours: float, say: Callable[[str], None], env: dict[str, str] | None = None) -> Up:
+    """Rent it, put secret variables there, leave it to itself: what ends it in time is started with it."""
+    run_id = f"pod-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    token = secrets.token_urlsafe(12)  # of a server that listens inside the pod alone; nobody's key
+    began, pair = clock.now(), ssh_keys.pair(run_id)
+    rented = acquire(
+        RunDir(folder_of(run_id)), spec, {"hours": hours}, pair, say, detached=True,
+        alone_minutes=60 * hours, env={"JUPYTER_PASSWORD": token},
+    )  # fmt: skip
+    try:
+        if env:
+            _tell(rented, pair, env)
+        rented.deadline = min(rented.deadline, began + hours * 3600)
+        rented.ledger.set(rented.name, deadline=rented.deadline)
+        rented.mark("RUNNING", "it is a person's own until its deadline")
+        rented.detach()
+    except BaseException:
+        rented.release()
+        raise
+    return Up(run_id, rented.pod.id, rented.usd_per_hour, rented.deadline, token)
+
+
+def _tell(rented: Rented, pair: ssh_keys.KeyPair, env: dict[str, str]) -> None:
+    """Put variables there."""
+    pod = rented.pod
+    connection = Connection(pod.id, str(pod.ssh_host), int(pod.ssh_port or 22), pair.private, user_of(pod.raw))
+    try:
+        pod_env.place(connection, rented.run_id, env)
+    finally:
+        connection.close()

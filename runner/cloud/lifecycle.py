@@ -1,0 +1,292 @@
+"""Renting a pod: recorded before it is asked for, found again if nobody answered, checked, and given back if it is bad.
+
+    PLANNED → CREATING → PROVISIONING → SSH_READY → SYNCED → RUNNING → COLLECTING → TERMINATING → GONE
+                  └→ CREATE_UNKNOWN ┘                          └→ PREEMPTED ┘          └→ STOPPED (where.keep)
+
+`acquire` goes as far as SSH_READY; `Rented` (rented.py) is what the rest of a run does with the pod. In a sweep, a pod
+whose run has ended well is PARKED, and SSH_READY again under the name of the next run.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from runner.cloud import clock, pod_of_run, termination
+from runner.cloud.agent import boot
+from runner.cloud.budget import Meter
+from runner.cloud.lease import Rented, deadline_of, hours_of, spent
+from runner.cloud.ledger import PREFIX, Ledger
+from runner.cloud.preflight import check
+from runner.cloud.readiness import BadHostError, look_for, until_ready
+from runner.cloud.reconcile import reconcile
+from runner.cloud.runpod import errors, templates
+from runner.cloud.runpod.api import Api
+from runner.cloud.runpod.errors import (
+    ApiDownError,
+    NoCapacityError,
+    NoPodError,
+    StillThereError,
+    TooDearError,
+    UnclearError,
+)
+from runner.cloud.runpod.offers import Candidate, image_of, runpod
+from runner.cloud.runpod.pod_request import PodRequest
+from runner.cloud.runpod.types import Pod, Volume
+from runner.errors import Problem, RunnerError
+from runner.plan import pod_packages
+from runner.rundir.directory import RunDir
+from runner.spec import RunSpec
+
+Say = Callable[[str], None]
+TRIES_PER_MACHINE = 2  # the second try of a GPU type mostly lands on another host
+SSH_PORT = "22/tcp"
+
+
+class Key(Protocol):
+    """The public half of a run's SSH key."""
+
+    @property
+    def public(self) -> str:
+        """A line for `authorized_keys`."""
+
+
+def acquire(
+    run: RunDir, spec: RunSpec, plan: dict[str, Any], keys: Key, say: Say, *, detached: bool = False,
+    alone_minutes: float | None = None, env: dict[str, str] | None = None, ports: tuple[str, ...] = (),
+) -> Rented:  # fmt: skip
+    """A pod for a run that answers by SSH, its own stopped one first, or an error with nothing left behind.
+
+    It ends itself if no agent has come after `alone_minutes`, or when the cap is reached if that is sooner. `env` is
+    added to the pod's variables: no secret may be in it. Errors before any pod: NoKeyError, WrongKeyError,
+    RequestError, NoBalanceError, CannotRunError. After: NoCapacityError and NoPodError where every machine was tried,
+    TooDearError, StillThereError where one could not be given back.
+    """
+    api, ledger = Api(), Ledger()
+    for note in reconcile(api, ledger):
+        say(note)
+    machines, volume = check(api, spec, plan)
+    if (word := runpod(spec).template) is not None:
+        template = {"template": templates.find(api, word)}
+        spec = spec.model_copy(update={"where": runpod(spec).model_copy(update=template)})
+    if (again := pod_of_run.taken(api, ledger, run, spec, machines, say, detached)) is not None:
+        return again
+    order = _Order(api, ledger, run, spec, keys, say, volume, detached, alone_minutes, env or {}, ports)
+    try:
+        return _first_of(order, machines, say)
+    except RunnerError as error:
+        raise type(error)(*error.problems, *order.unseen()) from None
+
+
+def _first_of(order: _Order, machines: list[Candidate], say: Say) -> Rented:
+    failures: list[RunnerError] = []
+    for machine in machines:
+        for _ in range(TRIES_PER_MACHINE):
+            try:
+                return order.rent(machine)
+            except NoCapacityError as error:
+                say(f"{machine.described}: none is free")
+                failures.append(error)
+                break
+            except (BadHostError, UnclearError) as error:
+                say(f"{error}; another one is tried")
+                failures.append(error)
+    raise _nothing(machines, failures)
+
+
+@dataclass
+class _Order:
+    """What all pods of one `acquire` share."""
+
+    api: Api
+    ledger: Ledger
+    run: RunDir
+    spec: RunSpec
+    keys: Key
+    say: Say
+    volume: Volume | None
+    detached: bool
+    alone_minutes: float | None
+    env: dict[str, str]
+    ports: tuple[str, ...] = ()
+    spent: float = field(default=0.0)
+    told: tuple[str, float] | None = None
+    """Pod and price that were said last."""
+    unclear: list[str] = field(default_factory=list)
+    """Names for which no pod has appeared yet."""
+
+    def rent(self, machine: Candidate) -> Rented:
+        """One pod, ready. Whatever goes wrong after it exists, it is ended."""
+        place = runpod(self.spec)
+        self.spent = spent(self.ledger, self.run.id)
+        name = f"{PREFIX}{self.run.id}-{secrets.token_hex(2)}"
+        wanted = self._wanted(name, machine)
+        disk = wanted.container_disk_gb + wanted.volume_gb
+        self.ledger.plan(
+            name, run_id=self.run.id, run_dir=str(self.run.path.absolute()), gpu=machine.gpu_id or machine.cpu_id,
+            cloud=machine.cloud, usd_per_hour=machine.usd_per_hour, disk_gb=disk, keep=place.keeps,
+            volume=wanted.volume_id, base=self.api.base, account=self.api.account,
+            heartbeat_s=None if self.detached else place.heartbeat_minutes * 60,
+        )  # fmt: skip
+        self._afford(name, machine.usd_per_hour, disk)
+        self.say(f"asking for {machine.described}")
+        began = clock.now()
+        pod = self._create(wanted)
+        try:
+            meter = Meter(pod.usd_per_hour or machine.usd_per_hour, began, disk, place.max_usd, self.spent)
+            deadline = deadline_of(place, meter)
+            facts = {"pod_id": pod.id, "usd_per_hour": meter.usd_per_hour, "deadline": deadline}
+            self.ledger.move(name, "PROVISIONING", f"created as {pod.id}", **facts)
+            rented = Rented(self.api, self.ledger, name, pod, deadline, meter, self.run.id, wanted.volume_gb, self.say)
+            self._check_price(rented, machine, pod)
+            rented.pod = until_ready(
+                self.api, pod, setup_s=place.setup_minutes * 60, bad_host_s=place.bad_host_minutes * 60,
+                say=self.say, seen=lambda seen: self._check_price(rented, machine, seen),
+            )  # fmt: skip
+            _check_place(rented.pod, machine)
+            with suppress(ApiDownError):  # looked for again when the run is over
+                for double in termination.end_doubles(self.api, pod.id, name):
+                    self.say(f"the request was carried out twice: pod {double} is ended")
+            self.ledger.move(name, "SSH_READY", f"{rented.pod.ssh_host}:{rented.pod.ssh_port} says hello")
+            return rented
+        except BaseException as error:
+            self._give_back(name, pod, error)
+            raise
+
+    def _create(self, wanted: PodRequest) -> Pod:
+        """The pod, even if the answer was lost; UnclearError if there is none as far as can be seen."""
+        name = wanted.name
+        self.ledger.move(name, "CREATING", "asking")
+        try:
+            return self.api.create_pod(wanted)
+        except UnclearError as error:
+            self.say(f"{error}: looking for {name}")
+            found = self._looked_for(name, str(error))
+            for double in found[1:]:
+                termination.confirm_gone(self.api, name, double.id)
+            if found:
+                return found[0]
+            self.unclear.append(name)
+            raise UnclearError(Problem(f"no pod {name} has appeared")) from None
+        except RunnerError as error:  # RunPod said no
+            self.ledger.try_move(name, "GONE", f"not created: {error}")
+            raise
+        except BaseException:  # Ctrl-C in the middle of the request
+            for pod in self._looked_for(name, "interrupted"):
+                termination.end(self.api, self.ledger, name, pod.id, "interrupted")
+            raise
+
+    def _looked_for(self, name: str, why: str) -> list[Pod]:
+        """Pods of a create that was not answered; StillThereError where RunPod cannot be asked for them."""
+        recorded = self.ledger.try_move(name, "CREATE_UNKNOWN", why)
+        try:
+            found = look_for(self.api, name)
+        except RunnerError as error:
+            raise StillThereError(errors.unseen(name, f"{why}; {error}")) from None
+        if not found and not recorded:
+            raise StillThereError(errors.unseen(name, f"{why}, and the ledger cannot be written"))
+        return found
+
+    def unseen(self) -> list[Problem]:
+        """What has to be said about pods that may appear yet."""
+        return [errors.unseen(name, "no pod of that name has appeared so far") for name in self.unclear]
+
+    def _give_back(self, name: str, pod: Pod, why: BaseException) -> None:
+        """End a pod that is not used; a StillThereError takes the place of the error that led here."""
+        reason = str(why) or type(why).__name__
+        self.say(f"giving pod {pod.id} back: {reason}")
+        for attempt in (1, 2):
+            try:
+                termination.end(self.api, self.ledger, name, pod.id, reason)
+                with suppress(ApiDownError):
+                    termination.end_doubles(self.api, pod.id, name)
+                return
+            except KeyboardInterrupt:
+                if attempt == 2:
+                    raise
+
+    def _wanted(self, name: str, machine: Candidate) -> PodRequest:
+        place = runpod(self.spec)
+        env = {"PUBLIC_KEY": self.keys.public, "SSH_KEY": self.keys.public, "RUNNER_RUN_ID": self.run.id}
+        env["RUNNER_RENTED"] = str(round(clock.now()))
+        env["RUNNER_DEADLINE"] = str(round(clock.now() + hours_of(place) * 3600))
+        volume_gb = 0 if self.volume or machine.cpu_id else number(place.volume_gb)
+        return PodRequest(
+            name=name,
+            image=None if place.template else image_of(place),
+            template=place.template,
+            cloud=machine.cloud,
+            gpu_id=machine.gpu_id,
+            gpu_count=machine.gpu_count,
+            cpu_id=machine.cpu_id,
+            num_vcpus=machine.num_vcpus,
+            data_centers=machine.data_centers,
+            container_disk_gb=number(place.container_disk_gb),
+            volume_gb=volume_gb,
+            volume_id=self.volume.id if self.volume else None,
+            cuda_versions=() if machine.cpu_id else tuple(place.cuda_versions),
+            min_cuda=pod_packages.least_cuda(self.spec),
+            ports=(SSH_PORT, *self.ports),
+            env={**env, **self.env},
+            args=self._start_command(machine, number(place.container_disk_gb) + volume_gb),
+            bid_usd=place.bid_usd if place.spot else None,
+        )
+
+    def _start_command(self, machine: Candidate, disk_gb: float) -> str | None:
+        """The image's own where the pod may be alone for ever. Afterwards it cannot be told its real price any more."""
+        if self.alone_minutes is None:
+            return None
+        paid = Meter(machine.usd_per_hour, 0.0, disk_gb, runpod(self.spec).max_usd, self.spent).ends()
+        return boot.as_text(self.run.id, self.alone_minutes if paid is None else min(self.alone_minutes, paid / 60))
+
+    def _afford(self, name: str, usd_per_hour: float, disk_gb: float) -> None:
+        """A pod after others of the same run: what is left must pay for a tenth of an hour at least."""
+        cap = runpod(self.spec).max_usd
+        left = None if cap is None else cap - self.spent
+        if left is not None and self.spent and left < usd_per_hour / 10:
+            what = f"${self.spent:.2f} of where.max_usd={cap:g} are spent: no further pod is rented"
+            self.ledger.move(name, "GONE", what)
+            raise TooDearError(Problem(what, None, "raise where.max_usd, and resume the run"))
+
+    def _check_price(self, rented: Rented, machine: Candidate, seen: Pod) -> None:
+        """The pod's own price against the cap, as soon as it is told: it has been half as high again as the list's."""
+        if not seen.usd_per_hour or seen.usd_per_hour == rented.meter.usd_per_hour == machine.usd_per_hour:
+            return
+        cap, real = runpod(self.spec).max_usd, seen.usd_per_hour
+        if real != rented.meter.usd_per_hour:
+            rented.meter.usd_per_hour = real
+            rented.deadline = deadline_of(runpod(self.spec), rented.meter)
+            self.ledger.set(rented.name, usd_per_hour=real, deadline=rented.deadline)
+        if cap is not None and real > cap - self.spent:
+            what = f"pod {seen.id} costs ${real:.2f} an hour, where ${machine.usd_per_hour:.2f} was offered"
+            what += f": its first hour is more than what is left of where.max_usd={cap:g}; it was given back"
+            raise TooDearError(Problem(what, "where.max_usd", "raise where.max_usd, or take cheaper hardware"))
+        if real > machine.usd_per_hour * 1.01 and (seen.id, real) != self.told:
+            self.told = (seen.id, real)
+            self.say(f"pod {seen.id} costs ${real:.2f} an hour, not ${machine.usd_per_hour:.2f} as the catalogue says")
+
+
+def _check_place(pod: Pod, machine: Candidate) -> None:
+    """BadHostError for a pod elsewhere than asked for: RunPod calls the data centres of a request preferred ones."""
+    if pod.data_center and machine.data_centers and pod.data_center not in machine.data_centers:
+        raise BadHostError(Problem(f"pod {pod.id} is in {pod.data_center}, not in {' or '.join(machine.data_centers)}"))
+
+
+def number(value: int | str) -> int:
+    """A size of a resolved run; what is open still gets RunPod's usual 20."""
+    return value if isinstance(value, int) else 20
+
+
+def _nothing(machines: list[Candidate], failures: list[RunnerError]) -> RunnerError:
+    """Every machine was tried."""
+    tried = "; ".join(dict.fromkeys(machine.described for machine in machines))
+    remedy = (
+        "try again later, name other GPUs (where.gpu_types), or the other cloud (where.cloud): python -m runner gpus"
+    )
+    if all(isinstance(failure, NoCapacityError) for failure in failures):
+        return NoCapacityError(Problem(f"none of these is free now: {tried}", "where=runpod", remedy))
+    last = failures[-1]
+    return NoPodError(Problem(f"no pod became ready: {last}; tried {tried}", "where=runpod", remedy))

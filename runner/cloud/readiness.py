@@ -1,0 +1,138 @@
+"""Waiting for a pod, never without an end: until it is found by its name, and until SSH answers."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from runner.cloud.runpod.account import pace
+from runner.cloud.runpod.api import Api
+from runner.cloud.runpod.errors import ApiDownError, CloudError, WrongKeyError
+from runner.cloud.runpod.types import OVER, Pod
+from runner.errors import CannotRunError, Problem, RequestError, RunnerError
+
+POLL_S = 3.0
+LEAST_POLL_S = 0.1
+# How long a pod whose create was not answered is looked for; one that appears even later is found by whatever command
+# comes next. Lists have lagged behind by seconds; a minute costs less than the first pod of the next try.
+LOOK_S = 60.0
+LEAST_LOOK_S = 2.0
+BANNER_S = 5.0
+
+
+PULL_S = 20.0
+LEAST_PULL_S = 1.0
+NO_IMAGE = re.compile(
+    r"manifest unknown|manifest for .* not found|pull access denied|repository does not exist|no matching manifest|"
+    r"invalid reference format|name unknown|failed to (pull|resolve)[^\n]*(not found|unauthorized|denied|forbidden)|"
+    r"(unauthorized|insufficient_scope): ?(authentication|authorization)",
+    re.IGNORECASE,
+)
+"""What Docker and registries say of an image that no host will ever be able to pull."""
+PULL_LIMIT = re.compile(r"toomanyrequests|pull rate limit|429 Too Many Requests", re.IGNORECASE)
+"""What they say where too much was pulled from one address, or with one login: hosts of a cloud share addresses."""
+
+
+class NoImageError(RequestError):
+    """The image cannot be pulled, on this host or another one."""
+
+
+class PullLimitError(CannotRunError):
+    """The registry lets nobody pull the image now; another host would wait, and be paid for, just as long."""
+
+
+class BadHostError(CloudError):
+    """A pod that will not become ready: it is to be given back, and another one tried."""
+
+
+def poll_s() -> float:
+    """Seconds between two questions."""
+    return max(LEAST_POLL_S, POLL_S * pace())
+
+
+def named(api: Api, name: str) -> list[Pod]:
+    """Pods of exactly that name that are not over: names are unique here, though RunPod does not ask for it."""
+    return [pod for pod in api.pods() if pod.name == name and pod.status not in OVER]
+
+
+def look_for(api: Api, name: str) -> list[Pod]:
+    """Pods of that name, as soon as there is one; none if none appears. The error if RunPod could not be asked."""
+    end_by = time.monotonic() + max(LEAST_LOOK_S, LOOK_S * pace())
+    failed: RunnerError | None = None
+    while True:
+        try:
+            if found := named(api, name):
+                return found
+            failed = None
+        except RunnerError as error:
+            failed = error
+        if time.monotonic() > end_by:
+            if failed is not None:
+                raise failed
+            return []
+        time.sleep(poll_s())
+
+
+def until_ready(
+    api: Api, pod: Pod, *, setup_s: float, bad_host_s: float, say: Callable[[str], None], seen: Callable[[Pod], None]
+) -> Pod:
+    """The pod as soon as its SSH server says hello; BadHostError if it will not. `seen` gets each answer.
+
+    RUNNING is not enough: it has come without ports, and a port without a server behind it.
+    """
+    began = looked = time.monotonic()
+    told = ""
+    while True:
+        if time.monotonic() - looked > max(LEAST_PULL_S, PULL_S * pace()):
+            _check_pull(api, pod)
+            looked = time.monotonic()
+        # It cannot be asked for a moment, or a key is refused once and accepted again: the deadline goes on.
+        with suppress(ApiDownError, WrongKeyError):
+            found = api.pod(pod.id)
+            if found is None or found.status in (*OVER, "EXITED", "ERROR"):
+                state = found.status if found is not None else "gone"
+                raise BadHostError(Problem(f"pod {pod.id} is {state} before it was ready"))
+            pod = found
+            seen(pod)
+            if pod.ssh_host and pod.ssh_port and says_hello(pod.ssh_host, pod.ssh_port):
+                return pod
+        waited = time.monotonic() - began
+        if pod.status != told:
+            say(f"pod {pod.id}: {pod.status.lower()}, {waited:.0f} s")
+            told = pod.status
+        if not pod.has_machine and waited > bad_host_s:
+            raise BadHostError(Problem(f"pod {pod.id} has no machine after {waited / 60:.1f} minutes: a bad host"))
+        if waited > setup_s:
+            raise BadHostError(Problem(f"pod {pod.id} does not answer by SSH after {waited / 60:.1f} minutes"))
+        time.sleep(poll_s())
+
+
+def _check_pull(api: Api, pod: Pod) -> None:
+    """NoImageError or PullLimitError where RunPod's log of the pod says that its image cannot be had."""
+    with suppress(CloudError):
+        for text in api.logs(pod.id, source="system", tail=20):  # which ends when it pauses: a refusal ends it sooner
+            line = " ".join(text.split())[-200:]
+            if NO_IMAGE.search(line):
+                what = f"the image {pod.image} cannot be pulled: {line}"
+                remedy = "correct where.image; for a private one, a template of RunPod's with its registry's login"
+                raise NoImageError(Problem(what, "where.image", f"{remedy}: where.template=ID"))
+            if PULL_LIMIT.search(line):
+                what = f"the registry lets nobody pull {pod.image} now: {line}"
+                remedy = (
+                    "wait (Docker Hub counts by six hours), take an image from another registry (where.image=…), or"
+                )
+                remedy += " a template of RunPod's with a login of the registry: where.template=ID"
+                raise PullLimitError(Problem(what, "where.image", remedy))
+
+
+def says_hello(host: str, port: int) -> bool:
+    """Whether an SSH server answers there: its first bytes are `SSH-` (RFC 4253, 4.2)."""
+    try:
+        with socket.create_connection((host, port), timeout=BANNER_S) as connection:
+            connection.settimeout(BANNER_S)
+            return connection.recv(4) == b"SSH-"
+    except OSError:
+        return False

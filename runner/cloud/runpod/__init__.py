@@ -1,0 +1,1 @@
+"""RunPod, the first provider: its API, offers, prices, volumes and serverless endpoints."""

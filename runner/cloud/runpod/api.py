@@ -1,0 +1,294 @@
+"""RunPod's API as this project uses it: typed, all pages, every wait bounded, a create never sent twice."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from runner.cloud import clock, ssh
+from runner.cloud.runpod import spot, types
+from runner.cloud.runpod.account import api_key, base_url, fingerprint
+from runner.cloud.runpod.errors import ApiDownError, ConflictError, UnclearError
+from runner.cloud.runpod.pod_request import PodRequest
+from runner.cloud.runpod.transport import NotFound, bounded, request
+from runner.cloud.runpod.types import CpuType, DataCenter, GpuType, Pod, Volume
+from runner.errors import Problem
+
+T = TypeVar("T")
+MAX_PAGES = 200
+LOG_SILENCE_S = 30.0
+
+
+class Api:
+    """One account. Errors are those of `transport.request`; a 401 never means that a pod is gone."""
+
+    def __init__(self) -> None:
+        """Reads RUNPOD_API_KEY and RUNPOD_API_BASE_URL, as the SDK does; NoKeyError without a key."""
+        self.base = base_url()
+        self.account = fingerprint(api_key())
+
+    # ── pods ───────────────────────────────────────────────────────────────────────────────────
+
+    def create_pod(self, wanted: PodRequest) -> Pod:
+        """Ask for a pod, once. UnclearError: look for `wanted.name`; it may exist, and may appear later."""
+        if wanted.bid_usd is not None:
+            return self._rent_spot(wanted)
+        return _read(types.pod, request("POST", "/v2/pods", json=wanted.body(), repeat=False), UnclearError)
+
+    def pods(self) -> list[Pod]:
+        """Every pod of the account, of all pages; an entry that is no pod at all is passed over."""
+        found: list[Any] = self._all("/v2/pods", "pods")
+        return [types.pod(raw) for raw in found if isinstance(raw, dict) and raw.get("id")]
+
+    def pod(self, pod_id: str) -> Pod | None:
+        """One pod; None only where RunPod itself says that there is none."""
+        try:
+            raw = request("GET", f"/v2/pods/{_segment(pod_id)}", repeat=True)
+        except NotFound:
+            return None
+        return _read(types.pod, raw, ApiDownError)
+
+    def time(self) -> float | None:
+        """What time it is at RunPod, by the header `Date` of an answer; None where none comes, or without it."""
+        import requests  # 0.1 s
+
+        headers = {"Authorization": f"Bearer {api_key()}", "Accept": "application/json"}
+        try:
+            answer = bounded(lambda: requests.get(f"{self.base}/v2/pods", headers=headers, timeout=10.0))
+        except (requests.RequestException, OSError):
+            return None
+        return clock.parsed(answer.headers.get("Date"))
+
+    def terminate(self, pod_id: str) -> None:
+        """End it; one that is gone already is no error. Accepted is not done: look afterwards."""
+        ssh.forget(pod_id)
+        try:
+            request("DELETE", f"/v2/pods/{_segment(pod_id)}", repeat=True)
+        except NotFound:
+            return
+
+    def stop(self, pod_id: str) -> None:
+        """Stop it, keeping its volume disk; one that is stopped already is no error."""
+        try:
+            self._act(pod_id, "stop")
+        except ConflictError:
+            found = self.pod(pod_id)
+            if found is None or found.status != "EXITED":
+                raise
+
+    def start(self, pod_id: str) -> None:
+        """Start a stopped pod: NoCapacityError where its machine has no GPU left."""
+        self._act(pod_id, "start")
+
+    def restart(self, pod_id: str) -> None:
+        """Restart its container."""
+        self._act(pod_id, "restart")
+
+    def _act(self, pod_id: str, action: str) -> None:
+        ssh.forget(pod_id)  # its container is made anew
+        request("POST", f"/v2/pods/{_segment(pod_id)}/action", json={"action": action}, repeat=action == "stop")
+
+    def logs(self, pod_id: str, *, source: str | None = None, tail: int = 100, follow: bool = False) -> Iterator[str]:
+        """Lines of the container (or the `system`), until they pause; with `follow` until the pod is gone."""
+        import requests  # 0.1 s
+
+        params: dict[str, Any] = {"tail": tail} | ({"source": source} if source else {})
+        headers = {"Authorization": f"Bearer {api_key()}", "Accept": "text/event-stream"}
+        silence = LOG_SILENCE_S if follow else 2.0
+        last: str | None = None
+        end = math.inf if follow else time.monotonic() + LOG_SILENCE_S
+        while True:
+            try:
+                more = headers | ({"Last-Event-ID": last} if last else {})
+                url = f"{self.base}/v2/pods/{_segment(pod_id)}/logs"
+                with requests.get(url, params=params, headers=more, stream=True, timeout=(10.0, silence)) as answer:
+                    if answer.status_code >= 400:
+                        self.pod(pod_id)  # says what is wrong in words
+                        raise ApiDownError(Problem(f"RunPod: logs of pod {pod_id}: it answers {answer.status_code}"))
+                    for line in _lines(answer, end):
+                        if line.startswith("id: "):
+                            last = line[4:]
+                        elif line.startswith("data: "):
+                            yield _said(line[6:])
+            except (requests.RequestException, OSError):
+                pass
+            if not follow or self.pod(pod_id) is None:
+                return
+
+    def _rent_spot(self, wanted: PodRequest) -> Pod:
+        pod_id = spot.rent(wanted)
+        try:
+            found = self.pod(pod_id)
+        except ApiDownError as error:
+            raise UnclearError(*error.problems) from None
+        if found is None:
+            raise UnclearError(Problem(f"RunPod: pod {pod_id} was rented, and is not there"))
+        return found
+
+    # ── catalogue ──────────────────────────────────────────────────────────────────────────────
+
+    def gpus(
+        self, *, count: int = 1, cloud: str | None = None, stock: bool = False, countries: Sequence[str] = ()
+    ) -> list[GpuType]:
+        """Every GPU type; with `stock` what is free now for pods with so many, and in which data centres; with
+        `countries` only what their data centres have."""
+        params: dict[str, Any] = {}
+        if stock or countries:
+            params = {"include": "AVAILABILITY", "product": "POD", "count": count}
+            params |= {"cloud": cloud.upper()} if cloud else {}
+            params |= {"countryCodes": ",".join(countries)} if countries else {}
+        raw = request("GET", "/v2/catalog/gpus", params=params or None, repeat=True)
+        return [_read(types.gpu_type, gpu, ApiDownError) for gpu in _entries(raw, "gpus")]
+
+    def cpus(self) -> list[CpuType]:
+        """Every CPU flavour."""
+        raw = request("GET", "/v2/catalog/cpus", repeat=True)
+        return [_read(types.cpu_type, cpu, ApiDownError) for cpu in _entries(raw, "cpus")]
+
+    def data_centers(self) -> list[DataCenter]:
+        """Every data centre."""
+        raw = request("GET", "/v2/catalog/datacenters", repeat=True)
+        return [_read(types.data_center, entry, ApiDownError) for entry in _entries(raw, "dataCenters")]
+
+    # ── network volumes ────────────────────────────────────────────────────────────────────────
+
+    def volumes(self) -> list[Volume]:
+        """Every network volume of the account."""
+        found = self._all("/v2/network-volumes", "networkVolumes")
+        return [_read(types.volume, raw, ApiDownError) for raw in found]
+
+    def create_volume(self, name: str, size_gb: int, data_center: str) -> Volume:
+        """Make one; UnclearError: look for the name."""
+        body = {"name": name, "size": size_gb, "dataCenter": data_center}
+        return _read(types.volume, request("POST", "/v2/network-volumes", json=body, repeat=False), UnclearError)
+
+    def delete_volume(self, volume_id: str) -> None:
+        """Delete it and what is on it; one that is gone already is no error."""
+        try:
+            request("DELETE", f"/v2/network-volumes/{_segment(volume_id)}", repeat=True)
+        except NotFound:
+            return
+
+    # ── templates and serverless endpoints ─────────────────────────────────────────────────────
+
+    def create_template(self, body: dict[str, Any]) -> str:
+        """Make one; its id."""
+        return str(
+            _read(lambda raw: raw["id"], request("POST", "/v2/templates", json=body, repeat=False), UnclearError)
+        )
+
+    def templates(self) -> list[dict[str, Any]]:
+        """Those of the account."""
+        return self._all("/v2/templates", "templates")
+
+    def public_templates(self, source: str) -> list[dict[str, Any]]:
+        """The first 100 of the `official`, `verified` or `community` ones: RunPod has no search and no pages."""
+        raw = request("GET", "/v2/catalog/templates", params={"source": source}, repeat=True)
+        return _entries(raw, "templates")
+
+    def template(self, template_id: str) -> dict[str, Any] | None:
+        """One of the account or of the catalogue; None where RunPod has none."""
+        try:
+            found = request("GET", f"/v2/templates/{_segment(template_id)}", repeat=True)
+        except NotFound:
+            return None
+        return found if isinstance(found, dict) else None
+
+    def delete_template(self, template_id: str) -> None:
+        """One that is gone already is no error."""
+        try:
+            request("DELETE", f"/v2/templates/{_segment(template_id)}", repeat=True)
+        except NotFound:
+            return
+
+    def create_endpoint(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Make a serverless endpoint."""
+        found: dict[str, Any] = _read(dict, request("POST", "/v2/serverless", json=body, repeat=False), UnclearError)
+        return found
+
+    def endpoints(self) -> list[dict[str, Any]]:
+        """Every serverless endpoint of the account."""
+        return self._all("/v2/serverless", "endpoints")
+
+    def delete_endpoint(self, endpoint_id: str) -> None:
+        """One that is gone already is no error."""
+        try:
+            request("DELETE", f"/v2/serverless/{_segment(endpoint_id)}", repeat=True)
+        except NotFound:
+            return
+
+    # ── money ──────────────────────────────────────────────────────────────────────────────────
+
+    def billed(self, pod_id: str) -> float | None:
+        """What RunPod has billed for a pod so far, in US$; None where it does not say (it bills with a delay)."""
+        params = {"podId": pod_id, "bucketSize": "day"}
+        raw = request("GET", "/v2/billing/pods", params=params, repeat=True)
+        records = (raw or {}).get("records")
+        if not isinstance(records, list) or not records:
+            return None
+        return sum(float(record.get("totalAmount") or 0.0) for record in records)
+
+    def _all(self, path: str, name: str) -> list[dict[str, Any]]:
+        """Entries of every page; the SDK's own lists stop after the first."""
+        found: list[dict[str, Any]] = []
+        cursor: str | None = None
+        for _ in range(MAX_PAGES):
+            raw = request("GET", path, params={"cursor": cursor} if cursor else None, repeat=True)
+            found += _entries(raw, name)
+            paging = raw.get("pagination") or {}
+            if not isinstance(paging, dict):
+                raise ApiDownError(
+                    Problem(f"RunPod: GET {path}: its pages are not as described", None, "try again later")
+                )
+            following = paging.get("nextCursor")
+            if not paging.get("hasNextPage"):
+                return found
+            if not following or following == cursor:
+                break
+            cursor = following
+        # A list that is not whole would make pods look gone that are not.
+        raise ApiDownError(Problem(f"RunPod: GET {path}: its pages do not end", None, "try again later"))
+
+
+def _lines(answer: Any, end: float) -> Iterator[str]:
+    """Lines as they come, until `end` (monotonic): a line that drips never comes to its own end."""
+    rest = b""
+    for block in answer.iter_content(64):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from (line.decode(errors="replace").rstrip("\r") for line in lines)
+        if time.monotonic() > end:
+            return
+
+
+def _said(data: str) -> str:
+    """The line of one event; one that is no JSON object as it came."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return data
+    return str(content.get("line", "")) if isinstance(content, dict) else data
+
+
+def _entries(raw: Any, name: str) -> list[dict[str, Any]]:
+    entries = raw.get(name) if isinstance(raw, dict) else None
+    if not isinstance(entries, list):
+        raise ApiDownError(Problem(f"RunPod: an answer without {name}", None, "try again later"))
+    return entries
+
+
+def _read(reader: Callable[[Any], T], raw: Any, error: type[ApiDownError] | type[UnclearError]) -> T:
+    try:
+        return reader(raw)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise error(Problem("RunPod: an answer of another shape than it is described", None, None)) from None
+
+
+def _segment(text: str) -> str:
+    return quote(text, safe="")
+
+
+__all__ = ["Api", "CpuType", "DataCenter", "GpuType", "Pod", "PodRequest", "Volume"]

@@ -1,0 +1,63 @@
+"""An interruptible pod at a bid, through GraphQL: REST v2 has none, and RunPod serves GraphQL until early 2027."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runner.cloud.runpod import errors
+from runner.cloud.runpod.account import api_key
+from runner.cloud.runpod.errors import NoBalanceError, NoCapacityError, RefusedError, UnclearError, WrongKeyError
+from runner.cloud.runpod.pod_request import WORKSPACE, PodRequest
+from runner.cloud.runpod.transport import FULL, POOR, bounded
+from runner.errors import Problem
+
+MUTATION = """
+mutation ($input: PodRentInterruptableInput!) {
+  podRentInterruptable(input: $input) { id imageName machineId costPerHr machine { podHostId } }
+}
+"""
+
+
+def rent(wanted: PodRequest) -> str:
+    """Ask once, as `Api.create_pod` does; the id of the pod, which is then read over REST."""
+    import requests
+    from runpod.api.graphql import run_graphql_query
+    from runpod.error import AuthenticationError, QueryError
+
+    try:
+        answer = bounded(lambda: run_graphql_query(MUTATION, api_key=api_key(), variables={"input": _input(wanted)}))
+        return str(answer["data"]["podRentInterruptable"]["id"])
+    except AuthenticationError as error:
+        raise WrongKeyError(errors.wrong_key(str(error))) from None
+    except QueryError as error:
+        said = str(error)
+        if any(word in said.lower() for word in FULL):
+            raise NoCapacityError(Problem(f"RunPod: {said}", None, "raise where.bid_usd, or leave spot out")) from None
+        if any(word in said.lower() for word in POOR):
+            raise NoBalanceError(errors.no_balance(said)) from None
+        raise RefusedError(Problem(f"RunPod refuses the bid: {said}", None, "leave where.spot out")) from None
+    except (requests.RequestException, OSError, KeyError, TypeError, ValueError):
+        raise UnclearError(Problem("RunPod: the answer to a bid was lost", None, None)) from None
+
+
+def _input(wanted: PodRequest) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "name": wanted.name,
+        "imageName": wanted.image,
+        "templateId": wanted.template,
+        "cloudType": wanted.cloud.upper(),
+        "gpuTypeId": wanted.gpu_id,
+        "gpuCount": wanted.gpu_count,
+        "bidPerGpu": wanted.bid_usd,
+        "containerDiskInGb": wanted.container_disk_gb,
+        "volumeInGb": 0 if wanted.volume_id else wanted.volume_gb,
+        "volumeMountPath": WORKSPACE,
+        "networkVolumeId": wanted.volume_id,
+        "dataCenterId": wanted.data_centers[0] if wanted.data_centers else None,
+        "dockerArgs": wanted.args,
+        "ports": ",".join(wanted.ports),
+        "env": [{"key": key, "value": value} for key, value in wanted.env.items()],
+        "startSsh": True,
+        "allowedCudaVersions": wanted.allowed_cuda or None,  # its input type has no minCudaVersion
+    }
+    return {key: value for key, value in found.items() if value is not None}

@@ -1,0 +1,217 @@
+"""The pods of a sweep: taken over from the run before, at most so many at once, all given back at its end.
+
+The points of a sweep may be processes of their own. What they share is the ledger, in which a pod changes hands in one
+transaction, and what points.py knows of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.cloud import clock, handover, ssh_keys, termination
+from runner.cloud import owner as owners
+from runner.cloud.budget import Meter
+from runner.cloud.lease import Rented, deadline_of
+from runner.cloud.ledger import PREFIX, Entry, Ledger, owner
+from runner.cloud.runpod.api import Api
+from runner.cloud.runpod.errors import StillThereError
+from runner.cloud.session import Session
+from runner.cloud.sweep_points import Points
+from runner.cloud.transfer import Say
+from runner.errors import Problem, RunnerError
+from runner.rundir.directory import RunDir
+from runner.spec import RunPodPlace, RunSpec
+
+MACHINE = {"accelerator", "runpod_gpu_id", "num_gpus", "num_cpus"}
+OWN = {
+    "max_usd", "max_hours", "volume_gb", "container_disk_gb", "max_replacements", "deadline_hours",
+    "heartbeat_minutes", "setup_minutes", "bad_host_minutes",
+}  # fmt: skip
+"""What of `where` is a run's own affair, and not the pod's."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The same in every process of the sweep."""
+
+    points: Points
+    """Their process holds the pods between two runs: what nobody has taken over ends with it."""
+    max_pods: int
+    kinds: tuple[str | None, ...]
+    """Of every point: `kind_of`."""
+    disks: dict[str, int]
+    """What the largest point needs of each: every pod gets it."""
+    hours: float
+    """After so long no pod of this sweep is there any more."""
+
+    def fitted(self, spec: RunSpec) -> RunSpec:
+        """A point whose pod has room for every other point, too."""
+        if kind_of(spec) is None:
+            return spec
+        return spec.model_copy(update={"where": spec.where.model_copy(update=self.disks)})
+
+    def variables(self) -> dict[str, str]:
+        """Of a pod that is rented for this sweep: when whoever looks at it from elsewhere may call it forgotten."""
+        return {"RUNNER_DEADLINE": str(round(clock.now() + 3600 * self.hours))}
+
+    def take(self, run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, say: Say) -> Rented | None:
+        """A parked pod that serves this run from here on; None where one is to be rented, for which there is room."""
+        if kind_of(spec) is None:
+            return None
+        while (taken := self._claimed(run, spec)) is not None:
+            before, rented = taken
+            say(f"Takes   pod {rented.pod.id} over from run {before.run.id}")
+            old = Session(before.run, before.spec, rented, ssh_keys.pair(before.run.id), say)
+            try:
+                handover.hand_on(old, Session(run, spec, rented, pair, say))
+                self.points.serve()
+                return rented
+            except RunnerError as error:
+                say(f"pod {rented.pod.id} cannot be taken over, and is ended: {error}")
+                rented.release()
+            except BaseException:
+                rented.release()
+                raise
+            finally:
+                ssh_keys.forget(before.run.id)
+        self.points.serve()
+        self._make_room()
+        return None
+
+    def park(self, session: Session) -> bool:
+        """Keep the pod of a run that is home for a point that has none yet; False where there is none for it."""
+        kind = kind_of(session.spec)
+        if kind is None or not self._wanted(kind):
+            return False
+        try:
+            deadline = handover.park(session)
+        except RunnerError:
+            return False
+        with self.points.locked():
+            if not self._wanted(kind):
+                return False
+            why, rented = "waits for the next run of its sweep", session.rented
+            rented.ledger.move(rented.name, "PARKED", why, deadline=deadline, **owner(self.points.owner))
+        return True
+
+    def _claimed(self, run: RunDir, spec: RunSpec) -> tuple[Before, Rented] | None:
+        """One that fits, and belongs to this run by the ledger now."""
+        api, ledger = Api(), Ledger()
+        place = spec.where
+        assert isinstance(place, RunPodPlace)
+        for entry in self.parked(ledger):
+            before = Before.of(entry)
+            if kind_of(before.spec) != kind_of(spec) or not _room(before.spec, spec):
+                continue
+            if place.max_usd is not None and entry.usd_per_hour > place.max_usd:
+                continue
+            pod = api.pod(str(entry.pod_id))
+            if pod is None or pod.status != "RUNNING":
+                termination.end(api, ledger, entry.name, str(entry.pod_id), "it has gone while it was parked")
+                continue
+            name, heartbeat = f"{PREFIX}{run.id}-{secrets.token_hex(2)}", 60 * place.heartbeat_minutes
+            own = ledger.hand_over(
+                entry.name, name, run_id=run.id, run_dir=str(run.path.absolute()), heartbeat_s=heartbeat
+            )
+            if own is None:
+                continue
+            meter = Meter(own.usd_per_hour, own.created, own.disk_gb, place.max_usd)
+            deadline = deadline_of(place, meter)
+            ledger.set(name, deadline=deadline)
+            volume_gb = 0.0 if place.volume or pod.gpu_id is None else float(place.volume_gb)
+            return before, Rented(api, ledger, name, pod, deadline, meter, run.id, volume_gb)
+        return None
+
+    def parked(self, ledger: Ledger) -> list[Entry]:
+        """Those that wait for the next run."""
+        return [entry for entry in ledger.entries() if entry.state == "PARKED" and entry.pid == self.points.owner]
+
+    def _wanted(self, kind: str) -> bool:
+        """More points that could have such a pod have none yet than such pods are parked."""
+        if self.points.stopped:
+            return False
+        left = [k for index, k in enumerate(self.kinds) if k == kind and not self.points.served(index)]
+        waiting = [e for e in self.parked(Ledger()) if kind_of(Before.of(e).spec) == kind]
+        return len(left) > len(waiting)
+
+    def _make_room(self) -> None:
+        """End parked pods of other kinds until one more is within the bounds."""
+        while True:
+            with self.points.locked():
+                ledger = Ledger()
+                parked = self.parked(ledger)
+                if not parked or len(self.points.at_work()) + len(parked) <= self.max_pods:
+                    return
+                entry = parked[0]
+                ledger.move(entry.name, "TERMINATING", "room for a pod of another kind", **owner())
+            termination.end(Api(), ledger, entry.name, str(entry.pod_id), "room for a pod of another kind")
+
+    @contextmanager
+    def kept(self, say: Say) -> Iterator[None]:
+        """Around the sweep, in the process that owns it: whatever happens, no parked pod is left."""
+        owners.hold()
+        with self.points.watched(apart=self.max_pods > 1):
+            try:
+                yield
+            finally:
+                self._end(say)
+
+    def _end(self, say: Say) -> None:
+        """End what is parked; StillThereError with all that could not be confirmed."""
+        api, ledger, failures = Api(), Ledger(), list[Problem]()
+        for entry in self.parked(ledger):
+            for attempt in (1, 2):
+                try:
+                    termination.end(api, ledger, entry.name, str(entry.pod_id), "the sweep is over")
+                    say(f"Gone    pod {entry.pod_id}, which waited for the next run: confirmed")
+                except RunnerError as error:
+                    failures += error.problems
+                except KeyboardInterrupt:  # once: an impatient second Ctrl-C must not leave a pod behind
+                    if attempt == 2:
+                        raise
+                    continue
+                ssh_keys.forget(entry.run_id)
+                break
+        if failures:
+            raise StillThereError(*failures)
+
+
+@dataclass(frozen=True)
+class Before:
+    """The run that had a pod before."""
+
+    run: RunDir
+    spec: RunSpec
+
+    @classmethod
+    def of(cls, entry: Entry) -> Before:
+        """By its directory here."""
+        run = RunDir(Path(entry.run_dir))
+        return cls(run, RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8"))))
+
+
+def made_for(specs: Sequence[RunSpec], folder: Path, max_pods: int) -> Pool:
+    """The pool of a sweep over these points, in this process."""
+    places = [spec.where for spec in specs if isinstance(spec.where, RunPodPlace)]
+    disks = {name: max(int(getattr(place, name)) for place in places) for name in ("volume_gb", "container_disk_gb")}
+    hours = sum(float(place.deadline_hours) + handover.PARKED_MINUTES / 60 for place in places)
+    return Pool(Points(folder / ".pool", os.getpid()), max_pods, tuple(kind_of(spec) for spec in specs), disks, hours)
+
+
+def kind_of(spec: RunSpec) -> str | None:
+    """What two runs must share to have the same pod; None for one whose pod is nobody else's."""
+    if not isinstance(spec.where, RunPodPlace) or spec.where.keeps or spec.where.pod:
+        return None
+    machine, place = spec.hw.model_dump(include=MACHINE), spec.where.model_dump(exclude=OWN)
+    return json.dumps([machine, place], sort_keys=True)
+
+
+def _room(there: RunSpec, needed: RunSpec) -> bool:
+    """The disks of one's pod are as large as another one needs."""
+    return all(getattr(there.where, d) >= getattr(needed.where, d) for d in ("volume_gb", "container_disk_gb"))

@@ -1,0 +1,132 @@
+"""What comes from a pod is a stranger's: plain files below the run directory here, and nothing else.
+
+No link is followed on the way to a file, and none is kept: folders are opened one by one, without following links
+(openat(2), O_NOFOLLOW), so that what is checked is what is written, even if the pod changes it meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from runner.rundir import plain_files
+
+LONGEST_NAME = 200
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+"""A file system that has no fsync(2), such as some in user space."""
+
+
+class NotPlainError(OSError):
+    """A name that leads out of the folder, or to something that is no plain file."""
+
+
+def parts_of(name: str) -> list[str]:
+    """The parts of a relative name; NotPlainError for `..`, absolute, overlong and unprintable ones."""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") or len(os.fsencode(part)) > LONGEST_NAME for part in parts):
+        raise NotPlainError(f"{name[:LONGEST_NAME]!r} is no name of a file in a run")
+    if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
+        raise NotPlainError(f"{name[:LONGEST_NAME]!r} has letters that cannot be shown")
+    return parts
+
+
+@contextmanager
+def folder_of(root: Path, name: str) -> Iterator[tuple[int, str]]:
+    """The open folder below `root` that a file is in, made where it is missing, and the file's own name in it.
+
+    OSError where a link, or a file, is in the way.
+    """
+    *folders, last = parts_of(name)
+    handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part in folders:
+            with suppress(FileExistsError):
+                os.mkdir(part, dir_fd=handle)
+            inner = os.open(part, FOLDER, dir_fd=handle)
+            os.close(handle)
+            handle = inner
+        yield handle, last
+    finally:
+        os.close(handle)
+
+
+def write_at(root: Path, name: str, at: int, content: bytes) -> None:
+    """Let a file end with `content`, which begins at byte `at`. OSError for what is no plain file, or leaves a gap."""
+    with folder_of(root, name) as (folder, last):
+        handle = os.open(last, FILE, 0o644, dir_fd=folder)
+        with os.fdopen(handle, "r+b") as stream:
+            facts = os.fstat(handle)
+            if not stat.S_ISREG(facts.st_mode) or not 0 <= at <= facts.st_size:
+                raise NotPlainError(f"{name} cannot be continued at byte {at}")
+            stream.seek(at)
+            stream.write(content)
+            stream.truncate()
+
+
+def write_whole(root: Path, name: str, content: bytes) -> None:
+    """Put `content` in a file's place, whole or not at all."""
+    with folder_of(root, name) as (folder, last):
+        temporary = f".{last}.tmp"
+        with suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=folder)
+        with os.fdopen(os.open(temporary, FILE | os.O_EXCL, 0o644, dir_fd=folder), "wb") as stream:
+            stream.write(content)
+        os.replace(temporary, last, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def clean(folder: Path) -> list[str]:
+    """Delete what is neither a folder nor a plain file with a plain name below `folder`; what it was, a line each."""
+    found = []
+    for path, folders, files, handle in os.fwalk(folder, topdown=False, follow_symlinks=False):
+        for name in (*folders, *files):
+            shown = str(Path(path, name).relative_to(folder))
+            facts = os.stat(name, dir_fd=handle, follow_symlinks=False)
+            what = plain_files.what_else(facts.st_mode) or _wrong(name)
+            if what and not stat.S_ISDIR(facts.st_mode):
+                os.unlink(name, dir_fd=handle)
+                found.append(f"{shown!a} is {what}")
+    return found
+
+
+def _wrong(name: str) -> str:
+    try:
+        parts_of(name)
+    except NotPlainError:
+        return "no name that can be shown"
+    return ""
+
+
+def move(source: Path, target: Path, name: str) -> None:
+    """A plain file `name` from below one folder to below the other, over what was there."""
+    with folder_of(source, name) as (here, last), folder_of(target, name) as (there, _):
+        os.replace(last, last, src_dir_fd=here, dst_dir_fd=there)
+
+
+def flush(folder: Path) -> None:
+    """Have everything below a folder on the disk (fsync(2)). OSError where the disk does not take it: a full one, or a
+    quota, is told on some file systems by this alone."""
+    for _, _, files, handle in os.fwalk(folder, follow_symlinks=False):
+        for name in files:
+            if stat.S_ISREG(os.stat(name, dir_fd=handle, follow_symlinks=False).st_mode):
+                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=handle)
+                try:
+                    _sync(file)
+                finally:
+                    os.close(file)
+        _sync(handle)
+
+
+def _sync(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise

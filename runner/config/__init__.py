@@ -1,0 +1,1 @@
+"""Composition with Hydra: overrides, recipes and the catalogue become one validated `RunSpec`."""

@@ -1,0 +1,78 @@
+"""What there is to choose from: the files of `conf/` and `recipes/`, read without Hydra."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runner.config import yaml_files
+from runner.config.provenance import shown
+from runner.errors import Problem, RequestError
+from runner.paths import CONF, RECIPES
+
+GROUPS = ("model", "method", "hw", "deepspeed", "objective", "data", "where", "track")
+
+
+def options(group: str, extra_dirs: tuple[Path, ...] = ()) -> tuple[str, ...]:
+    """Sorted names one can write after `group=`, from `conf/` and a user's own folders."""
+    folders = [base / group for base in (*extra_dirs, CONF)]
+    return tuple(sorted({file.stem for folder in folders for file in folder.glob("*.yaml")}))
+
+
+def recipes() -> tuple[str, ...]:
+    """Sorted names one can write after `recipe=`."""
+    return tuple(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+
+
+def dump(content: dict[str, Any]) -> str:
+    """YAML that `read` reads as the same values: texts such as `1e-5`, `no` and `010` are quoted."""
+    from omegaconf._utils import get_omega_conf_dumper
+
+    return str(yaml.dump(content, Dumper=get_omega_conf_dumper(), sort_keys=False, allow_unicode=True, width=1000))
+
+
+def broken(error: yaml.YAMLError, place: str | None) -> Problem:
+    """YAML that cannot be read; what to do about the two mistakes that its parser has no plain words for."""
+    what = str(getattr(error, "problem", error))
+    remedy = "indent with spaces: YAML takes no tabs" if "'\\t'" in what else None
+    remedy = "leave one document: without the second ---" if "another document" in what else remedy
+    return Problem(f"broken YAML: {what}", place, remedy)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """One YAML file as written (an empty file is an empty mapping); RequestError for one that cannot be read."""
+    return _read(file.absolute())  # a relative path is another file in another working directory
+
+
+@cache
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        with file.open(encoding="utf-8-sig") as stream:
+            content = yaml_files.load(stream) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{shown(file)}:{mark.line + 1}" if mark else shown(file)
+        raise RequestError(broken(error, place)) from None
+    except UnicodeDecodeError as error:
+        raise RequestError(Problem(f"a YAML file is not UTF-8: {error.reason}", shown(file))) from None
+    if not isinstance(content, dict):
+        raise RequestError(Problem(f"{shown(file)} holds no keys", None, "write key: value, one a line"))
+    return content
+
+
+def load(
+    group: str, name: str, extra_dirs: tuple[Path, ...] = (), above: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """The values `<group>/<name>.yaml`, of `conf/` or a user's own folders, gives to its own group, its in-group
+    defaults merged, those already `above` it left out."""
+    values: dict[str, Any] = {}
+    files = (base / group / f"{name}.yaml" for base in (*extra_dirs, CONF))
+    content = read(next((file for file in files if file.is_file()), CONF / group / f"{name}.yaml"))
+    for parent in content.get("defaults", []):
+        if isinstance(parent, str) and parent not in ("_self_", name, *above):
+            values |= load(group, parent, extra_dirs, above | {name})
+    own = content.get(group, content)
+    return values | {key: value for key, value in own.items() if key != "defaults"}

@@ -1,0 +1,421 @@
+"""Recipe, choices and command line → one validated `RunSpec`. Only it, config_files.py, request.py and
+sweeper.py import Hydra.
+
+A recipe is Hydra's primary config. Every `key=value` that is not a choice is handed to Hydra as
+`++key=value`, so that the schema alone judges keys: all mistakes are found at once, with their
+nearest right spelling, instead of one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from runner.config import catalog, identity, merge_files, recipes, repeat
+from runner.config.provenance import Origin, of_file, shown
+from runner.config.request import COMMAND_LINE, Checked, Request, check
+from runner.config.suggestions import default_of, known_keys, nearest_key
+from runner.config.validation import SourceOf, unknown, validated
+from runner.errors import Problem, RequestError
+from runner.paths import CONF, RECIPES
+from runner.spec import RunSpec
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+
+@dataclass(frozen=True)
+class _Primary:
+    """The config that a composition starts from."""
+
+    name: str
+    folders: tuple[Path, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class _Composed:
+    """Plain values of a run, before the schema has seen them."""
+
+    values: dict[str, Any] | None
+    """Plain values, interpolations resolved; None if nothing could be composed."""
+    problems: list[Problem]
+    unsure: frozenset[str] = frozenset()
+    """Keys that were left out because their interpolation leads nowhere."""
+
+
+def compose(request: Request) -> RunSpec:
+    """The validated run; RequestError with every mistake at once."""
+    return judged(check(request))
+
+
+def judged(checked: Checked) -> RunSpec:
+    """The validated run of a request whose words are checked; RequestError with every mistake at once."""
+    base, problems, unsure = checked.request, list(checked.problems), checked.unsure
+    composed = _composed(base, checked)
+    problems += composed.problems
+    if composed.values is None and (base.recipe or base.spec_file):
+        # A file that cannot be read: what was typed is judged over the main job, all choices in doubt.
+        base, unsure = replace(base, recipe=None, spec_file=None), unsure | set(catalog.GROUPS)
+        composed = _composed(base, checked)
+        problems += composed.problems
+    if composed.values is None:
+        raise RequestError(*dict.fromkeys(problems))
+    return validated(composed.values, source_finder(base), problems, unsure | composed.unsure)
+
+
+def places(request: Request, key: str) -> list[Origin]:
+    """All places that set `key`, in order; the last one wins, and an interpolation is followed to its value."""
+    known = origins(request)
+    found = [origin for origin in known if origin.concerns(key)]
+    if found and (target := re.fullmatch(r"\$\{([\w.]+)\}", str(found[-1].value))):
+        found += [origin for origin in known if origin.key == target[1]][-1:]
+    return found
+
+
+def origins(request: Request) -> list[Origin]:
+    """Every place that sets any key, in the order in which they apply."""
+    checked = check(request)
+    return [*_in_files(checked), *_typed(checked)]
+
+
+def _in_files(checked: Checked) -> list[Origin]:
+    file = checked.request.spec_file
+    return list(repeat.origins(file) if file else file_origins(checked))
+
+
+def _typed(checked: Checked) -> list[Origin]:
+    split = [(o.key_or_group, str(o.input_line).partition("=")[2]) for o in checked.overrides]
+    return [Origin(f"{key}.name" if key in catalog.GROUPS else key, text, COMMAND_LINE) for key, text in split]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A lazy look-up from a key to the place that set it last."""
+
+    request: Request
+
+    def __call__(self, key: str) -> str | None:
+        if self.typed(key):
+            return COMMAND_LINE
+        return next((o.place for o in reversed(self._in_files) if o.concerns(key)), None)
+
+    def typed(self, key: str) -> bool:
+        """The command line sets it; no file is read for that."""
+        return any(origin.concerns(key) for origin in self._typed)
+
+    @cached_property
+    def _typed(self) -> list[Origin]:
+        return _typed(self._checked)
+
+    @cached_property
+    def _in_files(self) -> list[Origin]:
+        return _in_files(self._checked)
+
+    @cached_property
+    def _checked(self) -> Checked:
+        return check(self.request)
+
+
+def source_finder(request: Request) -> Sources:
+    """Where the keys of a request come from."""
+    return Sources(request)
+
+
+def spec_of_point(config: DictConfig, texts: dict[str, str]) -> RunSpec:
+    """The validated run of what Hydra composed for a point of a sweep; `texts` are environment variables as the files
+    write them."""
+    composed = _resolved(config.copy(), lambda key: None)
+    if composed.values is not None:
+        _keep_texts(composed.values, texts)
+    return validated(composed.values or {}, lambda key: None, composed.problems, composed.unsure)
+
+
+def primary_of(request: Request) -> _Primary:
+    """Name of the primary config and the folder it needs in the search path."""
+    if request.recipe is None:
+        return _Primary("config")
+    file = recipes.find(request.recipe, request.config_dirs)
+    problems = recipes.problems_in(file, request.folders)
+    if problems:
+        raise RequestError(*problems)
+    return _Primary(file.stem, (file.resolve().parent,))
+
+
+@contextmanager
+def hydra_over(request: Request, primary: _Primary) -> Iterator[Hydra]:
+    """Hydra over the user's folders, `conf/`, and the recipe's folder, in that order."""
+    search = create_config_search_path(None)
+    for folder in _folders(request, primary):
+        search.prepend("main", f"file://{folder.resolve()}", SearchPathQuery(provider="schema"))
+    version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    try:
+        with _quiet():
+            yield Hydra.create_main_hydra2("runner", search)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a recipe may leave `_self_` out: it comes last anyway
+        with _interruptible():
+            yield
+
+
+def _folders(request: Request, primary: _Primary) -> tuple[Path, ...]:
+    return (*(folder for folder in request.config_dirs if folder.is_dir()), CONF, *primary.folders, RECIPES)
+
+
+def _composed(request: Request, checked: Checked) -> _Composed:
+    try:
+        if request.spec_file:
+            return _repeated(request, request.spec_file, checked.overrides)
+        with as_request_error(checked):
+            config, choices = merged(checked, primary_of(request))
+    except RequestError as error:
+        return _Composed(None, error.problems)
+    source_of = source_finder(request)
+    content = {key: value for key, value in config.items_ex(resolve=False) if key != "hydra"}
+    names = {key: content.pop(key) for key in catalog.GROUPS if isinstance(content.get(key), (str, int, float))}
+    found = _resolved(OmegaConf.create(content), source_of, tuple(names))
+    misplaced = [recipes.misplaced(key, str(name), source_of(key), request.folders) for key, name in names.items()]
+    found = replace(found, problems=[*misplaced, *found.problems])
+    if found.values is not None:
+        if any(not isinstance(value, (str, type(None))) for value in _environment(found.values).values()):
+            _keep_texts(found.values, texts_of(request))
+        return _identified(found, identity.problems(choices, found.values, request.folders, source_of))
+    return found
+
+
+def merged(checked: Checked, primary: _Primary) -> tuple[DictConfig, Mapping[str, str | None]]:
+    """What the files and words say together, and the choice of each group."""
+    if found := _without_hydra(checked, primary):
+        return found.config, found.defaults.overrides.known_choices
+    with hydra_over(checked.request, primary) as hydra:
+        config = hydra.compose_config(primary.name, checked.for_hydra, RunMode.RUN, with_log_configuration=False)
+        return config, config.hydra.runtime.choices
+
+
+def _without_hydra(checked: Checked, primary: _Primary) -> merge_files.Merged | None:
+    if any(override.is_hydra_override() for override in checked.overrides):
+        return None
+    version.setbase("1.3")
+    with _quiet():
+        return merge_files.merged(_folders(checked.request, primary), primary.name, checked.for_hydra)
+
+
+def _environment(values: dict[str, Any]) -> dict[str, Any]:
+    hw = values.get("hw")
+    env = hw.get("env") if isinstance(hw, dict) else None
+    return env if isinstance(env, dict) else {}
+
+
+def texts_of(request: Request) -> dict[str, str]:
+    """Environment variables as YAML files write them: to YAML 1.1, `010` is 8, `12:30` is 750 and `no` is false."""
+    found: dict[str, str] = {}
+    for origin in origins(request):
+        if origin.key == "hw.env" and isinstance(origin.value, str):  # typed as a mapping
+            found.update(re.findall(r"[{,]\s*(\w+)\s*:\s*([^,{}]*)", origin.value))
+        elif origin.key.startswith("hw.env.") and isinstance(origin.value, str):
+            found[origin.key.removeprefix("hw.env.")] = origin.value
+    return found
+
+
+def _keep_texts(values: dict[str, Any], texts: dict[str, str]) -> None:
+    env = _environment(values)
+    scalars = {key: value for key, value in env.items() if isinstance(value, (int, float))}
+    env.update({key: texts.get(key, str(value)) for key, value in scalars.items()})
+
+
+def _identified(found: _Composed, others: Iterable[Problem]) -> _Composed:
+    """With what names another choice than the composed one: of a group with another name nothing else is told."""
+    problems = [p for p in others if p.what.split("=")[0] not in found.unsure]
+    unsure = {p.what.split(".")[0] for p in problems if p.what.split("=")[0].endswith((".name", ".source"))}
+    return replace(found, problems=[*found.problems, *problems], unsure=found.unsure | unsure)
+
+
+def _resolved(config: DictConfig, source_of: SourceOf, without: tuple[str, ...] = ()) -> _Composed:
+    """Interpolations replaced by their values; a key whose own leads nowhere is told and left out.
+
+    `without` are groups of which nothing is known: what refers to them is left out, too.
+    """
+    dangling: dict[str, Problem] = {}
+    left_out = set(without)
+    while True:
+        try:
+            with _interruptible():
+                values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            assert isinstance(values, dict)
+            unsure = frozenset(left_out | dangling.keys())
+            return _Composed({str(k): v for k, v in values.items()}, [*dangling.values()], unsure)
+        except OmegaConfBaseException as error:
+            target, key = _target(error), str(error.full_key).split("[")[0]
+            if target and target.split(".")[0] in without:
+                left_out.add(key)
+            elif target and (default := default_of(target)) is not None:  # an interpolation sees the schema's, too
+                OmegaConf.update(config, target, default, force_add=True)
+                continue
+            else:
+                dangling[key] = _dangling(key, error, source_of)
+            parent, _, leaf = key.rpartition(".")
+            del (OmegaConf.select(config, parent) if parent else config)[leaf]
+
+
+def _dangling(key: str, error: OmegaConfBaseException, source_of: SourceOf) -> Problem:
+    """A key whose interpolation cannot be followed, or that was left open with `???`."""
+    if isinstance(error, MissingMandatoryValue):
+        return Problem(f"{key} is missing", source_of(key), f"write {key}=…")
+    what, target = str(error).split("\n", 1)[0], _target(error)
+    if found := re.search(r"Environment variable '(.+)' not found", what):
+        remedy = f"export {found[1]}=…, or give a default: ${{oc.env:{found[1]},…}}"
+        return Problem(f"{key}: the environment variable {found[1]} is not set", source_of(key), remedy)
+    near = nearest_key(target) if target and target not in known_keys() else None
+    if near:
+        remedy = f"did you mean ${{{near}}}?"
+    elif target:
+        remedy = "write the value itself: no file of this run sets what it refers to"
+    else:  # a resolver that there is not, or a value that refers to itself
+        remedy = "write the value itself, ${group.key} or ${oc.env:NAME}"
+    return Problem(f"{key}: {what[:1].lower()}{what[1:]}", source_of(key), remedy)
+
+
+def _target(error: OmegaConfBaseException) -> str | None:
+    """The key to which an interpolation leads, where no file sets it."""
+    found = re.search(r"key '(.+)' not found", str(error).split("\n", 1)[0])
+    return found[1] if found else None
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """A Ctrl-C stays one. One in twenty meets OmegaConf with a node half set, over which its own clean-up then fails:
+    that error would be taken for a mistake in the config."""
+    try:
+        yield
+    except Exception as error:
+        before: BaseException | None = error
+        while before is not None:
+            if isinstance(before, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            before = before.__context__
+        raise
+
+
+@contextmanager
+def as_request_error(checked: Checked) -> Iterator[None]:
+    """Hydra's, OmegaConf's and YAML's own complaints in one line, with the file or word they are about."""
+    try:
+        with _interruptible():
+            yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise RequestError(_complaint(error, checked)) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{shown(Path(mark.name))}:{mark.line + 1}" if mark else checked.request.recipe
+        raise RequestError(catalog.broken(error, place)) from None
+    except RecursionError:
+        what = "a defaults list leads back to its own file, and would never end"
+        raise RequestError(Problem(what, checked.request.recipe, "name another file there, or _self_")) from None
+    except UnicodeDecodeError as error:
+        raise RequestError(Problem(f"a YAML file is not UTF-8: {error.reason}", checked.request.recipe)) from None
+
+
+def _complaint(error: Exception, checked: Checked) -> Problem:
+    """Its first line; where it comes from: a word that was typed, a line of the recipe, or the recipe."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith("raised while composing config:"):
+        del lines[0]  # a name of OmegaConf's alone
+    what, remedy = re.sub(r"^In '.*?': ", "", lines[0]) if lines else "bad config", None
+    if isinstance(cause, MissingConfigException):
+        what = f"there is no {cause.missing_cfg_file}"
+        remedy = f"one of {', '.join(cause.options)}" if cause.options else None
+        if cause.missing_cfg_file == "hydra/sweeper/optuna":
+            remedy = "pip install hydra-optuna-sweeper"
+    if found := re.match(_NOT_DELETED, what):
+        return _nothing_deleted(found[1], found[2], found[3])
+    if any(override.key_or_group in what for override in checked.overrides):
+        return Problem(what, COMMAND_LINE, remedy)
+    source, key = checked.request.recipe, getattr(cause, "full_key", None)
+    if source and key:
+        lines_of_recipe = of_file(recipes.find(source, checked.request.config_dirs), "")
+        source = next((o.place for o in lines_of_recipe if o.key == key), source)
+    return Problem(f"{key}: {what}" if key else what, source, remedy)
+
+
+_NOT_DELETED = r"Could not delete from config\. (?:'(.+)' does not exist|The value of '(.+)' is (.+) and not)"
+
+
+def _nothing_deleted(unset: str | None, other: str, value: str) -> Problem:
+    """`~key` where no file sets the key, and `~key=value` where it has another value."""
+    if unset is None:
+        return Problem(f"~{other}: it is {value}", COMMAND_LINE, f"write ~{other}")
+    if unset not in known_keys():
+        return unknown(unset, None, COMMAND_LINE)
+    return Problem(f"~{unset}: no file sets it, so that it has its default already", COMMAND_LINE, "leave it out")
+
+
+def file_origins(checked: Checked) -> Iterator[Origin]:
+    """Every key set by the YAML files of the defaults list, in order."""
+    primary = primary_of(checked.request)
+    with as_request_error(checked):
+        if found := _without_hydra(checked, primary):
+            result = found.defaults
+        else:
+            with hydra_over(checked.request, primary) as hydra:
+                result = hydra.config_loader.compute_defaults_list(primary.name, checked.for_hydra, RunMode.RUN)
+    for item in result.defaults:
+        if file := _file_of(item.config_path, checked.request, primary):
+            yield from of_file(file, item.package or "")
+
+
+def _repeated(request: Request, spec_file: Path, overrides: tuple[Override, ...]) -> _Composed:
+    """A resolved run with single values changed; only choices of the groups in `exchange` can become others in it."""
+    before = repeat.read(spec_file)
+    values, problems = copy.deepcopy(before), []
+    for override in overrides:
+        if override.key_or_group in request.exchange and not override.is_delete():
+            name = str(override.value())
+            values[override.key_or_group] = before[override.key_or_group] = catalog.load(
+                override.key_or_group, name, request.folders
+            )
+        elif override.key_or_group in catalog.GROUPS or override.is_delete():
+            remedy = "change single values such as train.max_steps=5, or start from a recipe"
+            what = f"{override.input_line}: {shown(spec_file)} is resolved, so a whole choice cannot be exchanged in it"
+            problems.append(Problem(what, COMMAND_LINE, remedy))
+        else:
+            repeat.put(values, override.key_or_group, override.value())
+    if any(not isinstance(value, (str, type(None))) for value in _environment(values).values()):
+        _keep_texts(values, texts_of(request))
+    others = identity.of_repeat(before, values, request.exchange, source_finder(request))
+    return _identified(_Composed(values, problems), others)
+
+
+def _file_of(config_path: str | None, request: Request, primary: _Primary) -> Path | None:
+    """The file behind an entry of the defaults list; None for one that Hydra itself brings."""
+    candidates = (folder / f"{config_path}.yaml" for folder in _folders(request, primary))
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def quoted_path(path: Path) -> str:
+    return "'" + str(path).replace("'", "\\'") + "'"

@@ -1,0 +1,201 @@
+"""Which file a recipe is, and what is wrong with its defaults list: told with lines, before Hydra reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runner.config import catalog, defaults_list, foreign_configs, yaml_files
+from runner.config.defaults_list import group_of
+from runner.config.provenance import flat, shown
+from runner.config.suggestions import nearest, nearest_choice
+from runner.errors import Problem, RequestError
+from runner.paths import RECIPES
+
+_BASE = "begin it with: defaults: [config, _self_]"
+
+
+def find(recipe: str, folders: tuple[Path, ...] = ()) -> Path:
+    """The file behind `recipe=NAME`, of a user's own `folders` or a shipped one, or a path; RequestError for none."""
+    file = Path(recipe).expanduser()
+    own = (folder / f"{recipe.removesuffix('.yaml')}.yaml" for folder in folders)
+    if not file.is_file() and (found := next((f for f in own if f.is_file()), None)):
+        return found
+    if recipe in catalog.recipes():
+        return RECIPES / f"{recipe}.yaml"
+    if file.suffix not in (".yaml", ".yml") or not file.is_file():
+        near = nearest(file.stem, catalog.recipes())
+        remedy = f"did you mean recipe={near}?" if near else "python -m runner list recipes shows them"
+        raise RequestError(Problem(f"there is no recipe {recipe!r}", "command line", remedy))
+    if file.suffix == ".yml" and (theirs := foreign_configs.problems_in(file)):
+        raise RequestError(*theirs)
+    if file.name != f"{file.stem}.yaml" or file.stem == "config":  # Hydra reads .yaml only, and config is the main job
+        name = "my_recipe" if file.stem == "config" else file.stem
+        raise RequestError(Problem(f"a recipe cannot be called {file.name}", "command line", f"call it {name}.yaml"))
+    return file
+
+
+def resolved(recipe: str, folders: tuple[Path, ...] = ()) -> Path | None:
+    """The file behind `recipe=NAME` where it holds a whole run, as `show` prints it and a run keeps it; else None."""
+    file = Path(recipe).expanduser()
+    with suppress(RequestError, OSError):  # told when it is composed
+        file = file if file.is_file() else find(recipe, folders)
+        content = catalog.read(file)
+        if "defaults" not in content and all(isinstance(content.get(group), dict) for group in catalog.GROUPS):
+            return file
+    return None
+
+
+def problems_in(file: Path, folders: tuple[Path, ...]) -> list[Problem]:
+    """Mistakes in the defaults list of a recipe, with a user's own `folders` of choices; YAMLError if it is broken."""
+    with file.open(encoding="utf-8") as stream:  # a stream, so that an error knows the file's name
+        node = yaml_files.compose(stream)
+    if not isinstance(node, yaml.MappingNode):
+        return [Problem(f"{shown(file)} is not a recipe: it holds no keys", None, _BASE)]
+    if theirs := foreign_configs.problems_in(file):
+        return theirs
+    listed = next((value for key, value in node.value if key.value == "defaults"), None)
+    entries = listed.value if isinstance(listed, yaml.SequenceNode) else [listed] if listed else []
+    choices = [pair for entry in entries if isinstance(entry, yaml.MappingNode) for pair in entry.value]
+    if not isinstance(listed, yaml.SequenceNode) or not any(
+        isinstance(entry, yaml.ScalarNode) and entry.value != "_self_" for entry in entries
+    ):
+        return _baseless(file, choices, node, folders)
+    found = [p for group, choice in choices for p in _problems_of_entry(group, choice, shown(file), folders)]
+    return [*found, *defaults_list.problems_in(file, node, entries, choices)]
+
+
+def _baseless(
+    file: Path, choices: list[tuple[yaml.Node, yaml.Node]], node: yaml.MappingNode, folders: tuple[Path, ...]
+) -> list[Problem]:
+    """What a recipe without `config` in its defaults list is to begin with, and each choice that stands elsewhere."""
+    found, lines = [], []
+    outside = [(key, value) for key, value in node.value if isinstance(value, yaml.ScalarNode)]
+    for key, value in [*choices, *((k, v) for k, v in outside if k.value in catalog.GROUPS)]:
+        group = group_of(key.value)
+        if group in catalog.GROUPS and isinstance(value, yaml.ScalarNode):
+            place = f"{shown(file)}:{key.start_mark.line + 1}"
+            entry, rest = _in_defaults(group, value.value, folders)
+            lines.append(f"  {entry}")
+            if (key, value) in outside:
+                found.append(misplaced(group, value.value, place, folders))
+            elif rest or value.value not in catalog.options(group, folders):
+                found.append(no_choice(group, value.value, catalog.options(group, folders), place))
+    what = f"{shown(file)} builds on nothing: its defaults list does not name config"
+    block = ["begin it with:", "defaults:", "  - config", *dict.fromkeys(lines), "  - _self_"]
+    return [Problem(what, None, "\n".join(block) if lines else _BASE), *found]
+
+
+def misplaced(group: str, name: str, place: str | None, folders: tuple[Path, ...]) -> Problem:
+    """`group: name` among the values of a file."""
+    entry, rest = _in_defaults(group, name, folders)
+    remedy = f"write it into the defaults list: {entry}" + (f", and below it {rest}" if rest else "")
+    return Problem(f"{group}: {name} chooses, and that is done in the defaults list", place, remedy)
+
+
+def _in_defaults(group: str, name: str, folders: tuple[Path, ...]) -> tuple[str, str | None]:
+    """The line of a defaults list that chooses `name`, and the value it needs where it is no choice itself."""
+    meant = None if name in catalog.options(group, folders) else _meant(group, name)
+    if meant is None:
+        near = nearest_choice(group, name, catalog.options(group, folders))
+        return f"- override /{group}: {near or name}", None
+    choice, value = in_yaml(meant)
+    return choice or f"- override /{group}: local", value  # `hw: 2` is `hw.num_gpus=2`
+
+
+def in_yaml(words: str) -> tuple[str | None, str | None]:
+    """`model=hub model.id=org/name` as a line of the defaults list, and one of values."""
+    choice = value = None
+    for word in re.split(r" (?=\w+\.\w+=)", words):
+        key, _, text = word.partition("=")
+        if "." in key:
+            value = f"{key.split('.')[0]}: {{{key.split('.')[1]}: {text}}}"
+        else:
+            choice = f"- override /{key}: {text}"
+    return choice, value
+
+
+def for_file(remedy: str) -> str:
+    """A remedy for the command line as one for a file: `write model=hub model.id=x`."""
+    if not re.fullmatch(r"write \w+(\.\w+)?=\S+( \w+\.\w+=\S+)*", remedy):
+        return remedy
+    choice, value = in_yaml(remedy.removeprefix("write "))
+    said = f"write it into the defaults list: {choice}" if choice else ""
+    return said + (f"{', and below it ' if said else 'write '}{value}" if value else "")
+
+
+def written(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, str], dict[str, Any]]:
+    """Choices of a recipe by group, and the dotted keys it sets, those of recipes it builds on included."""
+    choices: dict[str, str] = {}
+    keys: dict[str, Any] = {}
+    content = catalog.read(file.resolve())
+    for entry in content.get("defaults") or []:
+        if isinstance(entry, dict):
+            choices |= {re.sub(r"^(override|optional)\s+", "", str(k)).lstrip("/"): str(v) for k, v in entry.items()}
+        elif (base := base_of(file, str(entry))) is not None and base not in above:
+            below = written(base, (*above, base))
+            choices, keys = below[0] | choices, below[1] | keys
+    return choices, keys | dict(flat({k: v for k, v in content.items() if k != "defaults"}))
+
+
+def base_of(file: Path, name: str) -> Path | None:
+    """The recipe that an entry of a defaults list names: one beside `file`, or a shipped one."""
+    found = (folder / f"{name.removesuffix('.yaml')}.yaml" for folder in (file.resolve().parent, RECIPES))
+    return next((f for f in found if f.is_file() and f.resolve() != file.resolve()), None)
+
+
+def no_choice(group: str, name: str, names: tuple[str, ...], place: str) -> Problem:
+    """`group=name` where `names` are all there are."""
+    near = nearest_choice(group, name, names)
+    if meant := _meant(group, name):
+        remedy = f"write {meant}"
+        return Problem(f"there is no {group} {name!r}", place, remedy if place == "command line" else for_file(remedy))
+    remedy = f"did you mean {group}={near}?" if near else f"python -m runner list {group} shows all"
+    return Problem(f"there is no {group} {name!r}", place, remedy)
+
+
+def _meant(group: str, name: str) -> str | None:
+    """What is no name of a choice and has one meaning: a Hub id, a file, a stage."""
+    path = re.search(r"[/.]", name) is not None and not name.endswith((".yaml", ".yml"))
+    if group == "model" and (path or Path(name).is_dir()):
+        return f"model=hub model.id={name}"
+    if group == "data" and path:
+        of_hub = (
+            re.fullmatch(r"[\w-]+/[\w.-]+", name) and "." not in name.rpartition("/")[2] and not Path(name).exists()
+        )
+        return f"data=hub data.id={name}" if of_hub else f"data=file data.path={name}"
+    if group == "deepspeed" and name.endswith(".json"):
+        return f"deepspeed=auto deepspeed.config={name}"
+    if group == "deepspeed" and (found := re.fullmatch(r"(?:stage[_-]?|z)?([0-3])", name)):
+        return f"deepspeed=zero{found[1]}" if found[1] != "0" else "deepspeed=none"
+    if group == "hw" and name.isdigit() and len(name) < 3:
+        return f"hw.num_gpus={name}"
+    if group == "hw" and name.lower() in ("gpu", "cuda", "auto", "nvidia"):
+        return "hw=local"
+    several = re.fullmatch(r"(?:(\d+)\s*[x×*]\s*)?([a-z]+\d+\w*?)(?:\s*[x×*]\s*(\d+))?", name.lower())
+    if group == "hw" and several and several[2] in catalog.options("hw") and (several[1] or several[3]):
+        count = several[1] or several[3]
+        ready = f"{several[2]}x{count}"
+        return f"hw={ready}" if ready in catalog.options("hw") else f"hw={several[2]} hw.num_gpus={count}"
+    return None
+
+
+def _problems_of_entry(key: yaml.Node, choice: yaml.Node, file: str, folders: tuple[Path, ...]) -> Iterator[Problem]:
+    """What is wrong with `override /group: choice`."""
+    place = f"{file}:{key.start_mark.line + 1}"
+    group = group_of(key.value)
+    if group.startswith("hydra/") or not isinstance(choice, yaml.ScalarNode):
+        return
+    names = catalog.options(group, folders)
+    if not names:
+        near = nearest(group, catalog.GROUPS)
+        yield Problem(f"there is no group {group!r}", place, near and f"did you mean override /{near}?")
+    elif choice.value not in names:
+        yield no_choice(group, choice.value, names, place)
+    elif group in catalog.GROUPS and not key.value.startswith("override "):
+        yield Problem(f"{group} is chosen twice: in config and here", place, f"write override /{group}: {choice.value}")

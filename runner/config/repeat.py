@@ -1,0 +1,66 @@
+"""A resolved run, `spec.json` or YAML, as the start of another one, with single values changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from runner.config import catalog, foreign_configs
+from runner.config.provenance import Origin, flat, of_file, shown
+from runner.config.validation import validated
+from runner.errors import Problem, RequestError
+from runner.spec import RunSpec
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The values of a resolved run; RequestError if it cannot be read or holds something else."""
+    if file.suffix != ".json":
+        return catalog.read(file)
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise RequestError(Problem(f"cannot read {shown(file)}: {error.strerror}", "command line")) from None
+    except ValueError as error:
+        raise RequestError(Problem(f"{shown(file)} is not JSON: {error}", "command line")) from None
+    if not isinstance(values, dict):
+        raise RequestError(Problem(f"{shown(file)} is not a spec.json: it holds no keys", "command line"))
+    lacks = [name for name, field in RunSpec.model_fields.items() if field.is_required() and name not in values]
+    lacks += [name for name in ("model", "method") if isinstance(values.get(name), str)]  # of `plan --json`
+    if lacks:
+        raise RequestError(_other(file, values, lacks))
+    return values
+
+
+def _other(file: Path, values: dict[str, Any], lacks: list[str]) -> Problem:
+    """A JSON file that is no whole spec.json: DeepSpeed's, another trainer's, or one that somebody has cut."""
+    if values.keys() & {"zero_optimization", "train_micro_batch_size_per_gpu", "zero_allow_untested_optimizer"}:
+        remedy = f"write deepspeed=auto deepspeed.config={shown(file)}"
+        return Problem(f"{shown(file)} is a DeepSpeed config, and no spec.json", "command line", remedy)
+    if theirs := foreign_configs.problems_in(file):
+        return theirs[0]
+    remedy = "write a recipe (docs/recipes.md): what it leaves out has its default"
+    return Problem(f"{shown(file)} is not a whole spec.json: it has no {', '.join(lacks)}", "command line", remedy)
+
+
+def spec_of(file: Path) -> RunSpec:
+    """The run that a `spec.json` describes; RequestError with every key that somebody has made wrong in it."""
+    return validated(read(file), lambda key: shown(file))
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in place, mappings on the way to it made where there are none."""
+    *parents, leaf = key.split(".")
+    for step in parents:
+        inner = values.get(step)
+        values[step] = inner if isinstance(inner, dict) else {}
+        values = values[step]
+    values[leaf] = value
+
+
+def origins(file: Path) -> Iterator[Origin]:
+    """Every key that the file sets."""
+    if file.suffix != ".json":
+        return of_file(file, "")
+    return (Origin(key, value, shown(file)) for key, value in flat(read(file)))

@@ -1,0 +1,145 @@
+"""The nearest key or choice to what was typed: "did you mean"."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Collection, Iterable, Iterator
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+
+from runner.config import catalog
+from runner.config.peer_keys import PEERS
+from runner.spec import RunSpec
+
+
+@cache
+def _annotations() -> dict[str, list[Any]]:
+    """Every dotted key of the schema with its types, one per variant of a union that has it."""
+    found: dict[str, list[Any]] = {}
+    for key, annotation in _walk(RunSpec, ""):
+        found.setdefault(key, []).append(annotation)
+    return found
+
+
+def known_keys() -> Collection[str]:
+    """Every dotted key of the schema, all variants of a union together."""
+    return _annotations().keys()
+
+
+def default_of(key: str) -> Any:
+    """The value of a key that nothing sets; None for one that is unknown, has to be set, or is null then."""
+    group, _, leaf = key.partition(".")
+    field = RunSpec.model_fields.get(group)
+    for part in parts_of(field.annotation) if field else ():
+        if (found := part.model_fields.get(leaf)) and not found.is_required():
+            return found.get_default(call_default_factory=True)
+    return None
+
+
+def allowed_words(key: str) -> list[str]:
+    """What may be written after `key=` where only certain words may: `auto`, `true`, `cosine`."""
+    return [word for annotation in _annotations().get(key, []) for word in _words(annotation)]
+
+
+def _words(annotation: Any) -> Iterator[str]:
+    if annotation is bool:
+        yield from ("true", "false")
+    elif typing.get_origin(annotation) is typing.Literal:
+        yield from map(str, typing.get_args(annotation))
+    elif typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
+        for inner in typing.get_args(annotation):
+            yield from _words(inner)
+
+
+def takes_list(key: str) -> bool:
+    """A list may be written after `key=`."""
+    return any("list[" in str(annotation) for annotation in _annotations().get(key, []))
+
+
+def takes_text(key: str) -> bool:
+    """Any text may be written after `key=`."""
+    return any("str" in str(annotation).replace("list[str]", "") for annotation in _annotations().get(key, []))
+
+
+def only_text(key: str) -> bool:
+    """Nothing but a text, or null, may be written after `key=`."""
+    return set(_annotations().get(key, ())) <= {str, str | None} and key in known_keys()
+
+
+def parts_of(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The schema classes inside an annotation (a class, a union, an Annotated)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
+        for inner in typing.get_args(annotation):
+            yield from parts_of(inner)
+
+
+def choices_with(key: str) -> list[str]:
+    """Choices that have `key` where others of their group have not: `method.rank` → lora, qlora4, qlora8."""
+    group, _, leaf = key.partition(".")
+    field = RunSpec.model_fields.get(group)
+    parts = list(parts_of(field.annotation)) if field else []
+    having = [part for part in parts if leaf in part.model_fields]
+    if len(having) == len(parts):
+        return []
+    return [name for part in having for name in typing.get_args(part.model_fields["name"].annotation)]
+
+
+def _walk(part: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, field in part.model_fields.items():
+        yield prefix + name, field.annotation
+        for inner in parts_of(field.annotation):
+            yield from _walk(inner, f"{prefix}{name}.")
+
+
+def nearest_key(key: str) -> str | None:
+    """The schema key (or group) a user most likely meant by `key`, or None."""
+    group, _, leaf = key.rpartition(".")
+    if leaf in PEERS and key not in known_keys():
+        return PEERS[leaf]
+    keys = known_keys()
+    same_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
+    if not group and same_leaf:  # `batch_size` alone: eval has one too, and train's is meant
+        return min(same_leaf, key=lambda k: (_BARE.index(k.split(".")[0]), k))
+    if same_leaf:
+        return nearest(key, sorted(same_leaf), cutoff=0.0)
+    leaves = {k.rpartition(".")[2]: k for k in sorted(keys)}
+    found = nearest(key, sorted(keys)) or nearest(leaf, leaves, cutoff=0.75)
+    found = found or nearest(group, list(RunSpec.model_fields))
+    return None if found == group else found  # `train` is right, and no answer to `train.foo`
+
+
+# Whose key a bare name is: the first of these groups that has it.
+_BARE = sorted(RunSpec.model_fields, key=lambda group: {"train": 0, "run": 1}.get(group, 2))
+
+
+def nearest(word: str, candidates: Iterable[str] | dict[str, str], cutoff: float = 0.6) -> str | None:
+    """The candidate most like `word` (for a mapping of texts: the value behind the nearest key)."""
+    table = candidates if isinstance(candidates, dict) else {c: c for c in candidates}
+    lowered = {name.lower(): target for name, target in table.items()}
+    word = word.lower()
+    starts = [name for name in lowered if name.startswith(word)] if len(word) > 2 else []
+    starts.sort(key=lambda name: (name[len(word) : len(word) + 1].isalnum(), len(name)))  # llama3: not llama30b
+    found = starts or difflib.get_close_matches(word, sorted(lowered), n=1, cutoff=cutoff)
+    return lowered[found[0]] if found else None
+
+
+def nearest_choice(group: str, word: str, names: Iterable[str]) -> str | None:
+    """The choice of a group most like `word`; models and hardware also by what people call them."""
+    table: dict[str, str] = {}
+    for name in catalog.options(group) if group in ("model", "hw") else ():
+        values = catalog.load(group, name)
+        table |= dict.fromkeys([*values.get("aliases", []), values.get("title") or name], name)
+    known = {name.lower(): name for name in names}
+    pieces = [piece.lower() for piece in re.split(r"[^A-Za-z0-9]+", word)]
+    counted = any(re.fullmatch(r"\d+x|x\d+", piece) for piece in pieces)  # `3x H100`
+    whole = [word.lower(), *(() if counted else pieces)]
+    exact = next((known[piece] for piece in whole if piece in known), None)  # `H100 80GB`: closer to `A100 80GB`
+    inside = next((known[name] for name in sorted(known) if len(word) > 3 and word.lower() in name), None)
+    return exact or nearest(word, {**table, **known}) or inside

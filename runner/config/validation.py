@@ -1,0 +1,207 @@
+"""pydantic's errors in a user's words: one `Problem` per key, with what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from runner.config.peer_keys import NONE
+from runner.config.provenance import flat
+from runner.config.suggestions import choices_with, known_keys, nearest, nearest_key, parts_of
+from runner.errors import Problem, RequestError
+from runner.spec import RunSpec
+
+SourceOf = Callable[[str], str | None]
+"""From a key to the place that set it: `command line`, or a file and line."""
+
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list such as [a,b]",
+    "dict": "a mapping",
+    "model": "a mapping of keys",
+}
+
+
+def validated(
+    values: dict[str, Any], source_of: SourceOf, found: Iterable[Problem] = (), unsure: Iterable[str] = ()
+) -> RunSpec:
+    """The run that `values` describe; RequestError with what was `found` before and all that is wrong with them.
+
+    Groups and keys that are `unsure` hold something else than the user meant: what follows from
+    them is not told.
+    """
+    problems, spec = list(found), None
+    try:
+        spec = RunSpec.model_validate(values)
+    except ValidationError as error:
+        problems += problems_of(error, source_of, frozenset(unsure))
+    if spec is None or problems:
+        raise RequestError(*dict.fromkeys(problems))
+    return spec
+
+
+def problems_of(error: ValidationError, source_of: SourceOf, unsure: frozenset[str] = frozenset()) -> list[Problem]:
+    """One problem per offending key; `source_of(key)` tells where its value came from."""
+    by_key: dict[str, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        by_key.setdefault(_key_of(detail["loc"], detail["type"] == "extra_forbidden"), []).append(detail)
+    found: list[Problem] = []
+    for key, details in by_key.items():
+        if not (unsure & {key, key.split(".")[0]}):
+            found += _explain(key, details, source_of, unsure)
+    return found
+
+
+def value_of(spec: RunSpec, key: str) -> Any:
+    """What `spec` holds under a dotted key; RequestError where there is no such key."""
+    value: Any = spec.model_dump(mode="json")
+    steps = key.split(".")
+    for step in steps:
+        if not isinstance(value, dict) or step not in value:
+            chosen = getattr(getattr(spec, steps[0], None), "name", None)
+            raise RequestError(unknown(key, chosen, "command line"))
+        value = value[step]
+    return value
+
+
+def unknown(key: str, chosen: str | None, source: str | None) -> Problem:
+    """A key that is nowhere, or only in other choices than the one `chosen` for its group."""
+    group, _, leaf = key.partition(".")
+    others = [f"{group}={name}" for name in choices_with(key)]
+    if others:
+        listed = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
+        return Problem(
+            f"{group}={chosen} has no {leaf}", source, f"{listed} {'has' if len(others) == 1 else 'have'} it"
+        )
+    if key in known_keys() and group in RunSpec.model_fields and source != "command line" and leaf:
+        steps = key.split(".")
+        nested = ": {".join(steps) + ": …" + "}" * (len(steps) - 1)
+        return Problem(f"unknown key {key}: a dot has no meaning in YAML", source, f"write {nested}")
+    if (word := key.rpartition(".")[2]) in NONE and key not in known_keys():
+        return Problem(f"unknown key {key}", source, f"leave it out: {NONE[word]}")
+    near = nearest_key(key) if key not in known_keys() else None
+    every = f"docs/reference.md has every key of {group}" if group in RunSpec.model_fields and leaf else None
+    remedy = f"did you mean {near}?" if near else every or "see docs/reference.md for every key"
+    return Problem(f"unknown key {key}", source, remedy)
+
+
+def _explain(key: str, details: list[ErrorDetails], source_of: SourceOf, unsure: frozenset[str]) -> list[Problem]:
+    first = details[0]
+    kind = first["type"]
+    if kind == "extra_forbidden":
+        chosen = str(first["loc"][1]) if len(first["loc"]) > 2 else None  # the tag of a union
+        inner = first["input"] if "." not in key and isinstance(first["input"], dict) else {}
+        keys = [f"{key}.{leaf}" for leaf, _ in flat(inner)] or [key]  # for a misspelt group: what stands in it
+        return [unknown(k, chosen, source_of(k)) for k in keys]
+    if kind == "missing":
+        return [Problem(f"{key} is missing", None, f"write {key}=…")]
+    if kind == "value_error":
+        return _rule(key, first, source_of, unsure)
+    if kind == "union_tag_invalid":
+        key, value = f"{key}.name", first["ctx"]["tag"]
+        names = [n.strip("' ") for n in str(first["ctx"]["expected_tags"]).split(",")]
+        return [Problem(f"{key}={value} is none of {', '.join(names)}", source_of(key), _did_you_mean(value, names))]
+    expected = " or ".join(dict.fromkeys(_expected(d) for d in details))
+    choices = [c for d in details if d["type"] == "literal_error" for c in _choices(d)]
+    value = _shown(first["input"])
+    remedy = _did_you_mean(value, choices) or _instead(key, first, source_of(key))
+    return [Problem(f"{key}={value}: expected {expected}", source_of(key), remedy)]
+
+
+def _rule(key: str, detail: ErrorDetails, source_of: SourceOf, unsure: frozenset[str]) -> list[Problem]:
+    """What a rule of our own in the schema says: one problem per line, its remedy after a semicolon."""
+    if not key and any(k in RunSpec.model_fields for k in unsure):
+        return []  # a rule across parts, one of which is not the one that was meant
+    found = []
+    for text in str(detail["ctx"]["error"]).split("\n"):
+        subject = _subject(text)
+        what, _, remedy = text.partition("; ")
+        prefix = "" if subject or not key else f"{key}={_shown(detail['input'])}: "
+        if subject not in unsure:
+            found.append(Problem(prefix + what, source_of(subject or key), remedy or None))
+    return found
+
+
+def _did_you_mean(value: Any, choices: list[str]) -> str | None:
+    near = nearest(str(value), choices)
+    return f"did you mean {near}?" if near else None
+
+
+_NEAREST = {"greater_than_equal": "ge", "less_than_equal": "le"}
+"""Bounds that are themselves allowed."""
+
+
+def _instead(key: str, detail: ErrorDetails, source: str | None) -> str:
+    """What to write for a value of the wrong kind, or out of bounds."""
+    kind, value, leaf = detail["type"], detail["input"], key.rpartition(".")[2]
+    in_file = source is not None and source != "command line"
+    if kind == "string_type" and isinstance(value, (bool, int, float)):  # YAML and Hydra have read it as one
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        listed = isinstance(detail["loc"][-1], int)
+        if in_file and isinstance(value, bool):
+            return f'quote it: {leaf}: "…", since yes, no, on, off, true and false are no texts in YAML'
+        if in_file:
+            return f'quote it: {leaf}: ["{text}"]' if listed else f'quote it: {leaf}: "{text}"'
+        return f"quote it: {key}='[\"{text}\"]'" if listed else f"quote it: {key}='\"{text}\"'"
+    if kind in _NEAREST:
+        more = "more" if kind.startswith("greater") else "less"
+        return f"write {key}={_number(detail['ctx'][_NEAREST[kind]])}, or {more}"
+    if kind.startswith("bool"):
+        return f"write {key}=true or {key}=false"
+    return f"docs/reference.md says what {key} takes"
+
+
+def _expected(detail: ErrorDetails) -> str:
+    kind, ctx = detail["type"], detail.get("ctx", {})
+    if kind == "literal_error":
+        choices = _choices(detail)
+        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
+    bounds = {"greater_than_equal": "ge", "greater_than": "gt", "less_than_equal": "le", "less_than": "lt"}
+    if kind in bounds:
+        return f"{kind.replace('_', ' ').replace(' equal', ' or equal to')} {_number(ctx[bounds[kind]])}".replace(
+            "greater than or equal to", "at least"
+        ).replace("less than or equal to", "at most")
+    return _EXPECTED.get(kind.split("_")[0], detail["msg"][0].lower() + detail["msg"][1:])
+
+
+def _choices(detail: ErrorDetails) -> list[str]:
+    return [c.strip("' ") for c in str(detail["ctx"]["expected"]).replace(" or ", ", ").split(",")]
+
+
+def _number(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _subject(text: str) -> str | None:
+    """The dotted key a message of the schema opens with, such as `train.max_length`."""
+    word = text.split(" ", 1)[0].split("=", 1)[0].rstrip(":")
+    group = word.split(".", 1)[0]
+    return word if "." in word and group in RunSpec.model_fields else None
+
+
+def _key_of(loc: tuple[int | str, ...], unknown: bool) -> str:
+    """The dotted key behind pydantic's location, without its union tags."""
+    keys: list[str] = []
+    parts: list[type[BaseModel]] = [RunSpec]
+    mapping = False
+    for position, step in enumerate(loc):
+        field = next((p.model_fields[step] for p in parts if step in p.model_fields), None)
+        if field is not None:
+            keys.append(str(step))
+            parts, mapping = list(parts_of(field.annotation)), get_origin(field.annotation) is dict
+        elif mapping or (unknown and position == len(loc) - 1):
+            keys.append(str(step))
+            mapping = False
+    return ".".join(keys)

@@ -1,0 +1,212 @@
+"""Chat templates: where they come from, and what a conversation looks like in one.
+
+They are compiled as transformers compiles them (a sandbox, its `tojson`, `raise_exception`, `strftime_now`, `{%
+generation %}`), without importing it: a preview takes a moment, and a process that tokenises stays small.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property, lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from runner.config.suggestions import nearest
+from runner.data.examples import Turn
+from runner.errors import Problem, RequestError
+from runner.paths import CONF
+
+FOLDER = CONF / "chat_template"
+# Around what a template marks as {% generation %}; no text one learns from holds these two of Unicode's private use.
+_BEGIN, _END = "\ue0f0\ue0f1", "\ue0f1\ue0f0"
+
+
+MARK = "\ue000\ue001\ue000"
+"""Of Unicode's private use: neither trimmed nor a beginning or end of anybody's words."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a template reads what only some turns have; transformers documents one way, published templates know more."""
+
+    reasoning: str = "reasoning_content"
+    """gpt-oss reads `thinking`."""
+    text_arguments: bool = False
+    """DeepSeek's join the arguments of a call to text, which an object cannot be."""
+    null_content: bool = False
+    """Of a turn that only calls: DeepSeek-R1's show calls only then."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the text that is tokenised."""
+
+    text: str
+    marks: list[tuple[int, int]]
+    """Where the template says, by `{% generation %}`, that the assistant speaks: [begin, end) in characters."""
+
+
+def named() -> dict[str, Path]:
+    """The templates one can call by name."""
+    return {file.stem: file for file in sorted(FOLDER.glob("*.jinja"))}
+
+
+def template_source(choice: str, adds_bos: bool = False) -> str:
+    """The Jinja source of `data.chat_template`: a name, or a file; RequestError where it is neither.
+
+    `adds_bos`: the tokenizer begins every text with BOS, and its model has seen no other. A template does it itself
+    (nothing is added to what it renders), so one of ours does then; a user's own file stays as it is.
+    """
+    ours = named().get(choice)
+    file = ours or Path(choice).expanduser()
+    try:
+        source = file.read_text("utf-8")
+        return "{{- bos_token -}}" + source if ours and adds_bos and "bos_token" not in source else source
+    except (OSError, UnicodeDecodeError) as error:
+        near = nearest(choice, list(named()))
+        remedy = f"did you mean {near}?" if near else f"name a Jinja file, or one of {', '.join(named())}"
+        reason = getattr(error, "strerror", None) or "is not text"
+        raise RequestError(Problem(f"data.chat_template={choice}: {reason}", None, remedy)) from None
+
+
+def with_tools(default: str, tool_use: str | None) -> str:
+    """One template for a model that has two: transformers takes the one named `tool_use` where there are tools."""
+    if tool_use is None or tool_use == default:
+        return default
+    kept = "{{ '' }}"  # blocks trim the white space next to them
+    parts = [f"{kept}{source.removesuffix(chr(10))}{kept}" for source in (tool_use, default)]
+    return f"{{% if tools %}}{parts[0]}{{% else %}}{parts[1]}{{% endif %}}"
+
+
+class Template:
+    """One compiled template, with the special tokens it may name."""
+
+    def __init__(self, source: str, special: dict[str, str]) -> None:
+        """`special` as in tokenizer_config.json: `bos_token`, `eos_token`, …; RequestError for one that is no Jinja."""
+        self.source, self.special = source, special
+        self._render = _compiled(source)
+        self.places: dict[Any, bool] = {}
+        """Form of a conversation, with the number of a turn in it → whether that is shown (completeness.py)."""
+
+    def render(self, turns: Sequence[Turn], ask: bool = False, tools: Sequence[dict[str, Any]] = ()) -> Rendered:
+        """The conversation as text; `ask` ends it where the assistant is to speak.
+
+        Raises jinja2.TemplateError, or whatever else the template does, where it refuses the conversation.
+        """
+        text = self._render(
+            messages=self.messages(turns), add_generation_prompt=ask, tools=list(tools) or None, documents=None,
+            **self.special,
+        )  # fmt: skip
+        if _BEGIN not in text:
+            return Rendered(text, [])
+        return _unmarked(text)
+
+    def messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        """Turns in the form that the template reads."""
+        return [self._message(turn) for turn in turns]
+
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        message: dict[str, Any] = {key: value for key, value in turn.items() if key != "weight"}
+        return _in_form(message, self.form) if "reasoning_content" in turn or turn.get("tool_calls") else message
+
+    @cached_property
+    def form(self) -> Form:
+        """Tried out with one turn that thinks and one that calls, as nothing in a template states it."""
+        names = ("reasoning_content", "thinking", "reasoning")
+        call = {"type": "function", "function": {"name": MARK, "arguments": {MARK: MARK}}}
+        calls = [Form(text_arguments=text, null_content=null) for null in (False, True) for text in (False, True)]
+        calling = next((form for form in calls if self._shows({"tool_calls": [call]}, form, 3)), Form())
+        thoughts = [replace(calling, reasoning=name) for name in names]
+        said: list[dict[str, Any]] = [{"content": "!"}, {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]
+        tries = [(form, turn) for turn in said for form in thoughts]
+        return next((form for form, turn in tries if self._shows(turn | {"reasoning_content": MARK}, form, 1)), calling)
+
+    def _shows(self, turn: dict[str, Any], form: Form, marks: int) -> bool:
+        """Whether all marks of the turn are in the text."""
+        asked = {"role": "user", "content": "?"}
+        message = _in_form({"role": "assistant", "content": "", **turn}, form)
+        try:
+            text = self._render(messages=[asked, message], add_generation_prompt=False, tools=None, documents=None,
+                                **self.special)  # fmt: skip
+        except Exception:  # a template may refuse in any way
+            return False
+        return text.count(MARK) >= marks
+
+
+def _in_form(message: dict[str, Any], form: Form) -> dict[str, Any]:
+    if "reasoning_content" in message:
+        message[form.reasoning] = message.pop("reasoning_content")
+    if calls := message.get("tool_calls"):
+        if form.text_arguments:
+            message["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": _to_json(call["function"]["arguments"])}}
+                for call in calls
+            ]
+        message["content"] = message["content"] or (None if form.null_content else "")
+    return message
+
+
+def _unmarked(text: str) -> Rendered:
+    parts: list[str] = []
+    marks: list[tuple[int, int]] = []
+    length = 0
+    for number, part in enumerate(text.split(_BEGIN)):
+        inside, _, outside = part.partition(_END) if number else ("", "", part)
+        marks += [(length, length + len(inside))] if number else []
+        parts += [inside, outside]
+        length += len(inside) + len(outside)
+    return Rendered("".join(parts), marks)
+
+
+@lru_cache(maxsize=16)
+def _compiled(source: str) -> Callable[..., str]:
+    try:
+        jinja2: Any = import_module("jinja2")  # 40 ms
+        sandbox: Any = import_module("jinja2.sandbox")  # never code of a stranger's template
+        extension = _generation(jinja2, import_module("jinja2.ext"))
+    except ImportError:
+        raise RequestError(Problem("chat templates need jinja2", None, "pip install jinja2")) from None
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[extension, "jinja2.ext.loopcontrols"]
+    )
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        render: Callable[..., str] = environment.from_string(source).render
+    except jinja2.TemplateSyntaxError as error:
+        what = f"the chat template is no Jinja: line {error.lineno}: {error.message}"
+        raise RequestError(Problem(what, None, "set data.chat_template to another file")) from None
+    return render
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """As transformers has it: Jinja's own would escape < and >."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _generation(jinja2: Any, ext: Any) -> type:
+    """transformers' `{% generation %}` tag: here it puts marks around what it encloses."""
+
+    class Generation(ext.Extension):  # type: ignore[misc]  # jinja2 is read when it is needed
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+        def _marked(self, caller: Callable[[], str]) -> str:
+            return f"{_BEGIN}{caller()}{_END}"
+
+    return Generation

@@ -1,0 +1,1 @@
+"""A data set looked at before training: preview, statistics, lengths, samples."""

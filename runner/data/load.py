@@ -1,0 +1,273 @@
+"""From what a `DataSpec` names to examples: read, recognised, checked, split.
+
+`load` is the way in; `read` also says what was skipped. What the shapes are stands in shapes.py, what they become in
+examples.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import TypeVar, cast
+
+from runner.data import commands_dataset
+from runner.data.examples import Example, Kind, Learnable, Turn, as_kind, columns, fingerprint
+from runner.data.pretraining.documents import reference_pages
+from runner.data.readers.files import Row, Table, read_rows, refuse
+from runner.data.readers.hub import load_hub
+from runner.data.readers.sources import Loose, Source, files_of, mixed, sources_of
+from runner.data.readers.streams import tables
+from runner.data.row_formats import UNREAD, Shape, detect, left_out, rewarded
+from runner.data.row_formats import read as read_shape
+from runner.data.row_store import Stored, num_bytes
+from runner.errors import Problem, RequestError
+from runner.spec import DataSpec
+from runner.spec.places import is_url
+
+__all__ = [
+    "Example", "Learnable", "Loaded", "Shape", "Turn", "canonical", "canonical_rows", "columns", "detect",
+    "fingerprint", "load", "load_hub", "read", "read_rows", "split",
+]  # fmt: skip
+
+T = TypeVar("T")
+
+IN_MEMORY_BYTES = 64 << 20
+"""Size of the files of a source up to which its rows are kept in memory: about 0.5 GB then."""
+IN_MEMORY_ROWS = 200_000
+"""The same of a data set on the Hub, whose bytes nobody counts."""
+PIECE = 5000
+LOOKED_AT = 50
+"""Rows whose columns are compared with what was read of them."""
+
+
+def canonical(row: Row, where: str, spec: DataSpec, kind: Kind | None = None) -> Learnable:
+    """One row made canonical; RequestError with every mistake in it, each at `where`."""
+    try:
+        shape = detect(row, spec, kind)
+    except RequestError as error:
+        raise RequestError(*(replace(problem, source=where) for problem in error.problems)) from None
+    found = read_shape(row, where, spec, shape, kind)
+    return as_kind(found, kind, where) if kind else found
+
+
+def canonical_rows(
+    table: Table, spec: DataSpec, kind: Kind | None = None, shape: Shape | None = None
+) -> tuple[list[Learnable], list[Problem]]:
+    """Every row made canonical by the first row's shape (or `shape`), and every mistake there is.
+
+    `kind` is what the objective learns from; without it rows become what they are.
+    """
+    if not table.rows:
+        return [], table.problems or [Problem("holds no rows", table.name, "add rows, or name another file")]
+    found: list[Learnable] = []
+    problems = list(table.problems)
+    try:
+        shape = shape or detect(table.rows[0], spec, kind)
+    except RequestError as error:  # the same holds for every other row
+        return [], problems + [replace(problem, source=table.place(0)) for problem in error.problems]
+    for index, row in enumerate(table.rows):
+        try:
+            one = read_shape(row, table.place(index), spec, shape, kind)
+        except RequestError as error:
+            _add(problems, error.problems, spec)
+            continue
+        try:
+            found.append(as_kind(one, kind, table.place(index)) if kind else one)
+        except RequestError as error:
+            return [], problems + error.problems  # every other row is of that kind as well
+    return found, problems
+
+
+def _add(problems: list[Problem], more: Sequence[Problem], spec: DataSpec) -> None:
+    """Also these; a column that nothing reads once, not for every row, but where rows that are skipped are counted."""
+    once = spec.on_error == "stop"
+    for problem in more:
+        if not (once and UNREAD in problem.what and any(problem.what == known.what for known in problems)):
+            problems.append(problem)
+
+
+def split(rows: Sequence[T], eval_fraction: float, seed: int) -> tuple[list[T], list[T]]:
+    """Hold out `eval_fraction` of the rows, the same ones for the same seed; both keep their order.
+
+    A fraction above 0 holds out at least one row, and at least one always stays for training.
+    """
+    wanted = max(1, round(len(rows) * eval_fraction)) if eval_fraction else 0
+    wanted = min(wanted, max(0, len(rows) - 1))
+    held = set(random.Random(seed).sample(range(len(rows)), wanted))
+    return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a data set held."""
+
+    train: Sequence[Learnable]
+    held: Sequence[Learnable]
+    skipped: list[Problem] = field(default_factory=list)
+    """What was wrong with the rows that `data.on_error=skip` left out."""
+    left_out: Sequence[str] = ()
+    """Columns that were not read."""
+
+    @property
+    def examples(self) -> tuple[Sequence[Example], Sequence[Example]]:
+        """`train` and `held`, where they were read as kind `sft`."""
+        return cast("Sequence[Example]", self.train), cast("Sequence[Example]", self.held)
+
+    @property
+    def note(self) -> str | None:
+        """What was left out, for people."""
+        lines = [f"Columns that were not read: {', '.join(self.left_out)}"] if self.left_out else []
+        if self.skipped:
+            rows, first = len({problem.source for problem in self.skipped}), self.skipped[0]
+            lines.append(f"Skipped {rows:,} rows that are wrong; the first: {first.source}: {first.what}")
+        return "\n".join(lines) or None
+
+
+def read(spec: DataSpec, seed: int, kind: Kind | None = "sft") -> Loaded:
+    """Training and held-out rows of a data set, as an objective of that kind learns them.
+
+    Rows are held out of each source before sources are mixed: none that is drawn twice can be in both.
+
+    Raises RequestError with all mistakes in the data together, the first 20 spelled out; with `data.on_error=skip`
+    only where no row is left.
+    """
+    sources, held_source = _sources(spec)
+    problems: list[Problem] = []
+    left: dict[str, None] = {}
+    trains: list[Sequence[Learnable]] = []
+    held: list[Sequence[Learnable]] = []
+    for own in sources:
+        rows = _rows_of(own, kind, problems, left)[: own.limit]
+        if held_source is None:
+            rows, out = _split(rows, spec.eval_fraction, seed)
+            held.append(out)
+        trains.append(rows)
+    if held_source is not None:
+        held = [_rows_of(held_source, kind, problems, left)]
+    if problems and (spec.on_error == "stop" or not any(trains) or (held_source is not None and not any(held))):
+        refuse(problems)
+    train, out = trains[0], held[0]
+    if len(sources) > 1:
+        order = mixed([len(rows) for rows in trains], [own.weight for own in sources], spec.mix, seed)
+        train = _joined((trains[source][row] for source, row in order[: spec.max_examples]), trains, kind)
+        out = out if len(held) == 1 else _joined(chain.from_iterable(held), held, kind)
+    return Loaded(train[: spec.max_examples], out[: spec.max_eval_examples], problems, list(left))
+
+
+def load(spec: DataSpec, seed: int) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples for supervised learning, in memory; errors as in `read`."""
+    train, held = read(spec, seed).examples
+    return list(train), list(held)
+
+
+def _rows_of(source: Source, kind: Kind | None, problems: list[Problem], left: dict[str, None]) -> Sequence[Learnable]:
+    """The rows of one source, in a file where they are many; what is wrong with them is added to `problems`, columns
+    that are not read to `left`."""
+    many = num_bytes(source.files) > IN_MEMORY_BYTES or any(map(is_url, source.files))
+    many = many or (isinstance(source, Loose) and len(source.table.rows) > IN_MEMORY_ROWS)
+    if kind is None or not many:
+        found: list[Learnable] = []
+        for table in source.tables():
+            rows, wrong = canonical_rows(table, source.spec, kind)
+            found += rows
+            _add(problems, wrong, source.spec)
+            left |= dict.fromkeys(columns_left(table, source.spec, kind))
+        return found
+    return Stored.of(_streamed(source, kind, problems, left), kind)
+
+
+def _streamed(source: Source, kind: Kind, problems: list[Problem], left: dict[str, None]) -> Iterator[Learnable]:
+    """Rows of large files, a piece at a time; the first piece of a file tells the shape of all."""
+    files = [source.table.pieces(PIECE)] if isinstance(source, Loose) else map(tables, source.files)
+    for pieces in files:
+        shape: Shape | None = None
+        for table in pieces:
+            rows, wrong = canonical_rows(table, source.spec, kind, shape)
+            yield from rows
+            _add(problems, wrong, source.spec)
+            left |= dict.fromkeys(columns_left(table, source.spec, kind, shape))
+            if shape is None and table.rows:
+                with suppress(RequestError):
+                    shape = detect(table.rows[0], source.spec, kind)
+
+
+def columns_left(table: Table, spec: DataSpec, kind: Kind | None, shape: Shape | None = None) -> list[str]:
+    """Columns that are not read, by the first rows."""
+    with suppress(RequestError):
+        shape = shape or (detect(table.rows[0], spec, kind) if table.rows else None)
+    if shape is None:
+        return []
+    rows = [table.rows[index] for index in range(min(LOOKED_AT, len(table.rows)))]
+    return list(dict.fromkeys(name for row in rows for name in left_out(row, spec, shape, kind)))
+
+
+def _split(
+    rows: Sequence[Learnable], eval_fraction: float, seed: int
+) -> tuple[Sequence[Learnable], Sequence[Learnable]]:
+    if not isinstance(rows, Stored):
+        return split(rows, eval_fraction, seed)
+    train, held = split(range(len(rows)), eval_fraction, seed)
+    return rows.take(train), rows.take(held)
+
+
+def _joined(rows: Iterable[Learnable], of: Sequence[Sequence[Learnable]], kind: Kind | None) -> Sequence[Learnable]:
+    """Rows of several sources; in a file where one of those is."""
+    if kind is not None and any(isinstance(source, Stored) for source in of):
+        return Stored.of(rows, kind)
+    return list(rows)
+
+
+def _sources(spec: DataSpec) -> tuple[list[Source], Source | None]:
+    """What to train on, and held-out rows that are elsewhere."""
+    if spec.source == "hub":
+        train, held = load_hub(spec)
+        return [Loose(train.name, [], spec, table=train)], Loose(held.name, [], spec, table=held) if held else None
+    if spec.source == "pydoc":
+        pages = Table("pydoc", [{"text": text} for text in reference_pages()])
+        return [Loose("pydoc", [], spec, table=pages)], None
+    if spec.source == "commands":
+        rows, others = ([dict(row) for row in rows] for rows in commands_dataset.examples())
+        return [Loose("commands", [], spec, table=Table("commands", rows))], Loose(
+            "commands, held-out", [], spec, table=Table("commands, held-out", others)
+        )
+    return sources_of(spec), Source(spec.eval_path, files_of(spec.eval_path), spec) if spec.eval_path else None
+
+
+@dataclass(frozen=True)
+class Found:
+    """One file, or split of the Hub, as it is: for people who look before they train."""
+
+    name: str
+    shape: Shape | None
+    """None where no shape fits."""
+    rows: list[Learnable]
+    problems: list[Problem]
+    left_out: list[str]
+    """Columns that are not read."""
+    rewarded: list[str] = field(default_factory=list)
+    """Columns that nothing but reward functions gets."""
+
+
+def inspect(spec: DataSpec, kind: Kind | None) -> tuple[list[Found], list[Found]]:
+    """What there is to train on and what is held out elsewhere, with everything that is wrong; nothing is refused.
+
+    RequestError only where there is nothing to read at all.
+    """
+    sources, held = _sources(spec)
+    return (
+        [_found(table, own.spec, kind) for own in sources for table in own.tables()],
+        [_found(table, held.spec, kind) for table in held.tables()] if held else [],
+    )
+
+
+def _found(table: Table, spec: DataSpec, kind: Kind | None) -> Found:
+    rows, problems = canonical_rows(table, spec, kind)
+    try:
+        shape = detect(table.rows[0], spec, kind) if table.rows else None
+    except RequestError:
+        shape = None
+    given = rewarded(table.rows[0], spec) if kind == "prompts" and table.rows else []
+    return Found(table.name, shape, rows, problems, columns_left(table, spec, kind, shape), given)

@@ -1,0 +1,1 @@
+"""A corpus for training from scratch: documents, shards and a tokenizer."""

@@ -1,0 +1,94 @@
+"""Large files, some thousand rows at a time: JSONL, text and Parquet; others are read whole."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from runner.data.readers import arrow, remote
+from runner.data.readers.files import Table, json_lines, kind_of_file, not_utf8, read_table, text_lines
+from runner.errors import Problem, RequestError
+from runner.spec.places import is_url
+
+BLOCK = 8 << 20
+"""Bytes of lines that are parsed at once."""
+PARQUET_ROWS = 5000
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def tables(path: str, block: int | None = None) -> Iterator[Table]:
+    """The file in pieces (of about `block` bytes of lines), rows numbered through; RequestError as in `read_table`."""
+    file = Path(path).expanduser()
+    if not in_pieces(path) or not (is_url(path) or file.is_file()):
+        yield read_table(path)
+        return
+    try:
+        with remote.opened(path) if is_url(path) else file.open("rb") as opened:
+            if kind_of_file(path) == "parquet":
+                yield from _parquet(opened, path)
+            else:
+                unpacked = _OPENERS[_ending(path)](opened) if _ending(path) in _OPENERS else opened
+                yield from _lines(unpacked, path, block or BLOCK)
+    except OSError as error:
+        raise RequestError(Problem(f"{path} cannot be read: {error.strerror or error}")) from None
+
+
+def in_pieces(path: str) -> bool:
+    """A file that need not be read whole to see its first rows."""
+    kind = kind_of_file(path)
+    if kind == "parquet":
+        return _ending(path) == ".parquet"
+    return kind in ("jsonl", "txt") and _ending(path) != ".zst"
+
+
+def _ending(path: str) -> str:
+    return PurePosixPath(path.partition("?")[0] if is_url(path) else path).suffix.lower()
+
+
+def _lines(opened: IO[bytes], path: str, size: int) -> Iterator[Table]:
+    number, parse = 1, json_lines if kind_of_file(path) == "jsonl" else text_lines
+    for block in _blocks(opened, path, size):
+        text = _text(block, path, number)
+        yield parse(text, path, number)
+        number += text.count("\n")
+
+
+def _blocks(opened: IO[bytes], path: str, size: int) -> Iterator[bytes]:
+    """Whole lines, about `size` bytes of them."""
+    while True:
+        try:
+            block = opened.read(size)
+            block += opened.readline() if block else b""
+        except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+            raise RequestError(Problem(f"{path} is damaged: {error}", None, "make the file again")) from None
+        if not block:
+            return
+        yield block
+
+
+def _text(block: bytes, path: str, number: int) -> str:
+    try:
+        return block.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(not_utf8(block, error, path, number)) from None
+
+
+def _parquet(opened: IO[bytes], path: str) -> Iterator[Table]:
+    try:  # only Parquet needs it, and it takes 0.1 s to import
+        pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError:
+        raise RequestError(Problem(f"{path}: Parquet needs pyarrow", None, "pip install pyarrow")) from None
+    number = 1
+    try:
+        for batch in parquet.ParquetFile(opened).iter_batches(PARQUET_ROWS):
+            rows = arrow.rows_of(batch)
+            yield Table(path, rows, numbers=range(number, number + len(rows)))
+            number += len(rows)
+    except pyarrow.ArrowException as error:
+        reason = str(error).split("\n")[0]
+        raise RequestError(Problem(f"{path} is no Parquet file: {reason}", None, "write it again")) from None

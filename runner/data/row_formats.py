@@ -1,0 +1,243 @@
+"""The shapes a row may have, how each is recognised, and what it becomes.
+
+    chat                {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}, or `conversations`
+    alpaca              {"instruction": "…", "input": "…", "output": "…", "system": "…", "history": [["…", "…"]]}
+    prompt_completion   {"prompt": "…", "completion": "…"}       text, or two lists of turns; or `response`, `output`, …
+    text                {"text": "…"}
+    preference          {"prompt": "…", "chosen": "…", "rejected": "…"}, or both answers with their prompt in them
+    unpaired            {"prompt": "…", "completion": "…", "label": true}
+    prompts             {"prompt": "…", "answer": "…"}
+    tokens              {"input_ids": [1, …], "labels": [-100, …]}
+
+The names of the fields are those of `DataSpec`. A new shape is one function in readers.py and one line in its
+`READERS`.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+from runner.data.columns import is_content, is_fact, is_index, is_odd, listing, mappings, media, seen, unread
+from runner.data.examples import Kind, Learnable, Preference, Question, as_kind
+from runner.data.readers.files import Row, kind_of
+from runner.data.row_parsers import READERS, Shape, passed_on, prompts_of
+from runner.data.row_parts import completion_field, messages_field, prompt_field, said_turns
+from runner.data.row_values import RowReader
+from runner.errors import Problem, RequestError
+from runner.spec import DataSpec
+
+UNREAD = "like content, and nothing reads "
+
+# What other data sets call the fields, in the order they are looked for.
+_GUESSES = {
+    "messages_field": ("conversation", "dialog", "dialogue", "turns"),
+    "prompt_field": (
+        "instruction",
+        "question",
+        "query",
+        "input",
+        "inputs",
+        "user",
+        "human",
+        "article",
+        "document",
+        "dialogue",
+        "dialog",
+        "source",
+    ),
+    "completion_field": (
+        "response",
+        "answer",
+        "output",
+        "target",
+        "targets",
+        "reply",
+        "answers",
+        "summary",
+        "highlights",
+        "assistant",
+        "gpt",
+    ),
+    "text_field": ("content", "document", "body"),
+}
+
+
+def detect(row: Row, spec: DataSpec, kind: Kind | None = None) -> Shape:
+    """The shape of a row: `data.format`, or for `auto` the most specific one whose fields it has, by what the objective
+    learns from: tokens, pairs, marked answers, conversations, prompts with an answer, plain text.
+
+    Raises RequestError, with the keys to set, where no known field is there.
+    """
+    if spec.format != "auto":
+        return spec.format
+    row = seen(row, spec)
+    said = {name: value for name, value in row.items() if value is not None or name == spec.label_field}
+    if shape := _shape(said, spec, kind) or _shape(row, spec, kind):  # what is null is named where it is missed
+        flags = [name for name, value in row.items() if isinstance(value, bool)]
+        if kind == "unpaired" and shape in ("chat", "alpaca", "prompt_completion") and len(flags) == 1:
+            raise RequestError(Problem(f"has no field {spec.label_field}", None, f"write data.label_field={flags[0]}"))
+        return shape
+    what = f"cannot tell what to learn by the fields: {', '.join(map(str, row)) or 'none'}"
+    raise RequestError(Problem(what, None, _which_fields(row, spec, kind)))
+
+
+def _shape(row: Row, spec: DataSpec, kind: Kind | None) -> Shape | None:
+    has = row.keys()
+    prompted = prompt_field(row, spec) is not None
+    if spec.ids_field in has and kind in (None, "sft"):
+        return "tokens"
+    if {spec.chosen_field, spec.rejected_field} <= has:
+        return "preference"
+    # A column `label` is common and seldom a judgement: it counts where the objective learns from one.
+    if kind == "unpaired" and spec.label_field in has:
+        return "unpaired"
+    if kind == "prompts" and prompted:
+        return "prompts"
+    if messages_field(row, spec) in has:
+        return "chat"
+    if prompted and spec.completion_field in has:
+        return "prompt_completion"
+    if {spec.instruction_field, spec.output_field} <= has:
+        return "alpaca"
+    answer = completion_field(row, spec)
+    if {spec.prompt_field, spec.answer_field} <= has and answer in (spec.answer_field, spec.completion_field):
+        return "prompts"
+    if prompted and answer in has:
+        return "prompt_completion"
+    if spec.text_field in has:
+        return "text"
+    return "tokens" if spec.ids_field in has else None
+
+
+def _which_fields(row: Row, spec: DataSpec, kind: Kind | None) -> str:
+    if kind == "preference":
+        return _which_answers(row, spec)
+    lower = {str(name).lower(): name for name in reversed(row) if isinstance(row[name], (str, list))}
+    guess = {key: next((lower[name] for name in names if name in lower), None) for key, names in _GUESSES.items()}
+    if isinstance(talk := row.get(guess["messages_field"] or ""), str) and not said_turns(talk):
+        guess["messages_field"] = None
+    pair = {"prompt_field": spec.prompt_field, "completion_field": spec.completion_field}
+    named = {key: name if name in row else guess[key] for key, name in pair.items()}
+    keys: dict[str, str] = {}
+    if guess["messages_field"]:
+        keys = {"messages_field": guess["messages_field"]}
+    elif spec.instruction_field in row and guess["completion_field"]:  # Dolly
+        keys = {"output_field": guess["completion_field"], **({"input_field": "context"} if "context" in row else {})}
+    elif all(named.values()):
+        keys = {key: name for key, name in named.items() if name and name != pair[key]}
+    elif guess["text_field"]:
+        keys = {"text_field": guess["text_field"]}
+    if not keys:
+        odd = [f"{name} is {kind_of(value)}" for name, value in row.items() if is_odd(name, value)]
+        needs = f"{' and '.join(odd)}, and prompt and answer have to be text or turns: " if odd else ""
+        keys_of = "data.messages_field=…, data.text_field=…, or data.prompt_field=… data.completion_field=…"
+        return (
+            f'{needs}write {keys_of}; where no column is such, write rows as {{"prompt": "…", "completion": "…"}} first'
+        )
+    with suppress(RequestError):
+        tried = spec.model_copy(update=keys)
+        rest = _rest(row, tried, kind)
+        return f"write {(_mapping(rest, row, spec, kind, keys) if rest else '') or _said(keys)}"
+    return f"write {_said(keys)}"
+
+
+def _which_answers(row: Row, spec: DataSpec) -> str:
+    keys = {}
+    for key, word in (("chosen_field", spec.chosen_field), ("rejected_field", spec.rejected_field)):
+        found = [name for name in map(str, row) if word in re.split(r"[\W_]+", name.lower())]
+        found = [n for n in found if isinstance(row[n], (str, list, dict)) and not is_fact(n.lower().replace(word, ""))]
+        if len(found) != 1:
+            return (
+                "write data.prompt_field=… data.chosen_field=… data.rejected_field=…: the better and the worse answer; "
+                "rows that mark one of two answers have to be written so first"
+            )
+        keys[key] = found[0]
+    return f"write {_said(keys)}"
+
+
+def read(row: Row, where: str, spec: DataSpec, shape: Shape, kind: Kind | None = None) -> Learnable:
+    """A row of a known shape; RequestError with every mistake in it, each at `where`."""
+    reader, found = _read(row, where, spec, shape, kind)
+    if not reader.problems and (names := _unread(reader, found, spec, shape)):
+        reader.problems.append(_left(names, reader, spec, kind))
+    if reader.problems:
+        raise RequestError(*reader.problems)
+    return replace(found, where=where)
+
+
+def left_out(row: Row, spec: DataSpec, shape: Shape, kind: Kind | None = None) -> list[str]:
+    """Columns of a row that are not read; the numbers of rows are not among them."""
+    reader, found = _read(row, "", spec, shape, kind)
+    extra = found.extra if isinstance(found, Question) else {}
+    return [name for name in row if name not in {*reader.read, *extra} and not is_index(name)]
+
+
+def rewarded(row: Row, spec: DataSpec) -> list[str]:
+    """Columns of a prompt that nothing but reward functions gets."""
+    reader = RowReader(seen(row, spec), "", spec.roles, spec.weight_field)
+    extra = prompts_of(reader, spec).extra if prompt_field(reader.row, spec) is not None else {}
+    return [name for name in extra if name not in reader.read]
+
+
+def _read(row: Row, where: str, spec: DataSpec, shape: Shape, kind: Kind | None) -> tuple[RowReader, Learnable]:
+    reader = RowReader(seen(row, spec), where, spec.roles, spec.weight_field)
+    if kind == "prompts" and prompt_field(reader.row, spec) is not None:
+        return reader, prompts_of(reader, spec)  # whatever else the row could be
+    found = READERS[shape](reader, spec)
+    if kind == "prompts" and isinstance(found, Preference) and not isinstance(found.prompt, str):
+        found = Question(found.prompt, None, passed_on(reader), found.tools)
+    return reader, found
+
+
+def _unread(reader: RowReader, found: Learnable, spec: DataSpec, shape: Shape) -> list[str]:
+    """Token ids and text that is named are taken as they are, and all of a prompt goes to the reward functions."""
+    if shape == "tokens" or spec.format == "text":
+        return []
+    return media(reader) if isinstance(found, Question) else [*unread(reader, found), *media(reader)]
+
+
+def _left(names: list[str], reader: RowReader, spec: DataSpec, kind: Kind | None) -> Problem:
+    """The problem with columns that look like content: with keys that make every one of them read, where such are."""
+    many = len(names) > 1
+    what = f"column{'s' * many} {' and '.join(names)} look{'s' * (not many)} {UNREAD}"
+    ignored = f"data.ignore_columns={listing([*spec.ignore_columns, *names])}"
+    words = _mapping(names, reader.row, spec, kind)
+    if many and not any(map(is_content, names)):  # which of them is the prompt cannot be told by their names
+        words = f"data.prompt_field={names[0]}, or another of them"
+    remedy = f"write {words}, or {ignored}" if words else f"write {ignored} to leave {'them' if many else 'it'} out"
+    return Problem(what + ("them" if many else "it"), reader.where, remedy)
+
+
+def _mapping(names: list[str], row: Row, spec: DataSpec, kind: Kind | None, begun: Mapping[str, str] = {}) -> str:
+    """Words for the command line with which all the columns are read, beginning with some: tried, not guessed."""
+    words, left = dict(begun), names
+    for name in names:
+        for keys in mappings(name, prompt_field(row, spec) or spec.prompt_field, spec.text_field):
+            with suppress(RequestError):
+                rest = _rest(row, spec.model_copy(update=words | keys), kind)
+                if len(rest) < len(left) and name not in rest:
+                    words, left = words | keys, rest
+                    break
+    return "" if left else _said(words)
+
+
+def _rest(row: Row, spec: DataSpec, kind: Kind | None) -> list[str]:
+    """Columns that look like content and are not read; RequestError for a row that cannot be read as that kind."""
+    shape = detect(row, spec, kind)
+    reader, found = _read(row, "", spec, shape, kind)
+    if reader.problems:
+        raise RequestError(*reader.problems)
+    if kind:
+        as_kind(found, kind, "")
+    return _unread(reader, found, spec, shape)
+
+
+def _said(keys: Mapping[str, str]) -> str:
+    return " ".join(shlex.quote(f"data.{key}={value}") for key, value in keys.items())
+
+
+__all__ = ["READERS", "UNREAD", "Shape", "detect", "left_out", "read"]

@@ -1,0 +1,172 @@
+"""/v2/serverless: endpoints as configuration. No worker starts here, and so nothing is billed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi.responses import StreamingResponse
+
+from runner.emulator import catalog
+from runner.emulator.clocks import stamp
+from runner.emulator.errors import ApiProblem, not_found
+from runner.emulator.paging import page
+from runner.emulator.pod_creation import config_of
+from runner.emulator.state import World, new_id
+
+Json = dict[str, Any]
+CONTAINER = ("image", "args", "disk", "ports", "env", "registry")
+QUEUE_URLS = {
+    "run": "run", "runSync": "runsync", "status": "status/{job_id}", "stream": "stream/{job_id}",
+    "cancel": "cancel/{job_id}", "retry": "retry/{job_id}", "purgeQueue": "purge-queue", "health": "health",
+}  # fmt: skip
+
+
+def router(world: World) -> APIRouter:
+    """The routes."""
+    api = APIRouter(prefix="/v2/serverless")
+
+    def endpoint(identity: str) -> Json:
+        if identity not in world.endpoints:
+            raise not_found("endpoint")
+        return world.endpoints[identity]
+
+    @api.get("")
+    def list_endpoints(cursor: str | None = None) -> Json:
+        return page("endpoints", [shown(e) for e in world.endpoints.values()], cursor, world.settings.page_size)
+
+    @api.post("", status_code=201)
+    def create_endpoint(body: Json) -> Json:
+        made = _made(world, body)
+        world.endpoints[made["id"]] = made
+        return shown(made)
+
+    @api.get("/{identity}")
+    def get_endpoint(identity: str) -> Json:
+        return shown(endpoint(identity))
+
+    @api.patch("/{identity}")
+    def update_endpoint(identity: str, body: Json) -> Json:
+        found = endpoint(identity)
+        _update(world, found, body)
+        return shown(found)
+
+    @api.delete("/{identity}", status_code=204)
+    def delete_endpoint(identity: str) -> Response:
+        del world.endpoints[endpoint(identity)["id"]]
+        return Response(status_code=204)
+
+    @api.get("/{identity}/workers")
+    def workers(identity: str) -> Json:
+        version = endpoint(identity)["version"]
+        counts = ("running", "idle", "initializing", "throttled", "unhealthy", "total")
+        return {"workers": [], "summary": dict.fromkeys(counts, 0), "endpointVersion": version}
+
+    @api.get("/{identity}/releases")
+    def releases(identity: str) -> Json:
+        found = endpoint(identity)
+        rollout = {"inProgress": False, "workersOnLatest": 0, "workersTotal": 0, "percentOnLatest": 100}
+        listed = list(reversed(found["releases"]))
+        return {"endpointVersion": found["version"], "rollout": rollout, "releases": listed}
+
+    @api.get("/{identity}/workers/{worker}/logs")
+    def worker_logs(identity: str, worker: str) -> StreamingResponse:
+        endpoint(identity)
+        raise not_found("worker")
+
+    return api
+
+
+def shown(endpoint: Json) -> Json:
+    """The schema `Endpoint`."""
+    return {name: value for name, value in endpoint.items() if name not in ("templateId", "version", "releases")}
+
+
+def _made(world: World, body: Json) -> Json:
+    config = _config(world, body)
+    if ("gpu" in body) == ("cpu" in body):
+        raise ApiProblem(400, "exactly one of gpu or cpu is required")
+    identity, workers = new_id(14), body.get("workers", {})
+    made: Json = {
+        "id": identity, "name": body["name"], "type": body["type"], "requestUrls": _urls(identity, body["type"]),
+        **config, "workers": {"min": workers.get("min", 0), "max": workers.get("max", 3)},
+        "scaling": body["scaling"], "dataCenterIds": body.get("dataCenterIds", []),
+        "networkVolumes": _volumes(world, body.get("networkVolumes", [])), "timeout": body.get("timeout", 300_000),
+        "flashboot": body.get("flashboot", "OFF"), "createdAt": stamp(world.clock.now()),
+        "templateId": body.get("templateId"), "version": 1,
+    }  # fmt: skip
+    if made["workers"]["min"] > made["workers"]["max"]:
+        raise ApiProblem(400, "workers.min must not exceed workers.max")
+    if made["scaling"]["type"] == "QUEUE_DELAY" or body["type"] == "LOAD_BALANCER":
+        made["workers"]["idleTimeout"] = workers.get("idleTimeout", 10)
+    elif "idleTimeout" in workers:
+        raise ApiProblem(400, "workers.idleTimeout is not applicable to scaling by requestCount")
+    made |= _compute(body)
+    made["releases"] = [_release(world, 1)]
+    return made
+
+
+def _config(world: World, body: Json) -> Json:
+    """Container settings, from the body over those of its template."""
+    template: Json = {}
+    if "templateId" in body:
+        if body["templateId"] not in world.templates:
+            raise not_found("template")
+        template = world.templates[body["templateId"]]
+        if not template["serverless"]:
+            raise ApiProblem(422, "Request validation failed.", ["$.templateId: is not a serverless template"])
+    merged = {name: template[name] for name in CONTAINER if name in template} | body
+    merged["env"] = {**template.get("env", {}), **body.get("env", {})}
+    return {name: value for name, value in config_of(merged).items() if name in CONTAINER}
+
+
+def _compute(body: Json) -> Json:
+    if "cpu" in body:
+        cpus = [cpu for cpu in body["cpu"] if cpu["id"] in catalog.cpus()]
+        if len(cpus) < len(body["cpu"]):
+            raise ApiProblem(400, "CPU flavor not found")
+        memory = [int(c["vcpuCount"] * catalog.cpus()[c["id"]].ram_gb_per_vcpu) for c in cpus]
+        return {"cpu": [{**cpu, "memory": gb} for cpu, gb in zip(cpus, memory, strict=True)]}
+    gpu = body["gpu"]
+    types = {known.id for known in catalog.gpus().values() if known.pool in gpu["pools"]}
+    if unknown := set(gpu["pools"]) - {known.pool for known in catalog.gpus().values()}:
+        raise ApiProblem(400, f"GPU pool {min(unknown)!r} not found")
+    if strange := {text.strip() for text in gpu.get("excludedTypes", [])} - types:
+        raise ApiProblem(400, f"excludedTypes: {min(strange)!r} is not in one of the pools")
+    cuda = {"allowedCudaVersions": gpu.get("allowedCudaVersions", []), "minCudaVersion": gpu.get("minCudaVersion")}
+    return {"gpu": {"count": 1, **gpu, **cuda}}
+
+
+def _volumes(world: World, wanted: list[str]) -> list[str]:
+    if any(volume not in world.volumes for volume in wanted):
+        raise not_found("network volume")
+    return wanted
+
+
+def _urls(identity: str, kind: str) -> Json:
+    if kind == "QUEUE":
+        return {name: f"https://api.runpod.ai/v2/{identity}/{path}" for name, path in QUEUE_URLS.items()}
+    base = f"https://{identity}.api.runpod.ai"
+    return {"base": base, "health": f"{base}/ping"}
+
+
+def _update(world: World, endpoint: Json, body: Json) -> None:
+    """Change what is named; that is a release."""
+    if "templateId" in body:
+        endpoint |= _config(world, {"env": {}, **{k: v for k, v in body.items() if k in (*CONTAINER, "templateId")}})
+        endpoint["templateId"] = body["templateId"]
+    merged: Json = {name: {**(endpoint.get(name) or {}), **body[name]} for name in ("gpu", "workers") if name in body}
+    _volumes(world, body.get("networkVolumes", []))
+    endpoint |= {name: value for name, value in body.items() if name not in ("gpu", "workers", "templateId", "cpu")}
+    endpoint |= merged
+    if "cpu" in body or "gpu" in body:
+        endpoint |= _compute({"gpu": endpoint["gpu"]} if "gpu" in body else {"cpu": body["cpu"]})
+    endpoint["version"] += 1
+    endpoint["releases"].append(_release(world, endpoint["version"]))
+
+
+def _release(world: World, version: int) -> Json:
+    return {
+        "id": new_id(), "version": version, "source": "MANUAL", "buildId": None, "createdByUserId": None,
+        "workerCount": 0, "createdAt": stamp(world.clock.now()), "diff": [],
+    }  # fmt: skip

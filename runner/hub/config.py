@@ -1,0 +1,208 @@
+"""The facts that a Hugging Face `config.json` gives about a model, from a folder or from the local cache.
+
+Not part of the pure plan: `local_facts` reads files and the variables HF_HOME and HF_HUB_CACHE. It imports
+neither transformers nor huggingface_hub. Defaults of keys that a config leaves out are those of the config
+classes in transformers 5.23.0, `models/<model_type>/configuration_<model_type>.py`; a test compares.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from runner.errors import Problem, RequestError
+from runner.plan.model_shape import ARCHITECTURES, shape_of
+from runner.spec import ModelSpec
+
+# Fact of ModelSpec → the keys it may stand under, in the order in which they count.
+_KEYS = {
+    "hidden_size": ("hidden_size",),
+    "intermediate_size": ("intermediate_size",),
+    "num_layers": ("num_hidden_layers",),
+    "num_heads": ("num_attention_heads",),
+    "num_kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "vocab_size": ("vocab_size",),
+    "context_length": ("max_position_embeddings",),
+}
+_EXPERT_KEYS = {"num_experts": ("num_local_experts", "num_experts"), "experts_per_token": ("num_experts_per_tok",)}
+_OWN_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
+    "mixtral": _EXPERT_KEYS,
+    "qwen3_moe": {**_EXPERT_KEYS, "intermediate_size": ("moe_intermediate_size",)},
+    "gpt_neox": {"num_kv_heads": (), "head_dim": ()},
+    "gpt2": {
+        "hidden_size": ("n_embd", "hidden_size"),
+        "intermediate_size": ("n_inner",),
+        "num_layers": ("n_layer", "num_hidden_layers"),
+        "num_heads": ("n_head", "num_attention_heads"),
+        "context_length": ("n_positions", "max_position_embeddings"),
+        "num_kv_heads": (),
+        "head_dim": (),
+    },
+}
+
+# hidden, intermediate, layers, heads, kv heads, head_dim, vocabulary, context, tied; None: from the other sizes.
+_DEFAULTS: dict[str, tuple[int | bool | None, ...]] = {
+    "llama": (4096, 11008, 32, 32, None, None, 32000, 2048, False),
+    "mistral": (4096, 14336, 32, 32, 8, None, 32000, 131072, False),
+    "mixtral": (4096, 14336, 32, 32, 8, None, 32000, 131072, False),
+    "qwen2": (4096, 22016, 32, 32, 32, None, 151936, 32768, False),
+    "qwen3": (4096, 22016, 32, 32, 32, 128, 151936, 32768, False),
+    "qwen3_moe": (2048, 768, 24, 32, 4, None, 151936, 32768, False),
+    "gemma": (3072, 24576, 28, 16, 16, 256, 256000, 8192, True),
+    "phi3": (3072, 8192, 32, 32, None, None, 32064, 4096, False),
+    "phi": (2048, 8192, 24, 32, None, None, 51200, 2048, False),
+    "gpt_neox": (6144, 24576, 44, 64, None, None, 50432, 2048, False),
+    "gpt2": (768, None, 12, 12, None, None, 50257, 1024, True),
+}
+_EXPERT_DEFAULTS = {"mixtral": (8, 2), "qwen3_moe": (128, 8)}  # experts, and those of one token
+
+# Keys that change matrices, norms or what is kept for the backward pass, and the one value whose shape is known.
+_ONLY: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "qwen3": {"attention_bias": False},
+    "qwen3_moe": {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "gemma": {"attention_bias": False},
+    "phi": {"qk_layernorm": False},
+    "gpt_neox": {"attention_bias": True, "use_parallel_residual": True},
+    "gpt2": {"add_cross_attention": False},
+}
+
+
+def facts_from_config(config: Mapping[str, Any], source: str | None = None) -> dict[str, Any]:
+    """What ModelSpec can hold of a `config.json`: architecture, sizes and the number of parameters.
+
+    Of a model with several parts (`text_config`), the language model alone: its parameters do not count
+    an image encoder. `source` is named in errors. Raises RequestError for a `model_type` that is none of
+    `ARCHITECTURES`, for a variant whose shape is not known, and for values that cannot be.
+    """
+    config = _language_model(config)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        what = f"model_type {model_type} is not known" if model_type else "the config has no model_type"
+        raise RequestError(Problem(what, source, f"known are {', '.join(ARCHITECTURES)}"))
+    if problems := _variants(model_type, config, source):
+        raise RequestError(*problems)
+    facts: dict[str, Any] = {"architecture": model_type, **_sizes(model_type, config, source)}
+    try:
+        model = ModelSpec.model_validate({"id": "config.json", **facts})
+        return facts | {"num_parameters": shape_of(model).num_parameters}
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        raise RequestError(*(Problem(str(d["msg"]).removeprefix("Value error, "), source) for d in details)) from None
+    except RequestError as error:
+        raise RequestError(*(Problem(p.what, p.source or source, p.remedy) for p in error.problems)) from None
+
+
+def local_facts(model_id: str, revision: str | None = None) -> dict[str, Any] | None:
+    """`facts_from_config` of a model folder, or of a Hub id in the local Hugging Face cache; None if not at hand.
+
+    In the cache, the snapshot that `revision` (default `main`) points to; without such a reference, the
+    newest snapshot. Raises RequestError, naming the file, for one that cannot be read or is not JSON, and
+    what `facts_from_config` raises.
+    """
+    file = _config_file(model_id, revision)
+    return facts_from_config(_read(file), str(file)) if file else None
+
+
+def cached(model_id: str) -> bool:
+    """Weights of this Hub id are in the local cache."""
+    repo = _repo(model_id)
+    return any(any(repo.glob(f"snapshots/*/*.{ending}")) for ending in ("safetensors", "bin", "gguf"))
+
+
+def _repo(model_id: str) -> Path:
+    return cache() / "--".join(("models", *model_id.split("/")))  # repo_folder_name, huggingface_hub/file_download.py
+
+
+def _language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the language model; whether embeddings are tied may stand outside it."""
+    inner = config.get("text_config")
+    if not isinstance(inner, Mapping):
+        return config
+    outside = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+    return {**outside, **inner}
+
+
+def _variants(model_type: str, config: Mapping[str, Any], source: str | None) -> list[Problem]:
+    """Keys whose value makes other layers than those that are known."""
+    return [
+        Problem(
+            f"{key}={json.dumps(config[key])}: the shape of {model_type} is known with {json.dumps(wanted)} only",
+            source,
+            "plan a model of the same sizes without it",
+        )
+        for key, wanted in _ONLY.get(model_type, {}).items()
+        if config.get(key) is not None and config[key] != wanted
+    ]
+
+
+def _sizes(model_type: str, config: Mapping[str, Any], source: str | None) -> dict[str, Any]:
+    """Every size of ModelSpec, from the config or the default of its class."""
+    keys = {**_KEYS, **_OWN_KEYS.get(model_type, {})}
+    facts: dict[str, Any] = dict(zip((*_KEYS, "tie_embeddings"), _DEFAULTS[model_type], strict=True))
+    facts |= dict(zip(_EXPERT_KEYS, _EXPERT_DEFAULTS.get(model_type, ()), strict=False))
+    problems = []
+    for fact, names in keys.items():
+        for name in reversed(names):
+            if name in config:
+                facts[fact] = config[name]
+                if not _is_size(config[name], optional=fact in ("num_kv_heads", "head_dim") or name == "n_inner"):
+                    problems.append(Problem(f"{name}={json.dumps(config[name])}: expected a whole number > 0", source))
+    tied = config.get("tie_word_embeddings", facts["tie_embeddings"])
+    if not isinstance(tied, bool):
+        problems.append(Problem(f"tie_word_embeddings={json.dumps(tied)}: expected true or false", source))
+    if problems:
+        raise RequestError(*problems)
+    facts["tie_embeddings"] = tied
+    if facts["num_kv_heads"] is None:
+        facts["num_kv_heads"] = facts["num_heads"]
+    if facts["head_dim"] is None and facts["hidden_size"] % facts["num_heads"] == 0:
+        facts["head_dim"] = facts["hidden_size"] // facts["num_heads"]
+    if facts["intermediate_size"] is None:  # GPT2Block: n_inner, or 4 × the hidden size
+        facts["intermediate_size"] = 4 * facts["hidden_size"]
+    return {fact: value for fact, value in facts.items() if value is not None}
+
+
+def _is_size(value: Any, optional: bool) -> bool:
+    return (value is None and optional) or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+
+
+def _config_file(model_id: str, revision: str | None) -> Path | None:
+    folder = Path(model_id)
+    if folder.is_dir():
+        file = folder / "config.json"
+        return file if file.is_file() else None
+    repo = _repo(model_id)
+    wanted = revision or "main"
+    reference = repo / "refs" / wanted
+    commit = reference.read_text("utf-8").strip() if reference.is_file() else wanted
+    file = repo / "snapshots" / commit / "config.json"
+    if file.is_file():
+        return file
+    snapshots = [] if revision else [f for f in repo.glob("snapshots/*/config.json") if f.is_file()]
+    return max(snapshots, key=lambda f: f.parent.stat().st_mtime_ns, default=None)
+
+
+def cache() -> Path:
+    """The Hub's local cache, by the rules of `huggingface_hub/constants.py` (2.x)."""
+    home = os.getenv("HF_HOME") or os.path.join(os.getenv("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = os.getenv("HF_HUB_CACHE") or os.getenv("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expandvars(os.path.expanduser(cache)))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise RequestError(Problem(f"cannot be read: {error.strerror}", str(file))) from None
+    except ValueError as error:  # UnicodeDecodeError, JSONDecodeError
+        raise RequestError(Problem(f"not JSON: {error}", str(file), "download the model again")) from None
+    if not isinstance(config, dict):
+        raise RequestError(Problem("not a config: expected a JSON object", str(file), "download the model again"))
+    return config

@@ -1,0 +1,114 @@
+"""Run here: the worker in processes of its own, so that nothing it does can take the front down."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import util
+from typing import TextIO
+
+from runner.errors import CannotRunError, Problem, Rewind
+from runner.launcher import nodes, supervisor, torchrun
+from runner.launcher.failure import judge
+from runner.launcher.warm_workers import WarmWorkers
+from runner.machine import detect, kernels, torch_build
+from runner.machine.oom_kills import Killer, killer, oom_kills
+from runner.report.invocation import install
+from runner.rundir.directory import RunDir
+from runner.rundir.outcome import Outcome
+from runner.spec import LocalPlace, RunSpec
+
+
+def check(spec: RunSpec) -> None:
+    """Refuse, before anything is made or started, what this machine, this version or another machine cannot run."""
+    check_here(spec)
+    nodes.check(spec)
+
+
+def check_here(spec: RunSpec) -> None:
+    """What concerns this machine and this version: also of one that joins a run."""
+    reason = detect.why_not_here(spec.hw) if isinstance(spec.where, LocalPlace) else None
+    if spec.hw.name == "local" and spec.hw.accelerator == "cpu":
+        _check_gpus()
+    if reason:
+        raise CannotRunError(
+            Problem(
+                reason,
+                f"hw={spec.hw.name}",
+                "hw=local uses what this machine has; python -m runner list hw shows the rest",
+            )
+        )
+    if util.find_spec("torch") is None or util.find_spec("trl") is None:
+        raise CannotRunError(
+            Problem(
+                "training needs torch, transformers, trl and peft, which are not installed",
+                None,
+                install("train"),
+            )
+        )
+    if spec.hw.accelerator == "cuda":
+        check_torch(spec)
+    if spec.deepspeed.name not in ("none", "auto") and util.find_spec("deepspeed") is None:
+        what = f"deepspeed={spec.deepspeed.name} needs DeepSpeed, which is not installed"
+        raise CannotRunError(Problem(what, None, "pip install deepspeed (Linux), or deepspeed=none"))
+
+
+def _check_gpus() -> None:
+    """CannotRunError where the CPU would take the place of GPUs that are broken, or that nobody can name."""
+    machine = detect.detect()
+    broken = [one for one in machine.unusable if one.broken]
+    if broken and not machine.gpus and not machine.hides_all:
+        raise CannotRunError(*(Problem(one.what, "hw=local", f"{one.remedy}; or hw=cpu") for one in broken))
+
+
+def check_torch(spec: RunSpec) -> None:
+    """CannotRunError where the installed torch cannot use this machine's GPUs, or Triton cannot compile for them."""
+    torch, used = torch_build.installed_torch(), detect.detect().gpus[: spec.hw.num_gpus]
+    if torch is None or not used:  # of a named machine that is somewhere else
+        return
+    if reason := torch_build.why_not(torch, used, torch_build.driver()):
+        build = "CUDA {}.{}".format(*torch.cuda) if torch.cuda else "CPU"
+        raise CannotRunError(Problem(f"torch {torch.version} is a {build} build, {reason[0]}", None, reason[1]))
+    if kernels.compiles(spec) and (missing := kernels.no_compiler()):
+        raise CannotRunError(Problem(missing[0], None, missing[1]))
+    if spec.train.liger is True and not kernels.has_liger():
+        remedy = "pip install liger-kernel, or write train.liger=false"
+        raise CannotRunError(Problem("Liger's kernels are not installed", "train.liger=true", remedy))
+
+
+def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: WarmWorkers | None = None) -> Outcome:
+    """Start the worker's processes on `run`, watch them to their end, say once what went wrong.
+
+    `quiet_stdout` sends the worker's words to standard error and keeps standard output for JSON; `warm` starts the
+    runs of a sweep.
+    """
+    for claim in (run.path / "logs").glob("node*.json"):  # of an earlier start: see launcher/join.py
+        claim.unlink()
+    with nodes.joined(run, spec) as others:
+        while True:
+            supervisor.forget(run)
+            stdout = sys.stderr if quiet_stdout else None
+            ending, who = attend(run, spec, stdout=stdout, others=others, address=spec.hw.node_address, warm=warm)
+            code = judge(run, spec, ending, who)
+            if code != Rewind.exit_code:
+                others.well = code == 0
+                return Outcome(run, code)
+
+
+def attend(
+    run: RunDir, spec: RunSpec, *, stdout: TextIO | None = None, others: nodes.Others = nodes.NOBODY, node: int = 0,
+    address: str | None = None, warm: WarmWorkers | None = None,
+) -> tuple[supervisor.Ending, Callable[[], Killer]]:  # fmt: skip
+    """Start this machine's processes and watch them until they end; how, and who killed them if they were killed."""
+    counts = oom_kills()
+    own = torchrun.ranks_of(spec, node) if spec.hw.num_nodes > 1 else None
+    name = torchrun.log_of(node)
+    with (run.path / "logs" / name).open("w", encoding="utf-8") as log:
+
+        def cold() -> supervisor.Process:
+            return torchrun.start(run, spec, log, stdout, node=node, address=address)
+
+        process = cold() if warm is None else warm.start(run, spec, stdout, cold)
+        with supervisor.passing_on(process, run, own) as asked:
+            ending = supervisor.watch(process, run, spec.train.hang_minutes, own, name, others.lost, asked)
+    return ending, lambda: killer(counts, oom_kills())

@@ -1,0 +1,74 @@
+"""Which kernels are installed here, or can be compiled: read from packages' records and files, nothing is imported."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from importlib import metadata, util
+from pathlib import Path
+
+from runner.machine import detect
+from runner.spec import Dpo, Orpo, Reward, RunSpec
+
+NO_FLASH = "flash-attn is not installed: attention is SDPA's, which makes a mask for packed rows"
+
+INSTALL_COMPILER = "apt-get install gcc python3-dev (conda install gcc for a Python of conda's)"
+
+
+def flash_attn() -> str | None:
+    """Version of flash-attn; None without it. By the package: flash-attn-4 calls its module the same."""
+    try:
+        return metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def known(spec: RunSpec) -> RunSpec:
+    """`train.attention=auto` decided where the run is, or may be, on this machine's own GPUs, which could run
+    FlashAttention, and which do not have it. For a pod plan/hardware_defaults.py decides."""
+    hw = spec.hw
+    could = spec.train.attention == "auto" and hw.accelerator == "cuda" and hw.flash_attention
+    if (
+        not could
+        or spec.train.precision == "fp32"
+        or spec.where.name == "runpod"
+        or detect.why_not_here(hw)
+        or flash_attn() is not None
+    ):
+        return spec
+    return spec.model_copy(update={"train": spec.train.model_copy(update={"attention": "sdpa"})})
+
+
+def liger(spec: RunSpec) -> bool:
+    """Whether Liger's kernels are switched on: as asked, else on a GPU where they are installed."""
+    if spec.train.liger != "auto":
+        return spec.train.liger
+    return spec.hw.accelerator == "cuda" and has_liger()
+
+
+def has_liger() -> bool:
+    """`liger-kernel` is installed."""
+    return util.find_spec("liger_kernel") is not None
+
+
+def compiles(spec: RunSpec) -> bool:
+    """A run on a GPU compiles with Triton as it trains: the head of TRL's trainers (but of those for ORPO, CPO and
+    reward models), or Liger's kernels."""
+    objective = spec.objective
+    headless = isinstance(objective, (Orpo, Reward)) or (isinstance(objective, Dpo) and not objective.has_reference)
+    return spec.hw.accelerator == "cuda" and (not headless or liger(spec))
+
+
+def no_compiler() -> tuple[str, str] | None:
+    """What Triton lacks to build the launcher of a kernel (`triton/runtime/build.py`: CC, else gcc, else clang), and
+    what to do about it; None where nothing is missing."""
+    named = os.environ.get("CC")
+    if named and shutil.which(named) is None:
+        return f"CC={named}, with which Triton compiles its kernels, is not there", "unset CC, or name a C compiler"
+    missing = [] if named or shutil.which("gcc") or shutil.which("clang") else ["no C compiler (gcc or clang)"]
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        missing.append("no header files of Python (Python.h)")
+    if not missing:
+        return None
+    return f"Triton compiles its kernels as a run begins, and there is {' and '.join(missing)}", INSTALL_COMPILER

@@ -1,0 +1,78 @@
+"""From a validated run to one in which nothing is left open. Pure: no torch, clock, network or files."""
+
+from __future__ import annotations
+
+from runner.errors import Problem, RequestError
+from runner.plan.candidates import STAGES, Option, Options, batches
+from runner.plan.hardware_defaults import settled
+from runner.plan.memory import GIB
+from runner.spec import RunSpec
+
+
+def resolve(spec: RunSpec, options: Options | None = None) -> tuple[RunSpec, list[str]]:
+    """The run with every `auto` decided that the hardware decides, and what a user should know about it.
+
+    `spec.hw` must be detected already. With `options` the ZeRO stage and the micro batch are the fastest that fit;
+    without (a model whose shape is not known) the micro batch follows from the global batch alone. What only the
+    machine that trains can know (which kernels are installed on a GPU) stays `auto` and is recorded there.
+    """
+    spec = settled(spec)
+    _check_product(spec)
+    notes: list[str] = []
+    if options is not None:
+        best = options.best(spec)
+        stage, micro, accumulation = best.stage, best.micro_batch, best.accumulation
+        notes += _why(spec, options, best)
+    else:
+        (micro, accumulation), *_ = batches(spec)
+        stage = "none" if spec.deepspeed.name == "auto" and spec.hw.world_size == 1 else spec.deepspeed.name
+    total = micro * accumulation * spec.hw.world_size
+    if total != spec.train.batch_size:
+        shape = f"{micro} × {accumulation} × {spec.hw.world_size} processes"
+        notes.insert(0, f"global batch {spec.train.batch_size} rounded to {total} = {shape}")
+    batch = {"micro_batch_size": micro, "accumulation_steps": accumulation}
+    update = {
+        "train": spec.train.model_copy(update=batch | {"batch_size": total}),  # as run, so that spec.json repeats it
+        "deepspeed": spec.deepspeed.model_copy(update={"name": stage} | _config(spec, stage)),
+    }
+    return spec.model_copy(update=update), notes
+
+
+def _config(spec: RunSpec, stage: str) -> dict[str, str]:
+    """The JSON's name for a stage that was chosen; what the user named stays."""
+    sharded = stage not in ("none", "auto")
+    return {"config": f"{stage}.json"} if sharded and spec.deepspeed.config is None else {}
+
+
+def _why(spec: RunSpec, options: Options, best: Option) -> list[str]:
+    """Why this ZeRO stage, where it was left open."""
+    if spec.deepspeed.name != "auto" or spec.hw.world_size == 1:
+        return []
+    if not best.fits:
+        return [f"deepspeed=auto: no stage fits without offloading; {best.stage} needs least"]
+    lower = STAGES[: STAGES.index(best.stage)]
+    too_big = []
+    for stage in lower:
+        tried = min(options.of(spec, (stage,)), key=lambda option: option.memory.expected)
+        if not tried.comfortable:
+            too_big.append(f"{stage} needs {tried.memory.high / GIB:.1f} GiB with headroom")
+    reason = "; ".join(too_big) if too_big else "it is the fastest that fits"
+    return [f"deepspeed=auto took {best.stage}: {reason}"]
+
+
+def _check_product(spec: RunSpec) -> None:
+    """RequestError where micro batch, accumulation and global batch are all given and contradict each other."""
+    world, wanted = spec.hw.world_size, spec.train.batch_size
+    micro, accumulation = spec.train.micro_batch_size, spec.train.accumulation_steps
+    if not (isinstance(micro, int) and isinstance(accumulation, int)):
+        return
+    total = micro * accumulation * world
+    if total != wanted:
+        raise RequestError(
+            Problem(
+                f"train.micro_batch_size={micro} × train.accumulation_steps={accumulation} × {world} process"
+                f"{'es' * (world > 1)} = {total}, but train.batch_size={wanted}",
+                None,
+                f"write train.batch_size={total}, or leave accumulation_steps at auto",
+            )
+        )

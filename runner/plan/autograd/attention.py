@@ -1,0 +1,127 @@
+"""Rotary positions and attention kernels on the tape."""
+
+from __future__ import annotations
+
+from runner.plan.autograd.ops import Block
+from runner.plan.autograd.tape import Node, Storage, Tensor
+
+
+def rotate(k: Block, x: Tensor, cos: int) -> Tensor:
+    """`apply_rotary_pos_emb` for queries or keys: x·cos + rotate_half(x)·sin; `cos` is the tables' width."""
+    t, values, own, source = k.t, x.values, x.width, x.node
+    wide = max(own, cos)
+    straight = t.new(values, wide)
+    half = t.new(values / 2, own)
+    turned = t.new(values, own)
+    del half
+    crossed = t.new(values, wide)
+    del turned
+    out = Tensor(values, wide, t.new(values, wide))
+    del straight, crossed
+    if source is None:
+        return out
+
+    def backward(grad: Storage) -> list[tuple[Node, Storage]]:
+        piece = t.new(values, wide)  # · sin
+        piece = piece if wide == own else t.new(values, own)
+        negative = t.new(values / 2, own)
+        first = t.new(values, own)  # the slices' gradients, each in a tensor of full size
+        second = t.new(values, own)
+        del negative, piece
+        del second  # added in place
+        straight = t.new(values, wide)  # · cos
+        if wide != own:
+            straight = t.new(values, own)
+        return [(source, first), (source, straight)]
+
+    out.node = t.node(out.width, backward, t.keep(None))
+    return out
+
+
+def parts(k: Block, x: Tensor) -> list[Tensor]:
+    """The first `rotary_dim` features of each head, and the rest."""
+    share = k.shape.rotary_dim / k.shape.head_dim
+    return k.slices(x, [x.values * share, x.values * (1 - share)])
+
+
+def rotate_part(k: Block, query: Tensor, key: Tensor, cos: int) -> tuple[Tensor, Tensor]:
+    """GPT-NeoX's `apply_rotary_pos_emb`: the first features of each head are rotated, the rest is joined on again."""
+    pairs = [parts(k, x) for x in (query, key)]
+    turned = [rotate(k, turn, cos) for turn, _ in pairs]
+    first, second = (k.join(turn, rest) for turn, (_, rest) in zip(turned, pairs, strict=True))
+    return first, second
+
+
+def mask(k: Block, width: int) -> list[Storage]:
+    """The mask that the model makes once: for SDPA bytes, for eager attention numbers in the embeddings' width."""
+    if k.set.attention == "flash":
+        return []
+    return [k.t.new(k.set.b * k.set.s**2, 1 if k.set.attention == "sdpa" else width)]
+
+
+def attend(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
+    """Attention over q [n, heads·d] and key, v [n, kv·d]."""
+    if k.set.attention == "eager":
+        return _eager(k, q, key, v)
+    return _fused(k, q, key, v)
+
+
+def _fused(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention 2 (`mha_fwd`, `mha_bwd`), or SDPA's memory-efficient kernel with a mask.
+
+    The latter wants keys and values for every head, and a mask in the arithmetic's width, which every layer makes
+    for itself and keeps (`convert_boolean_attn_mask` in torch's attention.cpp).
+    """
+    t, shape, w, s, b = k.t, k.shape, k.set.width, k.set.s, k.set.b
+    masked = k.set.attention == "sdpa"
+    if masked:
+        key, v = repeat(k, key), repeat(k, v)
+    if k.set.autocast:
+        q, key, v = k.cast(q, w), k.cast(key, w), k.cast(v, w)
+    same, values, narrow, width = key.values == q.values, q.values, key.values, q.width
+    sources = (q.node, key.node, v.node)
+    mask = t.new(b * s * s, width) if masked else None
+    out = Tensor(values, width, t.new(values, width))
+    sums = t.new(k.n * shape.num_heads, 4)
+    if all(x is None for x in sources):
+        return out
+    rounded = -(-s // 128) * 128 * b
+    padded = -(-shape.head_dim // 32) * 32
+
+    def backward(grad: Storage) -> list[tuple[Node, Storage]]:
+        dq, dk, dv = t.new(values, width), t.new(narrow, width), t.new(narrow, width)
+        inner = t.new(rounded * shape.num_heads, 4), t.new(rounded * shape.num_heads * padded, 4)  # softmax_d, dq_accum
+        if not same:
+            expanded = t.new(2 * values, width)  # dk and dv for every query head, summed at the end
+            del expanded
+        del inner
+        return [(node, g) for node, g in zip(sources, (dq, dk, dv), strict=True) if node is not None]
+
+    kept = t.keep(q.storage, key.storage, v.storage, out.storage, sums, mask)
+    out.node = t.node(out.width, backward, kept)
+    return out
+
+
+def repeat(k: Block, x: Tensor) -> Tensor:
+    """`repeat_kv`: keys and values for every query head."""
+    t, groups = k.t, k.shape.num_heads // k.shape.num_kv_heads
+    if groups == 1:
+        return x
+    values, width, source = x.values, x.width, x.node
+    out = Tensor(values * groups, width, t.new(values * groups, width))
+    if source is not None:
+        out.node = t.node(out.width, lambda grad: [(source, t.new(values, width))])
+    return out
+
+
+def _eager(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
+    """`eager_attention_forward`: scores [b, heads, s, s], softmax in fp32."""
+    keys, values = repeat(k, key), repeat(k, v)
+    count = k.set.b * k.shape.num_heads * k.set.s**2
+    weights = k.product(q, keys, count)
+    weights = k.scale(weights)
+    weights = k.copy(weights, q.width)  # + mask, in the width of the embeddings
+    weights = k.tanh(k.cast(weights, 4))  # softmax
+    weights = k.cast(weights, q.width)
+    out = k.product(weights, values, q.values)
+    return k.copy(out)  # .transpose(1, 2).contiguous()

@@ -1,0 +1,168 @@
+"""Decoder layers of the supported models, for the tape, as transformers 5.23 has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from runner.plan.autograd.attention import attend, parts, rotate, rotate_part
+from runner.plan.autograd.lora import project
+from runner.plan.autograd.moe import mixture
+from runner.plan.autograd.norms import gelu_new, layer_norm, rms_norm
+from runner.plan.autograd.ops import Block, LayerKind, module
+from runner.plan.autograd.tape import AGAIN, Tensor
+
+Layer = Callable[[Block, Tensor, LayerKind, int], Tensor]
+
+
+@module
+def llama(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
+    """`LlamaDecoderLayer`; Mistral, Mixtral, Qwen, Gemma and Phi-3 differ in what attention and MLP do."""
+    residual = hidden
+    hidden = rms_norm(k, hidden, kind)
+    hidden = _llama_attention(k, hidden, kind, cos)
+    hidden = k.add(residual, hidden)
+    residual = hidden
+    hidden = rms_norm(k, hidden, kind)
+    hidden = mixture(k, hidden, kind) if k.shape.num_experts else _llama_mlp(k, hidden, kind)
+    hidden = k.add(residual, hidden)
+    return hidden
+
+
+@module
+def _llama_attention(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
+    shape, d = k.shape, k.shape.head_dim
+    if "qkv_proj" in k.matrices:
+        qkv = project(k, hidden, "qkv_proj", kind)
+        q, key, v = k.slices(qkv, [k.n * d * c for c in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)])
+    elif shape.qk_norm:
+        q = rms_norm(k, project(k, hidden, "q_proj", kind), kind, d)
+        key = rms_norm(k, project(k, hidden, "k_proj", kind), kind, d)
+        v = project(k, hidden, "v_proj", kind)
+    else:
+        q = project(k, hidden, "q_proj", kind)
+        key = project(k, hidden, "k_proj", kind)
+        v = project(k, hidden, "v_proj", kind)
+    q, key = rotate(k, q, cos), rotate(k, key, cos)
+    out = attend(k, q, key, v)
+    if "qkv_proj" in k.matrices:
+        out = k.copy(out)  # views of one product turn into heads that lie apart, and so does the result
+    return project(k, out, "o_proj", kind)
+
+
+@module
+def _llama_mlp(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
+    if "gate_up_proj" in k.matrices:  # Phi-3
+        up = project(k, x, "gate_up_proj", kind)
+        gate, up = k.chunks(up, [up.values / 2, up.values / 2])
+        up = k.mul(up, k.pointwise(gate))
+        return project(k, up, "down_proj", kind)
+    return project(
+        k, k.mul(k.pointwise(project(k, x, "gate_proj", kind)), project(k, x, "up_proj", kind)), "down_proj", kind
+    )
+
+
+@module
+def phi(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
+    """`PhiDecoderLayer`: attention and MLP side by side after one norm; residual dropout 0.1 (phi-2's config.json)."""
+    residual = hidden
+    hidden = layer_norm(k, hidden, kind)
+    attended = _phi_attention(k, hidden, kind, cos)
+    attended = k.dropout(attended)
+    forward = k.dropout(_phi_mlp(k, hidden, kind))
+    hidden = k.add(k.add(attended, forward), residual)
+    return hidden
+
+
+@module
+def _phi_attention(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
+    q = project(k, hidden, "q_proj", kind)
+    key = project(k, hidden, "k_proj", kind)
+    v = project(k, hidden, "v_proj", kind)
+    (turn, rest), (key_turn, key_rest) = parts(k, q), parts(k, key)  # variables until the end
+    turn, key_turn = rotate(k, turn, cos), rotate(k, key_turn, cos)
+    q = k.join(turn, rest)
+    key = k.join(key_turn, key_rest)
+    out = attend(k, q, key, v)
+    out = k.copy(out)  # joined queries lie head by head, and so does the result: reshape copies it
+    return project(k, out, "dense", kind)
+
+
+@module
+def _phi_mlp(k: Block, hidden: Tensor, kind: LayerKind) -> Tensor:
+    hidden = project(k, hidden, "fc1", kind)
+    hidden = gelu_new(k, hidden)
+    hidden = project(k, hidden, "fc2", kind)
+    return hidden
+
+
+@module
+def gpt_neox(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
+    """`GPTNeoXLayer` with parallel attention and MLP (Pythia), fused query_key_value, exact GELU."""
+    attended = _neox_attention(k, layer_norm(k, hidden, kind), kind, cos)
+    forward = _neox_mlp(k, layer_norm(k, hidden, kind), kind)
+    return k.add(k.add(forward, attended), hidden)
+
+
+@module
+def _neox_attention(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
+    qkv = project(k, hidden, "query_key_value", kind)
+    q, key, v = k.chunks(qkv, [qkv.values / 3] * 3)
+    q, key = rotate_part(k, q, key, cos)
+    out = attend(k, q, key, v)
+    out = k.copy(out)
+    out = project(k, out, "dense", kind)
+    return out
+
+
+@module
+def _neox_mlp(k: Block, hidden: Tensor, kind: LayerKind) -> Tensor:
+    hidden = project(k, hidden, "dense_h_to_4h", kind)
+    hidden = k.pointwise(hidden)
+    hidden = project(k, hidden, "dense_4h_to_h", kind)
+    return hidden
+
+
+@module
+def gpt2(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
+    """`GPT2Block`: fused c_attn, learned positions, `gelu_new`, dropout 0.1."""
+    residual = hidden
+    hidden = layer_norm(k, hidden, kind)
+    attended = _gpt2_attention(k, hidden, kind)
+    hidden = k.add(attended, residual)
+    residual = hidden
+    hidden = layer_norm(k, hidden, kind)
+    forward = _gpt2_mlp(k, hidden, kind)
+    hidden = k.add(residual, forward)
+    return hidden
+
+
+@module
+def _gpt2_attention(k: Block, hidden: Tensor, kind: LayerKind) -> Tensor:
+    qkv = project(k, hidden, "c_attn", kind)
+    q, key, v = k.chunks(qkv, [qkv.values / 3] * 3)
+    out = attend(k, q, key, v)
+    out = project(k, out, "c_proj", kind)
+    return k.dropout(out)
+
+
+@module
+def _gpt2_mlp(k: Block, hidden: Tensor, kind: LayerKind) -> Tensor:
+    hidden = project(k, hidden, "c_fc", kind)
+    hidden = gelu_new(k, hidden)
+    hidden = project(k, hidden, "mlp.c_proj", kind)
+    return k.dropout(hidden)
+
+
+LAYERS: dict[str, Layer] = {"llama": llama, "phi3": llama, "phi": phi, "gpt_neox": gpt_neox, "gpt2": gpt2}
+
+
+def checkpointed(k: Block, layer: Layer, x: Tensor, kind: LayerKind, cos: int) -> Tensor:
+    """`torch.utils.checkpoint` without re-entry: of a layer only its input is kept, and the layer is run again."""
+    t = k.t
+    kept = Tensor(x.values, x.width, x.storage, AGAIN if x.node is not None else None)
+
+    def run() -> Tensor:
+        again = t.frame is not None and t.frame.made is not None
+        return layer(k, kept if again else x, kind, cos)
+
+    return t.checkpoint(run)

@@ -1,0 +1,293 @@
+"""The setting of a step, and torch's operations on the tape.
+
+Every operation allocates, keeps and frees like torch's, in the same order: that decides when a tensor dies.
+b rows of s tokens; `n` = b·s; widths are bytes per number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Literal, ParamSpec, TypeVar
+
+from runner.plan.autograd.tape import CASTS, Bundle, Node, Storage, Tape, Tensor
+from runner.plan.model_shape import Matrix, Shape
+
+MASK = 1  # bytes of a value of a dropout mask
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def module(forward: Callable[P, R]) -> Callable[P, R]:
+    """A function that is an `nn.Module`'s: its arguments live until it returns, as in `Module.__call__`."""
+
+    @wraps(forward)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return forward(*args, **kwargs)
+
+    return call
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Everything but the shape that decides the memory of a step."""
+
+    b: int
+    """Rows of a micro batch: its sequences, or 1 where they are packed."""
+    s: int
+    """Tokens per row."""
+    width: int = 2
+    """Bytes of the arithmetic: 2 for bf16 and fp16, 4 for fp32."""
+    autocast: bool = True
+    """Weights that train are held in fp32 and cast where they are used."""
+    trained_width: int = 4
+    """Bytes of a trained base weight."""
+    frozen_width: int = 2
+    """Bytes of a frozen weight that is not quantised."""
+    checkpointing: bool = False
+    """Every layer is computed again in the backward pass."""
+    attention: Literal["flash", "sdpa", "eager"] = "flash"
+    """`flash`: no scores and no mask; `sdpa`: a mask for packed rows and keys for every head; `eager`: all scores."""
+    head: Literal["fused", "labelled", "number"] = "fused"
+    """`fused`: TRL's tiles; `labelled`: logits of the labelled positions (on a CPU); `number`: one each."""
+    labelled: float = 1.0
+    """Share of the positions that have a label, for `labelled`."""
+    rank: int = 0
+    """Rank of the adapter; 0 without one."""
+    targets: frozenset[str] | None = None
+    """Matrices with an adapter; None means every linear one."""
+    adapter_width: int = 4
+    """Bytes of an adapter's weight: PEFT keeps 4 over a 16-bit base, TRL makes it 2 over a quantised one."""
+    dropout: bool = False
+    """The adapter drops inputs."""
+    dora: bool = False
+    """The adapter is a DoRA: it also trains the length of every row."""
+    base: Literal["16", "nf4", "int8"] = "16"
+    """How frozen linear layers are held."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """What trains in a layer."""
+
+    weights: bool = False
+    adapters: bool = False
+
+
+class Block:
+    """Operations on one tape under one setting."""
+
+    def __init__(self, tape: Tape, shape: Shape, setting: Setting) -> None:
+        self.t, self.shape, self.set = tape, shape, setting
+        self.n = setting.b * setting.s
+        self.matrices: dict[str, Matrix] = {}
+        for m in shape.matrices:  # GPT-2 has a c_proj in its attention and one in its MLP
+            self.matrices[f"mlp.{m.name}" if m.name in self.matrices else m.name] = m
+
+    def width_of(self, kind: LayerKind) -> int:
+        """Bytes of a weight that is not quantised."""
+        return self.set.trained_width if kind.weights else self.set.frozen_width
+
+    def cast(self, x: Tensor, width: int) -> Tensor:
+        """`x.to(dtype)`; x itself where nothing changes."""
+        if x.width == width:
+            return x
+        t, values, before, source = self.t, x.values, x.width, x.node
+        out = Tensor(values, width, t.new(values, width))
+        if source is not None:
+            out.node = t.node(out.width, lambda grad: [(source, t.new(values, before))])
+        return out
+
+    def weight(
+        self, key: object, values: float, width: int, trained: bool, wanted: int
+    ) -> tuple[Storage | None, Node | None]:
+        """A parameter as an operation sees it: under autocast a cast copy, made once per forward pass."""
+        t = self.t
+        if width == wanted:
+            return None, t.leaf(width) if trained else None
+        name = (t.current, key)
+        if name in t.cache:
+            return t.cache[name]
+        leaf = t.leaf(width) if trained else None
+        copy = t.new(values, wanted, CASTS)
+        node = t.node(wanted, lambda grad: [(leaf, t.new(values, width))]) if leaf is not None else None
+        if trained:  # autocast caches only what trains
+            t.cache[name] = copy, node
+        return copy, node
+
+    def linear(
+        self, x: Tensor, inputs: int, outputs: int, key: object, *, width: int, trained: bool, bias: bool = False
+    ) -> Tensor:
+        """`x @ W.T` in the arithmetic's width; keeps x if W trains, and W's copy if x needs a gradient."""
+        t, w = self.t, self.set.width if self.set.autocast else x.width
+        x = self.cast(x, w)
+        copy, leaf = self.weight(key, inputs * outputs, width, trained, w)
+        rows, source = x.values / inputs, x.node
+        if source is None and leaf is None:
+            return Tensor(rows * outputs, w, t.new(rows * outputs, w))
+        kept = t.keep(x.storage if leaf is not None else None, copy if source is not None else None)
+        out = Tensor(rows * outputs, w, t.new(rows * outputs, w))
+        other = t.leaf(width) if bias and leaf is not None else None
+
+        def backward(grad: Storage) -> list[tuple[Node, Storage]]:
+            pieces = []
+            if source is not None:
+                pieces.append((source, t.new(rows * inputs, w)))
+            if leaf is not None:
+                pieces.append((leaf, t.new(inputs * outputs, w)))
+            if other is not None:
+                pieces.append((other, t.new(outputs, w)))
+            return pieces
+
+        out.node = t.node(out.width, backward, kept)
+        return out
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """a + b, in the wider of both; keeps nothing."""
+        t, width = self.t, max(a.width, b.width)
+        out = Tensor(a.values, width, t.new(a.values, width))
+        nodes = [x.node for x in (a, b) if x.node is not None]
+        if nodes:
+            out.node = t.node(width, lambda grad: [(node, grad) for node in nodes])
+        return out
+
+    def mul(self, a: Tensor, b: Tensor) -> Tensor:
+        """a · b; keeps each factor that the other's gradient needs."""
+        t, width = self.t, max(a.width, b.width)
+        na, nb, values = a.node, b.node, a.values
+        if na is None and nb is None:
+            return Tensor(values, width, t.new(values, width))
+        kept = t.keep(b.storage if na is not None else None, a.storage if nb is not None else None)
+        out = Tensor(values, width, t.new(values, width))
+
+        def backward(grad: Storage) -> list[tuple[Node, Storage]]:
+            return [(node, t.new(values, width)) for node in (na, nb) if node is not None]
+
+        out.node = t.node(out.width, backward, kept)
+        return out
+
+    def scale(self, x: Tensor) -> Tensor:
+        """x times a number, of which autograd keeps no tensor (`SavedVariable` packs no wrapped number)."""
+        t, values, width, source = self.t, x.values, x.width, x.node
+        out = Tensor(values, width, t.new(values, width))
+        if source is not None:
+            out.node = t.node(width, lambda grad: [(source, t.new(values, width))])
+        return out
+
+    def weigh(self, x: Tensor, features: float, width: int, trained: bool) -> Tensor:
+        """x times a row of `features` numbers (a norm's weight), which may train: then x is kept."""
+        t, values, source = self.t, x.values, x.node
+        wide = max(x.width, width)
+        if source is None and not trained:
+            return Tensor(values, wide, t.new(values, wide))
+        leaf = t.leaf(width) if trained else None
+        kept = t.keep(x.storage if leaf is not None else None)
+        out = Tensor(values, wide, t.new(values, wide))
+
+        def backward(grad: Storage) -> list[tuple[Node, Storage]]:
+            pieces = []
+            if source is not None:
+                pieces.append((source, t.new(values, wide)))
+            if leaf is not None:
+                product = t.new(values, wide)
+                pieces.append((leaf, t.new(features, wide)))
+                del product
+            return pieces
+
+        out.node = t.node(out.width, backward, kept)
+        return out
+
+    def pointwise(self, x: Tensor) -> Tensor:
+        """A function whose backward pass needs x (SiLU, GELU, a power)."""
+        t, values, own, source = self.t, x.values, x.width, x.node
+        kept = t.keep(x.storage) if source is not None else None
+        out = Tensor(values, own, t.new(values, own))
+        if source is not None:
+            out.node = t.node(out.width, lambda grad: [(source, t.new(values, own))], kept)
+        return out
+
+    def tanh(self, x: Tensor) -> Tensor:
+        """A function whose backward pass needs its result (also softmax)."""
+        t, values, own, source = self.t, x.values, x.width, x.node
+        out = Tensor(values, own, t.new(values, own))
+        if source is not None:
+            out.node = t.node(out.width, lambda grad: [(source, t.new(values, own))], t.keep(out.storage))
+        return out
+
+    def copy(self, x: Tensor, width: int = 0) -> Tensor:
+        """`x.clone()`, or x + a constant of `width` bytes per value: a new tensor forward, nothing backward."""
+        t, wide, source = self.t, max(x.width, width), x.node
+        out = Tensor(x.values, wide, t.new(x.values, wide))
+        if source is not None:
+            out.node = t.node(wide, lambda grad: [(source, grad)])
+        return out
+
+    def dropout(self, x: Tensor) -> Tensor:
+        """`native_dropout`: keeps a mask of one byte per value."""
+        t, values, width, source = self.t, x.values, x.width, x.node
+        out = Tensor(values, width, t.new(values, width))
+        mask = t.new(values, MASK)
+        if source is not None:
+            out.node = t.node(out.width, lambda grad: [(source, t.new(values, width))], t.keep(mask))
+        return out
+
+    def product(self, a: Tensor, b: Tensor, values: float) -> Tensor:
+        """A batched matrix product of two activations."""
+        t, w = self.t, self.set.width if self.set.autocast else a.width
+        a, b = self.cast(a, w), self.cast(b, w)
+        na, nb, va, vb = a.node, b.node, a.values, b.values
+        if na is None and nb is None:
+            return Tensor(values, w, t.new(values, w))
+        kept = t.keep(b.storage if na is not None else None, a.storage if nb is not None else None)
+        out = Tensor(values, w, t.new(values, w))
+
+        def backward(grad: Storage) -> list[tuple[Node, Storage]]:
+            return [(node, t.new(v, w)) for node, v in ((na, va), (nb, vb)) if node is not None]
+
+        out.node = t.node(out.width, backward, kept)
+        return out
+
+    def slices(self, x: Tensor, parts: Sequence[float]) -> list[Tensor]:
+        """`x[..., a:b]`: views; each one's gradient is written into zeros of x's size, and they are added up."""
+        t, values, width, source = self.t, x.values, x.width, x.node
+        made = [Tensor(part, width, x.storage) for part in parts]
+        if source is not None:
+            for view in made:
+                view.node = t.node(view.width, lambda grad: [(source, t.new(values, width))])
+        return made
+
+    def chunks(self, x: Tensor, parts: Sequence[float]) -> list[Tensor]:
+        """`split` and `chunk`: views; one step of the backward pass joins their gradients."""
+        t, values, width, source = self.t, x.values, x.width, x.node
+        made = [Tensor(part, width, x.storage) for part in parts]
+        if source is not None:
+
+            def backward(grad: Storage) -> list[tuple[Node, Storage]]:
+                assert isinstance(grad, Bundle)
+                missing = [t.new(p, width) for p, g in zip(parts, grad.grads, strict=True) if g is None]
+                joined = t.new(values, width)
+                del missing
+                return [(source, joined)]
+
+            for view, port in zip(made, t.fork(width, backward, len(parts)), strict=True):
+                view.node = port
+        return made
+
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        """`cat((a, b), dim=-1)` in the wider of both; the gradients are views of its own."""
+        t, width = self.t, max(a.width, b.width)
+        out = Tensor(a.values + b.values, width, t.new(a.values + b.values, width))
+        nodes = [(x.node, x.values, x.width) for x in (a, b) if x.node is not None]
+        if nodes:
+            out.node = t.node(width, lambda grad: [(n, grad if w == width else t.new(v, w)) for n, v, w in nodes])
+        return out
+
+    def take(self, x: Tensor, values: float) -> Tensor:
+        """`x[index]`: a copy of `values` of x; the gradient is added into zeros of x's size."""
+        t, every, width, source = self.t, x.values, x.width, x.node
+        kept = t.keep(None) if source is not None else None
+        out = Tensor(values, width, t.new(values, width))
+        if source is not None:
+            out.node = t.node(out.width, lambda grad: [(source, t.new(every, width))], kept)
+        return out

@@ -1,0 +1,274 @@
+"""The ways to run one request on one machine: ZeRO stage × micro batch, each with its memory and its speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from runner.errors import Problem, RequestError
+from runner.plan import zero
+from runner.plan.memory import GIB, PROMPT_TOKENS, Job, Memory, floor, memory
+from runner.plan.model_shape import Shape
+from runner.plan.objective_passes import passes_of, shape_for
+from runner.plan.time import Machine, StepTime, Work, evaluation_time, machine_of, step_time, work_of
+from runner.plan.trainable import Precision, Training, training_of
+from runner.spec import HardwareSpec, Kto, Method, RunSpec
+
+Templates = Mapping[str, Mapping[str, Any]]
+"""The DeepSpeed JSONs by stage, as they are in deepspeed_configs/."""
+
+STAGES = ("none", "zero1", "zero2", "zero3")
+"""What `deepspeed=auto` chooses from. Offloading costs a factor in time: it has to be asked for."""
+OFFLOADING = ("zero2_offload", "zero3_offload")
+ORDER = (*STAGES, *OFFLOADING)
+NOISE = 1.05
+"""A higher stage has to be 5% faster to be taken: the speeds are estimates (docs/planning.md)."""
+MAX_MICRO_BATCH = 8
+"""Larger ones gain little speed on any GPU once a sequence has 512 tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One stage and micro batch."""
+
+    stage: str
+    micro_batch: int
+    accumulation: int
+    batch: int
+    """Global batch, as rounded."""
+    memory: Memory
+    capacity: float | None
+    """Bytes of one GPU (of the machine, on a CPU); None where the hardware does not say."""
+    step: StepTime | None
+    """None where the hardware's speed is not known."""
+    config: Mapping[str, Any] | None
+
+    @property
+    def fits(self) -> bool:
+        """The expected peak is within the memory."""
+        return self.capacity is None or self.memory.expected <= self.capacity
+
+    @property
+    def comfortable(self) -> bool:
+        """Even the high estimate is."""
+        return self.capacity is None or self.memory.high <= self.capacity
+
+    @property
+    def seconds_per_sequence(self) -> float:
+        """Of the whole machine; infinite where the speed is not known."""
+        return self.step.total_s / self.batch if self.step else float("inf")
+
+
+class Options:
+    """Makes options; what they share between runs is worked out once."""
+
+    def __init__(self, templates: Templates) -> None:
+        self.templates = templates
+        self._training: dict[Any, tuple[Method, Training]] = {}
+        self._machines: dict[Any, tuple[HardwareSpec, Machine | None]] = {}
+        self._work: dict[Any, tuple[Training, Work]] = {}
+        self._configs: dict[Any, dict[str, Any]] = {}
+
+    def training(self, shape: Shape, method: Method, precision: Precision, *, deepspeed: bool) -> Training:
+        """`training_of`, remembered by identity: pydantic models with lists cannot be hashed."""
+        key = (shape, id(method), precision, deepspeed)
+        if key not in self._training:
+            self._training[key] = (method, training_of(shape, method, precision, deepspeed=deepspeed))
+        return self._training[key][1]
+
+    def machine(self, hw: HardwareSpec, precision: str) -> Machine | None:
+        """`machine_of`, remembered."""
+        key = (id(hw), precision)
+        if key not in self._machines:
+            self._machines[key] = (hw, machine_of(hw, precision))
+        return self._machines[key][1]
+
+    def work(self, training: Training, job: Job) -> Work:
+        """`work_of`, remembered."""
+        key = (id(training), job.seq, job.checkpointing, job.passes)
+        if key not in self._work:
+            work = work_of(
+                training.shape,
+                job.seq,
+                method=training.method,
+                trained_layers=training.trained_layers,
+                backward_layers=training.backward_layers,
+                checkpointing=job.checkpointing,
+                trained_parameters=training.trainable,
+                adapter_parameters=training.adapter,
+                weight_bytes=training.frozen_bytes + training.trained_bytes,
+                gradient_bytes=training.width,
+                quiet=job.passes.quiet,
+            )
+            self._work[key] = (training, work)
+        return self._work[key][1]
+
+    def config(self, spec: RunSpec, stage: str, micro: int, accumulation: int, hidden: int) -> dict[str, Any]:
+        """The resolved DeepSpeed JSON, remembered."""
+        train = spec.train
+        key = (stage, micro, accumulation, spec.hw.world_size, hidden, train.precision, train.max_grad_norm)
+        if key not in self._configs:
+            assert train.precision != "auto"
+            self._configs[key] = zero.resolved_config(
+                self.templates[stage],
+                micro_batch=micro,
+                accumulation=accumulation,
+                world=spec.hw.world_size,
+                hidden_size=hidden,
+                precision=train.precision,
+                max_grad_norm=train.max_grad_norm,
+                nvme_path=spec.deepspeed.nvme_path,
+            )
+        return self._configs[key]
+
+    def of(self, spec: RunSpec, stages: tuple[str, ...] | None = None) -> Iterator[Option]:
+        """Every option of a run whose precision and hardware are resolved, best rounding first within a stage."""
+        shape = shape_for(spec)
+        for stage in stages or allowed_stages(spec):
+            for micro, accumulation in batches(spec):
+                yield self.option(spec, shape, stage, micro, accumulation)
+
+    def option(self, spec: RunSpec, shape: Shape, stage: str, micro: int, accumulation: int) -> Option:
+        """One of them."""
+        precision = spec.train.precision
+        assert precision != "auto"
+        sharded = stage != "none"
+        training = self.training(shape, spec.method, precision, deepspeed=sharded)
+        job = job_of(spec)
+        config = self.config(spec, stage, micro, accumulation, shape.hidden_size) if sharded else None
+        held = memory(training, job, micro, accumulation, stage, config)
+        machine = self.machine(spec.hw, precision)
+        step = None
+        if machine is not None:
+            step = step_time(
+                self.work(training, job),
+                machine,
+                micro_batch=micro * job.passes.sequences,
+                accumulation=accumulation,
+                stage=stage,  # type: ignore[arg-type]  # a stage's name
+                optimizer=spec.train.optimizer,
+            )
+            step = with_answers(step, self.work(training, job), machine, job, micro * accumulation)
+        capacity = None if spec.hw.memory_gib is None else spec.hw.memory_gib * GIB
+        total = micro * accumulation * spec.hw.world_size
+        return Option(stage, micro, accumulation, total, held, capacity, step, config)
+
+    def best(self, spec: RunSpec) -> Option:
+        """The fastest that fits with headroom; else the fastest that fits; else the one that misses by least."""
+        shape = shape_for(spec)
+        chosen = [self._in_stage(spec, shape, stage) for stage in allowed_stages(spec)]
+        best = min(chosen, key=_rank)
+        if not best.fits:
+            return best
+        alike = [o for o in chosen if _rank(o)[:2] == _rank(best)[:2]]
+        near = [o for o in alike if o.seconds_per_sequence <= NOISE * best.seconds_per_sequence]
+        return min(near or [best], key=lambda o: ORDER.index(o.stage))
+
+    def _in_stage(self, spec: RunSpec, shape: Shape, stage: str) -> Option:
+        """Of the best rounding the largest micro batch with headroom; without headroom, what needs least.
+
+        That is the safest: the largest micro batch would fill the card.
+        """
+        pairs = batches(spec)
+        smallest = min(pairs)
+        if self._hopeless(spec, shape, stage, pairs[0]):
+            return self.option(spec, shape, stage, *smallest)
+        first = self.option(spec, shape, stage, *pairs[0])
+        if first.comfortable or len(pairs) == 1:
+            return first
+        least = self.option(spec, shape, stage, *smallest)
+        rest = pairs[1:]
+        grows = least.memory.peak_phase in ("forward", "backward")
+        if grows and not least.comfortable:  # larger ones need more, unless they keep no gradients from step to step
+            rest = [pair for pair in rest if pair[1] == 1 < least.accumulation]
+        tried = [first, least]
+        for pair in rest:
+            option = self.option(spec, shape, stage, *pair) if pair != smallest else least
+            if option.comfortable:
+                return option
+            tried.append(option)
+        return min(tried, key=lambda o: (o.memory.expected, pairs.index((o.micro_batch, o.accumulation))))
+
+    def _hopeless(self, spec: RunSpec, shape: Shape, stage: str, pair: tuple[int, int]) -> bool:
+        """What is always there is more than there is room for."""
+        precision = spec.train.precision
+        if spec.hw.memory_gib is None or precision == "auto":
+            return False
+        training = self.training(shape, spec.method, precision, deepspeed=stage != "none")
+        config = self.config(spec, stage, *pair, shape.hidden_size) if stage != "none" else None
+        return floor(training, job_of(spec), pair[1], stage, config) > spec.hw.memory_gib * GIB
+
+
+def _rank(option: Option) -> tuple[bool, bool, float, int]:
+    lacking = 0.0 if option.fits else option.memory.expected
+    speed = round(option.seconds_per_sequence, 4) if option.fits else lacking
+    order = ORDER.index(option.stage)
+    return not option.fits, not option.comfortable, speed, order
+
+
+def allowed_stages(spec: RunSpec) -> tuple[str, ...]:
+    """The stage that was named, or all that `auto` may take; RequestError for one that cannot work."""
+    named = spec.deepspeed.name
+    stages = STAGES if named == "auto" else (named,)
+    if named == "auto" and spec.hw.world_size == 1:
+        stages = ("none",)
+    problems = {stage: _refusal(spec, stage) for stage in stages}
+    allowed = tuple(stage for stage, problem in problems.items() if problem is None)
+    if not allowed:
+        raise RequestError(*dict.fromkeys(problem for problem in problems.values() if problem))
+    return allowed
+
+
+def _refusal(spec: RunSpec, stage: str) -> Problem | None:
+    master = getattr(spec.method, "master_weights", True)
+    return zero.refusal(stage, spec.method.name, spec.train.optimizer, spec.train.precision, master)
+
+
+def batches(spec: RunSpec) -> list[tuple[int, int]]:
+    """Micro batch and accumulation: nearest to the global batch first, then the largest micro batch."""
+    world, wanted = spec.hw.world_size, spec.train.batch_size
+    micro, accumulation = spec.train.micro_batch_size, spec.train.accumulation_steps
+    least = 2 if isinstance(spec.objective, Kto) else 1  # which exchanges answers within a micro batch
+    micros = [micro] if isinstance(micro, int) else range(max(least, min(MAX_MICRO_BATCH, wanted)), least - 1, -1)
+    pairs = [
+        (m, accumulation if isinstance(accumulation, int) else max(1, round(wanted / (world * m)))) for m in micros
+    ]
+    return sorted(pairs, key=lambda pair: (abs(pair[0] * pair[1] * world - wanted), -pair[0]))
+
+
+def job_of(spec: RunSpec) -> Job:
+    """The run in the memory arithmetic's own terms; precision, checkpointing and hardware must be resolved."""
+    train, hw = spec.train, spec.hw
+    assert train.precision != "auto"
+    flash = train.attention.startswith("flash") or (train.attention == "auto" and hw.flash_attention)
+    return Job(
+        seq=train.max_length,
+        precision=train.precision,
+        checkpointing=train.gradient_checkpointing is True,
+        attention="flash" if flash else "eager" if train.attention == "eager" else "sdpa",
+        optimizer=train.optimizer,
+        on_gpu=hw.accelerator == "cuda",
+        world=hw.world_size,
+        eval_batch=spec.eval.batch_size if asks(spec) else 0,
+        eval_new_tokens=spec.eval.max_new_tokens,
+        passes=passes_of(spec.objective, spec.method),
+        packed=train.packing,
+    )
+
+
+def asks(spec: RunSpec) -> bool:
+    """Held-out prompts are answered before and after training: there are right answers to compare with."""
+    return bool(spec.eval.num_prompts) and spec.objective.name in ("sft", "grpo")
+
+
+def with_answers(step: StepTime, work: Work, machine: Machine, job: Job, sequences: int) -> StepTime:
+    """The step with the generation of `sequences` answers on every process before it, all at once."""
+    new = job.passes.new_tokens
+    if not new:
+        return step
+    seconds = evaluation_time(
+        work, machine, tokens=0.0, num_prompts=sequences * machine.world_size, batch_size=sequences, new_tokens=new,
+        prompt_tokens=min(job.seq - new, PROMPT_TOKENS),
+    )  # fmt: skip
+    return replace(step, compute_s=step.compute_s + seconds, total_s=step.total_s + seconds)

@@ -1,0 +1,244 @@
+"""The shape of a model: its matrices and vectors, from the facts in `conf/model` or from its `config.json`.
+
+Pure arithmetic. Source of every matrix, bias and norm: `modeling_<architecture>.py` of transformers
+5.23.0; a test builds each architecture there and compares. What gets an adapter and what is quantised
+follows PEFT 0.21.2 (`_maybe_include_all_linear_layers`, `transformers_weight_conversion.py`) and
+`replace_with_bnb_linear` of transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from operator import attrgetter
+
+from runner.plan.model_facts import ARCHITECTURES, FACTS, Family, Sizes, complete
+from runner.spec import ModelSpec
+
+__all__ = ["ARCHITECTURES", "Family", "Matrix", "Shape", "shape_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One weight matrix of a decoder layer, or several alike."""
+
+    name: str
+    """Its module's last name, such as `q_proj`."""
+    inputs: int
+    """Columns: features in."""
+    outputs: int
+    """Rows: features out."""
+    bias: bool = False
+    """It has a bias of `outputs` values."""
+    count: int = 1
+    """How many there are in one layer (experts of a mixture)."""
+    linear: bool = True
+    """It is an `nn.Linear` (GPT-2: a `Conv1D`): bitsandbytes quantises it. False for a mixture's router and
+    experts, bare parameters; `all-linear` gives them an adapter all the same, unless `method.layers` chooses
+    layers: then only the linear ones get one."""
+    fused: bool = False
+    """All `count` are one parameter, which is quantised as a whole (runner/train/quantised_experts.py); a router stays
+    in 16 bits."""
+    rank_factor: int = 1
+    """What `all-linear` multiplies an adapter's rank by: 2 for a mixture's gate and up, fused into one."""
+
+    def adapter_parameters(self, rank: int) -> int:
+        """Values in the adapters A [rank, inputs] and B [outputs, rank] of LoRA: one pair for each of `count`."""
+        return rank * self.rank_factor * (self.inputs + self.outputs) * self.count
+
+    @property
+    def weights(self) -> int:
+        """Values in the matrix (all of them, in a mixture), without the bias."""
+        return self.inputs * self.outputs * self.count
+
+    @property
+    def parameters(self) -> int:
+        """Weights and bias."""
+        return self.weights + (self.outputs * self.count if self.bias else 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shape:
+    """What the arithmetic needs to know of a decoder-only transformer.
+
+    Compared by identity (`shape_of` makes one per model): as a key of caches it is hashed 100,000 times by `fit`.
+    """
+
+    family: Family
+    """How a layer computes: which code of transformers its activations follow."""
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    tie_embeddings: bool
+    matrices: tuple[Matrix, ...]
+    """Matrices of one layer, in the order of their use; in a mixture the router too."""
+    norm_parameters: int
+    """Values in the norms of one layer."""
+    final_norm_parameters: int
+    """Values in the norm after the last layer."""
+    position_parameters: int = 0
+    """Values in a learned table of positions (GPT-2)."""
+    head_bias: bool = False
+    """The output head has a bias (Phi)."""
+    num_experts: int = 0
+    """Experts of one layer; 0 for a dense model."""
+    experts_per_token: int = 0
+    """Experts that each token is routed to."""
+    head_outputs: int = 0
+    """Outputs of the head where they are not the vocabulary's words; 0 where they are."""
+    qk_norm: bool = False
+    """Queries and keys are normalised per head (Qwen3)."""
+    rotary_dim: int = 0
+    """Features of a head that are rotated; 0 without rotary positions.
+
+    The usual ones of the family: a config may rotate another share. That changes no parameter, and
+    nothing that is kept for the backward pass: queries and keys are as wide after rotation.
+    """
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer."""
+        return sum(m.parameters for m in self.matrices) + self.norm_parameters
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Values in the token embeddings (and in the learned positions)."""
+        return self.vocab_size * self.hidden_size + self.position_parameters
+
+    @property
+    def head_parameters(self) -> int:
+        """Values in the output head; 0 where it is the embedding matrix."""
+        own = 0 if self.tie_embeddings else (self.head_outputs or self.vocab_size) * self.hidden_size
+        return own + (self.vocab_size if self.head_bias else 0)
+
+    @property
+    def num_parameters(self) -> int:
+        """All of them, tied ones counted once."""
+        outside = self.embedding_parameters + self.head_parameters + self.final_norm_parameters
+        return self.num_layers * self.layer_parameters + outside
+
+
+MOST_VALUES = 2**31 - 1
+"""Of one parameter that bitsandbytes quantises: its kernels count in an int32."""
+_read = attrgetter(*FACTS)
+_LAYER_NORM = ("phi", "gpt_neox", "gpt2")  # nn.LayerNorm: weight and bias; the others RMSNorm: weight
+# PhiConfig's defaults, the sizes of phi-1: 0.5 of 64 features; phi-2's config.json: partial_rotary_factor 0.4 of 80
+_PHI_ROTARY = 32
+_GPT_NEOX_ROTARY = 0.25  # rotary_pct of GPT-NeoX-20B and Pythia, and the default of GPTNeoXConfig
+
+
+def shape_of(model: ModelSpec) -> Shape:
+    """The shape that the facts of `model` describe: under 5 µs for facts that were seen before.
+
+    Raises RequestError where a fact is missing, where the architecture is none of `ARCHITECTURES`, and
+    where the facts contradict each other.
+    """
+    return _shape(_read(model))
+
+
+@lru_cache(maxsize=4096)
+def _shape(facts: tuple[str | int | None, ...]) -> Shape:
+    s = complete(dict(zip(FACTS, facts, strict=True)))
+    norm = s.hidden * (2 if s.traits.family in _LAYER_NORM else 1)
+    norms_per_layer = 1 if s.traits.family == "phi" else 2  # Phi: attention and MLP read the same normed input
+    return Shape(
+        family=s.traits.family,
+        num_layers=s.layers,
+        hidden_size=s.hidden,
+        intermediate_size=s.inner,
+        num_heads=s.heads,
+        num_kv_heads=s.kv_heads,
+        head_dim=s.head_dim,
+        vocab_size=s.vocab,
+        context_length=s.context,
+        tie_embeddings=s.tied,
+        matrices=_MATRICES[s.traits.family](s),
+        norm_parameters=norms_per_layer * norm + (2 * s.head_dim if s.traits.qk_norm else 0),
+        final_norm_parameters=norm,
+        position_parameters=s.context * s.hidden if s.traits.family == "gpt2" else 0,
+        head_bias=s.traits.family == "phi",
+        num_experts=s.experts,
+        experts_per_token=s.experts_per_token,
+        qk_norm=s.traits.qk_norm,
+        rotary_dim=_rotary_dim(s),
+    )
+
+
+def _llama(s: Sizes) -> tuple[Matrix, ...]:
+    query, key, bias = s.heads * s.head_dim, s.kv_heads * s.head_dim, s.traits.qkv_bias
+    attention = (
+        Matrix("q_proj", s.hidden, query, bias),
+        Matrix("k_proj", s.hidden, key, bias),
+        Matrix("v_proj", s.hidden, key, bias),
+        Matrix("o_proj", query, s.hidden),
+    )
+    if s.traits.mixture:
+        return (
+            *attention,
+            Matrix("gate", s.hidden, s.experts, linear=False),
+            _fused("gate_up_proj", s.hidden, 2 * s.inner, s.experts, rank_factor=2),
+            _fused("down_proj", s.inner, s.hidden, s.experts),
+        )
+    mlp = (Matrix("gate_proj", s.hidden, s.inner), Matrix("up_proj", s.hidden, s.inner))
+    return (*attention, *mlp, Matrix("down_proj", s.inner, s.hidden))
+
+
+def _fused(name: str, inputs: int, outputs: int, count: int, rank_factor: int = 1) -> Matrix:
+    small = inputs * outputs * count <= MOST_VALUES
+    return Matrix(name, inputs, outputs, count=count, linear=False, fused=small, rank_factor=rank_factor)
+
+
+def _phi3(s: Sizes) -> tuple[Matrix, ...]:
+    query, key = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    return (
+        Matrix("qkv_proj", s.hidden, query + 2 * key),
+        Matrix("o_proj", query, s.hidden),
+        Matrix("gate_up_proj", s.hidden, 2 * s.inner),
+        Matrix("down_proj", s.inner, s.hidden),
+    )
+
+
+def _phi(s: Sizes) -> tuple[Matrix, ...]:
+    query, key = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    return (
+        Matrix("q_proj", s.hidden, query, bias=True),
+        Matrix("k_proj", s.hidden, key, bias=True),
+        Matrix("v_proj", s.hidden, key, bias=True),
+        Matrix("dense", query, s.hidden, bias=True),
+        Matrix("fc1", s.hidden, s.inner, bias=True),
+        Matrix("fc2", s.inner, s.hidden, bias=True),
+    )
+
+
+def _gpt_neox(s: Sizes) -> tuple[Matrix, ...]:
+    return (
+        Matrix("query_key_value", s.hidden, 3 * s.hidden, bias=True),
+        Matrix("dense", s.hidden, s.hidden, bias=True),
+        Matrix("dense_h_to_4h", s.hidden, s.inner, bias=True),
+        Matrix("dense_4h_to_h", s.inner, s.hidden, bias=True),
+    )
+
+
+def _gpt2(s: Sizes) -> tuple[Matrix, ...]:
+    return (
+        Matrix("c_attn", s.hidden, 3 * s.hidden, bias=True),
+        Matrix("c_proj", s.hidden, s.hidden, bias=True),
+        Matrix("c_fc", s.hidden, s.inner, bias=True),
+        Matrix("c_proj", s.inner, s.hidden, bias=True),
+    )
+
+
+_MATRICES = {"llama": _llama, "phi3": _phi3, "phi": _phi, "gpt_neox": _gpt_neox, "gpt2": _gpt2}
+
+
+def _rotary_dim(s: Sizes) -> int:
+    if s.traits.family == "gpt2":
+        return 0
+    if s.traits.family == "phi":
+        return min(_PHI_ROTARY, s.head_dim)
+    return int(s.head_dim * _GPT_NEOX_ROTARY) if s.traits.family == "gpt_neox" else s.head_dim

@@ -1,0 +1,203 @@
+"""What trains, how wide it is held, and what is only carried along: the method applied to a shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+from runner.plan.autograd.ops import LayerKind
+from runner.plan.model_shape import Matrix, Shape
+from runner.plan.quantization import MethodName, base_bytes, largest_load_peak
+from runner.plan.step_peak import Trains
+from runner.spec import Freeze, Full, Method, QLora4
+from runner.spec.layer_ranges import parse_layers
+
+Precision = Literal["bf16", "fp16", "fp32"]
+
+OUTSIDE = ("embed_tokens", "norm", "lm_head")
+"""Modules around the layers that `extra_modules` and `modules_to_save` may name (their names in Llama)."""
+ALIASES = {
+    "embed_in": "embed_tokens", "wte": "embed_tokens", "final_layernorm": "norm", "final_layer_norm": "norm",
+    "ln_f": "norm", "embed_out": "lm_head",
+}  # fmt: skip
+"""The same modules in Phi, GPT-NeoX and GPT-2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One method on one model, under DeepSpeed or not: everything that no batch changes."""
+
+    shape: Shape
+    method: MethodName
+    trains: Trains
+    base_trained: int
+    """Values of the model itself that train (under an adapter: the copies that `modules_to_save` makes)."""
+    adapter: int
+    """Values of the adapter."""
+    trained_width: int
+    """Bytes of a trained value of the model."""
+    adapter_width: int
+    """Bytes of an adapter's value."""
+    frozen_bytes: float
+    """Bytes of the weights that do not train, quantised or not."""
+    load_extra: float
+    """Bytes beyond the finished model while it is loaded: the largest matrix before it is quantised."""
+    width: int
+    """Bytes of the arithmetic."""
+    autocast: bool
+    """Trained weights are wider than the arithmetic and cast where they are used."""
+    base: Literal["16", "nf4", "int8"]
+    rank: int
+    targets: frozenset[str] | None
+    dropout: bool
+    dora: bool
+    trained_layers: int
+    """Layers in which something trains."""
+    backward_layers: int
+    """Layers from the first of them to the last of all: the backward pass runs through these."""
+
+    @property
+    def trainable(self) -> int:
+        """Values that train."""
+        return self.base_trained + self.adapter
+
+    @property
+    def trained_bytes(self) -> float:
+        """Bytes of what trains, as the weights are held."""
+        return float(self.base_trained * self.trained_width + self.adapter * self.adapter_width)
+
+    @property
+    def largest_matrix(self) -> int:
+        """Values in the largest matrix of the model."""
+        return max(max(m.weights for m in self.shape.matrices), self.shape.vocab_size * self.shape.hidden_size)
+
+
+def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed: bool) -> Training:
+    """Apply `method`; ValueError where `layers` names one that the model does not have.
+
+    DeepSpeed keeps all weights in the arithmetic's width and the fp32 copies itself; without it the
+    trainer computes under autocast over fp32 weights.
+    """
+    width = 4 if precision == "fp32" else 2
+    if isinstance(method, (Full, Freeze)):
+        trained_width = 4 if method.master_weights and not deepspeed else width
+        return _whole(shape, method, width, trained_width, autocast=width < 4 and not deepspeed)
+    name: MethodName = method.name
+    scaled = precision == "fp16" and not deepspeed  # torch's GradScaler wants fp32 gradients (methods.widen)
+    adapter_width = 4 if (name == "lora" and not deepspeed) or scaled else width
+    chosen = None if method.layers is None else parse_layers(method.layers).select(shape.num_layers)
+    every = method.target_modules == "all-linear"
+    targets = None if every else frozenset(str(t).rpartition(".")[2] for t in method.target_modules)
+    if every and chosen is not None:  # the worker then names the linear layers, and no fused experts
+        targets = frozenset(m.name for m in shape.matrices if m.linear)
+    adapted = [m for m in shape.matrices if targets is None or (m.linear and m.name in targets)]
+    runs, first = _runs(shape, chosen, LayerKind(adapters=True))
+    count = shape.num_layers if chosen is None else len(chosen)
+    extra = {ALIASES.get(m, m) for m in method.modules_to_save} | _new_head(shape)
+    trains = Trains(runs, *(module in extra for module in OUTSIDE))
+    double = isinstance(method, QLora4) and method.double_quant
+    return Training(
+        shape, name, trains,
+        base_trained=_outside(shape, extra),
+        adapter=count * sum(m.adapter_parameters(method.rank) + (m.outputs if method.use_dora else 0) for m in adapted),
+        trained_width=4 if scaled else width,  # of the copies that `modules_to_save` makes: left as the model is
+        adapter_width=adapter_width,
+        frozen_bytes=float(base_bytes(shape, name, bytes_16=width, double_quant=double)),
+        load_extra=_load_extra(shape, name, width, double),
+        width=width,
+        autocast=width < 4 and not deepspeed,
+        base={"lora": "16", "qlora4": "nf4", "qlora8": "int8"}[name],  # type: ignore[arg-type]  # one of those names
+        rank=method.rank,
+        targets=targets,
+        dropout=method.dropout > 0,
+        dora=method.use_dora,
+        trained_layers=count,
+        backward_layers=shape.num_layers - first,
+    )  # fmt: skip
+
+
+def _load_extra(shape: Shape, name: MethodName, width: int, double_quant: bool) -> float:
+    """What quantising the largest matrix needs beside the finished model."""
+    if name == "qlora4" or name == "qlora8":
+        return float(largest_load_peak(shape, name, bytes_16=width, double_quant=double_quant))
+    return 0.0
+
+
+def _whole(shape: Shape, method: Full | Freeze, width: int, trained_width: int, *, autocast: bool) -> Training:
+    if isinstance(method, Full):
+        chosen: tuple[int, ...] = tuple(range(shape.num_layers))
+        extra = set(OUTSIDE)
+        values = shape.num_parameters
+    else:
+        chosen = parse_layers(method.layers).select(shape.num_layers)
+        extra = {ALIASES.get(m, m) for m in method.extra_modules} | _new_head(shape)
+        values = len(chosen) * shape.layer_parameters + _outside(shape, extra)
+    runs, first = _runs(shape, chosen, LayerKind(weights=True))
+    if "embed_tokens" in extra:
+        first = 0
+    return Training(
+        shape, method.name, Trains(runs, *(module in extra for module in OUTSIDE)),
+        base_trained=values,
+        adapter=0,
+        trained_width=trained_width,
+        adapter_width=width,
+        frozen_bytes=float(width * (shape.num_parameters - values)),
+        load_extra=0.0,
+        width=width,
+        autocast=autocast,
+        base="16",
+        rank=0,
+        targets=None,
+        dropout=False,
+        dora=False,
+        trained_layers=len(chosen),
+        backward_layers=shape.num_layers - first,
+    )  # fmt: skip
+
+
+def _new_head(shape: Shape) -> set[str]:
+    """A head that is not the model's own has everything to learn, whatever else trains."""
+    return {"lm_head"} if shape.head_outputs else set()
+
+
+def _outside(shape: Shape, modules: set[str]) -> int:
+    """Values in the modules around the layers; a tied head is the embedding."""
+    table = shape.embedding_parameters
+    values = table if "embed_tokens" in modules else 0
+    values += shape.final_norm_parameters if "norm" in modules else 0
+    if "lm_head" in modules:
+        tied = shape.tie_embeddings and "embed_tokens" not in modules
+        values += table if tied else shape.head_parameters
+    return values
+
+
+def _runs(
+    shape: Shape, chosen: tuple[int, ...] | None, kind: LayerKind
+) -> tuple[tuple[tuple[LayerKind, int], ...], int]:
+    """Layers as runs of equal ones, and the first that trains."""
+    if chosen is None:
+        return ((kind, shape.num_layers),), 0
+    inside = set(chosen)
+    kinds = [kind if i in inside else LayerKind() for i in range(shape.num_layers)]
+    return tuple((k, len(list(group))) for k, group in groupby(kinds)), min(inside, default=shape.num_layers)
+
+
+def norms_and_biases(shape: Shape) -> int:
+    """Values in parameters so small that ZeRO-3 keeps them whole on every GPU."""
+    biases = sum(m.outputs * m.count for m in shape.matrices if m.bias)
+    return shape.num_layers * (shape.norm_parameters + biases) + shape.final_norm_parameters
+
+
+def largest_trained(training: Training) -> int:
+    """Values in the largest single parameter that trains; 0 for adapters, which are small."""
+    if training.adapter:
+        return 0
+    sizes = [_one(m) for m in training.shape.matrices]
+    if training.trains.embedding or training.trains.head:
+        sizes.append(training.shape.vocab_size * training.shape.hidden_size)
+    return max(sizes)
+
+
+def _one(matrix: Matrix) -> int:
+    return matrix.weights if not matrix.linear else matrix.inputs * matrix.outputs

@@ -1,0 +1,1 @@
+"""Every open value of a request decided: hardware, place, plan, each `auto`."""

@@ -1,0 +1,223 @@
+"""`fit` and `table`: many plans at once, over whatever of the catalogue the request leaves open."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from runner.config import catalog, recipes, repeat
+from runner.config.provenance import flat
+from runner.config.request import COMMAND_LINE, Request, check
+from runner.errors import Problem, RequestError
+from runner.plan import deepspeed_json
+from runner.plan.candidates import Options
+from runner.plan.memory import GIB
+from runner.plan.model_shape import shape_of
+from runner.plan.search import Row, combinations, fit, ranked
+from runner.resolve.plan_inputs import hardware, sequences
+from runner.spec import HardwareSpec, Method, ModelSpec, RunSpec, TrainSpec
+
+ADVISED = 200
+"""Up to so many combinations, those that do not fit are told what to change: that takes as long as the rest."""
+METHOD: TypeAdapter[Method] = TypeAdapter(Method)
+
+
+def _plain(group: str, name: str) -> dict[str, Any]:
+    fields = METHOD.validate_python({"name": name})
+    return {k: v for k, v in catalog.load(group, name).items() if k in type(fields).model_fields}
+
+
+def methods(given: dict[str, Any], folders: tuple[Path, ...] = ()) -> list[Method]:
+    """All methods, as their files have them, and with what was typed for any."""
+    found = []
+    for name in catalog.options("method", folders):
+        own = {"name": name} | _plain("method", name)
+        values = _varied(type(METHOD.validate_python(own)), own, given, "method")
+        found += [METHOD.validate_python(values)] if values else []
+    return found
+
+
+def models(folders: tuple[Path, ...] = ()) -> list[ModelSpec]:
+    """Every pretrained model of the catalogue whose shape is known."""
+    found = [catalog.load("model", name, folders) for name in catalog.options("model", folders)]
+    return [
+        ModelSpec.model_validate(values)
+        for values in found
+        if values.get("architecture") and not values.get("from_scratch")
+    ]
+
+
+def machines(given: dict[str, Any], folders: tuple[Path, ...] = ()) -> list[HardwareSpec]:
+    """Every named GPU machine, with what was typed for any."""
+    found = hardware(folders)
+    values = [_varied(HardwareSpec, hw.model_dump(exclude_unset=True), given, "hw") for hw in found]
+    told = [HardwareSpec.model_validate(content) for content in values if content]
+    return list({(hw.gpu, hw.num_gpus, hw.num_nodes): hw for hw in reversed(told)}.values())[::-1]
+
+
+def given_in(request: Request) -> dict[str, Any]:
+    """Groups and keys that the request names, with their values: on the command line, in its recipe, or in a spec.json.
+
+    A group without a value is named; what is typed for one of its keys is not: `method.rank=8` holds for any method.
+    """
+    checked = check(request)
+    if checked.request.spec_file is not None:
+        return dict.fromkeys(catalog.GROUPS)
+    named: dict[str, Any] = {}
+    if checked.request.recipe:
+        choices, keys = recipes.written(recipes.find(checked.request.recipe, request.config_dirs))
+        named = {**dict.fromkeys(choices), **keys}
+    for override in checked.overrides:
+        if override.key_or_group in catalog.GROUPS:  # another choice: what a recipe says of it stays, as in a run
+            named[override.key_or_group] = None
+        elif not override.is_hydra_override() and not override.is_delete():
+            named |= dict(flat({override.key_or_group: override.value()}))
+    return named
+
+
+def _varied(part: Any, values: dict[str, Any], given: dict[str, Any], group: str) -> dict[str, Any] | None:
+    """One candidate of an open group with what was typed for the group; None if it has no such key."""
+    content = dict(values)
+    for key, value in given.items():
+        if not key.startswith(f"{group}."):
+            continue
+        if key.split(".")[1] not in part.model_fields:
+            return None
+        repeat.put(content, key.partition(".")[2], value)
+    return content
+
+
+def opened(spec: RunSpec, given: dict[str, Any]) -> RunSpec:
+    """Without data or a length of one's own, the sequences are not the demo's 256 tokens, but the schema's defaults.
+
+    `spec` is the run as it was asked for, its `auto`s open.
+    """
+    if "data" in given:
+        return spec
+    fields = TrainSpec.model_fields
+    update = {key: fields[key].default for key in ("max_length", "batch_size") if f"train.{key}" not in given}
+    return spec.model_copy(update={"train": spec.train.model_copy(update=update)})
+
+
+def title(spec: RunSpec, rows: list[dict[str, Any]]) -> str:
+    """How many answers there are, and for what sequences and batch."""
+    fitting = sum(row["fits"] for row in rows)
+    size = f"sequences of {spec.train.max_length:,} tokens, batch {spec.train.batch_size}"
+    return f"{fitting} of {len(rows)} combinations fit: {size}"
+
+
+def fits(spec: RunSpec, given: dict[str, Any], by: str, folders: tuple[Path, ...] = ()) -> list[Row]:
+    """What goes together: of model, method and hardware those that `given` names, and all of the others.
+
+    `spec` is what `opened` returned.
+    """
+    open_models = [spec.model] if "model" in given else models(folders)
+    open_methods = [spec.method] if "method" in given else methods(given, folders)
+    open_hw = [spec.hw] if "hw" in given else machines(given, folders)
+    advice = len(open_models) * len(open_methods) * len(open_hw) <= ADVISED
+    size = sequences(spec) if "data" in given else None
+    work = partial(_fits_of, spec, open_methods, open_hw, size, advice)
+    rows = _on_all_cores(work, open_models) if len(open_models) > 1 else map(work, open_models)
+    return ranked(chain.from_iterable(rows), by)
+
+
+def _fits_of(
+    spec: RunSpec, methods: list[Method], hw: list[HardwareSpec], size: int | None, advice: bool, model: ModelSpec
+) -> list[Row]:
+    options = Options(deepspeed_json.templates(spec.deepspeed))
+    return fit(combinations(spec, [model], methods, hw), options, sequences=size, advice=advice)
+
+
+def _on_all_cores(work: Callable[[ModelSpec], list[Row]], models: list[ModelSpec]) -> list[list[Row]]:
+    """A process per core, forked: the whole catalogue takes 1.7 s on one. Elsewhere than on Linux one after the other.
+
+    Without the collector: a million short-lived sizes go by their reference counts, looking for cycles took 7%.
+    """
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if cores == 1:
+        return [work(model) for model in models]
+    with ProcessPoolExecutor(min(cores, len(models)), multiprocessing.get_context("fork"), gc.disable) as pool:
+        return list(pool.map(work, models))
+
+
+def refuse_for_table(request: Request) -> None:
+    """RequestError for words that change nothing of the table, which is for all methods and sizes."""
+    typed = {o.key_or_group: str(o.input_line) for o in check(request).overrides}
+    words = [word for key, word in typed.items() if key != "train.max_length"]
+    files = [str(file) for file in (check(request).request.recipe, request.spec_file) if file]
+    if words or files:
+        said = " ".join([*files, *words])
+        what = f"{said}: the table is of every method and size, and changes with train.max_length alone"
+        raise RequestError(
+            Problem(what, COMMAND_LINE, f"python -m runner plan {said} answers for one run, fit for many")
+        )
+
+
+TABLE_MODELS = ("llama2_7b", "llama2_13b", "llama30b", "llama65b", "llama2_70b", "mixtral_8x7b")
+_TABLE = Options({})
+TABLE_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("full, fp32 weights", {"name": "full"}),
+    ("full, bf16 weights", {"name": "full", "master_weights": False}),
+    ("freeze, last 2 layers", {"name": "freeze"}),
+    ("LoRA, rank 16", {"name": "lora"}),
+    ("QLoRA, 8 bits", {"name": "qlora8"}),
+    ("QLoRA, 4 bits", {"name": "qlora4"}),
+)
+
+
+def memory_table(spec: RunSpec, names: Iterable[str] = TABLE_MODELS) -> dict[str, Any]:
+    """Method × model size: GiB on one GPU that is large enough, for one sequence at a time."""
+    found = [ModelSpec.model_validate(catalog.load("model", name)) for name in names]
+    length = min(spec.train.max_length, *(m.context_length or spec.train.max_length for m in found))
+    base = table_run(spec, length)
+    rows = [
+        {"method": label, "cells": [round(table_cell(base, model, method), 1) for model in found]}
+        for label, method in TABLE_ROWS
+    ]
+    return {
+        "title": "Memory of one GPU, in GiB",
+        "columns": [model.name for model in found],
+        "rows": rows,
+        "assumptions": [
+            f"one sequence of {length} tokens at a time, gradient checkpointing, bf16 arithmetic, AdamW",
+            "training alone: answering held-out prompts (eval.num_prompts) can take more, which `plan` counts",
+            "FlashAttention; TRL's fused head; the context of CUDA and 4% of slack are counted in",
+            "full: fp32 weights, gradients and moments, 16 bytes per parameter, and 2 more for the copy in bf16",
+            "several GPUs: `plan` with deepspeed=zero3 shards all of it but the activations",
+        ],
+    }
+
+
+def table_run(spec: RunSpec, length: int) -> RunSpec:
+    """The run that every cell of the table is of, but for its model and method: training alone, on an H200."""
+    train = {"max_length": length, "gradient_checkpointing": True, "precision": "bf16", "attention": "auto"}
+    return spec.model_copy(
+        update={
+            "hw": HardwareSpec.model_validate(catalog.load("hw", "h200")),
+            "train": spec.train.model_copy(update=train),
+            "eval": spec.eval.model_copy(update={"num_prompts": 0}),
+        }
+    )
+
+
+def table_cell(base: RunSpec, model: ModelSpec, method: dict[str, Any], micro_batch: int = 1) -> float:
+    """GiB expected at the peak."""
+    size = {"micro_batch_size": micro_batch, "accumulation_steps": 1, "batch_size": micro_batch}
+    one = base.model_copy(
+        update={
+            "model": model,
+            "method": METHOD.validate_python(method),
+            "train": base.train.model_copy(update=size),
+        }
+    )
+    return _TABLE.option(one, shape_of(model), "none", micro_batch, 1).memory.expected / GIB

@@ -1,0 +1,233 @@
+"""The run directory: unique, never overwritten, every small file written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import Problem, RequestError
+from runner.spec import RunSpec
+
+if TYPE_CHECKING:  # pydantic: 0.1 s, for nothing where runs are only listed
+    from runner.spec import RunSpec
+
+ACTIVE = ("created", "loading", "evaluating", "training", "saving")
+"""States of a run whose process should be alive; the others are done, failed, interrupted."""
+
+YAML_FILE = "training.yaml"
+"""The same values as `spec.json`."""
+
+PHASE_OF_STATE = {"loading": "load", "evaluating": "eval", "training": "train", "saving": "save"}
+"""What a plan calls them; `train` is its forward, backward and step."""
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """`runs/<id>/` and what it holds (docs/reference.md lists the files)."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, spec: RunSpec, sweep: str | None = None) -> RunDir:
+        """A new directory with `spec.json` in it; the id is name (`name_of`), time and four random digits.
+
+        RequestError where `run.output_dir` cannot be written to.
+        """
+        while True:
+            name = f"{name_of(spec)}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+            run = cls(Path(spec.run.output_dir).expanduser() / name)
+            try:
+                run.path.mkdir(parents=True)
+                break
+            except FileExistsError:  # 1 in 65,536 for two runs of one second
+                continue
+            except OSError as error:
+                problem = Problem(f"run.output_dir={spec.run.output_dir} cannot be written to: {error.strerror}")
+                raise RequestError(problem) from None
+        (run.path / "logs").mkdir()
+        run.write_spec(spec)
+        run.set_status("created", sweep=sweep, created=time.time(), **facts_of(spec))
+        return run
+
+    @property
+    def id(self) -> str:
+        """The directory's own name."""
+        return self.path.name or self.path.resolve().name  # `.`
+
+    @property
+    def spec_file(self) -> Path:
+        """The resolved run, which repeats it: `python -m runner runs/<id>/spec.json`."""
+        return self.path / "spec.json"
+
+    def write_spec(self, spec: RunSpec) -> None:
+        """`spec.json`, and `training.yaml` with the same values for people to read, change and start from."""
+        from runner.config.catalog import dump  # YAML and OmegaConf: nothing that a list of runs needs
+
+        content = spec.model_dump(mode="json")
+        self.write("spec.json", content)
+        write_atomically(self.path / YAML_FILE, dump(content))
+
+    def write(self, name: str, content: Any) -> None:
+        """Write JSON so that a reader, or the next command after a crash, sees the old file or the new one."""
+        write_atomically(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def read(self, name: str) -> dict[str, Any]:
+        """One of the JSON files; empty if it is not there or not readable."""
+        try:
+            content = json.loads((self.path / name).read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def set_status(self, state: str, **facts: Any) -> None:
+        """Move to `state`, keep the facts already there, stamp time, process and machine."""
+        stamp = {"run_id": self.id, "state": state, "pid": os.getpid(), "host": socket.gethostname()}
+        stamp["born"] = birth(os.getpid())
+        self.write("status.json", {**self.read("status.json"), **stamp, "updated": time.time(), **facts})
+
+    def spent(self) -> float:
+        """Seconds of work on it so far, over all its starts: the time in which nobody worked on it does not count."""
+        status = self.read("status.json")
+        started, before = status.get("started"), float(status.get("spent", 0.0))
+        if started is None:
+            return before
+        seen = [float(line.get("time", 0.0)) for line in (*self.metrics(), *self.evals())]
+        return before + max(0.0, max([float(status.get("updated", started)), *seen]) - float(started))
+
+    def state(self, status: dict[str, Any] | None = None) -> str:
+        """The state, or `killed` where the process that should be at work is gone; `status` is what was read of it."""
+        status = self.read("status.json") if status is None else status
+        state = str(status.get("state", "unknown"))
+        if state not in ACTIVE:
+            return state
+        if status.get("host") == socket.gethostname():
+            return state if alive(status.get("pid"), status.get("born")) else "killed"
+        # Another name of this machine, or a container on it, whose processes are not to be seen from here: its lock is.
+        boot = str(birth(os.getpid())).partition(":")[0]
+        return "killed" if str(status.get("born")).startswith(f"{boot}:") and self._unowned() else state
+
+    def _unowned(self) -> bool:
+        """No process of this machine holds the run's lock (run_lock.py), which it has."""
+        try:
+            import fcntl  # not on Windows, where there are no such locks
+
+            with (self.path / ".owner").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (OSError, ImportError):
+            return False
+        return True
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Lines of `metrics.jsonl`, one per optimiser step."""
+        return self._lines("metrics.jsonl")
+
+    def evals(self) -> Iterator[dict[str, Any]]:
+        """Lines of `evals.jsonl`, one per measurement of the held-out loss."""
+        return self._lines("evals.jsonl")
+
+    def cut_after(self, step: int) -> None:
+        """Forget the lines of later steps: they are done again."""
+        for name in ("metrics.jsonl", "evals.jsonl"):
+            lines = list(self._lines(name))
+            kept = [line for line in lines if line["step"] <= step and step]
+            if len(kept) < len(lines):
+                write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """JSON lines; a last one cut short by a kill is passed over."""
+        try:
+            lines = (self.path / name).read_text("utf-8").splitlines()
+        except OSError:
+            return
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def name_of(spec: RunSpec) -> str:
+    """`run.name`, else what tells it from others: model and method, the objective and the data where they are not the
+    main job's: `phi2-lora`, `phi2-lora-dpo-pairs`."""
+    if spec.run.name:
+        return spec.run.name
+    data = spec.data
+    about = Path(data.path).name.partition(".")[0] if data.source == "file" and data.path else data.name
+    about = re.sub(r"[^A-Za-z0-9_]+", "-", about).strip("-")[:32]
+    parts = [spec.model.name, spec.method.name]
+    parts += [spec.objective.name] if spec.objective.name != "sft" else []
+    parts += [about] if about and about != "commands" else []
+    return "-".join(parts)
+
+
+def facts_of(spec: RunSpec) -> dict[str, Any]:
+    """What `runs` shows of a run: kept in `status.json`, as a list of a thousand runs reads no specs."""
+    data = spec.data
+    return {
+        "model": spec.model.name,
+        "method": spec.method.name,
+        "objective": spec.objective.name,
+        "data": data.path if data.source == "file" and data.path else data.name,
+        "learning_rate": spec.train.learning_rate,
+    }
+
+
+def runs_in(output_dir: Path) -> list[RunDir]:
+    """Every run below `output_dir`, in no order."""
+    return [RunDir(file.parent) for file in output_dir.glob("*/status.json")]
+
+
+def all_runs(output_dir: Path) -> list[RunDir]:
+    """Every run below `output_dir`, oldest first."""
+    return sorted(runs_in(output_dir), key=lambda run: (run.read("status.json").get("created", 0.0), run.id))
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Temporary file beside it, fsync, rename."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def birth(pid: Any) -> str | None:
+    """When a process began, by boot and clock tick: tells it from a later one that was given its number, after a reboot
+    or in a container that was started again. None for one that is not there, or where there is no /proc."""
+    try:
+        ticks = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text('utf-8').strip()}:{ticks}"
+    except OSError:
+        return None
+
+
+def alive(pid: Any, born: str | None = None) -> bool:
+    """Whether such a process, which was `born` then, is at work on this machine. A zombie is not: in a container whose
+    first process does not collect orphans it stays for ever."""
+    try:
+        os.kill(int(pid), 0)
+        if born and birth(pid) not in (born, None):
+            return False
+        return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (ProcessLookupError, TypeError, ValueError):
+        return False
+    except FileNotFoundError:  # gone just now; on macOS there is no /proc
+        return not Path("/proc/self").exists()
+    except OSError:  # somebody else's
+        return True
+
+
+def shown(path: Path) -> str:
+    """A path as one would type it from here."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative

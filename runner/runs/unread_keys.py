@@ -1,0 +1,80 @@
+"""Keys that a verb does not read: typed with it, they are said to have no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from runner.config.request import Request
+
+_OF_SWEEPS = ("run.metric", "run.metric_mode", "sweep.*")
+_ARITHMETIC = (
+    "model.aliases", "model.gguf_file", "model.learning_rate_full", "model.learning_rate_adapter",
+    "model.num_parameters", "hw.aliases", "hw.gpu", "hw.node_address", "method.alpha", "method.init",
+    "method.outlier_threshold", "method.quant_type", "method.use_rslora", "objective.center", "objective.chosen_weight",
+    "objective.clip", "objective.desirable_weight", "objective.gzip", "objective.label_smoothing",
+    "objective.lines_per_shard", "objective.loss_on", "objective.reward_length", "objective.reward_regex",
+    "objective.reward_weights", "objective.simpo_margin", "objective.temperature", "objective.undesirable_weight",
+    "data.answer_field", "data.num_proc", "data.on_error", "data.weight_field", "train.hang_minutes",
+    "train.learning_rate", "train.liger", "train.on_loss_spike", "train.schedule", "train.spike_factor",
+    "train.warmup_ratio", "train.weight_decay", "where.bad_host_minutes", "where.container_disk_gb", "where.cpu_type",
+    "where.country", "where.cuda_versions", "where.data_centers", "where.deadline_hours", "where.heartbeat_minutes",
+    "where.image", "where.keep", "where.max_replacements", "where.pod", "where.setup_minutes", "where.template",
+    "where.volume", "where.volume_gb", "track.*", "push.*", "run.name", "run.on_changed_inputs", *_OF_SWEEPS,
+)  # fmt: skip
+"""Change neither memory nor time nor money."""
+_CARDS = ("data.num_rows", "data.num_eval_rows", "data.bytes_per_row")
+"""What a data set's card states: for who does not read the rows."""
+UNREAD = {
+    "run": _OF_SWEEPS,
+    "plan": (*_ARITHMETIC, "run.*", "track"),
+    "fit": (
+        *_ARITHMETIC, "run.*", "track", "model.title", "hw.title", "hw.env", "hw.host_memory_gib",
+        "hw.rented_memory_gib_per_gpu", "hw.price_date",
+        "hw.runpod_gpu_id", "data.max_eval_examples", "data.num_eval_rows", "eval.max_new_tokens", "eval.num_prompts",
+        "model.gated", "objective.shards", "train.max_grad_norm",
+        "train.keep_checkpoints", "train.save_every_minutes", "train.save_every_steps", "where.cloud",
+        "where.max_hours", "where.max_usd",
+    ),
+    "doctor": (*_ARITHMETIC, "model.title", "hw.title"),
+    "data preview": (*_CARDS, "data.max_eval_examples", "data.max_examples", "data.num_proc", "data.on_long"),
+    "data stats": (*_CARDS, "data.num_proc", "data.on_long"),
+    "data prepare": _CARDS,
+}  # fmt: skip
+_ROWS = ("data", "data.*", "model", "model.id", "model.package", "model.gguf_file", "model.revision", "objective")
+READ = {
+    "data preview": (*_ROWS, "objective.loss_on", "train.max_length"),
+    "data stats": (*_ROWS, "model.context_length", "train.max_length", "train.seed"),
+    "data prepare": (
+        *_ROWS, "model.from_scratch", "model.vocab_size", "objective.experiment", "objective.gzip",
+        "objective.lines_per_shard", "objective.loss_on", "objective.max_new_tokens", "objective.mode",
+        "objective.reward_regex", "objective.rewards", "objective.root", "objective.shards", "objective.take",
+        "objective.tokenizer", "objective.val_ratio", "train.max_length", "train.packing", "train.seed",
+        "eval.every_steps", "where", "where.volume", "deepspeed.config",
+    ),
+}  # fmt: skip
+"""Verbs that read little: all that they do, but for what stands above."""
+_CALLED = {"run": "a run without -m"}
+
+
+def reads(verb: str, key: str) -> bool:
+    """The key can change what the verb answers, in some combination."""
+    if _named(key, UNREAD.get(verb, ())):
+        return False
+    return verb not in READ or _named(key, READ[verb])
+
+
+def _named(key: str, keys: tuple[str, ...]) -> bool:
+    group, dot, _ = key.partition(".")
+    return key in keys or (bool(dot) and f"{group}.*" in keys)
+
+
+def notes(verb: str, request: Request, said: Collection[str] = ()) -> list[str]:
+    """One sentence for the keys and choices among the typed words that `verb` does not read; what a recipe sets is
+    meant for a run. Not for those that a note has `said` to have no effect at all."""
+    typed = dict.fromkeys(word.lstrip("+~").partition("=")[0] for word in request.overrides)
+    known = {note.partition(" has no effect: ")[0] for note in said}
+    keys = [key for key in typed if key != "recipe" and key not in known and not reads(verb, key)]
+    if not keys:
+        return []
+    listed = " and ".join(filter(None, (", ".join(keys[:-1]), keys[-1])))
+    return [f"{listed} {'has' if len(keys) == 1 else 'have'} no effect on {_CALLED.get(verb, verb)}"]

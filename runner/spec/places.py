@@ -1,0 +1,78 @@
+"""Keys of a run that name files or folders, and what kind of place such a text is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from runner.paths import CONF
+from runner.spec import Grpo, Pretrain, RunSpec
+
+GLOB_SIGNS = "*?["
+
+
+def is_url(path: str) -> bool:
+    """`s3://bucket/my.jsonl`, `https://…`: see remote.py."""
+    return "://" in path
+
+
+def is_glob(path: str) -> bool:
+    """A pattern on this machine, unless a file is called so."""
+    return not is_url(path) and any(sign in path for sign in GLOB_SIGNS)
+
+
+TEMPLATES = CONF / "chat_template"
+
+
+def named_places(spec: RunSpec) -> Iterator[tuple[str, str]]:
+    """Key and value of everything that a run reads and that may be a file or folder: model, data, template, DeepSpeed's
+    config, tokenizer, reward functions (without the function's name)."""
+    data, objective = spec.data, spec.objective
+    if spec.model.package is None and Path(spec.model.id).is_dir():  # else of the Hub, whatever file is called so
+        yield "model.id", spec.model.id
+    yield from _data(spec)
+    if data.chat_template is not None and not _is_named(data.chat_template):
+        yield "data.chat_template", data.chat_template
+    if spec.deepspeed.config is not None:
+        yield "deepspeed.config", spec.deepspeed.config
+    if isinstance(objective, Pretrain) and objective.tokenizer is not None:
+        yield "objective.tokenizer", objective.tokenizer
+    yield from _rewards(spec)
+
+
+def get_place(values: Any, key: str) -> str:
+    """What a dumped spec says for a key of `named_places`. KeyError or IndexError where there is none."""
+    for step in key.split("."):
+        values = values[int(step)] if step.isdigit() else values[step]
+    return str(values)
+
+
+def put_place(values: Any, key: str, path: str) -> None:
+    """Name another file or folder in a dumped spec; a reward function keeps its name."""
+    *parents, leaf = (int(step) if step.isdigit() else step for step in key.split("."))
+    for step in parents:
+        values = values[step]
+    function = str(values[leaf]).rpartition(".py:")[2] if key.startswith("objective.rewards") else ""
+    values[leaf] = f"{path}:{function}" if function and not path.endswith(f".py:{function}") else path
+
+
+def _data(spec: RunSpec) -> Iterator[tuple[str, str]]:
+    data, objective = spec.data, spec.objective
+    if isinstance(objective, Pretrain) and objective.experiment is not None and objective.shards == "reuse":
+        return  # the shards are read, whatever they were made of
+    if data.source == "file":
+        named = [("data.path", data.path), ("data.eval_path", data.eval_path)]
+        named += [(f"data.sources.{number}.path", source.path) for number, source in enumerate(data.sources)]
+        yield from ((key, path) for key, path in named if path is not None)
+
+
+def _rewards(spec: RunSpec) -> Iterator[tuple[str, str]]:
+    if isinstance(spec.objective, Grpo):
+        for number, reward in enumerate(spec.objective.rewards):
+            if ".py:" in reward:
+                yield f"objective.rewards.{number}", reward.rpartition(":")[0]
+
+
+def _is_named(template: str) -> bool:
+    return (TEMPLATES / f"{template}.jinja").is_file()

@@ -1,0 +1,158 @@
+"""The processes of a run: who this one is, and the few things they settle between them.
+
+torchrun tells each process its place through the environment; without it there is one process, and nothing to settle.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import import_module
+from itertools import count
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
+
+from runner.spec import RunSpec
+
+TIMEOUT = timedelta(minutes=30)
+"""Of one collective. A hang is found earlier, by the heartbeat (launcher/supervisor.py): this is for a lost watcher."""
+LOOK_SECONDS = 0.2
+_TURNS = count()
+"""Of `main_first`: all processes come by each of them in the same order."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all processes of the run."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    """Number within the machine; also the GPU's."""
+
+    @property
+    def main(self) -> bool:
+        """The one process that writes the run's files and talks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.world > 1:
+            self.total([0.0])  # an all-reduce over gloo, also where the GPUs speak NCCL: it needs no stream
+
+    @contextmanager
+    def main_first(self, beat: Callable[[], None] = lambda: None) -> Iterator[Callable[[], None]]:
+        """What fills a cache is done by the main process and found there by the others; where other machines do not
+        share it, by one process on each, once the main one is through.
+
+        Gives what whoever is at work calls as it gets on: `beat`, the sign of life, of those who wait as well. They
+        look into the store where all have met, for as long as it takes: a collective would end after `TIMEOUT`.
+        """
+        if self.world == 1:
+            yield beat
+            return
+        turn, machine = next(_TURNS), os.environ.get("GROUP_RANK", "0")
+        store = PrefixStore(f"turn {turn}", distributed_c10d._get_default_store())
+        if not self.main:
+            _wait(store, "main", beat)
+        if self.local:
+            _wait(store, machine, beat)
+        last = 0.0
+
+        def working() -> None:
+            nonlocal last
+            beat()
+            if time.monotonic() - last > 1:
+                last = time.monotonic()
+                store.add("beats", 1)
+
+        yield working
+        if not self.local:
+            store.set(machine, "over")
+        if self.main:
+            store.set("main", "over")
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true anywhere; all get the same answer."""
+        return self.total([float(flag)])[0] > 0
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over all processes."""
+        if self.world == 1:
+            return list(numbers)
+        values = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(values)
+        return [float(v) for v in values]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank, on every process."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value)
+        return found
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+
+def _wait(store: PrefixStore, over: str, beat: Callable[[], None]) -> None:
+    """Until the key is there; whenever whoever is at work got on, that is a sign of life."""
+    heard = 0
+    while not store.check([over]):
+        time.sleep(LOOK_SECONDS)
+        if (beats := store.add("beats", 0)) != heard:
+            heard = beats
+            beat()
+
+
+def launched() -> bool:
+    """Started by torchrun."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def place() -> Ranks:
+    """Who this process is, before anything is joined."""
+    if not launched():
+        return Ranks()
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+
+
+def join(spec: RunSpec) -> Ranks:
+    """Meet the other processes. With DeepSpeed before the model is loaded, or ZeRO-3 sees a world of one."""
+    ranks = place()
+    if not launched():
+        return ranks
+    on_gpu = spec.hw.accelerator == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(ranks.local)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    if spec.deepspeed.name != "none":
+        import deepspeed
+
+        if not on_gpu:
+            # DeepSpeed would compile a C++ all-reduce for CPUs, half a minute on two cores, and whoever is killed
+            # meanwhile leaves a lock that all later runs wait for; gloo has one. (`deepspeed.comm.torch` is torch.)
+            import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+        deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=TIMEOUT, verbose=False)
+    return ranks
+
+
+def leave() -> None:
+    """Part from the others, without a word."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,81 @@
+"""The measurement before training, shared by the runs of a sweep that would measure the same model in the same way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from runner.rundir.directory import RunDir, write_atomically
+from runner.spec import Lora, QLora4, QLora8, RunSpec
+
+NEUTRAL: dict[str, tuple[str, ...]] = {
+    "train": (
+        "batch_size", "accumulation_steps", "num_epochs", "max_steps", "learning_rate", "schedule", "warmup_ratio",
+        "weight_decay", "max_grad_norm", "optimizer", "save_every_steps", "save_every_minutes", "keep_checkpoints",
+        "hang_minutes", "on_loss_spike", "spike_factor",
+    ),
+    "eval": ("every_steps", "early_stopping_patience"),
+}  # fmt: skip
+"""Keys that say how to train, and nothing of the model before the first step. A key that is not here counts."""
+NEUTRAL_PARTS = ("run", "push", "sweep", "track")
+NEUTRAL_IN_ZERO_UPDATE = ("rank", "alpha", "dropout")
+
+
+def file_of(spec: RunSpec, run: RunDir) -> Path | None:
+    """The file in the sweep's folder with what such a run measures, whether it is there or not; None without a sweep.
+
+    Its name is a digest of the settings, the versions, and the contents of everything that is read.
+    """
+    sweep = run.read("status.json").get("sweep")
+    folder = run.path.parent / "sweeps" / str(sweep)
+    if not sweep or not folder.is_dir() or spec.deepspeed.config is not None:  # a file that `inputs.json` has not
+        return None
+    parts = [_settings(spec), run.read("environment.json"), run.read("inputs.json")]
+    return folder / f"before-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]}.json"
+
+
+def _settings(spec: RunSpec) -> dict[str, Any]:
+    """The settings that can change what is measured."""
+    values = spec.model_dump(mode="json", exclude=set(NEUTRAL_PARTS))
+    neutral = NEUTRAL | ({"method": NEUTRAL_IN_ZERO_UPDATE} if adds_nothing(spec) else {})
+    for part, keys in neutral.items():
+        values[part] = {key: value for key, value in values[part].items() if key not in keys}
+    return values
+
+
+def adds_nothing(spec: RunSpec) -> bool:
+    """The adapter starts with B = 0: to the last bit the model is its base, whatever the rank and the scale."""
+    method = spec.method
+    if not isinstance(method, (Lora, QLora4, QLora8)) or method.use_dora:
+        return False
+    return not isinstance(method, Lora) or method.init in ("default", "gaussian")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """What an earlier run has measured: `run`, `result`, `logged`, `answers`; empty where there is none."""
+    return RunDir(file.parent).read(file.name)
+
+
+def write(file: Path, content: dict[str, Any]) -> None:
+    """Leave it to the runs that follow."""
+    write_atomically(file, json.dumps(content, ensure_ascii=False))
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Context that leaves every random number generator as it was: a data loader draws from torch's even where nothing
+    is shuffled, and a run that takes a measurement over has to train like one that made it."""
+    states = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])

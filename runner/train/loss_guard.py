@@ -1,0 +1,199 @@
+"""Numbers that go wrong while training: a loss that is no number, a gradient that is none, a loss that jumps.
+
+Judged for every micro batch before its backward pass, so before the optimiser changes a weight, and by all processes
+together: what one of them finds, all act on in the same micro batch, and none is left waiting for the others.
+A loss is a mean per labelled token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, NoReturn
+
+from runner.errors import Problem, Rewind, RunFailedError
+from runner.rundir import checkpoints
+from runner.rundir.directory import RunDir, shown
+from runner.spec import TrainSpec
+from runner.train.distributed import Ranks
+
+WINDOW = 50
+"""Step losses of which the median is taken."""
+MIN_STEPS = 20
+"""Step losses before the first judgement: the loss of the first steps moves by itself."""
+MAX_REWINDS = 3
+REWIND_COVERS = 2
+"""Steps left out after a rewind: the spike's own, and the one whose update it may come from. PaLM left out "the batches
+that were seen before and during the spike" (arXiv 2204.02311 §5.1)."""
+SHOWN_LOSSES = 20
+SHOWN_ROWS = 8
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What is judged: one micro batch of this process."""
+
+    step: int
+    """Optimiser step it belongs to, from 1, as in `metrics.jsonl`."""
+    number: int
+    """Its place within the step, from 1."""
+    loss: float
+    rows: list[int]
+    """Rows of the tokenised training set."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one process found; they are exchanged."""
+
+    rank: int
+    value: float
+    rows: list[int]
+
+
+def is_spike(loss: float, losses: Sequence[float], factor: float) -> bool:
+    """Whether a loss is above `factor` × the median of the last step losses; never before there are enough."""
+    recent = losses[-WINDOW:]
+    return len(recent) >= MIN_STEPS and loss > factor * median(recent)
+
+
+def step_losses(history: Sequence[dict[str, Any]]) -> list[float]:
+    """The last step losses in transformers' `log_history`, which a checkpoint keeps; without the skipped steps'."""
+    found: list[float] = []
+    for line in reversed(history):
+        if len(found) == WINDOW:
+            break
+        if "loss" in line and not line.get("skipped") and math.isfinite(line["loss"]):
+            found.append(line["loss"])
+    return found[::-1]
+
+
+class LossGuard:
+    """Stops, skips or rewinds. All its methods are called by all processes at the same point."""
+
+    def __init__(
+        self, train: TrainSpec, run: RunDir, ranks: Ranks | None = None, note: Callable[[str], None] = print
+    ) -> None:
+        self.run, self.ranks, self.note = run, ranks or Ranks(), note
+        self.action, self.factor = train.on_loss_spike, train.spike_factor
+        self.exact = train.precision == "fp32"
+        kept = self.ranks.from_main(run.read("rewinds.json"))  # nodes may not share a disk
+        self.num_rewinds = int(kept.get("count", 0))
+        self.left_out = {int(step) for step in kept.get("skipped_steps", [])}
+        """Steps whose data made a spike before a rewind."""
+        self.rewound_from = 0
+        """First step that is to be left out after this process' rewind."""
+        self.skipped: set[int] = set()
+        """Steps of this process' life in which something was not learned."""
+
+    def learns(
+        self, batch: MicroBatch, losses: Sequence[float], facts: Callable[[], dict[str, Any]] = dict
+    ) -> bool:  # fmt: skip
+        """Whether this micro batch takes part in learning.
+
+        `losses` are the step losses so far; `facts` makes what else the dump of a broken one should hold.
+        RunFailedError for a loss that is no number, and for a spike after the last rewind; Rewind for a spike.
+        """
+        broken = not math.isfinite(batch.loss)
+        judged = self.action != "ignore" and batch.step not in self.left_out
+        spike = judged and is_spike(batch.loss, losses, self.factor)
+        # One all-reduce of 16 bytes over gloo; TRL gathers its own numbers at every micro batch, too.
+        num_broken, num_spikes = self.ranks.total([float(broken), float(spike)])
+        if num_broken:
+            if broken:
+                self._dump(batch.step, batch.rows, losses, micro_batch=batch.number, loss=batch.loss, **facts())
+            place = f"step {batch.step}, micro batch {batch.number}"
+            self._fail("loss", place, self._exchange(broken, batch.loss, batch.rows), batch.step)
+        if batch.step in self.left_out:
+            if batch.step not in self.skipped and self.ranks.main:
+                self.note(f"  step {batch.step}: not learned from, its data made the loss jump before")
+            self.skipped.add(batch.step)
+            return False
+        if num_spikes:
+            self._spiked(batch, self._exchange(spike, batch.loss, batch.rows), median(losses[-WINDOW:]))
+            return False
+        return True
+
+    def check_norm(
+        self, step: int, norm: float, rows: list[int], losses: Sequence[float], facts: Callable[[], dict[str, Any]]
+    ) -> None:  # fmt: skip
+        """RunFailedError where the gradient of a step was no number; not for fp16, whose scaler passes over such steps.
+
+        `rows` are all of the step's in this process. The step is done, but not yet in any checkpoint.
+        """
+        broken = not math.isfinite(norm)
+        if self.ranks.any(broken):
+            if broken:
+                self._dump(step, rows, losses, grad_norm=norm, **facts())
+            self._fail("gradient norm", f"step {step}", self._exchange(broken, norm, rows), step)
+
+    def step_back(self) -> None:
+        """After a rewind: the last checkpoint may have learned from what is to be left out, or hold the damage. It is
+        deleted where there is an older one; without one going back a little is better than starting anew."""
+        done = checkpoints.complete(self.run)
+        if self.ranks.main and any(step < self.rewound_from for step in done):
+            checkpoints.discard(self.run, [step for step in done if step >= self.rewound_from])
+
+    def _exchange(self, mine: bool, value: float, rows: list[int]) -> list[Finding]:
+        """The findings of all processes that have one; each gets the same list."""
+        found = self.ranks.gather(Finding(self.ranks.rank, value, rows) if mine else None)
+        return [finding for finding in found if finding is not None]
+
+    def _dump(self, step: int, row_ids: list[int], losses: Sequence[float], **facts: Any) -> None:
+        """`nan/step-<k>-rank<r>.json`; a number that JSON does not know is written as text."""
+        (self.run.path / "nan").mkdir(exist_ok=True)
+        facts = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
+        rank = self.ranks.rank
+        last = list(losses[-SHOWN_LOSSES:])
+        content = {"step": step, "rank": rank, "row_ids": row_ids, "last_losses": last, **facts}
+        self.run.write(_dump_name(step, rank), content)
+
+    def _fail(self, what: str, place: str, found: list[Finding], step: int) -> NoReturn:
+        file = self.run.path / _dump_name(step, found[0].rank)
+        raise RunFailedError(
+            Problem(
+                f"the {what} became {found[0].value} at {place}, in {self._rows(found)}",
+                shown(file),
+                "look at these rows in that file; if they are sound, lower train.learning_rate"
+                + (" or raise train.warmup_ratio" if self.exact else ", or use train.precision=fp32"),
+            )
+        )
+
+    def _spiked(self, batch: MicroBatch, found: list[Finding], middle: float) -> None:
+        """Skip: say so. Rewind: note the steps to leave out, for the worker that starts again."""
+        worst = max(finding.value for finding in found)
+        what = (
+            f"the loss jumped to {worst:.4g} at step {batch.step}, {worst / middle:.1f} × the median of the last "
+            f"steps, in {self._rows(found)}"
+        )
+        if self.action == "skip":
+            self.skipped.add(batch.step)
+            if self.ranks.main:
+                self.note(f"  {what}: not learned from")
+            return
+        if self.num_rewinds >= MAX_REWINDS:
+            remedy = "lower train.learning_rate, raise train.spike_factor, or use train.on_loss_spike=skip"
+            raise RunFailedError(Problem(f"{what}, after {MAX_REWINDS} rewinds", None, remedy))
+        around = range(max(1, batch.step - REWIND_COVERS + 1), batch.step + 1)
+        count = self.num_rewinds + 1
+        if self.ranks.main:
+            self.run.write("rewinds.json", {"skipped_steps": sorted(self.left_out | set(around)), "count": count})
+            self.run.set_status("rewinding", step=batch.step, rewinds=count)
+            self.note(f"  {what}: going back to a checkpoint, {count} of {MAX_REWINDS} times")
+        self.rewound_from = around[0]
+        raise Rewind(Problem(what, None, "the worker is started again from the last checkpoint"))
+
+    def _rows(self, found: list[Finding]) -> str:
+        """`rows 3, 17 of the tokenised training set`, with the process where there are several."""
+        return "; ".join(
+            f"row{'s' * (len(f.rows) > 1)} {', '.join(map(str, f.rows[:SHOWN_ROWS]))}"
+            + (f" and {len(f.rows) - SHOWN_ROWS} more" if len(f.rows) > SHOWN_ROWS else "")
+            + (f" (rank {f.rank})" if self.ranks.world > 1 else "")
+            for f in found
+        ) + " of the tokenised training set"  # fmt: skip
+
+
+def _dump_name(step: int, rank: int) -> str:
+    return f"nan/step-{step}-rank{rank}.json"

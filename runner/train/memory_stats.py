@@ -1,0 +1,196 @@
+"""The highest memory of this process, in all and by phase; and whether an error means that there was none left."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from runner.report.known_causes import GPU_MEMORY
+
+GIB = 2**30
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Highest values over some time, in GiB."""
+
+    resident: float
+    """Main memory in use (RSS), pages of mapped files included."""
+    reserved: float | None = None
+    """Taken from the GPU by torch's allocator; None without a GPU."""
+    allocated: float | None = None
+    """Of that, in tensors."""
+
+    def merged(self, other: Peak) -> Peak:
+        """The higher of each."""
+        pairs = zip(asdict(self).values(), asdict(other).values(), strict=True)
+        return Peak(*(a if b is None else b if a is None else max(a, b) for a, b in pairs))
+
+    @property
+    def held(self) -> float:
+        """What the plan speaks of: reserved on a GPU, resident on a CPU."""
+        return self.resident if self.reserved is None else self.reserved
+
+
+class Peaks:
+    """Measures from one call of `end` to the next; a phase that comes twice counts with its higher peak."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
+        self.phases: dict[str, Peak] = {}
+        self.resets = _reset(on_gpu)
+
+    def end(self, phase: str) -> None:
+        """What was measured since the last call belongs to `phase`."""
+        now = highest(self.on_gpu)
+        self.phases[phase] = self.phases[phase].merged(now) if phase in self.phases else now
+        self.resets = _reset(self.on_gpu)
+
+    def overall(self) -> Peak:
+        """Of all phases so far, and of what came since."""
+        peak = highest(self.on_gpu)
+        for other in self.phases.values():
+            peak = peak.merged(other)
+        return peak
+
+    def as_dict(self) -> dict[str, Any]:
+        """The measurements for `summary.json`; phases only where they can be told apart."""
+        phases = {name: peak.held for name, peak in self.phases.items()} if self.resets else {}
+        return {**asdict(self.overall()), "outside": _outside() if self.on_gpu else None, "phases": phases}
+
+
+def gpu_in_use() -> bool:
+    """CUDA is there and initialised: asking it for numbers before that would create a context of half a GiB."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch's
+
+
+def highest(on_gpu: bool) -> Peak:
+    """Since the last reset."""
+    resident = _resident()
+    if not on_gpu:
+        return Peak(resident)
+    return Peak(resident, torch.cuda.max_memory_reserved() / GIB, torch.cuda.max_memory_allocated() / GIB)
+
+
+def _resident() -> float:
+    """`VmHWM` where there is one (proc_pid_status(5)): in `ru_maxrss` is also what the process that started this one
+    held at that moment, and no reset takes that away."""
+    with suppress(OSError):
+        for line in STATUS.read_text("ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / GIB
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage / GIB if sys.platform == "darwin" else usage * 1024 / GIB  # macOS counts bytes, Linux KiB
+
+
+def _reset(on_gpu: bool) -> bool:
+    """Begin anew; False where the peak of main memory cannot be reset, so that phases cannot be told apart.
+
+    What is free but kept, by torch's allocator or by the C library, goes back first: the next phase would seem to use
+    it. Linux: "5" in clear_refs resets the peak of the resident size (proc_pid_clear_refs(5)).
+    """
+    if on_gpu:
+        if gpu_in_use():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return True
+    with suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        CLEAR_REFS.write_text("5", "ascii")
+    except OSError:
+        return False
+    return True
+
+
+def _outside() -> float:
+    """Taken of the GPU and not by torch's allocator: this process's CUDA context and libraries, and other processes."""
+    free, total = torch.cuda.mem_get_info()
+    return float(total - free - torch.cuda.memory_reserved()) / GIB
+
+
+# ── out of memory ──────────────────────────────────────────────────────────────────────────────
+
+_CPU = ("defaultcpuallocator: can't allocate memory", "cannot allocate memory")
+
+
+def out_of_memory(error: BaseException) -> dict[str, Any] | None:
+    """What to keep of an error that means: no memory left. None for any other.
+
+    `kind` is `cuda` or `cpu` (main memory), `message` the allocator's first line, `phase` that of the step, where the
+    stack shows it; sizes in GiB.
+    """
+    for cause in _causes(error):
+        kind = _kind(cause)
+        if kind:
+            lines = (str(cause).strip() or type(cause).__name__).splitlines()
+            text = next((line.strip() for line in lines if GPU_MEMORY.search(line)), lines[0])
+            return {"kind": kind, "message": text, "phase": _where(cause.__traceback__), **_held()}
+    return None
+
+
+def _held() -> dict[str, float | None]:
+    on_gpu = gpu_in_use()
+    peak = highest(on_gpu)
+    free, total = torch.cuda.mem_get_info() if on_gpu else (None, None)
+    return {
+        "allocated_gib": _rounded(peak.allocated),
+        "reserved_gib": _rounded(peak.reserved),
+        "resident_gib": _rounded(peak.resident),
+        "outside_gib": _rounded(_outside() if on_gpu else None),
+        "total_gib": None if total is None else _rounded(total / GIB),
+        "free_gib": None if free is None else _rounded(free / GIB),
+    }
+
+
+def _rounded(size: float | None) -> float | None:
+    return None if size is None else round(size, 3)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what it was raised from."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _kind(error: BaseException) -> str | None:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "cuda"
+    if GPU_MEMORY.search(str(error)):
+        return "cuda"
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return "cpu"
+    return "cpu" if isinstance(error, (RuntimeError, OSError)) and any(words in text for words in _CPU) else None
+
+
+def _where(stack: TracebackType | None) -> str | None:
+    """`eval`, `backward`, `step` or `forward`, by the functions that were being run."""
+    called = set()
+    while stack is not None:
+        code = stack.tb_frame.f_code
+        called.add(code.co_name)
+        if code.co_name == "step" and "optim" in code.co_filename:
+            called.add("optimizer")
+        stack = stack.tb_next
+    if called & {"evaluation_loop", "generate"}:
+        return "eval"
+    if "backward" in called:
+        return "backward"
+    if called & {"optimizer", "clip_grad_norm_"}:
+        return "step"
+    return "forward" if "compute_loss" in called else None

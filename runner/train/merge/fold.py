@@ -1,0 +1,111 @@
+"""Fold an adapter into its base: packed weights unpacked, the update added in fp32, rounded once and without bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners import lora
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch import nn
+
+from runner.train import quantised_experts
+from runner.train.merge.proof import dequantised, quantised
+from runner.train.merge.rounding import at_random
+
+SEED = 0  # the same merge gives the same weights
+
+
+def fold(model: PeftModel, dtype: torch.dtype) -> tuple[Any, set[str]]:
+    """The merged model, plain and on the CPU, and the names of the weights that were rounded to `dtype`.
+
+    PEFT alone would merge into the packed weight and pack the sum again, with a second quantisation error as large as
+    the first; or, in 16 bits, round the update and then the sum, to nearest. So every layer gets a plain base in fp32
+    first, and only one layer at a time is that large. ValueError for a weight that is not finite.
+    """
+    rounded = set()
+    generator = torch.Generator().manual_seed(SEED)
+    for name, layer in list(model.get_base_model().named_modules()):
+        if isinstance(
+            layer, lora.ParamWrapper
+        ):  # a parameter that is no layer's weight: all experts of a mixture in one
+            experts, own = layer.get_base_layer(), layer.parameter_name
+            _unpack(experts, own)
+            setattr(experts, own, _widened(getattr(experts, own)))
+            layer.merge(safe_merge=True)
+            _settle(experts, dtype, generator)
+            rounded.add(f"{name.replace('.base_layer', '')}.{own}")  # one wrapper in another where several are adapted
+        elif isinstance(layer, lora.LoraLayer):
+            packed = quantised(layer.get_base_layer())
+            layer.base_layer = _plain(layer.get_base_layer(), torch.float32)
+            # On the classes for packed layers PEFT's own `merge` packs again; the update itself is the same.
+            kind: Any = lora.Linear if packed else type(layer)
+            kind.merge(layer, safe_merge=True)
+            _settle(layer.base_layer, dtype, generator)
+            rounded.add(f"{name}.weight")
+        elif isinstance(layer, TrainableTokensLayer):  # PEFT copies its fp32 rows into a weight of their own width only
+            weight = layer.get_base_layer().weight
+            weight.data = weight.data.float()  # in place: the output may share it
+    merged = model.merge_and_unload()  # nothing is left to merge: takes the wrappers away, keeps saved modules
+    for name, module in list(merged.named_modules()):
+        if quantised(module):
+            plain = _plain(module, torch.float32)
+            rounded |= {f"{name}.{own}" for own, parameter in plain.named_parameters() if _loses(parameter, dtype)}
+            _settle(plain, dtype, generator)
+            merged.set_submodule(name, plain)
+        for own in quantised_experts.parameters(module):
+            _unpack(module, own)
+            rounded |= {f"{name}.{own}"} if _loses(getattr(module, own), dtype) else set()
+            _settle(module, dtype, generator)
+    rounded |= {name for name, parameter in merged.named_parameters() if _loses(parameter, dtype)}
+    _settle(merged, dtype, generator)
+    _forget_packing(merged)
+    return merged.cpu(), rounded
+
+
+def _plain(module: Any, dtype: torch.dtype) -> Any:
+    """The same layer with an unpacked weight of its own in `dtype`; a weight shared with another layer no longer is."""
+    if quantised(module):
+        bias = module.bias is not None
+        plain: Any = nn.Linear(module.in_features, module.out_features, bias=bias, device="meta")
+        plain.weight = nn.Parameter(dequantised(module).to(dtype), requires_grad=False)
+        plain.bias = module.bias
+        return plain
+    module.weight = _widened(module.weight, dtype)
+    return module
+
+
+def _unpack(experts: Any, own: str) -> None:
+    """Give a mixture's experts a plain parameter in place of a quantised one."""
+    packed = quantised_experts.parameters(experts).get(own)
+    if packed is not None:
+        setattr(experts, own, nn.Parameter(quantised_experts.unpacked(packed), requires_grad=False))
+
+
+def _widened(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """A copy in `dtype`."""
+    return nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+
+
+def _loses(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether rounding to `dtype` changes it."""
+    return parameter.is_floating_point() and not torch.equal(parameter, parameter.to(dtype).to(parameter.dtype))
+
+
+def _settle(module: Any, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Parameters to `dtype` and the CPU; buffers such as the rotary frequencies keep their precision.
+
+    A quantised parameter beside them (the other one of a mixture's experts) holds bits, not numbers.
+    """
+    for parameter in module.parameters():
+        plain = parameter.is_floating_point() and not hasattr(parameter, "quant_state")
+        if plain and (parameter.dtype != dtype or parameter.device.type != "cpu"):
+            parameter.data = at_random(parameter.data.cpu().float(), dtype, generator)
+
+
+def _forget_packing(model: Any) -> None:
+    """Take away what says that the model is quantised: it no longer is."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)

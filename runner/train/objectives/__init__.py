@@ -1,0 +1,1 @@
+"""What a run learns: rows, trainer and settings of each objective."""

@@ -1,0 +1,113 @@
+"""TRL's GRPO trainer, guarded and kept like the others: it answers the prompts itself and learns from their rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from trl import GRPOConfig, GRPOTrainer
+
+from runner.data.preference_tokens import TOOLS
+from runner.errors import Problem, RequestError
+from runner.spec import Grpo, RunSpec
+from runner.train import row_ids
+from runner.train.evaluation.generation import plain
+from runner.train.guarded_trainer import Guarding
+from runner.train.token_dataset import chat_ids
+
+
+class GrpoTrainer(Guarding, GRPOTrainer):  # type: ignore[misc]  # trl has no types
+    """A "batch" here is a list of rows: what is computed is known only when they have been answered."""
+
+    METRICS = {  # noqa: RUF012  # as in Guarding, read only
+        "reward": "reward",
+        "reward_std": "reward_std",
+        "kl": "kl",
+        "entropy": "entropy",
+        "completions/mean_length": "completion_tokens",
+        "completions/clipped_ratio": "completion_cut",
+        "frac_reward_zero_std": "groups_alike",
+    }
+
+    row_tools: Sequence[list[dict[str, Any]] | None] = ()
+    """Of each row of the batch at hand."""
+
+    def _watch_rows(self) -> None:
+        """Rows come as they are, with their numbers in them."""
+
+    def _taken_rows(self, inputs: Any) -> list[int]:
+        """Of the whole generation batch that the micro batch is a part of; reward functions do not get them."""
+        return [example.pop(row_ids.COLUMN) for example in inputs]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        """As TRL, with the tools of each row in its prompt; they are kept apart from what reward functions get."""
+        self.row_tools = [example.pop(TOOLS, None) or None for example in inputs]
+        with plain(self.accelerator.unwrap_model(self.model), self.processing_class):
+            return super()._generate_and_score_completions(inputs)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """TRL renders all with the same tools, which are functions it calls itself; here each row has its own."""
+        if not any(self.row_tools):
+            return super()._tokenize_prompts(prompts)
+        rendered = zip(prompts, self.row_tools, strict=True)
+        return [chat_ids(self.processing_class, turns, ask=True, tools=tools) for turns, tools in rendered], None, {}
+
+    def sizes(self, inputs: Any) -> tuple[int, int]:
+        """Nothing yet: see `compute_loss`."""
+        return 0, 0
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """With answers now: prompts [b, p] and completions [b, c] with their masks."""
+        if model.training:
+            masks = inputs["prompt_mask"], inputs["completion_mask"]
+            self.positions += sum(mask.numel() for mask in masks)
+            self.tokens += int(sum(mask.sum() for mask in masks))
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def measured(self, logs: Any, prefix: str = "") -> dict[str, float]:
+        """Also the mean of each reward function, by its name."""
+        head, tail = f"{prefix}rewards/", "/mean"
+        names = [name for name in logs if name.startswith(head) and name.endswith(tail)]
+        own = {f"reward_{name.removeprefix(head).removesuffix(tail)}": logs[name] for name in names}
+        return super().measured(logs, prefix) | {k: float(v) for k, v in own.items() if v is not None}
+
+
+def config_of(spec: RunSpec, shared: dict[str, Any]) -> GRPOConfig:
+    """Our settings in TRL's words. One generation for each optimiser step: its answers are those of the model that
+    learns from them."""
+    objective = spec.objective
+    assert isinstance(objective, Grpo)
+    shared = {name: value for name, value in shared.items() if name != "max_length"}
+    return GRPOConfig(
+        **shared,
+        num_generations=objective.num_generations,
+        max_completion_length=objective.max_new_tokens,
+        temperature=objective.temperature,
+        beta=objective.beta,
+        loss_type=objective.loss,
+        epsilon=objective.clip,
+        reward_weights=objective.reward_weights,
+        disable_dropout=True,
+    )
+
+
+def narrow(trainer: GrpoTrainer, dtype: torch.dtype) -> None:
+    """A reference of its own in the width of the arithmetic: TRL loads it as wide as the weights that train."""
+    for parameter in [] if trainer.ref_model is None else trainer.ref_model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
+
+
+def num_steps(spec: RunSpec, num_rows: int) -> int:
+    """Optimiser steps: each takes as many prompts as the batch has groups; RequestError for too few (TRL would train on
+    none of them and say nothing)."""
+    assert isinstance(spec.objective, Grpo)
+    prompts = spec.train.batch_size // spec.objective.num_generations
+    if num_rows < prompts:
+        what = f"{num_rows} prompts, and a step takes {prompts}"
+        remedy = "write a smaller train.batch_size, a larger objective.num_generations, or more rows"
+        raise RequestError(Problem(what, "data", remedy))
+    return spec.train.max_steps or -(-int(spec.train.num_epochs * (num_rows // prompts) * 1000) // 1000)

@@ -1,0 +1,112 @@
+"""Token ids in the cache: an entry goes by the content of all that shapes it, and is there whole or not at all.
+
+It is mapped into memory: a million rows take no more of it than a thousand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+
+from runner.paths import cache_dir
+from runner.rundir.atomic_folder import cached
+
+SHELF = "tokenised"
+ROWS = "rows.arrow"
+LAYOUT = 5  # raise it when what is stored changes shape: old entries are then left alone
+Tell = Callable[[int, int], None]
+"""Told after every chunk: rows done, rows in all."""
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Token ids ready for the trainer, and what was found on the way."""
+
+    rows: Dataset
+    """`input_ids` [s], `labels` [s], and `seq_lengths` where packed; of preferences and the like see pairs.py."""
+    num_examples: int
+    num_truncated: int
+    num_dropped: int
+    """Examples without a token to learn, after cutting to the longest length."""
+    num_split: int
+    """Examples that were longer and go on in another row."""
+    num_refused: int
+    """Examples that the template refuses, skipped under `data.on_error=skip`."""
+    num_unlearned: int
+    """Answers that are not learned, because the template drops a part of what they say as the conversation goes on."""
+    num_conversations: int
+    """Examples that the chat template rendered."""
+    num_tokens: int
+    packing_efficiency: float | None
+    """Share of the positions in packed sequences that hold tokens; None without packing."""
+    from_cache: bool
+
+    @property
+    def folder(self) -> Path:
+        """Its place in the cache."""
+        return Path(self.rows.cache_files[0]["filename"]).parent
+
+
+def stored(parts: list[Any], write: Callable[[Path], dict[str, Any]]) -> Tokenised:
+    """The entry that `parts` stand for: found, or made by `write`, which puts `rows.arrow` into a folder and gives the
+    facts. Two runs may make the same one at once."""
+    disable_progress_bar()
+    folder = cache_dir() / SHELF / hashlib.sha256(json.dumps([LAYOUT, *parts]).encode()).hexdigest()[:32]
+    found = _read(folder)
+    from_cache = found is not None
+    if found is None:
+        with cached(folder, lambda: _read(folder) is not None) as temporary:
+            facts = write(temporary)
+            (temporary / "facts.json").write_text(json.dumps(facts), "utf-8")
+        found = _read(folder)
+        assert found is not None
+    rows, facts = found
+    return Tokenised(rows=rows, from_cache=from_cache, **facts)
+
+
+def _read(folder: Path) -> tuple[Dataset, dict[str, Any]] | None:
+    try:
+        facts = json.loads((folder / "facts.json").read_text("utf-8"))
+        return Dataset.from_file(str(folder / ROWS)), facts
+    except (OSError, ValueError):
+        return None
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 over everything that decides a token id: vocabulary, merges, added tokens, template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    body = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    parts = [
+        type(tokenizer).__name__,
+        body,
+        str(tokenizer.chat_template),
+        sorted(tokenizer.special_tokens_map.items()),
+    ]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+def line_of(rows: Tokenised, num_eval: int) -> str:
+    """What was found in the data, for people."""
+    parts = [f"{rows.num_examples:,} examples, {rows.num_tokens:,} tokens"]
+    if rows.packing_efficiency is not None:
+        parts.append(f"packed into {len(rows.rows):,} sequences, {rows.packing_efficiency:.0%} full")
+    if rows.num_truncated:
+        parts.append(f"{rows.num_truncated:,} cut to the longest length")
+    if rows.num_dropped:
+        parts.append(f"{rows.num_dropped:,} dropped: nothing left to learn after the cut")
+    if rows.num_split:
+        parts.append(f"{rows.num_split:,} longer ones go on in another row")
+    if rows.num_refused:
+        parts.append(f"{rows.num_refused:,} skipped: the chat template refuses them")
+    if rows.num_unlearned:
+        parts.append(f"{rows.num_unlearned:,} earlier answers not learned: the chat template drops their thoughts")
+    if num_eval:
+        parts.append(f"{num_eval:,} held out")
+    return "Data    " + "; ".join(parts) + (" (tokens from the cache)" if rows.from_cache else "")

@@ -1,0 +1,146 @@
+"""Examples → token ids and labels, packed, in the cache.
+
+They are found again only if the examples, the tokenizer, its chat template and every setting that shapes the tokens
+are the same; so a changed tokenizer never meets old tokens. They go to disk as they come.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from runner.data.encoding import How, encode_chunk, in_chunks
+from runner.data.examples import Example, Turn, fingerprint
+from runner.data.packing import bins
+from runner.data.readers.files import refuse
+from runner.data.tokenize import Words
+from runner.errors import Problem, RequestError
+from runner.spec import RunSpec, Sft
+from runner.train.token_cache import ROWS, Tell, Tokenised, stored, tokenizer_fingerprint
+
+SEQUENCES_AT_ONCE = 1000
+
+
+def tokenise(examples: Sequence[Example], tokenizer: Any, spec: RunSpec, tell: Tell | None = None) -> Tokenised:
+    """Tokenise and pack, or take from the cache.
+
+    RequestError with every row that the template refuses (unless `data.on_error=skip`), or if nothing is left to learn.
+    """
+    parts = [
+        "examples",
+        fingerprint(examples),
+        tokenizer_fingerprint(tokenizer),
+        spec.train.max_length,
+        spec.train.packing,
+        _loss_on(spec),
+        spec.data.on_long,
+        spec.data.on_error,
+    ]
+    return stored(parts, lambda folder: _write(examples, tokenizer, spec, folder, tell))
+
+
+def _loss_on(spec: RunSpec) -> str:
+    return spec.objective.loss_on if isinstance(spec.objective, Sft) else "all"
+
+
+def _write(
+    examples: Sequence[Example], tokenizer: Any, spec: RunSpec, folder: Path, tell: Tell | None
+) -> dict[str, Any]:
+    """Rows of the entry into `folder`; its facts."""
+    limit = spec.train.max_length
+    how = How(_loss_on(spec), limit, spec.data.on_long)
+    counts = dict.fromkeys(("truncated", "dropped", "split", "unlearned", "conversations"), 0)
+    done = refused = 0
+    lengths = array("i")
+    problems: list[Problem] = []
+    ids_file, labels_file = folder / "ids", folder / "labels"
+    with ids_file.open("wb") as ids, labels_file.open("wb") as labels:
+        for chunk in in_chunks(partial(encode_chunk, how=how), Words.of(tokenizer), examples, spec.data.num_proc):
+            chunk.ids.tofile(ids)
+            chunk.labels.tofile(labels)
+            lengths.extend(chunk.lengths)
+            counts = {name: count + getattr(chunk, name) for name, count in counts.items()}
+            refused += len({problem.source for problem in chunk.problems})
+            problems += chunk.problems[: 1000 - len(problems)]
+            done += chunk.examples + len(chunk.problems)
+            if tell is not None:
+                tell(min(done, len(examples)), len(examples))
+    if problems and (spec.data.on_error == "stop" or not lengths):
+        refuse(problems)
+    if not lengths:
+        what = f"none of the {len(examples)} examples has a token to learn within {limit} tokens"
+        remedy = "raise train.max_length, or check the field names of the data"
+        raise RequestError(Problem(what, None, remedy))
+    groups = bins(lengths, limit) if spec.train.packing else None
+    _write_rows(folder / ROWS, ids_file, labels_file, lengths, groups)
+    ids_file.unlink()
+    labels_file.unlink()
+    return {
+        "num_examples": len(examples),
+        **{f"num_{name}": count for name, count in counts.items()},
+        "num_refused": refused,
+        "num_tokens": sum(lengths),
+        "packing_efficiency": sum(lengths) / (len(groups) * limit) if groups else None,
+    }
+
+
+def _write_rows(
+    file: Path, ids_file: Path, labels_file: Path, lengths: Sequence[int], groups: list[list[int]] | None
+) -> None:
+    """The Arrow file: a row per sequence, a thousand at a time."""
+    columns = [np.memmap(name, np.int32, "r") for name in (ids_file, labels_file)]
+    sizes = np.frombuffer(lengths, np.int32) if isinstance(lengths, array) else np.asarray(lengths, np.int32)
+    starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    fields = [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))]
+    fields += [("seq_lengths", pa.list_(pa.int32()))] if groups is not None else []
+    schema = pa.schema(fields)
+    count = len(groups) if groups is not None else len(sizes)
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for begin in range(0, count, SEQUENCES_AT_ONCE):
+            part = range(begin, min(count, begin + SEQUENCES_AT_ONCE))
+            members = [groups[i] for i in part] if groups is not None else [[i] for i in part]
+            flat = [row for rows in members for row in rows]
+            totals = [int(sizes[rows].sum()) for rows in members]
+            arrays = [
+                _lists(np.concatenate([column[starts[row] : starts[row + 1]] for row in flat]), totals)
+                for column in columns
+            ]
+            if groups is not None:
+                arrays.append(_lists(sizes[flat], [len(rows) for rows in members]))
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+
+
+def _lists(values: Any, sizes: Sequence[int]) -> Any:
+    """An Arrow array of lists, out of their values one after the other."""
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def chat_ids(
+    tokenizer: Any, turns: Sequence[Turn], ask: bool, tools: Sequence[dict[str, Any]] | None = None
+) -> list[int]:
+    """Token ids of a rendered conversation; `ask` ends it where the assistant is to speak.
+
+    RequestError for a conversation the model's template refuses (a system turn, say).
+    """
+    import jinja2
+
+    try:
+        encoded = tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], tools=tools and [*tools], add_generation_prompt=ask, return_dict=True
+        )
+    except jinja2.TemplateError as error:
+        raise RequestError(
+            Problem(
+                f"the model's chat template refuses a conversation: {error}",
+                None,
+                "set data.chat_template to a Jinja file, or data.system_prompt=null",
+            )
+        ) from None
+    return list(encoded["input_ids"])

@@ -1,0 +1,74 @@
+"""`runs`: every run there is, in a blink."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from runner.report.run_list import print_runs, run_rows
+from tests.conftest import run_cli
+
+LINE = {"step": 7, "loss": 1.25, "learning_rate": 1e-4, "time": 1.0}
+
+
+def folder(out: Path, name: str, state: str, created: float, **facts: object) -> Path:
+    """A run with what a run leaves; its metrics end in a line that was cut short."""
+    run = out / name
+    (run / "logs").mkdir(parents=True)
+    status = {"run_id": name, "state": state, "created": created, "method": "lora", "objective": "sft",
+              "data": "[bold] a name of more than 24 columns", "learning_rate": 1e-4, **facts}  # fmt: skip
+    (run / "status.json").write_text(json.dumps(status), "utf-8")
+    lines = [json.dumps({**LINE, "step": step}) for step in range(1, 8)]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 8, "lo']), "utf-8")
+    summary = {"seconds": 75.0, "eval": {"after": {"exact_match": 0.5}}, "samples": ["x" * 200] * 20}
+    (run / "summary.json").write_text(json.dumps(summary), "utf-8")
+    return run
+
+
+def test_a_thousand_runs_are_listed_in_a_blink(tmp_path: Path) -> None:
+    for number in range(1000):
+        folder(tmp_path, f"run-{number:04d}", "done", 1000.0 - number)
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = run_cli("runs", "--output-dir", str(tmp_path))
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1001 and done.returncode == 0
+    assert lines[1].startswith("run-0999 done") and lines[-1].startswith("run-0000 done")  # the newest last
+    assert min(spent) < 0.3, spent
+
+
+def test_a_row_says_what_differs(tmp_path: Path) -> None:
+    folder(tmp_path, "one", "done", 1.0)
+    folder(tmp_path, "another", "training", 2.0, pid=2**22 + 1, host=os.uname().nodename)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "status.json").write_text("{", "utf-8")
+    rows = run_rows(tmp_path)
+    assert [(row["run_id"], row["state"], row["step"]) for row in rows] == [
+        ("broken", "unknown", None), ("one", "done", 7), ("another", "killed", 7)
+    ]  # fmt: skip
+    console = Console(file=io.StringIO(), width=120)
+    print_runs(console, rows, tmp_path)
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "run     state   method objective data                       rate steps   loss exact       time",
+        "broken  unknown –      –         –                             –     –      –     –          –",
+        "one     done    lora   sft       [bold] a name of more t… 0.0001     7 1.2500   50% 1 min 15 s",
+        "another killed  lora   sft       [bold] a name of more t… 0.0001     7 1.2500   50% 1 min 15 s",
+    ]
+
+
+@pytest.mark.parametrize(("width", "told"), [(80, False), (120, True)])
+def test_a_narrow_terminal_shows_what_the_name_does_not_say(width: int, told: bool, tmp_path: Path) -> None:
+    folder(tmp_path, "one", "failed", 1.0)
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system="standard")
+    print_runs(console, run_rows(tmp_path), tmp_path)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("lora" in text) is told and "\x1b[31mfailed\x1b[0m" in text

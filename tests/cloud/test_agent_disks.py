@@ -1,0 +1,282 @@
+"""A pod ends in time whatever its disks do: full, read-only, broken; and where the agent itself hangs or is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.cloud.agent import agent, boot
+from runner.emulator.container import namespaces
+from runner.rundir.directory import alive
+from tests.cloud.test_agent import AGENT, KEY, Api, Pod, pod
+from tests.conftest import ROOT
+from tests.support.processes import until
+
+__all__ = ["pod"]
+LONG = "import time; print('begun', flush=True); time.sleep(100)"
+
+# ── a real disk: a small ext4 in a mount namespace ───────────────────────────────────────────────
+
+ON_A_DISK = """
+import subprocess, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from tests.support.processes import until
+from tests.support.disks import Disk
+from tests.cloud.test_agent import Pod
+root, url, run_id, damage = Path(sys.argv[1]), *sys.argv[2:5]
+disk = Disk(root / "disk")
+root = disk.place
+pod = Pod(root, SimpleNamespace(url=url))
+pod.run_id, pod.folder = run_id, pod.folder.with_name(run_id)
+(pod.folder / "logs").mkdir(parents=True)
+pod.order(deadline=time.time() + float(sys.argv[5]), uncollected="terminate")
+print(pod.start()["agent"], flush=True)
+pod.task("import time; time.sleep(100)")
+until(lambda: pod.state() == "training")
+if damage == "full":
+    disk.fill()
+elif damage == "readonly":
+    disk.break_down()  # under open files: a remount would be refused, for the agent's log is one
+elif damage == "garbage":
+    for file in pod.folder.glob("*.json"):
+        file.write_bytes(bytes(range(256)))
+elif damage == "gone":
+    subprocess.run(["rm", "-rf", str(pod.folder)], check=True)
+print("damaged", flush=True)
+"""
+
+
+@pytest.mark.skipif(not namespaces(), reason="no right to mount")
+@pytest.mark.parametrize("damage", ["full", "readonly", "garbage", "gone"])
+def test_a_disk_that_takes_nothing_keeps_no_pod_alive(tmp_path: Path, damage: str) -> None:
+    api, run_id = Api(), f"run-{os.urandom(4).hex()}"
+    words = [str(tmp_path), api.url, run_id, damage, "8"]
+    script = subprocess.Popen(
+        ["unshare", "--mount", sys.executable, "-c", ON_A_DISK, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert script.stdout is not None
+    pid = int(script.stdout.readline())
+    try:
+        assert script.stdout.readline() == "damaged\n" and script.wait(30) == 0
+        assert not api.ended()
+        until(api.ended, 20)
+        assert api.asked[-1] == ("DELETE", "/v2/pods/pod1", f"Bearer {KEY}")
+    finally:
+        end(pid, run_id)
+        api.server.shutdown()
+
+
+def end(pid: int, run_id: str) -> None:
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if run_id in file.read_text("utf-8", errors="replace"):
+                os.kill(int(file.parent.name), signal.SIGKILL)
+        except OSError:
+            continue
+    if alive(pid):
+        os.kill(pid, signal.SIGKILL)
+    for left in agent.SHM.glob(f"runner-{run_id}.*"):
+        left.unlink()
+
+
+# ── faults of the system, as the agent sees them ───────────────────────────────────────────────
+
+FAULTY = """
+import builtins, errno, fcntl, io, os, pathlib, runpy, sys, time
+code, start = getattr(errno, os.environ["FAULT"]), float(os.environ["FAULT_FROM"])
+def faulty(function):
+    def call(*arguments, **named):
+        if time.time() > start:
+            raise OSError(code, os.strerror(code)) if code != errno.ENOMEM else MemoryError
+        return function(*arguments, **named)
+    return call
+class Words:
+    def __getattr__(self, name): return getattr(sys.__stderr__, name)
+    write = faulty(lambda text: sys.__stderr__.write(text))
+    flush = faulty(lambda: sys.__stderr__.flush())
+sys.stderr = Words()
+io.open = builtins.open = pathlib.io.open = faulty(io.open)
+for name in ("open", "replace", "unlink", "fsync", "stat", "mkdir", "sync", "fork", "waitpid", "kill", "killpg"):
+    setattr(os, name, faulty(getattr(os, name)))
+fcntl.flock = faulty(fcntl.flock)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "since"),
+    [("ENOSPC", 0.0), ("ENOMEM", 0.0), *((fault, 2.0) for fault in ("EDQUOT", "EROFS", "EIO", "ENOMEM", "EMFILE"))],
+)
+def test_no_call_that_fails_keeps_a_pod_alive(pod: Pod, fault: str, since: float) -> None:
+    """Every file, lock, log and process: all of it fails, from one moment on, for as long as the agent lives."""
+    pod.order(deadline=time.time() + 5, uncollected="terminate")
+    env = {
+        "RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": pod.api.url, "FAULT": fault,
+        "FAULT_FROM": str(time.time() + 2 + since),
+    }  # fmt: skip
+    # Two seconds for Python itself to start; the earlier faults come before there is a task.
+    words = [sys.executable, "-c", FAULTY, str(AGENT), "run", str(pod.folder)]
+    process = subprocess.Popen(words, env={**os.environ, **env}, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: pod.state() == "armed" or process.poll() is not None)
+        if since:
+            pod.task(LONG)
+        until(pod.api.ended, 30)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("fault", ["EIO", "ENOMEM", "EMFILE"])
+def test_no_call_that_fails_costs_a_finished_result(pod: Pod, fault: str) -> None:
+    """Found by benchmarks/chaos_agents.py: without memory for a look at the disk it was terminated, not stopped."""
+    pod.order(deadline=time.time() + 6, uncollected="stop")
+    pod.task("pass")
+    env = {
+        "RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": pod.api.url, "FAULT": fault,
+        "FAULT_FROM": str(time.time() + 4),
+    }  # fmt: skip
+    words = [sys.executable, "-c", FAULTY, str(AGENT), "run", str(pod.folder)]
+    process = subprocess.Popen(words, env={**os.environ, **env}, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: pod.state() == "done", 4)
+        until(lambda: pod.api.ended("stop"), 30)
+        assert not pod.api.ended()
+    finally:
+        process.kill()
+        process.wait()
+
+
+# ── an agent that hangs, or is gone ────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def watched(pod: Pod, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The pod's start command; its agent gives it a second, and not thirty."""
+    text = AGENT.read_text("utf-8")
+    assert "WATCH_SECONDS = 30.0" in text
+    (pod.folder / "agent.py").write_text(text.replace("WATCH_SECONDS = 30.0", "WATCH_SECONDS = 1.0"), "utf-8")
+    env = {"RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": pod.api.url}
+    main = subprocess.Popen(
+        boot.arguments(pod.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, **env, "RUNNER_WORKSPACE": str(tmp_path / "workspace")},
+    )  # fmt: skip
+    yield main
+    os.killpg(main.pid, signal.SIGKILL)
+    main.wait()
+
+
+@pytest.mark.parametrize("how", ["hangs", "is gone"])
+@pytest.mark.parametrize("uncollected", ["terminate", "stop"])
+def test_the_start_command_ends_a_pod_whose_agent_does_not(
+    pod: Pod, watched: subprocess.Popen[bytes], how: str, uncollected: str
+) -> None:
+    pod.order(deadline=time.time() + 8, uncollected=uncollected)
+    until(lambda: pod.state() == "armed", 30)
+    pod.task(LONG)
+    until(lambda: "begun" in pod.log("worker.log"), 30)
+    time.sleep(1.2)  # two words of the agent's
+    pid = pod.status()["agent"]
+    if how == "is gone":  # and the disk does not give it back
+        (pod.folder / "agent.py").unlink()
+    os.kill(pid, signal.SIGSTOP if how == "hangs" else signal.SIGKILL)
+    assert not pod.api.ended() and not pod.api.ended("stop")
+    until(lambda: pod.api.ended("stop" if uncollected == "stop" else "DELETE"), 30)
+    assert uncollected == "terminate" or not pod.api.ended()
+
+
+def test_the_start_command_leaves_a_pod_alone_whose_agent_speaks(pod: Pod, watched: subprocess.Popen[bytes]) -> None:
+    pod.order(deadline=time.time() + 3, uncollected="terminate")
+    until(lambda: pod.state() == "armed", 30)
+    pod.order(deadline=time.time() + 600, uncollected="terminate")
+    time.sleep(6)
+    assert not pod.api.ended() and pod.state() == "armed"
+
+
+# ── answers ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def odd() -> Iterator[Any]:
+    """A server that answers what it is told to, byte by byte."""
+    server = socket.create_server(("127.0.0.1", 0))
+    answers: dict[str, Any] = {"words": b"", "pause": 0.0, "asked": 0}
+
+    def serve() -> None:
+        while True:
+            try:
+                client, _ = server.accept()
+            except OSError:
+                return
+            answers["asked"] += 1
+            threading.Thread(target=answer, args=(client,), daemon=True).start()
+
+    def answer(client: socket.socket) -> None:
+        with client:
+            client.recv(4096)
+            try:
+                for byte in answers["words"]:
+                    client.sendall(bytes([byte]))
+                    time.sleep(answers["pause"])
+            except OSError:
+                return
+
+    threading.Thread(target=serve, daemon=True).start()
+    answers["url"] = f"http://127.0.0.1:{server.getsockname()[1]}"
+    yield answers
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "words", [b"garbage\r\n\r\n", b"HTTP/1.1 abc OK\r\n\r\n", b"\xff\xfe\x00", b"HTTP/1.1 99999 X\r\n\r\n", b""]
+)
+def test_an_answer_that_is_no_http_is_no_answer(
+    odd: dict[str, Any], words: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNPOD_API_BASE_URL", odd["url"])
+    odd["words"] = words
+    assert agent.Own().ask("DELETE") == 0
+
+
+def test_an_answer_that_drips_is_waited_for_so_long_and_no_longer(
+    odd: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNPOD_API_BASE_URL", odd["url"])
+    monkeypatch.setattr(agent, "REQUEST_SECONDS", 0.5)
+    odd |= {"words": b"HTTP/1.1 204 No Content\r\nX: " + bytes(1000), "pause": 0.02}
+    began = time.monotonic()
+    assert agent.Own().ask("DELETE") == 0
+    assert time.monotonic() - began < 5
+
+
+def test_the_agent_outlives_garbled_answers_and_ends_the_pod_by_a_whole_one(odd: dict[str, Any], pod: Pod) -> None:
+    odd["words"] = b"HTTP/1.1 garbage\r\n\r\n"
+    pod.order(deadline=time.time() + 600, uncollected="terminate")
+    pod.start()
+    real, pod.api.url = pod.api.url, odd["url"]
+    pod.kill()
+    pod.order(deadline=time.time() + 2, uncollected="terminate")
+    env = {"RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": odd["url"]}
+    process = subprocess.Popen([sys.executable, str(AGENT), "run", str(pod.folder)], env={**os.environ, **env})
+    try:
+        asked = odd["asked"]
+        until(lambda: odd["asked"] > asked + 3, 40)
+        assert process.poll() is None and json.loads((pod.folder / "agent-status.json").read_text())
+    finally:
+        process.kill()
+        process.wait()
+        pod.api.url = real

@@ -1,0 +1,518 @@
+"""Renting against an emulated RunPod: whatever goes wrong, and wherever a launcher dies, no pod is left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from runner.cloud import executor, termination, transfer
+from runner.cloud import lifecycle as renting
+from runner.cloud.clock import RenterClock
+from runner.cloud.lease import Rented, spent
+from runner.cloud.ledger import PREFIX, Ledger, LedgerError
+from runner.cloud.lifecycle import acquire
+from runner.cloud.reconcile import UNKNOWN_S, _armed, reconcile
+from runner.cloud.run_output import Voice
+from runner.cloud.runpod.api import Api
+from runner.cloud.runpod.errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
+from runner.cloud.runpod.types import Pod
+from runner.cloud.session import Session
+from runner.cloud.ssh_keys import KeyPair
+from runner.errors import Problem, RunFailedError
+from runner.rundir.directory import RunDir
+from tests.support.emulated import Emulator, emulator, until
+from tests.support.rented import A6000, PLAN, RTX4090, Key, rented_spec, run_of, state
+
+__all__ = ["emulator", "state"]
+pytestmark = pytest.mark.usefixtures("state", "hello")
+Rent = Callable[..., Rented]
+
+
+@pytest.fixture
+def hello(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod is ready when its port is mapped: what this file is about ends where SSH begins."""
+    monkeypatch.setattr("runner.cloud.readiness.says_hello", lambda host, port: True)
+
+
+@pytest.fixture
+def rent(tmp_path: Path) -> Rent:
+    """Rent a pod for the demo; words are the run's."""
+
+    def rented(*words: str, said: list[str] | None = None) -> Rented:
+        spec = rented_spec("where.setup_minutes=0.2", "where.bad_host_minutes=0.02", *words)
+        return acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, Key("ssh-ed25519 AAAA test"), (said or []).append)
+
+    return rented
+
+
+def states(name: str) -> list[str]:
+    return [new for _, new, _ in Ledger().transitions(name)]
+
+
+def creates(emulator: Emulator) -> int:
+    return sum(e.method == "POST" and e.path == "/v2/pods" for e in emulator.exchanges)
+
+
+def test_from_planned_to_gone(emulator: Emulator, rent: Rent) -> None:
+    rented = rent("where.max_usd=5")
+    assert list(emulator.pods()) == [rented.pod.id] and rented.usd_per_hour == 0.74
+    assert rented.name.startswith(PREFIX) and rented.pod.name == rented.name
+    assert rented.pod.env["RUNNER_RUN_ID"] == rented.run_id
+    rented.mark("RUNNING", "training")
+    rented.release()
+    rented.release()  # again is no error
+    assert emulator.pods() == {} and Ledger().entries() == []
+    assert states(rented.name)[:7] == [
+        "PLANNED", "CREATING", "PROVISIONING", "SSH_READY", "RUNNING", "TERMINATING", "GONE",
+    ]  # fmt: skip
+
+
+def test_a_pod_in_another_country_is_given_back(
+    emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plainly = Api.create_pod
+    monkeypatch.setattr(Api, "create_pod", lambda api, it: plainly(api, replace(it, data_centers=("EU-RO-1",))))
+    with pytest.raises(NoPodError, match="is in EU-RO-1, not in US-KS-2 or US-TX-3"):
+        rent("where.country=US", f"where.gpu_types=[{RTX4090}]")
+    assert emulator.pods() == {} and Ledger().entries() == []
+
+
+def test_a_template_is_asked_for_by_its_id(emulator: Emulator, rent: Rent) -> None:
+    rent("where.template=Runpod Pytorch 2.8.0").release()
+    (asked,) = [e.body for e in emulator.exchanges if (e.method, e.path) == ("POST", "/v2/pods")]
+    assert asked["templateId"] == "runpod-torch-v280" and "image" not in asked
+
+
+def test_keep_leaves_it_stopped_and_says_so(emulator: Emulator, rent: Rent) -> None:
+    rented = rent("where.volume_gb=50")
+    rented.release(keep=True)
+    (pod,) = emulator.pods().values()
+    assert pod.status == "EXITED" and states(rented.name)[-1] == "STOPPED"
+    assert rented.kept_usd_per_day() == pytest.approx(50 * 0.20 / 730 * 24)
+    assert reconcile(Api(), Ledger()) == [] and len(emulator.pods()) == 1  # kept on purpose
+
+
+@pytest.mark.parametrize("fault", ["lost", "timeout"])
+def test_a_create_whose_answer_is_lost_is_found_by_its_name(
+    emulator: Emulator, rent: Rent, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.cloud.runpod.transport.TIMEOUT_S", 1.0)
+    emulator.inject(fault, on="create", seconds=3)
+    rented = rent()
+    assert list(emulator.pods()) == [rented.pod.id]
+    assert "CREATE_UNKNOWN" in states(rented.name)
+    rented.release()
+    assert emulator.pods() == {}
+    assert until(lambda: creates(emulator)) == 1  # one that is late is counted when it was answered
+
+
+def test_a_pod_that_appears_long_after_its_create_is_ended_too(emulator: Emulator, rent: Rent) -> None:
+    emulator.inject("late_listing", seconds=6)  # longer than it is looked for here: 3 s
+    emulator.inject("lost", on="create")
+    rented = rent()  # another one, under another name
+    assert creates(emulator) == 2 and len(emulator.pods()) == 2
+    until(lambda: len(Api().pods()) == 2, 20)
+    assert rented.refresh() is not None
+    assert list(emulator.pods()) == [rented.pod.id]
+    rented.release()
+    assert emulator.pods() == {}
+
+
+def test_no_capacity_moves_on_and_nothing_else_does(emulator: Emulator, rent: Rent) -> None:
+    emulator.inject("no_capacity", gpu=RTX4090, times=0)
+    said: list[str] = [""]
+    rented = rent("where.max_usd=5", said=said)
+    assert rented.pod.gpu_id == A6000 and any("none is free" in line for line in said)
+    rented.release()
+    emulator.inject("no_capacity", times=0)
+    with pytest.raises(NoCapacityError, match="none of these is free now") as error:
+        rent("where.max_usd=5")
+    assert error.value.exit_code == 3 and Ledger().entries() == []
+
+
+def test_a_bad_host_is_given_back_and_another_one_tried(emulator: Emulator, rent: Rent) -> None:
+    emulator.inject("bad_host")
+    rented = rent()
+    assert creates(emulator) == 2 and list(emulator.pods()) == [rented.pod.id]
+    rented.release()
+    emulator.inject("bad_host", times=0)
+    with pytest.raises(NoPodError, match="no machine after"):
+        rent("where.gpu_types=[NVIDIA L4]")
+    assert emulator.pods() == {}
+
+
+def test_the_real_price_is_held_against_the_cap(emulator: Emulator, rent: Rent) -> None:
+    emulator.inject("price", factor=2.0, times=0)
+    with pytest.raises(TooDearError, match=r"costs \$1.48 an hour, where \$0.74 was offered"):
+        rent("where.max_usd=1")
+    assert emulator.pods() == {} and Ledger().entries() == []
+    rented = rent("where.max_usd=2")
+    assert rented.usd_per_hour == 1.48
+    assert rented.deadline - rented.meter.started == pytest.approx(2 / rented.meter.rate * 3600, rel=0.01)
+    rented.release()
+
+
+def test_an_end_that_is_accepted_and_not_done_is_asked_for_again(emulator: Emulator, rent: Rent) -> None:
+    rented = rent()
+    emulator.inject("undead")
+    rented.release()
+    assert emulator.pods() == {}
+    assert sum(e.method == "DELETE" for e in emulator.exchanges) >= 2
+
+
+def test_an_end_that_cannot_be_confirmed_is_loud_and_tried_again_by_the_next_command(
+    emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.cloud.termination.LEAST_PATIENCE_S", 0.5)
+    monkeypatch.setattr("runner.cloud.termination.PATIENCE_S", 0.5)
+    rented = rent()
+    emulator.inject("undead", times=0)
+    with pytest.raises(StillThereError) as error:
+        rented.release()
+    (problem,) = error.value.problems
+    assert error.value.exit_code == 1 and rented.pod.id in problem.what and "MAY STILL BE RUNNING" in problem.what
+    assert f"python -m runner pods terminate {rented.pod.id}" in str(problem.remedy)
+    assert "https://console.runpod.io/pods" in str(problem.remedy)
+    assert states(rented.name)[-1] == "TERMINATING"
+    emulator.clear()
+    Ledger().leave(rented.name)  # the launcher has ended
+    (note,) = reconcile(Api(), Ledger())
+    assert rented.pod.id in note and emulator.pods() == {}
+
+
+def test_a_refused_key_is_not_the_pods_end(emulator: Emulator, rent: Rent) -> None:
+    rented = rent()
+    emulator.inject("answer", on="get", status=401, times=2)
+    assert rented.refresh() is not None
+    emulator.inject("answer", on="reads", status=401, times=2)
+    rented.release()  # asked again, and then confirmed
+    assert emulator.pods() == {}
+
+
+def test_a_pod_that_vanished_is_told_from_an_api_that_is_down(emulator: Emulator, rent: Rent) -> None:
+    rented = rent()
+    emulator.inject("answer", on="get", status=502, times=0)
+    with pytest.raises(ApiDownError):
+        rented.refresh()
+    emulator.clear()
+    assert rented.refresh() is not None
+    emulator.inject("vanish", pod=rented.pod.id)
+    until(lambda: not emulator.pods())
+    assert rented.refresh() is None and states(rented.name)[-1] == "PREEMPTED"
+    rented.release()
+    assert Ledger().entries() == []
+
+
+def absent(monkeypatch: pytest.MonkeyPatch, looks: str) -> list[str]:
+    """What RunPod says of a pod in turn: present, or absent, or an error; then as it is. The looks that were taken."""
+    taken: list[str] = []
+    real = Api.pod
+
+    def pod(self: Api, pod_id: str) -> Pod | None:
+        if len(taken) == len(looks):
+            return real(self, pod_id)
+        taken.append(looks[len(taken)])
+        if taken[-1] == "e":
+            raise ApiDownError(Problem("an error"))
+        return real(self, pod_id) if taken[-1] == "p" else None
+
+    monkeypatch.setattr(Api, "pod", pod)
+    monkeypatch.setattr(Api, "pods", lambda self: [])
+    return taken
+
+
+def test_a_pod_that_is_absent_once_is_not_gone(emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch) -> None:
+    rented = rent()
+    rented.mark("RUNNING", "training")
+    rented.ledger.leave(rented.name)
+    before = states(rented.name)
+    with monkeypatch.context() as context:
+        taken = absent(context, "aap")  # asked, looked at once more, and there it is
+        assert rented.refresh() is not None and taken == ["a", "a", "p"]
+    entry = Ledger().entry(rented.name)
+    with monkeypatch.context() as context:
+        taken = absent(context, "ap")
+        assert entry is not None
+        assert _armed(Api(), Ledger(), entry, None, RenterClock(lambda: None)) is None and taken == ["a", "p"]
+    assert states(rented.name) == before and list(emulator.pods()) == [rented.pod.id]
+    emulator.inject("vanish", pod=rented.pod.id)
+    until(lambda: not emulator.pods())
+    assert rented.refresh() is None
+
+
+def test_of_two_commands_one_settles_what_a_launcher_has_left(
+    emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rented = rent()
+    rented.ledger.leave(rented.name)
+    with monkeypatch.context() as context:
+        context.setattr(Ledger, "take", lambda self, name: False)  # the other one was faster
+        assert reconcile(Api(), Ledger()) == [] and list(emulator.pods()) == [rented.pod.id]
+    (note,) = reconcile(Api(), Ledger())
+    assert rented.pod.id in note and emulator.pods() == {}
+
+
+@pytest.mark.parametrize(("looks", "asked"), [("aa", 1), ("apaa", 2), ("aeaa", 2), ("ppaa", 3), ("apapaa", 3)])
+def test_an_end_is_confirmed_by_two_absences_in_a_row(
+    emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch, looks: str, asked: int
+) -> None:
+    rented = rent()
+    emulator.inject("undead", times=0)  # until it is not there any more
+    before = sum(e.method == "DELETE" for e in emulator.exchanges)
+    with monkeypatch.context() as context:
+        taken = absent(context, looks)
+        termination.confirm_gone(Api(), rented.name, rented.pod.id)
+    assert "".join(taken) == looks
+    assert sum(e.method == "DELETE" for e in emulator.exchanges) - before == asked
+    emulator.clear()
+    rented.release()
+
+
+def session_of(rented: Rented, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
+    """A session whose pod takes everything, and says nothing."""
+    spec = rented_spec("where.volume_gb=20")
+    run = RunDir(next((folder / "runs").iterdir()))
+    session = Session(run, spec, rented, KeyPair(folder / "key", "ssh-ed25519 AAAA test"), print)
+    monkeypatch.setattr(session, "board", lambda: None)
+    monkeypatch.setattr(session, "_heard", lambda at: nullcontext())
+    for name in ("arm", "try_memory", "try_gpus", "send", "tell_secrets", "begin"):
+        monkeypatch.setattr(transfer, name, lambda *_: {})
+    return session
+
+
+def test_a_pod_is_running_in_the_ledger_before_it_has_a_task(
+    emulator: Emulator, rent: Rent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher that dies in between leaves a pod that is armed, and not one that the next command ends."""
+    rented = rent()
+    session = session_of(rented, tmp_path, monkeypatch)
+    seen: list[str] = []
+    monkeypatch.setattr(transfer, "begin", lambda *_: seen.append(rented.ledger.entry(rented.name).state))  # type: ignore[union-attr]
+    session.load(False)
+    assert seen == ["RUNNING"]
+    rented.ledger.move(rented.name, "SYNCED", "once more")
+    monkeypatch.setattr(Ledger, "_set", staticmethod(raising(sqlite3.OperationalError("database or disk is full"))))
+    with pytest.raises(LedgerError):
+        session.load(False)
+    assert seen == ["RUNNING"]  # a task that is not recorded is not begun
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def call(*_: object, **__: object) -> None:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("where", ["before", "pod.json", "following"])
+def test_a_disk_here_that_takes_nothing_ends_a_pod_only_before_it_trains(
+    emulator: Emulator, rent: Rent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    rented, full = rent(), OSError(errno.ENOSPC, "No space left on device")
+    session = session_of(rented, tmp_path, monkeypatch)
+    if where == "before":
+        monkeypatch.setattr(transfer, "send", raising(full))
+    elif where == "pod.json":
+        monkeypatch.setattr(RunDir, "write", raising(full))
+    else:
+        monkeypatch.setattr(executor, "follow", raising(full))
+    monkeypatch.setattr(renting, "acquire", lambda *_, **__: rented)
+    monkeypatch.setattr(executor, "Session", lambda *_: session)
+    monkeypatch.setenv("RUNPOD_API_KEY", emulator.key)
+    with pytest.raises(RunFailedError) as caught:
+        executor.execute(session.run, session.spec)
+    assert "No space left on device" in str(caught.value)
+    entry = Ledger().entry(rented.name)
+    assert entry is not None and not entry.owned
+    if where == "following":
+        (problem,) = caught.value.problems  # type: ignore[union-attr]
+        assert f"pod {rented.pod.id} still has the run" in problem.what
+        assert f"python -m runner attach {session.run.id}" in str(problem.remedy)
+        assert list(emulator.pods()) == [rented.pod.id] and entry.state == "RUNNING"
+        rented.release()
+    assert emulator.pods() == {}
+
+
+@pytest.mark.parametrize("when", ["renting", "released"])
+def test_a_disk_here_that_takes_nothing_hides_no_pod_that_may_still_run(
+    emulator: Emulator, rent: Rent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    rented = rent()
+    session = session_of(rented, tmp_path, monkeypatch)
+    there = StillThereError(Problem("pod x MAY STILL BE RUNNING"))
+    monkeypatch.setattr(RunDir, "write", raising(OSError(errno.EROFS, "Read-only file system")))
+    monkeypatch.setattr(session, "collect", lambda part: None)
+    with monkeypatch.context() as context:
+        context.setattr(renting, "acquire", raising(there))
+        context.setattr(Rented, "release", raising(there))
+        ended = {"state": "failed", "exit_code": 1}
+        ways = {
+            "renting": lambda: executor.execute(session.run, session.spec),
+            "released": lambda: executor.finish(session, ended, Voice(Console())),
+        }
+        with pytest.raises(StillThereError) as caught:
+            ways[when]()
+    assert caught.value is there
+    outcome = executor.finish(session, ended, Voice(Console()))
+    assert outcome.exit_code == 1 and emulator.pods() == {}
+
+
+def test_what_earlier_pods_of_a_run_cost_counts(emulator: Emulator, tmp_path: Path) -> None:
+    spec = rented_spec("where.max_usd=1")
+    run = run_of(spec, tmp_path / "runs")
+    rented = acquire(run, spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
+    rented.release()
+    Ledger().set(rented.name, created=time.time() - 3600 * 1.3)
+    assert spent(Ledger(), run.id) == pytest.approx(0.97, abs=0.03)
+    with pytest.raises(TooDearError, match="are spent"):
+        acquire(run, spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
+    assert emulator.pods() == {}
+
+
+def test_a_pod_whose_launcher_dies_at_once_ends_before_the_cap(emulator: Emulator, tmp_path: Path) -> None:
+    """Found by benchmarks/chaos_pods.py: twice `where.setup_minutes` are more than what is left for a later pod."""
+    spec = rented_spec("where.max_usd=1")
+    run = run_of(spec, tmp_path / "runs")
+
+    def alone_seconds() -> int:
+        key = Key("ssh-ed25519 AAAA test")
+        rented = acquire(run, spec, PLAN, key, print, alone_minutes=40)
+        command = shlex.split(emulator.pods()[rented.pod.id].config["args"])
+        rented.release()
+        Ledger().set(rented.name, created=time.time() - 3600 * 0.9)
+        return int(command[command.index(run.id) + 1])
+
+    assert alone_seconds() == 40 * 60
+    left = 1 - spent(Ledger(), run.id)
+    assert 0.1 < left < 0.4
+    assert alone_seconds() == pytest.approx(left / 0.75 * 3600, rel=0.1)  # $0.74 an hour, and its disks
+
+
+def test_ctrl_c_while_waiting_gives_the_pod_back(
+    emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(renting, "until_ready", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rent()
+    assert emulator.pods() == {} and Ledger().entries() == []
+
+
+# ── launchers that die ─────────────────────────────────────────────────────────────────────────
+
+LAUNCHER = """
+import os, signal, sys
+from pathlib import Path
+from runner.cloud import ledger, lifecycle as pod, readiness as waiting
+from runner.cloud.runpod.api import Api
+from tests.support.rented import PLAN, Key, rented_spec, run_of
+die, folder = sys.argv[1], Path(sys.argv[2])
+waiting.says_hello = lambda host, port: True
+kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+if die == "CREATING":  # after the request, before its answer is written down
+    create = Api.create_pod
+    Api.create_pod = lambda self, wanted: (create(self, wanted), kill())
+move = ledger.Ledger.move
+def moved(self, name, state, why, **facts):
+    move(self, name, state, why, **facts)
+    if state == die and die != "CREATING":
+        kill()
+ledger.Ledger.move = moved
+plan = ledger.Ledger.plan
+ledger.Ledger.plan = lambda self, name, **facts: (plan(self, name, **facts), die == "PLANNED" and kill())
+spec = rented_spec()
+rented = pod.acquire(run_of(spec, folder), spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
+rented.mark("RUNNING", "training")
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def launcher(die: str, folder: Path) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", LAUNCHER, die, str(folder)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+
+
+@pytest.mark.parametrize("die", ["PLANNED", "CREATING", "CREATE_UNKNOWN", "PROVISIONING", "SSH_READY"])
+def test_after_a_launcher_was_killed_the_next_command_ends_its_pod(
+    emulator: Emulator, tmp_path: Path, die: str
+) -> None:
+    if die == "CREATE_UNKNOWN":
+        emulator.inject("lost", on="create")
+    dead = launcher(die, tmp_path / "runs")
+    assert dead.wait(60) == -signal.SIGKILL
+    assert len(emulator.pods()) == (die != "PLANNED")
+    notes = reconcile(Api(), Ledger())
+    assert emulator.pods() == {} and Ledger().entries() == []
+    assert ("is ended" in "".join(notes)) == (die != "PLANNED")
+
+
+def test_a_living_launchers_pod_is_left_alone_and_an_armed_one_survives_it(emulator: Emulator, tmp_path: Path) -> None:
+    alive = launcher("NEVER", tmp_path / "runs")
+    assert alive.stdout is not None
+    while "ready" not in alive.stdout.readline():
+        pass
+    assert reconcile(Api(), Ledger()) == [] and len(emulator.pods()) == 1
+    alive.kill()
+    alive.wait()
+    assert reconcile(Api(), Ledger()) == [] and len(emulator.pods()) == 1  # its agent ends it in time
+    (entry,) = Ledger().entries()
+    Ledger().set(entry.name, deadline=time.time() - 3600)
+    assert "past its deadline" in reconcile(Api(), Ledger())[0]
+    assert emulator.pods() == {}
+
+
+def test_a_pod_that_stopped_itself_with_its_result_is_not_ended(emulator: Emulator, tmp_path: Path) -> None:
+    alive = launcher("NEVER", tmp_path / "runs")
+    assert alive.stdout is not None
+    while "ready" not in alive.stdout.readline():
+        pass
+    alive.kill()
+    alive.wait()
+    (entry,) = Ledger().entries()
+    assert entry.pod_id is not None
+    Api().stop(entry.pod_id)
+    Ledger().set(entry.name, deadline=time.time() - 3600)
+    assert f"runner fetch {entry.run_id}" in reconcile(Api(), Ledger())[0]
+    assert reconcile(Api(), Ledger()) == [] and len(emulator.pods()) == 1
+    assert Ledger().entries()[0].state == "STOPPED"
+
+
+def test_another_accounts_pods_are_not_taken_for_gone(
+    emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rented = rent()
+    rented.ledger.leave(rented.name)
+    rented.ledger.set(rented.name, account="another", pod_id="elsewhere")
+    (note,) = reconcile(Api(), Ledger())
+    assert "another key" in note and len(Ledger().entries()) == 1
+
+
+def test_a_create_that_came_to_nothing_is_forgotten_after_a_while(emulator: Emulator, rent: Rent) -> None:
+    emulator.inject("lost", on="create", commit=False)
+    rented = rent()
+    rented.release()
+    (entry,) = Ledger().entries()
+    assert entry.state == "CREATE_UNKNOWN"
+    Ledger().leave(entry.name)
+    assert reconcile(Api(), Ledger()) == [] and len(Ledger().entries()) == 1
+    Ledger().leave(entry.name)
+    Ledger().set(entry.name, created=time.time() - UNKNOWN_S - 1)
+    reconcile(Api(), Ledger())
+    assert Ledger().entries() == []

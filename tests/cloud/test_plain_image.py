@@ -1,0 +1,40 @@
+"""An image that is not made for RunPod, as pytorch/pytorch, has no ssh server: the start command brings one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runner.cloud import lifecycle, ssh_keys
+from runner.cloud.agent import boot
+from runner.cloud.ssh import Connection, user_of
+from tests.support.emulated import Emulator, emulator, needs_sshd  # noqa: F401
+from tests.support.rented import PLAN, rented_spec, run_of, state  # noqa: F401
+
+pytestmark = needs_sshd
+PLAIN = "where.image=pytorch/pytorch:2.8.0-cuda12.8-cudnn9-runtime"
+
+
+@pytest.mark.usefixtures("state")
+def test_an_image_without_an_ssh_server_is_reached_all_the_same(emulator: Emulator, tmp_path: Path) -> None:  # noqa: F811
+    spec = rented_spec(PLAIN, "where.setup_minutes=1")
+    run = run_of(spec, tmp_path)
+    pair = ssh_keys.pair(run.id)
+    rented = lifecycle.acquire(run, spec, PLAN, pair, print, alone_minutes=5)
+    try:
+        at = rented.pod
+        with_key = Connection(str(at.id), str(at.ssh_host), int(at.ssh_port or 22), pair.private, user_of(at.raw))
+        e = "${RUNNER_RP_ENVIRONMENT:-/etc/rp_environment}"
+        said = with_key.run(f". {e}; echo $RUNPOD_POD_ID; command -v python3; test -e /start.sh || echo plain")
+        with_key.close()
+        assert said.splitlines()[0] == at.id
+        assert said.splitlines()[1].endswith("/image/bin/python3")  # the image's own Python, which sshd's PATH lacks
+        assert said.splitlines()[2] == "plain"
+    finally:
+        rented.release()
+    assert emulator.pods() == {}
+
+
+def test_without_a_key_no_server_is_started() -> None:
+    assert boot.MAIN.index('[ -n "${PUBLIC_KEY:-}" ] || exec sleep infinity') < boot.MAIN.index("sshd -t")

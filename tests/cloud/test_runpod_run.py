@@ -1,0 +1,365 @@
+"""A run on a rented pod, whole: official SDK, emulated RunPod, real sshd and rsync, a real training, and home."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.rundir import checkpoints
+from runner.rundir.directory import RunDir
+from tests.conftest import SHORT
+from tests.support.emulated import Emulator, emulator, needs_sshd, rest  # noqa: F401
+from tests.support.hub import Hub, hub  # noqa: F401
+from tests.support.leaks import Watch
+from tests.support.processes import losses, only_run, start, tiny_model, until, words
+
+pytestmark = [needs_sshd, pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync: apt-get install rsync")]
+SECRETS = {"HF_TOKEN": "hf_" + "sEcReT" * 5, "WANDB_API_KEY": "w4ndb" * 8}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+class Typed:
+    """What a user types on a machine whose state is the test's own."""
+
+    def __init__(self, root: Path, model: Path, emulator: Emulator) -> None:  # noqa: F811
+        self.root, self.model, self.emulator = root, model, emulator
+        self.env = {
+            **emulator.env, **SECRETS, "RUNNER_STATE": str(root / "state"), "RUNNER_POD_PYTHON": sys.executable,
+            "RUNNER_CLOUD_PACE": "0.1",
+        }  # fmt: skip
+
+    def run(self, *more: str, yes: bool = True) -> subprocess.Popen[str]:
+        own = words(self.model, self.root / "runs", "where=runpod", "hw.num_cpus=1", *more)
+        return start(*own, *["--yes"] * yes, **self.env)
+
+    def verb(self, *words: str) -> subprocess.Popen[str]:
+        return start(*words, **self.env)
+
+    @property
+    def path(self) -> Path:
+        return until(lambda: only_run(self.root / "runs"))
+
+    @property
+    def folder(self) -> RunDir:
+        return RunDir(self.path)
+
+    def steps(self) -> int:
+        return len(list(self.folder.metrics()))
+
+
+@pytest.fixture
+def typed(tmp_path: Path, model: Path, emulator: Emulator) -> Typed:  # noqa: F811
+    return Typed(tmp_path, model, emulator)
+
+
+def ended(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str]:
+    out, err = process.communicate(timeout=seconds)
+    print(out, err)
+    return process.returncode, out + err
+
+
+def test_the_whole_way(typed: Typed) -> None:
+    """With tokens that were prepared here: there is nothing to tokenise in the pod."""
+    typed.env["RUNNER_CACHE"] = str(typed.root / "cache")
+    own = words(typed.model, typed.root / "runs", "data.max_eval_examples=4")
+    code, said = ended(typed.verb("data", "prepare", *own))
+    assert code == 0 and "from the cache" not in said, said
+    typed.env |= {name: secret + uuid.uuid4().hex for name, secret in SECRETS.items()}  # no other test's processes
+    hidden = [*(typed.env[name] for name in SECRETS), typed.emulator.key]
+    places = [typed.root / name for name in ("runs", "state", "emulator", "cache")]
+    with Watch(hidden, places, typed.root / "state" / "keys") as watch:
+        process = typed.run("train.save_every_steps=6", "where.max_usd=5")
+        until(lambda: typed.steps() > 0, 240)
+        assert process.poll() is None  # the metrics came while it ran
+        assert len(watch.hidden()) > len(hidden)  # there is an SSH key
+        code, said = ended(process)
+        watch.look("output", said)
+        for e in typed.emulator.exchanges:
+            watch.look(e.path, f"{e.path} {e.query} {e.body} {e.answer}")
+    assert any("runner.launcher.on_pod" in words for words in watch.arguments)  # it did see the pod's processes
+    assert any(words.startswith("ssh ") for words in watch.arguments) and watch.looks > 20
+    assert not watch.found
+    run = typed.folder
+    assert code == 0, said
+    assert typed.emulator.pods() == {}
+    assert len(losses(run.path)) == 12 and run.state() == "done"
+    summary = run.read("summary.json")
+    assert summary["model_dir"] == str(run.path / "model")
+    assert summary["cost"]["usd"] > 0 and summary["cost"]["predicted_hours"] > 0
+    assert "Cost    $" in said and "gone, which was confirmed" in said
+    assert said.count("Sends   tokens") == 2 and "(tokens from the cache)" in said
+    adapter_loads(typed.model, run.path / "model")
+    adapter = json.loads((run.path / "model" / "adapter_config.json").read_text("utf-8"))
+    assert adapter["base_model_name_or_path"] == str(typed.model)  # here, and not where it was in the pod
+
+
+def adapter_loads(model: Path, adapter: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter)
+
+
+GPU = "where.gpu_types=[NVIDIA L4]"
+"""A GPU pod, which has a volume disk; the training in it takes the CPU."""
+LONG = ("train.max_steps=400", "train.save_every_steps=4", "train.keep_checkpoints=2")
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_an_install_that_fails_is_told_and_the_pod_is_gone(
+    typed: Typed, isolated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the emulator has no right to make namespaces, and the workspace is elsewhere."""
+    if not isolated:
+        monkeypatch.setattr("runner.emulator.container.namespaces", lambda: False)
+    typed.env["RUNNER_POD_PYTHON"] = "/usr/bin/false"
+    code, said = ended(typed.run())
+    assert code == 1 and "installing failed" in said
+    assert "does not run in the pod" in (typed.path / "logs" / "install.log").read_text("utf-8")
+    assert typed.emulator.pods() == {} and typed.folder.state() == "failed"
+
+
+def test_a_training_that_dies_brings_its_checkpoint_home(typed: Typed) -> None:
+    process = typed.run(*LONG)
+    until(lambda: typed.steps() >= 6, 240)
+    for pid in workers(typed.folder.id):
+        os.kill(pid, signal.SIGKILL)
+    code, said = ended(process)
+    run = typed.folder
+    assert code == 1 and run.state() == "failed"
+    assert "SIGKILL" in said or "killed" in said
+    assert checkpoints.newest(run) is not None and (run.path / "logs" / "rank0.log").is_file()
+    assert run.read("status.json")["cost"]["usd"] > 0
+    assert typed.emulator.pods() == {}
+
+
+def workers(run_id: str) -> list[int]:
+    """Processes that train, in whatever pod."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = file.read_text("utf-8", errors="replace")
+        except OSError:
+            continue
+        if "runner.train\0" in text and f"{run_id}/spec.json" in text:
+            found.append(int(file.parent.name))
+    return found
+
+
+def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on_in_another_pod(typed: Typed) -> None:
+    process = typed.run(*LONG)
+    until(lambda: typed.steps() >= 3, 240)
+    process.send_signal(signal.SIGINT)
+    code, said = ended(process)
+    assert code == 130, said
+    run = typed.folder
+    step = checkpoints.newest(run)
+    assert step and typed.emulator.pods() == {} and run.state() == "interrupted"
+    code, said = ended(typed.verb("resume", str(run.path), f"train.max_steps={step + 4}", "--yes"))
+    assert code == 0, said
+    assert len(losses(run.path)) == step + 4 and f"Resumes after step {step}" in said
+
+
+@pytest.fixture
+def slow_python() -> Iterator[Path]:
+    """One that takes a minute to answer, in a folder that emulated pods see (their `/tmp` is their own)."""
+    file = Path(sys.prefix) / "bin" / f"slow-python-{os.getpid()}"
+    file.write_text("#!/bin/sh\nsleep 60\n")
+    file.chmod(0o755)
+    yield file
+    file.unlink()
+
+
+def test_ctrl_c_while_installing_is_an_interrupt(typed: Typed, slow_python: Path) -> None:
+    typed.env["RUNNER_POD_PYTHON"] = str(slow_python)
+    process = typed.run()
+    until(lambda: typed.path.is_dir() and typed.folder.read("agent-status.json").get("state") == "installing", 120)
+    process.send_signal(signal.SIGINT)
+    code, said = ended(process)
+    assert code == 130 and "you asked for it" in said and "where.max_usd" not in said
+    assert typed.folder.state() == "interrupted" and typed.emulator.pods() == {}
+
+
+@pytest.mark.parametrize("volume", [False, True])
+def test_a_pod_that_vanishes_is_replaced_and_the_run_goes_on(typed: Typed, volume: bool) -> None:
+    """From the checkpoint that was copied here meanwhile, or from the network volume that both pods have."""
+    more = []
+    if volume:
+        made = rest("POST", "/v2/network-volumes", json={"name": "mine", "size": 20, "dataCenter": "EU-RO-1"})
+        more = [f"where.volume={made['id']}"]
+    process = typed.run("train.max_steps=20", "train.save_every_steps=4", *more)
+    until(lambda: typed.steps() >= 6 if volume else checkpoints.complete(typed.folder), 300)
+    (first,) = typed.emulator.pods()
+    typed.emulator.inject("vanish", pod=first)
+    code, said = ended(process)
+    assert code == 0, said
+    assert "in its place" in said and "Resumes after step" in said and len(losses(typed.path)) == 20
+    assert typed.emulator.pods() == {}
+    assert typed.folder.read("summary.json")["cost"]["pod_id"] != first
+
+
+def test_a_restart_of_the_container_costs_no_result(typed: Typed) -> None:
+    process = typed.run(GPU, "train.max_steps=20", "train.save_every_steps=4")
+    until(lambda: checkpoints.complete(typed.folder), 240)
+    (only,) = typed.emulator.pods()
+    typed.emulator.inject("restart", pod=only)
+    code, said = ended(process)
+    assert code == 0, said
+    assert len(losses(typed.path)) == 20 and "The connection is back" in said
+    assert typed.folder.read("summary.json")["cost"]["pod_id"] == only
+    assert typed.emulator.pods() == {}
+
+
+def test_a_launcher_that_is_killed_leaves_a_stopped_pod_and_fetch_brings_the_run_home(typed: Typed) -> None:
+    process = typed.run(GPU, *LONG, "where.heartbeat_minutes=0.1", "train.max_steps=1500")  # more than in 6 s
+    until(lambda: typed.steps() >= 5, 240)
+    run = typed.folder
+    process.kill()
+    process.communicate()
+    until(lambda: [pod.status for pod in typed.emulator.pods().values()] == ["EXITED"], 120)
+    code, said = ended(typed.verb("fetch", run.id, "--output-dir", str(typed.root / "runs")))
+    assert code == 130, said
+    assert checkpoints.newest(run) and run.state() == "interrupted"
+    assert typed.emulator.pods() == {}
+
+
+def test_a_run_whose_launcher_was_killed_is_not_resumed_beside_its_pod_but_attached_to(typed: Typed) -> None:
+    process = typed.run(GPU, "train.max_steps=30", "train.save_every_steps=4")
+    until(lambda: typed.steps() >= 1, 240)
+    process.kill()
+    process.communicate()
+    (only,) = typed.emulator.pods()
+    code, said = ended(typed.verb("resume", str(typed.path), "--yes"))
+    assert code == 2 and f"python -m runner attach {typed.folder.id}" in said, said
+    assert list(typed.emulator.pods()) == [only]
+    code, said = ended(typed.verb("attach", typed.folder.id, "--output-dir", str(typed.root / "runs")))
+    assert code == 0 and len(losses(typed.path)) == 30, said
+    assert typed.emulator.pods() == {}
+
+
+def test_a_kept_pod_goes_on_with_the_run_that_is_resumed(typed: Typed) -> None:
+    code, said = ended(typed.run(GPU, "where.keep=true", "train.save_every_steps=6"))
+    assert code == 0, said
+    (only,) = typed.emulator.pods()
+    code, said = ended(typed.verb("resume", str(typed.path), "train.max_steps=16", "where.keep=false", "--yes"))
+    assert code == 0 and f"Starts  pod {only}" in said, said
+    assert len(losses(typed.path)) == 16 and typed.folder.state() == "done"
+    assert typed.emulator.pods() == {}
+    assert sum(e.method == "POST" and e.path == "/v2/pods" for e in typed.emulator.exchanges) == 1
+
+
+def test_a_pod_of_ones_own_takes_runs_one_after_the_other(typed: Typed) -> None:
+    """From `pods up`: a run takes it and hands it back, and so do the resumed run and, in the pod that was stopped
+    and started again, another one; the last run starts and ends it."""
+    up = ("pods", "up", GPU, "hw=cpu", "where.max_usd=5", "where.volume_gb=20", "--hours", "3", "--yes", "--json")
+    made = json.loads(typed.verb(*up).communicate(timeout=120)[0])
+    (only,) = typed.emulator.pods()
+    code, said = ended(typed.run(GPU, f"where.pod={only}", "train.save_every_steps=6", "where.max_usd=4"))
+    assert code == 0 and f"takes pod {only} (running)" in said and "is yours again, until " in said, said
+    first = typed.folder
+    assert [pod.status for pod in typed.emulator.pods().values()] == ["RUNNING"] and len(losses(first.path)) == 12
+
+    def row() -> dict[str, Any]:
+        (found,) = json.loads(ended(typed.verb("pods", "--json"))[1])
+        return dict(found)
+
+    mine = row()
+    assert (mine["state"], mine["held"]) == ("RUNNING", False) and mine["run_id"].startswith(made["run_id"])
+    assert mine["deadline"] == pytest.approx(made["deadline"], abs=2)
+    code, said = ended(typed.verb("pods", "ssh", made["run_id"], "ls", f"/workspace/runs/{first.id}/agent.json"))
+    assert code == 0 and "agent.json" in said  # by the id that it had, and a key that is let in
+    code, said = ended(typed.verb("resume", str(first.path), "train.max_steps=16", "--yes"))
+    assert code == 0 and f"Takes   pod {only} (running)" in said and "Sends   the checkpoint" not in said, said
+    assert len(losses(first.path)) == 16 and "is yours again, until " in said
+    assert ended(typed.verb("pods", "stop", only))[0] == 0
+    assert ended(typed.verb("pods", "start", only, "--hours", "2", "--yes"))[0] == 0
+    code, said = ended(typed.run(GPU, f"where.pod={only}", "run.name=third"))
+    assert code == 0 and f"Takes   pod {only} (running)" in said and "is yours again, until " in said, said
+    assert row()["state"] == "RUNNING" and row()["deadline"] < made["deadline"]
+    assert ended(typed.verb("pods", "stop", only))[0] == 0
+    more = (GPU, f"where.pod={only}", "where.keep=false", "run.name=second")
+    code, said = ended(typed.run(*more))
+    assert code == 0 and "ENDED, with its disk" in said and "is gone, which was confirmed" in said, said
+    assert typed.emulator.pods() == {}
+    assert sum(e.method == "POST" and e.path == "/v2/pods" for e in typed.emulator.exchanges) == 1
+
+
+def test_detached_looked_at_and_brought_home_on_another_machine(typed: Typed, tmp_path: Path) -> None:
+    code, said = ended(typed.run("--detach"))
+    assert code == 0 and "attach" in said
+    run = typed.folder
+    assert len(typed.emulator.pods()) == 1
+    typed.env["RUNNER_STATE"] = str(tmp_path / "another" / "state")
+    code, said = ended(typed.verb("status", run.id, "--json"))
+    assert code == 0 and json.loads(said)["agent"] in ("installing", "training", "done")
+    follower = typed.verb("logs", run.id, "-f")
+    assert follower.stdout is not None and "Loading torch" in follower.stdout.readline()
+    follower.send_signal(signal.SIGINT)
+    assert ended(follower)[0] == 130
+    there = RunDir(tmp_path / "another" / "runs" / run.id)
+    code, said = ended(typed.verb("attach", run.id, "--output-dir", str(there.path.parent)))
+    assert code == 0, said
+    assert len(losses(there.path)) == 12 and there.state() == "done"
+    adapter_loads(typed.model, there.path / "model")
+    assert typed.emulator.pods() == {}
+
+
+def test_a_pod_uploads_checkpoints_and_the_model_itself(typed: Typed, hub: Hub) -> None:  # noqa: F811
+    typed.env |= hub.env()
+    more = ("push.to=me/tuned", "push.every_steps=6", "train.save_every_steps=6", "where.max_usd=5")
+    code, said = ended(typed.run(*more))
+    assert code == 0 and f"Pushed  {hub.url}/me/tuned" in said, said
+    assert "checkpoints/checkpoint-12/COMPLETE" in hub.files and "adapter_model.safetensors" in hub.files
+    assert not any("checkpoint-6/" in name for name in hub.files)
+    told = ("spec.json", "README.md", "adapter_config.json", "summary.json")
+    assert b"/workspace" not in b"".join(hub.files[name] for name in told)
+    assert typed.folder.read("pushed.json")["repo"] == "me/tuned" and typed.folder.state() == "done"
+    assert typed.emulator.pods() == {}
+
+
+def test_a_detached_run_is_refused_where_its_pod_may_not_end_itself(typed: Typed) -> None:
+    typed.emulator.inject("no_right", times=0)
+    code, said = ended(typed.run("--detach"))
+    assert code == 1 and "may not end itself" in said
+    assert typed.emulator.pods() == {} and typed.folder.state() == "failed"
+    assert "Sends" not in said  # nothing was uploaded
+
+
+def test_without_anybody_to_ask_nothing_is_rented(typed: Typed) -> None:
+    code, said = ended(typed.run(yes=False))
+    assert code == 2 and "add --yes" in said and typed.emulator.pods() == {}
+
+
+def test_a_run_whose_pod_is_gone_can_be_resumed(typed: Typed, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "run-1")
+    run.path.mkdir(parents=True)
+    run.write("spec.json", {})
+    run.set_status("training", host="runner-run-1-abcd", pid=None, born="another-boot:1")
+    code, said = ended(typed.verb("resume", str(run.path)))
+    assert code == 2 and "is in a pod" in said and "attach run-1" in said
+    code, said = ended(typed.verb("fetch", str(run.path)))
+    assert code == 2 and "RunPod has no pod of run run-1" in said
+    assert run.state() == "failed"
+
+
+@pytest.mark.slow
+def test_the_demo_model_learns_on_a_rented_pod(typed: Typed) -> None:
+    """The main job's model, out of the package that carries it."""
+    own = ("where=runpod", "hw=cpu", f"run.output_dir={typed.root / 'runs'}", *SHORT, "eval.num_prompts=0", "--yes")
+    code, said = ended(start(*own, **typed.env), 1000)
+    assert code == 0, said
+    assert (typed.path / "model" / "adapter_model.safetensors").is_file() and typed.emulator.pods() == {}

@@ -1,0 +1,212 @@
+"""Requests that were lost or carried out twice, lists that fail, pods of odd shape: nothing runs on unseen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.cloud.lease import Rented
+from runner.cloud.ledger import Ledger
+from runner.cloud.lifecycle import acquire
+from runner.cloud.reconcile import reconcile
+from runner.cloud.runpod import types
+from runner.cloud.runpod.api import Api
+from runner.cloud.runpod.errors import BILLING_PAGE, NoBalanceError, NoPodError, StillThereError
+from runner.cloud.runpod.pod_request import PodRequest
+from runner.emulator.pods_api import listed
+from tests.support.emulated import IMAGE, Emulator, emulator
+from tests.support.front import here, laptop, runner
+from tests.support.rented import PLAN, Key, rented_spec, run_of, state
+
+__all__ = ["emulator", "here", "laptop", "state"]
+pytestmark = pytest.mark.usefixtures("state", "here", "hello")
+
+
+@pytest.fixture
+def hello(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.cloud.readiness.says_hello", lambda host, port: True)
+    monkeypatch.setattr("runner.cloud.runpod.transport.PAUSE_S", 0.05)
+    monkeypatch.setattr("runner.cloud.readiness.LEAST_LOOK_S", 0.5)
+    monkeypatch.setattr("runner.cloud.readiness.LOOK_S", 0.5)
+
+
+def rent(tmp_path: Path, *words: str) -> Rented:
+    spec = rented_spec("where.setup_minutes=0.2", "where.bad_host_minutes=0.02", *words)
+    return acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
+
+
+# ── lost ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 401])
+def test_a_lost_create_and_an_api_that_is_down_is_not_nothing(emulator: Emulator, tmp_path: Path, status: int) -> None:
+    emulator.inject("lost", on="create")
+    emulator.inject("answer", on="list", status=status, times=0)
+    with pytest.raises(StillThereError) as error:
+        rent(tmp_path)
+    assert len(emulator.pods()) == 1
+    (pod,) = emulator.pods().values()
+    (problem,) = error.value.problems
+    assert error.value.exit_code == 1 and "MAY STILL BE RUNNING AND COST MONEY" in problem.what
+    assert pod.name in problem.what and f"python -m runner pods terminate {pod.name}" in str(problem.remedy)
+    assert "nothing" not in problem.what
+    result = runner("pods", "terminate", pod.name)  # while it is still down
+    assert result.exit_code != 0 and len(emulator.pods()) == 1
+    emulator.clear()
+    result = runner("pods", "terminate", pod.name)  # as it was said
+    assert result.exit_code == 0 and emulator.pods() == {}, result.output
+
+
+def test_a_create_that_is_never_seen_is_said_with_the_failure(emulator: Emulator, tmp_path: Path) -> None:
+    emulator.inject("late_listing", seconds=30, times=0)
+    emulator.inject("lost", on="create", times=0)
+    with pytest.raises(NoPodError) as error:
+        rent(tmp_path, "where.gpu_types=[NVIDIA L4]")
+    said = [p for p in error.value.problems if "MAY STILL BE RUNNING" in p.what]
+    assert {p.what.split()[1] for p in said} == {pod.name for pod in emulator.pods().values()} and len(said) == 2
+
+
+def test_a_create_that_is_never_seen_is_said_with_whatever_ends_the_search(emulator: Emulator, tmp_path: Path) -> None:
+    emulator.inject("late_listing", seconds=30, times=0)
+    emulator.inject("lost", on="create")
+    emulator.inject("answer", on="create", status=402, skip=1)
+    with pytest.raises(NoBalanceError) as error:
+        rent(tmp_path)
+    balance, unseen = error.value.problems
+    assert BILLING_PAGE in str(balance.remedy) and "MAY STILL BE RUNNING" in unseen.what
+
+
+# ── twice ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_create_that_was_carried_out_twice_leaves_one_pod(emulator: Emulator, tmp_path: Path) -> None:
+    emulator.inject("double", on="create")
+    rented = rent(tmp_path)
+    assert list(emulator.pods()) == [rented.pod.id]
+    rented.release()
+    assert emulator.pods() == {}
+
+
+def test_a_double_that_is_listed_late_goes_with_the_run(emulator: Emulator, tmp_path: Path) -> None:
+    emulator.inject("late_listing", times=0, seconds=3)
+    emulator.inject("double", on="create")
+    rented = rent(tmp_path)
+    assert len(emulator.pods()) == 2
+    while len(listed(emulator.world, False)) < 2:
+        pass
+    rented.release()
+    assert emulator.pods() == {}
+
+
+def test_a_double_goes_with_a_pod_that_is_given_back(emulator: Emulator, tmp_path: Path) -> None:
+    emulator.inject("double", on="create", times=0)
+    emulator.inject("bad_host", times=0)
+    with pytest.raises(NoPodError):
+        rent(tmp_path, "where.gpu_types=[NVIDIA L4]")
+    assert emulator.pods() == {}
+
+
+@pytest.mark.parametrize("state", ["PROVISIONING", "RUNNING"])
+def test_a_double_of_a_launcher_that_was_killed_is_found_by_the_next_command(
+    emulator: Emulator, tmp_path: Path, state: Any
+) -> None:
+    rented = rent(tmp_path)
+    rented.ledger.move(rented.name, state, "and then it was killed")
+    rented.ledger.leave(rented.name)
+    double = Api().create_pod(PodRequest(rented.name, IMAGE, "secure", gpu_id="NVIDIA L4"))
+    reconcile(Api(), Ledger())
+    assert double.id not in emulator.pods() and (rented.pod.id in emulator.pods()) == (state == "RUNNING")
+
+
+# ── terminate ──────────────────────────────────────────────────────────────────────────────────
+
+
+def two(tmp_path: Path) -> Rented:
+    """A run with two pods: its own, and one that came of something else."""
+    rented = rent(tmp_path)
+    Api().create_pod(PodRequest(f"runner-{rented.run_id}-beef", IMAGE, "secure", gpu_id="NVIDIA L4"))
+    return rented
+
+
+@pytest.mark.parametrize("how", ["run", "folder", "name"])
+def test_terminate_ends_all_pods_of_a_run(emulator: Emulator, tmp_path: Path, how: str) -> None:
+    rented = two(tmp_path)
+    words = {"run": rented.run_id, "folder": f"runs/{rented.run_id}", "name": rented.run_id}
+    result = runner("pods", "terminate", words[how], "--json")
+    assert result.exit_code == 0, result.output
+    assert emulator.pods() == {} and len(json.loads(result.stdout)["pod_ids"]) == 2
+
+
+def test_terminate_of_one_pod_leaves_the_other(emulator: Emulator, tmp_path: Path) -> None:
+    rented = two(tmp_path)
+    assert runner("pods", "terminate", rented.pod.id).exit_code == 0
+    assert len(emulator.pods()) == 1 and rented.pod.id not in emulator.pods()
+
+
+def test_terminate_of_several_confirms_each(
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.cloud.termination.LEAST_PATIENCE_S", 0.5)
+    monkeypatch.setattr("runner.cloud.termination.PATIENCE_S", 0.5)
+    rented = two(tmp_path)
+    emulator.inject("undead", times=0, pod=rented.pod.id)
+    result = runner("pods", "terminate", rented.run_id)
+    assert result.exit_code == 1 and "MAY STILL BE RUNNING" in result.output
+    assert list(emulator.pods()) == [rented.pod.id]  # the other one is gone all the same
+
+
+@pytest.mark.parametrize("status", [500, 502, 429])
+@pytest.mark.parametrize("word", ["run", "pod"])
+def test_terminate_needs_no_list(emulator: Emulator, tmp_path: Path, status: int, word: str) -> None:
+    rented = rent(tmp_path)
+    emulator.inject("answer", on="list", status=status, times=0)
+    result = runner("pods", "terminate", rented.run_id if word == "run" else rented.pod.id)
+    assert emulator.pods() == {}, result.output
+    assert result.exit_code == 0
+
+
+def test_terminate_needs_neither_list_nor_ledger_for_an_id(emulator: Emulator, tmp_path: Path, state: Path) -> None:
+    rented = rent(tmp_path)
+    (state / "ledger.db").unlink()
+    emulator.inject("answer", on="list", status=500, times=0)
+    result = runner("pods", "terminate", rented.pod.id)
+    assert result.exit_code == 0 and emulator.pods() == {}, result.output
+
+
+def test_terminate_by_id_never_touches_a_foreign_pod(emulator: Emulator) -> None:
+    foreign = Api().create_pod(PodRequest("somebody-else", IMAGE, "secure", gpu_id="NVIDIA L4"))
+    for fault in (False, True):
+        if fault:
+            emulator.inject("answer", on="list", status=500, times=0)
+        result = runner("pods", "terminate", foreign.id)
+        assert result.exit_code == 2, result.output
+        assert ("not this project's" if fault else "this project has no pod") in result.output
+    assert list(emulator.pods()) == [foreign.id]
+
+
+ODD: list[Any] = [
+    {"id": "odd"}, {"id": "odd", "name": None, "status": None}, {"id": "odd", "name": 7, "cost": "much"}, {"name": "x"},
+    {"id": "odd", "name": "x", "status": "RUNNING", "gpu": [], "ssh": "no", "mounts": [1], "env": ["A=1"]},
+    {"id": "odd", "name": "x", "status": "R", "mounts": {"network": [None]}, "createdAt": 7, "cost": float("inf")},
+    {"id": "odd", "name": "x", "ssh": {"direct": [], "proxy": 1}, "gpu": {"count": "two"}}, None, "odd", 7, [],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=map(str, range(len(ODD))))
+def test_a_foreign_pod_of_odd_shape_blocks_nothing(
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: Any
+) -> None:
+    rented = rent(tmp_path)
+    everything = Api._all
+    monkeypatch.setattr(Api, "_all", lambda self, path, name: [odd, *everything(self, path, name), odd])
+    assert rented.pod.id in runner("pods", "--json").output
+    result = runner("pods", "terminate", rented.run_id)
+    assert result.exit_code == 0 and emulator.pods() == {}, result.output
+
+
+def test_a_pod_of_odd_shape_is_still_a_pod() -> None:
+    found = types.pod({"id": "a", "name": "runner-x-1", "status": "RUNNING", "gpu": 7, "cost": None})
+    assert (found.id, found.name, found.status, found.usd_per_hour) == ("a", "runner-x-1", "RUNNING", 0.0)

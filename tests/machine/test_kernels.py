@@ -1,0 +1,147 @@
+"""FlashAttention is planned where it will run, and said to be assumed where nobody can look."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.cloud.runpod.pod_request import PodRequest
+from runner.doctor import software
+from runner.machine import detect, kernels
+from runner.plan import pod_packages
+from tests.machine.test_hardware import H100, T4
+from tests.support.front import LAPTOP, here, laptop, only_problem, runner, spec_of
+
+__all__ = ["here", "laptop"]  # fixtures
+pytestmark = pytest.mark.usefixtures("here")
+
+RUN = ("model=mistral7b", "method=lora", "train.max_length=4096", "data=hub", "data.id=x/y", "train.max_steps=1")
+
+
+def plan(*words: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(runner("plan", "--json", *RUN, *words).stdout)
+    return content
+
+
+def about_attention(content: dict[str, Any]) -> list[str]:
+    return [note for note in content["notes"] if "flash-attn" in note]
+
+
+@pytest.fixture
+def h100_here(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detect, "detect", lambda: replace(LAPTOP, gpus=(H100,)))
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    monkeypatch.setattr(kernels, "flash_attn", lambda: version)
+
+
+def test_elsewhere_a_plan_says_that_it_assumes_flash_attention_and_what_it_takes_without() -> None:
+    content, plain = plan("hw=h100"), plan("hw=h100", "train.attention=sdpa")
+    assert about_attention(content) == [
+        f"attention: assumes that flash-attn is installed; with SDPA {plain['peak_gib']['expected']:.1f} GiB"
+    ]
+    assert content["peak_gib"]["expected"] < plain["peak_gib"]["expected"]
+    assert about_attention(plain) == []
+
+
+def test_what_fits_with_flash_attention_only_is_said() -> None:
+    full = plan("hw=h100", "train.micro_batch_size=1")["peak_gib"]["expected"]
+    (note,) = about_attention(plan("hw=h100", f"hw.memory_gib={full + 0.01}", "train.micro_batch_size=1"))
+    assert note.endswith("which does not fit")
+
+
+@pytest.mark.usefixtures("h100_here")
+def test_here_what_is_installed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, None)
+    without = plan("hw=local")
+    assert about_attention(without) == [kernels.NO_FLASH]
+    spec = json.loads(runner("show", "--json", *RUN, "hw=local").stdout)
+    assert spec["train"]["attention"] == "sdpa"
+    installed(monkeypatch, "2.8.3")
+    assert plan("hw=local")["peak_gib"]["expected"] < without["peak_gib"]["expected"]
+    assert about_attention(plan("hw=local", "train.attention=sdpa")) == []
+
+
+# ── in a pod ────────────────────────────────────────────────────────────────────────────────────
+
+
+RENTED = ("where=runpod", "hw=h100")
+
+
+def test_a_rented_run_is_planned_and_trained_with_what_the_pod_will_have() -> None:
+    content, sdpa = plan(*RENTED), plan(*RENTED, "train.attention=sdpa")
+    assert content["peak_gib"] == sdpa["peak_gib"] and pod_packages.NO_FLASH in content["notes"]
+    spec = spec_of(*RUN, *RENTED)
+    assert spec.train.attention == "sdpa" and pod_packages.extras(spec) == [] and pod_packages.wheels(spec) == []
+    chosen = spec_of("where=runpod", "model=mistral7b", "method=lora", "train.max_length=4096")  # without hw=
+    assert chosen.hw.accelerator == "cuda" and chosen.train.attention == "sdpa"
+
+
+def test_flash_attention_that_is_named_is_planned_installed_and_its_host_asked_for() -> None:
+    named = (*RENTED, "train.attention=flash_attention_2")
+    assert plan(*named)["peak_gib"]["expected"] < plan(*RENTED)["peak_gib"]["expected"]
+    spec = spec_of(*RUN, *named)
+    assert pod_packages.extras(spec) == ["flash-attn", "einops"]
+    wheels = pod_packages.wheels(spec)
+    assert [wheel["build"] for wheel in wheels] == ["", "cu126"] and pod_packages.least_cuda(spec) is None
+    assert all("torch2.13-cp312-cp312-linux_x86_64.whl" in wheel["url"] for wheel in wheels)
+    blackwell = spec_of(*RUN, "where=runpod", "hw=b200", "train.attention=flash_attention_2")
+    assert pod_packages.least_cuda(blackwell) == "13.0"
+    image = "runpod/pytorch:1.0.7-cu1281-torch280-ubuntu2404"
+    request = PodRequest("a", image, "secure", gpu_id="NVIDIA B200", min_cuda="13.0")
+    assert request.body()["gpu"]["minCudaVersion"] == "13.0" and request.allowed_cuda[0] == "13.0"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("hw=rtx5090", "no wheel of flash-attn is known for torch 2.13 on rtx5090 → write train.attention=sdpa"),
+        ("where.image=axolotl", "which Python axolotl has is not known"),
+        ("where.template=abc", "which Python abc has is not known, and a wheel of flash-attn is for one alone → write"),
+        ("where.pod=abc", "leave out where.pod"),
+        ('hw=b200 where.cuda_versions=["12.8"]', "on b200 it needs CUDA 13.0 → leave out where.cuda_versions"),
+        ("train.attention=flash_attention_3", "write train.attention=flash_attention_2 or sdpa"),
+    ],
+)
+def test_flash_attention_that_a_pod_cannot_get_is_refused_before_renting(
+    words: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = dict(word.split("=", 1) for word in ("hw=h100", "train.attention=flash_attention_2", *words.split()))
+    all_of_them = (*RUN, "where=runpod", *(f"{key}={value}" for key, value in chosen.items()))
+    problem = only_problem(*all_of_them)
+    assert says in f"{problem.what} → {problem.remedy}"
+    monkeypatch.setenv(pod_packages.OWN_PYTHON, "/opt/python")  # which the pod looks at itself
+    assert spec_of(*all_of_them).train.attention.startswith("flash")
+
+
+def test_what_an_image_brings_is_said() -> None:
+    (note,) = [note for note in plan(*RENTED, "where.image=unsloth")["notes"] if "where.image=unsloth brings" in note]
+    assert "torch 2.11 for CUDA 12.8, Unsloth" in note and note.endswith("a run has packages of its own")
+    assert not [note for note in plan(*RENTED)["notes"] if " brings " in note]
+
+
+@pytest.mark.usefixtures("h100_here")
+def test_auto_knows_what_is_here_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, None)
+    assert plan("where=auto", "hw=local")["peak_gib"] == plan("hw=local")["peak_gib"]
+
+
+def test_a_card_without_it_and_a_cpu_need_no_note() -> None:
+    assert about_attention(plan("hw=t4")) == about_attention(plan("hw=cpu")) == []
+
+
+def test_doctor_says_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(*gpus: detect.Gpu) -> list[tuple[str, str]]:
+        found = software.findings(replace(LAPTOP, gpus=gpus), None, None)
+        return [(finding.state, finding.found) for finding in found if finding.name == "attention"]
+
+    installed(monkeypatch, None)
+    assert of(H100) == [("note", kernels.NO_FLASH)]
+    installed(monkeypatch, "2.8.3")
+    assert of(H100) == [("ok", "flash-attn 2.8.3")]
+    assert of(T4) == of() == []

@@ -1,0 +1,350 @@
+"""The tape of sizes against real models: what comes and goes in a step, without the states, to a percent or better.
+
+On fake tensors every family, method and option; with real tensors what cannot be faked, quantised weights.
+`benchmarks/memory_accuracy.py` has the large models.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from benchmarks import simulate
+from runner.plan import step_peak as stepping
+from runner.plan.autograd import head, lora
+from runner.plan.autograd.ops import Block, LayerKind, Setting
+from runner.plan.autograd.tape import Node, Storage, Tensor
+from runner.plan.memory import Job, setting_of
+from runner.plan.model_shape import Matrix, shape_of
+from runner.plan.step_peak import Step, Trains, step
+from runner.plan.trainable import training_of
+from runner.spec import ModelSpec, RunSpec
+from runner.train import peft_methods
+from runner.train.model_loading import load_model
+from tests.conftest import spec_of
+
+DENSE: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 704, "num_layers": 3, "num_heads": 8, "num_kv_heads": 2, "head_dim": 32,
+    "vocab_size": 1000, "context_length": 1024, "tie_embeddings": False,
+}  # fmt: skip
+PLAIN = {"num_kv_heads": 8, "intermediate_size": 1024}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_heads": 16},  # heads that are together wider than the model
+    "qwen2": {"tie_embeddings": True},
+    "qwen3": {"tie_embeddings": True},
+    "gemma": {"tie_embeddings": True},
+    "phi3": {"num_kv_heads": 4, "vocab_size": 32064},  # its padding token is the 32,000th
+    "phi": {**PLAIN, "hidden_size": 640, "head_dim": 80},
+    "gpt_neox": PLAIN,
+    "gpt2": {**PLAIN, "tie_embeddings": True},
+    "mixtral": {"num_experts": 4, "experts_per_token": 2},
+    "qwen3_moe": {"num_experts": 8, "experts_per_token": 3, "intermediate_size": 192},
+}
+TILE = 256  # columns of the head's tile: with TRL's 32,768 it would be larger than all else in a small model
+Peaks = dict[str, float]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", TILE)
+    monkeypatch.setattr(head, "FUSED_COLUMNS", TILE)
+    step.cache_clear()
+
+
+def model_of(family: str) -> ModelSpec:
+    return ModelSpec.model_validate({"id": "x/y", "name": family, "architecture": family, **DENSE, **FAMILIES[family]})
+
+
+def run_of(method: str, *overrides: str, family: str = "llama", s: int = 192, b: int = 2, hw: str = "h200") -> RunSpec:
+    spec = spec_of(
+        "model=mistral7b", f"method={method}", f"hw={hw}", "train.precision=bf16", f"train.max_length={s}",
+        f"train.micro_batch_size={b}", f"train.batch_size={b}", "train.liger=false",
+        "train.gradient_checkpointing=false", *overrides,
+    )  # fmt: skip
+    return spec.model_copy(update={"model": model_of(family)})
+
+
+def setting(spec: RunSpec, packed: bool = False, **changes: Any) -> tuple[Any, Setting]:
+    training = training_of(shape_of(spec.model), spec.method, "bf16", deepspeed=False)
+    job = Job(
+        seq=spec.train.max_length, precision="bf16", checkpointing=spec.train.gradient_checkpointing is True,
+        attention="flash", optimizer="adamw", on_gpu=True, packed=packed,
+    )  # fmt: skip
+    return training, replace(setting_of(training, job, int(spec.train.micro_batch_size)), **changes)
+
+
+def planned(spec: RunSpec, **changes: Any) -> Step:
+    training, chosen = setting(spec, **changes)
+    return step(training.shape, chosen, training.trains, int(spec.train.accumulation_steps) > 1)
+
+
+def simulated(spec: RunSpec) -> simulate.Simulated:
+    """One step: the optimiser's states, which are made at its end, are no part of what is compared."""
+    return simulate.simulate(spec, steps=1)
+
+
+def assert_same(plan: Step, seen: simulate.Simulated, within: float, extra: float = 0.0) -> None:
+    """Both peaks, in bytes above what was there when the step began."""
+    for phase, peak in (("forward", plan.forward.total), ("backward", plan.backward.total)):
+        real = seen.peaks[phase] - seen.start
+        assert real > 1e6
+        assert peak + extra == pytest.approx(real, rel=within), f"{phase}: {(peak + extra) / real - 1:+.2%}"
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize("method", ["full", "freeze", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_and_method_peaks_where_the_real_model_does(family: str, method: str, checkpointing: str) -> None:
+    spec = run_of(method, f"train.gradient_checkpointing={checkpointing}", family=family)
+    # Gemma's norm is planned like Llama's, see norms.py.
+    assert_same(planned(spec), simulated(spec), 0.04 if family == "gemma" else 0.01)
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "changes"),
+    [
+        ("full", ["method.master_weights=false"], {}),
+        ("freeze", ["method.layers=[1]", "method.extra_modules=[embed_tokens]"], {}),
+        ("freeze", ["method.extra_modules=[norm,lm_head]"], {}),
+        ("lora", ["method.layers=last:2"], {}),
+        ("lora", ["method.target_modules=[q_proj,v_proj]"], {}),
+        ("lora", ["method.dropout=0.1"], {}),
+        ("lora", ["method.use_dora=true"], {"dora": True}),
+        ("lora", ["method.use_dora=true", "method.dropout=0.1"], {"dora": True}),
+        # PEFT holds the copies that modules_to_save makes in the model's own width, beside fp32 adapters.
+        ("lora", ["method.modules_to_save=[embed_tokens,lm_head]"], {"trained_width": 2}),
+    ],
+)
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_every_option_of_a_method_counts(
+    method: str, overrides: list[str], changes: dict[str, Any], checkpointing: str
+) -> None:
+    spec = run_of(method, f"train.gradient_checkpointing={checkpointing}", *overrides)
+    assert_same(planned(spec, **changes), simulated(spec), 0.01)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_second_micro_batch_finds_the_gradients_of_the_first(method: str) -> None:
+    spec = run_of(method)
+    spec = spec.model_copy(update={"train": spec.train.model_copy(update={"accumulation_steps": 2})})
+    training, _ = setting(spec)
+    assert_same(planned(spec), simulated(spec), 0.01, extra=training.trained_bytes)
+
+
+def test_the_head_works_in_tiles_of_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE", 128)
+    monkeypatch.setattr(head, "FUSED_ROWS", 128)
+    spec = run_of("full")
+    assert_same(planned(spec), simulated(spec), 0.01)
+
+
+# --- attention and the head of a CPU: a step written out, as the simulation has neither --------------
+
+
+def steps_with(spec: RunSpec, attention: str, fused: bool, packed: bool = False) -> simulate.Simulated:
+    """A step on fakes with a mask of four dimensions and, unless `fused`, `CountingTrainer.compute_loss`."""
+    model, counter = simulate.build(spec), simulate.LiveBytes()
+    model.config._attn_implementation = attention
+    b, s = int(spec.train.micro_batch_size), spec.train.max_length
+    b, s = (1, b * s) if packed else (b, s)
+    with simulate.gpu_like(), FakeTensorMode(), counter:
+        simulate.to_fakes(model)
+        ids = torch.zeros(b, s, dtype=torch.int64)
+        start = counter.live
+        counter.enter("forward")
+        mask = torch.zeros(b, 1, s, s, dtype=torch.bool if attention == "sdpa" else model.dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            if fused:
+                loss = model(ids, labels=ids, attention_mask=mask, use_cache=False, fused_lm_head=True).loss
+            else:
+                columns = torch.arange(s - 1)
+                out = model(ids, attention_mask=mask, use_cache=False, logits_to_keep=columns)
+                targets = torch.zeros(b * (s - 1), dtype=torch.int64)
+                loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), targets)
+                del out
+        counter.enter("backward")
+        loss.backward()
+    return simulate.Simulated(dict(counter.peaks), start)
+
+
+@pytest.mark.parametrize(
+    ("method", "attention", "fused"),
+    [("full", "eager", False), ("full", "sdpa", True), ("lora", "eager", True), ("lora", "sdpa", False)],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_masks_scores_and_logits_are_counted(method: str, attention: str, fused: bool, packed: bool) -> None:
+    for checkpointing in (True, False):
+        spec = run_of(method, f"train.gradient_checkpointing={str(checkpointing).lower()}")
+        plan = planned(spec, packed=packed, attention=attention, head="fused" if fused else "labelled")
+        assert_same(plan, steps_with(spec, attention, fused, packed), 0.03)
+
+
+# --- quantised weights: real tensors on the CPU ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    facts = model_of("llama")
+    config = LlamaConfig(
+        hidden_size=facts.hidden_size, intermediate_size=facts.intermediate_size, num_hidden_layers=facts.num_layers,
+        num_attention_heads=facts.num_heads, num_key_value_heads=facts.num_kv_heads, vocab_size=facts.vocab_size,
+        max_position_embeddings=facts.context_length, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def real_steps(spec: RunSpec, source: Path) -> simulate.Simulated:
+    """Two real steps of the worker's model, its adapter in bf16 as SFTTrainer makes it over a quantised base."""
+    with simulate.gpu_like():
+        model = load_model(spec, str(source))
+        model.config._attn_implementation = simulate.FLASH
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        model = get_peft_model(model, peft_methods.adapter_config(spec, model))
+        for parameter in model.parameters():
+            if parameter.requires_grad and spec.method.name != "lora":
+                parameter.data = parameter.data.to(torch.bfloat16)
+        if spec.train.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        model.train()
+        counter = simulate.LiveBytes()
+        with counter:
+            return simulate.take_steps(spec, model, counter)
+
+
+def on_cpu(k: Block, x: Tensor, m: Matrix, *, four: bool) -> Tensor:
+    """The products as a CPU does them: nf4 in one kernel, int8 with the whole matrix dequantised (`MatMul8bitFp`)."""
+    t, rows, w, source = k.t, x.values / m.inputs, x.width, x.node
+    unpacked = t.new(0 if four else m.inputs * m.outputs, w)
+    out = Tensor(rows * m.outputs, w, t.new(rows * m.outputs, w))
+    del unpacked
+    if source is not None:
+        if not four:
+            t.hold(x.storage)
+
+        def backward(grad: Storage) -> list[tuple[Node, Storage]]:
+            unpacked = t.new(m.inputs * m.outputs, w)
+            piece = t.new(rows * m.inputs, w)
+            del unpacked
+            return [(source, piece)]
+
+        out.node = t.node(w, backward)
+    return out
+
+
+@pytest.fixture
+def cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The plan is for CUDA's kernels; these are the only places where the CPU's differ."""
+    monkeypatch.setattr(lora, "_nf4", lambda k, x, m: on_cpu(k, x, m, four=True))
+    monkeypatch.setattr(lora, "_int8", lambda k, x, m: on_cpu(k, x, m, four=False))
+    yield
+    step.cache_clear()
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize("method", ["lora", "qlora4", "qlora8"])
+@pytest.mark.usefixtures("cpu_kernels")
+def test_quantised_layers_keep_what_real_tensors_show(method: str, checkpointing: str, folder: Path) -> None:
+    spec = run_of(method, f"train.gradient_checkpointing={checkpointing}", hw="cpu")
+    assert_same(planned(spec), real_steps(spec, folder), 0.005)
+
+
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
+def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    path = tmp_path_factory.mktemp(request.param)
+    config = simulate.transformers_config(model_of(request.param))
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(path)
+    return request.param, path
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "[q_proj,v_proj]"])
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize("method", ["qlora4", "qlora8"])
+@pytest.mark.usefixtures("cpu_kernels")
+def test_quantised_experts_keep_what_real_tensors_show(
+    method: str, checkpointing: str, targets: str, mixture: tuple[str, Path]
+) -> None:
+    """Unpacked for the time of a product, not kept for the backward pass: with or without checkpointing."""
+    family, source = mixture
+    words = f"train.gradient_checkpointing={checkpointing}", f"method.target_modules={targets}"
+    spec = run_of(method, *words, family=family, hw="cpu")
+    assert_same(planned(spec), real_steps(spec, source), 0.01)
+
+
+def test_int8_keeps_its_inputs_through_a_checkpoint() -> None:
+    """`MatMul8bitLt` puts them into an attribute, where no checkpoint sees them: nf4 keeps none."""
+    spec = run_of("qlora8", "train.gradient_checkpointing=true", s=512)
+    shape = shape_of(spec.model)
+    eight, four = planned(spec), planned(spec, base="nf4")
+    n = 2 * 512
+    inputs = 3 * shape.hidden_size + shape.intermediate_size  # of q/k/v, o, gate/up, and down
+    assert eight.backward.total - four.backward.total > 0.9 * shape.num_layers * 2 * n * inputs
+
+
+# --- what must hold whatever the sizes are -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["full", "freeze", "lora", "qlora4", "qlora8"])
+def test_more_tokens_never_need_less_and_checkpoints_never_need_more(method: str) -> None:
+    for family in ("llama", "phi", "mixtral"):
+        spec = run_of(method, family=family)
+        grid = {}
+        for b in (1, 2, 5):
+            for s in (64, 100, 1000):
+                for checkpointing in (True, False):
+                    both = planned(spec, b=b, s=s, checkpointing=checkpointing)
+                    grid[b, s, checkpointing] = max(both.forward.total, both.backward.total)
+        for (b, s, checkpointing), peak in grid.items():
+            assert all(
+                other >= peak for (c, t, same), other in grid.items() if c >= b and t >= s and same is checkpointing
+            )
+            # A checkpoint holds a layer's input beside the layer made again, so one layer alone may need a little more.
+            assert grid[b, s, True] <= 1.02 * grid[b, s, False]
+
+
+def test_below_the_first_trained_layer_nothing_is_kept() -> None:
+    training, chosen = setting(run_of("freeze"))
+    trained = LayerKind(weights=True)
+    few = step(training.shape, chosen, Trains(((LayerKind(), 2), (trained, 2)), head=True))
+    many = step(training.shape, chosen, Trains(((LayerKind(), 30), (trained, 2)), head=True))
+    assert few == many
+    above = step(training.shape, chosen, Trains(((trained, 2), (LayerKind(), 2)), head=True))
+    assert above.backward.total > few.backward.total
+
+
+@pytest.mark.parametrize("method", ["full", "freeze", "lora", "qlora8"])
+def test_two_layers_stand_for_all(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in ("llama", "phi", "gpt2", "mixtral"):
+        for checkpointing in (True, False):
+            training, chosen = setting(run_of(method, family=family), checkpointing=checkpointing)
+            shown = step(training.shape, chosen, training.trains)
+            with monkeypatch.context() as patch:
+                patch.setattr(stepping, "SHOWN", 100)
+                every = step.__wrapped__(training.shape, chosen, training.trains)
+            assert shown.forward.total == pytest.approx(every.forward.total, rel=1e-12)
+            assert shown.backward.total == pytest.approx(every.backward.total, rel=1e-12)
+
+
+def test_a_step_is_replayed_in_about_a_millisecond() -> None:
+    training, chosen = setting(run_of("lora"), checkpointing=True)
+    gc.collect()
+    took = []
+    for _ in range(30):
+        started = time.perf_counter()
+        step.__wrapped__(training.shape, chosen, training.trains)
+        took.append(time.perf_counter() - started)
+    assert min(took) < 0.005  # 0.9 ms on one core at 2 to 3 GHz

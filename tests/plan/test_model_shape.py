@@ -1,0 +1,306 @@
+"""The arithmetic's idea of a model is transformers' own: same matrices, same parameters, for every architecture."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.config import catalog
+from runner.errors import RequestError
+from runner.hub.config import facts_from_config, local_facts
+from runner.plan.model_shape import ARCHITECTURES, Shape, shape_of
+from runner.spec import ModelSpec
+
+KNOWN = [name for name in catalog.options("model") if catalog.load("model", name).get("architecture")]
+
+# Sizes that no two of are alike, and that are no family's default: a mixed-up pair shows.
+COMMON = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 112,
+    "max_position_embeddings": 40,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+MIXTURE = {"num_experts": 5, "num_experts_per_tok": 3}
+UNGROUPED = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
+GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 40, "vocab_size": 112}
+TINY: list[tuple[str, dict[str, Any]]] = [
+    ("llama", COMMON),
+    ("llama", {**UNGROUPED, "tie_word_embeddings": True, "head_dim": 20}),
+    ("mistral", {**COMMON, "head_dim": 20}),
+    ("mixtral", {**COMMON, "num_local_experts": 5, "num_experts_per_tok": 3}),
+    ("qwen2", {**COMMON, "tie_word_embeddings": True}),
+    ("qwen3", {**COMMON, "head_dim": 20}),
+    ("qwen3_moe", {**COMMON, **MIXTURE, "moe_intermediate_size": 28, "head_dim": 20}),
+    ("gemma", {**COMMON, "head_dim": 20}),
+    ("phi3", {**COMMON, "tie_word_embeddings": True}),
+    ("phi", {**COMMON, "partial_rotary_factor": 0.5}),
+    ("phi", {**UNGROUPED, "tie_word_embeddings": True}),
+    ("gpt_neox", UNGROUPED),
+    ("gpt2", GPT2),
+    ("gpt2", {**GPT2, "n_inner": 80, "tie_word_embeddings": False}),
+]
+
+
+def catalogued(name: str, **changes: Any) -> ModelSpec:
+    return ModelSpec.model_validate(catalog.load("model", name) | changes)
+
+
+def remedies(error: RequestError) -> str:
+    return "; ".join(p.remedy or "" for p in error.problems)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_catalogued_model_has_its_exact_number_of_parameters(name: str) -> None:
+    model = catalogued(name)
+    assert shape_of(model).num_parameters == model.num_parameters
+
+
+def test_every_architecture_is_compared_with_transformers() -> None:
+    assert {architecture for architecture, _ in TINY} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(("architecture", "config"), TINY, ids=[f"{a}-{i}" for i, (a, _) in enumerate(TINY)])
+def test_the_shape_is_that_of_the_real_model(architecture: str, config: dict[str, Any]) -> None:
+    model, whole = built(architecture, config)
+    facts = facts_from_config(whole)
+    shape = shape_of(ModelSpec.model_validate({"id": "org/name", **facts}))
+    layer = decoder_layer(model)
+
+    total = sum(p.numel() for p in model.parameters())  # torch counts a tied matrix once
+    assert facts["num_parameters"] == shape.num_parameters == total
+    assert shape.layer_parameters == sum(p.numel() for p in layer.parameters())
+    assert shape.norm_parameters == sum(p.numel() for n, p in layer.named_parameters() if "norm" in n or "ln_" in n)
+    assert described(shape) == Counter(matrices(layer))
+    assert shape.tie_embeddings is (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+    assert shape.head_bias is (model.get_output_embeddings().bias is not None)
+    assert (shape.num_layers, shape.num_heads, shape.context_length) == (3, 6, 40)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bitsandbytes_quantises_the_linear_matrices_and_no_others(architecture: str) -> None:
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    model, whole = built(architecture, dict(TINY)[architecture])
+    head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+    replace_with_bnb_linear(model, [head], BitsAndBytesConfig(load_in_4bit=True))
+    quantised = [n for n, m in decoder_layer(model).named_modules() if type(m).__name__ == "Linear4bit"]
+    shape = shape_of(ModelSpec.model_validate({"id": "org/name", **facts_from_config(whole)}))
+    assert Counter(n.rpartition(".")[2] for n in quantised) == Counter(m.name for m in shape.matrices if m.linear)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_linear_adapters_are_as_large_as_pefts(architecture: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, whole = built(architecture, dict(TINY)[architecture])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of patterns for mixtures, and of GPT-2's transposed weights
+        adapted = get_peft_model(model, LoraConfig(r=7, target_modules="all-linear", task_type="CAUSAL_LM"))
+    shape = shape_of(ModelSpec.model_validate({"id": "org/name", **facts_from_config(whole)}))
+    expected = shape.num_layers * sum(m.adapter_parameters(7) for m in shape.matrices)
+    assert sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n) == expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_keys_left_out_of_a_config_have_the_defaults_of_its_class(architecture: str) -> None:
+    from transformers import AutoConfig
+
+    whole = json.loads(json.dumps(AutoConfig.for_model(architecture).to_dict()))
+    assert facts_from_config({"model_type": architecture}) == facts_from_config(whole)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_head_rotates_as_many_features_as_in_the_class(architecture: str) -> None:
+    from transformers import AutoConfig
+
+    shape = shape_of(ModelSpec.model_validate({"id": "org/name", **facts_from_config({"model_type": architecture})}))
+    rope = getattr(AutoConfig.for_model(architecture), "rope_parameters", None)  # GPT-2 has none
+    share = rope.get("partial_rotary_factor", 1.0) if rope else 0.0
+    assert shape.rotary_dim == int(shape.head_dim * share)
+
+
+@pytest.mark.parametrize(
+    ("name", "rotated"), [("phi2", 32), ("llama3_8b", 128), ("phi3_mini", 96), ("qwen3_0_6b", 128)]
+)
+def test_rotary_features_of_a_head(name: str, rotated: int) -> None:
+    assert shape_of(catalogued(name)).rotary_dim == rotated
+
+
+def test_the_same_sizes_are_worked_out_once() -> None:
+    assert shape_of(catalogued("mistral7b")) is shape_of(catalogued("mistral7b", title="another name"))
+
+
+def test_missing_facts_are_all_named_with_what_to_write() -> None:
+    with pytest.raises(RequestError) as caught:
+        shape_of(catalogued("llama3_8b", num_layers=None, vocab_size=None))
+    assert "model.num_layers, model.vocab_size missing" in str(caught.value)
+    assert "write model.num_layers=… model.vocab_size=…, or model=hub model.id=FOLDER" in remedies(caught.value)
+
+
+def test_a_model_without_facts_asks_for_the_architecture_first() -> None:
+    with pytest.raises(RequestError) as caught:
+        shape_of(ModelSpec(id="org/name"))
+    assert remedies(caught.value).startswith("write model.architecture=… model.hidden_size=…")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "what"),
+    [
+        ("llama3_8b", {"architecture": "mamba"}, "model.architecture=mamba"),
+        ("mixtral_8x7b", {"num_experts": None}, "model.num_experts missing"),
+        ("mixtral_8x7b", {"experts_per_token": 9}, "model.experts_per_token=9 of model.num_experts=8"),
+        ("llama3_8b", {"num_experts": 8}, "model.architecture=llama has no experts"),
+        ("llama3_8b", {"num_heads": 24}, "model.hidden_size=4096 is not a multiple of model.num_heads=24"),
+        ("phi2", {"architecture": "gpt_neox", "num_kv_heads": 8}, "gpt_neox has no grouped key/value heads"),
+        ("phi2", {"architecture": "gpt2", "head_dim": 64}, "model.head_dim=64: in gpt2"),
+    ],
+)
+def test_what_cannot_be_is_an_error_and_not_a_guess(name: str, changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        shape_of(catalogued(name, **changes))
+    assert what in str(caught.value)
+    assert all(problem.remedy for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({}, "the config has no model_type"),
+        ({"model_type": "mamba2"}, "model_type mamba2 is not known"),
+        ({"model_type": "gemma2"}, "model_type gemma2 is not known"),
+        ({"model_type": "llava", "text_config": {"model_type": "opt"}}, "model_type opt is not known"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias=true"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers=[0]"),
+        ({"model_type": "gpt_neox", "use_parallel_residual": False}, "use_parallel_residual=false"),
+        ({"model_type": "llama", "hidden_size": "4096"}, 'hidden_size="4096": expected a whole number > 0'),
+        ({"model_type": "llama", "num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"model_type": "llama", "num_key_value_heads": 5}, "must be a multiple of model.num_kv_heads=5"),
+        ({"model_type": "gpt2", "n_head": 7}, "model.hidden_size=768 is not a multiple of model.num_heads=7"),
+    ],
+)
+def test_a_config_that_is_not_understood_is_refused(config: dict[str, Any], what: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        facts_from_config(config, "somewhere/config.json")
+    assert what in str(caught.value)
+    assert all(problem.source == "somewhere/config.json" for problem in caught.value.problems)
+
+
+def test_of_a_model_with_several_parts_the_language_model_counts() -> None:
+    inner = {"model_type": "mistral", "hidden_size": 5120, "head_dim": 128, "vocab_size": 131072}
+    config = {"model_type": "mistral3", "text_config": inner, "tie_word_embeddings": True}
+    assert facts_from_config(config) == facts_from_config(inner | {"tie_word_embeddings": True})
+
+
+def write_config(folder: Path, **values: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **values}))
+    return folder
+
+
+def test_a_folder_gives_its_facts(tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "mine", num_hidden_layers=7)
+    facts = local_facts(str(folder))
+    assert facts is not None and facts["num_layers"] == 7
+    assert shape_of(ModelSpec.model_validate({"id": str(folder), **facts})).num_parameters == facts["num_parameters"]
+
+
+def test_a_folder_without_a_config_and_a_model_that_was_never_downloaded_give_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert local_facts(str(tmp_path)) is None
+    assert local_facts("org/name") is None
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME"])
+def test_the_local_cache_gives_what_main_points_to(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    repo = (tmp_path if variable == "HF_HUB_CACHE" else tmp_path / "hub") / "models--org--name"
+    old = write_config(repo / "snapshots/aaa", num_hidden_layers=5)
+    new = write_config(repo / "snapshots/bbb", num_hidden_layers=6)
+    os.utime(old, (1, 1))
+    assert new.is_dir() and (local_facts("org/name") or {})["num_layers"] == 6  # no refs/main: the newest
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text("aaa")
+    assert (local_facts("org/name") or {})["num_layers"] == 5
+    assert (local_facts("org/name", "bbb") or {})["num_layers"] == 6
+    assert local_facts("org/name", "ccc") is None
+
+
+@pytest.mark.parametrize(("text", "what"), [("{", "not JSON"), ("[]", "expected a JSON object"), ("\x00", "not JSON")])
+def test_a_broken_file_is_named(text: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(RequestError) as caught:
+        local_facts(str(tmp_path))
+    assert what in str(caught.value)
+    assert caught.value.problems[0].source == str(tmp_path / "config.json")
+
+
+def test_neither_module_loads_transformers() -> None:
+    code = (
+        "import sys, runner.hub.config; print({'torch', 'transformers', 'huggingface_hub', 'numpy'} & {*sys.modules})"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
+
+
+def built(architecture: str, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The real model without memory, and its config as config.json would have it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made = AutoConfig.for_model(architecture, **config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(made), json.loads(json.dumps(made.to_dict()))
+
+
+def decoder_layer(model: Any) -> Any:
+    """The first layer."""
+    import torch
+
+    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))[0]
+
+
+def matrices(layer: Any) -> list[tuple[str, int, int, bool, int, bool]]:
+    """Name, inputs, outputs, bias, count and linear-ness of everything in a layer that multiplies."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    found = []
+    for path, parameter in layer.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        owner, _, leaf = path.rpartition(".")
+        module = layer.get_submodule(owner)
+        linear = isinstance(module, (torch.nn.Linear, Conv1D))
+        name = owner.rpartition(".")[2] if leaf == "weight" else leaf
+        count = parameter.shape[0] if parameter.ndim == 3 else 1
+        outputs, inputs = parameter.shape[-2:]
+        if isinstance(module, Conv1D):  # GPT-2 stores the transpose
+            outputs, inputs = inputs, outputs
+        found.append((name, inputs, outputs, getattr(module, "bias", None) is not None, count, linear))
+    return found
+
+
+def described(shape: Shape) -> Counter[tuple[str, int, int, bool, int, bool]]:
+    """The same of a shape."""
+    return Counter((m.name, m.inputs, m.outputs, m.bias, m.count, m.linear) for m in shape.matrices)

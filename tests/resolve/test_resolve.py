@@ -1,0 +1,137 @@
+"""What is left at `auto` follows from the hardware, and the global batch stays what it was."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+
+import pytest
+
+from runner.config.compose import compose
+from runner.config.request import Request
+from runner.errors import RequestError
+from runner.plan.auto_values import resolve
+from runner.plan.candidates import MAX_MICRO_BATCH
+from runner.plan.hardware_defaults import EAGER_UP_TO
+from runner.spec import RunSpec
+from tests.support.front import here, laptop, spec_of
+
+__all__ = ["here", "laptop"]  # fixtures
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def test_nothing_that_the_hardware_decides_is_left_open() -> None:
+    train = spec_of("hw=cpu").train
+    assert "auto" not in {str(value) for value in train.model_dump().values()}
+
+
+@pytest.mark.parametrize(
+    ("hw", "precision", "attention", "checkpointing"),
+    [
+        ("h100", "bf16", "auto", True),  # FlashAttention, where the pod has it
+        ("rtx3090", "bf16", "auto", True),
+        ("t4", "fp16", "sdpa", True),  # Turing: no bfloat16, no FlashAttention 2
+        ("v100", "fp16", "sdpa", True),
+        ("cpu", "bf16", "eager", False),  # tests.support.front.LAPTOP has bfloat16
+    ],
+)
+def test_arithmetic_kernels_and_memory_follow_the_hardware(
+    hw: str, precision: str, attention: str, checkpointing: bool
+) -> None:
+    train = spec_of(f"hw={hw}").train
+    assert (train.precision, train.attention, train.gradient_checkpointing) == (precision, attention, checkpointing)
+
+
+@pytest.mark.parametrize(("length", "attention"), [(EAGER_UP_TO, "eager"), (EAGER_UP_TO + 1, "sdpa")])
+def test_on_a_cpu_short_sequences_take_eager_attention(length: int, attention: str) -> None:
+    assert spec_of("hw=cpu", f"train.max_length={length}").train.attention == attention
+
+
+@pytest.mark.parametrize(("packing", "attention"), [("true", "sdpa"), ("false", "eager")])
+def test_on_a_cpu_a_packed_micro_batch_is_one_long_row(packing: str, attention: str) -> None:
+    batch = "train.batch_size=4", "train.micro_batch_size=4", f"train.packing={packing}"
+    assert spec_of("hw=cpu", f"train.max_length={EAGER_UP_TO}", *batch).train.attention == attention
+
+
+def test_a_cpu_without_bfloat16_computes_in_fp32() -> None:
+    assert spec_of("hw=cpu", "hw.bf16=false").train.precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["train.precision=fp32", "train.attention=eager", "train.gradient_checkpointing=false", "train.liger=false"],
+)
+def test_what_was_typed_is_kept(typed: str) -> None:
+    key, value = typed.removeprefix("train.").split("=")
+    assert str(getattr(spec_of("hw=h100", typed).train, key)).lower() == value
+
+
+def test_deepspeed_is_for_more_than_one_process() -> None:
+    assert spec_of("hw=h100").deepspeed.name == "none"
+    assert spec_of("hw=h100x3", "model=mistral7b", "method=full").deepspeed.name == "zero1"
+    assert spec_of("hw=h100", "deepspeed=zero2").deepspeed.name == "zero2"
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("batch", [1, 7, 16, 20, 48, 100])
+def test_the_global_batch_is_kept_as_nearly_as_can_be(gpus: int, batch: int) -> None:
+    spec, notes = resolve(_undecided(gpus, batch_size=batch))
+    micro, steps = spec.train.micro_batch_size, spec.train.accumulation_steps
+    assert isinstance(micro, int) and isinstance(steps, int)
+    possible = [m * s * gpus for m, s in itertools.product(range(1, MAX_MICRO_BATCH + 1), range(1, 101))]
+    nearest = min(abs(total - batch) for total in possible)
+    assert abs(micro * steps * gpus - batch) == nearest
+    assert spec.train.batch_size == micro * steps * gpus  # what spec.json records is what runs
+    if nearest:
+        assert notes == [
+            f"global batch {batch} rounded to {micro * steps * gpus} = {micro} × {steps} × {gpus} processes"
+        ]
+    else:
+        assert notes == []
+
+
+def test_the_same_recipe_takes_the_same_batch_on_other_hardware() -> None:
+    totals = {gpus: resolve(_undecided(gpus, batch_size=48))[0].train.batch_size for gpus in (1, 2, 3, 8)}
+    assert set(totals.values()) == {48}
+
+
+@pytest.mark.parametrize(
+    ("given", "pair"),
+    [
+        ({"micro_batch_size": 2}, (2, 8)),
+        ({"accumulation_steps": 4}, (4, 4)),
+        ({"micro_batch_size": 4, "accumulation_steps": 4}, (4, 4)),
+        ({"micro_batch_size": 16}, (16, 1)),  # larger than auto would take
+    ],
+)
+def test_one_half_of_the_batch_may_be_given(given: dict[str, int], pair: tuple[int, int]) -> None:
+    train = resolve(_undecided(1, batch_size=16, **given))[0].train
+    assert (train.micro_batch_size, train.accumulation_steps) == pair
+
+
+def test_a_batch_that_contradicts_its_halves_is_refused() -> None:
+    undecided = _undecided(2, batch_size=16, micro_batch_size=3, accumulation_steps=3)
+    with pytest.raises(RequestError) as caught:
+        resolve(undecided)
+    (problem,) = caught.value.problems
+    assert problem.what == (
+        "train.micro_batch_size=3 × train.accumulation_steps=3 × 2 processes = 18, but train.batch_size=16"
+    )
+    assert problem.remedy == "write train.batch_size=18, or leave accumulation_steps at auto"
+
+
+def test_resolving_twice_changes_nothing() -> None:
+    once, _ = resolve(_undecided(3, batch_size=16))
+    assert resolve(once) == (once, [])
+
+
+@cache
+def _on_h100() -> RunSpec:
+    return compose(Request(overrides=("hw=h100",)))
+
+
+def _undecided(gpus: int, **train: int) -> RunSpec:
+    """A run on so many H100s, before anything is decided."""
+    spec = _on_h100()
+    changes = {"hw": spec.hw.model_copy(update={"num_gpus": gpus}), "train": spec.train.model_copy(update=train)}
+    return spec.model_copy(update=changes)

@@ -1,0 +1,271 @@
+"""What a run reads is looked for before anything is made; what is closed or far away is said in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from runner.config import credentials
+from runner.hub import client
+from runner.launcher import local
+from runner.rundir.directory import RunDir
+from runner.rundir.outcome import Outcome
+from runner.spec import RunSpec
+from tests.conftest import run_cli
+from tests.support.front import here, laptop, runner, write
+
+__all__ = ["here", "laptop"]  # fixtures
+pytestmark = pytest.mark.usefixtures("here")
+
+NOWHERE = "http://127.0.0.1:9"
+ROW = '{"prompt": "a", "completion": "b"}\n'
+CONFIG = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 1000, "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A Hub with org/open, org/odd (of a kind nobody plans) and org/gated."""
+
+    def do_GET(self) -> None:
+        repo = self.path.split("/resolve/")[0].removeprefix("/")
+        kinds = {"org/open": "llama", "org/huge": "llama", "org/odd": "rwkv"}
+        self.send_response(200 if repo in kinds else 403 if "gated" in repo or "meta-llama" in repo else 404)
+        self.end_headers()
+        sizes = {"num_hidden_layers": 2000, "hidden_size": 8192} if repo == "org/huge" else {}
+        self.wfile.write(json.dumps({**CONFIG, "model_type": kinds.get(repo), **sizes}).encode())
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(here.parent / f"{here.name}-hf"))
+    monkeypatch.setenv("RUNNER_CACHE", str(here.parent / f"{here.name}-cache"))
+    for name in ("HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(client, "_unreachable", {})
+    yield
+    server.shutdown()
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[RunDir]:
+    """The runs that got as far as their worker, which does nothing."""
+    found: list[RunDir] = []
+
+    def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: object = None) -> Outcome:
+        found.append(run)
+        return Outcome(run, 0)
+
+    monkeypatch.setattr(local, "execute", execute)
+    return found
+
+
+def refused(here: Path, *words: str) -> str:
+    """What is said of a run that is refused before anything is made."""
+    before = sorted(here.iterdir())
+    result = runner(*words)
+    assert result.exit_code == 2, result.output
+    assert sorted(here.iterdir()) == before
+    assert "nothing was started" in result.stderr and "Loading" not in result.output
+    return " ".join(result.stderr.split())
+
+
+# ── files ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_data_that_are_not_there_are_refused_before_anything_is_made(here: Path, verb: str) -> None:
+    write(here / "train.jsonl", ROW)
+    assert "/nope.jsonl does not exist" in refused(here, verb, "data=file", "data.path=/nope.jsonl")
+    said = refused(here, verb, "data=file", "data.path=trian.jsonl")
+    assert "trian.jsonl does not exist (data.path) → did you mean data.path=train.jsonl?" in said
+    said = refused(here, verb, "data=file", "data.path=train.jsonl", "data.eval_path=held/out.jsonl")
+    assert "held/out.jsonl does not exist, nor does the folder held (data.eval_path)" in said
+    said = refused(here, verb, "data.chat_template=mine.jinja")
+    assert "mine.jinja does not exist (data.chat_template)" in said
+    assert "no file fits rows-*.jsonl" in refused(here, verb, "data=file", "data.path=rows-*.jsonl")
+    said = refused(here, verb, "data=file", "data.sources=[{path: train.jsonl}, {path: more.jsonl}]")
+    assert "more.jsonl does not exist (data.sources.1.path)" in said
+    assert ", or one of chatml, " in refused(here, verb, "data.chat_template=/x/y")
+
+
+RENTED = ("run", "where=runpod", "hw=rtx4090", "model=mistral7b", "method=qlora4", "train.max_steps=9", "data=file")
+GRPO = ("objective=grpo", "train.batch_size=8", "train.micro_batch_size=8")
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "remedy"),
+    [
+        (("data.path='~/typo.jsonl'",), "typo.jsonl does not exist", "correct data.path"),
+        (("data.path=/data/typo.jsonl",), "on a pod's new disk there is nothing", "where.volume"),
+        (("data.path=gs://rows/a.jsonl",), "a pod has no keys of Google's", "volumes put"),
+        (("data.path=s3://rows/a.jsonl",), "AWS_ACCESS_KEY_ID is not set", "aws configure export-credentials"),
+        (("data.path=train.jsonl", *GRPO, "objective.rewards=[mina.py:score]"), "mina.py does not", "FILE.py:FUNCTION"),
+    ],
+)
+def test_what_a_pod_would_not_find_is_said_before_one_is_rented(
+    words: tuple[str, ...], what: str, remedy: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    (here / "train.jsonl").write_text(ROW)
+    result = runner(*RENTED, *words)
+    assert result.exit_code == 2, result.output
+    said = " ".join(result.output.split())
+    assert what in said and remedy in said
+
+
+@pytest.mark.parametrize("word", ["objective.shards=reuse", "objective.tokenizer=/workspace/tokenizer"])
+def test_what_a_rented_pretraining_would_not_find_is_said_before_one_is_rented(here: Path, word: str) -> None:
+    words = ("plan", "recipe=pretrain_22m", "where=runpod", "hw=rtx4090", word)
+    refusal = runner(*words)
+    assert refusal.exit_code == 2 and "on a pod's new disk there" in " ".join(refusal.output.split())
+    assert runner(*words, "where.volume=mine").exit_code == 0
+
+
+def test_a_volume_may_have_what_is_not_here(here: Path) -> None:
+    result = runner(*RENTED, "data.path=/workspace/rows.jsonl", "where.volume=mine")
+    assert "rows.jsonl" not in result.output  # something else may be missing, such as a key
+
+
+def test_all_that_is_missing_is_said_at_once(here: Path) -> None:
+    said = refused(here, "data=file", "data.path=a.jsonl", "data.eval_path=b.jsonl", "data.chat_template=c.jinja")
+    assert all(name in said for name in ("a.jsonl", "b.jsonl", "c.jinja"))
+
+
+def test_a_sweep_none_of_whose_points_can_run_is_refused_as_a_whole(here: Path) -> None:
+    said = refused(here, "-m", "data=file", "data.path=a.jsonl,b.jsonl")
+    assert "a.jsonl does not exist" in said and "b.jsonl does not exist" in said
+
+
+@pytest.mark.parametrize("path", ["rows.jsonl", "rows-*.jsonl", "folder", "s3://bucket/rows.jsonl"])
+def test_what_may_be_there_is_left_to_whoever_reads_it(here: Path, started: list[RunDir], path: str) -> None:
+    for name in ("rows.jsonl", "rows-1.jsonl", "folder/a.jsonl", "t.jinja"):
+        write(here / name, ROW)
+    runner("data=file", f"data.path={path}", "data.chat_template=chatml", "train.max_steps=1")
+    assert len(started) == 1
+
+
+# ── models ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def of_hub(model_id: str, *words: str) -> Result:
+    return runner("model=hub", f"model.id={model_id}", "train.max_steps=1", *words)
+
+
+def test_a_model_that_can_only_be_a_folder_has_to_be_one(here: Path) -> None:
+    said = refused(here, "model=hub", "model.id=./nofolder")
+    assert "there is no folder ./nofolder with a config.json" in said
+    assert "the Hub has no config.json for org/none" in refused(here, "model=hub", "model.id=org/none")
+
+
+def test_a_hub_model_is_planned_before_it_runs(started: list[RunDir]) -> None:
+    result = of_hub("org/open")
+    assert result.exit_code == 0, result.output
+    assert "\nPlan    " in result.output and "no plan" not in result.output
+    assert started[0].read("plan.json")["trainable_parameters"] > 0
+    assert started[0].read("spec.json")["model"]["num_layers"] == 2
+
+
+def test_a_hub_model_that_cannot_fit_is_refused(here: Path) -> None:
+    result = of_hub("org/huge")
+    assert result.exit_code == 3 and "GiB at its peak" in result.output
+    assert list(here.iterdir()) == []
+
+
+def test_a_kind_that_nobody_plans_runs_with_one_note(started: list[RunDir]) -> None:
+    result = of_hub("org/odd")
+    assert len(started) == 1
+    assert result.output.count("no plan") == 1 and "no plan: model_type rwkv is not known" in result.output
+    assert "model.architecture" not in result.output
+
+
+def test_without_a_network_there_is_one_clear_note(started: list[RunDir], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    result = of_hub("org/open")
+    assert len(started) == 1
+    (note,) = [line for line in result.output.splitlines() if "Hub" in line and line.startswith("Note")]
+    assert "no plan: the Hub cannot be reached for org/open" in note
+
+
+def test_a_model_of_the_catalogue_is_missed_in_one_note_too(
+    started: list[RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    result = runner("model=qwen3_0_6b", "train.max_steps=1")
+    assert len(started) == 1
+    (note,) = [line for line in result.output.splitlines() if "Hub cannot be reached" in line]
+    assert note.endswith("its weights are not here, so loading it will fail")
+
+
+def test_a_hub_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    with pytest.raises(client.UnreachableError):
+        client.config("org/open")
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **options: pytest.fail("asked again"))
+    with pytest.raises(client.UnreachableError, match="cannot be reached for org/other"):
+        client.config("org/other")
+
+
+# ── gated ──────────────────────────────────────────────────────────────────────────────────────
+
+GATED = ("model=llama3_2_1b", "train.max_steps=1")
+
+
+def test_a_gated_model_without_a_key_is_refused_and_noted(here: Path) -> None:
+    said = refused(here, *GATED)
+    assert "meta-llama/Llama-3.2-1B is gated on the Hugging Face Hub, and HF_TOKEN is not set" in said
+    assert "accept its licence at https://huggingface.co/meta-llama/Llama-3.2-1B, then export HF_TOKEN=…" in said
+    plan = json.loads(runner("plan", "--json", *GATED).stdout)
+    assert any("Llama-3.2-1B is gated: accept its licence" in note for note in plan["notes"])
+
+
+def test_a_key_whose_licence_is_not_accepted_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    assert "accept its licence" in refused(here, *GATED)
+    assert not any("gated" in note for note in json.loads(runner("plan", "--json", *GATED).stdout)["notes"])
+
+
+def test_a_key_of_hf_auth_login_counts(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(here.parent / f"{here.name}-token", "hf_mine\n")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(file))
+    assert credentials.hub_token() == "hf_mine"
+    assert not any("gated" in note for note in json.loads(runner("plan", "--json", *GATED).stdout)["notes"])
+
+
+@pytest.mark.parametrize("name", ["HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN"])
+def test_a_key_by_another_name_counts(here: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "hf_mine")
+    assert credentials.hub_token() == "hf_mine"
+    monkeypatch.setenv("HF_TOKEN", " ")
+    credentials.export_hub_token()
+    assert os.environ["HF_TOKEN"] == "hf_mine"  # what huggingface_hub reads
+
+
+# ── for real ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_libraries_keep_quiet_about_a_hub_that_is_not_there(here: Path) -> None:
+    words = ("model=qwen3_0_6b", "hw=cpu", "train.max_steps=1", "train.max_length=64")
+    done = run_cli(*words, cwd=here, HF_ENDPOINT=NOWHERE, HF_HOME=str(here / "hf"))
+    assert done.returncode == 2
+    said = done.stdout + done.stderr
+    assert "Retry" not in said and "HEAD" not in said and "Traceback" not in said
+    assert "cannot be reached to load Qwen/Qwen3-0.6B" in said
+    assert "nothing was started" not in said
+    assert said.count("\n") < 15, said
