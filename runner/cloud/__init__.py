@@ -1,0 +1,1 @@
+"""Renting, whoever rents out: ledger, lifecycle, termination, transfer, session, and the agent in the pod."""

@@ -1,0 +1,1 @@
+"""Rows become token ids and labels: row formats, chat template, loss mask, packing, cache."""

@@ -1,0 +1,1 @@
+"""Arithmetic without files, clock or network: model shape, memory, time, cost, and the search over them."""
