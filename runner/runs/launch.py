@@ -16,7 +16,7 @@ from runner.config.compose import source_finder
 from runner.config.request import Request
 from runner.doctor import disk
 from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
-from runner.launcher import inherited_ranks, local
+from runner.launcher import inherited_ranks
 from runner.launcher.torchrun import MEETING_SECONDS
 from runner.paths import state_dir
 from runner.plan.plan import Plan
@@ -33,6 +33,7 @@ from runner.rundir.outcome import Outcome
 from runner.runs import input_digests, inputs, unread_keys
 from runner.runs import resume as resuming
 from runner.runs.content_checks import check_read
+from runner.runs.executors import executor_of
 from runner.spec import RunSpec
 
 
@@ -111,15 +112,11 @@ def plan_first(spec: RunSpec, notes: list[str], composed: RunSpec) -> Plan | Non
 def check(spec: RunSpec, notes: list[str], composed: RunSpec, manner: Manner = PLAINLY) -> None:
     """Refuse what cannot run where it is to run; what `where=auto` would rent is refused as its choice, not as a pod
     that somebody named."""
-    if spec.where.name != "runpod":
-        local.check(spec)
-        notes += _push().check(spec) if spec.push.to else []
-        return
     try:
-        _rented().check(spec, manner)
+        executor_of(spec).check(spec, manner)
         notes += _push().check(spec) if spec.push.to else []
     except RunnerError as error:
-        if composed.where.name != "auto":
+        if composed.where.name != "auto" or spec.where.name == "local":
             raise
         chosen = next(note for note in notes if note.startswith("where=auto"))
         remedy = (
@@ -163,11 +160,8 @@ def begin(
     left = [] if spec.where.name == "runpod" else inherited_ranks.notes()
     for note in [*notes, *left, *_waits_for(directory, spec)]:
         say(f"Note    {typed(note)}")
-    if spec.where.name == "runpod":
-        outcome: Outcome = _rented().execute(directory, spec, quiet_stdout=as_json, manner=manner)
-        return outcome
-    outcome = local.execute(directory, spec, quiet_stdout=as_json, warm=manner.warm)
-    if outcome.exit_code == 0 and spec.push.to:
+    outcome = executor_of(spec).execute(directory, spec, quiet_stdout=as_json, manner=manner)
+    if outcome.exit_code == 0 and spec.push.to and spec.where.name == "local":  # a pod uploads by itself
         say(f"Pushed  {_push().after(directory)}")
     return outcome
 
@@ -184,7 +178,7 @@ def _waits_for(directory: RunDir, spec: RunSpec) -> list[str]:
 def agreed(asked: Sequence[tuple[RunSpec, Plan | None]], manner: Manner, console: Console) -> bool:
     """What is rented for these runs is said with its price, and agreed to."""
     renting = [(spec, plan.as_dict() if plan else {}) for spec, plan in asked if spec.where.name == "runpod"]
-    return not renting or bool(_rented().confirm(renting, manner, console))
+    return not renting or executor_of(renting[0][0]).confirm(renting, manner, console)
 
 
 def _push() -> Any:
@@ -195,8 +189,3 @@ def _push() -> Any:
 def _one_pod() -> Any:
     """Read only where a pod may have the run."""
     return import_module("runner.cloud.pod_of_run")
-
-
-def _rented() -> Any:
-    """The executor of rented runs, read when one is asked for: 0.1 s of the half second that a typo takes."""
-    return import_module("runner.cloud.executor")
