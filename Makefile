@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test lint types format check docs docs-check bench build clean
+.PHONY: help setup run test test-slow test-all test-latest coverage lint types format check docs docs-check bench build clean
 
 help:  ## List these habits
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -20,8 +20,24 @@ setup: $(VENV)/.dev  ## Install everything for development into .venv
 run: $(VENV)/.run  ## Fine-tune the demo model here; installs what that needs first
 	@$(BIN)/python -m runner $(ARGS)
 
-test: $(VENV)/.dev  ## Run the tests, a worker per core
-	@$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST := -m pytest -n logical --dist loadfile --no-loadscope-reorder
+
+test: $(VENV)/.dev  ## Run the fast tests, a worker per core: ten minutes on two cores
+	@$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.dev  ## Run the slow tests: longer trainings, sweeps, whole pods
+	@$(BIN)/python $(PYTEST) -m slow $(ARGS)
+
+test-all: test test-slow  ## Run every test
+
+test-latest:  ## Run the fast tests with the newest versions that pyproject.toml allows, in .venv-latest
+	@LATEST=1 $(MAKE) --no-print-directory VENV=.venv-latest test
+
+coverage: $(VENV)/.dev  ## Measure which lines the fast tests reach, worker processes included
+	@$(BIN)/python -m coverage erase
+	@$(BIN)/python -m coverage run $(PYTEST) -m "not slow" $(ARGS)
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report --skip-covered --sort=cover
 
 lint: $(VENV)/.dev  ## Check style and layout
 	@$(BIN)/ruff check .
@@ -34,7 +50,7 @@ format: $(VENV)/.dev  ## Lay the code out and repair what can be repaired
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-check: lint types test docs-check  ## All that CI checks
+check: lint types test-all docs-check  ## All that CI checks
 
 docs: $(VENV)/.dev  ## Write the generated pages of docs/
 	@$(BIN)/python -m docs.generate
