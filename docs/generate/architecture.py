@@ -33,10 +33,20 @@ WORKER = ("errors", "paths", "spec", "config", "rundir", "plan", "report", "hub"
 """What `train` imports: it runs in processes of its own, here or in a pod, and knows nothing of who started it."""
 ALONE = {"train": WORKER, "emulator": ("errors", "paths", "report")}
 """Rooms beside the floors, with what they may import. Only `cli` starts the emulator; nothing imports `train`."""
-LAZY = ("cli", "runs", "train.__main__", "train.chat", "train.prepare", "train.worker_verbs", "emulator.server")
+LAZY = (
+    "cli",
+    "runs",
+    "train.__main__",
+    "train.chat",
+    "train.prepare",
+    "train.worker_verbs",
+    "emulator.server",
+    "resolve.place",
+)
 """Rooms and modules that may import our own modules inside functions: a verb is imported when it is typed, an executor
 when it is needed (a tenth of a second of the half that a typo takes); the worker's entry points say that they load
-torch before they do (3 to 10 s); the emulator's S3 server needs moto, which only volumes need."""
+torch before they do (3 to 10 s); the emulator's S3 server needs moto, which only volumes need; `where.pod` is looked up
+through the API, which nothing else of `resolve` needs."""
 
 
 @cache
