@@ -194,14 +194,14 @@ def _order(run: RunDir, held: Sequence[Mapping[str, str]]) -> dict[str, list[flo
     import torch
 
     from runner.data.preference_tokens import split
-    from runner.data.tokenize import Words
+    from runner.data.tokenize import ChatTokenizer
     from runner.train import chat
 
     spec = RunSpec.model_validate(run.read("spec.json"))
     torch.set_num_threads(spec.hw.num_cpus or 1)
     model, tokenizer = chat.load(spec, run)
     model.eval()
-    words = Words.of(tokenizer)
+    words = ChatTokenizer.of(tokenizer)
 
     def likely(prompt: list[int], answer: list[int]) -> float:
         ids = torch.tensor([prompt + answer])

@@ -59,9 +59,9 @@ def eval_(run_dir: Path, as_json: bool, **wanted: Any) -> None:
       python -m runner eval runs/<id> --tasks hellaswag,arc_easy --limit 200
       python -m runner eval runs/<id> --tasks my_task --tasks-dir ./tasks
     """
-    from runner.runs.evaluate import Wanted, evaluate
+    from runner.runs.evaluate import EvaluateOptions, evaluate
 
-    sys.exit(evaluate(run_dir, Wanted(**wanted), as_json))
+    sys.exit(evaluate(run_dir, EvaluateOptions(**wanted), as_json))
 
 
 @click.command()
@@ -158,7 +158,7 @@ def deploy(run_dir: Path, remove: bool, yes: bool, as_json: bool, **options: Any
         said = f"Deleted: {', '.join(gone)}" if gone else f"Nothing to delete: RunPod has no endpoint of {run_dir}"
         click.echo(dump({"deleted": gone}) if as_json else said)
         return
-    wanted = serving.Wanted(**options)
+    wanted = serving.DeployOptions(**options)
     done = serving.deploy(run_dir, wanted, lambda what: yes or click.confirm(f"Deploy {what}?", err=True))
     if as_json:
         click.echo(dump(done))

@@ -71,13 +71,13 @@ def run(
     inherited_ranks.check()
     request = request_of(words, config_dirs)
     composed = None if multirun else compose(request)  # a typo ends here, before all that plans and trains is read
-    from runner.rundir.launch_options import Manner
+    from runner.rundir.launch_options import LaunchOptions
     from runner.runs import launch, sweep
 
-    manner, console = Manner(yes, detach), Console(stderr=as_json)
+    launch_options, console = LaunchOptions(yes, detach), Console(stderr=as_json)
     if composed is None:
-        sys.exit(sweep.sweep(request, console, as_json, manner))
-    sys.exit(launch.run(request, composed, console, as_json, manner))
+        sys.exit(sweep.sweep(request, console, as_json, launch_options))
+    sys.exit(launch.run(request, composed, console, as_json, launch_options))
 
 
 def _verbs(group: click.Group, ctx: click.Context, before: str = "") -> Iterator[tuple[str, Verb]]:
@@ -111,7 +111,7 @@ def resume(
       python -m runner resume runs/<id> data.path=moved.jsonl     the same rows, elsewhere
     """
     from runner.rundir.directory import RunDir
-    from runner.rundir.launch_options import Manner
+    from runner.rundir.launch_options import LaunchOptions
     from runner.runs import launch
 
     terminal.outlive()
@@ -120,8 +120,8 @@ def resume(
     if strays:
         raise RequestError(*strays)
     folder = run_dir.parent if run_dir.name == "spec.json" else run_dir
-    manner = Manner(yes, detach)
-    sys.exit(launch.resume(RunDir(folder), words, config_dirs, Console(stderr=as_json), as_json, manner))
+    launch_options = LaunchOptions(yes, detach)
+    sys.exit(launch.resume(RunDir(folder), words, config_dirs, Console(stderr=as_json), as_json, launch_options))
 
 
 @click.command()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from runner.cloud import clock
 from runner.cloud.budget import Meter
-from runner.cloud.lease import Rented
+from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Entry, Ledger
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.types import OVER, Pod, number
@@ -26,7 +26,7 @@ def run_id_of(words: str) -> str:
     return path.parent.name if path.name == "spec.json" else path.name
 
 
-def adopt(run_id: str, folder: Path) -> Rented:
+def adopt(run_id: str, folder: Path) -> Lease:
     """The run's pod, held by this process. RequestError where RunPod has none, CannotRunError where another command
     holds it."""
     api, (ledger, _) = Api(), Ledger.or_copy()
@@ -38,7 +38,7 @@ def adopt(run_id: str, folder: Path) -> Rented:
         raise CannotRunError(Problem(what, run_id, "python -m runner logs -f and status may look on"))
     meter = Meter(entry.usd_per_hour, entry.created, entry.disk_gb)
     deadline = entry.deadline or clock.now() + UNKNOWN_DEADLINE_S
-    return Rented(api, ledger, entry.name, pod, deadline, meter, run_id, volume_of(pod))
+    return Lease(api, ledger, entry.name, pod, deadline, meter, run_id, volume_of(pod))
 
 
 def look(run_id: str) -> Pod:

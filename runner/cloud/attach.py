@@ -18,8 +18,8 @@ from rich.console import Console
 from runner.cloud import clock, executor, ssh, ssh_keys, transfer
 from runner.cloud.adoption import NoPodOfRunError, adopt, look, run_id_of
 from runner.cloud.follow import Vanished
-from runner.cloud.lease import Rented
-from runner.cloud.run_output import Voice
+from runner.cloud.lease import Lease
+from runner.cloud.run_output import RunOutput
 from runner.cloud.session import END_STATES, Session
 from runner.cloud.ssh import CommandError, Connection
 from runner.config import credentials
@@ -37,16 +37,16 @@ KEY = "RUNPOD_API_KEY"
 
 def attach(words: str, output_dir: Path, console: Console) -> int:
     """Follow a run to its end and bring it home; the training's exit code. Ctrl-C leaves, and the run goes on."""
-    with _aboard(words, output_dir, console) as (session, voice):
+    with _aboard(words, output_dir, console) as (session, run_output):
         _listen(session, LISTENING_MINUTES)
         try:
-            with voice:
-                last = executor.follow(session, voice, leave=True)
+            with run_output:
+                last = executor.follow(session, run_output, leave=True)
         except KeyboardInterrupt:
             _listen(session, None)
-            voice.say(f"Left    the run goes on: python -m runner attach {session.run.id}")
+            run_output.say(f"Left    the run goes on: python -m runner attach {session.run.id}")
             return InterruptedRun.exit_code
-        return executor.finish(session, last, voice).exit_code
+        return executor.finish(session, last, run_output).exit_code
 
 
 def fetch(words: str, output_dir: Path, console: Console) -> int:
@@ -54,7 +54,7 @@ def fetch(words: str, output_dir: Path, console: Console) -> int:
 
     A pod that has stopped itself is started for it. The training's exit code, 0 while it has none.
     """
-    with _aboard(words, output_dir, console) as (session, voice):
+    with _aboard(words, output_dir, console) as (session, run_output):
         if session.agent.get("state") not in END_STATES:
             if not session.agent.get("task"):
                 what = (
@@ -63,14 +63,14 @@ def fetch(words: str, output_dir: Path, console: Console) -> int:
                 remedy = "python -m runner pods ends a pod that nobody holds; then resume the run"
                 raise RunFailedError(Problem(what, None, remedy))
             session.collect(final=False)
-            voice.say(f"Copied  what there is so far to {shown(session.run.path)}; the run goes on")
+            run_output.say(f"Copied  what there is so far to {shown(session.run.path)}; the run goes on")
             return 0
         _listen(session, LISTENING_MINUTES)
         ended_in = session.agent.get("ended_in") or session.agent.get("state")
         last = {**session.agent, "state": ended_in}
         if last["state"] not in FINISHED:
             last["message"] = f"the pod ended it: {session.agent.get('message')}"
-        return executor.finish(session, last, voice).exit_code
+        return executor.finish(session, last, run_output).exit_code
 
 
 def status(words: str) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def logs(words: str, follow: bool, lines: int) -> Iterator[str]:
 
 
 @contextmanager
-def _connected(run_id: str, pod: Any) -> Iterator[transfer.Berth]:
+def _connected(run_id: str, pod: Any) -> Iterator[transfer.RemoteRun]:
     ssh.check()
     pair = ssh_keys.pair(run_id)
     connection = Connection(str(pod.id), str(pod.ssh_host), int(pod.ssh_port), pair.private, ssh.user_of(pod.raw))
@@ -167,13 +167,13 @@ def _connected(run_id: str, pod: Any) -> Iterator[transfer.Berth]:
 
 
 @contextmanager
-def _aboard(words: str, output_dir: Path, console: Console) -> Iterator[tuple[Session, Voice]]:
+def _aboard(words: str, output_dir: Path, console: Console) -> Iterator[tuple[Session, RunOutput]]:
     """A session with the run's pod, which is started if it has stopped itself; left as it is at the end."""
     _check_rented(words)
     ssh.check()
     run_id = run_id_of(words)
     path = Path(words) if Path(words).is_dir() else output_dir / run_id
-    voice = Voice(console)
+    run_output = RunOutput(console)
     run = RunDir(path)
     try:
         rented = adopt(run_id, path)
@@ -185,26 +185,26 @@ def _aboard(words: str, output_dir: Path, console: Console) -> Iterator[tuple[Se
     session: Session | None = None
     try:
         if rented.pod.status == "EXITED":
-            _wake(rented, voice)
+            _wake(rented, run_output)
         spec = _own_spec(run)
-        session = Session(run, spec, rented, pair, voice.say) if spec else None
+        session = Session(run, spec, rented, pair, run_output.say) if spec else None
         if session is None:
             spec = _their_spec(rented, pair, run)
-            session = Session(run, spec, rented, pair, voice.say)
+            session = Session(run, spec, rented, pair, run_output.say)
         at = session.board()
         session.agent = at.agent()
         if not session.agent:
             raise RequestError(Problem(f"pod {rented.pod.id} has no run: it was not begun", run_id))
-        yield session, voice
+        yield session, run_output
     finally:
         if session is not None:
             session.close()
         rented.ledger.leave(rented.name)
 
 
-def _wake(rented: Rented, voice: Voice) -> None:
+def _wake(rented: Lease, run_output: RunOutput) -> None:
     """Start a pod that has stopped itself, to read its disk."""
-    voice.say(f"Starts  pod {rented.pod.id}, which was stopped: its disk has the run")
+    run_output.say(f"Starts  pod {rented.pod.id}, which was stopped: its disk has the run")
     rented.api.start(rented.pod.id)
     end = time.monotonic() + STARTING_SECONDS
     while time.monotonic() < end:
@@ -252,7 +252,7 @@ def _own_spec(run: RunDir) -> RunSpec | None:
     return spec if isinstance(spec.where, RunPodPlace) else None
 
 
-def _their_spec(rented: Rented, pair: ssh_keys.KeyPair, run: RunDir) -> RunSpec:
+def _their_spec(rented: Lease, pair: ssh_keys.KeyPair, run: RunDir) -> RunSpec:
     """The run of another machine: its spec from the pod, and a directory here."""
     with _connected(run.id, rented.pod) as at:
         try:

@@ -37,7 +37,7 @@ def parsed(header: str | None) -> float | None:
     return (found if found.tzinfo else found.replace(tzinfo=timezone.utc)).timestamp()
 
 
-class RenterClock:
+class ProviderClock:
     """What time it is now on the clock by which a pod was rented; RunPod is asked once."""
 
     def __init__(self, ask: Callable[[], float | None]) -> None:

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from runner.cloud import transfer, transfer_limits, untrusted_files
-from runner.cloud.transfer import Berth, Say
+from runner.cloud.transfer import RemoteRun, Say
 from runner.paths import cache_dir
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir, write_atomically
@@ -31,7 +31,7 @@ LAST = "summary.json"
 TOLD = 5
 
 
-def bring(at: Berth, run: RunDir, spec: RunSpec, say: Say = lambda line: None) -> dict[str, Any]:
+def bring(at: RemoteRun, run: RunDir, spec: RunSpec, say: Say = lambda line: None) -> dict[str, Any]:
     """All of it; the pod's `status.json`. LostError where the connection breaks: called again, it goes on there.
     TooMuchError where it is more than there is room for here, or than a run can hold. It is on the disk then: OSError
     where the disk does not take it."""
@@ -60,7 +60,7 @@ def bring(at: Berth, run: RunDir, spec: RunSpec, say: Say = lambda line: None) -
     return status
 
 
-def bring_checkpoint(at: Berth, run: RunDir, step: int, say: Say = lambda line: None) -> None:
+def bring_checkpoint(at: RemoteRun, run: RunDir, step: int, say: Say = lambda line: None) -> None:
     """Its files, then the marker that makes them count."""
     source, target = f"{at.folder}/checkpoints/checkpoint-{step}", checkpoints.folder(run, step)
     target.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def bring_checkpoint(at: Berth, run: RunDir, step: int, say: Say = lambda line: 
     _say_refused([*left, *untrusted_files.clean(target)], say)
 
 
-def _complete_there(at: Berth) -> list[int]:
+def _complete_there(at: RemoteRun) -> list[int]:
     listed = at.connection.attempt(f"ls -d {shlex.quote(at.folder)}/checkpoints/*/COMPLETE 2>/dev/null")[1]
     found = re.findall(r"/checkpoint-(\d{1,12})/COMPLETE$", listed, re.MULTILINE | re.ASCII)
     return [int(step) for step in found]

@@ -16,10 +16,10 @@ from rich.console import Console
 
 from runner.cloud import clock, lifecycle, preflight, reuse, ssh, ssh_keys
 from runner.cloud.follow import News, Vanished
-from runner.cloud.lease import Rented
+from runner.cloud.lease import Lease
 from runner.cloud.ledger import HeldError, Ledger
 from runner.cloud.reconcile import reconcile
-from runner.cloud.run_output import Voice
+from runner.cloud.run_output import RunOutput
 from runner.cloud.runpod import balance
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.errors import NoBalanceError, StillThereError, no_balance
@@ -31,7 +31,7 @@ from runner.report.known_causes import cause_of
 from runner.report.summary import duration
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir, shown
-from runner.rundir.launch_options import PLAINLY, Manner
+from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.rundir.outcome import Outcome
 from runner.spec import RunPodPlace, RunSpec
 
@@ -40,20 +40,20 @@ BOOT_FACTOR = 2
 """A pod to which no agent has come after so many times `where.setup_minutes` ends itself."""
 
 
-def check(spec: RunSpec, manner: Manner = PLAINLY) -> None:
+def check(spec: RunSpec, launch_options: LaunchOptions = DEFAULT_OPTIONS) -> None:
     """Refuse, before anything is made or rented, what cannot be: no key, no ssh, nobody to ask."""
     ssh.check()
     Api()  # NoKeyError
     place = where(spec)
-    if manner.detach and place.spot and place.volume is None and spec.push.to is None:
+    if launch_options.detach and place.spot and place.volume is None and spec.push.to is None:
         what = "a detached run on an interruptible pod would lose everything when the pod is taken away"
         raise RequestError(Problem(what, "--detach", "add where.volume=NAME, or push.to=org/name"))
-    if not manner.yes and not sys.stdin.isatty():
+    if not launch_options.yes and not sys.stdin.isatty():
         what = "renting a pod costs money, and there is nobody to ask"
         raise RequestError(Problem(what, "where=runpod", "add --yes"))
 
 
-def confirm(asked: Sequence[tuple[RunSpec, dict[str, Any]]], manner: Manner, console: Console) -> bool:
+def confirm(asked: Sequence[tuple[RunSpec, dict[str, Any]]], launch_options: LaunchOptions, console: Console) -> bool:
     """Say what would be rented for runs and their plans at which price, and ask. What RunPod does not have is an error
     here already."""
     kinds: dict[str, list[tuple[RunSpec, dict[str, Any]]]] = {}
@@ -66,14 +66,14 @@ def confirm(asked: Sequence[tuple[RunSpec, dict[str, Any]]], manner: Manner, con
         lines.append(f"Rents   {line}")
         costs.append(usd)
     if len(asked) > 1:
-        pods = min(manner.pool.max_pods, len(asked)) if manner.pool else 0
+        pods = min(launch_options.pool.max_pods, len(asked)) if launch_options.pool else 0
         place = f"on up to {pods} pods" if pods > 1 else "on one pod at a time" if pods else "a pod for each"
         total = f", about ${sum(filter(None, costs)):.2f} in all" if all(costs) else ""
         lines.append(f"Sweep   {len(asked)} runs, {place}{total}")
     lines += _balance(sum(filter(None, costs)), hourly)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
-    return manner.yes or click.confirm("Rent it?", default=True, err=True)
+    return launch_options.yes or click.confirm("Rent it?", default=True, err=True)
 
 
 def _priced(runs: Sequence[tuple[RunSpec, dict[str, Any]]]) -> tuple[str, float | None, float]:
@@ -126,19 +126,19 @@ def where(spec: RunSpec) -> RunPodPlace:
 
 
 def execute(
-    run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, manner: Manner = PLAINLY
+    run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, launch_options: LaunchOptions = DEFAULT_OPTIONS
 ) -> Outcome:  # fmt: skip
     """Rent, run and give back; the outcome is the training's. Errors of renting as `pod.acquire` has them."""
-    voice = Voice(Console(stderr=quiet_stdout))
+    run_output = RunOutput(Console(stderr=quiet_stdout))
     pair = ssh_keys.pair(run.id)
     lost = 0
     with _terminated_is_interrupted():
         while True:
-            rented = _rent(run, spec, pair, voice, manner, again=lost > 0)
-            session = Session(run, spec, rented, pair, voice.say)
+            rented = _rent(run, spec, pair, run_output, launch_options, again=lost > 0)
+            session = Session(run, spec, rented, pair, run_output.say)
             try:
-                with voice:
-                    return _with(session, voice, manner)
+                with run_output:
+                    return _with(session, run_output, launch_options)
             except Vanished as error:
                 lost += 1
                 rented.mark("PREEMPTED", str(error))
@@ -146,7 +146,7 @@ def execute(
                 _replaceable(session, error, lost)
                 step = checkpoints.newest(run) or 0
                 resumes = f"goes on after step {step}" if step else "begins anew"
-                voice.say(f"{error}: pod {lost} of {where(spec).max_replacements} in its place; the run {resumes}")
+                run_output.say(f"{error}: pod {lost} of {where(spec).max_replacements} in its place; the run {resumes}")
             except OSError as error:
                 remedy = f"make room, then: python -m runner resume {quote(shown(run.path))}"
                 raise RunFailedError(Problem(f"nothing can be written here: {error}", None, remedy)) from None
@@ -154,21 +154,28 @@ def execute(
                 session.close()
 
 
-def _rent(run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, voice: Voice, manner: Manner, again: bool) -> Rented:
+def _rent(
+    run: RunDir,
+    spec: RunSpec,
+    pair: ssh_keys.KeyPair,
+    run_output: RunOutput,
+    launch_options: LaunchOptions,
+    again: bool,
+) -> Lease:
     """A pod of its own, or one of the sweep's; what another run waits for is not taken `again`."""
-    pool = manner.pool
+    pool = launch_options.pool
     try:
-        rented = pool.take(run, spec, pair, voice.say) if pool and not again else None
+        rented = pool.take(run, spec, pair, run_output.say) if pool and not again else None
         if where(spec).pod:
-            rented = reuse.take(run, spec, pair, voice.say, manner.detach)
+            rented = reuse.take(run, spec, pair, run_output.say, launch_options.detach)
         rented = rented or lifecycle.acquire(
-            run, spec, run.read("plan.json"), pair, voice.say, detached=manner.detach,
+            run, spec, run.read("plan.json"), pair, run_output.say, detached=launch_options.detach,
             alone_minutes=BOOT_FACTOR * where(spec).setup_minutes, env=pool.variables() if pool else None,
         )  # fmt: skip
     except HeldError:  # the status is the other process's
         raise
     except BaseException as error:
-        with _said(voice.say):
+        with _said(run_output.say):
             run.set_status("failed", exit_code=getattr(error, "exit_code", 130), error=str(error) or "interrupted")
         raise
     return rented
@@ -183,7 +190,7 @@ def _said(say: Callable[[str], None]) -> Iterator[None]:
         say(f"Warning: what became of the run cannot be written here: {error}")
 
 
-def _note(run: RunDir, rented: Rented) -> None:
+def _note(run: RunDir, rented: Lease) -> None:
     """Write `pod.json`."""
     run.write("pod.json", {
         "name": rented.name, "pod_id": rented.pod.id, "gpu": rented.pod.gpu_id, "cloud": rented.pod.cloud,
@@ -192,22 +199,22 @@ def _note(run: RunDir, rented: Rented) -> None:
     })  # fmt: skip
 
 
-def _with(session: Session, voice: Voice, manner: Manner) -> Outcome:
+def _with(session: Session, run_output: RunOutput, launch_options: LaunchOptions) -> Outcome:
     """One pod, from its first byte to its end. It is given back unless it has what nobody else has."""
     run, rented, begun = session.run, session.rented, False
     try:
         _note(run, rented)
-        session.load(manner.detach)
+        session.load(launch_options.detach)
         begun = True
-        if manner.detach:
+        if launch_options.detach:
             rented.detach()
             run.set_status("created", host=rented.name, pid=None)
-            voice.say(f"Detached  python -m runner attach {run.id}; logs -f, status and fetch take the id, too")
+            run_output.say(f"Detached  python -m runner attach {run.id}; logs -f, status and fetch take the id, too")
             return Outcome(run, 0)
-        voice.say(f"Trains  in pod {rented.pod.id}, ${rented.usd_per_hour:.2f} an hour")
+        run_output.say(f"Trains  in pod {rented.pod.id}, ${rented.usd_per_hour:.2f} an hour")
         if session.spec.track.name == "tensorboard":
-            voice.say(f"Board   python -m runner pods tunnel {run.id} -p 6006")
-        last = follow(session, voice)
+            run_output.say(f"Board   python -m runner pods tunnel {run.id} -p 6006")
+        last = follow(session, run_output)
     except Vanished:
         raise
     except BaseException as error:
@@ -221,29 +228,29 @@ def _with(session: Session, voice: Voice, manner: Manner) -> Outcome:
             rented.release(keep=where(session.spec).keeps and bool(where(session.spec).pod))
         account(run, rented, error)
         if isinstance(error, KeyboardInterrupt):  # before anybody followed it, who would have told
-            voice.say(f"Interrupted: you asked for it; pod {rented.pod.id} is given back")
+            run_output.say(f"Interrupted: you asked for it; pod {rented.pod.id} is given back")
         raise
-    return finish(session, last, voice, manner.pool)
+    return finish(session, last, run_output, launch_options.pool)
 
 
-def follow(session: Session, voice: Voice, leave: bool = False) -> dict[str, Any]:
+def follow(session: Session, run_output: RunOutput, leave: bool = False) -> dict[str, Any]:
     """`Session.follow` with its news on screen and the meter's warnings."""
 
     def tell(news: News) -> None:
-        voice.tell(news)
+        run_output.tell(news)
         if news.kind == "tick" and (warning := session.rented.meter.warning(clock.now())):
-            voice.say(f"Warning: {warning}")
+            run_output.say(f"Warning: {warning}")
 
     return session.follow(tell, leave)
 
 
-def finish(session: Session, last: dict[str, Any], voice: Voice, pool: Pool | None = None) -> Outcome:
+def finish(session: Session, last: dict[str, Any], run_output: RunOutput, pool: Pool | None = None) -> Outcome:
     """Bring the run home, give the pod back (after a run that ended well perhaps to the sweep's `pool`), say what it
     cost; the outcome of the training."""
     run, rented, spec = session.run, session.rented, session.spec
     if last.get("state") == "ending":
         raise _ended_by_itself(session, last)
-    voice.say("Brings  the run home")
+    run_output.say("Brings  the run home")
     code = int(last["exit_code"]) if isinstance(last.get("exit_code"), int) else 1
     shared = pool if code == 0 else None
     try:
@@ -252,20 +259,20 @@ def finish(session: Session, last: dict[str, Any], voice: Voice, pool: Pool | No
         raise
     except BaseException:  # the pod keeps what it has, and its agent ends it when nobody is heard of
         rented.ledger.leave(rented.name)
-        voice.say(f"Pod {rented.pod.id} still has the result: python -m runner fetch {run.id}")
+        run_output.say(f"Pod {rented.pod.id} still has the result: python -m runner fetch {run.id}")
         raise
     if shared is not None and _parked(session, shared):
-        _close(run, rented, account(run, rented), last, voice, "waits for the next run")
+        _close(run, rented, account(run, rented), last, run_output, "waits for the next run")
         return Outcome(run, code)
     until = reuse.hand_back(session)
     session.close()
     if code and run.read("status.json").get("state") not in ("failed", "interrupted"):
         if last.get("stopped_for"):  # before there was a training, which would say so itself
             code, last = InterruptedRun.exit_code, {**last, "message": None}
-            with _said(voice.say):
+            with _said(run_output.say):
                 run.set_status("interrupted", exit_code=code, error=f"stopped: {last['stopped_for']}")
         else:
-            with _said(voice.say):
+            with _said(run_output.say):
                 run.set_status("failed", exit_code=code, error=last.get("message") or f"the training ended with {code}")
     keep = where(spec).keeps
     try:
@@ -278,14 +285,14 @@ def finish(session: Session, last: dict[str, Any], voice: Voice, pool: Pool | No
     became = "is stopped" if keep else "is gone, which was confirmed"
     if until is not None:
         became = f"is yours again, until {datetime.fromtimestamp(until):%H:%M on %Y-%m-%d}"
-    _close(run, rented, cost, last, voice, became)
+    _close(run, rented, cost, last, run_output, became)
     if last.get("uploaded"):
-        voice.say(f"Pushed  {run.read('pushed.json').get('url')}")
+        run_output.say(f"Pushed  {run.read('pushed.json').get('url')}")
     elif last.get("uploaded") is False:
         code = code or RunFailedError.exit_code
     if keep and until is None:
         per_day = f"${rented.kept_usd_per_day():.2f} a day"
-        voice.say(f"Kept    its disk costs {per_day}: python -m runner pods terminate {run.id}")
+        run_output.say(f"Kept    its disk costs {per_day}: python -m runner pods terminate {run.id}")
     return Outcome(run, code)
 
 
@@ -303,7 +310,7 @@ def _parked(session: Session, pool: Pool) -> bool:
         raise
 
 
-def account(run: RunDir, rented: Rented, error: BaseException | None = None) -> dict[str, Any]:
+def account(run: RunDir, rented: Lease, error: BaseException | None = None) -> dict[str, Any]:
     """What the run has cost, in `status.json` and beside the prediction in `summary.json`."""
     plan = run.read("plan.json")
     cost = {
@@ -326,10 +333,12 @@ def account(run: RunDir, rented: Rented, error: BaseException | None = None) -> 
     return cost
 
 
-def _close(run: RunDir, rented: Rented, cost: dict[str, Any], last: dict[str, Any], voice: Voice, became: str) -> None:
+def _close(
+    run: RunDir, rented: Lease, cost: dict[str, Any], last: dict[str, Any], run_output: RunOutput, became: str
+) -> None:
     """What it cost, what `became` of the pod, and why the run ended as it did."""
     predicted = f", ${cost['predicted_usd']:.2f} predicted" if cost["predicted_usd"] is not None else ""
-    voice.say(f"Cost    ${cost['usd']:.2f}{predicted}; pod {rented.pod.id} {became}")
+    run_output.say(f"Cost    ${cost['usd']:.2f}{predicted}; pod {rented.pod.id} {became}")
     if last.get("stopped_for"):
         more = " where.max_usd=…" if "where.max_usd" in last["stopped_for"] else ""
         remedy = f"python -m runner resume {quote(shown(run.path))}{more}"

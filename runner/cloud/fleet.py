@@ -253,7 +253,7 @@ def owned_by_none(api: Api, ledger: Ledger, *, everything: bool = False) -> list
     Without: those past their deadline, wherever they were rented, but for stopped ones; `reconcile` has ended before
     what crashed launchers left half-made.
     """
-    there = clock.RenterClock(api.time)
+    there = clock.ProviderClock(api.time)
     entries = {key: entry for entry in ledger.entries() for key in (entry.name, entry.pod_id)}
     found = []
     for pod in api.pods():

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from runner.cloud import transfer_limits, untrusted_files
 from runner.cloud.agent.tail import GROWING, WHOLE
 from runner.cloud.ssh import SSH_FAILED
-from runner.cloud.transfer import Berth
+from runner.cloud.transfer import RemoteRun
 from runner.errors import Problem, RunnerError
 from runner.rundir.directory import RunDir
 
@@ -57,7 +57,7 @@ class News(NamedTuple):
 class Follower:
     """One run in one pod. `find` tells the pod's present address, None while it has none; raises Vanished."""
 
-    def __init__(self, at: Berth, run: RunDir, find: Callable[[], tuple[str, int] | None],
+    def __init__(self, at: RemoteRun, run: RunDir, find: Callable[[], tuple[str, int] | None],
                  before: Callable[[], None] = lambda: None) -> None:  # fmt: skip
         self.at, self.run, self.find, self.before = at, run, find, before
         self.rest: dict[str, bytes] = {}

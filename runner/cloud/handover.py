@@ -13,7 +13,7 @@ from typing import Any
 from runner.cloud import clock
 from runner.cloud.session import Session
 from runner.cloud.ssh import LostError
-from runner.cloud.transfer import Berth
+from runner.cloud.transfer import RemoteRun
 from runner.errors import Problem, RunFailedError
 
 PARKED_MINUTES = 10.0
@@ -50,10 +50,10 @@ def hand_on(old: Session, new: Session) -> None:
 def _hand_on(old: Session, new: Session) -> None:
     at = old.board()
     _clear(at, old, new)
-    succeed(at, Berth(at.connection, at.workspace, new.run.id), new.order(detach=False))
+    succeed(at, RemoteRun(at.connection, at.workspace, new.run.id), new.order(detach=False))
 
 
-def succeed(at: Berth, there: Berth, order: dict[str, Any]) -> None:
+def succeed(at: RemoteRun, there: RemoteRun, order: dict[str, Any]) -> None:
     """Have the switch of the run `at` serve the run `there`, by its order. RunFailedError where it does not."""
     folder = shlex.quote(there.folder)
     # A run that had the pod before has handed it on to somebody, too: two that name each other would go round for ever.
@@ -66,7 +66,7 @@ def succeed(at: Berth, there: Berth, order: dict[str, Any]) -> None:
         raise RunFailedError(Problem(what, None, f"{at.folder}/logs/agent.log in the pod says why"))
 
 
-def _clear(at: Berth, old: Session, new: Session) -> None:
+def _clear(at: RemoteRun, old: Session, new: Session) -> None:
     """Room on the pod's own disk: what is home, and the weights of another model. The agent's files stay, and logs."""
     words = [f"rm -f /dev/shm/runner-{shlex.quote(old.run.id)}.env"]
     if old.where.volume is None:

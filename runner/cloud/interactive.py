@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from runner.cloud import clock, pod_env, ssh_keys
-from runner.cloud.lease import Rented
+from runner.cloud.lease import Lease
 from runner.cloud.lifecycle import acquire
 from runner.cloud.preflight import check
 from runner.cloud.reuse import folder_of
@@ -101,7 +101,7 @@ def up(spec: RunSpec, hours: float, say: Callable[[str], None], env: dict[str, s
     return Up(run_id, rented.pod.id, rented.usd_per_hour, rented.deadline, token)
 
 
-def _tell(rented: Rented, pair: ssh_keys.KeyPair, env: dict[str, str]) -> None:
+def _tell(rented: Lease, pair: ssh_keys.KeyPair, env: dict[str, str]) -> None:
     """Put variables there."""
     pod = rented.pod
     connection = Connection(pod.id, str(pod.ssh_host), int(pod.ssh_port or 22), pair.private, user_of(pod.raw))

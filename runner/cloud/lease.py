@@ -19,7 +19,7 @@ from runner.spec import RunPodPlace
 
 
 @dataclass
-class Rented:
+class Lease:
     """A pod that this process holds: everything about it that is not SSH. It outlives the process by `detach`."""
 
     api: Api

@@ -3,7 +3,7 @@
     PLANNED → CREATING → PROVISIONING → SSH_READY → SYNCED → RUNNING → COLLECTING → TERMINATING → GONE
                   └→ CREATE_UNKNOWN ┘                          └→ PREEMPTED ┘          └→ STOPPED (where.keep)
 
-`acquire` goes as far as SSH_READY; `Rented` (rented.py) is what the rest of a run does with the pod. In a sweep, a pod
+`acquire` goes as far as SSH_READY; `Lease` (rented.py) is what the rest of a run does with the pod. In a sweep, a pod
 whose run has ended well is PARKED, and SSH_READY again under the name of the next run.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from runner.cloud import clock, pod_of_run, termination
 from runner.cloud.agent import boot
 from runner.cloud.budget import Meter
-from runner.cloud.lease import Rented, deadline_of, hours_of, spent
+from runner.cloud.lease import Lease, deadline_of, hours_of, spent
 from runner.cloud.ledger import PREFIX, Ledger
 from runner.cloud.preflight import check
 from runner.cloud.readiness import BadHostError, look_for, until_ready
@@ -57,7 +57,7 @@ class Key(Protocol):
 def acquire(
     run: RunDir, spec: RunSpec, plan: dict[str, Any], keys: Key, say: Say, *, detached: bool = False,
     alone_minutes: float | None = None, env: dict[str, str] | None = None, ports: tuple[str, ...] = (),
-) -> Rented:  # fmt: skip
+) -> Lease:  # fmt: skip
     """A pod for a run that answers by SSH, its own stopped one first, or an error with nothing left behind.
 
     It ends itself if no agent has come after `alone_minutes`, or when the cap is reached if that is sooner. `env` is
@@ -81,7 +81,7 @@ def acquire(
         raise type(error)(*error.problems, *order.unseen()) from None
 
 
-def _first_of(order: _Order, machines: list[Candidate], say: Say) -> Rented:
+def _first_of(order: _Order, machines: list[Candidate], say: Say) -> Lease:
     failures: list[RunnerError] = []
     for machine in machines:
         for _ in range(TRIES_PER_MACHINE):
@@ -118,7 +118,7 @@ class _Order:
     unclear: list[str] = field(default_factory=list)
     """Names for which no pod has appeared yet."""
 
-    def rent(self, machine: Candidate) -> Rented:
+    def rent(self, machine: Candidate) -> Lease:
         """One pod, ready. Whatever goes wrong after it exists, it is ended."""
         place = runpod(self.spec)
         self.spent = spent(self.ledger, self.run.id)
@@ -140,7 +140,7 @@ class _Order:
             deadline = deadline_of(place, meter)
             facts = {"pod_id": pod.id, "usd_per_hour": meter.usd_per_hour, "deadline": deadline}
             self.ledger.move(name, "PROVISIONING", f"created as {pod.id}", **facts)
-            rented = Rented(self.api, self.ledger, name, pod, deadline, meter, self.run.id, wanted.volume_gb, self.say)
+            rented = Lease(self.api, self.ledger, name, pod, deadline, meter, self.run.id, wanted.volume_gb, self.say)
             self._check_price(rented, machine, pod)
             rented.pod = until_ready(
                 self.api, pod, setup_s=place.setup_minutes * 60, bad_host_s=place.bad_host_minutes * 60,
@@ -251,7 +251,7 @@ class _Order:
             self.ledger.move(name, "GONE", what)
             raise TooDearError(Problem(what, None, "raise where.max_usd, and resume the run"))
 
-    def _check_price(self, rented: Rented, machine: Candidate, seen: Pod) -> None:
+    def _check_price(self, rented: Lease, machine: Candidate, seen: Pod) -> None:
         """The pod's own price against the cap, as soon as it is told: it has been half as high again as the list's."""
         if not seen.usd_per_hour or seen.usd_per_hour == rented.meter.usd_per_hour == machine.usd_per_hour:
             return

@@ -24,7 +24,7 @@ BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Parcel:
+class PayloadItem:
     """A file or folder that travels."""
 
     key: str
@@ -41,33 +41,33 @@ class Parcel:
     reads through one; a link to a file travels as the file."""
 
 
-def parcels(spec: RunSpec) -> list[Parcel]:
+def payload_items(spec: RunSpec) -> list[PayloadItem]:
     """Everything on this machine that the spec names. RequestError for a relative path that is not there."""
-    found = [_parcel(key, value) for key, value in named_places(spec)]
-    return [parcel for parcel in found if parcel is not None]
+    found = [_payload_item(key, value) for key, value in named_places(spec)]
+    return [item for item in found if item is not None]
 
 
-def tokens(spec: RunSpec) -> list[Parcel]:
+def tokens(spec: RunSpec) -> list[PayloadItem]:
     """What `data prepare` has made for this run, for the pod's own cache, where the run looks first."""
     found = []
     for name in prepared_index.entries(spec):
         folder = cache_dir() / name
         files = {file.name: file.stat().st_size for file in folder.iterdir()}
-        found.append(Parcel("tokens", folder, f"cache/runner/{name}", sum(files.values()), files=tuple(files)))
+        found.append(PayloadItem("tokens", folder, f"cache/runner/{name}", sum(files.values()), files=tuple(files)))
     return found
 
 
-def rewritten(spec: RunSpec, workspace: str, found: Iterable[Parcel]) -> RunSpec:
+def rewritten(spec: RunSpec, workspace: str, found: Iterable[PayloadItem]) -> RunSpec:
     """The spec as the pod runs it: its own paths, and a place that is here."""
     values = spec.model_dump(mode="json")
-    for parcel in found:
-        put_place(values, parcel.key, f"{workspace}/{parcel.target}{parcel.inner}")
+    for item in found:
+        put_place(values, item.key, f"{workspace}/{item.target}{item.inner}")
     there = RunSpec.model_validate(values)
     run = there.run.model_copy(update={"output_dir": f"{workspace}/runs"})
     return there.model_copy(update={"run": run, "where": LocalPlace()})
 
 
-def _parcel(key: str, value: str) -> Parcel | None:
+def _payload_item(key: str, value: str) -> PayloadItem | None:
     """None for what is not on this machine, or need not be."""
     source, inner = Path(os.path.abspath(Path(value).expanduser())), ""
     names: list[str] = []
@@ -91,7 +91,7 @@ def _parcel(key: str, value: str) -> Parcel | None:
                 digest.update(block)
     shelf = "artifacts" if source.is_dir() and not inner else "datasets"
     target = f"{shelf}/{digest.hexdigest()[:16]}/{source.name}"
-    return Parcel(key, source, target, size, inner, tuple(names) or None)
+    return PayloadItem(key, source, target, size, inner, tuple(names) or None)
 
 
 def _matched(pattern: Path) -> tuple[Path, str, list[str]]:

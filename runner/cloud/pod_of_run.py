@@ -10,7 +10,7 @@ from runner.cloud import clock, termination
 from runner.cloud.adoption import volume_of
 from runner.cloud.budget import Meter
 from runner.cloud.fleet import run_of
-from runner.cloud.lease import Rented, deadline_of, spent
+from runner.cloud.lease import Lease, deadline_of, spent
 from runner.cloud.ledger import PREFIX, Entry, Ledger
 from runner.cloud.readiness import BadHostError, poll_s, until_ready
 from runner.cloud.reconcile import ARMED, reconcile
@@ -74,7 +74,7 @@ def _has(run_id: str, pod_id: str, state: str) -> Problem:
 
 def taken(
     api: Api, ledger: Ledger, run: RunDir, spec: RunSpec, machines: Sequence[Candidate], say: Say, detached: bool
-) -> Rented | None:
+) -> Lease | None:
     """The run's stopped pod, started; None where it has none. RequestError for one of another kind than is asked for,
     NoCapacityError where its host has no GPU left. Whatever goes wrong, it is stopped again, and its disk is kept.
     """
@@ -96,7 +96,7 @@ def taken(
     if own is None:
         raise RequestError(Problem(f"another command has taken pod {pod.id} of {run.id}", "command line"))
     meter = Meter(entry.usd_per_hour, clock.now(), entry.disk_gb, place.max_usd, before)
-    rented = Rented(api, ledger, name, pod, deadline_of(place, meter), meter, run.id, volume_of(pod), say)
+    rented = Lease(api, ledger, name, pod, deadline_of(place, meter), meter, run.id, volume_of(pod), say)
     say(f"Starts  pod {pod.id}, which was kept for {run.id}")
     try:
         ledger.set(name, deadline=rented.deadline, pod_id=pod.id)

@@ -36,7 +36,7 @@ def reconcile(api: Api, ledger: Ledger) -> list[str]:
         pods = {pod.id: pod for pod in api.pods() if pod.status not in OVER}
     except CloudError as error:
         return [f"{len(entries)} pods of earlier commands could not be looked after: {error}"]
-    there = clock.RenterClock(api.time)
+    there = clock.ProviderClock(api.time)
     for entry in entries:
         if _of_another_account(api, entry, pods):
             notes.append(f"pod {entry.pod_id or entry.name} was rented with another key or address; left alone")
@@ -65,7 +65,7 @@ def _of_another_account(api: Api, entry: Entry, pods: dict[str, Pod]) -> bool:
 
 
 def _settle(
-    api: Api, ledger: Ledger, entry: Entry, pods: dict[str, Pod], there: clock.RenterClock
+    api: Api, ledger: Ledger, entry: Entry, pods: dict[str, Pod], there: clock.ProviderClock
 ) -> str | None:  # fmt: skip
     """One entry that nobody holds; what was done, or None where nothing had to be."""
     name, state = entry.name, entry.state
@@ -110,7 +110,7 @@ def _is_old(api: Api, entry: Entry) -> bool:
 
 
 def _armed(
-    api: Api, ledger: Ledger, entry: Entry, pod: Pod | None, there: clock.RenterClock
+    api: Api, ledger: Ledger, entry: Entry, pod: Pod | None, there: clock.ProviderClock
 ) -> str | None:  # fmt: skip
     """A pod that looks after itself."""
     assert entry.pod_id is not None

@@ -15,7 +15,7 @@ from pathlib import Path
 from runner.cloud import clock, fleet, handover, pod_env, ssh_keys, transfer
 from runner.cloud.adoption import volume_of
 from runner.cloud.budget import Meter
-from runner.cloud.lease import Rented, deadline_of, spent
+from runner.cloud.lease import Lease, deadline_of, spent
 from runner.cloud.ledger import PREFIX, Entry, Ledger
 from runner.cloud.pod_of_run import begun
 from runner.cloud.readiness import until_ready
@@ -24,7 +24,7 @@ from runner.cloud.runpod.errors import TooDearError
 from runner.cloud.runpod.offers import runpod
 from runner.cloud.runpod.types import Pod
 from runner.cloud.session import Session
-from runner.cloud.transfer import Berth, Say
+from runner.cloud.transfer import RemoteRun, Say
 from runner.errors import Problem, RequestError, RunFailedError, RunnerError
 from runner.paths import state_dir
 from runner.rundir.directory import RunDir
@@ -85,7 +85,7 @@ def find(api: Api, ledger: Ledger, spec: RunSpec, own: str | None = None) -> Fou
     return Found(entry, pod)
 
 
-def take(run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, say: Say, detached: bool) -> Rented:
+def take(run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, say: Say, detached: bool) -> Lease:
     """The pod that `where.pod` names, started if it was stopped, serving this run from here on.
 
     Errors as `find` has them, NoCapacityError or BadHostError where it does not start, TooDearError over the cap.
@@ -129,7 +129,7 @@ def hand_back(session: Session) -> float | None:
         public_key=ssh_keys.pair(run_id).public,
     )  # fmt: skip
     try:
-        there = Berth(at.connection, at.workspace, run_id)
+        there = RemoteRun(at.connection, at.workspace, run_id)
         _scripts(there)
         handover.succeed(at, there, order | {"fresh": False})
         at.connection.run(f"rm -f /dev/shm/runner-{shlex.quote(session.run.id)}.env", check=False)
@@ -144,7 +144,7 @@ def hand_back(session: Session) -> float | None:
     return old.deadline
 
 
-def start(api: Api, ledger: Ledger, word: str, hours: float, say: Say, env: dict[str, str]) -> Rented:
+def start(api: Api, ledger: Ledger, word: str, hours: float, say: Say, env: dict[str, str]) -> Lease:
     """Start a stopped pod for a person: it ends itself after so many hours, stopped. RequestError for one that runs."""
     name, pod_id, run_id = fleet.find(api, ledger, word)
     entry, pod = ledger.entry(name), api.pod(pod_id)
@@ -200,7 +200,7 @@ def _check_kind(spec: RunSpec, entry: Entry, pod: Pod, source: str) -> None:
 def _taken(
     api: Api, ledger: Ledger, found: Found, run_id: str, folder: Path, say: Say, cap: float | None, before: float,
     heartbeat_s: float | None,
-) -> Rented:  # fmt: skip
+) -> Lease:  # fmt: skip
     """The pod, owned by this process from here on; RequestError where another one was faster."""
     entry, pod = found.entry, found.pod
     name = f"{PREFIX}{run_id}-{secrets.token_hex(2)}"
@@ -210,10 +210,10 @@ def _taken(
     if own is None:
         raise RequestError(Problem(f"another command has taken pod {pod.id}", "command line"))
     meter = Meter(entry.usd_per_hour, clock.now(), entry.disk_gb, cap, before)
-    return Rented(api, ledger, name, pod, clock.now() + 3600, meter, run_id, volume_of(pod), say)
+    return Lease(api, ledger, name, pod, clock.now() + 3600, meter, run_id, volume_of(pod), say)
 
 
-def _start(rented: Rented, place: RunPodPlace | None, say: Say) -> None:
+def _start(rented: Lease, place: RunPodPlace | None, say: Say) -> None:
     """Start a stopped pod, until it answers; its real price from then on."""
     rented.api.start(rented.pod.id)
     setup, bad = (60 * place.setup_minutes, 60 * place.bad_host_minutes) if place else (SETUP_S, BAD_HOST_S)
@@ -224,7 +224,7 @@ def _start(rented: Rented, place: RunPodPlace | None, say: Say) -> None:
         rented.ledger.set(rented.name, usd_per_hour=rented.pod.usd_per_hour)
 
 
-def _hand_on(rented: Rented, old: Entry, new: Session, detached: bool) -> None:
+def _hand_on(rented: Lease, old: Entry, new: Session, detached: bool) -> None:
     """Have the pod's switch serve the new run. One that has none, of `pods up`, gets it where the pod's start command
     looks for it after a restart."""
     at = transfer.board(rented.pod, old.run_id, ssh_keys.pair(old.run_id), rented.say)
@@ -235,14 +235,14 @@ def _hand_on(rented: Rented, old: Entry, new: Session, detached: bool) -> None:
         if at.connection.attempt(f"test -e {shlex.quote(at.folder)}/agent.json")[0]:
             _scripts(at)
             at.place("agent.json", order | {"run_id": old.run_id, "public_key": None})
-        there = Berth(at.connection, at.workspace, new.run.id)
+        there = RemoteRun(at.connection, at.workspace, new.run.id)
         handover.succeed(at, there, order)
         at.connection.run(f"rm -f /dev/shm/runner-{shlex.quote(old.run_id)}.env", check=False)
     finally:
         at.connection.close()
 
 
-def _scripts(at: Berth) -> None:
+def _scripts(at: RemoteRun) -> None:
     """Send the agent to a folder that has none yet."""
     at.connection.run(f"mkdir -p {shlex.quote(at.folder)}/logs")
     at.connection.put([Path(str(module.__file__)) for module in transfer.SCRIPTS], f"{at.folder}/")

@@ -11,7 +11,7 @@ from runner.report.invocation import typed
 from runner.report.progress import Progress
 
 
-class Voice:
+class RunOutput:
     """Used as a context manager around the following."""
 
     def __init__(self, console: Console) -> None:
@@ -19,7 +19,7 @@ class Voice:
         self.total = 0
         self.open: ExitStack | None = None
 
-    def __enter__(self) -> Voice:
+    def __enter__(self) -> RunOutput:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 from runner.cloud import clock, download, transfer
 from runner.cloud.agent import tail
 from runner.cloud.follow import Follower, News, Vanished
-from runner.cloud.lease import Rented
+from runner.cloud.lease import Lease
 from runner.cloud.ssh import CommandError, Connection, HostKeyError, LostError, user_of
 from runner.cloud.ssh_keys import KeyPair
-from runner.cloud.transfer import Berth, Say
+from runner.cloud.transfer import RemoteRun, Say
 from runner.cloud.transfer_limits import TooMuchError
 from runner.errors import Problem, RunFailedError, RunnerError
 from runner.rundir import checkpoints
@@ -41,12 +41,12 @@ class Session:
 
     run: RunDir
     spec: RunSpec
-    rented: Rented
+    rented: Lease
     keys: KeyPair
     say: Say
     agent: dict[str, Any] = field(default_factory=dict)
     """The agent's last known status."""
-    at: Berth | None = None
+    at: RemoteRun | None = None
     asked: int = 0
     """How often the user asked to stop."""
     _pull: threading.Thread | None = None
@@ -59,7 +59,7 @@ class Session:
 
     # --- there ---
 
-    def board(self) -> Berth:
+    def board(self) -> RemoteRun:
         """Log in; the server may take its time. LostError where the pod is not reached."""
         pod = self.rented.pod
         connection = Connection(
@@ -217,7 +217,7 @@ class Session:
         self._pull = threading.Thread(target=self._fetch_checkpoint, args=(at, step), daemon=True)
         self._pull.start()
 
-    def _fetch_checkpoint(self, at: Berth, step: int) -> None:
+    def _fetch_checkpoint(self, at: RemoteRun, step: int) -> None:
         try:
             with suppress(LostError, CommandError):  # overtaken by a newer one, or by the end: tried again then
                 download.bring_checkpoint(at, self.run, step, self.say)
@@ -225,7 +225,7 @@ class Session:
             self.say(f"Warning: the checkpoint after step {step} is in the pod alone: {error}")
 
     @contextmanager
-    def _heard(self, at: Berth) -> Iterator[None]:
+    def _heard(self, at: RemoteRun) -> Iterator[None]:
         """Signs of life while files travel, for hours maybe: silence would end the pod."""
         over = threading.Event()
         beat = f"touch {tail.SHM}/runner-{shlex.quote(self.run.id)}.beat"
@@ -308,7 +308,7 @@ class Session:
             self.at = None
 
 
-def mirror(run: RunDir, status: dict[str, Any], rented: Rented) -> None:
+def mirror(run: RunDir, status: dict[str, Any], rented: Lease) -> None:
     """The pod's `status.json` as this run's: its process is on another machine, whose number means nothing here."""
     if status:
         own = {"host": rented.name, "pid": None}

@@ -17,7 +17,7 @@ from pathlib import Path
 from runner.cloud import clock, handover, ssh_keys, termination
 from runner.cloud import owner as owners
 from runner.cloud.budget import Meter
-from runner.cloud.lease import Rented, deadline_of
+from runner.cloud.lease import Lease, deadline_of
 from runner.cloud.ledger import PREFIX, Entry, Ledger, owner
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.errors import StillThereError
@@ -60,7 +60,7 @@ class Pool:
         """Of a pod that is rented for this sweep: when whoever looks at it from elsewhere may call it forgotten."""
         return {"RUNNER_DEADLINE": str(round(clock.now() + 3600 * self.hours))}
 
-    def take(self, run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, say: Say) -> Rented | None:
+    def take(self, run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, say: Say) -> Lease | None:
         """A parked pod that serves this run from here on; None where one is to be rented, for which there is room."""
         if kind_of(spec) is None:
             return None
@@ -100,7 +100,7 @@ class Pool:
             rented.ledger.move(rented.name, "PARKED", why, deadline=deadline, **owner(self.points.owner))
         return True
 
-    def _claimed(self, run: RunDir, spec: RunSpec) -> tuple[Before, Rented] | None:
+    def _claimed(self, run: RunDir, spec: RunSpec) -> tuple[Before, Lease] | None:
         """One that fits, and belongs to this run by the ledger now."""
         api, ledger = Api(), Ledger()
         place = spec.where
@@ -125,7 +125,7 @@ class Pool:
             deadline = deadline_of(place, meter)
             ledger.set(name, deadline=deadline)
             volume_gb = 0.0 if place.volume or pod.gpu_id is None else float(place.volume_gb)
-            return before, Rented(api, ledger, name, pod, deadline, meter, run.id, volume_gb)
+            return before, Lease(api, ledger, name, pod, deadline, meter, run.id, volume_gb)
         return None
 
     def parked(self, ledger: Ledger) -> list[Entry]:

@@ -49,7 +49,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Berth:
+class RemoteRun:
     """Where a run lies in a pod."""
 
     connection: Connection
@@ -78,7 +78,7 @@ class Berth:
         return loads(said.rstrip().rpartition("\n")[2])
 
 
-def board(pod: Pod, run_id: str, pair: KeyPair, say: Say) -> Berth:
+def board(pod: Pod, run_id: str, pair: KeyPair, say: Say) -> RemoteRun:
     """Log in to a pod that answers; its server may take its time. LostError where it is not reached."""
     host, port = str(pod.ssh_host), int(pod.ssh_port or 22)
     connection = Connection(pod.id, host, port, pair.private, user_of(pod.raw))
@@ -93,7 +93,7 @@ def board(pod: Pod, run_id: str, pair: KeyPair, say: Say) -> Berth:
         time.sleep(0.5)
 
 
-def berth(connection: Connection, run_id: str, say: Say = lambda line: None) -> Berth:
+def berth(connection: Connection, run_id: str, say: Say = lambda line: None) -> RemoteRun:
     """Look around in a pod: its workspace, rsync. CannotRunError for an image without Python."""
     look = (
         f"echo {BEGINS}; e=${{RUNNER_RP_ENVIRONMENT:-/etc/rp_environment}}; test -r $e && . $e; "
@@ -109,7 +109,7 @@ def berth(connection: Connection, run_id: str, say: Say = lambda line: None) -> 
     if not any(line.endswith("/rsync") for line in lines):
         say("Installs rsync in the pod")
         connection.run(APT, seconds=300)
-    return Berth(connection, workspace, run_id)
+    return RemoteRun(connection, workspace, run_id)
 
 
 def order(
@@ -127,7 +127,7 @@ def order(
     }  # fmt: skip
 
 
-def arm(at: Berth, orders: dict[str, Any], say: Say) -> dict[str, Any]:
+def arm(at: RemoteRun, orders: dict[str, Any], say: Say) -> dict[str, Any]:
     """Send the agent and its order, start it; its status. RunFailedError where it refuses an unattended run."""
     at.connection.run(f"mkdir -p {shlex.quote(at.folder)}/logs")
     at.connection.put([Path(str(module.__file__)) for module in SCRIPTS], f"{at.folder}/")
@@ -142,7 +142,7 @@ def arm(at: Berth, orders: dict[str, Any], say: Say) -> dict[str, Any]:
     return status
 
 
-def try_gpus(at: Berth, spec: RunSpec) -> None:
+def try_gpus(at: RemoteRun, spec: RunSpec) -> None:
     """CannotRunError where the host's GPUs cannot be trained on. A Python that was named has a torch of its own, maybe
     for another driver."""
     gpus = _gpus(spec)
@@ -160,7 +160,7 @@ def try_gpus(at: Berth, spec: RunSpec) -> None:
         raise CannotRunError(Problem(f"the pod is no good: {reason}", None, remedy))
 
 
-def try_memory(at: Berth, needed_gib: float) -> None:
+def try_memory(at: RemoteRun, needed_gib: float) -> None:
     """CannotRunError where the pod has less main memory than the plan needs: RunPod's API takes no minimum of it."""
     said = at.connection.attempt(MEMORY)[1].split()
     sizes = [int(word) for word in said if word.isdecimal()]  # not "max"
@@ -182,17 +182,17 @@ def _gpus(spec: RunSpec) -> int:
     return spec.hw.num_gpus if spec.hw.accelerator == "cuda" else 0
 
 
-def send(at: Berth, run: RunDir, spec: RunSpec, say: Say) -> str:
+def send(at: RemoteRun, run: RunDir, spec: RunSpec, say: Say) -> str:
     """The project, the data, the run's files and its newest checkpoint; the folder of the project there."""
     code = _send_wheel(at)
-    found = payload.parcels(spec)
-    for parcel in (*found, *payload.tokens(spec)):
-        _send_parcel(at, parcel, say)
+    found = payload.payload_items(spec)
+    for item in (*found, *payload.tokens(spec)):
+        _send_parcel(at, item, say)
     _send_run(at, run, payload.rewritten(spec, at.workspace, found), say)
     return code
 
 
-def tell_secrets(at: Berth, spec: RunSpec) -> list[str]:
+def tell_secrets(at: RemoteRun, spec: RunSpec) -> list[str]:
     """Over standard input into memory of the pod, readable by its root alone; the names of what was told."""
     names = ["HF_TOKEN", *(["WANDB_API_KEY"] if spec.track.name == "wandb" else [])]
     told = {name: key.value for name in names if (key := credentials.find(name))}
@@ -210,7 +210,7 @@ def place_secret(connection: Connection, file: str, content: str) -> None:
     connection.run(f"umask 077; cat > {file}.new && mv {file}.new {file}", stdin=content.encode())
 
 
-def begin(at: Berth, spec: RunSpec, pod_id: str, code: str, secrets: list[str]) -> None:
+def begin(at: RemoteRun, spec: RunSpec, pod_id: str, code: str, secrets: list[str]) -> None:
     """Tell the agent what to do: from here on the run goes on by itself."""
     carried = {name: os.environ[name] for name in CARRIED if os.environ.get(name)}
     hub = f"{at.workspace}/hf_cache"
@@ -249,7 +249,7 @@ def _needed(requirement: str, spec: RunSpec) -> bool:
     return used.get(name, True)
 
 
-def _send_wheel(at: Berth) -> str:
+def _send_wheel(at: RemoteRun) -> str:
     name, content = wheel.packed()
     folder = f"{at.workspace}/cache/runner-{hashlib.sha256(content).hexdigest()[:12]}"
     if at.connection.attempt(f"test -e {shlex.quote(folder)}/COMPLETE")[0] == 0:
@@ -264,21 +264,21 @@ def _send_wheel(at: Berth) -> str:
     return folder
 
 
-def _send_parcel(at: Berth, parcel: payload.Parcel, say: Say) -> None:
+def _send_parcel(at: RemoteRun, item: payload.PayloadItem, say: Say) -> None:
     """To a name of its own first: what has the right name is whole, and a transfer that broke off goes on there. The
     name is the run's: another one may send the same to the same volume, and whoever is ready first has done it."""
-    target = f"{at.workspace}/{parcel.target}"
+    target = f"{at.workspace}/{item.target}"
     half, name = f"{target}.{at.run_id}.part", os.path.basename(target)
-    size = f"{parcel.size / 1e9:.1f} GB" if parcel.size > 5e8 else f"{parcel.size / 1e6:.1f} MB"
+    size = f"{item.size / 1e9:.1f} GB" if item.size > 5e8 else f"{item.size / 1e6:.1f} MB"
     if at.connection.attempt(f"test -e {shlex.quote(target)}")[0] == 0:
-        say(f"Sends   {parcel.key}: {parcel.source.name} is there already ({size})")
+        say(f"Sends   {item.key}: {item.source.name} is there already ({size})")
         return
-    say(f"Sends   {parcel.key}: {parcel.source.name} ({size})")
+    say(f"Sends   {item.key}: {item.source.name} ({size})")
     at.connection.run(f"mkdir -p {shlex.quote(half)}")
     with tempfile.NamedTemporaryFile(prefix="runner-files-") as listed:
-        options, source, sent = ["--copy-links"], str(parcel.source), f"{half}/{name}"  # the Hub's cache is all links
-        if parcel.files is not None:
-            listed.write(b"\0".join(map(os.fsencode, parcel.files)))
+        options, source, sent = ["--copy-links"], str(item.source), f"{half}/{name}"  # the Hub's cache is all links
+        if item.files is not None:
+            listed.write(b"\0".join(map(os.fsencode, item.files)))
             listed.flush()
             options += ["--from0", f"--files-from={listed.name}"]
             source, sent = f"{source}/", f"{sent}/"  # or rsync makes a file of that name, where it is only one
@@ -287,7 +287,7 @@ def _send_parcel(at: Berth, parcel: payload.Parcel, say: Say) -> None:
     at.connection.run(f"mv -nT {sent} {target}; test -e {target} && rm -rf {half}")
 
 
-def _send_run(at: Berth, run: RunDir, there: RunSpec, say: Say) -> None:
+def _send_run(at: RemoteRun, run: RunDir, there: RunSpec, say: Say) -> None:
     """The run's own files. Of an earlier part of it only what the pod, or its volume, does not have: the pod's newest
     checkpoint counts where it is the later one, and the files that go with it."""
     at.place("spec.json", there.model_dump(mode="json"))

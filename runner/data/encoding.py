@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 from runner.data.examples import Example, Kind
 from runner.data.loss_mask import IGNORED
 from runner.data.row_store import Stored, decoded
-from runner.data.tokenize import Encoded, Words
+from runner.data.tokenize import ChatTokenizer, Encoded
 from runner.errors import Problem, RequestError
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class Chunk:
         return True
 
 
-def encode_chunk(words: Words, examples: Sequence[Example], how: How) -> Chunk:
+def encode_chunk(words: ChatTokenizer, examples: Sequence[Example], how: How) -> Chunk:
     """Tokens of the examples; those that the template refuses are problems with their place."""
     chunk = Chunk()
     chunk.conversations = sum(example.text is None and example.ids is None for example in examples)
@@ -112,7 +112,7 @@ def encode_chunk(words: Words, examples: Sequence[Example], how: How) -> Chunk:
 
 
 def in_chunks(
-    work: Callable[[Words, Sequence[Any]], T], words: Words, rows: Sequence[Any], num_proc: int | None
+    work: Callable[[ChatTokenizer, Sequence[Any]], T], words: ChatTokenizer, rows: Sequence[Any], num_proc: int | None
 ) -> Iterator[T]:
     """What `work` makes of a thousand rows at a time, in their order, whatever the number of processes; few are in
     memory at once. `work` is sent to the other processes, so it has a name in a module."""
@@ -150,10 +150,10 @@ def _cores() -> Sequence[int]:
     return range(os.cpu_count() or 1)
 
 
-_state: list[tuple[Callable[[Words, Sequence[Any]], Any], Words, Kind | None]] = []
+_state: list[tuple[Callable[[ChatTokenizer, Sequence[Any]], Any], ChatTokenizer, Kind | None]] = []
 
 
-def _begin(work: Callable[[Words, Sequence[Any]], Any], words: Words, kind: Kind | None) -> None:
+def _begin(work: Callable[[ChatTokenizer, Sequence[Any]], Any], words: ChatTokenizer, kind: Kind | None) -> None:
     """In a process of the pool: keep what every chunk needs."""
     _state[:] = [(work, words, kind)]
 

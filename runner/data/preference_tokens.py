@@ -11,7 +11,7 @@ from typing import Any
 
 from runner.data.examples import Example, Judged, Preference, Question, Turn
 from runner.data.loss_mask import IGNORED
-from runner.data.tokenize import Words
+from runner.data.tokenize import ChatTokenizer
 from runner.errors import Problem, RequestError
 
 Answer = Sequence[Turn] | str
@@ -47,7 +47,7 @@ class Chunk:
     problems: list[Problem] = field(default_factory=list)
 
 
-def encode_chunk(words: Words, rows: Sequence[Preference | Judged | Question], how: How) -> Chunk:
+def encode_chunk(words: ChatTokenizer, rows: Sequence[Preference | Judged | Question], how: How) -> Chunk:
     """Columns of the rows; those that the template refuses are problems with their place."""
     chunk = Chunk(conversations=sum(not isinstance(row.prompt, str) for row in rows))
     if chunk.conversations and not how.whole and not isinstance(rows[0], Question):
@@ -69,7 +69,7 @@ def encode_chunk(words: Words, rows: Sequence[Preference | Judged | Question], h
 
 
 def _columns(
-    words: Words, row: Preference | Judged | Question, how: How
+    words: ChatTokenizer, row: Preference | Judged | Question, how: How
 ) -> tuple[dict[str, Any], Sequence[int] | None]:
     """The columns of a row and the lengths of its sequences; None where it cannot be learned from: TRL drops these,
     too."""
@@ -95,7 +95,7 @@ def _columns(
 
 
 def split(
-    words: Words, prompt: Answer, answers: Sequence[Answer], tools: Sequence[dict[str, Any]] = ()
+    words: ChatTokenizer, prompt: Answer, answers: Sequence[Answer], tools: Sequence[dict[str, Any]] = ()
 ) -> tuple[list[int], list[list[int]]]:
     """Ids of a prompt [p] and of each answer to it: an answer begins where prompt and conversation part, which a
     template or a merged token may put before the prompt's end (`common_prefix_length`, TRL 1.16)."""
@@ -110,7 +110,7 @@ def split(
 
 
 def others(
-    words: Words, prompt: Answer, answer: Answer, tools: Sequence[dict[str, Any]], start: int
+    words: ChatTokenizer, prompt: Answer, answer: Answer, tools: Sequence[dict[str, Any]], start: int
 ) -> list[tuple[int, int]]:
     """[begin, end) of the tokens inside an answer that users and tools say, counted from its first token, `start` of
     the whole. They are given, not answered: no objective takes their probability. RequestError where they cannot be

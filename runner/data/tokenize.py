@@ -39,7 +39,7 @@ class Encoded:
     """Turns that are not learned, because the template drops a part of what they say."""
 
 
-class Words:
+class ChatTokenizer:
     """Renders and tokenises; what transformers' fast tokenizer of the same files does."""
 
     def __init__(self, body: str, template: str, special: dict[str, str]) -> None:
@@ -54,7 +54,7 @@ class Words:
             backend.token_to_id(special[name]) if name in special else None for name in ("bos_token", "eos_token")
         )
 
-    def __reduce__(self) -> tuple[type[Words], tuple[str, str, dict[str, str]]]:
+    def __reduce__(self) -> tuple[type[ChatTokenizer], tuple[str, str, dict[str, str]]]:
         return type(self), (self.body, self.turns.template.source, self.special)
 
     def _use(self, template: str) -> None:
@@ -197,7 +197,7 @@ class Words:
         return Encoded(framed, list(framed), offsets, text)
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Words:
+    def of(cls, tokenizer: Any) -> ChatTokenizer:
         """Those of transformers' tokenizer; RequestError for one that has no tokenizer.json."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -210,7 +210,7 @@ class Words:
         return cls(backend.to_str(), with_tools(default, own.get("tool_use")), special)
 
     @classmethod
-    def from_file(cls, file: Path, data: DataSpec) -> Words:
+    def from_file(cls, file: Path, data: DataSpec) -> ChatTokenizer:
         """Those beside a model's `tokenizer.json`; RequestError for files that cannot be read."""
         names, special = _names(file)
         try:
@@ -293,4 +293,4 @@ def _template(file: Path, data: DataSpec, names: dict[str, Any], adds_bos: bool 
     return with_tools(named.get("default") or template_source(FALLBACK, adds_bos), named.get("tool_use"))
 
 
-__all__ = ["FALLBACK", "IGNORED", "Encoded", "Words"]
+__all__ = ["FALLBACK", "IGNORED", "ChatTokenizer", "Encoded"]

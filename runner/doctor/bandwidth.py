@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from runner.doctor.finding import Finding, Wanted
+from runner.doctor.finding import DoctorTarget, Finding
 from runner.machine import detect
 from runner.machine.detect import Machine
 from runner.machine.torch_build import installed_torch
@@ -26,7 +26,7 @@ SLOW = 0.5
 """Of the bandwidth that plans count on: below it, something is wrong with the link or its settings."""
 
 
-def finding(machine: Machine, wanted: Wanted | None, limit_s: float = LIMIT_S) -> Finding:
+def finding(machine: Machine, wanted: DoctorTarget | None, limit_s: float = LIMIT_S) -> Finding:
     """All-reduce between the GPUs (of the run, or all visible), or between two CPU processes where there are none."""
     torch = installed_torch()
     if torch is None:

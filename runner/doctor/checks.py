@@ -7,13 +7,13 @@ from pathlib import Path
 
 from runner.doctor import bandwidth as all_reduce
 from runner.doctor import disk, gpu_checks, keys, software, system
-from runner.doctor.finding import Finding, Wanted
+from runner.doctor.finding import DoctorTarget, Finding
 from runner.machine import detect
 from runner.machine.detect import Machine
 from runner.report.tables import in_one_line
 
 
-def examine(wanted: Wanted | None = None, *, bandwidth: bool = False, root: Path = Path("/")) -> list[Finding]:
+def examine(wanted: DoctorTarget | None = None, *, bandwidth: bool = False, root: Path = Path("/")) -> list[Finding]:
     """Look at this machine, for a run if one is named. `root` is where `proc`, `sys` and `dev` are.
 
     `bandwidth` measures an all-reduce, in processes that import torch: 10 s and more.
@@ -32,7 +32,7 @@ def examine(wanted: Wanted | None = None, *, bandwidth: bool = False, root: Path
     return found
 
 
-def _run(wanted: Wanted | None, machine: Machine) -> Iterator[Finding]:
+def _run(wanted: DoctorTarget | None, machine: Machine) -> Iterator[Finding]:
     """The hardware that the run names, and its plan."""
     if wanted is None:
         return

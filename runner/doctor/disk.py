@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.data.pretraining.workspace import Workspace, workspace_of
-from runner.doctor.finding import GIB, Finding, State, Wanted, in_words
+from runner.doctor.finding import GIB, DoctorTarget, Finding, State, in_words
 from runner.errors import CannotRunError, Problem
 from runner.hub import config
 from runner.machine import writable
@@ -45,7 +45,7 @@ class _Disk:
 
 def check(spec: RunSpec, plan: Plan | None) -> list[str]:
     """Notes, before a run starts here; CannotRunError where a disk has less room than the plan says."""
-    wanted = Wanted(spec, plan)
+    wanted = DoctorTarget(spec, plan)
     found = [_room(disk, planned=True) for disk in _disks(folders(wanted))] if plan and wanted.here else []
     problems = [Problem(one.found, None, one.remedy) for one in found if one.state == "problem"]
     if problems:
@@ -53,7 +53,7 @@ def check(spec: RunSpec, plan: Plan | None) -> list[str]:
     return [f"{one.found}: {one.remedy}" for one in found if one.state != "ok"]
 
 
-def findings(wanted: Wanted | None) -> Iterator[Finding]:
+def findings(wanted: DoctorTarget | None) -> Iterator[Finding]:
     """One line per disk, and one per folder that cannot be written to."""
     found = folders(wanted)
     for folder in found:
@@ -80,7 +80,7 @@ def _disks(folders: Iterable[Folder]) -> list[_Disk]:
     return list(disks.values())
 
 
-def folders(wanted: Wanted | None) -> list[Folder]:
+def folders(wanted: DoctorTarget | None) -> list[Folder]:
     """Where runs, our cache and the Hub's are, and what a run puts into each."""
     output = Path(wanted.spec.run.output_dir if wanted else RunInfo().output_dir).expanduser()
     nvme = wanted.spec.deepspeed.nvme_path if wanted else None

@@ -35,7 +35,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class DoctorTarget:
     """The run that the machine is checked for."""
 
     spec: RunSpec

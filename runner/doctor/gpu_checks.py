@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.doctor.finding import GIB, Finding, State, Wanted
+from runner.doctor.finding import GIB, DoctorTarget, Finding, State
 from runner.machine import detect
 from runner.machine.detect import AMPERE, Machine
 from runner.machine.gpus import DRIVER_FILES, Gpu, on_the_bus
@@ -84,7 +84,7 @@ def look(machine: Machine, root: Path = Path("/")) -> Seen:
         pynvml.nvmlShutdown()
 
 
-def findings(seen: Seen, machine: Machine, wanted: Wanted | None) -> Iterator[Finding]:
+def findings(seen: Seen, machine: Machine, wanted: DoctorTarget | None) -> Iterator[Finding]:
     """The driver, the cards and peer-to-peer."""
     yield _driver(seen, machine)
     if not seen.silence and not seen.unused:  # of which the driver's line speaks
@@ -131,7 +131,7 @@ def _driver(seen: Seen, machine: Machine) -> Finding:
     return Finding("driver", "ok", version, facts=facts)
 
 
-def _judged(card: Card, wanted: Wanted | None) -> Finding:
+def _judged(card: Card, wanted: DoctorTarget | None) -> Finding:
     """The worst there is to say of one card."""
     gpu = card.gpu
 
@@ -169,7 +169,7 @@ def _judged(card: Card, wanted: Wanted | None) -> Finding:
     return say("ok", "nothing to say", None)
 
 
-def _short(card: Card, wanted: Wanted | None) -> str | None:
+def _short(card: Card, wanted: DoctorTarget | None) -> str | None:
     """What a run needs of this card and others hold; None where it is enough, or nothing to do with others."""
     if wanted is None or not wanted.here or wanted.plan is None or wanted.spec.hw.accelerator != "cuda":
         return None

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from runner.config import credentials
-from runner.doctor.finding import Finding, Wanted
+from runner.doctor.finding import DoctorTarget, Finding
 
 _FOR = {
     "HF_TOKEN": "gated and private models and data sets",
@@ -15,13 +15,13 @@ _FOR = {
 }
 
 
-def findings(wanted: Wanted | None) -> Iterator[Finding]:
+def findings(wanted: DoctorTarget | None) -> Iterator[Finding]:
     """One line per key."""
     for name in _FOR:
         yield _key(name, wanted)
 
 
-def _key(name: str, wanted: Wanted | None) -> Finding:
+def _key(name: str, wanted: DoctorTarget | None) -> Finding:
     value = os.environ.get(name, "")
     if value.strip():
         if value != value.strip() or value[0] in "\"'" or value[-1] in "\"'" or "\n" in value:
@@ -37,7 +37,7 @@ def _key(name: str, wanted: Wanted | None) -> Finding:
     return Finding(name, "warning" if name == "WANDB_API_KEY" else "problem", f"not set, and {what}", remedy)
 
 
-def _need(name: str, wanted: Wanted) -> tuple[str, str] | None:
+def _need(name: str, wanted: DoctorTarget) -> tuple[str, str] | None:
     """Why the run needs the key, and what to do; None where it does not."""
     spec, plan = wanted.spec, wanted.plan
     if name == "HF_TOKEN" and spec.model.gated and (plan is None or "weights" in plan.disk):

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from runner.doctor.finding import STATES, Finding, Wanted, exit_code
+from runner.doctor.finding import STATES, DoctorTarget, Finding, exit_code
 from runner.report.encodings import spelt
 
 _STYLE = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
 
 
-def findings_as_json(found: Sequence[Finding], wanted: Wanted | None) -> dict[str, Any]:
+def findings_as_json(found: Sequence[Finding], wanted: DoctorTarget | None) -> dict[str, Any]:
     """`{"exit_code", "run", "checks": [{"name", "state", "found", "remedy", "facts"}]}`; `run` null without words."""
     run = None
     if wanted is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
-from runner.doctor.finding import Finding, State, Wanted
+from runner.doctor.finding import DoctorTarget, Finding, State
 from runner.machine import kernels, torch_build
 from runner.machine.detect import Machine
 from runner.machine.torch_build import Driver, Torch, installed_torch
@@ -38,7 +38,7 @@ _FLASH = 8.0
 """Compute capability from which flash-attn 2 has kernels (its README: Ampere, Ada, Hopper)."""
 
 
-def findings(machine: Machine, driver: Driver | None, wanted: Wanted | None) -> Iterator[Finding]:
+def findings(machine: Machine, driver: Driver | None, wanted: DoctorTarget | None) -> Iterator[Finding]:
     """Packages, torch, compilers where they matter, git."""
     yield _packages(wanted)
     torch = installed_torch()
@@ -83,7 +83,7 @@ def _version(name: str) -> Version | None:
         return None
 
 
-def _packages(wanted: Wanted | None) -> Finding:
+def _packages(wanted: DoctorTarget | None) -> Finding:
     """Missing ones, then those older than the tests ran with."""
     try:
         asked = requirements()
@@ -110,7 +110,7 @@ def _packages(wanted: Wanted | None) -> Finding:
     )
 
 
-def _start_without(missing: list[str], wanted: Wanted | None) -> bool:
+def _start_without(missing: list[str], wanted: DoctorTarget | None) -> bool:
     """One of them stops a run (this run)."""
     if any(name not in _FOR_SOME for name in missing):
         return True

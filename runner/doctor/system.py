@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from runner.doctor.finding import GIB, Finding, Wanted, in_words
+from runner.doctor.finding import GIB, DoctorTarget, Finding, in_words
 from runner.machine.detect import Machine
 from runner.plan.host_memory import CPU_PROCESS, CUDA_PROCESS
 from runner.plan.memory import FREE_SHARE
@@ -19,7 +19,7 @@ SHM_ASKED, SHM_LEAST = 1.0, 0.5  # GiB
 _MORE_SHM = "docker run --shm-size=1g (or --ipc=host); in Kubernetes an emptyDir with medium: Memory at /dev/shm"
 
 
-def findings(machine: Machine, wanted: Wanted | None, root: Path = Path("/")) -> Iterator[Finding]:
+def findings(machine: Machine, wanted: DoctorTarget | None, root: Path = Path("/")) -> Iterator[Finding]:
     """CPU, memory, shared memory."""
     yield _cpu(machine)
     yield _memory(machine, wanted, root)
@@ -42,7 +42,7 @@ def _cpu(machine: Machine) -> Finding:
     return Finding("cpu", "ok", what, None, facts)
 
 
-def _memory(machine: Machine, wanted: Wanted | None, root: Path) -> Finding:
+def _memory(machine: Machine, wanted: DoctorTarget | None, root: Path) -> Finding:
     """Main memory that the container may use, what is free of it, and what a run takes."""
     total, installed, free = machine.memory_gib, _meminfo(root, "MemTotal"), _meminfo(root, "MemAvailable")
     if total is None:

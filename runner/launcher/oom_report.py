@@ -46,7 +46,7 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
-class Autopsy:
+class OomReport:
     """`autopsy.json`. Sizes in GiB; None where not known."""
 
     memory: Literal["gpu", "main"]
@@ -77,7 +77,7 @@ class Autopsy:
     remedy: str
 
 
-def autopsy(run: RunDir, spec: RunSpec, killer: Killer | None = None) -> Autopsy:
+def autopsy(run: RunDir, spec: RunSpec, killer: Killer | None = None) -> OomReport:
     """Why a worker ended: by its note in `status.json`, or by SIGKILL from `killer`. Needs no torch."""
     status, plan = run.read("status.json"), run.read("plan.json")
     oom: dict[str, Any] = status.get("oom") or {}
@@ -101,7 +101,9 @@ def autopsy(run: RunDir, spec: RunSpec, killer: Killer | None = None) -> Autopsy
         "message": oom.get("message"),
     }
     what, remedy = _sentence(facts, spec), _remedy(run, spec, facts, found)
-    return Autopsy(**{k: v for k, v in facts.items() if k != "plan_phase"}, suggestions=found, what=what, remedy=remedy)
+    return OomReport(
+        **{k: v for k, v in facts.items() if k != "plan_phase"}, suggestions=found, what=what, remedy=remedy
+    )
 
 
 def report(run: RunDir, spec: RunSpec, killer: Killer | None = None) -> RunFailedError:

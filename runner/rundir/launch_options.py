@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Manner:
+class LaunchOptions:
     """Options of the command line that concern rented machines, and what the runs of a sweep share."""
 
     yes: bool = False
@@ -24,5 +24,5 @@ class Manner:
     """What starts the runs of a sweep on this machine, one after the other."""
 
 
-PLAINLY = Manner()
+DEFAULT_OPTIONS = LaunchOptions()
 """None of them."""

@@ -17,7 +17,7 @@ from runner.runs.worker_verbs import MODULE, environment
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvaluateOptions:
     """What to measure."""
 
     data: Path | None = None
@@ -29,7 +29,7 @@ class Wanted:
     base: bool = False
 
 
-def evaluate(run_dir: Path, wanted: Wanted, as_json: bool) -> int:
+def evaluate(run_dir: Path, wanted: EvaluateOptions, as_json: bool) -> int:
     """Its exit code; RequestError where there is no model, CannotRunError for benchmarks without lm-eval."""
     run = find(run_dir)
     says_words(spec_of(run.spec_file))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from rich.console import Console
 
 from runner.rundir.directory import RunDir
-from runner.rundir.launch_options import Manner
+from runner.rundir.launch_options import LaunchOptions
 from runner.rundir.outcome import Outcome
 from runner.spec import RunSpec
 
@@ -17,15 +17,15 @@ from runner.spec import RunSpec
 class Executor(Protocol):
     """A place that runs can be executed at; a module with these functions is one."""
 
-    def check(self, spec: RunSpec, manner: Manner) -> None:
+    def check(self, spec: RunSpec, launch_options: LaunchOptions) -> None:
         """RunnerError, before anything is made or rented, for what cannot run there."""
 
     def confirm(
-        self, asked: Sequence[tuple[RunSpec, dict[str, Any]]], manner: Manner, console: Console
+        self, asked: Sequence[tuple[RunSpec, dict[str, Any]]], launch_options: LaunchOptions, console: Console
     ) -> bool:  # fmt: skip
         """Whether the user agrees to what these runs cost, given their plans; True where they cost nothing."""
 
-    def execute(self, run: RunDir, spec: RunSpec, *, quiet_stdout: bool, manner: Manner) -> Outcome:
+    def execute(self, run: RunDir, spec: RunSpec, *, quiet_stdout: bool, launch_options: LaunchOptions) -> Outcome:
         """Run `spec` in its directory to its end. `quiet_stdout` keeps standard output for JSON."""
 
 

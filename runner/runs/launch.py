@@ -27,7 +27,7 @@ from runner.report.tables import headline, in_one_line
 from runner.resolve import plan_inputs
 from runner.resolve.steps import asked, complete
 from runner.rundir.directory import RunDir, shown
-from runner.rundir.launch_options import PLAINLY, Manner
+from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.rundir.lock import owned
 from runner.rundir.outcome import Outcome
 from runner.runs import input_digests, inputs, unread_keys
@@ -37,22 +37,28 @@ from runner.runs.executors import executor_of
 from runner.spec import RunSpec
 
 
-def run(request: Request, composed: RunSpec, console: Console, as_json: bool, manner: Manner = PLAINLY) -> int:
+def run(
+    request: Request,
+    composed: RunSpec,
+    console: Console,
+    as_json: bool,
+    launch_options: LaunchOptions = DEFAULT_OPTIONS,
+) -> int:
     """One run, as `request` composes it, to its end; the exit code of the worker."""
     spec, notes = complete(composed, source_finder(request), fetch=True)
     notes += [*unread_keys.notes("run", request, notes), *resuming.unfinished(request)]
     planned = plan_first(spec, notes, composed)
     try:
-        check(spec, notes, composed, manner)
+        check(spec, notes, composed, launch_options)
         notes += disk.check(spec, planned)
     except RunnerError:
         if planned is not None:
             line = f"Plan    {in_one_line(planned.as_dict())}"
             Console(stderr=True).print(line, highlight=False, soft_wrap=True)
         raise
-    if not agreed([(spec, planned)], manner, console):
+    if not agreed([(spec, planned)], launch_options, console):
         return InterruptedRun.exit_code
-    outcome = start(spec, notes, console, as_json, planned=planned, manner=manner)
+    outcome = start(spec, notes, console, as_json, planned=planned, launch_options=launch_options)
     if as_json:
         click.echo(dump(outcome.run.read("summary.json") or outcome.run.read("status.json")))
     return outcome.exit_code
@@ -60,17 +66,22 @@ def run(request: Request, composed: RunSpec, console: Console, as_json: bool, ma
 
 def resume(
     run: RunDir, overrides: tuple[str, ...], config_dirs: tuple[Path, ...], console: Console, as_json: bool,
-    manner: Manner = PLAINLY,
+    launch_options: LaunchOptions = DEFAULT_OPTIONS,
 ) -> int:  # fmt: skip
     """Go on with a run in its own directory; the exit code of the worker."""
     request = resuming.request(run, overrides, config_dirs)
     resuming.check_there(run)
     with owned(run):
-        return _resume(run, request, overrides, console, as_json, manner)
+        return _resume(run, request, overrides, console, as_json, launch_options)
 
 
 def _resume(
-    run: RunDir, request: Request, overrides: tuple[str, ...], console: Console, as_json: bool, manner: Manner
+    run: RunDir,
+    request: Request,
+    overrides: tuple[str, ...],
+    console: Console,
+    as_json: bool,
+    launch_options: LaunchOptions,
 ) -> int:
     """Go on with a run that this process owns."""
     composed = resuming.check(run, request)
@@ -79,11 +90,11 @@ def _resume(
         notes += _one_pod().refuse_second(run.id, rents=spec.where.name == "runpod")
     notes += resuming.check_resolved(run, spec)
     planned = plan_first(spec, notes, composed)
-    check(spec, notes, composed, manner)
-    if not agreed([(spec, planned)], manner, console):
+    check(spec, notes, composed, launch_options)
+    if not agreed([(spec, planned)], launch_options, console):
         return InterruptedRun.exit_code
     with resuming.recorded(run, spec, overrides):
-        outcome = begin(run, spec, notes, console, as_json, planned, manner)
+        outcome = begin(run, spec, notes, console, as_json, planned, launch_options)
     if as_json:
         click.echo(dump(run.read("summary.json") or run.read("status.json")))
     return outcome.exit_code
@@ -109,11 +120,11 @@ def plan_first(spec: RunSpec, notes: list[str], composed: RunSpec) -> Plan | Non
     return planned
 
 
-def check(spec: RunSpec, notes: list[str], composed: RunSpec, manner: Manner = PLAINLY) -> None:
+def check(spec: RunSpec, notes: list[str], composed: RunSpec, launch_options: LaunchOptions = DEFAULT_OPTIONS) -> None:
     """Refuse what cannot run where it is to run; what `where=auto` would rent is refused as its choice, not as a pod
     that somebody named."""
     try:
-        executor_of(spec).check(spec, manner)
+        executor_of(spec).check(spec, launch_options)
         notes += _push().check(spec) if spec.push.to else []
     except RunnerError as error:
         if composed.where.name != "auto" or spec.where.name == "local":
@@ -129,19 +140,19 @@ def check(spec: RunSpec, notes: list[str], composed: RunSpec, manner: Manner = P
 
 def start(
     spec: RunSpec, notes: list[str], console: Console, as_json: bool, sweep: str | None = None,
-    planned: Plan | None = None, manner: Manner = PLAINLY,
+    planned: Plan | None = None, launch_options: LaunchOptions = DEFAULT_OPTIONS,
 ) -> Outcome:  # fmt: skip
     """Make the run directory, say what is about to happen, and run."""
     spec = inputs.anchored(spec)
     run = RunDir.create(spec, sweep)
     with owned(run):
         input_digests.record(run, spec)
-        return begin(run, spec, notes, console, as_json, planned, manner)
+        return begin(run, spec, notes, console, as_json, planned, launch_options)
 
 
 def begin(
     directory: RunDir, spec: RunSpec, notes: list[str], console: Console, as_json: bool, planned: Plan | None,
-    manner: Manner = PLAINLY,
+    launch_options: LaunchOptions = DEFAULT_OPTIONS,
 ) -> Outcome:  # fmt: skip
     """Say what is about to happen in a run directory, write the plan there, and run."""
     (directory.path / "logs").mkdir(exist_ok=True)
@@ -160,7 +171,7 @@ def begin(
     left = [] if spec.where.name == "runpod" else inherited_ranks.notes()
     for note in [*notes, *left, *_waits_for(directory, spec)]:
         say(f"Note    {typed(note)}")
-    outcome = executor_of(spec).execute(directory, spec, quiet_stdout=as_json, manner=manner)
+    outcome = executor_of(spec).execute(directory, spec, quiet_stdout=as_json, launch_options=launch_options)
     if outcome.exit_code == 0 and spec.push.to and spec.where.name == "local":  # a pod uploads by itself
         say(f"Pushed  {_push().after(directory)}")
     return outcome
@@ -175,10 +186,10 @@ def _waits_for(directory: RunDir, spec: RunSpec) -> list[str]:
     return [f"waits {MEETING_SECONDS // 60} minutes for {others}; type there: {word}"]
 
 
-def agreed(asked: Sequence[tuple[RunSpec, Plan | None]], manner: Manner, console: Console) -> bool:
+def agreed(asked: Sequence[tuple[RunSpec, Plan | None]], launch_options: LaunchOptions, console: Console) -> bool:
     """What is rented for these runs is said with its price, and agreed to."""
     renting = [(spec, plan.as_dict() if plan else {}) for spec, plan in asked if spec.where.name == "runpod"]
-    return not renting or executor_of(renting[0][0]).confirm(renting, manner, console)
+    return not renting or executor_of(renting[0][0]).confirm(renting, launch_options, console)
 
 
 def _push() -> Any:

@@ -29,7 +29,7 @@ from runner.report.summary import metric_of
 from runner.report.tables import print_sweep
 from runner.resolve.steps import complete
 from runner.rundir.directory import RunDir, shown, write_atomically
-from runner.rundir.launch_options import PLAINLY, Manner
+from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.runs.launch import agreed, check, plan_first, start
 from runner.runs.sweeper import Sweep, misdirected, parallel_jobs, read, task_overrides
 from runner.spec import RunSpec
@@ -48,35 +48,35 @@ class _Points:
         return [spec for _, _, spec, _ in self.right]
 
 
-def sweep(request: Request, console: Console, as_json: bool, manner: Manner = PLAINLY) -> int:
+def sweep(request: Request, console: Console, as_json: bool, launch_options: LaunchOptions = DEFAULT_OPTIONS) -> int:
     """All points of a sweep; one that cannot run, or fails, does not stop the others, but the exit code says so."""
     warm = WarmWorkers(lambda line: console.print(line, highlight=False, soft_wrap=True))
     try:
-        return _sweep(request, console, as_json, replace(manner, warm=warm))
+        return _sweep(request, console, as_json, replace(launch_options, warm=warm))
     finally:
         warm.close()
 
 
-def _sweep(request: Request, console: Console, as_json: bool, manner: Manner) -> int:
+def _sweep(request: Request, console: Console, as_json: bool, launch_options: LaunchOptions) -> int:
     asked = read(request)
     _check_targets(asked)
-    points = _checked(asked, manner)
+    points = _checked(asked, launch_options)
     specs, shared = points.specs, points.specs[0]
     name = f"sweep-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = Path(shared.run.output_dir).expanduser() / "sweeps" / name
-    max_pods = _max_pods(asked, specs, manner)
+    max_pods = _max_pods(asked, specs, launch_options)
     if max_pods:
         pods = import_module("runner.cloud.sweep_pool")  # read for rented runs alone, as launch.rented is
-        manner = replace(manner, pool=pods.made_for(specs, folder, max_pods))
+        launch_options = replace(launch_options, pool=pods.made_for(specs, folder, max_pods))
     _tell(asked, points)
-    if not agreed([(spec, plan) for _, _, spec, plan in points.right], manner, console):
+    if not agreed([(spec, plan) for _, _, spec, plan in points.right], launch_options, console):
         return InterruptedRun.exit_code
     _made(folder, shared.run.output_dir)
     if not asked.searches:
         _left_out(folder, points)
-    manner, failed = replace(manner, yes=True), None  # asked once
+    launch_options, failed = replace(launch_options, yes=True), None  # asked once
     try:
-        interrupted = not _run(asked, points, folder, as_json, manner, console)
+        interrupted = not _run(asked, points, folder, as_json, launch_options, console)
     except KeyboardInterrupt:
         interrupted = True
     except RunFailedError as error:
@@ -145,14 +145,14 @@ def _made(folder: Path, output_dir: str) -> None:
 
 
 def _run(
-    asked: Sweep, points: _Points, folder: Path, as_json: bool, manner: Manner, console: Console
+    asked: Sweep, points: _Points, folder: Path, as_json: bool, launch_options: LaunchOptions, console: Console
 ) -> bool:  # fmt: skip
     """Every point, through Hydra's launcher; over rented pods as many at once as there may be pods. False where it was
     stopped before the last one."""
-    numbers, shared, pool = [number for number, *_ in points.right], points.specs[0], manner.pool
+    numbers, shared, pool = [number for number, *_ in points.right], points.specs[0], launch_options.pool
     task = partial(
-        _point, sweep_dir=folder, as_json=as_json, manner=manner, numbers=None if asked.searches else numbers,
-        worst=_worst(shared),
+        _point, sweep_dir=folder, as_json=as_json, launch_options=launch_options,
+        numbers=None if asked.searches else numbers, worst=_worst(shared),
     )  # fmt: skip
     chosen = [point for _, point, _, _ in points.right]
     if pool is None:
@@ -181,12 +181,12 @@ def _check_targets(sweep: Sweep) -> None:
         raise RequestError(Problem(what, f"push.to={targets[0]}", remedy))
 
 
-def _max_pods(sweep: Sweep, specs: list[RunSpec], manner: Manner) -> int | None:
+def _max_pods(sweep: Sweep, specs: list[RunSpec], launch_options: LaunchOptions) -> int | None:
     """How many pods at once, one handed on from run to run; None where every rented run has one of its own."""
     asked, renting = max(spec.sweep.max_pods for spec in specs), sum(spec.where.name == "runpod" for spec in specs)
     typed = {word.lstrip("+~").partition("=")[0] for word in sweep.request.overrides}
     source = f"sweep.max_pods={asked}"
-    if asked > 1 and manner.detach:
+    if asked > 1 and launch_options.detach:
         what = "nobody stays who could hand a pod on to the next run: a detached sweep has a pod for each, all at once"
         raise RequestError(Problem(what, f"--detach with {source}", f"leave out --detach, or {source}"))
     if asked > 1 and renting < len(specs):
@@ -195,7 +195,7 @@ def _max_pods(sweep: Sweep, specs: list[RunSpec], manner: Manner) -> int | None:
     if asked > 1 and sweep.searches:
         what = "a sweeper that chooses its points as it goes does not say how many pods are needed still"
         raise RequestError(Problem(what, source, "leave sweep.max_pods out: every run has a pod of its own then"))
-    if not renting or manner.detach or sweep.searches:
+    if not renting or launch_options.detach or sweep.searches:
         return None
     if any(key.startswith(("hydra/launcher", "hydra.launcher")) for key in typed):
         what = "how many rented runs go on at once is how many pods there may be"
@@ -204,15 +204,15 @@ def _max_pods(sweep: Sweep, specs: list[RunSpec], manner: Manner) -> int | None:
     return asked
 
 
-def _checked(asked: Sweep, manner: Manner) -> _Points:
+def _checked(asked: Sweep, launch_options: LaunchOptions) -> _Points:
     """Every point of a sweep, resolved and able to run, with its plan, or with its error; where none can run, one error
     with what is wrong with any. What an HPO sweeper may choose has to be valid, and need not fit."""
     points = _Points([], [])
     for number, point in enumerate(asked.points):
         try:
-            points.right.append((number, point, *_able(asked, point, manner)))
-            if manner.warm is not None and len(points.right) == 1:
-                manner.warm.prepare(points.specs[0])
+            points.right.append((number, point, *_able(asked, point, launch_options)))
+            if launch_options.warm is not None and len(points.right) == 1:
+                launch_options.warm.prepare(points.specs[0])
         except RunnerError as error:
             points.wrong.append((number, point, type(error)(*(asked.told(p, point) for p in error.problems))))
     if not asked.points:
@@ -227,14 +227,14 @@ def _checked(asked: Sweep, manner: Manner) -> _Points:
     raise type(errors[0])(*dict.fromkeys(p for error in errors for p in error.problems))
 
 
-def _able(asked: Sweep, point: Request, manner: Manner) -> tuple[RunSpec, Plan | None]:
+def _able(asked: Sweep, point: Request, launch_options: LaunchOptions) -> tuple[RunSpec, Plan | None]:
     composed = compose(point)
     wrong = [unknown_metric(composed.run.metric), misdirected(asked, composed)]
     if problems := [problem for problem in wrong if problem is not None]:
         raise RequestError(*problems)
     spec, notes = complete(composed, source_finder(point), fetch=True)
     planned = plan_first(spec, notes, composed)
-    check(spec, notes, composed, manner)
+    check(spec, notes, composed, launch_options)
     return spec, planned
 
 
@@ -252,8 +252,8 @@ def _sharing(spec: RunSpec, jobs: int) -> RunSpec:
 
 
 def _point(
-    given: RunSpec | RunnerError, index: int, sweep_dir: Path, as_json: bool, manner: Manner = PLAINLY,
-    numbers: list[int] | None = None, worst: float = math.inf,
+    given: RunSpec | RunnerError, index: int, sweep_dir: Path, as_json: bool,
+    launch_options: LaunchOptions = DEFAULT_OPTIONS, numbers: list[int] | None = None, worst: float = math.inf,
 ) -> float:  # fmt: skip
     """One point of a sweep: never raises; leaves `point-<number>.json` and returns the metric.
 
@@ -267,14 +267,18 @@ def _point(
         if isinstance(given, RunnerError):
             raise given
         composed = _sharing(given, jobs := parallel_jobs())
-        manner = manner if jobs == 1 else replace(manner, warm=None)  # each job is a process of its own
+        launch_options = (
+            launch_options if jobs == 1 else replace(launch_options, warm=None)
+        )  # each job is a process of its own
         spec, notes = complete(composed, fetch=True)
-        if manner.pool is not None:
-            spec = manner.pool.fitted(spec)
+        if launch_options.pool is not None:
+            spec = launch_options.pool.fitted(spec)
         planned = plan_first(spec, notes, composed)
-        check(spec, notes, composed, manner)
+        check(spec, notes, composed, launch_options)
         notes += disk.check(spec, planned)
-        outcome = start(spec, notes, console, as_json, sweep=sweep_dir.name, planned=planned, manner=manner)
+        outcome = start(
+            spec, notes, console, as_json, sweep=sweep_dir.name, planned=planned, launch_options=launch_options
+        )
         row |= {"run_id": outcome.run.id, "exit_code": outcome.exit_code}
         row["error"] = outcome.run.read("status.json").get("error")
         value = metric_of(outcome.run.read("summary.json"), spec.run.metric)

@@ -42,9 +42,9 @@ def main(argv: list[str]) -> int:
         progress.note("Loading torch and transformers …")
     pulse = None
     try:
-        from runner.train.heartbeat import Pulse  # torch: after the first line is on screen
+        from runner.train.heartbeat import Heartbeat  # torch: after the first line is on screen
 
-        pulse = Pulse(run, RANK)
+        pulse = Heartbeat(run, RANK)
         pulse.install()
         from runner.train.callbacks import StopOnSignal
         from runner.train.distributed import join

@@ -15,21 +15,21 @@ from runner.plan.checkpoint_count import LARGEST_SHARE
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.train.distributed import Ranks
-from runner.train.heartbeat import Pulse
+from runner.train.heartbeat import Heartbeat
 
 
-class Sealer:
+class CheckpointSealer:
     """Flushes, checks and marks a checkpoint in a thread, then deletes those that it supersedes.
 
     The step that follows may run meanwhile: the files are written already, and nobody changes them.
     """
 
-    def __init__(self, run: RunDir, ranks: Ranks, keep: int, pulse: Pulse | None = None,
+    def __init__(self, run: RunDir, ranks: Ranks, keep: int, pulse: Heartbeat | None = None,
                  sealed: Callable[[int], None] = lambda step: None) -> None:  # fmt: skip
         """`sealed` is told of each whole checkpoint, before any is deleted."""
         self.run, self.ranks, self.keep = run, ranks, keep
         self.sealed = sealed
-        self.pulse = pulse or Pulse(run, ranks.rank)
+        self.pulse = pulse or Heartbeat(run, ranks.rank)
         self.began = self.seconds = 0.0
         """When the last checkpoint was begun, and for how long it held up the training."""
         self.thread: threading.Thread | None = None
@@ -92,7 +92,7 @@ class SaveWhenDue(TrainerCallback):  # type: ignore[misc]  # transformers has no
     """Asks for a checkpoint when enough time has passed since the last one; transformers asks for those every n steps,
     and for the one after the last step."""
 
-    def __init__(self, sealer: Sealer, minutes: float | None) -> None:
+    def __init__(self, sealer: CheckpointSealer, minutes: float | None) -> None:
         self.sealer, self.minutes = sealer, minutes
         self.last = time.monotonic()
 

@@ -19,7 +19,7 @@ from runner.rundir.directory import RunDir, birth
 EVERY_SECONDS = 0.5
 
 
-class Pulse(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+class Heartbeat(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """Written whenever work gets on, by the thread that does the work: a thread of its own would beat on in a hang."""
 
     def __init__(self, run: RunDir, rank: int) -> None:

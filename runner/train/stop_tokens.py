@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from runner.data.tokenize import Words
+from runner.data.tokenize import ChatTokenizer
 
 
 def ids_of(config: Any, tokenizer: Any) -> list[int]:
@@ -30,7 +30,7 @@ def align(model: Any, tokenizer: Any, save: bool = False) -> list[str]:
     config = getattr(model, "generation_config", None)
     if config is None:  # a reward model
         return []
-    words, known = Words.of(tokenizer), ids_of(config, tokenizer)
+    words, known = ChatTokenizer.of(tokenizer), ids_of(config, tokenizer)
     added = [token for token in words.stops if token not in known]
     if added:
         config.eos_token_id = [*known, *added]
@@ -41,5 +41,5 @@ def align(model: Any, tokenizer: Any, save: bool = False) -> list[str]:
 
 def save(folder: Path, tokenizer: Any) -> None:
     """Beside an adapter: the tokens to add to those that stop its base."""
-    stops = dict.fromkeys([*ids_of(None, tokenizer), *Words.of(tokenizer).stops])
+    stops = dict.fromkeys([*ids_of(None, tokenizer), *ChatTokenizer.of(tokenizer).stops])
     GenerationConfig(eos_token_id=list(stops), pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)

@@ -19,7 +19,7 @@ from runner.data.encoding import How, encode_chunk, in_chunks
 from runner.data.examples import Example, Turn, fingerprint
 from runner.data.packing import bins
 from runner.data.readers.files import refuse
-from runner.data.tokenize import Words
+from runner.data.tokenize import ChatTokenizer
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec, Sft
 from runner.train.token_cache import ROWS, Tell, Tokenised, stored, tokenizer_fingerprint
@@ -61,7 +61,9 @@ def _write(
     problems: list[Problem] = []
     ids_file, labels_file = folder / "ids", folder / "labels"
     with ids_file.open("wb") as ids, labels_file.open("wb") as labels:
-        for chunk in in_chunks(partial(encode_chunk, how=how), Words.of(tokenizer), examples, spec.data.num_proc):
+        for chunk in in_chunks(
+            partial(encode_chunk, how=how), ChatTokenizer.of(tokenizer), examples, spec.data.num_proc
+        ):
             chunk.ids.tofile(ids)
             chunk.labels.tofile(labels)
             lengths.extend(chunk.lengths)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors import safe_open
 
-from runner.train.checkpointing import Sealer
+from runner.train.checkpointing import CheckpointSealer
 from runner.train.distributed import Ranks
 
 
@@ -50,7 +50,7 @@ class Keeping:
     ranks = Ranks()
     noted: Mapping[str, Any] = {}
     """What a checkpoint says of itself: processes and ZeRO stage."""
-    sealer: Sealer | None = None
+    sealer: CheckpointSealer | None = None
     """Seals the checkpoints; None where none are kept (a bare trainer in a test)."""
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

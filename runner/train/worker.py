@@ -31,12 +31,12 @@ from runner.train import (
 )
 from runner.train.callbacks import AtStart, MetricsWriter, StopEarly, StopOnSignal
 from runner.train.checkpoint_push import CheckpointPush
-from runner.train.checkpointing import SaveWhenDue, Sealer
+from runner.train.checkpointing import CheckpointSealer, SaveWhenDue
 from runner.train.deepspeed_config import deepspeed_config
 from runner.train.distributed import Ranks
 from runner.train.environment import check_same, environment, fingerprints
 from runner.train.evaluation.before_after import Measuring
-from runner.train.heartbeat import Pulse
+from runner.train.heartbeat import Heartbeat
 from runner.train.loss_guard import LossGuard
 from runner.train.memory_stats import Peaks
 from runner.train.objectives import setup
@@ -55,7 +55,7 @@ class Finished:
 
 def work(
     spec: RunSpec, run: RunDir, progress: Progress, stop: StopOnSignal,
-    ranks: Ranks | None = None, pulse: Pulse | None = None,
+    ranks: Ranks | None = None, pulse: Heartbeat | None = None,
 ) -> Finished:  # fmt: skip
     """Do the whole run, or go on with one that has checkpoints; this process's part, where there are several.
 
@@ -63,7 +63,7 @@ def work(
     """
     began = time.monotonic()
     ranks = ranks or Ranks()
-    pulse = pulse or Pulse(run, ranks.rank)
+    pulse = pulse or Heartbeat(run, ranks.rank)
 
     def enter(state: str, **facts: Any) -> None:
         pulse.beat(state)
@@ -128,7 +128,7 @@ def work(
         enter("training", num_steps=steps)
 
     push = CheckpointPush(run, spec.push, progress.note)
-    sealer = Sealer(run, ranks, spec.train.keep_checkpoints, pulse, push.offer)
+    sealer = CheckpointSealer(run, ranks, spec.train.keep_checkpoints, pulse, push.offer)
     early = [StopEarly(spec.eval.early_stopping_patience)] if spec.eval.early_stopping_patience else []
     callbacks = [metrics, pulse, *early, AtStart(begin), stop, SaveWhenDue(sealer, spec.train.save_every_minutes)]
     guard = LossGuard(spec.train, run, ranks, progress.note)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from runner.cloud.lease import Rented
+from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger, LedgerError
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.pod_request import PodRequest
@@ -122,7 +122,7 @@ def test_a_pod_that_cannot_be_recorded_as_ones_own_is_given_back(
         raise LedgerError(Problem("the ledger cannot be written: database or disk is full"))
 
     monkeypatch.setattr("runner.cloud.readiness.says_hello", lambda host, port: True)
-    monkeypatch.setattr(*{"set": (Ledger, "set", full), "detach": (Rented, "detach", full)}[fails])
+    monkeypatch.setattr(*{"set": (Ledger, "set", full), "detach": (Lease, "detach", full)}[fails])
     result = runner("pods", "up", "hw=rtx4090", "where.max_usd=5", "--hours", "3", "--yes")
     assert result.exit_code == 1 and "cannot be written" in result.output
     assert any(e.method == "POST" for e in emulator.exchanges) and emulator.pods() == {}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from runner.cloud import attach, clock
-from runner.cloud.lease import Rented
+from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger
 from runner.cloud.lifecycle import acquire
 from runner.cloud.reconcile import UNKNOWN_S, reconcile
@@ -37,7 +37,7 @@ def another_process(ahead: float) -> None:
     clock._BEGAN = time.time() - clock._elapsed() + ahead
 
 
-def left_alone(tmp_path: Path, emulator: Emulator) -> Rented:
+def left_alone(tmp_path: Path, emulator: Emulator) -> Lease:
     """A pod that trains, whose launcher is gone."""
     spec = rented_spec("where.setup_minutes=0.2", "where.deadline_hours=2")
     rented = acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, Key("ssh-ed25519 AAAA test"), print)

@@ -12,7 +12,7 @@ import pytest
 from runner.cloud.runpod import deploy as deploying
 from runner.cloud.runpod import serverless
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.deploy import Wanted
+from runner.cloud.runpod.deploy import DeployOptions
 from runner.cloud.runpod.serverless import Source
 from runner.errors import CannotRunError, RunnerError
 from runner.rundir.directory import RunDir
@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def test_an_adapter_is_served_beside_its_base_and_deleted_again(run: RunDir, emulator: Emulator) -> None:
-    done = deploying.deploy(run.path, Wanted(secret="hf"), yes)
+    done = deploying.deploy(run.path, DeployOptions(secret="hf"), yes)
     (endpoint,), (template,) = Api().endpoints(), Api().templates()
     assert endpoint["id"] == done["endpoint"] and template["id"] == done["template"]
     assert endpoint["workers"]["min"] == 0 and endpoint["gpu"]["pools"] == ["AMPERE_24", "ADA_24"]
@@ -45,7 +45,7 @@ def test_an_adapter_is_served_beside_its_base_and_deleted_again(run: RunDir, emu
     assert json.loads(env["LORA_MODULES"])[0]["path"] == "me/tuned"
     assert env["HF_TOKEN"] == "{{ RUNPOD_SECRET_hf }}"  # a reference; the token itself goes nowhere
     with pytest.raises(RunnerError, match="already"):
-        deploying.deploy(run.path, Wanted(), yes)
+        deploying.deploy(run.path, DeployOptions(), yes)
     assert len(deploying.delete(run.path)) == 2
     assert Api().endpoints() == [] and Api().templates() == []
     assert deploying.delete(run.path) == []
@@ -68,7 +68,7 @@ def test_a_lost_answer_is_looked_up_and_a_refusal_leaves_no_template(run: RunDir
     assert calls == ["runner-a"] and [t["id"] for t in Api().templates()] == [found]
     Api().delete_template(found)
     with pytest.raises(RunnerError):
-        deploying.deploy(run.path, Wanted(pools=("NO_SUCH_POOL",)), yes)
+        deploying.deploy(run.path, DeployOptions(pools=("NO_SUCH_POOL",)), yes)
     assert Api().templates() == [] and Api().endpoints() == []
 
 
@@ -88,13 +88,13 @@ def test_the_smallest_gpus_that_hold_the_weights_are_taken(model: str, pools: li
 def test_what_a_worker_cannot_reach_is_refused_before_anything_is_made(run: RunDir, tmp_path: Path) -> None:
     (run.path / "pushed.json").unlink()
     with pytest.raises(RunnerError) as caught:
-        deploying.deploy(run.path, Wanted(), yes)
+        deploying.deploy(run.path, DeployOptions(), yes)
     assert "python -m runner push" in str(caught.value.problems[0].remedy)
     with pytest.raises(RunnerError, match="not deployed"):
-        deploying.deploy(run.path, Wanted(repo="me/tuned"), lambda what: False)
+        deploying.deploy(run.path, DeployOptions(repo="me/tuned"), lambda what: False)
     demo = RunDir.create(spec_of(f"run.output_dir={tmp_path / 'runs'}"))
     with pytest.raises(RunnerError, match="cannot reach the base"):
-        deploying.deploy(demo.path, Wanted(repo="me/tuned"), yes)
+        deploying.deploy(demo.path, DeployOptions(repo="me/tuned"), yes)
     assert not (run.path / deploying.RECORD).exists()
 
 

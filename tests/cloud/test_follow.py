@@ -12,7 +12,7 @@ import pytest
 
 from runner.cloud.agent import agent, tail
 from runner.cloud.follow import Follower, News, Vanished
-from runner.cloud.transfer import Berth
+from runner.cloud.transfer import RemoteRun
 from runner.errors import Problem
 from runner.rundir.directory import RunDir
 from tests.support.emulated import needs_sshd
@@ -49,7 +49,7 @@ class Pod:
 
     def begin(self) -> None:
         follower = Follower(
-            Berth(self.link, str(self.folder.parent.parent), "run-f"), self.run, self.find, self.prepare
+            RemoteRun(self.link, str(self.folder.parent.parent), "run-f"), self.run, self.find, self.prepare
         )
 
         def listen() -> None:

@@ -17,7 +17,7 @@ from runner.cloud import download, payload
 from runner.cloud.agent import tail
 from runner.cloud.follow import Follower, shown
 from runner.cloud.ssh import RunnerError
-from runner.cloud.transfer import Berth
+from runner.cloud.transfer import RemoteRun
 from runner.errors import RequestError
 from runner.hub.upload_contents import push_model
 from runner.hub.upload_targets import S3
@@ -44,7 +44,7 @@ class Pod:
         (self.folder / "model" / "config.json").write_text("{}")
         (self.folder / "agent.py").write_text("")
         self.run.write("spec.json", self.spec.model_dump(mode="json"))
-        self.at, self.told = Berth(there.connection(), str(root / "workspace"), "run-h"), list[str]()
+        self.at, self.told = RemoteRun(there.connection(), str(root / "workspace"), "run-h"), list[str]()
         self.before = self.run.spec_file.read_bytes()
 
     def bring(self) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def test_files_that_are_ours_are_not_overwritten_even_by_an_rsync_that_cheats(po
                      f'{pod.folder}/;; esac\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')  # fmt: skip
     cheat.chmod(0o755)
     with server(tmp_path / "cheating", str(cheat)) as there:
-        at = Berth(there.connection(), pod.at.workspace, "run-h")
+        at = RemoteRun(there.connection(), pod.at.workspace, "run-h")
         with pytest.raises(RunnerError):
             download.bring(at, pod.run, pod.spec, pod.told.append)
         at.connection.close()
@@ -237,8 +237,8 @@ def test_a_model_of_a_run_is_sent_to_a_pod_without_what_its_links_lead_to(
     (run / "spec.json").write_text("{}")
     for folder in (run / "model", run / "checkpoints" / "checkpoint-4"):
         with pytest.raises(RequestError, match=r"tokenizer\.model is a link to .*, where only plain files belong"):
-            payload._parcel("model.id", str(folder))
-    found = payload._parcel("model.id", str(stray))  # of the Hub's cache, for one, which is all links
+            payload._payload_item("model.id", str(folder))
+    found = payload._payload_item("model.id", str(stray))  # of the Hub's cache, for one, which is all links
     assert found is not None and found.files == ("tokenizer.model",)
 
 

@@ -21,12 +21,12 @@ from rich.console import Console
 
 from runner.cloud import executor, termination, transfer
 from runner.cloud import lifecycle as renting
-from runner.cloud.clock import RenterClock
-from runner.cloud.lease import Rented, spent
+from runner.cloud.clock import ProviderClock
+from runner.cloud.lease import Lease, spent
 from runner.cloud.ledger import PREFIX, Ledger, LedgerError
 from runner.cloud.lifecycle import acquire
 from runner.cloud.reconcile import UNKNOWN_S, _armed, reconcile
-from runner.cloud.run_output import Voice
+from runner.cloud.run_output import RunOutput
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
 from runner.cloud.runpod.types import Pod
@@ -39,7 +39,7 @@ from tests.support.rented import A6000, PLAN, RTX4090, Key, rented_spec, run_of,
 
 __all__ = ["emulator", "state"]
 pytestmark = pytest.mark.usefixtures("state", "hello")
-Rent = Callable[..., Rented]
+Rent = Callable[..., Lease]
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def hello(monkeypatch: pytest.MonkeyPatch) -> None:
 def rent(tmp_path: Path) -> Rent:
     """Rent a pod for the demo; words are the run's."""
 
-    def rented(*words: str, said: list[str] | None = None) -> Rented:
+    def rented(*words: str, said: list[str] | None = None) -> Lease:
         spec = rented_spec("where.setup_minutes=0.2", "where.bad_host_minutes=0.02", *words)
         return acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, Key("ssh-ed25519 AAAA test"), (said or []).append)
 
@@ -247,7 +247,7 @@ def test_a_pod_that_is_absent_once_is_not_gone(emulator: Emulator, rent: Rent, m
     with monkeypatch.context() as context:
         taken = absent(context, "ap")
         assert entry is not None
-        assert _armed(Api(), Ledger(), entry, None, RenterClock(lambda: None)) is None and taken == ["a", "p"]
+        assert _armed(Api(), Ledger(), entry, None, ProviderClock(lambda: None)) is None and taken == ["a", "p"]
     assert states(rented.name) == before and list(emulator.pods()) == [rented.pod.id]
     emulator.inject("vanish", pod=rented.pod.id)
     until(lambda: not emulator.pods())
@@ -282,7 +282,7 @@ def test_an_end_is_confirmed_by_two_absences_in_a_row(
     rented.release()
 
 
-def session_of(rented: Rented, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
+def session_of(rented: Lease, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
     """A session whose pod takes everything, and says nothing."""
     spec = rented_spec("where.volume_gb=20")
     run = RunDir(next((folder / "runs").iterdir()))
@@ -358,16 +358,16 @@ def test_a_disk_here_that_takes_nothing_hides_no_pod_that_may_still_run(
     monkeypatch.setattr(session, "collect", lambda part: None)
     with monkeypatch.context() as context:
         context.setattr(renting, "acquire", raising(there))
-        context.setattr(Rented, "release", raising(there))
+        context.setattr(Lease, "release", raising(there))
         ended = {"state": "failed", "exit_code": 1}
         ways = {
             "renting": lambda: executor.execute(session.run, session.spec),
-            "released": lambda: executor.finish(session, ended, Voice(Console())),
+            "released": lambda: executor.finish(session, ended, RunOutput(Console())),
         }
         with pytest.raises(StillThereError) as caught:
             ways[when]()
     assert caught.value is there
-    outcome = executor.finish(session, ended, Voice(Console()))
+    outcome = executor.finish(session, ended, RunOutput(Console()))
     assert outcome.exit_code == 1 and emulator.pods() == {}
 
 

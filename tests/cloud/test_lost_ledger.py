@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from runner.cloud import ledger as ledgers
-from runner.cloud.lease import Rented
+from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger, LedgerError
 from runner.cloud.lifecycle import acquire
 from runner.cloud.reconcile import reconcile
@@ -41,7 +41,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.cloud.termination.PATIENCE_S", 1.0)
 
 
-def rent(tmp_path: Path, say: Callable[[str], None] = print) -> Rented:
+def rent(tmp_path: Path, say: Callable[[str], None] = print) -> Lease:
     spec = rented_spec("where.setup_minutes=0.2", "where.volume_gb=20")
     return acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, Key("ssh-ed25519 AAAA test"), say)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runner.cloud.agent import agent
-from runner.cloud.lease import Rented, spent
+from runner.cloud.lease import Lease, spent
 from runner.cloud.ledger import HeldError, Ledger
 from runner.cloud.lifecycle import acquire
 from runner.cloud.pod_of_run import refuse_second
@@ -40,12 +40,12 @@ def run(ready: None, tmp_path: Path) -> RunDir:
     return run_of(rented_spec(*WORDS), tmp_path / "runs")
 
 
-def rent(run: RunDir, *words: str, said: list[str] | None = None) -> Rented:
+def rent(run: RunDir, *words: str, said: list[str] | None = None) -> Lease:
     say = print if said is None else said.append
     return acquire(run, rented_spec(*WORDS, *words), PLAN, Key("ssh-ed25519 AAAA test"), say)
 
 
-def left(run: RunDir, state: str = "RUNNING") -> Rented:
+def left(run: RunDir, state: str = "RUNNING") -> Lease:
     """Its pod, after kill -9 of the launcher."""
     rented = rent(run)
     rented.ledger.move(rented.name, state, "and then the launcher was killed")  # type: ignore[arg-type]

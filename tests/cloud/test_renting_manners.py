@@ -13,7 +13,7 @@ from runner.cloud.readiness import NoImageError, PullLimitError
 from runner.cloud.runpod.errors import NoBalanceError
 from runner.report.known_causes import cause_of
 from runner.rundir.directory import RunDir
-from runner.rundir.launch_options import Manner
+from runner.rundir.launch_options import LaunchOptions
 from tests.support.emulated import Emulator, emulator
 from tests.support.front import here, laptop, runner
 from tests.support.rented import PLAN, Key, rented_spec, run_of, state
@@ -107,14 +107,14 @@ def test_a_balance_that_pays_for_nothing_is_refused_and_one_that_is_too_small_is
     emulator: Emulator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec, console = rented_spec(), Console(width=300)
-    asked, manner = [(spec, {**PLAN, "hours": 10.0})], Manner(yes=True)
-    assert executor.confirm(asked, manner, console) and "Warning" not in capsys.readouterr().out
+    asked, launch_options = [(spec, {**PLAN, "hours": 10.0})], LaunchOptions(yes=True)
+    assert executor.confirm(asked, launch_options, console) and "Warning" not in capsys.readouterr().out
     emulator.world.settings.balance_usd = 2.0
-    assert executor.confirm(asked, manner, console)
+    assert executor.confirm(asked, launch_options, console)
     assert "Warning the account has $2.00, less than the $7.40 that this costs" in capsys.readouterr().out
     emulator.world.settings.balance_usd = 0.05
     with pytest.raises(NoBalanceError, match=r"the account has \$0\.05, and the pod costs \$0\.74 an hour") as caught:
-        executor.confirm(asked, manner, console)
+        executor.confirm(asked, launch_options, console)
     assert caught.value.exit_code == 3 and creates(emulator) == 0
 
 
@@ -125,7 +125,7 @@ def test_an_account_that_does_not_say_its_balance_rents_as_before(
         raise RuntimeError("GraphQL has ended")
 
     monkeypatch.setattr("runpod.api.graphql.run_graphql_query", refuses)
-    assert executor.confirm([(rented_spec(), PLAN)], Manner(yes=True), Console())
+    assert executor.confirm([(rented_spec(), PLAN)], LaunchOptions(yes=True), Console())
 
 
 @pytest.mark.parametrize(("log", "what", "remedy"), [

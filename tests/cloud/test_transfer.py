@@ -16,7 +16,7 @@ import pytest
 from runner.cloud import payload, transfer, wheel
 from runner.cloud.agent import agent, install
 from runner.cloud.agent.install import Found, decide
-from runner.cloud.transfer import Berth
+from runner.cloud.transfer import RemoteRun
 from runner.config import credentials
 from runner.data import prepared_index
 from runner.data.readers.sources import files_of
@@ -44,9 +44,9 @@ def test_parcels_are_named_by_their_content(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     spec = rented_spec(f"data.path={a_file(tmp_path / 'a')}", "data=file", "data.format=text")
     same = rented_spec(f"data.path={a_file(tmp_path / 'b')}", "data=file", "data.format=text")
-    (first,), (second,) = payload.parcels(spec), payload.parcels(same)
+    (first,), (second,) = payload.payload_items(spec), payload.payload_items(same)
     a_file(tmp_path / "b", rows=5)
-    (third,) = payload.parcels(same)
+    (third,) = payload.payload_items(same)
     assert first.target == second.target != third.target
     there = payload.rewritten(spec, "/workspace", [first])
     assert there.data.path == f"/workspace/{first.target}" and there.where == LocalPlace()
@@ -57,7 +57,7 @@ def test_parcels_are_named_by_their_content(tmp_path: Path) -> None:
 def test_a_relative_file_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RequestError, match=r"data\.path=my\.jsonl is not there"):
-        payload.parcels(rented_spec("data.path=my.jsonl", "data=file", "data.format=text"))
+        payload.payload_items(rented_spec("data.path=my.jsonl", "data=file", "data.format=text"))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_relative_file_that_is_not_there_is_said(tmp_path: Path, monkeypatch: 
 )
 def test_what_is_elsewhere_stays_as_it_is(words: tuple[str, ...]) -> None:
     spec = rented_spec("data=file", *words)
-    assert payload.parcels(spec) == payload.tokens(spec) == []
+    assert payload.payload_items(spec) == payload.tokens(spec) == []
     assert payload.rewritten(spec, "/workspace", []).data == spec.data
 
 
@@ -86,8 +86,8 @@ def test_every_kind_of_file_travels_and_is_found_there(tmp_path: Path, monkeypat
         "data.sources=[{path: a.jsonl, weight: 2}, {path: '*.jsonl'}]", "data.chat_template=my.jinja",
         "train.batch_size=8", "train.micro_batch_size=8",
     )  # fmt: skip
-    found = payload.parcels(spec)
-    assert [(parcel.key, parcel.source.name) for parcel in found] == [
+    found = payload.payload_items(spec)
+    assert [(item.key, item.source.name) for item in found] == [
         ("data.sources.0.path", "a.jsonl"), ("data.sources.1.path", tmp_path.name),
         ("data.chat_template", "my.jinja"), ("objective.rewards.1", "mine.py"),
     ]  # fmt: skip
@@ -101,7 +101,7 @@ def test_every_kind_of_file_travels_and_is_found_there(tmp_path: Path, monkeypat
 
 
 def test_the_demo_and_the_hub_send_no_data() -> None:
-    assert payload.parcels(rented_spec()) == []
+    assert payload.payload_items(rented_spec()) == []
 
 
 def test_the_wheel_is_the_project_and_the_same_each_time(tmp_path: Path) -> None:
@@ -233,9 +233,9 @@ def there(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def berth(there: Server, tmp_path: Path) -> Iterator[Berth]:
+def berth(there: Server, tmp_path: Path) -> Iterator[RemoteRun]:
     link = there.connection()
-    found = Berth(link, str(tmp_path / "workspace"), "run-1")
+    found = RemoteRun(link, str(tmp_path / "workspace"), "run-1")
     for name in agent.FOLDERS:
         (tmp_path / "workspace" / name).mkdir(parents=True)
     (tmp_path / "workspace" / "runs" / "run-1" / "logs").mkdir(parents=True)
@@ -244,7 +244,7 @@ def berth(there: Server, tmp_path: Path) -> Iterator[Berth]:
 
 
 @needs_sshd
-def test_a_parcel_that_is_there_is_not_sent_twice(berth: Berth, tmp_path: Path) -> None:
+def test_a_parcel_that_is_there_is_not_sent_twice(berth: RemoteRun, tmp_path: Path) -> None:
     spec = rented_spec(f"data.path={a_file(tmp_path)}", "data=file", "data.format=text")
     run, said = run_of(spec, tmp_path / "here"), []
     code = transfer.send(berth, run, spec, said.append)
@@ -257,7 +257,7 @@ def test_a_parcel_that_is_there_is_not_sent_twice(berth: Berth, tmp_path: Path) 
 
 
 @needs_sshd
-def test_a_glob_sends_what_fits_and_links_send_what_they_point_to(berth: Berth, tmp_path: Path) -> None:
+def test_a_glob_sends_what_fits_and_links_send_what_they_point_to(berth: RemoteRun, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     (corpus / "deep").mkdir(parents=True)
     a_file(corpus / "deep", "# a.jsonl", rows=1)
@@ -276,7 +276,7 @@ def test_a_glob_sends_what_fits_and_links_send_what_they_point_to(berth: Berth, 
 
 @needs_sshd
 @pytest.mark.parametrize("linked", ["the folder", "a folder in it", "the file"])
-def test_through_links_the_pod_sees_what_is_seen_here(linked: str, berth: Berth, tmp_path: Path) -> None:
+def test_through_links_the_pod_sees_what_is_seen_here(linked: str, berth: RemoteRun, tmp_path: Path) -> None:
     """Also with what an earlier attempt of the same run has left behind."""
     real = tmp_path / "real"
     real.mkdir()
@@ -290,8 +290,8 @@ def test_through_links_the_pod_sees_what_is_seen_here(linked: str, berth: Berth,
     else:
         named.symlink_to(real / "a.jsonl" if linked == "the file" else real)
     spec = rented_spec(f"data.path={named}", "data=file", "data.format=text")
-    (parcel,) = payload.parcels(spec)
-    left = tmp_path / "workspace" / f"{parcel.target}.{berth.run_id}.part"
+    (item,) = payload.payload_items(spec)
+    left = tmp_path / "workspace" / f"{item.target}.{berth.run_id}.part"
     left.mkdir(parents=True)
     (left / ".a.jsonl.x7Gh").write_text("half a row")
     transfer.send(berth, run_of(spec, tmp_path / "here"), spec, lambda line: None)
@@ -303,11 +303,11 @@ def test_through_links_the_pod_sees_what_is_seen_here(linked: str, berth: Berth,
 
 
 @needs_sshd
-def test_what_another_run_has_sent_meanwhile_stays(berth: Berth, tmp_path: Path) -> None:
+def test_what_another_run_has_sent_meanwhile_stays(berth: RemoteRun, tmp_path: Path) -> None:
     """Two launchers send the same to one volume: the first one's stays, for it may be read already."""
     spec = rented_spec(f"data.path={a_file(tmp_path)}", "data=file", "data.format=text")
-    (parcel,) = payload.parcels(spec)
-    target = tmp_path / "workspace" / parcel.target
+    (item,) = payload.payload_items(spec)
+    target = tmp_path / "workspace" / item.target
     put = berth.connection.put
 
     def late(*args: Any, **options: Any) -> None:
@@ -322,7 +322,7 @@ def test_what_another_run_has_sent_meanwhile_stays(berth: Berth, tmp_path: Path)
 
 
 @needs_sshd
-def test_tokens_that_were_prepared_travel(berth: Berth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_were_prepared_travel(berth: RemoteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other settings, or of a file that has changed since, they stay."""
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
     file = a_file(tmp_path)
@@ -344,7 +344,7 @@ def test_tokens_that_were_prepared_travel(berth: Berth, tmp_path: Path, monkeypa
 
 
 @needs_sshd
-def test_the_later_checkpoint_counts(berth: Berth, tmp_path: Path) -> None:
+def test_the_later_checkpoint_counts(berth: RemoteRun, tmp_path: Path) -> None:
     spec = rented_spec()
     run = run_of(spec, tmp_path / "here")
     for folder, step in ((run.path, 4), (Path(berth.folder), 8)):
@@ -366,7 +366,7 @@ def test_the_later_checkpoint_counts(berth: Berth, tmp_path: Path) -> None:
 
 
 @needs_sshd
-def test_only_the_secrets_that_are_needed_go_and_into_memory(berth: Berth, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_secrets_that_are_needed_go_and_into_memory(berth: RemoteRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     monkeypatch.setenv("WANDB_API_KEY", "w_x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a_x")
@@ -383,7 +383,7 @@ def test_only_the_secrets_that_are_needed_go_and_into_memory(berth: Berth, monke
 
 @needs_sshd
 def test_keys_that_their_own_tools_keep_here_go_too(
-    berth: Berth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    berth: RemoteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in (*credentials.HUB, "WANDB_API_KEY", *credentials.S3):
         monkeypatch.delenv(name, raising=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from runner.cloud.lease import Rented
+from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger
 from runner.cloud.lifecycle import acquire
 from runner.cloud.reconcile import reconcile
@@ -33,7 +33,7 @@ def hello(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.cloud.readiness.LOOK_S", 0.5)
 
 
-def rent(tmp_path: Path, *words: str) -> Rented:
+def rent(tmp_path: Path, *words: str) -> Lease:
     spec = rented_spec("where.setup_minutes=0.2", "where.bad_host_minutes=0.02", *words)
     return acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
 
@@ -124,7 +124,7 @@ def test_a_double_of_a_launcher_that_was_killed_is_found_by_the_next_command(
 # ── terminate ──────────────────────────────────────────────────────────────────────────────────
 
 
-def two(tmp_path: Path) -> Rented:
+def two(tmp_path: Path) -> Lease:
     """A run with two pods: its own, and one that came of something else."""
     rented = rent(tmp_path)
     Api().create_pod(PodRequest(f"runner-{rented.run_id}-beef", IMAGE, "secure", gpu_id="NVIDIA L4"))

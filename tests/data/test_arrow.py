@@ -18,7 +18,7 @@ from runner.data.readers.arrow import rows_of
 from runner.data.readers.files import read_table
 from runner.data.readers.streams import tables
 from runner.data.row_store import Stored
-from runner.data.tokenize import Words
+from runner.data.tokenize import ChatTokenizer
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import OF_TRL, SPECIAL, body, learned_pieces
 
@@ -94,7 +94,7 @@ def test_neither_are_they_in_rows_of_the_hub(file: Path, tmp_path: Path, kind: s
 
 def test_the_call_that_is_learned_has_the_arguments_that_were_written(file: Path, body: str) -> None:
     rows, _ = canonical_rows(read_table(str(file)), spec_of("data=file", f"data.path={file}").data)
-    words = Words(body, (OF_TRL / "qwen2_5.jinja").read_text("utf-8"), SPECIAL)
+    words = ChatTokenizer(body, (OF_TRL / "qwen2_5.jinja").read_text("utf-8"), SPECIAL)
     encoded = words.encode(rows[1], "auto")  # type: ignore[arg-type]
     (piece,) = learned_pieces(words, encoded)
     assert piece == '<tool_call>\n{"name": "look", "arguments": {"zone": "+1", "fmt": "24h"}}\n</tool_call><|im_end|>'

@@ -14,7 +14,7 @@ from runner.data.chat_template import template_source
 from runner.data.examples import Example, Judged, Preference, Question, Turn
 from runner.data.inspect.preview import preview
 from runner.data.preference_tokens import How, encode_chunk
-from runner.data.tokenize import Words
+from runner.data.tokenize import ChatTokenizer
 from runner.train import model_loading
 from runner.train.objectives import pretraining
 from tests.conftest import spec_of
@@ -43,11 +43,11 @@ def saved(folder: Path, adds: str, template: str | None = None) -> Path:
     return folder
 
 
-def loaded(folder: Path, *more: str) -> tuple[Any, Words, Words]:
+def loaded(folder: Path, *more: str) -> tuple[Any, ChatTokenizer, ChatTokenizer]:
     """transformers' tokenizer as a run loads it, its words, and those that a preview reads from the files."""
     spec = spec_of("model=hub", f"model.id={folder}", *more)
     tokenizer = model_loading.load_tokenizer(spec, str(folder))
-    return tokenizer, Words.of(tokenizer), Words.from_file(folder / "tokenizer.json", spec.data)
+    return tokenizer, ChatTokenizer.of(tokenizer), ChatTokenizer.from_file(folder / "tokenizer.json", spec.data)
 
 
 @pytest.mark.parametrize("adds", ["", "<s> $A", "<s> $A </s>"])

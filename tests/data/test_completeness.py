@@ -12,7 +12,7 @@ from runner.data.chat_template import named, template_source
 from runner.data.examples import Example, Judged, Preference, Turn
 from runner.data.load import canonical
 from runner.data.preference_tokens import How, encode_chunk
-from runner.data.tokenize import Words
+from runner.data.tokenize import ChatTokenizer
 from runner.errors import RequestError
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import ENDS, OF_TRL, SPECIAL, body, learned_pieces, whole
@@ -25,10 +25,10 @@ TRLS = sorted(file.stem for file in OF_TRL.glob("*.jinja") if "training" not in 
 ANALYSIS = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>"
 
 
-def words_of(body: str, name: str) -> Words:
+def words_of(body: str, name: str) -> ChatTokenizer:
     """A template of ours by its name, or TRL's copy of one on the Hub."""
     ours = named().get(name.removeprefix("our "))
-    return Words(body, (ours or OF_TRL / f"{name}.jinja").read_text("utf-8"), SPECIAL)
+    return ChatTokenizer(body, (ours or OF_TRL / f"{name}.jinja").read_text("utf-8"), SPECIAL)
 
 
 def call(function: str, **arguments: Any) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def test_a_turn_that_is_only_a_call_is_refused_where_the_template_shows_none(nam
 
         from runner.train import model_loading
 
-        words = Words.of(AutoTokenizer.from_pretrained(model_loading.source_of(spec_of().model)))
+        words = ChatTokenizer.of(AutoTokenizer.from_pretrained(model_loading.source_of(spec_of().model)))
     else:
         words = words_of(body, name)
     turns = CASES["a call"][0]
@@ -172,7 +172,7 @@ GEMMA_LIKE = (
 
 
 def test_what_a_tool_answers_inside_the_assistants_turn_is_not_learned(body: str) -> None:
-    words = Words(body, GEMMA_LIKE, SPECIAL)
+    words = ChatTokenizer(body, GEMMA_LIKE, SPECIAL)
     turns = CASES["a call and its result"][0]
     call_piece, answer = learned_pieces(words, words.encode(whole(turns), "auto"))
     assert call_piece == '<call>look_up{"city": "Oslo", "count": 48151}</call>'
@@ -210,12 +210,12 @@ def test_what_the_model_is_given_is_shown_or_the_row_is_refused(body: str) -> No
         "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     )
     system: Turn = {"role": "system", "content": "Be brief."}
-    words = Words(body, mute, SPECIAL)
+    words = ChatTokenizer(body, mute, SPECIAL)
     with pytest.raises(RequestError, match="does not show turn 1, of the role system"):
         words.encode(whole([system, asks("q"), says("a")]), "auto")
     with pytest.raises(RequestError, match="does not show the row's tools"):
         words.encode(whole([asks("q"), says("a")], tools=TOOLS), "auto")
-    words = Words(body, template_source("qwen"), SPECIAL)
+    words = ChatTokenizer(body, template_source("qwen"), SPECIAL)
     assert "look_up" in words.encode(whole([system, asks("q"), says("a")], tools=TOOLS), "auto").text
     assert ENDS["qwen"] in words.encode(whole([asks("q"), says("a")]), "auto").text
 
@@ -227,7 +227,7 @@ def test_a_template_for_tools_is_taken_where_there_are_tools(body: str, end: str
     tool_use = "\n  {%- for t in tools %}{{ t.function.name }}{% endfor %}\n{{ messages[-1].content }}!" + end
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(body), **SPECIAL)
     tokenizer.chat_template = {"default": default, "tool_use": tool_use}
-    words = Words.of(tokenizer)
+    words = ChatTokenizer.of(tokenizer)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for tools in ([], TOOLS):
         right = tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False)

@@ -19,7 +19,7 @@ from runner.data.examples import Example
 from runner.data.inspect.lengths import packed
 from runner.data.loss_mask import IGNORED
 from runner.data.packing import bins
-from runner.data.tokenize import Words
+from runner.data.tokenize import ChatTokenizer
 from runner.errors import RequestError
 from runner.train import token_dataset
 from runner.train.token_cache import line_of
@@ -85,7 +85,7 @@ def examples(count: int) -> list[Example]:
 
 
 def test_several_processes_give_what_one_does(body: str) -> None:
-    words, rows, how = Words(body, template_source("chatml"), SPECIAL), examples(2500), How("auto", 64)
+    words, rows, how = ChatTokenizer(body, template_source("chatml"), SPECIAL), examples(2500), How("auto", 64)
     one, two = (list(in_chunks(partial(encode_chunk, how=how), words, rows, processes)) for processes in (1, 2))
     assert [chunk.ids for chunk in one] == [chunk.ids for chunk in two]
     assert [chunk.labels for chunk in one] == [chunk.labels for chunk in two]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from runner.data.chat_template import Template, named, template_source
 from runner.data.examples import Example, Turn
 from runner.data.loss_mask import IGNORED, Turns, labels_of
-from runner.data.tokenize import Encoded, Words
+from runner.data.tokenize import ChatTokenizer, Encoded
 from runner.errors import RequestError
 from tests.conftest import spec_of
 
@@ -79,7 +79,7 @@ def whole(turns: list[Turn], **more: Any) -> Example:
     return Example(turns[:cut], turns[cut:], dialogue=True, **more)
 
 
-def learned_pieces(words: Words, encoded: Encoded) -> list[str]:
+def learned_pieces(words: ChatTokenizer, encoded: Encoded) -> list[str]:
     """What the labels say, piece by piece, in characters of the rendered text."""
     pieces: list[str] = []
     last, edge = -1, 0
@@ -105,7 +105,7 @@ def expected(name: str, content: str) -> str:
 @given(turns=conversations())
 def test_exactly_the_assistants_words_are_learned(name: str, body: str, turns: list[Turn]) -> None:
     """Every answer with what ends it, in order, and nothing else; each of its tokens once."""
-    words = Words(body, template_source(name), SPECIAL)
+    words = ChatTokenizer(body, template_source(name), SPECIAL)
     encoded = words.encode(whole(turns), "auto")
     answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
     pieces = learned_pieces(words, encoded)
@@ -128,7 +128,7 @@ def without_header(piece: str, name: str, answer: str) -> str:
 
 def test_a_token_with_a_character_of_the_answer_is_learned(body: str) -> None:
     """One that holds the header's line break as well is, too, as in the mask of transformers, which TRL takes."""
-    words = Words(body, (OF_TRL / "phi3.jinja").read_text("utf-8"), SPECIAL)
+    words = ChatTokenizer(body, (OF_TRL / "phi3.jinja").read_text("utf-8"), SPECIAL)
     turns: list[Turn] = [{"role": "user", "content": "0"}, {"role": "assistant", "content": "\n 0"}]
     encoded = words.encode(whole(turns), "auto")
     first = next(index for index, label in enumerate(encoded.labels) if label != IGNORED)
@@ -168,7 +168,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
 
 def test_a_call_is_learned_and_what_the_tool_answers_is_not(body: str) -> None:
-    words = Words(body, template_source("qwen"), SPECIAL)
+    words = ChatTokenizer(body, template_source("qwen"), SPECIAL)
     turns: list[Turn] = [
         {"role": "user", "content": "2 + 2?"},
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
@@ -183,7 +183,7 @@ def test_a_call_is_learned_and_what_the_tool_answers_is_not(body: str) -> None:
 
 
 def test_thoughts_are_learned_where_the_template_shows_them(body: str) -> None:
-    words = Words(body, template_source("deepseek"), SPECIAL)
+    words = ChatTokenizer(body, template_source("deepseek"), SPECIAL)
     turns: list[Turn] = [
         {"role": "user", "content": "1?"},
         {"role": "assistant", "content": "one", "reasoning_content": "hm"},
@@ -196,7 +196,7 @@ def test_thoughts_are_learned_where_the_template_shows_them(body: str) -> None:
 
 
 def test_a_turn_that_weighs_nothing_is_not_learned(body: str) -> None:
-    words = Words(body, template_source("llama3"), SPECIAL)
+    words = ChatTokenizer(body, template_source("llama3"), SPECIAL)
     turns: list[Turn] = [
         {"role": "user", "content": "1?"},
         {"role": "assistant", "content": "wrong", "weight": 0},
@@ -213,14 +213,14 @@ def test_marks_in_the_template_are_believed(body: str) -> None:
         "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}</s>{% endgeneration %}"
         "{% else %}Q:{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
     )
-    words = Words(body, source, SPECIAL)
+    words = ChatTokenizer(body, source, SPECIAL)
     turns: list[Turn] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
     assert learned_pieces(words, words.encode(whole(turns), "auto")) == ["b</s>", "b</s>"]
 
 
 def test_a_template_that_hides_who_speaks_is_an_error_and_no_guess(body: str) -> None:
     mute = "{% for m in messages %}{{ m.role }}{{ m.content if m.role == 'user' }}{% endfor %}"
-    words = Words(body, mute, SPECIAL)
+    words = ChatTokenizer(body, mute, SPECIAL)
     with pytest.raises(RequestError, match="does not show which words of turn 2"):
         words.encode(whole([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]), "auto")
 
@@ -240,7 +240,7 @@ def test_templates_render_as_transformers_does() -> None:
     tokenizer.bos_token = tokenizer.bos_token or "<s>"
     for source in (tokenizer.chat_template, *(file.read_text("utf-8") for file in named().values())):
         tokenizer.chat_template = source
-        words = Words.of(tokenizer)
+        words = ChatTokenizer.of(tokenizer)
         theirs = tokenizer.apply_chat_template(turns, tools=TOOLS, tokenize=False)
         assert words.turns.template.render(turns, tools=TOOLS).text == theirs  # type: ignore[arg-type]
         tools = TOOLS if "add" in theirs else []  # a template that does not show them is refused

@@ -19,7 +19,7 @@ from runner.data.examples import Judged, Learnable, Preference, Question, Turn, 
 from runner.data.inspect import preview as previewing
 from runner.data.load import Found, canonical
 from runner.data.preference_tokens import TOOLS, How, encode_chunk, split
-from runner.data.tokenize import Words
+from runner.data.tokenize import ChatTokenizer
 from runner.errors import RequestError
 from runner.spec import DataSpec, RunSpec
 from runner.train.objectives import preference_dataset
@@ -67,14 +67,14 @@ def spec(objective: str = "dpo", *overrides: str) -> RunSpec:
 
 
 def test_several_processes_give_what_one_does(body: str) -> None:
-    words, rows = Words(body, template_source("chatml"), SPECIAL), rows_of("dpo", 2500)
+    words, rows = ChatTokenizer(body, template_source("chatml"), SPECIAL), rows_of("dpo", 2500)
     one, two = (list(in_chunks(partial(encode_chunk, how=How(64)), words, rows, count)) for count in (1, 2))
     assert [chunk.rows for chunk in one] == [chunk.rows for chunk in two]
     assert sum(chunk.examples for chunk in two) == 2500
 
 
 def test_prompt_and_answer_together_are_the_conversation(tokenizer: Any) -> None:
-    words = Words.of(tokenizer)
+    words = ChatTokenizer.of(tokenizer)
     for row in map(preference, range(20)):
         prompt, (right, wrong) = split(words, row.prompt, (row.chosen, row.rejected))
         assert prompt + right == chat_ids(tokenizer, [*row.prompt, *row.chosen], ask=False)  # type: ignore[list-item]
@@ -82,7 +82,7 @@ def test_prompt_and_answer_together_are_the_conversation(tokenizer: Any) -> None
 
 
 def test_text_is_ended_once(tokenizer: Any) -> None:
-    words, end = Words.of(tokenizer), tokenizer.eos_token
+    words, end = ChatTokenizer.of(tokenizer), tokenizer.eos_token
     prompt, (right, wrong) = split(words, "2+2? ", ("4", f"5{end}"))
     assert prompt + right == tokenizer(f"2+2? 4{end}")["input_ids"]
     assert prompt + wrong == tokenizer(f"2+2? 5{end}")["input_ids"]
@@ -92,7 +92,7 @@ def test_text_is_ended_once(tokenizer: Any) -> None:
 def test_tools_are_shown_to_the_model(kind: type, body: str) -> None:
     """As TRL does; the template decides how."""
     template = "{% if tools %}{{ tools | tojson }}{% endif %}" + template_source("chatml")
-    words, row = Words(body, template, SPECIAL), preference(1)
+    words, row = ChatTokenizer(body, template, SPECIAL), preference(1)
     if kind is Judged:
         given: Any = Judged(row.prompt, row.chosen, True, tools=[SEARCH])  # type: ignore[arg-type]
     else:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from runner.data.chat_template import template_source
 from runner.data.encoding import How, encode_chunk
 from runner.data.examples import Example
-from runner.data.tokenize import Words
+from runner.data.tokenize import ChatTokenizer
 from runner.errors import RequestError
 from runner.train import model_loading
 from tests.conftest import spec_of
@@ -24,7 +24,7 @@ __all__ = ["body", "tokenizer"]  # fixtures
 @pytest.mark.parametrize("change", [lambda n: ([n], None), lambda n: ([-1], None), lambda n: ([1, 2], [-100, n]),
                                     lambda n: ([1, 2], [-1, 2])])  # fmt: skip
 def test_token_ids_outside_the_vocabulary_are_named_with_their_row(change: Any, body: str) -> None:
-    words = Words(body, template_source("chatml"), SPECIAL)
+    words = ChatTokenizer(body, template_source("chatml"), SPECIAL)
     size = words.backend.get_vocab_size()
     ids, labels = change(size)
     right = Example(ids=[1, size - 1], labels=[-100, size - 1], where="row 1")

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from runner.cli.options import request_of
 from runner.doctor import bandwidth, checks, disk, gpu_checks, keys, software, system
-from runner.doctor.finding import STATES, Finding, Wanted, exit_code
+from runner.doctor.finding import STATES, DoctorTarget, Finding, exit_code
 from runner.doctor.gpu_checks import Card, Driver, Seen
 from runner.doctor.report import print_findings
 from runner.doctor.software import Torch
@@ -51,7 +51,7 @@ def laptop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def run_of(*words: str) -> Wanted:
+def run_of(*words: str) -> DoctorTarget:
     return wanted(request_of(words, ()))
 
 
@@ -379,7 +379,7 @@ def test_cores_and_bfloat16() -> None:
 def gpu_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[Finding]]:
     """`gpu_machine(H100, H100, nvmlDeviceGetMigMode=…)`: what is found where these GPUs and this NVML are."""
 
-    def look(*cards: Gpu, run: Wanted | None = None, **answers: Any) -> list[Finding]:
+    def look(*cards: Gpu, run: DoctorTarget | None = None, **answers: Any) -> list[Finding]:
         nvml = fake_nvml(*cards)
         used = answers.pop("used_gib", 0.3)
         defaults = {

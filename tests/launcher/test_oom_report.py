@@ -14,7 +14,7 @@ import torch
 
 from runner.config.request import Request
 from runner.launcher.failure import judge
-from runner.launcher.oom_report import Autopsy, autopsy, report
+from runner.launcher.oom_report import OomReport, autopsy, report
 from runner.launcher.supervisor import Ending
 from runner.machine.oom_kills import OomKills, killer, oom_kills
 from runner.resolve import plan_inputs
@@ -41,7 +41,7 @@ def died(*words: str, plan: bool = True, **status: Any) -> tuple[RunDir, Any]:
     return run, spec
 
 
-def of(*words: str, killed: Any = None, **status: Any) -> Autopsy:
+def of(*words: str, killed: Any = None, **status: Any) -> OomReport:
     return autopsy(*died(*words, **status), killed)
 
 

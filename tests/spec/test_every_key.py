@@ -18,7 +18,7 @@ from runner.config.compose import compose, source_finder
 from runner.config.suggestions import parts_of
 from runner.report.progress import Progress
 from runner.resolve.steps import complete
-from runner.rundir.launch_options import PLAINLY
+from runner.rundir.launch_options import DEFAULT_OPTIONS
 from runner.runs import launch
 from runner.runs.content_checks import check_read
 from runner.runs.unread_keys import UNREAD, reads
@@ -115,7 +115,7 @@ def test_every_key_is_read_by_the_run_or_said_to_have_no_effect(
     with reading(monkeypatch) as seen:
         spec, notes = complete(composed, source_finder(request))
         launch.plan_first(spec, notes, composed)
-        launch.check(spec, notes, composed, PLAINLY)
+        launch.check(spec, notes, composed, DEFAULT_OPTIONS)
         train_here(spec)
     keys = {f"{group}.{key}" for group in RunSpec.model_fields for key in type(getattr(spec, group)).model_fields}
     said = {key for key, _ in (*_candidates(spec), *_facts(spec))}

@@ -246,9 +246,11 @@ def test_writing_one_is_a_phase_of_its_own(tiny: Callable[..., RunDir], monkeypa
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", noted)
     beaten: list[str] = []
-    beat = checkpointing.Pulse.beat
+    beat = checkpointing.Heartbeat.beat
     monkeypatch.setattr(
-        checkpointing.Pulse, "beat", lambda self, phase=None, **kw: (beaten.append(phase), beat(self, phase, **kw))[1]
+        checkpointing.Heartbeat,
+        "beat",
+        lambda self, phase=None, **kw: (beaten.append(phase), beat(self, phase, **kw))[1],
     )
     tiny("train.max_steps=4", "train.save_every_steps=2")
     assert phases == ["saving", "saving"]
@@ -260,8 +262,8 @@ def test_loading_gives_a_sign_of_life_with_every_weight(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beats: list[float] = []
-    monkeypatch.setattr(checkpointing.Pulse, "beat", lambda self, *args, **kw: beats.append(time.monotonic()))
-    before = set_tqdm_hook(checkpointing.Pulse(RunDir(tmp_path), 0).at_each)
+    monkeypatch.setattr(checkpointing.Heartbeat, "beat", lambda self, *args, **kw: beats.append(time.monotonic()))
+    before = set_tqdm_hook(checkpointing.Heartbeat(RunDir(tmp_path), 0).at_each)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model)
     finally:

@@ -900,7 +900,7 @@ def test_a_pod_whose_gpus_do_not_compute_gets_nothing(
         assert code is not None
         return code, "Welcome to the pod\ncuInit fails\n", ""
 
-    at = transfer.Berth(types.SimpleNamespace(attempt=attempt), "/workspace", "r1")  # type: ignore[arg-type]
+    at = transfer.RemoteRun(types.SimpleNamespace(attempt=attempt), "/workspace", "r1")  # type: ignore[arg-type]
     monkeypatch.setattr(transfer, "arm", lambda *_: done.append("arm"))
     monkeypatch.setattr(transfer, "try_memory", lambda *_: done.append("memory"))
     monkeypatch.setattr(transfer, "send", lambda *_: done.append("send") or "code")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from runner.errors import RequestError
-from runner.runs.evaluate import Wanted, evaluate
+from runner.runs.evaluate import EvaluateOptions, evaluate
 from tests.conftest import run_cli
 from tests.support import preferences
 
@@ -89,7 +89,7 @@ def test_the_base_is_worse(done: tuple[Path, Any]) -> None:
 def test_what_cannot_be_measured_is_said(done: tuple[Path, Any], tmp_path: Path) -> None:
     folder, run = done
     with pytest.raises(RequestError, match="there is no nowhere"):
-        evaluate(run.path, Wanted(data=Path("nowhere")), False)
+        evaluate(run.path, EvaluateOptions(data=Path("nowhere")), False)
     _, reward = preferences.train(folder, "objective=reward", "method=lora", "train.max_steps=1", "run.name=reward")
     with pytest.raises(RequestError, match="a reward model says nothing"):
-        evaluate(reward.path, Wanted(), False)
+        evaluate(reward.path, EvaluateOptions(), False)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from runner.data.chat_template import template_source
 from runner.data.examples import Example, Preference
 from runner.data.preference_tokens import How, encode_chunk
-from runner.data.tokenize import Words
+from runner.data.tokenize import ChatTokenizer
 from runner.errors import RequestError
 from runner.train import chat, export, stop_tokens
 from runner.train.evaluation.generation import Answer, compare, generate, learned_answer
@@ -33,7 +33,7 @@ ENDED += "{% if add_generation_prompt %}w2 {% endif %}"
 @pytest.mark.parametrize("name", sorted(ENDS))
 def test_a_template_tells_what_ends_its_turns(name: str, body: str) -> None:
     """The model's own eos or not: ChatML on a Llama-like base, <end_of_turn>, <|eot_id|>, <|end|>."""
-    words = Words(body, template_source(name), SPECIAL)
+    words = ChatTokenizer(body, template_source(name), SPECIAL)
     assert [words.backend.id_to_token(token) for token in words.stops] == [ENDS[name].strip()]
     words.check_end()
 
@@ -56,7 +56,7 @@ def test_an_answer_that_the_template_ends_with_nothing_gets_the_end_of_text(body
     nothing = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     nothing += "{% if add_generation_prompt %}assistant: {% endif %}"
     for source in (nothing, words_of(body, "glm4moe").turns.template.source):
-        words = Words(body, source, SPECIAL)
+        words = ChatTokenizer(body, source, SPECIAL)
         words.check_end()
         assert words.stops == [words.end_id]
         for row in (whole([asks("q"), says("yes")]), Example([asks("q")], [says("yes")])):
@@ -65,22 +65,22 @@ def test_an_answer_that_the_template_ends_with_nothing_gets_the_end_of_text(body
             assert "yes" in learned_pieces(words, encoded)[0]
         (columns,) = encode_chunk(words, [Preference([asks("q")], [says("yes")], [says("no")])], How(100)).rows
         assert [columns[f"{name}_ids"][-1] for name in ("chosen", "rejected")] == [words.end_id] * 2
-    closed = Words(body, template_source("zephyr"), SPECIAL).encode(whole([asks("q"), says("yes")]), "auto")
+    closed = ChatTokenizer(body, template_source("zephyr"), SPECIAL).encode(whole([asks("q"), says("yes")]), "auto")
     assert closed.text.count("</s>") == 2  # of question and answer, and no more
 
 
 def test_an_end_that_is_no_special_token_is_refused_and_the_remedy_works(body: str) -> None:
     source = template_source("phi3").replace("<|end|>", "<|fin|>")
-    words = Words(body, source, SPECIAL)
+    words = ChatTokenizer(body, source, SPECIAL)
     with pytest.raises(RequestError, match=r"ends an answer with '<\|fin\|>', which is no special token") as caught:
         encode_chunk(words, [Preference([asks("q")], [says("yes")], [says("no")])], How(100))
     assert "data.add_tokens=['<|fin|>']" in str(caught.value.problems[0].remedy)
     words.backend.add_special_tokens(["<|fin|>"])
-    again = Words(words.backend.to_str(), source, SPECIAL)
+    again = ChatTokenizer(words.backend.to_str(), source, SPECIAL)
     again.check_end()
     assert [again.backend.id_to_token(token) for token in again.stops] == ["<|fin|>"]
     with pytest.raises(RequestError, match="with nothing, and the tokenizer has no end of text"):
-        Words(body, "{% for m in messages %}{{ m.content }}{% endfor %}", {}).check_end()
+        ChatTokenizer(body, "{% for m in messages %}{{ m.content }}{% endfor %}", {}).check_end()
 
 
 @pytest.mark.parametrize("known", [None, 1, [1, 2]])
@@ -119,7 +119,7 @@ def test_an_answer_that_does_not_stop_is_wrong(tmp_path: Path) -> None:
     )
     assert found == [Answer("w5 w6", "w5 w6", True), Answer("w5 w6 w7 w8", "w5 w6 w7 w8", False)]
     rows = [Example([asks("w4")], [says("w5 w6")]), Example([asks("w4")], [says("w5 w6 w7 w8")]), Example([asks("w4")])]
-    words = Words.of(tokenizer)
+    words = ChatTokenizer.of(tokenizer)
     compared = compare(rows, [*found, found[0]], lambda row: learned_answer(words, tokenizer, [1], row))
     assert [(row["exact"], row["stopped"]) for row in compared] == [(True, True), (False, False), (False, True)]
     assert compared[1]["answer"] == compared[1]["expected"] and compared[2]["expected"] is None

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from runner.data.load import Example
 from runner.data.loss_mask import IGNORED
-from runner.data.tokenize import Words
+from runner.data.tokenize import ChatTokenizer
 from runner.errors import RequestError
 from runner.train import model_loading, token_dataset
 from tests.conftest import spec_of
@@ -30,7 +30,7 @@ def source() -> str:
 
 
 def encoded(example: Example, words: Any, loss_on: str) -> tuple[list[int], list[int]]:
-    found = Words.of(words).encode(example, loss_on)
+    found = ChatTokenizer.of(words).encode(example, loss_on)
     return found.ids, found.labels
 
 

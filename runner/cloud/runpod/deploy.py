@@ -26,7 +26,7 @@ CONTEXT = 4096
 
 
 @dataclass(frozen=True)
-class Wanted:
+class DeployOptions:
     """What the command line says of an endpoint."""
 
     repo: str | None = None
@@ -38,7 +38,7 @@ class Wanted:
     secret: str | None = None
 
 
-def deploy(run_dir: Path, wanted: Wanted, agreed: Callable[[str], bool]) -> dict[str, Any]:
+def deploy(run_dir: Path, wanted: DeployOptions, agreed: Callable[[str], bool]) -> dict[str, Any]:
     """Make template and endpoint; the facts of `endpoint.json`. `agreed` is asked before anything is made.
 
     RequestError where the model is in no place that a worker reaches, or has an endpoint already.
@@ -98,7 +98,7 @@ def delete(run_dir: Path) -> list[str]:
     return gone
 
 
-def _source(run: RunDir, spec: RunSpec, wanted: Wanted) -> Source:
+def _source(run: RunDir, spec: RunSpec, wanted: DeployOptions) -> Source:
     """Where a worker finds the weights; RequestError where it finds none."""
     adapter = spec.method.name in ("lora", "qlora4", "qlora8") and not wanted.merged
     rank = getattr(spec.method, "rank", None) if adapter else None

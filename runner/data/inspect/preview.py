@@ -10,7 +10,7 @@ from runner.data.inspect.token_counts import tokenizer_file
 from runner.data.load import Found, inspect
 from runner.data.loss_mask import IGNORED
 from runner.data.preference_tokens import others, split
-from runner.data.tokenize import Encoded, Words
+from runner.data.tokenize import ChatTokenizer, Encoded
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 
@@ -25,7 +25,7 @@ def preview(spec: RunSpec, count: int = 3, row: int | None = None) -> dict[str, 
     files, held = inspect(spec.data, kind)
     rows = [one for found in files for one in found.rows]
     file = tokenizer_file(spec.model)
-    words = Words.from_file(file, spec.data) if file else None
+    words = ChatTokenizer.from_file(file, spec.data) if file else None
     chosen = _chosen(rows, count, row)
     problems = [problem for found in (*files, *held) for problem in found.problems]
     loss_on = getattr(spec.objective, "loss_on", "all")
@@ -75,7 +75,9 @@ def _facts(found: Found) -> dict[str, Any]:
     return facts | {"left_out": found.left_out, "rewarded": found.rewarded}
 
 
-def _segments(row: Learnable, words: Words | None, loss_on: str, whole: bool = False) -> Iterator[dict[str, Any]]:
+def _segments(
+    row: Learnable, words: ChatTokenizer | None, loss_on: str, whole: bool = False
+) -> Iterator[dict[str, Any]]:
     """Pieces of the row in order: `text`, `trained`, and the `part` they belong to where a row has several; `whole`:
     answers are judged with everything in them."""
     if isinstance(row, Example):
@@ -92,7 +94,7 @@ def _segments(row: Learnable, words: Words | None, loss_on: str, whole: bool = F
 
 
 def _compared(
-    row: Preference | Judged, answers: dict[str, list[Turn] | str], words: Words | None, whole: bool = False
+    row: Preference | Judged, answers: dict[str, list[Turn] | str], words: ChatTokenizer | None, whole: bool = False
 ) -> Iterator[dict[str, Any]]:
     """A prompt with each of its answers, of which every token counts; but what users and tools say in one is given,
     unless the `whole` is judged."""
@@ -111,7 +113,7 @@ def _compared(
         yield from (piece | {"part": name} if name else piece for piece in pieces)
 
 
-def _decoded(words: Words, ids: Sequence[int], start: int, edges: Sequence[int]) -> list[dict[str, Any]]:
+def _decoded(words: ChatTokenizer, ids: Sequence[int], start: int, edges: Sequence[int]) -> list[dict[str, Any]]:
     """The ids as pieces, given and learned in turn: the prompt up to `start`, from there up to each edge."""
     begin, known, pieces = 0, "", []
     for index, end in enumerate([start, *(start + edge for edge in edges), len(ids)]):
@@ -127,7 +129,7 @@ def _given_and_learned(given: str, said: str) -> list[dict[str, Any]]:
     return [{"text": text, "trained": trained, "tokens": None} for text, trained in ((given, False), (said, True))]
 
 
-def _pieces(example: Example, words: Words | None, loss_on: str) -> Iterator[dict[str, Any]]:
+def _pieces(example: Example, words: ChatTokenizer | None, loss_on: str) -> Iterator[dict[str, Any]]:
     if words is not None:
         yield from _tokens(words.encode(example, loss_on), words)
         return
@@ -148,7 +150,7 @@ def _turns(turns: Sequence[Turn] | str, learned: Callable[[Turn], bool]) -> Iter
         yield {"text": f"{thought}{turn['content']}\n", "trained": learned(turn), "tokens": None}
 
 
-def _tokens(encoded: Encoded, words: Words) -> Iterator[dict[str, Any]]:
+def _tokens(encoded: Encoded, words: ChatTokenizer) -> Iterator[dict[str, Any]]:
     """Neighbouring tokens that are all learned, or all not, as one piece."""
     begin = 0
     flags = [label != IGNORED for label in encoded.labels]
@@ -160,7 +162,7 @@ def _tokens(encoded: Encoded, words: Words) -> Iterator[dict[str, Any]]:
             begin = index
 
 
-def _shown(ids: Sequence[int], offsets: Sequence[tuple[int, int]], text: str, words: Words) -> str:
+def _shown(ids: Sequence[int], offsets: Sequence[tuple[int, int]], text: str, words: ChatTokenizer) -> str:
     """The text of tokens as it was written, as decoding may lose spaces, with the tokens that were put around it."""
     inside = [index for index, (begin, end) in enumerate(offsets) if begin < end]
     if not inside:

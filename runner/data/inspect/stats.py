@@ -12,7 +12,7 @@ from runner.data.inspect.lengths import packed
 from runner.data.inspect.token_counts import Counting, tokenizer_file
 from runner.data.load import read
 from runner.data.loss_mask import IGNORED
-from runner.data.tokenize import Words
+from runner.data.tokenize import ChatTokenizer
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 
@@ -27,7 +27,9 @@ def stats(spec: RunSpec) -> dict[str, Any]:
     rows = loaded.train
     file = tokenizer_file(spec.model)
     counting = Counting(spec.data, file)
-    tokens, learned, refused = _counted(rows, spec, counting, Words.from_file(file, spec.data) if file else None)
+    tokens, learned, refused = _counted(
+        rows, spec, counting, ChatTokenizer.from_file(file, spec.data) if file else None
+    )
     if not tokens:
         raise RequestError(*(refused or [Problem("no row is left to count")]))
     ordered = sorted(tokens)
@@ -52,7 +54,7 @@ def stats(spec: RunSpec) -> dict[str, Any]:
 
 
 def _counted(
-    rows: Sequence[Learnable], spec: RunSpec, counting: Counting, words: Words | None
+    rows: Sequence[Learnable], spec: RunSpec, counting: Counting, words: ChatTokenizer | None
 ) -> tuple[list[int], int | None, list[Problem]]:
     """Tokens of each row, how many are learned in all (None where nobody can say), and rows that cannot be rendered."""
     if words is None or not all(isinstance(row, Example) for row in rows):

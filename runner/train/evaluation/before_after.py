@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from runner.data.load import Example
-from runner.data.tokenize import Words
+from runner.data.tokenize import ChatTokenizer
 from runner.report.progress import Progress
 from runner.rundir.directory import RunDir, write_atomically
 from runner.spec import RunSpec
@@ -17,7 +17,7 @@ from runner.train import stop_tokens
 from runner.train.distributed import Ranks
 from runner.train.evaluation import baseline
 from runner.train.evaluation.generation import Answer, compare, generate, learned_answer
-from runner.train.heartbeat import Pulse
+from runner.train.heartbeat import Heartbeat
 from runner.train.trainer import autocast
 
 ANSWERS = "answers_{}.jsonl"
@@ -35,7 +35,7 @@ class Measuring:
 
     def __init__(
         self, spec: RunSpec, run: RunDir, progress: Progress, ranks: Ranks, tokenizer: Any,
-        asked: Sequence[Example], pulse: Pulse, judge: Callable[[list[str]], dict[str, float]] | None = None,
+        asked: Sequence[Example], pulse: Heartbeat, judge: Callable[[list[str]], dict[str, float]] | None = None,
     ) -> None:  # fmt: skip
         self.spec, self.run, self.progress, self.ranks, self.pulse = spec, run, progress, ranks, pulse
         self.tokenizer, self.judge = tokenizer, judge
@@ -98,7 +98,7 @@ class Measuring:
             if self.spec.objective.name in ("sft", "pretrain"):  # whose loss is one of words
                 result["perplexity"] = math.exp(min(result["loss"], MOST))
         if self.asked:
-            words = Words.of(self.tokenizer)
+            words = ChatTokenizer.of(self.tokenizer)
             stops = stop_tokens.ids_of(getattr(self.trainer.model, "generation_config", None), self.tokenizer)
             learned = partial(learned_answer, words, self.tokenizer, stops)
             rows = compare(self.asked, self._answers(when), learned)

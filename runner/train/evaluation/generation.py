@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from runner.data.examples import Example, Turn
 from runner.data.loss_mask import IGNORED
-from runner.data.tokenize import Words
+from runner.data.tokenize import ChatTokenizer
 from runner.train import stop_tokens
 
 
@@ -66,7 +66,7 @@ def generate(
     `sharded`: ZeRO-3 gathers each layer from all processes, so all must ask for as many answers, and go on together
     until the last is done.
     """
-    words = Words.of(tokenizer)
+    words = ChatTokenizer.of(tokenizer)
     prompts = words.ids(
         [
             words.asked(turns, given)
@@ -103,7 +103,7 @@ def _answer(ids: Sequence[int], stops: Sequence[int], tokenizer: Any) -> Answer:
     return Answer(text, whole, end is not None)
 
 
-def learned_answer(words: Words, tokenizer: Any, stops: Sequence[int], example: Example) -> Answer:
+def learned_answer(words: ChatTokenizer, tokenizer: Any, stops: Sequence[int], example: Example) -> Answer:
     """What a model that has learned the example generates for its prompt."""
     turns = Example(example.prompt, example.completion[:1], dialogue=True, tools=example.tools)
     labels = words.encode(turns, "last").labels

@@ -18,7 +18,7 @@ from runner.data.encoding import in_chunks
 from runner.data.examples import Learnable, Question, fingerprint
 from runner.data.preference_tokens import TOOLS, How, encode_chunk
 from runner.data.readers.files import refuse
-from runner.data.tokenize import Words
+from runner.data.tokenize import ChatTokenizer
 from runner.errors import Problem, RequestError
 from runner.spec import Grpo, Kto, Reward, RunSpec
 from runner.train.token_cache import ROWS, Tell, Tokenised, stored, tokenizer_fingerprint
@@ -49,7 +49,7 @@ def _write(
     problems: list[Problem] = []
     features = _features(rows, spec)
     with ArrowWriter(path=str(folder / ROWS), features=features) as writer:
-        for chunk in in_chunks(partial(encode_chunk, how=how), Words.of(tokenizer), rows, spec.data.num_proc):
+        for chunk in in_chunks(partial(encode_chunk, how=how), ChatTokenizer.of(tokenizer), rows, spec.data.num_proc):
             for row in chunk.rows:
                 writer.write({name: _stored(row.get(name), features[name]) for name in writer.schema.names})
             counts = {name: count + getattr(chunk, name) for name, count in counts.items()}
