@@ -1,4 +1,4 @@
-"""Verbs for what a run has left."""
+"""Verbs for a finished run: chat, eval, merge, export, push, deploy."""
 
 from __future__ import annotations
 

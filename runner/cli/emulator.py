@@ -1,4 +1,4 @@
-"""The verb that stands in for RunPod."""
+"""The verb `emulate`: a RunPod on this machine."""
 
 from __future__ import annotations
 

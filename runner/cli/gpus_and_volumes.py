@@ -1,4 +1,4 @@
-"""Verbs about what RunPod has: GPUs to rent, and network volumes."""
+"""The verbs `gpus` and `volumes`: GPUs to rent, and network volumes."""
 
 from __future__ import annotations
 

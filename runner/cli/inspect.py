@@ -1,4 +1,4 @@
-"""Verbs that look at what there is and what was said, and start nothing."""
+"""Verbs that only look: show, explain, list, runs, doctor."""
 
 from __future__ import annotations
 

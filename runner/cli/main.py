@@ -1,4 +1,4 @@
-"""The command line: no verb means `run`. Every verb stands in a module of `runner.cli`."""
+"""The command line: no verb means `run`; each verb is a click command in a module of `runner.cli`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What verbs share: the arguments of a run, `-m` refused in words, errors in words."""
+"""Arguments and error handling that the verbs share."""
 
 from __future__ import annotations
 

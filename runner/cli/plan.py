@@ -1,4 +1,4 @@
-"""Verbs of the plan: what a run would need and take."""
+"""Verbs of the plan: plan, fit, table, calibrate."""
 
 from __future__ import annotations
 

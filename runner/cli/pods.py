@@ -1,4 +1,4 @@
-"""The verb `pods`: what is rented, and what can be done about it."""
+"""The verb `pods`: list, start, stop, terminate and enter rented pods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verbs for a run that is in a pod: by its id or its folder, from this machine or another one with the same API key."""
+"""Verbs for a run in a pod: attach, logs, status, fetch; from any machine with the same API key."""
 
 from __future__ import annotations
 

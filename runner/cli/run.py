@@ -1,4 +1,4 @@
-"""Verbs that start a run, or go on with one."""
+"""Verbs that start a run or continue one: run, resume, join."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Come back to a pod of an earlier command, on this machine or on another one: by the run's id, through the API."""
+"""Adopt the pod of an earlier command, found by the run's id through the API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Back to a run that was left to its pod: look on, read its words, bring it home; from any machine with the API key."""
+"""Attach to a run in a pod: follow it, print its logs, fetch its files; from any machine with the API key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads what a process says, in bounded memory: the other end of an ssh is a stranger's."""
+"""Read a process's output in bounded memory."""
 
 from __future__ import annotations
 

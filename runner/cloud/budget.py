@@ -1,4 +1,4 @@
-"""What a pod costs while it runs, by the clock and its real price."""
+"""Cost of a pod while it runs, from the clock and its price."""
 
 from __future__ import annotations
 

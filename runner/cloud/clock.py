@@ -1,4 +1,4 @@
-"""Times of pods: seconds that no adjustment of this machine's clock moves, and RunPod's own time.
+"""Clocks of pods: monotonic seconds, and the provider's time from its answers.
 
 A deadline is written in the clock of the machine that rents. Another process, a day later, may have another clock, or
 the same machine a wrong one. Whether a pod is past its deadline is therefore judged by RunPod's clock: it says when the

@@ -1,4 +1,4 @@
-"""Brings a run home from a pod: all but what is ours, the newest checkpoint, and last what says that it is whole.
+"""Download a run from a pod: logs, the newest checkpoint, the model, and the completion marker last.
 
 The pod is a stranger's machine: what it sends arrives in a folder of its own, is looked through there (incoming.py),
 and only plain files with names that are not ours go on to their place.

@@ -1,4 +1,4 @@
-"""Run on a rented pod: price → confirm → pod → send → train, followed here → home → pod gone, cost told."""
+"""The executor of rented runs: price, confirm, rent, send, train, download, terminate."""
 
 from __future__ import annotations
 

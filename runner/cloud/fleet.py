@@ -1,4 +1,4 @@
-"""Every pod of this project: what the ledger knows of them and what RunPod says, side by side."""
+"""All pods of this project: the ledger's entries beside the provider's."""
 
 from __future__ import annotations
 

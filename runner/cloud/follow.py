@@ -1,4 +1,4 @@
-"""Follows a run in a pod over one connection, which comes back after every break and goes on at its byte.
+"""Follow a run in a pod over one connection that is re-opened after a break and continues at its byte.
 
 What is new in the run's files arrives in the run directory here as it grows; what it means is told as news.
 """

@@ -1,4 +1,4 @@
-"""Utilisation, memory, power and temperature of a pod's GPUs, as its nvidia-smi says."""
+"""Utilisation, memory, power and temperature of a pod's GPUs, from its nvidia-smi."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pod goes from one run of a sweep to the next, and at every moment its dead-man's switch is armed.
+"""Hand a pod from one run of a sweep to the next, with its dead-man's switch armed throughout.
 
 Parked, it has a last order from the run that is home: end in ten minutes. Then its switch finds the next run's order,
 and the word that the pod is handed on, and serves that run from there on (agent.py). Whoever dies in between leaves a

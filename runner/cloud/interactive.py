@@ -1,4 +1,4 @@
-"""Just a pod: SSH and Jupyter through a tunnel, and the same deadline and price guard as a run has."""
+"""Rent a pod without a run: SSH and Jupyter, with the deadline and price guard of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pod that this process holds: looked at, paid for, given back."""
+"""A pod held by this process: polled, metered, released."""
 
 from __future__ import annotations
 

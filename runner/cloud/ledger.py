@@ -1,4 +1,4 @@
-"""What was rented, written before it is done: whatever crashes, the next command knows what to look for.
+"""The ledger of rented pods: written before a pod is requested, read by the next command after a crash.
 
 One SQLite file for all runs of this user on this machine. WAL, so that two launchers write at once; `synchronous=FULL`,
 so that an intent is on the disk before the request that it announces leaves. Nothing in it is secret.

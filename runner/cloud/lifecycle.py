@@ -1,4 +1,4 @@
-"""Renting a pod: recorded before it is asked for, found again if nobody answered, checked, and given back if it is bad.
+"""Rent a pod: recorded first, found again after a lost answer, checked, terminated if unusable.
 
     PLANNED → CREATING → PROVISIONING → SSH_READY → SYNCED → RUNNING → COLLECTING → TERMINATING → GONE
                   └→ CREATE_UNKNOWN ┘                          └→ PREEMPTED ┘          └→ STOPPED (where.keep)

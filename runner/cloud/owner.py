@@ -1,4 +1,4 @@
-"""Which process holds a pod, and whether it lives: told apart by boot, PID namespace, process number and start time.
+"""The process that owns a pod, identified by boot id, PID namespace, PID and start time.
 
 A hostname changes with DHCP, and is another one in every container. A process that this one can see is looked up. One
 of another container, or from before a reboot, has a lock in the state folder as long as it lives: the kernel gives it

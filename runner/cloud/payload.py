@@ -1,4 +1,4 @@
-"""What of a run lies on this machine and has to travel: files and folders, named by their content.
+"""Local files that a run needs in its pod, named by their content.
 
 A volume that has a parcel already is not sent it twice; and a spec whose paths name parcels is the same on every pod.
 What is not here, such as a URL, a name, or a place on the pod's own disk, stays as it is.

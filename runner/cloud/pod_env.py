@@ -1,4 +1,4 @@
-"""Variables of a pod that is a person's own: passed by name, kept in its memory, read by its shells and notebooks.
+"""Environment variables of an interactive pod: passed by name, kept in its memory.
 
 They go over SSH's standard input, and are gone when the container is made anew.
 """

@@ -1,4 +1,4 @@
-"""One run, one pod: a run that has one gets no second, and a stopped one is started again for it."""
+"""One pod per run: a run that has one gets no second, and a stopped one is started again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever can be known to be wrong before a pod is asked for: key, volume, GPU, cap, ssh; nothing is rented here."""
+"""Checks before a pod is requested: key, volume, GPU, cap, ssh. Nothing is rented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for a pod, never without an end: until it is found by its name, and until SSH answers."""
+"""Wait, with a bound, until a pod is listed and until its ssh answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""After a crash: what the ledger says against what RunPod has. Run at the start of every command that rents or looks.
+"""Reconcile the ledger with the provider's list, at the start of every command that rents or looks.
 
 A pod that a living launcher holds is left alone. So is one whose agent is armed (RUNNING, COLLECTING), for it ends
 itself, and may have a result that is worth fetching; all others that nobody holds are ended.

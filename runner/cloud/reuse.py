@@ -1,4 +1,4 @@
-"""Pods that exist already: taken for a run by `where.pod`, or started again for a person.
+"""Reuse of existing pods: `where.pod`, and `pods start`.
 
 A pod is taken in one transaction of the ledger, so that it has one owner; its dead-man's switch then holds the new
 order before anything is sent. A person's own running pod is theirs again after the run; whatever goes wrong, a pod is

@@ -1,4 +1,4 @@
-"""What a run in a pod says here: lines, and a live bar on a terminal."""
+"""Output of a run in a pod on this terminal: lines, and a live bar."""
 
 from __future__ import annotations
 

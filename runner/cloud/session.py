@@ -1,4 +1,4 @@
-"""One run in one rented pod, from its first byte to its last: arm, send, begin, follow, collect."""
+"""One run in one pod: arm the agent, send, start, follow, collect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A person's own way into a pod: a shell, or ports at 127.0.0.1; by the system's ssh and the run's key."""
+"""Interactive access to a pod: a shell, or ports at 127.0.0.1, through the system's ssh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The SSH key of a run: made from the account's API key and the run's id, so that any machine with both can come in.
+"""SSH key of a run, derived from the API key and the run's id, so that any machine with both can connect.
 
 Whoever has the API key may end, stop and rent pods in its name; to reach them as well gives away nothing more. From
 the SSH key nobody gets back to the API key: HMAC-SHA-256 (RFC 2104) goes one way. A copy is kept, for the day on which

@@ -1,4 +1,4 @@
-"""The points of a sweep over rented pods: which have begun, which are over, and how they are told to stop.
+"""Points of a sweep over rented pods: which have started, which are done, how they are stopped.
 
 They may be processes of their own. A folder of markers is what all of them see; signals go through the process of the
 sweep, which outlives them: each point hears of a Ctrl-C once, saves, and brings its run home.

@@ -1,4 +1,4 @@
-"""The pods of a sweep: taken over from the run before, at most so many at once, all given back at its end.
+"""Pods of a sweep: handed from run to run, at most `sweep.max_pods` at once, all terminated at its end.
 
 The points of a sweep may be processes of their own. What they share is the ledger, in which a pod changes hands in one
 transaction, and what points.py knows of them.

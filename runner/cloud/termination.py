@@ -1,4 +1,4 @@
-"""Terminates a pod, confirms it by two consecutive polls, and raises otherwise. No ledger is needed for that."""
+"""Terminate a pod, confirm with two consecutive polls, raise otherwise. No ledger is needed."""
 
 from __future__ import annotations
 

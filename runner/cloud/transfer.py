@@ -1,4 +1,4 @@
-"""Sends a run to a pod and begins it there. The agent goes first, and is armed before anything else is sent."""
+"""Send a run to a pod and start it. The agent is sent and armed first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bounds of what a pod may send here: what a run can hold, and never the last of the disk; checked before writing.
+"""Limits on what a pod may send: what a run can hold, and never the last of the disk.
 
 A pod is a stranger's machine. One that sends without end would fill the disk of whoever rents it.
 """

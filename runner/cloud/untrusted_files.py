@@ -1,4 +1,4 @@
-"""What comes from a pod is a stranger's: plain files below the run directory here, and nothing else.
+"""Files received from a pod: plain files below the run directory, everything else refused.
 
 No link is followed on the way to a file, and none is kept: folders are opened one by one, without following links
 (openat(2), O_NOFOLLOW), so that what is checked is what is written, even if the pod changes it meanwhile.

@@ -1,4 +1,4 @@
-"""This project as a wheel: packed from what is installed here, or from the checkout, for a machine that has neither.
+"""This project as a wheel, built from the installation or the checkout, to install in a pod.
 
 The same content gives the same bytes, so that its hash names what a volume has already. It is unpacked and put on
 PYTHONPATH there, not installed: its dependencies have an environment of their own that outlives versions of it.

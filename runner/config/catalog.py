@@ -1,4 +1,4 @@
-"""What there is to choose from: the files of `conf/` and `recipes/`, read without Hydra."""
+"""The catalogue of choices: files of `conf/` and `recipes/`, read without Hydra."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a choice is: keys that name another thing than the chosen one are refused, since its facts would stay.
+"""Keys that identify a choice: changing one would leave the other facts of the choice behind, so it is refused.
 
 `model.id` beside `model=mistral7b` would be planned with Mistral's sizes, `hw.gpu` beside `hw=rtx4090` with the 4090's
 memory. A choice without facts of its own (`GENERIC`) takes any.

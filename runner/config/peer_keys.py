@@ -1,4 +1,4 @@
-"""What other trainers call our keys: Axolotl, LLaMA-Factory, TRL, torchtune, and transformers' TrainingArguments.
+"""Names of our keys in Axolotl, LLaMA-Factory, TRL and transformers' TrainingArguments.
 
 People arrive with these in their fingers; a key or group of ours is what `did you mean` answers. `NONE` are those
 without one.

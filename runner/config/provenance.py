@@ -1,4 +1,4 @@
-"""Where a value came from: which line of which YAML file, or the command line."""
+"""The origin of every value: a line of a YAML file, or the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which file a recipe is, and what is wrong with its defaults list: told with lines, before Hydra reads it."""
+"""Recipe files: found by name or path, their defaults lists checked with line numbers before Hydra reads them."""
 
 from __future__ import annotations
 

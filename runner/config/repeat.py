@@ -1,4 +1,4 @@
-"""A resolved run, `spec.json` or YAML, as the start of another one, with single values changed."""
+"""A finished `spec.json` as the start of another run, with single values changed."""
 
 from __future__ import annotations
 

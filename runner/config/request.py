@@ -1,4 +1,4 @@
-"""What was typed, judged as far as it can be before anything is composed.
+"""The words of a command line, checked as far as possible before composition.
 
 `key=value` is read by Hydra's own grammar; which choices there are is read off the folders.
 """

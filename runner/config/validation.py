@@ -1,4 +1,4 @@
-"""pydantic's errors in a user's words: one `Problem` per key, with what to write instead."""
+"""Pydantic's errors as problems: one per key, with what to write instead."""
 
 from __future__ import annotations
 

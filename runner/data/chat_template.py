@@ -1,4 +1,4 @@
-"""Chat templates: where they come from, and what a conversation looks like in one.
+"""Chat templates: where they come from, and conversations rendered with them.
 
 They are compiled as transformers compiles them (a sandbox, its `tojson`, `raise_exception`, `strftime_now`, `{%
 generation %}`), without importing it: a preview takes a moment, and a process that tokenises stays small.

@@ -1,4 +1,4 @@
-"""Names that columns go by, and the one rule for those that no shape reads.
+"""Aliases of columns, and the rule for columns that no format reads.
 
 A column is read, or it is left out and that is said. One that looks like content, by its name and by holding text, is
 not left out unless the row says the same elsewhere: it is an error that names it.

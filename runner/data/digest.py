@@ -1,4 +1,4 @@
-"""Digests of what a run reads: the same for a file that was moved or touched, another one for other content."""
+"""Content digests of a run's inputs: independent of path and time stamps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a row becomes, whatever shape it came in: one of four, by what is learned from it.
+"""Examples: the four forms a row can take, by what is learned from it.
 
     Example      sft, pretrain     prompt + completion (turns), or text, or token ids
     Preference   dpo, orpo, reward prompt, chosen, rejected

@@ -1,4 +1,4 @@
-"""From what a `DataSpec` names to examples: read, recognised, checked, split.
+"""Load examples as a `DataSpec` names them: read, recognised, checked, split.
 
 `load` is the way in; `read` also says what was skipped. What the shapes are stands in shapes.py, what they become in
 examples.py.

@@ -1,4 +1,4 @@
-"""Which characters of a rendered conversation the assistant says: exactly what it would have to generate.
+"""The loss mask: which characters of a rendered conversation the model would have to generate.
 
 A template that marks them (`{% generation %}`) is believed. Any other is asked: what does the text look like up to this
 turn, and with it? The difference is what the turn says, from where the model begins to generate to the token that ends

@@ -1,4 +1,4 @@
-"""Preferences, marked answers and questions → token ids, as TRL's own trainers would make them (tested against TRL).
+"""Token ids of preferences, marked answers and prompts, equal to those of TRL's trainers (tested).
 
 With the tokenizer alone, as encoding.py: the processes that do it import neither torch nor transformers.
 """

@@ -1,4 +1,4 @@
-"""What can be said of `objective.rewards` without running them: names, syntax, parameters, patterns.
+"""Static checks of `objective.rewards`: names, syntax, parameters, patterns.
 
 A user's file is parsed and not run: it may import what only the machine that trains has.
 """

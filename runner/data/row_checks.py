@@ -1,4 +1,4 @@
-"""Check the rows of a run before anything is made or rented, with training's own reader and row rules.
+"""Check a run's rows before anything is made or rented, with training's own reader and rules.
 
 Every row where that takes a moment (files of `WHOLE_BYTES` in all), else the beginning of the first `MANY_FILES` files;
 how many were looked at is said. Without the model's tokenizer only `data.chat_template` can be tried; token ids and the

@@ -1,4 +1,4 @@
-"""The shapes a row may have, how each is recognised, and what it becomes.
+"""Row formats: how each is recognised, and the example it becomes.
 
     chat                {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}, or `conversations`
     alpaca              {"instruction": "…", "input": "…", "output": "…", "system": "…", "history": [["…", "…"]]}

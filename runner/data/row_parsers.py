@@ -1,4 +1,4 @@
-"""A row of a known shape → what is learned from it: one function per shape."""
+"""Parsers of rows, one per format: row → example."""
 
 from __future__ import annotations
 

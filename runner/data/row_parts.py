@@ -1,4 +1,4 @@
-"""Parts that shapes share: the prompt of a row, its system turn, an answer, and how a conversation ends."""
+"""Parts that row formats share: prompt, system turn, answer, and the end of a conversation."""
 
 from __future__ import annotations
 

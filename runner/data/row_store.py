@@ -1,4 +1,4 @@
-"""Rows that are too many for memory: canonical, a line of JSON each, in a file that is read where it is needed."""
+"""Rows that exceed memory: canonical JSON lines in a file, read where they are needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values out of one row, and what is wrong with them."""
+"""Typed values out of a row, and the problems with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every check of this machine, in the order in which they are told. Nothing here imports torch."""
+"""All checks of this machine, in the order in which they are reported."""
 
 from __future__ import annotations
 

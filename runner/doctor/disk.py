@@ -1,4 +1,4 @@
-"""Room on the disks a run writes to, and whether it can write there: a real file, written, synced and read back."""
+"""Free space and write access on the disks a run uses: a file is written, synced and read back."""
 
 from __future__ import annotations
 

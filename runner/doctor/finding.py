@@ -1,4 +1,4 @@
-"""What one look at the machine found, and what a run asks of it."""
+"""A finding of `doctor`, and the run that the machine is checked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys in the environment: whether they are set and look like keys. A value is never printed, kept or sent."""
+"""Keys in the environment: set or not, and of plausible form. Values are never printed, kept or sent."""
 
 from __future__ import annotations
 

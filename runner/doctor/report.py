@@ -1,4 +1,4 @@
-"""What `doctor` found, for people and as JSON."""
+"""Findings of `doctor` as a table and as JSON."""
 
 from __future__ import annotations
 

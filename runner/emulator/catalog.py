@@ -1,4 +1,4 @@
-"""What the emulated RunPod rents out, from `catalog.yaml`."""
+"""The emulated RunPod's catalogue, from `catalog.yaml`."""
 
 from __future__ import annotations
 

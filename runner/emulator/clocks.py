@@ -1,4 +1,4 @@
-"""Two times of an emulated RunPod: the one it stamps answers with, and the one it bills by."""
+"""Clocks of an emulated RunPod: one for time stamps, one for billing."""
 
 from __future__ import annotations
 

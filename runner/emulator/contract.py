@@ -1,4 +1,4 @@
-"""What a request must look like: RunPod's OpenAPI description, cut down to what requests are checked by.
+"""Request validation against RunPod's OpenAPI description.
 
 `contract.json` is written from the whole description, and a test fails when it is not what that gives:
     python -m runner.emulator.contract tests/support/data/openapi-v2.json

@@ -1,4 +1,4 @@
-"""What happens to pods: statuses, containers, events, bills. One thread looks after them, fifty times a second."""
+"""The engine of emulated pods: statuses, containers, events, bills; one thread, 50 times a second."""
 
 from __future__ import annotations
 

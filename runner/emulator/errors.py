@@ -1,4 +1,4 @@
-"""An answer that says what was wrong, in the form of RFC 9457 as RunPod sends it."""
+"""Error answers in the form of RFC 9457, as RunPod sends them."""
 
 from __future__ import annotations
 

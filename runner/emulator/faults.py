@@ -1,4 +1,4 @@
-"""What goes wrong on demand, as users of RunPod have seen it go wrong (docs/emulator.md has the list)."""
+"""Faults on demand, as users of RunPod have met them (docs/emulator.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an emulated pod finds on its container disk before its first process starts: the "image"."""
+"""The "image" of an emulated pod: files on its container disk before its first process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first process of an emulated pod: makes its file system out of the host's, and is its init.
+"""The first process of an emulated pod: builds its file system and reaps processes.
 
 Run as a file by `unshare --mount --pid --uts --fork`, with the order's path as its argument; standard library only.
 The pod sees the host's /usr, /opt, … read-only; /workspace, /root, /tmp, /run, /mnt, /dev/shm, /etc and the files in /

@@ -1,4 +1,4 @@
-"""What every request passes first: the key, the contract, and whatever is to go wrong."""
+"""Middleware of every request: key, contract, injected faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the body of a create to a pod: templates, the rules across fields, capacity, price."""
+"""Create a pod from a request body: templates, rules across fields, capacity, price."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An emulated pod: what was asked for, where it stands, what it has cost, and how the API shows it."""
+"""An emulated pod: request, state, cost, and its JSON."""
 
 from __future__ import annotations
 

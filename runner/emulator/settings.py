@@ -1,4 +1,4 @@
-"""How an emulated RunPod behaves when nothing goes wrong."""
+"""Settings of an emulated RunPod."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All that an emulated RunPod knows: one account with its keys, pods, volumes and the rest."""
+"""State of an emulated RunPod: one account with its keys, pods and volumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's `config.json` straight from the Hugging Face Hub: a few kilobytes, without huggingface_hub.
+"""A model's `config.json` from the Hub over HTTP: a few kilobytes, without huggingface_hub.
 
 The address is huggingface_hub's own: HF_ENDPOINT, HF_HUB_OFFLINE.
 """

@@ -1,4 +1,4 @@
-"""The facts that a Hugging Face `config.json` gives about a model, from a folder or from the local cache.
+"""Model facts from a Hugging Face `config.json`, in a folder or the local cache.
 
 Not part of the pure plan: `local_facts` reads files and the variables HF_HOME and HF_HUB_CACHE. It imports
 neither transformers nor huggingface_hub. Defaults of keys that a config leaves out are those of the config

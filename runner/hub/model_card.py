@@ -1,4 +1,4 @@
-"""The model card of a run: what the Hub shows beside the weights, and how to make them again."""
+"""The model card of a run: `model/README.md`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uploads a run's model to where `push.to` or the command line says: `python -m runner.hub.push runs/<id>`.
+"""Upload a run's model to the Hub or S3: `python -m runner.hub.push runs/<id>`.
 
 That is what the agent runs in a pod, with the keys that it was sent in the environment.
 """

@@ -1,4 +1,4 @@
-"""What is uploaded of a run: its model with a card and the spec that makes it again, or one of its checkpoints."""
+"""Contents of an upload: the model with its card and spec, or a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where models and checkpoints are uploaded: a repository on the Hugging Face Hub, or a prefix in an S3 bucket."""
+"""Targets of an upload: a repository on the Hub, or a prefix in an S3 bucket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of the processes, in words, once: which one failed, why, and what to do about it."""
+"""Explain, once, why a run's processes ended: which rank failed, the cause and the remedy."""
 
 from __future__ import annotations
 

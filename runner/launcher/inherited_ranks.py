@@ -1,4 +1,4 @@
-"""Places among processes that another launcher gave: left in a shell, or set for this process on purpose.
+"""Rank variables (`LOCAL_RANK`, `WORLD_SIZE`, …) inherited from another launcher.
 
 accelerate, transformers, DeepSpeed and torchrun each take some of these variables for theirs. `LOCAL_RANK=0` alone
 makes accelerate start a process group, and with `WORLD_SIZE=2` it waits half an hour for a process that never comes;

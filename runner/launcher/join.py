@@ -1,4 +1,4 @@
-"""This machine's part in a run that another machine has created: its processes, and nothing of the run's own files."""
+"""Join a run that another machine has created: start this machine's ranks."""
 
 from __future__ import annotations
 

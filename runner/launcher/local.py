@@ -1,4 +1,4 @@
-"""Run here: the worker in processes of its own, so that nothing it does can take the front down."""
+"""Execute a run on this machine: its worker processes are separate from this one."""
 
 from __future__ import annotations
 

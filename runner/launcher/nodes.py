@@ -1,4 +1,4 @@
-"""The other machines of a hostfile: looked at before the run, started by ssh, ended with the run."""
+"""Other machines of a hostfile: checked before the run, started over ssh, ended with the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pod's end of a run: what `launcher/local.py` does here, for a run directory that was sent.
+"""Execute a run in a pod, in a directory that was sent there.
 
 `python -m runner.launcher.on_pod runs/<id>/spec.json`, by the agent; the exit code is the run's. Needs neither Hydra
 nor a terminal.

@@ -1,4 +1,4 @@
-"""After an out-of-memory: in which phase, what took most, what was expected, and the smallest change that fits."""
+"""Report of an out-of-memory: the phase, the largest term, the plan's figure, and the smallest change that fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watches the processes of a run: passes signals on, ends all when one fails, finds one that hangs.
+"""Supervise the processes of a run: forward signals, end all when one fails, detect hangs.
 
 Seconds are those of the monotonic clock: a wall clock that is set says nothing about a run.
 """

@@ -1,4 +1,4 @@
-"""The command that starts the worker: one process, or torchrun with one per GPU (or per share of a CPU)."""
+"""The command that starts the worker: one process, or torchrun with one per GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers of a sweep's runs on this machine's CPU, forked from one process that has torch and transformers loaded.
+"""Worker processes of a sweep, forked on a CPU from one process that has torch and transformers loaded.
 
 A run of three steps of a tiny model takes 9 s on two cores, of which 6 are imports (`python -m benchmarks sweep`).
 """

@@ -1,4 +1,4 @@
-"""This machine's addresses, as the others see them."""
+"""Network addresses of this machine, as other machines see them."""
 
 from __future__ import annotations
 

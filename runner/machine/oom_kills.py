@@ -1,4 +1,4 @@
-"""Who ended the worker with SIGKILL? The kernel counts the processes it kills for want of memory."""
+"""Detects OOM kills: the kernel counts the processes it ended because memory was full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the installed torch can use this machine's GPUs: its build against driver and cards, read from files."""
+"""Compatibility of the installed torch with this machine's driver and GPUs, read from files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the folders that a run fills can be written to: found out by writing, before anything is loaded."""
+"""Tests by writing whether the folders that a run fills can be written to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a validated run to one in which nothing is left open. Pure: no torch, clock, network or files."""
+"""Resolve every `auto` of a validated run. Pure: no torch, clock, network or files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ways to run one request on one machine: ZeRO stage × micro batch, each with its memory and its speed."""
+"""Candidates for a request on one machine: ZeRO stage × micro batch, each with memory and speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many checkpoints a run writes, and how many of them are on the disk at once."""
+"""Number of checkpoints a run writes and keeps on disk."""
 
 from __future__ import annotations
 

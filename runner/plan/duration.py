@@ -1,4 +1,4 @@
-"""How long a whole run takes and what it costs: its steps, what it measures before and after, and all around them."""
+"""Duration and cost of a whole run: steps, evaluations, set-up."""
 
 from __future__ import annotations
 

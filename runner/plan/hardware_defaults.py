@@ -1,4 +1,4 @@
-"""The `auto`s that the hardware alone decides. Pure."""
+"""Resolve the `auto`s that follow from the hardware alone. Pure."""
 
 from __future__ import annotations
 

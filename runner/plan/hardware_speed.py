@@ -1,4 +1,4 @@
-"""How fast hardware computes and sends: every figure with its source and date, or the word "assumption".
+"""Speeds of hardware, each with its source and date, or the word "assumption".
 
 Sources are published runs, converted to the share of the datasheet's 16-bit peak that they reach. "Read" is the day
 on which a page that carries no date was read.

@@ -1,4 +1,4 @@
-"""Main memory of one node, and disk: what stands there besides the GPUs' memory.
+"""Main memory of a node, and disk.
 
 Page cache is not counted: transformers 5.23 opens safetensors memory-mapped (`modeling_utils.py`, backend
 "mmap"), so a model that goes to a GPU leaves nothing of its own behind. Reading 256 MiB of tensors that

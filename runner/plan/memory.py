@@ -1,4 +1,4 @@
-"""What one GPU holds (or, on a CPU, one process), phase by phase and term by term.
+"""Memory of one GPU (or one CPU process), phase by phase and term by term.
 
 The tape (step.py) gives what comes and goes within a step; here is what is always there, and what no
 tensor shows: the CUDA context, the collectives' buffers, the allocator's slack.

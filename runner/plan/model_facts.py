@@ -1,4 +1,4 @@
-"""Are the facts about a model enough to know its shape? Pure: the answer is complete sizes or a RequestError."""
+"""Completeness of a model's facts: sizes, or a RequestError. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to change so that a run fits: the smallest changes first."""
+"""Changes that make a run fit, smallest first."""
 
 from __future__ import annotations
 

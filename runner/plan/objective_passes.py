@@ -1,4 +1,4 @@
-"""What an objective adds to a step: a second sequence, a reference model, passes without gradients, answers. Pure.
+"""What an objective adds to a step: second sequence, reference model, forward-only passes, generation. Pure.
 
 Sources: the trainers of TRL 1.16. `dpo_trainer.py`: chosen and rejected in one batch (`DataCollatorForPreference`), the
 reference's pass while the activations of the model's own are held (`_compute_loss`). `kto_trainer.py`: each of the two

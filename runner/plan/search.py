@@ -1,4 +1,4 @@
-"""Which hardware, methods and models go together: every combination planned, ranked by cost or by time."""
+"""Search over hardware, methods and models: every combination planned, ranked by cost or time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peaks of one training step: the tape of a few layers, stretched to all of them."""
+"""Peaks of one training step: the tape of a few layers, extended to all."""
 
 from __future__ import annotations
 

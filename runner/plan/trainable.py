@@ -1,4 +1,4 @@
-"""What trains, how wide it is held, and what is only carried along: the method applied to a shape."""
+"""Trainable, stored and frozen parameters: a method applied to a model's shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What starts the worker, and what its processes find in their environment: one answer for plan and launch. Pure."""
+"""Command and environment of the worker processes, for plan and launch alike. Pure."""
 
 from __future__ import annotations
 

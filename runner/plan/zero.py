@@ -1,4 +1,4 @@
-"""What DeepSpeed ZeRO puts where, per GPU, in bytes, and its JSON with no "auto" left.
+"""DeepSpeed ZeRO: bytes per GPU by stage, and the JSON with no "auto" left.
 
 Sources are files of DeepSpeed 0.19.8 under `deepspeed/`, unless another library is named. Checked
 against the tensors two real ranks hold: `tests/plan/test_zero.py`.

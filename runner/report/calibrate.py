@@ -1,4 +1,4 @@
-"""How far the plans of past runs were from what was measured, and so what to believe of the next one."""
+"""Errors of past runs' plans against what was measured, and a correction for the next one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m runner list …`: what there is to choose from, read off `conf/` and `recipes/`."""
+"""Tables of the catalogue: `python -m runner list …`."""
 
 from __future__ import annotations
 

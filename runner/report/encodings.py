@@ -1,4 +1,4 @@
-"""Output for terminals and pipes whose encoding is not Unicode."""
+"""Output for terminals whose encoding is not Unicode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors as a user sees them: all at once, each with its source and its remedy."""
+"""Errors as text: all at once, each with its source and its remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Known causes of a failure, recognised by the words that libraries leave, with what to do about each."""
+"""Known causes of failures, recognised by what libraries print, each with a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of a run's summary.json that a sweep may be sorted by."""
+"""Numbers of `summary.json` that a sweep can be sorted by."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The terms of a plan's memory as a reader meets them: in words, and in the few families that a bar can show."""
+"""Labels of the plan's memory terms, and the families that bars show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan as a person reads it: does it fit, where do the GiB go, how long, how much."""
+"""The plan as text: whether it fits, memory by phase, time and cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run was predicted to need, beside what it needed: the part `plan` of `summary.json`. All sizes in GiB."""
+"""Predicted memory and time beside the measured: the part `plan` of `summary.json`. Sizes in GiB."""
 
 from __future__ import annotations
 

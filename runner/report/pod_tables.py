@@ -1,4 +1,4 @@
-"""Pods, GPUs and volumes as tables."""
+"""Tables of pods, GPUs and volumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard output and standard error that may be lost at any time: what writes to them goes on."""
+"""Standard output and error that may be closed at any time without ending the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run that a machine is checked for: composed, resolved and planned as any other."""
+"""The run that `doctor` checks a machine for: composed, resolved and planned as any other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run is: `where=auto` decided, and the hardware of a rented run that names none, both by arithmetic.
+"""Choose where a run is executed: `where=auto`, and the hardware of a rented run that names none.
 
 A GPU is never silently a CPU: `where=runpod` without `hw=` takes the cheapest GPUs that hold the run, whatever this
 machine has.

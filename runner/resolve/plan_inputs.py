@@ -1,4 +1,4 @@
-"""From a request to a plan: what the arithmetic needs is looked up here, in files, caches and the price list."""
+"""Facts for the plan, looked up in files, caches and the price list."""
 
 from __future__ import annotations
 

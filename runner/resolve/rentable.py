@@ -1,4 +1,4 @@
-"""What RunPod has to rent now, and what of the catalogue each GPU holds."""
+"""GPUs that RunPod has now, and which models of the catalogue each one holds."""
 
 from __future__ import annotations
 

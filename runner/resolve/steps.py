@@ -1,4 +1,4 @@
-"""From what was typed to a run with nothing left open, in one order: hardware, model, place, every `auto`, disks."""
+"""Resolve a request: hardware, model, place, every `auto` and the disks, in one order."""
 
 from __future__ import annotations
 

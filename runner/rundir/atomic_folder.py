@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders written beside their place and renamed: complete or absent."""
 
 from __future__ import annotations
 

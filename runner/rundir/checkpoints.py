@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole and unchanged, or not there.
+"""Checkpoints of a run: complete and unchanged, or not counted.
 
 `checkpoints/checkpoint-<step>/` is written by the trainer, file by file. It counts only with its `COMPLETE`,
 which is written last, atomically, and lists every file with size and SHA-256.

@@ -1,4 +1,4 @@
-"""One owner per run: a lock that the kernel keeps as long as a process lives, however its end comes."""
+"""One owner per run: a lock that the kernel holds as long as any process of the run lives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Links and devices where only plain files belong: a model or a checkpoint may have come from a stranger's machine."""
+"""Refuses links and devices where only plain files belong: a model may come from another machine."""
 
 from __future__ import annotations
 

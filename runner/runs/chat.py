@@ -1,4 +1,4 @@
-"""Find a run's model and hand it to the chat worker."""
+"""Chat with a run's model, in a worker process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows, templates and reward functions are tried before anything is made: what `data preview` finds stops a run, too.
+"""Contents of what a run reads (rows, templates, reward functions), tried before anything is made.
 
 Apart from inputs.py, which only looks whether files are there: a plan need not read how rows are judged.
 """

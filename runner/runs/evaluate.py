@@ -1,4 +1,4 @@
-"""Find a finished run and have its model measured, in a process of its own."""
+"""Evaluate a finished run's model, in a worker process."""
 
 from __future__ import annotations
 

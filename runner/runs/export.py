@@ -1,4 +1,4 @@
-"""Find a run's checkpoint and have it written as a model."""
+"""Export a run's checkpoint as a model."""
 
 from __future__ import annotations
 

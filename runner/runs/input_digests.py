@@ -1,4 +1,4 @@
-"""What a run reads, by content: kept in `inputs.json` when it starts, compared when it is resumed.
+"""Digests of a run's inputs: recorded in `inputs.json` at its start, compared on resume.
 
 What is behind a URL or on the Hub is compared by its rows, in the worker (train/worker.py), and so is everything else.
 """

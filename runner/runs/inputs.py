@@ -1,4 +1,4 @@
-"""Whether what a run reads is there and right: looked at in a moment, before anything is made.
+"""Existence and form of what a run reads, checked before anything is made.
 
 Only what certainly is wrong is refused. A file on a pod's own disk, and a URL or a data set on the Hub that does not
 answer, are left to whoever loads them.

@@ -1,4 +1,4 @@
-"""Find a run's adapter and have it folded into its base."""
+"""Merge a run's adapter into its base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Have a run's data tokenised and packed by a process of its own, which imports what that takes."""
+"""Tokenise and pack a run's data, in a worker process."""
 
 from __future__ import annotations
 

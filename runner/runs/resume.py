@@ -1,4 +1,4 @@
-"""Going on with a run that was interrupted, killed or ended: the same directory, from its newest whole checkpoint."""
+"""Resume a run in its own directory, from its newest complete checkpoint."""
 
 from __future__ import annotations
 

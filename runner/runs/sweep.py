@@ -1,4 +1,4 @@
-"""Many runs out of one request: every point is checked, then all are run, and what came out is sorted."""
+"""Sweeps: every point is checked, then all are run and sorted by the metric."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The points of a sweep, and how Hydra's sweeper and launcher run them."""
+"""The points of a sweep, from Hydra's sweeper, and their start through Hydra's launcher."""
 
 from __future__ import annotations
 

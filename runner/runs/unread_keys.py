@@ -1,4 +1,4 @@
-"""Keys that a verb does not read: typed with it, they are said to have no effect."""
+"""Typed keys that a verb does not read, named in a note."""
 
 from __future__ import annotations
 

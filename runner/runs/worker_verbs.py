@@ -1,4 +1,4 @@
-"""Make a folder of weights from a run that is over: in a process of its own, whole or not at all."""
+"""Write a folder of weights from a finished run, in a worker process: complete or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which objective goes with which method, batch and evaluation: what cannot be is refused here, before anything starts."""
+"""Constraints between objective, method, batch and evaluation."""
 
 from __future__ import annotations
 

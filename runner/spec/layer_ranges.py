@@ -1,4 +1,4 @@
-"""Which decoder layers a user means by `last:2`, `first:4`, `0-3` or `[0,2,5-7]`."""
+"""Layer ranges: `last:2`, `first:4`, `0-3`, `[0,2,5-7]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every part of a run is made of."""
+"""Base class of the parts of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys that say something other than their default and change nothing in this combination, with the reason."""
+"""Keys that differ from their default and have no effect in this combination, with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uploads checkpoints while the training goes on; a failure is noted, and ends nothing."""
+"""Uploads checkpoints during training; a failure is recorded and ends nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints from the trainer's side: when one is due; the files are made durable while training goes on."""
+"""Checkpoints during training: when one is due, and its files made durable in the background."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""DeepSpeed for the worker: its JSON (planned, or made here for a model that the plan does not know), and ZeRO-3 with
-mixtures of experts and tied heads.
-"""
+"""The DeepSpeed JSON of the worker: the planned one, or one made here for a model without a plan."""
 
 from __future__ import annotations
 

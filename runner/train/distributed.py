@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, and the few things they settle between them.
+"""Ranks of a run, and the few collectives outside training.
 
 torchrun tells each process its place through the environment; without it there is one process, and nothing to settle.
 """

@@ -1,4 +1,4 @@
-"""What the run ran on and with: versions, hardware, code and data, so that a result can be traced."""
+"""Environment of a run: versions, hardware, code and data, for reproduction."""
 
 from __future__ import annotations
 

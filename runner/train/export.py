@@ -1,4 +1,4 @@
-"""A checkpoint → what the final save would have written.
+"""Export a checkpoint as what the final save would have written.
 
 A plain checkpoint holds a model or an adapter already, in the precision that it trains in. DeepSpeed's holds shards of
 fp32 weights for each process (`global_step<N>/`), and nothing else: names and files come from the run's base then.

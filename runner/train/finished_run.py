@@ -1,4 +1,4 @@
-"""A run that is over, opened with this machine's hardware: it may have trained on another one's."""
+"""Open a finished run with this machine's hardware."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The warm process of a sweep: it imports what a worker needs once, and forks a worker for every run it is told of.
+"""The fork server of a sweep: imports the worker's libraries once and forks a worker per run.
 
 `python -m runner.train.fork_server FD`, where FD is one end of a Unix socket. An order is one JSON line with the file
 descriptors of the run (standard output, standard error, its lock); the answers are `{"pid": …}` and, at the run's end,

@@ -1,4 +1,4 @@
-"""The trainer under guard: it knows its rows, and asks before every backward pass whether to learn."""
+"""The trainer with loss guards: knows the rows of each batch and checks the loss before backward."""
 
 from __future__ import annotations
 

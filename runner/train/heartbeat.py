@@ -1,4 +1,4 @@
-"""A sign of life of every process: `logs/rank<k>.json`, for whoever watches (launcher/supervisor.py)."""
+"""Heartbeat of each process: `logs/rank<k>.json`, read by launcher/supervisor.py."""
 
 from __future__ import annotations
 

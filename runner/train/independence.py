@@ -1,4 +1,4 @@
-"""Proof that documents packed into one sequence do not see one another: on the loaded model, with its own kernels.
+"""Proves on the loaded model that documents packed into one sequence do not attend to each other.
 
 Most architectures of transformers make a mask out of the positions that a packed batch comes with; some never look at
 them (OPT, BLOOM, MPT), some need a CUDA kernel for it (Mamba), some raise. There is no list to trust: models are asked.

@@ -1,4 +1,4 @@
-"""Which modules get an adapter: the names a model has, and those that `all-linear` must leave out."""
+"""Target modules of adapters: the model's names, and those that `all-linear` leaves out."""
 
 from __future__ import annotations
 

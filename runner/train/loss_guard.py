@@ -1,4 +1,4 @@
-"""Numbers that go wrong while training: a loss that is no number, a gradient that is none, a loss that jumps.
+"""Guards for non-finite losses or gradients, and for loss spikes.
 
 Judged for every micro batch before its backward pass, so before the optimiser changes a weight, and by all processes
 together: what one of them finds, all act on in the same micro batch, and none is left waiting for the others.

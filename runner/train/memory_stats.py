@@ -1,4 +1,4 @@
-"""The highest memory of this process, in all and by phase; and whether an error means that there was none left."""
+"""Peak memory of this process by phase; detection of out-of-memory errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading: tokenizer and model, from the Hub, a folder, or a Python package, quantised or not."""
+"""Load tokenizer and model from the Hub, a folder or a Python package, quantised or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts beside PEFT and TRL: what their adapters cannot be, and a configuration that TRL changes."""
+"""Mixture-of-experts models: adapters that PEFT cannot make, and a setting that TRL changes."""
 
 from __future__ import annotations
 

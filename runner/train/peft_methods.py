@@ -1,4 +1,4 @@
-"""What trains: the five methods as changes to a loaded model."""
+"""The five methods applied to a loaded model: full, freeze, LoRA, QLoRA-4, QLoRA-8."""
 
 from __future__ import annotations
 

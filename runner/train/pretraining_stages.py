@@ -1,4 +1,4 @@
-"""What comes before training from a corpus: folders, shards, a tokenizer. A stage whose result is there is skipped."""
+"""Stages before pretraining: folders, shards, tokenizer. A finished stage is skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows of the training set a micro batch was made of, and how they read.
+"""Row ids of a micro batch, and the rows' text.
 
 The training set gets a column `__row__`. The collator takes it off again and puts `row_ids` [b] beside what it makes of
 the rows; the trainer takes that out before the model sees the batch. So it is true of any sampler, any number of

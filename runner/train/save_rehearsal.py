@@ -1,4 +1,4 @@
-"""What is saved after the last step is tried before the first one: all of it but the bytes of the weights."""
+"""Rehearses the final save before the first step: everything but the bytes of the weights."""
 
 from __future__ import annotations
 

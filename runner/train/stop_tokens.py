@@ -1,4 +1,4 @@
-"""Where generation stops: at the token that ends a turn in the chat template, which need not be the model's own eos.
+"""Stop tokens: the end of a turn in the chat template, which may differ from the model's eos.
 
 A model that learned to end its turns with <|im_end|> goes on to the limit if only <|endoftext|> stops it. So the tokens
 that end a turn stop generation, in this run and in what is saved: `generation_config.json`, also beside an adapter.

@@ -1,4 +1,4 @@
-"""Token ids in the cache: an entry goes by the content of all that shapes it, and is there whole or not at all.
+"""Cache of token ids: keyed by the content of everything that shapes them, complete or absent.
 
 It is mapped into memory: a million rows take no more of it than a thousand.
 """

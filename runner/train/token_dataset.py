@@ -1,4 +1,4 @@
-"""Examples → token ids and labels, packed, in the cache.
+"""Examples → token ids and labels, packed and cached.
 
 They are found again only if the examples, the tokenizer, its chat template and every setting that shapes the tokens
 are the same; so a changed tokenizer never meets old tokens. They go to disk as they come.

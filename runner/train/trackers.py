@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases; neither can stop a run that trains."""
+"""Trackers: TensorBoard and Weights & Biases. Neither can stop a training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every objective's trainer keeps beside TRL's work: counts of what it computes, checkpoints that are whole."""
+"""Records that every trainer keeps: token counts, and complete checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A DeepSpeed checkpoint for another number of processes, or another ZeRO stage, than it was written with."""
+"""Universal checkpoints: a DeepSpeed checkpoint for another number of ranks or another ZeRO stage."""
 
 from __future__ import annotations
 

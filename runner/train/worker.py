@@ -1,4 +1,4 @@
-"""One run from its spec to its model: load, measure, train, measure again, save, sum up."""
+"""The worker of a run: load, measure, train, measure, save, summarise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The agent in the pod: it ends the pod in time, whatever happens, and runs the training meanwhile.
+"""The agent in the pod: ends the pod in time whatever happens, and runs the training meanwhile.
 
 One file, standard library only, Python 3.10 or later: it is copied beside the run's files and started before anything
 else, so that a pod without a launcher still has somebody who ends it. `agent.py start DIR` arms it and answers with its

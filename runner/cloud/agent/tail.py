@@ -1,4 +1,4 @@
-"""The pod's end of following a run: what is new in its files, as lines of JSON. Standard library only, Python ≥ 3.10.
+"""Streams what is new in a run's files, as JSON lines. Runs in the pod: standard library only, Python ≥ 3.10.
 
 `tail.py DIR` reads one line of JSON first: what the other side has already, {"metrics.jsonl": [size, CRC-32], …}. Then
 every line that it reads is a sign of life of the launcher, and it writes

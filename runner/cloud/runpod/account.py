@@ -1,4 +1,4 @@
-"""Whose RunPod: the key and the address, from the two variables that RunPod's own SDK reads."""
+"""RunPod credentials: API key and base URL, from the variables that RunPod's SDK reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RunPod's API as this project uses it: typed, all pages, every wait bounded, a create never sent twice."""
+"""RunPod's API: typed, all pages, every wait bounded, a create never sent twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the account has, through GraphQL: REST v2 does not say it, and RunPod serves GraphQL until early 2027."""
+"""Account balance, through GraphQL: REST v2 has none, and RunPod serves GraphQL until early 2027."""
 
 from __future__ import annotations
 

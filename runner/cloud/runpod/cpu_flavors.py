@@ -1,4 +1,4 @@
-"""CPU pods come with a power of two of virtual cores."""
+"""CPU flavours: RunPod's CPU pods come with a power of two of vCPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's model behind a serverless endpoint of RunPod's, from a template; and both deleted again."""
+"""Deploy a run's model behind a serverless endpoint, and delete both again."""
 
 from __future__ import annotations
 

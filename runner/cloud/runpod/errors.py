@@ -1,4 +1,4 @@
-"""What can go wrong with RunPod, each with its remedy.
+"""Errors of renting from RunPod, each with its remedy.
 
 RunnerError
 ├── RequestError      2

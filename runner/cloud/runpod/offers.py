@@ -1,4 +1,4 @@
-"""Which machines to ask for, in which order: GPU types × data centres, in a cloud that is always named."""
+"""Offers in order of preference: GPU types × data centres, in a named cloud."""
 
 from __future__ import annotations
 

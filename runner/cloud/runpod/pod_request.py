@@ -1,4 +1,4 @@
-"""A pod to ask for, and the body that asks for it."""
+"""A request for a pod, and its JSON body."""
 
 from __future__ import annotations
 

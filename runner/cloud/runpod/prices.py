@@ -1,4 +1,4 @@
-"""Today's price of a GPU, from RunPod's live catalogue where there is a key."""
+"""Current GPU prices from RunPod's catalogue, where a key is set."""
 
 from __future__ import annotations
 

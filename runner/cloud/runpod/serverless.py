@@ -1,4 +1,4 @@
-"""Which image, GPUs and variables serve a tuned model on RunPod's serverless: arithmetic and a YAML file."""
+"""Image, GPUs and variables that serve a tuned model on RunPod serverless."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What RunPod answers, as types: pods, GPUs, data centres, volumes (openapi-v2.json describes them)."""
+"""Types of RunPod's answers: pods, GPUs, data centres, volumes (openapi-v2.json)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much data there is, found in a moment: rows, tokens of a row, and the steps that follow from them.
+"""Size of a data set, estimated quickly: rows, tokens per row, optimiser steps.
 
 Small data are read whole and tokenised with the model's own tokenizer, if it is on this machine: then the answer
 is exact. Else a sample is, or characters are counted (tokens.py). Answers are kept: the front should not read the same

@@ -1,4 +1,4 @@
-"""What training would see of a data set: rows as the template shows them, and what is wrong with which."""
+"""Rows as training sees them: rendered, with the learned tokens marked and problems by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Some rows of a data source, and how many there are in all, without reading a large file to its end."""
+"""A sample of a data source and its number of rows, without reading a large file to its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a data set is like: lengths, what a longest length would cost, duplicates, tokens that are learned."""
+"""Statistics of a data set: lengths, the effect of a maximum length, duplicates, learned tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many tokens a row has: counted with the model's own tokenizer where it is on this machine, else by characters."""
+"""Token counts of rows, by the model's tokenizer where it is on this machine, else by characters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run from a corpus needs to be there, judged before anything starts; and how much there is, for the plan."""
+"""Checks of a pretraining run's corpus, shards and tokenizer before it starts; sizes for the plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the shards, the tokenizer and the caches of an experiment are, here as on a pod's volume.
+"""Folders of a pretraining experiment: shards, tokenizer and caches, here or on a pod's volume.
 
 datasets/train/<experiment>/      shards and their manifest.json
 datasets/val/<experiment>/

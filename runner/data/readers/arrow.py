@@ -1,4 +1,4 @@
-"""Rows out of Arrow (Parquet, the Hub) without the nulls that Arrow invents.
+"""Rows from Arrow (Parquet, the Hub) without the nulls that Arrow adds.
 
 An Arrow struct has one set of fields for every row: arguments `{"city": "Oslo"}` beside `{"zone": "+1"}` come back as
 `{"city": "Oslo", "zone": None}`. Which nulls were written by somebody cannot be told, so a null field of a struct is

@@ -1,4 +1,4 @@
-"""Files that are compressed: .gz, .bz2, .xz and .zst, by their ending; and .gz also by its first bytes."""
+"""Compressed files: .gz, .bz2, .xz and .zst by their ending; .gz also by its first bytes."""
 
 from __future__ import annotations
 

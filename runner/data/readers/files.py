@@ -1,4 +1,4 @@
-"""Rows out of a file: JSON, JSONL, CSV, TSV, Parquet or text, compressed or not, here or behind a URL."""
+"""Rows of a file: JSON, JSONL, CSV, TSV, Parquet or text, compressed or not, local or a URL."""
 
 from __future__ import annotations
 

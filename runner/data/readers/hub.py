@@ -1,4 +1,4 @@
-"""Rows out of a data set on the Hugging Face Hub."""
+"""Rows of a data set on the Hugging Face Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `data.path` and `data.sources` stand for: files, folders, globs, URLs; and how several are mixed."""
+"""Expand `data.path` and `data.sources` to files, folders, globs and URLs, and mix them."""
 
 from __future__ import annotations
 

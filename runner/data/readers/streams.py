@@ -1,4 +1,4 @@
-"""Large files, some thousand rows at a time: JSONL, text and Parquet; others are read whole."""
+"""Large files read in chunks of some thousand rows: JSONL, text and Parquet."""
 
 from __future__ import annotations
 

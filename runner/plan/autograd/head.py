@@ -1,4 +1,4 @@
-"""What stands around the layers: the embedding, the last norm, and the head with the loss."""
+"""Embedding, final norm, and head with loss, on the tape."""
 
 from __future__ import annotations
 

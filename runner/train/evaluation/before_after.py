@@ -1,4 +1,4 @@
-"""What a run measures of its model, before and after training: held-out loss and exact answers."""
+"""Measurements before and after training: held-out loss and exact answers."""
 
 from __future__ import annotations
 

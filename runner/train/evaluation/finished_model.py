@@ -1,4 +1,4 @@
-"""A finished model, measured: loss and perplexity on held-out rows, and lm-eval's benchmarks."""
+"""Evaluation of a finished model: held-out loss and perplexity, and lm-eval's benchmarks."""
 
 from __future__ import annotations
 

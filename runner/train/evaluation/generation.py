@@ -1,4 +1,4 @@
-"""Held-out prompts answered by the model and compared exactly, and the shared way to generate."""
+"""Generated answers to held-out prompts, compared exactly."""
 
 from __future__ import annotations
 

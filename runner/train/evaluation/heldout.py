@@ -1,4 +1,4 @@
-"""Held-out measurements that are one number per model and data, whatever the batch and the number of processes.
+"""Held-out loss: one number per model and data, independent of batch and number of ranks.
 
 transformers and TRL average over batches, of which one may hold more tokens than another; and the rows that fill the
 last batch of several processes up are counted twice.

@@ -1,4 +1,4 @@
-"""Base + adapter → a plain 16-bit folder, and the proof of it.
+"""Merge an adapter into a plain 16-bit folder, with a proof of equality.
 
 The base is loaded packed exactly as in training, and unpacked: those are the weights that the adapter was trained
 against. Then the folder is read back, and must say what base + adapter said.

@@ -1,4 +1,4 @@
-"""Fold an adapter into its base: packed weights unpacked, the update added in fp32, rounded once and without bias."""
+"""Add an adapter to its base in fp32: packed weights unpacked, rounded once without bias."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do two models say the same? Their logits, in arithmetic that adds no rounding of its own."""
+"""Proof that two models agree: logits in arithmetic that adds no rounding of its own."""
 
 from __future__ import annotations
 

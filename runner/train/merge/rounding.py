@@ -1,4 +1,4 @@
-"""Rounding to 16 bits without a bias, and what another such rounding would have made of the same weights.
+"""Unbiased rounding to 16 bits, and the spread of such roundings.
 
 The weights of a base lie on the 16-bit grid already. Rounded to nearest, an update of less than half a step is lost,
 all of it and in every weight alike: the adapter comes out smaller than it was trained. Rounded up or down at random,

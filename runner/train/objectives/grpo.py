@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer, guarded and kept like the others: it answers the prompts itself and learns from their rewards."""
+"""TRL's GRPO trainer, with guards and records."""
 
 from __future__ import annotations
 

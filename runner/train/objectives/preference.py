@@ -1,4 +1,4 @@
-"""TRL's trainers for preferences and marked answers, guarded and kept like the one for supervised fine-tuning."""
+"""TRL's trainers for preferences and marked answers, with guards and records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preferences, marked answers and questions in the cache, as columns that the trainers leave as they are.
+"""Columns of preferences, marked answers and prompts, cached.
 
 So what is cut and dropped is known and said, and every process finds the same rows.
 """

@@ -1,4 +1,4 @@
-"""Plain text → token ids, document after document, cut into sequences of equal length; nothing is lost, nothing padded.
+"""Plain text → token ids, concatenated and cut into sequences of equal length; nothing lost or padded.
 
 A document ends with the tokenizer's end of text. One longer than what is left of a sequence goes on in the next; what
 of several documents lies in one sequence does not attend to one another (`seq_lengths`, from which TRL makes

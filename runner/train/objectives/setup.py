@@ -1,4 +1,4 @@
-"""What an objective needs of a run: its rows, its model, its settings and its trainer."""
+"""Rows, model, settings and trainer of a run's objective."""
 
 from __future__ import annotations
 
