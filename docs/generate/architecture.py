@@ -42,11 +42,13 @@ LAZY = (
     "train.worker_verbs",
     "emulator.server",
     "resolve.place",
+    "rundir.directory",
 )
 """Rooms and modules that may import our own modules inside functions: a verb is imported when it is typed, an executor
 when it is needed (a tenth of a second of the half that a typo takes); the worker's entry points say that they load
 torch before they do (3 to 10 s); the emulator's S3 server needs moto, which only volumes need; `where.pod` is looked up
-through the API, which nothing else of `resolve` needs."""
+through the API, which nothing else of `resolve` needs;
+`training.yaml` is written with OmegaConf, which a list of runs does not need."""
 
 
 @cache
