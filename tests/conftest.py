@@ -30,7 +30,7 @@ LONGEST_FIRST = (
     "test_learning",
     "test_matrix",
     "test_runpod_run",
-    "test_pool",
+    "test_sweep_pool",
     "test_nodes",
     "test_launch",
     "test_run_life",
