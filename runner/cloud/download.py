@@ -1,7 +1,7 @@
 """Download a run from a pod: logs, the newest checkpoint, the model, and the completion marker last.
 
-The pod is a stranger's machine: what it sends arrives in a folder of its own, is looked through there (incoming.py),
-and only plain files with names that are not ours go on to their place.
+The pod is a stranger's machine: what it sends arrives in a folder of its own, is looked through there
+(untrusted_files.py), and only plain files with names that are not ours go on to their place.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pods of a sweep: handed from run to run, at most `sweep.max_pods` at once, all terminated at its end.
 
 The points of a sweep may be processes of their own. What they share is the ledger, in which a pod changes hands in one
-transaction, and what points.py knows of them.
+transaction, and what sweep_points.py knows of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recipe, choices and command line → one validated `RunSpec`. Only it, config_files.py, request.py and
+"""Recipe, choices and command line → one validated `RunSpec`. Only it, merge_files.py, request.py and
 sweeper.py import Hydra.
 
 A recipe is Hydra's primary config. Every `key=value` that is not a choice is handed to Hydra as

@@ -1,7 +1,7 @@
 """Load examples as a `DataSpec` names them: read, recognised, checked, split.
 
-`load` is the way in; `read` also says what was skipped. What the shapes are stands in shapes.py, what they become in
-examples.py.
+`load` is the way in; `read` also says what was skipped. What the shapes are stands in row_formats.py, what they
+become in examples.py.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
     prompts             {"prompt": "…", "answer": "…"}
     tokens              {"input_ids": [1, …], "labels": [-100, …]}
 
-The names of the fields are those of `DataSpec`. A new shape is one function in readers.py and one line in its
+The names of the fields are those of `DataSpec`. A new shape is one function in row_parsers.py and one line in its
 `READERS`.
 """
 

@@ -36,7 +36,7 @@ def _cpu(machine: Machine) -> Finding:
     if cores < len(machine.gpus):
         remedy = "give the container a core per GPU at least: every process tokenises, and feeds its own"
         return Finding("cpu", "warning", f"{what}, for {len(machine.gpus)} GPUs", remedy, facts)
-    if not machine.cpu_bf16 and not machine.gpus:  # 410 to 480 tokens/s against 117 to 143: hardware.py
+    if not machine.cpu_bf16 and not machine.gpus:  # 410 to 480 tokens/s against 117 to 143: machine/detect.py
         remedy = "a CPU with AVX512-BF16, AMX or Arm's BF16 trains three times as fast"
         return Finding("cpu", "note", f"{what}: runs use fp32", remedy, facts)
     return Finding("cpu", "ok", what, None, facts)

@@ -29,7 +29,7 @@ from runner.emulator.image import Places, lay_out
 
 # Below 32768, where Linux begins to hand out ports to clients: none of those can take one that was found free.
 PORTS = range(20000, 32000)
-INSIDE = Path(__file__).with_name("inside.py")
+INSIDE = Path(__file__).with_name("init_process.py")
 UNSHARE = ("unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child")
 PROJECT = Path(__file__).resolve().parents[2]
 """Where this package was read from; a pod may, too."""
@@ -182,8 +182,8 @@ class Container:
         if process is None:
             return
         self._killed = True
-        # The rest of a PID namespace is dead before its first process can be waited for. Without one, inside.py kills
-        # what descends from it.
+        # The rest of a PID namespace is dead before its first process can be waited for. Without one, init_process.py
+        # kills what descends from it.
         number = signal.SIGKILL if namespaces() else signal.SIGUSR1
         end = time.monotonic() + ENDING_S
         while process.poll() is None and time.monotonic() < end:

@@ -44,7 +44,7 @@ right after, it may name the second."""
 
 
 class Process(Protocol):
-    """What can be watched: a `subprocess.Popen`, or a worker that another process has forked (warm.py)."""
+    """What can be watched: a `subprocess.Popen`, or a worker that another process has forked (warm_workers.py)."""
 
     @property
     def pid(self) -> int:

@@ -1,6 +1,6 @@
 """Memory of one GPU (or one CPU process), phase by phase and term by term.
 
-The tape (step.py) gives what comes and goes within a step; here is what is always there, and what no
+The tape (step_peak.py) gives what comes and goes within a step; here is what is always there, and what no
 tensor shows: the CUDA context, the collectives' buffers, the allocator's slack.
 """
 

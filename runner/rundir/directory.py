@@ -116,7 +116,7 @@ class RunDir:
         return "killed" if str(status.get("born")).startswith(f"{boot}:") and self._unowned() else state
 
     def _unowned(self) -> bool:
-        """No process of this machine holds the run's lock (run_lock.py), which it has."""
+        """No process of this machine holds the run's lock (lock.py), which it has."""
         try:
             import fcntl  # not on Windows, where there are no such locks
 

@@ -174,7 +174,7 @@ def _batch(spec: RunSpec) -> int:
 
 
 def _check_idle(run: RunDir) -> None:
-    """Nobody may be at work on it, also without the lock (run_lock.py): torchrun's ranks do not inherit it."""
+    """Nobody may be at work on it, also without the lock (rundir/lock.py): torchrun's ranks do not inherit it."""
     status, state, here = run.read("status.json"), run.state(), socket.gethostname()
     busy = [sign for sign in signs(run) if sign["state"] == "alive" and alive(sign["pid"], sign.get("born"))]
     if busy:

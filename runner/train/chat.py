@@ -71,7 +71,7 @@ def main() -> int:
 
 def load(spec: RunSpec, run: RunDir, *, base: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer of a finished run, loaded as a user of plain transformers and peft would; an adapter's base
-    stops where its template ends a turn. `spec` is the run's as it is opened here (opening.py)."""
+    stops where its template ends a turn. `spec` is the run's as it is opened here (finished_run.py)."""
     from runner.train import stop_tokens
 
     model, tokenizer = _loaded(spec, run, base=base)

@@ -45,7 +45,7 @@ def source_of(model: ModelSpec, say: Callable[[str], None] = lambda line: None) 
     SmolLM2-135M) and read from the cache afterwards (0.1 s).
     """
     if model.package is None and model.gguf_file is None:
-        return model.id  # of random weights: the folder of their tokenizer (stages.py)
+        return model.id  # of random weights: the folder of their tokenizer (pretraining_stages.py)
     folder = _package_folder(model) if model.package else Path(model.id)
     assert model.gguf_file is not None
     gguf = folder / model.gguf_file

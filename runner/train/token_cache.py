@@ -30,7 +30,7 @@ class Tokenised:
     """Token ids ready for the trainer, and what was found on the way."""
 
     rows: Dataset
-    """`input_ids` [s], `labels` [s], and `seq_lengths` where packed; of preferences and the like see pairs.py."""
+    """`input_ids` [s], `labels` [s], and `seq_lengths` where packed; preferences: objectives/preference_dataset.py."""
     num_examples: int
     num_truncated: int
     num_dropped: int

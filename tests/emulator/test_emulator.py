@@ -120,7 +120,7 @@ def test_a_pod_has_its_own_folders_and_processes_and_cannot_harm_the_host(emulat
     assert [word for word in shown if word not in ROOT.parts] == ["/dev/shm:", "/tmp:", "/workspace:"]
     refused = ssh(two["id"], key_pair, f"touch /usr/x /etc/ssl/x {sys.prefix}/x {ROOT}/x")
     assert refused.stderr.count("Read-only file system") == 4 and not Path("/usr/x").exists()
-    assert words_of(two, key_pair, "ps -eo comm | grep -c inside.py; ps -p 1 -o pid=")[-1] == "1"
+    assert words_of(two, key_pair, "ps -eo comm | grep -c init_process.py; ps -p 1 -o pid=")[-1] == "1"
     assert int(words_of(two, key_pair, "ps -e | wc -l")[0]) < 12
 
 

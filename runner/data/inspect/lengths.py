@@ -1,8 +1,8 @@
 """Size of a data set, estimated quickly: rows, tokens per row, optimiser steps.
 
-Small data are read whole and tokenised with the model's own tokenizer, if it is on this machine: then the answer
-is exact. Else a sample is, or characters are counted (tokens.py). Answers are kept: the front should not read the same
-file twice.
+Small data are read whole and tokenised with the model's own tokenizer, if it is on this machine: then the answer is
+exact. Else a sample is, or characters are counted (token_counts.py). Answers are kept: the front should not read the
+same file twice.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def spans_of(row: dict[str, Any], name: str) -> list[tuple[int, int]]:
 
 
 class _Prepared(_Pairs):
-    """The rows are tokenised already (pairs.py)."""
+    """The rows are tokenised already (preference_dataset.py)."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset

@@ -158,7 +158,7 @@ def _made(spec: RunSpec, source: str, model: Any, config: Any, common: dict[str,
         return GuardedTrainer(model=model, peft_config=config, **common)
     if isinstance(spec.objective, Grpo):
         common["reward_funcs"] = rewards.functions(spec.objective)
-        common["eval_dataset"] = None  # the reward of greedy answers is what is measured (measure.py)
+        common["eval_dataset"] = None  # the reward of greedy answers is what is measured (before_after.py)
         made = grpo.GrpoTrainer(model=model, peft_config=config, **common)
         grpo.narrow(made, DTYPES[str(spec.train.precision)])
         return made
