@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.bench import Benchmark, alone, say, table
 from runner.config.request import Request
-from runner.plan.candidates import job_of
+from runner.plan.choose_stage import job_of
 from runner.plan.memory import GIB, memory
 from runner.plan.model_shape import shape_of
 from runner.plan.trainable import training_of

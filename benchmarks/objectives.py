@@ -193,8 +193,8 @@ def _order(run: RunDir, held: Sequence[Mapping[str, str]]) -> dict[str, list[flo
     """Log-probability of the right command less that of the wrong one, for every held-out pair: [before, after]."""
     import torch
 
+    from runner.data.chat_tokenizer import ChatTokenizer
     from runner.data.preference_tokens import split
-    from runner.data.tokenize import ChatTokenizer
     from runner.train import chat
 
     spec = RunSpec.model_validate(run.read("spec.json"))

@@ -14,11 +14,11 @@ from benchmarks.bench import ROOT, Benchmark, alone, quartiles, say, table
 from runner.config.compose import compose
 from runner.config.request import Request
 from runner.plan import deepspeed_json
-from runner.plan.candidates import Option, Options, allowed_stages, batches
+from runner.plan.choose_stage import StageChoice, StageSearch, allowed_stages, batches
 from runner.plan.hardware_defaults import settled
 from runner.plan.search import combinations
 from runner.resolve.fit import methods, models, opened
-from runner.resolve.plan_inputs import hardware
+from runner.resolve.price import hardware
 
 EXPLANATION = """\
 ## Startup
@@ -87,12 +87,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {"commands": commands, "plans": plans()}
 
 
-class Counting(Options):
+class Counting(StageSearch):
     """Counts the plans that are worked out."""
 
     computed = 0
 
-    def option(self, *arguments: Any) -> Option:
+    def option(self, *arguments: Any) -> StageChoice:
         """As Options does."""
         self.computed += 1
         return super().option(*arguments)

@@ -39,9 +39,9 @@ LAZY = (
     "train.__main__",
     "train.chat",
     "train.prepare",
-    "train.worker_verbs",
+    "train.artifact_verbs",
     "emulator.server",
-    "resolve.place",
+    "resolve.choose_place",
     "rundir.directory",
 )
 """Rooms and modules that may import our own modules inside functions: a verb is imported when it is typed, an executor

@@ -18,11 +18,11 @@ from runner.config.request import Request
 from runner.plan.autograd.layers import LAYERS
 from runner.plan.autograd.ops import Block, LayerKind, Setting
 from runner.plan.autograd.tape import CASTS, Kept, Storage, Tape, Tensor
-from runner.plan.candidates import job_of
-from runner.plan.duration import Facts
+from runner.plan.choose_stage import job_of
 from runner.plan.memory import CONTEXT, GIB, SLACK, setting_of
 from runner.plan.model_shape import Shape, shape_of
 from runner.plan.plan import Plan, plan_of
+from runner.plan.run_time import Facts
 from runner.plan.step_peak import Trains, step
 from runner.plan.trainable import Training, training_of
 from runner.resolve.plan_inputs import options_for

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from docs.generate.planning_examples import RUN, Table, planned, spec_of, trained, weights
 from runner.plan import cost
-from runner.plan.duration import GB
 from runner.plan.hardware_speed import (
     BALANCE,
     BEST_SHARE,
@@ -29,8 +28,9 @@ from runner.plan.hardware_speed import (
     efficiency,
     machine_of,
 )
-from runner.plan.time import flops_per_token
-from runner.resolve.plan_inputs import hardware
+from runner.plan.run_time import GB
+from runner.plan.step_time import flops_per_token
+from runner.resolve.price import hardware
 from runner.spec import HardwareSpec
 
 FIGURES: dict[str, Callable[[], str]] = {

@@ -109,7 +109,7 @@ def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool
     Example:
       python -m runner pods start mistral7b-qlora4-20261125-164234-ab12 --hours 2
     """
-    from runner.cloud import fleet, pod_env, reuse
+    from runner.cloud import fleet, pod_env, reuse_pod
     from runner.cloud.interactive import check_hours, described
 
     check_hours(hours)
@@ -121,7 +121,7 @@ def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool
         click.echo(f"pod {pod_id}, ${entry.usd_per_hour * hours:.2f} for {hours:g} hours at most", err=True)
     if not yes and sys.stdin.isatty():
         click.confirm("Start it?", abort=True, err=True)
-    rented = reuse.start(api, ledger, run, hours, lambda line: click.echo(line, err=True), values)
+    rented = reuse_pod.start(api, ledger, run, hours, lambda line: click.echo(line, err=True), values)
     said = described(rented.pod.id, rented.usd_per_hour, rented.deadline, "stops")
     facts = {"pod_id": rented.pod.id, "usd_per_hour": rented.usd_per_hour, "deadline": rented.deadline}
     _answer(as_json, said, **facts, run_id=rented.run_id, state="running")

@@ -21,12 +21,12 @@ VERBS = {
     "logs": "remote",
     "status": "remote",
     "fetch": "remote",
-    "chat": "artifacts",
-    "eval": "artifacts",
-    "merge": "artifacts",
-    "export": "artifacts",
+    "chat": "model_verbs",
+    "eval": "model_verbs",
+    "merge": "model_verbs",
+    "export": "model_verbs",
     "emulate": "emulator",
-    "push": "artifacts",
-    "deploy": "artifacts",
+    "push": "model_verbs",
+    "deploy": "model_verbs",
 }
 """Verb → module of this package, in the order of `--help`. There it is a click command of that name, or `list_`."""

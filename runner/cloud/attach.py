@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from runner.cloud import clock, executor, ssh, ssh_keys, transfer
-from runner.cloud.adoption import NoPodOfRunError, adopt, look, run_id_of
+from runner.cloud.find_pod import NoPodOfRunError, adopt, look, run_id_of
 from runner.cloud.follow import Vanished
 from runner.cloud.lease import Lease
 from runner.cloud.run_output import RunOutput

@@ -14,7 +14,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from runner.cloud import clock, lifecycle, preflight, reuse, ssh, ssh_keys
+from runner.cloud import clock, lifecycle, preflight, reuse_pod, ssh, ssh_keys
 from runner.cloud.follow import News, Vanished
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import HeldError, Ledger
@@ -98,7 +98,7 @@ def _machine(spec: RunSpec, plan: dict[str, Any]) -> tuple[str, float]:
         api = Api()
         ledger = Ledger()
         reconcile(api, ledger)
-        found = reuse.find(api, ledger, spec)
+        found = reuse_pod.find(api, ledger, spec)
         became = "stopped" if where(spec).keeps else "ENDED, with its disk"
         if found.entry.state == "RUNNING" and where(spec).keep is None:
             became = "yours again (stopped, where the run is detached)"
@@ -167,7 +167,7 @@ def _rent(
     try:
         rented = pool.take(run, spec, pair, run_output.say) if pool and not again else None
         if where(spec).pod:
-            rented = reuse.take(run, spec, pair, run_output.say, launch_options.detach)
+            rented = reuse_pod.take(run, spec, pair, run_output.say, launch_options.detach)
         rented = rented or lifecycle.acquire(
             run, spec, run.read("plan.json"), pair, run_output.say, detached=launch_options.detach,
             alone_minutes=BOOT_FACTOR * where(spec).setup_minutes, env=pool.variables() if pool else None,
@@ -218,7 +218,7 @@ def _with(session: Session, run_output: RunOutput, launch_options: LaunchOptions
     except Vanished:
         raise
     except BaseException as error:
-        until = None if begun and isinstance(error, OSError) else reuse.hand_back(session)
+        until = None if begun and isinstance(error, OSError) else reuse_pod.hand_back(session)
         session.close()
         if begun and isinstance(error, OSError):  # of this machine: it ends no training there
             rented.ledger.leave(rented.name)
@@ -264,7 +264,7 @@ def finish(session: Session, last: dict[str, Any], run_output: RunOutput, pool: 
     if shared is not None and _parked(session, shared):
         _close(run, rented, account(run, rented), last, run_output, "waits for the next run")
         return Outcome(run, code)
-    until = reuse.hand_back(session)
+    until = reuse_pod.hand_back(session)
     session.close()
     if code and run.read("status.json").get("state") not in ("failed", "interrupted"):
         if last.get("stopped_for"):  # before there was a training, which would say so itself
@@ -369,7 +369,7 @@ def _replaceable(session: Session, error: Vanished, lost: int) -> None:
         raise _ended_by_itself(session, session.agent)
     if place.pod:
         account(run, session.rented, error)
-        raise reuse.unavailable(place.pod)
+        raise reuse_pod.unavailable(place.pod)
     if lost > place.max_replacements:
         account(run, session.rented, error)
         remedy = f"python -m runner resume {quote(shown(run.path))} goes on after the last checkpoint"

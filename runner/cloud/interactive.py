@@ -12,7 +12,7 @@ from runner.cloud import clock, pod_env, ssh_keys
 from runner.cloud.lease import Lease
 from runner.cloud.lifecycle import acquire
 from runner.cloud.preflight import check
-from runner.cloud.reuse import folder_of
+from runner.cloud.reuse_pod import folder_of
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.offers import Candidate, runpod
 from runner.cloud.ssh import Connection, user_of

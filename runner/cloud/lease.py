@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from runner.cloud import clock, termination
 from runner.cloud.budget import Meter, stopped_usd_per_day
 from runner.cloud.ledger import Entry, Ledger, LedgerError, State
-from runner.cloud.reconcile import settle_unknown
+from runner.cloud.reconcile import end_unanswered_creates
 from runner.cloud.runpod.account import pace
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.errors import ApiDownError, WrongKeyError
@@ -67,7 +67,7 @@ class Lease:
 
         ApiDownError and WrongKeyError mean that nobody knows, and not that it is gone.
         """
-        settle_unknown(self.api, self.ledger, self.run_id)
+        end_unanswered_creates(self.api, self.ledger, self.run_id)
         found = self._asked()
         if found is None:
             if termination.is_gone(self.api, self.pod.id):
@@ -100,7 +100,7 @@ class Lease:
                     termination.stop(self.api, self.ledger, self.name, self.pod.id, "the run is over")
                 else:
                     termination.end(self.api, self.ledger, self.name, self.pod.id, "the run is over")
-                settle_unknown(self.api, self.ledger, self.run_id, now=True)
+                end_unanswered_creates(self.api, self.ledger, self.run_id, now=True)
                 with suppress(ApiDownError):  # what is listed later is ended by the next command
                     termination.end_doubles(self.api, self.pod.id, self.pod.name)
                 self.ledger.leave(self.name)

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from urllib.parse import quote
 
 from runner.cloud import clock
-from runner.cloud import owner as owners
+from runner.cloud import process_identity as owners
 from runner.errors import Problem, RequestError, RunnerError
 from runner.paths import state_dir
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from runner.cloud import clock, pod_of_run, termination
+from runner.cloud import clock, one_pod_per_run, termination
 from runner.cloud.agent import boot
 from runner.cloud.budget import Meter
 from runner.cloud.lease import Lease, deadline_of, hours_of, spent
@@ -72,7 +72,7 @@ def acquire(
     if (word := runpod(spec).template) is not None:
         template = {"template": templates.find(api, word)}
         spec = spec.model_copy(update={"where": runpod(spec).model_copy(update=template)})
-    if (again := pod_of_run.taken(api, ledger, run, spec, machines, say, detached)) is not None:
+    if (again := one_pod_per_run.taken(api, ledger, run, spec, machines, say, detached)) is not None:
         return again
     order = _Order(api, ledger, run, spec, keys, say, volume, detached, alone_minutes, env or {}, ports)
     try:

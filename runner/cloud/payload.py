@@ -18,7 +18,7 @@ from runner.errors import Problem, RequestError
 from runner.paths import cache_dir
 from runner.rundir import plain_files
 from runner.spec import LocalPlace, RunSpec
-from runner.spec.places import is_glob, is_url, named_places, put_place
+from runner.spec.input_paths import is_glob, is_url, named_places, put_place
 
 BLOCK = 1 << 20
 

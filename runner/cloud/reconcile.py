@@ -146,7 +146,7 @@ def overdue(entry: Entry, now: float) -> bool:
     return entry.heartbeat_s is not None and now > entry.updated + entry.heartbeat_s + AFTER_DEADLINE_S
 
 
-def settle_unknown(api: Api, ledger: Ledger, run_id: str, *, now: bool = False) -> None:
+def end_unanswered_creates(api: Api, ledger: Ledger, run_id: str, *, now: bool = False) -> None:
     """End what a create of this run that was not answered has brought forth meanwhile; one question, if any.
 
     `now`: the run is over, and what has not appeared in a minute is left to the next command.

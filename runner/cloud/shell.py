@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 
-from runner.cloud import fleet, pod_env, ssh, ssh_keys, tensorboard
+from runner.cloud import fleet, pod_env, pod_tensorboard, ssh, ssh_keys
 from runner.cloud.ledger import Ledger
 from runner.cloud.runpod.api import Api
 from runner.errors import CannotRunError, Problem, RequestError
@@ -35,7 +35,7 @@ def tunnel(api: Api, ledger: Ledger, word: str, ports: Sequence[str], say: Calla
     pairs = [_pair(port) for port in ports or PORTS]
     _check_free(pairs)
     connection = connect(api, ledger, word)
-    if any(there == tensorboard.PORT for _, there in pairs) and (why := tensorboard.serve(connection)):
+    if any(there == pod_tensorboard.PORT for _, there in pairs) and (why := pod_tensorboard.serve(connection)):
         say(why)
     forwards = [w for here, there in pairs for w in ("-L", f"127.0.0.1:{here}:127.0.0.1:{there}")]
     alone = ("-o", "ControlMaster=no", "-o", "ControlPath=none", "-o", "ExitOnForwardFailure=yes")

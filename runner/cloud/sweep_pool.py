@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.cloud import clock, handover, ssh_keys, termination
-from runner.cloud import owner as owners
+from runner.cloud import clock, ssh_keys, sweep_handover, termination
+from runner.cloud import process_identity as owners
 from runner.cloud.budget import Meter
 from runner.cloud.lease import Lease, deadline_of
 from runner.cloud.ledger import PREFIX, Entry, Ledger, owner
@@ -69,7 +69,7 @@ class Pool:
             say(f"Takes   pod {rented.pod.id} over from run {before.run.id}")
             old = Session(before.run, before.spec, rented, ssh_keys.pair(before.run.id), say)
             try:
-                handover.hand_on(old, Session(run, spec, rented, pair, say))
+                sweep_handover.hand_on(old, Session(run, spec, rented, pair, say))
                 self.points.serve()
                 return rented
             except RunnerError as error:
@@ -90,7 +90,7 @@ class Pool:
         if kind is None or not self._wanted(kind):
             return False
         try:
-            deadline = handover.park(session)
+            deadline = sweep_handover.park(session)
         except RunnerError:
             return False
         with self.points.locked():
@@ -200,7 +200,7 @@ def made_for(specs: Sequence[RunSpec], folder: Path, max_pods: int) -> Pool:
     """The pool of a sweep over these points, in this process."""
     places = [spec.where for spec in specs if isinstance(spec.where, RunPodPlace)]
     disks = {name: max(int(getattr(place, name)) for place in places) for name in ("volume_gb", "container_disk_gb")}
-    hours = sum(float(place.deadline_hours) + handover.PARKED_MINUTES / 60 for place in places)
+    hours = sum(float(place.deadline_hours) + sweep_handover.PARKED_MINUTES / 60 for place in places)
     return Pool(Points(folder / ".pool", os.getpid()), max_pods, tuple(kind_of(spec) for spec in specs), disks, hours)
 
 

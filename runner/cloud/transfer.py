@@ -26,7 +26,7 @@ from runner.plan.memory import FREE_SHARE, GIB
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.spec.places import named_places
+from runner.spec.input_paths import named_places
 
 SCRIPTS = (agent, tail, install)
 CARRIED = (

@@ -1,4 +1,4 @@
-"""Recipe, choices and command line → one validated `RunSpec`. Only it, merge_files.py, request.py and
+"""Recipe, choices and command line → one validated `RunSpec`. Only it, hydra_loader.py, request.py and
 sweeper.py import Hydra.
 
 A recipe is Hydra's primary config. Every `key=value` that is not a choice is handed to Hydra as
@@ -29,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from runner.config import catalog, identity, merge_files, recipes, repeat
+from runner.config import catalog, hydra_loader, identity, recipe_checks, repeat
 from runner.config.provenance import Origin, of_file, shown
 from runner.config.request import COMMAND_LINE, Checked, Request, check
 from runner.config.suggestions import default_of, known_keys, nearest_key
@@ -153,8 +153,8 @@ def primary_of(request: Request) -> _Primary:
     """Name of the primary config and the folder it needs in the search path."""
     if request.recipe is None:
         return _Primary("config")
-    file = recipes.find(request.recipe, request.config_dirs)
-    problems = recipes.problems_in(file, request.folders)
+    file = recipe_checks.find(request.recipe, request.config_dirs)
+    problems = recipe_checks.problems_in(file, request.folders)
     if problems:
         raise RequestError(*problems)
     return _Primary(file.stem, (file.resolve().parent,))
@@ -199,7 +199,9 @@ def _composed(request: Request, checked: Checked) -> _Composed:
     content = {key: value for key, value in config.items_ex(resolve=False) if key != "hydra"}
     names = {key: content.pop(key) for key in catalog.GROUPS if isinstance(content.get(key), (str, int, float))}
     found = _resolved(OmegaConf.create(content), source_of, tuple(names))
-    misplaced = [recipes.misplaced(key, str(name), source_of(key), request.folders) for key, name in names.items()]
+    misplaced = [
+        recipe_checks.misplaced(key, str(name), source_of(key), request.folders) for key, name in names.items()
+    ]
     found = replace(found, problems=[*misplaced, *found.problems])
     if found.values is not None:
         if any(not isinstance(value, (str, type(None))) for value in _environment(found.values).values()):
@@ -217,12 +219,12 @@ def merged(checked: Checked, primary: _Primary) -> tuple[DictConfig, Mapping[str
         return config, config.hydra.runtime.choices
 
 
-def _without_hydra(checked: Checked, primary: _Primary) -> merge_files.Merged | None:
+def _without_hydra(checked: Checked, primary: _Primary) -> hydra_loader.Merged | None:
     if any(override.is_hydra_override() for override in checked.overrides):
         return None
     version.setbase("1.3")
     with _quiet():
-        return merge_files.merged(_folders(checked.request, primary), primary.name, checked.for_hydra)
+        return hydra_loader.merged(_folders(checked.request, primary), primary.name, checked.for_hydra)
 
 
 def _environment(values: dict[str, Any]) -> dict[str, Any]:
@@ -358,7 +360,7 @@ def _complaint(error: Exception, checked: Checked) -> Problem:
         return Problem(what, COMMAND_LINE, remedy)
     source, key = checked.request.recipe, getattr(cause, "full_key", None)
     if source and key:
-        lines_of_recipe = of_file(recipes.find(source, checked.request.config_dirs), "")
+        lines_of_recipe = of_file(recipe_checks.find(source, checked.request.config_dirs), "")
         source = next((o.place for o in lines_of_recipe if o.key == key), source)
     return Problem(f"{key}: {what}" if key else what, source, remedy)
 

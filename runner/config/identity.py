@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runner.config import catalog, recipes
+from runner.config import catalog, recipe_checks
 from runner.config.suggestions import nearest_choice
 from runner.config.validation import SourceOf
 from runner.errors import Problem
@@ -75,7 +75,7 @@ def _of_choice(
         what = f"{group}.{key}={value} names another {_NOUN.get(group, group)}"
         remedy, source = _instead(group, key, str(value), folders), source_of(f"{group}.{key}")
         if source != "command line":
-            remedy = recipes.for_file(remedy)
+            remedy = recipe_checks.for_file(remedy)
         yield Problem(f"{what}, and the rest would stay that of {group}={choice}", source, remedy)
     if group == "model" and not generic and own.get("architecture") and not held.get("from_scratch"):
         for key in ARCHITECTURE:

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Glob, OverrideType
 from hydra.errors import HydraException
 from yaml import YAMLError
 
-from runner.config import catalog, recipes
+from runner.config import catalog, recipe_checks
 from runner.config.suggestions import nearest, only_text, takes_list, takes_text
 from runner.errors import Problem, RequestError
 
@@ -48,7 +48,7 @@ class Request:
     def folders(self) -> tuple[Path, ...]:
         """Where a user's own choices are: named folders, and the one the recipe is in."""
         try:
-            beside = (recipes.find(self.recipe, self.config_dirs).resolve().parent,) if self.recipe else ()
+            beside = (recipe_checks.find(self.recipe, self.config_dirs).resolve().parent,) if self.recipe else ()
         except RequestError:
             beside = ()
         return (*(folder for folder in self.config_dirs if folder.is_dir()), *beside)
@@ -143,7 +143,7 @@ def _of_recipe(request: Request) -> tuple[dict[str, str], dict[str, Any]]:
     if request.recipe is None:
         return {}, {}
     try:
-        return recipes.written(recipes.find(request.recipe, request.config_dirs))
+        return recipe_checks.written(recipe_checks.find(request.recipe, request.config_dirs))
     except (RequestError, YAMLError, OSError, ValueError, AttributeError, TypeError):
         return {}, {}  # told when it is composed
 
@@ -166,7 +166,7 @@ def _lift_recipe(request: Request) -> tuple[Request, list[Problem]]:
         problem = Problem(f"recipe={named[0]}: a sweep cannot go over recipes", COMMAND_LINE, remedy)
     else:
         chosen = named[0] if named else request.recipe
-        whole = recipes.resolved(chosen, request.config_dirs) if chosen else None
+        whole = recipe_checks.resolved(chosen, request.config_dirs) if chosen else None
         if whole is not None:
             return replace(request, recipe=None, spec_file=whole, overrides=rest), []
         return replace(request, recipe=chosen, overrides=rest), []
@@ -288,7 +288,7 @@ def _choice_problem(override: Override, request: Request) -> Problem | None:
     bad = [value for value in chosen if value not in names]
     if len(bad) < len(chosen):
         return None  # of a sweep, some of whose points are right: the others are told one by one
-    return recipes.no_choice(group, bad[0], names, COMMAND_LINE) if bad else None
+    return recipe_checks.no_choice(group, bad[0], names, COMMAND_LINE) if bad else None
 
 
 def _chosen(override: Override, names: tuple[str, ...]) -> list[str]:

@@ -90,7 +90,7 @@ class Template:
         self.source, self.special = source, special
         self._render = _compiled(source)
         self.places: dict[Any, bool] = {}
-        """Form of a conversation, with the number of a turn in it → whether that is shown (completeness.py)."""
+        """Form of a conversation, with the number of a turn in it → whether that is shown (rendered_text_checks.py)."""
 
     def render(self, turns: Sequence[Turn], ask: bool = False, tools: Sequence[dict[str, Any]] = ()) -> Rendered:
         """The conversation as text; `ask` ends it where the assistant is to speak.

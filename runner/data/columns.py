@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from runner.data.examples import Example, Judged, Learnable, Preference, Turn
+from runner.data.examples import Example, Learnable, Preference, Turn, UnpairedExample
 from runner.data.readers.files import Row
 from runner.data.row_values import CONTENT_KEYS, THOUGHTS, RowReader
 from runner.spec import DataSpec
@@ -97,7 +97,7 @@ def unread(reader: RowReader, found: Learnable) -> list[str]:
 
     Beside judged answers plain text may be their prompt; otherwise it is the less exact form of what was read.
     """
-    content = _CONTENT | {"text"} if isinstance(found, (Preference, Judged)) else _CONTENT
+    content = _CONTENT | {"text"} if isinstance(found, (Preference, UnpairedExample)) else _CONTENT
     content = content - _REMARKS if isinstance(found, Preference) else content
     left = [
         name

@@ -11,7 +11,7 @@ from typing import Any
 from runner.data.readers.files import kind_of_file
 from runner.data.readers.sources import files_of, sources_of
 from runner.spec import DataSpec
-from runner.spec.places import is_url
+from runner.spec.input_paths import is_url
 
 WHOLE_BYTES = 64 << 20
 """Up to this size in all every byte counts (0.1 s); of more, the sizes of the files and `BLOCKS` blocks of each."""

@@ -1,9 +1,9 @@
 """Examples: the four forms a row can take, by what is learned from it.
 
-    Example      sft, pretrain     prompt + completion (turns), or text, or token ids
-    Preference   dpo, orpo, reward prompt, chosen, rejected
-    Judged       kto               prompt, completion, label
-    Question     grpo              prompt, and the answer that a reward function compares with
+    Example          sft, pretrain     prompt + completion (turns), or text, or token ids
+    Preference       dpo, orpo, reward prompt, chosen, rejected
+    UnpairedExample  kto               prompt, completion, label
+    PromptExample    grpo              prompt, and the answer that a reward function compares with
 
 `columns` gives them the names that TRL knows.
 """
@@ -85,7 +85,7 @@ class Preference:
 
 
 @dataclass(frozen=True)
-class Judged:
+class UnpairedExample:
     """An answer, and whether it is a good one."""
 
     prompt: list[Turn]
@@ -97,7 +97,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Question:
+class PromptExample:
     """Something to answer; `answer` and `extra` are for the reward functions."""
 
     prompt: list[Turn]
@@ -110,12 +110,12 @@ class Question:
     """File and row it came from."""
 
 
-Learnable = Example | Preference | Judged | Question
+Learnable = Example | Preference | UnpairedExample | PromptExample
 CLASSES: dict[Kind, type[Learnable]] = {
     "sft": Example,
     "preference": Preference,
-    "unpaired": Judged,
-    "prompts": Question,
+    "unpaired": UnpairedExample,
+    "prompts": PromptExample,
 }
 _NEEDS: dict[Kind, str] = {
     "sft": "an answer to learn",
@@ -143,14 +143,14 @@ def as_kind(row: Learnable, kind: Kind, where: str) -> Learnable:
 _IS: dict[type, str] = {
     Example: "an answer without another to compare it with",
     Preference: "a pair of answers",
-    Judged: "an answer with a label",
-    Question: "a prompt without an answer to learn",
+    UnpairedExample: "an answer with a label",
+    PromptExample: "a prompt without an answer to learn",
 }
 _FITTING: dict[type, str] = {
     Example: "write objective=sft, or name data with fields chosen and rejected, or label",
     Preference: "write objective=dpo, orpo, reward or sft",
-    Judged: "write objective=kto, or data.format=prompt_completion to learn every answer",
-    Question: "write data.completion_field=answer to learn the answers, or objective=grpo",
+    UnpairedExample: "write objective=kto, or data.format=prompt_completion to learn every answer",
+    PromptExample: "write data.completion_field=answer to learn the answers, or objective=grpo",
 }
 
 
@@ -162,15 +162,16 @@ def _turns(value: list[Turn] | str) -> list[Turn]:
 def columns(rows: Sequence[Learnable]) -> dict[str, list[Any]]:
     """Rows of one kind → the columns that TRL's trainers take.
 
-    Preference: `prompt`, `chosen`, `rejected`. Judged: `prompt`, `completion`, `label`. Question: `prompt`, `answer`
+    Preference: `prompt`, `chosen`, `rejected`. UnpairedExample: `prompt`, `completion`, `label`.
+    PromptExample: `prompt`, `answer`
     and its extra fields. Example: `prompt`, `completion`. Turns are lists of `{role, content, …}`; text stays text.
     `tools` is there only where some row has any.
     """
     found: dict[str, list[Any]] = {}
     kind = type(rows[0]) if rows else Example
-    names = {Preference: ("prompt", "chosen", "rejected"), Judged: ("prompt", "completion", "label")}
-    if kind is Question:
-        questions = [row for row in rows if isinstance(row, Question)]
+    names = {Preference: ("prompt", "chosen", "rejected"), UnpairedExample: ("prompt", "completion", "label")}
+    if kind is PromptExample:
+        questions = [row for row in rows if isinstance(row, PromptExample)]
         found = {"prompt": [row.prompt for row in questions], "answer": [row.answer for row in questions]}
         extra = dict.fromkeys(name for row in questions for name in row.extra)
         return found | {name: [row.extra.get(name) for row in questions] for name in extra if name not in found}

@@ -25,7 +25,7 @@ from runner.data.row_formats import read as read_shape
 from runner.data.row_store import Stored, num_bytes
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec
-from runner.spec.places import is_url
+from runner.spec.input_paths import is_url
 
 __all__ = [
     "Example", "Learnable", "Loaded", "Shape", "Turn", "canonical", "canonical_rows", "columns", "detect",

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.data.chat_template import MARK, Template
-from runner.data.completeness import check_given, missing, refusal
 from runner.data.examples import Example, Turn
+from runner.data.rendered_text_checks import check_given, missing, refusal
 from runner.errors import Problem, RequestError
 
 IGNORED = -100

@@ -1,6 +1,6 @@
 """Token ids of preferences, marked answers and prompts, equal to those of TRL's trainers (tested).
 
-With the tokenizer alone, as encoding.py: the processes that do it import neither torch nor transformers.
+With the tokenizer alone, as tokenize_rows.py: the processes that do it import neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner.data.examples import Example, Judged, Preference, Question, Turn
+from runner.data.chat_tokenizer import ChatTokenizer
+from runner.data.examples import Example, Preference, PromptExample, Turn, UnpairedExample
 from runner.data.loss_mask import IGNORED
-from runner.data.tokenize import ChatTokenizer
 from runner.errors import Problem, RequestError
 
 Answer = Sequence[Turn] | str
@@ -47,10 +47,10 @@ class Chunk:
     problems: list[Problem] = field(default_factory=list)
 
 
-def encode_chunk(words: ChatTokenizer, rows: Sequence[Preference | Judged | Question], how: How) -> Chunk:
+def encode_chunk(words: ChatTokenizer, rows: Sequence[Preference | UnpairedExample | PromptExample], how: How) -> Chunk:
     """Columns of the rows; those that the template refuses are problems with their place."""
     chunk = Chunk(conversations=sum(not isinstance(row.prompt, str) for row in rows))
-    if chunk.conversations and not how.whole and not isinstance(rows[0], Question):
+    if chunk.conversations and not how.whole and not isinstance(rows[0], PromptExample):
         words.check_end()  # a reward model answers nothing, and of questions the model's own answers are learned
     for row in rows:
         try:
@@ -69,11 +69,11 @@ def encode_chunk(words: ChatTokenizer, rows: Sequence[Preference | Judged | Ques
 
 
 def _columns(
-    words: ChatTokenizer, row: Preference | Judged | Question, how: How
+    words: ChatTokenizer, row: Preference | UnpairedExample | PromptExample, how: How
 ) -> tuple[dict[str, Any], Sequence[int] | None]:
     """The columns of a row and the lengths of its sequences; None where it cannot be learned from: TRL drops these,
     too."""
-    if isinstance(row, Question):
+    if isinstance(row, PromptExample):
         # Of a question the words alone: TRL renders and tokenises it before every generation.
         (asked,) = words.ids([words.asked(row.prompt, row.tools)])
         fits = len(asked) + how.room <= how.limit
@@ -87,7 +87,7 @@ def _columns(
     if how.whole:
         return {"chosen_ids": prompt + parts[0], "rejected_ids": prompt + parts[1]}, lengths if fits else None
     names = ("chosen", "rejected") if isinstance(row, Preference) else ("completion",)
-    columns = {"prompt_ids": prompt} | ({"label": row.label} if isinstance(row, Judged) else {})
+    columns = {"prompt_ids": prompt} | ({"label": row.label} if isinstance(row, UnpairedExample) else {})
     for name, answer, part in zip(names, answers, parts, strict=True):
         spans = others(words, row.prompt, answer, row.tools, len(prompt))
         columns |= {f"{name}_ids": part, f"{name}_given": [edge for span in spans for edge in span]}

@@ -18,7 +18,7 @@ from runner.errors import RequestError
 from runner.paths import cache_dir
 from runner.rundir.directory import write_atomically
 from runner.spec import Pretrain, RunSpec
-from runner.spec.places import is_url
+from runner.spec.input_paths import is_url
 
 
 def remember(spec: RunSpec, entries: Sequence[Path]) -> None:

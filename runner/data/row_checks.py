@@ -15,8 +15,18 @@ from typing import Any
 
 from runner.config.suggestions import nearest
 from runner.data import reward_files
-from runner.data.completeness import show
-from runner.data.examples import Example, Judged, Kind, Learnable, Preference, Question, Turn, columns, kind_of
+from runner.data.chat_tokenizer import template_of
+from runner.data.examples import (
+    Example,
+    Kind,
+    Learnable,
+    Preference,
+    PromptExample,
+    Turn,
+    UnpairedExample,
+    columns,
+    kind_of,
+)
 from runner.data.inspect.sample import head
 from runner.data.inspect.token_counts import tokenizer_file
 from runner.data.load import canonical_rows
@@ -28,11 +38,11 @@ from runner.data.readers.hub import first_rows
 from runner.data.readers.remote import UnreachableError, size_of
 from runner.data.readers.sources import Source, files_of, sources_of
 from runner.data.readers.streams import in_pieces, tables
+from runner.data.rendered_text_checks import show
 from runner.data.row_store import num_bytes
-from runner.data.tokenize import template_of
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec, Grpo, Pretrain, RunSpec
-from runner.spec.places import is_url
+from runner.spec.input_paths import is_url
 
 WHOLE_BYTES = 32 << 20
 """Files of this size in all are checked whole: about 0.7 s."""
@@ -80,7 +90,9 @@ class _Part:
                 self.count += len(found)
                 self.rows += found[: TEMPLATE_ROWS - len(self.rows)]
                 self.columns |= dict.fromkeys(columns(found) if found else ())
-                self.answered |= any(isinstance(row, Question) and row.answer not in (None, "", []) for row in found)
+                self.answered |= any(
+                    isinstance(row, PromptExample) and row.answer not in (None, "", []) for row in found
+                )
         except RequestError as error:
             self.broken = error.problems
         self.wrong += [p for row in self.rows for p in _tried(turns, row, loss_on)] if turns else []
@@ -266,11 +278,11 @@ def _tried(turns: Turns, row: Learnable, loss_on: str) -> Iterator[Problem]:
             yield Problem(what, row.where, "set data.chat_template to a Jinja file, or data.system_prompt=null")
 
 
-def _conversations(row: Preference | Judged | Question) -> Iterator[tuple[list[Turn], list[Turn]]]:
+def _conversations(row: Preference | UnpairedExample | PromptExample) -> Iterator[tuple[list[Turn], list[Turn]]]:
     """Prompt and answer; a question has none."""
     if isinstance(row.prompt, str):
         return
     if isinstance(row, Preference):
         yield from ((row.prompt, said) for said in (row.chosen, row.rejected) if not isinstance(said, str))
     else:
-        yield row.prompt, [] if isinstance(row, Question) else row.completion
+        yield row.prompt, [] if isinstance(row, PromptExample) else row.completion

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from runner.data.columns import is_content, is_fact, is_index, is_odd, listing, mappings, media, seen, unread
-from runner.data.examples import Kind, Learnable, Preference, Question, as_kind
+from runner.data.examples import Kind, Learnable, Preference, PromptExample, as_kind
 from runner.data.readers.files import Row, kind_of
 from runner.data.row_parsers import READERS, Shape, passed_on, prompts_of
 from runner.data.row_parts import completion_field, messages_field, prompt_field, said_turns
@@ -172,7 +172,7 @@ def read(row: Row, where: str, spec: DataSpec, shape: Shape, kind: Kind | None =
 def left_out(row: Row, spec: DataSpec, shape: Shape, kind: Kind | None = None) -> list[str]:
     """Columns of a row that are not read; the numbers of rows are not among them."""
     reader, found = _read(row, "", spec, shape, kind)
-    extra = found.extra if isinstance(found, Question) else {}
+    extra = found.extra if isinstance(found, PromptExample) else {}
     return [name for name in row if name not in {*reader.read, *extra} and not is_index(name)]
 
 
@@ -189,7 +189,7 @@ def _read(row: Row, where: str, spec: DataSpec, shape: Shape, kind: Kind | None)
         return reader, prompts_of(reader, spec)  # whatever else the row could be
     found = READERS[shape](reader, spec)
     if kind == "prompts" and isinstance(found, Preference) and not isinstance(found.prompt, str):
-        found = Question(found.prompt, None, passed_on(reader), found.tools)
+        found = PromptExample(found.prompt, None, passed_on(reader), found.tools)
     return reader, found
 
 
@@ -197,7 +197,7 @@ def _unread(reader: RowReader, found: Learnable, spec: DataSpec, shape: Shape) -
     """Token ids and text that is named are taken as they are, and all of a prompt goes to the reward functions."""
     if shape == "tokens" or spec.format == "text":
         return []
-    return media(reader) if isinstance(found, Question) else [*unread(reader, found), *media(reader)]
+    return media(reader) if isinstance(found, PromptExample) else [*unread(reader, found), *media(reader)]
 
 
 def _left(names: list[str], reader: RowReader, spec: DataSpec, kind: Kind | None) -> Problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from runner.data.examples import Example, Judged, Learnable, Preference, Question, Turn
+from runner.data.examples import Example, Learnable, Preference, PromptExample, Turn, UnpairedExample
 from runner.data.loss_mask import IGNORED
 from runner.data.readers.files import kind_of
 from runner.data.row_parts import (
@@ -167,16 +167,16 @@ def _are_the_same(reader: RowReader, spec: DataSpec) -> None:
     reader.wrong(f"{spec.chosen_field} and {spec.rejected_field} are the same", "delete the row")
 
 
-def _unpaired(reader: RowReader, spec: DataSpec) -> Judged:
+def _unpaired(reader: RowReader, spec: DataSpec) -> UnpairedExample:
     row = reader.row
     instructed_alone = spec.completion_field not in row and {spec.instruction_field, spec.output_field} <= row.keys()
     conversation = completion_field(row, spec) not in row and messages_field(row, spec) in row
     found = (_chat if conversation else _alpaca if instructed_alone else _pair)(reader, spec)
     _weighs(reader, completion_field(row, spec), found.completion)
-    return Judged(found.prompt, found.completion, reader.truth(spec.label_field), found.tools)
+    return UnpairedExample(found.prompt, found.completion, reader.truth(spec.label_field), found.tools)
 
 
-def prompts_of(reader: RowReader, spec: DataSpec) -> Question:
+def prompts_of(reader: RowReader, spec: DataSpec) -> PromptExample:
     """All columns but the prompt go to the reward functions as they are."""
     row = reader.row
     pair = _preference(reader, spec).prompt if {spec.chosen_field, spec.rejected_field} <= row.keys() else None
@@ -192,7 +192,7 @@ def prompts_of(reader: RowReader, spec: DataSpec) -> Question:
         reader.wrong(f"{name} is {kind_of(answer)}, neither text nor a number", "write what is compared with")
     if prompt and prompt[-1]["role"] == "assistant":
         reader.wrong("the prompt ends with an assistant turn", "drop it: the model is to write it")
-    return Question(prompt, _passable(answer), passed_on(reader), reader.tools(spec.tools_field))
+    return PromptExample(prompt, _passable(answer), passed_on(reader), reader.tools(spec.tools_field))
 
 
 def _asks(turns: list[Turn]) -> int:

@@ -12,7 +12,7 @@ from runner.report.errors_text import dump
 from runner.rundir import checkpoints, plain_files
 from runner.rundir.directory import RunDir
 from runner.spec import RunInfo, RunSpec
-from runner.spec.places import is_url, named_places, put_place
+from runner.spec.input_paths import is_url, named_places, put_place
 
 BESIDE = ("summary.json", "loss.png")
 """What goes along with the weights, the card and the spec."""

@@ -96,8 +96,8 @@ def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: War
 
 
 def attend(
-    run: RunDir, spec: RunSpec, *, stdout: TextIO | None = None, others: nodes.Others = nodes.NOBODY, node: int = 0,
-    address: str | None = None, warm: WarmWorkers | None = None,
+    run: RunDir, spec: RunSpec, *, stdout: TextIO | None = None, others: nodes.RemoteNodes = nodes.NOBODY,
+    node: int = 0, address: str | None = None, warm: WarmWorkers | None = None,
 ) -> tuple[supervisor.Ending, Callable[[], Killer]]:  # fmt: skip
     """Start this machine's processes and watch them until they end; how, and who killed them if they were killed."""
     counts = oom_kills()
@@ -109,6 +109,6 @@ def attend(
             return torchrun.start(run, spec, log, stdout, node=node, address=address)
 
         process = cold() if warm is None else warm.start(run, spec, stdout, cold)
-        with supervisor.passing_on(process, run, own) as asked:
+        with supervisor.forward_signals(process, run, own) as asked:
             ending = supervisor.watch(process, run, spec.train.hang_minutes, own, name, others.lost, asked)
     return ending, lambda: killer(counts, oom_kills())

@@ -38,7 +38,7 @@ SSH_FAILED = 255
 
 
 @dataclass
-class Others:
+class RemoteNodes:
     """The machines besides the first, each behind its ssh."""
 
     run: RunDir | None = None
@@ -55,7 +55,7 @@ class Others:
         return None
 
 
-NOBODY = Others()
+NOBODY = RemoteNodes()
 
 
 def log_of(node: int) -> str:
@@ -111,9 +111,9 @@ def _unfit(host: Host, process: subprocess.Popen[Any], folder: str) -> Problem |
 
 
 @contextmanager
-def joined(run: RunDir, spec: RunSpec) -> Iterator[Others]:
+def joined(run: RunDir, spec: RunSpec) -> Iterator[RemoteNodes]:
     """The other machines at work on `run`, until the block ends; none where there is no hostfile."""
-    others = Others(run)
+    others = RemoteNodes(run)
     try:
         for node, host in enumerate(hostfile.taken(spec.hw)[1:], 1):
             folder = str(run.path.absolute())

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from runner.errors import Problem, RunFailedError
 from runner.machine.oom_kills import Killer
-from runner.plan.candidates import Option, Options
+from runner.plan.choose_stage import StageChoice, StageSearch
 from runner.plan.memory import GIB
 from runner.plan.nearest_fit import Change, nearest
 from runner.report.plan_terms import PHASES, term_of
 from runner.report.plan_vs_measured import TRAINING
-from runner.resolve import plan_inputs
+from runner.resolve import plan_inputs, price
 from runner.rundir import checkpoints
 from runner.rundir.directory import PHASE_OF_STATE, RunDir, shown
 from runner.spec import HardwareSpec, RunSpec
@@ -77,7 +77,7 @@ class OomReport:
     remedy: str
 
 
-def autopsy(run: RunDir, spec: RunSpec, killer: Killer | None = None) -> OomReport:
+def diagnose_oom(run: RunDir, spec: RunSpec, killer: Killer | None = None) -> OomReport:
     """Why a worker ended: by its note in `status.json`, or by SIGKILL from `killer`. Needs no torch."""
     status, plan = run.read("status.json"), run.read("plan.json")
     oom: dict[str, Any] = status.get("oom") or {}
@@ -108,7 +108,7 @@ def autopsy(run: RunDir, spec: RunSpec, killer: Killer | None = None) -> OomRepo
 
 def report(run: RunDir, spec: RunSpec, killer: Killer | None = None) -> RunFailedError:
     """Write `autopsy.json` and the run's `error`; what to show on screen."""
-    found = autopsy(run, spec, killer)
+    found = diagnose_oom(run, spec, killer)
     run.write("autopsy.json", asdict(found))
     run.set_status("failed", exit_code=1, error=found.what)
     return RunFailedError(Problem(found.what, None, found.remedy))
@@ -166,7 +166,7 @@ def suggestions(
         there = min(held, there or held)
     room = HEADROOM * min(predicted, there or predicted)
     too_low = min(1.0, predicted / held) if held else 1.0
-    machines = [_with(hw, HEADROOM * too_low) for hw in plan_inputs.hardware() if hw.name != spec.hw.name]
+    machines = [_with(hw, HEADROOM * too_low) for hw in price.hardware() if hw.name != spec.hw.name]
     small = spec.model_copy(update={"hw": spec.hw.model_copy(update={"memory_gib": room})})
     changes = [*_smaller_evaluation(small, planned, options), *nearest(small, options, machines, limit=12)]
     here = [c for c in changes if c.spec.hw.name == spec.hw.name]
@@ -179,11 +179,11 @@ def _with(hw: HardwareSpec, factor: float) -> HardwareSpec:
     return hw.model_copy(update={"memory_gib": None if hw.memory_gib is None else factor * hw.memory_gib})
 
 
-def _peak(option: Option) -> float:
+def _peak(option: StageChoice) -> float:
     return round(option.memory.expected / GIB, 3)
 
 
-def _smaller_evaluation(spec: RunSpec, planned: Mapping[str, Any], options: Options) -> list[Change]:
+def _smaller_evaluation(spec: RunSpec, planned: Mapping[str, Any], options: StageSearch) -> list[Change]:
     """Fewer prompts at once, where that is what failed: it costs nothing but time."""
     if planned["plan_phase"] != "eval" or spec.eval.batch_size == 1:
         return []
@@ -191,7 +191,7 @@ def _smaller_evaluation(spec: RunSpec, planned: Mapping[str, Any], options: Opti
     return [Change("eval.batch_size=1", options.best(one), one)]
 
 
-def _suggestion(change: Change, spec: RunSpec, options: Options, planned: Mapping[str, Any]) -> Suggestion | None:
+def _suggestion(change: Change, spec: RunSpec, options: StageSearch, planned: Mapping[str, Any]) -> Suggestion | None:
     """The change with the run's own micro batch, if it fits with that; None if it does not help the failed phase."""
     train, own = change.spec.train, spec.train
     kept: dict[str, Any] = {}

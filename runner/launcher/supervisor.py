@@ -120,7 +120,7 @@ def watch(
 
     Where there are several machines: `own` are this one's ranks, and `lost` tells when another one was lost.
     """
-    asked, silence = asked or Interrupts(), Silence()
+    asked, silence = asked or Interrupts(), HangDetector()
     failed_at = over_at = None
     cause: Problem | None = None
     stopped: set[int] = set()
@@ -166,7 +166,7 @@ def gone(sign: dict[str, Any]) -> bool:
 
 
 @dataclass
-class Silence:
+class HangDetector:
     """How long no process has given a sign of life, of the time that this one has lived through."""
 
     last: float = field(default_factory=time.monotonic)
@@ -197,7 +197,7 @@ class Interrupts:
 
 
 @contextmanager
-def passing_on(process: Process, run: RunDir, own: range | None = None) -> Iterator[Interrupts]:
+def forward_signals(process: Process, run: RunDir, own: range | None = None) -> Iterator[Interrupts]:
     """SIGINT and SIGTERM go to every worker, once each: they live in a session of their own, out of the terminal's
     reach, where torchrun would hand them on a second time."""
     asked = Interrupts()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from runner.errors import Problem, RequestError
-from runner.plan.candidates import STAGES, Option, Options, batches
+from runner.plan.choose_stage import STAGES, StageChoice, StageSearch, batches
 from runner.plan.hardware_defaults import settled
 from runner.plan.memory import GIB
 from runner.spec import RunSpec
 
 
-def resolve(spec: RunSpec, options: Options | None = None) -> tuple[RunSpec, list[str]]:
+def resolve(spec: RunSpec, options: StageSearch | None = None) -> tuple[RunSpec, list[str]]:
     """The run with every `auto` decided that the hardware decides, and what a user should know about it.
 
     `spec.hw` must be detected already. With `options` the ZeRO stage and the micro batch are the fastest that fit;
@@ -44,7 +44,7 @@ def _config(spec: RunSpec, stage: str) -> dict[str, str]:
     return {"config": f"{stage}.json"} if sharded and spec.deepspeed.config is None else {}
 
 
-def _why(spec: RunSpec, options: Options, best: Option) -> list[str]:
+def _why(spec: RunSpec, options: StageSearch, best: StageChoice) -> list[str]:
     """Why this ZeRO stage, where it was left open."""
     if spec.deepspeed.name != "auto" or spec.hw.world_size == 1:
         return []

@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.errors import RunnerError
 from runner.plan import cost
-from runner.plan.candidates import OFFLOADING, STAGES, Option, Options
+from runner.plan.choose_stage import OFFLOADING, STAGES, StageChoice, StageSearch
 from runner.plan.hardware_defaults import settled
 from runner.plan.memory import FREE_SHARE, GIB
 from runner.spec import HardwareSpec, Method, QLora4, RunSpec
@@ -22,7 +22,7 @@ class Change:
 
     words: str
     """What to write on the command line."""
-    option: Option
+    option: StageChoice
     spec: RunSpec
 
     @property
@@ -34,7 +34,7 @@ class Change:
 
 def nearest(
     spec: RunSpec,
-    options: Options,
+    options: StageSearch,
     hardware: Iterable[HardwareSpec],
     *,
     limit: int = 3,
@@ -94,7 +94,7 @@ def _with(spec: RunSpec, **parts: dict[str, Any]) -> RunSpec:
     return spec.model_copy(update=update)
 
 
-def _tried(words: str, spec: RunSpec, options: Options) -> Change | None:
+def _tried(words: str, spec: RunSpec, options: StageSearch) -> Change | None:
     try:
         option = options.best(settled(spec))
     except RunnerError:
@@ -122,7 +122,7 @@ class Offer:
 
 
 def offers(
-    spec: RunSpec, options: Options, hardware: Iterable[HardwareSpec], sequences: int | None = None,
+    spec: RunSpec, options: StageSearch, hardware: Iterable[HardwareSpec], sequences: int | None = None,
     preferred: Sequence[str] = (),
 ) -> list[Offer]:  # fmt: skip
     """The same run on all hardware that has a price and that it fits, cheapest first. Among those that cost the same to
@@ -148,7 +148,7 @@ def offers(
 
 
 def cheapest(
-    spec: RunSpec, options: Options, hardware: Iterable[HardwareSpec], sequences: int | None = None
+    spec: RunSpec, options: StageSearch, hardware: Iterable[HardwareSpec], sequences: int | None = None
 ) -> Change | None:
     """The same run on the hardware that costs least: set-up and download included where `sequences` are known."""
     found = offers(spec, options, hardware, sequences)

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from runner.plan import cost, host_memory
-from runner.plan.candidates import Option, Options
 from runner.plan.checkpoint_count import Checkpoints, checkpoints_of
-from runner.plan.duration import GB, Facts, hours_of
+from runner.plan.choose_stage import StageChoice, StageSearch
 from runner.plan.memory import FREE_SHARE, GIB, STATES
 from runner.plan.objective_passes import passes_of, shape_for
+from runner.plan.run_time import GB, Facts, hours_of
 from runner.plan.trainable import Training
 from runner.plan.worker_environment import arguments, variables
 from runner.spec import RunSpec
@@ -105,7 +105,7 @@ class Plan:
         return asdict(self)
 
 
-def plan_of(spec: RunSpec, options: Options, facts: Facts, notes: list[str]) -> Plan:
+def plan_of(spec: RunSpec, options: StageSearch, facts: Facts, notes: list[str]) -> Plan:
     """The plan of a resolved run: its stage, micro batch and accumulation are decided."""
     train, hw = spec.train, spec.hw
     assert isinstance(train.micro_batch_size, int) and isinstance(train.accumulation_steps, int)
@@ -232,7 +232,7 @@ def _number(stage: str) -> int:
     return int(stage[4]) if stage.startswith("zero") else 0
 
 
-def _host(spec: RunSpec, training: Training, option: Option, facts: Facts) -> dict[str, float]:
+def _host(spec: RunSpec, training: Training, option: StageChoice, facts: Facts) -> dict[str, float]:
     """Main memory of one node."""
     on_gpu = spec.hw.accelerator == "cuda"
     per_node = spec.hw.num_processes or max(1, spec.hw.num_gpus)
@@ -266,7 +266,7 @@ def _disk(spec: RunSpec, training: Training, stage: str, facts: Facts, checkpoin
     )
 
 
-def _short_of_memory(option: Option, ram: Mapping[str, float], spec: RunSpec) -> list[str]:
+def _short_of_memory(option: StageChoice, ram: Mapping[str, float], spec: RunSpec) -> list[str]:
     reasons, hw = [], spec.hw
     if not option.fits and option.capacity:
         what = f"each {hw.gpu or 'GPU'} has" if hw.accelerator == "cuda" else "this machine has"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from runner.errors import RunnerError
-from runner.plan.candidates import Option, Options
+from runner.plan.choose_stage import StageChoice, StageSearch
 from runner.plan.hardware_defaults import settled
 from runner.plan.memory import GIB
 from runner.plan.nearest_fit import nearest, on
@@ -53,7 +53,9 @@ def combinations(
                 yield on(base, hw)
 
 
-def fit(specs: Iterable[RunSpec], options: Options, *, sequences: int | None = None, advice: bool = True) -> list[Row]:
+def fit(
+    specs: Iterable[RunSpec], options: StageSearch, *, sequences: int | None = None, advice: bool = True
+) -> list[Row]:
     """One row per run."""
     rows = []
     for spec in specs:
@@ -79,7 +81,7 @@ def _order(row: Row, by: str) -> tuple[bool, float, float]:
     return not row.fits, (first if row.fits else row.peak_gib), second
 
 
-def _row(spec: RunSpec, option: Option, sequences: int | None, note: str) -> Row:
+def _row(spec: RunSpec, option: StageChoice, sequences: int | None, note: str) -> Row:
     hw, gpus = spec.hw, spec.hw.num_gpus * spec.hw.num_nodes
     seconds = option.seconds_per_sequence
     known = option.step is not None
@@ -114,6 +116,6 @@ def _refused(spec: RunSpec, why: str) -> Row:
     return Row(*names, 0, 0, False, 0.0, hw.memory_gib, None, None, None, None, why)
 
 
-def _advice(spec: RunSpec, options: Options) -> str:
+def _advice(spec: RunSpec, options: StageSearch) -> str:
     changes = nearest(spec, options, (), limit=2)
     return f"fits with {changes[0].described}" if changes else "no single change makes it fit"

@@ -15,16 +15,17 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from runner.config import catalog, recipes, repeat
+from runner.config import catalog, recipe_checks, repeat
 from runner.config.provenance import flat
 from runner.config.request import COMMAND_LINE, Request, check
 from runner.errors import Problem, RequestError
 from runner.plan import deepspeed_json
-from runner.plan.candidates import Options
+from runner.plan.choose_stage import StageSearch
 from runner.plan.memory import GIB
 from runner.plan.model_shape import shape_of
 from runner.plan.search import Row, combinations, fit, ranked
-from runner.resolve.plan_inputs import hardware, sequences
+from runner.resolve.plan_inputs import sequences
+from runner.resolve.price import hardware
 from runner.spec import HardwareSpec, Method, ModelSpec, RunSpec, TrainSpec
 
 ADVISED = 200
@@ -75,7 +76,7 @@ def given_in(request: Request) -> dict[str, Any]:
         return dict.fromkeys(catalog.GROUPS)
     named: dict[str, Any] = {}
     if checked.request.recipe:
-        choices, keys = recipes.written(recipes.find(checked.request.recipe, request.config_dirs))
+        choices, keys = recipe_checks.written(recipe_checks.find(checked.request.recipe, request.config_dirs))
         named = {**dict.fromkeys(choices), **keys}
     for override in checked.overrides:
         if override.key_or_group in catalog.GROUPS:  # another choice: what a recipe says of it stays, as in a run
@@ -134,7 +135,7 @@ def fits(spec: RunSpec, given: dict[str, Any], by: str, folders: tuple[Path, ...
 def _fits_of(
     spec: RunSpec, methods: list[Method], hw: list[HardwareSpec], size: int | None, advice: bool, model: ModelSpec
 ) -> list[Row]:
-    options = Options(deepspeed_json.templates(spec.deepspeed))
+    options = StageSearch(deepspeed_json.templates(spec.deepspeed))
     return fit(combinations(spec, [model], methods, hw), options, sequences=size, advice=advice)
 
 
@@ -164,7 +165,7 @@ def refuse_for_table(request: Request) -> None:
 
 
 TABLE_MODELS = ("llama2_7b", "llama2_13b", "llama30b", "llama65b", "llama2_70b", "mixtral_8x7b")
-_TABLE = Options({})
+_TABLE = StageSearch({})
 TABLE_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("full, fp32 weights", {"name": "full"}),
     ("full, bf16 weights", {"name": "full", "master_weights": False}),

@@ -8,9 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from runner.cloud.runpod import prices
-from runner.cloud.runpod.cpu_flavors import vcpus
-from runner.config import catalog, credentials
+from runner.config import credentials
 from runner.data.examples import kind_of
 from runner.data.inspect import lengths
 from runner.data.pretraining import checks
@@ -18,20 +16,20 @@ from runner.errors import CannotRunError, Problem, RequestError, RunnerError
 from runner.hub import client
 from runner.hub import config as hub_config
 from runner.plan import deepspeed_json
-from runner.plan.candidates import Options
-from runner.plan.duration import GB, Facts
+from runner.plan.choose_stage import StageSearch
 from runner.plan.memory import GIB
 from runner.plan.model_shape import shape_of
 from runner.plan.nearest_fit import nearest
 from runner.plan.plan import Plan, plan_of
+from runner.plan.run_time import GB, Facts
 from runner.plan.trainable import ALIASES, OUTSIDE
-from runner.spec import HardwareSpec, ModelSpec, RunPodPlace, RunSpec, Where
+from runner.resolve.price import hardware, price_of
+from runner.spec import ModelSpec, RunPodPlace, RunSpec
 from runner.spec.where import LONGEST_HOURS
 
 ENVIRONMENT_GB = 20  # torch with its CUDA libraries takes 8, packages on the way another 4: room for both
 UNKNOWN_DISK_GB = 100  # where nothing can be planned: a 7B model in 16 bits, two checkpoints, the environment
 UNKNOWN_HOURS = 24.0
-CPU_USD_PER_VCPU = 0.03  # cpu3c, secure cloud, as users saw it in 2026
 
 
 def no_targets(spec: RunSpec) -> Problem | None:
@@ -133,13 +131,13 @@ def unknown(spec: RunSpec) -> str:
     return "the model's size is not known"
 
 
-def options_for(spec: RunSpec) -> Options | None:
+def options_for(spec: RunSpec) -> StageSearch | None:
     """What `resolve` chooses from; None for a model whose shape is not known."""
     try:
         shape_of(spec.model)
     except RequestError:
         return None
-    return Options(deepspeed_json.templates(spec.deepspeed))
+    return StageSearch(deepspeed_json.templates(spec.deepspeed))
 
 
 def plan(spec: RunSpec, notes: list[str]) -> Plan:
@@ -194,30 +192,6 @@ def facts_of(spec: RunSpec) -> Facts:
     )
 
 
-def price_of(hw: HardwareSpec, where: Where | None = None) -> tuple[float | None, str | None]:
-    """US$ per GPU and hour (of the machine, on a CPU), and who says so: a bid, RunPod's catalogue of today in the cloud
-    that is asked for, else the dated figure in conf/hw.
-    """
-    place = where if isinstance(where, RunPodPlace) else None
-    if place is not None and place.bid_usd is not None:
-        return place.bid_usd, "where.bid_usd"
-    if hw.accelerator != "cuda" and not (place and place.gpu_types):
-        return cpu_price(hw) if place else (None, None)
-    gpu_id = place.gpu_types[0] if place and place.gpu_types else hw.runpod_gpu_id
-    live = prices.price(gpu_id, place.cloud if place else "secure")
-    if live is not None:
-        return live.usd_per_hour, live.source
-    if hw.usd_per_hour is None:
-        return None, None
-    dated = hw.price_date and hw.price_date[0].isdecimal()  # else it says why conf/hw has no price
-    return hw.usd_per_hour, f"conf/hw, seen {hw.price_date}" if dated else "conf/hw"
-
-
-def cpu_price(hw: HardwareSpec) -> tuple[float, str]:
-    """US$ per hour of a CPU pod with as many cores, rounded up as RunPod rents them."""
-    return vcpus(hw.num_cpus) * CPU_USD_PER_VCPU, "RunPod's CPU pods, as seen 2026: $0.03 per vCPU-hour"
-
-
 def rented(spec: RunSpec, planned: Plan | None) -> RunSpec:
     """A run on a pod with its disks and its deadline decided, from what the plan says."""
     place = spec.where
@@ -233,19 +207,6 @@ def rented(spec: RunSpec, planned: Plan | None) -> RunSpec:
 
 def _at_hand(model: ModelSpec) -> bool:
     return model.package is not None or model.from_scratch or Path(model.id).is_dir() or hub_config.cached(model.id)
-
-
-def hardware(folders: tuple[Path, ...] = (), cloud: prices.Cloud = "secure") -> list[HardwareSpec]:
-    """Every named GPU machine of the catalogue and of a user's own folders, with today's price in a cloud where the
-    live catalogue tells it."""
-    names = catalog.options("hw", folders)
-    found = [HardwareSpec.model_validate(catalog.load("hw", name, folders)) for name in names]
-    return [_priced(hw, cloud) for hw in found if hw.accelerator == "cuda"]
-
-
-def _priced(hw: HardwareSpec, cloud: prices.Cloud) -> HardwareSpec:
-    live = prices.price(hw.runpod_gpu_id, cloud)
-    return hw if live is None else hw.model_copy(update={"usd_per_hour": live.usd_per_hour})
 
 
 def sequences(spec: RunSpec) -> int | None:

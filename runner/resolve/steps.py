@@ -12,7 +12,7 @@ from runner.errors import RequestError
 from runner.machine import detect, hostfile, kernels
 from runner.plan import deepspeed_json, pod_packages
 from runner.plan.auto_values import resolve
-from runner.resolve import place, plan_inputs
+from runner.resolve import choose_place, plan_inputs
 from runner.spec import RunSpec
 from runner.spec.unused import unused
 
@@ -37,7 +37,7 @@ def complete(
     said += [kernels.NO_FLASH] if checked.train.attention != spec.train.attention else []
     if checked.where.name != "local":
         here = None if detect.why_not_here(checked.hw) else checked.hw
-        checked, chosen = place.placed(checked, spec.hw, here)
+        checked, chosen = choose_place.placed(checked, spec.hw, here)
         checked, said = validated(checked.model_dump(), source_of), chosen or said
     checks.check(checked)
     pod_packages.check(checked)
@@ -74,7 +74,7 @@ def asked(spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool
     known = plan_inputs.with_facts(found, needed=needed)
     if problem := plan_inputs.no_targets(known):
         raise RequestError(replace(problem, source=source_of("method.target_modules")))
-    if spec.where.name != "local" and place.unnamed(spec.hw):  # rules of hardware wait until it is chosen
+    if spec.where.name != "local" and choose_place.unnamed(spec.hw):  # rules of hardware wait until it is chosen
         values = {**known.model_dump(), "hw": spec.hw.model_dump()}
         return validated(values, source_of).model_copy(update={"hw": known.hw})
     return validated(known.model_dump(), source_of)

@@ -11,7 +11,7 @@ from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
 from runner.rundir.find import find, unfinished
 from runner.runs import input_digests
-from runner.runs.worker_verbs import environment
+from runner.runs.artifact_process import environment
 from runner.spec import Reward, RunSpec
 
 

@@ -15,7 +15,7 @@ from runner.errors import RequestError
 from runner.machine import writable
 from runner.runs.inputs import check_files
 from runner.spec import RunSpec
-from runner.spec.places import is_url, named_places
+from runner.spec.input_paths import is_url, named_places
 
 _checked: dict[str, list[str]] = {}
 """Notes on what this process has found right: the points of a sweep mostly read the same."""

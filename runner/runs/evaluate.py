@@ -12,8 +12,8 @@ from runner.config.repeat import spec_of
 from runner.errors import CannotRunError, Problem, RequestError
 from runner.report.invocation import install
 from runner.rundir.find import find, unfinished
+from runner.runs.artifact_process import MODULE, environment
 from runner.runs.chat import look_at_base, says_words
-from runner.runs.worker_verbs import MODULE, environment
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from runner.errors import Problem, RequestError
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.rundir.find import find
-from runner.runs.worker_verbs import produce
+from runner.runs.artifact_process import produce
 
 
 def export(run_dir: Path, step: int | None, out: Path | None, as_json: bool) -> int:

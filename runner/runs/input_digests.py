@@ -14,7 +14,7 @@ from runner.data.readers.sources import files_of
 from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.spec.places import get_place, is_url, named_places, put_place
+from runner.spec.input_paths import get_place, is_url, named_places, put_place
 
 FILE = "inputs.json"
 REMEDY = "bring back what it was, or write run.on_changed_inputs=continue to go on with what it is now"

@@ -21,7 +21,7 @@ from runner.hub import client, config
 from runner.hub.client import UnreachableError
 from runner.plan.plan import Plan
 from runner.spec import Pretrain, RunPodPlace, RunSpec
-from runner.spec.places import TEMPLATES, _data, _is_named, _rewards, is_glob, is_url, named_places, put_place
+from runner.spec.input_paths import TEMPLATES, _data, _is_named, _rewards, is_glob, is_url, named_places, put_place
 
 
 def check(spec: RunSpec, planned: Plan | None) -> list[str]:
@@ -44,7 +44,7 @@ def check_files(spec: RunSpec) -> None:
         raise RequestError(*problems)
 
 
-def anchored(spec: RunSpec) -> RunSpec:
+def with_absolute_paths(spec: RunSpec) -> RunSpec:
     """The run with absolute paths, so that it is the same from any folder: what `spec.json` holds."""
     values = spec.model_dump(mode="json")
     for key, path in named_places(spec):

@@ -33,7 +33,7 @@ from runner.rundir.outcome import Outcome
 from runner.runs import input_digests, inputs, unread_keys
 from runner.runs import resume as resuming
 from runner.runs.content_checks import check_read
-from runner.runs.executors import executor_of
+from runner.runs.executor_table import executor_of
 from runner.spec import RunSpec
 
 
@@ -143,7 +143,7 @@ def start(
     planned: Plan | None = None, launch_options: LaunchOptions = DEFAULT_OPTIONS,
 ) -> Outcome:  # fmt: skip
     """Make the run directory, say what is about to happen, and run."""
-    spec = inputs.anchored(spec)
+    spec = inputs.with_absolute_paths(spec)
     run = RunDir.create(spec, sweep)
     with owned(run):
         input_digests.record(run, spec)
@@ -199,4 +199,4 @@ def _push() -> Any:
 
 def _one_pod() -> Any:
     """Read only where a pod may have the run."""
-    return import_module("runner.cloud.pod_of_run")
+    return import_module("runner.cloud.one_pod_per_run")

@@ -7,8 +7,8 @@ from pathlib import Path
 from runner.config.repeat import spec_of
 from runner.errors import Problem, RequestError
 from runner.rundir.find import find, unfinished
+from runner.runs.artifact_process import produce
 from runner.runs.chat import look_at_base, says_words
-from runner.runs.worker_verbs import produce
 from runner.spec import Freeze, Full
 
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from contextlib import suppress
 
+from runner.runs.artifact_process import environment, waited
 from runner.runs.content_checks import check_read
-from runner.runs.worker_verbs import environment, waited
 from runner.spec import RunSpec
 
 

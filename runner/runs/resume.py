@@ -20,7 +20,7 @@ from runner.launcher.supervisor import signs
 from runner.rundir import checkpoints, lock
 from runner.rundir.directory import ACTIVE, YAML_FILE, RunDir, alive, birth, facts_of, shown, write_atomically
 from runner.runs import input_digests
-from runner.runs.inputs import anchored
+from runner.runs.inputs import with_absolute_paths
 from runner.spec import LocalPlace, RunSpec
 
 FREE = ("hw.", "deepspeed.", "where.", "push.", "track.", "run.", "eval.", "train.max_steps", "train.num_epochs",
@@ -61,8 +61,8 @@ def check(run: RunDir, asked: Request) -> RunSpec:
     """The composed spec; RequestError for a run that is at work, that is done, or that would become another one."""
     _check_idle(run)
     asked_for = compose(asked)  # first: a file that is no run is told there
-    old = anchored(RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8"))))
-    new = anchored(asked_for)
+    old = with_absolute_paths(RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8"))))
+    new = with_absolute_paths(asked_for)
     same = input_digests.with_moved(run, old, new)
     before, after = (dict(flat(spec.model_dump(mode="json"))) for spec in (old, same))
     find = source_finder(asked)
@@ -137,7 +137,7 @@ def record(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> None:
     before: list[Any] = run.read("resumes.json").get("resumes", [])
     step = (checkpoints.complete(run) or [0])[-1]
     run.write("resumes.json", {"resumes": [*before, {"after_step": step, "overrides": list(overrides)}]})
-    run.write_spec(anchored(spec))
+    run.write_spec(with_absolute_paths(spec))
     input_digests.record(run, spec)
     run.set_status("created", exit_code=None, error=None, oom=None, spent=spent, started=None, **facts_of(spec))
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from runner.spec.part import Part
+from runner.spec.base_model import Part
 
 Format = Literal[
     "auto", "chat", "alpaca", "prompt_completion", "text", "preference", "unpaired", "prompts", "tokens"

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from runner.spec.base_model import Layers, Part
 from runner.spec.layer_ranges import parse_layers
-from runner.spec.part import Layers, Part
 
 
 class Full(Part):

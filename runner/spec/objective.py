@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from runner.spec.part import Auto, Part
+from runner.spec.base_model import Auto, Part
 
 REWARDS = ("exact_match", "regex", "length", "json")
 """Reward functions with a name; any other is `FILE.py:FUNCTION`."""

@@ -6,7 +6,7 @@ import re
 
 from pydantic import Field, field_validator, model_validator
 
-from runner.spec.part import Part
+from runner.spec.base_model import Part
 
 
 class PushSpec(Part):

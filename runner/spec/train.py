@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from runner.spec.part import Auto, Part
+from runner.spec.base_model import Auto, Part
 
 
 class TrackSpec(Part):

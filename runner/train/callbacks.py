@@ -17,7 +17,7 @@ from runner.report.progress import Progress
 from runner.rundir.directory import RunDir
 from runner.train.distributed import Ranks
 from runner.train.memory_stats import GIB, gpu_in_use
-from runner.train.trainer_records import CutShort, Keeping
+from runner.train.recording_trainer import CutShort, RecordingTrainerMixin
 
 SAME_SECONDS = 1.0
 """Two signals so close together are one. Who means it twice is helped by the launcher (launcher/supervisor.py)."""
@@ -28,7 +28,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has 
 
     def __init__(self, run: RunDir, progress: Progress, main: bool = True, start: int = 0) -> None:
         self.run, self.progress, self.main, self.start = run, progress, main, start
-        self.trainer: Keeping | None = None
+        self.trainer: RecordingTrainerMixin | None = None
         self.started = 0.0
         self.seconds = 0.0
         lines = [line for line in run.metrics() if line["step"] <= start]  # of the run's earlier part

@@ -25,7 +25,7 @@ from runner.rundir.atomic_folder import whole
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 from runner.train import model_loading, peft_methods, stop_tokens
-from runner.train.save_rehearsal import mend
+from runner.train.save_rehearsal import fix_generation_config
 
 State = dict[str, torch.Tensor]
 SHOWN = 3  # names of an error
@@ -51,7 +51,7 @@ def export(spec: RunSpec, run: RunDir, step: int, target: Path, say: Callable[[s
         else:
             model = _gathered_model(spec, source, checkpoint, tokenizer) if sharded else _model(spec, checkpoint)
             model.config.use_cache = True  # training switched it off
-            mend(model)
+            fix_generation_config(model)
             stop_tokens.align(model, tokenizer)
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -10,11 +10,11 @@ from runner.errors import Rewind, RunnerError
 from runner.train import row_ids
 from runner.train.evaluation.heldout import TokenMean
 from runner.train.loss_guard import LossGuard, MicroBatch, step_losses
+from runner.train.recording_trainer import RecordingTrainerMixin
 from runner.train.trainer import CountingTrainer
-from runner.train.trainer_records import Keeping
 
 
-class Guarding(Keeping):
+class LossGuardMixin(RecordingTrainerMixin):
     """Mixed in before a TRL trainer: a `LossGuard` over it; the losses stay bit by bit what they are without it.
 
     The trainer has no types: hence each `type: ignore` at a `super()`.
@@ -118,7 +118,7 @@ class Guarding(Keeping):
         return {"learning_rate": self._get_learning_rate(), "rows": shown}  # type: ignore[attr-defined]
 
 
-class GuardedTrainer(TokenMean, Guarding, CountingTrainer):
+class GuardedTrainer(TokenMean, LossGuardMixin, CountingTrainer):
     """Supervised fine-tuning and pretraining under guard."""
 
     def labelled(self, inputs: Any) -> int | None:

@@ -26,7 +26,7 @@ from transformers.trainer_utils import set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from runner.data.chat_template import template_source
-from runner.data.tokenize import FALLBACK, adds_bos
+from runner.data.chat_tokenizer import FALLBACK, adds_bos
 from runner.errors import Problem, RequestError
 from runner.paths import cache_dir
 from runner.rundir.atomic_folder import cached

@@ -59,19 +59,19 @@ def prepared(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     """Fill the cache for training and held-out rows; what was found."""
     from runner.train import model_loading, pretraining_stages
     from runner.train.distributed import Ranks
-    from runner.train.objectives import setup  # torch and transformers: after the first line
+    from runner.train.objectives import build_trainer  # torch and transformers: after the first line
     from runner.train.token_cache import line_of
 
     began = time.perf_counter()
     asked, spec = spec, pretraining_stages.prepare(spec, progress.note, lambda: None, Ranks())
-    data = setup.read(spec)
+    data = build_trainer.read(spec)
     if data.note:
         progress.note(data.note)
     progress.note(f"Read    {len(data.train):,} rows in {time.perf_counter() - began:.1f} s; loading the tokenizer …")
     tokenizer = model_loading.load_tokenizer(spec, model_loading.source_of(spec.model, progress.note))
     began = time.perf_counter()
     with progress.stage("Tokenising", "rows"):
-        rows, held = setup.tokenise(data, tokenizer, spec, progress.advance)
+        rows, held = build_trainer.tokenise(data, tokenizer, spec, progress.advance)
     seconds = time.perf_counter() - began
     progress.note(line_of(rows, len(data.held or ())))
     entries = [rows.folder] + ([held.folder] if held else [])

@@ -26,7 +26,7 @@ ISSUE = re.compile(r"^- `(\w+)`:", re.MULTILINE)
 GIB = 1 << 30
 
 
-def mend(model: Any) -> str | None:
+def fix_generation_config(model: Any) -> str | None:
     """Take out of the generation config what has no effect; a line for people, None where there is nothing to mend.
 
     Published ones hold `do_sample: false, temperature: 0.6`, or beams of one. transformers loads them and refuses to

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from runner.data.tokenize import ChatTokenizer
+from runner.data.chat_tokenizer import ChatTokenizer
 
 
 def ids_of(config: Any, tokenizer: Any) -> list[int]:

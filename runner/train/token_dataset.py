@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from runner.data.encoding import How, encode_chunk, in_chunks
+from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Turn, fingerprint
 from runner.data.packing import bins
 from runner.data.readers.files import refuse
-from runner.data.tokenize import ChatTokenizer
+from runner.data.tokenize_rows import How, encode_chunk, in_chunks
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec, Sft
 from runner.train.token_cache import ROWS, Tell, Tokenised, stored, tokenizer_fingerprint

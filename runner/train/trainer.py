@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from runner.machine import kernels
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.train.trainer_records import Keeping
+from runner.train.recording_trainer import RecordingTrainerMixin
 
 SCHEDULES = {
     "cosine": "cosine",
@@ -32,7 +32,7 @@ NEVER = 2**31 - 1
 WSD_DECAY_SHARE = 0.2  # of all steps; 10–20% decays as well as a full cosine (arXiv 2405.18392)
 
 
-class CountingTrainer(Keeping, SFTTrainer):  # type: ignore[misc]  # trl has no types
+class CountingTrainer(RecordingTrainerMixin, SFTTrainer):  # type: ignore[misc]  # trl has no types
     """SFTTrainer that counts, keeps whole checkpoints, and spares a CPU the head's work where nothing is learned."""
 
     def sizes(self, inputs: Any) -> tuple[int, int]:

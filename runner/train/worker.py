@@ -21,8 +21,8 @@ from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 from runner.train import (
-    independence,
     model_loading,
+    packing_isolation,
     peft_methods,
     pretraining_stages,
     save_rehearsal,
@@ -34,12 +34,12 @@ from runner.train.checkpoint_push import CheckpointPush
 from runner.train.checkpointing import CheckpointSealer, SaveWhenDue
 from runner.train.deepspeed_config import deepspeed_config
 from runner.train.distributed import Ranks
-from runner.train.environment import check_same, environment, fingerprints
 from runner.train.evaluation.before_after import Measuring
 from runner.train.heartbeat import Heartbeat
 from runner.train.loss_guard import LossGuard
 from runner.train.memory_stats import Peaks
-from runner.train.objectives import setup
+from runner.train.objectives import build_trainer
+from runner.train.run_environment import check_same, environment, fingerprints
 from runner.train.token_cache import line_of
 from runner.train.trackers import start_tracking
 
@@ -79,7 +79,7 @@ def work(
 
     set_seed(spec.train.seed)
     spec = pretraining_stages.prepare(spec, progress.note, pulse.beat, ranks)
-    examples = setup.read(spec)
+    examples = build_trainer.read(spec)
     if examples.note:
         progress.note(examples.note)
     with ranks.main_first(pulse.beat) as working:
@@ -92,21 +92,21 @@ def work(
         source = model_loading.source_of(spec.model, progress.note)
         tokenizer = model_loading.load_tokenizer(spec, source)
         with progress.stage("Tokenising", "rows"):
-            rows = setup.tokenise(examples, tokenizer, spec, count)
+            rows = build_trainer.tokenise(examples, tokenizer, spec, count)
     progress.note(line_of(rows[0], len(examples.held or ())))
     if spec.eval.every_steps and (rows[1] is None or not len(rows[1].rows)):
         raise RequestError(nothing_held_out(spec))
     content = fingerprints(tokenizer, examples.fingerprint)
     if ranks.main:
         check_same(spec, run, content, start)
-    steps = setup.num_steps(spec, len(rows[0].rows))
+    steps = build_trainer.num_steps(spec, len(rows[0].rows))
     report_to, line = start_tracking(spec, run)
     if line:
         progress.note(line)
     sharding = universal_checkpoint.prepare(spec, run, start, ranks, deepspeed_config(spec, run, source))
-    arguments = setup.settings(spec, run, steps, report_to, sharding)
-    model = setup.load_model(spec, source, tokenizer)
-    if line := save_rehearsal.mend(model):
+    arguments = build_trainer.settings(spec, run, steps, report_to, sharding)
+    model = build_trainer.load_model(spec, source, tokenizer)
+    if line := save_rehearsal.fix_generation_config(model):
         progress.note(line)
     if rows[0].num_conversations and (added := stop_tokens.align(model, tokenizer, save=True)):
         progress.note(
@@ -114,13 +114,15 @@ def work(
         )
     peft_methods.mark_trainable(spec, model)
     metrics = MetricsWriter(run, progress, ranks.main, start)
-    measuring = Measuring(spec, run, progress, ranks, tokenizer, examples.asked, pulse, setup.judge(spec, examples))
+    measuring = Measuring(
+        spec, run, progress, ranks, tokenizer, examples.asked, pulse, build_trainer.judge(spec, examples)
+    )
 
     def begin() -> None:
         """Once DeepSpeed has its engine: before that a sharded model cannot answer."""
         peaks.end("load")
         save_rehearsal.rehearse(spec, run, trainer, tokenizer, ranks)
-        measuring.before(lambda: independence.check(spec, trainer, tokenizer))
+        measuring.before(lambda: packing_isolation.check(spec, trainer, tokenizer))
         if start:
             trainer.follow_schedule()
             measuring.make_up(start)
@@ -132,7 +134,9 @@ def work(
     early = [StopEarly(spec.eval.early_stopping_patience)] if spec.eval.early_stopping_patience else []
     callbacks = [metrics, pulse, *early, AtStart(begin), stop, SaveWhenDue(sealer, spec.train.save_every_minutes)]
     guard = LossGuard(spec.train, run, ranks, progress.note)
-    trainer: Any = setup.build(spec, source, model, tokenizer, rows, args=arguments, guard=guard, callbacks=callbacks)
+    trainer: Any = build_trainer.build(
+        spec, source, model, tokenizer, rows, args=arguments, guard=guard, callbacks=callbacks
+    )
     trainer.ranks, trainer.sealer = ranks, sealer
     trainer.noted = {"processes": ranks.world, "stage": spec.deepspeed.name, **content}
     metrics.trainer = measuring.trainer = trainer

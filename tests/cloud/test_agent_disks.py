@@ -249,7 +249,7 @@ def test_an_answer_that_is_no_http_is_no_answer(
 ) -> None:
     monkeypatch.setenv("RUNPOD_API_BASE_URL", odd["url"])
     odd["words"] = words
-    assert agent.Own().ask("DELETE") == 0
+    assert agent.ThisPod().ask("DELETE") == 0
 
 
 def test_an_answer_that_drips_is_waited_for_so_long_and_no_longer(
@@ -259,7 +259,7 @@ def test_an_answer_that_drips_is_waited_for_so_long_and_no_longer(
     monkeypatch.setattr(agent, "REQUEST_SECONDS", 0.5)
     odd |= {"words": b"HTTP/1.1 204 No Content\r\nX: " + bytes(1000), "pause": 0.02}
     began = time.monotonic()
-    assert agent.Own().ask("DELETE") == 0
+    assert agent.ThisPod().ask("DELETE") == 0
     assert time.monotonic() - began < 5
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from runner.cloud.agent import agent
-from runner.cloud.agent.agent import Limits, Switch
+from runner.cloud.agent.agent import DeadManSwitch, Limits
 
 
 class Clock:
@@ -135,9 +135,9 @@ def test_an_order_without_an_end_is_none(clock: Clock, tmp_path: Path, deadline:
 # ── the switch ─────────────────────────────────────────────────────────────────────────────────
 
 
-def switch(folder: Path, **changes: Any) -> Switch:
+def switch(folder: Path, **changes: Any) -> DeadManSwitch:
     own: Any = SimpleNamespace(id="pod1")
-    return Switch(folder, order(**changes), own)
+    return DeadManSwitch(folder, order(**changes), own)
 
 
 @pytest.mark.parametrize(

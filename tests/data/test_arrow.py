@@ -11,14 +11,14 @@ import pytest
 from datasets import Dataset, Features, Json, List
 from pyarrow import parquet
 
-from runner.data.examples import Question
+from runner.data.chat_tokenizer import ChatTokenizer
+from runner.data.examples import PromptExample
 from runner.data.inspect.sample import sample
 from runner.data.load import canonical_rows, load_hub
 from runner.data.readers.arrow import rows_of
 from runner.data.readers.files import read_table
 from runner.data.readers.streams import tables
 from runner.data.row_store import Stored
-from runner.data.tokenize import ChatTokenizer
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import OF_TRL, SPECIAL, body, learned_pieces
 
@@ -140,6 +140,6 @@ def test_prompts_of_grpo_come_back_without_them(tmp_path: Path, body: str) -> No
     words = ["objective=grpo", "objective.rewards=[exact_match]", "data=file", f"data.path={tmp_path / 'p.parquet'}"]
     spec = spec_of("method=lora", *words)
     rows, problems = canonical_rows(read_table(str(tmp_path / "p.parquet")), spec.data, "prompts")
-    assert problems == [] and all(isinstance(row, Question) for row in rows)
+    assert problems == [] and all(isinstance(row, PromptExample) for row in rows)
     asked = [row.prompt[1]["tool_calls"][0]["function"]["arguments"] for row in rows]  # type: ignore[union-attr,index]
     assert asked == ARGUMENTS

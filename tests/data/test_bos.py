@@ -11,10 +11,10 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from runner.data.chat_template import template_source
-from runner.data.examples import Example, Judged, Preference, Question, Turn
+from runner.data.chat_tokenizer import ChatTokenizer
+from runner.data.examples import Example, Preference, PromptExample, Turn, UnpairedExample
 from runner.data.inspect.preview import preview
 from runner.data.preference_tokens import How, encode_chunk
-from runner.data.tokenize import ChatTokenizer
 from runner.train import model_loading
 from runner.train.objectives import pretraining
 from tests.conftest import spec_of
@@ -95,10 +95,10 @@ def test_a_conversation_begins_once_in_every_template_and_in_chatml_as_fallback(
     (asked,) = words.ids([words.asked(ASKED)])
     assert asked == tokenizer.apply_chat_template(ASKED, add_generation_prompt=True)["input_ids"]
     assert asked.count(BOS) == count
-    for kind in (Preference(ASKED, SAID, [{"role": "assistant", "content": "no"}]), Judged(ASKED, SAID, True)):
+    for kind in (Preference(ASKED, SAID, [{"role": "assistant", "content": "no"}]), UnpairedExample(ASKED, SAID, True)):
         (columns,) = encode_chunk(words, [kind], How(500)).rows
         assert columns["prompt_ids"].count(BOS) == count
-    assert encode_chunk(words, [Question(ASKED)], How(500)).rows[0]["prompt"] == ASKED
+    assert encode_chunk(words, [PromptExample(ASKED)], How(500)).rows[0]["prompt"] == ASKED
 
 
 def test_the_models_own_template_and_a_file_of_yours_are_taken_as_they_are(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from runner.data.examples import Example, Judged, Kind, Preference, Question, Turn
+from runner.data.examples import Example, Kind, Preference, PromptExample, Turn, UnpairedExample
 from runner.data.load import canonical, load, read
 from runner.data.row_formats import detect, left_out
 from runner.errors import RequestError
@@ -84,7 +84,7 @@ def test_nothing_of_a_preferences_prompt_is_dropped(row: dict[str, Any]) -> None
     assert made(row, "preference") == Preference(ASKED, [said()], [said("It is 5.")])  # type: ignore[arg-type]
     assert made(row, "sft") == Example(ASKED, [said()])
     found = made({**row, "tests": [1]}, "prompts")
-    assert isinstance(found, Question) and found.prompt == ASKED and found.extra["tests"] == [1]
+    assert isinstance(found, PromptExample) and found.prompt == ASKED and found.extra["tests"] == [1]
 
 
 def test_an_instruction_with_its_input_asks_for_both_answers() -> None:
@@ -92,8 +92,10 @@ def test_an_instruction_with_its_input_asks_for_both_answers() -> None:
     asked = [user("Hi"), said("Hello"), user("Add.\n\n1+1")]
     assert made(row, "preference") == Preference(asked, [said("2")], [said("3")])  # type: ignore[arg-type]
     marked = {"instruction": "Add.", "input": "1+1", "output": "2", "label": True}
-    assert made(marked, "unpaired") == Judged([user("Add.\n\n1+1")], [said("2")], True)
-    assert made({"question": "a", "completion": "b", "label": 0}, "unpaired") == Judged([user("a")], [said("b")], False)
+    assert made(marked, "unpaired") == UnpairedExample([user("Add.\n\n1+1")], [said("2")], True)
+    assert made({"question": "a", "completion": "b", "label": 0}, "unpaired") == UnpairedExample(
+        [user("a")], [said("b")], False
+    )
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def test_a_preference_without_two_answers_is_refused(row: dict[str, Any]) -> Non
 def test_an_answer_is_never_taken_apart(answer: str) -> None:
     row = {"prompt": "Define: human.", "completion": answer}
     assert made(row, "sft") == Example([user("Define: human.")], [said(answer)])
-    assert made({**row, "label": True}, "unpaired") == Judged([user("Define: human.")], [said(answer)], True)
+    assert made({**row, "label": True}, "unpaired") == UnpairedExample([user("Define: human.")], [said(answer)], True)
     assert made({"instruction": "a", "output": answer}, "sft").completion == [said(answer)]
     pair = made({"prompt": "a", "chosen": answer, "rejected": "no"}, "preference")
     assert pair == Preference([user("a")], [said(answer)], [said("no")])  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from runner.data.chat_template import Template, named, template_source
+from runner.data.chat_tokenizer import ChatTokenizer, Encoded
 from runner.data.examples import Example, Turn
 from runner.data.loss_mask import IGNORED, Turns, labels_of
-from runner.data.tokenize import ChatTokenizer, Encoded
 from runner.errors import RequestError
 from tests.conftest import spec_of
 

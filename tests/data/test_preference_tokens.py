@@ -14,12 +14,12 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from runner.data.chat_template import template_source
-from runner.data.encoding import in_chunks
-from runner.data.examples import Judged, Learnable, Preference, Question, Turn, kind_of
+from runner.data.chat_tokenizer import ChatTokenizer
+from runner.data.examples import Learnable, Preference, PromptExample, Turn, UnpairedExample, kind_of
 from runner.data.inspect import preview as previewing
 from runner.data.load import Found, canonical
 from runner.data.preference_tokens import TOOLS, How, encode_chunk, split
-from runner.data.tokenize import ChatTokenizer
+from runner.data.tokenize_rows import in_chunks
 from runner.errors import RequestError
 from runner.spec import DataSpec, RunSpec
 from runner.train.objectives import preference_dataset
@@ -27,8 +27,8 @@ from runner.train.objectives.grpo import GrpoTrainer
 from runner.train.objectives.preference import Given
 from runner.train.token_dataset import chat_ids
 from tests.conftest import spec_of
-from tests.data.test_encoding import tokenizer
 from tests.data.test_loss_mask import SPECIAL, body
+from tests.data.test_tokenize_rows import tokenizer
 
 __all__ = ["body", "tokenizer"]  # fixtures
 SEARCH = {
@@ -54,9 +54,9 @@ def rows_of(objective: str, count: int) -> list[Learnable]:
     """Rows that the objective learns from."""
     pairs_of = [preference(n) for n in range(count)]
     if objective == "kto":
-        return [Judged(row.prompt, row.chosen, n % 2 == 0) for n, row in enumerate(pairs_of)]  # type: ignore[arg-type]
+        return [UnpairedExample(row.prompt, row.chosen, n % 2 == 0) for n, row in enumerate(pairs_of)]  # type: ignore[arg-type]
     if objective == "grpo":
-        return [Question(row.prompt, str(n), {"level": n}) for n, row in enumerate(pairs_of)]  # type: ignore[arg-type]
+        return [PromptExample(row.prompt, str(n), {"level": n}) for n, row in enumerate(pairs_of)]  # type: ignore[arg-type]
     return list(pairs_of)
 
 
@@ -88,13 +88,13 @@ def test_text_is_ended_once(tokenizer: Any) -> None:
     assert prompt + wrong == tokenizer(f"2+2? 5{end}")["input_ids"]
 
 
-@pytest.mark.parametrize("kind", [Preference, Judged])
+@pytest.mark.parametrize("kind", [Preference, UnpairedExample])
 def test_tools_are_shown_to_the_model(kind: type, body: str) -> None:
     """As TRL does; the template decides how."""
     template = "{% if tools %}{{ tools | tojson }}{% endif %}" + template_source("chatml")
     words, row = ChatTokenizer(body, template, SPECIAL), preference(1)
-    if kind is Judged:
-        given: Any = Judged(row.prompt, row.chosen, True, tools=[SEARCH])  # type: ignore[arg-type]
+    if kind is UnpairedExample:
+        given: Any = UnpairedExample(row.prompt, row.chosen, True, tools=[SEARCH])  # type: ignore[arg-type]
     else:
         given = Preference(row.prompt, row.chosen, row.rejected, tools=[SEARCH])
     (columns,) = encode_chunk(words, [given], How(4000)).rows
@@ -134,7 +134,7 @@ def test_a_preview_shows_the_tokens_that_are_learned(
     tokenizer.save_pretrained(tmp_path)
     kind: Learnable = Preference([user("a?")], [said("b"), user("c?"), said("d")], [said("e")], where="row 1")
     if objective == "kto":
-        kind = Judged([user("a?")], [said("b"), user("c?"), said("d")], True, where="row 1")
+        kind = UnpairedExample([user("a?")], [said("b"), user("c?"), said("d")], True, where="row 1")
     found = Found("x", "preference", [kind], [], [])
     monkeypatch.setattr(previewing, "inspect", lambda *_: ([found], []))
     (shown,) = previewing.preview(spec(objective, "model=hub", f"model.id={tmp_path}"))["rows"]
@@ -168,7 +168,7 @@ def test_what_others_say_inside_an_answer_is_given_and_not_learned(
     row: Learnable = Preference([user("a?")], [said("e")], answer)
     name = "rejected"
     if objective == "kto":
-        row, name = Judged([user("a?")], answer, True), "completion"
+        row, name = UnpairedExample([user("a?")], answer, True), "completion"
     tokenizer.chat_template = template_source("qwen")
     (found,) = preference_dataset.tokenise([row], tokenizer, spec(objective)).rows
     begin, end = found[f"{name}_given"]
@@ -190,7 +190,7 @@ def test_a_question_is_asked_with_its_tools(tokenizer: Any) -> None:
     tokenizer.chat_template = template_source("qwen")
     row: dict[str, Any] = {"prompt": "Wie wird das Wetter?", "tools": json.dumps([SEARCH]), "answer": "7"}
     question = canonical(row, "row 1", DataSpec(path="x"), "prompts")
-    assert question == Question([user("Wie wird das Wetter?")], "7", {"tools": row["tools"]}, [SEARCH])
+    assert question == PromptExample([user("Wie wird das Wetter?")], "7", {"tools": row["tools"]}, [SEARCH])
     (found,) = preference_dataset.tokenise([question], tokenizer, spec("grpo", "train.max_length=999")).rows
     assert found[TOOLS] == [SEARCH] and found["tools"] == row["tools"]  # the text is the reward functions'
     trainer = GrpoTrainer.__new__(GrpoTrainer)
@@ -250,9 +250,9 @@ def test_a_question_comes_back_as_it_was(tokenizer: Any) -> None:
         return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
 
     rows = [
-        Question([user("2+2?")], "007", {"level": "3", "tests": ["a"], "pi": 3.141592653589793}),
-        Question([user("a"), call(x=1), {"role": "tool", "content": "b"}], None, {"level": 1}),
-        Question([user("c"), call(y="z"), {"role": "tool", "content": "d"}], "e", {"level": "hard", "seen": True}),
+        PromptExample([user("2+2?")], "007", {"level": "3", "tests": ["a"], "pi": 3.141592653589793}),
+        PromptExample([user("a"), call(x=1), {"role": "tool", "content": "b"}], None, {"level": 1}),
+        PromptExample([user("c"), call(y="z"), {"role": "tool", "content": "d"}], "e", {"level": "hard", "seen": True}),
     ]
     found = preference_dataset.tokenise(rows, tokenizer, spec("grpo", "train.max_length=200")).rows
     assert [row["prompt"] for row in found] == [row.prompt for row in rows]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runner.data.examples import Example, Judged, Kind, Preference, Question, columns, content_of
+from runner.data.examples import Example, Kind, Preference, PromptExample, UnpairedExample, columns, content_of
 from runner.data.load import canonical, detect
 from runner.errors import RequestError
 from runner.spec import DataSpec
@@ -233,7 +233,7 @@ def test_a_pair_that_is_wrong_is_explained(row: dict[str, Any], what: str) -> No
 )
 def test_a_label_may_be_written_in_many_ways(label: Any, good: bool) -> None:
     found = made({"prompt": "2 + 2?", "completion": "4", "label": label}, "unpaired")
-    assert found == Judged([USER], [ANSWER], good)  # type: ignore[list-item]
+    assert found == UnpairedExample([USER], [ANSWER], good)  # type: ignore[list-item]
     assert columns([found])["label"] == [good]
 
 
@@ -245,8 +245,8 @@ def test_a_label_that_says_nothing_is_explained(label: Any) -> None:
 
 def test_prompts_keep_what_reward_functions_look_at() -> None:
     found = made({"prompt": "2 + 2?", "answer": 4, "level": 2, "tags": ["x"]}, "prompts")
-    assert found == Question([USER], 4, {"level": 2, "tags": ["x"]})  # type: ignore[list-item]
-    table = columns([found, Question([], None)])
+    assert found == PromptExample([USER], 4, {"level": 2, "tags": ["x"]})  # type: ignore[list-item]
+    table = columns([found, PromptExample([], None)])
     assert table == {"prompt": [[USER], []], "answer": [4, None], "level": [2, None], "tags": [["x"], None]}
     assert made({"prompt": "2 + 2?"}, "prompts").answer is None
     assert made({"prompt": "a", "answer": ["4", "four"]}, "prompts").answer == ["4", "four"]
@@ -269,8 +269,8 @@ def test_an_objective_takes_what_it_can_learn_from() -> None:
     pair = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
     answered = {"prompt": "2 + 2?", "completion": "4"}
     assert made(pair, "sft") == Example([USER], [ANSWER])  # type: ignore[list-item]
-    assert made(pair, "prompts") == Question([USER], None, {"chosen": "4", "rejected": "5"})  # type: ignore[list-item]
-    assert made(answered, "prompts") == Question([USER], "4")  # type: ignore[list-item]
+    assert made(pair, "prompts") == PromptExample([USER], None, {"chosen": "4", "rejected": "5"})  # type: ignore[list-item]
+    assert made(answered, "prompts") == PromptExample([USER], "4")  # type: ignore[list-item]
     assert "an answer without another to compare it with" in told(answered, "preference")[0]
     assert "a prompt without an answer to learn" in told({"prompt": "a", "answer": "b"}, "sft")[0]
     labelled = told({"prompt": "a", "completion": "b", "label": 1}, "sft", format="unpaired")

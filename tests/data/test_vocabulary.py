@@ -9,14 +9,14 @@ import pytest
 from transformers import LlamaConfig
 
 from runner.data.chat_template import template_source
-from runner.data.encoding import How, encode_chunk
+from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example
-from runner.data.tokenize import ChatTokenizer
+from runner.data.tokenize_rows import How, encode_chunk
 from runner.errors import RequestError
 from runner.train import model_loading
 from tests.conftest import spec_of
-from tests.data.test_encoding import tokenizer
 from tests.data.test_loss_mask import SPECIAL, body
+from tests.data.test_tokenize_rows import tokenizer
 
 __all__ = ["body", "tokenizer"]  # fixtures
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runner.launcher.supervisor import GAP_SECONDS, KILL_SECONDS, Interrupts, Silence
+from runner.launcher.supervisor import GAP_SECONDS, KILL_SECONDS, HangDetector, Interrupts
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from tests.conftest import ROOT
@@ -123,7 +123,7 @@ def test_a_third_signal_does_not_wait() -> None:
 
 
 def test_only_time_that_was_lived_through_is_silence() -> None:
-    silence, alive = Silence(last=0.0), [{"rank": 0, "beat": 5.0}]
+    silence, alive = HangDetector(last=0.0), [{"rank": 0, "beat": 5.0}]
     assert silence.seconds(alive, 0.5) == 0.0
     assert [silence.seconds(alive, t / 2) for t in (2, 3, 4)] == [0.5, 1.0, 1.5]
     assert silence.seconds(alive, 2.0 + 8 * 3600) == 0.0  # the lid was closed

@@ -14,7 +14,7 @@ import torch
 
 from runner.config.request import Request
 from runner.launcher.failure import judge
-from runner.launcher.oom_report import OomReport, autopsy, report
+from runner.launcher.oom_report import OomReport, diagnose_oom, report
 from runner.launcher.supervisor import Ending
 from runner.machine.oom_kills import OomKills, killer, oom_kills
 from runner.resolve import plan_inputs
@@ -42,7 +42,7 @@ def died(*words: str, plan: bool = True, **status: Any) -> tuple[RunDir, Any]:
 
 
 def of(*words: str, killed: Any = None, **status: Any) -> OomReport:
-    return autopsy(*died(*words, **status), killed)
+    return diagnose_oom(*died(*words, **status), killed)
 
 
 def needs(*words: str) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from rich.text import Text
 from runner.errors import RequestError
 from runner.plan import deepspeed_json
 from runner.plan.autograd.tape import KINDS
-from runner.plan.candidates import Options, allowed_stages
-from runner.plan.duration import Facts
+from runner.plan.choose_stage import StageSearch, allowed_stages
 from runner.plan.plan import plan_of
+from runner.plan.run_time import Facts
 from runner.report.plan_plot import plot_plan
 from runner.report.plan_terms import FAMILIES, PHASES, TERMS, cells, heading, present, segments, term_of
 from runner.report.plan_text import print_fit, print_memory_table, print_plan
@@ -75,7 +75,7 @@ def text_of(plan: dict[str, Any], width: int = 100, **console: Any) -> str:
 
 def real_plans(hw: str = "h100x3") -> dict[tuple[str, str], dict[str, Any]]:
     """Every method with every stage that works."""
-    options, plans = Options(deepspeed_json.templates()), {}
+    options, plans = StageSearch(deepspeed_json.templates()), {}
     for method in METHODS:
         spec = spec_of("model=llama2_7b", f"method={method}", f"hw={hw}", "deepspeed=none", "train.batch_size=12")
         for stage in STAGES:

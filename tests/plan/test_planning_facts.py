@@ -9,7 +9,7 @@ import pytest
 
 from docs.generate import planning_facts as facts
 from docs.generate.planning_examples import planned, spec_of
-from runner.plan.candidates import job_of
+from runner.plan.choose_stage import job_of
 from runner.plan.memory import GIB, setting_of
 from runner.plan.model_shape import shape_of
 from runner.plan.step_peak import Step, step

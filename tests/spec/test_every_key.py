@@ -23,7 +23,7 @@ from runner.runs import launch
 from runner.runs.content_checks import check_read
 from runner.runs.unread_keys import UNREAD, reads
 from runner.spec import RunSpec
-from runner.spec.part import Part
+from runner.spec.base_model import Part
 from runner.spec.unused import _candidates, _facts
 from runner.train.prepare import prepared
 from tests.conftest import train_here

@@ -27,7 +27,7 @@ from runner.plan.autograd.attention import mask
 from runner.plan.autograd.head import embed
 from runner.plan.autograd.ops import Block, LayerKind
 from runner.plan.autograd.tape import Tape
-from runner.plan.candidates import job_of
+from runner.plan.choose_stage import job_of
 from runner.plan.memory import setting_of
 from runner.plan.model_shape import shape_of
 from runner.plan.trainable import training_of
@@ -38,7 +38,7 @@ from runner.spec import RunPodPlace, RunSpec
 from runner.train import callbacks, chat, finished_run, model_loading, peft_methods, trainer
 from runner.train.distributed import Ranks
 from runner.train.loss_guard import LossGuard
-from runner.train.objectives import setup
+from runner.train.objectives import build_trainer
 from tests.conftest import spec_of, train_here
 from tests.machine.test_hardware import H100, T4, V100, fake_nvml, put_nvidia_smi, root_with
 from tests.support import preferences, tiny_llama
@@ -180,16 +180,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trainer_of(spec: RunSpec, other: RunSpec | None = None) -> Any:
     """The trainer of a run on this CPU; `other` is what it is told to compute with."""
     run = RunDir.create(spec)
-    examples = setup.read(spec)
+    examples = build_trainer.read(spec)
     source = model_loading.source_of(spec.model)
     tokenizer = model_loading.load_tokenizer(spec, source)
-    tokenised = setup.tokenise(examples, tokenizer, spec)
+    tokenised = build_trainer.tokenise(examples, tokenizer, spec)
     told = other or spec
-    model = setup.load_model(told, source, tokenizer)
+    model = build_trainer.load_model(told, source, tokenizer)
     peft_methods.mark_trainable(told, model)
     guard = LossGuard(spec.train, run, Ranks(), lambda line: None)
-    settings = setup.settings(spec, run, 6, [])
-    return setup.build(told, source, model, tokenizer, tokenised, args=settings, guard=guard, callbacks=[])
+    settings = build_trainer.settings(spec, run, 6, [])
+    return build_trainer.build(told, source, model, tokenizer, tokenised, args=settings, guard=guard, callbacks=[])
 
 
 # ── attention masks ────────────────────────────────────────────────────────────────────────────

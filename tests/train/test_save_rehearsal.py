@@ -18,8 +18,8 @@ from runner.launcher.supervisor import forget
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.train import checkpointing, save_rehearsal, worker
-from runner.train.objectives import setup
-from runner.train.save_rehearsal import mend
+from runner.train.objectives import build_trainer
+from runner.train.save_rehearsal import fix_generation_config
 from tests.conftest import spec_of, train_here
 from tests.support import tiny_llama
 from tests.train.test_merge import merge
@@ -58,20 +58,24 @@ def test_values_without_effect_are_taken_out(values: dict[str, Any], tmp_path: P
     model.generation_config.eos_token_id = [1, 2]  # as training does
     with pytest.raises(ValueError, match="GenerationConfig is invalid"):
         model.save_pretrained(tmp_path / "saved")
-    line = mend(model) or ""
+    line = fix_generation_config(model) or ""
     assert all(name in line for name in values if name != "do_sample")
     model.save_pretrained(tmp_path / "saved")
     again = GenerationConfig.from_pretrained(tmp_path / "saved")
     again.validate(strict=True)
     assert not again.do_sample and again.eos_token_id == [1, 2] and again.max_new_tokens == 7
-    assert mend(model) is None
+    assert fix_generation_config(model) is None
 
 
 def test_what_has_an_effect_stays(tmp_path: Path) -> None:
     tiny_llama.base(tmp_path / "base")
     published(tmp_path, do_sample=True, temperature=0.6, top_p=0.9)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    assert mend(model) is None and model.generation_config.temperature == 0.6 and model.generation_config.top_p == 0.9
+    assert (
+        fix_generation_config(model) is None
+        and model.generation_config.temperature == 0.6
+        and model.generation_config.top_p == 0.9
+    )
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -144,14 +148,14 @@ def never_stopping(model: Any) -> None:
 def test_what_cannot_be_saved_is_refused_before_the_first_step(
     change: Change, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = setup.load_model
+    kept = build_trainer.load_model
 
     def changed(*some: Any) -> Any:
         model = kept(*some)
         change(model)
         return model
 
-    monkeypatch.setattr(setup, "load_model", changed)
+    monkeypatch.setattr(build_trainer, "load_model", changed)
     with pytest.raises(RequestError, match="the trained model could not be saved"):
         train_here(spec_of(*asked))
     (folder,) = (tmp_path / "runs").iterdir()

@@ -12,16 +12,16 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from runner.data.chat_template import template_source
+from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Preference
 from runner.data.preference_tokens import How, encode_chunk
-from runner.data.tokenize import ChatTokenizer
 from runner.errors import RequestError
 from runner.train import chat, export, stop_tokens
 from runner.train.evaluation.generation import Answer, compare, generate, learned_answer
 from runner.train.merge import adapter
 from tests.conftest import spec_of, train_here
-from tests.data.test_completeness import CASES, OSLO, asks, says, words_of
 from tests.data.test_loss_mask import ENDS, SPECIAL, body, learned_pieces, whole
+from tests.data.test_rendered_text_checks import CASES, OSLO, asks, says, words_of
 from tests.support import tiny_llama
 
 __all__ = ["body"]  # a fixture

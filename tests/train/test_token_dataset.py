@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.load import Example
 from runner.data.loss_mask import IGNORED
-from runner.data.tokenize import ChatTokenizer
 from runner.errors import RequestError
 from runner.train import model_loading, token_dataset
 from tests.conftest import spec_of

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from runner.data.chat_template import template_source
+from runner.data.chat_tokenizer import FALLBACK
 from runner.data.commands_dataset import examples
-from runner.data.tokenize import FALLBACK
 from runner.train import model_loading
 from tests.conftest import spec_of
 from tests.support import preferences

@@ -75,7 +75,7 @@ def variables() -> dict[str, str]:
     return {**found, **os.environ}
 
 
-class Own:
+class ThisPod:
     """This pod, as its own key may treat it."""
 
     def __init__(self, base: str | None = None) -> None:
@@ -358,10 +358,10 @@ def _since_armed(folder: Path, mine: dict[str, Any], left: float) -> float:
         return left
 
 
-class Switch:
+class DeadManSwitch:
     """The process that outlives all others: it holds the limits, and starts the work as its child."""
 
-    def __init__(self, folder: Path, order: dict[str, Any], own: Own, again: bool = False) -> None:
+    def __init__(self, folder: Path, order: dict[str, Any], own: ThisPod, again: bool = False) -> None:
         self.folder, self.order, self.own = folder, order, own
         self.beat = SHM / f"runner-{order['run_id']}.beat"
         self.limits = Limits(folder, order, self.beat, again)
@@ -388,7 +388,7 @@ class Switch:
             with suppress(BaseException):
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.setpgid(0, 0)
-                shield(0)
+                lower_oom_score(0)
                 for one in self.held:
                     one.close()
                 try:
@@ -664,7 +664,7 @@ def run(folder: Path) -> int:
 def hold(folder: Path, held: list[IO[str]]) -> Path | None:
     """Arm the switch of one run, then let its work begin; the folder of the run that has the pod next."""
     order = read(folder / "agent.json")
-    own = Own(order.get("api_base"))
+    own = ThisPod(order.get("api_base"))
     if not order or order.get("pod_id") != own.id:
         log(f"the order is for pod {order.get('pod_id')}, and this is {own.id}")
         return None
@@ -678,9 +678,9 @@ def hold(folder: Path, held: list[IO[str]]) -> Path | None:
         return following
     admit(order.get("public_key"))
     before = before_this(folder, order, own.id)
-    switch = Switch(folder, order, own, again=before.get("state") == "ending")
+    switch = DeadManSwitch(folder, order, own, again=before.get("state") == "ending")
     switch.held = held
-    shield()
+    lower_oom_score()
     own.tell_watch(switch.limits.due() + WATCH_SECONDS, "terminate")
     with suppress(OSError):
         write(folder / "agent-status.json", before)
@@ -746,7 +746,7 @@ def speak(folder: Path) -> None:
         os.close(words)
 
 
-def shield(score: int = -900) -> None:
+def lower_oom_score(score: int = -900) -> None:
     """The kernel ends others first when memory runs out (proc(5), oom_score_adj); allowed to root."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(score))
@@ -763,7 +763,7 @@ def start(folder: Path) -> int:
             os._exit(run(folder))
         os._exit(0)
     os.wait()
-    own, deadline = Own().id, now() + 60
+    own, deadline = ThisPod().id, now() + 60
     while now() < deadline:
         while following := successor(folder, own):
             folder = following

@@ -26,7 +26,7 @@ from runner.data.load import split
 from runner.data.readers.sources import files_of
 from runner.paths import CONF, cache_dir
 from runner.spec import DataSpec, ModelSpec, RunSpec
-from runner.spec.places import is_url
+from runner.spec.input_paths import is_url
 
 LAYOUT = 3  # raise it when what is stored changes meaning
 SAMPLE_ROWS = 200  # rows tokenised of more data than that

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from runner.data.examples import Example, Judged, Learnable, Preference, Turn, content_of, kind_of
+from runner.data.chat_tokenizer import ChatTokenizer, Encoded
+from runner.data.examples import Example, Learnable, Preference, Turn, UnpairedExample, content_of, kind_of
 from runner.data.inspect.token_counts import tokenizer_file
 from runner.data.load import Found, inspect
 from runner.data.loss_mask import IGNORED
 from runner.data.preference_tokens import others, split
-from runner.data.tokenize import ChatTokenizer, Encoded
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 
@@ -84,7 +84,7 @@ def _segments(
         yield from _pieces(row, words, loss_on)
     elif isinstance(row, Preference):
         yield from _compared(row, {"chosen": row.chosen, "rejected": row.rejected}, words, whole)
-    elif isinstance(row, Judged):
+    elif isinstance(row, UnpairedExample):
         yield from _compared(row, {"": row.completion}, words)
     elif words is not None:
         text = words.asked(row.prompt, row.tools)
@@ -94,7 +94,10 @@ def _segments(
 
 
 def _compared(
-    row: Preference | Judged, answers: dict[str, list[Turn] | str], words: ChatTokenizer | None, whole: bool = False
+    row: Preference | UnpairedExample,
+    answers: dict[str, list[Turn] | str],
+    words: ChatTokenizer | None,
+    whole: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """A prompt with each of its answers, of which every token counts; but what users and tools say in one is given,
     unless the `whole` is judged."""

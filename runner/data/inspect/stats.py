@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Learnable, fingerprint, kind_of
 from runner.data.inspect.lengths import packed
 from runner.data.inspect.token_counts import Counting, tokenizer_file
 from runner.data.load import read
 from runner.data.loss_mask import IGNORED
-from runner.data.tokenize import ChatTokenizer
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.data.chat_template import Template
-from runner.data.examples import Example, Learnable, Preference, Question, Turn
-from runner.data.tokenize import template_of
+from runner.data.chat_tokenizer import template_of
+from runner.data.examples import Example, Learnable, Preference, PromptExample, Turn
 from runner.errors import RequestError
 from runner.paths import cache_dir
 from runner.spec import DataSpec, ModelSpec
@@ -83,7 +83,7 @@ def _as_example(row: Learnable) -> Example:
     """What has to be computed at once of any kind of row."""
     if isinstance(row, Example):
         return row
-    if isinstance(row, Question):
+    if isinstance(row, PromptExample):
         return Example(row.prompt, tools=row.tools)
     if not isinstance(row, Preference):
         return Example(row.prompt, row.completion, tools=row.tools)

@@ -14,7 +14,7 @@ from runner.data.readers.sources import files_of
 from runner.data.row_store import num_bytes
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec, ModelSpec, Pretrain, RunSpec
-from runner.spec.places import is_url
+from runner.spec.input_paths import is_url
 
 
 def check(spec: RunSpec) -> None:

@@ -16,7 +16,7 @@ from runner.config.suggestions import nearest
 from runner.data.readers import arrow, remote
 from runner.data.readers.compression import COMPRESSIONS, decompressed
 from runner.errors import Problem, RequestError
-from runner.spec.places import is_url
+from runner.spec.input_paths import is_url
 
 Row = dict[str, Any]
 

@@ -13,7 +13,7 @@ from runner.data.readers import remote
 from runner.data.readers.files import READABLE, Table, kind_of_file, read_table
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec, SourceSpec
-from runner.spec.places import is_glob, is_url
+from runner.spec.input_paths import is_glob, is_url
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import IO, Any
 from runner.data.readers import arrow, remote
 from runner.data.readers.files import Table, json_lines, kind_of_file, not_utf8, read_table, text_lines
 from runner.errors import Problem, RequestError
-from runner.spec.places import is_url
+from runner.spec.input_paths import is_url
 
 BLOCK = 8 << 20
 """Bytes of lines that are parsed at once."""

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.load import Example
-from runner.data.tokenize import ChatTokenizer
 from runner.report.progress import Progress
 from runner.rundir.directory import RunDir, write_atomically
 from runner.spec import RunSpec

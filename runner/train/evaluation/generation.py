@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Turn
 from runner.data.loss_mask import IGNORED
-from runner.data.tokenize import ChatTokenizer
 from runner.train import stop_tokens
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from runner.train.trainer_records import Keeping
+from runner.train.recording_trainer import RecordingTrainerMixin
 
 Row = dict[str, float]
 
@@ -26,7 +26,7 @@ def num_own(accelerator: Any, size: int) -> int:
     return int(min(size, max(0, state.remainder - accelerator.process_index * size)))
 
 
-class TokenMean(Keeping):
+class TokenMean(RecordingTrainerMixin):
     """The mean over all labelled tokens; without the balance of experts (`router_aux_loss_coef`), which is no loss of
     words and depends on the batch."""
 
@@ -59,7 +59,7 @@ class TokenMean(Keeping):
         return loss.detach(), None, None
 
 
-class RowMeans(Keeping):
+class RowMeans(RecordingTrainerMixin):
     """Means over all rows, which are measured one by one: what TRL says of a batch is then what it says of the row."""
 
     held: list[Row]

@@ -25,7 +25,7 @@ from runner.spec import DeepSpeedSpec, Lora, RunSpec
 from runner.train import model_loading, stop_tokens
 from runner.train.merge import proof, rounding
 from runner.train.merge.fold import fold
-from runner.train.save_rehearsal import mend
+from runner.train.save_rehearsal import fix_generation_config
 from runner.train.token_dataset import chat_ids
 from runner.train.trainer import autocast
 
@@ -63,7 +63,7 @@ def merge(spec: RunSpec, run: RunDir, target: Path, say: Callable[[str], None]) 
         as_run = proof.logits(model, prompts)
     say("Folding the adapter into its base …")
     merged, rounded = fold(model, dtype)
-    mend(merged)
+    fix_generation_config(merged)
     del model  # from here on there is one copy, of 16 bits
     stop_tokens.align(merged, tokenizer)
     with whole(target) as folder:

@@ -13,11 +13,11 @@ from runner.errors import Problem, RequestError
 from runner.spec import Grpo, RunSpec
 from runner.train import row_ids
 from runner.train.evaluation.generation import plain
-from runner.train.guarded_trainer import Guarding
+from runner.train.guarded_trainer import LossGuardMixin
 from runner.train.token_dataset import chat_ids
 
 
-class GrpoTrainer(Guarding, GRPOTrainer):  # type: ignore[misc]  # trl has no types
+class GrpoTrainer(LossGuardMixin, GRPOTrainer):  # type: ignore[misc]  # trl has no types
     """A "batch" here is a list of rows: what is computed is known only when they have been answered."""
 
     METRICS = {  # noqa: RUF012  # as in Guarding, read only

@@ -13,7 +13,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from runner.spec import Dpo, Kto, Orpo, Reward, RunSpec
 from runner.train.evaluation.heldout import Row, RowMeans
-from runner.train.guarded_trainer import Guarding
+from runner.train.guarded_trainer import LossGuardMixin
 from runner.train.row_ids import KEY
 
 REWARDS = {
@@ -26,7 +26,7 @@ REWARDS = {
 }
 
 
-class _Pairs(RowMeans, Guarding):
+class _Pairs(RowMeans, LossGuardMixin):
     """The loss is a mean over the rows of a step: one that is not full counts by its rows, however it is split."""
 
     mean_rows = 1.0
@@ -279,7 +279,7 @@ def config_of(spec: RunSpec, shared: dict[str, Any]) -> Any:
     return RewardConfig(**shared, center_rewards_coefficient=objective.center)
 
 
-def trainer_of(spec: RunSpec) -> type[Guarding]:
+def trainer_of(spec: RunSpec) -> type[LossGuardMixin]:
     """The objective's trainer."""
     objective = spec.objective
     if isinstance(objective, Dpo):

@@ -14,11 +14,11 @@ from typing import Any
 from datasets import Features, Json, List, Value
 from datasets.arrow_writer import ArrowWriter
 
-from runner.data.encoding import in_chunks
-from runner.data.examples import Learnable, Question, fingerprint
+from runner.data.chat_tokenizer import ChatTokenizer
+from runner.data.examples import Learnable, PromptExample, fingerprint
 from runner.data.preference_tokens import TOOLS, How, encode_chunk
 from runner.data.readers.files import refuse
-from runner.data.tokenize import ChatTokenizer
+from runner.data.tokenize_rows import in_chunks
 from runner.errors import Problem, RequestError
 from runner.spec import Grpo, Kto, Reward, RunSpec
 from runner.train.token_cache import ROWS, Tell, Tokenised, stored, tokenizer_fingerprint
@@ -85,7 +85,7 @@ def _features(rows: Sequence[Learnable], spec: RunSpec) -> Features:
     the arguments of all others."""
     ids = List(Value("int32"))
     if isinstance(spec.objective, Grpo):
-        extra = dict.fromkeys(name for row in rows if isinstance(row, Question) for name in row.extra)
+        extra = dict.fromkeys(name for row in rows if isinstance(row, PromptExample) for name in row.extra)
         return Features({**dict.fromkeys(extra, Json()), "prompt": Json(), "answer": Json(), TOOLS: Json()})
     if isinstance(spec.objective, Kto):
         names: tuple[str, ...] = "prompt_ids", "completion_ids", "completion_given"

@@ -15,10 +15,10 @@ from typing import Any
 
 from datasets.arrow_writer import ArrowWriter
 
+from runner.data.chat_tokenizer import begun, ended
 from runner.data.examples import Example, fingerprint
 from runner.data.pretraining.sharder import lines_of
 from runner.data.pretraining.workspace import manifest_of
-from runner.data.tokenize import begun, ended
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 from runner.train.token_cache import ROWS, Tell, Tokenised, stored, tokenizer_fingerprint

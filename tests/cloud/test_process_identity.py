@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.cloud import owner
+from runner.cloud import process_identity
 from runner.cloud.ledger import Ledger
 from runner.emulator.container import namespaces
 from tests.cloud.test_ledger import FACTS
@@ -25,7 +25,7 @@ from tests.support.rented import state
 __all__ = ["state"]
 HOLDER = """
 import os, sys
-from runner.cloud import owner
+from runner.cloud import process_identity as owner
 from runner.cloud.ledger import Ledger
 from tests.cloud.test_ledger import FACTS
 for name, value in [word.split("=") for word in sys.argv[1:]]:
@@ -101,11 +101,11 @@ def test_on_a_network_file_system_the_owner_of_another_machine_is_never_taken_fo
     held: Held, facts: list[str], dead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its locks may be its own affair there."""
-    if dead and not owner.machine():
+    if dead and not process_identity.machine():
         pytest.skip("this machine has no machine-id")
     process = held([], facts)
-    monkeypatch.setattr(owner, "on_network", lambda file: True)
-    monkeypatch.setattr(owner, "_is_held", lambda file: False)  # `nolock`
+    monkeypatch.setattr(process_identity, "on_network", lambda file: True)
+    monkeypatch.setattr(process_identity, "_is_held", lambda file: False)  # `nolock`
     entry = Ledger().entry("runner-a-1")
     assert entry is not None and entry.owned == (not dead)
     process.kill()
@@ -125,7 +125,7 @@ def test_the_hostname_alone_as_an_earlier_version_wrote_it(state: Path) -> None:
     ledger = Ledger()
     ledger.plan("runner-a-1", run_id="a", **FACTS)
     for host, started, owned in (
-        (socket.gethostname(), owner.started(os.getpid()), True), (socket.gethostname(), 1.0, False),
+        (socket.gethostname(), process_identity.started(os.getpid()), True), (socket.gethostname(), 1.0, False),
         ("elsewhere", 1.0, True),
     ):  # fmt: skip
         ledger.set("runner-a-1", host=host, pid_started=started)
@@ -142,4 +142,4 @@ def test_without_room_for_a_lock_a_process_still_holds_its_pod(state: Path) -> N
 
 
 def test_where_a_file_lies(tmp_path: Path) -> None:
-    assert not owner.on_network(tmp_path / "x" / "y")
+    assert not process_identity.on_network(tmp_path / "x" / "y")

@@ -9,7 +9,7 @@ import pytest
 
 from runner.config.catalog import load, options
 from runner.plan.model_shape import Shape, shape_of
-from runner.plan.time import (
+from runner.plan.step_time import (
     Machine,
     Stage,
     StepTime,

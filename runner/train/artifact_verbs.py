@@ -1,4 +1,4 @@
-"""`python -m runner.train.worker_verbs VERB spec.json …`: make something from a run that is over, or measure it.
+"""`python -m runner.train.artifact_verbs VERB spec.json …`: make something from a run that is over, or measure it.
 
 The frame of every such verb: its words, its JSON, its errors. Exit codes as in runner/errors.py.
 """
@@ -77,7 +77,7 @@ def _unexpected(verb: str, run: RunDir, error: Exception) -> RunnerError:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m runner.train.worker_verbs")
+    parser = argparse.ArgumentParser(prog="python -m runner.train.artifact_verbs")
     parser.add_argument("verb", choices=["merge", "export", "eval"])
     parser.add_argument("spec", type=Path)
     parser.add_argument("--out", type=Path)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from runner.data.chat_template import MARK, Template, template_source, with_tools
-from runner.data.completeness import show
 from runner.data.examples import Example, Turn
 from runner.data.loss_mask import IGNORED, Learned, Turns, labels_of, learned
+from runner.data.rendered_text_checks import show
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec
 

@@ -17,7 +17,7 @@ from runner.plan.auto_values import resolve
 from runner.plan.nearest_fit import Offer, offers
 from runner.plan.plan import Plan
 from runner.report.durations import duration
-from runner.resolve import plan_inputs
+from runner.resolve import plan_inputs, price
 from runner.spec import AutoPlace, HardwareSpec, LocalPlace, RunPodPlace, RunSpec
 
 
@@ -118,7 +118,7 @@ def _of_pod(spec: RunSpec, pod: str, asked: HardwareSpec) -> tuple[RunSpec, str]
         ), "it has no GPU"
     count = asked.num_gpus if "num_gpus" in asked.model_fields_set else gpus
     found = sorted(
-        (hw for hw in plan_inputs.hardware() if hw.runpod_gpu_id == gpu_id),
+        (hw for hw in price.hardware() if hw.runpod_gpu_id == gpu_id),
         key=lambda hw: (hw.num_gpus != count, hw.num_gpus),
     )
     if not found:
@@ -143,7 +143,7 @@ def _rentable(spec: RunSpec, asked: HardwareSpec) -> list[HardwareSpec]:
     place = spec.where
     assert isinstance(place, RunPodPlace)
     given: dict[str, Any] = {key: getattr(asked, key) for key in asked.model_fields_set & _OF_ANY}
-    found = [hw for hw in plan_inputs.hardware(cloud=place.cloud) if hw.runpod_gpu_id]
+    found = [hw for hw in price.hardware(cloud=place.cloud) if hw.runpod_gpu_id]
     if place.gpu_types:
         found = [hw for hw in found if hw.runpod_gpu_id in place.gpu_types]
     if given.get("num_gpus"):

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from runner.plan import cost
-from runner.plan.candidates import Option, Options, asks, job_of
+from runner.plan.choose_stage import StageChoice, StageSearch, asks, job_of
 from runner.plan.memory import PROMPT_TOKENS
 from runner.plan.objective_passes import passes_of
-from runner.plan.time import Machine, Work, evaluation_time
+from runner.plan.step_time import Machine, Work, evaluation_time
 from runner.plan.trainable import Training
 from runner.spec import RunSpec
 
@@ -47,9 +47,9 @@ class Facts:
 
 def hours_of(
     spec: RunSpec,
-    options: Options,
+    options: StageSearch,
     training: Training,
-    option: Option,
+    option: StageChoice,
     facts: Facts,
     disk: Mapping[str, float],
     checkpoints: float = 0.0,

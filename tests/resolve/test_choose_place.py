@@ -11,7 +11,8 @@ from runner.cli.options import request_of
 from runner.errors import CannotRunError
 from runner.machine.detect import HardwareSpec
 from runner.plan.nearest_fit import offers
-from runner.resolve.plan_inputs import hardware, options_for
+from runner.resolve.plan_inputs import options_for
+from runner.resolve.price import hardware
 from runner.resolve.steps import asked, resolved
 from runner.spec import RunPodPlace
 from tests.support.front import laptop, runner, spec_of

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar, cast
 
+from runner.data.chat_tokenizer import ChatTokenizer, Encoded
 from runner.data.examples import Example, Kind
 from runner.data.loss_mask import IGNORED
 from runner.data.row_store import Stored, decoded
-from runner.data.tokenize import ChatTokenizer, Encoded
 from runner.errors import Problem, RequestError
 
 T = TypeVar("T")

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from trl import pack_dataset
 
 from runner.data.chat_template import template_source
-from runner.data.encoding import Chunk, How, encode_chunk, in_chunks
+from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example
 from runner.data.inspect.lengths import packed
 from runner.data.loss_mask import IGNORED
 from runner.data.packing import bins
-from runner.data.tokenize import ChatTokenizer
+from runner.data.tokenize_rows import Chunk, How, encode_chunk, in_chunks
 from runner.errors import RequestError
 from runner.train import token_dataset
 from runner.train.token_cache import line_of

@@ -9,10 +9,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from runner.data.chat_template import named, template_source
-from runner.data.examples import Example, Judged, Preference, Turn
+from runner.data.chat_tokenizer import ChatTokenizer
+from runner.data.examples import Example, Preference, Turn, UnpairedExample
 from runner.data.load import canonical
 from runner.data.preference_tokens import How, encode_chunk
-from runner.data.tokenize import ChatTokenizer
 from runner.errors import RequestError
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import ENDS, OF_TRL, SPECIAL, body, learned_pieces, whole
@@ -120,7 +120,7 @@ def test_a_turn_that_is_only_a_call_is_refused_where_the_template_shows_none(nam
             with pytest.raises(RequestError, match="does not show the tool calls of turn 2") as caught:
                 words.encode(row, loss_on)
             assert "data.chat_template" in str(caught.value.problems[0].remedy)
-    for row in (Preference(turns[:1], turns[1:], [says("no")]), Judged(turns[:1], turns[1:], True)):
+    for row in (Preference(turns[:1], turns[1:], [says("no")]), UnpairedExample(turns[:1], turns[1:], True)):
         assert "does not show the tool calls" in encode_chunk(words, [row], How(1000)).problems[0].what  # type: ignore[list-item]
 
 

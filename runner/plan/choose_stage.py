@@ -11,7 +11,7 @@ from runner.plan import zero
 from runner.plan.memory import GIB, PROMPT_TOKENS, Job, Memory, floor, memory
 from runner.plan.model_shape import Shape
 from runner.plan.objective_passes import passes_of, shape_for
-from runner.plan.time import Machine, StepTime, Work, evaluation_time, machine_of, step_time, work_of
+from runner.plan.step_time import Machine, StepTime, Work, evaluation_time, machine_of, step_time, work_of
 from runner.plan.trainable import Precision, Training, training_of
 from runner.spec import HardwareSpec, Kto, Method, RunSpec
 
@@ -29,7 +29,7 @@ MAX_MICRO_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class StageChoice:
     """One stage and micro batch."""
 
     stage: str
@@ -60,7 +60,7 @@ class Option:
         return self.step.total_s / self.batch if self.step else float("inf")
 
 
-class Options:
+class StageSearch:
     """Makes options; what they share between runs is worked out once."""
 
     def __init__(self, templates: Templates) -> None:
@@ -122,14 +122,14 @@ class Options:
             )
         return self._configs[key]
 
-    def of(self, spec: RunSpec, stages: tuple[str, ...] | None = None) -> Iterator[Option]:
+    def of(self, spec: RunSpec, stages: tuple[str, ...] | None = None) -> Iterator[StageChoice]:
         """Every option of a run whose precision and hardware are resolved, best rounding first within a stage."""
         shape = shape_for(spec)
         for stage in stages or allowed_stages(spec):
             for micro, accumulation in batches(spec):
                 yield self.option(spec, shape, stage, micro, accumulation)
 
-    def option(self, spec: RunSpec, shape: Shape, stage: str, micro: int, accumulation: int) -> Option:
+    def option(self, spec: RunSpec, shape: Shape, stage: str, micro: int, accumulation: int) -> StageChoice:
         """One of them."""
         precision = spec.train.precision
         assert precision != "auto"
@@ -152,9 +152,9 @@ class Options:
             step = with_answers(step, self.work(training, job), machine, job, micro * accumulation)
         capacity = None if spec.hw.memory_gib is None else spec.hw.memory_gib * GIB
         total = micro * accumulation * spec.hw.world_size
-        return Option(stage, micro, accumulation, total, held, capacity, step, config)
+        return StageChoice(stage, micro, accumulation, total, held, capacity, step, config)
 
-    def best(self, spec: RunSpec) -> Option:
+    def best(self, spec: RunSpec) -> StageChoice:
         """The fastest that fits with headroom; else the fastest that fits; else the one that misses by least."""
         shape = shape_for(spec)
         chosen = [self._in_stage(spec, shape, stage) for stage in allowed_stages(spec)]
@@ -165,7 +165,7 @@ class Options:
         near = [o for o in alike if o.seconds_per_sequence <= NOISE * best.seconds_per_sequence]
         return min(near or [best], key=lambda o: ORDER.index(o.stage))
 
-    def _in_stage(self, spec: RunSpec, shape: Shape, stage: str) -> Option:
+    def _in_stage(self, spec: RunSpec, shape: Shape, stage: str) -> StageChoice:
         """Of the best rounding the largest micro batch with headroom; without headroom, what needs least.
 
         That is the safest: the largest micro batch would fill the card.
@@ -200,7 +200,7 @@ class Options:
         return floor(training, job_of(spec), pair[1], stage, config) > spec.hw.memory_gib * GIB
 
 
-def _rank(option: Option) -> tuple[bool, bool, float, int]:
+def _rank(option: StageChoice) -> tuple[bool, bool, float, int]:
     lacking = 0.0 if option.fits else option.memory.expected
     speed = round(option.seconds_per_sequence, 4) if option.fits else lacking
     order = ORDER.index(option.stage)

@@ -1,9 +1,9 @@
 """How long one optimiser step takes: arithmetic, memory traffic, and what the processes send each other.
 
 What does not depend on the micro batch is made once (`work_of`, `machine_of`); `step_time` is then a few
-multiplications. It is an estimate: of the 44 published measurements in tests/plan/test_time.py (LoRA and 4-bit LoRA of
-1.8B to 14B on one A100, a 7B under ZeRO on eight), to some of which it was fitted, the furthest is a quarter off; where
-a note says "assumption", nobody has published one.
+multiplications. It is an estimate: of the 44 published measurements in tests/plan/test_step_time.py (LoRA and 4-bit
+LoRA of 1.8B to 14B on one A100, a 7B under ZeRO on eight), to some of which it was fitted, the furthest is a quarter
+off; where a note says "assumption", nobody has published one.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class CutShort(Exception):
     """A signal came in the middle of a measurement; raised by all processes at the same batch."""
 
 
-class Keeping:
+class RecordingTrainerMixin:
     """Mixed in before a TRL trainer, which has no types: hence each `type: ignore` at a `super()`."""
 
     METRICS: ClassVar[Mapping[str, str]] = {}

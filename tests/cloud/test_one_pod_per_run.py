@@ -13,7 +13,7 @@ from runner.cloud.agent import agent
 from runner.cloud.lease import Lease, spent
 from runner.cloud.ledger import HeldError, Ledger
 from runner.cloud.lifecycle import acquire
-from runner.cloud.pod_of_run import refuse_second
+from runner.cloud.one_pod_per_run import refuse_second
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.errors import NoCapacityError, StillThereError
 from runner.cloud.runpod.pod_request import PodRequest
@@ -100,7 +100,7 @@ def test_two_that_resume_at_once_rent_one_pod(emulator: Emulator, run: RunDir) -
     rented = rent(run)
     code = (
         "import sys; from pathlib import Path; from runner.rundir.directory import RunDir\n"
-        "from tests.cloud.test_pod_of_run import rent\n"
+        "from tests.cloud.test_one_pod_per_run import rent\n"
         "rent(RunDir(Path(sys.argv[1])))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(run.path)], cwd=ROOT, capture_output=True, text=True)

@@ -12,13 +12,13 @@ from peft import get_peft_model
 from transformers import PrinterCallback
 
 from runner.data import load
-from runner.data.examples import Example, Question, Turn, kind_of
+from runner.data.examples import Example, PromptExample, Turn, kind_of
 from runner.data.pretraining.workspace import workspace_of
 from runner.plan.objective_passes import passes_of
 from runner.rundir.directory import RunDir
 from runner.spec import Dpo, Full, Grpo, Orpo, Pretrain, QLora4, QLora8, RunSpec, Sft
 from runner.train import deepspeed_config, model_loading, moe_checks, peft_methods, token_dataset, trainer
-from runner.train.guarded_trainer import GuardedTrainer, Guarding
+from runner.train.guarded_trainer import GuardedTrainer, LossGuardMixin
 from runner.train.model_loading import DTYPES
 from runner.train.objectives import grpo, preference, preference_dataset, pretraining, rewards
 from runner.train.objectives.pretraining import Shards
@@ -52,7 +52,9 @@ def read(spec: RunSpec) -> Examples:
     if isinstance(spec.objective, Sft):
         asked = [row for row in found.held if isinstance(row, Example) and row.completion]
     elif isinstance(spec.objective, Grpo):
-        asked = [Example(row.prompt, _answer(row), tools=row.tools) for row in found.held if isinstance(row, Question)]
+        asked = [
+            Example(row.prompt, _answer(row), tools=row.tools) for row in found.held if isinstance(row, PromptExample)
+        ]
     return Examples(
         found.train,
         found.held,
@@ -63,7 +65,7 @@ def read(spec: RunSpec) -> Examples:
     )
 
 
-def _answer(row: Question) -> list[Turn]:
+def _answer(row: PromptExample) -> list[Turn]:
     first = row.answer[0] if isinstance(row.answer, list) and row.answer else row.answer
     return [] if first is None else [{"role": "assistant", "content": str(first)}]
 
@@ -74,7 +76,7 @@ def judge(spec: RunSpec, examples: Examples) -> Callable[[list[str]], dict[str, 
     if not isinstance(objective, Grpo):
         return None
     functions, weights = rewards.functions(objective), objective.reward_weights or [1.0] * len(objective.rewards)
-    asked = [row for row in examples.held or () if isinstance(row, Question)][: spec.eval.num_prompts]
+    asked = [row for row in examples.held or () if isinstance(row, PromptExample)][: spec.eval.num_prompts]
 
     def of(answers: list[str]) -> dict[str, float]:
         table = load.columns(asked)
@@ -136,7 +138,7 @@ def settings(
 
 def build(
     spec: RunSpec, source: str, model: Any, tokenizer: Any, rows: tuple[Tokenised, Tokenised | None], **common: Any
-) -> Guarding:
+) -> LossGuardMixin:
     """The trainer, ready to train; `common` are its settings, guard and callbacks."""
     train, held = rows
     common |= {"train_dataset": train.rows, "eval_dataset": held.rows if held else None, "processing_class": tokenizer}
@@ -148,11 +150,11 @@ def build(
     peft_methods.widen(spec, made.model)
     if spec.deepspeed.name.startswith("zero3"):
         deepspeed_config.settle(made.model)
-    trained: Guarding = made
+    trained: LossGuardMixin = made
     return trained
 
 
-def _made(spec: RunSpec, source: str, model: Any, config: Any, common: dict[str, Any]) -> Guarding:
+def _made(spec: RunSpec, source: str, model: Any, config: Any, common: dict[str, Any]) -> LossGuardMixin:
     """The objective's trainer, with the adapter on the model."""
     if isinstance(spec.objective, (Sft, Pretrain)):
         return GuardedTrainer(model=model, peft_config=config, **common)
@@ -167,7 +169,7 @@ def _made(spec: RunSpec, source: str, model: Any, config: Any, common: dict[str,
         model, config = _adapted(spec, model, config), None
     if passes_of(spec.objective, spec.method).copy:
         common["ref_model"] = reference(spec, source)
-    trained: Guarding = kind(model=model, peft_config=config, **common)
+    trained: LossGuardMixin = kind(model=model, peft_config=config, **common)
     return trained
 
 

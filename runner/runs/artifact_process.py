@@ -18,7 +18,7 @@ from runner.report.invocation import install
 from runner.rundir.atomic_folder import unfinished
 from runner.rundir.directory import RunDir
 
-MODULE = "runner.train.worker_verbs"
+MODULE = "runner.train.artifact_verbs"
 # No GPU is needed to read what DeepSpeed wrote, and without one its import would announce that it found none.
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
 

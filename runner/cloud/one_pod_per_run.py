@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 
 from runner.cloud import clock, termination
-from runner.cloud.adoption import volume_of
 from runner.cloud.budget import Meter
+from runner.cloud.find_pod import volume_of
 from runner.cloud.fleet import run_of
 from runner.cloud.lease import Lease, deadline_of, spent
 from runner.cloud.ledger import PREFIX, Entry, Ledger

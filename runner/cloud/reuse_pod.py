@@ -12,12 +12,12 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.cloud import clock, fleet, handover, pod_env, ssh_keys, transfer
-from runner.cloud.adoption import volume_of
+from runner.cloud import clock, fleet, pod_env, ssh_keys, sweep_handover, transfer
 from runner.cloud.budget import Meter
+from runner.cloud.find_pod import volume_of
 from runner.cloud.lease import Lease, deadline_of, spent
 from runner.cloud.ledger import PREFIX, Entry, Ledger
-from runner.cloud.pod_of_run import begun
+from runner.cloud.one_pod_per_run import begun
 from runner.cloud.readiness import until_ready
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.errors import TooDearError
@@ -131,7 +131,7 @@ def hand_back(session: Session) -> float | None:
     try:
         there = RemoteRun(at.connection, at.workspace, run_id)
         _scripts(there)
-        handover.succeed(at, there, order | {"fresh": False})
+        sweep_handover.succeed(at, there, order | {"fresh": False})
         at.connection.run(f"rm -f /dev/shm/runner-{shlex.quote(session.run.id)}.env", check=False)
         rented.ledger.move(rented.name, "PARKED", "handed back", deadline=old.deadline)
         rented.ledger.hand_over(rented.name, name, run_id=run_id, run_dir=str(folder_of(run_id)), heartbeat_s=None)
@@ -236,7 +236,7 @@ def _hand_on(rented: Lease, old: Entry, new: Session, detached: bool) -> None:
             _scripts(at)
             at.place("agent.json", order | {"run_id": old.run_id, "public_key": None})
         there = RemoteRun(at.connection, at.workspace, new.run.id)
-        handover.succeed(at, there, order)
+        sweep_handover.succeed(at, there, order)
         at.connection.run(f"rm -f /dev/shm/runner-{shlex.quote(old.run_id)}.env", check=False)
     finally:
         at.connection.close()
