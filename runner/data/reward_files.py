@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
+import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib import util
 from pathlib import Path
 
@@ -65,7 +68,7 @@ def _of(name: str, given: set[str] | None, here: bool) -> list[Problem]:
         near = nearest(function, [key for key, node in bound.items() if isinstance(node, _Function)])
         what = f"{file} has no function {function}"
         return [Problem(what, source, f"did you mean {file}:{near}?" if near else "define it")]
-    found = list(_absent(tree, file, source)) if here else []
+    found = list(_absent(tree, file, source)) if here else list(_left_behind(file, source))
     node = bound.get(function)
     if isinstance(node, _Function):
         found += _signature(node, given, source)
@@ -126,11 +129,72 @@ def _is_dynamic(tree: ast.Module) -> bool:
 
 
 def _absent(tree: ast.Module, file: str, source: str) -> Iterator[Problem]:
-    """Packages that the file imports at once, and that are not installed here."""
+    """Packages that the file imports at once, and that are neither installed here nor beside it."""
+    beside = [str(place.with_suffix("").relative_to(root)) for root, place in _local(tree, Path(file).expanduser())]
     for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            what = f"{file} cannot be read: line {node.lineno}: it belongs to no package, so . names none"
+            yield Problem(what, source, f"write from {node.module or '…'} import …: its own folder is looked in")
         names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
         names += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
         for name in dict.fromkeys(name.partition(".")[0] for name in names):
-            if util.find_spec(name) is None:
+            if util.find_spec(name) is None and not any(Path(found).parts[0] == name for found in beside):
                 what = f"{file} cannot be read: ModuleNotFoundError: No module named '{name}'"
                 yield Problem(what, source, f"pip install {name}, or put what it needs into {Path(file).name}")
+
+
+def _left_behind(file: str, source: str) -> Iterator[Problem]:
+    """The user's own modules that the file imports: a pod gets the file alone."""
+    own, *others = sources(file)
+    if others:
+        names = ", ".join(sorted({Path(other).name for other in others}))
+        what = f"{file} imports modules of this machine ({names}), and a pod gets {Path(own).name} alone"
+        yield Problem(what, source, f"put what it needs into {Path(own).name}")
+
+
+# ── the user's own modules ─────────────────────────────────────────────────────────────────────
+
+
+def sources(file: str) -> list[str]:
+    """The file and every module of the user's own that it imports, however far, also inside functions: what decides
+    the rewards. Packages that are installed are not among them."""
+    found, open_files = [Path(file).expanduser()], [Path(file).expanduser()]
+    while open_files:
+        place = open_files.pop(0)
+        with suppress(OSError, SyntaxError, ValueError):  # whoever imports it says so
+            for _, other in _local(ast.parse(place.read_bytes()), place, found[0].parent):
+                if other not in found:
+                    found.append(other)
+                    open_files.append(other)
+    return list(map(str, found))
+
+
+def _local(tree: ast.Module, file: Path, folder: Path | None = None) -> Iterator[tuple[Path, Path]]:
+    """What the imports of a module may name below `folder` or another of the user's own: that and the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names, level = [one.name for one in node.names], 0
+        elif isinstance(node, ast.ImportFrom):
+            prefix = f"{node.module}." if node.module else ""
+            names, level = [prefix + one.name for one in node.names], node.level
+        else:
+            continue
+        roots = [*file.parents[level - 1 : level]] if level else _roots(folder or file.parent)
+        for name in names:
+            parts = name.split(".")
+            for root in roots:
+                places = [root.joinpath(*parts[: number + 1]) for number in range(len(parts))]
+                files = [one for p in places for one in (p / "__init__.py", p.with_name(f"{p.name}.py"))]
+                if there := [one for one in files if one.is_file()]:
+                    yield from ((root, one) for one in there)
+                    break
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Where Python looks for modules that are not installed: beside the reward function, here, in PYTHONPATH."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    others = [Path(name).absolute() for name in sys.path]
+    return [folder, *(
+        place for place in others
+        if not {"site-packages", "dist-packages"} & set(place.parts) and not place.is_relative_to(library)
+    )]  # fmt: skip

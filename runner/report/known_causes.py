@@ -22,18 +22,33 @@ def _cause(pattern: str, what: str, remedy: str, in_pod: str | None = None) -> C
 
 
 GPU_MEMORY = re.compile(
-    # torch, the driver, NCCL ("Cuda failure 2 'out of memory'"), Triton ("Triton Error [CUDA]"), HIP, bitsandbytes
-    r"(cuda|hip|nccl|gpu|driver|triton|device)[^\n]{0,80}\bout of (\w+ )?memory|cudaErrorMemoryAllocation|"
-    r"out of memory at line \d+ in file|"
+    # torch, the driver, NCCL ("Cuda failure 2 'out of memory'"), FlashAttention (with the path of its source between),
+    # Triton ("Triton Error [CUDA]"), HIP, bitsandbytes
+    r"(cuda|hip|nccl|gpu|driver|triton|device)[^\n]{0,240}\bout of (\w+ )?memory|cudaErrorMemoryAllocation|"
+    r"(cuda|hip)_?error_?out_?of_?memory|torch\.(cuda\.)?OutOfMemoryError|out of memory at line \d+ in file|"
+    # NCCL's last words where the failure was in the line before (its alloc.h)
+    r"failed to CUDA (host )?[mc]?alloc\w*( async)? \d+ bytes|"
+    # torch's allocator, which asks NVML who else holds memory, where NVML does not answer: MIG, WSL2, containers
+    r"NVML_SUCCESS ==[^\n]*INTERNAL ASSERT FAILED[^\n]*CUDACachingAllocator|"
     # the libraries' workspaces; a handle of cuBLAS or cuDNN is made at its first use, and mostly fails for that reason
-    r"(CUBLAS|CUBLASLT|CUDNN|CUSOLVER|CUSPARSE|CUFFT)_(STATUS_)?(ALLOC_FAILED|NOT_INITIALIZED|INSUFFICIENT_RESOURCES)",
+    r"(CUBLAS|CUBLASLT|CUDNN|CUSOLVER|CUSPARSE|CUFFT)_(STATUS_)?"
+    r"((\w+_)?ALLOC(ATION)?_FAILED|NOT_INITIALIZED|INSUFFICIENT_RESOURCES)",
     re.IGNORECASE,
 )
 """What libraries say when a GPU's memory is full: few of them raise torch's own error."""
+PINNED_MEMORY = re.compile(
+    r"pin(ned)?[_ ]memory|cudaHost(Alloc|Register)|CUDA host alloc|HOST_ALLOCATION_FAILED", re.IGNORECASE
+)
+"""In the words above, or in the stack: the memory that was full is the machine's, of which CUDA locks pages."""
 
 
 # First match wins: the specific before the general.
 CAUSES = (
+    _cause(
+        r"cudaHost(Alloc|Register)[^\n]*out of memory|failed to CUDA host alloc|pin memory thread[\s\S]*out of memory",
+        "main memory was full where CUDA locks pages of it",
+        "ulimit -l unlimited; give the machine or container more memory, or take a stage without offload",
+    ),
     Cause(
         GPU_MEMORY,
         "the GPU's memory was full",
@@ -53,6 +68,11 @@ CAUSES = (
         r"failed to find c compiler|python\.h: no such file|error: command '?(gcc|cc|clang)'? failed",
         "Triton has to compile a kernel, and there is no C compiler (or no header files of Python)",
         "install them (apt-get install gcc python3-dev), or set CC",
+    ),
+    _cause(
+        r"shared memory segment /dev/shm|unable to open shared memory|bus error|insufficient shared memory|shm_open",
+        "there is too little shared memory",
+        "give the container more: --shm-size=8g or --ipc=host",
     ),
     _cause(
         r"no space left on device|file write failed|disk quota exceeded",
@@ -115,11 +135,6 @@ CAUSES = (
         "https://download.pytorch.org/whl/cu126), a Blackwell CUDA 12.8's or later",
     ),
     _cause(
-        r"unable to open shared memory|bus error|insufficient shared memory|shm_open",
-        "there is too little shared memory",
-        "give the container more: --shm-size=8g or --ipc=host",
-    ),
-    _cause(
         r"device-side assert",
         "an index was out of range on the GPU",
         "check that tokenizer and model belong together",
@@ -128,6 +143,17 @@ CAUSES = (
         r"uncorrectable ecc error|xid|gpu has fallen off the bus",
         "the GPU has a hardware fault",
         "take another machine, then resume",
+    ),
+    _cause(
+        r"system not yet initialized|cudaErrorSystemNotReady",
+        "the service of the machine's NVSwitches does not run",
+        "systemctl start nvidia-fabricmanager, as root; it has to be of the driver's version",
+        "take another host, then resume",
+    ),
+    _cause(
+        r"lib[\w+-]+\.so[.\d]*: cannot open shared object file",
+        "a library is missing that a package was built against, often that of another CUDA",
+        "install the build of that package for torch's CUDA (the stack trace names it)",
     ),
     _cause(r"FileNotFoundError|no such file or directory", "a file is missing", "check the paths of the run"),
 )  # fmt: skip

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runner.data import digest
+from runner.data import digest, reward_files
 from runner.data.readers.sources import files_of
 from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
@@ -37,7 +37,7 @@ def changed(run: RunDir, spec: RunSpec) -> list[Problem]:
         if key in places and key not in now
     ]
     return gone + [
-        Problem(f"{places[key]} is not what the run has trained on until now", key, REMEDY)
+        Problem(f"{_called(key, places[key])} is not what the run has trained on until now", key, REMEDY)
         for key in now
         if key in known and known[key] != now[key]
     ]
@@ -51,7 +51,7 @@ def check_base(run: RunDir, spec: RunSpec) -> str | None:
     place, known = Path(spec.model.id), run.read(FILE).get("model.id")
     if place.is_absolute() and not place.exists():
         raise RequestError(Problem(f"{place}, the run's base, does not exist", "model.id", "bring it back"))
-    if known is None or known == _digest(spec.model.id):
+    if known is None or known == _digest("model.id", spec.model.id):
         return None
     return f"Note: {place}, the run's base, is not what the adapter was trained on: its files have changed since"
 
@@ -63,23 +63,29 @@ def with_moved(run: RunDir, old: RunSpec, new: RunSpec) -> RunSpec:
     for key, value in named_places(new):
         with suppress(KeyError, IndexError):  # it was not there
             said = get_place(before, key)
-            if said != get_place(after, key) and (free or known.get(key) == _digest(value)):
+            if said != get_place(after, key) and (free or known.get(key) == _digest(key, value)):
                 put_place(after, key, said)
     return RunSpec.model_validate(after)
 
 
+def _called(key: str, path: str) -> str:
+    imports = key.startswith("objective.rewards.") and len(reward_files.sources(path)) > 1
+    return f"{path} or a module it imports" if imports else path
+
+
 def _digests(spec: RunSpec) -> dict[str, Any]:
-    found = {key: _digest(value) for key, value in named_places(spec) if key != "deepspeed.config"}
+    found = {key: _digest(key, value) for key, value in named_places(spec) if key != "deepspeed.config"}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _digest(path: str) -> str | None:
-    """Of a file, of what a glob fits, or of a folder with everything in it; None for what is not here."""
+def _digest(key: str, path: str) -> str | None:
+    """Of a file, of what a glob fits, of a folder with everything in it, or of a reward function's file with the
+    modules that it imports; None for what is not here."""
     if is_url(path):
         return None
     place = Path(path).expanduser()
     with suppress(OSError, RequestError):
         if place.is_dir():
             return digest.of_files([str(file) for file in sorted(place.rglob("*")) if file.is_file()])
-        return digest.of_files(files_of(path))
+        return digest.of_files(reward_files.sources(path) if key.startswith("objective.rewards.") else files_of(path))
     return None

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from traceback import walk_tb
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from runner.report.known_causes import GPU_MEMORY
+from runner.report.known_causes import GPU_MEMORY, PINNED_MEMORY
 
 GIB = 2**30
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -170,12 +171,16 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _kind(error: BaseException) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         return "cuda"
-    if GPU_MEMORY.search(str(error)):
-        return "cuda"
+    if GPU_MEMORY.search(str(error)):  # DeepSpeed's offload and the data loader lock pages of main memory with CUDA
+        return "cpu" if PINNED_MEMORY.search(f"{error}\n{_functions(error.__traceback__)}") else "cuda"
     text = str(error).lower()
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return "cpu"
     return "cpu" if isinstance(error, (RuntimeError, OSError)) and any(words in text for words in _CPU) else None
+
+
+def _functions(stack: TracebackType | None) -> set[str]:
+    return {frame.f_code.co_name for frame, _ in walk_tb(stack)}
 
 
 def _where(stack: TracebackType | None) -> str | None:

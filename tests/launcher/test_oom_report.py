@@ -84,6 +84,32 @@ def raised(error: Exception) -> BaseException:
         (RuntimeError("CUDA error: CUSPARSE_STATUS_INSUFFICIENT_RESOURCES when calling"), "cuda"),
         (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), "cuda"),
         (RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"), "cuda"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), "cuda"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"), "cpu"),
+        (
+            torch.distributed.DistBackendError(
+                "NCCL error in: x.cpp:3384, unhandled cuda error\nncclUnhandledCudaError: Call to CUDA function failed.\n"
+                "Last error:\nFailed to CUDA calloc async 8912896 bytes"
+            ),
+            "cuda",
+        ),
+        (RuntimeError("Last error:\nFailed to CUDA host alloc 4194304 bytes"), "cpu"),
+        (
+            RuntimeError(
+                "CUDA error (/tmp/pip-install-x8jz1/flash-attn_5f0ab3/csrc/flash_attn/src/flash_fwd_launch_template.h"
+                ":64): out of memory"
+            ),
+            "cuda",
+        ),
+        (RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory"), "cuda"),
+        (RuntimeError("cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY"), "cuda"),
+        (
+            RuntimeError(
+                'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1131, please'
+            ),
+            "cuda",
+        ),
+        (RuntimeError("Caught RuntimeError in pin memory thread for device 0.\nCUDA error: out of memory"), "cpu"),
         (RuntimeError("Triton Error [CUDA]: invalid argument"), None),
         (RuntimeError("out of resource: shared memory, Required: 180224, Hardware limit: 101376"), None),
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), None),
@@ -97,6 +123,18 @@ def raised(error: Exception) -> BaseException:
 def test_an_error_that_means_no_memory_is_known_from_others(error: Exception, kind: str | None) -> None:
     found = out_of_memory(raised(error))
     assert (found and found["kind"]) == kind
+
+
+def test_memory_that_cuda_pins_for_an_offload_is_the_machines() -> None:
+    """DeepSpeed's `pin_memory` gets CUDA's plain "out of memory", though the GPU may be empty."""
+
+    def pin_memory() -> None:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be")
+
+    with pytest.raises(RuntimeError) as caught:
+        pin_memory()
+    found = out_of_memory(caught.value)
+    assert found is not None and (found["kind"], found["message"]) == ("cpu", "CUDA error: out of memory")
 
 
 def test_of_many_lines_the_one_that_speaks_of_memory_is_kept() -> None:

@@ -92,6 +92,28 @@ def test_what_has_changed_is_refused_unless_that_is_permitted(run: RunDir, here:
     assert runner("resume", str(run.path)).exit_code == 2
 
 
+@pytest.mark.parametrize("module", ["scoring.py", "lists/__init__.py", "lists/words.py", "late.py"])
+def test_the_modules_of_a_reward_function_are_inputs_too(
+    run: RunDir, here: Path, module: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(here / "reward.py", "import json\nfrom scoring import one\n" + REWARD)
+    write(here / "scoring.py", "import lists.words\ndef one():\n    import late\n")
+    for name in ("lists/__init__.py", "lists/words.py", "late.py", "other.py"):
+        write(here / name, "\n")
+    assert runner("resume", str(run.path), "run.on_changed_inputs=continue").exit_code == 0
+    interrupt(run)
+    write(here / "other.py", "changed = True\n")  # nobody imports it
+    monkeypatch.chdir(tmp_path_factory.mktemp("away"))
+    result = runner("resume", str(run.path))
+    assert result.exit_code == 0, result.output
+    interrupt(run)
+    write(here / module, "import json\n")
+    result = runner("resume", str(run.path))
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert f"{here / 'reward.py'} or a module it imports is not what the run has trained on until now" in said
+
+
 def test_a_file_that_was_moved_and_is_the_same_is_fine(run: RunDir, here: Path) -> None:
     moved = here / "elsewhere" / "r.jsonl"
     moved.parent.mkdir()

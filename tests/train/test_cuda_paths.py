@@ -636,6 +636,14 @@ def test_doctor_names_the_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_
         ),
         ("ncclUnhandledCudaError: Cuda failure 2 'out of memory'", "the GPU's memory was full"),
         ("ncclUnhandledCudaError: Call to CUDA function failed", "NCCL failed"),
+        ("ncclUnhandledCudaError\nLast error:\nFailed to CUDA calloc 608 bytes", "the GPU's memory was full"),
+        (
+            "ncclSystemError\nError while creating shared memory segment /dev/shm/nccl-a (size 33030528), error: No "
+            "space left on device (28)",
+            "there is too little shared memory",
+        ),
+        ("cuInit: 802, system not yet initialized", "the service of the machine's NVSwitches"),
+        ("ImportError: libcudart.so.12: cannot open shared object file: No such file or directory", "a library is mis"),
     ],
 )
 def test_known_causes_on_gpus(words: str, what: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def _own(name: str) -> Reward:
     made = importlib.util.spec_from_file_location(f"rewards_{path.stem}", path)
     assert made is not None and made.loader is not None
     module = importlib.util.module_from_spec(made)
+    sys.path.insert(0, str(path.absolute().parent))  # as `python FILE` does: what lies beside it can be imported
     try:
         made.loader.exec_module(module)
     except Exception as error:  # whatever a user's file raises
