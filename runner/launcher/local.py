@@ -31,13 +31,10 @@ def check_here(spec: RunSpec) -> None:
     if spec.hw.name == "local" and spec.hw.accelerator == "cpu":
         _check_gpus()
     if reason:
-        raise CannotRunError(
-            Problem(
-                reason,
-                f"hw={spec.hw.name}",
-                "hw=local uses what this machine has; python -m runner list hw shows the rest",
-            )
-        )
+        remedy = "hw=local uses what this machine has; python -m runner list hw shows the rest"
+        if able := detect.serving(spec.hw, detect.detect()):
+            remedy = f"export CUDA_VISIBLE_DEVICES={able} shows the run those that will do; {remedy}"
+        raise CannotRunError(Problem(reason, f"hw={spec.hw.name}", remedy))
     if util.find_spec("torch") is None or util.find_spec("trl") is None:
         raise CannotRunError(
             Problem(

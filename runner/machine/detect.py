@@ -143,6 +143,8 @@ def why_not_here(hw: HardwareSpec, machine: Machine | None = None) -> str | None
     """
     if hw.accelerator != "cuda":
         return None
+    if (own := hw.env.get(gpus.VARIABLE)) is not None and len(_named(own)) < _each(hw):
+        return f"{hw.name} needs {_each(hw)} GPUs, and hw.env.{gpus.VARIABLE}={own} names {len(_named(own))}"
     machine = machine or detect()
     used = machine.gpus[: hw.num_gpus]  # those that a launcher takes
     if len(used) > 1 and any(gpu.is_slice for gpu in used):
@@ -155,6 +157,12 @@ def why_not_here(hw: HardwareSpec, machine: Machine | None = None) -> str | None
     return sentence + ", without bfloat16" if lacks_bf16 else sentence
 
 
+def serving(hw: HardwareSpec, machine: Machine) -> str | None:
+    """`CUDA_VISIBLE_DEVICES` for GPUs of this machine that would do where the first ones do not; None without them."""
+    able = [gpu.uuid for gpu in machine.gpus if _serves(gpu, hw) and not gpu.is_slice]
+    return ",".join(able[: hw.num_gpus]) if len(able) >= hw.num_gpus else None
+
+
 def only(hw: HardwareSpec, machine: Machine | None = None) -> dict[str, str]:
     """Variables under which the processes of a run see exactly its GPUs: the first `num_gpus` that are visible.
 
@@ -162,14 +170,23 @@ def only(hw: HardwareSpec, machine: Machine | None = None) -> dict[str, str]:
     """
     if hw.accelerator != "cuda":
         return {}
-    number = min(hw.num_gpus, hw.processes_per_node)
+    number = _each(hw)
     if own := hw.env.get(gpus.VARIABLE):
-        return {gpus.VARIABLE: ",".join(own.split(",")[:number])}
+        return {gpus.VARIABLE: ",".join(_named(own)[:number])}
     machine = machine or detect()
     used = machine.gpus[:number]
     if len(used) == len(machine.gpus) and machine.by_number:
         return {}
     return gpus.only(used, machine.visible_devices, machine.by_number)
+
+
+def _each(hw: HardwareSpec) -> int:
+    """GPUs of one machine."""
+    return min(hw.num_gpus, hw.processes_per_node)
+
+
+def _named(setting: str) -> list[str]:
+    return [entry.strip() for entry in setting.split(",") if entry.strip()]
 
 
 def _serves(gpu: Gpu, hw: HardwareSpec) -> bool:

@@ -109,11 +109,14 @@ def why_not(torch: Torch, gpus: Sequence[Gpu], driver: Driver | None) -> tuple[s
         remedy = f"install driver {branch} or later" if branch else "install a newer driver"
         older = f", or a torch built for an older CUDA: {reinstall(torch, gpus)}" if torch.cuda[0] > 12 else ""
         return f"and {short}", remedy + older
-    oldest, newest = next(bounds for first, bounds in reversed(KERNELS.items()) if torch.cuda >= first)
+    fitting = (bounds for first, bounds in reversed(KERNELS.items()) if torch.cuda >= first)
+    oldest, newest = next(fitting, KERNELS[(11, 0)])
     for gpu in gpus:
         capability = gpu.compute_capability
         if capability is not None and not oldest <= capability <= newest:
             what = f"without kernels for {gpu.name} (compute capability {capability})"
+            if capability < KERNELS[(11, 0)][0]:
+                return what, "no build has them: take another GPU, or hw=cpu"
             if capability < oldest:
                 return what, f"install the build for CUDA 12.6: {reinstall(torch, gpus)}"
             return what, "install a newer build, CUDA 12.8 or later: pytorch.org/get-started/locally"

@@ -88,7 +88,7 @@ def raised(error: Exception) -> BaseException:
         (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"), "cpu"),
         (
             torch.distributed.DistBackendError(
-                "NCCL error in: x.cpp:3384, unhandled cuda error\nncclUnhandledCudaError: Call to CUDA function failed.\n"
+                "NCCL error in: x.cpp:3384, unhandled cuda error\nncclUnhandledCudaError: Call failed.\n"
                 "Last error:\nFailed to CUDA calloc async 8912896 bytes"
             ),
             "cuda",

@@ -350,6 +350,27 @@ def test_the_processes_see_exactly_the_gpus_of_the_run(
     assert environment.get("CUDA_DEVICE_ORDER") == ("PCI_BUS_ID" if chosen else None)
 
 
+@pytest.mark.parametrize(("setting", "names"), [("5,1", 2), ("", 0), (" , ", 0)])
+def test_fewer_gpus_in_hw_env_than_the_run_has_processes_are_refused(
+    setting: str, names: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen(monkeypatch, machine(*EIGHT))
+    spec = on("hw=h100x3", "deepspeed=zero3", f"hw.env.CUDA_VISIBLE_DEVICES='{setting}'")
+    with pytest.raises(CannotRunError, match=f"needs 3 GPUs, and hw.env.CUDA_VISIBLE_DEVICES={setting} names {names}"):
+        local.check_here(spec)
+
+
+def test_gpus_that_will_do_are_named_where_the_first_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen(monkeypatch, machine(T4, *EIGHT[:3]))
+    with pytest.raises(CannotRunError) as caught:
+        local.check_here(on("hw=h100x3", "deepspeed=zero3"))
+    assert "export CUDA_VISIBLE_DEVICES=GPU-0,GPU-1,GPU-2 " in str(caught.value.problems[0].remedy)
+    seen(monkeypatch, machine(T4, H100))
+    with pytest.raises(CannotRunError) as caught:
+        local.check_here(on("hw=h100x3", "deepspeed=zero3"))
+    assert "CUDA_VISIBLE_DEVICES" not in str(caught.value.problems[0].remedy)
+
+
 def test_one_dead_gpu_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     there = look(monkeypatch, tmp_path, nvml_of(*EIGHT[:4], dead=2))
     assert [gpu.uuid for gpu in there.gpus] == ["GPU-0", "GPU-1", "GPU-3"]
@@ -559,6 +580,9 @@ def test_notes_of_a_run_name_what_is_not_used(monkeypatch: pytest.MonkeyPatch) -
         (H100, (13, 0), Driver("570.86", None), "the driver is 570.86", "install driver 580"),
         (V100, (13, 0), Driver("580.82", (13, 0)), "without kernels for Tesla V100", "index-url .*whl/cu126"),
         (Gpu("B200", "GPU-b", 179.0, 10.0), (13, 0), Driver("570.86", (12, 8)), "serves CUDA 12.8", "whl/cu129"),
+        (Gpu("P100", "GPU-p", 16.0, 6.0), (12, 8), Driver("570.86", (12, 8)), "without kernels for P100", "whl/cu126"),
+        (Gpu("Tesla K80", "GPU-k", 11.2, 3.7), (12, 6), Driver("560.35", (12, 6)), "for Tesla K80", "^no build has"),
+        (Gpu("B200", "GPU-b", 179.0, 10.0), (10, 2), Driver("580.82", (13, 0)), "for B200", "CUDA 12.8 or later"),
         (H100, None, Driver("580.82", (13, 0)), "a CPU build, which does not see the GPUs", "CUDA build"),
     ],
 )
@@ -771,7 +795,8 @@ def test_the_torch_that_a_pod_installs_fits_its_driver(driver: str, capabilities
 
 
 @pytest.mark.parametrize(
-    ("driver", "capabilities"), [("515.43", [8.0]), ("550.54.15", [12.0]), ("570.86", [7.0, 12.0])]
+    ("driver", "capabilities"),
+    [("515.43", [8.0]), ("550.54.15", [12.0]), ("570.86", [7.0, 12.0]), ("470.82", [3.7]), ("580.65", [3.7])],
 )
 def test_a_host_that_no_torch_fits_is_said(driver: str, capabilities: list[float]) -> None:
     with pytest.raises(ValueError, match="no torch fits the host"):

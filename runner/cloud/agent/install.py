@@ -116,7 +116,7 @@ def build_for(driver: str, capabilities: list[float]) -> str:
     branch, oldest, newest = int(driver.split(".")[0]), min(capabilities), max(capabilities)
     if oldest >= 7.5 and branch >= 580:
         return ""
-    if branch >= 525 and newest <= 9.0:
+    if branch >= 525 and oldest >= 5.0 and newest <= 9.0:
         return "cu126"
     if branch >= 570 and oldest >= 7.5:
         return "cu129"
