@@ -71,6 +71,9 @@ def check_torch(spec: RunSpec) -> None:
     if spec.train.liger is True and not kernels.has_liger():
         remedy = "pip install liger-kernel, or write train.liger=false"
         raise CannotRunError(Problem("Liger's kernels are not installed", "train.liger=true", remedy))
+    if spec.train.liger is True and not kernels.has_liger_for(spec.model.architecture):
+        what = f"the installed liger-kernel has no kernels for {spec.model.architecture} models"
+        raise CannotRunError(Problem(what, "train.liger=true", "write train.liger=false, or leave it at auto"))
 
 
 def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: WarmWorkers | None = None) -> Outcome:

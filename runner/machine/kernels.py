@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sysconfig
 from importlib import metadata, util
@@ -41,15 +42,27 @@ def known(spec: RunSpec) -> RunSpec:
 
 
 def liger(spec: RunSpec) -> bool:
-    """Whether Liger's kernels are switched on: as asked, else on a GPU where they are installed."""
+    """Whether Liger's kernels are on: as asked, else on a GPU where some for the model are installed."""
     if spec.train.liger != "auto":
         return spec.train.liger
-    return spec.hw.accelerator == "cuda" and has_liger()
+    return spec.hw.accelerator == "cuda" and has_liger() and has_liger_for(spec.model.architecture)
 
 
 def has_liger() -> bool:
     """`liger-kernel` is installed."""
     return util.find_spec("liger_kernel") is not None
+
+
+def has_liger_for(architecture: str | None) -> bool:
+    """Liger has kernels for a `model_type`; for another it patches nothing, and logs that. True where not known."""
+    package = util.find_spec("liger_kernel")
+    try:
+        folder = (package.submodule_search_locations or [""])[0] if package else ""
+        text = (Path(folder) / "transformers" / "monkey_patch.py").read_text("utf-8")
+    except OSError:
+        return True
+    known = re.findall(r'^ +"([\w-]+)": *apply_liger', text, re.M)  # the rows of MODEL_TYPE_TO_APPLY_LIGER_FN
+    return architecture is None or not known or architecture in known
 
 
 def compiles(spec: RunSpec) -> bool:

@@ -56,7 +56,7 @@ class TrainSpec(Part):
     gradient_checkpointing: bool | Auto = "auto"
     """Recompute activations in the backward pass: less memory, a third more time; auto means on a GPU only."""
     liger: bool | Auto = "auto"
-    """Liger's fused kernels for norms, rotary positions and the MLP; auto means on a GPU where `liger-kernel` is installed."""
+    """Liger's fused kernels for norms, rotary positions and the MLP; auto means on a GPU where `liger-kernel` is installed and has some for the model."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Seed of everything: data order, adapter initialisation, dropout."""
     save_every_steps: int | None = Field(default=None, ge=1)

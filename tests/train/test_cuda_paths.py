@@ -172,6 +172,27 @@ def test_liger_is_off_on_a_cpu_and_refused_there_by_name(monkeypatch: pytest.Mon
         on("hw=cpu", "train.liger=true")
 
 
+def test_liger_is_off_for_a_model_that_it_has_no_kernels_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    patches = tmp_path / "liger_kernel" / "transformers" / "monkey_patch.py"
+    patches.parent.mkdir(parents=True)
+    (tmp_path / "liger_kernel" / "__init__.py").touch()
+    patches.write_text('MODEL_TYPE_TO_APPLY_LIGER_FN = {\n    "llama": apply_liger_kernel_to_llama,\n}\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def of(architecture: str | None, liger: str = "auto") -> RunSpec:
+        spec = on("hw=h100", f"train.liger={liger}")
+        return spec.model_copy(update={"model": spec.model.model_copy(update={"architecture": architecture})})
+
+    assert [kernels.liger(of(name)) for name in ("llama", "opt", None)] == [True, False, True]
+    seen(monkeypatch, machine(H100))
+    monkeypatch.setattr(torch_build, "installed_torch", lambda: Torch("2.13.0", (13, 0)))
+    monkeypatch.setattr(torch_build, "driver", lambda: Driver("580.82", (13, 0)))
+    monkeypatch.setattr(kernels, "no_compiler", lambda: None)
+    local.check_torch(of("llama", "true"))
+    with pytest.raises(CannotRunError, match="the installed liger-kernel has no kernels for opt models"):
+        local.check_torch(of("opt", "true"))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cuda")
