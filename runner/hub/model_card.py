@@ -98,18 +98,28 @@ def _with(run: RunDir) -> str:
 def _metadata(spec: RunSpec, adapter: bool) -> dict[str, Any]:
     """huggingface.co/docs/hub/model-cards#model-card-metadata; the licence is the base's, which is not known here."""
     tags = [spec.objective.name, spec.method.name, "llm-finetuning-runner"]
-    found: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    found: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": _task(spec)}
     if _on_the_hub(spec):
         found["base_model"] = spec.model.id
         found["base_model_relation"] = "adapter" if adapter else "finetune"
-    if spec.data.source == "hub" and spec.data.id:
+    if spec.data.source == "hub" and spec.data.id and not _is_folder(spec.data.id):
         found["datasets"] = [spec.data.id]
     return found | {"tags": tags}
+
+
+def _task(spec: RunSpec) -> str:
+    """huggingface.co/tasks: a reward model says a number."""
+    return "text-classification" if spec.objective.name == "reward" else "text-generation"
 
 
 def _on_the_hub(spec: RunSpec) -> bool:
     named = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", spec.model.id)
     return spec.model.package is None and not spec.model.from_scratch and named is not None
+
+
+def _is_folder(data_id: str) -> bool:
+    """A place on a disk; ids of the Hub have at most one slash, between names."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data_id) is None
 
 
 def _linked(spec: RunSpec) -> str:
@@ -128,6 +138,8 @@ def base_name(spec: RunSpec) -> str:
 
 def _data(spec: RunSpec) -> str:
     data = spec.data
+    if data.source == "hub" and data.id and _is_folder(data.id):
+        return f"`{PurePath(data.id).name}`"
     if data.source == "hub" and data.id:
         return f"[{data.id}](https://huggingface.co/datasets/{data.id})" if "/" in data.id else f"`{data.id}`"
     if data.source != "file":

@@ -61,6 +61,8 @@ def _data(spec: RunSpec) -> Iterator[tuple[str, str]]:
     data, objective = spec.data, spec.objective
     if isinstance(objective, Pretrain) and objective.experiment is not None and objective.shards == "reuse":
         return  # the shards are read, whatever they were made of
+    if data.source == "hub" and data.id and Path(data.id).expanduser().is_dir():  # `datasets` reads that one
+        yield "data.id", data.id
     if data.source == "file":
         named = [("data.path", data.path), ("data.eval_path", data.eval_path)]
         named += [(f"data.sources.{number}.path", source.path) for number, source in enumerate(data.sources)]

@@ -75,6 +75,18 @@ def test_the_card_has_the_facts_and_no_path(here: Path, objective: str, method: 
     assert ('PeftModel.from_pretrained(base, "path/to/this/folder")' in text) == ("lora" in method)
 
 
+def test_the_card_names_a_folder_of_rows_without_its_place(here: Path) -> None:
+    write(here / "rows" / "train.jsonl", "{}\n")
+    text, path = made(here, "sft", "lora", "data=hub", "data.path=null", f"data.id={here}/rows")
+    assert path not in text and "on `rows`." in text and "datasets" not in yaml.safe_load(text.split("---")[1])
+
+
+@pytest.mark.parametrize(("objective", "task"), [("sft", "text-generation"), ("reward", "text-classification")])
+def test_the_card_says_what_the_model_is_for(here: Path, objective: str, task: str) -> None:
+    text, _ = made(here, objective, "full")
+    assert yaml.safe_load(text.split("---")[1])["pipeline_tag"] == task
+
+
 def test_what_was_measured_is_in_the_card(here: Path) -> None:
     assert "| held-out prompts answered exactly | 0 of 40 | 40 |" in made(here, "sft", "lora")[0]
     assert "| held-out reward margin | 0.0000 | 1.5000 |" in made(here, "dpo", "lora")[0]

@@ -16,6 +16,7 @@ from runner.rundir.directory import RunDir
 from runner.rundir.outcome import Outcome
 from runner.runs import input_digests
 from runner.runs.chat import look_at_base
+from runner.runs.inputs import with_absolute_paths
 from runner.spec import RunSpec
 from tests.conftest import run_cli, spec_of
 from tests.support.front import here, laptop, runner, write
@@ -131,6 +132,20 @@ def test_a_file_that_was_moved_and_is_the_same_is_fine(run: RunDir, here: Path) 
     result = runner("resume", str(run.path), "data.path=other.jsonl")
     assert result.exit_code == 2 and "cannot become" in result.output
     assert runner("resume", str(run.path), "data.path=other.jsonl", "run.on_changed_inputs=continue").exit_code == 0
+
+
+def test_a_folder_that_is_read_as_the_hub_is_an_input(here: Path, run: RunDir) -> None:
+    """`data.id=./rows`: absolute in spec.json, and compared; a pod gets it."""
+    write(here / "rows" / "train.jsonl", ROWS)
+    spec = with_absolute_paths(spec_of("data=hub", "data.id=rows", "hw=cpu"))
+    assert spec.data.id == str(here / "rows")
+    input_digests.record(run, spec)
+    assert input_digests.changed(run, spec) == []
+    write(here / "rows" / "test.jsonl", ROWS)
+    (problem,) = input_digests.changed(run, spec)
+    assert (problem.source, problem.what) == (
+        "data.id", f"{here / 'rows'} is not what the run has trained on until now",
+    )  # fmt: skip
 
 
 def test_a_permission_for_a_resume_that_failed_is_asked_for_again(
