@@ -847,6 +847,20 @@ def test_hosts_that_cannot_start_the_image_are_never_asked_for() -> None:
     assert named == {"id": "NVIDIA L4", "count": 1, "allowedCudaVersions": ["13.0"]}
 
 
+@pytest.mark.parametrize(
+    ("image", "least"),
+    [
+        ("runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404", "12.8"), ("x/y:cu126", "12.6"), ("x/y:cuda129", "12.9"),
+        ("pytorch/pytorch:2.7.0-cuda12.6-cudnn9-runtime", "12.6"), ("ghcr.io/a/b:cuda-12.1", "12.1"),
+        ("runpod/pytorch:2.4.0-py3.11-cuda12.4.1-devel-ubuntu22.04", "12.4"),
+        ("docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04", "13.0"), ("nvidia/cuda:11.8.0-cudnn8-devel", "11.8"),
+        ("a/trl:cu12", None), ("nvcr.io/nvidia/pytorch:25.01-py3", None), ("a/b:2.8-cudnn9", None),
+    ],
+)  # fmt: skip
+def test_the_tag_of_an_image_says_which_hosts_start_it(image: str, least: str | None) -> None:
+    assert PodRequest("n", image, "secure", "NVIDIA L4").body()["gpu"].get("minCudaVersion") == least
+
+
 def test_a_bid_asks_for_hosts_that_start_the_image_too() -> None:
     """RunPod's GraphQL has no floor, only a list."""
     from runner.cloud.runpod import spot

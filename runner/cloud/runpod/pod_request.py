@@ -84,6 +84,7 @@ class PodRequest:
 
 
 def cuda_of(image: str) -> str | None:
-    """`12.8` of `…-cu1281-torch280`: no container of that image starts where the driver serves less."""
-    found = re.search(r"[:-]cu(1\d)(\d)\d?\b", image)
+    """`12.8` of `…-cu1281-torch280`, `…-cuda12.8-cudnn9` or `nvidia/cuda:12.8.1-…`: no container of that image starts
+    where the driver serves less."""
+    found = re.search(r"[:/_-](?:cu|cuda[-:]?)(1\d)\.?(\d)", image)
     return f"{found[1]}.{found[2]}" if found else None
