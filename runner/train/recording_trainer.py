@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from runner.train.checkpointing import CheckpointSealer
 from runner.train.distributed import Ranks
+from runner.train.memory_stats import Peaks
 
 
 def _names(checkpoint: Path) -> set[str]:
@@ -52,6 +53,8 @@ class RecordingTrainerMixin:
     """What a checkpoint says of itself: processes and ZeRO stage."""
     sealer: CheckpointSealer | None = None
     """Seals the checkpoints; None where none are kept (a bare trainer in a test)."""
+    peaks: Peaks | None = None
+    """Set once training has begun: a measurement between two steps is no part of its peak."""
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """One micro batch, counted."""
@@ -94,9 +97,18 @@ class RecordingTrainerMixin:
             self.control.should_evaluate = False
             super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]  # what was logged is not again
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        if self.peaks is None:
+            return super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+        self.peaks.end("train")
+        try:
+            return super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.peaks.end("eval")
+
     def measure_again(self) -> None:
         """The held-out loss after the step that a run goes on after, with all that hangs on it."""
-        found = self._evaluate(None, None)  # type: ignore[attr-defined]
+        found = self._evaluate(None, None)
         self._determine_best_metric(found, None)  # type: ignore[attr-defined]
 
     def replay_evaluation(self, logged: Mapping[str, float]) -> None:

@@ -127,6 +127,7 @@ def work(
             trainer.follow_schedule()
             measuring.make_up(start)
         peaks.end("eval")
+        trainer.peaks = peaks
         enter("training", num_steps=steps)
 
     push = CheckpointPush(run, spec.push, progress.note)

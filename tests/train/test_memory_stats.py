@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 from runner.train import memory_stats
 from runner.train.memory_stats import GIB, Peaks
+from tests.conftest import spec_of, train_here
+from tests.support import tiny_llama
 
 USES = """
 import sys
@@ -42,6 +45,22 @@ def test_a_phase_after_the_peak_has_its_own() -> None:
     assert train - load == pytest.approx(590 / 1024, abs=0.03)
     assert evaluation - load == pytest.approx(390 / 1024, abs=0.03)  # the higher of two
     assert abs(save - load) < 0.03 and overall == train
+
+
+def test_a_measurement_between_two_steps_is_no_part_of_trainings_peak(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ended: list[str] = []
+    end = Peaks.end
+
+    def told(self: Peaks, phase: str) -> None:
+        ended.append(phase)
+        end(self, phase)
+
+    monkeypatch.setattr(Peaks, "end", told)
+    words = (*tiny_llama.words(tmp_path), "train.max_steps=2", "eval.every_steps=1", "eval.num_prompts=0")
+    train_here(spec_of(*words, f"run.output_dir={tmp_path / 'runs'}"))
+    assert ended == ["load", "eval", "train", "eval", "train", "eval", "train", "eval", "save"]
 
 
 def test_what_the_gpus_allocator_keeps_is_no_later_phase_s(monkeypatch: pytest.MonkeyPatch) -> None:
