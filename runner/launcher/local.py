@@ -66,6 +66,11 @@ def check_torch(spec: RunSpec) -> None:
     if reason := torch_build.why_not(torch, used, torch_build.driver()):
         build = "CUDA {}.{}".format(*torch.cuda) if torch.cuda else "CPU"
         raise CannotRunError(Problem(f"torch {torch.version} is a {build} build, {reason[0]}", None, reason[1]))
+    old = [gpu for gpu in used if (gpu.compute_capability or kernels.TRITON_SINCE) < kernels.TRITON_SINCE]
+    if old and kernels.compiles(spec):
+        name = f"{old[0].name} (compute capability {old[0].compute_capability})"
+        what = f"objective={spec.objective.name} trains with kernels that Triton compiles, and it has none for {name}"
+        raise CannotRunError(Problem(what, "objective", "take a GPU since Volta (hw=v100, hw=t4), or hw=cpu"))
     if kernels.compiles(spec) and (missing := kernels.no_compiler()):
         raise CannotRunError(Problem(missing[0], None, missing[1]))
     if spec.train.liger is True and not kernels.has_liger():

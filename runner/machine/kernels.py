@@ -14,6 +14,8 @@ from runner.spec import Dpo, Orpo, Reward, RunSpec
 
 NO_FLASH = "flash-attn is not installed: attention is SDPA's, which makes a mask for packed rows"
 
+TRITON_SINCE = 7.0
+"""Oldest compute capability that Triton compiles for: github.com/triton-lang/triton/issues/161."""
 INSTALL_COMPILER = "apt-get install gcc python3-dev (conda install gcc for a Python of conda's)"
 
 

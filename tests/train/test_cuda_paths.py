@@ -653,6 +653,31 @@ def test_a_run_that_triton_compiles_for_needs_a_c_compiler(
         local.check_torch(spec)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "words", "refused"),
+    [
+        (Gpu("Tesla P100-PCIE-16GB", "GPU-p", 16.0, 6.0), (), True),
+        (Gpu("GeForce GTX 1080 Ti", "GPU-g", 11.0, 6.1), ("method=qlora4",), True),
+        (Gpu("Tesla P100-PCIE-16GB", "GPU-p", 16.0, 6.0), ("objective=orpo",), False),  # no Triton in its trainer
+        (V100, (), False), (T4, (), False),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_triton_does_not_compile_for_is_refused(
+    gpu: Gpu, words: tuple[str, ...], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen(monkeypatch, machine(gpu))
+    monkeypatch.setattr(torch_build, "installed_torch", lambda: Torch("2.13.0+cu126", (12, 6)))
+    monkeypatch.setattr(torch_build, "driver", lambda: Driver("560.35", (12, 6)))
+    monkeypatch.setattr(kernels, "no_compiler", lambda: None)
+    rows = ("train.packing=false", "data=file", "data.path=x.jsonl") if "objective=orpo" in words else ()
+    spec = on("hw=local", *words, *rows)
+    if not refused:
+        local.check_torch(spec)
+        return
+    with pytest.raises(CannotRunError, match=f"Triton compiles, and it has none for {gpu.name}"):
+        local.check_torch(spec)
+
+
 def test_doctor_names_the_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from runner.doctor import software
 
