@@ -201,6 +201,7 @@ except ImportError:
         ("later", REWARD, "later(completions, **rest) is asynchronous"),
         ("score", "def score(completions, key, **rest): ...", "wants key, which the rows do not have"),
         ("score", "import nothing_like_it\ndef score(**rest): ...", "No module named 'nothing_like_it'"),
+        ("score", "from .helper import one\ndef score(**rest): ...", "write from helper import"),
     ],
 )  # fmt: skip
 def test_a_reward_function_is_looked_at_without_running_it(here: Path, reward: str, content: str, what: str) -> None:
@@ -228,6 +229,17 @@ def test_a_reward_function_that_may_be_right_is_left_to_training(
     write(here / "reward.py", content)
     result = runner(*HERE, *GRPO, "objective.rewards=[./reward.py:score]")
     assert result.exit_code == 0 and started, result.output
+
+
+def test_a_reward_function_that_imports_modules_of_this_machine_is_refused_for_a_pod(here: Path) -> None:
+    """A pod gets its one file: the import would fail there, after the model was loaded."""
+    write(here / "questions.jsonl", '{"prompt": "Q", "answer": "1", "level": 3}\n' * 8)
+    write(here / "mine" / "helper.py", "def one(): return 1.0\n")
+    write(here / "mine" / "reward.py", "from helper import one\n" + REWARD)
+    words = (*GRPO, "objective.rewards=[mine/reward.py:better]")
+    said = refused(here, *RENTED, *words)
+    assert "mine/reward.py imports modules of this machine (helper.py), and a pod gets reward.py alone" in said
+    assert runner(*HERE, *words).exit_code == 0
 
 
 def test_a_pattern_that_cannot_be_read_is_refused(here: Path) -> None:

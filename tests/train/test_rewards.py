@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,13 @@ def test_a_broken_pattern_is_named() -> None:
 def test_the_schema_refuses(knobs: dict[str, object], what: str) -> None:
     with pytest.raises(ValueError, match=what.replace("[", r"\[")):
         Grpo.model_validate(knobs)
+
+
+def test_a_users_own_function_imports_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `python FILE` does, whatever folder the run was started in."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside_the_reward.py").write_text("def one(said):\n    return [1.0 for _ in said]\n")
+    (tmp_path / "mine.py").write_text(
+        "from beside_the_reward import one\ndef score(completions, **_):\n    return one(completions)\n"
+    )
+    assert of(f"{tmp_path / 'mine.py'}:score", "a", "b") == [1.0, 1.0]
