@@ -131,13 +131,13 @@ def test_all_write_a_checkpoint_when_the_first_one_s_clock_says_so(
 FAULT = """
 import os, sys, time
 if os.environ.get("RANK") == "1" and "runner.train" in " ".join(sys.orig_argv):
-    from runner.train.heartbeat import Pulse
-    beat = Pulse.on_step_begin
+    from runner.train.heartbeat import Heartbeat
+    beat = Heartbeat.on_step_begin
     def at_step(self, args, state, control, **kwargs):
         if state.global_step == 5:
             {fault}
         beat(self, args, state, control, **kwargs)
-    Pulse.on_step_begin = at_step
+    Heartbeat.on_step_begin = at_step
 """
 
 

@@ -31,7 +31,7 @@ class Measuring:
     """The same questions before and after; every process answers its share of them."""
 
     trainer: Any
-    """A TRL trainer with `Keeping` mixed in."""
+    """A TRL trainer with `RecordingTrainerMixin`."""
 
     def __init__(
         self, spec: RunSpec, run: RunDir, progress: Progress, ranks: Ranks, tokenizer: Any,

@@ -20,7 +20,7 @@ from runner.train.token_dataset import chat_ids
 class GrpoTrainer(LossGuardMixin, GRPOTrainer):  # type: ignore[misc]  # trl has no types
     """A "batch" here is a list of rows: what is computed is known only when they have been answered."""
 
-    METRICS = {  # noqa: RUF012  # as in Guarding, read only
+    METRICS = {  # noqa: RUF012  # as in LossGuardMixin, read only
         "reward": "reward",
         "reward_std": "reward_std",
         "kl": "kl",

@@ -166,7 +166,7 @@ class KtoTrainer(_Prepared, KTOTrainer):  # type: ignore[misc]  # trl has no typ
 class RewardsTrainer(_Prepared, RewardTrainer):  # type: ignore[misc]  # trl has no types
     """A reward model."""
 
-    METRICS = {"accuracy": "reward_accuracy", "margin": "reward_margin", "mean_reward": "reward"}  # noqa: RUF012  # as in Guarding, read only
+    METRICS = {"accuracy": "reward_accuracy", "margin": "reward_margin", "mean_reward": "reward"}  # noqa: RUF012  # as in LossGuardMixin, read only
 
 
 class _Labelled(_Pairs):
