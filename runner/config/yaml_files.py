@@ -10,7 +10,6 @@ from functools import cache
 from typing import IO, Any
 
 import yaml
-from omegaconf._utils import get_yaml_loader
 
 
 def load(stream: IO[str]) -> Any:
@@ -44,6 +43,8 @@ def _read(kind: type[Any], stream: IO[str], read: Any) -> Any:
 @cache
 def _loaders() -> tuple[type[Any], type[Any]]:
     """OmegaConf's loader over libyaml's parser, where PyYAML was built with it, and as it is."""
+    from omegaconf._utils import get_yaml_loader  # a pod imports this module, and has no OmegaConf
+
     careful: type[Any] = get_yaml_loader()
     if not yaml.__with_libyaml__:
         return careful, careful

@@ -46,7 +46,8 @@ class _Disk:
 def check(spec: RunSpec, plan: Plan | None) -> list[str]:
     """Notes, before a run starts here; CannotRunError where a disk has less room than the plan says."""
     wanted = DoctorTarget(spec, plan)
-    found = [_room(disk, planned=True) for disk in _disks(folders(wanted))] if plan and wanted.here else []
+    writing = [f for f in folders(wanted) if not writable.why_not(writable.nearest(f.path))] if wanted.here else []
+    found = [_room(disk, planned=True) for disk in _disks(writing)] if plan else []  # others are told as unwritable
     problems = [Problem(one.found, None, one.remedy) for one in found if one.state == "problem"]
     if problems:
         raise CannotRunError(*problems)

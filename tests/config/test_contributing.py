@@ -29,8 +29,10 @@ TESTS = (
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of this tree with the files of the page in it."""
     copy = tmp_path_factory.mktemp("checkout") / "runner"
-    ignored = shutil.ignore_patterns(".*", "runs", "dist", "build", "__pycache__")
-    shutil.copytree(ROOT, copy, ignore=ignored)
+    ignored = shutil.ignore_patterns(".*", "dist", "build", "__pycache__")
+    shutil.copytree(
+        ROOT, copy, ignore=lambda folder, names: {*ignored(folder, names), *["runs"] * (folder == str(ROOT))}
+    )
     for name, content in FILES.items():
         assert not (ROOT / name).exists(), f"{name} is there already: the page needs another example"
         (copy / name).write_text(content, "utf-8")

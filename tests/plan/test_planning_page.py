@@ -82,7 +82,7 @@ def test_every_term_of_main_memory_and_disk_is_documented() -> None:
     )
     found |= set(host_memory.host_ram(trained, 1, processes=1, accelerator="cuda", **(everything | {"held": 999.0})))
     assert found == set(planning_page.HOST_TERMS)
-    written = host_memory.disk(trained, 1, source="hub", checkpoints=1, data_tokens=1, nvme=1.0)
+    written = host_memory.disk(trained, 1, source="hub", checkpoints=1, data_tokens=1, nvme=1.0, shards=1.0, data=1.0)
     assert set(written) == set(planning_page.DISK_TERMS)
 
 
