@@ -31,7 +31,19 @@ def dump(content: dict[str, Any]) -> str:
     """YAML that `read` reads as the same values: texts such as `1e-5`, `no` and `010` are quoted."""
     from omegaconf._utils import get_omega_conf_dumper
 
-    return str(yaml.dump(content, Dumper=get_omega_conf_dumper(), sort_keys=False, allow_unicode=True, width=1000))
+    plain: type[yaml.Dumper] = get_omega_conf_dumper()
+
+    class Quoting(plain):  # type: ignore[misc, valid-type]
+        """YAML breaks lines at these characters, too, and would read them as a space; escaped they stay."""
+
+    def quoted(dumper: yaml.Dumper, text: str) -> Any:
+        node: Any = plain.yaml_representers[str](dumper, text)
+        if not {"\x85", "\u2028", "\u2029"}.isdisjoint(text):
+            node.style = '"'
+        return node
+
+    Quoting.add_representer(str, quoted)
+    return str(yaml.dump(content, Dumper=Quoting, sort_keys=False, allow_unicode=True, width=1000))
 
 
 def broken(error: yaml.YAMLError, place: str | None) -> Problem:

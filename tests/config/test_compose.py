@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from hydra.types import RunMode
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf, open_dict
 from omegaconf._utils import get_yaml_loader
@@ -634,6 +634,8 @@ def test_any_text_comes_back_from_yaml_as_it_was(here: Path, text: str) -> None:
     assert (again.data.path, again.data.add_tokens, again.hw.env) == (text, [text], {"NAME": text})
 
 
+@example("\x85")
+@example("a\u2028b")
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists))
 def test_any_value_comes_back_from_yaml_as_it_was(value: Any) -> None:
     assert yaml.load(catalog.dump({"key": value}), Loader=get_yaml_loader()) == {"key": value}
