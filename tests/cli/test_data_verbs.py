@@ -124,6 +124,7 @@ def test_what_is_prepared_is_all_that_the_run_takes(
     assert sorted((tmp_path / "cache" / "tokenised").iterdir()) == there
 
 
+@pytest.mark.slow
 def test_prepared_tokens_are_found_by_the_run(tmp_path: Path) -> None:
     """With the real tokenizer: the second time everything comes from the cache that the run looks into."""
     (tmp_path / "my.jsonl").write_text(GOOD * 30)

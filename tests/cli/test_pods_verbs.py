@@ -142,6 +142,7 @@ def test_up_refuses_what_cannot_or_may_not_be_passed(emulator: Emulator, word: s
     assert not any(e.method == "POST" for e in emulator.exchanges)
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_a_stopped_pod_is_started_for_a_while_and_stops_itself(
     emulator: Emulator, here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -187,6 +187,7 @@ def answers(
                 yield key, value, None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ANSWERS)
 @pytest.mark.parametrize("words", RUNS)
 def test_what_is_said_to_have_no_effect_changes_nothing(verb: str, words: str) -> None:
@@ -199,6 +200,7 @@ def test_what_is_said_to_have_no_effect_changes_nothing(verb: str, words: str) -
     assert len(tried) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ANSWERS)
 def test_what_changes_nothing_is_said_to_have_no_effect(here: Path, verb: str, tiny: Path) -> None:
     """Every key, with every value, in every combination: where it never changes the answer it is named."""

@@ -58,6 +58,7 @@ print("damaged", flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not namespaces(), reason="no right to mount")
 @pytest.mark.parametrize("damage", ["full", "readonly", "garbage", "gone"])
 def test_a_disk_that_takes_nothing_keeps_no_pod_alive(tmp_path: Path, damage: str) -> None:
@@ -116,6 +117,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "since"),
     [("ENOSPC", 0.0), ("ENOMEM", 0.0), *((fault, 2.0) for fault in ("EDQUOT", "EROFS", "EIO", "ENOMEM", "EMFILE"))],
@@ -141,6 +143,7 @@ def test_no_call_that_fails_keeps_a_pod_alive(pod: Pod, fault: str, since: float
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["EIO", "ENOMEM", "EMFILE"])
 def test_no_call_that_fails_costs_a_finished_result(pod: Pod, fault: str) -> None:
     """Found by benchmarks/chaos_agents.py: without memory for a look at the disk it was terminated, not stopped."""
@@ -180,6 +183,7 @@ def watched(pod: Pod, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     main.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["hangs", "is gone"])
 @pytest.mark.parametrize("uncollected", ["terminate", "stop"])
 def test_the_start_command_ends_a_pod_whose_agent_does_not(

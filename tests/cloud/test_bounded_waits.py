@@ -60,6 +60,7 @@ def test_a_create_that_drips_is_unclear(api: Api, odd: dict[str, Any], monkeypat
         assert odd["asked"] == asked + 1  # and never again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

@@ -116,6 +116,7 @@ def test_a_run_goes_on_and_says_how_to_end_its_pod(
     assert "MAY STILL BE RUNNING" in words and f"python -m runner pods terminate {rented.pod.id}" in words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("by", ["pod", "run"])
 def test_terminate_needs_no_ledger(

@@ -72,6 +72,7 @@ def ended(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, st
     return process.returncode, out + err
 
 
+@pytest.mark.slow
 def test_the_whole_way(typed: Typed) -> None:
     """With tokens that were prepared here: there is nothing to tokenise in the pod."""
     typed.env["RUNNER_CACHE"] = str(typed.root / "cache")
@@ -133,6 +134,7 @@ def test_an_install_that_fails_is_told_and_the_pod_is_gone(
     assert typed.emulator.pods() == {} and typed.folder.state() == "failed"
 
 
+@pytest.mark.slow
 def test_a_training_that_dies_brings_its_checkpoint_home(typed: Typed) -> None:
     process = typed.run(*LONG)
     until(lambda: typed.steps() >= 6, 240)
@@ -160,6 +162,7 @@ def workers(run_id: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on_in_another_pod(typed: Typed) -> None:
     process = typed.run(*LONG)
     until(lambda: typed.steps() >= 3, 240)
@@ -194,6 +197,7 @@ def test_ctrl_c_while_installing_is_an_interrupt(typed: Typed, slow_python: Path
     assert typed.folder.state() == "interrupted" and typed.emulator.pods() == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("volume", [False, True])
 def test_a_pod_that_vanishes_is_replaced_and_the_run_goes_on(typed: Typed, volume: bool) -> None:
     """From the checkpoint that was copied here meanwhile, or from the network volume that both pods have."""
@@ -212,6 +216,7 @@ def test_a_pod_that_vanishes_is_replaced_and_the_run_goes_on(typed: Typed, volum
     assert typed.folder.read("summary.json")["cost"]["pod_id"] != first
 
 
+@pytest.mark.slow
 def test_a_restart_of_the_container_costs_no_result(typed: Typed) -> None:
     process = typed.run(GPU, "train.max_steps=20", "train.save_every_steps=4")
     until(lambda: checkpoints.complete(typed.folder), 240)
@@ -224,6 +229,7 @@ def test_a_restart_of_the_container_costs_no_result(typed: Typed) -> None:
     assert typed.emulator.pods() == {}
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_killed_leaves_a_stopped_pod_and_fetch_brings_the_run_home(typed: Typed) -> None:
     process = typed.run(GPU, *LONG, "where.heartbeat_minutes=0.1", "train.max_steps=1500")  # more than in 6 s
     until(lambda: typed.steps() >= 5, 240)
@@ -237,6 +243,7 @@ def test_a_launcher_that_is_killed_leaves_a_stopped_pod_and_fetch_brings_the_run
     assert typed.emulator.pods() == {}
 
 
+@pytest.mark.slow
 def test_a_run_whose_launcher_was_killed_is_not_resumed_beside_its_pod_but_attached_to(typed: Typed) -> None:
     process = typed.run(GPU, "train.max_steps=30", "train.save_every_steps=4")
     until(lambda: typed.steps() >= 1, 240)
@@ -251,6 +258,7 @@ def test_a_run_whose_launcher_was_killed_is_not_resumed_beside_its_pod_but_attac
     assert typed.emulator.pods() == {}
 
 
+@pytest.mark.slow
 def test_a_kept_pod_goes_on_with_the_run_that_is_resumed(typed: Typed) -> None:
     code, said = ended(typed.run(GPU, "where.keep=true", "train.save_every_steps=6"))
     assert code == 0, said
@@ -262,6 +270,7 @@ def test_a_kept_pod_goes_on_with_the_run_that_is_resumed(typed: Typed) -> None:
     assert sum(e.method == "POST" and e.path == "/v2/pods" for e in typed.emulator.exchanges) == 1
 
 
+@pytest.mark.slow
 def test_a_pod_of_ones_own_takes_runs_one_after_the_other(typed: Typed) -> None:
     """From `pods up`: a run takes it and hands it back, and so do the resumed run and, in the pod that was stopped
     and started again, another one; the last run starts and ends it."""
@@ -298,6 +307,7 @@ def test_a_pod_of_ones_own_takes_runs_one_after_the_other(typed: Typed) -> None:
     assert sum(e.method == "POST" and e.path == "/v2/pods" for e in typed.emulator.exchanges) == 1
 
 
+@pytest.mark.slow
 def test_detached_looked_at_and_brought_home_on_another_machine(typed: Typed, tmp_path: Path) -> None:
     code, said = ended(typed.run("--detach"))
     assert code == 0 and "attach" in said
@@ -318,6 +328,7 @@ def test_detached_looked_at_and_brought_home_on_another_machine(typed: Typed, tm
     assert typed.emulator.pods() == {}
 
 
+@pytest.mark.slow
 def test_a_pod_uploads_checkpoints_and_the_model_itself(typed: Typed, hub: Hub) -> None:  # noqa: F811
     typed.env |= hub.env()
     more = ("push.to=me/tuned", "push.every_steps=6", "train.save_every_steps=6", "where.max_usd=5")

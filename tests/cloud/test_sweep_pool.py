@@ -74,6 +74,7 @@ def at(typed: Sweep, state: str, count: int = 1) -> Callable[[], bool]:
     return lambda: sum(entry.state == state for entry in typed.entries()) >= count
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_a_sweep_has_one_pod_that_goes_from_run_to_run(typed: Sweep) -> None:
     code, said = ended(typed.sweep(RATES))
@@ -98,6 +99,7 @@ def test_a_sweep_has_one_pod_that_goes_from_run_to_run(typed: Sweep) -> None:
     assert not (typed.root / "state" / "keys" / first.run_id).exists()
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_two_pods_are_two_runs_at_once(typed: Sweep) -> None:
     process = typed.sweep("train.learning_rate=1e-3,2e-3,3e-3,4e-3", "sweep.max_pods=2")
@@ -112,6 +114,7 @@ def test_two_pods_are_two_runs_at_once(typed: Sweep) -> None:
     assert all(costs) and sum(costs) == pytest.approx(typed.emulator.billed(), rel=0.15)
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_after_a_run_that_fails_the_next_one_has_another_pod(typed: Sweep) -> None:
     process = typed.sweep("train.max_steps=60,12,13")
@@ -126,6 +129,7 @@ def test_after_a_run_that_fails_the_next_one_has_another_pod(typed: Sweep) -> No
     assert first.pod_id != second.pod_id and first.ended is not None and first.ended < second.created
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_a_container_that_restarts_comes_back_with_the_run_that_has_the_pod(typed: Sweep) -> None:
     """Its disk is made anew, and with it who may come in: only the first run, until the agent is there."""
@@ -142,6 +146,7 @@ def test_a_container_that_restarts_comes_back_with_the_run_that_has_the_pod(type
     assert len(losses(first.path)) == 20 and first.read("agent-status.json")["starts"] == 1
 
 
+@pytest.mark.slow
 @needs_sshd
 @pytest.mark.parametrize("by_hand", [True, False], ids=["reap", "by itself"])
 def test_a_launcher_that_is_killed_while_a_pod_is_parked(typed: Sweep, by_hand: bool) -> None:
@@ -159,6 +164,7 @@ def test_a_launcher_that_is_killed_while_a_pod_is_parked(typed: Sweep, by_hand: 
     assert typed.runs[0].state() == "done" and (typed.runs[0].path / "model").is_dir()
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_processes_of_a_sweep_that_is_killed_end_with_it_and_their_pods_are_nobodys(typed: Sweep) -> None:
     process = typed.sweep("train.learning_rate=1e-3,2e-3,3e-3,4e-3", "sweep.max_pods=2", *LONG)
@@ -176,6 +182,7 @@ def test_processes_of_a_sweep_that_is_killed_end_with_it_and_their_pods_are_nobo
     assert typed.emulator.pods() == {} and typed.rented() == 2 and len(typed.runs) == 2
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_a_launcher_that_is_killed_in_the_middle_of_a_handover(typed: Sweep) -> None:
     process = typed.sweep(RATES, GPU, "where.heartbeat_minutes=0.2")
@@ -188,6 +195,7 @@ def test_a_launcher_that_is_killed_in_the_middle_of_a_handover(typed: Sweep) -> 
     assert code == 0 and json.loads(said.partition("Note")[0]) == []
 
 
+@pytest.mark.slow
 @needs_sshd
 @pytest.mark.parametrize("group", [True, False], ids=["terminal", "kill"])
 def test_ctrl_c_has_every_run_save_and_come_home(typed: Sweep, group: bool) -> None:
@@ -206,6 +214,7 @@ def test_ctrl_c_has_every_run_save_and_come_home(typed: Sweep, group: bool) -> N
     assert [row["exit_code"] for row in typed.rows()] == [130, 130]
 
 
+@pytest.mark.slow
 @needs_sshd
 @pytest.mark.parametrize(("state", "pods"), [("SSH_READY", 2), ("PARKED", 1)])
 def test_ctrl_c_before_a_run_has_begun(typed: Sweep, state: str, pods: int) -> None:
@@ -219,6 +228,7 @@ def test_ctrl_c_before_a_run_has_begun(typed: Sweep, state: str, pods: int) -> N
     assert not list((typed.root / "runs" / "sweeps").glob("*/.pool"))
 
 
+@pytest.mark.slow
 @needs_sshd
 def test_verbs_take_the_id_of_the_run_that_has_the_pod(typed: Sweep) -> None:
     process = typed.sweep("train.max_steps=12,1500", "train.save_every_steps=50", "train.keep_checkpoints=2")

@@ -158,6 +158,7 @@ def test_terminate_of_several_confirms_each(
     assert list(emulator.pods()) == [rented.pod.id]  # the other one is gone all the same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [500, 502, 429])
 @pytest.mark.parametrize("word", ["run", "pod"])
 def test_terminate_needs_no_list(emulator: Emulator, tmp_path: Path, status: int, word: str) -> None:

@@ -281,6 +281,7 @@ def _end(left: Any) -> None:
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_data_prepare_keeps_what_was_read_and_a_run_trains_on_it(number: int, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"

@@ -99,6 +99,7 @@ def test_files_of_ones_own_are_called_by_their_names(here: Path) -> None:
     assert path not in text and "| objective.rewards | reward.py:score |" in text
 
 
+@pytest.mark.slow
 def test_a_relative_model_works_from_any_folder_and_every_folder_of_weights_has_its_card(tmp_path: Path) -> None:
     home, away = tmp_path / "home", tmp_path / "away"
     away.mkdir()

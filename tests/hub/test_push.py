@@ -110,6 +110,7 @@ def test_the_card_says_what_the_hub_reads(run: RunDir) -> None:
 # ── push.to ────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_a_run_uploads_checkpoints_while_it_trains_and_its_model_at_its_end(tmp_path: Path, hub: Hub) -> None:
     own = words(tiny_model(tmp_path / "tiny"), tmp_path / "runs", "push.to=me/tuned", "push.every_steps=4")
     more = ("train.save_every_steps=2", "train.keep_checkpoints=1", "push.keep_checkpoints=2")

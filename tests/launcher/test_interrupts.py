@@ -55,6 +55,7 @@ def ended(front: subprocess.Popen[str], processes: list[psutil.Process], seconds
     return errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "signals"),
     [((), (signal.SIGINT, signal.SIGINT)), (TWO, (signal.SIGTERM, signal.SIGINT))],
@@ -139,6 +140,7 @@ time.time = lambda: real() + sum(by for after, by in jumps if time.monotonic() -
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_was_suspended_goes_on_whatever_the_clock_says(
     model: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:

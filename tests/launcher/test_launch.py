@@ -61,6 +61,7 @@ def resumed_like(run: Path, undisturbed: Path) -> None:
     assert (run / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_at_once_and_resume_ends_like_no_kill(
     model: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -77,6 +78,7 @@ def test_a_killed_rank_ends_the_run_at_once_and_resume_ends_like_no_kill(
     resumed_like(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_front_saves_a_checkpoint_and_exits_130(model: Path, tmp_path: Path, undisturbed: Path) -> None:
     front = start(*words(model, tmp_path, *TWO))
     run = at_step(tmp_path, 5)
@@ -89,6 +91,7 @@ def test_sigterm_to_the_front_saves_a_checkpoint_and_exits_130(model: Path, tmp_
     resumed_like(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_killed_takes_the_run_with_it(model: Path, tmp_path: Path, undisturbed: Path) -> None:
     front = start(*words(model, tmp_path, *TWO))
     run = at_step(tmp_path, 5)
@@ -110,6 +113,7 @@ if "RANK" in os.environ and "runner.train" in sys.orig_argv:
 """
 
 
+@pytest.mark.slow
 def test_all_write_a_checkpoint_when_the_first_one_s_clock_says_so(
     model: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -150,6 +154,7 @@ def faulty(folder: Path, fault: str) -> dict[str, str]:
     return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_is_shown_once_with_its_cause(model: Path, tmp_path: Path) -> None:
     env = faulty(tmp_path / "site", "raise OSError(28, 'No space left on device')")
     front = start(*words(model, tmp_path / "runs", *TWO), **env)
@@ -160,6 +165,7 @@ def test_a_rank_that_fails_is_shown_once_with_its_cause(model: Path, tmp_path: P
     assert "rank 0" not in errors and "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_found_and_its_stack_is_kept(model: Path, tmp_path: Path) -> None:
     env = faulty(tmp_path / "site", "time.sleep(1000)")
     front = start(*words(model, tmp_path / "runs", *TWO, "train.hang_minutes=0.1"), **env)
@@ -173,6 +179,7 @@ def test_a_rank_that_hangs_is_found_and_its_stack_is_kept(model: Path, tmp_path:
     until(lambda: not any(alive(sign(run, rank)["pid"]) for rank in (0, 1)), 10)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_cut_short_is_passed_over(model: Path, undisturbed: Path, tmp_path: Path) -> None:
     front = start(*words(model, tmp_path, *TWO))
     run = at_step(tmp_path, 9)
@@ -189,6 +196,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(model: Path, undisturbed
     assert losses(run) == losses(undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["hw.num_processes=1", "deepspeed=zero1"])
 def test_resume_on_another_number_of_processes_or_stage(undisturbed: Path, tmp_path: Path, change: str) -> None:
     """DeepSpeed's universal checkpoint; the sums are taken in another order: 1e-5 of the loss."""

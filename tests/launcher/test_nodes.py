@@ -72,6 +72,7 @@ def sign(run: RunDir, rank: int) -> dict[str, Any]:
     return RunDir(run.path / "logs").read(f"rank{rank}.json")
 
 
+@pytest.mark.slow
 def test_two_machines_train_what_one_does(two: tuple[Machine, Machine], words: list[str], tmp_path: Path) -> None:
     first, second = two
     alone = run_cli(*words, "hw.num_cpus=2", "hw.num_processes=2", f"run.output_dir={tmp_path / 'alone'}")

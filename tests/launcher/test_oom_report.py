@@ -354,6 +354,7 @@ LARGE = ("train.max_length=1024", "train.batch_size=8", "train.micro_batch_size=
 """A step that takes about ten GiB."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS limits nothing elsewhere")
 def test_a_real_run_in_too_little_memory_ends_in_words(tmp_path: Path) -> None:
     limited = (
@@ -375,6 +376,7 @@ def test_a_real_run_in_too_little_memory_ends_in_words(tmp_path: Path) -> None:
     assert (run.path / "logs/traceback.txt").is_file()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_for_real_gets_an_autopsy(tmp_path: Path) -> None:
     process = start(tmp_path, "hw=cpu", "train.max_steps=400")
     run = wait_for_step(tmp_path, 1)

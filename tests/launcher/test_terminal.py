@@ -51,6 +51,7 @@ def is_whole(run: Path, steps: int) -> None:
     assert "\x1b" not in log and "Traceback" not in log
 
 
+@pytest.mark.slow
 @needs_full
 def test_a_reader_that_goes_and_a_full_disk_end_nothing(model: Path, tmp_path: Path) -> None:
     """`2> on-a-full-disk | head -1`: stderr takes nothing from the start, stdout nothing after the first line."""

@@ -31,6 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("hw.num_processes=2", "deepspeed=none")], ids=["one", "two"])
 def test_a_run_is_the_same_whatever_another_launcher_left(
     more: tuple[str, ...], model: Path, tmp_path: Path, clean: list[float]

@@ -172,6 +172,7 @@ def test_without_runs_it_says_what_to_type() -> None:
 # ── for real ───────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_a_real_run_records_both_and_can_be_calibrated(tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     done = run_cli("hw=cpu", *SHORT, f"run.output_dir={folder}", OMP_NUM_THREADS="1")

@@ -103,6 +103,7 @@ def assert_same(plan: Step, seen: simulate.Simulated, within: float, extra: floa
         assert peak + extra == pytest.approx(real, rel=within), f"{phase}: {(peak + extra) / real - 1:+.2%}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 @pytest.mark.parametrize("method", ["full", "freeze", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -199,6 +199,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     return {name: [rank[i] for rank in ranks] for i, name in enumerate(CASES)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ZERO12, *ZERO3])
 def test_weights_masters_and_optimiser_states_are_exact(name: str, measured: Measured) -> None:
     plan = planned(name)

@@ -47,6 +47,7 @@ def refusal(run: RunDir) -> str:
     return f"{problem.what} → {problem.remedy}"
 
 
+@pytest.mark.slow
 def test_a_worker_that_its_launcher_lost_keeps_the_run(model: Path, tmp_path: Path) -> None:
     """The launcher gets SIGKILL before there is a sign of life; the worker is stopped, so that it cannot end."""
     front = start(*words(model, tmp_path))

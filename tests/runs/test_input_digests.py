@@ -206,6 +206,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.slow
 def test_the_worker_compares_the_rows_and_the_tokenizer_themselves(model: Path, tmp_path: Path) -> None:
     """What no digest of a file shows: the Hub's rows, a URL's, a run of an earlier version."""
     rows = tmp_path / "rows.jsonl"

@@ -260,6 +260,7 @@ def test_a_key_by_another_name_counts(here: Path, monkeypatch: pytest.MonkeyPatc
 # ── for real ───────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_libraries_keep_quiet_about_a_hub_that_is_not_there(here: Path) -> None:
     words = ("model=qwen3_0_6b", "hw=cpu", "train.max_steps=1", "train.max_length=64")
     done = run_cli(*words, cwd=here, HF_ENDPOINT=NOWHERE, HF_HOME=str(here / "hf"))

@@ -29,6 +29,7 @@ def the_run(tmp_path: Path) -> RunDir:
     return runs[0]
 
 
+@pytest.mark.slow
 def test_spec_json_repeats_the_run_exactly(tmp_path: Path) -> None:
     first = run_cli(*short(tmp_path, "train.max_steps=3", "method.dropout=0.1"))
     assert first.returncode == 0, first.stderr
@@ -65,6 +66,7 @@ def wait_for_step(tmp_path: Path, step: int) -> RunDir:
     raise AssertionError("the run did not get to its first steps")
 
 
+@pytest.mark.slow
 def test_kill_leaves_nothing_that_a_later_command_trips_over(tmp_path: Path) -> None:
     process = start(tmp_path, "train.max_steps=400", "train.save_every_steps=2")
     run = wait_for_step(tmp_path, 3)
@@ -97,6 +99,7 @@ def test_a_killed_worker_is_reported_by_the_front(tmp_path: Path) -> None:
     assert run.state() == "failed" and "SIGKILL" in run.read("status.json")["error"]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_a_complete_checkpoint_and_exits_130(tmp_path: Path) -> None:
     process = start(tmp_path, "train.max_steps=400")
     run = wait_for_step(tmp_path, 2)
@@ -121,6 +124,7 @@ def test_tensorboard_events_can_be_read_back(train: Callable[..., Any]) -> None:
     assert read == [round(line["loss"], 4) for line in run.metrics()]
 
 
+@pytest.mark.slow
 def test_wandb_offline_leaves_a_run_that_wandb_reads(tmp_path: Path) -> None:
     done = run_cli(*short(tmp_path, "track=wandb", "train.max_steps=3"), WANDB_MODE="", WANDB_API_KEY="")
     assert done.returncode == 0, done.stderr
@@ -137,6 +141,7 @@ def test_wandb_offline_leaves_a_run_that_wandb_reads(tmp_path: Path) -> None:
     assert losses == pytest.approx([line["loss"] for line in run.metrics()])
 
 
+@pytest.mark.slow
 def test_wandb_without_network_says_so_and_goes_on(tmp_path: Path) -> None:
     done = run_cli(
         *short(tmp_path, "track=wandb", "train.max_steps=1"),
@@ -161,6 +166,7 @@ def test_sweep_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher", [(), ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")], ids=["basic", "joblib"]
 )

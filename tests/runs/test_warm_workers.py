@@ -51,6 +51,7 @@ def told(process: object) -> tuple[int, str]:
     return process.returncode, out + error  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_sweep_are_those_of_runs_alone(model: Path, tmp_path: Path) -> None:
     # Dropout draws from the generator that a measurement draws from, too.
     swept, alone, shared = tmp_path / "swept", tmp_path / "alone", ("method.dropout=0.2", *SHORT)
@@ -77,6 +78,7 @@ def test_the_runs_of_a_sweep_are_those_of_runs_alone(model: Path, tmp_path: Path
         assert (f"(measured by {runs[0].id})" in log) is (number > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["qlora4", "qlora8", "freeze"])
 def test_a_run_that_takes_the_measurement_over_trains_as_alone(method: str, model: Path, tmp_path: Path) -> None:
     swept, alone, last = tmp_path / "swept", tmp_path / "alone", "train.learning_rate=3e-3"
@@ -89,6 +91,7 @@ def test_a_run_that_takes_the_measurement_over_trains_as_alone(method: str, mode
     assert losses(in_order(swept)[1].path) == losses(single.path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "varied",
     [
@@ -174,6 +177,7 @@ def test_other_files_and_other_versions_share_nothing(tmp_path: Path) -> None:
     assert len(found) == 5
 
 
+@pytest.mark.slow
 def test_a_killed_run_costs_only_itself(model: Path, tmp_path: Path) -> None:
     process = start(
         "-m", *words(model, tmp_path, *SHORT), "train.learning_rate=1e-3,3e-3", "train.max_steps=60,4", "--json"
@@ -188,6 +192,7 @@ def test_a_killed_run_costs_only_itself(model: Path, tmp_path: Path) -> None:
     assert sorted(row["exit_code"] for row in rows)[-1] == 1 and any(row["exit_code"] == 0 for row in rows), rows
 
 
+@pytest.mark.slow
 def test_one_whose_forking_process_is_killed_starts_anew(model: Path, tmp_path: Path) -> None:
     process = start(
         "-m", *words(model, tmp_path, ONE, "eval.num_prompts=0"), "train.learning_rate=1e-3,3e-3", "train.max_steps=60"

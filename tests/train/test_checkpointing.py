@@ -93,6 +93,7 @@ def slow(folder: Path, patch: str) -> dict[str, str]:
     return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
 
+@pytest.mark.slow
 def test_what_comes_after_the_last_step_can_be_ended_at_any_time(model: Path, tmp_path: Path) -> None:
     """SIGTERM and SIGKILL while answering and while saving: the training is not lost, and the end is the same."""
     undisturbed = run_cli(*words(model, tmp_path / "undisturbed", *ASKED), OMP_NUM_THREADS="1")
@@ -136,6 +137,7 @@ def at(run: Path, place: str) -> bool:
     return status["state"] == "evaluating" and status.get("when") == "after"
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_run_at_once(model: Path, tmp_path: Path) -> None:
     long = ("hw.num_cpus=1", "train.max_steps=4000")
     front = start(*words(model, tmp_path / "runs", *long), **slow(tmp_path / "site", IN_CHECKPOINT))
@@ -154,6 +156,7 @@ def test_a_second_signal_ends_the_run_at_once(model: Path, tmp_path: Path) -> No
     assert not os.path.exists(f"/proc/{pid}")
 
 
+@pytest.mark.slow
 def test_a_finished_run_made_longer_ends_like_one_that_was_as_long_from_the_start(
     tiny: Callable[..., RunDir],
 ) -> None:

@@ -65,6 +65,7 @@ ASKED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "sizes", "words"), ASKED, ids=[" ".join((name, *more)) for name, _, more in ASKED]
 )

@@ -140,6 +140,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_shards_become_the_weights_that_the_model_held(name: str, sharded: dict[str, RunDir], tmp_path: Path) -> None:
     run = sharded[name]

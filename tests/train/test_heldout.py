@@ -91,6 +91,7 @@ def marked(base: Path, folder: Path, objective: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", PREFERENCES)
 def test_preferences_are_measured_alike_whatever_the_batch(objective: str, base: Path, tmp_path: Path) -> None:
     words = marked(base, tmp_path, objective)
@@ -108,6 +109,7 @@ def test_a_step_that_is_not_full_has_one_loss_however_it_is_split(base: Path, tm
     assert found == pytest.approx([found[0]] * 3, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sft", "kto"])
 def test_rows_that_fill_up_the_last_batch_of_two_processes_do_not_count(
     objective: str, base: Path, tmp_path: Path

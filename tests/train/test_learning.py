@@ -26,6 +26,7 @@ def main_job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"out": done.stdout, "cwd": folder, "run": RunDir(summary.parent), **json.loads(summary.read_text("utf-8"))}
 
 
+@pytest.mark.slow
 def test_before_it_knows_nothing_and_afterwards_nearly_everything(main_job: dict[str, Any]) -> None:
     assert main_job["eval"]["num_prompts"] == 40
     assert main_job["eval"]["before"]["exact_match"] == 0.0
@@ -45,6 +46,7 @@ def test_it_says_what_happened_and_what_to_type_next(main_job: dict[str, Any]) -
     assert (main_job["run"].path / "loss.png").stat().st_size > 20_000
 
 
+@pytest.mark.slow
 def test_chat_shows_the_difference(main_job: dict[str, Any]) -> None:
     question = json.loads((main_job["run"].path / "answers_after.jsonl").read_text("utf-8").splitlines()[0])
     words = ["chat", f"runs/{main_job['run_id']}", "--prompt", question["prompt"], "--json"]

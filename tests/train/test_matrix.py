@@ -40,6 +40,7 @@ def shown() -> dict[tuple[str, str], Facts]:
     return {(cell["row"], cell["stage"]): cell for cell in cells}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "stage"), [*CELLS, *((row, stage) for rows, stages in MIXTURES for row in rows for stage in stages)]
 )

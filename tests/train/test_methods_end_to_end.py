@@ -38,6 +38,7 @@ def logits(model: Any, tokenizer: Any) -> torch.Tensor:
         return model(input_ids=ids).logits.float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "quantised"),
     [
@@ -97,6 +98,7 @@ def test_trains_and_reloads(
         assert (run.path / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_decomposing_starts_reload_on_the_untouched_base(init: str, base: str, train: Callable[..., Any]) -> None:
     """PiSSA and OLoRA change the base while they train; the saved adapter must not need that."""

@@ -47,6 +47,7 @@ def chat(question: str, answer: str) -> Example:
 EXAMPLES = [chat(f"What is {n} plus {n}?" + " Think." * (n % 3), f"It is {2 * n}.") for n in range(30)]
 
 
+@pytest.mark.slow
 def test_loss_is_taken_on_the_answer_and_its_end_only() -> None:
     words = tokenizer()
     ids, labels = encoded(EXAMPLES[3], words, "auto")
@@ -56,12 +57,14 @@ def test_loss_is_taken_on_the_answer_and_its_end_only() -> None:
     assert labels == ids
 
 
+@pytest.mark.slow
 def test_plain_text_ends_with_the_end_token_and_is_learned_whole() -> None:
     words = tokenizer()
     ids, labels = encoded(Example(text="Once upon a time"), words, "auto")
     assert ids[-1] == words.eos_token_id and labels == ids
 
 
+@pytest.mark.slow
 def test_packing_is_lossless_and_tight() -> None:
     packed = token_dataset.tokenise(EXAMPLES, tokenizer(), spec_of("train.max_length=256"))
     loose = token_dataset.tokenise(EXAMPLES, tokenizer(), spec_of("train.max_length=256", "train.packing=false"))

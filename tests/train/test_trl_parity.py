@@ -53,6 +53,7 @@ json.dump([h["loss"] for h in trainer.state.log_history if "loss" in h], open(ou
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_same_losses_as_bare_trl(packing: str, train: Callable[..., Any], tmp_path: Path) -> None:
     finished, run = train(
@@ -117,6 +118,7 @@ json.dump([[h["loss"], h["rewards/margins"], h["grad_norm"]] for h in history], 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "method"), [("sigmoid", "lora"), ("ipo", "full")])
 def test_same_preference_losses_as_bare_trl(loss: str, method: str, tmp_path: Path) -> None:
     """Some rows are longer than `max_length`: what is cut is the same, too."""
