@@ -22,7 +22,7 @@ run: $(VENV)/.run  ## Fine-tune the demo model here; installs what that needs fi
 
 PYTEST := -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
-test: $(VENV)/.dev  ## Run the fast tests, a worker per core: ten minutes on two cores
+test: $(VENV)/.dev  ## Run the fast tests, a worker per core: about ten minutes on two cores
 	@$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.dev  ## Run the slow tests: longer trainings, sweeps, whole pods

@@ -279,7 +279,7 @@ def test_templates_are_searched_by_every_word(emulator: Emulator) -> None:
     ]  # fmt: skip
     assert [row["id"] for row in answered("pods", "templates", "pytorch", "2.8")] == ["runpod-torch-v280"]
     assert answered("pods", "templates", "vllm") == []  # it is for serverless workers
-    assert "No template for pods has 'x y'" in runner("pods", "templates", "x", "y").output
+    assert "No template for pods has 'no-such word'" in runner("pods", "templates", "no-such", "word").output
     sources = {e.query for e in emulator.exchanges if e.path == "/v2/catalog/templates"}
     assert sources == {"source=official", "source=verified", "source=community"}
 

@@ -149,6 +149,7 @@ def test_the_exit_code_is_the_trainings(pod: Pod) -> None:
     assert pod.status()["exit_code"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
@@ -238,6 +239,7 @@ def test_an_unattended_run_ends_its_pod(pod: Pod) -> None:
     assert pod.status()["ended_in"] == "done"
 
 
+@pytest.mark.slow
 def test_a_result_that_no_disk_keeps_is_waited_with_until_the_deadline(pod: Pod) -> None:
     pod.order(heartbeat_minutes=None, uncollected="wait", deadline=time.time() + 8)
     pod.start()

@@ -34,6 +34,7 @@ ASKED: list[Callable[[Api], Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ask", ASKED, ids=["list", "get", "terminate", "stop", "gpus", "volumes"])
 @pytest.mark.parametrize("where", ["status line", "headers", "body"])
 def test_an_answer_that_drips_ends(

@@ -46,6 +46,7 @@ def left_alone(tmp_path: Path, emulator: Emulator) -> Lease:
     return rented
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("then", [-DAY, 0.0, DAY], ids=["then a day behind", "then right", "then a day ahead"])
 @pytest.mark.parametrize("now", [-DAY, 0.0, DAY], ids=["now a day behind", "now right", "now a day ahead"])
 def test_a_listing_ends_a_pod_by_runpods_clock_alone(

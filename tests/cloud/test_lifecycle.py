@@ -144,6 +144,7 @@ def test_no_capacity_moves_on_and_nothing_else_does(emulator: Emulator, rent: Re
     assert error.value.exit_code == 3 and Ledger().entries() == []
 
 
+@pytest.mark.slow
 def test_a_bad_host_is_given_back_and_another_one_tried(emulator: Emulator, rent: Rent) -> None:
     emulator.inject("bad_host")
     rented = rent()
@@ -266,6 +267,7 @@ def test_of_two_commands_one_settles_what_a_launcher_has_left(
     assert rented.pod.id in note and emulator.pods() == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("looks", "asked"), [("aa", 1), ("apaa", 2), ("aeaa", 2), ("ppaa", 3), ("apapaa", 3)])
 def test_an_end_is_confirmed_by_two_absences_in_a_row(
     emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch, looks: str, asked: int
@@ -504,6 +506,7 @@ def test_another_accounts_pods_are_not_taken_for_gone(
     assert "another key" in note and len(Ledger().entries()) == 1
 
 
+@pytest.mark.slow
 def test_a_create_that_came_to_nothing_is_forgotten_after_a_while(emulator: Emulator, rent: Rent) -> None:
     emulator.inject("lost", on="create", commit=False)
     rented = rent()

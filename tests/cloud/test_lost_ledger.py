@@ -93,6 +93,7 @@ def _full(write: Callable[..., None]) -> Callable[..., None]:
     return written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_run_that_ends_gives_its_pod_back(
     emulator: Emulator, tmp_path: Path, kind: str, damage: Callable[[str], None]
@@ -130,6 +131,7 @@ def test_terminate_needs_no_ledger(
     assert emulator.pods() == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_the_list_and_reap_need_no_ledger(
     emulator: Emulator, tmp_path: Path, kind: str, damage: Callable[[str], None]

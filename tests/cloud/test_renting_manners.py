@@ -52,6 +52,7 @@ LINES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", LINES)
 def test_an_image_that_cannot_be_pulled_is_said_and_not_tried_on_other_pods(
     emulator: Emulator, tmp_path: Path, line: str

@@ -120,6 +120,7 @@ GPU = "where.gpu_types=[NVIDIA L4]"
 LONG = ("train.max_steps=400", "train.save_every_steps=4", "train.keep_checkpoints=2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isolated", [True, False])
 def test_an_install_that_fails_is_told_and_the_pod_is_gone(
     typed: Typed, isolated: bool, monkeypatch: pytest.MonkeyPatch

@@ -90,6 +90,7 @@ def test_a_run_is_finished_before_its_pod_is_handed_on(runs: tuple[Pod, Pod]) ->
     assert first.state() == "done"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"pod_id": "pod0"}, {"run_id": "another"}])
 def test_an_order_that_is_not_for_this_pod_is_not_followed(
     runs: tuple[Pod, Pod], api: Api, changes: dict[str, str]
@@ -142,6 +143,7 @@ def test_after_a_restart_of_the_container_the_last_run_has_its_agent_again(runs:
     assert first.start()["agent"] == own
 
 
+@pytest.mark.slow
 def test_the_start_command_leaves_a_pod_alone_that_was_handed_on(runs: tuple[Pod, Pod], tmp_path: Path) -> None:
     first, second = runs
     (first.folder / "agent.py").write_bytes(AGENT.read_bytes())

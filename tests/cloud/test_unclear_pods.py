@@ -101,6 +101,7 @@ def test_a_double_that_is_listed_late_goes_with_the_run(emulator: Emulator, tmp_
     assert emulator.pods() == {}
 
 
+@pytest.mark.slow
 def test_a_double_goes_with_a_pod_that_is_given_back(emulator: Emulator, tmp_path: Path) -> None:
     emulator.inject("double", on="create", times=0)
     emulator.inject("bad_host", times=0)
@@ -196,6 +197,7 @@ ODD: list[Any] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", ODD, ids=map(str, range(len(ODD))))
 def test_a_foreign_pod_of_odd_shape_blocks_nothing(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, odd: Any

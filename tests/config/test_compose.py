@@ -456,6 +456,7 @@ def _by_hydra(checked: Checked) -> tuple[object, dict[str, str]]:
     return OmegaConf.to_container(config), choices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [None, *catalog.recipes()])
 @pytest.mark.parametrize("words", WORDS, ids=" ".join)
 def test_files_are_merged_as_hydra_merges_them(

@@ -97,6 +97,7 @@ def test_one_signal_is_enough_for_a_worker_that_has_not_begun(
     assert run.read("status.json")["state"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_signal_for_the_whole_service_saves_a_checkpoint(
     model: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:

@@ -40,6 +40,7 @@ def worker(run: RunDir, *phases: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", WORKER, str(run.path / "logs" / "rank0.json"), *phases])
 
 
+@pytest.mark.slow
 def test_who_writes_a_checkpoint_may_be_silent_for_longer(run: RunDir) -> None:
     ending = supervisor.watch(worker(run, "training", "0.1", "saving", "8", "training", "0.1"), run, 4 / 60)
     assert (ending.code, ending.hung) == (0, None)

@@ -218,6 +218,7 @@ def test_a_machine_that_is_waiting_ends_with_the_first_ones_connection(here: Pat
     assert run.read("status.json")["state"] == "created"  # the first machine's business
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_first_machine_waits(tmp_path: Path) -> None:
     words = ["hw=cpu", "deepspeed=none", "hw.num_nodes=2", f"hw.rendezvous=127.0.0.1:{free_port()}"]
     process = subprocess.Popen(

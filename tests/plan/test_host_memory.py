@@ -125,6 +125,7 @@ print("SIZES", json.dumps(sizes))
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_deepspeed_is_as_large_as_planned(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -113,6 +113,7 @@ def test_every_family_and_method_peaks_where_the_real_model_does(family: str, me
     assert_same(planned(spec), simulated(spec), 0.04 if family == "gemma" else 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "overrides", "changes"),
     [
@@ -272,6 +273,7 @@ def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return request.param, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["all-linear", "[q_proj,v_proj]"])
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 @pytest.mark.parametrize("method", ["qlora4", "qlora8"])

@@ -153,6 +153,7 @@ def test_a_sweep_none_of_whose_points_can_run_is_refused_as_a_whole(here: Path) 
     assert "a.jsonl does not exist" in said and "b.jsonl does not exist" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["rows.jsonl", "rows-*.jsonl", "folder", "s3://bucket/rows.jsonl"])
 def test_what_may_be_there_is_left_to_whoever_reads_it(here: Path, started: list[RunDir], path: str) -> None:
     for name in ("rows.jsonl", "rows-1.jsonl", "folder/a.jsonl", "t.jinja"):

@@ -114,6 +114,7 @@ def test_sigterm_saves_a_complete_checkpoint_and_exits_130(tmp_path: Path) -> No
     assert f"after step {step}" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_tensorboard_events_can_be_read_back(train: Callable[..., Any]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -151,6 +152,7 @@ def test_wandb_without_network_says_so_and_goes_on(tmp_path: Path) -> None:
     assert "cannot be reached" in done.stdout
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "not_a_model"
     folder.mkdir()

@@ -118,6 +118,7 @@ def test_what_differs_before_training_is_measured_by_each(varied: tuple[str, ...
     assert threads[0] == threads[1] and (threads[0] == 2 or "hw.num_cpus=1,2" not in varied)
 
 
+@pytest.mark.slow
 def test_a_run_that_raises_costs_only_itself(model: Path, tmp_path: Path) -> None:
     torn = tmp_path / "torn"
     shutil.copytree(model, torn)
@@ -207,6 +208,7 @@ def test_one_whose_forking_process_is_killed_starts_anew(model: Path, tmp_path: 
     assert states.count("done") == 1 and len(states) == 2, said
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_sweep_with_a_checkpoint(model: Path, tmp_path: Path) -> None:
     process = start(
         "-m",

@@ -175,6 +175,7 @@ def test_shards_of_another_model_are_refused(sharded: dict[str, RunDir], tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_takes_the_newest_whole_checkpoint(sharded: dict[str, RunDir]) -> None:
     run = sharded["full3"]
     checkpoints.folder(run, 7).mkdir()  # never finished
