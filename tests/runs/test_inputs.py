@@ -15,14 +15,11 @@ from click.testing import Result
 
 from runner.config import credentials
 from runner.hub import client
-from runner.launcher import local
 from runner.rundir.directory import RunDir
-from runner.rundir.outcome import Outcome
-from runner.spec import RunSpec
 from tests.conftest import run_cli
-from tests.support.front import here, laptop, runner, write
+from tests.support.front import here, laptop, refused, runner, started, write
 
-__all__ = ["here", "laptop"]  # fixtures
+__all__ = ["here", "laptop", "started"]  # fixtures
 pytestmark = pytest.mark.usefixtures("here")
 
 NOWHERE = "http://127.0.0.1:9"
@@ -61,29 +58,6 @@ def hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(client, "_unreachable", {})
     yield
     server.shutdown()
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[RunDir]:
-    """The runs that got as far as their worker, which does nothing."""
-    found: list[RunDir] = []
-
-    def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: object = None) -> Outcome:
-        found.append(run)
-        return Outcome(run, 0)
-
-    monkeypatch.setattr(local, "execute", execute)
-    return found
-
-
-def refused(here: Path, *words: str) -> str:
-    """What is said of a run that is refused before anything is made."""
-    before = sorted(here.iterdir())
-    result = runner(*words)
-    assert result.exit_code == 2, result.output
-    assert sorted(here.iterdir()) == before
-    assert "nothing was started" in result.stderr and "Loading" not in result.output
-    return " ".join(result.stderr.split())
 
 
 # ── files ──────────────────────────────────────────────────────────────────────────────────────

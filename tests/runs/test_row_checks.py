@@ -16,44 +16,19 @@ from typing import Any
 import pytest
 
 from runner.data import row_checks
-from runner.launcher import local
 from runner.rundir.directory import RunDir
-from runner.rundir.outcome import Outcome
 from runner.spec import RunSpec
 from tests.conftest import ROOT
-from tests.support.front import here, laptop, runner, write
+from tests.support.front import here, laptop, refused, runner, started, write
 
-__all__ = ["here", "laptop"]  # fixtures
-pytestmark = pytest.mark.usefixtures("here")
+__all__ = ["here", "laptop", "started"]  # fixtures
+
+pytestmark = pytest.mark.usefixtures("here", "started")
 
 ROW = '{"prompt": "a", "completion": "b"}\n'
 HERE = ("data=file", "train.max_steps=1")
 RENTED = (*HERE, "where=runpod", "hw=rtx4090", "model=mistral7b", "method=qlora4")
 GRPO = ("objective=grpo", "train.batch_size=8", "train.micro_batch_size=8", "data.path=questions.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def started(monkeypatch: pytest.MonkeyPatch) -> list[RunDir]:
-    """The runs that got as far as their worker, which does nothing."""
-    found: list[RunDir] = []
-
-    def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: object = None) -> Outcome:
-        found.append(run)
-        return Outcome(run, 0)
-
-    monkeypatch.setattr(local, "execute", execute)
-    return found
-
-
-def refused(here: Path, *words: str) -> str:
-    """What is said of a run that is refused, and has left nothing."""
-    before = sorted(here.iterdir())
-    result = runner(*words)
-    assert result.exit_code == 2, result.output
-    assert sorted(here.iterdir()) == before
-    said = " ".join(result.stderr.split())
-    assert "nothing was started" in said and "Loading" not in result.output
-    return said
 
 
 @pytest.mark.parametrize("place", [HERE, RENTED], ids=["here", "rented"])

@@ -11,9 +11,12 @@ from click.testing import CliRunner, Result
 from runner.cli.main import cli
 from runner.cli.options import request_of
 from runner.errors import Problem, RequestError
+from runner.launcher import local
 from runner.machine import detect
 from runner.machine.detect import Machine
 from runner.resolve.steps import resolved
+from runner.rundir.directory import RunDir
+from runner.rundir.outcome import Outcome
 from runner.spec import RunSpec
 
 LAPTOP = Machine(gpus=(), visible_devices=None, num_hidden_gpus=0, num_cpus=8, memory_gib=16.0, cpu_bf16=True)
@@ -60,3 +63,26 @@ def write(file: Path, text: str) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, "utf-8")
     return file
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[RunDir]:
+    """The runs that got as far as their worker, which does nothing."""
+    found: list[RunDir] = []
+
+    def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: object = None) -> Outcome:
+        found.append(run)
+        return Outcome(run, 0)
+
+    monkeypatch.setattr(local, "execute", execute)
+    return found
+
+
+def refused(here: Path, *words: str) -> str:
+    """What is said of a run that is refused before anything is made, in one line."""
+    before = sorted(here.iterdir())
+    result = runner(*words)
+    assert result.exit_code == 2, result.output
+    assert sorted(here.iterdir()) == before
+    assert "nothing was started" in result.stderr and "Loading" not in result.output
+    return " ".join(result.stderr.split())
