@@ -29,7 +29,7 @@ from runner.config.request import Request
 from runner.errors import RunnerError
 from runner.launcher import local, torchrun
 from runner.paths import DEEPSPEED_CONFIGS
-from runner.resolve.steps import complete
+from runner.resolve.steps import resolve
 from runner.rundir.directory import RunDir
 from runner.runs import launch
 from runner.spec import RunSpec
@@ -150,7 +150,7 @@ def cell_of(row: str, stage: str, words: tuple[str, ...], folder: Path) -> Cell:
 def prepare(request: Request) -> tuple[RunDir, RunSpec]:
     """What `runner.runs.launch` does before it starts the worker."""
     composed = compose(request)
-    spec, notes = complete(composed, source_finder(request))
+    spec, notes = resolve(composed, source_finder(request))
     plan = launch.plan_first(spec, notes, composed)
     local.check(spec)
     run = RunDir.create(spec)

@@ -17,7 +17,7 @@ from runner.plan import deepspeed_json
 from runner.plan.choose_stage import StageChoice, StageSearch, allowed_stages, batches
 from runner.plan.hardware_defaults import settled
 from runner.plan.search import combinations
-from runner.resolve.fit import methods, models, opened
+from runner.resolve.fit import candidate_methods, candidate_models, with_default_length
 from runner.resolve.price import hardware
 
 EXPLANATION = """\
@@ -104,8 +104,8 @@ def plans() -> dict[str, int]:
     A ZeRO stage whose weights alone are too large, and micro batches beside one that fits with headroom, are decided
     without working them out.
     """
-    options, spec = Counting(deepspeed_json.templates()), opened(compose(Request()), {})
-    found = [settled(one) for one in combinations(spec, models(), methods({}), hardware())]
+    options, spec = Counting(deepspeed_json.templates()), with_default_length(compose(Request()), {})
+    found = [settled(one) for one in combinations(spec, candidate_models(), candidate_methods({}), hardware())]
     weighed = 0
     for one in found:
         weighed += len(allowed_stages(one)) * len(batches(one))

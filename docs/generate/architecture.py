@@ -41,7 +41,7 @@ LAZY = (
     "train.prepare",
     "train.artifact_verbs",
     "emulator.server",
-    "resolve.choose_place",
+    "resolve.place",
     "rundir.directory",
 )
 """Rooms and modules that may import our own modules inside functions: a verb is imported when it is typed, an executor

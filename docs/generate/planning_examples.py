@@ -25,8 +25,8 @@ from runner.plan.plan import Plan, plan_of
 from runner.plan.run_time import Facts
 from runner.plan.step_peak import Trains, step
 from runner.plan.trainable import Training, training_of
-from runner.resolve.plan_inputs import options_for
-from runner.resolve.steps import complete
+from runner.resolve.plan_inputs import stage_search
+from runner.resolve.steps import resolve
 from runner.spec import RunSpec
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
@@ -55,14 +55,14 @@ def spec_of(*words: str) -> RunSpec:
         else:
             group, _, name = key.partition(".")
             content[group][name] = yaml.safe_load(value)
-    return complete(RunSpec.model_validate(content))[0]
+    return resolve(RunSpec.model_validate(content))[0]
 
 
 @cache
 def planned(*words: str) -> Plan:
     """Its plan, for 1,000 steps at the price in conf/hw: no data and no price list is looked at."""
     spec = spec_of(*words)
-    options = options_for(spec)
+    options = stage_search(spec)
     assert options is not None
     facts = Facts(num_steps=1000, usd_per_gpu_hour=spec.hw.usd_per_hour, price_source=spec.hw.price_date)
     return plan_of(spec, options, facts, [])

@@ -122,7 +122,7 @@ def _named(terms: Mapping[str, str]) -> str:
 
 def _memory_table() -> str:
     """What `python -m runner table` prints."""
-    found = fit.memory_table(fit.opened(examples.spec_of("hw=h200"), {}))
+    found = fit.memory_table(fit.with_default_length(examples.spec_of("hw=h200"), {}))
     rows = [(row["method"], *(f"{size:,.1f}" for size in row["cells"])) for row in found["rows"]]
     assumed = "\n".join(f"- {line}" for line in found["assumptions"])
     return f"{table(('method', *found['columns']), rows, len(found['columns']))}\n\n{assumed}"

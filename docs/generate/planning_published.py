@@ -78,7 +78,7 @@ def _there(method: str, name: str) -> int:
 
 
 def _run() -> RunSpec:
-    spec = fit.opened(examples.spec_of("hw=h200"), {})
+    spec = fit.with_default_length(examples.spec_of("hw=h200"), {})
     return fit.table_run(spec, spec.train.max_length)
 
 

@@ -51,7 +51,7 @@ def gpus(min_memory: int, cloud: str | None, count: int, countries: tuple[str, .
     from runner.cloud import preflight
     from runner.cloud.runpod.api import Api
     from runner.report.pod_tables import print_gpus
-    from runner.resolve import rentable
+    from runner.resolve import fit
     from runner.resolve.steps import resolved
 
     api = Api()
@@ -59,7 +59,7 @@ def gpus(min_memory: int, cloud: str | None, count: int, countries: tuple[str, .
         preflight.centers_in(api, code, cloud, f"--country {code}")
     found = api.gpus(count=count, cloud=cloud, stock=True, countries=countries)
     spec, _ = resolved(request_of(("hw=cpu",), ()))
-    rows = rentable.gpu_rows(found, spec, min_memory=min_memory, cloud=cloud)
+    rows = fit.gpu_rows(found, spec, min_memory=min_memory, cloud=cloud)
     if as_json:
         click.echo(dump(rows))
     else:

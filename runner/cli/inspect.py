@@ -67,11 +67,11 @@ def explain(key: str, words: Arguments, config_dirs: tuple[Path, ...], as_json: 
     from runner.config.compose import compose, places, source_finder
     from runner.config.validation import value_of
     from runner.report.tables import print_origins
-    from runner.resolve.steps import complete
+    from runner.resolve.steps import resolve
 
     request = request_of(words, config_dirs)
     spec = compose(request)
-    value, final = value_of(spec, key), value_of(complete(spec, source_finder(request))[0], key)
+    value, final = value_of(spec, key), value_of(resolve(spec, source_finder(request))[0], key)
     origins = places(request, key)
     if as_json:
         click.echo(dump({"key": key, "value": final, "composed": value, "origins": [vars(p) for p in origins]}))
@@ -146,15 +146,17 @@ def doctor(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, bandw
       python -m runner doctor --bandwidth --json
     """
     from runner.doctor.checks import examine
-    from runner.doctor.finding import exit_code
+    from runner.doctor.finding import DoctorTarget, exit_code
     from runner.doctor.report import findings_as_json, print_findings
 
     run = None
     if words or config_dirs:
-        from runner.resolve.doctor_target import wanted  # Hydra: 0.2 s
+        from runner.resolve.plan_inputs import plan_if_known  # Hydra: 0.2 s
+        from runner.resolve.steps import resolved
 
         request = request_of(words, config_dirs)
-        run = wanted(request)
+        spec, notes = resolved(request)
+        run = DoctorTarget(spec, plan_if_known(spec, notes))
         say_unread("doctor", request)
     if bandwidth:
         click.echo("Measuring an all-reduce …", err=True)

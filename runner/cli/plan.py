@@ -43,12 +43,12 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
     from runner.report.plan_plot import plot_plan
     from runner.report.plan_text import print_plan
     from runner.resolve import plan_inputs
-    from runner.resolve.steps import asked, complete
+    from runner.resolve.steps import resolve, with_facts
     from runner.runs import inputs, unread_keys
 
     request = request_of(words, config_dirs)
     composed = compose(request)
-    spec, notes = complete(composed, source_finder(request), needed=True)
+    spec, notes = resolve(composed, source_finder(request), needed=True)
     inputs.check_files(spec)
     notes += unread_keys.notes("plan", request, notes)
     notes += [f"{p.what}: a run is refused; {p.remedy}" for p in writable.problems(spec)]
@@ -67,7 +67,7 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
         print_plan(console, content, {"model": spec.model.title, "hw": spec.hw.title})
         if found.reasons:
             console.print(
-                f"→ {plan_inputs.advice(asked(composed, needed=True), found)}", highlight=False, soft_wrap=True
+                f"→ {plan_inputs.advice(with_facts(composed, needed=True), found)}", highlight=False, soft_wrap=True
             )
         if plot is not None:
             console.print(f"Picture: {plot}", highlight=False, soft_wrap=True)
@@ -92,20 +92,20 @@ def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str,
 
     from runner.config.compose import compose, source_finder
     from runner.report.plan_text import print_fit
-    from runner.resolve import fit as resolve_fit
-    from runner.resolve.steps import asked
+    from runner.resolve import fit as search
+    from runner.resolve.steps import with_facts
 
     request = request_of(words, config_dirs)
     say_unread("fit", request)
-    given = resolve_fit.given_in(request)
-    spec = resolve_fit.opened(asked(compose(request), source_finder(request), needed=True), given)
-    rows = [asdict(row) for row in resolve_fit.fits(spec, given, by, request.folders)]
+    given = search.named_in(request)
+    spec = search.with_default_length(with_facts(compose(request), source_finder(request), needed=True), given)
+    rows = [asdict(row) for row in search.fit_rows(spec, given, by, request.folders)]
     fit = [row for row in rows if row["fits"]]
     if as_json:
         click.echo(dump(rows))
     else:
         short = fit[:20] + [row for row in rows if not row["fits"]][: max(0, 12 - len(fit))]
-        print_fit(Console(), rows if everything else short, resolve_fit.title(spec, rows))
+        print_fit(Console(), rows if everything else short, search.title(spec, rows))
         if not everything and len(short) < len(rows):
             click.echo(f"… and {len(rows) - len(short)} more: --all")
     sys.exit(0 if fit else CannotRunError.exit_code)
@@ -128,7 +128,7 @@ def table(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> Non
 
     request = request_of(words, config_dirs)
     fit.refuse_for_table(request)
-    content = fit.memory_table(fit.opened(resolved(request)[0], fit.given_in(request)))
+    content = fit.memory_table(fit.with_default_length(resolved(request)[0], fit.named_in(request)))
     if as_json:
         click.echo(dump(content))
         return

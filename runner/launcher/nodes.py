@@ -65,7 +65,7 @@ def log_of(node: int) -> str:
 
 def check(spec: RunSpec) -> None:
     """CannotRunError where this is not the hostfile's first machine, or another one cannot be reached and used."""
-    hosts = hostfile.taken(spec.hw)
+    hosts = hostfile.hosts_of(spec.hw)
     if len(hosts) > 1:
         _check(tuple(hosts), str(spec.hw.hostfile), os.getcwd())
 
@@ -115,7 +115,7 @@ def joined(run: RunDir, spec: RunSpec) -> Iterator[RemoteNodes]:
     """The other machines at work on `run`, until the block ends; none where there is no hostfile."""
     others = RemoteNodes(run)
     try:
-        for node, host in enumerate(hostfile.taken(spec.hw)[1:], 1):
+        for node, host in enumerate(hostfile.hosts_of(spec.hw)[1:], 1):
             folder = str(run.path.absolute())
             words = [sys.executable, "-m", "runner", "join", folder, "--node", str(node), "--attached"]
             with (run.path / "logs" / log_of(node)).open("wb") as log:

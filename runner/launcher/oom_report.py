@@ -156,7 +156,7 @@ def suggestions(
     `HEADROOM` of what was there, of the old prediction, and, in the phase that failed, of that phase's; and other
     hardware counts with `HEADROOM` of its memory, less again by the factor by which the plan was too low.
     """
-    options, predicted = plan_inputs.options_for(spec), planned["predicted_gib"]
+    options, predicted = plan_inputs.stage_search(spec), planned["predicted_gib"]
     if options is None or predicted is None:
         return []
     there = planned["capacity_gib"]

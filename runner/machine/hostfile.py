@@ -33,7 +33,7 @@ class Host:
         return self.name.rpartition("@")[2]
 
 
-def read(file: str) -> list[Host]:
+def read_hostfile(file: str) -> list[Host]:
     """The machines in the file's order; RequestError with every line that is wrong."""
     try:
         lines = Path(file).expanduser().read_text("utf-8").splitlines()
@@ -67,20 +67,20 @@ def read(file: str) -> list[Host]:
     return hosts
 
 
-def taken(hw: HardwareSpec) -> list[Host]:
+def hosts_of(hw: HardwareSpec) -> list[Host]:
     """The machines of a resolved run in the order of their numbers; empty where there is no hostfile."""
-    return read(hw.hostfile)[: hw.num_nodes] if hw.hostfile else []
+    return read_hostfile(hw.hostfile)[: hw.num_nodes] if hw.hostfile else []
 
 
-def settled(asked: HardwareSpec, found: HardwareSpec) -> HardwareSpec:
-    """`found` (what `hardware.resolve` made of `asked`) with the number of machines, their processes and the rendezvous
+def apply(asked: HardwareSpec, found: HardwareSpec) -> HardwareSpec:
+    """`found` (what `detect.resolve` made of `asked`) with the number of machines, their processes and the rendezvous
     that the hostfile gives. `hw.num_nodes`, where it is written, takes the first so many lines.
 
     RequestError where what was written and the file do not agree.
     """
     if not found.hostfile:
         return found
-    hosts = read(found.hostfile)
+    hosts = read_hostfile(found.hostfile)
     num_nodes = asked.num_nodes if "num_nodes" in asked.model_fields_set else len(hosts)
     slots, first, place = hosts[0].slots, hosts[0].address, hosts[0].place
     written = asked.num_processes or (asked.num_gpus or None)

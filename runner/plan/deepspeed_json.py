@@ -108,7 +108,7 @@ def read(name: str) -> Config:
     return found
 
 
-def decided(spec: RunSpec, source_of: SourceOf) -> RunSpec:
+def apply(spec: RunSpec, source_of: SourceOf) -> RunSpec:
     """The run with what its own JSON decides; RequestError for what the two say differently."""
     if not spec.deepspeed.config:
         return spec

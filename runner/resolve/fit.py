@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from runner.cloud.runpod.types import GpuType
 from runner.config import catalog, recipe_checks, repeat
 from runner.config.provenance import flat
 from runner.config.request import COMMAND_LINE, Request, check
@@ -24,7 +25,7 @@ from runner.plan.choose_stage import StageSearch
 from runner.plan.memory import GIB
 from runner.plan.model_shape import shape_of
 from runner.plan.search import Row, combinations, fit, ranked
-from runner.resolve.plan_inputs import sequences
+from runner.resolve.plan_inputs import num_sequences
 from runner.resolve.price import hardware
 from runner.spec import HardwareSpec, Method, ModelSpec, RunSpec, TrainSpec
 
@@ -33,22 +34,22 @@ ADVISED = 200
 METHOD: TypeAdapter[Method] = TypeAdapter(Method)
 
 
-def _plain(group: str, name: str) -> dict[str, Any]:
+def _method_file(group: str, name: str) -> dict[str, Any]:
     fields = METHOD.validate_python({"name": name})
     return {k: v for k, v in catalog.load(group, name).items() if k in type(fields).model_fields}
 
 
-def methods(given: dict[str, Any], folders: tuple[Path, ...] = ()) -> list[Method]:
+def candidate_methods(given: dict[str, Any], folders: tuple[Path, ...] = ()) -> list[Method]:
     """All methods, as their files have them, and with what was typed for any."""
     found = []
     for name in catalog.options("method", folders):
-        own = {"name": name} | _plain("method", name)
-        values = _varied(type(METHOD.validate_python(own)), own, given, "method")
+        own = {"name": name} | _method_file("method", name)
+        values = _with_typed(type(METHOD.validate_python(own)), own, given, "method")
         found += [METHOD.validate_python(values)] if values else []
     return found
 
 
-def models(folders: tuple[Path, ...] = ()) -> list[ModelSpec]:
+def candidate_models(folders: tuple[Path, ...] = ()) -> list[ModelSpec]:
     """Every pretrained model of the catalogue whose shape is known."""
     found = [catalog.load("model", name, folders) for name in catalog.options("model", folders)]
     return [
@@ -58,15 +59,15 @@ def models(folders: tuple[Path, ...] = ()) -> list[ModelSpec]:
     ]
 
 
-def machines(given: dict[str, Any], folders: tuple[Path, ...] = ()) -> list[HardwareSpec]:
+def candidate_hardware(given: dict[str, Any], folders: tuple[Path, ...] = ()) -> list[HardwareSpec]:
     """Every named GPU machine, with what was typed for any."""
     found = hardware(folders)
-    values = [_varied(HardwareSpec, hw.model_dump(exclude_unset=True), given, "hw") for hw in found]
+    values = [_with_typed(HardwareSpec, hw.model_dump(exclude_unset=True), given, "hw") for hw in found]
     told = [HardwareSpec.model_validate(content) for content in values if content]
     return list({(hw.gpu, hw.num_gpus, hw.num_nodes): hw for hw in reversed(told)}.values())[::-1]
 
 
-def given_in(request: Request) -> dict[str, Any]:
+def named_in(request: Request) -> dict[str, Any]:
     """Groups and keys that the request names, with their values: on the command line, in its recipe, or in a spec.json.
 
     A group without a value is named; what is typed for one of its keys is not: `method.rank=8` holds for any method.
@@ -86,7 +87,7 @@ def given_in(request: Request) -> dict[str, Any]:
     return named
 
 
-def _varied(part: Any, values: dict[str, Any], given: dict[str, Any], group: str) -> dict[str, Any] | None:
+def _with_typed(part: Any, values: dict[str, Any], given: dict[str, Any], group: str) -> dict[str, Any] | None:
     """One candidate of an open group with what was typed for the group; None if it has no such key."""
     content = dict(values)
     for key, value in given.items():
@@ -98,8 +99,8 @@ def _varied(part: Any, values: dict[str, Any], given: dict[str, Any], group: str
     return content
 
 
-def opened(spec: RunSpec, given: dict[str, Any]) -> RunSpec:
-    """Without data or a length of one's own, the sequences are not the demo's 256 tokens, but the schema's defaults.
+def with_default_length(spec: RunSpec, given: dict[str, Any]) -> RunSpec:
+    """The run with sequences of the schema's length, not the demo's 256 tokens, where it names neither data nor length.
 
     `spec` is the run as it was asked for, its `auto`s open.
     """
@@ -117,16 +118,16 @@ def title(spec: RunSpec, rows: list[dict[str, Any]]) -> str:
     return f"{fitting} of {len(rows)} combinations fit: {size}"
 
 
-def fits(spec: RunSpec, given: dict[str, Any], by: str, folders: tuple[Path, ...] = ()) -> list[Row]:
-    """What goes together: of model, method and hardware those that `given` names, and all of the others.
+def fit_rows(spec: RunSpec, given: dict[str, Any], by: str, folders: tuple[Path, ...] = ()) -> list[Row]:
+    """Combinations with their plans: of model, method and hardware those that `given` names, and all of the others.
 
-    `spec` is what `opened` returned.
+    `spec` is what `with_default_length` returned.
     """
-    open_models = [spec.model] if "model" in given else models(folders)
-    open_methods = [spec.method] if "method" in given else methods(given, folders)
-    open_hw = [spec.hw] if "hw" in given else machines(given, folders)
+    open_models = [spec.model] if "model" in given else candidate_models(folders)
+    open_methods = [spec.method] if "method" in given else candidate_methods(given, folders)
+    open_hw = [spec.hw] if "hw" in given else candidate_hardware(given, folders)
     advice = len(open_models) * len(open_methods) * len(open_hw) <= ADVISED
-    size = sequences(spec) if "data" in given else None
+    size = num_sequences(spec) if "data" in given else None
     work = partial(_fits_of, spec, open_methods, open_hw, size, advice)
     rows = _on_all_cores(work, open_models) if len(open_models) > 1 else map(work, open_models)
     return ranked(chain.from_iterable(rows), by)
@@ -222,3 +223,60 @@ def table_cell(base: RunSpec, model: ModelSpec, method: dict[str, Any], micro_ba
         }
     )
     return _TABLE.option(one, shape_of(model), "none", micro_batch, 1).memory.expected / GIB
+
+
+_HELD_METHODS = {"full, bf16 weights": "full", "LoRA, rank 16": "lora", "QLoRA, 4 bits": "qlora4"}
+_USABLE = 0.95
+"""Of a GPU's memory: the rest is the driver's, and room for fragments."""
+
+
+def gpu_rows(gpus: list[GpuType], spec: RunSpec, *, min_memory: int, cloud: str | None) -> list[dict[str, Any]]:
+    """One row per GPU type with a price, cheapest first; `holds` is the largest model by method on one of them."""
+    named = {values["runpod_gpu_id"]: name for name, values in _single_gpus() if values.get("runpod_gpu_id")}
+    needs = _memory_needs(spec)
+    rows = []
+    for gpu in gpus:
+        prices = [usd for usd in (gpu.secure_usd, gpu.community_usd) if usd is not None]
+        if gpu.memory_gb < min_memory or not prices or (cloud and gpu.usd(cloud) is None):
+            continue
+        rows.append(
+            {
+                "id": gpu.id, "name": gpu.name, "memory_gb": gpu.memory_gb, "secure_usd": gpu.secure_usd,
+                "community_usd": gpu.community_usd, "max": max(gpu.max_secure, gpu.max_community), "stock": gpu.stock,
+                "data_centers": [c for c, level in gpu.data_centers.items() if level != "NONE"],
+                "hw": named.get(gpu.id), "holds": _largest_models(needs, gpu.memory_gb),
+            }
+        )  # fmt: skip
+    return sorted(rows, key=lambda row: (_lowest_price(row, cloud), row["id"]))
+
+
+def _lowest_price(row: dict[str, Any], cloud: str | None) -> float:
+    found = [row[f"{name}_usd"] for name in ((cloud,) if cloud else ("secure", "community"))]
+    return min(float(usd) for usd in found if usd is not None)
+
+
+def _single_gpus() -> list[tuple[str, dict[str, Any]]]:
+    """Machines with one GPU: `hw=h100` before `hw=h100x3`."""
+    found = [(name, catalog.load("hw", name)) for name in catalog.options("hw")]
+    return [(name, values) for name, values in found if values.get("num_gpus") == 1]
+
+
+def _memory_needs(spec: RunSpec) -> dict[str, list[tuple[float, str, float]]]:
+    """Method → (billions of parameters, model, GiB), largest first."""
+    known = candidate_models()
+    table = memory_table(spec, [model.name for model in known])
+    size = {model.name: (model.num_parameters or 0) / 1e9 for model in known}
+    rows = {row["method"]: row["cells"] for row in table["rows"]}
+    return {
+        method: sorted(((size[n], n, gib) for n, gib in zip(table["columns"], rows[label], strict=True)), reverse=True)
+        for label, method in _HELD_METHODS.items()
+    }
+
+
+def _largest_models(needs: dict[str, list[tuple[float, str, float]]], memory_gb: int) -> str:
+    """`full llama3_2_1b, lora llama3_8b, qlora4 llama30b`."""
+    largest = {
+        method: next((name for _, name, gib in sizes if gib <= _USABLE * memory_gb), None)
+        for method, sizes in needs.items()
+    }
+    return ", ".join(f"{method} {name}" for method, name in largest.items() if name)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from contextlib import suppress
-from pathlib import Path
 from typing import NoReturn
 
 from runner.config import credentials
@@ -14,7 +11,6 @@ from runner.data.inspect import lengths
 from runner.data.pretraining import checks
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
 from runner.hub import client
-from runner.hub import config as hub_config
 from runner.plan import deepspeed_json
 from runner.plan.choose_stage import StageSearch
 from runner.plan.memory import GIB
@@ -22,9 +18,9 @@ from runner.plan.model_shape import shape_of
 from runner.plan.nearest_fit import nearest
 from runner.plan.plan import Plan, plan_of
 from runner.plan.run_time import GB, Facts
-from runner.plan.trainable import ALIASES, OUTSIDE
+from runner.resolve import model_facts
 from runner.resolve.price import hardware, price_of
-from runner.spec import ModelSpec, RunPodPlace, RunSpec
+from runner.spec import RunPodPlace, RunSpec
 from runner.spec.where import LONGEST_HOURS
 
 ENVIRONMENT_GB = 20  # torch with its CUDA libraries takes 8, packages on the way another 4: room for both
@@ -32,107 +28,8 @@ UNKNOWN_DISK_GB = 100  # where nothing can be planned: a 7B model in 16 bits, tw
 UNKNOWN_HOURS = 24.0
 
 
-def no_targets(spec: RunSpec) -> Problem | None:
-    """A list of target modules with one that is not in a model whose layers are known, or empty; None where all is
-    well. The worker would find it out after loading."""
-    wanted = getattr(spec.method, "target_modules", "all-linear")
-    if wanted == "all-linear" or spec.model.architecture is None:
-        return None
-    matrices = shape_of(spec.model).matrices
-    linear, known = {m.name for m in matrices if m.linear}, {*(m.name for m in matrices), *OUTSIDE, *ALIASES}
-    unknown = [name for name in wanted if name.rpartition(".")[2] not in known]
-    if wanted and not unknown:
-        return None
-    what = f"method.target_modules=[{','.join(wanted)}]: none of them is in {spec.model.name}, and nothing would train"
-    if len(unknown) < len(wanted):
-        what = f"method.target_modules: {spec.model.name} has no module {', '.join(unknown)}"
-    return Problem(what, None, f"choose among its linear layers: {', '.join(sorted(linear))}; or write all-linear")
-
-
-def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:
-    """A model that is not in the catalogue gets its facts from its config.json: here, or (if `needed`) on the Hub.
-
-    Where they are not needed, a config that the plan does not understand is left to the trainer.
-    """
-    model = spec.model
-    if model.architecture is not None:
-        _check_facts(model)
-        return spec
-    try:
-        facts = hub_config.local_facts(model.id, model.revision)
-        if facts is None:
-            config = (client.config if needed else client.kept)(_hub_id(model), model.revision)
-            facts = None if config is None else hub_config.facts_from_config(config, f"{model.id}/config.json")
-    except RequestError:
-        if needed:
-            raise
-        return spec
-    if facts is None:
-        return spec
-    given = spec.model.model_dump(exclude_unset=True, exclude_none=True)
-    found = ModelSpec.model_validate(facts | given)
-    _check_facts(found)
-    return spec.model_copy(update={"model": found})
-
-
-def _check_facts(model: ModelSpec) -> None:
-    """RequestError where a model that is at hand has another architecture than the plan would count with."""
-    if model.from_scratch or model.package is not None or model.gguf_file is not None:
-        return
-    try:
-        facts = hub_config.local_facts(model.id, model.revision)
-    except RequestError:
-        return  # a kind that the arithmetic does not know: what was given is all there is
-    wrong = [key for key in _SIZES if facts and key in facts and getattr(model, key) not in (None, facts[key])]
-    if facts and wrong:
-        told = ", ".join(f"{key} {facts[key]} and not {getattr(model, key)}" for key in wrong)
-        remedy = "leave the facts out: model=hub reads them from there"
-        raise RequestError(Problem(f"model.id={model.id}: its config.json has {told}", None, remedy))
-
-
-_SIZES = (
-    "architecture", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size",
-    "num_experts",
-)  # fmt: skip
-
-
-def _hub_id(model: ModelSpec) -> str:
-    """The id, if it is one; RequestError for what can only be a folder, which is not there."""
-    if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", model.id) is None:
-        missing = f"there is no folder {model.id} with a config.json"
-        raise RequestError(Problem(missing, f"model.id={model.id}", "name one, or a Hub id: org/name"))
-    return model.id
-
-
-def fetch(spec: RunSpec) -> None:
-    """The config.json of a Hub model outside the catalogue is put into the cache, so that a run of it can be planned.
-
-    RequestError for a model that is not there, or closed; nothing where the Hub cannot be reached.
-    """
-    model = spec.model
-    if model.architecture is not None or model.gguf_file is not None or model.package is not None:
-        return
-    with suppress(client.UnreachableError):
-        try:
-            known = hub_config.local_facts(model.id, model.revision)
-        except RequestError:  # a kind that the arithmetic does not know: the trainer may
-            return
-        if known is None:
-            client.config(_hub_id(model), model.revision)
-
-
-def unknown(spec: RunSpec) -> str:
-    """Why a run cannot be planned, in one line."""
-    try:
-        with_facts(spec, needed=True)
-        shape_of(spec.model)
-    except RequestError as error:
-        return str(error)
-    return "the model's size is not known"
-
-
-def options_for(spec: RunSpec) -> StageSearch | None:
-    """What `resolve` chooses from; None for a model whose shape is not known."""
+def stage_search(spec: RunSpec) -> StageSearch | None:
+    """ZeRO stages and micro batches to choose from; None for a model whose shape is not known."""
     try:
         shape_of(spec.model)
     except RequestError:
@@ -142,11 +39,19 @@ def options_for(spec: RunSpec) -> StageSearch | None:
 
 def plan(spec: RunSpec, notes: list[str]) -> Plan:
     """The plan of a resolved run; RequestError where the model's shape is not known."""
-    options = options_for(spec)
+    options = stage_search(spec)
     if options is None:
         shape_of(spec.model)  # says what is missing
         raise AssertionError("unreachable")
     return plan_of(spec, options, facts_of(spec), notes)
+
+
+def plan_if_known(spec: RunSpec, notes: list[str]) -> Plan | None:
+    """The plan of a resolved run; None for a model that the arithmetic does not know."""
+    try:
+        return plan(spec, notes)
+    except RequestError:
+        return None
 
 
 def facts_of(spec: RunSpec) -> Facts:
@@ -171,7 +76,7 @@ def facts_of(spec: RunSpec) -> Facts:
     held_out, row = found.held_out_rows, found.held_out_tokens_per_row or spec.train.max_length
     if held_out is None and steps is not None:
         notes.append("time: the held-out loss is left out, as the number of held-out rows is not known")
-    if spec.model.gated and credentials.hub_token() is None and not _at_hand(spec.model):
+    if spec.model.gated and credentials.hub_token() is None and not model_facts.at_hand(spec.model):
         notes.append(f"{spec.model.id} is gated: {client.gate(spec.model.id)}")
     if spec.data.source == "commands" and spec.model.package is None:
         notes.append("data is the bundled demo: name data= and train.max_length= for your own run")
@@ -187,16 +92,17 @@ def facts_of(spec: RunSpec) -> Facts:
         answer_tokens=found.answer_tokens,
         usd_per_gpu_hour=usd,
         price_source=source,
-        download=not _at_hand(spec.model),
+        download=not model_facts.at_hand(spec.model),
         notes=tuple(notes),
     )
 
 
-def rented(spec: RunSpec, planned: Plan | None) -> RunSpec:
+def with_disks_and_deadline(spec: RunSpec) -> RunSpec:
     """A run on a pod with its disks and its deadline decided, from what the plan says."""
     place = spec.where
     if not isinstance(place, RunPodPlace):
         return spec
+    planned = plan_if_known(spec, [])
     disk = UNKNOWN_DISK_GB if planned is None else math.ceil(planned.disk_gib * 1.5 * GIB / GB) + ENVIRONMENT_GB
     hours = place.max_hours or (2 * planned.hours + 1 if planned and planned.hours else UNKNOWN_HOURS)
     own = ENVIRONMENT_GB + (disk if spec.hw.accelerator == "cpu" and place.volume is None else 0)
@@ -205,11 +111,7 @@ def rented(spec: RunSpec, planned: Plan | None) -> RunSpec:
     return spec.model_copy(update={"where": place.model_copy(update=update)})
 
 
-def _at_hand(model: ModelSpec) -> bool:
-    return model.package is not None or model.from_scratch or Path(model.id).is_dir() or hub_config.cached(model.id)
-
-
-def sequences(spec: RunSpec) -> int | None:
+def num_sequences(spec: RunSpec) -> int | None:
     """Sequences that a run computes in all; None where the data's size is not known."""
     one = {"micro_batch_size": 1, "accumulation_steps": spec.train.batch_size}
     alone = spec.hw.model_copy(update={"num_processes": 1, "num_nodes": 1})
@@ -218,21 +120,21 @@ def sequences(spec: RunSpec) -> int | None:
     return steps * spec.train.batch_size if steps else None
 
 
-def refuse(asked: RunSpec, plan: Plan) -> NoReturn:
+def refuse_plan(asked: RunSpec, plan: Plan) -> NoReturn:
     """CannotRunError with the reasons of a refused plan and the nearest run that fits."""
     raise CannotRunError(*(Problem(reason, None, advice(asked, plan)) for reason in plan.reasons))
 
 
 def advice(asked: RunSpec, plan: Plan) -> str:
     """The changes that make a refused plan fit, in words; `asked` is the run with its `auto`s open."""
-    options = options_for(asked)
+    options = stage_search(asked)
     if plan.fits or options is None:
         if plan.hours is None:
             return "say how long it trains (train.max_steps=…), or leave the limit out"
         if plan.usd is None and asked.where.max_usd is not None:
             return "say what the hardware costs (hw.usd_per_hour=…), or leave where.max_usd out"
         return "raise the limit, or take a smaller run (fewer steps, a cheaper method, other hardware)"
-    changes = nearest(asked, options, hardware(), sequences=sequences(asked))
+    changes = nearest(asked, options, hardware(), sequences=num_sequences(asked))
     if not changes:
         return "no hardware of the catalogue holds it; try method=qlora4, or a smaller model"
     texts = [f"{change.described} ({change.option.memory.expected / GIB:.1f} GiB)" for change in changes]

@@ -1,8 +1,13 @@
-"""Resolve a request: hardware, model, place, every `auto` and the disks, in one order."""
+"""Resolve a request: an ordered list of steps, each spec → spec, after which no value is open.
+
+Facts first (this machine, the model), then the place, then what follows from them. The rules of the schema are checked
+once, when all facts are in and before any `auto` is decided, so that an error names what was written.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 from runner.config.compose import Sources, compose, source_finder
 from runner.config.request import Request
@@ -10,71 +15,142 @@ from runner.config.validation import SourceOf, validated
 from runner.data.pretraining import checks
 from runner.errors import RequestError
 from runner.machine import detect, hostfile, kernels
-from runner.plan import deepspeed_json, pod_packages
-from runner.plan.auto_values import resolve
-from runner.resolve import choose_place, plan_inputs
+from runner.plan import auto_values, deepspeed_json, pod_packages
+from runner.resolve import model_facts, place, plan_inputs
 from runner.spec import RunSpec
 from runner.spec.unused import unused
 
 
+@dataclass
+class Resolution:
+    """What the steps of one resolution share."""
+
+    asked: RunSpec
+    """The run as it was composed."""
+    source_of: SourceOf = field(default=lambda key: None)
+    needed: bool = False
+    """The facts of a model outside the catalogue are asked of the Hub, and missing ones are an error."""
+    fetch: bool = False
+    """They are asked for as well, and done without where the Hub cannot be reached."""
+    place_is_chosen: bool = False
+    notes: list[str] = field(default_factory=list)
+    """What the user should know of it."""
+
+
+Step = Callable[[RunSpec, Resolution], RunSpec]
+
+
+def detect_hardware(spec: RunSpec, resolution: Resolution) -> RunSpec:
+    """Replace `hw=detect` by what this machine has, and fill in what a CPU leaves open."""
+    if spec.hw.accelerator == "detect":
+        resolution.notes += detect.detect().remarks
+    return spec.model_copy(update={"hw": detect.resolve(spec.hw)})
+
+
+def read_hostfile(spec: RunSpec, resolution: Resolution) -> RunSpec:
+    """Take machines, processes and rendezvous from `hw.hostfile`."""
+    return spec.model_copy(update={"hw": hostfile.apply(resolution.asked.hw, spec.hw)})
+
+
+def choose_attention(spec: RunSpec, resolution: Resolution) -> RunSpec:
+    """Decide `train.attention=auto` where this machine could run FlashAttention and has not installed it."""
+    found = kernels.without_flash_attention(spec)
+    if found.train.attention != spec.train.attention:
+        resolution.notes.append(kernels.NO_FLASH)
+    return found
+
+
+def read_deepspeed_json(spec: RunSpec, resolution: Resolution) -> RunSpec:
+    """Take stage, precision and micro batch from a DeepSpeed JSON of the user's own; the two must agree."""
+    return deepspeed_json.apply(spec, resolution.source_of)
+
+
+def add_model_facts(spec: RunSpec, resolution: Resolution) -> RunSpec:
+    """Give a model outside the catalogue the sizes in its config.json, and check the names of its target modules."""
+    if resolution.fetch:
+        model_facts.fetch_config(spec)
+    found = model_facts.with_facts(spec, needed=resolution.needed)
+    if problem := model_facts.wrong_target_modules(found):
+        raise RequestError(replace(problem, source=resolution.source_of("method.target_modules")))
+    return found
+
+
+def choose_place(spec: RunSpec, resolution: Resolution) -> RunSpec:
+    """Decide `where=auto`, and the hardware of a rented run that names none."""
+    if spec.where.name == "local":
+        return spec
+    if spec.where.name == "auto" or place.hardware_is_open(resolution.asked):
+        spec = check_rules(spec, resolution)  # a run that nothing could hold is not searched for
+    here = None if detect.why_not_here(spec.hw) else spec.hw
+    found, chosen = place.choose(spec, resolution.asked.hw, here)
+    resolution.notes = chosen or resolution.notes  # this machine's shortcomings are none of a pod's
+    resolution.place_is_chosen = True
+    return found
+
+
+def check_rules(spec: RunSpec, resolution: Resolution) -> RunSpec:
+    """Refuse what breaks a rule of the schema; rules of hardware wait while the hardware is open."""
+    wait = not resolution.place_is_chosen and place.hardware_is_open(resolution.asked)
+    values = spec.model_dump() | ({"hw": resolution.asked.hw.model_dump()} if wait else {})
+    checked = validated(values, resolution.source_of)
+    return checked.model_copy(update={"hw": spec.hw}) if wait else checked
+
+
+def check_workspace(spec: RunSpec, _: Resolution) -> RunSpec:
+    """Refuse a corpus or a tokenizer that is not there, and packages that a pod cannot have."""
+    checks.check(spec)
+    pod_packages.check(spec)
+    return spec
+
+
+def choose_stage_and_batch(spec: RunSpec, resolution: Resolution) -> RunSpec:
+    """Decide precision, ZeRO stage, micro batch and the other `auto`s that follow from the hardware."""
+    found, notes = auto_values.resolve(spec, plan_inputs.stage_search(spec))
+    resolution.notes += [*_packages_of_pod(spec, found), *notes]
+    return found
+
+
+def size_pod(spec: RunSpec, resolution: Resolution) -> RunSpec:
+    """Decide the disks and the deadline of a pod from the plan."""
+    return plan_inputs.with_disks_and_deadline(spec) if spec.where.name == "runpod" else spec
+
+
+FACTS: tuple[Step, ...] = (detect_hardware, read_hostfile, choose_attention, read_deepspeed_json, add_model_facts)
+"""What is looked up; every `auto` stays open."""
+STEPS: tuple[Step, ...] = (*FACTS, choose_place, check_rules, check_workspace, choose_stage_and_batch, size_pod)
+"""From a composed run to a resolved one, in this order."""
+
+
 def resolved(request: Request, *, needed: bool = False) -> tuple[RunSpec, list[str]]:
-    """The run with nothing left open, and notes for the user."""
-    return complete(compose(request), source_finder(request), needed=needed)
+    """The run of a request with nothing left open, and notes for the user."""
+    return resolve(compose(request), source_finder(request), needed=needed)
 
 
-def complete(
+def resolve(
     spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool = False, fetch: bool = False
 ) -> tuple[RunSpec, list[str]]:
-    """Look at the hardware and the model's facts, then decide every `auto`; the rules across parts are checked again.
-
-    `needed`: the facts of a model outside the catalogue are asked of the Hub, and missing ones are an error.
-    `fetch`: they are asked for as well, and done without where the Hub cannot be reached.
-    """
-    if fetch:
-        plan_inputs.fetch(spec)
-    checked = asked(spec, source_of, needed=needed)
-    said = detect.detect().remarks if spec.hw.accelerator == "detect" else []
-    said += [kernels.NO_FLASH] if checked.train.attention != spec.train.attention else []
-    if checked.where.name != "local":
-        here = None if detect.why_not_here(checked.hw) else checked.hw
-        checked, chosen = choose_place.placed(checked, spec.hw, here)
-        checked, said = validated(checked.model_dump(), source_of), chosen or said
-    checks.check(checked)
-    pod_packages.check(checked)
-    ready, notes = resolve(checked, plan_inputs.options_for(checked))
-    said += _of_pod(checked, ready)
+    """A composed run with nothing left open, and notes for the user; RequestError and CannotRunError by its steps."""
+    resolution = Resolution(spec, source_of, needed=needed, fetch=fetch)
+    ready = _apply(STEPS, spec, resolution)
     unread = unused(ready, source_of.typed) if isinstance(source_of, Sources) else unused(ready)
-    return sized(ready), [*said, *notes, *unread]
+    return ready, [*resolution.notes, *unread]
 
 
-def _of_pod(asked: RunSpec, ready: RunSpec) -> list[str]:
+def with_facts(spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool = False) -> RunSpec:
+    """A composed run with the facts of hardware and model, its `auto`s and its place still open."""
+    return _apply((*FACTS, check_rules), spec, Resolution(spec, source_of, needed=needed))
+
+
+def _apply(steps: Iterable[Step], spec: RunSpec, resolution: Resolution) -> RunSpec:
+    for step in steps:
+        spec = step(spec, resolution)
+    return spec
+
+
+def _packages_of_pod(asked: RunSpec, ready: RunSpec) -> list[str]:
     """What a pod has and has not, where the run could use it."""
     if ready.where.name != "runpod":
         return []
     could = asked.train.attention == "auto" and ready.hw.flash_attention and ready.train.precision != "fp32"
     brings = pod_packages.note(ready)
     return [*([pod_packages.NO_FLASH] if could else []), *([brings] if brings else [])]
-
-
-def sized(spec: RunSpec) -> RunSpec:
-    """A run on a pod with its disks and its deadline decided; any other as it is."""
-    if spec.where.name != "runpod":
-        return spec
-    try:
-        planned = plan_inputs.plan(spec, [])
-    except RequestError:  # a model that the arithmetic does not know
-        planned = None
-    return plan_inputs.rented(spec, planned)
-
-
-def asked(spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool = False) -> RunSpec:
-    """A composed run with the facts of hardware and model, its `auto`s still open."""
-    found = spec.model_copy(update={"hw": hostfile.settled(spec.hw, detect.resolve(spec.hw))})
-    found = deepspeed_json.decided(kernels.known(found), source_of)
-    known = plan_inputs.with_facts(found, needed=needed)
-    if problem := plan_inputs.no_targets(known):
-        raise RequestError(replace(problem, source=source_of("method.target_modules")))
-    if spec.where.name != "local" and choose_place.unnamed(spec.hw):  # rules of hardware wait until it is chosen
-        values = {**known.model_dump(), "hw": spec.hw.model_dump()}
-        return validated(values, source_of).model_copy(update={"hw": known.hw})
-    return validated(known.model_dump(), source_of)

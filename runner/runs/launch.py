@@ -15,7 +15,7 @@ from rich.console import Console
 from runner.config.compose import source_finder
 from runner.config.request import Request
 from runner.doctor import disk
-from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
+from runner.errors import InterruptedRun, Problem, RunnerError
 from runner.launcher import inherited_ranks
 from runner.launcher.torchrun import MEETING_SECONDS
 from runner.paths import state_dir
@@ -24,8 +24,8 @@ from runner.report import terminal
 from runner.report.errors_text import dump
 from runner.report.invocation import typed
 from runner.report.tables import headline, in_one_line
-from runner.resolve import plan_inputs
-from runner.resolve.steps import asked, complete
+from runner.resolve import model_facts, plan_inputs
+from runner.resolve.steps import resolve, with_facts
 from runner.rundir.directory import RunDir, shown
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.rundir.lock import owned
@@ -45,7 +45,7 @@ def run(
     launch_options: LaunchOptions = DEFAULT_OPTIONS,
 ) -> int:
     """One run, as `request` composes it, to its end; the exit code of the worker."""
-    spec, notes = complete(composed, source_finder(request), fetch=True)
+    spec, notes = resolve(composed, source_finder(request), fetch=True)
     notes += [*unread_keys.notes("run", request, notes), *resuming.unfinished(request)]
     planned = plan_first(spec, notes, composed)
     try:
@@ -85,7 +85,7 @@ def _resume(
 ) -> int:
     """Go on with a run that this process owns."""
     composed = resuming.check(run, request)
-    spec, notes = complete(composed, source_finder(request), fetch=True)
+    spec, notes = resolve(composed, source_finder(request), fetch=True)
     if spec.where.name == "runpod" or (state_dir() / "ledger.db").exists():
         notes += _one_pod().refuse_second(run.id, rents=spec.where.name == "runpod")
     notes += resuming.check_resolved(run, spec)
@@ -108,14 +108,12 @@ def plan_first(spec: RunSpec, notes: list[str], composed: RunSpec) -> Plan | Non
     None for a model that the arithmetic does not know: the run goes on without a plan, and says so. RequestError where
     data or model are not there.
     """
-    planned: Plan | None = None
-    try:
-        planned = plan_inputs.plan(spec, notes)
-    except RequestError:
-        notes.append(f"no plan: {plan_inputs.unknown(spec)}")
+    planned = plan_inputs.plan_if_known(spec, notes)
+    if planned is None:
+        notes.append(f"no plan: {model_facts.why_no_plan(spec)}")
     notes += check_read(spec)  # before the plan refuses what it could not count
     if planned is not None and planned.reasons:
-        plan_inputs.refuse(asked(composed), planned)
+        plan_inputs.refuse_plan(with_facts(composed), planned)
     notes += inputs.check(spec, planned)
     return planned
 

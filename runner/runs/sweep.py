@@ -27,7 +27,7 @@ from runner.report.errors_text import dump, print_problems
 from runner.report.metrics import unknown_metric
 from runner.report.summary import metric_of
 from runner.report.tables import print_sweep
-from runner.resolve.steps import complete
+from runner.resolve.steps import resolve
 from runner.rundir.directory import RunDir, shown, write_atomically
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.runs.launch import agreed, check, plan_first, start
@@ -232,7 +232,7 @@ def _able(asked: Sweep, point: Request, launch_options: LaunchOptions) -> tuple[
     wrong = [unknown_metric(composed.run.metric), misdirected(asked, composed)]
     if problems := [problem for problem in wrong if problem is not None]:
         raise RequestError(*problems)
-    spec, notes = complete(composed, source_finder(point), fetch=True)
+    spec, notes = resolve(composed, source_finder(point), fetch=True)
     planned = plan_first(spec, notes, composed)
     check(spec, notes, composed, launch_options)
     return spec, planned
@@ -270,7 +270,7 @@ def _point(
         launch_options = (
             launch_options if jobs == 1 else replace(launch_options, warm=None)
         )  # each job is a process of its own
-        spec, notes = complete(composed, fetch=True)
+        spec, notes = resolve(composed, fetch=True)
         if launch_options.pool is not None:
             spec = launch_options.pool.fitted(spec)
         planned = plan_first(spec, notes, composed)

@@ -22,7 +22,7 @@ from runner.data.pretraining.sharder import shard
 from runner.data.pretraining.workspace import workspace_of
 from runner.errors import RunnerError
 from runner.resolve import fit, plan_inputs
-from runner.resolve.steps import asked, complete
+from runner.resolve.steps import resolve, with_facts
 from runner.runs.unread_keys import reads
 from runner.spec import DataSpec, Pretrain, RunSpec
 from tests.support import tiny_llama
@@ -132,13 +132,13 @@ def _priced(gpu: str | None, cloud: str) -> prices.Price | None:
 
 
 def planned(spec: RunSpec) -> str:
-    ready, notes = complete(spec, needed=True)
+    ready, notes = resolve(spec, needed=True)
     own = [note for note in notes if " has no effect: " not in note]
     return json.dumps([plan_inputs.plan(ready, own).as_dict(), ready.model.title, ready.hw.title], default=str)
 
 
 def fitted(spec: RunSpec) -> str:
-    rows = fit.fits(asked(spec, needed=True), dict.fromkeys(("model", "method", "hw", "data")), "usd")
+    rows = fit.fit_rows(with_facts(spec, needed=True), dict.fromkeys(("model", "method", "hw", "data")), "usd")
     return json.dumps([asdict(row) for row in rows])
 
 

@@ -29,7 +29,8 @@ from runner.doctor.report import print_findings
 from runner.doctor.software import Torch
 from runner.machine import detect
 from runner.machine.detect import Gpu, Machine
-from runner.resolve.doctor_target import wanted
+from runner.resolve.plan_inputs import plan_if_known
+from runner.resolve.steps import resolved
 from tests.conftest import ROOT, run_cli
 from tests.machine.test_hardware import GIB, H100, T4, V100, fake_nvml, machine_with, put_nvidia_smi, root_with
 from tests.support.front import LAPTOP, runner
@@ -52,7 +53,8 @@ def laptop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def run_of(*words: str) -> DoctorTarget:
-    return wanted(request_of(words, ()))
+    spec, notes = resolved(request_of(words, ()))
+    return DoctorTarget(spec, plan_if_known(spec, notes))
 
 
 def named(found: list[Finding], name: str) -> Finding:

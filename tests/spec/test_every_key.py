@@ -17,7 +17,7 @@ from runner.cli.options import request_of
 from runner.config.compose import compose, source_finder
 from runner.config.suggestions import parts_of
 from runner.report.progress import Progress
-from runner.resolve.steps import complete
+from runner.resolve.steps import resolve
 from runner.rundir.launch_options import DEFAULT_OPTIONS
 from runner.runs import launch
 from runner.runs.content_checks import check_read
@@ -113,7 +113,7 @@ def test_every_key_is_read_by_the_run_or_said_to_have_no_effect(
     request = request_of(words_of(folder, name), ())
     composed = compose(request)
     with reading(monkeypatch) as seen:
-        spec, notes = complete(composed, source_finder(request))
+        spec, notes = resolve(composed, source_finder(request))
         launch.plan_first(spec, notes, composed)
         launch.check(spec, notes, composed, DEFAULT_OPTIONS)
         train_here(spec)

@@ -11,9 +11,9 @@ from runner.cli.options import request_of
 from runner.errors import CannotRunError
 from runner.machine.detect import HardwareSpec
 from runner.plan.nearest_fit import offers
-from runner.resolve.plan_inputs import options_for
+from runner.resolve.plan_inputs import stage_search
 from runner.resolve.price import hardware
-from runner.resolve.steps import asked, resolved
+from runner.resolve.steps import resolved, with_facts
 from runner.spec import RunPodPlace
 from tests.support.front import laptop, runner, spec_of
 
@@ -78,8 +78,8 @@ def test_rules_of_hardware_are_those_of_the_hardware_that_is_chosen() -> None:
 
 
 def test_among_equals_the_list_by_model_size_decides() -> None:
-    spec = asked(spec_of("model=llama2_7b", "method=lora"))
-    options = options_for(spec)
+    spec = with_facts(spec_of("model=llama2_7b", "method=lora"))
+    options = stage_search(spec)
     assert options is not None
     a40 = next(hw for hw in hardware() if hw.name == "a40")
     twin = HardwareSpec.model_validate({**a40.model_dump(), "name": "twin", "runpod_gpu_id": "NVIDIA RTX A6000"})

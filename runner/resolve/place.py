@@ -13,37 +13,45 @@ from runner.config import catalog
 from runner.config.validation import validated
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
 from runner.machine import detect
-from runner.plan.auto_values import resolve
+from runner.plan import auto_values
 from runner.plan.nearest_fit import Offer, offers
 from runner.plan.plan import Plan
 from runner.report.durations import duration
-from runner.resolve import plan_inputs, price
+from runner.resolve import model_facts, plan_inputs, price
 from runner.spec import AutoPlace, HardwareSpec, LocalPlace, RunPodPlace, RunSpec
 
 
-def placed(spec: RunSpec, asked: HardwareSpec, here: HardwareSpec | None) -> tuple[RunSpec, list[str]]:
+def choose(spec: RunSpec, asked: HardwareSpec, here: HardwareSpec | None) -> tuple[RunSpec, list[str]]:
     """The run with its place decided and, where it is rented, its hardware; and one sentence that says why.
 
     `asked` is the hardware as it was asked for, `here` that of this machine, None if another one was named.
+    CannotRunError where no hardware to rent is known to hold the run.
     """
     place = spec.where
     if isinstance(place, AutoPlace):
-        return _auto(spec, place, asked, here)
-    if isinstance(place, RunPodPlace) and unnamed(asked):
-        return _unnamed(spec, place, asked)
+        return _choose_auto(spec, place, asked, here)
+    if isinstance(place, RunPodPlace) and _unnamed(asked):
+        return _choose_rented(spec, place, asked)
     return spec, []
 
 
-def unnamed(asked: HardwareSpec) -> bool:
-    """Nobody has named the hardware; `hw.num_gpus=0` names the CPU."""
+def hardware_is_open(asked: RunSpec) -> bool:
+    """The hardware is chosen with the place: a run that may be rented names none."""
+    return asked.where.name != "local" and _unnamed(asked.hw)
+
+
+def _unnamed(asked: HardwareSpec) -> bool:
+    """`hw.num_gpus=0` names the CPU."""
     return asked.accelerator == "detect" and (asked.num_gpus > 0 or "num_gpus" not in asked.model_fields_set)
 
 
-def _auto(spec: RunSpec, place: AutoPlace, asked: HardwareSpec, here: HardwareSpec | None) -> tuple[RunSpec, list[str]]:
+def _choose_auto(
+    spec: RunSpec, place: AutoPlace, asked: HardwareSpec, here: HardwareSpec | None
+) -> tuple[RunSpec, list[str]]:
     # A run here costs nothing: what was said of money is for the pod.
     local = spec.model_copy(update={"where": LocalPlace(max_hours=place.max_hours)})
     rented = spec.model_copy(update={"where": place.rented})
-    if plan_inputs.options_for(spec) is None:
+    if plan_inputs.stage_search(spec) is None:
         return local, ["where=auto: here, since nothing can be planned"]
     if here is None:  # the user has chosen the hardware
         planned = _planned(rented)
@@ -71,14 +79,14 @@ def _auto(spec: RunSpec, place: AutoPlace, asked: HardwareSpec, here: HardwareSp
     return best, [f"where=auto: {why}; rented, {said}"]
 
 
-def _unnamed(spec: RunSpec, place: RunPodPlace, asked: HardwareSpec) -> tuple[RunSpec, list[str]]:
+def _choose_rented(spec: RunSpec, place: RunPodPlace, asked: HardwareSpec) -> tuple[RunSpec, list[str]]:
     """A rented run whose hardware nobody has named, on GPUs."""
     best, said = _best(spec, asked)
     if best is not None and place.pod is not None:
         return best, [f"where.pod={place.pod}: {said}"]
     if best is not None:
         return best, [f"where=runpod: {said}; hw=NAME takes another, hw=cpu a CPU"]
-    if named := _of_types(spec, asked):
+    if named := _of_gpu_types(spec, asked):
         return spec.model_copy(update={"hw": named}), [
             f"where=runpod: {said}; hw={named.name} is the first that is named"
         ]
@@ -93,17 +101,17 @@ def _best(spec: RunSpec, asked: HardwareSpec) -> tuple[RunSpec | None, str]:
     to refuse. With it what to say: the choice and the runner-up, or why there is none."""
     if isinstance(spec.where, RunPodPlace) and spec.where.pod is not None:
         return _of_pod(spec, spec.where.pod, asked)
-    options = plan_inputs.options_for(spec)
+    options = plan_inputs.stage_search(spec)
     if options is None:
-        return None, f"no plan: {plan_inputs.unknown(spec)}"
-    size = plan_inputs.sequences(spec)
+        return None, f"no plan: {model_facts.why_no_plan(spec)}"
+    size = plan_inputs.num_sequences(spec)
     found = offers(spec, options, _rentable(spec, asked), size, stand_ins(spec.model.num_parameters))
     if not found:
         return None, "no hardware that is for rent and has a known price holds it"
-    within = [offer for offer in found if _within(offer.change.spec)] if _limited(spec) else found
+    within = [offer for offer in found if _within_limits(offer.change.spec)] if _has_limits(spec) else found
     first, *others = within or found
-    second = f"; next {_told(others[0], size)}" if others else ""
-    return first.change.spec, f"hw={_told(first, size)} costs least{second}"
+    second = f"; next {_describe(others[0], size)}" if others else ""
+    return first.change.spec, f"hw={_describe(first, size)} costs least{second}"
 
 
 def _of_pod(spec: RunSpec, pod: str, asked: HardwareSpec) -> tuple[RunSpec, str]:
@@ -129,11 +137,11 @@ def _of_pod(spec: RunSpec, pod: str, asked: HardwareSpec) -> tuple[RunSpec, str]
     return spec.model_copy(update={"hw": hw}), f"it has {gpus} × {gpu_id} (hw={hw.name})"
 
 
-def _limited(spec: RunSpec) -> bool:
+def _has_limits(spec: RunSpec) -> bool:
     return spec.where.max_usd is not None or spec.where.max_hours is not None
 
 
-def _within(spec: RunSpec) -> bool:
+def _within_limits(spec: RunSpec) -> bool:
     planned = _planned(spec)
     return planned is not None and not planned.reasons
 
@@ -151,7 +159,7 @@ def _rentable(spec: RunSpec, asked: HardwareSpec) -> list[HardwareSpec]:
     return [hw.model_copy(update={key: value for key, value in given.items() if value is not None}) for hw in found]
 
 
-def _of_types(spec: RunSpec, asked: HardwareSpec) -> HardwareSpec | None:
+def _of_gpu_types(spec: RunSpec, asked: HardwareSpec) -> HardwareSpec | None:
     """The profile of the first GPU of `where.gpu_types` that has one, whatever it costs."""
     place = spec.where
     assert isinstance(place, RunPodPlace)
@@ -163,7 +171,7 @@ _OF_ANY = {"num_gpus", "num_nodes", "num_processes"}
 """Keys that hold for whatever hardware is chosen; memory, cores and prices are said of this machine."""
 
 
-def _told(offer: Offer, sequences: int | None) -> str:
+def _describe(offer: Offer, sequences: int | None) -> str:
     hw = offer.hw
     rate = f"${hw.usd_per_hour:g} per GPU-hour"
     if not sequences:
@@ -183,7 +191,7 @@ def _planned(spec: RunSpec) -> Plan | None:
     """The plan of a run whose `auto`s are open; None where it cannot be made."""
     try:
         checked = validated(spec.model_dump(), lambda key: None)  # the rules for this hardware
-        return plan_inputs.plan(resolve(checked, plan_inputs.options_for(checked))[0], [])
+        return plan_inputs.plan(auto_values.resolve(checked, plan_inputs.stage_search(checked))[0], [])
     except RunnerError:
         return None
 

@@ -1,0 +1,118 @@
+"""Facts of a model that the catalogue does not know, from its config.json: on this machine, or on the Hub."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from runner.errors import Problem, RequestError
+from runner.hub import client
+from runner.hub import config as hub_config
+from runner.plan.model_shape import shape_of
+from runner.plan.trainable import ALIASES, OUTSIDE
+from runner.spec import ModelSpec, RunSpec
+
+
+def wrong_target_modules(spec: RunSpec) -> Problem | None:
+    """A list of target modules with one that is not in a model whose layers are known, or empty; None where all is
+    well. The worker would find it out after loading."""
+    wanted = getattr(spec.method, "target_modules", "all-linear")
+    if wanted == "all-linear" or spec.model.architecture is None:
+        return None
+    matrices = shape_of(spec.model).matrices
+    linear, known = {m.name for m in matrices if m.linear}, {*(m.name for m in matrices), *OUTSIDE, *ALIASES}
+    unknown = [name for name in wanted if name.rpartition(".")[2] not in known]
+    if wanted and not unknown:
+        return None
+    what = f"method.target_modules=[{','.join(wanted)}]: none of them is in {spec.model.name}, and nothing would train"
+    if len(unknown) < len(wanted):
+        what = f"method.target_modules: {spec.model.name} has no module {', '.join(unknown)}"
+    return Problem(what, None, f"choose among its linear layers: {', '.join(sorted(linear))}; or write all-linear")
+
+
+def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:
+    """A model that is not in the catalogue gets its facts from its config.json: here, or (if `needed`) on the Hub.
+
+    Where they are not needed, a config that the plan does not understand is left to the trainer.
+    """
+    model = spec.model
+    if model.architecture is not None:
+        _check_facts(model)
+        return spec
+    try:
+        facts = hub_config.local_facts(model.id, model.revision)
+        if facts is None:
+            config = (client.config if needed else client.kept)(_hub_id(model), model.revision)
+            facts = None if config is None else hub_config.facts_from_config(config, f"{model.id}/config.json")
+    except RequestError:
+        if needed:
+            raise
+        return spec
+    if facts is None:
+        return spec
+    given = spec.model.model_dump(exclude_unset=True, exclude_none=True)
+    found = ModelSpec.model_validate(facts | given)
+    _check_facts(found)
+    return spec.model_copy(update={"model": found})
+
+
+def _check_facts(model: ModelSpec) -> None:
+    """RequestError where a model that is at hand has another architecture than the plan would count with."""
+    if model.from_scratch or model.package is not None or model.gguf_file is not None:
+        return
+    try:
+        facts = hub_config.local_facts(model.id, model.revision)
+    except RequestError:
+        return  # a kind that the arithmetic does not know: what was given is all there is
+    wrong = [key for key in _SIZES if facts and key in facts and getattr(model, key) not in (None, facts[key])]
+    if facts and wrong:
+        told = ", ".join(f"{key} {facts[key]} and not {getattr(model, key)}" for key in wrong)
+        remedy = "leave the facts out: model=hub reads them from there"
+        raise RequestError(Problem(f"model.id={model.id}: its config.json has {told}", None, remedy))
+
+
+_SIZES = (
+    "architecture", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size",
+    "num_experts",
+)  # fmt: skip
+
+
+def _hub_id(model: ModelSpec) -> str:
+    """The id, if it is one; RequestError for what can only be a folder, which is not there."""
+    if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", model.id) is None:
+        missing = f"there is no folder {model.id} with a config.json"
+        raise RequestError(Problem(missing, f"model.id={model.id}", "name one, or a Hub id: org/name"))
+    return model.id
+
+
+def fetch_config(spec: RunSpec) -> None:
+    """The config.json of a Hub model outside the catalogue is put into the cache, so that a run of it can be planned.
+
+    RequestError for a model that is not there, or closed; nothing where the Hub cannot be reached.
+    """
+    model = spec.model
+    if model.architecture is not None or model.gguf_file is not None or model.package is not None:
+        return
+    with suppress(client.UnreachableError):
+        try:
+            known = hub_config.local_facts(model.id, model.revision)
+        except RequestError:  # a kind that the arithmetic does not know: the trainer may
+            return
+        if known is None:
+            client.config(_hub_id(model), model.revision)
+
+
+def why_no_plan(spec: RunSpec) -> str:
+    """Why a run cannot be planned, in one line."""
+    try:
+        with_facts(spec, needed=True)
+        shape_of(spec.model)
+    except RequestError as error:
+        return str(error)
+    return "the model's size is not known"
+
+
+def at_hand(model: ModelSpec) -> bool:
+    """Nothing of the model is downloaded before a run."""
+    return model.package is not None or model.from_scratch or Path(model.id).is_dir() or hub_config.cached(model.id)
