@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
-from runner.cloud import clock, executor, ssh, ssh_keys, transfer
+from runner.cloud import adopted_spec, clock, executor, ssh, ssh_keys, transfer
 from runner.cloud.find_pod import NoPodOfRunError, adopt, look, run_id_of
 from runner.cloud.follow import Vanished
 from runner.cloud.lease import Lease
@@ -186,11 +186,8 @@ def _aboard(words: str, output_dir: Path, console: Console) -> Iterator[tuple[Se
     try:
         if rented.pod.status == "EXITED":
             _wake(rented, run_output)
-        spec = _own_spec(run)
-        session = Session(run, spec, rented, pair, run_output.say) if spec else None
-        if session is None:
-            spec = _their_spec(rented, pair, run)
-            session = Session(run, spec, rented, pair, run_output.say)
+        spec = _ordered_spec(run, rented) or _adopted_spec(rented, pair, run, run_output.say)
+        session = Session(run, spec, rented, pair, run_output.say)
         at = session.board()
         session.agent = at.agent()
         if not session.agent:
@@ -244,26 +241,42 @@ def _listen(session: Session, minutes: float | None) -> None:
     at.start_agent()
 
 
-def _own_spec(run: RunDir) -> RunSpec | None:
-    try:
-        spec = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
-    except (OSError, ValueError, ValidationError):
-        return None
-    return spec if isinstance(spec.where, RunPodPlace) else None
+def _ordered_spec(run: RunDir, rented: Lease) -> RunSpec | None:
+    """The spec that this machine ordered: of the directory here, else of the one that the ledger names; None where it
+    ordered none. RequestError where it is there and cannot be read: a pod's does not take its place."""
+    entry = rented.ledger.entry(rented.name)
+    named = [RunDir(Path(entry.run_dir))] if entry is not None and entry.run_dir else []
+    for directory in (run, *named):
+        if not directory.spec_file.is_file():
+            continue
+        try:
+            spec = RunSpec.model_validate(json.loads(directory.spec_file.read_text("utf-8")))
+        except (OSError, ValueError, ValidationError) as error:
+            file, why = shown(directory.spec_file), getattr(error, "strerror", None) or "it is no spec of a run"
+            remedy = f"put it right; or mv {shlex.quote(file)} away, and the pod's is read, without what acts here"
+            raise RequestError(Problem(f"{file} cannot be read: {why}", None, remedy)) from None
+        if isinstance(spec.where, RunPodPlace):
+            if directory is not run:
+                (run.path / "logs").mkdir(parents=True, exist_ok=True)
+                run.write_spec(spec)
+            return spec
+    return None
 
 
-def _their_spec(rented: Lease, pair: ssh_keys.KeyPair, run: RunDir) -> RunSpec:
-    """The run of another machine: its spec from the pod, and a directory here."""
-    with _connected(run.id, rented.pod) as at:
+def _adopted_spec(rented: Lease, pair: ssh_keys.KeyPair, run: RunDir, say: Callable[[str], None]) -> RunSpec:
+    """The run of another machine: its spec as the pod tells it, without what acts here, and a directory here."""
+    pod = rented.pod
+    with _connected(run.id, pod) as at:
         try:
             text = at.connection.run(f"cat {shlex.quote(at.folder)}/spec.json")
         except CommandError:
-            raise RequestError(Problem(f"pod {rented.pod.id} has no run {run.id}", "command line")) from None
+            raise RequestError(Problem(f"pod {pod.id} has no run {run.id}", "command line")) from None
         plan = at.connection.attempt(f"cat {shlex.quote(at.folder)}/plan.json")[1]
-    spec = RunSpec.model_validate(json.loads(text))
-    spec = spec.model_copy(update={"where": RunPodPlace(name="runpod", volume=rented.pod.volume_id)})
+    found = adopted_spec.adopt(text, pod.id, pod.volume_id, run.path.parent)
+    for line in found.changes:
+        say(f"Warning: of the spec in pod {pod.id}, {line}: what a pod says is not acted on here")
     (run.path / "logs").mkdir(parents=True, exist_ok=True)
-    run.write_spec(spec)
-    if content := transfer.loads(plan):
+    run.write_spec(found.spec)
+    if content := adopted_spec.adopt_plan(plan):
         run.write("plan.json", content)
-    return spec
+    return found.spec
