@@ -27,6 +27,8 @@ _BEGIN, _END = "\ue0f0\ue0f1", "\ue0f1\ue0f0"
 
 MARK = "\ue000\ue001\ue000"
 """Of Unicode's private use: neither trimmed nor a beginning or end of anybody's words."""
+CALL_OF_MARKS = {"type": "function", "function": {"name": MARK, "arguments": {MARK: MARK}}}
+"""A call of which each part is to be found in the text."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,14 @@ class Template:
 
         Raises jinja2.TemplateError, or whatever else the template does, where it refuses the conversation.
         """
+        return self.render_messages(self.messages(turns), ask, tools)
+
+    def render_messages(
+        self, messages: Sequence[dict[str, Any]], ask: bool = False, tools: Sequence[dict[str, Any]] = ()
+    ) -> Rendered:
+        """The same, of turns that are in the template's form already (`messages`)."""
         text = self._render(
-            messages=self.messages(turns), add_generation_prompt=ask, tools=list(tools) or None, documents=None,
+            messages=list(messages), add_generation_prompt=ask, tools=list(tools) or None, documents=None,
             **self.special,
         )  # fmt: skip
         if _BEGIN not in text:
@@ -117,9 +125,8 @@ class Template:
     def form(self) -> Form:
         """Tried out with one turn that thinks and one that calls, as nothing in a template states it."""
         names = ("reasoning_content", "thinking", "reasoning")
-        call = {"type": "function", "function": {"name": MARK, "arguments": {MARK: MARK}}}
         calls = [Form(text_arguments=text, null_content=null) for null in (False, True) for text in (False, True)]
-        calling = next((form for form in calls if self._shows({"tool_calls": [call]}, form, 3)), Form())
+        calling = next((form for form in calls if self._shows({"tool_calls": [CALL_OF_MARKS]}, form, 3)), Form())
         thoughts = [replace(calling, reasoning=name) for name in names]
         said: list[dict[str, Any]] = [{"content": "!"}, {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]
         tries = [(form, turn) for turn in said for form in thoughts]

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from runner.data.chat_template import MARK, Template, template_source, with_tools
+from runner.data.chat_template import CALL_OF_MARKS, MARK, Template, template_source, with_tools
 from runner.data.examples import Example, Turn
 from runner.data.loss_mask import IGNORED, Learned, Turns, labels_of, learned
 from runner.data.rendered_text_checks import show
@@ -37,6 +37,8 @@ class Encoded:
     text: str
     num_dropped: int = 0
     """Turns that are not learned, because the template drops a part of what they say."""
+    prompt_differs: bool = False
+    """The answer does not begin where the template asks for one: see `ChatTokenizer.prompt_differs`."""
 
 
 class ChatTokenizer:
@@ -80,7 +82,9 @@ class ChatTokenizer:
                     found[index] = self._ended(ids, offsets, text)
                 else:
                     labels = labels_of(ids, offsets, shown.spans)
-                    found[index] = Encoded(ids, labels, offsets, text, shown.num_dropped)
+                    example = examples[index]
+                    differs = self.prompt_differs(example.prompt, example.completion, example.tools)
+                    found[index] = Encoded(ids, labels, offsets, text, shown.num_dropped, differs)
         for index, example in enumerate(examples):
             if example.ids is not None:
                 self._check_ids(example.ids, example.labels or ())
@@ -125,10 +129,9 @@ class ChatTokenizer:
     @cached_property
     def _tails(self) -> tuple[str | None, str | None]:
         """What the template puts behind an answer, and behind a call of a tool, that is the last turn."""
-        call = {"type": "function", "function": {"name": MARK, "arguments": {MARK: MARK}}}
         answers: list[Turn] = [
             {"role": "assistant", "content": MARK},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "assistant", "content": "", "tool_calls": [CALL_OF_MARKS]},
         ]
         found: list[str | None] = []
         for answer in answers:
@@ -146,7 +149,7 @@ class ChatTokenizer:
         tail = self._tails[0]
         if tail is not None and not tail.strip() and self.end_id is not None:
             tail = self.ended("")  # _closed
-        answer, call = self.ids([tail or "", self._tails[1] or ""])
+        answer, call = self.token_ids([tail or "", self._tails[1] or ""])
         # Phi-3 goes on behind the end of an answer; </tool_call> is no end of a turn, and what follows is.
         ends = [id for id in answer if id in special] or [id for id in answer if id in added]
         return ends[:1], [id for id in call if id in special][-1:]
@@ -170,17 +173,61 @@ class ChatTokenizer:
             remedy = "end it with a special token in a template of your own"
         raise RequestError(Problem(f"the chat template {what}", None, remedy))
 
-    def asked(self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()) -> str:
+    def prompt_differs(
+        self, prompt: Sequence[Turn], answer: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()
+    ) -> bool:
+        """Whether the text before an answer is another one than generation gets: some templates end a prompt with
+        `<think>`, and write an answer without thoughts without it. False where nothing is answered."""
+        if self._asks_alike or not answer:
+            return False
+        with suppress(Exception):  # who asks is told that the template refuses the prompt
+            asked = self.turns.template.render(prompt, True, tools).text
+            return not self.turns.template.render([*prompt, *answer], tools=tools).text.startswith(asked)
+        return False
+
+    @cached_property
+    def _asks_alike(self) -> bool:
+        """Whether each kind of answer begins where the template asks; then no row has to be looked at."""
+        question: Turn = {"role": "user", "content": "?"}
+        answers: list[Turn] = [
+            {"role": "assistant", "content": MARK},
+            {"role": "assistant", "content": MARK, "reasoning_content": MARK},
+            {"role": "assistant", "content": "", "tool_calls": [CALL_OF_MARKS]},
+        ]
+        with suppress(Exception):  # a template may refuse in any way
+            asked = self.turns.template.render([question], True).text
+            for answer in answers:
+                with suppress(Exception):
+                    if not self.turns.template.render([question, answer]).text.startswith(asked):
+                        return False
+            return True
+        return False
+
+    def prompt_ids(self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """Token ids [s] of a prompt, up to where the assistant is to speak; RequestError as `prompt_text`."""
+        return self.token_ids([self.prompt_text(turns, tools)])[0]
+
+    def message_ids(
+        self, messages: Sequence[dict[str, Any]], ask: bool = True, tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
+        """Token ids [s] of turns in the template's form (`Template.messages`), of which nothing is checked;
+        RequestError where the template refuses them."""
+        with _refusals():
+            return self.token_ids([self.turns.template.render_messages(messages, ask, tools).text])[0]
+
+    def prompt_text(self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()) -> str:
         """A prompt as text, up to where the assistant is to speak; RequestError where something of it is not shown."""
         with _refusals():
             return show(self.turns.template, turns, [], tools)
 
-    def answered(self, prompt: Sequence[Turn], answer: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()) -> str:
+    def conversation_text(
+        self, prompt: Sequence[Turn], answer: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()
+    ) -> str:
         """A prompt with its answer as text; RequestError where something of them is not shown."""
         with _refusals():
             return self._closed(show(self.turns.template, prompt, answer, tools), answer)
 
-    def ids(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+    def token_ids(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Token ids of each text; if `special`, with the tokenizer's own around them: a template has its own."""
         found = self.backend.encode_batch(list(texts), add_special_tokens=special)
         return [begun(encoding.ids, self.bos_id) for encoding in found]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner.data.chat_template import MARK, Template
+from runner.data.chat_template import CALL_OF_MARKS, MARK, Template
 from runner.data.examples import Example, Turn
 from runner.data.rendered_text_checks import check_given, missing, refusal
 from runner.errors import Problem, RequestError
@@ -115,8 +115,7 @@ class Turns:
         if other.get("reasoning_content"):
             other["reasoning_content"] = MARK
         if other.get("tool_calls"):
-            function = {"name": MARK, "arguments": {MARK: MARK}}
-            other["tool_calls"] = [{"type": "function", "function": function} for _ in other["tool_calls"]]
+            other["tool_calls"] = [CALL_OF_MARKS] * len(other["tool_calls"])
         return self._different(turns, index, other, tools, text)
 
     def _different(

@@ -42,6 +42,8 @@ class Chunk:
     """Rows that leave no room for an answer; and those that would be cut where nothing may be."""
     tokens: int = 0
     """Within the limit."""
+    prompt_differs: int = 0
+    """Rows with an answer that does not begin where the template asks for one (`ChatTokenizer.prompt_differs`)."""
     conversations: int = 0
     """Rows that the template rendered."""
     problems: list[Problem] = field(default_factory=list)
@@ -64,6 +66,7 @@ def encode_chunk(words: ChatTokenizer, rows: Sequence[Preference | UnpairedExamp
             continue
         chunk.truncated += any(length > how.limit for length in lengths)
         chunk.tokens += sum(min(length, how.limit) for length in lengths)
+        chunk.prompt_differs += _prompt_differs(words, row)
         chunk.rows.append(columns)
     return chunk
 
@@ -74,8 +77,8 @@ def _columns(
     """The columns of a row and the lengths of its sequences; None where it cannot be learned from: TRL drops these,
     too."""
     if isinstance(row, PromptExample):
-        # Of a question the words alone: TRL renders and tokenises it before every generation.
-        (asked,) = words.ids([words.asked(row.prompt, row.tools)])
+        # Of a question the words alone: it is rendered and tokenised before every generation (GrpoTrainer).
+        asked = words.prompt_ids(row.prompt, row.tools)
         fits = len(asked) + how.room <= how.limit
         turns = words.turns.template.messages(row.prompt)
         columns: dict[str, Any] = {**row.extra, "prompt": turns, "answer": row.answer, TOOLS: row.tools}
@@ -94,6 +97,14 @@ def _columns(
     return columns, lengths if fits else None
 
 
+def _prompt_differs(words: ChatTokenizer, row: Preference | UnpairedExample | PromptExample) -> bool:
+    if isinstance(row, PromptExample) or isinstance(row.prompt, str):
+        return False
+    answers = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion,)
+    turns = [answer for answer in answers if not isinstance(answer, str)]
+    return any(words.prompt_differs(row.prompt, answer, row.tools) for answer in turns)
+
+
 def split(
     words: ChatTokenizer, prompt: Answer, answers: Sequence[Answer], tools: Sequence[dict[str, Any]] = ()
 ) -> tuple[list[int], list[list[int]]]:
@@ -103,8 +114,11 @@ def split(
         texts = [prompt, *(prompt + words.ended(str(answer)) for answer in answers)]
     else:
         turns = [answer for answer in answers if not isinstance(answer, str)]
-        texts = [words.asked(prompt, tools), *(words.answered(prompt, answer, tools) for answer in turns)]
-    asked, *conversations = words.ids(texts, special=isinstance(prompt, str))
+        texts = [
+            words.prompt_text(prompt, tools),
+            *(words.conversation_text(prompt, answer, tools) for answer in turns),
+        ]
+    asked, *conversations = words.token_ids(texts, special=isinstance(prompt, str))
     start = min(_same(asked, ids) for ids in conversations)
     return asked[:start], [ids[start:] for ids in conversations]
 

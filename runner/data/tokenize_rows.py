@@ -52,6 +52,8 @@ class Chunk:
     """Rows that go on in another."""
     unlearned: int = 0
     """Answers that are not learned, because the template drops a part of what they say."""
+    prompt_differs: int = 0
+    """Rows whose answer does not begin where the template asks for one (`ChatTokenizer.prompt_differs`)."""
     conversations: int = 0
     """Rows that the template rendered."""
     problems: list[Problem] = field(default_factory=list)
@@ -75,6 +77,7 @@ class Chunk:
         """The same, with what is known of it."""
         self.add(encoded.ids, encoded.labels, how)
         self.unlearned += encoded.num_dropped
+        self.prompt_differs += encoded.prompt_differs
 
     def _split(self, ids: Sequence[int], labels: Sequence[int], limit: int) -> None:
         """Pieces of `limit` tokens; those with nothing to learn are left out, and the row counts once."""

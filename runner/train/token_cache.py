@@ -20,7 +20,7 @@ from runner.rundir.atomic_folder import cached
 
 SHELF = "tokenised"
 ROWS = "rows.arrow"
-LAYOUT = 5  # raise it when what is stored changes shape: old entries are then left alone
+LAYOUT = 6  # raise it when what is stored changes shape: old entries are then left alone
 Tell = Callable[[int, int], None]
 """Told after every chunk: rows done, rows in all."""
 
@@ -41,6 +41,8 @@ class Tokenised:
     """Examples that the template refuses, skipped under `data.on_error=skip`."""
     num_unlearned: int
     """Answers that are not learned, because the template drops a part of what they say as the conversation goes on."""
+    num_prompt_differs: int
+    """Examples whose answer does not begin where the template asks for one, as generation will."""
     num_conversations: int
     """Examples that the chat template rendered."""
     num_tokens: int
@@ -107,6 +109,9 @@ def line_of(rows: Tokenised, num_eval: int) -> str:
         parts.append(f"{rows.num_refused:,} skipped: the chat template refuses them")
     if rows.num_unlearned:
         parts.append(f"{rows.num_unlearned:,} earlier answers not learned: the chat template drops their thoughts")
+    if rows.num_prompt_differs:
+        what = "answers do not begin where the chat template asks for one"
+        parts.append(f"{rows.num_prompt_differs:,} {what}: generation gets another prompt than training (docs/data.md)")
     if num_eval:
         parts.append(f"{num_eval:,} held out")
     return "Data    " + "; ".join(parts) + (" (tokens from the cache)" if rows.from_cache else "")

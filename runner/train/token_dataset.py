@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from runner.data.chat_tokenizer import ChatTokenizer
-from runner.data.examples import Example, Turn, fingerprint
+from runner.data.examples import Example, fingerprint
 from runner.data.packing import bins
 from runner.data.readers.files import refuse
 from runner.data.tokenize_rows import How, encode_chunk, in_chunks
@@ -55,7 +55,7 @@ def _write(
     """Rows of the entry into `folder`; its facts."""
     limit = spec.train.max_length
     how = How(_loss_on(spec), limit, spec.data.on_long)
-    counts = dict.fromkeys(("truncated", "dropped", "split", "unlearned", "conversations"), 0)
+    counts = dict.fromkeys(("truncated", "dropped", "split", "unlearned", "prompt_differs", "conversations"), 0)
     done = refused = 0
     lengths = array("i")
     problems: list[Problem] = []
@@ -122,27 +122,3 @@ def _lists(values: Any, sizes: Sequence[int]) -> Any:
     """An Arrow array of lists, out of their values one after the other."""
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
-
-
-def chat_ids(
-    tokenizer: Any, turns: Sequence[Turn], ask: bool, tools: Sequence[dict[str, Any]] | None = None
-) -> list[int]:
-    """Token ids of a rendered conversation; `ask` ends it where the assistant is to speak.
-
-    RequestError for a conversation the model's template refuses (a system turn, say).
-    """
-    import jinja2
-
-    try:
-        encoded = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns], tools=tools and [*tools], add_generation_prompt=ask, return_dict=True
-        )
-    except jinja2.TemplateError as error:
-        raise RequestError(
-            Problem(
-                f"the model's chat template refuses a conversation: {error}",
-                None,
-                "set data.chat_template to a Jinja file, or data.system_prompt=null",
-            )
-        ) from None
-    return list(encoded["input_ids"])

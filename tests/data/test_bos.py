@@ -92,7 +92,7 @@ def test_a_conversation_begins_once_in_every_template_and_in_chatml_as_fallback(
             ids = one.encode(row, "auto").ids
             assert (ids.count(BOS), ids[0] == BOS) == (count, bool(count))
     assert ids == tokenizer.apply_chat_template([*ASKED, *SAID])["input_ids"]
-    (asked,) = words.ids([words.asked(ASKED)])
+    (asked,) = words.token_ids([words.prompt_text(ASKED)])
     assert asked == tokenizer.apply_chat_template(ASKED, add_generation_prompt=True)["input_ids"]
     assert asked.count(BOS) == count
     for kind in (Preference(ASKED, SAID, [{"role": "assistant", "content": "no"}]), UnpairedExample(ASKED, SAID, True)):

@@ -25,7 +25,6 @@ from runner.spec import DataSpec, RunSpec
 from runner.train.objectives import preference_dataset
 from runner.train.objectives.grpo import GrpoTrainer
 from runner.train.objectives.preference import Given
-from runner.train.token_dataset import chat_ids
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import SPECIAL, body
 from tests.data.test_tokenize_rows import tokenizer
@@ -36,6 +35,12 @@ SEARCH = {
     "function": {"name": "search_the_web", "parameters": {"type": "object", "properties": {}}},
 }
 SEARCH_CALL = {"type": "function", "function": {"name": "search_the_web", "arguments": {"for": "x"}}}
+
+
+def chat_ids(tokenizer: Any, turns: list[Turn], ask: bool) -> list[int]:
+    """By transformers."""
+    found: list[int] = tokenizer.apply_chat_template(turns, add_generation_prompt=ask)["input_ids"]
+    return found
 
 
 def user(text: str) -> Turn:

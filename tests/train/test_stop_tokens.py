@@ -135,7 +135,7 @@ def test_calls_are_asked_for_with_their_tools_and_compared_as_the_template_write
     turns = CASES["a call"][0]
     tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
     row = Example(turns[:1], turns[1:], tools=tools)
-    assert '"name": "look_up"' in words.asked(row.prompt, row.tools)
+    assert '"name": "look_up"' in words.prompt_text(row.prompt, row.tools)
     right = learned_answer(words, Tokenizer(), words.stops, row)
     call = '<tool_call>\n{"name": "look_up", "arguments": {"city": "Oslo", "count": 48151}}\n</tool_call>'
     assert right == Answer(call, call, True)

@@ -87,8 +87,8 @@ def _segments(
     elif isinstance(row, UnpairedExample):
         yield from _compared(row, {"": row.completion}, words)
     elif words is not None:
-        text = words.asked(row.prompt, row.tools)
-        yield {"text": text, "trained": False, "tokens": len(words.ids([text])[0])}
+        text = words.prompt_text(row.prompt, row.tools)
+        yield {"text": text, "trained": False, "tokens": len(words.token_ids([text])[0])}
     else:
         yield from _turns(row.prompt, lambda _: False)
 

@@ -67,12 +67,8 @@ def generate(
     until the last is done.
     """
     words = ChatTokenizer.of(tokenizer)
-    prompts = words.ids(
-        [
-            words.asked(turns, given)
-            for turns, given in zip(conversations, tools or [()] * len(conversations), strict=True)
-        ]
-    )
+    given = tools or [()] * len(conversations)
+    prompts = words.token_ids([words.prompt_text(*asked) for asked in zip(conversations, given, strict=True)])
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, Answer] = {}
     stops = stop_tokens.ids_of(getattr(model, "generation_config", None), tokenizer)

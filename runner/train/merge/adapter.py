@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.load import Turn
 from runner.errors import Problem, RequestError, RunFailedError
 from runner.hub.model_card import write_card
@@ -26,7 +27,6 @@ from runner.train import model_loading, stop_tokens
 from runner.train.merge import proof, rounding
 from runner.train.merge.fold import fold
 from runner.train.save_rehearsal import fix_generation_config
-from runner.train.token_dataset import chat_ids
 from runner.train.trainer import autocast
 
 NUM_PROMPTS = 4
@@ -128,14 +128,14 @@ def held_out(spec: RunSpec, run: RunDir, tokenizer: Any) -> tuple[list[list[int]
     if not rows:
         return [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in FIXED_TEXTS], "fixed texts"
     system: list[Turn] = [{"role": "system", "content": spec.data.system_prompt}] if spec.data.system_prompt else []
+    words = ChatTokenizer.of(tokenizer)
     found = []
     for row in rows:
-        turns: list[Turn] = [
-            *system,
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["expected"]},
-        ]
-        found.append(chat_ids(tokenizer, turns, ask=False)[:MAX_TOKENS])
+        turns: list[Turn] = [*system, {"role": "user", "content": row["prompt"]}]
+        answer = row["expected"]  # GRPO's questions may have none
+        turns += [] if answer is None else [{"role": "assistant", "content": answer}]
+        ids = words.message_ids(words.turns.template.messages(turns), ask=answer is None)
+        found.append(ids[:MAX_TOKENS])
     return found, "held-out prompts"
 
 

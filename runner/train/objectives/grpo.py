@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
+from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.preference_tokens import TOOLS
 from runner.errors import Problem, RequestError
 from runner.spec import Grpo, RunSpec
 from runner.train import row_ids
 from runner.train.evaluation.generation import plain
 from runner.train.guarded_trainer import LossGuardMixin
-from runner.train.token_dataset import chat_ids
 
 
 class GrpoTrainer(LossGuardMixin, GRPOTrainer):  # type: ignore[misc]  # trl has no types
@@ -46,12 +47,16 @@ class GrpoTrainer(LossGuardMixin, GRPOTrainer):  # type: ignore[misc]  # trl has
         with plain(self.accelerator.unwrap_model(self.model), self.processing_class):
             return super()._generate_and_score_completions(inputs)
 
+    @cached_property
+    def words(self) -> ChatTokenizer:
+        """What renders the prompts of evaluation as well."""
+        return ChatTokenizer.of(self.processing_class)
+
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """TRL renders all with the same tools, which are functions it calls itself; here each row has its own."""
-        if not any(self.row_tools):
-            return super()._tokenize_prompts(prompts)
-        rendered = zip(prompts, self.row_tools, strict=True)
-        return [chat_ids(self.processing_class, turns, ask=True, tools=tools) for turns, tools in rendered], None, {}
+        given = self.row_tools or [None] * len(prompts)
+        ids = [self.words.message_ids(turns, tools=tools or ()) for turns, tools in zip(prompts, given, strict=True)]
+        return ids, None, {}
 
     def sizes(self, inputs: Any) -> tuple[int, int]:
         """Nothing yet: see `compute_loss`."""

@@ -44,7 +44,7 @@ def _write(
     rows: Sequence[Learnable], tokenizer: Any, spec: RunSpec, how: How, folder: Path, tell: Tell | None
 ) -> dict[str, Any]:
     """Rows of the entry into `folder`; its facts."""
-    counts = dict.fromkeys(("truncated", "dropped", "tokens", "conversations"), 0)
+    counts = dict.fromkeys(("truncated", "dropped", "tokens", "prompt_differs", "conversations"), 0)
     done = kept = refused = 0
     problems: list[Problem] = []
     features = _features(rows, spec)

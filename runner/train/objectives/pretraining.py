@@ -85,6 +85,7 @@ def _write(
         "num_split": 0,
         "num_refused": 0,
         "num_unlearned": 0,
+        "num_prompt_differs": 0,
         "num_conversations": 0,
         "num_tokens": tokens,
         "packing_efficiency": tokens / (rows * limit) if packing else None,
