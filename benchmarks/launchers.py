@@ -47,11 +47,11 @@ def listing(seconds: float) -> None:
     """Another command, whose clock is so much ahead: it reconciles, lists, and reaps what is past its deadline."""
     from runner.cloud import fleet
     from runner.cloud.ledger import Ledger
+    from runner.cloud.providers import connect
     from runner.cloud.reconcile import reconcile
-    from runner.cloud.runpod.api import Api
 
     set_clock(seconds, from_start=True)
-    api, ledger = Api(), Ledger()
+    api, ledger = connect(), Ledger()
     reconcile(api, ledger)
     fleet.rows(api, ledger)
     fleet.reap(api, ledger, fleet.owned_by_none(api, ledger))
@@ -61,16 +61,16 @@ def next_command() -> None:
     """Any: it reconciles first. Deadlines have passed meanwhile, and answers that never came are old."""
     from runner.cloud import fleet
     from runner.cloud.ledger import Ledger
+    from runner.cloud.providers import connect
     from runner.cloud.reconcile import reconcile
-    from runner.cloud.runpod.api import Api
 
     ledger = Ledger()
     for entry in ledger.entries():
         if entry.state in ("RUNNING", "COLLECTING", "STOPPED"):
             ledger.set(entry.name, deadline=entry.created - 3600)
             if entry.state == "STOPPED":  # stopped by being taken away: a person would end it
-                fleet.terminate(Api(), ledger, entry.name)
-    reconcile(Api(), ledger)
+                fleet.terminate(connect(), ledger, entry.name)
+    reconcile(connect(), ledger)
 
 
 def settled() -> bool:

@@ -48,7 +48,7 @@ def gpus(min_memory: int, cloud: str | None, count: int, countries: tuple[str, .
       python -m runner gpus --country SE --country RO    where.country=[SE,RO]
     """
     from runner.cli.options import request_of
-    from runner.cloud import preflight
+    from runner.cloud.runpod import offers
     from runner.cloud.runpod.api import Api
     from runner.report.pod_tables import print_gpus
     from runner.resolve import fit
@@ -56,7 +56,7 @@ def gpus(min_memory: int, cloud: str | None, count: int, countries: tuple[str, .
 
     api = Api()
     for code in countries:
-        preflight.centers_in(api, code, cloud, f"--country {code}")
+        offers.centers_in(api, code, cloud, f"--country {code}")
     found = api.gpus(count=count, cloud=cloud, stock=True, countries=countries)
     spec, _ = resolved(request_of(("hw=cpu",), ()))
     rows = fit.gpu_rows(found, spec, min_memory=min_memory, cloud=cloud)

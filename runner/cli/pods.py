@@ -330,10 +330,10 @@ def _ready(settle: bool = True) -> tuple[Any, Any]:
     """API and ledger, in order: what crashed launchers left is settled, and said. A ledger that cannot be used is said,
     and done without: what is listed can be ended."""
     from runner.cloud.ledger import Ledger
+    from runner.cloud.providers import connect
     from runner.cloud.reconcile import reconcile
-    from runner.cloud.runpod.api import Api
 
-    api, (ledger, error) = Api(), Ledger.or_copy()
+    api, (ledger, error) = connect(), Ledger.or_copy()
     for problem in error.problems if error else ():
         click.echo(f"Note    {problem.what}; {problem.remedy}", err=True)
     for note in reconcile(api, ledger) if settle else ():

@@ -17,10 +17,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from runner.cloud.providers import DEFAULT
 from runner.cloud.transfer import DEMO, loads
 from runner.errors import Problem, RequestError
 from runner.paths import DEEPSPEED_CONFIGS
-from runner.spec import RunPodPlace, RunSpec
+from runner.spec import RentedPlace, RunSpec
 from runner.spec.input_paths import get_place, named_places, put_place
 
 LARGEST = 1 << 20
@@ -62,7 +63,7 @@ def adopt(text: str, pod_id: str, volume: str | None, output_dir: Path) -> Adopt
         ) from None
     values = told.model_dump(mode="json")
     changes = [*_defaults(values), *_model(values, pod_id, output_dir), *_places(told, values, pod_id, output_dir)]
-    values["where"] = RunPodPlace(name="runpod", volume=volume).model_dump(mode="json")
+    values["where"] = RentedPlace(name=DEFAULT, volume=volume).model_dump(mode="json")
     values["run"]["output_dir"] = str(output_dir)
     return AdoptedSpec(RunSpec.model_validate(values), changes)
 

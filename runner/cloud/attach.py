@@ -19,20 +19,20 @@ from runner.cloud import adopted_spec, clock, executor, ssh, ssh_keys, transfer
 from runner.cloud.find_pod import NoPodOfRunError, adopt, look, run_id_of
 from runner.cloud.follow import Vanished
 from runner.cloud.lease import Lease
+from runner.cloud.providers import DEFAULT, PROVIDERS
 from runner.cloud.run_output import RunOutput
 from runner.cloud.session import END_STATES, Session
-from runner.cloud.ssh import CommandError, Connection
+from runner.cloud.ssh import CommandError
 from runner.config import credentials
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError
 from runner.rundir.directory import ACTIVE, RunDir, shown
 from runner.rundir.find import missing
-from runner.spec import RunPodPlace, RunSpec
+from runner.spec import RentedPlace, RunSpec
 
 LISTENING_MINUTES = 10.0
 """How long a pod waits for somebody who has come back and falls silent again."""
 STARTING_SECONDS = 600.0
 FINISHED = ("done", "failed")
-KEY = "RUNPOD_API_KEY"
 
 
 def attach(words: str, output_dir: Path, console: Console) -> int:
@@ -116,10 +116,11 @@ def _is_local(run: RunDir) -> bool:
 
 
 def _check_reachable(words: str, here: RunDir | None) -> None:
-    if here is None and credentials.find(KEY) is None:
+    key = PROVIDERS[DEFAULT].key_variable
+    if here is None and credentials.find(key) is None:
         told = missing(Path(words))
-        what = f"{told.what} on this machine, and no {KEY} to look for it in pods"
-        raise RequestError(replace(told, what=what, remedy=f"{told.remedy}; for a run in a pod, export {KEY}=…"))
+        what = f"{told.what} on this machine, and no {key} to look for it in pods"
+        raise RequestError(replace(told, what=what, remedy=f"{told.remedy}; for a run in a pod, export {key}=…"))
 
 
 def _check_rented(words: str) -> None:
@@ -159,7 +160,7 @@ def logs(words: str, follow: bool, lines: int) -> Iterator[str]:
 def _connected(run_id: str, pod: Any) -> Iterator[transfer.RemoteRun]:
     ssh.check()
     pair = ssh_keys.pair(run_id)
-    connection = Connection(str(pod.id), str(pod.ssh_host), int(pod.ssh_port), pair.private, ssh.user_of(pod.raw))
+    connection = ssh.connection_to(pod, pair.private)
     try:
         yield transfer.berth(connection, run_id)
     finally:
@@ -202,6 +203,7 @@ def _aboard(words: str, output_dir: Path, console: Console) -> Iterator[tuple[Se
 def _wake(rented: Lease, run_output: RunOutput) -> None:
     """Start a pod that has stopped itself, to read its disk."""
     run_output.say(f"Starts  pod {rented.pod.id}, which was stopped: its disk has the run")
+    ssh.forget(rented.pod.id)
     rented.api.start(rented.pod.id)
     end = time.monotonic() + STARTING_SECONDS
     while time.monotonic() < end:
@@ -255,7 +257,7 @@ def _ordered_spec(run: RunDir, rented: Lease) -> RunSpec | None:
             file, why = shown(directory.spec_file), getattr(error, "strerror", None) or "it is no spec of a run"
             remedy = f"put it right; or mv {shlex.quote(file)} away, and the pod's is read, without what acts here"
             raise RequestError(Problem(f"{file} cannot be read: {why}", None, remedy)) from None
-        if isinstance(spec.where, RunPodPlace):
+        if isinstance(spec.where, RentedPlace):
             if directory is not run:
                 (run.path / "logs").mkdir(parents=True, exist_ok=True)
                 run.write_spec(spec)

@@ -26,7 +26,7 @@ class Meter:
     """The live bill of one pod: elapsed time × (its price + its disks), beside what is allowed."""
 
     usd_per_hour: float
-    """Of all its GPUs, as RunPod says it."""
+    """Of all its GPUs, as the provider says it."""
     started: float
     """Epoch seconds."""
     disk_gb: float = 0.0

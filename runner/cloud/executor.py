@@ -14,15 +14,15 @@ from typing import Any
 import click
 from rich.console import Console
 
-from runner.cloud import clock, lifecycle, preflight, reuse_pod, ssh, ssh_keys
+from runner.cloud import clock, lifecycle, reuse_pod, ssh, ssh_keys
+from runner.cloud.errors import NoBalanceError, StillThereError
 from runner.cloud.follow import News, Vanished
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import HeldError, Ledger
+from runner.cloud.provider import Provider, place_of
+from runner.cloud.providers import provider_of
 from runner.cloud.reconcile import reconcile
 from runner.cloud.run_output import RunOutput
-from runner.cloud.runpod import balance
-from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import NoBalanceError, StillThereError, no_balance
 from runner.cloud.session import Session
 from runner.cloud.sweep_pool import Pool, kind_of
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
@@ -33,7 +33,7 @@ from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir, shown
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.rundir.outcome import Outcome
-from runner.spec import RunPodPlace, RunSpec
+from runner.spec import RunSpec
 
 LOG_CHARS = 20_000
 BOOT_FACTOR = 2
@@ -43,19 +43,19 @@ BOOT_FACTOR = 2
 def check(spec: RunSpec, launch_options: LaunchOptions = DEFAULT_OPTIONS) -> None:
     """Refuse, before anything is made or rented, what cannot be: no key, no ssh, nobody to ask."""
     ssh.check()
-    Api()  # NoKeyError
-    place = where(spec)
+    provider_of(spec)  # NoKeyError
+    place = place_of(spec)
     if launch_options.detach and place.spot and place.volume is None and spec.push.to is None:
         what = "a detached run on an interruptible pod would lose everything when the pod is taken away"
         raise RequestError(Problem(what, "--detach", "add where.volume=NAME, or push.to=org/name"))
     if not launch_options.yes and not sys.stdin.isatty():
         what = "renting a pod costs money, and there is nobody to ask"
-        raise RequestError(Problem(what, "where=runpod", "add --yes"))
+        raise RequestError(Problem(what, f"where={spec.where.name}", "add --yes"))
 
 
 def confirm(asked: Sequence[tuple[RunSpec, dict[str, Any]]], launch_options: LaunchOptions, console: Console) -> bool:
-    """Say what would be rented for runs and their plans at which price, and ask. What RunPod does not have is an error
-    here already."""
+    """Say what would be rented for runs and their plans at which price, and ask. What the provider does not have is an
+    error here already."""
     kinds: dict[str, list[tuple[RunSpec, dict[str, Any]]]] = {}
     for spec, plan in asked:
         kinds.setdefault(kind_of(spec) or spec.hw.name, []).append((spec, plan))
@@ -70,7 +70,7 @@ def confirm(asked: Sequence[tuple[RunSpec, dict[str, Any]]], launch_options: Lau
         place = f"on up to {pods} pods" if pods > 1 else "on one pod at a time" if pods else "a pod for each"
         total = f", about ${sum(filter(None, costs)):.2f} in all" if all(costs) else ""
         lines.append(f"Sweep   {len(asked)} runs, {place}{total}")
-    lines += _balance(sum(filter(None, costs)), hourly)
+    lines += _balance(provider_of(asked[0][0]), sum(filter(None, costs)), hourly)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
     return launch_options.yes or click.confirm("Rent it?", default=True, err=True)
@@ -87,42 +87,36 @@ def _priced(runs: Sequence[tuple[RunSpec, dict[str, Any]]]) -> tuple[str, float 
     disks = [plan["usd"] - plan["usd_per_hour"] * plan["hours"] for _, plan in runs if hours and plan.get("usd")]
     usd = rate * hours + max(0.0, sum(disks)) if hours else None
     about = f", about ${usd:.2f} for {duration(3600 * hours)}" if usd is not None and hours else ""
-    cap = where(spec).max_usd
+    cap = place_of(spec).max_usd
     limit = f", never more than ${cap:g}{' a run' if len(runs) > 1 else ''}" if cap else ""
     return f"{described}, ${rate:.2f} an hour{about}{limit}", usd, rate
 
 
 def _machine(spec: RunSpec, plan: dict[str, Any]) -> tuple[str, float]:
     """What would be asked for first, or the pod that is named, and its price per hour."""
-    if where(spec).pod:
-        api = Api()
-        ledger = Ledger()
+    if place_of(spec).pod:
+        api, ledger = provider_of(spec), Ledger()
         reconcile(api, ledger)
         found = reuse_pod.find(api, ledger, spec)
-        became = "stopped" if where(spec).keeps else "ENDED, with its disk"
-        if found.entry.state == "RUNNING" and where(spec).keep is None:
+        became = "stopped" if place_of(spec).keeps else "ENDED, with its disk"
+        if found.entry.state == "RUNNING" and place_of(spec).keep is None:
             became = "yours again (stopped, where the run is detached)"
         return f"nothing: takes {found.described}, which is {became} after the run", found.entry.usd_per_hour
-    machines, _ = preflight.check(Api(), spec, plan)
+    machines = lifecycle.find_offers(provider_of(spec), spec, plan)
     return machines[0].described, machines[0].usd_per_hour
 
 
-def _balance(usd: float, usd_per_hour: float) -> list[str]:
+def _balance(api: Provider, usd: float, usd_per_hour: float) -> list[str]:
     """A warning where the account has less than what would be spent: it may be filled by itself, so the run may begin.
     NoBalanceError where it does not pay for a tenth of an hour."""
-    has = balance.balance()
+    has = api.balance()
     if has is None or has >= max(usd, usd_per_hour / 10):
         return []
     if has < usd_per_hour / 10:
-        raise NoBalanceError(no_balance(f"the account has ${has:.2f}, and the pod costs ${usd_per_hour:.2f} an hour"))
+        what = f"{api.title}: the account has ${has:.2f}, and the pod costs ${usd_per_hour:.2f} an hour"
+        raise NoBalanceError(Problem(what, None, f"add funds at {api.billing_page}; nothing was rented"))
     what = f"the account has ${has:.2f}, less than the ${usd:.2f} that this costs"
-    return [f"Warning {what}: unless it is topped up, RunPod stops the pod when nothing is left"]
-
-
-def where(spec: RunSpec) -> RunPodPlace:
-    """The part `where` of a rented run."""
-    assert isinstance(spec.where, RunPodPlace)
-    return spec.where
+    return [f"Warning {what}: unless it is topped up, {api.title} stops the pod when nothing is left"]
 
 
 def execute(
@@ -144,9 +138,9 @@ def execute(
                 rented.mark("PREEMPTED", str(error))
                 rented.release()
                 _replaceable(session, error, lost)
-                step = checkpoints.newest(run) or 0
+                step, most = checkpoints.newest(run) or 0, place_of(spec).max_replacements
                 resumes = f"goes on after step {step}" if step else "begins anew"
-                run_output.say(f"{error}: pod {lost} of {where(spec).max_replacements} in its place; the run {resumes}")
+                run_output.say(f"{error}: pod {lost} of {most} in its place; the run {resumes}")
             except OSError as error:
                 remedy = f"make room, then: python -m runner resume {quote(shown(run.path))}"
                 raise RunFailedError(Problem(f"nothing can be written here: {error}", None, remedy)) from None
@@ -166,11 +160,11 @@ def _rent(
     pool = launch_options.pool
     try:
         rented = pool.take(run, spec, pair, run_output.say) if pool and not again else None
-        if where(spec).pod:
+        if place_of(spec).pod:
             rented = reuse_pod.take(run, spec, pair, run_output.say, launch_options.detach)
         rented = rented or lifecycle.acquire(
             run, spec, run.read("plan.json"), pair, run_output.say, detached=launch_options.detach,
-            alone_minutes=BOOT_FACTOR * where(spec).setup_minutes, env=pool.variables() if pool else None,
+            alone_minutes=BOOT_FACTOR * place_of(spec).setup_minutes, env=pool.variables() if pool else None,
         )  # fmt: skip
     except HeldError:  # the status is the other process's
         raise
@@ -225,7 +219,7 @@ def _with(session: Session, run_output: RunOutput, launch_options: LaunchOptions
             what = f"{error.strerror or error}: nothing can be written here, and pod {rented.pod.id} still has the run"
             raise RunFailedError(Problem(what, None, f"make room, then: python -m runner attach {run.id}")) from None
         if until is None:
-            rented.release(keep=where(session.spec).keeps and bool(where(session.spec).pod))
+            rented.release(keep=place_of(session.spec).keeps and bool(place_of(session.spec).pod))
         account(run, rented, error)
         if isinstance(error, KeyboardInterrupt):  # before anybody followed it, who would have told
             run_output.say(f"Interrupted: you asked for it; pod {rented.pod.id} is given back")
@@ -274,7 +268,7 @@ def finish(session: Session, last: dict[str, Any], run_output: RunOutput, pool: 
         else:
             with _said(run_output.say):
                 run.set_status("failed", exit_code=code, error=last.get("message") or f"the training ended with {code}")
-    keep = where(spec).keeps
+    keep = place_of(spec).keeps
     try:
         rented.release(keep) if until is None else None
     except StillThereError as error:
@@ -364,7 +358,7 @@ def _why(run: RunDir, message: str) -> Problem:
 
 def _replaceable(session: Session, error: Vanished, lost: int) -> None:
     """Whether another pod may follow; RunFailedError if not."""
-    run, place = session.run, where(session.spec)
+    run, place = session.run, place_of(session.spec)
     if session.agent.get("state") == "ending":
         raise _ended_by_itself(session, session.agent)
     if place.pod:
@@ -381,7 +375,7 @@ def _ended_by_itself(session: Session, last: dict[str, Any]) -> RunnerError:
     error = RunFailedError(
         Problem(
             f"pod {rented.pod.id} ended itself: {last.get('message')}",
-            "where=runpod",
+            f"where={session.spec.where.name}",
             f"python -m runner fetch {run.id} brings what its disk has" if last.get("how") == "stop" else None,
         )
     )

@@ -9,11 +9,11 @@ from typing import Any
 
 from runner.cloud import clock, termination
 from runner.cloud.budget import Meter, stopped_usd_per_day
+from runner.cloud.errors import CloudError, StillThereError, unseen
 from runner.cloud.ledger import PREFIX, Entry, Ledger, LedgerError
+from runner.cloud.provider import OVER, Pod, Provider
+from runner.cloud.providers import connect
 from runner.cloud.reconcile import overdue, rented_at
-from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import CloudError, StillThereError, pod_page, unseen
-from runner.cloud.runpod.types import OVER, Pod, epoch, number
 from runner.config.suggestions import nearest
 from runner.errors import Problem, RequestError, RunnerError
 
@@ -28,7 +28,7 @@ class Row:
     state: str
     """Of the ledger; `ELSEWHERE` for a pod that another machine has rented, `NOT OURS` for one of no runner."""
     status: str | None
-    """RunPod's own word; null where it has no such pod."""
+    """The provider's word; null where it has no such pod."""
     gpu: str | None
     cloud: str
     data_center: str | None
@@ -48,7 +48,7 @@ class Row:
 NOT_OURS: dict[str, Any] = {"run_id": "", "state": "NOT OURS", "detail": "not of this project: no verb touches it"}
 
 
-def rows(api: Api, ledger: Ledger, now: float | None = None, *, everything: bool = False) -> list[Row]:
+def rows(api: Provider, ledger: Ledger, now: float | None = None, *, everything: bool = False) -> list[Row]:
     """All of them, oldest first; with `everything` the account's other pods as well."""
     now = clock.now() if now is None else now
     listed = [pod for pod in api.pods() if pod.status not in OVER]
@@ -59,14 +59,14 @@ def rows(api: Api, ledger: Ledger, now: float | None = None, *, everything: bool
         pod = pods.get(entry.pod_id or "") or next((p for p in pods.values() if p.name == entry.name), None)
         if pod is not None:
             known.add(pod.id)
-        found.append(_row(entry, pod, now))
-    found += [_elsewhere(pod, now) for pod in pods.values() if pod.id not in known]
+        found.append(_row(api, entry, pod, now))
+    found += [_elsewhere(api, pod, now) for pod in pods.values() if pod.id not in known]
     others = (pod for pod in listed if pod.id not in pods and pod.id not in known)
-    found += [replace(_elsewhere(pod, now), **NOT_OURS) for pod in others if everything]
+    found += [replace(_elsewhere(api, pod, now), **NOT_OURS) for pod in others if everything]
     return sorted(found, key=lambda row: -row.age_hours)
 
 
-def _row(entry: Entry, pod: Pod | None, now: float) -> Row:
+def _row(api: Provider, entry: Entry, pod: Pod | None, now: float) -> Row:
     meter = Meter(entry.usd_per_hour, entry.created, entry.disk_gb)
     pod_id = pod.id if pod else entry.pod_id
     return Row(
@@ -74,11 +74,11 @@ def _row(entry: Entry, pod: Pod | None, now: float) -> Row:
         gpu=entry.gpu, cloud=entry.cloud, data_center=pod.data_center if pod else None,
         usd_per_hour=pod.usd_per_hour if pod else entry.usd_per_hour, usd=round(meter.usd(now), 4),
         usd_per_day_stopped=round(stopped_usd_per_day(entry.disk_gb), 4), age_hours=(now - entry.created) / 3600,
-        deadline=entry.deadline, held=entry.owned, detail=entry.detail, page=pod_page(pod_id) if pod_id else None,
+        deadline=entry.deadline, held=entry.owned, detail=entry.detail, page=api.page(pod_id) if pod_id else None,
     )  # fmt: skip
 
 
-def _elsewhere(pod: Pod, now: float) -> Row:
+def _elsewhere(api: Provider, pod: Pod, now: float) -> Row:
     """A pod of this project that this machine's ledger does not know: its variables tell run and deadline."""
     began = pod.created or now
     return Row(
@@ -86,7 +86,7 @@ def _elsewhere(pod: Pod, now: float) -> Row:
         cloud=pod.cloud, data_center=pod.data_center, usd_per_hour=pod.usd_per_hour,
         usd=round(Meter(pod.usd_per_hour, began).usd(now), 4), usd_per_day_stopped=0.0,
         age_hours=max(0.0, now - began) / 3600, deadline=deadline_of(pod), held=False,
-        detail="rented from another machine", page=pod_page(pod.id),
+        detail="rented from another machine", page=api.page(pod.id),
     )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def run_of(pod: Pod) -> str:
 def deadline_of(pod: Pod) -> float | None:
     """By its own variable, and by the clock of whoever rented it. One that was kept and started again has as long as
     before, for its variables stay."""
-    deadline, started = variable(pod, "RUNNER_DEADLINE"), epoch(pod.raw.get("startedAt"))
+    deadline, started = variable(pod, "RUNNER_DEADLINE"), pod.started
     if deadline is None or started is None or pod.created is None:
         return deadline
     return deadline + max(0.0, started - pod.created)
@@ -112,7 +112,7 @@ def variable(pod: Pod, name: str) -> float | None:
         return None
 
 
-def find(api: Api, ledger: Ledger, word: str) -> tuple[str, str, str]:
+def find(api: Provider, ledger: Ledger, word: str) -> tuple[str, str, str]:
     """Name, pod id and run id of the pod that a word means: a pod's id or name, a run's id or folder.
 
     RequestError where there is none, or more than one.
@@ -135,23 +135,22 @@ def find(api: Api, ledger: Ledger, word: str) -> tuple[str, str, str]:
 
 def machine_of(word: str) -> tuple[str | None, int, int]:
     """GPU type, number of GPUs and of vCPUs of the pod that a word means. RequestError where there is none."""
-    api, (ledger, _) = Api(), Ledger.or_copy()
+    api, (ledger, _) = connect(), Ledger.or_copy()
     name, pod_id, _ = find(api, ledger, word)
     pod, entry = api.pod(pod_id), ledger.entry(name)
-    cpu = pod.raw.get("cpu") if pod else None
-    if isinstance(cpu, dict):
-        return None, 0, int(number(cpu.get("vcpuCount")))
+    if pod is not None and pod.num_vcpus is not None:
+        return None, 0, pod.num_vcpus
     gpu_id = (pod.gpu_id if pod else None) or (entry.gpu if entry else None)
     if pod is None or gpu_id is None:
-        raise RequestError(Problem(f"RunPod does not say what pod {pod_id} has", "where.pod", "write hw=NAME"))
+        raise RequestError(Problem(f"{api.title} does not say what pod {pod_id} has", "where.pod", "write hw=NAME"))
     return gpu_id, pod.gpu_count, 0
 
 
-def terminate(api: Api, ledger: Ledger, word: str, why: str = "asked for by a person") -> list[str]:
+def terminate(api: Provider, ledger: Ledger, word: str, why: str = "asked for by a person") -> list[str]:
     """End every pod that a word means, whoever holds it, and confirm it; their ids. StillThereError where that fails.
 
-    By the ledger alone where RunPod's list cannot be had, and by the list alone where the ledger cannot. A pod's id
-    that is in neither is asked to end as well, for such a command stands in messages; one of a name that is not this
+    By the ledger alone where the provider's list cannot be had, and by the list alone where the ledger cannot. A pod's
+    id that is in neither is asked to end as well, for such a command stands in messages; one of a name that is not this
     project's is refused.
     """
     found = _meant(api, ledger, word)
@@ -172,7 +171,7 @@ def terminate(api: Api, ledger: Ledger, word: str, why: str = "asked for by a pe
     return [pod_id for _, pod_id, _ in found]
 
 
-def _meant(api: Api, ledger: Ledger, word: str) -> list[tuple[str, str, str]]:
+def _meant(api: Provider, ledger: Ledger, word: str) -> list[tuple[str, str, str]]:
     """Name, id and run of every pod that a word means."""
     asked = Path(word).name if "/" in word else word
     entries = ledger.entries()
@@ -188,18 +187,18 @@ def _meant(api: Api, ledger: Ledger, word: str) -> list[tuple[str, str, str]]:
         if pod.id not in found and (named or (pod.id not in known and run_of(pod) == asked)):
             found[pod.id] = (pod.name, pod.id, run_of(pod))
     if not found and (lost := next((e for e in own if e.state == "CREATE_UNKNOWN"), None)):
-        raise StillThereError(unseen(lost.name, "no pod of that name is listed now"))
+        raise StillThereError(unseen(api, lost.name, "no pod of that name is listed now"))
     return list(found.values()) or [find(api, ledger, word)]
 
 
-def _by_id(api: Api, asked: str, own: list[Entry], error: CloudError) -> tuple[str, str, str]:
+def _by_id(api: Provider, asked: str, own: list[Entry], error: CloudError) -> tuple[str, str, str]:
     """The pod of that id where there is no list; `error` where there is none."""
     if own:
-        raise StillThereError(unseen(own[0].name, str(error)))
+        raise StillThereError(unseen(api, own[0].name, str(error)))
     pod = api.pod(asked)
     if pod is None:
         raise error
-    _check_ours(pod)
+    _check_ours(api, pod)
     return pod.name, pod.id, run_of(pod)
 
 
@@ -210,7 +209,7 @@ def _unknown(ledger: Ledger, name: str) -> bool:
         return False
 
 
-def stop(api: Api, ledger: Ledger, word: str) -> str:
+def stop(api: Provider, ledger: Ledger, word: str) -> str:
     """Stop a pod and keep its disk, confirmed; its id."""
     name, pod_id, run_id = find(api, ledger, word)
     if ledger.entry(name) is None:
@@ -220,20 +219,20 @@ def stop(api: Api, ledger: Ledger, word: str) -> str:
     return pod_id
 
 
-def adopt(api: Api, ledger: Ledger, pod_id: str, run_id: str, run_dir: str = "") -> Entry:
+def adopt(api: Provider, ledger: Ledger, pod_id: str, run_id: str, run_dir: str = "") -> Entry:
     """Write a pod that another machine has rented into this machine's ledger, held by this process."""
     pod = api.pod(pod_id)
     if pod is None:
         raise RequestError(Problem(f"pod {pod_id} is gone", "command line", "python -m runner pods lists them"))
-    _check_ours(pod)
+    _check_ours(api, pod)
     ledger.plan(
         pod.name, run_id=run_id, run_dir=run_dir, gpu=pod.gpu_id, cloud=pod.cloud, usd_per_hour=pod.usd_per_hour,
-        disk_gb=number(pod.raw.get("disk")), keep=False, volume=pod.volume_id, base=api.base, account=api.account,
+        disk_gb=pod.disk_gb, keep=False, volume=pod.volume_id, base=api.base, account=api.account,
         heartbeat_s=None,
     )  # fmt: skip
     deadline, rented = deadline_of(pod), variable(pod, "RUNNER_RENTED")
     if deadline is not None and rented is not None and pod.created is not None:
-        deadline += pod.created - rented  # from the other machine's clock to RunPod's
+        deadline += pod.created - rented  # from the other machine's clock to the provider's
     facts = {"pod_id": pod.id, "deadline": deadline} | ({"created": pod.created} if pod.created else {})
     ledger.move(pod.name, "RUNNING", "rented from another machine", **facts)
     found = ledger.entry(pod.name)
@@ -241,13 +240,13 @@ def adopt(api: Api, ledger: Ledger, pod_id: str, run_id: str, run_dir: str = "")
     return found
 
 
-def _check_ours(pod: Pod) -> None:
+def _check_ours(api: Provider, pod: Pod) -> None:
     if not pod.name.startswith(PREFIX):
         what = f"pod {pod.id} is {pod.name or 'without a name'}, which is not this project's"
-        raise RequestError(Problem(what, "command line", f"end it by hand: {pod_page(pod.id)}"))
+        raise RequestError(Problem(what, "command line", f"end it by hand: {api.page(pod.id)}"))
 
 
-def owned_by_none(api: Api, ledger: Ledger, *, everything: bool = False) -> list[tuple[str, str, str]]:
+def owned_by_none(api: Provider, ledger: Ledger, *, everything: bool = False) -> list[tuple[str, str, str]]:
     """Pods that no run owns: name, id and why. With `everything` all that no living process of this machine holds.
 
     Without: those past their deadline, wherever they were rented, but for stopped ones; `reconcile` has ended before
@@ -276,7 +275,7 @@ def owned_by_none(api: Api, ledger: Ledger, *, everything: bool = False) -> list
     return found
 
 
-def reap(api: Api, ledger: Ledger, found: list[tuple[str, str, str]]) -> list[str]:
+def reap(api: Provider, ledger: Ledger, found: list[tuple[str, str, str]]) -> list[str]:
     """End them, all of them even if one cannot be; StillThereError with every one that could not be confirmed."""
     ended, failures = [], []
     for _, pod_id, why in found:

@@ -10,12 +10,11 @@ from typing import Any
 
 from runner.cloud import clock, pod_env, ssh_keys
 from runner.cloud.lease import Lease
-from runner.cloud.lifecycle import acquire
-from runner.cloud.preflight import check
+from runner.cloud.lifecycle import acquire, find_offers
+from runner.cloud.provider import Offer, Provider, place_of
+from runner.cloud.providers import DEFAULT
 from runner.cloud.reuse_pod import folder_of
-from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.offers import Candidate, runpod
-from runner.cloud.ssh import Connection, user_of
+from runner.cloud.ssh import connection_to
 from runner.errors import CannotRunError, Problem, RequestError
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
@@ -51,7 +50,7 @@ def described(pod_id: str, usd_per_hour: float, deadline: float, how: str, jupyt
         f"pod {pod_id}, ${usd_per_hour:.2f} an hour, {how} itself at {until:%H:%M on %Y-%m-%d}\n"
         f"  python -m runner pods ssh {pod_id}\n"
         f"  python -m runner pods tunnel {pod_id}{jupyter}\n"
-        f"  python -m runner … where=runpod where.pod={pod_id}\n"
+        f"  python -m runner … where={DEFAULT} where.pod={pod_id}\n"
         f"  python -m runner pods terminate {pod_id}"
     )
 
@@ -66,13 +65,13 @@ def check_hours(hours: float) -> None:
 def spec_for(spec: RunSpec, hours: float) -> RunSpec:
     """A resolved spec, with the hours as its deadline."""
     check_hours(hours)
-    return spec.model_copy(update={"where": runpod(spec).model_copy(update={"deadline_hours": hours})})
+    return spec.model_copy(update={"where": place_of(spec).model_copy(update={"deadline_hours": hours})})
 
 
-def offer(api: Api, spec: RunSpec, hours: float) -> Candidate:
+def offer(api: Provider, spec: RunSpec, hours: float) -> Offer:
     """What would be asked for first; CannotRunError where so many hours of it cost more than is allowed."""
-    (first, *_), _ = check(api, spec, {})
-    cap, cost = runpod(spec).max_usd, first.usd_per_hour * hours
+    first, *_ = find_offers(api, spec, {})
+    cap, cost = place_of(spec).max_usd, first.usd_per_hour * hours
     if cap is not None and cost > cap:
         what = f"{hours:g} hours cost ${cost:.2f}, more than where.max_usd={cap:g}"
         raise CannotRunError(Problem(what, "where.max_usd", f"write --hours {cap / first.usd_per_hour:.1f}, or less"))
@@ -104,7 +103,7 @@ def up(spec: RunSpec, hours: float, say: Callable[[str], None], env: dict[str, s
 def _tell(rented: Lease, pair: ssh_keys.KeyPair, env: dict[str, str]) -> None:
     """Put variables there."""
     pod = rented.pod
-    connection = Connection(pod.id, str(pod.ssh_host), int(pod.ssh_port or 22), pair.private, user_of(pod.raw))
+    connection = connection_to(pod, pair.private)
     try:
         pod_env.place(connection, rented.run_id, env)
     finally:

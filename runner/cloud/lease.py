@@ -9,20 +9,18 @@ from dataclasses import dataclass
 
 from runner.cloud import clock, termination
 from runner.cloud.budget import Meter, stopped_usd_per_day
+from runner.cloud.errors import ApiDownError, WrongKeyError
 from runner.cloud.ledger import Entry, Ledger, LedgerError, State
+from runner.cloud.provider import Pod, Provider
 from runner.cloud.reconcile import end_unanswered_creates
-from runner.cloud.runpod.account import pace
-from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import ApiDownError, WrongKeyError
-from runner.cloud.runpod.types import Pod
-from runner.spec import RunPodPlace
+from runner.spec import RentedPlace
 
 
 @dataclass
 class Lease:
     """A pod that this process holds: everything about it that is not SSH. It outlives the process by `detach`."""
 
-    api: Api
+    api: Provider
     ledger: Ledger
     name: str
     pod: Pod
@@ -86,7 +84,7 @@ class Lease:
             except WrongKeyError:
                 if strike == termination.WRONG_KEYS:
                     raise
-                time.sleep(termination.GAP_S * pace())
+                time.sleep(termination.GAP_S * clock.pace(self.api.base))
         raise AssertionError("unreachable")
 
     def release(self, keep: bool = False) -> None:
@@ -133,12 +131,12 @@ def _until(entry: Entry) -> float:
     return entry.ended or (entry.updated if entry.state == "STOPPED" else clock.now())
 
 
-def hours_of(place: RunPodPlace) -> float:
+def hours_of(place: RentedPlace) -> float:
     """The deadline of a resolved run; what is open still gets a day, which is more than nothing."""
     return 24.0 if isinstance(place.deadline_hours, str) else place.deadline_hours
 
 
-def deadline_of(place: RunPodPlace, meter: Meter) -> float:
+def deadline_of(place: RentedPlace, meter: Meter) -> float:
     """Epoch: `where.deadline_hours`, or earlier where the cap is reached."""
     named = meter.started + hours_of(place) * 3600
     paid = meter.ends()

@@ -244,8 +244,8 @@ class Ledger:
         another one was faster.
 
         The old entry ends with the moment in which the pod was parked, and the new one begins with it, under a name of
-        its own (RunPod's stays): no second is counted twice, or not at all. A stopped pod's begins now, and so does
-        one that is `running` for a person, whom it is taken from.
+        its own (the provider's stays): no second is counted twice, or not at all. A stopped pod's begins now, and so
+        does one that is `running` for a person, whom it is taken from.
         """
         with self._write() as db:
             query = "select * from pods where name = ? and state in ('PARKED', 'STOPPED', 'RUNNING')"
@@ -331,7 +331,7 @@ def _unusable(file: Path, error: Exception) -> Problem:
     if isinstance(error, OSError):
         said = error.strerror or said
     if any(word in said for word in ("no plain file", "malformed", "not a database", "corrupt")):
-        remedy = f"mv {file} {file}.broken; python -m runner pods then lists what RunPod has"
+        remedy = f"mv {file} {file}.broken; python -m runner pods then lists what there is"
     elif "locked" in said:
         remedy = "another process of yours holds it: end that, or try again"
     else:

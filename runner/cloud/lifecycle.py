@@ -3,40 +3,37 @@
     PLANNED → CREATING → PROVISIONING → SSH_READY → SYNCED → RUNNING → COLLECTING → TERMINATING → GONE
                   └→ CREATE_UNKNOWN ┘                          └→ PREEMPTED ┘          └→ STOPPED (where.keep)
 
-`acquire` goes as far as SSH_READY; `Lease` (rented.py) is what the rest of a run does with the pod. In a sweep, a pod
+`acquire` goes as far as SSH_READY; `Lease` (lease.py) is what the rest of a run does with the pod. In a sweep, a pod
 whose run has ended well is PARKED, and SSH_READY again under the name of the next run.
 """
 
 from __future__ import annotations
 
 import secrets
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from runner.cloud import clock, one_pod_per_run, termination
-from runner.cloud.agent import boot
+from runner.cloud import clock, errors, one_pod_per_run, termination
 from runner.cloud.budget import Meter
-from runner.cloud.lease import Lease, deadline_of, hours_of, spent
-from runner.cloud.ledger import PREFIX, Ledger
-from runner.cloud.preflight import check
-from runner.cloud.readiness import BadHostError, look_for, until_ready
-from runner.cloud.reconcile import reconcile
-from runner.cloud.runpod import errors, templates
-from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import (
+from runner.cloud.errors import (
     ApiDownError,
+    BadHostError,
     NoCapacityError,
     NoPodError,
     StillThereError,
     TooDearError,
     UnclearError,
 )
-from runner.cloud.runpod.offers import Candidate, image_of, runpod
-from runner.cloud.runpod.pod_request import PodRequest
-from runner.cloud.runpod.types import Pod, Volume
-from runner.errors import Problem, RunnerError
+from runner.cloud.lease import Lease, deadline_of, hours_of, spent
+from runner.cloud.ledger import PREFIX, Ledger
+from runner.cloud.provider import Offer, Pod, PodRequest, Provider, place_of
+from runner.cloud.providers import provider_of
+from runner.cloud.readiness import look_for, until_ready
+from runner.cloud.reconcile import reconcile
+from runner.errors import CannotRunError, NotYetError, Problem, RunnerError
 from runner.plan import pod_packages
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
@@ -65,23 +62,32 @@ def acquire(
     RequestError, NoBalanceError, CannotRunError. After: NoCapacityError and NoPodError where every machine was tried,
     TooDearError, StillThereError where one could not be given back.
     """
-    api, ledger = Api(), Ledger()
+    api, ledger = provider_of(spec), Ledger()
     for note in reconcile(api, ledger):
         say(note)
-    machines, volume = check(api, spec, plan)
-    if (word := runpod(spec).template) is not None:
-        template = {"template": templates.find(api, word)}
-        spec = spec.model_copy(update={"where": runpod(spec).model_copy(update=template)})
+    machines = find_offers(api, spec, plan)
     if (again := one_pod_per_run.taken(api, ledger, run, spec, machines, say, detached)) is not None:
         return again
-    order = _Order(api, ledger, run, spec, keys, say, volume, detached, alone_minutes, env or {}, ports)
+    order = _Order(api, ledger, run, spec, keys, say, detached, alone_minutes, env or {}, ports)
     try:
         return _first_of(order, machines, say)
     except RunnerError as error:
         raise type(error)(*error.problems, *order.unseen()) from None
 
 
-def _first_of(order: _Order, machines: list[Candidate], say: Say) -> Lease:
+def find_offers(api: Provider, spec: RunSpec, plan: dict[str, Any]) -> list[Offer]:
+    """Machines to ask for, best first. Nothing is rented; CannotRunError without ssh, NotYetError for several nodes."""
+    source = f"where={spec.where.name}"
+    if shutil.which("ssh") is None:
+        what = "ssh, by which a run is sent to a pod, is not installed"
+        raise CannotRunError(Problem(what, source, "install it: apt-get install openssh-client rsync"))
+    if spec.hw.num_nodes > 1:
+        what = f"hw.num_nodes={spec.hw.num_nodes}: this version rents one machine for a run"
+        raise NotYetError(Problem(what, source, "take one machine with more GPUs, such as hw=h100x8"))
+    return api.offers(spec, plan)
+
+
+def _first_of(order: _Order, machines: list[Offer], say: Say) -> Lease:
     failures: list[RunnerError] = []
     for machine in machines:
         for _ in range(TRIES_PER_MACHINE):
@@ -94,20 +100,19 @@ def _first_of(order: _Order, machines: list[Candidate], say: Say) -> Lease:
             except (BadHostError, UnclearError) as error:
                 say(f"{error}; another one is tried")
                 failures.append(error)
-    raise _nothing(machines, failures)
+    raise _nothing(order.spec, machines, failures)
 
 
 @dataclass
 class _Order:
     """What all pods of one `acquire` share."""
 
-    api: Api
+    api: Provider
     ledger: Ledger
     run: RunDir
     spec: RunSpec
     keys: Key
     say: Say
-    volume: Volume | None
     detached: bool
     alone_minutes: float | None
     env: dict[str, str]
@@ -118,9 +123,9 @@ class _Order:
     unclear: list[str] = field(default_factory=list)
     """Names for which no pod has appeared yet."""
 
-    def rent(self, machine: Candidate) -> Lease:
+    def rent(self, machine: Offer) -> Lease:
         """One pod, ready. Whatever goes wrong after it exists, it is ended."""
-        place = runpod(self.spec)
+        place = place_of(self.spec)
         self.spent = spent(self.ledger, self.run.id)
         name = f"{PREFIX}{self.run.id}-{secrets.token_hex(2)}"
         wanted = self._wanted(name, machine)
@@ -171,7 +176,7 @@ class _Order:
                 return found[0]
             self.unclear.append(name)
             raise UnclearError(Problem(f"no pod {name} has appeared")) from None
-        except RunnerError as error:  # RunPod said no
+        except RunnerError as error:  # the provider said no
             self.ledger.try_move(name, "GONE", f"not created: {error}")
             raise
         except BaseException:  # Ctrl-C in the middle of the request
@@ -180,19 +185,19 @@ class _Order:
             raise
 
     def _looked_for(self, name: str, why: str) -> list[Pod]:
-        """Pods of a create that was not answered; StillThereError where RunPod cannot be asked for them."""
+        """Pods of a create that was not answered; StillThereError where the provider cannot be asked for them."""
         recorded = self.ledger.try_move(name, "CREATE_UNKNOWN", why)
         try:
             found = look_for(self.api, name)
         except RunnerError as error:
-            raise StillThereError(errors.unseen(name, f"{why}; {error}")) from None
+            raise StillThereError(errors.unseen(self.api, name, f"{why}; {error}")) from None
         if not found and not recorded:
-            raise StillThereError(errors.unseen(name, f"{why}, and the ledger cannot be written"))
+            raise StillThereError(errors.unseen(self.api, name, f"{why}, and the ledger cannot be written"))
         return found
 
     def unseen(self) -> list[Problem]:
         """What has to be said about pods that may appear yet."""
-        return [errors.unseen(name, "no pod of that name has appeared so far") for name in self.unclear]
+        return [errors.unseen(self.api, name, "no pod of that name has appeared so far") for name in self.unclear]
 
     def _give_back(self, name: str, pod: Pod, why: BaseException) -> None:
         """End a pod that is not used; a StillThereError takes the place of the error that led here."""
@@ -208,16 +213,16 @@ class _Order:
                 if attempt == 2:
                     raise
 
-    def _wanted(self, name: str, machine: Candidate) -> PodRequest:
-        place = runpod(self.spec)
+    def _wanted(self, name: str, machine: Offer) -> PodRequest:
+        place = place_of(self.spec)
         env = {"PUBLIC_KEY": self.keys.public, "SSH_KEY": self.keys.public, "RUNNER_RUN_ID": self.run.id}
         env["RUNNER_RENTED"] = str(round(clock.now()))
         env["RUNNER_DEADLINE"] = str(round(clock.now() + hours_of(place) * 3600))
-        volume_gb = 0 if self.volume or machine.cpu_id else number(place.volume_gb)
+        volume_gb = 0 if machine.volume_id or machine.cpu_id else number(place.volume_gb)
         return PodRequest(
             name=name,
-            image=None if place.template else image_of(place),
-            template=place.template,
+            image=machine.image,
+            template=machine.template,
             cloud=machine.cloud,
             gpu_id=machine.gpu_id,
             gpu_count=machine.gpu_count,
@@ -226,7 +231,7 @@ class _Order:
             data_centers=machine.data_centers,
             container_disk_gb=number(place.container_disk_gb),
             volume_gb=volume_gb,
-            volume_id=self.volume.id if self.volume else None,
+            volume_id=machine.volume_id,
             cuda_versions=() if machine.cpu_id else tuple(place.cuda_versions),
             min_cuda=pod_packages.least_cuda(self.spec),
             ports=(SSH_PORT, *self.ports),
@@ -235,30 +240,32 @@ class _Order:
             bid_usd=place.bid_usd if place.spot else None,
         )
 
-    def _start_command(self, machine: Candidate, disk_gb: float) -> str | None:
+    def _start_command(self, machine: Offer, disk_gb: float) -> str | None:
         """The image's own where the pod may be alone for ever. Afterwards it cannot be told its real price any more."""
         if self.alone_minutes is None:
             return None
-        paid = Meter(machine.usd_per_hour, 0.0, disk_gb, runpod(self.spec).max_usd, self.spent).ends()
-        return boot.as_text(self.run.id, self.alone_minutes if paid is None else min(self.alone_minutes, paid / 60))
+        paid = Meter(machine.usd_per_hour, 0.0, disk_gb, place_of(self.spec).max_usd, self.spent).ends()
+        return self.api.start_command(
+            self.run.id, self.alone_minutes if paid is None else min(self.alone_minutes, paid / 60)
+        )
 
     def _afford(self, name: str, usd_per_hour: float, disk_gb: float) -> None:
         """A pod after others of the same run: what is left must pay for a tenth of an hour at least."""
-        cap = runpod(self.spec).max_usd
+        cap = place_of(self.spec).max_usd
         left = None if cap is None else cap - self.spent
         if left is not None and self.spent and left < usd_per_hour / 10:
             what = f"${self.spent:.2f} of where.max_usd={cap:g} are spent: no further pod is rented"
             self.ledger.move(name, "GONE", what)
             raise TooDearError(Problem(what, None, "raise where.max_usd, and resume the run"))
 
-    def _check_price(self, rented: Lease, machine: Candidate, seen: Pod) -> None:
+    def _check_price(self, rented: Lease, machine: Offer, seen: Pod) -> None:
         """The pod's own price against the cap, as soon as it is told: it has been half as high again as the list's."""
         if not seen.usd_per_hour or seen.usd_per_hour == rented.meter.usd_per_hour == machine.usd_per_hour:
             return
-        cap, real = runpod(self.spec).max_usd, seen.usd_per_hour
+        cap, real = place_of(self.spec).max_usd, seen.usd_per_hour
         if real != rented.meter.usd_per_hour:
             rented.meter.usd_per_hour = real
-            rented.deadline = deadline_of(runpod(self.spec), rented.meter)
+            rented.deadline = deadline_of(place_of(self.spec), rented.meter)
             self.ledger.set(rented.name, usd_per_hour=real, deadline=rented.deadline)
         if cap is not None and real > cap - self.spent:
             what = f"pod {seen.id} costs ${real:.2f} an hour, where ${machine.usd_per_hour:.2f} was offered"
@@ -269,24 +276,24 @@ class _Order:
             self.say(f"pod {seen.id} costs ${real:.2f} an hour, not ${machine.usd_per_hour:.2f} as the catalogue says")
 
 
-def _check_place(pod: Pod, machine: Candidate) -> None:
-    """BadHostError for a pod elsewhere than asked for: RunPod calls the data centres of a request preferred ones."""
+def _check_place(pod: Pod, machine: Offer) -> None:
+    """BadHostError for a pod elsewhere than asked for: the data centres of a request may be preferences."""
     if pod.data_center and machine.data_centers and pod.data_center not in machine.data_centers:
         raise BadHostError(Problem(f"pod {pod.id} is in {pod.data_center}, not in {' or '.join(machine.data_centers)}"))
 
 
 def number(value: int | str) -> int:
-    """A size of a resolved run; what is open still gets RunPod's usual 20."""
+    """A size of a resolved run; what is open still gets 20."""
     return value if isinstance(value, int) else 20
 
 
-def _nothing(machines: list[Candidate], failures: list[RunnerError]) -> RunnerError:
+def _nothing(spec: RunSpec, machines: list[Offer], failures: list[RunnerError]) -> RunnerError:
     """Every machine was tried."""
     tried = "; ".join(dict.fromkeys(machine.described for machine in machines))
     remedy = (
         "try again later, name other GPUs (where.gpu_types), or the other cloud (where.cloud): python -m runner gpus"
     )
     if all(isinstance(failure, NoCapacityError) for failure in failures):
-        return NoCapacityError(Problem(f"none of these is free now: {tried}", "where=runpod", remedy))
+        return NoCapacityError(Problem(f"none of these is free now: {tried}", f"where={spec.where.name}", remedy))
     last = failures[-1]
-    return NoPodError(Problem(f"no pod became ready: {last}; tried {tried}", "where=runpod", remedy))
+    return NoPodError(Problem(f"no pod became ready: {last}; tried {tried}", f"where={spec.where.name}", remedy))

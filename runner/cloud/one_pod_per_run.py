@@ -6,18 +6,16 @@ import secrets
 import time
 from collections.abc import Sequence
 
-from runner.cloud import clock, termination
+from runner.cloud import clock, ssh, termination
 from runner.cloud.budget import Meter
-from runner.cloud.find_pod import volume_of
+from runner.cloud.errors import BadHostError, CloudError, NoCapacityError, NoKeyError
 from runner.cloud.fleet import run_of
 from runner.cloud.lease import Lease, deadline_of, spent
 from runner.cloud.ledger import PREFIX, Entry, Ledger
-from runner.cloud.readiness import BadHostError, poll_s, until_ready
+from runner.cloud.provider import OVER, Offer, Pod, Provider, place_of
+from runner.cloud.providers import connect
+from runner.cloud.readiness import poll_s, until_ready
 from runner.cloud.reconcile import ARMED, reconcile
-from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import CloudError, NoCapacityError, NoKeyError
-from runner.cloud.runpod.offers import Candidate, runpod
-from runner.cloud.runpod.types import OVER, Pod
 from runner.cloud.transfer import Say
 from runner.errors import Problem, RequestError, RunnerError
 from runner.rundir.directory import RunDir
@@ -28,7 +26,7 @@ STARTING_S = 120.0
 
 
 def refuse_second(run_id: str, *, rents: bool) -> list[str]:
-    """RequestError where a pod has the run already, by the ledger or by RunPod's list; else notes of what was settled.
+    """RequestError where a pod has the run already, by ledger or provider; else notes of what was settled.
 
     `rents`: the run goes on in a pod again, for which a stopped one is no obstacle.
     """
@@ -37,7 +35,7 @@ def refuse_second(run_id: str, *, rents: bool) -> list[str]:
     listed: list[Pod] = []
     if rents:
         try:
-            api = Api()
+            api = connect()
             notes = reconcile(api, ledger)
             listed = api.pods()
         except (NoKeyError, CloudError):  # said when the pod is rented
@@ -73,7 +71,7 @@ def _has(run_id: str, pod_id: str, state: str) -> Problem:
 
 
 def taken(
-    api: Api, ledger: Ledger, run: RunDir, spec: RunSpec, machines: Sequence[Candidate], say: Say, detached: bool
+    api: Provider, ledger: Ledger, run: RunDir, spec: RunSpec, machines: Sequence[Offer], say: Say, detached: bool
 ) -> Lease | None:
     """The run's stopped pod, started; None where it has none. RequestError for one of another kind than is asked for,
     NoCapacityError where its host has no GPU left. Whatever goes wrong, it is stopped again, and its disk is kept.
@@ -88,7 +86,7 @@ def taken(
         return None
     _check_kind(run, entry, pod, machines)
     before = spent(ledger, run.id)
-    name, place = f"{PREFIX}{run.id}-{secrets.token_hex(2)}", runpod(spec)
+    name, place = f"{PREFIX}{run.id}-{secrets.token_hex(2)}", place_of(spec)
     own = ledger.hand_over(
         entry.name, name, run_id=run.id, run_dir=str(run.path.absolute()),
         heartbeat_s=None if detached else place.heartbeat_minutes * 60,
@@ -96,13 +94,12 @@ def taken(
     if own is None:
         raise RequestError(Problem(f"another command has taken pod {pod.id} of {run.id}", "command line"))
     meter = Meter(entry.usd_per_hour, clock.now(), entry.disk_gb, place.max_usd, before)
-    rented = Lease(api, ledger, name, pod, deadline_of(place, meter), meter, run.id, volume_of(pod), say)
+    rented = Lease(api, ledger, name, pod, deadline_of(place, meter), meter, run.id, pod.volume_gb, say)
     say(f"Starts  pod {pod.id}, which was kept for {run.id}")
     try:
         ledger.set(name, deadline=rented.deadline, pod_id=pod.id)
-        api.start(pod.id)
         rented.pod = until_ready(
-            api, begun(api, pod), setup_s=place.setup_minutes * 60, bad_host_s=place.bad_host_minutes * 60, say=say,
+            api, restart(api, pod), setup_s=place.setup_minutes * 60, bad_host_s=place.bad_host_minutes * 60, say=say,
             seen=lambda seen: None,
         )  # fmt: skip
         ledger.move(name, "SSH_READY", f"{rented.pod.ssh_host}:{rented.pod.ssh_port} says hello")
@@ -115,8 +112,11 @@ def taken(
         raise
 
 
-def begun(api: Api, pod: Pod) -> Pod:
-    """The pod as soon as it is not said to be stopped any more."""
+def restart(api: Provider, pod: Pod) -> Pod:
+    """Start a stopped pod; the pod as soon as it is not said to be stopped any more. Its container, and with it its
+    host key, is made anew."""
+    ssh.forget(pod.id)
+    api.start(pod.id)
     end = time.monotonic() + STARTING_S
     while time.monotonic() < end:
         try:
@@ -125,11 +125,11 @@ def begun(api: Api, pod: Pod) -> Pod:
             found = pod
         if found is None or found.status != "EXITED":
             return found or pod
-        time.sleep(poll_s())
+        time.sleep(poll_s(api))
     raise BadHostError(Problem(f"it is still stopped after {STARTING_S:.0f} s"))
 
 
-def _check_kind(run: RunDir, entry: Entry, pod: Pod, machines: Sequence[Candidate]) -> None:
+def _check_kind(run: RunDir, entry: Entry, pod: Pod, machines: Sequence[Offer]) -> None:
     for machine in machines:
         if entry.gpu == (machine.gpu_id or machine.cpu_id) and (machine.cpu_id or machine.gpu_count == pod.gpu_count):
             return

@@ -11,6 +11,7 @@ import shlex
 import time
 from collections.abc import Sequence
 
+from runner.cloud.providers import PROVIDERS
 from runner.cloud.ssh import Connection, HostKeyError, LostError
 from runner.cloud.transfer import place_secret
 from runner.config import credentials
@@ -18,7 +19,6 @@ from runner.errors import Problem, RequestError
 
 PATIENCE_S = 90.0
 """How long a pod that has an address may refuse a login."""
-KEPT_HERE = "RUNPOD_API_KEY"
 # Where IPython looks: a notebook's kernel is a child of the image's Jupyter, which began before.
 STARTUP = "~/.ipython/profile_default/startup"
 
@@ -33,7 +33,7 @@ def named(names: Sequence[str]) -> dict[str, str]:
         if given:
             what = "a value on a command line is seen by every user of the machine"
             problems.append(Problem(what, "--env", f"export it, and write --env {name}"))
-        elif name == KEPT_HERE:
+        elif name in {provider.key_variable for provider in PROVIDERS.values()}:
             what, remedy = "a pod has a key of its own, and yours may end every other pod", "leave it out"
             problems.append(Problem(what, f"--env {name}", remedy))
         elif key is None:

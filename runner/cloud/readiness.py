@@ -8,11 +8,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from runner.cloud.runpod.account import pace
-from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import ApiDownError, CloudError, WrongKeyError
-from runner.cloud.runpod.types import OVER, Pod
-from runner.errors import CannotRunError, Problem, RequestError, RunnerError
+from runner.cloud import clock
+from runner.cloud.errors import ApiDownError, BadHostError, CloudError, NoImageError, PullLimitError, WrongKeyError
+from runner.cloud.provider import OVER, Pod, Provider
+from runner.errors import Problem, RunnerError
 
 POLL_S = 3.0
 LEAST_POLL_S = 0.1
@@ -36,31 +35,19 @@ PULL_LIMIT = re.compile(r"toomanyrequests|pull rate limit|429 Too Many Requests"
 """What they say where too much was pulled from one address, or with one login: hosts of a cloud share addresses."""
 
 
-class NoImageError(RequestError):
-    """The image cannot be pulled, on this host or another one."""
-
-
-class PullLimitError(CannotRunError):
-    """The registry lets nobody pull the image now; another host would wait, and be paid for, just as long."""
-
-
-class BadHostError(CloudError):
-    """A pod that will not become ready: it is to be given back, and another one tried."""
-
-
-def poll_s() -> float:
+def poll_s(api: Provider) -> float:
     """Seconds between two questions."""
-    return max(LEAST_POLL_S, POLL_S * pace())
+    return max(LEAST_POLL_S, POLL_S * clock.pace(api.base))
 
 
-def named(api: Api, name: str) -> list[Pod]:
-    """Pods of exactly that name that are not over: names are unique here, though RunPod does not ask for it."""
+def named(api: Provider, name: str) -> list[Pod]:
+    """Pods of exactly that name that are not over: names are unique here, though no provider asks for it."""
     return [pod for pod in api.pods() if pod.name == name and pod.status not in OVER]
 
 
-def look_for(api: Api, name: str) -> list[Pod]:
-    """Pods of that name, as soon as there is one; none if none appears. The error if RunPod could not be asked."""
-    end_by = time.monotonic() + max(LEAST_LOOK_S, LOOK_S * pace())
+def look_for(api: Provider, name: str) -> list[Pod]:
+    """Pods of that name, as soon as there is one; none if none appears. CloudError where nobody could be asked."""
+    end_by = time.monotonic() + max(LEAST_LOOK_S, LOOK_S * clock.pace(api.base))
     failed: RunnerError | None = None
     while True:
         try:
@@ -73,11 +60,17 @@ def look_for(api: Api, name: str) -> list[Pod]:
             if failed is not None:
                 raise failed
             return []
-        time.sleep(poll_s())
+        time.sleep(poll_s(api))
 
 
 def until_ready(
-    api: Api, pod: Pod, *, setup_s: float, bad_host_s: float, say: Callable[[str], None], seen: Callable[[Pod], None]
+    api: Provider,
+    pod: Pod,
+    *,
+    setup_s: float,
+    bad_host_s: float,
+    say: Callable[[str], None],
+    seen: Callable[[Pod], None],
 ) -> Pod:
     """The pod as soon as its SSH server says hello; BadHostError if it will not. `seen` gets each answer.
 
@@ -86,7 +79,7 @@ def until_ready(
     began = looked = time.monotonic()
     told = ""
     while True:
-        if time.monotonic() - looked > max(LEAST_PULL_S, PULL_S * pace()):
+        if time.monotonic() - looked > max(LEAST_PULL_S, PULL_S * clock.pace(api.base)):
             _check_pull(api, pod)
             looked = time.monotonic()
         # It cannot be asked for a moment, or a key is refused once and accepted again: the deadline goes on.
@@ -107,24 +100,24 @@ def until_ready(
             raise BadHostError(Problem(f"pod {pod.id} has no machine after {waited / 60:.1f} minutes: a bad host"))
         if waited > setup_s:
             raise BadHostError(Problem(f"pod {pod.id} does not answer by SSH after {waited / 60:.1f} minutes"))
-        time.sleep(poll_s())
+        time.sleep(poll_s(api))
 
 
-def _check_pull(api: Api, pod: Pod) -> None:
-    """NoImageError or PullLimitError where RunPod's log of the pod says that its image cannot be had."""
+def _check_pull(api: Provider, pod: Pod) -> None:
+    """NoImageError or PullLimitError where the provider's log of the pod says that its image cannot be had."""
     with suppress(CloudError):
         for text in api.logs(pod.id, source="system", tail=20):  # which ends when it pauses: a refusal ends it sooner
             line = " ".join(text.split())[-200:]
             if NO_IMAGE.search(line):
                 what = f"the image {pod.image} cannot be pulled: {line}"
-                remedy = "correct where.image; for a private one, a template of RunPod's with its registry's login"
+                remedy = "correct where.image; for a private one, a template with its registry's login"
                 raise NoImageError(Problem(what, "where.image", f"{remedy}: where.template=ID"))
             if PULL_LIMIT.search(line):
                 what = f"the registry lets nobody pull {pod.image} now: {line}"
                 remedy = (
                     "wait (Docker Hub counts by six hours), take an image from another registry (where.image=…), or"
                 )
-                remedy += " a template of RunPod's with a login of the registry: where.template=ID"
+                remedy += " a template with a login of the registry: where.template=ID"
                 raise PullLimitError(Problem(what, "where.image", remedy))
 
 

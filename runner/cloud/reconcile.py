@@ -7,11 +7,10 @@ itself, and may have a result that is worth fetching; all others that nobody hol
 from __future__ import annotations
 
 from runner.cloud import clock, termination
+from runner.cloud.errors import CloudError, StillThereError
 from runner.cloud.ledger import Entry, Ledger, LedgerError
+from runner.cloud.provider import OVER, Pod, Provider
 from runner.cloud.readiness import look_for, named
-from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import CloudError, StillThereError
-from runner.cloud.runpod.types import OVER, Pod
 from runner.errors import RunnerError
 
 # A create that was not answered is believed to have come to nothing when its name has not appeared for so long.
@@ -20,8 +19,8 @@ AFTER_DEADLINE_S = 5 * 60  # a pod that should have ended itself, and did not
 ARMED = ("RUNNING", "COLLECTING")
 
 
-def reconcile(api: Api, ledger: Ledger) -> list[str]:
-    """Bring every entry that nobody holds to its end, and say what was done; never raises for what RunPod does.
+def reconcile(api: Provider, ledger: Ledger) -> list[str]:
+    """Bring every entry that nobody holds to its end, and say what was done; never raises for what a provider does.
 
     WrongKeyError alone goes through: with such a key nothing else would work either.
     """
@@ -57,7 +56,7 @@ def reconcile(api: Api, ledger: Ledger) -> list[str]:
     return notes
 
 
-def _of_another_account(api: Api, entry: Entry, pods: dict[str, Pod]) -> bool:
+def _of_another_account(api: Provider, entry: Entry, pods: dict[str, Pod]) -> bool:
     """A pod is not gone because another account does not have it."""
     if entry.base != api.base:
         return True
@@ -65,7 +64,7 @@ def _of_another_account(api: Api, entry: Entry, pods: dict[str, Pod]) -> bool:
 
 
 def _settle(
-    api: Api, ledger: Ledger, entry: Entry, pods: dict[str, Pod], there: clock.ProviderClock
+    api: Provider, ledger: Ledger, entry: Entry, pods: dict[str, Pod], there: clock.ProviderClock
 ) -> str | None:  # fmt: skip
     """One entry that nobody holds; what was done, or None where nothing had to be."""
     name, state = entry.name, entry.state
@@ -86,7 +85,7 @@ def _settle(
     return f"pod {entry.pod_id} of run {entry.run_id} was left {state} by a launcher that is gone: it is ended"
 
 
-def _unanswered(api: Api, ledger: Ledger, entry: Entry) -> str | None:
+def _unanswered(api: Provider, ledger: Ledger, entry: Entry) -> str | None:
     """A create of which nobody knows what became of it."""
     if entry.state == "CREATING":
         ledger.move(entry.name, "CREATE_UNKNOWN", "the launcher ended while it asked")
@@ -100,9 +99,9 @@ def _unanswered(api: Api, ledger: Ledger, entry: Entry) -> str | None:
     return None
 
 
-def _is_old(api: Api, entry: Entry) -> bool:
-    """A create of which nothing has come for a quarter of an hour, by this machine's clock and by RunPod's: one of them
-    may be wrong."""
+def _is_old(api: Provider, entry: Entry) -> bool:
+    """A create of which nothing has come for a quarter of an hour, by this machine's clock and by the provider's: one
+    of them may be wrong."""
     if clock.now() - entry.created <= UNKNOWN_S:
         return False
     there = api.time()
@@ -110,7 +109,7 @@ def _is_old(api: Api, entry: Entry) -> bool:
 
 
 def _armed(
-    api: Api, ledger: Ledger, entry: Entry, pod: Pod | None, there: clock.ProviderClock
+    api: Provider, ledger: Ledger, entry: Entry, pod: Pod | None, there: clock.ProviderClock
 ) -> str | None:  # fmt: skip
     """A pod that looks after itself."""
     assert entry.pod_id is not None
@@ -146,7 +145,7 @@ def overdue(entry: Entry, now: float) -> bool:
     return entry.heartbeat_s is not None and now > entry.updated + entry.heartbeat_s + AFTER_DEADLINE_S
 
 
-def end_unanswered_creates(api: Api, ledger: Ledger, run_id: str, *, now: bool = False) -> None:
+def end_unanswered_creates(api: Provider, ledger: Ledger, run_id: str, *, now: bool = False) -> None:
     """End what a create of this run that was not answered has brought forth meanwhile; one question, if any.
 
     `now`: the run is over, and what has not appeared in a minute is left to the next command.

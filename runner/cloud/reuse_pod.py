@@ -14,21 +14,19 @@ from pathlib import Path
 
 from runner.cloud import clock, fleet, pod_env, ssh_keys, sweep_handover, transfer
 from runner.cloud.budget import Meter
-from runner.cloud.find_pod import volume_of
+from runner.cloud.errors import TooDearError
 from runner.cloud.lease import Lease, deadline_of, spent
 from runner.cloud.ledger import PREFIX, Entry, Ledger
-from runner.cloud.one_pod_per_run import begun
+from runner.cloud.one_pod_per_run import restart
+from runner.cloud.provider import Pod, Provider, gpu_id_of, place_of
+from runner.cloud.providers import provider_of
 from runner.cloud.readiness import until_ready
-from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import TooDearError
-from runner.cloud.runpod.offers import runpod
-from runner.cloud.runpod.types import Pod
 from runner.cloud.session import Session
 from runner.cloud.transfer import RemoteRun, Say
 from runner.errors import Problem, RequestError, RunFailedError, RunnerError
 from runner.paths import state_dir
 from runner.rundir.directory import RunDir
-from runner.spec import RunPodPlace, RunSpec
+from runner.spec import RentedPlace, RunSpec
 
 OWN = "-own-"
 LEAST_S = 60.0
@@ -56,12 +54,12 @@ def folder_of(run_id: str) -> Path:
     return state_dir() / "pods" / run_id
 
 
-def find(api: Api, ledger: Ledger, spec: RunSpec, own: str | None = None) -> Found:
+def find(api: Provider, ledger: Ledger, spec: RunSpec, own: str | None = None) -> Found:
     """The pod that `where.pod` names; `own` is the run that takes it.
 
     RequestError for one that is not there, at work, or of another kind.
     """
-    place = runpod(spec)
+    place = place_of(spec)
     source = f"where.pod={place.pod}"
     name, pod_id, run_id = fleet.find(api, ledger, str(place.pod))
     entry, pod = ledger.entry(name), api.pod(pod_id)
@@ -90,7 +88,7 @@ def take(run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, say: Say, detached:
 
     Errors as `find` has them, NoCapacityError or BadHostError where it does not start, TooDearError over the cap.
     """
-    api, ledger, place = Api(), Ledger(), runpod(spec)
+    api, ledger, place = provider_of(spec), Ledger(), place_of(spec)
     found = find(api, ledger, spec, run.id)
     old = found.entry
     rented = _taken(
@@ -144,7 +142,7 @@ def hand_back(session: Session) -> float | None:
     return old.deadline
 
 
-def start(api: Api, ledger: Ledger, word: str, hours: float, say: Say, env: dict[str, str]) -> Lease:
+def start(api: Provider, ledger: Ledger, word: str, hours: float, say: Say, env: dict[str, str]) -> Lease:
     """Start a stopped pod for a person: it ends itself after so many hours, stopped. RequestError for one that runs."""
     name, pod_id, run_id = fleet.find(api, ledger, word)
     entry, pod = ledger.entry(name), api.pod(pod_id)
@@ -154,7 +152,7 @@ def start(api: Api, ledger: Ledger, word: str, hours: float, say: Say, env: dict
         what = f"pod {pod_id} is {pod.status.lower() if pod else 'gone'}, and not stopped"
         raise RequestError(Problem(what, "command line", f"python -m runner pods ssh {pod_id}"))
     if entry.state != "STOPPED":
-        ledger.move(entry.name, "STOPPED", "as RunPod says")
+        ledger.move(entry.name, "STOPPED", "as the provider says")
         ledger.leave(entry.name)
     rented = _taken(api, ledger, Found(entry, pod), run_id, folder_of(run_id), say, None, 0.0, None)
     rented.deadline = clock.now() + 3600 * hours
@@ -188,8 +186,8 @@ def _is_a_persons(entry: Entry) -> bool:
 
 def _check_kind(spec: RunSpec, entry: Entry, pod: Pod, source: str) -> None:
     """RequestError for a pod without what the plan counts on."""
-    hw, place = spec.hw, runpod(spec)
-    wanted = place.gpu_types or ([hw.runpod_gpu_id] if hw.runpod_gpu_id else [])
+    hw, place = spec.hw, place_of(spec)
+    wanted = place.gpu_types or ([own] if (own := gpu_id_of(spec)) else [])
     gpus = hw.num_gpus if hw.accelerator == "cuda" else 0
     if gpus and (entry.gpu not in wanted or pod.gpu_count != gpus):
         has = f"{pod.gpu_count or 'no'} × {entry.gpu}"
@@ -198,7 +196,7 @@ def _check_kind(spec: RunSpec, entry: Entry, pod: Pod, source: str) -> None:
 
 
 def _taken(
-    api: Api, ledger: Ledger, found: Found, run_id: str, folder: Path, say: Say, cap: float | None, before: float,
+    api: Provider, ledger: Ledger, found: Found, run_id: str, folder: Path, say: Say, cap: float | None, before: float,
     heartbeat_s: float | None,
 ) -> Lease:  # fmt: skip
     """The pod, owned by this process from here on; RequestError where another one was faster."""
@@ -210,14 +208,13 @@ def _taken(
     if own is None:
         raise RequestError(Problem(f"another command has taken pod {pod.id}", "command line"))
     meter = Meter(entry.usd_per_hour, clock.now(), entry.disk_gb, cap, before)
-    return Lease(api, ledger, name, pod, clock.now() + 3600, meter, run_id, volume_of(pod), say)
+    return Lease(api, ledger, name, pod, clock.now() + 3600, meter, run_id, pod.volume_gb, say)
 
 
-def _start(rented: Lease, place: RunPodPlace | None, say: Say) -> None:
+def _start(rented: Lease, place: RentedPlace | None, say: Say) -> None:
     """Start a stopped pod, until it answers; its real price from then on."""
-    rented.api.start(rented.pod.id)
     setup, bad = (60 * place.setup_minutes, 60 * place.bad_host_minutes) if place else (SETUP_S, BAD_HOST_S)
-    pod = begun(rented.api, rented.pod)
+    pod = restart(rented.api, rented.pod)
     rented.pod = until_ready(rented.api, pod, setup_s=setup, bad_host_s=bad, say=say, seen=lambda seen: None)
     if rented.pod.usd_per_hour and rented.pod.usd_per_hour != rented.meter.usd_per_hour:
         rented.meter.usd_per_hour = rented.pod.usd_per_hour

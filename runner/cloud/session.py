@@ -17,14 +17,14 @@ from runner.cloud import clock, download, transfer
 from runner.cloud.agent import tail
 from runner.cloud.follow import Follower, News, Vanished
 from runner.cloud.lease import Lease
-from runner.cloud.ssh import CommandError, Connection, HostKeyError, LostError, user_of
+from runner.cloud.ssh import CommandError, HostKeyError, LostError, connection_to
 from runner.cloud.ssh_keys import KeyPair
 from runner.cloud.transfer import RemoteRun, Say
 from runner.cloud.transfer_limits import TooMuchError
 from runner.errors import Problem, RunFailedError, RunnerError
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
-from runner.spec import RunPodPlace, RunSpec
+from runner.spec import RentedPlace, RunSpec
 
 COLLECT_SECONDS = 900.0
 """How long a result that is finished is worth trying for, where the connection breaks again and again."""
@@ -52,9 +52,9 @@ class Session:
     _pull: threading.Thread | None = None
 
     @property
-    def where(self) -> RunPodPlace:
+    def where(self) -> RentedPlace:
         """The part `where` of the spec."""
-        assert isinstance(self.spec.where, RunPodPlace)
+        assert isinstance(self.spec.where, RentedPlace)
         return self.spec.where
 
     # --- there ---
@@ -62,9 +62,7 @@ class Session:
     def board(self) -> RemoteRun:
         """Log in; the server may take its time. LostError where the pod is not reached."""
         pod = self.rented.pod
-        connection = Connection(
-            str(pod.id), str(pod.ssh_host), int(pod.ssh_port or 22), self.keys.private, user_of(pod.raw)
-        )
+        connection = connection_to(pod, self.keys.private)
         end = time.monotonic() + transfer.BOARDING_S
         while True:
             try:

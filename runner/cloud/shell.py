@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 
 from runner.cloud import fleet, pod_env, pod_tensorboard, ssh, ssh_keys
 from runner.cloud.ledger import Ledger
-from runner.cloud.runpod.api import Api
+from runner.cloud.provider import Provider
 from runner.errors import CannotRunError, Problem, RequestError
 
 PORTS = ("6006", "8888")
 WHAT = {"6006": "TensorBoard", "8888": "Jupyter"}
 
 
-def shell(api: Api, ledger: Ledger, word: str, command: Sequence[str] = ()) -> int:
+def shell(api: Provider, ledger: Ledger, word: str, command: Sequence[str] = ()) -> int:
     """ssh's exit code, which is the command's."""
     connection = connect(api, ledger, word)
     try:
@@ -30,7 +30,7 @@ def shell(api: Api, ledger: Ledger, word: str, command: Sequence[str] = ()) -> i
         connection.close()
 
 
-def tunnel(api: Api, ledger: Ledger, word: str, ports: Sequence[str], say: Callable[[str], None]) -> int:
+def tunnel(api: Provider, ledger: Ledger, word: str, ports: Sequence[str], say: Callable[[str], None]) -> int:
     """Forward ports until Ctrl-C; ssh's exit code. A connection of its own: a shared one would take the ports over."""
     pairs = [_pair(port) for port in ports or PORTS]
     _check_free(pairs)
@@ -79,7 +79,7 @@ def _check_free(pairs: Sequence[tuple[str, str]]) -> None:
         raise RequestError(*problems)
 
 
-def connect(api: Api, ledger: Ledger, word: str) -> ssh.Connection:
+def connect(api: Provider, ledger: Ledger, word: str) -> ssh.Connection:
     """To the pod that a word means; CannotRunError where it has no address now."""
     ssh.check()
     _, pod_id, run_id = fleet.find(api, ledger, word)
@@ -88,7 +88,7 @@ def connect(api: Api, ledger: Ledger, word: str) -> ssh.Connection:
         state = pod.status.lower() if pod else "gone"
         what = f"pod {pod_id} is {state}, and cannot be reached by SSH"
         raise CannotRunError(Problem(what, None, f"python -m runner pods logs {pod_id} says what it does"))
-    return ssh.Connection(pod_id, pod.ssh_host, pod.ssh_port, ssh_keys.pair(run_id).private, ssh.user_of(pod.raw))
+    return ssh.connection_to(pod, ssh_keys.pair(run_id).private)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """A connection to a pod by the system's own `ssh` and `rsync`: one login, many commands.
 
 The run's key and a `known_hosts` of its own: nothing of the user's ~/.ssh is read or written. A pod's host key is kept
-as long as it has its address, which RunPod says, over TLS: another key at the same address is refused.
+as long as it has its address, which the provider says, over TLS: another key at the same address is refused.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from runner.cloud import transfer_limits
 from runner.cloud.bounded_streams import EndlessError, Last, spoken
+from runner.cloud.provider import Pod
 from runner.errors import CannotRunError, Problem, RunnerError
 from runner.paths import state_dir
 
@@ -74,7 +75,7 @@ def check() -> None:
     for name, package in (("ssh", "openssh-client"), ("rsync", "rsync")):
         if shutil.which(name) is None:
             what = f"{name}, which carries the run to a pod, is not installed"
-            raise CannotRunError(Problem(what, "where=runpod", f"install it: apt-get install {package}"))
+            raise CannotRunError(Problem(what, "where", f"install it: apt-get install {package}"))
 
 
 def environment() -> dict[str, str]:
@@ -100,12 +101,6 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="runner-ssh-", dir=place))
 
 
-def user_of(raw: dict[str, Any]) -> str:
-    """Who may come in, as RunPod's answer about a pod says it."""
-    direct = (raw.get("ssh") or {}).get("direct") or {}
-    return str(direct.get("username") or "root")
-
-
 @dataclass
 class Connection:
     """To one pod. Commands raise LostError where the connection fails, CommandError where they do."""
@@ -122,7 +117,7 @@ class Connection:
 
     @property
     def known_hosts(self) -> Path:
-        """Of this pod at this address. RunPod says the address: at another one another container may answer."""
+        """Of this pod at this address. The provider says the address: at another one another container may answer."""
         return self.hosts / f"{self.name}@{self.host}:{self.port}"
 
     def words(self, *more: str) -> list[str]:
@@ -250,6 +245,11 @@ class Connection:
         with suppress(OSError, subprocess.TimeoutExpired):
             words = [*self.words("-O", "exit"), f"{self.user}@{self.host}"]
             subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=5, env=environment())
+
+
+def connection_to(pod: Pod, key: Path) -> Connection:
+    """A connection to a pod that has an address, by a run's private key; nothing is sent yet."""
+    return Connection(pod.id, str(pod.ssh_host), int(pod.ssh_port or 22), key, pod.ssh_user)
 
 
 def greeted(what: str) -> Problem:

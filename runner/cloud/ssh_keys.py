@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.cloud.runpod.account import api_key
+from runner.cloud.providers import connect
 from runner.errors import CannotRunError, Problem
 from runner.paths import state_dir
 from runner.report.invocation import install
@@ -66,10 +66,10 @@ def _file(run_id: str) -> Path:
 
 def _made(run_id: str) -> tuple[bytes, str]:
     """Private key in OpenSSH's form, public line. Ed25519 takes any 32 bytes as its secret (RFC 8032, 5.1.5)."""
-    account, form = api_key(), _curve()
+    secret, form = connect().secret, _curve()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    seed = hmac.new(account.encode(), PURPOSE + run_id.encode(), hashlib.sha256).digest()
+    seed = hmac.new(secret.encode(), PURPOSE + run_id.encode(), hashlib.sha256).digest()
     key = Ed25519PrivateKey.from_private_bytes(seed)
     return key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption()), _line(key, run_id)
 
@@ -85,6 +85,6 @@ def _curve() -> Any:
     try:
         from cryptography.hazmat.primitives import serialization
     except ImportError:
-        what = "renting a pod needs the RunPod SDK, which is not installed"
+        what = "renting a pod needs the package cryptography, which is not installed"
         raise CannotRunError(Problem(what, None, install("cloud"))) from None
     return serialization

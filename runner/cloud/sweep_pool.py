@@ -17,18 +17,19 @@ from pathlib import Path
 from runner.cloud import clock, ssh_keys, sweep_handover, termination
 from runner.cloud import process_identity as owners
 from runner.cloud.budget import Meter
+from runner.cloud.errors import StillThereError
 from runner.cloud.lease import Lease, deadline_of
 from runner.cloud.ledger import PREFIX, Entry, Ledger, owner
-from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import StillThereError
+from runner.cloud.provider import gpu_id_of
+from runner.cloud.providers import connect, provider_of
 from runner.cloud.session import Session
 from runner.cloud.sweep_points import Points
 from runner.cloud.transfer import Say
 from runner.errors import Problem, RunnerError
 from runner.rundir.directory import RunDir
-from runner.spec import RunPodPlace, RunSpec
+from runner.spec import RentedPlace, RunSpec
 
-MACHINE = {"accelerator", "runpod_gpu_id", "num_gpus", "num_cpus"}
+MACHINE = {"accelerator", "num_gpus", "num_cpus"}
 OWN = {
     "max_usd", "max_hours", "volume_gb", "container_disk_gb", "max_replacements", "deadline_hours",
     "heartbeat_minutes", "setup_minutes", "bad_host_minutes",
@@ -102,9 +103,9 @@ class Pool:
 
     def _claimed(self, run: RunDir, spec: RunSpec) -> tuple[Before, Lease] | None:
         """One that fits, and belongs to this run by the ledger now."""
-        api, ledger = Api(), Ledger()
+        api, ledger = provider_of(spec), Ledger()
         place = spec.where
-        assert isinstance(place, RunPodPlace)
+        assert isinstance(place, RentedPlace)
         for entry in self.parked(ledger):
             before = Before.of(entry)
             if kind_of(before.spec) != kind_of(spec) or not _room(before.spec, spec):
@@ -150,7 +151,7 @@ class Pool:
                     return
                 entry = parked[0]
                 ledger.move(entry.name, "TERMINATING", "room for a pod of another kind", **owner())
-            termination.end(Api(), ledger, entry.name, str(entry.pod_id), "room for a pod of another kind")
+            termination.end(connect(), ledger, entry.name, str(entry.pod_id), "room for a pod of another kind")
 
     @contextmanager
     def kept(self, say: Say) -> Iterator[None]:
@@ -164,7 +165,7 @@ class Pool:
 
     def _end(self, say: Say) -> None:
         """End what is parked; StillThereError with all that could not be confirmed."""
-        api, ledger, failures = Api(), Ledger(), list[Problem]()
+        api, ledger, failures = connect(), Ledger(), list[Problem]()
         for entry in self.parked(ledger):
             for attempt in (1, 2):
                 try:
@@ -198,7 +199,7 @@ class Before:
 
 def made_for(specs: Sequence[RunSpec], folder: Path, max_pods: int) -> Pool:
     """The pool of a sweep over these points, in this process."""
-    places = [spec.where for spec in specs if isinstance(spec.where, RunPodPlace)]
+    places = [spec.where for spec in specs if isinstance(spec.where, RentedPlace)]
     disks = {name: max(int(getattr(place, name)) for place in places) for name in ("volume_gb", "container_disk_gb")}
     hours = sum(float(place.deadline_hours) + sweep_handover.PARKED_MINUTES / 60 for place in places)
     return Pool(Points(folder / ".pool", os.getpid()), max_pods, tuple(kind_of(spec) for spec in specs), disks, hours)
@@ -206,10 +207,10 @@ def made_for(specs: Sequence[RunSpec], folder: Path, max_pods: int) -> Pool:
 
 def kind_of(spec: RunSpec) -> str | None:
     """What two runs must share to have the same pod; None for one whose pod is nobody else's."""
-    if not isinstance(spec.where, RunPodPlace) or spec.where.keeps or spec.where.pod:
+    if not isinstance(spec.where, RentedPlace) or spec.where.keeps or spec.where.pod:
         return None
     machine, place = spec.hw.model_dump(include=MACHINE), spec.where.model_dump(exclude=OWN)
-    return json.dumps([machine, place], sort_keys=True)
+    return json.dumps([machine, gpu_id_of(spec), place], sort_keys=True)
 
 
 def _room(there: RunSpec, needed: RunSpec) -> bool:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 
+from runner.cloud import clock, errors, ssh
+from runner.cloud.errors import ApiDownError, StillThereError, WrongKeyError
 from runner.cloud.ledger import Ledger, LedgerError
-from runner.cloud.runpod import errors
-from runner.cloud.runpod.account import pace
-from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import ApiDownError, StillThereError, WrongKeyError
-from runner.cloud.runpod.types import OVER
+from runner.cloud.provider import OVER, Provider
 from runner.errors import Problem, RunnerError
 
 # Two looks so far apart: a pod that was accepted for deletion was seen missing from one list and present in the next.
@@ -21,7 +19,7 @@ LOOKS = 2
 WRONG_KEYS = 3  # a key is refused once in a while; three times, and waiting will not make it right
 
 
-def end(api: Api, ledger: Ledger, name: str, pod_id: str, why: str) -> None:
+def end(api: Provider, ledger: Ledger, name: str, pod_id: str, why: str) -> None:
     """Terminate a pod and confirm it; StillThereError, with all that a person needs, where that fails.
 
     The ledger keeps TERMINATING until it is confirmed: every following command tries again. Terminating comes first:
@@ -34,13 +32,14 @@ def end(api: Api, ledger: Ledger, name: str, pod_id: str, why: str) -> None:
     ledger.try_move(name, "GONE", f"{why}; confirmed")
 
 
-def confirm_gone(api: Api, name: str, pod_id: str) -> None:
+def confirm_gone(api: Provider, name: str, pod_id: str) -> None:
     """Ask for a pod's end until it is absent twice; StillThereError after three minutes."""
     absent, wrong, why = 0, 0, "it is still listed"
-    end_by = time.monotonic() + _patience()
+    end_by = time.monotonic() + _patience(api)
     while absent < LOOKS:
         try:
             if not absent:
+                ssh.forget(pod_id)
                 api.terminate(pod_id)
             absent = absent + 1 if is_absent(api, pod_id) else 0
             why = "it is still listed"
@@ -49,12 +48,12 @@ def confirm_gone(api: Api, name: str, pod_id: str) -> None:
             wrong += isinstance(error, WrongKeyError)
         if absent < LOOKS:
             if time.monotonic() > end_by or wrong == WRONG_KEYS:
-                raise StillThereError(errors.still_there(pod_id, name, why))
-            time.sleep(GAP_S * pace())
+                raise StillThereError(errors.still_there(api, pod_id, name, why))
+            time.sleep(GAP_S * clock.pace(api.base))
 
 
-def is_absent(api: Api, pod_id: str) -> bool:
-    """RunPod says that there is no such pod, and does not list it either, where it lists anything."""
+def is_absent(api: Provider, pod_id: str) -> bool:
+    """The provider says that there is no such pod, and does not list it either, where it lists anything."""
     found = api.pod(pod_id)
     if found is not None and found.status not in OVER:
         return False
@@ -65,7 +64,7 @@ def is_absent(api: Api, pod_id: str) -> bool:
     return all(pod.id != pod_id or pod.status in OVER for pod in listed)
 
 
-def end_doubles(api: Api, pod_id: str, name: str) -> list[str]:
+def end_doubles(api: Provider, pod_id: str, name: str) -> list[str]:
     """Terminate pods of the same name other than this one: a create request can be carried out twice. Their ids."""
     found = [p.id for p in api.pods() if p.name == name and p.id != pod_id and p.status not in OVER]
     for double in found:
@@ -73,22 +72,23 @@ def end_doubles(api: Api, pod_id: str, name: str) -> list[str]:
     return found
 
 
-def is_gone(api: Api, pod_id: str) -> bool:
+def is_gone(api: Provider, pod_id: str) -> bool:
     """Absent twice, some seconds apart."""
     for look in range(LOOKS):
         if look:
-            time.sleep(GAP_S * pace())
+            time.sleep(GAP_S * clock.pace(api.base))
         if not is_absent(api, pod_id):
             return False
     return True
 
 
-def stop(api: Api, ledger: Ledger, name: str, pod_id: str, why: str) -> None:
+def stop(api: Provider, ledger: Ledger, name: str, pod_id: str, why: str) -> None:
     """Stop a pod, keep its disk, and confirm that it costs no GPU; StillThereError where that fails."""
     with suppress(RunnerError):  # asked for again below
         api.stop(pod_id)
     ledger.try_move(name, "TERMINATING", f"{why}: to be stopped and kept", keep=1)
-    end_by = time.monotonic() + _patience()
+    end_by = time.monotonic() + _patience(api)
+    ssh.forget(pod_id)
     while True:
         try:
             api.stop(pod_id)
@@ -103,8 +103,8 @@ def stop(api: Api, ledger: Ledger, name: str, pod_id: str, why: str) -> None:
         except RunnerError as error:
             said = str(error)
         if time.monotonic() > end_by:
-            raise StillThereError(errors.still_there(pod_id, name, f"it was to be stopped, and {said}"))
-        time.sleep(GAP_S * pace())
+            raise StillThereError(errors.still_there(api, pod_id, name, f"it was to be stopped, and {said}"))
+        time.sleep(GAP_S * clock.pace(api.base))
 
 
 def _kept(ledger: Ledger, name: str, pod_id: str, why: str) -> None:
@@ -117,5 +117,5 @@ def _kept(ledger: Ledger, name: str, pod_id: str, why: str) -> None:
         raise StillThereError(Problem(what, None, remedy)) from None
 
 
-def _patience() -> float:
-    return max(LEAST_PATIENCE_S, PATIENCE_S * pace())
+def _patience(api: Provider) -> float:
+    return max(LEAST_PATIENCE_S, PATIENCE_S * clock.pace(api.base))

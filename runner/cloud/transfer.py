@@ -16,8 +16,8 @@ from typing import Any
 
 from runner.cloud import clock, payload, wheel
 from runner.cloud.agent import agent, install, tail
-from runner.cloud.runpod.types import Pod
-from runner.cloud.ssh import Connection, HostKeyError, LostError, greeted, user_of
+from runner.cloud.provider import Pod
+from runner.cloud.ssh import Connection, HostKeyError, LostError, connection_to, greeted
 from runner.cloud.ssh_keys import KeyPair
 from runner.config import credentials
 from runner.errors import CannotRunError, Problem, RunFailedError
@@ -80,8 +80,7 @@ class RemoteRun:
 
 def board(pod: Pod, run_id: str, pair: KeyPair, say: Say) -> RemoteRun:
     """Log in to a pod that answers; its server may take its time. LostError where it is not reached."""
-    host, port = str(pod.ssh_host), int(pod.ssh_port or 22)
-    connection = Connection(pod.id, host, port, pair.private, user_of(pod.raw))
+    connection = connection_to(pod, pair.private)
     end = time.monotonic() + BOARDING_S
     while True:
         try:
@@ -134,7 +133,7 @@ def arm(at: RemoteRun, orders: dict[str, Any], say: Say) -> dict[str, Any]:
     at.place("agent.json", orders)
     status = at.start_agent()
     if status.get("state") == "refused":
-        remedy = "without --detach the launcher stays and ends the pod; or take a pod of RunPod's own (where.cloud)"
+        remedy = "without --detach the launcher stays and ends the pod; or take another pod (where.cloud)"
         what = "the pod may not end itself, and nobody would watch over it: a detached run is refused"
         raise RunFailedError(Problem(what, None, remedy))
     if not status.get("right_to_end"):
@@ -161,14 +160,14 @@ def try_gpus(at: RemoteRun, spec: RunSpec) -> None:
 
 
 def try_memory(at: RemoteRun, needed_gib: float) -> None:
-    """CannotRunError where the pod has less main memory than the plan needs: RunPod's API takes no minimum of it."""
+    """CannotRunError where the pod has less main memory than the plan needs: a provider takes no minimum of it."""
     said = at.connection.attempt(MEMORY)[1].split()
     sizes = [int(word) for word in said if word.isdecimal()]  # not "max"
     has = min(sizes, default=0) / GIB
     if sizes and needed_gib > FREE_SHARE * has:
         what = f"the pod has {has:.0f} GiB of main memory, and the plan needs {needed_gib:.0f} GiB"
         remedy = "take more GPUs or another type, whose pods have more, or a run that offloads less; it was given back"
-        raise CannotRunError(Problem(what, "where=runpod", remedy))
+        raise CannotRunError(Problem(what, "where", remedy))
 
 
 MEMORY = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runner.cloud.runpod.offers import stand_ins
+from runner.cloud.runpod.catalog import stand_ins
 from runner.config import catalog
 from runner.config.validation import validated
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError

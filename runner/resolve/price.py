@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runner.cloud.runpod import prices
-from runner.cloud.runpod.cpu_flavors import vcpus
+from runner.cloud.runpod.catalog import vcpus
 from runner.config import catalog
 from runner.spec import HardwareSpec, RunPodPlace, Where
 

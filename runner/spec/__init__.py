@@ -15,11 +15,11 @@ from runner.spec.objective import Dpo, Grpo, Kto, Objective, Orpo, Pretrain, Rew
 from runner.spec.push import PushSpec
 from runner.spec.run import RunInfo, RunSpec, SweepSpec
 from runner.spec.train import EvalSpec, TrackSpec, TrainSpec
-from runner.spec.where import AutoPlace, LocalPlace, RunPodPlace, Where
+from runner.spec.where import AutoPlace, LocalPlace, RentedPlace, RunPodPlace, Where
 
 __all__ = [
     "Auto", "AutoPlace", "DataSpec", "DeepSpeedSpec", "Dpo", "EvalSpec", "Freeze", "Full", "Grpo", "HardwareSpec",
     "Kto", "Layers", "LocalPlace", "Lora", "Method", "ModelSpec", "Named", "Objective", "Orpo", "Part", "Pretrain",
-    "PushSpec", "QLora4", "QLora8", "Reward", "RunInfo", "RunPodPlace", "RunSpec", "Sft", "SourceSpec", "SweepSpec", "TrackSpec",
+    "PushSpec", "QLora4", "QLora8", "RentedPlace", "Reward", "RunInfo", "RunPodPlace", "RunSpec", "Sft", "SourceSpec", "SweepSpec", "TrackSpec",
     "TrainSpec", "Where",
 ]  # fmt: skip

@@ -39,7 +39,7 @@ class LocalPlace(_Place):
     """Name of the choice."""
 
 
-class _RentedPlace(_Place):
+class _PodKeys(_Place):
     """What a rented pod is like."""
 
     cloud: Literal["secure", "community"] = "secure"
@@ -116,7 +116,7 @@ class _RentedPlace(_Place):
         return self.pod is not None if self.keep is None else self.keep
 
     @model_validator(mode="after")
-    def _agree(self) -> _RentedPlace:
+    def _agree(self) -> _PodKeys:
         if self.pod is not None and (self.spot or self.volume):
             key, word = ("where.spot", "spot") if self.spot else ("where.volume", "volume")
             raise ValueError(f"{key}: a pod that exists has its price and its disks already; leave out where.{word}")
@@ -129,14 +129,21 @@ class _RentedPlace(_Place):
         return self
 
 
-class RunPodPlace(_RentedPlace):
+class RentedPlace(_PodKeys):
+    """A place at a provider, which has the same name in `runner/cloud/providers.py`."""
+
+    name: str
+    """Name of the choice."""
+
+
+class RunPodPlace(RentedPlace):
     """Run on a pod rented from RunPod, which is ended and verified to be gone when the run ends."""
 
     name: Literal["runpod"]
     """Name of the choice."""
 
 
-class AutoPlace(_RentedPlace):
+class AutoPlace(_PodKeys):
     """Run here if it fits here and ends in time, else on the cheapest rented hardware that it fits."""
 
     name: Literal["auto"]

@@ -17,8 +17,8 @@ import pytest
 
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger, LedgerError
-from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.pod_request import PodRequest
+from runner.cloud.provider import PodRequest
+from runner.cloud.runpod.provider import RunPod
 from runner.emulator.container import free_port
 from runner.errors import Problem
 from tests.support.emulated import IMAGE, Emulator, emulator, needs_sshd, until
@@ -39,7 +39,7 @@ def answered(*words: str, code: int = 0) -> Any:
 
 def elsewhere(name: str = "runner-demo-20261125-abcd-0001", **env: str) -> str:
     """A pod that another machine has rented."""
-    return Api().create_pod(PodRequest(name, IMAGE, "secure", gpu_id="NVIDIA L4", env=env)).id
+    return RunPod().create_pod(PodRequest(name, IMAGE, "secure", gpu_id="NVIDIA L4", env=env)).id
 
 
 @needs_sshd
@@ -209,7 +209,7 @@ def test_reap_ends_what_is_past_its_deadline_and_all_only_if_asked(emulator: Emu
     late = elsewhere("runner-a-0001", RUNNER_DEADLINE=str(time.time() - 60), RUNNER_RUN_ID="a")
     young = elsewhere("runner-b-0001", RUNNER_DEADLINE=str(time.time() + 3600))
     kept = elsewhere("runner-c-0001", RUNNER_DEADLINE=str(time.time() - 60))
-    Api().stop(kept)
+    RunPod().stop(kept)
     other = elsewhere("somebody-else")
     assert {row["state"] for row in answered("pods")} == {"ELSEWHERE"}
     assert answered("pods", "reap", "--yes") == {"ended": [late]}
@@ -272,7 +272,7 @@ def test_gpus_of_a_country(emulator: Emulator) -> None:
 
 
 def test_templates_are_searched_by_every_word(emulator: Emulator) -> None:
-    api = Api()
+    api = RunPod()
     own = api.create_template({"name": "My own Torch", "image": "me/torch:1"})
     assert [(row["id"], row["source"]) for row in answered("pods", "templates", "TORCH")] == [
         (own, "own"), ("runpod-torch-v280", "official"),

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from runner.cloud.errors import ApiDownError, UnclearError
+from runner.cloud.provider import PodRequest
 from runner.cloud.runpod import transport
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import ApiDownError, UnclearError
-from runner.cloud.runpod.pod_request import PodRequest
+from runner.cloud.runpod.provider import RunPod
 from runner.errors import RunnerError
 from tests.cloud.test_agent_disks import odd
 from tests.support.emulated import IMAGE
@@ -25,7 +26,7 @@ def api(odd: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Api:
     monkeypatch.setenv("RUNPOD_API_BASE_URL", odd["url"])
     monkeypatch.setenv("RUNPOD_API_KEY", "rpa_key")
     monkeypatch.setattr(transport, "PAUSE_S", 0.01)
-    return Api()
+    return RunPod()
 
 
 ASKED: list[Callable[[Api], Any]] = [

@@ -16,6 +16,7 @@ from runner.cloud.ledger import Ledger
 from runner.cloud.lifecycle import acquire
 from runner.cloud.reconcile import UNKNOWN_S, reconcile
 from runner.cloud.runpod.api import Api
+from runner.cloud.runpod.provider import RunPod
 from tests.cli.test_pods_verbs import elsewhere
 from tests.support.emulated import Emulator, emulator
 from tests.support.front import here, laptop, runner
@@ -69,7 +70,7 @@ def test_without_runpods_time_nothing_is_ended(
     rented = left_alone(tmp_path, emulator)
     another_process(DAY)
     monkeypatch.setattr(Api, "time", lambda self: None)
-    assert reconcile(Api(), Ledger()) == [] and list(emulator.pods()) == [rented.pod.id]
+    assert reconcile(RunPod(), Ledger()) == [] and list(emulator.pods()) == [rented.pod.id]
     assert runner("pods", "reap", "--yes").exit_code == 0
     assert list(emulator.pods()) == [rented.pod.id]
 
@@ -88,9 +89,9 @@ def test_a_pod_that_another_machine_has_kept_and_started_again_is_not_past_its_f
 ) -> None:
     then = time.time()
     pod = elsewhere("runner-a-0001", RUNNER_RENTED=str(then), RUNNER_DEADLINE=str(then + 3600))
-    Api().stop(pod)
+    RunPod().stop(pod)
     emulator.clock.skew_s = 7200
-    Api().start(pod)
+    RunPod().start(pod)
     until(lambda: emulator.pods()[pod].status == "RUNNING")
     assert json.loads(runner("pods", "reap", "--yes", "--json").stdout)["ended"] == []
     emulator.clock.skew_s = 7200 + 3700
@@ -104,10 +105,10 @@ def test_a_lost_create_is_not_forgotten_because_the_clock_was_set(emulator: Emul
     while emulator.pods():
         time.sleep(0.02)
     another_process(DAY)
-    reconcile(Api(), Ledger())
+    reconcile(RunPod(), Ledger())
     assert [entry.state for entry in Ledger().entries()] == ["CREATE_UNKNOWN"]
     emulator.clock.skew_s = UNKNOWN_S + 60
-    reconcile(Api(), Ledger())
+    reconcile(RunPod(), Ledger())
     assert Ledger().entries() == []
 
 

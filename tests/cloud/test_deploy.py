@@ -11,8 +11,8 @@ import pytest
 
 from runner.cloud.runpod import deploy as deploying
 from runner.cloud.runpod import serverless
-from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.deploy import DeployOptions
+from runner.cloud.runpod.provider import RunPod
 from runner.cloud.runpod.serverless import Source
 from runner.errors import CannotRunError, RunnerError
 from runner.rundir.directory import RunDir
@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> RunDir:
 
 def test_an_adapter_is_served_beside_its_base_and_deleted_again(run: RunDir, emulator: Emulator) -> None:
     done = deploying.deploy(run.path, DeployOptions(secret="hf"), yes)
-    (endpoint,), (template,) = Api().endpoints(), Api().templates()
+    (endpoint,), (template,) = RunPod().endpoints(), RunPod().templates()
     assert endpoint["id"] == done["endpoint"] and template["id"] == done["template"]
     assert endpoint["workers"]["min"] == 0 and endpoint["gpu"]["pools"] == ["AMPERE_24", "ADA_24"]
     env = template["env"]
@@ -47,7 +47,7 @@ def test_an_adapter_is_served_beside_its_base_and_deleted_again(run: RunDir, emu
     with pytest.raises(RunnerError, match="already"):
         deploying.deploy(run.path, DeployOptions(), yes)
     assert len(deploying.delete(run.path)) == 2
-    assert Api().endpoints() == [] and Api().templates() == []
+    assert RunPod().endpoints() == [] and RunPod().templates() == []
     assert deploying.delete(run.path) == []
 
 
@@ -56,20 +56,20 @@ def test_a_lost_answer_is_looked_up_and_a_refusal_leaves_no_template(run: RunDir
 
     def lost(name: str) -> Callable[[], str]:
         def make() -> str:
-            from runner.cloud.runpod.errors import UnclearError
+            from runner.cloud.errors import UnclearError
 
             calls.append(name)
-            Api().create_template({"name": name, "image": "x/y", "serverless": True})
+            RunPod().create_template({"name": name, "image": "x/y", "serverless": True})
             raise UnclearError("no answer")
 
         return make
 
-    found = deploying._made(lost("runner-a"), Api().templates, "runner-a")
-    assert calls == ["runner-a"] and [t["id"] for t in Api().templates()] == [found]
-    Api().delete_template(found)
+    found = deploying._made(lost("runner-a"), RunPod().templates, "runner-a")
+    assert calls == ["runner-a"] and [t["id"] for t in RunPod().templates()] == [found]
+    RunPod().delete_template(found)
     with pytest.raises(RunnerError):
         deploying.deploy(run.path, DeployOptions(pools=("NO_SUCH_POOL",)), yes)
-    assert Api().templates() == [] and Api().endpoints() == []
+    assert RunPod().templates() == [] and RunPod().endpoints() == []
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,15 @@ from rich.console import Console
 from runner.cloud import executor, termination, transfer
 from runner.cloud import lifecycle as renting
 from runner.cloud.clock import ProviderClock
+from runner.cloud.errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
 from runner.cloud.lease import Lease, spent
 from runner.cloud.ledger import PREFIX, Ledger, LedgerError
 from runner.cloud.lifecycle import acquire
+from runner.cloud.provider import Pod
 from runner.cloud.reconcile import UNKNOWN_S, _armed, reconcile
 from runner.cloud.run_output import RunOutput
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
-from runner.cloud.runpod.types import Pod
+from runner.cloud.runpod.provider import RunPod
 from runner.cloud.session import Session
 from runner.cloud.ssh_keys import KeyPair
 from runner.errors import Problem, RunFailedError
@@ -103,7 +104,7 @@ def test_keep_leaves_it_stopped_and_says_so(emulator: Emulator, rent: Rent) -> N
     (pod,) = emulator.pods().values()
     assert pod.status == "EXITED" and states(rented.name)[-1] == "STOPPED"
     assert rented.kept_usd_per_day() == pytest.approx(50 * 0.20 / 730 * 24)
-    assert reconcile(Api(), Ledger()) == [] and len(emulator.pods()) == 1  # kept on purpose
+    assert reconcile(RunPod(), Ledger()) == [] and len(emulator.pods()) == 1  # kept on purpose
 
 
 @pytest.mark.parametrize("fault", ["lost", "timeout"])
@@ -125,7 +126,7 @@ def test_a_pod_that_appears_long_after_its_create_is_ended_too(emulator: Emulato
     emulator.inject("lost", on="create")
     rented = rent()  # another one, under another name
     assert creates(emulator) == 2 and len(emulator.pods()) == 2
-    until(lambda: len(Api().pods()) == 2, 20)
+    until(lambda: len(RunPod().pods()) == 2, 20)
     assert rented.refresh() is not None
     assert list(emulator.pods()) == [rented.pod.id]
     rented.release()
@@ -191,7 +192,7 @@ def test_an_end_that_cannot_be_confirmed_is_loud_and_tried_again_by_the_next_com
     assert states(rented.name)[-1] == "TERMINATING"
     emulator.clear()
     Ledger().leave(rented.name)  # the launcher has ended
-    (note,) = reconcile(Api(), Ledger())
+    (note,) = reconcile(RunPod(), Ledger())
     assert rented.pod.id in note and emulator.pods() == {}
 
 
@@ -248,7 +249,7 @@ def test_a_pod_that_is_absent_once_is_not_gone(emulator: Emulator, rent: Rent, m
     with monkeypatch.context() as context:
         taken = absent(context, "ap")
         assert entry is not None
-        assert _armed(Api(), Ledger(), entry, None, ProviderClock(lambda: None)) is None and taken == ["a", "p"]
+        assert _armed(RunPod(), Ledger(), entry, None, ProviderClock(lambda: None)) is None and taken == ["a", "p"]
     assert states(rented.name) == before and list(emulator.pods()) == [rented.pod.id]
     emulator.inject("vanish", pod=rented.pod.id)
     until(lambda: not emulator.pods())
@@ -262,8 +263,8 @@ def test_of_two_commands_one_settles_what_a_launcher_has_left(
     rented.ledger.leave(rented.name)
     with monkeypatch.context() as context:
         context.setattr(Ledger, "take", lambda self, name: False)  # the other one was faster
-        assert reconcile(Api(), Ledger()) == [] and list(emulator.pods()) == [rented.pod.id]
-    (note,) = reconcile(Api(), Ledger())
+        assert reconcile(RunPod(), Ledger()) == [] and list(emulator.pods()) == [rented.pod.id]
+    (note,) = reconcile(RunPod(), Ledger())
     assert rented.pod.id in note and emulator.pods() == {}
 
 
@@ -277,7 +278,7 @@ def test_an_end_is_confirmed_by_two_absences_in_a_row(
     before = sum(e.method == "DELETE" for e in emulator.exchanges)
     with monkeypatch.context() as context:
         taken = absent(context, looks)
-        termination.confirm_gone(Api(), rented.name, rented.pod.id)
+        termination.confirm_gone(RunPod(), rented.name, rented.pod.id)
     assert "".join(taken) == looks
     assert sum(e.method == "DELETE" for e in emulator.exchanges) - before == asked
     emulator.clear()
@@ -423,6 +424,7 @@ import os, signal, sys
 from pathlib import Path
 from runner.cloud import ledger, lifecycle as pod, readiness as waiting
 from runner.cloud.runpod.api import Api
+from runner.cloud.runpod.provider import RunPod
 from tests.support.rented import PLAN, Key, rented_spec, run_of
 die, folder = sys.argv[1], Path(sys.argv[2])
 waiting.says_hello = lambda host, port: True
@@ -460,7 +462,7 @@ def test_after_a_launcher_was_killed_the_next_command_ends_its_pod(
     dead = launcher(die, tmp_path / "runs")
     assert dead.wait(60) == -signal.SIGKILL
     assert len(emulator.pods()) == (die != "PLANNED")
-    notes = reconcile(Api(), Ledger())
+    notes = reconcile(RunPod(), Ledger())
     assert emulator.pods() == {} and Ledger().entries() == []
     assert ("is ended" in "".join(notes)) == (die != "PLANNED")
 
@@ -470,13 +472,13 @@ def test_a_living_launchers_pod_is_left_alone_and_an_armed_one_survives_it(emula
     assert alive.stdout is not None
     while "ready" not in alive.stdout.readline():
         pass
-    assert reconcile(Api(), Ledger()) == [] and len(emulator.pods()) == 1
+    assert reconcile(RunPod(), Ledger()) == [] and len(emulator.pods()) == 1
     alive.kill()
     alive.wait()
-    assert reconcile(Api(), Ledger()) == [] and len(emulator.pods()) == 1  # its agent ends it in time
+    assert reconcile(RunPod(), Ledger()) == [] and len(emulator.pods()) == 1  # its agent ends it in time
     (entry,) = Ledger().entries()
     Ledger().set(entry.name, deadline=time.time() - 3600)
-    assert "past its deadline" in reconcile(Api(), Ledger())[0]
+    assert "past its deadline" in reconcile(RunPod(), Ledger())[0]
     assert emulator.pods() == {}
 
 
@@ -489,10 +491,10 @@ def test_a_pod_that_stopped_itself_with_its_result_is_not_ended(emulator: Emulat
     alive.wait()
     (entry,) = Ledger().entries()
     assert entry.pod_id is not None
-    Api().stop(entry.pod_id)
+    RunPod().stop(entry.pod_id)
     Ledger().set(entry.name, deadline=time.time() - 3600)
-    assert f"runner fetch {entry.run_id}" in reconcile(Api(), Ledger())[0]
-    assert reconcile(Api(), Ledger()) == [] and len(emulator.pods()) == 1
+    assert f"runner fetch {entry.run_id}" in reconcile(RunPod(), Ledger())[0]
+    assert reconcile(RunPod(), Ledger()) == [] and len(emulator.pods()) == 1
     assert Ledger().entries()[0].state == "STOPPED"
 
 
@@ -502,7 +504,7 @@ def test_another_accounts_pods_are_not_taken_for_gone(
     rented = rent()
     rented.ledger.leave(rented.name)
     rented.ledger.set(rented.name, account="another", pod_id="elsewhere")
-    (note,) = reconcile(Api(), Ledger())
+    (note,) = reconcile(RunPod(), Ledger())
     assert "another key" in note and len(Ledger().entries()) == 1
 
 
@@ -514,8 +516,8 @@ def test_a_create_that_came_to_nothing_is_forgotten_after_a_while(emulator: Emul
     (entry,) = Ledger().entries()
     assert entry.state == "CREATE_UNKNOWN"
     Ledger().leave(entry.name)
-    assert reconcile(Api(), Ledger()) == [] and len(Ledger().entries()) == 1
+    assert reconcile(RunPod(), Ledger()) == [] and len(Ledger().entries()) == 1
     Ledger().leave(entry.name)
     Ledger().set(entry.name, created=time.time() - UNKNOWN_S - 1)
-    reconcile(Api(), Ledger())
+    reconcile(RunPod(), Ledger())
     assert Ledger().entries() == []

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from runner.cloud import ledger as ledgers
+from runner.cloud.errors import StillThereError
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger, LedgerError
 from runner.cloud.lifecycle import acquire
 from runner.cloud.reconcile import reconcile
-from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import StillThereError
+from runner.cloud.runpod.provider import RunPod
 from runner.emulator.container import namespaces
 from tests.conftest import ROOT
 from tests.support.emulated import Emulator, emulator
@@ -217,7 +217,7 @@ def test_reconcile_says_what_it_cannot_do(emulator: Emulator, tmp_path: Path, da
     rented.ledger.leave(rented.name)
     ledger = Ledger()
     damage("garbage")
-    assert "cannot be written" in "".join(reconcile(Api(), ledger))
+    assert "cannot be written" in "".join(reconcile(RunPod(), ledger))
 
 
 ON_A_FULL_DISK = """

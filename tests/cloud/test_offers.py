@@ -8,10 +8,11 @@ import pytest
 
 from runner.cloud.budget import Meter, stopped_usd_per_day
 from runner.cloud.lease import deadline_of
-from runner.cloud.preflight import check
+from runner.cloud.lifecycle import find_offers
 from runner.cloud.runpod import templates
-from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.offers import candidates, cpu_candidates, image_of, runpod, stand_ins
+from runner.cloud.runpod.catalog import image_of, stand_ins
+from runner.cloud.runpod.offers import candidates, cpu_candidates, runpod
+from runner.cloud.runpod.provider import RunPod
 from runner.cloud.runpod.types import CpuType, GpuType, Volume
 from runner.cloud.runpod.volumes import usd_per_month
 from runner.errors import RunnerError
@@ -99,9 +100,9 @@ def test_what_cannot_be_is_one_line_with_its_remedy(words: list[str], code: int,
     ],
 )
 def test_before_any_pod(emulator: Emulator, words: list[str], code: int, says: str) -> None:
-    Api().create_volume("data", 50, "EU-RO-1")
+    RunPod().create_volume("data", 50, "EU-RO-1")
     with pytest.raises(RunnerError) as error:
-        check(Api(), rented_spec(*words), PLAN)
+        find_offers(RunPod(), rented_spec(*words), PLAN)
     (problem,) = error.value.problems
     assert error.value.exit_code == code and says in f"{problem.what} → {problem.remedy}"
     assert emulator.pods() == {} and not any(e.method == "POST" and e.path == "/v2/pods" for e in emulator.exchanges)
@@ -122,10 +123,10 @@ def test_before_any_pod(emulator: Emulator, words: list[str], code: int, says: s
 def test_a_country_is_its_data_centres_by_the_catalogue(
     emulator: Emulator, words: list[str], expected: list[tuple[str, ...]]
 ) -> None:
-    Api().create_volume("data", 50, "EU-RO-1")
-    machines, _ = check(Api(), rented_spec(f"where.gpu_types=[{RTX4090}]", *words), PLAN)
+    RunPod().create_volume("data", 50, "EU-RO-1")
+    machines = find_offers(RunPod(), rented_spec(f"where.gpu_types=[{RTX4090}]", *words), PLAN)
     assert [machine.data_centers for machine in machines] == expected
-    cpu, _ = check(Api(), rented_spec("hw=cpu", "where.country=CA"), PLAN)
+    cpu = find_offers(RunPod(), rented_spec("hw=cpu", "where.country=CA"), PLAN)
     assert [machine.data_centers for machine in cpu] == [("CA-MTL-3",)]
 
 
@@ -146,19 +147,19 @@ def test_a_country_is_its_data_centres_by_the_catalogue(
 def test_a_country_that_cannot_be_is_refused_before_renting(
     emulator: Emulator, words: list[str], code: int, says: str
 ) -> None:
-    Api().create_volume("data", 50, "EU-RO-1")
+    RunPod().create_volume("data", 50, "EU-RO-1")
     with pytest.raises(RunnerError) as error:
-        check(Api(), rented_spec(*words), PLAN)
+        find_offers(RunPod(), rented_spec(*words), PLAN)
     (problem,) = error.value.problems
     assert error.value.exit_code == code and says in f"{problem.what} → {problem.remedy}"
 
 
 def test_a_template_is_named_by_id_or_name(emulator: Emulator) -> None:
-    assert templates.find(Api(), "RunPod PyTorch 2.8.0") == "runpod-torch-v280"
-    check(Api(), rented_spec("where.template=runpod-torch-v280"), PLAN)
+    assert templates.find(RunPod(), "RunPod PyTorch 2.8.0") == "runpod-torch-v280"
+    find_offers(RunPod(), rented_spec("where.template=runpod-torch-v280"), PLAN)
     for word, says in (("runpod-vllm", "for serverless workers"), ("runpod pytorch 2.9", "did you mean runpod-torch")):
         with pytest.raises(RunnerError) as error:
-            check(Api(), rented_spec(f"where.template={word}"), PLAN)
+            find_offers(RunPod(), rented_spec(f"where.template={word}"), PLAN)
         (problem,) = error.value.problems
         assert error.value.exit_code == 2 and says in f"{problem.what} → {problem.remedy}"
 
@@ -168,7 +169,7 @@ def test_without_ssh_nothing_is_asked(monkeypatch: pytest.MonkeyPatch, emulator:
     monkeypatch.setenv("PATH", "/nowhere")
     before = len(emulator.exchanges)
     with pytest.raises(RunnerError, match="ssh") as error:
-        check(Api(), spec, PLAN)
+        find_offers(RunPod(), spec, PLAN)
     assert error.value.exit_code == 3 and "apt-get install" in str(error.value.problems[0].remedy)
     assert len(emulator.exchanges) == before
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from runner.cloud.agent import agent
+from runner.cloud.errors import NoCapacityError, StillThereError
 from runner.cloud.lease import Lease, spent
 from runner.cloud.ledger import HeldError, Ledger
 from runner.cloud.lifecycle import acquire
 from runner.cloud.one_pod_per_run import refuse_second
+from runner.cloud.provider import PodRequest
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import NoCapacityError, StillThereError
-from runner.cloud.runpod.pod_request import PodRequest
+from runner.cloud.runpod.provider import RunPod
 from runner.errors import RequestError
 from runner.rundir.directory import RunDir
 from tests.cloud.test_agent import Pod, pod
@@ -85,14 +86,14 @@ def test_a_pod_that_is_gone_or_half_made_is_no_obstacle(emulator: Emulator, run:
     left(run, "SYNCED")
     assert "is ended" in "".join(refuse_second(run.id, rents=True)) and emulator.pods() == {}
     rented = left(run)
-    Api().terminate(rented.pod.id)
+    RunPod().terminate(rented.pod.id)
     assert "is gone" in "".join(refuse_second(run.id, rents=True))
     assert Ledger().entries() == []
 
 
 def test_another_runs_pod_is_none_of_its_business(emulator: Emulator, run: RunDir, tmp_path: Path) -> None:
     left(run_of(rented_spec(), tmp_path / "runs"))
-    Api().create_pod(PodRequest("somebody-else", IMAGE, "secure", gpu_id="NVIDIA L4"))
+    RunPod().create_pod(PodRequest("somebody-else", IMAGE, "secure", gpu_id="NVIDIA L4"))
     assert refuse_second(run.id, rents=True) == []
 
 
@@ -175,14 +176,14 @@ def test_a_kept_pod_of_another_kind_is_refused_and_stays(emulator: Emulator, run
 def test_a_kept_pod_that_is_gone_is_replaced(emulator: Emulator, run: RunDir) -> None:
     first = rent(run)
     first.release(keep=True)
-    Api().terminate(first.pod.id)
+    RunPod().terminate(first.pod.id)
     again = rent(run)
     assert again.pod.id != first.pod.id and list(emulator.pods()) == [again.pod.id]
 
 
 def test_what_a_stopped_pod_alone_has_is_fetched_before_the_run_goes_on_here(emulator: Emulator, run: RunDir) -> None:
     rented = left(run)
-    Api().stop(rented.pod.id)
+    RunPod().stop(rented.pod.id)
     assert "runner fetch" in "".join(refuse_second(run.id, rents=True))  # a note: the pod itself is used
     with pytest.raises(RequestError, match="has stopped itself") as error:
         refuse_second(run.id, rents=False)

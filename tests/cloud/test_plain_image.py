@@ -8,7 +8,7 @@ import pytest
 
 from runner.cloud import lifecycle, ssh_keys
 from runner.cloud.agent import boot
-from runner.cloud.ssh import Connection, user_of
+from runner.cloud.ssh import connection_to
 from tests.support.emulated import Emulator, emulator, needs_sshd  # noqa: F401
 from tests.support.rented import PLAN, rented_spec, run_of, state  # noqa: F401
 
@@ -24,7 +24,7 @@ def test_an_image_without_an_ssh_server_is_reached_all_the_same(emulator: Emulat
     rented = lifecycle.acquire(run, spec, PLAN, pair, print, alone_minutes=5)
     try:
         at = rented.pod
-        with_key = Connection(str(at.id), str(at.ssh_host), int(at.ssh_port or 22), pair.private, user_of(at.raw))
+        with_key = connection_to(at, pair.private)
         e = "${RUNNER_RP_ENVIRONMENT:-/etc/rp_environment}"
         said = with_key.run(f". {e}; echo $RUNPOD_POD_ID; command -v python3; test -e /start.sh || echo plain")
         with_key.close()

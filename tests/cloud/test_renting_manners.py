@@ -8,9 +8,8 @@ import pytest
 from rich.console import Console
 
 from runner.cloud import executor, readiness
+from runner.cloud.errors import NoBalanceError, NoImageError, PullLimitError
 from runner.cloud.lifecycle import acquire
-from runner.cloud.readiness import NoImageError, PullLimitError
-from runner.cloud.runpod.errors import NoBalanceError
 from runner.report.known_causes import cause_of
 from runner.rundir.directory import RunDir
 from runner.rundir.launch_options import LaunchOptions

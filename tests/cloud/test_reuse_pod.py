@@ -11,9 +11,9 @@ from runner.cli.options import request_of
 from runner.cloud import reuse_pod
 from runner.cloud.ledger import NOBODY, Ledger
 from runner.cloud.lifecycle import acquire
+from runner.cloud.provider import PodRequest
 from runner.cloud.reconcile import reconcile
-from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.pod_request import PodRequest
+from runner.cloud.runpod.provider import RunPod
 from runner.errors import RequestError
 from runner.resolve.steps import resolved
 from runner.rundir.directory import RunDir
@@ -40,7 +40,7 @@ def stopped(run: RunDir, status: str) -> str:
 
 
 def found(*words: str) -> reuse_pod.Found:
-    return reuse_pod.find(Api(), Ledger(), rented_spec(*WORDS, *words))
+    return reuse_pod.find(RunPod(), Ledger(), rented_spec(*WORDS, *words))
 
 
 def test_a_stopped_pod_is_found_by_its_id_and_by_its_run(emulator: Emulator, run: RunDir) -> None:
@@ -70,7 +70,7 @@ def test_a_pod_of_another_run_or_machine_or_project_is_refused(emulator: Emulato
     with pytest.raises(RequestError, match=f"{run.id} is in pod {rented.pod.id}"):
         found(f"where.pod={rented.pod.id}")
     for name, said in (("runner-a-0001", "was rented from another machine"), ("theirs", "this project has no pod")):
-        other = Api().create_pod(PodRequest(name, IMAGE, "secure", gpu_id=RTX4090)).id
+        other = RunPod().create_pod(PodRequest(name, IMAGE, "secure", gpu_id=RTX4090)).id
         with pytest.raises(RequestError, match=said):
             found(f"where.pod={other}")
 
@@ -93,7 +93,7 @@ def test_a_run_that_names_no_hardware_is_planned_for_what_the_pod_has(
     spec, notes = planned(two := pod_of("hw=h100", "hw.num_gpus=2"))
     assert (spec.hw.runpod_gpu_id, spec.hw.num_gpus) == ("NVIDIA H100 80GB HBM3", 2)
     assert f"where.pod={two}: it has 2 × NVIDIA H100 80GB HBM3 (hw=h100)" in notes
-    assert reuse_pod.find(Api(), Ledger(), spec).pod.id == two
+    assert reuse_pod.find(RunPod(), Ledger(), spec).pod.id == two
     assert planned(pod_of("hw=rtx4090x2"))[0].hw.name == "rtx4090x2"
     cpu = planned(pod_of("hw=cpu", "hw.num_cpus=4"))[0].hw
     assert (cpu.accelerator, cpu.num_cpus) == ("cpu", 4)
@@ -120,9 +120,9 @@ def test_a_launcher_that_dies_as_it_takes_a_pod_leaves_it_stopped(
     pod = stopped(run, "done")
     ledger, (entry,) = Ledger(), Ledger().entries()
     ledger.hand_over(entry.name, "runner-b-0001", run_id="b", run_dir=str(tmp_path / "b"), heartbeat_s=None)
-    Api().start(pod)
+    RunPod().start(pod)
     ledger.set("runner-b-0001", **NOBODY)  # and then the launcher was killed
-    (note,) = reconcile(Api(), ledger)
+    (note,) = reconcile(RunPod(), ledger)
     assert f"pod {pod} of run b is stopped" in note
     assert [(e.state, e.run_id) for e in ledger.entries()] == [("STOPPED", "b")]
     assert {p.id: p.status for p in emulator.pods().values()} == {pod: "EXITED"}

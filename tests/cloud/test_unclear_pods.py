@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
+from runner.cloud.errors import NoBalanceError, NoPodError, StillThereError
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger
 from runner.cloud.lifecycle import acquire
+from runner.cloud.provider import PodRequest
 from runner.cloud.reconcile import reconcile
 from runner.cloud.runpod import types
+from runner.cloud.runpod.account import BILLING_PAGE
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import BILLING_PAGE, NoBalanceError, NoPodError, StillThereError
-from runner.cloud.runpod.pod_request import PodRequest
+from runner.cloud.runpod.provider import RunPod
 from runner.emulator.pods_api import listed
 from tests.support.emulated import IMAGE, Emulator, emulator
 from tests.support.front import here, laptop, runner
@@ -117,8 +119,8 @@ def test_a_double_of_a_launcher_that_was_killed_is_found_by_the_next_command(
     rented = rent(tmp_path)
     rented.ledger.move(rented.name, state, "and then it was killed")
     rented.ledger.leave(rented.name)
-    double = Api().create_pod(PodRequest(rented.name, IMAGE, "secure", gpu_id="NVIDIA L4"))
-    reconcile(Api(), Ledger())
+    double = RunPod().create_pod(PodRequest(rented.name, IMAGE, "secure", gpu_id="NVIDIA L4"))
+    reconcile(RunPod(), Ledger())
     assert double.id not in emulator.pods() and (rented.pod.id in emulator.pods()) == (state == "RUNNING")
 
 
@@ -128,7 +130,7 @@ def test_a_double_of_a_launcher_that_was_killed_is_found_by_the_next_command(
 def two(tmp_path: Path) -> Lease:
     """A run with two pods: its own, and one that came of something else."""
     rented = rent(tmp_path)
-    Api().create_pod(PodRequest(f"runner-{rented.run_id}-beef", IMAGE, "secure", gpu_id="NVIDIA L4"))
+    RunPod().create_pod(PodRequest(f"runner-{rented.run_id}-beef", IMAGE, "secure", gpu_id="NVIDIA L4"))
     return rented
 
 
@@ -179,7 +181,7 @@ def test_terminate_needs_neither_list_nor_ledger_for_an_id(emulator: Emulator, t
 
 
 def test_terminate_by_id_never_touches_a_foreign_pod(emulator: Emulator) -> None:
-    foreign = Api().create_pod(PodRequest("somebody-else", IMAGE, "secure", gpu_id="NVIDIA L4"))
+    foreign = RunPod().create_pod(PodRequest("somebody-else", IMAGE, "secure", gpu_id="NVIDIA L4"))
     for fault in (False, True):
         if fault:
             emulator.inject("answer", on="list", status=500, times=0)

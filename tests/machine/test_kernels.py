@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from runner.cloud.runpod.pod_request import PodRequest
+from runner.cloud.provider import PodRequest
+from runner.cloud.runpod.types import allowed_cuda, request_body
 from runner.doctor import software
 from runner.machine import detect, kernels
 from runner.plan import pod_packages
@@ -94,7 +95,7 @@ def test_flash_attention_that_is_named_is_planned_installed_and_its_host_asked_f
     assert pod_packages.least_cuda(blackwell) == "13.0"
     image = "runpod/pytorch:1.0.7-cu1281-torch280-ubuntu2404"
     request = PodRequest("a", image, "secure", gpu_id="NVIDIA B200", min_cuda="13.0")
-    assert request.body()["gpu"]["minCudaVersion"] == "13.0" and request.allowed_cuda[0] == "13.0"
+    assert request_body(request)["gpu"]["minCudaVersion"] == "13.0" and allowed_cuda(request)[0] == "13.0"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 
 from runner.cloud.agent import install
-from runner.cloud.runpod.pod_request import PodRequest
+from runner.cloud.provider import PodRequest
+from runner.cloud.runpod.types import request_body
 from runner.errors import CannotRunError, RequestError
 from runner.launcher import local, torchrun
 from runner.machine import detect, gpus, kernels, torch_build
@@ -861,7 +862,7 @@ def test_an_environment_whose_torch_sees_too_few_gpus_is_no_good() -> None:
 
 def test_hosts_that_cannot_start_the_image_are_never_asked_for() -> None:
     def gpu(image: str, **more: Any) -> dict[str, Any]:
-        found: dict[str, Any] = PodRequest("n", image, "secure", "NVIDIA L4", **more).body()["gpu"]
+        found: dict[str, Any] = request_body(PodRequest("n", image, "secure", "NVIDIA L4", **more))["gpu"]
         return found
 
     default = RunPodPlace(name="runpod").image
@@ -883,15 +884,15 @@ def test_hosts_that_cannot_start_the_image_are_never_asked_for() -> None:
     ],
 )  # fmt: skip
 def test_the_tag_of_an_image_says_which_hosts_start_it(image: str, least: str | None) -> None:
-    assert PodRequest("n", image, "secure", "NVIDIA L4").body()["gpu"].get("minCudaVersion") == least
+    assert request_body(PodRequest("n", image, "secure", "NVIDIA L4"))["gpu"].get("minCudaVersion") == least
 
 
 def test_a_bid_asks_for_hosts_that_start_the_image_too() -> None:
     """RunPod's GraphQL has no floor, only a list."""
-    from runner.cloud.runpod import spot
+    from runner.cloud.runpod import graphql
 
     def allowed(image: str, **more: Any) -> Any:
-        return spot._input(PodRequest("n", image, "secure", "NVIDIA L4", bid_usd=0.2, **more)).get(
+        return graphql._input(PodRequest("n", image, "secure", "NVIDIA L4", bid_usd=0.2, **more)).get(
             "allowedCudaVersions"
         )
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from urllib.parse import urlsplit
 
-from runner.cloud.runpod.errors import NoKeyError, no_key, odd_key
+from runner.cloud.errors import NoKeyError
+from runner.errors import Problem
 
 KEY = "RUNPOD_API_KEY"
 BASE_URL = "RUNPOD_API_BASE_URL"
 DEFAULT_BASE_URL = "https://api.runpod.io"
-PACE = "RUNNER_CLOUD_PACE"
-LOCAL_PACE = 0.05
+CONSOLE = "https://console.runpod.io"
+KEYS_PAGE = f"{CONSOLE}/user/settings"
+BILLING_PAGE = f"{CONSOLE}/user/billing"
 
 
 def base_url() -> str:
@@ -36,16 +37,23 @@ def fingerprint(key: str) -> str:
     return hashlib.blake2b(key.encode(), digest_size=6, person=b"runner-account").hexdigest()
 
 
-def pace() -> float:
-    """What every wait between two looks is multiplied by; `RUNNER_CLOUD_PACE`, else 1, and less for an emulator here.
+def no_key() -> Problem:
+    """RUNPOD_API_KEY is not set."""
+    return Problem("RUNPOD_API_KEY is not set", "environment", f"export RUNPOD_API_KEY=…, made at {KEYS_PAGE}")
 
-    Waits are for RunPod's sake, which takes seconds and limits requests; a server on this machine does neither.
-    """
-    named = os.environ.get(PACE)
-    if named:
-        return float(named)
-    try:
-        host = urlsplit(base_url()).hostname
-    except ValueError:  # no address at all: the first request will say so
-        return 1.0
-    return LOCAL_PACE if host in ("127.0.0.1", "localhost", "::1") else 1.0
+
+def odd_key() -> Problem:
+    """RUNPOD_API_KEY cannot be sent in a header."""
+    what = "RUNPOD_API_KEY is no key: it has a blank, a line break or a letter that no key has"
+    return Problem(what, "environment", f"copy it again, on one line, from {KEYS_PAGE}")
+
+
+def wrong_key(said: str) -> Problem:
+    """401 or 403."""
+    remedy = f"make a key with write access at {KEYS_PAGE} and export RUNPOD_API_KEY=…"
+    return Problem(f"RunPod does not accept RUNPOD_API_KEY: {said}", "environment", remedy)
+
+
+def no_balance(said: str) -> Problem:
+    """402."""
+    return Problem(f"RunPod: {said}", None, f"add funds at {BILLING_PAGE}; nothing was rented")

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from runner.cloud import clock, ssh
-from runner.cloud.runpod import spot, types
+from runner.cloud import clock
+from runner.cloud.errors import ApiDownError, ConflictError, UnclearError
+from runner.cloud.provider import Pod, PodRequest
+from runner.cloud.runpod import graphql, types
 from runner.cloud.runpod.account import api_key, base_url, fingerprint
-from runner.cloud.runpod.errors import ApiDownError, ConflictError, UnclearError
-from runner.cloud.runpod.pod_request import PodRequest
 from runner.cloud.runpod.transport import NotFound, bounded, request
-from runner.cloud.runpod.types import CpuType, DataCenter, GpuType, Pod, Volume
+from runner.cloud.runpod.types import CpuType, DataCenter, GpuType, Volume
 from runner.errors import Problem
 
 T = TypeVar("T")
@@ -37,7 +37,9 @@ class Api:
         """Ask for a pod, once. UnclearError: look for `wanted.name`; it may exist, and may appear later."""
         if wanted.bid_usd is not None:
             return self._rent_spot(wanted)
-        return _read(types.pod, request("POST", "/v2/pods", json=wanted.body(), repeat=False), UnclearError)
+        return _read(
+            types.pod, request("POST", "/v2/pods", json=types.request_body(wanted), repeat=False), UnclearError
+        )
 
     def pods(self) -> list[Pod]:
         """Every pod of the account, of all pages; an entry that is no pod at all is passed over."""
@@ -65,7 +67,6 @@ class Api:
 
     def terminate(self, pod_id: str) -> None:
         """End it; one that is gone already is no error. Accepted is not done: look afterwards."""
-        ssh.forget(pod_id)
         try:
             request("DELETE", f"/v2/pods/{_segment(pod_id)}", repeat=True)
         except NotFound:
@@ -89,7 +90,6 @@ class Api:
         self._act(pod_id, "restart")
 
     def _act(self, pod_id: str, action: str) -> None:
-        ssh.forget(pod_id)  # its container is made anew
         request("POST", f"/v2/pods/{_segment(pod_id)}/action", json={"action": action}, repeat=action == "stop")
 
     def logs(self, pod_id: str, *, source: str | None = None, tail: int = 100, follow: bool = False) -> Iterator[str]:
@@ -120,7 +120,7 @@ class Api:
                 return
 
     def _rent_spot(self, wanted: PodRequest) -> Pod:
-        pod_id = spot.rent(wanted)
+        pod_id = graphql.rent_spot(wanted)
         try:
             found = self.pod(pod_id)
         except ApiDownError as error:

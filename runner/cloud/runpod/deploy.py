@@ -9,9 +9,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from runner.cloud.errors import CloudError, UnclearError
 from runner.cloud.runpod import serverless
+from runner.cloud.runpod.account import CONSOLE
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import CONSOLE, CloudError, UnclearError
 from runner.cloud.runpod.serverless import Gpus, Source
 from runner.config.repeat import spec_of
 from runner.errors import Problem, RequestError

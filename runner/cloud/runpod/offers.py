@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from runner.cloud.runpod.cpu_flavors import vcpus
+from runner.cloud.provider import Offer
+from runner.cloud.runpod import templates
+from runner.cloud.runpod.api import Api
+from runner.cloud.runpod.catalog import image_of, stand_ins, vcpus
+from runner.cloud.runpod.types import DataCenter, Volume
 from runner.config.suggestions import nearest
 from runner.errors import CannotRunError, Problem, RequestError
 from runner.plan.pod_packages import data
@@ -16,32 +20,10 @@ if TYPE_CHECKING:
     from runner.cloud.runpod.types import CpuType, GpuType, Volume
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A machine to ask for."""
-
-    cloud: str
-    usd_per_hour: float
-    """Of all its GPUs, as the catalogue says it."""
-    gpu_id: str | None = None
-    gpu_count: int = 0
-    cpu_id: str | None = None
-    num_vcpus: int = 0
-    data_centers: tuple[str, ...] = ()
-    """Any of these; empty means anywhere."""
-
-    @property
-    def described(self) -> str:
-        """`3 × NVIDIA H100 80GB HBM3 in EU-RO-1 (secure cloud, $9.87 an hour)`."""
-        what = f"{self.gpu_count} × {self.gpu_id}" if self.gpu_id else f"{self.cpu_id} with {self.num_vcpus} vCPUs"
-        place = f" in {' or '.join(self.data_centers)}" if self.data_centers else ""
-        return f"{what}{place} ({self.cloud} cloud, ${self.usd_per_hour:.2f} an hour)"
-
-
 def candidates(
     spec: RunSpec, plan: dict[str, Any], gpus: Sequence[GpuType], volume: Volume | None,
     within: Mapping[str, tuple[str, ...]] | None = None,
-) -> list[Candidate]:  # fmt: skip
+) -> list[Offer]:  # fmt: skip
     """Machines for a run of GPUs, best first; with `within` only in those data centres of each GPU type. RequestError
     and CannotRunError say why there is none."""
     place, count = runpod(spec), max(1, spec.hw.num_gpus)
@@ -49,7 +31,7 @@ def candidates(
     wanted = wanted_gpus(spec, known)
     price = {i: known[i].usd(place.cloud) for i in wanted}
     dearer = _affordable(spec, plan)
-    found: list[Candidate] = []
+    found: list[Offer] = []
     why: list[str] = []
     for gpu_id in wanted:
         gpu, usd = known[gpu_id], price[gpu_id]
@@ -65,7 +47,7 @@ def candidates(
         elif reason := dearer(rate, named=gpu_id in place.gpu_types or gpu_id == spec.hw.runpod_gpu_id):
             why.append(f"{gpu_id}: {reason}")
         else:
-            machine = Candidate(place.cloud, rate, gpu_id, count)
+            machine = Offer(place.cloud, rate, gpu_id, count)
             found += _placed(machine, place, volume, there)
     if not found:
         raise CannotRunError(Problem("; ".join(why), "where=runpod", _remedy(why, place)))
@@ -74,7 +56,7 @@ def candidates(
 
 def cpu_candidates(
     spec: RunSpec, cpus: Sequence[CpuType], volume: Volume | None, within: Sequence[str] = ()
-) -> list[Candidate]:
+) -> list[Offer]:
     """A CPU pod: for `hw=cpu`, to try things at a few cents an hour. It is in the secure cloud, as all of them are."""
     place = runpod(spec)
     known = {cpu.id: cpu for cpu in cpus}
@@ -87,7 +69,7 @@ def cpu_candidates(
     rate = flavour.usd_per_vcpu * cores
     if reason := _over_the_cap(place, rate):
         raise CannotRunError(Problem(f"{place.cpu_type}: {reason}", "where.max_usd", _remedy([reason], place)))
-    machine = Candidate("secure", rate, cpu_id=flavour.id, num_vcpus=cores)
+    machine = Offer("secure", rate, cpu_id=flavour.id, num_vcpus=cores)
     return _placed(machine, place, volume, within)
 
 
@@ -112,30 +94,13 @@ def wanted_gpus(spec: RunSpec, known: dict[str, GpuType]) -> list[str]:
     return [first, *(i for i in others if known[i].memory_gb >= memory)]
 
 
-def stand_ins(num_parameters: int | None) -> list[str]:
-    """The list of conf/runpod/gpus.yaml for a model of that size."""
-    billions = (num_parameters or 0) / 1e9
-    for entry in data("gpus")["by_size"]:
-        if entry["up_to"] is None or billions <= entry["up_to"]:
-            return list(entry["gpus"])
-    return []
-
-
-def image_of(place: RunPodPlace) -> str:
-    """The container image that `where.image` names."""
-    named: dict[str, Any] = data("images").get(place.image, {})
-    return str(named.get("image", place.image))
-
-
 def runpod(spec: RunSpec) -> RunPodPlace:
     """The place of a run that is to be rented."""
     assert isinstance(spec.where, RunPodPlace)
     return spec.where
 
 
-def _placed(
-    machine: Candidate, place: RunPodPlace, volume: Volume | None, within: Sequence[str] = ()
-) -> list[Candidate]:
+def _placed(machine: Offer, place: RunPodPlace, volume: Volume | None, within: Sequence[str] = ()) -> list[Offer]:
     """One per data centre that was named, in that order; with a network volume, where that is; else one for all data
     centres of the countries that were named."""
     if volume is not None:
@@ -186,3 +151,94 @@ def _unknown(gpu_id: str, known: dict[str, GpuType]) -> tuple[str, str, str]:
     near = nearest(short, {gpu.name: gpu.id for gpu in known.values()}) or nearest(gpu_id, known)
     remedy = f"did you mean {near!r}?" if near else "python -m runner gpus lists RunPod's ids"
     return f"RunPod has no GPU {gpu_id!r}", "where.gpu_types", remedy
+
+
+REGIONS = {"EU", "EUR", "AP", "OC", "SEA"}
+"""With which ids of data centres begin that have their country second: `EU-RO-1`, but `US-KS-2`."""
+
+
+def offers(api: Api, spec: RunSpec, plan: dict[str, Any]) -> list[Offer]:
+    """Machines to ask for, with template or image and network volume; every error is one line with its remedy."""
+    place = runpod(spec)
+    template = templates.find(api, place.template) if place.template is not None else None
+    volume = volume_of(api, spec)
+    image = None if template else image_of(place)
+    machines = _machines(api, spec, plan, volume)
+    return [replace(m, image=image, template=template, volume_id=volume.id if volume else None) for m in machines]
+
+
+def _machines(api: Api, spec: RunSpec, plan: dict[str, Any], volume: Volume | None) -> list[Offer]:
+    place = runpod(spec)
+    on_cpu = spec.hw.accelerator == "cpu" and not place.gpu_types
+    if not place.country:
+        if on_cpu:
+            return cpu_candidates(spec, api.cpus(), volume)
+        return candidates(spec, plan, api.gpus(), volume)
+    centers = _centers(api, spec, volume)
+    if on_cpu:
+        return cpu_candidates(spec, api.cpus(), volume, centers)
+    gpus = api.gpus(count=spec.hw.num_gpus, cloud=place.cloud, countries=place.country)
+    within = {gpu.id: tuple(sorted(set(gpu.data_centers) & set(centers))) for gpu in gpus}
+    return candidates(spec, plan, api.gpus(), volume, within)
+
+
+def _centers(api: Api, spec: RunSpec, volume: Volume | None) -> list[str]:
+    """Data centres of the countries that were named, of those that were named themselves if any; RequestError where a
+    country has none, or a named data centre or the volume is elsewhere."""
+    place = runpod(spec)
+    source = f"where.country=[{','.join(place.country)}]"
+    found = [center for code in place.country for center in centers_in(api, code, place.cloud, source)]
+    if elsewhere := [center for center in place.data_centers if center not in found]:
+        what = f"{', '.join(elsewhere)}: not in {' or '.join(place.country)}, where RunPod has {', '.join(found)}"
+        raise RequestError(Problem(what, "where.data_centers", "leave out where.data_centers, or where.country"))
+    if volume is not None and volume.data_center not in found:
+        what = f"network volume {volume.name} is in {volume.data_center}, which is not in {' or '.join(place.country)}"
+        raise RequestError(Problem(what, source, "leave out where.country: the pod is where its volume is"))
+    return [center for center in found if not place.data_centers or center in place.data_centers]
+
+
+def centers_in(api: Api, country: str, cloud: str | None, source: str) -> list[str]:
+    """Data centres of a country; RequestError with the countries that there are where it has none."""
+    found = {center for gpu in api.gpus(cloud=cloud, countries=[country]) for center in gpu.data_centers}
+    if not found:
+        known = ", ".join(sorted({_country(center) for center in api.data_centers()}))
+        cloud = f" in its {cloud} cloud" if cloud else ""
+        raise RequestError(Problem(f"RunPod has no GPU in {country}{cloud}", source, f"it has data centres in {known}"))
+    return sorted(found)
+
+
+def _country(center: DataCenter) -> str:
+    """Its country, as its id has it; RunPod's list of data centres does not say."""
+    first, _, rest = center.id.partition("-")
+    return rest.partition("-")[0] if first in REGIONS else first
+
+
+def volume_of(api: Api, spec: RunSpec) -> Volume | None:
+    """The network volume that `where.volume` names, by id or name; and every named data centre exists."""
+    place = runpod(spec)
+    if place.data_centers:
+        known = {center.id: center.id for center in api.data_centers()}
+        for center in place.data_centers:
+            if center not in known:
+                near = nearest(center, known)
+                remedy = f"did you mean {near}?" if near else f"one of {', '.join(sorted(known))}"
+                raise RequestError(Problem(f"RunPod has no data centre {center}", "where.data_centers", remedy))
+    if place.volume is None:
+        return None
+    volumes = api.volumes()
+    found = [v for v in volumes if v.id == place.volume] or [v for v in volumes if v.name == place.volume]
+    source = f"where.volume={place.volume}"
+    if not found:
+        names = ", ".join(f"{v.name} ({v.id}, {v.data_center})" for v in volumes) or "there is none yet"
+        remedy = f"python -m runner volumes create NAME --size 100 --data-center EU-RO-1; this account has: {names}"
+        raise RequestError(Problem(f"there is no network volume {place.volume}", source, remedy))
+    if len(found) > 1:
+        ids = " or ".join(f"{v.id} ({v.data_center})" for v in found)
+        raise RequestError(
+            Problem(f"{len(found)} network volumes have that name", source, f"name one by its id: {ids}")
+        )
+    (volume,) = found
+    if place.data_centers and volume.data_center not in place.data_centers:
+        what = f"network volume {volume.name} is in {volume.data_center}, and a pod elsewhere cannot have it"
+        raise RequestError(Problem(what, "where.data_centers", f"write where.data_centers=[{volume.data_center}]"))
+    return volume

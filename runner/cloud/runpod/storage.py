@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from runner.cloud.errors import CloudError
+from runner.cloud.runpod.account import KEYS_PAGE
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import KEYS_PAGE, CloudError
 from runner.cloud.runpod.volumes import find
 from runner.errors import CannotRunError, Problem, RequestError
 from runner.report.invocation import install

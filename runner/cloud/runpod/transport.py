@@ -14,9 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from runner.cloud.runpod import errors
-from runner.cloud.runpod.account import api_key, base_url, pace
-from runner.cloud.runpod.errors import (
+from runner.cloud.clock import pace
+from runner.cloud.errors import (
     ApiDownError,
     CloudError,
     ConflictError,
@@ -26,6 +25,8 @@ from runner.cloud.runpod.errors import (
     UnclearError,
     WrongKeyError,
 )
+from runner.cloud.runpod import account
+from runner.cloud.runpod.account import api_key, base_url
 from runner.errors import CannotRunError, Problem, RunnerError
 from runner.report.invocation import install
 
@@ -92,7 +93,7 @@ def _pause(attempt: int, last: _Again) -> float:
     if last.after_s is not None:
         return min(last.after_s, LONGEST_PAUSE_S)
     usual = min(PAUSE_S * float(2 ** (attempt - 1)), LONGEST_PAUSE_S)
-    return usual * random.uniform(0.8, 1.2) * pace()
+    return usual * random.uniform(0.8, 1.2) * pace(base_url())
 
 
 def _once(method: str, path: str, params: Any, json: Any) -> Any:
@@ -110,7 +111,7 @@ def _once(method: str, path: str, params: Any, json: Any) -> Any:
             )
         )
     except AuthenticationError as error:
-        raise WrongKeyError(errors.wrong_key(str(error).rstrip("."))) from None
+        raise WrongKeyError(account.wrong_key(str(error).rstrip("."))) from None
     except QueryError as error:
         raise _meaning(error, _response_of(error)) from None
     except requests.exceptions.JSONDecodeError:
@@ -185,9 +186,9 @@ def _meaning(error: Any, response: Any) -> RunnerError:
     own = _is_problem(response)
     low = text.lower()
     if status == 403 and own:
-        return WrongKeyError(errors.wrong_key(said))
+        return WrongKeyError(account.wrong_key(said))
     if status == 402 or (status in (400, 422) and any(word in low for word in POOR)):
-        return NoBalanceError(errors.no_balance(said)) if own else _again(status, response)
+        return NoBalanceError(account.no_balance(said)) if own else _again(status, response)
     if not own:  # a proxy, a login page: whatever it says is not RunPod's word
         return _again(status, response)
     if status in (400, 409, 422) and any(word in low for word in FULL):

@@ -1,49 +1,16 @@
-"""Types of RunPod's answers: pods, GPUs, data centres, volumes (openapi-v2.json)."""
+"""RunPod's JSON: requests for pods, and answers about pods, GPUs, data centres, volumes (openapi-v2.json)."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from runner.cloud.provider import Pod, PodRequest
+
 Raw = dict[str, Any]
-OVER = ("TERMINATED",)
-"""Statuses in which a pod is as good as gone: it costs nothing and cannot come back."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pod:
-    """A pod as it was when it was asked after."""
-
-    id: str
-    name: str
-    status: str
-    """PROVISIONING, STARTING, RUNNING, EXITED, ERROR or TERMINATED."""
-    usd_per_hour: float
-    """Of all its GPUs; 0 while it is stopped."""
-    gpu_id: str | None
-    gpu_count: int
-    cloud: str
-    """`secure` or `community`."""
-    data_center: str | None
-    image: str
-    ssh_host: str | None
-    ssh_port: int | None
-    """Both None until port 22 is mapped; they change with every restart."""
-    created: float | None
-    """Seconds since the epoch, by RunPod's clock."""
-    machine_id: str | None
-    """Known once a machine was assigned: until then nothing happens on it."""
-    volume_id: str | None
-    """Network volume."""
-    env: dict[str, str] = field(default_factory=dict)
-    raw: Raw = field(default_factory=dict)
-
-    @property
-    def has_machine(self) -> bool:
-        """A pod without one for minutes is on a bad host."""
-        return self.machine_id is not None or self.status in ("STARTING", "RUNNING")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +95,12 @@ def pod(raw: Raw) -> Pod:
         created=epoch(raw.get("createdAt")),
         machine_id=proxy.get("username"),
         volume_id=first.get("volumeId"),
+        ssh_user=str(direct.get("username") or "root"),
+        started=epoch(raw.get("startedAt")),
+        disk_gb=number(raw.get("disk")),
+        volume_gb=number(_dict(_dict(raw, "mounts"), "persistent").get("size")),
+        num_vcpus=int(number(raw["cpu"].get("vcpuCount"))) if isinstance(raw.get("cpu"), dict) else None,
         env={str(k): str(v) for k, v in _dict(raw, "env").items()},
-        raw=raw,
     )
 
 
@@ -201,3 +172,59 @@ def epoch(text: Any) -> float | None:
         return datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp()
     except (ValueError, OverflowError):
         return None
+
+
+WORKSPACE = "/workspace"
+LEAST_VOLUME_GB = 10  # RunPod's own floor
+
+
+def request_body(wanted: PodRequest) -> Raw:
+    """As REST v2 wants it (CreatePodRequest)."""
+    body: Raw = {
+        "name": wanted.name,
+        "cloud": wanted.cloud.upper(),
+        "disk": wanted.container_disk_gb,
+        "ports": list(wanted.ports),
+        "env": dict(wanted.env),
+        "startSsh": True,
+    }
+    body |= {"templateId": wanted.template} if wanted.template else {"image": wanted.image}
+    if wanted.cpu_id:
+        body["cpu"] = {"id": wanted.cpu_id, "vcpuCount": wanted.num_vcpus}
+    else:
+        least = least_cuda(wanted)
+        cuda: Raw = {"minCudaVersion": least} if least else {}
+        cuda = {"allowedCudaVersions": list(wanted.cuda_versions)} if wanted.cuda_versions else cuda
+        body["gpu"] = {"id": wanted.gpu_id, "count": wanted.gpu_count, **cuda}
+    if wanted.volume_id:
+        body["mounts"] = {"network": [{"volumeId": wanted.volume_id, "path": WORKSPACE}]}
+    elif wanted.volume_gb and not wanted.cpu_id:  # a CPU pod has no volume disk
+        body["mounts"] = {"persistent": {"size": max(LEAST_VOLUME_GB, wanted.volume_gb), "path": WORKSPACE}}
+    if wanted.data_centers:
+        body["dataCenterIds"] = list(wanted.data_centers)
+    if wanted.args:
+        body["args"] = wanted.args
+    return body
+
+
+def least_cuda(wanted: PodRequest) -> str | None:
+    """CUDA version that the host's driver has to serve for the image and the packages, where that is known."""
+    of_image = cuda_of(wanted.image) if wanted.image and not wanted.template else None
+    known = [version for version in (of_image, wanted.min_cuda) if version]
+    return max(known, key=lambda version: tuple(map(int, version.split("."))), default=None)
+
+
+def allowed_cuda(wanted: PodRequest) -> list[str]:
+    """All versions that the host's driver may serve, for an API without a floor; empty means any."""
+    found = least_cuda(wanted)
+    if wanted.cuda_versions or found is None:
+        return list(wanted.cuda_versions)
+    least = tuple(map(int, found.split(".")))
+    return [f"{major}.{minor}" for major in range(11, 15) for minor in range(10) if (major, minor) >= least]
+
+
+def cuda_of(image: str) -> str | None:
+    """`12.8` of `…-cu1281-torch280`, `…-cuda12.8-cudnn9` or `nvidia/cuda:12.8.1-…`: no container of that image starts
+    where the driver serves less."""
+    found = re.search(r"[:/_-](?:cu|cuda[-:]?)(1\d)\.?(\d)", image)
+    return f"{found[1]}.{found[2]}" if found else None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from runner.cloud.runpod.account import pace
+from runner.cloud.clock import pace
+from runner.cloud.errors import CloudError, UnclearError
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.errors import CloudError, UnclearError
 from runner.cloud.runpod.types import Volume
 from runner.config.suggestions import nearest
 from runner.errors import Problem, RequestError
@@ -36,7 +36,7 @@ def create(api: Api, name: str, size_gb: int, data_center: str) -> Volume:
         return api.create_volume(name, size_gb, data_center)
     except UnclearError as error:  # not sent again: a second volume would be paid for as well
         for look in range(LOOKS):
-            time.sleep(2.0 * pace() * look)
+            time.sleep(2.0 * pace(api.base) * look)
             found = [volume for volume in api.volumes() if volume.name == name]
             if found:
                 return found[0]
@@ -61,7 +61,7 @@ def find(api: Api, word: str) -> Volume:
 def delete(api: Api, volume: Volume) -> None:
     """Confirmed: CloudError where it is still there."""
     for look in range(LOOKS):
-        time.sleep(2.0 * pace() * look)
+        time.sleep(2.0 * pace(api.base) * look)
         api.delete_volume(volume.id)
         if all(other.id != volume.id for other in api.volumes()):
             return

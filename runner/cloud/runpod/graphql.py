@@ -1,14 +1,16 @@
-"""An interruptible pod at a bid, through GraphQL: REST v2 has none, and RunPod serves GraphQL until early 2027."""
+"""What RunPod's REST v2 lacks, through GraphQL, which it serves until early 2027: bids for pods, the balance."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from runner.cloud.runpod import errors
+from runner.cloud.errors import NoBalanceError, NoCapacityError, RefusedError, UnclearError, WrongKeyError
+from runner.cloud.provider import PodRequest
+from runner.cloud.runpod import account, types
 from runner.cloud.runpod.account import api_key
-from runner.cloud.runpod.errors import NoBalanceError, NoCapacityError, RefusedError, UnclearError, WrongKeyError
-from runner.cloud.runpod.pod_request import WORKSPACE, PodRequest
 from runner.cloud.runpod.transport import FULL, POOR, bounded
+from runner.cloud.runpod.types import WORKSPACE
 from runner.errors import Problem
 
 MUTATION = """
@@ -18,7 +20,7 @@ mutation ($input: PodRentInterruptableInput!) {
 """
 
 
-def rent(wanted: PodRequest) -> str:
+def rent_spot(wanted: PodRequest) -> str:
     """Ask once, as `Api.create_pod` does; the id of the pod, which is then read over REST."""
     import requests
     from runpod.api.graphql import run_graphql_query
@@ -28,13 +30,13 @@ def rent(wanted: PodRequest) -> str:
         answer = bounded(lambda: run_graphql_query(MUTATION, api_key=api_key(), variables={"input": _input(wanted)}))
         return str(answer["data"]["podRentInterruptable"]["id"])
     except AuthenticationError as error:
-        raise WrongKeyError(errors.wrong_key(str(error))) from None
+        raise WrongKeyError(account.wrong_key(str(error))) from None
     except QueryError as error:
         said = str(error)
         if any(word in said.lower() for word in FULL):
             raise NoCapacityError(Problem(f"RunPod: {said}", None, "raise where.bid_usd, or leave spot out")) from None
         if any(word in said.lower() for word in POOR):
-            raise NoBalanceError(errors.no_balance(said)) from None
+            raise NoBalanceError(account.no_balance(said)) from None
         raise RefusedError(Problem(f"RunPod refuses the bid: {said}", None, "leave where.spot out")) from None
     except (requests.RequestException, OSError, KeyError, TypeError, ValueError):
         raise UnclearError(Problem("RunPod: the answer to a bid was lost", None, None)) from None
@@ -58,6 +60,22 @@ def _input(wanted: PodRequest) -> dict[str, Any]:
         "ports": ",".join(wanted.ports),
         "env": [{"key": key, "value": value} for key, value in wanted.env.items()],
         "startSsh": True,
-        "allowedCudaVersions": wanted.allowed_cuda or None,  # its input type has no minCudaVersion
+        "allowedCudaVersions": types.allowed_cuda(wanted) or None,  # its input type has no minCudaVersion
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+QUERY = "query { myself { clientBalance } }"
+BALANCE_SECONDS = 10.0
+
+
+def balance() -> float | None:
+    """US$; None where RunPod does not say it, for whatever reason: no run waits for that."""
+    from runpod.api.graphql import run_graphql_query
+
+    try:
+        answer = bounded(lambda: run_graphql_query(QUERY, api_key=api_key()), BALANCE_SECONDS)
+        found = float(answer["data"]["myself"]["clientBalance"])
+    except Exception:  # of the SDK, requests and json; a key that REST accepts may not be allowed here
+        return None
+    return found if math.isfinite(found) else None
