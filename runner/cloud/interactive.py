@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from runner.cloud import clock, pod_env, ssh_keys
+from runner.cloud import budget, clock, pod_env, ssh_keys
 from runner.cloud.lease import Lease
 from runner.cloud.lifecycle import acquire, find_offers
 from runner.cloud.provider import Offer, Provider, place_of
 from runner.cloud.providers import DEFAULT
 from runner.cloud.reuse_pod import folder_of
 from runner.cloud.ssh import connection_to
-from runner.errors import CannotRunError, Problem, RequestError
+from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 from runner.spec.where import LONGEST_HOURS
@@ -71,10 +71,7 @@ def spec_for(spec: RunSpec, hours: float) -> RunSpec:
 def offer(api: Provider, spec: RunSpec, hours: float) -> Offer:
     """What would be asked for first; CannotRunError where so many hours of it cost more than is allowed."""
     first, *_ = find_offers(api, spec, {})
-    cap, cost = place_of(spec).max_usd, first.usd_per_hour * hours
-    if cap is not None and cost > cap:
-        what = f"{hours:g} hours cost ${cost:.2f}, more than where.max_usd={cap:g}"
-        raise CannotRunError(Problem(what, "where.max_usd", f"write --hours {cap / first.usd_per_hour:.1f}, or less"))
+    budget.check_hours(place_of(spec), first.usd_per_hour, hours)
     return first
 
 

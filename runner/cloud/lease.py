@@ -13,7 +13,6 @@ from runner.cloud.errors import ApiDownError, WrongKeyError
 from runner.cloud.ledger import Entry, Ledger, LedgerError, State
 from runner.cloud.provider import Pod, Provider
 from runner.cloud.reconcile import end_unanswered_creates
-from runner.spec import RentedPlace
 
 
 @dataclass
@@ -115,29 +114,3 @@ class Lease:
     def kept_usd_per_day(self) -> float:
         """What it costs while it is stopped."""
         return stopped_usd_per_day(self.volume_gb)
-
-
-def spent(ledger: Ledger, run_id: str) -> float:
-    """US$ that the pods of a run have cost so far, by their time and price."""
-    total = 0.0
-    for entry in ledger.entries(run_id, gone=True):
-        if entry.pod_id is not None:
-            total += Meter(entry.usd_per_hour, entry.created, entry.disk_gb).usd(_until(entry))
-    return total
-
-
-def _until(entry: Entry) -> float:
-    """A stopped pod costs its disk alone: cents, which are not counted."""
-    return entry.ended or (entry.updated if entry.state == "STOPPED" else clock.now())
-
-
-def hours_of(place: RentedPlace) -> float:
-    """The deadline of a resolved run; what is open still gets a day, which is more than nothing."""
-    return 24.0 if isinstance(place.deadline_hours, str) else place.deadline_hours
-
-
-def deadline_of(place: RentedPlace, meter: Meter) -> float:
-    """Epoch: `where.deadline_hours`, or earlier where the cap is reached."""
-    named = meter.started + hours_of(place) * 3600
-    paid = meter.ends()
-    return named if paid is None else min(named, paid)

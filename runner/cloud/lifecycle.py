@@ -16,8 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from runner.cloud import clock, errors, one_pod_per_run, termination
-from runner.cloud.budget import Meter
+from runner.cloud import budget, clock, errors, one_pod_per_run, termination
+from runner.cloud.budget import Meter, deadline_of, hours_of, spent
 from runner.cloud.errors import (
     ApiDownError,
     BadHostError,
@@ -27,7 +27,7 @@ from runner.cloud.errors import (
     TooDearError,
     UnclearError,
 )
-from runner.cloud.lease import Lease, deadline_of, hours_of, spent
+from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Ledger
 from runner.cloud.provider import Offer, Pod, PodRequest, Provider, place_of
 from runner.cloud.providers import provider_of
@@ -136,7 +136,7 @@ class _Order:
             volume=wanted.volume_id, base=self.api.base, account=self.api.account,
             heartbeat_s=None if self.detached else place.heartbeat_minutes * 60,
         )  # fmt: skip
-        self._afford(name, machine.usd_per_hour, disk)
+        self._afford(name, machine.usd_per_hour)
         self.say(f"asking for {machine.described}")
         began = clock.now()
         pod = self._create(wanted)
@@ -244,33 +244,29 @@ class _Order:
         """The image's own where the pod may be alone for ever. Afterwards it cannot be told its real price any more."""
         if self.alone_minutes is None:
             return None
-        paid = Meter(machine.usd_per_hour, 0.0, disk_gb, place_of(self.spec).max_usd, self.spent).ends()
+        paid = budget.paid_minutes(place_of(self.spec), machine.usd_per_hour, disk_gb, self.spent)
         return self.api.start_command(
-            self.run.id, self.alone_minutes if paid is None else min(self.alone_minutes, paid / 60)
+            self.run.id, self.alone_minutes if paid is None else min(self.alone_minutes, paid)
         )
 
-    def _afford(self, name: str, usd_per_hour: float, disk_gb: float) -> None:
-        """A pod after others of the same run: what is left must pay for a tenth of an hour at least."""
-        cap = place_of(self.spec).max_usd
-        left = None if cap is None else cap - self.spent
-        if left is not None and self.spent and left < usd_per_hour / 10:
-            what = f"${self.spent:.2f} of where.max_usd={cap:g} are spent: no further pod is rented"
-            self.ledger.move(name, "GONE", what)
-            raise TooDearError(Problem(what, None, "raise where.max_usd, and resume the run"))
+    def _afford(self, name: str, usd_per_hour: float) -> None:
+        """TooDearError where earlier pods have used the cap up."""
+        try:
+            budget.check_left(place_of(self.spec), usd_per_hour, self.spent)
+        except TooDearError as error:
+            self.ledger.move(name, "GONE", error.problems[0].what)
+            raise
 
     def _check_price(self, rented: Lease, machine: Offer, seen: Pod) -> None:
         """The pod's own price against the cap, as soon as it is told: it has been half as high again as the list's."""
         if not seen.usd_per_hour or seen.usd_per_hour == rented.meter.usd_per_hour == machine.usd_per_hour:
             return
-        cap, real = place_of(self.spec).max_usd, seen.usd_per_hour
+        real, place = seen.usd_per_hour, place_of(self.spec)
         if real != rented.meter.usd_per_hour:
             rented.meter.usd_per_hour = real
-            rented.deadline = deadline_of(place_of(self.spec), rented.meter)
+            rented.deadline = deadline_of(place, rented.meter)
             self.ledger.set(rented.name, usd_per_hour=real, deadline=rented.deadline)
-        if cap is not None and real > cap - self.spent:
-            what = f"pod {seen.id} costs ${real:.2f} an hour, where ${machine.usd_per_hour:.2f} was offered"
-            what += f": its first hour is more than what is left of where.max_usd={cap:g}; it was given back"
-            raise TooDearError(Problem(what, "where.max_usd", "raise where.max_usd, or take cheaper hardware"))
+        budget.check_real_price(place, seen.id, real, machine.usd_per_hour, self.spent)
         if real > machine.usd_per_hour * 1.01 and (seen.id, real) != self.told:
             self.told = (seen.id, real)
             self.say(f"pod {seen.id} costs ${real:.2f} an hour, not ${machine.usd_per_hour:.2f} as the catalogue says")

@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 
 from runner.cloud import clock, ssh, termination
-from runner.cloud.budget import Meter
+from runner.cloud.budget import Meter, deadline_of, spent
 from runner.cloud.errors import BadHostError, CloudError, NoCapacityError, NoKeyError
 from runner.cloud.fleet import run_of
-from runner.cloud.lease import Lease, deadline_of, spent
+from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Entry, Ledger
 from runner.cloud.provider import OVER, Offer, Pod, Provider, place_of
 from runner.cloud.providers import connect

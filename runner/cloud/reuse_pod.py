@@ -12,10 +12,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.cloud import clock, fleet, pod_env, ssh_keys, sweep_handover, transfer
-from runner.cloud.budget import Meter
-from runner.cloud.errors import TooDearError
-from runner.cloud.lease import Lease, deadline_of, spent
+from runner.cloud import budget, clock, fleet, pod_env, ssh_keys, sweep_handover, transfer
+from runner.cloud.budget import Meter, deadline_of, spent
+from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Entry, Ledger
 from runner.cloud.one_pod_per_run import restart
 from runner.cloud.provider import Pod, Provider, gpu_id_of, place_of
@@ -102,9 +101,7 @@ def take(run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, say: Say, detached:
         ledger.set(rented.name, deadline=rented.deadline, keep=place.keeps)
         if old.state == "STOPPED":
             _start(rented, place, say)
-        if place.max_usd is not None and rented.usd_per_hour > (rented.cap_usd or 0):
-            what = f"pod {rented.pod.id} costs ${rented.usd_per_hour:.2f} an hour: more than where.max_usd allows"
-            raise TooDearError(Problem(what, "where.max_usd", "raise where.max_usd, or take cheaper hardware"))
+        budget.check_taken(place, rented.pod.id, rented.usd_per_hour, rented.meter.before_usd)
         _hand_on(rented, old, Session(run, spec, rented, pair, say), detached)
         return rented
     except BaseException:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from runner.cloud import clock, download, transfer
+from runner.cloud import budget, clock, download, transfer
 from runner.cloud.agent import tail
 from runner.cloud.follow import Follower, News, Vanished
 from runner.cloud.lease import Lease
@@ -183,8 +183,7 @@ class Session:
             return "you asked for it"
         left = self.rented.deadline - clock.now()
         if left < min(MARGIN_SECONDS, (self.rented.deadline - self.rented.meter.started) / 5):
-            paid = self.rented.meter.ends()
-            if paid is not None and paid <= self.rented.deadline + 1:
+            if budget.caps(self.rented.deadline, self.rented.meter):
                 return f"where.max_usd={self.rented.meter.cap_usd:g} is nearly spent"
             return "the pod's deadline is near"
         return None

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from runner.cloud import clock, ssh_keys, sweep_handover, termination
 from runner.cloud import process_identity as owners
-from runner.cloud.budget import Meter
+from runner.cloud.budget import Meter, deadline_of, over_first_hour
 from runner.cloud.errors import StillThereError
-from runner.cloud.lease import Lease, deadline_of
+from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Entry, Ledger, owner
 from runner.cloud.provider import gpu_id_of
 from runner.cloud.providers import connect, provider_of
@@ -110,7 +110,7 @@ class Pool:
             before = Before.of(entry)
             if kind_of(before.spec) != kind_of(spec) or not _room(before.spec, spec):
                 continue
-            if place.max_usd is not None and entry.usd_per_hour > place.max_usd:
+            if over_first_hour(place, entry.usd_per_hour):
                 continue
             pod = api.pod(str(entry.pod_id))
             if pod is None or pod.status != "RUNNING":

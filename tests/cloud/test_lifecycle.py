@@ -21,9 +21,10 @@ from rich.console import Console
 
 from runner.cloud import executor, termination, transfer
 from runner.cloud import lifecycle as renting
+from runner.cloud.budget import spent
 from runner.cloud.clock import ProviderClock
 from runner.cloud.errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
-from runner.cloud.lease import Lease, spent
+from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Ledger, LedgerError
 from runner.cloud.lifecycle import acquire
 from runner.cloud.provider import Pod

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from runner.cloud.budget import Meter, stopped_usd_per_day
-from runner.cloud.lease import deadline_of
+from runner.cloud.budget import Meter, deadline_of, stopped_usd_per_day
 from runner.cloud.lifecycle import find_offers
 from runner.cloud.runpod import templates
 from runner.cloud.runpod.catalog import image_of, stand_ins

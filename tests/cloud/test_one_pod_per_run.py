@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from runner.cloud.agent import agent
+from runner.cloud.budget import spent
 from runner.cloud.errors import NoCapacityError, StillThereError
-from runner.cloud.lease import Lease, spent
+from runner.cloud.lease import Lease
 from runner.cloud.ledger import HeldError, Ledger
 from runner.cloud.lifecycle import acquire
 from runner.cloud.one_pod_per_run import refuse_second

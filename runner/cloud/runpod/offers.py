@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from runner.cloud import budget
 from runner.cloud.provider import Offer
 from runner.cloud.runpod import templates
 from runner.cloud.runpod.api import Api
@@ -30,7 +31,7 @@ def candidates(
     known = {gpu.id: gpu for gpu in gpus}
     wanted = wanted_gpus(spec, known)
     price = {i: known[i].usd(place.cloud) for i in wanted}
-    dearer = _affordable(spec, plan)
+    times = float(data("gpus")["dearest"])
     found: list[Offer] = []
     why: list[str] = []
     for gpu_id in wanted:
@@ -44,7 +45,9 @@ def candidates(
             why.append(f"a pod has at most {gpu.most(place.cloud)} × {gpu_id} in the {place.cloud} cloud")
         elif within is not None and not there:
             why.append(f"no data centre in {' or '.join(place.country)} has {count} × {gpu_id}")
-        elif reason := dearer(rate, named=gpu_id in place.gpu_types or gpu_id == spec.hw.runpod_gpu_id):
+        elif reason := budget.over_plan(
+            place, plan, rate, named=gpu_id in place.gpu_types or gpu_id == spec.hw.runpod_gpu_id, most_times=times
+        ):
             why.append(f"{gpu_id}: {reason}")
         else:
             machine = Offer(place.cloud, rate, gpu_id, count)
@@ -67,7 +70,7 @@ def cpu_candidates(
         raise RequestError(Problem(f"RunPod has no CPU flavour {place.cpu_type}", "where.cpu_type", remedy))
     cores = vcpus(spec.hw.num_cpus, flavour.fewest, flavour.most)
     rate = flavour.usd_per_vcpu * cores
-    if reason := _over_the_cap(place, rate):
+    if reason := budget.over_first_hour(place, rate):
         raise CannotRunError(Problem(f"{place.cpu_type}: {reason}", "where.max_usd", _remedy([reason], place)))
     machine = Offer("secure", rate, cpu_id=flavour.id, num_vcpus=cores)
     return _placed(machine, place, volume, within)
@@ -110,30 +113,6 @@ def _placed(machine: Offer, place: RunPodPlace, volume: Volume | None, within: S
     if place.spot:  # a bid names one data centre
         return [replace(machine, data_centers=(center,)) for center in within] or [machine]
     return [replace(machine, data_centers=tuple(within))]
-
-
-def _affordable(spec: RunSpec, plan: dict[str, Any]) -> Any:
-    """(US$ per hour, whether it was named) → why that is too much, or an empty text."""
-    place, hours, planned = runpod(spec), plan.get("hours"), plan.get("usd_per_hour")
-    dearest = float(data("gpus")["dearest"])
-
-    def reason(rate: float, *, named: bool) -> str:
-        if over := _over_the_cap(place, rate):
-            return over
-        if place.max_usd is not None and hours and rate * hours > place.max_usd:
-            return f"${rate:.2f} an hour for {hours:.2f} hours is more than where.max_usd={place.max_usd:g}"
-        if place.max_usd is None and not named and planned and rate > dearest * planned:
-            return f"${rate:.2f} an hour, where the plan says ${planned:.2f}: name it in where.gpu_types to allow that"
-        return ""
-
-    return reason
-
-
-def _over_the_cap(place: RunPodPlace, rate: float) -> str:
-    """A cap that does not pay for one hour ends a pod before it has done anything, more often than not."""
-    if place.max_usd is None or rate <= place.max_usd:
-        return ""
-    return f"the first hour costs ${rate:.2f}, more than where.max_usd={place.max_usd:g}"
 
 
 def _remedy(why: Sequence[str], place: RunPodPlace) -> str:
