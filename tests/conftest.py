@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,6 +41,18 @@ LONGEST_FIRST = (
     "test_memory_tape",
 )
 """Files that take minutes: begun first, so that no core waits for one of them at the end."""
+
+
+NEEDED = ("ip", "rsync", "ssh", "sshd")
+"""Programs without which tests of pods and of several machines are skipped: on CI for Linux a skip is a failure."""
+
+
+def pytest_sessionstart() -> None:
+    """Refuse to begin on CI where tests would be skipped for want of a program."""
+    path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
+    missing = [name for name in NEEDED if shutil.which(name, path=path) is None]
+    if missing and os.environ.get("CI") and sys.platform == "linux":
+        pytest.exit(f"CI lacks {', '.join(missing)}: apt-get install iproute2 openssh-server rsync", 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Any
 
 import pytest
 
+from benchmarks.chaos_pods import LAUNCHER
+from runner.cloud.ledger import Ledger
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from tests.conftest import SHORT
 from tests.support.emulated import Emulator, emulator, needs_sshd, rest  # noqa: F401
 from tests.support.hub import Hub, hub  # noqa: F401
 from tests.support.leaks import Watch
-from tests.support.processes import losses, only_run, start, tiny_model, until, words
+from tests.support.processes import ROOT, losses, only_run, start, tiny_model, until, words
 
 pytestmark = [needs_sshd, pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync: apt-get install rsync")]
 SECRETS = {"HF_TOKEN": "hf_" + "sEcReT" * 5, "WANDB_API_KEY": "w4ndb" * 8}
@@ -176,6 +179,28 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on_in_another_pod(typed: Type
     code, said = ended(typed.verb("resume", str(run.path), f"train.max_steps={step + 4}", "--yes"))
     assert code == 0, said
     assert len(losses(run.path)) == step + 4 and f"Resumes after step {step}" in said
+
+
+@pytest.mark.slow
+def test_a_training_that_runs_into_its_cap_saves_comes_home_and_ends_its_pod_in_time(typed: Typed) -> None:
+    """The cap is reached 170 s after the order; the launcher stops the training 90 s before."""
+    bounds = ("where.max_usd=1", "where.deadline_hours=24", "where.setup_minutes=0.75")
+    own = words(typed.model, typed.root / "runs", "where=runpod", "hw.num_cpus=1", *bounds, *LONG[1:], "--yes")
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, "170", *own, "train.max_steps=100000"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **typed.env},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ledger = Ledger(typed.root / "state" / "ledger.db")
+    deadline = until(lambda: [entry.deadline for entry in ledger.entries() if entry.deadline], 60)[0]
+    code, said = ended(process)
+    assert code == 130 and "where.max_usd" in said and "resume" in said, said
+    assert time.time() < deadline
+    assert typed.emulator.pods() == {} and typed.folder.state() == "interrupted"
+    assert checkpoints.newest(typed.folder)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -189,16 +188,6 @@ def test_looking_imports_no_torch() -> None:
     repository = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=repository, check=False, timeout=60)
     assert done.returncode == 0
-
-
-def test_looking_at_a_cpu_machine_takes_well_under_50_ms(tmp_path: Path) -> None:
-    root = root_with(tmp_path)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        detect.detect(root)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.02
 
 
 def test_this_machine_has_cores_and_memory() -> None:

@@ -190,8 +190,8 @@ def test_the_accuracy_shows_the_results_that_are_kept(text: str) -> None:
     assert text.count("| backward |") + text.count("| step |") + text.count("| forward |") >= len(rows)
     worst = max(abs(row["error"]) for row in rows)
     assert f"{worst:.2f}%" in text
-    assert sum(abs(row["error"]) for row in rows) / len(rows) <= 3
-    assert worst <= 8
+    assert sum(abs(row["error"]) for row in rows) / len(rows) < 0.01
+    assert worst < 0.2  # percent: 0.13 for Phi-2 with frozen layers, 0.05 for all others
 
 
 # --- the table that is passed on -----------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import json
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from runner.plan.step_time import (
 )
 from runner.spec import HardwareSpec, ModelSpec
 
+ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("full", "freeze", "lora", "qlora4", "qlora8")
 STAGES: tuple[Stage, ...] = ("none", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 
@@ -155,13 +158,15 @@ def test_zero_and_offload_are_within_a_sixth_of_what_deepspeed_did(
     assert 64 / found.total_s == pytest.approx(measured, rel=1 / 6)
 
 
-def test_the_default_job_takes_what_it_took_here() -> None:
-    """0.781 s a step in docs/benchmarks.md."""
+def test_the_default_job_takes_what_was_measured() -> None:
+    """The median step in the results of `python -m benchmarks throughput_cpu`, 30 steps twice."""
+    runs = json.loads((ROOT / "benchmarks/results/throughput_cpu.json").read_text("utf-8"))["measured"]
+    measured = median(second for run in runs["comparisons"]["worker"] for second in run["seconds"])
     of = work(shape("smollm2_135m"), 256, "lora", False, trained_parameters=4_884_480, adapter_parameters=4_884_480)
     cpu = machine_of(HardwareSpec(name="cpu", accelerator="cpu", num_cpus=2), "bf16")
     assert cpu is not None
     found = step(of, cpu)
-    assert found.total_s == pytest.approx(0.781, rel=0.05)
+    assert found.total_s == pytest.approx(measured, rel=0.05)
     assert found.notes == ("CPU speed: per core as measured in docs/benchmarks.md",)
 
 
@@ -314,11 +319,3 @@ def test_processes_share_the_questions_and_zero_three_gathers_the_weights_for_ev
     gathered = 10 * 2 * MISTRAL.num_parameters * 7 / 8 / 240e9
     assert measuring(of, eight, **asked, stage="zero3") == pytest.approx(shared + gathered)
     assert measuring(of, eight, **asked, stage="zero2") == shared
-
-
-def test_tens_of_thousands_of_plans_take_a_second() -> None:
-    of, on = work(MISTRAL, 1024, "lora"), machine("h100x8")
-    began = time.perf_counter()
-    for micro in range(2000):
-        step_time(of, on, micro_batch=1 + micro % 8, accumulation=4, stage="zero3")
-    assert (time.perf_counter() - began) / 2000 < 60e-6  # 5 µs on a machine with nothing else to do
