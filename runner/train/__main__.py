@@ -6,6 +6,8 @@ it once. There an interrupted worker ends with 0, for any other code would have 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import logging
 import os
@@ -32,6 +34,7 @@ LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 def main(argv: list[str]) -> int:
     """Run one spec that lies in its run directory; this process's part, where there are several."""
     die_with_parent()
+    atexit.register(gc.freeze)  # Python ends without a last look for garbage: a quarter of what imports take, 2 s of 8
     terminal.guard(goes_on=True)
     run = RunDir(Path(argv[0]).resolve().parent)
     spec = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))

@@ -529,6 +529,7 @@ def test_a_verb_imports_nothing_costly_that_it_does_not_need(
 ) -> None:
     code = (
         "import atexit, gc, json, sys\n"
+        "atexit.register(lambda: open('kept.json', 'w').write(json.dumps(gc.get_freeze_count())))\n"  # the last one
         "from runner.__main__ import main\n"
         "before = [generation['collections'] for generation in gc.get_stats()]\n"
         f"sys.argv = ['runner', *{list(words)!r}]\n"
@@ -543,6 +544,7 @@ def test_a_verb_imports_nothing_costly_that_it_does_not_need(
     assert "runner.cli.main" in modules
     assert [name for name in (*UNNEEDED, *more) if name in modules] == []
     assert after == before, "garbage is looked for among what stays"
+    assert json.loads((here / "kept.json").read_text()), "garbage is looked for as Python ends"
 
 
 def _cpu_seconds(start: Callable[[], object]) -> float:
