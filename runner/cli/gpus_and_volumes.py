@@ -135,7 +135,7 @@ def delete(volume: str, yes: bool, as_json: bool) -> None:
     from runner.cloud.runpod.api import Api
 
     api = Api()
-    found = keeping.find(api, volume)
+    found = keeping.find_volume(api, volume)
     if not yes:
         click.confirm(
             f"Delete {found.name} ({found.id}, {found.size_gb} GB) and all that is on it?", abort=True, err=True
@@ -152,10 +152,10 @@ def delete(volume: str, yes: bool, as_json: bool) -> None:
 @spoken
 def put(volume: str, source: Path, target: str, as_json: bool) -> None:
     """Send a file or a folder to a volume, by S3: no pod is needed. TARGET is a path there; with / a folder."""
-    from runner.cloud.runpod import storage
+    from runner.cloud.runpod import volumes
     from runner.cloud.runpod.api import Api
 
-    sent = storage.put(Api(), volume, source, target, lambda line: click.echo(line, err=True))
+    sent = volumes.put_files(Api(), volume, source, target, lambda line: click.echo(line, err=True))
     _answer(as_json, f"{len(sent)} files sent", {"sent": sent})
 
 
@@ -167,10 +167,10 @@ def put(volume: str, source: Path, target: str, as_json: bool) -> None:
 @spoken
 def get(volume: str, source: str, target: Path, as_json: bool) -> None:
     """Bring a file or a folder of a volume here, by S3."""
-    from runner.cloud.runpod import storage
+    from runner.cloud.runpod import volumes
     from runner.cloud.runpod.api import Api
 
-    brought = storage.get(Api(), volume, source, target, lambda line: click.echo(line, err=True))
+    brought = volumes.get_files(Api(), volume, source, target, lambda line: click.echo(line, err=True))
     _answer(as_json, f"{len(brought)} files brought", {"brought": [str(file) for file in brought]})
 
 
@@ -181,10 +181,10 @@ def get(volume: str, source: str, target: Path, as_json: bool) -> None:
 @spoken
 def ls(volume: str, prefix: str, as_json: bool) -> None:
     """Files of a volume, by S3."""
-    from runner.cloud.runpod import storage
+    from runner.cloud.runpod import volumes
     from runner.cloud.runpod.api import Api
 
-    rows = storage.ls(Api(), volume, prefix)
+    rows = volumes.list_files(Api(), volume, prefix)
     if as_json:
         click.echo(dump(rows))
         return

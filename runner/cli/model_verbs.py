@@ -151,7 +151,7 @@ def deploy(run_dir: Path, remove: bool, yes: bool, as_json: bool, **options: Any
       python -m runner deploy runs/<id> --volume vol_abc --max-workers 3
       python -m runner deploy --delete runs/<id>
     """
-    from runner.cloud.runpod import deploy as serving
+    from runner.cloud.runpod import serverless as serving
 
     if remove:
         gone = serving.delete(run_dir)

@@ -109,13 +109,13 @@ def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool
     Example:
       python -m runner pods start mistral7b-qlora4-20261125-164234-ab12 --hours 2
     """
-    from runner.cloud import fleet, pod_env, reuse_pod
+    from runner.cloud import access, fleet, reuse_pod
     from runner.cloud.interactive import check_hours, described
 
     check_hours(hours)
-    values = pod_env.named(env)
+    values = access.env_values(env)
     api, ledger = _ready()
-    name, pod_id, _ = fleet.find(api, ledger, run)
+    name, pod_id, _ = fleet.find_pod(api, ledger, run)
     entry = ledger.entry(name)
     if entry is not None:
         click.echo(f"pod {pod_id}, ${entry.usd_per_hour * hours:.2f} for {hours:g} hours at most", err=True)
@@ -162,10 +162,11 @@ def ssh(run: str, command: Arguments) -> None:
       python -m runner pods ssh <run>
       python -m runner pods ssh <run> nvidia-smi
     """
-    from runner.cloud.shell import shell
+
+    from runner.cloud.access import open_shell
 
     api, ledger = _ready()
-    sys.exit(shell(api, ledger, run, command))
+    sys.exit(open_shell(api, ledger, run, command))
 
 
 @pods.command()
@@ -184,7 +185,7 @@ def tunnel(run: str, ports: tuple[str, ...]) -> None:
       python -m runner pods tunnel <run>
       python -m runner pods tunnel <run> -p 9000:8888
     """
-    from runner.cloud.shell import tunnel as open_tunnel
+    from runner.cloud.access import open_tunnel
 
     api, ledger = _ready()
     sys.exit(open_tunnel(api, ledger, run, ports, lambda line: click.echo(line, err=True)))
@@ -204,17 +205,16 @@ def top(run: str, every: float, once: bool, as_json: bool) -> None:
       python -m runner pods top <run>
       python -m runner pods top <run> --once --json
     """
-    from runner.cloud.gpu_usage import usage
-    from runner.cloud.shell import connect
+    from runner.cloud.access import connect_to, gpu_usage
     from runner.report.pod_tables import watch_gpus
 
     api, ledger = _ready()
-    connection = connect(api, ledger, run)
+    connection = connect_to(api, ledger, run)
     try:
         if as_json:
-            click.echo(dump([asdict(gpu) for gpu in usage(connection)]))
+            click.echo(dump([asdict(gpu) for gpu in gpu_usage(connection)]))
         else:
-            watch_gpus(Console(), lambda: usage(connection), None if once or not sys.stdout.isatty() else every)
+            watch_gpus(Console(), lambda: gpu_usage(connection), None if once or not sys.stdout.isatty() else every)
     finally:
         connection.close()
 
@@ -235,7 +235,7 @@ def logs(run: str, follow: bool, tail: int, source: str | None) -> None:
     from runner.cloud import fleet
 
     api, ledger = _ready()
-    _, pod_id, _ = fleet.find(api, ledger, run)
+    _, pod_id, _ = fleet.find_pod(api, ledger, run)
     for line in api.logs(pod_id, source=source, tail=tail, follow=follow):
         click.echo(line)
 
@@ -282,10 +282,10 @@ def templates(text: tuple[str, ...], as_json: bool) -> None:
       python -m runner pods templates pytorch 2.8
     """
     from runner.cloud.runpod.api import Api
-    from runner.cloud.runpod.templates import listed
+    from runner.cloud.runpod.templates import search
     from runner.report.pod_tables import print_templates
 
-    rows = listed(Api(), " ".join(text))
+    rows = search(Api(), " ".join(text))
     if as_json:
         click.echo(dump(rows))
     else:
@@ -309,19 +309,18 @@ def up(
       python -m runner pods up hw=rtx4090 --hours 3 --env HF_TOKEN
       python -m runner pods up hw=rtx4090 where.cloud=community where.max_usd=2 --hours 3 --yes
     """
-    from runner.cloud import interactive as upping
-    from runner.cloud import pod_env
+    from runner.cloud import access, interactive
     from runner.resolve.steps import resolved
 
-    values = pod_env.named(env)
+    values = access.env_values(env)
     api, ledger = _ready()
     request = request_of(("where=runpod", *words), config_dirs)
-    spec = upping.spec_for(resolved(request)[0], hours)
-    offer = upping.offer(api, spec, hours)
+    spec = interactive.spec_for(resolved(request)[0], hours)
+    offer = interactive.offer(api, spec, hours)
     click.echo(f"{offer.described}; ${offer.usd_per_hour * hours:.2f} for {hours:g} hours at most", err=True)
     if not yes and sys.stdin.isatty():
         click.confirm("Rent it?", abort=True, err=True)
-    made = upping.up(spec, hours, lambda line: click.echo(line, err=True), values)
+    made = interactive.rent(spec, hours, lambda line: click.echo(line, err=True), values)
     _answer(as_json, made.described, **made.as_dict())
     del ledger
 

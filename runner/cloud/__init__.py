@@ -1,1 +1,1 @@
-"""Renting, whoever rents out: ledger, lifecycle, termination, transfer, session, and the agent in the pod."""
+"""Renting over a `Provider`: ledger, lifecycle, budget, termination, transfer, session, and the agent in the pod."""

@@ -15,16 +15,17 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
-from runner.cloud import adopted_spec, clock, executor, ssh, ssh_keys, transfer
-from runner.cloud.find_pod import NoPodOfRunError, adopt, look, run_id_of
-from runner.cloud.follow import Vanished
+from runner.cloud import adopted_spec, clock, executor, fleet, ssh, ssh_keys, transfer
+from runner.cloud.budget import Meter
+from runner.cloud.follow import Display, PodGoneError
 from runner.cloud.lease import Lease
-from runner.cloud.providers import DEFAULT, PROVIDERS
-from runner.cloud.run_output import RunOutput
+from runner.cloud.ledger import PREFIX, Ledger
+from runner.cloud.provider import OVER, Pod, Provider
+from runner.cloud.providers import DEFAULT, PROVIDERS, connect
 from runner.cloud.session import END_STATES, Session
 from runner.cloud.ssh import CommandError
 from runner.config import credentials
-from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError
+from runner.errors import CannotRunError, InterruptedRun, Problem, RequestError, RunFailedError
 from runner.rundir.directory import ACTIVE, RunDir, shown
 from runner.rundir.find import missing
 from runner.spec import RentedPlace, RunSpec
@@ -33,28 +34,34 @@ LISTENING_MINUTES = 10.0
 """How long a pod waits for somebody who has come back and falls silent again."""
 STARTING_SECONDS = 600.0
 FINISHED = ("done", "failed")
+UNKNOWN_DEADLINE_S = 24 * 3600.0
+"""For a pod that tells no deadline: its agent knows one."""
+
+
+class NoPodOfRunError(RequestError):
+    """The run's pod is gone, or it never had one."""
 
 
 def attach(words: str, output_dir: Path, console: Console) -> int:
-    """Follow a run to its end and bring it home; the training's exit code. Ctrl-C leaves, and the run goes on."""
-    with _aboard(words, output_dir, console) as (session, run_output):
+    """Follow a run to its end and download it; the training's exit code. Ctrl-C detaches, and the run goes on."""
+    with _session_with(words, output_dir, console) as (session, display):
         _listen(session, LISTENING_MINUTES)
         try:
-            with run_output:
-                last = executor.follow(session, run_output, leave=True)
+            with display:
+                last = executor.follow(session, display, leave=True)
         except KeyboardInterrupt:
             _listen(session, None)
-            run_output.say(f"Left    the run goes on: python -m runner attach {session.run.id}")
+            display.say(f"Left    the run goes on: python -m runner attach {session.run.id}")
             return InterruptedRun.exit_code
-        return executor.finish(session, last, run_output).exit_code
+        return executor.finish(session, last, display).exit_code
 
 
 def fetch(words: str, output_dir: Path, console: Console) -> int:
-    """Bring here what there is: of a run that is over everything, and its pod is ended; of one that trains a copy.
+    """Download a run: all of one that is over, and its pod is ended; of one that trains a copy of what there is.
 
     A pod that has stopped itself is started for it. The training's exit code, 0 while it has none.
     """
-    with _aboard(words, output_dir, console) as (session, run_output):
+    with _session_with(words, output_dir, console) as (session, display):
         if session.agent.get("state") not in END_STATES:
             if not session.agent.get("task"):
                 what = (
@@ -63,14 +70,14 @@ def fetch(words: str, output_dir: Path, console: Console) -> int:
                 remedy = "python -m runner pods ends a pod that nobody holds; then resume the run"
                 raise RunFailedError(Problem(what, None, remedy))
             session.collect(final=False)
-            run_output.say(f"Copied  what there is so far to {shown(session.run.path)}; the run goes on")
+            display.say(f"Copied  what there is so far to {shown(session.run.path)}; the run goes on")
             return 0
         _listen(session, LISTENING_MINUTES)
         ended_in = session.agent.get("ended_in") or session.agent.get("state")
         last = {**session.agent, "state": ended_in}
         if last["state"] not in FINISHED:
             last["message"] = f"the pod ended it: {session.agent.get('message')}"
-        return executor.finish(session, last, run_output).exit_code
+        return executor.finish(session, last, display).exit_code
 
 
 def status(words: str) -> dict[str, Any]:
@@ -80,7 +87,7 @@ def status(words: str) -> dict[str, Any]:
     if here and (_is_local(here) or here.state() in FINISHED):
         return _status_here(here)
     _check_reachable(words, here)
-    pod = look(run_id)
+    pod = _look(run_id)
     facts: dict[str, Any] = {
         "run_id": run_id, "pod_id": pod.id, "pod": pod.status, "gpu": pod.gpu_id, "usd_per_hour": pod.usd_per_hour,
     }  # fmt: skip
@@ -137,7 +144,7 @@ def logs(words: str, follow: bool, lines: int) -> Iterator[str]:
     """The training's output, from its last lines on; with `follow` until it ends."""
     _check_rented(words)
     run_id = run_id_of(words)
-    pod = look(run_id)
+    pod = _look(run_id)
     if pod.status != "RUNNING" or not pod.ssh_host:
         remedy = f"python -m runner fetch {run_id} starts it and brings all files here"
         raise RequestError(Problem(f"pod {pod.id} is {pod.status}: its files cannot be read", run_id, remedy))
@@ -158,26 +165,26 @@ def logs(words: str, follow: bool, lines: int) -> Iterator[str]:
 
 @contextmanager
 def _connected(run_id: str, pod: Any) -> Iterator[transfer.RemoteRun]:
-    ssh.check()
+    ssh.check_installed()
     pair = ssh_keys.pair(run_id)
     connection = ssh.connection_to(pod, pair.private)
     try:
-        yield transfer.berth(connection, run_id)
+        yield transfer.probe_pod(connection, run_id)
     finally:
         connection.close()
 
 
 @contextmanager
-def _aboard(words: str, output_dir: Path, console: Console) -> Iterator[tuple[Session, RunOutput]]:
+def _session_with(words: str, output_dir: Path, console: Console) -> Iterator[tuple[Session, Display]]:
     """A session with the run's pod, which is started if it has stopped itself; left as it is at the end."""
     _check_rented(words)
-    ssh.check()
+    ssh.check_installed()
     run_id = run_id_of(words)
     path = Path(words) if Path(words).is_dir() else output_dir / run_id
-    run_output = RunOutput(console)
+    display = Display(console)
     run = RunDir(path)
     try:
-        rented = adopt(run_id, path)
+        rented = _adopt(run_id, path)
     except NoPodOfRunError as error:
         if run.state() in ACTIVE:  # so that it can be resumed from what is here
             run.set_status("failed", exit_code=1, error=str(error))
@@ -186,30 +193,30 @@ def _aboard(words: str, output_dir: Path, console: Console) -> Iterator[tuple[Se
     session: Session | None = None
     try:
         if rented.pod.status == "EXITED":
-            _wake(rented, run_output)
-        spec = _ordered_spec(run, rented) or _adopted_spec(rented, pair, run, run_output.say)
-        session = Session(run, spec, rented, pair, run_output.say)
-        at = session.board()
+            _wake(rented, display)
+        spec = _ordered_spec(run, rented) or _adopted_spec(rented, pair, run, display.say)
+        session = Session(run, spec, rented, pair, display.say)
+        at = session.login()
         session.agent = at.agent()
         if not session.agent:
             raise RequestError(Problem(f"pod {rented.pod.id} has no run: it was not begun", run_id))
-        yield session, run_output
+        yield session, display
     finally:
         if session is not None:
             session.close()
         rented.ledger.leave(rented.name)
 
 
-def _wake(rented: Lease, run_output: RunOutput) -> None:
+def _wake(rented: Lease, display: Display) -> None:
     """Start a pod that has stopped itself, to read its disk."""
-    run_output.say(f"Starts  pod {rented.pod.id}, which was stopped: its disk has the run")
-    ssh.forget(rented.pod.id)
+    display.say(f"Starts  pod {rented.pod.id}, which was stopped: its disk has the run")
+    ssh.forget_host_key(rented.pod.id)
     rented.api.start(rented.pod.id)
     end = time.monotonic() + STARTING_SECONDS
     while time.monotonic() < end:
         pod = rented.refresh()
         if pod is None:
-            raise Vanished(Problem("the pod is gone"))
+            raise PodGoneError(Problem("the pod is gone"))
         if pod.status == "RUNNING" and pod.ssh_host and pod.ssh_port:
             return
         time.sleep(1)
@@ -217,7 +224,7 @@ def _wake(rented: Lease, run_output: RunOutput) -> None:
 
 
 def _listen(session: Session, minutes: float | None) -> None:
-    """A new order: somebody is there, and the pod waits to be collected from; or nobody is any more."""
+    """Renew the agent's order: with a heartbeat of so many minutes, or none where nobody follows the run any more."""
     at = session.at
     assert at is not None
     file = shlex.quote(f"{at.folder}/agent.json")
@@ -282,3 +289,43 @@ def _adopted_spec(rented: Lease, pair: ssh_keys.KeyPair, run: RunDir, say: Calla
     if content := adopted_spec.adopt_plan(plan):
         run.write("plan.json", content)
     return found.spec
+
+
+def run_id_of(words: str) -> str:
+    """`runs/<id>`, `runs/<id>/spec.json` or `<id>`."""
+    path = Path(words)
+    return path.parent.name if path.name == "spec.json" else path.name
+
+
+def _adopt(run_id: str, folder: Path) -> Lease:
+    """The run's pod, held by this process. RequestError where there is none, CannotRunError where another command
+    holds it."""
+    api, (ledger, _) = connect(), Ledger.or_copy()
+    pod = _pod_of(api, ledger, run_id)
+    own = [entry for entry in ledger.entries(run_id) if entry.pod_id == pod.id]
+    entry = (
+        own[-1] if own else ledger.entry(pod.name) or fleet.adopt(api, ledger, pod.id, run_id, str(folder.absolute()))
+    )
+    if not ledger.take(entry.name):
+        what = f"another command looks after pod {pod.id}: process {entry.pid} on {str(entry.host).partition('|')[0]}"
+        raise CannotRunError(Problem(what, run_id, "python -m runner logs -f and status may look on"))
+    meter = Meter(entry.usd_per_hour, entry.created, entry.disk_gb)
+    deadline = entry.deadline or clock.now() + UNKNOWN_DEADLINE_S
+    return Lease(api, ledger, entry.name, pod, deadline, meter, run_id, pod.volume_gb)
+
+
+def _look(run_id: str) -> Pod:
+    """The run's pod, and nothing is held. RequestError where there is none."""
+    return _pod_of(connect(), Ledger.or_copy()[0], run_id)
+
+
+def _pod_of(api: Provider, ledger: Ledger, run_id: str) -> Pod:
+    """A run's pod, by name. One handed on within a sweep keeps the name of its first run, and is its last one's."""
+    start, entries = f"{PREFIX}{run_id}-", ledger.entries()
+    mine, others = ({e.pod_id for e in entries if (e.run_id == run_id) is own} for own in (True, False))
+    pods = [p for p in api.pods() if p.status not in OVER and (p.id in mine or p.name.startswith(start))]
+    pods = [pod for pod in pods if pod.id not in others]
+    if not pods:
+        remedy = "resume goes on with what is here; python -m runner pods lists what there is"
+        raise NoPodOfRunError(Problem(f"{api.title} has no pod of run {run_id}", "command line", remedy))
+    return max(pods, key=lambda pod: pod.created or 0.0)

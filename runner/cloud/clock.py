@@ -33,7 +33,7 @@ def now() -> float:
     return _BEGAN + _elapsed()
 
 
-def parsed(header: str | None) -> float | None:
+def parse_date(header: str | None) -> float | None:
     """Seconds since the epoch of a `Date` header (RFC 9110, 6.6.1); None for none."""
     try:
         found = parsedate_to_datetime(str(header))
@@ -43,7 +43,7 @@ def parsed(header: str | None) -> float | None:
 
 
 class ProviderClock:
-    """What time it is now on the clock by which a pod was rented; the provider is asked once."""
+    """The present time on the clock by which a pod was rented; the provider is asked once."""
 
     def __init__(self, ask: Callable[[], float | None]) -> None:
         self._ask = ask

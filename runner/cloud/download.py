@@ -13,7 +13,7 @@ import shutil
 from fnmatch import fnmatch
 from typing import Any
 
-from runner.cloud import transfer, transfer_limits, untrusted_files
+from runner.cloud import transfer, untrusted_files
 from runner.cloud.transfer import RemoteRun, Say
 from runner.paths import cache_dir
 from runner.rundir import checkpoints
@@ -31,45 +31,47 @@ LAST = "summary.json"
 TOLD = 5
 
 
-def bring(at: RemoteRun, run: RunDir, spec: RunSpec, say: Say = lambda line: None) -> dict[str, Any]:
-    """All of it; the pod's `status.json`. LostError where the connection breaks: called again, it goes on there.
-    TooMuchError where it is more than there is room for here, or than a run can hold. It is on the disk then: OSError
-    where the disk does not take it."""
+def download_run(at: RemoteRun, run: RunDir, spec: RunSpec, say: Say = lambda line: None) -> dict[str, Any]:
+    """Download all of a run; the pod's `status.json`.
+
+    LostError where the connection breaks: called again, it goes on there. TooMuchError where it is more than there is
+    room for here, or than a run can hold. It is on the disk then: OSError where the disk does not take it.
+    """
     folder, arrived = shlex.quote(at.folder), run.path / ARRIVED
     excluded = [word for name in OURS for word in ("--exclude", f"/{name}")]
     known = f"--link-dest={run.path.absolute()}"  # what is here already does not travel again
     try:
         left = at.connection.get(
-            f"{at.folder}/", arrived, options=[*excluded, known, "--delete"], most=transfer_limits.of_run(run)
+            f"{at.folder}/", arrived, options=[*excluded, known, "--delete"], most=untrusted_files.max_bytes(run)
         )
-    except transfer_limits.TooMuchError:
+    except untrusted_files.TooMuchError:
         shutil.rmtree(arrived, ignore_errors=True)
         raise
     status = transfer.loads(at.connection.attempt(f"cat {folder}/status.json")[1])
     step = max(_complete_there(at), default=None)
     if step is not None and step not in checkpoints.complete(run):
-        bring_checkpoint(at, run, step, say)
+        download_checkpoint(at, run, step, say)
     places = {f"{at.workspace}/cache/runner": str(cache_dir())}
     theirs = transfer.loads(at.connection.attempt(f"cat {folder}/spec.json")[1]).get("model")
     if isinstance(theirs, dict):  # it is sent after the agent
         places[str(theirs.get("id"))] = spec.model.id
     if at.connection.attempt(f"test -e {folder}/summary.json")[0] == 0:
-        left += at.connection.get(f"{at.folder}/summary.json", arrived, most=transfer_limits.of_run(run))
+        left += at.connection.get(f"{at.folder}/summary.json", arrived, most=untrusted_files.max_bytes(run))
     _take(run, [*left, *untrusted_files.clean(arrived)], places, say)
     untrusted_files.flush(run.path)  # the pod, which has it too, is ended next
     return status
 
 
-def bring_checkpoint(at: RemoteRun, run: RunDir, step: int, say: Say = lambda line: None) -> None:
-    """Its files, then the marker that makes them count."""
+def download_checkpoint(at: RemoteRun, run: RunDir, step: int, say: Say = lambda line: None) -> None:
+    """Download a checkpoint's files, then the marker that completes it."""
     source, target = f"{at.folder}/checkpoints/checkpoint-{step}", checkpoints.folder(run, step)
     target.mkdir(parents=True, exist_ok=True)
     try:
         left = at.connection.get(
-            f"{source}/", target, options=["--exclude", checkpoints.MARKER], most=transfer_limits.of_run(run)
+            f"{source}/", target, options=["--exclude", checkpoints.MARKER], most=untrusted_files.max_bytes(run)
         )
-        left += at.connection.get(f"{source}/{checkpoints.MARKER}", target, most=transfer_limits.of_run(run))
-    except transfer_limits.TooMuchError:
+        left += at.connection.get(f"{source}/{checkpoints.MARKER}", target, most=untrusted_files.max_bytes(run))
+    except untrusted_files.TooMuchError:
         shutil.rmtree(target, ignore_errors=True)
         raise
     _say_refused([*left, *untrusted_files.clean(target)], say)
@@ -82,7 +84,7 @@ def _complete_there(at: RemoteRun) -> list[int]:
 
 
 def _take(run: RunDir, refused: list[str], places: dict[str, str], say: Say) -> None:
-    """What has arrived to its place, last what says that it is whole."""
+    """Move what has arrived into the run directory, last the file that says that it is whole."""
     arrived = run.path / ARRIVED
     files = [str(file.relative_to(arrived)) for file in sorted(arrived.rglob("*")) if file.is_file()]
     theirs = [name for name in files if not any(fnmatch(name.split("/")[0], ours) for ours in OURS)]
@@ -94,7 +96,7 @@ def _take(run: RunDir, refused: list[str], places: dict[str, str], say: Say) -> 
 
 
 def _moved(run: RunDir, names: list[str]) -> list[str]:
-    """What could not be, and why."""
+    """Move files; those that could not be moved, and why."""
     refused = []
     for name in names:
         try:
@@ -112,7 +114,7 @@ def _say_refused(refused: list[str], say: Say) -> None:
 
 
 def _rename(run: RunDir, places: dict[str, str]) -> None:
-    """The base that an adapter names lies at another place here: plain peft must find it."""
+    """Rewrite paths of the pod in the model's configuration, so that plain peft finds the base here."""
     for name in ("adapter_config.json", "config.json"):
         file = run.path / "model" / name
         if file.is_file():

@@ -22,8 +22,12 @@ RunnerError
 
 from __future__ import annotations
 
-from runner.cloud.provider import Provider
+from typing import TYPE_CHECKING
+
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
+
+if TYPE_CHECKING:  # a plan knows prices, and rents nothing
+    from runner.cloud.provider import Provider
 
 
 class NoKeyError(RequestError):

@@ -16,15 +16,14 @@ from rich.console import Console
 
 from runner.cloud import clock, lifecycle, reuse_pod, ssh, ssh_keys
 from runner.cloud.errors import NoBalanceError, StillThereError
-from runner.cloud.follow import News, Vanished
+from runner.cloud.follow import Display, News, PodGoneError
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import HeldError, Ledger
 from runner.cloud.provider import Provider, place_of
 from runner.cloud.providers import provider_of
 from runner.cloud.reconcile import reconcile
-from runner.cloud.run_output import RunOutput
 from runner.cloud.session import Session
-from runner.cloud.sweep_pool import Pool, kind_of
+from runner.cloud.sweep_pool import Pool, machine_key
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
 from runner.report.errors_text import print_problems
 from runner.report.known_causes import cause_of
@@ -41,8 +40,8 @@ BOOT_FACTOR = 2
 
 
 def check(spec: RunSpec, launch_options: LaunchOptions = DEFAULT_OPTIONS) -> None:
-    """Refuse, before anything is made or rented, what cannot be: no key, no ssh, nobody to ask."""
-    ssh.check()
+    """Refuse what cannot be rented, before anything is made: no key, no ssh, nobody to confirm."""
+    ssh.check_installed()
     provider_of(spec)  # NoKeyError
     place = place_of(spec)
     if launch_options.detach and place.spot and place.volume is None and spec.push.to is None:
@@ -58,7 +57,7 @@ def confirm(asked: Sequence[tuple[RunSpec, dict[str, Any]]], launch_options: Lau
     error here already."""
     kinds: dict[str, list[tuple[RunSpec, dict[str, Any]]]] = {}
     for spec, plan in asked:
-        kinds.setdefault(kind_of(spec) or spec.hw.name, []).append((spec, plan))
+        kinds.setdefault(machine_key(spec) or spec.hw.name, []).append((spec, plan))
     lines, costs, hourly = [], [], 0.0
     for runs in kinds.values():
         line, usd, rate = _priced(runs)
@@ -97,7 +96,7 @@ def _machine(spec: RunSpec, plan: dict[str, Any]) -> tuple[str, float]:
     if place_of(spec).pod:
         api, ledger = provider_of(spec), Ledger()
         reconcile(api, ledger)
-        found = reuse_pod.find(api, ledger, spec)
+        found = reuse_pod.find_named(api, ledger, spec)
         became = "stopped" if place_of(spec).keeps else "ENDED, with its disk"
         if found.entry.state == "RUNNING" and place_of(spec).keep is None:
             became = "yours again (stopped, where the run is detached)"
@@ -122,25 +121,25 @@ def _balance(api: Provider, usd: float, usd_per_hour: float) -> list[str]:
 def execute(
     run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, launch_options: LaunchOptions = DEFAULT_OPTIONS
 ) -> Outcome:  # fmt: skip
-    """Rent, run and give back; the outcome is the training's. Errors of renting as `pod.acquire` has them."""
-    run_output = RunOutput(Console(stderr=quiet_stdout))
+    """Rent, run and give back; the outcome is the training's. Errors of renting as `lifecycle.acquire` has them."""
+    display = Display(Console(stderr=quiet_stdout))
     pair = ssh_keys.pair(run.id)
     lost = 0
     with _terminated_is_interrupted():
         while True:
-            rented = _rent(run, spec, pair, run_output, launch_options, again=lost > 0)
-            session = Session(run, spec, rented, pair, run_output.say)
+            rented = _rent(run, spec, pair, display, launch_options, again=lost > 0)
+            session = Session(run, spec, rented, pair, display.say)
             try:
-                with run_output:
-                    return _with(session, run_output, launch_options)
-            except Vanished as error:
+                with display:
+                    return _run_in_pod(session, display, launch_options)
+            except PodGoneError as error:
                 lost += 1
                 rented.mark("PREEMPTED", str(error))
                 rented.release()
                 _replaceable(session, error, lost)
                 step, most = checkpoints.newest(run) or 0, place_of(spec).max_replacements
                 resumes = f"goes on after step {step}" if step else "begins anew"
-                run_output.say(f"{error}: pod {lost} of {most} in its place; the run {resumes}")
+                display.say(f"{error}: pod {lost} of {most} in its place; the run {resumes}")
             except OSError as error:
                 remedy = f"make room, then: python -m runner resume {quote(shown(run.path))}"
                 raise RunFailedError(Problem(f"nothing can be written here: {error}", None, remedy)) from None
@@ -152,39 +151,39 @@ def _rent(
     run: RunDir,
     spec: RunSpec,
     pair: ssh_keys.KeyPair,
-    run_output: RunOutput,
+    display: Display,
     launch_options: LaunchOptions,
     again: bool,
 ) -> Lease:
     """A pod of its own, or one of the sweep's; what another run waits for is not taken `again`."""
     pool = launch_options.pool
     try:
-        rented = pool.take(run, spec, pair, run_output.say) if pool and not again else None
+        rented = pool.take(run, spec, pair, display.say) if pool and not again else None
         if place_of(spec).pod:
-            rented = reuse_pod.take(run, spec, pair, run_output.say, launch_options.detach)
+            rented = reuse_pod.take(run, spec, pair, display.say, launch_options.detach)
         rented = rented or lifecycle.acquire(
-            run, spec, run.read("plan.json"), pair, run_output.say, detached=launch_options.detach,
+            run, spec, run.read("plan.json"), pair, display.say, detached=launch_options.detach,
             alone_minutes=BOOT_FACTOR * place_of(spec).setup_minutes, env=pool.variables() if pool else None,
         )  # fmt: skip
     except HeldError:  # the status is the other process's
         raise
     except BaseException as error:
-        with _said(run_output.say):
+        with _local_disk_may_fail(display.say):
             run.set_status("failed", exit_code=getattr(error, "exit_code", 130), error=str(error) or "interrupted")
         raise
     return rented
 
 
 @contextmanager
-def _said(say: Callable[[str], None]) -> Iterator[None]:
-    """A disk here that does not take what became of a run hides neither an error nor a pod."""
+def _local_disk_may_fail(say: Callable[[str], None]) -> Iterator[None]:
+    """Warn about a local disk that takes no write, so that it hides neither another error nor a pod."""
     try:
         yield
     except OSError as error:
         say(f"Warning: what became of the run cannot be written here: {error}")
 
 
-def _note(run: RunDir, rented: Lease) -> None:
+def _write_pod_json(run: RunDir, rented: Lease) -> None:
     """Write `pod.json`."""
     run.write("pod.json", {
         "name": rented.name, "pod_id": rented.pod.id, "gpu": rented.pod.gpu_id, "cloud": rented.pod.cloud,
@@ -193,23 +192,23 @@ def _note(run: RunDir, rented: Lease) -> None:
     })  # fmt: skip
 
 
-def _with(session: Session, run_output: RunOutput, launch_options: LaunchOptions) -> Outcome:
-    """One pod, from its first byte to its end. It is given back unless it has what nobody else has."""
+def _run_in_pod(session: Session, display: Display, launch_options: LaunchOptions) -> Outcome:
+    """Run in one pod, to its end. It is terminated unless it has a result that exists nowhere else."""
     run, rented, begun = session.run, session.rented, False
     try:
-        _note(run, rented)
+        _write_pod_json(run, rented)
         session.load(launch_options.detach)
         begun = True
         if launch_options.detach:
             rented.detach()
             run.set_status("created", host=rented.name, pid=None)
-            run_output.say(f"Detached  python -m runner attach {run.id}; logs -f, status and fetch take the id, too")
+            display.say(f"Detached  python -m runner attach {run.id}; logs -f, status and fetch take the id, too")
             return Outcome(run, 0)
-        run_output.say(f"Trains  in pod {rented.pod.id}, ${rented.usd_per_hour:.2f} an hour")
+        display.say(f"Trains  in pod {rented.pod.id}, ${rented.usd_per_hour:.2f} an hour")
         if session.spec.track.name == "tensorboard":
-            run_output.say(f"Board   python -m runner pods tunnel {run.id} -p 6006")
-        last = follow(session, run_output)
-    except Vanished:
+            display.say(f"Board   python -m runner pods tunnel {run.id} -p 6006")
+        last = follow(session, display)
+    except PodGoneError:
         raise
     except BaseException as error:
         until = None if begun and isinstance(error, OSError) else reuse_pod.hand_back(session)
@@ -222,51 +221,51 @@ def _with(session: Session, run_output: RunOutput, launch_options: LaunchOptions
             rented.release(keep=place_of(session.spec).keeps and bool(place_of(session.spec).pod))
         account(run, rented, error)
         if isinstance(error, KeyboardInterrupt):  # before anybody followed it, who would have told
-            run_output.say(f"Interrupted: you asked for it; pod {rented.pod.id} is given back")
+            display.say(f"Interrupted: you asked for it; pod {rented.pod.id} is given back")
         raise
-    return finish(session, last, run_output, launch_options.pool)
+    return finish(session, last, display, launch_options.pool)
 
 
-def follow(session: Session, run_output: RunOutput, leave: bool = False) -> dict[str, Any]:
-    """`Session.follow` with its news on screen and the meter's warnings."""
+def follow(session: Session, display: Display, leave: bool = False) -> dict[str, Any]:
+    """`Session.follow` with its news on the terminal, and the meter's warnings."""
 
     def tell(news: News) -> None:
-        run_output.tell(news)
+        display.tell(news)
         if news.kind == "tick" and (warning := session.rented.meter.warning(clock.now())):
-            run_output.say(f"Warning: {warning}")
+            display.say(f"Warning: {warning}")
 
     return session.follow(tell, leave)
 
 
-def finish(session: Session, last: dict[str, Any], run_output: RunOutput, pool: Pool | None = None) -> Outcome:
-    """Bring the run home, give the pod back (after a run that ended well perhaps to the sweep's `pool`), say what it
+def finish(session: Session, last: dict[str, Any], display: Display, pool: Pool | None = None) -> Outcome:
+    """Download the run, terminate the pod (after a run that ended well it may go to the sweep's `pool`), print what it
     cost; the outcome of the training."""
     run, rented, spec = session.run, session.rented, session.spec
     if last.get("state") == "ending":
         raise _ended_by_itself(session, last)
-    run_output.say("Brings  the run home")
+    display.say("Brings  the run home")
     code = int(last["exit_code"]) if isinstance(last.get("exit_code"), int) else 1
     shared = pool if code == 0 else None
     try:
         session.collect(part=shared is None and rented.before is None)
-    except Vanished:
+    except PodGoneError:
         raise
     except BaseException:  # the pod keeps what it has, and its agent ends it when nobody is heard of
         rented.ledger.leave(rented.name)
-        run_output.say(f"Pod {rented.pod.id} still has the result: python -m runner fetch {run.id}")
+        display.say(f"Pod {rented.pod.id} still has the result: python -m runner fetch {run.id}")
         raise
-    if shared is not None and _parked(session, shared):
-        _close(run, rented, account(run, rented), last, run_output, "waits for the next run")
+    if shared is not None and _park(session, shared):
+        _close(run, rented, account(run, rented), last, display, "waits for the next run")
         return Outcome(run, code)
     until = reuse_pod.hand_back(session)
     session.close()
     if code and run.read("status.json").get("state") not in ("failed", "interrupted"):
         if last.get("stopped_for"):  # before there was a training, which would say so itself
             code, last = InterruptedRun.exit_code, {**last, "message": None}
-            with _said(run_output.say):
+            with _local_disk_may_fail(display.say):
                 run.set_status("interrupted", exit_code=code, error=f"stopped: {last['stopped_for']}")
         else:
-            with _said(run_output.say):
+            with _local_disk_may_fail(display.say):
                 run.set_status("failed", exit_code=code, error=last.get("message") or f"the training ended with {code}")
     keep = place_of(spec).keeps
     try:
@@ -279,25 +278,25 @@ def finish(session: Session, last: dict[str, Any], run_output: RunOutput, pool: 
     became = "is stopped" if keep else "is gone, which was confirmed"
     if until is not None:
         became = f"is yours again, until {datetime.fromtimestamp(until):%H:%M on %Y-%m-%d}"
-    _close(run, rented, cost, last, run_output, became)
+    _close(run, rented, cost, last, display, became)
     if last.get("uploaded"):
-        run_output.say(f"Pushed  {run.read('pushed.json').get('url')}")
+        display.say(f"Pushed  {run.read('pushed.json').get('url')}")
     elif last.get("uploaded") is False:
         code = code or RunFailedError.exit_code
     if keep and until is None:
         per_day = f"${rented.kept_usd_per_day():.2f} a day"
-        run_output.say(f"Kept    its disk costs {per_day}: python -m runner pods terminate {run.id}")
+        display.say(f"Kept    its disk costs {per_day}: python -m runner pods terminate {run.id}")
     return Outcome(run, code)
 
 
-def _parked(session: Session, pool: Pool) -> bool:
-    """The pod is the pool's now; else it knows that it is needed no more, and is this run's to give back."""
+def _park(session: Session, pool: Pool) -> bool:
+    """Give the pod to the pool; False where it takes none: the pod is told that it is needed no more."""
     try:
         if pool.park(session):
             session.close()
             return True
         with suppress(RunnerError):
-            session.part()
+            session.dismiss_pod()
         return False
     except BaseException:
         session.rented.release()
@@ -318,7 +317,7 @@ def account(run: RunDir, rented: Lease, error: BaseException | None = None) -> d
         "pod_id": rented.pod.id,
     }
     state = {} if error is None else {"exit_code": getattr(error, "exit_code", 130), "error": str(error)}
-    with _said(rented.say):
+    with _local_disk_may_fail(rented.say):
         if state and run.read("status.json").get("state") not in ("done", "interrupted"):
             run.set_status("failed", **state)
         run.write("status.json", {**run.read("status.json"), "cost": cost})
@@ -328,21 +327,21 @@ def account(run: RunDir, rented: Lease, error: BaseException | None = None) -> d
 
 
 def _close(
-    run: RunDir, rented: Lease, cost: dict[str, Any], last: dict[str, Any], run_output: RunOutput, became: str
+    run: RunDir, rented: Lease, cost: dict[str, Any], last: dict[str, Any], display: Display, became: str
 ) -> None:
-    """What it cost, what `became` of the pod, and why the run ended as it did."""
+    """Print the cost, what `became` of the pod, and why the run ended as it did."""
     predicted = f", ${cost['predicted_usd']:.2f} predicted" if cost["predicted_usd"] is not None else ""
-    run_output.say(f"Cost    ${cost['usd']:.2f}{predicted}; pod {rented.pod.id} {became}")
+    display.say(f"Cost    ${cost['usd']:.2f}{predicted}; pod {rented.pod.id} {became}")
     if last.get("stopped_for"):
         more = " where.max_usd=…" if "where.max_usd" in last["stopped_for"] else ""
         remedy = f"python -m runner resume {quote(shown(run.path))}{more}"
         print_problems(Console(stderr=True), InterruptedRun(Problem(f"stopped: {last['stopped_for']}", None, remedy)))
     elif last.get("message"):
-        print_problems(Console(stderr=True), RunFailedError(_why(run, str(last["message"]))))
+        print_problems(Console(stderr=True), RunFailedError(_problem_of(run, str(last["message"]))))
 
 
-def _why(run: RunDir, message: str) -> Problem:
-    """What the agent says, with what installing left in its log, where the cause is a known one."""
+def _problem_of(run: RunDir, message: str) -> Problem:
+    """The agent's message, with the cause from the log of the installation where it is a known one."""
     log = run.path / "logs" / "install.log"
     try:
         cause = cause_of(log.read_text("utf-8", errors="replace")[-LOG_CHARS:]) if "install" in message else None
@@ -356,8 +355,8 @@ def _why(run: RunDir, message: str) -> Problem:
     return Problem(f"{message}: {cause.what}", shown(log), cause.in_pod or cause.remedy)
 
 
-def _replaceable(session: Session, error: Vanished, lost: int) -> None:
-    """Whether another pod may follow; RunFailedError if not."""
+def _replaceable(session: Session, error: PodGoneError, lost: int) -> None:
+    """RunFailedError where no other pod may replace a lost one."""
     run, place = session.run, place_of(session.spec)
     if session.agent.get("state") == "ending":
         raise _ended_by_itself(session, session.agent)

@@ -9,11 +9,11 @@ from typing import Any
 
 from runner.cloud import clock, termination
 from runner.cloud.budget import Meter, stopped_usd_per_day
-from runner.cloud.errors import CloudError, StillThereError, unseen
+from runner.cloud.errors import CloudError, NoKeyError, StillThereError, unseen
 from runner.cloud.ledger import PREFIX, Entry, Ledger, LedgerError
 from runner.cloud.provider import OVER, Pod, Provider
 from runner.cloud.providers import connect
-from runner.cloud.reconcile import overdue, rented_at
+from runner.cloud.reconcile import ARMED, overdue, reconcile, rented_at
 from runner.config.suggestions import nearest
 from runner.errors import Problem, RequestError, RunnerError
 
@@ -49,7 +49,7 @@ NOT_OURS: dict[str, Any] = {"run_id": "", "state": "NOT OURS", "detail": "not of
 
 
 def rows(api: Provider, ledger: Ledger, now: float | None = None, *, everything: bool = False) -> list[Row]:
-    """All of them, oldest first; with `everything` the account's other pods as well."""
+    """Every pod of this project, oldest first; with `everything` the account's other pods as well."""
     now = clock.now() if now is None else now
     listed = [pod for pod in api.pods() if pod.status not in OVER]
     pods = {pod.id: pod for pod in listed if pod.name.startswith(PREFIX)}
@@ -85,7 +85,7 @@ def _elsewhere(api: Provider, pod: Pod, now: float) -> Row:
         run_id=run_of(pod), pod_id=pod.id, name=pod.name, state="ELSEWHERE", status=pod.status, gpu=pod.gpu_id,
         cloud=pod.cloud, data_center=pod.data_center, usd_per_hour=pod.usd_per_hour,
         usd=round(Meter(pod.usd_per_hour, began).usd(now), 4), usd_per_day_stopped=0.0,
-        age_hours=max(0.0, now - began) / 3600, deadline=deadline_of(pod), held=False,
+        age_hours=max(0.0, now - began) / 3600, deadline=pod_deadline(pod), held=False,
         detail="rented from another machine", page=api.page(pod.id),
     )  # fmt: skip
 
@@ -95,9 +95,11 @@ def run_of(pod: Pod) -> str:
     return pod.env.get("RUNNER_RUN_ID") or pod.name.removeprefix(PREFIX).rpartition("-")[0]
 
 
-def deadline_of(pod: Pod) -> float | None:
-    """By its own variable, and by the clock of whoever rented it. One that was kept and started again has as long as
-    before, for its variables stay."""
+def pod_deadline(pod: Pod) -> float | None:
+    """Deadline of a pod by its own variable, and by the clock of whoever rented it.
+
+    One that was kept and started again has as long as before, for its variables stay.
+    """
     deadline, started = variable(pod, "RUNNER_DEADLINE"), pod.started
     if deadline is None or started is None or pod.created is None:
         return deadline
@@ -112,7 +114,7 @@ def variable(pod: Pod, name: str) -> float | None:
         return None
 
 
-def find(api: Provider, ledger: Ledger, word: str) -> tuple[str, str, str]:
+def find_pod(api: Provider, ledger: Ledger, word: str) -> tuple[str, str, str]:
     """Name, pod id and run id of the pod that a word means: a pod's id or name, a run's id or folder.
 
     RequestError where there is none, or more than one.
@@ -136,7 +138,7 @@ def find(api: Provider, ledger: Ledger, word: str) -> tuple[str, str, str]:
 def machine_of(word: str) -> tuple[str | None, int, int]:
     """GPU type, number of GPUs and of vCPUs of the pod that a word means. RequestError where there is none."""
     api, (ledger, _) = connect(), Ledger.or_copy()
-    name, pod_id, _ = find(api, ledger, word)
+    name, pod_id, _ = find_pod(api, ledger, word)
     pod, entry = api.pod(pod_id), ledger.entry(name)
     if pod is not None and pod.num_vcpus is not None:
         return None, 0, pod.num_vcpus
@@ -188,7 +190,7 @@ def _meant(api: Provider, ledger: Ledger, word: str) -> list[tuple[str, str, str
             found[pod.id] = (pod.name, pod.id, run_of(pod))
     if not found and (lost := next((e for e in own if e.state == "CREATE_UNKNOWN"), None)):
         raise StillThereError(unseen(api, lost.name, "no pod of that name is listed now"))
-    return list(found.values()) or [find(api, ledger, word)]
+    return list(found.values()) or [find_pod(api, ledger, word)]
 
 
 def _by_id(api: Provider, asked: str, own: list[Entry], error: CloudError) -> tuple[str, str, str]:
@@ -211,7 +213,7 @@ def _unknown(ledger: Ledger, name: str) -> bool:
 
 def stop(api: Provider, ledger: Ledger, word: str) -> str:
     """Stop a pod and keep its disk, confirmed; its id."""
-    name, pod_id, run_id = find(api, ledger, word)
+    name, pod_id, run_id = find_pod(api, ledger, word)
     if ledger.entry(name) is None:
         adopt(api, ledger, pod_id, run_id)
     termination.stop(api, ledger, name, pod_id, "asked for by a person")
@@ -227,10 +229,10 @@ def adopt(api: Provider, ledger: Ledger, pod_id: str, run_id: str, run_dir: str 
     _check_ours(api, pod)
     ledger.plan(
         pod.name, run_id=run_id, run_dir=run_dir, gpu=pod.gpu_id, cloud=pod.cloud, usd_per_hour=pod.usd_per_hour,
-        disk_gb=pod.disk_gb, keep=False, volume=pod.volume_id, base=api.base, account=api.account,
+        disk_gb=pod.disk_gb + pod.volume_gb, keep=False, volume=pod.volume_id, base=api.base, account=api.account,
         heartbeat_s=None,
     )  # fmt: skip
-    deadline, rented = deadline_of(pod), variable(pod, "RUNNER_RENTED")
+    deadline, rented = pod_deadline(pod), variable(pod, "RUNNER_RENTED")
     if deadline is not None and rented is not None and pod.created is not None:
         deadline += pod.created - rented  # from the other machine's clock to the provider's
     facts = {"pod_id": pod.id, "deadline": deadline} | ({"created": pod.created} if pod.created else {})
@@ -259,7 +261,7 @@ def owned_by_none(api: Provider, ledger: Ledger, *, everything: bool = False) ->
         if not pod.name.startswith(PREFIX) or pod.status in OVER:
             continue
         entry = entries.get(pod.id) or entries.get(pod.name)
-        deadline = entry.deadline if entry else deadline_of(pod)
+        deadline = entry.deadline if entry else pod_deadline(pod)
         now = there.now(pod, rented_at(ledger, entry) if entry else variable(pod, "RUNNER_RENTED"))
         if entry is not None and entry.owned:
             continue
@@ -276,7 +278,7 @@ def owned_by_none(api: Provider, ledger: Ledger, *, everything: bool = False) ->
 
 
 def reap(api: Provider, ledger: Ledger, found: list[tuple[str, str, str]]) -> list[str]:
-    """End them, all of them even if one cannot be; StillThereError with every one that could not be confirmed."""
+    """Terminate pods, all of them even if one cannot be; StillThereError with every one that could not be confirmed."""
     ended, failures = [], []
     for _, pod_id, why in found:
         try:
@@ -286,3 +288,48 @@ def reap(api: Provider, ledger: Ledger, found: list[tuple[str, str, str]]) -> li
     if failures:
         raise StillThereError(*failures)
     return ended
+
+
+def refuse_second(run_id: str, *, rents: bool) -> list[str]:
+    """RequestError where a pod has the run already, by ledger or provider; else notes of what was settled.
+
+    `rents`: the run goes on in a pod again, for which a stopped one is no obstacle.
+    """
+    ledger, _ = Ledger.or_copy()
+    notes: list[str] = []
+    listed: list[Pod] = []
+    if rents:
+        try:
+            api = connect()
+            notes = reconcile(api, ledger)
+            listed = api.pods()
+        except (NoKeyError, CloudError):  # said when the pod is rented
+            pass
+    entries = ledger.entries(run_id)
+    problems = [problem for entry in entries if (problem := _busy(entry, rents))]
+    known = {entry.pod_id for entry in ledger.entries()}
+    for pod in listed:
+        mine = pod.name.startswith(PREFIX) and run_of(pod) == run_id
+        if mine and pod.id not in known and pod.status not in OVER:
+            problems.append(_has(run_id, pod.id, f"{pod.status}, rented elsewhere"))
+    if problems:
+        raise RequestError(*problems)
+    return notes
+
+
+def _busy(entry: Entry, rents: bool) -> Problem | None:
+    if entry.owned and not entry.owned_here:
+        what = f"{entry.run_id} is at work in pod {entry.pod_id or entry.name}: process {entry.pid} looks after it"
+        remedy = f"python -m runner logs {entry.run_id} -f looks on; pods terminate {entry.run_id} ends the pod"
+        return Problem(what, "command line", remedy)
+    if entry.state in ARMED:
+        return _has(entry.run_id, str(entry.pod_id), entry.state.lower())
+    if entry.state == "STOPPED" and not rents and not entry.keep:
+        what = f"pod {entry.pod_id} has stopped itself with what is newest of {entry.run_id}"
+        return Problem(what, "command line", f"python -m runner fetch {entry.run_id}, then resume it")
+    return None
+
+
+def _has(run_id: str, pod_id: str, state: str) -> Problem:
+    what = f"{run_id} is in pod {pod_id} ({state}): a second one would do the same again"
+    return Problem(what, "command line", f"python -m runner attach {run_id}, or fetch {run_id}")

@@ -15,15 +15,19 @@ import subprocess
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runner.cloud import transfer_limits, untrusted_files
+from rich.console import Console
+
+from runner.cloud import untrusted_files
 from runner.cloud.agent.tail import GROWING, WHOLE
 from runner.cloud.ssh import SSH_FAILED
 from runner.cloud.transfer import RemoteRun
 from runner.errors import Problem, RunnerError
+from runner.report.invocation import typed
+from runner.report.progress import Progress
 from runner.rundir.directory import RunDir
 
 TICK_SECONDS = 0.5
@@ -42,7 +46,7 @@ WORDS = "logs/worker.log"
 TOO_MUCH = "Warning: the pod's logs are more than a run's can be, or than this disk has room for: no more is copied"
 
 
-class Vanished(RunnerError):
+class PodGoneError(RunnerError):
     """The pod is gone, or its files are."""
 
 
@@ -55,7 +59,7 @@ class News(NamedTuple):
 
 
 class Follower:
-    """One run in one pod. `find` tells the pod's present address, None while it has none; raises Vanished."""
+    """One run in one pod. `find` tells the pod's present address, None while it has none; raises PodGoneError."""
 
     def __init__(self, at: RemoteRun, run: RunDir, find: Callable[[], tuple[str, int] | None],
                  before: Callable[[], None] = lambda: None) -> None:  # fmt: skip
@@ -68,7 +72,7 @@ class Follower:
         self.failed = 0
 
     def news(self) -> Generator[News, None, None]:
-        """Until nobody listens any more. Vanished where the pod, or the run in it, is gone."""
+        """Yield news until the generator is closed. PodGoneError where the pod, or the run in it, is gone."""
         try:
             while True:
                 yield from self._connected()
@@ -112,7 +116,7 @@ class Follower:
         """After a break: wait, ask where the pod is now, bring back what a restart took."""
         code = self._hang_up()
         if code == 44:
-            raise Vanished(Problem("the pod's disk is empty: the run is not there any more"))
+            raise PodGoneError(Problem("the pod's disk is empty: the run is not there any more"))
         why = "the connection to the pod was lost" if code in (None, SSH_FAILED) else f"the pod's end ended ({code})"
         if not self.failed:
             yield News("lost", why)
@@ -128,7 +132,7 @@ class Follower:
                     self.at.connection.moved(*address)
                     self.before()
                     return
-            except Vanished:
+            except PodGoneError:
                 raise
             except RunnerError:  # the API or the pod does not answer: later
                 continue
@@ -204,9 +208,11 @@ class Follower:
         """Whether a file may have so many bytes here, beside the others."""
         others = sum(self.sizes.values()) - self.sizes.get(name, 0)
         more = size - self.sizes.get(name, 0)
-        if name not in self.sizes and len(self.sizes) >= transfer_limits.FOLLOWED_FILES:
+        if name not in self.sizes and len(self.sizes) >= untrusted_files.FOLLOWED_FILES:
             return False
-        if others + size > transfer_limits.FOLLOWED_BYTES or (more > 0 and more > transfer_limits.free(self.run.path)):
+        if others + size > untrusted_files.FOLLOWED_BYTES or (
+            more > 0 and more > untrusted_files.free_bytes(self.run.path)
+        ):
             return False
         self.sizes[name] = size
         return True
@@ -241,5 +247,52 @@ def _is_ours(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def shown(text: str) -> str:
-    """Without what a terminal obeys: colours, titles, its clipboard."""
+    """A line without terminal control sequences."""
     return CONTROL.sub("", text)
+
+
+class Display:
+    """Output of a run in a pod on this terminal: lines, and a live bar. A context manager around following it."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.progress = console, Progress(console)
+        self.total = 0
+        self.open: ExitStack | None = None
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.open is not None:
+            self.open.close()
+            self.open = None
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        self.console.print(typed(line), highlight=False, soft_wrap=True, markup=False)
+
+    def tell(self, news: News) -> None:
+        """Show what happened in the pod; what is no number where one belongs is not shown."""
+        with suppress(KeyError, TypeError, ValueError, ArithmeticError):
+            self._tell(news)
+
+    def _tell(self, news: News) -> None:
+        if news.kind == "words" and not (self.console.is_terminal and _is_progress(news.value)):
+            self.say(news.value)
+        elif news.kind == "status":
+            self.total = int(news.value.get("num_steps") or self.total)
+        elif news.kind == "step" and self.console.is_terminal and self.total:
+            if self.open is None:
+                self.open = ExitStack()
+                self.open.enter_context(self.progress.stage("Training", "steps", self.total, int(news.value["step"])))
+            self.progress.step(int(news.value["step"]), self.total, news.value)
+        elif news.kind == "lost":
+            self.say(f"{news.value}; the run goes on there, and is looked for")
+        elif news.kind == "back":
+            self.say("The connection is back")
+
+
+def _is_progress(line: str) -> bool:
+    """Such as `  10/200  loss 1.23`: the bar says it."""
+    done, _, rest = line.strip().partition("/")
+    return done.isdigit() and rest[:1].isdigit()

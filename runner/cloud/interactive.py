@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from runner.cloud import budget, clock, pod_env, ssh_keys
+from runner.cloud import access, budget, clock, ssh_keys
 from runner.cloud.lease import Lease
 from runner.cloud.lifecycle import acquire, find_offers
 from runner.cloud.provider import Offer, Provider, place_of
@@ -22,7 +22,7 @@ from runner.spec.where import LONGEST_HOURS
 
 
 @dataclass(frozen=True)
-class Up:
+class InteractivePod:
     """A pod that is a person's own until its deadline."""
 
     run_id: str
@@ -44,7 +44,7 @@ class Up:
 
 
 def described(pod_id: str, usd_per_hour: float, deadline: float, how: str, jupyter: str = "") -> str:
-    """What to do with a pod that is one's own."""
+    """Commands for a pod of one's own, with its price and deadline."""
     until = datetime.fromtimestamp(deadline)
     return (
         f"pod {pod_id}, ${usd_per_hour:.2f} an hour, {how} itself at {until:%H:%M on %Y-%m-%d}\n"
@@ -56,7 +56,7 @@ def described(pod_id: str, usd_per_hour: float, deadline: float, how: str, jupyt
 
 
 def check_hours(hours: float) -> None:
-    """RequestError for a deadline that never comes."""
+    """RequestError for more hours than a year has."""
     if hours > LONGEST_HOURS:
         what = f"--hours {hours:g}: no pod is rented for more than {LONGEST_HOURS} hours, a year"
         raise RequestError(Problem(what, "command line", f"write --hours {LONGEST_HOURS}, or less"))
@@ -69,14 +69,14 @@ def spec_for(spec: RunSpec, hours: float) -> RunSpec:
 
 
 def offer(api: Provider, spec: RunSpec, hours: float) -> Offer:
-    """What would be asked for first; CannotRunError where so many hours of it cost more than is allowed."""
+    """The offer that would be asked for first; CannotRunError where so many hours of it cost more than is allowed."""
     first, *_ = find_offers(api, spec, {})
     budget.check_hours(place_of(spec), first.usd_per_hour, hours)
     return first
 
 
-def up(spec: RunSpec, hours: float, say: Callable[[str], None], env: dict[str, str] | None = None) -> Up:
-    """Rent it, put secret variables there, leave it to itself: what ends it in time is started with it."""
+def rent(spec: RunSpec, hours: float, say: Callable[[str], None], env: dict[str, str] | None = None) -> InteractivePod:
+    """Rent a pod, put secret variables into its memory, and release it: its start command ends it in time."""
     run_id = f"pod-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     token = secrets.token_urlsafe(12)  # of a server that listens inside the pod alone; nobody's key
     began, pair = clock.now(), ssh_keys.pair(run_id)
@@ -86,7 +86,7 @@ def up(spec: RunSpec, hours: float, say: Callable[[str], None], env: dict[str, s
     )  # fmt: skip
     try:
         if env:
-            _tell(rented, pair, env)
+            _send_env(rented, pair, env)
         rented.deadline = min(rented.deadline, began + hours * 3600)
         rented.ledger.set(rented.name, deadline=rented.deadline)
         rented.mark("RUNNING", "it is a person's own until its deadline")
@@ -94,14 +94,14 @@ def up(spec: RunSpec, hours: float, say: Callable[[str], None], env: dict[str, s
     except BaseException:
         rented.release()
         raise
-    return Up(run_id, rented.pod.id, rented.usd_per_hour, rented.deadline, token)
+    return InteractivePod(run_id, rented.pod.id, rented.usd_per_hour, rented.deadline, token)
 
 
-def _tell(rented: Lease, pair: ssh_keys.KeyPair, env: dict[str, str]) -> None:
-    """Put variables there."""
+def _send_env(rented: Lease, pair: ssh_keys.KeyPair, env: dict[str, str]) -> None:
+    """Put variables into the pod's memory."""
     pod = rented.pod
     connection = connection_to(pod, pair.private)
     try:
-        pod_env.place(connection, rented.run_id, env)
+        access.place_env(connection, rented.run_id, env)
     finally:
         connection.close()

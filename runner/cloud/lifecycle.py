@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from runner.cloud import budget, clock, errors, one_pod_per_run, termination
+from runner.cloud import budget, clock, errors, reuse_pod, termination
 from runner.cloud.budget import Meter, deadline_of, hours_of, spent
 from runner.cloud.errors import (
     ApiDownError,
@@ -31,7 +31,7 @@ from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Ledger
 from runner.cloud.provider import Offer, Pod, PodRequest, Provider, place_of
 from runner.cloud.providers import provider_of
-from runner.cloud.readiness import look_for, until_ready
+from runner.cloud.readiness import wait_for_name, wait_until_ready
 from runner.cloud.reconcile import reconcile
 from runner.errors import CannotRunError, NotYetError, Problem, RunnerError
 from runner.plan import pod_packages
@@ -66,7 +66,7 @@ def acquire(
     for note in reconcile(api, ledger):
         say(note)
     machines = find_offers(api, spec, plan)
-    if (again := one_pod_per_run.taken(api, ledger, run, spec, machines, say, detached)) is not None:
+    if (again := reuse_pod.take_stopped(api, ledger, run, spec, machines, say, detached)) is not None:
         return again
     order = _Order(api, ledger, run, spec, keys, say, detached, alone_minutes, env or {}, ports)
     try:
@@ -147,7 +147,7 @@ class _Order:
             self.ledger.move(name, "PROVISIONING", f"created as {pod.id}", **facts)
             rented = Lease(self.api, self.ledger, name, pod, deadline, meter, self.run.id, wanted.volume_gb, self.say)
             self._check_price(rented, machine, pod)
-            rented.pod = until_ready(
+            rented.pod = wait_until_ready(
                 self.api, pod, setup_s=place.setup_minutes * 60, bad_host_s=place.bad_host_minutes * 60,
                 say=self.say, seen=lambda seen: self._check_price(rented, machine, seen),
             )  # fmt: skip
@@ -188,7 +188,7 @@ class _Order:
         """Pods of a create that was not answered; StillThereError where the provider cannot be asked for them."""
         recorded = self.ledger.try_move(name, "CREATE_UNKNOWN", why)
         try:
-            found = look_for(self.api, name)
+            found = wait_for_name(self.api, name)
         except RunnerError as error:
             raise StillThereError(errors.unseen(self.api, name, f"{why}; {error}")) from None
         if not found and not recorded:

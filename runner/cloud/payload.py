@@ -1,21 +1,29 @@
-"""Local files that a run needs in its pod, named by their content.
+"""What is sent to a pod: this project as a wheel, and the local files that a run names, each named by its content.
 
-A volume that has a parcel already is not sent it twice; and a spec whose paths name parcels is the same on every pod.
-What is not here, such as a URL, a name, or a place on the pod's own disk, stays as it is.
+A volume that has an item already is not sent it twice; and a spec whose paths name items is the same on every pod.
+What is not here, such as a URL, a name, or a place on the pod's own disk, stays as it is. The wheel is unpacked and put
+on PYTHONPATH there, not installed: its dependencies have an environment of their own that outlives versions of it.
 """
 
 from __future__ import annotations
 
+import base64
 import glob
 import hashlib
+import importlib.metadata
+import io
 import os
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import runner
+from runner import paths
 from runner.data import prepared_index
-from runner.errors import Problem, RequestError
+from runner.errors import CannotRunError, Problem, RequestError
 from runner.paths import cache_dir
+from runner.report.invocation import PROJECT
 from runner.rundir import plain_files
 from runner.spec import LocalPlace, RunSpec
 from runner.spec.input_paths import is_glob, is_url, named_places, put_place
@@ -105,3 +113,76 @@ def _refuse_if_wanted(key: str, value: str) -> None:
     """RequestError for data that should have been here."""
     if key.startswith("data.") and not is_url(value) and not os.path.isabs(value):
         raise RequestError(Problem(f"{key}={value} is not there", None, "name a file or folder of this machine"))
+
+
+NOT_THERE = ("hydra-core", "omegaconf", "hydra-joblib-launcher", "click")
+"""What only the command line needs: a run arrives composed."""
+EPOCH = (1980, 1, 1, 0, 0, 0)
+ASSETS = {"conf": paths.CONF, "recipes": paths.RECIPES, "deepspeed_configs": paths.DEEPSPEED_CONFIGS}
+
+
+def packed_wheel() -> tuple[str, bytes]:
+    """File name and content."""
+    stem = f"{PROJECT.replace('-', '_')}-{runner.__version__}"
+    files = dict(sorted(_wheel_files().items()))
+    info = f"{stem}.dist-info"
+    files[f"{info}/METADATA"] = _wheel_metadata().encode()
+    files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: runner\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    record = [f"{name},sha256={_wheel_sum(content)},{len(content)}" for name, content in files.items()]
+    files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,", ""]).encode()
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            entry = zipfile.ZipInfo(name, EPOCH)
+            entry.external_attr = 0o644 << 16
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, content)
+    return f"{stem}-py3-none-any.whl", held.getvalue()
+
+
+def requirements() -> list[str]:
+    """What training needs, as pip takes it: the core and the extra `train`, without what only the front needs."""
+    try:
+        listed = importlib.metadata.requires(PROJECT) or []
+    except importlib.metadata.PackageNotFoundError:
+        what = "what a pod has to install is not known: this project is used without being installed"
+        raise CannotRunError(Problem(what, None, "pip install -e . in the checkout, or make setup")) from None
+    kept = []
+    for line in listed:
+        requirement, _, marker = line.partition(";")
+        if "extra ==" in marker and "'train'" not in marker.replace('"', "'"):
+            continue
+        if requirement.split(">")[0].split("<")[0].strip().lower() not in NOT_THERE:
+            kept.append(requirement.strip())  # a pod is Linux: the markers hold
+    return kept
+
+
+def constraints() -> str:
+    """The pins that the tests ran with; empty where they were not shipped."""
+    try:
+        return paths.CONSTRAINTS.read_text("utf-8")
+    except OSError:
+        return ""
+
+
+def _wheel_files() -> dict[str, bytes]:
+    package = Path(runner.__file__).parent
+    found = {
+        f"runner/{file.relative_to(package).as_posix()}": file.read_bytes()
+        for file in package.rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts and file.relative_to(package).parts[0] != "assets"
+    }
+    for name, folder in ASSETS.items():
+        for file in folder.rglob("*"):
+            if file.is_file() and "__pycache__" not in file.parts:
+                found[f"runner/assets/{name}/{file.relative_to(folder).as_posix()}"] = file.read_bytes()
+    return found
+
+
+def _wheel_metadata() -> str:
+    lines = ["Metadata-Version: 2.1", f"Name: {PROJECT}", f"Version: {runner.__version__}"]
+    return "\n".join([*lines, *(f"Requires-Dist: {line}" for line in requirements()), ""])
+
+
+def _wheel_sum(content: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()

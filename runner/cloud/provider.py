@@ -134,6 +134,8 @@ class Provider(Protocol):
     """Address where a person adds funds."""
     base: str
     """Address of its API, which the ledger keeps with every pod."""
+    calls: dict[str, Any]
+    """How a pod ends itself, as `CALLS` of `agent/agent.py`: variables that have its id and key, and requests."""
     account: str
     """Fingerprint of the key, which the ledger keeps with every pod."""
 
@@ -164,7 +166,8 @@ class Provider(Protocol):
         """Start a stopped pod: NoCapacityError where its machine has no GPU left."""
 
     def start_command(self, run_id: str, minutes: float) -> str:
-        """Start command that ends the pod after so many minutes without an agent, and restarts the agent with it."""
+        """Start command that ends the pod after so many minutes without an agent, starts the agent again after a
+        restart of the container, and ends the pod where the agent falls silent."""
 
     def time(self) -> float | None:
         """The provider's own clock; None where it does not say."""

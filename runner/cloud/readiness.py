@@ -40,18 +40,18 @@ def poll_s(api: Provider) -> float:
     return max(LEAST_POLL_S, POLL_S * clock.pace(api.base))
 
 
-def named(api: Provider, name: str) -> list[Pod]:
+def pods_named(api: Provider, name: str) -> list[Pod]:
     """Pods of exactly that name that are not over: names are unique here, though no provider asks for it."""
     return [pod for pod in api.pods() if pod.name == name and pod.status not in OVER]
 
 
-def look_for(api: Provider, name: str) -> list[Pod]:
+def wait_for_name(api: Provider, name: str) -> list[Pod]:
     """Pods of that name, as soon as there is one; none if none appears. CloudError where nobody could be asked."""
     end_by = time.monotonic() + max(LEAST_LOOK_S, LOOK_S * clock.pace(api.base))
     failed: RunnerError | None = None
     while True:
         try:
-            if found := named(api, name):
+            if found := pods_named(api, name):
                 return found
             failed = None
         except RunnerError as error:
@@ -63,7 +63,7 @@ def look_for(api: Provider, name: str) -> list[Pod]:
         time.sleep(poll_s(api))
 
 
-def until_ready(
+def wait_until_ready(
     api: Provider,
     pod: Pod,
     *,

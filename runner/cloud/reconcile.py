@@ -10,7 +10,7 @@ from runner.cloud import clock, termination
 from runner.cloud.errors import CloudError, StillThereError
 from runner.cloud.ledger import Entry, Ledger, LedgerError
 from runner.cloud.provider import OVER, Pod, Provider
-from runner.cloud.readiness import look_for, named
+from runner.cloud.readiness import pods_named, wait_for_name
 from runner.errors import RunnerError
 
 # A create that was not answered is believed to have come to nothing when its name has not appeared for so long.
@@ -89,7 +89,7 @@ def _unanswered(api: Provider, ledger: Ledger, entry: Entry) -> str | None:
     """A create of which nobody knows what became of it."""
     if entry.state == "CREATING":
         ledger.move(entry.name, "CREATE_UNKNOWN", "the launcher ended while it asked")
-    found = look_for(api, entry.name) if entry.state == "CREATING" else named(api, entry.name)
+    found = wait_for_name(api, entry.name) if entry.state == "CREATING" else pods_named(api, entry.name)
     for pod in found:
         termination.end(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
     if found:
@@ -158,7 +158,7 @@ def end_unanswered_creates(api: Provider, ledger: Ledger, run_id: str, *, now: b
         if entry.state != "CREATE_UNKNOWN" or not (entry.owned_here or not entry.owned):
             continue
         try:
-            found = look_for(api, entry.name) if now else named(api, entry.name)
+            found = wait_for_name(api, entry.name) if now else pods_named(api, entry.name)
         except RunnerError:
             continue  # it stays in the ledger
         for pod in found:

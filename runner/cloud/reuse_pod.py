@@ -1,4 +1,4 @@
-"""Reuse of existing pods: `where.pod`, and `pods start`.
+"""Reuse of existing pods: a run's own stopped one, `where.pod`, and `pods start`.
 
 A pod is taken in one transaction of the ledger, so that it has one owner; its dead-man's switch then holds the new
 order before anything is sent. A person's own running pod is theirs again after the run; whatever goes wrong, a pod is
@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import secrets
 import shlex
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.cloud import budget, clock, fleet, pod_env, ssh_keys, sweep_handover, transfer
+from runner.cloud import access, budget, clock, fleet, handover, ssh, ssh_keys, termination, transfer
 from runner.cloud.budget import Meter, deadline_of, spent
+from runner.cloud.errors import BadHostError, NoCapacityError
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Entry, Ledger
-from runner.cloud.one_pod_per_run import restart
-from runner.cloud.provider import Pod, Provider, gpu_id_of, place_of
+from runner.cloud.provider import OVER, Offer, Pod, Provider, gpu_id_of, place_of
 from runner.cloud.providers import provider_of
-from runner.cloud.readiness import until_ready
+from runner.cloud.readiness import poll_s, wait_until_ready
 from runner.cloud.session import Session
 from runner.cloud.transfer import RemoteRun, Say
 from runner.errors import Problem, RequestError, RunFailedError, RunnerError
@@ -32,6 +34,8 @@ LEAST_S = 60.0
 """A pod that ends itself sooner is not handed back."""
 SETUP_S, BAD_HOST_S = 20 * 60.0, 3 * 60.0
 """For a pod of a person's own, as `where.setup_minutes` and `where.bad_host_minutes` by default."""
+STARTING_S = 120.0
+"""For a pod that was told to start to say anything else than that it is stopped."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,14 @@ def folder_of(run_id: str) -> Path:
     return state_dir() / "pods" / run_id
 
 
-def find(api: Provider, ledger: Ledger, spec: RunSpec, own: str | None = None) -> Found:
+def find_named(api: Provider, ledger: Ledger, spec: RunSpec, own: str | None = None) -> Found:
     """The pod that `where.pod` names; `own` is the run that takes it.
 
     RequestError for one that is not there, at work, or of another kind.
     """
     place = place_of(spec)
     source = f"where.pod={place.pod}"
-    name, pod_id, run_id = fleet.find(api, ledger, str(place.pod))
+    name, pod_id, run_id = fleet.find_pod(api, ledger, str(place.pod))
     entry, pod = ledger.entry(name), api.pod(pod_id)
     if entry is None or pod is None:
         what, remedy = f"pod {pod_id} was rented from another machine", "use it there; or stop it: pods stop, and again"
@@ -88,7 +92,7 @@ def take(run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, say: Say, detached:
     Errors as `find` has them, NoCapacityError or BadHostError where it does not start, TooDearError over the cap.
     """
     api, ledger, place = provider_of(spec), Ledger(), place_of(spec)
-    found = find(api, ledger, spec, run.id)
+    found = find_named(api, ledger, spec, run.id)
     old = found.entry
     rented = _taken(
         api, ledger, found, run.id, run.path.absolute(), say, place.max_usd, spent(ledger, run.id),
@@ -121,12 +125,12 @@ def hand_back(session: Session) -> float | None:
     order = transfer.order(
         run_id, rented.pod.id, deadline=old.deadline, started=now, usd_per_hour=rented.usd_per_hour, budget_usd=None,
         heartbeat_minutes=None, boarding_minutes=None, keep=old.keep, uncollected="stop" if old.keep else "terminate",
-        public_key=ssh_keys.pair(run_id).public,
+        public_key=ssh_keys.pair(run_id).public, calls=rented.api.calls,
     )  # fmt: skip
     try:
         there = RemoteRun(at.connection, at.workspace, run_id)
         _scripts(there)
-        sweep_handover.succeed(at, there, order | {"fresh": False})
+        handover.serve_next(at, there, order | {"fresh": False})
         at.connection.run(f"rm -f /dev/shm/runner-{shlex.quote(session.run.id)}.env", check=False)
         rented.ledger.move(rented.name, "PARKED", "handed back", deadline=old.deadline)
         rented.ledger.hand_over(rented.name, name, run_id=run_id, run_dir=str(folder_of(run_id)), heartbeat_s=None)
@@ -141,7 +145,7 @@ def hand_back(session: Session) -> float | None:
 
 def start(api: Provider, ledger: Ledger, word: str, hours: float, say: Say, env: dict[str, str]) -> Lease:
     """Start a stopped pod for a person: it ends itself after so many hours, stopped. RequestError for one that runs."""
-    name, pod_id, run_id = fleet.find(api, ledger, word)
+    name, pod_id, run_id = fleet.find_pod(api, ledger, word)
     entry, pod = ledger.entry(name), api.pod(pod_id)
     if entry is None:
         entry = fleet.adopt(api, ledger, pod_id, run_id)
@@ -156,16 +160,16 @@ def start(api: Provider, ledger: Ledger, word: str, hours: float, say: Say, env:
     try:
         ledger.set(rented.name, deadline=rented.deadline, keep=True)
         _start(rented, None, say)
-        at = transfer.board(rented.pod, run_id, ssh_keys.pair(run_id), say)
+        at = transfer.login(rented.pod, run_id, ssh_keys.pair(run_id), say)
         try:
             order = transfer.order(
                 run_id, rented.pod.id, deadline=rented.deadline, started=rented.meter.started,
                 usd_per_hour=rented.usd_per_hour, budget_usd=None, heartbeat_minutes=None, boarding_minutes=None,
-                keep=True, uncollected="stop",
+                keep=True, uncollected="stop", calls=api.calls,
             )  # fmt: skip
             transfer.arm(at, order | {"fresh": False}, say)
             if env:
-                pod_env.place(at.connection, run_id, env)
+                access.place_env(at.connection, run_id, env)
         finally:
             at.connection.close()
         rented.mark("RUNNING", "it is a person's own until its deadline")
@@ -212,7 +216,7 @@ def _start(rented: Lease, place: RentedPlace | None, say: Say) -> None:
     """Start a stopped pod, until it answers; its real price from then on."""
     setup, bad = (60 * place.setup_minutes, 60 * place.bad_host_minutes) if place else (SETUP_S, BAD_HOST_S)
     pod = restart(rented.api, rented.pod)
-    rented.pod = until_ready(rented.api, pod, setup_s=setup, bad_host_s=bad, say=say, seen=lambda seen: None)
+    rented.pod = wait_until_ready(rented.api, pod, setup_s=setup, bad_host_s=bad, say=say, seen=lambda seen: None)
     if rented.pod.usd_per_hour and rented.pod.usd_per_hour != rented.meter.usd_per_hour:
         rented.meter.usd_per_hour = rented.pod.usd_per_hour
         rented.ledger.set(rented.name, usd_per_hour=rented.pod.usd_per_hour)
@@ -221,7 +225,7 @@ def _start(rented: Lease, place: RentedPlace | None, say: Say) -> None:
 def _hand_on(rented: Lease, old: Entry, new: Session, detached: bool) -> None:
     """Have the pod's switch serve the new run. One that has none, of `pods up`, gets it where the pod's start command
     looks for it after a restart."""
-    at = transfer.board(rented.pod, old.run_id, ssh_keys.pair(old.run_id), rented.say)
+    at = transfer.login(rented.pod, old.run_id, ssh_keys.pair(old.run_id), rented.say)
     try:
         if old.run_id == new.run.id:  # the order of its own folder is renewed as the run is sent
             return
@@ -230,7 +234,7 @@ def _hand_on(rented: Lease, old: Entry, new: Session, detached: bool) -> None:
             _scripts(at)
             at.place("agent.json", order | {"run_id": old.run_id, "public_key": None})
         there = RemoteRun(at.connection, at.workspace, new.run.id)
-        sweep_handover.succeed(at, there, order)
+        handover.serve_next(at, there, order)
         at.connection.run(f"rm -f /dev/shm/runner-{shlex.quote(old.run_id)}.env", check=False)
     finally:
         at.connection.close()
@@ -246,3 +250,71 @@ def unavailable(pod: str) -> RunFailedError:
     """A pod that was named is not replaced by another one."""
     what = f"pod {pod} was named by where.pod, and no other one is rented in its place"
     return RunFailedError(Problem(what, f"where.pod={pod}", "resume with where.pod=null rents one"))
+
+
+def take_stopped(
+    api: Provider, ledger: Ledger, run: RunDir, spec: RunSpec, machines: Sequence[Offer], say: Say, detached: bool
+) -> Lease | None:
+    """The run's stopped pod, started; None where it has none. RequestError for one of another kind than is asked for,
+    NoCapacityError where its host has no GPU left. Whatever goes wrong, it is stopped again, and its disk is kept.
+    """
+    stopped = [entry for entry in ledger.entries(run.id) if entry.state == "STOPPED" and entry.pod_id]
+    if not stopped:
+        return None
+    entry = stopped[-1]
+    pod = api.pod(str(entry.pod_id))
+    if pod is None or pod.status in OVER:
+        termination.end(api, ledger, entry.name, str(entry.pod_id), "it was kept, and is gone")
+        return None
+    _check_same_machine(run, entry, pod, machines)
+    before = spent(ledger, run.id)
+    name, place = f"{PREFIX}{run.id}-{secrets.token_hex(2)}", place_of(spec)
+    own = ledger.hand_over(
+        entry.name, name, run_id=run.id, run_dir=str(run.path.absolute()),
+        heartbeat_s=None if detached else place.heartbeat_minutes * 60,
+    )  # fmt: skip
+    if own is None:
+        raise RequestError(Problem(f"another command has taken pod {pod.id} of {run.id}", "command line"))
+    meter = Meter(entry.usd_per_hour, clock.now(), entry.disk_gb, place.max_usd, before)
+    rented = Lease(api, ledger, name, pod, deadline_of(place, meter), meter, run.id, pod.volume_gb, say)
+    say(f"Starts  pod {pod.id}, which was kept for {run.id}")
+    try:
+        ledger.set(name, deadline=rented.deadline, pod_id=pod.id)
+        rented.pod = wait_until_ready(
+            api, restart(api, pod), setup_s=place.setup_minutes * 60, bad_host_s=place.bad_host_minutes * 60, say=say,
+            seen=lambda seen: None,
+        )  # fmt: skip
+        ledger.move(name, "SSH_READY", f"{rented.pod.ssh_host}:{rented.pod.ssh_port} says hello")
+        return rented
+    except BaseException as error:
+        rented.release(keep=True)
+        if isinstance(error, (NoCapacityError, BadHostError)):
+            remedy = f"try again later; or python -m runner pods terminate {run.id}, and resume in another pod"
+            raise NoCapacityError(Problem(f"pod {pod.id} of {run.id} does not start: {error}", None, remedy)) from None
+        raise
+
+
+def restart(api: Provider, pod: Pod) -> Pod:
+    """Start a stopped pod; the pod as soon as it is not said to be stopped any more. Its container, and with it its
+    host key, is made anew."""
+    ssh.forget_host_key(pod.id)
+    api.start(pod.id)
+    end = time.monotonic() + STARTING_S
+    while time.monotonic() < end:
+        try:
+            found = api.pod(pod.id)
+        except RunnerError:  # asked again
+            found = pod
+        if found is None or found.status != "EXITED":
+            return found or pod
+        time.sleep(poll_s(api))
+    raise BadHostError(Problem(f"it is still stopped after {STARTING_S:.0f} s"))
+
+
+def _check_same_machine(run: RunDir, entry: Entry, pod: Pod, machines: Sequence[Offer]) -> None:
+    for machine in machines:
+        if entry.gpu == (machine.gpu_id or machine.cpu_id) and (machine.cpu_id or machine.gpu_count == pod.gpu_count):
+            return
+    what = f"{run.id} has a stopped pod, {pod.id}, with {pod.gpu_count or ''} {entry.gpu}: not what is asked for"
+    remedy = f"python -m runner pods terminate {run.id}, then resume; or ask for what it has"
+    raise RequestError(Problem(what, "hw", remedy))

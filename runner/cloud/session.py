@@ -15,12 +15,12 @@ from typing import Any
 
 from runner.cloud import budget, clock, download, transfer
 from runner.cloud.agent import tail
-from runner.cloud.follow import Follower, News, Vanished
+from runner.cloud.follow import Follower, News, PodGoneError
 from runner.cloud.lease import Lease
 from runner.cloud.ssh import CommandError, HostKeyError, LostError, connection_to
 from runner.cloud.ssh_keys import KeyPair
 from runner.cloud.transfer import RemoteRun, Say
-from runner.cloud.transfer_limits import TooMuchError
+from runner.cloud.untrusted_files import TooMuchError
 from runner.errors import Problem, RunFailedError, RunnerError
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
@@ -37,7 +37,7 @@ END_STATES = ("done", "failed", "ending", "refused")
 
 @dataclass
 class Session:
-    """What goes on with one pod."""
+    """One run in one pod: connection, the agent's last status, transfers."""
 
     run: RunDir
     spec: RunSpec
@@ -59,14 +59,14 @@ class Session:
 
     # --- there ---
 
-    def board(self) -> RemoteRun:
+    def login(self) -> RemoteRun:
         """Log in; the server may take its time. LostError where the pod is not reached."""
         pod = self.rented.pod
         connection = connection_to(pod, self.keys.private)
-        end = time.monotonic() + transfer.BOARDING_S
+        end = time.monotonic() + transfer.LOGIN_SECONDS
         while True:
             try:
-                self.at = transfer.berth(connection, self.run.id, self.say)
+                self.at = transfer.probe_pod(connection, self.run.id, self.say)
                 return self.at
             except HostKeyError:
                 connection.close()
@@ -74,8 +74,8 @@ class Session:
             except LostError as error:
                 try:
                     address = self.find()
-                except Vanished as gone:
-                    raise Vanished(Problem(f"{gone}; until then {error}")) from None
+                except PodGoneError as gone:
+                    raise PodGoneError(Problem(f"{gone}; until then {error}")) from None
                 if time.monotonic() > end:
                     connection.close()
                     raise
@@ -84,7 +84,7 @@ class Session:
                 connection.moved(*address)
 
     def order(self, detach: bool) -> dict[str, Any]:
-        """What the agent is told. An end that nobody awaits stops the pod where its own disk holds the only result."""
+        """The order for the agent. An end that nobody awaits stops the pod where its own disk holds the only result."""
         meter = self.rented.meter
         own_disk = self.rented.volume_gb > 0 and not self.where.spot
         return transfer.order(
@@ -93,11 +93,11 @@ class Session:
             heartbeat_minutes=None if detach else self.where.heartbeat_minutes,
             boarding_minutes=self.where.heartbeat_minutes,
             uncollected="terminate" if self.where.volume else "stop" if own_disk else "wait",
-            public_key=self.keys.public,
+            public_key=self.keys.public, calls=self.rented.api.calls,
         )  # fmt: skip
 
     def load(self, detach: bool) -> None:
-        """Arm the agent, send the run, begin it; again where the connection breaks. Vanished if the pod goes."""
+        """Arm the agent, send the run, begin it; again where the connection breaks. PodGoneError if the pod goes."""
         for attempt in range(LOADS):
             try:
                 self._load(detach)
@@ -111,25 +111,25 @@ class Session:
                 self.close()
 
     def _load(self, detach: bool) -> None:
-        at = self.board()
+        at = self.login()
         self.agent = transfer.arm(at, self.order(detach), self.say)
-        transfer.try_memory(at, float(self.run.read("plan.json").get("host_ram_gib") or 0.0))
-        transfer.try_gpus(at, self.spec)
-        with self._heard(at):
+        transfer.check_memory(at, float(self.run.read("plan.json").get("host_ram_gib") or 0.0))
+        transfer.check_gpus(at, self.spec)
+        with self._keepalive(at):
             code = transfer.send(at, self.run, self.spec, self.say)
             self.rented.mark("SYNCED", "everything was sent")
-            secrets = transfer.tell_secrets(at, self.spec)
+            secrets = transfer.send_secrets(at, self.spec)
             # Written before it is done, or not done: whatever else is left behind, the next command would end.
             self.rented.ledger.move(self.rented.name, "RUNNING", "its agent is armed, and gets its task")
-            transfer.begin(at, self.spec, str(self.rented.pod.id), code, secrets)
+            transfer.start_task(at, self.spec, str(self.rented.pod.id), code, secrets)
 
     def find(self) -> tuple[str, int] | None:
-        """Where the pod is now. Vanished if it is gone or was stopped."""
+        """The pod's present address, None while it has none. PodGoneError if it is gone or was stopped."""
         pod = self.rented.refresh()
         if pod is None:
-            raise Vanished(Problem("the pod is gone"))
+            raise PodGoneError(Problem("the pod is gone"))
         if pod.status in ("EXITED", "ERROR", "TERMINATED"):
-            raise Vanished(Problem(f"the pod was stopped ({pod.status})"))
+            raise PodGoneError(Problem(f"the pod was stopped ({pod.status})"))
         self.rented.pod = pod
         return (str(pod.ssh_host), int(pod.ssh_port)) if pod.ssh_host and pod.ssh_port else None
 
@@ -141,13 +141,13 @@ class Session:
         return self.agent.get("state") in END_STATES
 
     def follow(self, tell: Callable[[News], None], leave: bool = False) -> dict[str, Any]:
-        """Until the run has ended there; the agent's last status. Vanished where the pod goes first.
+        """Follow the run to its end; the agent's last status. PodGoneError where the pod goes first.
 
         With `leave` the first Ctrl-C raises KeyboardInterrupt and the run goes on.
         """
         at = self.at
         assert at is not None
-        follower = Follower(at, self.run, self.find, self._back)
+        follower = Follower(at, self.run, self.find, self._restore_after_break)
         stopped_for: str | None = None
         news = follower.news()
         try:
@@ -176,7 +176,7 @@ class Session:
             with suppress(OSError):  # a full disk here, of which the follower speaks
                 mirror(self.run, item.value, self.rented)
         elif item.kind == "checkpoints" and item.value and self.where.volume is None:
-            self._bring(max(item.value))
+            self._copy_checkpoint(max(item.value))
 
     def _why_stop(self) -> str | None:
         if self.asked:
@@ -199,15 +199,15 @@ class Session:
         except (RunnerError, ValueError, TypeError):
             return False
 
-    def _back(self) -> None:
-        """After a break: a container that was made anew has neither secrets nor an agent."""
+    def _restore_after_break(self) -> None:
+        """Send secrets and start the agent after a break: a container that was made anew has neither."""
         assert self.at is not None
-        transfer.tell_secrets(self.at, self.spec)
+        transfer.send_secrets(self.at, self.spec)
         with suppress(CommandError):
             self.agent = self.at.start_agent()
 
-    def _bring(self, step: int) -> None:
-        """A copy of a new checkpoint, meanwhile: what a pod that vanishes cannot take along."""
+    def _copy_checkpoint(self, step: int) -> None:
+        """Download a new checkpoint in the background, so that a lost pod does not lose it."""
         at = self.at
         if at is None or (self._pull is not None and self._pull.is_alive()) or step in checkpoints.complete(self.run):
             return
@@ -217,13 +217,13 @@ class Session:
     def _fetch_checkpoint(self, at: RemoteRun, step: int) -> None:
         try:
             with suppress(LostError, CommandError):  # overtaken by a newer one, or by the end: tried again then
-                download.bring_checkpoint(at, self.run, step, self.say)
+                download.download_checkpoint(at, self.run, step, self.say)
         except (TooMuchError, OSError) as error:
             self.say(f"Warning: the checkpoint after step {step} is in the pod alone: {error}")
 
     @contextmanager
-    def _heard(self, at: RemoteRun) -> Iterator[None]:
-        """Signs of life while files travel, for hours maybe: silence would end the pod."""
+    def _keepalive(self, at: RemoteRun) -> Iterator[None]:
+        """Send the launcher's heartbeat while files are transferred: silence would end the pod."""
         over = threading.Event()
         beat = f"touch {tail.SHM}/runner-{shlex.quote(self.run.id)}.beat"
 
@@ -264,10 +264,10 @@ class Session:
     # --- home ---
 
     def collect(self, final: bool = True, part: bool = True) -> None:
-        """Bring the run home: all but what is ours, the newest checkpoint, the model. Goes on after every break.
+        """Download the run: all but this side's own files, the newest checkpoint, the model. Goes on after every break.
 
-        Unless it is `final`, and to `part` with it, the pod is not told that it is needed no more. Vanished where the
-        pod goes first, RunFailedError where it takes too long.
+        Unless it is `final`, and to `part` with it, the pod is not told that it is needed no more. PodGoneError where
+        the pod goes first, RunFailedError where it takes too long.
         """
         at = self.at
         assert at is not None
@@ -277,10 +277,10 @@ class Session:
         while True:
             try:
                 began = time.monotonic()
-                with self._heard(at):
-                    mirror(self.run, download.bring(at, self.run, self.spec, self.say), self.rented)
+                with self._keepalive(at):
+                    mirror(self.run, download.download_run(at, self.run, self.spec, self.say), self.rented)
                 if final and part:
-                    self.part()
+                    self.dismiss_pod()
                 return
             except LostError as error:
                 if time.monotonic() - began > PROGRESS_SECONDS:  # something was brought: patience begins anew
@@ -293,8 +293,8 @@ class Session:
                 if address:
                     at.connection.moved(*address)
 
-    def part(self) -> None:
-        """Tell the pod that it is needed no more: it ends itself, should nobody else."""
+    def dismiss_pod(self) -> None:
+        """Tell the pod that everything was collected: it ends itself, should nobody else."""
         assert self.at is not None
         self.at.connection.run(f"touch {shlex.quote(self.at.folder)}/collected")
 

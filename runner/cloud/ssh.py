@@ -14,14 +14,15 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from runner.cloud import transfer_limits
-from runner.cloud.bounded_streams import EndlessError, Last, spoken
+from runner.cloud import untrusted_files
 from runner.cloud.provider import Pod
 from runner.errors import CannotRunError, Problem, RunnerError
 from runner.paths import state_dir
@@ -56,6 +57,8 @@ OPTIONS = {
     "ControlMaster": "auto",
     "ControlPersist": "60",
 }
+MAX_OUTPUT_BYTES = 64 << 20
+"""Bytes that a command in the pod may say: a pod that never stops would fill this machine's memory."""
 
 
 class LostError(RunnerError):
@@ -70,7 +73,7 @@ class CommandError(RunnerError):
     """A command in the pod failed."""
 
 
-def check() -> None:
+def check_installed() -> None:
     """CannotRunError without ssh or rsync on this machine."""
     for name, package in (("ssh", "openssh-client"), ("rsync", "rsync")):
         if shutil.which(name) is None:
@@ -79,7 +82,7 @@ def check() -> None:
 
 
 def environment() -> dict[str, str]:
-    """Of ssh and rsync."""
+    """Environment variables of ssh and rsync."""
     return {name: value for name in PASSED if (value := os.environ.get(name)) is not None}
 
 
@@ -88,8 +91,8 @@ def hosts_dir() -> Path:
     return state_dir() / "hosts"
 
 
-def forget(pod_id: str) -> None:
-    """The pod is gone, or its container is made anew, and so is its host key."""
+def forget_host_key(pod_id: str) -> None:
+    """Delete the host key of a pod that is gone, or whose container is made anew."""
     with suppress(OSError):
         for file in hosts_dir().glob(f"{glob.escape(pod_id)}@*"):
             file.unlink()
@@ -103,7 +106,7 @@ def _folder() -> Path:
 
 @dataclass
 class Connection:
-    """To one pod. Commands raise LostError where the connection fails, CommandError where they do."""
+    """An SSH connection to one pod. Commands raise LostError where the connection fails, CommandError where they do."""
 
     name: str
     """The pod's id, under which its host key is kept."""
@@ -152,11 +155,11 @@ class Connection:
         """Exit code, output and error output of a command."""
         process = self.open(command, subprocess.PIPE)
         try:
-            said, wrong = spoken(process, stdin, seconds)
+            said, wrong = read_bounded(process, stdin, seconds)
         except subprocess.TimeoutExpired:
             self._leave()
             raise LostError(Problem(f"the pod did not answer within {seconds:.0f} s")) from None
-        except EndlessError as error:
+        except OutputTooLongError as error:
             self._leave()
             raise CommandError(*error.problems) from None
         if process.returncode == SSH_FAILED:
@@ -165,7 +168,7 @@ class Connection:
         return process.returncode, said, wrong
 
     def open(self, command: str, stderr: IO[bytes] | int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
-        """A command that is talked with; it is out of the reach of the terminal's Ctrl-C."""
+        """Start a command with pipes; it is out of the reach of the terminal's Ctrl-C."""
         words = [*self.words(f"{self.user}@{self.host}"), command]
         pipe = subprocess.PIPE
         return subprocess.Popen(
@@ -189,7 +192,7 @@ class Connection:
             told: list[str] = []
             self._rsync(["--dry-run", "--stats", *words], None, told=told)
             size, files = (_number(pattern, told) for pattern in STATS)
-            transfer_limits.check(size, files, most, target)
+            untrusted_files.check_size(size, files, most, target)
         return self._rsync(words, say, most=most, target=target)
 
     def _rsync(self, words: list[str], say: Callable[[str], None] | None, *, most: int | None = None,
@@ -212,17 +215,17 @@ class Connection:
         )  # fmt: skip
         with process:
             try:
-                wrong = Last(process.stderr)  # read all the while: a full pipe would stop the transfer for ever
+                wrong = StderrTail(process.stderr)  # read all the while: a full pipe would stop the transfer for ever
                 skipped, arrived = _tell(process, say, most, told)
                 if most is not None and arrived > most:
-                    raise transfer_limits.too_much("the pod sends more than it said", most, target)
+                    raise untrusted_files.too_much("the pod sends more than it said", most, target)
                 complaint = wrong.text()
             except BaseException:
                 os.killpg(process.pid, signal.SIGKILL)  # rsync is two processes here
                 raise
         code = process.returncode
         if GREETING in complaint:
-            raise CommandError(greeted("something"))
+            raise CommandError(greeting_problem("something"))
         if code in RSYNC_LOST:
             raise self._lost(complaint, "the connection broke while files were carried")
         if code:
@@ -252,8 +255,8 @@ def connection_to(pod: Pod, key: Path) -> Connection:
     return Connection(pod.id, str(pod.ssh_host), int(pod.ssh_port or 22), key, pod.ssh_user)
 
 
-def greeted(what: str) -> Problem:
-    """The pod's shell says something before every command's own output: files cannot be carried through that."""
+def greeting_problem(what: str) -> Problem:
+    """Problem: the pod's shell prints something before every command's own output, which breaks file transfers."""
     remedy = "let the image's ~/.bashrc say it in interactive shells alone; its first line: [[ $- == *i* ]] || return"
     return Problem(f"the pod's shell prints {what} before the output of every command", "where.image", remedy)
 
@@ -290,3 +293,61 @@ def _number(pattern: str, lines: list[str]) -> int:
 def _last(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (lines or ["it said nothing"])[-1]
+
+
+class OutputTooLongError(RunnerError):
+    """A command in the pod says more than any answer has."""
+
+
+class StderrTail:
+    """The last 64 kB of a process's standard error, read as it comes."""
+
+    def __init__(self, stream: IO[bytes] | None) -> None:
+        assert stream is not None
+        self._blocks: deque[bytes] = deque(maxlen=16)
+        self._thread = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self._thread.start()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        with stream, suppress(OSError, ValueError):
+            while block := stream.read1(4096):  # type: ignore[attr-defined]  # a BufferedReader
+                self._blocks.append(block)
+
+    def text(self) -> str:
+        """What was kept, once the process has closed the stream."""
+        self._thread.join(10)
+        return b"".join(self._blocks).decode(errors="replace")
+
+
+def read_bounded(process: subprocess.Popen[bytes], stdin: bytes, seconds: float) -> tuple[str, str]:
+    """Output and error output of a command; TimeoutExpired after so long, OutputTooLongError where it does not stop."""
+    assert process.stdin is not None and process.stdout is not None
+    said: list[bytes] = []
+
+    def read(stream: IO[bytes]) -> None:
+        with stream:
+            said.append(stream.read(MAX_OUTPUT_BYTES + 1))
+        if len(said[0]) > MAX_OUTPUT_BYTES:
+            process.kill()
+
+    def write(stream: IO[bytes]) -> None:
+        with suppress(OSError), stream:
+            stream.write(stdin)
+
+    wrong = StderrTail(process.stderr)
+    threads = [threading.Thread(target=read, args=(process.stdout,), daemon=True),
+               threading.Thread(target=write, args=(process.stdin,), daemon=True)]  # fmt: skip
+    try:
+        for thread in threads:
+            thread.start()
+        process.wait(seconds)
+        threads[0].join(10)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    if said and len(said[0]) > MAX_OUTPUT_BYTES:
+        raise OutputTooLongError(
+            Problem(f"the pod says more than {MAX_OUTPUT_BYTES >> 20} MiB where it was asked a question")
+        )
+    return b"".join(said).decode(errors="replace"), wrong.text()

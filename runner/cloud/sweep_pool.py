@@ -1,20 +1,31 @@
 """Pods of a sweep: handed from run to run, at most `sweep.max_pods` at once, all terminated at its end.
 
 The points of a sweep may be processes of their own. What they share is the ledger, in which a pod changes hands in one
-transaction, and what sweep_points.py knows of them.
+transaction, and a folder of markers (`Points`): which have started, which are done. Signals go through the process of
+the sweep, which outlives them: each point hears of a Ctrl-C once, saves, and brings its run home.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import FrameType
 
-from runner.cloud import clock, ssh_keys, sweep_handover, termination
+from runner.cloud import clock, handover, ssh_keys, termination
 from runner.cloud import process_identity as owners
 from runner.cloud.budget import Meter, deadline_of, over_first_hour
 from runner.cloud.errors import StillThereError
@@ -23,10 +34,11 @@ from runner.cloud.ledger import PREFIX, Entry, Ledger, owner
 from runner.cloud.provider import gpu_id_of
 from runner.cloud.providers import connect, provider_of
 from runner.cloud.session import Session
-from runner.cloud.sweep_points import Points
 from runner.cloud.transfer import Say
 from runner.errors import Problem, RunnerError
-from runner.rundir.directory import RunDir
+from runner.machine.processes import die_with_parent
+from runner.report.line_labels import Labelled
+from runner.rundir.directory import RunDir, alive
 from runner.spec import RentedPlace, RunSpec
 
 MACHINE = {"accelerator", "num_gpus", "num_cpus"}
@@ -39,13 +51,13 @@ OWN = {
 
 @dataclass(frozen=True)
 class Pool:
-    """The same in every process of the sweep."""
+    """The rented pods of a sweep; the same in every process of it."""
 
     points: Points
     """Their process holds the pods between two runs: what nobody has taken over ends with it."""
     max_pods: int
     kinds: tuple[str | None, ...]
-    """Of every point: `kind_of`."""
+    """Of every point: `machine_key`."""
     disks: dict[str, int]
     """What the largest point needs of each: every pod gets it."""
     hours: float
@@ -53,7 +65,7 @@ class Pool:
 
     def fitted(self, spec: RunSpec) -> RunSpec:
         """A point whose pod has room for every other point, too."""
-        if kind_of(spec) is None:
+        if machine_key(spec) is None:
             return spec
         return spec.model_copy(update={"where": spec.where.model_copy(update=self.disks)})
 
@@ -62,15 +74,15 @@ class Pool:
         return {"RUNNER_DEADLINE": str(round(clock.now() + 3600 * self.hours))}
 
     def take(self, run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, say: Say) -> Lease | None:
-        """A parked pod that serves this run from here on; None where one is to be rented, for which there is room."""
-        if kind_of(spec) is None:
+        """Take a parked pod over for this run; None where one is to be rented, for which there is room."""
+        if machine_key(spec) is None:
             return None
         while (taken := self._claimed(run, spec)) is not None:
             before, rented = taken
             say(f"Takes   pod {rented.pod.id} over from run {before.run.id}")
             old = Session(before.run, before.spec, rented, ssh_keys.pair(before.run.id), say)
             try:
-                sweep_handover.hand_on(old, Session(run, spec, rented, pair, say))
+                handover.hand_over(old, Session(run, spec, rented, pair, say))
                 self.points.serve()
                 return rented
             except RunnerError as error:
@@ -87,11 +99,11 @@ class Pool:
 
     def park(self, session: Session) -> bool:
         """Keep the pod of a run that is home for a point that has none yet; False where there is none for it."""
-        kind = kind_of(session.spec)
+        kind = machine_key(session.spec)
         if kind is None or not self._wanted(kind):
             return False
         try:
-            deadline = sweep_handover.park(session)
+            deadline = handover.park(session)
         except RunnerError:
             return False
         with self.points.locked():
@@ -101,14 +113,14 @@ class Pool:
             rented.ledger.move(rented.name, "PARKED", why, deadline=deadline, **owner(self.points.owner))
         return True
 
-    def _claimed(self, run: RunDir, spec: RunSpec) -> tuple[Before, Lease] | None:
-        """One that fits, and belongs to this run by the ledger now."""
+    def _claimed(self, run: RunDir, spec: RunSpec) -> tuple[PreviousRun, Lease] | None:
+        """A parked pod that fits, which the ledger now says is this run's."""
         api, ledger = provider_of(spec), Ledger()
         place = spec.where
         assert isinstance(place, RentedPlace)
         for entry in self.parked(ledger):
-            before = Before.of(entry)
-            if kind_of(before.spec) != kind_of(spec) or not _room(before.spec, spec):
+            before = PreviousRun.of(entry)
+            if machine_key(before.spec) != machine_key(spec) or not _room(before.spec, spec):
                 continue
             if over_first_hour(place, entry.usd_per_hour):
                 continue
@@ -138,7 +150,7 @@ class Pool:
         if self.points.stopped:
             return False
         left = [k for index, k in enumerate(self.kinds) if k == kind and not self.points.served(index)]
-        waiting = [e for e in self.parked(Ledger()) if kind_of(Before.of(e).spec) == kind]
+        waiting = [e for e in self.parked(Ledger()) if machine_key(PreviousRun.of(e).spec) == kind]
         return len(left) > len(waiting)
 
     def _make_room(self) -> None:
@@ -184,29 +196,31 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Before:
+class PreviousRun:
     """The run that had a pod before."""
 
     run: RunDir
     spec: RunSpec
 
     @classmethod
-    def of(cls, entry: Entry) -> Before:
+    def of(cls, entry: Entry) -> PreviousRun:
         """By its directory here."""
         run = RunDir(Path(entry.run_dir))
         return cls(run, RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8"))))
 
 
-def made_for(specs: Sequence[RunSpec], folder: Path, max_pods: int) -> Pool:
+def pool_for(specs: Sequence[RunSpec], folder: Path, max_pods: int) -> Pool:
     """The pool of a sweep over these points, in this process."""
     places = [spec.where for spec in specs if isinstance(spec.where, RentedPlace)]
     disks = {name: max(int(getattr(place, name)) for place in places) for name in ("volume_gb", "container_disk_gb")}
-    hours = sum(float(place.deadline_hours) + sweep_handover.PARKED_MINUTES / 60 for place in places)
-    return Pool(Points(folder / ".pool", os.getpid()), max_pods, tuple(kind_of(spec) for spec in specs), disks, hours)
+    hours = sum(float(place.deadline_hours) + handover.PARKED_MINUTES / 60 for place in places)
+    return Pool(
+        Points(folder / ".pool", os.getpid()), max_pods, tuple(machine_key(spec) for spec in specs), disks, hours
+    )
 
 
-def kind_of(spec: RunSpec) -> str | None:
-    """What two runs must share to have the same pod; None for one whose pod is nobody else's."""
+def machine_key(spec: RunSpec) -> str | None:
+    """Key that two runs share if they can have the same pod; None for one whose pod is nobody else's."""
     if not isinstance(spec.where, RentedPlace) or spec.where.keeps or spec.where.pod:
         return None
     machine, place = spec.hw.model_dump(include=MACHINE), spec.where.model_dump(exclude=OWN)
@@ -216,3 +230,127 @@ def kind_of(spec: RunSpec) -> str | None:
 def _room(there: RunSpec, needed: RunSpec) -> bool:
     """The disks of one's pod are as large as another one needs."""
     return all(getattr(there.where, d) >= getattr(needed.where, d) for d in ("volume_gb", "container_disk_gb"))
+
+
+_index: ContextVar[int | None] = ContextVar("_index", default=None)
+"""The point that this process does."""
+
+Task = Callable[[RunSpec | RunnerError, int], float]
+
+
+@dataclass(frozen=True)
+class Points:
+    """Progress of the points of a sweep, as markers in a folder that all its processes see."""
+
+    folder: Path
+    """Of the markers; it is there while the sweep goes on."""
+    owner: int
+    """The process of the sweep."""
+
+    def do(self, task: Task, given: RunSpec | RunnerError, index: int) -> float:
+        """Do one point; NaN for one that is not begun any more, or was interrupted in a process of its own."""
+        here = os.getpid() == self.owner
+        self._marker("begun", index).write_text(str(os.getpid()))
+        _index.set(index)
+        try:
+            if here:
+                return task(given, index)
+            _leave_with(self.owner)
+            with _apart(f"[{index + 1}] "):
+                # A Ctrl-C reaches it from here on; one that came before has left its mark.
+                return math.nan if self.stopped else task(given, index)
+        except KeyboardInterrupt:
+            self.stop()
+            if here:
+                raise
+            return math.nan
+        finally:
+            self._marker("over", index).touch()
+
+    @property
+    def stopped(self) -> bool:
+        """No further point is begun: the sweep was interrupted, or its process is gone."""
+        return (self.folder / "stopped").exists() or not alive(self.owner)
+
+    def stop(self) -> None:
+        """Begin no further point."""
+        with suppress(OSError):
+            (self.folder / "stopped").touch()
+
+    def serve(self) -> None:
+        """The point that this process does has its pod, or rents one: it waits for none any more."""
+        if (index := _index.get()) is not None:
+            self._marker("served", index).touch()
+
+    def served(self, index: int) -> bool:
+        """Whether a point has had its pod. One that has only begun may still take what another one leaves."""
+        return self._marker("served", index).exists() or self._marker("over", index).exists()
+
+    def at_work(self) -> list[int]:
+        """Processes of points that have begun and are not over."""
+        begun = [file for file in self.folder.glob("begun-*") if not file.with_name(f"over-{file.name[6:]}").exists()]
+        return [int(text) for file in begun if (text := file.read_text()) and alive(text)]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time."""
+        with (self.folder / "lock").open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def watched(self, apart: bool) -> Iterator[None]:
+        """Around the sweep, in its own process: SIGTERM is a Ctrl-C, and no signal ends this process before points that
+        are processes of their own (`apart`)."""
+        self.folder.mkdir(parents=True)
+        handle = self._pass_on if apart else interrupt
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.stop()
+        for pid in self.at_work():
+            with suppress(OSError):
+                os.kill(pid, signal.SIGINT)
+
+    def _marker(self, what: str, index: int) -> Path:
+        return self.folder / f"{what}-{index:04d}"
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A handler: the signal is a Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+@cache
+def _leave_with(owner: int) -> None:
+    """End this process as soon as the sweep's is gone, however it ended: joblib's live on, and would rent pods in place
+    of those that somebody ends. Their own pods are then nobody's: they end themselves, and `pods reap --all` ends them.
+    """
+    die_with_parent(owner, signal.SIGKILL)
+
+    def wait() -> None:  # where the kernel does not tell: macOS
+        while alive(owner):
+            time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def _apart(label: str) -> Iterator[None]:
+    """A point in a process of its own: its lines have a label, and Ctrl-C comes from the sweep's process alone."""
+    with suppress(OSError):
+        os.setpgid(0, 0)  # out of the terminal's reach, which would tell it a second time
+    signal.signal(signal.SIGINT, interrupt)
+    out, err = Labelled(sys.stdout, label), Labelled(sys.stderr, label)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

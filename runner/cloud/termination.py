@@ -39,7 +39,7 @@ def confirm_gone(api: Provider, name: str, pod_id: str) -> None:
     while absent < LOOKS:
         try:
             if not absent:
-                ssh.forget(pod_id)
+                ssh.forget_host_key(pod_id)
                 api.terminate(pod_id)
             absent = absent + 1 if is_absent(api, pod_id) else 0
             why = "it is still listed"
@@ -88,7 +88,7 @@ def stop(api: Provider, ledger: Ledger, name: str, pod_id: str, why: str) -> Non
         api.stop(pod_id)
     ledger.try_move(name, "TERMINATING", f"{why}: to be stopped and kept", keep=1)
     end_by = time.monotonic() + _patience(api)
-    ssh.forget(pod_id)
+    ssh.forget_host_key(pod_id)
     while True:
         try:
             api.stop(pod_id)

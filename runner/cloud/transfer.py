@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.cloud import clock, payload, wheel
+from runner.cloud import clock, payload
 from runner.cloud.agent import agent, install, tail
 from runner.cloud.provider import Pod
-from runner.cloud.ssh import Connection, HostKeyError, LostError, connection_to, greeted
+from runner.cloud.ssh import Connection, HostKeyError, LostError, connection_to, greeting_problem
 from runner.cloud.ssh_keys import KeyPair
 from runner.config import credentials
 from runner.errors import CannotRunError, Problem, RunFailedError
@@ -43,7 +43,7 @@ BEGINS = "runner-begins"
 GPU_SECONDS = 90
 """For a computation on every GPU: eight need about ten; a driver that hangs needs for ever."""
 LATE = 124  # of `timeout`
-BOARDING_S = 90.0
+LOGIN_SECONDS = 90.0
 """How long a pod that has an address may refuse a login."""
 Say = Callable[[str], None]
 
@@ -78,13 +78,13 @@ class RemoteRun:
         return loads(said.rstrip().rpartition("\n")[2])
 
 
-def board(pod: Pod, run_id: str, pair: KeyPair, say: Say) -> RemoteRun:
+def login(pod: Pod, run_id: str, pair: KeyPair, say: Say) -> RemoteRun:
     """Log in to a pod that answers; its server may take its time. LostError where it is not reached."""
     connection = connection_to(pod, pair.private)
-    end = time.monotonic() + BOARDING_S
+    end = time.monotonic() + LOGIN_SECONDS
     while True:
         try:
-            return berth(connection, run_id, say)
+            return probe_pod(connection, run_id, say)
         except LostError as error:
             if isinstance(error, HostKeyError) or time.monotonic() > end:
                 connection.close()
@@ -92,15 +92,15 @@ def board(pod: Pod, run_id: str, pair: KeyPair, say: Say) -> RemoteRun:
         time.sleep(0.5)
 
 
-def berth(connection: Connection, run_id: str, say: Say = lambda line: None) -> RemoteRun:
-    """Look around in a pod: its workspace, rsync. CannotRunError for an image without Python."""
+def probe_pod(connection: Connection, run_id: str, say: Say = lambda line: None) -> RemoteRun:
+    """Find a pod's workspace, and install rsync where it is missing. CannotRunError for an image without Python."""
     look = (
         f"echo {BEGINS}; e=${{RUNNER_RP_ENVIRONMENT:-/etc/rp_environment}}; test -r $e && . $e; "
         'echo "workspace=${RUNNER_WORKSPACE:-/workspace}"; command -v python3 rsync'
     )
     greeting, _, said = connection.run(look, check=False).rpartition(f"{BEGINS}\n")
     if greeting.strip():
-        raise CannotRunError(greeted(ascii(greeting.strip().splitlines()[0][:60])))
+        raise CannotRunError(greeting_problem(ascii(greeting.strip().splitlines()[0][:60])))
     lines = said.splitlines()
     workspace = next(line.partition("=")[2] for line in lines if line.startswith("workspace="))
     if not any(line.endswith("/python3") for line in lines):
@@ -114,15 +114,15 @@ def berth(connection: Connection, run_id: str, say: Say = lambda line: None) -> 
 def order(
     run_id: str, pod_id: str, *, deadline: float, started: float, usd_per_hour: float, budget_usd: float | None,
     heartbeat_minutes: float | None, boarding_minutes: float | None, keep: bool, uncollected: str,
-    public_key: str | None = None,
+    calls: dict[str, Any], public_key: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What the agent is told as a run begins in its pod: until when (epoch seconds of this machine, as `sent` is), for
-    how much, how to end, and by which key this launcher comes in."""
+    """The agent's order as a run begins in its pod: until when (epoch seconds of this machine, as `sent` is), for
+    how much, how to end, by which calls, and by which key this launcher comes in."""
     return {
         "id": uuid.uuid4().hex, "run_id": run_id, "pod_id": pod_id, "sent": clock.now(), "started": started,
         "deadline": deadline, "budget_usd": budget_usd, "usd_per_hour": usd_per_hour,
         "heartbeat_minutes": heartbeat_minutes, "boarding_minutes": boarding_minutes, "keep": keep,
-        "uncollected": uncollected, "public_key": public_key, "fresh": True,
+        "uncollected": uncollected, "public_key": public_key, "calls": calls, "fresh": True,
     }  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def arm(at: RemoteRun, orders: dict[str, Any], say: Say) -> dict[str, Any]:
     return status
 
 
-def try_gpus(at: RemoteRun, spec: RunSpec) -> None:
+def check_gpus(at: RemoteRun, spec: RunSpec) -> None:
     """CannotRunError where the host's GPUs cannot be trained on. A Python that was named has a torch of its own, maybe
     for another driver."""
     gpus = _gpus(spec)
@@ -159,7 +159,7 @@ def try_gpus(at: RemoteRun, spec: RunSpec) -> None:
         raise CannotRunError(Problem(f"the pod is no good: {reason}", None, remedy))
 
 
-def try_memory(at: RemoteRun, needed_gib: float) -> None:
+def check_memory(at: RemoteRun, needed_gib: float) -> None:
     """CannotRunError where the pod has less main memory than the plan needs: a provider takes no minimum of it."""
     said = at.connection.attempt(MEMORY)[1].split()
     sizes = [int(word) for word in said if word.isdecimal()]  # not "max"
@@ -182,17 +182,17 @@ def _gpus(spec: RunSpec) -> int:
 
 
 def send(at: RemoteRun, run: RunDir, spec: RunSpec, say: Say) -> str:
-    """The project, the data, the run's files and its newest checkpoint; the folder of the project there."""
+    """Send the project, the data, the run's files and its newest checkpoint; the folder of the project there."""
     code = _send_wheel(at)
     found = payload.payload_items(spec)
     for item in (*found, *payload.tokens(spec)):
-        _send_parcel(at, item, say)
+        _send_item(at, item, say)
     _send_run(at, run, payload.rewritten(spec, at.workspace, found), say)
     return code
 
 
-def tell_secrets(at: RemoteRun, spec: RunSpec) -> list[str]:
-    """Over standard input into memory of the pod, readable by its root alone; the names of what was told."""
+def send_secrets(at: RemoteRun, spec: RunSpec) -> list[str]:
+    """Send secrets over standard input into the pod's memory, readable by its root alone; their names."""
     names = ["HF_TOKEN", *(["WANDB_API_KEY"] if spec.track.name == "wandb" else [])]
     told = {name: key.value for name in names if (key := credentials.find(name))}
     places = [spec.push.to, *(value for _, value in named_places(spec))]
@@ -209,8 +209,8 @@ def place_secret(connection: Connection, file: str, content: str) -> None:
     connection.run(f"umask 077; cat > {file}.new && mv {file}.new {file}", stdin=content.encode())
 
 
-def begin(at: RemoteRun, spec: RunSpec, pod_id: str, code: str, secrets: list[str]) -> None:
-    """Tell the agent what to do: from here on the run goes on by itself."""
+def start_task(at: RemoteRun, spec: RunSpec, pod_id: str, code: str, secrets: list[str]) -> None:
+    """Give the agent its task: from here on the run goes on by itself."""
     carried = {name: os.environ[name] for name in CARRIED if os.environ.get(name)}
     hub = f"{at.workspace}/hf_cache"
     env = {
@@ -220,13 +220,13 @@ def begin(at: RemoteRun, spec: RunSpec, pod_id: str, code: str, secrets: list[st
     at.place("install-order.json", {
         "python": os.environ.get(pod_packages.OWN_PYTHON),
         "requirements": [
-            *(line for line in wheel.requirements() if _needed(line, spec)),
+            *(line for line in payload.requirements() if _needed(line, spec)),
             *pod_packages.extras(spec),
         ],
         "flash_attn": pod_packages.wheels(spec),
         "gpus": _gpus(spec),
         "alone": DEMO.get(str(spec.model.package), []),
-        "constraints": wheel.constraints(),
+        "constraints": payload.constraints(),
         "environments": f"{at.workspace}/cache",
     })  # fmt: skip
     at.place("work.json", {
@@ -249,7 +249,7 @@ def _needed(requirement: str, spec: RunSpec) -> bool:
 
 
 def _send_wheel(at: RemoteRun) -> str:
-    name, content = wheel.packed()
+    name, content = payload.packed_wheel()
     folder = f"{at.workspace}/cache/runner-{hashlib.sha256(content).hexdigest()[:12]}"
     if at.connection.attempt(f"test -e {shlex.quote(folder)}/COMPLETE")[0] == 0:
         return folder
@@ -263,7 +263,7 @@ def _send_wheel(at: RemoteRun) -> str:
     return folder
 
 
-def _send_parcel(at: RemoteRun, item: payload.PayloadItem, say: Say) -> None:
+def _send_item(at: RemoteRun, item: payload.PayloadItem, say: Say) -> None:
     """To a name of its own first: what has the right name is whole, and a transfer that broke off goes on there. The
     name is the run's: another one may send the same to the same volume, and whoever is ready first has done it."""
     target = f"{at.workspace}/{item.target}"

@@ -1,20 +1,25 @@
-"""Files received from a pod: plain files below the run directory, everything else refused.
+"""Files received from a pod: plain files below the run directory, within a limit; everything else is refused.
 
-No link is followed on the way to a file, and none is kept: folders are opened one by one, without following links
-(openat(2), O_NOFOLLOW), so that what is checked is what is written, even if the pod changes it meanwhile.
+A pod is a stranger's machine. No link is followed on the way to a file, and none is kept: folders are opened one by
+one, without following links (openat(2), O_NOFOLLOW), so that what is checked is what is written, even if the pod
+changes it meanwhile. One that sends without end would fill the disk of whoever rents it: a run holds no more than its
+plan says, and the last of the disk stays free.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from runner.errors import Problem, RunFailedError
 from runner.rundir import plain_files
+from runner.rundir.directory import RunDir
 
 LONGEST_NAME = 200
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -22,6 +27,21 @@ FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 """A file system that has no fsync(2), such as some in user space."""
+RESERVE_BYTES = 1 << 30
+RESERVE_SHARE = 20
+"""What stays free: a GiB, or a twentieth of a small disk."""
+TIMES_PLANNED = 4
+MORE_BYTES = 20 << 30
+"""Logs, profiles, what packages leave: on top of so many times what the plan says of disks."""
+FOLLOWED_BYTES = 4 << 30
+"""Logs and measurements while a run is followed: 15 million steps of 300 bytes."""
+FOLLOWED_FILES = 5_000
+MOST_FILES = 200_000
+LOOK = "python -m runner pods ssh POD, and delete what does not belong to the run; then fetch it"
+
+
+class TooMuchError(RunFailedError):
+    """The pod has, or sends, more than there is room for here, or than a run can hold."""
 
 
 class NotPlainError(OSError):
@@ -130,3 +150,39 @@ def _sync(handle: int) -> None:
     except OSError as error:
         if error.errno not in CANNOT:
             raise
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that may be written below a folder; 0 where only the reserve is left."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    disk = shutil.disk_usage(place)
+    return max(0, disk.free - min(RESERVE_BYTES, disk.total // RESERVE_SHARE))
+
+
+def max_bytes(run: RunDir) -> int:
+    """Bytes that a run can hold by its plan, or that there is room for, whichever is less."""
+    planned = run.read("plan.json").get("disk_gib")
+    if not isinstance(planned, (int, float)) or not 0 < planned < 1e9:
+        return free_bytes(run.path)
+    return min(free_bytes(run.path), int(TIMES_PLANNED * planned * (1 << 30)) + MORE_BYTES)
+
+
+def check_size(size: int, files: int, most: int, folder: Path) -> None:
+    """TooMuchError for what a pod says it has."""
+    if size > most:
+        raise too_much(f"the pod has {shown_size(size)} to send", most, folder)
+    if files > MOST_FILES:
+        raise TooMuchError(Problem(f"the pod has {files:,} files to send: no run has so many", None, LOOK))
+
+
+def too_much(what: str, most: int, folder: Path) -> TooMuchError:
+    """TooMuchError with the limit, and what to do about it."""
+    if most >= free_bytes(folder):
+        remedy = f"make room at {os.fspath(folder.parent)}, then fetch the run; what stays in the pod is kept there"
+        return TooMuchError(Problem(f"{what}, and there is room for {shown_size(most)} here", None, remedy))
+    return TooMuchError(Problem(f"{what}, more than a run of this plan can hold ({shown_size(most)})", None, LOOK))
+
+
+def shown_size(size: int) -> str:
+    """A size such as `1.2 GB`."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

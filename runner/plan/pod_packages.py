@@ -9,7 +9,7 @@ from typing import Any
 
 from runner.errors import Problem, RequestError
 from runner.paths import CONF, CONSTRAINTS
-from runner.spec import RunPodPlace, RunSpec
+from runner.spec import RentedPlace, RunSpec
 
 OWN_PYTHON = "RUNNER_POD_PYTHON"
 FLASH = "flash_attention_2"
@@ -35,7 +35,7 @@ def wheels(spec: RunSpec) -> list[dict[str, Any]]:
     """Those of flash-attn that fit the pod's GPUs, its torch and its image's Python, one for each build of torch; the
     pod's driver decides between them. Empty where none is known to fit."""
     place, capability = spec.where, spec.hw.compute_capability
-    if not isinstance(place, RunPodPlace) or not has_flash(spec) or capability is None:
+    if not isinstance(place, RentedPlace) or not has_flash(spec) or capability is None:
         return []
     python, torch = _python(place), _torch()
     return [
@@ -55,7 +55,7 @@ def least_cuda(spec: RunSpec) -> str | None:
 def check(spec: RunSpec) -> None:
     """RequestError where FlashAttention is named for a pod that cannot get it."""
     attention, place = spec.train.attention, spec.where
-    if not isinstance(place, RunPodPlace) or not attention.startswith("flash") or os.environ.get(OWN_PYTHON):
+    if not isinstance(place, RentedPlace) or not attention.startswith("flash") or os.environ.get(OWN_PYTHON):
         return
     own = f"or name a Python of the image that has it: {OWN_PYTHON}"
     if attention != FLASH:
@@ -79,7 +79,7 @@ def check(spec: RunSpec) -> None:
 def note(spec: RunSpec) -> str | None:
     """What the image brings, where it is one whose name says more than it is used for."""
     place = spec.where
-    if not isinstance(place, RunPodPlace) or place.template or place.pod:
+    if not isinstance(place, RentedPlace) or place.template or place.pod:
         return None
     brings = data("images").get(place.image, {}).get("brings")
     own = "for shells and notebooks; a run has packages of its own"
@@ -94,7 +94,7 @@ def data(name: str) -> Any:
     return yaml.safe_load((CONF / "runpod" / f"{name}.yaml").read_text("utf-8"))
 
 
-def _python(place: RunPodPlace) -> str | None:
+def _python(place: RentedPlace) -> str | None:
     """Version of the image's `python3`; None where it is not known."""
     if place.template is not None or place.pod is not None:
         return None

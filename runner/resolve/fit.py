@@ -11,11 +11,10 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from runner.cloud.runpod.types import GpuType
 from runner.config import catalog, recipe_checks, repeat
 from runner.config.provenance import flat
 from runner.config.request import COMMAND_LINE, Request, check
@@ -28,6 +27,9 @@ from runner.plan.search import Row, combinations, fit, ranked
 from runner.resolve.plan_inputs import num_sequences
 from runner.resolve.price import hardware
 from runner.spec import HardwareSpec, Method, ModelSpec, RunSpec, TrainSpec
+
+if TYPE_CHECKING:
+    from runner.cloud.runpod.types import GpuType
 
 ADVISED = 200
 """Up to so many combinations, those that do not fit are told what to change: that takes as long as the rest."""

@@ -18,7 +18,7 @@ from runner.plan.nearest_fit import Offer, offers
 from runner.plan.plan import Plan
 from runner.report.durations import duration
 from runner.resolve import model_facts, plan_inputs, price
-from runner.spec import AutoPlace, HardwareSpec, LocalPlace, RunPodPlace, RunSpec
+from runner.spec import AutoPlace, HardwareSpec, LocalPlace, RentedPlace, RunPodPlace, RunSpec
 
 
 def choose(spec: RunSpec, asked: HardwareSpec, here: HardwareSpec | None) -> tuple[RunSpec, list[str]]:
@@ -99,7 +99,7 @@ def _choose_rented(spec: RunSpec, place: RunPodPlace, asked: HardwareSpec) -> tu
 def _best(spec: RunSpec, asked: HardwareSpec) -> tuple[RunSpec | None, str]:
     """The run on the GPUs that do it for the least money within its limits; else on those that cost least, for the plan
     to refuse. With it what to say: the choice and the runner-up, or why there is none."""
-    if isinstance(spec.where, RunPodPlace) and spec.where.pod is not None:
+    if isinstance(spec.where, RentedPlace) and spec.where.pod is not None:
         return _of_pod(spec, spec.where.pod, asked)
     options = plan_inputs.stage_search(spec)
     if options is None:
@@ -149,7 +149,7 @@ def _within_limits(spec: RunSpec) -> bool:
 def _rentable(spec: RunSpec, asked: HardwareSpec) -> list[HardwareSpec]:
     """The catalogue's GPUs that RunPod has, of the types and of the number that were asked for."""
     place = spec.where
-    assert isinstance(place, RunPodPlace)
+    assert isinstance(place, RentedPlace)
     given: dict[str, Any] = {key: getattr(asked, key) for key in asked.model_fields_set & _OF_ANY}
     found = [hw for hw in price.hardware(cloud=place.cloud) if hw.runpod_gpu_id]
     if place.gpu_types:
@@ -162,7 +162,7 @@ def _rentable(spec: RunSpec, asked: HardwareSpec) -> list[HardwareSpec]:
 def _of_gpu_types(spec: RunSpec, asked: HardwareSpec) -> HardwareSpec | None:
     """The profile of the first GPU of `where.gpu_types` that has one, whatever it costs."""
     place = spec.where
-    assert isinstance(place, RunPodPlace)
+    assert isinstance(place, RentedPlace)
     known = {hw.runpod_gpu_id: hw for hw in reversed(_rentable(spec, asked))}  # hw=l40s before hw=l40sx2
     return next((known[gpu_id] for gpu_id in place.gpu_types if gpu_id in known), None)
 

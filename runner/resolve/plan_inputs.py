@@ -20,7 +20,7 @@ from runner.plan.plan import Plan, plan_of
 from runner.plan.run_time import GB, Facts
 from runner.resolve import model_facts
 from runner.resolve.price import hardware, price_of
-from runner.spec import RunPodPlace, RunSpec
+from runner.spec import RentedPlace, RunSpec
 from runner.spec.where import LONGEST_HOURS
 
 ENVIRONMENT_GB = 20  # torch with its CUDA libraries takes 8, packages on the way another 4: room for both
@@ -100,7 +100,7 @@ def facts_of(spec: RunSpec) -> Facts:
 def with_disks_and_deadline(spec: RunSpec) -> RunSpec:
     """A run on a pod with its disks and its deadline decided, from what the plan says."""
     place = spec.where
-    if not isinstance(place, RunPodPlace):
+    if not isinstance(place, RentedPlace):
         return spec
     planned = plan_if_known(spec, [])
     disk = UNKNOWN_DISK_GB if planned is None else math.ceil(planned.disk_gib * 1.5 * GIB / GB) + ENVIRONMENT_GB

@@ -29,13 +29,15 @@ class Executor(Protocol):
         """Run `spec` in its directory to its end. `quiet_stdout` keeps standard output for JSON."""
 
 
-EXECUTORS = {"local": "runner.launcher.executor", "runpod": "runner.cloud.executor"}
-"""The module of each place, imported when a run is executed there: 0.1 s of the half second that a typo takes."""
+EXECUTORS = {"local": "runner.launcher.executor"}
+RENTED = "runner.cloud.executor"
+"""The module of each place, and of every place at a provider, imported when a run is executed there: 0.1 s of the half
+second that a typo takes."""
 
 
 def executor_of(spec: RunSpec) -> Executor:
-    """The executor of a resolved run; KeyError for a place that is not in the table."""
-    return cast(Executor, import_module(EXECUTORS[spec.where.name]))
+    """The executor of a resolved run."""
+    return cast(Executor, import_module(EXECUTORS.get(spec.where.name, RENTED)))
 
 
 if TYPE_CHECKING:  # both are executors, or the type check fails

@@ -20,7 +20,7 @@ from runner.errors import Problem, RequestError
 from runner.hub import client, config
 from runner.hub.client import UnreachableError
 from runner.plan.plan import Plan
-from runner.spec import Pretrain, RunPodPlace, RunSpec
+from runner.spec import Pretrain, RentedPlace, RunSpec
 from runner.spec.input_paths import TEMPLATES, _data, _is_named, _rewards, is_glob, is_url, named_places, put_place
 
 
@@ -80,7 +80,7 @@ def _files(spec: RunSpec) -> Iterator[Problem]:
 def _pretraining(spec: RunSpec) -> Iterator[Problem]:
     """What a pod would look for in vain, and nobody sends."""
     objective, place = spec.objective, spec.where
-    if not isinstance(objective, Pretrain) or not isinstance(place, RunPodPlace):
+    if not isinstance(objective, Pretrain) or not isinstance(place, RentedPlace):
         return
     named = objective.tokenizer
     if named and not is_hub_id(named) and (problem := _missing(named, "objective.tokenizer", spec)):
@@ -91,9 +91,9 @@ def _pretraining(spec: RunSpec) -> Iterator[Problem]:
         yield Problem(f"objective.shards=reuse: {what}", "objective.shards", remedy)
 
 
-def _has_files(place: RunPodPlace) -> bool:
+def _has_files(place: RentedPlace) -> bool:
     """A pod of that kind may come with files: on a network volume, in an image of one's own, or of a run before."""
-    return bool(place.volume or place.pod or place.template or place.image != RunPodPlace.model_fields["image"].default)
+    return bool(place.volume or place.pod or place.template or place.image != RentedPlace.model_fields["image"].default)
 
 
 def _unreadable(path: str, key: str, spec: RunSpec) -> Problem | None:
@@ -114,7 +114,7 @@ def _missing(path: str, key: str, spec: RunSpec) -> Problem | None:
     place = Path(path).expanduser()
     if is_url(path) or place.exists():
         return None
-    if Path(path).is_absolute() and isinstance(spec.where, RunPodPlace):
+    if Path(path).is_absolute() and isinstance(spec.where, RentedPlace):
         if _has_files(spec.where):
             return None
         what = f"{path} is not on this machine, and on a pod's new disk there is nothing"

@@ -197,4 +197,4 @@ def _push() -> Any:
 
 def _one_pod() -> Any:
     """Read only where a pod may have the run."""
-    return import_module("runner.cloud.one_pod_per_run")
+    return import_module("runner.cloud.fleet")

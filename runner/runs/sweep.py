@@ -67,7 +67,7 @@ def _sweep(request: Request, console: Console, as_json: bool, launch_options: La
     max_pods = _max_pods(asked, specs, launch_options)
     if max_pods:
         pods = import_module("runner.cloud.sweep_pool")  # read for rented runs alone, as launch.rented is
-        launch_options = replace(launch_options, pool=pods.made_for(specs, folder, max_pods))
+        launch_options = replace(launch_options, pool=pods.pool_for(specs, folder, max_pods))
     _tell(asked, points)
     if not agreed([(spec, plan) for _, _, spec, plan in points.right], launch_options, console):
         return InterruptedRun.exit_code

@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.spec.objective import Dpo, Grpo, Objective, Pretrain
 from runner.spec.run import RunSpec
-from runner.spec.where import RunPodPlace
+from runner.spec.where import RentedPlace
 
 _Keys = Iterator[tuple[str, str]]
 
@@ -46,7 +46,7 @@ def _candidates(spec: RunSpec) -> _Keys:
         yield "method.master_weights", f"deepspeed={spec.deepspeed.name} keeps master weights of its own"
     yield from _of_data(spec)
     yield from _of_objective(objective)
-    if isinstance(spec.where, RunPodPlace):
+    if isinstance(spec.where, RentedPlace):
         yield from _of_pod(spec.where, hw.accelerator == "cpu")
 
 
@@ -89,7 +89,7 @@ def _of_objective(objective: Objective) -> _Keys:
                 yield f"objective.{key}", f"objective.rewards has no {reward}"
 
 
-def _of_pod(place: RunPodPlace, cpu: bool) -> _Keys:
+def _of_pod(place: RentedPlace, cpu: bool) -> _Keys:
     if place.pod is not None:
         for key in ("data_centers", "country", "image", "template", "cuda_versions", "max_replacements"):
             yield f"where.{key}", "where.pod names a pod that is there already"

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from runner.cloud.agent import agent, boot
+from runner.cloud.agent import agent
+from runner.cloud.runpod import start_command
 from runner.rundir.directory import alive
 from tests.support.processes import until
 
@@ -124,6 +125,24 @@ def pod(tmp_path: Path) -> Iterator[Pod]:
     yield pod
     pod.clear()
     pod.api.server.shutdown()
+
+
+OTHER_CLOUD = {
+    "id": "OTHER_ID", "key": "OTHER_KEY", "base": "OTHER_BASE", "path": "/machines/{id}",
+    "authorization": "Token {key}",
+    "terminate": ["POST", "/off", {"action": "stop"}],
+}  # fmt: skip
+
+
+def test_a_pod_of_another_cloud_ends_itself_by_the_calls_of_its_order(pod: Pod) -> None:
+    pod.order(calls=OTHER_CLOUD, heartbeat_minutes=None, uncollected="terminate")
+    none = {"RUNPOD_POD_ID": "", "RUNPOD_API_KEY": "", "RUNPOD_API_BASE_URL": ""}
+    status = pod.start(**none, OTHER_ID=pod.id, OTHER_KEY="theirs", OTHER_BASE=pod.api.url)
+    assert status["state"] == "armed" and status["right_to_end"] is True
+    pod.task("import os; raise SystemExit('OTHER_KEY' in os.environ)")
+    until(lambda: pod.api.ended("stop"), 30)
+    assert ("stop", f"/machines/{pod.id}/off", "Token theirs") in pod.api.asked
+    assert pod.status()["exit_code"] == 0 and not pod.api.ended()
 
 
 def test_it_trains_once_armed_and_waits_for_the_launcher_to_collect(pod: Pod) -> None:
@@ -370,7 +389,7 @@ def test_the_start_command_ends_a_pod_to_which_no_agent_comes(pod: Pod, tmp_path
     start.write_text("#!/bin/bash\ntouch started\nsleep 100\n")
     start.chmod(0o755)
     env = {"RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": pod.api.url}
-    command = boot.arguments(pod.run_id, 1 / 60, str(start))
+    command = start_command.arguments(pod.run_id, 1 / 60, str(start))
     main = subprocess.Popen(
         command, cwd=tmp_path, env={**os.environ, **env, "RUNNER_WORKSPACE": str(tmp_path / "workspace")},
         start_new_session=True,
@@ -388,7 +407,7 @@ def test_the_start_command_brings_the_agent_back(pod: Pod, tmp_path: Path) -> No
     pod.order()
     env = {"RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": pod.api.url}
     main = subprocess.Popen(
-        boot.arguments(pod.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
+        start_command.arguments(pod.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
         env={**os.environ, **env, "RUNNER_WORKSPACE": str(tmp_path / "workspace")},
     )  # fmt: skip
     try:

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from runner.cloud.agent import agent, boot
+from runner.cloud.agent import agent
+from runner.cloud.runpod import start_command
 from runner.emulator.container import namespaces
 from runner.rundir.directory import alive
 from tests.cloud.test_agent import AGENT, KEY, Api, Pod, pod
@@ -175,7 +176,7 @@ def watched(pod: Pod, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     (pod.folder / "agent.py").write_text(text.replace("WATCH_SECONDS = 30.0", "WATCH_SECONDS = 1.0"), "utf-8")
     env = {"RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": pod.api.url}
     main = subprocess.Popen(
-        boot.arguments(pod.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
+        start_command.arguments(pod.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
         env={**os.environ, **env, "RUNNER_WORKSPACE": str(tmp_path / "workspace")},
     )  # fmt: skip
     yield main

@@ -140,5 +140,5 @@ def test_who_comes_back_with_another_clock_moves_no_deadline(ahead: float, over:
 
 @pytest.mark.parametrize("header", [None, "", "yesterday", "Mon, 99 Nov 2026 00:00:00 GMT", "\x00"])
 def test_a_date_that_is_none(header: str | None) -> None:
-    assert clock.parsed(header) is None
-    assert clock.parsed("Sun, 06 Nov 1994 08:49:37 GMT") == 784111777.0
+    assert clock.parse_date(header) is None
+    assert clock.parse_date("Sun, 06 Nov 1994 08:49:37 GMT") == 784111777.0

@@ -125,7 +125,7 @@ def test_a_shell_that_greets_is_said_to_do_so(tmp_path: Path) -> None:
     with server(tmp_path / "sshd", str(script)) as there:
         link = there.connection()
         with pytest.raises(CannotRunError, match="prints 'Welcome to the pod!' before the output of every command"):
-            transfer.berth(link, "run-1")
+            transfer.probe_pod(link, "run-1")
         with pytest.raises(CommandError, match="the pod's shell prints something"):
             link.get(f"{tmp_path}/greets", tmp_path / "here")
         link.close()
@@ -161,7 +161,7 @@ def test_a_command_that_hangs_is_given_up(tmp_path: Path) -> None:
 def test_without_ssh_or_rsync_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssh.shutil, "which", lambda name: None if name == "rsync" else "/usr/bin/x")
     with pytest.raises(CannotRunError) as caught:
-        ssh.check()
+        ssh.check_installed()
     assert "apt-get install rsync" in str(caught.value.problems[0].remedy)
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from runner.cloud.runpod import deploy as deploying
 from runner.cloud.runpod import serverless
-from runner.cloud.runpod.deploy import DeployOptions
+from runner.cloud.runpod import serverless as deploying
 from runner.cloud.runpod.provider import RunPod
-from runner.cloud.runpod.serverless import Source
+from runner.cloud.runpod.serverless import DeployOptions, Source
 from runner.errors import CannotRunError, RunnerError
 from runner.rundir.directory import RunDir
 from tests.conftest import spec_of

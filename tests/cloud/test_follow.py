@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from runner.cloud.agent import agent, tail
-from runner.cloud.follow import Follower, News, Vanished
+from runner.cloud.follow import Follower, News, PodGoneError
 from runner.cloud.transfer import RemoteRun
 from runner.errors import Problem
 from runner.rundir.directory import RunDir
@@ -41,7 +41,7 @@ class Pod:
 
     def find(self) -> tuple[str, int] | None:
         if self.gone:
-            raise Vanished(Problem("the pod is gone"))
+            raise PodGoneError(Problem("the pod is gone"))
         return "127.0.0.1", self.there.port
 
     def prepare(self) -> None:
@@ -180,10 +180,10 @@ def test_a_pod_that_is_gone_ends_it(pod: Pod) -> None:
     until(lambda: pod.kinds("checkpoints"))
     pod.gone = True
     pod.there.cut()
-    until(lambda: isinstance(pod.error, Vanished))
+    until(lambda: isinstance(pod.error, PodGoneError))
 
 
 def test_an_empty_disk_ends_it(pod: Pod) -> None:
     (pod.folder / "agent.py").unlink()
     pod.begin()
-    until(lambda: isinstance(pod.error, Vanished), 30)
+    until(lambda: isinstance(pod.error, PodGoneError), 30)

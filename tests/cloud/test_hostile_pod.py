@@ -48,7 +48,7 @@ class Pod:
         self.before = self.run.spec_file.read_bytes()
 
     def bring(self) -> dict[str, Any]:
-        return download.bring(self.at, self.run, self.spec, self.told.append)
+        return download.download_run(self.at, self.run, self.spec, self.told.append)
 
     def check(self) -> None:
         """What must hold whatever the pod does."""
@@ -194,7 +194,7 @@ def test_files_that_are_ours_are_not_overwritten_even_by_an_rsync_that_cheats(po
     with server(tmp_path / "cheating", str(cheat)) as there:
         at = RemoteRun(there.connection(), pod.at.workspace, "run-h")
         with pytest.raises(RunnerError):
-            download.bring(at, pod.run, pod.spec, pod.told.append)
+            download.download_run(at, pod.run, pod.spec, pod.told.append)
         at.connection.close()
     for file in (pod.run.path / download.ARRIVED).rglob("*"):
         assert not file.is_symlink()

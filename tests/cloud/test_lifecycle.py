@@ -24,12 +24,12 @@ from runner.cloud import lifecycle as renting
 from runner.cloud.budget import spent
 from runner.cloud.clock import ProviderClock
 from runner.cloud.errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
+from runner.cloud.follow import Display
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Ledger, LedgerError
 from runner.cloud.lifecycle import acquire
 from runner.cloud.provider import Pod
 from runner.cloud.reconcile import UNKNOWN_S, _armed, reconcile
-from runner.cloud.run_output import RunOutput
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.provider import RunPod
 from runner.cloud.session import Session
@@ -291,9 +291,9 @@ def session_of(rented: Lease, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     spec = rented_spec("where.volume_gb=20")
     run = RunDir(next((folder / "runs").iterdir()))
     session = Session(run, spec, rented, KeyPair(folder / "key", "ssh-ed25519 AAAA test"), print)
-    monkeypatch.setattr(session, "board", lambda: None)
-    monkeypatch.setattr(session, "_heard", lambda at: nullcontext())
-    for name in ("arm", "try_memory", "try_gpus", "send", "tell_secrets", "begin"):
+    monkeypatch.setattr(session, "login", lambda: None)
+    monkeypatch.setattr(session, "_keepalive", lambda at: nullcontext())
+    for name in ("arm", "check_memory", "check_gpus", "send", "send_secrets", "start_task"):
         monkeypatch.setattr(transfer, name, lambda *_: {})
     return session
 
@@ -305,7 +305,7 @@ def test_a_pod_is_running_in_the_ledger_before_it_has_a_task(
     rented = rent()
     session = session_of(rented, tmp_path, monkeypatch)
     seen: list[str] = []
-    monkeypatch.setattr(transfer, "begin", lambda *_: seen.append(rented.ledger.entry(rented.name).state))  # type: ignore[union-attr]
+    monkeypatch.setattr(transfer, "start_task", lambda *_: seen.append(rented.ledger.entry(rented.name).state))  # type: ignore[union-attr]
     session.load(False)
     assert seen == ["RUNNING"]
     rented.ledger.move(rented.name, "SYNCED", "once more")
@@ -366,12 +366,12 @@ def test_a_disk_here_that_takes_nothing_hides_no_pod_that_may_still_run(
         ended = {"state": "failed", "exit_code": 1}
         ways = {
             "renting": lambda: executor.execute(session.run, session.spec),
-            "released": lambda: executor.finish(session, ended, RunOutput(Console())),
+            "released": lambda: executor.finish(session, ended, Display(Console())),
         }
         with pytest.raises(StillThereError) as caught:
             ways[when]()
     assert caught.value is there
-    outcome = executor.finish(session, ended, RunOutput(Console()))
+    outcome = executor.finish(session, ended, Display(Console()))
     assert outcome.exit_code == 1 and emulator.pods() == {}
 
 
@@ -412,7 +412,7 @@ def test_ctrl_c_while_waiting_gives_the_pod_back(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(renting, "until_ready", interrupted)
+    monkeypatch.setattr(renting, "wait_until_ready", interrupted)
     with pytest.raises(KeyboardInterrupt):
         rent()
     assert emulator.pods() == {} and Ledger().entries() == []

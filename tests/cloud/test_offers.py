@@ -154,7 +154,7 @@ def test_a_country_that_cannot_be_is_refused_before_renting(
 
 
 def test_a_template_is_named_by_id_or_name(emulator: Emulator) -> None:
-    assert templates.find(RunPod(), "RunPod PyTorch 2.8.0") == "runpod-torch-v280"
+    assert templates.find_template(RunPod(), "RunPod PyTorch 2.8.0") == "runpod-torch-v280"
     find_offers(RunPod(), rented_spec("where.template=runpod-torch-v280"), PLAN)
     for word, says in (("runpod-vllm", "for serverless workers"), ("runpod pytorch 2.9", "did you mean runpod-torch")):
         with pytest.raises(RunnerError) as error:

@@ -12,10 +12,10 @@ import pytest
 from runner.cloud.agent import agent
 from runner.cloud.budget import spent
 from runner.cloud.errors import NoCapacityError, StillThereError
+from runner.cloud.fleet import refuse_second
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import HeldError, Ledger
 from runner.cloud.lifecycle import acquire
-from runner.cloud.one_pod_per_run import refuse_second
 from runner.cloud.provider import PodRequest
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.provider import RunPod

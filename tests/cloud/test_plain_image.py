@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runner.cloud import lifecycle, ssh_keys
-from runner.cloud.agent import boot
+from runner.cloud.runpod import start_command
 from runner.cloud.ssh import connection_to
 from tests.support.emulated import Emulator, emulator, needs_sshd  # noqa: F401
 from tests.support.rented import PLAN, rented_spec, run_of, state  # noqa: F401
@@ -37,4 +37,6 @@ def test_an_image_without_an_ssh_server_is_reached_all_the_same(emulator: Emulat
 
 
 def test_without_a_key_no_server_is_started() -> None:
-    assert boot.MAIN.index('[ -n "${PUBLIC_KEY:-}" ] || exec sleep infinity') < boot.MAIN.index("sshd -t")
+    assert start_command.MAIN.index('[ -n "${PUBLIC_KEY:-}" ] || exec sleep infinity') < start_command.MAIN.index(
+        "sshd -t"
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from runner.cloud.transfer import try_memory
+from runner.cloud.transfer import check_memory
 from runner.config import catalog
 from runner.errors import CannotRunError
 from runner.machine import detect
@@ -38,14 +38,14 @@ def test_offloading_more_than_a_rented_host_has_is_refused_before_renting() -> N
 def test_a_pod_with_too_little_memory_is_no_good() -> None:
     at: Any = SimpleNamespace(connection=SimpleNamespace(attempt=_here))
     here = detect.detect().memory_gib or 0.0
-    try_memory(at, 0.5 * here)
+    check_memory(at, 0.5 * here)
     with pytest.raises(CannotRunError, match=f"the pod has .* and the plan needs {2 * here:.0f} GiB"):
-        try_memory(at, 2 * here)
+        check_memory(at, 2 * here)
 
 
 def test_a_pod_that_does_not_say_is_believed() -> None:
     at: Any = SimpleNamespace(connection=SimpleNamespace(attempt=lambda words: (127, "", "sed: not found")))
-    try_memory(at, 1e6)
+    check_memory(at, 1e6)
 
 
 @pytest.mark.usefixtures("laptop")

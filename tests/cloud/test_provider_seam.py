@@ -208,7 +208,7 @@ def test_after_a_launcher_was_killed_the_next_command_ends_its_pod(
     with monkeypatch.context() as context:
         context.setattr(Ledger, "move", moved)
         context.setattr("runner.cloud.termination.end", lambda *_: None)
-        context.setattr("runner.cloud.lifecycle.look_for", lambda *_: [])
+        context.setattr("runner.cloud.lifecycle.wait_for_name", lambda *_: [])
         if die == "PLANNED":
             context.setattr(lifecycle._Order, "_afford", lambda *_: _raise(Killed()))
         if die == "CREATING":
@@ -283,7 +283,7 @@ def test_a_ledger_that_cannot_be_written_while_renting_leaves_no_pod(
 def test_ctrl_c_while_waiting_gives_the_pod_back(
     cloud: MemoryCloud, rent: Rent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lifecycle, "until_ready", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(lifecycle, "wait_until_ready", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         rent()
     assert cloud.alive() == [] and Ledger().entries() == []

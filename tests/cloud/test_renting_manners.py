@@ -139,7 +139,7 @@ def test_a_known_cause_of_a_failed_install_comes_with_its_remedy(
     run = RunDir(tmp_path / "run")
     (run.path / "logs").mkdir(parents=True)
     (run.path / "logs" / "install.log").write_text(f"$ pip install\n{log}\n")
-    problem = executor._why(run, "installing failed: logs/install.log says why")
+    problem = executor._problem_of(run, "installing failed: logs/install.log says why")
     assert what in problem.what and remedy in str(problem.remedy)
-    assert executor._why(run, "the container was restarted").remedy == f"see {run.path / 'logs'}"
+    assert executor._problem_of(run, "the container was restarted").remedy == f"see {run.path / 'logs'}"
     assert cause_of("learning rate 4.29e-5 at step 429") is None

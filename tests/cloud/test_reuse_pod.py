@@ -40,7 +40,7 @@ def stopped(run: RunDir, status: str) -> str:
 
 
 def found(*words: str) -> reuse_pod.Found:
-    return reuse_pod.find(RunPod(), Ledger(), rented_spec(*WORDS, *words))
+    return reuse_pod.find_named(RunPod(), Ledger(), rented_spec(*WORDS, *words))
 
 
 def test_a_stopped_pod_is_found_by_its_id_and_by_its_run(emulator: Emulator, run: RunDir) -> None:
@@ -93,7 +93,7 @@ def test_a_run_that_names_no_hardware_is_planned_for_what_the_pod_has(
     spec, notes = planned(two := pod_of("hw=h100", "hw.num_gpus=2"))
     assert (spec.hw.runpod_gpu_id, spec.hw.num_gpus) == ("NVIDIA H100 80GB HBM3", 2)
     assert f"where.pod={two}: it has 2 × NVIDIA H100 80GB HBM3 (hw=h100)" in notes
-    assert reuse_pod.find(RunPod(), Ledger(), spec).pod.id == two
+    assert reuse_pod.find_named(RunPod(), Ledger(), spec).pod.id == two
     assert planned(pod_of("hw=rtx4090x2"))[0].hw.name == "rtx4090x2"
     cpu = planned(pod_of("hw=cpu", "hw.num_cpus=4"))[0].hw
     assert (cpu.accelerator, cpu.num_cpus) == ("cpu", 4)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.cloud.agent import agent, boot
+from runner.cloud.agent import agent
+from runner.cloud.runpod import start_command
 from runner.rundir.directory import alive
 from tests.cloud.test_agent import AGENT, KEY, Api, Pod
 from tests.support.processes import until
@@ -150,7 +151,7 @@ def test_the_start_command_leaves_a_pod_alone_that_was_handed_on(runs: tuple[Pod
     first.order()
     env = {"RUNPOD_POD_ID": first.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": first.api.url}
     main = subprocess.Popen(
-        boot.arguments(first.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
+        start_command.arguments(first.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
         env={**os.environ, **env, "RUNNER_WORKSPACE": str(tmp_path / "workspace")},
     )  # fmt: skip
     try:

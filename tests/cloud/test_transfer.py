@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from runner.cloud import payload, transfer, wheel
+from runner.cloud import payload, transfer
 from runner.cloud.agent import agent, install
 from runner.cloud.agent.install import Found, decide
 from runner.cloud.transfer import RemoteRun
@@ -105,8 +105,8 @@ def test_the_demo_and_the_hub_send_no_data() -> None:
 
 
 def test_the_wheel_is_the_project_and_the_same_each_time(tmp_path: Path) -> None:
-    name, content = wheel.packed()
-    assert wheel.packed() == (name, content)
+    name, content = payload.packed_wheel()
+    assert payload.packed_wheel() == (name, content)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path)
@@ -124,7 +124,7 @@ def test_the_wheel_is_the_project_and_the_same_each_time(tmp_path: Path) -> None
 
 
 def test_what_is_installed_has_no_hydra_and_has_torch() -> None:
-    names = [install.name_of(line) for line in wheel.requirements()]
+    names = [install.name_of(line) for line in payload.requirements()]
     assert "hydra-core" not in names and {"torch", "trl", "pydantic", "rich"} <= set(names)
     assert "pytest" not in names
 
@@ -233,7 +233,7 @@ def there(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def berth(there: Server, tmp_path: Path) -> Iterator[RemoteRun]:
+def remote(there: Server, tmp_path: Path) -> Iterator[RemoteRun]:
     link = there.connection()
     found = RemoteRun(link, str(tmp_path / "workspace"), "run-1")
     for name in agent.FOLDERS:
@@ -244,20 +244,20 @@ def berth(there: Server, tmp_path: Path) -> Iterator[RemoteRun]:
 
 
 @needs_sshd
-def test_a_parcel_that_is_there_is_not_sent_twice(berth: RemoteRun, tmp_path: Path) -> None:
+def test_an_item_that_is_there_is_not_sent_twice(remote: RemoteRun, tmp_path: Path) -> None:
     spec = rented_spec(f"data.path={a_file(tmp_path)}", "data=file", "data.format=text")
     run, said = run_of(spec, tmp_path / "here"), []
-    code = transfer.send(berth, run, spec, said.append)
+    code = transfer.send(remote, run, spec, said.append)
     assert (Path(code) / "runner" / "train" / "worker.py").is_file()
-    there = RunSpec.model_validate(json.loads((Path(berth.folder) / "spec.json").read_text()))
+    there = RunSpec.model_validate(json.loads((Path(remote.folder) / "spec.json").read_text()))
     assert there.data.path is not None and Path(there.data.path).read_text() == a_file(tmp_path).read_text()
     assert "is there already" not in said[0]
-    assert transfer.send(berth, run, spec, said.append) == code
+    assert transfer.send(remote, run, spec, said.append) == code
     assert "is there already" in said[1]
 
 
 @needs_sshd
-def test_a_glob_sends_what_fits_and_links_send_what_they_point_to(berth: RemoteRun, tmp_path: Path) -> None:
+def test_a_glob_sends_what_fits_and_links_send_what_they_point_to(remote: RemoteRun, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     (corpus / "deep").mkdir(parents=True)
     a_file(corpus / "deep", "# a.jsonl", rows=1)
@@ -265,8 +265,8 @@ def test_a_glob_sends_what_fits_and_links_send_what_they_point_to(berth: RemoteR
     (corpus / "deep" / "b.jsonl").symlink_to(a_file(tmp_path, "elsewhere", rows=2))
     (corpus / "deep" / "c.jsonl").symlink_to(tmp_path / "nowhere")
     spec = rented_spec(f"data.path={corpus}/**/*.jsonl", "data=file", "data.format=text")
-    transfer.send(berth, run_of(spec, tmp_path / "here"), spec, lambda line: None)
-    there = RunSpec.model_validate(json.loads((Path(berth.folder) / "spec.json").read_text()))
+    transfer.send(remote, run_of(spec, tmp_path / "here"), spec, lambda line: None)
+    there = RunSpec.model_validate(json.loads((Path(remote.folder) / "spec.json").read_text()))
     assert there.data.path is not None
     sent = files_of(there.data.path)
     assert [Path(file).name for file in sent] == ["# a.jsonl", "b.jsonl"]
@@ -276,7 +276,7 @@ def test_a_glob_sends_what_fits_and_links_send_what_they_point_to(berth: RemoteR
 
 @needs_sshd
 @pytest.mark.parametrize("linked", ["the folder", "a folder in it", "the file"])
-def test_through_links_the_pod_sees_what_is_seen_here(linked: str, berth: RemoteRun, tmp_path: Path) -> None:
+def test_through_links_the_pod_sees_what_is_seen_here(linked: str, remote: RemoteRun, tmp_path: Path) -> None:
     """Also with what an earlier attempt of the same run has left behind."""
     real = tmp_path / "real"
     real.mkdir()
@@ -291,38 +291,38 @@ def test_through_links_the_pod_sees_what_is_seen_here(linked: str, berth: Remote
         named.symlink_to(real / "a.jsonl" if linked == "the file" else real)
     spec = rented_spec(f"data.path={named}", "data=file", "data.format=text")
     (item,) = payload.payload_items(spec)
-    left = tmp_path / "workspace" / f"{item.target}.{berth.run_id}.part"
+    left = tmp_path / "workspace" / f"{item.target}.{remote.run_id}.part"
     left.mkdir(parents=True)
     (left / ".a.jsonl.x7Gh").write_text("half a row")
-    transfer.send(berth, run_of(spec, tmp_path / "here"), spec, lambda line: None)
+    transfer.send(remote, run_of(spec, tmp_path / "here"), spec, lambda line: None)
     assert not left.exists()
-    there = RunSpec.model_validate(json.loads((Path(berth.folder) / "spec.json").read_text()))
+    there = RunSpec.model_validate(json.loads((Path(remote.folder) / "spec.json").read_text()))
     assert there.data.path is not None and Path(there.data.path).name == named.name
     sent, mine = ([Path(name).read_text() for name in files_of(str(path))] for path in (there.data.path, named))
     assert sent == mine and len(sent) == 1
 
 
 @needs_sshd
-def test_what_another_run_has_sent_meanwhile_stays(berth: RemoteRun, tmp_path: Path) -> None:
+def test_what_another_run_has_sent_meanwhile_stays(remote: RemoteRun, tmp_path: Path) -> None:
     """Two launchers send the same to one volume: the first one's stays, for it may be read already."""
     spec = rented_spec(f"data.path={a_file(tmp_path)}", "data=file", "data.format=text")
     (item,) = payload.payload_items(spec)
     target = tmp_path / "workspace" / item.target
-    put = berth.connection.put
+    put = remote.connection.put
 
     def late(*args: Any, **options: Any) -> None:
         put(*args, **options)
         if target.parent.is_dir() and not target.exists():
             target.write_text("whole, and being read")
 
-    object.__setattr__(berth.connection, "put", late)
-    transfer.send(berth, run_of(spec, tmp_path / "here"), spec, lambda line: None)
+    object.__setattr__(remote.connection, "put", late)
+    transfer.send(remote, run_of(spec, tmp_path / "here"), spec, lambda line: None)
     assert target.read_text() == "whole, and being read"
     assert [file.name for file in target.parent.iterdir()] == [target.name]
 
 
 @needs_sshd
-def test_tokens_that_were_prepared_travel(berth: RemoteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_were_prepared_travel(remote: RemoteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other settings, or of a file that has changed since, they stay."""
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
     file = a_file(tmp_path)
@@ -336,7 +336,7 @@ def test_tokens_that_were_prepared_travel(berth: RemoteRun, tmp_path: Path, monk
     assert prepared_index.entries(rented_spec(*words, "data.chat_template=chatml")) == []
     run, said = run_of(rented_spec(*words), tmp_path / "here"), []
     for _ in range(2):
-        transfer.send(berth, run, rented_spec(*words), said.append)
+        transfer.send(remote, run, rented_spec(*words), said.append)
     assert (tmp_path / "workspace" / "cache" / "runner" / "tokenised" / "abc" / "rows.arrow").read_bytes() == b"rows"
     assert [line for line in said if "tokens" in line][1].endswith("abc is there already (0.0 MB)")
     a_file(tmp_path, rows=5)
@@ -344,46 +344,48 @@ def test_tokens_that_were_prepared_travel(berth: RemoteRun, tmp_path: Path, monk
 
 
 @needs_sshd
-def test_the_later_checkpoint_counts(berth: RemoteRun, tmp_path: Path) -> None:
+def test_the_later_checkpoint_counts(remote: RemoteRun, tmp_path: Path) -> None:
     spec = rented_spec()
     run = run_of(spec, tmp_path / "here")
-    for folder, step in ((run.path, 4), (Path(berth.folder), 8)):
+    for folder, step in ((run.path, 4), (Path(remote.folder), 8)):
         place = folder / "checkpoints" / f"checkpoint-{step}"
         place.mkdir(parents=True)
         (place / "weights").write_text(f"{step}")
         checkpoints.seal(place, {})
     (run.path / "metrics.jsonl").write_text("mine\n")
-    (Path(berth.folder) / "metrics.jsonl").write_text("theirs\n")
-    transfer.send(berth, run, spec, lambda line: None)
-    assert (Path(berth.folder) / "metrics.jsonl").read_text() == "theirs\n"
+    (Path(remote.folder) / "metrics.jsonl").write_text("theirs\n")
+    transfer.send(remote, run, spec, lambda line: None)
+    assert (Path(remote.folder) / "metrics.jsonl").read_text() == "theirs\n"
     place = checkpoints.folder(run, 12)
     place.mkdir()
     (place / "weights").write_text("12")
     checkpoints.seal(place, {})
-    transfer.send(berth, run, spec, lambda line: None)
-    assert (Path(berth.folder) / "metrics.jsonl").read_text() == "mine\n"
-    assert checkpoints.complete(RunDir(Path(berth.folder))) == [8, 12]
+    transfer.send(remote, run, spec, lambda line: None)
+    assert (Path(remote.folder) / "metrics.jsonl").read_text() == "mine\n"
+    assert checkpoints.complete(RunDir(Path(remote.folder))) == [8, 12]
 
 
 @needs_sshd
-def test_only_the_secrets_that_are_needed_go_and_into_memory(berth: RemoteRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_secrets_that_are_needed_go_and_into_memory(
+    remote: RemoteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     monkeypatch.setenv("WANDB_API_KEY", "w_x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a_x")
     file = agent.SHM / "runner-run-1.env"
     try:
-        assert transfer.tell_secrets(berth, rented_spec()) == ["HF_TOKEN"]
+        assert transfer.send_secrets(remote, rented_spec()) == ["HF_TOKEN"]
         assert json.loads(file.read_text()) == {"HF_TOKEN": "hf_x"} and file.stat().st_mode & 0o777 == 0o600
-        assert transfer.tell_secrets(berth, rented_spec("track=wandb")) == ["HF_TOKEN", "WANDB_API_KEY"]
+        assert transfer.send_secrets(remote, rented_spec("track=wandb")) == ["HF_TOKEN", "WANDB_API_KEY"]
         data = rented_spec("data=file", "data.sources=[{path: 's3://rows/a.jsonl'}]")
-        assert transfer.tell_secrets(berth, data) == ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY"]
+        assert transfer.send_secrets(remote, data) == ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY"]
     finally:
         file.unlink(missing_ok=True)
 
 
 @needs_sshd
 def test_keys_that_their_own_tools_keep_here_go_too(
-    berth: RemoteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    remote: RemoteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in (*credentials.HUB, "WANDB_API_KEY", *credentials.S3):
         monkeypatch.delenv(name, raising=False)
@@ -399,13 +401,13 @@ def test_keys_that_their_own_tools_keep_here_go_too(
     file = agent.SHM / "runner-run-1.env"
     spec = rented_spec("track=wandb", "data=file", "data.path=s3://rows/a.jsonl")
     try:
-        transfer.tell_secrets(berth, spec)
+        transfer.send_secrets(remote, spec)
         assert json.loads(file.read_text()) == {
             "HF_TOKEN": "hf_file", "WANDB_API_KEY": "w_file", "AWS_ACCESS_KEY_ID": "a_file",
             "AWS_SECRET_ACCESS_KEY": "s_file",
         }  # fmt: skip
         monkeypatch.setenv("HUGGINGFACEHUB_API_TOKEN", "hf_chain")
-        transfer.tell_secrets(berth, spec)
+        transfer.send_secrets(remote, spec)
         assert json.loads(file.read_text())["HF_TOKEN"] == "hf_chain"
     finally:
         file.unlink(missing_ok=True)

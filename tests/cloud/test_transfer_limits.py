@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from runner.cloud import bounded_streams, download, transfer_limits, untrusted_files
+from runner.cloud import download, ssh, untrusted_files
 from runner.cloud.follow import TOO_MUCH, Follower
 from runner.cloud.ssh import CommandError
 from runner.cloud.transfer import RemoteRun
-from runner.cloud.transfer_limits import TooMuchError
+from runner.cloud.untrusted_files import TooMuchError
 from runner.rundir.directory import RunDir
 from tests.cloud.test_hostile_pod import Pod, pod, sealed
 from tests.support.emulated import needs_sshd
@@ -43,7 +43,7 @@ def test_a_model_that_this_disk_has_no_room_for_is_refused_before_it_is_written(
 
 @needs_sshd
 def test_a_run_is_not_larger_than_its_plan_allows(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer_limits, "MORE_BYTES", 0)
+    monkeypatch.setattr(untrusted_files, "MORE_BYTES", 0)
     pod.run.write("plan.json", {"disk_gib": 0.001})
     (pod.folder / "model" / "weights").write_bytes(bytes(5_000_000))
     with pytest.raises(TooMuchError, match=r"5\.0 MB to send, more than a run of this plan can hold \(4\.3 MB\)"):
@@ -56,10 +56,10 @@ def test_a_run_is_not_larger_than_its_plan_allows(pod: Pod, monkeypatch: pytest.
 
 @needs_sshd
 def test_a_checkpoint_is_held_to_the_same(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer_limits, "of_run", lambda run: 1000)
+    monkeypatch.setattr(untrusted_files, "max_bytes", lambda run: 1000)
     sealed(pod.folder / "checkpoints" / "checkpoint-4", weights="w" * 5000)
     with pytest.raises(TooMuchError):
-        download.bring_checkpoint(pod.at, pod.run, 4)
+        download.download_checkpoint(pod.at, pod.run, 4)
     assert size_of(pod.run.path / "checkpoints") == 0
 
 
@@ -67,7 +67,7 @@ def test_a_checkpoint_is_held_to_the_same(pod: Pod, monkeypatch: pytest.MonkeyPa
 def test_a_pod_that_says_little_and_sends_much_is_cut_off(
     pod: Pod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer_limits, "of_run", lambda run: 1_000_000)
+    monkeypatch.setattr(untrusted_files, "max_bytes", lambda run: 1_000_000)
     cheat, weights = tmp_path / "cheat", pod.folder / "model" / "weights"
     weights.write_bytes(bytes(100))
     cheat.write_text(
@@ -78,7 +78,7 @@ def test_a_pod_that_says_little_and_sends_much_is_cut_off(
     with server(tmp_path / "cheating", str(cheat)) as there:
         at = RemoteRun(there.connection(), pod.at.workspace, "run-h")
         with pytest.raises(TooMuchError, match="the pod sends more than it said"):
-            download.bring(at, pod.run, pod.spec, pod.told.append)
+            download.download_run(at, pod.run, pod.spec, pod.told.append)
         at.connection.close()
     assert size_of(pod.run.path) < 1e5 and not (pod.run.path / download.ARRIVED).exists()
 
@@ -92,13 +92,13 @@ def test_complaints_without_end_stop_no_transfer(pod: Pod, tmp_path: Path) -> No
     )
     cheat.chmod(0o755)
     with server(tmp_path / "cheating", str(cheat)) as there:
-        download.bring(RemoteRun(there.connection(), pod.at.workspace, "run-h"), pod.run, pod.spec)
+        download.download_run(RemoteRun(there.connection(), pod.at.workspace, "run-h"), pod.run, pod.spec)
     pod.check()
 
 
 @needs_sshd
 def test_an_answer_without_end_is_no_answer(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded_streams, "LONGEST_ANSWER", 1 << 20)
+    monkeypatch.setattr(ssh, "MAX_OUTPUT_BYTES", 1 << 20)
     with pytest.raises(CommandError, match="the pod says more than 1 MiB"):
         pod.at.connection.run("yes")
     assert pod.at.connection.run("head -c 1000 /dev/zero; yes | head -c 3000000 >&2", check=False)[:3] == "\0\0\0"
@@ -107,8 +107,8 @@ def test_an_answer_without_end_is_no_answer(pod: Pod, monkeypatch: pytest.Monkey
 
 @needs_sshd
 def test_logs_without_end_are_copied_so_far_and_no_further(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer_limits, "FOLLOWED_BYTES", 10_000)
-    monkeypatch.setattr(transfer_limits, "FOLLOWED_FILES", 20)
+    monkeypatch.setattr(untrusted_files, "FOLLOWED_BYTES", 10_000)
+    monkeypatch.setattr(untrusted_files, "FOLLOWED_FILES", 20)
     follower, block, told = Follower(pod.at, pod.run, lambda: None), b"\n" * 3000, []
     lines = [{"file": f"logs/{name}.log", "at": 0, "data": base64.b64encode(block).decode()} for name in range(8)]
     lines += [{"file": f"logs/empty{name}.log", "at": 0, "data": ""} for name in range(100)]
@@ -130,25 +130,25 @@ def test_the_last_of_a_disk_stays_free(tmp_path: Path, monkeypatch: pytest.Monke
                                   (100 << 30, 1 << 20, 0)):  # fmt: skip
         facts = SimpleNamespace(total=total, free=left)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, facts=facts: facts)
-        assert transfer_limits.free(tmp_path / "not" / "there") == expected
-        assert transfer_limits.of_run(RunDir(tmp_path)) == expected
+        assert untrusted_files.free_bytes(tmp_path / "not" / "there") == expected
+        assert untrusted_files.max_bytes(RunDir(tmp_path)) == expected
 
 
 def test_a_run_has_so_many_files_and_no_more(tmp_path: Path) -> None:
-    transfer_limits.check(10, transfer_limits.MOST_FILES, 10, tmp_path)
+    untrusted_files.check_size(10, untrusted_files.MOST_FILES, 10, tmp_path)
     with pytest.raises(TooMuchError, match="200,001 files to send: no run has so many"):
-        transfer_limits.check(10, transfer_limits.MOST_FILES + 1, 10, tmp_path)
+        untrusted_files.check_size(10, untrusted_files.MOST_FILES + 1, 10, tmp_path)
 
 
 @pytest.mark.parametrize("planned", [0, -5, 1e300, float("nan"), "many", None, [1]])
 def test_a_plan_that_says_nothing_of_disks_leaves_the_room_that_there_is(tmp_path: Path, planned: object) -> None:
     run = RunDir(tmp_path)
     run.write("plan.json", {"disk_gib": planned})
-    assert transfer_limits.of_run(run) == pytest.approx(transfer_limits.free(tmp_path), rel=0.05)
+    assert untrusted_files.max_bytes(run) == pytest.approx(untrusted_files.free_bytes(tmp_path), rel=0.05)
 
 
 def test_of_complaints_the_end_is_kept() -> None:
-    text = bounded_streams.Last(io.BytesIO(b"x" * 5_000_000 + b"at last")).text()
+    text = ssh.StderrTail(io.BytesIO(b"x" * 5_000_000 + b"at last")).text()
     assert len(text) <= 16 * 4096 and text.endswith("at last")
 
 

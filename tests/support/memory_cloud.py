@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from runner.cloud.errors import ApiDownError, NoCapacityError, UnclearError
 from runner.cloud.provider import OVER, Offer, Pod, PodRequest, Provider
@@ -55,6 +55,12 @@ class MemoryAccount:
 
     title, key_variable, billing_page = "Memory", "MEMORY_API_KEY", "https://cloud.example/billing"
     base, account, secret = "https://localhost/cloud", "account", "secret"
+    calls: ClassVar[dict[str, Any]] = {
+        "id": "MEMORY_POD_ID",
+        "key": "MEMORY_POD_KEY",
+        "default_base": base,
+        "path": "/pods/{id}",
+    }
     cloud: MemoryCloud
 
     def offers(self, spec: RunSpec, plan: dict[str, Any]) -> list[Offer]:

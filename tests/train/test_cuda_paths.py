@@ -996,10 +996,10 @@ def test_a_pod_whose_gpus_do_not_compute_gets_nothing(
 
     at = transfer.RemoteRun(types.SimpleNamespace(attempt=attempt), "/workspace", "r1")  # type: ignore[arg-type]
     monkeypatch.setattr(transfer, "arm", lambda *_: done.append("arm"))
-    monkeypatch.setattr(transfer, "try_memory", lambda *_: done.append("memory"))
+    monkeypatch.setattr(transfer, "check_memory", lambda *_: done.append("memory"))
     monkeypatch.setattr(transfer, "send", lambda *_: done.append("send") or "code")
-    monkeypatch.setattr(transfer, "tell_secrets", lambda *_: [])
-    monkeypatch.setattr(transfer, "begin", lambda *_: done.append("begin"))
+    monkeypatch.setattr(transfer, "send_secrets", lambda *_: [])
+    monkeypatch.setattr(transfer, "start_task", lambda *_: done.append("begin"))
     monkeypatch.setenv("RUNNER_POD_PYTHON", named or "")
     one: Any = session.Session.__new__(session.Session)
     one.spec, one.run, one.say = on(words), types.SimpleNamespace(read=lambda _: {}), print
@@ -1007,9 +1007,9 @@ def test_a_pod_whose_gpus_do_not_compute_gets_nothing(
         mark=lambda *_: None, pod=types.SimpleNamespace(id="p"), name="runner-r1",
         ledger=types.SimpleNamespace(move=lambda *_: done.append("recorded")),
     )  # fmt: skip
-    monkeypatch.setattr(session.Session, "board", lambda self: at)
+    monkeypatch.setattr(session.Session, "login", lambda self: at)
     monkeypatch.setattr(session.Session, "order", lambda self, detach: {})
-    monkeypatch.setattr(session.Session, "_heard", lambda self, at: contextlib.nullcontext())
+    monkeypatch.setattr(session.Session, "_keepalive", lambda self, at: contextlib.nullcontext())
     tried = [] if code is None else ["timeout 90 python3 /workspace/runs/r1/install.py --gpus 1"]
     if what is None:
         one._load(False)

@@ -11,8 +11,12 @@ status; it lives on in a session of its own. DIR is the run's folder in the pod:
     successor.json     the run that has the pod next: once this one is over, its switch becomes that run's
 
 The limits are held in memory, and ending the pod needs no file, log or lock: a disk that is full, read-only or broken
-does not keep a pod alive. Twice a second the pod's start command (boot.py) is told until when the agent will have ended
-the pod; where it falls silent, the start command does it.
+does not keep a pod alive. Twice a second the pod's start command (runpod/start_command.py) is told until when the agent
+will have ended the pod; where it falls silent, the start command does it.
+
+How a pod ends itself is the provider's to say: the order's `calls`, or RunPod's (`CALLS`) where it has none. It stays
+one file: it is sent before all else and started again from whatever the disk has kept, and a part of it alone would be
+a pod that nobody ends.
 """
 
 from __future__ import annotations
@@ -38,10 +42,27 @@ from typing import IO, Any
 SHM = Path("/dev/shm")
 """Memory: what lies here is gone with the pod, and on no disk. Secrets, and the launcher's sign of life."""
 RP_ENVIRONMENT = Path(os.environ.get("RUNNER_RP_ENVIRONMENT", "/etc/rp_environment"))
-"""RunPod's variables, which a shell over SSH does not have."""
+"""The pod's variables, which a shell over SSH does not have."""
 FOLDERS = ("datasets", "artifacts", "cache", "runs", "hf_cache")
-API = "https://api.runpod.io"
-"""As RUNPOD_API_BASE_URL has it: the version is part of the path."""
+CALLS: dict[str, Any] = {
+    "id": "RUNPOD_POD_ID",
+    "key": "RUNPOD_API_KEY",
+    "base": "RUNPOD_API_BASE_URL",
+    "default_base": "https://api.runpod.io",
+    "path": "/v2/pods/{id}",
+    "authorization": "Bearer {key}",
+    "terminate": ["DELETE", "", None],
+    "stop": ["POST", "/action", {"action": "stop"}],
+    "probe": ["POST", "/action", {"action": "start"}],
+    "probe_granted": [400, 409],
+    "not_stopped": [400, 403, 404, 405, 409, 422],
+}
+"""How a pod of RunPod's ends itself: the variables that have its id, its key and the address, and the requests, as
+method, path after that of the pod, and body. To start a pod that runs (`probe`) is refused as a conflict (409, 400) to
+whoever may, and as forbidden (403) to whoever may not: the question changes nothing. After `not_stopped` the pod is
+terminated, as it must not go on costing."""
+KEYS = {CALLS["key"]}
+"""Variables with a key that ends a pod: no process of the training gets them."""
 FINAL = ("done", "failed", "refused")
 EVERY_SECONDS = 0.5
 GRACE_SECONDS = 45.0
@@ -63,7 +84,7 @@ WATCH_SECONDS = 30.0
 
 
 def variables() -> dict[str, str]:
-    """RunPod's environment of this pod: from the process, else from the file that is there for shells."""
+    """The provider's environment of this pod: from the process, else from the file that is there for shells."""
     found: dict[str, str] = {}
     try:
         lines = RP_ENVIRONMENT.read_text("utf-8").splitlines()
@@ -78,10 +99,13 @@ def variables() -> dict[str, str]:
 class ThisPod:
     """This pod, as its own key may treat it."""
 
-    def __init__(self, base: str | None = None) -> None:
-        env = variables()
-        self.id, self.key = env.get("RUNPOD_POD_ID", ""), env.get("RUNPOD_API_KEY", "")
-        self.base = (env.get("RUNPOD_API_BASE_URL") or base or API).rstrip("/")
+    def __init__(self, order: dict[str, Any] | None = None) -> None:
+        env, order = variables(), order or {}
+        given = order.get("calls")
+        self.calls = {**CALLS, **(given if isinstance(given, dict) else {})}
+        KEYS.add(self.calls["key"])
+        self.id, self.key = env.get(self.calls["id"], ""), env.get(self.calls["key"], "")
+        self.base = (env.get(self.calls["base"]) or order.get("api_base") or self.calls["default_base"]).rstrip("/")
         # Made now: certificates are read from a disk that may be gone by the time they are needed.
         handler = urllib.request.HTTPSHandler(context=ssl.create_default_context())
         self._open = urllib.request.build_opener(handler).open
@@ -97,11 +121,11 @@ class ThisPod:
     def ask(self, method: str, path: str = "", body: dict[str, Any] | None = None) -> int:
         """The status of an answer; 0 where there was none."""
         request = urllib.request.Request(
-            f"{self.base}/v2/pods/{self.id}{path}",
+            self.base + self.calls["path"].format(id=self.id) + path,
             method=method,
             data=None if body is None else json.dumps(body).encode(),
             headers={
-                "Authorization": f"Bearer {self.key}",
+                "Authorization": self.calls["authorization"].format(key=self.key),
                 "Content-Type": "application/json",
                 "User-Agent": "runner-agent",
             },
@@ -116,12 +140,11 @@ class ThisPod:
             return 0
 
     def may_end(self) -> bool:
-        """Whether the key is good for more than reading. To start a pod that runs is refused as a conflict (409, 400)
-        to whoever may, and as forbidden (403) to whoever may not: the question changes nothing."""
+        """Whether the key is good for more than reading; nothing is changed by the question."""
         if not (self.id and self.key):
             return False
-        answer = self._patient("POST", "/action", {"action": "start"})
-        return 200 <= answer < 300 or answer in (400, 409)
+        answer = self._patient(*self.calls["probe"])
+        return 200 <= answer < 300 or answer in self.calls["probe_granted"]
 
     def _patient(self, method: str, path: str = "", body: dict[str, Any] | None = None) -> int:
         answer = 0
@@ -138,9 +161,9 @@ class ThisPod:
         while True:
             with suppress(Exception):
                 self.tell_watch(now() + REQUEST_SECONDS + 30.0 + WATCH_SECONDS, how)
-                answer = self.ask("POST", "/action", {"action": "stop"}) if how == "stop" else self.ask("DELETE")
+                answer = self.ask(*self.calls[how])
                 log(f"{how}: the API answers {answer}")
-                if how == "stop" and answer in (400, 403, 404, 405, 409, 422):
+                if how == "stop" and answer in self.calls["not_stopped"]:
                     how = "terminate"  # it cannot be stopped; it must not go on costing
                     continue
             time.sleep(wait)
@@ -626,7 +649,8 @@ def environment(folder: Path, task: dict[str, Any], told: bool = True) -> dict[s
     """The pod's, the task's, and the secrets where they are `told`; without the key that ends the pod."""
     secrets = read(SHM / f"runner-{folder.name}.env") if told else {}
     env = {**variables(), **task.get("env", {}), **secrets}
-    env.pop("RUNPOD_API_KEY", None)
+    for name in KEYS:
+        env.pop(name, None)
     return env
 
 
@@ -664,7 +688,7 @@ def run(folder: Path) -> int:
 def hold(folder: Path, held: list[IO[str]]) -> Path | None:
     """Arm the switch of one run, then let its work begin; the folder of the run that has the pod next."""
     order = read(folder / "agent.json")
-    own = ThisPod(order.get("api_base"))
+    own = ThisPod(order)
     if not order or order.get("pod_id") != own.id:
         log(f"the order is for pod {order.get('pod_id')}, and this is {own.id}")
         return None
@@ -763,7 +787,7 @@ def start(folder: Path) -> int:
             os._exit(run(folder))
         os._exit(0)
     os.wait()
-    own, deadline = ThisPod().id, now() + 60
+    own, deadline = ThisPod(read(folder / "agent.json")).id, now() + 60
     while now() < deadline:
         while following := successor(folder, own):
             folder = following

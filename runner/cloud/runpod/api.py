@@ -63,7 +63,7 @@ class Api:
             answer = bounded(lambda: requests.get(f"{self.base}/v2/pods", headers=headers, timeout=10.0))
         except (requests.RequestException, OSError):
             return None
-        return clock.parsed(answer.headers.get("Date"))
+        return clock.parse_date(answer.headers.get("Date"))
 
     def terminate(self, pod_id: str) -> None:
         """End it; one that is gone already is no error. Accepted is not done: look afterwards."""

@@ -139,7 +139,7 @@ REGIONS = {"EU", "EUR", "AP", "OC", "SEA"}
 def offers(api: Api, spec: RunSpec, plan: dict[str, Any]) -> list[Offer]:
     """Machines to ask for, with template or image and network volume; every error is one line with its remedy."""
     place = runpod(spec)
-    template = templates.find(api, place.template) if place.template is not None else None
+    template = templates.find_template(api, place.template) if place.template is not None else None
     volume = volume_of(api, spec)
     image = None if template else image_of(place)
     machines = _machines(api, spec, plan, volume)

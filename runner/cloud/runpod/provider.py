@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from runner.cloud.agent import boot
+from runner.cloud.agent import agent
 from runner.cloud.provider import Offer
-from runner.cloud.runpod import graphql, offers
+from runner.cloud.runpod import graphql, offers, start_command
 from runner.cloud.runpod.account import BILLING_PAGE, CONSOLE, KEY, api_key
 from runner.cloud.runpod.api import Api
 from runner.spec import RunSpec
@@ -16,6 +16,7 @@ class RunPod(Api):
     """One account of RunPod. NoKeyError without RUNPOD_API_KEY; RUNPOD_API_BASE_URL names another address."""
 
     title = "RunPod"
+    calls = agent.CALLS
     key_variable = KEY
     billing_page = BILLING_PAGE
 
@@ -29,8 +30,8 @@ class RunPod(Api):
         return offers.offers(self, spec, plan)
 
     def start_command(self, run_id: str, minutes: float) -> str:
-        """`agent/boot.py`, then the image's own start command."""
-        return boot.as_text(run_id, minutes)
+        """The watch of `start_command.py`, then the image's own start command."""
+        return start_command.as_text(run_id, minutes)
 
     def balance(self) -> float | None:
         """Through GraphQL."""

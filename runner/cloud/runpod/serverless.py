@@ -1,17 +1,28 @@
-"""Image, GPUs and variables that serve a tuned model on RunPod serverless."""
+"""Serverless endpoints: deploy a run's model behind one, and delete it again."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
 
-from runner.errors import CannotRunError, Problem
+from runner.cloud.errors import CloudError, UnclearError
+from runner.cloud.runpod import serverless
+from runner.cloud.runpod.account import CONSOLE
+from runner.cloud.runpod.api import Api
+from runner.config.repeat import spec_of
+from runner.errors import CannotRunError, Problem, RequestError
 from runner.paths import CONF
-from runner.spec import ModelSpec
+from runner.rundir.directory import RunDir
+from runner.rundir.find import find
+from runner.spec import ModelSpec, RunSpec
 
 VOLUME = "/runpod-volume"
 """Where a serverless worker finds a network volume (a pod has the same one at /workspace)."""
@@ -112,3 +123,118 @@ def endpoint(name: str, template_id: str, gpus: Gpus, source: Source, max_worker
     if source.volume_id:
         body["networkVolumes"] = [source.volume_id]
     return body
+
+
+RECORD = "endpoint.json"
+"""In the run's folder: what was asked for, written before it is, and what came of it."""
+CONTEXT = 4096
+"""Tokens of a request and its answer, where the model is not known to have fewer: keys and values take memory."""
+
+
+@dataclass(frozen=True)
+class DeployOptions:
+    """What the command line says of an endpoint."""
+
+    repo: str | None = None
+    volume: str | None = None
+    merged: bool = False
+    pools: tuple[str, ...] = ()
+    max_workers: int = 1
+    idle_seconds: int = 10
+    secret: str | None = None
+
+
+def deploy(run_dir: Path, wanted: DeployOptions, agreed: Callable[[str], bool]) -> dict[str, Any]:
+    """Make template and endpoint; the facts of `endpoint.json`. `agreed` is asked before anything is made.
+
+    RequestError where the model is in no place that a worker reaches, or has an endpoint already.
+    """
+    run = find(run_dir)
+    spec = spec_of(run.spec_file)
+    known = run.read(RECORD)
+    if known.get("endpoint"):
+        remedy = f"python -m runner deploy --delete {quote(str(run.path))}"
+        raise RequestError(Problem(f"{run.path} has the endpoint {known['endpoint']} already", None, remedy))
+    source = _source(run, spec, wanted)
+    gpus = Gpus(list(wanted.pools), 1) if wanted.pools else serverless.gpus_for(spec.model)
+    name = f"runner-{run.id}"
+    context = min(spec.model.context_length or CONTEXT, CONTEXT)
+    env = serverless.variables(spec.model, source, run.id, context, wanted.secret)
+    what = f"{source.path} on {gpus.count} × {' or '.join(gpus.pools)}, 0 to {wanted.max_workers} workers, paid by use"
+    if not agreed(what):
+        raise RequestError(Problem("not deployed", None, "--yes deploys without asking"))
+    api = Api()
+    run.write(RECORD, {"name": name, "model": source.path})
+    body = serverless.template(name, spec.model, env)
+    template = _made(lambda: api.create_template(body), api.templates, name)
+    try:
+        request = serverless.endpoint(name, template, gpus, source, wanted.max_workers, wanted.idle_seconds)
+        identity = _made(lambda: str(api.create_endpoint(request)["id"]), api.endpoints, name)
+    except Exception:
+        with suppress(CloudError):
+            api.delete_template(template)
+        raise
+    facts = {
+        "name": name, "model": source.path, "template": template, "endpoint": identity, "gpus": gpus.pools,
+        "gpu_count": gpus.count, "openai_base_url": f"https://api.runpod.ai/v2/{identity}/openai/v1",
+        "served_model": run.id, "console": f"{CONSOLE}/serverless/user/endpoint/{identity}",
+    }  # fmt: skip
+    run.write(RECORD, facts)
+    return facts
+
+
+def delete(run_dir: Path) -> list[str]:
+    """Delete the endpoint and the template of a run, found by their name; what was deleted. Absence is confirmed.
+
+    CloudError where something is still there.
+    """
+    run = find(run_dir)
+    name = run.read(RECORD).get("name") or f"runner-{run.id}"
+    api, gone = Api(), []
+    kinds = ((api.endpoints, api.delete_endpoint, "endpoint"), (api.templates, api.delete_template, "template"))
+    for listed, remove, kind in kinds:  # a template in use cannot be deleted
+        for identity in _named(listed, name):
+            remove(identity)
+            gone.append(f"{kind} {identity}")
+        left = _named(listed, name)
+        if left:
+            what, remedy = f"the {kind} {left[0]} is still there", f"delete it at {CONSOLE}/serverless"
+            raise CloudError(Problem(what, None, remedy))
+    (run.path / RECORD).unlink(missing_ok=True)
+    return gone
+
+
+def _source(run: RunDir, spec: RunSpec, wanted: DeployOptions) -> Source:
+    """Where a worker finds the weights; RequestError where it finds none."""
+    adapter = spec.method.name in ("lora", "qlora4", "qlora8") and not wanted.merged
+    rank = getattr(spec.method, "rank", None) if adapter else None
+    if adapter and (spec.model.package or Path(spec.model.id).is_dir()):
+        what, remedy = f"a worker cannot reach the base of the adapter, {spec.model.id}", "merge it, push --merged, and"
+        raise RequestError(Problem(what, None, f"{remedy} deploy --merged"))
+    folder = "merged" if wanted.merged else "model"
+    if wanted.volume:
+        return Source(f"{serverless.VOLUME}/runs/{run.id}/{folder}", wanted.volume, rank)
+    pushed = run.read("pushed.json")
+    repo = wanted.repo or (pushed.get("repo") if pushed.get("folder") == folder else None)
+    if repo is None:
+        flag = " --merged" if wanted.merged else ""
+        push = f"python -m runner push {quote(str(run.path))} org/name{flag}"
+        remedy = f"{push}, or name where it is: --repo org/name, --volume ID"
+        raise RequestError(Problem(f"{folder}/ of {run.path} is not on the Hub", None, remedy))
+    return Source(str(repo), None, rank)
+
+
+def _made(make: Callable[[], str], listed: Callable[[], list[dict[str, Any]]], name: str) -> str:
+    """The id of what is made; where the answer was lost, of what bears the name. A create is never sent twice."""
+    try:
+        return make()
+    except UnclearError:
+        found = _named(listed, name)
+        if not found:
+            raise
+        return found[0]
+
+
+def _named(listed: Callable[[], list[dict[str, Any]]], name: str) -> list[str]:
+    """Ids by name. RunPod adds ` -fb` to the name of an endpoint with FlashBoot."""
+    return [str(entry["id"]) for entry in listed() if str(entry.get("name", "")).removesuffix(" -fb") == name]

@@ -9,7 +9,7 @@ from runner.errors import Problem, RequestError
 SOURCES = ("official", "verified", "community")
 
 
-def listed(api: Api, text: str = "") -> list[dict[str, str]]:
+def search(api: Api, text: str = "") -> list[dict[str, str]]:
     """Templates for pods that have every word of `text` in their name, image or id: the account's own first."""
     found = [{**template, "source": "own"} for template in api.templates()]
     for source in SOURCES:
@@ -24,7 +24,7 @@ def listed(api: Api, text: str = "") -> list[dict[str, str]]:
     return list(rows.values())
 
 
-def find(api: Api, word: str) -> str:
+def find_template(api: Api, word: str) -> str:
     """The id of the template named by id or exact name; RequestError for none, several, or a serverless one."""
     source = f"where.template={word}"
     template = api.template(word)
@@ -33,7 +33,7 @@ def find(api: Api, word: str) -> str:
         raise RequestError(Problem(what, source, "python -m runner pods templates lists those for pods"))
     if template is not None:
         return word
-    rows = listed(api)
+    rows = search(api)
     named = [row["id"] for row in rows if row["name"].lower() == word.lower()]
     if len(named) == 1:
         return named[0]

@@ -1,15 +1,24 @@
-"""Network volumes: made once, even if the answer is lost; found by id or name."""
+"""Network volumes: made once, even if the answer is lost; found by id or name; their files by S3, without a pod.
+
+S3 is at `https://s3api-<data centre>.runpod.io`; a bucket is named by the id of its volume.
+"""
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 from runner.cloud.clock import pace
 from runner.cloud.errors import CloudError, UnclearError
+from runner.cloud.runpod.account import KEYS_PAGE
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.types import Volume
 from runner.config.suggestions import nearest
-from runner.errors import Problem, RequestError
+from runner.errors import CannotRunError, Problem, RequestError
+from runner.report.invocation import install
 
 # $/GB-month, standard kind: 0.07 for the first terabyte, 0.05 beyond (docs.runpod.io/pods/pricing, as of 2026-11-20).
 USD_PER_GB, USD_PER_GB_BEYOND, FIRST_GB = 0.07, 0.05, 1000
@@ -44,7 +53,7 @@ def create(api: Api, name: str, size_gb: int, data_center: str) -> Volume:
         raise UnclearError(Problem(f"{error}; no volume {name} has appeared", None, remedy)) from None
 
 
-def find(api: Api, word: str) -> Volume:
+def find_volume(api: Api, word: str) -> Volume:
     """By id or name; RequestError where there is none, or more than one."""
     volumes = api.volumes()
     found = [v for v in volumes if v.id == word] or [v for v in volumes if v.name == word]
@@ -67,3 +76,102 @@ def delete(api: Api, volume: Volume) -> None:
             return
     remedy = "it is paid for: try again, or delete it at https://console.runpod.io/user/storage"
     raise CloudError(Problem(f"volume {volume.id} is still there", None, remedy))
+
+
+Say = Callable[[str], None]
+
+
+def put_files(api: Api, volume: str, source: Path, target: str, say: Say) -> list[str]:
+    """Send a file or a folder; paths in the volume. A target with / at its end, or none, is a folder."""
+    found = find_volume(api, volume)
+    client = _client(found.data_center)
+    if source.is_dir():
+        files = {file: f"{target.strip('/')}/{file.relative_to(source)}" for file in _files(source)}
+    else:
+        files = {source: f"{target}{source.name}" if target.endswith("/") or not target else target}
+    sent = []
+    with _spoken():
+        for file, path in files.items():
+            path = path.lstrip("/")
+            client.upload_file(str(file), found.id, path)
+            sent.append(path)
+            say(f"{file} → {found.name}:{path} ({file.stat().st_size:,} bytes)")
+    return sent
+
+
+def get_files(api: Api, volume: str, source: str, target: Path, say: Say) -> list[Path]:
+    """Bring a file, or all below a folder; RequestError where there is nothing of that name."""
+    found = find_volume(api, volume)
+    client = _client(found.data_center)
+    source = source.strip("/")
+    brought = []
+    with _spoken():
+        for row in _listed(client, found.id, source):
+            path = row["path"]
+            if path != source and source and not path.startswith(f"{source}/"):
+                continue
+            inside = path.removeprefix(source).lstrip("/")
+            if ".." in Path(inside).parts:
+                raise RequestError(Problem(f"{path} would be written outside of {target}"))
+            name = inside or (Path(path).name if target.is_dir() else "")
+            file = target / name if name else target
+            file.parent.mkdir(parents=True, exist_ok=True)
+            client.download_file(found.id, path, str(file))
+            brought.append(file)
+            say(f"{found.name}:{path} → {file}")
+    if not brought:
+        remedy = f"python -m runner volumes ls {volume}"
+        raise RequestError(Problem(f"volume {found.name} has no {source}", "command line", remedy))
+    return brought
+
+
+def list_files(api: Api, volume: str, prefix: str) -> list[dict[str, Any]]:
+    """Files whose path begins with `prefix`: path and size."""
+    found = find_volume(api, volume)
+    client = _client(found.data_center)
+    with _spoken():
+        return list(_listed(client, found.id, prefix.lstrip("/")))
+
+
+def endpoint(data_center: str) -> str:
+    """Of a data centre; `AWS_ENDPOINT_URL_S3` wins, as for every S3 client."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or f"https://s3api-{data_center.lower()}.runpod.io"
+
+
+def _client(data_center: str) -> Any:
+    """A client of that data centre. CannotRunError without the package, RequestError without keys."""
+    try:
+        from boto3 import Session  # 0.3 s
+        from botocore.config import Config
+    except ImportError:
+        what = "S3 needs boto3, which is not installed"
+        raise CannotRunError(Problem(what, None, install("cloud"))) from None
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    if missing := [name for name in names if not os.environ.get(name)]:
+        remedy = f"make S3 keys at {KEYS_PAGE} and export them; they are not the API key"
+        raise RequestError(Problem(f"{' and '.join(missing)} not set: volumes have keys of their own", None, remedy))
+    config = Config(retries={"max_attempts": 5, "mode": "standard"}, connect_timeout=10, read_timeout=60)
+    session = Session()  # not the default one, which keeps the keys that it met first
+    return session.client("s3", endpoint_url=endpoint(data_center), region_name=data_center.lower(), config=config)
+
+
+def _listed(client: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for item in page.get("Contents", []):
+            if not item["Key"].endswith("/"):
+                yield {"path": item["Key"], "size": item["Size"]}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+class _spoken:  # noqa: N801  # reads as a word in `with`
+    """Errors of the S3 client in words."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and type(error).__module__.startswith(("botocore", "boto3")):
+            raise CloudError(Problem(f"S3: {error}", None, "check the keys, and that the volume is there")) from None

@@ -1,4 +1,4 @@
-"""The start command of a pod: the image's own, and a watch that ends the pod if nobody connects.
+"""The start command of a RunPod pod: the image's own, and a watch that ends the pod if nobody connects.
 
 Between the moment a pod is rented and the moment its agent is armed lie minutes in which the launcher may die. From
 its first second, therefore, a pod runs these lines: they end it when no agent has been sent in time, and start the

@@ -22,7 +22,7 @@ TRIES = 2
 
 
 def park(session: Session) -> float:
-    """Have a pod whose run is home end itself unless it is handed on in time; epoch at which that is."""
+    """Order a pod whose run was downloaded to end itself unless it is handed on in time; its deadline (epoch)."""
     assert session.at is not None
     deadline = clock.now() + 60 * PARKED_MINUTES
     order = session.order(detach=False) | {"deadline": deadline, "budget_usd": None, "uncollected": "terminate"}
@@ -31,14 +31,14 @@ def park(session: Session) -> float:
     return deadline
 
 
-def hand_on(old: Session, new: Session) -> None:
-    """The parked pod of `old` serves the run of `new`, which gets in by its own key from here on.
+def hand_over(old: Session, new: Session) -> None:
+    """Make the parked pod of `old` serve the run of `new`, which logs in by its own key from here on.
 
-    LostError, Vanished or RunFailedError where it does not: then it is to be ended.
+    LostError, PodGoneError or RunFailedError where it does not: then it is to be ended.
     """
     for attempt in range(1, TRIES + 1):
         try:
-            _hand_on(old, new)
+            _hand_over(old, new)
             return
         except LostError:
             if attempt == TRIES:
@@ -47,14 +47,14 @@ def hand_on(old: Session, new: Session) -> None:
             old.close()
 
 
-def _hand_on(old: Session, new: Session) -> None:
-    at = old.board()
-    _clear(at, old, new)
-    succeed(at, RemoteRun(at.connection, at.workspace, new.run.id), new.order(detach=False))
+def _hand_over(old: Session, new: Session) -> None:
+    at = old.login()
+    _clear_run(at, old, new)
+    serve_next(at, RemoteRun(at.connection, at.workspace, new.run.id), new.order(detach=False))
 
 
-def succeed(at: RemoteRun, there: RemoteRun, order: dict[str, Any]) -> None:
-    """Have the switch of the run `at` serve the run `there`, by its order. RunFailedError where it does not."""
+def serve_next(at: RemoteRun, there: RemoteRun, order: dict[str, Any]) -> None:
+    """Make the dead-man's switch of the run `at` serve the run `there`, by its order; RunFailedError otherwise."""
     folder = shlex.quote(there.folder)
     # A run that had the pod before has handed it on to somebody, too: two that name each other would go round for ever.
     at.connection.run(f"mkdir -p {folder}/logs; rm -f {folder}/successor.json")
@@ -66,8 +66,8 @@ def succeed(at: RemoteRun, there: RemoteRun, order: dict[str, Any]) -> None:
         raise RunFailedError(Problem(what, None, f"{at.folder}/logs/agent.log in the pod says why"))
 
 
-def _clear(at: RemoteRun, old: Session, new: Session) -> None:
-    """Room on the pod's own disk: what is home, and the weights of another model. The agent's files stay, and logs."""
+def _clear_run(at: RemoteRun, old: Session, new: Session) -> None:
+    """Free the pod's disk of a downloaded run and of another model's weights. The agent's files and logs stay."""
     words = [f"rm -f /dev/shm/runner-{shlex.quote(old.run.id)}.env"]
     if old.where.volume is None:
         words.append(f"find {shlex.quote(at.folder)} -mindepth 1 -maxdepth 1 -type d ! -name logs -exec rm -rf {{}} +")
