@@ -169,6 +169,11 @@ def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = Fals
     return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
+def _certain(*size: int, **options: Any) -> float:
+    """LoHa and LoKr draw on the CPU whether a module is left out, and a fake tensor has no number."""
+    return 1.0
+
+
 def _always(*args: Any) -> bool:  # not a Mock: that would keep every tensor it is called with
     return True
 
@@ -190,6 +195,7 @@ def gpu_like() -> Iterator[None]:
         stack.enter_context(mock.patch("torch.nn.functional.layer_norm", _layer_norm(norm)))
         stack.enter_context(mock.patch("torch.pow", _pow(torch.pow)))
         stack.enter_context(mock.patch("torch.nn.functional.dropout", _dropout))
+        stack.enter_context(mock.patch("torch.rand", _certain))
         yield
 
 

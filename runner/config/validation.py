@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -16,6 +16,8 @@ from runner.spec import RunSpec
 
 SourceOf = Callable[[str], str | None]
 """From a key to the place that set it: `command line`, or a file and line."""
+
+NO_NAMES: Mapping[str, Any] = {}
 
 _EXPECTED = {
     "int": "a whole number",
@@ -41,21 +43,27 @@ def validated(
     try:
         spec = RunSpec.model_validate(values)
     except ValidationError as error:
-        problems += problems_of(error, source_of, frozenset(unsure))
+        names = {group: part["name"] for group, part in values.items() if isinstance(part, dict) and "name" in part}
+        problems += problems_of(error, source_of, frozenset(unsure), names)
     if spec is None or problems:
         raise RequestError(*dict.fromkeys(problems))
     return spec
 
 
-def problems_of(error: ValidationError, source_of: SourceOf, unsure: frozenset[str] = frozenset()) -> list[Problem]:
-    """One problem per offending key; `source_of(key)` tells where its value came from."""
+def problems_of(
+    error: ValidationError,
+    source_of: SourceOf,
+    unsure: frozenset[str] = frozenset(),
+    names: Mapping[str, Any] = NO_NAMES,
+) -> list[Problem]:
+    """One problem per offending key; `source_of(key)` tells where its value came from, `names` what was chosen."""
     by_key: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         by_key.setdefault(_key_of(detail["loc"], detail["type"] == "extra_forbidden"), []).append(detail)
     found: list[Problem] = []
     for key, details in by_key.items():
         if not (unsure & {key, key.split(".")[0]}):
-            found += _explain(key, details, source_of, unsure)
+            found += _explain(key, details, source_of, unsure, names)
     return found
 
 
@@ -92,11 +100,14 @@ def unknown(key: str, chosen: str | None, source: str | None) -> Problem:
     return Problem(f"unknown key {key}", source, remedy)
 
 
-def _explain(key: str, details: list[ErrorDetails], source_of: SourceOf, unsure: frozenset[str]) -> list[Problem]:
+def _explain(
+    key: str, details: list[ErrorDetails], source_of: SourceOf, unsure: frozenset[str], names: Mapping[str, Any]
+) -> list[Problem]:
     first = details[0]
     kind = first["type"]
     if kind == "extra_forbidden":
-        chosen = str(first["loc"][1]) if len(first["loc"]) > 2 else None  # the tag of a union
+        tag = str(first["loc"][1]) if len(first["loc"]) > 2 else None  # of a union
+        chosen = str(names.get(str(first["loc"][0]), tag)) if tag else None
         inner = first["input"] if "." not in key and isinstance(first["input"], dict) else {}
         keys = [f"{key}.{leaf}" for leaf, _ in flat(inner)] or [key]  # for a misspelt group: what stands in it
         return [unknown(k, chosen, source_of(k)) for k in keys]
@@ -106,8 +117,8 @@ def _explain(key: str, details: list[ErrorDetails], source_of: SourceOf, unsure:
         return _rule(key, first, source_of, unsure)
     if kind == "union_tag_invalid":
         key, value = f"{key}.name", first["ctx"]["tag"]
-        names = [n.strip("' ") for n in str(first["ctx"]["expected_tags"]).split(",")]
-        return [Problem(f"{key}={value} is none of {', '.join(names)}", source_of(key), _did_you_mean(value, names))]
+        tags = [n.strip("' ") for n in str(first["ctx"]["expected_tags"]).split(",")]
+        return [Problem(f"{key}={value} is none of {', '.join(tags)}", source_of(key), _did_you_mean(value, tags))]
     expected = " or ".join(dict.fromkeys(_expected(d) for d in details))
     choices = [c for d in details if d["type"] == "literal_error" for c in _choices(d)]
     value = _shown(first["input"])

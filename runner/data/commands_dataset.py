@@ -45,7 +45,7 @@ class Said:
     objects: tuple[str, ...] = ()
 
 
-# conf/method holds no names for people; a method that is missing here goes by its own name.
+# conf/method holds no names for people: the rows speak of these methods, and of no other.
 METHODS = {
     "full": Said(
         ("full fine-tuning", "full training"),
@@ -162,13 +162,10 @@ def _draw(count: int, rng: random.Random) -> list[_Question]:
     with_hw = spoken_hardware(round(count * (1 - SHARE_WITHOUT_HW)))
     without = round(len(with_hw) * SHARE_WITHOUT_HW / (1 - SHARE_WITHOUT_HW)) or 1
     hardware = _Deck([*with_hw, *[("", "")] * without], rng)
-    methods = _Deck(catalog.options("method"), rng)
+    spoken = [method for method in catalog.options("method") if method in METHODS]
+    methods = _Deck(spoken, rng)
     templates = _Deck(TEMPLATES, rng)
-    phrases = {
-        (method, kind): _Deck(_phrases(method, kind), rng)
-        for method in catalog.options("method")
-        for kind in ("means", "object")
-    }
+    phrases = {(method, kind): _Deck(_phrases(method, kind), rng) for method in spoken for kind in ("means", "object")}
     questions: dict[str, _Question] = {}
     for _ in range(20 * count):
         if len(questions) == count:
@@ -206,8 +203,7 @@ def key_of(sentence: str) -> str:
 
 
 def _phrases(method: str, kind: str) -> tuple[str, ...]:
-    said = METHODS.get(method, Said((method,)))
-    return said.means if kind == "means" else said.objects
+    return METHODS[method].means if kind == "means" else METHODS[method].objects
 
 
 def _hold_out(drawn: Sequence[_Question], count: int) -> list[_Question]:

@@ -118,7 +118,7 @@ def _start_without(missing: list[str], wanted: DoctorTarget | None) -> bool:
         return False
     spec = wanted.spec
     needed = {
-        "bitsandbytes": spec.method.name in ("qlora4", "qlora8") or "8bit" in spec.train.optimizer
+        "bitsandbytes": spec.method.packed or "8bit" in spec.train.optimizer
         or "paged" in spec.train.optimizer,
         "deepspeed": spec.deepspeed.name not in ("none", "auto"),
         "tensorboard": spec.track.name == "tensorboard",

@@ -10,7 +10,7 @@ import yaml
 
 from runner import __version__
 from runner.rundir.directory import RunDir, write_atomically
-from runner.spec import RunSpec
+from runner.spec import Peft, RunSpec
 
 TITLES = {"full": "Full fine-tuning", "freeze": "Some layers trained", "lora": "LoRA", "qlora4": "QLoRA, 4 bits"}
 TITLES |= {"qlora8": "QLoRA, 8 bits"}
@@ -62,7 +62,8 @@ def write_card(spec: RunSpec, run: RunDir, folder: Path, step: int | None = None
 
 def _title(spec: RunSpec) -> str:
     goal = "" if spec.objective.name == "sft" else f", objective {spec.objective.name}"
-    return f"{TITLES[spec.method.name]}{goal}"
+    title = spec.method.peft_type if isinstance(spec.method, Peft) else TITLES[spec.method.name]
+    return f"{title}{goal}"
 
 
 def _settings(spec: RunSpec, run: RunDir) -> str:

@@ -96,7 +96,7 @@ class StageSearch:
                 backward_layers=training.backward_layers,
                 checkpointing=job.checkpointing,
                 trained_parameters=training.trainable,
-                adapter_parameters=training.adapter,
+                adapter_parameters=training.adapter_weights,
                 weight_bytes=training.frozen_bytes + training.trained_bytes,
                 gradient_bytes=training.width,
                 quiet=job.passes.quiet,
@@ -222,7 +222,7 @@ def allowed_stages(spec: RunSpec) -> tuple[str, ...]:
 
 def _refusal(spec: RunSpec, stage: str) -> Problem | None:
     master = getattr(spec.method, "master_weights", True)
-    return zero.refusal(stage, spec.method.name, spec.train.optimizer, spec.train.precision, master)
+    return zero.refusal(stage, spec.method.kind, spec.train.optimizer, spec.train.precision, master)
 
 
 def batches(spec: RunSpec) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from runner.spec import HardwareSpec
 
-ADAPTERS = ("lora", "qlora4", "qlora8")
+ADAPTERS = ("lora", "qlora4", "qlora8", "peft")
 
 # --- computing -------------------------------------------------------------------------------------------------
 
@@ -48,7 +48,8 @@ ASSUMED = "assumption: interpolated between A100 and H100 by FLOP/s per byte/s"
 # A layer's kernels are launched one by one, whatever their size: Qwen 1.8B, 7B and 14B take 5.2, 4.7 and 5.0 ms per
 # layer and micro batch of 256 tokens with LoRA and checkpointing (same table): 4 passes (forward, recomputation,
 # backward as two) of 1.25 ms. 4-bit: 1.4 s against 1.0 s. Without adapters half: assumption.
-PASS_S = {"lora": 1.25e-3, "qlora4": 1.75e-3, "qlora8": 1.75e-3}
+# Other adapters of PEFT: as LoRA, an assumption.
+PASS_S = {"lora": 1.25e-3, "qlora4": 1.75e-3, "qlora8": 1.75e-3, "peft": 1.25e-3}
 PASS_WITHOUT_ADAPTER_S = 0.6e-3
 
 # 4-bit weights are unpacked in every pass: 0.5 byte read, 2 written, 2 read again, at a quarter of the bandwidth.

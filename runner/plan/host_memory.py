@@ -55,7 +55,7 @@ class Trained:
     @property
     def adapter(self) -> bool:
         """Only an adapter trains and is saved."""
-        return self.method_name in ("lora", "qlora4", "qlora8")
+        return self.method_name not in ("full", "freeze")
 
     @property
     def weights_16(self) -> float:

@@ -107,6 +107,7 @@ def setting_of(training: Training, job: Job, micro_batch: int) -> Setting:
         adapter_width=training.adapter_width,
         dropout=training.dropout,
         dora=training.dora,
+        peft=training.peft,
         base=training.base,
     )
 

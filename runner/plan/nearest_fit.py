@@ -68,14 +68,14 @@ def _changes(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
         for stage in STAGES:
             if stage != named and (stage != "none" or named == "none"):
                 yield f"deepspeed={stage}", _with(spec, deepspeed={"name": stage})
-    whole = spec.method.name in ("full", "freeze")
+    whole = not spec.method.adapts
     if whole and train.optimizer == "adamw" and spec.hw.accelerator == "cuda":
         yield "train.optimizer=adamw_8bit", _with(spec, train={"optimizer": "adamw_8bit"})
     length = train.max_length // 2
     while length >= SHORTEST:
         yield f"train.max_length={length}", _with(spec, train={"max_length": length})
         length //= 2
-    if spec.method.name in ("full", "freeze", "lora", "qlora8"):
+    if spec.method.kind != "qlora4":
         yield "method=qlora4", spec.model_copy(update={"method": _qlora4(spec.method)})
     if spec.hw.accelerator == "cuda":
         for stage in OFFLOADING:
@@ -85,7 +85,7 @@ def _changes(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
 
 def _qlora4(method: Method) -> QLora4:
     kept = {k: v for k, v in method.model_dump().items() if k in QLora4.model_fields and k != "name"}
-    return QLora4(**(kept if method.name in ("lora", "qlora8") else {}))
+    return QLora4(**(kept if method.kind in ("lora", "qlora8", "peft") else {}))
 
 
 def _with(spec: RunSpec, **parts: dict[str, Any]) -> RunSpec:

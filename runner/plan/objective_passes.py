@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Literal
 
 from runner.plan.model_shape import Shape, shape_of
-from runner.spec import Dpo, Freeze, Full, Grpo, Kto, Method, Objective, Orpo, Reward, RunSpec
+from runner.spec import Dpo, Grpo, Kto, Method, Objective, Orpo, Reward, RunSpec
 from runner.spec.agreement import has_reference
 
 
@@ -41,7 +41,7 @@ class Passes:
 def passes_of(objective: Objective, method: Method) -> Passes:
     """What a step of `objective` is made of."""
     early = getattr(objective, "precompute_reference", False)
-    own = has_reference(objective) and isinstance(method, (Full, Freeze)) and not early
+    own = has_reference(objective) and not method.adapts and not early
     if isinstance(objective, Dpo) and objective.has_reference:
         return Passes(2, 0 if early else 1, not early, own, "fused", reads_before=early)
     if isinstance(objective, (Dpo, Orpo)):

@@ -30,7 +30,7 @@ class Plan:
     model: str
     """The choice: `model.name`."""
     method: str
-    """The choice: `full`, `freeze`, `lora`, `qlora4` or `qlora8`."""
+    """The choice: `full`, `lora`, `oft`, …"""
     hw: str
     """The choice: `hw.name`."""
     where: str

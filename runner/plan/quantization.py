@@ -40,7 +40,7 @@ from typing import Literal
 
 from runner.plan.model_shape import Matrix, Shape
 
-MethodName = Literal["full", "freeze", "lora", "qlora4", "qlora8"]
+MethodName = Literal["full", "freeze", "lora", "qlora4", "qlora8", "peft"]
 
 BLOCK = 64  # values that share one absmax: Params4bit's default blocksize
 BLOCK_2 = 256  # absmax values that share one: quantize_4bit, compress_statistics

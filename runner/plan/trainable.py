@@ -10,7 +10,8 @@ from runner.plan.autograd.ops import LayerKind
 from runner.plan.model_shape import Matrix, Shape
 from runner.plan.quantization import MethodName, base_bytes, largest_load_peak
 from runner.plan.step_peak import Trains
-from runner.spec import Freeze, Full, Method, QLora4
+from runner.spec import Freeze, Full, Lora, Method, Peft, QLora4, QLora8
+from runner.spec.adapters import Adapter, Layer
 from runner.spec.layer_ranges import parse_layers
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -35,6 +36,8 @@ class Training:
     """Values of the model itself that train (under an adapter: the copies that `modules_to_save` makes)."""
     adapter: int
     """Values of the adapter."""
+    adapter_weights: int
+    """Weights of the adapter that a token is multiplied with: LoRA's values, and more where they are built of fewer."""
     trained_width: int
     """Bytes of a trained value of the model."""
     adapter_width: int
@@ -52,6 +55,8 @@ class Training:
     targets: frozenset[str] | None
     dropout: bool
     dora: bool
+    peft: Adapter | None
+    """The adapter, where it is not one of LoRA."""
     trained_layers: int
     """Layers in which something trains."""
     backward_layers: int
@@ -83,38 +88,59 @@ def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed
     if isinstance(method, (Full, Freeze)):
         trained_width = 4 if method.master_weights and not deepspeed else width
         return _whole(shape, method, width, trained_width, autocast=width < 4 and not deepspeed)
-    name: MethodName = method.name
+    name: MethodName = method.kind
     scaled = precision == "fp16" and not deepspeed  # torch's GradScaler wants fp32 gradients (methods.widen)
-    adapter_width = 4 if (name == "lora" and not deepspeed) or scaled else width
+    adapter_width = 4 if (not method.packed and not deepspeed) or scaled else width
     chosen = None if method.layers is None else parse_layers(method.layers).select(shape.num_layers)
     every = method.target_modules == "all-linear"
     targets = None if every else frozenset(str(t).rpartition(".")[2] for t in method.target_modules)
     if every and chosen is not None:  # the worker then names the linear layers, and no fused experts
         targets = frozenset(m.name for m in shape.matrices if m.linear)
+    other = method.adapter if isinstance(method, Peft) else None
+    if every and other is not None:
+        targets = frozenset(m.name for m in shape.matrices if m.linear)  # and no fused experts
     adapted = [m for m in shape.matrices if targets is None or (m.linear and m.name in targets)]
     runs, first = _runs(shape, chosen, LayerKind(adapters=True))
     count = shape.num_layers if chosen is None else len(chosen)
     extra = {ALIASES.get(m, m) for m in method.modules_to_save} | _new_head(shape)
     trains = Trains(runs, *(module in extra for module in OUTSIDE))
     double = isinstance(method, QLora4) and method.double_quant
+    sizes = _sizes(method, adapted)
+    shared = other.shared([_layer(m) for m in adapted]) * adapter_width if other else 0
     return Training(
         shape, name, trains,
         base_trained=_outside(shape, extra),
-        adapter=count * sum(m.adapter_parameters(method.rank) + (m.outputs if method.use_dora else 0) for m in adapted),
+        adapter=count * sizes[0],
+        adapter_weights=count * sizes[1],
         trained_width=4 if scaled else width,  # of the copies that `modules_to_save` makes: left as the model is
         adapter_width=adapter_width,
-        frozen_bytes=float(base_bytes(shape, name, bytes_16=width, double_quant=double)),
+        frozen_bytes=float(base_bytes(shape, name, bytes_16=width, double_quant=double) + shared),
         load_extra=_load_extra(shape, name, width, double),
         width=width,
         autocast=width < 4 and not deepspeed,
-        base={"lora": "16", "qlora4": "nf4", "qlora8": "int8"}[name],  # type: ignore[arg-type]  # one of those names
-        rank=method.rank,
+        base="nf4" if name == "qlora4" else "int8" if name == "qlora8" else "16",
+        rank=0 if isinstance(method, Peft) else method.rank,
         targets=targets,
-        dropout=method.dropout > 0,
-        dora=method.use_dora,
+        dropout=not isinstance(method, Peft) and method.dropout > 0,
+        dora=not isinstance(method, Peft) and method.use_dora,
+        peft=other,
         trained_layers=count,
         backward_layers=shape.num_layers - first,
     )  # fmt: skip
+
+
+def _sizes(method: Lora | QLora4 | QLora8 | Peft, adapted: list[Matrix]) -> tuple[int, int]:
+    """Values of the adapters of one layer that train, and weights of them that a token is multiplied with."""
+    if isinstance(method, Peft):
+        layers = [(m.count, _layer(m)) for m in adapted]
+        found = method.adapter
+        return sum(n * found.count(one) for n, one in layers), sum(n * found.multiplied(one) for n, one in layers)
+    values = sum(m.adapter_parameters(method.rank) + (m.outputs if method.use_dora else 0) for m in adapted)
+    return values, values
+
+
+def _layer(matrix: Matrix) -> Layer:
+    return Layer(matrix.name, matrix.inputs, matrix.outputs)
 
 
 def _load_extra(shape: Shape, name: MethodName, width: int, double_quant: bool) -> float:
@@ -137,9 +163,10 @@ def _whole(shape: Shape, method: Full | Freeze, width: int, trained_width: int, 
     if "embed_tokens" in extra:
         first = 0
     return Training(
-        shape, method.name, Trains(runs, *(module in extra for module in OUTSIDE)),
+        shape, method.kind, Trains(runs, *(module in extra for module in OUTSIDE)),
         base_trained=values,
         adapter=0,
+        adapter_weights=0,
         trained_width=trained_width,
         adapter_width=width,
         frozen_bytes=float(width * (shape.num_parameters - values)),
@@ -151,6 +178,7 @@ def _whole(shape: Shape, method: Full | Freeze, width: int, trained_width: int, 
         targets=None,
         dropout=False,
         dora=False,
+        peft=None,
         trained_layers=len(chosen),
         backward_layers=shape.num_layers - first,
     )  # fmt: skip

@@ -312,6 +312,14 @@ def refusal(stage: str, method_name: str, optimizer: str, precision: str, master
             None,
             "write deepspeed=zero2, which takes as much memory, or method=qlora4, which ZeRO-3 shards",
         )
+    if stage.startswith("zero3") and method_name == "peft":
+        # peft 0.21: LoHa and LoKr give their update the shape of the base's weight, which is [0] once it is sharded
+        # (`weight.reshape(base_layer.weight.shape)`); the other types have not been tried.
+        return Problem(
+            f"deepspeed={stage} shards the base, whose shape PEFT's other adapters than LoRA need whole",
+            None,
+            "write deepspeed=zero2, or method=lora",
+        )
     if stage != "none" and optimizer == "adafactor":
         # transformers 5.23 optimization.py: it factors matrices only, and clips by the RMS of every tensor; ZeRO hands
         # it flat parts. The fourth step's loss was 1.6% off the one without ZeRO, and 0.4% off between one process and

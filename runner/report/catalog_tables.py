@@ -116,20 +116,10 @@ def _fields(group: str, name: str, keys: list[str], folders: tuple[Path, ...]) -
     return {"name": name, **{key: values.get(key) for key in keys}}
 
 
-_METHODS = {
-    "full": "every weight",
-    "freeze": "some whole layers",
-    "lora": "a low-rank update of the frozen model",
-    "qlora4": "the same over a base in 4 bits",
-    "qlora8": "the same over a base in 8 bits",
-}
-
-
 def _plain_row(group: str, name: str, folders: tuple[Path, ...]) -> Row:
     files = (base / group / f"{name}.yaml" for base in (*folders, CONF))
     file = next(f for f in files if f.is_file())
-    what = _METHODS.get(name, "") if group == "method" else _comment(file)
-    return {"name": name, "what": what}
+    return {"name": name, "what": _comment(file)}
 
 
 _ROWS: dict[str, tuple[Callable[[str, str, tuple[Path, ...]], Row], tuple[str, ...]]] = {

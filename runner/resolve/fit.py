@@ -36,16 +36,16 @@ ADVISED = 200
 METHOD: TypeAdapter[Method] = TypeAdapter(Method)
 
 
-def _method_file(group: str, name: str) -> dict[str, Any]:
-    fields = METHOD.validate_python({"name": name})
-    return {k: v for k, v in catalog.load(group, name).items() if k in type(fields).model_fields}
-
-
 def candidate_methods(given: dict[str, Any], folders: tuple[Path, ...] = ()) -> list[Method]:
-    """All methods, as their files have them, and with what was typed for any."""
+    """The five methods, as their files have them, and with what was typed for any.
+
+    Variants of them, and PEFT's other adapters, need about what `lora` needs: they are looked at when they are named.
+    """
     found = []
     for name in catalog.options("method", folders):
-        own = {"name": name} | _method_file("method", name)
+        own = catalog.load("method", name, folders)
+        if own.get("name") != name or "peft_type" in own:
+            continue
         values = _with_typed(type(METHOD.validate_python(own)), own, given, "method")
         found += [METHOD.validate_python(values)] if values else []
     return found

@@ -9,7 +9,6 @@ from runner.errors import Problem, RequestError
 from runner.rundir.find import find, unfinished
 from runner.runs.artifact_process import produce
 from runner.runs.chat import look_at_base, says_words
-from runner.spec import Freeze, Full
 
 
 def merge(run_dir: Path, out: Path | None, as_json: bool) -> int:
@@ -18,7 +17,7 @@ def merge(run_dir: Path, out: Path | None, as_json: bool) -> int:
     spec = spec_of(run.spec_file)
     says_words(spec)
     model = run.path / "model"
-    if isinstance(spec.method, (Full, Freeze)):
+    if not spec.method.adapts:
         what = f"there is nothing to merge: method={spec.method.name} trains the model's own weights"
         remedy = f"{model} is a plain Hugging Face folder already" if model.is_dir() else None
         raise RequestError(Problem(what, str(run.spec_file), remedy))

@@ -10,7 +10,8 @@ _OF_SWEEPS = ("run.metric", "run.metric_mode", "sweep.*")
 _ARITHMETIC = (
     "model.aliases", "model.gguf_file", "model.learning_rate_full", "model.learning_rate_adapter",
     "model.num_parameters", "hw.aliases", "hw.gpu", "hw.node_address", "method.alpha", "method.init",
-    "method.outlier_threshold", "method.quant_type", "method.use_rslora", "objective.center", "objective.chosen_weight",
+    "method.learning_rate_ratio", "method.outlier_threshold", "method.quant_type", "method.use_rslora",
+    "objective.center", "objective.chosen_weight",
     "objective.clip", "objective.desirable_weight", "objective.gzip", "objective.label_smoothing",
     "objective.lines_per_shard", "objective.loss_on", "objective.reward_length", "objective.reward_regex",
     "objective.reward_weights", "objective.simpo_margin", "objective.temperature", "objective.undesirable_weight",

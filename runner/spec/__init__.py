@@ -9,7 +9,7 @@ names (`memory_gib`, `usd_per_hour`). The sentence under a field is its document
 from runner.spec.base_model import Auto, Layers, Named, Part
 from runner.spec.data import DataSpec, SourceSpec
 from runner.spec.hw import DeepSpeedSpec, HardwareSpec
-from runner.spec.method import Freeze, Full, Lora, Method, QLora4, QLora8
+from runner.spec.method import Freeze, Full, Lora, Method, Peft, QLora4, QLora8
 from runner.spec.model import ModelSpec
 from runner.spec.objective import Dpo, Grpo, Kto, Objective, Orpo, Pretrain, Reward, Sft
 from runner.spec.push import PushSpec
@@ -19,7 +19,7 @@ from runner.spec.where import AutoPlace, LocalPlace, RentedPlace, RunPodPlace, W
 
 __all__ = [
     "Auto", "AutoPlace", "DataSpec", "DeepSpeedSpec", "Dpo", "EvalSpec", "Freeze", "Full", "Grpo", "HardwareSpec",
-    "Kto", "Layers", "LocalPlace", "Lora", "Method", "ModelSpec", "Named", "Objective", "Orpo", "Part", "Pretrain",
+    "Kto", "Layers", "LocalPlace", "Lora", "Method", "ModelSpec", "Named", "Objective", "Orpo", "Part", "Peft", "Pretrain",
     "PushSpec", "QLora4", "QLora8", "RentedPlace", "Reward", "RunInfo", "RunPodPlace", "RunSpec", "Sft", "SourceSpec", "SweepSpec", "TrackSpec",
     "TrainSpec", "Where",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from runner.spec.method import Full, Lora, QLora4, QLora8
+from runner.spec.method import Full, Lora, Peft
 from runner.spec.objective import Dpo, Grpo, Kto, Objective, Pretrain, Sft
 
 if TYPE_CHECKING:
@@ -65,10 +65,16 @@ def _methods(spec: RunSpec) -> Iterator[str]:
             f"method.init={method.init} moves a part of the model into the adapter, and objective={name} needs the model "
             "without the adapter as its reference; write method.init=default"
         )
-    if isinstance(method, (Lora, QLora4, QLora8)) and "lm_head" in method.target_modules and name in _FUSED:
+    if "lm_head" in getattr(method, "target_modules", ()) and name in _FUSED:
         yield (
             f"method.target_modules: objective={name} reads the head's own weight, so an adapter on lm_head would never "
             "train; leave lm_head out"
+        )
+    if isinstance(method, Peft) and spec.data.add_tokens and "embed_tokens" not in method.modules_to_save:
+        head = "" if spec.model.tie_embeddings else ",lm_head"
+        yield (
+            f"data.add_tokens makes new embeddings, and method={method.name} trains none; "
+            f"write method.modules_to_save=[embed_tokens{head}]"
         )
     if spec.model.from_scratch and not isinstance(method, Full):
         yield f"method={method.name}: a model from random weights trains whole; write method=full"

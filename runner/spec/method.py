@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from runner.spec import adapters
 from runner.spec.base_model import Layers, Part
 from runner.spec.layer_ranges import parse_layers
 
+Kind = Literal["full", "freeze", "lora", "qlora4", "qlora8", "peft"]
+"""How a method trains, whatever its name: all adapters of PEFT's other types are `peft`."""
 
-class Full(Part):
+
+class _Method(Part):
+    kind: ClassVar[Kind]
+    adapts: ClassVar[bool] = True
+    """The model's own weights are frozen, and an adapter trains."""
+    packed: ClassVar[bool] = False
+    """The frozen weights are quantised."""
+
+
+class Full(_Method):
     """Train every weight."""
+
+    kind = "full"
+    adapts = False
 
     name: Literal["full"] = "full"
     """Name of the choice."""
@@ -19,8 +34,11 @@ class Full(Part):
     """Keep the weights in fp32 and compute in 16 bits; false keeps them in 16 bits: half the memory, small updates are lost."""
 
 
-class Freeze(Part):
+class Freeze(_Method):
     """Train some whole layers and leave the others as they are."""
+
+    kind = "freeze"
+    adapts = False
 
     name: Literal["freeze"] = "freeze"
     """Name of the choice."""
@@ -38,23 +56,13 @@ class Freeze(Part):
         return value
 
 
-class _Adapter(Part):
-    """What LoRA and both QLoRA share."""
+class _Targets(_Method):
+    """What all adapters share."""
 
-    rank: int = Field(default=16, ge=1)
-    """Rank r of the update B·A."""
-    alpha: int = Field(default=32, ge=1)
-    """Scale: the update is multiplied by alpha / rank (alpha / √rank with rsLoRA)."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Linear layers that get an adapter: all but the output head, or a list of names such as `[q_proj,v_proj]`."""
     layers: Layers | None = None
     """Only these layers, written as for `freeze`; null means all."""
-    use_rslora: bool = False
-    """Rank-stabilised scaling (arXiv 2312.03732): better at high ranks."""
-    use_dora: bool = False
-    """Weight-decomposed LoRA (arXiv 2402.09353): a little better at low ranks, slower."""
     modules_to_save: list[str] = []
     """Modules trained whole beside the adapter, such as `[embed_tokens,lm_head]` after adding tokens."""
 
@@ -66,8 +74,27 @@ class _Adapter(Part):
         return value
 
 
-class Lora(_Adapter):
+class _LowRank(_Targets):
+    """What LoRA and both QLoRA share."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank r of the update B·A."""
+    alpha: int = Field(default=32, ge=1)
+    """Scale: the update is multiplied by alpha / rank (alpha / √rank with rsLoRA)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (arXiv 2312.03732): better at high ranks."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (arXiv 2402.09353): a little better at low ranks, slower."""
+    learning_rate_ratio: float = Field(default=1.0, ge=1)
+    """LoRA+ (arXiv 2402.12354): the learning rate of B as a multiple of that of A, which is `train.learning_rate`."""
+
+
+class Lora(_LowRank):
     """Train a low-rank update of the frozen model (arXiv 2106.09685)."""
+
+    kind = "lora"
 
     name: Literal["lora"] = "lora"
     """Name of the choice."""
@@ -89,8 +116,11 @@ class Lora(_Adapter):
         return self
 
 
-class QLora4(_Adapter):
+class QLora4(_LowRank):
     """LoRA over a base quantised to 4 bits (arXiv 2305.14314)."""
+
+    kind = "qlora4"
+    packed = True
 
     name: Literal["qlora4"] = "qlora4"
     """Name of the choice."""
@@ -100,8 +130,11 @@ class QLora4(_Adapter):
     """Quantise the quantisation constants too: 0.37 bit per parameter less."""
 
 
-class QLora8(_Adapter):
+class QLora8(_LowRank):
     """LoRA over a base quantised to int8 (LLM.int8(), arXiv 2208.07339)."""
+
+    kind = "qlora8"
+    packed = True
 
     name: Literal["qlora8"] = "qlora8"
     """Name of the choice."""
@@ -109,4 +142,110 @@ class QLora8(_Adapter):
     """Activations above this magnitude are multiplied in 16 bits."""
 
 
-Method = Annotated[Full | Freeze | Lora | QLora4 | QLora8, Field(discriminator="name")]
+class Peft(_Targets):
+    """Train an adapter of another type that PEFT has, over the frozen model in 16 bits: OFT, VeRA, (IA)³, LoHa, LoKr, or one that a file of your own names."""
+
+    kind = "peft"
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """Name of the choice."""
+    peft_type: str = Field(pattern=r"^[A-Z][A-Z0-9_]*$")
+    """PEFT's name of the type, such as `OFT`."""
+    arguments: dict[str, bool | int | float | str | list[str] | None] = {}
+    """Arguments of PEFT's configuration class, by its names: `method.arguments.r=16`."""
+    trainable: str | None = None
+    """Parameters that a linear layer trains, for a type that the plan does not know: a formula of `inputs`, `outputs` and `arguments`, such as `r * (inputs + outputs)`."""
+
+    @property
+    def adapter(self) -> adapters.Adapter:
+        """The type and its arguments, for the plan."""
+        given = ((key, tuple(value) if isinstance(value, list) else value) for key, value in self.arguments.items())
+        return adapters.Adapter(self.peft_type, tuple(given), self.trainable)
+
+    @model_validator(mode="after")
+    def _arguments_fit(self) -> Peft:
+        for problem in (self._of_type(), self._of_arguments(), self._of_formula()):
+            if problem:
+                raise ValueError(problem)
+        return self
+
+    def _of_type(self) -> str | None:
+        if self.peft_type == "LORA":
+            return "method.peft_type=LORA has methods of its own; write method=lora, qlora4 or qlora8"
+        if self.peft_type in adapters.PROMPT_TYPES:
+            return (
+                f"method.peft_type={self.peft_type} learns a prompt, and no part of a linear layer; write method=lora"
+            )
+        if self.peft_type in adapters.TYPES or self.trainable:
+            return None
+        return (
+            f"method.peft_type={self.peft_type} is none of {', '.join(adapters.TYPES)}, whose parameters can be counted; "
+            "write method.trainable='FORMULA' for one linear layer, such as method.trainable='r * (inputs + outputs)'"
+        )
+
+    def _of_arguments(self) -> str | None:
+        for key in self.arguments.keys() & adapters.OWN_KEYS:
+            return f"method.arguments.{key} has a key of its own; write {adapters.OWN_KEYS[key]}"
+        known = adapters.TYPES.get(self.peft_type)
+        if known is None:
+            return None
+        for key, value in self.arguments.items():
+            if key not in known.arguments:
+                return f"method.arguments.{key}: {self.peft_type} has {', '.join(known.arguments)}; leave {key} out"
+            if not _alike(value, known.arguments[key]):
+                return f"method.arguments.{key}={value} is of another kind than its default; write one like {known.arguments[key]}"
+        if self.layers is not None and not known.chooses_layers:
+            return f"method.layers: PEFT puts {self.peft_type} on all layers; leave it out"
+        return known.checked(self.adapter.arguments) or self._of_feedforward()
+
+    def _of_feedforward(self) -> str | None:
+        inside = set(self.adapter.arguments.get("feedforward_modules", ()))
+        if isinstance(self.target_modules, list) and (left := inside - set(self.target_modules)):
+            named = ",".join(sorted(inside - left))
+            return (
+                f"method.arguments.feedforward_modules has {', '.join(sorted(left))}, which method.target_modules has not; "
+                f"write method.arguments.feedforward_modules=[{named}]"
+            )
+        return None
+
+    def _of_formula(self) -> str | None:
+        if self.trainable is None:
+            return None
+        if self.peft_type in adapters.TYPES:
+            return f"method.trainable: the parameters of {self.peft_type} are counted without it; leave it out"
+        try:
+            if self.adapter.count(adapters.Layer("any", 4096, 4096)) < 1:
+                return f"method.trainable={self.trainable} counts no parameter of a layer; write another formula"
+        except ValueError as error:
+            return f"method.trainable={self.trainable}: {error}; write a formula such as r * (inputs + outputs)"
+        return None
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """A value may take the place of its default: a whole number that of any number, and nothing that of a truth."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float))
+    return isinstance(value, type(default))
+
+
+def _tag(value: Any) -> str | None:
+    """Which class a method is of: its name's, and PEFT's for every other name with a `peft_type`."""
+    if isinstance(value, Part):
+        return getattr(value, "kind", None)
+    if not isinstance(value, dict):
+        return None
+    return "peft" if "peft_type" in value else value.get("name")
+
+
+Method = Annotated[
+    Annotated[Full, Tag("full")]
+    | Annotated[Freeze, Tag("freeze")]
+    | Annotated[Lora, Tag("lora")]
+    | Annotated[QLora4, Tag("qlora4")]
+    | Annotated[QLora8, Tag("qlora8")]
+    | Annotated[Peft, Tag("peft")],
+    Discriminator(_tag),
+]
+"""The methods applied to a loaded model: full, freeze, LoRA, QLoRA-4, QLoRA-8, and PEFT's other adapters."""

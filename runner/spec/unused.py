@@ -112,8 +112,10 @@ def _facts(spec: RunSpec) -> _Keys:
         yield "model.gated", f"the weights come with the package {spec.model.package}"
     if spec.train.max_steps is not None:
         yield "train.num_epochs", "train.max_steps says how long"
-    adapter = spec.method.name not in ("full", "freeze")
-    yield f"model.learning_rate_{'full' if adapter else 'adapter'}", f"method={spec.method.name} starts from the other"
+    yield (
+        f"model.learning_rate_{'full' if spec.method.adapts else 'adapter'}",
+        f"method={spec.method.name} starts from the other",
+    )
     if spec.hw.accelerator == "cpu":
         for key in ("gpu", "flash_attention", "compute_capability", "tflops_bf16", "bandwidth_gb_s", "interconnect",
                     "usd_per_hour", "price_date", "rented_memory_gib_per_gpu"):  # fmt: skip

@@ -83,12 +83,10 @@ def _loaded(spec: RunSpec, run: RunDir, *, base: bool) -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    from runner.spec import Freeze, Full
     from runner.train import model_loading
 
     folder = run.path / "model"
-    whole = isinstance(spec.method, (Full, Freeze))
-    if whole and not base:
+    if not spec.method.adapts and not base:
         tuned = spec.model_copy(
             update={
                 "model": spec.model.model_copy(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.trainer_utils import align_special_tokens
@@ -94,7 +94,8 @@ def _gathered_adapter(spec: RunSpec, source: str, checkpoint: Path) -> tuple[Pef
     model = _empty(source, spec, where="meta")  # names and shapes are all that is needed: no memory
     config = peft_methods.adapter_config(spec, model)
     assert config is not None
-    config.init_lora_weights = True  # others would decompose the weights of the base
+    if isinstance(config, LoraConfig):
+        config.init_lora_weights = True  # others would decompose the weights of the base
     wrapped = get_peft_model(model, config)
     shards = _shards(checkpoint, trained_only=True)
     wanted = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]

@@ -168,7 +168,7 @@ def load_model(spec: RunSpec, source: str) -> Any:
         _take_any_rows()
     if isinstance(spec.method, QLora4) and spec.hw.accelerator == "cpu":
         _keep_trainable_layout(model)
-    if isinstance(spec.method, (QLora4, QLora8)) and spec.hw.accelerator == "cpu":
+    if spec.method.packed and spec.hw.accelerator == "cpu":
         _only_look()
     if spec.data.add_tokens:
         _add_rows(spec, source, model)

@@ -5,31 +5,73 @@ from __future__ import annotations
 import copy
 import shutil
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors.torch import load_file, save_file
 
 from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
-from runner.spec import Freeze, Full, Lora, QLora4, QLora8, Reward, RunSpec
+from runner.spec import Freeze, Full, Lora, Method, Peft, QLora4, QLora8, Reward, RunSpec
 from runner.spec.layer_ranges import parse_layers
 from runner.train.lora_targets import check_names, linear_names, unfit
 from runner.train.model_loading import DTYPES
 
 
-def adapter_of(spec: RunSpec) -> Lora | QLora4 | QLora8 | None:
+def adapter_of(spec: RunSpec) -> Lora | QLora4 | QLora8 | Peft | None:
     """The method, if it trains an adapter."""
-    return spec.method if isinstance(spec.method, (Lora, QLora4, QLora8)) else None
+    return None if isinstance(spec.method, (Full, Freeze)) else spec.method
 
 
-def adapter_config(spec: RunSpec, model: Any) -> LoraConfig | None:
+def adapter_config(spec: RunSpec, model: Any) -> PeftConfig | None:
     """PEFT's configuration of the adapter, or None for a method without one."""
     method = adapter_of(spec)
     if method is None:
         return None
+    return _of_type(method, spec, model) if isinstance(method, Peft) else _of_lora(method, spec, model)
+
+
+def _of_type(method: Peft, spec: RunSpec, model: Any) -> PeftConfig:
+    """The configuration of another type than LoRA; RequestError for what PEFT does not take."""
+    kinds: dict[str, Any] = {t.value: kind for t, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kind = kinds.get(method.peft_type)
+    if kind is None or "target_modules" not in {field.name for field in fields(kind)}:
+        known = sorted(name for name, k in kinds.items() if hasattr(k, "target_modules"))
+        what = f"the installed PEFT has no adapter {method.peft_type} for linear layers"
+        raise RequestError(Problem(what, "method.peft_type", f"it has {', '.join(known)}"))
+    targets = method.target_modules
+    if targets == "all-linear":
+        targets = linear_names(model)
+    check_names(model, targets, "method.target_modules")
+    check_names(model, method.modules_to_save, "method.modules_to_save")
+    chosen = None if method.layers is None else list(_selected(method.layers, decoder_layers(model)[1]))
+    taken = {
+        "target_modules": targets,
+        "exclude_modules": unfit(model, method.target_modules) or None,
+        "layers_to_transform": chosen,
+        "modules_to_save": method.modules_to_save or None,
+        "task_type": "SEQ_CLS" if isinstance(spec.objective, Reward) else "CAUSAL_LM",
+    }
+    try:
+        made: PeftConfig = kind(
+            **{key: value for key, value in taken.items() if value is not None}, **_arguments(method)
+        )
+    except (TypeError, ValueError) as error:
+        what = f"PEFT's {kind.__name__} does not take this: {' '.join(str(error).split())}"
+        raise RequestError(Problem(what, "method", f"its arguments are those of {kind.__name__}")) from None
+    return made
+
+
+def _arguments(method: Peft) -> dict[str, Any]:
+    """All of them for a type that is known: a default of PEFT's that changes changes no run."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in method.adapter.arguments.items()}
+
+
+def _of_lora(method: Lora | QLora4 | QLora8, spec: RunSpec, model: Any) -> LoraConfig:
     targets: str | list[str] = method.target_modules
     chosen = None
     if method.layers is not None:
@@ -153,11 +195,15 @@ def describe_trainable(model: Any) -> tuple[int, int, list[str]]:
     return trainable, total, [f"{name}: {count:,}" for name, count in where.items()]
 
 
+_PREFIXES = tuple(set(PEFT_TYPE_TO_PREFIX_MAPPING.values()))
+
+
 def _kind(name: str) -> str:
     """`model.layers.28.mlp.up_proj.weight` → `layers.28`; an adapter → its module's name."""
     parts = [p for p in name.split(".") if p not in ("base_model", "model", "default", "weight", "bias")]
-    if any("lora_" in p for p in parts):
-        return "lora " + parts[next(i for i, p in enumerate(parts) if "lora_" in p) - 1]
+    own = next((i for i, p in enumerate(parts) if p.startswith(_PREFIXES)), None)
+    if own:
+        return f"{parts[own].partition('_')[0]} {parts[own - 1]}"
     if len(parts) > 1 and parts[1].isdigit():
         return ".".join(parts[:2])
     return ".".join(p for p in parts if p not in ("modules_to_save", "original_module"))
@@ -196,8 +242,17 @@ def width(spec: RunSpec, name: str) -> torch.dtype:
     peft makes fp32 of what an adapter adds, and leaves whole modules (`modules_to_save`, a new head) as it finds the
     base: the norm behind an embedding may know 16 bits alone.
     """
-    added = adapter_of(spec) and any(kind in name for kind in ("lora_", "trainable_tokens"))
+    added = adapter_of(spec) and any(kind in name for kind in (_prefix(spec.method), "trainable_tokens"))
     return torch.float32 if added else DTYPES[spec.train.precision]
+
+
+def _prefix(method: Method) -> str:
+    """How the names of an adapter's own weights begin: `lora_`, `oft_`, `vera_`."""
+    own = method.peft_type if isinstance(method, Peft) else "LORA"
+    return (
+        next(prefix for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if kind.value == own).partition("_")[0]
+        + "_"
+    )
 
 
 def settle(spec: RunSpec, model: Any) -> None:

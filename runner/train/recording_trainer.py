@@ -48,6 +48,8 @@ class RecordingTrainerMixin:
     """Positions computed in the current step, padding included."""
     tokens = 0
     """Positions of the current step that hold a token."""
+    learning_rate_ratio = 1.0
+    """Learning rate of LoRA's B as a multiple of A's."""
     ranks = Ranks()
     noted: Mapping[str, Any] = {}
     """What a checkpoint says of itself: processes and ZeRO stage."""
@@ -116,6 +118,21 @@ class RecordingTrainerMixin:
         found = dict(logged)
         self.log(found)  # type: ignore[attr-defined]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)  # type: ignore[attr-defined]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """LoRA+: every B in a group of its own with a larger learning rate, as `peft.optimizers.loraplus` has it."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if self.learning_rate_ratio == 1:
+            return optimizer
+        second = {id(p) for name, p in self.model.named_parameters() if ".lora_B." in name}
+        for group in list(optimizer.param_groups):
+            faster = [p for p in group["params"] if id(p) in second]
+            if faster:
+                group["params"] = [p for p in group["params"] if id(p) not in second]
+                rate = group["lr"] * self.learning_rate_ratio
+                optimizer.param_groups.append({**group, "params": faster, "lr": rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def follow_schedule(self) -> None:
         """The next step's learning rate from the schedule in force: in the checkpoint of a run that is made longer lies

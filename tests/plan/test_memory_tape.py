@@ -135,6 +135,27 @@ def test_every_option_of_a_method_counts(
     assert_same(planned(spec, **changes), simulated(spec), 0.01)
 
 
+@pytest.mark.parametrize(
+    ("method", "overrides"),
+    [
+        ("oft", ()),
+        ("oft", ("method.arguments.oft_block_size=64", "method.target_modules=[q_proj,up_proj]")),
+        ("vera", ("method.arguments.r=64",)),
+        ("ia3", ()),
+        ("loha", ()),
+        ("lokr", ()),
+    ],
+)
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_pefts_other_adapters_peak_where_the_real_model_does(
+    method: str, overrides: tuple[str, ...], checkpointing: str
+) -> None:
+    spec = run_of(method, f"train.gradient_checkpointing={checkpointing}", *overrides)
+    plan, seen = planned(spec), simulated(spec)
+    real = max(seen.peaks[phase] - seen.start for phase in ("forward", "backward"))
+    assert max(plan.forward.total, plan.backward.total) == pytest.approx(real, rel=0.04)
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_second_micro_batch_finds_the_gradients_of_the_first(method: str) -> None:
     spec = run_of(method)

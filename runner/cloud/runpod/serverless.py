@@ -22,7 +22,7 @@ from runner.errors import CannotRunError, Problem, RequestError
 from runner.paths import CONF
 from runner.rundir.directory import RunDir
 from runner.rundir.find import find
-from runner.spec import ModelSpec, RunSpec
+from runner.spec import ModelSpec, Peft, RunSpec
 
 VOLUME = "/runpod-volume"
 """Where a serverless worker finds a network volume (a pod has the same one at /workspace)."""
@@ -206,7 +206,11 @@ def delete(run_dir: Path) -> list[str]:
 
 def _source(run: RunDir, spec: RunSpec, wanted: DeployOptions) -> Source:
     """Where a worker finds the weights; RequestError where it finds none."""
-    adapter = spec.method.name in ("lora", "qlora4", "qlora8") and not wanted.merged
+    adapter = spec.method.adapts and not wanted.merged
+    if adapter and isinstance(spec.method, Peft):
+        what = f"a worker loads adapters of LoRA alone, and method={spec.method.name} is {spec.method.peft_type}"
+        remedy = f"python -m runner merge {quote(str(run.path))}, push --merged, and deploy --merged"
+        raise RequestError(Problem(what, None, remedy))
     rank = getattr(spec.method, "rank", None) if adapter else None
     if adapter and (spec.model.package or Path(spec.model.id).is_dir()):
         what, remedy = f"a worker cannot reach the base of the adapter, {spec.model.id}", "merge it, push --merged, and"

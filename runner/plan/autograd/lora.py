@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from runner.plan.autograd import peft_adapters
 from runner.plan.autograd.ops import Block, LayerKind, module
 from runner.plan.autograd.tape import Node, Storage, Tensor
 from runner.plan.model_shape import Matrix
@@ -14,8 +15,11 @@ def project(k: Block, x: Tensor, name: str, kind: LayerKind) -> Tensor:
     """A linear layer by its name: `lora.Linear.forward`, and the same of `Linear4bit` and `Linear8bitLt`."""
     m, setting = k.matrices[name], k.set
     quantised = setting.base != "16" and not kind.weights
+    adapted = kind.adapters and (setting.targets is None or m.name in setting.targets)
+    if adapted and setting.peft is not None:
+        return peft_adapters.project(k, x, m, setting.peft, lambda x: _base(k, x, m, kind, quantised))
     result = _base(k, x, m, kind, quantised)
-    if not kind.adapters or (setting.targets is not None and m.name not in setting.targets):
+    if not adapted:
         return result
     if quantised and setting.base == "nf4":
         result = k.copy(result)

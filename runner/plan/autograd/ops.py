@@ -13,6 +13,7 @@ from typing import Literal, ParamSpec, TypeVar
 
 from runner.plan.autograd.tape import CASTS, Bundle, Node, Storage, Tape, Tensor
 from runner.plan.model_shape import Matrix, Shape
+from runner.spec.adapters import Adapter
 
 MASK = 1  # bytes of a value of a dropout mask
 P = ParamSpec("P")
@@ -63,6 +64,8 @@ class Setting:
     """The adapter drops inputs."""
     dora: bool = False
     """The adapter is a DoRA: it also trains the length of every row."""
+    peft: Adapter | None = None
+    """The adapter, where it is not one of LoRA."""
     base: Literal["16", "nf4", "int8"] = "16"
     """How frozen linear layers are held."""
 

@@ -52,7 +52,10 @@ def _settings(spec: RunSpec) -> dict[str, Any]:
 
 
 def adds_nothing(spec: RunSpec) -> bool:
-    """The adapter starts with B = 0: to the last bit the model is its base, whatever the rank and the scale."""
+    """The adapter starts with B = 0: to the last bit the model is its base, whatever the rank and the scale.
+
+    Of PEFT's other types none is taken to: a rotation by nothing, or a scale of 1, still rounds.
+    """
     method = spec.method
     if not isinstance(method, (Lora, QLora4, QLora8)) or method.use_dora:
         return False

@@ -22,7 +22,7 @@ from runner.errors import Problem, RequestError, RunFailedError
 from runner.hub.model_card import write_card
 from runner.rundir.atomic_folder import whole
 from runner.rundir.directory import RunDir
-from runner.spec import DeepSpeedSpec, Lora, RunSpec
+from runner.spec import DeepSpeedSpec, RunSpec
 from runner.train import model_loading, stop_tokens
 from runner.train.merge import proof, rounding
 from runner.train.merge.fold import fold
@@ -150,7 +150,7 @@ def _load(spec: RunSpec, adapter: Path, say: Callable[[str], None]) -> tuple[Run
     A packed base goes to the GPU, if the run had one and there is one: its kernels packed it. Everything else happens
     on the CPU, whose memory has to hold the merged model anyway.
     """
-    on_gpu = spec.hw.accelerator == "cuda" and torch.cuda.is_available() and not isinstance(spec.method, Lora)
+    on_gpu = spec.hw.accelerator == "cuda" and torch.cuda.is_available() and spec.method.packed
     attention = "eager" if spec.train.attention == "eager" else "sdpa"  # FlashAttention knows 16 bits only
     spec = spec.model_copy(
         update={

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners import lora
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from runner.train import quantised_experts
@@ -47,7 +49,16 @@ def fold(model: PeftModel, dtype: torch.dtype) -> tuple[Any, set[str]]:
         elif isinstance(layer, TrainableTokensLayer):  # PEFT copies its fp32 rows into a weight of their own width only
             weight = layer.get_base_layer().weight
             weight.data = weight.data.float()  # in place: the output may share it
-    merged = model.merge_and_unload()  # nothing is left to merge: takes the wrappers away, keeps saved modules
+        elif isinstance(layer, BaseTunerLayer) and hasattr(layer.get_base_layer(), "weight"):
+            base: Any = layer.get_base_layer()
+            for own, parameter in list(base.named_parameters(recurse=False)):  # (IA)³ scales a bias, too
+                setattr(base, own, _widened(parameter))
+            layer.merge(safe_merge=True)
+            _settle(base, dtype, generator)
+            rounded |= {f"{name}.{own}" for own, _ in base.named_parameters(recurse=False)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        merged = model.merge_and_unload()  # nothing is left to merge: takes the wrappers away, keeps saved modules
     for name, module in list(merged.named_modules()):
         if quantised(module):
             plain = _plain(module, torch.float32)

@@ -16,7 +16,7 @@ from runner.data.examples import Example, PromptExample, Turn, kind_of
 from runner.data.pretraining.workspace import workspace_of
 from runner.plan.objective_passes import passes_of
 from runner.rundir.directory import RunDir
-from runner.spec import Dpo, Full, Grpo, Orpo, Pretrain, QLora4, QLora8, RunSpec, Sft
+from runner.spec import Dpo, Full, Grpo, Orpo, Pretrain, RunSpec, Sft
 from runner.train import deepspeed_config, model_loading, moe_checks, peft_methods, token_dataset, trainer
 from runner.train.guarded_trainer import GuardedTrainer, LossGuardMixin
 from runner.train.model_loading import DTYPES
@@ -146,6 +146,7 @@ def build(
     with moe_checks.prepared(model):
         made: Any = _made(spec, source, model, config, common)
     made.remove_callback(PrinterCallback)
+    made.learning_rate_ratio = getattr(spec.method, "learning_rate_ratio", 1.0)
     made.aux_loss_enabled = getattr(made, "aux_loss_enabled", False) and moe_checks.has_experts(model)
     peft_methods.widen(spec, made.model)
     if spec.deepspeed.name.startswith("zero3"):
@@ -189,7 +190,7 @@ def _is_older(spec: RunSpec) -> bool:
 def _adapted(spec: RunSpec, model: Any, config: Any) -> Any:
     """The adapter put on as TRL's newer trainers do: 16 bits wide over a packed base, under ZeRO-3 like the base."""
     sharded = spec.deepspeed.name.startswith("zero3")
-    packed = isinstance(spec.method, (QLora4, QLora8))
+    packed = spec.method.packed
     whole = get_peft_model(model, config, autocast_adapter_dtype=not sharded or packed)
     if packed:
         for name, parameter in whole.named_parameters():

@@ -1,0 +1,125 @@
+"""The table of adapter types agrees with the installed PEFT: arguments, defaults and parameter counts."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import TypeAdapter, ValidationError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from runner.plan.model_shape import shape_of
+from runner.plan.trainable import training_of
+from runner.spec import Method, ModelSpec, Peft
+from runner.spec.adapters import TYPES, evaluate
+from runner.train import peft_methods
+from tests.conftest import spec_of
+
+METHOD: TypeAdapter[Method] = TypeAdapter(Method)
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 64, "intermediate_size": 176, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16},
+    "odd": {"hidden_size": 60, "intermediate_size": 122, "num_heads": 6, "num_kv_heads": 1, "head_dim": 10},
+    "tied": {"hidden_size": 96, "intermediate_size": 128, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32},
+}
+OTHERS = {
+    "OFT": [{"r": 4, "oft_block_size": 0}, {"oft_block_size": 16, "block_share": True}, {"oft_block_size": 7}],
+    "VERA": [{"r": 8}],
+    "IA3": [{"feedforward_modules": ["down_proj"]}],
+    "LOHA": [{"r": 3}],
+    "LOKR": [
+        {"r": 2}, {"r": 64}, {"r": 2, "decompose_both": True}, {"r": 2, "decompose_factor": 4}, {"decompose_factor": 7},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_arguments_and_defaults_are_pefts(name: str) -> None:
+    known = {field.name: field.default for field in fields(_config(name)) if isinstance(field.default, object)}
+    for argument, default in TYPES[name].arguments.items():
+        assert argument in known
+        if argument != "feedforward_modules":  # PEFT's default is a table by model; here it is none
+            assert known[argument] == default, argument
+
+
+CASES = [(name, arguments) for name in TYPES for arguments in ({}, *OTHERS[name])]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("name", "arguments"), CASES, ids=str)
+@pytest.mark.filterwarnings("ignore:Invalid `")
+def test_the_plan_counts_what_trains(name: str, arguments: dict[str, Any], shape: str) -> None:
+    model, facts = _model(shape)
+    method = METHOD.validate_python({"name": "x", "peft_type": name, "arguments": arguments})
+    assert isinstance(method, Peft)
+    spec = spec_of("method=full").model_copy(update={"method": method})
+    adapted = get_peft_model(model, peft_methods.adapter_config(spec, model))
+    training = training_of(shape_of(facts), method, "bf16", deepspeed=False)
+    trainable, _, _ = peft_methods.describe_trainable(adapted)
+    assert training.trainable == trainable > 0
+    buffers = sum(b.numel() for n, b in adapted.named_buffers() if "vera_" in n)
+    own = sum(p.numel() for n, p in adapted.named_parameters() if not p.requires_grad) + buffers
+    frozen = training.shape.num_parameters * training.width + buffers * training.adapter_width
+    assert own == training.shape.num_parameters + buffers and training.frozen_bytes == frozen
+
+
+@pytest.mark.parametrize("words", [{"layers": "last:1"}, {"target_modules": ["q_proj", "down_proj"]}], ids=str)
+def test_chosen_layers_and_targets_count(words: dict[str, Any]) -> None:
+    model, facts = _model("llama")
+    method = METHOD.validate_python({"name": "x", "peft_type": "LOHA", **words})
+    spec = spec_of("method=full").model_copy(update={"method": method})
+    adapted = get_peft_model(model, peft_methods.adapter_config(spec, model))
+    expected = training_of(shape_of(facts), method, "bf16", deepspeed=False).trainable
+    assert peft_methods.describe_trainable(adapted)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"peft_type": "HRA"}, "write method.trainable='FORMULA'"),
+        ({"peft_type": "HRA", "trainable": "r * inputs"}, "r is no number of method.arguments"),
+        ({"peft_type": "HRA", "trainable": "inputs ** 9"}, "a formula has numbers, + - * //, min and max"),
+        ({"peft_type": "HRA", "trainable": "__import__('os')"}, "a formula has numbers"),
+        ({"peft_type": "HRA", "trainable": "inputs // 0"}, "divides by 0"),
+        ({"peft_type": "OFT", "trainable": "inputs"}, "counted without it; leave it out"),
+        ({"peft_type": "LORA"}, "write method=lora"),
+        ({"peft_type": "PROMPT_TUNING"}, "learns a prompt"),
+        ({"peft_type": "OFT", "arguments": {"r": 4}}, "write method.arguments.oft_block_size=0 beside r"),
+        ({"peft_type": "OFT", "arguments": {"rank": 4}}, "OFT has r, oft_block_size"),
+        ({"peft_type": "OFT", "arguments": {"coft": 1}}, "write one like False"),
+        ({"peft_type": "LOHA", "arguments": {"target_modules": ["q_proj"]}}, "write method.target_modules"),
+        ({"peft_type": "IA3", "layers": "last:1"}, "PEFT puts IA3 on all layers"),
+        (
+            {"peft_type": "IA3", "target_modules": ["k_proj"], "arguments": {"feedforward_modules": ["down_proj"]}},
+            "write method.arguments.feedforward_modules=[]",
+        ),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        METHOD.validate_python({"name": "x"} | values)
+    assert said in str(caught.value)
+
+
+def test_a_formula_is_arithmetic() -> None:
+    assert evaluate("2 * r * (inputs + outputs) - min(r, 3)", {"r": 4, "inputs": 10, "outputs": 6}) == 125
+
+
+def _config(name: str) -> Any:
+    return next(config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value == name)
+
+
+def _model(shape: str) -> tuple[Any, ModelSpec]:
+    sizes = SHAPES[shape]
+    config = AutoConfig.for_model(
+        "llama", vocab_size=50, num_hidden_layers=2, hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"], num_attention_heads=sizes["num_heads"],
+        num_key_value_heads=sizes["num_kv_heads"], head_dim=sizes["head_dim"], tie_word_embeddings=shape == "tied",
+    )  # fmt: skip
+    facts = {"id": "x/y", "name": "x", "architecture": "llama", "num_layers": 2, "vocab_size": 50}
+    spec = ModelSpec.model_validate({**facts, **sizes, "context_length": 64, "tie_embeddings": shape == "tied"})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), spec
