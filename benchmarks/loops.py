@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -148,7 +147,7 @@ def main(kind: str, run_dir: str) -> None:
     """One loop, until there are no more turns."""
     turns = Turns()
     run = RunDir(Path(run_dir))
-    spec = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
+    spec = run.spec
     quiet_libraries(run.path / "logs" / "rank0.log")
     with suppress(Finished):
         {"worker": worker, "bare": bare}[kind](spec, run, turns)

@@ -55,7 +55,7 @@ def main() -> None:
 
 def finish(run: RunDir, console: Console) -> Ranks:
     """One run to its end, as `runner.train` does it; then nothing of it is left in this process."""
-    spec = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
+    spec = run.spec
     quiet_libraries(run.path / "logs" / f"rank{RANK}.log")
     ranks = join(spec)
     environment = dict(os.environ)

@@ -145,9 +145,8 @@ def doctor(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, bandw
       python -m runner doctor model=llama3_8b method=qlora4 hw=rtx4090
       python -m runner doctor --bandwidth --json
     """
-    from runner.doctor.checks import examine
+    from runner.doctor.checks import examine, findings_as_json, print_findings
     from runner.doctor.finding import DoctorTarget, exit_code
-    from runner.doctor.report import findings_as_json, print_findings
 
     run = None
     if words or config_dirs:

@@ -30,7 +30,7 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
       python -m runner chat runs/<id> --prompt "Fine-tune Mistral on three H100s" --json
       python -m runner chat runs/<id> --base
     """
-    from runner.runs.chat import chat as talk
+    from runner.runs.worker_verbs import chat as talk
 
     sys.exit(talk(run_dir, prompt, base, max_new_tokens, as_json))
 
@@ -59,7 +59,7 @@ def eval_(run_dir: Path, as_json: bool, **wanted: Any) -> None:
       python -m runner eval runs/<id> --tasks hellaswag,arc_easy --limit 200
       python -m runner eval runs/<id> --tasks my_task --tasks-dir ./tasks
     """
-    from runner.runs.evaluate import EvaluateOptions, evaluate
+    from runner.runs.worker_verbs import EvaluateOptions, evaluate
 
     sys.exit(evaluate(run_dir, EvaluateOptions(**wanted), as_json))
 
@@ -80,7 +80,7 @@ def merge(run_dir: Path, out: Path | None, as_json: bool) -> None:
       python -m runner merge runs/<id>
       python -m runner merge runs/<id> --out ./my-model --json
     """
-    from runner.runs.merge import merge as fold
+    from runner.runs.worker_verbs import merge as fold
 
     sys.exit(fold(run_dir, out, as_json))
 
@@ -101,7 +101,7 @@ def export(run_dir: Path, step: int | None, out: Path | None, as_json: bool) -> 
       python -m runner export runs/<id>
       python -m runner export runs/<id> --step 200 --out ./after-200
     """
-    from runner.runs.export import export as write
+    from runner.runs.worker_verbs import export as write
 
     sys.exit(write(run_dir, step, out, as_json))
 

@@ -26,8 +26,7 @@ from runner.cloud.session import END_STATES, Session
 from runner.cloud.ssh import CommandError
 from runner.config import credentials
 from runner.errors import CannotRunError, InterruptedRun, Problem, RequestError, RunFailedError
-from runner.rundir.directory import ACTIVE, RunDir, shown
-from runner.rundir.find import missing
+from runner.rundir.directory import ACTIVE, RunDir, no_such_run, shown
 from runner.spec import RentedPlace, RunSpec
 
 LISTENING_MINUTES = 10.0
@@ -125,7 +124,7 @@ def _is_local(run: RunDir) -> bool:
 def _check_reachable(words: str, here: RunDir | None) -> None:
     key = PROVIDERS[DEFAULT].key_variable
     if here is None and credentials.find(key) is None:
-        told = missing(Path(words))
+        told = no_such_run(Path(words))
         what = f"{told.what} on this machine, and no {key} to look for it in pods"
         raise RequestError(replace(told, what=what, remedy=f"{told.remedy}; for a run in a pod, export {key}=…"))
 

@@ -29,9 +29,8 @@ from runner.report.errors_text import print_problems
 from runner.report.known_causes import cause_of
 from runner.report.summary import duration
 from runner.rundir import checkpoints
-from runner.rundir.directory import RunDir, shown
+from runner.rundir.directory import Outcome, RunDir, shown
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
-from runner.rundir.outcome import Outcome
 from runner.spec import RunSpec
 
 LOG_CHARS = 20_000

@@ -206,7 +206,7 @@ class PreviousRun:
     def of(cls, entry: Entry) -> PreviousRun:
         """By its directory here."""
         run = RunDir(Path(entry.run_dir))
-        return cls(run, RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8"))))
+        return cls(run, run.spec)
 
 
 def pool_for(specs: Sequence[RunSpec], folder: Path, max_pods: int) -> Pool:

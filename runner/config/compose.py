@@ -153,7 +153,7 @@ def primary_of(request: Request) -> _Primary:
     """Name of the primary config and the folder it needs in the search path."""
     if request.recipe is None:
         return _Primary("config")
-    file = recipe_checks.find(request.recipe, request.config_dirs)
+    file = recipe_checks.find_recipe(request.recipe, request.config_dirs)
     problems = recipe_checks.problems_in(file, request.folders)
     if problems:
         raise RequestError(*problems)
@@ -360,7 +360,7 @@ def _complaint(error: Exception, checked: Checked) -> Problem:
         return Problem(what, COMMAND_LINE, remedy)
     source, key = checked.request.recipe, getattr(cause, "full_key", None)
     if source and key:
-        lines_of_recipe = of_file(recipe_checks.find(source, checked.request.config_dirs), "")
+        lines_of_recipe = of_file(recipe_checks.find_recipe(source, checked.request.config_dirs), "")
         source = next((o.place for o in lines_of_recipe if o.key == key), source)
     return Problem(f"{key}: {what}" if key else what, source, remedy)
 

@@ -48,7 +48,7 @@ class Request:
     def folders(self) -> tuple[Path, ...]:
         """Where a user's own choices are: named folders, and the one the recipe is in."""
         try:
-            beside = (recipe_checks.find(self.recipe, self.config_dirs).resolve().parent,) if self.recipe else ()
+            beside = (recipe_checks.find_recipe(self.recipe, self.config_dirs).resolve().parent,) if self.recipe else ()
         except RequestError:
             beside = ()
         return (*(folder for folder in self.config_dirs if folder.is_dir()), *beside)
@@ -143,7 +143,7 @@ def _of_recipe(request: Request) -> tuple[dict[str, str], dict[str, Any]]:
     if request.recipe is None:
         return {}, {}
     try:
-        return recipe_checks.written(recipe_checks.find(request.recipe, request.config_dirs))
+        return recipe_checks.written(recipe_checks.find_recipe(request.recipe, request.config_dirs))
     except (RequestError, YAMLError, OSError, ValueError, AttributeError, TypeError):
         return {}, {}  # told when it is composed
 
@@ -166,7 +166,7 @@ def _lift_recipe(request: Request) -> tuple[Request, list[Problem]]:
         problem = Problem(f"recipe={named[0]}: a sweep cannot go over recipes", COMMAND_LINE, remedy)
     else:
         chosen = named[0] if named else request.recipe
-        whole = recipe_checks.resolved(chosen, request.config_dirs) if chosen else None
+        whole = recipe_checks.whole_run(chosen, request.config_dirs) if chosen else None
         if whole is not None:
             return replace(request, recipe=None, spec_file=whole, overrides=rest), []
         return replace(request, recipe=chosen, overrides=rest), []

@@ -12,13 +12,11 @@ from typing import Any
 
 from rich.console import Console
 
-from runner.config.repeat import spec_of
 from runner.errors import CannotRunError, Problem, RequestError, RunFailedError, RunnerError
 from runner.hub.upload_contents import push_model
 from runner.hub.upload_targets import target_of
 from runner.report.errors_text import print_problems
 from runner.rundir.directory import RunDir
-from runner.rundir.find import find
 from runner.spec import RunSpec
 
 
@@ -27,8 +25,8 @@ def push(run_dir: Path, to: str | None = None, *, public: bool = False, merged: 
 
     RequestError for what cannot be pushed, CannotRunError without the library, RunFailedError where it fails.
     """
-    run = find(run_dir)
-    spec = spec_of(run.spec_file)
+    run = RunDir.find(run_dir)
+    spec = run.spec
     folder = _folder(run, merged)
     if (to := to or spec.push.to) is None:
         remedy = f"python -m runner push {quote(str(run.path))} org/name"

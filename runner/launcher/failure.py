@@ -16,7 +16,7 @@ from runner.errors import InterruptedRun, Problem, Rewind, RunFailedError, Runne
 from runner.launcher.oom_report import report
 from runner.launcher.supervisor import GRACE_SECONDS, LAUNCHER_LOG, Ending, elsewhere, gone
 from runner.launcher.torchrun import ranks_of, several
-from runner.machine.oom_kills import Killer
+from runner.machine.processes import Killer
 from runner.report.errors_text import print_problems
 from runner.report.known_causes import GPU_MEMORY, SECONDARY, cause_of
 from runner.rundir import checkpoints

@@ -55,7 +55,7 @@ def join(run_dir: Path, address: str | None, node: int | None, attached: bool, c
 def _read(run: RunDir, typed: str) -> RunSpec:
     """The run as the first machine resolved it."""
     try:
-        return RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
+        return run.spec
     except OSError:
         what = f"there is no run {typed} on {socket.gethostname()}"
         remedy = (

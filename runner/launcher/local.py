@@ -1,26 +1,29 @@
-"""Execute a run on this machine: its worker processes are separate from this one."""
+"""The executor of runs on this machine, and on the others of its hostfile; workers are processes of their own."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import util
-from typing import TextIO
+from typing import Any, TextIO
+
+from rich.console import Console
 
 from runner.errors import CannotRunError, Problem, Rewind
 from runner.launcher import nodes, supervisor, torchrun
 from runner.launcher.failure import judge
 from runner.launcher.warm_workers import WarmWorkers
 from runner.machine import detect, kernels, torch_build
-from runner.machine.oom_kills import Killer, killer, oom_kills
+from runner.machine.processes import Killer, killer, oom_kills
 from runner.report.invocation import install
-from runner.rundir.directory import RunDir
-from runner.rundir.outcome import Outcome
+from runner.rundir.directory import Outcome, RunDir
+from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.spec import LocalPlace, RunSpec
 
 
-def check(spec: RunSpec) -> None:
-    """Refuse, before anything is made or started, what this machine, this version or another machine cannot run."""
+def check(spec: RunSpec, launch_options: LaunchOptions = DEFAULT_OPTIONS) -> None:
+    """CannotRunError, before anything is made or started, for what this machine, this version or another machine cannot
+    run."""
     check_here(spec)
     nodes.check(spec)
 
@@ -81,11 +84,17 @@ def check_torch(spec: RunSpec) -> None:
         raise CannotRunError(Problem(what, "train.liger=true", "write train.liger=false, or leave it at auto"))
 
 
-def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: WarmWorkers | None = None) -> Outcome:
+def confirm(asked: Sequence[tuple[RunSpec, dict[str, Any]]], launch_options: LaunchOptions, console: Console) -> bool:
+    """True: nobody is asked about what costs nothing."""
+    return True
+
+
+def execute(
+    run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, launch_options: LaunchOptions = DEFAULT_OPTIONS
+) -> Outcome:
     """Start the worker's processes on `run`, watch them to their end, say once what went wrong.
 
-    `quiet_stdout` sends the worker's words to standard error and keeps standard output for JSON; `warm` starts the
-    runs of a sweep.
+    `quiet_stdout` sends the worker's words to standard error and keeps standard output for JSON.
     """
     for claim in (run.path / "logs").glob("node*.json"):  # of an earlier start: see launcher/join.py
         claim.unlink()
@@ -93,7 +102,9 @@ def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: War
         while True:
             supervisor.forget(run)
             stdout = sys.stderr if quiet_stdout else None
-            ending, who = attend(run, spec, stdout=stdout, others=others, address=spec.hw.node_address, warm=warm)
+            ending, who = attend(
+                run, spec, stdout=stdout, others=others, address=spec.hw.node_address, warm=launch_options.warm
+            )
             code = judge(run, spec, ending, who)
             if code != Rewind.exit_code:
                 others.well = code == 0

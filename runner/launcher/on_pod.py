@@ -6,7 +6,6 @@ nor a terminal.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -16,13 +15,12 @@ from runner.errors import RunnerError
 from runner.launcher import local
 from runner.report.errors_text import print_problems
 from runner.rundir.directory import RunDir
-from runner.spec import RunSpec
 
 
 def main(argv: list[str]) -> int:
     """Run the spec in its folder to the end."""
     run = RunDir(Path(argv[0]).absolute().parent)
-    spec = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
+    spec = run.spec
     try:
         local.check(spec)
         return local.execute(run, spec).exit_code

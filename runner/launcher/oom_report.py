@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from runner.errors import Problem, RunFailedError
-from runner.machine.oom_kills import Killer
+from runner.machine.processes import Killer
 from runner.plan.choose_stage import StageChoice, StageSearch
 from runner.plan.memory import GIB
 from runner.plan.nearest_fit import Change, nearest

@@ -1,12 +1,15 @@
-"""Processes that end with the one that started them."""
+"""Processes that end with the one that started them, and those that the kernel ended because memory was full."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 """This process was started by torchrun."""
@@ -31,3 +34,58 @@ def _is_torchrun(pid: int) -> bool:
         return b"torch.distributed.run" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
+
+
+Killer = Literal["kernel", "probably the kernel", "somebody else"]
+
+
+@dataclass(frozen=True)
+class OomKills:
+    """The kernel's counts at one moment; None where they cannot be read."""
+
+    group: int | None
+    """Of this process's control group, in which the worker is, too: memory.events, memory.oom_control in version 1."""
+    machine: int | None
+    """Of the whole machine, outside of this container as well: `oom_kill` in /proc/vmstat."""
+
+
+def oom_kills(root: Path = Path("/")) -> OomKills:
+    """The counts now. `root` is where `proc` and `sys` are; a test puts its own there."""
+    return OomKills(_of_group(root), _oom_count(root / "proc/vmstat"))
+
+
+def killer(before: OomKills, after: OomKills) -> Killer:
+    """Who sent SIGKILL between the two moments. A count of the group says it for certain."""
+    if before.group is not None and after.group is not None:
+        return "kernel" if after.group > before.group else "somebody else"
+    if before.machine is not None and after.machine == before.machine:
+        return "somebody else"
+    return "probably the kernel"
+
+
+def _of_group(root: Path) -> int | None:
+    """In a container the path in /proc/self/cgroup may be the host's: the nearest group above that is there, then."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text("utf-8").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, names, path = line.split(":", 2)
+        if names and "memory" not in names.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / ("memory" if names else "")
+        file = "memory.oom_control" if names else "memory.events"
+        own = base / path.strip("/")
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(base) and (count := _oom_count(folder / file)) is not None:
+                return count
+    return None
+
+
+def _oom_count(file: Path) -> int | None:
+    """The line `oom_kill N`."""
+    try:
+        found = re.search(r"^oom_kill (\d+)$", file.read_text("utf-8"), re.M)
+    except OSError:
+        return None
+    return int(found[1]) if found else None

@@ -79,7 +79,7 @@ def named_in(request: Request) -> dict[str, Any]:
         return dict.fromkeys(catalog.GROUPS)
     named: dict[str, Any] = {}
     if checked.request.recipe:
-        choices, keys = recipe_checks.written(recipe_checks.find(checked.request.recipe, request.config_dirs))
+        choices, keys = recipe_checks.written(recipe_checks.find_recipe(checked.request.recipe, request.config_dirs))
         named = {**dict.fromkeys(choices), **keys}
     for override in checked.overrides:
         if override.key_or_group in catalog.GROUPS:  # another choice: what a recipe says of it stays, as in a run

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import Problem, RequestError
-from runner.spec import RunSpec
+from runner.rundir import plain_files
 
 if TYPE_CHECKING:  # pydantic: 0.1 s, for nothing where runs are only listed
     from runner.spec import RunSpec
@@ -58,6 +58,15 @@ class RunDir:
         run.set_status("created", sweep=sweep, created=time.time(), **facts_of(spec))
         return run
 
+    @classmethod
+    def find(cls, path: Path) -> RunDir:
+        """The run at `path`, a directory or an id below `runs/`; RequestError where its model is not plain files."""
+        for candidate in (path, Path("runs") / path):
+            if (candidate / "spec.json").is_file():
+                plain_files.refuse(candidate / "model")
+                return cls(candidate)
+        raise RequestError(no_such_run(path))
+
     @property
     def id(self) -> str:
         """The directory's own name."""
@@ -67,6 +76,18 @@ class RunDir:
     def spec_file(self) -> Path:
         """The resolved run, which repeats it: `python -m runner runs/<id>/spec.json`."""
         return self.path / "spec.json"
+
+    @property
+    def spec(self) -> RunSpec:
+        """The resolved run; RequestError with every key that somebody has made wrong in `spec.json`."""
+        from runner.spec import RunSpec  # pydantic: 0.1 s, for nothing where runs are only listed
+
+        try:
+            return RunSpec.model_validate(json.loads(self.spec_file.read_text("utf-8")))
+        except (OSError, ValueError):
+            from runner.config.repeat import spec_of  # the words for it
+
+            return spec_of(self.spec_file)
 
     def write_spec(self, spec: RunSpec) -> None:
         """`spec.json`, and `training.yaml` with the same values for people to read, change and start from."""
@@ -155,6 +176,16 @@ class RunDir:
                 continue
 
 
+def no_such_run(path: Path) -> Problem:
+    """There is no run at `path`; the one whose id is nearest."""
+    from runner.config.suggestions import nearest  # the schema, as above
+
+    parent = path.parent if path.parent.is_dir() and path.parent != Path() else Path("runs")
+    near = nearest(path.name, [run.id for run in all_runs(parent)])
+    remedy = f"did you mean {parent / near}?" if near else "python -m runner runs shows them"
+    return Problem(f"there is no run {path}", "command line", remedy)
+
+
 def name_of(spec: RunSpec) -> str:
     """`run.name`, else what tells it from others: model and method, the objective and the data where they are not the
     main job's: `phi2-lora`, `phi2-lora-dpo-pairs`."""
@@ -231,3 +262,11 @@ def shown(path: Path) -> str:
     """A path as one would type it from here."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a worker ended."""
+
+    run: RunDir
+    exit_code: int

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rich.console import Console
 
-from runner.rundir.directory import RunDir
+from runner.rundir.directory import Outcome, RunDir
 from runner.rundir.launch_options import LaunchOptions
-from runner.rundir.outcome import Outcome
 from runner.spec import RunSpec
 
 
@@ -29,7 +28,7 @@ class Executor(Protocol):
         """Run `spec` in its directory to its end. `quiet_stdout` keeps standard output for JSON."""
 
 
-EXECUTORS = {"local": "runner.launcher.executor"}
+EXECUTORS = {"local": "runner.launcher.local"}
 RENTED = "runner.cloud.executor"
 """The module of each place, and of every place at a provider, imported when a run is executed there: 0.1 s of the half
 second that a typo takes."""
@@ -42,6 +41,6 @@ def executor_of(spec: RunSpec) -> Executor:
 
 if TYPE_CHECKING:  # both are executors, or the type check fails
     from runner.cloud import executor as _rented
-    from runner.launcher import executor as _here
+    from runner.launcher import local as _here
 
     _implementations: tuple[Executor, ...] = (_here, _rented)

@@ -26,10 +26,9 @@ from runner.report.invocation import typed
 from runner.report.tables import headline, in_one_line
 from runner.resolve import model_facts, plan_inputs
 from runner.resolve.steps import resolve, with_facts
-from runner.rundir.directory import RunDir, shown
+from runner.rundir.directory import Outcome, RunDir, shown
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.rundir.lock import owned
-from runner.rundir.outcome import Outcome
 from runner.runs import input_digests, inputs, unread_keys
 from runner.runs import resume as resuming
 from runner.runs.content_checks import check_read

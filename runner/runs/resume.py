@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
@@ -61,7 +60,7 @@ def check(run: RunDir, asked: Request) -> RunSpec:
     """The composed spec; RequestError for a run that is at work, that is done, or that would become another one."""
     _check_idle(run)
     asked_for = compose(asked)  # first: a file that is no run is told there
-    old = with_absolute_paths(RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8"))))
+    old = with_absolute_paths(run.spec)
     new = with_absolute_paths(asked_for)
     same = input_digests.with_moved(run, old, new)
     before, after = (dict(flat(spec.model_dump(mode="json"))) for spec in (old, same))
@@ -101,7 +100,7 @@ def check_resolved(run: RunDir, spec: RunSpec) -> list[str]:
     step = (checkpoints.complete(run) or [0])[-1]
     if not step:
         return ["there is no complete checkpoint: the run begins anew"]
-    old = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
+    old = run.spec
     problems = input_digests.changed(run, spec)
     if _batch(old) != _batch(spec):
         what = f"{spec.hw.name} makes the global batch {_batch(spec)}, and the first {step} steps took {_batch(old)}"

@@ -12,9 +12,8 @@ from runner.spec.hw import DeepSpeedSpec, HardwareSpec
 from runner.spec.method import Freeze, Full, Lora, Method, Peft, QLora4, QLora8
 from runner.spec.model import ModelSpec
 from runner.spec.objective import Dpo, Grpo, Kto, Objective, Orpo, Pretrain, Reward, Sft
-from runner.spec.push import PushSpec
 from runner.spec.run import RunInfo, RunSpec, SweepSpec
-from runner.spec.train import EvalSpec, TrackSpec, TrainSpec
+from runner.spec.train import EvalSpec, PushSpec, TrackSpec, TrainSpec
 from runner.spec.where import AutoPlace, LocalPlace, RentedPlace, RunPodPlace, Where
 
 __all__ = [

@@ -15,8 +15,7 @@ from runner.spec.layer_ranges import parse_layers
 from runner.spec.method import Method
 from runner.spec.model import ModelSpec
 from runner.spec.objective import Objective, Sft
-from runner.spec.push import PushSpec
-from runner.spec.train import EvalSpec, TrackSpec, TrainSpec
+from runner.spec.train import EvalSpec, PushSpec, TrackSpec, TrainSpec
 from runner.spec.where import LocalPlace, Where
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import json
 import logging
 import os
 import sys
@@ -25,7 +24,6 @@ from runner.report.errors_text import print_problems
 from runner.report.progress import Progress
 from runner.rundir import checkpoints
 from runner.rundir.directory import PHASE_OF_STATE, RunDir
-from runner.spec import RunSpec
 
 RANK = int(os.environ.get("RANK", "0"))
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
@@ -37,7 +35,7 @@ def main(argv: list[str]) -> int:
     atexit.register(gc.freeze)  # Python ends without a last look for garbage: a quarter of what imports take, 2 s of 8
     terminal.guard(goes_on=True)
     run = RunDir(Path(argv[0]).resolve().parent)
-    spec = RunSpec.model_validate(json.loads(run.spec_file.read_text("utf-8")))
+    spec = run.spec
     quiet_libraries(run.path / "logs" / f"rank{RANK}.log")
     console = Console() if RANK == 0 else Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # as long as the process
     progress = Progress(console, terminal.appended(run.path / "logs" / "run.log") if RANK == 0 else None)

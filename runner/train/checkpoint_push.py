@@ -13,7 +13,7 @@ from runner.hub.upload_contents import push_checkpoint
 from runner.hub.upload_targets import target_of
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
-from runner.spec.push import PushSpec
+from runner.spec.train import PushSpec
 
 CLOSING_S = 60.0
 """How long a training that has ended waits for a checkpoint on its way."""

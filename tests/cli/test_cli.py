@@ -16,8 +16,7 @@ from runner.cli.verbs import VERBS
 from runner.config import catalog
 from runner.launcher import local
 from runner.paths import ASSETS
-from runner.rundir.directory import RunDir
-from runner.rundir.outcome import Outcome
+from runner.rundir.directory import Outcome, RunDir
 from runner.runs import launch, resume
 from runner.spec import RunSpec
 from tests.conftest import run_cli

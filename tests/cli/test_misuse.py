@@ -12,7 +12,7 @@ import pytest
 from runner.config.repeat import spec_of
 from runner.errors import RequestError
 from runner.rundir.directory import RunDir
-from runner.runs.artifact_process import produce
+from runner.runs.worker_verbs import produce
 from tests.support.front import here, laptop, only_problem, problems_of, runner, write
 from tests.support.front import spec_of as resolved
 

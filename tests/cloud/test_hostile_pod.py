@@ -23,7 +23,6 @@ from runner.hub.upload_contents import push_model
 from runner.hub.upload_targets import S3
 from runner.rundir import checkpoints, plain_files
 from runner.rundir.directory import RunDir
-from runner.rundir.find import find
 from runner.spec import RunSpec
 from tests.support.emulated import needs_sshd
 from tests.support.front import here, laptop, runner, spec_of
@@ -298,5 +297,5 @@ def test_a_run_is_found_as_long_as_its_files_are_plain(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "runs" / "r")
     (run.path / "model").mkdir(parents=True)
     run.write("spec.json", {})
-    assert find(run.path).path == run.path
+    assert RunDir.find(run.path).path == run.path
     assert tail.WHOLE and tail.GROWING

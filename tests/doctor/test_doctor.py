@@ -22,10 +22,10 @@ from packaging.version import Version
 from rich.console import Console
 
 from runner.cli.options import request_of
-from runner.doctor import bandwidth, checks, disk, gpu_checks, keys, software, system
+from runner.doctor import bandwidth, checks, disk, gpu_checks, software, system
+from runner.doctor.checks import print_findings
 from runner.doctor.finding import STATES, DoctorTarget, Finding, exit_code
 from runner.doctor.gpu_checks import Card, Driver, Seen
-from runner.doctor.report import print_findings
 from runner.doctor.software import Torch
 from runner.machine import detect
 from runner.machine.detect import Gpu, Machine
@@ -231,7 +231,7 @@ def test_a_key_is_set_or_not_or_looks_wrong(
     value: str, state: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", value)
-    key = named(list(keys.findings(None)), "HF_TOKEN")
+    key = named(list(system.key_findings(None)), "HF_TOKEN")
     assert key.state == state
     assert found in key.found
     assert "hf_abc" not in repr(key)
@@ -243,7 +243,7 @@ def test_keys_that_their_own_tools_keep_count(tmp_path: Path) -> None:
     (tmp_path / "hf" / "token").write_text("hf_abc")
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password s3cr3t\n")
     (tmp_path / ".netrc").chmod(0o600)
-    found = list(keys.findings(None))
+    found = list(system.key_findings(None))
     assert [named(found, name).state for name in NAMES] == ["ok", "ok", "note"]
     assert "s3cr3t" not in repr(found)
 
@@ -251,7 +251,7 @@ def test_keys_that_their_own_tools_keep_count(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("laptop")
 def test_a_run_without_its_key() -> None:
     def states(*words: str) -> list[str]:
-        found = list(keys.findings(run_of(*words)))
+        found = list(system.key_findings(run_of(*words)))
         return [named(found, name).state for name in NAMES]
 
     assert states("method=lora") == ["note", "note", "note"]

@@ -16,7 +16,7 @@ from runner.config.request import Request
 from runner.launcher.failure import judge
 from runner.launcher.oom_report import OomReport, diagnose_oom, report
 from runner.launcher.supervisor import Ending
-from runner.machine.oom_kills import OomKills, killer, oom_kills
+from runner.machine.processes import OomKills, killer, oom_kills
 from runner.resolve import plan_inputs
 from runner.resolve.steps import resolved
 from runner.rundir.directory import RunDir, all_runs

@@ -12,11 +12,10 @@ import pytest
 from runner.errors import RequestError
 from runner.launcher import local
 from runner.rundir import checkpoints
-from runner.rundir.directory import RunDir
-from runner.rundir.outcome import Outcome
+from runner.rundir.directory import Outcome, RunDir
 from runner.runs import input_digests
-from runner.runs.chat import look_at_base
 from runner.runs.inputs import with_absolute_paths
+from runner.runs.worker_verbs import report_changed_base
 from runner.spec import RunSpec
 from tests.conftest import run_cli, spec_of
 from tests.support.front import here, laptop, runner, write
@@ -191,14 +190,14 @@ def test_what_opens_an_adapter_says_that_its_base_is_another_one(
     write(base / "model.safetensors", "weights")
     input_digests.record(run, spec)
     write(run.path / "model" / "adapter_config.json", "{}")
-    look_at_base(run)
+    report_changed_base(run)
     assert capsys.readouterr().err == ""
     write(base / "model.safetensors", "others!")
-    look_at_base(run)
+    report_changed_base(run)
     assert f"{base}, the run's base, is not what the adapter was trained on" in capsys.readouterr().err
     base.rename(here / "moved")
     with pytest.raises(RequestError, match="the run's base, does not exist"):
-        look_at_base(run)
+        report_changed_base(run)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ from hydra.core.plugins import Plugins
 
 from runner.launcher import local
 from runner.report.metrics import MEASURED, unknown_metric
-from runner.rundir.directory import RunDir
-from runner.rundir.outcome import Outcome
+from runner.rundir.directory import Outcome, RunDir
 from runner.spec import RunSpec
 from tests.support.front import here, laptop, runner, write
 

@@ -15,8 +15,7 @@ from runner.launcher import local
 from runner.machine import detect
 from runner.machine.detect import Machine
 from runner.resolve.steps import resolved
-from runner.rundir.directory import RunDir
-from runner.rundir.outcome import Outcome
+from runner.rundir.directory import Outcome, RunDir
 from runner.spec import RunSpec
 
 LAPTOP = Machine(gpus=(), visible_devices=None, num_hidden_gpus=0, num_cpus=8, memory_gib=16.0, cpu_bf16=True)

@@ -17,11 +17,9 @@ from runner.cloud.errors import CloudError, UnclearError
 from runner.cloud.runpod import serverless
 from runner.cloud.runpod.account import CONSOLE
 from runner.cloud.runpod.api import Api
-from runner.config.repeat import spec_of
 from runner.errors import CannotRunError, Problem, RequestError
 from runner.paths import CONF
 from runner.rundir.directory import RunDir
-from runner.rundir.find import find
 from runner.spec import ModelSpec, Peft, RunSpec
 
 VOLUME = "/runpod-volume"
@@ -149,8 +147,8 @@ def deploy(run_dir: Path, wanted: DeployOptions, agreed: Callable[[str], bool]) 
 
     RequestError where the model is in no place that a worker reaches, or has an endpoint already.
     """
-    run = find(run_dir)
-    spec = spec_of(run.spec_file)
+    run = RunDir.find(run_dir)
+    spec = run.spec
     known = run.read(RECORD)
     if known.get("endpoint"):
         remedy = f"python -m runner deploy --delete {quote(str(run.path))}"
@@ -188,7 +186,7 @@ def delete(run_dir: Path) -> list[str]:
 
     CloudError where something is still there.
     """
-    run = find(run_dir)
+    run = RunDir.find(run_dir)
     name = run.read(RECORD).get("name") or f"runner-{run.id}"
     api, gone = Api(), []
     kinds = ((api.endpoints, api.delete_endpoint, "endpoint"), (api.templates, api.delete_template, "template"))
