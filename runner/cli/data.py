@@ -11,7 +11,7 @@ from rich.console import Console
 
 from runner.cli.options import Arguments, composed, one_run, request_of, say_unread
 from runner.errors import RequestError
-from runner.report.errors_text import dump
+from runner.report.text import dump
 
 
 @click.group()
@@ -77,8 +77,8 @@ def stats(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: 
       python -m runner data stats data.path=my.jsonl model=qwen3_0_6b --plot lengths.png --json
     """
     from runner.data.inspect.stats import stats as count
-    from runner.report.data_plot import plot_lengths
     from runner.report.data_tables import print_stats
+    from runner.report.plots import plot_lengths
 
     found = count(_composed("stats", words, config_dirs))
     if plot is not None:

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from runner.cli.options import as_json_option, spoken
-from runner.report.errors_text import dump
+from runner.report.text import dump
 from runner.spec.where import country_codes
 
 

@@ -20,7 +20,7 @@ from runner.cli.options import (
     spoken,
 )
 from runner.errors import Problem, RequestError
-from runner.report.errors_text import dump
+from runner.report.text import dump
 
 
 @click.command()

@@ -72,7 +72,7 @@ class Verbs(click.Group):
             if isinstance(error, click.NoSuchOption) and (instead := _as_key(error, words)):
                 error = click.NoSuchOption(error.option_name, f"{error.message} {instead}", ctx=error.ctx)
             if "--json" in words:
-                from runner.report.errors_text import dump, problems_as_json
+                from runner.report.text import dump, problems_as_json
 
                 click.echo(dump(problems_as_json(RequestError(Problem(error.format_message(), "command line")))))
             raise error from None

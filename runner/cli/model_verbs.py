@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from runner.cli.options import as_json_option, spoken
-from runner.report.errors_text import dump
+from runner.report.text import dump
 
 
 @click.command()

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from runner.cli.verbs import VERBS
 from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
-from runner.report.errors_text import dump, print_problems, problems_as_json
+from runner.report.text import dump, print_problems, problems_as_json
 
 Arguments = tuple[str, ...]
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")

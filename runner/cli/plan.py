@@ -19,7 +19,7 @@ from runner.cli.options import (
     spoken,
 )
 from runner.errors import CannotRunError
-from runner.report.errors_text import dump
+from runner.report.text import dump
 
 
 @click.command()
@@ -40,8 +40,8 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
     """
     from runner.config.compose import compose, source_finder
     from runner.machine import writable
-    from runner.report.plan_plot import plot_plan
     from runner.report.plan_text import print_plan
+    from runner.report.plots import plot_plan
     from runner.resolve import plan_inputs
     from runner.resolve.steps import resolve, with_facts
     from runner.runs import inputs, unread_keys

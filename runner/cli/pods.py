@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from runner.cli.options import Arguments, Finite, as_json_option, composed, one_run, request_of, spoken
-from runner.report.errors_text import dump
+from runner.report.text import dump
 
 all_option = click.option(
     "--all", "everything", is_flag=True, help="Also the account's pods that are not of this project: to look at alone."

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from runner.cli.options import as_json_option, output_dir_option, spoken
 from runner.report import terminal
-from runner.report.errors_text import dump
+from runner.report.text import dump
 
 
 @click.command()

@@ -15,7 +15,7 @@ from runner.cli.options import Arguments, as_json_option, composed, request_of, 
 from runner.errors import RequestError
 from runner.launcher import inherited_ranks
 from runner.report import terminal
-from runner.report.errors_text import dump
+from runner.report.text import dump
 
 if TYPE_CHECKING:
     from runner.cli.completion import Verb

@@ -25,9 +25,8 @@ from runner.cloud.reconcile import reconcile
 from runner.cloud.session import Session
 from runner.cloud.sweep_pool import Pool, machine_key
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
-from runner.report.errors_text import print_problems
 from runner.report.known_causes import cause_of
-from runner.report.summary import duration
+from runner.report.text import duration, print_problems
 from runner.rundir import checkpoints
 from runner.rundir.directory import Outcome, RunDir, shown
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions

@@ -8,6 +8,7 @@ the sweep, which outlives them: each point hears of a Ctrl-C once, saves, and br
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from runner.cloud import clock, handover, ssh_keys, termination
 from runner.cloud import process_identity as owners
@@ -37,7 +39,6 @@ from runner.cloud.session import Session
 from runner.cloud.transfer import Say
 from runner.errors import Problem, RunnerError
 from runner.machine.processes import die_with_parent
-from runner.report.line_labels import Labelled
 from runner.rundir.directory import RunDir, alive
 from runner.spec import RentedPlace, RunSpec
 
@@ -354,3 +355,21 @@ def _apart(label: str) -> Iterator[None]:
             yield
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Labelled(io.TextIOBase):
+    """Whole lines go on to another stream, with a label before each; to whoever asks it is no terminal."""
+
+    def __init__(self, stream: TextIO, label: str) -> None:
+        self.stream, self.label, self.rest = stream, label, ""
+
+    def write(self, text: str) -> int:
+        """Kept until its line has ended."""
+        *lines, self.rest = (self.rest + text).split("\n")
+        if lines:
+            self.stream.write("".join(f"{self.label}{line}\n" if line else "\n" for line in lines))
+        return len(text)
+
+    def flush(self) -> None:
+        """Of what is whole."""
+        self.stream.flush()

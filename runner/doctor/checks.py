@@ -17,8 +17,8 @@ from runner.doctor import disk, gpu_checks, software, system
 from runner.doctor.finding import STATES, DoctorTarget, Finding, exit_code
 from runner.machine import detect
 from runner.machine.detect import Machine
-from runner.report.encodings import spelt
 from runner.report.tables import in_one_line
+from runner.report.text import ascii_fallback
 
 
 def examine(wanted: DoctorTarget | None = None, *, bandwidth: bool = False, root: Path = Path("/")) -> list[Finding]:
@@ -83,7 +83,7 @@ def print_findings(console: Console, found: Sequence[Finding]) -> None:
         if finding.remedy:
             said.append(f"\n→ {finding.remedy}", style="dim" if finding.state == "note" else "green")
         table.add_row(Text(finding.state, style=style), Text(finding.name), said)
-    with spelt(console):
+    with ascii_fallback(console):
         console.print(table, highlight=False)
         console.print(verdict(found))
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from runner.errors import CannotRunError, Problem, RequestError, RunFailedError, RunnerError
 from runner.hub.upload_contents import push_model
 from runner.hub.upload_targets import target_of
-from runner.report.errors_text import print_problems
+from runner.report.text import print_problems
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.hub.model_card import base_name, card
 from runner.hub.upload_targets import Files, Target
-from runner.report.errors_text import dump
+from runner.report.text import dump
 from runner.rundir import checkpoints, plain_files
 from runner.rundir.directory import RunDir
 from runner.spec import RunInfo, RunSpec

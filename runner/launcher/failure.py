@@ -17,8 +17,8 @@ from runner.launcher.oom_report import report
 from runner.launcher.supervisor import GRACE_SECONDS, LAUNCHER_LOG, Ending, elsewhere, gone
 from runner.launcher.torchrun import ranks_of, several
 from runner.machine.processes import Killer
-from runner.report.errors_text import print_problems
 from runner.report.known_causes import GPU_MEMORY, SECONDARY, cause_of
+from runner.report.text import print_problems
 from runner.rundir import checkpoints
 from runner.rundir.directory import ACTIVE, RunDir, shown
 from runner.spec import RunSpec

@@ -20,7 +20,7 @@ from rich.console import Console
 from runner.errors import InterruptedRun, Problem, RequestError, Rewind, RunFailedError, RunnerError
 from runner.launcher import local, supervisor, torchrun
 from runner.launcher.failure import again, failed, first_hand, hung, of_torchrun
-from runner.report.errors_text import print_problems
+from runner.report.text import print_problems
 from runner.rundir.directory import RunDir, alive, shown, write_atomically
 from runner.spec import RunSpec
 

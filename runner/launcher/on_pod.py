@@ -13,7 +13,7 @@ from rich.console import Console
 
 from runner.errors import RunnerError
 from runner.launcher import local
-from runner.report.errors_text import print_problems
+from runner.report.text import print_problems
 from runner.rundir.directory import RunDir
 
 

@@ -13,7 +13,7 @@ from runner.plan.choose_stage import StageChoice, StageSearch
 from runner.plan.memory import GIB
 from runner.plan.nearest_fit import Change, nearest
 from runner.report.plan_terms import PHASES, term_of
-from runner.report.plan_vs_measured import TRAINING
+from runner.report.summary import TRAINING
 from runner.resolve import plan_inputs, price
 from runner.rundir import checkpoints
 from runner.rundir.directory import PHASE_OF_STATE, RunDir, shown

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runner.report.encodings import spelt
-from runner.report.summary import duration
+from runner.report.text import ascii_fallback, duration
 from runner.rundir.directory import all_runs
 
 MEASURES = {"peak_gib": "memory", "tokens_per_second": "speed", "seconds": "time"}
@@ -96,7 +95,7 @@ def _verdict(hw: str, rows: list[dict[str, Any]]) -> str:
 
 def print_calibration(console: Console, found: Mapping[str, Any]) -> None:
     """The table of runs, the medians below it, and the sentence."""
-    with spelt(console):
+    with ascii_fallback(console):
         if found["runs"]:
             console.print(_wide(found["runs"]) if console.width >= 120 else _narrow(found["runs"]))
             console.print()

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from runner.report.encodings import spelt
 from runner.report.plan_terms import gib
-from runner.report.summary import duration
+from runner.report.text import ascii_fallback, duration
 
 UNKNOWN = "–"
 Row = Mapping[str, Any]
@@ -69,7 +68,7 @@ def print_fit(console: Console, rows: Sequence[Row], title: str) -> None:
     """
     same = [key for key in _CHOICES if len(rows) > 1 and len({row[key] for row in rows}) == 1]
     choices = tuple(_named(key) for key in _CHOICES if key not in same)
-    with spelt(console):
+    with ascii_fallback(console):
         heading = Text(title, style="bold")
         for said in (f"{key}={rows[0][key]}" for key in same):
             if said not in title:
@@ -128,7 +127,7 @@ def print_memory_table(console: Console, table: Mapping[str, Any]) -> None:
         view.add_column(name, justify="right", overflow="fold")
     for name, sizes in zip(down, cells, strict=True):
         view.add_row(Text(name), *map(Text, sizes))
-    with spelt(console):
+    with ascii_fallback(console):
         console.print(Text(table["title"], style="bold"))
         console.print(view, highlight=False)
         if any(UNKNOWN in sizes for sizes in cells):

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from runner.report.encodings import spelt
 from runner.report.plan_tables import print_fit, print_memory_table
 from runner.report.plan_terms import (
     FAMILIES,
@@ -24,7 +23,7 @@ from runner.report.plan_terms import (
     segments,
     term_of,
 )
-from runner.report.summary import duration
+from runner.report.text import ascii_fallback, duration
 
 BAR = 50
 _BESIDE_BAR = 26  # `backward  `, the mark, ` 43.0 GiB`, ` peak`
@@ -39,7 +38,7 @@ def print_plan(
     console: Console, plan: Mapping[str, Any], titles: Mapping[str, str | None] = MappingProxyType({})
 ) -> None:
     """A plan (`Plan.as_dict`): the answer in a sentence, a bar per phase, the peak's terms, time and money."""
-    with spelt(console):
+    with ascii_fallback(console):
         console.print(Text(heading(plan, titles), style="bold"))
         console.print(_answer(plan))
         console.print()

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from runner.report.durations import duration
 from runner.report.invocation import typed
+from runner.report.text import duration
 from runner.rundir.directory import RunDir, runs_in
 
 _STATE_STYLE = {"done": "green", "failed": "red", "killed": "red", "interrupted": "yellow"}

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from runner.config.provenance import Origin, flat
-from runner.report.summary import duration, metric_of
+from runner.report.summary import metric_of
+from runner.report.text import duration
 from runner.spec import RunSpec
 
 

@@ -16,7 +16,7 @@ from runner.machine import detect
 from runner.plan import auto_values
 from runner.plan.nearest_fit import Offer, offers
 from runner.plan.plan import Plan
-from runner.report.durations import duration
+from runner.report.text import duration
 from runner.resolve import model_facts, plan_inputs, price
 from runner.spec import AutoPlace, HardwareSpec, LocalPlace, RentedPlace, RunPodPlace, RunSpec
 

@@ -21,9 +21,9 @@ from runner.launcher.torchrun import MEETING_SECONDS
 from runner.paths import state_dir
 from runner.plan.plan import Plan
 from runner.report import terminal
-from runner.report.errors_text import dump
 from runner.report.invocation import typed
 from runner.report.tables import headline, in_one_line
+from runner.report.text import dump
 from runner.resolve import model_facts, plan_inputs
 from runner.resolve.steps import resolve, with_facts
 from runner.rundir.directory import Outcome, RunDir, shown

@@ -18,21 +18,48 @@ from rich.console import Console
 
 from runner.config.compose import compose, source_finder
 from runner.config.request import COMMAND_LINE, Request
+from runner.config.suggestions import nearest
 from runner.doctor import disk
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
 from runner.launcher.warm_workers import WarmWorkers
 from runner.machine import detect
 from runner.plan.plan import Plan
-from runner.report.errors_text import dump, print_problems
-from runner.report.metrics import unknown_metric
 from runner.report.summary import metric_of
 from runner.report.tables import print_sweep
+from runner.report.text import dump, print_problems
 from runner.resolve.steps import resolve
 from runner.rundir.directory import RunDir, shown, write_atomically
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.runs.launch import agreed, check, plan_first, start
 from runner.runs.sweeper import Sweep, misdirected, parallel_jobs, read, task_overrides
 from runner.spec import RunSpec
+
+TRAIN_METRICS = (
+    "loss_first", "loss_last", "steps", "examples", "tokens", "tokens_per_second", "effective_tokens_per_second",
+    "seconds", "trainable_parameters", "total_parameters",
+)  # fmt: skip
+EVAL_METRICS = (
+    "loss", "perplexity", "exact_match", "num_exact", "num_prompts", "reward", "reward_std", "reward_margin",
+    "reward_accuracy", "reward_chosen", "reward_rejected", "log_odds_ratio", "nll_loss", "kl", "entropy",
+    "completion_tokens", "completion_cut", "groups_alike", "logps_chosen", "logps_rejected",
+)  # fmt: skip
+"""Before and after training; which of them depends on objective and data."""
+METRICS = (
+    *(f"train.{name}" for name in TRAIN_METRICS),
+    *(f"eval.{when}.{name}" for when in ("after", "before") for name in EVAL_METRICS),
+    "eval.num_prompts", "seconds", "peak_memory_gib",
+)  # fmt: skip
+OPEN_METRICS = ("plan.", "cost.", "eval.after.reward_", "eval.before.reward_")
+"""What comes beside a plan or a pod, and what reward functions of one's own are called."""
+
+
+def unknown_metric(key: str) -> Problem | None:
+    """What is wrong with `run.metric`: with a name that no run writes, a sweep would be a table of dashes."""
+    if key in METRICS or key.startswith(OPEN_METRICS):
+        return None
+    near = nearest(key, METRICS)
+    remedy = f"did you mean run.metric={near}?" if near else "write run.metric=eval.after.loss, or train.loss_last"
+    return Problem(f"run.metric={key}: no run writes such a number", "run.metric", remedy)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from rich.console import Console
 from runner.errors import InterruptedRun, Problem, Rewind, RunnerError
 from runner.machine.processes import die_with_parent
 from runner.report import terminal
-from runner.report.errors_text import print_problems
 from runner.report.progress import Progress
+from runner.report.text import print_problems
 from runner.rundir import checkpoints
 from runner.rundir.directory import PHASE_OF_STATE, RunDir
 

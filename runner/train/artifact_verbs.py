@@ -18,7 +18,7 @@ from rich.console import Console
 
 from runner.errors import InterruptedRun, Problem, RunFailedError, RunnerError
 from runner.report import terminal
-from runner.report.errors_text import dump, print_problems, problems_as_json
+from runner.report.text import dump, print_problems, problems_as_json
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 from runner.train.__main__ import quiet_libraries

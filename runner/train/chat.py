@@ -13,7 +13,7 @@ from rich.console import Console
 from runner.data.load import Turn
 from runner.errors import Problem, RunFailedError, RunnerError
 from runner.report import terminal
-from runner.report.errors_text import print_problems
+from runner.report.text import print_problems
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 from runner.train.__main__ import quiet_libraries

@@ -18,8 +18,8 @@ from runner.data.prepared_index import remember
 from runner.errors import InterruptedRun, Problem, RunFailedError, RunnerError
 from runner.paths import cache_dir
 from runner.report import terminal
-from runner.report.errors_text import dump, print_problems, problems_as_json
 from runner.report.progress import Progress
+from runner.report.text import dump, print_problems, problems_as_json
 from runner.spec import RunSpec
 from runner.train.__main__ import quiet_libraries
 

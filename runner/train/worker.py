@@ -14,7 +14,7 @@ from transformers import set_seed
 from runner.data.row_checks import nothing_held_out
 from runner.errors import InterruptedRun, Problem, RequestError
 from runner.hub.model_card import write_card
-from runner.report.plot import plot_loss
+from runner.report.loss_plot import plot_loss
 from runner.report.progress import Progress
 from runner.report.summary import summary_of
 from runner.rundir import checkpoints

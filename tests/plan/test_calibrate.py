@@ -10,8 +10,7 @@ import pytest
 
 from runner.plan.memory import CONTEXT, GIB
 from runner.report.calibrate import calibration
-from runner.report.plan_vs_measured import TRAINING, beside_plan, pair
-from runner.report.summary import plan_line
+from runner.report.summary import TRAINING, beside_plan, pair, plan_line
 from runner.resolve import plan_inputs
 from runner.rundir.directory import RunDir, all_runs
 from runner.train.memory_stats import Peaks

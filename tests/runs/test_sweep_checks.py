@@ -12,8 +12,8 @@ import pytest
 from hydra.core.plugins import Plugins
 
 from runner.launcher import local
-from runner.report.metrics import MEASURED, unknown_metric
 from runner.rundir.directory import Outcome, RunDir
+from runner.runs.sweep import EVAL_METRICS, unknown_metric
 from runner.spec import RunSpec
 from tests.support.front import here, laptop, runner, write
 
@@ -57,7 +57,7 @@ def test_every_metric_of_every_trainer_is_known() -> None:
 
     for module in (grpo, recording_trainer, preference_dataset, preference):
         for trainer in vars(module).values():
-            assert set(getattr(trainer, "METRICS", {}).values()) <= set(MEASURED)
+            assert set(getattr(trainer, "METRICS", {}).values()) <= set(EVAL_METRICS)
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_words(here: Path) -> None:

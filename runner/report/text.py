@@ -1,16 +1,32 @@
-"""Errors as text: all at once, each with its source and its remedy."""
+"""Text for people: errors with their remedies, durations, JSON, and ASCII where a terminal has no Unicode."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from runner.errors import RunnerError
-from runner.report.encodings import spelt
 from runner.report.invocation import typed
+
+# One character for one, so that columns stay where they are.
+_ASCII = str.maketrans("│┐┌×–—…•→’·█━", "|++x--.*>'.#=")
+
+
+@contextmanager
+def ascii_fallback(console: Console) -> Iterator[None]:
+    """What is printed meanwhile is spelt in ASCII where the console's encoding is not Unicode."""
+    if not console.options.ascii_only:
+        yield
+        return
+    with console.capture() as captured:
+        yield
+    console.file.write(captured.get().translate(_ASCII).encode("ascii", "replace").decode("ascii"))
+
 
 TITLES = {
     1: "The run failed",
@@ -25,7 +41,7 @@ def print_problems(console: Console, error: RunnerError, *, started: bool = Fals
     title = title or TITLES.get(error.exit_code, "Error")
     if started:
         title = title.partition(";")[0]
-    with spelt(console):
+    with ascii_fallback(console):
         console.print(Text(title, style="bold red"))
         for problem in error.problems:
             line = Text("  • ").append(typed(problem.what))
@@ -44,3 +60,11 @@ def problems_as_json(error: RunnerError) -> dict[str, Any]:
 def dump(content: Any) -> str:
     """JSON for standard output."""
     return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `3 min 5 s`, `2 h 10 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
