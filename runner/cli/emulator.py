@@ -36,7 +36,7 @@ def emulate(
       python -m runner emulate --fault "no_capacity:gpu=NVIDIA L4,times=2" --fault slow_pull:seconds=30
     """
     try:
-        from runner.emulator.command import REALISTIC, faults_of, serve  # FastAPI, uvicorn: 1 s
+        from runner.emulator.server import REALISTIC, faults_of, serve  # FastAPI, uvicorn: 1 s
     except ModuleNotFoundError as error:
         what = f"the emulator's packages are not installed: there is no {error.name}"
         raise CannotRunError(Problem(what, "emulate", install("emulator"))) from None

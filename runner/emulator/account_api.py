@@ -1,15 +1,14 @@
-"""/v2/account, /v2/templates, /v2/registries: what an account keeps and no machine runs."""
+"""/v2/account, /v2/templates, /v2/network-volumes: what an account keeps beside pods."""
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 from fastapi import APIRouter, Response
 
 from runner.emulator import catalog
-from runner.emulator.clocks import stamp
-from runner.emulator.errors import ApiProblem, not_found
-from runner.emulator.paging import page
+from runner.emulator.answers import ApiProblem, not_found, page
 from runner.emulator.pod_creation import config_of
 from runner.emulator.state import World, new_id
 
@@ -25,8 +24,7 @@ def router(world: World) -> APIRouter:
     api = APIRouter(prefix="/v2")
     _ssh_keys(api, world)
     _templates(api, world)
-    _delegations(api, world)
-    _registries(api, world)
+    api.include_router(network_volumes(world))
     return api
 
 
@@ -75,11 +73,6 @@ def _templates(api: APIRouter, world: World) -> None:
             raise not_found("template")
         return world.templates[identity]
 
-    @api.patch("/templates/{identity}")
-    def update_template(identity: str, body: Json) -> Json:
-        own(identity).update(body)
-        return world.templates[identity]
-
     @api.delete("/templates/{identity}", status_code=204)
     def delete_template(identity: str) -> Response:
         own(identity)
@@ -94,51 +87,56 @@ def _template(body: Json) -> Json:
     return {"name": body["name"], **config_of(body), **kept}
 
 
-def _registries(api: APIRouter, world: World) -> None:
-    @api.get("/registries")
-    def list_registries(cursor: str | None = None) -> Json:
-        return page("registries", list(world.registries.values()), cursor, world.settings.page_size)
+def network_volumes(world: World) -> APIRouter:
+    api = APIRouter(prefix="/network-volumes")
 
-    @api.post("/registries", status_code=201)
-    def create_registry(body: Json) -> Json:
-        made = {"id": new_id(), "name": body["name"]}  # its name and password are for RunPod's eyes only
-        world.registries[made["id"]] = made
+    def volume(identity: str) -> Json:
+        if identity not in world.volumes:
+            raise not_found("network volume")
+        return world.volumes[identity]
+
+    @api.get("")
+    def list_volumes(cursor: str | None = None) -> Json:
+        return page("networkVolumes", list(world.volumes.values()), cursor, world.settings.page_size)
+
+    @api.post("", status_code=201)
+    def create_volume(body: Json) -> Json:
+        center = catalog.data_centers().get(body["dataCenter"])
+        if center is None:
+            raise ApiProblem(400, f"data center {body['dataCenter']!r} not found")
+        kind = body.get("type") or center.volume_types[0]
+        if kind not in center.volume_types:
+            raise ApiProblem(400, f"data center {center.id} has no {kind} network volumes")
+        made = {"id": new_id(), "name": body["name"], "size": body["size"], "dataCenter": center.id, "type": kind}
+        volume_folder(world, made["id"]).mkdir(parents=True)
+        world.volumes[made["id"]], world.volume_since[made["id"]] = made, world.clock.billed()
         return made
 
-    @api.get("/registries/{identity}")
-    def get_registry(identity: str) -> Json:
-        if identity not in world.registries:
-            raise not_found("registry")
-        return world.registries[identity]
+    @api.get("/{identity}")
+    def get_volume(identity: str) -> Json:
+        return volume(identity)
 
-    @api.delete("/registries/{identity}", status_code=204)
-    def delete_registry(identity: str) -> Response:
-        if world.registries.pop(identity, None) is None:
-            raise not_found("registry")
+    @api.patch("/{identity}")
+    def update_volume(identity: str, body: Json) -> Json:
+        found = volume(identity)
+        if body.get("size", found["size"]) < found["size"]:
+            raise ApiProblem(400, "the size of a network volume can only be increased")
+        found.update(body)
+        return found
+
+    @api.delete("/{identity}", status_code=204)
+    def delete_volume(identity: str) -> Response:
+        volume(identity)
+        for pod in list(world.engine.pods.values()):
+            if (pod.network() or {}).get("volumeId") == identity:
+                raise ApiProblem(400, f"network volume is in use by pod {pod.id}")
+        del world.volumes[identity]
+        shutil.rmtree(volume_folder(world, identity), ignore_errors=True)
         return Response(status_code=204)
 
+    return api
 
-def _delegations(api: APIRouter, world: World) -> None:
-    """Rights to pull from a private ECR repository. Before /registries/{id} would take their path for an id."""
 
-    @api.get("/registries/delegations")
-    def list_delegations(cursor: str | None = None) -> Json:
-        return page("delegations", list(world.delegations.values()), cursor, world.settings.page_size)
-
-    @api.post("/registries/delegations", status_code=201)
-    def create_delegation(body: Json) -> Json:
-        host, _, rest = body["resource"].partition("/")
-        repository, _, tag = rest.partition(":")
-        made = {
-            "id": new_id(), "name": body.get("name"), "delegatorUserId": "user_emulated", "awsUser": "emulated",
-            "repository": repository, "tag": tag or "latest", "awsRegion": "us-east-1", "dockerRegistryUri": host,
-            "createdAt": stamp(world.clock.now()),
-        }  # fmt: skip
-        world.delegations[made["id"]] = made
-        return made
-
-    @api.delete("/registries/delegations/{identity}", status_code=204)
-    def revoke(identity: str) -> Response:
-        if world.delegations.pop(identity, None) is None:
-            raise not_found("delegation")
-        return Response(status_code=204)
+def volume_folder(world: World, identity: str) -> Any:
+    """Where a volume's files are on this machine."""
+    return world.root / "volumes" / identity

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from runner.emulator.errors import ApiProblem
+from runner.emulator.answers import ApiProblem
 from runner.emulator.faults import KINDS, Fault
 from runner.emulator.state import World
 

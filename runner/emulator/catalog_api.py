@@ -8,9 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from runner.emulator import catalog
+from runner.emulator.answers import ApiProblem, not_found, page
 from runner.emulator.catalog import Cpu, DataCenter, Gpu
-from runner.emulator.errors import ApiProblem, not_found
-from runner.emulator.paging import page
 from runner.emulator.state import World
 
 Json = dict[str, Any]

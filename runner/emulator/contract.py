@@ -18,6 +18,9 @@ from jsonschema import Draft202012Validator
 
 FILE = Path(__file__).with_name("contract.json")
 METHODS = ("get", "post", "put", "patch", "delete")
+UNSERVED = re.compile(r"/v2/(clusters|registries|billing(?!/pods)|serverless/.*/(workers|releases))\b")
+"""Paths that nothing here asks for."""
+UNSERVED_METHODS = (("patch", "/v2/serverless/{id}"), ("patch", "/v2/templates/{id}"))
 PROSE = ("description", "summary", "examples", "example", "x-enum-varnames", "x-codeSamples")
 
 
@@ -36,11 +39,12 @@ class Operation:
 
 
 def reduced(document: dict[str, Any]) -> dict[str, Any]:
-    """Of an OpenAPI document: path → method → operation, body and query schemas; and the schemas these refer to."""
+    """Of an OpenAPI document what the emulator serves: path → method → operation, body and query schemas; and the
+    schemas these refer to."""
     paths: dict[str, Any] = {}
     for path, item in document["paths"].items():
         for method in METHODS:
-            if method not in item:
+            if method not in item or UNSERVED.match(path) or (method, path) in UNSERVED_METHODS:
                 continue
             operation = item[method]
             body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")

@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 
 from runner.emulator import catalog
-from runner.emulator.clocks import Clock
+from runner.emulator.answers import ApiProblem
 from runner.emulator.container import Container, command_of, free_port
-from runner.emulator.errors import ApiProblem
 from runner.emulator.faults import Fault, Faults
 from runner.emulator.pods import Pod
-from runner.emulator.settings import Settings
+from runner.emulator.settings import Clock, Settings
 
 TICK_S = 0.02
 PULL_AGAIN_S = 5.0
@@ -257,20 +256,7 @@ class Engine:
             env["PUBLIC_KEY"] = pod.public_key
         if pod.start_jupyter:
             env["JUPYTER_PASSWORD"] = pod.key[-12:].lower()
-        if pod.cluster:
-            env |= self._rendezvous(pod)
         return {**env, **pod.config["env"]}
-
-    def _rendezvous(self, pod: Pod) -> dict[str, str]:
-        """All nodes of a cluster are this machine."""
-        assert pod.cluster is not None
-        nodes = [p for p in self.pods.values() if p.cluster and p.cluster["id"] == pod.cluster["id"]]
-        count = pod.compute.get("gpu", {}).get("count", 1)
-        return {
-            "MASTER_ADDR": "127.0.0.1", "PRIMARY_ADDR": "127.0.0.1", "MASTER_PORT": "29400", "PRIMARY_PORT": "29400",
-            "NODE_ADDR": "127.0.0.1", "NODE_RANK": str(pod.cluster["rank"]), "NUM_NODES": str(len(nodes)),
-            "NUM_TRAINERS": str(count), "WORLD_SIZE": str(count * len(nodes)), "HOST_NODE_ADDR": "127.0.0.1:29400",
-        }  # fmt: skip
 
     def _end_container(self, pod: Pod, wipe: bool) -> None:
         if pod.container is not None:

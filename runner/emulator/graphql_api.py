@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from runner.emulator import catalog
-from runner.emulator.errors import ApiProblem
+from runner.emulator.answers import ApiProblem
 from runner.emulator.pod_creation import NO_CAPACITY, placed
 from runner.emulator.state import World
 

@@ -12,8 +12,8 @@ from urllib.parse import parse_qsl, unquote
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runner.emulator import contract
+from runner.emulator.answers import MEDIA_TYPE, ApiProblem
 from runner.emulator.contract import Operation
-from runner.emulator.errors import MEDIA_TYPE, ApiProblem
 from runner.emulator.faults import Fault
 from runner.emulator.state import Exchange, World
 

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from runner.emulator import catalog
-from runner.emulator.errors import ApiProblem, not_found
+from runner.emulator.answers import ApiProblem, not_found
 from runner.emulator.pods import Pod, PodLog
 from runner.emulator.state import World, new_id
 
@@ -17,7 +17,7 @@ MAX_VARIABLES = 50
 FROM_TEMPLATE = ("image", "args", "disk", "ports", "registry", "startSsh", "startJupyter")
 
 
-def placed(world: World, body: dict[str, Any], cluster: dict[str, Any] | None = None) -> Pod:
+def placed(world: World, body: dict[str, Any]) -> Pod:
     """A pod that is asked for and allowed, not yet begun. ApiProblem: 400, 402, 404 or 422."""
     body = with_template(world, body)
     _rules(body)
@@ -39,7 +39,6 @@ def placed(world: World, body: dict[str, Any], cluster: dict[str, Any] | None = 
         public_key=_public_key(world, body),
         start_jupyter=body.get("startJupyter", False),
         global_networking=False,
-        cluster=cluster,
     )
     return pod
 

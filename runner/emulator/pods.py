@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.emulator.clocks import Clock, stamp
 from runner.emulator.container import Container
+from runner.emulator.settings import Clock, stamp
 
 ACTIONS = {
     "PROVISIONING": ["stop", "terminate"],
@@ -93,7 +93,6 @@ class Pod:
     start_jupyter: bool = False
     locked: bool = False
     global_networking: bool = False
-    cluster: dict[str, Any] | None = None
     interruptible: bool = False
     id: str = field(default_factory=lambda: "".join(secrets.choice(ALPHABET) for _ in range(14)))
     key: str = field(default_factory=lambda: "rpa_" + secrets.token_hex(20).upper())
@@ -168,7 +167,7 @@ class Pod:
     def answer(self, runtime_s: float) -> dict[str, Any]:
         """The schema `Pod`."""
         up = self.is_up(runtime_s)
-        content = {
+        return {
             "id": self.id, "name": self.name, **self.config, "status": self.status,
             "actions": ACTIONS[self.status], **self.compute, "cloud": self.cloud, "dataCenterId": self.data_center,
             "cudaVersion": "12.8" if self.data_center and "gpu" in self.compute else None, "ssh": self._ssh(up),
@@ -177,7 +176,6 @@ class Pod:
             "runtime": self._runtime() if up else None,
             "createdAt": stamp(self.created), "startedAt": stamp(self.started),
         }  # fmt: skip
-        return {**content, "cluster": self.cluster} if self.cluster else content
 
     def _ssh(self, up: bool) -> dict[str, Any]:
         proxy = None

@@ -13,11 +13,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
-from runner.emulator.clocks import stamp
-from runner.emulator.errors import ApiProblem
-from runner.emulator.paging import page
+from runner.emulator.answers import ApiProblem, page
 from runner.emulator.pod_creation import check_ports, placed
 from runner.emulator.pods import ACTIONS, LogLine, Pod
+from runner.emulator.settings import stamp
 from runner.emulator.state import World
 
 Json = dict[str, Any]
@@ -33,8 +32,8 @@ def router(world: World) -> APIRouter:
         return pod.answer(world.settings.runtime_s)
 
     @api.get("")
-    def list_pods(includeClusterPods: bool = False, cursor: str | None = None) -> Json:  # noqa: N803  # RunPod's name
-        pods = listed(world, includeClusterPods)
+    def list_pods(cursor: str | None = None) -> Json:
+        pods = listed(world)
         return page("pods", [shown(pod) for pod in pods], cursor, world.settings.page_size)
 
     @api.post("", status_code=201)
@@ -51,19 +50,19 @@ def router(world: World) -> APIRouter:
 
     @api.patch("/{identity}")
     def update_pod(identity: str, body: Json) -> Json:
-        pod = alone(world.pod(identity))
+        pod = world.pod(identity)
         with engine.lock:
             update(world, pod, body)
         return shown(pod)
 
     @api.delete("/{identity}", status_code=204)
     def delete_pod(identity: str) -> Response:
-        engine.terminate(alone(world.pod(identity)))
+        engine.terminate(world.pod(identity))
         return Response(status_code=204)
 
     @api.post("/{identity}/action")
     def act(identity: str, body: Json) -> Any:
-        pod, action = alone(world.pod(identity)), body["action"]
+        pod, action = world.pod(identity), body["action"]
         if action not in ACTIONS[pod.status]:
             raise ApiProblem(409, f"action {action!r} is not valid for a pod that is {pod.status}")
         if pod.locked and action in ("stop", "restart"):
@@ -82,18 +81,10 @@ def router(world: World) -> APIRouter:
     return api
 
 
-def listed(world: World, with_clusters: bool) -> list[Pod]:
+def listed(world: World) -> list[Pod]:
     """Pods that a list shows now, oldest first."""
     with world.engine.lock:
-        pods = [pod for pod in world.engine.pods.values() if pod.listed_from <= time.monotonic()]
-    return [pod for pod in pods if with_clusters or not pod.cluster]
-
-
-def alone(pod: Pod) -> Pod:
-    """409 for a member of a cluster: that is managed as a whole."""
-    if pod.cluster:
-        raise ApiProblem(409, "pod belongs to a cluster and cannot be modified via the pod endpoints")
-    return pod
+        return [pod for pod in world.engine.pods.values() if pod.listed_from <= time.monotonic()]
 
 
 def update(world: World, pod: Pod, body: Json) -> None:

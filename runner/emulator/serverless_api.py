@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Response
-from fastapi.responses import StreamingResponse
 
 from runner.emulator import catalog
-from runner.emulator.clocks import stamp
-from runner.emulator.errors import ApiProblem, not_found
-from runner.emulator.paging import page
+from runner.emulator.answers import ApiProblem, not_found, page
 from runner.emulator.pod_creation import config_of
+from runner.emulator.settings import stamp
 from runner.emulator.state import World, new_id
 
 Json = dict[str, Any]
@@ -45,41 +43,17 @@ def router(world: World) -> APIRouter:
     def get_endpoint(identity: str) -> Json:
         return shown(endpoint(identity))
 
-    @api.patch("/{identity}")
-    def update_endpoint(identity: str, body: Json) -> Json:
-        found = endpoint(identity)
-        _update(world, found, body)
-        return shown(found)
-
     @api.delete("/{identity}", status_code=204)
     def delete_endpoint(identity: str) -> Response:
         del world.endpoints[endpoint(identity)["id"]]
         return Response(status_code=204)
-
-    @api.get("/{identity}/workers")
-    def workers(identity: str) -> Json:
-        version = endpoint(identity)["version"]
-        counts = ("running", "idle", "initializing", "throttled", "unhealthy", "total")
-        return {"workers": [], "summary": dict.fromkeys(counts, 0), "endpointVersion": version}
-
-    @api.get("/{identity}/releases")
-    def releases(identity: str) -> Json:
-        found = endpoint(identity)
-        rollout = {"inProgress": False, "workersOnLatest": 0, "workersTotal": 0, "percentOnLatest": 100}
-        listed = list(reversed(found["releases"]))
-        return {"endpointVersion": found["version"], "rollout": rollout, "releases": listed}
-
-    @api.get("/{identity}/workers/{worker}/logs")
-    def worker_logs(identity: str, worker: str) -> StreamingResponse:
-        endpoint(identity)
-        raise not_found("worker")
 
     return api
 
 
 def shown(endpoint: Json) -> Json:
     """The schema `Endpoint`."""
-    return {name: value for name, value in endpoint.items() if name not in ("templateId", "version", "releases")}
+    return {name: value for name, value in endpoint.items() if name != "templateId"}
 
 
 def _made(world: World, body: Json) -> Json:
@@ -93,7 +67,7 @@ def _made(world: World, body: Json) -> Json:
         "scaling": body["scaling"], "dataCenterIds": body.get("dataCenterIds", []),
         "networkVolumes": _volumes(world, body.get("networkVolumes", [])), "timeout": body.get("timeout", 300_000),
         "flashboot": body.get("flashboot", "OFF"), "createdAt": stamp(world.clock.now()),
-        "templateId": body.get("templateId"), "version": 1,
+        "templateId": body.get("templateId"),
     }  # fmt: skip
     if made["workers"]["min"] > made["workers"]["max"]:
         raise ApiProblem(400, "workers.min must not exceed workers.max")
@@ -102,7 +76,6 @@ def _made(world: World, body: Json) -> Json:
     elif "idleTimeout" in workers:
         raise ApiProblem(400, "workers.idleTimeout is not applicable to scaling by requestCount")
     made |= _compute(body)
-    made["releases"] = [_release(world, 1)]
     return made
 
 
@@ -148,25 +121,3 @@ def _urls(identity: str, kind: str) -> Json:
         return {name: f"https://api.runpod.ai/v2/{identity}/{path}" for name, path in QUEUE_URLS.items()}
     base = f"https://{identity}.api.runpod.ai"
     return {"base": base, "health": f"{base}/ping"}
-
-
-def _update(world: World, endpoint: Json, body: Json) -> None:
-    """Change what is named; that is a release."""
-    if "templateId" in body:
-        endpoint |= _config(world, {"env": {}, **{k: v for k, v in body.items() if k in (*CONTAINER, "templateId")}})
-        endpoint["templateId"] = body["templateId"]
-    merged: Json = {name: {**(endpoint.get(name) or {}), **body[name]} for name in ("gpu", "workers") if name in body}
-    _volumes(world, body.get("networkVolumes", []))
-    endpoint |= {name: value for name, value in body.items() if name not in ("gpu", "workers", "templateId", "cpu")}
-    endpoint |= merged
-    if "cpu" in body or "gpu" in body:
-        endpoint |= _compute({"gpu": endpoint["gpu"]} if "gpu" in body else {"cpu": body["cpu"]})
-    endpoint["version"] += 1
-    endpoint["releases"].append(_release(world, endpoint["version"]))
-
-
-def _release(world: World, version: int) -> Json:
-    return {
-        "id": new_id(), "version": version, "source": "MANUAL", "buildId": None, "createdByUserId": None,
-        "workerCount": 0, "createdAt": stamp(world.clock.now()), "diff": [],
-    }  # fmt: skip

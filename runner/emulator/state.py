@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from runner.emulator import catalog
-from runner.emulator.clocks import Clock
+from runner.emulator.answers import ApiProblem
 from runner.emulator.engine import Engine
-from runner.emulator.errors import ApiProblem
 from runner.emulator.faults import EVENTS, Fault, Faults
 from runner.emulator.pods import ALPHABET, Pod
-from runner.emulator.settings import Settings
+from runner.emulator.settings import Clock, Settings
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,6 @@ class World:
     """When each network volume's bill began, on the billing clock."""
     templates: dict[str, dict[str, Any]] = field(default_factory=dict)
     endpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
-    clusters: dict[str, dict[str, Any]] = field(default_factory=dict)
-    registries: dict[str, dict[str, Any]] = field(default_factory=dict)
-    delegations: dict[str, dict[str, Any]] = field(default_factory=dict)
     exchanges: deque[Exchange] = field(default_factory=lambda: deque(maxlen=10_000))
 
     def __post_init__(self) -> None:

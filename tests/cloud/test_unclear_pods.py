@@ -97,7 +97,7 @@ def test_a_double_that_is_listed_late_goes_with_the_run(emulator: Emulator, tmp_
     emulator.inject("double", on="create")
     rented = rent(tmp_path)
     assert len(emulator.pods()) == 2
-    while len(listed(emulator.world, False)) < 2:
+    while len(listed(emulator.world)) < 2:
         pass
     rented.release()
     assert emulator.pods() == {}

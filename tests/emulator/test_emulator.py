@@ -190,7 +190,7 @@ def test_a_pods_own_key_is_good_for_itself_only(emulator: Emulator, key_pair: Pa
         ("DELETE", f"/v2/pods/{other['id']}", None),
         ("GET", "/v2/pods", None),
         ("POST", "/v2/pods", pod_body()),
-        ("GET", "/v2/billing", None),
+        ("GET", "/v2/billing/pods", None),
         ("PATCH", f"/v2/pods/{pod['id']}", {"name": "x"}),
     ):
         with pytest.raises(runpod.error.QueryError) as caught:

@@ -307,9 +307,9 @@ def test_templates_are_a_pods_settings(emulator: Emulator) -> None:
     assert (pod["disk"], pod["ports"], pod["env"], pod["template"]) == (33, ["22/tcp"], {"A": "1", "B": "3"}, None)
     assert pod["mounts"] == {"persistent": {"size": 15, "path": "/workspace"}}
     path = f"/v2/templates/{template['id']}"
-    assert rest("PATCH", path, {"name": "renamed"})["name"] == "renamed" == rest("GET", path)["name"]
+    assert rest("GET", path)["name"] == "mine"
     assert [t["id"] for t in rest("GET", "/v2/templates")["templates"]] == [template["id"]]
-    assert status_of("POST", "/v2/templates", {"name": "renamed", "image": "x"}) == 400
+    assert status_of("POST", "/v2/templates", {"name": "mine", "image": "x"}) == 400
     assert status_of("DELETE", "/v2/templates/runpod-vllm") == 403  # RunPod's own
     rest("DELETE", path)
     assert status_of("GET", path) == 404
@@ -324,10 +324,8 @@ def test_serverless_endpoints_are_kept(emulator: Emulator) -> None:
     assert endpoint["requestUrls"]["run"].endswith(f"/{endpoint['id']}/run")
     assert [e["id"] for e in runpod.get_endpoints()] == [endpoint["id"]]
     path = f"/v2/serverless/{endpoint['id']}"
-    changed = rest("PATCH", path, {"workers": {"max": 4}, "gpu": {"minCudaVersion": "12.1"}})
-    assert changed["workers"]["max"] == 4 and changed["gpu"]["pools"] == ["ADA_24", "AMPERE_24"]
-    assert rest("GET", f"{path}/workers")["summary"]["total"] == 0
-    assert [r["version"] for r in rest("GET", f"{path}/releases")["releases"]] == [2, 1]
+    kept = rest("GET", path)
+    assert kept["workers"]["max"] == 1 and kept["gpu"]["pools"] == ["ADA_24", "AMPERE_24"]
     assert status_of("DELETE", f"/v2/templates/{template['id']}") == 400  # in use
     scaling = {"type": "QUEUE_DELAY", "queueDelay": 4}
     bad = {"name": "e", "type": "QUEUE", "scaling": scaling, "image": "i"}
@@ -336,40 +334,6 @@ def test_serverless_endpoints_are_kept(emulator: Emulator) -> None:
     assert status_of("POST", "/v2/serverless", bad | {"gpu": {"pools": ["ADA_24"]}, "type": "LOAD_BALANCER"}) == 422
     rest("DELETE", path)
     assert runpod.get_endpoints() == []
-
-
-@needs_sshd
-def test_clusters_are_several_pods(emulator: Emulator) -> None:
-    compute = {"gpuTypeId": "NVIDIA H100 80GB HBM3", "gpuCountPerPod": 8, "podCount": 2}
-    script = "bash -c 'echo $NODE_RANK of $NUM_NODES, $WORLD_SIZE at $MASTER_ADDR; sleep 60'"
-    body = {"name": "c", "type": "TRAINING", "compute": compute, "image": IMAGE, "args": script}
-    cluster = rest("POST", "/v2/clusters", body)
-    assert cluster["pods"]["total"] == 2 and runpod.get_pods() == []
-    members = rest("GET", f"/v2/clusters/{cluster['id']}/pods")["pods"]
-    assert [pod["cluster"]["rank"] for pod in members] == [0, 1]
-    assert [p["id"] for p in rest("GET", "/v2/pods", params={"includeClusterPods": "true"})["pods"]] == [
-        p["id"] for p in members
-    ]
-    assert status_of("DELETE", f"/v2/pods/{members[0]['id']}") == 409
-    logs = [emulator.pods()[pod["id"]].log for pod in members]
-    for rank, log in enumerate(logs):
-        until(lambda log=log, rank=rank: f"{rank} of 2, 16 at 127.0.0.1" in [line.text for line in log.lines()])
-    assert rest("PATCH", f"/v2/clusters/{cluster['id']}", {"name": "d"})["name"] == "d"
-    assert rest("GET", "/v2/billing/clusters")["metadata"]["uniqueClusterCount"] in (0, 1)
-    rest("DELETE", f"/v2/clusters/{cluster['id']}")
-    assert emulator.pods() == {} and rest("GET", "/v2/clusters")["clusters"] == []
-
-
-def test_registries_and_delegations(emulator: Emulator) -> None:
-    registry = runpod.create_container_registry_auth("hub", "me", "secret")
-    assert registry == {"id": registry["id"], "name": "hub"}
-    assert rest("GET", "/v2/registries")["registries"] == [registry]
-    assert runpod.delete_container_registry_auth(registry["id"])
-    resource = "123456789012.dkr.ecr.us-east-1.amazonaws.com/images:v1"
-    made = rest("POST", "/v2/registries/delegations", {"resource": resource})
-    assert (made["repository"], made["tag"]) == ("images", "v1")
-    assert rest("GET", "/v2/registries/delegations")["delegations"] == [made]
-    rest("DELETE", f"/v2/registries/delegations/{made['id']}")
 
 
 def test_bills_add_up(emulator: Emulator) -> None:
@@ -384,13 +348,15 @@ def test_bills_add_up(emulator: Emulator) -> None:
     assert record["metadata"]["totals"]["totalAmount"] == pytest.approx(emulator.billed(pods[0]["id"]), abs=1e-4)
     both = rest("GET", "/v2/billing/pods", params=window)
     assert both["metadata"]["uniquePodCount"] == 2 and both["metadata"]["recordCount"] == len(both["records"]) >= 4
-    stored = rest("GET", "/v2/billing/network-volumes", params={**window, "networkVolumeId": volume["id"]})
-    assert stored["metadata"]["totals"]["standardAmount"] == pytest.approx(2 * 100 * 0.07 / 730, abs=0.001)
-    everything = rest("GET", "/v2/billing", params=window)["metadata"]["totals"]
-    assert everything["totalAmount"] == pytest.approx(emulator.billed(), abs=0.001)
-    assert rest("GET", "/v2/billing/serverless")["records"] == rest("GET", "/v2/billing/endpoints")["records"] == []
-    assert status_of("GET", "/v2/billing", params={"lastN": 3, "startTime": "2026-01-01T00:00:00Z"}) == 400
-    assert status_of("GET", "/v2/billing", params={"bucketSize": "minute"}) == 422
+    stored = emulator.billed() - sum(emulator.billed(pod["id"]) for pod in pods)
+    assert volume["size"] == 100 and stored == pytest.approx(2 * 100 * 0.07 / 730, abs=0.001)
+    assert status_of("GET", "/v2/billing/pods", params={"lastN": 3, "startTime": "2026-01-01T00:00:00Z"}) == 400
+    assert status_of("GET", "/v2/billing/pods", params={"bucketSize": "minute"}) == 422
+
+
+def test_what_nothing_here_asks_for_is_not_served(emulator: Emulator) -> None:
+    for path in ("/v2/clusters", "/v2/registries", "/v2/billing", "/v2/billing/endpoints"):
+        assert raw(emulator, "GET", path).status_code == 404
 
 
 def test_spot_by_graphql(emulator: Emulator) -> None:

@@ -286,6 +286,6 @@ def test_the_verb_refuses_a_port_in_use(emulator: Emulator) -> None:
 
 
 def test_the_verb_needs_sshd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.emulator.command.sshd", lambda: None)
+    monkeypatch.setattr("runner.emulator.server.sshd", lambda: None)
     done = runner("emulate")
     assert done.exit_code == 3 and "apt-get install openssh-server" in done.output

@@ -1,7 +1,9 @@
-"""Error answers in the form of RFC 9457, as RunPod sends them."""
+"""Answers in the forms that RunPod sends: pages of a list, and problems (RFC 9457)."""
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -30,3 +32,23 @@ class ApiProblem(Exception):
 def not_found(what: str) -> ApiProblem:
     """404: `pod not found`."""
     return ApiProblem(404, f"{what} not found")
+
+
+def page(name: str, entries: Sequence[Any], cursor: str | None, size: int) -> dict[str, Any]:
+    """`{name: [entries of the page], "pagination": …}`; a cursor says how many came before."""
+    start = _start(cursor)
+    end = start + size
+    more = end < len(entries)
+    pagination: dict[str, Any] = {"hasNextPage": more}
+    if more:
+        pagination["nextCursor"] = base64.urlsafe_b64encode(f"after:{end}".encode()).decode()
+    return {name: list(entries[start:end]), "pagination": pagination}
+
+
+def _start(cursor: str | None) -> int:
+    if not cursor:
+        return 0
+    try:
+        return int(base64.urlsafe_b64decode(cursor).decode().removeprefix("after:"))
+    except ValueError:
+        raise ApiProblem(400, "invalid cursor") from None
