@@ -151,7 +151,7 @@ def prepare(request: Request) -> tuple[RunDir, RunSpec]:
     """What `runner.runs.launch` does before it starts the worker."""
     composed = compose(request)
     spec, notes = resolve(composed, source_finder(request))
-    plan = launch.plan_first(spec, notes, composed)
+    plan = launch.plan_or_refuse(spec, notes, composed)
     local.check(spec)
     run = RunDir.create(spec)
     if plan is not None and plan.deepspeed is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from runner.cli.options import Arguments, composed, one_run, request_of, say_unread
+from runner.cli.options import Arguments, one_run, request_of, say_unread, takes_words
 from runner.errors import RequestError
 from runner.report.text import dump
 
@@ -37,7 +37,7 @@ def _composed(verb: str, words: Arguments, config_dirs: tuple[Path, ...]) -> Any
 
 
 @data.command()
-@composed
+@takes_words
 @one_run
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(min=0), help="How many rows to show.")
 @click.option("--row", type=click.IntRange(min=1), help="Show this one (1-based, of those that are right).")
@@ -65,7 +65,7 @@ def preview(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, rows
 
 
 @data.command()
-@composed
+@takes_words
 @one_run
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the lengths.")
 def stats(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: Path | None) -> None:
@@ -92,7 +92,7 @@ def stats(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: 
 
 
 @data.command()
-@composed
+@takes_words
 @one_run
 def prepare(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
     """Tokenise, pack and cache now, on the cheap machine: the same run then starts training at once.

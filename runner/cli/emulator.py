@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from runner.cli.options import Finite, spoken
+from runner.cli.options import Finite, reports_errors
 from runner.errors import CannotRunError, Problem
 from runner.report.invocation import install
 
@@ -21,7 +21,7 @@ from runner.report.invocation import install
 @click.option("--speed", default=1.0, show_default=True, type=Finite(0.0), help="Of the bill.")
 @click.option("--realistic", is_flag=True, help="Pods take as long as RunPod's: a minute, where it is a second else.")
 @click.option("--s3", is_flag=True, help="Serve network volumes by S3, too.")
-@spoken
+@reports_errors
 def emulate(
     port: int, root: Path | None, key: str | None, faults: tuple[str, ...], speed: float, realistic: bool, s3: bool
 ) -> None:

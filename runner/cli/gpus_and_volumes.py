@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from runner.cli.options import as_json_option, spoken
+from runner.cli.options import as_json_option, reports_errors
 from runner.report.text import dump
 from runner.spec.where import country_codes
 
@@ -35,7 +35,7 @@ def _codes(context: click.Context, param: click.Parameter, words: tuple[str, ...
     help="Only what data centres of this country have, such as US; more than once for any of several.",
 )
 @as_json_option
-@spoken
+@reports_errors
 def gpus(min_memory: int, cloud: str | None, count: int, countries: tuple[str, ...], as_json: bool) -> None:
     """RunPod's GPUs as they are now: ids, memory, prices per cloud, stock and where, and the largest model that each
     holds.
@@ -87,7 +87,7 @@ def volumes(context: click.Context, as_json: bool) -> None:
         _list(as_json=as_json)
 
 
-@spoken
+@reports_errors
 def _list(as_json: bool) -> None:
     from runner.cloud.runpod.api import Api
     from runner.cloud.runpod.volumes import usd_per_month
@@ -112,7 +112,7 @@ def list_(as_json: bool) -> None:
 @click.option("--size", type=click.IntRange(10, 4096), required=True, help="GB.")
 @click.option("--data-center", required=True, help="Where it is, and where its pods will be.")
 @as_json_option
-@spoken
+@reports_errors
 def create(name: str, size: int, data_center: str, as_json: bool) -> None:
     """Make a network volume; it is paid for until it is deleted."""
     from runner.cloud.runpod import volumes as keeping
@@ -128,7 +128,7 @@ def create(name: str, size: int, data_center: str, as_json: bool) -> None:
 @click.argument("volume")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @as_json_option
-@spoken
+@reports_errors
 def delete(volume: str, yes: bool, as_json: bool) -> None:
     """Delete a network volume, by id or name, and all that is on it."""
     from runner.cloud.runpod import volumes as keeping
@@ -149,7 +149,7 @@ def delete(volume: str, yes: bool, as_json: bool) -> None:
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("target", default="")
 @as_json_option
-@spoken
+@reports_errors
 def put(volume: str, source: Path, target: str, as_json: bool) -> None:
     """Send a file or a folder to a volume, by S3: no pod is needed. TARGET is a path there; with / a folder."""
     from runner.cloud.runpod import volumes
@@ -164,7 +164,7 @@ def put(volume: str, source: Path, target: str, as_json: bool) -> None:
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path), default=Path("."))
 @as_json_option
-@spoken
+@reports_errors
 def get(volume: str, source: str, target: Path, as_json: bool) -> None:
     """Bring a file or a folder of a volume here, by S3."""
     from runner.cloud.runpod import volumes
@@ -178,7 +178,7 @@ def get(volume: str, source: str, target: Path, as_json: bool) -> None:
 @click.argument("volume")
 @click.argument("prefix", default="")
 @as_json_option
-@spoken
+@reports_errors
 def ls(volume: str, prefix: str, as_json: bool) -> None:
     """Files of a volume, by S3."""
     from runner.cloud.runpod import volumes

@@ -11,20 +11,20 @@ from rich.console import Console
 from runner.cli.options import (
     Arguments,
     as_json_option,
-    composed,
     config_dirs_option,
     one_run,
     output_dir_option,
+    reports_errors,
     request_of,
     say_unread,
-    spoken,
+    takes_words,
 )
 from runner.errors import Problem, RequestError
 from runner.report.text import dump
 
 
 @click.command()
-@composed
+@takes_words
 @one_run
 def show(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
     """The resolved run, as YAML from which a run can start; nothing is started.
@@ -51,7 +51,7 @@ def show(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None
 
 @click.command()
 @click.argument("key")
-@composed
+@takes_words
 @one_run
 def explain(key: str, words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
     """Where the value of KEY came from: command line, recipe, or which file and line.
@@ -64,7 +64,7 @@ def explain(key: str, words: Arguments, config_dirs: tuple[Path, ...], as_json: 
     if "=" in key:
         remedy = f"python -m runner explain {key.partition('=')[0]} {key}"
         raise RequestError(Problem(f"{key} changes a value: the key to explain comes first", "command line", remedy))
-    from runner.config.compose import compose, places, source_finder
+    from runner.config.compose import compose, origins_of_key, source_finder
     from runner.config.validation import value_of
     from runner.report.tables import print_origins
     from runner.resolve.steps import resolve
@@ -72,7 +72,7 @@ def explain(key: str, words: Arguments, config_dirs: tuple[Path, ...], as_json: 
     request = request_of(words, config_dirs)
     spec = compose(request)
     value, final = value_of(spec, key), value_of(resolve(spec, source_finder(request))[0], key)
-    origins = places(request, key)
+    origins = origins_of_key(request, key)
     if as_json:
         click.echo(dump({"key": key, "value": final, "composed": value, "origins": [vars(p) for p in origins]}))
         return
@@ -83,7 +83,7 @@ def explain(key: str, words: Arguments, config_dirs: tuple[Path, ...], as_json: 
 @click.argument("what", required=False)
 @config_dirs_option
 @as_json_option
-@spoken
+@reports_errors
 def list_(what: str | None, config_dirs: tuple[Path, ...], as_json: bool) -> None:
     """What there is to choose from: models, methods, hw, deepspeed, objectives, data, where, track, recipes.
 
@@ -105,7 +105,7 @@ def list_(what: str | None, config_dirs: tuple[Path, ...], as_json: bool) -> Non
 @click.command()
 @output_dir_option
 @as_json_option
-@spoken
+@reports_errors
 def runs(output_dir: Path, as_json: bool) -> None:
     """Past runs: state, model, method, loss, time.
 
@@ -126,7 +126,7 @@ def runs(output_dir: Path, as_json: bool) -> None:
 
 
 @click.command()
-@composed
+@takes_words
 @one_run
 @click.option(
     "--bandwidth",
@@ -145,7 +145,7 @@ def doctor(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, bandw
       python -m runner doctor model=llama3_8b method=qlora4 hw=rtx4090
       python -m runner doctor --bandwidth --json
     """
-    from runner.doctor.checks import examine, findings_as_json, print_findings
+    from runner.doctor.checks import examine_machine, findings_as_json, print_findings
     from runner.doctor.finding import DoctorTarget, exit_code
 
     run = None
@@ -159,7 +159,7 @@ def doctor(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, bandw
         say_unread("doctor", request)
     if bandwidth:
         click.echo("Measuring an all-reduce …", err=True)
-    found = examine(run, bandwidth=bandwidth)
+    found = examine_machine(run, bandwidth=bandwidth)
     if as_json:
         click.echo(dump(findings_as_json(found, run)))
     else:

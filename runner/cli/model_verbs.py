@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from runner.cli.options import as_json_option, spoken
+from runner.cli.options import as_json_option, reports_errors
 from runner.report.text import dump
 
 
@@ -20,7 +20,7 @@ from runner.report.text import dump
     "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer, in tokens."
 )
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output (with --prompt).")
-@spoken
+@reports_errors
 def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_json: bool) -> None:
     """Talk to the tuned model of a run.
 
@@ -45,7 +45,7 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
 @click.option("--limit", type=int, help="Take only the first n rows, and n of each benchmark.")
 @click.option("--base", is_flag=True, help="Measure the model as it was before training.")
 @as_json_option
-@spoken
+@reports_errors
 def eval_(run_dir: Path, as_json: bool, **wanted: Any) -> None:
     """Measure the model of a run: held-out loss and perplexity, and benchmarks.
 
@@ -68,7 +68,7 @@ def eval_(run_dir: Path, as_json: bool, **wanted: Any) -> None:
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write, if not runs/<id>/merged.")
 @as_json_option
-@spoken
+@reports_errors
 def merge(run_dir: Path, out: Path | None, as_json: bool) -> None:
     """Fold the adapter of a finished run into its base: a plain 16-bit Hugging Face folder, and the proof of it.
 
@@ -90,7 +90,7 @@ def merge(run_dir: Path, out: Path | None, as_json: bool) -> None:
 @click.option("--step", type=int, help="Which checkpoint; the newest complete one if left out.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write, if not export-<step>.")
 @as_json_option
-@spoken
+@reports_errors
 def export(run_dir: Path, step: int | None, out: Path | None, as_json: bool) -> None:
     """Write a checkpoint as what the run would have saved at its end: a plain model, or an adapter.
 
@@ -112,7 +112,7 @@ def export(run_dir: Path, step: int | None, out: Path | None, as_json: bool) -> 
 @click.option("--public", is_flag=True, help="Everybody may see a repository that is made; else it is private.")
 @click.option("--merged", is_flag=True, help="What `merge` has written, instead of the adapter.")
 @as_json_option
-@spoken
+@reports_errors
 def push(run_dir: Path, repo: str | None, public: bool, merged: bool, as_json: bool) -> None:
     """Upload a run's model to the Hugging Face Hub, with a card and the spec that makes it again: one commit.
 
@@ -141,7 +141,7 @@ def push(run_dir: Path, repo: str | None, public: bool, merged: bool, as_json: b
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--delete", "remove", is_flag=True, help="Delete endpoint and template.")
 @as_json_option
-@spoken
+@reports_errors
 def deploy(run_dir: Path, remove: bool, yes: bool, as_json: bool, **options: Any) -> None:
     """Serve a run's model from RunPod: a serverless endpoint with OpenAI's API, which costs nothing while nobody asks.
 

@@ -41,12 +41,12 @@ class Finite(click.FloatRange):
         return number
 
 
-def composed(command: Callable[..., Any]) -> Callable[..., Any]:
+def takes_words(command: Callable[..., Any]) -> Callable[..., Any]:
     """Arguments that every verb with a run takes, and errors in words."""
     command = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE|SPEC.JSON] [KEY=VALUE]…")(
         command
     )
-    return spoken(as_json_option(config_dirs_option(command)))
+    return reports_errors(as_json_option(config_dirs_option(command)))
 
 
 ADD_M = "add -m to run once per value"
@@ -76,7 +76,7 @@ def _without_sweep(problem: Problem) -> Problem:
     return replace(problem, remedy=remedy or None)
 
 
-def spoken(command: Callable[..., Any]) -> Callable[..., Any]:
+def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """Turn a RunnerError into words (or JSON) and its exit code."""
 
     @wraps(command)
@@ -122,7 +122,7 @@ def say_unread(verb: str, request: Any) -> None:
     """Name the typed words that change nothing of the answer, where they do not get into JSON."""
     from runner.runs import unread_keys
 
-    for note in unread_keys.notes(verb, request):
+    for note in unread_keys.unread_key_notes(verb, request):
         click.echo(f"Note    {note}", err=True)
 
 

@@ -11,19 +11,19 @@ from rich.console import Console
 from runner.cli.options import (
     Arguments,
     as_json_option,
-    composed,
     one_run,
     output_dir_option,
+    reports_errors,
     request_of,
     say_unread,
-    spoken,
+    takes_words,
 )
 from runner.errors import CannotRunError
 from runner.report.text import dump
 
 
 @click.command()
-@composed
+@takes_words
 @one_run
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the memory of every phase.")
 @click.option("--deepspeed", "ds_json", is_flag=True, help="Print the resolved DeepSpeed JSON and nothing else.")
@@ -50,7 +50,7 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
     composed = compose(request)
     spec, notes = resolve(composed, source_finder(request), needed=True)
     inputs.check_files(spec)
-    notes += unread_keys.notes("plan", request, notes)
+    notes += unread_keys.unread_key_notes("plan", request, notes)
     notes += [f"{p.what}: a run is refused; {p.remedy}" for p in writable.problems(spec)]
     found = plan_inputs.plan(spec, notes)
     content = found.as_dict()
@@ -75,7 +75,7 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
 
 
 @click.command()
-@composed
+@takes_words
 @one_run
 @click.option("--by", type=click.Choice(["usd", "time"]), default="usd", show_default=True, help="What to rank by.")
 @click.option("--all", "everything", is_flag=True, help="Show what does not fit, too, and all of a long table.")
@@ -112,7 +112,7 @@ def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str,
 
 
 @click.command()
-@composed
+@takes_words
 @one_run
 def table(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
     """Memory by method and model size, from arithmetic, with what it assumes.
@@ -138,7 +138,7 @@ def table(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> Non
 @click.command()
 @output_dir_option
 @as_json_option
-@spoken
+@reports_errors
 def calibrate(output_dir: Path, as_json: bool) -> None:
     """Predicted against measured, over past runs.
 

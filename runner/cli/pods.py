@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from runner.cli.options import Arguments, Finite, as_json_option, composed, one_run, request_of, spoken
+from runner.cli.options import Arguments, Finite, as_json_option, one_run, reports_errors, request_of, takes_words
 from runner.report.text import dump
 
 all_option = click.option(
@@ -52,7 +52,7 @@ def pods(context: click.Context, everything: bool, as_json: bool) -> None:
         _list(everything=everything, as_json=as_json)
 
 
-@spoken
+@reports_errors
 def _list(everything: bool, as_json: bool) -> None:
     from runner.cloud import fleet
     from runner.report.pod_tables import print_pods
@@ -76,7 +76,7 @@ def list_(everything: bool, as_json: bool) -> None:
 @pods.command()
 @click.argument("run")
 @as_json_option
-@spoken
+@reports_errors
 def stop(run: str, as_json: bool) -> None:
     """Stop the pod of RUN: its volume disk is kept, and paid for; container disk and GPU are given back.
 
@@ -99,7 +99,7 @@ def stop(run: str, as_json: bool) -> None:
 @env_option
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @as_json_option
-@spoken
+@reports_errors
 def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool) -> None:
     """Start the stopped pod of RUN for SSH and Jupyter; it stops itself after so many hours, and keeps its disk.
 
@@ -130,7 +130,7 @@ def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool
 @pods.command()
 @click.argument("run")
 @as_json_option
-@spoken
+@reports_errors
 def terminate(run: str, as_json: bool) -> None:
     """End every pod of RUN, whoever holds it, and confirm that it is gone. What is only on its disk is lost.
 
@@ -153,7 +153,7 @@ def terminate(run: str, as_json: bool) -> None:
 @pods.command(context_settings={"ignore_unknown_options": True})
 @click.argument("run")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-@spoken
+@reports_errors
 def ssh(run: str, command: Arguments) -> None:
     """A shell in the pod of RUN, or one COMMAND there.
 
@@ -172,7 +172,7 @@ def ssh(run: str, command: Arguments) -> None:
 @pods.command()
 @click.argument("run")
 @click.option("-p", "--port", "ports", multiple=True, help="LOCAL:POD or one number for both; default 6006 and 8888.")
-@spoken
+@reports_errors
 def tunnel(run: str, ports: tuple[str, ...]) -> None:
     """TensorBoard (6006) and Jupyter (8888) of the pod of RUN at 127.0.0.1, over SSH; Ctrl-C ends it.
 
@@ -196,7 +196,7 @@ def tunnel(run: str, ports: tuple[str, ...]) -> None:
 @click.option("--every", type=Finite(min=0.5), default=2.0, show_default=True, metavar="SECONDS", help="Look so often.")
 @click.option("--once", is_flag=True, help="Look once, also where nobody pipes the output.")
 @as_json_option
-@spoken
+@reports_errors
 def top(run: str, every: float, once: bool, as_json: bool) -> None:
     """What the GPUs of the pod of RUN do: utilisation, memory, power, temperature; until Ctrl-C.
 
@@ -224,7 +224,7 @@ def top(run: str, every: float, once: bool, as_json: bool) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Go on until the pod is gone.")
 @click.option("--tail", default=100, show_default=True, help="Lines from before.")
 @click.option("--source", type=click.Choice(["container", "system"]), help="Only these; default both.")
-@spoken
+@reports_errors
 def logs(run: str, follow: bool, tail: int, source: str | None) -> None:
     """What RunPod logs of the pod of RUN: pulling the image, starting the container. The training's own: `logs`.
 
@@ -244,7 +244,7 @@ def logs(run: str, follow: bool, tail: int, source: str | None) -> None:
 @click.option("--all", "everything", is_flag=True, help="Every pod of this project that no process here holds.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @as_json_option
-@spoken
+@reports_errors
 def reap(everything: bool, yes: bool, as_json: bool) -> None:
     """End what no run owns: what crashed launchers left, and whatever is past its deadline.
 
@@ -271,7 +271,7 @@ def reap(everything: bool, yes: bool, as_json: bool) -> None:
 @pods.command()
 @click.argument("text", nargs=-1)
 @as_json_option
-@spoken
+@reports_errors
 def templates(text: tuple[str, ...], as_json: bool) -> None:
     """RunPod's templates for pods, the account's own first; with TEXT those that have all its words in name, image or
     id. A run takes one by where.template=ID, or its exact name.
@@ -293,7 +293,7 @@ def templates(text: tuple[str, ...], as_json: bool) -> None:
 
 
 @pods.command()
-@composed
+@takes_words
 @one_run
 @click.option("--hours", type=Finite(min=0, min_open=True), required=True, help="Then it ends itself.")
 @env_option

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from runner.cli.options import as_json_option, output_dir_option, spoken
+from runner.cli.options import as_json_option, output_dir_option, reports_errors
 from runner.report import terminal
 from runner.report.text import dump
 
@@ -17,7 +17,7 @@ from runner.report.text import dump
 @click.argument("run_id")
 @output_dir_option
 @as_json_option
-@spoken
+@reports_errors
 def attach(run_id: str, output_dir: Path, as_json: bool) -> None:
     """Follow a run in its pod to its end, bring it home, end the pod. Ctrl-C leaves again, and the run goes on.
 
@@ -41,7 +41,7 @@ def attach(run_id: str, output_dir: Path, as_json: bool) -> None:
 @click.argument("run_id")
 @output_dir_option
 @as_json_option
-@spoken
+@reports_errors
 def fetch(run_id: str, output_dir: Path, as_json: bool) -> None:
     """Bring a run home: all of one that is over, and its pod is ended; a copy so far of one that trains.
 
@@ -71,7 +71,7 @@ def _answer(as_json: bool, run: object) -> None:
 @click.command()
 @click.argument("run_id")
 @as_json_option
-@spoken
+@reports_errors
 def status(run_id: str, as_json: bool) -> None:
     """Where a run stands: its step, its loss; in a pod, its price, too.
 
@@ -96,7 +96,7 @@ def status(run_id: str, as_json: bool) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Go on as it grows, until Ctrl-C.")
 @click.option("-n", "--lines", default=40, show_default=True, help="Last lines to begin with.")
 @as_json_option
-@spoken
+@reports_errors
 def logs(run_id: str, follow: bool, lines: int, as_json: bool) -> None:
     """What the training of a run in a pod says.
 

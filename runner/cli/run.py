@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from runner.cli.options import Arguments, as_json_option, composed, request_of, spoken, stray
+from runner.cli.options import Arguments, as_json_option, reports_errors, request_of, stray, takes_words
 from runner.errors import RequestError
 from runner.launcher import inherited_ranks
 from runner.report import terminal
@@ -29,7 +29,7 @@ def renting(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command()
-@composed
+@takes_words
 @click.option(
     "-m",
     "--multirun",
@@ -68,7 +68,7 @@ def run(
     from runner.config.compose import compose
 
     terminal.outlive()
-    inherited_ranks.check()
+    inherited_ranks.refuse_copies()
     request = request_of(words, config_dirs)
     composed = None if multirun else compose(request)  # a typo ends here, before all that plans and trains is read
     from runner.rundir.launch_options import LaunchOptions
@@ -96,7 +96,7 @@ def _verbs(group: click.Group, ctx: click.Context, before: str = "") -> Iterator
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
-@composed
+@takes_words
 @renting
 def resume(
     run_dir: Path, words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, yes: bool, detach: bool
@@ -115,7 +115,7 @@ def resume(
     from runner.runs import launch
 
     terminal.outlive()
-    inherited_ranks.check()
+    inherited_ranks.refuse_copies()
     strays = [stray(word) for word in words if "=" not in word]
     if strays:
         raise RequestError(*strays)
@@ -130,7 +130,7 @@ def resume(
 @click.option("--node", type=click.IntRange(min=1), hidden=True)
 @click.option("--attached", is_flag=True, hidden=True)
 @as_json_option
-@spoken
+@reports_errors
 def join(run_dir: Path, node_address: str | None, node: int | None, attached: bool, as_json: bool) -> None:
     """Take part in a run of several machines: typed on every one but the first, in the same folder: runs/<id>
 

@@ -207,7 +207,7 @@ def env_values(names: Sequence[str]) -> dict[str, str]:
     problems: list[Problem] = []
     for word in dict.fromkeys(names):
         name, given, _ = word.partition("=")
-        key = credentials.find(name) if re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) else None
+        key = credentials.find_key(name) if re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) else None
         if given:
             what = "a value on a command line is seen by every user of the machine"
             problems.append(Problem(what, "--env", f"export it, and write --env {name}"))

@@ -123,7 +123,7 @@ def _is_local(run: RunDir) -> bool:
 
 def _check_reachable(words: str, here: RunDir | None) -> None:
     key = PROVIDERS[DEFAULT].key_variable
-    if here is None and credentials.find(key) is None:
+    if here is None and credentials.find_key(key) is None:
         told = no_such_run(Path(words))
         what = f"{told.what} on this machine, and no {key} to look for it in pods"
         raise RequestError(replace(told, what=what, remedy=f"{told.remedy}; for a run in a pod, export {key}=…"))

@@ -26,7 +26,7 @@ from runner.cloud.agent.tail import GROWING, WHOLE
 from runner.cloud.ssh import SSH_FAILED
 from runner.cloud.transfer import RemoteRun
 from runner.errors import Problem, RunnerError
-from runner.report.invocation import typed
+from runner.report.invocation import as_invoked
 from runner.report.progress import Progress
 from runner.rundir.directory import RunDir
 
@@ -269,7 +269,7 @@ class Display:
 
     def say(self, line: str) -> None:
         """Print one line."""
-        self.console.print(typed(line), highlight=False, soft_wrap=True, markup=False)
+        self.console.print(as_invoked(line), highlight=False, soft_wrap=True, markup=False)
 
     def tell(self, news: News) -> None:
         """Show what happened in the pod; what is no number where one belongs is not shown."""

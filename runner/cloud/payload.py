@@ -81,7 +81,7 @@ def _payload_item(key: str, value: str) -> PayloadItem | None:
     names: list[str] = []
     if source.is_dir():
         if any((above / "spec.json").is_file() for above in source.parents):  # of a run, which a pod may have made
-            plain_files.refuse(source)
+            plain_files.refuse_special_files(source)
         names = [str(file.relative_to(source)) for file in sorted(source.rglob("*")) if file.is_file()]
     elif not source.exists() and is_glob(value):
         source, inner, names = _matched(source)

@@ -194,7 +194,7 @@ def send(at: RemoteRun, run: RunDir, spec: RunSpec, say: Say) -> str:
 def send_secrets(at: RemoteRun, spec: RunSpec) -> list[str]:
     """Send secrets over standard input into the pod's memory, readable by its root alone; their names."""
     names = ["HF_TOKEN", *(["WANDB_API_KEY"] if spec.track.name == "wandb" else [])]
-    told = {name: key.value for name in names if (key := credentials.find(name))}
+    told = {name: key.value for name in names if (key := credentials.find_key(name))}
     places = [spec.push.to, *(value for _, value in named_places(spec))]
     if any(str(place).startswith("s3:") for place in places):
         told |= credentials.s3()

@@ -30,8 +30,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from runner.config import catalog, hydra_loader, identity, recipe_checks, repeat
-from runner.config.provenance import Origin, of_file, shown
-from runner.config.request import COMMAND_LINE, Checked, Request, check
+from runner.config.provenance import Origin, origins_in_file, shown
+from runner.config.request import COMMAND_LINE, Checked, Request, check_request
 from runner.config.suggestions import default_of, known_keys, nearest_key
 from runner.config.validation import SourceOf, unknown, validated
 from runner.errors import Problem, RequestError
@@ -64,10 +64,10 @@ class _Composed:
 
 def compose(request: Request) -> RunSpec:
     """The validated run; RequestError with every mistake at once."""
-    return judged(check(request))
+    return compose_checked(check_request(request))
 
 
-def judged(checked: Checked) -> RunSpec:
+def compose_checked(checked: Checked) -> RunSpec:
     """The validated run of a request whose words are checked; RequestError with every mistake at once."""
     base, problems, unsure = checked.request, list(checked.problems), checked.unsure
     composed = _composed(base, checked)
@@ -82,7 +82,7 @@ def judged(checked: Checked) -> RunSpec:
     return validated(composed.values, source_finder(base), problems, unsure | composed.unsure)
 
 
-def places(request: Request, key: str) -> list[Origin]:
+def origins_of_key(request: Request, key: str) -> list[Origin]:
     """All places that set `key`, in order; the last one wins, and an interpolation is followed to its value."""
     known = origins(request)
     found = [origin for origin in known if origin.concerns(key)]
@@ -93,13 +93,13 @@ def places(request: Request, key: str) -> list[Origin]:
 
 def origins(request: Request) -> list[Origin]:
     """Every place that sets any key, in the order in which they apply."""
-    checked = check(request)
+    checked = check_request(request)
     return [*_in_files(checked), *_typed(checked)]
 
 
 def _in_files(checked: Checked) -> list[Origin]:
     file = checked.request.spec_file
-    return list(repeat.origins(file) if file else file_origins(checked))
+    return list(repeat.origins_in_spec(file) if file else file_origins(checked))
 
 
 def _typed(checked: Checked) -> list[Origin]:
@@ -132,7 +132,7 @@ class Sources:
 
     @cached_property
     def _checked(self) -> Checked:
-        return check(self.request)
+        return check_request(self.request)
 
 
 def source_finder(request: Request) -> Sources:
@@ -154,7 +154,7 @@ def primary_of(request: Request) -> _Primary:
     if request.recipe is None:
         return _Primary("config")
     file = recipe_checks.find_recipe(request.recipe, request.config_dirs)
-    problems = recipe_checks.problems_in(file, request.folders)
+    problems = recipe_checks.recipe_problems(file, request.folders)
     if problems:
         raise RequestError(*problems)
     return _Primary(file.stem, (file.resolve().parent,))
@@ -206,7 +206,7 @@ def _composed(request: Request, checked: Checked) -> _Composed:
     if found.values is not None:
         if any(not isinstance(value, (str, type(None))) for value in _environment(found.values).values()):
             _keep_texts(found.values, texts_of(request))
-        return _identified(found, identity.problems(choices, found.values, request.folders, source_of))
+        return _identified(found, identity.identity_problems(choices, found.values, request.folders, source_of))
     return found
 
 
@@ -360,7 +360,7 @@ def _complaint(error: Exception, checked: Checked) -> Problem:
         return Problem(what, COMMAND_LINE, remedy)
     source, key = checked.request.recipe, getattr(cause, "full_key", None)
     if source and key:
-        lines_of_recipe = of_file(recipe_checks.find_recipe(source, checked.request.config_dirs), "")
+        lines_of_recipe = origins_in_file(recipe_checks.find_recipe(source, checked.request.config_dirs), "")
         source = next((o.place for o in lines_of_recipe if o.key == key), source)
     return Problem(f"{key}: {what}" if key else what, source, remedy)
 
@@ -388,12 +388,12 @@ def file_origins(checked: Checked) -> Iterator[Origin]:
                 result = hydra.config_loader.compute_defaults_list(primary.name, checked.for_hydra, RunMode.RUN)
     for item in result.defaults:
         if file := _file_of(item.config_path, checked.request, primary):
-            yield from of_file(file, item.package or "")
+            yield from origins_in_file(file, item.package or "")
 
 
 def _repeated(request: Request, spec_file: Path, overrides: tuple[Override, ...]) -> _Composed:
     """A resolved run with single values changed; only choices of the groups in `exchange` can become others in it."""
-    before = repeat.read(spec_file)
+    before = repeat.read_spec_file(spec_file)
     values, problems = copy.deepcopy(before), []
     for override in overrides:
         if override.key_or_group in request.exchange and not override.is_delete():
@@ -406,10 +406,10 @@ def _repeated(request: Request, spec_file: Path, overrides: tuple[Override, ...]
             what = f"{override.input_line}: {shown(spec_file)} is resolved, so a whole choice cannot be exchanged in it"
             problems.append(Problem(what, COMMAND_LINE, remedy))
         else:
-            repeat.put(values, override.key_or_group, override.value())
+            repeat.set_key(values, override.key_or_group, override.value())
     if any(not isinstance(value, (str, type(None))) for value in _environment(values).values()):
         _keep_texts(values, texts_of(request))
-    others = identity.of_repeat(before, values, request.exchange, source_finder(request))
+    others = identity.repeat_problems(before, values, request.exchange, source_finder(request))
     return _identified(_Composed(values, problems), others)
 
 

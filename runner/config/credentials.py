@@ -25,7 +25,7 @@ class Key:
     """A variable's name, or a file."""
 
 
-def find(name: str) -> Key | None:
+def find_key(name: str) -> Key | None:
     """The key that a program reads from the variable `name`; None without one."""
     for variable in HUB if name == HUB[0] else (name,):
         if value := os.environ.get(variable, "").strip():
@@ -37,13 +37,13 @@ def find(name: str) -> Key | None:
 
 def hub_token() -> str | None:
     """The Hub's token."""
-    key = find(HUB[0])
+    key = find_key(HUB[0])
     return key.value if key else None
 
 
 def export_hub_token() -> None:
     """Put the Hub's token where huggingface_hub reads it: it does not know LangChain's variable."""
-    key = find(HUB[0])
+    key = find_key(HUB[0])
     if key is not None and key.source in HUB[1:] and not os.environ.get(HUB[0], "").strip():
         os.environ[HUB[0]] = key.value
 

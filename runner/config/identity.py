@@ -31,7 +31,7 @@ ARCHITECTURE = (
 """Facts of `model` that a pretrained model has, whatever is written beside it."""
 
 
-def problems(
+def identity_problems(
     choices: Mapping[str, str | None], values: Mapping[str, Any], folders: tuple[Path, ...], source_of: SourceOf
 ) -> Iterator[Problem]:
     """One problem per key of the composed `values` that contradicts the choice it belongs to."""
@@ -42,7 +42,7 @@ def problems(
             yield from _of_choice(group, choice, own, held, folders, source_of)
 
 
-def of_repeat(
+def repeat_problems(
     before: Mapping[str, Any], after: Mapping[str, Any], exchange: tuple[str, ...], source_of: SourceOf
 ) -> Iterator[Problem]:
     """The same for a `spec.json` with single values changed."""

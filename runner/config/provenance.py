@@ -28,7 +28,7 @@ class Origin:
         return self.key == key or self.key.startswith(f"{key}.") or key.startswith(f"{self.key}.")
 
 
-def of_file(file: Path, package: str) -> Iterator[Origin]:
+def origins_in_file(file: Path, package: str) -> Iterator[Origin]:
     """Every key a YAML file sets, with its line, placed below `package` (dotted; empty: top level)."""
     with file.open(encoding="utf-8") as stream:
         node = yaml_files.compose(stream)

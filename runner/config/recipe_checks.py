@@ -50,7 +50,7 @@ def whole_run(recipe: str, folders: tuple[Path, ...] = ()) -> Path | None:
     return None
 
 
-def problems_in(file: Path, folders: tuple[Path, ...]) -> list[Problem]:
+def recipe_problems(file: Path, folders: tuple[Path, ...]) -> list[Problem]:
     """Mistakes in the defaults list of a recipe, with a user's own `folders` of choices; YAMLError if it is broken."""
     with file.open(encoding="utf-8") as stream:  # a stream, so that an error knows the file's name
         node = yaml_files.compose(stream)
@@ -128,7 +128,7 @@ def for_file(remedy: str) -> str:
     return said + (f"{', and below it ' if said else 'write '}{value}" if value else "")
 
 
-def written(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, str], dict[str, Any]]:
+def choices_and_keys(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, str], dict[str, Any]]:
     """Choices of a recipe by group, and the dotted keys it sets, those of recipes it builds on included."""
     choices: dict[str, str] = {}
     keys: dict[str, Any] = {}
@@ -137,7 +137,7 @@ def written(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, str], d
         if isinstance(entry, dict):
             choices |= {re.sub(r"^(override|optional)\s+", "", str(k)).lstrip("/"): str(v) for k, v in entry.items()}
         elif (base := base_of(file, str(entry))) is not None and base not in above:
-            below = written(base, (*above, base))
+            below = choices_and_keys(base, (*above, base))
             choices, keys = below[0] | choices, below[1] | keys
     return choices, keys | dict(flat({k: v for k, v in content.items() if k != "defaults"}))
 

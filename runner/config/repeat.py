@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import catalog, foreign_configs
-from runner.config.provenance import Origin, flat, of_file, shown
+from runner.config.provenance import Origin, flat, origins_in_file, shown
 from runner.config.validation import validated
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 
 
-def read(file: Path) -> dict[str, Any]:
+def read_spec_file(file: Path) -> dict[str, Any]:
     """The values of a resolved run; RequestError if it cannot be read or holds something else."""
     if file.suffix != ".json":
         return catalog.read(file)
@@ -44,12 +44,12 @@ def _other(file: Path, values: dict[str, Any], lacks: list[str]) -> Problem:
     return Problem(f"{shown(file)} is not a whole spec.json: it has no {', '.join(lacks)}", "command line", remedy)
 
 
-def spec_of(file: Path) -> RunSpec:
+def load_spec(file: Path) -> RunSpec:
     """The run that a `spec.json` describes; RequestError with every key that somebody has made wrong in it."""
-    return validated(read(file), lambda key: shown(file))
+    return validated(read_spec_file(file), lambda key: shown(file))
 
 
-def put(values: dict[str, Any], key: str, value: Any) -> None:
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key in place, mappings on the way to it made where there are none."""
     *parents, leaf = key.split(".")
     for step in parents:
@@ -59,8 +59,8 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     values[leaf] = value
 
 
-def origins(file: Path) -> Iterator[Origin]:
+def origins_in_spec(file: Path) -> Iterator[Origin]:
     """Every key that the file sets."""
     if file.suffix != ".json":
-        return of_file(file, "")
-    return (Origin(key, value, shown(file)) for key, value in flat(read(file)))
+        return origins_in_file(file, "")
+    return (Origin(key, value, shown(file)) for key, value in flat(read_spec_file(file)))

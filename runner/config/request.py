@@ -77,7 +77,7 @@ class Checked:
         return replace(self, overrides=fixed, unsure=self.unsure | varied)
 
 
-def check(request: Request, *, sweeping: bool = False) -> Checked:
+def check_request(request: Request, *, sweeping: bool = False) -> Checked:
     """Judge every word; `sweeping` allows several values for a key."""
     request, found = _lift_recipe(request)
     unsure = set(catalog.GROUPS) if found else set()
@@ -143,7 +143,7 @@ def _of_recipe(request: Request) -> tuple[dict[str, str], dict[str, Any]]:
     if request.recipe is None:
         return {}, {}
     try:
-        return recipe_checks.written(recipe_checks.find_recipe(request.recipe, request.config_dirs))
+        return recipe_checks.choices_and_keys(recipe_checks.find_recipe(request.recipe, request.config_dirs))
     except (RequestError, YAMLError, OSError, ValueError, AttributeError, TypeError):
         return {}, {}  # told when it is composed
 
@@ -194,10 +194,10 @@ def _read(text: str, request: Request, sweeping: bool) -> tuple[Override | None,
             if takes_list(group):
                 remedy += f", or write a list: {group}=[{value}]"
             elif takes_text(group):
-                remedy += f", or quote it: {typed(group, value)}"
+                remedy += f", or quote it: {as_typed(group, value)}"
         return override, Problem(f"{text}: several values make a sweep", COMMAND_LINE, remedy)
     if (raw := _number(override)) and only_text(group):
-        return override, Problem(f"{group}={raw}: expected text", COMMAND_LINE, f"quote it: {typed(group, raw)}")
+        return override, Problem(f"{group}={raw}: expected text", COMMAND_LINE, f"quote it: {as_typed(group, raw)}")
     if group in catalog.GROUPS:
         return override, _choice_problem(override, request)
     if any((folder / group).is_dir() for folder in request.folders):
@@ -262,10 +262,10 @@ def _how_to_quote(text: str) -> str:
     name, _, value = text.partition("=")
     if not re.fullmatch(r"[+~]{0,2}\w[\w./@-]*", name) or ".." in name or not value:
         return "write key=value"
-    return f"quote values with special characters: {typed(name, value)}"
+    return f"quote values with special characters: {as_typed(name, value)}"
 
 
-def typed(key: str, value: str) -> str:
+def as_typed(key: str, value: str) -> str:
     """What to type into a shell so that `key` gets the text `value`, or a list of it where it takes nothing else."""
     text = value.replace("${", "\\${")  # else it would be an interpolation
     word = quoted(text, '"')

@@ -26,7 +26,7 @@ SLOW = 0.5
 """Of the bandwidth that plans count on: below it, something is wrong with the link or its settings."""
 
 
-def finding(machine: Machine, wanted: DoctorTarget | None, limit_s: float = LIMIT_S) -> Finding:
+def bandwidth_finding(machine: Machine, wanted: DoctorTarget | None, limit_s: float = LIMIT_S) -> Finding:
     """All-reduce between the GPUs (of the run, or all visible), or between two CPU processes where there are none."""
     torch = installed_torch()
     if torch is None:

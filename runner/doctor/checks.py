@@ -21,21 +21,23 @@ from runner.report.tables import in_one_line
 from runner.report.text import ascii_fallback
 
 
-def examine(wanted: DoctorTarget | None = None, *, bandwidth: bool = False, root: Path = Path("/")) -> list[Finding]:
+def examine_machine(
+    wanted: DoctorTarget | None = None, *, bandwidth: bool = False, root: Path = Path("/")
+) -> list[Finding]:
     """Look at this machine, for a run if one is named. `root` is where `proc`, `sys` and `dev` are.
 
     `bandwidth` measures an all-reduce, in processes that import torch: 10 s and more.
     """
     machine = detect.detect(root)
-    seen = gpu_checks.look(machine, root)
-    found = [*_run(wanted, machine), *gpu_checks.findings(seen, machine, wanted)]
+    seen = gpu_checks.read_gpus(machine, root)
+    found = [*_run(wanted, machine), *gpu_checks.gpu_findings(seen, machine, wanted)]
     if bandwidth:
-        found.append(all_reduce.finding(machine, wanted))
+        found.append(all_reduce.bandwidth_finding(machine, wanted))
     elif len(machine.gpus) > 1:
         found.append(all_reduce.unmeasured(len(machine.gpus)))
-    found += disk.findings(wanted)
-    found += system.findings(machine, wanted, root)
-    found += software.findings(machine, seen.driver, wanted)
+    found += disk.disk_findings(wanted)
+    found += system.system_findings(machine, wanted, root)
+    found += software.software_findings(machine, seen.driver, wanted)
     found += system.key_findings(wanted)
     return found
 

@@ -43,7 +43,7 @@ class _Disk:
     size: int = 0
 
 
-def check(spec: RunSpec, plan: Plan | None) -> list[str]:
+def check_disk(spec: RunSpec, plan: Plan | None) -> list[str]:
     """Notes, before a run starts here; CannotRunError where a disk has less room than the plan says."""
     wanted = DoctorTarget(spec, plan)
     writing = [f for f in folders(wanted) if not writable.why_not(writable.nearest(f.path))] if wanted.here else []
@@ -54,7 +54,7 @@ def check(spec: RunSpec, plan: Plan | None) -> list[str]:
     return [f"{one.found}: {one.remedy}" for one in found if one.state != "ok"]
 
 
-def findings(wanted: DoctorTarget | None) -> Iterator[Finding]:
+def disk_findings(wanted: DoctorTarget | None) -> Iterator[Finding]:
     """One line per disk, and one per folder that cannot be written to."""
     found = folders(wanted)
     for folder in found:

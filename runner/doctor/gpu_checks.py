@@ -62,7 +62,7 @@ class Seen:
     """NVIDIA cards on the bus for which no driver is loaded."""
 
 
-def look(machine: Machine, root: Path = Path("/")) -> Seen:
+def read_gpus(machine: Machine, root: Path = Path("/")) -> Seen:
     """Ask NVML about the visible GPUs of `machine`."""
     if not machine.gpus and not any((root / file).exists() for file in DRIVER_FILES):
         return Seen(None, None, (), {}, on_the_bus(root))
@@ -84,7 +84,7 @@ def look(machine: Machine, root: Path = Path("/")) -> Seen:
         pynvml.nvmlShutdown()
 
 
-def findings(seen: Seen, machine: Machine, wanted: DoctorTarget | None) -> Iterator[Finding]:
+def gpu_findings(seen: Seen, machine: Machine, wanted: DoctorTarget | None) -> Iterator[Finding]:
     """The driver, the cards and peer-to-peer."""
     yield _driver(seen, machine)
     if not seen.silence and not seen.unused:  # of which the driver's line speaks

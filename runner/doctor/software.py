@@ -38,7 +38,7 @@ _FLASH = 8.0
 """Compute capability from which flash-attn 2 has kernels (its README: Ampere, Ada, Hopper)."""
 
 
-def findings(machine: Machine, driver: Driver | None, wanted: DoctorTarget | None) -> Iterator[Finding]:
+def software_findings(machine: Machine, driver: Driver | None, wanted: DoctorTarget | None) -> Iterator[Finding]:
     """Packages, torch, compilers where they matter, git."""
     yield _packages(wanted)
     torch = installed_torch()
@@ -47,7 +47,7 @@ def findings(machine: Machine, driver: Driver | None, wanted: DoctorTarget | Non
     if any((gpu.compute_capability or 0) >= _FLASH for gpu in machine.gpus):
         yield _attention()
     if machine.gpus and torch is not None and torch.cuda is not None and (missing := kernels.no_compiler()):
-        state: State = "problem" if wanted is None or kernels.compiles(wanted.spec) else "note"
+        state: State = "problem" if wanted is None or kernels.compiles_kernels(wanted.spec) else "note"
         yield Finding("compiler", state, *missing)
     if wanted is None or "offload" in wanted.spec.deepspeed.name:
         yield from _compilers(torch, needed=wanted is not None)

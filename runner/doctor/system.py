@@ -20,7 +20,7 @@ SHM_ASKED, SHM_LEAST = 1.0, 0.5  # GiB
 _MORE_SHM = "docker run --shm-size=1g (or --ipc=host); in Kubernetes an emptyDir with medium: Memory at /dev/shm"
 
 
-def findings(machine: Machine, wanted: DoctorTarget | None, root: Path = Path("/")) -> Iterator[Finding]:
+def system_findings(machine: Machine, wanted: DoctorTarget | None, root: Path = Path("/")) -> Iterator[Finding]:
     """CPU, memory, shared memory."""
     yield _cpu(machine)
     yield _memory(machine, wanted, root)
@@ -116,7 +116,7 @@ def _key(name: str, wanted: DoctorTarget | None) -> Finding:
             remedy = "export it again without"
             return Finding(name, "warning", "set, with a space, a line break or a quote around it", remedy)
         return Finding(name, "ok", "set")
-    if key := credentials.find(name):
+    if key := credentials.find_key(name):
         return Finding(name, "ok", f"not set; {key.source} is used")
     need = _need(name, wanted) if wanted else None
     if need is None:

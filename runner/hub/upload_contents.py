@@ -49,7 +49,7 @@ def push_checkpoint(run: RunDir, folder: Path, step: int, keep: int, target: Tar
 
 
 def _files(run: RunDir, spec: RunSpec, folder: Path, repo: str | None) -> Files:
-    plain_files.refuse(folder, *(run.path / name for name in BESIDE))
+    plain_files.refuse_special_files(folder, *(run.path / name for name in BESIDE))
     beside = [name for name in BESIDE if (run.path / name).is_file()]
     adapter = (folder / "adapter_config.json").is_file()
     text = card(spec, run, repo, adapter=adapter, picture="loss.png" in beside)

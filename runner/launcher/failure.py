@@ -27,7 +27,7 @@ TAIL = 20_000
 """Characters at the end of a log in which a cause is looked for."""
 
 
-def judge(run: RunDir, spec: RunSpec, ending: Ending, killer: Callable[[], Killer]) -> int:
+def report_ending(run: RunDir, spec: RunSpec, ending: Ending, killer: Callable[[], Killer]) -> int:
     """The run's exit code; says why it failed, unless the worker did, and keeps that in `status.json`."""
     state = run.read("status.json").get("state")
     if ending.code == 0 and state == "interrupted":  # torchrun would call any other code of a worker's a failure
@@ -116,10 +116,10 @@ def _of_several(run: RunDir, spec: RunSpec, ending: Ending, killer: Callable[[],
         return _say(run, RunFailedError(Problem(f"rank {rank} {how}; the others were stopped", None, again(run))))
     if spoken:
         return _say(run, failed(run, spoken[0]))
-    return _say(run, RunFailedError(of_torchrun(run, ending, LAUNCHER_LOG)))
+    return _say(run, RunFailedError(torchrun_problem(run, ending, LAUNCHER_LOG)))
 
 
-def of_torchrun(run: RunDir, ending: Ending, name: str) -> Problem:
+def torchrun_problem(run: RunDir, ending: Ending, name: str) -> Problem:
     """What torchrun left in its log where no process has said anything."""
     log = run.path / "logs" / name
     cause = cause_of(_tail(log))

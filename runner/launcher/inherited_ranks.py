@@ -35,12 +35,12 @@ _LAUNCHERS = {
 """By the name of the program, or of the module that Python runs."""
 
 
-def cleaned(environment: Mapping[str, str]) -> dict[str, str]:
+def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables without those places: who starts a process says where it stands."""
     return {name: value for name, value in environment.items() if not _PLACES.fullmatch(name)}
 
 
-def notes() -> list[str]:
+def inherited_rank_notes() -> list[str]:
     """What was found, and what says it instead."""
     found = sorted(name for name in os.environ if _PLACES.fullmatch(name))
     if not found:
@@ -50,7 +50,7 @@ def notes() -> list[str]:
     return [f"not used, of another launcher: {listed}; hw.num_gpus, hw.num_processes and hw.num_nodes say who trains"]
 
 
-def check() -> None:
+def refuse_copies() -> None:
     """RequestError for one of several copies that a launcher has started: each would be a run of its own."""
     sizes = [os.environ.get(name, "") for name in _SIZES]
     copies = max((int(size) for size in sizes if size.isdigit()), default=1)

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from runner.errors import InterruptedRun, Problem, RequestError, Rewind, RunFailedError, RunnerError
 from runner.launcher import local, supervisor, torchrun
-from runner.launcher.failure import again, failed, first_hand, hung, of_torchrun
+from runner.launcher.failure import again, failed, first_hand, hung, torchrun_problem
 from runner.report.text import print_problems
 from runner.rundir.directory import RunDir, alive, shown, write_atomically
 from runner.spec import RunSpec
@@ -46,7 +46,7 @@ def join(run_dir: Path, address: str | None, node: int | None, attached: bool, c
         what = f"machine {number + 1} of {spec.hw.num_nodes}, {each} process{'es' * (each > 1)}"
         console.print(f"Joins   {shown(run.path)}: {what}", highlight=False, soft_wrap=True)
         while True:
-            supervisor.forget(run, torchrun.ranks_of(spec, number))
+            supervisor.remove_reports(run, torchrun.ranks_of(spec, number))
             code = _attempt(run, spec, number, address)
             if code != Rewind.exit_code:
                 return code
@@ -109,7 +109,7 @@ def _number(run: RunDir, spec: RunSpec, given: int | None) -> Iterator[int]:
 def _attempt(run: RunDir, spec: RunSpec, node: int, address: str | None) -> int:
     """Until this machine's processes end; its exit code, or `Rewind`'s."""
     own, began = torchrun.ranks_of(spec, node), time.monotonic()
-    ending, who = local.attend(run, spec, node=node, address=address)
+    ending, who = local.start_and_watch(run, spec, node=node, address=address)
     met = ending.ranks or time.monotonic() - began < torchrun.MEETING_SECONDS
     if run.read("status.json").get("state") == "rewinding" and met:
         return Rewind.exit_code
@@ -137,7 +137,7 @@ def _speak(run: RunDir, ending: supervisor.Ending, own: range, node: int, by_ker
     elif silent:
         rank, problem = silent[0], Problem(f"rank {silent[0]} was {how}; the others were stopped", None, again(run))
     elif not ending.ranks:
-        rank, problem = own[0], of_torchrun(run, ending, torchrun.log_of(node))
+        rank, problem = own[0], torchrun_problem(run, ending, torchrun.log_of(node))
     else:
         return
     problem = replace(problem, source=f"machine {node + 1}, {socket.gethostname()}")

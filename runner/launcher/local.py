@@ -11,7 +11,7 @@ from rich.console import Console
 
 from runner.errors import CannotRunError, Problem, Rewind
 from runner.launcher import nodes, supervisor, torchrun
-from runner.launcher.failure import judge
+from runner.launcher.failure import report_ending
 from runner.launcher.warm_workers import WarmWorkers
 from runner.machine import detect, kernels, torch_build
 from runner.machine.processes import Killer, killer, oom_kills
@@ -25,7 +25,7 @@ def check(spec: RunSpec, launch_options: LaunchOptions = DEFAULT_OPTIONS) -> Non
     """CannotRunError, before anything is made or started, for what this machine, this version or another machine cannot
     run."""
     check_here(spec)
-    nodes.check(spec)
+    nodes.check_nodes(spec)
 
 
 def check_here(spec: RunSpec) -> None:
@@ -70,11 +70,11 @@ def check_torch(spec: RunSpec) -> None:
         build = "CUDA {}.{}".format(*torch.cuda) if torch.cuda else "CPU"
         raise CannotRunError(Problem(f"torch {torch.version} is a {build} build, {reason[0]}", None, reason[1]))
     old = [gpu for gpu in used if (gpu.compute_capability or kernels.TRITON_SINCE) < kernels.TRITON_SINCE]
-    if old and kernels.compiles(spec):
+    if old and kernels.compiles_kernels(spec):
         name = f"{old[0].name} (compute capability {old[0].compute_capability})"
         what = f"objective={spec.objective.name} trains with kernels that Triton compiles, and it has none for {name}"
         raise CannotRunError(Problem(what, "objective", "take a GPU since Volta (hw=v100, hw=t4), or hw=cpu"))
-    if kernels.compiles(spec) and (missing := kernels.no_compiler()):
+    if kernels.compiles_kernels(spec) and (missing := kernels.no_compiler()):
         raise CannotRunError(Problem(missing[0], None, missing[1]))
     if spec.train.liger is True and not kernels.has_liger():
         remedy = "pip install liger-kernel, or write train.liger=false"
@@ -100,18 +100,18 @@ def execute(
         claim.unlink()
     with nodes.joined(run, spec) as others:
         while True:
-            supervisor.forget(run)
+            supervisor.remove_reports(run)
             stdout = sys.stderr if quiet_stdout else None
-            ending, who = attend(
+            ending, who = start_and_watch(
                 run, spec, stdout=stdout, others=others, address=spec.hw.node_address, warm=launch_options.warm
             )
-            code = judge(run, spec, ending, who)
+            code = report_ending(run, spec, ending, who)
             if code != Rewind.exit_code:
                 others.well = code == 0
                 return Outcome(run, code)
 
 
-def attend(
+def start_and_watch(
     run: RunDir, spec: RunSpec, *, stdout: TextIO | None = None, others: nodes.RemoteNodes = nodes.NOBODY,
     node: int = 0, address: str | None = None, warm: WarmWorkers | None = None,
 ) -> tuple[supervisor.Ending, Callable[[], Killer]]:  # fmt: skip

@@ -63,7 +63,7 @@ def log_of(node: int) -> str:
     return f"node{node}.log"
 
 
-def check(spec: RunSpec) -> None:
+def check_nodes(spec: RunSpec) -> None:
     """CannotRunError where this is not the hostfile's first machine, or another one cannot be reached and used."""
     hosts = hostfile.hosts_of(spec.hw)
     if len(hosts) > 1:

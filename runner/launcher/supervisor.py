@@ -105,7 +105,7 @@ def _all_signs(run: RunDir) -> list[dict[str, Any]]:
     return sorted(found, key=lambda sign: int(sign["rank"]))
 
 
-def forget(run: RunDir, own: range | None = None) -> None:
+def remove_reports(run: RunDir, own: range | None = None) -> None:
     """Signs of an earlier attempt go: all, or those of one machine's ranks."""
     for file in (run.path / "logs").glob("rank*.json"):
         if own is None or file.stem in {f"rank{rank}" for rank in own}:

@@ -74,4 +74,4 @@ def environment(spec: RunSpec, address: str | None = None) -> dict[str, str]:
     shown = detect.only(hw)  # the order of devices is a default, the devices are not
     order = {name: value for name, value in shown.items() if name != gpus.VARIABLE}
     devices = {name: shown[name] for name in shown.keys() - order.keys()}
-    return {**order, **own, **inherited_ranks.cleaned(os.environ), **hw.env, **devices}
+    return {**order, **own, **inherited_ranks.without_ranks(os.environ), **hw.env, **devices}

@@ -102,7 +102,7 @@ class Machine:
 
 def detect(root: Path = Path("/")) -> Machine:
     """Look at this machine. `root` is where `proc`, `sys` and `dev` are; a test puts its own there."""
-    found = gpus.find(root)
+    found = gpus.find_gpus(root)
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
     memory = _memory_gib(root)
     visible = gpus.visible(found, setting)

@@ -83,7 +83,7 @@ class Found:
         return all(len(some) == 1 and not some[0].is_slice for some in self.by_index)
 
 
-def find(root: Path = Path("/")) -> Found:
+def find_gpus(root: Path = Path("/")) -> Found:
     """All NVIDIA GPUs, hidden ones included. `root` is where `proc`, `sys` and `dev` are."""
     loaded = any((root / file).exists() for file in DRIVER_FILES)
     found, silence = Found(), ""

@@ -67,7 +67,7 @@ def has_liger_for(architecture: str | None) -> bool:
     return architecture is None or not known or architecture in known
 
 
-def compiles(spec: RunSpec) -> bool:
+def compiles_kernels(spec: RunSpec) -> bool:
     """A run on a GPU compiles with Triton as it trains: the head of TRL's trainers (but of those for ORPO, CPO and
     reward models), or Liger's kernels."""
     objective = spec.objective

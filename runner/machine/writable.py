@@ -15,7 +15,7 @@ from runner.spec import RunSpec
 BLOCK = 2**20
 
 
-def check(spec: RunSpec) -> None:
+def check_caches(spec: RunSpec) -> None:
     """CannotRunError for caches that this run would fill and cannot."""
     if found := list(problems(spec)):
         raise CannotRunError(*found)

@@ -30,7 +30,7 @@ def calibration(output_dir: Path) -> dict[str, Any]:
     Errors are predicted / measured - 1: positive where too much was predicted.
     """
     rows = list(_rows(output_dir))
-    return {"runs": rows, "groups": _groups(rows), "says": says(rows, output_dir)}
+    return {"runs": rows, "groups": _groups(rows), "says": verdict(rows, output_dir)}
 
 
 def _rows(output_dir: Path) -> Iterator[dict[str, Any]]:
@@ -67,7 +67,7 @@ def _median(rows: list[dict[str, Any]], key: str) -> float | None:
     return round(median(errors), 4) if errors else None
 
 
-def says(rows: list[dict[str, Any]], output_dir: Path) -> str:
+def verdict(rows: list[dict[str, Any]], output_dir: Path) -> str:
     """One sentence: what to believe, hardware by hardware; with no runs, how to get one."""
     if not rows:
         return f"No finished run in {output_dir} has a plan beside its measurements yet. Start one: python -m runner"

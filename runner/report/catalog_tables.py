@@ -14,7 +14,7 @@ from runner.config import catalog
 from runner.config.suggestions import nearest
 from runner.errors import Problem, RequestError
 from runner.paths import CONF, RECIPES
-from runner.report.invocation import typed
+from runner.report.invocation import as_invoked
 
 # What people type after `list` → the group it stands for.
 SPOKEN = {
@@ -158,7 +158,7 @@ def print_listing(console: Console, table: Listing) -> None:
     for row in table.rows:
         view.add_row(*(_cell(_shown(row, column)) for column in columns))
     console.print(view)
-    console.print(f"\n[dim]{typed(table.hint)}[/dim]", highlight=False)
+    console.print(f"\n[dim]{as_invoked(table.hint)}[/dim]", highlight=False)
 
 
 def _shown(row: Row, column: str) -> Any:

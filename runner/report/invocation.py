@@ -30,7 +30,7 @@ def python() -> str:
     return shlex.quote(sys.executable if relative.startswith("..") else relative)
 
 
-def typed(text: str) -> str:
+def as_invoked(text: str) -> str:
     """`text` with its commands as this shell needs them: `.venv/bin/python -m runner` after `make run`.
 
     Messages spell them `python -m runner …` and `pip install …`.

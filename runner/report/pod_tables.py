@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from runner.report.invocation import typed
+from runner.report.invocation import as_invoked
 
 _STYLE = {"RUNNING": "green", "STOPPED": "yellow", "CREATE_UNKNOWN": "red", "TERMINATING": "red", "ELSEWHERE": "cyan"}
 
@@ -43,7 +43,7 @@ def print_pods(console: Console, rows: Sequence[Any], now: float | None = None) 
         )  # fmt: skip
     console.print(table)
     total = sum(row.usd_per_hour for row in rows if row.status is not None)
-    end = typed("python -m runner pods terminate RUN")
+    end = as_invoked("python -m runner pods terminate RUN")
     console.print(f"\n[dim]${total:.2f} an hour in all. End one: {end}[/dim]", highlight=False)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from runner.report.invocation import typed
+from runner.report.invocation import as_invoked
 from runner.report.text import duration
 from runner.rundir.directory import RunDir, runs_in
 
@@ -64,7 +64,7 @@ def _last(run: RunDir) -> dict[str, Any]:
 def print_runs(console: Console, rows: list[dict[str, Any]], output_dir: Path) -> None:
     """The table of past runs, the newest last. Lines of its own making: rich's table takes 0.3 ms for each."""
     if not rows:
-        again = typed("python -m runner")
+        again = as_invoked("python -m runner")
         console.print(f"No runs in {escape(str(output_dir))} yet. Start one: [bold]{again}[/bold]", highlight=False)
         return
     wide = console.width >= _WIDE

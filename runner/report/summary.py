@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from runner.plan.memory import COLLECTIVES, CONTEXT, GIB
-from runner.report.invocation import typed
+from runner.report.invocation import as_invoked
 from runner.report.text import duration
 from runner.rundir.directory import RunDir, shown
 from runner.spec import RunSpec
@@ -113,7 +113,7 @@ def print_summary(console: Console, summary: dict[str, Any], run: RunDir) -> Non
     console.print(table, highlight=False)
     if summary.get("objective") == "reward":
         return  # a model that says no words
-    command = f"{typed('python -m runner')} chat {shlex.quote(where)}"
+    command = f"{as_invoked('python -m runner')} chat {shlex.quote(where)}"
     console.print(f"\nTry it:  [bold]{command}[/bold]", highlight=False, soft_wrap=True)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from runner.errors import RunnerError
-from runner.report.invocation import typed
+from runner.report.invocation import as_invoked
 
 # One character for one, so that columns stay where they are.
 _ASCII = str.maketrans("│┐┌×–—…•→’·█━", "|++x--.*>'.#=")
@@ -44,12 +44,12 @@ def print_problems(console: Console, error: RunnerError, *, started: bool = Fals
     with ascii_fallback(console):
         console.print(Text(title, style="bold red"))
         for problem in error.problems:
-            line = Text("  • ").append(typed(problem.what))
+            line = Text("  • ").append(as_invoked(problem.what))
             if problem.source:
                 line.append(f"  ({problem.source})", style="dim")
             console.print(line, soft_wrap=True)
             if problem.remedy:
-                console.print(Text(f"    → {typed(problem.remedy)}", style="green"), soft_wrap=True)
+                console.print(Text(f"    → {as_invoked(problem.remedy)}", style="green"), soft_wrap=True)
 
 
 def problems_as_json(error: RunnerError) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from runner.config import catalog, recipe_checks, repeat
 from runner.config.provenance import flat
-from runner.config.request import COMMAND_LINE, Request, check
+from runner.config.request import COMMAND_LINE, Request, check_request
 from runner.errors import Problem, RequestError
 from runner.plan import deepspeed_json
 from runner.plan.choose_stage import StageSearch
@@ -74,12 +74,14 @@ def named_in(request: Request) -> dict[str, Any]:
 
     A group without a value is named; what is typed for one of its keys is not: `method.rank=8` holds for any method.
     """
-    checked = check(request)
+    checked = check_request(request)
     if checked.request.spec_file is not None:
         return dict.fromkeys(catalog.GROUPS)
     named: dict[str, Any] = {}
     if checked.request.recipe:
-        choices, keys = recipe_checks.written(recipe_checks.find_recipe(checked.request.recipe, request.config_dirs))
+        choices, keys = recipe_checks.choices_and_keys(
+            recipe_checks.find_recipe(checked.request.recipe, request.config_dirs)
+        )
         named = {**dict.fromkeys(choices), **keys}
     for override in checked.overrides:
         if override.key_or_group in catalog.GROUPS:  # another choice: what a recipe says of it stays, as in a run
@@ -97,7 +99,7 @@ def _with_typed(part: Any, values: dict[str, Any], given: dict[str, Any], group:
             continue
         if key.split(".")[1] not in part.model_fields:
             return None
-        repeat.put(content, key.partition(".")[2], value)
+        repeat.set_key(content, key.partition(".")[2], value)
     return content
 
 
@@ -156,9 +158,9 @@ def _on_all_cores(work: Callable[[ModelSpec], list[Row]], models: list[ModelSpec
 
 def refuse_for_table(request: Request) -> None:
     """RequestError for words that change nothing of the table, which is for all methods and sizes."""
-    typed = {o.key_or_group: str(o.input_line) for o in check(request).overrides}
+    typed = {o.key_or_group: str(o.input_line) for o in check_request(request).overrides}
     words = [word for key, word in typed.items() if key != "train.max_length"]
-    files = [str(file) for file in (check(request).request.recipe, request.spec_file) if file]
+    files = [str(file) for file in (check_request(request).request.recipe, request.spec_file) if file]
     if words or files:
         said = " ".join([*files, *words])
         what = f"{said}: the table is of every method and size, and changes with train.max_length alone"

@@ -67,7 +67,7 @@ def damage(path: Path, *, content: bool = True) -> list[str]:
     listed = facts(path).get("files")
     if not isinstance(listed, dict):
         return [f"{MARKER} is missing or cannot be read"]
-    found = [f"{file.relative_to(path)} is {what}" for file, what in plain_files.found(path)]
+    found = [f"{file.relative_to(path)} is {what}" for file, what in plain_files.special_files(path)]
     for name, expected in listed.items() if not found else ():
         file = path / name
         try:

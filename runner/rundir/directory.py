@@ -63,7 +63,7 @@ class RunDir:
         """The run at `path`, a directory or an id below `runs/`; RequestError where its model is not plain files."""
         for candidate in (path, Path("runs") / path):
             if (candidate / "spec.json").is_file():
-                plain_files.refuse(candidate / "model")
+                plain_files.refuse_special_files(candidate / "model")
                 return cls(candidate)
         raise RequestError(no_such_run(path))
 
@@ -85,9 +85,9 @@ class RunDir:
         try:
             return RunSpec.model_validate(json.loads(self.spec_file.read_text("utf-8")))
         except (OSError, ValueError):
-            from runner.config.repeat import spec_of  # the words for it
+            from runner.config.repeat import load_spec  # the words for it
 
-            return spec_of(self.spec_file)
+            return load_spec(self.spec_file)
 
     def write_spec(self, spec: RunSpec) -> None:
         """`spec.json`, and `training.yaml` with the same values for people to read, change and start from."""

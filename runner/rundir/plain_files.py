@@ -20,7 +20,7 @@ def what_else(mode: int) -> str:
     return next((what for test, what in KINDS if test(mode)), "")
 
 
-def found(folder: Path) -> list[tuple[Path, str]]:
+def special_files(folder: Path) -> list[tuple[Path, str]]:
     """What below a folder, or in its place, is neither folder nor plain file, and what it is."""
     try:
         if what := what_else(os.lstat(folder).st_mode):
@@ -33,10 +33,10 @@ def found(folder: Path) -> list[tuple[Path, str]]:
     return [(path, what) for path in names if (what := what_else(path.lstat().st_mode))]
 
 
-def refuse(*folders: Path) -> None:
+def refuse_special_files(*folders: Path) -> None:
     """RequestError where one of them has a link: what it leads to would be read, or uploaded, as the run's own."""
     problems = []
-    for path, what in (one for folder in folders for one in found(folder)):
+    for path, what in (one for folder in folders for one in special_files(folder)):
         to = f" to {os.readlink(path)}" if path.is_symlink() else ""
         remedy = f"if it is not yours, delete it: rm {shlex.quote(str(path))}; else put the file itself in its place"
         problems.append(Problem(f"{path} is {what}{to}, where only plain files belong", None, remedy))

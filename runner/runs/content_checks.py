@@ -21,13 +21,13 @@ _checked: dict[str, list[str]] = {}
 """Notes on what this process has found right: the points of a sweep mostly read the same."""
 
 
-def check_read(spec: RunSpec) -> list[str]:
+def check_contents(spec: RunSpec) -> list[str]:
     """Notes; RequestError for what is not there, and for rows, templates and reward functions that are not right.
 
     CannotRunError where a cache cannot be written to.
     """
     check_files(spec)
-    writable.check(spec)
+    writable.check_caches(spec)
     said = (spec.data, spec.objective, spec.model, spec.eval, spec.where.name, sorted(_states(spec)))
     if (key := repr(said)) not in _checked:
         _checked[key] = row_checks.check(spec)

@@ -20,7 +20,7 @@ FILE = "inputs.json"
 REMEDY = "bring back what it was, or write run.on_changed_inputs=continue to go on with what it is now"
 
 
-def record(run: RunDir, spec: RunSpec) -> None:
+def record_digests(run: RunDir, spec: RunSpec) -> None:
     """Keep what the files that the run reads hold."""
     run.write(FILE, _digests(spec))
 
@@ -43,7 +43,7 @@ def changed(run: RunDir, spec: RunSpec) -> list[Problem]:
     ]
 
 
-def check_base(run: RunDir, spec: RunSpec) -> str | None:
+def changed_base(run: RunDir, spec: RunSpec) -> str | None:
     """A line where the folder of the base holds something else than when the run began; RequestError where it is gone.
 
     An adapter belongs to the weights that it was trained on. A note only: a file more in the folder does no harm.

@@ -24,7 +24,7 @@ from runner.spec import Pretrain, RentedPlace, RunSpec
 from runner.spec.input_paths import TEMPLATES, _data, _is_named, _rewards, is_glob, is_url, named_places, put_place
 
 
-def check(spec: RunSpec, planned: Plan | None) -> list[str]:
+def check_inputs(spec: RunSpec, planned: Plan | None) -> list[str]:
     """Notes for the user; RequestError with everything that is missing: data, template, model, a key for it."""
     problems = [*_files(spec), *_model(spec, planned)]
     if problems:

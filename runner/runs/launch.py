@@ -21,7 +21,7 @@ from runner.launcher.torchrun import MEETING_SECONDS
 from runner.paths import state_dir
 from runner.plan.plan import Plan
 from runner.report import terminal
-from runner.report.invocation import typed
+from runner.report.invocation import as_invoked
 from runner.report.tables import headline, in_one_line
 from runner.report.text import dump
 from runner.resolve import model_facts, plan_inputs
@@ -31,7 +31,7 @@ from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.rundir.lock import owned
 from runner.runs import input_digests, inputs, unread_keys
 from runner.runs import resume as resuming
-from runner.runs.content_checks import check_read
+from runner.runs.content_checks import check_contents
 from runner.runs.executor_table import executor_of
 from runner.spec import RunSpec
 
@@ -45,19 +45,19 @@ def run(
 ) -> int:
     """One run, as `request` composes it, to its end; the exit code of the worker."""
     spec, notes = resolve(composed, source_finder(request), fetch=True)
-    notes += [*unread_keys.notes("run", request, notes), *resuming.unfinished(request)]
-    planned = plan_first(spec, notes, composed)
+    notes += [*unread_keys.unread_key_notes("run", request, notes), *resuming.unfinished(request)]
+    planned = plan_or_refuse(spec, notes, composed)
     try:
-        check(spec, notes, composed, launch_options)
-        notes += disk.check(spec, planned)
+        check_launch(spec, notes, composed, launch_options)
+        notes += disk.check_disk(spec, planned)
     except RunnerError:
         if planned is not None:
             line = f"Plan    {in_one_line(planned.as_dict())}"
             Console(stderr=True).print(line, highlight=False, soft_wrap=True)
         raise
-    if not agreed([(spec, planned)], launch_options, console):
+    if not confirm_costs([(spec, planned)], launch_options, console):
         return InterruptedRun.exit_code
-    outcome = start(spec, notes, console, as_json, planned=planned, launch_options=launch_options)
+    outcome = create_and_execute(spec, notes, console, as_json, planned=planned, launch_options=launch_options)
     if as_json:
         click.echo(dump(outcome.run.read("summary.json") or outcome.run.read("status.json")))
     return outcome.exit_code
@@ -69,7 +69,7 @@ def resume(
 ) -> int:  # fmt: skip
     """Go on with a run in its own directory; the exit code of the worker."""
     request = resuming.request(run, overrides, config_dirs)
-    resuming.check_there(run)
+    resuming.check_can_resume(run)
     with owned(run):
         return _resume(run, request, overrides, console, as_json, launch_options)
 
@@ -83,23 +83,23 @@ def _resume(
     launch_options: LaunchOptions,
 ) -> int:
     """Go on with a run that this process owns."""
-    composed = resuming.check(run, request)
+    composed = resuming.compose_resumed(run, request)
     spec, notes = resolve(composed, source_finder(request), fetch=True)
     if spec.where.name == "runpod" or (state_dir() / "ledger.db").exists():
         notes += _one_pod().refuse_second(run.id, rents=spec.where.name == "runpod")
-    notes += resuming.check_resolved(run, spec)
-    planned = plan_first(spec, notes, composed)
-    check(spec, notes, composed, launch_options)
-    if not agreed([(spec, planned)], launch_options, console):
+    notes += resuming.check_same_run(run, spec)
+    planned = plan_or_refuse(spec, notes, composed)
+    check_launch(spec, notes, composed, launch_options)
+    if not confirm_costs([(spec, planned)], launch_options, console):
         return InterruptedRun.exit_code
     with resuming.recorded(run, spec, overrides):
-        outcome = begin(run, spec, notes, console, as_json, planned, launch_options)
+        outcome = execute_in(run, spec, notes, console, as_json, planned, launch_options)
     if as_json:
         click.echo(dump(run.read("summary.json") or run.read("status.json")))
     return outcome.exit_code
 
 
-def plan_first(spec: RunSpec, notes: list[str], composed: RunSpec) -> Plan | None:
+def plan_or_refuse(spec: RunSpec, notes: list[str], composed: RunSpec) -> Plan | None:
     """What the run needs and takes, before anything is made; CannotRunError for what does not fit or costs too much.
 
     `composed` is the run as it was asked for, from which the refusal works out what would fit.
@@ -110,14 +110,16 @@ def plan_first(spec: RunSpec, notes: list[str], composed: RunSpec) -> Plan | Non
     planned = plan_inputs.plan_if_known(spec, notes)
     if planned is None:
         notes.append(f"no plan: {model_facts.why_no_plan(spec)}")
-    notes += check_read(spec)  # before the plan refuses what it could not count
+    notes += check_contents(spec)  # before the plan refuses what it could not count
     if planned is not None and planned.reasons:
         plan_inputs.refuse_plan(with_facts(composed), planned)
-    notes += inputs.check(spec, planned)
+    notes += inputs.check_inputs(spec, planned)
     return planned
 
 
-def check(spec: RunSpec, notes: list[str], composed: RunSpec, launch_options: LaunchOptions = DEFAULT_OPTIONS) -> None:
+def check_launch(
+    spec: RunSpec, notes: list[str], composed: RunSpec, launch_options: LaunchOptions = DEFAULT_OPTIONS
+) -> None:
     """Refuse what cannot run where it is to run; what `where=auto` would rent is refused as its choice, not as a pod
     that somebody named."""
     try:
@@ -135,7 +137,7 @@ def check(spec: RunSpec, notes: list[str], composed: RunSpec, launch_options: La
         raise type(error)(*told) from None
 
 
-def start(
+def create_and_execute(
     spec: RunSpec, notes: list[str], console: Console, as_json: bool, sweep: str | None = None,
     planned: Plan | None = None, launch_options: LaunchOptions = DEFAULT_OPTIONS,
 ) -> Outcome:  # fmt: skip
@@ -143,11 +145,11 @@ def start(
     spec = inputs.with_absolute_paths(spec)
     run = RunDir.create(spec, sweep)
     with owned(run):
-        input_digests.record(run, spec)
-        return begin(run, spec, notes, console, as_json, planned, launch_options)
+        input_digests.record_digests(run, spec)
+        return execute_in(run, spec, notes, console, as_json, planned, launch_options)
 
 
-def begin(
+def execute_in(
     directory: RunDir, spec: RunSpec, notes: list[str], console: Console, as_json: bool, planned: Plan | None,
     launch_options: LaunchOptions = DEFAULT_OPTIONS,
 ) -> Outcome:  # fmt: skip
@@ -165,9 +167,9 @@ def begin(
         say(f"Plan    {in_one_line(planned.as_dict())}")
         if planned.deepspeed is not None:
             directory.write("deepspeed.json", planned.deepspeed)
-    left = [] if spec.where.name == "runpod" else inherited_ranks.notes()
+    left = [] if spec.where.name == "runpod" else inherited_ranks.inherited_rank_notes()
     for note in [*notes, *left, *_waits_for(directory, spec)]:
-        say(f"Note    {typed(note)}")
+        say(f"Note    {as_invoked(note)}")
     outcome = executor_of(spec).execute(directory, spec, quiet_stdout=as_json, launch_options=launch_options)
     if outcome.exit_code == 0 and spec.push.to and spec.where.name == "local":  # a pod uploads by itself
         say(f"Pushed  {_push().after(directory)}")
@@ -183,7 +185,9 @@ def _waits_for(directory: RunDir, spec: RunSpec) -> list[str]:
     return [f"waits {MEETING_SECONDS // 60} minutes for {others}; type there: {word}"]
 
 
-def agreed(asked: Sequence[tuple[RunSpec, Plan | None]], launch_options: LaunchOptions, console: Console) -> bool:
+def confirm_costs(
+    asked: Sequence[tuple[RunSpec, Plan | None]], launch_options: LaunchOptions, console: Console
+) -> bool:
     """What is rented for these runs is said with its price, and agreed to."""
     renting = [(spec, plan.as_dict() if plan else {}) for spec, plan in asked if spec.where.name == "runpod"]
     return not renting or executor_of(renting[0][0]).confirm(renting, launch_options, console)

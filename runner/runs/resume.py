@@ -49,14 +49,14 @@ def request(run: RunDir, overrides: tuple[str, ...], config_dirs: tuple[Path, ..
     return Request(overrides=overrides, config_dirs=config_dirs, spec_file=run.spec_file, exchange=groups)
 
 
-def check_there(run: RunDir) -> None:
+def check_can_resume(run: RunDir) -> None:
     """RequestError for a folder that is no run."""
     if not run.spec_file.is_file():
         why = "is no run: it has no spec.json" if run.path.exists() else "does not exist"
         raise RequestError(Problem(f"{shown(run.path)} {why}", "command line", _list(run)))
 
 
-def check(run: RunDir, asked: Request) -> RunSpec:
+def compose_resumed(run: RunDir, asked: Request) -> RunSpec:
     """The composed spec; RequestError for a run that is at work, that is done, or that would become another one."""
     _check_idle(run)
     asked_for = compose(asked)  # first: a file that is no run is told there
@@ -95,7 +95,7 @@ def _check_longer(run: RunDir, old: RunSpec, new: RunSpec) -> None:
         raise RequestError(Problem(what, "command line", remedy))
 
 
-def check_resolved(run: RunDir, spec: RunSpec) -> list[str]:
+def check_same_run(run: RunDir, spec: RunSpec) -> list[str]:
     """Notes about what the checkpoint means for the resolved run; RequestError where it cannot be taken up."""
     step = (checkpoints.complete(run) or [0])[-1]
     if not step:
@@ -137,7 +137,7 @@ def record(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> None:
     step = (checkpoints.complete(run) or [0])[-1]
     run.write("resumes.json", {"resumes": [*before, {"after_step": step, "overrides": list(overrides)}]})
     run.write_spec(with_absolute_paths(spec))
-    input_digests.record(run, spec)
+    input_digests.record_digests(run, spec)
     run.set_status("created", exit_code=None, error=None, oom=None, spent=spent, started=None, **facts_of(spec))
 
 

@@ -30,8 +30,8 @@ from runner.report.text import dump, print_problems
 from runner.resolve.steps import resolve
 from runner.rundir.directory import RunDir, shown, write_atomically
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
-from runner.runs.launch import agreed, check, plan_first, start
-from runner.runs.sweeper import Sweep, misdirected, parallel_jobs, read, task_overrides
+from runner.runs.launch import check_launch, confirm_costs, create_and_execute, plan_or_refuse
+from runner.runs.sweeper import Sweep, misdirected, parallel_jobs, read_sweep, task_overrides
 from runner.spec import RunSpec
 
 TRAIN_METRICS = (
@@ -85,7 +85,7 @@ def sweep(request: Request, console: Console, as_json: bool, launch_options: Lau
 
 
 def _sweep(request: Request, console: Console, as_json: bool, launch_options: LaunchOptions) -> int:
-    asked = read(request)
+    asked = read_sweep(request)
     _check_targets(asked)
     points = _checked(asked, launch_options)
     specs, shared = points.specs, points.specs[0]
@@ -96,7 +96,7 @@ def _sweep(request: Request, console: Console, as_json: bool, launch_options: La
         pods = import_module("runner.cloud.sweep_pool")  # read for rented runs alone, as launch.rented is
         launch_options = replace(launch_options, pool=pods.pool_for(specs, folder, max_pods))
     _tell(asked, points)
-    if not agreed([(spec, plan) for _, _, spec, plan in points.right], launch_options, console):
+    if not confirm_costs([(spec, plan) for _, _, spec, plan in points.right], launch_options, console):
         return InterruptedRun.exit_code
     _made(folder, shared.run.output_dir)
     if not asked.searches:
@@ -260,8 +260,8 @@ def _able(asked: Sweep, point: Request, launch_options: LaunchOptions) -> tuple[
     if problems := [problem for problem in wrong if problem is not None]:
         raise RequestError(*problems)
     spec, notes = resolve(composed, source_finder(point), fetch=True)
-    planned = plan_first(spec, notes, composed)
-    check(spec, notes, composed, launch_options)
+    planned = plan_or_refuse(spec, notes, composed)
+    check_launch(spec, notes, composed, launch_options)
     return spec, planned
 
 
@@ -300,10 +300,10 @@ def _point(
         spec, notes = resolve(composed, fetch=True)
         if launch_options.pool is not None:
             spec = launch_options.pool.fitted(spec)
-        planned = plan_first(spec, notes, composed)
-        check(spec, notes, composed, launch_options)
-        notes += disk.check(spec, planned)
-        outcome = start(
+        planned = plan_or_refuse(spec, notes, composed)
+        check_launch(spec, notes, composed, launch_options)
+        notes += disk.check_disk(spec, planned)
+        outcome = create_and_execute(
             spec, notes, console, as_json, sweep=sweep_dir.name, planned=planned, launch_options=launch_options
         )
         row |= {"run_id": outcome.run.id, "exit_code": outcome.exit_code}

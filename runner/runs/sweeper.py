@@ -13,15 +13,15 @@ from hydra.types import RunMode
 
 from runner.config.compose import (  # fmt: skip
     as_request_error,
+    compose_checked,
     file_origins,
     hydra_over,
-    judged,
     primary_of,
     quoted_path,
     spec_of_point,
     texts_of,
 )
-from runner.config.request import COMMAND_LINE, NO_PRUNING, PRUNER, Request, check, for_hydra
+from runner.config.request import COMMAND_LINE, NO_PRUNING, PRUNER, Request, check_request, for_hydra
 from runner.errors import Problem, RequestError, RunFailedError, RunnerError
 from runner.spec import RunSpec
 
@@ -72,7 +72,7 @@ class Sweep:
 
         `run` is what all points share; `launcher` are words of Hydra's.
         """
-        checked = check(replace(self.request, overrides=(*self.request.overrides, *launcher)), sweeping=True)
+        checked = check_request(replace(self.request, overrides=(*self.request.overrides, *launcher)), sweeping=True)
         quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
         words = [*quiet, f"hydra.sweep.dir={quoted_path(folder)}", "hydra.sweep.subdir=.", *checked.for_hydra]
         if self.direction is not None and run.run.metric_mode == "max":
@@ -89,7 +89,7 @@ class Sweep:
                 raise RunFailedError(Problem(what, "hydra/sweeper")) from None
 
 
-def read(request: Request) -> Sweep:
+def read_sweep(request: Request) -> Sweep:
     """The sweep that was asked for; RequestError where it says nothing that can be swept over."""
     settings, places = _settings(request)
     typed = {_key(word) for word in request.overrides}
@@ -179,9 +179,9 @@ def _settings(request: Request) -> tuple[DictConfig | dict[str, Any], dict[str, 
     named = any(_key(word).startswith(("hydra", "recipe")) for word in request.overrides)
     if request.spec_file or not (request.recipe or named):
         return {}, {}
-    checked = check(request, sweeping=True)
+    checked = check_request(request, sweeping=True)
     if checked.problems:
-        judged(checked.without_sweeps())
+        compose_checked(checked.without_sweeps())
     found = {origin.key: origin.place for origin in file_origins(checked)}
     if pruners := [Problem(NO_PRUNING[0], found[key], NO_PRUNING[1]) for key in found if key.startswith(PRUNER)]:
         raise RequestError(*pruners)
@@ -234,9 +234,9 @@ def _values(override: Override) -> Iterator[str]:
 
 def _parsed(request: Request) -> tuple[Request, list[Override]]:
     """The words that are not Hydra's, as Hydra sees them; RequestError with what is wrong with any."""
-    checked = check(request, sweeping=True)
+    checked = check_request(request, sweeping=True)
     if checked.problems:
-        judged(checked.without_sweeps())
+        compose_checked(checked.without_sweeps())
     words = [for_hydra(o) for o in checked.overrides if not o.is_hydra_override()]
     with hydra_over(checked.request, primary_of(checked.request)) as hydra:  # a glob asks which choices there are
         return checked.request, OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(words)

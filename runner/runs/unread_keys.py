@@ -57,7 +57,7 @@ READ = {
 _CALLED = {"run": "a run without -m"}
 
 
-def reads(verb: str, key: str) -> bool:
+def is_read(verb: str, key: str) -> bool:
     """The key can change what the verb answers, in some combination."""
     if _named(key, UNREAD.get(verb, ())):
         return False
@@ -69,12 +69,12 @@ def _named(key: str, keys: tuple[str, ...]) -> bool:
     return key in keys or (bool(dot) and f"{group}.*" in keys)
 
 
-def notes(verb: str, request: Request, said: Collection[str] = ()) -> list[str]:
+def unread_key_notes(verb: str, request: Request, said: Collection[str] = ()) -> list[str]:
     """One sentence for the keys and choices among the typed words that `verb` does not read; what a recipe sets is
     meant for a run. Not for those that a note has `said` to have no effect at all."""
     typed = dict.fromkeys(word.lstrip("+~").partition("=")[0] for word in request.overrides)
     known = {note.partition(" has no effect: ")[0] for note in said}
-    keys = [key for key in typed if key != "recipe" and key not in known and not reads(verb, key)]
+    keys = [key for key in typed if key != "recipe" and key not in known and not is_read(verb, key)]
     if not keys:
         return []
     listed = " and ".join(filter(None, (", ".join(keys[:-1]), keys[-1])))

@@ -36,7 +36,7 @@ ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
 
 def environment() -> dict[str, str]:
     """What a process finds that is no run: one, wherever another launcher placed this one."""
-    return {**ENVIRONMENT, **inherited_ranks.cleaned(os.environ)}
+    return {**ENVIRONMENT, **inherited_ranks.without_ranks(os.environ)}
 
 
 def produce(verb: str, run: RunDir, target: Path, *arguments: str) -> int:
@@ -125,7 +125,7 @@ def report_changed_base(run: RunDir, base: bool = False) -> None:
     """Say on stderr that the base has changed, where it is needed: below an adapter, or alone (`--base`)."""
     if not base and not (run.path / "model" / "adapter_config.json").is_file():
         return
-    if line := input_digests.check_base(run, run.spec):
+    if line := input_digests.changed_base(run, run.spec):
         print(line, file=sys.stderr)
 
 
@@ -221,9 +221,9 @@ def merge(run_dir: Path, out: Path | None, as_json: bool) -> int:
 
 def prepare(spec: RunSpec, as_json: bool) -> int:
     """Exit code of the process; what it says goes where this one's words go. RequestError for data that are wrong."""
-    from runner.runs.content_checks import check_read  # the readers of rows, which no other of these verbs needs
+    from runner.runs.content_checks import check_contents  # the readers of rows, which no other of these verbs needs
 
-    for note in check_read(spec):
+    for note in check_contents(spec):
         print(f"Note    {note}", file=sys.stderr)
     command = [sys.executable, "-m", "runner.train.prepare", *["--json"] * as_json]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment())

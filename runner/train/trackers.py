@@ -49,7 +49,7 @@ def _why_offline() -> str | None:
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
     name, _, port = host.partition(":")
-    if credentials.find("WANDB_API_KEY") is None:
+    if credentials.find_key("WANDB_API_KEY") is None:
         return "no key: export WANDB_API_KEY=… or wandb login"
     try:
         socket.create_connection((name, int(port or 443)), timeout=3).close()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.config.repeat import spec_of
+from runner.config.repeat import load_spec
 from runner.errors import RequestError
 from runner.rundir.directory import RunDir
 from runner.runs.worker_verbs import produce
@@ -46,7 +46,7 @@ def test_a_spec_json_that_somebody_has_edited_is_refused_by_every_verb(
 
 def test_a_spec_json_that_is_whole_is_the_run(here: Path) -> None:
     spec = resolved("train.max_steps=2")
-    assert spec_of(write(here / "spec.json", json.dumps(spec.model_dump(mode="json")))) == spec
+    assert load_spec(write(here / "spec.json", json.dumps(spec.model_dump(mode="json")))) == spec
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_the_rest_of_a_spec_is_still_told_key_by_key(here: Path) -> None:
     spec = resolved().model_dump(mode="json")
     spec["train"] |= {"max_steps": "two", "foo": 1}
     with pytest.raises(RequestError) as caught:
-        spec_of(write(here / "spec.json", json.dumps(spec)))
+        load_spec(write(here / "spec.json", json.dumps(spec)))
     assert {p.what for p in caught.value.problems} == {
         "train.max_steps=two: expected a whole number", "unknown key train.foo",
     }  # fmt: skip

@@ -23,7 +23,7 @@ from runner.data.pretraining.workspace import workspace_of
 from runner.errors import RunnerError
 from runner.resolve import fit, plan_inputs
 from runner.resolve.steps import resolve, with_facts
-from runner.runs.unread_keys import reads
+from runner.runs.unread_keys import is_read
 from runner.spec import DataSpec, Pretrain, RunSpec
 from tests.support import tiny_llama
 from tests.support.front import here, laptop, runner, write
@@ -194,7 +194,7 @@ def test_what_is_said_to_have_no_effect_changes_nothing(verb: str, words: str) -
     spec = compose(request_of(tuple(words.split()), ()))
     answer, tried = ANSWERS[verb](spec), set()
     for key, value, found in answers(verb, spec):
-        if not reads(verb, key) and found is not None:
+        if not is_read(verb, key) and found is not None:
             assert found == answer, f"{key}={value}"
             tried.add(key)
     assert len(tried) > 10
@@ -209,7 +209,7 @@ def test_what_changes_nothing_is_said_to_have_no_effect(here: Path, verb: str, t
     counts: set[str] = set()
 
     def undecided(key: str) -> bool:
-        return key not in counts and reads(verb, key)
+        return key not in counts and is_read(verb, key)
 
     for words in (*RUNS, *MORE):
         if verb.startswith("data") and "ultrachat" in words:  # on the Hub

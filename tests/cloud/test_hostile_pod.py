@@ -274,7 +274,7 @@ def test_an_upload_refuses_links_too(tmp_path: Path, laptop: None, here: Path) -
     (run.path / "model").symlink_to("/etc")
     with pytest.raises(RequestError, match="is a link to /etc,"):
         push_model(run, spec(), run.path / "model", target)
-    assert plain_files.found(run.path / "nothing") == []
+    assert plain_files.special_files(run.path / "nothing") == []
 
 
 def test_a_checkpoint_with_a_link_is_passed_over(tmp_path: Path) -> None:

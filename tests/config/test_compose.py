@@ -21,12 +21,12 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf._utils import get_yaml_loader
 
 from runner.config import catalog, repeat, yaml_files
-from runner.config.compose import compose, hydra_over, merged, places, primary_of
-from runner.config.request import Checked, Request, check
+from runner.config.compose import compose, hydra_over, merged, origins_of_key, primary_of
+from runner.config.request import Checked, Request, check_request
 from runner.errors import RequestError
 from runner.paths import CONF, RECIPES
 from runner.rundir.directory import RunDir
-from runner.runs.sweeper import read
+from runner.runs.sweeper import read_sweep
 from runner.spec import RunSpec
 from tests.support.front import here, laptop, only_problem, problems_of, runner, spec_of, write
 
@@ -462,7 +462,7 @@ def _by_hydra(checked: Checked) -> tuple[object, dict[str, str]]:
 def test_files_are_merged_as_hydra_merges_them(
     recipe: str | None, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checked = check(Request(recipe, words))
+    checked = check_request(Request(recipe, words))
     assert not checked.problems
     config, choices = _by_hydra(checked)
     monkeypatch.setattr("runner.config.compose.hydra_over", None)  # it is not asked
@@ -478,7 +478,9 @@ def test_files_are_merged_as_hydra_merges_them(
 )
 def test_what_is_for_hydra_is_left_to_it(here: Path, words: tuple[str, ...], recipe: str | None) -> None:
     write(here / "mine.yaml", f"defaults: [config, _self_]\n{recipe or ''}\n")
-    checked = replace(check(Request("mine.yaml")), overrides=check(Request(overrides=words), sweeping=True).overrides)
+    checked = replace(
+        check_request(Request("mine.yaml")), overrides=check_request(Request(overrides=words), sweeping=True).overrides
+    )
     config, _ = merged(checked, primary_of(checked.request))
     assert config.hydra.sweeper.max_batch_size == 2
 
@@ -537,7 +539,7 @@ def test_broken_yaml_is_told_in_pyyamls_words(text: str, what: str, line: int) -
 
 def test_every_place_that_sets_a_key_is_found_in_its_line(here: Path) -> None:
     write(here / "mine.yaml", RECIPE)
-    found = places(Request("mine.yaml", ("train.learning_rate=1e-4",)), "train.learning_rate")
+    found = origins_of_key(Request("mine.yaml", ("train.learning_rate=1e-4",)), "train.learning_rate")
     assert [(p.place.rsplit(":")[0], p.value) for p in found] == [
         (str(CONF.relative_to(CONF.parent) / "method/qlora4.yaml"), "${model.learning_rate_adapter}"),
         ("mine.yaml", "3e-5"),
@@ -550,7 +552,7 @@ def test_every_place_that_sets_a_key_is_found_in_its_line(here: Path) -> None:
 
 
 def test_an_interpolation_is_followed_to_its_value() -> None:
-    last = places(Request(overrides=("model=phi2",)), "train.learning_rate")[-1]
+    last = origins_of_key(Request(overrides=("model=phi2",)), "train.learning_rate")[-1]
     assert (last.key, last.value) == ("model.learning_rate_adapter", "2e-4")
 
 
@@ -558,7 +560,7 @@ def test_an_interpolation_is_followed_to_its_value() -> None:
 
 
 def test_a_sweep_is_the_grid_of_its_values() -> None:
-    found = read(Request(overrides=("method=full,lora", "train.seed=range(1,3)", "model=phi2"))).points
+    found = read_sweep(Request(overrides=("method=full,lora", "train.seed=range(1,3)", "model=phi2"))).points
     assert [point.overrides for point in found] == [
         ("method=full", "++train.seed=1", "model=phi2"),
         ("method=full", "++train.seed=2", "model=phi2"),
@@ -568,18 +570,18 @@ def test_a_sweep_is_the_grid_of_its_values() -> None:
 
 
 def test_a_pattern_sweeps_over_the_choices_it_fits() -> None:
-    found = read(Request(overrides=("method=glob(qlora*)",))).points
+    found = read_sweep(Request(overrides=("method=glob(qlora*)",))).points
     assert [point.overrides for point in found] == [("method=qlora4",), ("method=qlora8",)]
 
 
 def test_a_grid_does_not_choose_from_a_range() -> None:
     with pytest.raises(RequestError, match=r"learning_rate=interval\(1e-5,1e-3\): only a sweeper that searches"):
-        read(Request(overrides=("train.learning_rate=interval(1e-5,1e-3)", "train.seed=3")))
+        read_sweep(Request(overrides=("train.learning_rate=interval(1e-5,1e-3)", "train.seed=3")))
 
 
 def test_a_sweep_with_a_wrong_word_tells_all_that_is_wrong() -> None:
     with pytest.raises(RequestError) as caught:
-        read(Request(overrides=("method=fulll,lorra", "method.rank=8", "train.seed=x")))
+        read_sweep(Request(overrides=("method=fulll,lorra", "method.rank=8", "train.seed=x")))
     assert [problem.what for problem in caught.value.problems] == [
         "there is no method 'fulll'",
         "train.seed=x: expected a whole number",
@@ -589,7 +591,7 @@ def test_a_sweep_with_a_wrong_word_tells_all_that_is_wrong() -> None:
 def test_a_spec_json_cannot_be_swept(here: Path) -> None:
     write(here / "spec.json", json.dumps(spec_of().model_dump(mode="json")))
     with pytest.raises(RequestError, match=r"a sweep cannot start from a resolved run"):
-        read(Request(overrides=("train.seed=1,2",), spec_file=Path("spec.json")))
+        read_sweep(Request(overrides=("train.seed=1,2",), spec_file=Path("spec.json")))
 
 
 # ── a resolved run as YAML ─────────────────────────────────────────────────────────────────────
@@ -631,7 +633,7 @@ def test_any_text_comes_back_from_yaml_as_it_was(here: Path, text: str) -> None:
         }
     )
     write(here / "mine.yaml", catalog.dump(spec.model_dump(mode="json")))
-    again = repeat.spec_of(Path("mine.yaml"))
+    again = repeat.load_spec(Path("mine.yaml"))
     assert (again.data.path, again.data.add_tokens, again.hw.env) == (text, [text], {"NAME": text})
 
 

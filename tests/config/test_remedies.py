@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.config.request import typed
+from runner.config.request import as_typed
 from runner.paths import ASSETS
 from tests.support.front import here, laptop, only_problem, problems_of, spec_of, write
 
@@ -31,7 +31,7 @@ def shell(word: str) -> list[str]:
 
 @pytest.mark.parametrize("value", ODD)
 def test_a_text_is_quoted_for_shell_and_hydra(value: str) -> None:
-    (word,) = shell(typed("data.system_prompt", value))
+    (word,) = shell(as_typed("data.system_prompt", value))
     assert spec_of(word).data.system_prompt == value
 
 

@@ -126,7 +126,7 @@ def test_it_imports_no_torch_and_is_quick(words: list[str], seconds: float) -> N
 def test_several_gpus_are_told_of_the_measurement_that_was_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     def of(*gpus: Gpu) -> list[Finding]:
         monkeypatch.setattr(detect, "detect", lambda root=Path("/"): replace(LAPTOP, gpus=gpus))
-        return [finding for finding in checks.examine() if finding.name == "bandwidth"]
+        return [finding for finding in checks.examine_machine() if finding.name == "bandwidth"]
 
     (said,) = of(H100, H100B)
     assert (said.state, said.found) == ("note", "all-reduce over 2 GPUs: not measured")
@@ -171,7 +171,7 @@ def test_a_run_is_held_against_the_machine() -> None:
 
 @pytest.mark.usefixtures("laptop")
 def test_a_run_that_does_not_fit_is_a_problem() -> None:
-    found = checks.examine(run_of("model=llama2_70b", "method=full", "hw=cpu"))
+    found = checks.examine_machine(run_of("model=llama2_70b", "method=full", "hw=cpu"))
     refused = [f for f in found if f.name == "run"]
     assert refused
     assert all(f.state == "problem" and "needs" in f.found for f in refused)
@@ -180,7 +180,7 @@ def test_a_run_that_does_not_fit_is_a_problem() -> None:
 
 @pytest.mark.usefixtures("laptop")
 def test_for_a_rented_machine_this_one_needs_no_room() -> None:
-    found = checks.examine(run_of("model=llama3_70b", "hw=h100x3", "method=qlora4", "where=runpod"))
+    found = checks.examine_machine(run_of("model=llama3_70b", "hw=h100x3", "method=qlora4", "where=runpod"))
     assert "hardware" not in [f.name for f in found]
     assert named(found, "RUNPOD_API_KEY").state == "problem"
     assert "the run takes" not in named(found, "memory").found
@@ -275,7 +275,7 @@ def test_a_full_disk_is_a_problem(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("laptop")
 @pytest.mark.parametrize(("folder", "why"), [("/proc/nowhere/runs", "No such file"), ("/dev/null/runs", "Not a dir")])
 def test_a_folder_that_cannot_be_written_to_is_a_problem(folder: str, why: str) -> None:
-    found = [f for f in disk.findings(run_of(f"run.output_dir={folder}")) if f.state == "problem"]
+    found = [f for f in disk.disk_findings(run_of(f"run.output_dir={folder}")) if f.state == "problem"]
     assert found[0].found.startswith(f"runs ({folder}) cannot be written to: {why}")
 
 
@@ -283,7 +283,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_problem(folder: str, why: str) 
 @pytest.mark.parametrize(("free", "state"), [(0.1, "problem"), (5, "warning"), (50, "ok")])
 def test_little_room_is_told_without_a_run(free: float, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     space(monkeypatch, size=100, free=free)
-    assert named(list(disk.findings(None)), "disk").state == state
+    assert named(list(disk.disk_findings(None)), "disk").state == state
 
 
 @pytest.mark.usefixtures("laptop")
@@ -293,7 +293,7 @@ def test_room_is_held_against_the_plan_once_per_disk(monkeypatch: pytest.MonkeyP
     needed = run.plan.disk_gib
     for free, state in ((needed - 1, "problem"), (needed + 1, "warning"), (needed * 2, "ok")):
         space(monkeypatch, size=1000, free=free)
-        finding = named(list(disk.findings(run)), "disk")  # one disk for all three folders
+        finding = named(list(disk.disk_findings(run)), "disk")  # one disk for all three folders
         assert (finding.state, finding.facts["needed_gib"]) == (state, pytest.approx(needed, abs=0.1))
 
 
@@ -323,9 +323,9 @@ def test_a_run_that_its_disk_has_no_room_for_is_not_started(tmp_path: Path, monk
     run = run_of("method=lora")
     assert run.plan is not None
     space(monkeypatch, size=100, free=1.02 * run.plan.disk_gib)
-    assert "the run takes" in disk.check(run.spec, run.plan)[0]
+    assert "the run takes" in disk.check_disk(run.spec, run.plan)[0]
     space(monkeypatch, size=100, free=50)
-    assert disk.check(run.spec, run.plan) == []
+    assert disk.check_disk(run.spec, run.plan) == []
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_dockers_64_mib_of_shared_memory_are_flagged(
     free: float, cards: int, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space(monkeypatch, size=max(free, 1 / 16), free=free)
-    found = named(list(system.findings(machine_with(*[H100] * cards), None)), "/dev/shm")
+    found = named(list(system.system_findings(machine_with(*[H100] * cards), None)), "/dev/shm")
     assert found.state == state
     if state != "ok":
         assert "--shm-size" in str(found.remedy)
@@ -348,14 +348,14 @@ def test_a_real_small_shared_memory_is_flagged() -> None:
 
 
 def test_a_system_without_shared_memory_needs_none(tmp_path: Path) -> None:
-    assert named(list(system.findings(LAPTOP, None, tmp_path)), "/dev/shm").state == "ok"
+    assert named(list(system.system_findings(LAPTOP, None, tmp_path)), "/dev/shm").state == "ok"
 
 
 def test_memory_is_what_the_container_may_use(tmp_path: Path) -> None:
     meminfo = f"MemTotal: {64 * 2**20} kB\nMemAvailable: {32 * 2**20} kB\n"
     limit = {"proc__self__cgroup": "0::/job\n", "sys__fs__cgroup__job__memory.max": f"{8 * GIB}\n"}
     root = root_with(tmp_path, proc__meminfo=meminfo, **limit)
-    found = named(list(system.findings(detect.detect(root), None, root)), "memory")
+    found = named(list(system.system_findings(detect.detect(root), None, root)), "memory")
     assert (found.state, found.found) == ("ok", "8.0 GiB (the container's limit; the machine has 64.0), 8.0 free")
 
 
@@ -364,14 +364,14 @@ def test_memory_is_what_the_container_may_use(tmp_path: Path) -> None:
 def test_memory_is_held_against_the_plan(total: int, free: int, state: str, tmp_path: Path) -> None:
     root = root_with(tmp_path, proc__meminfo=f"MemTotal: {total * 2**20} kB\nMemAvailable: {free * 2**20} kB\n")
     machine = replace(LAPTOP, memory_gib=float(total))
-    assert named(list(system.findings(machine, run_of("method=lora"), root)), "memory").state == state
+    assert named(list(system.system_findings(machine, run_of("method=lora"), root)), "memory").state == state
 
 
 def test_cores_and_bfloat16() -> None:
     slow = replace(LAPTOP, cpu_bf16=False)
-    assert named(list(system.findings(slow, None)), "cpu").state == "note"
+    assert named(list(system.system_findings(slow, None)), "cpu").state == "note"
     starved = replace(machine_with(H100, H100B), num_cpus=1)
-    assert named(list(system.findings(starved, None)), "cpu").state == "warning"
+    assert named(list(system.system_findings(starved, None)), "cpu").state == "warning"
 
 
 # ── driver and GPUs ────────────────────────────────────────────────────────────────────────────
@@ -397,7 +397,7 @@ def gpu_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         root = root_with(tmp_path, dev__nvidiactl="")
         machine = detect.detect(root)
-        return list(gpu_checks.findings(gpu_checks.look(machine, root), machine, run))
+        return list(gpu_checks.gpu_findings(gpu_checks.read_gpus(machine, root), machine, run))
 
     return look
 
@@ -511,7 +511,7 @@ def test_a_driver_that_does_not_answer_is_a_problem(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(H100, init_fails=True))
     monkeypatch.setenv("PATH", str(tmp_path))
     root = root_with(tmp_path, dev__nvidiactl="")
-    (driver,) = gpu_checks.findings(gpu_checks.look(machine_with(), root), machine_with(), None)
+    (driver,) = gpu_checks.gpu_findings(gpu_checks.read_gpus(machine_with(), root), machine_with(), None)
     assert driver.state == "problem"
     assert "Driver/library version mismatch" in driver.found
 
@@ -525,7 +525,7 @@ def test_without_nvml_the_driver_is_known_from_the_kernel(monkeypatch: pytest.Mo
     said = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  575.57.08  Release Build\nGCC version: 12"
     root = root_with(tmp_path, proc__driver__nvidia__version=said)
     machine = detect.detect(root)
-    found = list(gpu_checks.findings(gpu_checks.look(machine, root), machine, None))
+    found = list(gpu_checks.gpu_findings(gpu_checks.read_gpus(machine, root), machine, None))
     assert [f.found for f in found] == ["NVIDIA 575.57.08", "1 × H100 80GB HBM3, 79.7 GiB, compute capability 9.0"]
 
 
@@ -534,7 +534,7 @@ def test_cards_without_a_driver_are_seen_on_the_bus(tmp_path: Path) -> None:
     files = {f"{card}vendor": "0x10de\n", f"{card}class": "0x030200\n"}
     files |= {f"{sound}vendor": "0x10de\n", f"{sound}class": "0x040300\n"}
     root = root_with(tmp_path, **files)
-    (driver,) = gpu_checks.findings(gpu_checks.look(machine_with(), root), machine_with(), None)
+    (driver,) = gpu_checks.gpu_findings(gpu_checks.read_gpus(machine_with(), root), machine_with(), None)
     assert driver.state == "warning"
     assert driver.found.startswith("NVIDIA cards on the bus: 1")
     assert "--gpus all" in str(driver.remedy)
@@ -543,10 +543,10 @@ def test_cards_without_a_driver_are_seen_on_the_bus(tmp_path: Path) -> None:
 def test_hidden_cards_are_told() -> None:
     seen = Seen(Driver("580.82", (13, 0)), None, (), {}, 0)
     machine = Machine((), "", 2, 16, 64.0, True)
-    (driver,) = gpu_checks.findings(seen, machine, None)
+    (driver,) = gpu_checks.gpu_findings(seen, machine, None)
     assert (driver.state, driver.found) == ("warning", "NVIDIA 580.82, CUDA 13.0, and no GPU is visible")
     shown = list(
-        gpu_checks.findings(
+        gpu_checks.gpu_findings(
             replace(seen, cards=(Card(H100, 0),)), replace(machine, gpus=(H100,), visible_devices="0"), None
         )
     )
@@ -658,7 +658,9 @@ def test_deepspeed_wants_the_nvcc_that_torch_was_built_with(
 @pytest.mark.usefixtures("laptop")
 def test_compilers_matter_to_offload_alone() -> None:
     def looked(*words: str) -> bool:
-        return "compiler" in [f.name for f in software.findings(machine_with(), None, run_of("model=phi2", *words))]
+        return "compiler" in [
+            f.name for f in software.software_findings(machine_with(), None, run_of("model=phi2", *words))
+        ]
 
     assert looked("hw=h100x3", "deepspeed=zero2_offload")
     assert not looked("hw=h100x3", "deepspeed=zero2")
@@ -668,7 +670,7 @@ def test_compilers_matter_to_offload_alone() -> None:
 
 
 def test_gloo_adds_up_between_two_processes() -> None:
-    found = bandwidth.finding(LAPTOP, None)
+    found = bandwidth.bandwidth_finding(LAPTOP, None)
     assert (found.state, found.remedy) == ("ok", None), found.found
     assert found.found.startswith("gloo all-reduce over 2 CPU processes: ")
     assert (found.facts["backend"], found.facts["world_size"]) == ("gloo", 2)
@@ -677,7 +679,7 @@ def test_gloo_adds_up_between_two_processes() -> None:
 
 
 def test_an_all_reduce_that_hangs_is_ended_and_told() -> None:
-    found = bandwidth.finding(LAPTOP, None, limit_s=0.2)
+    found = bandwidth.bandwidth_finding(LAPTOP, None, limit_s=0.2)
     assert found.state == "problem"
     assert "no answer within 0.2 s" in found.found
     assert found.remedy

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from runner.config.request import Request
-from runner.launcher.failure import judge
+from runner.launcher.failure import report_ending
 from runner.launcher.oom_report import OomReport, diagnose_oom, report
 from runner.launcher.supervisor import Ending
 from runner.machine.processes import OomKills, killer, oom_kills
@@ -156,7 +156,7 @@ def test_a_process_that_could_not_say_so_leaves_its_words_in_the_launchers_log(
     run, spec = died("model=llama3_8b", "hw=h100x3", "deepspeed=zero3", state="training")
     (run.path / "logs" / "launcher.log").write_text(f"W1129 torchrun\n{line}\n")
     sign = {"rank": 1, "pid": 1, "host": "here", "state": "alive"}
-    assert judge(run, spec, Ending(1, ranks=[sign]), lambda: "somebody else") == 1
+    assert report_ending(run, spec, Ending(1, ranks=[sign]), lambda: "somebody else") == 1
     assert "out of GPU memory" in capsys.readouterr().err
     assert (run.read("autopsy.json")["memory"], run.read("autopsy.json")["message"]) == ("gpu", line)
 

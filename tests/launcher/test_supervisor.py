@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runner.launcher import supervisor
-from runner.launcher.failure import hung, judge
+from runner.launcher.failure import hung, report_ending
 from runner.launcher.supervisor import Ending
 from runner.rundir.directory import RunDir
 from tests.conftest import spec_of
@@ -70,7 +70,7 @@ def test_a_signal_while_python_leaves_after_the_last_word_changes_nothing(last: 
     run.set_status("done" if last == "done" else "training", exit_code=0)
     sign = {"rank": 0, "pid": 1, "host": "here", "state": last, "beat": time.time()}
     ending = Ending(-signal.SIGTERM, [sign])
-    assert judge(run, spec, ending, lambda: "somebody else") == code
+    assert report_ending(run, spec, ending, lambda: "somebody else") == code
     assert run.read("status.json")["state"] == ("done" if last == "done" else "failed")
 
 

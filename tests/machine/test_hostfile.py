@@ -111,7 +111,7 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None
 def refusal(*words: str) -> str:
     nodes._check.cache_clear()
     with pytest.raises(CannotRunError) as caught:
-        nodes.check(spec_of("hw=cpu", "hw.hostfile=hosts", *words))
+        nodes.check_nodes(spec_of("hw=cpu", "hw.hostfile=hosts", *words))
     return "\n".join(f"{p.what} ({p.source}) → {p.remedy}" for p in caught.value.problems)
 
 
@@ -151,7 +151,7 @@ def test_the_command_is_quoted_and_holds_no_key(tmp_path: Path, laptop: None, mo
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     stand_in(folder, monkeypatch, f'echo "$@" > "{tmp_path}/words"; sh -c "$command"')
     nodes._check.cache_clear()
-    nodes.check(spec_of("hw=cpu", "hw.hostfile=hosts"))  # the real command, through a shell, from another folder
+    nodes.check_nodes(spec_of("hw=cpu", "hw.hostfile=hosts"))  # the real command, through a shell, from another folder
     words = (tmp_path / "words").read_text("utf-8")
     assert "BatchMode=yes" in words and "HF_HOME=/data/hugging face" in words and "hf_secret" not in words
 

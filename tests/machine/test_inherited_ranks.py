@@ -65,11 +65,11 @@ def test_settings_are_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_launcher_s_own_variables_are_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name not in inherited_ranks.cleaned(os.environ):
+        if name not in inherited_ranks.without_ranks(os.environ):
             monkeypatch.delenv(name)
-    assert inherited_ranks.notes() == []
+    assert inherited_ranks.inherited_rank_notes() == []
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert inherited_ranks.notes() == [
+    assert inherited_ranks.inherited_rank_notes() == [
         "not used, of another launcher: LOCAL_RANK; hw.num_gpus, hw.num_processes and hw.num_nodes say who trains"
     ]
 

@@ -73,13 +73,13 @@ def test_commands_in_messages_are_spelled_for_this_shell(
     monkeypatch: pytest.MonkeyPatch, text: str, as_typed: str
 ) -> None:
     monkeypatch.setenv(invocation.VARIABLE, ".venv/bin/python")
-    assert invocation.typed(text) == as_typed
+    assert invocation.as_invoked(text) == as_typed
 
 
 def test_a_pod_spells_commands_for_whoever_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker says in a pod is read at home: no path of the pod's interpreter may be in it."""
     monkeypatch.delenv(invocation.VARIABLE, raising=False)
-    assert invocation.typed("python -m runner resume runs/x") == "python -m runner resume runs/x"
+    assert invocation.as_invoked("python -m runner resume runs/x") == "python -m runner resume runs/x"
 
 
 def test_an_extra_is_installed_from_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

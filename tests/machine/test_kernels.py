@@ -138,7 +138,7 @@ def test_a_card_without_it_and_a_cpu_need_no_note() -> None:
 
 def test_doctor_says_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     def of(*gpus: detect.Gpu) -> list[tuple[str, str]]:
-        found = software.findings(replace(LAPTOP, gpus=gpus), None, None)
+        found = software.software_findings(replace(LAPTOP, gpus=gpus), None, None)
         return [(finding.state, finding.found) for finding in found if finding.name == "attention"]
 
     installed(monkeypatch, None)

@@ -66,7 +66,7 @@ def done(tmp_path: Any) -> RunDir:
 
 
 def check(run: RunDir, *words: str) -> RunSpec:
-    return resume.check(run, resume.request(run, words, ()))
+    return resume.compose_resumed(run, resume.request(run, words, ()))
 
 
 def test_a_finished_run_can_be_made_longer_and_nothing_else(done: RunDir) -> None:

@@ -138,7 +138,7 @@ def test_a_folder_that_is_read_as_the_hub_is_an_input(here: Path, run: RunDir) -
     write(here / "rows" / "train.jsonl", ROWS)
     spec = with_absolute_paths(spec_of("data=hub", "data.id=rows", "hw=cpu"))
     assert spec.data.id == str(here / "rows")
-    input_digests.record(run, spec)
+    input_digests.record_digests(run, spec)
     assert input_digests.changed(run, spec) == []
     write(here / "rows" / "test.jsonl", ROWS)
     (problem,) = input_digests.changed(run, spec)
@@ -188,7 +188,7 @@ def test_what_opens_an_adapter_says_that_its_base_is_another_one(
     run = RunDir.create(spec)
     base = here / "base"
     write(base / "model.safetensors", "weights")
-    input_digests.record(run, spec)
+    input_digests.record_digests(run, spec)
     write(run.path / "model" / "adapter_config.json", "{}")
     report_changed_base(run)
     assert capsys.readouterr().err == ""

@@ -20,8 +20,8 @@ from runner.report.progress import Progress
 from runner.resolve.steps import resolve
 from runner.rundir.launch_options import DEFAULT_OPTIONS
 from runner.runs import launch
-from runner.runs.content_checks import check_read
-from runner.runs.unread_keys import UNREAD, reads
+from runner.runs.content_checks import check_contents
+from runner.runs.unread_keys import UNREAD, is_read
 from runner.spec import RunSpec
 from runner.spec.base_model import Part
 from runner.spec.unused import _candidates, _facts
@@ -114,12 +114,12 @@ def test_every_key_is_read_by_the_run_or_said_to_have_no_effect(
     composed = compose(request)
     with reading(monkeypatch) as seen:
         spec, notes = resolve(composed, source_finder(request))
-        launch.plan_first(spec, notes, composed)
-        launch.check(spec, notes, composed, DEFAULT_OPTIONS)
+        launch.plan_or_refuse(spec, notes, composed)
+        launch.check_launch(spec, notes, composed, DEFAULT_OPTIONS)
         train_here(spec)
     keys = {f"{group}.{key}" for group in RunSpec.model_fields for key in type(getattr(spec, group)).model_fields}
     said = {key for key, _ in (*_candidates(spec), *_facts(spec))}
-    silent = {key for key in keys - seen - said - BESIDE - REFUSED if not key.endswith(".name") and reads("run", key)}
+    silent = {key for key in keys - seen - said - BESIDE - REFUSED if not key.endswith(".name") and is_read("run", key)}
     assert not silent, " ".join(sorted(silent))
     assert len(seen) > 80
 
@@ -132,11 +132,11 @@ def test_data_prepare_reads_what_it_does_not_say_to_have_no_effect(
         monkeypatch.setenv("RUNNER_CACHE", str(folder / name))
         spec = compose(request_of(words_of(folder, name), ()))
         with reading(monkeypatch) as found:
-            check_read(spec)
+            check_contents(spec)
             prepared(spec, Progress(Console(file=io.StringIO())))
         seen |= found
-    wrong = {key for key in seen if not key.endswith(".name") and not reads("data prepare", key)}
+    wrong = {key for key in seen if not key.endswith(".name") and not is_read("data prepare", key)}
     assert not wrong - set(UNREAD["data prepare"]), " ".join(sorted(wrong))
     keys = {f"{GROUPS[part]}.{key}" for part in GROUPS for key in part.model_fields}
-    silent = {key for key in keys - seen - REFUSED if not key.endswith(".name") and reads("data prepare", key)}
+    silent = {key for key in keys - seen - REFUSED if not key.endswith(".name") and is_read("data prepare", key)}
     assert not silent - {"where.volume"}, " ".join(sorted(silent))

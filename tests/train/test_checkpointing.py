@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from transformers.utils.logging import set_tqdm_hook
 
 from runner.errors import InterruptedRun
-from runner.launcher.supervisor import SAME_SECONDS, forget
+from runner.launcher.supervisor import SAME_SECONDS, remove_reports
 from runner.report.progress import Progress
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
@@ -165,7 +165,7 @@ def test_a_finished_run_made_longer_ends_like_one_that_was_as_long_from_the_star
     run = tiny("train.max_steps=3", *same)
     first = [*run.metrics()]
     summary = run.read("summary.json")
-    forget(run)  # this process is alive
+    remove_reports(run)  # this process is alive
     done = run_cli("resume", str(run.path), "train.max_steps=6", OMP_NUM_THREADS="1")
     assert done.returncode == 0 and "Resumes after step 3" in done.stdout, done.stderr
     assert [*run.metrics()][:3] == first  # with their times: not done again

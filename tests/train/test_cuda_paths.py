@@ -685,9 +685,11 @@ def test_doctor_names_the_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(software, "installed_torch", lambda: Torch("2.13.0", (13, 0)))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    found = [f for f in software.findings(machine(H100), Driver("580.82", (13, 0)), None) if f.name == "compiler"]
+    found = [
+        f for f in software.software_findings(machine(H100), Driver("580.82", (13, 0)), None) if f.name == "compiler"
+    ]
     assert found[0].state == "problem" and "no C compiler (gcc or clang)" in found[0].found
-    assert not [f for f in software.findings(machine(), None, None) if f.state == "problem"]
+    assert not [f for f in software.software_findings(machine(), None, None) if f.state == "problem"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Trainer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from runner.errors import CannotRunError, RequestError, RunFailedError
-from runner.launcher.supervisor import forget
+from runner.launcher.supervisor import remove_reports
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.train import checkpointing, save_rehearsal, worker
@@ -218,7 +218,7 @@ def test_a_checkpoint_that_was_cut_off_does_not_count_and_resume_ends_the_run(
     assert [file.name for file in checkpoints.folder(run, 4).iterdir()] == ["config.json"]
     assert checkpoints.newest(run) == 2
     monkeypatch.setattr(Trainer, "_save", kept)
-    forget(run)
+    remove_reports(run)
     train_here(spec, run)
     assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4] and checkpoints.newest(run) == 4
     AutoModelForCausalLM.from_pretrained(run.path / "model")
@@ -235,7 +235,7 @@ def test_a_run_whose_last_save_failed_is_resumed_without_another_step(
     lines = list(run.metrics())
     assert not (run.path / "model").exists() and checkpoints.newest(run) == 4
     monkeypatch.setattr(worker, "save", kept)
-    forget(run)
+    remove_reports(run)
     train_here(spec, run)
     assert list(run.metrics()) == lines
     AutoModelForCausalLM.from_pretrained(run.path / "model")
