@@ -1,5 +1,4 @@
-"""Recipe, choices and command line → one validated `RunSpec`. Only it, hydra_loader.py, request.py and
-sweeper.py import Hydra.
+"""Recipe, choices and command line → one validated `RunSpec`.
 
 A recipe is Hydra's primary config. Every `key=value` that is not a choice is handed to Hydra as
 `++key=value`, so that the schema alone judges keys: all mistakes are found at once, with their
@@ -10,45 +9,27 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from hydra import version
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
-from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from runner.config import catalog, hydra_loader, identity, recipe_checks, repeat
-from runner.config.provenance import Origin, origins_in_file, shown
+from runner.config import catalog, identity, recipe_checks, repeat
+from runner.config.hydra_compose import as_request_error, file_origins, interruptible, merge, primary_of
+from runner.config.provenance import Origin, shown
 from runner.config.request import COMMAND_LINE, Checked, Request, check_request
 from runner.config.suggestions import default_of, known_keys, nearest_key
-from runner.config.validation import SourceOf, unknown, validated
+from runner.config.validation import SourceOf, validated
 from runner.errors import Problem, RequestError
-from runner.paths import CONF, RECIPES
 from runner.spec import RunSpec
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
-
-
-@dataclass(frozen=True)
-class _Primary:
-    """The config that a composition starts from."""
-
-    name: str
-    folders: tuple[Path, ...] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -149,50 +130,12 @@ def spec_of_point(config: DictConfig, texts: dict[str, str]) -> RunSpec:
     return validated(composed.values or {}, lambda key: None, composed.problems, composed.unsure)
 
 
-def primary_of(request: Request) -> _Primary:
-    """Name of the primary config and the folder it needs in the search path."""
-    if request.recipe is None:
-        return _Primary("config")
-    file = recipe_checks.find_recipe(request.recipe, request.config_dirs)
-    problems = recipe_checks.recipe_problems(file, request.folders)
-    if problems:
-        raise RequestError(*problems)
-    return _Primary(file.stem, (file.resolve().parent,))
-
-
-@contextmanager
-def hydra_over(request: Request, primary: _Primary) -> Iterator[Hydra]:
-    """Hydra over the user's folders, `conf/`, and the recipe's folder, in that order."""
-    search = create_config_search_path(None)
-    for folder in _folders(request, primary):
-        search.prepend("main", f"file://{folder.resolve()}", SearchPathQuery(provider="schema"))
-    version.setbase("1.3")
-    GlobalHydra.instance().clear()
-    try:
-        with _quiet():
-            yield Hydra.create_main_hydra2("runner", search)
-    finally:
-        GlobalHydra.instance().clear()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a recipe may leave `_self_` out: it comes last anyway
-        with _interruptible():
-            yield
-
-
-def _folders(request: Request, primary: _Primary) -> tuple[Path, ...]:
-    return (*(folder for folder in request.config_dirs if folder.is_dir()), CONF, *primary.folders, RECIPES)
-
-
 def _composed(request: Request, checked: Checked) -> _Composed:
     try:
         if request.spec_file:
             return _repeated(request, request.spec_file, checked.overrides)
         with as_request_error(checked):
-            config, choices = merged(checked, primary_of(request))
+            config, choices = merge(checked, primary_of(request))
     except RequestError as error:
         return _Composed(None, error.problems)
     source_of = source_finder(request)
@@ -208,23 +151,6 @@ def _composed(request: Request, checked: Checked) -> _Composed:
             _keep_texts(found.values, texts_of(request))
         return _identified(found, identity.identity_problems(choices, found.values, request.folders, source_of))
     return found
-
-
-def merged(checked: Checked, primary: _Primary) -> tuple[DictConfig, Mapping[str, str | None]]:
-    """What the files and words say together, and the choice of each group."""
-    if found := _without_hydra(checked, primary):
-        return found.config, found.defaults.overrides.known_choices
-    with hydra_over(checked.request, primary) as hydra:
-        config = hydra.compose_config(primary.name, checked.for_hydra, RunMode.RUN, with_log_configuration=False)
-        return config, config.hydra.runtime.choices
-
-
-def _without_hydra(checked: Checked, primary: _Primary) -> hydra_loader.Merged | None:
-    if any(override.is_hydra_override() for override in checked.overrides):
-        return None
-    version.setbase("1.3")
-    with _quiet():
-        return hydra_loader.merged(_folders(checked.request, primary), primary.name, checked.for_hydra)
 
 
 def _environment(values: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +192,7 @@ def _resolved(config: DictConfig, source_of: SourceOf, without: tuple[str, ...] 
     left_out = set(without)
     while True:
         try:
-            with _interruptible():
+            with interruptible():
                 values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
             assert isinstance(values, dict)
             unsure = frozenset(left_out | dangling.keys())
@@ -308,89 +234,6 @@ def _target(error: OmegaConfBaseException) -> str | None:
     return found[1] if found else None
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """A Ctrl-C stays one. One in twenty meets OmegaConf with a node half set, over which its own clean-up then fails:
-    that error would be taken for a mistake in the config."""
-    try:
-        yield
-    except Exception as error:
-        before: BaseException | None = error
-        while before is not None:
-            if isinstance(before, KeyboardInterrupt):
-                raise KeyboardInterrupt from None
-            before = before.__context__
-        raise
-
-
-@contextmanager
-def as_request_error(checked: Checked) -> Iterator[None]:
-    """Hydra's, OmegaConf's and YAML's own complaints in one line, with the file or word they are about."""
-    try:
-        with _interruptible():
-            yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise RequestError(_complaint(error, checked)) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{shown(Path(mark.name))}:{mark.line + 1}" if mark else checked.request.recipe
-        raise RequestError(catalog.broken(error, place)) from None
-    except RecursionError:
-        what = "a defaults list leads back to its own file, and would never end"
-        raise RequestError(Problem(what, checked.request.recipe, "name another file there, or _self_")) from None
-    except UnicodeDecodeError as error:
-        raise RequestError(Problem(f"a YAML file is not UTF-8: {error.reason}", checked.request.recipe)) from None
-
-
-def _complaint(error: Exception, checked: Checked) -> Problem:
-    """Its first line; where it comes from: a word that was typed, a line of the recipe, or the recipe."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith("raised while composing config:"):
-        del lines[0]  # a name of OmegaConf's alone
-    what, remedy = re.sub(r"^In '.*?': ", "", lines[0]) if lines else "bad config", None
-    if isinstance(cause, MissingConfigException):
-        what = f"there is no {cause.missing_cfg_file}"
-        remedy = f"one of {', '.join(cause.options)}" if cause.options else None
-        if cause.missing_cfg_file == "hydra/sweeper/optuna":
-            remedy = "pip install hydra-optuna-sweeper"
-    if found := re.match(_NOT_DELETED, what):
-        return _nothing_deleted(found[1], found[2], found[3])
-    if any(override.key_or_group in what for override in checked.overrides):
-        return Problem(what, COMMAND_LINE, remedy)
-    source, key = checked.request.recipe, getattr(cause, "full_key", None)
-    if source and key:
-        lines_of_recipe = origins_in_file(recipe_checks.find_recipe(source, checked.request.config_dirs), "")
-        source = next((o.place for o in lines_of_recipe if o.key == key), source)
-    return Problem(f"{key}: {what}" if key else what, source, remedy)
-
-
-_NOT_DELETED = r"Could not delete from config\. (?:'(.+)' does not exist|The value of '(.+)' is (.+) and not)"
-
-
-def _nothing_deleted(unset: str | None, other: str, value: str) -> Problem:
-    """`~key` where no file sets the key, and `~key=value` where it has another value."""
-    if unset is None:
-        return Problem(f"~{other}: it is {value}", COMMAND_LINE, f"write ~{other}")
-    if unset not in known_keys():
-        return unknown(unset, None, COMMAND_LINE)
-    return Problem(f"~{unset}: no file sets it, so that it has its default already", COMMAND_LINE, "leave it out")
-
-
-def file_origins(checked: Checked) -> Iterator[Origin]:
-    """Every key set by the YAML files of the defaults list, in order."""
-    primary = primary_of(checked.request)
-    with as_request_error(checked):
-        if found := _without_hydra(checked, primary):
-            result = found.defaults
-        else:
-            with hydra_over(checked.request, primary) as hydra:
-                result = hydra.config_loader.compute_defaults_list(primary.name, checked.for_hydra, RunMode.RUN)
-    for item in result.defaults:
-        if file := _file_of(item.config_path, checked.request, primary):
-            yield from origins_in_file(file, item.package or "")
-
-
 def _repeated(request: Request, spec_file: Path, overrides: tuple[Override, ...]) -> _Composed:
     """A resolved run with single values changed; only choices of the groups in `exchange` can become others in it."""
     before = repeat.read_spec_file(spec_file)
@@ -411,13 +254,3 @@ def _repeated(request: Request, spec_file: Path, overrides: tuple[Override, ...]
         _keep_texts(values, texts_of(request))
     others = identity.repeat_problems(before, values, request.exchange, source_finder(request))
     return _identified(_Composed(values, problems), others)
-
-
-def _file_of(config_path: str | None, request: Request, primary: _Primary) -> Path | None:
-    """The file behind an entry of the defaults list; None for one that Hydra itself brings."""
-    candidates = (folder / f"{config_path}.yaml" for folder in _folders(request, primary))
-    return next((file for file in candidates if file.is_file()), None)
-
-
-def quoted_path(path: Path) -> str:
-    return "'" + str(path).replace("'", "\\'") + "'"

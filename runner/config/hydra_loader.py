@@ -31,7 +31,7 @@ class Merged:
     defaults: DefaultsList
 
 
-def merged(folders: Iterable[Path], name: str, words: Sequence[str]) -> Merged | None:
+def merge_files(folders: Iterable[Path], name: str, words: Sequence[str]) -> Merged | None:
     """None where a file or a word is Hydra's own, and where Hydra has something to say: both are left to it."""
     overrides = OverridesParser.create().parse_overrides(list(words))
     files = _Files(folders)

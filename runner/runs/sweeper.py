@@ -11,16 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-from runner.config.compose import (  # fmt: skip
-    as_request_error,
-    compose_checked,
-    file_origins,
-    hydra_over,
-    primary_of,
-    quoted_path,
-    spec_of_point,
-    texts_of,
-)
+from runner.config.compose import compose_checked, spec_of_point, texts_of
+from runner.config.hydra_compose import as_request_error, file_origins, hydra_over, primary_of
 from runner.config.request import COMMAND_LINE, NO_PRUNING, PRUNER, Request, check_request, for_hydra
 from runner.errors import Problem, RequestError, RunFailedError, RunnerError
 from runner.spec import RunSpec
@@ -74,7 +66,7 @@ class Sweep:
         """
         checked = check_request(replace(self.request, overrides=(*self.request.overrides, *launcher)), sweeping=True)
         quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
-        words = [*quiet, f"hydra.sweep.dir={quoted_path(folder)}", "hydra.sweep.subdir=.", *checked.for_hydra]
+        words = [*quiet, f"hydra.sweep.dir={_quoted(folder)}", "hydra.sweep.subdir=.", *checked.for_hydra]
         if self.direction is not None and run.run.metric_mode == "max":
             words.append("hydra.sweeper.direction=maximize")
         primary, each = primary_of(checked.request), _Each(task, texts_of(replace(self.request, overrides=())))
@@ -244,3 +236,7 @@ def _parsed(request: Request) -> tuple[Request, list[Override]]:
 
 def _key(word: str) -> str:
     return word.lstrip("+~").partition("=")[0]
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "\\'") + "'"

@@ -354,7 +354,9 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[RunSpec]]:
     def replace(failing: int = -1, code: int = 1) -> list[RunSpec]:
         seen: list[RunSpec] = []
 
-        def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: object = None) -> Outcome:
+        def execute(
+            run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, launch_options: object = None
+        ) -> Outcome:
             seen.append(spec)
             bad = spec.train.seed == failing
             run.set_status("failed" if bad else "done", error="it broke" if bad else None)

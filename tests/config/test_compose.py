@@ -21,7 +21,8 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf._utils import get_yaml_loader
 
 from runner.config import catalog, repeat, yaml_files
-from runner.config.compose import compose, hydra_over, merged, origins_of_key, primary_of
+from runner.config.compose import compose, origins_of_key
+from runner.config.hydra_compose import hydra_over, merge, primary_of
 from runner.config.request import Checked, Request, check_request
 from runner.errors import RequestError
 from runner.paths import CONF, RECIPES
@@ -465,8 +466,8 @@ def test_files_are_merged_as_hydra_merges_them(
     checked = check_request(Request(recipe, words))
     assert not checked.problems
     config, choices = _by_hydra(checked)
-    monkeypatch.setattr("runner.config.compose.hydra_over", None)  # it is not asked
-    mine, chosen = merged(checked, primary_of(checked.request))
+    monkeypatch.setattr("runner.config.hydra_compose.hydra_over", None)  # it is not asked
+    mine, chosen = merge(checked, primary_of(checked.request))
     assert OmegaConf.to_container(mine) == config
     assert dict(chosen) == choices
 
@@ -481,7 +482,7 @@ def test_what_is_for_hydra_is_left_to_it(here: Path, words: tuple[str, ...], rec
     checked = replace(
         check_request(Request("mine.yaml")), overrides=check_request(Request(overrides=words), sweeping=True).overrides
     )
-    config, _ = merged(checked, primary_of(checked.request))
+    config, _ = merge(checked, primary_of(checked.request))
     assert config.hydra.sweeper.max_batch_size == 2
 
 

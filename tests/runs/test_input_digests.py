@@ -37,7 +37,7 @@ GRPO = (
 def run(here: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """An interrupted run with a checkpoint after step 2, made by the front."""
 
-    def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: object = None) -> Outcome:
+    def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, launch_options: object = None) -> Outcome:
         return Outcome(run, 0)
 
     monkeypatch.setattr(local, "execute", execute)
@@ -150,7 +150,7 @@ def test_a_folder_that_is_read_as_the_hub_is_an_input(here: Path, run: RunDir) -
 def test_a_permission_for_a_resume_that_failed_is_asked_for_again(
     run: RunDir, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: object = None) -> Outcome:
+    def fails(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, launch_options: object = None) -> Outcome:
         run.set_status("failed", exit_code=1)
         return Outcome(run, 1)
 

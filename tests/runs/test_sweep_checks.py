@@ -76,7 +76,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunSpec]:
     """The runs that are started; each reports its seed as its loss: NaN for 13, and 7 breaks in a way of its own."""
     seen: list[RunSpec] = []
 
-    def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: object = None) -> Outcome:
+    def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, launch_options: object = None) -> Outcome:
         seen.append(spec)
         if spec.train.seed == 7:
             raise ZeroDivisionError("by zero")

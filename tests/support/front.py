@@ -69,7 +69,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[RunDir]:
     """The runs that got as far as their worker, which does nothing."""
     found: list[RunDir] = []
 
-    def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, warm: object = None) -> Outcome:
+    def execute(run: RunDir, spec: RunSpec, *, quiet_stdout: bool = False, launch_options: object = None) -> Outcome:
         found.append(run)
         return Outcome(run, 0)
 
