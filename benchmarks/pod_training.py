@@ -31,7 +31,7 @@ def main(spec: Path) -> int:
     lines = (run.path / "metrics.jsonl").read_text("utf-8").splitlines() if done else []
     with (run.path / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
         metrics.writelines(f"{line}\n" for line in lines[:done])
-        run.set_status("running", num_steps=steps)
+        run.set_status("training", num_steps=steps)
         for step in range(done + 1, steps + 1):
             time.sleep(STEP_S)
             metrics.write(json.dumps({"step": step, "loss": 1 / step, "time": time.time()}) + "\n")

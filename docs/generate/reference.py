@@ -1,4 +1,4 @@
-"""`docs/reference.md`, generated from `runner/spec/`: every key, its type, default and meaning.
+"""`docs/reference.md`, generated from `runner/spec/` and the records of a run: every key, its type, default, meaning.
 
 The sentence under a field is read from the source, because pydantic's
 `use_attribute_docstrings` would parse that source again at every start of the runner.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -23,7 +24,11 @@ from pydantic.fields import FieldInfo
 
 from runner import spec
 from runner.config.suggestions import parts_of
+from runner.doctor.checks import DoctorReport
+from runner.doctor.finding import Finding
 from runner.paths import ASSETS
+from runner.report.run_list import RunRow
+from runner.rundir import records
 
 PAGE = ASSETS / "docs" / "reference.md"
 # What a run directory holds is written by hand, beside this module.
@@ -40,6 +45,12 @@ written in a recipe. A default is what holds where no file in `conf/` says other
 argument a value came from. Where the default is –, a value must be given. A key that is not listed
 here is an error.
 """
+
+RECORDS: dict[str, type[Any]] = {
+    record.__name__: record
+    for record in (*filter(typing.is_typeddict, vars(records).values()), RunRow, DoctorReport, Finding)
+}
+"""What a run and two commands write as JSON, by the name in run_files.md."""
 
 _WORDS = {int: "whole number", float: "number", str: "text", type(None): "null"}
 _SIGNS = {
@@ -70,7 +81,8 @@ def page() -> str:
     """The whole page, as Markdown."""
     sections = [_INTRO, *(_section(group, parts) for group, parts in _groups())]
     if RUN_FILES.is_file():
-        sections.append("## Files of a run\n\n" + RUN_FILES.read_text("utf-8"))
+        text = re.sub(r"<!-- records ([\w ]+) -->", _records, RUN_FILES.read_text("utf-8"))
+        sections.append(f"## Files of a run\n\n{text}")
     return "\n".join(section.rstrip() + "\n" for section in sections)
 
 
@@ -92,12 +104,15 @@ def meaning(part: type[BaseModel], name: str) -> str:
 
 @cache
 def _sentences() -> dict[str, dict[str, str]]:
-    """Class → field → the string literal that stands under it in `runner/spec/`."""
+    """Class → field → the string literal that stands under it, in `runner/spec/` and the modules of records."""
     found: dict[str, dict[str, str]] = {}
-    for file in sorted(Path(spec.__path__[0]).glob("*.py")):
+    files = sorted(Path(spec.__path__[0]).glob("*.py"))
+    for file in [*files, *{Path(inspect.getfile(record)) for record in RECORDS.values()}]:
         for node in ast.parse(file.read_text("utf-8")).body:
             if isinstance(node, ast.ClassDef):
-                found[node.name] = dict(_documented(node.body))
+                above = [base.id for base in node.bases if isinstance(base, ast.Name)]  # in the same module, or none
+                inherited = {key: text for base in above for key, text in found.get(base, {}).items()}
+                found[node.name] = inherited | dict(_documented(node.body))
     return found
 
 
@@ -109,6 +124,22 @@ def _documented(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
                 ast.Expr(value=ast.Constant(value=str(text))),
             ):
                 yield name, " ".join(text.split())
+
+
+def _records(found: re.Match[str]) -> str:
+    """A table for each record that is named."""
+    return "\n\n".join(_record(RECORDS[name]) for name in found[1].split())
+
+
+def _record(record: type[Any]) -> str:
+    what, colon, more = (inspect.getdoc(record) or "").rstrip(".").partition(":")
+    lines = [f"**{what}**{colon}{more}", "", _line(["key", "type", "meaning"]), _line(["---"] * 3)]
+    sentences = _sentences()[record.__name__]
+    for name, kind in typing.get_type_hints(record).items():
+        options = _options(kind)
+        words = ", ".join(options[:-1]) + " or " + options[-1] if len(options) > 1 else options[0]
+        lines.append(_line([f"`{name}`", words, sentences[name]]))
+    return "\n".join(lines)
 
 
 def _groups() -> Iterator[tuple[str, list[type[BaseModel]]]]:
@@ -185,6 +216,8 @@ def _options(annotation: Any) -> list[str]:
         return [option for part in inner for option in _options(part)]
     if origin is list:
         return ["list of " + " or ".join(f"{option}s" for option in _options(inner[0]))]
+    if annotation is Any or typing.is_typeddict(annotation):
+        return ["mapping" if typing.is_typeddict(annotation) else "value"]
     if origin is dict:
         values = _options(inner[1])
         return [f"mapping of names to {'one of ' + ', '.join(values) if len(values) > 1 else values[0] + 's'}"]

@@ -65,7 +65,7 @@ def _answer(as_json: bool, run: object) -> None:
     from runner.rundir.directory import RunDir
 
     if as_json and isinstance(run, RunDir):
-        click.echo(dump(run.read("summary.json") or run.read("status.json")))
+        click.echo(dump(run.summary or run.status))
 
 
 @click.command()

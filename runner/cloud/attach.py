@@ -104,7 +104,7 @@ def status(words: str) -> dict[str, Any]:
 
 
 def _status_here(run: RunDir) -> dict[str, Any]:
-    last, kept = ([{}, *run.metrics()])[-1], run.read("status.json")
+    last, kept = ([{}, *run.metrics()])[-1], run.status
     facts = {key: kept.get(key) for key in ("model", "method", "objective", "data", "num_steps", "error")}
     facts |= {key: last.get(key) for key in ("step", "loss", "tokens_per_second")}
     return {"run_id": run.id, "state": run.state(), **facts, "folder": shown(run.path)}

@@ -257,7 +257,7 @@ def finish(session: Session, last: dict[str, Any], display: Display, pool: Pool 
         return Outcome(run, code)
     until = reuse_pod.hand_back(session)
     session.close()
-    if code and run.read("status.json").get("state") not in ("failed", "interrupted"):
+    if code and run.status.get("state") not in ("failed", "interrupted"):
         if last.get("stopped_for"):  # before there was a training, which would say so itself
             code, last = InterruptedRun.exit_code, {**last, "message": None}
             with _local_disk_may_fail(display.say):
@@ -314,12 +314,11 @@ def account(run: RunDir, rented: Lease, error: BaseException | None = None) -> d
         "cloud": rented.pod.cloud,
         "pod_id": rented.pod.id,
     }
-    state = {} if error is None else {"exit_code": getattr(error, "exit_code", 130), "error": str(error)}
     with _local_disk_may_fail(rented.say):
-        if state and run.read("status.json").get("state") not in ("done", "interrupted"):
-            run.set_status("failed", **state)
-        run.write("status.json", {**run.read("status.json"), "cost": cost})
-        if summary := run.read("summary.json"):
+        if error is not None and run.status.get("state") not in ("done", "interrupted"):
+            run.set_status("failed", exit_code=getattr(error, "exit_code", 130), error=str(error))
+        run.write("status.json", {**run.status, "cost": cost})
+        if summary := run.summary:
             run.write("summary.json", {**summary, "model_dir": str(run.path / "model"), "cost": cost})
     return cost
 

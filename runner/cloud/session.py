@@ -309,4 +309,4 @@ def mirror(run: RunDir, status: dict[str, Any], rented: Lease) -> None:
     """The pod's `status.json` as this run's: its process is on another machine, whose number means nothing here."""
     if status:
         own = {"host": rented.name, "pid": None}
-        run.write("status.json", {**run.read("status.json"), **status, **own})
+        run.write("status.json", {**run.status, **status, **own})

@@ -290,7 +290,7 @@ def _send_run(at: RemoteRun, run: RunDir, there: RunSpec, say: Say) -> None:
     """The run's own files. Of an earlier part of it only what the pod, or its volume, does not have: the pod's newest
     checkpoint counts where it is the later one, and the files that go with it."""
     at.place("spec.json", there.model_dump(mode="json"))
-    at.place("status.json", {**run.read("status.json"), "state": "created"})
+    at.place("status.json", {**run.status, "state": "created"})
     own = [run.path / name for name in SENT_JSON if name != "status.json" and (run.path / name).is_file()]
     listed = at.connection.attempt(f"ls -d {shlex.quote(at.folder)}/checkpoints/*/COMPLETE 2>/dev/null")[1]
     theirs = max((int(line.split("/")[-2].rpartition("-")[2]) for line in listed.split()), default=0)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.console import Console
 from rich.table import Table
@@ -64,8 +64,19 @@ def _run(wanted: DoctorTarget | None, machine: Machine) -> Iterator[Finding]:
 _STYLE = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
 
 
-def findings_as_json(found: Sequence[Finding], wanted: DoctorTarget | None) -> dict[str, Any]:
-    """`{"exit_code", "run", "checks": [{"name", "state", "found", "remedy", "facts"}]}`; `run` null without words."""
+class DoctorReport(TypedDict):
+    """The answer of `doctor --json`."""
+
+    exit_code: int
+    """0, or 3 where there is a problem."""
+    run: dict[str, str] | None
+    """Model, method, hw, deepspeed and where of the run that was asked about; null without words."""
+    checks: list[Any]
+    """Findings; see below."""
+
+
+def findings_as_json(found: Sequence[Finding], wanted: DoctorTarget | None) -> DoctorReport:
+    """The findings for machines."""
     run = None
     if wanted is not None:
         spec = wanted.spec

@@ -26,6 +26,7 @@ class Finding:
     name: str
     """What was looked at: `driver`, `disk`, `HF_TOKEN`."""
     state: State
+    """The worst decides the exit code."""
     found: str
     """In one line."""
     remedy: str | None = None

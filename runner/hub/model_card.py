@@ -10,6 +10,7 @@ import yaml
 
 from runner import __version__
 from runner.rundir.directory import RunDir, write_atomically
+from runner.rundir.records import Summary
 from runner.spec import Peft, RunSpec
 
 TITLES = {"full": "Full fine-tuning", "freeze": "Some layers trained", "lora": "LoRA", "qlora4": "QLoRA, 4 bits"}
@@ -35,7 +36,7 @@ def card(
     `repo` is `org/name` on the Hub, None in a folder; `adapter`: the weights need their base; `picture`: loss.png lies
     beside it; `step`: of the checkpoint that was exported. No path of this machine is in it.
     """
-    summary = {} if step else run.read("summary.json")
+    summary: Summary = {} if step else run.summary
     checkpoint = f", the checkpoint after step {step}" if step else ""
     parts = [
         f"---\n{yaml.safe_dump(_metadata(spec, adapter), sort_keys=False).strip()}\n---",
@@ -75,7 +76,7 @@ def _settings(spec: RunSpec, run: RunDir) -> str:
             if key not in ("name", "root", "tokenizer") and values.get(key) not in (None, [], {}):
                 chosen.append((f"{part}.{key}", _portable(values[key])))
     chosen += [("hardware", f"{spec.hw.name}, {spec.hw.world_size} processes"), ("deepspeed", spec.deepspeed.name)]
-    if (rows := run.read("summary.json").get("train", {}).get("examples")) is not None:
+    if (rows := run.summary.get("train", {}).get("examples")) is not None:
         chosen.append(("training rows", f"{rows:,}"))
     if fingerprint := run.read("environment.json").get("data_fingerprint"):
         chosen.append(("SHA-256 of the rows", str(fingerprint)))
@@ -149,7 +150,7 @@ def _data(spec: RunSpec) -> str:
     return ", ".join(f"`{PurePath(path.partition('?')[0] if '://' in path else path).name}`" for path in paths)
 
 
-def _results(summary: dict[str, Any]) -> str:
+def _results(summary: Summary) -> str:
     """Before and after, as a table."""
     train, measured = summary["train"], summary["eval"]
     before, after = measured["before"], measured["after"]

@@ -71,7 +71,7 @@ def _named(spec: RunSpec, error: RunnerError) -> RunnerError:
 def _folder(run: RunDir, merged: bool) -> Path:
     """What is pushed; RequestError where the run has not left it."""
     folder = run.path / ("merged" if merged else "model")
-    if not folder.is_dir() or not run.read("summary.json"):
+    if not folder.is_dir() or not run.summary:
         what = f"{run.path} has no {folder.name}/: its state is {run.state()}"
         remedy = f"python -m runner {'merge' if merged else 'resume'} {quote(str(run.path))}"
         raise RequestError(Problem(what, None, remedy))

@@ -57,7 +57,7 @@ def _files(run: RunDir, spec: RunSpec, folder: Path, repo: str | None) -> Files:
         str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()
     }
     files |= {name: run.path / name for name in beside}
-    if summary := run.read("summary.json"):
+    if summary := run.summary:
         files["summary.json"] = dump({key: value for key, value in summary.items() if key != "model_dir"}).encode()
     files |= {"README.md": text.encode(), "spec.json": dump(_portable(spec)).encode()}
     if adapter:

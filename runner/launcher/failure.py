@@ -29,7 +29,7 @@ TAIL = 20_000
 
 def report_ending(run: RunDir, spec: RunSpec, ending: Ending, killer: Callable[[], Killer]) -> int:
     """The run's exit code; says why it failed, unless the worker did, and keeps that in `status.json`."""
-    state = run.read("status.json").get("state")
+    state = run.status.get("state")
     if ending.code == 0 and state == "interrupted":  # torchrun would call any other code of a worker's a failure
         told = [failed(run, sign) for sign in ending.ranks if sign["state"] == "interrupted"]
         print_problems(Console(stderr=True), told[0] if told else InterruptedRun("interrupted"))
@@ -42,7 +42,7 @@ def report_ending(run: RunDir, spec: RunSpec, ending: Ending, killer: Callable[[
         ending = _with_others(run, spec, ending)
     if ending.hung is not None:
         return _say(run, hung(run, ending))
-    if run.read("status.json").get("oom"):
+    if run.status.get("oom"):
         print_problems(Console(stderr=True), report(run, spec))
         return 1
     if several(spec):

@@ -69,7 +69,7 @@ def _read(run: RunDir, typed: str) -> RunSpec:
 
 
 def _check_waiting(run: RunDir, spec: RunSpec) -> None:
-    nodes, state = spec.hw.num_nodes, run.read("status.json").get("state")
+    nodes, state = spec.hw.num_nodes, run.status.get("state")
     if nodes == 1:
         remedy = "several machines: hw.num_nodes=2 hw.rendezvous=HOST:29500, on the first one"
         raise RequestError(Problem(f"{run.id} is a run of one machine", "command line", remedy))
@@ -111,7 +111,7 @@ def _attempt(run: RunDir, spec: RunSpec, node: int, address: str | None) -> int:
     own, began = torchrun.ranks_of(spec, node), time.monotonic()
     ending, who = local.start_and_watch(run, spec, node=node, address=address)
     met = ending.ranks or time.monotonic() - began < torchrun.MEETING_SECONDS
-    if run.read("status.json").get("state") == "rewinding" and met:
+    if run.status.get("state") == "rewinding" and met:
         return Rewind.exit_code
     states = {sign["state"] for sign in ending.ranks}
     if ending.code == 0:

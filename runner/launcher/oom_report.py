@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from runner.report.summary import TRAINING
 from runner.resolve import plan_inputs, price
 from runner.rundir import checkpoints
 from runner.rundir.directory import PHASE_OF_STATE, RunDir, shown
+from runner.rundir.records import MetricsLine, OutOfMemory
 from runner.spec import HardwareSpec, RunSpec
 
 HEADROOM = 0.9
@@ -79,8 +80,8 @@ class OomReport:
 
 def diagnose_oom(run: RunDir, spec: RunSpec, killer: Killer | None = None) -> OomReport:
     """Why a worker ended: by its note in `status.json`, or by SIGKILL from `killer`. Needs no torch."""
-    status, plan = run.read("status.json"), run.read("plan.json")
-    oom: dict[str, Any] = status.get("oom") or {}
+    status, plan = run.status, run.read("plan.json")
+    oom: OutOfMemory = status.get("oom") or {}
     on_gpu = spec.hw.accelerator == "cuda"
     lines = list(run.metrics())
     memory: Literal["gpu", "main"] = "gpu" if oom.get("kind") == "cuda" else "main"
@@ -130,7 +131,7 @@ def _planned(plan: Mapping[str, Any], phase: str | None, in_host_ram: bool) -> d
 
 
 def _held(
-    oom: Mapping[str, Any], memory: str, plan: Mapping[str, Any], on_gpu: bool, lines: list[dict[str, Any]]
+    oom: OutOfMemory, memory: str, plan: Mapping[str, Any], on_gpu: bool, lines: Sequence[MetricsLine]
 ) -> tuple[float | None, float | None]:
     """What the run held, and what other processes held of its GPU."""
     if memory == "gpu" and oom.get("reserved_gib") is not None:

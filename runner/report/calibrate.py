@@ -35,7 +35,7 @@ def calibration(output_dir: Path) -> dict[str, Any]:
 
 def _rows(output_dir: Path) -> Iterator[dict[str, Any]]:
     for run in all_runs(output_dir):
-        summary = run.read("summary.json")
+        summary = run.summary
         planned = summary.get("plan")
         if not planned:
             continue

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.rundir.directory import RunDir
+from runner.rundir.records import Summary
 
 MEASURES = ("reward_margin", "reward")
 """What is drawn below the loss: the first that a run has."""
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9822b", "#8a8f98"
 
 
-def plot_loss(run: RunDir, summary: dict[str, Any]) -> None:
+def plot_loss(run: RunDir, summary: Summary) -> None:
     """Write `loss.png`: loss per step with its running mean, held-out loss, learning rate below."""
     import matplotlib  # heavy (0.4 s): only a run that trained draws
 
@@ -53,7 +55,7 @@ def plot_loss(run: RunDir, summary: dict[str, Any]) -> None:
     pyplot.close(figure)
 
 
-def _draw_measure(axis: Any, name: str, lines: list[dict[str, Any]], held: list[dict[str, Any]]) -> None:
+def _draw_measure(axis: Any, name: str, lines: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]) -> None:
     """What the objective is after, besides its loss."""
     steps, values = zip(*((line["step"], line[name]) for line in lines if name in line), strict=True)
     axis.plot(steps, values, color=BLUE, alpha=0.35, linewidth=1)
@@ -64,7 +66,7 @@ def _draw_measure(axis: Any, name: str, lines: list[dict[str, Any]], held: list[
     axis.set_ylabel(name.replace("_", " "))
 
 
-def _title(summary: dict[str, Any]) -> str:
+def _title(summary: Summary) -> str:
     text = f"{summary['model']} · {summary['method']} · {summary['data']}"
     after, before = summary["eval"]["after"], summary["eval"]["before"]
     if "num_exact" in after:

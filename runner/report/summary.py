@@ -15,13 +15,14 @@ from runner.plan.memory import COLLECTIVES, CONTEXT, GIB
 from runner.report.invocation import as_invoked
 from runner.report.text import duration
 from runner.rundir.directory import RunDir, shown
+from runner.rundir.records import Summary
 from runner.spec import RunSpec
 
 
 def summary_of(
     spec: RunSpec, run: RunDir, trained: dict[str, Any], before: dict[str, Any], after: dict[str, Any],
     seconds: float, peaks: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+) -> Summary:  # fmt: skip
     """The stable, documented record of a finished run (see docs/reference.md, Files of a run).
 
     `peaks` is `runner.train.memory_stats.Peaks.as_dict`.
@@ -29,7 +30,7 @@ def summary_of(
     losses = trained["losses"]
     positions_per_second = trained["positions"] / trained["seconds"]
     planned = _beside_plan(spec, run, peaks, positions_per_second, seconds)
-    return {
+    summary: Summary = {
         "run_id": run.id,
         "state": "done",
         "exit_code": 0,
@@ -54,15 +55,17 @@ def summary_of(
         "seconds": seconds,
         "peak_memory_gib": peaks["resident"] if peaks["reserved"] is None else peaks["reserved"],
         "model_dir": str(run.path / "model"),
-        **({"plan": planned} if planned else {}),
     }
+    if planned:
+        summary["plan"] = planned
+    return summary
 
 
 def _beside_plan(
     spec: RunSpec, run: RunDir, peaks: dict[str, Any], tokens_per_second: float, seconds: float
 ) -> dict[str, Any] | None:
     """The part `plan`; its time runs from the creation of the run, before torch was imported, as the plan's does."""
-    plan, created = run.read("plan.json"), run.read("status.json").get("created")
+    plan, created = run.read("plan.json"), run.status.get("created")
     if not plan:
         return None
     waited: float | None = time.time() - created if created else seconds
@@ -71,7 +74,7 @@ def _beside_plan(
     return {"device": spec.hw.gpu or "CPU", **beside_plan(plan, peaks, tokens_per_second, waited)}
 
 
-def metric_of(summary: dict[str, Any], key: str) -> float:
+def metric_of(summary: Mapping[str, object], key: str) -> float:
     """The number behind a dotted key of a summary; NaN where there is none."""
     value: Any = summary
     for step in key.split("."):
@@ -79,7 +82,7 @@ def metric_of(summary: dict[str, Any], key: str) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def print_summary(console: Console, summary: dict[str, Any], run: RunDir) -> None:
+def print_summary(console: Console, summary: Summary, run: RunDir) -> None:
     """What was trained, before → after, how long, where it is, and what to type next."""
     train, measured = summary["train"], summary["eval"]
     before, after = measured["before"], measured["after"]

@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from runner.errors import Problem, RequestError
 from runner.rundir import plain_files
 
 if TYPE_CHECKING:  # pydantic: 0.1 s, for nothing where runs are only listed
+    from typing_extensions import Unpack
+
+    from runner.rundir.records import EvalLine, MetricsLine, State, Status, StatusFacts, Subject, Summary
     from runner.spec import RunSpec
 
 ACTIVE = ("created", "loading", "evaluating", "training", "saving")
@@ -109,7 +112,17 @@ class RunDir:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def set_status(self, state: str, **facts: Any) -> None:
+    @property
+    def status(self) -> Status:
+        """`status.json`; empty if it is not there or not readable."""
+        return cast("Status", self.read("status.json"))
+
+    @property
+    def summary(self) -> Summary:
+        """`summary.json` of a run that is done; else empty."""
+        return cast("Summary", self.read("summary.json"))
+
+    def set_status(self, state: State, **facts: Unpack[StatusFacts]) -> None:
         """Move to `state`, keep the facts already there, stamp time, process and machine."""
         stamp = {"run_id": self.id, "state": state, "pid": os.getpid(), "host": socket.gethostname()}
         stamp["born"] = birth(os.getpid())
@@ -117,16 +130,16 @@ class RunDir:
 
     def spent(self) -> float:
         """Seconds of work on it so far, over all its starts: the time in which nobody worked on it does not count."""
-        status = self.read("status.json")
+        status = self.status
         started, before = status.get("started"), float(status.get("spent", 0.0))
         if started is None:
             return before
         seen = [float(line.get("time", 0.0)) for line in (*self.metrics(), *self.evals())]
         return before + max(0.0, max([float(status.get("updated", started)), *seen]) - float(started))
 
-    def state(self, status: dict[str, Any] | None = None) -> str:
+    def state(self, status: Status | None = None) -> str:
         """The state, or `killed` where the process that should be at work is gone; `status` is what was read of it."""
-        status = self.read("status.json") if status is None else status
+        status = self.status if status is None else status
         state = str(status.get("state", "unknown"))
         if state not in ACTIVE:
             return state
@@ -147,13 +160,13 @@ class RunDir:
             return False
         return True
 
-    def metrics(self) -> Iterator[dict[str, Any]]:
+    def metrics(self) -> Iterator[MetricsLine]:
         """Lines of `metrics.jsonl`, one per optimiser step."""
-        return self._lines("metrics.jsonl")
+        return cast("Iterator[MetricsLine]", self._lines("metrics.jsonl"))
 
-    def evals(self) -> Iterator[dict[str, Any]]:
+    def evals(self) -> Iterator[EvalLine]:
         """Lines of `evals.jsonl`, one per measurement of the held-out loss."""
-        return self._lines("evals.jsonl")
+        return cast("Iterator[EvalLine]", self._lines("evals.jsonl"))
 
     def cut_after(self, step: int) -> None:
         """Forget the lines of later steps: they are done again."""
@@ -200,7 +213,7 @@ def name_of(spec: RunSpec) -> str:
     return "-".join(parts)
 
 
-def facts_of(spec: RunSpec) -> dict[str, Any]:
+def facts_of(spec: RunSpec) -> Subject:
     """What `runs` shows of a run: kept in `status.json`, as a list of a thousand runs reads no specs."""
     data = spec.data
     return {
@@ -219,7 +232,7 @@ def runs_in(output_dir: Path) -> list[RunDir]:
 
 def all_runs(output_dir: Path) -> list[RunDir]:
     """Every run below `output_dir`, oldest first."""
-    return sorted(runs_in(output_dir), key=lambda run: (run.read("status.json").get("created", 0.0), run.id))
+    return sorted(runs_in(output_dir), key=lambda run: (run.status.get("created", 0.0), run.id))
 
 
 def write_atomically(file: Path, text: str) -> None:

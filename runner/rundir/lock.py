@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -72,9 +72,9 @@ def inherited() -> tuple[int, ...]:
     return tuple(_held)
 
 
-def at_work(run: RunDir, by: dict[str, object]) -> Problem:
+def at_work(run: RunDir, by: Mapping[str, object]) -> Problem:
     """Two would write the same files. `by` are process and host, as far as they are known."""
-    status = run.read("status.json")
+    status = run.status
     pid = by.get("pid") or status.get("pid")
     elsewhere = by.get("host", socket.gethostname()) != socket.gethostname()
     where = f" on {by['host']}" if elsewhere else ""

@@ -59,7 +59,7 @@ def run(
         return InterruptedRun.exit_code
     outcome = create_and_execute(spec, notes, console, as_json, planned=planned, launch_options=launch_options)
     if as_json:
-        click.echo(dump(outcome.run.read("summary.json") or outcome.run.read("status.json")))
+        click.echo(dump(outcome.run.summary or outcome.run.status))
     return outcome.exit_code
 
 
@@ -95,7 +95,7 @@ def _resume(
     with resuming.recorded(run, spec, overrides):
         outcome = execute_in(run, spec, notes, console, as_json, planned, launch_options)
     if as_json:
-        click.echo(dump(run.read("summary.json") or run.read("status.json")))
+        click.echo(dump(run.summary or run.status))
     return outcome.exit_code
 
 

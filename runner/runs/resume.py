@@ -79,7 +79,7 @@ def compose_resumed(run: RunDir, asked: Request) -> RunSpec:
 
 def _check_longer(run: RunDir, old: RunSpec, new: RunSpec) -> None:
     """A run that is done goes on only if there are more steps to do, after its last one: never over what it has."""
-    status = run.read("status.json")
+    status = run.status
     if status.get("state") != "done":
         return
     steps = int(status.get("step", 0))
@@ -174,7 +174,7 @@ def _batch(spec: RunSpec) -> int:
 
 def _check_idle(run: RunDir) -> None:
     """Nobody may be at work on it, also without the lock (rundir/lock.py): torchrun's ranks do not inherit it."""
-    status, state, here = run.read("status.json"), run.state(), socket.gethostname()
+    status, state, here = run.status, run.state(), socket.gethostname()
     busy = [sign for sign in signs(run) if sign["state"] == "alive" and alive(sign["pid"], sign.get("born"))]
     if busy:
         raise RequestError(lock.at_work(run, {"pid": busy[0]["pid"]}))

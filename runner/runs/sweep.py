@@ -30,14 +30,11 @@ from runner.report.text import dump, print_problems
 from runner.resolve.steps import resolve
 from runner.rundir.directory import RunDir, shown, write_atomically
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
+from runner.rundir.records import TrainSummary
 from runner.runs.launch import check_launch, confirm_costs, create_and_execute, plan_or_refuse
 from runner.runs.sweeper import Sweep, misdirected, parallel_jobs, read_sweep, task_overrides
 from runner.spec import RunSpec
 
-TRAIN_METRICS = (
-    "loss_first", "loss_last", "steps", "examples", "tokens", "tokens_per_second", "effective_tokens_per_second",
-    "seconds", "trainable_parameters", "total_parameters",
-)  # fmt: skip
 EVAL_METRICS = (
     "loss", "perplexity", "exact_match", "num_exact", "num_prompts", "reward", "reward_std", "reward_margin",
     "reward_accuracy", "reward_chosen", "reward_rejected", "log_odds_ratio", "nll_loss", "kl", "entropy",
@@ -45,7 +42,7 @@ EVAL_METRICS = (
 )  # fmt: skip
 """Before and after training; which of them depends on objective and data."""
 METRICS = (
-    *(f"train.{name}" for name in TRAIN_METRICS),
+    *(f"train.{name}" for name in TrainSummary.__annotations__),
     *(f"eval.{when}.{name}" for when in ("after", "before") for name in EVAL_METRICS),
     "eval.num_prompts", "seconds", "peak_memory_gib",
 )  # fmt: skip
@@ -307,8 +304,8 @@ def _point(
             spec, notes, console, as_json, sweep=sweep_dir.name, planned=planned, launch_options=launch_options
         )
         row |= {"run_id": outcome.run.id, "exit_code": outcome.exit_code}
-        row["error"] = outcome.run.read("status.json").get("error")
-        value = metric_of(outcome.run.read("summary.json"), spec.run.metric)
+        row["error"] = outcome.run.status.get("error")
+        value = metric_of(outcome.run.summary, spec.run.metric)
     except RunnerError as error:
         print_problems(Console(stderr=True), error)
         row |= {"exit_code": error.exit_code, "error": str(error)}

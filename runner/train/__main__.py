@@ -24,6 +24,7 @@ from runner.report.progress import Progress
 from runner.report.text import print_problems
 from runner.rundir import checkpoints
 from runner.rundir.directory import PHASE_OF_STATE, RunDir
+from runner.rundir.records import OutOfMemory
 
 RANK = int(os.environ.get("RANK", "0"))
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
@@ -82,11 +83,11 @@ def _explained(run: RunDir, pulse: Any, error: BaseException) -> int:
     interrupted = isinstance(error, InterruptedRun)
     log = None if problems and oom is None else _keep_traceback(run, error)
     if oom is not None:
-        oom["phase"] = oom["phase"] or PHASE_OF_STATE.get(str(run.read("status.json").get("state")))
+        oom["phase"] = oom.get("phase") or PHASE_OF_STATE.get(str(run.status.get("state")))
         run.set_status("failed", exit_code=1, error=f"out of memory: {oom['message']}", oom=oom)
         Console(stderr=True).print(f"Out of memory; the stack trace is in {log}", markup=False, soft_wrap=True)
         code = 1
-    elif not LAUNCHED and not interrupted and run.read("status.json").get("state") != "rewinding":
+    elif not LAUNCHED and not interrupted and run.status.get("state") != "rewinding":
         run.set_status("failed", exit_code=code, error=what)
     if pulse is not None:
         kept = {"what": what, "problems": [vars(problem) for problem in problems], "exit_code": code}
@@ -101,7 +102,7 @@ def _explained(run: RunDir, pulse: Any, error: BaseException) -> int:
     return code
 
 
-def _out_of_memory(error: BaseException) -> dict[str, Any] | None:
+def _out_of_memory(error: BaseException) -> OutOfMemory | None:
     """Whether the run died of that: kept in `status.json`, for the front to say what would have fitted."""
     if "torch" not in sys.modules:
         return None

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from traceback import walk_tb
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from runner.report.known_causes import GPU_MEMORY, PINNED_MEMORY
+from runner.rundir.records import OutOfMemory
 
 GIB = 2**30
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -126,7 +127,7 @@ def _outside() -> float:
 _CPU = ("defaultcpuallocator: can't allocate memory", "cannot allocate memory")
 
 
-def out_of_memory(error: BaseException) -> dict[str, Any] | None:
+def out_of_memory(error: BaseException) -> OutOfMemory | None:
     """What to keep of an error that means: no memory left. None for any other.
 
     `kind` is `cuda` or `cpu` (main memory), `message` the allocator's first line, `phase` that of the step, where the
@@ -137,11 +138,13 @@ def out_of_memory(error: BaseException) -> dict[str, Any] | None:
         if kind:
             lines = (str(cause).strip() or type(cause).__name__).splitlines()
             text = next((line.strip() for line in lines if GPU_MEMORY.search(line)), lines[0])
-            return {"kind": kind, "message": text, "phase": _where(cause.__traceback__), **_held()}
+            found: OutOfMemory = {"kind": kind, "message": text, "phase": _where(cause.__traceback__)}
+            found.update(_held())
+            return found
     return None
 
 
-def _held() -> dict[str, float | None]:
+def _held() -> OutOfMemory:
     on_gpu = gpu_in_use()
     peak = highest(on_gpu)
     free, total = torch.cuda.mem_get_info() if on_gpu else (None, None)
@@ -168,7 +171,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _kind(error: BaseException) -> str | None:
+def _kind(error: BaseException) -> Literal["cuda", "cpu"] | None:
     if isinstance(error, torch.OutOfMemoryError):
         return "cuda"
     if GPU_MEMORY.search(str(error)):  # DeepSpeed's offload and the data loader lock pages of main memory with CUDA

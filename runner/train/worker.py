@@ -6,7 +6,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import set_seed
@@ -19,6 +19,7 @@ from runner.report.progress import Progress
 from runner.report.summary import summary_of
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
+from runner.rundir.records import State, StatusFacts, Summary
 from runner.spec import RunSpec
 from runner.train import (
     model_loading,
@@ -43,6 +44,9 @@ from runner.train.run_environment import check_same, environment, fingerprints
 from runner.train.token_cache import line_of
 from runner.train.trackers import start_tracking
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 @dataclass
 class Finished:
@@ -50,7 +54,7 @@ class Finished:
 
     model: Any
     tokenizer: Any
-    summary: dict[str, Any]
+    summary: Summary
 
 
 def work(
@@ -65,7 +69,7 @@ def work(
     ranks = ranks or Ranks()
     pulse = pulse or Heartbeat(run, ranks.rank)
 
-    def enter(state: str, **facts: Any) -> None:
+    def enter(state: State, **facts: Unpack[StatusFacts]) -> None:
         pulse.beat(state)
         if ranks.main:
             run.set_status(state, **facts)

@@ -34,7 +34,7 @@ def file_of(spec: RunSpec, run: RunDir) -> Path | None:
 
     Its name is a digest of the settings, the versions, and the contents of everything that is read.
     """
-    sweep = run.read("status.json").get("sweep")
+    sweep = run.status.get("sweep")
     folder = run.path.parent / "sweeps" / str(sweep)
     if not sweep or not folder.is_dir() or spec.deepspeed.config is not None:  # a file that `inputs.json` has not
         return None
