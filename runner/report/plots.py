@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,14 @@ INK, GREY, GRID, RED = "#24292f", "#6b7280", "#e6e8eb", "#c0392b"
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def drawing() -> Any:
-    """matplotlib's pyplot, without a screen; RequestError where it is not installed."""
+@contextmanager
+def drawn(file: Path, width: float, height: float) -> Iterator[tuple[Any, Any]]:
+    """A figure and its axes, written into `file` at the end of the block.
+
+    RequestError where the folder is not there, the file's name ends in none of `FORMATS`, it cannot be written, or
+    matplotlib is not installed.
+    """
+    check_picture(file)
     try:
         import matplotlib  # heavy (0.4 s), and not needed by anyone who only reads
     except ImportError:
@@ -23,29 +30,27 @@ def drawing() -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot
-
-
-def plot_plan(plan: Mapping[str, Any], file: Path) -> None:
-    """Draw a plan (`Plan.as_dict`) into `file`: a stacked bar per phase in GiB against the capacity of one GPU.
-
-    RequestError where the folder is not there, the file's name ends in none of `FORMATS`, it cannot be
-    written, or matplotlib is not installed.
-    """
-    check_picture(file)
-    pyplot = drawing()
-    figure, axis = pyplot.subplots(figsize=(9.6, 5), dpi=140)
+    figure, axis = pyplot.subplots(figsize=(width, height), dpi=140)
     try:
-        _bars(axis, plan)
-        _capacity(axis, plan)
-        _range(axis, plan)
-        _frame(figure, axis, plan)
+        yield figure, axis
         figure.savefig(file, facecolor="white")
     except OSError as error:
         what = f"{file} cannot be written: {error.strerror or error}"
         raise RequestError(Problem(what, "command line", "name a file in a folder of yours")) from None
     finally:
         pyplot.close(figure)
+
+
+def plot_plan(plan: Mapping[str, Any], file: Path) -> None:
+    """Draw a plan (`Plan.as_dict`) into `file`: a stacked bar per phase in GiB against the capacity of one GPU.
+
+    RequestError as `drawn`.
+    """
+    with drawn(file, 9.6, 5) as (figure, axis):
+        _bars(axis, plan)
+        _capacity(axis, plan)
+        _range(axis, plan)
+        _frame(figure, axis, plan)
 
 
 def check_picture(file: Path) -> None:
@@ -148,12 +153,9 @@ def _title(plan: Mapping[str, Any]) -> str:
 def plot_lengths(found: Mapping[str, Any], file: Path) -> None:
     """Draw the histogram of `stats` into `file`, with `train.max_length` and the suggested one as lines.
 
-    RequestError where the file's name ends in no picture's, it cannot be written, or matplotlib is not installed.
+    RequestError as `drawn`.
     """
-    check_picture(file)
-    pyplot = drawing()
-    figure, axis = pyplot.subplots(figsize=(9, 4.5), dpi=140)
-    try:
+    with drawn(file, 9, 4.5) as (figure, axis):
         classes = found["histogram"]
         widths = [one["to"] - one["from"] for one in classes]
         axis.bar(
@@ -176,9 +178,3 @@ def plot_lengths(found: Mapping[str, Any], file: Path) -> None:
         axis.set_axisbelow(True)
         axis.grid(axis="y", color=GRID)
         figure.tight_layout()
-        figure.savefig(file, facecolor="white")
-    except OSError as error:
-        what = f"{file} cannot be written: {error.strerror or error}"
-        raise RequestError(Problem(what, "command line", "name a file in a folder of yours")) from None
-    finally:
-        pyplot.close(figure)
