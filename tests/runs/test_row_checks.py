@@ -320,8 +320,8 @@ def test_no_torch_is_loaded_for_it(here: Path) -> None:
     write(here / "questions.jsonl", '{"prompt": "Q", "answer": "1"}\n' * 8)
     write(here / "reward.py", REWARD)
     write(here / "check.py", (
-        "import sys\nfrom runner.runs.content_checks import check_read\nfrom tests.support.front import spec_of\n"
-        f"check_read(spec_of(*{(*HERE, *GRPO, 'objective.rewards=[./reward.py:better]')!r}))\n"
+        "import sys\nfrom runner.runs.content_checks import check_contents\nfrom tests.support.front import spec_of\n"
+        f"check_contents(spec_of(*{(*HERE, *GRPO, 'objective.rewards=[./reward.py:better]')!r}))\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'fsspec') if m in sys.modules])\n"
     ))  # fmt: skip
 
