@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 from rich.console import Console
@@ -18,7 +18,12 @@ from runner.cli.verbs import VERBS
 from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
 from runner.report.text import dump, print_problems, problems_as_json
 
+if TYPE_CHECKING:
+    from runner.config.request import Request
+
 Arguments = tuple[str, ...]
+Command = TypeVar("Command", bound=Callable[..., Any])
+"""A function that click makes a command of."""
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output.")
 output_dir_option = click.option(
     "--output-dir", default="runs", type=click.Path(path_type=Path), show_default=True, help="Folder with the runs."
@@ -33,15 +38,15 @@ config_dirs_option = click.option(
 class Finite(click.FloatRange):
     """A number within bounds; `nan`, which is within any, and `inf` are none."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """As a float range does."""
-        number = super().convert(value, param, ctx)
+        number: float = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number", param, ctx)
         return number
 
 
-def takes_words(command: Callable[..., Any]) -> Callable[..., Any]:
+def takes_words(command: Command) -> Command:
     """Arguments that every verb with a run takes, and errors in words."""
     command = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE|SPEC.JSON] [KEY=VALUE]…")(
         command
@@ -52,12 +57,12 @@ def takes_words(command: Callable[..., Any]) -> Callable[..., Any]:
 ADD_M = "add -m to run once per value"
 
 
-def one_run(command: Callable[..., Any]) -> Callable[..., Any]:
+def one_run(command: Command) -> Command:
     """Refuse `-m` in words, for a verb that answers for one run."""
 
     @click.option("-m", "--multirun", is_flag=True, hidden=True)
     @wraps(command)
-    def wrapped(*args: Any, multirun: bool, **options: Any) -> Any:
+    def wrapped(*args: object, multirun: bool, **options: object) -> object:
         if multirun:
             what = f"-m sweeps over several runs, and {command.__name__} answers for one"
             remedy = "name one value for each key; python -m runner -m … plans every point before the first one starts"
@@ -67,7 +72,7 @@ def one_run(command: Callable[..., Any]) -> Callable[..., Any]:
         except RequestError as error:
             raise type(error)(*map(_without_sweep, error.problems)) from None
 
-    return wrapped
+    return cast(Command, wrapped)
 
 
 def _without_sweep(problem: Problem) -> Problem:
@@ -76,11 +81,11 @@ def _without_sweep(problem: Problem) -> Problem:
     return replace(problem, remedy=remedy or None)
 
 
-def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+def reports_errors(command: Command) -> Command:
     """Turn a RunnerError into words (or JSON) and its exit code."""
 
     @wraps(command)
-    def wrapped(*args: Any, **options: Any) -> Any:
+    def wrapped(*args: object, **options: object) -> object:
         try:
             return command(*args, **options)
         except RunnerError as error:
@@ -91,10 +96,10 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         except KeyboardInterrupt:
             sys.exit(InterruptedRun.exit_code)
 
-    return wrapped
+    return cast(Command, wrapped)
 
 
-def request_of(words: Arguments, config_dirs: tuple[Path, ...]) -> Any:
+def request_of(words: Arguments, config_dirs: tuple[Path, ...]) -> Request:
     """Words of the command line → what to compose: files by their ending, the rest `key=value`."""
     from runner.config.request import Request
 
@@ -118,7 +123,7 @@ def request_of(words: Arguments, config_dirs: tuple[Path, ...]) -> Any:
     return Request(None, tuple(overrides), config_dirs, spec_file, tuple(problems), ("where", "track"))
 
 
-def say_unread(verb: str, request: Any) -> None:
+def say_unread(verb: str, request: Request) -> None:
     """Name the typed words that change nothing of the answer, where they do not get into JSON."""
     from runner.runs import unread_keys
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
-from runner.cli.options import Arguments, as_json_option, reports_errors, request_of, stray, takes_words
+from runner.cli.options import Arguments, Command, as_json_option, reports_errors, request_of, stray, takes_words
 from runner.errors import RequestError
 from runner.launcher import inherited_ranks
 from runner.report import terminal
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from runner.cli.completion import Verb
 
 
-def renting(command: Callable[..., Any]) -> Callable[..., Any]:
+def renting(command: Command) -> Command:
     """Options of what may rent a pod."""
     detach = "where=runpod: leave once it trains; attach, logs, status and fetch come back to it."
     command = click.option("--detach", is_flag=True, help=detach)(command)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -21,6 +20,7 @@ from runner.report.known_causes import GPU_MEMORY, SECONDARY, cause_of
 from runner.report.text import print_problems
 from runner.rundir import checkpoints
 from runner.rundir.directory import ACTIVE, RunDir, shown
+from runner.rundir.records import Heartbeat
 from runner.spec import RunSpec
 
 TAIL = 20_000
@@ -128,7 +128,7 @@ def torchrun_problem(run: RunDir, ending: Ending, name: str) -> Problem:
     return Problem(what, None, f"{remedy}see {shown(log)}")
 
 
-def failed(run: RunDir, sign: dict[str, Any]) -> RunnerError:
+def failed(run: RunDir, sign: Heartbeat) -> RunnerError:
     """What a process said that failed, as an error."""
     error, rank = sign["error"], sign["rank"]
     log = run.path / "logs" / f"rank{rank}.log"
@@ -165,7 +165,7 @@ def again(run: RunDir) -> str:
     return f"python -m runner {folder}/spec.json starts anew; train.save_every_minutes=5 would keep a checkpoint sooner"
 
 
-def first_hand(sign: dict[str, Any]) -> bool:
+def first_hand(sign: Heartbeat) -> bool:
     """Whether a process failed by itself, and did not only lose another one."""
     if sign["state"] != "failed":
         return False

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 
 from runner.errors import Problem
 from runner.launcher.torchrun import MEETING_SECONDS
 from runner.rundir.directory import RunDir, alive
+from runner.rundir.records import Heartbeat
 
 GRACE_SECONDS = 5.0
 """After one process failed, the others may end by themselves; torchrun alone would wait for 30 s."""
@@ -63,9 +64,9 @@ class Ending:
 
     code: int
     """Exit code of the launched process; negative: the signal that ended it."""
-    ranks: list[dict[str, Any]]
+    ranks: list[Heartbeat]
     """The last sign of life of every process on this machine, by rank; then what others have said that failed."""
-    hung: dict[str, Any] | None = None
+    hung: Heartbeat | None = None
     """That of the process that was furthest behind, if all were ended for want of life."""
     silent_seconds: float = 0.0
     killed: dict[int, int] = field(default_factory=dict)
@@ -78,14 +79,14 @@ class Ending:
     """What became of another machine, if that is why all were ended."""
 
 
-def signs(run: RunDir, own: range | None = None) -> list[dict[str, Any]]:
+def signs(run: RunDir, own: range | None = None) -> list[Heartbeat]:
     """`logs/rank<k>.json` of the processes on this machine, by rank. Where several machines share the folder, `own`
     are this one's ranks: names of rented machines are not always different."""
     here = socket.gethostname()
     return [s for s in _all_signs(run) if (s.get("host") == here if own is None else s["rank"] in own)]
 
 
-def elsewhere(run: RunDir, own: range) -> list[dict[str, Any]]:
+def elsewhere(run: RunDir, own: range) -> list[Heartbeat]:
     """Those of other machines' processes that have failed, or were interrupted alone: before the first step or after
     the last one.
 
@@ -95,7 +96,7 @@ def elsewhere(run: RunDir, own: range) -> list[dict[str, Any]]:
     return [s for s in others if s["state"] == "failed" or (s["state"] == "interrupted" and not s.get("agreed"))]
 
 
-def _all_signs(run: RunDir) -> list[dict[str, Any]]:
+def _all_signs(run: RunDir) -> list[Heartbeat]:
     found = []
     for file in (run.path / "logs").glob("rank*.json"):
         try:
@@ -155,12 +156,12 @@ def watch(
             return _end_hanging(process, ranks, silent, own)
 
 
-def _over(ranks: list[dict[str, Any]], own: range) -> bool:
+def _over(ranks: list[Heartbeat], own: range) -> bool:
     """All of this machine's processes have said their last word and are gone."""
     return len(ranks) == len(own) and not any(sign["state"] == "alive" or alive(sign["pid"]) for sign in ranks)
 
 
-def gone(sign: dict[str, Any]) -> bool:
+def gone(sign: Heartbeat) -> bool:
     """The process has failed, or ended without a word."""
     return sign["state"] == "failed" or (sign["state"] == "alive" and not alive(sign["pid"]))
 
@@ -170,10 +171,10 @@ class HangDetector:
     """How long no process has given a sign of life, of the time that this one has lived through."""
 
     last: float = field(default_factory=time.monotonic)
-    seen: list[dict[str, Any]] = field(default_factory=list)
+    seen: list[Heartbeat] = field(default_factory=list)
     total: float = 0.0
 
-    def seconds(self, ranks: list[dict[str, Any]], now: float) -> float:
+    def seconds(self, ranks: list[Heartbeat], now: float) -> float:
         """To be asked twice a second. After a gap in that, everybody has as long as ever to give the next sign."""
         if ranks != self.seen or now - self.last > GAP_SECONDS:
             self.total = 0.0
@@ -223,24 +224,24 @@ def forward_signals(process: Process, run: RunDir, own: range | None = None) -> 
             signal.signal(number, handler)
 
 
-def _patience(ranks: list[dict[str, Any]], seconds: float) -> float:
+def _patience(ranks: list[Heartbeat], seconds: float) -> float:
     if not ranks:
         return max(SLOW * seconds, MEETING_SECONDS)
     return SLOW * seconds if any(sign.get("phase") in ("loading", "saving") for sign in ranks) else seconds
 
 
-def _end_hanging(process: Process, ranks: list[dict[str, Any]], silent: float, own: range | None) -> Ending:
+def _end_hanging(process: Process, ranks: list[Heartbeat], silent: float, own: range | None) -> Ending:
     for sign in ranks:
         if hasattr(signal, "SIGUSR1"):
             _send(sign["pid"], signal.SIGUSR1)
     time.sleep(STACK_SECONDS)
     _end_all(process, ranks)
     process.wait()
-    nobody = {"rank": own.start if own else 0, "phase": "starting"}
+    nobody: Heartbeat = {"rank": own.start if own else 0, "phase": "starting"}
     return Ending(1, ranks, min(ranks, key=lambda s: (s.get("step") or 0, s["beat"]), default=nobody), silent)
 
 
-def _end_all(process: Process, ranks: list[dict[str, Any]]) -> None:
+def _end_all(process: Process, ranks: list[Heartbeat]) -> None:
     """SIGKILL for all, torchrun first, which would name a cause, and those that have not given a sign yet as well."""
     import psutil  # comes with training, and this is asked only then
 
@@ -255,7 +256,7 @@ def _end_all(process: Process, ranks: list[dict[str, Any]]) -> None:
             one.kill()
 
 
-def _kill(ranks: list[dict[str, Any]]) -> set[int]:
+def _kill(ranks: list[Heartbeat]) -> set[int]:
     """Ends those still at work; gives their ranks."""
     living = [sign for sign in ranks if sign["state"] == "alive" and alive(sign["pid"])]
     for sign in living:

@@ -115,6 +115,46 @@ class Status(StatusFacts, total=False):
     """Of a run in a pod; see below."""
 
 
+class HeartbeatError(TypedDict):
+    """Why a process of a run failed."""
+
+    what: str
+    """In words."""
+    problems: list[dict[str, Any]]
+    """Each with what, source and remedy; empty for an error that nobody has put into words."""
+    exit_code: int
+    """Of the process."""
+
+
+class Heartbeat(TypedDict, total=False):
+    """`logs/rank<k>.json`: a process of a run, by itself."""
+
+    rank: int
+    """Its number among all of the run."""
+    pid: int
+    """On its machine."""
+    host: str
+    """Name of its machine."""
+    state: Literal["alive", "done", "failed", "interrupted"]
+    """`alive` until its last word."""
+    phase: str
+    """What it is at."""
+    step: int
+    """Optimiser steps done."""
+    count: int
+    """Signs of life so far."""
+    beat: float
+    """The last of them (Unix, seconds)."""
+    ended: float
+    """When it said its last word (Unix, seconds)."""
+    born: str | None
+    """Boot and clock tick at which the process began."""
+    error: HeartbeatError
+    """Of one that failed."""
+    agreed: bool
+    """All processes were interrupted together, after a step."""
+
+
 class MetricsLine(TypedDict, total=False):
     """A line of `metrics.jsonl`: one optimiser step."""
 
