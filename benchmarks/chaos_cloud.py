@@ -154,11 +154,11 @@ def _lane(folder: Path, numbers: list[int], seed: int, kept: cases.Kept) -> None
 
 def _prepared() -> Any:
     """Everything imported and composed once: children are forked from here."""
-    import requests  # noqa: F401
-    from runpod.api.rest import run_rest_request  # noqa: F401
+    import requests  # noqa: F401  # imported before the fork, for all lanes
+    from runpod.api.rest import run_rest_request  # noqa: F401  # imported before the fork, for all lanes
 
     from runner.cli.options import request_of
-    from runner.cloud import lifecycle, reconcile  # noqa: F401
+    from runner.cloud import lifecycle, reconcile  # noqa: F401  # imported before the fork, for all lanes
     from runner.resolve.steps import resolved
 
     words = ("where=runpod", "hw=rtx4090", f"where.max_usd={CAP_USD}", "where.bad_host_minutes=0.01")

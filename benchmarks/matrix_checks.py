@@ -213,4 +213,4 @@ def merged(spec: RunSpec, run: RunDir, target: Path) -> float | None:
     return float(facts["typical_difference"] / facts["typical_bound"])
 
 
-_silent: Callable[[str], None] = lambda line: None  # noqa: E731
+_silent: Callable[[str], None] = lambda line: None  # noqa: E731  # one line

@@ -35,7 +35,7 @@ FAILED = "failed.txt"
 
 def main() -> None:
     """All jobs, or up to the first that fails: it leaves its stack trace in the run directory."""
-    console = Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    console = Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # open until the end
     gc.freeze()  # what is imported stays: without this every collection looks through it for a second
     for job in json.loads(Path(sys.argv[1]).read_text("utf-8")):
         run = RunDir(Path(job["run"]))

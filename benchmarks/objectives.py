@@ -214,7 +214,7 @@ def _order(run: RunDir, held: Sequence[Mapping[str, str]]) -> dict[str, list[flo
         for row in held:
             turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["prompt"]}]
             answers = [[{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")]
-            prompt, (right, wrong) = split(words, turns, answers)  # type: ignore[arg-type]
+            prompt, (right, wrong) = split(words, turns, answers)  # type: ignore[arg-type]  # turns are dicts
             found.append(round(likely(prompt, right) - likely(prompt, wrong), 3))
         return found
 

@@ -42,11 +42,11 @@ FLASH = "flash_on_fakes"
 ADD = torch.ops.aten.add.Tensor
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Counts the bytes of all storages that are alive; `peaks[phase]` is the most there was in a phase."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.live = 0
         self.phase = "load"
         self.peaks: dict[str, int] = {}
@@ -105,7 +105,7 @@ def _sole(tensor: torch.Tensor) -> bool:
     4 and 2: the engine's own references and those of the call into the mode; more means a holder besides.
     """
     storage = tensor.untyped_storage()
-    references: int = tensor._use_count()  # type: ignore[attr-defined]
+    references: int = tensor._use_count()  # type: ignore[attr-defined]  # not public
     return references <= 4 and torch._C._storage_Use_Count(storage._cdata) <= 2
 
 
@@ -139,7 +139,7 @@ def _attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options:
     if torch.is_autocast_enabled("cpu"):  # attention is on autocast's list
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     heads_last = (x.transpose(1, 2) for x in (query, key, value))
-    return FlashAttention.apply(*heads_last), None  # type: ignore[no-untyped-call]
+    return FlashAttention.apply(*heads_last), None  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
 def _layer_norm(original: Any) -> Any:

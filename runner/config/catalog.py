@@ -33,7 +33,7 @@ def dump(content: dict[str, Any]) -> str:
 
     plain: type[yaml.Dumper] = get_omega_conf_dumper()
 
-    class Quoting(plain):  # type: ignore[misc, valid-type]
+    class Quoting(plain):  # type: ignore[misc, valid-type]  # a base known at run time
         """YAML breaks lines at these characters, too, and would read them as a space; escaped they stay."""
 
     def quoted(dumper: yaml.Dumper, text: str) -> Any:

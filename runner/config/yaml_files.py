@@ -51,7 +51,7 @@ def _loaders() -> tuple[type[Any], type[Any]]:
 
     parser: Any = vars(yaml.cyaml)["CParser"]  # its types leave it out
 
-    class Fast(parser, careful):  # type: ignore[misc]
+    class Fast(parser, careful):  # type: ignore[misc]  # bases known at run time
         def __init__(self, stream: IO[str]) -> None:
             parser.__init__(self, stream)
             yaml.constructor.SafeConstructor.__init__(self)

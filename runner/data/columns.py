@@ -202,7 +202,7 @@ def _contents(found: Learnable) -> tuple[list[str], list[str]]:
     for part in ("completion", "chosen", "rejected"):
         turns += getattr(found, part, [])
     given = [turn["content"] for turn in turns if turn["role"] != "assistant"]
-    answered = [turn[key] for turn in turns if turn["role"] == "assistant" for key in _SAYS if turn.get(key)]  # type: ignore[literal-required]
+    answered = [turn[key] for turn in turns if turn["role"] == "assistant" for key in _SAYS if turn.get(key)]  # type: ignore[literal-required]  # _SAYS
     if isinstance(found, Example) and found.text is not None:
         given.append(found.text)
         answered.append(found.text)

@@ -223,7 +223,7 @@ class Call:
         """Close the connection without an answer; or give the one that is held, or 504, after a time."""
         if fault.kind == "lost":
             # uvicorn has no other way to close a connection: its `send` is a method of the request's own object.
-            self.send.__self__.transport.abort()  # type: ignore[attr-defined]
+            self.send.__self__.transport.abort()  # type: ignore[attr-defined]  # as said
             return
         await asyncio.sleep(fault.seconds)
         if not self._held:

@@ -147,7 +147,7 @@ def join(spec: RunSpec) -> Ranks:
         if not on_gpu:
             # DeepSpeed would compile a C++ all-reduce for CPUs, half a minute on two cores, and whoever is killed
             # meanwhile leaves a lock that all later runs wait for; gloo has one. (`deepspeed.comm.torch` is torch.)
-            import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+            import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]  # a module
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=TIMEOUT, verbose=False)
     return ranks
 

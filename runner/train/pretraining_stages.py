@@ -50,7 +50,7 @@ def _tokenizer(spec: RunSpec, place: Workspace | None) -> str:
         check_size(spec, name, size)
         return name
     assert name is not None or place is not None  # a rule across parts: without an experiment a tokenizer is named
-    folder = Path(name).expanduser() if name is not None else place.tokenizer  # type: ignore[union-attr]
+    folder = Path(name).expanduser() if name is not None else place.tokenizer  # type: ignore[union-attr]  # as asserted
     check_tokenizer(spec, folder)
     return str(tokenizer.bundle(folder))
 

@@ -83,19 +83,19 @@ class _Quantiser:
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Also for experts that compute through transformers' interface: others have a forward pass of their own."""
         path, _, name = param_name.rpartition(".")
-        experts, linear = model.get_submodule(path), super().param_needs_quantization(model, param_name)  # type: ignore[misc]
+        experts, linear = model.get_submodule(path), super().param_needs_quantization(model, param_name)  # type: ignore[misc]  # no types
         return bool(linear) or (name in NAMES and _fit(experts, getattr(experts, name)))
 
     def get_quantize_ops(self) -> Any:
         """The operation for either."""
-        return _Quantise(super().get_quantize_ops(), self.quantization_config)  # type: ignore[misc]
+        return _Quantise(super().get_quantize_ops(), self.quantization_config)  # type: ignore[misc]  # no types
 
 
 class _In4Bits(_Quantiser, Bnb4BitHfQuantizer):  # type: ignore[misc]  # transformers has no types
     pass
 
 
-class _In8Bits(_Quantiser, Bnb8BitHfQuantizer):  # type: ignore[misc]
+class _In8Bits(_Quantiser, Bnb8BitHfQuantizer):  # type: ignore[misc]  # no types
     pass
 
 
@@ -104,7 +104,7 @@ def _fit(experts: Any, parameter: torch.Tensor) -> bool:
     return plain and (_quantised(parameter) or (parameter.dim() == 3 and parameter.numel() <= MOST_VALUES))
 
 
-class _Quantise(ConversionOps):  # type: ignore[misc]
+class _Quantise(ConversionOps):  # type: ignore[misc]  # no types
     """16 bits as they were read and fused → a quantised parameter."""
 
     def __init__(self, linear: ConversionOps, config: Any) -> None:
@@ -127,7 +127,7 @@ def _in_4_bits(whole: torch.Tensor, config: Any) -> torch.nn.Parameter:
         whole, requires_grad=False, compress_statistics=config.bnb_4bit_use_double_quant,
         quant_type=config.bnb_4bit_quant_type, quant_storage=config.bnb_4bit_quant_storage,
     )  # fmt: skip
-    return made.to(whole.device)  # type: ignore[no-any-return]
+    return made.to(whole.device)  # type: ignore[no-any-return]  # bitsandbytes and torch add to it
 
 
 def _in_8_bits(whole: torch.Tensor) -> torch.nn.Parameter:
@@ -139,7 +139,7 @@ def _in_8_bits(whole: torch.Tensor) -> torch.nn.Parameter:
         own.copy_((matrix / scale).round_())
     made: Any = torch.nn.Parameter(codes, requires_grad=False)
     made.scales, made.unpacked_dtype = scales, whole.dtype
-    return made  # type: ignore[no-any-return]
+    return made  # type: ignore[no-any-return]  # bitsandbytes and torch add to it
 
 
 # --- computing -----------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def _projected(experts: Any, rows: torch.Tensor, name: str, offsets: torch.Tenso
     if not _quantised(parameter):  # too large for bitsandbytes' kernels
         out: torch.Tensor = _grouped_mm(rows, parameter if experts.is_transposed else parameter.mT, offsets)
     else:
-        out = _Product.apply(rows, experts, parameter, offsets)  # type: ignore[no-untyped-call]
+        out = _Product.apply(rows, experts, parameter, offsets)  # type: ignore[no-untyped-call]  # torch has no types for it
     for left, right, scaling in experts.updates.get(name, ()):
         low, high = (left, right) if experts.is_transposed else (right.mT, left.mT)
         if missing := -low.shape[-1] % ALIGNED:

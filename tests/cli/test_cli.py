@@ -239,7 +239,7 @@ def test_explain_tells_command_line_default_and_hardware_apart() -> None:
 
 def test_explain_of_a_group_has_a_line_for_every_key() -> None:
     lines = runner("explain", "train", "train.seed=3").stdout.splitlines()
-    assert len(lines) == len(RunSpec.model_fields["train"].annotation.model_fields)  # type: ignore[union-attr]
+    assert len(lines) == len(RunSpec.model_fields["train"].annotation.model_fields)
     (seed,) = [line.split() for line in lines if line.startswith("train.seed")]
     assert seed == ["train.seed", "3", "command", "line"]
 

@@ -347,7 +347,7 @@ def test_impossible_values_are_errors_of_the_schema(words: tuple[str, ...]) -> N
 
 def fit(*words: str) -> list[dict[str, Any]]:
     """`fit --json`."""
-    return json.loads(runner("fit", "--json", *words).stdout)  # type: ignore[no-any-return]
+    return json.loads(runner("fit", "--json", *words).stdout)
 
 
 def test_fit_ranks_hardware_by_cost() -> None:

@@ -57,7 +57,7 @@ def test_a_row_says_what_differs(tmp_path: Path) -> None:
     ]  # fmt: skip
     console = Console(file=io.StringIO(), width=120)
     print_runs(console, rows, tmp_path)
-    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+    assert console.file.getvalue().splitlines() == [
         "run     state   method objective data                       rate steps   loss exact       time",
         "broken  unknown –      –         –                             –     –      –     –          –",
         "one     done    lora   sft       [bold] a name of more t… 0.0001     7 1.2500   50% 1 min 15 s",
@@ -70,5 +70,5 @@ def test_a_narrow_terminal_shows_what_the_name_does_not_say(width: int, told: bo
     folder(tmp_path, "one", "failed", 1.0)
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system="standard")
     print_runs(console, run_rows(tmp_path), tmp_path)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()
     assert ("lora" in text) is told and "\x1b[31mfailed\x1b[0m" in text

@@ -163,9 +163,9 @@ def test_a_hostile_pod_is_adopted_and_the_run_reads_nothing_of_this_machine(
             attach, "_connected", lambda run_id, pod: _Connected(there.connection(), tmp_path / "workspace")
         )
         rented = SimpleNamespace(pod=pod, ledger=Ledger(), name=pod.name)
-        attach._adopted_spec(rented, SimpleNamespace(), run, said.append)  # type: ignore[arg-type]
+        attach._adopted_spec(rented, SimpleNamespace(), run, said.append)
     kept = RunSpec.model_validate(run.read("spec.json"))
-    assert kept.objective.rewards == ["/of-pod-p0d/evil.py:reward"] and kept.push.to is None  # type: ignore[union-attr]
+    assert kept.objective.rewards == ["/of-pod-p0d/evil.py:reward"] and kept.push.to is None
     assert run.read("plan.json") == {} and len(said) == 2
     (run.path / "model").mkdir()
     (run.path / "model" / "evil.py").write_text("raise SystemExit('run')")  # as it is brought here

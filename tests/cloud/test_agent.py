@@ -43,7 +43,7 @@ class Api:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
-            do_GET = do_DELETE = do_POST = answer  # noqa: N815
+            do_GET = do_DELETE = do_POST = answer  # noqa: N815  # http.server calls them so
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -346,7 +346,7 @@ def test_a_container_that_dies_of_its_training_is_not_restarted_for_ever(pod: Po
     pod.task("import time; print('begun', flush=True); time.sleep(100)")
     for count in range(1, agent.MAX_STARTS + 1):
         pod.start()
-        until(lambda: pod.log("worker.log").count("begun") == count)  # noqa: B023
+        until(lambda: pod.log("worker.log").count("begun") == count)  # noqa: B023  # called before the loop goes on
         pod.kill()
     pod.start()
     until(lambda: pod.state() == "failed")

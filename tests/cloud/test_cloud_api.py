@@ -26,7 +26,7 @@ L4 = "NVIDIA L4"
 
 
 def wanted(name: str = "runner-a-0001", **more: object) -> PodRequest:
-    return PodRequest(name, IMAGE, "secure", gpu_id=L4, **more)  # type: ignore[arg-type]
+    return PodRequest(name, IMAGE, "secure", gpu_id=L4, **more)
 
 
 def creates(emulator: Emulator) -> int:

@@ -46,7 +46,7 @@ def test_a_name_is_planned_once_and_an_unknown_state_is_refused(ledger: Ledger) 
     with pytest.raises(LedgerError):
         ledger.plan("runner-a-1", run_id="a", **FACTS)
     with pytest.raises(LedgerError):
-        ledger.move("runner-a-1", "LOST", "no such state")  # type: ignore[arg-type]
+        ledger.move("runner-a-1", "LOST", "no such state")
     with pytest.raises(LedgerError):
         ledger.move("runner-b-1", "GONE", "never planned")
     entry = ledger.entry("runner-a-1")
@@ -177,4 +177,4 @@ def test_a_ledger_of_an_earlier_version_learns_new_states(tmp_path: Path) -> Non
     (entry,) = ledgers[1].entries("a")
     assert entry.state == "PARKED" and entry.gpu == FACTS["gpu"] and entry.created == 1.0
     with pytest.raises(LedgerError):
-        ledgers[2].move("runner-a-1", "LOST", "no such state")  # type: ignore[arg-type]
+        ledgers[2].move("runner-a-1", "LOST", "no such state")

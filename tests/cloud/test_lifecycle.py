@@ -305,7 +305,7 @@ def test_a_pod_is_running_in_the_ledger_before_it_has_a_task(
     rented = rent()
     session = session_of(rented, tmp_path, monkeypatch)
     seen: list[str] = []
-    monkeypatch.setattr(transfer, "start_task", lambda *_: seen.append(rented.ledger.entry(rented.name).state))  # type: ignore[union-attr]
+    monkeypatch.setattr(transfer, "start_task", lambda *_: seen.append(rented.ledger.entry(rented.name).state))
     session.load(False)
     assert seen == ["RUNNING"]
     rented.ledger.move(rented.name, "SYNCED", "once more")
@@ -343,7 +343,7 @@ def test_a_disk_here_that_takes_nothing_ends_a_pod_only_before_it_trains(
     entry = Ledger().entry(rented.name)
     assert entry is not None and not entry.owned
     if where == "following":
-        (problem,) = caught.value.problems  # type: ignore[union-attr]
+        (problem,) = caught.value.problems
         assert f"pod {rented.pod.id} still has the run" in problem.what
         assert f"python -m runner attach {session.run.id}" in str(problem.remedy)
         assert list(emulator.pods()) == [rented.pod.id] and entry.state == "RUNNING"

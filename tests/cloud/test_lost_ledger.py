@@ -204,7 +204,7 @@ def test_a_ledger_that_fails_while_renting_leaves_no_pod(
         failing[0] = failing[0] or to == written
         if failing[0]:
             raise LedgerError(*(ledgers._unusable(self.file, sqlite3.OperationalError("disk is full")),))
-        move(self, name, to, why, **facts)  # type: ignore[arg-type]
+        move(self, name, to, why, **facts)
 
     monkeypatch.setattr(Ledger, "move", moved)
     with pytest.raises(LedgerError, match="disk is full"):

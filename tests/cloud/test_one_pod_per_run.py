@@ -50,7 +50,7 @@ def rent(run: RunDir, *words: str, said: list[str] | None = None) -> Lease:
 def left(run: RunDir, state: str = "RUNNING") -> Lease:
     """Its pod, after kill -9 of the launcher."""
     rented = rent(run)
-    rented.ledger.move(rented.name, state, "and then the launcher was killed")  # type: ignore[arg-type]
+    rented.ledger.move(rented.name, state, "and then the launcher was killed")
     rented.ledger.leave(rented.name)
     return rented
 

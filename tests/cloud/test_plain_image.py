@@ -9,15 +9,17 @@ import pytest
 from runner.cloud import lifecycle, ssh_keys
 from runner.cloud.runpod import start_command
 from runner.cloud.ssh import connection_to
-from tests.support.emulated import Emulator, emulator, needs_sshd  # noqa: F401
-from tests.support.rented import PLAN, rented_spec, run_of, state  # noqa: F401
+from tests.support.emulated import Emulator, emulator, needs_sshd
+from tests.support.rented import PLAN, rented_spec, run_of, state
+
+__all__ = ["emulator", "state"]  # fixtures
 
 pytestmark = needs_sshd
 PLAIN = "where.image=pytorch/pytorch:2.8.0-cuda12.8-cudnn9-runtime"
 
 
 @pytest.mark.usefixtures("state")
-def test_an_image_without_an_ssh_server_is_reached_all_the_same(emulator: Emulator, tmp_path: Path) -> None:  # noqa: F811
+def test_an_image_without_an_ssh_server_is_reached_all_the_same(emulator: Emulator, tmp_path: Path) -> None:
     spec = rented_spec(PLAIN, "where.setup_minutes=1")
     run = run_of(spec, tmp_path)
     pair = ssh_keys.pair(run.id)

@@ -201,7 +201,7 @@ def test_after_a_launcher_was_killed_the_next_command_ends_its_pod(
         pass
 
     def moved(self: Ledger, name: str, to: str, why: str, **facts: object) -> None:
-        move(self, name, to, why, **facts)  # type: ignore[arg-type]
+        move(self, name, to, why, **facts)
         if to == die and die != "CREATING":
             raise Killed
 
@@ -272,7 +272,7 @@ def test_a_ledger_that_cannot_be_written_while_renting_leaves_no_pod(
 
     def created(self: object, wanted: object) -> object:
         monkeypatch.setattr(Ledger, "_set", staticmethod(full))
-        return create(self, wanted)  # type: ignore[arg-type]
+        return create(self, wanted)
 
     monkeypatch.setattr(PROVIDERS["memory"], "create_pod", created)
     with pytest.raises(LedgerError):

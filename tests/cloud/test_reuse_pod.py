@@ -131,4 +131,4 @@ def test_a_launcher_that_dies_as_it_takes_a_pod_leaves_it_stopped(
 def test_what_a_pod_has_already_cannot_be_asked_of_it(here: Path) -> None:
     problem = only_problem("where=runpod", "hw=rtx4090", "where.pod=x", "where.volume=data")
     assert problem.remedy == "leave out where.volume"
-    assert rented_spec("where.pod=x").where.keeps and not rented_spec("where.pod=x", "where.keep=false").where.keeps  # type: ignore[union-attr]
+    assert rented_spec("where.pod=x").where.keeps and not rented_spec("where.pod=x", "where.keep=false").where.keeps

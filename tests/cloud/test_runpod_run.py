@@ -21,10 +21,12 @@ from runner.cloud.ledger import Ledger
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from tests.conftest import SHORT
-from tests.support.emulated import Emulator, emulator, needs_sshd, rest  # noqa: F401
-from tests.support.hub import Hub, hub  # noqa: F401
+from tests.support.emulated import Emulator, emulator, needs_sshd, rest
+from tests.support.hub import Hub, hub
 from tests.support.leaks import Watch
 from tests.support.processes import ROOT, losses, only_run, start, tiny_model, until, words
+
+__all__ = ["emulator", "hub"]  # fixtures
 
 pytestmark = [needs_sshd, pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync: apt-get install rsync")]
 SECRETS = {"HF_TOKEN": "hf_" + "sEcReT" * 5, "WANDB_API_KEY": "w4ndb" * 8}
@@ -38,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Typed:
     """What a user types on a machine whose state is the test's own."""
 
-    def __init__(self, root: Path, model: Path, emulator: Emulator) -> None:  # noqa: F811
+    def __init__(self, root: Path, model: Path, emulator: Emulator) -> None:
         self.root, self.model, self.emulator = root, model, emulator
         self.env = {
             **emulator.env, **SECRETS, "RUNNER_STATE": str(root / "state"), "RUNNER_POD_PYTHON": sys.executable,
@@ -65,7 +67,7 @@ class Typed:
 
 
 @pytest.fixture
-def typed(tmp_path: Path, model: Path, emulator: Emulator) -> Typed:  # noqa: F811
+def typed(tmp_path: Path, model: Path, emulator: Emulator) -> Typed:
     return Typed(tmp_path, model, emulator)
 
 
@@ -355,7 +357,7 @@ def test_detached_looked_at_and_brought_home_on_another_machine(typed: Typed, tm
 
 
 @pytest.mark.slow
-def test_a_pod_uploads_checkpoints_and_the_model_itself(typed: Typed, hub: Hub) -> None:  # noqa: F811
+def test_a_pod_uploads_checkpoints_and_the_model_itself(typed: Typed, hub: Hub) -> None:
     typed.env |= hub.env()
     more = ("push.to=me/tuned", "push.every_steps=6", "train.save_every_steps=6", "where.max_usd=5")
     code, said = ended(typed.run(*more))

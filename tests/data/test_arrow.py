@@ -95,7 +95,7 @@ def test_neither_are_they_in_rows_of_the_hub(file: Path, tmp_path: Path, kind: s
 def test_the_call_that_is_learned_has_the_arguments_that_were_written(file: Path, body: str) -> None:
     rows, _ = canonical_rows(read_table(str(file)), spec_of("data=file", f"data.path={file}").data)
     words = ChatTokenizer(body, (OF_TRL / "qwen2_5.jinja").read_text("utf-8"), SPECIAL)
-    encoded = words.encode(rows[1], "auto")  # type: ignore[arg-type]
+    encoded = words.encode(rows[1], "auto")
     (piece,) = learned_pieces(words, encoded)
     assert piece == '<tool_call>\n{"name": "look", "arguments": {"zone": "+1", "fmt": "24h"}}\n</tool_call><|im_end|>'
     assert "null" not in encoded.text
@@ -141,5 +141,5 @@ def test_prompts_of_grpo_come_back_without_them(tmp_path: Path, body: str) -> No
     spec = spec_of("method=lora", *words)
     rows, problems = canonical_rows(read_table(str(tmp_path / "p.parquet")), spec.data, "prompts")
     assert problems == [] and all(isinstance(row, PromptExample) for row in rows)
-    asked = [row.prompt[1]["tool_calls"][0]["function"]["arguments"] for row in rows]  # type: ignore[union-attr,index]
+    asked = [row.prompt[1]["tool_calls"][0]["function"]["arguments"] for row in rows]
     assert asked == ARGUMENTS

@@ -81,7 +81,7 @@ TURNS = {"chosen": [user(), said()], "rejected": [user(), said("It is 5.")]}
     ],
 )  # fmt: skip
 def test_nothing_of_a_preferences_prompt_is_dropped(row: dict[str, Any]) -> None:
-    assert made(row, "preference") == Preference(ASKED, [said()], [said("It is 5.")])  # type: ignore[arg-type]
+    assert made(row, "preference") == Preference(ASKED, [said()], [said("It is 5.")])
     assert made(row, "sft") == Example(ASKED, [said()])
     found = made({**row, "tests": [1]}, "prompts")
     assert isinstance(found, PromptExample) and found.prompt == ASKED and found.extra["tests"] == [1]
@@ -90,7 +90,7 @@ def test_nothing_of_a_preferences_prompt_is_dropped(row: dict[str, Any]) -> None
 def test_an_instruction_with_its_input_asks_for_both_answers() -> None:
     row = {"instruction": "Add.", "input": "1+1", "history": [["Hi", "Hello"]], "chosen": "2", "rejected": "3"}
     asked = [user("Hi"), said("Hello"), user("Add.\n\n1+1")]
-    assert made(row, "preference") == Preference(asked, [said("2")], [said("3")])  # type: ignore[arg-type]
+    assert made(row, "preference") == Preference(asked, [said("2")], [said("3")])
     marked = {"instruction": "Add.", "input": "1+1", "output": "2", "label": True}
     assert made(marked, "unpaired") == UnpairedExample([user("Add.\n\n1+1")], [said("2")], True)
     assert made({"question": "a", "completion": "b", "label": 0}, "unpaired") == UnpairedExample(
@@ -298,7 +298,7 @@ def test_an_answer_is_never_taken_apart(answer: str) -> None:
     assert made({**row, "label": True}, "unpaired") == UnpairedExample([user("Define: human.")], [said(answer)], True)
     assert made({"instruction": "a", "output": answer}, "sft").completion == [said(answer)]
     pair = made({"prompt": "a", "chosen": answer, "rejected": "no"}, "preference")
-    assert pair == Preference([user("a")], [said(answer)], [said("no")])  # type: ignore[arg-type]
+    assert pair == Preference([user("a")], [said(answer)], [said("no")])
 
 
 def test_turns_as_text_are_an_answer_where_they_do_not_begin_with_the_prompt() -> None:
@@ -310,7 +310,7 @@ def test_turns_as_text_are_an_answer_where_they_do_not_begin_with_the_prompt() -
     assert pair.prompt == [user("Write JSON.")] and pair.chosen == [said(chosen)]
     for turns in (whole, alone):
         row = {"prompt": "2+2?", "chosen": json.dumps(turns), "rejected": json.dumps([*turns[:-1], said("5")])}
-        assert made(row, "preference") == Preference([user()], [said()], [said("5")])  # type: ignore[arg-type]
+        assert made(row, "preference") == Preference([user()], [said()], [said("5")])
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_texts_that_only_begin_like_a_conversation_are_plain() -> None:
     row = {"chosen": "Human: a species.", "rejected": "Human: a robot."}
     assert made(row, "preference") == Preference("Human: a", " species.", " robot.")
     row = {"chosen": "\n\nHuman: Who?\n\nAssistant: The Human: one.", "rejected": "\n\nHuman: Who?\n\nAssistant: No."}
-    assert made(row, "preference") == Preference([user("Who?")], [said("The Human: one.")], [said("No.")])  # type: ignore[arg-type]
+    assert made(row, "preference") == Preference([user("Who?")], [said("The Human: one.")], [said("No.")])
 
 
 # --- turns ---------------------------------------------------------------------------------------
@@ -431,7 +431,7 @@ def test_every_source_is_read_alike(tmp_path: Path, ending: str, many: bool, mon
         monkeypatch.setattr("runner.data.load.IN_MEMORY_BYTES", 0)
     file = write(tmp_path, ending, ROWS)
     found = read(spec(path=str(file), eval_fraction=0), 0, "preference")
-    pairs = [Preference([system(f"S{n}"), user(f"q{n}")], [said("a")], [said("b")]) for n in range(4)]  # type: ignore[arg-type]
+    pairs = [Preference([system(f"S{n}"), user(f"q{n}")], [said("a")], [said("b")]) for n in range(4)]
     assert list(found.train) == pairs
     assert found.left_out == ["id"] and found.note == "Columns that were not read: id"
     file = write(tmp_path, ending, CONTEXT)

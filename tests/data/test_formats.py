@@ -226,7 +226,7 @@ def test_unknown_fields_are_answered_with_the_keys_to_set(fields: list[str], rem
 
 def test_a_pair_of_texts_becomes_two_turns() -> None:
     example = canonical({"prompt": "2 + 2?", "completion": "4", "id": 7}, "row 1", spec())
-    assert example == Example(prompt=[USER], completion=[ANSWER])  # type: ignore[list-item]
+    assert example == Example(prompt=[USER], completion=[ANSWER])
 
 
 def test_a_conversation_is_split_after_the_last_turn_that_is_not_the_assistants() -> None:
@@ -431,10 +431,10 @@ def test_the_bundled_data_set_loads_with_its_system_prompt() -> None:
 
 
 def test_the_fingerprint_is_of_the_content_alone() -> None:
-    one, two = Example([USER], [ANSWER]), Example(text="a")  # type: ignore[list-item]
-    turned = Example([dict(reversed(USER.items()))], [ANSWER])  # type: ignore[list-item]
+    one, two = Example([USER], [ANSWER]), Example(text="a")
+    turned = Example([dict(reversed(USER.items()))], [ANSWER])
     assert fingerprint([one, two]) == fingerprint(iter([turned, two]))
-    different = [[one], [two, one], [one, two, two], [Example([ANSWER], [USER]), two]]  # type: ignore[list-item]
+    different = [[one], [two, one], [one, two, two], [Example([ANSWER], [USER]), two]]
     assert len({fingerprint(examples) for examples in [[one, two], *different]}) == 5
     assert fingerprint([Example(text="\ud83d é")])  # half a character has no bytes, and still a fingerprint
 

@@ -246,7 +246,7 @@ def test_templates_render_as_transformers_does() -> None:
         tokenizer.chat_template = source
         words = ChatTokenizer.of(tokenizer)
         theirs = tokenizer.apply_chat_template(turns, tools=TOOLS, tokenize=False)
-        assert words.turns.template.render(turns, tools=TOOLS).text == theirs  # type: ignore[arg-type]
+        assert words.turns.template.render(turns, tools=TOOLS).text == theirs
         tools = TOOLS if "add" in theirs else []  # a template that does not show them is refused
-        example = Example(turns[:1], turns[1:], tools=tools)  # type: ignore[arg-type]
+        example = Example(turns[:1], turns[1:], tools=tools)
         assert words.encode(example, "auto").ids == tokenizer.apply_chat_template(turns, tools=tools)["input_ids"]

@@ -59,9 +59,9 @@ def rows_of(objective: str, count: int) -> list[Learnable]:
     """Rows that the objective learns from."""
     pairs_of = [preference(n) for n in range(count)]
     if objective == "kto":
-        return [UnpairedExample(row.prompt, row.chosen, n % 2 == 0) for n, row in enumerate(pairs_of)]  # type: ignore[arg-type]
+        return [UnpairedExample(row.prompt, row.chosen, n % 2 == 0) for n, row in enumerate(pairs_of)]
     if objective == "grpo":
-        return [PromptExample(row.prompt, str(n), {"level": n}) for n, row in enumerate(pairs_of)]  # type: ignore[arg-type]
+        return [PromptExample(row.prompt, str(n), {"level": n}) for n, row in enumerate(pairs_of)]
     return list(pairs_of)
 
 
@@ -82,8 +82,8 @@ def test_prompt_and_answer_together_are_the_conversation(tokenizer: Any) -> None
     words = ChatTokenizer.of(tokenizer)
     for row in map(preference, range(20)):
         prompt, (right, wrong) = split(words, row.prompt, (row.chosen, row.rejected))
-        assert prompt + right == chat_ids(tokenizer, [*row.prompt, *row.chosen], ask=False)  # type: ignore[list-item]
-        assert prompt + wrong == chat_ids(tokenizer, [*row.prompt, *row.rejected], ask=False)  # type: ignore[list-item]
+        assert prompt + right == chat_ids(tokenizer, [*row.prompt, *row.chosen], ask=False)
+        assert prompt + wrong == chat_ids(tokenizer, [*row.prompt, *row.rejected], ask=False)
 
 
 def test_text_is_ended_once(tokenizer: Any) -> None:
@@ -99,7 +99,7 @@ def test_tools_are_shown_to_the_model(kind: type, body: str) -> None:
     template = "{% if tools %}{{ tools | tojson }}{% endif %}" + template_source("chatml")
     words, row = ChatTokenizer(body, template, SPECIAL), preference(1)
     if kind is UnpairedExample:
-        given: Any = UnpairedExample(row.prompt, row.chosen, True, tools=[SEARCH])  # type: ignore[arg-type]
+        given: Any = UnpairedExample(row.prompt, row.chosen, True, tools=[SEARCH])
     else:
         given = Preference(row.prompt, row.chosen, row.rejected, tools=[SEARCH])
     (columns,) = encode_chunk(words, [given], How(4000)).rows

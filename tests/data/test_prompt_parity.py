@@ -89,7 +89,7 @@ def test_grpo_and_transformers_render_the_same_prompt(name: str, body: str) -> N
     for kind, row in rows(name).items():
         (columns,) = encode_chunk(words, [PromptExample(row.prompt, "4", tools=row.tools)], How(10_000)).rows
         trainer = SimpleNamespace(words=words, row_tools=[row.tools] if row.tools else [])
-        ((asked,), _, _) = GrpoTrainer._tokenize_prompts(trainer, [columns["prompt"]])  # type: ignore[arg-type]
+        ((asked,), _, _) = GrpoTrainer._tokenize_prompts(trainer, [columns["prompt"]])
         assert asked == words.prompt_ids(row.prompt, row.tools), kind
         theirs = tokenizer.apply_chat_template(
             [dict(turn) for turn in row.prompt], tools=row.tools or None, add_generation_prompt=True

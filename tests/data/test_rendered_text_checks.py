@@ -121,7 +121,7 @@ def test_a_turn_that_is_only_a_call_is_refused_where_the_template_shows_none(nam
                 words.encode(row, loss_on)
             assert "data.chat_template" in str(caught.value.problems[0].remedy)
     for row in (Preference(turns[:1], turns[1:], [says("no")]), UnpairedExample(turns[:1], turns[1:], True)):
-        assert "does not show the tool calls" in encode_chunk(words, [row], How(1000)).problems[0].what  # type: ignore[list-item]
+        assert "does not show the tool calls" in encode_chunk(words, [row], How(1000)).problems[0].what
 
 
 def test_thoughts_go_by_the_name_that_the_template_reads(body: str) -> None:
@@ -130,10 +130,10 @@ def test_thoughts_go_by_the_name_that_the_template_reads(body: str) -> None:
         row = {"messages": [asks("q"), {"role": "assistant", "content": "final words", key: "deep thought"}]}
         example = canonical(row, "row 1", spec_of("data=file", "data.path=x.jsonl").data)
         words = words_of(body, "gptoss")
-        assert learned_pieces(words, words.encode(example, "auto")) == [f"{analysis}final words<|return|>"]  # type: ignore[arg-type]
+        assert learned_pieces(words, words.encode(example, "auto")) == [f"{analysis}final words<|return|>"]
         words = words_of(body, "qwen3")
         thought = "<think>\ndeep thought\n</think>\n\nfinal words<|im_end|>"
-        assert learned_pieces(words, words.encode(example, "auto")) == [thought]  # type: ignore[arg-type]
+        assert learned_pieces(words, words.encode(example, "auto")) == [thought]
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,10 @@ def test_several_calls_in_one_list_are_several_calls() -> None:
         {"role": "assistant", "content": "", "tool_calls": [{"function": one} for one in calls]},
     ):
         row = {"messages": [{"role": "user", "content": "?"}, turn]}
-        (said,) = canonical(row, "row 1", spec).completion  # type: ignore[union-attr]
+        (said,) = canonical(row, "row 1", spec).completion
         assert [one["function"] for one in said["tool_calls"]] == calls, turn
     row = {"messages": [asks("?"), {"role": "assistant", "content": None, "function_call": calls[0]}]}
-    (said,) = canonical(row, "row 1", spec).completion  # type: ignore[union-attr]
+    (said,) = canonical(row, "row 1", spec).completion
     assert [one["function"] for one in said["tool_calls"]] == calls[:1]
     for wrong in ('[{"name": "a"}, 7]', "look it up", '{"name": "a", "arguments": [1]}'):
         with pytest.raises(RequestError, match="is no call of a function"):
@@ -231,7 +231,7 @@ def test_a_template_for_tools_is_taken_where_there_are_tools(body: str, end: str
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for tools in ([], TOOLS):
         right = tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False)
-        assert words.turns.template.render(turns, tools=tools).text == right  # type: ignore[arg-type]
+        assert words.turns.template.render(turns, tools=tools).text == right
 
 
 def test_words_that_are_in_the_text_by_chance_are_not_shown(body: str) -> None:
@@ -247,18 +247,18 @@ def test_thoughts_of_a_turn_have_many_names() -> None:
     spec = spec_of("data=file", "data.path=x.jsonl").data
     for key in ("thinking", "reasoning", "thought", "cot", "analysis"):
         example = canonical({"messages": [asks("q"), {**says("a"), key: "deep"}]}, "row 1", spec)
-        assert example.completion == [says("a", "deep")]  # type: ignore[union-attr]
+        assert example.completion == [says("a", "deep")]
 
 
 def test_a_tool_is_shown_as_the_model_knows_tools(body: str) -> None:
     """ShareGPT, xLAM and OpenAI's newer interface write the function alone; several templates refuse that."""
     spec = spec_of("data=file", "data.path=x.jsonl").data
     function = TOOLS[0]["function"]
-    for tool in (TOOLS[0], function, {"type": "function", **function}):  # type: ignore[dict-item]
+    for tool in (TOOLS[0], function, {"type": "function", **function}):
         example = canonical({"messages": [asks("q"), says("a")], "tools": [tool]}, "row 1", spec)
-        assert example.tools == TOOLS  # type: ignore[union-attr]
+        assert example.tools == TOOLS
         for name in ("our qwen", "gptoss", "gemma4_v5", "llama3_1"):
-            assert "city" in words_of(body, name).encode(example, "auto").text  # type: ignore[arg-type]
+            assert "city" in words_of(body, name).encode(example, "auto").text
 
 
 def test_a_tool_whose_parameters_are_not_shown_is_refused(body: str) -> None:

@@ -157,7 +157,7 @@ def test_alpaca_joins_task_and_input_after_its_history() -> None:
     found = made(row)
     assert [turn["content"] for turn in found.prompt] == ["Be brief.", "Hi", "Hello", "Add.\n\n2 + 2"]
     assert found.completion == [ANSWER] and found.dialogue
-    assert made({"instruction": "2 + 2?", "input": "", "output": "4"}) == Example([USER], [ANSWER])  # type: ignore[list-item]
+    assert made({"instruction": "2 + 2?", "input": "", "output": "4"}) == Example([USER], [ANSWER])
     assert made({"instruction": "2 + 2?", "input": None, "output": "4", "history": None}).prompt == [USER]
     dolly = {"instruction": "Add.", "context": "2 + 2", "response": "4"}
     assert made(dolly, input_field="context", output_field="response").prompt[0]["content"] == "Add.\n\n2 + 2"
@@ -180,7 +180,7 @@ def test_an_alpaca_row_that_is_wrong_is_explained(row: dict[str, Any], what: str
 
 # --- preferences -------------------------------------------------------------------------------
 
-PAIR = Preference([USER], [ANSWER], [WORSE])  # type: ignore[list-item]
+PAIR = Preference([USER], [ANSWER], [WORSE])
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_pair_that_is_wrong_is_explained(row: dict[str, Any], what: str) -> No
 )
 def test_a_label_may_be_written_in_many_ways(label: Any, good: bool) -> None:
     found = made({"prompt": "2 + 2?", "completion": "4", "label": label}, "unpaired")
-    assert found == UnpairedExample([USER], [ANSWER], good)  # type: ignore[list-item]
+    assert found == UnpairedExample([USER], [ANSWER], good)
     assert columns([found])["label"] == [good]
 
 
@@ -245,7 +245,7 @@ def test_a_label_that_says_nothing_is_explained(label: Any) -> None:
 
 def test_prompts_keep_what_reward_functions_look_at() -> None:
     found = made({"prompt": "2 + 2?", "answer": 4, "level": 2, "tags": ["x"]}, "prompts")
-    assert found == PromptExample([USER], 4, {"level": 2, "tags": ["x"]})  # type: ignore[list-item]
+    assert found == PromptExample([USER], 4, {"level": 2, "tags": ["x"]})
     table = columns([found, PromptExample([], None)])
     assert table == {"prompt": [[USER], []], "answer": [4, None], "level": [2, None], "tags": [["x"], None]}
     assert made({"prompt": "2 + 2?"}, "prompts").answer is None
@@ -268,9 +268,9 @@ def test_token_ids_are_taken_as_they_are() -> None:
 def test_an_objective_takes_what_it_can_learn_from() -> None:
     pair = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
     answered = {"prompt": "2 + 2?", "completion": "4"}
-    assert made(pair, "sft") == Example([USER], [ANSWER])  # type: ignore[list-item]
-    assert made(pair, "prompts") == PromptExample([USER], None, {"chosen": "4", "rejected": "5"})  # type: ignore[list-item]
-    assert made(answered, "prompts") == PromptExample([USER], "4")  # type: ignore[list-item]
+    assert made(pair, "sft") == Example([USER], [ANSWER])
+    assert made(pair, "prompts") == PromptExample([USER], None, {"chosen": "4", "rejected": "5"})
+    assert made(answered, "prompts") == PromptExample([USER], "4")
     assert "an answer without another to compare it with" in told(answered, "preference")[0]
     assert "a prompt without an answer to learn" in told({"prompt": "a", "answer": "b"}, "sft")[0]
     labelled = told({"prompt": "a", "completion": "b", "label": 1}, "sft", format="unpaired")
@@ -278,5 +278,5 @@ def test_an_objective_takes_what_it_can_learn_from() -> None:
 
 
 def test_what_is_not_said_is_not_in_the_content() -> None:
-    assert content_of(Example([USER], [ANSWER])) == {"prompt": [USER], "completion": [ANSWER], "text": None}  # type: ignore[list-item]
+    assert content_of(Example([USER], [ANSWER])) == {"prompt": [USER], "completion": [ANSWER], "text": None}
     assert "where" not in content_of(made({"prompt": "a", "chosen": "b", "rejected": "c"}))

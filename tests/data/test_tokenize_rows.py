@@ -109,7 +109,7 @@ def spec(*overrides: str) -> Any:
 
 def test_rows_that_the_template_refuses_are_named_all_or_skipped(tokenizer: Any) -> None:
     twice = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
-    wrong = [Example(twice, [{"role": "assistant", "content": "c"}], where=f"my.jsonl, line {n}") for n in (3, 9)]  # type: ignore[arg-type]
+    wrong = [Example(twice, [{"role": "assistant", "content": "c"}], where=f"my.jsonl, line {n}") for n in (3, 9)]
     rows = [*examples(4), *wrong]
     with pytest.raises(RequestError, match="user and assistant must take turns") as caught:
         token_dataset.tokenise(rows, tokenizer, spec())

@@ -377,7 +377,7 @@ def test_spot_by_graphql(emulator: Emulator) -> None:
 
 def test_what_is_not_described_would_be_found(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     rest("GET", "/v2/account/ssh-keys")
-    emulator.world.ssh_keys = None  # type: ignore[assignment]
+    emulator.world.ssh_keys = None
     rest("GET", "/v2/account/ssh-keys")
     assert undescribed(emulator) == ["GET /v2/account/ssh-keys → 200: $.keys: None is not of type 'array'"]
     emulator.exchanges.clear()

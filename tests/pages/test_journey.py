@@ -11,16 +11,18 @@ import pytest
 
 from benchmarks.chaos_pods import _pods_python
 from benchmarks.journey import PAGE, commands, parts, retyped, typist
-from tests.support.emulated import Emulator, emulator, needs_sshd  # noqa: F401
+from tests.support.emulated import Emulator, emulator, needs_sshd
 from tests.support.front import runner
-from tests.support.hub import Hub, hub  # noqa: F401
+from tests.support.hub import Hub, hub
 from tests.support.processes import losses, only_run, start, tiny_model, words
+
+__all__ = ["emulator", "hub"]  # fixtures
 
 TEXT = PAGE.read_text("utf-8")
 
 
 def test_the_quick_commands_of_the_page_print_what_stands_there(
-    emulator: Emulator, hub: Hub, tmp_path: Path  # noqa: F811
+    emulator: Emulator, hub: Hub, tmp_path: Path
 ) -> None:  # fmt: skip
     now = retyped(TEXT, typist(tmp_path, emulator.env, hub), ("quick",))
     assert list(parts(now, "quick")) == list(parts(TEXT, "quick")), "drifted: python -m benchmarks.journey"
@@ -62,7 +64,7 @@ def qa(tmp_path: Path) -> Path:
 
 @needs_sshd
 def test_small_here_large_in_a_pod_and_both_on_the_hub(
-    emulator: Emulator, hub: Hub, qa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    emulator: Emulator, hub: Hub, qa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """The four commands that the project began with: train a small model, train a large one, gpus, list.
 

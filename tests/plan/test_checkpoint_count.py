@@ -45,7 +45,7 @@ def test_a_large_one_comes_seldom() -> None:
 
 def test_what_is_not_known_counts_as_a_long_run() -> None:
     for unknown in ({"num_steps": None}, {"step_seconds": None}):
-        assert count(**unknown) == Checkpoints(None, 3, 15.0)  # type: ignore[arg-type]
+        assert count(**unknown) == Checkpoints(None, 3, 15.0)
     assert count(step_seconds=None, save_every_minutes=None, save_every_steps=100).written == 10
 
 

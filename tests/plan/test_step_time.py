@@ -220,7 +220,7 @@ def test_the_volumes_are_those_of_the_zero_paper() -> None:
     psi = 2 * MISTRAL.num_parameters * 7 / 8 / 240e9
     hidden = 0.5 * 32 * 4 * 0.6e-3  # half of the time that launching the kernels takes
     for stage, volume in (("none", 2), ("zero1", 2), ("zero2", 2), ("zero3", 3)):
-        assert exposed(stage) == pytest.approx(volume * psi - hidden, rel=0.02)  # type: ignore[arg-type]
+        assert exposed(stage) == pytest.approx(volume * psi - hidden, rel=0.02)
 
 
 def test_micro_batches_cost_stages_two_and_three_but_not_one() -> None:

@@ -26,7 +26,7 @@ def rendered(progress: Progress) -> list[str]:
     assert progress._bars is not None
     paper = screen(progress.console.width)
     paper.print(*progress._bars.get_renderables())
-    return [line.rstrip() for line in paper.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    return [line.rstrip() for line in paper.file.getvalue().splitlines()]
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -66,7 +66,7 @@ def test_a_note_is_broken_between_words_and_continued_below_its_words() -> None:
         "Data    120 examples, 9,323 tokens; packed into 120 sequences, 81% full; 40 held out (tokens from the cache)"
     )
     Progress(console).note(note)
-    said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    said = console.file.getvalue().splitlines()
     assert said == [
         "Data    120 examples, 9,323 tokens; packed into 120 sequences, 81% full; 40 held",
         "        out (tokens from the cache)",

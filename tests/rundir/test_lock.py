@@ -41,7 +41,7 @@ def refusal(run: RunDir) -> str:
     """What resume says, before anything is changed."""
     before = {file: file.read_bytes() for file in run.path.rglob("*.json")}
     with pytest.raises(RequestError) as caught:
-        resume(run, (), (), None, False)  # type: ignore[arg-type]  # nothing is printed
+        resume(run, (), (), None, False)
     assert {file: file.read_bytes() for file in run.path.rglob("*.json")} == before
     (problem,) = caught.value.problems
     return f"{problem.what} → {problem.remedy}"

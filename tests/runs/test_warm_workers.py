@@ -47,8 +47,8 @@ def same_but_time(*files: Path) -> bool:
 
 
 def told(process: object) -> tuple[int, str]:
-    out, error = process.communicate(timeout=300)  # type: ignore[attr-defined]
-    return process.returncode, out + error  # type: ignore[attr-defined]
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out + error
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from runner.train import model_loading, peft_methods
 STEPS = 2
 
 
-class Bare(Trainer):  # type: ignore[misc]  # transformers has no types
+class Bare(Trainer):
     """Writes shards only."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

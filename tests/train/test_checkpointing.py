@@ -230,7 +230,7 @@ def test_checkpoints_by_the_clock_take_a_twentieth_of_the_time_at_most() -> None
         seconds = 60.0
         ranks = checkpointing.Ranks()
 
-    due: Any = checkpointing.SaveWhenDue(Slow(), 1.0)  # type: ignore[arg-type]
+    due: Any = checkpointing.SaveWhenDue(Slow(), 1.0)
     control: Any = type("Control", (), {"should_save": False})()
     for minutes, expected in ((2, False), (19, False), (20.1, True)):
         due.last, control.should_save = time.monotonic() - 60 * minutes, False

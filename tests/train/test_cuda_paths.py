@@ -442,7 +442,7 @@ def nvml_of(*found: Gpu, dead: int | None = None, unified: bool = False, slices:
 
     def error(code: int, text: str) -> Exception:
         made: Exception = plain["NVMLError"](text)
-        made.value = code  # type: ignore[attr-defined]
+        made.value = code
         return made
 
     def handle(index: int) -> Any:
@@ -996,7 +996,7 @@ def test_a_pod_whose_gpus_do_not_compute_gets_nothing(
         assert code is not None
         return code, "Welcome to the pod\ncuInit fails\n", ""
 
-    at = transfer.RemoteRun(types.SimpleNamespace(attempt=attempt), "/workspace", "r1")  # type: ignore[arg-type]
+    at = transfer.RemoteRun(types.SimpleNamespace(attempt=attempt), "/workspace", "r1")
     monkeypatch.setattr(transfer, "arm", lambda *_: done.append("arm"))
     monkeypatch.setattr(transfer, "check_memory", lambda *_: done.append("memory"))
     monkeypatch.setattr(transfer, "send", lambda *_: done.append("send") or "code")

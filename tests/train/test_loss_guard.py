@@ -51,7 +51,7 @@ def model() -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-class Steps(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+class Steps(TrainerCallback):
     """Remembers what a test wants to look at afterwards."""
 
     def __init__(self) -> None:
@@ -209,7 +209,7 @@ def test_skip_learns_nothing_from_the_micro_batch_that_jumps(tmp_path: Path) -> 
     trainer = lab.trainer(data)
     before: dict[str, Any] = {}
 
-    class Keep(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    class Keep(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             if state.global_step == 25:
                 before.update(copy(model))

@@ -1,7 +1,7 @@
 """Held-out loss: one number per model and data, independent of batch and number of ranks.
 
 transformers and TRL average over batches, of which one may hold more tokens than another; and the rows that fill the
-last batch of several processes up are counted twice.
+last batch of several processes up are counted twice. Their trainers have no types: hence each `type: ignore`.
 """
 
 from __future__ import annotations

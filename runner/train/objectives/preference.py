@@ -1,4 +1,7 @@
-"""TRL's trainers for preferences and marked answers, with guards and records."""
+"""TRL's trainers for preferences and marked answers, with guards and records.
+
+They have no types: hence each `type: ignore` at a `super()`.
+"""
 
 from __future__ import annotations
 
