@@ -26,14 +26,14 @@ SLOW = 0.5
 """Of the bandwidth that plans count on: below it, something is wrong with the link or its settings."""
 
 
-def bandwidth_finding(machine: Machine, wanted: DoctorTarget | None, limit_s: float = LIMIT_S) -> Finding:
+def bandwidth_finding(machine: Machine, target: DoctorTarget | None, limit_s: float = LIMIT_S) -> Finding:
     """All-reduce between the GPUs (of the run, or all visible), or between two CPU processes where there are none."""
     torch = installed_torch()
     if torch is None:
         return Finding("bandwidth", "problem", "not measured: torch is not installed", install("train"))
     hw = detect.resolve(HardwareSpec(name="local", accelerator="detect"), machine)
-    if wanted is not None and wanted.here and detect.why_not_here(wanted.spec.hw, machine) is None:
-        hw = wanted.spec.hw
+    if target is not None and target.here and detect.why_not_here(target.spec.hw, machine) is None:
+        hw = target.spec.hw
     on_gpus = hw.accelerator == "cuda" and torch.cuda is not None
     backend, processes = ("nccl", hw.num_gpus) if on_gpus else ("gloo", 2)
     between = f"{processes} GPU{'s' * (processes > 1)}" if on_gpus else f"{processes} CPU processes"

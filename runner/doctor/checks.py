@@ -22,7 +22,7 @@ from runner.report.text import ascii_fallback
 
 
 def examine_machine(
-    wanted: DoctorTarget | None = None, *, bandwidth: bool = False, root: Path = Path("/")
+    target: DoctorTarget | None = None, *, bandwidth: bool = False, root: Path = Path("/")
 ) -> list[Finding]:
     """Look at this machine, for a run if one is named. `root` is where `proc`, `sys` and `dev` are.
 
@@ -30,24 +30,24 @@ def examine_machine(
     """
     machine = detect.detect(root)
     seen = gpu_checks.read_gpus(machine, root)
-    found = [*_run(wanted, machine), *gpu_checks.gpu_findings(seen, machine, wanted)]
+    found = [*_run(target, machine), *gpu_checks.gpu_findings(seen, machine, target)]
     if bandwidth:
-        found.append(all_reduce.bandwidth_finding(machine, wanted))
+        found.append(all_reduce.bandwidth_finding(machine, target))
     elif len(machine.gpus) > 1:
         found.append(all_reduce.unmeasured(len(machine.gpus)))
-    found += disk.disk_findings(wanted)
-    found += system.system_findings(machine, wanted, root)
-    found += software.software_findings(machine, seen.driver, wanted)
-    found += system.key_findings(wanted)
+    found += disk.disk_findings(target)
+    found += system.system_findings(machine, target, root)
+    found += software.software_findings(machine, seen.driver, target)
+    found += system.key_findings(target)
     return found
 
 
-def _run(wanted: DoctorTarget | None, machine: Machine) -> Iterator[Finding]:
+def _run(target: DoctorTarget | None, machine: Machine) -> Iterator[Finding]:
     """The hardware that the run names, and its plan."""
-    if wanted is None:
+    if target is None:
         return
-    spec, plan = wanted.spec, wanted.plan
-    reason = detect.why_not_here(spec.hw, machine) if wanted.here else None
+    spec, plan = target.spec, target.plan
+    reason = detect.why_not_here(spec.hw, machine) if target.here else None
     if reason:
         remedy = "hw=local uses what this machine has; python -m runner fit says what else would do"
         yield Finding("hardware", "problem", reason, remedy)
@@ -57,7 +57,7 @@ def _run(wanted: DoctorTarget | None, machine: Machine) -> Iterator[Finding]:
     for refusal in plan.reasons:
         yield Finding("run", "problem", refusal, "python -m runner plan, with the same words, says what would fit")
     if not plan.reasons:
-        elsewhere = "" if wanted.here else f"; {spec.where.name}: only started from this machine"
+        elsewhere = "" if target.here else f"; {spec.where.name}: only started from this machine"
         yield Finding("run", "ok", in_one_line(plan.as_dict()) + elsewhere)
 
 
@@ -75,11 +75,11 @@ class DoctorReport(TypedDict):
     """Findings; see below."""
 
 
-def findings_as_json(found: Sequence[Finding], wanted: DoctorTarget | None) -> DoctorReport:
+def findings_as_json(found: Sequence[Finding], target: DoctorTarget | None) -> DoctorReport:
     """The findings for machines."""
     run = None
-    if wanted is not None:
-        spec = wanted.spec
+    if target is not None:
+        spec = target.spec
         run = {part: getattr(spec, part).name for part in ("model", "method", "hw", "deepspeed", "where")}
     return {"exit_code": exit_code(found), "run": run, "checks": [asdict(finding) for finding in found]}
 

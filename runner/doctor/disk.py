@@ -45,8 +45,8 @@ class _Disk:
 
 def check_disk(spec: RunSpec, plan: Plan | None) -> list[str]:
     """Notes, before a run starts here; CannotRunError where a disk has less room than the plan says."""
-    wanted = DoctorTarget(spec, plan)
-    writing = [f for f in folders(wanted) if not writable.why_not(writable.nearest(f.path))] if wanted.here else []
+    target = DoctorTarget(spec, plan)
+    writing = [f for f in folders(target) if not writable.why_not(writable.nearest(f.path))] if target.here else []
     found = [_room(disk, planned=True) for disk in _disks(writing)] if plan else []  # others are told as unwritable
     problems = [Problem(one.found, None, one.remedy) for one in found if one.state == "problem"]
     if problems:
@@ -54,16 +54,16 @@ def check_disk(spec: RunSpec, plan: Plan | None) -> list[str]:
     return [f"{one.found}: {one.remedy}" for one in found if one.state != "ok"]
 
 
-def disk_findings(wanted: DoctorTarget | None) -> Iterator[Finding]:
+def disk_findings(target: DoctorTarget | None) -> Iterator[Finding]:
     """One line per disk, and one per folder that cannot be written to."""
-    found = folders(wanted)
+    found = folders(target)
     for folder in found:
         failure = writable.why_not(writable.nearest(folder.path), synced=True)
         if failure:
             what = f"{folder.title} ({folder.path}) cannot be written to: {failure}"
             yield Finding("disk", "problem", what, f"name another folder: {folder.setting}")
     for disk in _disks(found):
-        yield _room(disk, planned=wanted is not None and wanted.here and wanted.plan is not None)
+        yield _room(disk, planned=target is not None and target.here and target.plan is not None)
 
 
 def _disks(folders: Iterable[Folder]) -> list[_Disk]:
@@ -81,13 +81,13 @@ def _disks(folders: Iterable[Folder]) -> list[_Disk]:
     return list(disks.values())
 
 
-def folders(wanted: DoctorTarget | None) -> list[Folder]:
+def folders(target: DoctorTarget | None) -> list[Folder]:
     """Where runs, our cache and the Hub's are, and what a run puts into each."""
-    output = Path(wanted.spec.run.output_dir if wanted else RunInfo().output_dir).expanduser()
-    nvme = wanted.spec.deepspeed.nvme_path if wanted else None
-    objective = wanted.spec.objective if wanted else None
+    output = Path(target.spec.run.output_dir if target else RunInfo().output_dir).expanduser()
+    nvme = target.spec.deepspeed.nvme_path if target else None
+    objective = target.spec.objective if target else None
     place = workspace_of(objective) if isinstance(objective, Pretrain) else None
-    ours = wanted is not None and wanted.spec.model.package is not None  # unpacked from a package, not downloaded
+    ours = target is not None and target.spec.model.package is not None  # unpacked from a package, not downloaded
     found = [
         Folder("runs", output, "run.output_dir=…", ("checkpoints", "final_model", *(() if nvme else ("offloaded",)))),
         Folder("cache", cache_dir(), "RUNNER_CACHE=…", ("tokenised", *(("weights",) if ours else ()))),
@@ -97,9 +97,9 @@ def folders(wanted: DoctorTarget | None) -> list[Folder]:
         found.append(Folder("shards", place.root, "objective.root=…", ("shards",)))
     if nvme:
         found.append(Folder("offload", Path(nvme).expanduser(), "deepspeed.nvme_path=…", ("offloaded",)))
-    if wanted is not None and wanted.here and wanted.plan is not None:
+    if target is not None and target.here and target.plan is not None:
         for folder in found:
-            folder.needed_gib = sum(wanted.plan.disk.get(term, 0.0) for term in folder.terms)
+            folder.needed_gib = sum(target.plan.disk.get(term, 0.0) for term in folder.terms)
     return found
 
 

@@ -84,7 +84,7 @@ def read_gpus(machine: Machine, root: Path = Path("/")) -> Seen:
         pynvml.nvmlShutdown()
 
 
-def gpu_findings(seen: Seen, machine: Machine, wanted: DoctorTarget | None) -> Iterator[Finding]:
+def gpu_findings(seen: Seen, machine: Machine, target: DoctorTarget | None) -> Iterator[Finding]:
     """The driver, the cards and peer-to-peer."""
     yield _driver(seen, machine)
     if not seen.silence and not seen.unused:  # of which the driver's line speaks
@@ -97,7 +97,7 @@ def gpu_findings(seen: Seen, machine: Machine, wanted: DoctorTarget | None) -> I
         yield Finding("gpus", "note", what, "CUDA_VISIBLE_DEVICES=MIG-… names another one; NCCL joins none")
     if not seen.cards:
         return
-    said = [_judged(card, wanted) for card in seen.cards]
+    said = [_judged(card, target) for card in seen.cards]
     healthy = [card for card, finding in zip(seen.cards, said, strict=True) if finding.state == "ok"]
     if healthy:
         yield _together(healthy)
@@ -131,7 +131,7 @@ def _driver(seen: Seen, machine: Machine) -> Finding:
     return Finding("driver", "ok", version, facts=facts)
 
 
-def _judged(card: Card, wanted: DoctorTarget | None) -> Finding:
+def _judged(card: Card, target: DoctorTarget | None) -> Finding:
     """The worst there is to say of one card."""
     gpu = card.gpu
 
@@ -144,7 +144,7 @@ def _judged(card: Card, wanted: DoctorTarget | None) -> Finding:
         )
     if card.prohibited:
         return say("problem", "its compute mode is PROHIBITED", "nvidia-smi -c DEFAULT, as root")
-    if (short := _short(card, wanted)) is not None:
+    if (short := _short(card, target)) is not None:
         return say(
             "problem", short, "nvidia-smi shows by whom: wait for them, or name another card by CUDA_VISIBLE_DEVICES"
         )
@@ -169,13 +169,13 @@ def _judged(card: Card, wanted: DoctorTarget | None) -> Finding:
     return say("ok", "nothing to say", None)
 
 
-def _short(card: Card, wanted: DoctorTarget | None) -> str | None:
+def _short(card: Card, target: DoctorTarget | None) -> str | None:
     """What a run needs of this card and others hold; None where it is enough, or nothing to do with others."""
-    if wanted is None or not wanted.here or wanted.plan is None or wanted.spec.hw.accelerator != "cuda":
+    if target is None or not target.here or target.plan is None or target.spec.hw.accelerator != "cuda":
         return None
-    if card.index >= wanted.spec.hw.num_gpus or card.used_gib is None or card.used_gib <= IN_USE:
+    if card.index >= target.spec.hw.num_gpus or card.used_gib is None or card.used_gib <= IN_USE:
         return None
-    needed, free = wanted.plan.peak_gib["expected"], card.gpu.memory_gib - card.used_gib
+    needed, free = target.plan.peak_gib["expected"], card.gpu.memory_gib - card.used_gib
     if free >= needed:
         return None
     return f"others hold {card.used_gib:.1f} of {card.gpu.memory_gib:.1f} GiB; the run needs {needed:.1f}"

@@ -38,19 +38,19 @@ _FLASH = 8.0
 """Compute capability from which flash-attn 2 has kernels (its README: Ampere, Ada, Hopper)."""
 
 
-def software_findings(machine: Machine, driver: Driver | None, wanted: DoctorTarget | None) -> Iterator[Finding]:
+def software_findings(machine: Machine, driver: Driver | None, target: DoctorTarget | None) -> Iterator[Finding]:
     """Packages, torch, compilers where they matter, git."""
-    yield _packages(wanted)
+    yield _packages(target)
     torch = installed_torch()
     if torch is not None:
         yield _torch(torch, machine, driver)
     if any((gpu.compute_capability or 0) >= _FLASH for gpu in machine.gpus):
         yield _attention()
     if machine.gpus and torch is not None and torch.cuda is not None and (missing := kernels.no_compiler()):
-        state: State = "problem" if wanted is None or kernels.compiles_kernels(wanted.spec) else "note"
+        state: State = "problem" if target is None or kernels.compiles_kernels(target.spec) else "note"
         yield Finding("compiler", state, *missing)
-    if wanted is None or "offload" in wanted.spec.deepspeed.name:
-        yield from _compilers(torch, needed=wanted is not None)
+    if target is None or "offload" in target.spec.deepspeed.name:
+        yield from _compilers(torch, needed=target is not None)
     yield _git()
 
 
@@ -83,7 +83,7 @@ def _version(name: str) -> Version | None:
         return None
 
 
-def _packages(wanted: DoctorTarget | None) -> Finding:
+def _packages(target: DoctorTarget | None) -> Finding:
     """Missing ones, then those older than the tests ran with."""
     try:
         asked = requirements()
@@ -96,8 +96,8 @@ def _packages(wanted: DoctorTarget | None) -> Finding:
     missing = [name for name, version in have.items() if version is None]
     if missing:
         state: State = "warning"
-        if _start_without(missing, wanted):
-            state = "problem" if wanted is None or wanted.here else "note"
+        if _start_without(missing, target):
+            state = "problem" if target is None or target.here else "note"
         why = [f"{name} ({_FOR_SOME[name]})" if name in _FOR_SOME else name for name in missing]
         return Finding("packages", state, f"not installed: {', '.join(why)}", install("train"), facts)
     older = [f"{name} {have[name]} (asked: {requirement.specifier})" for name, requirement in asked.items()
@@ -110,13 +110,13 @@ def _packages(wanted: DoctorTarget | None) -> Finding:
     )
 
 
-def _start_without(missing: list[str], wanted: DoctorTarget | None) -> bool:
+def _start_without(missing: list[str], target: DoctorTarget | None) -> bool:
     """One of them stops a run (this run)."""
     if any(name not in _FOR_SOME for name in missing):
         return True
-    if wanted is None:
+    if target is None:
         return False
-    spec = wanted.spec
+    spec = target.spec
     needed = {
         "bitsandbytes": spec.method.packed or "8bit" in spec.train.optimizer
         or "paged" in spec.train.optimizer,
@@ -157,12 +157,12 @@ def _compilers(torch: Torch | None, *, needed: bool) -> Iterator[Finding]:
     what = [f"C++: {compiler or 'none'}", f"nvcc: {nvcc or 'none'}"]
     missing = ["a C++ compiler (apt install g++)"] if compiler is None else []
     if torch is not None and torch.cuda is not None:
-        wanted = "{}.{}".format(*torch.cuda)
+        target = "{}.{}".format(*torch.cuda)
         # DeepSpeed 0.19.8, op_builder/builder.py: any 11.x for 11.x and 12.x for 12.x, but 13.x must be the same.
-        serves = nvcc is not None and (nvcc == wanted or nvcc.split(".")[0] == wanted.split(".")[0] in ("11", "12"))
+        serves = nvcc is not None and (nvcc == target or nvcc.split(".")[0] == target.split(".")[0] in ("11", "12"))
         if not serves:
             missing.append(
-                f"CUDA's toolkit {wanted}, as torch was built with" + (" (or DS_SKIP_CUDA_CHECK=1)" if nvcc else "")
+                f"CUDA's toolkit {target}, as torch was built with" + (" (or DS_SKIP_CUDA_CHECK=1)" if nvcc else "")
             )
     facts = {"compiler": compiler, "nvcc": nvcc}
     if missing:

@@ -20,10 +20,10 @@ SHM_ASKED, SHM_LEAST = 1.0, 0.5  # GiB
 _MORE_SHM = "docker run --shm-size=1g (or --ipc=host); in Kubernetes an emptyDir with medium: Memory at /dev/shm"
 
 
-def system_findings(machine: Machine, wanted: DoctorTarget | None, root: Path = Path("/")) -> Iterator[Finding]:
+def system_findings(machine: Machine, target: DoctorTarget | None, root: Path = Path("/")) -> Iterator[Finding]:
     """CPU, memory, shared memory."""
     yield _cpu(machine)
-    yield _memory(machine, wanted, root)
+    yield _memory(machine, target, root)
     yield _shm(len(machine.gpus), root / "dev/shm")
 
 
@@ -43,7 +43,7 @@ def _cpu(machine: Machine) -> Finding:
     return Finding("cpu", "ok", what, None, facts)
 
 
-def _memory(machine: Machine, wanted: DoctorTarget | None, root: Path) -> Finding:
+def _memory(machine: Machine, target: DoctorTarget | None, root: Path) -> Finding:
     """Main memory that the container may use, what is free of it, and what a run takes."""
     total, installed, free = machine.memory_gib, _meminfo(root, "MemTotal"), _meminfo(root, "MemAvailable")
     if total is None:
@@ -55,13 +55,13 @@ def _memory(machine: Machine, wanted: DoctorTarget | None, root: Path) -> Findin
     if free is not None:
         free = facts["free_gib"] = min(free, total)
         what += f", {free:.1f} free"
-    if wanted is None or wanted.plan is None or not wanted.here:
+    if target is None or target.plan is None or not target.here:
         least = len(machine.gpus) * CUDA_PROCESS / GIB or CPU_PROCESS / GIB
         if free is not None and free < least:
             remedy = f"a run's processes take {least:.1f} GiB before they load a model: end other programs"
             return Finding("memory", "warning", what, remedy, facts)
         return Finding("memory", "ok", what, None, facts)
-    needed = facts["needed_gib"] = wanted.plan.host_ram_gib
+    needed = facts["needed_gib"] = target.plan.host_ram_gib
     what += f"; the run takes {needed:.1f}"
     if needed > FREE_SHARE * total:
         remedy = "a larger machine or container limit, or a run that takes less: python -m runner plan says for what"
@@ -103,13 +103,13 @@ _FOR = {
 }
 
 
-def key_findings(wanted: DoctorTarget | None) -> Iterator[Finding]:
+def key_findings(target: DoctorTarget | None) -> Iterator[Finding]:
     """One line per key."""
     for name in _FOR:
-        yield _key(name, wanted)
+        yield _key(name, target)
 
 
-def _key(name: str, wanted: DoctorTarget | None) -> Finding:
+def _key(name: str, target: DoctorTarget | None) -> Finding:
     value = os.environ.get(name, "")
     if value.strip():
         if value != value.strip() or value[0] in "\"'" or value[-1] in "\"'" or "\n" in value:
@@ -118,16 +118,16 @@ def _key(name: str, wanted: DoctorTarget | None) -> Finding:
         return Finding(name, "ok", "set")
     if key := credentials.find_key(name):
         return Finding(name, "ok", f"not set; {key.source} is used")
-    need = _need(name, wanted) if wanted else None
+    need = _need(name, target) if target else None
     if need is None:
         return Finding(name, "note", f"not set; needed for {_FOR[name]}")
     what, remedy = need
     return Finding(name, "warning" if name == "WANDB_API_KEY" else "problem", f"not set, and {what}", remedy)
 
 
-def _need(name: str, wanted: DoctorTarget) -> tuple[str, str] | None:
+def _need(name: str, target: DoctorTarget) -> tuple[str, str] | None:
     """Why the run needs the key, and what to do; None where it does not."""
-    spec, plan = wanted.spec, wanted.plan
+    spec, plan = target.spec, target.plan
     if name == "HF_TOKEN" and spec.model.gated and (plan is None or "weights" in plan.disk):
         page = f"https://huggingface.co/{spec.model.id}"
         return f"{spec.model.id} is gated", f"accept its licence at {page}, then export HF_TOKEN=…"

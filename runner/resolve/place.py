@@ -21,32 +21,34 @@ from runner.resolve import model_facts, plan_inputs, price
 from runner.spec import AutoPlace, HardwareSpec, LocalPlace, RentedPlace, RunPodPlace, RunSpec
 
 
-def choose(spec: RunSpec, asked: HardwareSpec, here: HardwareSpec | None) -> tuple[RunSpec, list[str]]:
+def choose(spec: RunSpec, requested: HardwareSpec, here: HardwareSpec | None) -> tuple[RunSpec, list[str]]:
     """The run with its place decided and, where it is rented, its hardware; and one sentence that says why.
 
-    `asked` is the hardware as it was asked for, `here` that of this machine, None if another one was named.
+    `requested` is the hardware as it was asked for, `here` that of this machine, None if another one was named.
     CannotRunError where no hardware to rent is known to hold the run.
     """
     place = spec.where
     if isinstance(place, AutoPlace):
-        return _choose_auto(spec, place, asked, here)
-    if isinstance(place, RunPodPlace) and _unnamed(asked):
-        return _choose_rented(spec, place, asked)
+        return _choose_auto(spec, place, requested, here)
+    if isinstance(place, RunPodPlace) and _unnamed(requested):
+        return _choose_rented(spec, place, requested)
     return spec, []
 
 
-def hardware_is_open(asked: RunSpec) -> bool:
+def hardware_is_open(requested: RunSpec) -> bool:
     """The hardware is chosen with the place: a run that may be rented names none."""
-    return asked.where.name != "local" and _unnamed(asked.hw)
+    return requested.where.name != "local" and _unnamed(requested.hw)
 
 
-def _unnamed(asked: HardwareSpec) -> bool:
+def _unnamed(requested: HardwareSpec) -> bool:
     """`hw.num_gpus=0` names the CPU."""
-    return asked.accelerator == "detect" and (asked.num_gpus > 0 or "num_gpus" not in asked.model_fields_set)
+    return requested.accelerator == "detect" and (
+        requested.num_gpus > 0 or "num_gpus" not in requested.model_fields_set
+    )
 
 
 def _choose_auto(
-    spec: RunSpec, place: AutoPlace, asked: HardwareSpec, here: HardwareSpec | None
+    spec: RunSpec, place: AutoPlace, requested: HardwareSpec, here: HardwareSpec | None
 ) -> tuple[RunSpec, list[str]]:
     # A run here costs nothing: what was said of money is for the pod.
     local = spec.model_copy(update={"where": LocalPlace(max_hours=place.max_hours)})
@@ -69,7 +71,7 @@ def _choose_auto(
         why = f"here it takes {duration(3600 * hours)}, more than {name}={limit:g}"
     else:
         why = _too_large(planned)
-    best, said = _best(rented, asked)
+    best, said = _best(rented, requested)
     if best is None:
         if fits:
             return local, [f"where=auto: here, though {why}: {said}"]
@@ -79,14 +81,14 @@ def _choose_auto(
     return best, [f"where=auto: {why}; rented, {said}"]
 
 
-def _choose_rented(spec: RunSpec, place: RunPodPlace, asked: HardwareSpec) -> tuple[RunSpec, list[str]]:
+def _choose_rented(spec: RunSpec, place: RunPodPlace, requested: HardwareSpec) -> tuple[RunSpec, list[str]]:
     """A rented run whose hardware nobody has named, on GPUs."""
-    best, said = _best(spec, asked)
+    best, said = _best(spec, requested)
     if best is not None and place.pod is not None:
         return best, [f"where.pod={place.pod}: {said}"]
     if best is not None:
         return best, [f"where=runpod: {said}; hw=NAME takes another, hw=cpu a CPU"]
-    if named := _of_gpu_types(spec, asked):
+    if named := _of_gpu_types(spec, requested):
         return spec.model_copy(update={"hw": named}), [
             f"where=runpod: {said}; hw={named.name} is the first that is named"
         ]
@@ -96,16 +98,16 @@ def _choose_rented(spec: RunSpec, place: RunPodPlace, asked: HardwareSpec) -> tu
     raise CannotRunError(Problem(f"which hardware to rent is not known: {said}", "where=runpod", remedy))
 
 
-def _best(spec: RunSpec, asked: HardwareSpec) -> tuple[RunSpec | None, str]:
+def _best(spec: RunSpec, requested: HardwareSpec) -> tuple[RunSpec | None, str]:
     """The run on the GPUs that do it for the least money within its limits; else on those that cost least, for the plan
     to refuse. With it what to say: the choice and the runner-up, or why there is none."""
     if isinstance(spec.where, RentedPlace) and spec.where.pod is not None:
-        return _of_pod(spec, spec.where.pod, asked)
+        return _of_pod(spec, spec.where.pod, requested)
     options = plan_inputs.stage_search(spec)
     if options is None:
         return None, f"no plan: {model_facts.why_no_plan(spec)}"
     size = plan_inputs.num_sequences(spec)
-    found = offers(spec, options, _rentable(spec, asked), size, stand_ins(spec.model.num_parameters))
+    found = offers(spec, options, _rentable(spec, requested), size, stand_ins(spec.model.num_parameters))
     if not found:
         return None, "no hardware that is for rent and has a known price holds it"
     within = [offer for offer in found if _within_limits(offer.change.spec)] if _has_limits(spec) else found
@@ -114,7 +116,7 @@ def _best(spec: RunSpec, asked: HardwareSpec) -> tuple[RunSpec | None, str]:
     return first.change.spec, f"hw={_describe(first, size)} costs least{second}"
 
 
-def _of_pod(spec: RunSpec, pod: str, asked: HardwareSpec) -> tuple[RunSpec, str]:
+def _of_pod(spec: RunSpec, pod: str, requested: HardwareSpec) -> tuple[RunSpec, str]:
     """The run on the hardware of a pod that is there already. RequestError where conf/hw does not know it."""
     from runner.cloud import fleet  # 0.3 s, for a run that names a pod alone
 
@@ -124,7 +126,7 @@ def _of_pod(spec: RunSpec, pod: str, asked: HardwareSpec) -> tuple[RunSpec, str]
         return spec.model_copy(
             update={"hw": cpu.model_copy(update={"num_cpus": cpus or cpu.num_cpus})}
         ), "it has no GPU"
-    count = asked.num_gpus if "num_gpus" in asked.model_fields_set else gpus
+    count = requested.num_gpus if "num_gpus" in requested.model_fields_set else gpus
     found = sorted(
         (hw for hw in price.hardware() if hw.runpod_gpu_id == gpu_id),
         key=lambda hw: (hw.num_gpus != count, hw.num_gpus),
@@ -146,11 +148,11 @@ def _within_limits(spec: RunSpec) -> bool:
     return planned is not None and not planned.reasons
 
 
-def _rentable(spec: RunSpec, asked: HardwareSpec) -> list[HardwareSpec]:
+def _rentable(spec: RunSpec, requested: HardwareSpec) -> list[HardwareSpec]:
     """The catalogue's GPUs that RunPod has, of the types and of the number that were asked for."""
     place = spec.where
     assert isinstance(place, RentedPlace)
-    given: dict[str, Any] = {key: getattr(asked, key) for key in asked.model_fields_set & _OF_ANY}
+    given: dict[str, Any] = {key: getattr(requested, key) for key in requested.model_fields_set & _OF_ANY}
     found = [hw for hw in price.hardware(cloud=place.cloud) if hw.runpod_gpu_id]
     if place.gpu_types:
         found = [hw for hw in found if hw.runpod_gpu_id in place.gpu_types]
@@ -159,11 +161,11 @@ def _rentable(spec: RunSpec, asked: HardwareSpec) -> list[HardwareSpec]:
     return [hw.model_copy(update={key: value for key, value in given.items() if value is not None}) for hw in found]
 
 
-def _of_gpu_types(spec: RunSpec, asked: HardwareSpec) -> HardwareSpec | None:
+def _of_gpu_types(spec: RunSpec, requested: HardwareSpec) -> HardwareSpec | None:
     """The profile of the first GPU of `where.gpu_types` that has one, whatever it costs."""
     place = spec.where
     assert isinstance(place, RentedPlace)
-    known = {hw.runpod_gpu_id: hw for hw in reversed(_rentable(spec, asked))}  # hw=l40s before hw=l40sx2
+    known = {hw.runpod_gpu_id: hw for hw in reversed(_rentable(spec, requested))}  # hw=l40s before hw=l40sx2
     return next((known[gpu_id] for gpu_id in place.gpu_types if gpu_id in known), None)
 
 

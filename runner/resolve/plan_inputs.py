@@ -120,21 +120,21 @@ def num_sequences(spec: RunSpec) -> int | None:
     return steps * spec.train.batch_size if steps else None
 
 
-def refuse_plan(asked: RunSpec, plan: Plan) -> NoReturn:
+def refuse_plan(requested: RunSpec, plan: Plan) -> NoReturn:
     """CannotRunError with the reasons of a refused plan and the nearest run that fits."""
-    raise CannotRunError(*(Problem(reason, None, advice(asked, plan)) for reason in plan.reasons))
+    raise CannotRunError(*(Problem(reason, None, advice(requested, plan)) for reason in plan.reasons))
 
 
-def advice(asked: RunSpec, plan: Plan) -> str:
-    """The changes that make a refused plan fit, in words; `asked` is the run with its `auto`s open."""
-    options = stage_search(asked)
+def advice(requested: RunSpec, plan: Plan) -> str:
+    """The changes that make a refused plan fit, in words; `requested` is the run with its `auto`s open."""
+    options = stage_search(requested)
     if plan.fits or options is None:
         if plan.hours is None:
             return "say how long it trains (train.max_steps=…), or leave the limit out"
-        if plan.usd is None and asked.where.max_usd is not None:
+        if plan.usd is None and requested.where.max_usd is not None:
             return "say what the hardware costs (hw.usd_per_hour=…), or leave where.max_usd out"
         return "raise the limit, or take a smaller run (fewer steps, a cheaper method, other hardware)"
-    changes = nearest(asked, options, hardware(), sequences=num_sequences(asked))
+    changes = nearest(requested, options, hardware(), sequences=num_sequences(requested))
     if not changes:
         return "no hardware of the catalogue holds it; try method=qlora4, or a smaller model"
     texts = [f"{change.described} ({change.option.memory.expected / GIB:.1f} GiB)" for change in changes]

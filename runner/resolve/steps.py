@@ -25,7 +25,7 @@ from runner.spec.unused import unused
 class Resolution:
     """What the steps of one resolution share."""
 
-    asked: RunSpec
+    requested: RunSpec
     """The run as it was composed."""
     source_of: SourceOf = field(default=lambda key: None)
     needed: bool = False
@@ -49,7 +49,7 @@ def detect_hardware(spec: RunSpec, resolution: Resolution) -> RunSpec:
 
 def read_hostfile(spec: RunSpec, resolution: Resolution) -> RunSpec:
     """Take machines, processes and rendezvous from `hw.hostfile`."""
-    return spec.model_copy(update={"hw": hostfile.apply(resolution.asked.hw, spec.hw)})
+    return spec.model_copy(update={"hw": hostfile.apply(resolution.requested.hw, spec.hw)})
 
 
 def choose_attention(spec: RunSpec, resolution: Resolution) -> RunSpec:
@@ -79,10 +79,10 @@ def choose_place(spec: RunSpec, resolution: Resolution) -> RunSpec:
     """Decide `where=auto`, and the hardware of a rented run that names none."""
     if spec.where.name == "local":
         return spec
-    if spec.where.name == "auto" or place.hardware_is_open(resolution.asked):
+    if spec.where.name == "auto" or place.hardware_is_open(resolution.requested):
         spec = check_rules(spec, resolution)  # a run that nothing could hold is not searched for
     here = None if detect.why_not_here(spec.hw) else spec.hw
-    found, chosen = place.choose(spec, resolution.asked.hw, here)
+    found, chosen = place.choose(spec, resolution.requested.hw, here)
     resolution.notes = chosen or resolution.notes  # this machine's shortcomings are none of a pod's
     resolution.place_is_chosen = True
     return found
@@ -90,8 +90,8 @@ def choose_place(spec: RunSpec, resolution: Resolution) -> RunSpec:
 
 def check_rules(spec: RunSpec, resolution: Resolution) -> RunSpec:
     """Refuse what breaks a rule of the schema; rules of hardware wait while the hardware is open."""
-    wait = not resolution.place_is_chosen and place.hardware_is_open(resolution.asked)
-    values = spec.model_dump() | ({"hw": resolution.asked.hw.model_dump()} if wait else {})
+    wait = not resolution.place_is_chosen and place.hardware_is_open(resolution.requested)
+    values = spec.model_dump() | ({"hw": resolution.requested.hw.model_dump()} if wait else {})
     checked = validated(values, resolution.source_of)
     return checked.model_copy(update={"hw": spec.hw}) if wait else checked
 
@@ -147,10 +147,10 @@ def _apply(steps: Iterable[Step], spec: RunSpec, resolution: Resolution) -> RunS
     return spec
 
 
-def _packages_of_pod(asked: RunSpec, ready: RunSpec) -> list[str]:
+def _packages_of_pod(requested: RunSpec, ready: RunSpec) -> list[str]:
     """What a pod has and has not, where the run could use it."""
     if ready.where.name != "runpod":
         return []
-    could = asked.train.attention == "auto" and ready.hw.flash_attention and ready.train.precision != "fp32"
+    could = requested.train.attention == "auto" and ready.hw.flash_attention and ready.train.precision != "fp32"
     brings = pod_packages.note(ready)
     return [*([pod_packages.NO_FLASH] if could else []), *([brings] if brings else [])]
