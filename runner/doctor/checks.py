@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from runner.doctor import bandwidth as all_reduce
-from runner.doctor import disk, gpu_checks, software, system
+from runner.doctor import all_reduce, disk, gpu_checks, software, system
 from runner.doctor.finding import STATES, DoctorTarget, Finding, exit_code
 from runner.machine import detect
 from runner.machine.detect import Machine

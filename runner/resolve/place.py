@@ -17,7 +17,7 @@ from runner.plan import auto_values
 from runner.plan.nearest_fit import Offer, offers
 from runner.plan.plan import Plan
 from runner.report.text import duration
-from runner.resolve import model_facts, plan_inputs, price
+from runner.resolve import config_facts, plan_inputs, price
 from runner.spec import AutoPlace, HardwareSpec, LocalPlace, RentedPlace, RunPodPlace, RunSpec
 
 
@@ -105,7 +105,7 @@ def _best(spec: RunSpec, requested: HardwareSpec) -> tuple[RunSpec | None, str]:
         return _of_pod(spec, spec.where.pod, requested)
     options = plan_inputs.stage_search(spec)
     if options is None:
-        return None, f"no plan: {model_facts.why_no_plan(spec)}"
+        return None, f"no plan: {config_facts.why_no_plan(spec)}"
     size = plan_inputs.num_sequences(spec)
     found = offers(spec, options, _rentable(spec, requested), size, stand_ins(spec.model.num_parameters))
     if not found:

@@ -18,7 +18,7 @@ from runner.plan.model_shape import shape_of
 from runner.plan.nearest_fit import nearest
 from runner.plan.plan import Plan, plan_of
 from runner.plan.run_time import GB, Facts
-from runner.resolve import model_facts
+from runner.resolve import config_facts
 from runner.resolve.price import hardware, price_of
 from runner.spec import RentedPlace, RunSpec
 from runner.spec.where import LONGEST_HOURS
@@ -76,7 +76,7 @@ def facts_of(spec: RunSpec) -> Facts:
     held_out, row = found.held_out_rows, found.held_out_tokens_per_row or spec.train.max_length
     if held_out is None and steps is not None:
         notes.append("time: the held-out loss is left out, as the number of held-out rows is not known")
-    if spec.model.gated and credentials.hub_token() is None and not model_facts.at_hand(spec.model):
+    if spec.model.gated and credentials.hub_token() is None and not config_facts.at_hand(spec.model):
         notes.append(f"{spec.model.id} is gated: {client.gate(spec.model.id)}")
     if spec.data.source == "commands" and spec.model.package is None:
         notes.append("data is the bundled demo: name data= and train.max_length= for your own run")
@@ -92,7 +92,7 @@ def facts_of(spec: RunSpec) -> Facts:
         answer_tokens=found.answer_tokens,
         usd_per_gpu_hour=usd,
         price_source=source,
-        download=not model_facts.at_hand(spec.model),
+        download=not config_facts.at_hand(spec.model),
         notes=tuple(notes),
     )
 

@@ -16,7 +16,7 @@ from runner.data.pretraining import checks
 from runner.errors import RequestError
 from runner.machine import detect, hostfile, kernels
 from runner.plan import auto_values, deepspeed_json, pod_packages
-from runner.resolve import model_facts, place, plan_inputs
+from runner.resolve import config_facts, place, plan_inputs
 from runner.spec import RunSpec
 from runner.spec.unused import unused
 
@@ -68,9 +68,9 @@ def read_deepspeed_json(spec: RunSpec, resolution: Resolution) -> RunSpec:
 def add_model_facts(spec: RunSpec, resolution: Resolution) -> RunSpec:
     """Give a model outside the catalogue the sizes in its config.json, and check the names of its target modules."""
     if resolution.fetch:
-        model_facts.fetch_config(spec)
-    found = model_facts.with_facts(spec, needed=resolution.needed)
-    if problem := model_facts.wrong_target_modules(found):
+        config_facts.fetch_config(spec)
+    found = config_facts.with_facts(spec, needed=resolution.needed)
+    if problem := config_facts.wrong_target_modules(found):
         raise RequestError(replace(problem, source=resolution.source_of("method.target_modules")))
     return found
 

@@ -24,7 +24,7 @@ from runner.report import terminal
 from runner.report.invocation import as_invoked
 from runner.report.tables import headline, in_one_line
 from runner.report.text import dump
-from runner.resolve import model_facts, plan_inputs
+from runner.resolve import config_facts, plan_inputs
 from runner.resolve.steps import resolve, with_facts
 from runner.rundir.directory import Outcome, RunDir, shown
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
@@ -109,7 +109,7 @@ def plan_or_refuse(spec: RunSpec, notes: list[str], composed: RunSpec) -> Plan |
     """
     planned = plan_inputs.plan_if_known(spec, notes)
     if planned is None:
-        notes.append(f"no plan: {model_facts.why_no_plan(spec)}")
+        notes.append(f"no plan: {config_facts.why_no_plan(spec)}")
     notes += check_contents(spec)  # before the plan refuses what it could not count
     if planned is not None and planned.reasons:
         plan_inputs.refuse_plan(with_facts(composed), planned)

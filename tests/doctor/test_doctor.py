@@ -22,7 +22,7 @@ from packaging.version import Version
 from rich.console import Console
 
 from runner.cli.options import request_of
-from runner.doctor import bandwidth, checks, disk, gpu_checks, software, system
+from runner.doctor import all_reduce, checks, disk, gpu_checks, software, system
 from runner.doctor.checks import print_findings
 from runner.doctor.finding import STATES, DoctorTarget, Finding, exit_code
 from runner.doctor.gpu_checks import Card, Driver, Seen
@@ -670,7 +670,7 @@ def test_compilers_matter_to_offload_alone() -> None:
 
 
 def test_gloo_adds_up_between_two_processes() -> None:
-    found = bandwidth.bandwidth_finding(LAPTOP, None)
+    found = all_reduce.bandwidth_finding(LAPTOP, None)
     assert (found.state, found.remedy) == ("ok", None), found.found
     assert found.found.startswith("gloo all-reduce over 2 CPU processes: ")
     assert (found.facts["backend"], found.facts["world_size"]) == ("gloo", 2)
@@ -679,7 +679,7 @@ def test_gloo_adds_up_between_two_processes() -> None:
 
 
 def test_an_all_reduce_that_hangs_is_ended_and_told() -> None:
-    found = bandwidth.bandwidth_finding(LAPTOP, None, limit_s=0.2)
+    found = all_reduce.bandwidth_finding(LAPTOP, None, limit_s=0.2)
     assert found.state == "problem"
     assert "no answer within 0.2 s" in found.found
     assert found.remedy
@@ -690,7 +690,7 @@ def test_a_slow_link_is_told_beside_what_plans_count_on(speed: float, state: str
     pair = machine_with(H100, H100B)
     hw = detect.resolve(detect.HardwareSpec(name="local", accelerator="detect"), pair)
     content = {"backend": "nccl", "world_size": 2, "sizes": [{"mib": 256, "ms": 1.0, "bus_gb_s": speed}]}
-    found = bandwidth._judged(content, "2 GPUs", hw)
+    found = all_reduce._judged(content, "2 GPUs", hw)
     assert found.state == state
     assert "count on 370" in found.found
 
@@ -703,5 +703,5 @@ def test_the_error_of_a_rank_is_told_without_its_stack() -> None:
         "[rank1]: torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:77, unhandled system error\n"
         "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
     )
-    assert bandwidth._reason(output).startswith("torch.distributed.DistBackendError: NCCL error in")
-    assert bandwidth._reason("") == "it failed without a word"
+    assert all_reduce._reason(output).startswith("torch.distributed.DistBackendError: NCCL error in")
+    assert all_reduce._reason("") == "it failed without a word"
