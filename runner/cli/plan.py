@@ -99,13 +99,14 @@ def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str,
     say_unread("fit", request)
     given = search.named_in(request)
     spec = search.with_default_length(with_facts(compose(request), source_finder(request), needed=True), given)
-    rows = [asdict(row) for row in search.fit_rows(spec, given, by, request.folders)]
+    found = search.fit_rows(spec, given, by, request.folders)
+    rows = [asdict(row) for row in found]
     fit = [row for row in rows if row["fits"]]
     if as_json:
         click.echo(dump(rows))
     else:
         short = fit[:20] + [row for row in rows if not row["fits"]][: max(0, 12 - len(fit))]
-        print_fit(Console(), rows if everything else short, search.title(spec, rows))
+        print_fit(Console(), rows if everything else short, search.title(spec, found))
         if not everything and len(short) < len(rows):
             click.echo(f"… and {len(rows) - len(short)} more: --all")
     sys.exit(0 if fit else CannotRunError.exit_code)

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from runner.errors import InterruptedRun, Problem, RequestError, Rewind, RunFailedError, RunnerError
@@ -54,16 +53,16 @@ def join(run_dir: Path, address: str | None, node: int | None, attached: bool, c
 
 def _read(run: RunDir, typed: str) -> RunSpec:
     """The run as the first machine resolved it."""
-    try:
-        return run.spec
-    except OSError:
+    if not run.spec_file.is_file():
         what = f"there is no run {typed} on {socket.gethostname()}"
         remedy = (
             "start it on the first machine, which prints its folder; "
             "run.output_dir must be one that all machines share, at the same place"
         )
-        raise RequestError(Problem(what, "command line", remedy)) from None
-    except (ValueError, ValidationError):
+        raise RequestError(Problem(what, "command line", remedy))
+    try:
+        return run.spec
+    except RequestError:
         remedy = "use the same version on all machines"
         raise RequestError(Problem(f"{typed}/spec.json is not a run of this version", "command line", remedy)) from None
 

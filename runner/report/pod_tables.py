@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -77,7 +77,7 @@ def _whole(value: float | None) -> str:
     return "–" if value is None else f"{value:.0f}"
 
 
-def print_gpus(console: Console, rows: Sequence[dict[str, Any]], cloud: str | None) -> None:
+def print_gpus(console: Console, rows: Sequence[Mapping[str, Any]], cloud: str | None) -> None:
     """What can be rented now."""
     wide = console.width >= 140
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))

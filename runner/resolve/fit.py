@@ -6,14 +6,14 @@ import gc
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from runner.config import catalog, recipe_checks, repeat
 from runner.config.provenance import flat
@@ -36,7 +36,7 @@ ADVISED = 200
 METHOD: TypeAdapter[Method] = TypeAdapter(Method)
 
 
-def candidate_methods(given: dict[str, Any], folders: tuple[Path, ...] = ()) -> list[Method]:
+def candidate_methods(given: Mapping[str, object], folders: tuple[Path, ...] = ()) -> list[Method]:
     """The five methods, as their files have them, and with what was typed for any.
 
     Variants of them, and PEFT's other adapters, need about what `lora` needs: they are looked at when they are named.
@@ -61,7 +61,7 @@ def candidate_models(folders: tuple[Path, ...] = ()) -> list[ModelSpec]:
     ]
 
 
-def candidate_hardware(given: dict[str, Any], folders: tuple[Path, ...] = ()) -> list[HardwareSpec]:
+def candidate_hardware(given: Mapping[str, object], folders: tuple[Path, ...] = ()) -> list[HardwareSpec]:
     """Every named GPU machine, with what was typed for any."""
     found = hardware(folders)
     values = [_with_typed(HardwareSpec, hw.model_dump(exclude_unset=True), given, "hw") for hw in found]
@@ -69,7 +69,7 @@ def candidate_hardware(given: dict[str, Any], folders: tuple[Path, ...] = ()) ->
     return list({(hw.gpu, hw.num_gpus, hw.num_nodes): hw for hw in reversed(told)}.values())[::-1]
 
 
-def named_in(request: Request) -> dict[str, Any]:
+def named_in(request: Request) -> dict[str, object]:
     """Groups and keys that the request names, with their values: on the command line, in its recipe, or in a spec.json.
 
     A group without a value is named; what is typed for one of its keys is not: `method.rank=8` holds for any method.
@@ -77,7 +77,7 @@ def named_in(request: Request) -> dict[str, Any]:
     checked = check_request(request)
     if checked.request.spec_file is not None:
         return dict.fromkeys(catalog.GROUPS)
-    named: dict[str, Any] = {}
+    named: dict[str, object] = {}
     if checked.request.recipe:
         choices, keys = recipe_checks.choices_and_keys(
             recipe_checks.find_recipe(checked.request.recipe, request.config_dirs)
@@ -91,7 +91,9 @@ def named_in(request: Request) -> dict[str, Any]:
     return named
 
 
-def _with_typed(part: Any, values: dict[str, Any], given: dict[str, Any], group: str) -> dict[str, Any] | None:
+def _with_typed(
+    part: type[BaseModel], values: dict[str, Any], given: Mapping[str, object], group: str
+) -> dict[str, Any] | None:
     """One candidate of an open group with what was typed for the group; None if it has no such key."""
     content = dict(values)
     for key, value in given.items():
@@ -103,7 +105,7 @@ def _with_typed(part: Any, values: dict[str, Any], given: dict[str, Any], group:
     return content
 
 
-def with_default_length(spec: RunSpec, given: dict[str, Any]) -> RunSpec:
+def with_default_length(spec: RunSpec, given: Mapping[str, object]) -> RunSpec:
     """The run with sequences of the schema's length, not the demo's 256 tokens, where it names neither data nor length.
 
     `spec` is the run as it was asked for, its `auto`s open.
@@ -115,14 +117,14 @@ def with_default_length(spec: RunSpec, given: dict[str, Any]) -> RunSpec:
     return spec.model_copy(update={"train": spec.train.model_copy(update=update)})
 
 
-def title(spec: RunSpec, rows: list[dict[str, Any]]) -> str:
+def title(spec: RunSpec, rows: Sequence[Row]) -> str:
     """How many answers there are, and for what sequences and batch."""
-    fitting = sum(row["fits"] for row in rows)
+    fitting = sum(row.fits for row in rows)
     size = f"sequences of {spec.train.max_length:,} tokens, batch {spec.train.batch_size}"
     return f"{fitting} of {len(rows)} combinations fit: {size}"
 
 
-def fit_rows(spec: RunSpec, given: dict[str, Any], by: str, folders: tuple[Path, ...] = ()) -> list[Row]:
+def fit_rows(spec: RunSpec, given: Mapping[str, object], by: str, folders: tuple[Path, ...] = ()) -> list[Row]:
     """Combinations with their plans: of model, method and hardware those that `given` names, and all of the others.
 
     `spec` is what `with_default_length` returned.
@@ -181,12 +183,30 @@ TABLE_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def memory_table(spec: RunSpec, names: Iterable[str] = TABLE_MODELS) -> dict[str, Any]:
+class MethodRow(TypedDict):
+    """One method of the memory table."""
+
+    method: str
+    cells: list[float]
+    """GiB by model."""
+
+
+class MemoryTable(TypedDict):
+    """The answer of `table --json`."""
+
+    title: str
+    columns: list[str]
+    """Models."""
+    rows: list[MethodRow]
+    assumptions: list[str]
+
+
+def memory_table(spec: RunSpec, names: Iterable[str] = TABLE_MODELS) -> MemoryTable:
     """Method × model size: GiB on one GPU that is large enough, for one sequence at a time."""
     found = [ModelSpec.model_validate(catalog.load("model", name)) for name in names]
     length = min(spec.train.max_length, *(m.context_length or spec.train.max_length for m in found))
     base = table_run(spec, length)
-    rows = [
+    rows: list[MethodRow] = [
         {"method": label, "cells": [round(table_cell(base, model, method), 1) for model in found]}
         for label, method in TABLE_ROWS
     ]
@@ -234,11 +254,29 @@ _USABLE = 0.95
 """Of a GPU's memory: the rest is the driver's, and room for fragments."""
 
 
-def gpu_rows(gpus: list[GpuType], spec: RunSpec, *, min_memory: int, cloud: str | None) -> list[dict[str, Any]]:
+class GpuRow(TypedDict):
+    """A GPU type for rent: one of the answer of `gpus --json`."""
+
+    id: str
+    name: str
+    memory_gb: int
+    secure_usd: float | None
+    community_usd: float | None
+    max: int
+    """How many a pod can have."""
+    stock: str | None
+    data_centers: list[str]
+    hw: str | None
+    """The profile in conf/hw."""
+    holds: str
+    """The largest model by method."""
+
+
+def gpu_rows(gpus: list[GpuType], spec: RunSpec, *, min_memory: int, cloud: str | None) -> list[GpuRow]:
     """One row per GPU type with a price, cheapest first; `holds` is the largest model by method on one of them."""
     named = {values["runpod_gpu_id"]: name for name, values in _single_gpus() if values.get("runpod_gpu_id")}
     needs = _memory_needs(spec)
-    rows = []
+    rows: list[GpuRow] = []
     for gpu in gpus:
         prices = [usd for usd in (gpu.secure_usd, gpu.community_usd) if usd is not None]
         if gpu.memory_gb < min_memory or not prices or (cloud and gpu.usd(cloud) is None):
@@ -254,9 +292,9 @@ def gpu_rows(gpus: list[GpuType], spec: RunSpec, *, min_memory: int, cloud: str 
     return sorted(rows, key=lambda row: (_lowest_price(row, cloud), row["id"]))
 
 
-def _lowest_price(row: dict[str, Any], cloud: str | None) -> float:
-    found = [row[f"{name}_usd"] for name in ((cloud,) if cloud else ("secure", "community"))]
-    return min(float(usd) for usd in found if usd is not None)
+def _lowest_price(row: GpuRow, cloud: str | None) -> float:
+    prices = {"secure": row["secure_usd"], "community": row["community_usd"]}
+    return min(usd for name, usd in prices.items() if usd is not None and cloud in (None, name))
 
 
 def _single_gpus() -> list[tuple[str, dict[str, Any]]]:
