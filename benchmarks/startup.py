@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.bench import ROOT, Benchmark, alone, quartiles, say, table
+from runner.config import deepspeed_json
 from runner.config.compose import compose
 from runner.config.request import Request
-from runner.plan import deepspeed_json
+from runner.plan.auto_values import settled
 from runner.plan.choose_stage import StageChoice, StageSearch, allowed_stages, batches
-from runner.plan.hardware_defaults import settled
 from runner.plan.search import combinations
 from runner.resolve.fit import candidate_methods, candidate_models, with_default_length
 from runner.resolve.price import hardware

@@ -17,13 +17,13 @@ from runner.config.compose import compose
 from runner.config.request import Request
 from runner.plan.autograd.layers import LAYERS
 from runner.plan.autograd.ops import Block, LayerKind, Setting
+from runner.plan.autograd.step_peak import Trains, step
 from runner.plan.autograd.tape import CASTS, Kept, Storage, Tape, Tensor
 from runner.plan.choose_stage import job_of
 from runner.plan.memory import CONTEXT, GIB, SLACK, setting_of
 from runner.plan.model_shape import Shape, shape_of
 from runner.plan.plan import Plan, plan_of
 from runner.plan.run_time import Facts
-from runner.plan.step_peak import Trains, step
 from runner.plan.trainable import Training, training_of
 from runner.resolve.plan_inputs import stage_search
 from runner.resolve.steps import resolve

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from docs.generate.planning_examples import Table, planned, spec_of, trained
+from runner.plan.autograd.step_peak import step
 from runner.plan.memory import GIB
 from runner.plan.plan import Plan
-from runner.plan.step_peak import step
 
 NO_TENSOR = ("process", "collectives", "allocator_slack")
 

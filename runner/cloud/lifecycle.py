@@ -33,8 +33,8 @@ from runner.cloud.provider import Offer, Pod, PodRequest, Provider, place_of
 from runner.cloud.providers import provider_of
 from runner.cloud.readiness import wait_for_name, wait_until_ready
 from runner.cloud.reconcile import reconcile
+from runner.config import pod_packages
 from runner.errors import CannotRunError, NotYetError, Problem, RunnerError
-from runner.plan import pod_packages
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 

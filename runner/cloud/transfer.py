@@ -19,9 +19,8 @@ from runner.cloud.agent import agent, install, tail
 from runner.cloud.provider import Pod
 from runner.cloud.ssh import Connection, HostKeyError, LostError, connection_to, greeting_problem
 from runner.cloud.ssh_keys import KeyPair
-from runner.config import credentials
+from runner.config import credentials, pod_packages
 from runner.errors import CannotRunError, Problem, RunFailedError
-from runner.plan import pod_packages
 from runner.plan.memory import FREE_SHARE, GIB
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir

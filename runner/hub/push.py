@@ -13,8 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from runner.errors import CannotRunError, Problem, RequestError, RunFailedError, RunnerError
-from runner.hub.upload_contents import push_model
-from runner.hub.upload_targets import target_of
+from runner.hub.upload import push_model, target_of
 from runner.report.text import print_problems
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec

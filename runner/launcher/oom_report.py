@@ -11,7 +11,7 @@ from runner.errors import Problem, RunFailedError
 from runner.machine.processes import Killer
 from runner.plan.choose_stage import StageChoice, StageSearch
 from runner.plan.memory import GIB
-from runner.plan.nearest_fit import Change, nearest
+from runner.plan.search import Change, nearest
 from runner.report.plan_terms import PHASES, term_of
 from runner.report.summary import TRAINING
 from runner.resolve import plan_inputs, price

@@ -29,7 +29,7 @@ def flash_attn() -> str | None:
 
 def without_flash_attention(spec: RunSpec) -> RunSpec:
     """Decide `train.attention=auto` for SDPA where the run is, or may be, on this machine's own GPUs, which could run
-    FlashAttention, and which do not have it. For a pod plan/hardware_defaults.py decides."""
+    FlashAttention, and which do not have it. For a pod plan/auto_values.py decides."""
     hw = spec.hw
     could = spec.train.attention == "auto" and hw.accelerator == "cuda" and hw.flash_attention
     if (

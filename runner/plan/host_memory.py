@@ -161,7 +161,7 @@ def disk(
     """Bytes on disk at the end of a run, by term, on one disk that all nodes share.
 
     `weights` are downloaded, or unpacked from a package's GGUF file; 16 bits are assumed, as nearly
-    all models of the Hub are stored. `checkpoints` are there at once (plan/checkpoint_count.py). `nvme` is what is
+    all models of the Hub are stored. `checkpoints` are there at once (plan/cost.py). `nvme` is what is
     offloaded to disk. `shards` are those that pretraining makes, `data` what is downloaded or sent to a pod. Not
     counted: packages, logs.
     """

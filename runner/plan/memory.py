@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from runner.plan import zero
 from runner.plan.autograd.ops import LayerKind, Setting
+from runner.plan.autograd.step_peak import Step, Trains, step
 from runner.plan.autograd.tape import KINDS
 from runner.plan.host_memory import CPU_PROCESS
 from runner.plan.objective_passes import Passes
-from runner.plan.step_peak import Step, Trains, step
 from runner.plan.trainable import Precision, Training, largest_trained, norms_and_biases
 
 GIB = 2**30

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from runner.plan import cost, host_memory
-from runner.plan.checkpoint_count import Checkpoints, checkpoints_of
 from runner.plan.choose_stage import StageChoice, StageSearch
+from runner.plan.cost import Checkpoints, checkpoints_of
 from runner.plan.memory import FREE_SHARE, GIB, STATES
 from runner.plan.objective_passes import passes_of, shape_for
 from runner.plan.run_time import GB, Facts, hours_of

@@ -7,9 +7,9 @@ from itertools import groupby
 from typing import Literal
 
 from runner.plan.autograd.ops import LayerKind
+from runner.plan.autograd.step_peak import Trains
 from runner.plan.model_shape import Matrix, Shape
 from runner.plan.quantization import MethodName, base_bytes, largest_load_peak
-from runner.plan.step_peak import Trains
 from runner.spec import Freeze, Full, Lora, Method, Peft, QLora4, QLora8
 from runner.spec.adapters import Adapter, Layer
 from runner.spec.layer_ranges import parse_layers

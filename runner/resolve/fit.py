@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from pydantic import BaseModel, TypeAdapter
 
-from runner.config import catalog, recipe_checks, repeat
+from runner.config import catalog, deepspeed_json, recipe_checks, repeat
 from runner.config.provenance import flat
 from runner.config.request import COMMAND_LINE, Request, check_request
 from runner.errors import Problem, RequestError
-from runner.plan import deepspeed_json
 from runner.plan.choose_stage import StageSearch
 from runner.plan.memory import GIB
 from runner.plan.model_shape import shape_of

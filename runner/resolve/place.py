@@ -14,8 +14,8 @@ from runner.config.validation import validated
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
 from runner.machine import detect
 from runner.plan import auto_values
-from runner.plan.nearest_fit import Offer, offers
 from runner.plan.plan import Plan
+from runner.plan.search import Offer, offers
 from runner.report.text import duration
 from runner.resolve import config_facts, plan_inputs, price
 from runner.spec import AutoPlace, HardwareSpec, LocalPlace, RentedPlace, RunPodPlace, RunSpec

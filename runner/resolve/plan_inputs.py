@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from typing import NoReturn
 
-from runner.config import credentials
+from runner.config import credentials, deepspeed_json
 from runner.data.examples import kind_of
 from runner.data.inspect import lengths
 from runner.data.pretraining import checks
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
 from runner.hub import client
-from runner.plan import deepspeed_json
 from runner.plan.choose_stage import StageSearch
 from runner.plan.memory import GIB
 from runner.plan.model_shape import shape_of
-from runner.plan.nearest_fit import nearest
 from runner.plan.plan import Plan, plan_of
 from runner.plan.run_time import GB, Facts
+from runner.plan.search import nearest
 from runner.resolve import config_facts
 from runner.resolve.price import hardware, price_of
 from runner.spec import RentedPlace, RunSpec

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+from runner.config import deepspeed_json, pod_packages
 from runner.config.compose import Sources, compose, source_finder
 from runner.config.request import Request
 from runner.config.validation import SourceOf, validated
 from runner.data.pretraining import checks
 from runner.errors import RequestError
 from runner.machine import detect, hostfile, kernels
-from runner.plan import auto_values, deepspeed_json, pod_packages
+from runner.plan import auto_values
 from runner.resolve import config_facts, place, plan_inputs
 from runner.spec import RunSpec
 from runner.spec.unused import unused

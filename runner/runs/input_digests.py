@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runner.data import digest, reward_files
-from runner.data.readers.sources import files_of
+from runner.data import reward_files
+from runner.data.readers.sources import files_digest, files_of
 from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
@@ -86,6 +86,6 @@ def _digest(key: str, path: str) -> str | None:
     place = Path(path).expanduser()
     with suppress(OSError, RequestError):
         if place.is_dir():
-            return digest.of_files([str(file) for file in sorted(place.rglob("*")) if file.is_file()])
-        return digest.of_files(reward_files.sources(path) if key.startswith("objective.rewards.") else files_of(path))
+            return files_digest([str(file) for file in sorted(place.rglob("*")) if file.is_file()])
+        return files_digest(reward_files.sources(path) if key.startswith("objective.rewards.") else files_of(path))
     return None

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runner.errors import RunnerError
-from runner.hub.upload_contents import push_checkpoint
-from runner.hub.upload_targets import target_of
+from runner.hub.upload import push_checkpoint, target_of
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.spec.train import PushSpec

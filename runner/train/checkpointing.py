@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from runner.errors import RunFailedError
-from runner.plan.checkpoint_count import LARGEST_SHARE
+from runner.plan.cost import LARGEST_SHARE
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.train.distributed import Ranks

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import AutoConfig
 from trl.trainer import utils as trl_utils
 
-from runner.plan import deepspeed_json, zero
+from runner.config import deepspeed_json
+from runner.plan import zero
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 from runner.train import moe_checks

@@ -7,6 +7,7 @@ are the same; so a changed tokenizer never meets old tokens. They go to disk as 
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,6 @@ import pyarrow as pa
 
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, fingerprint
-from runner.data.packing import bins
 from runner.data.readers.files import refuse
 from runner.data.tokenize_rows import How, encode_chunk, in_chunks
 from runner.errors import Problem, RequestError
@@ -122,3 +122,37 @@ def _lists(values: Any, sizes: Sequence[int]) -> Any:
     """An Arrow array of lists, out of their values one after the other."""
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def bins(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices of the rows of every sequence; rows of no tokens are left out, and each must fit into `limit`.
+
+    Best-fit decreasing (arXiv 2404.10830): each row, the longest first, goes into the fullest sequence that has room
+    for it; where none has, it begins a new one. Equal to TRL's packing of one batch, bin by bin; but TRL packs a
+    thousand rows at a time.
+
+    A set bit `s` of one large number means "there is a sequence with room for s": the lowest one that is not below a
+    length is found in about 0.2 µs, whatever the number of sequences. A million rows take some seconds.
+    """
+    spaces = 0
+    with_space: dict[int, deque[list[int]]] = defaultdict(deque)
+    found: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        length = lengths[row]
+        if not length:
+            continue
+        fitting = spaces >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            sequence = with_space[space].popleft()
+            if not with_space[space]:
+                spaces ^= 1 << space
+        else:
+            space, sequence = limit, []
+            found.append(sequence)
+        sequence.append(row)
+        left = space - length
+        if left:
+            with_space[left].append(sequence)
+            spaces |= 1 << left
+    return found

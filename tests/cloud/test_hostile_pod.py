@@ -19,8 +19,7 @@ from runner.cloud.follow import Follower, shown
 from runner.cloud.ssh import RunnerError
 from runner.cloud.transfer import RemoteRun
 from runner.errors import RequestError
-from runner.hub.upload_contents import push_model
-from runner.hub.upload_targets import S3
+from runner.hub.upload import S3, push_model
 from runner.rundir import checkpoints, plain_files
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec

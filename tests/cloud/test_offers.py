@@ -14,8 +14,8 @@ from runner.cloud.runpod.offers import candidates, cpu_candidates, runpod
 from runner.cloud.runpod.provider import RunPod
 from runner.cloud.runpod.types import CpuType, GpuType, Volume
 from runner.cloud.runpod.volumes import usd_per_month
+from runner.config.pod_packages import data
 from runner.errors import RunnerError
-from runner.plan.pod_packages import data
 from runner.spec import RunPodPlace
 from tests.support.emulated import Emulator, emulator
 from tests.support.front import spec_of

@@ -18,10 +18,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from runner.data import digest
 from runner.data.pretraining import checks, sharder
 from runner.data.pretraining.documents import documents
 from runner.data.pretraining.workspace import Workspace, is_ready, is_whole, manifest_of, workspace_of
+from runner.data.readers import sources
 from runner.errors import RequestError
 from runner.spec import DataSpec, Pretrain
 from tests.support.front import spec_of
@@ -191,14 +191,14 @@ def test_another_seed_or_size_of_shards_is_said(tmp_path: Path, corpus: DataSpec
 
 
 def test_a_large_corpus_is_told_apart_by_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digest, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(sources, "WHOLE_BYTES", 0)
     file = tmp_path / "large.txt"
     file.write_bytes(b"a" * 20_000_000)
-    before = digest.of_files([str(file)])
-    assert digest.of_files([str(file)]) == before
+    before = sources.files_digest([str(file)])
+    assert sources.files_digest([str(file)]) == before
     for content in (b"a" * 20_000_001, b"a" * 19_999_999 + b"b", b"b" + b"a" * 19_999_999):
         file.write_bytes(content)
-        assert digest.of_files([str(file)]) != before
+        assert sources.files_digest([str(file)]) != before
 
 
 @pytest.mark.parametrize("mix", ["concat", "weights", "until_exhausted"])

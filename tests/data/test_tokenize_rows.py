@@ -18,11 +18,11 @@ from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example
 from runner.data.inspect.lengths import packed
 from runner.data.loss_mask import IGNORED
-from runner.data.packing import bins
 from runner.data.tokenize_rows import Chunk, How, encode_chunk, in_chunks
 from runner.errors import RequestError
 from runner.train import token_dataset
 from runner.train.token_cache import line_of
+from runner.train.token_dataset import bins
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import SPECIAL, body
 

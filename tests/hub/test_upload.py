@@ -11,8 +11,7 @@ from moto.server import ThreadedMotoServer
 
 from runner.errors import RequestError, RunFailedError
 from runner.hub.push import push
-from runner.hub.upload_contents import push_checkpoint
-from runner.hub.upload_targets import target_of
+from runner.hub.upload import push_checkpoint, target_of
 from runner.rundir.directory import RunDir
 from tests.conftest import spec_of
 from tests.hub.test_push import SUMMARY

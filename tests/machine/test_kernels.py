@@ -11,9 +11,9 @@ import pytest
 
 from runner.cloud.provider import PodRequest
 from runner.cloud.runpod.types import allowed_cuda, request_body
+from runner.config import pod_packages
 from runner.doctor import software
 from runner.machine import detect, kernels
-from runner.plan import pod_packages
 from tests.machine.test_hardware import H100, T4
 from tests.support.front import LAPTOP, here, laptop, only_problem, runner, spec_of
 

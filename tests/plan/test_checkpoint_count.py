@@ -8,7 +8,7 @@ import pytest
 
 from runner.config.request import Request
 from runner.errors import RequestError
-from runner.plan.checkpoint_count import Checkpoints, checkpoints_of
+from runner.plan.cost import Checkpoints, checkpoints_of
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.runs import resume

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from runner.cli.options import request_of
+from runner.config import deepspeed_json
+from runner.config.deepspeed_keys import ELSEWHERE, KEYS
 from runner.errors import Problem
 from runner.paths import DEEPSPEED_CONFIGS
-from runner.plan import deepspeed_json
-from runner.plan.deepspeed_keys import ELSEWHERE, KEYS
 from runner.resolve.steps import resolved
 from runner.spec import RunSpec
 from tests.support.front import here, laptop, problems_of, runner, write

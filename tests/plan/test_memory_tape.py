@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks import simulate
-from runner.plan import step_peak as stepping
-from runner.plan.autograd import head, lora
+from runner.plan.autograd import head, layers
+from runner.plan.autograd import step_peak as stepping
 from runner.plan.autograd.ops import Block, LayerKind, Setting
+from runner.plan.autograd.step_peak import Step, Trains, step
 from runner.plan.autograd.tape import Node, Storage, Tensor
 from runner.plan.memory import Job, setting_of
 from runner.plan.model_shape import Matrix, shape_of
-from runner.plan.step_peak import Step, Trains, step
 from runner.plan.trainable import training_of
 from runner.spec import ModelSpec, RunSpec
 from runner.train import peft_methods
@@ -270,8 +270,8 @@ def on_cpu(k: Block, x: Tensor, m: Matrix, *, four: bool) -> Tensor:
 @pytest.fixture
 def cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The plan is for CUDA's kernels; these are the only places where the CPU's differ."""
-    monkeypatch.setattr(lora, "_nf4", lambda k, x, m: on_cpu(k, x, m, four=True))
-    monkeypatch.setattr(lora, "_int8", lambda k, x, m: on_cpu(k, x, m, four=False))
+    monkeypatch.setattr(layers, "_nf4", lambda k, x, m: on_cpu(k, x, m, four=True))
+    monkeypatch.setattr(layers, "_int8", lambda k, x, m: on_cpu(k, x, m, four=False))
     yield
     step.cache_clear()
 

@@ -14,8 +14,8 @@ from rich.color import Color, ColorSystem
 from rich.console import Console
 from rich.text import Text
 
+from runner.config import deepspeed_json
 from runner.errors import RequestError
-from runner.plan import deepspeed_json
 from runner.plan.autograd.tape import KINDS
 from runner.plan.choose_stage import StageSearch, allowed_stages
 from runner.plan.plan import plan_of

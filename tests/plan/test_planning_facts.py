@@ -10,10 +10,10 @@ import pytest
 
 from docs.generate import planning_facts as facts
 from docs.generate.planning_examples import planned, spec_of
+from runner.plan.autograd.step_peak import Step, step
 from runner.plan.choose_stage import job_of
 from runner.plan.memory import GIB, setting_of
 from runner.plan.model_shape import shape_of
-from runner.plan.step_peak import Step, step
 from runner.plan.trainable import training_of
 from runner.spec import ModelSpec
 

@@ -10,7 +10,7 @@ import pytest
 from runner.cli.options import request_of
 from runner.errors import CannotRunError
 from runner.machine.detect import HardwareSpec
-from runner.plan.nearest_fit import offers
+from runner.plan.search import offers
 from runner.resolve.plan_inputs import stage_search
 from runner.resolve.price import hardware
 from runner.resolve.steps import resolved, with_facts

@@ -10,9 +10,8 @@ import pytest
 from runner.config.compose import compose
 from runner.config.request import Request
 from runner.errors import RequestError
-from runner.plan.auto_values import resolve
+from runner.plan.auto_values import EAGER_UP_TO, resolve
 from runner.plan.choose_stage import MAX_MICRO_BATCH
-from runner.plan.hardware_defaults import EAGER_UP_TO
 from runner.spec import RunSpec
 from tests.support.front import here, laptop, spec_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runner.plan.pod_packages import data
+from runner.config.pod_packages import data
 from runner.spec import RunPodPlace
 
 FEWEST, MOST = 2, 32

@@ -12,9 +12,9 @@ from runner.cloud.runpod import templates
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.catalog import image_of, stand_ins, vcpus
 from runner.cloud.runpod.types import DataCenter, Volume
+from runner.config.pod_packages import data
 from runner.config.suggestions import nearest
 from runner.errors import CannotRunError, Problem, RequestError
-from runner.plan.pod_packages import data
 from runner.spec import RunPodPlace, RunSpec
 
 if TYPE_CHECKING:

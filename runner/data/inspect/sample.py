@@ -18,8 +18,7 @@ from runner.data.examples import Kind, Learnable
 from runner.data.load import canonical_rows
 from runner.data.pretraining.documents import reference_pages
 from runner.data.readers import arrow
-from runner.data.readers.compression import COMPRESSIONS
-from runner.data.readers.files import Row, Table, kind_of_file, read_table, refuse
+from runner.data.readers.files import COMPRESSIONS, Row, Table, kind_of_file, read_table, refuse
 from runner.data.readers.sources import Source, mixed, sources_of
 from runner.errors import Problem
 from runner.spec import DataSpec

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.data import digest
 from runner.data.pretraining.documents import documents
 from runner.data.pretraining.workspace import Workspace, has_lost, is_ready, is_whole, manifest_of
+from runner.data.readers import sources
 from runner.errors import Problem, RequestError
 from runner.rundir.directory import write_atomically
 from runner.spec import DataSpec, Pretrain
@@ -147,7 +147,7 @@ def settings_of(objective: Pretrain, data: DataSpec, seed: int) -> Settings:
         source = json.dumps([data.mix, *(one.model_dump(exclude_defaults=True) for one in data.sources)])
     ratio = objective.val_ratio if objective.mode == "split" and not _own_val(data) else None
     try:
-        fingerprint = digest.of_documents(data)
+        fingerprint = sources.documents_digest(data)
     except OSError as error:
         what = f"{error.filename} cannot be read: {error.strerror}"
         remedy = "correct it, or write objective.shards=reuse to take the shards that are there"

@@ -1,8 +1,11 @@
-"""Expand `data.path` and `data.sources` to files, folders, globs and URLs, and mix them."""
+"""Expand `data.path` and `data.sources` to files, folders, globs and URLs; their digests; and how they are mixed."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -123,3 +126,53 @@ def mixed(sizes: Sequence[int], weights: Sequence[float], mix: str, seed: int) -
         taken[source] += 1
         if mix == "weights" and all(count >= size for count, size in zip(taken, sizes, strict=True)):
             return found
+
+
+WHOLE_BYTES = 64 << 20
+"""Up to this size in all every byte counts (0.1 s); of more, the sizes of the files and `BLOCKS` blocks of each."""
+BLOCKS, BLOCK = 64, 64 << 10
+
+
+def files_digest(names: Sequence[str]) -> str:
+    """SHA-256 (hex) over the contents of files, in order, whatever their paths and times; a URL counts by its name.
+
+    OSError where one of them is not there.
+    """
+    digest = hashlib.sha256()
+    here = [os.path.expanduser(name) for name in names if not is_url(name)]
+    whole = sum(map(os.path.getsize, here)) <= WHOLE_BYTES
+    for name in names:
+        if is_url(name):
+            digest.update(f"{name}\0".encode())
+            continue
+        _add_content(digest, os.path.expanduser(name), whole)
+    return digest.hexdigest()
+
+
+def _add_content(digest: Any, file: str, whole: bool) -> None:
+    size = os.path.getsize(file)
+    digest.update(f"{size}\0".encode())
+    with open(file, "rb") as stream:
+        if whole or size <= BLOCKS * BLOCK:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+            return
+        for number in range(BLOCKS):  # the first and the last bytes among them
+            stream.seek(number * (size - BLOCK) // (BLOCKS - 1))
+            digest.update(stream.read(BLOCK))
+
+
+def documents_digest(data: DataSpec) -> str:
+    """What decides which documents `data` holds, in which order; RequestError and OSError for files that are gone."""
+    said: list[Any] = [data.text_field]
+    if data.source == "hub":
+        said += [data.id, data.subset, data.split, data.eval_split, data.revision]
+    elif data.source == "file":
+        said += [data.mix if data.sources else None]
+        for source in sources_of(data):
+            kinds = sorted({str(kind_of_file(file)) for file in source.files})
+            said.append([files_digest(source.files), kinds, source.spec.text_field, source.weight, source.limit])
+        said.append(files_digest(files_of(data.eval_path)) if data.eval_path else None)
+    else:
+        said += [data.source]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from runner.plan.autograd.norms import layer_norm, rms_norm
-from runner.plan.autograd.ops import Block, LayerKind
+from runner.plan.autograd.ops import Block, LayerKind, layer_norm, rms_norm
 from runner.plan.autograd.tape import HEAD, Node, Storage, Tensor
 
 FUSED_ROWS = 4096  # TOKEN_CHUNK_SIZE of trl/kernels/chunked_logprob.py (TRL 1.16)

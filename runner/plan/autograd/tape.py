@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from sys import getrefcount
 from typing import Any, Literal
 
-from runner.plan.autograd.recompute import EnoughMade, Frame, Promise, Stored
-
 Kind = Literal["activations", "casts", "head", "gradients"]
 ACTIVATIONS, CASTS, HEAD, GRADIENTS = range(4)
 KINDS = ("activations", "weight_casts", "head_and_loss", "gradients")
@@ -54,6 +52,36 @@ class Bundle(Storage):
     def __init__(self, tape: Tape, grads: list[Storage | None]) -> None:
         super().__init__(tape, 0.0, 0, ACTIVATIONS)
         self.grads = grads
+
+
+class EnoughMade(Exception):
+    """Everything that a checkpointed stretch had kept has been made again (`_StopRecomputationError` of torch)."""
+
+
+class Frame:
+    """A checkpointed stretch of the forward pass: what it would have kept is made again when it is first needed.
+
+    torch.utils.checkpoint without re-entry: `again` runs the stretch once more and stops at the last thing kept.
+    """
+
+    __slots__ = ("again", "count", "held", "made")
+
+    def __init__(self, again: Callable[[], object]) -> None:
+        self.again, self.count = again, 0
+        self.made: list[Stored | None] | None = None
+        self.held: list[Storage] = []
+
+
+class Promise:
+    """In place of something kept: where the frame will have it."""
+
+    __slots__ = ("frame", "index")
+
+    def __init__(self, frame: Frame, index: int) -> None:
+        self.frame, self.index = frame, index
+
+
+Stored = tuple["Storage | None", ...]
 
 
 Kept = Stored | Promise | None

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.config.deepspeed_keys import AUTO, ELSEWHERE, KEYS
 from runner.config.provenance import shown
 from runner.config.suggestions import nearest
 from runner.config.validation import SourceOf
 from runner.errors import Problem, RequestError
 from runner.paths import DEEPSPEED_CONFIGS
-from runner.plan.deepspeed_keys import AUTO, ELSEWHERE, KEYS
 from runner.spec import DeepSpeedSpec, RunSpec
 
 _OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "sgd": "sgd"}
