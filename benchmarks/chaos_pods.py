@@ -92,7 +92,8 @@ mended, and `fetch` is typed (again when a training that was taken away has gone
 In {hostile} more cases the pod is an enemy's from a random moment on, in one to three of {ways} ways: links and hard
 links, devices and pipes, names with newlines and `..`, helper scripts that write elsewhere or never stop, words that
 command a terminal and JSON of no shape, sparse files of 8 TiB and thousands of small ones. What it says it has trained
-is not counted then. – stands where nothing was counted: those cases were measured before these columns were.
+is not counted then; one that `fetch` refuses, for it has more to send than a run can hold, is given up with the
+command that `fetch` names. – stands where nothing was counted: those cases were measured before these columns were.
 
 - *lost*: models that a training had finished, on a disk that was not taken away, and that are not here then, bit for
   bit;
@@ -219,10 +220,12 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
                 break
             _typed(env, folder / "after.log", "fetch", run.name, "--output-dir", str(run.parent))
             _until(lambda: not watch.paid(), CAP_LEFT_S)
+        if run is not None and fault is not None and fault[0].startswith("hostile") and emulator.pods():
+            _typed(env, folder / "after.log", "pods", "terminate", run.name)  # as `fetch` says
         _typed(env, folder / "after.log", "pods", "reap")
         left = [id for id, pod in emulator.pods().items() if pod.status != "TERMINATED"]
     home, state = _home(run, watch.finished), _state(run)
-    sockets = temporary.glob("runner-ssh-*")  # of ssh, which a launcher that gets SIGKILL leaves
+    sockets = temporary.glob("runner-*")  # of ssh, and lists of files: what a launcher that gets SIGKILL leaves
     ours = (*sockets, own / "state", own / "cache", own / "runs", own / "lost+found", *([run] if run else []))
     stray = hostile.written(elsewhere, outside, temporary, own, own / "runs", but=ours) - len("owner's")
     said = "".join(file.read_text("utf-8", errors="replace") for file in folder.glob("*.log"))

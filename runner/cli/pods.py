@@ -265,7 +265,15 @@ def reap(everything: bool, yes: bool, as_json: bool) -> None:
     if found and not yes and sys.stdin.isatty():
         click.confirm(f"End {len(found)}?", abort=True, err=True)
     ended = fleet.reap(api, ledger, found)
-    _answer(as_json, f"{len(ended)} ended, and looked for twice" if ended else "nothing to end", ended=ended)
+    stopped = [] if everything else fleet.stopped_with_a_run(api, ledger)
+    for pod_id, run_id in stopped:
+        click.echo(
+            f"pod {pod_id} is stopped, with run {run_id}, and costs its disk: python -m runner fetch {run_id} brings "
+            f"the run home, python -m runner pods terminate {pod_id} gives it up",
+            err=True,
+        )
+    said = f"{len(ended)} ended, and looked for twice" if ended else "nothing to end"
+    _answer(as_json, said, ended=ended, stopped=[pod_id for pod_id, _ in stopped])
 
 
 @pods.command()

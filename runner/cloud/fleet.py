@@ -277,6 +277,15 @@ def owned_by_none(api: Provider, ledger: Ledger, *, everything: bool = False) ->
     return found
 
 
+def stopped_with_a_run(api: Provider, ledger: Ledger) -> list[tuple[str, str]]:
+    """Pods that have stopped with a run that is not here, or that a run keeps: the pod's id and the run's.
+
+    They cost their disk until somebody decides: `reap` ends none of them without `--all`.
+    """
+    runs = {entry.pod_id: entry.run_id for entry in ledger.entries() if entry.state == "STOPPED" and not entry.owned}
+    return [(pod.id, runs[pod.id]) for pod in api.pods() if pod.id in runs and pod.status not in OVER]
+
+
 def reap(api: Provider, ledger: Ledger, found: list[tuple[str, str, str]]) -> list[str]:
     """Terminate pods, all of them even if one cannot be; StillThereError with every one that could not be confirmed."""
     ended, failures = [], []

@@ -50,6 +50,8 @@ class Session:
     asked: int = 0
     """How often the user asked to stop."""
     _pull: threading.Thread | None = None
+    _recorded_pod: str | None = None
+    """The pod of which the ledger says that it runs."""
 
     @property
     def where(self) -> RentedPlace:
@@ -119,8 +121,13 @@ class Session:
             code = transfer.send(at, self.run, self.spec, self.say)
             self.rented.mark("SYNCED", "everything was sent")
             secrets = transfer.send_secrets(at, self.spec)
-            # Written before it is done, or not done: whatever else is left behind, the next command would end.
-            self.rented.ledger.move(self.rented.name, "RUNNING", "its agent is armed, and gets its task")
+            # Written before it is done, or not done: whatever else is left behind, the next command would end. Once it
+            # is written, a pod that may train by now is not given back for a ledger that cannot be written any more.
+            if self._recorded_pod != self.rented.pod.id:
+                self.rented.ledger.move(self.rented.name, "RUNNING", "its agent is armed, and gets its task")
+                self._recorded_pod = self.rented.pod.id
+            else:
+                self.rented.mark("RUNNING", "its agent gets its task again")
             transfer.start_task(at, self.spec, str(self.rented.pod.id), code, secrets)
 
     def find(self) -> tuple[str, int] | None:

@@ -252,7 +252,7 @@ def _send_wheel(at: RemoteRun) -> str:
     folder = f"{at.workspace}/cache/runner-{hashlib.sha256(content).hexdigest()[:12]}"
     if at.connection.attempt(f"test -e {shlex.quote(folder)}/COMPLETE")[0] == 0:
         return folder
-    with tempfile.TemporaryDirectory() as here:
+    with tempfile.TemporaryDirectory(prefix="runner-wheel-") as here:
         file = Path(here) / name
         file.write_bytes(content)
         at.connection.put([file], f"{at.workspace}/cache/")

@@ -37,7 +37,6 @@ FOLLOWED_BYTES = 4 << 30
 """Logs and measurements while a run is followed: 15 million steps of 300 bytes."""
 FOLLOWED_FILES = 5_000
 MOST_FILES = 200_000
-LOOK = "python -m runner pods ssh POD, and delete what does not belong to the run; then fetch it"
 
 
 class TooMuchError(RunFailedError):
@@ -172,7 +171,7 @@ def check_size(size: int, files: int, most: int, folder: Path) -> None:
     if size > most:
         raise too_much(f"the pod has {shown_size(size)} to send", most, folder)
     if files > MOST_FILES:
-        raise TooMuchError(Problem(f"the pod has {files:,} files to send: no run has so many", None, LOOK))
+        raise TooMuchError(Problem(f"the pod has {files:,} files to send: no run has so many", None, _look(folder)))
 
 
 def too_much(what: str, most: int, folder: Path) -> TooMuchError:
@@ -180,7 +179,18 @@ def too_much(what: str, most: int, folder: Path) -> TooMuchError:
     if most >= free_bytes(folder):
         remedy = f"make room at {os.fspath(folder.parent)}, then fetch the run; what stays in the pod is kept there"
         return TooMuchError(Problem(f"{what}, and there is room for {shown_size(most)} here", None, remedy))
-    return TooMuchError(Problem(f"{what}, more than a run of this plan can hold ({shown_size(most)})", None, LOOK))
+    return TooMuchError(
+        Problem(f"{what}, more than a run of this plan can hold ({shown_size(most)})", None, _look(folder))
+    )
+
+
+def _look(folder: Path) -> str:
+    """What to do about a pod that has more to send than a run of this plan, for a folder of the run's directory."""
+    run = next((place.name for place in (folder, *folder.parents) if (place / "spec.json").is_file()), "RUN")
+    return (
+        f"python -m runner pods ssh {run}, delete what does not belong to the run, then python -m runner fetch {run}; "
+        f"or python -m runner pods terminate {run} gives the pod up, with all it has"
+    )
 
 
 def shown_size(size: int) -> str:

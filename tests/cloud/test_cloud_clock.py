@@ -75,6 +75,17 @@ def test_without_runpods_time_nothing_is_ended(
     assert list(emulator.pods()) == [rented.pod.id]
 
 
+def test_reap_names_a_stopped_pod_which_costs_its_disk(emulator: Emulator, tmp_path: Path) -> None:
+    rented = left_alone(tmp_path, emulator)
+    RunPod().stop(rented.pod.id)
+    runner("pods")  # the ledger hears of it
+    done = runner("pods", "reap", "--yes", "--json")
+    assert json.loads(done.stdout) == {"ended": [], "stopped": [rented.pod.id]}
+    assert f"python -m runner fetch {rented.run_id} brings the run home" in done.stderr
+    assert f"python -m runner pods terminate {rented.pod.id} gives it up" in done.stderr
+    assert json.loads(runner("pods", "reap", "--all", "--yes", "--json").stdout)["ended"] == [rented.pod.id]
+
+
 @pytest.mark.parametrize("ahead", [-DAY, DAY])
 def test_a_pod_of_another_machine_whose_clock_is_wrong(emulator: Emulator, ahead: float) -> None:
     then = time.time() + ahead

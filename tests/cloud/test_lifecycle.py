@@ -33,6 +33,7 @@ from runner.cloud.reconcile import UNKNOWN_S, _armed, reconcile
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.provider import RunPod
 from runner.cloud.session import Session
+from runner.cloud.ssh import LostError
 from runner.cloud.ssh_keys import KeyPair
 from runner.errors import Problem, RunFailedError
 from runner.rundir.directory import RunDir
@@ -309,10 +310,32 @@ def test_a_pod_is_running_in_the_ledger_before_it_has_a_task(
     session.load(False)
     assert seen == ["RUNNING"]
     rented.ledger.move(rented.name, "SYNCED", "once more")
+    other = replace(session, _recorded_pod=None)
+    monkeypatch.setattr(other, "login", lambda: None)
+    monkeypatch.setattr(other, "_keepalive", lambda at: nullcontext())
     monkeypatch.setattr(Ledger, "_set", staticmethod(raising(sqlite3.OperationalError("database or disk is full"))))
     with pytest.raises(LedgerError):
-        session.load(False)
+        other.load(False)
     assert seen == ["RUNNING"]  # a task that is not recorded is not begun
+
+
+def test_a_pod_that_may_train_is_not_given_back_for_a_ledger_that_breaks_afterwards(
+    emulator: Emulator, rent: Rent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by benchmarks/chaos_pods.py: the connection broke after the task was given, then the disk."""
+    rented = rent()
+    session = session_of(rented, tmp_path, monkeypatch)
+    given: list[str] = []
+
+    def give(*_: object) -> None:
+        given.append(rented.pod.id)
+        if len(given) == 1:
+            monkeypatch.setattr(Ledger, "_set", staticmethod(raising(sqlite3.OperationalError("disk is full"))))
+            raise LostError(Problem("the connection broke"))
+
+    monkeypatch.setattr(transfer, "start_task", give)
+    session.load(False)
+    assert given == [rented.pod.id] * 2
 
 
 def raising(error: BaseException) -> Callable[..., Any]:

@@ -241,7 +241,7 @@ def test_verbs_take_the_id_of_the_run_that_has_the_pod(typed: Sweep) -> None:
     assert code == 0 and "inside" in said
     code, said = ended(typed.verb("fetch", first, "--output-dir", str(typed.root / "runs")))
     assert code == 2 and f"RunPod has no pod of run {first}" in said  # and does not end the other one's
-    assert json.loads(ended(typed.verb("pods", "reap", "--all", "--yes", "--json"))[1]) == {"ended": []}
+    assert json.loads(ended(typed.verb("pods", "reap", "--all", "--yes", "--json"))[1]) == {"ended": [], "stopped": []}
     assert len(typed.emulator.pods()) == 1
     process.send_signal(signal.SIGINT)
     assert ended(process)[0] == 130 and typed.emulator.pods() == {}

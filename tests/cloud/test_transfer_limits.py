@@ -46,9 +46,12 @@ def test_a_run_is_not_larger_than_its_plan_allows(pod: Pod, monkeypatch: pytest.
     monkeypatch.setattr(untrusted_files, "MORE_BYTES", 0)
     pod.run.write("plan.json", {"disk_gib": 0.001})
     (pod.folder / "model" / "weights").write_bytes(bytes(5_000_000))
-    with pytest.raises(TooMuchError, match=r"5\.0 MB to send, more than a run of this plan can hold \(4\.3 MB\)"):
+    over = r"5\.0 MB to send, more than a run of this plan can hold \(4\.3 MB\)"
+    with pytest.raises(TooMuchError, match=over) as refused:
         pod.bring()
     assert size_of(pod.run.path) < 1e5
+    remedy = str(refused.value.problems[0].remedy)
+    assert f"pods ssh {pod.run.id}," in remedy and f"pods terminate {pod.run.id} gives the pod up" in remedy
     pod.run.write("plan.json", {"disk_gib": 0.01})
     pod.bring()
     assert (pod.run.path / "model" / "weights").stat().st_size == 5_000_000
