@@ -55,7 +55,7 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
     found = plan_inputs.plan(spec, notes)
     content = found.as_dict()
     if plot is not None:
-        plot_plan(content, plot)
+        plot_plan(found, plot)
     if ds_json:
         click.echo(dump(found.deepspeed))
         for reason in found.reasons:
@@ -64,7 +64,7 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
         click.echo(dump(content))
     else:
         console = Console()
-        print_plan(console, content, {"model": spec.model.title, "hw": spec.hw.title})
+        print_plan(console, found, {"model": spec.model.title, "hw": spec.hw.title})
         if found.reasons:
             console.print(
                 f"→ {plan_inputs.advice(with_facts(composed, needed=True), found)}", highlight=False, soft_wrap=True

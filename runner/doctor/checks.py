@@ -57,7 +57,7 @@ def _run(target: DoctorTarget | None, machine: Machine) -> Iterator[Finding]:
         yield Finding("run", "problem", refusal, "python -m runner plan, with the same words, says what would fit")
     if not plan.reasons:
         elsewhere = "" if target.here else f"; {spec.where.name}: only started from this machine"
-        yield Finding("run", "ok", in_one_line(plan.as_dict()) + elsewhere)
+        yield Finding("run", "ok", in_one_line(plan) + elsewhere)
 
 
 _STYLE = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}

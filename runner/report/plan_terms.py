@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from types import MappingProxyType
-from typing import Any
 
 from runner.config import catalog
+from runner.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,18 @@ def cells(sizes: list[float], scale: float, width: int) -> list[int]:
     return [end - start for start, end in pairwise(edges)]
 
 
-def present(plan: Mapping[str, Any]) -> list[Family]:
+def present(plan: Plan) -> list[Family]:
     """The families that a plan has, for its legend."""
-    shown = {family for terms in plan["phases"].values() for family in segments(terms)}
+    shown = {family for terms in plan.phases.values() for family in segments(terms)}
     return [family for family in FAMILIES if family in shown]
 
 
-def heading(plan: Mapping[str, Any], titles: Mapping[str, str | None] = MappingProxyType({})) -> str:
+def heading(plan: Plan, titles: Mapping[str, str | None] = MappingProxyType({})) -> str:
     """`Mistral 7B, full, 3 × H100, ZeRO-3`; `titles` are those of a run, for choices of a user's own."""
-    model, hw = (titles.get(group) or _title(group, plan[group]) for group in ("model", "hw"))
-    parts = [model, plan["method"], hw]
-    if plan["num_gpus"] > 1 or plan["zero_stage"] != "none":
-        parts.append(STAGES.get(plan["zero_stage"], plan["zero_stage"]))
+    model, hw = (titles.get(group) or _title(group, getattr(plan, group)) for group in ("model", "hw"))
+    parts = [model, plan.method, hw]
+    if plan.num_gpus > 1 or plan.zero_stage != "none":
+        parts.append(STAGES.get(plan.zero_stage, plan.zero_stage))
     return ", ".join(parts)
 
 

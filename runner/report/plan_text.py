@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from runner.plan.plan import Plan
 from runner.report.plan_tables import print_fit, print_memory_table
 from runner.report.plan_terms import (
     FAMILIES,
@@ -34,10 +34,8 @@ _PARTS = {
 }  # fmt: skip
 
 
-def print_plan(
-    console: Console, plan: Mapping[str, Any], titles: Mapping[str, str | None] = MappingProxyType({})
-) -> None:
-    """A plan (`Plan.as_dict`): the answer in a sentence, a bar per phase, the peak's terms, time and money."""
+def print_plan(console: Console, plan: Plan, titles: Mapping[str, str | None] = MappingProxyType({})) -> None:
+    """A plan: the answer in a sentence, a bar per phase, the peak's terms, time and money."""
     with ascii_fallback(console):
         console.print(Text(heading(plan, titles), style="bold"))
         console.print(_answer(plan))
@@ -50,44 +48,46 @@ def print_plan(
         _print_notes(console, plan)
 
 
-def _answer(plan: Mapping[str, Any]) -> Text:
+def _answer(plan: Plan) -> Text:
     """Does it fit?"""
-    peak, capacity = plan["peak_gib"], plan["capacity_gib"]
+    peak, capacity = plan.peak_gib, plan.capacity_gib
     over = capacity is not None and peak["expected"] > capacity
-    if not plan["fits"]:
-        text = Text(f"Does not fit in {f'{gib(capacity)} GiB' if over else 'main memory'}", style="bold red")
+    if not plan.fits:
+        text = Text(
+            f"Does not fit in {f'{gib(capacity)} GiB' if over and capacity else 'main memory'}", style="bold red"
+        )
     elif capacity is None:
         text = Text("Not known whether it fits", style="bold yellow")
-    elif plan["reasons"]:
+    elif plan.reasons:
         text = Text("Fits, but is refused", style="bold red")
     else:
         text = Text("Fits", style="bold green")
     of = "" if over else " GiB" if capacity is None else f" of {gib(capacity)} GiB"
-    each = " on each GPU" if plan["num_gpus"] > 1 else ""
+    each = " on each GPU" if plan.num_gpus > 1 else ""
     answer = (
-        f": {gib(peak['expected'])}{of} expected{each} at the peak, {PHASES[plan['peak_phase']]} "
+        f": {gib(peak['expected'])}{of} expected{each} at the peak, {PHASES[plan.peak_phase]} "
         f"({gib(peak['low'])}–{gib(peak['high'])})"
     )
     return text.append(answer, style="not bold default")
 
 
-def _print_bars(console: Console, plan: Mapping[str, Any]) -> None:
+def _print_bars(console: Console, plan: Plan) -> None:
     """One bar per phase against the capacity, all to the same scale."""
     fills = _fills(console)
     width = max(10, min(BAR, console.width - _BESIDE_BAR))
-    totals = {name: sum(terms.values()) for name, terms in plan["phases"].items()}
-    capacity = plan["capacity_gib"]
+    totals = {name: sum(terms.values()) for name, terms in plan.phases.items()}
+    capacity = plan.capacity_gib
     scale = max(*totals.values(), capacity or 0.0)
     mark = min(round(width * capacity / scale), width - (scale > capacity)) if capacity else None
-    if mark is not None:
+    if mark is not None and capacity is not None:
         label = f"{gib(capacity)} GiB"
         there = f"{label} ┐".rjust(mark + 1) if mark > len(label) else f"{'┌':>{mark + 1}} {label}"
         console.print(Text(" " * 10 + there, style="dim"))
     for phase in PHASES:
         line = Text(f"{phase:<10}")
-        bar = _bar(segments(plan["phases"][phase]), scale, width, mark, fills)
+        bar = _bar(segments(plan.phases[phase]), scale, width, mark, fills)
         number = Text(f" {gib(totals[phase]):>5} GiB")
-        if phase == plan["peak_phase"]:
+        if phase == plan.peak_phase:
             number.append(" peak")
             line.stylize("bold")
             number.stylize("bold")
@@ -133,21 +133,21 @@ def _packed(entries: list[Text], separator: str, width: int) -> Text:
     return Text("\n").join(lines)
 
 
-def _print_peak(console: Console, plan: Mapping[str, Any]) -> None:
+def _print_peak(console: Console, plan: Plan) -> None:
     """The terms of the phase that needs most, largest first."""
-    fills, phase = _fills(console), plan["peak_phase"]
+    fills, phase = _fills(console), plan.peak_phase
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column()
     table.add_column(f"At the peak, {PHASES[phase]}")
     table.add_column("GiB", justify="right", no_wrap=True)
-    terms = {name: size for name, size in plan["phases"][phase].items() if size > 0}
+    terms = {name: size for name, size in plan.phases[phase].items() if size > 0}
     for name, size in sorted(terms.items(), key=lambda term: -term[1]):
         words, family = term_of(name)
         table.add_row(fills[family], Text(words), f"{size:.2f}" if size >= 0.005 else "<0.01")
     console.print(table, highlight=False)
 
 
-def _print_facts(console: Console, plan: Mapping[str, Any]) -> None:
+def _print_facts(console: Console, plan: Plan) -> None:
     """One labelled line per fact."""
     room = console.width - len("Main memory") - 2
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -156,9 +156,9 @@ def _print_facts(console: Console, plan: Mapping[str, Any]) -> None:
     for label, words in (
         ("ZeRO", _zero(plan)),
         ("Batch", _batch(plan)),
-        ("Trains", [f"{plan['trainable_parameters']:,} parameters"]),
-        ("Main memory", _sizes(plan["host_ram_gib"], plan["host_ram"])),
-        ("Disk", _sizes(plan["disk_gib"], plan["disk"])),
+        ("Trains", [f"{plan.trainable_parameters:,} parameters"]),
+        ("Main memory", _sizes(plan.host_ram_gib, plan.host_ram)),
+        ("Disk", _sizes(plan.disk_gib, plan.disk)),
         ("Work", _work(plan)),
         ("Time", _time(plan)),
         ("Cost", _cost(plan)),
@@ -172,18 +172,18 @@ _WHY = "deepspeed=auto"
 """What the note begins with that says why a stage was taken (runner/plan/auto_values.py)."""
 
 
-def _zero(plan: Mapping[str, Any]) -> list[str]:
-    stage = STAGES.get(plan["zero_stage"], plan["zero_stage"])
-    why = [note for note in plan["notes"] if note.startswith(_WHY)]
+def _zero(plan: Plan) -> list[str]:
+    stage = STAGES.get(plan.zero_stage, plan.zero_stage)
+    why = [note for note in plan.notes if note.startswith(_WHY)]
     return "; ".join([stage, *why]).split()
 
 
-def _batch(plan: Mapping[str, Any]) -> list[str]:
-    micro, accumulation, batch = plan["micro_batch"], plan["accumulation"], plan["batch"]
-    count, (one, many) = batch // (micro * accumulation), ("GPU", "GPUs") if plan["num_gpus"] else _PROCESS
+def _batch(plan: Plan) -> list[str]:
+    micro, accumulation, batch = plan.micro_batch, plan.accumulation, plan.batch
+    count, (one, many) = batch // (micro * accumulation), ("GPU", "GPUs") if plan.num_gpus else _PROCESS
     return [
         f"{micro} × {accumulation} × {count} {one if count == 1 else many} =",
-        f"{batch} sequence{'s' * (batch != 1)} of {plan['max_length']:,} tokens a step",
+        f"{batch} sequence{'s' * (batch != 1)} of {plan.max_length:,} tokens a step",
         f"(micro batch × accumulation × {many})",
     ]
 
@@ -202,17 +202,17 @@ def _sum(total: str, parts: list[str]) -> list[str]:
     return [f"{total}:", *(f"{part}," for part in parts[:-1]), parts[-1]]
 
 
-def _work(plan: Mapping[str, Any]) -> list[str]:
-    steps, tokens, speed = plan["num_steps"], plan["tokens_total"], plan["tokens_per_second"]
+def _work(plan: Plan) -> list[str]:
+    steps, tokens, speed = plan.num_steps, plan.tokens_total, plan.tokens_per_second
     if steps is None:
         size = ["steps not known: the size of the data is not;"]
     elif tokens is None:
         size = [f"{steps:,} step{'s' * (steps != 1)};"]
     else:
         size = [f"{steps:,} step{'s' * (steps != 1)},", f"{tokens:,} tokens;"]
-    if speed is None:
+    seconds = plan.step_seconds
+    if speed is None or seconds is None:
         return [*size, "speed not known: no figures for this hardware"]
-    seconds = plan["step_seconds"]
     return [
         *size,
         f"{speed:,.0f} tokens/s,",
@@ -220,38 +220,38 @@ def _work(plan: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _time(plan: Mapping[str, Any]) -> list[str]:
-    if plan["hours"] is None:
+def _time(plan: Plan) -> list[str]:
+    if plan.hours is None:
         return [_unknown(plan)]
-    parts = {_PARTS.get(name, name): 3600 * hours for name, hours in (plan["hours_parts"] or {}).items()}
-    return _sum(duration(3600 * plan["hours"]), [f"{name} {duration(s)}" for name, s in parts.items() if s >= 0.5])
+    parts = {_PARTS.get(name, name): 3600 * hours for name, hours in (plan.hours_parts or {}).items()}
+    return _sum(duration(3600 * plan.hours), [f"{name} {duration(s)}" for name, s in parts.items() if s >= 0.5])
 
 
-def _cost(plan: Mapping[str, Any]) -> list[str]:
-    if plan["usd"] is None:
-        return [_unknown(plan) if plan["hours"] is None else "not known: no price for this hardware"]
-    rate = [f"at ${plan['usd_per_hour']:,.2f} an hour"] if plan["usd_per_hour"] is not None else []
-    source = [f"(price: {plan['price_source']})"] if plan["price_source"] else []
-    return [f"${plan['usd']:,.2f}{',' * bool(rate)}", *rate, *source]
+def _cost(plan: Plan) -> list[str]:
+    if plan.usd is None:
+        return [_unknown(plan) if plan.hours is None else "not known: no price for this hardware"]
+    rate = [f"at ${plan.usd_per_hour:,.2f} an hour"] if plan.usd_per_hour is not None else []
+    source = [f"(price: {plan.price_source})"] if plan.price_source else []
+    return [f"${plan.usd:,.2f}{',' * bool(rate)}", *rate, *source]
 
 
-def _unknown(plan: Mapping[str, Any]) -> str:
+def _unknown(plan: Plan) -> str:
     """Why there is no time."""
-    missing = "the speed of this hardware" if plan["tokens_per_second"] is None else "the number of steps"
+    missing = "the speed of this hardware" if plan.tokens_per_second is None else "the number of steps"
     return f"not known, as {missing} is not"
 
 
-def _print_notes(console: Console, plan: Mapping[str, Any]) -> None:
+def _print_notes(console: Console, plan: Plan) -> None:
     """What was assumed, then why the run is refused."""
-    notes = [note for note in plan["notes"] if not note.startswith(_WHY)]
+    notes = [note for note in plan.notes if not note.startswith(_WHY)]
     if notes:
         console.print()
     for note in notes:
         _hanging(console, "• ", note, "dim")
-    if plan["reasons"]:
+    if plan.reasons:
         console.print()
         console.print(Text("Refused", style="bold red"))
-    for reason in plan["reasons"]:
+    for reason in plan.reasons:
         _hanging(console, "• ", reason, "red")
 
 

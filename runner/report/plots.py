@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import Problem, RequestError
+from runner.plan.plan import Plan
 from runner.report.plan_terms import PHASES, gib, heading, present, segments
 
 INK, GREY, GRID, RED = "#24292f", "#6b7280", "#e6e8eb", "#c0392b"
@@ -41,8 +42,8 @@ def drawn(file: Path, width: float, height: float) -> Iterator[tuple[Any, Any]]:
         pyplot.close(figure)
 
 
-def plot_plan(plan: Mapping[str, Any], file: Path) -> None:
-    """Draw a plan (`Plan.as_dict`) into `file`: a stacked bar per phase in GiB against the capacity of one GPU.
+def plot_plan(plan: Plan, file: Path) -> None:
+    """Draw a plan into `file`: a stacked bar per phase in GiB against the capacity of one GPU.
 
     RequestError as `drawn`.
     """
@@ -63,21 +64,21 @@ def check_picture(file: Path) -> None:
         raise RequestError(Problem(what, "command line", f"mkdir -p {file.parent}"))
 
 
-def _bars(axis: Any, plan: Mapping[str, Any]) -> None:
+def _bars(axis: Any, plan: Plan) -> None:
     """One bar per phase, the first on top, and its number."""
     families = present(plan)
-    capacity, high = plan["capacity_gib"], plan["peak_gib"]["high"]
+    capacity, high = plan.capacity_gib, plan.peak_gib["high"]
     gap = 0.011 * max(high, capacity or 0.0)
     starts = dict.fromkeys(PHASES, 0.0)
     for family in families:
-        sizes = [segments(plan["phases"][phase]).get(family, 0.0) for phase in PHASES]
+        sizes = [segments(plan.phases[phase]).get(family, 0.0) for phase in PHASES]
         axis.barh(
             list(PHASES), sizes, left=list(starts.values()), height=0.62, color=family.colour, label=family.name,
             edgecolor="white", linewidth=0.6,
         )  # fmt: skip
         starts = {phase: start + size for (phase, start), size in zip(starts.items(), sizes, strict=True)}
     for row, (phase, total) in enumerate(starts.items()):
-        peak, over = phase == plan["peak_phase"], capacity is not None and total > capacity
+        peak, over = phase == plan.peak_phase, capacity is not None and total > capacity
         place = (high if peak else total) + gap
         if capacity is not None and place < capacity + gap and capacity < place + 4 * gap:
             place = capacity + gap  # else the line would go through the number
@@ -87,15 +88,15 @@ def _bars(axis: Any, plan: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
-def _capacity(axis: Any, plan: Mapping[str, Any]) -> None:
+def _capacity(axis: Any, plan: Plan) -> None:
     """The line that no bar may cross, and the room beyond it."""
-    capacity, high = plan["capacity_gib"], plan["peak_gib"]["high"]
+    capacity, high = plan.capacity_gib, plan.peak_gib["high"]
     axis.set_xlim(0, 1.1 * max(high, capacity or 0.0))
     if capacity is None:
         return
     axis.axvspan(capacity, axis.get_xlim()[1], color=RED, alpha=0.06, linewidth=0, zorder=0)
     axis.axvline(capacity, color=RED, linewidth=1.6, zorder=4)
-    whose = "per GPU" if plan["num_gpus"] > 1 else "of the GPU" if plan["num_gpus"] else "of the machine"
+    whose = "per GPU" if plan.num_gpus > 1 else "of the GPU" if plan.num_gpus else "of the machine"
     right = capacity > axis.get_xlim()[1] / 2
     axis.annotate(
         f"{gib(capacity)} GiB {whose}", (capacity, 1), xytext=(-2 if right else 2, 5), textcoords="offset points",
@@ -103,27 +104,27 @@ def _capacity(axis: Any, plan: Mapping[str, Any]) -> None:
     )  # fmt: skip
 
 
-def _range(axis: Any, plan: Mapping[str, Any]) -> None:
+def _range(axis: Any, plan: Plan) -> None:
     """From the low to the high estimate, on the phase that is the peak; nothing where its ends would touch."""
-    peak = plan["peak_gib"]
+    peak = plan.peak_gib
     if peak["high"] - peak["low"] < 0.012 * axis.get_xlim()[1]:
         return
     middle = peak["expected"]
     spread = [[max(0.0, middle - peak["low"])], [max(0.0, peak["high"] - middle)]]
     axis.errorbar(
-        [middle], [list(PHASES).index(plan["peak_phase"])], xerr=spread, fmt="none", ecolor=INK, elinewidth=1.6,
+        [middle], [list(PHASES).index(plan.peak_phase)], xerr=spread, fmt="none", ecolor=INK, elinewidth=1.6,
         capsize=5, capthick=1.6, zorder=6,
     )  # fmt: skip
 
 
-def _frame(figure: Any, axis: Any, plan: Mapping[str, Any]) -> None:
+def _frame(figure: Any, axis: Any, plan: Plan) -> None:
     """Title, legend and axes."""
-    peak, title = plan["peak_gib"], _title(plan)
+    peak, title = plan.peak_gib, _title(plan)
     figure.subplots_adjust(left=0.1, right=0.97, top=0.8, bottom=0.2)
     size = min(13.0, 13.0 * 80 / len(title))  # 80 characters are as wide as the picture
-    figure.text(0.03, 0.935, title, fontsize=size, fontweight="bold", color=INK if plan["fits"] else RED)
-    each = " on each GPU" if plan["num_gpus"] > 1 else ""
-    when = f"expected peak{each} {PHASES[plan['peak_phase']]}, between {gib(peak['low'])} and {gib(peak['high'])} GiB"
+    figure.text(0.03, 0.935, title, fontsize=size, fontweight="bold", color=INK if plan.fits else RED)
+    each = " on each GPU" if plan.num_gpus > 1 else ""
+    when = f"expected peak{each} {PHASES[plan.peak_phase]}, between {gib(peak['low'])} and {gib(peak['high'])} GiB"
     figure.text(0.03, 0.885, when[0].upper() + when[1:], fontsize=10, color=GREY)
     axis.invert_yaxis()
     axis.set_xlabel("GiB", color=GREY)
@@ -139,14 +140,14 @@ def _frame(figure: Any, axis: Any, plan: Mapping[str, Any]) -> None:
     )  # fmt: skip
 
 
-def _title(plan: Mapping[str, Any]) -> str:
+def _title(plan: Plan) -> str:
     """`Mistral 7B, full, 3 × H100, ZeRO-3: fits, 43.0 of 79.7 GiB`."""
-    expected, capacity = plan["peak_gib"]["expected"], plan["capacity_gib"]
+    expected, capacity = plan.peak_gib["expected"], plan.capacity_gib
     if capacity is None:
         return f"{heading(plan)}: {gib(expected)} GiB"
     if expected > capacity:
         return f"{heading(plan)}: does not fit, {gib(expected)} GiB where there are {gib(capacity)}"
-    answer = "fits" if plan["fits"] else "does not fit in main memory"
+    answer = "fits" if plan.fits else "does not fit in main memory"
     return f"{heading(plan)}: {answer}, {gib(expected)} of {gib(capacity)} GiB"
 
 

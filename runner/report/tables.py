@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from runner.config.provenance import Origin, flat
+from runner.plan.plan import Plan
 from runner.report.summary import metric_of
 from runner.report.text import duration
 from runner.spec import RunSpec
@@ -29,17 +30,17 @@ def headline(spec: RunSpec, where: str) -> str:
     )
 
 
-def in_one_line(plan: dict[str, Any]) -> str:
+def in_one_line(plan: Plan) -> str:
     """A plan for somebody who is about to wait for the run."""
-    capacity = f" of {plan['capacity_gib']:.1f}" if plan["capacity_gib"] else ""
-    parts = [f"{plan['peak_gib']['expected']:.1f}{capacity} GiB at the peak ({plan['peak_phase']})"]
-    if plan["zero_stage"] != "none":
-        parts.append(plan["zero_stage"])
-    parts.append(f"{plan['num_steps']:,} steps" if plan["num_steps"] else "as many steps as the data has")
-    if plan["hours"] is not None:
-        parts.append(f"about {duration(plan['hours'] * 3600)}")
-    if plan["usd"] is not None:
-        parts.append(f"${plan['usd']:.2f}")
+    capacity = f" of {plan.capacity_gib:.1f}" if plan.capacity_gib else ""
+    parts = [f"{plan.peak_gib['expected']:.1f}{capacity} GiB at the peak ({plan.peak_phase})"]
+    if plan.zero_stage != "none":
+        parts.append(plan.zero_stage)
+    parts.append(f"{plan.num_steps:,} steps" if plan.num_steps else "as many steps as the data has")
+    if plan.hours is not None:
+        parts.append(f"about {duration(plan.hours * 3600)}")
+    if plan.usd is not None:
+        parts.append(f"${plan.usd:.2f}")
     return ", ".join(parts)
 
 

@@ -52,7 +52,7 @@ def run(
         notes += disk.check_disk(spec, planned)
     except RunnerError:
         if planned is not None:
-            line = f"Plan    {in_one_line(planned.as_dict())}"
+            line = f"Plan    {in_one_line(planned)}"
             Console(stderr=True).print(line, highlight=False, soft_wrap=True)
         raise
     if not confirm_costs([(spec, planned)], launch_options, console):
@@ -164,7 +164,7 @@ def execute_in(
     say(headline(spec, shown(directory.path)))
     if planned is not None:
         directory.write("plan.json", planned.as_dict())
-        say(f"Plan    {in_one_line(planned.as_dict())}")
+        say(f"Plan    {in_one_line(planned)}")
         if planned.deepspeed is not None:
             directory.write("deepspeed.json", planned.deepspeed)
     left = [] if spec.where.name == "runpod" else inherited_ranks.inherited_rank_notes()

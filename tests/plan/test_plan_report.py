@@ -18,7 +18,7 @@ from runner.config import deepspeed_json
 from runner.errors import RequestError
 from runner.plan.autograd.tape import KINDS
 from runner.plan.choose_stage import StageSearch, allowed_stages
-from runner.plan.plan import plan_of
+from runner.plan.plan import Plan, plan_of
 from runner.plan.run_time import Facts
 from runner.report.plan_terms import FAMILIES, PHASES, TERMS, cells, heading, present, segments, term_of
 from runner.report.plan_text import print_fit, print_memory_table, print_plan
@@ -69,7 +69,7 @@ TOO_BIG = changed(
 
 def text_of(plan: dict[str, Any], width: int = 100, **console: Any) -> str:
     file = io.StringIO()
-    print_plan(Console(file=file, width=width, **({"color_system": None} | console)), plan)
+    print_plan(Console(file=file, width=width, **({"color_system": None} | console)), Plan(**plan))
     return file.getvalue()
 
 
@@ -126,7 +126,7 @@ def test_families_are_told_apart_with_and_without_colour() -> None:
 
 def test_the_first_line_answers_the_question() -> None:
     lines = text_of(PLAN).splitlines()
-    assert lines[0] == "Mistral 7B, full, 3 × H100, ZeRO-3" == heading(PLAN)
+    assert lines[0] == "Mistral 7B, full, 3 × H100, ZeRO-3" == heading(Plan(**PLAN))
     assert lines[1] == ("Fits: 43.0 of 79.7 GiB expected on each GPU at the peak, in the optimiser step (42.3–44.6)")
     assert text_of(TOO_BIG).splitlines()[1] == (
         "Does not fit in 24.0 GiB: 43.0 expected on each GPU at the peak, in the optimiser step (42.3–44.6)"
@@ -183,7 +183,7 @@ def test_one_legend_line_at_100_columns_names_all_families() -> None:
     everything["phases"]["step"] |= {"activations": 1.0, "head_and_loss": 1.0}
     (legend,) = [line for line in text_of(everything).splitlines() if "weights  ▓" in line]
     assert all(f"{family.fill} {family.name}" in legend for family in FAMILIES)
-    assert present(everything) == list(FAMILIES)
+    assert present(Plan(**everything)) == list(FAMILIES)
 
 
 def test_the_peaks_terms_come_largest_first() -> None:
@@ -249,7 +249,7 @@ def test_an_encoding_without_unicode_is_served() -> None:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")
     console = Console(file=file, width=100, color_system=None)
-    print_plan(console, TOO_BIG)
+    print_plan(console, Plan(**TOO_BIG))
     print_fit(console, ROWS, "A title")
     file.flush()
     lines = raw.getvalue().decode("ascii").splitlines()
@@ -340,10 +340,10 @@ def test_the_memory_table_breaks_no_name_at_80_columns() -> None:
 def test_the_picture_is_a_png_of_some_size_and_colour(plan: dict[str, Any], tmp_path: Path) -> None:
     from matplotlib import image
 
-    plot_plan(plan, tmp_path / "plan.png")
+    plot_plan(Plan(**plan), tmp_path / "plan.png")
     pixels = image.imread(tmp_path / "plan.png")
     assert pixels.shape[0] > 500 and pixels.shape[1] > 1000
-    for family in present(plan):
+    for family in present(Plan(**plan)):
         rgb = [int(family.colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         assert (abs(pixels[:, :, :3] - rgb).max(axis=2) < 0.01).sum() > 100, family.name
 
@@ -351,7 +351,7 @@ def test_the_picture_is_a_png_of_some_size_and_colour(plan: dict[str, Any], tmp_
 def test_the_picture_needs_a_folder_a_format_and_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def problem(file: Path) -> Any:
         with pytest.raises(RequestError) as caught:
-            plot_plan(PLAN, file)
+            plot_plan(Plan(**PLAN), file)
         return caught.value.problems[0]
 
     assert "there is no folder" in problem(tmp_path / "missing" / "plan.png").what
