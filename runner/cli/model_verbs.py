@@ -46,7 +46,7 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
 @click.option("--base", is_flag=True, help="Measure the model as it was before training.")
 @as_json_option
 @reports_errors
-def eval_(run_dir: Path, as_json: bool, **wanted: Any) -> None:
+def eval_(run_dir: Path, as_json: bool, **options: Any) -> None:
     """Measure the model of a run: held-out loss and perplexity, and benchmarks.
 
     The loss is the mean over all tokens that are learned, row by row, without packing. What was measured is also in
@@ -61,7 +61,7 @@ def eval_(run_dir: Path, as_json: bool, **wanted: Any) -> None:
     """
     from runner.runs.worker_verbs import EvaluateOptions, evaluate
 
-    sys.exit(evaluate(run_dir, EvaluateOptions(**wanted), as_json))
+    sys.exit(evaluate(run_dir, EvaluateOptions(**options), as_json))
 
 
 @click.command()

@@ -17,16 +17,16 @@ from runner.spec import ModelSpec, RunSpec
 def wrong_target_modules(spec: RunSpec) -> Problem | None:
     """A list of target modules with one that is not in a model whose layers are known, or empty; None where all is
     well. The worker would find it out after loading."""
-    wanted = getattr(spec.method, "target_modules", "all-linear")
-    if wanted == "all-linear" or spec.model.architecture is None:
+    targets = getattr(spec.method, "target_modules", "all-linear")
+    if targets == "all-linear" or spec.model.architecture is None:
         return None
     matrices = shape_of(spec.model).matrices
     linear, known = {m.name for m in matrices if m.linear}, {*(m.name for m in matrices), *OUTSIDE, *ALIASES}
-    unknown = [name for name in wanted if name.rpartition(".")[2] not in known]
-    if wanted and not unknown:
+    unknown = [name for name in targets if name.rpartition(".")[2] not in known]
+    if targets and not unknown:
         return None
-    what = f"method.target_modules=[{','.join(wanted)}]: none of them is in {spec.model.name}, and nothing would train"
-    if len(unknown) < len(wanted):
+    what = f"method.target_modules=[{','.join(targets)}]: none of them is in {spec.model.name}, and nothing would train"
+    if len(unknown) < len(targets):
         what = f"method.target_modules: {spec.model.name} has no module {', '.join(unknown)}"
     return Problem(what, None, f"choose among its linear layers: {', '.join(sorted(linear))}; or write all-linear")
 

@@ -150,22 +150,22 @@ class EvaluateOptions:
     base: bool = False
 
 
-def evaluate(run_dir: Path, wanted: EvaluateOptions, as_json: bool) -> int:
+def evaluate(run_dir: Path, options: EvaluateOptions, as_json: bool) -> int:
     """Its exit code; RequestError where there is no model, CannotRunError for benchmarks without lm-eval."""
     run = RunDir.find(run_dir)
     refuse_reward_model(run.spec)
-    if not wanted.base and not (run.path / "model").is_dir():
+    if not options.base and not (run.path / "model").is_dir():
         raise no_model_yet(run, "or measure the model as it was: --base")
-    for place, option in ((wanted.data, "--data"), (wanted.tasks_dir, "--tasks-dir")):
+    for place, option in ((options.data, "--data"), (options.tasks_dir, "--tasks-dir")):
         if place is not None and not place.exists():
             raise RequestError(Problem(f"there is no {place}", option))
-    if wanted.tasks and util.find_spec("lm_eval") is None:
+    if options.tasks and util.find_spec("lm_eval") is None:
         what = "benchmarks need lm-eval, which is not installed"
         raise CannotRunError(Problem(what, "--tasks", install("eval")))
-    report_changed_base(run, wanted.base)
-    words = ["--base"] * wanted.base + ["--json"] * as_json
+    report_changed_base(run, options.base)
+    words = ["--base"] * options.base + ["--json"] * as_json
     for option in ("data", "tasks", "tasks_dir", "limit"):
-        value = getattr(wanted, option)
+        value = getattr(options, option)
         words += [f"--{option.replace('_', '-')}", str(value)] if value is not None else []
     command = [sys.executable, "-m", MODULE, "eval", str(run.spec_file), *words]
     return subprocess.call(command, env=environment())

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from runner.spec.run import RunSpec
 
 
-WANTED = {
+ROWS_NEEDED = {
     "pretrain": "plain text",
     "dpo": "preferences: prompt, chosen, rejected",
     "orpo": "preferences: prompt, chosen, rejected",
@@ -46,8 +46,8 @@ def disagreements(spec: RunSpec) -> Iterator[str]:
     if every and (saved is None or every % saved):
         yield f"push.every_steps={every}: no checkpoint is written after every {every} steps; add train.save_every_steps={every}"
     yield from _methods(spec)
-    if spec.data.source == "commands" and name in WANTED and name != "grpo":
-        yield f"data={spec.data.name} holds questions and answers, and objective={name} needs {WANTED[name]}; {_NAME_DATA}"
+    if spec.data.source == "commands" and name in ROWS_NEEDED and name != "grpo":
+        yield f"data={spec.data.name} holds questions and answers, and objective={name} needs {ROWS_NEEDED[name]}; {_NAME_DATA}"
     if isinstance(objective, Kto) and train.micro_batch_size == 1:
         yield (
             "train.micro_batch_size=1: objective=kto estimates the KL divergence by exchanging the answers of a micro "

@@ -18,9 +18,9 @@ class LayerChoice:
 
     def select(self, num_layers: int) -> tuple[int, ...]:
         """Sorted indices among `num_layers` layers; ValueError if one does not exist."""
-        wanted = max(self.first, self.last, max(self.indices, default=-1) + 1)
-        if wanted > num_layers:
-            raise ValueError(f"the model has {num_layers} layers (0 to {num_layers - 1}), not {wanted}; {_HELP}")
+        needed = max(self.first, self.last, max(self.indices, default=-1) + 1)
+        if needed > num_layers:
+            raise ValueError(f"the model has {num_layers} layers (0 to {num_layers - 1}), not {needed}; {_HELP}")
         chosen = set(self.indices) | set(range(self.first))
         chosen |= set(range(num_layers - self.last, num_layers))
         return tuple(sorted(chosen))
