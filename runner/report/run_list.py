@@ -22,12 +22,12 @@ _WIDE = 110
 
 
 class RunRow(TypedDict):
-    """A run in a list of runs."""
+    """Row of `runs --json`."""
 
     run_id: str
     """Name of its directory."""
     state: str
-    """As in `status.json`, or `killed`."""
+    """State as in `status.json`, or `killed`."""
     model: str | None
     """Name of the model."""
     method: str | None
@@ -37,21 +37,21 @@ class RunRow(TypedDict):
     data: str | None
     """Name of the data set, or the path of a file."""
     learning_rate: float | None
-    """At its highest."""
+    """Peak learning rate."""
     step: int | None
     """Optimiser steps done."""
     num_steps: int | None
-    """Optimiser steps to do."""
+    """Optimiser steps in total."""
     loss: float | None
-    """Of the last step."""
+    """Loss of the last step."""
     exact_match: float | None
-    """Share of held-out prompts answered exactly, after training."""
+    """Share of held-out prompts answered exactly after training."""
     seconds: float | None
-    """Time spent on it so far."""
+    """Duration so far."""
     created: float | None
-    """Unix, seconds."""
+    """Creation of the directory (Unix, seconds)."""
     error: str | None
-    """Why it failed."""
+    """Error message of a failed run."""
 
 
 def run_rows(output_dir: Path) -> list[RunRow]:

@@ -1,4 +1,4 @@
-"""The JSON files of a run as records; docs/reference.md describes each key by the sentence under it."""
+"""Types of the JSON files of a run. docs/reference.md is generated from the sentence under each key."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any, Literal, TypedDict
 State = Literal[
     "created", "loading", "evaluating", "training", "saving", "done", "failed", "interrupted", "rewinding", "killed"
 ]
-"""`killed` is written nowhere: it is what a run is whose process has gone without a word."""
+"""`killed` is never written: a list of runs shows it for a run whose process has disappeared."""
 
 
 class OutOfMemory(TypedDict, total=False):
-    """`oom` in `status.json`: what was known when memory ran out."""
+    """`oom` in `status.json`: the state of memory when an allocation failed."""
 
     kind: Literal["cuda", "cpu"]
     """The memory that was short."""
     message: str
-    """Of the allocator."""
+    """The allocator's message."""
     phase: str | None
     """`load`, `forward`, `backward`, `step`, `eval`, `save`; `train` where its part is not known."""
     allocated_gib: float | None
-    """Tensors, by torch's allocator."""
+    """Memory of tensors, by torch's allocator."""
     reserved_gib: float | None
-    """What the allocator had taken of the GPU."""
+    """GPU memory reserved by the allocator."""
     resident_gib: float | None
-    """Main memory of the worker."""
+    """Resident main memory of the worker."""
     outside_gib: float | None
-    """Taken of the GPU, and not the allocator's."""
+    """GPU memory in use that is not the allocator's."""
     total_gib: float | None
     """Memory of the GPU."""
     free_gib: float | None
@@ -37,25 +37,25 @@ class Cost(TypedDict):
     """`cost` of a run in a pod, in `status.json` and `summary.json`."""
 
     usd: float
-    """All pods of the run, disks included."""
+    """Cost of all pods of the run, disks included."""
     predicted_usd: float | None
-    """As planned."""
+    """Planned cost."""
     hours: float
-    """Of the last pod."""
+    """Time on the last pod."""
     predicted_hours: float | None
-    """As planned."""
+    """Planned time."""
     usd_per_hour: float
-    """Of the last pod."""
+    """Price of the last pod."""
     gpu: str | None
-    """RunPod's id of it."""
+    """The provider's id of the GPU type."""
     cloud: str | None
-    """Secure or community."""
+    """Cloud type: secure or community."""
     pod_id: str
-    """Of the last pod."""
+    """Id of the last pod."""
 
 
 class Subject(TypedDict, total=False):
-    """What a list of runs shows of a run: it reads no specs."""
+    """Facts that a list of runs shows without reading `spec.json`."""
 
     model: str
     """Name of the model."""
@@ -66,38 +66,38 @@ class Subject(TypedDict, total=False):
     data: str
     """Name of the data set, or the path of a file."""
     learning_rate: float
-    """At its highest."""
+    """Peak learning rate."""
 
 
 class StatusFacts(Subject, total=False):
-    """What is known of a run beside its state."""
+    """Facts of a run beside its state."""
 
     pid: int | None
-    """Of the process at work; null for one in a pod."""
+    """Process id of the worker; null for a run in a pod."""
     host: str
-    """Name of the machine, or of the pod."""
+    """Host name of the machine, or the pod's name."""
     sweep: str | None
     """Id of the sweep that the run is a point of."""
     created: float
-    """When the directory was made (Unix, seconds)."""
+    """Creation of the directory (Unix, seconds)."""
     started: float | None
-    """When the worker began, this time (Unix, seconds)."""
+    """Latest start of the worker (Unix, seconds)."""
     spent: float
-    """Seconds of work by its earlier starts."""
+    """Seconds of work before the latest start."""
     step: int
-    """Optimiser steps done, at the end."""
+    """Optimiser steps done when the run ended."""
     num_steps: int
-    """Optimiser steps to do."""
+    """Optimiser steps in total."""
     when: str
-    """Of an evaluation: before or after training."""
+    """Evaluation in progress: before or after training."""
     rewinds: int
-    """How often it went back to a checkpoint."""
+    """Number of rewinds to a checkpoint."""
     exit_code: int | None
-    """Of the run, once it has ended."""
+    """Exit code of a run that has ended."""
     error: str | None
-    """Why it failed, in words."""
+    """Error message of a failed run."""
     oom: OutOfMemory | None
-    """After an out-of-memory; see below."""
+    """Details of an out-of-memory error; see below."""
 
 
 class Status(StatusFacts, total=False):
@@ -106,80 +106,80 @@ class Status(StatusFacts, total=False):
     run_id: str
     """Name of the directory."""
     state: State
-    """Where the run stands; see **States**."""
+    """Current state; see **States**."""
     born: str | None
-    """Boot and clock tick at which the process began: tells it from a later one with its number."""
+    """Boot id and clock tick of the process's start, which identify it when process ids are reused."""
     updated: float
-    """When this was written (Unix, seconds)."""
+    """Time of this record (Unix, seconds)."""
     cost: Cost
-    """Of a run in a pod; see below."""
+    """Cost of a run in a pod; see below."""
 
 
 class HeartbeatError(TypedDict):
-    """Why a process of a run failed."""
+    """`error` in `logs/rank<k>.json`."""
 
     what: str
-    """In words."""
+    """Error message."""
     problems: list[dict[str, Any]]
-    """Each with what, source and remedy; empty for an error that nobody has put into words."""
+    """Problems with `what`, `source` and `remedy`; empty for an unexpected error."""
     exit_code: int
-    """Of the process."""
+    """Exit code of the process."""
 
 
 class Heartbeat(TypedDict, total=False):
-    """`logs/rank<k>.json`: a process of a run, by itself."""
+    """`logs/rank<k>.json`: the heartbeat of a process."""
 
     rank: int
-    """Its number among all of the run."""
+    """Global rank."""
     pid: int
-    """On its machine."""
+    """Process id on its machine."""
     host: str
-    """Name of its machine."""
+    """Host name of its machine."""
     state: Literal["alive", "done", "failed", "interrupted"]
-    """`alive` until its last word."""
+    """`alive` until the process reports its end."""
     phase: str
-    """What it is at."""
+    """Current phase."""
     step: int
     """Optimiser steps done."""
     count: int
-    """Signs of life so far."""
+    """Number of heartbeats."""
     beat: float
-    """The last of them (Unix, seconds)."""
+    """Time of the latest heartbeat (Unix, seconds)."""
     ended: float
-    """When it said its last word (Unix, seconds)."""
+    """Time of the reported end (Unix, seconds)."""
     born: str | None
-    """Boot and clock tick at which the process began."""
+    """Boot id and clock tick of the process's start."""
     error: HeartbeatError
-    """Of one that failed."""
+    """Error of a failed process; see below."""
     agreed: bool
-    """All processes were interrupted together, after a step."""
+    """True where all processes were interrupted together, after a step."""
 
 
 class MetricsLine(TypedDict, total=False):
     """A line of `metrics.jsonl`: one optimiser step."""
 
     step: int
-    """From 1."""
+    """Step number, from 1."""
     epoch: float
-    """Passes over the data so far."""
+    """Epochs done."""
     loss: float
-    """Of the step's batch."""
+    """Training loss of the batch."""
     grad_norm: float
-    """Before clipping."""
+    """Gradient norm before clipping."""
     learning_rate: float
-    """Of this step."""
+    """Learning rate of the step."""
     tokens_per_second: float
-    """Every position computed, padding included."""
+    """Positions computed per second, padding included."""
     effective_tokens_per_second: float
-    """Positions that hold a token."""
+    """Positions that hold a token, per second."""
     step_seconds: float
-    """From its first forward to the optimiser."""
+    """Duration of the step."""
     memory_gib: float
-    """Allocated on a GPU, resident on a CPU."""
+    """Memory allocated on a GPU, resident on a CPU."""
     time: float
-    """Unix, seconds."""
+    """Time of the line (Unix, seconds)."""
     skipped: bool
-    """True where the loss jumped and a micro batch was not learned from; `loss` is what was measured."""
+    """True where the loss spiked and a micro batch was skipped; `loss` is the measured one."""
 
 
 class EvalLine(TypedDict, total=False):
@@ -188,18 +188,18 @@ class EvalLine(TypedDict, total=False):
     step: int
     """Optimiser steps done."""
     loss: float
-    """Mean per token, held out."""
+    """Held-out loss, mean per token."""
     time: float
-    """Unix, seconds."""
+    """Time of the line (Unix, seconds)."""
 
 
 class TrainSummary(TypedDict):
     """`train` in `summary.json`."""
 
     loss_first: float
-    """Of the first step."""
+    """Loss of the first step."""
     loss_last: float
-    """Of the last step."""
+    """Loss of the last step."""
     steps: int
     """Optimiser steps."""
     examples: int
@@ -207,22 +207,22 @@ class TrainSummary(TypedDict):
     tokens: int
     """Tokens trained on."""
     tokens_per_second: float
-    """Every position computed, padding included."""
+    """Positions computed per second, padding included."""
     effective_tokens_per_second: float
-    """Positions that hold a token."""
+    """Positions that hold a token, per second."""
     seconds: float
-    """All steps."""
+    """Duration of all steps."""
     trainable_parameters: int
-    """Of the model as it trained."""
+    """Parameters that were trained."""
     total_parameters: int
-    """Adapters included."""
+    """Parameters in total, adapters included."""
 
 
 class EvalSummary(TypedDict):
     """`eval` in `summary.json`."""
 
     num_prompts: int
-    """Held-out prompts that were answered."""
+    """Number of held-out prompts answered."""
     before: dict[str, Any]
     """`loss` (mean per token, held out), `exact_match` (0 to 1), `num_exact`, `num_prompts`, the objective's own."""
     after: dict[str, Any]
@@ -235,9 +235,9 @@ class Summary(TypedDict, total=False):
     run_id: str
     """Name of the directory."""
     state: Literal["done"]
-    """A run that ended otherwise has no summary."""
+    """Always `done`: other runs have no summary."""
     exit_code: int
-    """0."""
+    """Always 0."""
     model: str
     """Name of the model."""
     method: str
@@ -249,16 +249,16 @@ class Summary(TypedDict, total=False):
     data: str
     """Name of the data set."""
     train: TrainSummary
-    """See below."""
+    """Record below."""
     eval: EvalSummary
-    """See below."""
+    """Record below."""
     seconds: float
-    """The whole run, over all its starts."""
+    """Duration of the run, over all its starts."""
     peak_memory_gib: float
-    """Reserved on a GPU, resident on a CPU."""
+    """Peak memory: reserved on a GPU, resident on a CPU."""
     model_dir: str
-    """Where the model is."""
+    """Folder of the trained model."""
     plan: dict[str, Any]
     """Predicted against measured, where there is a `plan.json`; see below."""
     cost: Cost
-    """Of a run in a pod."""
+    """Cost of a run in a pod."""
