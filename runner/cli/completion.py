@@ -51,12 +51,12 @@ _PATHS = (
     "recipe", "run.output_dir",
 )  # fmt: skip
 _STARTS = (".yaml", ".yml", ".json")
-"""What a run starts from: a recipe, or the spec of another run."""
+"""Start of a run: a recipe, or the spec of another run."""
 
 
 @dataclass(frozen=True)
 class Verb:
-    """What may follow a verb."""
+    """Completions of a verb."""
 
     options: tuple[str, ...]
     arguments: tuple[str, ...]
@@ -64,7 +64,8 @@ class Verb:
 
 
 def answer(request: str, line: str, verbs: Mapping[str, Verb]) -> str:
-    """What `-sc install=SHELL` or `-sc query=SHELL` prints; `verbs` are the command line's, `pods stop` among them."""
+    """Print the answer to `-sc install=SHELL` or `-sc query=SHELL`; `verbs` are the command line's, `pods stop` among
+    them."""
     what, _, shell = request.partition("=")
     if what not in ("install", "query") or shell not in SCRIPTS:
         shells = ", ".join(f"install={name}" for name in SCRIPTS)
@@ -73,7 +74,7 @@ def answer(request: str, line: str, verbs: Mapping[str, Verb]) -> str:
 
 
 def candidates(line: str, verbs: Mapping[str, Verb]) -> list[str]:
-    """What the last word of `line` may become (an empty one after a space): sorted, whole words."""
+    """Completions of the last word of `line` (an empty one after a space): sorted, whole words."""
     typed = [re.sub(r"\\(.)", r"\1", word) for word in re.findall(r"(?:\\.|\S)+", line)]
     word = "" if line[-1:].isspace() or not typed else typed.pop()
     program = next((i for i, w in enumerate(typed) if Path(w).name == "runner"), -1)

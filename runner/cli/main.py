@@ -116,7 +116,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """What was typed, done; the process ends with its exit code."""
+    """Run the command line; the process ends with its exit code."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # the look for some reads all packages: 15 ms
     try:
         os.getcwd()

@@ -156,7 +156,7 @@ _MEANT = {
     "sync": "fetch", "download": "fetch", "tail": "logs", "convert": "export", "fuse": "merge", "help": "--help",
     "version": "--version",
 }  # fmt: skip
-"""What other tools call our verbs."""
+"""Names of our verbs in other tools."""
 
 
 def stray(word: str, first: bool = False) -> Problem:

@@ -64,7 +64,7 @@ def s3() -> dict[str, str]:
 
 
 def _hub_file() -> Key | None:
-    """What `hf auth login` has written (huggingface_hub/constants.py, HF_TOKEN_PATH)."""
+    """The token that `hf auth login` has written (huggingface_hub/constants.py, HF_TOKEN_PATH)."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     file = Path(os.path.expandvars(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token"))).expanduser()
     try:
@@ -75,7 +75,7 @@ def _hub_file() -> Key | None:
 
 
 def _netrc() -> Key | None:
-    """What `wandb login` has written."""
+    """The key that `wandb login` has written."""
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].partition(":")[0]
     try:
         entry = netrc.netrc().authenticators(host)

@@ -100,7 +100,7 @@ def _trainer(words: dict[str, int]) -> str | None:
 
 
 def _here(word: str, trainer: str) -> str | None:
-    """What a key of another trainer is called here, or why it is not needed."""
+    """Our name of another trainer's key, or why it is not needed."""
     if word in NONE:
         return f"leave it out: {NONE[word]}"
     if word == "stage" and "LLaMA-Factory" in trainer:  # sft, dpo, …; elsewhere it is ZeRO's

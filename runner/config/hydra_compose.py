@@ -79,7 +79,7 @@ def _folders(request: Request, primary: Primary) -> tuple[Path, ...]:
 
 
 def merge(checked: Checked, primary: Primary) -> tuple[DictConfig, Mapping[str, str | None]]:
-    """What the files and words say together, and the choice of each group."""
+    """Merge files and words; the config, and the choice of each group."""
     if found := _without_hydra(checked, primary):
         return found.config, found.defaults.overrides.known_choices
     with hydra_over(checked.request, primary) as hydra:

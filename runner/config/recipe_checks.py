@@ -72,7 +72,7 @@ def recipe_problems(file: Path, folders: tuple[Path, ...]) -> list[Problem]:
 def _baseless(
     file: Path, choices: list[tuple[yaml.Node, yaml.Node]], node: yaml.MappingNode, folders: tuple[Path, ...]
 ) -> list[Problem]:
-    """What a recipe without `config` in its defaults list is to begin with, and each choice that stands elsewhere."""
+    """Problems of a recipe without `config` in its defaults list, and of each choice that stands elsewhere."""
     found, lines = [], []
     outside = [(key, value) for key, value in node.value if isinstance(value, yaml.ScalarNode)]
     for key, value in [*choices, *((k, v) for k, v in outside if k.value in catalog.GROUPS)]:
@@ -159,7 +159,7 @@ def no_choice(group: str, name: str, names: tuple[str, ...], place: str) -> Prob
 
 
 def _meant(group: str, name: str) -> str | None:
-    """What is no name of a choice and has one meaning: a Hub id, a file, a stage."""
+    """The meaning of a word that names no choice: a Hub id, a file, a stage."""
     path = re.search(r"[/.]", name) is not None and not name.endswith((".yaml", ".yml"))
     if group == "model" and (path or Path(name).is_dir()):
         return f"model=hub model.id={name}"
@@ -185,7 +185,7 @@ def _meant(group: str, name: str) -> str | None:
 
 
 def _problems_of_entry(key: yaml.Node, choice: yaml.Node, file: str, folders: tuple[Path, ...]) -> Iterator[Problem]:
-    """What is wrong with `override /group: choice`."""
+    """Problems of `override /group: choice`."""
     place = f"{file}:{key.start_mark.line + 1}"
     group = group_of(key.value)
     if group.startswith("hydra/") or not isinstance(choice, yaml.ScalarNode):
@@ -219,7 +219,8 @@ def group_of(key: str) -> str:
 
 
 def _overruled(file: Path, entries: list[yaml.Node], choices: Choices, sets: bool) -> Iterator[Problem]:
-    """What a defaults list names and Hydra passes over: a second choice of a group, values that stand before a base."""
+    """Entries of a defaults list that Hydra passes over: a second choice of a group, values that stand before a
+    base."""
     first: dict[str, tuple[str, int]] = {}
     for key, choice in choices:
         group, line = group_of(key.value), key.start_mark.line + 1

@@ -29,7 +29,7 @@ COMMAND_LINE = "command line"
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for, before anything is read."""
+    """A request as typed, before anything is read."""
 
     recipe: str | None = None
     """Name of a recipe, or path of a YAML file; None means `conf/config.yaml`."""
@@ -40,7 +40,7 @@ class Request:
     spec_file: Path | None = None
     """A resolved run to repeat, instead of a recipe: a finished `spec.json`, or YAML as `show` prints it."""
     problems: tuple[Problem, ...] = ()
-    """What is wrong with other words that were typed, to be told with the rest."""
+    """Problems of other words that were typed, told with the rest."""
     exchange: tuple[str, ...] = ()
     """Groups whose choice may be another one than in `spec_file`."""
 
@@ -71,7 +71,7 @@ class Checked:
         return [for_hydra(override) for override in self.overrides]
 
     def without_sweeps(self) -> Checked:
-        """What all points of a sweep share."""
+        """The request that all points of a sweep share."""
         fixed = tuple(o for o in self.overrides if not o.is_sweep_override())
         varied = {o.key_or_group for o in self.overrides if o.is_sweep_override()}
         return replace(self, overrides=fixed, unsure=self.unsure | varied)
@@ -266,7 +266,8 @@ def _how_to_quote(text: str) -> str:
 
 
 def as_typed(key: str, value: str) -> str:
-    """What to type into a shell so that `key` gets the text `value`, or a list of it where it takes nothing else."""
+    """The word to type into a shell so that `key` gets the text `value`, or a list of it where it takes nothing
+    else."""
     text = value.replace("${", "\\${")  # else it would be an interpolation
     word = quoted(text, '"')
     if takes_list(key) and value.startswith("[") and value.endswith("]") and len(value) > 2:

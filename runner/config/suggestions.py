@@ -42,7 +42,7 @@ def default_of(key: str) -> Any:
 
 
 def allowed_words(key: str) -> list[str]:
-    """What may be written after `key=` where only certain words may: `auto`, `true`, `cosine`."""
+    """Words allowed after `key=` where only some are: `auto`, `true`, `cosine`."""
     return [word for annotation in _annotations().get(key, []) for word in _words(annotation)]
 
 

@@ -68,7 +68,7 @@ def problems_of(
 
 
 def value_of(spec: RunSpec, key: str) -> Any:
-    """What `spec` holds under a dotted key; RequestError where there is no such key."""
+    """The value of `spec` under a dotted key; RequestError where there is no such key."""
     value: Any = spec.model_dump(mode="json")
     steps = key.split(".")
     for step in steps:
@@ -127,7 +127,7 @@ def _explain(
 
 
 def _rule(key: str, detail: ErrorDetails, source_of: SourceOf, unsure: frozenset[str]) -> list[Problem]:
-    """What a rule of our own in the schema says: one problem per line, its remedy after a semicolon."""
+    """Problems from a rule of our own in the schema: one per line, its remedy after a semicolon."""
     if not key and any(k in RunSpec.model_fields for k in unsure):
         return []  # a rule across parts, one of which is not the one that was meant
     found = []
@@ -150,7 +150,7 @@ _NEAREST = {"greater_than_equal": "ge", "less_than_equal": "le"}
 
 
 def _instead(key: str, detail: ErrorDetails, source: str | None) -> str:
-    """What to write for a value of the wrong kind, or out of bounds."""
+    """Remedy for a value of the wrong type, or out of bounds."""
     kind, value, leaf = detail["type"], detail["input"], key.rpartition(".")[2]
     in_file = source is not None and source != "command line"
     if kind == "string_type" and isinstance(value, (bool, int, float)):  # YAML and Hydra have read it as one

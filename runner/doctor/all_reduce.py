@@ -23,7 +23,7 @@ LIMIT_S = 180.0
 ENDING_S = 45.0
 """torchrun ends its workers on SIGTERM, and kills them after 30 s."""
 SLOW = 0.5
-"""Of the bandwidth that plans count on: below it, something is wrong with the link or its settings."""
+"""Share of the bandwidth that plans count on: below it, something is wrong with the link or its settings."""
 
 
 def bandwidth_finding(machine: Machine, target: DoctorTarget | None, limit_s: float = LIMIT_S) -> Finding:

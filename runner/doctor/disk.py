@@ -20,7 +20,7 @@ from runner.spec import Pretrain, RunInfo, RunSpec
 LITTLE, NOTHING = 10.0, 0.5
 """GiB free, where no run is named: less than a 7B model with what comes out of it; less than the demo run."""
 TIGHT = 0.9
-"""Of what is free, for a run: what others write meanwhile, and logs, are not in the plan."""
+"""Share of the free space for a run: what others write meanwhile, and logs, are not in the plan."""
 
 
 @dataclass
@@ -30,9 +30,9 @@ class Folder:
     title: str
     path: Path
     setting: str
-    """What moves it elsewhere."""
+    """The key or variable that moves it elsewhere."""
     terms: tuple[str, ...]
-    """Of the plan's disk: what of it lies here."""
+    """Terms of the plan's disk that lie here."""
     needed_gib: float = 0.0
 
 

@@ -24,13 +24,13 @@ class Finding:
     """One check and what came of it."""
 
     name: str
-    """What was looked at: `driver`, `disk`, `HF_TOKEN`."""
+    """Subject of the check: `driver`, `disk`, `HF_TOKEN`."""
     state: State
     """The worst decides the exit code."""
     found: str
     """In one line."""
     remedy: str | None = None
-    """What to do about it; None where there is nothing to do."""
+    """Remedy; None where there is nothing to do."""
     facts: dict[str, Any] = field(default_factory=dict)
     """The same in numbers, units in their names: for `--json`."""
 

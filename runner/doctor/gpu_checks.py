@@ -170,7 +170,8 @@ def _judged(card: Card, target: DoctorTarget | None) -> Finding:
 
 
 def _short(card: Card, target: DoctorTarget | None) -> str | None:
-    """What a run needs of this card and others hold; None where it is enough, or nothing to do with others."""
+    """Memory that a run needs on this card and other processes hold; None where it is enough, or nothing to do with
+    others."""
     if target is None or not target.here or target.plan is None or target.spec.hw.accelerator != "cuda":
         return None
     if card.index >= target.spec.hw.num_gpus or card.used_gib is None or card.used_gib <= IN_USE:
@@ -192,7 +193,7 @@ def _together(cards: list[Card]) -> Finding:
 
 
 def _peers(seen: Seen, machine: Machine) -> Finding:
-    """Whether cards read each other's memory; GeForce RTX cards do not, whatever a driver says."""
+    """Cards read each other's memory; GeForce RTX cards do not, whatever a driver says."""
     env = detect.resolve(HardwareSpec(name="local", accelerator="detect"), machine).env
     if "NCCL_P2P_DISABLE" in env:
         names = " and ".join(sorted({card.gpu.name for card in seen.cards}))

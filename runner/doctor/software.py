@@ -55,7 +55,7 @@ def software_findings(machine: Machine, driver: Driver | None, target: DoctorTar
 
 
 def requirements() -> dict[str, Requirement]:
-    """What this version asks for, by name: its own and those of `train`, for this Python and system."""
+    """Requirements of this version, by name: its own and those of `train`, for this Python and system."""
     lines = _of_checkout() or metadata.requires(PROJECT) or []
     found = {}
     for line in lines:
@@ -139,7 +139,7 @@ def _torch(torch: Torch, machine: Machine, driver: Driver | None) -> Finding:
 
 
 def _attention() -> Finding:
-    """Of GPUs that could: whether `train.attention=auto` is FlashAttention here."""
+    """FlashAttention on GPUs that could use it: what `train.attention=auto` means here."""
     version = kernels.flash_attn()
     if version is not None:
         return Finding("attention", "ok", f"flash-attn {version}", None, {"flash_attn": version})
@@ -148,8 +148,8 @@ def _attention() -> Finding:
 
 
 def _compilers(torch: Torch | None, *, needed: bool) -> Iterator[Finding]:
-    """What DeepSpeed builds its kernels with when it first offloads to NVMe, or by a user's own JSON. Never more than a
-    note: with the JSONs of this project nothing is built for main memory."""
+    """Tools with which DeepSpeed builds its kernels when it first offloads to NVMe, or by a user's own JSON. Never more
+    than a note: with the JSONs of this project nothing is built for main memory."""
     compiler = next(
         (tool for tool in (os.environ.get("CXX"), "c++", "g++", "clang++") if tool and shutil.which(tool)), None
     )

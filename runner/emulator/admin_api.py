@@ -52,7 +52,7 @@ def router(world: World) -> APIRouter:
 
     @api.post("/balance")
     def balance(body: Json) -> Json:
-        """What the account was given in all; it may be less than what is billed already."""
+        """Set the total of the account's deposits; it may be less than what is billed already."""
         world.settings.balance_usd = float(body["usd"])
         return {"usd": world.settings.balance_usd, "billed_usd": world.billed()}
 

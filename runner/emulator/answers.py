@@ -25,7 +25,7 @@ class ApiProblem(Exception):
         return {**found, "errors": self.errors} if self.errors else found
 
     def headers(self) -> dict[str, str]:
-        """What goes with it."""
+        """HTTP headers."""
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
 

@@ -27,7 +27,7 @@ class Gpu:
     stock: str
 
     def usd_per_hour(self, cloud: str) -> float:
-        """Of one GPU."""
+        """Price of one GPU."""
         return self.secure_usd if cloud == "SECURE" else self.community_usd
 
 

@@ -79,7 +79,7 @@ def _list(query: Mapping[str, str], name: str) -> list[str]:
 
 
 def _asked(query: Mapping[str, str]) -> Json | None:
-    """What availability is asked for; None where it is not. 400 for half a question."""
+    """The availability that is asked for; None where it is not. 400 for half a question."""
     if not query.get("include"):
         if stray := [name for name in ONLY_WITH_AVAILABILITY if name in query]:
             raise ApiProblem(400, f"{', '.join(stray)}: valid only with include=AVAILABILITY")

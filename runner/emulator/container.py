@@ -96,7 +96,8 @@ def _own_etc(folder: Path, hostname: str) -> None:
 
 
 def _sshd_config(port: int, places: Places) -> str:
-    """Of a server that knows one user, by key. Only the path is set for commands: the variables are not, as there."""
+    """Configuration of a server with one user, by key. Only the path is set for commands: the variables are not, as
+    there."""
     keys = f"{places.home}/.ssh/authorized_keys"
     return f"""Port {port}
 ListenAddress 127.0.0.1
@@ -135,7 +136,7 @@ def sshd() -> str | None:
 
 @cache
 def namespaces() -> bool:
-    """Whether this process may do all that a pod of its own namespaces takes: tried with one that does nothing."""
+    """This process may do all that a pod of its own namespaces takes: tried with one that does nothing."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         return False
     with tempfile.TemporaryDirectory() as folder:

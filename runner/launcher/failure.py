@@ -120,7 +120,7 @@ def _of_several(run: RunDir, spec: RunSpec, ending: Ending, killer: Callable[[],
 
 
 def torchrun_problem(run: RunDir, ending: Ending, name: str) -> Problem:
-    """What torchrun left in its log where no process has said anything."""
+    """The error in torchrun's log, where no process has reported one."""
     log = run.path / "logs" / name
     cause = cause_of(_tail(log))
     what = cause.what if cause else f"torchrun ended with exit code {ending.code}"
@@ -129,7 +129,7 @@ def torchrun_problem(run: RunDir, ending: Ending, name: str) -> Problem:
 
 
 def failed(run: RunDir, sign: Heartbeat) -> RunnerError:
-    """What a process said that failed, as an error."""
+    """The error that a failed process reported."""
     error, rank = sign["error"], sign["rank"]
     log = run.path / "logs" / f"rank{rank}.log"
     if error["problems"]:  # in our own words
@@ -166,7 +166,7 @@ def again(run: RunDir) -> str:
 
 
 def first_hand(sign: Heartbeat) -> bool:
-    """Whether a process failed by itself, and did not only lose another one."""
+    """The process failed by itself, and did not only lose another one."""
     if sign["state"] != "failed":
         return False
     return bool(sign["error"]["problems"]) or not SECONDARY.search(sign["error"]["what"])

@@ -41,7 +41,7 @@ def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def inherited_rank_notes() -> list[str]:
-    """What was found, and what says it instead."""
+    """Notes on variables that were found, and on the keys that replace them."""
     found = sorted(name for name in os.environ if _PLACES.fullmatch(name))
     if not found:
         return []

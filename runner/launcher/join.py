@@ -146,7 +146,7 @@ def _speak(run: RunDir, ending: supervisor.Ending, own: range, node: int, by_ker
 
 
 def _error(run: RunDir, own: range) -> RunnerError:
-    """What went wrong first, here or elsewhere."""
+    """The first error, here or on another machine."""
     said = [*(s for s in supervisor.signs(run, own) if s["state"] == "failed"), *supervisor.elsewhere(run, own)]
     said = [s for s in said if s["state"] == "failed"]
     if not said:

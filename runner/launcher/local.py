@@ -29,7 +29,7 @@ def check(spec: RunSpec, launch_options: LaunchOptions = DEFAULT_OPTIONS) -> Non
 
 
 def check_here(spec: RunSpec) -> None:
-    """What concerns this machine and this version: also of one that joins a run."""
+    """Refuse what this machine or this version cannot run; also called by a machine that joins a run."""
     reason = detect.why_not_here(spec.hw) if isinstance(spec.where, LocalPlace) else None
     if spec.hw.name == "local" and spec.hw.accelerator == "cpu":
         _check_gpus()

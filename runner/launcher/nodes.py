@@ -30,7 +30,7 @@ CARRIED = ("PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "RUNNER_CACHE")
 machine's own environment, and never in an argument list."""
 PROBE_SECONDS = 60.0
 LEAVE_SECONDS = 15.0
-"""What the others have to end by themselves after a run that ended well, and then when they are told to."""
+"""Seconds for the other machines to end by themselves after a successful run, and after a signal."""
 BROKEN_SECONDS = 3.0
 """The same after any other end, which they may not have noticed: they may still wait to meet."""
 SSH_FAILED = 255

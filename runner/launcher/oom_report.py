@@ -41,7 +41,7 @@ class Suggestion:
     """A change that would have made the run fit."""
 
     words: str
-    """What to add on the command line."""
+    """Words to add on the command line."""
     gib: float
     """Peak with it, by the plan."""
 
@@ -53,7 +53,7 @@ class OomReport:
     memory: Literal["gpu", "main"]
     """Which memory was short."""
     killer: Killer | None
-    """Who sent SIGKILL; None where the worker's own allocator refused."""
+    """Sender of SIGKILL; None where the worker's own allocator failed."""
     phase: str | None
     """`load`, `forward`, `backward`, `step`, `eval`, `save`, or `train` where the step's part is not known."""
     step: int
@@ -62,13 +62,13 @@ class OomReport:
     """The largest of the phase's, but for what no choice makes smaller."""
     dominant_gib: float | None
     phase_gib: float | None
-    """What was predicted for the phase."""
+    """Memory predicted for the phase."""
     predicted_gib: float | None
     """Predicted for the peak of the run."""
     capacity_gib: float | None
-    """What the plan counted on."""
+    """Capacity that the plan assumed."""
     held_gib: float | None
-    """What the run is known to have held, the CUDA context included."""
+    """Memory held by the run, as far as known, the CUDA context included."""
     others_gib: float | None
     """Taken of the GPU by other processes."""
     message: str | None
@@ -116,7 +116,7 @@ def report(run: RunDir, spec: RunSpec, killer: Killer | None = None) -> RunFaile
 
 
 def _planned(plan: Mapping[str, Any], phase: str | None, in_host_ram: bool) -> dict[str, Any]:
-    """What the plan says of the phase; of main memory, where a run on GPUs ran out of that."""
+    """Prediction of the plan for the phase; for main memory, where a run on GPUs ran out of that."""
     names = ("plan_phase", "dominant_term", "dominant_gib", "phase_gib", "predicted_gib", "capacity_gib")
     if not plan:
         return dict.fromkeys(names)
@@ -133,7 +133,7 @@ def _planned(plan: Mapping[str, Any], phase: str | None, in_host_ram: bool) -> d
 def _held(
     oom: OutOfMemory, memory: str, plan: Mapping[str, Any], on_gpu: bool, lines: Sequence[MetricsLine]
 ) -> tuple[float | None, float | None]:
-    """What the run held, and what other processes held of its GPU."""
+    """Memory held by the run, and by other processes on its GPU."""
     if memory == "gpu" and oom.get("reserved_gib") is not None:
         terms = plan["phases"][plan["peak_phase"]] if plan else {}
         own = terms.get("process", 0.0) + terms.get("collectives", 0.0)
@@ -217,7 +217,7 @@ def _suggestion(change: Change, spec: RunSpec, options: StageSearch, planned: Ma
 
 
 def _sentence(facts: Mapping[str, Any], spec: RunSpec) -> str:
-    """What happened, in one line."""
+    """The failure in one line."""
     short = "out of GPU memory" if facts["memory"] == "gpu" else "out of main memory"
     parts = [_ENDS[facts["killer"]] if facts["killer"] else short]
     when = f"it happened {_PHASE_WORDS[facts['phase']]}" if facts["phase"] else "it is not known in which phase"
@@ -235,7 +235,7 @@ def _sentence(facts: Mapping[str, Any], spec: RunSpec) -> str:
 
 
 def _remedy(run: RunDir, spec: RunSpec, facts: Mapping[str, Any], found: list[Suggestion]) -> str:
-    """What to do, as a command where there is one."""
+    """The remedy, as a command where there is one."""
     again = f"python -m runner {shlex.quote(shown(run.spec_file))}"
     if facts["memory"] == "main" and spec.hw.accelerator == "cuda":
         offload = "no offloading, " if facts["dominant_term"] == "offloaded" else ""

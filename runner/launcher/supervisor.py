@@ -34,7 +34,7 @@ SAME_SECONDS = 0.2
 GAP_SECONDS = 10.0
 """Two looks that lie so far apart: this machine, or this process, was suspended. Otherwise they are 0.5 s apart."""
 STACK_SECONDS = 1.0
-"""What SIGUSR1 needs to write the stacks."""
+"""Time that SIGUSR1 needs to write the stacks."""
 SLOW = 4
 """Loading and saving show no sign of life in between: they may take so many times longer. So may Python starting, but
 never less than the machines may take to meet."""
@@ -45,7 +45,7 @@ right after, it may name the second."""
 
 
 class Process(Protocol):
-    """What can be watched: a `subprocess.Popen`, or a worker that another process has forked (warm_workers.py)."""
+    """A process to watch: a `subprocess.Popen`, or a worker that another process has forked (warm_workers.py)."""
 
     @property
     def pid(self) -> int:
@@ -76,7 +76,7 @@ class Ending:
     interrupted: bool = False
     """A signal came before there was a worker to hand it to, or a second time."""
     lost: Problem | None = None
-    """What became of another machine, if that is why all were ended."""
+    """The failure of another machine, where that ended all processes."""
 
 
 def signs(run: RunDir, own: range | None = None) -> list[Heartbeat]:

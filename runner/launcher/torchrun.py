@@ -50,7 +50,7 @@ def start(
 
 
 def command(run: RunDir, spec: RunSpec, node: int = 0) -> list[str]:
-    """What to execute on machine number `node`. A rewound run meets under another id, so that no machine joins what
+    """The command for machine number `node`. A rewound run meets under another id, so that no machine joins what
     another is still leaving.
     """
     rewinds = run.read("rewinds.json").get("count", 0)

@@ -1,4 +1,4 @@
-"""What this machine has, found without torch, and whether a named hardware can be had here.
+"""Detects this machine's hardware without torch, and whether it can stand for a named one.
 
 A machine without a GPU is read in a few milliseconds, from `/proc`, `/sys` and the driver's device
 files alone; its GPUs come from `gpus.py`.
@@ -46,7 +46,7 @@ _FROM_CATALOGUE = (
 
 @dataclass(frozen=True)
 class Machine:
-    """What this process may use."""
+    """Hardware that this process may use."""
 
     gpus: tuple[Gpu, ...]
     """GPUs that `CUDA_VISIBLE_DEVICES` leaves visible, in its order."""
@@ -79,7 +79,7 @@ class Machine:
 
     @property
     def remarks(self) -> list[str]:
-        """What is there and not used, and why."""
+        """Hardware that is present and not used, and why."""
         said = [str(one) for one in self.unusable]
         if self.num_hidden_gpus and not self.gpus:
             hidden = "the only GPU" if self.num_hidden_gpus == 1 else f"all {self.num_hidden_gpus} GPUs"
@@ -236,7 +236,7 @@ def _gpu_facts(machine: Machine, num_gpus: int) -> dict[str, Any]:
 
 
 def _catalogued(gpu: str) -> dict[str, Any]:
-    """What `conf/hw` knows of a GPU by its exact name; nothing for one it does not have."""
+    """Facts of a GPU in `conf/hw` by its exact name; empty for an unknown one."""
     for name in catalog.options("hw"):
         values = catalog.load("hw", name)
         if values.get("gpu") == gpu:

@@ -66,7 +66,7 @@ class Unusable:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found, `CUDA_VISIBLE_DEVICES` aside."""
+    """GPUs that were found, `CUDA_VISIBLE_DEVICES` aside."""
 
     by_index: tuple[tuple[Gpu, ...], ...] = ()
     """In the order of bus addresses: the GPU itself, its MIG slices, or nothing for one that does not answer."""

@@ -11,7 +11,7 @@ from runner.errors import Problem, RequestError
 from runner.spec import HardwareSpec
 
 PORT = 29500
-"""Of the rendezvous where `hw.rendezvous` names none: torchrun's and DeepSpeed's default."""
+"""Port of the rendezvous where `hw.rendezvous` names none: torchrun's and DeepSpeed's default."""
 # The name goes to ssh: one that begins with a dash would be an option of it.
 _LINE = re.compile(r"([A-Za-z0-9_][^\s=]*)\s+slots=(\d+)")
 
@@ -21,7 +21,7 @@ class Host:
     """One line."""
 
     name: str
-    """What ssh is called with: a host name, an address, a name of ~/.ssh/config, or user@one."""
+    """Argument of ssh: a host name, an address, a name of ~/.ssh/config, or user@one."""
     slots: int
     """Processes on it: its GPUs."""
     place: str

@@ -44,7 +44,7 @@ def without_flash_attention(spec: RunSpec) -> RunSpec:
 
 
 def liger(spec: RunSpec) -> bool:
-    """Whether Liger's kernels are on: as asked, else on a GPU where some for the model are installed."""
+    """Liger's kernels are on: as asked, else on a GPU where some for the model are installed."""
     if spec.train.liger != "auto":
         return spec.train.liger
     return spec.hw.accelerator == "cuda" and has_liger() and has_liger_for(spec.model.architecture)
@@ -76,8 +76,8 @@ def compiles_kernels(spec: RunSpec) -> bool:
 
 
 def no_compiler() -> tuple[str, str] | None:
-    """What Triton lacks to build the launcher of a kernel (`triton/runtime/build.py`: CC, else gcc, else clang), and
-    what to do about it; None where nothing is missing."""
+    """The part that Triton lacks to build the launcher of a kernel (`triton/runtime/build.py`: CC, else gcc, else
+    clang), and what to do about it; None where nothing is missing."""
     named = os.environ.get("CC")
     if named and shutil.which(named) is None:
         return f"CC={named}, with which Triton compiles its kernels, is not there", "unset CC, or name a C compiler"

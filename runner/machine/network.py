@@ -16,7 +16,7 @@ def split(endpoint: str) -> tuple[str, int]:
 
 
 def is_own(host: str) -> bool:
-    """Whether the name or address is this machine's: one that is not cannot be bound to (bind(2), EADDRNOTAVAIL)."""
+    """The name or address is this machine's: one that is not cannot be bound to (bind(2), EADDRNOTAVAIL)."""
     for family, kind, protocol, _, address in _resolved(host):
         with suppress(OSError), socket.socket(family, kind, protocol) as trial:
             trial.bind(address)

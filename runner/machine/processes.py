@@ -44,9 +44,10 @@ class OomKills:
     """The kernel's counts at one moment; None where they cannot be read."""
 
     group: int | None
-    """Of this process's control group, in which the worker is, too: memory.events, memory.oom_control in version 1."""
+    """Count of this process's control group, in which the worker is, too: memory.events, memory.oom_control in version
+    1."""
     machine: int | None
-    """Of the whole machine, outside of this container as well: `oom_kill` in /proc/vmstat."""
+    """Count of the whole machine, outside of this container as well: `oom_kill` in /proc/vmstat."""
 
 
 def oom_kills(root: Path = Path("/")) -> OomKills:
@@ -55,7 +56,7 @@ def oom_kills(root: Path = Path("/")) -> OomKills:
 
 
 def killer(before: OomKills, after: OomKills) -> Killer:
-    """Who sent SIGKILL between the two moments. A count of the group says it for certain."""
+    """The sender of SIGKILL between the two moments. A count of the group says it for certain."""
     if before.group is not None and after.group is not None:
         return "kernel" if after.group > before.group else "somebody else"
     if before.machine is not None and after.machine == before.machine:

@@ -77,7 +77,7 @@ def driver(root: Path = Path("/")) -> Driver | None:
 
 
 def module_version(root: Path) -> str | None:
-    """Of the kernel module that is loaded."""
+    """Version of the loaded kernel module."""
     try:
         text = (root / _MODULE).read_text("utf-8", errors="replace")
     except OSError:
@@ -100,7 +100,7 @@ def _from_smi() -> str | None:
 
 
 def why_not(torch: Torch, gpus: Sequence[Gpu], driver: Driver | None) -> tuple[str, str] | None:
-    """What keeps this build from these GPUs, and what to do about it; None where nothing does."""
+    """The reason why this build cannot use these GPUs, with its remedy; None where it can."""
     if torch.cuda is None:
         remedy = "install a CUDA build (without an extra index for CPU builds): pytorch.org/get-started/locally"
         return "which does not see the GPUs", remedy

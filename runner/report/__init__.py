@@ -1,1 +1,1 @@
-"""What people read: tables, bars, plots, error texts, and lines that survive a closed terminal."""
+"""Output for people: tables, bars, plots, error texts, and lines that survive a closed terminal."""

@@ -15,7 +15,7 @@ from runner.report.text import ascii_fallback, duration
 from runner.rundir.directory import all_runs
 
 MEASURES = {"peak_gib": "memory", "tokens_per_second": "speed", "seconds": "time"}
-"""What is predicted, by its key in the part `plan` of `summary.json`, and in a word."""
+"""Predicted measures, by their key in the part `plan` of `summary.json`, and in a word."""
 CLOSE = 0.10
 """A median error up to this is called right: what a choice between two GPUs can bear. An assumption."""
 MANY = 10

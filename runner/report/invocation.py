@@ -59,7 +59,7 @@ def install(extra: str) -> str:
 
 
 def requirements(extra: str) -> list[str]:
-    """What an extra lists, for this platform, as pip takes it; empty where the project is not installed."""
+    """Requirements of an extra, for this platform, as pip takes it; empty where the project is not installed."""
     from importlib import metadata  # 10 ms, for a message only
 
     from packaging.requirements import Requirement

@@ -35,7 +35,7 @@ GPU_MEMORY = re.compile(
     r"((\w+_)?ALLOC(ATION)?_FAILED|NOT_INITIALIZED|INSUFFICIENT_RESOURCES)",
     re.IGNORECASE,
 )
-"""What libraries say when a GPU's memory is full: few of them raise torch's own error."""
+"""Messages of libraries when a GPU's memory is full: few of them raise torch's own error."""
 PINNED_MEMORY = re.compile(
     r"pin(ned)?[_ ]memory|cudaHost(Alloc|Register)|CUDA host alloc|HOST_ALLOCATION_FAILED", re.IGNORECASE
 )
@@ -163,7 +163,7 @@ SECONDARY = re.compile(
     r"remote end(point)? (closed|hung)|nccl communicator was aborted|SIGTERM|recv.*failed|Connection refused",
     re.IGNORECASE,
 )
-"""What a process says that lost another one: not the cause."""
+"""Messages of a process that lost another one: not the cause."""
 
 
 def cause_of(words: str) -> Cause | None:

@@ -9,7 +9,7 @@ from runner.rundir.directory import RunDir
 from runner.rundir.records import Summary
 
 MEASURES = ("reward_margin", "reward")
-"""What is drawn below the loss: the first that a run has."""
+"""Metrics drawn below the loss: the first that a run has."""
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9822b", "#8a8f98"
 
 
@@ -56,7 +56,7 @@ def plot_loss(run: RunDir, summary: Summary) -> None:
 
 
 def _draw_measure(axis: Any, name: str, lines: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]) -> None:
-    """What the objective is after, besides its loss."""
+    """Draw the objective's metric."""
     steps, values = zip(*((line["step"], line[name]) for line in lines if name in line), strict=True)
     axis.plot(steps, values, color=BLUE, alpha=0.35, linewidth=1)
     axis.plot(steps, running_mean(list(values)), color=BLUE, linewidth=2)

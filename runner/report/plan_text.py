@@ -169,7 +169,7 @@ def _print_facts(console: Console, plan: Plan) -> None:
 
 _PROCESS = ("process", "processes")
 _WHY = "deepspeed=auto"
-"""What the note begins with that says why a stage was taken (runner/plan/auto_values.py)."""
+"""Beginning of the note that says why a stage was taken (runner/plan/auto_values.py)."""
 
 
 def _zero(plan: Plan) -> list[str]:
@@ -242,7 +242,7 @@ def _unknown(plan: Plan) -> str:
 
 
 def _print_notes(console: Console, plan: Plan) -> None:
-    """What was assumed, then why the run is refused."""
+    """Print assumptions, then the reasons for a refusal."""
     notes = [note for note in plan.notes if not note.startswith(_WHY)]
     if notes:
         console.print()

@@ -78,7 +78,7 @@ def _whole(value: float | None) -> str:
 
 
 def print_gpus(console: Console, rows: Sequence[Mapping[str, Any]], cloud: str | None) -> None:
-    """What can be rented now."""
+    """Print the GPUs for rent."""
     wide = console.width >= 140
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column("GPU id", overflow="fold")

@@ -24,11 +24,11 @@ WIDE = 100
 
 
 INDENT = " " * 8
-"""Of the words after a note's label, such as `Trains  `."""
+"""Column of the words after a note's label, such as `Trains  `."""
 
 
 class Progress:
-    """What the worker tells while it works; on a terminal with one bar per stage, a stage within a stage below it."""
+    """Progress of a worker; on a terminal with one bar per stage, a stage within a stage below it."""
 
     def __init__(self, console: Console, log: Console | None = None) -> None:
         self.console = console

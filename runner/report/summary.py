@@ -83,7 +83,7 @@ def metric_of(summary: Mapping[str, object], key: str) -> float:
 
 
 def print_summary(console: Console, summary: Summary, run: RunDir) -> None:
-    """What was trained, before → after, how long, where it is, and what to type next."""
+    """Print what was trained, before → after, how long, where it is, and what to type next."""
     train, measured = summary["train"], summary["eval"]
     before, after = measured["before"], measured["after"]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -17,7 +17,7 @@ from runner.spec import RunSpec
 
 
 def headline(spec: RunSpec, where: str) -> str:
-    """What is about to run, in three lines."""
+    """The run that is about to start, in three lines."""
     train, hw = spec.train, spec.hw
     machine = f"{hw.num_gpus} × {hw.gpu or hw.name}" if hw.accelerator == "cuda" else f"CPU, {hw.num_cpus} cores"
     size = f", {spec.model.num_parameters / 1e9:,.2f} B parameters" if spec.model.num_parameters else ""

@@ -19,7 +19,7 @@ _ASCII = str.maketrans("│┐┌×–—…•→’·█━", "|++x--.*>'.#=")
 
 @contextmanager
 def ascii_fallback(console: Console) -> Iterator[None]:
-    """What is printed meanwhile is spelt in ASCII where the console's encoding is not Unicode."""
+    """Print in ASCII where the console's encoding is not Unicode."""
     if not console.options.ascii_only:
         yield
         return

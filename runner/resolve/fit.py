@@ -250,7 +250,7 @@ def table_cell(base: RunSpec, model: ModelSpec, method: dict[str, Any], micro_ba
 
 _HELD_METHODS = {"full, bf16 weights": "full", "LoRA, rank 16": "lora", "QLoRA, 4 bits": "qlora4"}
 _USABLE = 0.95
-"""Of a GPU's memory: the rest is the driver's, and room for fragments."""
+"""Usable share of a GPU's memory: the rest is the driver's, and room for fragments."""
 
 
 class GpuRow(TypedDict):

@@ -24,7 +24,7 @@ from runner.spec.unused import unused
 
 @dataclass
 class Resolution:
-    """What the steps of one resolution share."""
+    """State that the steps of one resolution share."""
 
     requested: RunSpec
     """The run as it was composed."""
@@ -35,7 +35,7 @@ class Resolution:
     """They are asked for as well, and done without where the Hub cannot be reached."""
     place_is_chosen: bool = False
     notes: list[str] = field(default_factory=list)
-    """What the user should know of it."""
+    """Notes for the user."""
 
 
 Step = Callable[[RunSpec, Resolution], RunSpec]
@@ -117,7 +117,7 @@ def size_pod(spec: RunSpec, resolution: Resolution) -> RunSpec:
 
 
 FACTS: tuple[Step, ...] = (detect_hardware, read_hostfile, choose_attention, read_deepspeed_json, add_model_facts)
-"""What is looked up; every `auto` stays open."""
+"""Steps that look facts up; every `auto` stays open."""
 STEPS: tuple[Step, ...] = (*FACTS, choose_place, check_rules, check_workspace, choose_stage_and_batch, size_pod)
 """From a composed run to a resolved one, in this order."""
 
@@ -149,7 +149,7 @@ def _apply(steps: Iterable[Step], spec: RunSpec, resolution: Resolution) -> RunS
 
 
 def _packages_of_pod(requested: RunSpec, ready: RunSpec) -> list[str]:
-    """What a pod has and has not, where the run could use it."""
+    """Notes on packages that the run could use and a pod has, or lacks."""
     if ready.where.name != "runpod":
         return []
     could = requested.train.attention == "auto" and ready.hw.flash_attention and ready.train.precision != "fp32"

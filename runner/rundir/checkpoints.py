@@ -42,7 +42,7 @@ def complete(run: RunDir) -> list[int]:
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """What `seal` noted besides the files: step, processes, metric; empty for a marker that cannot be read."""
+    """Facts that `seal` noted besides the files: step, processes, metric; empty for a marker that cannot be read."""
     try:
         content = json.loads((path / MARKER).read_text("utf-8"))
     except (OSError, ValueError):
@@ -63,7 +63,7 @@ def seal(path: Path, noted: dict[str, Any]) -> None:
 
 
 def damage(path: Path, *, content: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, a line per file; empty if it is whole. `content=False` compares sizes only."""
+    """Damage of a checkpoint, a line per file; empty if it is whole. `content=False` compares sizes only."""
     listed = facts(path).get("files")
     if not isinstance(listed, dict):
         return [f"{MARKER} is missing or cannot be read"]
@@ -100,7 +100,7 @@ def newest(run: RunDir, say: Callable[[str], None] = lambda line: None) -> int |
 
 
 def interrupted(run: RunDir) -> InterruptedRun:
-    """What a signal has ended that nobody had to finish anything for, in words: what there is to go on from."""
+    """The error of a run that a signal ended at once: names the checkpoint to resume from."""
     done = complete(run)
     if not done:
         return InterruptedRun("interrupted before there was anything to save")

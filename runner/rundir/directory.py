@@ -30,7 +30,7 @@ YAML_FILE = "training.yaml"
 """The same values as `spec.json`."""
 
 PHASE_OF_STATE = {"loading": "load", "evaluating": "eval", "training": "train", "saving": "save"}
-"""What a plan calls them; `train` is its forward, backward and step."""
+"""Names of the states in a plan; `train` is its forward, backward and step."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def name_of(spec: RunSpec) -> str:
 
 
 def facts_of(spec: RunSpec) -> Subject:
-    """What `runs` shows of a run: kept in `status.json`, as a list of a thousand runs reads no specs."""
+    """Facts of a run that `runs` shows: kept in `status.json`, as a list of a thousand runs reads no specs."""
     data = spec.data
     return {
         "model": spec.model.name,
@@ -256,7 +256,7 @@ def birth(pid: Any) -> str | None:
 
 
 def alive(pid: Any, born: str | None = None) -> bool:
-    """Whether such a process, which was `born` then, is at work on this machine. A zombie is not: in a container whose
+    """The process `pid`, which was `born` then, runs on this machine. A zombie is not: in a container whose
     first process does not collect orphans it stays for ever."""
     try:
         os.kill(int(pid), 0)

@@ -21,7 +21,7 @@ class LaunchOptions:
     pool: Pool | None = None
     """The pods of the sweep that the run is a point of."""
     warm: WarmWorkers | None = None
-    """What starts the runs of a sweep on this machine, one after the other."""
+    """Warm workers that start the runs of a sweep on this machine, one after the other."""
 
 
 DEFAULT_OPTIONS = LaunchOptions()

@@ -20,8 +20,8 @@ _held: set[int] = set()
 
 @contextmanager
 def owned(run: RunDir) -> Iterator[None]:
-    """Nobody else starts or resumes `run` until the block ends, or longer: until the last process that inherited the
-    lock is gone, should this one be killed. RequestError where somebody has it.
+    """Own `run`: no other process starts or resumes it until the block ends, or longer: until the last process that
+    inherited the lock is gone, should this one be killed. RequestError where somebody has it.
 
     Without a lock where the disk has none (some network file systems): then process numbers have to do.
     """

@@ -16,12 +16,12 @@ KINDS = (
 
 
 def what_else(mode: int) -> str:
-    """What something is that is neither a folder nor a plain file; empty for those."""
+    """The kind of a special file; empty for a folder or a plain file."""
     return next((what for test, what in KINDS if test(mode)), "")
 
 
 def special_files(folder: Path) -> list[tuple[Path, str]]:
-    """What below a folder, or in its place, is neither folder nor plain file, and what it is."""
+    """Special files below a folder, or in its place, each with its kind."""
     try:
         if what := what_else(os.lstat(folder).st_mode):
             return [(folder, what)]

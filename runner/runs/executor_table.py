@@ -22,7 +22,7 @@ class Executor(Protocol):
     def confirm(
         self, asked: Sequence[tuple[RunSpec, dict[str, Any]]], launch_options: LaunchOptions, console: Console
     ) -> bool:  # fmt: skip
-        """Whether the user agrees to what these runs cost, given their plans; True where they cost nothing."""
+        """Ask the user to agree to the cost of these runs, given their plans; True where they cost nothing."""
 
     def execute(self, run: RunDir, spec: RunSpec, *, quiet_stdout: bool, launch_options: LaunchOptions) -> Outcome:
         """Run `spec` in its directory to its end. `quiet_stdout` keeps standard output for JSON."""

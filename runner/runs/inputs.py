@@ -78,7 +78,7 @@ def _files(spec: RunSpec) -> Iterator[Problem]:
 
 
 def _pretraining(spec: RunSpec) -> Iterator[Problem]:
-    """What a pod would look for in vain, and nobody sends."""
+    """Paths that a pod would need and that are not sent."""
     objective, place = spec.objective, spec.where
     if not isinstance(objective, Pretrain) or not isinstance(place, RentedPlace):
         return
@@ -110,7 +110,7 @@ def _unreadable(path: str, key: str, spec: RunSpec) -> Problem | None:
 
 
 def _missing(path: str, key: str, spec: RunSpec) -> Problem | None:
-    """What is wrong with a path of this machine; None for what may be there."""
+    """The problem with a path of this machine; None for one that is right."""
     place = Path(path).expanduser()
     if is_url(path) or place.exists():
         return None

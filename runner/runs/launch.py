@@ -100,7 +100,7 @@ def _resume(
 
 
 def plan_or_refuse(spec: RunSpec, notes: list[str], composed: RunSpec) -> Plan | None:
-    """What the run needs and takes, before anything is made; CannotRunError for what does not fit or costs too much.
+    """Plan the run before anything is made; CannotRunError for what does not fit or costs too much.
 
     `composed` is the run as it was asked for, from which the refusal works out what would fit.
 
@@ -177,7 +177,7 @@ def execute_in(
 
 
 def _waits_for(directory: RunDir, spec: RunSpec) -> list[str]:
-    """What to type on the other machines, where nobody does it by ssh."""
+    """The command to type on the other machines, where they are not started by ssh."""
     if spec.hw.num_nodes == 1 or spec.hw.hostfile:
         return []
     word = f"cd {shlex.quote(os.getcwd())} && python -m runner join {shlex.quote(shown(directory.path))}"
@@ -188,7 +188,7 @@ def _waits_for(directory: RunDir, spec: RunSpec) -> list[str]:
 def confirm_costs(
     asked: Sequence[tuple[RunSpec, Plan | None]], launch_options: LaunchOptions, console: Console
 ) -> bool:
-    """What is rented for these runs is said with its price, and agreed to."""
+    """Show what is rented for these runs with its price, and ask for agreement."""
     renting = [(spec, plan.as_dict() if plan else {}) for spec, plan in asked if spec.where.name == "runpod"]
     return not renting or executor_of(renting[0][0]).confirm(renting, launch_options, console)
 

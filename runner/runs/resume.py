@@ -26,7 +26,8 @@ FREE = ("hw.", "deepspeed.", "where.", "push.", "track.", "run.", "eval.", "trai
         "train.save_every_", "train.keep_checkpoints", "train.hang_minutes", "train.micro_batch_size",
         "train.accumulation_steps", "train.gradient_checkpointing", "train.attention", "train.liger",
         "train.on_loss_spike", "train.spike_factor")  # fmt: skip
-"""What may differ from the first part of the run: where and how it is computed, how long, what is kept and shown."""
+"""Keys that may differ from the first part of the run: where and how it is computed, how long, what is kept and
+shown."""
 
 
 FORMS = {
@@ -173,7 +174,8 @@ def _batch(spec: RunSpec) -> int:
 
 
 def _check_idle(run: RunDir) -> None:
-    """Nobody may be at work on it, also without the lock (rundir/lock.py): torchrun's ranks do not inherit it."""
+    """Refuse a run with a live process, also one without the lock (rundir/lock.py): torchrun's ranks do not inherit
+    it."""
     status, state, here = run.status, run.state(), socket.gethostname()
     busy = [sign for sign in signs(run) if sign["state"] == "alive" and alive(sign["pid"], sign.get("born"))]
     if busy:

@@ -47,11 +47,11 @@ METRICS = (
     "eval.num_prompts", "seconds", "peak_memory_gib",
 )  # fmt: skip
 OPEN_METRICS = ("plan.", "cost.", "eval.after.reward_", "eval.before.reward_")
-"""What comes beside a plan or a pod, and what reward functions of one's own are called."""
+"""Prefixes of metrics of plans and pods, and of a user's own reward functions."""
 
 
 def unknown_metric(key: str) -> Problem | None:
-    """What is wrong with `run.metric`: with a name that no run writes, a sweep would be a table of dashes."""
+    """The problem with `run.metric`: with a name that no run writes, a sweep would be a table of dashes."""
     if key in METRICS or key.startswith(OPEN_METRICS):
         return None
     near = nearest(key, METRICS)

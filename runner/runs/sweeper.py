@@ -30,7 +30,7 @@ Task = Callable[[RunSpec | RunnerError, int], float]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What `-m` asks for."""
+    """The points that `-m` asks for."""
 
     request: Request
     """With `hydra.sweeper.params` of the files among its words: a key is judged the same wherever it stands."""
@@ -39,7 +39,7 @@ class Sweep:
     searches: bool = False
     """The sweeper chooses its points as it goes: an HPO sweeper such as Optuna's."""
     direction: Any = None
-    """Of an HPO sweeper: minimize or maximize; None where it has none."""
+    """Direction of an HPO sweeper: minimize or maximize; None where it has none."""
     places: dict[str, str] = field(default_factory=dict)
     """File and line of each key of `hydra.sweeper.params`."""
 
@@ -103,7 +103,7 @@ def read_sweep(request: Request) -> Sweep:
 
 
 def misdirected(sweep: Sweep, run: RunSpec) -> Problem | None:
-    """What is wrong with the direction of an HPO sweeper: it would look for the worst runs."""
+    """The problem with the direction of an HPO sweeper: it would look for the worst runs."""
     if sweep.direction is None:
         return None
     if not isinstance(sweep.direction, str) and not hasattr(sweep.direction, "name"):
@@ -117,7 +117,7 @@ def misdirected(sweep: Sweep, run: RunSpec) -> Problem | None:
 
 
 def task_overrides() -> list[str]:
-    """What was typed for the point of a sweep that is running now."""
+    """Words of the point of a sweep that is running now."""
     from hydra.core.hydra_config import HydraConfig
 
     return [o.lstrip("+") for o in HydraConfig.get().overrides.task]
@@ -133,7 +133,7 @@ def parallel_jobs() -> int:
 
 @dataclass(frozen=True)
 class _Each:
-    """What Hydra calls for one point; picklable, for launchers that use processes."""
+    """The task function that Hydra calls for one point; picklable, for launchers that use processes."""
 
     task: Task
     texts: dict[str, str]
@@ -167,7 +167,8 @@ def _launch(hydra: Hydra, name: str, words: list[str], each: _Each, chosen: Sequ
 
 
 def _settings(request: Request) -> tuple[DictConfig | dict[str, Any], dict[str, str]]:
-    """Of Hydra's sweeper, and where its `params` are written; nothing where neither a recipe nor a word names one."""
+    """Settings of Hydra's sweeper, and where its `params` are written; nothing where neither a recipe nor a word names
+    one."""
     named = any(_key(word).startswith(("hydra", "recipe")) for word in request.overrides)
     if request.spec_file or not (request.recipe or named):
         return {}, {}
@@ -201,7 +202,7 @@ def _grid(request: Request) -> list[Request]:
 
 
 def _candidates(request: Request) -> list[Request]:
-    """What an HPO sweeper may choose, one key at a time: the ends of each range, and all choices."""
+    """The points that an HPO sweeper may choose, one key at a time: the ends of each range, and all choices."""
     base, overrides = _parsed(request)
     words = [[f"{o.get_key_element()}={value}" for value in dict.fromkeys(_values(o))] for o in overrides]
     first = tuple(of_key[0] for of_key in words)

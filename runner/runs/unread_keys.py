@@ -24,7 +24,7 @@ _ARITHMETIC = (
 )  # fmt: skip
 """Change neither memory nor time nor money."""
 _CARDS = ("data.num_rows", "data.num_eval_rows", "data.bytes_per_row")
-"""What a data set's card states: for who does not read the rows."""
+"""Facts of a data set's card, for verbs that do not read the rows."""
 UNREAD = {
     "run": _OF_SWEEPS,
     "plan": (*_ARITHMETIC, "run.*", "track"),

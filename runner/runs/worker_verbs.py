@@ -35,7 +35,7 @@ ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
 
 
 def environment() -> dict[str, str]:
-    """What a process finds that is no run: one, wherever another launcher placed this one."""
+    """Environment of a single process, without the rank variables of another launcher."""
     return {**ENVIRONMENT, **inherited_ranks.without_ranks(os.environ)}
 
 
@@ -139,7 +139,7 @@ def refuse_reward_model(spec: RunSpec) -> None:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What to measure."""
+    """Options of `eval`."""
 
     data: Path | None = None
     """Rows, if not the run's held-out ones."""
