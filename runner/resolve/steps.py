@@ -113,7 +113,7 @@ def choose_stage_and_batch(spec: RunSpec, resolution: Resolution) -> RunSpec:
 
 def size_pod(spec: RunSpec, resolution: Resolution) -> RunSpec:
     """Decide the disks and the deadline of a pod from the plan."""
-    return plan_inputs.with_disks_and_deadline(spec) if spec.where.name == "runpod" else spec
+    return plan_inputs.with_disks_and_deadline(spec)
 
 
 FACTS: tuple[Step, ...] = (detect_hardware, read_hostfile, choose_attention, read_deepspeed_json, add_model_facts)

@@ -12,6 +12,7 @@ from runner.config.request import Request
 from runner.errors import RequestError
 from runner.plan.auto_values import EAGER_UP_TO, resolve
 from runner.plan.choose_stage import MAX_MICRO_BATCH
+from runner.resolve import steps
 from runner.spec import RunSpec
 from tests.support.front import here, laptop, spec_of
 
@@ -134,3 +135,23 @@ def _undecided(gpus: int, **train: int) -> RunSpec:
     spec = _on_h100()
     changes = {"hw": spec.hw.model_copy(update={"num_gpus": gpus}), "train": spec.train.model_copy(update=train)}
     return spec.model_copy(update=changes)
+
+
+def test_a_request_is_resolved_by_its_steps_in_order_and_validated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    kept = steps.validated
+    monkeypatch.setattr(steps, "validated", lambda *given: seen.append("validated") or kept(*given))
+
+    def told(step: steps.Step) -> steps.Step:
+        def run(spec: RunSpec, resolution: steps.Resolution) -> RunSpec:
+            seen.append(step.__name__)
+            return step(spec, resolution)
+
+        return run
+
+    monkeypatch.setattr(steps, "STEPS", tuple(told(step) for step in steps.STEPS))
+    steps.resolve(compose(Request()))
+    assert seen == [
+        "detect_hardware", "read_hostfile", "choose_attention", "read_deepspeed_json", "add_model_facts",
+        "choose_place", "check_rules", "validated", "check_workspace", "choose_stage_and_batch", "size_pod",
+    ]  # fmt: skip

@@ -157,3 +157,14 @@ def test_a_zombie_is_not_alive() -> None:
     finally:
         child.wait()
     assert alive(os.getpid()) and not alive(None)
+
+
+def test_a_spec_that_somebody_has_broken_is_told_by_its_key(spec: RunSpec) -> None:
+    run = RunDir.create(spec)
+    assert RunDir.find(Path(run.id)).path == Path("runs") / run.id and run.spec == spec
+    run.write("spec.json", {**run.read("spec.json"), "train": {"max_stepz": 3}})
+    with pytest.raises(RequestError, match=r"unknown key train\.max_stepz"):
+        _ = run.spec
+    with pytest.raises(RequestError, match=f"there is no run {run.id[:-1]}") as caught:
+        RunDir.find(Path(run.id[:-1]))
+    assert caught.value.problems[0].remedy == f"did you mean runs/{run.id}?"
