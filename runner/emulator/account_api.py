@@ -8,11 +8,10 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from runner.emulator import catalog
-from runner.emulator.answers import ApiProblem, not_found, page
+from runner.emulator.answers import ApiProblem, Json, not_found, page
 from runner.emulator.pod_creation import config_of
 from runner.emulator.state import World, new_id
 
-Json = dict[str, Any]
 TEMPLATE_DEFAULTS = {
     "serverless": False, "public": False, "category": "NVIDIA", "startSsh": True, "startJupyter": True,
     "allowedCudaVersions": [],

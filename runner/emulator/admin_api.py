@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from fastapi import APIRouter, Response
 
-from runner.emulator.answers import ApiProblem
+from runner.emulator.answers import ApiProblem, Json
 from runner.emulator.faults import KINDS, Fault
 from runner.emulator.state import World
-
-Json = dict[str, Any]
 
 
 def router(world: World) -> APIRouter:

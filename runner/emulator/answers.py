@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
+Json = dict[str, Any]
+"""A JSON object."""
 MEDIA_TYPE = "application/problem+json"
 
 
@@ -18,10 +20,10 @@ class ApiProblem(Exception):
         self.retry_after = retry_after
         super().__init__(f"{status} {detail}")
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> Json:
         """The body."""
         title = {422: "Unprocessable Entity"}.get(self.status) or HTTPStatus(self.status).phrase
-        found: dict[str, Any] = {"title": title, "status": self.status, "detail": self.detail}
+        found: Json = {"title": title, "status": self.status, "detail": self.detail}
         return {**found, "errors": self.errors} if self.errors else found
 
     def headers(self) -> dict[str, str]:
@@ -34,12 +36,12 @@ def not_found(what: str) -> ApiProblem:
     return ApiProblem(404, f"{what} not found")
 
 
-def page(name: str, entries: Sequence[Any], cursor: str | None, size: int) -> dict[str, Any]:
+def page(name: str, entries: Sequence[Any], cursor: str | None, size: int) -> Json:
     """`{name: [entries of the page], "pagination": …}`; a cursor says how many came before."""
     start = _start(cursor)
     end = start + size
     more = end < len(entries)
-    pagination: dict[str, Any] = {"hasNextPage": more}
+    pagination: Json = {"hasNextPage": more}
     if more:
         pagination["nextCursor"] = base64.urlsafe_b64encode(f"after:{end}".encode()).decode()
     return {name: list(entries[start:end]), "pagination": pagination}

@@ -6,16 +6,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from fastapi import APIRouter, Request
 
-from runner.emulator.answers import ApiProblem
+from runner.emulator.answers import ApiProblem, Json
 from runner.emulator.pods import Pod
 from runner.emulator.settings import stamp
 from runner.emulator.state import World
 
-Json = dict[str, Any]
 BUCKET_S = {"hour": 3600.0, "day": 86_400.0, "week": 604_800.0, "month": 2_592_000.0, "year": 31_536_000.0}
 """A month of 30 days and a year of 365: the emulator has no calendar."""
 DEFAULT_S = 30 * 86_400.0

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import yaml
+
+from runner.emulator.answers import Json
 
 HOURS_PER_MONTH = 730.0
 
@@ -58,9 +59,9 @@ class DataCenter:
 
 
 @cache
-def content() -> dict[str, Any]:
+def content() -> Json:
     """The file as it stands."""
-    read: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("catalog.yaml").read_text("utf-8"))
+    read: Json = yaml.safe_load(Path(__file__).with_name("catalog.yaml").read_text("utf-8"))
     return read
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi import APIRouter, Request
 
 from runner.emulator import catalog
-from runner.emulator.answers import ApiProblem, not_found, page
+from runner.emulator.answers import ApiProblem, Json, not_found, page
 from runner.emulator.catalog import Cpu, DataCenter, Gpu
 from runner.emulator.state import World
 
-Json = dict[str, Any]
 ONLY_WITH_AVAILABILITY = ("product", "count", "cloud", "countryCodes", "cudaVersions", "minCudaVersion", "vcpuCount")
 
 

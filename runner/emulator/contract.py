@@ -16,6 +16,8 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
+from runner.emulator.answers import Json
+
 FILE = Path(__file__).with_name("contract.json")
 METHODS = ("get", "post", "put", "patch", "delete")
 UNSERVED = re.compile(r"/v2/(clusters|registries|billing(?!/pods)|serverless/.*/(workers|releases))\b")
@@ -32,16 +34,16 @@ class Operation:
     """RunPod's operationId, such as `createPod`."""
     pattern: re.Pattern[str]
     method: str
-    body: dict[str, Any] | None
+    body: Json | None
     """Schema of the request body, if there is one."""
-    query: dict[str, dict[str, Any]]
+    query: dict[str, Json]
     """Query parameter → its schema."""
 
 
-def reduced(document: dict[str, Any]) -> dict[str, Any]:
+def reduced(document: Json) -> Json:
     """Of an OpenAPI document what the emulator serves: path → method → operation, body and query schemas; and the
     schemas these refer to."""
-    paths: dict[str, Any] = {}
+    paths: Json = {}
     for path, item in document["paths"].items():
         for method in METHODS:
             if method not in item or UNSERVED.match(path) or (method, path) in UNSERVED_METHODS:
@@ -52,12 +54,12 @@ def reduced(document: dict[str, Any]) -> dict[str, Any]:
             query = {p["name"]: _bare(p["schema"]) for p in parameters if p["in"] == "query"}
             entry = {"operation": operation["operationId"], "body": _bare(body) if body else None, "query": query}
             paths.setdefault(path, {})[method] = entry
-    needed: dict[str, Any] = {}
+    needed: Json = {}
     _collect(paths, document["components"]["schemas"], needed)
     return {"paths": paths, "components": {"schemas": dict(sorted(needed.items()))}}
 
 
-def _followed(parameter: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
+def _followed(parameter: Json, document: Json) -> Json:
     reference = parameter.get("$ref")
     return document["components"]["parameters"][reference.rpartition("/")[2]] if reference else parameter
 
@@ -70,7 +72,7 @@ def _bare(schema: Any, is_properties: bool = False) -> Any:
     return [_bare(item) for item in schema] if isinstance(schema, list) else schema
 
 
-def _collect(part: Any, schemas: dict[str, Any], needed: dict[str, Any]) -> None:
+def _collect(part: Any, schemas: Json, needed: Json) -> None:
     if isinstance(part, dict):
         reference = part.get("$ref")
         name = reference.rpartition("/")[2] if isinstance(reference, str) else None
@@ -101,8 +103,8 @@ def _pattern(path: str) -> re.Pattern[str]:
 
 
 @cache
-def _components() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(FILE.read_text("utf-8"))["components"]
+def _components() -> Json:
+    content: Json = json.loads(FILE.read_text("utf-8"))["components"]
     return content
 
 
@@ -121,7 +123,7 @@ def query_errors(operation: Operation, query: dict[str, str]) -> list[str]:
     ]
 
 
-def _typed(schema: dict[str, Any], text: str) -> Any:
+def _typed(schema: Json, text: str) -> Any:
     """A query parameter's text as the type that its schema asks for."""
     if schema.get("type") == "integer":
         return int(text) if re.fullmatch(r"-?\d+", text) else text
@@ -130,7 +132,7 @@ def _typed(schema: dict[str, Any], text: str) -> Any:
     return text.split(",") if schema.get("type") == "array" else text
 
 
-def _errors(schema: dict[str, Any], value: Any) -> list[str]:
+def _errors(schema: Json, value: Any) -> list[str]:
     validator = Draft202012Validator({**schema, "components": _components()})
     return sorted({worded for error in validator.iter_errors(value) if (worded := _worded(error))})
 
@@ -146,7 +148,7 @@ def _worded(error: Any) -> str | None:
     return f"{where}: additional properties {', '.join(unknown)} not allowed" if unknown else None
 
 
-def _known(schema: dict[str, Any]) -> set[str]:
+def _known(schema: Json) -> set[str]:
     """Names of the properties of a schema, of all its parts."""
     if "$ref" in schema:
         return _known(_components()["schemas"][schema["$ref"].rpartition("/")[2]])

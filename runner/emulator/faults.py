@@ -7,6 +7,8 @@ import threading
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from runner.emulator.answers import Json
+
 KINDS = {
     "answer": "an error is answered, `status` (401, 402, 403, 409, 429, 500, …; 502 is HTML), and nothing done",
     "lost": "the request is carried out (commit: false: it is not), and the connection closes without an answer",
@@ -62,7 +64,7 @@ class Fault:
         if self.kind not in KINDS:
             raise ValueError(f"{self.kind!r} is no fault: {', '.join(KINDS)}")
 
-    def matches(self, facts: dict[str, Any]) -> bool:
+    def matches(self, facts: Json) -> bool:
         """Whether it is meant for what `facts` describe; a fact that is not known does not match."""
         if self.times != FOREVER and self.used >= self.times:
             return False
@@ -107,7 +109,7 @@ class Faults:
         with self._lock:
             self._all = [fault for fault in self._all if identity is not None and fault.id != identity]
 
-    def listed(self) -> list[dict[str, Any]]:
+    def listed(self) -> list[Json]:
         """All of them, with how often each was used."""
         with self._lock:
             return [asdict(fault) for fault in self._all]
@@ -117,7 +119,7 @@ def parsed(text: str) -> Fault:
     """`no_capacity:gpu=NVIDIA L4,times=2` as the command line has it; ValueError with what is wrong."""
     kind, _, rest = text.partition(":")
     types = {f.name: str(f.type) for f in fields(Fault) if f.name not in ("kind", "id", "used")}
-    values: dict[str, Any] = {}
+    values: Json = {}
     for pair in filter(None, (part.strip() for part in rest.split(","))):
         name, equals, value = pair.partition("=")
         if name not in types or not equals:

@@ -5,16 +5,13 @@ REST v2 has no spot. Of GraphQL there is no more here than these two, and mutati
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter
 
 from runner.emulator import catalog
-from runner.emulator.answers import ApiProblem
+from runner.emulator.answers import ApiProblem, Json
 from runner.emulator.pod_creation import NO_CAPACITY, placed
 from runner.emulator.state import World
 
-Json = dict[str, Any]
 LOWEST_BID = 0.5
 """Of the community price: what is bid must not be less. RunPod publishes a minimum per GPU."""
 

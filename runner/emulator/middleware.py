@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, unquote
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runner.emulator import contract
-from runner.emulator.answers import MEDIA_TYPE, ApiProblem
+from runner.emulator.answers import MEDIA_TYPE, ApiProblem, Json
 from runner.emulator.contract import Operation
 from runner.emulator.faults import Fault
 from runner.emulator.state import Exchange, World
@@ -136,7 +136,7 @@ class Call:
             short = str(self.body.get("action"))
         return {"any", self.operation.name, short, "reads" if self.method == "GET" else "writes"}
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Json:
         """What a fault can ask of the request."""
         body = self.body if isinstance(self.body, dict) else {}
         gpu = body.get("gpu")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from runner.emulator import catalog
-from runner.emulator.answers import ApiProblem, not_found
+from runner.emulator.answers import ApiProblem, Json, not_found
 from runner.emulator.pods import Pod, PodLog
 from runner.emulator.state import World, new_id
 
@@ -17,7 +16,7 @@ MAX_VARIABLES = 50
 FROM_TEMPLATE = ("image", "args", "disk", "ports", "registry", "startSsh", "startJupyter")
 
 
-def placed(world: World, body: dict[str, Any]) -> Pod:
+def placed(world: World, body: Json) -> Pod:
     """A pod that is asked for and allowed, not yet begun. ApiProblem: 400, 402, 404 or 422."""
     body = with_template(world, body)
     _rules(body)
@@ -43,7 +42,7 @@ def placed(world: World, body: dict[str, Any]) -> Pod:
     return pod
 
 
-def with_template(world: World, body: dict[str, Any]) -> dict[str, Any]:
+def with_template(world: World, body: Json) -> Json:
     """The body over its template's settings; variables are merged one by one."""
     if "templateId" not in body:
         return body
@@ -62,7 +61,7 @@ def with_template(world: World, body: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def config_of(body: dict[str, Any]) -> dict[str, Any]:
+def config_of(body: Json) -> Json:
     """What the API shows of the container, defaults filled in."""
     return {
         "image": body["image"],
@@ -75,7 +74,7 @@ def config_of(body: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rules(body: dict[str, Any]) -> None:
+def _rules(body: Json) -> None:
     """What the schema cannot say."""
     mounts = body.get("mounts", {})
     if ("gpu" in body) == ("cpu" in body):
@@ -101,7 +100,7 @@ def check_ports(ports: list[str]) -> None:
             raise ApiProblem(400, f"invalid port {port!r}: expected <port>/<protocol>")
 
 
-def _centers(world: World, body: dict[str, Any], cloud: str) -> list[str]:
+def _centers(world: World, body: Json, cloud: str) -> list[str]:
     """Where the pod may be; with a network volume, where that is."""
     wanted: list[str] = body.get("dataCenterIds") or []
     for center in wanted:
@@ -118,7 +117,7 @@ def _centers(world: World, body: dict[str, Any], cloud: str) -> list[str]:
     return [volume["dataCenter"]]
 
 
-def _compute(body: dict[str, Any], cloud: str) -> tuple[dict[str, Any], float]:
+def _compute(body: Json, cloud: str) -> tuple[Json, float]:
     """What the API shows of the compute, and its price in US$ per hour."""
     if "cpu" in body:
         wanted = body["cpu"]
@@ -139,7 +138,7 @@ def _compute(body: dict[str, Any], cloud: str) -> tuple[dict[str, Any], float]:
     return {"gpu": {"id": gpu.id, "count": count}}, count * gpu.usd_per_hour(cloud)
 
 
-def _capacity(world: World, body: dict[str, Any], cloud: str, centers: list[str]) -> list[str]:
+def _capacity(world: World, body: Json, cloud: str, centers: list[str]) -> list[str]:
     """Those of the data centres that have a machine: 402 without money, 400 without a machine."""
     if world.billed() >= world.settings.balance_usd:
         raise ApiProblem(402, "Insufficient balance to create a pod. Please add funds to your account.")
@@ -165,7 +164,7 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("."))
 
 
-def _public_key(world: World, body: dict[str, Any]) -> str:
+def _public_key(world: World, body: Json) -> str:
     """The account's keys, for a pod with `startSsh` that brings none of its own."""
     if not body.get("startSsh") or "PUBLIC_KEY" in body.get("env", {}):
         return ""

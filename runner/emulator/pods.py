@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runner.emulator.answers import Json
 from runner.emulator.container import Container
 from runner.emulator.settings import Clock, stamp
 
@@ -79,9 +80,9 @@ class Pod:
     """One pod. `config` has image, args, disk, ports, env, registry, mounts as the API shows them."""
 
     name: str
-    config: dict[str, Any]
+    config: Json
     cloud: str
-    compute: dict[str, Any]
+    compute: Json
     """`{"gpu": {…}}` or `{"cpu": {…}}`, as the API shows it."""
     usd_per_hour: float
     data_centers: list[str]
@@ -132,12 +133,12 @@ class Pod:
         found: str | None = self.compute.get("gpu", {}).get("id")
         return found
 
-    def persistent(self) -> dict[str, Any] | None:
+    def persistent(self) -> Json | None:
         """Its volume disk, if it has one."""
-        found: dict[str, Any] | None = self.config["mounts"].get("persistent")
+        found: Json | None = self.config["mounts"].get("persistent")
         return found
 
-    def network(self) -> dict[str, Any] | None:
+    def network(self) -> Json | None:
         """Its network volume, if it has one."""
         found = self.config["mounts"].get("network")
         return found[0] if found else None
@@ -164,7 +165,7 @@ class Pod:
         since = self.running_since
         return self.status == "RUNNING" and alive and since is not None and time.monotonic() - since >= runtime_s
 
-    def answer(self, runtime_s: float) -> dict[str, Any]:
+    def answer(self, runtime_s: float) -> Json:
         """The schema `Pod`."""
         up = self.is_up(runtime_s)
         return {
@@ -177,7 +178,7 @@ class Pod:
             "createdAt": stamp(self.created), "startedAt": stamp(self.started),
         }  # fmt: skip
 
-    def _ssh(self, up: bool) -> dict[str, Any]:
+    def _ssh(self, up: bool) -> Json:
         proxy = None
         if self.data_center:
             user = f"{self.id}-{self.key[-8:].lower()}"
@@ -189,7 +190,7 @@ class Pod:
             direct = {"host": "127.0.0.1", "port": port, "username": user, "command": command}
         return {"proxy": proxy, "direct": direct}
 
-    def _runtime(self) -> dict[str, Any]:
+    def _runtime(self) -> Json:
         container = self.container
         assert container is not None
         count = self.compute.get("gpu", {}).get("count", 0)
@@ -201,7 +202,7 @@ class Pod:
             "ports": [self._port(text, container.ssh_port) for text in self.config["ports"]],
         }
 
-    def _port(self, text: str, ssh_port: int | None) -> dict[str, Any]:
+    def _port(self, text: str, ssh_port: int | None) -> Json:
         """22/tcp has a port of its own; the others are the host's, whose network all pods share."""
         number, _, kind = text.partition("/")
         private = int(number)

@@ -13,13 +13,12 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
-from runner.emulator.answers import ApiProblem, page
+from runner.emulator.answers import ApiProblem, Json, page
 from runner.emulator.pod_creation import check_ports, placed
 from runner.emulator.pods import ACTIONS, LogLine, Pod
 from runner.emulator.settings import stamp
 from runner.emulator.state import World
 
-Json = dict[str, Any]
 POLL_S = 0.05
 DEFAULT_TAIL = 100
 

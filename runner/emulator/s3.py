@@ -19,9 +19,10 @@ from moto.s3.models import s3_backends
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Response
 
+from runner.emulator.answers import Json
 from runner.emulator.state import World
 
-Environ = dict[str, Any]
+Environ = Json
 REGION = "us-east-1"
 
 

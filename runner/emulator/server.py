@@ -23,7 +23,7 @@ from rich.console import Console
 from starlette.types import ASGIApp
 
 from runner.emulator import account_api, admin_api, billing_api, catalog_api, graphql_api, pods_api, serverless_api
-from runner.emulator.answers import MEDIA_TYPE, ApiProblem
+from runner.emulator.answers import MEDIA_TYPE, ApiProblem, Json
 from runner.emulator.container import sshd
 from runner.emulator.faults import Fault, parsed
 from runner.emulator.middleware import Front
@@ -206,7 +206,7 @@ def _folder(root: Path | None) -> Iterator[Path]:
         yield Path(made)
 
 
-def _started(root: Path, port: int, settings: dict[str, Any]) -> Emulator:
+def _started(root: Path, port: int, settings: Json) -> Emulator:
     try:
         return Emulator(root, port, **settings)
     except OSError as error:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Response
 
 from runner.emulator import catalog
-from runner.emulator.answers import ApiProblem, not_found, page
+from runner.emulator.answers import ApiProblem, Json, not_found, page
 from runner.emulator.pod_creation import config_of
 from runner.emulator.settings import stamp
 from runner.emulator.state import World, new_id
 
-Json = dict[str, Any]
 CONTAINER = ("image", "args", "disk", "ports", "env", "registry")
 QUEUE_URLS = {
     "run": "run", "runSync": "runsync", "status": "status/{job_id}", "stream": "stream/{job_id}",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.emulator import catalog
-from runner.emulator.answers import ApiProblem
+from runner.emulator.answers import ApiProblem, Json
 from runner.emulator.engine import Engine
 from runner.emulator.faults import EVENTS, Fault, Faults
 from runner.emulator.pods import ALPHABET, Pod
@@ -41,11 +41,11 @@ class World:
     clock: Clock = field(default_factory=Clock)
     faults: Faults = field(default_factory=Faults)
     ssh_keys: list[str] = field(default_factory=list)
-    volumes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    volumes: dict[str, Json] = field(default_factory=dict)
     volume_since: dict[str, float] = field(default_factory=dict)
     """When each network volume's bill began, on the billing clock."""
-    templates: dict[str, dict[str, Any]] = field(default_factory=dict)
-    endpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
+    templates: dict[str, Json] = field(default_factory=dict)
+    endpoints: dict[str, Json] = field(default_factory=dict)
     exchanges: deque[Exchange] = field(default_factory=lambda: deque(maxlen=10_000))
 
     def __post_init__(self) -> None:
