@@ -2,17 +2,21 @@
 
 The accuracy of the plan's memory goes to docs/planning.md, where its formulas are; which method runs on which ZeRO
 stage to docs/compatibility.md; what killing runs does to them to docs/reliability.md. `--docs` only writes the pages
-again from the results that are there. `python -m benchmarks.NAME [--json FILE]` measures without touching either.
+again from the results that are there. `--age` says how old every result and every price is, by days and by commits to
+what it measures, and exits with 1 where one is too old for a release. `python -m benchmarks.NAME [--json FILE]`
+measures without touching either.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import (
+    age,
     chaos,
     chaos_agents,
     chaos_cloud,
@@ -91,6 +95,10 @@ def main(arguments: list[str]) -> int:
     if name in ("-h", "--help"):
         print(__doc__, f"NAME is one of: {', '.join(BENCHMARKS)}.", sep="\n")
         return 0
+    if name == "--age":
+        found: list[age.Age | age.PriceAge] = [*age.ages(BENCHMARKS.values()), *age.prices()]
+        print(*found, sep="\n")
+        return int(any(one.old for one in found))
     if name not in {"all", "--docs", *BENCHMARKS}:
         print(f"there is no benchmark {name}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
@@ -98,9 +106,17 @@ def main(arguments: list[str]) -> int:
         for benchmark in BENCHMARKS.values() if name == "all" else [BENCHMARKS[name]]:
             write(benchmark.file, benchmark.run(options))
     for file, text in pages():
+        before = file.read_text("utf-8") if file.is_file() else ""
         file.write_text(text, "utf-8")
-        print(f"written: {file.relative_to(ROOT)}")
+        print(f"written: {file.relative_to(ROOT)}", *changes(before, text), sep="\n")
     return 0
+
+
+def changes(before: str, after: str) -> list[str]:
+    """Lines of a page that say something else now, old and new, without those on what was measured where."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
+    said = [line for line in lines if line[:1] in "+-" and not line.startswith(("+++", "---"))]
+    return [f"  {line}" for line in said if line[1:].strip() and not line[1:].startswith("Measured on ")]
 
 
 if __name__ == "__main__":

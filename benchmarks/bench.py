@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class Benchmark:
     """Options → the numbers, which must survive JSON."""
     section: Callable[[dict[str, Any]], str]
     """Those numbers → Markdown: explanation first, then the tables."""
+    measures: tuple[str, ...] = ("runner",)
+    """Folders and files of this repository whose changes make the numbers old."""
 
     @property
     def file(self) -> Path:
@@ -46,6 +49,7 @@ class Benchmark:
             "benchmark": self.name,
             "command": " ".join([parser.prog, *arguments]),
             "date": date.today().isoformat(),
+            "commit": git("rev-parse", "--short=12", "HEAD"),
             "machine": machine(),
             "versions": versions(),
         }
@@ -65,6 +69,15 @@ def alone(benchmark: Benchmark, arguments: Sequence[str]) -> None:
     if own.json:
         write(own.json, result)
     print(benchmark.show(result))
+
+
+def git(*words: str) -> str | None:
+    """What git says in this repository; None where it is no clone, or git is not installed."""
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def write(file: Path, result: Result) -> None:
@@ -102,4 +115,5 @@ def _measured_on(result: Result) -> str:
     facts += [on["system"]]
     facts += [f"load average before the start {on['load_before']}"] if on["load_before"] is not None else []
     packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"Measured on {result['date']} with `{result['command']}`: {'; '.join(facts)}. {packages}."
+    commit = f" at {result['commit']}" if result.get("commit") else ""
+    return f"Measured on {result['date']}{commit} with `{result['command']}`: {'; '.join(facts)}. {packages}."

@@ -298,7 +298,9 @@ def section(measured: dict[str, Any]) -> str:
     return f"{text}\n{table(head, rows)}\n\n" + "\n".join(f"- {fact}" for fact in facts)
 
 
-BENCHMARK = Benchmark("chaos", add_options, measure, section)
+BENCHMARK = Benchmark(
+    "chaos", add_options, measure, section, measures=("runner/train", "runner/launcher", "runner/rundir")
+)
 
 if __name__ == "__main__":
     alone(BENCHMARK, sys.argv[1:])

@@ -185,7 +185,7 @@ def section(measured: dict[str, Any]) -> str:
     return f"{text}\n{table(head, rows)}"
 
 
-BENCHMARK = Benchmark("chaos_agents", add_options, measure, section)
+BENCHMARK = Benchmark("chaos_agents", add_options, measure, section, measures=("runner/cloud/agent",))
 
 if __name__ == "__main__":
     alone(BENCHMARK, sys.argv[1:])

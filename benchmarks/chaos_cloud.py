@@ -271,7 +271,7 @@ def _counted(words: Any) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-BENCHMARK = Benchmark("chaos_cloud", add_options, measure, section)
+BENCHMARK = Benchmark("chaos_cloud", add_options, measure, section, measures=("runner/cloud",))
 
 if __name__ == "__main__":
     alone(BENCHMARK, sys.argv[1:])

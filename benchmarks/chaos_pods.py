@@ -360,7 +360,7 @@ def _sum(some: list[dict[str, Any]], key: str) -> str:
     return str(sum(found)) if found else "–"
 
 
-BENCHMARK = Benchmark("chaos_pods", add_options, measure, section)
+BENCHMARK = Benchmark("chaos_pods", add_options, measure, section, measures=("runner/cloud",))
 
 if __name__ == "__main__":
     alone(BENCHMARK, sys.argv[1:])

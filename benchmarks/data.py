@@ -219,7 +219,7 @@ def section(measured: dict[str, Any]) -> str:
     )
 
 
-BENCHMARK = Benchmark("data", add_options, measure, section)
+BENCHMARK = Benchmark("data", add_options, measure, section, measures=("runner/data",))
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:

@@ -233,7 +233,9 @@ def compare(cell: Cell, facts: dict[str, Any], plain: list[float] | None) -> Non
         apart["alone"] = checks.answer(lambda: checks.alone(cell.run, cell.single))
 
 
-BENCHMARK = Benchmark("matrix", add_options, measure, matrix_page.section)
+BENCHMARK = Benchmark(
+    "matrix", add_options, measure, matrix_page.section, measures=("runner/train", "deepspeed_configs", "conf/method")
+)
 
 if __name__ == "__main__":
     alone(BENCHMARK, sys.argv[1:])

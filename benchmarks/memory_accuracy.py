@@ -125,7 +125,7 @@ def section(measured: dict[str, Any]) -> str:
     return f"{text}\n<details><summary>All runs</summary>\n\n{table(head, lines)}\n\n</details>\n"
 
 
-BENCHMARK = Benchmark("memory_accuracy", add_options, measure, section)
+BENCHMARK = Benchmark("memory_accuracy", add_options, measure, section, measures=("runner/plan",))
 
 if __name__ == "__main__":
     alone(BENCHMARK, sys.argv[1:])

@@ -265,7 +265,9 @@ def _ordered(name: str, order: dict[str, list[float]]) -> list[str]:
     return [name, shares[0], f"**{shares[1]}**", means[0], means[1]]
 
 
-BENCHMARK = Benchmark("objectives", add_options, measure, section)
+BENCHMARK = Benchmark(
+    "objectives", add_options, measure, section, measures=("runner/train/objectives", "runner/train/trainer.py")
+)
 
 if __name__ == "__main__":
     alone(BENCHMARK, sys.argv[1:])

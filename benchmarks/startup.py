@@ -165,7 +165,21 @@ def _weighed(counted: dict[str, int] | None) -> str:
     )
 
 
-BENCHMARK = Benchmark("startup", add_options, measure, section)
+BENCHMARK = Benchmark(
+    "startup",
+    add_options,
+    measure,
+    section,
+    measures=(
+        "runner/__main__.py",
+        "runner/cli",
+        "runner/config",
+        "runner/spec",
+        "runner/plan",
+        "runner/resolve",
+        "conf",
+    ),
+)
 
 if __name__ == "__main__":
     alone(BENCHMARK, sys.argv[1:])

@@ -83,7 +83,9 @@ def section(measured: dict[str, Any]) -> str:
     return f"{EXPLANATION}\n{lines}\n\n{said}"
 
 
-BENCHMARK = Benchmark("sweep", add_options, measure, section)
+BENCHMARK = Benchmark(
+    "sweep", add_options, measure, section, measures=("runner/train", "runner/launcher", "runner/runs")
+)
 
 if __name__ == "__main__":
     alone(BENCHMARK, sys.argv[1:])

@@ -209,7 +209,7 @@ COMPARISONS = {
     ),
 }
 DEFAULT = ("worker", "packing", "attention")
-BENCHMARK = Benchmark("throughput_cpu", add_options, measure, section)
+BENCHMARK = Benchmark("throughput_cpu", add_options, measure, section, measures=("runner/train",))
 
 if __name__ == "__main__":
     alone(BENCHMARK, sys.argv[1:])
