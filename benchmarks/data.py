@@ -101,7 +101,7 @@ def work(file: Path, num_proc: int) -> dict[str, Any]:
     memory = Memory()
     before = memory.now()
     began = time.perf_counter()
-    data = data_load.read(spec.data, 1)
+    data = data_load.read_dataset(spec.data, 1)
     read_at = time.perf_counter()
     train, _ = data.examples
     found = token_dataset.tokenise(train, tokenizer, spec)

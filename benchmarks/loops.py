@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import set_seed
 
 from benchmarks.turns import Finished, Step, Turns
-from runner.data.load import load
+from runner.data.load import load_examples
 from runner.data.loss_mask import IGNORED
 from runner.report.progress import Progress
 from runner.rundir.directory import RunDir
@@ -118,7 +118,7 @@ def _parts(spec: RunSpec, run: RunDir) -> tuple[Any, Iterator[dict[str, Any]], i
 
     A trainer is made for its data loader and its adapter, which its seed decides, and never trains.
     """
-    examples, _ = load(spec.data, spec.train.seed)
+    examples, _ = load_examples(spec.data, spec.train.seed)
     source = model_loading.source_of(spec.model)
     tokenizer = model_loading.load_tokenizer(spec, source)
     rows = token_dataset.tokenise(examples, tokenizer, spec).rows

@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from runner.data.load import load
+from runner.data.load import load_examples
 from runner.data.loss_mask import IGNORED
 from runner.errors import RequestError
 from runner.rundir import checkpoints
@@ -49,7 +49,7 @@ def base(folder: Path, kind: str = "llama") -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<unk>", "<pad>", "<|im_start|>", "<|im_end|>"]
-    examples, _ = load(DataSpec(name="commands", source="commands"), 0)
+    examples, _ = load_examples(DataSpec(name="commands", source="commands"), 0)
     texts = (turn["content"] for example in examples for turn in (*example.prompt, *example.completion))
     tokenizer.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet)
@@ -187,7 +187,7 @@ def held_out_loss(spec: RunSpec, model: Any, tokenizer: Any) -> float:
     had packed several into one."""
     total, count = 0.0, 0
     model.eval()
-    for row in token_dataset.tokenise(load(spec.data, spec.train.seed)[1], tokenizer, spec).rows:
+    for row in token_dataset.tokenise(load_examples(spec.data, spec.train.seed)[1], tokenizer, spec).rows:
         ends = torch.tensor(row.get("seq_lengths", [len(row["input_ids"])])).cumsum(0).tolist()
         for begin, end in zip([0, *ends[:-1]], ends, strict=True):
             ids, labels = (torch.tensor([row[key][begin:end]]) for key in ("input_ids", "labels"))

@@ -194,7 +194,7 @@ def _order(run: RunDir, held: Sequence[Mapping[str, str]]) -> dict[str, list[flo
     import torch
 
     from runner.data.chat_tokenizer import ChatTokenizer
-    from runner.data.preference_tokens import split
+    from runner.data.preference_tokens import split_prompt
     from runner.train import chat
 
     spec = RunSpec.model_validate(run.read("spec.json"))
@@ -214,7 +214,7 @@ def _order(run: RunDir, held: Sequence[Mapping[str, str]]) -> dict[str, list[flo
         for row in held:
             turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["prompt"]}]
             answers = [[{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")]
-            prompt, (right, wrong) = split(words, turns, answers)  # type: ignore[arg-type]  # turns are dicts
+            prompt, (right, wrong) = split_prompt(words, turns, answers)  # type: ignore[arg-type]  # turns are dicts
             found.append(round(likely(prompt, right) - likely(prompt, wrong), 3))
         return found
 

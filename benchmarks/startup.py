@@ -14,7 +14,7 @@ from benchmarks.bench import ROOT, Benchmark, alone, quartiles, say, table
 from runner.config import deepspeed_json
 from runner.config.compose import compose
 from runner.config.request import Request
-from runner.plan.auto_values import settled
+from runner.plan.auto_values import resolve_hardware_autos
 from runner.plan.choose_stage import StageChoice, StageSearch, allowed_stages, batches
 from runner.plan.search import combinations
 from runner.resolve.fit import candidate_methods, candidate_models, with_default_length
@@ -92,10 +92,10 @@ class Counting(StageSearch):
 
     computed = 0
 
-    def option(self, *arguments: Any) -> StageChoice:
+    def choice(self, *arguments: Any) -> StageChoice:
         """As Options does."""
         self.computed += 1
-        return super().option(*arguments)
+        return super().choice(*arguments)
 
 
 def plans() -> dict[str, int]:
@@ -104,8 +104,10 @@ def plans() -> dict[str, int]:
     A ZeRO stage whose weights alone are too large, and micro batches beside one that fits with headroom, are decided
     without working them out.
     """
-    options, spec = Counting(deepspeed_json.templates()), with_default_length(compose(Request()), {})
-    found = [settled(one) for one in combinations(spec, candidate_models(), candidate_methods({}), hardware())]
+    options, spec = Counting(deepspeed_json.deepspeed_templates()), with_default_length(compose(Request()), {})
+    found = [
+        resolve_hardware_autos(one) for one in combinations(spec, candidate_models(), candidate_methods({}), hardware())
+    ]
     weighed = 0
     for one in found:
         weighed += len(allowed_stages(one)) * len(batches(one))

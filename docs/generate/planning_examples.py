@@ -17,13 +17,13 @@ from runner.config.compose import compose
 from runner.config.request import Request
 from runner.plan.autograd.layers import LAYERS
 from runner.plan.autograd.ops import Block, LayerKind, Setting
-from runner.plan.autograd.step_peak import Trains, step
+from runner.plan.autograd.step_peak import TrainableLayers, replay_step
 from runner.plan.autograd.tape import CASTS, Kept, Storage, Tape, Tensor
 from runner.plan.choose_stage import job_of
 from runner.plan.memory import CONTEXT, GIB, SLACK, setting_of
 from runner.plan.model_shape import Shape, shape_of
 from runner.plan.plan import Plan, plan_of
-from runner.plan.run_time import Facts
+from runner.plan.run_time import RunFacts
 from runner.plan.trainable import Training, training_of
 from runner.resolve.plan_inputs import stage_search
 from runner.resolve.steps import resolve
@@ -64,7 +64,7 @@ def planned(*words: str) -> Plan:
     spec = spec_of(*words)
     options = stage_search(spec)
     assert options is not None
-    facts = Facts(num_steps=1000, usd_per_gpu_hour=spec.hw.usd_per_hour, price_source=spec.hw.price_date)
+    facts = RunFacts(num_steps=1000, usd_per_gpu_hour=spec.hw.usd_per_hour, price_source=spec.hw.price_date)
     return plan_of(spec, options, facts, [])
 
 
@@ -167,7 +167,8 @@ def kept_per_layer(
     setting = replace(setting, checkpointing=checkpointing, attention=attention)
     kind = training.trains.runs[-1][0]
     eight, twelve = (
-        step(shape, setting, Trains(((kind, count),), training.trains.embedding)).forward.kinds for count in (8, 12)
+        replay_step(shape, setting, TrainableLayers(((kind, count),), training.trains.embedding)).forward.kinds
+        for count in (8, 12)
     )
     return {name: (twelve[name] - eight[name]) / 4 for name in eight}
 

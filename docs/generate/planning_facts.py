@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from docs.generate.planning_examples import Table, planned, spec_of, trained
-from runner.plan.autograd.step_peak import step
+from runner.plan.autograd.step_peak import replay_step
 from runner.plan.memory import GIB
 from runner.plan.plan import Plan
 
@@ -91,7 +91,7 @@ def all_logits(batch: int, length: int) -> float:
     """GiB of tensors at the peak of Qwen2-7B, LoRA, with a head that makes the logits of every position at once."""
     spec = spec_of(*QWEN2, f"train.max_length={length}")
     shape, training, setting = trained(spec)
-    one = step(shape, replace(setting, b=batch, head="labelled"), training.trains)
+    one = replay_step(shape, replace(setting, b=batch, head="labelled"), training.trains)
     return (training.frozen_bytes + one.backward.total) / GIB
 
 

@@ -26,7 +26,7 @@ from runner.plan import auto_values, choose_stage, cost, host_memory, memory, ze
 from runner.plan import plan as contract
 from runner.plan.autograd import head
 from runner.plan.memory import GIB
-from runner.plan.search import Row
+from runner.plan.search import SearchRow
 from runner.report.plan_terms import TERMS
 from runner.resolve import fit
 
@@ -107,7 +107,7 @@ def _keys() -> str:
 
 
 def _fit_keys() -> str:
-    return ", ".join(f"`{name}`" for name in fields_of(Row))
+    return ", ".join(f"`{name}`" for name in fields_of(SearchRow))
 
 
 def _terms() -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.config.deepspeed_keys import AUTO, ELSEWHERE, KEYS
+from runner.config.deepspeed_keys import AUTO, ELSEWHERE, KEYS, Kind, Known
 from runner.config.provenance import shown
 from runner.config.suggestions import nearest
 from runner.config.validation import SourceOf
@@ -28,7 +28,7 @@ _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumu
 
 
 @dataclass(frozen=True)
-class Config:
+class DeepSpeedJson:
     """One file, read and valid."""
 
     file: str
@@ -67,14 +67,14 @@ class Config:
         return next((key for key, enabled in on.items() if enabled), None)
 
 
-def templates(deepspeed: DeepSpeedSpec | None = None) -> dict[str, dict[str, Any]]:
+def deepspeed_templates(deepspeed: DeepSpeedSpec | None = None) -> dict[str, dict[str, object]]:
     """The JSONs by stage, with "auto" where the run decides; the user's own in the place of its stage.
 
     RequestError for a file that is not there, or wrong.
     """
     found = {file.stem: json.loads(file.read_text("utf-8")) for file in DEEPSPEED_CONFIGS.glob("*.json")}
     if deepspeed is not None and deepspeed.config and deepspeed.name not in ("none", "auto"):
-        content = dict(read(deepspeed.config).content)
+        content = dict(read_deepspeed_json(deepspeed.config).content)
         for key in ("optimizer", "scheduler"):
             content.pop(key, None)
         precision = {key: {**content.get(key, {}), "enabled": "auto"} for key in ("bf16", "fp16")}
@@ -83,7 +83,7 @@ def templates(deepspeed: DeepSpeedSpec | None = None) -> dict[str, dict[str, Any
     return found
 
 
-def read(name: str) -> Config:
+def read_deepspeed_json(name: str) -> DeepSpeedJson:
     """A file of `deepspeed_configs/` by its name, or one's own by its path; RequestError with all that is wrong."""
     ours = "/" not in name and (DEEPSPEED_CONFIGS / name).is_file()  # ./zero2.json is the user's
     file = DEEPSPEED_CONFIGS / name if ours else Path(name).expanduser()
@@ -101,7 +101,7 @@ def read(name: str) -> Config:
         what = f"deepspeed.config={name} holds {_kind(content)}, and not a mapping of keys"
         raise RequestError(Problem(what, shown(file), "begin with a copy of deepspeed_configs/zero2.json"))
     problems = [p for problem in _mapping(content, KEYS, "") for p in [_placed(problem, shown(file), text)]]
-    found = Config(shown(file), text, _whole(content))
+    found = DeepSpeedJson(shown(file), text, _whole(content))
     problems += [] if problems else list(_senseless(found))
     if problems:
         raise RequestError(*problems)
@@ -112,7 +112,7 @@ def apply(spec: RunSpec, source_of: SourceOf) -> RunSpec:
     """The run with what its own JSON decides; RequestError for what the two say differently."""
     if not spec.deepspeed.config:
         return spec
-    config = read(spec.deepspeed.config)
+    config = read_deepspeed_json(spec.deepspeed.config)
     train: dict[str, Any] = {}
     if spec.train.precision == "auto" and config.precision:
         train["precision"] = config.precision
@@ -135,7 +135,7 @@ def apply(spec: RunSpec, source_of: SourceOf) -> RunSpec:
     return found
 
 
-def _contradictions(spec: RunSpec, config: Config) -> Iterator[tuple[str, Any, str, Any, str]]:
+def _contradictions(spec: RunSpec, config: DeepSpeedJson) -> Iterator[tuple[str, Any, str, Any, str]]:
     """Key and value of the JSON, key and value of the run, and what to write, for everything that differs."""
     if config.stage != spec.deepspeed.name:
         key = "zero_optimization.stage"
@@ -199,7 +199,7 @@ def _rounded(batch: int, spec: RunSpec) -> int:
     return max(1, round(batch / step)) * step
 
 
-def _senseless(config: Config) -> Iterator[Problem]:
+def _senseless(config: DeepSpeedJson) -> Iterator[Problem]:
     """What DeepSpeed would not take, or this runner has no use for, in a JSON whose keys are right."""
     stage, key = config.get("zero_optimization.stage"), "zero_optimization.stage"
     if stage not in (1, 2, 3):
@@ -223,7 +223,7 @@ _DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8, "adam_w_mode": True, "torch_ada
 _RUNS = ("lr", "weight_decay", "warmup_max_lr")
 
 
-def _blocks(config: Config) -> Iterator[Problem]:
+def _blocks(config: DeepSpeedJson) -> Iterator[Problem]:
     for block, known in (("optimizer", None), ("scheduler", _SCHEDULES)):
         if block not in config.content:
             continue
@@ -241,7 +241,7 @@ def _blocks(config: Config) -> Iterator[Problem]:
                 yield Problem(what, config.place(key), 'write "auto", or leave it out')
 
 
-def _mapping(value: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str, str]]:
+def _mapping(value: Mapping[str, object], known: Known, prefix: str) -> Iterator[tuple[str, str, str]]:
     """Key, what is wrong and what to write, for every key of one level."""
     for key, inner in value.items():
         name = prefix + key
@@ -250,50 +250,44 @@ def _mapping(value: Mapping[str, Any], known: Mapping[str, Any], prefix: str) ->
         elif key not in known:
             near = nearest(key, list(known))
             yield name, f"unknown key {name}", f"did you mean {near}?" if near else "leave it out"
-        elif isinstance(known[key], dict):
+        elif isinstance(kind := known[key], Mapping):
             if isinstance(inner, dict):
-                yield from _mapping(inner, known[key], f"{name}.")
+                yield from _mapping(inner, kind, f"{name}.")
             elif inner is not None or not key.startswith("offload"):  # "offload_param": null offloads nothing
-                yield (
-                    name,
-                    f"{name} is {_text(inner)}: expected a mapping",
-                    f'write "{key}": {_example(known[key], inner)}',
-                )
+                yield name, f"{name} is {_text(inner)}: expected a mapping", f'write "{key}": {_example(kind, inner)}'
         elif inner == "auto":
             if name not in AUTO and not prefix.endswith("params."):
                 yield name, f'{name} is "auto", which nobody decides', "write a value, or leave it out"
-        elif not _fits(inner, known[key]):
-            yield (
-                name,
-                f"{name} is {json.dumps(inner)}: expected {_expected(known[key])}",
-                _written(key, inner, known[key]),
-            )
+        elif not _fits(inner, kind):
+            yield name, f"{name} is {json.dumps(inner)}: expected {_expected(kind)}", _written(key, inner, kind)
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def _fits(value: object, kind: Kind) -> bool:
     if isinstance(kind, tuple):
         return value in kind
     if kind in (int, float):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number and value >= 0 and (kind is float or value == int(value))
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return value >= 0 and (kind is float or value == int(value))
     return isinstance(value, kind)
 
 
-def _expected(kind: Any) -> str:
+def _expected(kind: Kind) -> str:
     if isinstance(kind, tuple):
         return "one of " + ", ".join(kind)
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}[kind]
 
 
-def _example(known: Mapping[str, Any], value: Any) -> str:
+def _example(known: Known, value: object) -> str:
     """`"offload_param": "cpu"` means `{"device": "cpu"}`."""
     key = next(iter(known))
     kind = known[key]
+    assert not isinstance(kind, Mapping)  # blocks begin with a plain key
     right = value if _fits(value, kind) else kind[0] if isinstance(kind, tuple) else "auto" if kind is bool else 2
     return json.dumps({key: right})
 
 
-def _written(key: str, value: Any, kind: Any) -> str:
+def _written(key: str, value: object, kind: Kind) -> str:
     """The value without its quotes, where that is what is wrong with it."""
     try:
         inner = json.loads(str(value).lower())
@@ -327,7 +321,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A mapping; ValueError for a key that stands in it twice, one value of which would be ignored."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -336,9 +330,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "null" if value is None else "a list" if isinstance(value, list) else json.dumps(value)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TypeAlias
 
+Kind: TypeAlias = type | tuple[str, ...]
+"""The type of a value, or the words it may be."""
+Known: TypeAlias = Mapping[str, "Kind | Known"]
 _DEVICE = ("none", "cpu", "nvme")
-KEYS: dict[str, Any] = {
+KEYS: Known = {
     "train_batch_size": int,
     "train_micro_batch_size_per_gpu": int,
     "gradient_accumulation_steps": int,

@@ -40,7 +40,7 @@ def wheels(spec: RunSpec) -> list[dict[str, Any]]:
     python, torch = _python(place), _torch()
     return [
         wheel
-        for wheel in data("flash_attn")
+        for wheel in runpod_table("flash_attn")
         if (wheel["torch"], wheel["python"]) == (torch, python)
         and wheel["capability"][0] <= capability <= wheel["capability"][1]
     ]
@@ -52,7 +52,7 @@ def least_cuda(spec: RunSpec) -> str | None:
     return "13.0" if builds == [""] else None
 
 
-def check(spec: RunSpec) -> None:
+def check_flash_attention(spec: RunSpec) -> None:
     """RequestError where FlashAttention is named for a pod that cannot get it."""
     attention, place = spec.train.attention, spec.where
     if not isinstance(place, RentedPlace) or not attention.startswith("flash") or os.environ.get(OWN_PYTHON):
@@ -76,18 +76,18 @@ def check(spec: RunSpec) -> None:
     raise RequestError(Problem(f"train.attention={attention} in a pod: {what}", "train.attention", remedy))
 
 
-def note(spec: RunSpec) -> str | None:
+def image_note(spec: RunSpec) -> str | None:
     """What the image brings, where it is one whose name says more than it is used for."""
     place = spec.where
     if not isinstance(place, RentedPlace) or place.template or place.pod:
         return None
-    brings = data("images").get(place.image, {}).get("brings")
+    brings = runpod_table("images").get(place.image, {}).get("brings")
     own = "for shells and notebooks; a run has packages of its own"
     return f"where.image={place.image} brings {brings}, {own}" if brings else None
 
 
 @cache
-def data(name: str) -> Any:
+def runpod_table(name: str) -> Any:
     """A file of conf/runpod."""
     import yaml  # 20 ms
 
@@ -98,7 +98,7 @@ def _python(place: RentedPlace) -> str | None:
     """Version of the image's `python3`; None where it is not known."""
     if place.template is not None or place.pod is not None:
         return None
-    for name, image in data("images").items():
+    for name, image in runpod_table("images").items():
         if place.image in (name, image["image"]):
             found: str | None = image.get("python")
             return found

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.config.suggestions import nearest
-from runner.data.examples import Turn
+from runner.data.examples import Tool, ToolCall, Turn
 from runner.errors import Problem, RequestError
 from runner.paths import CONF
 
@@ -25,9 +25,11 @@ FOLDER = CONF / "chat_template"
 _BEGIN, _END = "\ue0f0\ue0f1", "\ue0f1\ue0f0"
 
 
+Message = dict[str, object]
+"""A turn in the form that a template reads."""
 MARK = "\ue000\ue001\ue000"
 """Of Unicode's private use: neither trimmed nor a beginning or end of anybody's words."""
-CALL_OF_MARKS = {"type": "function", "function": {"name": MARK, "arguments": {MARK: MARK}}}
+CALL_OF_MARKS: ToolCall = {"type": "function", "function": {"name": MARK, "arguments": {MARK: MARK}}}
 """A call of which each part is to be found in the text."""
 
 
@@ -94,16 +96,14 @@ class Template:
         self.places: dict[Any, bool] = {}
         """Form of a conversation, with the number of a turn in it → whether that is shown (rendered_text_checks.py)."""
 
-    def render(self, turns: Sequence[Turn], ask: bool = False, tools: Sequence[dict[str, Any]] = ()) -> Rendered:
+    def render(self, turns: Sequence[Turn], ask: bool = False, tools: Sequence[Tool] = ()) -> Rendered:
         """The conversation as text; `ask` ends it where the assistant is to speak.
 
         Raises jinja2.TemplateError, or whatever else the template does, where it refuses the conversation.
         """
         return self.render_messages(self.messages(turns), ask, tools)
 
-    def render_messages(
-        self, messages: Sequence[dict[str, Any]], ask: bool = False, tools: Sequence[dict[str, Any]] = ()
-    ) -> Rendered:
+    def render_messages(self, messages: Sequence[Message], ask: bool = False, tools: Sequence[Tool] = ()) -> Rendered:
         """The same, of turns that are in the template's form already (`messages`)."""
         text = self._render(
             messages=list(messages), add_generation_prompt=ask, tools=list(tools) or None, documents=None,
@@ -113,12 +113,12 @@ class Template:
             return Rendered(text, [])
         return _unmarked(text)
 
-    def messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    def messages(self, turns: Sequence[Turn]) -> list[Message]:
         """Turns in the form that the template reads."""
         return [self._message(turn) for turn in turns]
 
-    def _message(self, turn: Turn) -> dict[str, Any]:
-        message: dict[str, Any] = {key: value for key, value in turn.items() if key != "weight"}
+    def _message(self, turn: Turn) -> Message:
+        message: Message = {key: value for key, value in turn.items() if key != "weight"}
         return _in_form(message, self.form) if "reasoning_content" in turn or turn.get("tool_calls") else message
 
     @cached_property
@@ -132,7 +132,7 @@ class Template:
         tries = [(form, turn) for turn in said for form in thoughts]
         return next((form for form, turn in tries if self._shows(turn | {"reasoning_content": MARK}, form, 1)), calling)
 
-    def _shows(self, turn: dict[str, Any], form: Form, marks: int) -> bool:
+    def _shows(self, turn: Message, form: Form, marks: int) -> bool:
         """Whether all marks of the turn are in the text."""
         asked = {"role": "user", "content": "?"}
         message = _in_form({"role": "assistant", "content": "", **turn}, form)

@@ -14,10 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from runner.data.chat_template import CALL_OF_MARKS, MARK, Template, template_source, with_tools
-from runner.data.examples import Example, Turn
-from runner.data.loss_mask import IGNORED, Learned, Turns, labels_of, learned
-from runner.data.rendered_text_checks import show
+from runner.data.chat_template import CALL_OF_MARKS, MARK, Message, Template, template_source, with_tools
+from runner.data.examples import Example, Tool, Turn
+from runner.data.loss_mask import IGNORED, Learned, TurnFinder, labels_of, learned_spans
+from runner.data.rendered_text_checks import render_checked
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec
 
@@ -60,7 +60,7 @@ class ChatTokenizer:
         return type(self), (self.body, self.turns.template.source, self.special)
 
     def _use(self, template: str) -> None:
-        self.turns = Turns(Template(template, self.special))
+        self.turns = TurnFinder(Template(template, self.special))
 
     def encode(self, example: Example, loss_on: str) -> Encoded:
         """Token ids and labels of one example; RequestError where the template refuses it or hides who speaks."""
@@ -113,7 +113,7 @@ class ChatTokenizer:
         said = [*example.prompt, *example.completion]
         with _refusals():
             shown = self.turns.template.render(said, tools=example.tools)
-            found = learned(example, loss_on, shown.text, shown.marks, self.turns)
+            found = learned_spans(example, loss_on, shown.text, shown.marks, self.turns)
         text = self._closed(shown.text, said)
         last = found.spans[-1][1] if found.spans else 0
         if len(text) > len(shown.text) and last >= len(shown.text.rstrip()):
@@ -173,9 +173,7 @@ class ChatTokenizer:
             remedy = "end it with a special token in a template of your own"
         raise RequestError(Problem(f"the chat template {what}", None, remedy))
 
-    def prompt_differs(
-        self, prompt: Sequence[Turn], answer: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()
-    ) -> bool:
+    def prompt_differs(self, prompt: Sequence[Turn], answer: Sequence[Turn], tools: Sequence[Tool] = ()) -> bool:
         """Whether the text before an answer is another one than generation gets: some templates end a prompt with
         `<think>`, and write an answer without thoughts without it. False where nothing is answered."""
         if self._asks_alike or not answer:
@@ -203,29 +201,25 @@ class ChatTokenizer:
             return True
         return False
 
-    def prompt_ids(self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+    def prompt_ids(self, turns: Sequence[Turn], tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids [s] of a prompt, up to where the assistant is to speak; RequestError as `prompt_text`."""
         return self.token_ids([self.prompt_text(turns, tools)])[0]
 
-    def message_ids(
-        self, messages: Sequence[dict[str, Any]], ask: bool = True, tools: Sequence[dict[str, Any]] = ()
-    ) -> list[int]:
+    def message_ids(self, messages: Sequence[Message], ask: bool = True, tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids [s] of turns in the template's form (`Template.messages`), of which nothing is checked;
         RequestError where the template refuses them."""
         with _refusals():
             return self.token_ids([self.turns.template.render_messages(messages, ask, tools).text])[0]
 
-    def prompt_text(self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()) -> str:
+    def prompt_text(self, turns: Sequence[Turn], tools: Sequence[Tool] = ()) -> str:
         """A prompt as text, up to where the assistant is to speak; RequestError where something of it is not shown."""
         with _refusals():
-            return show(self.turns.template, turns, [], tools)
+            return render_checked(self.turns.template, turns, [], tools)
 
-    def conversation_text(
-        self, prompt: Sequence[Turn], answer: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()
-    ) -> str:
+    def conversation_text(self, prompt: Sequence[Turn], answer: Sequence[Turn], tools: Sequence[Tool] = ()) -> str:
         """A prompt with its answer as text; RequestError where something of them is not shown."""
         with _refusals():
-            return self._closed(show(self.turns.template, prompt, answer, tools), answer)
+            return self._closed(render_checked(self.turns.template, prompt, answer, tools), answer)
 
     def token_ids(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Token ids of each text; if `special`, with the tokenizer's own around them: a template has its own."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from runner.data.examples import Example, Learnable, Preference, Turn, UnpairedExample
 from runner.data.readers.files import Row
@@ -87,7 +86,7 @@ def is_index(name: str) -> bool:
     return name in ("", "__index_level_0__") or name.startswith("Unnamed: ")
 
 
-def is_odd(name: str, value: Any) -> bool:
+def is_odd(name: str, value: object) -> bool:
     """Whether a column is named like a prompt, an answer or turns, and holds neither text nor a list."""
     return _plain(str(name)) in _ASKING | _ANSWERING | _TALKING and not isinstance(value, (str, list, type(None)))
 
@@ -169,7 +168,7 @@ def listing(names: Sequence[str]) -> str:
     return f"'[{','.join(json.dumps(name, ensure_ascii=False) for name in names)}]'"
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     """Every text in a value; of turns what they say."""
     if isinstance(value, str):
         yield value
@@ -181,7 +180,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
-def _said(key: str, value: Any, found: Learnable) -> bool:
+def _said(key: str, value: object, found: Learnable) -> bool:
     """The value is in what was read, where such a value belongs; or it is the whole of that, rendered as a prompt."""
     given, answered = _contents(found)
     if (

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
@@ -32,6 +32,28 @@ def kind_of(objective: str) -> Kind:
     return _KINDS.get(objective, "sft")
 
 
+Tool = Mapping[str, object]
+"""JSON schema of a function that the assistant may call, as its row has it."""
+
+
+class FunctionCall(TypedDict):
+    """What is called, and with what."""
+
+    name: str
+    arguments: dict[str, object]
+
+
+class _Call(TypedDict):
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class ToolCall(_Call, total=False):
+    """A call in an assistant's turn."""
+
+    id: str
+
+
 class _Said(TypedDict):
     role: str
     content: str
@@ -43,8 +65,7 @@ class Turn(_Said, total=False):
     weight: float
     """0: nothing of it is learned."""
     name: str
-    tool_calls: list[dict[str, Any]]
-    """`{"type": "function", "function": {"name": …, "arguments": {…}}}` each."""
+    tool_calls: list[ToolCall]
     tool_call_id: str
     reasoning_content: str
     """What the assistant thought before it answered."""
@@ -62,7 +83,7 @@ class Example:
     """Plain text to continue; null for a conversation."""
     dialogue: bool = False
     """It came as one conversation: the assistant's earlier turns, in `prompt`, are answers as well."""
-    tools: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[Tool] = field(default_factory=list)
     """JSON schemas of what the assistant may call."""
     ids: list[int] | None = None
     """Token ids of a row that came tokenised."""
@@ -79,7 +100,7 @@ class Preference:
     prompt: list[Turn] | str
     chosen: list[Turn] | str
     rejected: list[Turn] | str
-    tools: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[Tool] = field(default_factory=list)
     where: str = field(default="", compare=False)
     """File and row it came from."""
 
@@ -91,7 +112,7 @@ class UnpairedExample:
     prompt: list[Turn]
     completion: list[Turn]
     label: bool
-    tools: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[Tool] = field(default_factory=list)
     where: str = field(default="", compare=False)
     """File and row it came from."""
 
@@ -105,7 +126,7 @@ class PromptExample:
     """Text, a number, or a list of answers that are all right."""
     extra: dict[str, Any] = field(default_factory=dict)
     """All fields of the row, with their types; those that TRL has a name for itself are not among them."""
-    tools: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[Tool] = field(default_factory=list)
     where: str = field(default="", compare=False)
     """File and row it came from."""
 
@@ -182,10 +203,10 @@ def columns(rows: Sequence[Learnable]) -> dict[str, list[Any]]:
     return found
 
 
-def content_of(row: Learnable) -> dict[str, Any]:
+def content_of(row: Learnable) -> dict[str, object]:
     """What a row says, without what it does not: for JSON."""
     if isinstance(row, Example):
-        found: dict[str, Any] = {"prompt": row.prompt, "completion": row.completion, "text": row.text}
+        found: dict[str, object] = {"prompt": row.prompt, "completion": row.completion, "text": row.text}
         rest = {"dialogue": row.dialogue, "tools": row.tools, "ids": row.ids, "labels": row.labels}
         return found | {key: value for key, value in rest.items() if value}
     return {key: value for key, value in vars(row).items() if key != "where" and value not in ([], {}, None)}

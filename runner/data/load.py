@@ -1,6 +1,6 @@
 """Load examples as a `DataSpec` names them: read, recognised, checked, split.
 
-`load` is the way in; `read` also says what was skipped. What the shapes are stands in row_formats.py, what they
+`load_examples` is the way in; `read_dataset` also says what was skipped. The formats are in row_formats.py, what they
 become in examples.py.
 """
 
@@ -20,16 +20,16 @@ from runner.data.readers.files import Row, Table, read_rows, refuse
 from runner.data.readers.hub import load_hub
 from runner.data.readers.sources import Loose, Source, files_of, mixed, sources_of
 from runner.data.readers.streams import tables
-from runner.data.row_formats import UNREAD, Shape, detect, left_out, rewarded
-from runner.data.row_formats import read as read_shape
+from runner.data.row_formats import UNREAD, RowFormat, detect_format, left_out, rewarded
+from runner.data.row_formats import read_row as read_shape
 from runner.data.row_store import Stored, num_bytes
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec
 from runner.spec.input_paths import is_url
 
 __all__ = [
-    "Example", "Learnable", "Loaded", "Shape", "Turn", "canonical", "canonical_rows", "columns", "detect",
-    "fingerprint", "load", "load_hub", "read", "read_rows", "split",
+    "Example", "Learnable", "Loaded", "RowFormat", "Turn", "canonical", "canonical_rows", "columns", "detect_format",
+    "fingerprint", "load_examples", "load_hub", "read_dataset", "read_rows", "split",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ LOOKED_AT = 50
 def canonical(row: Row, where: str, spec: DataSpec, kind: Kind | None = None) -> Learnable:
     """One row made canonical; RequestError with every mistake in it, each at `where`."""
     try:
-        shape = detect(row, spec, kind)
+        shape = detect_format(row, spec, kind)
     except RequestError as error:
         raise RequestError(*(replace(problem, source=where) for problem in error.problems)) from None
     found = read_shape(row, where, spec, shape, kind)
@@ -54,7 +54,7 @@ def canonical(row: Row, where: str, spec: DataSpec, kind: Kind | None = None) ->
 
 
 def canonical_rows(
-    table: Table, spec: DataSpec, kind: Kind | None = None, shape: Shape | None = None
+    table: Table, spec: DataSpec, kind: Kind | None = None, shape: RowFormat | None = None
 ) -> tuple[list[Learnable], list[Problem]]:
     """Every row made canonical by the first row's shape (or `shape`), and every mistake there is.
 
@@ -65,7 +65,7 @@ def canonical_rows(
     found: list[Learnable] = []
     problems = list(table.problems)
     try:
-        shape = shape or detect(table.rows[0], spec, kind)
+        shape = shape or detect_format(table.rows[0], spec, kind)
     except RequestError as error:  # the same holds for every other row
         return [], problems + [replace(problem, source=table.place(0)) for problem in error.problems]
     for index, row in enumerate(table.rows):
@@ -126,7 +126,7 @@ class Loaded:
         return "\n".join(lines) or None
 
 
-def read(spec: DataSpec, seed: int, kind: Kind | None = "sft") -> Loaded:
+def read_dataset(spec: DataSpec, seed: int, kind: Kind | None = "sft") -> Loaded:
     """Training and held-out rows of a data set, as an objective of that kind learns them.
 
     Rows are held out of each source before sources are mixed: none that is drawn twice can be in both.
@@ -157,9 +157,9 @@ def read(spec: DataSpec, seed: int, kind: Kind | None = "sft") -> Loaded:
     return Loaded(train[: spec.max_examples], out[: spec.max_eval_examples], problems, list(left))
 
 
-def load(spec: DataSpec, seed: int) -> tuple[list[Example], list[Example]]:
+def load_examples(spec: DataSpec, seed: int) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples for supervised learning, in memory; errors as in `read`."""
-    train, held = read(spec, seed).examples
+    train, held = read_dataset(spec, seed).examples
     return list(train), list(held)
 
 
@@ -183,7 +183,7 @@ def _streamed(source: Source, kind: Kind, problems: list[Problem], left: dict[st
     """Rows of large files, a piece at a time; the first piece of a file tells the shape of all."""
     files = [source.table.pieces(PIECE)] if isinstance(source, Loose) else map(tables, source.files)
     for pieces in files:
-        shape: Shape | None = None
+        shape: RowFormat | None = None
         for table in pieces:
             rows, wrong = canonical_rows(table, source.spec, kind, shape)
             yield from rows
@@ -191,13 +191,13 @@ def _streamed(source: Source, kind: Kind, problems: list[Problem], left: dict[st
             left |= dict.fromkeys(columns_left(table, source.spec, kind, shape))
             if shape is None and table.rows:
                 with suppress(RequestError):
-                    shape = detect(table.rows[0], source.spec, kind)
+                    shape = detect_format(table.rows[0], source.spec, kind)
 
 
-def columns_left(table: Table, spec: DataSpec, kind: Kind | None, shape: Shape | None = None) -> list[str]:
+def columns_left(table: Table, spec: DataSpec, kind: Kind | None, shape: RowFormat | None = None) -> list[str]:
     """Columns that are not read, by the first rows."""
     with suppress(RequestError):
-        shape = shape or (detect(table.rows[0], spec, kind) if table.rows else None)
+        shape = shape or (detect_format(table.rows[0], spec, kind) if table.rows else None)
     if shape is None:
         return []
     rows = [table.rows[index] for index in range(min(LOOKED_AT, len(table.rows)))]
@@ -237,11 +237,11 @@ def _sources(spec: DataSpec) -> tuple[list[Source], Source | None]:
 
 
 @dataclass(frozen=True)
-class Found:
+class InspectedFile:
     """One file, or split of the Hub, as it is: for people who look before they train."""
 
     name: str
-    shape: Shape | None
+    shape: RowFormat | None
     """None where no shape fits."""
     rows: list[Learnable]
     problems: list[Problem]
@@ -251,7 +251,7 @@ class Found:
     """Columns that nothing but reward functions gets."""
 
 
-def inspect(spec: DataSpec, kind: Kind | None) -> tuple[list[Found], list[Found]]:
+def inspect_files(spec: DataSpec, kind: Kind | None) -> tuple[list[InspectedFile], list[InspectedFile]]:
     """What there is to train on and what is held out elsewhere, with everything that is wrong; nothing is refused.
 
     RequestError only where there is nothing to read at all.
@@ -263,11 +263,11 @@ def inspect(spec: DataSpec, kind: Kind | None) -> tuple[list[Found], list[Found]
     )
 
 
-def _found(table: Table, spec: DataSpec, kind: Kind | None) -> Found:
+def _found(table: Table, spec: DataSpec, kind: Kind | None) -> InspectedFile:
     rows, problems = canonical_rows(table, spec, kind)
     try:
-        shape = detect(table.rows[0], spec, kind) if table.rows else None
+        shape = detect_format(table.rows[0], spec, kind) if table.rows else None
     except RequestError:
         shape = None
     given = rewarded(table.rows[0], spec) if kind == "prompts" and table.rows else []
-    return Found(table.name, shape, rows, problems, columns_left(table, spec, kind, shape), given)
+    return InspectedFile(table.name, shape, rows, problems, columns_left(table, spec, kind, shape), given)

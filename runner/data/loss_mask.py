@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from runner.data.chat_template import CALL_OF_MARKS, MARK, Template
-from runner.data.examples import Example, Turn
-from runner.data.rendered_text_checks import check_given, missing, refusal
+from runner.data.examples import Example, Tool, Turn
+from runner.data.rendered_text_checks import check_given, missing_part, refusal
 from runner.errors import Problem, RequestError
 
 IGNORED = -100
@@ -38,7 +37,7 @@ def _whole_tags(text: str, end: int) -> int:
     return begin if begin >= 0 and ">" not in text[begin:end] else end
 
 
-class Turns:
+class TurnFinder:
     """Finds the assistant's words in conversations of one template."""
 
     def __init__(self, template: Template) -> None:
@@ -58,9 +57,7 @@ class Turns:
         closing = inside[: _whole_tags(inside, shared(inside, last))]  # Phi-3 puts one more token behind the last
         return closing.rstrip(), asked[shared(asked, not_asked) :]
 
-    def spans(
-        self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], text: str, marks: Sequence[Span]
-    ) -> dict[int, Span]:
+    def spans(self, turns: Sequence[Turn], tools: Sequence[Tool], text: str, marks: Sequence[Span]) -> dict[int, Span]:
         """Index of each assistant turn → [begin, end) of what it says in `text`, the rendered whole.
 
         RequestError where that cannot be told.
@@ -76,7 +73,7 @@ class Turns:
         self._check(turns, text, found)
         return found
 
-    def _span(self, turns: Sequence[Turn], index: int, tools: Sequence[dict[str, Any]], text: str, last: int) -> Span:
+    def _span(self, turns: Sequence[Turn], index: int, tools: Sequence[Tool], text: str, last: int) -> Span:
         before = self._text(turns[:index], tools, ask=True)
         after = self._text(turns[: index + 1], tools) if index + 1 < len(turns) else text
         if before and after and text.startswith(before) and text.startswith(after) and len(before) < len(after):
@@ -101,13 +98,13 @@ class Turns:
         stripped = after.rstrip()
         return len(stripped) if self.closing and stripped.endswith(self.closing) else len(after)
 
-    def _text(self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], ask: bool = False) -> str | None:
+    def _text(self, turns: Sequence[Turn], tools: Sequence[Tool], ask: bool = False) -> str | None:
         try:
             return self.template.render(turns, ask, tools).text
         except Exception:  # half a conversation may be one that the template refuses
             return None
 
-    def changed(self, turns: Sequence[Turn], index: int, tools: Sequence[dict[str, Any]], text: str) -> Span:
+    def changed(self, turns: Sequence[Turn], index: int, tools: Sequence[Tool], text: str) -> Span:
         """What becomes different in `text` where turn `index` says something else."""
         other: Turn = {**turns[index]}
         if other["content"]:
@@ -118,9 +115,7 @@ class Turns:
             other["tool_calls"] = [CALL_OF_MARKS] * len(other["tool_calls"])
         return self._different(turns, index, other, tools, text)
 
-    def _different(
-        self, turns: Sequence[Turn], index: int, other: Turn, tools: Sequence[dict[str, Any]], text: str
-    ) -> Span:
+    def _different(self, turns: Sequence[Turn], index: int, other: Turn, tools: Sequence[Tool], text: str) -> Span:
         changed = self._text([*turns[:index], other, *turns[index + 1 :]], tools) or ""
         begin = shared(text, changed)
         room = min(len(text), len(changed)) - begin
@@ -135,9 +130,7 @@ class Turns:
                 raise _unclear(index)
             last = end
 
-    def dropped(
-        self, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], text: str, spans: dict[int, Span]
-    ) -> set[int]:
+    def dropped(self, turns: Sequence[Turn], tools: Sequence[Tool], text: str, spans: dict[int, Span]) -> set[int]:
         """Turns that `text` shows without something that they say, as the conversation goes on after them.
 
         Some templates drop earlier thoughts (Qwen3, DeepSeek, gpt-oss). To learn such a turn would teach to answer
@@ -145,18 +138,19 @@ class Turns:
         """
         found = set()
         for index, (begin, end) in spans.items():
-            lacks = missing(turns[index], text[begin:end])
+            lacks = missing_part(turns[index], text[begin:end])
             if lacks is None:
                 continue
-            if index + 1 < len(turns) and missing(turns[index], self._text(turns[: index + 1], tools) or "") is None:
+            if (
+                index + 1 < len(turns)
+                and missing_part(turns[index], self._text(turns[: index + 1], tools) or "") is None
+            ):
                 found.add(index)
             else:
                 raise _unclear(index) if lacks == "content" else refusal(lacks, index)
         return found
 
-    def pieces(
-        self, turns: Sequence[Turn], index: int, tools: Sequence[dict[str, Any]], text: str, span: Span
-    ) -> list[Span]:
+    def pieces(self, turns: Sequence[Turn], index: int, tools: Sequence[Tool], text: str, span: Span) -> list[Span]:
         """A turn without what tools answer to it, which some templates (Gemma's) put inside the assistant's turn.
 
         RequestError where the two cannot be told apart.
@@ -173,7 +167,7 @@ class Turns:
             words = self._different(turns, index, {**turns[index], "content": MARK}, tools, text)
             after = [(words[0], end)] if answers and answers[-1][1] <= words[0] < end else []  # Gemma 4's place for it
             found = [(begin, len(text[:cut].rstrip())), *after]
-            if missing(turns[index], "".join(text[a:b] for a, b in found)) is None:
+            if missing_part(turns[index], "".join(text[a:b] for a, b in found)) is None:
                 return found
         if any(first < end and begin < last for first, last in (self.changed(turns, i, tools, text) for i in results)):
             what = f"the chat template puts what a tool answers inside turn {index + 1}, where it would be learned"
@@ -197,7 +191,7 @@ class Learned:
     """Turns that are not learned, because the template drops a part of what they say."""
 
 
-def learned(example: Example, loss_on: str, text: str, marks: Sequence[Span], turns: Turns) -> Learned:
+def learned_spans(example: Example, loss_on: str, text: str, marks: Sequence[Span], turns: TurnFinder) -> Learned:
     """What of `text`, the rendered conversation, is learned; `loss_on` as in `Sft`."""
     said, tools = [*example.prompt, *example.completion], example.tools
     check_given(turns.template, said, tools, text)

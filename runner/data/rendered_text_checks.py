@@ -8,13 +8,13 @@ spellings.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from html import escape
 from typing import Any
 
 from runner.data.chat_template import MARK, Template
-from runner.data.examples import Turn
+from runner.data.examples import Tool, Turn
 from runner.errors import Problem, RequestError
 
 THOUGHTS_END = "</think>"
@@ -28,7 +28,7 @@ _REMEDY = {
 }
 
 
-def missing(turn: Turn, text: str) -> str | None:
+def missing_part(turn: Turn, text: str) -> str | None:
     """What of an assistant's turn is not in `text`: `content`, `reasoning`, `tool calls`; None where all is.
 
     Each value takes up its place: two equal calls have to be there twice.
@@ -50,9 +50,7 @@ def missing(turn: Turn, text: str) -> str | None:
     return None
 
 
-def check_given(
-    template: Template, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], text: str, ask: bool = False
-) -> None:
+def check_given(template: Template, turns: Sequence[Turn], tools: Sequence[Tool], text: str, ask: bool = False) -> None:
     """RequestError where `text` leaves out what the model is given: system, user and tool turns, schemas of tools."""
     bare: str | None = None
     for index, turn in enumerate(turns):
@@ -74,9 +72,7 @@ def check_given(
             raise RequestError(Problem(what, None, remedy))
 
 
-def _has_place(
-    template: Template, turns: Sequence[Turn], index: int, tools: Sequence[dict[str, Any]], ask: bool
-) -> bool:
+def _has_place(template: Template, turns: Sequence[Turn], index: int, tools: Sequence[Tool], ask: bool) -> bool:
     """Whether other words in the place of a turn would be shown; of conversations with the same roles tried once."""
     form = (index, ask, bool(tools), *((turn["role"], bool(turn.get("tool_calls"))) for turn in turns))
     if form not in template.places:
@@ -87,7 +83,7 @@ def _has_place(
     return template.places[form]
 
 
-def _described(tool: Mapping[str, Any]) -> Iterator[str]:
+def _described(tool: Tool) -> Iterator[str]:
     """What every template that shows tools says of one: its name, what it does, the names of its parameters."""
     function = tool.get("function", tool)
     if not isinstance(function, dict):
@@ -99,8 +95,8 @@ def _described(tool: Mapping[str, Any]) -> Iterator[str]:
         yield from map(str, named if isinstance(named, dict) else ())
 
 
-def show(
-    template: Template, prompt: Sequence[Turn], answer: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()
+def render_checked(
+    template: Template, prompt: Sequence[Turn], answer: Sequence[Turn], tools: Sequence[Tool] = ()
 ) -> str:
     """A prompt with its answer as text; without one, up to where the assistant is to speak. RequestError where the
     text leaves something out, or as `Template.render` where the template refuses them."""
@@ -108,7 +104,7 @@ def show(
     text = template.render(said, not answer, tools).text
     check_given(template, said, tools, text, ask=not answer)
     for index, turn in enumerate(said):
-        if index >= len(prompt) and turn["role"] == "assistant" and (lacks := missing(turn, text)):
+        if index >= len(prompt) and turn["role"] == "assistant" and (lacks := missing_part(turn, text)):
             raise refusal(lacks, index)
     return text
 
@@ -118,7 +114,7 @@ def refusal(what: str, index: int) -> RequestError:
     return RequestError(Problem(f"the chat template does not show the {what} of turn {index + 1}", None, _REMEDY[what]))
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def _leaves(value: object) -> Iterator[object]:
     """Names and values, whatever they are nested in."""
     if isinstance(value, dict):
         for name, inner in value.items():
@@ -131,7 +127,7 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _spellings(value: Any) -> Iterator[str]:
+def _spellings(value: object) -> Iterator[str]:
     """How templates write a value, without white space."""
     if not isinstance(value, str):
         yield from dict.fromkeys(map(_bare, (json.dumps(value), str(value))))

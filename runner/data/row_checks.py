@@ -30,15 +30,15 @@ from runner.data.examples import (
 from runner.data.inspect.sample import head
 from runner.data.inspect.token_counts import tokenizer_file
 from runner.data.load import canonical_rows
-from runner.data.loss_mask import Turns, learned
+from runner.data.loss_mask import TurnFinder, learned_spans
 from runner.data.pretraining.documents import texts
 from runner.data.pretraining.workspace import is_whole, workspace_of
 from runner.data.readers.files import Table, kind_of_file, refuse
 from runner.data.readers.hub import first_rows
-from runner.data.readers.remote import UnreachableError, size_of
 from runner.data.readers.sources import Source, files_of, sources_of
 from runner.data.readers.streams import in_pieces, tables
-from runner.data.rendered_text_checks import show
+from runner.data.readers.urls import UnreachableError, size_of
+from runner.data.rendered_text_checks import render_checked
 from runner.data.row_store import num_bytes
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec, Grpo, Pretrain, RunSpec
@@ -79,7 +79,7 @@ class _Part:
     broken: list[Problem] = field(default_factory=list)
     """With the source, from here on."""
 
-    def look(self, kind: Kind, turns: Turns | None, loss_on: str) -> None:
+    def look(self, kind: Kind, turns: TurnFinder | None, loss_on: str) -> None:
         """Read and check."""
         try:
             for table in self.tables:
@@ -100,7 +100,7 @@ class _Part:
             self.broken = self.wrong or [Problem("holds no rows", self.name, "add rows, or name another file")]
 
 
-def check(spec: RunSpec) -> list[str]:
+def check_rows(spec: RunSpec) -> list[str]:
     """Notes for the user; RequestError with everything that is wrong with rows, chat template and reward functions."""
     notes: list[str] = []
     objective = spec.objective
@@ -111,7 +111,7 @@ def check(spec: RunSpec) -> list[str]:
             raise RequestError(nothing_held_out(spec))
         return notes
     template = template_of(tokenizer_file(spec.model), spec.data)
-    turns = Turns(template) if template else None
+    turns = TurnFinder(template) if template else None
     parts = _parts(spec, notes)
     for part in parts:
         part.look(kind_of(objective.name), turns, getattr(objective, "loss_on", "all"))
@@ -259,17 +259,17 @@ def _check_documents(spec: RunSpec, notes: list[str]) -> None:
             refuse([Problem("holds no document", source.name, "name another source")])
 
 
-def _tried(turns: Turns, row: Learnable, loss_on: str) -> Iterator[Problem]:
+def _tried(turns: TurnFinder, row: Learnable, loss_on: str) -> Iterator[Problem]:
     """Conversations that the chat template refuses in words, or hides a part of; whatever else it may raise is left to
     training, which has all special tokens."""
     try:
         if isinstance(row, Example):
             if row.completion:
                 shown = turns.template.render([*row.prompt, *row.completion], tools=row.tools)
-                learned(row, loss_on, shown.text, shown.marks, turns)
+                learned_spans(row, loss_on, shown.text, shown.marks, turns)
             return
         for prompt, answer in _conversations(row):
-            show(turns.template, prompt, answer, getattr(row, "tools", ()))
+            render_checked(turns.template, prompt, answer, getattr(row, "tools", ()))
     except RequestError as error:
         yield from (Problem(p.what, row.where, p.remedy) for p in error.problems)
     except Exception as error:

@@ -24,7 +24,7 @@ from dataclasses import replace
 from runner.data.columns import is_content, is_fact, is_index, is_odd, listing, mappings, media, seen, unread
 from runner.data.examples import Kind, Learnable, Preference, PromptExample, as_kind
 from runner.data.readers.files import Row, kind_of
-from runner.data.row_parsers import READERS, Shape, passed_on, prompts_of
+from runner.data.row_parsers import READERS, RowFormat, passed_on, prompts_of
 from runner.data.row_parts import completion_field, messages_field, prompt_field, said_turns
 from runner.data.row_values import RowReader
 from runner.errors import Problem, RequestError
@@ -66,7 +66,7 @@ _GUESSES = {
 }
 
 
-def detect(row: Row, spec: DataSpec, kind: Kind | None = None) -> Shape:
+def detect_format(row: Row, spec: DataSpec, kind: Kind | None = None) -> RowFormat:
     """The shape of a row: `data.format`, or for `auto` the most specific one whose fields it has, by what the objective
     learns from: tokens, pairs, marked answers, conversations, prompts with an answer, plain text.
 
@@ -85,7 +85,7 @@ def detect(row: Row, spec: DataSpec, kind: Kind | None = None) -> Shape:
     raise RequestError(Problem(what, None, _which_fields(row, spec, kind)))
 
 
-def _shape(row: Row, spec: DataSpec, kind: Kind | None) -> Shape | None:
+def _shape(row: Row, spec: DataSpec, kind: Kind | None) -> RowFormat | None:
     has = row.keys()
     prompted = prompt_field(row, spec) is not None
     if spec.ids_field in has and kind in (None, "sft"):
@@ -159,7 +159,7 @@ def _which_answers(row: Row, spec: DataSpec) -> str:
     return f"write {_said(keys)}"
 
 
-def read(row: Row, where: str, spec: DataSpec, shape: Shape, kind: Kind | None = None) -> Learnable:
+def read_row(row: Row, where: str, spec: DataSpec, shape: RowFormat, kind: Kind | None = None) -> Learnable:
     """A row of a known shape; RequestError with every mistake in it, each at `where`."""
     reader, found = _read(row, where, spec, shape, kind)
     if not reader.problems and (names := _unread(reader, found, spec, shape)):
@@ -169,7 +169,7 @@ def read(row: Row, where: str, spec: DataSpec, shape: Shape, kind: Kind | None =
     return replace(found, where=where)
 
 
-def left_out(row: Row, spec: DataSpec, shape: Shape, kind: Kind | None = None) -> list[str]:
+def left_out(row: Row, spec: DataSpec, shape: RowFormat, kind: Kind | None = None) -> list[str]:
     """Columns of a row that are not read; the numbers of rows are not among them."""
     reader, found = _read(row, "", spec, shape, kind)
     extra = found.extra if isinstance(found, PromptExample) else {}
@@ -183,7 +183,7 @@ def rewarded(row: Row, spec: DataSpec) -> list[str]:
     return [name for name in extra if name not in reader.read]
 
 
-def _read(row: Row, where: str, spec: DataSpec, shape: Shape, kind: Kind | None) -> tuple[RowReader, Learnable]:
+def _read(row: Row, where: str, spec: DataSpec, shape: RowFormat, kind: Kind | None) -> tuple[RowReader, Learnable]:
     reader = RowReader(seen(row, spec), where, spec.roles, spec.weight_field)
     if kind == "prompts" and prompt_field(reader.row, spec) is not None:
         return reader, prompts_of(reader, spec)  # whatever else the row could be
@@ -193,7 +193,7 @@ def _read(row: Row, where: str, spec: DataSpec, shape: Shape, kind: Kind | None)
     return reader, found
 
 
-def _unread(reader: RowReader, found: Learnable, spec: DataSpec, shape: Shape) -> list[str]:
+def _unread(reader: RowReader, found: Learnable, spec: DataSpec, shape: RowFormat) -> list[str]:
     """Token ids and text that is named are taken as they are, and all of a prompt goes to the reward functions."""
     if shape == "tokens" or spec.format == "text":
         return []
@@ -227,7 +227,7 @@ def _mapping(names: list[str], row: Row, spec: DataSpec, kind: Kind | None, begu
 
 def _rest(row: Row, spec: DataSpec, kind: Kind | None) -> list[str]:
     """Columns that look like content and are not read; RequestError for a row that cannot be read as that kind."""
-    shape = detect(row, spec, kind)
+    shape = detect_format(row, spec, kind)
     reader, found = _read(row, "", spec, shape, kind)
     if reader.problems:
         raise RequestError(*reader.problems)
@@ -240,4 +240,4 @@ def _said(keys: Mapping[str, str]) -> str:
     return " ".join(shlex.quote(f"data.{key}={value}") for key, value in keys.items())
 
 
-__all__ = ["READERS", "UNREAD", "Shape", "detect", "left_out", "read"]
+__all__ = ["READERS", "UNREAD", "RowFormat", "detect_format", "left_out", "read_row"]

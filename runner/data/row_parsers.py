@@ -9,17 +9,17 @@ from runner.data.examples import Example, Learnable, Preference, PromptExample, 
 from runner.data.loss_mask import IGNORED
 from runner.data.readers.files import kind_of
 from runner.data.row_parts import (
-    answered,
-    asked,
+    answer_turns,
     check_answer,
     check_ends,
     completion_field,
-    instructed,
+    hh_turns,
+    instruction_turns,
     is_turns,
     messages_field,
     prompt_field,
+    prompt_turns,
     said_turns,
-    spoken,
     turn,
     with_system,
     with_thoughts,
@@ -27,7 +27,7 @@ from runner.data.row_parts import (
 from runner.data.row_values import RowReader
 from runner.spec import DataSpec
 
-Shape = Literal["chat", "alpaca", "prompt_completion", "text", "preference", "unpaired", "prompts", "tokens"]
+RowFormat = Literal["chat", "alpaca", "prompt_completion", "text", "preference", "unpaired", "prompts", "tokens"]
 
 RESERVED = frozenset(
     {"prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
@@ -47,7 +47,7 @@ def _chat(reader: RowReader, spec: DataSpec) -> Example:
 
 
 def _alpaca(reader: RowReader, spec: DataSpec) -> Example:
-    turns = instructed(reader, spec)
+    turns = instruction_turns(reader, spec)
     answer = with_thoughts(turn("assistant", reader.text(spec.output_field)), reader, spec)
     tools = reader.tools(spec.tools_field)
     return Example(with_system(turns, reader, spec), [answer], dialogue=len(turns) > 1, tools=tools)
@@ -58,7 +58,7 @@ def _pair(reader: RowReader, spec: DataSpec) -> Example:
     asked_in = prompt_field(row, spec) or spec.prompt_field
     both = is_turns(row.get(asked_in)) and is_turns(row.get(name))  # a cell of CSV that is JSON alone may be an answer
     as_turns = both or isinstance(row.get(asked_in), list) or isinstance(row.get(name), list)
-    prompt, completion = asked(reader, spec, as_turns), answered(reader, name, as_turns)
+    prompt, completion = prompt_turns(reader, spec, as_turns), answer_turns(reader, name, as_turns)
     if as_turns:
         check_ends(reader, name, prompt, completion)
     elif len(completion) == 1:
@@ -82,8 +82,8 @@ def _preference(reader: RowReader, spec: DataSpec) -> Preference:
         chosen, rejected, alone = *whole, True
     else:
         turns = all(map(is_turns, values)) and _repeats(values, row.get(prompt_field(row, spec) or ""))
-        chosen, rejected = (answered(reader, name, turns or isinstance(row.get(name), list)) for name in names)
-    prompt = [] if alone else asked(reader, spec)
+        chosen, rejected = (answer_turns(reader, name, turns or isinstance(row.get(name), list)) for name in names)
+    prompt = [] if alone else prompt_turns(reader, spec)
     if chosen and chosen[0]["role"] != "assistant":  # whole conversations: the prompt is what they share
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
@@ -99,15 +99,15 @@ def _preference(reader: RowReader, spec: DataSpec) -> Preference:
     return Preference(prompt, chosen, rejected, reader.tools(spec.tools_field))
 
 
-def _conversations(values: list[Any], prompt: Any, alone: bool) -> list[list[Turn]]:
+def _conversations(values: Sequence[object], prompt: object, alone: bool) -> list[list[Turn]]:
     """HH-RLHF's two conversations, each as one text, where the whole row is such; else none."""
     if not all(isinstance(value, str) and (alone or value.startswith(str(prompt))) for value in values):
         return []
-    whole = [spoken(value) for value in values]
+    whole = [hh_turns(str(value)) for value in values]
     return whole if all(whole) else []
 
 
-def _repeats(values: list[Any], prompt: Any) -> bool:
+def _repeats(values: Sequence[object], prompt: object) -> bool:
     """JSON text of turns is a conversation; where others speak in it and none says the prompt, it is what the assistant
     wrote."""
     if not isinstance(prompt, str) or is_turns(prompt) or not all(isinstance(value, str) for value in values):
@@ -180,7 +180,7 @@ def prompts_of(reader: RowReader, spec: DataSpec) -> PromptExample:
     """All columns but the prompt go to the reward functions as they are."""
     row = reader.row
     pair = _preference(reader, spec).prompt if {spec.chosen_field, spec.rejected_field} <= row.keys() else None
-    prompt = pair if isinstance(pair, list) else asked(reader, spec)
+    prompt = pair if isinstance(pair, list) else prompt_turns(reader, spec)
     name = next((name for name in (spec.answer_field, spec.completion_field, spec.output_field) if name in row), None)
     answer = reader.value(name) if name else None
     if name and (turns := said_turns(answer)):
@@ -247,7 +247,7 @@ def _mask(reader: RowReader, names: Sequence[str], size: int) -> list[bool]:
     return kept
 
 
-READERS: dict[Shape, Callable[[RowReader, DataSpec], Learnable]] = {
+READERS: dict[RowFormat, Callable[[RowReader, DataSpec], Learnable]] = {
     "chat": _chat,
     "alpaca": _alpaca,
     "prompt_completion": _pair,

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 from runner.data.columns import ANSWERS, PROMPTS, SYSTEMS
 from runner.data.examples import Turn
@@ -64,15 +63,15 @@ def with_system(turns: list[Turn], reader: RowReader, spec: DataSpec) -> list[Tu
     return turns if own or not prompt else [turn("system", prompt), *turns]
 
 
-def asked(reader: RowReader, spec: DataSpec, as_turns: bool = False) -> list[Turn]:
+def prompt_turns(reader: RowReader, spec: DataSpec, as_turns: bool = False) -> list[Turn]:
     """The prompt of a row: text or turns; an instruction with its input; or a conversation."""
     name = prompt_field(reader.row, spec) or spec.prompt_field
     value = reader.row.get(name)
     if name == spec.instruction_field and not is_turns(value):
-        turns = instructed(reader, spec)
+        turns = instruction_turns(reader, spec)
     elif as_turns or name == messages_field(reader.row, spec) or is_turns(value):
         turns = reader.turns(name)
-    elif isinstance(value, str) and value.rstrip().endswith("\n\nAssistant:") and (said := spoken(value)):
+    elif isinstance(value, str) and value.rstrip().endswith("\n\nAssistant:") and (said := hh_turns(value)):
         reader.read.add(name)
         turns = said[:-1]  # the last one is still to be spoken
     else:
@@ -80,7 +79,7 @@ def asked(reader: RowReader, spec: DataSpec, as_turns: bool = False) -> list[Tur
     return with_system(turns, reader, spec)
 
 
-def instructed(reader: RowReader, spec: DataSpec) -> list[Turn]:
+def instruction_turns(reader: RowReader, spec: DataSpec) -> list[Turn]:
     """Alpaca's task with its input, after the pairs of its history."""
     turns: list[Turn] = []
     history = reader.value(spec.history_field)
@@ -97,7 +96,7 @@ def instructed(reader: RowReader, spec: DataSpec) -> list[Turn]:
     return [*turns, turn("user", f"{task}\n\n{about}" if about.strip() else task)]
 
 
-def answered(reader: RowReader, name: str, as_turns: bool = False) -> list[Turn]:
+def answer_turns(reader: RowReader, name: str, as_turns: bool = False) -> list[Turn]:
     """An answer: text, one turn, or turns; text is never taken apart."""
     value = reader.row.get(name)
     if isinstance(value, dict) and _is_turn(value):
@@ -113,7 +112,7 @@ def with_thoughts(answer: Turn, reader: RowReader, spec: DataSpec) -> Turn:
     return {**answer, "reasoning_content": thought} if thought.strip() else answer
 
 
-def spoken(text: str) -> list[Turn]:
+def hh_turns(text: str) -> list[Turn]:
     """Turns of an HH-RLHF conversation, which Human begins and Assistant has a part in; none where it is no such."""
     marks = list(_SPEAKER.finditer(text))
     if not marks or marks[0].start() or marks[0][1] != "Human" or all(mark[1] == "Human" for mark in marks):
@@ -123,12 +122,12 @@ def spoken(text: str) -> list[Turn]:
     return [turn("user" if who == "Human" else "assistant", content) for who, content in said]
 
 
-def is_turns(value: Any) -> bool:
+def is_turns(value: object) -> bool:
     """A list, which has to be one of turns, or the JSON text of turns, which is how CSV holds them."""
     return isinstance(value, list) or bool(said_turns(value))
 
 
-def said_turns(value: Any) -> list[Any]:
+def said_turns(value: object) -> list[Row]:
     """Turns as they are written, in a list or its JSON text; none where the value is something else."""
     if isinstance(value, str) and value.startswith("[{") and value.endswith("}]"):
         with suppress(json.JSONDecodeError):
@@ -136,7 +135,7 @@ def said_turns(value: Any) -> list[Any]:
     return value if isinstance(value, list) and all(map(_is_turn, value)) else []
 
 
-def _is_turn(value: Any) -> bool:
+def _is_turn(value: object) -> bool:
     if not isinstance(value, dict) or value.keys().isdisjoint(ROLE_KEYS):
         return False
     return not value.keys().isdisjoint((*CONTENT_KEYS, "tool_calls", "function_call"))

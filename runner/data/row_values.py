@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from runner.config.suggestions import nearest
-from runner.data.examples import Turn
+from runner.data.examples import FunctionCall, Tool, ToolCall, Turn
 from runner.data.readers.files import Row, kind_of
 from runner.errors import Problem
 
@@ -74,7 +74,7 @@ class RowReader:
         value = self.value(name)
         return "" if value is None else self.content(name, value, may_be_empty=True)
 
-    def content(self, name: str, value: Any, may_be_empty: bool = False) -> str:
+    def content(self, name: str, value: object, may_be_empty: bool = False) -> str:
         """`value` if it is text one can learn."""
         if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
             value = "".join(part["text"] for part in value)  # OpenAI's content in parts
@@ -86,7 +86,7 @@ class RowReader:
         self.check_characters(name, value)
         return value
 
-    def check_characters(self, name: str, value: Any) -> None:
+    def check_characters(self, name: str, value: object) -> None:
         """A problem where text, wherever in `value` it is, holds half of a surrogate pair."""
         try:  # JSON can spell it, and a tokenizer raises on it
             (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).encode()
@@ -112,7 +112,7 @@ class RowReader:
             self.wrong(f"{name} is an empty list", "fill it in, or delete the row")
         return value
 
-    def tools(self, name: str) -> list[dict[str, Any]]:
+    def tools(self, name: str) -> list[Tool]:
         """Tools as a list of schemas or as JSON text of one; none where there are none."""
         value = self.value(name)
         if isinstance(value, str) and value.strip():
@@ -154,7 +154,7 @@ class RowReader:
             self._check_order(name, [turn for turn in turns if turn], whole)
         return [turn for turn in turns if turn]
 
-    def _turn(self, name: str, turn: Any) -> Turn | None:
+    def _turn(self, name: str, turn: object) -> Turn | None:
         if not isinstance(turn, dict):
             self.wrong(f"{name} is {kind_of(turn)}, not a turn", _TURN)
             return None
@@ -184,7 +184,7 @@ class RowReader:
         self._add_rest(name, turn, calls, found)
         return found
 
-    def _add_rest(self, name: str, turn: Row, calls: Any, found: Turn) -> None:
+    def _add_rest(self, name: str, turn: Row, calls: object, found: Turn) -> None:
         """What only some turns have: weight, tool calls, thoughts, names."""
         self._add_weight(name, turn, found)
         if calls is not None:
@@ -226,23 +226,23 @@ class RowReader:
         if not all(said.values()):
             found["weight"] = 0
 
-    def _calls(self, name: str, calls: Any) -> list[dict[str, Any]]:
+    def _calls(self, name: str, calls: object) -> list[ToolCall]:
         """Calls in the one form that templates know, their arguments as an object."""
-        found = []
-        for index, call in enumerate(_items(calls)):
+        found: list[ToolCall] = []
+        for index, item in enumerate(_items(calls)):
             try:
-                call = json.loads(call) if isinstance(call, str) else call
+                call: Any = json.loads(item) if isinstance(item, str) else item
                 function = call.get("function", call)
                 arguments = function.get("arguments", function.get("parameters", {}))
                 arguments = json.loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
-                known = {"name": str(function["name"]), "arguments": {**(arguments or {})}}
+                known: FunctionCall = {"name": str(function["name"]), "arguments": {**(arguments or {})}}
             except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
                 remedy = 'write {"function": {"name": "…", "arguments": {…}}}'
                 self.wrong(f"{name}[{index}] is no call of a function with its arguments in JSON", remedy)
                 continue
             self.check_characters(f"{name}[{index}]", known)
-            ident = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-            found.append({**ident, "type": "function", "function": known})
+            made: ToolCall = {"type": "function", "function": known}
+            found.append({"id": call["id"], **made} if isinstance(call.get("id"), str) else made)
         return found
 
     def _check_order(self, name: str, turns: list[Turn], whole: bool) -> None:
@@ -261,24 +261,24 @@ class RowReader:
             self.wrong(f"{name}[{first}] is the assistant's, before anything was asked", "put the question first")
 
 
-def _is_text_part(part: Any) -> bool:
+def _is_text_part(part: object) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+def _tool(tool: Tool) -> Tool:
     """A tool as templates know it; ShareGPT, xLAM and OpenAI's newer interface leave the function around it out."""
     if "function" in tool or "name" not in tool or tool.get("type", "function") != "function":
         return tool
     return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
 
-def _items(calls: Any) -> list[Any]:
+def _items(calls: object) -> list[object]:
     """The calls of a turn: a list, one call, or the JSON text of either."""
     with suppress(json.JSONDecodeError):
         calls = json.loads(calls) if isinstance(calls, str) else calls
     return calls if isinstance(calls, list) else [calls]
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 40 else text[:39] + "…"

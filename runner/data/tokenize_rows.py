@@ -21,6 +21,7 @@ from runner.data.loss_mask import IGNORED
 from runner.data.row_store import Stored, decoded
 from runner.errors import Problem, RequestError
 
+R = TypeVar("R")
 T = TypeVar("T")
 CHUNK = 1000
 ALONE = 20_000
@@ -28,7 +29,7 @@ ALONE = 20_000
 
 
 @dataclass(frozen=True)
-class How:
+class TokenizeSettings:
     """What shapes the tokens, besides the tokenizer."""
 
     loss_on: str
@@ -37,45 +38,55 @@ class How:
 
 
 @dataclass
-class Chunk:
+class ChunkCounts:
+    """What became of the rows of a chunk."""
+
+    examples: int = 0
+    truncated: int = 0
+    """Rows with a sequence that was longer than the limit and lost its end."""
+    dropped: int = 0
+    """Rows with nothing to learn within the limit, and long ones where nothing may be cut."""
+    prompt_differs: int = 0
+    """Rows with an answer that does not begin where the template asks for one (`ChatTokenizer.prompt_differs`)."""
+    conversations: int = 0
+    """Rows that the template rendered."""
+    problems: list[Problem] = field(default_factory=list)
+
+    def refuse(self, error: RequestError, where: str) -> None:
+        """Note what is wrong with the row at `where`."""
+        self.problems += [Problem(p.what, where or p.source, p.remedy) for p in error.problems]
+
+
+@dataclass
+class TokenChunk(ChunkCounts):
     """Tokens of some rows, one after the other."""
 
     ids: array[int] = field(default_factory=lambda: array("i"))
     labels: array[int] = field(default_factory=lambda: array("i"))
     lengths: list[int] = field(default_factory=list)
-    examples: int = 0
-    truncated: int = 0
-    """Rows that were longer than the limit and lost their end."""
-    dropped: int = 0
-    """Rows without a token to learn, within the limit, and long ones under `data.on_long=drop`."""
     split: int = 0
     """Rows that go on in another."""
     unlearned: int = 0
     """Answers that are not learned, because the template drops a part of what they say."""
-    prompt_differs: int = 0
-    """Rows whose answer does not begin where the template asks for one (`ChatTokenizer.prompt_differs`)."""
-    conversations: int = 0
-    """Rows that the template rendered."""
-    problems: list[Problem] = field(default_factory=list)
 
-    def add(self, ids: Sequence[int], labels: Sequence[int], how: How) -> None:
-        """One row, as `how` has it."""
+    def add(self, ids: Sequence[int], labels: Sequence[int], settings: TokenizeSettings) -> None:
+        """One row, as `settings` has it."""
         self.examples += 1
-        limit = how.limit
+        limit = settings.limit
         if len(ids) > limit:
-            if how.on_long == "split":
+            if settings.on_long == "split":
                 self._split(ids, labels, limit)
                 return
-            if how.on_long == "drop":
+            if settings.on_long == "drop":
                 self.dropped += 1
                 return
             self.truncated += 1
         if not self._keep(ids[:limit], labels[:limit]):
             self.dropped += 1
 
-    def take(self, encoded: Encoded, how: How) -> None:
+    def take(self, encoded: Encoded, settings: TokenizeSettings) -> None:
         """The same, with what is known of it."""
-        self.add(encoded.ids, encoded.labels, how)
+        self.add(encoded.ids, encoded.labels, settings)
         self.unlearned += encoded.num_dropped
         self.prompt_differs += encoded.prompt_differs
 
@@ -94,28 +105,28 @@ class Chunk:
         return True
 
 
-def encode_chunk(words: ChatTokenizer, examples: Sequence[Example], how: How) -> Chunk:
+def encode_chunk(words: ChatTokenizer, examples: Sequence[Example], settings: TokenizeSettings) -> TokenChunk:
     """Tokens of the examples; those that the template refuses are problems with their place."""
-    chunk = Chunk()
+    chunk = TokenChunk()
     chunk.conversations = sum(example.text is None and example.ids is None for example in examples)
     if chunk.conversations:
         words.check_end()
     try:
-        found = words.encode_all(examples, how.loss_on)
+        found = words.encode_all(examples, settings.loss_on)
     except RequestError:  # one at least: which?
         for example in examples:
             try:
-                chunk.take(words.encode(example, how.loss_on), how)
+                chunk.take(words.encode(example, settings.loss_on), settings)
             except RequestError as error:
-                chunk.problems += [Problem(p.what, example.where or p.source, p.remedy) for p in error.problems]
+                chunk.refuse(error, example.where)
         return chunk
     for encoded in found:
-        chunk.take(encoded, how)
+        chunk.take(encoded, settings)
     return chunk
 
 
 def in_chunks(
-    work: Callable[[ChatTokenizer, Sequence[Any]], T], words: ChatTokenizer, rows: Sequence[Any], num_proc: int | None
+    work: Callable[[ChatTokenizer, Sequence[R]], T], words: ChatTokenizer, rows: Sequence[R], num_proc: int | None
 ) -> Iterator[T]:
     """What `work` makes of a thousand rows at a time, in their order, whatever the number of processes; few are in
     memory at once. `work` is sent to the other processes, so it has a name in a module."""

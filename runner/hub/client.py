@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runner.config import credentials
 from runner.errors import Problem, RequestError
@@ -28,7 +28,7 @@ class UnreachableError(RequestError):
     """The Hub said nothing about the model: no network, no answer in time, or an error of its own."""
 
 
-def config(model_id: str, revision: str | None = None) -> dict[str, Any]:
+def config(model_id: str, revision: str | None = None) -> dict[str, object]:
     """The parsed config.json; kept in the cache. RequestError says what stands in the way, and what to do."""
     found = kept(model_id, revision)
     if found is not None:
@@ -41,7 +41,7 @@ def config(model_id: str, revision: str | None = None) -> dict[str, Any]:
     return content
 
 
-def kept(model_id: str, revision: str | None = None) -> dict[str, Any] | None:
+def kept(model_id: str, revision: str | None = None) -> dict[str, object] | None:
     """What an earlier `config` has kept; None where there was none."""
     file = _file(model_id, revision)
     return _parsed(file.read_text("utf-8"), model_id) if file.is_file() else None
@@ -121,7 +121,7 @@ def _refused(model_id: str, error: HTTPError) -> Problem:
     return Problem(f"the Hub answered {error.code} for {model_id}", None, "try again, or name a local folder")
 
 
-def _parsed(text: str, model_id: str) -> dict[str, Any]:
+def _parsed(text: str, model_id: str) -> dict[str, object]:
     try:
         content = json.loads(text)
     except ValueError as error:

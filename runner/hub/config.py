@@ -74,7 +74,7 @@ _ONLY: dict[str, dict[str, Any]] = {
 }
 
 
-def facts_from_config(config: Mapping[str, Any], source: str | None = None) -> dict[str, Any]:
+def facts_from_config(config: Mapping[str, object], source: str | None = None) -> dict[str, Any]:
     """What ModelSpec can hold of a `config.json`: architecture, sizes and the number of parameters.
 
     Of a model with several parts (`text_config`), the language model alone: its parameters do not count
@@ -120,7 +120,7 @@ def _repo(model_id: str) -> Path:
     return cache() / "--".join(("models", *model_id.split("/")))  # repo_folder_name, huggingface_hub/file_download.py
 
 
-def _language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _language_model(config: Mapping[str, object]) -> Mapping[str, object]:
     """The part of a config that describes the language model; whether embeddings are tied may stand outside it."""
     inner = config.get("text_config")
     if not isinstance(inner, Mapping):
@@ -129,7 +129,7 @@ def _language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**outside, **inner}
 
 
-def _variants(model_type: str, config: Mapping[str, Any], source: str | None) -> list[Problem]:
+def _variants(model_type: str, config: Mapping[str, object], source: str | None) -> list[Problem]:
     """Keys whose value makes other layers than those that are known."""
     return [
         Problem(
@@ -142,7 +142,7 @@ def _variants(model_type: str, config: Mapping[str, Any], source: str | None) ->
     ]
 
 
-def _sizes(model_type: str, config: Mapping[str, Any], source: str | None) -> dict[str, Any]:
+def _sizes(model_type: str, config: Mapping[str, object], source: str | None) -> dict[str, Any]:
     """Every size of ModelSpec, from the config or the default of its class."""
     keys = {**_KEYS, **_OWN_KEYS.get(model_type, {})}
     facts: dict[str, Any] = dict(zip((*_KEYS, "tie_embeddings"), _DEFAULTS[model_type], strict=True))
@@ -169,7 +169,7 @@ def _sizes(model_type: str, config: Mapping[str, Any], source: str | None) -> di
     return {fact: value for fact, value in facts.items() if value is not None}
 
 
-def _is_size(value: Any, optional: bool) -> bool:
+def _is_size(value: object, optional: bool) -> bool:
     return (value is None and optional) or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
 
 
@@ -196,7 +196,7 @@ def cache() -> Path:
     return Path(os.path.expandvars(os.path.expanduser(cache)))
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, object]:
     try:
         config = json.loads(file.read_text("utf-8"))
     except OSError as error:

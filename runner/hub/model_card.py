@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path, PurePath
-from typing import Any
 
 import yaml
 
@@ -83,7 +82,7 @@ def _settings(spec: RunSpec, run: RunDir) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in chosen)])
 
 
-def _portable(value: Any) -> str:
+def _portable(value: object) -> str:
     """A value without the folders of this machine."""
     if isinstance(value, list):
         return ", ".join(map(_portable, value))
@@ -97,10 +96,10 @@ def _with(run: RunDir) -> str:
     return f"With llm-finetuning-runner {__version__}{f'; {named}' if named else ''}."
 
 
-def _metadata(spec: RunSpec, adapter: bool) -> dict[str, Any]:
+def _metadata(spec: RunSpec, adapter: bool) -> dict[str, object]:
     """huggingface.co/docs/hub/model-cards#model-card-metadata; the licence is the base's, which is not known here."""
     tags = [spec.objective.name, spec.method.name, "llm-finetuning-runner"]
-    found: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": _task(spec)}
+    found: dict[str, object] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": _task(spec)}
     if _on_the_hub(spec):
         found["base_model"] = spec.model.id
         found["base_model_relation"] = "adapter" if adapter else "finetune"

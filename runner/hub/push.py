@@ -8,18 +8,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from rich.console import Console
 
 from runner.errors import CannotRunError, Problem, RequestError, RunFailedError, RunnerError
-from runner.hub.upload import push_model, target_of
+from runner.hub.upload import Pushed, push_model, target_of
 from runner.report.text import print_problems
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 
 
-def push(run_dir: Path, to: str | None = None, *, public: bool = False, merged: bool = False) -> dict[str, Any]:
+def push(run_dir: Path, to: str | None = None, *, public: bool = False, merged: bool = False) -> Pushed:
     """Upload `model/` (or `merged/`) of a finished run, by default to its `push.to`: address, commit, files.
 
     RequestError for what cannot be pushed, CannotRunError without the library, RunFailedError where it fails.
@@ -35,7 +34,7 @@ def push(run_dir: Path, to: str | None = None, *, public: bool = False, merged: 
     return push_model(run, spec, folder, target)
 
 
-def check(spec: RunSpec) -> list[str]:
+def check_push(spec: RunSpec) -> list[str]:
     """Make the place for the model before the run begins; notes. RequestError where nothing may be written there."""
     if spec.push.to is None:
         return []
@@ -52,7 +51,7 @@ def check(spec: RunSpec) -> list[str]:
     return []
 
 
-def after(run: RunDir) -> str:
+def push_finished(run: RunDir) -> str:
     """The address of the model of a run that has just ended well. RunFailedError where it did not go there."""
     try:
         return str(push(run.path)["url"])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypedDict, TypeVar
 
 from runner.errors import CannotRunError, Problem, RequestError, RunFailedError
 from runner.hub.model_card import base_name, card
@@ -24,6 +24,21 @@ Answer = TypeVar("Answer")
 WRITE = "export HF_TOKEN=… with a token that may write (huggingface.co/settings/tokens)"
 
 
+class Sent(TypedDict, total=False):
+    """What an upload leaves in `pushed.json`."""
+
+    url: str
+    repo: str
+    """On the Hub: its name there."""
+    commit: str
+
+
+class Pushed(Sent):
+    """The same, with the files that went."""
+
+    files: list[str]
+
+
 class Target(Protocol):
     """What an upload needs of a place. Errors: RequestError for keys and names, RunFailedError where it fails."""
 
@@ -34,7 +49,7 @@ class Target(Protocol):
     def prepare(self) -> None:
         """Make the repository, or find that the bucket may be used: before hours are spent on what goes there."""
 
-    def send(self, files: Files, message: str, without: Sequence[str] = ()) -> dict[str, Any]:
+    def send(self, files: Files, message: str, without: Sequence[str] = ()) -> Sent:
         """Upload files, delete the folders `without`: facts for `pushed.json`."""
 
     def folders(self, below: str) -> list[str]:
@@ -69,7 +84,7 @@ class Hub:
         self._asked(lambda: HfApi().create_repo(self.repo, private=not self.public, exist_ok=True))
         self._asked(lambda: HfApi().auth_check(self.repo, write=True))  # one that is there may be somebody else's
 
-    def send(self, files: Files, message: str, without: Sequence[str] = ()) -> dict[str, Any]:
+    def send(self, files: Files, message: str, without: Sequence[str] = ()) -> Sent:
         """One commit."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -124,7 +139,7 @@ class S3:
         bucket, _ = self._place()
         self._asked(lambda client: client.head_bucket(Bucket=bucket))
 
-    def send(self, files: Files, message: str, without: Sequence[str] = ()) -> dict[str, Any]:
+    def send(self, files: Files, message: str, without: Sequence[str] = ()) -> Sent:
         """Every file, in parts; then what goes."""
         bucket, prefix = self._place()
 
@@ -178,7 +193,7 @@ CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints there."""
 
 
-def push_model(run: RunDir, spec: RunSpec, folder: Path, target: Target) -> dict[str, Any]:
+def push_model(run: RunDir, spec: RunSpec, folder: Path, target: Target) -> Pushed:
     """Upload `model/` or `merged/`, and record it in `pushed.json`; its address, and the files that went.
 
     RequestError for a folder with links.

@@ -11,7 +11,7 @@ from runner.errors import Problem, RunFailedError
 from runner.machine.processes import Killer
 from runner.plan.choose_stage import StageChoice, StageSearch
 from runner.plan.memory import GIB
-from runner.plan.search import Change, nearest
+from runner.plan.search import Change, nearest_changes
 from runner.report.plan_terms import PHASES, term_of
 from runner.report.summary import TRAINING
 from runner.resolve import plan_inputs, price
@@ -169,7 +169,7 @@ def suggestions(
     too_low = min(1.0, predicted / held) if held else 1.0
     machines = [_with(hw, HEADROOM * too_low) for hw in price.hardware() if hw.name != spec.hw.name]
     small = spec.model_copy(update={"hw": spec.hw.model_copy(update={"memory_gib": room})})
-    changes = [*_smaller_evaluation(small, planned, options), *nearest(small, options, machines, limit=12)]
+    changes = [*_smaller_evaluation(small, planned, options), *nearest_changes(small, options, machines, limit=12)]
     here = [c for c in changes if c.spec.hw.name == spec.hw.name]
     fitting = [s for c in here if (s := _suggestion(c, small, options, planned)) is not None]
     elsewhere = [Suggestion(c.words, _peak(c.option)) for c in changes if c.spec.hw.name != spec.hw.name]

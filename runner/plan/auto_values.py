@@ -11,14 +11,14 @@ from runner.plan.memory import GIB
 from runner.spec import RunSpec
 
 
-def resolve(spec: RunSpec, options: StageSearch | None = None) -> tuple[RunSpec, list[str]]:
+def resolve_autos(spec: RunSpec, options: StageSearch | None = None) -> tuple[RunSpec, list[str]]:
     """The run with every `auto` decided that the hardware decides, and what a user should know about it.
 
     `spec.hw` must be detected already. With `options` the ZeRO stage and the micro batch are the fastest that fit;
     without (a model whose shape is not known) the micro batch follows from the global batch alone. What only the
     machine that trains can know (which kernels are installed on a GPU) stays `auto` and is recorded there.
     """
-    spec = settled(spec)
+    spec = resolve_hardware_autos(spec)
     _check_product(spec)
     notes: list[str] = []
     if options is not None:
@@ -55,7 +55,7 @@ def _why(spec: RunSpec, options: StageSearch, best: StageChoice) -> list[str]:
     lower = STAGES[: STAGES.index(best.stage)]
     too_big = []
     for stage in lower:
-        tried = min(options.of(spec, (stage,)), key=lambda option: option.memory.expected)
+        tried = min(options.choices(spec, (stage,)), key=lambda option: option.memory.expected)
         if not tried.comfortable:
             too_big.append(f"{stage} needs {tried.memory.high / GIB:.1f} GiB with headroom")
     reason = "; ".join(too_big) if too_big else "it is the fastest that fits"
@@ -85,7 +85,7 @@ def _check_product(spec: RunSpec) -> None:
 EAGER_UP_TO = 512
 
 
-def settled(spec: RunSpec) -> RunSpec:
+def resolve_hardware_autos(spec: RunSpec) -> RunSpec:
     """The `auto`s that the hardware alone decides."""
     train: dict[str, Any] = {"precision": _precision(spec)}
     on_gpu = spec.hw.accelerator == "cuda"

@@ -15,7 +15,7 @@ from runner.plan.step_time import Machine, StepTime, Work, evaluation_time, mach
 from runner.plan.trainable import Precision, Training, training_of
 from runner.spec import HardwareSpec, Kto, Method, RunSpec
 
-Templates = Mapping[str, Mapping[str, Any]]
+Templates = Mapping[str, Mapping[str, object]]
 """The DeepSpeed JSONs by stage, as they are in deepspeed_configs/."""
 
 STAGES = ("none", "zero1", "zero2", "zero3")
@@ -42,7 +42,7 @@ class StageChoice:
     """Bytes of one GPU (of the machine, on a CPU); None where the hardware does not say."""
     step: StepTime | None
     """None where the hardware's speed is not known."""
-    config: Mapping[str, Any] | None
+    config: zero.ResolvedConfig | None
 
     @property
     def fits(self) -> bool:
@@ -68,7 +68,7 @@ class StageSearch:
         self._training: dict[Any, tuple[Method, Training]] = {}
         self._machines: dict[Any, tuple[HardwareSpec, Machine | None]] = {}
         self._work: dict[Any, tuple[Training, Work]] = {}
-        self._configs: dict[Any, dict[str, Any]] = {}
+        self._configs: dict[Any, zero.ResolvedConfig] = {}
 
     def training(self, shape: Shape, method: Method, precision: Precision, *, deepspeed: bool) -> Training:
         """`training_of`, remembered by identity: pydantic models with lists cannot be hashed."""
@@ -104,7 +104,7 @@ class StageSearch:
             self._work[key] = (training, work)
         return self._work[key][1]
 
-    def config(self, spec: RunSpec, stage: str, micro: int, accumulation: int, hidden: int) -> dict[str, Any]:
+    def config(self, spec: RunSpec, stage: str, micro: int, accumulation: int, hidden: int) -> zero.ResolvedConfig:
         """The resolved DeepSpeed JSON, remembered."""
         train = spec.train
         key = (stage, micro, accumulation, spec.hw.world_size, hidden, train.precision, train.max_grad_norm)
@@ -122,14 +122,14 @@ class StageSearch:
             )
         return self._configs[key]
 
-    def of(self, spec: RunSpec, stages: tuple[str, ...] | None = None) -> Iterator[StageChoice]:
+    def choices(self, spec: RunSpec, stages: tuple[str, ...] | None = None) -> Iterator[StageChoice]:
         """Every option of a run whose precision and hardware are resolved, best rounding first within a stage."""
         shape = shape_for(spec)
         for stage in stages or allowed_stages(spec):
             for micro, accumulation in batches(spec):
-                yield self.option(spec, shape, stage, micro, accumulation)
+                yield self.choice(spec, shape, stage, micro, accumulation)
 
-    def option(self, spec: RunSpec, shape: Shape, stage: str, micro: int, accumulation: int) -> StageChoice:
+    def choice(self, spec: RunSpec, shape: Shape, stage: str, micro: int, accumulation: int) -> StageChoice:
         """One of them."""
         precision = spec.train.precision
         assert precision != "auto"
@@ -173,18 +173,18 @@ class StageSearch:
         pairs = batches(spec)
         smallest = min(pairs)
         if self._hopeless(spec, shape, stage, pairs[0]):
-            return self.option(spec, shape, stage, *smallest)
-        first = self.option(spec, shape, stage, *pairs[0])
+            return self.choice(spec, shape, stage, *smallest)
+        first = self.choice(spec, shape, stage, *pairs[0])
         if first.comfortable or len(pairs) == 1:
             return first
-        least = self.option(spec, shape, stage, *smallest)
+        least = self.choice(spec, shape, stage, *smallest)
         rest = pairs[1:]
         grows = least.memory.peak_phase in ("forward", "backward")
         if grows and not least.comfortable:  # larger ones need more, unless they keep no gradients from step to step
             rest = [pair for pair in rest if pair[1] == 1 < least.accumulation]
         tried = [first, least]
         for pair in rest:
-            option = self.option(spec, shape, stage, *pair) if pair != smallest else least
+            option = self.choice(spec, shape, stage, *pair) if pair != smallest else least
             if option.comfortable:
                 return option
             tried.append(option)
@@ -250,14 +250,14 @@ def job_of(spec: RunSpec) -> Job:
         optimizer=train.optimizer,
         on_gpu=hw.accelerator == "cuda",
         world=hw.world_size,
-        eval_batch=spec.eval.batch_size if asks(spec) else 0,
+        eval_batch=spec.eval.batch_size if asks_prompts(spec) else 0,
         eval_new_tokens=spec.eval.max_new_tokens,
         passes=passes_of(spec.objective, spec.method),
         packed=train.packing,
     )
 
 
-def asks(spec: RunSpec) -> bool:
+def asks_prompts(spec: RunSpec) -> bool:
     """Held-out prompts are answered before and after training: there are right answers to compare with."""
     return bool(spec.eval.num_prompts) and spec.objective.name in ("sft", "grpo")
 

@@ -37,7 +37,7 @@ MASTER = 4  # DeepSpeed keeps an fp32 copy of what trains
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class WeightBytes:
     """What of a model trains, in values and bytes per value."""
 
     method_name: MethodName
@@ -63,7 +63,7 @@ class Trained:
         return float(self.bytes_16 * self.parameters)
 
 
-def checkpoint(trained: Trained, stage: int, *, tied_values: int = 0) -> dict[str, float]:
+def checkpoint(trained: WeightBytes, stage: int, *, tied_values: int = 0) -> dict[str, float]:
     """Bytes of one checkpoint by what they hold; their sum is its size on disk.
 
     `stage` is 0 without DeepSpeed, `tied_values` the size of an embedding matrix that is the head as
@@ -87,7 +87,7 @@ def checkpoint(trained: Trained, stage: int, *, tied_values: int = 0) -> dict[st
     }
 
 
-def final_model(trained: Trained) -> float:
+def final_model(trained: WeightBytes) -> float:
     """Bytes of `model/`: the weights in 16 bits, or the adapter in fp32 (`runner.train.peft_methods.settle`)."""
     return 4.0 * trained.trainable if trained.adapter else trained.weights_16
 
@@ -102,7 +102,7 @@ def pinned(size: float) -> int:
 
 
 def host_ram(
-    trained: Trained, stage: int, *, processes: int, accelerator: Literal["cuda", "cpu"], held: float = 0.0,
+    trained: WeightBytes, stage: int, *, processes: int, accelerator: Literal["cuda", "cpu"], held: float = 0.0,
     largest_matrix: int = 0, data_tokens: int = 0, text_bytes: float = 0.0, pinned_blocks: Sequence[float] = (),
     pageable: float = 0.0, training: float = 0.0,
 ) -> dict[str, float]:  # fmt: skip
@@ -130,7 +130,7 @@ def host_ram(
     return {name: size for name, size in (terms | {largest: passing[largest]}).items() if size}
 
 
-def _loading(trained: Trained, stage: int, largest_matrix: int) -> float:
+def _loading(trained: WeightBytes, stage: int, largest_matrix: int) -> float:
     """Bytes of main memory per process that loading to a GPU needs beyond the mapped file.
 
     A matrix that changes its type on the way is converted in main memory, by up to four threads at
@@ -144,7 +144,7 @@ def _loading(trained: Trained, stage: int, largest_matrix: int) -> float:
     return 0.0
 
 
-def _saving(trained: Trained, stage: int) -> float:
+def _saving(trained: WeightBytes, stage: int) -> float:
     """Bytes of main memory on one node that weights on GPUs pass through on their way to a file.
 
     Up to stage 2 one process writes the model, copying a file's tensors (`SHARD` at most) off the GPU first. In stage
@@ -155,7 +155,7 @@ def _saving(trained: Trained, stage: int) -> float:
 
 
 def disk(
-    trained: Trained, stage: int, *, source: Literal["hub", "package", "folder"], checkpoints: int,
+    trained: WeightBytes, stage: int, *, source: Literal["hub", "package", "folder"], checkpoints: int,
     data_tokens: int = 0, nvme: float = 0.0, tied_values: int = 0, shards: float = 0.0, data: float = 0.0,
 ) -> dict[str, float]:  # fmt: skip
     """Bytes on disk at the end of a run, by term, on one disk that all nodes share.

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from runner.plan import zero
 from runner.plan.autograd.ops import LayerKind, Setting
-from runner.plan.autograd.step_peak import Step, Trains, step
+from runner.plan.autograd.step_peak import Step, TrainableLayers, replay_step
 from runner.plan.autograd.tape import KINDS
 from runner.plan.host_memory import CPU_PROCESS
 from runner.plan.objective_passes import Passes
@@ -127,13 +127,13 @@ def memory(
     micro_batch: int,
     accumulation: int,
     stage: str = "none",
-    config: Mapping[str, Any] | None = None,
+    config: zero.ResolvedConfig | None = None,
 ) -> Memory:
     """Peaks of every phase; `config` is the resolved DeepSpeed JSON of `stage`."""
     sharded = stage != "none"
     setting = setting_of(training, job, micro_batch)
     # Under ZeRO gradients are reduced as they come; `zero.terms` counts them as a whole.
-    one = step(training.shape, setting, training.trains, sharded or accumulation > 1)
+    one = replay_step(training.shape, setting, training.trains, sharded or accumulation > 1)
     fixed, last, extra, host = _states(training, job, stage, config, accumulation > 1)
     phases: Phases = {
         "load": _load(training, fixed, stage),
@@ -158,7 +158,7 @@ def _forward(training: Training, job: Job, setting: Setting, one: Step, sequence
     first keeps is held, or the generation of the answers to a whole optimiser step's prompts, `sequences` of them."""
     moments: list[dict[str, float]] = [one.forward.kinds]
     if job.passes.over_held:
-        quiet = step(training.shape, replace(setting, rank=0, checkpointing=False), _quiet(training))
+        quiet = replay_step(training.shape, replace(setting, rank=0, checkpointing=False), _quiet(training))
         moments.append({k: one.held.kinds[k] + quiet.forward.kinds[k] for k in KINDS})
     if job.passes.new_tokens:
         new = job.passes.new_tokens
@@ -169,12 +169,12 @@ def _forward(training: Training, job: Job, setting: Setting, one: Step, sequence
     return max(moments, key=lambda kinds: sum(kinds.values()))
 
 
-def _quiet(training: Training) -> Trains:
-    return Trains(((LayerKind(), training.shape.num_layers),))
+def _quiet(training: Training) -> TrainableLayers:
+    return TrainableLayers(((LayerKind(), training.shape.num_layers),))
 
 
 def floor(
-    training: Training, job: Job, accumulation: int, stage: str = "none", config: Mapping[str, Any] | None = None
+    training: Training, job: Job, accumulation: int, stage: str = "none", config: zero.ResolvedConfig | None = None
 ) -> float:
     """Bytes that are there whatever the micro batch: a quick no for what is far too large."""
     fixed, *_ = _states(training, job, stage, config, accumulation > 1)
@@ -182,7 +182,7 @@ def floor(
 
 
 def _states(
-    training: Training, job: Job, stage: str, config: Mapping[str, Any] | None, accumulates: bool
+    training: Training, job: Job, stage: str, config: zero.ResolvedConfig | None, accumulates: bool
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float], float]:
     """What is always there; what is there in the optimiser's step; what comes with communication; host bytes."""
     states = STATES[job.optimizer]
@@ -196,7 +196,7 @@ def _states(
         }
         buckets = zero.terms(
             "none", job.world, trainable=training.trainable, frozen=0, frozen_bytes=0.0,
-            largest_layer_parameters=0, optimizer_bytes=0.0, config={}, precision=job.precision,
+            largest_layer_parameters=0, optimizer_bytes=0.0, config=None, precision=job.precision,
             trained_bytes=trained / max(1, training.trainable),
         ).buckets  # fmt: skip
         if buckets:
@@ -275,7 +275,7 @@ def _answers(training: Training, setting: Setting, batch: int, prompt: int, new_
         frozen_width=setting.frozen_width, attention=setting.attention, base=setting.base, head="labelled",
         labelled=1 / prompt,
     )  # fmt: skip
-    kinds = step(shape, forward, _quiet(training)).forward.kinds
+    kinds = replay_step(shape, forward, _quiet(training)).forward.kinds
     return {"kv_cache": float(cache)} | {name: kinds[name] for name in KINDS if kinds[name]}
 
 

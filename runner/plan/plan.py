@@ -11,7 +11,7 @@ from runner.plan.choose_stage import StageChoice, StageSearch
 from runner.plan.cost import Checkpoints, checkpoints_of
 from runner.plan.memory import FREE_SHARE, GIB, STATES
 from runner.plan.objective_passes import passes_of, shape_for
-from runner.plan.run_time import GB, Facts, hours_of
+from runner.plan.run_time import GB, RunFacts, hours_of
 from runner.plan.trainable import Training
 from runner.plan.worker_environment import arguments, variables
 from runner.spec import RunSpec
@@ -105,14 +105,14 @@ class Plan:
         return asdict(self)
 
 
-def plan_of(spec: RunSpec, options: StageSearch, facts: Facts, notes: list[str]) -> Plan:
+def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[str]) -> Plan:
     """The plan of a resolved run: its stage, micro batch and accumulation are decided."""
     train, hw = spec.train, spec.hw
     assert isinstance(train.micro_batch_size, int) and isinstance(train.accumulation_steps, int)
     assert train.precision != "auto"
     shape = shape_for(spec)
     stage = spec.deepspeed.name
-    option = options.option(spec, shape, stage, train.micro_batch_size, train.accumulation_steps)
+    option = options.choice(spec, shape, stage, train.micro_batch_size, train.accumulation_steps)
     training = options.training(shape, spec.method, train.precision, deepspeed=stage != "none")
     ram = _host(spec, training, option, facts)
     one = sum(host_memory.checkpoint(_summary(training, _states(spec)), _number(stage)).values())
@@ -129,7 +129,7 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: Facts, notes: list[str])
         said.append(f"what main memory {hw.name} has is not known here (hw.host_memory_gib=…)")
     if train.attention == "auto" and hw.accelerator == "cuda":  # decided by what is installed where it trains
         plain = spec.model_copy(update={"train": train.model_copy(update={"attention": "sdpa"})})
-        other = options.option(plain, shape, stage, option.micro_batch, option.accumulation)
+        other = options.choice(plain, shape, stage, option.micro_batch, option.accumulation)
         verdict = "" if other.fits or not option.fits else ", which does not fit"
         said.append(
             f"attention: assumes that flash-attn is installed; with SDPA {other.memory.expected / GIB:.1f} GiB{verdict}"
@@ -213,8 +213,8 @@ def _gib(terms: Mapping[str, float]) -> dict[str, float]:
     return {name: round(size / GIB, 3) for name, size in terms.items() if size}
 
 
-def _summary(training: Training, optimizer_bytes: float) -> host_memory.Trained:
-    return host_memory.Trained(
+def _summary(training: Training, optimizer_bytes: float) -> host_memory.WeightBytes:
+    return host_memory.WeightBytes(
         method_name=training.method,
         parameters=training.shape.num_parameters,
         trainable=training.trainable,
@@ -232,7 +232,7 @@ def _number(stage: str) -> int:
     return int(stage[4]) if stage.startswith("zero") else 0
 
 
-def _host(spec: RunSpec, training: Training, option: StageChoice, facts: Facts) -> dict[str, float]:
+def _host(spec: RunSpec, training: Training, option: StageChoice, facts: RunFacts) -> dict[str, float]:
     """Main memory of one node."""
     on_gpu = spec.hw.accelerator == "cuda"
     per_node = spec.hw.num_processes or max(1, spec.hw.num_gpus)
@@ -253,7 +253,7 @@ def _host(spec: RunSpec, training: Training, option: StageChoice, facts: Facts) 
     return ram
 
 
-def _disk(spec: RunSpec, training: Training, stage: str, facts: Facts, checkpoints: int) -> dict[str, float]:
+def _disk(spec: RunSpec, training: Training, stage: str, facts: RunFacts, checkpoints: int) -> dict[str, float]:
     source = "package" if spec.model.package else "hub" if facts.download else "folder"
     return host_memory.disk(
         _summary(training, _states(spec)),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from runner.plan import cost
-from runner.plan.choose_stage import StageChoice, StageSearch, asks, job_of
+from runner.plan.choose_stage import StageChoice, StageSearch, asks_prompts, job_of
 from runner.plan.memory import PROMPT_TOKENS
 from runner.plan.objective_passes import passes_of
 from runner.plan.step_time import Machine, Work, evaluation_time
@@ -17,7 +17,7 @@ GB = 1e9
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunFacts:
     """What the arithmetic cannot know by itself: looked up by the caller."""
 
     num_steps: int | None = None
@@ -50,7 +50,7 @@ def hours_of(
     options: StageSearch,
     training: Training,
     option: StageChoice,
-    facts: Facts,
+    facts: RunFacts,
     disk: Mapping[str, float],
     checkpoints: float = 0.0,
 ) -> tuple[cost.Hours | None, cost.Cost | None]:
@@ -76,14 +76,14 @@ def hours_of(
     return hours, cost.usd(hours, facts.usd_per_gpu_hour, num_gpus=gpus, disk_gb=size if rented else 0.0)
 
 
-def _evaluation(spec: RunSpec, work: Work, machine: Machine, stage: str, facts: Facts) -> float:
+def _evaluation(spec: RunSpec, work: Work, machine: Machine, stage: str, facts: RunFacts) -> float:
     """Seconds of all measurements: before, every so many steps, and after.
 
     Before training a model answers to the last token that it may; what has learnt the answers ends where they do.
     """
     evaluate, longest = spec.eval, spec.eval.max_new_tokens
     learnt = longest if facts.answer_tokens is None else min(longest, facts.answer_tokens)
-    wanted = evaluate.num_prompts if asks(spec) else 0
+    wanted = evaluate.num_prompts if asks_prompts(spec) else 0
     asked = wanted if facts.prompts is None else min(wanted, facts.prompts)
     unknown = min(spec.train.max_length, PROMPT_TOKENS)
 

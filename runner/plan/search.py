@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.errors import RunnerError
 from runner.plan import cost
-from runner.plan.auto_values import settled
+from runner.plan.auto_values import resolve_hardware_autos
 from runner.plan.choose_stage import OFFLOADING, STAGES, StageChoice, StageSearch
 from runner.plan.memory import FREE_SHARE, GIB
 from runner.spec import HardwareSpec, Method, ModelSpec, QLora4, RunSpec
@@ -17,7 +17,7 @@ MILLION = 1e6
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SearchRow:
     """One combination with its best stage and micro batch."""
 
     model: str
@@ -51,17 +51,17 @@ def combinations(
         for method in methods:
             base = spec.model_copy(update={"model": model, "method": method, "train": train})
             for hw in hardware:
-                yield on(base, hw)
+                yield on_hardware(base, hw)
 
 
 def fit(
     specs: Iterable[RunSpec], options: StageSearch, *, sequences: int | None = None, advice: bool = True
-) -> list[Row]:
+) -> list[SearchRow]:
     """One row per run."""
     rows = []
     for spec in specs:
         try:
-            option = options.best(settled(spec))
+            option = options.best(resolve_hardware_autos(spec))
         except RunnerError as error:  # a stage that this method cannot have
             rows.append(_refused(spec, str(error)))
             continue
@@ -70,19 +70,19 @@ def fit(
     return rows
 
 
-def ranked(rows: Iterable[Row], by: str) -> list[Row]:
+def ranked(rows: Iterable[SearchRow], by: str) -> list[SearchRow]:
     """Those that fit first, cheapest (`by="usd"`) or fastest (`by="time"`) first."""
     return sorted(rows, key=lambda row: _order(row, by))
 
 
-def _order(row: Row, by: str) -> tuple[bool, float, float]:
+def _order(row: SearchRow, by: str) -> tuple[bool, float, float]:
     time = 1 / row.tokens_per_second if row.tokens_per_second else float("inf")
     usd = row.usd_per_million_tokens if row.usd_per_million_tokens is not None else float("inf")
     first, second = (usd, time) if by == "usd" else (time, usd)
     return not row.fits, (first if row.fits else row.peak_gib), second
 
 
-def _row(spec: RunSpec, option: StageChoice, sequences: int | None, note: str) -> Row:
+def _row(spec: RunSpec, option: StageChoice, sequences: int | None, note: str) -> SearchRow:
     hw, gpus = spec.hw, spec.hw.num_gpus * spec.hw.num_nodes
     seconds = option.seconds_per_sequence
     known = option.step is not None
@@ -91,7 +91,7 @@ def _row(spec: RunSpec, option: StageChoice, sequences: int | None, note: str) -
     per_million = None
     if known and per_hour is not None:
         per_million = seconds / spec.train.max_length * MILLION / 3600 * per_hour
-    return Row(
+    return SearchRow(
         model=spec.model.name,
         method=spec.method.name,
         hw=hw.name,
@@ -110,15 +110,15 @@ def _row(spec: RunSpec, option: StageChoice, sequences: int | None, note: str) -
     )
 
 
-def _refused(spec: RunSpec, why: str) -> Row:
+def _refused(spec: RunSpec, why: str) -> SearchRow:
     hw = spec.hw
     gpus = hw.num_gpus * hw.num_nodes
     names = spec.model.name, spec.method.name, hw.name, gpus, spec.deepspeed.name
-    return Row(*names, 0, 0, False, 0.0, hw.memory_gib, None, None, None, None, why)
+    return SearchRow(*names, 0, 0, False, 0.0, hw.memory_gib, None, None, None, None, why)
 
 
 def _advice(spec: RunSpec, options: StageSearch) -> str:
-    changes = nearest(spec, options, (), limit=2)
+    changes = nearest_changes(spec, options, (), limit=2)
     return f"fits with {changes[0].described}" if changes else "no single change makes it fit"
 
 
@@ -141,7 +141,7 @@ class Change:
         return f"{self.words}, with {main:,.0f} GiB of main memory" if main > 1 else self.words
 
 
-def nearest(
+def nearest_changes(
     spec: RunSpec,
     options: StageSearch,
     hardware: Iterable[HardwareSpec],
@@ -205,7 +205,7 @@ def _with(spec: RunSpec, **parts: dict[str, Any]) -> RunSpec:
 
 def _tried(words: str, spec: RunSpec, options: StageSearch) -> Change | None:
     try:
-        option = options.best(settled(spec))
+        option = options.best(resolve_hardware_autos(spec))
     except RunnerError:
         return None
     host = spec.hw.main_memory_gib(rented=spec.where.name == "runpod")
@@ -242,7 +242,7 @@ def offers(
     for hw in hardware:
         if hw.accelerator != "cuda" or hw.usd_per_hour is None or hw.name == spec.hw.name:
             continue
-        change = _tried(f"hw={hw.name}", on(spec, hw), options)
+        change = _tried(f"hw={hw.name}", on_hardware(spec, hw), options)
         if change is None or change.option.step is None:
             continue
         seconds = change.option.seconds_per_sequence * (sequences or 1) + (before if sequences else 0.0)
@@ -264,6 +264,6 @@ def cheapest(
     return found[0].change if found else None
 
 
-def on(spec: RunSpec, hw: HardwareSpec) -> RunSpec:
+def on_hardware(spec: RunSpec, hw: HardwareSpec) -> RunSpec:
     """The run on other hardware."""
     return spec.model_copy(update={"hw": hw})

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Literal
 
 from runner.plan.autograd.ops import LayerKind
-from runner.plan.autograd.step_peak import Trains
+from runner.plan.autograd.step_peak import TrainableLayers
 from runner.plan.model_shape import Matrix, Shape
 from runner.plan.quantization import MethodName, base_bytes, largest_load_peak
 from runner.spec import Freeze, Full, Lora, Method, Peft, QLora4, QLora8
@@ -31,7 +31,7 @@ class Training:
 
     shape: Shape
     method: MethodName
-    trains: Trains
+    trains: TrainableLayers
     base_trained: int
     """Values of the model itself that train (under an adapter: the copies that `modules_to_save` makes)."""
     adapter: int
@@ -103,7 +103,7 @@ def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed
     runs, first = _runs(shape, chosen, LayerKind(adapters=True))
     count = shape.num_layers if chosen is None else len(chosen)
     extra = {ALIASES.get(m, m) for m in method.modules_to_save} | _new_head(shape)
-    trains = Trains(runs, *(module in extra for module in OUTSIDE))
+    trains = TrainableLayers(runs, *(module in extra for module in OUTSIDE))
     double = isinstance(method, QLora4) and method.double_quant
     sizes = _sizes(method, adapted)
     shared = other.shared([_layer(m) for m in adapted]) * adapter_width if other else 0
@@ -163,7 +163,7 @@ def _whole(shape: Shape, method: Full | Freeze, width: int, trained_width: int, 
     if "embed_tokens" in extra:
         first = 0
     return Training(
-        shape, method.kind, Trains(runs, *(module in extra for module in OUTSIDE)),
+        shape, method.kind, TrainableLayers(runs, *(module in extra for module in OUTSIDE)),
         base_trained=values,
         adapter=0,
         adapter_weights=0,

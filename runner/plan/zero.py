@@ -8,12 +8,57 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict, cast
 
 from runner.errors import Problem, RequestError
 
 Precision = Literal["bf16", "fp16", "fp32"]
-Zero = Mapping[str, Any]  # `zero_optimization` of a resolved JSON, or a part of it
+
+
+class Offload(TypedDict, total=False):
+    """`offload_optimizer` or `offload_param`; DeepSpeed's defaults are in zero/offload_config.py."""
+
+    device: str
+    nvme_path: str
+    pin_memory: bool
+    buffer_count: int
+    buffer_size: int
+    max_in_cpu: int
+
+
+OffloadPart = Literal["offload_optimizer", "offload_param"]
+OFFLOADS: tuple[OffloadPart, ...] = ("offload_optimizer", "offload_param")
+
+
+class _Stage(TypedDict):
+    stage: int
+
+
+class Zero(_Stage, total=False):
+    """`zero_optimization` of a resolved JSON: the keys that decide sizes."""
+
+    reduce_bucket_size: int
+    overlap_comm: bool
+    sub_group_size: int
+    stage3_max_reuse_distance: int
+    stage3_max_live_parameters: int
+    stage3_prefetch_bucket_size: int
+    offload_optimizer: Offload | None
+    offload_param: Offload | None
+
+
+class _Sharded(TypedDict):
+    zero_optimization: Zero
+
+
+class ResolvedConfig(_Sharded, total=False):
+    """A DeepSpeed JSON without "auto": the keys that the plan reads."""
+
+    train_batch_size: int
+    train_micro_batch_size_per_gpu: int
+    gradient_accumulation_steps: int
+    gradient_clipping: float
+
 
 FP32 = 4
 """Bytes of a master weight, and of a gradient in the step: `_configure_master_weights`, runtime/base_optimizer.py."""
@@ -91,7 +136,7 @@ class _Run(NamedTuple):
 
 
 def resolved_config(
-    template: Mapping[str, Any],
+    template: Mapping[str, object],
     *,
     micro_batch: int,
     accumulation: int,
@@ -100,13 +145,13 @@ def resolved_config(
     precision: Precision,
     max_grad_norm: float,
     nvme_path: str | None = None,
-) -> dict[str, Any]:
+) -> ResolvedConfig:
     """The template with every "auto" filled in as transformers 5.23 does (integrations/deepspeed.py).
 
     `nvme_path` moves what the template offloads from main memory to that folder.
     Raises RequestError for an "auto" that the plan does not decide, and for NVMe without ZeRO-3 offload.
     """
-    known: dict[str, Any] = {
+    known: dict[str, object] = {
         "train_batch_size": micro_batch * accumulation * world,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -118,7 +163,7 @@ def resolved_config(
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
     }
     unknown: list[str] = []
-    config = _filled(template, known, "", unknown)
+    config = cast("ResolvedConfig", _filled(template, known, "", unknown))
     if unknown:
         raise RequestError(
             *(Problem(f'"{key}" is "auto" in the DeepSpeed JSON', None, "write a value") for key in unknown)
@@ -128,9 +173,11 @@ def resolved_config(
     return config
 
 
-def _filled(part: Mapping[str, Any], known: Mapping[str, Any], prefix: str, unknown: list[str]) -> dict[str, Any]:
+def _filled(
+    part: Mapping[str, object], known: Mapping[str, object], prefix: str, unknown: list[str]
+) -> dict[str, object]:
     """A copy of one level of the JSON, without "auto"; keys that nothing fills go to `unknown`."""
-    result: dict[str, Any] = {}
+    result: dict[str, object] = {}
     for key, value in part.items():
         name = prefix + key
         if isinstance(value, Mapping):
@@ -143,18 +190,23 @@ def _filled(part: Mapping[str, Any], known: Mapping[str, Any], prefix: str, unkn
     return result
 
 
-def _to_nvme(zero: dict[str, Any], path: str) -> None:
+def _to_nvme(zero: Zero, path: str) -> None:
     """Move the offload devices to NVMe. ZeRO-1/2 would take it for main memory without a word (`cpu_offload`)."""
-    parts = [part for part in ("offload_optimizer", "offload_param") if _offloads(zero, part)]
+    parts = [part for part in OFFLOADS if _offloads(zero, part)]
     if zero["stage"] != 3 or not parts:
         remedy = "write deepspeed=zero3_offload"
         raise RequestError(Problem("offloading to NVMe needs ZeRO-3 with offload", None, remedy))
     for part in parts:
-        zero[part] = {**zero[part], "device": "nvme", "nvme_path": path}
+        zero[part] = {**_offload(zero, part), "device": "nvme", "nvme_path": path}
 
 
-def _offloads(zero: Zero, part: str) -> bool:
-    return bool((zero.get(part) or {}).get("device", "none") != "none")
+def _offload(zero: Zero, part: OffloadPart) -> Offload:
+    """The block, empty where nothing is offloaded."""
+    return zero.get(part) or {}
+
+
+def _offloads(zero: Zero, part: OffloadPart) -> bool:
+    return _offload(zero, part).get("device", "none") != "none"
 
 
 def padded(sizes: Iterable[int], world: int) -> int:
@@ -171,13 +223,13 @@ def terms(
     frozen_bytes: float,
     largest_layer_parameters: int,
     optimizer_bytes: float,
-    config: Mapping[str, Any],
+    config: ResolvedConfig | None,
     precision: Precision,
     largest_trained: int | None = None,
     persistent: int = 0,
     trained_bytes: float = FP32,
 ) -> Terms:
-    """Bytes on one GPU by term; `config` is what `resolved_config` returned (unread for stage "none").
+    """Bytes on one GPU by term; `config` is what `resolved_config` returned (None for stage "none").
 
     `largest_layer_parameters` is the largest single parameter, `largest_trained` the largest that
     trains (default: the same without frozen ones, else 0: adapters fit the bucket), `persistent` the
@@ -190,6 +242,7 @@ def terms(
     if stage == "none":
         bucket = trainable * trained_bytes if world > 1 else 0.0
         return Terms(0.0, 0.0, 0.0, 0.0, 0.0, bucket, 0.0, 0.0, 0.0)
+    assert config is not None  # of every stage but "none"
     zero = config["zero_optimization"]
     width = 4 if precision == "fp32" else 2
     if largest_trained is None:
@@ -210,7 +263,7 @@ def _stage_1_and_2(run: _Run, zero: Zero, accumulates: bool) -> Terms:
     buckets = zero.get("reduce_bucket_size", REDUCE_BUCKET) * width * (2 if zero.get("overlap_comm") else 1)
     held = run.trainable if zero["stage"] == 1 else run.waiting
     if _offloads(zero, "offload_optimizer"):
-        host = _host_1_and_2(run, zero["offload_optimizer"], own, accumulates)
+        host = _host_1_and_2(run, _offload(zero, "offload_optimizer"), own, accumulates)
         buckets += run.largest_trained * width
         return Terms(weights, held * width, 0.0, 0.0, 0.0, buckets, 0.0, 0.0, host)
     part = own * width
@@ -255,14 +308,14 @@ def _gathered(run: _Run, zero: Zero, frozen: int, largest: int) -> float:
     return float((min(elements, limit) + copied) * (size / elements))
 
 
-def _pinned(size: float, offload: Zero) -> float:
+def _pinned(size: float, offload: Offload) -> float:
     """Bytes of a page-locked tensor: torch 2.13 rounds to a power of two (ATen/core/CachingHostAllocator.h)."""
     if size <= 0 or not offload.get("pin_memory", True):  # DeepSpeed's default is to pin: zero/offload_config.py
         return size
     return float(1 << (int(size) - 1).bit_length())
 
 
-def _host_1_and_2(run: _Run, offload: Zero, own: int, accumulates: bool) -> float:
+def _host_1_and_2(run: _Run, offload: Offload, own: int, accumulates: bool) -> float:
     """fp32 weights, their gradients, 16-bit copies to send back, one parameter's gradient, Adam's states.
 
     With accumulation the gradients wait in 16 bits too (`async_accumulate_grad_in_cpu_via_gpu`).
@@ -283,16 +336,16 @@ def _host_3(run: _Run, zero: Zero, own: int) -> float:
     """
     width, host = run.width, 0.0
     if _offloads(zero, "offload_optimizer"):
-        offload = zero["offload_optimizer"]
+        offload = _offload(zero, "offload_optimizer")
         host += _pinned(own * width, offload)
-        if offload["device"] == "nvme":
+        if offload.get("device") == "nvme":
             group = min(own, zero.get("sub_group_size", SUB_GROUP_SIZE))
             host += offload.get("buffer_count", 4) * group * FP32
         else:
             host += own * FP32 + _pinned(own * FP32, offload) + own * run.optimizer_bytes
     if _offloads(zero, "offload_param"):
-        offload = zero["offload_param"]
-        if offload["device"] == "nvme":
+        offload = _offload(zero, "offload_param")
+        if offload.get("device") == "nvme":
             buffers = offload.get("buffer_count", 5) * offload.get("buffer_size", 100_000_000)
             host += _pinned(buffers * width, offload)
             host += _pinned(min(own, offload.get("max_in_cpu", 1_000_000_000)) * width, {})

@@ -22,7 +22,7 @@ from runner.errors import Problem, RequestError
 from runner.plan.choose_stage import StageSearch
 from runner.plan.memory import GIB
 from runner.plan.model_shape import shape_of
-from runner.plan.search import Row, combinations, fit, ranked
+from runner.plan.search import SearchRow, combinations, fit, ranked
 from runner.resolve.plan_inputs import num_sequences
 from runner.resolve.price import hardware
 from runner.spec import HardwareSpec, Method, ModelSpec, RunSpec, TrainSpec
@@ -116,14 +116,14 @@ def with_default_length(spec: RunSpec, given: Mapping[str, object]) -> RunSpec:
     return spec.model_copy(update={"train": spec.train.model_copy(update=update)})
 
 
-def title(spec: RunSpec, rows: Sequence[Row]) -> str:
+def title(spec: RunSpec, rows: Sequence[SearchRow]) -> str:
     """How many answers there are, and for what sequences and batch."""
     fitting = sum(row.fits for row in rows)
     size = f"sequences of {spec.train.max_length:,} tokens, batch {spec.train.batch_size}"
     return f"{fitting} of {len(rows)} combinations fit: {size}"
 
 
-def fit_rows(spec: RunSpec, given: Mapping[str, object], by: str, folders: tuple[Path, ...] = ()) -> list[Row]:
+def fit_rows(spec: RunSpec, given: Mapping[str, object], by: str, folders: tuple[Path, ...] = ()) -> list[SearchRow]:
     """Combinations with their plans: of model, method and hardware those that `given` names, and all of the others.
 
     `spec` is what `with_default_length` returned.
@@ -140,12 +140,12 @@ def fit_rows(spec: RunSpec, given: Mapping[str, object], by: str, folders: tuple
 
 def _fits_of(
     spec: RunSpec, methods: list[Method], hw: list[HardwareSpec], size: int | None, advice: bool, model: ModelSpec
-) -> list[Row]:
-    options = StageSearch(deepspeed_json.templates(spec.deepspeed))
+) -> list[SearchRow]:
+    options = StageSearch(deepspeed_json.deepspeed_templates(spec.deepspeed))
     return fit(combinations(spec, [model], methods, hw), options, sequences=size, advice=advice)
 
 
-def _on_all_cores(work: Callable[[ModelSpec], list[Row]], models: list[ModelSpec]) -> list[list[Row]]:
+def _on_all_cores(work: Callable[[ModelSpec], list[SearchRow]], models: list[ModelSpec]) -> list[list[SearchRow]]:
     """A process per core, forked: the whole catalogue takes 1.7 s on one. Elsewhere than on Linux one after the other.
 
     Without the collector: a million short-lived sizes go by their reference counts, looking for cycles took 7%.
@@ -245,7 +245,7 @@ def table_cell(base: RunSpec, model: ModelSpec, method: dict[str, Any], micro_ba
             "train": base.train.model_copy(update=size),
         }
     )
-    return _TABLE.option(one, shape_of(model), "none", micro_batch, 1).memory.expected / GIB
+    return _TABLE.choice(one, shape_of(model), "none", micro_batch, 1).memory.expected / GIB
 
 
 _HELD_METHODS = {"full, bf16 weights": "full", "LoRA, rank 16": "lora", "QLoRA, 4 bits": "qlora4"}

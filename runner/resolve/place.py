@@ -193,7 +193,7 @@ def _planned(spec: RunSpec) -> Plan | None:
     """The plan of a run whose `auto`s are open; None where it cannot be made."""
     try:
         checked = validated(spec.model_dump(), lambda key: None)  # the rules for this hardware
-        return plan_inputs.plan(auto_values.resolve(checked, plan_inputs.stage_search(checked))[0], [])
+        return plan_inputs.plan(auto_values.resolve_autos(checked, plan_inputs.stage_search(checked))[0], [])
     except RunnerError:
         return None
 

@@ -8,15 +8,15 @@ from typing import NoReturn
 from runner.config import credentials, deepspeed_json
 from runner.data.examples import kind_of
 from runner.data.inspect import lengths
-from runner.data.pretraining import checks
+from runner.data.pretraining import corpus_checks
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
 from runner.hub import client
 from runner.plan.choose_stage import StageSearch
 from runner.plan.memory import GIB
 from runner.plan.model_shape import shape_of
 from runner.plan.plan import Plan, plan_of
-from runner.plan.run_time import GB, Facts
-from runner.plan.search import nearest
+from runner.plan.run_time import GB, RunFacts
+from runner.plan.search import nearest_changes
 from runner.resolve import config_facts
 from runner.resolve.price import hardware, price_of
 from runner.spec import RentedPlace, RunSpec
@@ -33,7 +33,7 @@ def stage_search(spec: RunSpec) -> StageSearch | None:
         shape_of(spec.model)
     except RequestError:
         return None
-    return StageSearch(deepspeed_json.templates(spec.deepspeed))
+    return StageSearch(deepspeed_json.deepspeed_templates(spec.deepspeed))
 
 
 def plan(spec: RunSpec, notes: list[str]) -> Plan:
@@ -53,12 +53,12 @@ def plan_if_known(spec: RunSpec, notes: list[str]) -> Plan | None:
         return None
 
 
-def facts_of(spec: RunSpec) -> Facts:
+def facts_of(spec: RunSpec) -> RunFacts:
     """Data, price and whether the weights are here."""
     notes: list[str] = []
     try:
-        found = checks.lengths_of(spec) or lengths.lengths(
-            checks.documents_of(spec), spec.model, seed=spec.train.seed, kind=kind_of(spec.objective.name)
+        found = corpus_checks.lengths_of(spec) or lengths.lengths(
+            corpus_checks.documents_of(spec), spec.model, seed=spec.train.seed, kind=kind_of(spec.objective.name)
         )
     except RunnerError as error:
         found = lengths.DataLengths(None, None, False, str(error))
@@ -70,7 +70,7 @@ def facts_of(spec: RunSpec) -> Facts:
     total = None
     if found.num_examples and found.tokens_per_example:
         total = round(found.num_examples * found.tokens_per_example)
-    shards, data, unknown_size = checks.stored(spec, found)
+    shards, data, unknown_size = corpus_checks.stored(spec, found)
     notes += unknown_size
     held_out, row = found.held_out_rows, found.held_out_tokens_per_row or spec.train.max_length
     if held_out is None and steps is not None:
@@ -79,7 +79,7 @@ def facts_of(spec: RunSpec) -> Facts:
         notes.append(f"{spec.model.id} is gated: {client.gate(spec.model.id)}")
     if spec.data.source == "commands" and spec.model.package is None:
         notes.append("data is the bundled demo: name data= and train.max_length= for your own run")
-    return Facts(
+    return RunFacts(
         num_steps=steps,
         tokens_total=tokens,
         data_tokens=total,
@@ -133,7 +133,7 @@ def advice(requested: RunSpec, plan: Plan) -> str:
         if plan.usd is None and requested.where.max_usd is not None:
             return "say what the hardware costs (hw.usd_per_hour=…), or leave where.max_usd out"
         return "raise the limit, or take a smaller run (fewer steps, a cheaper method, other hardware)"
-    changes = nearest(requested, options, hardware(), sequences=num_sequences(requested))
+    changes = nearest_changes(requested, options, hardware(), sequences=num_sequences(requested))
     if not changes:
         return "no hardware of the catalogue holds it; try method=qlora4, or a smaller model"
     texts = [f"{change.described} ({change.option.memory.expected / GIB:.1f} GiB)" for change in changes]

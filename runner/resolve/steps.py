@@ -13,7 +13,7 @@ from runner.config import deepspeed_json, pod_packages
 from runner.config.compose import Sources, compose, source_finder
 from runner.config.request import Request
 from runner.config.validation import SourceOf, validated
-from runner.data.pretraining import checks
+from runner.data.pretraining import corpus_checks
 from runner.errors import RequestError
 from runner.machine import detect, hostfile, kernels
 from runner.plan import auto_values
@@ -99,14 +99,14 @@ def check_rules(spec: RunSpec, resolution: Resolution) -> RunSpec:
 
 def check_workspace(spec: RunSpec, _: Resolution) -> RunSpec:
     """Refuse a corpus or a tokenizer that is not there, and packages that a pod cannot have."""
-    checks.check(spec)
-    pod_packages.check(spec)
+    corpus_checks.check_pretraining(spec)
+    pod_packages.check_flash_attention(spec)
     return spec
 
 
 def choose_stage_and_batch(spec: RunSpec, resolution: Resolution) -> RunSpec:
     """Decide precision, ZeRO stage, micro batch and the other `auto`s that follow from the hardware."""
-    found, notes = auto_values.resolve(spec, plan_inputs.stage_search(spec))
+    found, notes = auto_values.resolve_autos(spec, plan_inputs.stage_search(spec))
     resolution.notes += [*_packages_of_pod(spec, found), *notes]
     return found
 
@@ -153,5 +153,5 @@ def _packages_of_pod(requested: RunSpec, ready: RunSpec) -> list[str]:
     if ready.where.name != "runpod":
         return []
     could = requested.train.attention == "auto" and ready.hw.flash_attention and ready.train.precision != "fp32"
-    brings = pod_packages.note(ready)
+    brings = pod_packages.image_note(ready)
     return [*([pod_packages.NO_FLASH] if could else []), *([brings] if brings else [])]

@@ -30,7 +30,7 @@ def check_contents(spec: RunSpec) -> list[str]:
     writable.check_caches(spec)
     said = (spec.data, spec.objective, spec.model, spec.eval, spec.where.name, sorted(_states(spec)))
     if (key := repr(said)) not in _checked:
-        _checked[key] = row_checks.check(spec)
+        _checked[key] = row_checks.check_rows(spec)
     return list(_checked[key])
 
 

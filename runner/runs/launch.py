@@ -124,7 +124,7 @@ def check_launch(
     that somebody named."""
     try:
         executor_of(spec).check(spec, launch_options)
-        notes += _push().check(spec) if spec.push.to else []
+        notes += _push().check_push(spec) if spec.push.to else []
     except RunnerError as error:
         if composed.where.name != "auto" or spec.where.name == "local":
             raise
@@ -172,7 +172,7 @@ def execute_in(
         say(f"Note    {as_invoked(note)}")
     outcome = executor_of(spec).execute(directory, spec, quiet_stdout=as_json, launch_options=launch_options)
     if outcome.exit_code == 0 and spec.push.to and spec.where.name == "local":  # a pod uploads by itself
-        say(f"Pushed  {_push().after(directory)}")
+        say(f"Pushed  {_push().push_finished(directory)}")
     return outcome
 
 

@@ -30,8 +30,8 @@ def deepspeed_config(spec: RunSpec, run: RunDir, source: str) -> dict[str, Any] 
     train = spec.train
     assert isinstance(train.micro_batch_size, int) and isinstance(train.accumulation_steps, int)
     assert train.precision != "auto"
-    return zero.resolved_config(
-        deepspeed_json.templates(spec.deepspeed)[stage],
+    resolved = zero.resolved_config(
+        deepspeed_json.deepspeed_templates(spec.deepspeed)[stage],
         micro_batch=train.micro_batch_size,
         accumulation=train.accumulation_steps,
         world=spec.hw.world_size,
@@ -40,6 +40,7 @@ def deepspeed_config(spec: RunSpec, run: RunDir, source: str) -> dict[str, Any] 
         max_grad_norm=train.max_grad_norm,
         nvme_path=spec.deepspeed.nvme_path,
     )
+    return dict(resolved)
 
 
 def settle(model: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from runner.data.pretraining import sharder, tokenizer
-from runner.data.pretraining.checks import check_size, check_tokenizer, check_trained
+from runner.data.pretraining.corpus_checks import check_size, check_tokenizer, check_trained
 from runner.data.pretraining.workspace import Workspace, is_ready, manifest_of, workspace_of
 from runner.errors import Problem, RequestError
 from runner.spec import ModelSpec, Pretrain, RunSpec

@@ -19,7 +19,7 @@ import pyarrow as pa
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, fingerprint
 from runner.data.readers.files import refuse
-from runner.data.tokenize_rows import How, encode_chunk, in_chunks
+from runner.data.tokenize_rows import TokenizeSettings, encode_chunk, in_chunks
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec, Sft
 from runner.train.token_cache import ROWS, Tell, Tokenised, stored, tokenizer_fingerprint
@@ -54,7 +54,7 @@ def _write(
 ) -> dict[str, Any]:
     """Rows of the entry into `folder`; its facts."""
     limit = spec.train.max_length
-    how = How(_loss_on(spec), limit, spec.data.on_long)
+    settings = TokenizeSettings(_loss_on(spec), limit, spec.data.on_long)
     counts = dict.fromkeys(("truncated", "dropped", "split", "unlearned", "prompt_differs", "conversations"), 0)
     done = refused = 0
     lengths = array("i")
@@ -62,7 +62,7 @@ def _write(
     ids_file, labels_file = folder / "ids", folder / "labels"
     with ids_file.open("wb") as ids, labels_file.open("wb") as labels:
         for chunk in in_chunks(
-            partial(encode_chunk, how=how), ChatTokenizer.of(tokenizer), examples, spec.data.num_proc
+            partial(encode_chunk, settings=settings), ChatTokenizer.of(tokenizer), examples, spec.data.num_proc
         ):
             chunk.ids.tofile(ids)
             chunk.labels.tofile(labels)

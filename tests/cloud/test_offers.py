@@ -14,7 +14,7 @@ from runner.cloud.runpod.offers import candidates, cpu_candidates, runpod
 from runner.cloud.runpod.provider import RunPod
 from runner.cloud.runpod.types import CpuType, GpuType, Volume
 from runner.cloud.runpod.volumes import usd_per_month
-from runner.config.pod_packages import data
+from runner.config.pod_packages import runpod_table
 from runner.errors import RunnerError
 from runner.spec import RunPodPlace
 from tests.support.emulated import Emulator, emulator
@@ -209,7 +209,7 @@ def test_images_by_name() -> None:
     assert image_of(runpod(rented_spec("where.image=axolotl"))).startswith("axolotlai/")
     assert image_of(runpod(rented_spec("where.image=my/own:1"))) == "my/own:1"
     assert image_of(runpod(rented_spec())) == image_of(runpod(rented_spec("where.image=pytorch")))
-    assert image_of(runpod(rented_spec())) == data("images")["pytorch"]["image"]
+    assert image_of(runpod(rented_spec())) == runpod_table("images")["pytorch"]["image"]
 
 
 # ── money ──────────────────────────────────────────────────────────────────────────────────────

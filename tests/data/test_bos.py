@@ -14,7 +14,7 @@ from runner.data.chat_template import template_source
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Preference, PromptExample, Turn, UnpairedExample
 from runner.data.inspect.preview import preview
-from runner.data.preference_tokens import How, encode_chunk
+from runner.data.preference_tokens import PreferenceSettings, encode_preferences
 from runner.train import model_loading
 from runner.train.objectives import pretraining
 from tests.conftest import spec_of
@@ -64,7 +64,7 @@ def test_plain_text_begins_and_ends_once(tmp_path: Path, adds: str, said: str) -
     rows = list(pretraining.sequences([said], tokenizer, 64, packing=False))
     assert rows == [{"input_ids": right, "labels": right}]
     pair = Preference(said.removesuffix("</s>"), " a", " b")
-    (columns,) = encode_chunk(words, [pair], How(64)).rows
+    (columns,) = encode_preferences(words, [pair], PreferenceSettings(64)).rows
     assert columns["prompt_ids"] == right[:-1] and columns["chosen_ids"][-1] == EOS
 
 
@@ -96,9 +96,9 @@ def test_a_conversation_begins_once_in_every_template_and_in_chatml_as_fallback(
     assert asked == tokenizer.apply_chat_template(ASKED, add_generation_prompt=True)["input_ids"]
     assert asked.count(BOS) == count
     for kind in (Preference(ASKED, SAID, [{"role": "assistant", "content": "no"}]), UnpairedExample(ASKED, SAID, True)):
-        (columns,) = encode_chunk(words, [kind], How(500)).rows
+        (columns,) = encode_preferences(words, [kind], PreferenceSettings(500)).rows
         assert columns["prompt_ids"].count(BOS) == count
-    assert encode_chunk(words, [PromptExample(ASKED)], How(500)).rows[0]["prompt"] == ASKED
+    assert encode_preferences(words, [PromptExample(ASKED)], PreferenceSettings(500)).rows[0]["prompt"] == ASKED
 
 
 def test_the_models_own_template_and_a_file_of_yours_are_taken_as_they_are(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import pytest
 from pyarrow import parquet
 
 from runner.data.examples import Example, Kind, Preference, PromptExample, Turn, UnpairedExample
-from runner.data.load import canonical, load, read
-from runner.data.row_formats import detect, left_out
+from runner.data.load import canonical, load_examples, read_dataset
+from runner.data.row_formats import detect_format, left_out
 from runner.errors import RequestError
 from runner.spec import DataSpec
 from tests.support.front import here, laptop, runner
@@ -160,9 +160,9 @@ def test_a_pair_that_contradicts_itself_is_explained(row: dict[str, Any], what: 
 def test_the_most_specific_shape_wins_and_what_is_left_out_is_known(
     row: dict[str, Any], kind: Kind, shape: str, left: list[str]
 ) -> None:
-    assert detect(row, spec(), kind) == shape
+    assert detect_format(row, spec(), kind) == shape
     made(row, kind)
-    assert left_out(row, spec(), detect(row, spec(), kind), kind) == left
+    assert left_out(row, spec(), detect_format(row, spec(), kind), kind) == left
 
 
 def test_the_more_specific_shape_is_what_is_learned() -> None:
@@ -233,7 +233,7 @@ def test_a_column_that_looks_like_content_is_mapped_or_ignored(
     made(row, kind, ignore_columns=names)
     if keys:
         found = dict(word.removeprefix("data.").split("=") for word in shlex.split(keys))
-        assert not {*names} & {*left_out(row, read_by := spec(**found), detect(row, read_by, kind), kind)}
+        assert not {*names} & {*left_out(row, read_by := spec(**found), detect_format(row, read_by, kind), kind)}
         made(row, kind, **found)
 
 
@@ -430,25 +430,25 @@ def test_every_source_is_read_alike(tmp_path: Path, ending: str, many: bool, mon
     if many:
         monkeypatch.setattr("runner.data.load.IN_MEMORY_BYTES", 0)
     file = write(tmp_path, ending, ROWS)
-    found = read(spec(path=str(file), eval_fraction=0), 0, "preference")
+    found = read_dataset(spec(path=str(file), eval_fraction=0), 0, "preference")
     pairs = [Preference([system(f"S{n}"), user(f"q{n}")], [said("a")], [said("b")]) for n in range(4)]
     assert list(found.train) == pairs
     assert found.left_out == ["id"] and found.note == "Columns that were not read: id"
     file = write(tmp_path, ending, CONTEXT)
     for path in ({"path": str(file)}, {"sources": [{"path": str(file)}], "path": None}):
         with pytest.raises(RequestError) as caught:
-            read(spec(**path), 0)
+            read_dataset(spec(**path), 0)
         (problem,) = caught.value.problems  # once, not for every row
         assert problem.what == "column context looks like content, and nothing reads it"
         assert str(problem.source).startswith(str(file)) and str(problem.source)[-1] in "34"
-    note = read(spec(path=str(file), on_error="skip", eval_fraction=0), 0).note
+    note = read_dataset(spec(path=str(file), on_error="skip", eval_fraction=0), 0).note
     wanted = f"Skipped 2 rows that are wrong; the first: {problem.source}: {problem.what}"
     assert note == f"Columns that were not read: context\n{wanted}"
 
 
 def test_the_numbers_of_rows_need_no_name(tmp_path: Path) -> None:
     (tmp_path / "my.csv").write_text(",prompt,completion\n0,a,b\n1,c,d\n")
-    train, _ = load(spec(path=str(tmp_path / "my.csv"), eval_fraction=0), 0)
+    train, _ = load_examples(spec(path=str(tmp_path / "my.csv"), eval_fraction=0), 0)
     assert train == [Example([user("a")], [said("b")]), Example([user("c")], [said("d")])]
 
 

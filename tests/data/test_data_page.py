@@ -7,7 +7,7 @@ import re
 import typing
 
 from runner.data.chat_template import named
-from runner.data.load import canonical, detect
+from runner.data.load import canonical, detect_format
 from runner.data.row_formats import READERS
 from runner.paths import ASSETS
 from runner.spec import DataSpec, Sft
@@ -21,7 +21,7 @@ def test_every_format_stands_there_with_a_row_that_is_one() -> None:
     for name, row in ROWS:
         kind = "unpaired" if name == "unpaired" else None
         spec = DataSpec(path="x")
-        assert detect(json.loads(row), spec, kind) == name
+        assert detect_format(json.loads(row), spec, kind) == name
         canonical(json.loads(row), "row 1", spec, kind)
 
 

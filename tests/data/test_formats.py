@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from pyarrow import parquet
 
 from runner.data import commands_dataset
-from runner.data.load import Example, canonical, detect, fingerprint, load, split
+from runner.data.load import Example, canonical, detect_format, fingerprint, load_examples, split
 from runner.data.readers import hub
 from runner.data.readers.files import read_rows, read_table
 from runner.errors import RequestError
@@ -57,7 +57,7 @@ def wrong(tmp_path: Path, name: str, content: str | bytes, **changes: Any) -> li
     file = tmp_path / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(RequestError) as caught:
-        load(spec(path=str(file), **changes), seed=0)
+        load_examples(spec(path=str(file), **changes), seed=0)
     assert caught.value.exit_code == 2
     told = [f"{p.source or ''}: {p.what} ({p.remedy})" for p in caught.value.problems]
     return [line.replace(f"{tmp_path}/", "") for line in told]
@@ -201,7 +201,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
     ],
 )
 def test_a_shape_is_told_by_its_fields(row: dict[str, Any], changes: dict[str, Any], shape: str) -> None:
-    assert detect(row, spec(**changes)) == shape
+    assert detect_format(row, spec(**changes)) == shape
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_shape_is_told_by_its_fields(row: dict[str, Any], changes: dict[str, A
 )
 def test_unknown_fields_are_answered_with_the_keys_to_set(fields: list[str], remedy: str) -> None:
     with pytest.raises(RequestError, match="cannot tell what to learn") as caught:
-        detect(dict.fromkeys(fields, "…"), spec())
+        detect_format(dict.fromkeys(fields, "…"), spec())
     assert caught.value.problems[0].remedy is not None
     assert caught.value.problems[0].remedy.startswith(remedy)
 
@@ -394,17 +394,17 @@ def many(tmp_path: Path, count: int, name: str = "my.jsonl") -> str:
 
 def test_a_share_of_the_rows_is_held_out(tmp_path: Path) -> None:
     path = many(tmp_path, 100)
-    train, held = load(spec(path=path, eval_fraction=0.1), seed=1)
+    train, held = load_examples(spec(path=path, eval_fraction=0.1), seed=1)
     assert (len(train), len(held)) == (90, 10)
     assert {e.text for e in train} | {e.text for e in held} == {f"my.jsonl {i}" for i in range(100)}
-    assert load(spec(path=path, eval_fraction=0.1), seed=1) == (train, held)
-    assert load(spec(path=path, eval_fraction=0.1), seed=2) != (train, held)
+    assert load_examples(spec(path=path, eval_fraction=0.1), seed=1) == (train, held)
+    assert load_examples(spec(path=path, eval_fraction=0.1), seed=2) != (train, held)
 
 
 def test_a_file_of_its_own_is_held_out(tmp_path: Path) -> None:
     paths = {"path": many(tmp_path, 5), "eval_path": many(tmp_path, 3, "eval.jsonl")}
-    assert len(load(spec(**paths, max_eval_examples=1), seed=1)[1]) == 1
-    train, held = load(spec(**paths, max_examples=2), seed=1)
+    assert len(load_examples(spec(**paths, max_eval_examples=1), seed=1)[1]) == 1
+    train, held = load_examples(spec(**paths, max_examples=2), seed=1)
     assert [e.text for e in train] == ["my.jsonl 0", "my.jsonl 1"]
     assert [e.text for e in held] == ["eval.jsonl 0", "eval.jsonl 1", "eval.jsonl 2"]
 
@@ -421,11 +421,11 @@ def test_a_split_leaves_something_on_both_sides(count: int, fraction: float, hel
 
 
 def test_the_bundled_data_set_loads_with_its_system_prompt() -> None:
-    train, held = load(DataSpec(source="commands", system_prompt="Answer with the command only."), seed=1)
+    train, held = load_examples(DataSpec(source="commands", system_prompt="Answer with the command only."), seed=1)
     assert (len(train), len(held)) == (600, 40)
     assert [turn["role"] for turn in train[0].prompt] == ["system", "user"]
     assert held[0].completion[0]["content"] == commands_dataset.examples()[1][0]["completion"]
-    assert load(DataSpec(source="commands", max_examples=7), seed=1)[0] == [
+    assert load_examples(DataSpec(source="commands", max_examples=7), seed=1)[0] == [
         Example(e.prompt[1:], e.completion) for e in train[:7]
     ]
 
@@ -442,7 +442,7 @@ def test_the_fingerprint_is_of_the_content_alone() -> None:
 def test_nothing_heavy_is_imported() -> None:
     code = (
         "import sys; from runner.data import load; from runner.spec import DataSpec;"
-        "load.load(DataSpec(source='commands'), 0);"
+        "load.load_examples(DataSpec(source='commands'), 0);"
         "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow', 'hydra', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ASSETS, capture_output=True, text=True)
@@ -460,18 +460,18 @@ def test_a_data_set_is_loaded_as_from_the_hub(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "org" / "name").mkdir()
     for name, count in (("train.jsonl", 30), ("test.jsonl", 4)):
         many(tmp_path / "org" / "name", count, name)
-    train, held = load(DataSpec(source="hub", id="org/name", eval_split="test", max_examples=10), seed=0)
+    train, held = load_examples(DataSpec(source="hub", id="org/name", eval_split="test", max_examples=10), seed=0)
     assert [e.text for e in train] == [f"train.jsonl {i}" for i in range(10)]
     assert len(held) == 4
-    train, held = load(DataSpec(source="hub", id="org/name", eval_fraction=0.1), seed=0)
+    train, held = load_examples(DataSpec(source="hub", id="org/name", eval_fraction=0.1), seed=0)
     assert (len(train), len(held)) == (27, 3)
     with pytest.raises(RequestError) as caught:
-        load(DataSpec(source="hub", id="org/name", eval_split="tset"), seed=0)
+        load_examples(DataSpec(source="hub", id="org/name", eval_split="tset"), seed=0)
     (problem,) = caught.value.problems
     assert problem.what == "org/name has no split tset"
     assert (problem.source, problem.remedy) == ("data.eval_split", "did you mean data.eval_split=test?")
     with pytest.raises(RequestError) as caught:
-        load(DataSpec(source="hub", id="org/name", text_field="body"), seed=0)
+        load_examples(DataSpec(source="hub", id="org/name", text_field="body"), seed=0)
     assert caught.value.problems[0].source == "org/name train, row 1"
 
 
@@ -545,4 +545,4 @@ def test_what_goes_wrong_with_the_hub_is_said_in_one_line(
 def test_without_a_network_the_hub_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(RequestError, match="the Hugging Face Hub cannot be reached"):
-        load(DataSpec(source="hub", id="org/no-such-data-set"), seed=0)
+        load_examples(DataSpec(source="hub", id="org/no-such-data-set"), seed=0)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from runner.data.chat_template import Template, named, template_source
 from runner.data.chat_tokenizer import ChatTokenizer, Encoded
 from runner.data.examples import Example, Turn
-from runner.data.loss_mask import IGNORED, Turns, labels_of
+from runner.data.loss_mask import IGNORED, TurnFinder, labels_of
 from runner.errors import RequestError
 from tests.conftest import spec_of
 
@@ -159,7 +159,9 @@ def test_found_are_the_words_that_trl_marks_by_hand(name: str, turns: list[Turn]
     marked = Template((OF_TRL / f"{name}_training.jinja").read_text("utf-8"), SPECIAL).render(turns)
     rendered = template.render(turns)
     assert rendered.marks == [] and rendered.text == marked.text
-    found = [rendered.text[begin:end] for begin, end in Turns(template).spans(turns, [], rendered.text, []).values()]
+    found = [
+        rendered.text[begin:end] for begin, end in TurnFinder(template).spans(turns, [], rendered.text, []).values()
+    ]
     by_hand = [marked.text[begin:end] for begin, end in marked.marks]
     if name == "phi3":  # the end of the text is a mark of its own there
         by_hand[-2:] = ["".join(by_hand[-2:])]

@@ -17,8 +17,8 @@ from runner.data.chat_template import template_source
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Learnable, Preference, PromptExample, Turn, UnpairedExample, kind_of
 from runner.data.inspect import preview as previewing
-from runner.data.load import Found, canonical
-from runner.data.preference_tokens import TOOLS, How, encode_chunk, split
+from runner.data.load import InspectedFile, canonical
+from runner.data.preference_tokens import TOOLS, PreferenceSettings, encode_preferences, split_prompt
 from runner.data.tokenize_rows import in_chunks
 from runner.errors import RequestError
 from runner.spec import DataSpec, RunSpec
@@ -73,7 +73,10 @@ def spec(objective: str = "dpo", *overrides: str) -> RunSpec:
 
 def test_several_processes_give_what_one_does(body: str) -> None:
     words, rows = ChatTokenizer(body, template_source("chatml"), SPECIAL), rows_of("dpo", 2500)
-    one, two = (list(in_chunks(partial(encode_chunk, how=How(64)), words, rows, count)) for count in (1, 2))
+    one, two = (
+        list(in_chunks(partial(encode_preferences, settings=PreferenceSettings(64)), words, rows, count))
+        for count in (1, 2)
+    )
     assert [chunk.rows for chunk in one] == [chunk.rows for chunk in two]
     assert sum(chunk.examples for chunk in two) == 2500
 
@@ -81,28 +84,28 @@ def test_several_processes_give_what_one_does(body: str) -> None:
 def test_prompt_and_answer_together_are_the_conversation(tokenizer: Any) -> None:
     words = ChatTokenizer.of(tokenizer)
     for row in map(preference, range(20)):
-        prompt, (right, wrong) = split(words, row.prompt, (row.chosen, row.rejected))
+        prompt, (right, wrong) = split_prompt(words, row.prompt, (row.chosen, row.rejected))
         assert prompt + right == chat_ids(tokenizer, [*row.prompt, *row.chosen], ask=False)
         assert prompt + wrong == chat_ids(tokenizer, [*row.prompt, *row.rejected], ask=False)
 
 
 def test_text_is_ended_once(tokenizer: Any) -> None:
     words, end = ChatTokenizer.of(tokenizer), tokenizer.eos_token
-    prompt, (right, wrong) = split(words, "2+2? ", ("4", f"5{end}"))
+    prompt, (right, wrong) = split_prompt(words, "2+2? ", ("4", f"5{end}"))
     assert prompt + right == tokenizer(f"2+2? 4{end}")["input_ids"]
     assert prompt + wrong == tokenizer(f"2+2? 5{end}")["input_ids"]
 
 
 @pytest.mark.parametrize("kind", [Preference, UnpairedExample])
 def test_tools_are_shown_to_the_model(kind: type, body: str) -> None:
-    """As TRL does; the template decides how."""
+    """As TRL does; the template decides settings."""
     template = "{% if tools %}{{ tools | tojson }}{% endif %}" + template_source("chatml")
     words, row = ChatTokenizer(body, template, SPECIAL), preference(1)
     if kind is UnpairedExample:
         given: Any = UnpairedExample(row.prompt, row.chosen, True, tools=[SEARCH])
     else:
         given = Preference(row.prompt, row.chosen, row.rejected, tools=[SEARCH])
-    (columns,) = encode_chunk(words, [given], How(4000)).rows
+    (columns,) = encode_preferences(words, [given], PreferenceSettings(4000)).rows
     assert "search_the_web" in words.backend.decode(columns["prompt_ids"])
 
 
@@ -140,8 +143,8 @@ def test_a_preview_shows_the_tokens_that_are_learned(
     kind: Learnable = Preference([user("a?")], [said("b"), user("c?"), said("d")], [said("e")], where="row 1")
     if objective == "kto":
         kind = UnpairedExample([user("a?")], [said("b"), user("c?"), said("d")], True, where="row 1")
-    found = Found("x", "preference", [kind], [], [])
-    monkeypatch.setattr(previewing, "inspect", lambda *_: ([found], []))
+    found = InspectedFile("x", "preference", [kind], [], [])
+    monkeypatch.setattr(previewing, "inspect_files", lambda *_: ([found], []))
     (shown,) = previewing.preview(spec(objective, "model=hub", f"model.id={tmp_path}"))["rows"]
     (trained,) = preference_dataset.tokenise([kind], tokenizer, spec(objective)).rows
     decode = tokenizer.backend_tokenizer.decode

@@ -15,7 +15,7 @@ from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Preference, PromptExample, Turn
 from runner.data.load import canonical
 from runner.data.loss_mask import IGNORED
-from runner.data.preference_tokens import How, encode_chunk
+from runner.data.preference_tokens import PreferenceSettings, encode_preferences
 from runner.train.objectives.grpo import GrpoTrainer
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import CALL, OF_TRL, SPECIAL, body
@@ -87,7 +87,9 @@ def test_grpo_and_transformers_render_the_same_prompt(name: str, body: str) -> N
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words.backend, **SPECIAL)
     tokenizer.chat_template = SOURCES[name]
     for kind, row in rows(name).items():
-        (columns,) = encode_chunk(words, [PromptExample(row.prompt, "4", tools=row.tools)], How(10_000)).rows
+        (columns,) = encode_preferences(
+            words, [PromptExample(row.prompt, "4", tools=row.tools)], PreferenceSettings(10_000)
+        ).rows
         trainer = SimpleNamespace(words=words, row_tools=[row.tools] if row.tools else [])
         ((asked,), _, _) = GrpoTrainer._tokenize_prompts(trainer, [columns["prompt"]])
         assert asked == words.prompt_ids(row.prompt, row.tools), kind
@@ -118,8 +120,17 @@ def test_answers_that_begin_elsewhere_than_the_template_asks_are_counted(body: s
     thinks: list[Turn] = [{"role": "assistant", "content": "one", "reasoning_content": "hm"}]
     assert words.encode(Example(asked, plain), "auto").prompt_differs
     assert not words.encode(Example(asked, thinks), "auto").prompt_differs
-    assert encode_chunk(words, [Preference(asked, plain, thinks)], How(500)).prompt_differs == 1
-    assert encode_chunk(words, [Preference(asked, thinks, thinks)], How(500)).prompt_differs == 0
+    assert encode_preferences(words, [Preference(asked, plain, thinks)], PreferenceSettings(500)).prompt_differs == 1
+    assert encode_preferences(words, [Preference(asked, thinks, thinks)], PreferenceSettings(500)).prompt_differs == 0
+
+
+def test_plain_text_is_learned_from_its_first_token_and_has_no_prompt(body: str) -> None:
+    words = chat(body, template_source("chatml"))
+    encoded = words.encode(Example(text="It is four."), "auto")
+    assert encoded.labels == encoded.ids and encoded.text == "It is four." and not encoded.prompt_differs
+    text = Preference("It is", " four.", " five.")
+    (columns,) = encode_preferences(words, [text], PreferenceSettings(500)).rows
+    assert columns["prompt_ids"] == words.token_ids(["It is"], special=True)[0]
 
 
 def test_nothing_in_the_package_renders_a_prompt_in_another_way() -> None:

@@ -12,7 +12,7 @@ from runner.data.chat_template import named, template_source
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Preference, Turn, UnpairedExample
 from runner.data.load import canonical
-from runner.data.preference_tokens import How, encode_chunk
+from runner.data.preference_tokens import PreferenceSettings, encode_preferences
 from runner.errors import RequestError
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import ENDS, OF_TRL, SPECIAL, body, learned_pieces, whole
@@ -121,7 +121,10 @@ def test_a_turn_that_is_only_a_call_is_refused_where_the_template_shows_none(nam
                 words.encode(row, loss_on)
             assert "data.chat_template" in str(caught.value.problems[0].remedy)
     for row in (Preference(turns[:1], turns[1:], [says("no")]), UnpairedExample(turns[:1], turns[1:], True)):
-        assert "does not show the tool calls" in encode_chunk(words, [row], How(1000)).problems[0].what
+        assert (
+            "does not show the tool calls"
+            in encode_preferences(words, [row], PreferenceSettings(1000)).problems[0].what
+        )
 
 
 def test_thoughts_go_by_the_name_that_the_template_reads(body: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from runner.data.examples import Example, Kind, Preference, PromptExample, UnpairedExample, columns, content_of
-from runner.data.load import canonical, detect
+from runner.data.load import canonical, detect_format
 from runner.errors import RequestError
 from runner.spec import DataSpec
 
@@ -52,7 +52,7 @@ def told(row: dict[str, Any], kind: Kind | None = None, **changes: Any) -> list[
     ],
 )
 def test_shapes_are_recognised(row: dict[str, Any], kind: Kind | None, shape: str) -> None:
-    assert detect(row, spec(), kind) == shape
+    assert detect_format(row, spec(), kind) == shape
 
 
 # --- chat --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from runner.data.pretraining import checks, sharder
+from runner.data.pretraining import corpus_checks, sharder
 from runner.data.pretraining.documents import documents
 from runner.data.pretraining.workspace import Workspace, is_ready, is_whole, manifest_of, workspace_of
 from runner.data.readers import sources
@@ -306,5 +306,5 @@ def test_a_signal_to_data_prepare_keeps_what_was_read_and_a_run_trains_on_it(num
     place = Workspace(tmp_path, "e")
     assert list(sharder.lines_of(place.train))[-1] == f"the document of number {facts['last']} in a long row"
     spec = spec_of(*words, "objective.shards=reuse", f"objective.root={tmp_path}")
-    found = checks.lengths_of(spec)
+    found = corpus_checks.lengths_of(spec)
     assert found is not None and found.num_examples == facts["lines"]

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.data import load as data_load
-from runner.data.load import Example, fingerprint, load, read
+from runner.data.load import Example, fingerprint, load_examples, read_dataset
 from runner.data.readers import streams
 from runner.data.readers.files import read_rows
 from runner.data.readers.sources import files_of, mixed
@@ -31,7 +31,7 @@ def lines(count: int, name: str = "row") -> bytes:
 
 
 def texts(**changes: Any) -> list[str | None]:
-    return [example.text for example in load(DataSpec(**{"eval_fraction": 0.0, **changes}), 1)[0]]
+    return [example.text for example in load_examples(DataSpec(**{"eval_fraction": 0.0, **changes}), 1)[0]]
 
 
 def _zstd(data: bytes) -> bytes:
@@ -136,18 +136,18 @@ def test_sources_have_their_own_names_limits_and_formats(tmp_path: Path) -> None
         {"path": str(tmp_path / "a.jsonl"), "fields": {"prompt": "question", "completion": "reply"}, "max_examples": 1},
         {"path": str(tmp_path / "b.jsonl")},
     ]
-    train, _ = load(DataSpec(sources=sources, eval_fraction=0.0), 1)
+    train, _ = load_examples(DataSpec(sources=sources, eval_fraction=0.0), 1)
     assert [example.completion[0]["content"] for example in train] == ["one", "three"]
     sources[0]["fields"] = {"propmt": "question"}
     with pytest.raises(RequestError, match="unknown field propmt"):
-        load(DataSpec(sources=sources), 1)
+        load_examples(DataSpec(sources=sources), 1)
 
 
 def test_rows_are_held_out_of_a_source_before_it_is_repeated(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(10, "a"))
     (tmp_path / "b.jsonl").write_bytes(lines(200, "b"))
     sources = [{"path": str(tmp_path / "a.jsonl"), "weight": 1}, {"path": str(tmp_path / "b.jsonl"), "weight": 1}]
-    train, held = load(DataSpec(sources=sources, mix="weights", eval_fraction=0.1), 1)
+    train, held = load_examples(DataSpec(sources=sources, mix="weights", eval_fraction=0.1), 1)
     assert not {e.text for e in train} & {e.text for e in held}
     counts = Counter(str(e.text)[0] for e in train)
     assert counts["a"] == pytest.approx(counts["b"], rel=0.35) and {e.text for e in train if e.text} >= {"b 3"}
@@ -173,7 +173,7 @@ def test_wrong_rows_stop_or_are_skipped_and_counted(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as caught:
         texts(path=str(file))
     assert len(caught.value.problems) == 3
-    found = read(DataSpec(path=str(file), on_error="skip", eval_fraction=0.0), 1)
+    found = read_dataset(DataSpec(path=str(file), on_error="skip", eval_fraction=0.0), 1)
     assert [row.text for row in found.train if isinstance(row, Example)] == ["a", "b"]
     assert found.note is not None and found.note.startswith("Skipped 3 rows that are wrong; the first: ")
     file.write_text('{"text": ""}\n')
@@ -201,9 +201,9 @@ def test_large_files_give_what_small_ones_do(tmp_path: Path, monkeypatch: pytest
         text = body.get(ending, "\n".join(map(json.dumps, rows)))
         file.write_bytes(gzip.compress(text.encode()) if ending.endswith("gz") else text.encode())
     spec = DataSpec(path=str(file), eval_fraction=0.2, max_examples=25)
-    small = read(spec, 1)
+    small = read_dataset(spec, 1)
     monkeypatch.setattr(data_load, "IN_MEMORY_BYTES", 0)
-    large = read(spec, 1)
+    large = read_dataset(spec, 1)
     assert isinstance(large.train, Stored) and not isinstance(small.train, Stored)
     assert list(large.train) == small.train and list(large.held) == small.held
     assert [row.where for row in large.train] == [row.where for row in small.train]
@@ -220,9 +220,9 @@ def test_large_sources_are_mixed_on_disk_as_small_ones_in_memory(
         (tmp_path / f"{name}.jsonl").write_bytes(lines(count, name))
     sources = [{"path": str(tmp_path / "a.jsonl"), "weight": 2}, {"path": str(tmp_path / "b.jsonl")}]
     spec = DataSpec.model_validate({"sources": sources, "mix": mix, "eval_fraction": 0.2, "max_examples": 60})
-    small = read(spec, 1)
+    small = read_dataset(spec, 1)
     monkeypatch.setattr(data_load, "IN_MEMORY_BYTES", 0)
-    large = read(spec, 1)
+    large = read_dataset(spec, 1)
     assert isinstance(large.train, Stored) and isinstance(large.held, Stored)
     assert list(large.train) == small.train and list(large.held) == small.held
 
@@ -234,11 +234,11 @@ def test_mistakes_in_large_files_have_their_lines(tmp_path: Path, monkeypatch: p
     file = tmp_path / "my.jsonl"
     file.write_text('{"text": "aaaaaaaaaaaa"}\n\n{"text": ""}\n{"text": "b"}\n{"text"\n')
     with pytest.raises(RequestError) as caught:
-        read(DataSpec(path=str(file)), 1)
+        read_dataset(DataSpec(path=str(file)), 1)
     assert [str(p.source).rpartition(", ")[2] for p in caught.value.problems] == ["line 3", "line 5"]
     file.write_bytes('{"text": "aaaaaaaaaaaa"}\n{"text": "café"}\n'.encode("latin-1"))
     with pytest.raises(RequestError) as caught:
-        read(DataSpec(path=str(file)), 1)
+        read_dataset(DataSpec(path=str(file)), 1)
     assert str(caught.value.problems[0].source).endswith("line 2")
 
 
@@ -250,11 +250,11 @@ def test_the_hub_is_streamed_and_large_sets_are_kept_on_disk(tmp_path: Path, mon
     (tmp_path / "org" / "name").mkdir(parents=True)
     (tmp_path / "org" / "name" / "train.jsonl").write_bytes(lines(100))
     spec = DataSpec(source="hub", id="org/name", max_examples=9, streaming=True, eval_fraction=0.1)
-    found = read(spec, 1)
+    found = read_dataset(spec, 1)
     assert len(found.train) == 9 and 1 <= len(found.held) <= 2
     monkeypatch.setattr(data_load, "IN_MEMORY_ROWS", 50)
     monkeypatch.setattr(data_load, "PIECE", 30)
-    found = read(DataSpec(source="hub", id="org/name", eval_fraction=0.0), 1)
+    found = read_dataset(DataSpec(source="hub", id="org/name", eval_fraction=0.0), 1)
     assert isinstance(found.train, Stored) and len(found.train) == 100
     assert found.train[99].where == "org/name train, row 100"
     with pytest.raises(ValueError, match="say how many"):

@@ -18,7 +18,7 @@ from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example
 from runner.data.inspect.lengths import packed
 from runner.data.loss_mask import IGNORED
-from runner.data.tokenize_rows import Chunk, How, encode_chunk, in_chunks
+from runner.data.tokenize_rows import TokenChunk, TokenizeSettings, encode_chunk, in_chunks
 from runner.errors import RequestError
 from runner.train import token_dataset
 from runner.train.token_cache import line_of
@@ -56,8 +56,8 @@ def test_packing_is_trls_bin_by_bin(lengths: list[int]) -> None:
 )
 def test_long_rows_are_cut_dropped_or_split_and_counted(tokens: list[int], limit: int, on_long: str) -> None:
     labels = [token if token else IGNORED for token in tokens]
-    chunk = Chunk()
-    chunk.add(tokens, labels, How("auto", limit, on_long))
+    chunk = TokenChunk()
+    chunk.add(tokens, labels, TokenizeSettings("auto", limit, on_long))
     assert chunk.examples == 1 and len(chunk.ids) == len(chunk.labels) == sum(chunk.lengths)
     assert all(1 < length <= limit for length in chunk.lengths)
     long = len(tokens) > limit
@@ -85,8 +85,14 @@ def examples(count: int) -> list[Example]:
 
 
 def test_several_processes_give_what_one_does(body: str) -> None:
-    words, rows, how = ChatTokenizer(body, template_source("chatml"), SPECIAL), examples(2500), How("auto", 64)
-    one, two = (list(in_chunks(partial(encode_chunk, how=how), words, rows, processes)) for processes in (1, 2))
+    words, rows, settings = (
+        ChatTokenizer(body, template_source("chatml"), SPECIAL),
+        examples(2500),
+        TokenizeSettings("auto", 64),
+    )
+    one, two = (
+        list(in_chunks(partial(encode_chunk, settings=settings), words, rows, processes)) for processes in (1, 2)
+    )
     assert [chunk.ids for chunk in one] == [chunk.ids for chunk in two]
     assert [chunk.labels for chunk in one] == [chunk.labels for chunk in two]
     assert sum(chunk.examples for chunk in two) == 2500

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from runner.data.chat_template import template_source
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example
-from runner.data.tokenize_rows import How, encode_chunk
+from runner.data.tokenize_rows import TokenizeSettings, encode_chunk
 from runner.errors import RequestError
 from runner.train import model_loading
 from tests.conftest import spec_of
@@ -28,7 +28,7 @@ def test_token_ids_outside_the_vocabulary_are_named_with_their_row(change: Any, 
     size = words.backend.get_vocab_size()
     ids, labels = change(size)
     right = Example(ids=[1, size - 1], labels=[-100, size - 1], where="row 1")
-    chunk = encode_chunk(words, [right, Example(ids=ids, labels=labels, where="row 2")], How("auto", 64))
+    chunk = encode_chunk(words, [right, Example(ids=ids, labels=labels, where="row 2")], TokenizeSettings("auto", 64))
     (problem,) = chunk.problems
     assert problem.source == "row 2" and list(chunk.ids) == [1, size - 1]
     assert problem.what.endswith(f"is outside the model's vocabulary of {size:,} tokens")

@@ -11,7 +11,7 @@ import yaml
 
 from runner.errors import RunFailedError
 from runner.hub.model_card import card
-from runner.hub.push import after
+from runner.hub.push import push_finished
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
@@ -159,7 +159,7 @@ def test_a_run_whose_upload_fails_keeps_its_model_and_says_what_to_type(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     with pytest.raises(RunFailedError, match="was not uploaded") as error:
-        after(run)
+        push_finished(run)
     assert error.value.problems[-1].remedy == f"python -m runner push {run.path}"
 
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from runner.plan import host_memory
-from runner.plan.host_memory import Trained, checkpoint, disk, final_model, host_ram, pinned
+from runner.plan.host_memory import WeightBytes, checkpoint, disk, final_model, host_ram, pinned
 
 GIB = 2**30
 SEVEN_B = 7_000_000_000
@@ -42,14 +42,14 @@ def tiny_model(kind: str, tied: bool = False) -> Any:
     return model
 
 
-def trained_of(kind: str, model: Any) -> Trained:
+def trained_of(kind: str, model: Any) -> WeightBytes:
     """The counts of a real model: an adapter's values are not the base's."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     method: Any = {"full16": "full"}.get(kind, kind)
     base = everything - trainable if kind == "lora" else everything
     small = kind == "full16"
-    return Trained(method, base, trainable, bytes_trained=2 if small else 4, bytes_optimizer=4.0 if small else 8.0)
+    return WeightBytes(method, base, trainable, bytes_trained=2 if small else 4, bytes_optimizer=4.0 if small else 8.0)
 
 
 def size(folder: Path, pattern: str) -> int:
@@ -86,7 +86,7 @@ def test_the_tokenised_cache_takes_twelve_bytes_a_token(tmp_path: Path) -> None:
 
 def test_deepspeed_checkpoints_hold_16_bit_weights_and_fp32_states() -> None:
     """12 bytes for states; stages 1 and 2 write the module's 16-bit weights as well."""
-    full = Trained("full", SEVEN_B, SEVEN_B, bytes_trained=2)
+    full = WeightBytes("full", SEVEN_B, SEVEN_B, bytes_trained=2)
     assert {stage: sum(checkpoint(full, stage).values()) / SEVEN_B for stage in (1, 2, 3)} == {1: 14, 2: 14, 3: 12}
 
 
@@ -137,19 +137,19 @@ def test_a_checkpoint_of_deepspeed_is_as_large_as_planned(tmp_path: Path) -> Non
     line = next((line for line in done.stdout.splitlines() if line.startswith("SIZES ")), None)
     assert line, done.stderr[-2000:]
     for kind, (stage, base, trainable, weights, states) in json.loads(line.removeprefix("SIZES ")).items():
-        trained = Trained(kind, base, trainable, bytes_trained=2)
+        trained = WeightBytes(kind, base, trainable, bytes_trained=2)
         expected = checkpoint(trained, stage, tied_values=128 * 1000)
         assert weights == pytest.approx(expected["deepspeed_weights"], rel=0.05), kind
         assert states == pytest.approx(expected["optimizer"], rel=0.05), kind
 
 
 def test_frozen_weights_are_written_again_from_stage_2_on() -> None:
-    freeze = Trained("freeze", 10, 4, bytes_trained=2)
+    freeze = WeightBytes("freeze", 10, 4, bytes_trained=2)
     assert [checkpoint(freeze, stage)["deepspeed_weights"] for stage in (1, 2, 3)] == [20, 20 + 12, 12]
 
 
 def test_an_adapter_checkpoint_leaves_the_base_out_but_for_a_tied_head() -> None:
-    lora = Trained("lora", SEVEN_B, 1_000_000)
+    lora = WeightBytes("lora", SEVEN_B, 1_000_000)
     assert sum(checkpoint(lora, 0).values()) == 12e6
     assert sum(checkpoint(lora, 2).values()) == 14e6
     assert checkpoint(lora, 2, tied_values=500)["deepspeed_weights"] == 2e6 + 1000
@@ -157,14 +157,14 @@ def test_an_adapter_checkpoint_leaves_the_base_out_but_for_a_tied_head() -> None
 
 
 def test_disk_holds_as_many_checkpoints_as_are_there_at_once() -> None:
-    full = Trained("full", SEVEN_B, SEVEN_B)
+    full = WeightBytes("full", SEVEN_B, SEVEN_B)
     terms = disk(full, 0, source="hub", checkpoints=3, data_tokens=1000)
     assert terms == {
         "weights": 14e9, "checkpoints": 3 * 12 * 7e9, "final_model": 14e9, "tokenised": 12_000,
     }  # fmt: skip
     seldom = disk(full, 0, source="folder", checkpoints=1)
     assert seldom == {"checkpoints": 12 * 7e9, "final_model": 14e9}
-    assert final_model(Trained("qlora4", SEVEN_B, 1000, bytes_trained=2)) == 4000
+    assert final_model(WeightBytes("qlora4", SEVEN_B, 1000, bytes_trained=2)) == 4000
 
 
 @pytest.mark.parametrize(("asked", "taken"), [(1, 1), (2**20, 2**20), (2**20 + 1, 2**21), (2.25 * GIB, 4 * GIB)])
@@ -172,43 +172,45 @@ def test_pinned_memory_comes_in_powers_of_two(asked: float, taken: int) -> None:
     assert pinned(asked) == taken
 
 
-def ram(trained: Trained, stage: int, accelerator: Literal["cuda", "cpu"] = "cuda", **more: Any) -> dict[str, float]:
+def ram(
+    trained: WeightBytes, stage: int, accelerator: Literal["cuda", "cpu"] = "cuda", **more: Any
+) -> dict[str, float]:
     return host_ram(trained, stage, accelerator=accelerator, **({"processes": 1} | more))
 
 
 def test_a_model_on_one_gpu_passes_through_main_memory_when_saved_one_file_at_a_time() -> None:
-    assert ram(Trained("full", SEVEN_B, SEVEN_B), 0, held=28e9)["saving"] == 28e9
-    assert ram(Trained("full", 10 * SEVEN_B, 10 * SEVEN_B), 0, held=280e9)["saving"] == host_memory.SHARD
-    terms = ram(Trained("lora", SEVEN_B, 1_000_000), 0, held=14e9)
+    assert ram(WeightBytes("full", SEVEN_B, SEVEN_B), 0, held=28e9)["saving"] == 28e9
+    assert ram(WeightBytes("full", 10 * SEVEN_B, 10 * SEVEN_B), 0, held=280e9)["saving"] == host_memory.SHARD
+    terms = ram(WeightBytes("lora", SEVEN_B, 1_000_000), 0, held=14e9)
     assert terms == {"processes": host_memory.CUDA_PROCESS, "saving": 4e6}
 
 
 def test_zero_3_gathers_in_one_process_what_it_saves() -> None:
-    lora = Trained("lora", 10 * SEVEN_B, 1_000_000)
+    lora = WeightBytes("lora", 10 * SEVEN_B, 1_000_000)
     assert ram(lora, 2, processes=8, held=140e9)["saving"] == 4e6
     assert ram(lora, 3, processes=8, held=17.5e9)["saving"] == 4e6
-    assert ram(Trained("full", SEVEN_B, SEVEN_B), 3, processes=8, held=2e9)["saving"] == 14e9
+    assert ram(WeightBytes("full", SEVEN_B, SEVEN_B), 3, processes=8, held=2e9)["saving"] == 14e9
 
 
 def test_loading_converts_a_few_matrices_at_a_time() -> None:
     wide = 4096 * 14336
-    assert "loading" not in ram(Trained("lora", SEVEN_B, 10), 0, largest_matrix=wide)
-    assert ram(Trained("qlora8", SEVEN_B, 10), 0, processes=2, largest_matrix=wide)["loading"] == 2 * 2 * wide
-    fp32 = Trained("full", 10, 10, bytes_trained=4)
+    assert "loading" not in ram(WeightBytes("lora", SEVEN_B, 10), 0, largest_matrix=wide)
+    assert ram(WeightBytes("qlora8", SEVEN_B, 10), 0, processes=2, largest_matrix=wide)["loading"] == 2 * 2 * wide
+    fp32 = WeightBytes("full", 10, 10, bytes_trained=4)
     assert ram(fp32, 0, largest_matrix=wide)["loading"] == 4 * 4 * wide
     assert "loading" not in ram(fp32, 3, largest_matrix=wide)
 
 
 def test_of_the_phases_that_follow_each_other_only_the_largest_counts() -> None:
-    terms = ram(Trained("qlora8", SEVEN_B, 10), 0, largest_matrix=1000, data_tokens=1_000_000)
+    terms = ram(WeightBytes("qlora8", SEVEN_B, 10), 0, largest_matrix=1000, data_tokens=1_000_000)
     assert terms == {"processes": host_memory.CUDA_PROCESS, "data": 83e6, "tokenising": 54e6}
 
 
 def test_offloaded_states_count_per_process_with_their_rounding() -> None:
-    terms = ram(Trained("full", SEVEN_B, SEVEN_B), 3, processes=4, pinned_blocks=(3 * GIB, GIB), pageable=5.0)
+    terms = ram(WeightBytes("full", SEVEN_B, SEVEN_B), 3, processes=4, pinned_blocks=(3 * GIB, GIB), pageable=5.0)
     assert terms["offloaded"] == 4 * (4 * GIB + GIB + 5)
 
 
 def test_on_a_cpu_the_training_itself_is_in_main_memory() -> None:
-    terms = ram(Trained("lora", SEVEN_B, 10), 0, "cpu", training=20e9, held=14e9)
+    terms = ram(WeightBytes("lora", SEVEN_B, 10), 0, "cpu", training=20e9, held=14e9)
     assert terms == {"processes": host_memory.CPU_PROCESS, "training": 20e9}

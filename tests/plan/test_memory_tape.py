@@ -22,7 +22,7 @@ from benchmarks import simulate
 from runner.plan.autograd import head, layers
 from runner.plan.autograd import step_peak as stepping
 from runner.plan.autograd.ops import Block, LayerKind, Setting
-from runner.plan.autograd.step_peak import Step, Trains, step
+from runner.plan.autograd.step_peak import Step, TrainableLayers, replay_step
 from runner.plan.autograd.tape import Node, Storage, Tensor
 from runner.plan.memory import Job, setting_of
 from runner.plan.model_shape import Matrix, shape_of
@@ -58,7 +58,7 @@ Peaks = dict[str, float]
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", TILE)
     monkeypatch.setattr(head, "FUSED_COLUMNS", TILE)
-    step.cache_clear()
+    replay_step.cache_clear()
 
 
 def model_of(family: str) -> ModelSpec:
@@ -85,7 +85,7 @@ def setting(spec: RunSpec, packed: bool = False, **changes: Any) -> tuple[Any, S
 
 def planned(spec: RunSpec, **changes: Any) -> Step:
     training, chosen = setting(spec, **changes)
-    return step(training.shape, chosen, training.trains, int(spec.train.accumulation_steps) > 1)
+    return replay_step(training.shape, chosen, training.trains, int(spec.train.accumulation_steps) > 1)
 
 
 def simulated(spec: RunSpec) -> simulate.Simulated:
@@ -273,7 +273,7 @@ def cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(layers, "_nf4", lambda k, x, m: on_cpu(k, x, m, four=True))
     monkeypatch.setattr(layers, "_int8", lambda k, x, m: on_cpu(k, x, m, four=False))
     yield
-    step.cache_clear()
+    replay_step.cache_clear()
 
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
@@ -341,10 +341,10 @@ def test_more_tokens_never_need_less_and_checkpoints_never_need_more(method: str
 def test_below_the_first_trained_layer_nothing_is_kept() -> None:
     training, chosen = setting(run_of("freeze"))
     trained = LayerKind(weights=True)
-    few = step(training.shape, chosen, Trains(((LayerKind(), 2), (trained, 2)), head=True))
-    many = step(training.shape, chosen, Trains(((LayerKind(), 30), (trained, 2)), head=True))
+    few = replay_step(training.shape, chosen, TrainableLayers(((LayerKind(), 2), (trained, 2)), head=True))
+    many = replay_step(training.shape, chosen, TrainableLayers(((LayerKind(), 30), (trained, 2)), head=True))
     assert few == many
-    above = step(training.shape, chosen, Trains(((trained, 2), (LayerKind(), 2)), head=True))
+    above = replay_step(training.shape, chosen, TrainableLayers(((trained, 2), (LayerKind(), 2)), head=True))
     assert above.backward.total > few.backward.total
 
 
@@ -353,9 +353,9 @@ def test_two_layers_stand_for_all(method: str, monkeypatch: pytest.MonkeyPatch) 
     for family in ("llama", "phi", "gpt2", "mixtral"):
         for checkpointing in (True, False):
             training, chosen = setting(run_of(method, family=family), checkpointing=checkpointing)
-            shown = step(training.shape, chosen, training.trains)
+            shown = replay_step(training.shape, chosen, training.trains)
             with monkeypatch.context() as patch:
                 patch.setattr(stepping, "SHOWN", 100)
-                every = step.__wrapped__(training.shape, chosen, training.trains)
+                every = replay_step.__wrapped__(training.shape, chosen, training.trains)
             assert shown.forward.total == pytest.approx(every.forward.total, rel=1e-12)
             assert shown.backward.total == pytest.approx(every.backward.total, rel=1e-12)

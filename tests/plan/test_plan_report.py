@@ -19,7 +19,7 @@ from runner.errors import RequestError
 from runner.plan.autograd.tape import KINDS
 from runner.plan.choose_stage import StageSearch, allowed_stages
 from runner.plan.plan import Plan, plan_of
-from runner.plan.run_time import Facts
+from runner.plan.run_time import RunFacts
 from runner.report.plan_terms import FAMILIES, PHASES, TERMS, cells, heading, present, segments, term_of
 from runner.report.plan_text import print_fit, print_memory_table, print_plan
 from runner.report.plots import plot_plan
@@ -32,7 +32,7 @@ __all__ = ["here", "laptop"]  # fixtures
 
 METHODS = ("full", "freeze", "lora", "qlora4", "qlora8")
 STAGES = ("none", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-FACTS = Facts(num_steps=100, tokens_total=3_200_000, usd_per_gpu_hour=2.5, price_source="conf/hw, 2026-11-09")
+FACTS = RunFacts(num_steps=100, tokens_total=3_200_000, usd_per_gpu_hour=2.5, price_source="conf/hw, 2026-11-09")
 # A model's shape, so that a test does not depend on what a catalogue's plan comes to.
 PLAN: dict[str, Any] = {
     "model": "mistral7b", "method": "full", "hw": "h100x3", "where": "local", "fits": True, "reasons": [],
@@ -75,7 +75,7 @@ def text_of(plan: dict[str, Any], width: int = 100, **console: Any) -> str:
 
 def real_plans(hw: str = "h100x3") -> dict[tuple[str, str], dict[str, Any]]:
     """Every method with every stage that works."""
-    options, plans = StageSearch(deepspeed_json.templates()), {}
+    options, plans = StageSearch(deepspeed_json.deepspeed_templates()), {}
     for method in METHODS:
         spec = spec_of("model=llama2_7b", f"method={method}", f"hw={hw}", "deepspeed=none", "train.batch_size=12")
         for stage in STAGES:

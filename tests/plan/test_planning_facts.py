@@ -10,7 +10,7 @@ import pytest
 
 from docs.generate import planning_facts as facts
 from docs.generate.planning_examples import planned, spec_of
-from runner.plan.autograd.step_peak import Step, step
+from runner.plan.autograd.step_peak import Step, replay_step
 from runner.plan.choose_stage import job_of
 from runner.plan.memory import GIB, setting_of
 from runner.plan.model_shape import shape_of
@@ -54,7 +54,7 @@ def simulated_by_others(model: ModelSpec | None, *words: str) -> tuple[Step, flo
     shape = shape_of(spec.model)
     training = training_of(shape, spec.method, "bf16", deepspeed=False)
     setting = setting_of(training, job_of(spec), int(spec.train.micro_batch_size))
-    one = step(shape, replace(setting, head="labelled", attention="sdpa"), training.trains)
+    one = replay_step(shape, replace(setting, head="labelled", attention="sdpa"), training.trains)
     width = training.adapter_width if training.adapter else training.trained_width
     moments = 2 * width * training.trainable  # AdamW's two, as wide as the weights
     return one, (training.frozen_bytes + training.trained_bytes + moments) / GIB

@@ -73,7 +73,7 @@ def test_every_term_of_a_plan_is_documented(words: tuple[str, ...]) -> None:
 
 
 def test_every_term_of_main_memory_and_disk_is_documented() -> None:
-    trained = host_memory.Trained("full", 10, 10)
+    trained = host_memory.WeightBytes("full", 10, 10)
     everything: dict[str, Any] = {"data_tokens": 1, "pageable": 1.0, "training": 1.0, "held": 1.0}
     found = set(host_memory.host_ram(trained, 1, processes=1, accelerator="cpu", **everything))
     everything |= {"data_tokens": 0, "largest_matrix": 1}

@@ -10,7 +10,7 @@ import pytest
 from runner.config.compose import compose
 from runner.config.request import Request
 from runner.errors import RequestError
-from runner.plan.auto_values import EAGER_UP_TO, resolve
+from runner.plan.auto_values import EAGER_UP_TO, resolve_autos
 from runner.plan.choose_stage import MAX_MICRO_BATCH
 from runner.resolve import steps
 from runner.spec import RunSpec
@@ -75,7 +75,7 @@ def test_deepspeed_is_for_more_than_one_process() -> None:
 @pytest.mark.parametrize("gpus", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("batch", [1, 7, 16, 20, 48, 100])
 def test_the_global_batch_is_kept_as_nearly_as_can_be(gpus: int, batch: int) -> None:
-    spec, notes = resolve(_undecided(gpus, batch_size=batch))
+    spec, notes = resolve_autos(_undecided(gpus, batch_size=batch))
     micro, steps = spec.train.micro_batch_size, spec.train.accumulation_steps
     assert isinstance(micro, int) and isinstance(steps, int)
     possible = [m * s * gpus for m, s in itertools.product(range(1, MAX_MICRO_BATCH + 1), range(1, 101))]
@@ -91,7 +91,7 @@ def test_the_global_batch_is_kept_as_nearly_as_can_be(gpus: int, batch: int) -> 
 
 
 def test_the_same_recipe_takes_the_same_batch_on_other_hardware() -> None:
-    totals = {gpus: resolve(_undecided(gpus, batch_size=48))[0].train.batch_size for gpus in (1, 2, 3, 8)}
+    totals = {gpus: resolve_autos(_undecided(gpus, batch_size=48))[0].train.batch_size for gpus in (1, 2, 3, 8)}
     assert set(totals.values()) == {48}
 
 
@@ -105,14 +105,14 @@ def test_the_same_recipe_takes_the_same_batch_on_other_hardware() -> None:
     ],
 )
 def test_one_half_of_the_batch_may_be_given(given: dict[str, int], pair: tuple[int, int]) -> None:
-    train = resolve(_undecided(1, batch_size=16, **given))[0].train
+    train = resolve_autos(_undecided(1, batch_size=16, **given))[0].train
     assert (train.micro_batch_size, train.accumulation_steps) == pair
 
 
 def test_a_batch_that_contradicts_its_halves_is_refused() -> None:
     undecided = _undecided(2, batch_size=16, micro_batch_size=3, accumulation_steps=3)
     with pytest.raises(RequestError) as caught:
-        resolve(undecided)
+        resolve_autos(undecided)
     (problem,) = caught.value.problems
     assert problem.what == (
         "train.micro_batch_size=3 × train.accumulation_steps=3 × 2 processes = 18, but train.batch_size=16"
@@ -121,8 +121,8 @@ def test_a_batch_that_contradicts_its_halves_is_refused() -> None:
 
 
 def test_resolving_twice_changes_nothing() -> None:
-    once, _ = resolve(_undecided(3, batch_size=16))
-    assert resolve(once) == (once, [])
+    once, _ = resolve_autos(_undecided(3, batch_size=16))
+    assert resolve_autos(once) == (once, [])
 
 
 @cache

@@ -119,8 +119,8 @@ def test_points_that_read_the_same_are_checked_once(
     here: Path, started: list[RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted: list[RunSpec] = []
-    whole = row_checks.check
-    monkeypatch.setattr(row_checks, "check", lambda spec: counted.append(spec) or whole(spec))
+    whole = row_checks.check_rows
+    monkeypatch.setattr(row_checks, "check_rows", lambda spec: counted.append(spec) or whole(spec))
     write(here / "rows.jsonl", ROW)
     result = runner("-m", *HERE, "data.path=rows.jsonl", "train.learning_rate=1e-3,1e-4")
     assert len(started) == 2 and len(counted) == 1, result.output

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runner.data.load import load
+from runner.data.load import load_examples
 from runner.spec import DataSpec
 from tests.conftest import ROOT
 
@@ -28,7 +28,7 @@ def tiny_model(folder: Path) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    examples, _ = load(DataSpec(name="commands", source="commands"), 0)
+    examples, _ = load_examples(DataSpec(name="commands", source="commands"), 0)
     tokenizer.train_from_iterator([turn["content"] for e in examples for turn in (*e.prompt, *e.completion)], trainer)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<|im_end|>"

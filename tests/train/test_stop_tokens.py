@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from runner.data.chat_template import template_source
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Preference
-from runner.data.preference_tokens import How, encode_chunk
+from runner.data.preference_tokens import PreferenceSettings, encode_preferences
 from runner.errors import RequestError
 from runner.train import chat, export, stop_tokens
 from runner.train.evaluation.generation import Answer, compare, generate, learned_answer
@@ -63,7 +63,9 @@ def test_an_answer_that_the_template_ends_with_nothing_gets_the_end_of_text(body
             encoded = words.encode(row, "auto")
             assert encoded.labels[-1] == encoded.ids[-1] == words.end_id
             assert "yes" in learned_pieces(words, encoded)[0]
-        (columns,) = encode_chunk(words, [Preference([asks("q")], [says("yes")], [says("no")])], How(100)).rows
+        (columns,) = encode_preferences(
+            words, [Preference([asks("q")], [says("yes")], [says("no")])], PreferenceSettings(100)
+        ).rows
         assert [columns[f"{name}_ids"][-1] for name in ("chosen", "rejected")] == [words.end_id] * 2
     closed = ChatTokenizer(body, template_source("zephyr"), SPECIAL).encode(whole([asks("q"), says("yes")]), "auto")
     assert closed.text.count("</s>") == 2  # of question and answer, and no more
@@ -73,7 +75,7 @@ def test_an_end_that_is_no_special_token_is_refused_and_the_remedy_works(body: s
     source = template_source("phi3").replace("<|end|>", "<|fin|>")
     words = ChatTokenizer(body, source, SPECIAL)
     with pytest.raises(RequestError, match=r"ends an answer with '<\|fin\|>', which is no special token") as caught:
-        encode_chunk(words, [Preference([asks("q")], [says("yes")], [says("no")])], How(100))
+        encode_preferences(words, [Preference([asks("q")], [says("yes")], [says("no")])], PreferenceSettings(100))
     assert "data.add_tokens=['<|fin|>']" in str(caught.value.problems[0].remedy)
     words.backend.add_special_tokens(["<|fin|>"])
     again = ChatTokenizer(words.backend.to_str(), source, SPECIAL)

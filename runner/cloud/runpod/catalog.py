@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runner.config.pod_packages import data
+from runner.config.pod_packages import runpod_table
 from runner.spec import RunPodPlace
 
 FEWEST, MOST = 2, 32
@@ -21,7 +21,7 @@ def vcpus(wanted: int | None, fewest: int = FEWEST, most: int = MOST) -> int:
 def stand_ins(num_parameters: int | None) -> list[str]:
     """The list of conf/runpod/gpus.yaml for a model of that size."""
     billions = (num_parameters or 0) / 1e9
-    for entry in data("gpus")["by_size"]:
+    for entry in runpod_table("gpus")["by_size"]:
         if entry["up_to"] is None or billions <= entry["up_to"]:
             return list(entry["gpus"])
     return []
@@ -29,5 +29,5 @@ def stand_ins(num_parameters: int | None) -> list[str]:
 
 def image_of(place: RunPodPlace) -> str:
     """The container image that `where.image` names."""
-    named: dict[str, Any] = data("images").get(place.image, {})
+    named: dict[str, Any] = runpod_table("images").get(place.image, {})
     return str(named.get("image", place.image))

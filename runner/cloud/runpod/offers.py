@@ -12,7 +12,7 @@ from runner.cloud.runpod import templates
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.catalog import image_of, stand_ins, vcpus
 from runner.cloud.runpod.types import DataCenter, Volume
-from runner.config.pod_packages import data
+from runner.config.pod_packages import runpod_table
 from runner.config.suggestions import nearest
 from runner.errors import CannotRunError, Problem, RequestError
 from runner.spec import RunPodPlace, RunSpec
@@ -31,7 +31,7 @@ def candidates(
     known = {gpu.id: gpu for gpu in gpus}
     wanted = wanted_gpus(spec, known)
     price = {i: known[i].usd(place.cloud) for i in wanted}
-    times = float(data("gpus")["dearest"])
+    times = float(runpod_table("gpus")["dearest"])
     found: list[Offer] = []
     why: list[str] = []
     for gpu_id in wanted:

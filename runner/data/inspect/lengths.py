@@ -21,7 +21,7 @@ from runner.config import catalog
 from runner.data import commands_dataset
 from runner.data.examples import Kind, Learnable
 from runner.data.inspect.sample import Sample, sample
-from runner.data.inspect.token_counts import CHARS_PER_TOKEN, Counting, tokenizer_file
+from runner.data.inspect.token_counts import CHARS_PER_TOKEN, TokenCounter, tokenizer_file
 from runner.data.load import split
 from runner.data.readers.sources import files_of
 from runner.paths import CONF, cache_dir
@@ -141,7 +141,7 @@ def _stat(file: Path) -> os.stat_result | None:
 
 def _count(data: DataSpec, found: Sample, file: Path | None, seed: int) -> DataLengths:
     """Rows that train, rows that are held out, and their tokens."""
-    counting = Counting(data, file)
+    counting = TokenCounter(data, file)
     rows, every = _counted(found, counting)
     total = found.total
     if found.held_out is not None:
@@ -169,7 +169,7 @@ def _count(data: DataSpec, found: Sample, file: Path | None, seed: int) -> DataL
     )
 
 
-def _counted(found: Sample, counting: Counting) -> tuple[list[tuple[Learnable, int]], bool]:
+def _counted(found: Sample, counting: TokenCounter) -> tuple[list[tuple[Learnable, int]], bool]:
     """Rows with their tokens, and whether these are all rows."""
     every = found.whole and len(found.examples) <= WHOLE_ROWS
     examples = found.examples if every else _spread(found.examples)

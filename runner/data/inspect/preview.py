@@ -3,26 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Literal, TypedDict
 
 from runner.data.chat_tokenizer import ChatTokenizer, Encoded
-from runner.data.examples import Example, Learnable, Preference, Turn, UnpairedExample, content_of, kind_of
+from runner.data.examples import Example, Kind, Learnable, Preference, Turn, UnpairedExample, content_of, kind_of
 from runner.data.inspect.token_counts import tokenizer_file
-from runner.data.load import Found, inspect
+from runner.data.load import InspectedFile, RowFormat, inspect_files
 from runner.data.loss_mask import IGNORED
-from runner.data.preference_tokens import others, split
+from runner.data.preference_tokens import given_spans, split_prompt
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 
 
-def preview(spec: RunSpec, count: int = 3, row: int | None = None) -> dict[str, Any]:
+class _Segment(TypedDict):
+    text: str
+    trained: bool
+    tokens: int | None
+    """None where the tokenizer is not here."""
+
+
+class Segment(_Segment, total=False):
+    """A piece of a row, learned or not."""
+
+    part: str
+    """Which answer it belongs to, where a row has several."""
+
+
+class PreviewedFile(TypedDict):
+    """A file, or a split of the Hub, and what was found in it."""
+
+    name: str
+    format: RowFormat | None
+    num_rows: int
+    num_wrong: int
+    left_out: list[str]
+    rewarded: list[str]
+
+
+class PreviewedRow(TypedDict):
+    """A row as it was read, and as it is learned."""
+
+    row: int
+    where: str
+    content: dict[str, object]
+    segments: list[Segment]
+
+
+class Preview(TypedDict):
+    """What `data preview --json` prints."""
+
+    objective: str
+    learns_from: Kind
+    files: list[PreviewedFile]
+    held_out_files: list[PreviewedFile]
+    num_rows: int
+    tokenizer: str | None
+    max_length: int
+    rows: list[PreviewedRow]
+    problems: list[dict[str, str | None]]
+    on_error: Literal["stop", "skip"]
+
+
+def preview(spec: RunSpec, count: int = 3, row: int | None = None) -> Preview:
     """Facts for people and machines: files with their formats, rows with the tokens that are learned, all mistakes.
 
     Rows are the first `count`, or number `row` (1-based, over all files). Without the model's tokenizer on this machine
     they are shown by turns instead of tokens. RequestError where there is nothing to read, or no such row.
     """
     kind = kind_of(spec.objective.name)
-    files, held = inspect(spec.data, kind)
+    files, held = inspect_files(spec.data, kind)
     rows = [one for found in files for one in found.rows]
     file = tokenizer_file(spec.model)
     words = ChatTokenizer.from_file(file, spec.data) if file else None
@@ -35,7 +84,7 @@ def preview(spec: RunSpec, count: int = 3, row: int | None = None) -> dict[str, 
             words.check_end()
         except RequestError as error:
             problems += error.problems
-    shown = []
+    shown: list[PreviewedRow] = []
     for number, example in chosen:
         try:
             segments = list(_segments(example, words, loss_on, whole))
@@ -69,15 +118,19 @@ def _is_conversation(row: Learnable) -> bool:
     return getattr(row, "ids", None) is None and getattr(row, "text", None) is None and not isinstance(row.prompt, str)
 
 
-def _facts(found: Found) -> dict[str, Any]:
+def _facts(found: InspectedFile) -> PreviewedFile:
     wrong = len({problem.source for problem in found.problems})
-    facts = {"name": found.name, "format": found.shape, "num_rows": len(found.rows), "num_wrong": wrong}
-    return facts | {"left_out": found.left_out, "rewarded": found.rewarded}
+    return {
+        "name": found.name,
+        "format": found.shape,
+        "num_rows": len(found.rows),
+        "num_wrong": wrong,
+        "left_out": found.left_out,
+        "rewarded": found.rewarded,
+    }
 
 
-def _segments(
-    row: Learnable, words: ChatTokenizer | None, loss_on: str, whole: bool = False
-) -> Iterator[dict[str, Any]]:
+def _segments(row: Learnable, words: ChatTokenizer | None, loss_on: str, whole: bool = False) -> Iterator[Segment]:
     """Pieces of the row in order: `text`, `trained`, and the `part` they belong to where a row has several; `whole`:
     answers are judged with everything in them."""
     if isinstance(row, Example):
@@ -98,13 +151,13 @@ def _compared(
     answers: dict[str, list[Turn] | str],
     words: ChatTokenizer | None,
     whole: bool = False,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Segment]:
     """A prompt with each of its answers, of which every token counts; but what users and tools say in one is given,
     unless the `whole` is judged."""
-    prompt, parts = split(words, row.prompt, list(answers.values()), row.tools) if words else ([], [])
+    prompt, parts = split_prompt(words, row.prompt, list(answers.values()), row.tools) if words else ([], [])
     for index, (name, answer) in enumerate(answers.items()):
         if words is not None:
-            spans = [] if whole else others(words, row.prompt, answer, row.tools, len(prompt))
+            spans = [] if whole else given_spans(words, row.prompt, answer, row.tools, len(prompt))
             pieces = _decoded(words, prompt + parts[index], len(prompt), [edge for span in spans for edge in span])
         elif isinstance(answer, str):
             pieces = _given_and_learned(str(row.prompt), answer)
@@ -116,23 +169,23 @@ def _compared(
         yield from (piece | {"part": name} if name else piece for piece in pieces)
 
 
-def _decoded(words: ChatTokenizer, ids: Sequence[int], start: int, edges: Sequence[int]) -> list[dict[str, Any]]:
+def _decoded(words: ChatTokenizer, ids: Sequence[int], start: int, edges: Sequence[int]) -> list[Segment]:
     """The ids as pieces, given and learned in turn: the prompt up to `start`, from there up to each edge."""
-    begin, known, pieces = 0, "", []
+    begin, known = 0, ""
+    pieces: list[Segment] = []
     for index, end in enumerate([start, *(start + edge for edge in edges), len(ids)]):
         text = words.backend.decode(ids[:end], skip_special_tokens=False)
         if end > begin or not edges:  # decoded alone, a piece may lose the space that it begins with
-            piece = {"text": text.removeprefix(known), "trained": index % 2 == 1, "tokens": end - begin}
-            pieces.append(piece)
+            pieces.append({"text": text.removeprefix(known), "trained": index % 2 == 1, "tokens": end - begin})
         begin, known = end, text
     return pieces
 
 
-def _given_and_learned(given: str, said: str) -> list[dict[str, Any]]:
+def _given_and_learned(given: str, said: str) -> list[Segment]:
     return [{"text": text, "trained": trained, "tokens": None} for text, trained in ((given, False), (said, True))]
 
 
-def _pieces(example: Example, words: ChatTokenizer | None, loss_on: str) -> Iterator[dict[str, Any]]:
+def _pieces(example: Example, words: ChatTokenizer | None, loss_on: str) -> Iterator[Segment]:
     if words is not None:
         yield from _tokens(words.encode(example, loss_on), words)
         return
@@ -146,14 +199,14 @@ def _pieces(example: Example, words: ChatTokenizer | None, loss_on: str) -> Iter
     yield from _turns(example.completion, lambda turn: loss_on == "all" or learned(turn))
 
 
-def _turns(turns: Sequence[Turn] | str, learned: Callable[[Turn], bool]) -> Iterator[dict[str, Any]]:
+def _turns(turns: Sequence[Turn] | str, learned: Callable[[Turn], bool]) -> Iterator[Segment]:
     for turn in turns if not isinstance(turns, str) else ():
         yield {"text": f"[{turn['role']}] ", "trained": False, "tokens": None}
         thought = f"{turn['reasoning_content']}\n" if turn.get("reasoning_content") else ""
         yield {"text": f"{thought}{turn['content']}\n", "trained": learned(turn), "tokens": None}
 
 
-def _tokens(encoded: Encoded, words: ChatTokenizer) -> Iterator[dict[str, Any]]:
+def _tokens(encoded: Encoded, words: ChatTokenizer) -> Iterator[Segment]:
     """Neighbouring tokens that are all learned, or all not, as one piece."""
     begin = 0
     flags = [label != IGNORED for label in encoded.labels]

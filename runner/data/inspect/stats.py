@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TypedDict
 
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Learnable, fingerprint, kind_of
 from runner.data.inspect.lengths import packed
-from runner.data.inspect.token_counts import Counting, tokenizer_file
-from runner.data.load import read
+from runner.data.inspect.token_counts import TokenCounter, tokenizer_file
+from runner.data.load import read_dataset
 from runner.data.loss_mask import IGNORED
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
@@ -21,12 +21,42 @@ SHARE_WHOLE = 0.99  # of the rows that the suggested length leaves whole
 BINS = 24
 
 
-def stats(spec: RunSpec) -> dict[str, Any]:
+class AtLength(TypedDict):
+    """What one longest length cuts off, and how full sequences are."""
+
+    max_length: int
+    rows_cut: int
+    tokens_cut: int
+    packed_sequences: int
+    packed_share: float
+    padded_share: float
+
+
+class Stats(TypedDict):
+    """What `data stats --json` prints."""
+
+    num_rows: int
+    num_held_out: int
+    num_skipped: int
+    num_refused: int
+    problems: list[dict[str, str | None]]
+    how: str
+    num_tokens: int
+    num_learned: int | None
+    length: dict[str, float]
+    histogram: list[dict[str, int]]
+    at_length: list[AtLength]
+    suggested_max_length: int
+    max_length: int
+    duplicates: dict[str, int]
+
+
+def stats(spec: RunSpec) -> Stats:
     """Facts for people and machines, of the training rows; RequestError for data that are wrong."""
-    loaded = read(spec.data, spec.train.seed, kind_of(spec.objective.name))
+    loaded = read_dataset(spec.data, spec.train.seed, kind_of(spec.objective.name))
     rows = loaded.train
     file = tokenizer_file(spec.model)
-    counting = Counting(spec.data, file)
+    counting = TokenCounter(spec.data, file)
     tokens, learned, refused = _counted(
         rows, spec, counting, ChatTokenizer.from_file(file, spec.data) if file else None
     )
@@ -54,7 +84,7 @@ def stats(spec: RunSpec) -> dict[str, Any]:
 
 
 def _counted(
-    rows: Sequence[Learnable], spec: RunSpec, counting: Counting, words: ChatTokenizer | None
+    rows: Sequence[Learnable], spec: RunSpec, counting: TokenCounter, words: ChatTokenizer | None
 ) -> tuple[list[int], int | None, list[Problem]]:
     """Tokens of each row, how many are learned in all (None where nobody can say), and rows that cannot be rendered."""
     if words is None or not all(isinstance(row, Example) for row in rows):
@@ -91,11 +121,11 @@ def histogram(ordered: Sequence[int]) -> list[dict[str, int]]:
     return [{"from": i * width, "to": (i + 1) * width, "rows": counts[i]} for i in range(first, last + 1)]
 
 
-def _widths() -> Any:
+def _widths() -> Iterator[int]:
     return (factor * 10**power for power in range(9) for factor in (1, 2, 5))
 
 
-def _at(limit: int, tokens: Sequence[int]) -> dict[str, Any]:
+def _at(limit: int, tokens: Sequence[int]) -> AtLength:
     """What a longest length of `limit` tokens cuts off, and how full sequences are with and without packing."""
     cut = [min(count, limit) for count in tokens]
     sequences = packed(cut, limit)

@@ -28,7 +28,7 @@ COMMANDS_CHARS_PER_TOKEN = 2.42
 TEMPLATE_TOKENS_PER_TURN = 5
 
 
-class Counting:
+class TokenCounter:
     """Counts rows of one data set for one model; remembers whether all that it counted was exact."""
 
     def __init__(self, data: DataSpec, file: Path | None) -> None:

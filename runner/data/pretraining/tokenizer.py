@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.data.pretraining.sharder import lines_of
-from runner.data.pretraining.workspace import manifest_of
+from runner.data.pretraining.workspace import json_object, manifest_of
 from runner.errors import Problem, RequestError
 from runner.paths import cache_dir
 from runner.rundir.atomic_folder import cached, whole
@@ -61,11 +61,7 @@ def train(shards: Path, target: Path, vocab_size: int) -> dict[str, Any]:
 
 def facts_of(folder: Path) -> dict[str, Any]:
     """What `train` has noted about a tokenizer; empty for any other."""
-    try:
-        content = json.loads((folder / "bundle.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return json_object(folder / "bundle.json")
 
 
 def is_hub_id(name: str) -> bool:

@@ -55,8 +55,13 @@ def workspace_of(objective: Pretrain) -> Workspace | None:
 
 def manifest_of(folder: Path) -> dict[str, Any]:
     """What lies in a folder of shards; empty where there is none, or none that can be read."""
+    return json_object(folder / "manifest.json")
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """A mapping that was written as JSON; empty where there is none, or none that can be read."""
     try:
-        content = json.loads((folder / "manifest.json").read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 Row = dict[str, Any]
-Convert = Callable[[Any], Any]
+Convert = Callable[[object], object]
 
 
 def rows_of(table: Any) -> list[Row]:
@@ -31,7 +31,7 @@ def converter(schema: Any, decoded: bool = False) -> Callable[[Row], Row]:
     return lambda row: {name: changes[name](value) if name in changes else value for name, value in row.items()}
 
 
-def without_nulls(value: Any) -> Any:
+def without_nulls(value: object) -> object:
     """The same for nested values whose Arrow type is not known; a column's own null stays."""
     if isinstance(value, dict):
         return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
@@ -53,9 +53,9 @@ def _of_type(kind: Any, kinds: Any, decoded: bool) -> Convert | None:
 
 
 def _of_struct(fields: dict[str, Convert | None]) -> Convert:
-    def convert(value: Any) -> Any:
-        if value is None:
-            return None
+    def convert(value: object) -> object:
+        if not isinstance(value, dict):
+            return value
         said = {name: inner for name, inner in value.items() if inner is not None}
         return {name: change(inner) if (change := fields.get(name)) else inner for name, inner in said.items()}
 
@@ -63,12 +63,18 @@ def _of_struct(fields: dict[str, Convert | None]) -> Convert:
 
 
 def _of_map(inner: Convert | None) -> Convert | None:
-    return inner and (lambda value: value and {name: inner(one) for name, one in value.items()})
+    def convert(value: object) -> object:
+        return {name: inner(one) for name, one in value.items()} if inner and isinstance(value, dict) else value
+
+    return inner and convert
 
 
 def _of_list(inner: Convert | None) -> Convert | None:
-    return inner and (lambda value: value and [inner(one) for one in value])
+    def convert(value: object) -> object:
+        return [inner(one) for one in value] if inner and isinstance(value, list) else value
+
+    return inner and convert
 
 
-def _parsed(value: Any) -> Any:
+def _parsed(value: object) -> object:
     return json.loads(value) if isinstance(value, str) else value

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from runner.config.suggestions import nearest
-from runner.data.readers import arrow, remote
+from runner.data.readers import arrow, urls
 from runner.errors import Problem, RequestError
 from runner.spec.input_paths import is_url
 
@@ -103,7 +103,7 @@ def kind_of_file(path: str) -> str | None:
 
 def _bytes(path: str) -> bytes:
     if is_url(path):
-        return remote.fetched(path)
+        return urls.fetched(path)
     file = Path(path).expanduser()
     try:
         return file.read_bytes()
@@ -175,7 +175,7 @@ def json_lines(text: str, path: str, first: int = 1) -> Table:
     return Table(path, table.rows, "line", table.numbers, problems + table.problems)
 
 
-def _objects(values: list[Any], path: str, unit: str, numbers: Sequence[int]) -> Table:
+def _objects(values: Sequence[object], path: str, unit: str, numbers: Sequence[int]) -> Table:
     """The values that are objects; each of the others is a problem."""
     found = list(zip(numbers or range(1, len(values) + 1), values, strict=True))
     problems = [
@@ -197,7 +197,7 @@ _KINDS = {
 }
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """What a value is in JSON's words, such as `a list`."""
     return "null" if value is None else _KINDS.get(type(value), f"a {type(value).__name__}")
 

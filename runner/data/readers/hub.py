@@ -14,7 +14,7 @@ from typing import Any
 from runner.config.suggestions import nearest
 from runner.data.readers import arrow
 from runner.data.readers.files import Row, Table
-from runner.data.readers.remote import UnreachableError
+from runner.data.readers.urls import UnreachableError
 from runner.errors import Problem, RequestError
 from runner.hub import client
 from runner.spec import DataSpec

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.data.readers import remote
+from runner.data.readers import urls
 from runner.data.readers.files import READABLE, Table, kind_of_file, read_table
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec, SourceSpec
@@ -99,9 +99,9 @@ def _behind_url(url: str) -> list[str]:
             return [url]
         else:
             names = sorted(name for name in system.find(inner) if _is_data(name.rpartition("/")[2]))
-        return [f"{remote.scheme_of(url)}://{name.partition('://')[2] or name}" for name in names]
+        return [f"{urls.scheme_of(url)}://{name.partition('://')[2] or name}" for name in names]
 
-    return remote.asked(url, files) or _none(f"{url} holds no data file", f"name files {READABLE}")
+    return urls.ask_file_system(url, files) or _none(f"{url} holds no data file", f"name files {READABLE}")
 
 
 def mixed(sizes: Sequence[int], weights: Sequence[float], mix: str, seed: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from runner.data.readers import arrow, remote
+from runner.data.readers import arrow, urls
 from runner.data.readers.files import Table, json_lines, kind_of_file, not_utf8, read_table, text_lines
 from runner.errors import Problem, RequestError
 from runner.spec.input_paths import is_url
@@ -28,7 +28,7 @@ def tables(path: str, block: int | None = None) -> Iterator[Table]:
         yield read_table(path)
         return
     try:
-        with remote.opened(path) if is_url(path) else file.open("rb") as opened:
+        with urls.opened(path) if is_url(path) else file.open("rb") as opened:
             if kind_of_file(path) == "parquet":
                 yield from _parquet(opened, path)
             else:

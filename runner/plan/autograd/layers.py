@@ -256,14 +256,7 @@ def _nf4(k: Block, x: Tensor, m: Matrix) -> Tensor:
     out = Tensor(rows * m.outputs, w, t.new(rows * m.outputs, w))
     del unpacked, scales
     if source is not None:
-
-        def backward(grad: Storage) -> list[tuple[Node, Storage]]:
-            unpacked = t.new(m.inputs * m.outputs, w)
-            piece = t.new(rows * m.inputs, w)
-            del unpacked
-            return [(source, piece)]
-
-        out.node = t.node(out.width, backward)
+        out.node = t.node(out.width, _through(k, m, source, rows, w))
     return out
 
 
@@ -281,12 +274,17 @@ def _int8(k: Block, x: Tensor, m: Matrix) -> Tensor:
     del product, codes
     if source is not None:
         t.hold(x.storage)
-
-        def backward(grad: Storage) -> list[tuple[Node, Storage]]:
-            unpacked = t.new(m.inputs * m.outputs, w)
-            piece = t.new(rows * m.inputs, w)
-            del unpacked
-            return [(source, piece)]
-
-        out.node = t.node(out.width, backward)
+        out.node = t.node(out.width, _through(k, m, source, rows, w))
     return out
+
+
+def _through(k: Block, m: Matrix, source: Node, rows: float, w: int) -> Callable[[Storage], list[tuple[Node, Storage]]]:
+    """The backward pass of a frozen packed matrix: it is unpacked once more for the gradient of the input."""
+
+    def backward(grad: Storage) -> list[tuple[Node, Storage]]:
+        unpacked = k.t.new(m.inputs * m.outputs, w)
+        piece = k.t.new(rows * m.inputs, w)
+        del unpacked
+        return [(source, piece)]
+
+    return backward

@@ -17,7 +17,7 @@ SHOWN = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Trains:
+class TrainableLayers:
     """What trains: runs of equal layers from the first to the last, and the modules around them."""
 
     runs: tuple[tuple[LayerKind, int], ...]
@@ -45,7 +45,7 @@ class Step:
 
 
 @lru_cache(maxsize=4096)
-def step(shape: Shape, setting: Setting, trains: Trains, has_gradients: bool = False) -> Step:
+def replay_step(shape: Shape, setting: Setting, trains: TrainableLayers, has_gradients: bool = False) -> Step:
     """Replay one micro batch; with `has_gradients` an earlier one has left its gradients, which the caller counts."""
     tape = Tape()
     tape.has_gradients = has_gradients

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from runner.data.chat_tokenizer import ChatTokenizer
-from runner.data.examples import Example, Turn
+from runner.data.examples import Example, Tool, Turn
 from runner.data.loss_mask import IGNORED
 from runner.train import stop_tokens
 
@@ -53,7 +53,7 @@ def generate(
     tokenizer: Any,
     conversations: Sequence[Sequence[Turn]],
     *,
-    tools: Sequence[Sequence[dict[str, Any]]] | None = None,
+    tools: Sequence[Sequence[Tool]] | None = None,
     max_new_tokens: int,
     batch_size: int,
     autocast: AbstractContextManager[Any],

@@ -47,7 +47,7 @@ def read(spec: RunSpec) -> Examples:
     if place is not None:
         train, val = pretraining.Shards(place.train), pretraining.Shards(place.val)
         return Examples(train, val if len(val) else None, f"{train.fingerprint}{val.fingerprint}", [])
-    found = load.read(spec.data, spec.train.seed, kind_of(spec.objective.name))
+    found = load.read_dataset(spec.data, spec.train.seed, kind_of(spec.objective.name))
     asked: list[Example] = []
     if isinstance(spec.objective, Sft):
         asked = [row for row in found.held if isinstance(row, Example) and row.completion]

@@ -16,7 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Learnable, PromptExample, fingerprint
-from runner.data.preference_tokens import TOOLS, How, encode_chunk
+from runner.data.preference_tokens import TOOLS, PreferenceSettings, encode_preferences
 from runner.data.readers.files import refuse
 from runner.data.tokenize_rows import in_chunks
 from runner.errors import Problem, RequestError
@@ -29,19 +29,24 @@ def tokenise(rows: Sequence[Learnable], tokenizer: Any, spec: RunSpec, tell: Tel
 
     RequestError with every row that the template refuses (unless `data.on_error=skip`), or where none is short enough.
     """
-    how = _how(spec)
-    parts = ["pairs", fingerprint(rows), tokenizer_fingerprint(tokenizer), vars(how), spec.data.on_error]
-    return stored(parts, lambda folder: _write(rows, tokenizer, spec, how, folder, tell))
+    settings = _settings(spec)
+    parts = ["pairs", fingerprint(rows), tokenizer_fingerprint(tokenizer), vars(settings), spec.data.on_error]
+    return stored(parts, lambda folder: _write(rows, tokenizer, spec, settings, folder, tell))
 
 
-def _how(spec: RunSpec) -> How:
+def _settings(spec: RunSpec) -> PreferenceSettings:
     """A reward is read at an answer's end, so none may be cut; GRPO's answers are as long as it lets them become."""
     room = spec.objective.max_new_tokens if isinstance(spec.objective, Grpo) else 1
-    return How(spec.train.max_length, room, isinstance(spec.objective, Reward))
+    return PreferenceSettings(spec.train.max_length, room, isinstance(spec.objective, Reward))
 
 
 def _write(
-    rows: Sequence[Learnable], tokenizer: Any, spec: RunSpec, how: How, folder: Path, tell: Tell | None
+    rows: Sequence[Learnable],
+    tokenizer: Any,
+    spec: RunSpec,
+    settings: PreferenceSettings,
+    folder: Path,
+    tell: Tell | None,
 ) -> dict[str, Any]:
     """Rows of the entry into `folder`; its facts."""
     counts = dict.fromkeys(("truncated", "dropped", "tokens", "prompt_differs", "conversations"), 0)
@@ -49,7 +54,9 @@ def _write(
     problems: list[Problem] = []
     features = _features(rows, spec)
     with ArrowWriter(path=str(folder / ROWS), features=features) as writer:
-        for chunk in in_chunks(partial(encode_chunk, how=how), ChatTokenizer.of(tokenizer), rows, spec.data.num_proc):
+        for chunk in in_chunks(
+            partial(encode_preferences, settings=settings), ChatTokenizer.of(tokenizer), rows, spec.data.num_proc
+        ):
             for row in chunk.rows:
                 writer.write({name: _stored(row.get(name), features[name]) for name in writer.schema.names})
             counts = {name: count + getattr(chunk, name) for name, count in counts.items()}
@@ -63,7 +70,7 @@ def _write(
     if problems and (spec.data.on_error == "stop" or not kept):
         refuse(problems)
     if not kept:
-        what = f"none of the {len(rows)} rows leaves room for an answer within {how.limit} tokens"
+        what = f"none of the {len(rows)} rows leaves room for an answer within {settings.limit} tokens"
         raise RequestError(Problem(what, None, "raise train.max_length"))
     return {
         "num_examples": len(rows),

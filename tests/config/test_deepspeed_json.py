@@ -215,7 +215,7 @@ def test_a_byte_order_mark_a_folder_and_latin_1(here: Path) -> None:
 
 def test_our_own_files_are_right() -> None:
     for file in DEEPSPEED_CONFIGS.glob("*.json"):
-        assert deepspeed_json.read(file.name).stage == file.stem
+        assert deepspeed_json.read_deepspeed_json(file.name).stage == file.stem
 
 
 @pytest.mark.skipif(util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

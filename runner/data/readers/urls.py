@@ -23,7 +23,7 @@ class UnreachableError(RequestError):
     """The place did not answer, or not to this machine: another one may reach it."""
 
 
-def asked(url: str, question: Callable[[Any, str], T]) -> T:
+def ask_file_system(url: str, question: Callable[[Any, str], T]) -> T:
     """`question(file system, path in it)`; RequestError where the place cannot be reached, in one line."""
     try:
         return question(*_system(url))
@@ -51,18 +51,18 @@ def fetched(url: str) -> bytes:
             content: bytes = opened.read()
             return content
 
-    return asked(url, read)
+    return ask_file_system(url, read)
 
 
 def size_of(url: str) -> int:
     """Bytes of one file; 0 where the place does not say."""
-    return asked(url, lambda system, path: int(system.size(path) or 0))
+    return ask_file_system(url, lambda system, path: int(system.size(path) or 0))
 
 
 @contextmanager
 def opened(url: str) -> Iterator[IO[bytes]]:
     """One file, read as it comes; RequestError where it cannot be opened."""
-    with asked(url, lambda system, path: system.open(path, "rb")) as stream:
+    with ask_file_system(url, lambda system, path: system.open(path, "rb")) as stream:
         yield stream
 
 

@@ -17,7 +17,7 @@ from runner.spec import DataSpec, ModelSpec, Pretrain, RunSpec
 from runner.spec.input_paths import is_url
 
 
-def check(spec: RunSpec) -> None:
+def check_pretraining(spec: RunSpec) -> None:
     """RequestError where shards, corpus or tokenizer are missing. On a rented machine they lie on its own volume."""
     objective = spec.objective
     if not isinstance(objective, Pretrain):
