@@ -51,6 +51,10 @@ class Plan:
     """Main memory of one node at its peak, GiB."""
     host_ram: dict[str, float]
     """The same by term."""
+    host_capacity_gib: float | None
+    """Main memory that one node has, GiB (a rented one at least); null where nobody says."""
+    host_cpus: int | None
+    """CPU cores that it has, likewise."""
     disk_gib: float
     """Disk at the end of the run, GiB."""
     disk: dict[str, float]
@@ -157,6 +161,8 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[st
         phases={name: _gib(terms) for name, terms in option.memory.phases.items()},
         host_ram_gib=round(sum(ram.values()) / GIB, 3),
         host_ram=_gib(ram),
+        host_capacity_gib=_main_memory(spec),
+        host_cpus=hw.cpus(rented=spec.where.name == "runpod"),
         disk_gib=round(sum(disk.values()) / GIB, 3),
         disk=_gib(disk),
         zero_stage=stage,

@@ -157,7 +157,7 @@ def _print_facts(console: Console, plan: Plan) -> None:
         ("ZeRO", _zero(plan)),
         ("Batch", _batch(plan)),
         ("Trains", [f"{plan.trainable_parameters:,} parameters"]),
-        ("Main memory", _sizes(plan.host_ram_gib, plan.host_ram)),
+        ("Main memory", [*_sizes(plan.host_ram_gib, plan.host_ram), *_of_pod(plan)]),
         ("Disk", _sizes(plan.disk_gib, plan.disk)),
         ("Work", _work(plan)),
         ("Time", _time(plan)),
@@ -165,6 +165,13 @@ def _print_facts(console: Console, plan: Plan) -> None:
     ):
         table.add_row(Text(label), _packed(list(map(Text, words)), " ", room))
     console.print(table, highlight=False)
+
+
+def _of_pod(plan: Plan) -> list[str]:
+    """Main memory and vCPUs of a rented machine, which nobody can choose: they come with the GPUs."""
+    has = [f"{plan.host_capacity_gib:.0f} GiB"] if plan.host_capacity_gib else []
+    has += [f"{plan.host_cpus} vCPUs"] if plan.host_cpus else []
+    return [f"(a pod has {' and '.join(has)} at least)"] if has and plan.where == "runpod" else []
 
 
 _PROCESS = ("process", "processes")

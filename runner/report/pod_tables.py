@@ -87,6 +87,8 @@ def print_gpus(console: Console, rows: Sequence[Mapping[str, Any]], cloud: str |
     for name in ("stock", "hw="):
         table.add_column(name, no_wrap=True)
     table.add_column("in")
+    for name in ("RAM", "vCPUs") if wide else ():
+        table.add_column(name, justify="right", no_wrap=True)
     for name in ("most", "holds, at most") if wide else ():
         table.add_column(name)
     every = {center for row in rows for center in row["data_centers"]}
@@ -96,14 +98,16 @@ def print_gpus(console: Console, rows: Sequence[Mapping[str, Any]], cloud: str |
         table.add_row(
             escape(row["id"]), str(row["memory_gb"]), _usd(row["secure_usd"]), _usd(row["community_usd"]),
             (row["stock"] or "–").lower(), row["hw"] or "–", place,
+            *((f"{row['host_memory_gib'] or '–'}", f"{row['vcpus'] or '–'}") if wide else ()),
             *((str(row["max"] or "–"), row["holds"] or "–") if wide else ()),
         )  # fmt: skip
     console.print(table)
     where = f" in the {cloud} cloud" if cloud else ""
+    beside = "; RAM (GiB) and vCPUs with each GPU, at least" if wide else ""
     if every:
         console.print(f"\n[dim]Data centres: {', '.join(sorted(every))}[/dim]", highlight=False)
     console.print(
-        f"\n[dim]US$ per GPU and hour, as RunPod says now; stock{where}. Take one: hw=NAME, or "
+        f"\n[dim]US$ per GPU and hour, as RunPod says now; stock{where}{beside}. Take one: hw=NAME, or "
         'where.gpu_types="[ID, …]"[/dim]',
         highlight=False,
     )

@@ -273,19 +273,21 @@ class GpuRow(TypedDict):
 
 def gpu_rows(gpus: list[GpuType], spec: RunSpec, *, min_memory: int, cloud: str | None) -> list[GpuRow]:
     """One row per GPU type with a price, cheapest first; `holds` is the largest model by method on one of them."""
-    named = {values["runpod_gpu_id"]: name for name, values in _single_gpus() if values.get("runpod_gpu_id")}
+    single = {values["runpod_gpu_id"]: (name, values) for name, values in _single_gpus() if values.get("runpod_gpu_id")}
     needs = _memory_needs(spec)
     rows: list[GpuRow] = []
     for gpu in gpus:
         prices = [usd for usd in (gpu.secure_usd, gpu.community_usd) if usd is not None]
         if gpu.memory_gb < min_memory or not prices or (cloud and gpu.usd(cloud) is None):
             continue
+        name, values = single.get(gpu.id, (None, {}))
         rows.append(
             {
                 "id": gpu.id, "name": gpu.name, "memory_gb": gpu.memory_gb, "secure_usd": gpu.secure_usd,
                 "community_usd": gpu.community_usd, "max": max(gpu.max_secure, gpu.max_community), "stock": gpu.stock,
                 "data_centers": [c for c, level in gpu.data_centers.items() if level != "NONE"],
-                "hw": named.get(gpu.id), "holds": _largest_models(needs, gpu.memory_gb),
+                "host_memory_gib": values.get("rented_memory_gib_per_gpu"), "vcpus": values.get("rented_vcpus_per_gpu"),
+                "hw": name, "holds": _largest_models(needs, gpu.memory_gb),
             }
         )  # fmt: skip
     return sorted(rows, key=lambda row: (_lowest_price(row, cloud), row["id"]))

@@ -30,7 +30,7 @@ UNREAD = {
     "plan": (*_ARITHMETIC, "run.*", "track"),
     "fit": (
         *_ARITHMETIC, "run.*", "track", "model.title", "hw.title", "hw.env", "hw.host_memory_gib",
-        "hw.rented_memory_gib_per_gpu", "hw.price_date",
+        "hw.rented_memory_gib_per_gpu", "hw.rented_vcpus_per_gpu", "hw.price_date",
         "hw.runpod_gpu_id", "data.max_eval_examples", "data.num_eval_rows", "eval.max_new_tokens", "eval.num_prompts",
         "model.gated", "objective.shards", "train.max_grad_norm",
         "train.keep_checkpoints", "train.save_every_minutes", "train.save_every_steps", "where.cloud",
@@ -54,6 +54,8 @@ READ = {
     ),
 }  # fmt: skip
 """Verbs that read little: all that they do, but for what stands above."""
+_CHOOSE = ("where.country", "where.data_centers", "where.volume", "where.pod")
+"""Bind a run to hardware that is somewhere, and so choose it where none is named."""
 _CALLED = {"run": "a run without -m"}
 
 
@@ -74,7 +76,8 @@ def unread_key_notes(verb: str, request: Request, said: Collection[str] = ()) ->
     meant for a run. Not for those that a note has `said` to have no effect at all."""
     typed = dict.fromkeys(word.lstrip("+~").partition("=")[0] for word in request.overrides)
     known = {note.partition(" has no effect: ")[0] for note in said}
-    keys = [key for key in typed if key != "recipe" and key not in known and not is_read(verb, key)]
+    choosing = _CHOOSE if verb == "plan" and "hw" not in typed else ()
+    keys = [key for key in typed if key not in ("recipe", *known, *choosing) and not is_read(verb, key)]
     if not keys:
         return []
     listed = " and ".join(filter(None, (", ".join(keys[:-1]), keys[-1])))

@@ -35,6 +35,8 @@ class HardwareSpec(Named):
     """Main memory of one node."""
     rented_memory_gib_per_gpu: float | None = Field(default=None, gt=0)
     """Main memory that a rented pod has with each GPU at least; null where nobody says. `host_memory_gib` comes first."""
+    rented_vcpus_per_gpu: int | None = Field(default=None, ge=1)
+    """vCPUs that a rented pod has with each GPU at least; null where nobody says. `num_cpus` comes first."""
     bf16: bool | None = None
     """The hardware multiplies in bfloat16 natively."""
     flash_attention: bool = False
@@ -97,6 +99,12 @@ class HardwareSpec(Named):
         if self.host_memory_gib is None and rented and self.rented_memory_gib_per_gpu:
             return self.rented_memory_gib_per_gpu * self.num_gpus
         return self.host_memory_gib
+
+    def cpus(self, *, rented: bool) -> int | None:
+        """CPU cores of one node; None where it is not known."""
+        if self.num_cpus is None and rented and self.rented_vcpus_per_gpu:
+            return self.rented_vcpus_per_gpu * self.num_gpus
+        return self.num_cpus
 
     @property
     def world_size(self) -> int:

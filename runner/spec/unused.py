@@ -118,7 +118,8 @@ def _facts(spec: RunSpec) -> _Keys:
     )
     if spec.hw.accelerator == "cpu":
         for key in ("gpu", "flash_attention", "compute_capability", "tflops_bf16", "bandwidth_gb_s", "interconnect",
-                    "usd_per_hour", "price_date", "rented_memory_gib_per_gpu"):  # fmt: skip
+                    "usd_per_hour", "price_date", "rented_memory_gib_per_gpu",
+                    "rented_vcpus_per_gpu"):  # fmt: skip
             yield f"hw.{key}", f"hw={spec.hw.name} has no GPU"
     elif spec.hw.num_gpus == 1:
         yield "hw.interconnect", "there is one GPU"

@@ -93,6 +93,9 @@ def test_what_a_pod_has_of_main_memory_is_known_of_all_that_are_priced() -> None
     priced = [spec_of(name) for name in CUDA_NAMES if spec_of(name).usd_per_hour is not None]
     assert [hw.name for hw in priced if hw.rented_memory_gib_per_gpu is None] == []
     assert spec_of("rtx4090x2").main_memory_gib(rented=True) == 76  # 2 × 41 GB
+    assert [hw.name for hw in priced if hw.rented_vcpus_per_gpu is None] == []
+    assert (spec_of("h200").cpus(rented=True), spec_of("h200").cpus(rented=False)) == (24, None)
+    assert spec_of("b200").main_memory_gib(rented=True) == 264 and spec_of("rtx4090x2").cpus(rented=True) == 12
 
 
 def test_several_gpus_differ_from_one_in_number_and_name_only() -> None:
