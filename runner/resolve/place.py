@@ -6,6 +6,8 @@ machine has.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from runner.cloud.runpod.catalog import stand_ins
@@ -107,13 +109,40 @@ def _best(spec: RunSpec, requested: HardwareSpec) -> tuple[RunSpec | None, str]:
     if options is None:
         return None, f"no plan: {config_facts.why_no_plan(spec)}"
     size = plan_inputs.num_sequences(spec)
-    found = offers(spec, options, _rentable(spec, requested), size, stand_ins(spec.model.num_parameters))
+    hardware, there = _of_place(spec, _rentable(spec, requested))
+    found = offers(spec, options, hardware, size, stand_ins(spec.model.num_parameters))
     if not found:
-        return None, "no hardware that is for rent and has a known price holds it"
+        return None, f"no hardware that is for rent{there} and has a known price holds it"
     within = [offer for offer in found if _within_limits(offer.change.spec)] if _has_limits(spec) else found
-    first, *others = within or found
-    second = f"; next {_describe(others[0], size)}" if others else ""
-    return first.change.spec, f"hw={_describe(first, size)} costs least{second}"
+    (first, words), *others = _with_disks(within or found, size)
+    second = f"; next {others[0][1]}" if others else ""
+    return first.change.spec, f"hw={words} costs least{there}{second}"
+
+
+def _with_disks(found: Sequence[Offer], sequences: int | None) -> list[tuple[Offer, str]]:
+    """The first offers with their words, cheapest first by the sum that a launch names, which has disks in it."""
+    planned = [(offer, _planned(offer.change.spec) if sequences else None) for offer in found[:COMPARED]]
+    ranked = sorted(planned, key=lambda one: round(one[1].usd, 2) if one[1] and one[1].usd is not None else math.inf)
+    return [(offer, _describe(offer, plan)) for offer, plan in ranked]
+
+
+def _of_place(spec: RunSpec, hardware: list[HardwareSpec]) -> tuple[list[HardwareSpec], str]:
+    """What of it the country, data centre or volume has that the run is bound to, and words that say so; all of it
+    where RunPod cannot be asked. RequestError for a place that RunPod does not have."""
+    place = spec.where
+    if not isinstance(place, RunPodPlace) or not (place.country or place.data_centers or place.volume):
+        return hardware, ""
+    from runner.cloud.errors import CloudError, NoKeyError, WrongKeyError
+    from runner.cloud.runpod.api import Api  # 0.1 s, for a run that is bound to a place alone
+    from runner.cloud.runpod.offers import gpus_there
+
+    try:
+        found = gpus_there(Api(), spec, {hw.num_gpus for hw in hardware})
+    except (NoKeyError, WrongKeyError, CloudError) as error:
+        return hardware, f" (whether it is where the run is bound to is not known: {error})"
+    assert found is not None
+    words, ids = found
+    return [hw for hw in hardware if hw.runpod_gpu_id in ids[hw.num_gpus]], f" of what {words} has"
 
 
 def _of_pod(spec: RunSpec, pod: str, requested: HardwareSpec) -> tuple[RunSpec, str]:
@@ -173,12 +202,16 @@ _OF_ANY = {"num_gpus", "num_nodes", "num_processes"}
 """Keys that hold for whatever hardware is chosen; memory, cores and prices are said of this machine."""
 
 
-def _describe(offer: Offer, sequences: int | None) -> str:
+COMPARED = 3
+"""Offers that are compared with their disks, which are a cent or two an hour."""
+
+
+def _describe(offer: Offer, plan: Plan | None) -> str:
     hw = offer.hw
     rate = f"${hw.usd_per_hour:g} per GPU-hour"
-    if not sequences:
+    if plan is None or plan.usd is None or plan.hours is None:
         return f"{hw.name} ({rate})"
-    return f"{hw.name} ({rate}, about ${offer.usd:.2f} and {duration(offer.seconds)})"
+    return f"{hw.name} ({rate}, about ${plan.usd:.2f} and {duration(3600 * plan.hours)})"
 
 
 def _worth_it(rented: RunSpec, hours_here: float | None) -> bool:

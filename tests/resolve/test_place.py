@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runner.cli.options import request_of
+from runner.cloud.runpod.api import Api
+from runner.cloud.runpod.types import GpuType
 from runner.errors import CannotRunError
 from runner.machine.detect import HardwareSpec
 from runner.plan.search import offers
+from runner.report.text import duration
 from runner.resolve.plan_inputs import stage_search
 from runner.resolve.price import hardware
 from runner.resolve.steps import resolved, with_facts
 from runner.spec import RunPodPlace
+from tests.support.emulated import Emulator, emulator
 from tests.support.front import laptop, runner, spec_of
 
-__all__ = ["laptop"]
+__all__ = ["emulator", "laptop"]
 LORA_7B = ("where=auto", "model=llama2_7b", "method=lora")
+HERE = "EU-SE-1"
 BIG = "hw.memory_gib=64"
 """This machine's memory, typed: the 7B model fits, and takes days."""
 
@@ -50,6 +57,47 @@ def test_a_rented_run_without_hardware_is_on_the_cheapest_gpus_that_hold_it(mode
     assert note.startswith(f"where=runpod: hw={spec.hw.name} (${spec.hw.usd_per_hour:g} per GPU-hour, about $")
     assert "costs least; next " in note and note.endswith("hw=NAME takes another, hw=cpu a CPU")
     assert cheapest["hw"] in (spec.hw.name, note.split("next ")[1].split()[0])  # set-up and download weigh here, too
+
+
+@pytest.mark.parametrize("place", ["where=runpod", "where=auto"])
+@pytest.mark.parametrize(("bound", "has"), [("where.country=[SE]", "SE"), ("where.data_centers=[EU-SE-1]", "EU-SE-1")])
+def test_hardware_is_chosen_of_what_the_place_has(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, place: str, bound: str, has: str
+) -> None:
+    """For this test Sweden has H100s alone."""
+    words = (place, "model=llama2_7b", "method=lora", "where.max_hours=2", "train.max_steps=500")
+    anywhere = spec_of(*words)
+    everything = Api.gpus
+
+    def only(self: Api, **more: Any) -> list[GpuType]:
+        return [
+            gpu
+            if "H100" in gpu.id
+            else replace(gpu, data_centers={c: s for c, s in gpu.data_centers.items() if c != HERE})
+            for gpu in everything(self, **more)
+        ]
+
+    monkeypatch.setattr(Api, "gpus", only)
+    spec = spec_of(*words, bound)
+    assert "H100" not in str(anywhere.hw.runpod_gpu_id) and str(spec.hw.runpod_gpu_id).startswith("NVIDIA H100")
+    assert f"costs least of what {has} has; next " in note_of(*words, bound)
+    monkeypatch.delenv("RUNPOD_API_KEY")
+    assert spec_of(*words, bound).hw == spec_of(*words).hw and "is not known: RUNPOD_API_KEY" in note_of(*words, bound)
+
+
+def test_a_place_that_runpod_does_not_have_is_refused_while_planning(emulator: Emulator) -> None:
+    for word, said in (("where.country=DE", "no GPU in DE"), ("where.data_centers=[EU-SE-7]", "did you mean EU-SE-1?")):
+        result = runner("plan", "where=runpod", "model=llama2_7b", "method=lora", word)
+        assert result.exit_code == 2 and said in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("place", ["where=runpod", "where=auto"])
+def test_the_note_names_the_sum_of_the_plan_disks_included(place: str) -> None:
+    words = (place, "model=llama2_7b", "method=full", "train.max_steps=2000", "where.max_usd=500")
+    planned = json.loads(runner("plan", *words, "--json").stdout)
+    note = next(note for note in planned["notes"] if note.startswith("where="))
+    assert planned["usd"] > round(planned["usd_per_hour"] * planned["hours"], 2)
+    assert f"about ${planned['usd']:.2f} and {duration(3600 * planned['hours'])}) costs least" in note
 
 
 def test_a_cpu_is_rented_where_it_is_written() -> None:

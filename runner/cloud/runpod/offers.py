@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +174,23 @@ def _centers(api: Api, spec: RunSpec, volume: Volume | None) -> list[str]:
         what = f"network volume {volume.name} is in {volume.data_center}, which is not in {' or '.join(place.country)}"
         raise RequestError(Problem(what, source, "leave out where.country: the pod is where its volume is"))
     return [center for center in found if not place.data_centers or center in place.data_centers]
+
+
+def gpus_there(api: Api, spec: RunSpec, counts: Iterable[int]) -> tuple[str, dict[int, set[str]]] | None:
+    """The place that a run is bound to by country, data centre or network volume, in words, and the ids of the GPUs
+    there, by how many one pod has of them; None for a run that may be anywhere. Errors as `offers` has them."""
+    place = runpod(spec)
+    if not (place.country or place.data_centers or place.volume):
+        return None
+    volume = volume_of(api, spec)
+    if place.country:
+        words, centers = " or ".join(place.country), _centers(api, spec, volume)
+    else:
+        centers = [volume.data_center] if volume else place.data_centers
+        words = " or ".join(centers)
+    more = {"countries": place.country} if place.country else {}
+    listed = {count: api.gpus(count=count, cloud=place.cloud, stock=True, **more) for count in set(counts)}
+    return words, {n: {gpu.id for gpu in gpus if set(gpu.data_centers) & set(centers)} for n, gpus in listed.items()}
 
 
 def centers_in(api: Api, country: str, cloud: str | None, source: str) -> list[str]:
