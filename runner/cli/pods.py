@@ -134,8 +134,8 @@ def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool
 def terminate(run: str, as_json: bool) -> None:
     """End every pod of RUN, whoever holds it, and confirm that it is gone. What is only on its disk is lost.
 
-    It needs neither RunPod's list nor the ledger, if it has the other one. Exit code 1, with the pod's id and page,
-    where the end cannot be confirmed.
+    It needs neither RunPod's list nor the ledger, if it has the other one; without the list it says so. Exit code 1,
+    with the pod's id and page, where the end cannot be confirmed.
 
     \b
     Example:
@@ -144,7 +144,7 @@ def terminate(run: str, as_json: bool) -> None:
     from runner.cloud import fleet
 
     api, ledger = _ready(settle=False)  # nothing comes before it
-    ended = fleet.terminate(api, ledger, run)
+    ended = fleet.terminate(api, ledger, run, say=lambda line: click.echo(line, err=True))
     said = "\n".join(f"pod {pod_id} is gone: looked for twice" for pod_id in ended)
     facts: dict[str, Any] = {"pod_id": ended[0]} if len(ended) == 1 else {"pod_ids": ended}
     _answer(as_json, said, **facts, state="gone")
@@ -188,7 +188,7 @@ def tunnel(run: str, ports: tuple[str, ...]) -> None:
     from runner.cloud.access import open_tunnel
 
     api, ledger = _ready()
-    sys.exit(open_tunnel(api, ledger, run, ports, lambda line: click.echo(line, err=True)))
+    open_tunnel(api, ledger, run, ports, lambda line: click.echo(line, err=True))
 
 
 @pods.command()
@@ -259,7 +259,7 @@ def reap(everything: bool, yes: bool, as_json: bool) -> None:
     from runner.cloud import fleet
 
     api, ledger = _ready()
-    found = fleet.owned_by_none(api, ledger, everything=everything)
+    found = fleet.owned_by_none(api, ledger, everything=everything, say=lambda line: click.echo(line, err=True))
     for name, pod_id, why in found:
         click.echo(f"pod {pod_id} ({name}): {why}", err=True)
     if found and not yes and sys.stdin.isatty():

@@ -18,7 +18,7 @@ from runner.cloud.providers import PROVIDERS
 from runner.cloud.ssh import Connection, HostKeyError, LostError
 from runner.cloud.transfer import place_secret
 from runner.config import credentials
-from runner.errors import CannotRunError, Problem, RequestError
+from runner.errors import CannotRunError, Problem, RequestError, RunFailedError, RunnerError
 
 PORTS = ("6006", "8888")
 WHAT = {"6006": "TensorBoard", "8888": "Jupyter"}
@@ -37,8 +37,11 @@ def open_shell(api: Provider, ledger: Ledger, word: str, command: Sequence[str] 
         connection.close()
 
 
-def open_tunnel(api: Provider, ledger: Ledger, word: str, ports: Sequence[str], say: Callable[[str], None]) -> int:
-    """Forward ports until Ctrl-C; ssh's exit code. A connection of its own: a shared one would take the ports over."""
+def open_tunnel(api: Provider, ledger: Ledger, word: str, ports: Sequence[str], say: Callable[[str], None]) -> None:
+    """Forward ports until Ctrl-C, by a connection of its own: a shared one would take the ports over.
+
+    RequestError for ports that cannot be opened here, RunFailedError where the connection breaks or never was.
+    """
     pairs = [_pair(port) for port in ports or PORTS]
     _check_free(pairs)
     connection = connect_to(api, ledger, word)
@@ -53,14 +56,30 @@ def open_tunnel(api: Provider, ledger: Ledger, word: str, ports: Sequence[str], 
             time.sleep(0.1)
         for here, there in pairs if process.poll() is None else ():
             say(f"http://127.0.0.1:{here}  {WHAT.get(there, f'port {there} of the pod')}")
-        say("Ctrl-C ends it" if process.poll() is None else "the tunnel could not be opened")
-        return process.wait()
+        opened = process.poll() is None
+        if opened:
+            say("Ctrl-C ends it")
+        process.wait()
+        raise _interrupted(api, connection.name, word, opened)
     except KeyboardInterrupt:
-        return 0
+        return
     finally:
         process.terminate()
         process.wait()
         connection.close()
+
+
+def _interrupted(api: Provider, pod_id: str, word: str, opened: bool) -> RunFailedError:
+    """The tunnel's ssh has ended by itself."""
+    what = f"the connection to pod {pod_id} broke" if opened else f"no tunnel to pod {pod_id} could be opened"
+    again = f"python -m runner pods tunnel {shlex.quote(word)} opens it again"
+    try:
+        pod = api.pod(pod_id)
+    except RunnerError:
+        return RunFailedError(Problem(what, None, again))
+    if pod is None or pod.status != "RUNNING":
+        what, again = f"{what}: it is {pod.status.lower() if pod else 'gone'}", "python -m runner pods lists them"
+    return RunFailedError(Problem(what, None, again))
 
 
 def _listens(port: int) -> bool:
@@ -73,7 +92,12 @@ def _listens(port: int) -> bool:
 
 def _check_free(pairs: Sequence[tuple[str, str]]) -> None:
     """RequestError for local ports that something else listens at, all at once, or that may not be opened."""
-    problems = []
+    here = [port for port, _ in pairs]
+    problems = [
+        Problem(f"port {port} of this machine is named twice", "--port", "name another one here for each of the pod's")
+        for port in dict.fromkeys(here)
+        if here.count(port) > 1
+    ]
     for port, there in pairs:
         try:
             with socket.socket() as probe:

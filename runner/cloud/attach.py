@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from runner.cloud import adopted_spec, clock, executor, fleet, ssh, ssh_keys, transfer
-from runner.cloud.budget import Meter
+from runner.cloud.budget import Meter, spent
 from runner.cloud.follow import Display, PodGoneError
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Ledger
@@ -195,6 +195,7 @@ def _session_with(words: str, output_dir: Path, console: Console) -> Iterator[tu
             _wake(rented, display)
         spec = _ordered_spec(run, rented) or _adopted_spec(rented, pair, run, display.say)
         session = Session(run, spec, rented, pair, display.say)
+        rented.meter.cap_usd = session.where.max_usd
         at = session.login()
         session.agent = at.agent()
         if not session.agent:
@@ -308,7 +309,8 @@ def _adopt(run_id: str, folder: Path) -> Lease:
     if not ledger.take(entry.name):
         what = f"another command looks after pod {pod.id}: process {entry.pid} on {str(entry.host).partition('|')[0]}"
         raise CannotRunError(Problem(what, run_id, "python -m runner logs -f and status may look on"))
-    meter = Meter(entry.usd_per_hour, entry.created, entry.disk_gb)
+    before = spent(ledger, run_id, but=entry.name)
+    meter = Meter(entry.usd_per_hour, entry.created, entry.disk_gb, before_usd=before)
     deadline = entry.deadline or clock.now() + UNKNOWN_DEADLINE_S
     return Lease(api, ledger, entry.name, pod, deadline, meter, run_id, pod.volume_gb)
 

@@ -14,6 +14,7 @@ from runner.cloud.errors import TooDearError
 from runner.cloud.ledger import Entry, Ledger
 from runner.errors import CannotRunError, Problem
 from runner.plan.cost import HOURS_PER_MONTH, STORAGE_USD_PER_GB_MONTH
+from runner.report.text import duration
 from runner.spec import RentedPlace
 
 STOPPED_USD_PER_GB_MONTH = 0.20  # RunPod's volume disk of a stopped pod (docs.runpod.io/pods/pricing, as of 2026-11-20)
@@ -72,22 +73,22 @@ class Meter:
         used = f"${self.usd(now):.2f} of ${self.cap_usd:.2f} (where.max_usd) are used"
         if reached[-1] >= 1:
             return f"{used}: the pod is ended"
-        left = ((self.ends() or now) - now) / 60
-        return f"{used}, {reached[-1]:.0%}; the rest lasts {left:.0f} minutes"
+        left = max(0.0, (self.ends() or now) - now)
+        return f"{used}, {share:.0%}; the rest lasts {duration(left)}"
 
 
-def spent(ledger: Ledger, run_id: str) -> float:
-    """US$ that the pods of a run have cost so far, by their time and price."""
+def spent(ledger: Ledger, run_id: str, but: str | None = None) -> float:
+    """US$ that the pods of a run have cost so far, by their time and price; but one by its name."""
     total = 0.0
     for entry in ledger.entries(run_id, gone=True):
-        if entry.pod_id is not None:
-            total += Meter(entry.usd_per_hour, entry.created, entry.disk_gb).usd(_until(entry))
+        if entry.pod_id is not None and entry.name != but:
+            total += Meter(entry.usd_per_hour, entry.created, entry.disk_gb).usd(paid_until(entry, clock.now()))
     return total
 
 
-def _until(entry: Entry) -> float:
-    """A stopped pod costs its disk alone: cents, which are not counted."""
-    return entry.ended or (entry.updated if entry.state == "STOPPED" else clock.now())
+def paid_until(entry: Entry, now: float) -> float:
+    """Epoch until which its GPUs cost: a stopped pod costs its disk alone, cents that are not counted."""
+    return entry.ended or (entry.updated if entry.state == "STOPPED" else now)
 
 
 def hours_of(place: RentedPlace) -> float:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from runner.cloud import clock, termination
-from runner.cloud.budget import Meter, stopped_usd_per_day
+from runner.cloud.budget import Meter, paid_until, stopped_usd_per_day
 from runner.cloud.errors import CloudError, NoKeyError, StillThereError, unseen
 from runner.cloud.ledger import PREFIX, Entry, Ledger, LedgerError
 from runner.cloud.provider import OVER, Pod, Provider
@@ -72,7 +74,7 @@ def _row(api: Provider, entry: Entry, pod: Pod | None, now: float) -> Row:
     return Row(
         run_id=entry.run_id, pod_id=pod_id, name=entry.name, state=entry.state, status=pod.status if pod else None,
         gpu=entry.gpu, cloud=entry.cloud, data_center=pod.data_center if pod else None,
-        usd_per_hour=pod.usd_per_hour if pod else entry.usd_per_hour, usd=round(meter.usd(now), 4),
+        usd_per_hour=pod.usd_per_hour if pod else entry.usd_per_hour, usd=round(meter.usd(paid_until(entry, now)), 4),
         usd_per_day_stopped=round(stopped_usd_per_day(entry.disk_gb), 4), age_hours=(now - entry.created) / 3600,
         deadline=entry.deadline, held=entry.owned, detail=entry.detail, page=api.page(pod_id) if pod_id else None,
     )  # fmt: skip
@@ -148,14 +150,20 @@ def machine_of(word: str) -> tuple[str | None, int, int]:
     return gpu_id, pod.gpu_count, 0
 
 
-def terminate(api: Provider, ledger: Ledger, word: str, why: str = "asked for by a person") -> list[str]:
+def _silent(line: str) -> None:
+    pass
+
+
+def terminate(
+    api: Provider, ledger: Ledger, word: str, why: str = "asked for by a person", say: Callable[[str], None] = _silent
+) -> list[str]:
     """End every pod that a word means, whoever holds it, and confirm it; their ids. StillThereError where that fails.
 
     By the ledger alone where the provider's list cannot be had, and by the list alone where the ledger cannot. A pod's
     id that is in neither is asked to end as well, for such a command stands in messages; one of a name that is not this
     project's is refused.
     """
-    found = _meant(api, ledger, word)
+    found = _meant(api, ledger, word, say)
     for _, pod_id, _ in found:
         with suppress(RunnerError):  # all of them first: confirming one can take minutes
             api.terminate(pod_id)
@@ -173,7 +181,7 @@ def terminate(api: Provider, ledger: Ledger, word: str, why: str = "asked for by
     return [pod_id for _, pod_id, _ in found]
 
 
-def _meant(api: Provider, ledger: Ledger, word: str) -> list[tuple[str, str, str]]:
+def _meant(api: Provider, ledger: Ledger, word: str, say: Callable[[str], None]) -> list[tuple[str, str, str]]:
     """Name, id and run of every pod that a word means."""
     asked = Path(word).name if "/" in word else word
     entries = ledger.entries()
@@ -182,6 +190,10 @@ def _meant(api: Provider, ledger: Ledger, word: str) -> list[tuple[str, str, str
     try:
         listed = [pod for pod in api.pods() if pod.name.startswith(PREFIX) and pod.status not in OVER]
     except CloudError as error:
+        if asked not in found:  # not the id of one pod
+            again = f"python -m runner pods terminate {shlex.quote(word)}"
+            others = f"pods of {asked} that this machine has not rented may still run"
+            say(f"Warning: RunPod's list could not be had ({error}): {others}; later, once more: {again}")
         return list(found.values()) or [_by_id(api, asked, own, error)]
     known = {e.pod_id for e in entries}
     for pod in listed:  # also a second one of the same name: a request can be carried out twice
@@ -248,12 +260,15 @@ def _check_ours(api: Provider, pod: Pod) -> None:
         raise RequestError(Problem(what, "command line", f"end it by hand: {api.page(pod.id)}"))
 
 
-def owned_by_none(api: Provider, ledger: Ledger, *, everything: bool = False) -> list[tuple[str, str, str]]:
+def owned_by_none(
+    api: Provider, ledger: Ledger, *, everything: bool = False, say: Callable[[str], None] = _silent
+) -> list[tuple[str, str, str]]:
     """Pods that no run owns: name, id and why. With `everything` all that no living process of this machine holds.
 
     Without: those past their deadline, wherever they were rented, but for stopped ones; `reconcile` has ended before
-    what crashed launchers left half-made.
+    what crashed launchers left half-made. What cannot be judged, as RunPod does not say what time it is, is said.
     """
+    unsure: list[str] = []
     there = clock.ProviderClock(api.time)
     entries = {key: entry for entry in ledger.entries() for key in (entry.name, entry.pod_id)}
     found = []
@@ -274,6 +289,11 @@ def owned_by_none(api: Provider, ledger: Ledger, *, everything: bool = False) ->
             found.append((pod.name, pod.id, "its launcher is silent for too long"))
         elif everything:
             found.append((pod.name, pod.id, "nobody here holds it" if entry else "rented from another machine"))
+        elif deadline is not None and now is None:
+            unsure.append(pod.id)
+    if unsure:
+        say(f"Warning: RunPod does not say what time it is, and so not whether these are past their deadline: "
+            f"{', '.join(unsure)}; python -m runner pods terminate POD ends one")  # fmt: skip
     return found
 
 

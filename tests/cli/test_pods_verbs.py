@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import http.server
 import json
 import signal
+import socket
 import threading
 import time
 import urllib.error
@@ -87,6 +89,53 @@ def test_a_tunnel_carries_http_until_ctrl_c_and_says_where_before(emulator: Emul
         urllib.request.urlopen(f"http://127.0.0.1:{local}/", timeout=2)
     assert runner("pods", "tunnel", made["run_id"], "-p", "70000").exit_code == 2
     assert answered("pods", "terminate", made["pod_id"])["state"] == "gone"
+
+
+@needs_sshd
+def test_a_tunnel_of_two_ports_of_which_one_has_no_server_and_that_is_interrupted(
+    emulator: Emulator, state: Path
+) -> None:
+    made = answered("pods", "up", "hw=rtx4090", "where.max_usd=5", "--hours", "3", "--yes")
+    one, two, there, silent = (free_port() for _ in range(4))
+    twice = runner("pods", "tunnel", made["run_id"], "-p", f"{one}:1", "-p", f"{one}:2")
+    assert twice.exit_code == 2 and f"port {one} of this machine is named twice" in twice.output
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(state))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", there), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        words = ("pods", "tunnel", made["run_id"], "-p", f"{one}:{there}", "-p", f"{two}:{silent}")
+        process = start(*words, **emulator.env, RUNNER_STATE=str(state))
+        try:
+            assert process.stderr is not None
+            said = [process.stderr.readline() for _ in range(3)]
+            assert f":{one}  port {there}" in said[0] and f":{two}  port {silent}" in said[1], said
+            with pytest.raises((urllib.error.URLError, ConnectionError, http.client.HTTPException)):
+                urllib.request.urlopen(f"http://127.0.0.1:{two}/", timeout=10)
+            for _ in range(2):  # which leaves the other one alone
+                assert urllib.request.urlopen(f"http://127.0.0.1:{one}/", timeout=10).status == 200
+            emulator.inject("vanish", pod=made["pod_id"])
+            assert process.wait(60) == 1
+            told = process.stderr.read()
+            assert f"the connection to pod {made['pod_id']} broke" in told and "Traceback" not in told, told
+        finally:
+            process.kill()
+            server.shutdown()
+
+
+@needs_sshd
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_tunnel_of_which_one_local_port_is_taken_opens_none(emulator: Emulator, state: Path, taken: int) -> None:
+    made = answered("pods", "up", "hw=rtx4090", "where.max_usd=5", "--hours", "3", "--yes")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        ports = [other.getsockname()[1], free_port()][:: 1 if taken == 0 else -1]
+        words = ["pods", "tunnel", made["run_id"], *(word for port in ports for word in ("-p", f"{port}:8888"))]
+        result = runner(*words)
+        said = " ".join(result.output.split())
+        assert result.exit_code == 2 and f"port {ports[taken]} of this machine: Address already in use" in said
+        assert f"--port {10000 + ports[taken] % 50000}:8888" in said and "Ctrl-C" not in said
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", ports[1 - taken]), timeout=1)
 
 
 @needs_sshd
@@ -219,6 +268,17 @@ def test_reap_ends_what_is_past_its_deadline_and_all_only_if_asked(emulator: Emu
     assert runner("pods", "terminate", other).exit_code == 2
 
 
+def test_reap_says_what_it_cannot_judge(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something on the way to RunPod takes the header Date away."""
+    late = elsewhere("runner-a-0001", RUNNER_DEADLINE=str(time.time() + 60), RUNNER_RENTED=str(time.time()))
+    emulator.clock.skew_s = 36_000
+    with monkeypatch.context() as patched:
+        patched.setattr(Api, "time", lambda self: None)
+        result = runner("pods", "reap", "--yes")
+    assert "nothing to end" in result.output and f"past their deadline: {late}; " in " ".join(result.stderr.split())
+    assert answered("pods", "reap", "--yes") == {"ended": [late]}
+
+
 def test_an_end_that_cannot_be_confirmed_is_exit_1_with_the_pod_and_the_command(
     emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +319,7 @@ def test_gpus_have_prices_stock_and_what_they_hold(emulator: Emulator) -> None:
     a40 = rows["NVIDIA A40"]
     assert (a40["memory_gb"], a40["secure_usd"], a40["hw"], a40["stock"]) == (48, 0.44, "a40", "HIGH")
     assert "qlora4" in a40["holds"] and "NVIDIA L4" not in rows
+    assert (a40["host_memory_gib"], a40["vcpus"]) == (46, 9)
     assert "NVIDIA A40" in runner("gpus").output
 
 

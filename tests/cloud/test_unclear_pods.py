@@ -191,6 +191,39 @@ def test_terminate_by_id_never_touches_a_foreign_pod(emulator: Emulator) -> None
     assert list(emulator.pods()) == [foreign.id]
 
 
+def test_terminate_of_a_run_with_three_pods_beside_an_odd_foreign_one(
+    emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them is refused at first, one cannot be looked at for a while, one is another machine's."""
+    monkeypatch.setattr("runner.cloud.termination.GAP_S", 0.05)
+    rented = two(tmp_path)
+    third = Api().create_pod(PodRequest("runner-x-0001", IMAGE, "secure", gpu_id="NVIDIA L4",
+                                        env={"RUNNER_RUN_ID": rented.run_id}))  # fmt: skip
+    foreign = Api().create_pod(PodRequest(rented.run_id, IMAGE, "secure", gpu_id="NVIDIA L4"))  # named as the run
+    everything = Api._all
+    odd = {"id": foreign.id, "name": ["x"], "env": [rented.run_id], "status": {}, "cost": None}
+    monkeypatch.setattr(
+        Api, "_all",
+        lambda self, path, name: [odd, *(raw for raw in everything(self, path, name) if raw["id"] != foreign.id)],
+    )  # fmt: skip
+    emulator.inject("answer", on="terminate", status=500, pod=rented.pod.id, times=7)
+    emulator.inject("answer", on="get", status=502, pod=third.id, times=7)
+    result = runner("pods", "terminate", rented.run_id, "--json")
+    assert result.exit_code == 0, result.output
+    assert list(emulator.pods()) == [foreign.id] and len(json.loads(result.stdout)["pod_ids"]) == 3
+
+
+def test_terminate_without_a_list_says_that_there_may_be_more_pods(emulator: Emulator, tmp_path: Path) -> None:
+    rented = two(tmp_path)
+    emulator.inject("answer", on="list", status=500, times=0)
+    result = runner("pods", "terminate", rented.run_id, "--json")
+    assert json.loads(result.stdout) == {"pod_id": rented.pod.id, "state": "gone"}
+    (left,) = emulator.pods()
+    assert left != rented.pod.id and "RunPod's list could not be had" in result.stderr
+    emulator.clear()
+    assert runner("pods", "terminate", rented.run_id).exit_code == 0 and emulator.pods() == {}  # as it was said
+
+
 ODD: list[Any] = [
     {"id": "odd"}, {"id": "odd", "name": None, "status": None}, {"id": "odd", "name": 7, "cost": "much"}, {"name": "x"},
     {"id": "odd", "name": "x", "status": "RUNNING", "gpu": [], "ssh": "no", "mounts": [1], "env": ["A=1"]},
