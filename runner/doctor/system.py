@@ -8,11 +8,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from runner.cloud.errors import CloudError
+from runner.cloud.runpod.account import KEYS_PAGE
 from runner.config import credentials
 from runner.doctor.finding import GIB, DoctorTarget, Finding, in_words
 from runner.machine.detect import Machine
 from runner.plan.host_memory import CPU_PROCESS, CUDA_PROCESS
 from runner.plan.memory import FREE_SHARE
+from runner.errors import RunnerError
+from runner.spec import RunPodPlace
 
 # NVIDIA asks for `docker run --shm-size=1g` (NCCL's user guide, "Runtime and MPI issues"); DeepSpeed 0.19 warns
 # under 512 MiB. With four GPUs Docker's 64 MiB were too little for segments of 9.2 MiB (NVIDIA/nccl issue 342).
@@ -115,6 +119,8 @@ def _key(name: str, target: DoctorTarget | None) -> Finding:
         if value != value.strip() or value[0] in "\"'" or value[-1] in "\"'" or "\n" in value:
             remedy = "export it again without"
             return Finding(name, "warning", "set, with a space, a line break or a quote around it", remedy)
+        if name == "RUNPOD_API_KEY" and target and isinstance(target.spec.where, RunPodPlace):
+            return _rents(target.spec.where)
         return Finding(name, "ok", "set")
     if key := credentials.find_key(name):
         return Finding(name, "ok", f"not set; {key.source} is used")
@@ -123,6 +129,30 @@ def _key(name: str, target: DoctorTarget | None) -> Finding:
         return Finding(name, "note", f"not set; needed for {_FOR[name]}")
     what, remedy = need
     return Finding(name, "warning" if name == "WANDB_API_KEY" else "problem", f"not set, and {what}", remedy)
+
+
+def _rents(place: RunPodPlace) -> Finding:
+    """Ask RunPod whether it accepts the key for reading pods and, where a bid needs it, for GraphQL. Whether a key may
+    also write is told by the first request to rent."""
+    from runner.cloud.runpod.provider import RunPod  # requests: 0.1 s, for a run that is rented
+
+    name = "RUNPOD_API_KEY"
+    try:
+        api = RunPod()
+        api.pods()
+    except CloudError as error:
+        return Finding(name, "warning", f"set, and RunPod could not be asked: {error}", "try again later")
+    except RunnerError as error:
+        (problem, *_) = error.problems
+        return Finding(name, "problem", problem.what, problem.remedy)
+    usd = api.balance()
+    if usd is not None:
+        return Finding(name, "ok", f"set, and accepted: the account has ${usd:.2f}")
+    if place.spot:
+        remedy = f"give that key Read/Write for GraphQL at {KEYS_PAGE}, or leave where.spot out"
+        what = "set, and RunPod's GraphQL, which spot machines take, does not answer it"
+        return Finding(name, "problem", what, remedy)
+    return Finding(name, "ok", "set, and accepted; the balance is not told to it, and not compared before renting")
 
 
 def _need(name: str, target: DoctorTarget) -> tuple[str, str] | None:

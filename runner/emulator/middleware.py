@@ -84,6 +84,8 @@ class Call:
         self.body: Any = None
         self.known = False
         """Whether the key was right: only then are quotas told."""
+        self.restricted = ""
+        """The kind of a key that may do less."""
         self.status, self.media_type, self.faulty = 0, "", False
         self._held: list[Message] = []
         self._sent = bytearray()
@@ -112,6 +114,9 @@ class Call:
             raise ApiProblem(401, "missing bearer token")
         if secrets.compare_digest(key.encode(), self.world.settings.key.encode()):
             self.known = True
+            return None
+        if kind := self.world.settings.restricted.get(key):
+            self.known, self.restricted = True, kind
             return None
         pod = self.world.pod_of_key(key)
         if pod is None:
@@ -154,6 +159,8 @@ class Call:
         operation = self.operation
         if caller is not None:
             self._check_right(caller)
+        if self.restricted and not self._is_allowed():
+            raise ApiProblem(403, "access denied")
         if operation is None:
             return
         errors = contract.query_errors(operation, self.query)
@@ -169,6 +176,16 @@ class Call:
         ends = self.method in ("DELETE", "POST")
         if not own or (ends and self.world.faults.take("no_right", **self.facts())):
             raise ApiProblem(403, "access denied")
+
+    def _is_allowed(self) -> bool:
+        """By the kind of key (`settings.RESTRICTED`)."""
+        graphql = self.path == "/graphql"
+        if self.restricted == "no_graphql":
+            return not graphql
+        if self.restricted == "no_pods":
+            return self.path.startswith("/v2/catalog/")
+        text = str(self.body.get("query", "")) if isinstance(self.body, dict) else ""
+        return "mutation" not in text if graphql else self.method == "GET"
 
     def replay(self, receive: Receive) -> Receive:
         """The body once more, for the application, then what the client does next."""

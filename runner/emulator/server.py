@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shlex
 import signal
 import socket
@@ -28,7 +29,7 @@ from runner.emulator.container import sshd
 from runner.emulator.faults import Fault, parsed
 from runner.emulator.middleware import Front
 from runner.emulator.pods import Pod
-from runner.emulator.settings import Clock, Settings
+from runner.emulator.settings import RESTRICTED, Clock, Settings
 from runner.emulator.state import Exchange, World
 from runner.errors import CannotRunError, Problem, RequestError
 
@@ -108,6 +109,14 @@ class Emulator:
     def key(self) -> str:
         """The account's API key."""
         return self.world.settings.key
+
+    def restricted_key(self, kind: str) -> str:
+        """Another key of the account, which may do less: `settings.RESTRICTED` has the kinds."""
+        if kind not in RESTRICTED:
+            raise ValueError(f"{kind!r} is no kind of key: {', '.join(RESTRICTED)}")
+        key = "rpa_" + secrets.token_hex(20).upper()
+        self.world.settings.restricted[key] = kind
+        return key
 
     @property
     def env(self) -> dict[str, str]:

@@ -9,6 +9,14 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
+RESTRICTED = {
+    "read_only": "answers GET and GraphQL's queries; everything else is 403",
+    "no_graphql": "is 403 at /graphql",
+    "no_pods": "answers the catalogue; everything else is 403",
+}
+"""Kinds of API keys that may do less than the account. RunPod's documentation names Read Only and Restricted, and which
+status they get by path is not described: 403 by its description of REST v2, and an assumption for GraphQL."""
+
 
 @dataclass
 class Clock:
@@ -52,6 +60,8 @@ class Settings:
 
     key: str = field(default_factory=lambda: "rpa_" + secrets.token_hex(20).upper())
     """The account's API key."""
+    restricted: dict[str, str] = field(default_factory=dict)
+    """Further keys of the account, and which kind each is: a key of `RESTRICTED`."""
     provision_s: float = 0.15
     """PROVISIONING, until a machine is found."""
     pull_s: float = 0.15

@@ -273,7 +273,7 @@ def test_reap_says_what_it_cannot_judge(emulator: Emulator, monkeypatch: pytest.
     late = elsewhere("runner-a-0001", RUNNER_DEADLINE=str(time.time() + 60), RUNNER_RENTED=str(time.time()))
     emulator.clock.skew_s = 36_000
     with monkeypatch.context() as patched:
-        patched.setattr(Api, "time", lambda self: None)
+        patched.setattr(RunPod, "time", lambda self: None)
         result = runner("pods", "reap", "--yes")
     assert "nothing to end" in result.output and f"past their deadline: {late}; " in " ".join(result.stderr.split())
     assert answered("pods", "reap", "--yes") == {"ended": [late]}

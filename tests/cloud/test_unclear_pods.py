@@ -197,9 +197,9 @@ def test_terminate_of_a_run_with_three_pods_beside_an_odd_foreign_one(
     """One of them is refused at first, one cannot be looked at for a while, one is another machine's."""
     monkeypatch.setattr("runner.cloud.termination.GAP_S", 0.05)
     rented = two(tmp_path)
-    third = Api().create_pod(PodRequest("runner-x-0001", IMAGE, "secure", gpu_id="NVIDIA L4",
+    third = RunPod().create_pod(PodRequest("runner-x-0001", IMAGE, "secure", gpu_id="NVIDIA L4",
                                         env={"RUNNER_RUN_ID": rented.run_id}))  # fmt: skip
-    foreign = Api().create_pod(PodRequest(rented.run_id, IMAGE, "secure", gpu_id="NVIDIA L4"))  # named as the run
+    foreign = RunPod().create_pod(PodRequest(rented.run_id, IMAGE, "secure", gpu_id="NVIDIA L4"))  # named as the run
     everything = Api._all
     odd = {"id": foreign.id, "name": ["x"], "env": [rented.run_id], "status": {}, "cost": None}
     monkeypatch.setattr(

@@ -49,9 +49,31 @@ def odd_key() -> Problem:
 
 
 def wrong_key(said: str) -> Problem:
-    """401 or 403."""
+    """401."""
     remedy = f"make a key with write access at {KEYS_PAGE} and export RUNPOD_API_KEY=…"
     return Problem(f"RunPod does not accept RUNPOD_API_KEY: {said}", "environment", remedy)
+
+
+ACTS = {"POST /v2/pods": "rent a pod", "DELETE /v2/pods": "end a pod", "GET /v2/pods": "look at pods",
+        "GET /v2/catalog": "look at GPUs and prices", "GET /v2/network-volumes": "look at network volumes",
+        "POST /v2/network-volumes": "make a network volume"}  # fmt: skip
+"""What requests are for, by method and the beginning of the path."""
+
+
+def not_allowed(method: str, path: str, said: str) -> Problem:
+    """403: a key of the kinds Restricted and Read Only, which may do less than the account."""
+    asked = f"{method} {path}"
+    act = "start or stop a pod" if path.endswith("/action") else None
+    act = act or next((words for begins, words in ACTS.items() if asked.startswith(begins)), f"do {asked}")
+    what = f"RUNPOD_API_KEY is accepted, and may not {act}: {said}"
+    remedy = f"give that key Read/Write at {KEYS_PAGE} (Read Only and Restricted have less), or export another one"
+    return Problem(what, "environment", remedy)
+
+
+def no_graphql(said: str) -> Problem:
+    """A bid, which goes through GraphQL, by a key that may not use it."""
+    what = f"RUNPOD_API_KEY is accepted, and may not bid for spot machines, which takes GraphQL: {said}"
+    return Problem(what, "where.spot", f"give that key Read/Write for GraphQL at {KEYS_PAGE}, or leave where.spot out")
 
 
 def no_balance(said: str) -> Problem:

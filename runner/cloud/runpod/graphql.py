@@ -13,6 +13,9 @@ from runner.cloud.runpod.transport import FULL, POOR, bounded
 from runner.cloud.runpod.types import WORKSPACE
 from runner.errors import Problem
 
+FORBIDDEN = 403
+DENIED = ("access denied", "forbidden", "unauthorized", "not authorized", "permission")
+"""What GraphQL says to a key that has no access, or that may only read."""
 MUTATION = """
 mutation ($input: PodRentInterruptableInput!) {
   podRentInterruptable(input: $input) { id imageName machineId costPerHr machine { podHostId } }
@@ -28,17 +31,21 @@ def rent_spot(wanted: PodRequest) -> str:
 
     try:
         answer = bounded(lambda: run_graphql_query(MUTATION, api_key=api_key(), variables={"input": _input(wanted)}))
+        if "data" not in answer and answer.get("status") == FORBIDDEN:
+            raise WrongKeyError(account.no_graphql(str(answer.get("detail"))))
         return str(answer["data"]["podRentInterruptable"]["id"])
     except AuthenticationError as error:
         raise WrongKeyError(account.wrong_key(str(error))) from None
     except QueryError as error:
         said = str(error)
+        if any(word in said.lower() for word in DENIED):
+            raise WrongKeyError(account.no_graphql(said)) from None
         if any(word in said.lower() for word in FULL):
             raise NoCapacityError(Problem(f"RunPod: {said}", None, "raise where.bid_usd, or leave spot out")) from None
         if any(word in said.lower() for word in POOR):
             raise NoBalanceError(account.no_balance(said)) from None
         raise RefusedError(Problem(f"RunPod refuses the bid: {said}", None, "leave where.spot out")) from None
-    except (requests.RequestException, OSError, KeyError, TypeError, ValueError):
+    except (requests.RequestException, OSError, KeyError, TypeError, ValueError, AttributeError):
         raise UnclearError(Problem("RunPod: the answer to a bid was lost", None, None)) from None
 
 

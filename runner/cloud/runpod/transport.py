@@ -74,7 +74,10 @@ def request(method: str, path: str, *, params: Any = None, json: Any = None, rep
         time.sleep(_pause(attempt, last))
     what = f"RunPod: {method} {path}: {last}"
     if repeat or last.undone:
-        remedy = "see https://uptime.runpod.io, and try again; nothing was changed by this question"
+        changed = "nothing was changed by this question"
+        if method != "GET" and not last.undone:
+            changed = "whether it was carried out is not known: look before you rely on either"
+        remedy = f"see https://uptime.runpod.io, and try again; {changed}"
         raise ApiDownError(Problem(what, None, remedy))
     raise UnclearError(Problem(f"{what}; whether it was carried out is not known", None, None))
 
@@ -113,7 +116,7 @@ def _once(method: str, path: str, params: Any, json: Any) -> Any:
     except AuthenticationError as error:
         raise WrongKeyError(account.wrong_key(str(error).rstrip("."))) from None
     except QueryError as error:
-        raise _meaning(error, _response_of(error)) from None
+        raise _meaning(error, _response_of(error), method, path) from None
     except requests.exceptions.JSONDecodeError:
         raise _Again("the answer is no JSON") from None
     except (requests.RequestException, OSError) as error:
@@ -178,7 +181,7 @@ def _response_of(error: BaseException) -> Any:
     return found
 
 
-def _meaning(error: Any, response: Any) -> RunnerError:
+def _meaning(error: Any, response: Any, method: str, path: str) -> RunnerError:
     """What RunPod says with a status from 402 on, or with 400."""
     status, said = error.status_code, " ".join(str(error).split())[:300]
     details = "; ".join(str(e) for e in error.errors)
@@ -186,7 +189,7 @@ def _meaning(error: Any, response: Any) -> RunnerError:
     own = _is_problem(response)
     low = text.lower()
     if status == 403 and own:
-        return WrongKeyError(account.wrong_key(said))
+        return WrongKeyError(account.not_allowed(method, path, said))
     if status == 402 or (status in (400, 422) and any(word in low for word in POOR)):
         return NoBalanceError(account.no_balance(said)) if own else _again(status, response)
     if not own:  # a proxy, a login page: whatever it says is not RunPod's word
