@@ -22,7 +22,7 @@ from runner.cloud.transfer import DEMO, loads
 from runner.errors import Problem, RequestError
 from runner.paths import DEEPSPEED_CONFIGS
 from runner.spec import RentedPlace, RunSpec
-from runner.spec.input_paths import get_place, named_places, put_place
+from runner.spec.input_paths import OF_POD, get_place, named_places, put_place
 
 LARGEST = 1 << 20
 """Characters of a spec.json; one with 1,000 sources has 200,000."""
@@ -39,7 +39,7 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 SWITCH = re.compile(r"NCCL_[A-Z0-9_]+_DISABLE", re.ASCII)
 """Variables of the profiles in conf/hw, which only switch something off."""
 IN_PODS = "/workspace/"
-NOWHERE = re.compile(r"/of-pod-[A-Za-z0-9]*/\w[\w.-]*", re.ASCII)
+NOWHERE = re.compile(OF_POD + r"[A-Za-z0-9]*/\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -143,4 +143,4 @@ def _is_kept(place: str, output_dir: Path, hub: bool) -> bool:
 def _unusable(place: str, pod_id: str) -> str:
     """A path that is nowhere, and says where it was."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", PurePosixPath(place).name).lstrip("-.") or "file"
-    return f"/of-pod-{re.sub(r'[^A-Za-z0-9]+', '', pod_id)}/{name[:100]}"
+    return f"{OF_POD}{re.sub(r'[^A-Za-z0-9]+', '', pod_id)}/{name[:100]}"

@@ -193,7 +193,7 @@ def _meant(api: Provider, ledger: Ledger, word: str, say: Callable[[str], None])
         if asked not in found:  # not the id of one pod
             again = f"python -m runner pods terminate {shlex.quote(word)}"
             others = f"pods of {asked} that this machine has not rented may still run"
-            say(f"Warning: RunPod's list could not be had ({error}): {others}; later, once more: {again}")
+            say(f"Warning: {api.title}'s list could not be had ({error}): {others}; later, once more: {again}")
         return list(found.values()) or [_by_id(api, asked, own, error)]
     known = {e.pod_id for e in entries}
     for pod in listed:  # also a second one of the same name: a request can be carried out twice
@@ -266,7 +266,7 @@ def owned_by_none(
     """Pods that no run owns: name, id and why. With `everything` all that no living process of this machine holds.
 
     Without: those past their deadline, wherever they were rented, but for stopped ones; `reconcile` has ended before
-    what crashed launchers left half-made. What cannot be judged, as RunPod does not say what time it is, is said.
+    what crashed launchers left half-made. What cannot be judged, as the provider does not say what time it is, is said.
     """
     unsure: list[str] = []
     there = clock.ProviderClock(api.time)
@@ -292,7 +292,7 @@ def owned_by_none(
         elif deadline is not None and now is None:
             unsure.append(pod.id)
     if unsure:
-        say(f"Warning: RunPod does not say what time it is, and so not whether these are past their deadline: "
+        say(f"Warning: {api.title} does not say what time it is, and so not whether these are past their deadline: "
             f"{', '.join(unsure)}; python -m runner pods terminate POD ends one")  # fmt: skip
     return found
 

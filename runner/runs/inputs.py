@@ -21,7 +21,17 @@ from runner.hub import client, config
 from runner.hub.client import UnreachableError
 from runner.plan.plan import Plan
 from runner.spec import Pretrain, RentedPlace, RunSpec
-from runner.spec.input_paths import TEMPLATES, _data, _is_named, _rewards, is_glob, is_url, named_places, put_place
+from runner.spec.input_paths import (
+    OF_POD,
+    TEMPLATES,
+    _data,
+    _is_named,
+    _rewards,
+    is_glob,
+    is_url,
+    named_places,
+    put_place,
+)
 
 
 def check_inputs(spec: RunSpec, planned: Plan | None) -> list[str]:
@@ -114,6 +124,9 @@ def _missing(path: str, key: str, spec: RunSpec) -> Problem | None:
     place = Path(path).expanduser()
     if is_url(path) or place.exists():
         return None
+    if path.startswith(OF_POD):
+        what = f"{key} was a file of another machine or of the run's pod, and is not known here: {path}"
+        return Problem(what, key, f"name it as it is here: {key}=FILE")
     if Path(path).is_absolute() and isinstance(spec.where, RentedPlace):
         if _has_files(spec.where):
             return None

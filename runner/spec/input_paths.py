@@ -10,6 +10,8 @@ from runner.paths import CONF
 from runner.spec import Grpo, Pretrain, RunSpec
 
 GLOB_SIGNS = "*?["
+OF_POD = "/of-pod-"
+"""Begins a path that is nowhere: of a file that only a run's pod has named (cloud/adopted_spec.py)."""
 
 
 def is_url(path: str) -> bool:
