@@ -42,12 +42,13 @@ LAZY = (
     "train.artifact_verbs",
     "emulator.server",
     "resolve.place",
+    "doctor.system",
     "rundir.directory",
 )
 """Rooms and modules that may import our own modules inside functions: a verb is imported when it is typed, an executor
 when it is needed (a tenth of a second of the half that a typo takes); the worker's entry points say that they load
 torch before they do (3 to 10 s); the emulator's S3 server needs moto, which only volumes need; `where.pod` is looked up
-through the API, which nothing else of `resolve` needs;
+through the API, which nothing else of `resolve` needs, and `doctor` asks it about the key of a rented run;
 `training.yaml` is written with OmegaConf, which a list of runs does not need."""
 
 

@@ -52,10 +52,10 @@ def test_a_launcher_warns_at_50_80_and_100_percent_of_the_cap_once_each(
 @pytest.mark.parametrize(
     ("meter", "minutes", "said"),
     [
-        (Meter(1.0, 0.0, cap_usd=2.0, before_usd=1.5), [0, 0.1], ["$1.50 of $2.00 … 75%; the rest lasts 30 min 0 s"]),
-        (Meter(1.0, 0.0, cap_usd=2.0), [10, 108, 30, 109], ["$1.80 of $2.00 … 90%; the rest lasts 12 min 0 s"]),
-        (Meter(1.0, 0.0, cap_usd=2.0), [10, 600], ["$10.00 of $2.00 … the pod is ended"]),
-        (Meter(60.0, 0.0, cap_usd=1.0), [0.9], ["$0.90 of $1.00 … 90%; the rest lasts 6 s"]),
+        (Meter(1.0, 0.0, cap_usd=2.0, before_usd=1.5), [0, 0.1], ["$1.50 of $2.00 …, 75%; the rest lasts 30 min 0 s"]),
+        (Meter(1.0, 0.0, cap_usd=2.0), [10, 108, 30, 109], ["$1.80 of $2.00 …, 90%; the rest lasts 12 min 0 s"]),
+        (Meter(1.0, 0.0, cap_usd=2.0), [10, 600], ["$10.00 of $2.00 …: the pod is ended"]),
+        (Meter(60.0, 0.0, cap_usd=1.0), [0.9], ["$0.90 of $1.00 …, 90%; the rest lasts 6 s"]),
         (Meter(1.0, 0.0), [10, 6000], []),
         (Meter(0.0, 0.0, cap_usd=2.0), [10, 6000], []),
     ],
@@ -66,7 +66,7 @@ def test_a_warning_names_the_real_share_and_is_not_said_twice(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     assert told(meter, monkeypatch, capsys, minutes) == [
-        f"Warning: {line.replace('…', '(where.max_usd)')}" for line in said
+        f"Warning: {line.replace('…', '(where.max_usd) are used')}" for line in said
     ]
 
 

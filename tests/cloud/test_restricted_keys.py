@@ -10,8 +10,9 @@ import pytest
 from runner.cloud.ledger import Ledger
 from runner.cloud.provider import PodRequest
 from runner.cloud.runpod.provider import RunPod
+from runner.machine import detect
 from tests.support.emulated import IMAGE, Emulator, emulator
-from tests.support.front import here, laptop, runner
+from tests.support.front import LAPTOP, here, laptop, runner
 from tests.support.rented import state
 
 __all__ = ["emulator", "here", "laptop", "state"]
@@ -82,7 +83,7 @@ def test_a_plan_and_the_catalogue_need_no_more_than_that(
 
 
 @pytest.mark.parametrize(
-    ("kind", "more", "state", "found"),
+    ("kind", "more", "judged", "found"),
     [
         ("read_only", (), "ok", "set, and accepted: the account has $100.00"),
         ("no_graphql", (), "ok", "the balance is not told to it"),
@@ -91,12 +92,13 @@ def test_a_plan_and_the_catalogue_need_no_more_than_that(
     ],
 )
 def test_doctor_asks_whether_the_key_is_accepted(
-    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, kind: str, more: tuple[str, ...], state: str, found: str
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, kind: str, more: tuple[str, ...], judged: str, found: str
 ) -> None:
     use(emulator, monkeypatch, kind)
+    monkeypatch.setattr(detect, "detect", lambda *_: LAPTOP)
     rows = json.loads(runner("doctor", *RUN, *more, "--json").stdout)
     (row,) = (row for row in rows["checks"] if row["name"] == "RUNPOD_API_KEY")
-    assert row["state"] == state and found in row["found"]
+    assert row["state"] == judged and found in row["found"]
     assert all(e.method == "GET" or e.path == "/graphql" for e in emulator.exchanges)
 
 

@@ -276,17 +276,18 @@ def test_a_detached_run_comes_home_to_another_machine_and_what_its_pod_says_does
     code, said = ended(typed.run(GPU, "--detach"))
     assert code == 0, said
     run = typed.folder
-    until(lambda: "done" in [agent_state(file) for file in typed.root.glob("emulator/**/agent-status.json")], 240)
-    (file,) = (found for found in typed.root.glob(f"emulator/**/runs/{run.id}/spec.json"))
+    there = f"emulator/pods/*/*/runs/{run.id}"
+    until(lambda: "done" in [agent_state(file) for file in typed.root.glob(f"{there}/agent-status.json")], 240)
+    (file,) = typed.root.glob(f"{there}/spec.json")
     told = json.loads(file.read_text())
     told["push"]["to"], told["hw"]["env"] = "evil/model", {"LD_PRELOAD": "/tmp/x.so"}
     told["data"] |= {"source": "file", "path": "/etc/passwd"}
     file.write_text(json.dumps(told))
     typed.env["RUNNER_STATE"] = str(typed.root / "other-state")
     code, said = ended(typed.verb("fetch", run.id, "--output-dir", str(typed.root / "other")))
-    there = RunDir(typed.root / "other" / run.id)
-    assert code == 0 and there.state() == "done" and (there.path / "model" / "README.md").is_file(), said
-    kept = there.read("spec.json")
+    home = RunDir(typed.root / "other" / run.id)
+    assert code == 0 and home.state() == "done" and (home.path / "model" / "README.md").is_file(), said
+    kept = home.read("spec.json")
     assert kept["push"]["to"] is None and kept["hw"]["env"] == {} and kept["data"]["path"].startswith("/of-pod-")
     assert said.count("what a pod says is not acted on here") == 3 and "evil" not in said
     assert kept["run"]["output_dir"] == str(typed.root / "other") and typed.emulator.pods() == {}
