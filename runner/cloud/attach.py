@@ -23,7 +23,7 @@ from runner.cloud.ledger import PREFIX, Ledger
 from runner.cloud.provider import OVER, Pod, Provider
 from runner.cloud.providers import DEFAULT, PROVIDERS, connect
 from runner.cloud.session import END_STATES, Session
-from runner.cloud.ssh import CommandError
+from runner.cloud.ssh import CommandError, LostError
 from runner.config import credentials
 from runner.errors import CannotRunError, InterruptedRun, Problem, RequestError, RunFailedError
 from runner.rundir.directory import ACTIVE, RunDir, no_such_run, shown
@@ -191,12 +191,20 @@ def _session_with(words: str, output_dir: Path, console: Console) -> Iterator[tu
     pair = ssh_keys.pair(run_id)
     session: Session | None = None
     try:
-        if rented.pod.status == "EXITED":
-            _wake(rented, display)
-        spec = _ordered_spec(run, rented) or _adopted_spec(rented, pair, run, display.say)
-        session = Session(run, spec, rented, pair, display.say)
+        ordered = _ordered_spec(run, rented)
+        while session is None or session.at is None:
+            if exited := rented.pod.status == "EXITED":
+                _wake(rented, display)
+            try:
+                spec = ordered or _adopted_spec(rented, pair, run, display.say)
+                session = Session(run, spec, rented, pair, display.say)
+                session.login()
+            except (LostError, PodGoneError):
+                pod = rented.refresh()
+                if exited or pod is None or pod.status != "EXITED":
+                    raise  # else it has stopped itself just now, its run being over: it is started for its disk
         rented.meter.cap_usd = session.where.max_usd
-        at = session.login()
+        at = session.at
         session.agent = at.agent()
         if not session.agent:
             raise RequestError(Problem(f"pod {rented.pod.id} has no run: it was not begun", run_id))
