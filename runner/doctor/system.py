@@ -12,10 +12,10 @@ from runner.cloud.errors import CloudError
 from runner.cloud.runpod.account import KEYS_PAGE
 from runner.config import credentials
 from runner.doctor.finding import GIB, DoctorTarget, Finding, in_words
+from runner.errors import RunnerError
 from runner.machine.detect import Machine
 from runner.plan.host_memory import CPU_PROCESS, CUDA_PROCESS
 from runner.plan.memory import FREE_SHARE
-from runner.errors import RunnerError
 from runner.spec import RunPodPlace
 
 # NVIDIA asks for `docker run --shm-size=1g` (NCCL's user guide, "Runtime and MPI issues"); DeepSpeed 0.19 warns

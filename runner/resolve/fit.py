@@ -265,6 +265,10 @@ class GpuRow(TypedDict):
     """How many a pod can have."""
     stock: str | None
     data_centers: list[str]
+    host_memory_gib: float | None
+    """Main memory of a pod with one, at least."""
+    vcpus: int | None
+    """vCPUs of a pod with one, at least."""
     hw: str | None
     """The profile in conf/hw."""
     holds: str
