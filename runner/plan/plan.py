@@ -51,10 +51,6 @@ class Plan:
     """Main memory of one node at its peak, GiB."""
     host_ram: dict[str, float]
     """The same by term."""
-    host_capacity_gib: float | None
-    """Main memory that one node has, GiB (a rented one at least); null where nobody says."""
-    host_cpus: int | None
-    """CPU cores that it has, likewise."""
     disk_gib: float
     """Disk at the end of the run, GiB."""
     disk: dict[str, float]
@@ -103,6 +99,10 @@ class Plan:
     """Environment variables that the worker gets; what is set already stays, but for those of `hw.env`."""
     notes: list[str] = field(default_factory=list)
     """What was assumed, rounded or chosen, in sentences."""
+    host_capacity_gib: float | None = None
+    """Main memory that one node has, GiB (a rented one at least); null where nobody says."""
+    host_cpus: int | None = None
+    """CPU cores that it has, likewise."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: stable, documented in docs/planning.md."""
