@@ -16,24 +16,30 @@ import socket
 import sys
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 
 from runner.machine.processes import die_with_parent
 from runner.train.__main__ import main, quiet_environment
 
 MOST_BYTES, MOST_FDS = 65536, 16
 IMPORTS = (
-    "runner.train.worker", "runner.report.summary", "runner.train.callbacks", "runner.train.heartbeat",
-    "matplotlib.pyplot", "deepspeed",  # TRL imports it wherever it is installed: 0.4 s, as much as the plot's library
+    "runner.train.worker", "runner.train.preload", "runner.report.summary", "runner.train.callbacks",
+    "runner.train.heartbeat", "matplotlib.pyplot",
+    "deepspeed",  # TRL imports it wherever it is installed: 0.4 s, as much as the plot's library
 )  # fmt: skip
 
 
 def serve(front: socket.socket) -> list[str] | None:
     """Fork a worker for every order; the arguments of `main` in a worker, None where there are no more orders."""
+    whole = True
     while True:
         words, handles, _, _ = socket.recv_fds(front, MOST_BYTES, MOST_FDS)
         if not words:
             return None
         order = json.loads(words)
+        with suppress(OSError):  # which is the worker's to say
+            os.chdir(order["cwd"])  # paths in the spec are relative to it
+        whole = whole and _prepared(order["argv"][0])
         parent, pid = os.getpid(), os.fork()
         if pid == 0:
             front.close()
@@ -45,7 +51,7 @@ def serve(front: socket.socket) -> list[str] | None:
                 os.close(handle)
             os.chdir(order["cwd"])
             argv: list[str] = order["argv"]
-            if _spoilt():
+            if _spoilt() or not whole:
                 for handle in handles[2:]:
                     os.set_inheritable(handle, True)
                 os.execv(sys.executable, [sys.executable, "-m", "runner.train", *argv])
@@ -56,6 +62,17 @@ def serve(front: socket.socket) -> list[str] | None:
         if not _ended(pid, front):
             return None
         _answer(front, code=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def _prepared(spec_file: str) -> bool:
+    """Load what the run would, if it can be shared; False where this process can no longer be forked."""
+    name = "runner.train.preload"
+    if name not in sys.modules:  # torch could not be imported: the worker says why
+        return True
+    whole: bool = sys.modules[name].prepare(Path(spec_file))
+    gc.collect()
+    gc.freeze()
+    return whole
 
 
 def _spoilt() -> bool:

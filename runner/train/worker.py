@@ -25,6 +25,7 @@ from runner.train import (
     model_loading,
     packing_isolation,
     peft_methods,
+    preload,
     pretraining_stages,
     save_rehearsal,
     stop_tokens,
@@ -83,7 +84,7 @@ def work(
 
     set_seed(spec.train.seed)
     spec = pretraining_stages.prepare(spec, progress.note, pulse.beat, ranks)
-    examples = build_trainer.read(spec)
+    examples = preload.taken(preload.ROWS, spec, run) or build_trainer.read(spec)
     if examples.note:
         progress.note(examples.note)
     with ranks.main_first(pulse.beat) as working:
@@ -109,7 +110,7 @@ def work(
         progress.note(line)
     sharding = universal_checkpoint.prepare(spec, run, start, ranks, deepspeed_config(spec, run, source))
     arguments = build_trainer.settings(spec, run, steps, report_to, sharding)
-    model = build_trainer.load_model(spec, source, tokenizer)
+    model = build_trainer.load_model(spec, source, tokenizer, preload.taken(preload.WEIGHTS, spec, run))
     if line := save_rehearsal.fix_generation_config(model):
         progress.note(line)
     if rows[0].num_conversations and (added := stop_tokens.align(model, tokenizer, save=True)):

@@ -115,11 +115,14 @@ def num_steps(spec: RunSpec, num_rows: int) -> int:
     return trainer.num_steps(spec, num_rows)
 
 
-def load_model(spec: RunSpec, source: str, tokenizer: Any) -> Any:
-    """The model that trains: with a head for words, or for one number; new weights get the tokenizer's special ids."""
+def load_model(spec: RunSpec, source: str, tokenizer: Any, loaded: Any = None) -> Any:
+    """The model that trains: with a head for words, or for one number; new weights get the tokenizer's special ids.
+
+    `loaded` is the model as model_loading makes it, where it is in memory already (preload.py).
+    """
     if not spec.model.from_scratch:
         model_loading.check_vocabulary(spec, source, tokenizer)
-    model = model_loading.load_model(spec, source)
+    model = model_loading.load_model(spec, source) if loaded is None else loaded
     if spec.model.from_scratch:
         for config in (model.config, model.generation_config):
             config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
