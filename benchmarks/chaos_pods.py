@@ -38,7 +38,7 @@ NEAR_CAP = 4
 """Every so many-th run begins near its cap."""
 LAUNCHER = """\
 import sys
-from runner.cloud import lifecycle
+from runner.cloud import budget, lifecycle
 from runner.cloud.budget import Meter
 left = float(sys.argv.pop(1))
 
@@ -48,7 +48,7 @@ def near(usd, began, disk=0.0, cap=None, spent=0.0):
         meter.started -= meter.ends() - began - left
     return meter
 
-lifecycle.Meter = near
+lifecycle.Meter = budget.Meter = near
 from runner.cli.main import main
 main()
 """

@@ -103,7 +103,7 @@ def deadline_of(place: RentedPlace, meter: Meter) -> float:
     return named if paid is None else min(named, paid)
 
 
-def caps(deadline: float, meter: Meter) -> bool:
+def cap_sets_deadline(deadline: float, meter: Meter) -> bool:
     """The cap, and not `where.deadline_hours`, is why a pod ends at its deadline."""
     paid = meter.ends()
     return paid is not None and paid <= deadline + 1

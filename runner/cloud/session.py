@@ -190,7 +190,7 @@ class Session:
             return "you asked for it"
         left = self.rented.deadline - clock.now()
         if left < min(MARGIN_SECONDS, (self.rented.deadline - self.rented.meter.started) / 5):
-            if budget.caps(self.rented.deadline, self.rented.meter):
+            if budget.cap_sets_deadline(self.rented.deadline, self.rented.meter):
                 return f"where.max_usd={self.rented.meter.cap_usd:g} is nearly spent"
             return "the pod's deadline is near"
         return None

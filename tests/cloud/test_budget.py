@@ -58,6 +58,6 @@ def test_the_cap_brings_the_deadline_forward() -> None:
     place = RunPodPlace(name="runpod", max_usd=2, deadline_hours=10)
     meter = Meter(1.0, 1000.0, 0.0, 2.0, 0.5)
     assert budget.deadline_of(place, meter) == pytest.approx(1000 + 1.5 * 3600)
-    assert budget.caps(budget.deadline_of(place, meter), meter)
+    assert budget.cap_sets_deadline(budget.deadline_of(place, meter), meter)
     assert budget.deadline_of(place, Meter(0.1, 1000.0, 0.0, 2.0)) == 1000 + 10 * 3600
     assert budget.paid_minutes(place, 1.0, 0.0, 0.5) == pytest.approx(90) and budget.paid_minutes(FREE, 1, 0, 0) is None

@@ -85,10 +85,6 @@ class Api:
         """Start a stopped pod: NoCapacityError where its machine has no GPU left."""
         self._act(pod_id, "start")
 
-    def restart(self, pod_id: str) -> None:
-        """Restart its container."""
-        self._act(pod_id, "restart")
-
     def _act(self, pod_id: str, action: str) -> None:
         request("POST", f"/v2/pods/{_segment(pod_id)}/action", json={"action": action}, repeat=action == "stop")
 
