@@ -121,7 +121,7 @@ def execute(
 ) -> Outcome:  # fmt: skip
     """Rent, run and give back; the outcome is the training's. Errors of renting as `lifecycle.acquire` has them."""
     display = Display(Console(stderr=quiet_stdout))
-    pair = ssh_keys.pair(run.id)
+    pair = ssh_keys.pair(run.id, spec.where.name)
     lost = 0
     with _terminated_is_interrupted():
         while True:

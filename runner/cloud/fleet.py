@@ -14,7 +14,7 @@ from runner.cloud.budget import Meter, paid_until, stopped_usd_per_day
 from runner.cloud.errors import CloudError, NoKeyError, StillThereError, unseen
 from runner.cloud.ledger import PREFIX, Entry, Ledger, LedgerError
 from runner.cloud.provider import OVER, Pod, Provider
-from runner.cloud.providers import connect
+from runner.cloud.providers import DEFAULT, connect
 from runner.cloud.reconcile import ARMED, overdue, reconcile, rented_at
 from runner.config.suggestions import nearest
 from runner.errors import Problem, RequestError, RunnerError
@@ -137,9 +137,9 @@ def find_pod(api: Provider, ledger: Ledger, word: str) -> tuple[str, str, str]:
     raise RequestError(Problem(f"this project has no pod {word}", "command line", remedy))
 
 
-def machine_of(word: str) -> tuple[str | None, int, int]:
+def machine_of(word: str, provider: str = DEFAULT) -> tuple[str | None, int, int]:
     """GPU type, number of GPUs and of vCPUs of the pod that a word means. RequestError where there is none."""
-    api, (ledger, _) = connect(), Ledger.or_copy()
+    api, (ledger, _) = connect(provider), Ledger.or_copy()
     name, pod_id, _ = find_pod(api, ledger, word)
     pod, entry = api.pod(pod_id), ledger.entry(name)
     if pod is not None and pod.num_vcpus is not None:
@@ -319,23 +319,23 @@ def reap(api: Provider, ledger: Ledger, found: list[tuple[str, str, str]]) -> li
     return ended
 
 
-def refuse_second(run_id: str, *, rents: bool) -> list[str]:
+def refuse_second(run_id: str, provider: str | None) -> list[str]:
     """RequestError where a pod has the run already, by ledger or provider; else notes of what was settled.
 
-    `rents`: the run goes on in a pod again, for which a stopped one is no obstacle.
+    `provider`: where the run goes on in a pod, for which a stopped one is no obstacle; None where it goes on here.
     """
     ledger, _ = Ledger.or_copy()
     notes: list[str] = []
     listed: list[Pod] = []
-    if rents:
+    if provider is not None:
         try:
-            api = connect()
+            api = connect(provider)
             notes = reconcile(api, ledger)
             listed = api.pods()
         except (NoKeyError, CloudError):  # said when the pod is rented
             pass
     entries = ledger.entries(run_id)
-    problems = [problem for entry in entries if (problem := _busy(entry, rents))]
+    problems = [problem for entry in entries if (problem := _busy(entry, provider is not None))]
     known = {entry.pod_id for entry in ledger.entries()}
     for pod in listed:
         mine = pod.name.startswith(PREFIX) and run_of(pod) == run_id

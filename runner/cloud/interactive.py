@@ -79,7 +79,7 @@ def rent(spec: RunSpec, hours: float, say: Callable[[str], None], env: dict[str,
     """Rent a pod, put secret variables into its memory, and release it: its start command ends it in time."""
     run_id = f"pod-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     token = secrets.token_urlsafe(12)  # of a server that listens inside the pod alone; nobody's key
-    began, pair = clock.now(), ssh_keys.pair(run_id)
+    began, pair = clock.now(), ssh_keys.pair(run_id, spec.where.name)
     rented = acquire(
         RunDir(folder_of(run_id)), spec, {"hours": hours}, pair, say, detached=True,
         alone_minutes=60 * hours, env={"JUPYTER_PASSWORD": token},

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.cloud.providers import connect
+from runner.cloud.providers import DEFAULT, connect
 from runner.errors import CannotRunError, Problem
 from runner.paths import state_dir
 from runner.report.invocation import install
@@ -33,8 +33,8 @@ class KeyPair:
     """The line for `authorized_keys`."""
 
 
-def pair(run_id: str) -> KeyPair:
-    """The run's key: from its file if that is a whole key, else made anew, and the file with it.
+def pair(run_id: str, provider: str = DEFAULT) -> KeyPair:
+    """The run's key: from its file if that is a whole key, else derived from the provider's key, and the file with it.
 
     A file may be empty or garbled: a disk that broke down, or a machine that lost power, has its name and not its
     content. RequestError without an API key, CannotRunError without the package that knows the curve.
@@ -42,7 +42,7 @@ def pair(run_id: str) -> KeyPair:
     file = _file(run_id)
     with suppress(Exception):  # no file, no key, or one of an algorithm that does not exist: a garbled name
         return KeyPair(file, _line(_curve().load_ssh_private_key(file.read_bytes(), None), run_id))
-    text, line = _made(run_id)
+    text, line = _made(run_id, provider)
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
@@ -64,9 +64,9 @@ def _file(run_id: str) -> Path:
     return state_dir() / "keys" / run_id
 
 
-def _made(run_id: str) -> tuple[bytes, str]:
+def _made(run_id: str, provider: str) -> tuple[bytes, str]:
     """Private key in OpenSSH's form, public line. Ed25519 takes any 32 bytes as its secret (RFC 8032, 5.1.5)."""
-    secret, form = connect().secret, _curve()
+    secret, form = connect(provider).secret, _curve()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     seed = hmac.new(secret.encode(), PURPOSE + run_id.encode(), hashlib.sha256).digest()

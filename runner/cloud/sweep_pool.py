@@ -33,7 +33,7 @@ from runner.cloud.budget import Meter, deadline_of, over_first_hour
 from runner.cloud.errors import StillThereError
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Entry, Ledger, owner
-from runner.cloud.provider import gpu_id_of
+from runner.cloud.provider import Provider, gpu_id_of
 from runner.cloud.providers import connect, provider_of
 from runner.cloud.session import Session
 from runner.cloud.transfer import Say
@@ -63,6 +63,8 @@ class Pool:
     """What the largest point needs of each: every pod gets it."""
     hours: float
     """After so long no pod of this sweep is there any more."""
+    providers: tuple[str, ...]
+    """Names of the clouds that its points rent from."""
 
     def fitted(self, spec: RunSpec) -> RunSpec:
         """A point whose pod has room for every other point, too."""
@@ -81,7 +83,7 @@ class Pool:
         while (taken := self._claimed(run, spec)) is not None:
             before, rented = taken
             say(f"Takes   pod {rented.pod.id} over from run {before.run.id}")
-            old = Session(before.run, before.spec, rented, ssh_keys.pair(before.run.id), say)
+            old = Session(before.run, before.spec, rented, ssh_keys.pair(before.run.id, before.spec.where.name), say)
             try:
                 handover.hand_over(old, Session(run, spec, rented, pair, say))
                 self.points.serve()
@@ -142,6 +144,11 @@ class Pool:
             return before, Lease(api, ledger, name, pod, deadline, meter, run.id, volume_gb)
         return None
 
+    def _account(self, entry: Entry) -> Provider:
+        """The account that a pod of this sweep was rented with."""
+        accounts = [connect(name) for name in self.providers]
+        return next((account for account in accounts if account.base == entry.base), accounts[0])
+
     def parked(self, ledger: Ledger) -> list[Entry]:
         """Those that wait for the next run."""
         return [entry for entry in ledger.entries() if entry.state == "PARKED" and entry.pid == self.points.owner]
@@ -164,7 +171,9 @@ class Pool:
                     return
                 entry = parked[0]
                 ledger.move(entry.name, "TERMINATING", "room for a pod of another kind", **owner())
-            termination.end(connect(), ledger, entry.name, str(entry.pod_id), "room for a pod of another kind")
+            termination.end(
+                self._account(entry), ledger, entry.name, str(entry.pod_id), "room for a pod of another kind"
+            )
 
     @contextmanager
     def kept(self, say: Say) -> Iterator[None]:
@@ -178,11 +187,11 @@ class Pool:
 
     def _end(self, say: Say) -> None:
         """End what is parked; StillThereError with all that could not be confirmed."""
-        api, ledger, failures = connect(), Ledger(), list[Problem]()
+        ledger, failures = Ledger(), list[Problem]()
         for entry in self.parked(ledger):
             for attempt in (1, 2):
                 try:
-                    termination.end(api, ledger, entry.name, str(entry.pod_id), "the sweep is over")
+                    termination.end(self._account(entry), ledger, entry.name, str(entry.pod_id), "the sweep is over")
                     say(f"Gone    pod {entry.pod_id}, which waited for the next run: confirmed")
                 except RunnerError as error:
                     failures += error.problems
@@ -215,9 +224,8 @@ def pool_for(specs: Sequence[RunSpec], folder: Path, max_pods: int) -> Pool:
     places = [spec.where for spec in specs if isinstance(spec.where, RentedPlace)]
     disks = {name: max(int(getattr(place, name)) for place in places) for name in ("volume_gb", "container_disk_gb")}
     hours = sum(float(place.deadline_hours) + handover.PARKED_MINUTES / 60 for place in places)
-    return Pool(
-        Points(folder / ".pool", os.getpid()), max_pods, tuple(machine_key(spec) for spec in specs), disks, hours
-    )
+    kinds, providers = tuple(machine_key(spec) for spec in specs), tuple({place.name: None for place in places})
+    return Pool(Points(folder / ".pool", os.getpid()), max_pods, kinds, disks, hours, providers)
 
 
 def machine_key(spec: RunSpec) -> str | None:

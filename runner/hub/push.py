@@ -43,7 +43,7 @@ def check_push(spec: RunSpec) -> list[str]:
     except RunFailedError as error:  # a Hub that does not answer now may do so in hours
         return [f"push.to={spec.push.to}: {error}; it is tried again when the model is there"]
     except CannotRunError as error:
-        if spec.where.name == "runpod" and "not installed" in str(error):  # it is installed in the pod
+        if spec.is_rented and "not installed" in str(error):  # it is installed in the pod
             return []
         raise _named(spec, error) from None
     except RequestError as error:

@@ -35,7 +35,7 @@ def without_flash_attention(spec: RunSpec) -> RunSpec:
     if (
         not could
         or spec.train.precision == "fp32"
-        or spec.where.name == "runpod"
+        or spec.is_rented
         or detect.why_not_here(hw)
         or flash_attn() is not None
     ):

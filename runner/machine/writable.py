@@ -24,7 +24,7 @@ def check_caches(spec: RunSpec) -> None:
 def problems(spec: RunSpec) -> Iterator[Problem]:
     """One per such cache; what a pod downloads is put on its own disk."""
     folders = [("the cache", cache_dir(), "RUNNER_CACHE")]
-    if spec.where.name != "runpod" and (_downloads_model(spec) or spec.data.source == "hub"):
+    if not spec.is_rented and (_downloads_model(spec) or spec.data.source == "hub"):
         folders.append(("the Hugging Face cache", config.cache(), "HF_HOME"))
     for title, folder, variable in folders:
         if why := why_not(folder):

@@ -90,7 +90,7 @@ def resolve_hardware_autos(spec: RunSpec) -> RunSpec:
     train: dict[str, Any] = {"precision": _precision(spec)}
     on_gpu = spec.hw.accelerator == "cuda"
     flash = on_gpu and spec.hw.flash_attention and train["precision"] != "fp32"  # it has kernels for 16 bits alone
-    flash = flash and (spec.where.name != "runpod" or pod_packages.has_flash(spec))
+    flash = flash and (not spec.is_rented or pod_packages.has_flash(spec))
     if spec.train.attention == "auto" and not flash:
         micro = spec.train.micro_batch_size if spec.train.packing else 1  # a packed micro batch is one row
         row = spec.train.max_length * (micro if isinstance(micro, int) else 1)

@@ -125,7 +125,7 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[st
     disk = _disk(spec, training, stage, facts, kept.at_once)
     hours, price = hours_of(spec, options, training, option, facts, disk, (kept.written or 1) * one)
     said = [*notes, *facts.notes, *(option.step.notes if option.step else ())]
-    if spec.where.name == "runpod":
+    if spec.is_rented:
         unknown = _unknown(spec, hours.total if hours else None, price)
         said += [f"{what} is not known; the pod saves a checkpoint and ends at that limit" for what in unknown]
     reasons = [*_short_of_memory(option, ram, spec), *_too_much(spec, hours.total if hours else None, price)]
@@ -212,7 +212,7 @@ def _unsure(ram: Mapping[str, float], spec: RunSpec) -> bool:
 
 
 def _main_memory(spec: RunSpec) -> float | None:
-    return spec.hw.main_memory_gib(rented=spec.where.name == "runpod")
+    return spec.hw.main_memory_gib(rented=spec.is_rented)
 
 
 def _gib(terms: Mapping[str, float]) -> dict[str, float]:
@@ -305,7 +305,7 @@ _PHASE = {
 def _too_much(spec: RunSpec, hours: float | None, price: cost.Cost | None) -> list[str]:
     """Limits that the plan is above, or that nobody can hold it to: on a pod an agent holds the run to them."""
     place = spec.where
-    reasons = [] if place.name == "runpod" else [f"{what} is not known" for what in _unknown(spec, hours, price)]
+    reasons = [] if spec.is_rented else [f"{what} is not known" for what in _unknown(spec, hours, price)]
     if place.max_hours is not None and hours is not None and hours > place.max_hours:
         reasons.append(f"takes {hours:.2f} hours, more than where.max_hours={place.max_hours:g}")
     if place.max_usd is not None and price is not None and price.total_usd > place.max_usd:

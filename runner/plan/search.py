@@ -208,7 +208,7 @@ def _tried(words: str, spec: RunSpec, options: StageSearch) -> Change | None:
         option = options.best(resolve_hardware_autos(spec))
     except RunnerError:
         return None
-    host = spec.hw.main_memory_gib(rented=spec.where.name == "runpod")
+    host = spec.hw.main_memory_gib(rented=spec.is_rented)
     if host and option.memory.host * spec.hw.world_size / spec.hw.num_nodes > FREE_SHARE * host * GIB:
         return None
     return Change(words, option, spec) if option.fits else None

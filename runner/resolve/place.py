@@ -149,7 +149,7 @@ def _of_pod(spec: RunSpec, pod: str, requested: HardwareSpec) -> tuple[RunSpec, 
     """The run on the hardware of a pod that is there already. RequestError where conf/hw does not know it."""
     from runner.cloud import fleet  # 0.3 s, for a run that names a pod alone
 
-    gpu_id, gpus, cpus = fleet.machine_of(pod)
+    gpu_id, gpus, cpus = fleet.machine_of(pod, spec.where.name)
     if gpu_id is None:
         cpu = detect.resolve(HardwareSpec.model_validate(catalog.load("hw", "cpu")))
         return spec.model_copy(

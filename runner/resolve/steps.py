@@ -150,7 +150,7 @@ def _apply(steps: Iterable[Step], spec: RunSpec, resolution: Resolution) -> RunS
 
 def _packages_of_pod(requested: RunSpec, ready: RunSpec) -> list[str]:
     """Notes on packages that the run could use and a pod has, or lacks."""
-    if ready.where.name != "runpod":
+    if not ready.is_rented:
         return []
     could = requested.train.attention == "auto" and ready.hw.flash_attention and ready.train.precision != "fp32"
     brings = pod_packages.image_note(ready)

@@ -85,8 +85,8 @@ def _resume(
     """Go on with a run that this process owns."""
     composed = resuming.compose_resumed(run, request)
     spec, notes = resolve(composed, source_finder(request), fetch=True)
-    if spec.where.name == "runpod" or (state_dir() / "ledger.db").exists():
-        notes += _one_pod().refuse_second(run.id, rents=spec.where.name == "runpod")
+    if spec.is_rented or (state_dir() / "ledger.db").exists():
+        notes += _one_pod().refuse_second(run.id, spec.where.name if spec.is_rented else None)
     notes += resuming.check_same_run(run, spec)
     planned = plan_or_refuse(spec, notes, composed)
     check_launch(spec, notes, composed, launch_options)
@@ -167,7 +167,7 @@ def execute_in(
         say(f"Plan    {in_one_line(planned)}")
         if planned.deepspeed is not None:
             directory.write("deepspeed.json", planned.deepspeed)
-    left = [] if spec.where.name == "runpod" else inherited_ranks.inherited_rank_notes()
+    left = [] if spec.is_rented else inherited_ranks.inherited_rank_notes()
     for note in [*notes, *left, *_waits_for(directory, spec)]:
         say(f"Note    {as_invoked(note)}")
     outcome = executor_of(spec).execute(directory, spec, quiet_stdout=as_json, launch_options=launch_options)
@@ -189,7 +189,7 @@ def confirm_costs(
     asked: Sequence[tuple[RunSpec, Plan | None]], launch_options: LaunchOptions, console: Console
 ) -> bool:
     """Show what is rented for these runs with its price, and ask for agreement."""
-    renting = [(spec, plan.as_dict() if plan else {}) for spec, plan in asked if spec.where.name == "runpod"]
+    renting = [(spec, plan.as_dict() if plan else {}) for spec, plan in asked if spec.is_rented]
     return not renting or executor_of(renting[0][0]).confirm(renting, launch_options, console)
 
 

@@ -207,7 +207,7 @@ def _check_targets(sweep: Sweep) -> None:
 
 def _max_pods(sweep: Sweep, specs: list[RunSpec], launch_options: LaunchOptions) -> int | None:
     """How many pods at once, one handed on from run to run; None where every rented run has one of its own."""
-    asked, renting = max(spec.sweep.max_pods for spec in specs), sum(spec.where.name == "runpod" for spec in specs)
+    asked, renting = max(spec.sweep.max_pods for spec in specs), sum(spec.is_rented for spec in specs)
     typed = {word.lstrip("+~").partition("=")[0] for word in sweep.request.overrides}
     source = f"sweep.max_pods={asked}"
     if asked > 1 and launch_options.detach:
@@ -267,7 +267,7 @@ def _sharing(spec: RunSpec, jobs: int) -> RunSpec:
 
     Two runs with a thread per core each wait for one another at every barrier: ten times slower, not two.
     """
-    if jobs == 1 or spec.where.name == "runpod":
+    if jobs == 1 or spec.is_rented:
         return spec
     hw = detect.resolve(spec.hw)
     if hw.accelerator != "cpu" or not hw.num_cpus:

@@ -16,7 +16,7 @@ from runner.spec.method import Method
 from runner.spec.model import ModelSpec
 from runner.spec.objective import Objective, Sft
 from runner.spec.train import EvalSpec, PushSpec, TrackSpec, TrainSpec
-from runner.spec.where import LocalPlace, Where
+from runner.spec.where import LocalPlace, RentedPlace, Where
 
 
 class RunInfo(Part):
@@ -70,6 +70,11 @@ class RunSpec(Part):
     run: RunInfo = RunInfo.model_construct()
     push: PushSpec = PushSpec.model_construct()
     sweep: SweepSpec = SweepSpec.model_construct()
+
+    @property
+    def is_rented(self) -> bool:
+        """The run is executed on a machine of a provider's. False for `where=auto`, which a resolved run has no more."""
+        return isinstance(self.where, RentedPlace)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> RunSpec:

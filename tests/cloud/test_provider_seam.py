@@ -6,6 +6,7 @@ emulated RunPod.
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import sqlite3
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.cloud import fleet, lifecycle
+from runner.cloud import fleet, lifecycle, ssh_keys
 from runner.cloud.errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger, LedgerError
@@ -24,6 +25,7 @@ from runner.cloud.providers import PROVIDERS, connect, provider_of
 from runner.cloud.reconcile import UNKNOWN_S, reconcile
 from runner.rundir.directory import RunDir
 from runner.spec import RentedPlace, RunSpec
+from tests.conftest import ROOT
 from tests.support.memory_cloud import USD, MemoryCloud, account_of
 from tests.support.rented import PLAN, Key, rented_spec, run_of, state
 
@@ -78,6 +80,24 @@ def states(name: str) -> list[str]:
 
 def test_the_place_names_the_provider(cloud: MemoryCloud) -> None:
     assert provider_of(spec_there()).title == "Memory"
+
+
+def test_its_key_opens_the_pods_of_its_runs(cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    assert ssh_keys.pair("run-1", "memory").public.startswith("ssh-ed25519 ")
+
+
+def test_nothing_outside_asks_for_runpod_where_it_means_a_rented_machine() -> None:
+    """Or a second cloud would be planned, checked and launched as if it were this machine."""
+    asked = []
+    for file in sorted((ROOT / "runner").rglob("*.py")):
+        if not {"runpod", "emulator"} & set(file.parts):
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+                values = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+                if isinstance(node, ast.Compare) and "runpod" in values and "RUNPOD_API_KEY" not in ast.unparse(node):
+                    asked.append(f"{file.name}: {ast.unparse(node)}")
+    # RunPod's key is asked for where it is rented from.
+    assert asked == ["system.py: spec.where.name == 'runpod'"]
 
 
 def test_from_planned_to_gone(cloud: MemoryCloud, rent: Rent) -> None:

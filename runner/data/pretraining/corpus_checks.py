@@ -125,7 +125,7 @@ def stored(spec: RunSpec, found: DataLengths) -> tuple[float, float, list[str]]:
     """
     objective, data = spec.objective, spec.data
     place = workspace_of(objective) if isinstance(objective, Pretrain) else None
-    files = sent(spec) if spec.where.name == "runpod" else 0.0
+    files = sent(spec) if spec.is_rented else 0.0
     if isinstance(objective, Pretrain) and place is not None:
         if objective.shards != "anew" and spec.where.name == "local" and is_ready(place.train, objective.shards):
             return 0.0, files, []
@@ -134,7 +134,7 @@ def stored(spec: RunSpec, found: DataLengths) -> tuple[float, float, list[str]]:
         if found.num_examples is None or found.tokens_per_example is None:
             name = data.id if data.source == "hub" else data.path or "the corpus"
             what = f"disk: how much text {name} holds is not known: its shards and their tokens (3 times as much)"
-            remedy = "; make room for them with where.volume_gb=…" if spec.where.name == "runpod" else ""
+            remedy = "; make room for them with where.volume_gb=…" if spec.is_rented else ""
             return 0.0, files, [f"{what} are not counted{remedy}"]
         held = (found.held_out_rows or 0) * (found.held_out_tokens_per_row or 0.0)
         return (found.num_examples * found.tokens_per_example + held) * CHARS_PER_TOKEN, files, []
