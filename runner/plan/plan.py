@@ -162,7 +162,7 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[st
         host_ram_gib=round(sum(ram.values()) / GIB, 3),
         host_ram=_gib(ram),
         host_capacity_gib=_main_memory(spec),
-        host_cpus=hw.cpus(rented=spec.where.name == "runpod"),
+        host_cpus=hw.cpus(rented=spec.is_rented),
         disk_gib=round(sum(disk.values()) / GIB, 3),
         disk=_gib(disk),
         zero_stage=stage,
