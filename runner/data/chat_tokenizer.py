@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -248,7 +248,7 @@ class ChatTokenizer:
         own = template if isinstance(template, dict) else {"default": template}
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         default = own.get("default") or template_source(FALLBACK, adds_bos(tokenizer))
-        return cls(backend.to_str(), with_tools(default, own.get("tool_use")), special)
+        return _kept(backend.to_str(), with_tools(default, own.get("tool_use")), tuple(special.items()))
 
     @classmethod
     def from_file(cls, file: Path, data: DataSpec) -> ChatTokenizer:
@@ -264,6 +264,12 @@ class ChatTokenizer:
             raise
         except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot read
             raise RequestError(Problem(f"{file} is no tokenizer: {error}", "model.id", None)) from None
+
+
+@lru_cache(maxsize=2)
+def _kept(body: str, template: str, special: tuple[tuple[str, str], ...]) -> ChatTokenizer:
+    """A run asks for the same one up to six times: to tokenise, for its stops, and for each measurement and save."""
+    return ChatTokenizer(body, template, dict(special))
 
 
 def begun(ids: Sequence[int], bos_id: int | None) -> list[int]:

@@ -127,6 +127,18 @@ def test_an_answer_that_does_not_stop_is_wrong(tmp_path: Path) -> None:
     assert compared[1]["answer"] == compared[1]["expected"] and compared[2]["expected"] is None
 
 
+def test_a_run_makes_its_chat_tokenizer_once_and_anew_where_the_tokenizer_changed(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama.base(tmp_path / "base"))
+    tokenizer.chat_template = ENDED
+    words = ChatTokenizer.of(tokenizer)
+    assert ChatTokenizer.of(tokenizer) is words
+    tokenizer.eos_token = "w3"
+    other = ChatTokenizer.of(tokenizer)
+    assert other is not words and other.end_id == tokenizer.eos_token_id != words.end_id
+    tokenizer.chat_template = template_source("chatml")
+    assert ChatTokenizer.of(tokenizer).turns.template.source != other.turns.template.source
+
+
 def test_calls_are_asked_for_with_their_tools_and_compared_as_the_template_writes_them(body: str) -> None:
     words = words_of(body, "our qwen")
 
