@@ -119,9 +119,8 @@ def resume(
     strays = [stray(word) for word in words if "=" not in word]
     if strays:
         raise RequestError(*strays)
-    folder = run_dir.parent if run_dir.name == "spec.json" else run_dir
-    launch_options = LaunchOptions(yes, detach)
-    sys.exit(launch.resume(RunDir(folder), words, config_dirs, Console(stderr=as_json), as_json, launch_options))
+    run, launch_options = RunDir.at(run_dir) or RunDir(run_dir), LaunchOptions(yes, detach)
+    sys.exit(launch.resume(run, words, config_dirs, Console(stderr=as_json), as_json, launch_options))
 
 
 @click.command()

@@ -82,7 +82,7 @@ def fetch(words: str, output_dir: Path, console: Console) -> int:
 def status(words: str) -> dict[str, Any]:
     """Where a run stands: by its folder where it runs or ended here, else by its pod; nothing is changed there."""
     run_id = run_id_of(words)
-    here = _here(words)
+    here = RunDir.at(Path(words))
     if here and (_is_local(here) or here.state() in FINISHED):
         return _status_here(here)
     _check_reachable(words, here)
@@ -110,12 +110,6 @@ def _status_here(run: RunDir) -> dict[str, Any]:
     return {"run_id": run.id, "state": run.state(), **facts, "folder": shown(run.path)}
 
 
-def _here(words: str) -> RunDir | None:
-    """The run's folder, where this machine has one."""
-    path = Path(words).parent if Path(words).name == "spec.json" else Path(words)
-    return next((RunDir(p) for p in (path, Path("runs") / path) if (p / "spec.json").is_file()), None)
-
-
 def _is_local(run: RunDir) -> bool:
     place = run.read("spec.json").get("where")
     return isinstance(place, dict) and place.get("name") == "local"
@@ -132,7 +126,7 @@ def _check_reachable(words: str, here: RunDir | None) -> None:
 def _check_rented(words: str) -> None:
     """RequestError for a run of this machine: no pod has anything of it; and for one that only a pod could have, where
     no key is there to ask."""
-    run = _here(words)
+    run = RunDir.at(Path(words))
     _check_reachable(words, run)
     if run and _is_local(run):
         what = f"{run.id} runs on this machine, not in a pod: its files are in {shown(run.path)}"

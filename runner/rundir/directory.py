@@ -62,13 +62,19 @@ class RunDir:
         return run
 
     @classmethod
+    def at(cls, path: Path) -> RunDir | None:
+        """The run at `path`: its directory, its `spec.json`, or its id below `runs/`; None where there is none."""
+        folder = path.parent if path.name == "spec.json" else path
+        return next((cls(p) for p in (folder, Path("runs") / folder) if (p / "spec.json").is_file()), None)
+
+    @classmethod
     def find(cls, path: Path) -> RunDir:
-        """The run at `path`, a directory or an id below `runs/`; RequestError where its model is not plain files."""
-        for candidate in (path, Path("runs") / path):
-            if (candidate / "spec.json").is_file():
-                plain_files.refuse_special_files(candidate / "model")
-                return cls(candidate)
-        raise RequestError(no_such_run(path))
+        """As `at`; RequestError where there is none, or where its model is not plain files."""
+        run = cls.at(path)
+        if run is None:
+            raise RequestError(no_such_run(path))
+        plain_files.refuse_special_files(run.path / "model")
+        return run
 
     @property
     def id(self) -> str:

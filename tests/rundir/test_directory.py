@@ -161,7 +161,9 @@ def test_a_zombie_is_not_alive() -> None:
 
 def test_a_spec_that_somebody_has_broken_is_told_by_its_key(spec: RunSpec) -> None:
     run = RunDir.create(spec)
-    assert RunDir.find(Path(run.id)).path == Path("runs") / run.id and run.spec == spec
+    for path in (run.path, run.spec_file, Path(run.id)):
+        assert RunDir.find(path).path == Path("runs") / run.id and RunDir.at(path) == RunDir.find(path)
+    assert run.spec == spec and RunDir.at(Path("none")) is None
     run.write("spec.json", {**run.read("spec.json"), "train": {"max_stepz": 3}})
     with pytest.raises(RequestError, match=r"unknown key train\.max_stepz"):
         _ = run.spec
