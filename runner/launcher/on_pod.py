@@ -20,8 +20,8 @@ from runner.rundir.directory import RunDir
 def main(argv: list[str]) -> int:
     """Run the spec in its folder to the end."""
     run = RunDir(Path(argv[0]).absolute().parent)
-    spec = run.spec
     try:
+        spec = run.spec
         local.check(spec)
         return local.execute(run, spec).exit_code
     except RunnerError as error:
