@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     missing = kept.missing(options.cases)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         lanes = [
-            _forked(lambda k=k: _lane(Path(folder) / str(k), missing[k :: options.at_once], options.seed, kept))  # type: ignore[misc]
+            _forked(partial(_lane, Path(folder) / str(k), missing[k :: options.at_once], options.seed, kept))
             for k in range(options.at_once)
         ]
         for lane in lanes:
