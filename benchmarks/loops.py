@@ -26,7 +26,7 @@ from runner.spec import RunSpec
 from runner.train import model_loading, peft_methods, token_dataset
 from runner.train.__main__ import quiet_libraries
 from runner.train.callbacks import StopOnSignal
-from runner.train.trainer import CountingTrainer, autocast, num_steps, settings
+from runner.train.trainer import CountingTrainer, autocast, num_steps, settings, shared_settings
 from runner.train.worker import work
 
 
@@ -127,7 +127,7 @@ def _parts(spec: RunSpec, run: RunDir) -> tuple[Any, Iterator[dict[str, Any]], i
     steps = num_steps(spec, len(rows))
     trainer = CountingTrainer(
         model=model,
-        args=settings(spec, run, steps, []),
+        args=settings(spec, shared_settings(spec, run, steps, [])),
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=peft_methods.adapter_config(spec, model),

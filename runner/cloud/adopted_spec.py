@@ -22,7 +22,7 @@ from runner.cloud.transfer import DEMO, loads
 from runner.errors import Problem, RequestError
 from runner.paths import DEEPSPEED_CONFIGS
 from runner.spec import RentedPlace, RunSpec
-from runner.spec.input_paths import OF_POD, get_place, named_places, put_place
+from runner.spec.input_paths import OF_POD, get_place, is_code, named_places, put_place
 
 LARGEST = 1 << 20
 """Characters of a spec.json; one with 1,000 sources has 200,000."""
@@ -117,7 +117,7 @@ def _places(told: RunSpec, values: dict[str, Any], pod_id: str, output_dir: Path
         place = get_place(values, key)
         if key == "deepspeed.config" and "/" not in place and (DEEPSPEED_CONFIGS / place).is_file():
             continue
-        if key.startswith("objective.rewards"):
+        if is_code(key):
             place = place.rpartition(":")[0]
         if not _is_kept(place, output_dir, hub=key in ("data.id", "objective.tokenizer")):
             put_place(values, key, _unusable(place, pod_id))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from runner.config import credentials
 from runner.config.suggestions import nearest
+from runner.data import user_files
 from runner.data.pretraining.tokenizer import is_hub_id
 from runner.data.pretraining.workspace import workspace_of
 from runner.errors import Problem, RequestError
@@ -24,9 +25,9 @@ from runner.spec import Pretrain, RentedPlace, RunSpec
 from runner.spec.input_paths import (
     OF_POD,
     TEMPLATES,
+    _code,
     _data,
     _is_named,
-    _rewards,
     is_glob,
     is_url,
     named_places,
@@ -73,9 +74,13 @@ def _files(spec: RunSpec) -> Iterator[Problem]:
         problem = _missing(path, key, spec) or _unreadable(path, key, spec)
         if problem:
             yield problem
-    for key, path in _rewards(spec):
+    for key, path in _code(spec):
         if problem := _missing(path, key, spec):
-            yield Problem(problem.what, problem.source, "name a Python file and its function: FILE.py:FUNCTION")
+            kind = "function" if key.startswith("objective.rewards") else "class"
+            yield Problem(problem.what, problem.source, f"name a Python file and its {kind}: FILE.py:{kind.upper()}")
+    for key, name in (("objective.code", spec.objective.code), ("track.code", spec.track.code)):
+        if name is not None and Path(name.rpartition(":")[0]).expanduser().is_file():
+            yield from user_files.of_class(name, key, here=spec.where.name == "local")
     yield from _pretraining(spec)
     template = data.chat_template
     if template is not None and not _is_named(template):

@@ -11,7 +11,7 @@ _ARITHMETIC = (
     "model.aliases", "model.gguf_file", "model.learning_rate_full", "model.learning_rate_adapter",
     "model.num_parameters", "hw.aliases", "hw.gpu", "hw.node_address", "method.alpha", "method.init",
     "method.learning_rate_ratio", "method.outlier_threshold", "method.quant_type", "method.use_rslora",
-    "objective.center", "objective.chosen_weight",
+    "objective.center", "objective.chosen_weight", "objective.code", "objective.options",
     "objective.clip", "objective.desirable_weight", "objective.gzip", "objective.label_smoothing",
     "objective.lines_per_shard", "objective.loss_on", "objective.reward_length", "objective.reward_regex",
     "objective.reward_weights", "objective.simpo_margin", "objective.temperature", "objective.undesirable_weight",
@@ -47,7 +47,8 @@ READ = {
     "data stats": (*_ROWS, "model.context_length", "train.max_length", "train.seed"),
     "data prepare": (
         *_ROWS, "model.from_scratch", "model.vocab_size", "objective.experiment", "objective.gzip",
-        "objective.lines_per_shard", "objective.loss_on", "objective.max_new_tokens", "objective.mode",
+        "objective.code", "objective.lines_per_shard", "objective.loss_on", "objective.max_new_tokens",
+        "objective.mode", "objective.options", "track.code",
         "objective.reward_regex", "objective.rewards", "objective.root", "objective.shards", "objective.take",
         "objective.tokenizer", "objective.val_ratio", "train.max_length", "train.packing", "train.seed",
         "eval.every_steps", "where", "where.volume", "deepspeed.config",

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict
 
 Auto = Literal["auto"]
 Layers = str | list[int | str]
+CODE = r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$"
+"""A name in a Python file of the user: `FILE.py:NAME`."""
 
 
 class Part(BaseModel):

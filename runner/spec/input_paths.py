@@ -40,7 +40,7 @@ def named_places(spec: RunSpec) -> Iterator[tuple[str, str]]:
         yield "deepspeed.config", spec.deepspeed.config
     if isinstance(objective, Pretrain) and objective.tokenizer is not None:
         yield "objective.tokenizer", objective.tokenizer
-    yield from _rewards(spec)
+    yield from _code(spec)
 
 
 def get_place(values: Any, key: str) -> str:
@@ -55,7 +55,7 @@ def put_place(values: Any, key: str, path: str) -> None:
     *parents, leaf = (int(step) if step.isdigit() else step for step in key.split("."))
     for step in parents:
         values = values[step]
-    function = str(values[leaf]).rpartition(".py:")[2] if key.startswith("objective.rewards") else ""
+    function = str(values[leaf]).rpartition(".py:")[2] if is_code(key) else ""
     values[leaf] = f"{path}:{function}" if function and not path.endswith(f".py:{function}") else path
 
 
@@ -71,7 +71,15 @@ def _data(spec: RunSpec) -> Iterator[tuple[str, str]]:
         yield from ((key, path) for key, path in named if path is not None)
 
 
-def _rewards(spec: RunSpec) -> Iterator[tuple[str, str]]:
+def is_code(key: str) -> bool:
+    """The key names a Python file and something in it: `FILE.py:NAME`."""
+    return key.startswith("objective.rewards.") or key in ("objective.code", "track.code")
+
+
+def _code(spec: RunSpec) -> Iterator[tuple[str, str]]:
+    for key, name in (("objective.code", spec.objective.code), ("track.code", spec.track.code)):
+        if name is not None:
+            yield key, name.rpartition(":")[0]
     if isinstance(spec.objective, Grpo):
         for number, reward in enumerate(spec.objective.rewards):
             if ".py:" in reward:

@@ -6,13 +6,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from runner.spec.base_model import Auto, Part
+from runner.spec.base_model import CODE, Auto, Part
 
 REWARDS = ("exact_match", "regex", "length", "json")
 """Reward functions with a name; any other is `FILE.py:FUNCTION`."""
 
 
-class Sft(Part):
+class _Objective(Part):
+    code: str | None = Field(default=None, pattern=CODE)
+    """A class of your own as `FILE.py:CLASS`, derived from this objective's in `runner.train.objectives`; rows and plan stay this objective's."""
+    options: dict[str, bool | int | float | str | None] = {}
+    """Settings of `code`, by names of its own."""
+
+
+class Sft(_Objective):
     """Supervised fine-tuning: next-token loss."""
 
     name: Literal["sft"] = "sft"
@@ -21,7 +28,7 @@ class Sft(Part):
     """Tokens the loss is taken on: auto means every assistant turn of a conversation, the completion of a prompt, all of plain text; last means the last assistant turn."""
 
 
-class Pretrain(Part):
+class Pretrain(_Objective):
     """Next-token loss on every token of plain text, continued or from random weights; long documents go on in the next sequence."""
 
     name: Literal["pretrain"] = "pretrain"
@@ -46,7 +53,7 @@ class Pretrain(Part):
     """Tokenizer to use for random weights: a `tokenizer.json`, a folder with one, or a Hub id; null trains byte-level BPE of `model.vocab_size` tokens on the shards, once for each experiment."""
 
 
-class _Referenced(Part):
+class _Referenced(_Objective):
     """What losses share that compare the model with what it was before."""
 
     precompute_reference: bool = False
@@ -112,7 +119,7 @@ class Kto(_Referenced):
     """Weight of bad answers."""
 
 
-class Orpo(Part):
+class Orpo(_Objective):
     """Odds-ratio preference optimisation (arXiv 2403.07691): next-token loss and preference at once, without a reference."""
 
     name: Literal["orpo"] = "orpo"
@@ -121,7 +128,7 @@ class Orpo(Part):
     """Weight of the odds ratio (λ in the paper)."""
 
 
-class Reward(Part):
+class Reward(_Objective):
     """A reward model: one number for an answer, higher for the chosen one (Bradley-Terry)."""
 
     name: Literal["reward"] = "reward"
@@ -130,7 +137,7 @@ class Reward(Part):
     """Weight of a term that keeps the mean reward at 0 (arXiv 2312.09244 takes 0.01); null leaves it out."""
 
 
-class Grpo(Part):
+class Grpo(_Objective):
     """Group relative policy optimisation (arXiv 2402.03300): the model answers, and reward functions judge."""
 
     name: Literal["grpo"] = "grpo"

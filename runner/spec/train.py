@@ -7,18 +7,26 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from runner.spec.base_model import Auto, Part
+from runner.spec.base_model import CODE, Auto, Part
 
 
 class TrackSpec(Part):
     """Where metrics go besides the run directory."""
 
-    name: Literal["none", "tensorboard", "wandb"] = "none"
+    name: Literal["none", "tensorboard", "wandb", "own"] = "none"
     """Name of the choice."""
+    code: str | None = Field(default=None, pattern=CODE)
+    """A class of your own as `FILE.py:CLASS`, derived from `runner.train.trackers.Tracker`, with `name: own`."""
     project: str = "llm-finetuning-runner"
     """Project in Weights & Biases."""
     entity: str | None = None
     """Team or user in Weights & Biases."""
+
+    @model_validator(mode="after")
+    def _own_has_code(self) -> TrackSpec:
+        if self.name == "own" and self.code is None:
+            raise ValueError("track.code is missing; write code: FILE.py:CLASS beside name: own, or track=none")
+        return self
 
 
 class TrainSpec(Part):

@@ -29,6 +29,10 @@ def _candidates(spec: RunSpec) -> _Keys:
     train, objective, hw = spec.train, spec.objective, spec.hw
     if spec.track.name != "wandb":
         yield from ((f"track.{key}", f"track={spec.track.name}") for key in ("project", "entity"))
+    if objective.code is None:
+        yield "objective.options", "objective.code names no class that reads them"
+    if spec.track.name != "own":
+        yield "track.code", f"track={spec.track.name}"
     if train.on_loss_spike == "ignore":
         yield "train.spike_factor", "train.on_loss_spike=ignore"
     if objective.name not in ("sft", "grpo"):

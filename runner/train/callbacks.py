@@ -18,6 +18,7 @@ from runner.rundir.directory import RunDir
 from runner.train.distributed import Ranks
 from runner.train.memory_stats import GIB, gpu_in_use
 from runner.train.recording_trainer import CutShort, RecordingTrainerMixin
+from runner.train.trackers import Tracker
 
 SAME_SECONDS = 1.0
 """Two signals so close together are one. Who means it twice is helped by the launcher (launcher/supervisor.py)."""
@@ -26,8 +27,10 @@ SAME_SECONDS = 1.0
 class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """One line of `metrics.jsonl` per optimiser step, one of `evals.jsonl` per evaluation."""
 
-    def __init__(self, run: RunDir, progress: Progress, main: bool = True, start: int = 0) -> None:
-        self.run, self.progress, self.main, self.start = run, progress, main, start
+    def __init__(
+        self, run: RunDir, progress: Progress, main: bool = True, start: int = 0, tracker: Tracker | None = None
+    ) -> None:
+        self.run, self.progress, self.main, self.start, self.tracker = run, progress, main, start, tracker
         self.trainer: RecordingTrainerMixin | None = None
         self.started = 0.0
         self.seconds = 0.0
@@ -82,6 +85,8 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has 
             return
         with (self.run.path / name).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
+        if self.tracker is not None:
+            self.tracker.log(name, line)
 
 
 class AtStart(TrainerCallback):  # type: ignore[misc]  # transformers has no types

@@ -26,7 +26,7 @@ from runner.rundir.directory import RunDir
 from runner.spec import Lora, Pretrain, RunSpec
 from runner.train import model_loading
 from runner.train.evaluation.baseline import adds_nothing
-from runner.train.objectives import build_trainer
+from runner.train.objectives.table import objective_of
 
 ROWS, WEIGHTS = "rows", "weights"
 THREADS_LEAVE_SECONDS = 2.0
@@ -49,7 +49,7 @@ def prepare(spec_file: Path) -> bool:
         for part in set(_loaded) - {part for part, key in keys.items() if _loaded.get(part, ("",))[0] == key}:
             del _loaded[part]  # before the next is loaded: never two models in memory
         loaders: dict[str, Callable[[], Any]] = {
-            ROWS: lambda: build_trainer.read(spec),
+            ROWS: lambda: objective_of(spec).read(),
             WEIGHTS: lambda: model_loading.load_model(spec, _source(spec)),
         }
         for part in keys.keys() - _loaded.keys():

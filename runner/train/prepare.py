@@ -60,18 +60,20 @@ def prepared(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     from runner.train import model_loading, pretraining_stages
     from runner.train.distributed import Ranks
     from runner.train.objectives import build_trainer  # torch and transformers: after the first line
+    from runner.train.objectives.table import objective_of
     from runner.train.token_cache import line_of
 
     began = time.perf_counter()
     asked, spec = spec, pretraining_stages.prepare(spec, progress.note, lambda: None, Ranks())
-    data = build_trainer.read(spec)
+    objective = objective_of(spec)
+    data = objective.read()
     if data.note:
         progress.note(data.note)
     progress.note(f"Read    {len(data.train):,} rows in {time.perf_counter() - began:.1f} s; loading the tokenizer …")
     tokenizer = model_loading.load_tokenizer(spec, model_loading.source_of(spec.model, progress.note))
     began = time.perf_counter()
     with progress.stage("Tokenising", "rows"):
-        rows, held = build_trainer.tokenise(data, tokenizer, spec, progress.advance)
+        rows, held = build_trainer.tokenise(objective, data, tokenizer, progress.advance)
     seconds = time.perf_counter() - began
     progress.note(line_of(rows, len(data.held or ())))
     entries = [rows.folder] + ([held.folder] if held else [])

@@ -1,46 +1,126 @@
-"""Trackers: TensorBoard and Weights & Biases. Neither can stop a training."""
+"""Trackers: TensorBoard, Weights & Biases, and a class of the user's. None can stop a training."""
 
 from __future__ import annotations
 
 import os
 import socket
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 from runner.config import credentials
+from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
+from runner.train import user_code
+
+T = TypeVar("T")
 
 
-def start_tracking(spec: RunSpec, run: RunDir) -> tuple[list[str], str | None]:
-    """What transformers should report to, and one line for the user."""
-    if spec.track.name == "tensorboard":
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
-        return ["tensorboard"], f"TensorBoard: tensorboard --logdir {run.path / 'tensorboard'}"
-    if spec.track.name == "wandb":
-        return ["wandb"], _start_wandb(spec, run)
-    return [], None
+class Tracker:
+    """Where metrics go besides the run directory; this one is nowhere.
+
+    A class of your own, named by `track.code`, overrides `start`, `log` and `finish`; they are called on the main
+    process alone.
+    """
+
+    report_to: ClassVar[tuple[str, ...]] = ()
+    """Callbacks of transformers that do the work, instead of `log`."""
+
+    def __init__(self, spec: RunSpec, run: RunDir) -> None:
+        self.spec, self.run = spec, run
+
+    def start(self) -> str | None:
+        """Begin before training; one line for the user."""
+        return None
+
+    def log(self, file: str, line: Mapping[str, Any]) -> None:
+        """A line of `metrics.jsonl` or `evals.jsonl`, as it is written."""
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """The run is done; `summary` is what `summary.json` holds."""
 
 
-def _start_wandb(spec: RunSpec, run: RunDir) -> str:
-    import wandb
+class TensorBoard(Tracker):
+    """Files in the run directory."""
 
-    reason = _why_offline()
-    os.environ["WANDB_SILENT"] = "true"
-    options: dict[str, Any] = {
-        "project": spec.track.project,
-        "entity": spec.track.entity,
-        "name": run.id,
-        "dir": str(run.path),
-        "config": spec.model_dump(mode="json"),
-    }
-    if reason is None:
+    report_to = ("tensorboard",)
+
+    def start(self) -> str:
+        """transformers' callback reads the folder from the environment."""
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.run.path / "tensorboard")
+        return f"TensorBoard: tensorboard --logdir {self.run.path / 'tensorboard'}"
+
+
+class WandB(Tracker):
+    """Weights & Biases, offline where it cannot be reached."""
+
+    report_to = ("wandb",)
+
+    def start(self) -> str:
+        """transformers' callback goes on with the run that is open."""
+        import wandb
+
+        reason = _why_offline()
+        os.environ["WANDB_SILENT"] = "true"
+        options: dict[str, Any] = {
+            "project": self.spec.track.project,
+            "entity": self.spec.track.entity,
+            "name": self.run.id,
+            "dir": str(self.run.path),
+            "config": self.spec.model_dump(mode="json"),
+        }
+        if reason is None:
+            try:
+                started = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
+                return f"Weights & Biases: {started.url}"
+            except wandb.errors.Error as error:
+                reason = str(error).splitlines()[0]
+        wandb.init(**options, mode="offline")
+        where = f"{self.run.path}/wandb/offline-run-*"
+        return f"Weights & Biases: recorded offline ({reason}); upload it later: wandb sync {where}"
+
+
+class Careful(Tracker):
+    """A tracker of the user's, which cannot stop a training: what it raises is said once, and it is left out."""
+
+    def __init__(self, inner: Tracker, say: Callable[[str], None]) -> None:
+        super().__init__(inner.spec, inner.run)
+        self.inner: Tracker | None = inner
+        self.say = say
+
+    def start(self) -> str | None:
+        return self._call(lambda inner: inner.start())
+
+    def log(self, file: str, line: Mapping[str, Any]) -> None:
+        self._call(lambda inner: inner.log(file, dict(line)))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self._call(lambda inner: inner.finish(dict(summary)))
+
+    def _call(self, call: Callable[[Tracker], T]) -> T | None:
+        if self.inner is None:
+            return None
         try:
-            started = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
-            return f"Weights & Biases: {started.url}"
-        except wandb.errors.Error as error:
-            reason = str(error).splitlines()[0]
-    wandb.init(**options, mode="offline")
-    return f"Weights & Biases: recorded offline ({reason}); upload it later: wandb sync {run.path}/wandb/offline-run-*"
+            return call(self.inner)
+        except Exception as error:  # whatever a user's class raises
+            self.say(f"track.code is left out from here: {type(error).__name__}: {error}")
+            self.inner = None
+            return None
+
+
+TRACKERS: dict[str, type[Tracker]] = {"none": Tracker, "tensorboard": TensorBoard, "wandb": WandB}
+
+
+def tracker_of(spec: RunSpec, run: RunDir, say: Callable[[str], None], main: bool = True) -> Tracker:
+    """The run's tracker; RequestError where `track.code` is none."""
+    if spec.track.name != "own":
+        return TRACKERS[spec.track.name](spec, run)
+    code = str(spec.track.code)
+    own = user_code.load(code, "track.code")
+    if not (isinstance(own, type) and issubclass(own, Tracker)):
+        what = f"{code} is no subclass of runner.train.trackers.Tracker"
+        raise RequestError(Problem(what, "track.code", "derive it from that"))
+    return Careful(own(spec, run), say) if main else Tracker(spec, run)
 
 
 def _why_offline() -> str | None:

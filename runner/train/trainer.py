@@ -102,12 +102,10 @@ def _held_batch(spec: RunSpec) -> int:
     return 1 if alone else int(spec.train.micro_batch_size)
 
 
-def settings(
-    spec: RunSpec, run: RunDir, total_steps: int, report_to: list[str], deepspeed: dict[str, Any] | None = None
-) -> SFTConfig:
+def settings(spec: RunSpec, shared: dict[str, Any]) -> SFTConfig:
     """`shared_settings` and what supervised fine-tuning adds."""
     return SFTConfig(
-        **shared_settings(spec, run, total_steps, report_to, deepspeed),
+        **shared,
         packing=spec.train.packing,
         pad_to_multiple_of=_pad_to(spec),
         dataset_kwargs={"skip_prepare_dataset": True},

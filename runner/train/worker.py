@@ -41,9 +41,10 @@ from runner.train.heartbeat import Heartbeat
 from runner.train.loss_guard import LossGuard
 from runner.train.memory_stats import Peaks
 from runner.train.objectives import build_trainer
+from runner.train.objectives.table import objective_of
 from runner.train.run_environment import check_same, environment, fingerprints
 from runner.train.token_cache import line_of
-from runner.train.trackers import start_tracking
+from runner.train.trackers import tracker_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,7 +85,8 @@ def work(
 
     set_seed(spec.train.seed)
     spec = pretraining_stages.prepare(spec, progress.note, pulse.beat, ranks)
-    examples = preload.taken(preload.ROWS, spec, run) or build_trainer.read(spec)
+    objective = objective_of(spec)
+    examples = preload.taken(preload.ROWS, spec, run) or objective.read()
     if examples.note:
         progress.note(examples.note)
     with ranks.main_first(pulse.beat) as working:
@@ -97,19 +99,19 @@ def work(
         source = model_loading.source_of(spec.model, progress.note)
         tokenizer = model_loading.load_tokenizer(spec, source)
         with progress.stage("Tokenising", "rows"):
-            rows = build_trainer.tokenise(examples, tokenizer, spec, count)
+            rows = build_trainer.tokenise(objective, examples, tokenizer, count)
     progress.note(line_of(rows[0], len(examples.held or ())))
     if spec.eval.every_steps and (rows[1] is None or not len(rows[1].rows)):
         raise RequestError(nothing_held_out(spec))
     content = fingerprints(tokenizer, examples.fingerprint)
     if ranks.main:
         check_same(spec, run, content, start)
-    steps = build_trainer.num_steps(spec, len(rows[0].rows))
-    report_to, line = start_tracking(spec, run)
-    if line:
+    steps = objective.num_steps(len(rows[0].rows))
+    tracker = tracker_of(spec, run, progress.note, ranks.main)
+    if line := tracker.start():
         progress.note(line)
     sharding = universal_checkpoint.prepare(spec, run, start, ranks, deepspeed_config(spec, run, source))
-    arguments = build_trainer.settings(spec, run, steps, report_to, sharding)
+    arguments = build_trainer.settings(objective, run, steps, list(tracker.report_to), sharding)
     model = build_trainer.load_model(spec, source, tokenizer, preload.taken(preload.WEIGHTS, spec, run))
     if line := save_rehearsal.fix_generation_config(model):
         progress.note(line)
@@ -118,10 +120,8 @@ def work(
             f"Stops   at {' and '.join(added)}, too, where the chat template ends a turn; saved with the model"
         )
     peft_methods.mark_trainable(spec, model)
-    metrics = MetricsWriter(run, progress, ranks.main, start)
-    measuring = Measuring(
-        spec, run, progress, ranks, tokenizer, examples.asked, pulse, build_trainer.judge(spec, examples)
-    )
+    metrics = MetricsWriter(run, progress, ranks.main, start, tracker)
+    measuring = Measuring(spec, run, progress, ranks, tokenizer, examples.asked, pulse, objective.judge(examples))
 
     def begin() -> None:
         """Once DeepSpeed has its engine: before that a sharded model cannot answer."""
@@ -141,7 +141,7 @@ def work(
     callbacks = [metrics, pulse, *early, AtStart(begin), stop, SaveWhenDue(sealer, spec.train.save_every_minutes)]
     guard = LossGuard(spec.train, run, ranks, progress.note)
     trainer: Any = build_trainer.build(
-        spec, source, model, tokenizer, rows, args=arguments, guard=guard, callbacks=callbacks
+        objective, source, model, tokenizer, rows, args=arguments, guard=guard, callbacks=callbacks
     )
     trainer.ranks, trainer.sealer = ranks, sealer
     trainer.noted = {"processes": ranks.world, "stage": spec.deepspeed.name, **content}
@@ -183,6 +183,7 @@ def work(
     summary = summary_of(spec, run, trained, measuring.first, after, spent + time.monotonic() - began, peaks.as_dict())
     plot_loss(run, summary)
     run.write("summary.json", summary)
+    tracker.finish(summary)
     write_card(spec, run, run.path / "model")
     run.set_status("done", exit_code=0, step=trainer.state.global_step)
     sealer.finish()

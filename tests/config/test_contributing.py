@@ -46,7 +46,7 @@ def typed(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_there_is_a_file_of_every_kind() -> None:
-    assert [name.split("/")[1] for name in FILES] == ["model", "hw", "method", "data"]
+    assert [name.split("/")[1] for name in FILES] == ["model", "hw", "method", "data", "method"]
 
 
 def test_the_new_choices_compose_and_plan(checkout: Path) -> None:

@@ -22,9 +22,9 @@ from runner.data.preference_tokens import TOOLS, PreferenceSettings, encode_pref
 from runner.data.tokenize_rows import in_chunks
 from runner.errors import RequestError
 from runner.spec import DataSpec, RunSpec
-from runner.train.objectives import preference_dataset
 from runner.train.objectives.grpo import GrpoTrainer
-from runner.train.objectives.preference import Given
+from runner.train.objectives.pairs import Given
+from runner.train.objectives.table import objective_of
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import SPECIAL, body
 from tests.data.test_tokenize_rows import tokenizer
@@ -41,6 +41,10 @@ def chat_ids(tokenizer: Any, turns: list[Turn], ask: bool) -> list[int]:
     """By transformers."""
     found: list[int] = tokenizer.apply_chat_template(turns, add_generation_prompt=ask)["input_ids"]
     return found
+
+
+def tokenise(rows: list[Any], tokenizer: Any, spec: RunSpec, tell: Any = None) -> Any:
+    return objective_of(spec).tokenise(rows, tokenizer, tell)
 
 
 def user(text: str) -> Turn:
@@ -116,9 +120,7 @@ def test_a_question_and_its_system_prompt_are_in_what_is_trained(objective: str,
     kind = kind_of(objective)
     if objective == "kto":
         del row["chosen"], row["rejected"]
-    (found,) = preference_dataset.tokenise(
-        [canonical(row, "row 1", DataSpec(path="x"), kind)], tokenizer, spec(objective)
-    ).rows
+    (found,) = tokenise([canonical(row, "row 1", DataSpec(path="x"), kind)], tokenizer, spec(objective)).rows
     turns: list[Turn] = [{"role": "system", "content": "Be brief."}, user("2+2?")]
     asked = chat_ids(tokenizer, turns, ask=True)
     good, bad = (chat_ids(tokenizer, [*turns, said(text)], ask=False) for text in ("It is 4.", "It is 5."))
@@ -146,7 +148,7 @@ def test_a_preview_shows_the_tokens_that_are_learned(
     found = InspectedFile("x", "preference", [kind], [], [])
     monkeypatch.setattr(previewing, "inspect_files", lambda *_: ([found], []))
     (shown,) = previewing.preview(spec(objective, "model=hub", f"model.id={tmp_path}"))["rows"]
-    (trained,) = preference_dataset.tokenise([kind], tokenizer, spec(objective)).rows
+    (trained,) = tokenise([kind], tokenizer, spec(objective)).rows
     decode = tokenizer.backend_tokenizer.decode
     for name in ("completion",) if objective == "kto" else ("chosen", "rejected"):
         pieces = [piece for piece in shown["segments"] if piece.get("part", "completion") == name]
@@ -178,7 +180,7 @@ def test_what_others_say_inside_an_answer_is_given_and_not_learned(
     if objective == "kto":
         row, name = UnpairedExample([user("a?")], answer, True), "completion"
     tokenizer.chat_template = template_source("qwen")
-    (found,) = preference_dataset.tokenise([row], tokenizer, spec(objective)).rows
+    (found,) = tokenise([row], tokenizer, spec(objective)).rows
     begin, end = found[f"{name}_given"]
     ids, decode = found[f"{name}_ids"], tokenizer.decode
     assert decode(ids[end:]) == "d<|im_end|>\n" and decode(ids[:begin]).endswith("<|im_end|>")
@@ -199,7 +201,7 @@ def test_a_question_is_asked_with_its_tools(tokenizer: Any) -> None:
     row: dict[str, Any] = {"prompt": "Wie wird das Wetter?", "tools": json.dumps([SEARCH]), "answer": "7"}
     question = canonical(row, "row 1", DataSpec(path="x"), "prompts")
     assert question == PromptExample([user("Wie wird das Wetter?")], "7", {"tools": row["tools"]}, [SEARCH])
-    (found,) = preference_dataset.tokenise([question], tokenizer, spec("grpo", "train.max_length=999")).rows
+    (found,) = tokenise([question], tokenizer, spec("grpo", "train.max_length=999")).rows
     assert found[TOOLS] == [SEARCH] and found["tools"] == row["tools"]  # the text is the reward functions'
     trainer = GrpoTrainer.__new__(GrpoTrainer)
     trainer.processing_class, trainer.row_tools = tokenizer, [found[TOOLS], None]
@@ -213,40 +215,40 @@ def test_a_question_is_asked_with_its_tools(tokenizer: Any) -> None:
 def test_the_second_time_comes_from_the_cache(objective: str, tokenizer: Any) -> None:
     rows = rows_of(objective, 30)
     told: list[tuple[int, int]] = []
-    first = preference_dataset.tokenise(rows, tokenizer, spec(objective), lambda *done: told.append(done))
-    again = preference_dataset.tokenise(rows, tokenizer, spec(objective))
+    first = tokenise(rows, tokenizer, spec(objective), lambda *done: told.append(done))
+    again = tokenise(rows, tokenizer, spec(objective))
     assert (first.from_cache, again.from_cache) == (False, True) and told == [(30, 30)]
     assert first.rows[:] == again.rows[:] and first.num_tokens == again.num_tokens > 0
     assert len(first.rows) + first.num_dropped == first.num_examples == 30
     changes = [
-        preference_dataset.tokenise(rows[:-1], tokenizer, spec(objective)),
-        preference_dataset.tokenise(rows, tokenizer, spec(objective, "train.max_length=60")),
+        tokenise(rows[:-1], tokenizer, spec(objective)),
+        tokenise(rows, tokenizer, spec(objective, "train.max_length=60")),
     ]
     assert not any(found.from_cache for found in changes)
     tokenizer.chat_template = template_source("zephyr")
-    assert not preference_dataset.tokenise(rows, tokenizer, spec(objective)).from_cache
+    assert not tokenise(rows, tokenizer, spec(objective)).from_cache
 
 
 def test_a_reward_takes_other_columns_than_a_preference(tokenizer: Any) -> None:
     rows = rows_of("dpo", 5)
-    preferences, rewards = (preference_dataset.tokenise(rows, tokenizer, spec(name)) for name in ("dpo", "reward"))
+    preferences, rewards = (tokenise(rows, tokenizer, spec(name)) for name in ("dpo", "reward"))
     assert not rewards.from_cache
     for pair, whole in zip(preferences.rows, rewards.rows, strict=True):
         assert whole["chosen_ids"] == pair["prompt_ids"] + pair["chosen_ids"]
         assert whole["rejected_ids"] == pair["prompt_ids"] + pair["rejected_ids"]
-    assert preference_dataset.tokenise(rows, tokenizer, spec("orpo")).from_cache  # which takes the same as DPO
+    assert tokenise(rows, tokenizer, spec("orpo")).from_cache  # which takes the same as DPO
 
 
 def test_rows_that_the_template_refuses_are_named_all_or_skipped(tokenizer: Any) -> None:
     wrong = [Preference([user("a"), user("b")], [said("c")], [said("d")], where=f"my.jsonl, line {n}") for n in (3, 9)]
     rows = [*rows_of("dpo", 4), *wrong]
     with pytest.raises(RequestError, match="user and assistant must take turns") as caught:
-        preference_dataset.tokenise(rows, tokenizer, spec())
+        tokenise(rows, tokenizer, spec())
     assert [problem.source for problem in caught.value.problems] == ["my.jsonl, line 3", "my.jsonl, line 9"]
-    found = preference_dataset.tokenise(rows, tokenizer, spec("dpo", "data.on_error=skip"))
+    found = tokenise(rows, tokenizer, spec("dpo", "data.on_error=skip"))
     assert (found.num_refused, found.num_examples, len(found.rows)) == (2, 6, 4)
     with pytest.raises(RequestError, match="user and assistant must take turns"):
-        preference_dataset.tokenise(wrong, tokenizer, spec("dpo", "data.on_error=skip"))
+        tokenise(wrong, tokenizer, spec("dpo", "data.on_error=skip"))
 
 
 def test_a_question_comes_back_as_it_was(tokenizer: Any) -> None:
@@ -262,7 +264,7 @@ def test_a_question_comes_back_as_it_was(tokenizer: Any) -> None:
         PromptExample([user("a"), call(x=1), {"role": "tool", "content": "b"}], None, {"level": 1}),
         PromptExample([user("c"), call(y="z"), {"role": "tool", "content": "d"}], "e", {"level": "hard", "seen": True}),
     ]
-    found = preference_dataset.tokenise(rows, tokenizer, spec("grpo", "train.max_length=200")).rows
+    found = tokenise(rows, tokenizer, spec("grpo", "train.max_length=200")).rows
     assert [row["prompt"] for row in found] == [row.prompt for row in rows]
     assert [row["answer"] for row in found] == ["007", None, "e"]  # text stays text, and a number whole
     assert [row["tests"] for row in found] == [["a"], None, None] and found[0]["pi"] == 3.141592653589793
@@ -273,7 +275,7 @@ def test_a_row_that_leaves_no_room_is_dropped_and_counted(tokenizer: Any) -> Non
     rows = rows_of("dpo", 10)
     random.Random(0).shuffle(rows)
     long = Preference([user("why? " * 80)], [said("a")], [said("b")])
-    found = preference_dataset.tokenise([*rows, long], tokenizer, spec())
+    found = tokenise([*rows, long], tokenizer, spec())
     assert (found.num_dropped, len(found.rows)) == (1, 10)
     with pytest.raises(RequestError, match="none of the 1 rows leaves room for an answer within 64 tokens"):
-        preference_dataset.tokenise([long], tokenizer, spec())
+        tokenise([long], tokenizer, spec())

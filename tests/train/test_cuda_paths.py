@@ -40,6 +40,7 @@ from runner.train import callbacks, chat, finished_run, model_loading, peft_meth
 from runner.train.distributed import Ranks
 from runner.train.loss_guard import LossGuard
 from runner.train.objectives import build_trainer
+from runner.train.objectives.table import objective_of
 from tests.conftest import spec_of, train_here
 from tests.machine.test_hardware import H100, T4, V100, fake_nvml, put_nvidia_smi, root_with
 from tests.support import preferences, tiny_llama
@@ -202,16 +203,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trainer_of(spec: RunSpec, other: RunSpec | None = None) -> Any:
     """The trainer of a run on this CPU; `other` is what it is told to compute with."""
     run = RunDir.create(spec)
-    examples = build_trainer.read(spec)
+    objective = objective_of(other or spec)
+    examples = objective_of(spec).read()
     source = model_loading.source_of(spec.model)
     tokenizer = model_loading.load_tokenizer(spec, source)
-    tokenised = build_trainer.tokenise(examples, tokenizer, spec)
+    tokenised = build_trainer.tokenise(objective_of(spec), examples, tokenizer)
     told = other or spec
     model = build_trainer.load_model(told, source, tokenizer)
     peft_methods.mark_trainable(told, model)
     guard = LossGuard(spec.train, run, Ranks(), lambda line: None)
-    settings = build_trainer.settings(spec, run, 6, [])
-    return build_trainer.build(told, source, model, tokenizer, tokenised, args=settings, guard=guard, callbacks=[])
+    settings = build_trainer.settings(objective_of(spec), run, 6, [])
+    return build_trainer.build(objective, source, model, tokenizer, tokenised, args=settings, guard=guard, callbacks=[])
 
 
 # ── attention masks ────────────────────────────────────────────────────────────────────────────

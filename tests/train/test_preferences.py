@@ -14,6 +14,7 @@ from runner.data import commands_dataset
 from runner.errors import RequestError
 from runner.train import model_loading
 from runner.train.objectives import build_trainer
+from runner.train.objectives.table import objective_of
 from runner.train.token_cache import line_of
 from tests.conftest import spec_of, train_here
 from tests.support import preferences
@@ -114,9 +115,9 @@ def test_what_is_cut_and_dropped_is_said(folder: Path, tmp_path: Path) -> None:
     long = {"prompt": "Say " + "red " * 80, "chosen": "red", "rejected": "blue"}
     file = preferences.write(tmp_path / "rows.jsonl", [*preferences.pairs(20), long])
     spec = spec_of(*preferences.words(folder, "objective=dpo", f"data.path={file}", "train.max_length=70"))
-    examples = build_trainer.read(spec)
+    examples = objective_of(spec).read()
     tokenizer = model_loading.load_tokenizer(spec, spec.model.id)
-    train, held = build_trainer.tokenise(examples, tokenizer, spec)
+    train, held = build_trainer.tokenise(objective_of(spec), examples, tokenizer)
     dropped = train.num_dropped + (held.num_dropped if held else 0)
     assert dropped == 1 and train.num_truncated > 0
     assert "cut to the longest length" in line_of(train, len(examples.held))
@@ -146,6 +147,6 @@ def test_what_cannot_be_is_refused_with_what_to_write(words: tuple[str, ...], wh
 def test_rows_of_another_kind_are_named_before_training(folder: Path) -> None:
     spec = spec_of(*preferences.words(folder, "objective=dpo", f"data.path={folder / 'judged.jsonl'}"))
     with pytest.raises(RequestError) as caught:
-        build_trainer.read(spec)
+        objective_of(spec).read()
     assert "a chosen and a rejected answer" in str(caught.value)
     assert json.loads((folder / "judged.jsonl").read_text("utf-8").splitlines()[0])["label"] is True

@@ -13,7 +13,7 @@ import torch
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 from runner.train import model_loading, preload
-from runner.train.objectives import build_trainer
+from runner.train.objectives.table import objective_of
 from tests.conftest import spec_of
 from tests.support.processes import tiny_model, words
 
@@ -49,7 +49,7 @@ def loaded_for(model: Path, out: Path, *more: str) -> tuple[RunSpec, RunDir]:
 def test_what_is_taken_is_what_a_run_would_load(model: Path, tmp_path: Path) -> None:
     spec, run = loaded_for(model, tmp_path)
     rows, weights = (preload.taken(part, spec, run) for part in (preload.ROWS, preload.WEIGHTS))
-    assert rows is not None and rows.fingerprint == build_trainer.read(spec).fingerprint
+    assert rows is not None and rows.fingerprint == objective_of(spec).read().fingerprint
     own = model_loading.load_model(spec, str(model)).state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in weights.state_dict().items())
     assert preload.taken(preload.WEIGHTS, spec, run) is None, "a run that trains it leaves another model"

@@ -18,6 +18,7 @@ from runner.train.artifact_verbs import Say
 from runner.train.chat import load
 from runner.train.evaluation.before_after import MOST
 from runner.train.objectives import build_trainer
+from runner.train.objectives.table import objective_of
 from runner.train.trainer import autocast
 
 IGNORED = -100  # torch's cross_entropy leaves these labels out
@@ -52,8 +53,9 @@ def held_out(spec: RunSpec, model: Any, tokenizer: Any, options: argparse.Namesp
     spec = spec.model_copy(update={"train": spec.train.model_copy(update={"packing": False})})
     if options.data:
         spec = _on(spec, str(options.data))
-    examples = build_trainer.read(spec)
-    rows = build_trainer.tokenise(examples, tokenizer, spec)[0 if options.data else 1]
+    objective = objective_of(spec)
+    examples = objective.read()
+    rows = build_trainer.tokenise(objective, examples, tokenizer)[0 if options.data else 1]
     if rows is None:
         raise RequestError(Problem("the run held no rows out", None, "name some with --data"))
     total, count = 0.0, 0

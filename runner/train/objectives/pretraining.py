@@ -15,12 +15,15 @@ from typing import Any
 
 from datasets.arrow_writer import ArrowWriter
 
+from runner import spec as schema
 from runner.data.chat_tokenizer import begun, ended
 from runner.data.examples import Example, fingerprint
 from runner.data.pretraining.sharder import lines_of
-from runner.data.pretraining.workspace import manifest_of
+from runner.data.pretraining.workspace import manifest_of, workspace_of
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
+from runner.train.objectives.objective import Examples
+from runner.train.objectives.sft import NextToken
 from runner.train.token_cache import ROWS, Tell, Tokenised, stored, tokenizer_fingerprint
 
 AT_ONCE = 512
@@ -145,3 +148,22 @@ def _text(example: Example) -> str:
         what = "objective=pretrain learns plain text, and the rows are conversations"
         raise RequestError(Problem(what, "data", "write objective=sft, or data.format=text data.text_field=…"))
     return example.text
+
+
+class Pretrain(NextToken):
+    """Plain text, of `data` or of shards."""
+
+    def read(self) -> Examples:
+        """Shards are streams; rows of `data` are read as ever."""
+        assert isinstance(self.spec.objective, schema.Pretrain)
+        place = workspace_of(self.spec.objective)
+        if place is None:
+            return super().read()
+        train, val = Shards(place.train), Shards(place.val)
+        return Examples(train, val if len(val) else None, f"{train.fingerprint}{val.fingerprint}", [])
+
+    def tokenise(
+        self, rows: Shards | Sequence[Any], tokenizer: Any, tell: Tell | None = None, *, held: bool = False
+    ) -> Tokenised:
+        """Sequences of equal length."""
+        return tokenise(rows, tokenizer, self.spec, tell, held=held)

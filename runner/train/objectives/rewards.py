@@ -6,17 +6,15 @@ list under its name; it answers with one number each.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from runner.data import reward_files
-from runner.errors import Problem, RequestError
+from runner.data import user_files
+from runner.errors import RequestError
 from runner.spec import Grpo
+from runner.train import user_code
 
 Reward = Callable[..., list[float]]
 
@@ -39,7 +37,7 @@ def _rights(right: Any) -> list[str]:
 
 def regex(pattern: str) -> Reward:
     """1 where the pattern is found; RequestError for one that cannot be read."""
-    if problem := reward_files.pattern(pattern):
+    if problem := user_files.pattern(pattern):
         raise RequestError(problem)
     wanted = re.compile(pattern, re.DOTALL)
 
@@ -82,7 +80,7 @@ def _function(name: str, objective: Grpo) -> Reward:
     if name == "length":
         return length(objective.reward_length)
     known: dict[str, Reward] = {"exact_match": exact_match, "json": json_validity}
-    return known[name] if name in known else _own(name)
+    return known[name] if name in known else user_code.load(name, "objective.rewards", "function")
 
 
 def _named(function: Reward, name: str) -> Reward:
@@ -93,24 +91,3 @@ def _named(function: Reward, name: str) -> Reward:
 
     reward.__name__ = name.rpartition(":")[2]
     return reward
-
-
-def _own(name: str) -> Reward:
-    file, _, function = name.rpartition(":")
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise RequestError(Problem(f"there is no {file}", f"objective.rewards={name}", "name a Python file"))
-    made = importlib.util.spec_from_file_location(f"rewards_{path.stem}", path)
-    assert made is not None and made.loader is not None
-    module = importlib.util.module_from_spec(made)
-    sys.path.insert(0, str(path.absolute().parent))  # as `python FILE` does: what lies beside it can be imported
-    try:
-        made.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
-        what = f"{file} cannot be read: {type(error).__name__}: {error}"
-        raise RequestError(Problem(what, f"objective.rewards={name}", "run it by itself to see where")) from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise RequestError(Problem(f"{file} has no function {function}", f"objective.rewards={name}", "define it"))
-    own: Reward = found
-    return own

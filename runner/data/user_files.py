@@ -1,4 +1,4 @@
-"""Static checks of `objective.rewards`: names, syntax, parameters, patterns.
+"""Static checks of Python files of the user: of reward functions, and of the classes of objectives and trackers.
 
 A user's file is parsed and not run: it may import what only the machine that trains has.
 """
@@ -53,26 +53,35 @@ def pattern(regex: str) -> Problem | None:
 
 
 def _of(name: str, given: set[str] | None, here: bool) -> list[Problem]:
-    file, _, function = name.rpartition(":")
     source = f"objective.rewards={name}"
+    node, found = _defined(name, source, "function", here)
+    return found + (_signature(node, given, source) if isinstance(node, _Function) else [])
+
+
+def of_class(name: str, key: str, *, here: bool) -> list[Problem]:
+    """Everything that is wrong with a class of the user's, `FILE.py:CLASS`."""
+    return _defined(name, f"{key}={name}", "class", here)[1]
+
+
+def _defined(name: str, source: str, kind: str, here: bool) -> tuple[ast.stmt | None, list[Problem]]:
+    """The statement that defines a name in a file, where it is one, and what is wrong with the file."""
+    file, _, wanted = name.rpartition(":")
     try:
         tree = ast.parse(Path(file).expanduser().read_bytes(), file)
     except OSError as error:
-        return [Problem(f"{file} cannot be read: {error.strerror}", source, "name a Python file")]
+        return None, [Problem(f"{file} cannot be read: {error.strerror}", source, "name a Python file")]
     except (SyntaxError, ValueError) as error:  # a null byte is a ValueError
         line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
         what = f"{file} cannot be read: {line}{type(error).__name__}: {getattr(error, 'msg', error)}"
-        return [Problem(what, source, f"correct it: python {file} shows where")]
+        return None, [Problem(what, source, f"correct it: python {file} shows where")]
     bound: dict[str, ast.stmt | None] = dict(_bound(tree.body))
-    if function not in bound and not _is_dynamic(tree):
-        near = nearest(function, [key for key, node in bound.items() if isinstance(node, _Function)])
-        what = f"{file} has no function {function}"
-        return [Problem(what, source, f"did you mean {file}:{near}?" if near else "define it")]
+    if wanted not in bound and not _is_dynamic(tree):
+        sort = _Function if kind == "function" else ast.ClassDef
+        near = nearest(wanted, [key for key, node in bound.items() if isinstance(node, sort)])
+        what = f"{file} has no {kind} {wanted}"
+        return None, [Problem(what, source, f"did you mean {file}:{near}?" if near else "define it")]
     found = list(_absent(tree, file, source)) if here else list(_left_behind(file, source))
-    node = bound.get(function)
-    if isinstance(node, _Function):
-        found += _signature(node, given, source)
-    return found
+    return bound.get(wanted), found
 
 
 def _signature(node: _Function, given: set[str] | None, source: str) -> list[Problem]:

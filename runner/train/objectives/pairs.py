@@ -1,23 +1,27 @@
-"""TRL's trainers for preferences and marked answers, with guards and records.
+"""Base of the objectives over preferences and marked answers: mixins of their trainers, and the reference model.
 
-They have no types: hence each `type: ignore` at a `super()`.
+TRL's trainers have no types: hence each `type: ignore` at a `super()`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from datasets import Dataset
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
-from trl.experimental.cpo import CPOConfig, CPOTrainer
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from datasets import Dataset, Features, List, Value
+from peft import get_peft_model
 
-from runner.spec import Dpo, Kto, Orpo, Reward, RunSpec
-from runner.train.evaluation.heldout import Row, RowMeans
+from runner.data.preference_tokens import PreferenceSettings
+from runner.plan.objective_passes import passes_of
+from runner.spec import Full, RunSpec
+from runner.train import model_loading
+from runner.train.evaluation.heldout import RowMeans
 from runner.train.guarded_trainer import LossGuardMixin
+from runner.train.model_loading import DTYPES
+from runner.train.objectives import preference_dataset
+from runner.train.objectives.objective import Objective
 from runner.train.row_ids import KEY
+from runner.train.token_cache import Tell, Tokenised
 
 REWARDS = {
     "rewards/margins": "reward_margin",
@@ -86,7 +90,7 @@ def spans_of(row: dict[str, Any], name: str) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-class _Prepared(_Pairs):
+class Prepared(_Pairs):
     """The rows are tokenised already (preference_dataset.py)."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -107,72 +111,7 @@ class _Prepared(_Pairs):
         self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *given]))
 
 
-class DpoTrainer(_Prepared, DPOTrainer):  # type: ignore[misc]  # trl has no types
-    """Sigmoid, IPO and hinge."""
-
-    METRICS = REWARDS
-
-
-class KtoTrainer(_Prepared, KTOTrainer):  # type: ignore[misc]  # trl has no types
-    """Marked answers; the KL divergence is estimated from answers exchanged within a micro batch, and over all held-out
-    rows where they are measured."""
-
-    METRICS = REWARDS | {"kl": "kl"}
-    exchanged: tuple[Any, ...] = ()
-    """Log probabilities of the exchanged answers in the last held-out row: the model's, then the reference's."""
-
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        """Every row gets the answer of the row before it, in groups of the micro batch as in TRL; held out, of all."""
-        _, settings, name = args
-        size = len(dataset) if name == "eval" else settings.per_device_train_batch_size
-        order: list[int] = []
-        for start in range(0, len(dataset), size):
-            group = range(start, min(start + size, len(dataset)))
-            order += [group[-1], *group[:-1]]
-        for column in ("completion_ids", "completion_given"):
-            values = list(dataset[column])
-            dataset = dataset.add_column(f"KL_{column}", [values[index] for index in order])
-        return dataset
-
-    def _compute_kl_logps(self, model: Any, batch: Any) -> Any:
-        found = super()._compute_kl_logps(model, batch)
-        if not self.model.training:
-            self.exchanged = (*self.exchanged, found)
-        return found
-
-    def described(self, row: Row, inputs: Any) -> Row:
-        """With the divergence as it is, which TRL clamps at 0."""
-        ours, theirs, *_ = (*self.exchanged, inputs.get("ref_KL_logps"))
-        self.exchanged = ()
-        return row | {"kl": float(ours) - float(theirs)}
-
-    def means(self, rows: list[Row]) -> Row:
-        """TRL's loss (arXiv 2402.01306, equation 7) with one divergence for all rows."""
-        found = super().means(rows)
-        found["kl"] = max(0.0, found["kl"])
-        losses = []
-        for row in rows:
-            wanted = "rewards/chosen" in row
-            gain = (
-                row["rewards/chosen"] - self.beta * found["kl"]
-                if wanted
-                else self.beta * found["kl"] - row["rewards/rejected"]
-            )
-            weight = self.desirable_weight if wanted else self.undesirable_weight
-            losses.append(weight * (1 - 1 / (1 + math.exp(-gain))))
-        found["loss"] = sum(losses) / len(losses)
-        if "rewards/chosen" in found and "rewards/rejected" in found:
-            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-        return found
-
-
-class RewardsTrainer(_Prepared, RewardTrainer):  # type: ignore[misc]  # trl has no types
-    """A reward model."""
-
-    METRICS = {"accuracy": "reward_accuracy", "margin": "reward_margin", "mean_reward": "reward"}  # noqa: RUF012  # as in LossGuardMixin, read only
-
-
-class _Labelled(_Pairs):
+class Labelled(_Pairs):
     """TRL's older trainers, which want each sequence with mask and labels.
 
     Their next-token loss is a mean over the tokens of a micro batch. Here it is one over those of a whole step (or of
@@ -234,57 +173,54 @@ class _Labelled(_Pairs):
         return 2 * len(masks[0]) * width, int(sum(mask.sum() for mask in masks))
 
 
-class OrpoTrainer(_Labelled, ORPOTrainer):  # type: ignore[misc]  # trl has no types
-    """Next-token loss and odds ratio."""
+class Compared(Objective):
+    """An objective over rows that are tokenised in columns, with a reference model where its loss asks for one."""
 
-    METRICS = _Labelled.METRICS | {"log_odds_ratio": "log_odds_ratio"}
-    LEARNED = ("chosen_attention_mask", 0)  # the prompt, too
+    trainer_class: Any
+    columns: tuple[str, ...] = ("prompt_ids", "chosen_ids", "chosen_given", "rejected_ids", "rejected_given")
+    """Columns of token ids."""
+    adapter_first = False
+    """TRL's older trainers (ORPO and CPO in TRL 1.16) would make every other weight of a packed base fp32
+    (`prepare_model_for_kbit_training`), so they get a model with its adapter."""
 
+    def tokenise(
+        self, rows: Sequence[Any], tokenizer: Any, tell: Tell | None = None, *, held: bool = False
+    ) -> Tokenised:
+        """As `Objective.tokenise`, in `columns`."""
+        return preference_dataset.tokenise(rows, tokenizer, self.spec, self.row_settings(), self.features(rows), tell)
 
-class CpoTrainer(_Labelled, CPOTrainer):  # type: ignore[misc]  # trl has no types
-    """CPO and SimPO."""
+    def row_settings(self) -> PreferenceSettings:
+        """Tokens that a row may have, and what is cut."""
+        return PreferenceSettings(self.spec.train.max_length, 1, False)
 
+    def features(self, rows: Sequence[Any]) -> Features:
+        """Arrow's types of the columns."""
+        return Features(dict.fromkeys(self.columns, List(Value("int32"))))
 
-def config_of(spec: RunSpec, shared: dict[str, Any]) -> Any:
-    """Our settings in the words of the objective's TRL trainer; `shared` are those that all have."""
-    objective = spec.objective
-    if isinstance(objective, Dpo) and objective.has_reference:
-        robust = objective.loss == "sigmoid" and objective.label_smoothing > 0
-        return DPOConfig(
-            **shared,
-            beta=objective.strength,
-            loss_type=["robust" if robust else objective.loss],
-            label_smoothing=objective.label_smoothing,
-            precompute_ref_log_probs=objective.precompute_reference,
-        )
-    if isinstance(objective, Dpo):
-        weight = objective.chosen_weight
-        return CPOConfig(
-            **shared,
-            beta=objective.strength,
-            loss_type="simpo" if objective.loss == "simpo" else "sigmoid",
-            label_smoothing=objective.label_smoothing,
-            simpo_gamma=objective.simpo_margin,
-            cpo_alpha=weight if isinstance(weight, float) else 0.0 if objective.loss == "simpo" else 1.0,
-            remove_unused_columns=False,
-        )
-    if isinstance(objective, Kto):
-        return KTOConfig(
-            **shared,
-            beta=objective.beta,
-            desirable_weight=objective.desirable_weight,
-            undesirable_weight=objective.undesirable_weight,
-            precompute_ref_log_probs=objective.precompute_reference,
-        )
-    if isinstance(objective, Orpo):
-        return ORPOConfig(**shared, beta=objective.beta, remove_unused_columns=False)
-    assert isinstance(objective, Reward)
-    return RewardConfig(**shared, center_rewards_coefficient=objective.center)
+    def trainer(self, source: str, model: Any, adapter: Any, common: dict[str, Any]) -> LossGuardMixin:
+        """With a copy of the model as its reference, where that is needed."""
+        if self.adapter_first and adapter is not None:
+            model, adapter = _adapted(self.spec, model, adapter), None
+        if passes_of(self.spec.objective, self.spec.method).copy:
+            common["ref_model"] = reference(self.spec, source)
+        made: LossGuardMixin = self.trainer_class(model=model, peft_config=adapter, **common)
+        return made
 
 
-def trainer_of(spec: RunSpec) -> type[LossGuardMixin]:
-    """The objective's trainer."""
-    objective = spec.objective
-    if isinstance(objective, Dpo):
-        return DpoTrainer if objective.has_reference else CpoTrainer
-    return {"kto": KtoTrainer, "orpo": OrpoTrainer, "reward": RewardsTrainer}[objective.name]
+def reference(spec: RunSpec, source: str) -> Any:
+    """The model as it is before training, frozen, in the width of the arithmetic. An adapter needs none: switched off,
+    it leaves its base."""
+    frozen = spec.model_copy(update={"method": Full(master_weights=False)})
+    return model_loading.load_model(frozen, source).requires_grad_(False)
+
+
+def _adapted(spec: RunSpec, model: Any, config: Any) -> Any:
+    """The adapter put on as TRL's newer trainers do: 16 bits wide over a packed base, under ZeRO-3 like the base."""
+    sharded = spec.deepspeed.name.startswith("zero3")
+    packed = spec.method.packed
+    whole = get_peft_model(model, config, autocast_adapter_dtype=not sharded or packed)
+    if packed:
+        for name, parameter in whole.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(DTYPES["bf16"])
+    return whole

@@ -1,0 +1,193 @@
+"""Each thing that CONTRIBUTING says can be added from outside the package is added from a folder of a user's, and used.
+
+Files lie in a temporary folder, which `--config-dir` names; nothing of `runner/` is changed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+
+from runner.cli.options import request_of
+from runner.errors import RequestError
+from runner.plan.model_shape import shape_of
+from runner.plan.trainable import training_of
+from runner.resolve.steps import resolved
+from runner.rundir.directory import RunDir
+from runner.runs import inputs
+from runner.spec import RunSpec
+from runner.spec.input_paths import named_places
+from tests.conftest import train_here
+from tests.support import tiny_llama
+from tests.support.front import here, laptop, runner
+
+__all__ = ["here", "laptop"]  # fixtures
+
+OBJECTIVE = """
+from runner.train.guarded_trainer import GuardedTrainer
+from runner.train.objectives.sft import Sft
+
+
+class PenalisedTrainer(GuardedTrainer):
+    METRICS = {"penalty": "penalty"}
+    penalty = 0.0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        extra = self.penalty * outputs.logits.float().square().mean()
+        self.last = float(extra)
+        return (loss + extra, outputs) if return_outputs else loss + extra
+
+    def log(self, logs, start_time=None):
+        super().log({**logs, "penalty": self.last} if "loss" in logs else logs, start_time)
+
+
+class Penalised(Sft):
+    trainer_class = PenalisedTrainer
+
+    def trainer(self, source, model, adapter, common):
+        made = super().trainer(source, model, adapter, common)
+        made.penalty = self.spec.objective.options["penalty"]
+        return made
+"""
+TRACKER = """
+from runner.train.trackers import Tracker
+
+
+class Lines(Tracker):
+    def start(self):
+        self.file = open(self.run.path / "lines.txt", "w")
+        return "Lines: lines.txt"
+
+    def log(self, file, line):
+        self.file.write(f"{file} {line['step']} {line['loss']}\\n")
+
+    def finish(self, summary):
+        self.file.write(f"end {summary['state']}\\n")
+        self.file.close()
+
+
+class Broken(Lines):
+    def log(self, file, line):
+        raise OSError("the disk is full")
+"""
+
+
+@pytest.fixture
+def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf").mkdir()
+    return tmp_path / "conf"
+
+
+def write(conf: Path, group: str, name: str, text: str) -> None:
+    (conf / group).mkdir(parents=True, exist_ok=True)
+    (conf / group / f"{name}.yaml").write_text(text, "utf-8")
+
+
+def spec_of(conf: Path, *words: str) -> RunSpec:
+    base = [*tiny_llama.words(conf.parent), f"run.output_dir={conf.parent / 'runs'}", "train.max_steps=3"]
+    return resolved(request_of((*base, "eval.num_prompts=0", *words), (conf,)))[0]
+
+
+def trained(conf: Path, *words: str) -> tuple[Any, RunDir]:
+    return train_here(spec_of(conf, *words))
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "arguments", "trainable"),
+    [
+        ("HRA", {"r": 4}, "r * inputs"),
+        ("FOURIERFT", {"n_frequency": 50, "scaling": 10.0}, "n_frequency"),
+        ("BOFT", {"boft_block_size": 4}, "inputs * boft_block_size + outputs"),
+    ],
+)
+def test_a_peft_method_is_a_yaml_file(conf: Path, peft_type: str, arguments: dict[str, Any], trainable: str) -> None:
+    content = {"name": "mine", "peft_type": peft_type, "arguments": arguments, "trainable": trainable}
+    write(conf, "method", "mine", f"# @package _global_\n# One of PEFT's.\nmethod: {json.dumps(content)}\n")
+    finished, run = trained(conf, "method=mine", "train.learning_rate=1e-2")
+    assert run.read("status.json")["method"] == "mine" and len(list(run.metrics())) == 3
+    spec = spec_of(conf, "method=mine")
+    training = training_of(shape_of(spec.model), spec.method, "bf16", deepspeed=False)
+    assert training.trainable == sum(p.numel() for p in finished.model.parameters() if p.requires_grad)
+    assert isinstance(finished.model, PeftModel) and (run.path / "model" / "adapter_config.json").is_file()
+
+
+def test_an_objective_is_a_class_and_a_yaml_file(conf: Path, tmp_path: Path) -> None:
+    (tmp_path / "penalised.py").write_text(OBJECTIVE, "utf-8")
+    write(conf, "objective", "penalised", "name: sft\ncode: penalised.py:Penalised\noptions: {penalty: 0.25}\n")
+    _, run = trained(conf, "objective=penalised")
+    penalties = [line["penalty"] for line in run.metrics()]
+    assert len(penalties) == 3 and all(value > 0 for value in penalties)
+    _, harder = trained(conf, "objective=penalised", "objective.options.penalty=1.0")
+    assert next(harder.metrics())["penalty"] == pytest.approx(4 * penalties[0], rel=1e-3)
+
+    spec = inputs.with_absolute_paths(spec_of(conf, "objective=penalised"))
+    assert spec.objective.code == f"{tmp_path / 'penalised.py'}:Penalised"  # so the file travels to a pod with the run
+    assert dict(named_places(spec))["objective.code"] == str(tmp_path / "penalised.py")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("penalised.py:Nobody", "has no class Nobody"),
+        ("penalised.py:PenalisedTrainer", "is no subclass of runner.train.objectives.sft.Sft"),
+        ("absent.py:Any", "there is no absent.py"),
+    ],
+)
+def test_a_class_that_is_no_objective_is_said(conf: Path, tmp_path: Path, code: str, said: str) -> None:
+    (tmp_path / "penalised.py").write_text(OBJECTIVE, "utf-8")
+    with pytest.raises(RequestError) as caught:
+        trained(conf, f"objective.code={code}")
+    assert said in str(caught.value)
+
+
+def test_a_tracker_is_a_class_and_a_yaml_file(conf: Path, tmp_path: Path) -> None:
+    (tmp_path / "lines.py").write_text(TRACKER, "utf-8")
+    write(conf, "track", "lines", "name: own\ncode: lines.py:Lines\n")
+    _, run = trained(conf, "track=lines")
+    steps = [f"metrics.jsonl {line['step']} {line['loss']}" for line in run.metrics()]
+    before, after = (f"evals.jsonl {line['step']} {line['loss']}" for line in run.evals())
+    assert (run.path / "lines.txt").read_text("utf-8").splitlines() == [before, *steps, after, "end done"]
+
+
+def test_a_tracker_that_fails_stops_no_training(conf: Path, tmp_path: Path) -> None:
+    (tmp_path / "lines.py").write_text(TRACKER, "utf-8")
+    write(conf, "track", "broken", "name: own\ncode: lines.py:Broken\n")
+    _, run = trained(conf, "track=broken")
+    assert run.state() == "done" and len(list(run.metrics())) == 3
+
+
+@pytest.mark.usefixtures("here")
+def test_code_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    result = runner("objective.code=absent.py:Mine", "train.max_steps=1")
+    assert result.exit_code == 2 and "absent.py" in result.stderr and "FILE.py:CLASS" in result.stderr
+    (tmp_path / "mine.py").write_text("import nothing_of_that_name\n\nclass Mine: ...\n", "utf-8")
+    for word, said in (("objective.code=mine.py:Min", "mine.py:Mine"), ("objective.code=mine.py:Mine", "pip install")):
+        result = runner(word, "train.max_steps=1")
+        assert result.exit_code == 2 and said in " ".join(result.stderr.split())
+    own = tmp_path / "own"
+    write(own, "track", "lacking", "name: own\n")
+    write(own, "track", "absent", "name: own\ncode: absent.py:Lines\n")
+    for name, said in (("lacking", "write code: FILE.py:CLASS"), ("absent", "absent.py")):
+        result = runner("--config-dir", str(own), f"track={name}", "train.max_steps=1")
+        assert result.exit_code == 2 and said in " ".join(result.stderr.split()), result.stderr
+
+
+def test_a_model_is_a_yaml_file(conf: Path, tmp_path: Path) -> None:
+    folder = tiny_llama.base(tmp_path / "mine")
+    write(
+        conf, "model", "mine",
+        f"name: mine\nid: {folder}\narchitecture: llama\nhidden_size: 64\nintermediate_size: 128\nnum_layers: 3\n"
+        "num_heads: 4\nnum_kv_heads: 2\nvocab_size: 64\ncontext_length: 128\ntie_embeddings: true\n",
+    )  # fmt: skip
+    words = tiny_llama.words(tmp_path)[2:]
+    request = request_of(
+        ("model=mine", *words, "train.max_steps=1", "eval.num_prompts=0", f"run.output_dir={tmp_path}"), (conf,)
+    )
+    _, run = train_here(resolved(request)[0])
+    assert run.read("summary.json")["model"] == "mine"
