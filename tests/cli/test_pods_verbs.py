@@ -53,7 +53,7 @@ def test_a_pod_of_ones_own_from_up_to_terminate(emulator: Emulator, here: Path) 
     assert (row["pod_id"], row["state"], row["status"]) == (made["pod_id"], "RUNNING", "RUNNING")
     assert row["run_id"] == made["run_id"] and row["usd"] > 0 and not row["held"]
     assert made["pod_id"] in runner("pods", "list").output
-    assert answered("pods", "reap", "--yes") == {"ended": []}  # it is within its deadline
+    assert answered("pods", "reap", "--yes") == {"ended": [], "stopped": []}  # it is within its deadline
     assert answered("pods", "stop", made["run_id"])["state"] == "stopped"
     assert answered("pods")[0]["state"] == "STOPPED" and answered("pods")[0]["usd_per_hour"] == 0
     assert answered("pods", "terminate", made["pod_id"]) == {"pod_id": made["pod_id"], "state": "gone"}
@@ -261,9 +261,9 @@ def test_reap_ends_what_is_past_its_deadline_and_all_only_if_asked(emulator: Emu
     RunPod().stop(kept)
     other = elsewhere("somebody-else")
     assert {row["state"] for row in answered("pods")} == {"ELSEWHERE"}
-    assert answered("pods", "reap", "--yes") == {"ended": [late]}
+    assert answered("pods", "reap", "--yes")["ended"] == [late]
     assert set(emulator.pods()) == {young, kept, other}
-    assert answered("pods", "reap", "--all", "--yes") == {"ended": [young, kept]}
+    assert answered("pods", "reap", "--all", "--yes") == {"ended": [young, kept], "stopped": []}
     assert set(emulator.pods()) == {other}  # never one that is not this project's
     assert runner("pods", "terminate", other).exit_code == 2
 
@@ -276,7 +276,7 @@ def test_reap_says_what_it_cannot_judge(emulator: Emulator, monkeypatch: pytest.
         patched.setattr(RunPod, "time", lambda self: None)
         result = runner("pods", "reap", "--yes")
     assert "nothing to end" in result.output and f"past their deadline: {late}; " in " ".join(result.stderr.split())
-    assert answered("pods", "reap", "--yes") == {"ended": [late]}
+    assert answered("pods", "reap", "--yes")["ended"] == [late]
 
 
 def test_an_end_that_cannot_be_confirmed_is_exit_1_with_the_pod_and_the_command(
