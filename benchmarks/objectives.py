@@ -19,6 +19,8 @@ from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 
 HELD_OUT = 40
+QUESTIONS = 30
+"""Held-out questions of GRPO: of 60 held-out sentences 15 name no hardware, and as many are taken that do."""
 SYSTEM = "Answer with the command only."
 YES_OR_NO = "Is hardware named? Answer yes or no."
 SHARED = ("model=smollm2_135m", "method=lora", "hw=cpu", "train.precision=bf16", "data=file", "eval.num_prompts=0")
@@ -35,7 +37,7 @@ WARM_UP = (
 GRPO = (
     f"data.system_prompt='{YES_OR_NO}'", "train.max_length=80", "train.max_steps=40", "train.batch_size=32",
     "train.micro_batch_size=32", "objective.num_generations=4", "objective.max_new_tokens=4",
-    "train.learning_rate=1e-4", "eval.num_prompts=40", "eval.max_new_tokens=4",
+    "train.learning_rate=1e-4", f"eval.num_prompts={QUESTIONS}", "eval.max_new_tokens=4",
 )  # fmt: skip
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dpo": ("pairs", PAIRS),
@@ -56,6 +58,11 @@ questions share no sentence with the training rows, and ask for combinations tha
 GRPO asks whether a sentence names hardware; the reward is 1 for exactly `yes` or `no`, where that is right, else 0.
 As it comes the model never says just that, and would learn nothing. So it goes on from {warm_up} supervised steps
 that answer right, but two times out of three as `Yes.` or `No.`: which spelling is wanted it has from the reward alone.
+{warmed}
+"""
+WARMED = """\
+Those steps took {warm_up_seconds:.0f} s, which the table's seconds do not hold. The {questions} held-out questions,
+half with hardware and half without, share neither a sentence nor a command with the training rows of either stage.
 """
 ORDER = """\
 DPO and KTO measure against the model as it was, so their margin begins at 0. The same for all, by the saved adapter in
@@ -110,11 +117,12 @@ def write_rows(folder: Path) -> list[dict[str, str]]:
         both = list(pairs(rows, seed))
         _write(folder / f"pairs{end}.jsonl", both)
         _write(folder / f"answers{end}.jsonl", judged(both))
-    asked = questions([*held, *train])  # no sentence comes twice in all of them
-    _write(folder / "questions_held_out.jsonl", asked[:HELD_OUT])
-    _write(folder / "questions.jsonl", asked[HELD_OUT:])
-    for end, some in (("", asked[HELD_OUT:]), ("_held_out", asked[:8])):
-        _write(folder / f"spellings{end}.jsonl", spellings(some))
+    train, held = commands_dataset.examples(count_eval=2 * QUESTIONS)
+    commands = {row["completion"] for row in train}
+    assert not any(row["completion"] in commands for row in held)
+    for end, asked in (("", questions(train)), ("_held_out", questions(held)[:QUESTIONS])):
+        _write(folder / f"questions{end}.jsonl", asked)
+        _write(folder / f"spellings{end}.jsonl", spellings(asked[:8] if end else asked))
     return both
 
 
@@ -145,6 +153,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if objective in ("dpo", "kto", "orpo"):
                 measured["runs"][objective]["order"] = _order(run, held)
         spec = RunSpec.model_validate(run.read("spec.json"))
+        warm = [RunDir(file.parent).read("summary.json") for file in folder.glob("runs/warm_up/*/summary.json")]
+    if warm:
+        measured |= {"warm_up_seconds": warm[0]["seconds"], "questions": QUESTIONS}
     return measured | {"precision": spec.train.precision, "cores": spec.hw.num_cpus, "warm_up": _steps(WARM_UP)}
 
 
@@ -226,9 +237,10 @@ def _order(run: RunDir, held: Sequence[Mapping[str, str]]) -> dict[str, list[flo
 def section(measured: dict[str, Any]) -> str:
     """Explanation and tables."""
     cores = f"{measured['cores']} thread" + ("s" if measured["cores"] > 1 else "")
+    warmed = WARMED.format(**measured) if "warm_up_seconds" in measured else ""
     return "\n".join(
         [
-            EXPLANATION.format(**measured | {"cores": cores}),
+            EXPLANATION.format(**measured | {"cores": cores, "warmed": warmed}).rstrip() + "\n",
             table(
                 ["objective", "steps × rows", "learning rate", "held out", "before", "after", "seconds", "peak GiB"],
                 [_row(name, run) for name, run in measured["runs"].items()],
