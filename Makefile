@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test test-slow test-all test-latest coverage lint types format check docs docs-check bench build clean
+.PHONY: help setup run test test-slow test-all test-latest coverage lint types format check docs docs-check mutants bench build clean
 
 help:  ## List these habits
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +57,9 @@ docs: $(VENV)/.dev  ## Write the generated pages of docs/
 
 docs-check: $(VENV)/.dev
 	@$(BIN)/python -m docs.generate --check
+
+mutants: $(VENV)/.dev  ## Change the code that guards money and work, and see which changes the tests notice
+	@$(BIN)/python -m benchmarks mutants $(ARGS)
 
 bench: $(VENV)/.dev  ## Measure what the README claims
 	@$(BIN)/python -m benchmarks $(ARGS)

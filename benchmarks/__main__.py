@@ -25,6 +25,7 @@ from benchmarks import (
     matrix,
     matrix_page,
     memory_accuracy,
+    mutants,
     objectives,
     reliability_page,
     startup,
@@ -48,6 +49,7 @@ BENCHMARKS = {
         chaos_cloud,
         chaos_agents,
         chaos_pods,
+        mutants,
     )
 }  # fmt: skip
 ELSEWHERE = {"memory_accuracy", "matrix", "chaos", "chaos_cloud", "chaos_agents", "chaos_pods"}
