@@ -106,13 +106,7 @@ def _mutants(file: str, tests: tuple[str, ...], at_once: int) -> dict[str, Any]:
         "commit": git("rev-parse", "--short=12", "HEAD"),
         "seconds": round(time.monotonic() - began),
         "states": dict(Counter(ends.values())),
-        "untested": sorted(
-            {
-                name.rpartition("__mutmut")[0].rpartition(".x")[2].lstrip("_ǁ")
-                for name, end in ends.items()
-                if end == "untested"
-            }
-        ),
+        "untested": sorted({name.rpartition("__mutmut")[0] for name, end in ends.items() if end == "untested"}),
         "survivors": [_difference(text) for text in shown.values()],
     }
 

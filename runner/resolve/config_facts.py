@@ -28,7 +28,12 @@ def wrong_target_modules(spec: RunSpec) -> Problem | None:
     what = f"method.target_modules=[{','.join(targets)}]: none of them is in {spec.model.name}, and nothing would train"
     if len(unknown) < len(targets):
         what = f"method.target_modules: {spec.model.name} has no module {', '.join(unknown)}"
-    return Problem(what, None, f"choose among its linear layers: {', '.join(sorted(linear))}; or write all-linear")
+    remedy = f"choose among its linear layers: {', '.join(sorted(linear))}"
+    if "feedforward_modules" in getattr(spec.method, "arguments", {}):
+        return Problem(
+            what, None, f"{remedy}; and write the MLP's last one in method.arguments.feedforward_modules, too"
+        )
+    return Problem(what, None, f"{remedy}; or write all-linear")
 
 
 def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:

@@ -54,10 +54,21 @@ def test_every_recipe_plans(recipe: str) -> None:
     assert content["fits"], content["reasons"]
 
 
+IA3 = {"phi2": ("[k_proj,v_proj,fc2]", "[fc2]"), "phi3_mini": ("[qkv_proj,down_proj]", "[down_proj]")}
+"""(IA)³'s layers in families that do not call them as Llama does."""
+
+
 @pytest.mark.parametrize("method", catalog.options("method"))
 @pytest.mark.parametrize("model", ["mistral7b", "phi2", "mixtral_8x7b", "qwen3_8b", "phi3_mini", "smollm2_135m"])
 def test_every_method_plans_every_kind_of_model(model: str, method: str) -> None:
-    content = plan(f"model={model}", f"method={method}", "hw=h200x8")
+    named: tuple[str, ...] = ()
+    if method == "ia3" and model in IA3:
+        refused = runner("plan", f"model={model}", "method=ia3", "hw=h200x8")
+        assert refused.exit_code == 2
+        assert "the MLP's last one in method.arguments.feedforward_modules, too" in " ".join(refused.stderr.split())
+        targets, inside = IA3[model]
+        named = (f"method.target_modules={targets}", f"method.arguments.feedforward_modules={inside}")
+    content = plan(f"model={model}", f"method={method}", "hw=h200x8", *named)
     assert content["peak_gib"]["expected"] > 0.5
     assert content["trainable_parameters"] > 0
 
@@ -368,7 +379,7 @@ def test_fit_by_time_puts_the_fastest_first() -> None:
 
 def test_fit_tells_what_to_change_where_a_method_does_not_fit() -> None:
     rows = {row["method"]: row for row in fit("model=llama3_8b", "hw=rtx4090")}
-    assert set(rows) == set(catalog.options("method"))
+    assert set(rows) == {"full", "freeze", "lora", "qlora4", "qlora8"}  # other adapters are planned when named
     assert rows["qlora4"]["fits"]
     assert not rows["full"]["fits"]
     assert rows["full"]["note"].startswith("fits with ")
