@@ -171,7 +171,7 @@ def _of_pod(plan: Plan) -> list[str]:
     """Main memory and vCPUs of a rented machine, which nobody can choose: they come with the GPUs."""
     has = [f"{plan.host_capacity_gib:.0f} GiB"] if plan.host_capacity_gib else []
     has += [f"{plan.host_cpus} vCPUs"] if plan.host_cpus else []
-    return [f"(a pod has {' and '.join(has)} at least)"] if has and plan.where == "runpod" else []
+    return [f"(a pod has {' and '.join(has)} at least)"] if has and plan.where != "local" else []
 
 
 _PROCESS = ("process", "processes")

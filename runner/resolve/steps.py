@@ -111,6 +111,13 @@ def choose_stage_and_batch(spec: RunSpec, resolution: Resolution) -> RunSpec:
     return found
 
 
+def note_unread_keys(spec: RunSpec, resolution: Resolution) -> RunSpec:
+    """Name keys that have no effect in this combination; before a pod is sized, for what is decided nobody wrote."""
+    source = resolution.source_of
+    resolution.notes += unused(spec, source.typed) if isinstance(source, Sources) else unused(spec)
+    return spec
+
+
 def size_pod(spec: RunSpec, resolution: Resolution) -> RunSpec:
     """Decide the disks and the deadline of a pod from the plan."""
     return plan_inputs.with_disks_and_deadline(spec)
@@ -118,7 +125,15 @@ def size_pod(spec: RunSpec, resolution: Resolution) -> RunSpec:
 
 FACTS: tuple[Step, ...] = (detect_hardware, read_hostfile, choose_attention, read_deepspeed_json, add_model_facts)
 """Steps that look facts up; every `auto` stays open."""
-STEPS: tuple[Step, ...] = (*FACTS, choose_place, check_rules, check_workspace, choose_stage_and_batch, size_pod)
+STEPS: tuple[Step, ...] = (
+    *FACTS,
+    choose_place,
+    check_rules,
+    check_workspace,
+    choose_stage_and_batch,
+    note_unread_keys,
+    size_pod,
+)
 """From a composed run to a resolved one, in this order."""
 
 
@@ -133,8 +148,7 @@ def resolve(
     """A composed run with nothing left open, and notes for the user; RequestError and CannotRunError by its steps."""
     resolution = Resolution(spec, source_of, needed=needed, fetch=fetch)
     ready = _apply(STEPS, spec, resolution)
-    unread = unused(ready, source_of.typed) if isinstance(source_of, Sources) else unused(ready)
-    return ready, [*resolution.notes, *unread]
+    return ready, resolution.notes
 
 
 def with_facts(spec: RunSpec, source_of: SourceOf = lambda key: None, *, needed: bool = False) -> RunSpec:

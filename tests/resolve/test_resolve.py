@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 
+from runner.cli.options import request_of
 from runner.config.compose import compose
 from runner.config.request import Request
 from runner.errors import RequestError
@@ -153,5 +154,14 @@ def test_a_request_is_resolved_by_its_steps_in_order_and_validated_once(monkeypa
     steps.resolve(compose(Request()))
     assert seen == [
         "detect_hardware", "read_hostfile", "choose_attention", "read_deepspeed_json", "add_model_facts",
-        "choose_place", "check_rules", "validated", "check_workspace", "choose_stage_and_batch", "size_pod",
+        "choose_place", "check_rules", "validated", "check_workspace", "choose_stage_and_batch", "note_unread_keys",
+        "size_pod",
     ]  # fmt: skip
+
+
+def test_a_size_that_nobody_wrote_is_not_named_as_without_effect() -> None:
+    """A CPU pod has no volume disk: that is said of a size that was typed, not of one that was decided."""
+    words = ("where=runpod", "hw=cpu", "where.max_usd=1")
+    for typed, said in (((), False), (("where.volume_gb=30",), True)):
+        _, notes = steps.resolved(request_of((*words, *typed), ()))
+        assert any("where.volume_gb has no effect" in note for note in notes) == said
