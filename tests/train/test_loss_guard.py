@@ -26,7 +26,7 @@ from runner.rundir.directory import RunDir, shown
 from runner.train import model_loading, row_ids
 from runner.train.guarded_trainer import GuardedTrainer
 from runner.train.loss_guard import MAX_REWINDS, LossGuard, MicroBatch, is_spike, step_losses
-from runner.train.trainer import CountingTrainer, settings
+from runner.train.trainer import CountingTrainer, settings, shared_settings
 from tests.conftest import ROOT, spec_of
 
 VOCABULARY = 64
@@ -82,7 +82,7 @@ class Lab:
 
     def trainer(self, data: Dataset, **changed: Any) -> GuardedTrainer:
         guard = LossGuard(self.spec.train, self.run, note=self.notes.append)
-        args = settings(self.spec, self.run, 100, [])
+        args = settings(self.spec, shared_settings(self.spec, self.run, 100, []))
         args.num_train_epochs, args.max_steps = 1, -1
         return GuardedTrainer(
             model=model(), args=args, train_dataset=data, eval_dataset=data.select(range(2)),
