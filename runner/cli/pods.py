@@ -109,11 +109,11 @@ def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool
     Example:
       python -m runner pods start mistral7b-qlora4-20261125-164234-ab12 --hours 2
     """
-    from runner.cloud import access, fleet, reuse_pod
+    from runner.cloud import fleet, pod_shell, reuse_pod
     from runner.cloud.interactive import check_hours, described
 
     check_hours(hours)
-    values = access.env_values(env)
+    values = pod_shell.env_values(env)
     api, ledger = _ready()
     name, pod_id, _ = fleet.find_pod(api, ledger, run)
     entry = ledger.entry(name)
@@ -163,7 +163,7 @@ def ssh(run: str, command: Arguments) -> None:
       python -m runner pods ssh <run> nvidia-smi
     """
 
-    from runner.cloud.access import open_shell
+    from runner.cloud.pod_shell import open_shell
 
     api, ledger = _ready()
     sys.exit(open_shell(api, ledger, run, command))
@@ -185,7 +185,7 @@ def tunnel(run: str, ports: tuple[str, ...]) -> None:
       python -m runner pods tunnel <run>
       python -m runner pods tunnel <run> -p 9000:8888
     """
-    from runner.cloud.access import open_tunnel
+    from runner.cloud.pod_shell import open_tunnel
 
     api, ledger = _ready()
     open_tunnel(api, ledger, run, ports, lambda line: click.echo(line, err=True))
@@ -205,7 +205,7 @@ def top(run: str, every: float, once: bool, as_json: bool) -> None:
       python -m runner pods top <run>
       python -m runner pods top <run> --once --json
     """
-    from runner.cloud.access import connect_to, gpu_usage
+    from runner.cloud.pod_shell import connect_to, gpu_usage
     from runner.report.pod_tables import watch_gpus
 
     api, ledger = _ready()
@@ -317,10 +317,10 @@ def up(
       python -m runner pods up hw=rtx4090 --hours 3 --env HF_TOKEN
       python -m runner pods up hw=rtx4090 where.cloud=community where.max_usd=2 --hours 3 --yes
     """
-    from runner.cloud import access, interactive
+    from runner.cloud import interactive, pod_shell
     from runner.resolve.steps import resolved
 
-    values = access.env_values(env)
+    values = pod_shell.env_values(env)
     api, ledger = _ready()
     request = request_of(("where=runpod", *words), config_dirs)
     spec = interactive.spec_for(resolved(request)[0], hours)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from runner.cloud import access, budget, clock, ssh_keys
+from runner.cloud import budget, clock, pod_shell, ssh_keys
 from runner.cloud.lease import Lease
 from runner.cloud.lifecycle import acquire, find_offers
 from runner.cloud.provider import Offer, Provider, place_of
@@ -102,6 +102,6 @@ def _send_env(rented: Lease, pair: ssh_keys.KeyPair, env: dict[str, str]) -> Non
     pod = rented.pod
     connection = connection_to(pod, pair.private)
     try:
-        access.place_env(connection, rented.run_id, env)
+        pod_shell.place_env(connection, rented.run_id, env)
     finally:
         connection.close()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.cloud import access, budget, clock, fleet, handover, ssh, ssh_keys, termination, transfer
+from runner.cloud import budget, clock, fleet, handover, pod_shell, ssh, ssh_keys, termination, transfer
 from runner.cloud.budget import Meter, deadline_of, spent
 from runner.cloud.errors import BadHostError, NoCapacityError
 from runner.cloud.lease import Lease
@@ -169,7 +169,7 @@ def start(api: Provider, ledger: Ledger, word: str, hours: float, say: Say, env:
             )  # fmt: skip
             transfer.arm(at, order | {"fresh": False}, say)
             if env:
-                access.place_env(at.connection, run_id, env)
+                pod_shell.place_env(at.connection, run_id, env)
         finally:
             at.connection.close()
         rented.mark("RUNNING", "it is a person's own until its deadline")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.config.suggestions import nearest
-from runner.data import user_files
+from runner.data import user_code_checks
 from runner.data.chat_tokenizer import template_of
 from runner.data.examples import (
     Example,
@@ -125,9 +125,9 @@ def check_rows(spec: RunSpec) -> list[str]:
         problems.append(nothing_held_out(spec))
     if isinstance(objective, Grpo):
         known = {name for part in parts for name in part.columns} if all(part.whole for part in parts) else None
-        problems += user_files.problems(objective, known, here=spec.where.name == "local")
+        problems += user_code_checks.problems(objective, known, here=spec.where.name == "local")
         if known and "exact_match" in objective.rewards and not problems and not any(part.answered for part in parts):
-            problems.append(user_files.nothing_right(known))
+            problems.append(user_code_checks.nothing_right(known))
     if problems:
         refuse(problems)
     return notes

@@ -1,4 +1,4 @@
-"""The all-reduce of `runner.train.bandwidth`, in processes of its own with a limit of time, and what to make of it."""
+"""Run `runner.train.all_reduce_benchmark` in processes of its own, with a limit of time, and judge its figures."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def unmeasured(num_gpus: int) -> Finding:
 def _torchrun(processes: int, arguments: list[str], env: dict[str, str], limit_s: float) -> str | None:
     """Start the ranks and wait; None where all is well, else what went wrong. No process is left behind."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "runner.train.bandwidth", *arguments]
+    command += ["-m", "runner.train.all_reduce_benchmark", *arguments]
     quiet = {"OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", "1"), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     launcher = subprocess.Popen(
         command, env={**env, **quiet}, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

@@ -201,7 +201,7 @@ def _states(
         ).buckets  # fmt: skip
         if buckets:
             fixed["ddp_buckets"] = buckets
-        if job.passes.copy:
+        if job.passes.separate_reference:
             fixed["reference"] = reference_bytes(training)
         return fixed, {"gradients": trained} | paged, {}, _moments(training, job.optimizer) if paged else 0.0
     assert config is not None
@@ -214,7 +214,7 @@ def _states(
         persistent=norms_and_biases(training.shape) if training.method == "full" else 0,
     )  # fmt: skip
     fixed = {"weights": terms.weights, "master_weights": terms.master, "optimizer": terms.optimizer}
-    if job.passes.copy:  # ZeRO-3 shards it, lower stages hold all of it everywhere (`prepare_deepspeed`, TRL)
+    if job.passes.separate_reference:  # ZeRO-3 shards it, lower stages hold all of it (`prepare_deepspeed`, TRL)
         fixed["reference"] = reference_bytes(training) / (job.world if stage.startswith("zero3") else 1)
     last = {"gradients": terms.kept_gradients, "zero_step": terms.step}
     extra = {"zero_gathered": terms.gathered, "zero_buckets": terms.buckets, "gradients": terms.gradients}

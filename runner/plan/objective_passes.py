@@ -15,7 +15,7 @@ from typing import Literal
 
 from runner.plan.model_shape import Shape, shape_of
 from runner.spec import Dpo, Grpo, Kto, Method, Objective, Orpo, Reward, RunSpec
-from runner.spec.agreement import has_reference
+from runner.spec.cross_checks import has_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Passes:
     """Forward passes over as many sequences, without gradients."""
     over_held: bool = False
     """The last of them runs while what the model's own pass keeps is held."""
-    copy: bool = False
+    separate_reference: bool = False
     """The reference is a model of its own: with adapters it is the model without them."""
     head: Literal["own", "fused", "logits", "number"] = "own"
     """own: as in supervised learning; fused: TRL's tiles on any device; logits: all of them; number: a reward."""

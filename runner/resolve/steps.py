@@ -19,7 +19,7 @@ from runner.machine import detect, hostfile, kernels
 from runner.plan import auto_values
 from runner.resolve import config_facts, place, plan_inputs
 from runner.spec import RunSpec
-from runner.spec.unused import unused
+from runner.spec.unused_keys import unused
 
 
 @dataclass

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runner.data import user_files
+from runner.data import user_code_checks
 from runner.data.readers.sources import files_digest, files_of
 from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
@@ -69,7 +69,7 @@ def with_moved(run: RunDir, old: RunSpec, new: RunSpec) -> RunSpec:
 
 
 def _called(key: str, path: str) -> str:
-    imports = is_code(key) and len(user_files.sources(path)) > 1
+    imports = is_code(key) and len(user_code_checks.sources(path)) > 1
     return f"{path} or a module it imports" if imports else path
 
 
@@ -87,5 +87,5 @@ def _digest(key: str, path: str) -> str | None:
     with suppress(OSError, RequestError):
         if place.is_dir():
             return files_digest([str(file) for file in sorted(place.rglob("*")) if file.is_file()])
-        return files_digest(user_files.sources(path) if is_code(key) else files_of(path))
+        return files_digest(user_code_checks.sources(path) if is_code(key) else files_of(path))
     return None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from runner.config import credentials
 from runner.config.suggestions import nearest
-from runner.data import user_files
+from runner.data import user_code_checks
 from runner.data.pretraining.tokenizer import is_hub_id
 from runner.data.pretraining.workspace import workspace_of
 from runner.errors import Problem, RequestError
@@ -80,7 +80,7 @@ def _files(spec: RunSpec) -> Iterator[Problem]:
             yield Problem(problem.what, problem.source, f"name a Python file and its {kind}: FILE.py:{kind.upper()}")
     for key, name in (("objective.code", spec.objective.code), ("track.code", spec.track.code)):
         if name is not None and Path(name.rpartition(":")[0]).expanduser().is_file():
-            yield from user_files.of_class(name, key, here=spec.where.name == "local")
+            yield from user_code_checks.of_class(name, key, here=spec.where.name == "local")
     yield from _pretraining(spec)
     template = data.chat_template
     if template is not None and not _is_named(template):

@@ -32,7 +32,7 @@ from runner.rundir.lock import owned
 from runner.runs import input_digests, inputs, unread_keys
 from runner.runs import resume as resuming
 from runner.runs.content_checks import check_contents
-from runner.runs.executor_table import executor_of
+from runner.runs.executors import executor_of
 from runner.spec import RunSpec
 
 

@@ -6,12 +6,12 @@ names (`memory_gib`, `usd_per_hour`). The sentence under a field is its document
 `conf/` hold only what a choice changes.
 """
 
-from runner.spec.base_model import Auto, Layers, Named, Part
 from runner.spec.data import DataSpec, SourceSpec
 from runner.spec.hw import DeepSpeedSpec, HardwareSpec
 from runner.spec.method import Freeze, Full, Lora, Method, Peft, QLora4, QLora8
 from runner.spec.model import ModelSpec
 from runner.spec.objective import Dpo, Grpo, Kto, Objective, Orpo, Pretrain, Reward, Sft
+from runner.spec.part import Auto, Layers, Named, Part
 from runner.spec.run import RunInfo, RunSpec, SweepSpec
 from runner.spec.train import EvalSpec, PushSpec, TrackSpec, TrainSpec
 from runner.spec.where import AutoPlace, LocalPlace, RentedPlace, RunPodPlace, Where

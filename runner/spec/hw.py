@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from runner.spec.base_model import Named, Part
+from runner.spec.part import Named, Part
 
 
 class HardwareSpec(Named):

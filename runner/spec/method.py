@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from runner.spec import adapters
-from runner.spec.base_model import Layers, Part
 from runner.spec.layer_ranges import parse_layers
+from runner.spec.part import Layers, Part
 
 Kind = Literal["full", "freeze", "lora", "qlora4", "qlora8", "peft"]
 """How a method trains, whatever its name: all adapters of PEFT's other types are `peft`."""

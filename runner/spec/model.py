@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from runner.spec.base_model import Named
+from runner.spec.part import Named
 
 
 class ModelSpec(Named):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from runner.spec.base_model import CODE, Auto, Part
+from runner.spec.part import CODE, Auto, Part
 
 REWARDS = ("exact_match", "regex", "length", "json")
 """Reward functions with a name; any other is `FILE.py:FUNCTION`."""

@@ -7,14 +7,14 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from runner.spec.agreement import disagreements
-from runner.spec.base_model import Part
+from runner.spec.cross_checks import disagreements
 from runner.spec.data import DataSpec
 from runner.spec.hw import DeepSpeedSpec, HardwareSpec
 from runner.spec.layer_ranges import parse_layers
 from runner.spec.method import Method
 from runner.spec.model import ModelSpec
 from runner.spec.objective import Objective, Sft
+from runner.spec.part import Part
 from runner.spec.train import EvalSpec, PushSpec, TrackSpec, TrainSpec
 from runner.spec.where import LocalPlace, RentedPlace, Where
 

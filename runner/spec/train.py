@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from runner.spec.base_model import CODE, Auto, Part
+from runner.spec.part import CODE, Auto, Part
 
 
 class TrackSpec(Part):

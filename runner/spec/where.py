@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from runner.spec.base_model import Auto, Part
+from runner.spec.part import Auto, Part
 
 LONGEST_HOURS = 366 * 24
 """No pod runs for longer: a deadline that never comes is none."""

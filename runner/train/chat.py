@@ -29,9 +29,11 @@ def main() -> int:
     quiet_libraries(run.path / "logs" / "rank0.log")
     console = Console(stderr=True)
     try:
-        from runner.train import finished_run
+        from runner.train import inference_spec
 
-        spec = finished_run.here(spec, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+        spec = inference_spec.here(
+            spec, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
+        )
         with console.status("Loading the model …"):
             model, tokenizer = load(spec, run, base=options.base)
     except RunnerError as error:
@@ -71,7 +73,7 @@ def main() -> int:
 
 def load(spec: RunSpec, run: RunDir, *, base: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer of a finished run, loaded as a user of plain transformers and peft would; an adapter's base
-    stops where its template ends a turn. `spec` is the run's as it is opened here (finished_run.py)."""
+    stops where its template ends a turn. `spec` is the run's as it is opened here (inference_spec.py)."""
     from runner.train import stop_tokens
 
     model, tokenizer = _loaded(spec, run, base=base)

@@ -13,7 +13,7 @@ from runner.config import deepspeed_json
 from runner.plan import zero
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.train import moe_checks
+from runner.train import moe_compat
 
 FILE = "deepspeed.json"
 _gather = trl_utils.maybe_gather_lm_head_ctx
@@ -52,7 +52,7 @@ def settle(model: Any) -> None:
     """
     from deepspeed.utils import set_z3_leaf_module  # not installed everywhere
 
-    for block in moe_checks.blocks(model):
+    for block in moe_compat.blocks(model):
         set_z3_leaf_module(block, True)
     trl_utils.maybe_gather_lm_head_ctx = _Fetched(model)
 

@@ -18,7 +18,7 @@ from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
 from runner.spec import Freeze, Full, Lora, Method, Peft, QLora4, QLora8, Reward, RunSpec
 from runner.spec.layer_ranges import parse_layers
-from runner.train.lora_targets import check_names, linear_names, unfit
+from runner.train.adapter_targets import check_names, linear_names, unfit
 from runner.train.model_loading import DTYPES
 
 

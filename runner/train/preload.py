@@ -26,7 +26,7 @@ from runner.rundir.directory import RunDir
 from runner.spec import Lora, Pretrain, RunSpec
 from runner.train import model_loading
 from runner.train.evaluation.baseline import adds_nothing
-from runner.train.objectives.table import objective_of
+from runner.train.objectives.registry import objective_of
 
 ROWS, WEIGHTS = "rows", "weights"
 THREADS_LEAVE_SECONDS = 2.0

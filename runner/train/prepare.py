@@ -60,7 +60,7 @@ def prepared(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     from runner.train import model_loading, pretraining_stages
     from runner.train.distributed import Ranks
     from runner.train.objectives import build_trainer  # torch and transformers: after the first line
-    from runner.train.objectives.table import objective_of
+    from runner.train.objectives.registry import objective_of
     from runner.train.token_cache import line_of
 
     began = time.perf_counter()

@@ -41,7 +41,7 @@ from runner.train.heartbeat import Heartbeat
 from runner.train.loss_guard import LossGuard
 from runner.train.memory_stats import Peaks
 from runner.train.objectives import build_trainer
-from runner.train.objectives.table import objective_of
+from runner.train.objectives.registry import objective_of
 from runner.train.run_environment import check_same, environment, fingerprints
 from runner.train.token_cache import line_of
 from runner.train.trackers import tracker_of

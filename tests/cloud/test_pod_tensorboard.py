@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runner.cloud import access
+from runner.cloud import pod_shell
 from runner.emulator.container import free_port
 from tests.support.emulated import needs_sshd
 from tests.support.sshd import server
@@ -43,7 +43,7 @@ def test_it_shows_the_runs_on_the_pods_disk(tmp_path: Path, port: str) -> None:
     with server(tmp_path / "ssh") as there:
         connection = there.connection()
         for _ in range(2):  # the second finds the first
-            assert access.serve_tensorboard(connection, port, f"RUNNER_RP_ENVIRONMENT={tmp_path / 'rp'}; ") is None
+            assert pod_shell.serve_tensorboard(connection, port, f"RUNNER_RP_ENVIRONMENT={tmp_path / 'rp'}; ") is None
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=20) as answer:
             assert json.load(answer) == ["run-1/tensorboard"]
         connection.close()
@@ -58,6 +58,6 @@ def test_a_pod_without_it_says_what_to_do(tmp_path: Path, port: str) -> None:
     (tmp_path / "bin" / "python3").chmod(0o755)
     with server(tmp_path / "ssh") as there:
         connection = there.connection()
-        why = access.serve_tensorboard(connection, port, f"export PATH={tmp_path / 'bin'}:$PATH; ")
+        why = pod_shell.serve_tensorboard(connection, port, f"export PATH={tmp_path / 'bin'}:$PATH; ")
         connection.close()
     assert why is not None and "a run installs it" in why

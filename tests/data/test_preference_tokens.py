@@ -24,7 +24,7 @@ from runner.errors import RequestError
 from runner.spec import DataSpec, RunSpec
 from runner.train.objectives.grpo import GrpoTrainer
 from runner.train.objectives.pairs import Given
-from runner.train.objectives.table import objective_of
+from runner.train.objectives.registry import objective_of
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import SPECIAL, body
 from tests.data.test_tokenize_rows import tokenizer

@@ -23,8 +23,8 @@ from runner.runs import launch
 from runner.runs.content_checks import check_contents
 from runner.runs.unread_keys import UNREAD, is_read
 from runner.spec import RunSpec
-from runner.spec.base_model import Part
-from runner.spec.unused import _candidates, _facts
+from runner.spec.part import Part
+from runner.spec.unused_keys import _candidates, _facts
 from runner.train.prepare import prepared
 from tests.conftest import train_here
 from tests.support import preferences
@@ -76,7 +76,7 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         while frame.f_back and _is_schema(frame.f_globals["__name__"], frame.f_code.co_name):
             frame = frame.f_back
         name = frame.f_globals["__name__"]
-        return name.startswith("runner.") and name not in ("runner.spec.unused", "runner.spec.agreement")
+        return name.startswith("runner.") and name not in ("runner.spec.unused_keys", "runner.spec.cross_checks")
 
     def _is_schema(module: str, function: str) -> bool:
         aside = module.endswith((".unused", ".agreement"))

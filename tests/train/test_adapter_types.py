@@ -17,7 +17,7 @@ from runner.errors import RequestError
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.train import chat, finished_run
+from runner.train import chat, inference_spec
 from runner.train.export import export
 from runner.train.merge import adapter as merging
 from runner.train.merge import proof
@@ -79,7 +79,7 @@ def test_an_adapter_lives_as_long_as_loras(method: str, train: Callable[..., Any
     moved = proof.agreement(expected, exact(untouched)).typical_difference
     assert proof.agreement(expected, exact(merged)).typical_difference < moved / 4
 
-    opened = finished_run.here(spec)
+    opened = inference_spec.here(spec)
     model, tokenizer = chat.load(opened, run)
     assert isinstance(chat.answer(opened, model, tokenizer, [{"role": "user", "content": "w5 w9"}], 3), str)
 

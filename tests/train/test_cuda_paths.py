@@ -36,11 +36,11 @@ from runner.report.known_causes import cause_of
 from runner.report.progress import Progress
 from runner.rundir.directory import RunDir
 from runner.spec import RunPodPlace, RunSpec
-from runner.train import callbacks, chat, finished_run, model_loading, peft_methods, trainer
+from runner.train import callbacks, chat, inference_spec, model_loading, peft_methods, trainer
 from runner.train.distributed import Ranks
 from runner.train.loss_guard import LossGuard
 from runner.train.objectives import build_trainer
-from runner.train.objectives.table import objective_of
+from runner.train.objectives.registry import objective_of
 from tests.conftest import spec_of, train_here
 from tests.machine.test_hardware import H100, T4, V100, fake_nvml, put_nvidia_smi, root_with
 from tests.support import preferences, tiny_llama
@@ -766,14 +766,14 @@ def test_chat_answers_on_a_cpu_whatever_the_run_was_trained_on(
     hw: str, stage: str, train: dict[str, Any], method: str, trained: dict[str, tuple[RunSpec, RunDir]]
 ) -> None:
     spec, run = trained[method]
-    here = finished_run.here(of_a_pod(spec, hw, stage, **train))
+    here = inference_spec.here(of_a_pod(spec, hw, stage, **train))
     assert (here.hw.accelerator, here.deepspeed.name, here.hw.world_size) == ("cpu", "none", 1)
     model, tokenizer = chat.load(here, run)
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert model.config._attn_implementation == "sdpa"
     text = chat.answer(here, model, tokenizer, [{"role": "user", "content": "w4 w15 w26"}], 4)
-    own, its = chat.load(finished_run.here(spec), run)
-    assert text == chat.answer(finished_run.here(spec), own, its, [{"role": "user", "content": "w4 w15 w26"}], 4)
+    own, its = chat.load(inference_spec.here(spec), run)
+    assert text == chat.answer(inference_spec.here(spec), own, its, [{"role": "user", "content": "w4 w15 w26"}], 4)
 
 
 @pytest.mark.parametrize("hw", ["h100", "t4"])
@@ -811,7 +811,7 @@ def test_on_another_gpu_a_run_is_opened_with_what_that_can(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=0: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=0: "NVIDIA GPU")
     pod = of_a_pod(on("hw=cpu", "method=qlora4"), "h100x3", "zero3", precision=precision, attention=attention)
-    found = finished_run.here(pod)
+    found = inference_spec.here(pod)
     assert (found.train.precision, found.train.attention) == expected
     assert (found.hw.accelerator, found.hw.num_gpus, found.deepspeed.name) == ("cuda", 1, "none")
     monkeypatch.setattr(model_loading, "is_flash_attn_2_available", lambda: False)
@@ -826,7 +826,7 @@ def test_a_gpu_that_torch_does_not_see_is_said_before_the_cpu_is_taken(monkeypat
     monkeypatch.setattr(torch_build, "installed_torch", lambda: Torch("2.13.0", (13, 0)))
     monkeypatch.setattr(torch_build, "driver", lambda: Driver("550.54.15", (12, 4)))
     said: list[str] = []
-    assert finished_run.here(on("hw=t4"), said.append).hw.accelerator == "cpu"
+    assert inference_spec.here(on("hw=t4"), said.append).hw.accelerator == "cpu"
     assert len(said) == 1 and "does not see 1 × Tesla T4" in said[0] and "the driver serves CUDA 12.4" in said[0]
 
 

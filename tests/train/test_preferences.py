@@ -14,7 +14,7 @@ from runner.data import commands_dataset
 from runner.errors import RequestError
 from runner.train import model_loading
 from runner.train.objectives import build_trainer
-from runner.train.objectives.table import objective_of
+from runner.train.objectives.registry import objective_of
 from runner.train.token_cache import line_of
 from tests.conftest import spec_of, train_here
 from tests.support import preferences

@@ -9,7 +9,7 @@ import pytest
 
 from runner.errors import RequestError
 from runner.spec import Grpo
-from runner.train.objectives import rewards
+from runner.train.objectives import reward_functions
 
 
 def said(*texts: str) -> list[list[dict[str, str]]]:
@@ -19,7 +19,7 @@ def said(*texts: str) -> list[list[dict[str, str]]]:
 
 def of(name: str, *texts: str, answer: str | None = None, **knobs: object) -> list[float]:
     """What one function says of some answers to the same question."""
-    (function,) = rewards.functions(Grpo.model_validate({"rewards": [name], **knobs}))
+    (function,) = reward_functions.functions(Grpo.model_validate({"rewards": [name], **knobs}))
     columns = {"prompts": [[]] * len(texts), "completion_ids": [[]] * len(texts), "answer": [answer] * len(texts)}
     return function(completions=said(*texts), **columns)
 
@@ -47,7 +47,7 @@ def test_a_function_of_ones_own_gets_the_rows_fields(tmp_path: Path) -> None:
         "def level(completions, level, **rest):\n"
         "    return [len(c[-1]['content']) * n for c, n in zip(completions, level)]\n"
     )
-    (function,) = rewards.functions(Grpo(rewards=[f"{file}:level"]))
+    (function,) = reward_functions.functions(Grpo(rewards=[f"{file}:level"]))
     assert function.__name__ == "level"
     assert function(prompts=[[]], completions=said("abc"), completion_ids=[[]], level=[2]) == [6]
 
@@ -64,7 +64,7 @@ def test_what_is_wrong_with_a_users_file(name: str, content: str | None, what: s
     if content:
         (tmp_path / "mine.py").write_text(content)
     with pytest.raises(RequestError, match=what):
-        rewards.functions(Grpo(rewards=[f"{tmp_path}/{name}"]))
+        reward_functions.functions(Grpo(rewards=[f"{tmp_path}/{name}"]))
 
 
 def test_a_broken_pattern_is_named() -> None:

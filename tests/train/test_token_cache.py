@@ -63,7 +63,8 @@ def given(body: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def writer(kind: str, given: Path, cache: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", WRITER, kind, str(given)], cwd=ROOT, env={**os.environ, "RUNNER_CACHE": str(cache)},
+        [sys.executable, "-c", WRITER, kind, str(given)], cwd=ROOT,
+        env={**os.environ, "RUNNER_CACHE": str(cache), "WANDB_MODE": ""},  # offline, transformers prints a line
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 

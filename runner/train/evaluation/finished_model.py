@@ -13,12 +13,12 @@ from torch.nn import functional
 from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
 from runner.spec import DataSpec, Pretrain, RunSpec, Sft
-from runner.train import finished_run
+from runner.train import inference_spec
 from runner.train.artifact_verbs import Say
 from runner.train.chat import load
 from runner.train.evaluation.before_after import MOST
 from runner.train.objectives import build_trainer
-from runner.train.objectives.table import objective_of
+from runner.train.objectives.registry import objective_of
 from runner.train.trainer import autocast
 
 IGNORED = -100  # torch's cross_entropy leaves these labels out
@@ -27,7 +27,7 @@ IGNORED = -100  # torch's cross_entropy leaves these labels out
 def evaluation(spec: RunSpec, run: RunDir, options: argparse.Namespace, say: Say) -> dict[str, Any]:
     """What was measured, also written to `eval.json`."""
     began = time.monotonic()
-    spec = finished_run.here(spec, say)
+    spec = inference_spec.here(spec, say)
     model, tokenizer = load(spec, run, base=options.base)
     model.eval()
     facts: dict[str, Any] = {"run_id": run.id, "model": "base" if options.base else "tuned"}

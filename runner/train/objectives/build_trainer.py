@@ -8,7 +8,7 @@ from transformers import PrinterCallback
 
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.train import deepspeed_config, model_loading, moe_checks, peft_methods, trainer
+from runner.train import deepspeed_config, model_loading, moe_compat, peft_methods, trainer
 from runner.train.guarded_trainer import LossGuardMixin
 from runner.train.objectives.objective import Examples, Objective
 from runner.train.token_cache import Tell, Tokenised
@@ -56,11 +56,11 @@ def build(
     train, held = rows
     common |= {"train_dataset": train.rows, "eval_dataset": held.rows if held else None, "processing_class": tokenizer}
     config = peft_methods.adapter_config(spec, model)
-    with moe_checks.prepared(model):
+    with moe_compat.prepared(model):
         made: Any = objective.trainer(source, model, config, common)
     made.remove_callback(PrinterCallback)
     made.learning_rate_ratio = getattr(spec.method, "learning_rate_ratio", 1.0)
-    made.aux_loss_enabled = getattr(made, "aux_loss_enabled", False) and moe_checks.has_experts(model)
+    made.aux_loss_enabled = getattr(made, "aux_loss_enabled", False) and moe_compat.has_experts(model)
     peft_methods.widen(spec, made.model)
     if spec.deepspeed.name.startswith("zero3"):
         deepspeed_config.settle(made.model)

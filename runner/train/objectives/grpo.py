@@ -21,7 +21,7 @@ from runner.train import row_ids
 from runner.train.evaluation.generation import plain
 from runner.train.guarded_trainer import LossGuardMixin
 from runner.train.model_loading import DTYPES
-from runner.train.objectives import rewards
+from runner.train.objectives import reward_functions
 from runner.train.objectives.objective import Examples
 from runner.train.objectives.pairs import Compared
 
@@ -112,7 +112,10 @@ class Grpo(Compared):
     def judge(self, examples: Examples) -> Callable[[list[str]], dict[str, float]]:
         """The reward functions over the first `eval.num_prompts` held-out rows."""
         objective = self.asked_for
-        functions, weights = rewards.functions(objective), objective.reward_weights or [1.0] * len(objective.rewards)
+        functions, weights = (
+            reward_functions.functions(objective),
+            objective.reward_weights or [1.0] * len(objective.rewards),
+        )
         asked = [row for row in examples.held or () if isinstance(row, PromptExample)][: self.spec.eval.num_prompts]
 
         def of(answers: list[str]) -> dict[str, float]:
@@ -165,7 +168,7 @@ class Grpo(Compared):
 
     def trainer(self, source: str, model: Any, adapter: Any, common: dict[str, Any]) -> GrpoTrainer:
         """With the reward functions; TRL loads a reference itself."""
-        common["reward_funcs"] = rewards.functions(self.asked_for)
+        common["reward_funcs"] = reward_functions.functions(self.asked_for)
         common["eval_dataset"] = None  # the reward of greedy answers is what is measured (before_after.py)
         made: GrpoTrainer = self.trainer_class(model=model, peft_config=adapter, **common)
         narrow(made, DTYPES[str(self.spec.train.precision)])

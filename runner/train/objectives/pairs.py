@@ -201,7 +201,7 @@ class Compared(Objective):
         """With a copy of the model as its reference, where that is needed."""
         if self.adapter_first and adapter is not None:
             model, adapter = _adapted(self.spec, model, adapter), None
-        if passes_of(self.spec.objective, self.spec.method).copy:
+        if passes_of(self.spec.objective, self.spec.method).separate_reference:
             common["ref_model"] = reference(self.spec, source)
         made: LossGuardMixin = self.trainer_class(model=model, peft_config=adapter, **common)
         return made

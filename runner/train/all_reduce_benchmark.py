@@ -1,6 +1,6 @@
 """How fast an all-reduce is between the processes of this machine: NCCL over GPUs, gloo over CPU processes.
 
-    python -m torch.distributed.run --standalone --nproc-per-node=2 -m runner.train.bandwidth RESULT.json gloo
+    torchrun --standalone --nproc-per-node=2 -m runner.train.all_reduce_benchmark RESULT.json gloo
 
 Every rank adds up tensors of some sizes; rank 0 writes `{"backend", "world_size", "sizes": [{"mib", "ms",
 "bus_gb_s"}]}`. Bus bandwidth is 2(n−1)/n × bytes / time, which does not depend on the number of processes n and

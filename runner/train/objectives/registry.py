@@ -11,7 +11,7 @@ from runner.train.objectives.kto import Kto
 from runner.train.objectives.objective import Objective
 from runner.train.objectives.orpo import Orpo
 from runner.train.objectives.pretraining import Pretrain
-from runner.train.objectives.reward import Reward
+from runner.train.objectives.reward_model import Reward
 from runner.train.objectives.sft import Sft
 
 OBJECTIVES: dict[str, type[Objective]] = {

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from runner.data import user_files
+from runner.data import user_code_checks
 from runner.errors import RequestError
 from runner.spec import Grpo
 from runner.train import user_code
@@ -37,7 +37,7 @@ def _rights(right: Any) -> list[str]:
 
 def regex(pattern: str) -> Reward:
     """1 where the pattern is found; RequestError for one that cannot be read."""
-    if problem := user_files.pattern(pattern):
+    if problem := user_code_checks.pattern(pattern):
         raise RequestError(problem)
     wanted = re.compile(pattern, re.DOTALL)
 
