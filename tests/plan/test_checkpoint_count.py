@@ -31,6 +31,10 @@ def test_a_longer_one_has_one_more_than_it_keeps_for_a_while() -> None:
     assert count(keep_checkpoints=0).at_once == 2
 
 
+def test_steps_longer_than_the_interval_are_all_followed_by_one() -> None:
+    assert count(step_seconds=2000.0, num_steps=5).written == 5
+
+
 def test_steps_and_minutes_count_both() -> None:
     assert count(save_every_minutes=None) == Checkpoints(1, 1, None)
     assert count(save_every_minutes=None, save_every_steps=100) == Checkpoints(10, 3, None)

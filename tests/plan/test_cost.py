@@ -15,6 +15,11 @@ def test_an_hour_of_training_on_a_rented_machine_is_held_longer() -> None:
     assert run.total == pytest.approx(1 + 0.1 + (14 * 60 + 60 + 15 + 30) / 3600)
 
 
+def test_loading_takes_longer_the_slower_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "LOAD_GB_S", 2.0)
+    assert cost.hours(training_s=0, load_gb=30).load * 3600 == pytest.approx(15)
+
+
 def test_a_machine_of_ones_own_pulls_no_image() -> None:
     assert cost.hours(training_s=60).total * 3600 == pytest.approx(80)  # and 20 s to import, load and tokenise
 
