@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent
+"""The package itself, wherever it is installed."""
+
 # The wheel carries conf/, recipes/ and deepspeed_configs/ below runner/assets; a checkout has
 # them beside runner/.
-ASSETS = _PACKAGE / "assets" if (_PACKAGE / "assets").is_dir() else _PACKAGE.parent
+ASSETS = PACKAGE / "assets" if (PACKAGE / "assets").is_dir() else PACKAGE.parent
 CONF = ASSETS / "conf"
 RECIPES = ASSETS / "recipes"
 DEEPSPEED_CONFIGS = ASSETS / "deepspeed_configs"

@@ -6,6 +6,7 @@ A user's file is parsed and not run: it may import what only the machine that tr
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 import sys
 import sysconfig
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from runner.config.suggestions import nearest
 from runner.errors import Problem
+from runner.paths import PACKAGE
 from runner.spec import Grpo
 
 ALWAYS = ("prompts", "completions", "completion_ids")
@@ -58,9 +60,33 @@ def _of(name: str, given: set[str] | None, here: bool) -> list[Problem]:
     return found + (_signature(node, given, source) if isinstance(node, _Function) else [])
 
 
-def of_class(name: str, key: str, *, here: bool) -> list[Problem]:
-    """Everything that is wrong with a class of the user's, `FILE.py:CLASS`."""
-    return _defined(name, f"{key}={name}", "class", here)[1]
+def of_class(name: str, key: str, base: str, *, here: bool) -> list[Problem]:
+    """Everything that is wrong with a class of the user's, `FILE.py:CLASS`, which has to be derived from `base`."""
+    source = f"{key}={name}"
+    node, found = _defined(name, source, "class", here)
+    if isinstance(node, _Function) or (isinstance(node, ast.ClassDef) and not _may_derive(node, name)):
+        what = f"{name} is no class" if isinstance(node, _Function) else f"{name} is derived from no other class"
+        found.append(Problem(what, source, f"derive it from {base}"))
+    return found
+
+
+def _may_derive(node: ast.ClassDef, name: str) -> bool:
+    """A base of the class comes from outside the file, as far as can be read; `object` and its like are no bases."""
+    tree = ast.parse(Path(name.rpartition(":")[0]).expanduser().read_bytes())
+    inside = dict(_bound(tree.body))
+    open_classes, seen = [node], {node.name}
+    while open_classes:
+        one = open_classes.pop()
+        if one.decorator_list or one.keywords:
+            return True  # whatever those make of it
+        for base in one.bases:
+            defined = inside.get(base.id) if isinstance(base, ast.Name) else None
+            if isinstance(defined, ast.ClassDef):
+                open_classes += [defined] if defined.name not in seen else []
+                seen.add(defined.name)
+            elif not (isinstance(base, ast.Name) and base.id not in inside and hasattr(builtins, base.id)):
+                return True
+    return False
 
 
 def _defined(name: str, source: str, kind: str, here: bool) -> tuple[ast.stmt | None, list[Problem]]:
@@ -166,7 +192,7 @@ def _left_behind(file: str, source: str) -> Iterator[Problem]:
 
 def sources(file: str) -> list[str]:
     """The file and every module of the user's own that it imports, however far, also inside functions: what decides
-    the rewards. Packages that are installed are not among them."""
+    the rewards. Packages that are installed are not among them, nor is this project's own, however it is installed."""
     found, open_files = [Path(file).expanduser()], [Path(file).expanduser()]
     while open_files:
         place = open_files.pop(0)
@@ -191,12 +217,20 @@ def _local(tree: ast.Module, file: Path, folder: Path | None = None) -> Iterator
         roots = [*file.parents[level - 1 : level]] if level else _roots(folder or file.parent)
         for name in names:
             parts = name.split(".")
+            if not level and _is_own(parts):
+                continue
             for root in roots:
                 places = [root.joinpath(*parts[: number + 1]) for number in range(len(parts))]
                 files = [one for p in places for one in (p / "__init__.py", p.with_name(f"{p.name}.py"))]
                 if there := [one for one in files if one.is_file()]:
-                    yield from ((root, one) for one in there)
+                    yield from ((root, one) for one in there if not one.resolve().is_relative_to(PACKAGE))
                     break
+
+
+def _is_own(parts: list[str]) -> bool:
+    """A dotted name is a module of this project's package, which is loaded already, whatever lies beside the file."""
+    places = [PACKAGE.joinpath(*parts[1:2]), PACKAGE.joinpath(*parts[1:2]).with_suffix(".py")]
+    return parts[0] == PACKAGE.name and any(place.exists() for place in places)
 
 
 def _roots(folder: Path) -> list[Path]:

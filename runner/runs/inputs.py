@@ -77,10 +77,18 @@ def _files(spec: RunSpec) -> Iterator[Problem]:
     for key, path in _code(spec):
         if problem := _missing(path, key, spec):
             kind = "function" if key.startswith("objective.rewards") else "class"
-            yield Problem(problem.what, problem.source, f"name a Python file and its {kind}: FILE.py:{kind.upper()}")
-    for key, name in (("objective.code", spec.objective.code), ("track.code", spec.track.code)):
-        if name is not None and Path(name.rpartition(":")[0]).expanduser().is_file():
-            yield from user_code_checks.of_class(name, key, here=spec.where.name == "local")
+            instead = f"name a Python file and its {kind}, FILE.py:{kind.upper()}"
+            if not Path(path).expanduser().is_absolute():
+                instead += f"; the path is relative to {Path.cwd()}, also one that a YAML file names"
+            yield Problem(problem.what, problem.source, instead)
+    name = spec.objective.name
+    base = f"{type(spec.objective).__name__} of runner.train.objectives, whose rows objective.name={name} are"
+    for key, code, wanted in (
+        ("objective.code", spec.objective.code, base),
+        ("track.code", spec.track.code, "runner.train.trackers.Tracker"),
+    ):
+        if code is not None and Path(code.rpartition(":")[0]).expanduser().is_file():
+            yield from user_code_checks.of_class(code, key, wanted, here=spec.where.name == "local")
     yield from _pretraining(spec)
     template = data.chat_template
     if template is not None and not _is_named(template):

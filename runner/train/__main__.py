@@ -25,6 +25,7 @@ from runner.report.text import print_problems
 from runner.rundir import checkpoints
 from runner.rundir.directory import PHASE_OF_STATE, RunDir
 from runner.rundir.records import OutOfMemory
+from runner.train import user_code
 
 RANK = int(os.environ.get("RANK", "0"))
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
@@ -80,6 +81,8 @@ def _explained(run: RunDir, pulse: Any, error: BaseException) -> int:
     code = error.exit_code if isinstance(error, RunnerError) else 1
     problems = error.problems if isinstance(error, RunnerError) else []
     what = str(error) if problems else f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    if not problems and (place := user_code.place_of(error)):
+        what = f"{what} ({place})"
     interrupted = isinstance(error, InterruptedRun)
     log = None if problems and oom is None else _keep_traceback(run, error)
     if oom is not None:

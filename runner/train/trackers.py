@@ -83,10 +83,10 @@ class WandB(Tracker):
 class Careful(Tracker):
     """A tracker of the user's, which cannot stop a training: what it raises is said once, and it is left out."""
 
-    def __init__(self, inner: Tracker, say: Callable[[str], None]) -> None:
-        super().__init__(inner.spec, inner.run)
-        self.inner: Tracker | None = inner
+    def __init__(self, own: type[Tracker], spec: RunSpec, run: RunDir, say: Callable[[str], None]) -> None:
+        super().__init__(spec, run)
         self.say = say
+        self.inner = self._attempt(lambda: own(spec, run))
 
     def start(self) -> str | None:
         return self._call(lambda inner: inner.start())
@@ -98,12 +98,15 @@ class Careful(Tracker):
         self._call(lambda inner: inner.finish(dict(summary)))
 
     def _call(self, call: Callable[[Tracker], T]) -> T | None:
-        if self.inner is None:
-            return None
+        inner = self.inner
+        return None if inner is None else self._attempt(lambda: call(inner))
+
+    def _attempt(self, call: Callable[[], T]) -> T | None:
         try:
-            return call(self.inner)
+            return call()
         except Exception as error:  # whatever a user's class raises
-            self.say(f"track.code is left out from here: {type(error).__name__}: {error}")
+            place = user_code.place_of(error) or f"track.code={self.spec.track.code}"
+            self.say(f"The tracker is left out from here: {type(error).__name__}: {error} ({place})")
             self.inner = None
             return None
 
@@ -120,7 +123,7 @@ def tracker_of(spec: RunSpec, run: RunDir, say: Callable[[str], None], main: boo
     if not (isinstance(own, type) and issubclass(own, Tracker)):
         what = f"{code} is no subclass of runner.train.trackers.Tracker"
         raise RequestError(Problem(what, "track.code", "derive it from that"))
-    return Careful(own(spec, run), say) if main else Tracker(spec, run)
+    return Careful(own, spec, run, say) if main else Tracker(spec, run)
 
 
 def _why_offline() -> str | None:

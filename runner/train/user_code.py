@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from runner.errors import Problem, RequestError
+
+_LOADED: dict[str, str] = {}
+"""Keys by the files that they named."""
 
 
 def load(name: str, key: str, kind: str = "class") -> Any:
@@ -18,6 +22,7 @@ def load(name: str, key: str, kind: str = "class") -> Any:
         raise RequestError(Problem(f"there is no {file}", source, "name a Python file"))
     made = importlib.util.spec_from_file_location(f"user_code_{path.stem}", path)
     assert made is not None and made.loader is not None
+    _LOADED[str(made.origin)] = key
     module = importlib.util.module_from_spec(made)
     sys.path.insert(0, str(path.absolute().parent))  # as `python FILE` does: what lies beside it can be imported
     try:
@@ -29,3 +34,12 @@ def load(name: str, key: str, kind: str = "class") -> Any:
     if not callable(found):
         raise RequestError(Problem(f"{file} has no {kind} {wanted}", source, "define it"))
     return found
+
+
+def place_of(error: BaseException) -> str | None:
+    """The innermost line of a user's file that an error came through, with the key that named the file; None where it
+    came through none."""
+    for step in reversed(traceback.extract_tb(error.__traceback__)):
+        if key := _LOADED.get(step.filename):
+            return f"{key}: {step.filename}, line {step.lineno}, in {step.name}"
+    return None

@@ -6,6 +6,7 @@ Files lie in a temporary folder, which `--config-dir` names; nothing of `runner/
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import pytest
 from peft import PeftModel
 
 from runner.cli.options import request_of
+from runner.data import user_code_checks
 from runner.errors import RequestError
 from runner.plan.model_shape import shape_of
 from runner.plan.trainable import training_of
+from runner.report.progress import Progress
 from runner.resolve.steps import resolved
 from runner.rundir.directory import RunDir
 from runner.runs import inputs
 from runner.spec import RunSpec
 from runner.spec.input_paths import named_places
+from runner.train import user_code
 from tests.conftest import train_here
 from tests.support import tiny_llama
 from tests.support.front import here, laptop, runner
@@ -74,6 +78,11 @@ class Lines(Tracker):
 class Broken(Lines):
     def log(self, file, line):
         raise OSError("the disk is full")
+
+
+class Unmade(Lines):
+    def __init__(self, spec, run):
+        raise KeyError("account")
 """
 
 
@@ -155,17 +164,79 @@ def test_a_tracker_is_a_class_and_a_yaml_file(conf: Path, tmp_path: Path) -> Non
     assert (run.path / "lines.txt").read_text("utf-8").splitlines() == [before, *steps, after, "end done"]
 
 
-def test_a_tracker_that_fails_stops_no_training(conf: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "said"), [("Broken", "OSError: the disk"), ("Unmade", "KeyError: 'account'")])
+def test_a_tracker_that_fails_stops_no_training(
+    name: str, said: str, conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(Progress, "note", lambda _, text: notes.append(text))
     (tmp_path / "lines.py").write_text(TRACKER, "utf-8")
-    write(conf, "track", "broken", "name: own\ncode: lines.py:Broken\n")
+    write(conf, "track", "broken", f"name: own\ncode: lines.py:{name}\n")
     _, run = trained(conf, "track=broken")
     assert run.state() == "done" and len(list(run.metrics())) == 3
+    (note,) = [note for note in notes if said in note]
+    assert f"(track.code: {tmp_path / 'lines.py'}, line " in note
+
+
+def test_an_error_in_own_code_names_its_key_and_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def inner():\n    return {}['a']\n\ndef outer():\n    return inner()\n")
+    outer = user_code.load(f"{tmp_path}/mine.py:outer", "objective.code", "function")
+    with pytest.raises(KeyError) as caught:
+        outer()
+    assert user_code.place_of(caught.value) == f"objective.code: {tmp_path}/mine.py, line 2, in inner"
+    assert user_code.place_of(ValueError()) is None
+
+
+PODS = ("plan", "where=runpod", "hw=h100", "model=mistral7b", "method=lora")
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("installed", ["editable", "in site-packages"])
+def test_own_code_goes_to_a_pod_without_this_projects_modules(
+    installed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(Path(user_code_checks.__file__).parents[2])
+    elsewhere = [place for place in sys.path if Path(place or ".").resolve() != Path(root)]
+    monkeypatch.setattr(sys, "path", elsewhere if installed == "in site-packages" else [root, *elsewhere])
+    for name, text in (("penalised.py", OBJECTIVE), ("lines.py", TRACKER)):
+        (tmp_path / name).write_text(text, "utf-8")
+        assert user_code_checks.sources(name) == [name]
+    write(tmp_path / "own", "track", "lines", "name: own\ncode: lines.py:Lines\n")
+    result = runner(*PODS, "objective.code=penalised.py:Penalised", "--config-dir", "own", "track=lines")
+    assert result.exit_code == 0, result.output
+
+    score = "import runner.spec\nfrom runner.errors import Problem\nimport aside\ndef score(completions, **_): ...\n"
+    (tmp_path / "score.py").write_text(score, "utf-8")
+    (tmp_path / "aside.py").write_text("from runner.train.trackers import Tracker\n", "utf-8")
+    assert user_code_checks.sources("score.py") == ["score.py", "aside.py"]  # a neighbour still counts
+    (tmp_path / "penalised.py").write_text(f"import aside\n{OBJECTIVE}", "utf-8")
+    result = runner(*PODS, "objective.code=penalised.py:Penalised")
+    assert result.exit_code == 2 and "imports modules of this machine (aside.py)" in " ".join(result.stderr.split())
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("text", ["class Mine: ...", "class Base(dict): ...\nclass Mine(Base): ...", "def Mine(): ..."])
+@pytest.mark.parametrize("place", ["local", "runpod"])
+def test_a_class_that_derives_from_nothing_is_refused_before_anything_starts(
+    tmp_path: Path, text: str, place: str
+) -> None:
+    (tmp_path / "mine.py").write_text(f"{text}\n", "utf-8")
+    write(tmp_path / "own", "track", "mine", "name: own\ncode: mine.py:Mine\n")
+    base = (
+        ("runner.train.trackers.Tracker", "track=mine"),
+        ("Sft of runner.train.objectives", "objective.code=mine.py:Mine"),
+    )
+    for wanted, word in base:
+        result = runner(*PODS, f"where={place}", "--config-dir", "own", word)
+        said = " ".join(result.stderr.split())
+        assert result.exit_code == 2 and f"derive it from {wanted}" in said, result.output
 
 
 @pytest.mark.usefixtures("here")
 def test_code_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:
     result = runner("objective.code=absent.py:Mine", "train.max_steps=1")
     assert result.exit_code == 2 and "absent.py" in result.stderr and "FILE.py:CLASS" in result.stderr
+    assert f"the path is relative to {tmp_path}" in " ".join(result.stderr.split())
     (tmp_path / "mine.py").write_text("import nothing_of_that_name\n\nclass Mine: ...\n", "utf-8")
     for word, said in (("objective.code=mine.py:Min", "mine.py:Mine"), ("objective.code=mine.py:Mine", "pip install")):
         result = runner(word, "train.max_steps=1")
