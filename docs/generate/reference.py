@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from runner import spec
-from runner.config.suggestions import parts_of
+from runner.config.suggestions import names_of, parts_of
 from runner.doctor.checks import DoctorReport
 from runner.doctor.finding import Finding
 from runner.paths import ASSETS
@@ -154,7 +154,7 @@ def _section(group: str, parts: list[type[BaseModel]]) -> str:
         lines += [inspect.getdoc(parts[0]) or "", ""]
     else:
         for part in parts:
-            names = ", ".join(f"`{group}={name}`" for name in _names(part))
+            names = ", ".join(f"`{group}={name}`" for name in _names(group, part))
             lines.append(f"- {names}: {inspect.getdoc(part)}")
         lines.append("")
     rows = _rows(group, parts)
@@ -182,13 +182,13 @@ def _rows(group: str, parts: list[type[BaseModel]]) -> list[Row]:
             row = Row(f"{group}.{name}", _type(info), _default(info), meaning(part, name))
             row = rows.setdefault(row.identity, row)
             if len(parts) > 1:
-                row.choices += _names(part)
+                row.choices += _names(group, part)
     return sorted(rows.values(), key=lambda row: row.key != f"{group}.name")
 
 
-def _names(part: type[BaseModel]) -> tuple[str, ...]:
+def _names(group: str, part: type[BaseModel]) -> tuple[str, ...]:
     """The names that choose a variant of a union."""
-    return typing.get_args(part.model_fields["name"].annotation)
+    return names_of(group, part)
 
 
 def _type(info: FieldInfo) -> str:
@@ -215,7 +215,7 @@ def _options(annotation: Any) -> list[str]:
     if origin in (typing.Union, types.UnionType):
         return [option for part in inner for option in _options(part)]
     if origin is list:
-        return ["list of " + " or ".join(f"{option}s" for option in _options(inner[0]))]
+        return ["list of " + " or ".join(_plural(option) for option in _options(inner[0]))]
     if annotation is Any or typing.is_typeddict(annotation):
         return ["mapping" if typing.is_typeddict(annotation) else "value"]
     if origin is dict:
@@ -224,6 +224,10 @@ def _options(annotation: Any) -> list[str]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [f"`{{{', '.join(annotation.model_fields)}}}` mapping"]
     return ["true", "false"] if annotation is bool else [_WORDS[annotation]]
+
+
+def _plural(option: str) -> str:
+    return option.replace("mapping", "mappings", 1) if option.startswith("mapping of") else f"{option}s"
 
 
 def _default(info: FieldInfo) -> str:

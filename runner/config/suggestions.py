@@ -88,7 +88,18 @@ def choices_with(key: str) -> list[str]:
     having = [part for part in parts if leaf in part.model_fields]
     if len(having) == len(parts):
         return []
-    return [name for part in having for name in typing.get_args(part.model_fields["name"].annotation)]
+    return [name for part in having for name in names_of(group, part)]
+
+
+def names_of(group: str, part: type[BaseModel]) -> tuple[str, ...]:
+    """The names that choose a variant of a group: those of its type, or the catalogue's that no type has."""
+    field = RunSpec.model_fields[group]
+    own = {p: typing.get_args(p.model_fields["name"].annotation) for p in parts_of(field.annotation)}
+    if own[part]:
+        return own[part]
+    held = {name for names in own.values() for name in names}
+    chosen = {name: catalog.load(group, name).get("name", name) for name in catalog.options(group)}
+    return tuple(name for name in chosen if chosen[name] not in held)
 
 
 def _walk(part: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -21,10 +21,8 @@ OWN_KEYS = {
     "modules_to_save": "method.modules_to_save",
 }
 """Arguments of PEFT's classes that have a key of their own."""
-PROMPT_TYPES = (
-    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
-)  # fmt: skip
-"""Types that learn a prompt: none of their parameters belongs to a linear layer."""
+MLP_OUTPUTS = ("down_proj", "fc2", "dense_4h_to_h")
+"""Last linear layer of an MLP, by its name in Llama, Phi and GPT-NeoX."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +80,21 @@ def _divisor(inputs: int, wanted: int) -> int:
 
 
 def _oft_checked(arguments: Arguments) -> str | None:
-    if bool(arguments["r"]) == bool(arguments["oft_block_size"]):
+    blocks, size = arguments["r"], arguments["oft_block_size"]
+    if not blocks and not size:
         return (
-            "method.arguments.r and method.arguments.oft_block_size: one decides the other, so one of them is 0; "
+            "method.arguments.r and method.arguments.oft_block_size are both 0, and one has to decide the other; "
+            "write method.arguments.oft_block_size=32, or a number of blocks: method.arguments.r=8"
+        )
+    if blocks and size:
+        return (
+            f"method.arguments.r={blocks} beside method.arguments.oft_block_size={size}: one decides the other; "
             "write method.arguments.oft_block_size=0 beside r, or leave r out"
+        )
+    if size == 1:
+        return (
+            "method.arguments.oft_block_size=1: a block of one row has nothing to rotate; "
+            "write method.arguments.oft_block_size=2, or more"
         )
     return None
 

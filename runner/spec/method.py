@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+import math
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from runner.spec import adapters
+from runner.spec import adapters, peft_types
 from runner.spec.layer_ranges import parse_layers
 from runner.spec.part import Layers, Part
 
@@ -149,7 +151,7 @@ class Peft(_Targets):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     """Name of the choice."""
-    peft_type: str = Field(pattern=r"^[A-Z][A-Z0-9_]*$")
+    peft_type: str
     """PEFT's name of the type, such as `OFT`."""
     arguments: dict[str, bool | int | float | str | list[str] | None] = {}
     """Arguments of PEFT's configuration class, by its names: `method.arguments.r=16`."""
@@ -162,38 +164,59 @@ class Peft(_Targets):
         given = ((key, tuple(value) if isinstance(value, list) else value) for key, value in self.arguments.items())
         return adapters.Adapter(self.peft_type, tuple(given), self.trainable)
 
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _arguments_are_simple(cls, value: Any) -> Any:
+        for key, given in value.items() if isinstance(value, dict) else ():
+            if isinstance(given, float) and not math.isfinite(given):
+                raise ValueError(f"method.arguments.{key}={given}: expected a finite number; write one")
+            listed = isinstance(given, list) and all(isinstance(one, str) for one in given)
+            if not listed and not isinstance(given, (bool, int, float, str, type(None))):
+                raise ValueError(
+                    f"method.arguments.{key}={str(given)[:60]}: expected a number, text, true or false, or a list of "
+                    f"names; leave {key} out"
+                )
+        return value
+
     @model_validator(mode="after")
     def _arguments_fit(self) -> Peft:
-        for problem in (self._of_type(), self._of_arguments(), self._of_formula()):
-            if problem:
-                raise ValueError(problem)
+        if problem := self._of_type() or self._of_arguments() or self._of_formula():
+            raise ValueError(problem)
         return self
 
     def _of_type(self) -> str | None:
-        if self.peft_type == "LORA":
-            return "method.peft_type=LORA has methods of its own; write method=lora, qlora4 or qlora8"
-        if self.peft_type in adapters.PROMPT_TYPES:
-            return (
-                f"method.peft_type={self.peft_type} learns a prompt, and no part of a linear layer; write method=lora"
-            )
+        given = f"method.peft_type={self.peft_type}"
+        if reason := peft_types.UNUSABLE.get(self.peft_type):
+            written = "method=lora, qlora4 or qlora8" if self.peft_type == "LORA" else "method=lora"
+            return f"{given} {reason}; write {written}"
+        known = (*adapters.TYPES, *peft_types.UNCOUNTED)
+        if self.peft_type not in known:
+            near = get_close_matches(self.peft_type.upper(), known, n=1)
+            instead = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"
+            return f"{given}: PEFT has no such type for linear layers; {instead}"
         if self.peft_type in adapters.TYPES or self.trainable:
             return None
         return (
-            f"method.peft_type={self.peft_type} is none of {', '.join(adapters.TYPES)}, whose parameters can be counted; "
-            "write method.trainable='FORMULA' for one linear layer, such as method.trainable='r * (inputs + outputs)'"
+            f"{given} is none of {', '.join(adapters.TYPES)}, whose parameters can be counted; "
+            f"write {_quoted('FORMULA')} for one linear layer, such as {_quoted('r * (inputs + outputs)')}"
         )
 
     def _of_arguments(self) -> str | None:
         for key in self.arguments.keys() & adapters.OWN_KEYS:
             return f"method.arguments.{key} has a key of its own; write {adapters.OWN_KEYS[key]}"
         known = adapters.TYPES.get(self.peft_type)
+        defaults = known.arguments if known else peft_types.UNCOUNTED[self.peft_type]
+        for key, value in self.arguments.items():
+            if key not in defaults:
+                near = get_close_matches(key, defaults, n=1)
+                remedy = f"did you mean method.arguments.{near[0]}?" if near else f"leave {key} out"
+                return f"method.arguments.{key}: {self.peft_type} has {', '.join(defaults)}; {remedy}"
+            if not _alike(value, defaults[key], strict=known is not None):
+                return f"method.arguments.{key}={value} is of another kind than its default; write one like {defaults[key]}"
+            if problem := peft_types.out_of_bounds(key, value, defaults[key]):
+                return problem
         if known is None:
             return None
-        for key, value in self.arguments.items():
-            if key not in known.arguments:
-                return f"method.arguments.{key}: {self.peft_type} has {', '.join(known.arguments)}; leave {key} out"
-            if not _alike(value, known.arguments[key]):
-                return f"method.arguments.{key}={value} is of another kind than its default; write one like {known.arguments[key]}"
         if self.layers is not None and not known.chooses_layers:
             return f"method.layers: PEFT puts {self.peft_type} on all layers; leave it out"
         return known.checked(self.adapter.arguments) or self._of_feedforward()
@@ -201,7 +224,8 @@ class Peft(_Targets):
     def _of_feedforward(self) -> str | None:
         inside = set(self.adapter.arguments.get("feedforward_modules", ()))
         if isinstance(self.target_modules, list) and (left := inside - set(self.target_modules)):
-            named = ",".join(sorted(inside - left))
+            last = set(self.target_modules) & set(adapters.MLP_OUTPUTS)
+            named = ",".join(sorted((inside - left) | last))
             return (
                 f"method.arguments.feedforward_modules has {', '.join(sorted(left))}, which method.target_modules has not; "
                 f"write method.arguments.feedforward_modules=[{named}]"
@@ -217,12 +241,23 @@ class Peft(_Targets):
             if self.adapter.count(adapters.Layer("any", 4096, 4096)) < 1:
                 return f"method.trainable={self.trainable} counts no parameter of a layer; write another formula"
         except ValueError as error:
-            return f"method.trainable={self.trainable}: {error}; write a formula such as r * (inputs + outputs)"
+            example = _quoted("r * (inputs + outputs)")
+            return f"method.trainable={self.trainable}: {error}; write a formula such as {example}"
         return None
 
 
-def _alike(value: Any, default: Any) -> bool:
-    """A value may take the place of its default: a whole number that of any number, and nothing that of a truth."""
+def _quoted(formula: str) -> str:
+    """A formula as a shell and Hydra both take it."""
+    return f"method.trainable='\"{formula}\"'"
+
+
+def _alike(value: Any, default: Any, *, strict: bool) -> bool:
+    """A value may take the place of its default: a whole number that of any number, and nothing that of a truth.
+
+    Not `strict`, PEFT itself looks at texts and truths: some of its arguments take either.
+    """
+    if not strict and (default is None or isinstance(default, (bool, str))):
+        return default is None or isinstance(value, (bool, str))
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(value, bool) and isinstance(default, bool)
     if isinstance(default, float):
@@ -236,7 +271,8 @@ def _tag(value: Any) -> str | None:
         return getattr(value, "kind", None)
     if not isinstance(value, dict):
         return None
-    return "peft" if "peft_type" in value else value.get("name")
+    name = value.get("name")
+    return "peft" if "peft_type" in value and name not in get_args(Kind) else name
 
 
 Method = Annotated[

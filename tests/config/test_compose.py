@@ -296,6 +296,10 @@ def test_every_mistake_of_a_recipe_is_told_with_its_line(here: Path) -> None:
             "method=full has no rank",
             "method=lora, method=qlora4 and method=qlora8 have it",
         ),
+        (
+            ("method=lora", "method.peft_type=OFT"),
+            "method=ia3, method=loha, method=lokr, method=oft and method=vera have it",
+        ),
         (("objective=dpo", "objective.loss_on=all"), "objective=dpo has no loss_on", "objective=sft has it"),
         (("model=hub",), "model.id is missing", "write model.id=…"),
         (("data=file",), "data.path is missing", "name a file, such as data.path=my.jsonl"),

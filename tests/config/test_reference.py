@@ -47,6 +47,14 @@ def test_a_key_that_variants_share_stands_there_once() -> None:
     assert row.endswith("| `lora`, `qlora4`, `qlora8` |")
 
 
+def test_a_variant_without_a_name_of_its_own_has_those_of_its_files() -> None:
+    lines = reference.page().splitlines()
+    assert any(line.startswith("- `method=ia3`, `method=loha`") for line in lines)
+    (row,) = [line for line in lines if line.startswith("| `method.peft_type` ")]
+    assert row.endswith("| `ia3`, `loha`, `lokr`, `oft`, `vera` |")
+    assert not any(line.startswith("- :") or "valuess" in line for line in lines)
+
+
 def test_what_is_written_about_run_files_is_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run_files.md").write_text("`spec.json`: the run.\n", "utf-8")
     monkeypatch.setattr(reference, "RUN_FILES", tmp_path / "run_files.md")

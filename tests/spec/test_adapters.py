@@ -16,6 +16,7 @@ from runner.plan.model_shape import shape_of
 from runner.plan.trainable import training_of
 from runner.spec import Method, ModelSpec, Peft
 from runner.spec.adapters import TYPES, evaluate
+from runner.spec.peft_types import UNCOUNTED, UNUSABLE
 from runner.train import peft_methods
 from tests.conftest import spec_of
 
@@ -79,7 +80,7 @@ def test_chosen_layers_and_targets_count(words: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"peft_type": "HRA"}, "write method.trainable='FORMULA'"),
+        ({"peft_type": "HRA"}, """such as method.trainable='"r * (inputs + outputs)"'"""),
         ({"peft_type": "HRA", "trainable": "r * inputs"}, "r is no number of method.arguments"),
         ({"peft_type": "HRA", "trainable": "inputs ** 9"}, "a formula has numbers, + - * //, min and max"),
         ({"peft_type": "HRA", "trainable": "__import__('os')"}, "a formula has numbers"),
@@ -88,13 +89,43 @@ def test_chosen_layers_and_targets_count(words: dict[str, Any]) -> None:
         ({"peft_type": "LORA"}, "write method=lora"),
         ({"peft_type": "PROMPT_TUNING"}, "learns a prompt"),
         ({"peft_type": "OFT", "arguments": {"r": 4}}, "write method.arguments.oft_block_size=0 beside r"),
+        ({"peft_type": "OFT", "arguments": {"r": 0, "oft_block_size": 0}}, "write method.arguments.oft_block_size=32"),
+        ({"peft_type": "OFT", "arguments": {"oft_block_size": 1}}, "write method.arguments.oft_block_size=2, or more"),
+        (
+            {"peft_type": "OFT", "arguments": {"oft_block_size": -4}},
+            "size=32, PEFT's default",
+        ),
+        ({"peft_type": "OFT", "arguments": {"module_dropout": 2}}, "expected at least 0 and less than 1"),
+        ({"peft_type": "OFT", "arguments": {"eps": float("nan")}}, "expected a finite number"),
+        ({"peft_type": "OFT", "arguments": {"num_cayley_neumann_terms": 1}}, "expected at least 2"),
+        ({"peft_type": "LOHA", "arguments": {"r": 0}}, "write method.arguments.r=1, or more"),
+        ({"peft_type": "VERA", "arguments": {"r": -1}}, "write method.arguments.r=1, or more"),
+        ({"peft_type": "LOKR", "arguments": {"r": -2}}, "write method.arguments.r=1, or more"),
+        (
+            {"peft_type": "LOKR", "arguments": {"rank_pattern": {"q_proj": 3}}},
+            "or a list of names; leave rank_pattern out",
+        ),
         ({"peft_type": "OFT", "arguments": {"rank": 4}}, "OFT has r, oft_block_size"),
+        ({"peft_type": "FOURIERTF", "trainable": "inputs"}, "did you mean FOURIERFT?"),
+        ({"peft_type": "oft"}, "did you mean OFT?"),
+        ({"peft_type": "POLY", "trainable": "inputs"}, "needs the number of a task with each row; write method=lora"),
+        ({"peft_type": "HRA", "trainable": "inputs", "arguments": {"apply_gs": True}}, "method.arguments.apply_GS?"),
+        ({"peft_type": "HRA", "trainable": "inputs", "arguments": {"r": "eight"}}, "write one like 8"),
+        ({"peft_type": "HRA", "trainable": "inputs", "arguments": {"r": -8}}, "write method.arguments.r=1, or more"),
         ({"peft_type": "OFT", "arguments": {"coft": 1}}, "write one like False"),
         ({"peft_type": "LOHA", "arguments": {"target_modules": ["q_proj"]}}, "write method.target_modules"),
         ({"peft_type": "IA3", "layers": "last:1"}, "PEFT puts IA3 on all layers"),
         (
             {"peft_type": "IA3", "target_modules": ["k_proj"], "arguments": {"feedforward_modules": ["down_proj"]}},
             "write method.arguments.feedforward_modules=[]",
+        ),
+        (
+            {
+                "peft_type": "IA3",
+                "target_modules": ["k_proj", "fc2"],
+                "arguments": {"feedforward_modules": ["down_proj"]},
+            },
+            "write method.arguments.feedforward_modules=[fc2]",
         ),
     ],
     ids=str,
@@ -103,6 +134,27 @@ def test_what_does_not_go_together_is_refused(values: dict[str, Any], said: str)
     with pytest.raises(ValidationError) as caught:
         METHOD.validate_python({"name": "x"} | values)
     assert said in str(caught.value)
+
+
+def test_every_type_of_peft_is_known() -> None:
+    installed = {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    assert {*TYPES, *UNCOUNTED, *UNUSABLE} == installed and len(TYPES) + len(UNCOUNTED) + len(UNUSABLE) == len(
+        installed
+    )
+
+
+@pytest.mark.parametrize("name", UNCOUNTED)
+def test_uncounted_types_have_pefts_arguments(name: str) -> None:
+    theirs = {field.name: field.default for field in fields(_config(name))}
+    assert "target_modules" in theirs
+    assert {key: theirs[key] for key in UNCOUNTED[name]} == UNCOUNTED[name]
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_peft_type_under_the_name_of_another_method_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        METHOD.validate_python({"name": name, "peft_type": "OFT"})
+    assert caught.value.errors()[0]["loc"] == (name, "peft_type")
 
 
 def test_a_formula_is_arithmetic() -> None:

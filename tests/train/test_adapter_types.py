@@ -102,10 +102,10 @@ def test_lora_plus_has_two_learning_rates(train: Callable[..., Any], tmp_path: P
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["method.peft_type=NOPE", "method.trainable=inputs"], "no adapter NOPE for linear layers"),
+        (["method.peft_type=NOPE", "method.trainable=inputs"], "PEFT has no such type for linear layers"),
         (
             ["method.peft_type=HRA", "method.trainable=inputs", "method.arguments.rank=3"],
-            "HRAConfig does not take this",
+            "HRA has r, apply_GS",
         ),
     ],
 )
