@@ -8,7 +8,7 @@ from typing import Literal
 
 from runner.plan.autograd.ops import LayerKind
 from runner.plan.autograd.step_peak import TrainableLayers
-from runner.plan.model_shape import Matrix, Shape
+from runner.plan.model_shape import Family, Matrix, Shape
 from runner.plan.quantization import MethodName, base_bytes, largest_load_peak
 from runner.spec import Freeze, Full, Lora, Method, Peft, QLora4, QLora8
 from runner.spec.adapters import Adapter, Layer
@@ -23,6 +23,32 @@ ALIASES = {
     "ln_f": "norm", "embed_out": "lm_head",
 }  # fmt: skip
 """The same modules in Phi, GPT-NeoX and GPT-2."""
+
+_LLAMA_LAYER = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+_MODULES: dict[Family, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "llama": (("embed_tokens", "norm", "lm_head"), ("layers", *_LLAMA_LAYER)),
+    "phi3": (("embed_tokens", "norm", "lm_head"), ("layers", *_LLAMA_LAYER)),
+    "phi": (("embed_tokens", "final_layernorm", "lm_head"), ("layers", "self_attn", "mlp", "input_layernorm")),
+    "gpt_neox": (
+        ("embed_in", "final_layer_norm", "lm_head"),
+        ("layers", "attention", "mlp", "input_layernorm", "post_attention_layernorm"),
+    ),
+    "gpt2": (("wte", "wpe", "ln_f", "lm_head"), ("h", "attn", "mlp", "ln_1", "ln_2")),
+}
+"""Last names of modules with weights, around the layers and in them, beside the matrices; transformers 5.23.0."""
+
+
+def modules_around(shape: Shape) -> tuple[str, ...]:
+    """Last names of the modules with weights around the layers."""
+    return _MODULES[shape.family][0]
+
+
+def modules_of(shape: Shape) -> set[str]:
+    """Last names of all modules with weights."""
+    around, inside = _MODULES[shape.family]
+    found = {*around, *inside, *(m.name for m in shape.matrices if m.linear)}
+    found |= {"q_norm", "k_norm"} if shape.qk_norm else set()
+    return found | ({"experts", "gate"} if shape.num_experts else set())
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,31 +9,76 @@ from pathlib import Path
 from runner.errors import Problem, RequestError
 from runner.hub import client
 from runner.hub import config as hub_config
-from runner.plan.model_shape import shape_of
-from runner.plan.trainable import ALIASES, OUTSIDE
-from runner.spec import ModelSpec, RunSpec
+from runner.plan.model_shape import Shape, shape_of
+from runner.plan.trainable import ALIASES, OUTSIDE, modules_around, modules_of
+from runner.spec import ModelSpec, Reward, RunSpec
 
 
-def wrong_target_modules(spec: RunSpec) -> Problem | None:
-    """A list of target modules with one that is not in a model whose layers are known, or empty; None where all is
-    well. The worker would find it out after loading."""
+def wrong_module(spec: RunSpec) -> Problem | None:
+    """A module that the method names and a model whose layers are known has not; None where all is well.
+
+    The worker would find it out after loading.
+    """
+    if spec.model.architecture is None:
+        return None
+    shape = shape_of(spec.model)
+    score = {"score"} if isinstance(spec.objective, Reward) else set()
+    extra, saved = getattr(spec.method, "extra_modules", []), getattr(spec.method, "modules_to_save", [])
+    return (
+        _wrong_targets(spec, shape)
+        or _unknown("extra_modules", extra, {*modules_around(shape), *score}, spec, " outside its layers")
+        or _unknown("modules_to_save", saved, modules_of(shape) | score, spec)
+        or _wrong_feedforward(spec, shape)
+    )
+
+
+def _wrong_targets(spec: RunSpec, shape: Shape) -> Problem | None:
     targets = getattr(spec.method, "target_modules", "all-linear")
-    if targets == "all-linear" or spec.model.architecture is None:
+    if targets == "all-linear":
         return None
-    matrices = shape_of(spec.model).matrices
-    linear, known = {m.name for m in matrices if m.linear}, {*(m.name for m in matrices), *OUTSIDE, *ALIASES}
-    unknown = [name for name in targets if name.rpartition(".")[2] not in known]
-    if targets and not unknown:
+    key = "method.target_modules"
+    linear = {m.name for m in shape.matrices if m.linear}
+    known = {*(m.name for m in shape.matrices), *OUTSIDE, *ALIASES}
+    unknown = [name for name in targets if _last(name) not in known]
+    unfit = [name for name in targets if _last(name) in known - linear - {*OUTSIDE, *ALIASES}]
+    if targets and not unknown and not unfit:
         return None
-    what = f"method.target_modules=[{','.join(targets)}]: none of them is in {spec.model.name}, and nothing would train"
-    if len(unknown) < len(targets):
-        what = f"method.target_modules: {spec.model.name} has no module {', '.join(unknown)}"
+    what = f"{key}=[{','.join(targets)}]: none of them is in {spec.model.name}, and nothing would train"
+    if unfit:
+        what = f"{key}: {', '.join(unfit)} of {spec.model.name} is no linear layer, but part of a mixture"
+    elif len(unknown) < len(targets):
+        what = f"{key}: {spec.model.name} has no module {', '.join(unknown)}"
     remedy = f"choose among its linear layers: {', '.join(sorted(linear))}"
     if "feedforward_modules" in getattr(spec.method, "arguments", {}):
-        return Problem(
-            what, None, f"{remedy}; and write the MLP's last one in method.arguments.feedforward_modules, too"
-        )
-    return Problem(what, None, f"{remedy}; or write all-linear")
+        more = f"and write method.arguments.feedforward_modules=[{_mlp_output(shape)}], too"
+        left = [name for name in targets if name not in (*unknown, *unfit)]
+        return Problem(what, key, f"write {key}=[{','.join(left)}], {more}" if unfit and left else f"{remedy}; {more}")
+    return Problem(what, key, f"{remedy}; or write all-linear")
+
+
+def _wrong_feedforward(spec: RunSpec, shape: Shape) -> Problem | None:
+    """(IA)³ would scale the outputs of a layer whose name it does not find, and say nothing."""
+    key, linear = "method.arguments.feedforward_modules", {m.name for m in shape.matrices if m.linear}
+    named = getattr(spec.method, "arguments", {}).get("feedforward_modules", [])
+    unknown = [name for name in named if _last(name) not in linear]
+    what = f"{key}: {spec.model.name} has no linear layer {', '.join(unknown)}"
+    return Problem(what, key, f"write {key}=[{_mlp_output(shape)}]") if unknown else None
+
+
+def _unknown(leaf: str, names: list[str], known: set[str], spec: RunSpec, where: str = "") -> Problem | None:
+    unknown = [name for name in names if _last(name) not in known]
+    what = f"method.{leaf}: {spec.model.name} has no module {', '.join(unknown)} with weights{where}"
+    return Problem(what, f"method.{leaf}", f"it has {', '.join(sorted(known))}") if unknown else None
+
+
+def _mlp_output(shape: Shape) -> str:
+    """The last layer of the MLP, by name; empty for a mixture, whose experts are no linear layers."""
+    last = shape.matrices[-1]
+    return last.name if last.linear else ""
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:

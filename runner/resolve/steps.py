@@ -67,12 +67,12 @@ def read_deepspeed_json(spec: RunSpec, resolution: Resolution) -> RunSpec:
 
 
 def add_model_facts(spec: RunSpec, resolution: Resolution) -> RunSpec:
-    """Give a model outside the catalogue the sizes in its config.json, and check the names of its target modules."""
+    """Give a model outside the catalogue the sizes in its config.json, and check the modules that the method names."""
     if resolution.fetch:
         config_facts.fetch_config(spec)
     found = config_facts.with_facts(spec, needed=resolution.needed)
-    if problem := config_facts.wrong_target_modules(found):
-        raise RequestError(replace(problem, source=resolution.source_of("method.target_modules")))
+    if problem := config_facts.wrong_module(found):
+        raise RequestError(replace(problem, source=resolution.source_of(str(problem.source))))
     return found
 
 

@@ -178,12 +178,37 @@ def test_a_folder_that_is_no_group_is_not_taken_for_one(here: Path) -> None:
          "all-linear"),
         ("method.target_modules=[]",
          "method.target_modules=[]: none of them is in smollm2_135m, and nothing would train", None),
+        ("method.modules_to_save=[nope]",
+         "method.modules_to_save: smollm2_135m has no module nope with weights", None),
     ],
 )  # fmt: skip
 def test_a_word_that_cannot_be_is_told_what_can(word: str, what: str, remedy: str | None) -> None:
     problem = only_problem(word)
     assert problem.what == what
     assert remedy is None or problem.remedy == remedy
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "remedy"),
+    [
+        (["model=mixtral_8x7b", "method=lora", "method.target_modules=[down_proj]"],
+         "method.target_modules: down_proj of mixtral_8x7b is no linear layer, but part of a mixture",
+         "choose among its linear layers: k_proj, o_proj, q_proj, v_proj; or write all-linear"),
+        (["model=mixtral_8x7b", "method=ia3"],
+         "method.target_modules: down_proj of mixtral_8x7b is no linear layer, but part of a mixture",
+         "write method.target_modules=[k_proj,v_proj], and write method.arguments.feedforward_modules=[], too"),
+        (["model=phi2", "method=ia3", "method.target_modules=all-linear"],
+         "method.arguments.feedforward_modules: phi2 has no linear layer down_proj",
+         "write method.arguments.feedforward_modules=[fc2]"),
+        (["model=phi2", "method=freeze", "method.extra_modules=[nope]"],
+         "method.extra_modules: phi2 has no module nope with weights outside its layers",
+         "it has embed_tokens, final_layernorm, lm_head"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_modules_are_those_of_the_model(words: list[str], what: str, remedy: str) -> None:
+    problem = only_problem(*words)
+    assert (problem.what, problem.remedy) == (what, remedy)
 
 
 @pytest.mark.parametrize("remedy", ["model=phi2", "~method.rank", "hw=h100 hw.num_gpus=4", "hw=local"])

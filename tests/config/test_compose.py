@@ -298,6 +298,7 @@ def test_every_mistake_of_a_recipe_is_told_with_its_line(here: Path) -> None:
         ),
         (
             ("method=lora", "method.peft_type=OFT"),
+            "method=lora has no peft_type",
             "method=ia3, method=loha, method=lokr, method=oft and method=vera have it",
         ),
         (("objective=dpo", "objective.loss_on=all"), "objective=dpo has no loss_on", "objective=sft has it"),

@@ -17,6 +17,7 @@ from runner.config import catalog
 from runner.errors import RequestError
 from runner.hub.config import facts_from_config, local_facts
 from runner.plan.model_shape import ARCHITECTURES, Shape, shape_of
+from runner.plan.trainable import modules_around, modules_of
 from runner.spec import ModelSpec
 
 KNOWN = [name for name in catalog.options("model") if catalog.load("model", name).get("architecture")]
@@ -101,6 +102,18 @@ def test_bitsandbytes_quantises_the_linear_matrices_and_no_others(architecture: 
     quantised = [n for n, m in decoder_layer(model).named_modules() if type(m).__name__ == "Linear4bit"]
     shape = shape_of(ModelSpec.model_validate({"id": "org/name", **facts_from_config(whole)}))
     assert Counter(n.rpartition(".")[2] for n in quantised) == Counter(m.name for m in shape.matrices if m.linear)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_modules_that_a_method_may_name_are_those_of_the_real_model(architecture: str) -> None:
+    model, whole = built(architecture, dict(TINY)[architecture])
+    shape = shape_of(ModelSpec.model_validate({"id": "org/name", **facts_from_config(whole)}))
+    modules = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters())}
+    names = {last for name in modules if not (last := name.rpartition(".")[2]).isdigit()}
+    assert modules_of(shape) == names - {"", model.base_model_prefix}
+    layers = next(name for name in modules if name.endswith((".layers", ".h")))
+    outside = {name.rpartition(".")[2] for name in modules if not f"{name}.".startswith(f"{layers}.")}
+    assert set(modules_around(shape)) == outside - {"", model.base_model_prefix}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
