@@ -26,7 +26,7 @@ from runner.cloud.session import END_STATES, Session
 from runner.cloud.ssh import CommandError, LostError
 from runner.config import credentials
 from runner.errors import CannotRunError, InterruptedRun, Problem, RequestError, RunFailedError
-from runner.rundir.directory import ACTIVE, RunDir, no_such_run, shown
+from runner.rundir.directory import ACTIVE, RunDir, no_such_run, shown, without_spec
 from runner.spec import RentedPlace, RunSpec
 
 LISTENING_MINUTES = 10.0
@@ -117,6 +117,8 @@ def _is_local(run: RunDir) -> bool:
 
 def _check_reachable(words: str, here: RunDir | None) -> None:
     key = PROVIDERS[DEFAULT].key_variable
+    if here is None and (damaged := without_spec(Path(words))) and not damaged.read("pod.json"):
+        raise RequestError(no_such_run(Path(words)))  # it never was in a pod
     if here is None and credentials.find_key(key) is None:
         told = no_such_run(Path(words))
         what = f"{told.what} on this machine, and no {key} to look for it in pods"
@@ -128,6 +130,8 @@ def _check_rented(words: str) -> None:
     no key is there to ask."""
     run = RunDir.at(Path(words))
     _check_reachable(words, run)
+    if run and not run.read("spec.json") and not run.read("pod.json"):
+        _ = run.spec  # it never was in a pod: what is wrong with its spec.json is said
     if run and _is_local(run):
         what = f"{run.id} runs on this machine, not in a pod: its files are in {shown(run.path)}"
         raise RequestError(Problem(what, "command line", f"python -m runner status {shlex.quote(shown(run.path))}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from runner.config import catalog, foreign_configs
@@ -21,16 +22,30 @@ def read_spec_file(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text("utf-8"))
     except OSError as error:
-        raise RequestError(Problem(f"cannot read {shown(file)}: {error.strerror}", "command line")) from None
+        what = f"cannot read {shown(file)}: {error.strerror}"
+        raise RequestError(Problem(what, "command line", restoring(file))) from None
     except ValueError as error:
-        raise RequestError(Problem(f"{shown(file)} is not JSON: {error}", "command line")) from None
+        what = "holds nothing" if not file.stat().st_size else f"is not JSON: {error}"
+        raise RequestError(Problem(f"{shown(file)} {what}", "command line", restoring(file))) from None
     if not isinstance(values, dict):
-        raise RequestError(Problem(f"{shown(file)} is not a spec.json: it holds no keys", "command line"))
+        what = f"{shown(file)} is not a spec.json: it holds no keys"
+        raise RequestError(Problem(what, "command line", restoring(file)))
     lacks = [name for name, field in RunSpec.model_fields.items() if field.is_required() and name not in values]
     lacks += [name for name in ("model", "method") if isinstance(values.get(name), str)]  # of `plan --json`
     if lacks:
         raise RequestError(_other(file, values, lacks))
     return values
+
+
+def restoring(file: Path) -> str:
+    """How to bring back a `spec.json` that is lost or damaged."""
+    same = file.with_name("training.yaml")
+    if same.is_file():
+        words = f"show {quote(shown(same))} --json > {quote(shown(file))}"
+        return f"{same.name} beside it holds the same values: python -m runner {words} writes it anew"
+    if file.with_name("status.json").is_file():
+        return f"bring {file.name} back from a copy: {same.name}, which held the same values, is gone as well"
+    return "name the spec.json of a run, or a recipe (docs/recipes.md)"
 
 
 def _other(file: Path, values: dict[str, Any], lacks: list[str]) -> Problem:
@@ -41,6 +56,8 @@ def _other(file: Path, values: dict[str, Any], lacks: list[str]) -> Problem:
     if theirs := foreign_configs.problems_in(file):
         return theirs[0]
     remedy = "write a recipe (docs/recipes.md): what it leaves out has its default"
+    if file.with_name("training.yaml").is_file():
+        remedy = restoring(file)
     return Problem(f"{shown(file)} is not a whole spec.json: it has no {', '.join(lacks)}", "command line", remedy)
 
 

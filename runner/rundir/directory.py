@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, cast
 
 from runner.errors import Problem, RequestError
@@ -195,13 +196,24 @@ class RunDir:
                 continue
 
 
+def without_spec(path: Path) -> RunDir | None:
+    """The directory of a run at `path`, or of that id below `runs/`, whose `spec.json` is lost."""
+    places = [RunDir(p) for p in (path, Path("runs") / path) if (p / "status.json").is_file()]
+    return next((run for run in places if not run.spec_file.is_file()), None)
+
+
 def no_such_run(path: Path) -> Problem:
     """There is no run at `path`; the one whose id is nearest."""
     from runner.config.suggestions import nearest  # the schema, as above
 
+    if damaged := without_spec(path):
+        from runner.config.repeat import restoring
+
+        what = f"{shown(damaged.path)} is no run: it has no spec.json"
+        return Problem(what, "command line", restoring(damaged.spec_file))
     parent = path.parent if path.parent.is_dir() and path.parent != Path() else Path("runs")
     near = nearest(path.name, [run.id for run in all_runs(parent)])
-    remedy = f"did you mean {parent / near}?" if near else "python -m runner runs shows them"
+    remedy = f"did you mean {quote(str(parent / near))}?" if near else "python -m runner runs shows them"
     return Problem(f"there is no run {path}", "command line", remedy)
 
 

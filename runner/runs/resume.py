@@ -17,7 +17,18 @@ from runner.config.request import Request
 from runner.errors import Problem, RequestError, RunnerError
 from runner.launcher.supervisor import signs
 from runner.rundir import checkpoints, lock
-from runner.rundir.directory import ACTIVE, YAML_FILE, RunDir, alive, birth, facts_of, shown, write_atomically
+from runner.rundir.directory import (
+    ACTIVE,
+    YAML_FILE,
+    RunDir,
+    alive,
+    birth,
+    facts_of,
+    no_such_run,
+    shown,
+    without_spec,
+    write_atomically,
+)
 from runner.runs import input_digests
 from runner.runs.inputs import with_absolute_paths
 from runner.spec import LocalPlace, RunSpec
@@ -52,9 +63,14 @@ def request(run: RunDir, overrides: tuple[str, ...], config_dirs: tuple[Path, ..
 
 def check_can_resume(run: RunDir) -> None:
     """RequestError for a folder that is no run."""
-    if not run.spec_file.is_file():
+    if run.spec_file.is_file():
+        return
+    problem = no_such_run(run.path)
+    if without_spec(run.path) is None:
         why = "is no run: it has no spec.json" if run.path.exists() else "does not exist"
-        raise RequestError(Problem(f"{shown(run.path)} {why}", "command line", _list(run)))
+        found = str(problem.remedy).startswith("did you mean") or run.path.parent == Path()
+        problem = Problem(f"{shown(run.path)} {why}", "command line", problem.remedy if found else _list(run))
+    raise RequestError(problem)
 
 
 def compose_resumed(run: RunDir, asked: Request) -> RunSpec:

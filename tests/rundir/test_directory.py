@@ -15,7 +15,7 @@ import pytest
 from runner.errors import RequestError
 from runner.rundir.directory import ACTIVE, RunDir, alive, all_runs, write_atomically
 from runner.spec import RunSpec
-from tests.support.front import here, laptop, spec_of
+from tests.support.front import here, laptop, runner, spec_of
 
 __all__ = ["here", "laptop"]  # fixtures
 
@@ -170,3 +170,37 @@ def test_a_spec_that_somebody_has_broken_is_told_by_its_key(spec: RunSpec) -> No
     with pytest.raises(RequestError, match=f"there is no run {run.id[:-1]}") as caught:
         RunDir.find(Path(run.id[:-1]))
     assert caught.value.problems[0].remedy == f"did you mean runs/{run.id}?"
+
+
+VERBS = ("chat", "merge", "export", "resume", "logs")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"{}", b"[]", b"\xff\xfe\x00"])
+def test_a_spec_that_is_lost_or_damaged_is_told_with_how_to_restore_it(
+    spec: RunSpec, content: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    run = RunDir.create(spec)
+    run.set_status("failed")
+    before = run.spec_file.read_text("utf-8")
+    if content is None:
+        run.spec_file.unlink()
+    else:
+        run.spec_file.write_bytes(content)
+    what = "it has no spec.json" if content is None else "spec.json"
+    for verb in VERBS:
+        result = runner(verb, str(run.path))
+        said = " ".join(result.stderr.split())
+        assert result.exit_code == 2 and what in said and "did you mean" not in said, result.output
+        assert f"show {run.path}/training.yaml --json > {run.spec_file} writes it anew" in said, verb
+    assert runner("show", str(run.path / "training.yaml"), "--json").stdout == before
+    (run.path / "training.yaml").unlink()
+    assert "bring spec.json back from a copy" in runner("resume", str(run.path)).stderr
+
+
+def test_every_verb_finds_the_run_that_was_nearly_named(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    run = RunDir.create(spec)
+    for word in (run.id[:-1], f"runs/{run.id[:-1]}"):
+        for verb in VERBS:
+            assert f"did you mean runs/{run.id}?" in runner(verb, word).stderr, verb
