@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_origin
 
@@ -13,6 +14,7 @@ from runner.config.provenance import flat
 from runner.config.suggestions import choices_with, known_keys, nearest, nearest_key, parts_of
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
+from runner.spec.part import CODE
 
 SourceOf = Callable[[str], str | None]
 """From a key to the place that set it: `command line`, or a file and line."""
@@ -164,13 +166,27 @@ def _instead(key: str, detail: ErrorDetails, source: str | None) -> str:
     if kind in _NEAREST:
         more = "more" if kind.startswith("greater") else "less"
         return f"write {key}={_number(detail['ctx'][_NEAREST[kind]])}, or {more}"
+    if kind == "string_pattern_mismatch":
+        return _in_the_form(key, str(value), str(detail["ctx"]["pattern"]))
     if kind.startswith("bool"):
         return f"write {key}=true or {key}=false"
     return f"docs/reference.md says what {key} takes"
 
 
+def _in_the_form(key: str, value: str, pattern: str) -> str:
+    """Remedy for a text of another form than the one wanted: the same in that form, where that is clear."""
+    if pattern == CODE:
+        file, _, name = value.partition(":")
+        file = file if file.endswith(".py") else f"{file}.py"
+        return f"write a file and the class in it, such as {key}={file}:{name or 'NAME'}"
+    near = value.lower().replace("-", "_")
+    return f"write {key}={near}" if re.match(pattern, near) else f"write {key}=… in that form"
+
+
 def _expected(detail: ErrorDetails) -> str:
     kind, ctx = detail["type"], detail.get("ctx", {})
+    if kind == "string_pattern_mismatch":
+        return f"text that matches {ctx['pattern']}"
     if kind == "literal_error":
         choices = _choices(detail)
         return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runner.spec.peft_types import UNCOUNTED
+
 Value = bool | int | float | str | list[str] | None
 Arguments = Mapping[str, Any]
 
@@ -175,6 +177,12 @@ class Adapter:
     """Arguments that were set; lists as tuples."""
     trainable: str | None = None
     """Formula of a type without an entry."""
+
+    @property
+    def defaults(self) -> Arguments:
+        """Arguments that may be set, with PEFT's defaults."""
+        known = TYPES.get(self.peft_type)
+        return known.arguments if known else UNCOUNTED[self.peft_type]
 
     @property
     def arguments(self) -> dict[str, Any]:

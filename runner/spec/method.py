@@ -205,7 +205,7 @@ class Peft(_Targets):
         for key in self.arguments.keys() & adapters.OWN_KEYS:
             return f"method.arguments.{key} has a key of its own; write {adapters.OWN_KEYS[key]}"
         known = adapters.TYPES.get(self.peft_type)
-        defaults = known.arguments if known else peft_types.UNCOUNTED[self.peft_type]
+        defaults = self.adapter.defaults
         for key, value in self.arguments.items():
             if key not in defaults:
                 near = get_close_matches(key, defaults, n=1)

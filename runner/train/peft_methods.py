@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import shutil
+import traceback
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from safetensors.torch import load_file, save_file
 
 from runner.errors import Problem, RequestError
+from runner.plan.model_shape import shape_of
+from runner.plan.trainable import training_of
 from runner.rundir.directory import RunDir
 from runner.spec import Freeze, Full, Lora, Method, Peft, QLora4, QLora8, Reward, RunSpec
 from runner.spec.layer_ranges import parse_layers
@@ -62,8 +67,24 @@ def _of_type(method: Peft, spec: RunSpec, model: Any) -> PeftConfig:
         )
     except (TypeError, ValueError) as error:
         what = f"PEFT's {kind.__name__} does not take this: {' '.join(str(error).split())}"
-        raise RequestError(Problem(what, "method", f"its arguments are those of {kind.__name__}")) from None
+        keys = ", ".join(f"method.arguments.{key}" for key in method.adapter.defaults)
+        raise RequestError(Problem(what, "method.arguments", f"change one of {keys}")) from None
     return made
+
+
+@contextmanager
+def refusals_of_peft(spec: RunSpec) -> Iterator[None]:
+    """Errors of PEFT while it puts an adapter on the model become a RequestError: arguments that fit no layer of it."""
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, NotImplementedError, LookupError, ArithmeticError) as error:
+        method = spec.method
+        places = [Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__)]
+        if not isinstance(method, Peft) or not any("tuners" in parts and "peft" in parts for parts in places):
+            raise
+        what = f"PEFT cannot put {method.peft_type} on {spec.model.name}: {' '.join(str(error).split())}"
+        known = ", ".join(f"method.arguments.{key}" for key in method.adapter.defaults)
+        raise RequestError(Problem(what, "method.arguments", f"change one of {known}")) from error
 
 
 def _arguments(method: Peft) -> dict[str, Any]:
@@ -193,6 +214,22 @@ def describe_trainable(model: Any) -> tuple[int, int, list[str]]:
             trainable += count
             where[_kind(name)] += count
     return trainable, total, [f"{name}: {count:,}" for name, count in where.items()]
+
+
+def wrong_formula(spec: RunSpec, model: Any) -> str | None:
+    """A line about an adapter that is not as large as `method.trainable` made the plan believe; None where it is."""
+    method = spec.method
+    if not isinstance(method, Peft) or method.trainable is None or spec.model.architecture is None:
+        return None
+    planned = training_of(shape_of(spec.model), method, "bf16", deepspeed=False).adapter
+    own = [p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name]
+    real = sum(getattr(p, "ds_numel", p.numel()) for p in own)
+    if real == planned:
+        return None
+    return (
+        f"method.trainable={method.trainable} is wrong: the plan counted {planned:,} parameters of the adapter, and it "
+        f"has {real:,}; correct it, or plan, fit and the price stay wrong"
+    )
 
 
 _PREFIXES = tuple(set(PEFT_TYPE_TO_PREFIX_MAPPING.values()))

@@ -148,7 +148,7 @@ def work(
     metrics.trainer = measuring.trainer = trainer
     if ranks.main:
         peft_methods.keep_initial_adapter(spec, trainer.model, run)
-    _say_what_trains(trainer.model, progress)
+    _say_what_trains(spec, trainer.model, progress)
     facts = environment(spec, trainer.model, source, content)
     if ranks.main:
         run.write("environment.json", {**facts, "processes": ranks.world})
@@ -202,11 +202,13 @@ def _start(run: RunDir, progress: Progress, ranks: Ranks) -> int:
     return step
 
 
-def _say_what_trains(model: Any, progress: Progress) -> None:
+def _say_what_trains(spec: RunSpec, model: Any, progress: Progress) -> None:
     trainable, total, lines = peft_methods.describe_trainable(model)
     progress.note(f"Trains  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     shown = lines if len(lines) <= 8 else [*lines[:7], f"and {len(lines) - 7} more"]
     progress.note("        " + ", ".join(shown))
+    if line := peft_methods.wrong_formula(spec, model):
+        progress.note(line)
 
 
 def _stop_if_asked(run: RunDir, stop: StopOnSignal, step: int, ranks: Ranks) -> None:

@@ -302,6 +302,16 @@ def test_every_mistake_of_a_recipe_is_told_with_its_line(here: Path) -> None:
             "method=ia3, method=loha, method=lokr, method=oft and method=vera have it",
         ),
         (("objective=dpo", "objective.loss_on=all"), "objective=dpo has no loss_on", "objective=sft has it"),
+        (
+            ("objective=pretrain", "objective.experiment=-x"),
+            "objective.experiment=-x: expected text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$",
+            "write objective.experiment=… in that form",
+        ),
+        (
+            ("objective.code=objs:Fine",),
+            "objective.code=objs:Fine: expected text that matches ^.+\\.py:[A-Za-z_][A-Za-z0-9_]*$",
+            "write a file and the class in it, such as objective.code=objs.py:Fine",
+        ),
         (("model=hub",), "model.id is missing", "write model.id=…"),
         (("data=file",), "data.path is missing", "name a file, such as data.path=my.jsonl"),
         (

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from runner.cloud.runpod.serverless import DeployOptions, _source
 from runner.errors import RequestError
+from runner.report.progress import Progress
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
@@ -107,6 +108,10 @@ def test_lora_plus_has_two_learning_rates(train: Callable[..., Any], tmp_path: P
             ["method.peft_type=HRA", "method.trainable=inputs", "method.arguments.rank=3"],
             "HRA has r, apply_GS",
         ),
+        (
+            ["method.peft_type=BOFT", "method.trainable=inputs", "method.arguments.boft_block_size=7"],
+            "must be divisible by boft_block_size (7)",
+        ),
     ],
 )
 def test_what_peft_does_not_have_is_said(
@@ -115,6 +120,20 @@ def test_what_peft_does_not_have_is_said(
     with pytest.raises(RequestError) as caught:
         train(*tiny_llama.words(tmp_path), "method=oft", "~method.arguments", "method.trainable=inputs", *words)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("formula", "wrong"), [("4 * inputs", False), ("inputs", True)])
+def test_a_wrong_formula_is_said_in_the_run(
+    formula: str, wrong: bool, train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: said.append(text))
+    words = ["method=oft", "method.peft_type=HRA", "~method.arguments", "method.arguments.r=4"]
+    given = [*words, f'method.trainable="{formula}"', "train.max_steps=1", "eval.num_prompts=0"]
+    finished, _ = train(*tiny_llama.words(tmp_path), *given)
+    real = sum(p.numel() for p in finished.model.parameters() if p.requires_grad)
+    line = f"the plan counted {real // 4:,} parameters of the adapter, and it has {real:,}"
+    assert any(f"method.trainable={formula} is wrong: {line}" in text for text in said) is wrong
 
 
 def test_a_worker_for_chats_serves_adapters_of_lora_alone(train: Callable[..., Any], tmp_path: Path) -> None:

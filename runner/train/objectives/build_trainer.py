@@ -56,7 +56,7 @@ def build(
     train, held = rows
     common |= {"train_dataset": train.rows, "eval_dataset": held.rows if held else None, "processing_class": tokenizer}
     config = peft_methods.adapter_config(spec, model)
-    with moe_compat.prepared(model):
+    with moe_compat.prepared(model), peft_methods.refusals_of_peft(spec):
         made: Any = objective.trainer(source, model, config, common)
     made.remove_callback(PrinterCallback)
     made.learning_rate_ratio = getattr(spec.method, "learning_rate_ratio", 1.0)
