@@ -80,7 +80,9 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
 @click.option("--by", type=click.Choice(["usd", "time"]), default="usd", show_default=True, help="What to rank by.")
 @click.option("--all", "everything", is_flag=True, help="Show what does not fit, too, and all of a long table.")
 def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str, everything: bool) -> None:
-    """What hardware, method or model: every one that is not named is tried, with its best ZeRO stage and batch.
+    """What hardware, method or model, each with its best ZeRO stage and batch.
+
+    Of models and hardware, all are tried where none is named; of methods full, freeze, lora, qlora4 and qlora8.
 
     \b
     Examples:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import catalog, recipe_checks
-from runner.config.suggestions import nearest_choice
+from runner.config.suggestions import known_keys, nearest_choice
 from runner.config.validation import SourceOf
 from runner.errors import Problem
 
@@ -72,6 +72,10 @@ def _of_choice(
             continue
         if _taken_away(group, key, held) or (generic and _describes(group, key, held, folders)):
             continue
+        if key == "name" and value is None:
+            what = f"{group}.name=null: the YAML file of {group}={choice} has no name"
+            yield Problem(what, None, _name_for(group, choice, held))
+            continue
         what = f"{group}.{key}={value} names another {_NOUN.get(group, group)}"
         remedy, source = _instead(group, key, str(value), folders), source_of(f"{group}.{key}")
         if source != "command line":
@@ -85,6 +89,15 @@ def _of_choice(
                 )
                 remedy = "leave it out; model=scratch_… takes sizes of your own"
                 yield Problem(what, source_of(f"model.{key}"), remedy)
+
+
+def _name_for(group: str, choice: str, held: Mapping[str, Any]) -> str:
+    """The line that a choice's file lacks."""
+    if group == "track":
+        return f"write name: {'own' if held.get('code') else 'tensorboard'} into it"
+    if group == "objective":
+        return "write name: sft into it, or the name of another objective whose rows it takes"
+    return f"write name: {choice} into it"
 
 
 def _naming(group: str) -> tuple[str, ...]:
@@ -120,4 +133,8 @@ def _instead(group: str, key: str, value: str, folders: tuple[Path, ...]) -> str
     if group == "model" and key != "name":
         return f"write model=hub model.id=… model.{key}={value}"
     near = nearest_choice(group, value, names)
-    return f"write {group}={near}" if near else f"leave it out: {group}.title is for people, and run.name for runs"
+    if group == "track" and value == "own":
+        lines = "DIR/track/mine.yaml with the lines name: own and code: FILE.py:CLASS"
+        return f"write {lines}, and --config-dir DIR track=mine"
+    people = f"{group}.title is for people, and " if f"{group}.title" in known_keys() else ""
+    return f"write {group}={near}" if near else f"leave it out: {people}run.name names a run"

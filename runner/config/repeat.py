@@ -56,7 +56,7 @@ def _other(file: Path, values: dict[str, Any], lacks: list[str]) -> Problem:
     if theirs := foreign_configs.problems_in(file):
         return theirs[0]
     remedy = "write a recipe (docs/recipes.md): what it leaves out has its default"
-    if file.with_name("training.yaml").is_file():
+    if any(file.with_name(name).is_file() for name in ("training.yaml", "status.json")):  # of a run
         remedy = restoring(file)
     return Problem(f"{shown(file)} is not a whole spec.json: it has no {', '.join(lacks)}", "command line", remedy)
 

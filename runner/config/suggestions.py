@@ -71,6 +71,11 @@ def only_text(key: str) -> bool:
     return set(_annotations().get(key, ())) <= {str, str | None} and key in known_keys()
 
 
+def mappings() -> set[str]:
+    """Keys whose value is a mapping with names that the schema does not have, such as `method.arguments`."""
+    return {key for key, kinds in _annotations().items() if any(typing.get_origin(kind) is dict for kind in kinds)}
+
+
 def parts_of(annotation: Any) -> Iterator[type[BaseModel]]:
     """The schema classes inside an annotation (a class, a union, an Annotated)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from runner.config.peer_keys import NONE
 from runner.config.provenance import flat
-from runner.config.suggestions import choices_with, known_keys, nearest, nearest_key, parts_of
+from runner.config.suggestions import choices_with, known_keys, mappings, nearest, nearest_key, parts_of
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 from runner.spec.part import CODE
@@ -75,6 +75,9 @@ def value_of(spec: RunSpec, key: str) -> Any:
     steps = key.split(".")
     for step in steps:
         if not isinstance(value, dict) or step not in value:
+            if isinstance(value, dict) and (parent := key.rpartition(".")[0]) in mappings():
+                remedy = f"{parent} has {', '.join(value) or 'nothing'} here; {key}=… would set it"
+                raise RequestError(Problem(f"{key} is not set", "command line", remedy))
             chosen = getattr(getattr(spec, steps[0], None), "name", None)
             raise RequestError(unknown(key, chosen, "command line"))
         value = value[step]
@@ -166,27 +169,37 @@ def _instead(key: str, detail: ErrorDetails, source: str | None) -> str:
     if kind in _NEAREST:
         more = "more" if kind.startswith("greater") else "less"
         return f"write {key}={_number(detail['ctx'][_NEAREST[kind]])}, or {more}"
-    if kind == "string_pattern_mismatch":
-        return _in_the_form(key, str(value), str(detail["ctx"]["pattern"]))
     if kind.startswith("bool"):
         return f"write {key}=true or {key}=false"
+    if kind == "string_pattern_mismatch" and (repaired := _repaired(str(value), detail["ctx"]["pattern"])):
+        if leaf == "name":
+            return f"write name: {repaired} into the file of that choice"
+        return f"write {leaf}: {repaired}" if in_file else f"write {key}={repaired}"
     return f"docs/reference.md says what {key} takes"
 
 
-def _in_the_form(key: str, value: str, pattern: str) -> str:
-    """Remedy for a text of another form than the one wanted: the same in that form, where that is clear."""
-    if pattern == CODE:
-        file, _, name = value.partition(":")
-        file = file if file.endswith(".py") else f"{file}.py"
-        return f"write a file and the class in it, such as {key}={file}:{name or 'NAME'}"
-    near = value.lower().replace("-", "_")
-    return f"write {key}={near}" if re.match(pattern, near) else f"write {key}=… in that form"
+PATTERNS = {
+    CODE: "FILE.py:NAME, a Python file and a name in it",
+    r"^[a-z][a-z0-9_]*$": "small letters, digits and _, with a letter first",
+    r"^[A-Z][A-Z0-9_]*$": "capitals, digits and _, with a letter first",
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits and . _ -, with a letter or digit first",
+}
+"""Patterns of the schema in words."""
+
+
+def _repaired(text: str, pattern: str) -> str | None:
+    """The text as the pattern takes it, with NAME for a name that it lacks; None where that is not to be seen."""
+    file, _, name = text.partition(":")
+    stem = file.removesuffix(".py")
+    parts = re.sub(r"[^A-Za-z0-9_]+", "_", text).strip("_")
+    tries = [f"{stem}.py:{name or 'NAME'}"] if pattern == CODE else [parts.lower(), parts.upper(), parts]
+    return next((found for found in tries if re.fullmatch(pattern, found)), None)
 
 
 def _expected(detail: ErrorDetails) -> str:
     kind, ctx = detail["type"], detail.get("ctx", {})
     if kind == "string_pattern_mismatch":
-        return f"text that matches {ctx['pattern']}"
+        return PATTERNS.get(ctx["pattern"], f"text that matches {ctx['pattern']}")
     if kind == "literal_error":
         choices = _choices(detail)
         return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)

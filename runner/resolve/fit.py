@@ -36,7 +36,7 @@ METHOD: TypeAdapter[Method] = TypeAdapter(Method)
 
 
 def candidate_methods(given: Mapping[str, object], folders: tuple[Path, ...] = ()) -> list[Method]:
-    """The five methods, as their files have them, and with what was typed for any.
+    """full, freeze, lora, qlora4 and qlora8, as their files have them, and with what was typed for any.
 
     Variants of them, and PEFT's other adapters, need about what `lora` needs: they are looked at when they are named.
     """

@@ -26,6 +26,11 @@ class TrackSpec(Part):
     def _own_has_code(self) -> TrackSpec:
         if self.name == "own" and self.code is None:
             raise ValueError("track.code is missing; write code: FILE.py:CLASS beside name: own, or track=none")
+        if self.name != "own" and self.code is not None:
+            raise ValueError(
+                f"track.code={self.code} is read by a tracker of your own alone; write DIR/track/mine.yaml with the lines "
+                "name: own and code: FILE.py:CLASS, and --config-dir DIR track=mine"
+            )
         return self
 
 

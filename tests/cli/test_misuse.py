@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from runner.config.repeat import load_spec
+from runner.config.suggestions import parts_of
+from runner.config.validation import PATTERNS
 from runner.errors import RequestError
 from runner.rundir.directory import RunDir
 from runner.runs.worker_verbs import produce
+from runner.spec import RunSpec
 from tests.support.front import here, laptop, only_problem, problems_of, runner, write
 from tests.support.front import spec_of as resolved
 
@@ -375,3 +378,49 @@ def test_a_file_is_no_folder_of_runs(here: Path) -> None:
 def test_the_module_of_the_command_line_is_the_command_line() -> None:
     done = subprocess.run([sys.executable, "-m", "runner.cli.main", "list"], capture_output=True, text=True)
     assert "smollm2_135m" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("word", "what", "remedy"),
+    [
+        ("objective.code=objs.py", "expected FILE.py:NAME", "write objective.code=objs.py:NAME"),
+        ("objective.code=objs:Fine", "expected FILE.py:NAME", "write objective.code=objs.py:Fine"),
+        ("track.code=lines.py:Lines", "a tracker of your own alone", "name: own and code: FILE.py:CLASS"),
+        ("track.name=own", "another tracker", "name: own and code: FILE.py:CLASS"),
+        ("method.name=foo", "another method", "leave it out: run.name names a run"),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_the_form_of_a_text_and_where_it_belongs_are_said(word: str, what: str, remedy: str) -> None:
+    problems = list(problems_of(word).values())
+    assert any(what in problem.what and remedy in str(problem.remedy) for problem in problems), problems
+
+
+def test_every_pattern_of_the_schema_has_words() -> None:
+    parts, patterns = [RunSpec], set()
+    for part in parts:  # grows
+        for field in part.model_fields.values():
+            parts += [inner for inner in parts_of(field.annotation) if inner not in parts]
+            patterns |= {one.pattern for one in field.metadata if getattr(one, "pattern", None)}
+    assert patterns and patterns <= PATTERNS.keys()
+
+
+@pytest.mark.parametrize(
+    ("group", "text", "remedy"),
+    [
+        ("method", "peft_type: HRA\narguments: {r: 4}\ntrainable: r * inputs\n", "write name: mine into it"),
+        ("track", "code: lines.py:Lines\n", "write name: own into it"),
+        ("method", "name: My-Own\npeft_type: HRA\ntrainable: inputs\n", "write name: my_own into the file"),
+    ],
+)
+def test_a_file_of_ones_own_without_a_right_name_is_told_the_line(
+    here: Path, group: str, text: str, remedy: str
+) -> None:
+    write(here / "own" / group / "mine.yaml", text)
+    assert remedy in str(only_problem(f"{group}=mine", config_dirs=(here / "own",)).remedy)
+
+
+@pytest.mark.usefixtures("here")
+def test_explain_of_a_name_that_a_mapping_lacks_says_which_it_has() -> None:
+    said = " ".join(runner("explain", "method.arguments.nope", "method=oft").stderr.split())
+    assert "method.arguments.nope is not set" in said and "method.arguments has oft_block_size here" in said
