@@ -11,7 +11,8 @@ from runner.hub import client
 from runner.hub import config as hub_config
 from runner.plan.model_shape import Shape, shape_of
 from runner.plan.trainable import ALIASES, OUTSIDE, modules_around, modules_of
-from runner.spec import ModelSpec, Reward, RunSpec
+from runner.spec import ModelSpec, Peft, Reward, RunSpec
+from runner.spec.adapters import Layer
 
 
 def wrong_module(spec: RunSpec) -> Problem | None:
@@ -29,6 +30,7 @@ def wrong_module(spec: RunSpec) -> Problem | None:
         or _unknown("extra_modules", extra, {*modules_around(shape), *score}, spec, " outside its layers")
         or _unknown("modules_to_save", saved, modules_of(shape) | score, spec)
         or _wrong_feedforward(spec, shape)
+        or _untrained_layer(spec, shape)
     )
 
 
@@ -63,6 +65,26 @@ def _wrong_feedforward(spec: RunSpec, shape: Shape) -> Problem | None:
     unknown = [name for name in named if _last(name) not in linear]
     what = f"{key}: {spec.model.name} has no linear layer {', '.join(unknown)}"
     return Problem(what, key, f"write {key}=[{_mlp_output(shape)}]") if unknown else None
+
+
+def _untrained_layer(spec: RunSpec, shape: Shape) -> Problem | None:
+    """Arguments, or a formula, with which a layer of this model gets no parameter."""
+    method = spec.method
+    if not isinstance(method, Peft):
+        return None
+    wanted = None if method.target_modules == "all-linear" else {_last(name) for name in method.target_modules}
+    key = "method.arguments" if method.trainable is None else "method.trainable"
+    given = " or ".join(f"{key}.{name}={value}" for name, value in method.arguments.items())
+    remedy = f"write another formula than {method.trainable}" if method.trainable else f"change {given}"
+    for m in shape.matrices:
+        if m.linear and (wanted is None or m.name in wanted):
+            try:
+                count = method.adapter.count(Layer(m.name, m.inputs, m.outputs))
+            except ValueError as error:
+                return Problem(f"{key}: {error} for {m.name} of {spec.model.name}", key, remedy)
+            if count < 1:
+                return Problem(f"{key}: {m.name} of {spec.model.name} would have {count} parameters", key, remedy)
+    return None
 
 
 def _unknown(leaf: str, names: list[str], known: set[str], spec: RunSpec, where: str = "") -> Problem | None:

@@ -47,8 +47,6 @@ class AdapterType:
     """Parameters trained in a layer."""
     checked: Callable[[Arguments], str | None] = lambda arguments: None
     """A sentence about arguments that do not go together, its remedy after a semicolon."""
-    chooses_layers: bool = True
-    """PEFT can put it on some layers only."""
     shared: Callable[[list[Layer], Arguments], int] = lambda layers, arguments: 0
     """Frozen values that all layers of the model share."""
     multiplied: Callable[[Layer, Arguments], int] | None = None
@@ -157,7 +155,7 @@ TYPES: dict[str, AdapterType] = {
         lambda layer, arguments: int(arguments["r"] + layer.outputs), shared=_vera_shared,
         multiplied=lambda layer, arguments: int(arguments["r"] * (layer.inputs + layer.outputs)),
     ),
-    "IA3": AdapterType({"feedforward_modules": []}, _ia3, chooses_layers=False),
+    "IA3": AdapterType({"feedforward_modules": []}, _ia3),
     "LOHA": AdapterType({"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0}, _loha, multiplied=_whole),
     "LOKR": AdapterType(
         {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0, "decompose_both": False,

@@ -215,10 +215,10 @@ class Peft(_Targets):
                 return f"method.arguments.{key}={value} is of another kind than its default; write one like {defaults[key]}"
             if problem := peft_types.out_of_bounds(key, value, defaults[key]):
                 return problem
+        if self.layers is not None and self.peft_type in peft_types.ON_ALL_LAYERS:
+            return f"method.layers: PEFT puts {self.peft_type} on all layers; leave it out"
         if known is None:
             return None
-        if self.layers is not None and not known.chooses_layers:
-            return f"method.layers: PEFT puts {self.peft_type} on all layers; leave it out"
         return known.checked(self.adapter.arguments) or self._of_feedforward()
 
     def _of_feedforward(self) -> str | None:

@@ -55,6 +55,9 @@ UNCOUNTED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Types for linear layers that need `method.trainable`: arguments that may be set, with PEFT's defaults."""
 
+ON_ALL_LAYERS = ("BEFT", "GLORA", "IA3", "ROAD", "SHIRA", "SUPERTUNING")
+"""Types that PEFT cannot put on some layers only."""
+
 _PROMPT = "learns a prompt, and no part of a linear layer"
 UNUSABLE = {
     "LORA": "has methods of its own",

@@ -16,7 +16,7 @@ from runner.plan.model_shape import shape_of
 from runner.plan.trainable import training_of
 from runner.spec import Method, ModelSpec, Peft
 from runner.spec.adapters import TYPES, evaluate
-from runner.spec.peft_types import UNCOUNTED, UNUSABLE
+from runner.spec.peft_types import ON_ALL_LAYERS, UNCOUNTED, UNUSABLE
 from runner.train import peft_methods
 from tests.conftest import spec_of
 
@@ -138,6 +138,8 @@ def test_what_does_not_go_together_is_refused(values: dict[str, Any], said: str)
 
 def test_every_type_of_peft_is_known() -> None:
     installed = {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    placed = {name for name in (*TYPES, *UNCOUNTED) if "layers_to_transform" in {f.name for f in fields(_config(name))}}
+    assert {*TYPES, *UNCOUNTED} - placed == set(ON_ALL_LAYERS)
     assert {*TYPES, *UNCOUNTED, *UNUSABLE} == installed and len(TYPES) + len(UNCOUNTED) + len(UNUSABLE) == len(
         installed
     )
