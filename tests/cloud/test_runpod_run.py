@@ -25,6 +25,7 @@ from tests.support.emulated import Emulator, emulator, needs_sshd, rest
 from tests.support.hub import Hub, hub
 from tests.support.leaks import Watch
 from tests.support.processes import ROOT, losses, only_run, start, tiny_model, until, words
+from tests.support.rented import rented_spec
 
 __all__ = ["emulator", "hub"]  # fixtures
 
@@ -408,7 +409,7 @@ def test_without_anybody_to_ask_nothing_is_rented(typed: Typed) -> None:
 def test_a_run_whose_pod_is_gone_can_be_resumed(typed: Typed, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "runs" / "run-1")
     run.path.mkdir(parents=True)
-    run.write("spec.json", {})
+    run.write("spec.json", rented_spec().model_dump(mode="json"))
     run.set_status("training", host="runner-run-1-abcd", pid=None, born="another-boot:1")
     code, said = ended(typed.verb("resume", str(run.path)))
     assert code == 2 and "is in a pod" in said and "attach run-1" in said
