@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import subprocess
 import threading
 import time
@@ -22,6 +21,7 @@ from runner.cloud.ssh_keys import KeyPair
 from runner.cloud.transfer import RemoteRun, Say
 from runner.cloud.untrusted_files import TooMuchError
 from runner.errors import Problem, RunFailedError, RunnerError
+from runner.machine.processes import interrupts_handled_by
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.spec import RentedPlace, RunSpec
@@ -261,12 +261,8 @@ class Session:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with interrupts_handled_by(handle):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     # --- home ---
 

@@ -38,7 +38,7 @@ from runner.cloud.providers import connect, provider_of
 from runner.cloud.session import Session
 from runner.cloud.transfer import Say
 from runner.errors import Problem, RunnerError
-from runner.machine.processes import die_with_parent
+from runner.machine.processes import die_with_parent, interrupts_handled_by
 from runner.rundir.directory import RunDir, alive
 from runner.spec import RentedPlace, RunSpec
 
@@ -312,13 +312,10 @@ class Points:
         """Around the sweep, in its own process: SIGTERM is a Ctrl-C, and no signal ends this process before points that
         are processes of their own (`apart`)."""
         self.folder.mkdir(parents=True)
-        handle = self._pass_on if apart else interrupt
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield
+            with interrupts_handled_by(self._pass_on if apart else interrupt):
+                yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:

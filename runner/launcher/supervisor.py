@@ -22,6 +22,7 @@ from rich.console import Console
 
 from runner.errors import Problem
 from runner.launcher.torchrun import MEETING_SECONDS
+from runner.machine.processes import interrupts_handled_by
 from runner.rundir.directory import RunDir, alive
 from runner.rundir.records import Heartbeat
 
@@ -216,12 +217,8 @@ def forward_signals(process: Process, run: RunDir, own: range | None = None) -> 
         for pid in pids or [process.pid]:
             _send(pid, number)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with interrupts_handled_by(handle):
         yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _patience(ranks: list[Heartbeat], seconds: float) -> float:

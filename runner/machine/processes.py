@@ -7,8 +7,11 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
@@ -34,6 +37,17 @@ def _is_torchrun(pid: int) -> bool:
         return b"torch.distributed.run" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
+
+
+@contextmanager
+def interrupts_handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """SIGINT and SIGTERM call `handler` inside, and what they called before afterwards. Main thread only."""
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
 
 
 Killer = Literal["kernel", "probably the kernel", "somebody else"]

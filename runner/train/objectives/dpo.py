@@ -36,7 +36,7 @@ class Dpo(Compared):
         return DpoTrainer if self.asked_for.has_reference else CpoTrainer
 
     @property
-    def adapter_first(self) -> bool:  # type: ignore[override]
+    def adapter_first(self) -> bool:  # type: ignore[override]  # by the loss, where others have a constant
         """CPO's trainer is one of the older ones."""
         return not self.asked_for.has_reference
 

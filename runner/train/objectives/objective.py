@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -32,7 +33,7 @@ class Examples:
     """Rows that were."""
 
 
-class Objective:
+class Objective(ABC):
     """How the worker trains for one objective.
 
     A class of your own, named by `objective.code`, is a subclass of the shipped one whose rows it takes (`Sft`, `Dpo`,
@@ -58,20 +59,20 @@ class Objective:
         """What reward functions say of answers to the held-out prompts; None without any."""
         return None
 
+    @abstractmethod
     def tokenise(
         self, rows: Sequence[Any], tokenizer: Any, tell: Tell | None = None, *, held: bool = False
     ) -> Tokenised:
         """Rows as the trainer takes them, from the cache where they are there; `tell` hears of those that are done."""
-        raise NotImplementedError
 
     def num_steps(self, num_rows: int) -> int:
         """Optimiser steps of the whole run over so many rows."""
         return trainer.num_steps(self.spec, num_rows)
 
+    @abstractmethod
     def settings(self, shared: dict[str, Any]) -> Any:
         """TRL's settings; `shared` are those that all objectives have."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trainer(self, source: str, model: Any, adapter: Any, common: dict[str, Any]) -> LossGuardMixin:
         """The trainer of `model` with PEFT's configuration `adapter` put on it; `common` are its other arguments."""
-        raise NotImplementedError
