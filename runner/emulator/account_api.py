@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from runner.emulator import catalog
-from runner.emulator.answers import ApiProblem, Json, not_found, page
+from runner.emulator.answers import ApiProblem, Json, known, page
 from runner.emulator.pod_creation import config_of
 from runner.emulator.state import World, new_id
 
@@ -45,11 +45,10 @@ def _templates(api: APIRouter, world: World) -> None:
         world.templates[identity] = {"id": identity, **_template(body)}
 
     def own(identity: str) -> Json:
-        if identity not in world.templates:
-            raise not_found("template")
+        found = known(world.templates, identity, "template")
         if identity in catalog.content()["templates"]:
             raise ApiProblem(403, "access denied")
-        return world.templates[identity]
+        return found
 
     @api.get("/templates")
     def list_templates(cursor: str | None = None) -> Json:
@@ -68,9 +67,7 @@ def _templates(api: APIRouter, world: World) -> None:
 
     @api.get("/templates/{identity}")
     def get_template(identity: str) -> Json:
-        if identity not in world.templates:
-            raise not_found("template")
-        return world.templates[identity]
+        return known(world.templates, identity, "template")
 
     @api.delete("/templates/{identity}", status_code=204)
     def delete_template(identity: str) -> Response:
@@ -90,9 +87,7 @@ def network_volumes(world: World) -> APIRouter:
     api = APIRouter(prefix="/network-volumes")
 
     def volume(identity: str) -> Json:
-        if identity not in world.volumes:
-            raise not_found("network volume")
-        return world.volumes[identity]
+        return known(world.volumes, identity, "network volume")
 
     @api.get("")
     def list_volumes(cursor: str | None = None) -> Json:

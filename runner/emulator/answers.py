@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 Json = dict[str, Any]
 """A JSON object."""
@@ -31,9 +33,11 @@ class ApiProblem(Exception):
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
 
-def not_found(what: str) -> ApiProblem:
-    """404: `pod not found`."""
-    return ApiProblem(404, f"{what} not found")
+def known(entries: Mapping[str, T], identity: str, what: str) -> T:
+    """The entry of that id; ApiProblem 404 where there is none."""
+    if identity not in entries:
+        raise ApiProblem(404, f"{what} not found")
+    return entries[identity]
 
 
 def page(name: str, entries: Sequence[Any], cursor: str | None, size: int) -> Json:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from fastapi import APIRouter, Request
 
 from runner.emulator import catalog
-from runner.emulator.answers import ApiProblem, Json, not_found, page
+from runner.emulator.answers import ApiProblem, Json, known, page
 from runner.emulator.catalog import Cpu, DataCenter, Gpu
 from runner.emulator.state import World
 
@@ -26,9 +26,7 @@ def router(world: World) -> APIRouter:
 
     @api.get("/gpus/{identity}")
     def get_gpu(request: Request, identity: str) -> Json:
-        gpu = catalog.gpus().get(identity)
-        if gpu is None:
-            raise not_found("GPU type")
+        gpu = known(catalog.gpus(), identity, "GPU type")
         return _gpu(world, gpu, _asked(request.query_params))
 
     @api.get("/cpus")
@@ -38,9 +36,7 @@ def router(world: World) -> APIRouter:
 
     @api.get("/cpus/{identity}")
     def get_cpu(request: Request, identity: str) -> Json:
-        cpu = catalog.cpus().get(identity)
-        if cpu is None:
-            raise not_found("CPU type")
+        cpu = known(catalog.cpus(), identity, "CPU type")
         return _cpu(cpu, _asked(request.query_params) is not None)
 
     @api.get("/datacenters")
@@ -59,9 +55,7 @@ def router(world: World) -> APIRouter:
 
     @api.get("/datacenters/{identity}")
     def get_center(identity: str, include: str = "") -> Json:
-        center = catalog.data_centers().get(identity)
-        if center is None:
-            raise not_found("data center")
+        center = known(catalog.data_centers(), identity, "data center")
         return _center(world, center, include)
 
     @api.get("/templates")

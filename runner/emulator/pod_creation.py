@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from runner.emulator import catalog
-from runner.emulator.answers import ApiProblem, Json, not_found
+from runner.emulator.answers import ApiProblem, Json, known
 from runner.emulator.pods import Pod, PodLog
 from runner.emulator.state import World, new_id
 
@@ -46,9 +46,7 @@ def with_template(world: World, body: Json) -> Json:
     """The body over its template's settings; variables are merged one by one."""
     if "templateId" not in body:
         return body
-    template = world.templates.get(body["templateId"])
-    if template is None:
-        raise not_found("template")
+    template = known(world.templates, body["templateId"], "template")
     if template["serverless"]:
         raise ApiProblem(422, "Request validation failed.", ["$.templateId: is a serverless template"])
     merged = {name: template[name] for name in FROM_TEMPLATE if template.get(name) is not None} | body
@@ -109,9 +107,7 @@ def _centers(world: World, body: Json, cloud: str) -> list[str]:
     network = body.get("mounts", {}).get("network")
     if not network:
         return wanted or list(catalog.data_centers())
-    volume = world.volumes.get(network[0]["volumeId"])
-    if volume is None:
-        raise not_found("network volume")
+    volume = known(world.volumes, network[0]["volumeId"], "network volume")
     if wanted and volume["dataCenter"] not in wanted:
         raise ApiProblem(400, f"network volume {volume['id']} is in data center {volume['dataCenter']}")
     return [volume["dataCenter"]]

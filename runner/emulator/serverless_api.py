@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 
 from runner.emulator import catalog
-from runner.emulator.answers import ApiProblem, Json, not_found, page
+from runner.emulator.answers import ApiProblem, Json, known, page
 from runner.emulator.pod_creation import config_of
 from runner.emulator.settings import stamp
 from runner.emulator.state import World, new_id
@@ -22,9 +22,7 @@ def router(world: World) -> APIRouter:
     api = APIRouter(prefix="/v2/serverless")
 
     def endpoint(identity: str) -> Json:
-        if identity not in world.endpoints:
-            raise not_found("endpoint")
-        return world.endpoints[identity]
+        return known(world.endpoints, identity, "endpoint")
 
     @api.get("")
     def list_endpoints(cursor: str | None = None) -> Json:
@@ -80,9 +78,7 @@ def _config(world: World, body: Json) -> Json:
     """Container settings, from the body over those of its template."""
     template: Json = {}
     if "templateId" in body:
-        if body["templateId"] not in world.templates:
-            raise not_found("template")
-        template = world.templates[body["templateId"]]
+        template = known(world.templates, body["templateId"], "template")
         if not template["serverless"]:
             raise ApiProblem(422, "Request validation failed.", ["$.templateId: is not a serverless template"])
     merged = {name: template[name] for name in CONTAINER if name in template} | body
@@ -98,8 +94,8 @@ def _compute(body: Json) -> Json:
         memory = [int(c["vcpuCount"] * catalog.cpus()[c["id"]].ram_gb_per_vcpu) for c in cpus]
         return {"cpu": [{**cpu, "memory": gb} for cpu, gb in zip(cpus, memory, strict=True)]}
     gpu = body["gpu"]
-    types = {known.id for known in catalog.gpus().values() if known.pool in gpu["pools"]}
-    if unknown := set(gpu["pools"]) - {known.pool for known in catalog.gpus().values()}:
+    types = {one.id for one in catalog.gpus().values() if one.pool in gpu["pools"]}
+    if unknown := set(gpu["pools"]) - {one.pool for one in catalog.gpus().values()}:
         raise ApiProblem(400, f"GPU pool {min(unknown)!r} not found")
     if strange := {text.strip() for text in gpu.get("excludedTypes", [])} - types:
         raise ApiProblem(400, f"excludedTypes: {min(strange)!r} is not in one of the pools")
@@ -108,9 +104,7 @@ def _compute(body: Json) -> Json:
 
 
 def _volumes(world: World, wanted: list[str]) -> list[str]:
-    if any(volume not in world.volumes for volume in wanted):
-        raise not_found("network volume")
-    return wanted
+    return [known(world.volumes, volume, "network volume")["id"] for volume in wanted]
 
 
 def _urls(identity: str, kind: str) -> Json:
