@@ -29,6 +29,7 @@ from runner.doctor.finding import Finding
 from runner.paths import ASSETS
 from runner.report.run_list import RunRow
 from runner.rundir import records
+from runner.spec.part import OwnCode
 
 PAGE = ASSETS / "docs" / "reference.md"
 # What a run directory holds is written by hand, beside this module.
@@ -214,6 +215,8 @@ def _options(annotation: Any) -> list[str]:
         return [f"`{value}`" for value in inner]
     if origin in (typing.Union, types.UnionType):
         return [option for part in inner for option in _options(part)]
+    if origin is typing.Annotated:
+        return ["`FILE.py:CLASS`"] if annotation == OwnCode else _options(inner[0])
     if origin is list:
         return ["list of " + " or ".join(_plural(option) for option in _options(inner[0]))]
     if annotation is Any or typing.is_typeddict(annotation):

@@ -127,7 +127,8 @@ def _explain(
     expected = " or ".join(dict.fromkeys(_expected(d) for d in details))
     choices = [c for d in details if d["type"] == "literal_error" for c in _choices(d)]
     value = _shown(first["input"])
-    remedy = _did_you_mean(value, choices) or _instead(key, first, source_of(key))
+    last = details[-1] if details[-1]["type"] == "string_pattern_mismatch" else first  # after the names, a pattern
+    remedy = _did_you_mean(value, choices) or _instead(key, last, source_of(key))
     return [Problem(f"{key}={value}: expected {expected}", source_of(key), remedy)]
 
 

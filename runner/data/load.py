@@ -20,7 +20,7 @@ from runner.data.readers.files import Row, Table, read_rows, refuse
 from runner.data.readers.hub import load_hub
 from runner.data.readers.sources import Loose, Source, files_of, mixed, sources_of
 from runner.data.readers.streams import tables
-from runner.data.row_formats import UNREAD, RowFormat, detect_format, left_out, rewarded
+from runner.data.row_formats import UNREAD, detect_format, left_out, rewarded
 from runner.data.row_formats import read_row as read_shape
 from runner.data.row_store import Stored, num_bytes
 from runner.errors import Problem, RequestError
@@ -28,7 +28,7 @@ from runner.spec import DataSpec
 from runner.spec.input_paths import is_url
 
 __all__ = [
-    "Example", "Learnable", "Loaded", "RowFormat", "Turn", "canonical", "canonical_rows", "columns", "detect_format",
+    "Example", "Learnable", "Loaded", "Turn", "canonical", "canonical_rows", "columns", "detect_format",
     "fingerprint", "load_examples", "load_hub", "read_dataset", "read_rows", "split",
 ]  # fmt: skip
 
@@ -54,7 +54,7 @@ def canonical(row: Row, where: str, spec: DataSpec, kind: Kind | None = None) ->
 
 
 def canonical_rows(
-    table: Table, spec: DataSpec, kind: Kind | None = None, shape: RowFormat | None = None
+    table: Table, spec: DataSpec, kind: Kind | None = None, shape: str | None = None
 ) -> tuple[list[Learnable], list[Problem]]:
     """Every row made canonical by the first row's shape (or `shape`), and every mistake there is.
 
@@ -183,7 +183,7 @@ def _streamed(source: Source, kind: Kind, problems: list[Problem], left: dict[st
     """Rows of large files, a piece at a time; the first piece of a file tells the shape of all."""
     files = [source.table.pieces(PIECE)] if isinstance(source, Loose) else map(tables, source.files)
     for pieces in files:
-        shape: RowFormat | None = None
+        shape: str | None = None
         for table in pieces:
             rows, wrong = canonical_rows(table, source.spec, kind, shape)
             yield from rows
@@ -194,7 +194,7 @@ def _streamed(source: Source, kind: Kind, problems: list[Problem], left: dict[st
                     shape = detect_format(table.rows[0], source.spec, kind)
 
 
-def columns_left(table: Table, spec: DataSpec, kind: Kind | None, shape: RowFormat | None = None) -> list[str]:
+def columns_left(table: Table, spec: DataSpec, kind: Kind | None, shape: str | None = None) -> list[str]:
     """Columns that are not read, by the first rows."""
     with suppress(RequestError):
         shape = shape or (detect_format(table.rows[0], spec, kind) if table.rows else None)
@@ -241,7 +241,7 @@ class InspectedFile:
     """One file, or split of the Hub, as it is: for people who look before they train."""
 
     name: str
-    shape: RowFormat | None
+    shape: str | None
     """None where no shape fits."""
     rows: list[Learnable]
     problems: list[Problem]
@@ -269,5 +269,7 @@ def _found(table: Table, spec: DataSpec, kind: Kind | None) -> InspectedFile:
         shape = detect_format(table.rows[0], spec, kind) if table.rows else None
     except RequestError:
         shape = None
-    given = rewarded(table.rows[0], spec) if kind == "prompts" and table.rows else []
+    given: list[str] = []
+    with suppress(RequestError):  # which `problems` has
+        given = rewarded(table.rows[0], spec) if kind == "prompts" and table.rows else []
     return InspectedFile(table.name, shape, rows, problems, columns_left(table, spec, kind, shape), given)

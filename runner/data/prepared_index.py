@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from runner.data import user_code_checks
 from runner.data.readers.sources import files_of
 from runner.errors import RequestError
 from runner.paths import cache_dir
@@ -55,8 +56,10 @@ def _record(spec: RunSpec) -> Path:
 
 
 def _states(spec: RunSpec) -> Iterator[tuple[str, int, int]]:
-    """Path, size and time of change of every file on this machine that rows or the template come from."""
-    data, files = spec.data, [spec.data.chat_template]
+    """Path, size and time of change of every file on this machine that rows or the template come from; code of row
+    formats too."""
+    data = spec.data
+    files = [data.chat_template, *user_code_checks.sources_of_formats(data)]
     if data.source == "file":
         for path in (data.path, data.eval_path, *(source.path for source in data.sources)):
             if path is not None and not is_url(path):

@@ -1,17 +1,4 @@
-"""Row formats: how each is recognised, and the example it becomes.
-
-    chat                {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}, or `conversations`
-    alpaca              {"instruction": "…", "input": "…", "output": "…", "system": "…", "history": [["…", "…"]]}
-    prompt_completion   {"prompt": "…", "completion": "…"}       text, or two lists of turns; or `response`, `output`, …
-    text                {"text": "…"}
-    preference          {"prompt": "…", "chosen": "…", "rejected": "…"}, or both answers with their prompt in them
-    unpaired            {"prompt": "…", "completion": "…", "label": true}
-    prompts             {"prompt": "…", "answer": "…"}
-    tokens              {"input_ids": [1, …], "labels": [-100, …]}
-
-The names of the fields are those of `DataSpec`. A new shape is one function in row_parsers.py and one line in its
-`READERS`.
-"""
+"""Detect the format of a row and read it, and name the keys to set where that cannot be done."""
 
 from __future__ import annotations
 
@@ -24,11 +11,13 @@ from dataclasses import replace
 from runner.data.columns import is_content, is_fact, is_index, is_odd, listing, mappings, media, seen, unread
 from runner.data.examples import Kind, Learnable, Preference, PromptExample, as_kind
 from runner.data.readers.files import Row, kind_of
-from runner.data.row_parsers import READERS, RowFormat, passed_on, prompts_of
-from runner.data.row_parts import completion_field, messages_field, prompt_field, said_turns
+from runner.data.row_parsers import FORMATS, passed_on, prompts_of
+from runner.data.row_parts import prompt_field, said_turns
 from runner.data.row_values import RowReader
+from runner.data.user_formats import as_standard
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec
+from runner.spec.part import is_own
 
 UNREAD = "like content, and nothing reads "
 
@@ -66,7 +55,7 @@ _GUESSES = {
 }
 
 
-def detect_format(row: Row, spec: DataSpec, kind: Kind | None = None) -> RowFormat:
+def detect_format(row: Row, spec: DataSpec, kind: Kind | None = None) -> str:
     """The shape of a row: `data.format`, or for `auto` the most specific one whose fields it has, by what the objective
     learns from: tokens, pairs, marked answers, conversations, prompts with an answer, plain text.
 
@@ -74,9 +63,13 @@ def detect_format(row: Row, spec: DataSpec, kind: Kind | None = None) -> RowForm
     """
     if spec.format != "auto":
         return spec.format
+    return _detected(row, spec, kind)
+
+
+def _detected(row: Row, spec: DataSpec, kind: Kind | None) -> str:
     row = seen(row, spec)
     said = {name: value for name, value in row.items() if value is not None or name == spec.label_field}
-    if shape := _shape(said, spec, kind) or _shape(row, spec, kind):  # what is null is named where it is missed
+    if shape := _first_fit(said, spec, kind) or _first_fit(row, spec, kind):  # what is null is named where it is missed
         flags = [name for name, value in row.items() if isinstance(value, bool)]
         if kind == "unpaired" and shape in ("chat", "alpaca", "prompt_completion") and len(flags) == 1:
             raise RequestError(Problem(f"has no field {spec.label_field}", None, f"write data.label_field={flags[0]}"))
@@ -85,32 +78,8 @@ def detect_format(row: Row, spec: DataSpec, kind: Kind | None = None) -> RowForm
     raise RequestError(Problem(what, None, _which_fields(row, spec, kind)))
 
 
-def _shape(row: Row, spec: DataSpec, kind: Kind | None) -> RowFormat | None:
-    has = row.keys()
-    prompted = prompt_field(row, spec) is not None
-    if spec.ids_field in has and kind in (None, "sft"):
-        return "tokens"
-    if {spec.chosen_field, spec.rejected_field} <= has:
-        return "preference"
-    # A column `label` is common and seldom a judgement: it counts where the objective learns from one.
-    if kind == "unpaired" and spec.label_field in has:
-        return "unpaired"
-    if kind == "prompts" and prompted:
-        return "prompts"
-    if messages_field(row, spec) in has:
-        return "chat"
-    if prompted and spec.completion_field in has:
-        return "prompt_completion"
-    if {spec.instruction_field, spec.output_field} <= has:
-        return "alpaca"
-    answer = completion_field(row, spec)
-    if {spec.prompt_field, spec.answer_field} <= has and answer in (spec.answer_field, spec.completion_field):
-        return "prompts"
-    if prompted and answer in has:
-        return "prompt_completion"
-    if spec.text_field in has:
-        return "text"
-    return "tokens" if spec.ids_field in has else None
+def _first_fit(row: Row, spec: DataSpec, kind: Kind | None) -> str | None:
+    return next((name for name, known in FORMATS.items() if known.fits(row, spec, kind)), None)
 
 
 def _which_fields(row: Row, spec: DataSpec, kind: Kind | None) -> str:
@@ -159,8 +128,14 @@ def _which_answers(row: Row, spec: DataSpec) -> str:
     return f"write {_said(keys)}"
 
 
-def read_row(row: Row, where: str, spec: DataSpec, shape: RowFormat, kind: Kind | None = None) -> Learnable:
+def read_row(row: Row, where: str, spec: DataSpec, shape: str, kind: Kind | None = None) -> Learnable:
     """A row of a known shape; RequestError with every mistake in it, each at `where`."""
+    if is_own(shape):
+        row, spec = as_standard(row, where, spec)
+        try:
+            return read_row(row, where, spec, _detected(row, spec, kind), kind)
+        except RequestError as error:
+            raise RequestError(*(_of_converted(p, shape, where) for p in error.problems)) from None
     reader, found = _read(row, where, spec, shape, kind)
     if not reader.problems and (names := _unread(reader, found, spec, shape)):
         reader.problems.append(_left(names, reader, spec, kind))
@@ -169,31 +144,42 @@ def read_row(row: Row, where: str, spec: DataSpec, shape: RowFormat, kind: Kind 
     return replace(found, where=where)
 
 
-def left_out(row: Row, spec: DataSpec, shape: RowFormat, kind: Kind | None = None) -> list[str]:
-    """Columns of a row that are not read; the numbers of rows are not among them."""
+def _of_converted(problem: Problem, shape: str, where: str) -> Problem:
+    """What is wrong with a row that a format of the user's has made: no key of `data` repairs it."""
+    name = shape.rpartition(":")[2]
+    return Problem(f"as {name} converts it: {problem.what}", where, f"correct {name}.convert, or the row")
+
+
+def left_out(row: Row, spec: DataSpec, shape: str, kind: Kind | None = None) -> list[str]:
+    """Columns of a row that are not read; the numbers of rows are not among them. A format of the user's own is given
+    all of them."""
+    if is_own(shape):
+        return []
     reader, found = _read(row, "", spec, shape, kind)
     extra = found.extra if isinstance(found, PromptExample) else {}
     return [name for name in row if name not in {*reader.read, *extra} and not is_index(name)]
 
 
 def rewarded(row: Row, spec: DataSpec) -> list[str]:
-    """Columns of a prompt that nothing but reward functions gets."""
+    """Columns of a prompt that nothing but reward functions gets; RequestError where a format of the user's own cannot
+    convert the row."""
+    row, spec = as_standard(row, "", spec)
     reader = RowReader(seen(row, spec), "", spec.roles, spec.weight_field)
     extra = prompts_of(reader, spec).extra if prompt_field(reader.row, spec) is not None else {}
     return [name for name in extra if name not in reader.read]
 
 
-def _read(row: Row, where: str, spec: DataSpec, shape: RowFormat, kind: Kind | None) -> tuple[RowReader, Learnable]:
+def _read(row: Row, where: str, spec: DataSpec, shape: str, kind: Kind | None) -> tuple[RowReader, Learnable]:
     reader = RowReader(seen(row, spec), where, spec.roles, spec.weight_field)
     if kind == "prompts" and prompt_field(reader.row, spec) is not None:
         return reader, prompts_of(reader, spec)  # whatever else the row could be
-    found = READERS[shape](reader, spec)
+    found = FORMATS[shape].read(reader, spec)
     if kind == "prompts" and isinstance(found, Preference) and not isinstance(found.prompt, str):
         found = PromptExample(found.prompt, None, passed_on(reader), found.tools)
     return reader, found
 
 
-def _unread(reader: RowReader, found: Learnable, spec: DataSpec, shape: RowFormat) -> list[str]:
+def _unread(reader: RowReader, found: Learnable, spec: DataSpec, shape: str) -> list[str]:
     """Token ids and text that is named are taken as they are, and all of a prompt goes to the reward functions."""
     if shape == "tokens" or spec.format == "text":
         return []
@@ -238,6 +224,3 @@ def _rest(row: Row, spec: DataSpec, kind: Kind | None) -> list[str]:
 
 def _said(keys: Mapping[str, str]) -> str:
     return " ".join(shlex.quote(f"data.{key}={value}") for key, value in keys.items())
-
-
-__all__ = ["READERS", "UNREAD", "RowFormat", "detect_format", "left_out", "read_row"]

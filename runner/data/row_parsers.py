@@ -1,13 +1,27 @@
-"""Parsers of rows, one per format: row → example."""
+"""The row formats: how each is recognised, and how its rows become examples.
+
+    chat                {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", …}]}, or `conversations`
+    alpaca              {"instruction": "…", "input": "…", "output": "…", "system": "…", "history": [["…", "…"]]}
+    prompt_completion   {"prompt": "…", "completion": "…"}       text, or two lists of turns; or `response`, `output`, …
+    text                {"text": "…"}
+    preference          {"prompt": "…", "chosen": "…", "rejected": "…"}, or both answers with their prompt in them
+    unpaired            {"prompt": "…", "completion": "…", "label": true}
+    prompts             {"prompt": "…", "answer": "…"}
+    tokens              {"input_ids": [1, …], "labels": [-100, …]}
+
+The names of the fields are those of `DataSpec`. A format is an entry of `FORMATS`, and is named in runner/spec/data.py;
+one of a user's own is a class outside the package (user_formats.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from runner.data.examples import Example, Learnable, Preference, PromptExample, Turn, UnpairedExample
+from runner.data.examples import Example, Kind, Learnable, Preference, PromptExample, Turn, UnpairedExample
 from runner.data.loss_mask import IGNORED
-from runner.data.readers.files import kind_of
+from runner.data.readers.files import Row, kind_of
 from runner.data.row_parts import (
     answer_turns,
     check_answer,
@@ -26,8 +40,6 @@ from runner.data.row_parts import (
 )
 from runner.data.row_values import RowReader
 from runner.spec import DataSpec
-
-RowFormat = Literal["chat", "alpaca", "prompt_completion", "text", "preference", "unpaired", "prompts", "tokens"]
 
 RESERVED = frozenset(
     {"prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
@@ -247,13 +259,68 @@ def _mask(reader: RowReader, names: Sequence[str], size: int) -> list[bool]:
     return kept
 
 
-READERS: dict[RowFormat, Callable[[RowReader, DataSpec], Learnable]] = {
-    "chat": _chat,
-    "alpaca": _alpaca,
-    "prompt_completion": _pair,
-    "text": _text,
-    "preference": _preference,
-    "unpaired": _unpaired,
-    "prompts": prompts_of,
-    "tokens": _tokens,
+# ── how a format is recognised ─────────────────────────────────────────────────────────────────
+
+
+def _is_tokens(row: Row, spec: DataSpec, kind: Kind | None) -> bool:
+    """Token ids go before all else where they can be learned, and after it where answers are judged."""
+    others = (known for name, known in FORMATS.items() if name != "tokens")
+    first = kind in (None, "sft")
+    return spec.ids_field in row and (first or not any(known.fits(row, spec, kind) for known in others))
+
+
+def _is_preference(row: Row, spec: DataSpec, kind: Kind | None) -> bool:
+    return {spec.chosen_field, spec.rejected_field} <= row.keys()
+
+
+def _is_unpaired(row: Row, spec: DataSpec, kind: Kind | None) -> bool:
+    """A column `label` is common and seldom a judgement: it counts where the objective learns from one."""
+    return kind == "unpaired" and spec.label_field in row
+
+
+def _is_chat(row: Row, spec: DataSpec, kind: Kind | None) -> bool:
+    return kind != "prompts" and messages_field(row, spec) in row
+
+
+def _is_alpaca(row: Row, spec: DataSpec, kind: Kind | None) -> bool:
+    whole = {spec.instruction_field, spec.output_field} <= row.keys()
+    return kind != "prompts" and whole and spec.completion_field not in row
+
+
+def _is_prompts(row: Row, spec: DataSpec, kind: Kind | None) -> bool:
+    if kind == "prompts":
+        return prompt_field(row, spec) is not None
+    named = {spec.prompt_field, spec.answer_field} <= row.keys() and spec.completion_field not in row
+    return named and completion_field(row, spec) in (spec.answer_field, spec.completion_field)
+
+
+def _is_pair(row: Row, spec: DataSpec, kind: Kind | None) -> bool:
+    answered = spec.completion_field in row or completion_field(row, spec) in row
+    return prompt_field(row, spec) is not None and answered
+
+
+def _is_text(row: Row, spec: DataSpec, kind: Kind | None) -> bool:
+    return spec.text_field in row
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row format."""
+
+    fits: Callable[[Row, DataSpec, Kind | None], bool]
+    """Whether a row has it, for an objective that learns from `kind` (None: any)."""
+    read: Callable[[RowReader, DataSpec], Learnable]
+    """The example; what is wrong with the row is noted in its reader."""
+
+
+FORMATS: dict[str, Format] = {
+    "tokens": Format(_is_tokens, _tokens),
+    "preference": Format(_is_preference, _preference),
+    "unpaired": Format(_is_unpaired, _unpaired),
+    "chat": Format(_is_chat, _chat),
+    "alpaca": Format(_is_alpaca, _alpaca),
+    "prompts": Format(_is_prompts, prompts_of),
+    "prompt_completion": Format(_is_pair, _pair),
+    "text": Format(_is_text, _text),
 }
+"""By their names, the most specific first: a row has the first one that fits."""

@@ -1,4 +1,4 @@
-"""Static checks of Python files of the user: of reward functions, and of the classes of objectives and trackers.
+"""Static checks of Python files of the user: of reward functions, and of classes: objectives, trackers, row formats.
 
 A user's file is parsed and not run: it may import what only the machine that trains has.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from runner.config.suggestions import nearest
 from runner.errors import Problem
 from runner.paths import PACKAGE
-from runner.spec import Grpo
+from runner.spec import DataSpec, Grpo
 
 ALWAYS = ("prompts", "completions", "completion_ids")
 """What every reward function is given, besides the columns of the rows; TRL adds `trainer_state` and others."""
@@ -192,7 +192,7 @@ def _left_behind(file: str, source: str) -> Iterator[Problem]:
 
 def sources(file: str) -> list[str]:
     """The file and every module of the user's own that it imports, however far, also inside functions: what decides
-    the rewards. Packages that are installed are not among them, nor is this project's own, however it is installed."""
+    what it does. Packages that are installed are not among them, nor is this project's own, however it is installed."""
     found, open_files = [Path(file).expanduser()], [Path(file).expanduser()]
     while open_files:
         place = open_files.pop(0)
@@ -202,6 +202,11 @@ def sources(file: str) -> list[str]:
                     found.append(other)
                     open_files.append(other)
     return list(map(str, found))
+
+
+def sources_of_formats(data: DataSpec) -> list[str]:
+    """The same of every row format of the user's that `data` names."""
+    return [one for name in data.own_formats.values() for one in sources(name.rpartition(":")[0])]
 
 
 def _local(tree: ast.Module, file: Path, folder: Path | None = None) -> Iterator[tuple[Path, Path]]:

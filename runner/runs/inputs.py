@@ -86,6 +86,7 @@ def _files(spec: RunSpec) -> Iterator[Problem]:
     for key, code, wanted in (
         ("objective.code", spec.objective.code, base),
         ("track.code", spec.track.code, "runner.train.trackers.Tracker"),
+        *((key, name, "runner.data.user_formats.RowFormat") for key, name in data.own_formats.items()),
     ):
         if code is not None and Path(code.rpartition(":")[0]).expanduser().is_file():
             yield from user_code_checks.of_class(code, key, wanted, here=spec.where.name == "local")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from runner.spec.part import Part
+from runner.spec.part import OwnCode, Part, is_own
 
 Format = Literal[
     "auto", "chat", "alpaca", "prompt_completion", "text", "preference", "unpaired", "prompts", "tokens"
@@ -23,8 +23,8 @@ class SourceSpec(Part):
     """How often it is drawn from, relative to the others, where `data.mix` is not `concat`."""
     max_examples: int | None = Field(default=None, ge=1)
     """Take only its first n rows."""
-    format: Format | None = None
-    """Shape of its rows; null means `data.format`."""
+    format: Format | OwnCode | None = None
+    """Row format; null means `data.format`."""
     fields: dict[str, str] = {}
     """Its own field names, by the keys of `data` without `_field`: `{prompt: question, completion: answer}`."""
 
@@ -68,8 +68,8 @@ class DataSpec(Part):
     """Take only the first n training rows."""
     max_eval_examples: int | None = Field(default=None, ge=1)
     """Take only the first n held-out rows: a large set makes every evaluation slow."""
-    format: Format = "auto"
-    """Shape of a row; auto looks at the fields of the first. docs/data.md shows each."""
+    format: Format | OwnCode = "auto"
+    """Row format; auto looks at the fields of the first row. docs/data.md shows each; `FILE.py:CLASS` is one of your own, derived from `RowFormat` of `runner.data.user_formats`."""
     messages_field: str = "messages"
     """Field with the list of `{role, content}` turns; auto takes `conversations` (ShareGPT) too."""
     prompt_field: str = "prompt"
@@ -121,6 +121,13 @@ class DataSpec(Part):
     num_proc: int | None = Field(default=None, ge=1)
     """Processes that read and tokenise; null means one per core, and one where there are few rows."""
 
+    @property
+    def own_formats(self) -> dict[str, str]:
+        """Row formats of the user's own, `FILE.py:CLASS`, by the keys that name them."""
+        found = {"data.format": self.format}
+        found |= {f"data.sources.{number}.format": one.format or "" for number, one in enumerate(self.sources)}
+        return {key: name for key, name in found.items() if is_own(name)}
+
     @model_validator(mode="after")
     def _source_has_its_key(self) -> DataSpec:
         problems = list(self._problems())
@@ -144,6 +151,11 @@ class DataSpec(Part):
         if self.eval_path and self.source != "file":
             instead = "write data.eval_split=test, say" if self.source == "hub" else "write data.eval_fraction=0.1, say"
             yield f"data.eval_path={self.eval_path} is for data=file, and not for data={self.name}; {instead}"
+        for one in self.sources:
+            if one.fields and is_own(one.format or self.format):
+                yield f"data.sources: {one.path} names fields, and a format of your own reads the columns itself; leave fields out"
+        if self.source in ("commands", "pydoc") and is_own(self.format):
+            yield f"data.format={self.format} is for rows of your own, and data={self.name} comes with its rows; leave it out"
         if self.mix != "concat" and not self.sources:
             yield f"data.mix={self.mix} mixes data.sources, and there are none; leave it out"
         if self.streaming and not (self.source == "hub" and self.max_examples):

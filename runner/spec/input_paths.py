@@ -73,11 +73,12 @@ def _data(spec: RunSpec) -> Iterator[tuple[str, str]]:
 
 def is_code(key: str) -> bool:
     """The key names a Python file and something in it: `FILE.py:NAME`."""
-    return key.startswith("objective.rewards.") or key in ("objective.code", "track.code")
+    return key.startswith("objective.rewards.") or key in ("objective.code", "track.code") or key.endswith(".format")
 
 
 def _code(spec: RunSpec) -> Iterator[tuple[str, str]]:
-    for key, name in (("objective.code", spec.objective.code), ("track.code", spec.track.code)):
+    named = {"objective.code": spec.objective.code, "track.code": spec.track.code, **spec.data.own_formats}
+    for key, name in named.items():
         if name is not None:
             yield key, name.rpartition(":")[0]
     if isinstance(spec.objective, Grpo):

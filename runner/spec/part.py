@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Auto = Literal["auto"]
 Layers = str | list[int | str]
 CODE = r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$"
 """A name in a Python file of the user: `FILE.py:NAME`."""
+OwnCode = Annotated[str, Field(pattern=CODE)]
+
+
+def is_own(name: str | None) -> bool:
+    """The value names a class or function of the user's: `FILE.py:NAME`."""
+    return name is not None and ".py:" in name
 
 
 class Part(BaseModel):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.spec.objective import Dpo, Grpo, Objective, Pretrain
+from runner.spec.part import is_own
 from runner.spec.run import RunSpec
 from runner.spec.where import RentedPlace
 
@@ -65,6 +66,10 @@ def _of_data(spec: RunSpec) -> _Keys:
     if objective.name == "pretrain":
         yield "data.system_prompt", "objective=pretrain learns plain text"
         yield "data.num_proc", "plain text is tokenised by one process, with threads"
+    if data.own_formats and all(is_own(one.format or data.format) for one in data.sources or (data,)):
+        for key in type(data).model_fields:
+            if key.endswith("_field") and key != "weight_field":
+                yield f"data.{key}", "a format of your own reads the columns itself"
     sharded = isinstance(objective, Pretrain) and objective.experiment is not None
     if sharded:
         yield "data.on_error", "a row that is wrong always stops the making of shards"

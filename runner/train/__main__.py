@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from runner.data import user_code
 from runner.errors import InterruptedRun, Problem, Rewind, RunnerError
 from runner.machine.processes import die_with_parent
 from runner.report import terminal
@@ -25,7 +26,6 @@ from runner.report.text import print_problems
 from runner.rundir import checkpoints
 from runner.rundir.directory import PHASE_OF_STATE, RunDir
 from runner.rundir.records import OutOfMemory
-from runner.train import user_code
 
 RANK = int(os.environ.get("RANK", "0"))
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ

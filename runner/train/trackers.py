@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from runner.config import credentials
+from runner.data import user_code
 from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.train import user_code
 
 T = TypeVar("T")
 

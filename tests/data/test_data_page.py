@@ -8,7 +8,7 @@ import typing
 
 from runner.data.chat_template import named
 from runner.data.load import canonical, detect_format
-from runner.data.row_formats import READERS
+from runner.data.row_parsers import FORMATS
 from runner.paths import ASSETS
 from runner.spec import DataSpec, Sft
 
@@ -17,7 +17,7 @@ ROWS = re.findall(r"^\| `(\w+)` \| `(\{.*?\})` \|", PAGE, re.MULTILINE)
 
 
 def test_every_format_stands_there_with_a_row_that_is_one() -> None:
-    assert {name for name, _ in ROWS} == set(READERS)
+    assert {name for name, _ in ROWS} == set(FORMATS)
     for name, row in ROWS:
         kind = "unpaired" if name == "unpaired" else None
         spec = DataSpec(path="x")

@@ -14,7 +14,9 @@ import pytest
 from peft import PeftModel
 
 from runner.cli.options import request_of
-from runner.data import user_code_checks
+from runner.data import user_code, user_code_checks
+from runner.data.examples import Example, Preference
+from runner.data.load import inspect_files, read_dataset
 from runner.errors import RequestError
 from runner.plan.model_shape import shape_of
 from runner.plan.trainable import training_of
@@ -22,9 +24,8 @@ from runner.report.progress import Progress
 from runner.resolve.steps import resolved
 from runner.rundir.directory import RunDir
 from runner.runs import inputs
-from runner.spec import RunSpec
+from runner.spec import DataSpec, RunSpec
 from runner.spec.input_paths import named_places
-from runner.train import user_code
 from tests.conftest import train_here
 from tests.support import tiny_llama
 from tests.support.front import here, laptop, runner
@@ -262,3 +263,117 @@ def test_a_model_is_a_yaml_file(conf: Path, tmp_path: Path) -> None:
     )
     _, run = train_here(resolved(request)[0])
     assert run.read("summary.json")["model"] == "mine"
+
+
+FORMAT = """
+from runner.data.user_formats import RowFormat
+
+
+class Tickets(RowFormat):
+    def fits(self, row):
+        return "ticket" in row
+
+    def convert(self, row):
+        if "worse" in row:
+            return {"prompt": row["ticket"], "chosen": row["reply"], "rejected": row["worse"]}
+        if row["reply"] is None:
+            raise ValueError("the ticket is open")
+        said = [{"role": "user", "content": row["ticket"]}, {"role": "assistant", "content": row["reply"]}]
+        return {"messages": said}
+
+
+class Lists(RowFormat):
+    def convert(self, row):
+        return [row["ticket"]]
+
+
+class Roles(RowFormat):
+    def convert(self, row):
+        return {"messages": [{"role": "agent", "content": row["reply"]}]}
+
+
+class Unwritten(RowFormat): ...
+
+
+class Other(dict): ...
+"""
+
+
+@pytest.fixture
+def tickets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tickets.py").write_text(FORMAT, "utf-8")
+    rows = [{"ticket": f"Printer {n} is on fire", "reply": f"Call {n}, and leave"} for n in range(20)]
+    (tmp_path / "tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return tmp_path
+
+
+def test_a_row_format_is_a_class_and_a_key(conf: Path, tickets: Path) -> None:
+    write(conf, "data", "tickets", "name: tickets\npath: tickets.jsonl\nformat: tickets.py:Tickets\n")
+    spec = spec_of(conf, "data=tickets", "data.path=tickets.jsonl", "train.max_length=128")
+    (found,), _ = inspect_files(spec.data, "sft")
+    first = found.rows[0]
+    assert isinstance(first, Example) and first.dialogue and found.shape == "tickets.py:Tickets"
+    assert first.completion == [{"role": "assistant", "content": "Call 0, and leave"}]
+    _, run = train_here(spec)
+    assert len(list(run.metrics())) == 3
+
+    spec = inputs.with_absolute_paths(spec)
+    assert spec.data.format == f"{tickets / 'tickets.py'}:Tickets"  # so the file travels to a pod with the run
+    assert dict(named_places(spec))["data.format"] == str(tickets / "tickets.py")
+
+
+@pytest.mark.usefixtures("here")
+def test_the_verbs_read_rows_with_a_format_of_ones_own(tickets: Path) -> None:
+    rows = ("data=file", "data.path=tickets.jsonl", "data.format=tickets.py:Tickets")
+    shown = json.loads(runner("data", "preview", *rows, "--json").stdout)
+    assert shown["rows"][0]["content"]["completion"] == [{"role": "assistant", "content": "Call 0, and leave"}]
+    assert runner("data", "stats", *rows).exit_code == 0
+    planned = runner("plan", *rows, "model=smollm2_135m", "hw=cpu")
+    assert planned.exit_code == 0 and "20" in planned.output, planned.output
+    place = ("plan", "where=runpod", "hw=h100", "model=mistral7b", "method=lora", *rows)
+    assert runner(*place).exit_code == 0
+    (tickets / "tickets.py").write_text(f"import aside\n{FORMAT}", "utf-8")
+    (tickets / "aside.py").write_text("", "utf-8")
+    result = runner(*place)
+    assert result.exit_code == 2 and "imports modules of this machine (aside.py)" in " ".join(result.stderr.split())
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tickets", "or FILE.py:NAME, a Python file and a name in it"),
+        ("alpacca", "did you mean alpaca?"),
+        ("tickets.py", "write data.format=tickets.py:NAME"),
+        ("tickets.py:Ticket", "did you mean tickets.py:Tickets?"),
+        ("absent.py:Tickets", "name a Python file and its class, FILE.py:CLASS"),
+        ("tickets.py:Other", "derive it from runner.data.user_formats.RowFormat"),
+        ("tickets.py:Unwritten", "define convert(self, row)"),
+        ("tickets.py:Lists", "Lists.convert returned a list, not a row"),
+        ("tickets.py:Roles", "as Roles converts it: messages[0] has the unknown role 'agent'"),
+    ],
+)
+def test_a_format_that_is_none_is_said_before_anything_starts(tickets: Path, name: str, said: str) -> None:
+    result = runner("data=file", "data.path=tickets.jsonl", f"data.format={name}", "model=smollm2_135m", "hw=cpu")
+    assert result.exit_code == 2 and said in " ".join(result.stderr.split()), result.stderr
+
+
+def test_rows_that_a_format_does_not_take_are_mistakes_of_these_rows(tickets: Path) -> None:
+    rows = [
+        {"ticket": "a", "reply": "b"}, {"ticket": "a", "reply": None}, {"reply": "b"}, {"ticket": "a"},
+        {"ticket": "a", "reply": "good", "worse": "bad"},
+    ]  # fmt: skip
+    (tickets / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    data = DataSpec(path="odd.jsonl", format="tickets.py:Tickets")
+    (found,), _ = inspect_files(data, "sft")
+    said = [problem.what for problem in found.problems]
+    place = f"(data.format: {tickets}/tickets.py, line 13, in convert)"
+    assert said[0] == f"Tickets cannot read it: the ticket is open {place}"
+    assert said[1] == "does not fit Tickets, the format that data.format names: its columns are reply"
+    assert said[2].startswith("Tickets cannot read it: KeyError: 'reply' (data.format: ")
+    assert [len(found.rows), len(said)] == [2, 3]
+    (tickets / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (rows[2], rows[4])), "utf-8")
+    skip = {"path": "pairs.jsonl", "on_error": "skip", "eval_fraction": 0.0}
+    (pair,) = read_dataset(data.model_copy(update=skip), 0, "preference").train
+    assert isinstance(pair, Preference) and pair.chosen == [{"role": "assistant", "content": "good"}]

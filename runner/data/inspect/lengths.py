@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from runner.config import catalog
-from runner.data import commands_dataset
+from runner.data import commands_dataset, user_code_checks
 from runner.data.examples import Kind, Learnable
 from runner.data.inspect.sample import Sample, sample
 from runner.data.inspect.token_counts import CHARS_PER_TOKEN, TokenCounter, tokenizer_file
@@ -117,6 +117,7 @@ def _is_as_in_the_catalogue(data: DataSpec) -> bool:
 def _key(data: DataSpec, tokenizer: Path | None, seed: int, kind: Kind | None) -> str:
     """Changes with anything that changes the answer: settings, files by size and time, the code of the rows."""
     files = [tokenizer, Path(data.chat_template) if data.chat_template else None]
+    files += [Path(name) for name in user_code_checks.sources_of_formats(data)]
     if data.source == "commands":
         files += [
             Path(commands_dataset.__file__),

@@ -8,7 +8,7 @@ from typing import Literal, TypedDict
 from runner.data.chat_tokenizer import ChatTokenizer, Encoded
 from runner.data.examples import Example, Kind, Learnable, Preference, Turn, UnpairedExample, content_of, kind_of
 from runner.data.inspect.token_counts import tokenizer_file
-from runner.data.load import InspectedFile, RowFormat, inspect_files
+from runner.data.load import InspectedFile, inspect_files
 from runner.data.loss_mask import IGNORED
 from runner.data.preference_tokens import given_spans, split_prompt
 from runner.errors import Problem, RequestError
@@ -33,7 +33,7 @@ class PreviewedFile(TypedDict):
     """A file, or a split of the Hub, and what was found in it."""
 
     name: str
-    format: RowFormat | None
+    format: str | None
     num_rows: int
     num_wrong: int
     left_out: list[str]

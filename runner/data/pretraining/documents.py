@@ -12,6 +12,7 @@ from runner.data.readers.files import kind_of_file, refuse
 from runner.data.readers.hub import problem_of
 from runner.data.readers.sources import Source, files_of, sources_of
 from runner.data.readers.streams import tables
+from runner.data.user_formats import as_standard
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec
 
@@ -69,7 +70,9 @@ def _all(source: Source) -> Iterator[str]:
             if table.problems:
                 refuse(table.problems)
             for index, row in enumerate(table.rows):
-                text = _text(row, field, table.place(index))
+                place = table.place(index)
+                row, own = as_standard(row, place, source.spec)
+                text = _text(row, "text" if own is not source.spec else field, place)
                 if text.strip():
                     yield text
 
@@ -96,7 +99,9 @@ def _hub(data: DataSpec, split: str, skip: int) -> Iterator[str]:
         datasets = import_module("datasets")
         rows = datasets.load_dataset(data.id, name=data.subset, split=split, revision=data.revision, streaming=True)
         for number, row in enumerate(rows.skip(skip) if skip else rows):
-            yield _text(row, data.text_field, f"{data.id} {split}, row {skip + number + 1}")
+            place = f"{data.id} {split}, row {skip + number + 1}"
+            row, own = as_standard(row, place, data)
+            yield _text(row, own.text_field, place)
     except RequestError:
         raise
     except Exception as error:  # whatever a loader of foreign files raises, the data set is at fault

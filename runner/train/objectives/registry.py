@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from runner.data import user_code
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
-from runner.train import user_code
 from runner.train.objectives.dpo import Dpo
 from runner.train.objectives.grpo import Grpo
 from runner.train.objectives.kto import Kto

@@ -11,10 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from runner.data import user_code_checks
+from runner.data import user_code, user_code_checks
 from runner.errors import RequestError
 from runner.spec import Grpo
-from runner.train import user_code
 
 Reward = Callable[..., list[float]]
 
