@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 
 from runner.cli.options import Arguments, Finite, as_json_option, one_run, reports_errors, request_of, takes_words
+from runner.errors import Problem
 from runner.report.text import dump
 
 all_option = click.option(
@@ -57,8 +58,8 @@ def _list(everything: bool, as_json: bool) -> None:
     from runner.cloud import fleet
     from runner.report.pod_tables import print_pods
 
-    api, ledger = _ready()
-    rows = fleet.rows(api, ledger, everything=everything)
+    apis, ledger = _all_ready()
+    rows = fleet.rows_of_all(apis, ledger, everything=everything)
     if as_json:
         click.echo(dump([asdict(row) for row in rows]))
     else:
@@ -86,7 +87,7 @@ def stop(run: str, as_json: bool) -> None:
     """
     from runner.cloud import fleet
 
-    api, ledger = _ready()
+    api, ledger = _ready(run)
     pod_id = fleet.stop(api, ledger, run)
     per_day = next((row.usd_per_day_stopped for row in fleet.rows(api, ledger) if row.pod_id == pod_id), 0.0)
     said = f"pod {pod_id} is stopped, and costs about ${per_day:.2f} a day until it is terminated"
@@ -114,7 +115,7 @@ def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool
 
     check_hours(hours)
     values = pod_shell.env_values(env)
-    api, ledger = _ready()
+    api, ledger = _ready(run)
     name, pod_id, _ = fleet.find_pod(api, ledger, run)
     entry = ledger.entry(name)
     if entry is not None:
@@ -143,7 +144,7 @@ def terminate(run: str, as_json: bool) -> None:
     """
     from runner.cloud import fleet
 
-    api, ledger = _ready(settle=False)  # nothing comes before it
+    api, ledger = _ready(run, settle=False)  # nothing comes before it
     ended = fleet.terminate(api, ledger, run, say=lambda line: click.echo(line, err=True))
     said = "\n".join(f"pod {pod_id} is gone: looked for twice" for pod_id in ended)
     facts: dict[str, Any] = {"pod_id": ended[0]} if len(ended) == 1 else {"pod_ids": ended}
@@ -165,7 +166,7 @@ def ssh(run: str, command: Arguments) -> None:
 
     from runner.cloud.pod_shell import open_shell
 
-    api, ledger = _ready()
+    api, ledger = _ready(run)
     sys.exit(open_shell(api, ledger, run, command))
 
 
@@ -187,7 +188,7 @@ def tunnel(run: str, ports: tuple[str, ...]) -> None:
     """
     from runner.cloud.pod_shell import open_tunnel
 
-    api, ledger = _ready()
+    api, ledger = _ready(run)
     open_tunnel(api, ledger, run, ports, lambda line: click.echo(line, err=True))
 
 
@@ -208,7 +209,7 @@ def top(run: str, every: float, once: bool, as_json: bool) -> None:
     from runner.cloud.pod_shell import connect_to, gpu_usage
     from runner.report.pod_tables import watch_gpus
 
-    api, ledger = _ready()
+    api, ledger = _ready(run)
     connection = connect_to(api, ledger, run)
     try:
         if as_json:
@@ -234,7 +235,7 @@ def logs(run: str, follow: bool, tail: int, source: str | None) -> None:
     """
     from runner.cloud import fleet
 
-    api, ledger = _ready()
+    api, ledger = _ready(run)
     _, pod_id, _ = fleet.find_pod(api, ledger, run)
     for line in api.logs(pod_id, source=source, tail=tail, follow=follow):
         click.echo(line)
@@ -257,15 +258,28 @@ def reap(everything: bool, yes: bool, as_json: bool) -> None:
       python -m runner pods reap --all --yes
     """
     from runner.cloud import fleet
+    from runner.cloud.errors import StillThereError
 
-    api, ledger = _ready()
-    found = fleet.owned_by_none(api, ledger, everything=everything, say=lambda line: click.echo(line, err=True))
-    for name, pod_id, why in found:
+    apis, ledger = _all_ready()
+    found = [
+        (api, fleet.owned_by_none(api, ledger, everything=everything, say=lambda line: click.echo(line, err=True)))
+        for api in apis
+    ]
+    for name, pod_id, why in (pod for _, pods in found for pod in pods):
         click.echo(f"pod {pod_id} ({name}): {why}", err=True)
-    if found and not yes and sys.stdin.isatty():
-        click.confirm(f"End {len(found)}?", abort=True, err=True)
-    ended = fleet.reap(api, ledger, found)
-    stopped = [] if everything else fleet.stopped_with_a_run(api, ledger)
+    count = sum(len(pods) for _, pods in found)
+    if count and not yes and sys.stdin.isatty():
+        click.confirm(f"End {count}?", abort=True, err=True)
+    ended: list[str] = []
+    failures: list[Problem] = []
+    for api, pods in found:
+        try:
+            ended += fleet.reap(api, ledger, pods)
+        except StillThereError as error:  # the other accounts' pods are ended all the same
+            failures += error.problems
+    if failures:
+        raise StillThereError(*failures)
+    stopped = [] if everything else [pod for api in apis for pod in fleet.stopped_with_a_run(api, ledger)]
     for pod_id, run_id in stopped:
         click.echo(
             f"pod {pod_id} is stopped, with run {run_id}, and costs its disk: python -m runner fetch {run_id} brings "
@@ -318,34 +332,58 @@ def up(
       python -m runner pods up hw=rtx4090 where.cloud=community where.max_usd=2 --hours 3 --yes
     """
     from runner.cloud import interactive, pod_shell
+    from runner.cloud.providers import provider_of
     from runner.resolve.steps import resolved
 
     values = pod_shell.env_values(env)
-    api, ledger = _ready()
     request = request_of(("where=runpod", *words), config_dirs)
     spec = interactive.spec_for(resolved(request)[0], hours)
+    api = provider_of(spec)
+    _settle(api, _ledger())
     offer = interactive.offer(api, spec, hours)
     click.echo(f"{offer.described}; ${offer.usd_per_hour * hours:.2f} for {hours:g} hours at most", err=True)
     if not yes and sys.stdin.isatty():
         click.confirm("Rent it?", abort=True, err=True)
     made = interactive.rent(spec, hours, lambda line: click.echo(line, err=True), values)
     _answer(as_json, made.described, **made.as_dict())
-    del ledger
 
 
-def _ready(settle: bool = True) -> tuple[Any, Any]:
-    """API and ledger, in order: what crashed launchers left is settled, and said. A ledger that cannot be used is said,
-    and done without: what is listed can be ended."""
-    from runner.cloud.ledger import Ledger
-    from runner.cloud.providers import connect
+def _ready(word: str, settle: bool = True) -> tuple[Any, Any]:
+    """Account and ledger for the run or pod that a word names, in order: what crashed launchers left is settled, and
+    said. A ledger that cannot be used is said, and done without: what is listed can be ended."""
+    from runner.cloud.providers import cloud_of, connect
+
+    ledger = _ledger()
+    api = connect(cloud_of(word, ledger.entries()))
+    if settle:
+        _settle(api, ledger)
+    return api, ledger
+
+
+def _all_ready() -> tuple[list[Any], Any]:
+    """The same for every account whose key is here."""
+    from runner.cloud.providers import accounts
+
+    ledger, apis = _ledger(), accounts()
+    for api in apis:
+        _settle(api, ledger)
+    return apis, ledger
+
+
+def _settle(api: Any, ledger: Any) -> None:
     from runner.cloud.reconcile import reconcile
 
-    api, (ledger, error) = connect(), Ledger.or_copy()
+    for note in reconcile(api, ledger):
+        click.echo(f"Note    {note}", err=True)
+
+
+def _ledger() -> Any:
+    from runner.cloud.ledger import Ledger
+
+    ledger, error = Ledger.or_copy()
     for problem in error.problems if error else ():
         click.echo(f"Note    {problem.what}; {problem.remedy}", err=True)
-    for note in reconcile(api, ledger) if settle else ():
-        click.echo(f"Note    {note}", err=True)
-    return api, ledger
+    return ledger
 
 
 def _answer(as_json: bool, said: str, **facts: Any) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from runner.cloud.providers import DEFAULT
 from runner.cloud.transfer import DEMO, loads
 from runner.errors import Problem, RequestError
 from runner.paths import DEEPSPEED_CONFIGS
@@ -50,8 +49,9 @@ class AdoptedSpec:
     changes: list[str]
 
 
-def adopt(text: str, pod_id: str, volume: str | None, output_dir: Path) -> AdoptedSpec:
-    """The spec in a pod's `spec.json`, for a run directory below `output_dir`. RequestError where it is none."""
+def adopt(text: str, pod_id: str, volume: str | None, output_dir: Path, cloud: str) -> AdoptedSpec:
+    """The spec in a pod's `spec.json`, for a run directory below `output_dir` and a pod of that `cloud`.
+    RequestError where it is none."""
     try:
         if len(text) > LARGEST:
             raise ValueError
@@ -63,7 +63,7 @@ def adopt(text: str, pod_id: str, volume: str | None, output_dir: Path) -> Adopt
         ) from None
     values = told.model_dump(mode="json")
     changes = [*_defaults(values), *_model(values, pod_id, output_dir), *_places(told, values, pod_id, output_dir)]
-    values["where"] = RentedPlace(name=DEFAULT, volume=volume).model_dump(mode="json")
+    values["where"] = RentedPlace(name=cloud, volume=volume).model_dump(mode="json")
     values["run"]["output_dir"] = str(output_dir)
     return AdoptedSpec(RunSpec.model_validate(values), changes)
 

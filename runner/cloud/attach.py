@@ -21,7 +21,7 @@ from runner.cloud.follow import Display, PodGoneError
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Ledger
 from runner.cloud.provider import OVER, Pod, Provider
-from runner.cloud.providers import DEFAULT, PROVIDERS, connect
+from runner.cloud.providers import cloud_of, connect, name_of, provider_class
 from runner.cloud.session import END_STATES, Session
 from runner.cloud.ssh import CommandError, LostError
 from runner.config import credentials
@@ -86,13 +86,13 @@ def status(words: str) -> dict[str, Any]:
     if here and (_is_local(here) or here.state() in FINISHED):
         return _status_here(here)
     _check_reachable(words, here)
-    pod = _look(run_id)
+    cloud, pod = _look(words)
     facts: dict[str, Any] = {
         "run_id": run_id, "pod_id": pod.id, "pod": pod.status, "gpu": pod.gpu_id, "usd_per_hour": pod.usd_per_hour,
     }  # fmt: skip
     if pod.status != "RUNNING" or not pod.ssh_host:
         return facts
-    with _connected(run_id, pod) as at:
+    with _connected(run_id, pod, cloud) as at:
         agent = at.agent()
         said = at.connection.attempt(f"cat {shlex.quote(at.folder)}/status.json; tail -n 1 {at.folder}/metrics.jsonl")
     facts |= {"agent": agent.get("state"), "exit_code": agent.get("exit_code"), "message": agent.get("message")}
@@ -116,7 +116,7 @@ def _is_local(run: RunDir) -> bool:
 
 
 def _check_reachable(words: str, here: RunDir | None) -> None:
-    key = PROVIDERS[DEFAULT].key_variable
+    key = provider_class(cloud_of(words, Ledger.or_copy()[0].entries())).key_variable
     if here is None and (damaged := without_spec(Path(words))) and not damaged.read("pod.json"):
         raise RequestError(no_such_run(Path(words)))  # it never was in a pod
     if here is None and credentials.find_key(key) is None:
@@ -141,11 +141,11 @@ def logs(words: str, follow: bool, lines: int) -> Iterator[str]:
     """The training's output, from its last lines on; with `follow` until it ends."""
     _check_rented(words)
     run_id = run_id_of(words)
-    pod = _look(run_id)
+    cloud, pod = _look(words)
     if pod.status != "RUNNING" or not pod.ssh_host:
         remedy = f"python -m runner fetch {run_id} starts it and brings all files here"
         raise RequestError(Problem(f"pod {pod.id} is {pod.status}: its files cannot be read", run_id, remedy))
-    with _connected(run_id, pod) as at:
+    with _connected(run_id, pod, cloud) as at:
         folder = shlex.quote(at.folder)
         if not follow:
             yield from at.connection.attempt(f"tail -n {lines} {folder}/logs/worker.log 2>/dev/null")[1].splitlines()
@@ -161,9 +161,9 @@ def logs(words: str, follow: bool, lines: int) -> Iterator[str]:
 
 
 @contextmanager
-def _connected(run_id: str, pod: Any) -> Iterator[transfer.RemoteRun]:
+def _connected(run_id: str, pod: Any, cloud: str) -> Iterator[transfer.RemoteRun]:
     ssh.check_installed()
-    pair = ssh_keys.pair(run_id)
+    pair = ssh_keys.pair(run_id, cloud)
     connection = ssh.connection_to(pod, pair.private)
     try:
         yield transfer.probe_pod(connection, run_id)
@@ -181,12 +181,12 @@ def _session_with(words: str, output_dir: Path, console: Console) -> Iterator[tu
     display = Display(console)
     run = RunDir(path)
     try:
-        rented = _adopt(run_id, path)
+        rented = _adopt(words, path)
     except NoPodOfRunError as error:
         if run.state() in ACTIVE:  # so that it can be resumed from what is here
             run.set_status("failed", exit_code=1, error=str(error))
         raise
-    pair = ssh_keys.pair(run_id)
+    pair = ssh_keys.pair(run_id, name_of(rented.api))
     session: Session | None = None
     try:
         ordered = _ordered_spec(run, rented)
@@ -281,13 +281,14 @@ def _ordered_spec(run: RunDir, rented: Lease) -> RunSpec | None:
 def _adopted_spec(rented: Lease, pair: ssh_keys.KeyPair, run: RunDir, say: Callable[[str], None]) -> RunSpec:
     """The run of another machine: its spec as the pod tells it, without what acts here, and a directory here."""
     pod = rented.pod
-    with _connected(run.id, pod) as at:
+    cloud = name_of(rented.api)
+    with _connected(run.id, pod, cloud) as at:
         try:
             text = at.connection.run(f"cat {shlex.quote(at.folder)}/spec.json")
         except CommandError:
             raise RequestError(Problem(f"pod {pod.id} has no run {run.id}", "command line")) from None
         plan = at.connection.attempt(f"cat {shlex.quote(at.folder)}/plan.json")[1]
-    found = adopted_spec.adopt(text, pod.id, pod.volume_id, run.path.parent)
+    found = adopted_spec.adopt(text, pod.id, pod.volume_id, run.path.parent, cloud)
     for line in found.changes:
         say(f"Warning: of the spec in pod {pod.id}, {line}: what a pod says is not acted on here")
     (run.path / "logs").mkdir(parents=True, exist_ok=True)
@@ -303,10 +304,11 @@ def run_id_of(words: str) -> str:
     return path.parent.name if path.name == "spec.json" else path.name
 
 
-def _adopt(run_id: str, folder: Path) -> Lease:
+def _adopt(words: str, folder: Path) -> Lease:
     """The run's pod, held by this process. RequestError where there is none, CannotRunError where another command
     holds it."""
-    api, (ledger, _) = connect(), Ledger.or_copy()
+    run_id, (ledger, _) = run_id_of(words), Ledger.or_copy()
+    api = connect(cloud_of(words, ledger.entries()))
     pod = _pod_of(api, ledger, run_id)
     own = [entry for entry in ledger.entries(run_id) if entry.pod_id == pod.id]
     entry = (
@@ -321,9 +323,11 @@ def _adopt(run_id: str, folder: Path) -> Lease:
     return Lease(api, ledger, entry.name, pod, deadline, meter, run_id, pod.volume_gb)
 
 
-def _look(run_id: str) -> Pod:
-    """The run's pod, and nothing is held. RequestError where there is none."""
-    return _pod_of(connect(), Ledger.or_copy()[0], run_id)
+def _look(words: str) -> tuple[str, Pod]:
+    """The run's cloud and its pod, and nothing is held. RequestError where there is none."""
+    ledger, _ = Ledger.or_copy()
+    cloud = cloud_of(words, ledger.entries())
+    return cloud, _pod_of(connect(cloud), ledger, run_id_of(words))
 
 
 def _pod_of(api: Provider, ledger: Ledger, run_id: str) -> Pod:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,6 +66,15 @@ def rows(api: Provider, ledger: Ledger, now: float | None = None, *, everything:
     others = (pod for pod in listed if pod.id not in pods and pod.id not in known)
     found += [replace(_elsewhere(api, pod, now), **NOT_OURS) for pod in others if everything]
     return sorted(found, key=lambda row: -row.age_hours)
+
+
+def rows_of_all(apis: Sequence[Provider], ledger: Ledger, *, everything: bool = False) -> list[Row]:
+    """The rows of several accounts: an entry of the ledger once, by the account that has its pod."""
+    found: dict[str, Row] = {}
+    for row in (row for api in apis for row in rows(api, ledger, everything=everything)):
+        if row.name not in found or row.status is not None or not row.name:
+            found[row.name or str(row.pod_id)] = row
+    return sorted(found.values(), key=lambda row: -row.age_hours)
 
 
 def _row(api: Provider, entry: Entry, pod: Pod | None, now: float) -> Row:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from runner.cloud import fleet, ssh, ssh_keys
 from runner.cloud.ledger import Ledger
 from runner.cloud.provider import Provider
-from runner.cloud.providers import PROVIDERS
+from runner.cloud.providers import PROVIDERS, name_of, provider_class
 from runner.cloud.ssh import Connection, HostKeyError, LostError
 from runner.cloud.transfer import place_secret
 from runner.config import credentials
@@ -119,7 +119,7 @@ def connect_to(api: Provider, ledger: Ledger, word: str) -> ssh.Connection:
         state = pod.status.lower() if pod else "gone"
         what = f"pod {pod_id} is {state}, and cannot be reached by SSH"
         raise CannotRunError(Problem(what, None, f"python -m runner pods logs {pod_id} says what it does"))
-    return ssh.connection_to(pod, ssh_keys.pair(run_id).private)
+    return ssh.connection_to(pod, ssh_keys.pair(run_id, name_of(api)).private)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -235,7 +235,7 @@ def env_values(names: Sequence[str]) -> dict[str, str]:
         if given:
             what = "a value on a command line is seen by every user of the machine"
             problems.append(Problem(what, "--env", f"export it, and write --env {name}"))
-        elif name in {provider.key_variable for provider in PROVIDERS.values()}:
+        elif name in {provider_class(cloud).key_variable for cloud in PROVIDERS}:
             what, remedy = "a pod has a key of its own, and yours may end every other pod", "leave it out"
             problems.append(Problem(what, f"--env {name}", remedy))
         elif key is None:

@@ -20,7 +20,7 @@ from runner.cloud.errors import BadHostError, NoCapacityError
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Entry, Ledger
 from runner.cloud.provider import OVER, Offer, Pod, Provider, gpu_id_of, place_of
-from runner.cloud.providers import provider_of
+from runner.cloud.providers import name_of, provider_of
 from runner.cloud.readiness import poll_s, wait_until_ready
 from runner.cloud.session import Session
 from runner.cloud.transfer import RemoteRun, Say
@@ -125,7 +125,7 @@ def hand_back(session: Session) -> float | None:
     order = transfer.order(
         run_id, rented.pod.id, deadline=old.deadline, started=now, usd_per_hour=rented.usd_per_hour, budget_usd=None,
         heartbeat_minutes=None, boarding_minutes=None, keep=old.keep, uncollected="stop" if old.keep else "terminate",
-        public_key=ssh_keys.pair(run_id).public, calls=rented.api.calls,
+        public_key=ssh_keys.pair(run_id, name_of(rented.api)).public, calls=rented.api.calls,
     )  # fmt: skip
     try:
         there = RemoteRun(at.connection, at.workspace, run_id)
@@ -160,7 +160,7 @@ def start(api: Provider, ledger: Ledger, word: str, hours: float, say: Say, env:
     try:
         ledger.set(rented.name, deadline=rented.deadline, keep=True)
         _start(rented, None, say)
-        at = transfer.login(rented.pod, run_id, ssh_keys.pair(run_id), say)
+        at = transfer.login(rented.pod, run_id, ssh_keys.pair(run_id, name_of(api)), say)
         try:
             order = transfer.order(
                 run_id, rented.pod.id, deadline=rented.deadline, started=rented.meter.started,
@@ -225,7 +225,7 @@ def _start(rented: Lease, place: RentedPlace | None, say: Say) -> None:
 def _hand_on(rented: Lease, old: Entry, new: Session, detached: bool) -> None:
     """Have the pod's switch serve the new run. One that has none, of `pods up`, gets it where the pod's start command
     looks for it after a restart."""
-    at = transfer.login(rented.pod, old.run_id, ssh_keys.pair(old.run_id), rented.say)
+    at = transfer.login(rented.pod, old.run_id, ssh_keys.pair(old.run_id, name_of(rented.api)), rented.say)
     try:
         if old.run_id == new.run.id:  # the order of its own folder is renewed as the run is sent
             return

@@ -182,7 +182,7 @@ def _rentable(spec: RunSpec, requested: HardwareSpec) -> list[HardwareSpec]:
     place = spec.where
     assert isinstance(place, RentedPlace)
     given: dict[str, Any] = {key: getattr(requested, key) for key in requested.model_fields_set & _OF_ANY}
-    found = [hw for hw in price.hardware(cloud=place.cloud) if hw.runpod_gpu_id]
+    found = [hw for hw in price.hardware(where=place) if hw.runpod_gpu_id]
     if place.gpu_types:
         found = [hw for hw in found if hw.runpod_gpu_id in place.gpu_types]
     if given.get("num_gpus"):

@@ -1,49 +1,30 @@
-"""The price of hardware: a bid, the live price list, a dated one, or the vCPUs of a CPU pod."""
+"""The price of hardware: that of the cloud it is rented from, or would be."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from runner.cloud.runpod import prices
-from runner.cloud.runpod.catalog import vcpus
+from runner.cloud.providers import DEFAULT, PRICES, Price
 from runner.config import catalog
-from runner.spec import HardwareSpec, RunPodPlace, Where
-
-CPU_USD_PER_VCPU = 0.03  # cpu3c, secure cloud, as users saw it in 2026
+from runner.spec import HardwareSpec, RentedPlace, Where
 
 
-def price_of(hw: HardwareSpec, where: Where | None = None) -> tuple[float | None, str | None]:
-    """US$ per GPU and hour (of the machine, on a CPU), and who says so: a bid, RunPod's catalogue of today in the cloud
-    that is asked for, else the dated figure in conf/hw.
-    """
-    place = where if isinstance(where, RunPodPlace) else None
-    if place is not None and place.bid_usd is not None:
-        return place.bid_usd, "where.bid_usd"
-    if hw.accelerator != "cuda" and not (place and place.gpu_types):
-        return cpu_price(hw) if place else (None, None)
-    gpu_id = place.gpu_types[0] if place and place.gpu_types else hw.runpod_gpu_id
-    live = prices.price(gpu_id, place.cloud if place else "secure")
-    if live is not None:
-        return live.usd_per_hour, live.source
-    if hw.usd_per_hour is None:
-        return None, None
-    dated = hw.price_date and hw.price_date[0].isdecimal()  # else it says why conf/hw has no price
-    return hw.usd_per_hour, f"conf/hw, seen {hw.price_date}" if dated else "conf/hw"
+def price_of(hw: HardwareSpec, where: Where | RentedPlace | None = None) -> Price:
+    """US$ per GPU and hour (of the machine, on a CPU), and who says so: the cloud of `where`, else the default one."""
+    place = where if isinstance(where, RentedPlace) else None
+    name = place.name if place else DEFAULT
+    return PRICES[name](hw, place) if name in PRICES else (None, None)
 
 
-def cpu_price(hw: HardwareSpec) -> tuple[float, str]:
-    """US$ per hour of a CPU pod with as many cores, rounded up as RunPod rents them."""
-    return vcpus(hw.num_cpus) * CPU_USD_PER_VCPU, "RunPod's CPU pods, as seen 2026: $0.03 per vCPU-hour"
-
-
-def hardware(folders: tuple[Path, ...] = (), cloud: prices.Cloud = "secure") -> list[HardwareSpec]:
-    """Every named GPU machine of the catalogue and of a user's own folders, with today's price in a cloud where the
-    live catalogue tells it."""
+def hardware(folders: tuple[Path, ...] = (), where: RentedPlace | None = None) -> list[HardwareSpec]:
+    """Every named GPU machine of the catalogue and of a user's own folders, with today's price at the cloud of `where`
+    (and in the part of it that `where.cloud` names), where that tells it."""
     names = catalog.options("hw", folders)
+    place = RentedPlace(name=where.name, cloud=where.cloud) if where else None  # neither a bid nor other GPUs
     found = [HardwareSpec.model_validate(catalog.load("hw", name, folders)) for name in names]
-    return [_priced(hw, cloud) for hw in found if hw.accelerator == "cuda"]
+    return [_priced(hw, place) for hw in found if hw.accelerator == "cuda"]
 
 
-def _priced(hw: HardwareSpec, cloud: prices.Cloud) -> HardwareSpec:
-    live = prices.price(hw.runpod_gpu_id, cloud)
-    return hw if live is None else hw.model_copy(update={"usd_per_hour": live.usd_per_hour})
+def _priced(hw: HardwareSpec, place: RentedPlace | None) -> HardwareSpec:
+    usd, _ = price_of(hw, place)
+    return hw if usd in (None, hw.usd_per_hour) else hw.model_copy(update={"usd_per_hour": usd})

@@ -1,4 +1,5 @@
-"""A cloud that is no part of the package is rented from as RunPod is: one class, one line in `PROVIDERS`.
+"""A cloud that is no part of the package is rented from as RunPod is: one class, one line in each table
+of `runner/cloud/providers.py`.
 
 The scenarios are those of test_lifecycle.py, test_unclear_pods.py and test_lost_ledger.py, which hold them against an
 emulated RunPod.
@@ -7,29 +8,33 @@ emulated RunPod.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import signal
 import sqlite3
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from runner.cloud import fleet, lifecycle, ssh_keys
+from runner.cloud import attach, fleet, lifecycle, ssh_keys
 from runner.cloud.errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger, LedgerError
 from runner.cloud.provider import OVER
-from runner.cloud.providers import PROVIDERS, connect, provider_of
+from runner.cloud.providers import PRICES, PROVIDERS, cloud_of, connect, name_of, provider_class, provider_of
 from runner.cloud.reconcile import UNKNOWN_S, reconcile
+from runner.resolve.price import hardware, price_of
 from runner.rundir.directory import RunDir
 from runner.spec import RentedPlace, RunSpec
 from tests.conftest import ROOT
+from tests.support.front import here, laptop, runner
 from tests.support.memory_cloud import USD, MemoryCloud, account_of
 from tests.support.rented import PLAN, Key, rented_spec, run_of, state
 
-__all__ = ["state"]
+__all__ = ["here", "laptop", "state"]
 pytestmark = pytest.mark.usefixtures("state")
 KEY = Key("ssh-ed25519 AAAA test")
 
@@ -288,13 +293,14 @@ def test_a_ledger_that_cannot_be_written_while_renting_leaves_no_pod(
     def full(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    create = PROVIDERS["memory"].create_pod
+    account = provider_class("memory")
+    create = account.create_pod
 
     def created(self: object, wanted: object) -> object:
         monkeypatch.setattr(Ledger, "_set", staticmethod(full))
         return create(self, wanted)
 
-    monkeypatch.setattr(PROVIDERS["memory"], "create_pod", created)
+    monkeypatch.setattr(account, "create_pod", created)
     with pytest.raises(LedgerError):
         rent()
     assert cloud.alive() == []
@@ -314,3 +320,62 @@ def test_an_account_of_another_cloud_leaves_its_pods_alone(cloud: MemoryCloud, r
     Ledger().set(rented.name, base="https://api.elsewhere.example")
     (note,) = settle()
     assert "another key or address" in note and cloud.alive() == [rented.pod.id]
+
+
+def test_the_price_is_that_of_the_cloud_of_the_place(cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_there()
+    assert price_of(spec.hw, spec.where) == (None, None)  # and not RunPod's
+    monkeypatch.setitem(PRICES, "memory", lambda hw, place: (USD * hw.num_gpus, "Memory's list"))
+    assert price_of(spec.hw, spec.where) == (USD, "Memory's list")
+    assert isinstance(spec.where, RentedPlace)
+    assert {hw.usd_per_hour for hw in hardware(where=spec.where) if hw.num_gpus == 2} == {2 * USD}
+    usd, source = price_of(spec.hw)  # planned for and not rented
+    assert usd == spec.hw.usd_per_hour and str(source).startswith("conf/hw")
+
+
+@pytest.fixture
+def only_here(cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> MemoryCloud:
+    """There is no key of RunPod's."""
+    monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
+    return cloud
+
+
+@pytest.mark.usefixtures("here")
+def test_verbs_that_name_a_run_find_its_cloud(only_here: MemoryCloud, rent: Rent) -> None:
+    rented = rent("where.volume_gb=50")
+    rented.mark("RUNNING")
+    rented.ledger.leave(rented.name)
+    (row,) = json.loads(runner("pods", "--json").stdout)
+    assert (row["pod_id"], row["status"]) == (rented.pod.id, "RUNNING")
+    stopped = runner("pods", "stop", rented.run_id, "--json")
+    assert stopped.exit_code == 0 and json.loads(stopped.stdout)["pod_id"] == rented.pod.id, stopped.output
+    status = json.loads(runner("status", rented.run_id, "--json").stdout)
+    assert (status["pod_id"], status["pod"]) == (rented.pod.id, "EXITED")
+    told = runner("logs", rented.run_id)
+    assert told.exit_code == 2 and f"pod {rented.pod.id} is EXITED" in " ".join(told.stderr.split()), told.output
+    found = attach._adopt(rented.run_id, Path("runs") / rented.run_id)
+    assert name_of(found.api) == "memory" and found.pod.id == rented.pod.id
+    found.ledger.leave(found.name)
+    ended = runner("pods", "terminate", rented.run_id, "--json")
+    assert ended.exit_code == 0 and only_here.alive() == [], ended.output
+    told_here = Path("runs") / rented.run_id / "spec.json"
+    values = json.loads(told_here.read_text("utf-8"))  # the ledger has forgotten the pod: the run's directory tells
+    told_here.write_text(json.dumps({**values, "where": {**values["where"], "name": "memory"}}), "utf-8")
+    told = runner("fetch", f"runs/{rented.run_id}")
+    assert told.exit_code == 2 and f"Memory has no pod of run {rented.run_id}" in " ".join(told.stderr.split())
+
+
+def test_among_several_accounts_the_ledger_and_the_lists_tell(
+    cloud: MemoryCloud, rent: Rent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = MemoryCloud()
+    elsewhere = type("Other", (account_of(other),), {"base": "https://localhost/other", "title": "Other"})
+    monkeypatch.setitem(PROVIDERS, "other", elsewhere)
+    monkeypatch.delitem(PROVIDERS, "runpod")
+    rented = rent()
+    entries = Ledger().entries()
+    assert cloud_of(rented.run_id, entries) == cloud_of(rented.pod.id, []) == cloud_of(rented.run_id, []) == "memory"
+    other.rented["podx"] = replace(rented.pod, id="podx", name="runner-run-x-0001")
+    assert cloud_of("run-x", entries) == cloud_of("runs/run-x/spec.json", entries) == "other"
+    rows = fleet.rows_of_all([connect("memory"), connect("other")], Ledger())
+    assert {row.pod_id: row.status for row in rows} == {rented.pod.id: "RUNNING", "podx": "RUNNING"}

@@ -1,4 +1,4 @@
-"""Current GPU prices from RunPod's catalogue, where a key is set."""
+"""Prices of RunPod's machines: a bid, the catalogue of today where a key is set, the dated figure in conf/hw."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from typing import Any, Literal
 
 from runner import __version__
 from runner.cloud.runpod.account import KEY, base_url
+from runner.cloud.runpod.catalog import vcpus
 from runner.paths import cache_dir
+from runner.spec import HardwareSpec, RentedPlace
 
 Cloud = Literal["secure", "community"]
+
+CPU_USD_PER_VCPU = 0.03  # cpu3c, secure cloud, as users saw it in 2026
 
 PATH = "/v2/catalog/gpus"  # REST v2: {"gpus": [{"id": …, "price": {"secure": 0.44, "community": 0.31}}]}
 
@@ -50,6 +54,29 @@ def price(gpu_id: str | None, cloud: Cloud = "secure") -> Price | None:
         return None
     seen = datetime.fromtimestamp(found["time"], timezone.utc)
     return Price(usd, f"RunPod's catalogue, {cloud} cloud, {seen:%Y-%m-%d %H:%M} UTC")
+
+
+def price_of(hw: HardwareSpec, place: RentedPlace | None) -> tuple[float | None, str | None]:
+    """US$ per GPU and hour (of the machine, on a CPU), and who says so: a bid, the catalogue of today in the cloud that
+    is asked for, else the dated figure in conf/hw.
+    """
+    if place is not None and place.bid_usd is not None:
+        return place.bid_usd, "where.bid_usd"
+    if hw.accelerator != "cuda" and not (place and place.gpu_types):
+        return cpu_price(hw) if place else (None, None)
+    gpu_id = place.gpu_types[0] if place and place.gpu_types else hw.runpod_gpu_id
+    live = price(gpu_id, place.cloud if place else "secure")
+    if live is not None:
+        return live.usd_per_hour, live.source
+    if hw.usd_per_hour is None:
+        return None, None
+    dated = hw.price_date and hw.price_date[0].isdecimal()  # else it says why conf/hw has no price
+    return hw.usd_per_hour, f"conf/hw, seen {hw.price_date}" if dated else "conf/hw"
+
+
+def cpu_price(hw: HardwareSpec) -> tuple[float, str]:
+    """US$ per hour of a CPU pod with as many cores, rounded up as RunPod rents them."""
+    return vcpus(hw.num_cpus) * CPU_USD_PER_VCPU, "RunPod's CPU pods, as seen 2026: $0.03 per vCPU-hour"
 
 
 def _file() -> Path:
