@@ -43,7 +43,7 @@ def test_an_honest_spec_is_taken_as_it_is_but_for_the_place(here: Path) -> None:
     assert {k: v for k, v in kept.items() if k not in ("where", "run")} == {
         k: v for k, v in told.items() if k not in ("where", "run")
     }
-    assert isinstance(found.spec.where, RunPodPlace) and found.spec.run.output_dir == str(here / "runs", "runpod")
+    assert isinstance(found.spec.where, RunPodPlace) and found.spec.run.output_dir == str(here / "runs")
     assert found.spec.hw.env == {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}  # of conf/hw/rtx4090.yaml
 
 
