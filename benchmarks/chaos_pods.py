@@ -21,9 +21,10 @@ from typing import Any
 
 from benchmarks import cases, hostile
 from benchmarks.bench import ROOT, Benchmark, alone, table
-from benchmarks.pod_training import MODEL, STEP_S, SUM
+from benchmarks.pod_training import EVALUATED, MODEL, STEP_S, SUM
 from runner.cloud.ledger import Ledger
 from runner.emulator.server import Emulator
+from runner.rundir.directory import RunDir
 from tests.support.disks import Disk, unshare
 from tests.support.processes import only_run, tiny_model, words
 
@@ -34,8 +35,11 @@ CAP_LEFT_S = 110.0
 SILENCE_S = 15.0
 ROUNDS = 3
 """A pod that was taken away in the middle of its training goes on with it when `fetch` starts it again."""
-NEAR_CAP = 4
-"""Every so many-th run begins near its cap."""
+NEAR_CAP = 2
+"""Every so many-th run begins near its cap: the even faults in one round, the odd ones in the next."""
+GRACE_S = 12.0
+"""So long before its cap at most a pod of these ends itself (a tenth of what is left for a checkpoint), and half a
+second."""
 LAUNCHER = """\
 import sys
 from runner.cloud import budget, lifecycle
@@ -73,7 +77,7 @@ FAULTS: tuple[tuple[str, dict[str, Any]] | None, ...] = (
     ("own ledger deleted", {}),
 )
 """What happens, once, at a random moment: to a pod, to the next requests, to the disks of pods or of the launcher."""
-EACH = 5
+EACH = 7
 HOSTILE_CASES = 4 * len(hostile.WAYS)
 """After the cases of the other faults, each way several times, mostly beside others."""
 TAKEN = ("vanish",)
@@ -82,12 +86,13 @@ TAKEN = ("vanish",)
 EXPLANATION = """\
 Each case is `python -m runner … where=runpod`, from renting to the end, with an [emulated RunPod](emulator.md) of its
 own: real ssh servers, rsync, the real agent. In place of the training stands a process that does with files and signals
-what one does, for {seconds:.0f} s (benchmarks/pod_training.py). At a random moment (one of a create request at once)
-one of {faults} faults happens, or none; disks, of all pods or of the launcher with runs, ledger and cache, are real
-ones (ext4). Half of the launchers get SIGKILL at another moment, and a quarter of the runs is left to its pod
-(`--detach`). Every fourth run begins {left:.0f} s before its cap: its meter is told that the pod was rented so much
-earlier, and its training would take for ever. Then nobody does anything until no pod is paid for any more, disks are
-mended, and `fetch` is typed (again when a training that was taken away has gone on in between), and `pods reap`.
+what one does, for {seconds:.0f} s: it evaluates, trains, evaluates and saves (benchmarks/pod_training.py). At a random
+moment (one of a create request at once) one of {faults} faults happens, or none; disks, of all pods or of the launcher
+with runs, ledger and cache, are real ones (ext4). Half of the launchers get SIGKILL at another moment (a quarter of
+those near their cap), and a quarter of the runs is left to its pod (`--detach`). Every second run begins {left:.0f} s
+before its cap: its meter is told that the pod was rented so much earlier, and its training would take for ever. Then
+nobody does anything until no pod is paid for any more, disks are mended, and `fetch` is typed (again when a training
+that was taken away has gone on in between), and `pods reap`.
 
 In {hostile} more cases the pod is an enemy's from a random moment on, in one to three of {ways} ways: links and hard
 links, devices and pipes, names with newlines and `..`, helper scripts that write elsewhere or never stop, words that
@@ -97,6 +102,7 @@ command that `fetch` names. – stands where nothing was counted: those cases we
 
 - *lost*: models that a training had finished, on a disk that was not taken away, and that are not here then, bit for
   bit;
+- *cap reached*: runs that their cap has ended;
 - *past the cap*: the longest time for which a pod was paid for after its cap was reached;
 - *left*: pods that exist at the end;
 - *outside*: bytes that appeared on the launcher's side outside of the run directory, the state and the cache;
@@ -148,7 +154,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     unshare()
     visible = ROOT / ".pytest_cache"  # from inside of a pod, which has a /tmp and a /root of its own
     visible.mkdir(exist_ok=True)
-    python = _pods_python(visible / "pods-python")
+    python = pods_python(visible / "pods-python")
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         folder = Path(name)
         model = tiny_model(folder / "model")
@@ -167,10 +173,10 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
     if number >= EACH * len(FAULTS):
         fault = (f"hostile pod: {ways[number % len(ways)]}", {})
         ways = [ways[number % len(ways)], *dice.sample(ways, dice.randrange(3))]
-    near_cap = number % NEAR_CAP == 2
+    near_cap = (number + number // len(FAULTS)) % NEAR_CAP == 0
     detached = dice.random() < 0.25
-    longest = 35.0 if near_cap else 13.0 + STEPS * STEP_S
-    kill_at = dice.uniform(0, longest) if dice.random() < 0.5 else None
+    longest = 35.0 if near_cap else 13.0 + (STEPS + 2 * EVALUATED) * STEP_S
+    kill_at = dice.uniform(0, longest) if dice.random() < (0.25 if near_cap else 0.5) else None
     at_create = fault is not None and fault[1].get("on") == "create"
     strike_at = dice.uniform(0, longest) if not at_create else 0.0
     folder.mkdir()
@@ -203,7 +209,7 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
                 stdout=log,
                 stderr=log,
             )
-        taken = _strike(
+        taken, phases = _strike(
             watch, fault, strike_at, launcher, kill_at, own, disk, lambda: _turn(emulator, outside, ways, dice)
         )
         killed = launcher.returncode == -signal.SIGKILL
@@ -211,9 +217,10 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
         if launcher.poll() is None:
             launcher.kill()
         emulator.clear()
-        if disk is not None and quiet:
+        if disk is not None:
             disk.mend()
         past = _past_cap(own / "state", watch.seen) if near_cap else None
+        stopped = "where.max_usd" in _read(folder / "launcher.log").partition("Stops the training: ")[2]
         run = only_run(own / "runs")
         for _ in range(ROUNDS):
             if run is None or not emulator.pods():
@@ -228,17 +235,58 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
     sockets = temporary.glob("runner-*")  # of ssh, and lists of files: what a launcher that gets SIGKILL leaves
     ours = (*sockets, own / "state", own / "cache", own / "runs", own / "lost+found", *([run] if run else []))
     stray = hostile.written(elsewhere, outside, temporary, own, own / "runs", but=ours) - len("owner's")
-    said = "".join(file.read_text("utf-8", errors="replace") for file in folder.glob("*.log"))
-    if disk is not None:
-        disk.close()
-    return {
+    said = "".join(map(_read, folder.glob("*.log")))
+    found = {
         "case": number, "fault": None if fault is None else " ".join([fault[0], *map(str, fault[1].values())]),
         "near_cap": near_cap, "detached": detached, "killed": killed, "quiet": quiet, "left": left,
         "finished": watch.finished is not None, "home": home, "taken": taken,
-        "past_cap_seconds": past, "state": state, "outside": stray,
+        "cap_reached": None if past is None else "launcher" if stopped else "pod" if past > -GRACE_S else None,
+        "past_cap_seconds": None if past is None else max(0.0, past), "state": state, "outside": stray, **phases,
         "not_plain": hostile.not_plain(run) if run else 0, "escapes": len(CONTROL.findall(said)),
         "crashed": bool(re.search(r'^  File ".*runner/(cli|verbs/\w+)\.py"', said, re.MULTILINE)),
     }  # fmt: skip
+    if _wrong(found):
+        kept = cases.FOLDER / "failed" / folder.name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "-a", "--sparse=always", str(folder), str(kept)], check=False, capture_output=True)
+    if disk is not None:
+        disk.close()
+    return found
+
+
+def _lost(case: dict[str, Any]) -> bool:
+    """A model that a training had finished, on a disk that was not taken away, is not here."""
+    return case["finished"] and not case["home"] and not case["taken"]
+
+
+def _wrong(case: dict[str, Any]) -> bool:
+    """Whether the case's folder is worth keeping."""
+    bad = ("left", "past_cap_seconds", "outside", "not_plain", "escapes", "crashed")
+    return _lost(case) or not case["quiet"] or any(case[key] for key in bad)
+
+
+def _read(file: Path) -> str:
+    return file.read_text("utf-8", errors="replace") if file.is_file() else ""
+
+
+PHASES = ("renting", "sending", "installing", "loading", "evaluating", "training", "saving", "collecting", "over")
+WHILE = {"armed": "sending", "installing": "installing", "ending": "over"}
+"""Phase by the agent's state, where its training does not say more."""
+
+
+def _phase(watch: Watch, launcher: subprocess.Popen[bytes]) -> str:
+    """Where a run is, as the newest pod with its folder says."""
+    if launcher.poll() is not None and not watch.paid():
+        return "over"
+    files = list(watch.emulator.world.root.glob("pods/*/volume/runs/*/agent-status.json"))
+    if not files:
+        return "sending" if watch.paid() else "renting"
+    run = RunDir(max(files, key=lambda file: file.stat().st_mtime).parent)
+    state = run.read("agent-status.json").get("state")
+    if state == "training":
+        told = run.status.get("state")
+        return str(told) if told in PHASES else "loading" if told == "created" else "saving"
+    return WHILE.get(str(state), "collecting")
 
 
 def _disk(kind: str, folder: Path) -> Disk | None:
@@ -262,7 +310,7 @@ def _harm(kind: str, own: Path, disk: Disk | None) -> None:
         part.unlink(missing_ok=True)
 
 
-def _pods_python(file: Path) -> Path:
+def pods_python(file: Path) -> Path:
     """A Python for pods whose training is the stand-in."""
     file.write_text(
         '#!/bin/sh\ncase "$*" in "-m runner.launcher.on_pod "*) shift 2; '
@@ -276,14 +324,16 @@ def _pods_python(file: Path) -> Path:
 def _strike(
     watch: Watch, fault: tuple[str, dict[str, Any]] | None, strike_at: float, launcher: subprocess.Popen[bytes],
     kill_at: float | None, own: Path, disk: Disk | None, turn: Callable[[], None],
-) -> bool:  # fmt: skip
-    """Both blows at their moments; whether a finished model was taken away with its disk."""
+) -> tuple[bool, dict[str, str]]:  # fmt: skip
+    """Both blows at their moments; whether a finished model was taken away with its disk, and in which phases of the
+    run they hit (`strike_phase`, `kill_phase`)."""
     if strike_at:  # moments count from the first request on: a slow machine has not asked for a pod before
         _until(lambda: watch.emulator.exchanges or launcher.poll() is not None, 120)
-    began, taken = time.monotonic(), False
+    began, taken, phases = time.monotonic(), False, {}
     blows = ([] if kill_at is None else [(kill_at, "kill")]) + [(strike_at, "strike")] * (fault is not None)
     for moment, blow in sorted(blows):
         time.sleep(max(0.0, began + moment - time.monotonic()))
+        phases[f"{blow}_phase"] = _phase(watch, launcher)
         if blow == "kill":
             launcher.kill()
             launcher.wait()
@@ -295,7 +345,7 @@ def _strike(
         elif fault is not None:
             taken = fault[0] in TAKEN and watch.finished is not None
             watch.emulator.inject(fault[0], **fault[1])
-    return taken
+    return taken, phases
 
 
 def _typed(env: dict[str, str], log: Path, *verb: str) -> None:
@@ -305,10 +355,11 @@ def _typed(env: dict[str, str], log: Path, *verb: str) -> None:
 
 
 def _past_cap(state: Path, seen: dict[str, float]) -> float:
-    """Seconds for which a pod was paid for after its cap: the deadline in the ledger is the cap's here."""
+    """Seconds for which a pod was paid for after its cap, or negative before it: the deadline in the ledger is the
+    cap's here."""
     entries = Ledger.or_copy(state / "ledger.db")[0].entries(gone=True)
     over = [seen[e.pod_id] - e.deadline for e in entries if e.pod_id in seen and e.deadline is not None]
-    return round(max([0.0, *over]), 1)
+    return round(max(over, default=-CAP_LEFT_S), 1)
 
 
 def _home(run: Path | None, expected: str | None) -> bool:
@@ -318,8 +369,6 @@ def _home(run: Path | None, expected: str | None) -> bool:
 
 
 def _state(run: Path | None) -> str | None:
-    from runner.rundir.directory import RunDir
-
     return RunDir(run).state() if run else None
 
 
@@ -338,20 +387,34 @@ def section(measured: dict[str, Any]) -> str:
     for fault in [*dict.fromkeys(case["fault"] for case in found), "all"]:
         some = [case for case in found if fault in ("all", case["fault"])]
         past = [case["past_cap_seconds"] for case in some if case["past_cap_seconds"] is not None]
-        lost = [case for case in some if case["finished"] and not case["home"] and not case["taken"]]
+        reached = [case for case in some if case.get("cap_reached")]
         rows.append([
             "none" if fault is None else f"`{fault}`" if fault != "all" else "**all**", str(len(some)),
             str(sum(case["killed"] for case in some)), str(sum(case["detached"] for case in some)),
-            str(sum(case["finished"] for case in some)), str(len(lost)),
+            str(sum(case["finished"] for case in some)), str(sum(map(_lost, some))), str(len(reached)),
             f"{max(past):.1f}" if past else "–", str(sum(len(case["left"]) for case in some)),
-*(_sum(some, key) for key in ("outside", "not_plain", "escapes", "crashed")),
+            *(_sum(some, key) for key in ("outside", "not_plain", "escapes", "crashed")),
         ])  # fmt: skip
     enemies = sum(str(case["fault"]).startswith("hostile") for case in found)
-    head = ["fault", "runs", "killed", "detached", "trained to the end", "lost", "past the cap, s", "left", "outside",
-            "not plain", "escapes", "crashed"]  # fmt: skip
-    text = EXPLANATION.format(seconds=STEPS * STEP_S, faults=len(FAULTS) - 1, left=CAP_LEFT_S,
+    head = ["fault", "runs", "killed", "detached", "trained to the end", "lost", "cap reached", "past the cap, s",
+            "left", "outside", "not plain", "escapes", "crashed"]  # fmt: skip
+    text = EXPLANATION.format(seconds=(STEPS + 2 * EVALUATED) * STEP_S, faults=len(FAULTS) - 1, left=CAP_LEFT_S,
                               hostile=enemies, ways=len(hostile.WAYS))  # fmt: skip
-    return f"{text}\n{table(head, rows)}"
+    by = [[case.get("cap_reached") for case in found].count(who) for who in ("launcher", "pod")]
+    facts = [
+        f"{sum(case['near_cap'] for case in found)} runs began near their cap, and **{sum(by)} reached it**: {by[0]} "
+        f"were ended by their launcher, which has the training save its checkpoint first, {by[1]} by their pod. The "
+        "others were over before: by the fault, or by the silence of a launcher that was killed.",
+        _hits(found),
+    ]
+    return f"{text}\n{table(head, rows)}\n\n" + "\n".join(f"- {fact}" for fact in facts)
+
+
+def _hits(found: list[dict[str, Any]]) -> str:
+    """In which phases of the runs the faults and kills came."""
+    hits = [phase for case in found for key in ("strike_phase", "kill_phase") if (phase := case.get(key))]
+    counts = ", ".join(f"{phase} {hits.count(phase)}" for phase in PHASES if phase in hits)
+    return f"When the {len(hits)} faults and kills came, the runs were at: {counts}."
 
 
 def _sum(some: list[dict[str, Any]], key: str) -> str:

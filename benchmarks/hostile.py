@@ -128,12 +128,14 @@ def _put(place: Path, make: Callable[[Path], object]) -> None:
 
 
 def written(*folders: Path, but: tuple[Path, ...] = ()) -> int:
-    """Bytes of all files below folders, without those below others; a folder or an empty file counts as one."""
+    """Bytes of all files below folders, without others and what is below them; a folder or an empty file counts as
+    one."""
     found = 0
     for folder in folders:
         for path, below, files in os.walk(folder):
             below[:] = [name for name in below if Path(path, name) not in but]
-            found += sum(max(1, Path(path, name).lstat().st_size) for name in files) + len(below)
+            plain = (file for name in files if (file := Path(path, name)) not in but)
+            found += sum(max(1, file.lstat().st_size) for file in plain) + len(below)
     return found
 
 

@@ -7,7 +7,7 @@ import shlex
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from runner.cloud import adopted_spec, clock, executor, fleet, ssh, ssh_keys, tr
 from runner.cloud.budget import Meter, spent
 from runner.cloud.follow import Display, PodGoneError
 from runner.cloud.lease import Lease
-from runner.cloud.ledger import PREFIX, Ledger
+from runner.cloud.ledger import PREFIX, Ledger, LedgerError
 from runner.cloud.provider import OVER, Pod, Provider
 from runner.cloud.providers import cloud_of, connect, name_of, provider_class
 from runner.cloud.session import END_STATES, Session
@@ -253,6 +253,12 @@ def _listen(session: Session, minutes: float | None) -> None:
     if session.over:
         new["budget_usd"] = None  # what is left to do costs minutes
     at.place("agent.json", new)
+    with suppress(LedgerError):  # or another command believes that the pod should have ended
+        known = session.rented.deadline
+        session.rented.ledger.set(
+            session.rented.name, heartbeat_s=None if minutes is None else 60 * minutes,
+            deadline=max(known, sent + 60 * LISTENING_MINUTES) if session.over else known,
+        )  # fmt: skip
     at.start_agent()
 
 

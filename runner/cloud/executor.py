@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -14,7 +15,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from runner.cloud import clock, lifecycle, reuse_pod, ssh, ssh_keys
+from runner.cloud import clock, lifecycle, reuse_pod, ssh, ssh_keys, termination
 from runner.cloud.errors import NoBalanceError, StillThereError
 from runner.cloud.follow import Display, News, PodGoneError
 from runner.cloud.lease import Lease
@@ -32,7 +33,12 @@ from runner.rundir.directory import Outcome, RunDir, shown
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.spec import RunSpec
 
+FINISHED = ("done", "failed")
 LOG_CHARS = 20_000
+START_AGAIN_SECONDS = 300.0
+"""A pod that is stopped is not started, so shortly before its deadline or the cap, for a result."""
+STOPPING_SECONDS = 60.0
+"""From a pod's word that it stops itself until it is said to be stopped."""
 BOOT_FACTOR = 2
 """A pod to which no agent has come after so many times `where.setup_minutes` ends itself."""
 
@@ -131,6 +137,8 @@ def execute(
                 with display:
                     return _run_in_pod(session, display, launch_options)
             except PodGoneError as error:
+                if (last := _brought_from_stopped(session, error)) is not None:
+                    return finish(session, last, display, launch_options.pool)
                 lost += 1
                 rented.mark("PREEMPTED", str(error))
                 rented.release()
@@ -206,6 +214,8 @@ def _run_in_pod(session: Session, display: Display, launch_options: LaunchOption
         if session.spec.track.name == "tensorboard":
             display.say(f"Board   python -m runner pods tunnel {run.id} -p 6006")
         last = follow(session, display)
+        if last.get("state") == "ending" and last.get("how") == "stop" and _may_start_again(rented):
+            raise PodGoneError(Problem(f"the pod has stopped itself ({last.get('message')})"))
     except PodGoneError:
         raise
     except BaseException as error:
@@ -350,6 +360,52 @@ def _problem_of(run: RunDir, message: str) -> Problem:
     if cause is None:
         return Problem(message, None, f"see {shown(run.path / 'logs')}")
     return Problem(f"{message}: {cause.what}", shown(log), cause.in_pod or cause.remedy)
+
+
+def _brought_from_stopped(session: Session, error: PodGoneError) -> dict[str, Any] | None:
+    """The agent's last status of a run that was over when its pod stopped, as after a launcher that was suspended or
+    cut off: the pod is started for what its disk has. None for a pod that may be replaced: its run is not over, and its
+    newest checkpoint is here, as far as it could be brought.
+
+    RunFailedError, and the pod stays stopped, where its disk may have the only result and that cannot be had now.
+    """
+    rented, place = session.rented, place_of(session.spec)
+    over = session.over and session.agent.get("state") != "refused"
+    end = time.monotonic() + STOPPING_SECONDS
+    while session.agent.get("state") == "ending" and rented.pod.status == "RUNNING" and time.monotonic() < end:
+        time.sleep(1)
+        with suppress(RunnerError):
+            if rented.refresh() is None:
+                break
+    if rented.pod.status != "EXITED" or not rented.volume_gb or (place.spot and not over):
+        return None
+    session.close()
+    try:
+        if not _may_start_again(rented):
+            raise RunFailedError(Problem("its time is over" if over else str(error)))
+        rented.say(f"Starts  pod {rented.pod.id}: {error}, and its disk may have the result")
+        reuse_pod.start_again(rented, place, rented.say)
+        session.agent = session.login().agent() or session.agent
+        ended_in = session.agent.get("ended_in") or session.agent.get("state")
+        if ended_in not in FINISHED:
+            session.collect(final=False)
+            session.agent = {}
+            return None
+        return {**session.agent, "state": ended_in}
+    except (RunnerError, OSError) as failed:
+        if not over and _may_start_again(rented):
+            rented.say(f"Warning: what pod {rented.pod.id} has could not be brought here: {failed}")
+            return None
+        with suppress(RunnerError):
+            termination.stop(rented.api, rented.ledger, rented.name, rented.pod.id, str(error))
+        rented.ledger.leave(rented.name)
+        account(session.run, rented, error)
+        what = f"pod {rented.pod.id} is stopped with the result on its disk, which costs little: {error}; {failed}"
+        raise RunFailedError(Problem(what, None, f"python -m runner fetch {session.run.id}")) from None
+
+
+def _may_start_again(rented: Lease) -> bool:
+    return clock.now() < rented.deadline - START_AGAIN_SECONDS
 
 
 def _replaceable(session: Session, error: PodGoneError, lost: int) -> None:

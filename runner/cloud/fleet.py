@@ -12,10 +12,10 @@ from typing import Any
 from runner.cloud import clock, termination
 from runner.cloud.budget import Meter, paid_until, stopped_usd_per_day
 from runner.cloud.errors import CloudError, NoKeyError, StillThereError, unseen
-from runner.cloud.ledger import PREFIX, Entry, Ledger, LedgerError
+from runner.cloud.ledger import ARMED, PREFIX, Entry, Ledger, LedgerError
 from runner.cloud.provider import OVER, Pod, Provider
 from runner.cloud.providers import DEFAULT, connect
-from runner.cloud.reconcile import ARMED, overdue, reconcile, rented_at
+from runner.cloud.reconcile import overdue, reconcile, rented_at
 from runner.config.suggestions import nearest
 from runner.errors import Problem, RequestError, RunnerError
 

@@ -168,32 +168,27 @@ class Follower:
             if not _is_ours(name, GROWING if "file" in line else WHOLE):
                 return
             content = base64.b64decode(line["data"])
-            if not self._has_room(name, len(content) + (int(line["at"]) if "file" in line else 0)):
-                if not self.refused:
-                    self.refused = True
-                    yield News("words", TOO_MUCH)
-                return
+            if self._has_room(name, len(content) + (int(line["at"]) if "file" in line else 0)):
+                yield from self._written(line, name, content)
+            elif not self.refused:
+                self.refused = True
+                yield News("words", TOO_MUCH)
+            # Known whatever this disk takes: else a run that is over would be followed until its deadline.
+            if name in ("status.json", "agent-status.json") and isinstance(said := json.loads(content), dict):
+                yield News("status" if name == "status.json" else "agent", said)
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
+            return
+        except OSError as error:  # the disk does not say how much room it has
+            yield from self._unwritten(error)
+
+    def _written(self, line: dict[str, Any], name: str, content: bytes) -> Iterator[News]:
+        """What came of a file, in the run directory."""
+        try:
             if "file" in line:
                 untrusted_files.write_at(self.run.path, name, int(line["at"]), content)
                 yield from self._told(name, int(line["at"]), content)
-                return
-            if name not in NOT_HERE:
-                try:
-                    untrusted_files.write_whole(self.run.path, name, content)
-                except OSError as error:  # where the run stands is known all the same
-                    yield from self._unwritten(error)
-            if name in ("status.json", "agent-status.json") and isinstance(said := json.loads(content), dict):
-                yield News("status" if name == "status.json" else "agent", said)
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-            untrusted_files.NotPlainError,
-        ):
-            return
+            elif name not in NOT_HERE:
+                untrusted_files.write_whole(self.run.path, name, content)
         except OSError as error:
             yield from self._unwritten(error)
 

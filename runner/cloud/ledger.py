@@ -40,6 +40,8 @@ State = Literal[
     PREEMPTED       it was taken away; what is left of it is to be ended
     GONE            confirmed, or never there
 """
+ARMED = ("RUNNING", "COLLECTING")
+"""States of a pod that ends itself."""
 PREFIX = "runner-"
 """Every pod's name begins with it: no other pod is ever touched."""
 BUSY_S = 30.0
@@ -90,6 +92,7 @@ class Entry:
     """How long its agent bears a silent launcher; None for a detached run."""
     created: float
     updated: float
+    """When it was last changed; of a pod that ends itself, when its launcher was last known to be there."""
     ended: float | None
     detail: str
     """Why it is in this state."""
@@ -274,10 +277,17 @@ class Ledger:
             self._log(db, name, run_id, None, "SSH_READY", why)
         return self.entry(name)
 
-    def leave(self, name: str) -> None:
-        """Release ownership. Never raises: this process will be gone, and be found to be."""
+    def leave(self, name: str, heard: bool = True) -> None:
+        """Release ownership. Never raises: this process will be gone, and be found to be.
+
+        The silence of which a pod that trains ends itself counts from now on, unless its launcher is not `heard` of by
+        this. A pod that is parked is paid for by its run until it was parked.
+        """
         with suppress(LedgerError), self._write() as db:
-            self._set(db, name, NOBODY)  # `updated` stays the word of whoever held it
+            self._set(db, name, NOBODY)
+            if heard:
+                query = f"update pods set updated = max(updated, ?) where name = ? and state in {ARMED}"
+                db.execute(query, (clock.now(), name))
 
     def entry(self, name: str) -> Entry | None:
         """By the pod's name."""

@@ -6,9 +6,11 @@ itself, and may have a result that is worth fetching; all others that nobody hol
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from runner.cloud import clock, termination
 from runner.cloud.errors import CloudError, StillThereError
-from runner.cloud.ledger import Entry, Ledger, LedgerError
+from runner.cloud.ledger import ARMED, Entry, Ledger, LedgerError
 from runner.cloud.provider import OVER, Pod, Provider
 from runner.cloud.readiness import pods_named, wait_for_name
 from runner.errors import RunnerError
@@ -16,7 +18,6 @@ from runner.errors import RunnerError
 # A create that was not answered is believed to have come to nothing when its name has not appeared for so long.
 UNKNOWN_S = 15 * 60
 AFTER_DEADLINE_S = 5 * 60  # a pod that should have ended itself, and did not
-ARMED = ("RUNNING", "COLLECTING")
 
 
 def reconcile(api: Provider, ledger: Ledger) -> list[str]:
@@ -46,13 +47,13 @@ def reconcile(api: Provider, ledger: Ledger) -> list[str]:
             now = ledger.entry(entry.name)  # it may have moved on since it was listed
             if now is None or now.state == "GONE":
                 continue
-            if note := _settle(api, ledger, now, pods, there):
+            if note := _settle(api, ledger, now, pods, there, died=entry.pid is not None):
                 notes.append(note)
         except StillThereError as error:
             notes += [f"{problem.what}; {problem.remedy}" for problem in error.problems]
         except RunnerError as error:
             notes.append(f"pod {entry.pod_id or entry.name}: {error}")
-        ledger.leave(entry.name)
+        ledger.leave(entry.name, heard=False)
     return notes
 
 
@@ -64,9 +65,10 @@ def _of_another_account(api: Provider, entry: Entry, pods: dict[str, Pod]) -> bo
 
 
 def _settle(
-    api: Provider, ledger: Ledger, entry: Entry, pods: dict[str, Pod], there: clock.ProviderClock
+    api: Provider, ledger: Ledger, entry: Entry, pods: dict[str, Pod], there: clock.ProviderClock, died: bool
 ) -> str | None:  # fmt: skip
-    """One entry that nobody holds; what was done, or None where nothing had to be."""
+    """One entry that nobody holds, whose launcher `died` without giving it up; what was done, or None where nothing had
+    to be."""
     name, state = entry.name, entry.state
     if state == "PLANNED":
         ledger.move(name, "GONE", "never asked for: the launcher ended before")
@@ -77,7 +79,7 @@ def _settle(
     if any(pod.name == name and pod.id != entry.pod_id for pod in pods.values()):
         termination.end_doubles(api, entry.pod_id, name)
     if state in (*ARMED, "STOPPED"):
-        return _armed(api, ledger, entry, pods.get(entry.pod_id), there)
+        return _armed(api, ledger, entry, pods.get(entry.pod_id), there, died)
     if entry.keep and (state == "TERMINATING" or rented_at(ledger, entry) < entry.created):  # it had a run before
         termination.stop(api, ledger, name, entry.pod_id, "again, after the launcher ended")
         return f"pod {entry.pod_id} of run {entry.run_id} is stopped, as was asked"
@@ -109,7 +111,7 @@ def _is_old(api: Provider, entry: Entry) -> bool:
 
 
 def _armed(
-    api: Provider, ledger: Ledger, entry: Entry, pod: Pod | None, there: clock.ProviderClock
+    api: Provider, ledger: Ledger, entry: Entry, pod: Pod | None, there: clock.ProviderClock, died: bool = False
 ) -> str | None:  # fmt: skip
     """A pod that looks after itself."""
     assert entry.pod_id is not None
@@ -123,10 +125,31 @@ def _armed(
         ledger.move(entry.name, "STOPPED", "it has stopped itself, with what nobody had fetched")
         return f"pod {pod.id} has stopped itself with its result: python -m runner fetch {entry.run_id}"
     now = None if entry.state == "STOPPED" else there.now(pod, rented_at(ledger, entry))
+    if now is not None and died:
+        # At an unknown moment, maybe hours after its last entry: its agent, and the person who will attach, have the
+        # whole time of its silence from now on.
+        entry = replace(entry, updated=max(entry.updated, now))
+        ledger.set(entry.name, updated=entry.updated)
     if now is not None and overdue(entry, now):
-        termination.end(api, ledger, entry.name, pod.id, "it is past its deadline")
-        return f"pod {pod.id} of run {entry.run_id} was past its deadline and alive: it is ended"
+        return _end_overdue(api, ledger, entry, pod)
     return None
+
+
+def _end_overdue(api: Provider, ledger: Ledger, entry: Entry, pod: Pod) -> str:
+    """As its agent should have: a pod with a disk of its own is stopped, for that may have the only result; one without
+    it, or that cannot be stopped, is terminated."""
+    late = f"pod {pod.id} of run {entry.run_id} was past its deadline and alive"
+    if pod.volume_gb:
+        try:
+            termination.stop(api, ledger, entry.name, pod.id, "it is past its deadline")
+            became = f"python -m runner fetch {entry.run_id}, or pods terminate {entry.run_id}"
+            return f"{late}: it is stopped, and its disk, which may have the result, costs money until {became}"
+        except StillThereError:
+            found = api.pod(pod.id)
+            if found is not None and found.status == "EXITED":
+                raise  # it is not recorded
+    termination.end(api, ledger, entry.name, pod.id, "it is past its deadline")
+    return f"{late}: it is ended"
 
 
 def rented_at(ledger: Ledger, entry: Entry) -> float:

@@ -104,7 +104,7 @@ def take(run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, say: Say, detached:
     try:
         ledger.set(rented.name, deadline=rented.deadline, keep=place.keeps)
         if old.state == "STOPPED":
-            _start(rented, place, say)
+            start_again(rented, place, say)
         budget.check_taken(place, rented.pod.id, rented.usd_per_hour, rented.meter.before_usd)
         _hand_on(rented, old, Session(run, spec, rented, pair, say), detached)
         return rented
@@ -159,7 +159,7 @@ def start(api: Provider, ledger: Ledger, word: str, hours: float, say: Say, env:
     rented.deadline = clock.now() + 3600 * hours
     try:
         ledger.set(rented.name, deadline=rented.deadline, keep=True)
-        _start(rented, None, say)
+        start_again(rented, None, say)
         at = transfer.login(rented.pod, run_id, ssh_keys.pair(run_id, name_of(api)), say)
         try:
             order = transfer.order(
@@ -212,7 +212,7 @@ def _taken(
     return Lease(api, ledger, name, pod, clock.now() + 3600, meter, run_id, pod.volume_gb, say)
 
 
-def _start(rented: Lease, place: RentedPlace | None, say: Say) -> None:
+def start_again(rented: Lease, place: RentedPlace | None, say: Say) -> None:
     """Start a stopped pod, until it answers; its real price from then on."""
     setup, bad = (60 * place.setup_minutes, 60 * place.bad_host_minutes) if place else (SETUP_S, BAD_HOST_S)
     pod = restart(rented.api, rented.pod)

@@ -297,9 +297,10 @@ class Session:
                     at.connection.moved(*address)
 
     def dismiss_pod(self) -> None:
-        """Tell the pod that everything was collected: it ends itself, should nobody else."""
+        """Tell the pod that everything was collected: it ends itself, should nobody else; by stopping, where its disk
+        does not take that note."""
         assert self.at is not None
-        self.at.connection.run(f"touch {shlex.quote(self.at.folder)}/collected")
+        self.at.connection.run(f"touch {shlex.quote(self.at.folder)}/collected", check=False)
 
     def close(self) -> None:
         """Log out."""

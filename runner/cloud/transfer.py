@@ -67,8 +67,9 @@ class RemoteRun:
 
     def agent(self) -> dict[str, Any]:
         """The agent's status; empty where there is none."""
-        file = shlex.quote(f"{self.folder}/agent-status.json")
-        return loads(self.connection.attempt(f"cat {file} 2>/dev/null")[1])
+        kept, file = f"{agent.SHM}/runner-{self.run_id}.unwritten", f"{self.folder}/agent-status.json"
+        first, second = shlex.quote(kept), shlex.quote(file)
+        return loads(self.connection.attempt(f"cat {first} 2>/dev/null || cat {second} 2>/dev/null")[1])
 
     def start_agent(self) -> dict[str, Any]:
         """Start the agent, which leaves one that is at work alone; its status."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from runner.cloud.agent import agent
+from runner.cloud.agent import agent, tail
 from runner.cloud.agent.agent import DeadManSwitch, Limits
 
 
@@ -190,16 +192,23 @@ def test_what_was_collected_is_kept_by_no_disk(clock: Clock, tmp_path: Path) -> 
     assert found._how() == "terminate"
 
 
-def test_a_status_that_no_disk_takes_is_kept_in_memory_and_an_old_file_does_not_hide_it(tmp_path: Path) -> None:
+def test_a_status_that_no_disk_takes_is_kept_in_memory_and_an_old_file_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     agent.note(tmp_path, state="armed", pid=7)
     file = tmp_path / "agent-status.json"
-    kept = file.read_text()
+    before = file.read_text()
     file.unlink()
     file.mkdir()
     agent.note(tmp_path, state="failed")
     assert agent.status_of(tmp_path)["state"] == "failed"
+    kept = agent.read(agent.unwritten(tmp_path))
+    assert agent.UNWRITTEN == {} and kept["state"] == "failed"  # for the agent's other process
+    monkeypatch.setattr(tail, "SHM", agent.SHM)
+    told = [line for line in tail.Tail(tmp_path, {}).news() if line.get("whole") == "agent-status.json"]
+    assert json.loads(base64.b64decode(told[-1]["data"]))["state"] == "failed"  # and for the launcher
     file.rmdir()
-    file.write_text(kept)
+    file.write_text(before)
     assert agent.status_of(tmp_path)["state"] == "failed"
     agent.note(tmp_path, exit_code=1)
-    assert agent.read(file)["state"] == "failed" and agent.UNWRITTEN == {}
+    assert agent.read(file)["state"] == "failed" and agent.UNWRITTEN == {} and not agent.unwritten(tmp_path).exists()

@@ -19,14 +19,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from runner.cloud import executor, termination, transfer
+from runner.cloud import executor, fleet, termination, transfer
 from runner.cloud import lifecycle as renting
 from runner.cloud.budget import spent
-from runner.cloud.clock import ProviderClock
+from runner.cloud.clock import ProviderClock, now
 from runner.cloud.errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
 from runner.cloud.follow import Display
 from runner.cloud.lease import Lease
-from runner.cloud.ledger import PREFIX, Ledger, LedgerError
+from runner.cloud.ledger import PREFIX, Entry, Ledger, LedgerError, owner
 from runner.cloud.lifecycle import acquire
 from runner.cloud.provider import Pod
 from runner.cloud.reconcile import UNKNOWN_S, _armed, reconcile
@@ -270,6 +270,68 @@ def test_of_two_commands_one_settles_what_a_launcher_has_left(
     assert rented.pod.id in note and emulator.pods() == {}
 
 
+def long_since(rented: Lease, **facts: Any) -> Entry:
+    """A run that has trained for three hours since its last entry, when its launcher was killed."""
+    rented.mark("RUNNING", "training")
+    dead = {"pid": 2**22 + 1, "host": owner()["host"], "pid_started": 1.0}
+    rented.ledger.set(rented.name, updated=now() - 3 * 3600, **dead, **facts)
+    entry = rented.ledger.entry(rented.name)
+    assert entry is not None and not entry.owned
+    return entry
+
+
+def test_a_listing_after_a_launcher_was_killed_leaves_its_training_alone_as_its_agent_does(
+    emulator: Emulator, rent: Rent
+) -> None:
+    """Nobody has heard of it for longer than `where.heartbeat_minutes`, as far as the ledger knows."""
+    rented = rent()
+    long_since(rented)
+    for _ in range(2):
+        assert reconcile(RunPod(), Ledger()) == [] and list(emulator.pods()) == [rented.pod.id]
+        assert fleet.owned_by_none(RunPod(), Ledger()) == []
+    entry = Ledger().entry(rented.name)
+    assert entry is not None and entry.pid is None and entry.updated > now() - 60
+    rented.ledger.set(rented.name, updated=now() - 3 * 3600)  # and was not attached to for another three
+    assert len(reconcile(RunPod(), Ledger())) == 1
+
+
+def test_a_launcher_that_leaves_its_pod_to_another_command_was_heard_of(emulator: Emulator, rent: Rent) -> None:
+    rented = rent()
+    rented.mark("COLLECTING", "done")
+    rented.ledger.set(rented.name, updated=now() - 3 * 3600)
+    rented.ledger.leave(rented.name)  # its disk is full: `fetch` goes on
+    assert reconcile(RunPod(), Ledger()) == [] and list(emulator.pods()) == [rented.pod.id]
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_a_pod_past_its_deadline_is_stopped_where_its_disk_may_have_the_only_result(
+    emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch, disk: bool
+) -> None:
+    rented = rent()
+    if not disk:
+        real = Api.pods
+        monkeypatch.setattr(Api, "pods", lambda self: [replace(pod, volume_gb=0.0) for pod in real(self)])
+    long_since(rented, deadline=now() - 3600)
+    (note,) = reconcile(RunPod(), Ledger())
+    assert rented.pod.id in note and "past its deadline" in note
+    if disk:
+        assert f"fetch {rented.run_id}" in note and states(rented.name)[-1] == "STOPPED"
+        assert [pod.status for pod in emulator.pods().values()] == ["EXITED"]
+        assert reconcile(RunPod(), Ledger()) == [] and fleet.owned_by_none(RunPod(), Ledger()) == []
+        assert fleet.terminate(RunPod(), Ledger(), rented.run_id) == [rented.pod.id]
+    assert emulator.pods() == {}
+
+
+def test_a_pod_past_its_deadline_that_cannot_be_stopped_is_ended(
+    emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rented = rent()
+    long_since(rented, deadline=now() - 3600)
+    monkeypatch.setattr(Api, "stop", raising(ApiDownError(Problem("no"))))
+    (note,) = reconcile(RunPod(), Ledger())
+    assert "it is ended" in note and emulator.pods() == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("looks", "asked"), [("aa", 1), ("apaa", 2), ("aeaa", 2), ("ppaa", 3), ("apapaa", 3)])
 def test_an_end_is_confirmed_by_two_absences_in_a_row(
@@ -503,7 +565,7 @@ def test_a_living_launchers_pod_is_left_alone_and_an_armed_one_survives_it(emula
     (entry,) = Ledger().entries()
     Ledger().set(entry.name, deadline=time.time() - 3600)
     assert "past its deadline" in reconcile(RunPod(), Ledger())[0]
-    assert emulator.pods() == {}
+    assert [pod.status for pod in emulator.pods().values()] == ["EXITED"]
 
 
 def test_a_pod_that_stopped_itself_with_its_result_is_not_ended(emulator: Emulator, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.chaos_pods import LAUNCHER
+from benchmarks.chaos_pods import LAUNCHER, pods_python
+from benchmarks.pod_training import MODEL
 from runner.cloud.ledger import Ledger
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
@@ -70,6 +71,10 @@ class Typed:
 @pytest.fixture
 def typed(tmp_path: Path, model: Path, emulator: Emulator) -> Typed:
     return Typed(tmp_path, model, emulator)
+
+
+def creates(emulator: Emulator) -> int:
+    return sum(e.method == "POST" and e.path == "/v2/pods" for e in emulator.exchanges)
 
 
 def ended(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str]:
@@ -273,6 +278,28 @@ def test_a_launcher_that_is_killed_leaves_a_stopped_pod_and_fetch_brings_the_run
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("steps", [30, 100_000])
+def test_a_pod_that_stopped_itself_while_its_launcher_was_suspended_is_not_ended_for_another_one(
+    typed: Typed, steps: int, tmp_path: Path
+) -> None:
+    """Of a training that is over the result comes home from its disk, of another one the newest checkpoint."""
+    typed.env["RUNNER_POD_PYTHON"] = str(pods_python(ROOT / ".pytest_cache" / "pods-python"))  # a pod has its own /tmp
+    process = typed.run(GPU, f"train.max_steps={steps}", "where.heartbeat_minutes=0.1", "where.max_replacements=0")
+    until(lambda: typed.steps() >= 5, 240)
+    os.kill(process.pid, signal.SIGSTOP)
+    until(lambda: [pod.status for pod in typed.emulator.pods().values()] == ["EXITED"], 120)
+    (file,) = typed.root.glob("emulator/pods/*/volume/runs/*/metrics.jsonl")
+    there = checkpoints.newest(RunDir(file.parent))
+    os.kill(process.pid, signal.SIGCONT)
+    code, said = ended(process)
+    assert typed.emulator.pods() == {} and creates(typed.emulator) == 1, said
+    if steps == 30:
+        assert code == 0 and typed.folder.state() == "done" and (typed.path / MODEL).stat().st_size == 1_000_000, said
+    else:
+        assert code == 1 and "max_replacements" in said and checkpoints.newest(typed.folder) == there, said
+
+
+@pytest.mark.slow
 def test_a_detached_run_comes_home_to_another_machine_and_what_its_pod_says_does_nothing_there(typed: Typed) -> None:
     code, said = ended(typed.run(GPU, "--detach"))
     assert code == 0, said
@@ -318,7 +345,7 @@ def test_a_kept_pod_goes_on_with_the_run_that_is_resumed(typed: Typed) -> None:
     assert code == 0 and f"Starts  pod {only}" in said, said
     assert len(losses(typed.path)) == 16 and typed.folder.state() == "done"
     assert typed.emulator.pods() == {}
-    assert sum(e.method == "POST" and e.path == "/v2/pods" for e in typed.emulator.exchanges) == 1
+    assert creates(typed.emulator) == 1
 
 
 @pytest.mark.slow
@@ -355,7 +382,7 @@ def test_a_pod_of_ones_own_takes_runs_one_after_the_other(typed: Typed) -> None:
     code, said = ended(typed.run(*more))
     assert code == 0 and "ENDED, with its disk" in said and "is gone, which was confirmed" in said, said
     assert typed.emulator.pods() == {}
-    assert sum(e.method == "POST" and e.path == "/v2/pods" for e in typed.emulator.exchanges) == 1
+    assert creates(typed.emulator) == 1
 
 
 @pytest.mark.slow

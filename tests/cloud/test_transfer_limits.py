@@ -125,6 +125,20 @@ def test_logs_without_end_are_copied_so_far_and_no_further(pod: Pod, monkeypatch
     assert not (pod.run.path / "summary.json").exists()  # a 21st file
 
 
+@needs_sshd
+def test_a_disk_without_room_hides_neither_where_the_run_stands_nor_that_it_is_over(
+    pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher whose disk filled up while its pod was armed followed a training that was done, until the deadline."""
+    monkeypatch.setattr(untrusted_files, "free_bytes", lambda folder: 0)
+    follower, said = Follower(pod.at, pod.run, lambda: None), {"state": "done", "exit_code": 0}
+    data = base64.b64encode(json.dumps(said).encode()).decode()
+    names = ("status.json", "agent-status.json")
+    told = [news for name in names for news in follower._take(json.dumps({"whole": name, "data": data}).encode())]
+    assert [(news.kind, news.value) for news in told] == [("words", TOO_MUCH), ("status", said), ("agent", said)]
+    assert not (pod.run.path / "agent-status.json").exists()
+
+
 def test_the_last_of_a_disk_stays_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
     from types import SimpleNamespace

@@ -28,7 +28,7 @@ class Disk:
     """One file system, mounted at a folder."""
 
     def __init__(self, place: Path, mib: int = 8) -> None:
-        self.place, self.image = place, place.with_name(f"{place.name}.img")
+        self.place, self.image, self.broken = place, place.with_name(f"{place.name}.img"), False
         place.mkdir(parents=True)
         with self.image.open("wb") as stream:
             stream.truncate(mib << 20)
@@ -51,11 +51,18 @@ class Disk:
     def break_down(self) -> None:
         """As the kernel does at an error of the device: read-only at once, under open files too."""
         subprocess.run(["mount", "-o", "remount,abort", str(self.place)], check=True)
+        self.broken = True
 
     def mend(self) -> None:
-        """Mounted again, as after a reboot, with room."""
-        self.close()
-        self._mount()
+        """As after a reboot, with room. What was broken is mounted from a copy: whoever has a mount namespace that was
+        made meanwhile, as an emulated pod has, keeps the old file system, and one image is one file system."""
+        if self.broken:
+            self.close()
+            copy = self.image.with_name(f"{self.image.name}.mended")
+            subprocess.run(["cp", "--sparse=always", str(self.image), str(copy)], check=True)
+            copy.replace(self.image)
+            self._mount()
+            self.broken = False
         self.free()
 
     def close(self) -> None:

@@ -228,13 +228,22 @@ def write(file: Path, content: dict[str, Any]) -> None:
 
 
 UNWRITTEN: dict[Path, dict[str, Any]] = {}
-"""Facts by run's folder that its disk did not take."""
+"""Facts by run's folder that neither its disk nor the pod's memory took."""
+
+
+def unwritten(folder: Path) -> Path:
+    """The file in the pod's memory with a status that the run's disk did not take: for the agent's other process, and
+    for the launcher (tail.py), who would wait for a training that has failed."""
+    return SHM / f"runner-{folder.name}.unwritten"
 
 
 def status_of(folder: Path) -> dict[str, Any]:
     """Where a run stands: its file, and what could not be written there since."""
-    found, kept = read(folder / "agent-status.json"), UNWRITTEN.get(folder, {})
-    return {**found, **kept} if kept.get("time", 0.0) >= found.get("time", 0.0) else found
+    found = read(folder / "agent-status.json")
+    for kept in (read(unwritten(folder)), UNWRITTEN.get(folder, {})):
+        if kept.get("time", 0.0) >= found.get("time", 0.0):
+            found = {**found, **kept}
+    return found
 
 
 def there(file: Path) -> bool:
@@ -253,7 +262,12 @@ def note(folder: Path, **facts: Any) -> None:
             own = stack.enter_context((SHM / f"runner-{folder.name}.status").open("w"))
             _wait_for(own)
         UNWRITTEN[folder] = {**status_of(folder), "time": time.time(), **facts}
-        write(folder / "agent-status.json", UNWRITTEN[folder])
+        try:
+            write(folder / "agent-status.json", UNWRITTEN[folder])
+        except OSError:
+            write(unwritten(folder), UNWRITTEN[folder])
+        else:
+            unwritten(folder).unlink(missing_ok=True)
         del UNWRITTEN[folder]
 
 
@@ -791,7 +805,7 @@ def start(folder: Path) -> int:
     while now() < deadline:
         while following := successor(folder, own):
             folder = following
-        status = read(folder / "agent-status.json")
+        status = status_of(folder)
         if status.get("order") == read(folder / "agent.json").get("id") and status.get("right_to_end") is not None:
             print(json.dumps(status), flush=True)
             return 0

@@ -51,7 +51,9 @@ class Tail:
             yield {"checkpoints": steps}
         for pattern in WHOLE:
             for file in sorted(self.folder.glob(pattern)):
-                yield from self._whole(file)
+                yield from self._whole(file, str(file.relative_to(self.folder)))
+        # What the disk did not take of the agent's status: there only where it is the newer one.
+        yield from self._whole(SHM / f"runner-{self.folder.name}.unwritten", "agent-status.json")
 
     def _growing(self, file: Path) -> Iterator[dict[str, Any]]:
         name = str(file.relative_to(self.folder))
@@ -81,14 +83,13 @@ class Tail:
             found, left = zlib.crc32(block, found), left - len(block)
         return size if not left and found == crc else 0
 
-    def _whole(self, file: Path) -> Iterator[dict[str, Any]]:
-        name = str(file.relative_to(self.folder))
+    def _whole(self, file: Path, name: str) -> Iterator[dict[str, Any]]:
         try:
             facts = file.stat()
             mark = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
-            if self.seen.get(name) == mark:
+            if self.seen.get(str(file)) == mark:
                 return
-            self.seen[name] = mark
+            self.seen[str(file)] = mark
             yield {"whole": name, "data": base64.b64encode(file.read_bytes()).decode()}
         except OSError:
             return
