@@ -382,7 +382,7 @@ def _brought_from_stopped(session: Session, error: PodGoneError) -> dict[str, An
     session.close()
     try:
         if not _may_start_again(rented):
-            raise RunFailedError(Problem("its time is over" if over else str(error)))
+            raise RunFailedError(Problem("its deadline or cap is too near to start it again"))
         rented.say(f"Starts  pod {rented.pod.id}: {error}, and its disk may have the result")
         reuse_pod.start_again(rented, place, rented.say)
         session.agent = session.login().agent() or session.agent
@@ -400,7 +400,8 @@ def _brought_from_stopped(session: Session, error: PodGoneError) -> dict[str, An
             termination.stop(rented.api, rented.ledger, rented.name, rented.pod.id, str(error))
         rented.ledger.leave(rented.name)
         account(session.run, rented, error)
-        what = f"pod {rented.pod.id} is stopped with the result on its disk, which costs little: {error}; {failed}"
+        has = "the result" if over else "what is newest of the run"
+        what = f"{error}: {failed}; pod {rented.pod.id} is stopped with {has} on its disk, which costs money"
         raise RunFailedError(Problem(what, None, f"python -m runner fetch {session.run.id}")) from None
 
 

@@ -207,12 +207,12 @@ def test_the_real_price_is_held_against_the_cap(cloud: MemoryCloud, rent: Rent) 
     assert cloud.alive() == [] and Ledger().entries() == []
 
 
-def test_past_its_deadline_a_pod_that_nobody_holds_is_ended(cloud: MemoryCloud, rent: Rent) -> None:
+def test_past_its_deadline_a_pod_that_nobody_holds_is_stopped_with_its_disk(cloud: MemoryCloud, rent: Rent) -> None:
     rented = rent("where.deadline_hours=1")
     rented.mark("RUNNING")
     assert settle() == [] and cloud.alive() == [rented.pod.id]  # its agent ends it in time
     Ledger().set(rented.name, deadline=time.time() - 3600)
-    assert "past its deadline" in settle()[0] and cloud.alive() == []
+    assert "past its deadline" in settle()[0] and [pod.status for pod in cloud.rented.values()] == ["EXITED"]
 
 
 @pytest.mark.parametrize("die", ["PLANNED", "CREATING", "PROVISIONING", "SSH_READY"])
