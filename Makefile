@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test test-slow test-all test-latest coverage lint types format check docs docs-check mutants bench build clean
+.PHONY: help setup run test test-slow test-all test-latest coverage lint types format check docs docs-check fuzz mutants bench build clean
 
 help:  ## List these habits
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +57,9 @@ docs: $(VENV)/.dev  ## Write the generated pages of docs/
 
 docs-check: $(VENV)/.dev
 	@$(BIN)/python -m docs.generate --check
+
+fuzz: $(VENV)/.dev  ## Feed mutated documents to all that reads others' files, for FUZZ_SECONDS each (60)
+	@FUZZ_SECONDS=$${FUZZ_SECONDS:-60} FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} $(BIN)/python -m pytest -q tests/fuzz $(ARGS)
 
 mutants: $(VENV)/.dev  ## Change the code that guards money and work, and see which changes the tests notice
 	@$(BIN)/python -m benchmarks mutants $(ARGS)

@@ -26,9 +26,10 @@ from benchmarks.bench import ROOT, Benchmark, alone, git, say, table
 
 TESTS: dict[str, tuple[str, ...]] = {
     "runner/plan/cost.py": ("tests/plan/test_cost.py", "tests/plan/test_checkpoint_count.py"),
-    "runner/plan/zero.py": ("tests/plan/test_zero.py", "tests/plan/test_host_memory.py"),
+    "runner/plan/zero.py": ("tests/plan/test_zero.py", "tests/plan/test_host_memory.py", "-k", "not rank and not step"),
     "runner/plan/memory.py": (
         "tests/plan/test_zero.py", "tests/plan/test_host_memory.py", "tests/plan/test_quantization.py",
+        "-k", "not rank and not step",
     ),
     "runner/plan/step_time.py": ("tests/plan/test_step_time.py",),
     "runner/cloud/budget.py": (
@@ -37,6 +38,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "runner/cloud/ledger.py": ("tests/cloud/test_ledger.py",),
     "runner/rundir/checkpoints.py": ("tests/rundir/test_checkpoints.py",),
     "runner/data/loss_mask.py": ("tests/data/test_loss_mask.py",),
+    "runner/data/row_formats.py": ("tests/data/test_row_formats.py", "tests/data/test_columns.py"),
+    "runner/train/token_dataset.py": ("tests/train/test_token_dataset.py",),
+    "runner/train/loss_guard.py": ("tests/train/test_loss_guard.py", "-k", "not all_processes and not worker_is"),
+    "runner/train/checkpointing.py": ("tests/train/test_checkpointing.py",),
+    "runner/runs/resume.py": ("tests/runs/test_resume.py",),
 }  # fmt: skip
 """What carries promises, and the fast tests that keep them. Pages that repeat the code's own output are none."""
 JUSTIFIED = Path(__file__).with_name("justified_mutants.yaml")

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LONGEST = 8000
+"""Characters of a problem's text: a config of another trainer with all its keys has 3,000."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -24,6 +27,18 @@ class Problem:
     """Where the value came from: `command line`, or a file and line."""
     remedy: str | None = None
     """What to write or do instead."""
+
+    def __post_init__(self) -> None:
+        """Text of a stranger's file may be in it: no terminal gets its control characters, or megabytes of it."""
+        for name, text in vars(self).items():
+            if text is not None and (len(text) > LONGEST or not text.isprintable()):
+                object.__setattr__(self, name, _printable(text))
+
+
+def _printable(text: str) -> str:
+    half = LONGEST // 2
+    text = text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 class RunnerError(Exception):

@@ -115,7 +115,7 @@ def request_of(words: Arguments, config_dirs: tuple[Path, ...]) -> Request:
             overrides.append(f"recipe={word}")
         elif word.endswith(".json") and spec_file is None:
             spec_file = folder
-        elif (folder / "spec.json").is_file() and spec_file is None:
+        elif os.path.isfile(folder / "spec.json") and spec_file is None:
             spec_file = folder / "spec.json"
         elif not problems or "/" in words[0]:  # what follows a verb that does not exist is that verb's
             problems.append(stray(word, first=place == 0))
@@ -135,12 +135,12 @@ def _no_recipe(word: str, file: Path) -> Problem:
     """A file or folder that is there, and that no run starts from."""
     from runner.data.readers.files import kind_of_file
 
-    if file.is_dir():
+    if os.path.isdir(file):
         remedy = f"a folder of choices: --config-dir {word}; of rows: data.path={word}; a model: model.id={word}"
         return Problem(f"{word} is a folder without a spec.json", "command line", remedy)
     if kind_of_file(word):
         return Problem(f"{word} holds rows, and no recipe", "command line", f"write data.path={word}")
-    remedy = f"call it {file.with_suffix('.yaml') if file.is_file() else 'my.yaml'}, if it is a recipe"
+    remedy = f"call it {file.with_suffix('.yaml') if os.path.isfile(file) else 'my.yaml'}, if it is a recipe"
     return Problem(f"{word} is no recipe: the name of one ends in .yaml", "command line", remedy)
 
 
@@ -168,7 +168,7 @@ def stray(word: str, first: bool = False) -> Problem:
         return Problem(f"{word!r} is not the first word", "command line", f"python -m runner {word} …")
     if word.endswith(".json"):
         return Problem(f"{word}: a run starts from one file", "command line", "name one of them")
-    if (file := Path(word)).exists():
+    if os.path.exists(file := Path(word)):
         return _no_recipe(word, file)
     if "/" in word:
         why = "correct it" if word.startswith("/") else f"the path is relative to {Path.cwd()}"

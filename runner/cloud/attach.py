@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 import uuid
@@ -24,7 +23,7 @@ from runner.cloud.provider import OVER, Pod, Provider
 from runner.cloud.providers import cloud_of, connect, name_of, provider_class
 from runner.cloud.session import END_STATES, Session
 from runner.cloud.ssh import CommandError, LostError
-from runner.config import credentials
+from runner.config import credentials, json_text
 from runner.errors import CannotRunError, InterruptedRun, Problem, RequestError, RunFailedError
 from runner.rundir.directory import ACTIVE, RunDir, no_such_run, shown, without_spec
 from runner.spec import RentedPlace, RunSpec
@@ -271,7 +270,7 @@ def _ordered_spec(run: RunDir, rented: Lease) -> RunSpec | None:
         if not directory.spec_file.is_file():
             continue
         try:
-            spec = RunSpec.model_validate(json.loads(directory.spec_file.read_text("utf-8")))
+            spec = RunSpec.model_validate(json_text.loads(directory.spec_file.read_text("utf-8")))
         except (OSError, ValueError, ValidationError) as error:
             file, why = shown(directory.spec_file), getattr(error, "strerror", None) or "it is no spec of a run"
             remedy = f"put it right; or mv {shlex.quote(file)} away, and the pod's is read, without what acts here"

@@ -25,6 +25,7 @@ from runner.cloud import untrusted_files
 from runner.cloud.agent.tail import GROWING, WHOLE
 from runner.cloud.ssh import SSH_FAILED
 from runner.cloud.transfer import RemoteRun
+from runner.config import json_text
 from runner.errors import Problem, RunnerError
 from runner.report.invocation import as_invoked
 from runner.report.progress import Progress
@@ -161,7 +162,7 @@ class Follower:
     def _take(self, text: bytes) -> Iterator[News]:
         """One line of the pod's, into the run directory; what is not as `tail.py` writes it is passed over."""
         try:
-            line = json.loads(text)
+            line = json_text.loads(text)
             if "checkpoints" in line:
                 yield News("checkpoints", [int(step) for step in line["checkpoints"]])
             name = str(line.get("file") or line.get("whole") or "")
@@ -174,7 +175,7 @@ class Follower:
                 self.refused = True
                 yield News("words", TOO_MUCH)
             # Known whatever this disk takes: else a run that is over would be followed until its deadline.
-            if name in ("status.json", "agent-status.json") and isinstance(said := json.loads(content), dict):
+            if name in ("status.json", "agent-status.json") and isinstance(said := json_text.loads(content), dict):
                 yield News("status" if name == "status.json" else "agent", said)
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             return
@@ -222,7 +223,7 @@ class Follower:
                 yield News("words", shown(text.decode(errors="replace")))
             else:
                 with suppress(ValueError, RecursionError):
-                    if isinstance(line := json.loads(text), dict):
+                    if isinstance(line := json_text.loads(text), dict):
                         yield News("step", line)
 
 

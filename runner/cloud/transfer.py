@@ -19,7 +19,7 @@ from runner.cloud.agent import agent, install, tail
 from runner.cloud.provider import Pod
 from runner.cloud.ssh import Connection, HostKeyError, LostError, connection_to, greeting_problem
 from runner.cloud.ssh_keys import KeyPair
-from runner.config import credentials, pod_packages
+from runner.config import credentials, json_text, pod_packages
 from runner.errors import CannotRunError, Problem, RunFailedError
 from runner.plan.memory import FREE_SHARE, GIB
 from runner.rundir import checkpoints
@@ -308,7 +308,7 @@ def _send_run(at: RemoteRun, run: RunDir, there: RunSpec, say: Say) -> None:
 def loads(text: str) -> dict[str, Any]:
     """A JSON object; empty where it is none."""
     try:
-        content = json.loads(text)
+        content = json_text.loads(text)
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

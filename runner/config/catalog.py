@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ GROUPS = ("model", "method", "hw", "deepspeed", "objective", "data", "where", "t
 def options(group: str, extra_dirs: tuple[Path, ...] = ()) -> tuple[str, ...]:
     """Sorted names one can write after `group=`, from `conf/` and a user's own folders."""
     folders = [base / group for base in (*extra_dirs, CONF)]
-    return tuple(sorted({file.stem for folder in folders for file in folder.glob("*.yaml")}))
+    return tuple(sorted({file.stem for folder in folders if os.path.isdir(folder) for file in folder.glob("*.yaml")}))
 
 
 def recipes() -> tuple[str, ...]:
@@ -82,7 +83,7 @@ def load(
     defaults merged, those already `above` it left out."""
     values: dict[str, Any] = {}
     files = (base / group / f"{name}.yaml" for base in (*extra_dirs, CONF))
-    content = read(next((file for file in files if file.is_file()), CONF / group / f"{name}.yaml"))
+    content = read(next((file for file in files if os.path.isfile(file)), CONF / group / f"{name}.yaml"))
     for parent in content.get("defaults", []):
         if isinstance(parent, str) and parent not in ("_self_", name, *above):
             values |= load(group, parent, extra_dirs, above | {name})

@@ -7,12 +7,15 @@ optimiser, its schedule and the batch are the run's: blocks that agree with it a
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.config import json_text
 from runner.config.deepspeed_keys import AUTO, ELSEWHERE, KEYS, Kind, Known
 from runner.config.provenance import shown
 from runner.config.suggestions import nearest
@@ -72,7 +75,7 @@ def deepspeed_templates(deepspeed: DeepSpeedSpec | None = None) -> dict[str, dic
 
     RequestError for a file that is not there, or wrong.
     """
-    found = {file.stem: json.loads(file.read_text("utf-8")) for file in DEEPSPEED_CONFIGS.glob("*.json")}
+    found = {file.stem: json_text.loads(file.read_text("utf-8")) for file in DEEPSPEED_CONFIGS.glob("*.json")}
     if deepspeed is not None and deepspeed.config and deepspeed.name not in ("none", "auto"):
         content = dict(read_deepspeed_json(deepspeed.config).content)
         for key in ("optimizer", "scheduler"):
@@ -85,7 +88,7 @@ def deepspeed_templates(deepspeed: DeepSpeedSpec | None = None) -> dict[str, dic
 
 def read_deepspeed_json(name: str) -> DeepSpeedJson:
     """A file of `deepspeed_configs/` by its name, or one's own by its path; RequestError with all that is wrong."""
-    ours = "/" not in name and (DEEPSPEED_CONFIGS / name).is_file()  # ./zero2.json is the user's
+    ours = "/" not in name and os.path.isfile(DEEPSPEED_CONFIGS / name)  # ./zero2.json is the user's
     file = DEEPSPEED_CONFIGS / name if ours else Path(name).expanduser()
     try:
         text = file.read_text("utf-8-sig")
@@ -94,7 +97,7 @@ def read_deepspeed_json(name: str) -> DeepSpeedJson:
         names = ", ".join(sorted(f.name for f in DEEPSPEED_CONFIGS.glob("*.json")))
         raise RequestError(Problem(f"deepspeed.config={name}: {why}", None, f"a path, or {names}")) from None
     try:
-        content = json.loads(text, object_pairs_hook=_once)
+        content = json_text.loads(text, object_pairs_hook=_once)
     except ValueError as error:
         raise RequestError(Problem(f"deepspeed.config={name} is not JSON: {error}", shown(file))) from None
     if not isinstance(content, dict):
@@ -268,7 +271,7 @@ def _fits(value: object, kind: Kind) -> bool:
     if kind in (int, float):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
-        return value >= 0 and (kind is float or value == int(value))
+        return 0 <= value < math.inf and (kind is float or value == int(value))
     return isinstance(value, kind)
 
 
@@ -290,7 +293,7 @@ def _example(known: Known, value: object) -> str:
 def _written(key: str, value: object, kind: Kind) -> str:
     """The value without its quotes, where that is what is wrong with it."""
     try:
-        inner = json.loads(str(value).lower())
+        inner = json_text.loads(str(value).lower())
     except ValueError:
         inner = None
     if isinstance(value, str) and not isinstance(kind, tuple) and _fits(inner, kind):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from runner.config import catalog
+from runner.config import catalog, yaml_files
 from runner.config.peer_keys import NONE, PEERS, TORCHTUNE
 from runner.config.provenance import shown
 from runner.config.suggestions import known_keys, nearest_key
@@ -53,7 +53,7 @@ _SHARED = ("model_name_or_path", "lora_alpha", "learning_rate", "gradient_accumu
 def problems_in(file: Path) -> list[Problem]:
     """The one problem of a file that another trainer reads; none for a file that may be a recipe."""
     with file.open(encoding="utf-8") as stream:
-        node = yaml.compose(stream)
+        node = yaml_files.compose(stream)
     if not isinstance(node, yaml.MappingNode):
         return []
     words = {str(key.value): key.start_mark.line + 1 for key, _ in node.value}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
@@ -75,7 +76,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _folders(request: Request, primary: Primary) -> tuple[Path, ...]:
-    return (*(folder for folder in request.config_dirs if folder.is_dir()), CONF, *primary.folders, RECIPES)
+    return (*(folder for folder in request.config_dirs if os.path.isdir(folder)), CONF, *primary.folders, RECIPES)
 
 
 def merge(checked: Checked, primary: Primary) -> tuple[DictConfig, Mapping[str, str | None]]:
@@ -116,8 +117,6 @@ def as_request_error(checked: Checked) -> Iterator[None]:
     try:
         with interruptible():
             yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise RequestError(_complaint(error, checked)) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{shown(Path(mark.name))}:{mark.line + 1}" if mark else checked.request.recipe
@@ -127,6 +126,8 @@ def as_request_error(checked: Checked) -> Iterator[None]:
         raise RequestError(Problem(what, checked.request.recipe, "name another file there, or _self_")) from None
     except UnicodeDecodeError as error:
         raise RequestError(Problem(f"a YAML file is not UTF-8: {error.reason}", checked.request.recipe)) from None
+    except hydra_loader.MISTAKES as error:
+        raise RequestError(_complaint(error, checked)) from None
 
 
 def _complaint(error: Exception, checked: Checked) -> Problem:
@@ -181,4 +182,4 @@ def file_origins(checked: Checked) -> Iterator[Origin]:
 def _file_of(config_path: str | None, request: Request, primary: Primary) -> Path | None:
     """The file behind an entry of the defaults list; None for one that Hydra itself brings."""
     candidates = (folder / f"{config_path}.yaml" for folder in _folders(request, primary))
-    return next((file for file in candidates if file.is_file()), None)
+    return next((file for file in candidates if os.path.isfile(file)), None)

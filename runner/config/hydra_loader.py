@@ -22,6 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner.config.yaml_files import load
 
+MISTAKES = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError)
+"""Raised for a wrong config: the last four by Hydra for a defaults list of numbers, lists or nulls."""
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -41,7 +44,7 @@ def merge_files(folders: Iterable[Path], name: str, words: Sequence[str]) -> Mer
         config = loader._compose_config_from_defaults_list(found.defaults, files)
         OmegaConf.set_struct(config, True)
         loader._apply_overrides_to_config(found.config_overrides, config)
-    except (HydraException, OmegaConfBaseException):
+    except MISTAKES:
         return None
     return None if "hydra" in config else Merged(config, found)
 

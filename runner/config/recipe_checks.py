@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,11 +24,11 @@ def find_recipe(recipe: str, folders: tuple[Path, ...] = ()) -> Path:
     """The file behind `recipe=NAME`, of a user's own `folders` or a shipped one, or a path; RequestError for none."""
     file = Path(recipe).expanduser()
     own = (folder / f"{recipe.removesuffix('.yaml')}.yaml" for folder in folders)
-    if not file.is_file() and (found := next((f for f in own if f.is_file()), None)):
+    if not os.path.isfile(file) and (found := next((f for f in own if os.path.isfile(f)), None)):
         return found
     if recipe in catalog.recipes():
         return RECIPES / f"{recipe}.yaml"
-    if file.suffix not in (".yaml", ".yml") or not file.is_file():
+    if file.suffix not in (".yaml", ".yml") or not os.path.isfile(file):
         near = nearest(file.stem, catalog.recipes())
         remedy = f"did you mean recipe={near}?" if near else "python -m runner list recipes shows them"
         raise RequestError(Problem(f"there is no recipe {recipe!r}", "command line", remedy))
@@ -43,7 +44,7 @@ def whole_run(recipe: str, folders: tuple[Path, ...] = ()) -> Path | None:
     """The file behind `recipe=NAME` where it holds a whole run, as `show` prints it and a run keeps it; else None."""
     file = Path(recipe).expanduser()
     with suppress(RequestError, OSError):  # told when it is composed
-        file = file if file.is_file() else find_recipe(recipe, folders)
+        file = file if os.path.isfile(file) else find_recipe(recipe, folders)
         content = catalog.read(file)
         if "defaults" not in content and all(isinstance(content.get(group), dict) for group in catalog.GROUPS):
             return file
@@ -133,7 +134,8 @@ def choices_and_keys(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str
     choices: dict[str, str] = {}
     keys: dict[str, Any] = {}
     content = catalog.read(file.resolve())
-    for entry in content.get("defaults") or []:
+    listed = content.get("defaults")
+    for entry in listed if isinstance(listed, list) else ():  # else `recipe_problems` says so
         if isinstance(entry, dict):
             choices |= {re.sub(r"^(override|optional)\s+", "", str(k)).lstrip("/"): str(v) for k, v in entry.items()}
         elif (base := base_of(file, str(entry))) is not None and base not in above:
@@ -145,7 +147,7 @@ def choices_and_keys(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str
 def base_of(file: Path, name: str) -> Path | None:
     """The recipe that an entry of a defaults list names: one beside `file`, or a shipped one."""
     found = (folder / f"{name.removesuffix('.yaml')}.yaml" for folder in (file.resolve().parent, RECIPES))
-    return next((f for f in found if f.is_file() and f.resolve() != file.resolve()), None)
+    return next((f for f in found if os.path.isfile(f) and f.resolve() != file.resolve()), None)
 
 
 def no_choice(group: str, name: str, names: tuple[str, ...], place: str) -> Problem:
@@ -161,11 +163,13 @@ def no_choice(group: str, name: str, names: tuple[str, ...], place: str) -> Prob
 def _meant(group: str, name: str) -> str | None:
     """The meaning of a word that names no choice: a Hub id, a file, a stage."""
     path = re.search(r"[/.]", name) is not None and not name.endswith((".yaml", ".yml"))
-    if group == "model" and (path or Path(name).is_dir()):
+    if group == "model" and (path or os.path.isdir(Path(name))):
         return f"model=hub model.id={name}"
     if group == "data" and path:
         of_hub = (
-            re.fullmatch(r"[\w-]+/[\w.-]+", name) and "." not in name.rpartition("/")[2] and not Path(name).exists()
+            re.fullmatch(r"[\w-]+/[\w.-]+", name)
+            and "." not in name.rpartition("/")[2]
+            and not os.path.exists(Path(name))
         )
         return f"data=hub data.id={name}" if of_hub else f"data=file data.path={name}"
     if group == "deepspeed" and name.endswith(".json"):
@@ -256,7 +260,7 @@ def _circles(file: Path) -> Iterator[Problem]:
 def _base(file: Path, name: str) -> Path | None:
     """The recipe that Hydra takes for an entry of a defaults list; `file` itself, too."""
     found = (folder / f"{name.removesuffix('.yaml')}.yaml" for folder in (file.resolve().parent, RECIPES))
-    return next((f.resolve() for f in found if f.is_file()), None)
+    return next((f.resolve() for f in found if os.path.isfile(f)), None)
 
 
 def _misshapen(file: Path, node: yaml.MappingNode) -> Iterator[Problem]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from runner.config import catalog, foreign_configs
+from runner.config import catalog, foreign_configs, json_text
 from runner.config.provenance import Origin, flat, origins_in_file, shown
 from runner.config.validation import validated
 from runner.errors import Problem, RequestError
@@ -20,7 +19,7 @@ def read_spec_file(file: Path) -> dict[str, Any]:
     if file.suffix != ".json":
         return catalog.read(file)
     try:
-        values = json.loads(file.read_text("utf-8"))
+        values = json_text.loads(file.read_text("utf-8"))
     except OSError as error:
         what = f"cannot read {shown(file)}: {error.strerror}"
         raise RequestError(Problem(what, "command line", restoring(file))) from None

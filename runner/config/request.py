@@ -51,7 +51,7 @@ class Request:
             beside = (recipe_checks.find_recipe(self.recipe, self.config_dirs).resolve().parent,) if self.recipe else ()
         except RequestError:
             beside = ()
-        return (*(folder for folder in self.config_dirs if folder.is_dir()), *beside)
+        return (*(folder for folder in self.config_dirs if os.path.isdir(folder)), *beside)
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ def check_request(request: Request, *, sweeping: bool = False) -> Checked:
     unsure = set(catalog.GROUPS) if found else set()
     problems = [*request.problems, *found]
     for folder in request.config_dirs:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             what = f"--config-dir {folder} is not a folder"
             problems.append(Problem(what, COMMAND_LINE, "name a folder with model/mine.yaml, say"))
-        elif (folder / "config.yaml").is_file():
+        elif os.path.isfile(folder / "config.yaml"):
             what = f"--config-dir {folder} holds a config.yaml, which would take the place of the main job"
             problems.append(Problem(what, COMMAND_LINE, "call it another name, and start it with recipe=NAME"))
             request = replace(request, config_dirs=tuple(d for d in request.config_dirs if d != folder))
@@ -200,7 +200,7 @@ def _read(text: str, request: Request, sweeping: bool) -> tuple[Override | None,
         return override, Problem(f"{group}={raw}: expected text", COMMAND_LINE, f"quote it: {as_typed(group, raw)}")
     if group in catalog.GROUPS:
         return override, _choice_problem(override, request)
-    if any((folder / group).is_dir() for folder in request.folders):
+    if any(os.path.isdir(folder / group) for folder in request.folders):
         near = nearest(group, catalog.GROUPS)
         remedy = f"call the folder {near}, and write {near}=…" if near else f"one of {', '.join(catalog.GROUPS)}"
         return None, Problem(f"there is no group {group!r}", COMMAND_LINE, remedy)

@@ -11,6 +11,11 @@ from typing import IO, Any
 
 import yaml
 
+DEEPEST = 100
+"""Levels of nesting. libyaml's composer calls itself for each: at some 20,000 it ends the process."""
+MOST_VALUES = 100_000
+"""With all aliases written out: a few lines of `[*a, *a]` can stand for billions."""
+
 
 def load(stream: IO[str]) -> Any:
     """The content of a YAML file, open at its beginning; YAMLError with the file's name and line."""
@@ -26,10 +31,42 @@ def compose(stream: IO[str]) -> yaml.Node | None:
 def _parsed(stream: IO[str], read: Any) -> Any:
     fast, careful = _loaders()
     try:
+        _read(fast, stream, _check_size)
+        stream.seek(0)
         return _read(fast, stream, read)
+    except _TooMuchError:
+        raise
     except yaml.YAMLError:
         stream.seek(0)
         return _read(careful, stream, read)
+
+
+class _TooMuchError(yaml.MarkedYAMLError):
+    """Nested too deeply, or too large with its aliases."""
+
+
+def _check_size(loader: Any) -> None:
+    """_TooMuchError before anything is built of such a file."""
+    sizes: dict[Any, int] = {}
+    open_ones: list[tuple[Any, int]] = []  # anchor, and values before it
+    values = 0
+    event: Any
+    while not isinstance(event := loader.get_event(), yaml.StreamEndEvent):
+        values += 1
+        mark: Any = event.start_mark
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in [anchor for anchor, _ in open_ones]:
+                raise _TooMuchError(None, None, f"*{event.anchor} stands within itself", mark)
+            values += sizes.get(event.anchor, 0)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_ones.append((event.anchor, values))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_ones.pop()
+            sizes |= {anchor: values - before} if anchor else {}
+        if len(open_ones) > DEEPEST:
+            raise _TooMuchError(None, None, f"nested deeper than {DEEPEST} levels", mark)
+        if values > MOST_VALUES:
+            raise _TooMuchError(None, None, f"more than {MOST_VALUES:,} values", mark)
 
 
 def _read(kind: type[Any], stream: IO[str], read: Any) -> Any:

@@ -1,29 +1,24 @@
 """Chat templates: where they come from, and conversations rendered with them.
 
-They are compiled as transformers compiles them (a sandbox, its `tojson`, `raise_exception`, `strftime_now`, `{%
-generation %}`), without importing it: a preview takes a moment, and a process that tokenises stays small.
+They are compiled as transformers compiles them (template_sandbox.py), without importing it: a preview takes a moment,
+and a process that tokenises stays small.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from functools import cached_property, lru_cache
-from importlib import import_module
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from runner.config.suggestions import nearest
 from runner.data.examples import Tool, ToolCall, Turn
+from runner.data.template_sandbox import BEGIN, END, compiled, to_json
 from runner.errors import Problem, RequestError
 from runner.paths import CONF
 
 FOLDER = CONF / "chat_template"
-# Around what a template marks as {% generation %}; no text one learns from holds these two of Unicode's private use.
-_BEGIN, _END = "\ue0f0\ue0f1", "\ue0f1\ue0f0"
-
 
 Message = dict[str, object]
 """A turn in the form that a template reads."""
@@ -92,7 +87,7 @@ class Template:
     def __init__(self, source: str, special: dict[str, str]) -> None:
         """`special` as in tokenizer_config.json: `bos_token`, `eos_token`, …; RequestError for one that is no Jinja."""
         self.source, self.special = source, special
-        self._render = _compiled(source)
+        self._render = compiled(source)
         self.places: dict[Any, bool] = {}
         """Form of a conversation, with the number of a turn in it → whether that is shown (rendered_text_checks.py)."""
 
@@ -109,7 +104,7 @@ class Template:
             messages=list(messages), add_generation_prompt=ask, tools=list(tools) or None, documents=None,
             **self.special,
         )  # fmt: skip
-        if _BEGIN not in text:
+        if BEGIN not in text:
             return Rendered(text, [])
         return _unmarked(text)
 
@@ -150,7 +145,7 @@ def _in_form(message: dict[str, Any], form: Form) -> dict[str, Any]:
     if calls := message.get("tool_calls"):
         if form.text_arguments:
             message["tool_calls"] = [
-                {**call, "function": {**call["function"], "arguments": _to_json(call["function"]["arguments"])}}
+                {**call, "function": {**call["function"], "arguments": to_json(call["function"]["arguments"])}}
                 for call in calls
             ]
         message["content"] = message["content"] or (None if form.null_content else "")
@@ -161,59 +156,9 @@ def _unmarked(text: str) -> Rendered:
     parts: list[str] = []
     marks: list[tuple[int, int]] = []
     length = 0
-    for number, part in enumerate(text.split(_BEGIN)):
-        inside, _, outside = part.partition(_END) if number else ("", "", part)
+    for number, part in enumerate(text.split(BEGIN)):
+        inside, _, outside = part.partition(END) if number else ("", "", part)
         marks += [(length, length + len(inside))] if number else []
         parts += [inside, outside]
         length += len(inside) + len(outside)
     return Rendered("".join(parts), marks)
-
-
-@lru_cache(maxsize=16)
-def _compiled(source: str) -> Callable[..., str]:
-    try:
-        jinja2: Any = import_module("jinja2")  # 40 ms
-        sandbox: Any = import_module("jinja2.sandbox")  # never code of a stranger's template
-        extension = _generation(jinja2, import_module("jinja2.ext"))
-    except ImportError:
-        raise RequestError(Problem("chat templates need jinja2", None, "pip install jinja2")) from None
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[extension, "jinja2.ext.loopcontrols"]
-    )
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        render: Callable[..., str] = environment.from_string(source).render
-    except jinja2.TemplateSyntaxError as error:
-        what = f"the chat template is no Jinja: line {error.lineno}: {error.message}"
-        raise RequestError(Problem(what, None, "set data.chat_template to another file")) from None
-    return render
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """As transformers has it: Jinja's own would escape < and >."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _generation(jinja2: Any, ext: Any) -> type:
-    """transformers' `{% generation %}` tag: here it puts marks around what it encloses."""
-
-    class Generation(ext.Extension):  # type: ignore[misc]  # jinja2 is read when it is needed
-        tags = frozenset({"generation"})
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
-
-        def _marked(self, caller: Callable[[], str]) -> str:
-            return f"{_BEGIN}{caller()}{_END}"
-
-    return Generation

@@ -5,7 +5,6 @@ Small enough to be sent to the processes that tokenise, and loaded in a moment f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from runner.config import json_text
 from runner.data.chat_template import CALL_OF_MARKS, MARK, Message, Template, template_source, with_tools
 from runner.data.examples import Example, Tool, Turn
 from runner.data.loss_mask import IGNORED, Learned, TurnFinder, labels_of, learned_spans
+from runner.data.readers.files import kind_of
 from runner.data.rendered_text_checks import render_checked
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec
@@ -313,9 +314,11 @@ def template_of(file: Path | None, data: DataSpec) -> Template | None:
 
 def _names(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The settings beside a tokenizer.json, and the special tokens in them."""
-    names: dict[str, Any] = {}
+    names: Any = {}
     with suppress(OSError, ValueError):
-        names = json.loads(file.with_name("tokenizer_config.json").read_text("utf-8"))
+        names = json_text.loads(file.with_name("tokenizer_config.json").read_text("utf-8"))
+    if not isinstance(names, dict):
+        names = {}
     return names, {key: _content(value) for key, value in names.items() if key.endswith("_token") and _content(value)}
 
 
@@ -333,10 +336,15 @@ def _template(file: Path, data: DataSpec, names: dict[str, Any], adds_bos: bool 
     if data.chat_template:
         return template_source(data.chat_template, adds_bos)
     own = names.get("chat_template")
-    named = {one.get("name"): one.get("template") for one in own} if isinstance(own, list) else {"default": own}
+    several = own if isinstance(own, list) else [{"name": "default", "template": own}]
+    named = {str(one.get("name")): one.get("template") for one in several if isinstance(one, dict)}
     for name, place in (("default", "chat_template.jinja"), ("tool_use", "additional_chat_templates/tool_use.jinja")):
         if (beside := file.parent / place).is_file():
             named[name] = beside.read_text("utf-8")
+    for name, source in named.items():
+        if source is not None and not isinstance(source, str):
+            what = f"the chat template {name} in tokenizer_config.json is {kind_of(source)}, not text"
+            raise RequestError(Problem(what, str(file.parent), "set data.chat_template to a Jinja file"))
     return with_tools(named.get("default") or template_source(FALLBACK, adds_bos), named.get("tool_use"))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from runner.config import json_text
 from runner.data import user_code_checks
 from runner.data.readers.sources import files_of
 from runner.errors import RequestError
@@ -37,7 +38,7 @@ def entries(spec: RunSpec) -> list[str]:
     if isinstance(spec.objective, Pretrain) and spec.objective.experiment is not None:
         return []
     with suppress(OSError, ValueError):
-        found = [str(name) for name in json.loads(_record(spec).read_text("utf-8"))]
+        found = [str(name) for name in json_text.loads(_record(spec).read_text("utf-8"))]
         if all((cache_dir() / name).is_dir() for name in found):
             return found
     return []

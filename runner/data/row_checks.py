@@ -7,6 +7,7 @@ longest length are left to training.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -203,8 +204,8 @@ def _sources(spec: RunSpec, notes: list[str]) -> Iterator[Source]:
 
 def _is_here(path: str) -> bool:
     with suppress(RequestError):
-        return any(Path(file).expanduser().exists() for file in files_of(path))
-    return Path(path).expanduser().is_dir()  # an empty one: refused by `files_of`, in words
+        return any(os.path.exists(Path(file).expanduser()) for file in files_of(path))
+    return os.path.isdir(Path(path).expanduser())  # an empty one: refused by `files_of`, in words
 
 
 def _part(source: Source, whole: bool, notes: list[str]) -> _Part | None:

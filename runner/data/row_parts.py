@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 
+from runner.config import json_text
 from runner.data.columns import ANSWERS, PROMPTS, SYSTEMS
 from runner.data.examples import Turn
 from runner.data.readers.files import Row
@@ -131,7 +132,7 @@ def said_turns(value: object) -> list[Row]:
     """Turns as they are written, in a list or its JSON text; none where the value is something else."""
     if isinstance(value, str) and value.startswith("[{") and value.endswith("}]"):
         with suppress(json.JSONDecodeError):
-            value = json.loads(value)
+            value = json_text.loads(value)
     return value if isinstance(value, list) and all(map(_is_turn, value)) else []
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from runner.config import json_text
 from runner.config.suggestions import nearest
 from runner.data.examples import FunctionCall, Tool, ToolCall, Turn
 from runner.data.readers.files import Row, kind_of
@@ -117,7 +118,7 @@ class RowReader:
         value = self.value(name)
         if isinstance(value, str) and value.strip():
             try:
-                value = json.loads(value)
+                value = json_text.loads(value)
             except json.JSONDecodeError as error:
                 self.wrong(f"{name} is broken JSON: {error.msg} (column {error.colno})", "write a list of JSON schemas")
                 return []
@@ -136,7 +137,7 @@ class RowReader:
         value = self.value(name)
         if isinstance(value, str) and value.lstrip().startswith("["):  # CSV cannot hold a list
             try:
-                value = json.loads(value)
+                value = json_text.loads(value)
             except json.JSONDecodeError as error:
                 self.wrong(f"{name} is broken JSON: {error.msg} (column {error.colno})", _TURNS)
                 return []
@@ -231,10 +232,12 @@ class RowReader:
         found: list[ToolCall] = []
         for index, item in enumerate(_items(calls)):
             try:
-                call: Any = json.loads(item) if isinstance(item, str) else item
+                call: Any = json_text.loads(item) if isinstance(item, str) else item
                 function = call.get("function", call)
                 arguments = function.get("arguments", function.get("parameters", {}))
-                arguments = json.loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
+                arguments = (
+                    json_text.loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
+                )
                 known: FunctionCall = {"name": str(function["name"]), "arguments": {**(arguments or {})}}
             except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
                 remedy = 'write {"function": {"name": "…", "arguments": {…}}}'
@@ -275,7 +278,7 @@ def _tool(tool: Tool) -> Tool:
 def _items(calls: object) -> list[object]:
     """The calls of a turn: a list, one call, or the JSON text of either."""
     with suppress(json.JSONDecodeError):
-        calls = json.loads(calls) if isinstance(calls, str) else calls
+        calls = json_text.loads(calls) if isinstance(calls, str) else calls
     return calls if isinstance(calls, list) else [calls]
 
 

@@ -5,12 +5,11 @@ The address is huggingface_hub's own: HF_ENDPOINT, HF_HUB_OFFLINE.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.config import credentials
+from runner.config import credentials, json_text
 from runner.errors import Problem, RequestError
 from runner.paths import cache_dir
 from runner.rundir.directory import write_atomically
@@ -123,7 +122,7 @@ def _refused(model_id: str, error: HTTPError) -> Problem:
 
 def _parsed(text: str, model_id: str) -> dict[str, object]:
     try:
-        content = json.loads(text)
+        content = json_text.loads(text)
     except ValueError as error:
         raise RequestError(Problem(f"config.json of {model_id} is not JSON: {error}")) from None
     if not isinstance(content, dict):

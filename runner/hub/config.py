@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from runner.config import json_text
 from runner.errors import Problem, RequestError
 from runner.plan.model_shape import ARCHITECTURES, shape_of
 from runner.spec import ModelSpec
@@ -175,17 +176,17 @@ def _is_size(value: object, optional: bool) -> bool:
 
 def _config_file(model_id: str, revision: str | None) -> Path | None:
     folder = Path(model_id)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         file = folder / "config.json"
-        return file if file.is_file() else None
+        return file if os.path.isfile(file) else None
     repo = _repo(model_id)
     wanted = revision or "main"
     reference = repo / "refs" / wanted
-    commit = reference.read_text("utf-8").strip() if reference.is_file() else wanted
+    commit = reference.read_text("utf-8").strip() if os.path.isfile(reference) else wanted
     file = repo / "snapshots" / commit / "config.json"
-    if file.is_file():
+    if os.path.isfile(file):
         return file
-    snapshots = [] if revision else [f for f in repo.glob("snapshots/*/config.json") if f.is_file()]
+    snapshots = [] if revision else [f for f in repo.glob("snapshots/*/config.json") if os.path.isfile(f)]
     return max(snapshots, key=lambda f: f.parent.stat().st_mtime_ns, default=None)
 
 
@@ -198,7 +199,7 @@ def cache() -> Path:
 
 def _read(file: Path) -> dict[str, object]:
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = json_text.loads(file.read_text("utf-8"))
     except OSError as error:
         raise RequestError(Problem(f"cannot be read: {error.strerror}", str(file))) from None
     except ValueError as error:  # UnicodeDecodeError, JSONDecodeError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, TypeVar
 
+from runner.config import json_text
 from runner.errors import CannotRunError, Problem, RequestError, RunFailedError
 from runner.hub.model_card import base_name, card
 from runner.report.text import dump
@@ -250,7 +250,7 @@ def _portable(spec: RunSpec) -> dict[str, Any]:
 
 def _with_base(file: Path, spec: RunSpec) -> bytes:
     """The adapter's settings; a base in a folder of this machine is called by its name."""
-    config = json.loads(file.read_text("utf-8"))
+    config = json_text.loads(file.read_text("utf-8"))
     if str(config.get("base_model_name_or_path") or "").startswith("/"):
         config["base_model_name_or_path"] = base_name(spec)
     return dump(config).encode()

@@ -5,7 +5,6 @@ Seconds are those of the monotonic clock: a wall clock that is set says nothing 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -20,6 +19,7 @@ from typing import Protocol
 
 from rich.console import Console
 
+from runner.config import json_text
 from runner.errors import Problem
 from runner.launcher.torchrun import MEETING_SECONDS
 from runner.machine.processes import interrupts_handled_by
@@ -101,7 +101,7 @@ def _all_signs(run: RunDir) -> list[Heartbeat]:
     found = []
     for file in (run.path / "logs").glob("rank*.json"):
         try:
-            found.append(json.loads(file.read_text("utf-8")))
+            found.append(json_text.loads(file.read_text("utf-8")))
         except (OSError, ValueError):
             continue
     return sorted(found, key=lambda sign: int(sign["rank"]))

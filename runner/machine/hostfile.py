@@ -13,7 +13,7 @@ from runner.spec import HardwareSpec
 PORT = 29500
 """Port of the rendezvous where `hw.rendezvous` names none: torchrun's and DeepSpeed's default."""
 # The name goes to ssh: one that begins with a dash would be an option of it.
-_LINE = re.compile(r"([A-Za-z0-9_][^\s=]*)\s+slots=(\d+)")
+_LINE = re.compile(r"([A-Za-z0-9_][^\s=]*)\s+slots=([0-9]{1,6})")
 
 
 @dataclass(frozen=True)

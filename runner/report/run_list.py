@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -10,9 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from runner.config import json_text
 from runner.report.invocation import as_invoked
 from runner.report.text import duration
 from runner.rundir.directory import RunDir, runs_in
+from runner.rundir.records import MetricsLine, Summary, of_type
 
 _STATE_STYLE = {"done": "green", "failed": "red", "killed": "red", "interrupted": "yellow"}
 _TAIL = 64 * 1024
@@ -71,7 +72,7 @@ def run_rows(output_dir: Path) -> list[RunRow]:
                 "step": last.get("step"),
                 "num_steps": status.get("num_steps"),
                 "loss": last.get("loss"),
-                "exact_match": summary["eval"]["after"].get("exact_match") if "eval" in summary else None,
+                "exact_match": _share(summary),
                 "seconds": summary.get("seconds") or run.spent() or None,
                 "created": status.get("created"),
                 "error": status.get("error"),
@@ -90,12 +91,17 @@ def _last(run: RunDir) -> dict[str, Any]:
         return {}
     for line in reversed(lines):
         try:
-            found = json.loads(line)
+            found = json_text.loads(line)
         except ValueError:
             continue
         if isinstance(found, dict):
-            return found
+            return of_type(found, MetricsLine)
     return {}
+
+
+def _share(summary: Summary) -> float | None:
+    found: Any = summary.get("eval", {}).get("after", {}).get("exact_match")
+    return found if type(found) in (int, float) and 0 <= found <= 1 else None
 
 
 def print_runs(console: Console, rows: list[RunRow], output_dir: Path) -> None:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from runner.config import json_text
 from runner.errors import InterruptedRun, Problem
 from runner.rundir import plain_files
 from runner.rundir.directory import RunDir, write_atomically
@@ -44,7 +45,7 @@ def complete(run: RunDir) -> list[int]:
 def facts(path: Path) -> dict[str, Any]:
     """Facts that `seal` noted besides the files: step, processes, metric; empty for a marker that cannot be read."""
     try:
-        content = json.loads((path / MARKER).read_text("utf-8"))
+        content = json_text.loads((path / MARKER).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -65,7 +66,7 @@ def seal(path: Path, noted: dict[str, Any]) -> None:
 def damage(path: Path, *, content: bool = True) -> list[str]:
     """Damage of a checkpoint, a line per file; empty if it is whole. `content=False` compares sizes only."""
     listed = facts(path).get("files")
-    if not isinstance(listed, dict):
+    if not isinstance(listed, dict) or not all(map(_is_file, listed.items())):
         return [f"{MARKER} is missing or cannot be read"]
     found = [f"{file.relative_to(path)} is {what}" for file, what in plain_files.special_files(path)]
     for name, expected in listed.items() if not found else ():
@@ -82,6 +83,13 @@ def damage(path: Path, *, content: bool = True) -> list[str]:
         except OSError as error:
             found.append(f"{name}: {error.strerror}")
     return found
+
+
+def _is_file(entry: tuple[str, Any]) -> bool:
+    """Whether an entry of the marker is as `seal` writes it: a pod may have sent another."""
+    name, noted = entry
+    right = isinstance(noted, dict) and type(noted.get("size")) is int and isinstance(noted.get("sha256"), str)
+    return right and name.isprintable() and len(name) < 4096
 
 
 def newest(run: RunDir, say: Callable[[str], None] = lambda line: None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -15,8 +16,9 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, cast
 
+from runner.config import json_text
 from runner.errors import Problem, RequestError
-from runner.rundir import plain_files
+from runner.rundir import plain_files, records
 
 if TYPE_CHECKING:  # pydantic: 0.1 s, for nothing where runs are only listed
     from typing_extensions import Unpack
@@ -93,7 +95,7 @@ class RunDir:
         from runner.spec import RunSpec  # pydantic: 0.1 s, for nothing where runs are only listed
 
         try:
-            return RunSpec.model_validate(json.loads(self.spec_file.read_text("utf-8")))
+            return RunSpec.model_validate(json_text.loads(self.spec_file.read_text("utf-8")))
         except (OSError, ValueError):
             from runner.config.repeat import load_spec  # the words for it
 
@@ -114,7 +116,7 @@ class RunDir:
     def read(self, name: str) -> dict[str, Any]:
         """One of the JSON files; empty if it is not there or not readable."""
         try:
-            content = json.loads((self.path / name).read_text("utf-8"))
+            content = json_text.loads((self.path / name).read_text("utf-8"))
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
@@ -122,12 +124,12 @@ class RunDir:
     @property
     def status(self) -> Status:
         """`status.json`; empty if it is not there or not readable."""
-        return cast("Status", self.read("status.json"))
+        return cast("Status", records.of_type(self.read("status.json"), records.Status))
 
     @property
     def summary(self) -> Summary:
         """`summary.json` of a run that is done; else empty."""
-        return cast("Summary", self.read("summary.json"))
+        return cast("Summary", records.of_type(self.read("summary.json"), records.Summary))
 
     def set_status(self, state: State, **facts: Unpack[StatusFacts]) -> None:
         """Move to `state`, keep the facts already there, stamp time, process and machine."""
@@ -169,31 +171,33 @@ class RunDir:
 
     def metrics(self) -> Iterator[MetricsLine]:
         """Lines of `metrics.jsonl`, one per optimiser step."""
-        return cast("Iterator[MetricsLine]", self._lines("metrics.jsonl"))
+        return cast("Iterator[MetricsLine]", self._lines("metrics.jsonl", records.MetricsLine))
 
     def evals(self) -> Iterator[EvalLine]:
         """Lines of `evals.jsonl`, one per measurement of the held-out loss."""
-        return cast("Iterator[EvalLine]", self._lines("evals.jsonl"))
+        return cast("Iterator[EvalLine]", self._lines("evals.jsonl", records.EvalLine))
 
     def cut_after(self, step: int) -> None:
         """Forget the lines of later steps: they are done again."""
-        for name in ("metrics.jsonl", "evals.jsonl"):
-            lines = list(self._lines(name))
-            kept = [line for line in lines if line["step"] <= step and step]
+        for name, kind in (("metrics.jsonl", records.MetricsLine), ("evals.jsonl", records.EvalLine)):
+            lines = list(self._lines(name, kind))
+            kept = [line for line in lines if line.get("step", math.inf) <= step and step]
             if len(kept) < len(lines):
                 write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
-        """JSON lines; a last one cut short by a kill is passed over."""
+    def _lines(self, name: str, kind: type) -> Iterator[dict[str, Any]]:
+        """JSON lines; one that is no object, such as a last one cut short by a kill, is passed over."""
         try:
-            lines = (self.path / name).read_text("utf-8").splitlines()
+            lines = (self.path / name).read_text("utf-8", errors="replace").split("\n")
         except OSError:
             return
         for line in lines:
             try:
-                yield json.loads(line)
+                content = json_text.loads(line)
             except ValueError:
                 continue
+            if isinstance(content, dict):
+                yield records.of_type(content, kind)
 
 
 def without_spec(path: Path) -> RunDir | None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from runner.config import json_text
 from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir, alive
 
@@ -84,7 +85,7 @@ def at_work(run: RunDir, by: Mapping[str, object]) -> Problem:
 
 def _read(handle: int) -> dict[str, object]:
     try:
-        found = json.loads(os.pread(handle, 4096, 0))
+        found = json_text.loads(os.pread(handle, 4096, 0))
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict
+import types
+from functools import cache
+from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 State = Literal[
     "created", "loading", "evaluating", "training", "saving", "done", "failed", "interrupted", "rewinding", "killed"
@@ -262,3 +264,36 @@ class Summary(TypedDict, total=False):
     """Predicted against measured, where there is a `plan.json`; see below."""
     cost: Cost
     """Cost of a run in a pod."""
+
+
+LARGEST = 2**63
+"""Above every number of a run: a larger one cannot be computed with."""
+
+
+def of_type(content: dict[str, Any], record: type) -> dict[str, Any]:
+    """The content of a file without the keys of `record` whose value is of another type: a pod, or somebody with an
+    editor, wrote it. Keys that `record` does not have stay."""
+    hints = _hints(record)
+    return {name: value for name, value in content.items() if name not in hints or _is(value, hints[name])}
+
+
+@cache
+def _hints(record: type) -> dict[str, Any]:
+    return get_type_hints(record)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value parsed from JSON is of a type; a record's own keys are checked where they are there."""
+    if hint is Any:
+        return True
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_is(value, one) for one in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)  # of a later version, perhaps
+    if is_typeddict(hint):
+        return isinstance(value, dict) and len(of_type(value, hint)) == len(value)
+    kind = get_origin(hint) or hint
+    if kind in (int, float):
+        right = isinstance(value, int | kind) and not isinstance(value, bool)
+        return right and not abs(value) >= LARGEST  # NaN is a loss
+    return isinstance(value, kind)

@@ -60,7 +60,7 @@ def with_absolute_paths(spec: RunSpec) -> RunSpec:
     values = spec.model_dump(mode="json")
     for key, path in named_places(spec):
         place = Path(path).expanduser()
-        if not is_url(path) and (place.exists() or is_glob(path)):
+        if not is_url(path) and (os.path.exists(place) or is_glob(path)):
             put_place(values, key, os.path.abspath(place))
     if spec.where.name == "local" and isinstance(spec.objective, Pretrain) and spec.objective.experiment is not None:
         place_of_it = workspace_of(spec.objective)
@@ -88,7 +88,7 @@ def _files(spec: RunSpec) -> Iterator[Problem]:
         ("track.code", spec.track.code, "runner.train.trackers.Tracker"),
         *((key, name, "runner.data.user_formats.RowFormat") for key, name in data.own_formats.items()),
     ):
-        if code is not None and Path(code.rpartition(":")[0]).expanduser().is_file():
+        if code is not None and os.path.isfile(Path(code.rpartition(":")[0]).expanduser()):
             yield from user_code_checks.of_class(code, key, wanted, here=spec.where.name == "local")
     yield from _pretraining(spec)
     template = data.chat_template
@@ -136,7 +136,7 @@ def _unreadable(path: str, key: str, spec: RunSpec) -> Problem | None:
 def _missing(path: str, key: str, spec: RunSpec) -> Problem | None:
     """The problem with a path of this machine; None for one that is right."""
     place = Path(path).expanduser()
-    if is_url(path) or place.exists():
+    if is_url(path) or os.path.exists(place):
         return None
     if path.startswith(OF_POD):
         what = f"{key} was a file of another machine or of the run's pod, and is not known here: {path}"
@@ -150,7 +150,7 @@ def _missing(path: str, key: str, spec: RunSpec) -> Problem | None:
         if glob.glob(str(place), recursive=True):
             return None
         return Problem(f"no file fits {path}", key, f"the pattern is relative to {Path.cwd()}")
-    if not place.parent.is_dir():
+    if not os.path.isdir(place.parent):
         return Problem(f"{path} does not exist, nor does the folder {place.parent}", key, f"correct {key}")
     near = nearest(place.name, [other.name for other in place.parent.iterdir()])
     relative = f"correct {key}" if place.is_absolute() else f"the path is relative to {Path.cwd()}"
@@ -176,4 +176,4 @@ def _downloads(spec: RunSpec, planned: Plan | None) -> bool:
         return False
     if planned is not None:
         return "weights" in planned.disk
-    return not Path(spec.model.id).is_dir() and not config.cached(spec.model.id)
+    return not os.path.isdir(Path(spec.model.id)) and not config.cached(spec.model.id)

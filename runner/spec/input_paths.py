@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def named_places(spec: RunSpec) -> Iterator[tuple[str, str]]:
     """Key and value of everything that a run reads and that may be a file or folder: model, data, template, DeepSpeed's
     config, tokenizer, reward functions (without the function's name)."""
     data, objective = spec.data, spec.objective
-    if spec.model.package is None and Path(spec.model.id).is_dir():  # else of the Hub, whatever file is called so
+    if spec.model.package is None and os.path.isdir(Path(spec.model.id)):  # else of the Hub, whatever file is called so
         yield "model.id", spec.model.id
     yield from _data(spec)
     if data.chat_template is not None and not _is_named(data.chat_template):
@@ -63,7 +64,7 @@ def _data(spec: RunSpec) -> Iterator[tuple[str, str]]:
     data, objective = spec.data, spec.objective
     if isinstance(objective, Pretrain) and objective.experiment is not None and objective.shards == "reuse":
         return  # the shards are read, whatever they were made of
-    if data.source == "hub" and data.id and Path(data.id).expanduser().is_dir():  # `datasets` reads that one
+    if data.source == "hub" and data.id and os.path.isdir(Path(data.id).expanduser()):  # `datasets` reads that one
         yield "data.id", data.id
     if data.source == "file":
         named = [("data.path", data.path), ("data.eval_path", data.eval_path)]
@@ -88,4 +89,4 @@ def _code(spec: RunSpec) -> Iterator[tuple[str, str]]:
 
 
 def _is_named(template: str) -> bool:
-    return (TEMPLATES / f"{template}.jinja").is_file()
+    return os.path.isfile(TEMPLATES / f"{template}.jinja")  # False also for a name that no file can have

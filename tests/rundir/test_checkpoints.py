@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,101 @@ def test_old_ones_go_but_for_the_best(run: RunDir) -> None:
     assert checkpoints.superseded(run, keep=3) == []
     checkpoints.discard(run, [5])
     assert checkpoints.steps(run) == [10, 15]
+
+
+def test_every_file_and_folder_is_on_the_disk_before_the_marker_counts(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut there is no marker whose files are not there: each is flushed first, and so are the folders."""
+    folder = checkpoints.folder(run, 15)
+    (folder / checkpoints.MARKER).unlink()
+    flushed: list[tuple[str, bool]] = []
+    own = os.fsync
+
+    def note(handle: int) -> None:
+        flushed.append((os.readlink(f"/proc/self/fd/{handle}"), (folder / checkpoints.MARKER).exists()))
+        own(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    checkpoints.seal(folder, {"step": 15})
+    before = {name for name, marked in flushed if not marked}
+    files = {str(file) for file in folder.rglob("*") if file.name != checkpoints.MARKER}
+    assert files | {str(folder), str(folder.parent)} <= before
+    assert flushed[-1] == (str(folder), True)  # the marker's own name
+
+
+def test_a_checkpoint_that_is_half_deleted_does_not_count(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def interrupted(path: Path, **how: Any) -> None:
+        seen.append((path / checkpoints.MARKER).exists())
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", interrupted)
+    checkpoints.discard(run, [15])
+    assert seen == [False]
+    assert checkpoints.newest(run) == 10
+
+
+def test_other_things_beside_checkpoints_are_none(run: RunDir) -> None:
+    folder = run.path / "checkpoints"
+    (folder / "checkpoint-20").write_text("a file")
+    (folder / "checkpoint-best").mkdir()
+    (folder / "checkpoint-").mkdir()
+    assert checkpoints.steps(run) == [5, 10, 15]
+
+
+@pytest.mark.parametrize(
+    "marker", ["[]", "{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"adapter.bin": {"size": "3"}}}', "\xff"]
+)
+def test_a_marker_that_is_not_as_it_was_written_is_damage(run: RunDir, marker: str) -> None:
+    file = checkpoints.folder(run, 15) / checkpoints.MARKER
+    file.write_text(marker, "latin-1")
+    assert checkpoints.damage(file.parent) == ["COMPLETE is missing or cannot be read"]
+    assert checkpoints.newest(run) == 10
+    assert isinstance(checkpoints.facts(file.parent), dict)
+
+
+def test_files_outside_and_links_are_damage_and_the_others_are_told_as_well(run: RunDir) -> None:
+    folder = checkpoints.folder(run, 15)
+    noted = checkpoints.facts(folder)
+    other = {"../../checkpoint-10/adapter.bin": noted["files"]["adapter.bin"]}
+    (folder / checkpoints.MARKER).write_text(json.dumps({**noted, "files": other | noted["files"]}), "utf-8")
+    (folder / "adapter.bin").write_bytes(b"")
+    (folder / "global_step" / "shard.pt").write_bytes(b"")
+    assert [one.split(" ")[0] for one in checkpoints.damage(folder)] == [*other, "adapter.bin", "global_step/shard.pt"]
+    said: list[str] = []
+    assert checkpoints.newest(run, said.append) == 10
+    outside = f"checkpoint 15 is damaged ({next(iter(other))} is outside of it and 2 more): passed over"
+    assert said == [outside]
+    (folder / "global_step" / "link").symlink_to("/etc/passwd")
+    assert checkpoints.damage(folder) == ["global_step/link is a link"]  # before any file is read
+
+
+def test_two_damaged_files_are_counted(run: RunDir) -> None:
+    for name in ("adapter.bin", "global_step/shard.pt"):
+        (checkpoints.folder(run, 15) / name).unlink()
+    said: list[str] = []
+    checkpoints.newest(run, said.append)
+    assert "(adapter.bin: No such file or directory and 1 more)" in said[0]
+
+
+def test_names_and_facts_keep_their_letters(run: RunDir, tmp_path: Path) -> None:
+    folder = checkpoints.folder(run, 20)
+    folder.mkdir()
+    (folder / "größe.bin").write_bytes(b"a" * (checkpoints.BLOCK + 7))
+    checkpoints.seal(folder, {"note": "Zürich"})
+    assert checkpoints.facts(folder)["note"] == "Zürich" and checkpoints.damage(folder) == []
+    size, digest = checkpoints.BLOCK + 7, hashlib.sha256(b"a" * (checkpoints.BLOCK + 7)).hexdigest()
+    assert checkpoints.facts(folder)["files"] == {"größe.bin": {"size": size, "sha256": digest}}
+
+
+def test_an_interrupted_run_names_its_last_checkpoint_and_how_to_go_on(run: RunDir, tmp_path: Path) -> None:
+    (problem,) = checkpoints.interrupted(run).problems
+    assert problem.what == f"interrupted; what was trained until step 15 is in {checkpoints.folder(run, 15)}"
+    assert problem.remedy == f"python -m runner resume {run.path}"
+    empty = RunDir(tmp_path / "other run")
+    (nothing,) = checkpoints.interrupted(empty).problems
+    assert (nothing.what, nothing.remedy) == ("interrupted before there was anything to save", None)
 
 
 def test_no_run_has_no_checkpoint(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from runner.cloud.runpod import graphql, types
 from runner.cloud.runpod.account import api_key, base_url, fingerprint
 from runner.cloud.runpod.transport import NotFound, bounded, request
 from runner.cloud.runpod.types import CpuType, DataCenter, GpuType, Volume
+from runner.config import json_text
 from runner.errors import Problem
 
 T = TypeVar("T")
@@ -263,7 +263,7 @@ def _lines(answer: Any, end: float) -> Iterator[str]:
 def _said(data: str) -> str:
     """The line of one event; one that is no JSON object as it came."""
     try:
-        content = json.loads(data)
+        content = json_text.loads(data)
     except (ValueError, RecursionError):
         return data
     return str(content.get("line", "")) if isinstance(content, dict) else data

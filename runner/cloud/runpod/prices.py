@@ -14,6 +14,7 @@ from typing import Any, Literal
 from runner import __version__
 from runner.cloud.runpod.account import KEY, base_url
 from runner.cloud.runpod.catalog import vcpus
+from runner.config import json_text
 from runner.paths import cache_dir
 from runner.spec import HardwareSpec, RentedPlace
 
@@ -86,7 +87,7 @@ def _file() -> Path:
 def _read(base: str) -> dict[str, Any] | None:
     """A stored answer of the same address that is young enough."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        stored: dict[str, Any] = json.loads(_file().read_text("utf-8"))
+        stored: dict[str, Any] = json_text.loads(_file().read_text("utf-8"))
         age = time.time() - stored["time"]
         if stored["base"] == base and 0 <= age < (FRESH_S if stored["gpus"] else FAILED_S):
             return _valid(stored)
@@ -115,7 +116,7 @@ def _fetch(base: str, key: str) -> dict[str, Any]:
         # Unredirected: urllib would hand the key on to wherever a redirect points.
         request.add_unredirected_header("Authorization", f"Bearer {key}")
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            answer["gpus"] = _prices(json.loads(response.read(LARGEST)))
+            answer["gpus"] = _prices(json_text.loads(response.read(LARGEST)))
     _store(answer)
     return answer
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from runner.config import catalog
+from runner.config import catalog, json_text
 from runner.data import commands_dataset, user_code_checks
 from runner.data.examples import Kind, Learnable
 from runner.data.inspect.sample import Sample, sample
@@ -74,7 +74,7 @@ def lengths(data: DataSpec, model: ModelSpec, *, seed: int = 42, kind: Kind | No
     tokenizer = tokenizer_file(model)
     file = cache_dir() / "lengths" / f"{_key(data, tokenizer, seed, kind)}.json"
     with suppress(OSError, ValueError, TypeError, KeyError):
-        stored = json.loads(file.read_text("utf-8"))
+        stored = json_text.loads(file.read_text("utf-8"))
         return DataLengths(**{**stored, "row_tokens": tuple(stored["row_tokens"])})
     counted = _count(data, sample(data, kind), tokenizer, seed)
     with suppress(OSError):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.config import json_text
 from runner.data import commands_dataset
 from runner.data.examples import Kind, Learnable
 from runner.data.load import canonical_rows
@@ -145,7 +146,7 @@ def _jsonl_rows(text: str) -> tuple[list[Row], int]:
     rows: list[Row] = []
     for line in text[:used].split("\n"):
         with suppress(json.JSONDecodeError):
-            value = json.loads(line)
+            value = json_text.loads(line)
             if isinstance(value, dict):
                 rows.append(value)
     return rows, used

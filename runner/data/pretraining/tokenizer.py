@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from runner.config import json_text
 from runner.data.pretraining.sharder import lines_of
 from runner.data.pretraining.workspace import json_object, manifest_of
 from runner.errors import Problem, RequestError
@@ -104,7 +105,7 @@ def bundle(named: Path) -> Path:
 
 def _special(file: Path, names: Sequence[str]) -> str | None:
     """The first of the names that is a special token of the tokenizer."""
-    added = json.loads(file.read_text("utf-8")).get("added_tokens") or []
+    added = json_text.loads(file.read_text("utf-8")).get("added_tokens") or []
     own = {str(token["content"]) for token in added if token.get("special")}
     return next((name for name in names if name in own), None)
 

@@ -8,12 +8,12 @@ hf_cache/                         what the Hub's libraries keep
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.config import json_text
 from runner.spec import Pretrain
 
 
@@ -61,7 +61,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 def json_object(file: Path) -> dict[str, Any]:
     """A mapping that was written as JSON; empty where there is none, or none that can be read."""
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = json_text.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -8,10 +8,11 @@ JSON (as text, or Arrow's own JSON type, which `datasets` writes), maps, element
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
+
+from runner.config import json_text
 
 Row = dict[str, Any]
 Convert = Callable[[object], object]
@@ -77,4 +78,4 @@ def _of_list(inner: Convert | None) -> Convert | None:
 
 
 def _parsed(value: object) -> object:
-    return json.loads(value) if isinstance(value, str) else value
+    return json_text.loads(value) if isinstance(value, str) else value

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
+from runner.config import json_text
 from runner.config.suggestions import nearest
 from runner.data.readers import arrow, urls
 from runner.errors import Problem, RequestError
@@ -116,9 +118,9 @@ def _bytes(path: str) -> bytes:
 
 
 def _missing(file: Path, path: str) -> Problem:
-    if not file.parent.is_dir():
+    if not os.path.isdir(file.parent):
         return Problem(f"{path} does not exist, nor does the folder {file.parent}")
-    near = nearest(file.name, [other.name for other in file.parent.iterdir() if other.is_file()])
+    near = nearest(file.name, [other.name for other in file.parent.iterdir() if os.path.isfile(other)])
     relative = "" if file.is_absolute() else f"the path is relative to {Path.cwd()}"
     remedy = f"did you mean {Path(path).with_name(near)}?" if near else relative or None
     return Problem(f"{path} does not exist", None, remedy)
@@ -143,7 +145,7 @@ def not_utf8(data: bytes, error: UnicodeDecodeError, path: str, first: int) -> P
 def _json(text: str, path: str, by_line: bool) -> Table:
     """A list of objects, or one object per line whatever the ending says: the Hub's .json often is."""
     try:
-        whole = json.loads(text) if text.strip() else []
+        whole = json_text.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
         if by_line or _is_json(text.lstrip().partition("\n")[0]):
             return json_lines(text, path)
@@ -167,7 +169,7 @@ def json_lines(text: str, path: str, first: int = 1) -> Table:
         if not line.strip():
             continue
         try:
-            values.append(json.loads(line))
+            values.append(json_text.loads(line))
             numbers.append(number)
         except json.JSONDecodeError as error:
             problems.append(_broken(error, f"{path}, line {number}"))
@@ -204,7 +206,7 @@ def kind_of(value: object) -> str:
 
 def _is_json(line: str) -> bool:
     try:
-        json.loads(line)
+        json_text.loads(line)
     except json.JSONDecodeError:
         return False
     return True
@@ -262,7 +264,7 @@ def _parquet(data: bytes, path: str) -> Table:
         raise RequestError(Problem(f"{path}: Parquet needs pyarrow", None, "pip install pyarrow")) from None
     try:
         return Table(path, arrow.rows_of(parquet.read_table(io.BytesIO(data))))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise RequestError(Problem(f"{path} is no Parquet file: {reason}", None, "write it again")) from None
 

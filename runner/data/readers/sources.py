@@ -72,11 +72,11 @@ def files_of(path: str) -> list[str]:
     if is_url(path):
         return _behind_url(path)
     place = Path(path).expanduser()
-    if place.is_dir():
-        found = sorted(str(file) for file in place.rglob("*") if file.is_file() and _is_data(file.name))
+    if os.path.isdir(place):
+        found = sorted(str(file) for file in place.rglob("*") if os.path.isfile(file) and _is_data(file.name))
         return found or _none(f"{path} holds no data file", f"name files {READABLE}")
-    if not place.exists() and is_glob(path):
-        found = sorted(file for file in glob.glob(str(place), recursive=True) if Path(file).is_file())
+    if not os.path.exists(place) and is_glob(path):
+        found = sorted(file for file in glob.glob(str(place), recursive=True) if os.path.isfile(Path(file)))
         return found or _none(f"no file fits {path}", f"the pattern is relative to {Path.cwd()}")
     return [path]
 

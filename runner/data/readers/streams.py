@@ -5,6 +5,8 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
+import zlib
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -24,7 +26,7 @@ _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, "
 def tables(path: str, block: int | None = None) -> Iterator[Table]:
     """The file in pieces (of about `block` bytes of lines), rows numbered through; RequestError as in `read_table`."""
     file = Path(path).expanduser()
-    if not in_pieces(path) or not (is_url(path) or file.is_file()):
+    if not in_pieces(path) or not (is_url(path) or os.path.isfile(file)):
         yield read_table(path)
         return
     try:
@@ -64,7 +66,7 @@ def _blocks(opened: IO[bytes], path: str, size: int) -> Iterator[bytes]:
         try:
             block = opened.read(size)
             block += opened.readline() if block else b""
-        except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
             raise RequestError(Problem(f"{path} is damaged: {error}", None, "make the file again")) from None
         if not block:
             return
@@ -89,6 +91,6 @@ def _parquet(opened: IO[bytes], path: str) -> Iterator[Table]:
             rows = arrow.rows_of(batch)
             yield Table(path, rows, numbers=range(number, number + len(rows)))
             number += len(rows)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise RequestError(Problem(f"{path} is no Parquet file: {reason}", None, "write it again")) from None
