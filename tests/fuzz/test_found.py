@@ -147,7 +147,7 @@ def test_a_defaults_list_of_other_things_is_refused(tmp_path: Path, listed: str)
 def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
     spec = spec_of("model=mistral7b", "method=lora", "hw=rtx4090", "where=runpod").model_dump(mode="json")
     spec["data"]["chat_template"] = "a" * 300
-    assert adopted_spec.adopt(json.dumps(spec), "p1", None, tmp_path).spec
+    assert adopted_spec.adopt(json.dumps(spec), "p1", None, tmp_path, "runpod").spec
 
 
 # --- files of a run ----------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_a_pods_spec_and_plan_are_adopted_or_refused(tmp_path: Path) -> None:
     spec = spec_of("model=mistral7b", "method=lora", "hw=rtx4090", "where=runpod").model_dump(mode="json")
 
     def read(text: str) -> None:
-        adopted_spec.adopt(text, "p1", None, tmp_path)
+        adopted_spec.adopt(text, "p1", None, tmp_path, "runpod")
 
     def plan(text: str) -> None:
         assert all(isinstance(number, (int, float)) for number in adopted_spec.adopt_plan(text).values())
