@@ -18,7 +18,7 @@ from runner.data.chat_template import CALL_OF_MARKS, MARK, Message, Template, te
 from runner.data.examples import Example, Tool, Turn
 from runner.data.loss_mask import IGNORED, Learned, TurnFinder, labels_of, learned_spans
 from runner.data.readers.files import kind_of
-from runner.data.rendered_text_checks import render_checked
+from runner.data.rendered_text_checks import refused, render_checked
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec
 
@@ -112,7 +112,7 @@ class ChatTokenizer:
         if example.text is not None:
             return example.text, Learned([])
         said = [*example.prompt, *example.completion]
-        with _refusals():
+        with _refusals(said):
             shown = self.turns.template.render(said, tools=example.tools)
             found = learned_spans(example, loss_on, shown.text, shown.marks, self.turns)
         text = self._closed(shown.text, said)
@@ -209,17 +209,17 @@ class ChatTokenizer:
     def message_ids(self, messages: Sequence[Message], ask: bool = True, tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids [s] of turns in the template's form (`Template.messages`), of which nothing is checked;
         RequestError where the template refuses them."""
-        with _refusals():
+        with _refusals(messages):
             return self.token_ids([self.turns.template.render_messages(messages, ask, tools).text])[0]
 
     def prompt_text(self, turns: Sequence[Turn], tools: Sequence[Tool] = ()) -> str:
         """A prompt as text, up to where the assistant is to speak; RequestError where something of it is not shown."""
-        with _refusals():
+        with _refusals(turns):
             return render_checked(self.turns.template, turns, [], tools)
 
     def conversation_text(self, prompt: Sequence[Turn], answer: Sequence[Turn], tools: Sequence[Tool] = ()) -> str:
         """A prompt with its answer as text; RequestError where something of them is not shown."""
-        with _refusals():
+        with _refusals([*prompt, *answer]):
             return self._closed(render_checked(self.turns.template, prompt, answer, tools), answer)
 
     def token_ids(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
@@ -288,16 +288,14 @@ def ended(ids: list[int], end_id: int | None) -> list[int]:
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def _refusals(turns: Sequence[Any]) -> Iterator[None]:
     """A template may refuse a conversation in any way: a RequestError."""
     try:
         yield
     except RequestError:
         raise
     except Exception as error:
-        remedy = "set data.chat_template to a Jinja file, or data.system_prompt=null"
-        what = f"the model's chat template refuses a conversation: {error}"
-        raise RequestError(Problem(what, None, remedy)) from None
+        raise RequestError(refused(turns, error)) from None
 
 
 def template_of(file: Path | None, data: DataSpec) -> Template | None:

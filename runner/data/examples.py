@@ -17,20 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 from runner.errors import Problem, RequestError
-
-Kind = Literal["sft", "preference", "unpaired", "prompts"]
-"""What an objective learns from: sft (and pretrain), preference (dpo, orpo, reward), unpaired (kto), prompts (grpo)."""
-
-
-_KINDS: dict[str, Kind] = {
-    "dpo": "preference", "orpo": "preference", "reward": "preference", "kto": "unpaired", "grpo": "prompts",
-}  # fmt: skip
-
-
-def kind_of(objective: str) -> Kind:
-    """What the objective of that name learns from."""
-    return _KINDS.get(objective, "sft")
-
+from runner.spec.objective_base import Kind as Kind
 
 Tool = Mapping[str, object]
 """JSON schema of a function that the assistant may call, as its row has it."""

@@ -19,7 +19,7 @@ from runner.data.readers.sources import files_of
 from runner.errors import RequestError
 from runner.paths import cache_dir
 from runner.rundir.directory import write_atomically
-from runner.spec import Pretrain, RunSpec
+from runner.spec import RunSpec
 from runner.spec.input_paths import is_url
 
 
@@ -35,7 +35,7 @@ def entries(spec: RunSpec) -> list[str]:
 
     None either where shards are made: a pod makes its own, of which the tokens would have to come out the same.
     """
-    if isinstance(spec.objective, Pretrain) and spec.objective.experiment is not None:
+    if spec.objective.sharded:
         return []
     with suppress(OSError, ValueError):
         found = [str(name) for name in json_text.loads(_record(spec).read_text("utf-8"))]

@@ -8,9 +8,10 @@ spellings.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from runner.data.chat_template import MARK, Template
@@ -26,6 +27,23 @@ _REMEDY = {
     "reasoning": "set data.chat_template to one that shows it (such as deepseek), or leave it out of the row",
     "tool calls": "set data.chat_template to one that shows them (such as qwen), or leave them out of the row",
 }
+
+
+def refused(turns: Sequence[Mapping[str, Any]], error: Exception, where: str | None = None) -> Problem:
+    """The problem with a conversation that a template refuses, and what is unusual in it to change."""
+    roles = [str(turn.get("role")) for turn in turns]
+    same = next((n for n, (one, next_one) in enumerate(pairwise(roles), 1) if one == next_one != "system"), None)
+    if "tool" in roles or any(turn.get("tool_calls") for turn in turns):
+        remedy = _REMEDY["tool calls"]
+    elif same:
+        both = f"join turns {same} and {same + 1}, both of the role {roles[same]}"
+        remedy = f"{both}, or set data.chat_template to one that takes them apart (such as chatml)"
+    elif "system" in roles:
+        takes = "one that takes a system turn (such as chatml, or gemma, which puts it before the question)"
+        remedy = f"set data.chat_template to {takes}, or leave it out: of the row, or data.system_prompt=null"
+    else:
+        remedy = "set data.chat_template to one that takes it (such as chatml), or leave the row out"
+    return Problem(f"the model's chat template refuses a conversation: {error}", where, remedy)
 
 
 def missing_part(turn: Turn, text: str) -> str | None:

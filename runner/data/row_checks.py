@@ -26,7 +26,6 @@ from runner.data.examples import (
     Turn,
     UnpairedExample,
     columns,
-    kind_of,
 )
 from runner.data.inspect.sample import head
 from runner.data.inspect.token_counts import tokenizer_file
@@ -39,7 +38,7 @@ from runner.data.readers.hub import first_rows
 from runner.data.readers.sources import Source, files_of, sources_of
 from runner.data.readers.streams import in_pieces, tables
 from runner.data.readers.urls import UnreachableError, size_of
-from runner.data.rendered_text_checks import render_checked
+from runner.data.rendered_text_checks import refused, render_checked
 from runner.data.row_store import num_bytes
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec, Grpo, Pretrain, RunSpec
@@ -115,7 +114,7 @@ def check_rows(spec: RunSpec) -> list[str]:
     turns = TurnFinder(template) if template else None
     parts = _parts(spec, notes)
     for part in parts:
-        part.look(kind_of(objective.name), turns, getattr(objective, "loss_on", "all"))
+        part.look(objective.learns_from, turns, getattr(objective, "loss_on", "all"))
         if not part.whole:
             notes.append(f"the first {part.count:,} rows of {part.name} were checked, the others when they are loaded")
     stops = spec.data.on_error == "stop"
@@ -154,7 +153,7 @@ def _named(data: DataSpec) -> Iterator[tuple[str, str]]:
 
 def nothing_held_out(spec: RunSpec) -> Problem:
     """Measurements are wanted, and there is nothing to measure on."""
-    if isinstance(spec.objective, Pretrain) and spec.objective.experiment is not None:
+    if spec.objective.sharded:
         remedy = "write objective.mode=split, name data.eval_path, or leave eval.every_steps out"
     else:
         remedy = (
@@ -275,8 +274,8 @@ def _tried(turns: TurnFinder, row: Learnable, loss_on: str) -> Iterator[Problem]
         yield from (Problem(p.what, row.where, p.remedy) for p in error.problems)
     except Exception as error:
         if type(error).__name__ == "TemplateError":  # Jinja's own subclasses are mistakes in the template
-            what = f"the model's chat template refuses a conversation: {error}"
-            yield Problem(what, row.where, "set data.chat_template to a Jinja file, or data.system_prompt=null")
+            given = [] if isinstance(row.prompt, str) else row.prompt
+            yield refused([*given, *getattr(row, "completion", [])], error, row.where)
 
 
 def _conversations(row: Preference | UnpairedExample | PromptExample) -> Iterator[tuple[list[Turn], list[Turn]]]:

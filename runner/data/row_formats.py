@@ -23,8 +23,9 @@ UNREAD = "like content, and nothing reads "
 
 # What other data sets call the fields, in the order they are looked for.
 _GUESSES = {
-    "messages_field": ("conversation", "dialog", "dialogue", "turns"),
+    "messages_field": ("messages", "conversations", "conversation", "dialog", "dialogue", "turns"),
     "prompt_field": (
+        "prompt",
         "instruction",
         "question",
         "query",
@@ -39,6 +40,7 @@ _GUESSES = {
         "source",
     ),
     "completion_field": (
+        "completion",
         "response",
         "answer",
         "output",
@@ -51,7 +53,7 @@ _GUESSES = {
         "assistant",
         "gpt",
     ),
-    "text_field": ("content", "document", "body"),
+    "text_field": ("text", "content", "document", "body"),
 }
 
 
@@ -85,7 +87,7 @@ def _first_fit(row: Row, spec: DataSpec, kind: Kind | None) -> str | None:
 def _which_fields(row: Row, spec: DataSpec, kind: Kind | None) -> str:
     if kind == "preference":
         return _which_answers(row, spec)
-    lower = {str(name).lower(): name for name in reversed(row) if isinstance(row[name], (str, list))}
+    lower = {str(name).strip().lower(): name for name in reversed(row) if isinstance(row[name], (str, list))}
     guess = {key: next((lower[name] for name in names if name in lower), None) for key, names in _GUESSES.items()}
     if isinstance(talk := row.get(guess["messages_field"] or ""), str) and not said_turns(talk):
         guess["messages_field"] = None
@@ -100,18 +102,25 @@ def _which_fields(row: Row, spec: DataSpec, kind: Kind | None) -> str:
         keys = {key: name for key, name in named.items() if name and name != pair[key]}
     elif guess["text_field"]:
         keys = {"text_field": guess["text_field"]}
+    texts = [name for name, value in row.items() if isinstance(value, str) and value.strip() and not is_fact(str(name))]
+    if not keys and len(row) == len(texts) == 2:  # whatever they are called: the question is written first
+        keys = dict(zip(pair, texts, strict=True))
     if not keys:
         odd = [f"{name} is {kind_of(value)}" for name, value in row.items() if is_odd(name, value)]
         needs = f"{' and '.join(odd)}, and prompt and answer have to be text or turns: " if odd else ""
         keys_of = "data.messages_field=…, data.text_field=…, or data.prompt_field=… data.completion_field=…"
         return (
-            f'{needs}write {keys_of}; where no column is such, write rows as {{"prompt": "…", "completion": "…"}} first'
+            f"{needs}write {keys_of}; where no column is such, write rows as "
+            f'{{"prompt": "…", "completion": "…"}} first, or {_OWN}'
         )
     with suppress(RequestError):
         tried = spec.model_copy(update=keys)
         rest = _rest(row, tried, kind)
         return f"write {(_mapping(rest, row, spec, kind, keys) if rest else '') or _said(keys)}"
-    return f"write {_said(keys)}"
+    return f"write {_said(keys)}" + (f"; or {_OWN}" if "messages_field" in keys else "")
+
+
+_OWN = "data.format=FILE.py:CLASS for a format of your own (CONTRIBUTING.md)"
 
 
 def _which_answers(row: Row, spec: DataSpec) -> str:
@@ -223,4 +232,10 @@ def _rest(row: Row, spec: DataSpec, kind: Kind | None) -> list[str]:
 
 
 def _said(keys: Mapping[str, str]) -> str:
-    return " ".join(shlex.quote(f"data.{key}={value}") for key, value in keys.items())
+    return " ".join(shlex.quote(f"data.{key}={_word(value)}") for key, value in keys.items())
+
+
+def _word(value: str) -> str:
+    """A name as Hydra reads it whole: in quotes where its grammar or a space at its end would get at it."""
+    plain = re.fullmatch(r"\w([\w ./-]*\w)?", value)
+    return value if plain else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'

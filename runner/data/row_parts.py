@@ -15,6 +15,8 @@ from runner.data.row_values import CONTENT_KEYS, ROLE_KEYS, THOUGHTS, RowReader
 from runner.spec import DataSpec
 
 SHAREGPT = "conversations"
+_NO_INPUT = "<noinput>"
+"""Stanford Alpaca's prompt for making rows has it where a task needs no input, and it is left in some of them."""
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \n]?")
 """Anthropic's HH-RLHF: a whole conversation as one text, `\\n\\nHuman: …\\n\\nAssistant: …`."""
 
@@ -94,7 +96,7 @@ def instruction_turns(reader: RowReader, spec: DataSpec) -> list[Turn]:
         question, answer = (reader.content(f"{spec.history_field}[{index}][{n}]", said) for n, said in enumerate(pair))
         turns += [turn("user", question), turn("assistant", answer)]
     task, about = reader.text(spec.instruction_field), reader.optional(spec.input_field)
-    return [*turns, turn("user", f"{task}\n\n{about}" if about.strip() else task)]
+    return [*turns, turn("user", f"{task}\n\n{about}" if about.strip() not in ("", _NO_INPUT) else task)]
 
 
 def answer_turns(reader: RowReader, name: str, as_turns: bool = False) -> list[Turn]:

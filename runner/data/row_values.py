@@ -73,12 +73,19 @@ class RowReader:
     def optional(self, name: str) -> str:
         """Text that may be missing, null or empty."""
         value = self.value(name)
-        return "" if value is None else self.content(name, value, may_be_empty=True)
+        absent = value is None or value != value  # NaN is what pandas has for a cell without a value
+        return "" if absent else self.content(name, value, may_be_empty=True)
 
     def content(self, name: str, value: object, may_be_empty: bool = False) -> str:
         """`value` if it is text one can learn."""
         if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
-            value = "".join(part["text"] for part in value)  # OpenAI's content in parts
+            value = "".join(part["text"] for part in value)  # OpenAI's, Anthropic's and Bedrock's content in parts
+        elif kinds := _other_parts(value):
+            media = _MEDIA_PARTS.search(kinds[0])
+            what = "only text is learned" if media else "parts of content are text"
+            remedy = "leave the part out, or the row with data.on_error=skip" if media else _PARTS
+            self.wrong(f"{name} has a part of the type {kinds[0]}, and {what}", remedy)
+            return ""
         if not isinstance(value, str):
             self.wrong(f"{name} is {kind_of(value)}, not text", "write it as text in quotes")
             return ""
@@ -97,8 +104,8 @@ class RowReader:
     def truth(self, name: str) -> bool:
         """True or false, as JSON, CSV and LLaMA-Factory write it."""
         value = self.value(name) if self.has(name) else True
-        said = str(value).strip().lower()
-        if isinstance(value, (bool, int, str)) and said in _TRUTH:
+        said = str(value).strip().lower().removesuffix(".0")  # pandas makes a column of floats where a value is missing
+        if isinstance(value, (bool, int, float, str)) and said in _TRUTH:
             return _TRUTH[said]
         self.wrong(f"{name} is {_short(value)}, neither true nor false", "write true or false, 1 or 0")
         return True
@@ -163,17 +170,17 @@ class RowReader:
         content_key = next((key for key in CONTENT_KEYS if key in turn), "value" if role_key == "from" else "content")
         said = turn.get(role_key)
         calls = turn.get("tool_calls") or turn.get("function_call") or None
-        silent = bool(calls) or (isinstance(said, str) and self.roles.get(said, said) == "tool")
+        silent = bool(calls) or self._role(said) == "tool"
         missing = [key for key in (role_key, content_key) if key not in turn and not (silent and key == content_key)]
         for key in missing:
             self.wrong(f"{name} has no {key}", _TURN)
         if missing:
             return None
-        role = self.roles.get(said, said) if isinstance(said, str) else said
+        role = self._role(said)
         if role not in ROLES:
             near = nearest(str(role), ROLES)
-            other = f"write data.roles={{{role}: user}}, or assistant, system, tool" if isinstance(role, str) else None
-            self.wrong(f"{name} has the unknown role {role!r}", f"did you mean {near}?" if near else other)
+            remedy = f"did you mean {near}?" if near else _as_role(role, name) if isinstance(role, str) else None
+            self.wrong(f"{name} has the unknown role {role!r}", remedy)
             return None
         content = turn.get(content_key)
         if said == "function_call" and content:
@@ -184,6 +191,13 @@ class RowReader:
         found: Turn = {"role": role, "content": self.content(f"{name}.{content_key}", content, empty_is_fine)}
         self._add_rest(name, turn, calls, found)
         return found
+
+    def _role(self, said: object) -> Any:
+        """The role that a name means, however its letters are cased."""
+        if not isinstance(said, str) or said in self.roles or said in ROLES:
+            return self.roles.get(said, said) if isinstance(said, str) else said
+        lower = said.strip().lower()
+        return self.roles.get(lower, lower if lower in ROLES else said)
 
     def _add_rest(self, name: str, turn: Row, calls: object, found: Turn) -> None:
         """What only some turns have: weight, tool calls, thoughts, names."""
@@ -264,8 +278,29 @@ class RowReader:
             self.wrong(f"{name}[{first}] is the assistant's, before anything was asked", "put the question first")
 
 
+def _as_role(said: str, name: str) -> str:
+    """What to write for a role of another name, by the turn's number; Hydra reads ASCII alone in a mapping."""
+    first, second = ("assistant", "user") if re.search(r"[13579]\]$", name) else ("user", "assistant")
+    if said.isascii() and said.isidentifier():
+        return f"write data.roles={{{said}:{first}}}, or {second}, system, tool"
+    named = json.dumps(said, ensure_ascii=False)
+    return f"write roles: {{{named}: {first}}}, or {second}, system, tool, below data in a recipe (docs/recipes.md)"
+
+
 def _is_text_part(part: object) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
+_MEDIA_PARTS = re.compile(r"image|video|audio|file|document")
+_PARTS = "write text; thoughts as reasoning_content, calls as tool_calls, what a tool says as a turn of the role tool"
+
+
+def _other_parts(value: object) -> list[str]:
+    """Types of the parts of content that are no text; none where the value is no such list."""
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        return []
+    types = [str(part.get("type") or next(iter(part), "")) for part in value if not _is_text_part(part)]
+    return [kind for kind in types if kind not in ("", "text")]
 
 
 def _tool(tool: Tool) -> Tool:

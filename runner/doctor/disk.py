@@ -15,7 +15,7 @@ from runner.hub import config
 from runner.machine import writable
 from runner.paths import cache_dir
 from runner.plan.plan import Plan
-from runner.spec import Pretrain, RunInfo, RunSpec
+from runner.spec import RunInfo, RunSpec
 
 LITTLE, NOTHING = 10.0, 0.5
 """GiB free, where no run is named: less than a 7B model with what comes out of it; less than the demo run."""
@@ -86,7 +86,7 @@ def folders(target: DoctorTarget | None) -> list[Folder]:
     output = Path(target.spec.run.output_dir if target else RunInfo().output_dir).expanduser()
     nvme = target.spec.deepspeed.nvme_path if target else None
     objective = target.spec.objective if target else None
-    place = workspace_of(objective) if isinstance(objective, Pretrain) else None
+    place = workspace_of(objective) if objective else None
     ours = target is not None and target.spec.model.package is not None  # unpacked from a package, not downloaded
     found = [
         Folder("runs", output, "run.output_dir=…", ("checkpoints", "final_model", *(() if nvme else ("offloaded",)))),

@@ -110,7 +110,7 @@ def _metadata(spec: RunSpec, adapter: bool) -> dict[str, object]:
 
 def _task(spec: RunSpec) -> str:
     """huggingface.co/tasks: a reward model says a number."""
-    return "text-classification" if spec.objective.name == "reward" else "text-generation"
+    return "text-classification" if spec.objective.scores else "text-generation"
 
 
 def _on_the_hub(spec: RunSpec) -> bool:
@@ -171,7 +171,7 @@ def _results(summary: Summary) -> str:
 
 
 def _use(spec: RunSpec, place: str, *, adapter: bool) -> str:
-    kind = "SequenceClassification" if spec.objective.name == "reward" else "CausalLM"
+    kind = "SequenceClassification" if spec.objective.scores else "CausalLM"
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{place}")'
     if not adapter:
         load = f'model = AutoModelFor{kind}.from_pretrained("{place}")'

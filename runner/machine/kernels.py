@@ -10,7 +10,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from runner.machine import detect
-from runner.spec import Dpo, Orpo, Reward, RunSpec
+from runner.spec import RunSpec
 
 NO_FLASH = "flash-attn is not installed: attention is SDPA's, which makes a mask for packed rows"
 
@@ -70,8 +70,7 @@ def has_liger_for(architecture: str | None) -> bool:
 def compiles_kernels(spec: RunSpec) -> bool:
     """A run on a GPU compiles with Triton as it trains: the head of TRL's trainers (but of those for ORPO, CPO and
     reward models), or Liger's kernels."""
-    objective = spec.objective
-    headless = isinstance(objective, (Orpo, Reward)) or (isinstance(objective, Dpo) and not objective.has_reference)
+    headless = spec.objective.passes(spec.method.adapts).head in ("logits", "number")
     return spec.hw.accelerator == "cuda" and (not headless or liger(spec))
 
 

@@ -9,11 +9,10 @@ from typing import Any
 from runner.errors import Problem, RequestError
 from runner.plan import zero
 from runner.plan.memory import GIB, PROMPT_TOKENS, Job, Memory, floor, memory
-from runner.plan.model_shape import Shape
-from runner.plan.objective_passes import passes_of, shape_for
+from runner.plan.model_shape import Shape, shape_for
 from runner.plan.step_time import Machine, StepTime, Work, evaluation_time, machine_of, step_time, work_of
 from runner.plan.trainable import Precision, Training, training_of
-from runner.spec import HardwareSpec, Kto, Method, RunSpec
+from runner.spec import HardwareSpec, Method, RunSpec
 
 Templates = Mapping[str, Mapping[str, object]]
 """The DeepSpeed JSONs by stage, as they are in deepspeed_configs/."""
@@ -229,7 +228,7 @@ def batches(spec: RunSpec) -> list[tuple[int, int]]:
     """Micro batch and accumulation: nearest to the global batch first, then the largest micro batch."""
     world, wanted = spec.hw.world_size, spec.train.batch_size
     micro, accumulation = spec.train.micro_batch_size, spec.train.accumulation_steps
-    least = 2 if isinstance(spec.objective, Kto) else 1  # which exchanges answers within a micro batch
+    least = spec.objective.least_micro_batch
     micros = [micro] if isinstance(micro, int) else range(max(least, min(MAX_MICRO_BATCH, wanted)), least - 1, -1)
     pairs = [
         (m, accumulation if isinstance(accumulation, int) else max(1, round(wanted / (world * m)))) for m in micros
@@ -252,14 +251,14 @@ def job_of(spec: RunSpec) -> Job:
         world=hw.world_size,
         eval_batch=spec.eval.batch_size if asks_prompts(spec) else 0,
         eval_new_tokens=spec.eval.max_new_tokens,
-        passes=passes_of(spec.objective, spec.method),
+        passes=spec.objective.passes(spec.method.adapts),
         packed=train.packing,
     )
 
 
 def asks_prompts(spec: RunSpec) -> bool:
     """Held-out prompts are answered before and after training: there are right answers to compare with."""
-    return bool(spec.eval.num_prompts) and spec.objective.name in ("sft", "grpo")
+    return bool(spec.eval.num_prompts) and spec.objective.asks_prompts
 
 
 def with_answers(step: StepTime, work: Work, machine: Machine, job: Job, sequences: int) -> StepTime:

@@ -15,8 +15,8 @@ from runner.plan.autograd.ops import LayerKind, Setting
 from runner.plan.autograd.step_peak import Step, TrainableLayers, replay_step
 from runner.plan.autograd.tape import KINDS
 from runner.plan.host_memory import CPU_PROCESS
-from runner.plan.objective_passes import Passes
 from runner.plan.trainable import Precision, Training, largest_trained, norms_and_biases
+from runner.spec.objective_base import Passes
 
 GIB = 2**30
 Phases = dict[str, dict[str, float]]

@@ -9,13 +9,13 @@ follows PEFT 0.21.2 (`_maybe_include_all_linear_layers`, `transformers_weight_co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import attrgetter
 from typing import Literal, NamedTuple
 
 from runner.errors import Problem, RequestError
-from runner.spec import ModelSpec
+from runner.spec import ModelSpec, RunSpec
 
 __all__ = ["ARCHITECTURES", "Family", "Matrix", "Shape", "shape_of"]
 
@@ -294,6 +294,18 @@ def shape_of(model: ModelSpec) -> Shape:
     where the facts contradict each other.
     """
     return _shape(_read(model))
+
+
+def shape_for(spec: RunSpec) -> Shape:
+    """The shape of the model that trains; RequestError where it is not known."""
+    shape = shape_of(spec.model)
+    return scored(shape) if spec.objective.scores else shape
+
+
+@lru_cache(maxsize=256)
+def scored(shape: Shape) -> Shape:
+    """With a head of one number instead of one for each word (`GenericForSequenceClassification`, transformers)."""
+    return replace(shape, tie_embeddings=False, head_bias=False, head_outputs=1)
 
 
 @lru_cache(maxsize=4096)

@@ -10,7 +10,7 @@ from runner.plan import cost, host_memory
 from runner.plan.choose_stage import StageChoice, StageSearch
 from runner.plan.cost import Checkpoints, checkpoints_of
 from runner.plan.memory import FREE_SHARE, GIB, STATES
-from runner.plan.objective_passes import passes_of, shape_for
+from runner.plan.model_shape import shape_for
 from runner.plan.run_time import GB, RunFacts, hours_of
 from runner.plan.trainable import Training
 from runner.plan.worker_environment import arguments, variables
@@ -147,7 +147,7 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[st
         high, there = option.memory.high / GIB, option.capacity / GIB
         said.append(f"tight: with a fragmented allocator it may need {high:.1f} of {there:.1f} GiB")
     said += _of_checkpoints(spec, kept, one / GB / cost.SAVE_GB_S, step_s or 0.0)
-    positions = option.batch * train.max_length * passes_of(spec.objective, spec.method).sequences
+    positions = option.batch * train.max_length * spec.objective.passes(spec.method.adapts).sequences
     return Plan(
         model=spec.model.name,
         method=spec.method.name,

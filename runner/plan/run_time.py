@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from runner.plan import cost
 from runner.plan.choose_stage import StageChoice, StageSearch, asks_prompts, job_of
 from runner.plan.memory import PROMPT_TOKENS
-from runner.plan.objective_passes import passes_of
 from runner.plan.step_time import Machine, Work, evaluation_time
 from runner.plan.trainable import Training
 from runner.spec import RunSpec
@@ -95,7 +94,7 @@ def _evaluation(spec: RunSpec, work: Work, machine: Machine, stage: str, facts: 
         )  # fmt: skip
 
     before = 0.0
-    if passes_of(spec.objective, spec.method).reads_before:
+    if spec.objective.passes(spec.method.adapts).reads_before:
         before = evaluation_time(
             work, machine, tokens=facts.data_tokens or 0, num_prompts=0, new_tokens=0, prompt_tokens=0, batch_size=1,
             stage=stage,  # type: ignore[arg-type]  # a stage's name

@@ -11,7 +11,7 @@ from runner.hub import client
 from runner.hub import config as hub_config
 from runner.plan.model_shape import Shape, shape_of
 from runner.plan.trainable import ALIASES, OUTSIDE, modules_around, modules_of
-from runner.spec import ModelSpec, Peft, Reward, RunSpec
+from runner.spec import ModelSpec, Peft, RunSpec
 from runner.spec.adapters import Layer
 
 
@@ -23,7 +23,7 @@ def wrong_module(spec: RunSpec) -> Problem | None:
     if spec.model.architecture is None:
         return None
     shape = shape_of(spec.model)
-    score = {"score"} if isinstance(spec.objective, Reward) else set()
+    score = {"score"} if spec.objective.scores else set()
     extra, saved = getattr(spec.method, "extra_modules", []), getattr(spec.method, "modules_to_save", [])
     return (
         _wrong_targets(spec, shape)

@@ -6,7 +6,6 @@ import math
 from typing import NoReturn
 
 from runner.config import credentials, deepspeed_json
-from runner.data.examples import kind_of
 from runner.data.inspect import lengths
 from runner.data.pretraining import corpus_checks
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
@@ -58,7 +57,7 @@ def facts_of(spec: RunSpec) -> RunFacts:
     notes: list[str] = []
     try:
         found = corpus_checks.lengths_of(spec) or lengths.lengths(
-            corpus_checks.documents_of(spec), spec.model, seed=spec.train.seed, kind=kind_of(spec.objective.name)
+            corpus_checks.documents_of(spec), spec.model, seed=spec.train.seed, kind=spec.objective.learns_from
         )
     except RunnerError as error:
         found = lengths.DataLengths(None, None, False, str(error))

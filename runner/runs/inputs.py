@@ -62,7 +62,7 @@ def with_absolute_paths(spec: RunSpec) -> RunSpec:
         place = Path(path).expanduser()
         if not is_url(path) and (os.path.exists(place) or is_glob(path)):
             put_place(values, key, os.path.abspath(place))
-    if spec.where.name == "local" and isinstance(spec.objective, Pretrain) and spec.objective.experiment is not None:
+    if spec.where.name == "local" and spec.objective.sharded:
         place_of_it = workspace_of(spec.objective)
         values["objective"]["root"] = os.path.abspath(place_of_it.root) if place_of_it else None
     return RunSpec.model_validate(values)

@@ -27,7 +27,7 @@ from runner.rundir import checkpoints
 from runner.rundir.atomic_folder import unfinished
 from runner.rundir.directory import ACTIVE, RunDir, shown
 from runner.runs import input_digests
-from runner.spec import Reward, RunSpec
+from runner.spec import RunSpec
 
 MODULE = "runner.train.artifact_verbs"
 # No GPU is needed to read what DeepSpeed wrote, and without one its import would announce that it found none.
@@ -131,7 +131,7 @@ def report_changed_base(run: RunDir, base: bool = False) -> None:
 
 def refuse_reward_model(spec: RunSpec) -> None:
     """RequestError for a model that gives an answer one number."""
-    if isinstance(spec.objective, Reward):
+    if spec.objective.scores:
         what = "a reward model says nothing: it gives an answer a number"
         remedy = "load runs/<id>/model with AutoModelForSequenceClassification, or peft's class of that name"
         raise RequestError(Problem(what, "objective=reward", remedy))

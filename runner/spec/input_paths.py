@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.paths import CONF
-from runner.spec import Grpo, Pretrain, RunSpec
+from runner.spec import RunSpec
 
 GLOB_SIGNS = "*?["
 OF_POD = "/of-pod-"
@@ -39,8 +39,7 @@ def named_places(spec: RunSpec) -> Iterator[tuple[str, str]]:
         yield "data.chat_template", data.chat_template
     if spec.deepspeed.config is not None:
         yield "deepspeed.config", spec.deepspeed.config
-    if isinstance(objective, Pretrain) and objective.tokenizer is not None:
-        yield "objective.tokenizer", objective.tokenizer
+    yield from objective.files()
     yield from _code(spec)
 
 
@@ -62,8 +61,8 @@ def put_place(values: Any, key: str, path: str) -> None:
 
 def _data(spec: RunSpec) -> Iterator[tuple[str, str]]:
     data, objective = spec.data, spec.objective
-    if isinstance(objective, Pretrain) and objective.experiment is not None and objective.shards == "reuse":
-        return  # the shards are read, whatever they were made of
+    if not objective.reads_rows:
+        return
     if data.source == "hub" and data.id and os.path.isdir(Path(data.id).expanduser()):  # `datasets` reads that one
         yield "data.id", data.id
     if data.source == "file":
@@ -78,14 +77,9 @@ def is_code(key: str) -> bool:
 
 
 def _code(spec: RunSpec) -> Iterator[tuple[str, str]]:
-    named = {"objective.code": spec.objective.code, "track.code": spec.track.code, **spec.data.own_formats}
-    for key, name in named.items():
-        if name is not None:
-            yield key, name.rpartition(":")[0]
-    if isinstance(spec.objective, Grpo):
-        for number, reward in enumerate(spec.objective.rewards):
-            if ".py:" in reward:
-                yield f"objective.rewards.{number}", reward.rpartition(":")[0]
+    tracker = [("track.code", spec.track.code)] if spec.track.code is not None else []
+    for key, name in (*spec.objective.code_files(), *tracker, *spec.data.own_formats.items()):
+        yield key, name.rpartition(":")[0]
 
 
 def _is_named(template: str) -> bool:

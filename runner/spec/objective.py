@@ -1,26 +1,31 @@
-"""`objective=`: what the model learns from the rows."""
+"""`objective=`: what the model learns from the rows.
+
+All that is outside of training asks the objective itself: a new one is a class here and a module in
+`runner/train/objectives/`.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from runner.spec.part import CODE, Auto, Part
+from runner.spec.objective_base import Kind, ObjectiveBase, Passes, Unused
+from runner.spec.part import Auto, is_own
+
+if TYPE_CHECKING:
+    from runner.spec.run import RunSpec
 
 REWARDS = ("exact_match", "regex", "length", "json")
 """Reward functions with a name; any other is `FILE.py:FUNCTION`."""
 
 
-class _Objective(Part):
-    code: str | None = Field(default=None, pattern=CODE)
-    """A class of your own as `FILE.py:CLASS`, derived from this objective's in `runner.train.objectives`; rows and plan stay this objective's."""
-    options: dict[str, bool | int | float | str | None] = {}
-    """Settings of `code`, by names of its own."""
-
-
-class Sft(_Objective):
+class Sft(ObjectiveBase):
     """Supervised fine-tuning: next-token loss."""
+
+    packs: ClassVar[bool] = True
+    asks_prompts: ClassVar[bool] = True
 
     name: Literal["sft"] = "sft"
     """Name of the choice."""
@@ -28,8 +33,13 @@ class Sft(_Objective):
     """Tokens the loss is taken on: auto means every assistant turn of a conversation, the completion of a prompt, all of plain text; last means the last assistant turn."""
 
 
-class Pretrain(_Objective):
+class Pretrain(ObjectiveBase):
     """Next-token loss on every token of plain text, continued or from random weights; long documents go on in the next sequence."""
+
+    rows_needed: ClassVar[str | None] = "plain text"
+    bundled: ClassVar[bool] = False
+    packs: ClassVar[bool] = True
+    on_long: ClassVar[str] = "goes on in the next sequence"
 
     name: Literal["pretrain"] = "pretrain"
     """Name of the choice."""
@@ -52,8 +62,47 @@ class Pretrain(_Objective):
     tokenizer: str | None = None
     """Tokenizer to use for random weights: a `tokenizer.json`, a folder with one, or a Hub id; null trains byte-level BPE of `model.vocab_size` tokens on the shards, once for each experiment."""
 
+    @property
+    def sharded(self) -> bool:
+        """It trains on shards that are made of the documents."""
+        return self.experiment is not None
 
-class _Referenced(_Objective):
+    @property
+    def reads_rows(self) -> bool:
+        """It reads the rows of `data`."""
+        return not (self.sharded and self.shards == "reuse")  # else the shards are read, whatever they were made of
+
+    def files(self) -> Iterator[tuple[str, str]]:
+        """The tokenizer."""
+        if self.tokenizer is not None:
+            yield "objective.tokenizer", self.tokenizer
+
+    def unused(self, spec: RunSpec) -> Unused:
+        """Keys of any part that have no effect with this objective as it is set."""
+        yield from super().unused(spec)
+        yield "data.system_prompt", "objective=pretrain learns plain text"
+        yield "data.num_proc", "plain text is tokenised by one process, with threads"
+        if not self.sharded:
+            for key in ("root", "shards", "mode", "val_ratio", "lines_per_shard", "take", "gzip"):
+                yield f"objective.{key}", "without objective.experiment no shards are made"
+        elif self.mode != "split":
+            yield "objective.val_ratio", f"objective.mode={self.mode}"
+
+    def disagreements(self, spec: RunSpec) -> Iterator[str]:
+        """Only random weights learn with another tokenizer, and they need one."""
+        if spec.model.from_scratch and not (self.tokenizer or self.experiment):
+            yield (
+                "objective.experiment is null: random weights need a tokenizer, which is kept by experiment; write "
+                "objective.experiment=NAME, or objective.tokenizer=FILE for one that is there"
+            )
+        if self.tokenizer and not spec.model.from_scratch:
+            yield "objective.tokenizer: a pretrained model keeps its own; leave it out, or take a model=scratch_…"
+
+
+_PAIRS = "preferences: prompt, chosen, rejected"
+
+
+class _Referenced(ObjectiveBase):
     """What losses share that compare the model with what it was before."""
 
     precompute_reference: bool = False
@@ -62,6 +111,10 @@ class _Referenced(_Objective):
 
 class Dpo(_Referenced):
     """Direct preference optimisation (arXiv 2305.18290) and its variants: chosen against rejected answers."""
+
+    learns_from: ClassVar[Kind] = "preference"
+    rows_needed: ClassVar[str | None] = _PAIRS
+    bundled: ClassVar[bool] = False
 
     name: Literal["dpo"] = "dpo"
     """Name of the choice."""
@@ -105,9 +158,28 @@ class Dpo(_Referenced):
         """`beta`, decided. SimPO's rewards are means per token, so its β is larger (2 to 2.5 in the paper's table 7)."""
         return self.beta if isinstance(self.beta, float) else 2.0 if self.loss == "simpo" else 0.1
 
+    def _passes(self, adapts: bool) -> Passes:
+        if not self.has_reference:
+            return Passes(2, head="logits")
+        early = self.precompute_reference
+        return Passes(2, 0 if early else 1, not early, not adapts and not early, "fused", reads_before=early)
+
+    def unused(self, spec: RunSpec) -> Unused:
+        """Keys of any part that have no effect with this objective as it is set."""
+        yield from super().unused(spec)
+        if self.loss != "simpo":
+            yield "objective.simpo_margin", f"objective.loss={self.loss}"
+        if self.loss not in ("cpo", "simpo"):
+            yield "objective.chosen_weight", f"objective.loss={self.loss}"
+
 
 class Kto(_Referenced):
     """Kahneman-Tversky optimisation (arXiv 2402.01306): single answers, each marked good or bad."""
+
+    learns_from: ClassVar[Kind] = "unpaired"
+    rows_needed: ClassVar[str | None] = "marked answers: prompt, completion, label"
+    bundled: ClassVar[bool] = False
+    least_micro_batch: ClassVar[int] = 2  # it exchanges answers within one
 
     name: Literal["kto"] = "kto"
     """Name of the choice."""
@@ -118,27 +190,66 @@ class Kto(_Referenced):
     undesirable_weight: float = Field(default=1.0, ge=0)
     """Weight of bad answers."""
 
+    @property
+    def has_reference(self) -> bool:
+        """The loss compares the model with what it was before training."""
+        return True
 
-class Orpo(_Objective):
+    def _passes(self, adapts: bool) -> Passes:
+        early = self.precompute_reference
+        # The exchanged answers once by the model, once by the reference; and the own ones.
+        return Passes(1, 1 if early else 3, not early, not adapts and not early, "fused", reads_before=early)
+
+    def disagreements(self, spec: RunSpec) -> Iterator[str]:
+        """A micro batch has answers to exchange."""
+        yield from super().disagreements(spec)
+        if spec.train.micro_batch_size == 1:
+            yield (
+                "train.micro_batch_size=1: objective=kto estimates the KL divergence by exchanging the answers of a micro "
+                "batch; write train.micro_batch_size=2 or more"
+            )
+
+
+class Orpo(ObjectiveBase):
     """Odds-ratio preference optimisation (arXiv 2403.07691): next-token loss and preference at once, without a reference."""
+
+    learns_from: ClassVar[Kind] = "preference"
+    rows_needed: ClassVar[str | None] = _PAIRS
+    bundled: ClassVar[bool] = False
 
     name: Literal["orpo"] = "orpo"
     """Name of the choice."""
     beta: float = Field(default=0.1, gt=0)
     """Weight of the odds ratio (λ in the paper)."""
 
+    def _passes(self, adapts: bool) -> Passes:
+        return Passes(2, head="logits")
 
-class Reward(_Objective):
+
+class Reward(ObjectiveBase):
     """A reward model: one number for an answer, higher for the chosen one (Bradley-Terry)."""
+
+    learns_from: ClassVar[Kind] = "preference"
+    rows_needed: ClassVar[str | None] = _PAIRS
+    bundled: ClassVar[bool] = False
+    scores: ClassVar[bool] = True
+    on_long: ClassVar[str] = "leaves long rows out"
 
     name: Literal["reward"] = "reward"
     """Name of the choice."""
     center: float | None = Field(default=None, gt=0)
     """Weight of a term that keeps the mean reward at 0 (arXiv 2312.09244 takes 0.01); null leaves it out."""
 
+    def _passes(self, adapts: bool) -> Passes:
+        return Passes(2, head="number")
 
-class Grpo(_Objective):
+
+class Grpo(ObjectiveBase):
     """Group relative policy optimisation (arXiv 2402.03300): the model answers, and reward functions judge."""
+
+    learns_from: ClassVar[Kind] = "prompts"
+    rows_needed: ClassVar[str | None] = "prompts, with an answer where a reward compares with it"
+    asks_prompts: ClassVar[bool] = True
 
     name: Literal["grpo"] = "grpo"
     """Name of the choice."""
@@ -179,6 +290,53 @@ class Grpo(_Objective):
                 "write one for each"
             )
         return self
+
+    @property
+    def has_reference(self) -> bool:
+        """The loss compares the model with what it was before training."""
+        return self.beta > 0
+
+    def _passes(self, adapts: bool) -> Passes:
+        reference = self.has_reference
+        return Passes(1, int(reference), False, reference and not adapts, "fused", self.max_new_tokens)
+
+    def code_files(self) -> Iterator[tuple[str, str]]:
+        """The objective's class, and reward functions."""
+        yield from super().code_files()
+        yield from ((f"objective.rewards.{number}", name) for number, name in enumerate(self.rewards) if is_own(name))
+
+    def unused(self, spec: RunSpec) -> Unused:
+        """Keys of any part that have no effect with this objective as it is set."""
+        yield from super().unused(spec)
+        for key, reward in (("reward_regex", "regex"), ("reward_length", "length")):
+            if reward not in self.rewards:
+                yield f"objective.{key}", f"objective.rewards has no {reward}"
+
+    def disagreements(self, spec: RunSpec) -> Iterator[str]:
+        """Whole groups of answers in a batch, room for a prompt, and no rule that reads the loss."""
+        yield from super().disagreements(spec)
+        train, group = spec.train, self.num_generations
+        if train.batch_size % group:
+            nearest = max(group, train.batch_size // group * group)
+            yield (
+                f"train.batch_size={train.batch_size} has no whole groups of objective.num_generations={group} answers; "
+                f"write train.batch_size={nearest}"
+            )
+        if self.max_new_tokens >= train.max_length:
+            yield (
+                f"objective.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
+                f"train.max_length={train.max_length}; raise train.max_length"
+            )
+        if train.on_loss_spike != "ignore":
+            yield (
+                f"train.on_loss_spike={train.on_loss_spike}: the loss of objective=grpo moves around 0 and says nothing "
+                "of progress; write train.on_loss_spike=ignore"
+            )
+        if spec.eval.every_steps:
+            yield (
+                "eval.every_steps: objective=grpo measures its reward in every step, and has no held-out loss; leave "
+                "eval.every_steps out"
+            )
 
 
 def _is_own(reward: str) -> bool:

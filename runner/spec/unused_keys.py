@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from runner.spec.objective import Dpo, Grpo, Objective, Pretrain
 from runner.spec.part import is_own
 from runner.spec.run import RunSpec
 from runner.spec.where import RentedPlace
@@ -30,18 +29,16 @@ def _candidates(spec: RunSpec) -> _Keys:
     train, objective, hw = spec.train, spec.objective, spec.hw
     if spec.track.name != "wandb":
         yield from ((f"track.{key}", f"track={spec.track.name}") for key in ("project", "entity"))
-    if objective.code is None:
-        yield "objective.options", "objective.code names no class that reads them"
     if spec.track.name != "own":
         yield "track.code", f"track={spec.track.name}"
     if train.on_loss_spike == "ignore":
         yield "train.spike_factor", "train.on_loss_spike=ignore"
-    if objective.name not in ("sft", "grpo"):
+    if not objective.asks_prompts:
         for key in ("num_prompts",) * bool(spec.eval.num_prompts) + ("max_new_tokens",):
             yield f"eval.{key}", f"objective={objective.name} asks no prompts"
     elif not spec.eval.num_prompts:
         yield "eval.max_new_tokens", "eval.num_prompts=0"
-    if objective.name not in ("sft", "grpo") or not spec.eval.num_prompts:
+    if not objective.asks_prompts or not spec.eval.num_prompts:
         yield "eval.batch_size", "no prompts are asked"
     if hw.num_nodes == 1:
         yield from ((f"hw.{key}", "hw.num_nodes=1") for key in ("rendezvous", "node_address"))
@@ -50,7 +47,7 @@ def _candidates(spec: RunSpec) -> _Keys:
     if spec.deepspeed.name not in ("auto", "none") and hasattr(spec.method, "master_weights"):
         yield "method.master_weights", f"deepspeed={spec.deepspeed.name} keeps master weights of its own"
     yield from _of_data(spec)
-    yield from _of_objective(objective)
+    yield from objective.unused(spec)
     if isinstance(spec.where, RentedPlace):
         yield from _of_pod(spec.where, hw.accelerator == "cpu")
 
@@ -61,16 +58,12 @@ def _of_data(spec: RunSpec) -> _Keys:
         for key in ("num_rows", "num_eval_rows", "bytes_per_row"):
             yield f"data.{key}", f"the rows of data={data.name} are counted"
     if objective.name != "sft":
-        long = {"pretrain": "goes on in the next sequence", "reward": "leaves long rows out"}
-        yield "data.on_long", f"objective={objective.name} {long.get(objective.name, 'cuts long rows')}"
-    if objective.name == "pretrain":
-        yield "data.system_prompt", "objective=pretrain learns plain text"
-        yield "data.num_proc", "plain text is tokenised by one process, with threads"
+        yield "data.on_long", f"objective={objective.name} {objective.on_long}"
     if data.own_formats and all(is_own(one.format or data.format) for one in data.sources or (data,)):
         for key in type(data).model_fields:
             if key.endswith("_field") and key != "weight_field":
                 yield f"data.{key}", "a format of your own reads the columns itself"
-    sharded = isinstance(objective, Pretrain) and objective.experiment is not None
+    sharded = objective.sharded
     if sharded:
         yield "data.on_error", "a row that is wrong always stops the making of shards"
         for key in type(data).model_fields:
@@ -80,22 +73,6 @@ def _of_data(spec: RunSpec) -> _Keys:
     if held or data.source == "commands" or sharded:
         mine = f"data.{held} names the held-out rows" if held else f"data={data.name} has held-out rows of its own"
         yield "data.eval_fraction", "objective.val_ratio decides" if sharded and not held else mine
-
-
-def _of_objective(objective: Objective) -> _Keys:
-    if isinstance(objective, Pretrain) and objective.experiment is None:
-        for key in ("root", "shards", "mode", "val_ratio", "lines_per_shard", "take", "gzip"):
-            yield f"objective.{key}", "without objective.experiment no shards are made"
-    elif isinstance(objective, Pretrain) and objective.mode != "split":
-        yield "objective.val_ratio", f"objective.mode={objective.mode}"
-    if isinstance(objective, Dpo) and objective.loss != "simpo":
-        yield "objective.simpo_margin", f"objective.loss={objective.loss}"
-    if isinstance(objective, Dpo) and objective.loss not in ("cpo", "simpo"):
-        yield "objective.chosen_weight", f"objective.loss={objective.loss}"
-    if isinstance(objective, Grpo):
-        for key, reward in (("reward_regex", "regex"), ("reward_length", "length")):
-            if reward not in objective.rewards:
-                yield f"objective.{key}", f"objective.rewards has no {reward}"
 
 
 def _of_pod(place: RentedPlace, cpu: bool) -> _Keys:

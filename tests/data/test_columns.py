@@ -500,4 +500,6 @@ def test_a_flag_of_a_turn_that_is_not_clear_is_refused(flag: dict[str, Any], wha
 def test_a_prompt_or_an_answer_that_is_no_text_is_named(row: dict[str, Any], odd: str) -> None:
     told = refusal(row, "sft")[1]
     assert told.startswith(f"{odd}, and prompt and answer have to be text or turns: write data.")
-    assert told.endswith('where no column is such, write rows as {"prompt": "…", "completion": "…"} first')
+    assert told.count(
+        'no column is such, write rows as {"prompt": "…", "completion": "…"} first, or data.format=FILE.py:CLASS'
+    )

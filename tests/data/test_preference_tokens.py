@@ -15,7 +15,7 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from runner.data.chat_template import template_source
 from runner.data.chat_tokenizer import ChatTokenizer
-from runner.data.examples import Learnable, Preference, PromptExample, Turn, UnpairedExample, kind_of
+from runner.data.examples import Learnable, Preference, PromptExample, Turn, UnpairedExample
 from runner.data.inspect import preview as previewing
 from runner.data.load import InspectedFile, canonical
 from runner.data.preference_tokens import TOOLS, PreferenceSettings, encode_preferences, split_prompt
@@ -117,7 +117,7 @@ def test_tools_are_shown_to_the_model(kind: type, body: str) -> None:
 def test_a_question_and_its_system_prompt_are_in_what_is_trained(objective: str, tokenizer: Any) -> None:
     row: dict[str, Any] = {"question": "2+2?", "system": "Be brief.", "chosen": "It is 4.", "rejected": "It is 5."}
     row |= {"completion": "It is 4.", "label": True} if objective == "kto" else {}
-    kind = kind_of(objective)
+    kind = spec(objective).objective.learns_from
     if objective == "kto":
         del row["chosen"], row["rejected"]
     (found,) = tokenise([canonical(row, "row 1", DataSpec(path="x"), kind)], tokenizer, spec(objective)).rows

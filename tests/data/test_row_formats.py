@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runner.data.examples import Example, Kind, Preference, PromptExample, UnpairedExample, columns, content_of
 from runner.data.load import canonical, detect_format
+from runner.data.row_checks import check_rows
 from runner.errors import RequestError
 from runner.spec import DataSpec
+from tests.support.front import spec_of
 
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
 WORSE = {"role": "assistant", "content": "5"}
@@ -78,7 +82,7 @@ def test_roles_of_ones_own_are_named_in_yaml() -> None:
     assert made({"messages": turns}, roles={"Frage": "user", "Antwort": "assistant"}).completion == [ANSWER]
     with pytest.raises(RequestError) as caught:
         made({"messages": turns})
-    assert caught.value.problems[0].remedy == "write data.roles={Frage: user}, or assistant, system, tool"
+    assert caught.value.problems[0].remedy == "write data.roles={Frage:user}, or assistant, system, tool"
 
 
 def test_a_system_prompt_beside_the_turns_goes_before_them() -> None:
@@ -137,7 +141,7 @@ def test_sharegpts_calls_are_calls() -> None:
         ({"messages": '[{"role": '}, "messages is broken JSON: Expecting value (column 11)"),
         (
             {"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]},
-            "messages[1].content is a list, not text",
+            "messages[1].content has a part of the type image, and only text is learned",
         ),
     ],
 )  # fmt: skip
@@ -280,3 +284,138 @@ def test_an_objective_takes_what_it_can_learn_from() -> None:
 def test_what_is_not_said_is_not_in_the_content() -> None:
     assert content_of(Example([USER], [ANSWER])) == {"prompt": [USER], "completion": [ANSWER], "text": None}
     assert "where" not in content_of(made({"prompt": "a", "chosen": "b", "rejected": "c"}))
+
+
+def one(row: dict[str, Any], **data: Any) -> Any:
+    return canonical(row, "row 1", DataSpec(path="x", **data), "sft")
+
+
+def refusal_of(row: dict[str, Any], **data: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        one(row, **data)
+    return "; ".join(f"{problem.what} → {problem.remedy}" for problem in caught.value.problems)
+
+
+def test_roles_are_known_however_they_are_cased() -> None:
+    turns = [{"from": "System", "value": "s"}, {"from": "Human", "value": "q"}, {"from": "GPT", "value": "a"}]
+    found = one({"conversations": turns})
+    assert [turn["role"] for turn in (*found.prompt, *found.completion)] == ["system", "user", "assistant"]
+    assert one({"messages": [{"role": "User", "content": "q"}, {"role": "ASSISTANT", "content": "a"}]}).dialogue
+
+
+@pytest.mark.parametrize(
+    ("roles", "said"),
+    [
+        (("Frage", "Antwort"), ["write data.roles={Frage:user}, or", "write data.roles={Antwort:assistant}, or"]),
+        (
+            ("用户", "助手"),
+            ['{"用户": user}, or', '{"助手": assistant}, or user, system, tool, below data in'],
+        ),
+    ],
+)
+def test_a_role_of_another_name_is_told_with_what_its_place_makes_it(roles: tuple[str, str], said: list[str]) -> None:
+    told = refusal_of({"messages": [{"role": roles[0], "content": "q"}, {"role": roles[1], "content": "a"}]})
+    assert all(part in told for part in said), told
+    known = {roles[0]: "user", roles[1]: "assistant"}
+    assert one({"messages": [{"role": role, "content": "x"} for role in roles]}, roles=known).dialogue
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"type": "image", "image": "a.png"}, "has a part of the type image, and only text is learned"),
+        ({"type": "image_url", "image_url": {"url": "http://x"}}, "of the type image_url, and only text is learned"),
+        ({"type": "input_audio", "input_audio": {}}, "of the type input_audio, and only text is learned"),
+        ({"image": {"format": "png"}}, "of the type image, and only text is learned"),
+        ({"type": "thinking", "thinking": "t"}, "thoughts as reasoning_content"),
+        ({"type": "tool_use", "id": "1", "name": "f", "input": {}}, "calls as tool_calls"),
+        ({"type": "tool_result", "tool_use_id": "1", "content": "x"}, "as a turn of the role tool"),
+    ],
+)
+def test_a_part_of_content_that_is_no_text_is_called_what_it_is(part: dict[str, Any], said: str) -> None:
+    turns = [{"role": "user", "content": [part, {"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a"}]
+    told = refusal_of({"messages": turns})
+    assert told.startswith("messages[0].content has a part of the type ") and said in told
+    assert "write it as text in quotes" not in told
+
+
+def test_text_parts_are_text_with_or_without_a_type() -> None:
+    for text in ({"type": "text", "text": "q"}, {"text": "q"}):
+        found = one({"messages": [{"role": "user", "content": [text, text]}, {"role": "assistant", "content": [text]}]})
+        assert (found.prompt[0]["content"], found.completion[0]["content"]) == ("qq", "q")
+
+
+@pytest.mark.parametrize("absent", ["", None, float("nan"), "<noinput>", " "])
+def test_an_alpaca_task_without_input_is_the_task_alone(absent: object) -> None:
+    found = one({"instruction": "Add.", "input": absent, "output": "4"})
+    assert [turn["content"] for turn in found.prompt] == ["Add."]
+
+
+@pytest.mark.parametrize(("value", "meant"), [(1.0, True), (0.0, False), ("1.0", True), ("0.0", False)])
+def test_a_mark_may_be_the_float_that_pandas_makes_of_it(value: object, meant: bool) -> None:
+    row = {"prompt": "q", "completion": "a", "label": value}
+    found = canonical(row, "row 1", DataSpec(path="x"), "unpaired")
+    assert isinstance(found, UnpairedExample) and found.label is meant
+    with pytest.raises(RequestError, match=r"label is 0\.5, neither true nor false"):
+        canonical({**row, "label": 0.5}, "row 1", DataSpec(path="x"), "unpaired")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("fråga", "svar"), "write 'data.prompt_field=fråga' data.completion_field=svar"),
+        (("Prompt", "Completion"), "write data.prompt_field=Prompt data.completion_field=Completion"),
+        ((" prompt ", "completion "), """write 'data.prompt_field=" prompt "' 'data.completion_field="completion "'"""),
+        (("问题", "答案 (短)"), """write 'data.prompt_field=问题' 'data.completion_field="答案 (短)"'"""),
+    ],
+)
+def test_two_columns_of_text_are_a_question_and_its_answer_in_the_words_that_are_proposed(
+    names: tuple[str, str], said: str, tmp_path: Path
+) -> None:
+    row = dict(zip(names, ("q", "a"), strict=True))
+    told = refusal_of(row)
+    assert said in told
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), "utf-8")
+    words = shlex.split(said.removeprefix("write "))
+    spec = spec_of(f"data.path={tmp_path / 'rows.jsonl'}", "data=file", *words)  # as somebody types them
+    found = canonical(row, "row 1", spec.data, "sft")
+    assert isinstance(found, Example) and found.completion[0]["content"] == "a"
+
+
+def test_turns_of_no_known_form_are_told_of_a_format_of_ones_own() -> None:
+    told = refusal_of({"conversation": [{"human": "q", "assistant": "a"}]})
+    assert "data.format=FILE.py:CLASS for a format of your own" in told
+
+
+GEMMA_OF_THE_HUB = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['content'] }}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("turns", "said"),
+    [
+        (
+            ["system", "user", "assistant"],
+            "takes a system turn (such as chatml, or gemma, which puts it before",
+        ),
+        (["user", "user", "assistant"], "join turns 1 and 2, both of the role user, or set data.chat_template"),
+        (
+            ["user", "assistant", "tool", "assistant"],
+            "shows them (such as qwen), or leave them out of the row",
+        ),
+    ],
+)
+def test_what_a_template_refuses_is_told_with_what_is_unusual_in_it(
+    turns: list[str], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "t.jinja").write_text(GEMMA_OF_THE_HUB, "utf-8")
+    row = {"messages": [{"role": role, "content": f"words {n} {role}"} for n, role in enumerate(turns)]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), "utf-8")
+    words = (f"data.path={tmp_path / 'rows.jsonl'}", f"data.chat_template={tmp_path / 't.jinja'}")
+    with pytest.raises(RequestError) as caught:
+        check_rows(spec_of("data=file", "data.eval_fraction=0", *words))
+    (problem,) = caught.value.problems
+    assert "the model's chat template refuses a conversation: " in problem.what and said in str(problem.remedy)

@@ -192,6 +192,16 @@ PODS = ("plan", "where=runpod", "hw=h100", "model=mistral7b", "method=lora")
 
 
 @pytest.mark.usefixtures("here")
+def test_what_an_objective_of_ones_own_adds_to_a_step_is_planned(tmp_path: Path) -> None:
+    (tmp_path / "penalised.py").write_text(OBJECTIVE, "utf-8")
+    words = (*PODS, "objective.code=penalised.py:Penalised", "--json")
+    plain, more = (json.loads(runner(*words, f"objective.extra_forward_passes={n}").stdout) for n in (0, 2))
+    assert 1.3 < more["step_seconds"] / plain["step_seconds"] < 2.5  # of about 4 passes, recomputation among them
+    unread = runner(*PODS, "objective.extra_forward_passes=2")
+    assert "objective.code names no class that makes them" in " ".join(unread.output.split())
+
+
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("installed", ["editable", "in site-packages"])
 def test_own_code_goes_to_a_pod_without_this_projects_modules(
     installed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

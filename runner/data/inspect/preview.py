@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypedDict
 
 from runner.data.chat_tokenizer import ChatTokenizer, Encoded
-from runner.data.examples import Example, Kind, Learnable, Preference, Turn, UnpairedExample, content_of, kind_of
+from runner.data.examples import Example, Kind, Learnable, Preference, Turn, UnpairedExample, content_of
 from runner.data.inspect.token_counts import tokenizer_file
 from runner.data.load import InspectedFile, inspect_files
 from runner.data.loss_mask import IGNORED
@@ -70,7 +70,7 @@ def preview(spec: RunSpec, count: int = 3, row: int | None = None) -> Preview:
     Rows are the first `count`, or number `row` (1-based, over all files). Without the model's tokenizer on this machine
     they are shown by turns instead of tokens. RequestError where there is nothing to read, or no such row.
     """
-    kind = kind_of(spec.objective.name)
+    kind = spec.objective.learns_from
     files, held = inspect_files(spec.data, kind)
     rows = [one for found in files for one in found.rows]
     file = tokenizer_file(spec.model)
@@ -78,7 +78,7 @@ def preview(spec: RunSpec, count: int = 3, row: int | None = None) -> Preview:
     chosen = _chosen(rows, count, row)
     problems = [problem for found in (*files, *held) for problem in found.problems]
     loss_on = getattr(spec.objective, "loss_on", "all")
-    whole = spec.objective.name == "reward"
+    whole = spec.objective.scores
     if words and kind != "prompts" and any(_is_conversation(example) for _, example in chosen):
         try:
             words.check_end()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 from runner.data.chat_tokenizer import ChatTokenizer
-from runner.data.examples import Example, Learnable, fingerprint, kind_of
+from runner.data.examples import Example, Learnable, fingerprint
 from runner.data.inspect.lengths import packed
 from runner.data.inspect.token_counts import TokenCounter, tokenizer_file
 from runner.data.load import read_dataset
@@ -53,7 +53,7 @@ class Stats(TypedDict):
 
 def stats(spec: RunSpec) -> Stats:
     """Facts for people and machines, of the training rows; RequestError for data that are wrong."""
-    loaded = read_dataset(spec.data, spec.train.seed, kind_of(spec.objective.name))
+    loaded = read_dataset(spec.data, spec.train.seed, spec.objective.learns_from)
     rows = loaded.train
     file = tokenizer_file(spec.model)
     counting = TokenCounter(spec.data, file)

@@ -104,7 +104,7 @@ def documents_of(spec: RunSpec) -> DataSpec:
 def lengths_of(spec: RunSpec) -> DataLengths | None:
     """What the manifests say; None where there are no shards, or packed ones."""
     objective = spec.objective
-    place = workspace_of(objective) if isinstance(objective, Pretrain) else None
+    place = workspace_of(objective)
     if place is None or not isinstance(objective, Pretrain) or not is_ready(place.train, objective.shards):
         return None
     train, val = manifest_of(place.train), manifest_of(place.val)
@@ -124,7 +124,7 @@ def stored(spec: RunSpec, found: DataLengths) -> tuple[float, float, list[str]]:
     the Hub lies there twice, as Parquet, at most as large as its rows, and as Arrow; one that is streamed does not.
     """
     objective, data = spec.objective, spec.data
-    place = workspace_of(objective) if isinstance(objective, Pretrain) else None
+    place = workspace_of(objective)
     files = sent(spec) if spec.is_rented else 0.0
     if isinstance(objective, Pretrain) and place is not None:
         if objective.shards != "anew" and spec.where.name == "local" and is_ready(place.train, objective.shards):

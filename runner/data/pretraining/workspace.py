@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import json_text
-from runner.spec import Pretrain
+from runner.spec import Objective, Pretrain
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Workspace:
         return self.root / "hf_cache"
 
 
-def workspace_of(objective: Pretrain) -> Workspace | None:
+def workspace_of(objective: Objective) -> Workspace | None:
     """None for an objective that trains on the rows of `data` as they are."""
-    if objective.experiment is None:
+    if not isinstance(objective, Pretrain) or objective.experiment is None:
         return None
     root = objective.root or os.environ.get("RUNNER_WORKSPACE") or "."
     return Workspace(Path(root).expanduser(), objective.experiment)

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from runner.data import load
-from runner.data.examples import Example, kind_of
+from runner.data.examples import Example
 from runner.spec import RunSpec
 from runner.train import trainer
 from runner.train.guarded_trainer import LossGuardMixin
@@ -38,7 +38,7 @@ class Objective(ABC):
 
     A class of your own, named by `objective.code`, is a subclass of the shipped one whose rows it takes (`Sft`, `Dpo`,
     …) and overrides what differs; `self.spec.objective.options` are its settings. What an objective adds to a step in
-    the plan is in `runner/plan/objective_passes.py`, by its name.
+    the plan is in its class in `runner/spec/objective.py`.
     """
 
     def __init__(self, spec: RunSpec) -> None:
@@ -46,7 +46,7 @@ class Objective(ABC):
 
     def read(self) -> Examples:
         """The rows of a run, checked; RequestError with all that is wrong with them."""
-        found = load.read_dataset(self.spec.data, self.spec.train.seed, kind_of(self.spec.objective.name))
+        found = load.read_dataset(self.spec.data, self.spec.train.seed, self.spec.objective.learns_from)
         skipped = len({problem.source for problem in found.skipped})
         digest = load.fingerprint(chain(found.train, found.held))
         return Examples(found.train, found.held, digest, self.asked(found.held), found.note, skipped)

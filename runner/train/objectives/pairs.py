@@ -12,7 +12,6 @@ from datasets import Dataset, Features, List, Value
 from peft import get_peft_model
 
 from runner.data.preference_tokens import PreferenceSettings
-from runner.plan.objective_passes import passes_of
 from runner.spec import Full, RunSpec
 from runner.train import model_loading
 from runner.train.evaluation.heldout import RowMeans
@@ -201,7 +200,7 @@ class Compared(Objective):
         """With a copy of the model as its reference, where that is needed."""
         if self.adapter_first and adapter is not None:
             model, adapter = _adapted(self.spec, model, adapter), None
-        if passes_of(self.spec.objective, self.spec.method).separate_reference:
+        if self.spec.objective.passes(self.spec.method.adapts).separate_reference:
             common["ref_model"] = reference(self.spec, source)
         made: LossGuardMixin = self.trainer_class(model=model, peft_config=adapter, **common)
         return made
