@@ -224,7 +224,10 @@ def transformers_config(model: ModelSpec, num_layers: int | None = None) -> Any:
         "vocab_size": model.vocab_size,
         "max_position_embeddings": model.context_length,
         "tie_word_embeddings": model.tie_embeddings,
+        "pad_token_id": None,  # the class's may be none of this vocabulary
     }
+    if model.attention_bias is not None:
+        facts["attention_bias"] = model.attention_bias
     if model.head_dim:
         facts["head_dim"] = model.head_dim
     if model.num_experts:

@@ -148,14 +148,14 @@ def _keeper(frame: FrameType | None) -> str:
 def kept_by(method: str) -> dict[str, float]:
     """Bytes that a trained layer in the middle keeps without checkpointing, by part."""
     shape, training, setting = trained(spec_of(f"method={method}", "train.gradient_checkpointing=false", *RUN))
-    tape, kind = Watched(), training.trains.runs[-1][0]
+    tape, kind = Watched(), training.trains.runs[-1][0][0]
     block = Block(tape, shape, setting)
     width, values = block.width_of(LayerKind(training.trains.embedding)), block.n * shape.hidden_size
     hidden = Tensor(values, width, tape.new(values, width))
     for _ in range(2):  # the second is an inner one: gradients flow into it
         tape.noted.clear()
         with tape.segment("layer"):
-            hidden = LAYERS[shape.family](block, hidden, kind, width)
+            hidden = LAYERS[shape.traits.family](block, hidden, kind, width)
     return dict(tape.noted)
 
 
@@ -165,9 +165,9 @@ def kept_per_layer(
     """By kind, what the forward pass holds more for one more trained layer, from the peaks of 12 and of 8 layers."""
     shape, training, setting = trained(spec_of(f"method={method}", *RUN))
     setting = replace(setting, checkpointing=checkpointing, attention=attention)
-    kind = training.trains.runs[-1][0]
+    kind = training.trains.runs[-1][0][0]
     eight, twelve = (
-        replay_step(shape, setting, TrainableLayers(((kind, count),), training.trains.embedding)).forward.kinds
+        replay_step(shape, setting, TrainableLayers((((kind,), count),), training.trains.embedding)).forward.kinds
         for count in (8, 12)
     )
     return {name: (twelve[name] - eight[name]) / 4 for name in eight}

@@ -26,7 +26,7 @@ NAMING = {
 _NOUN = {"hw": "GPU", "data": "data set", "deepspeed": "ZeRO stage", "where": "place", "track": "tracker"}
 ARCHITECTURE = (
     "architecture", "num_parameters", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-    "head_dim", "vocab_size", "tie_embeddings", "num_experts", "experts_per_token",
+    "head_dim", "vocab_size", "tie_embeddings", "attention_bias", "num_experts", "experts_per_token",
 )  # fmt: skip
 """Facts of `model` that a pretrained model has, whatever is written beside it."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from runner.config import json_text
 from runner.errors import Problem, RequestError
-from runner.plan.model_shape import ARCHITECTURES, shape_of
+from runner.plan.model_shape import ARCHITECTURES, TRAITS, shape_of
 from runner.spec import ModelSpec
 
 # Fact of ModelSpec → the keys it may stand under, in the order in which they count.
@@ -56,6 +56,15 @@ _DEFAULTS: dict[str, tuple[int | bool | None, ...]] = {
     "qwen3": (4096, 22016, 32, 32, 32, 128, 151936, 32768, False),
     "qwen3_moe": (2048, 768, 24, 32, 4, None, 151936, 32768, False),
     "gemma": (3072, 24576, 28, 16, 16, 256, 256000, 8192, True),
+    "gemma2": (2304, 9216, 26, 8, 4, 256, 256000, 8192, True),
+    "gemma3_text": (2304, 9216, 26, 8, 4, 256, 262208, 131072, True),
+    "ministral3": (4096, 14336, 34, 32, 8, 128, 131072, 262144, False),
+    "olmo2": (4096, 11008, 32, 32, None, None, 50304, 2048, False),
+    "olmo3": (4096, 11008, 32, 32, None, None, 50304, 2048, False),
+    "granite": (4096, 11008, 32, 32, None, None, 32000, 2048, False),
+    "glm4": (4096, 13696, 40, 32, 2, 128, 151552, 131072, False),
+    "smollm3": (2048, 11008, 36, 16, 4, None, 128256, 32768, True),
+    "cohere2": (8192, 22528, 40, 64, None, None, 256000, 8192, True),
     "phi3": (3072, 8192, 32, 32, None, None, 32064, 4096, False),
     "phi": (2048, 8192, 24, 32, None, None, 51200, 2048, False),
     "gpt_neox": (6144, 24576, 44, 64, None, None, 50432, 2048, False),
@@ -65,10 +74,10 @@ _EXPERT_DEFAULTS = {"mixtral": (8, 2), "qwen3_moe": (128, 8)}  # experts, and th
 
 # Keys that change matrices, norms or what is kept for the backward pass, and the one value whose shape is known.
 _ONLY: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": False, "mlp_bias": False},
-    "qwen3": {"attention_bias": False},
-    "qwen3_moe": {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    "gemma": {"attention_bias": False},
+    "llama": {"mlp_bias": False},
+    "granite": {"mlp_bias": False},
+    "smollm3": {"mlp_bias": False, "no_rope_layer_interval": 4},
+    "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
     "phi": {"qk_layernorm": False},
     "gpt_neox": {"attention_bias": True, "use_parallel_residual": True},
     "gpt2": {"add_cross_attention": False},
@@ -87,9 +96,10 @@ def facts_from_config(config: Mapping[str, object], source: str | None = None) -
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         what = f"model_type {model_type} is not known" if model_type else "the config has no model_type"
         raise RequestError(Problem(what, source, f"known are {', '.join(ARCHITECTURES)}"))
-    if problems := _variants(model_type, config, source):
+    if problems := [*_variants(model_type, config, source), *_unusual_layers(model_type, config, source)]:
         raise RequestError(*problems)
     facts: dict[str, Any] = {"architecture": model_type, **_sizes(model_type, config, source)}
+    facts |= _bias(model_type, config, source)
     try:
         model = ModelSpec.model_validate({"id": "config.json", **facts})
         return facts | {"num_parameters": shape_of(model).num_parameters}
@@ -141,6 +151,31 @@ def _variants(model_type: str, config: Mapping[str, object], source: str | None)
         for key, wanted in _ONLY.get(model_type, {}).items()
         if config.get(key) is not None and config[key] != wanted
     ]
+
+
+def _unusual_layers(model_type: str, config: Mapping[str, object], source: str | None) -> Iterator[Problem]:
+    """Lists of one entry per layer that say which have positions, and which see a window: other ones than the usual."""
+    traits = TRAITS[model_type]
+    every = traits.odd_every if traits.odd == "unrotated" else 0
+    key, without = ("no_rope_layers", 0) if model_type == "smollm3" else ("layer_types", "full_attention")
+    listed = config.get(key)
+    if not every or not isinstance(listed, list):
+        return
+    usual = [(i + 1) % every == 0 for i in range(len(listed))]
+    if [one == without for one in listed] != usual:
+        what = f"{key}: the shape of {model_type} is known with every {every}th layer without positions only"
+        yield Problem(what, source, "plan a model of the same sizes without it")
+
+
+def _bias(model_type: str, config: Mapping[str, object], source: str | None) -> dict[str, Any]:
+    """`attention_bias`, where a config says another than the usual one."""
+    given = config.get("attention_bias")
+    traits = TRAITS[model_type]
+    if given is None or not traits.attention_bias or given == traits.qkv_bias:
+        return {}
+    if not isinstance(given, bool):
+        raise RequestError(Problem(f"attention_bias={json.dumps(given)}: expected true or false", source))
+    return {"attention_bias": given}
 
 
 def _sizes(model_type: str, config: Mapping[str, object], source: str | None) -> dict[str, Any]:

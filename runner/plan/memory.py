@@ -12,7 +12,7 @@ from typing import Literal
 
 from runner.plan import zero
 from runner.plan.autograd.ops import LayerKind, Setting
-from runner.plan.autograd.step_peak import Step, TrainableLayers, replay_step
+from runner.plan.autograd.step_peak import Step, TrainableLayers, patterns, replay_step
 from runner.plan.autograd.tape import KINDS
 from runner.plan.host_memory import CPU_PROCESS
 from runner.plan.trainable import Precision, Training, largest_trained, norms_and_biases
@@ -170,7 +170,7 @@ def _forward(training: Training, job: Job, setting: Setting, one: Step, sequence
 
 
 def _quiet(training: Training) -> TrainableLayers:
-    return TrainableLayers(((LayerKind(), training.shape.num_layers),))
+    return TrainableLayers(patterns(training.shape, lambda i: LayerKind()))
 
 
 def floor(

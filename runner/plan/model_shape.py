@@ -8,8 +8,8 @@ follows PEFT 0.21.2 (`_maybe_include_all_linear_layers`, `transformers_weight_co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from operator import attrgetter
 from typing import Literal, NamedTuple
@@ -17,37 +17,99 @@ from typing import Literal, NamedTuple
 from runner.errors import Problem, RequestError
 from runner.spec import ModelSpec, RunSpec
 
-__all__ = ["ARCHITECTURES", "Family", "Matrix", "Shape", "shape_of"]
+__all__ = ["ARCHITECTURES", "LayerShape", "Matrix", "Shape", "Traits", "shape_of"]
 
 
-Family = Literal["llama", "phi3", "phi", "gpt_neox", "gpt2"]
-"""Which code of transformers a layer follows: `llama` has RMSNorm, a gated MLP and rotary positions, as have Mistral,
-Mixtral, Qwen and Gemma; `phi3` the same with fused q/k/v and gate/up; `phi`, `gpt_neox` and `gpt2` LayerNorm and
-biases, with attention and MLP side by side in the first two."""
+Family = Literal["llama", "phi", "gpt_neox", "gpt2"]
+"""Which code of transformers a layer follows: `llama` has a gated MLP and rotary positions, and most architectures are
+it with other `Traits`; `phi`, `gpt_neox` and `gpt2` have LayerNorm and biases, the first two attention and MLP side by
+side."""
 
 
 class Traits(NamedTuple):
     """How an architecture differs from the others of its family."""
 
-    family: Family
+    family: Family = "llama"
     qkv_bias: bool = False
-    qk_norm: bool = False
+    """Queries, keys and values have a bias, unless `model.attention_bias` says otherwise."""
+    attention_bias: Literal["", "qkv", "all"] = ""
+    """What that key of a config gives a bias, with or without the attention's output; empty where there is none."""
+    fused_qkv: bool = False
+    """Queries, keys and values are one matrix."""
+    fused_gate_up: bool = False
+    """Gate and up are one matrix."""
+    qk_norm: Literal["", "head", "whole"] = ""
+    """Queries and keys are normalised: each head of them, or all heads as one."""
     mixture: bool = False
+    layout: Literal["before", "after", "around", "beside"] = "before"
+    """Norms of a layer: before attention and MLP, after them, both, or one before the two side by side."""
+    norm: Literal["rms", "rms_wide", "rms_offset", "layer", "layer_wide"] = "rms"
+    """`rms`: times the weight in the input's width; `rms_wide`: in fp32; `rms_offset`: times 1 + the weight, in fp32;
+    `layer`: torch's LayerNorm; `layer_wide`: one written out in fp32, without a bias."""
+    norm_names: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    """Modules of a layer that are norms, beside those of queries and keys."""
+    rotation: Literal["half", "narrowed", "interleaved"] = "half"
+    """`half`: the second half of a head against the first; `narrowed`: the same, cast back to the width of the heads;
+    `interleaved`: every second feature, in fp32."""
+    rotary_share: float = 1.0
+    """Share of a head's features that are rotated where a config does not say."""
+    odd_every: int = 0
+    """Every so many layers one is unlike the others; 0 where all are alike."""
+    odd: Literal["unrotated", "own_table"] = "own_table"
+    """How: it has no positions, or cosines and sines of its own."""
+    windows: bool = False
+    """Some layers see a window: the model makes a mask for them, too."""
+    softcap: bool = False
+    """Attention scores go through tanh."""
+    scaled_embedding: Literal["", "inside", "outside"] = ""
+    """Embeddings are multiplied, in their own module or behind it."""
+    scaled_residual: bool = False
+    """What attention and MLP say is multiplied before it is added."""
+    scaled_queries: bool = False
+    """Rotated queries are multiplied by a number for each position."""
+    scaled_logits: bool = False
+    capped_logits: bool = False
+    """Logits go through tanh."""
 
 
+_AROUND = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_GEMMA = Traits(layout="around", norm="rms_offset", norm_names=_AROUND, scaled_embedding="inside", windows=True)
+_OLMO = Traits(
+    qk_norm="whole", layout="after", norm="rms_wide", rotation="narrowed",
+    norm_names=("post_attention_layernorm", "post_feedforward_layernorm"),
+)  # fmt: skip
 TRAITS = {
-    "llama": Traits("llama"),
-    "mistral": Traits("llama"),
-    "mixtral": Traits("llama", mixture=True),
-    "qwen2": Traits("llama", qkv_bias=True),
-    "qwen3": Traits("llama", qk_norm=True),
-    "qwen3_moe": Traits("llama", qk_norm=True, mixture=True),
-    "gemma": Traits("llama"),
-    "phi3": Traits("phi3"),
-    "phi": Traits("phi"),
-    "gpt_neox": Traits("gpt_neox"),
-    "gpt2": Traits("gpt2"),
-}
+    "llama": Traits(attention_bias="all"),
+    "mistral": Traits(),
+    "ministral3": Traits(scaled_queries=True),
+    "mixtral": Traits(mixture=True),
+    "qwen2": Traits(qkv_bias=True),
+    "qwen3": Traits(qk_norm="head", attention_bias="all"),
+    "qwen3_moe": Traits(qk_norm="head", mixture=True, attention_bias="all"),
+    "gemma": Traits(norm="rms_offset", scaled_embedding="inside", attention_bias="all"),
+    "gemma2": _GEMMA._replace(softcap=True, capped_logits=True, attention_bias="all"),
+    "gemma3_text": _GEMMA._replace(qk_norm="head", odd_every=6, attention_bias="all"),
+    "olmo2": _OLMO._replace(attention_bias="all"),
+    "olmo3": _OLMO._replace(attention_bias="all", windows=True, odd_every=4),
+    "granite": Traits(attention_bias="all", scaled_embedding="outside", scaled_residual=True, scaled_logits=True),
+    "glm4": Traits(
+        qkv_bias=True, attention_bias="qkv", fused_gate_up=True, layout="around", rotation="interleaved",
+        rotary_share=0.5,
+        norm_names=(
+            "input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm",
+        ),
+    ),
+    "smollm3": Traits(attention_bias="all", odd_every=4, odd="unrotated"),
+    "cohere2": Traits(
+        attention_bias="all", layout="beside", norm="layer_wide", norm_names=("input_layernorm",),
+        rotation="interleaved",
+        odd_every=4, odd="unrotated", windows=True, scaled_logits=True,
+    ),
+    "phi3": Traits(fused_qkv=True, fused_gate_up=True),
+    "phi": Traits("phi", norm="layer", layout="beside", norm_names=("input_layernorm",)),
+    "gpt_neox": Traits("gpt_neox", norm="layer"),
+    "gpt2": Traits("gpt2", norm="layer", norm_names=("ln_1", "ln_2")),
+}  # fmt: skip
 
 
 ARCHITECTURES = tuple(sorted(TRAITS))
@@ -69,7 +131,7 @@ _NEEDED = (
 _MIXTURE = ("num_experts", "experts_per_token")
 
 
-FACTS = ("architecture", "head_dim", *_NEEDED, *_MIXTURE)
+FACTS = ("architecture", "head_dim", "attention_bias", *_NEEDED, *_MIXTURE)
 """Fields of ModelSpec that `complete` reads."""
 
 
@@ -91,6 +153,7 @@ class Sizes(NamedTuple):
     tied: bool
     experts: int
     experts_per_token: int
+    qkv_bias: bool
 
 
 def complete(facts: Mapping[str, str | int | None]) -> Sizes:
@@ -118,6 +181,7 @@ def complete(facts: Mapping[str, str | int | None]) -> Sizes:
         bool(known["tie_embeddings"]),
         known.get("num_experts", 0),
         known.get("experts_per_token", 0),
+        bool(known.get("attention_bias", traits.qkv_bias)),
     )
 
 
@@ -164,6 +228,9 @@ def _contradictions(architecture: str, traits: Traits, known: dict[str, int]) ->
     elif traits.family in _OWN_HEADS and kv_heads != heads:
         what = f"model.num_kv_heads={kv_heads}: {architecture} has no grouped key/value heads"
         found.append(Problem(what, None, f"write model.num_kv_heads={heads}"))
+    if "attention_bias" in known and not traits.attention_bias:
+        what = f"model.attention_bias: {architecture} leaves no choice of it"
+        found.append(Problem(what, None, "write model.attention_bias=null"))
     if not traits.mixture and any(key in known for key in _MIXTURE):
         what = f"model.architecture={architecture} has no experts"
         found.append(Problem(what, None, "write model.num_experts=null model.experts_per_token=null"))
@@ -213,15 +280,33 @@ class Matrix:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class LayerShape:
+    """One kind of decoder layer."""
+
+    matrices: tuple[Matrix, ...]
+    """Its matrices, in the order of their use; in a mixture the router too."""
+    norm_parameters: int
+    """Values in its norms."""
+    table: int | None = 0
+    """Which of the model's cosines and sines rotate queries and keys; None where nothing does."""
+
+    @property
+    def parameters(self) -> int:
+        """Values in all of it."""
+        return sum(m.parameters for m in self.matrices) + self.norm_parameters
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Shape:
     """What the arithmetic needs to know of a decoder-only transformer.
 
     Compared by identity (`shape_of` makes one per model): as a key of caches it is hashed 100,000 times by `fit`.
     """
 
-    family: Family
-    """How a layer computes: which code of transformers its activations follow."""
-    num_layers: int
+    traits: Traits
+    """How a layer computes."""
+    layers: tuple[LayerShape, ...]
+    """From the first to the last; those that are alike are one object."""
     hidden_size: int
     intermediate_size: int
     num_heads: int
@@ -230,10 +315,6 @@ class Shape:
     vocab_size: int
     context_length: int
     tie_embeddings: bool
-    matrices: tuple[Matrix, ...]
-    """Matrices of one layer, in the order of their use; in a mixture the router too."""
-    norm_parameters: int
-    """Values in the norms of one layer."""
     final_norm_parameters: int
     """Values in the norm after the last layer."""
     position_parameters: int = 0
@@ -246,19 +327,25 @@ class Shape:
     """Experts that each token is routed to."""
     head_outputs: int = 0
     """Outputs of the head where they are not the vocabulary's words; 0 where they are."""
-    qk_norm: bool = False
-    """Queries and keys are normalised per head (Qwen3)."""
     rotary_dim: int = 0
     """Features of a head that are rotated; 0 without rotary positions.
 
     The usual ones of the family: a config may rotate another share. That changes no parameter, and
     nothing that is kept for the backward pass: queries and keys are as wide after rotation.
     """
+    kinds: tuple[LayerShape, ...] = field(init=False)
+    """The different layers, in the order of their first use."""
+    matrices: tuple[Matrix, ...] = field(init=False)
+    """Different matrices of all layers."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kinds", tuple(dict.fromkeys(self.layers)))
+        object.__setattr__(self, "matrices", tuple(dict.fromkeys(m for kind in self.kinds for m in kind.matrices)))
 
     @property
-    def layer_parameters(self) -> int:
-        """Parameters of one layer."""
-        return sum(m.parameters for m in self.matrices) + self.norm_parameters
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
 
     @property
     def embedding_parameters(self) -> int:
@@ -275,13 +362,17 @@ class Shape:
     def num_parameters(self) -> int:
         """All of them, tied ones counted once."""
         outside = self.embedding_parameters + self.head_parameters + self.final_norm_parameters
-        return self.num_layers * self.layer_parameters + outside
+        return self.over_layers(lambda layer: layer.parameters) + outside
+
+    def over_layers(self, value: Callable[[LayerShape], int]) -> int:
+        """The sum of something of each layer."""
+        values = {kind: value(kind) for kind in self.kinds}
+        return sum(values[layer] for layer in self.layers)
 
 
 MOST_VALUES = 2**31 - 1
 """Of one parameter that bitsandbytes quantises: its kernels count in an int32."""
 _read = attrgetter(*FACTS)
-_LAYER_NORM = ("phi", "gpt_neox", "gpt2")  # nn.LayerNorm: weight and bias; the others RMSNorm: weight
 # PhiConfig's defaults, the sizes of phi-1: 0.5 of 64 features; phi-2's config.json: partial_rotary_factor 0.4 of 80
 _PHI_ROTARY = 32
 _GPT_NEOX_ROTARY = 0.25  # rotary_pct of GPT-NeoX-20B and Pythia, and the default of GPTNeoXConfig
@@ -311,11 +402,12 @@ def scored(shape: Shape) -> Shape:
 @lru_cache(maxsize=4096)
 def _shape(facts: tuple[str | int | None, ...]) -> Shape:
     s = complete(dict(zip(FACTS, facts, strict=True)))
-    norm = s.hidden * (2 if s.traits.family in _LAYER_NORM else 1)
-    norms_per_layer = 1 if s.traits.family == "phi" else 2  # Phi: attention and MLP read the same normed input
+    norm = s.hidden * (2 if s.traits.norm == "layer" else 1)
+    layer = LayerShape(_MATRICES[s.traits.family](s), len(s.traits.norm_names) * norm + _qk_norms(s))
+    odd, every = replace(layer, table=None if s.traits.odd == "unrotated" else 1), s.traits.odd_every
     return Shape(
-        family=s.traits.family,
-        num_layers=s.layers,
+        traits=s.traits,
+        layers=tuple(odd if every and (i + 1) % every == 0 else layer for i in range(s.layers)),
         hidden_size=s.hidden,
         intermediate_size=s.inner,
         num_heads=s.heads,
@@ -324,26 +416,32 @@ def _shape(facts: tuple[str | int | None, ...]) -> Shape:
         vocab_size=s.vocab,
         context_length=s.context,
         tie_embeddings=s.tied,
-        matrices=_MATRICES[s.traits.family](s),
-        norm_parameters=norms_per_layer * norm + (2 * s.head_dim if s.traits.qk_norm else 0),
         final_norm_parameters=norm,
         position_parameters=s.context * s.hidden if s.traits.family == "gpt2" else 0,
         head_bias=s.traits.family == "phi",
         num_experts=s.experts,
         experts_per_token=s.experts_per_token,
-        qk_norm=s.traits.qk_norm,
         rotary_dim=_rotary_dim(s),
     )
 
 
+def _qk_norms(s: Sizes) -> int:
+    """Values in the norms of queries and keys."""
+    heads = {"": 0, "head": 2, "whole": s.heads + s.kv_heads}[s.traits.qk_norm]
+    return heads * s.head_dim
+
+
 def _llama(s: Sizes) -> tuple[Matrix, ...]:
-    query, key, bias = s.heads * s.head_dim, s.kv_heads * s.head_dim, s.traits.qkv_bias
-    attention = (
+    query, key, bias = s.heads * s.head_dim, s.kv_heads * s.head_dim, s.qkv_bias
+    output = Matrix("o_proj", query, s.hidden, bias and s.traits.attention_bias == "all")
+    attention: tuple[Matrix, ...] = (
         Matrix("q_proj", s.hidden, query, bias),
         Matrix("k_proj", s.hidden, key, bias),
         Matrix("v_proj", s.hidden, key, bias),
-        Matrix("o_proj", query, s.hidden),
+        output,
     )
+    if s.traits.fused_qkv:
+        attention = Matrix("qkv_proj", s.hidden, query + 2 * key), output
     if s.traits.mixture:
         return (
             *attention,
@@ -351,23 +449,15 @@ def _llama(s: Sizes) -> tuple[Matrix, ...]:
             _fused("gate_up_proj", s.hidden, 2 * s.inner, s.experts, rank_factor=2),
             _fused("down_proj", s.inner, s.hidden, s.experts),
         )
-    mlp = (Matrix("gate_proj", s.hidden, s.inner), Matrix("up_proj", s.hidden, s.inner))
+    mlp: tuple[Matrix, ...] = (Matrix("gate_proj", s.hidden, s.inner), Matrix("up_proj", s.hidden, s.inner))
+    if s.traits.fused_gate_up:
+        mlp = (Matrix("gate_up_proj", s.hidden, 2 * s.inner),)
     return (*attention, *mlp, Matrix("down_proj", s.inner, s.hidden))
 
 
 def _fused(name: str, inputs: int, outputs: int, count: int, rank_factor: int = 1) -> Matrix:
     small = inputs * outputs * count <= MOST_VALUES
     return Matrix(name, inputs, outputs, count=count, linear=False, fused=small, rank_factor=rank_factor)
-
-
-def _phi3(s: Sizes) -> tuple[Matrix, ...]:
-    query, key = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    return (
-        Matrix("qkv_proj", s.hidden, query + 2 * key),
-        Matrix("o_proj", query, s.hidden),
-        Matrix("gate_up_proj", s.hidden, 2 * s.inner),
-        Matrix("down_proj", s.inner, s.hidden),
-    )
 
 
 def _phi(s: Sizes) -> tuple[Matrix, ...]:
@@ -400,7 +490,7 @@ def _gpt2(s: Sizes) -> tuple[Matrix, ...]:
     )
 
 
-_MATRICES = {"llama": _llama, "phi3": _phi3, "phi": _phi, "gpt_neox": _gpt_neox, "gpt2": _gpt2}
+_MATRICES = {"llama": _llama, "phi": _phi, "gpt_neox": _gpt_neox, "gpt2": _gpt2}
 
 
 def _rotary_dim(s: Sizes) -> int:
@@ -408,4 +498,4 @@ def _rotary_dim(s: Sizes) -> int:
         return 0
     if s.traits.family == "phi":
         return min(_PHI_ROTARY, s.head_dim)
-    return int(s.head_dim * _GPT_NEOX_ROTARY) if s.traits.family == "gpt_neox" else s.head_dim
+    return int(s.head_dim * (_GPT_NEOX_ROTARY if s.traits.family == "gpt_neox" else s.traits.rotary_share))

@@ -38,7 +38,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Literal
 
-from runner.plan.model_shape import Matrix, Shape
+from runner.plan.model_shape import LayerShape, Matrix, Shape
 
 MethodName = Literal["full", "freeze", "lora", "qlora4", "qlora8", "peft"]
 
@@ -168,9 +168,13 @@ def base_bytes(shape: Shape, method_name: MethodName, *, bytes_16: int = 2, doub
     """
     if method_name not in ("qlora4", "qlora8"):
         return bytes_16 * shape.num_parameters
-    layer = sum(matrix_bytes(m, method_name, bytes_16=bytes_16, double_quant=double_quant) for m in shape.matrices)
+
+    def size(layer: LayerShape) -> int:
+        matrices = (matrix_bytes(m, method_name, bytes_16=bytes_16, double_quant=double_quant) for m in layer.matrices)
+        return sum(matrices) + bytes_16 * layer.norm_parameters
+
     outside = shape.embedding_parameters + shape.head_parameters + shape.final_norm_parameters
-    return shape.num_layers * (layer + bytes_16 * shape.norm_parameters) + bytes_16 * outside
+    return shape.over_layers(size) + bytes_16 * outside
 
 
 def largest_load_peak(

@@ -9,6 +9,7 @@ off; where a note says "assumption", nobody has published one.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -65,7 +66,12 @@ def flops_per_token(
     """
     layers = shape.num_layers
     reached = _reached(layers, method, trained_layers, backward_layers)
-    active = sum(m.weights * _active_share(shape, m.count) for m in shape.matrices)
+    all_active = sum(
+        m.weights * _active_share(shape, m.count) * n
+        for kind, n in Counter(shape.layers).items()
+        for m in kind.matrices
+    )
+    active = all_active / layers
     head = (shape.head_outputs or shape.vocab_size) * shape.hidden_size
     attention = 2.0 * seq * shape.num_heads * shape.head_dim  # 2 products × 2 operations × s/2 × d
     per_layer = 2 * active + attention
@@ -139,7 +145,9 @@ def work_of(
         quiet=quiet,
     )
     unpacks = {"qlora4": ("linear", "fused"), "qlora8": ("fused",)}.get(method, ())  # int8 layers multiply in int8
-    packed = shape.num_layers * sum(m.weights for m in shape.matrices if any(getattr(m, kind) for kind in unpacks))
+    packed = shape.over_layers(
+        lambda layer: sum(m.weights for m in layer.matrices if any(getattr(m, k) for k in unpacks))
+    )
     unpacked = packed * (1 + quiet + share * (2 if checkpointing else 1))  # forward, backward, recomputation
     stored = 2.0 * shape.num_parameters if weight_bytes is None else weight_bytes
     passes = 1 + quiet + share * (3 if checkpointing else 2)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Literal
 
 from runner.plan.autograd.ops import LayerKind
-from runner.plan.autograd.step_peak import TrainableLayers
-from runner.plan.model_shape import Family, Matrix, Shape
+from runner.plan.autograd.step_peak import TrainableLayers, patterns
+from runner.plan.model_shape import Family, LayerShape, Matrix, Shape
 from runner.plan.quantization import MethodName, base_bytes, largest_load_peak
 from runner.spec import Freeze, Full, Lora, Method, Peft, QLora4, QLora8
 from runner.spec.adapters import Adapter, Layer
@@ -24,30 +25,28 @@ ALIASES = {
 }  # fmt: skip
 """The same modules in Phi, GPT-NeoX and GPT-2."""
 
-_LLAMA_LAYER = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 _MODULES: dict[Family, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "llama": (("embed_tokens", "norm", "lm_head"), ("layers", *_LLAMA_LAYER)),
-    "phi3": (("embed_tokens", "norm", "lm_head"), ("layers", *_LLAMA_LAYER)),
-    "phi": (("embed_tokens", "final_layernorm", "lm_head"), ("layers", "self_attn", "mlp", "input_layernorm")),
+    "llama": (("embed_tokens", "norm", "lm_head"), ("layers", "self_attn", "mlp")),
+    "phi": (("embed_tokens", "final_layernorm", "lm_head"), ("layers", "self_attn", "mlp")),
     "gpt_neox": (
         ("embed_in", "final_layer_norm", "lm_head"),
-        ("layers", "attention", "mlp", "input_layernorm", "post_attention_layernorm"),
+        ("layers", "attention", "mlp"),
     ),
-    "gpt2": (("wte", "wpe", "ln_f", "lm_head"), ("h", "attn", "mlp", "ln_1", "ln_2")),
+    "gpt2": (("wte", "wpe", "ln_f", "lm_head"), ("h", "attn", "mlp")),
 }
-"""Last names of modules with weights, around the layers and in them, beside the matrices; transformers 5.23.0."""
+"""Last names of modules with weights, around the layers and in them, beside matrices and norms; transformers 5.23.0."""
 
 
 def modules_around(shape: Shape) -> tuple[str, ...]:
     """Last names of the modules with weights around the layers."""
-    return _MODULES[shape.family][0]
+    return _MODULES[shape.traits.family][0]
 
 
 def modules_of(shape: Shape) -> set[str]:
     """Last names of all modules with weights."""
-    around, inside = _MODULES[shape.family]
-    found = {*around, *inside, *(m.name for m in shape.matrices if m.linear)}
-    found |= {"q_norm", "k_norm"} if shape.qk_norm else set()
+    around, inside = _MODULES[shape.traits.family]
+    found = {*around, *inside, *shape.traits.norm_names, *(m.name for m in shape.matrices if m.linear)}
+    found |= {"q_norm", "k_norm"} if shape.traits.qk_norm else set()
     return found | ({"experts", "gate"} if shape.num_experts else set())
 
 
@@ -125,19 +124,19 @@ def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed
     other = method.adapter if isinstance(method, Peft) else None
     if every and other is not None:
         targets = frozenset(m.name for m in shape.matrices if m.linear)  # and no fused experts
-    adapted = [m for m in shape.matrices if targets is None or (m.linear and m.name in targets)]
+    adapted = _adapted(shape.matrices, targets)
     runs, first = _runs(shape, chosen, LayerKind(adapters=True))
-    count = shape.num_layers if chosen is None else len(chosen)
+    layers = shape.layers if chosen is None else tuple(shape.layers[i] for i in chosen)
     extra = {ALIASES.get(m, m) for m in method.modules_to_save} | _new_head(shape)
     trains = TrainableLayers(runs, *(module in extra for module in OUTSIDE))
     double = isinstance(method, QLora4) and method.double_quant
-    sizes = _sizes(method, adapted)
+    sizes = _sizes(method, layers, targets)
     shared = other.shared([_layer(m) for m in adapted]) * adapter_width if other else 0
     return Training(
         shape, name, trains,
         base_trained=_outside(shape, extra),
-        adapter=count * sizes[0],
-        adapter_weights=count * sizes[1],
+        adapter=sizes[0],
+        adapter_weights=sizes[1],
         trained_width=4 if scaled else width,  # of the copies that `modules_to_save` makes: left as the model is
         adapter_width=adapter_width,
         frozen_bytes=float(base_bytes(shape, name, bytes_16=width, double_quant=double) + shared),
@@ -150,13 +149,25 @@ def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed
         dropout=not isinstance(method, Peft) and method.dropout > 0,
         dora=not isinstance(method, Peft) and method.use_dora,
         peft=other,
-        trained_layers=count,
+        trained_layers=len(layers),
         backward_layers=shape.num_layers - first,
     )  # fmt: skip
 
 
-def _sizes(method: Lora | QLora4 | QLora8 | Peft, adapted: list[Matrix]) -> tuple[int, int]:
-    """Values of the adapters of one layer that train, and weights of them that a token is multiplied with."""
+def _adapted(matrices: Iterable[Matrix], targets: frozenset[str] | None) -> list[Matrix]:
+    return [m for m in matrices if targets is None or (m.linear and m.name in targets)]
+
+
+def _sizes(
+    method: Lora | QLora4 | QLora8 | Peft, layers: tuple[LayerShape, ...], targets: frozenset[str] | None
+) -> tuple[int, int]:
+    """Values of the adapters of these layers that train, and weights of them that a token is multiplied with."""
+    counts = Counter(layers)
+    sizes = [(n, *_layer_sizes(method, _adapted(layer.matrices, targets))) for layer, n in counts.items()]
+    return sum(n * values for n, values, _ in sizes), sum(n * weights for n, _, weights in sizes)
+
+
+def _layer_sizes(method: Lora | QLora4 | QLora8 | Peft, adapted: list[Matrix]) -> tuple[int, int]:
     if isinstance(method, Peft):
         layers = [(m.count, _layer(m)) for m in adapted]
         found = method.adapter
@@ -184,7 +195,7 @@ def _whole(shape: Shape, method: Full | Freeze, width: int, trained_width: int, 
     else:
         chosen = parse_layers(method.layers).select(shape.num_layers)
         extra = {ALIASES.get(m, m) for m in method.extra_modules} | _new_head(shape)
-        values = len(chosen) * shape.layer_parameters + _outside(shape, extra)
+        values = sum(shape.layers[i].parameters for i in chosen) + _outside(shape, extra)
     runs, first = _runs(shape, chosen, LayerKind(weights=True))
     if "embed_tokens" in extra:
         first = 0
@@ -228,19 +239,19 @@ def _outside(shape: Shape, modules: set[str]) -> int:
 
 def _runs(
     shape: Shape, chosen: tuple[int, ...] | None, kind: LayerKind
-) -> tuple[tuple[tuple[LayerKind, int], ...], int]:
-    """Layers as runs of equal ones, and the first that trains."""
-    if chosen is None:
-        return ((kind, shape.num_layers),), 0
-    inside = set(chosen)
-    kinds = [kind if i in inside else LayerKind() for i in range(shape.num_layers)]
-    return tuple((k, len(list(group))) for k, group in groupby(kinds)), min(inside, default=shape.num_layers)
+) -> tuple[tuple[tuple[tuple[LayerKind, ...], int], ...], int]:
+    """Layers as repeated patterns, and the first that trains."""
+    inside = set(range(shape.num_layers) if chosen is None else chosen)
+    return patterns(shape, lambda i: kind if i in inside else LayerKind()), min(inside, default=shape.num_layers)
 
 
 def norms_and_biases(shape: Shape) -> int:
     """Values in parameters so small that ZeRO-3 keeps them whole on every GPU."""
-    biases = sum(m.outputs * m.count for m in shape.matrices if m.bias)
-    return shape.num_layers * (shape.norm_parameters + biases) + shape.final_norm_parameters
+
+    def small(layer: LayerShape) -> int:
+        return layer.norm_parameters + sum(m.outputs * m.count for m in layer.matrices if m.bias)
+
+    return shape.over_layers(small) + shape.final_norm_parameters
 
 
 def largest_trained(training: Training) -> int:

@@ -46,6 +46,8 @@ class ModelSpec(Named):
     """Longest sequence the model was made for, in tokens."""
     tie_embeddings: bool | None = None
     """Input and output embeddings are one matrix."""
+    attention_bias: bool | None = None
+    """Queries, keys and values have a bias; null means as usual in the architecture."""
     num_experts: int | None = Field(default=None, ge=1)
     """Experts per layer; null for a dense model."""
     experts_per_token: int | None = Field(default=None, ge=1)

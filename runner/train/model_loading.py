@@ -187,13 +187,16 @@ def random_weights(spec: RunSpec, dtype: torch.dtype) -> Any:
         "vocab_size": facts.vocab_size,
         "max_position_embeddings": facts.context_length,
         "tie_word_embeddings": facts.tie_embeddings,
+        "attention_bias": facts.attention_bias,
         "num_local_experts": facts.num_experts,
         "num_experts_per_tok": facts.experts_per_token,
         "head_dim": facts.head_dim or (facts.hidden_size or 0) // (facts.num_heads or 1) or None,
     }
     known = {name: value for name, value in sizes.items() if value is not None}
     # The tokenizer's ids are set when it is there (objectives.load_model).
-    config = AutoConfig.for_model(str(facts.architecture), bos_token_id=None, eos_token_id=None, **known)
+    config = AutoConfig.for_model(
+        str(facts.architecture), bos_token_id=None, eos_token_id=None, pad_token_id=None, **known
+    )
     set_seed(spec.train.seed)
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(spec))
 

@@ -47,6 +47,16 @@ TINY: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {**COMMON, "head_dim": 20}),
     ("qwen3_moe", {**COMMON, **MIXTURE, "moe_intermediate_size": 28, "head_dim": 20}),
     ("gemma", {**COMMON, "head_dim": 20}),
+    ("gemma2", {**COMMON, "head_dim": 20}),
+    ("gemma3_text", {**COMMON, "head_dim": 20}),
+    ("ministral3", {**COMMON, "head_dim": 20}),
+    ("olmo2", COMMON),
+    ("olmo3", {**COMMON, "tie_word_embeddings": True}),
+    ("granite", {**COMMON, "attention_bias": True}),
+    ("glm4", {**COMMON, "head_dim": 20}),
+    ("glm4", {**COMMON, "head_dim": 20, "attention_bias": False}),
+    ("smollm3", COMMON),
+    ("cohere2", COMMON),
     ("phi3", {**COMMON, "tie_word_embeddings": True}),
     ("phi", {**COMMON, "partial_rotary_factor": 0.5}),
     ("phi", {**UNGROUPED, "tie_word_embeddings": True}),
@@ -83,8 +93,10 @@ def test_the_shape_is_that_of_the_real_model(architecture: str, config: dict[str
 
     total = sum(p.numel() for p in model.parameters())  # torch counts a tied matrix once
     assert facts["num_parameters"] == shape.num_parameters == total
-    assert shape.layer_parameters == sum(p.numel() for p in layer.parameters())
-    assert shape.norm_parameters == sum(p.numel() for n, p in layer.named_parameters() if "norm" in n or "ln_" in n)
+    assert shape.layers[0].parameters == sum(p.numel() for p in layer.parameters())
+    assert shape.layers[0].norm_parameters == sum(
+        p.numel() for n, p in layer.named_parameters() if "norm" in n or "ln_" in n
+    )
     assert described(shape) == Counter(matrices(layer))
     assert shape.tie_embeddings is (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
     assert shape.head_bias is (model.get_output_embeddings().bias is not None)
@@ -180,6 +192,7 @@ def test_a_model_without_facts_asks_for_the_architecture_first() -> None:
         ("llama3_8b", {"num_experts": 8}, "model.architecture=llama has no experts"),
         ("llama3_8b", {"num_heads": 24}, "model.hidden_size=4096 is not a multiple of model.num_heads=24"),
         ("phi2", {"architecture": "gpt_neox", "num_kv_heads": 8}, "gpt_neox has no grouped key/value heads"),
+        ("mistral7b", {"attention_bias": True}, "model.attention_bias: mistral leaves no choice of it"),
         ("phi2", {"architecture": "gpt2", "head_dim": 64}, "model.head_dim=64: in gpt2"),
     ],
 )
@@ -195,9 +208,10 @@ def test_what_cannot_be_is_an_error_and_not_a_guess(name: str, changes: dict[str
     [
         ({}, "the config has no model_type"),
         ({"model_type": "mamba2"}, "model_type mamba2 is not known"),
-        ({"model_type": "gemma2"}, "model_type gemma2 is not known"),
         ({"model_type": "llava", "text_config": {"model_type": "opt"}}, "model_type opt is not known"),
-        ({"model_type": "llama", "attention_bias": True}, "attention_bias=true"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias=true"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 0]}, "every 4th layer without positions"),
+        ({"model_type": "llama", "attention_bias": 1.5}, "attention_bias=1.5"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers=[0]"),
         ({"model_type": "gpt_neox", "use_parallel_residual": False}, "use_parallel_residual=false"),
         ({"model_type": "llama", "hidden_size": "4096"}, 'hidden_size="4096": expected a whole number > 0'),

@@ -50,6 +50,8 @@ def transformers_config(spec: ModelSpec) -> Any:
         "max_position_embeddings": spec.context_length,
         "tie_word_embeddings": spec.tie_embeddings,
     }
+    if spec.attention_bias is not None:
+        facts["attention_bias"] = spec.attention_bias
     if spec.num_experts:
         facts |= {"num_local_experts": spec.num_experts, "num_experts_per_tok": spec.experts_per_token}
     return AutoConfig.for_model(spec.architecture, **facts)
@@ -93,9 +95,9 @@ def test_nobody_can_mean_two_models() -> None:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_metas_models_are_gated(name: str) -> None:
+def test_metas_and_googles_models_are_gated(name: str) -> None:
     spec = spec_of(name)
-    assert spec.gated == spec.id.startswith("meta-llama/")
+    assert spec.gated == spec.id.startswith(("meta-llama/", "google/gemma"))
 
 
 def test_hub_without_an_id_says_that_the_id_is_missing() -> None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from runner.plan import quantization
-from runner.plan.model_shape import Matrix, Shape
+from runner.plan.model_shape import TRAITS, LayerShape, Matrix, Shape
 
 SIZES = [(576, 1536), (512, 1792), (64, 64), (100, 130), (130, 100), (33, 64), (2048, 16)]
 
@@ -129,13 +129,14 @@ def tiny_shape(config: LlamaConfig) -> Shape:
     h, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     names = [("q_proj", h, h), ("k_proj", h, kv), ("v_proj", h, kv), ("o_proj", h, h)]
     names += [("gate_proj", h, f), ("up_proj", h, f), ("down_proj", f, h)]
+    matrices = tuple(Matrix(n, i, o, bias=config.mlp_bias and n[0] in "gud") for n, i, o in names)
     return Shape(
-        family="llama", num_layers=config.num_hidden_layers, hidden_size=h, intermediate_size=f,
+        traits=TRAITS["llama"], layers=(LayerShape(matrices, 2 * h),) * config.num_hidden_layers,
+        hidden_size=h, intermediate_size=f,
         num_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads, head_dim=config.head_dim,
         vocab_size=config.vocab_size, context_length=config.max_position_embeddings,
         tie_embeddings=config.tie_word_embeddings,
-        matrices=tuple(Matrix(n, i, o, bias=config.mlp_bias and n[0] in "gud") for n, i, o in names),
-        norm_parameters=2 * h, final_norm_parameters=h,
+        final_norm_parameters=h,
     )  # fmt: skip
 
 
@@ -183,10 +184,11 @@ def test_experts_held_as_one_tensor_stay_in_16_bits_and_listed_ones_do_not() -> 
 
 
 def test_loading_borrows_for_the_largest_quantised_matrix_only() -> None:
+    matrices = (Matrix("q", 64, 64), Matrix("up", 64, 128), Matrix("experts", 64, 9999, linear=False))
     shape = Shape(
-        family="llama", num_layers=2, hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=4, head_dim=16,
-        vocab_size=100, context_length=64, tie_embeddings=True, norm_parameters=128, final_norm_parameters=64,
-        matrices=(Matrix("q", 64, 64), Matrix("up", 64, 128), Matrix("experts", 64, 9999, linear=False)),
+        traits=TRAITS["llama"], layers=(LayerShape(matrices, 128),) * 2, hidden_size=64,
+        intermediate_size=128, num_heads=4, num_kv_heads=4, head_dim=16,
+        vocab_size=100, context_length=64, tie_embeddings=True, final_norm_parameters=64,
     )  # fmt: skip
     values = 64 * 128
     assert quantization.largest_load_peak(shape, "qlora4", double_quant=False) == 2 * values

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from runner.plan.autograd.ops import Block
 from runner.plan.autograd.tape import Node, Storage, Tensor
+from runner.plan.model_shape import Shape
 
 
-def rotate(k: Block, x: Tensor, cos: int) -> Tensor:
-    """`apply_rotary_pos_emb` for queries or keys: x·cos + rotate_half(x)·sin; `cos` is the tables' width."""
+def rotate(k: Block, x: Tensor, cos: int, tables: Storage | None = None) -> Tensor:
+    """`apply_rotary_pos_emb` for queries or keys: x·cos + rotate_half(x)·sin; `cos` is the tables' width.
+
+    `tables`: those of this layer alone.
+    """
     t, values, own, source = k.t, x.values, x.width, x.node
     wide = max(own, cos)
     straight = t.new(values, wide)
@@ -34,8 +38,35 @@ def rotate(k: Block, x: Tensor, cos: int) -> Tensor:
             straight = t.new(values, own)
         return [(source, first), (source, straight)]
 
-    out.node = t.node(out.width, backward, t.keep(None))
+    out.node = t.node(out.width, backward, t.keep(tables))
     return out
+
+
+def own_tables(shape: Shape) -> bool:
+    """Every layer interleaves a part of the cosines and sines for itself (GLM-4)."""
+    return shape.traits.rotation == "interleaved" and shape.rotary_dim < shape.head_dim
+
+
+def rotate_both(k: Block, q: Tensor, key: Tensor, cos: int) -> tuple[Tensor, Tensor]:
+    """The architecture's `apply_rotary_pos_emb`."""
+    rotation = k.shape.traits.rotation
+    if rotation == "half":
+        return rotate(k, q, cos), rotate(k, key, cos)
+    if rotation == "narrowed":
+        own = q.width
+        first, second = rotate(k, q, cos), rotate(k, key, cos)
+        return k.cast(first, own), k.cast(second, own)
+    if not own_tables(k.shape):  # Cohere 2: in fp32
+        own = q.width
+        q, key = k.cast(q, 4), k.cast(key, 4)
+        first, second = rotate(k, q, cos), rotate(k, key, cos)
+        return k.cast(first, own), k.cast(second, own)
+    tables = k.t.new(2 * k.set.s * k.shape.rotary_dim, cos)
+    (q, q_rest), (key, key_rest) = parts(k, q), parts(k, key)
+    first, second = rotate(k, q, cos, tables), rotate(k, key, cos, tables)
+    first = k.join(first, q_rest)
+    second = k.join(second, key_rest)
+    return first, second
 
 
 def parts(k: Block, x: Tensor) -> list[Tensor]:
@@ -56,7 +87,8 @@ def mask(k: Block, width: int) -> list[Storage]:
     """The mask that the model makes once: for SDPA bytes, for eager attention numbers in the embeddings' width."""
     if k.set.attention == "flash":
         return []
-    return [k.t.new(k.set.b * k.set.s**2, 1 if k.set.attention == "sdpa" else width)]
+    masks = 2 if k.shape.traits.windows else 1
+    return [k.t.new(masks * k.set.b * k.set.s**2, 1 if k.set.attention == "sdpa" else width)]
 
 
 def attend(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
@@ -120,6 +152,8 @@ def _eager(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
     count = k.set.b * k.shape.num_heads * k.set.s**2
     weights = k.product(q, keys, count)
     weights = k.scale(weights)
+    if k.shape.traits.softcap:
+        weights = k.scale(k.tanh(k.scale(weights)))
     weights = k.copy(weights, q.width)  # + mask, in the width of the embeddings
     weights = k.tanh(k.cast(weights, 4))  # softmax
     weights = k.cast(weights, q.width)

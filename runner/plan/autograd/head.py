@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runner.plan.autograd.ops import Block, LayerKind, layer_norm, rms_norm
+from runner.plan.autograd.ops import Block, LayerKind, norm
 from runner.plan.autograd.tape import HEAD, Node, Storage, Tensor
 
 FUSED_ROWS = 4096  # TOKEN_CHUNK_SIZE of trl/kernels/chunked_logprob.py (TRL 1.16)
@@ -32,12 +32,16 @@ def embed(k: Block, kind: LayerKind, needs_grad: bool) -> tuple[Tensor, list[Sto
         else:
             leaf = t.leaf(width)
             out.node = t.node(out.width, lambda grad: [(leaf, t.new(table, width))])
-    elif needs_grad:
+    if shape.traits.scaled_embedding == "inside":
+        out = k.scale(out)
+    if needs_grad and not kind.weights:
         out.node = t.leaf(width, trained=False)
         t.hold(out.storage)  # the graph holds its leaf
-    if shape.family == "gpt2":
+    if shape.traits.family == "gpt2":
         positions = t.new(k.set.s * shape.hidden_size, width)
         return k.dropout(k.copy(out)), [out.storage, positions]
+    if shape.traits.scaled_embedding == "outside":
+        out = k.scale(out)
     return out, [out.storage]
 
 
@@ -51,7 +55,6 @@ class Inner:
 
     def normed(self, k: Block, kind: LayerKind) -> Tensor:
         """The last norm; nothing else is left afterwards."""
-        norm = rms_norm if k.shape.family in ("llama", "phi3") else layer_norm
         out = norm(k, self.hidden.pop(), kind)
         self.others.clear()
         return out
@@ -152,4 +155,7 @@ def _logits(k: Block, inner: Inner, norm: LayerKind, kind: LayerKind) -> Tensor:
     hidden = inner.normed(k, norm)
     rows = (k.n - k.set.b) * k.set.labelled
     taken = k.take(hidden, rows * shape.hidden_size)
-    return k.linear(taken, shape.hidden_size, shape.vocab_size, "lm_head", width=k.width_of(kind), trained=kind.weights)
+    out = k.linear(taken, shape.hidden_size, shape.vocab_size, "lm_head", width=k.width_of(kind), trained=kind.weights)
+    if shape.traits.scaled_logits:
+        out = k.scale(out)
+    return k.scale(k.tanh(k.scale(out))) if shape.traits.capped_logits else out

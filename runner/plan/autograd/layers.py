@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from runner.plan.autograd import peft_adapters
-from runner.plan.autograd.attention import attend, parts, rotate, rotate_part
+from runner.plan.autograd.attention import attend, own_tables, parts, rotate, rotate_both, rotate_part
 from runner.plan.autograd.moe import mixture
-from runner.plan.autograd.ops import Block, LayerKind, gelu_new, layer_norm, module, rms_norm
+from runner.plan.autograd.ops import Block, LayerKind, gelu_new, module, norm
 from runner.plan.autograd.tape import AGAIN, Node, Storage, Tensor
 from runner.plan.model_shape import Matrix
 
@@ -19,42 +19,72 @@ Layer = Callable[[Block, Tensor, LayerKind, int], Tensor]
 
 @module
 def llama(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
-    """`LlamaDecoderLayer`; Mistral, Mixtral, Qwen, Gemma and Phi-3 differ in what attention and MLP do."""
+    """`LlamaDecoderLayer`, and those of the architectures that put norms elsewhere."""
+    if k.shape.traits.layout == "beside":
+        return _beside(k, hidden, kind, cos)
     residual = hidden
-    hidden = rms_norm(k, hidden, kind)
-    hidden = _llama_attention(k, hidden, kind, cos)
-    hidden = k.add(residual, hidden)
+    hidden = _attention_half(k, hidden, kind, cos)
+    hidden = k.add(residual, k.scale(hidden) if k.shape.traits.scaled_residual else hidden)
     residual = hidden
-    hidden = rms_norm(k, hidden, kind)
-    hidden = mixture(k, hidden, kind) if k.shape.num_experts else _llama_mlp(k, hidden, kind)
-    hidden = k.add(residual, hidden)
+    hidden = _mlp_half(k, hidden, kind)
+    hidden = k.add(residual, k.scale(hidden) if k.shape.traits.scaled_residual else hidden)
+    return hidden
+
+
+def _attention_half(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
+    """Attention with its norms."""
+    layout = k.shape.traits.layout
+    hidden = _llama_attention(k, hidden if layout == "after" else norm(k, hidden, kind), kind, cos)
+    return hidden if layout == "before" else norm(k, hidden, kind)
+
+
+def _mlp_half(k: Block, hidden: Tensor, kind: LayerKind) -> Tensor:
+    """The MLP, or a mixture, with its norms."""
+    layout = k.shape.traits.layout
+    if layout != "after":
+        hidden = norm(k, hidden, kind)
+    hidden = mixture(k, hidden, kind) if "gate" in k.matrices else _llama_mlp(k, hidden, kind)
+    return hidden if layout == "before" else norm(k, hidden, kind)
+
+
+def _beside(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
+    """`Cohere2DecoderLayer`: attention and MLP read one normed input."""
+    residual = hidden
+    hidden = norm(k, hidden, kind)
+    attended = _llama_attention(k, hidden, kind, cos)
+    forward = _llama_mlp(k, hidden, kind)
+    hidden = k.add(k.add(residual, attended), forward)
     return hidden
 
 
 @module
 def _llama_attention(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
-    shape, d = k.shape, k.shape.head_dim
-    if "qkv_proj" in k.matrices:
+    shape, d, traits = k.shape, k.shape.head_dim, k.shape.traits
+    if traits.fused_qkv:
         qkv = project(k, hidden, "qkv_proj", kind)
         q, key, v = k.slices(qkv, [k.n * d * c for c in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)])
-    elif shape.qk_norm:
-        q = rms_norm(k, project(k, hidden, "q_proj", kind), kind, d)
-        key = rms_norm(k, project(k, hidden, "k_proj", kind), kind, d)
+    elif traits.qk_norm:
+        whole = traits.qk_norm == "whole"
+        q = norm(k, project(k, hidden, "q_proj", kind), kind, d * shape.num_heads if whole else d)
+        key = norm(k, project(k, hidden, "k_proj", kind), kind, d * shape.num_kv_heads if whole else d)
         v = project(k, hidden, "v_proj", kind)
     else:
         q = project(k, hidden, "q_proj", kind)
         key = project(k, hidden, "k_proj", kind)
         v = project(k, hidden, "v_proj", kind)
-    q, key = rotate(k, q, cos), rotate(k, key, cos)
+    if k.layer.table is not None:
+        q, key = rotate_both(k, q, key, cos)
+    if traits.scaled_queries:
+        q = k.scale(q)
     out = attend(k, q, key, v)
-    if "qkv_proj" in k.matrices:
-        out = k.copy(out)  # views of one product turn into heads that lie apart, and so does the result
+    if traits.fused_qkv or (own_tables(shape) and k.layer.table is not None):
+        out = k.copy(out)  # views of one product, and joined ones, turn into heads that lie apart, as does the result
     return project(k, out, "o_proj", kind)
 
 
 @module
 def _llama_mlp(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
-    if "gate_up_proj" in k.matrices:  # Phi-3
+    if k.shape.traits.fused_gate_up:
         up = project(k, x, "gate_up_proj", kind)
         gate, up = k.chunks(up, [up.values / 2, up.values / 2])
         up = k.mul(up, k.pointwise(gate))
@@ -68,7 +98,7 @@ def _llama_mlp(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
 def phi(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
     """`PhiDecoderLayer`: attention and MLP side by side after one norm; residual dropout 0.1 (phi-2's config.json)."""
     residual = hidden
-    hidden = layer_norm(k, hidden, kind)
+    hidden = norm(k, hidden, kind)
     attended = _phi_attention(k, hidden, kind, cos)
     attended = k.dropout(attended)
     forward = k.dropout(_phi_mlp(k, hidden, kind))
@@ -101,8 +131,8 @@ def _phi_mlp(k: Block, hidden: Tensor, kind: LayerKind) -> Tensor:
 @module
 def gpt_neox(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
     """`GPTNeoXLayer` with parallel attention and MLP (Pythia), fused query_key_value, exact GELU."""
-    attended = _neox_attention(k, layer_norm(k, hidden, kind), kind, cos)
-    forward = _neox_mlp(k, layer_norm(k, hidden, kind), kind)
+    attended = _neox_attention(k, norm(k, hidden, kind), kind, cos)
+    forward = _neox_mlp(k, norm(k, hidden, kind), kind)
     return k.add(k.add(forward, attended), hidden)
 
 
@@ -129,11 +159,11 @@ def _neox_mlp(k: Block, hidden: Tensor, kind: LayerKind) -> Tensor:
 def gpt2(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
     """`GPT2Block`: fused c_attn, learned positions, `gelu_new`, dropout 0.1."""
     residual = hidden
-    hidden = layer_norm(k, hidden, kind)
+    hidden = norm(k, hidden, kind)
     attended = _gpt2_attention(k, hidden, kind)
     hidden = k.add(attended, residual)
     residual = hidden
-    hidden = layer_norm(k, hidden, kind)
+    hidden = norm(k, hidden, kind)
     forward = _gpt2_mlp(k, hidden, kind)
     hidden = k.add(residual, forward)
     return hidden
@@ -156,15 +186,16 @@ def _gpt2_mlp(k: Block, hidden: Tensor, kind: LayerKind) -> Tensor:
     return k.dropout(hidden)
 
 
-LAYERS: dict[str, Layer] = {"llama": llama, "phi3": llama, "phi": phi, "gpt_neox": gpt_neox, "gpt2": gpt2}
+LAYERS: dict[str, Layer] = {"llama": llama, "phi": phi, "gpt_neox": gpt_neox, "gpt2": gpt2}
 
 
-def checkpointed(k: Block, layer: Layer, x: Tensor, kind: LayerKind, cos: int) -> Tensor:
-    """`torch.utils.checkpoint` without re-entry: of a layer only its input is kept, and the layer is run again."""
+def checkpointed(k: Block, layer: Layer, x: Tensor, kind: LayerKind, cos: int, table: Storage | None = None) -> Tensor:
+    """`torch.utils.checkpoint` without re-entry: of a layer only its inputs are kept, and the layer is run again."""
     t = k.t
     kept = Tensor(x.values, x.width, x.storage, AGAIN if x.node is not None else None)
 
-    def run() -> Tensor:
+    def run(table: Storage | None = table) -> Tensor:
+        k.enter(kind)
         again = t.frame is not None and t.frame.made is not None
         return layer(k, kept if again else x, kind, cos)
 

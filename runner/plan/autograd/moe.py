@@ -54,7 +54,7 @@ def _router(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
         logits = k.linear(x, m.inputs, m.outputs, "gate", width=weight.width, trained=kind.weights)
     shares = k.tanh(k.cast(logits, 4))  # softmax
     chosen = k.take(shares, n * shape.experts_per_token)
-    return chosen if shape.qk_norm is False else k.cast(chosen, logits.width)
+    return chosen if not shape.traits.qk_norm else k.cast(chosen, logits.width)
 
 
 @module

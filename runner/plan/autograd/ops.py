@@ -77,6 +77,15 @@ class LayerKind:
 
     weights: bool = False
     adapters: bool = False
+    variant: int = 0
+    """Which of the shape's `kinds` it is."""
+
+
+def _named(matrices: tuple[Matrix, ...]) -> dict[str, Matrix]:
+    named: dict[str, Matrix] = {}
+    for m in matrices:  # GPT-2 has a c_proj in its attention and one in its MLP
+        named[f"mlp.{m.name}" if m.name in named else m.name] = m
+    return named
 
 
 class Block:
@@ -85,9 +94,12 @@ class Block:
     def __init__(self, tape: Tape, shape: Shape, setting: Setting) -> None:
         self.t, self.shape, self.set = tape, shape, setting
         self.n = setting.b * setting.s
-        self.matrices: dict[str, Matrix] = {}
-        for m in shape.matrices:  # GPT-2 has a c_proj in its attention and one in its MLP
-            self.matrices[f"mlp.{m.name}" if m.name in self.matrices else m.name] = m
+        self.by_kind = [_named(layer.matrices) for layer in shape.kinds]
+        self.layer, self.matrices = shape.kinds[0], self.by_kind[0]
+
+    def enter(self, kind: LayerKind) -> None:
+        """A layer of this kind begins."""
+        self.layer, self.matrices = self.shape.kinds[kind.variant], self.by_kind[kind.variant]
 
     def width_of(self, kind: LayerKind) -> int:
         """Bytes of a weight that is not quantised."""
@@ -297,14 +309,22 @@ class Block:
         return out
 
 
-@module
-def rms_norm(k: Block, x: Tensor, kind: LayerKind, features: int = 0) -> Tensor:
-    """`LlamaRMSNorm.forward` (Mistral, Mixtral, Qwen, Phi-3): in fp32, then times the weight in x's own width.
-
-    Gemma's stays in fp32 until the end: planned like this, one is up to 1% too large where layers train.
-    """
-    own, trained = x.width, kind.weights
+def norm(k: Block, x: Tensor, kind: LayerKind, features: int = 0) -> Tensor:
+    """The architecture's norm of so many features (default: the hidden size)."""
     features = features or k.shape.hidden_size
+    match k.shape.traits.norm:
+        case "layer":
+            return _layer_norm(k, x, kind, features)
+        case "rms":
+            return _rms_norm(k, x, kind, features)
+        case _:
+            return _wide_norm(k, x, kind, features)
+
+
+@module
+def _rms_norm(k: Block, x: Tensor, kind: LayerKind, features: int) -> Tensor:
+    """`LlamaRMSNorm.forward` (Mistral, Mixtral, Qwen, Phi-3): in fp32, then times the weight in x's own width."""
+    own, trained = x.width, kind.weights
     x = k.cast(x, 4)
     x = _over_root(k, x, features)  # in a variable until the end
     width = k.width_of(kind) if trained or k.set.autocast else own
@@ -339,9 +359,63 @@ def _over_root(k: Block, x: Tensor, features: int) -> Tensor:
 
 
 @module
-def layer_norm(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
+def _wide_norm(k: Block, x: Tensor, kind: LayerKind, features: int) -> Tensor:
+    """`Gemma2RMSNorm`, `Olmo2RMSNorm` and `Cohere2LayerNorm`: in fp32, the weight as well, until the end."""
+    own, traits = x.width, k.shape.traits
+    x = k.cast(x, 4)
+    x = _standardised(k, x, features) if traits.norm == "layer_wide" else _over_root(k, x, features)
+    return k.cast(k.weigh(x, features, 4, kind.weights), own)
+
+
+def _standardised(k: Block, x: Tensor, features: int) -> Tensor:
+    """`Cohere2LayerNorm`: less the mean, twice (once for the variance), times the root; keeps both and the root."""
+    t, source, values, rows = k.t, x.node, x.values, x.values / features
+    centred = t.new(values, 4)
+    squares = t.new(values, 4)
+    root = t.new(rows, 4)
+    del squares
+    if source is None:
+        del centred
+        centred = t.new(values, 4)
+        return Tensor(values, 4, t.new(values, 4))
+
+    def of_variance(grad: Storage) -> list[tuple[Node, Storage]]:
+        spread = t.new(values, 4)
+        power = t.new(values, 4)
+        twice = t.new(values, 4)
+        through = t.new(values, 4)
+        del power, twice, spread
+        return [(source, through), (mean, _negative())]
+
+    def _negative() -> Storage:
+        """Of a subtraction: the gradient of the mean, summed over the features."""
+        negative = t.new(values, 4)
+        summed = t.new(rows, 4)
+        del negative
+        return summed
+
+    mean = t.node(4, lambda grad: [(source, t.new(values, 4))])
+    variance = t.node(4, of_variance, t.keep(centred))
+    again = t.new(values, 4)
+    difference = t.node(4, lambda grad: [(source, grad), (mean, _negative())])
+    kept = t.keep(again, root)
+    y = Tensor(values, 4, t.new(values, 4))
+
+    def backward(grad: Storage) -> list[tuple[Node, Storage]]:
+        direct = t.new(values, 4)
+        product = t.new(values, 4)
+        summed = t.new(rows, 4)
+        del product
+        return [(difference, direct), (variance, summed)]
+
+    y.node = t.node(4, backward, kept)
+    return y
+
+
+@module
+def _layer_norm(k: Block, x: Tensor, kind: LayerKind, features: int) -> Tensor:
     """`nn.LayerNorm`: one kernel; autocast runs it in fp32. Keeps x, and mean and deviation of every row."""
-    t, features = k.t, k.shape.hidden_size
+    t = k.t
     x = k.cast(x, 4 if k.set.autocast else x.width)
     values, width, source = x.values, x.width, x.node
     trained = kind.weights
