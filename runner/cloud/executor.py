@@ -141,7 +141,7 @@ def execute(
                     return finish(session, last, display, launch_options.pool)
                 lost += 1
                 rented.mark("PREEMPTED", str(error))
-                rented.release()
+                rented.release(keep=place_of(spec).pod is not None)  # somebody's own, with what else is on its disk
                 _replaceable(session, error, lost)
                 step, most = checkpoints.newest(run) or 0, place_of(spec).max_replacements
                 resumes = f"goes on after step {step}" if step else "begins anew"
@@ -377,6 +377,9 @@ def _brought_from_stopped(session: Session, error: PodGoneError) -> dict[str, An
         with suppress(RunnerError):
             if rented.refresh() is None:
                 break
+    if session.agent.get("state") == "ending" and rented.pod.status == "RUNNING":
+        rented.ledger.leave(rented.name)
+        raise _ended_by_itself(session, session.agent)  # it is about to stop: what its disk has is left there
     if rented.pod.status != "EXITED" or not rented.volume_gb or (place.spot and not over):
         return None
     session.close()

@@ -278,6 +278,19 @@ def test_a_launcher_that_is_killed_leaves_a_stopped_pod_and_fetch_brings_the_run
 
 
 @pytest.mark.slow
+def test_a_pod_of_ones_own_that_is_stopped_under_a_run_is_not_ended_with_its_disk(typed: Typed) -> None:
+    typed.env["RUNNER_POD_PYTHON"] = str(pods_python(ROOT / ".pytest_cache" / "pods-python"))
+    up = ("pods", "up", GPU, "hw=cpu", "where.max_usd=5", "where.volume_gb=20", "--hours", "3", "--yes", "--json")
+    made = json.loads(typed.verb(*up).communicate(timeout=120)[0])
+    process = typed.run(GPU, "train.max_steps=100000", f"where.pod={made['pod_id']}")
+    until(lambda: typed.steps() >= 5, 240)
+    typed.emulator.inject("preempt", warning=False)
+    code, said = ended(process)
+    assert code == 1 and "no other one is rented in its place" in said, said
+    assert {id: pod.status for id, pod in typed.emulator.pods().items()} == {made["pod_id"]: "EXITED"}, said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [30, 100_000])
 def test_a_pod_that_stopped_itself_while_its_launcher_was_suspended_is_not_ended_for_another_one(
     typed: Typed, steps: int, tmp_path: Path
