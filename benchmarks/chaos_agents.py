@@ -34,8 +34,8 @@ WATCH_S = 1.0
 PATIENCE_S = 45.0
 CLOCK = """\
 import os, sys, time
-real, start, ahead = time.time, {start}, {ahead}
-time.time = lambda: real() + (ahead if real() > start else 0)
+real, start, ahead, armed = time.time, {start}, {ahead}, {armed!r}
+time.time = lambda: real() + (ahead if real() > start and os.path.exists(armed) else 0)
 """
 RUN = """
 import runpy
@@ -48,8 +48,9 @@ over HTTP. {left:.0f} s after its order the pod has to be ended: by the deadline
 because the launcher is silent; while nothing was begun, in the middle of a training, or after its end with a result
 that nobody has fetched. At a random moment before, one of {damages} things goes wrong, and stays so: real disks (ext4)
 that are full, or read-only under open files; every call that opens, writes, locks, forks or kills fails, with one
-error; the clock is a day off; the agent gets SIGSTOP or SIGKILL; RunPod's answers are errors, for {left:.0f} s. The
-start command takes over {watch:.0f} s after the agent should have ended the pod (30 s in real pods).
+error; the agent's clock is a day off, once its order is armed (before, it takes the order for one of yesterday, and
+ends the pod at once); the agent gets SIGSTOP or SIGKILL; RunPod's answers are errors, for {left:.0f} s. The start
+command takes over {watch:.0f} s after the agent should have ended the pod (30 s in real pods).
 
 - *late*: the longest time from the limit to the request that ends the pod, at which it ends;
 - *early*: pods that were ended more than a tenth before their limit;
@@ -140,7 +141,9 @@ def _agent(pod: Any, damage: str, start: float) -> None:
         prelude = f"import os; os.environ.update(FAULT={damage.split()[0]!r}, FAULT_FROM='{start}')\n"
         prelude += FAULTY.partition("sys.argv = sys.argv[1:]")[0]
     elif damage.startswith("clock"):
-        prelude = CLOCK.format(start=start, ahead=DAY_S if damage.endswith("ahead") else -DAY_S)
+        prelude = CLOCK.format(
+            start=start, ahead=DAY_S if damage.endswith("ahead") else -DAY_S, armed=str(pod.folder / "armed.json")
+        )
     (pod.folder / "agent.py").write_text(prelude + RUN.format(agent=str(real)), "utf-8")
 
 

@@ -234,7 +234,10 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
     home, state = _home(run, watch.finished), _state(run)
     sockets = temporary.glob("runner-*")  # of ssh, and lists of files: what a launcher that gets SIGKILL leaves
     ours = (*sockets, own / "state", own / "cache", own / "runs", own / "lost+found", *([run] if run else []))
-    stray = hostile.written(elsewhere, outside, temporary, own, own / "runs", but=ours) - len("owner's")
+    runs = [own / "runs"] * (
+        run is not None
+    )  # one that was killed while it made its directory has no other to write to
+    stray = hostile.written(elsewhere, outside, temporary, own, *runs, but=ours) - len("owner's")
     said = "".join(map(_read, folder.glob("*.log")))
     found = {
         "case": number, "fault": None if fault is None else " ".join([fault[0], *map(str, fault[1].values())]),

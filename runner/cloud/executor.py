@@ -147,7 +147,8 @@ def execute(
                 resumes = f"goes on after step {step}" if step else "begins anew"
                 display.say(f"{error}: pod {lost} of {most} in its place; the run {resumes}")
             except OSError as error:
-                remedy = f"make room, then: python -m runner resume {quote(shown(run.path))}"
+                verb = f"fetch {run.id}" if session.over else f"resume {quote(shown(run.path))}"  # the pod has the result
+                remedy = f"make room, then: python -m runner {verb}"
                 raise RunFailedError(Problem(f"nothing can be written here: {error}", None, remedy)) from None
             finally:
                 session.close()

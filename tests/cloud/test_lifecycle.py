@@ -407,7 +407,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize("where", ["before", "pod.json", "following"])
+@pytest.mark.parametrize("where", ["before", "pod.json", "following", "collecting"])
 def test_a_disk_here_that_takes_nothing_ends_a_pod_only_before_it_trains(
     emulator: Emulator, rent: Rent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -417,8 +417,12 @@ def test_a_disk_here_that_takes_nothing_ends_a_pod_only_before_it_trains(
         monkeypatch.setattr(transfer, "send", raising(full))
     elif where == "pod.json":
         monkeypatch.setattr(RunDir, "write", raising(full))
-    else:
+    elif where == "following":
         monkeypatch.setattr(executor, "follow", raising(full))
+    else:
+        done = {"state": "done", "exit_code": 0}
+        monkeypatch.setattr(executor, "follow", lambda session, _: session.agent.update(done) or done)
+        monkeypatch.setattr(session, "collect", raising(full))
     monkeypatch.setattr(renting, "acquire", lambda *_, **__: rented)
     monkeypatch.setattr(executor, "Session", lambda *_: session)
     monkeypatch.setenv("RUNPOD_API_KEY", emulator.key)
@@ -431,6 +435,9 @@ def test_a_disk_here_that_takes_nothing_ends_a_pod_only_before_it_trains(
         (problem,) = caught.value.problems
         assert f"pod {rented.pod.id} still has the run" in problem.what
         assert f"python -m runner attach {session.run.id}" in str(problem.remedy)
+    if where == "collecting":
+        assert str(caught.value.problems[0].remedy) == f"make room, then: python -m runner fetch {session.run.id}"
+    if where in ("following", "collecting"):
         assert list(emulator.pods()) == [rented.pod.id] and entry.state == "RUNNING"
         rented.release()
     assert emulator.pods() == {}
