@@ -234,9 +234,7 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
     home, state = _home(run, watch.finished), _state(run)
     sockets = temporary.glob("runner-*")  # of ssh, and lists of files: what a launcher that gets SIGKILL leaves
     ours = (*sockets, own / "state", own / "cache", own / "runs", own / "lost+found", *([run] if run else []))
-    runs = [own / "runs"] * (
-        run is not None
-    )  # one that was killed while it made its directory has no other to write to
+    runs = [own / "runs"] * (run is not None)  # else it was killed while it made its directory
     stray = hostile.written(elsewhere, outside, temporary, own, *runs, but=ours) - len("owner's")
     said = "".join(map(_read, folder.glob("*.log")))
     found = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import time
@@ -34,6 +35,8 @@ from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.spec import RunSpec
 
 FINISHED = ("done", "failed")
+OF_THIS_MACHINE = (OSError, MemoryError)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 LOG_CHARS = 20_000
 START_AGAIN_SECONDS = 300.0
 """A pod that is stopped is not started, so shortly before its deadline or the cap, for a result."""
@@ -146,10 +149,9 @@ def execute(
                 step, most = checkpoints.newest(run) or 0, place_of(spec).max_replacements
                 resumes = f"goes on after step {step}" if step else "begins anew"
                 display.say(f"{error}: pod {lost} of {most} in its place; the run {resumes}")
-            except OSError as error:
-                verb = f"fetch {run.id}" if session.over else f"resume {quote(shown(run.path))}"  # the pod has the result
-                remedy = f"make room, then: python -m runner {verb}"
-                raise RunFailedError(Problem(f"nothing can be written here: {error}", None, remedy)) from None
+            except OF_THIS_MACHINE as error:  # where the run is over, its pod still has the result
+                verb = f"fetch {run.id}" if session.over else f"resume {quote(shown(run.path))}"
+                raise RunFailedError(_failed_here(error, "", verb)) from None
             finally:
                 session.close()
 
@@ -220,12 +222,13 @@ def _run_in_pod(session: Session, display: Display, launch_options: LaunchOption
     except PodGoneError:
         raise
     except BaseException as error:
-        until = None if begun and isinstance(error, OSError) else reuse_pod.hand_back(session)
+        here = begun and isinstance(error, OF_THIS_MACHINE)  # it ends no training there
+        until = None if here else reuse_pod.hand_back(session)
         session.close()
-        if begun and isinstance(error, OSError):  # of this machine: it ends no training there
+        if here:
             rented.ledger.leave(rented.name)
-            what = f"{error.strerror or error}: nothing can be written here, and pod {rented.pod.id} still has the run"
-            raise RunFailedError(Problem(what, None, f"make room, then: python -m runner attach {run.id}")) from None
+            still = f", and pod {rented.pod.id} still has the run"
+            raise RunFailedError(_failed_here(error, still, f"attach {run.id}")) from None
         if until is None:
             rented.release(keep=place_of(session.spec).keeps and bool(place_of(session.spec).pod))
         account(run, rented, error)
@@ -233,6 +236,15 @@ def _run_in_pod(session: Session, display: Display, launch_options: LaunchOption
             display.say(f"Interrupted: you asked for it; pod {rented.pod.id} is given back")
         raise
     return finish(session, last, display, launch_options.pool)
+
+
+def _failed_here(error: BaseException, still: str, verb: str) -> Problem:
+    """Problem: this machine's disk, memory or limits do not let a run in a pod be followed; what is `still` so, and the
+    verb that goes on."""
+    said = getattr(error, "strerror", None) or str(error) or "no memory"
+    if getattr(error, "errno", None) in NO_ROOM:
+        return Problem(f"{said}: nothing can be written here{still}", None, f"make room, then: python -m runner {verb}")
+    return Problem(f"{said}: this machine could not go on{still}", None, f"python -m runner {verb} goes on")
 
 
 def follow(session: Session, display: Display, leave: bool = False) -> dict[str, Any]:

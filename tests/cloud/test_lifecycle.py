@@ -407,7 +407,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize("where", ["before", "pod.json", "following", "collecting"])
+@pytest.mark.parametrize("where", ["before", "pod.json", "following", "memory", "collecting"])
 def test_a_disk_here_that_takes_nothing_ends_a_pod_only_before_it_trains(
     emulator: Emulator, rent: Rent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -419,6 +419,8 @@ def test_a_disk_here_that_takes_nothing_ends_a_pod_only_before_it_trains(
         monkeypatch.setattr(RunDir, "write", raising(full))
     elif where == "following":
         monkeypatch.setattr(executor, "follow", raising(full))
+    elif where == "memory":
+        monkeypatch.setattr(executor, "follow", raising(MemoryError()))
     else:
         done = {"state": "done", "exit_code": 0}
         monkeypatch.setattr(executor, "follow", lambda session, _: session.agent.update(done) or done)
@@ -428,16 +430,16 @@ def test_a_disk_here_that_takes_nothing_ends_a_pod_only_before_it_trains(
     monkeypatch.setenv("RUNPOD_API_KEY", emulator.key)
     with pytest.raises(RunFailedError) as caught:
         executor.execute(session.run, session.spec)
-    assert "No space left on device" in str(caught.value)
+    assert ("no memory" if where == "memory" else "No space left on device") in str(caught.value)
     entry = Ledger().entry(rented.name)
     assert entry is not None and not entry.owned
-    if where == "following":
+    if where in ("following", "memory"):
         (problem,) = caught.value.problems
         assert f"pod {rented.pod.id} still has the run" in problem.what
         assert f"python -m runner attach {session.run.id}" in str(problem.remedy)
     if where == "collecting":
         assert str(caught.value.problems[0].remedy) == f"make room, then: python -m runner fetch {session.run.id}"
-    if where in ("following", "collecting"):
+    if where in ("following", "memory", "collecting"):
         assert list(emulator.pods()) == [rented.pod.id] and entry.state == "RUNNING"
         rented.release()
     assert emulator.pods() == {}
