@@ -407,6 +407,12 @@ def section(measured: dict[str, Any]) -> str:
         f"were ended by their launcher, which has the training save its checkpoint first, {by[1]} by their pod. The "
         "others were over before: by the fault, or by the silence of a launcher that was killed.",
         _hits(found),
+        *(
+            f"Past its cap: {case['past_cap_seconds']} s, case {case['case']}, `{case['fault']}`"
+            f"{f', its launcher killed while {phase}' if (phase := case.get('kill_phase')) else ''}."
+            for case in found
+            if case["past_cap_seconds"]
+        ),
     ]
     return f"{text}\n{table(head, rows)}\n\n" + "\n".join(f"- {fact}" for fact in facts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shlex
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from rich.console import Console
 
 from runner.cloud import executor, fleet, termination, transfer
 from runner.cloud import lifecycle as renting
+from runner.cloud.attach import _listen
 from runner.cloud.budget import spent
 from runner.cloud.clock import ProviderClock, now
 from runner.cloud.errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
@@ -300,6 +303,32 @@ def test_a_launcher_that_leaves_its_pod_to_another_command_was_heard_of(emulator
     rented.mark("COLLECTING", "done")
     rented.ledger.set(rented.name, updated=now() - 3 * 3600)
     rented.ledger.leave(rented.name)  # its disk is full: `fetch` goes on
+    assert reconcile(RunPod(), Ledger()) == [] and list(emulator.pods()) == [rented.pod.id]
+
+
+@pytest.mark.parametrize(("minutes", "stands"), [(10.0, "done"), (10.0, "training"), (None, "training")])
+def test_what_an_attached_command_orders_is_what_the_next_listing_judges_by(
+    emulator: Emulator, rent: Rent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float | None, stands: str
+) -> None:
+    """`attach` that is left with Ctrl-C leaves the run to its pod, and `fetch` has a pod listen past its deadline."""
+    rented = rent()
+    session = session_of(rented, tmp_path, monkeypatch)
+    rented.mark("RUNNING", "training")
+    rented.deadline = now() - 3600 if stands == "done" else now() + 3600
+    rented.ledger.set(rented.name, updated=now() - 3 * 3600, deadline=rented.deadline)
+    session.agent, placed = {"state": stands}, {}
+    order = {"sent": now() - 7200, "deadline": rented.deadline, "started": now() - 7200}
+    said = f"{json.dumps(order)}\n{time.time() - 7200:.0f}\n{time.time():.0f}\n"
+    session.at = SimpleNamespace(
+        folder="/x", connection=SimpleNamespace(run=lambda *_: said, close=lambda: None),
+        place=lambda name, content: placed.update(content), start_agent=dict,
+    )  # type: ignore[assignment]  # fmt: skip
+    _listen(session, minutes)
+    assert placed["heartbeat_minutes"] == minutes
+    rented.ledger.leave(rented.name)
+    entry = rented.ledger.entry(rented.name)
+    assert entry is not None and entry.heartbeat_s == (600 if minutes else None) and entry.updated > now() - 60
+    assert entry.deadline == pytest.approx(placed["deadline"], abs=5)
     assert reconcile(RunPod(), Ledger()) == [] and list(emulator.pods()) == [rented.pod.id]
 
 

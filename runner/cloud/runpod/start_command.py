@@ -77,7 +77,7 @@ def keep():
 threading.Thread(target=keep,daemon=True).start()
 s=socket.socket(socket.AF_UNIX,socket.SOCK_DGRAM)
 s.settimeout(5)
-bound=False
+bound,wait=False,1
 while True:
     try:
         if not bound: s.bind(("\\0runner-"+pod+" "+base)[:100]); bound=True
@@ -86,7 +86,7 @@ while True:
     except Exception as x: say(x); time.sleep(5)
     if now()>end and (bound or now()-busy[0]>30):
         if how!="stop" or not ask("POST","/action",b'{"action":"stop"}'): ask("DELETE")
-        time.sleep(5)
+        time.sleep(wait); s.settimeout(.5); wait=min(9,wait*1.5)
 """
 
 
