@@ -22,6 +22,7 @@ from benchmarks import (
     chaos_cloud,
     chaos_pods,
     data,
+    gpu,
     matrix,
     matrix_page,
     memory_accuracy,
@@ -41,6 +42,7 @@ BENCHMARKS = {
         startup,
         sweep,
         throughput_cpu,
+        gpu,
         data,
         objectives,
         memory_accuracy,
@@ -77,6 +79,8 @@ def page() -> str:
         for benchmark in BENCHMARKS.values()
         if benchmark.file.is_file() and benchmark.name not in ELSEWHERE
     ]
+    if not gpu.BENCHMARK.file.is_file():
+        sections.append(gpu.NOT_MEASURED)
     names = ", ".join(f"`{name}`" for name in BENCHMARKS)
     return "\n".join([INTRO.format(names=names), *sections])
 
@@ -105,7 +109,8 @@ def main(arguments: list[str]) -> int:
         print(f"there is no benchmark {name}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
     if name != "--docs":
-        for benchmark in BENCHMARKS.values() if name == "all" else [BENCHMARKS[name]]:
+        chosen = [b for b in BENCHMARKS.values() if b is not gpu.BENCHMARK] if name == "all" else [BENCHMARKS[name]]
+        for benchmark in chosen:
             write(benchmark.file, benchmark.run(options))
     for file, text in pages():
         before = file.read_text("utf-8") if file.is_file() else ""
