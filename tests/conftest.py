@@ -8,10 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +64,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """End what a failed test began: one that misses its time limit would leave a training behind, and load."""
+    before = {process.pid for process in psutil.Process().children()}
+    try:
+        return (yield)
+    except pytest.skip.Exception:
+        raise
+    except BaseException:
+        for process in psutil.Process().children():
+            if process.pid not in before:
+                for one in [*process.children(recursive=True), process]:
+                    with suppress(psutil.Error):
+                        one.kill()
+        raise
+
+
 # A run of the real model in seconds: five steps of 2 × 128 tokens, one prompt.
 SHORT = (
     "train.max_steps=5",
@@ -95,6 +115,17 @@ def run_cli(*words: str, cwd: Path | None = None, timeout: float = 560, **env: s
     )
 
 
+@cache
+def _freeze_libraries() -> None:
+    """Take what is imported out of garbage collection, once: a trainer's `gc.collect()` looks through two million
+    objects of libraries otherwise, 0.4 s of a run of 2 s.
+
+    A second time would keep the models of the tests before, whose cycles nobody has collected yet, for ever.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def train_here(spec: Any, run: Any = None) -> tuple[Any, Any]:
     """Train in this process, or go on with `run`: what the worker leaves, and the run directory."""
     from rich.console import Console
@@ -104,8 +135,7 @@ def train_here(spec: Any, run: Any = None) -> tuple[Any, Any]:
     from runner.train.callbacks import StopOnSignal
     from runner.train.worker import work
 
-    # The libraries' two million objects are looked through by every `gc.collect()` of a trainer: 0.4 s of a run of 2 s.
-    gc.freeze()
+    _freeze_libraries()
     run = run or RunDir.create(spec)
     return work(spec, run, Progress(Console(file=io.StringIO())), StopOnSignal()), run
 
