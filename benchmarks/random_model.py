@@ -50,7 +50,8 @@ def write_model(name: str, folder: Path, *, tiny: bool) -> None:
 
 def write_rows(file: Path, tokens: int, longest: int) -> int:
     """Rows of random words, log-normal lengths cut at `longest`, at least `tokens` in all. Returns the mean length."""
-    dice, lengths = random.Random(0), []
+    dice = random.Random(0)
+    lengths: list[int] = []
     with file.open("w", encoding="utf-8") as out:
         while sum(lengths) < tokens:
             length = min(longest - 1, max(8, round(dice.lognormvariate(0, 0.8) * min(MEDIAN_TOKENS, longest / 3))))
