@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import date
 
 from benchmarks.bench import ROOT, Benchmark, git
-from runner.config.catalog import load, options
+from runner.config.conf_files import load_choice, options
 
 MOST_DAYS = 60
 MOST_COMMITS = 100
@@ -77,7 +77,7 @@ def prices(today: date | None = None) -> Iterator[PriceAge]:
         ValueError: a price without a day and a source.
     """
     for name in options("hw"):
-        values = load("hw", name)
+        values = load_choice("hw", name)
         if not values.get("usd_per_hour"):
             continue
         day, _, source = str(values.get("price_date") or "").partition(", ")

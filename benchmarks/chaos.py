@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import ROOT, Benchmark, alone, say, table
-from runner.launcher.supervisor import signs
+from runner.launcher.supervisor import rank_reports
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from tests.support.processes import tiny_model, words
@@ -163,7 +163,7 @@ def _hit(
 def _strike(
     process: subprocess.Popen[bytes], family: list[int], run: RunDir | None, action: str, dice: random.Random
 ) -> None:
-    ranks = [sign["pid"] for sign in signs(run) if sign["state"] == "alive"] if run else []
+    ranks = [sign["pid"] for sign in rank_reports(run) if sign["state"] == "alive"] if run else []
     if action == "SIGTERM":
         victims, number = [process.pid], signal.SIGTERM
     elif action == "a rank":
@@ -202,7 +202,7 @@ def _there(pid: int) -> bool:
 
 def _moment(out: Path, action: str, *, by_itself: bool) -> dict[str, Any]:
     run = _run_in(out)
-    found = signs(run) if run else []
+    found = rank_reports(run) if run else []
     phase = found[0].get("phase", "starting") if found else "starting"
     step = max((sign.get("step") or 0 for sign in found), default=0)
     return {"action": action, "phase": phase, "step": step, "ended by itself": by_itself}

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import cases
 from benchmarks.bench import Benchmark, alone, table
 from benchmarks.harm import DAY_S
-from runner.cloud.runpod import start_command
+from runner.cloud.runpod import runpod_provider
 from tests.cloud.test_agent import AGENT, KEY, Api, Pod
 from tests.cloud.test_agent_disks import FAULTY, end
 from tests.support.disks import Disk, unshare
@@ -98,7 +98,8 @@ def _case(number: int, folder: Path, chance: random.Random) -> dict[str, Any]:
         pod.task(code)
     env = {"RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": api.url}
     start = subprocess.Popen(
-        start_command.arguments(pod.run_id, LEFT_S / 60, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
+        runpod_provider.start_arguments(pod.run_id, LEFT_S / 60, "/bin/cat"),
+        stdin=subprocess.PIPE, start_new_session=True,
         env={**os.environ, **env, "RUNNER_WORKSPACE": str(folder / "workspace")}, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip

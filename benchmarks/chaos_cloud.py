@@ -159,7 +159,9 @@ def _prepared() -> Any:
     from runpod.api.rest import run_rest_request  # noqa: F401  # imported before the fork, for all lanes
 
     from runner.cli.options import request_of
-    from runner.cloud import lifecycle, reconcile  # noqa: F401  # imported before the fork, for all lanes
+    from runner.cloud import (
+        rent_pod,  # noqa: F401  # imported before the fork, for all lanes
+    )
     from runner.resolve.steps import resolved
 
     words = ("where=runpod", "hw=rtx4090", f"where.max_usd={CAP_USD}", "where.bad_host_minutes=0.01")

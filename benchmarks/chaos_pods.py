@@ -42,7 +42,7 @@ GRACE_S = 12.0
 second."""
 LAUNCHER = """\
 import sys
-from runner.cloud import budget, lifecycle
+from runner.cloud import budget, rent_pod
 from runner.cloud.budget import Meter
 left = float(sys.argv.pop(1))
 
@@ -52,7 +52,7 @@ def near(usd, began, disk=0.0, cap=None, spent=0.0):
         meter.started -= meter.ends() - began - left
     return meter
 
-lifecycle.Meter = budget.Meter = near
+rent_pod.Meter = budget.Meter = near
 from runner.cli.main import main
 main()
 """

@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def work(file: Path, num_proc: int) -> dict[str, Any]:
     """In the process that is measured: read, tokenise and pack one file."""
     os.environ.setdefault("RUNNER_CACHE", str(ROOT / ".pytest_cache" / "runner"))
-    from runner.config.catalog import load
+    from runner.config.conf_files import load_choice
     from runner.data import load as data_load
     from runner.spec import ModelSpec
     from runner.train import model_loading, token_dataset
@@ -94,7 +94,7 @@ def work(file: Path, num_proc: int) -> dict[str, Any]:
 
     spec = spec_of("data=file", f"data.path={file}", "data.eval_fraction=0.01", f"train.max_length={LIMIT}")
     spec = spec.model_copy(update={"data": spec.data.model_copy(update={"num_proc": num_proc or None})})
-    source = model_loading.source_of(ModelSpec(**load("model", "smollm2_135m")))
+    source = model_loading.source_of(ModelSpec(**load_choice("model", "smollm2_135m")))
     tokenizer = model_loading.load_tokenizer(spec, source)
     os.environ["RUNNER_CACHE"] = str(file.parent / "cache")
     data_load.IN_MEMORY_BYTES = 0  # every size takes the way of the large ones

@@ -14,7 +14,7 @@ def launch(spec: Any, folder: Path, words: int, alone: float | None) -> None:
     """What a run does with a pod, without training. What it says goes to a pipe: files may be what is harmed."""
     import traceback
 
-    from runner.cloud.lifecycle import acquire
+    from runner.cloud.rent_pod import acquire
     from runner.errors import RunnerError
     from runner.rundir.directory import RunDir
 
@@ -53,8 +53,8 @@ def listing(seconds: float) -> None:
     set_clock(seconds, from_start=True)
     api, ledger = connect(), Ledger()
     reconcile(api, ledger)
-    fleet.rows(api, ledger)
-    fleet.reap(api, ledger, fleet.owned_by_none(api, ledger))
+    fleet.pod_rows(api, ledger)
+    fleet.reap(api, ledger, fleet.unowned_pods(api, ledger))
 
 
 def next_command() -> None:

@@ -24,8 +24,8 @@ from typing import Any
 from benchmarks import matrix_page
 from benchmarks.bench import ROOT, Benchmark, alone, say
 from benchmarks.matrix_page import MIXTURES
+from runner.config.command_line import Request
 from runner.config.compose import compose, source_finder
-from runner.config.request import Request
 from runner.errors import RunnerError
 from runner.launcher import local, torchrun
 from runner.paths import DEEPSPEED_CONFIGS

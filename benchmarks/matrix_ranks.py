@@ -74,7 +74,7 @@ def rewind(run: RunDir, copy: RunDir) -> None:
     later = checkpoints.steps(run)[1:]
     gone = {"model", "summary.json", "loss.png", "answers_after.jsonl", *(f"checkpoint-{step}" for step in later)}
     shutil.copytree(run.path, copy.path, ignore=lambda folder, names: gone & set(names))
-    resume.record(copy, RunSpec.model_validate(copy.read("spec.json")), ())
+    resume.record_spec(copy, RunSpec.model_validate(copy.read("spec.json")), ())
 
 
 if __name__ == "__main__":

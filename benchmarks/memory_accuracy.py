@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.bench import Benchmark, alone, say, table
-from runner.config.request import Request
+from runner.config.command_line import Request
 from runner.plan.choose_stage import job_of
 from runner.plan.memory import GIB, memory
 from runner.plan.model_shape import shape_of

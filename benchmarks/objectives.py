@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import ROOT, Benchmark, alone, say, table
-from runner.config import catalog
+from runner.config import conf_files
 from runner.data import commands_dataset
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
@@ -73,7 +73,7 @@ plain peft: of how many held-out pairs the right command is the likelier one, an
 def pairs(rows: Iterable[commands_dataset.Row], seed: int) -> Iterator[dict[str, str]]:
     """The right command, and one with another method or other hardware."""
     rng = random.Random(seed)
-    known = {"method": catalog.options("method"), "hw": sorted(dict(commands_dataset.spoken_hardware(1000)))}
+    known = {"method": conf_files.options("method"), "hw": sorted(dict(commands_dataset.spoken_hardware(1000)))}
     for row in rows:
         words = row["completion"].split()
         at = rng.randrange(4, len(words))  # python -m runner model=… method=… hw=…
@@ -205,7 +205,7 @@ def _order(run: RunDir, held: Sequence[Mapping[str, str]]) -> dict[str, list[flo
     import torch
 
     from runner.data.chat_tokenizer import ChatTokenizer
-    from runner.data.preference_tokens import split_prompt
+    from runner.data.tokenize_rows import split_prompt
     from runner.train import chat
 
     spec = RunSpec.model_validate(run.read("spec.json"))

@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.simulate import transformers_config
-from runner.config.request import Request
+from runner.config.command_line import Request
 from runner.resolve.steps import resolved
 
 WORDS = 1000

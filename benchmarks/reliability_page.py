@@ -40,7 +40,7 @@ What a run keeps and what a pod may cost, whatever happens to them, and how that
   `kill` its process. Answers of other verbs end quietly where nobody reads on, and with exit code 1 where they cannot
   be written. (runner/report/terminal.py)
 - **One process fails: all end within seconds**, and the one that failed is named, with its log and, where the cause is
-  known (runner/report/known_causes.py), the remedy. One that hangs is found by its missing sign of life
+  known (runner/report/failure_causes.py), the remedy. One that hangs is found by its missing sign of life
   (`train.hang_minutes`; four times that while it starts, loads, or writes a checkpoint or the model), and the stacks of
   all are kept in `logs/rank<k>.stack.txt`. Time that nobody lived through, of a suspended laptop or a stopped process,
   is no silence, and a wall clock that is set changes nothing.

@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.bench import ROOT, Benchmark, alone, quartiles, say, table
 from runner.config import deepspeed_json
+from runner.config.command_line import Request
 from runner.config.compose import compose
-from runner.config.request import Request
 from runner.plan.auto_values import resolve_hardware_autos
 from runner.plan.choose_stage import StageChoice, StageSearch, allowed_stages, batches
 from runner.plan.search import combinations

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.bench import Benchmark, alone, quartiles, say, table
 from benchmarks.turns import Loop, Step, take_turns
-from runner.config.request import Request
+from runner.config.command_line import Request
 from runner.resolve.steps import resolved
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec

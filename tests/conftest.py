@@ -95,7 +95,7 @@ SHORT = (
 
 def spec_of(*overrides: str) -> Any:
     """The resolved spec of a command line."""
-    from runner.config.request import Request
+    from runner.config.command_line import Request
     from runner.resolve.steps import resolved
 
     return resolved(Request(overrides=overrides))[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runner.config import catalog
+from runner.config import conf_files
 from runner.paths import ASSETS
 from runner.report.catalog_tables import listing, markdown
 
@@ -24,8 +24,8 @@ def readme(text: str) -> str:
     """`text` of the README with its table of choices written anew."""
     lines = ["| choice | what | names |", "|---|---|---|"]
     for group, what in _WHAT.items():
-        lines.append(f"| `{group}=` | {what} | {' '.join(f'`{n}`' for n in catalog.options(group))} |")
-    lines.append(f"| `recipe=` | a whole experiment | {' '.join(f'`{n}`' for n in catalog.recipes())} |")
+        lines.append(f"| `{group}=` | {what} | {' '.join(f'`{n}`' for n in conf_files.options(group))} |")
+    lines.append(f"| `recipe=` | a whole experiment | {' '.join(f'`{n}`' for n in conf_files.recipes())} |")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{after}"

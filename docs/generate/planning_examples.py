@@ -12,9 +12,9 @@ from typing import Literal
 
 import yaml
 
-from runner.config import catalog
+from runner.config import conf_files
+from runner.config.command_line import Request
 from runner.config.compose import compose
-from runner.config.request import Request
 from runner.plan.autograd.layers import LAYERS
 from runner.plan.autograd.ops import Block, LayerKind, Setting
 from runner.plan.autograd.step_peak import TrainableLayers, replay_step
@@ -50,8 +50,8 @@ def spec_of(*words: str) -> RunSpec:
     """
     content = _composed().model_dump()
     for key, _, value in sorted((word.partition("=") for word in words), key=lambda parts: "." in parts[0]):
-        if key in catalog.GROUPS:
-            content[key] = catalog.load(key, value)
+        if key in conf_files.GROUPS:
+            content[key] = conf_files.load_choice(key, value)
         else:
             group, _, name = key.partition(".")
             content[group][name] = yaml.safe_load(value)

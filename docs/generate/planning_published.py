@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from docs.generate import planning_examples as examples
-from runner.config import catalog
+from runner.config import conf_files
 from runner.plan.memory import GIB
 from runner.resolve import fit
 from runner.spec import ModelSpec, RunSpec
@@ -83,7 +83,7 @@ def _run() -> RunSpec:
 
 
 def _model(name: str) -> ModelSpec:
-    return ModelSpec.model_validate(catalog.load("model", MODELS[name]))
+    return ModelSpec.model_validate(conf_files.load_choice("model", MODELS[name]))
 
 
 def _per_parameter(method: str, name: str) -> float:

@@ -23,12 +23,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from runner import spec
-from runner.config.suggestions import names_of, parts_of
+from runner.config.did_you_mean import names_of, parts_of
 from runner.doctor.checks import DoctorReport
 from runner.doctor.finding import Finding
 from runner.paths import ASSETS
 from runner.report.run_list import RunRow
-from runner.rundir import records
+from runner.rundir import json_files
 from runner.spec.part import OwnCode
 
 PAGE = ASSETS / "docs" / "reference.md"
@@ -49,7 +49,7 @@ here is an error.
 
 RECORDS: dict[str, type[Any]] = {
     record.__name__: record
-    for record in (*filter(typing.is_typeddict, vars(records).values()), RunRow, DoctorReport, Finding)
+    for record in (*filter(typing.is_typeddict, vars(json_files).values()), RunRow, DoctorReport, Finding)
 }
 """What a run and two commands write as JSON, by the name in run_files.md."""
 

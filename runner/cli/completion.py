@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 
-from runner.config import catalog
-from runner.config.suggestions import allowed_words, known_keys
+from runner.config import conf_files
+from runner.config.did_you_mean import allowed_words, known_keys
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 
@@ -85,7 +85,7 @@ def candidates(line: str, verbs: Mapping[str, Verb]) -> list[str]:
     if word.startswith("-"):
         found = iter(verb.options)
     elif name == "list":
-        found = iter((*catalog.GROUPS, "recipes"))
+        found = iter((*conf_files.GROUPS, "recipes"))
     elif name == "explain" and not given:
         found = _keys(word, end="")
     elif len(given) < len(verb.arguments) and verb.arguments[len(given)] in ("run", "run_dir", "run_id"):
@@ -107,14 +107,16 @@ def _keys(word: str, end: str) -> Iterator[str]:
     """Keys once a group is named, `train.…`: there are a hundred. Before that, groups and choices."""
     if "." in word:
         return (f"{key}{end}" for key in known_keys() if "." in key)
-    choices = (f"{choice}=" for choice in (*catalog.GROUPS, "recipe") if end)
+    choices = (f"{choice}=" for choice in (*conf_files.GROUPS, "recipe") if end)
     return chain(choices, (f"{group}." for group in RunSpec.model_fields))
 
 
 def _values(word: str, before: list[str]) -> Iterator[str]:
     key, _, value = word.partition("=")
     own = tuple(Path(folder) for flag, folder in pairwise(before) if flag == "--config-dir")
-    names = catalog.recipes() if key == "recipe" else catalog.options(key, own) if key in catalog.GROUPS else ()
+    names = (
+        conf_files.recipes() if key == "recipe" else conf_files.options(key, own) if key in conf_files.GROUPS else ()
+    )
     files = _files(value, _STARTS[:2] if key == "recipe" else ("",)) if key in _PATHS and value else ()
     return (f"{key}={value}" for value in (*names, *allowed_words(key), *files))
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from runner import __version__
-from runner.cli.verbs import VERBS
+from runner.cli.options import VERBS
 from runner.config.credentials import export_hub_token
 from runner.errors import Problem, RequestError
 from runner.report import terminal
@@ -93,16 +93,20 @@ def _as_key(error: click.NoSuchOption, words: tuple[str, ...]) -> str:
     """`--learning_rate 1e-4`, as other trainers take it, in this runner's way; empty where it is no key."""
     if not (error.ctx and any(p.name == "words" for p in error.ctx.command.params)):
         return ""
-    from runner.config import catalog
-    from runner.config.peer_keys import PEERS
-    from runner.config.suggestions import known_keys, nearest_key
+    from runner.config import conf_files
+    from runner.config.did_you_mean import known_keys, nearest_key
+    from runner.config.other_trainers_keys import PEERS
 
     place = next((n for n, word in enumerate(words) if word.startswith(error.option_name)), None)
     option = error.option_name if place is None else words[place]
     option, _, value = option.partition("=")
     word = option.lstrip("-").replace("-", "_")
-    key = word if word in catalog.GROUPS else nearest_key(word)
-    if len(word) < 2 or key is None or (error.possibilities and word not in {*catalog.GROUPS, *PEERS, *known_keys()}):
+    key = word if word in conf_files.GROUPS else nearest_key(word)
+    if (
+        len(word) < 2
+        or key is None
+        or (error.possibilities and word not in {*conf_files.GROUPS, *PEERS, *known_keys()})
+    ):
         return ""
     following = words[place + 1] if place is not None and place + 1 < len(words) else ""
     value = value or ("…" if not following or following.startswith("-") or "=" in following else following)

@@ -30,7 +30,7 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
       python -m runner chat runs/<id> --prompt "Fine-tune Mistral on three H100s" --json
       python -m runner chat runs/<id> --base
     """
-    from runner.runs.worker_verbs import chat as talk
+    from runner.runs.worker_tasks import chat as talk
 
     sys.exit(talk(run_dir, prompt, base, max_new_tokens, as_json))
 
@@ -59,7 +59,7 @@ def eval_(run_dir: Path, as_json: bool, **options: Any) -> None:
       python -m runner eval runs/<id> --tasks hellaswag,arc_easy --limit 200
       python -m runner eval runs/<id> --tasks my_task --tasks-dir ./tasks
     """
-    from runner.runs.worker_verbs import EvaluateOptions, evaluate
+    from runner.runs.worker_tasks import EvaluateOptions, evaluate
 
     sys.exit(evaluate(run_dir, EvaluateOptions(**options), as_json))
 
@@ -80,7 +80,7 @@ def merge(run_dir: Path, out: Path | None, as_json: bool) -> None:
       python -m runner merge runs/<id>
       python -m runner merge runs/<id> --out ./my-model --json
     """
-    from runner.runs.worker_verbs import merge as fold
+    from runner.runs.worker_tasks import merge as fold
 
     sys.exit(fold(run_dir, out, as_json))
 
@@ -101,7 +101,7 @@ def export(run_dir: Path, step: int | None, out: Path | None, as_json: bool) -> 
       python -m runner export runs/<id>
       python -m runner export runs/<id> --step 200 --out ./after-200
     """
-    from runner.runs.worker_verbs import export as write
+    from runner.runs.worker_tasks import export as write
 
     sys.exit(write(run_dir, step, out, as_json))
 
@@ -123,7 +123,7 @@ def push(run_dir: Path, repo: str | None, public: bool, merged: bool, as_json: b
       python -m runner push runs/<id> org/name
       python -m runner merge runs/<id> && python -m runner push runs/<id> org/name --merged --public
     """
-    from runner.hub.push import push as upload
+    from runner.hub.upload import push_run as upload
 
     done = upload(run_dir, repo, public=public, merged=merged)
     click.echo(dump(done) if as_json else f"{len(done['files'])} files: {done['url']}")

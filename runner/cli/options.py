@@ -1,4 +1,4 @@
-"""Arguments and error handling that the verbs share."""
+"""The table of verbs, and the arguments and error handling that they share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,42 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 from rich.console import Console
 
-from runner.cli.verbs import VERBS
 from runner.errors import InterruptedRun, Problem, RequestError, RunnerError
 from runner.report.text import dump, print_problems, problems_as_json
 
 if TYPE_CHECKING:
-    from runner.config.request import Request
+    from runner.config.command_line import Request
+
+VERBS = {
+    "run": "run_verbs",
+    "resume": "run_verbs",
+    "join": "run_verbs",
+    "show": "inspect_verbs",
+    "plan": "plan_verbs",
+    "fit": "plan_verbs",
+    "table": "plan_verbs",
+    "explain": "inspect_verbs",
+    "list": "inspect_verbs",
+    "runs": "inspect_verbs",
+    "data": "data_verbs",
+    "calibrate": "plan_verbs",
+    "doctor": "inspect_verbs",
+    "pods": "pod_verbs",
+    "gpus": "gpu_and_volume_verbs",
+    "volumes": "gpu_and_volume_verbs",
+    "attach": "remote_verbs",
+    "logs": "remote_verbs",
+    "status": "remote_verbs",
+    "fetch": "remote_verbs",
+    "chat": "model_verbs",
+    "eval": "model_verbs",
+    "merge": "model_verbs",
+    "export": "model_verbs",
+    "emulate": "emulate_verb",
+    "push": "model_verbs",
+    "deploy": "model_verbs",
+}
+"""Verb → module of this package, in the order of `--help`. There it is a click command of that name, or `list_`."""
 
 Arguments = tuple[str, ...]
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -101,7 +131,7 @@ def reports_errors(command: Command) -> Command:
 
 def request_of(words: Arguments, config_dirs: tuple[Path, ...]) -> Request:
     """Words of the command line → what to compose: files by their ending, the rest `key=value`."""
-    from runner.config.request import Request
+    from runner.config.command_line import Request
 
     spec_file: Path | None = None
     overrides: list[str] = []
@@ -161,8 +191,8 @@ _MEANT = {
 
 def stray(word: str, first: bool = False) -> Problem:
     """A word that is no file, and neither `group=name` nor `key=value`; the `first` one may be meant as a verb."""
-    from runner.config import catalog
-    from runner.config.suggestions import known_keys, nearest
+    from runner.config import conf_files
+    from runner.config.did_you_mean import known_keys, nearest
 
     if word in VERBS:
         return Problem(f"{word!r} is not the first word", "command line", f"python -m runner {word} …")
@@ -173,8 +203,8 @@ def stray(word: str, first: bool = False) -> Problem:
     if "/" in word:
         why = "correct it" if word.startswith("/") else f"the path is relative to {Path.cwd()}"
         return Problem(f"there is no file or folder {word}", "command line", why)
-    choices = {name: f"{group}={name}" for group in catalog.GROUPS for name in catalog.options(group)}
-    choices |= {name: f"recipe={name}" for name in catalog.recipes()}
+    choices = {name: f"{group}={name}" for group in conf_files.GROUPS for name in conf_files.options(group)}
+    choices |= {name: f"recipe={name}" for name in conf_files.recipes()}
     if first and word not in choices and (verb := _MEANT.get(word) or nearest(word, list(VERBS), cutoff=0.7)):
         instead = "leave it out: no verb means run" if verb == "run" else f"did you mean {verb}?"
         return Problem(f"there is no verb {word!r}", "command line", instead)

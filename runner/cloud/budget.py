@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runner.cloud import clock
-from runner.cloud.errors import TooDearError
 from runner.cloud.ledger import Entry, Ledger
+from runner.cloud.provider_errors import TooDearError
 from runner.errors import CannotRunError, Problem
 from runner.plan.cost import HOURS_PER_MONTH, STORAGE_USD_PER_GB_MONTH
 from runner.report.text import duration

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from runner.cloud import transfer, untrusted_files
-from runner.cloud.transfer import RemoteRun, Say
+from runner.cloud.transfer import PodRunFolder, Say
 from runner.paths import cache_dir
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir, write_atomically
@@ -31,7 +31,7 @@ LAST = "summary.json"
 TOLD = 5
 
 
-def download_run(at: RemoteRun, run: RunDir, spec: RunSpec, say: Say = lambda line: None) -> dict[str, Any]:
+def download_run(at: PodRunFolder, run: RunDir, spec: RunSpec, say: Say = lambda line: None) -> dict[str, Any]:
     """Download all of a run; the pod's `status.json`.
 
     LostError where the connection breaks: called again, it goes on there. TooMuchError where it is more than there is
@@ -47,22 +47,22 @@ def download_run(at: RemoteRun, run: RunDir, spec: RunSpec, say: Say = lambda li
     except untrusted_files.TooMuchError:
         shutil.rmtree(arrived, ignore_errors=True)
         raise
-    status = transfer.loads(at.connection.attempt(f"cat {folder}/status.json")[1])
+    status = transfer.json_object(at.connection.attempt(f"cat {folder}/status.json")[1])
     step = max(_complete_there(at), default=None)
     if step is not None and step not in checkpoints.complete(run):
         download_checkpoint(at, run, step, say)
     places = {f"{at.workspace}/cache/runner": str(cache_dir())}
-    theirs = transfer.loads(at.connection.attempt(f"cat {folder}/spec.json")[1]).get("model")
+    theirs = transfer.json_object(at.connection.attempt(f"cat {folder}/spec.json")[1]).get("model")
     if isinstance(theirs, dict):  # it is sent after the agent
         places[str(theirs.get("id"))] = spec.model.id
     if at.connection.attempt(f"test -e {folder}/summary.json")[0] == 0:
         left += at.connection.get(f"{at.folder}/summary.json", arrived, most=untrusted_files.max_bytes(run))
-    _take(run, [*left, *untrusted_files.clean(arrived)], places, say)
-    untrusted_files.flush(run.path)  # the pod, which has it too, is ended next
+    _take(run, [*left, *untrusted_files.delete_special_files(arrived)], places, say)
+    untrusted_files.flush_folder(run.path)  # the pod, which has it too, is ended next
     return status
 
 
-def download_checkpoint(at: RemoteRun, run: RunDir, step: int, say: Say = lambda line: None) -> None:
+def download_checkpoint(at: PodRunFolder, run: RunDir, step: int, say: Say = lambda line: None) -> None:
     """Download a checkpoint's files, then the marker that completes it."""
     source, target = f"{at.folder}/checkpoints/checkpoint-{step}", checkpoints.folder(run, step)
     target.mkdir(parents=True, exist_ok=True)
@@ -74,10 +74,10 @@ def download_checkpoint(at: RemoteRun, run: RunDir, step: int, say: Say = lambda
     except untrusted_files.TooMuchError:
         shutil.rmtree(target, ignore_errors=True)
         raise
-    _say_refused([*left, *untrusted_files.clean(target)], say)
+    _say_refused([*left, *untrusted_files.delete_special_files(target)], say)
 
 
-def _complete_there(at: RemoteRun) -> list[int]:
+def _complete_there(at: PodRunFolder) -> list[int]:
     listed = at.connection.attempt(f"ls -d {shlex.quote(at.folder)}/checkpoints/*/COMPLETE 2>/dev/null")[1]
     found = re.findall(r"/checkpoint-(\d{1,12})/COMPLETE$", listed, re.MULTILINE | re.ASCII)
     return [int(step) for step in found]

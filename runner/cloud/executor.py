@@ -16,21 +16,21 @@ from typing import Any
 import click
 from rich.console import Console
 
-from runner.cloud import clock, lifecycle, reuse_pod, ssh, ssh_keys, termination
-from runner.cloud.errors import NoBalanceError, StillThereError
+from runner.cloud import clock, rent_pod, reuse_pod, ssh, ssh_keys, termination
 from runner.cloud.follow import Display, News, PodGoneError
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import HeldError, Ledger
 from runner.cloud.provider import Provider, place_of
+from runner.cloud.provider_errors import NoBalanceError, StillThereError
 from runner.cloud.providers import provider_of
 from runner.cloud.reconcile import reconcile
 from runner.cloud.session import Session
 from runner.cloud.sweep_pool import Pool, machine_key
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
-from runner.report.known_causes import cause_of
+from runner.report.failure_causes import cause_of
 from runner.report.text import duration, print_problems
 from runner.rundir import checkpoints
-from runner.rundir.directory import Outcome, RunDir, shown
+from runner.rundir.directory import Outcome, RunDir, display_path
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.spec import RunSpec
 
@@ -108,7 +108,7 @@ def _machine(spec: RunSpec, plan: dict[str, Any]) -> tuple[str, float]:
         if found.entry.state == "RUNNING" and place_of(spec).keep is None:
             became = "yours again (stopped, where the run is detached)"
         return f"nothing: takes {found.described}, which is {became} after the run", found.entry.usd_per_hour
-    machines = lifecycle.find_offers(provider_of(spec), spec, plan)
+    machines = rent_pod.find_offers(provider_of(spec), spec, plan)
     return machines[0].described, machines[0].usd_per_hour
 
 
@@ -130,7 +130,7 @@ def execute(
 ) -> Outcome:  # fmt: skip
     """Rent, run and give back; the outcome is the training's. Errors of renting as `lifecycle.acquire` has them."""
     display = Display(Console(stderr=quiet_stdout))
-    pair = ssh_keys.pair(run.id, spec.where.name)
+    pair = ssh_keys.key_pair(run.id, spec.where.name)
     lost = 0
     with _terminated_is_interrupted():
         while True:
@@ -150,7 +150,7 @@ def execute(
                 resumes = f"goes on after step {step}" if step else "begins anew"
                 display.say(f"{error}: pod {lost} of {most} in its place; the run {resumes}")
             except OF_THIS_MACHINE as error:  # where the run is over, its pod still has the result
-                verb = f"fetch {run.id}" if session.over else f"resume {quote(shown(run.path))}"
+                verb = f"fetch {run.id}" if session.over else f"resume {quote(display_path(run.path))}"
                 raise RunFailedError(_failed_here(error, "", verb)) from None
             finally:
                 session.close()
@@ -169,8 +169,8 @@ def _rent(
     try:
         rented = pool.take(run, spec, pair, display.say) if pool and not again else None
         if place_of(spec).pod:
-            rented = reuse_pod.take(run, spec, pair, display.say, launch_options.detach)
-        rented = rented or lifecycle.acquire(
+            rented = reuse_pod.take_named(run, spec, pair, display.say, launch_options.detach)
+        rented = rented or rent_pod.acquire(
             run, spec, run.read("plan.json"), pair, display.say, detached=launch_options.detach,
             alone_minutes=BOOT_FACTOR * place_of(spec).setup_minutes, env=pool.variables() if pool else None,
         )  # fmt: skip
@@ -295,7 +295,7 @@ def finish(session: Session, last: dict[str, Any], display: Display, pool: Pool 
         account(run, rented, error)
         raise
     cost = account(run, rented)
-    ssh_keys.forget(run.id) if not keep else None
+    ssh_keys.delete_key(run.id) if not keep else None
     became = "is stopped" if keep else "is gone, which was confirmed"
     if until is not None:
         became = f"is yours again, until {datetime.fromtimestamp(until):%H:%M on %Y-%m-%d}"
@@ -354,7 +354,7 @@ def _close(
     display.say(f"Cost    ${cost['usd']:.2f}{predicted}; pod {rented.pod.id} {became}")
     if last.get("stopped_for"):
         more = " where.max_usd=…" if "where.max_usd" in last["stopped_for"] else ""
-        remedy = f"python -m runner resume {quote(shown(run.path))}{more}"
+        remedy = f"python -m runner resume {quote(display_path(run.path))}{more}"
         print_problems(Console(stderr=True), InterruptedRun(Problem(f"stopped: {last['stopped_for']}", None, remedy)))
     elif last.get("message"):
         print_problems(Console(stderr=True), RunFailedError(_problem_of(run, str(last["message"]))))
@@ -368,11 +368,11 @@ def _problem_of(run: RunDir, message: str) -> Problem:
     except OSError:
         cause = None
     if "upload failed" in message:
-        return Problem("the model is here, and its upload failed", shown(run.path / "logs" / "upload.log"),
-                       f"python -m runner push {quote(shown(run.path))}")  # fmt: skip
+        return Problem("the model is here, and its upload failed", display_path(run.path / "logs" / "upload.log"),
+                       f"python -m runner push {quote(display_path(run.path))}")  # fmt: skip
     if cause is None:
-        return Problem(message, None, f"see {shown(run.path / 'logs')}")
-    return Problem(f"{message}: {cause.what}", shown(log), cause.in_pod or cause.remedy)
+        return Problem(message, None, f"see {display_path(run.path / 'logs')}")
+    return Problem(f"{message}: {cause.what}", display_path(log), cause.in_pod or cause.remedy)
 
 
 def _brought_from_stopped(session: Session, error: PodGoneError) -> dict[str, Any] | None:
@@ -432,10 +432,10 @@ def _replaceable(session: Session, error: PodGoneError, lost: int) -> None:
         raise _ended_by_itself(session, session.agent)
     if place.pod:
         account(run, session.rented, error)
-        raise reuse_pod.unavailable(place.pod)
+        raise reuse_pod.unavailable_error(place.pod)
     if lost > place.max_replacements:
         account(run, session.rented, error)
-        remedy = f"python -m runner resume {quote(shown(run.path))} goes on after the last checkpoint"
+        remedy = f"python -m runner resume {quote(display_path(run.path))} goes on after the last checkpoint"
         raise RunFailedError(Problem(f"{error}, for the {lost}. time: where.max_replacements", None, remedy))
 
 

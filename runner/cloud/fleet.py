@@ -11,17 +11,17 @@ from typing import Any
 
 from runner.cloud import clock, termination
 from runner.cloud.budget import Meter, paid_until, stopped_usd_per_day
-from runner.cloud.errors import CloudError, NoKeyError, StillThereError, unseen
 from runner.cloud.ledger import ARMED, PREFIX, Entry, Ledger, LedgerError
 from runner.cloud.provider import OVER, Pod, Provider
+from runner.cloud.provider_errors import CloudError, NoKeyError, StillThereError, unseen_pod
 from runner.cloud.providers import DEFAULT, connect
 from runner.cloud.reconcile import overdue, reconcile, rented_at
-from runner.config.suggestions import nearest
+from runner.config.did_you_mean import nearest
 from runner.errors import Problem, RequestError, RunnerError
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PodRow:
     """One pod, as `pods --json` prints it."""
 
     run_id: str
@@ -50,12 +50,12 @@ class Row:
 NOT_OURS: dict[str, Any] = {"run_id": "", "state": "NOT OURS", "detail": "not of this project: no verb touches it"}
 
 
-def rows(api: Provider, ledger: Ledger, now: float | None = None, *, everything: bool = False) -> list[Row]:
+def pod_rows(api: Provider, ledger: Ledger, now: float | None = None, *, everything: bool = False) -> list[PodRow]:
     """Every pod of this project, oldest first; with `everything` the account's other pods as well."""
     now = clock.now() if now is None else now
     listed = [pod for pod in api.pods() if pod.status not in OVER]
     pods = {pod.id: pod for pod in listed if pod.name.startswith(PREFIX)}
-    found: list[Row] = []
+    found: list[PodRow] = []
     known: set[str] = set()
     for entry in ledger.entries():
         pod = pods.get(entry.pod_id or "") or next((p for p in pods.values() if p.name == entry.name), None)
@@ -68,19 +68,19 @@ def rows(api: Provider, ledger: Ledger, now: float | None = None, *, everything:
     return sorted(found, key=lambda row: -row.age_hours)
 
 
-def rows_of_all(apis: Sequence[Provider], ledger: Ledger, *, everything: bool = False) -> list[Row]:
+def rows_of_all(apis: Sequence[Provider], ledger: Ledger, *, everything: bool = False) -> list[PodRow]:
     """The rows of several accounts: an entry of the ledger once, by the account that has its pod."""
-    found: dict[str, Row] = {}
-    for row in (row for api in apis for row in rows(api, ledger, everything=everything)):
+    found: dict[str, PodRow] = {}
+    for row in (row for api in apis for row in pod_rows(api, ledger, everything=everything)):
         if row.name not in found or row.status is not None or not row.name:
             found[row.name or str(row.pod_id)] = row
     return sorted(found.values(), key=lambda row: -row.age_hours)
 
 
-def _row(api: Provider, entry: Entry, pod: Pod | None, now: float) -> Row:
+def _row(api: Provider, entry: Entry, pod: Pod | None, now: float) -> PodRow:
     meter = Meter(entry.usd_per_hour, entry.created, entry.disk_gb)
     pod_id = pod.id if pod else entry.pod_id
-    return Row(
+    return PodRow(
         run_id=entry.run_id, pod_id=pod_id, name=entry.name, state=entry.state, status=pod.status if pod else None,
         gpu=entry.gpu, cloud=entry.cloud, data_center=pod.data_center if pod else None,
         usd_per_hour=pod.usd_per_hour if pod else entry.usd_per_hour, usd=round(meter.usd(paid_until(entry, now)), 4),
@@ -89,10 +89,10 @@ def _row(api: Provider, entry: Entry, pod: Pod | None, now: float) -> Row:
     )  # fmt: skip
 
 
-def _elsewhere(api: Provider, pod: Pod, now: float) -> Row:
+def _elsewhere(api: Provider, pod: Pod, now: float) -> PodRow:
     """A pod of this project that this machine's ledger does not know: its variables tell run and deadline."""
     began = pod.created or now
-    return Row(
+    return PodRow(
         run_id=run_of(pod), pod_id=pod.id, name=pod.name, state="ELSEWHERE", status=pod.status, gpu=pod.gpu_id,
         cloud=pod.cloud, data_center=pod.data_center, usd_per_hour=pod.usd_per_hour,
         usd=round(Meter(pod.usd_per_hour, began).usd(now), 4), usd_per_day_stopped=0.0,
@@ -111,13 +111,13 @@ def pod_deadline(pod: Pod) -> float | None:
 
     One that was kept and started again has as long as before, for its variables stay.
     """
-    deadline, started = variable(pod, "RUNNER_DEADLINE"), pod.started
+    deadline, started = pod_time_variable(pod, "RUNNER_DEADLINE"), pod.started
     if deadline is None or started is None or pod.created is None:
         return deadline
     return deadline + max(0.0, started - pod.created)
 
 
-def variable(pod: Pod, name: str) -> float | None:
+def pod_time_variable(pod: Pod, name: str) -> float | None:
     """A time among the pod's variables."""
     try:
         return float(pod.env[name])
@@ -131,7 +131,7 @@ def find_pod(api: Provider, ledger: Ledger, word: str) -> tuple[str, str, str]:
     RequestError where there is none, or more than one.
     """
     asked = Path(word).name if "/" in word else word
-    alive = [row for row in rows(api, ledger) if row.pod_id is not None and row.status is not None]
+    alive = [row for row in pod_rows(api, ledger) if row.pod_id is not None and row.status is not None]
     exact = [row for row in alive if asked in (row.pod_id, row.name, row.run_id)]
     found = exact or [row for row in alive if len(asked) > 3 and row.run_id.startswith(asked)]
     if len(found) == 1:
@@ -182,7 +182,7 @@ def terminate(
             if _unknown(ledger, name):
                 with suppress(RunnerError):  # it was listed when it was looked for
                     adopt(api, ledger, pod_id, run_id)
-            termination.end(api, ledger, name, pod_id, why)
+            termination.terminate(api, ledger, name, pod_id, why)
         except RunnerError as error:
             failures += error.problems
     if failures:
@@ -210,14 +210,14 @@ def _meant(api: Provider, ledger: Ledger, word: str, say: Callable[[str], None])
         if pod.id not in found and (named or (pod.id not in known and run_of(pod) == asked)):
             found[pod.id] = (pod.name, pod.id, run_of(pod))
     if not found and (lost := next((e for e in own if e.state == "CREATE_UNKNOWN"), None)):
-        raise StillThereError(unseen(api, lost.name, "no pod of that name is listed now"))
+        raise StillThereError(unseen_pod(api, lost.name, "no pod of that name is listed now"))
     return list(found.values()) or [find_pod(api, ledger, word)]
 
 
 def _by_id(api: Provider, asked: str, own: list[Entry], error: CloudError) -> tuple[str, str, str]:
     """The pod of that id where there is no list; `error` where there is none."""
     if own:
-        raise StillThereError(unseen(api, own[0].name, str(error)))
+        raise StillThereError(unseen_pod(api, own[0].name, str(error)))
     pod = api.pod(asked)
     if pod is None:
         raise error
@@ -253,7 +253,7 @@ def adopt(api: Provider, ledger: Ledger, pod_id: str, run_id: str, run_dir: str 
         disk_gb=pod.disk_gb + pod.volume_gb, keep=False, volume=pod.volume_id, base=api.base, account=api.account,
         heartbeat_s=None,
     )  # fmt: skip
-    deadline, rented = pod_deadline(pod), variable(pod, "RUNNER_RENTED")
+    deadline, rented = pod_deadline(pod), pod_time_variable(pod, "RUNNER_RENTED")
     if deadline is not None and rented is not None and pod.created is not None:
         deadline += pod.created - rented  # from the other machine's clock to the provider's
     facts = {"pod_id": pod.id, "deadline": deadline} | ({"created": pod.created} if pod.created else {})
@@ -269,7 +269,7 @@ def _check_ours(api: Provider, pod: Pod) -> None:
         raise RequestError(Problem(what, "command line", f"end it by hand: {api.page(pod.id)}"))
 
 
-def owned_by_none(
+def unowned_pods(
     api: Provider, ledger: Ledger, *, everything: bool = False, say: Callable[[str], None] = _silent
 ) -> list[tuple[str, str, str]]:
     """Pods that no run owns: name, id and why. With `everything` all that no living process of this machine holds.
@@ -286,7 +286,7 @@ def owned_by_none(
             continue
         entry = entries.get(pod.id) or entries.get(pod.name)
         deadline = entry.deadline if entry else pod_deadline(pod)
-        now = there.now(pod, rented_at(ledger, entry) if entry else variable(pod, "RUNNER_RENTED"))
+        now = there.now(pod, rented_at(ledger, entry) if entry else pod_time_variable(pod, "RUNNER_RENTED"))
         if entry is not None and entry.owned:
             continue
         # Stopped: by a run that keeps its pod, or with a result that nobody has fetched. It costs its disk alone.
@@ -306,7 +306,7 @@ def owned_by_none(
     return found
 
 
-def stopped_with_a_run(api: Provider, ledger: Ledger) -> list[tuple[str, str]]:
+def stopped_pods_with_a_run(api: Provider, ledger: Ledger) -> list[tuple[str, str]]:
     """Pods that have stopped with a run that is not here, or that a run keeps: the pod's id and the run's.
 
     They cost their disk until somebody decides: `reap` ends none of them without `--all`.
@@ -328,7 +328,7 @@ def reap(api: Provider, ledger: Ledger, found: list[tuple[str, str, str]]) -> li
     return ended
 
 
-def refuse_second(run_id: str, provider: str | None) -> list[str]:
+def refuse_second_pod(run_id: str, provider: str | None) -> list[str]:
     """RequestError where a pod has the run already, by ledger or provider; else notes of what was settled.
 
     `provider`: where the run goes on in a pod, for which a stopped one is no obstacle; None where it goes on here.

@@ -24,7 +24,7 @@ from rich.console import Console
 from runner.cloud import untrusted_files
 from runner.cloud.agent.tail import GROWING, WHOLE
 from runner.cloud.ssh import SSH_FAILED
-from runner.cloud.transfer import RemoteRun
+from runner.cloud.transfer import PodRunFolder
 from runner.config import json_text
 from runner.errors import Problem, RunnerError
 from runner.report.invocation import as_invoked
@@ -62,7 +62,7 @@ class News(NamedTuple):
 class Follower:
     """One run in one pod. `find` tells the pod's present address, None while it has none; raises PodGoneError."""
 
-    def __init__(self, at: RemoteRun, run: RunDir, find: Callable[[], tuple[str, int] | None],
+    def __init__(self, at: PodRunFolder, run: RunDir, find: Callable[[], tuple[str, int] | None],
                  before: Callable[[], None] = lambda: None) -> None:  # fmt: skip
         self.at, self.run, self.find, self.before = at, run, find, before
         self.rest: dict[str, bytes] = {}
@@ -220,7 +220,7 @@ class Follower:
         *lines, self.rest[name] = (before + content).split(b"\n")
         for text in lines:
             if name == WORDS:
-                yield News("words", shown(text.decode(errors="replace")))
+                yield News("words", without_control_sequences(text.decode(errors="replace")))
             else:
                 with suppress(ValueError, RecursionError):
                     if isinstance(line := json_text.loads(text), dict):
@@ -242,7 +242,7 @@ def _is_ours(name: str, patterns: tuple[str, ...]) -> bool:
     return any(re.fullmatch(one, name) for one in told)
 
 
-def shown(text: str) -> str:
+def without_control_sequences(text: str) -> str:
     """A line without terminal control sequences."""
     return CONTROL.sub("", text)
 

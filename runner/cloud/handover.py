@@ -13,7 +13,7 @@ from typing import Any
 from runner.cloud import clock
 from runner.cloud.session import Session
 from runner.cloud.ssh import LostError
-from runner.cloud.transfer import RemoteRun
+from runner.cloud.transfer import PodRunFolder
 from runner.errors import Problem, RunFailedError
 
 PARKED_MINUTES = 10.0
@@ -50,10 +50,10 @@ def hand_over(old: Session, new: Session) -> None:
 def _hand_over(old: Session, new: Session) -> None:
     at = old.login()
     _clear_run(at, old, new)
-    serve_next(at, RemoteRun(at.connection, at.workspace, new.run.id), new.order(detach=False))
+    serve_next(at, PodRunFolder(at.connection, at.workspace, new.run.id), new.order(detach=False))
 
 
-def serve_next(at: RemoteRun, there: RemoteRun, order: dict[str, Any]) -> None:
+def serve_next(at: PodRunFolder, there: PodRunFolder, order: dict[str, Any]) -> None:
     """Make the dead-man's switch of the run `at` serve the run `there`, by its order; RunFailedError otherwise."""
     folder = shlex.quote(there.folder)
     # A run that had the pod before has handed it on to somebody, too: two that name each other would go round for ever.
@@ -66,7 +66,7 @@ def serve_next(at: RemoteRun, there: RemoteRun, order: dict[str, Any]) -> None:
         raise RunFailedError(Problem(what, None, f"{at.folder}/logs/agent.log in the pod says why"))
 
 
-def _clear_run(at: RemoteRun, old: Session, new: Session) -> None:
+def _clear_run(at: PodRunFolder, old: Session, new: Session) -> None:
     """Free the pod's disk of a downloaded run and of another model's weights. The agent's files and logs stay."""
     words = [f"rm -f /dev/shm/runner-{shlex.quote(old.run.id)}.env"]
     if old.where.volume is None:

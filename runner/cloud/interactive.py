@@ -10,10 +10,10 @@ from typing import Any
 
 from runner.cloud import budget, clock, pod_shell, ssh_keys
 from runner.cloud.lease import Lease
-from runner.cloud.lifecycle import acquire, find_offers
 from runner.cloud.provider import Offer, Provider, place_of
 from runner.cloud.providers import DEFAULT
-from runner.cloud.reuse_pod import folder_of
+from runner.cloud.rent_pod import acquire, find_offers
+from runner.cloud.reuse_pod import owner_folder
 from runner.cloud.ssh import connection_to
 from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
@@ -36,14 +36,14 @@ class InteractivePod:
     def described(self) -> str:
         """What to do with it."""
         jupyter = f"      http://127.0.0.1:8888/?token={self.jupyter_token}"
-        return described(self.pod_id, self.usd_per_hour, self.deadline, "ends", jupyter)
+        return describe(self.pod_id, self.usd_per_hour, self.deadline, "ends", jupyter)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def described(pod_id: str, usd_per_hour: float, deadline: float, how: str, jupyter: str = "") -> str:
+def describe(pod_id: str, usd_per_hour: float, deadline: float, how: str, jupyter: str = "") -> str:
     """Commands for a pod of one's own, with its price and deadline."""
     until = datetime.fromtimestamp(deadline)
     return (
@@ -68,20 +68,22 @@ def spec_for(spec: RunSpec, hours: float) -> RunSpec:
     return spec.model_copy(update={"where": place_of(spec).model_copy(update={"deadline_hours": hours})})
 
 
-def offer(api: Provider, spec: RunSpec, hours: float) -> Offer:
+def first_offer(api: Provider, spec: RunSpec, hours: float) -> Offer:
     """The offer that would be asked for first; CannotRunError where so many hours of it cost more than is allowed."""
     first, *_ = find_offers(api, spec, {})
     budget.check_hours(place_of(spec), first.usd_per_hour, hours)
     return first
 
 
-def rent(spec: RunSpec, hours: float, say: Callable[[str], None], env: dict[str, str] | None = None) -> InteractivePod:
+def rent_interactive(
+    spec: RunSpec, hours: float, say: Callable[[str], None], env: dict[str, str] | None = None
+) -> InteractivePod:
     """Rent a pod, put secret variables into its memory, and release it: its start command ends it in time."""
     run_id = f"pod-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     token = secrets.token_urlsafe(12)  # of a server that listens inside the pod alone; nobody's key
-    began, pair = clock.now(), ssh_keys.pair(run_id, spec.where.name)
+    began, pair = clock.now(), ssh_keys.key_pair(run_id, spec.where.name)
     rented = acquire(
-        RunDir(folder_of(run_id)), spec, {"hours": hours}, pair, say, detached=True,
+        RunDir(owner_folder(run_id)), spec, {"hours": hours}, pair, say, detached=True,
         alone_minutes=60 * hours, env={"JUPYTER_PASSWORD": token},
     )  # fmt: skip
     try:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from runner.cloud import clock, termination
 from runner.cloud.budget import Meter, stopped_usd_per_day
-from runner.cloud.errors import ApiDownError, WrongKeyError
 from runner.cloud.ledger import Entry, Ledger, LedgerError, State
 from runner.cloud.provider import Pod, Provider
+from runner.cloud.provider_errors import ApiDownError, WrongKeyError
 from runner.cloud.reconcile import end_unanswered_creates
 
 
@@ -96,10 +96,10 @@ class Lease:
                 if keep:
                     termination.stop(self.api, self.ledger, self.name, self.pod.id, "the run is over")
                 else:
-                    termination.end(self.api, self.ledger, self.name, self.pod.id, "the run is over")
+                    termination.terminate(self.api, self.ledger, self.name, self.pod.id, "the run is over")
                 end_unanswered_creates(self.api, self.ledger, self.run_id, now=True)
                 with suppress(ApiDownError):  # what is listed later is ended by the next command
-                    termination.end_doubles(self.api, self.pod.id, self.pod.name)
+                    termination.terminate_duplicates(self.api, self.pod.id, self.pod.name)
                 self.ledger.leave(self.name)
                 return
             except KeyboardInterrupt:  # once: an impatient second Ctrl-C must not leave a pod behind

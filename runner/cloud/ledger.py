@@ -109,7 +109,7 @@ class Entry:
     @property
     def owned(self) -> bool:
         """A living launcher holds it: nobody else may act on it."""
-        return self.pid is not None and owners.lives(self.host, self.pid, self.pid_started)
+        return self.pid is not None and owners.owner_is_alive(self.host, self.pid, self.pid_started)
 
     @property
     def owned_here(self) -> bool:
@@ -390,5 +390,5 @@ def _table(db: sqlite3.Connection) -> str:
 def owner(pid: int | None = None) -> dict[str, Any]:
     """Columns that say who holds a pod: this process, or another one that can be seen from here."""
     if pid is None:
-        owners.hold()
-    return owners.of(pid)
+        owners.hold_lock()
+    return owners.identity_columns(pid)

@@ -55,17 +55,17 @@ def payload_items(spec: RunSpec) -> list[PayloadItem]:
     return [item for item in found if item is not None]
 
 
-def tokens(spec: RunSpec) -> list[PayloadItem]:
+def prepared_tokens(spec: RunSpec) -> list[PayloadItem]:
     """What `data prepare` has made for this run, for the pod's own cache, where the run looks first."""
     found = []
-    for name in prepared_index.entries(spec):
+    for name in prepared_index.prepared_folders(spec):
         folder = cache_dir() / name
         files = {file.name: file.stat().st_size for file in folder.iterdir()}
         found.append(PayloadItem("tokens", folder, f"cache/runner/{name}", sum(files.values()), files=tuple(files)))
     return found
 
 
-def rewritten(spec: RunSpec, workspace: str, found: Iterable[PayloadItem]) -> RunSpec:
+def spec_for_pod(spec: RunSpec, workspace: str, found: Iterable[PayloadItem]) -> RunSpec:
     """The spec as the pod runs it: its own paths, and a place that is here."""
     values = spec.model_dump(mode="json")
     for item in found:
@@ -140,7 +140,7 @@ def packed_wheel() -> tuple[str, bytes]:
     return f"{stem}-py3-none-any.whl", held.getvalue()
 
 
-def requirements() -> list[str]:
+def training_requirements() -> list[str]:
     """What training needs, as pip takes it: the core and the extra `train`, without what only the front needs."""
     try:
         listed = importlib.metadata.requires(PROJECT) or []
@@ -157,7 +157,7 @@ def requirements() -> list[str]:
     return kept
 
 
-def constraints() -> str:
+def pinned_constraints() -> str:
     """The pins that the tests ran with; empty where they were not shipped."""
     try:
         return paths.CONSTRAINTS.read_text("utf-8")
@@ -181,7 +181,7 @@ def _wheel_files() -> dict[str, bytes]:
 
 def _wheel_metadata() -> str:
     lines = ["Metadata-Version: 2.1", f"Name: {PROJECT}", f"Version: {runner.__version__}"]
-    return "\n".join([*lines, *(f"Requires-Dist: {line}" for line in requirements()), ""])
+    return "\n".join([*lines, *(f"Requires-Dist: {line}" for line in training_requirements()), ""])
 
 
 def _wheel_sum(content: bytes) -> str:

@@ -31,7 +31,7 @@ def open_shell(api: Provider, ledger: Ledger, word: str, command: Sequence[str] 
         options = () if command else ("-t",)
         words = [*connection.words(*options), f"{connection.user}@{connection.host}"]
         if command:  # no login shell, which would read them by itself
-            words += [reading_env(fleet.find_pod(api, ledger, word)[2]), *command]
+            words += [read_env_command(fleet.find_pod(api, ledger, word)[2]), *command]
         return subprocess.call(words, env=ssh.environment())
     finally:
         connection.close()
@@ -119,7 +119,7 @@ def connect_to(api: Provider, ledger: Ledger, word: str) -> ssh.Connection:
         state = pod.status.lower() if pod else "gone"
         what = f"pod {pod_id} is {state}, and cannot be reached by SSH"
         raise CannotRunError(Problem(what, None, f"python -m runner pods logs {pod_id} says what it does"))
-    return ssh.connection_to(pod, ssh_keys.pair(run_id, name_of(api)).private)
+    return ssh.connection_to(pod, ssh_keys.key_pair(run_id, name_of(api)).private)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -269,7 +269,8 @@ def _place_env_once(connection: Connection, run_id: str, values: dict[str, str])
     place_secret(connection, f"{env_file(run_id)}.json", json.dumps(values))
     python = f"import json, os\nos.environ.update(json.load(open({env_file(run_id) + '.json'!r})))\n"
     connection.run(
-        f"grep -qs {shlex.quote(env_file(run_id))} ~/.bashrc || echo {shlex.quote(reading_env(run_id))} >> ~/.bashrc; "
+        f"grep -qs {shlex.quote(env_file(run_id))} ~/.bashrc "
+        f"|| echo {shlex.quote(read_env_command(run_id))} >> ~/.bashrc; "
         f"mkdir -p {STARTUP} && echo {shlex.quote(python)} > {STARTUP}/00-runner.py"
     )
 
@@ -279,7 +280,7 @@ def env_file(run_id: str) -> str:
     return f"/dev/shm/runner-{run_id}.sh"
 
 
-def reading_env(run_id: str) -> str:
+def read_env_command(run_id: str) -> str:
     """Shell command that reads the variables, if there are any."""
     file = shlex.quote(env_file(run_id))
     return f"[ ! -r {file} ] || . {file};"

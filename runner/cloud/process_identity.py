@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from runner.paths import state_dir
-from runner.rundir.directory import alive
+from runner.rundir.directory import is_alive
 
 NETWORK = ("nfs", "cifs", "smb", "fuse", "9p", "virtiofs", "lustre", "ceph", "gpfs", "beegfs", "afs", "ocfs", "gfs")
 """Beginnings of the names of file systems that several machines may share."""
@@ -26,20 +26,20 @@ KEPT_S = 60 * 86_400
 _held: dict[Path, IO[str]] = {}
 
 
-def of(pid: int | None = None) -> dict[str, Any]:
+def identity_columns(pid: int | None = None) -> dict[str, Any]:
     """Columns of the ledger for a process that can be seen from here, by default this one."""
     pid = os.getpid() if pid is None else pid
     return {
         "pid": pid,
-        "host": "|".join((socket.gethostname(), machine(), boot(), namespace())),
-        "pid_started": started(pid),
+        "host": "|".join((socket.gethostname(), machine_id(), boot_id(), pid_namespace())),
+        "pid_started": start_ticks(pid),
     }
 
 
-def hold() -> None:
+def hold_lock() -> None:
     """Hold this process's lock until its end. Without one, as on a full disk, it is only seen from this container."""
     with suppress(OSError):
-        file = _lock(**of())
+        file = _lock(**identity_columns())
         if file in _held:
             return
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -51,25 +51,25 @@ def hold() -> None:
                 old.unlink()
 
 
-def lives(host: str | None, pid: int, pid_started: float | None) -> bool:
+def owner_is_alive(host: str | None, pid: int, pid_started: float | None) -> bool:
     """Whether an owner is at work, or has to be taken to be."""
     name, *rest = (host or "").split("|")
     if len(rest) != 3:  # of an earlier version
         return name != socket.gethostname() or _runs(pid, pid_started)
     its_machine, its_boot, its_namespace = rest
-    seen = (its_boot, its_namespace) == (boot(), namespace())
+    seen = (its_boot, its_namespace) == (boot_id(), pid_namespace())
     if seen and (its_boot or name == socket.gethostname()):
         return _runs(pid, pid_started)
     lock = _lock(host=str(host), pid=pid, pid_started=pid_started)
     held = _is_held(lock)
-    if held is not None and (its_boot == boot() or not on_network(lock)):
+    if held is not None and (its_boot == boot_id() or not is_on_network(lock)):
         return held
-    rebooted = its_machine != "" and its_machine == machine() and its_boot != boot()
+    rebooted = its_machine != "" and its_machine == machine_id() and its_boot != boot_id()
     return held is True or not rebooted
 
 
 def _runs(pid: int, pid_started: float | None) -> bool:
-    return alive(pid) and started(pid) == pid_started
+    return is_alive(pid) and start_ticks(pid) == pid_started
 
 
 def _lock(host: str, pid: int, pid_started: float | None) -> Path:
@@ -90,19 +90,19 @@ def _is_held(lock: Path) -> bool | None:
 
 
 @cache
-def machine() -> str:
+def machine_id() -> str:
     """Of the installed system (machine-id(5)); empty in most containers."""
     return _first("/etc/machine-id", "/var/lib/dbus/machine-id")
 
 
 @cache
-def boot() -> str:
+def boot_id() -> str:
     """Of the kernel's start, the same in all its containers (random(4)); empty on macOS."""
     return _first("/proc/sys/kernel/random/boot_id")
 
 
 @cache
-def namespace() -> str:
+def pid_namespace() -> str:
     """In which process numbers are unique."""
     try:
         return str(os.stat("/proc/self/ns/pid").st_ino)
@@ -110,7 +110,7 @@ def namespace() -> str:
         return ""
 
 
-def started(pid: int) -> float | None:
+def start_ticks(pid: int) -> float | None:
     """When a process began, in ticks since the machine's start: a number that is used again is told by it."""
     try:
         return float(Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[19])
@@ -118,7 +118,7 @@ def started(pid: int) -> float | None:
         return None
 
 
-def on_network(file: Path) -> bool:
+def is_on_network(file: Path) -> bool:
     """Whether another machine may have the same file; False where it cannot be found out (macOS)."""
     try:
         lines = Path("/proc/self/mountinfo").read_text("utf-8").splitlines()

@@ -8,14 +8,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from runner.cloud.errors import NoKeyError
 from runner.cloud.provider import OVER, Provider
+from runner.cloud.provider_errors import NoKeyError
 from runner.cloud.runpod import prices
 from runner.errors import RunnerError
 from runner.rundir.directory import RunDir
 from runner.spec import HardwareSpec, RentedPlace, RunSpec
 
-PROVIDERS: dict[str, str | type[Provider]] = {"runpod": "runner.cloud.runpod.provider:RunPod"}
+PROVIDERS: dict[str, str | type[Provider]] = {"runpod": "runner.cloud.runpod.runpod_provider:RunPod"}
 """Their classes; of those named as `module:class` nothing is imported before something is asked of an account."""
 Price = tuple[float | None, str | None]
 """US$ per GPU and hour (of the machine, on a CPU), and who says so; None where nobody knows."""

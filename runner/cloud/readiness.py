@@ -9,8 +9,15 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from runner.cloud import clock
-from runner.cloud.errors import ApiDownError, BadHostError, CloudError, NoImageError, PullLimitError, WrongKeyError
 from runner.cloud.provider import OVER, Pod, Provider
+from runner.cloud.provider_errors import (
+    ApiDownError,
+    BadHostError,
+    CloudError,
+    NoImageError,
+    PullLimitError,
+    WrongKeyError,
+)
 from runner.errors import Problem, RunnerError
 
 POLL_S = 3.0

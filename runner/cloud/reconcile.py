@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from runner.cloud import clock, termination
-from runner.cloud.errors import CloudError, StillThereError
 from runner.cloud.ledger import ARMED, Entry, Ledger, LedgerError
 from runner.cloud.provider import OVER, Pod, Provider
+from runner.cloud.provider_errors import CloudError, StillThereError
 from runner.cloud.readiness import pods_named, wait_for_name
 from runner.errors import RunnerError
 
@@ -77,13 +77,15 @@ def _settle(
         return _unanswered(api, ledger, entry)
     assert entry.pod_id is not None
     if any(pod.name == name and pod.id != entry.pod_id for pod in pods.values()):
-        termination.end_doubles(api, entry.pod_id, name)
+        termination.terminate_duplicates(api, entry.pod_id, name)
     if state in (*ARMED, "STOPPED"):
         return _armed(api, ledger, entry, pods.get(entry.pod_id), there, died)
     if entry.keep and (state == "TERMINATING" or rented_at(ledger, entry) < entry.created):  # it had a run before
         termination.stop(api, ledger, name, entry.pod_id, "again, after the launcher ended")
         return f"pod {entry.pod_id} of run {entry.run_id} is stopped, as was asked"
-    termination.end(api, ledger, name, entry.pod_id, f"nobody holds it any more, {state} since its launcher ended")
+    termination.terminate(
+        api, ledger, name, entry.pod_id, f"nobody holds it any more, {state} since its launcher ended"
+    )
     return f"pod {entry.pod_id} of run {entry.run_id} was left {state} by a launcher that is gone: it is ended"
 
 
@@ -93,7 +95,7 @@ def _unanswered(api: Provider, ledger: Ledger, entry: Entry) -> str | None:
         ledger.move(entry.name, "CREATE_UNKNOWN", "the launcher ended while it asked")
     found = wait_for_name(api, entry.name) if entry.state == "CREATING" else pods_named(api, entry.name)
     for pod in found:
-        termination.end(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
+        termination.terminate(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
     if found:
         return f"pod {found[0].id} of run {entry.run_id} came of a create that was not answered: it is ended"
     if _is_old(api, entry):
@@ -148,7 +150,7 @@ def _end_overdue(api: Provider, ledger: Ledger, entry: Entry, pod: Pod) -> str:
             found = api.pod(pod.id)
             if found is not None and found.status == "EXITED":
                 raise  # it is not recorded
-    termination.end(api, ledger, entry.name, pod.id, "it is past its deadline")
+    termination.terminate(api, ledger, entry.name, pod.id, "it is past its deadline")
     return f"{late}: it is ended"
 
 
@@ -185,6 +187,6 @@ def end_unanswered_creates(api: Provider, ledger: Ledger, run_id: str, *, now: b
         except RunnerError:
             continue  # it stays in the ledger
         for pod in found:
-            termination.end(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
+            termination.terminate(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
         if not found and _is_old(api, entry):
             ledger.try_move(entry.name, "GONE", "no pod of that name has appeared")

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from runner.cloud import budget, clock, fleet, handover, pod_shell, ssh, ssh_keys, termination, transfer
 from runner.cloud.budget import Meter, deadline_of, spent
-from runner.cloud.errors import BadHostError, NoCapacityError
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Entry, Ledger
 from runner.cloud.provider import OVER, Offer, Pod, Provider, gpu_id_of, place_of
+from runner.cloud.provider_errors import BadHostError, NoCapacityError
 from runner.cloud.providers import name_of, provider_of
 from runner.cloud.readiness import poll_s, wait_until_ready
 from runner.cloud.session import Session
-from runner.cloud.transfer import RemoteRun, Say
+from runner.cloud.transfer import PodRunFolder, Say
 from runner.errors import Problem, RequestError, RunFailedError, RunnerError
 from runner.paths import state_dir
 from runner.rundir.directory import RunDir
@@ -39,7 +39,7 @@ STARTING_S = 120.0
 
 
 @dataclass(frozen=True)
-class Found:
+class ReusablePod:
     """A pod that may be taken."""
 
     entry: Entry
@@ -52,12 +52,12 @@ class Found:
         return f"pod {self.pod.id} ({state}), {self.pod.gpu_count or ''} {self.entry.gpu}".replace("  ", " ")
 
 
-def folder_of(run_id: str) -> Path:
+def owner_folder(run_id: str) -> Path:
     """What stands in the ledger as the run directory of a pod that is a person's own."""
     return state_dir() / "pods" / run_id
 
 
-def find_named(api: Provider, ledger: Ledger, spec: RunSpec, own: str | None = None) -> Found:
+def find_named(api: Provider, ledger: Ledger, spec: RunSpec, own: str | None = None) -> ReusablePod:
     """The pod that `where.pod` names; `own` is the run that takes it.
 
     RequestError for one that is not there, at work, or of another kind.
@@ -83,10 +83,10 @@ def find_named(api: Provider, ledger: Ledger, spec: RunSpec, own: str | None = N
         what = f"{run_id} is in pod {pod_id} ({entry.state.lower()})"
         raise RequestError(Problem(what, source, f"python -m runner attach {run_id}, or fetch {run_id}, first"))
     _check_kind(spec, entry, pod, source)
-    return Found(entry, pod)
+    return ReusablePod(entry, pod)
 
 
-def take(run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, say: Say, detached: bool) -> Lease:
+def take_named(run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, say: Say, detached: bool) -> Lease:
     """The pod that `where.pod` names, started if it was stopped, serving this run from here on.
 
     Errors as `find` has them, NoCapacityError or BadHostError where it does not start, TooDearError over the cap.
@@ -122,18 +122,18 @@ def hand_back(session: Session) -> float | None:
         return None
     run_id = f"{old.run_id.partition(OWN)[0]}{OWN}{secrets.token_hex(2)}"  # the first part still finds it
     name = f"{PREFIX}{run_id}-{secrets.token_hex(2)}"
-    order = transfer.order(
+    order = transfer.agent_order(
         run_id, rented.pod.id, deadline=old.deadline, started=now, usd_per_hour=rented.usd_per_hour, budget_usd=None,
         heartbeat_minutes=None, boarding_minutes=None, keep=old.keep, uncollected="stop" if old.keep else "terminate",
-        public_key=ssh_keys.pair(run_id, name_of(rented.api)).public, calls=rented.api.calls,
+        public_key=ssh_keys.key_pair(run_id, name_of(rented.api)).public, calls=rented.api.calls,
     )  # fmt: skip
     try:
-        there = RemoteRun(at.connection, at.workspace, run_id)
+        there = PodRunFolder(at.connection, at.workspace, run_id)
         _scripts(there)
         handover.serve_next(at, there, order | {"fresh": False})
         at.connection.run(f"rm -f /dev/shm/runner-{shlex.quote(session.run.id)}.env", check=False)
         rented.ledger.move(rented.name, "PARKED", "handed back", deadline=old.deadline)
-        rented.ledger.hand_over(rented.name, name, run_id=run_id, run_dir=str(folder_of(run_id)), heartbeat_s=None)
+        rented.ledger.hand_over(rented.name, name, run_id=run_id, run_dir=str(owner_folder(run_id)), heartbeat_s=None)
         rented.ledger.set(name, deadline=old.deadline, keep=old.keep)
         rented.ledger.move(name, "RUNNING", "it is a person's own until its deadline")
         rented.ledger.leave(name)
@@ -155,19 +155,19 @@ def start(api: Provider, ledger: Ledger, word: str, hours: float, say: Say, env:
     if entry.state != "STOPPED":
         ledger.move(entry.name, "STOPPED", "as the provider says")
         ledger.leave(entry.name)
-    rented = _taken(api, ledger, Found(entry, pod), run_id, folder_of(run_id), say, None, 0.0, None)
+    rented = _taken(api, ledger, ReusablePod(entry, pod), run_id, owner_folder(run_id), say, None, 0.0, None)
     rented.deadline = clock.now() + 3600 * hours
     try:
         ledger.set(rented.name, deadline=rented.deadline, keep=True)
         start_again(rented, None, say)
-        at = transfer.login(rented.pod, run_id, ssh_keys.pair(run_id, name_of(api)), say)
+        at = transfer.login(rented.pod, run_id, ssh_keys.key_pair(run_id, name_of(api)), say)
         try:
-            order = transfer.order(
+            order = transfer.agent_order(
                 run_id, rented.pod.id, deadline=rented.deadline, started=rented.meter.started,
                 usd_per_hour=rented.usd_per_hour, budget_usd=None, heartbeat_minutes=None, boarding_minutes=None,
                 keep=True, uncollected="stop", calls=api.calls,
             )  # fmt: skip
-            transfer.arm(at, order | {"fresh": False}, say)
+            transfer.arm_agent(at, order | {"fresh": False}, say)
             if env:
                 pod_shell.place_env(at.connection, run_id, env)
         finally:
@@ -197,8 +197,8 @@ def _check_kind(spec: RunSpec, entry: Entry, pod: Pod, source: str) -> None:
 
 
 def _taken(
-    api: Provider, ledger: Ledger, found: Found, run_id: str, folder: Path, say: Say, cap: float | None, before: float,
-    heartbeat_s: float | None,
+    api: Provider, ledger: Ledger, found: ReusablePod, run_id: str, folder: Path, say: Say, cap: float | None,
+    before: float, heartbeat_s: float | None,
 ) -> Lease:  # fmt: skip
     """The pod, owned by this process from here on; RequestError where another one was faster."""
     entry, pod = found.entry, found.pod
@@ -225,7 +225,7 @@ def start_again(rented: Lease, place: RentedPlace | None, say: Say) -> None:
 def _hand_on(rented: Lease, old: Entry, new: Session, detached: bool) -> None:
     """Have the pod's switch serve the new run. One that has none, of `pods up`, gets it where the pod's start command
     looks for it after a restart."""
-    at = transfer.login(rented.pod, old.run_id, ssh_keys.pair(old.run_id, name_of(rented.api)), rented.say)
+    at = transfer.login(rented.pod, old.run_id, ssh_keys.key_pair(old.run_id, name_of(rented.api)), rented.say)
     try:
         if old.run_id == new.run.id:  # the order of its own folder is renewed as the run is sent
             return
@@ -233,20 +233,20 @@ def _hand_on(rented: Lease, old: Entry, new: Session, detached: bool) -> None:
         if at.connection.attempt(f"test -e {shlex.quote(at.folder)}/agent.json")[0]:
             _scripts(at)
             at.place("agent.json", order | {"run_id": old.run_id, "public_key": None})
-        there = RemoteRun(at.connection, at.workspace, new.run.id)
+        there = PodRunFolder(at.connection, at.workspace, new.run.id)
         handover.serve_next(at, there, order)
         at.connection.run(f"rm -f /dev/shm/runner-{shlex.quote(old.run_id)}.env", check=False)
     finally:
         at.connection.close()
 
 
-def _scripts(at: RemoteRun) -> None:
+def _scripts(at: PodRunFolder) -> None:
     """Send the agent to a folder that has none yet."""
     at.connection.run(f"mkdir -p {shlex.quote(at.folder)}/logs")
     at.connection.put([Path(str(module.__file__)) for module in transfer.SCRIPTS], f"{at.folder}/")
 
 
-def unavailable(pod: str) -> RunFailedError:
+def unavailable_error(pod: str) -> RunFailedError:
     """A pod that was named is not replaced by another one."""
     what = f"pod {pod} was named by where.pod, and no other one is rented in its place"
     return RunFailedError(Problem(what, f"where.pod={pod}", "resume with where.pod=null rents one"))
@@ -264,7 +264,7 @@ def take_stopped(
     entry = stopped[-1]
     pod = api.pod(str(entry.pod_id))
     if pod is None or pod.status in OVER:
-        termination.end(api, ledger, entry.name, str(entry.pod_id), "it was kept, and is gone")
+        termination.terminate(api, ledger, entry.name, str(entry.pod_id), "it was kept, and is gone")
         return None
     _check_same_machine(run, entry, pod, machines)
     before = spent(ledger, run.id)

@@ -18,7 +18,7 @@ from runner.cloud.follow import Follower, News, PodGoneError
 from runner.cloud.lease import Lease
 from runner.cloud.ssh import CommandError, HostKeyError, LostError, connection_to
 from runner.cloud.ssh_keys import KeyPair
-from runner.cloud.transfer import RemoteRun, Say
+from runner.cloud.transfer import PodRunFolder, Say
 from runner.cloud.untrusted_files import TooMuchError
 from runner.errors import Problem, RunFailedError, RunnerError
 from runner.machine.processes import interrupts_handled_by
@@ -46,7 +46,7 @@ class Session:
     say: Say
     agent: dict[str, Any] = field(default_factory=dict)
     """The agent's last known status."""
-    at: RemoteRun | None = None
+    at: PodRunFolder | None = None
     asked: int = 0
     """How often the user asked to stop."""
     _pull: threading.Thread | None = None
@@ -61,7 +61,7 @@ class Session:
 
     # --- there ---
 
-    def login(self) -> RemoteRun:
+    def login(self) -> PodRunFolder:
         """Log in; the server may take its time. LostError where the pod is not reached."""
         pod = self.rented.pod
         connection = connection_to(pod, self.keys.private)
@@ -89,7 +89,7 @@ class Session:
         """The order for the agent. An end that nobody awaits stops the pod where its own disk holds the only result."""
         meter = self.rented.meter
         own_disk = self.rented.volume_gb > 0 and not self.where.spot
-        return transfer.order(
+        return transfer.agent_order(
             self.run.id, str(self.rented.pod.id), deadline=self.rented.deadline, started=meter.started,
             usd_per_hour=meter.rate, budget_usd=self.rented.cap_usd, keep=self.where.keeps,
             heartbeat_minutes=None if detach else self.where.heartbeat_minutes,
@@ -114,11 +114,11 @@ class Session:
 
     def _load(self, detach: bool) -> None:
         at = self.login()
-        self.agent = transfer.arm(at, self.order(detach), self.say)
+        self.agent = transfer.arm_agent(at, self.order(detach), self.say)
         transfer.check_memory(at, float(self.run.read("plan.json").get("host_ram_gib") or 0.0))
         transfer.check_gpus(at, self.spec)
         with self._keepalive(at):
-            code = transfer.send(at, self.run, self.spec, self.say)
+            code = transfer.send_run(at, self.run, self.spec, self.say)
             self.rented.mark("SYNCED", "everything was sent")
             secrets = transfer.send_secrets(at, self.spec)
             # Written before it is done, or not done: whatever else is left behind, the next command would end. Once it
@@ -181,7 +181,7 @@ class Session:
             self.agent = item.value
         elif item.kind == "status":
             with suppress(OSError):  # a full disk here, of which the follower speaks
-                mirror(self.run, item.value, self.rented)
+                mirrored_status(self.run, item.value, self.rented)
         elif item.kind == "checkpoints" and item.value and self.where.volume is None:
             self._copy_checkpoint(max(item.value))
 
@@ -221,7 +221,7 @@ class Session:
         self._pull = threading.Thread(target=self._fetch_checkpoint, args=(at, step), daemon=True)
         self._pull.start()
 
-    def _fetch_checkpoint(self, at: RemoteRun, step: int) -> None:
+    def _fetch_checkpoint(self, at: PodRunFolder, step: int) -> None:
         try:
             with suppress(LostError, CommandError):  # overtaken by a newer one, or by the end: tried again then
                 download.download_checkpoint(at, self.run, step, self.say)
@@ -229,7 +229,7 @@ class Session:
             self.say(f"Warning: the checkpoint after step {step} is in the pod alone: {error}")
 
     @contextmanager
-    def _keepalive(self, at: RemoteRun) -> Iterator[None]:
+    def _keepalive(self, at: PodRunFolder) -> Iterator[None]:
         """Send the launcher's heartbeat while files are transferred: silence would end the pod."""
         over = threading.Event()
         beat = f"touch {tail.SHM}/runner-{shlex.quote(self.run.id)}.beat"
@@ -281,7 +281,7 @@ class Session:
             try:
                 began = time.monotonic()
                 with self._keepalive(at):
-                    mirror(self.run, download.download_run(at, self.run, self.spec, self.say), self.rented)
+                    mirrored_status(self.run, download.download_run(at, self.run, self.spec, self.say), self.rented)
                 if final and part:
                     self.dismiss_pod()
                 return
@@ -309,7 +309,7 @@ class Session:
             self.at = None
 
 
-def mirror(run: RunDir, status: dict[str, Any], rented: Lease) -> None:
+def mirrored_status(run: RunDir, status: dict[str, Any], rented: Lease) -> None:
     """The pod's `status.json` as this run's: its process is on another machine, whose number means nothing here."""
     if status:
         own = {"host": rented.name, "pid": None}

@@ -218,7 +218,7 @@ class Connection:
                 wrong = StderrTail(process.stderr)  # read all the while: a full pipe would stop the transfer for ever
                 skipped, arrived = _tell(process, say, most, told)
                 if most is not None and arrived > most:
-                    raise untrusted_files.too_much("the pod sends more than it said", most, target)
+                    raise untrusted_files.too_much_error("the pod sends more than it said", most, target)
                 complaint = wrong.text()
             except BaseException:
                 os.killpg(process.pid, signal.SIGKILL)  # rsync is two processes here

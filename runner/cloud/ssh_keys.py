@@ -33,7 +33,7 @@ class KeyPair:
     """The line for `authorized_keys`."""
 
 
-def pair(run_id: str, provider: str = DEFAULT) -> KeyPair:
+def key_pair(run_id: str, provider: str = DEFAULT) -> KeyPair:
     """The run's key: from its file if that is a whole key, else derived from the provider's key, and the file with it.
 
     A file may be empty or garbled: a disk that broke down, or a machine that lost power, has its name and not its
@@ -54,7 +54,7 @@ def pair(run_id: str, provider: str = DEFAULT) -> KeyPair:
     return KeyPair(file, line)
 
 
-def forget(run_id: str) -> None:
+def delete_key(run_id: str) -> None:
     """The pod is gone: its key opens nothing any more."""
     with suppress(OSError):
         _file(run_id).unlink()

@@ -30,16 +30,16 @@ from typing import TextIO
 from runner.cloud import clock, handover, ssh_keys, termination
 from runner.cloud import process_identity as owners
 from runner.cloud.budget import Meter, deadline_of, over_first_hour
-from runner.cloud.errors import StillThereError
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Entry, Ledger, owner
 from runner.cloud.provider import Provider, gpu_id_of
+from runner.cloud.provider_errors import StillThereError
 from runner.cloud.providers import connect, provider_of
 from runner.cloud.session import Session
 from runner.cloud.transfer import Say
 from runner.errors import Problem, RunnerError
 from runner.machine.processes import die_with_parent, interrupts_handled_by
-from runner.rundir.directory import RunDir, alive
+from runner.rundir.directory import RunDir, is_alive
 from runner.spec import RentedPlace, RunSpec
 
 MACHINE = {"accelerator", "num_gpus", "num_cpus"}
@@ -83,7 +83,9 @@ class Pool:
         while (taken := self._claimed(run, spec)) is not None:
             before, rented = taken
             say(f"Takes   pod {rented.pod.id} over from run {before.run.id}")
-            old = Session(before.run, before.spec, rented, ssh_keys.pair(before.run.id, before.spec.where.name), say)
+            old = Session(
+                before.run, before.spec, rented, ssh_keys.key_pair(before.run.id, before.spec.where.name), say
+            )
             try:
                 handover.hand_over(old, Session(run, spec, rented, pair, say))
                 self.points.serve()
@@ -95,7 +97,7 @@ class Pool:
                 rented.release()
                 raise
             finally:
-                ssh_keys.forget(before.run.id)
+                ssh_keys.delete_key(before.run.id)
         self.points.serve()
         self._make_room()
         return None
@@ -129,7 +131,7 @@ class Pool:
                 continue
             pod = api.pod(str(entry.pod_id))
             if pod is None or pod.status != "RUNNING":
-                termination.end(api, ledger, entry.name, str(entry.pod_id), "it has gone while it was parked")
+                termination.terminate(api, ledger, entry.name, str(entry.pod_id), "it has gone while it was parked")
                 continue
             name, heartbeat = f"{PREFIX}{run.id}-{secrets.token_hex(2)}", 60 * place.heartbeat_minutes
             own = ledger.hand_over(
@@ -171,14 +173,14 @@ class Pool:
                     return
                 entry = parked[0]
                 ledger.move(entry.name, "TERMINATING", "room for a pod of another kind", **owner())
-            termination.end(
+            termination.terminate(
                 self._account(entry), ledger, entry.name, str(entry.pod_id), "room for a pod of another kind"
             )
 
     @contextmanager
     def kept(self, say: Say) -> Iterator[None]:
         """Around the sweep, in the process that owns it: whatever happens, no parked pod is left."""
-        owners.hold()
+        owners.hold_lock()
         with self.points.watched(apart=self.max_pods > 1):
             try:
                 yield
@@ -191,7 +193,9 @@ class Pool:
         for entry in self.parked(ledger):
             for attempt in (1, 2):
                 try:
-                    termination.end(self._account(entry), ledger, entry.name, str(entry.pod_id), "the sweep is over")
+                    termination.terminate(
+                        self._account(entry), ledger, entry.name, str(entry.pod_id), "the sweep is over"
+                    )
                     say(f"Gone    pod {entry.pod_id}, which waited for the next run: confirmed")
                 except RunnerError as error:
                     failures += error.problems
@@ -199,7 +203,7 @@ class Pool:
                     if attempt == 2:
                         raise
                     continue
-                ssh_keys.forget(entry.run_id)
+                ssh_keys.delete_key(entry.run_id)
                 break
         if failures:
             raise StillThereError(*failures)
@@ -279,7 +283,7 @@ class Points:
     @property
     def stopped(self) -> bool:
         """No further point is begun: the sweep was interrupted, or its process is gone."""
-        return (self.folder / "stopped").exists() or not alive(self.owner)
+        return (self.folder / "stopped").exists() or not is_alive(self.owner)
 
     def stop(self) -> None:
         """Begin no further point."""
@@ -298,7 +302,7 @@ class Points:
     def at_work(self) -> list[int]:
         """Processes of points that have begun and are not over."""
         begun = [file for file in self.folder.glob("begun-*") if not file.with_name(f"over-{file.name[6:]}").exists()]
-        return [int(text) for file in begun if (text := file.read_text()) and alive(text)]
+        return [int(text) for file in begun if (text := file.read_text()) and is_alive(text)]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -341,7 +345,7 @@ def _leave_with(owner: int) -> None:
     die_with_parent(owner, signal.SIGKILL)
 
     def wait() -> None:  # where the kernel does not tell: macOS
-        while alive(owner):
+        while is_alive(owner):
             time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 
-from runner.cloud import clock, errors, ssh
-from runner.cloud.errors import ApiDownError, StillThereError, WrongKeyError
+from runner.cloud import clock, provider_errors, ssh
 from runner.cloud.ledger import Ledger, LedgerError
 from runner.cloud.provider import OVER, Provider
+from runner.cloud.provider_errors import ApiDownError, StillThereError, WrongKeyError
 from runner.errors import Problem, RunnerError
 
 # Two looks so far apart: a pod that was accepted for deletion was seen missing from one list and present in the next.
@@ -19,7 +19,7 @@ LOOKS = 2
 WRONG_KEYS = 3  # a key is refused once in a while; three times, and waiting will not make it right
 
 
-def end(api: Provider, ledger: Ledger, name: str, pod_id: str, why: str) -> None:
+def terminate(api: Provider, ledger: Ledger, name: str, pod_id: str, why: str) -> None:
     """Terminate a pod and confirm it; StillThereError, with all that a person needs, where that fails.
 
     The ledger keeps TERMINATING until it is confirmed: every following command tries again. Terminating comes first:
@@ -48,7 +48,7 @@ def confirm_gone(api: Provider, name: str, pod_id: str) -> None:
             wrong += isinstance(error, WrongKeyError)
         if absent < LOOKS:
             if time.monotonic() > end_by or wrong == WRONG_KEYS:
-                raise StillThereError(errors.still_there(api, pod_id, name, why))
+                raise StillThereError(provider_errors.still_there_problem(api, pod_id, name, why))
             time.sleep(GAP_S * clock.pace(api.base))
 
 
@@ -64,7 +64,7 @@ def is_absent(api: Provider, pod_id: str) -> bool:
     return all(pod.id != pod_id or pod.status in OVER for pod in listed)
 
 
-def end_doubles(api: Provider, pod_id: str, name: str) -> list[str]:
+def terminate_duplicates(api: Provider, pod_id: str, name: str) -> list[str]:
     """Terminate pods of the same name other than this one: a create request can be carried out twice. Their ids."""
     found = [p.id for p in api.pods() if p.name == name and p.id != pod_id and p.status not in OVER]
     for double in found:
@@ -103,7 +103,9 @@ def stop(api: Provider, ledger: Ledger, name: str, pod_id: str, why: str) -> Non
         except RunnerError as error:
             said = str(error)
         if time.monotonic() > end_by:
-            raise StillThereError(errors.still_there(api, pod_id, name, f"it was to be stopped, and {said}"))
+            raise StillThereError(
+                provider_errors.still_there_problem(api, pod_id, name, f"it was to be stopped, and {said}")
+            )
         time.sleep(GAP_S * clock.pace(api.base))
 
 

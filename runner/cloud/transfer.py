@@ -48,7 +48,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class RemoteRun:
+class PodRunFolder:
     """Where a run lies in a pod."""
 
     connection: Connection
@@ -69,16 +69,16 @@ class RemoteRun:
         """The agent's status; empty where there is none."""
         kept, file = f"{agent.SHM}/runner-{self.run_id}.unwritten", f"{self.folder}/agent-status.json"
         first, second = shlex.quote(kept), shlex.quote(file)
-        return loads(self.connection.attempt(f"cat {first} 2>/dev/null || cat {second} 2>/dev/null")[1])
+        return json_object(self.connection.attempt(f"cat {first} 2>/dev/null || cat {second} 2>/dev/null")[1])
 
     def start_agent(self) -> dict[str, Any]:
         """Start the agent, which leaves one that is at work alone; its status."""
         folder = shlex.quote(self.folder)
         said = self.connection.run(f"python3 {folder}/agent.py start {folder}")
-        return loads(said.rstrip().rpartition("\n")[2])
+        return json_object(said.rstrip().rpartition("\n")[2])
 
 
-def login(pod: Pod, run_id: str, pair: KeyPair, say: Say) -> RemoteRun:
+def login(pod: Pod, run_id: str, pair: KeyPair, say: Say) -> PodRunFolder:
     """Log in to a pod that answers; its server may take its time. LostError where it is not reached."""
     connection = connection_to(pod, pair.private)
     end = time.monotonic() + LOGIN_SECONDS
@@ -92,7 +92,7 @@ def login(pod: Pod, run_id: str, pair: KeyPair, say: Say) -> RemoteRun:
         time.sleep(0.5)
 
 
-def probe_pod(connection: Connection, run_id: str, say: Say = lambda line: None) -> RemoteRun:
+def probe_pod(connection: Connection, run_id: str, say: Say = lambda line: None) -> PodRunFolder:
     """Find a pod's workspace, and install rsync where it is missing. CannotRunError for an image without Python."""
     look = (
         f"echo {BEGINS}; e=${{RUNNER_RP_ENVIRONMENT:-/etc/rp_environment}}; test -r $e && . $e; "
@@ -108,10 +108,10 @@ def probe_pod(connection: Connection, run_id: str, say: Say = lambda line: None)
     if not any(line.endswith("/rsync") for line in lines):
         say("Installs rsync in the pod")
         connection.run(APT, seconds=300)
-    return RemoteRun(connection, workspace, run_id)
+    return PodRunFolder(connection, workspace, run_id)
 
 
-def order(
+def agent_order(
     run_id: str, pod_id: str, *, deadline: float, started: float, usd_per_hour: float, budget_usd: float | None,
     heartbeat_minutes: float | None, boarding_minutes: float | None, keep: bool, uncollected: str,
     calls: dict[str, Any], public_key: str | None = None,
@@ -126,7 +126,7 @@ def order(
     }  # fmt: skip
 
 
-def arm(at: RemoteRun, orders: dict[str, Any], say: Say) -> dict[str, Any]:
+def arm_agent(at: PodRunFolder, orders: dict[str, Any], say: Say) -> dict[str, Any]:
     """Send the agent and its order, start it; its status. RunFailedError where it refuses an unattended run."""
     at.connection.run(f"mkdir -p {shlex.quote(at.folder)}/logs")
     at.connection.put([Path(str(module.__file__)) for module in SCRIPTS], f"{at.folder}/")
@@ -141,7 +141,7 @@ def arm(at: RemoteRun, orders: dict[str, Any], say: Say) -> dict[str, Any]:
     return status
 
 
-def check_gpus(at: RemoteRun, spec: RunSpec) -> None:
+def check_gpus(at: PodRunFolder, spec: RunSpec) -> None:
     """CannotRunError where the host's GPUs cannot be trained on. A Python that was named has a torch of its own, maybe
     for another driver."""
     gpus = _gpus(spec)
@@ -159,7 +159,7 @@ def check_gpus(at: RemoteRun, spec: RunSpec) -> None:
         raise CannotRunError(Problem(f"the pod is no good: {reason}", None, remedy))
 
 
-def check_memory(at: RemoteRun, needed_gib: float) -> None:
+def check_memory(at: PodRunFolder, needed_gib: float) -> None:
     """CannotRunError where the pod has less main memory than the plan needs: a provider takes no minimum of it."""
     said = at.connection.attempt(MEMORY)[1].split()
     sizes = [int(word) for word in said if word.isdecimal()]  # not "max"
@@ -181,23 +181,23 @@ def _gpus(spec: RunSpec) -> int:
     return spec.hw.num_gpus if spec.hw.accelerator == "cuda" else 0
 
 
-def send(at: RemoteRun, run: RunDir, spec: RunSpec, say: Say) -> str:
+def send_run(at: PodRunFolder, run: RunDir, spec: RunSpec, say: Say) -> str:
     """Send the project, the data, the run's files and its newest checkpoint; the folder of the project there."""
     code = _send_wheel(at)
     found = payload.payload_items(spec)
-    for item in (*found, *payload.tokens(spec)):
+    for item in (*found, *payload.prepared_tokens(spec)):
         _send_item(at, item, say)
-    _send_run(at, run, payload.rewritten(spec, at.workspace, found), say)
+    _send_run(at, run, payload.spec_for_pod(spec, at.workspace, found), say)
     return code
 
 
-def send_secrets(at: RemoteRun, spec: RunSpec) -> list[str]:
+def send_secrets(at: PodRunFolder, spec: RunSpec) -> list[str]:
     """Send secrets over standard input into the pod's memory, readable by its root alone; their names."""
     names = ["HF_TOKEN", *(["WANDB_API_KEY"] if spec.track.name == "wandb" else [])]
     told = {name: key.value for name in names if (key := credentials.find_key(name))}
     places = [spec.push.to, *(value for _, value in named_places(spec))]
     if any(str(place).startswith("s3:") for place in places):
-        told |= credentials.s3()
+        told |= credentials.s3_variables()
     if told:
         place_secret(at.connection, f"/dev/shm/runner-{at.run_id}.env", json.dumps(told))
     return list(told)
@@ -209,7 +209,7 @@ def place_secret(connection: Connection, file: str, content: str) -> None:
     connection.run(f"umask 077; cat > {file}.new && mv {file}.new {file}", stdin=content.encode())
 
 
-def start_task(at: RemoteRun, spec: RunSpec, pod_id: str, code: str, secrets: list[str]) -> None:
+def start_task(at: PodRunFolder, spec: RunSpec, pod_id: str, code: str, secrets: list[str]) -> None:
     """Give the agent its task: from here on the run goes on by itself."""
     carried = {name: os.environ[name] for name in CARRIED if os.environ.get(name)}
     hub = f"{at.workspace}/hf_cache"
@@ -220,13 +220,13 @@ def start_task(at: RemoteRun, spec: RunSpec, pod_id: str, code: str, secrets: li
     at.place("install-order.json", {
         "python": os.environ.get(pod_packages.OWN_PYTHON),
         "requirements": [
-            *(line for line in payload.requirements() if _needed(line, spec)),
-            *pod_packages.extras(spec),
+            *(line for line in payload.training_requirements() if _needed(line, spec)),
+            *pod_packages.extra_requirements(spec),
         ],
-        "flash_attn": pod_packages.wheels(spec),
+        "flash_attn": pod_packages.flash_attn_wheels(spec),
         "gpus": _gpus(spec),
         "alone": DEMO.get(str(spec.model.package), []),
-        "constraints": payload.constraints(),
+        "constraints": payload.pinned_constraints(),
         "environments": f"{at.workspace}/cache",
     })  # fmt: skip
     at.place("work.json", {
@@ -234,7 +234,7 @@ def start_task(at: RemoteRun, spec: RunSpec, pod_id: str, code: str, secrets: li
         "pod_id": pod_id,
         "install": [f"{at.folder}/install.py", at.folder],
         "command": ["-m", "runner.launcher.on_pod", f"{at.folder}/spec.json"],
-        "after": ["-m", "runner.hub.push", at.folder] if spec.push.to else None,
+        "after": ["-m", "runner.hub.upload", at.folder] if spec.push.to else None,
         "cwd": at.workspace,
         "env": env,
         "secrets": secrets,
@@ -243,12 +243,12 @@ def start_task(at: RemoteRun, spec: RunSpec, pod_id: str, code: str, secrets: li
 
 def _needed(requirement: str, spec: RunSpec) -> bool:
     """DeepSpeed and wandb only where they are used: a minute less."""
-    name = install.name_of(requirement)
+    name = install.requirement_name(requirement)
     used = {"deepspeed": spec.deepspeed.name not in ("none", "auto"), "wandb": spec.track.name == "wandb"}
     return used.get(name, True)
 
 
-def _send_wheel(at: RemoteRun) -> str:
+def _send_wheel(at: PodRunFolder) -> str:
     name, content = payload.packed_wheel()
     folder = f"{at.workspace}/cache/runner-{hashlib.sha256(content).hexdigest()[:12]}"
     if at.connection.attempt(f"test -e {shlex.quote(folder)}/COMPLETE")[0] == 0:
@@ -263,7 +263,7 @@ def _send_wheel(at: RemoteRun) -> str:
     return folder
 
 
-def _send_item(at: RemoteRun, item: payload.PayloadItem, say: Say) -> None:
+def _send_item(at: PodRunFolder, item: payload.PayloadItem, say: Say) -> None:
     """To a name of its own first: what has the right name is whole, and a transfer that broke off goes on there. The
     name is the run's: another one may send the same to the same volume, and whoever is ready first has done it."""
     target = f"{at.workspace}/{item.target}"
@@ -286,7 +286,7 @@ def _send_item(at: RemoteRun, item: payload.PayloadItem, say: Say) -> None:
     at.connection.run(f"mv -nT {sent} {target}; test -e {target} && rm -rf {half}")
 
 
-def _send_run(at: RemoteRun, run: RunDir, there: RunSpec, say: Say) -> None:
+def _send_run(at: PodRunFolder, run: RunDir, there: RunSpec, say: Say) -> None:
     """The run's own files. Of an earlier part of it only what the pod, or its volume, does not have: the pod's newest
     checkpoint counts where it is the later one, and the files that go with it."""
     at.place("spec.json", there.model_dump(mode="json"))
@@ -305,7 +305,7 @@ def _send_run(at: RemoteRun, run: RunDir, there: RunSpec, say: Say) -> None:
         at.connection.put(own, f"{at.folder}/")
 
 
-def loads(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
     """A JSON object; empty where it is none."""
     try:
         content = json_text.loads(text)

@@ -101,14 +101,14 @@ def write_whole(root: Path, name: str, content: bytes) -> None:
         os.replace(temporary, last, src_dir_fd=folder, dst_dir_fd=folder)
 
 
-def clean(folder: Path) -> list[str]:
+def delete_special_files(folder: Path) -> list[str]:
     """Delete what is neither a folder nor a plain file with a plain name below `folder`; what it was, a line each."""
     found = []
     for path, folders, files, handle in os.fwalk(folder, topdown=False, follow_symlinks=False):
         for name in (*folders, *files):
             shown = str(Path(path, name).relative_to(folder))
             facts = os.stat(name, dir_fd=handle, follow_symlinks=False)
-            what = plain_files.what_else(facts.st_mode) or _wrong(name)
+            what = plain_files.special_kind(facts.st_mode) or _wrong(name)
             if what and not stat.S_ISDIR(facts.st_mode):
                 os.unlink(name, dir_fd=handle)
                 found.append(f"{shown!a} is {what}")
@@ -129,7 +129,7 @@ def move(source: Path, target: Path, name: str) -> None:
         os.replace(last, last, src_dir_fd=here, dst_dir_fd=there)
 
 
-def flush(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Have everything below a folder on the disk (fsync(2)). OSError where the disk does not take it: a full one, or a
     quota, is told on some file systems by this alone."""
     for _, _, files, handle in os.fwalk(folder, follow_symlinks=False):
@@ -169,12 +169,12 @@ def max_bytes(run: RunDir) -> int:
 def check_size(size: int, files: int, most: int, folder: Path) -> None:
     """TooMuchError for what a pod says it has."""
     if size > most:
-        raise too_much(f"the pod has {shown_size(size)} to send", most, folder)
+        raise too_much_error(f"the pod has {shown_size(size)} to send", most, folder)
     if files > MOST_FILES:
         raise TooMuchError(Problem(f"the pod has {files:,} files to send: no run has so many", None, _look(folder)))
 
 
-def too_much(what: str, most: int, folder: Path) -> TooMuchError:
+def too_much_error(what: str, most: int, folder: Path) -> TooMuchError:
     """TooMuchError with the limit, and what to do about it."""
     if most >= free_bytes(folder):
         remedy = f"make room at {os.fspath(folder.parent)}, then fetch the run; what stays in the pod is kept there"

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from runner.config import catalog, identity, recipe_checks, repeat
-from runner.config.hydra_compose import as_request_error, file_origins, interruptible, merge, primary_of
-from runner.config.provenance import Origin, shown
-from runner.config.request import COMMAND_LINE, Checked, Request, check_request
-from runner.config.suggestions import default_of, known_keys, nearest_key
+from runner.config import conf_files, identifying_keys, recipe_checks, spec_json
+from runner.config.command_line import COMMAND_LINE, Checked, Request, check_request
+from runner.config.did_you_mean import default_of, known_keys, nearest_key
+from runner.config.hydra_compose import as_request_error, file_origins, interruptible, merge_config, primary_of
+from runner.config.provenance import Origin, display_path
 from runner.config.validation import SourceOf, validated
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
@@ -55,7 +55,7 @@ def compose_checked(checked: Checked) -> RunSpec:
     problems += composed.problems
     if composed.values is None and (base.recipe or base.spec_file):
         # A file that cannot be read: what was typed is judged over the main job, all choices in doubt.
-        base, unsure = replace(base, recipe=None, spec_file=None), unsure | set(catalog.GROUPS)
+        base, unsure = replace(base, recipe=None, spec_file=None), unsure | set(conf_files.GROUPS)
         composed = _composed(base, checked)
         problems += composed.problems
     if composed.values is None:
@@ -80,12 +80,12 @@ def origins(request: Request) -> list[Origin]:
 
 def _in_files(checked: Checked) -> list[Origin]:
     file = checked.request.spec_file
-    return list(repeat.origins_in_spec(file) if file else file_origins(checked))
+    return list(spec_json.origins_in_spec(file) if file else file_origins(checked))
 
 
 def _typed(checked: Checked) -> list[Origin]:
     split = [(o.key_or_group, str(o.input_line).partition("=")[2]) for o in checked.overrides]
-    return [Origin(f"{key}.name" if key in catalog.GROUPS else key, text, COMMAND_LINE) for key, text in split]
+    return [Origin(f"{key}.name" if key in conf_files.GROUPS else key, text, COMMAND_LINE) for key, text in split]
 
 
 @dataclass(frozen=True)
@@ -135,21 +135,21 @@ def _composed(request: Request, checked: Checked) -> _Composed:
         if request.spec_file:
             return _repeated(request, request.spec_file, checked.overrides)
         with as_request_error(checked):
-            config, choices = merge(checked, primary_of(request))
+            config, choices = merge_config(checked, primary_of(request))
     except RequestError as error:
         return _Composed(None, error.problems)
     source_of = source_finder(request)
     content = {key: value for key, value in config.items_ex(resolve=False) if key != "hydra"}
-    names = {key: content.pop(key) for key in catalog.GROUPS if isinstance(content.get(key), (str, int, float))}
+    names = {key: content.pop(key) for key in conf_files.GROUPS if isinstance(content.get(key), (str, int, float))}
     found = _resolved(OmegaConf.create(content), source_of, tuple(names))
     misplaced = [
-        recipe_checks.misplaced(key, str(name), source_of(key), request.folders) for key, name in names.items()
+        recipe_checks.misplaced_choices(key, str(name), source_of(key), request.folders) for key, name in names.items()
     ]
     found = replace(found, problems=[*misplaced, *found.problems])
     if found.values is not None:
         if any(not isinstance(value, (str, type(None))) for value in _environment(found.values).values()):
             _keep_texts(found.values, texts_of(request))
-        return _identified(found, identity.identity_problems(choices, found.values, request.folders, source_of))
+        return _identified(found, identifying_keys.identity_problems(choices, found.values, request.folders, source_of))
     return found
 
 
@@ -236,21 +236,22 @@ def _target(error: OmegaConfBaseException) -> str | None:
 
 def _repeated(request: Request, spec_file: Path, overrides: tuple[Override, ...]) -> _Composed:
     """A resolved run with single values changed; only choices of the groups in `exchange` can become others in it."""
-    before = repeat.read_spec_file(spec_file)
+    before = spec_json.read_spec_file(spec_file)
     values, problems = copy.deepcopy(before), []
     for override in overrides:
         if override.key_or_group in request.exchange and not override.is_delete():
             name = str(override.value())
-            values[override.key_or_group] = before[override.key_or_group] = catalog.load(
+            values[override.key_or_group] = before[override.key_or_group] = conf_files.load_choice(
                 override.key_or_group, name, request.folders
             )
-        elif override.key_or_group in catalog.GROUPS or override.is_delete():
+        elif override.key_or_group in conf_files.GROUPS or override.is_delete():
             remedy = "change single values such as train.max_steps=5, or start from a recipe"
-            what = f"{override.input_line}: {shown(spec_file)} is resolved, so a whole choice cannot be exchanged in it"
+            place = display_path(spec_file)
+            what = f"{override.input_line}: {place} is resolved, so a whole choice cannot be exchanged in it"
             problems.append(Problem(what, COMMAND_LINE, remedy))
         else:
-            repeat.set_key(values, override.key_or_group, override.value())
+            spec_json.set_key(values, override.key_or_group, override.value())
     if any(not isinstance(value, (str, type(None))) for value in _environment(values).values()):
         _keep_texts(values, texts_of(request))
-    others = identity.repeat_problems(before, values, request.exchange, source_finder(request))
+    others = identifying_keys.repeat_problems(before, values, request.exchange, source_finder(request))
     return _identified(_Composed(values, problems), others)

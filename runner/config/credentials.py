@@ -48,7 +48,7 @@ def export_hub_token() -> None:
         os.environ[HUB[0]] = key.value
 
 
-def s3() -> dict[str, str]:
+def s3_variables() -> dict[str, str]:
     """Variables with the keys of S3: the environment's, else what boto3 finds (`~/.aws`, a role); empty without any."""
     if named := {name: os.environ[name] for name in S3 if os.environ.get(name)}:
         return named

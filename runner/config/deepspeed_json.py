@@ -17,8 +17,8 @@ from typing import Any
 
 from runner.config import json_text
 from runner.config.deepspeed_keys import AUTO, ELSEWHERE, KEYS, Kind, Known
-from runner.config.provenance import shown
-from runner.config.suggestions import nearest
+from runner.config.did_you_mean import nearest
+from runner.config.provenance import display_path
 from runner.config.validation import SourceOf
 from runner.errors import Problem, RequestError
 from runner.paths import DEEPSPEED_CONFIGS
@@ -99,12 +99,12 @@ def read_deepspeed_json(name: str) -> DeepSpeedJson:
     try:
         content = json_text.loads(text, object_pairs_hook=_once)
     except ValueError as error:
-        raise RequestError(Problem(f"deepspeed.config={name} is not JSON: {error}", shown(file))) from None
+        raise RequestError(Problem(f"deepspeed.config={name} is not JSON: {error}", display_path(file))) from None
     if not isinstance(content, dict):
         what = f"deepspeed.config={name} holds {_kind(content)}, and not a mapping of keys"
-        raise RequestError(Problem(what, shown(file), "begin with a copy of deepspeed_configs/zero2.json"))
-    problems = [p for problem in _mapping(content, KEYS, "") for p in [_placed(problem, shown(file), text)]]
-    found = DeepSpeedJson(shown(file), text, _whole(content))
+        raise RequestError(Problem(what, display_path(file), "begin with a copy of deepspeed_configs/zero2.json"))
+    problems = [p for problem in _mapping(content, KEYS, "") for p in [_placed(problem, display_path(file), text)]]
+    found = DeepSpeedJson(display_path(file), text, _whole(content))
     problems += [] if problems else list(_senseless(found))
     if problems:
         raise RequestError(*problems)

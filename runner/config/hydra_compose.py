@@ -1,11 +1,15 @@
-"""Files and words merged by Hydra: search path, primary config, defaults list; and its complaints in our words."""
+"""Files and words merged by Hydra: search path, primary config, defaults list; and its complaints in our words.
+
+Hydra looks for plugins in every installed package, and merges a dozen configs of its own (jobs, logging, sweepers) into
+each composition. A run that names none of Hydra's keys needs neither: `merge_files` leaves them out.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,19 +17,27 @@ from typing import TYPE_CHECKING
 
 import yaml
 from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.defaults_list import DefaultsList, create_defaults_list
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runner.config import catalog, hydra_loader, recipe_checks
-from runner.config.provenance import Origin, origins_in_file, shown
-from runner.config.request import COMMAND_LINE, Checked, Request
-from runner.config.suggestions import known_keys
-from runner.config.validation import unknown
+from runner.config import conf_files, recipe_checks
+from runner.config.command_line import COMMAND_LINE, Checked, Request
+from runner.config.did_you_mean import known_keys
+from runner.config.provenance import Origin, display_path, origins_in_file
+from runner.config.validation import unknown_key
+from runner.config.yaml_files import load
 from runner.errors import Problem, RequestError
 from runner.paths import CONF, RECIPES
 
@@ -79,7 +91,7 @@ def _folders(request: Request, primary: Primary) -> tuple[Path, ...]:
     return (*(folder for folder in request.config_dirs if os.path.isdir(folder)), CONF, *primary.folders, RECIPES)
 
 
-def merge(checked: Checked, primary: Primary) -> tuple[DictConfig, Mapping[str, str | None]]:
+def merge_config(checked: Checked, primary: Primary) -> tuple[DictConfig, Mapping[str, str | None]]:
     """Merge files and words; the config, and the choice of each group."""
     if found := _without_hydra(checked, primary):
         return found.config, found.defaults.overrides.known_choices
@@ -88,12 +100,12 @@ def merge(checked: Checked, primary: Primary) -> tuple[DictConfig, Mapping[str, 
         return config, config.hydra.runtime.choices
 
 
-def _without_hydra(checked: Checked, primary: Primary) -> hydra_loader.Merged | None:
+def _without_hydra(checked: Checked, primary: Primary) -> Merged | None:
     if any(override.is_hydra_override() for override in checked.overrides):
         return None
     version.setbase("1.3")
     with _quiet():
-        return hydra_loader.merge_files(_folders(checked.request, primary), primary.name, checked.for_hydra)
+        return merge_files(_folders(checked.request, primary), primary.name, checked.for_hydra)
 
 
 @contextmanager
@@ -119,14 +131,14 @@ def as_request_error(checked: Checked) -> Iterator[None]:
             yield
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{shown(Path(mark.name))}:{mark.line + 1}" if mark else checked.request.recipe
-        raise RequestError(catalog.broken(error, place)) from None
+        place = f"{display_path(Path(mark.name))}:{mark.line + 1}" if mark else checked.request.recipe
+        raise RequestError(conf_files.broken_yaml_problem(error, place)) from None
     except RecursionError:
         what = "a defaults list leads back to its own file, and would never end"
         raise RequestError(Problem(what, checked.request.recipe, "name another file there, or _self_")) from None
     except UnicodeDecodeError as error:
         raise RequestError(Problem(f"a YAML file is not UTF-8: {error.reason}", checked.request.recipe)) from None
-    except hydra_loader.MISTAKES as error:
+    except MISTAKES as error:
         raise RequestError(_complaint(error, checked)) from None
 
 
@@ -161,7 +173,7 @@ def _nothing_deleted(unset: str | None, other: str, value: str) -> Problem:
     if unset is None:
         return Problem(f"~{other}: it is {value}", COMMAND_LINE, f"write ~{other}")
     if unset not in known_keys():
-        return unknown(unset, None, COMMAND_LINE)
+        return unknown_key(unset, None, COMMAND_LINE)
     return Problem(f"~{unset}: no file sets it, so that it has its default already", COMMAND_LINE, "leave it out")
 
 
@@ -183,3 +195,64 @@ def _file_of(config_path: str | None, request: Request, primary: Primary) -> Pat
     """The file behind an entry of the defaults list; None for one that Hydra itself brings."""
     candidates = (folder / f"{config_path}.yaml" for folder in _folders(request, primary))
     return next((file for file in candidates if os.path.isfile(file)), None)
+
+
+MISTAKES = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError)
+"""Raised for a wrong config: the last four by Hydra for a defaults list of numbers, lists or nulls."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A primary config, its defaults list and the words of a command line in one."""
+
+    config: DictConfig
+    defaults: DefaultsList
+
+
+def merge_files(folders: Iterable[Path], name: str, words: Sequence[str]) -> Merged | None:
+    """None where a file or a word is Hydra's own, and where Hydra has something to say: both are left to it."""
+    overrides = OverridesParser.create().parse_overrides(list(words))
+    files = _Files(folders)
+    try:
+        found = create_defaults_list(files, name, overrides, prepend_hydra=False, skip_missing=False)
+        loader = _Loader(files)
+        config = loader._compose_config_from_defaults_list(found.defaults, files)
+        OmegaConf.set_struct(config, True)
+        loader._apply_overrides_to_config(found.config_overrides, config)
+    except MISTAKES:
+        return None
+    return None if "hydra" in config else Merged(config, found)
+
+
+class _Files(ConfigRepository):
+    """The `.yaml` files of some folders, of which the first that has a config wins; each is read once."""
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self.sources: list[ConfigSource] = [_Folder("main", f"file://{folder.resolve()}") for folder in folders]
+        self._known: dict[str, ConfigResult | None] = {}
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        """None for a config that is in no folder."""
+        if config_path not in self._known:
+            found = super().load_config(config_path)
+            if found is not None:
+                found.is_schema_source = True  # RunSpec is the schema: none is to be looked for by the file's name
+            self._known[config_path] = found
+        return self._known[config_path]
+
+
+class _Folder(FileConfigSource):
+    def load_config(self, config_path: str) -> ConfigResult:
+        with open(Path(self.path, self._normalize_file_name(config_path)), encoding="utf-8") as stream:
+            header = self._get_header_dict(stream.read(512))
+            stream.seek(0)
+            content = load(stream)
+        if content is not None and not isinstance(content, (list, dict, str)):
+            raise OSError(f"Invalid loaded object type: {type(content).__name__}")  # as OmegaConf.load does
+        config = OmegaConf.create({} if content is None else content)
+        return ConfigResult(self.provider, self.full_path(), config, header)
+
+
+class _Loader(ConfigLoaderImpl):
+    def __init__(self, files: ConfigRepository) -> None:
+        self.repository = files

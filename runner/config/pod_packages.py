@@ -16,7 +16,7 @@ FLASH = "flash_attention_2"
 NO_FLASH = f"attention: SDPA's, as no pod has flash-attn by itself; train.attention={FLASH} installs it there"
 
 
-def extras(spec: RunSpec) -> list[str]:
+def extra_requirements(spec: RunSpec) -> list[str]:
     """Requirements beyond those of every run, as pip takes them. flash-attn is there only where it is named."""
     return [
         *(["boto3"] if str(spec.push.to).startswith("s3:") else []),
@@ -28,10 +28,10 @@ def extras(spec: RunSpec) -> list[str]:
 
 def has_flash(spec: RunSpec) -> bool:
     """The pod of a rented run will have flash-attn."""
-    return "flash-attn" in extras(spec)
+    return "flash-attn" in extra_requirements(spec)
 
 
-def wheels(spec: RunSpec) -> list[dict[str, Any]]:
+def flash_attn_wheels(spec: RunSpec) -> list[dict[str, Any]]:
     """Those of flash-attn that fit the pod's GPUs, its torch and its image's Python, one for each build of torch; the
     pod's driver decides between them. Empty where none is known to fit."""
     place, capability = spec.where, spec.hw.compute_capability
@@ -48,7 +48,7 @@ def wheels(spec: RunSpec) -> list[dict[str, Any]]:
 
 def least_cuda(spec: RunSpec) -> str | None:
     """What the host's driver has to serve for a wheel to fit: hosts with older ones are not asked for."""
-    builds = [wheel["build"] for wheel in wheels(spec)]
+    builds = [wheel["build"] for wheel in flash_attn_wheels(spec)]
     return "13.0" if builds == [""] else None
 
 
@@ -65,7 +65,7 @@ def check_flash_attention(spec: RunSpec) -> None:
         what = f"which Python {named} has is not known, and a wheel of flash-attn is for one alone"
         key = "pod" if place.pod else "template" if place.template else "image"
         remedy = f"write train.attention=sdpa, or leave out where.{key}; {own}"
-    elif not wheels(spec):
+    elif not flash_attn_wheels(spec):
         what = f"no wheel of flash-attn is known for torch {_torch()} on {spec.hw.name}"
         remedy = f"write train.attention=sdpa; {own}"
     elif least_cuda(spec) and place.cuda_versions and "13.0" not in place.cuda_versions:

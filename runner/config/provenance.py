@@ -33,10 +33,10 @@ def origins_in_file(file: Path, package: str) -> Iterator[Origin]:
     with file.open(encoding="utf-8") as stream:
         node = yaml_files.compose(stream)
     if isinstance(node, yaml.MappingNode):
-        yield from _walk(node, package, shown(file))
+        yield from _walk(node, package, display_path(file))
 
 
-def shown(file: Path) -> str:
+def display_path(file: Path) -> str:
     """A path as a user would recognise it: below the project, or below the working directory."""
     for base in (Path.cwd(), ASSETS):
         if file.resolve().is_relative_to(base.resolve()):
@@ -44,11 +44,11 @@ def shown(file: Path) -> str:
     return str(file)
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and their values; an empty mapping counts as a value."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

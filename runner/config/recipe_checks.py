@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from runner.config import catalog, foreign_configs, yaml_files
-from runner.config.provenance import flat, shown
-from runner.config.suggestions import nearest, nearest_choice
+from runner.config import conf_files, other_trainers, yaml_files
+from runner.config.did_you_mean import nearest, nearest_choice
+from runner.config.provenance import display_path, flattened
 from runner.errors import Problem, RequestError
 from runner.paths import RECIPES
 
@@ -26,13 +26,13 @@ def find_recipe(recipe: str, folders: tuple[Path, ...] = ()) -> Path:
     own = (folder / f"{recipe.removesuffix('.yaml')}.yaml" for folder in folders)
     if not os.path.isfile(file) and (found := next((f for f in own if os.path.isfile(f)), None)):
         return found
-    if recipe in catalog.recipes():
+    if recipe in conf_files.recipes():
         return RECIPES / f"{recipe}.yaml"
     if file.suffix not in (".yaml", ".yml") or not os.path.isfile(file):
-        near = nearest(file.stem, catalog.recipes())
+        near = nearest(file.stem, conf_files.recipes())
         remedy = f"did you mean recipe={near}?" if near else "python -m runner list recipes shows them"
         raise RequestError(Problem(f"there is no recipe {recipe!r}", "command line", remedy))
-    if file.suffix == ".yml" and (theirs := foreign_configs.problems_in(file)):
+    if file.suffix == ".yml" and (theirs := other_trainers.problems_in(file)):
         raise RequestError(*theirs)
     if file.name != f"{file.stem}.yaml" or file.stem == "config":  # Hydra reads .yaml only, and config is the main job
         name = "my_recipe" if file.stem == "config" else file.stem
@@ -40,13 +40,13 @@ def find_recipe(recipe: str, folders: tuple[Path, ...] = ()) -> Path:
     return file
 
 
-def whole_run(recipe: str, folders: tuple[Path, ...] = ()) -> Path | None:
+def whole_run_file(recipe: str, folders: tuple[Path, ...] = ()) -> Path | None:
     """The file behind `recipe=NAME` where it holds a whole run, as `show` prints it and a run keeps it; else None."""
     file = Path(recipe).expanduser()
     with suppress(RequestError, OSError):  # told when it is composed
         file = file if os.path.isfile(file) else find_recipe(recipe, folders)
-        content = catalog.read(file)
-        if "defaults" not in content and all(isinstance(content.get(group), dict) for group in catalog.GROUPS):
+        content = conf_files.read_file(file)
+        if "defaults" not in content and all(isinstance(content.get(group), dict) for group in conf_files.GROUPS):
             return file
     return None
 
@@ -56,8 +56,8 @@ def recipe_problems(file: Path, folders: tuple[Path, ...]) -> list[Problem]:
     with file.open(encoding="utf-8") as stream:  # a stream, so that an error knows the file's name
         node = yaml_files.compose(stream)
     if not isinstance(node, yaml.MappingNode):
-        return [Problem(f"{shown(file)} is not a recipe: it holds no keys", None, _BASE)]
-    if theirs := foreign_configs.problems_in(file):
+        return [Problem(f"{display_path(file)} is not a recipe: it holds no keys", None, _BASE)]
+    if theirs := other_trainers.problems_in(file):
         return theirs
     listed = next((value for key, value in node.value if key.value == "defaults"), None)
     entries = listed.value if isinstance(listed, yaml.SequenceNode) else [listed] if listed else []
@@ -66,7 +66,7 @@ def recipe_problems(file: Path, folders: tuple[Path, ...]) -> list[Problem]:
         isinstance(entry, yaml.ScalarNode) and entry.value != "_self_" for entry in entries
     ):
         return _baseless(file, choices, node, folders)
-    found = [p for group, choice in choices for p in _problems_of_entry(group, choice, shown(file), folders)]
+    found = [p for group, choice in choices for p in _problems_of_entry(group, choice, display_path(file), folders)]
     return [*found, *_problems_of_list(file, node, entries, choices)]
 
 
@@ -76,22 +76,22 @@ def _baseless(
     """Problems of a recipe without `config` in its defaults list, and of each choice that stands elsewhere."""
     found, lines = [], []
     outside = [(key, value) for key, value in node.value if isinstance(value, yaml.ScalarNode)]
-    for key, value in [*choices, *((k, v) for k, v in outside if k.value in catalog.GROUPS)]:
+    for key, value in [*choices, *((k, v) for k, v in outside if k.value in conf_files.GROUPS)]:
         group = group_of(key.value)
-        if group in catalog.GROUPS and isinstance(value, yaml.ScalarNode):
-            place = f"{shown(file)}:{key.start_mark.line + 1}"
+        if group in conf_files.GROUPS and isinstance(value, yaml.ScalarNode):
+            place = f"{display_path(file)}:{key.start_mark.line + 1}"
             entry, rest = _in_defaults(group, value.value, folders)
             lines.append(f"  {entry}")
             if (key, value) in outside:
-                found.append(misplaced(group, value.value, place, folders))
-            elif rest or value.value not in catalog.options(group, folders):
-                found.append(no_choice(group, value.value, catalog.options(group, folders), place))
-    what = f"{shown(file)} builds on nothing: its defaults list does not name config"
+                found.append(misplaced_choices(group, value.value, place, folders))
+            elif rest or value.value not in conf_files.options(group, folders):
+                found.append(unknown_choice(group, value.value, conf_files.options(group, folders), place))
+    what = f"{display_path(file)} builds on nothing: its defaults list does not name config"
     block = ["begin it with:", "defaults:", "  - config", *dict.fromkeys(lines), "  - _self_"]
     return [Problem(what, None, "\n".join(block) if lines else _BASE), *found]
 
 
-def misplaced(group: str, name: str, place: str | None, folders: tuple[Path, ...]) -> Problem:
+def misplaced_choices(group: str, name: str, place: str | None, folders: tuple[Path, ...]) -> Problem:
     """`group: name` among the values of a file."""
     entry, rest = _in_defaults(group, name, folders)
     remedy = f"write it into the defaults list: {entry}" + (f", and below it {rest}" if rest else "")
@@ -100,15 +100,15 @@ def misplaced(group: str, name: str, place: str | None, folders: tuple[Path, ...
 
 def _in_defaults(group: str, name: str, folders: tuple[Path, ...]) -> tuple[str, str | None]:
     """The line of a defaults list that chooses `name`, and the value it needs where it is no choice itself."""
-    meant = None if name in catalog.options(group, folders) else _meant(group, name)
+    meant = None if name in conf_files.options(group, folders) else _meant(group, name)
     if meant is None:
-        near = nearest_choice(group, name, catalog.options(group, folders))
+        near = nearest_choice(group, name, conf_files.options(group, folders))
         return f"- override /{group}: {near or name}", None
-    choice, value = in_yaml(meant)
+    choice, value = as_yaml_lines(meant)
     return choice or f"- override /{group}: local", value  # `hw: 2` is `hw.num_gpus=2`
 
 
-def in_yaml(words: str) -> tuple[str | None, str | None]:
+def as_yaml_lines(words: str) -> tuple[str | None, str | None]:
     """`model=hub model.id=org/name` as a line of the defaults list, and one of values."""
     choice = value = None
     for word in re.split(r" (?=\w+\.\w+=)", words):
@@ -120,11 +120,11 @@ def in_yaml(words: str) -> tuple[str | None, str | None]:
     return choice, value
 
 
-def for_file(remedy: str) -> str:
+def remedy_for_file(remedy: str) -> str:
     """A remedy for the command line as one for a file: `write model=hub model.id=x`."""
     if not re.fullmatch(r"write \w+(\.\w+)?=\S+( \w+\.\w+=\S+)*", remedy):
         return remedy
-    choice, value = in_yaml(remedy.removeprefix("write "))
+    choice, value = as_yaml_lines(remedy.removeprefix("write "))
     said = f"write it into the defaults list: {choice}" if choice else ""
     return said + (f"{', and below it ' if said else 'write '}{value}" if value else "")
 
@@ -133,29 +133,31 @@ def choices_and_keys(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str
     """Choices of a recipe by group, and the dotted keys it sets, those of recipes it builds on included."""
     choices: dict[str, str] = {}
     keys: dict[str, Any] = {}
-    content = catalog.read(file.resolve())
+    content = conf_files.read_file(file.resolve())
     listed = content.get("defaults")
     for entry in listed if isinstance(listed, list) else ():  # else `recipe_problems` says so
         if isinstance(entry, dict):
             choices |= {re.sub(r"^(override|optional)\s+", "", str(k)).lstrip("/"): str(v) for k, v in entry.items()}
-        elif (base := base_of(file, str(entry))) is not None and base not in above:
+        elif (base := base_recipe(file, str(entry))) is not None and base not in above:
             below = choices_and_keys(base, (*above, base))
             choices, keys = below[0] | choices, below[1] | keys
-    return choices, keys | dict(flat({k: v for k, v in content.items() if k != "defaults"}))
+    return choices, keys | dict(flattened({k: v for k, v in content.items() if k != "defaults"}))
 
 
-def base_of(file: Path, name: str) -> Path | None:
+def base_recipe(file: Path, name: str) -> Path | None:
     """The recipe that an entry of a defaults list names: one beside `file`, or a shipped one."""
     found = (folder / f"{name.removesuffix('.yaml')}.yaml" for folder in (file.resolve().parent, RECIPES))
     return next((f for f in found if os.path.isfile(f) and f.resolve() != file.resolve()), None)
 
 
-def no_choice(group: str, name: str, names: tuple[str, ...], place: str) -> Problem:
+def unknown_choice(group: str, name: str, names: tuple[str, ...], place: str) -> Problem:
     """`group=name` where `names` are all there are."""
     near = nearest_choice(group, name, names)
     if meant := _meant(group, name):
         remedy = f"write {meant}"
-        return Problem(f"there is no {group} {name!r}", place, remedy if place == "command line" else for_file(remedy))
+        return Problem(
+            f"there is no {group} {name!r}", place, remedy if place == "command line" else remedy_for_file(remedy)
+        )
     remedy = f"did you mean {group}={near}?" if near else f"python -m runner list {group} shows all"
     return Problem(f"there is no {group} {name!r}", place, remedy)
 
@@ -181,10 +183,10 @@ def _meant(group: str, name: str) -> str | None:
     if group == "hw" and name.lower() in ("gpu", "cuda", "auto", "nvidia"):
         return "hw=local"
     several = re.fullmatch(r"(?:(\d+)\s*[x×*]\s*)?([a-z]+\d+\w*?)(?:\s*[x×*]\s*(\d+))?", name.lower())
-    if group == "hw" and several and several[2] in catalog.options("hw") and (several[1] or several[3]):
+    if group == "hw" and several and several[2] in conf_files.options("hw") and (several[1] or several[3]):
         count = several[1] or several[3]
         ready = f"{several[2]}x{count}"
-        return f"hw={ready}" if ready in catalog.options("hw") else f"hw={several[2]} hw.num_gpus={count}"
+        return f"hw={ready}" if ready in conf_files.options("hw") else f"hw={several[2]} hw.num_gpus={count}"
     return None
 
 
@@ -194,13 +196,13 @@ def _problems_of_entry(key: yaml.Node, choice: yaml.Node, file: str, folders: tu
     group = group_of(key.value)
     if group.startswith("hydra/") or not isinstance(choice, yaml.ScalarNode):
         return
-    names = catalog.options(group, folders)
+    names = conf_files.options(group, folders)
     if not names:
-        near = nearest(group, catalog.GROUPS)
+        near = nearest(group, conf_files.GROUPS)
         yield Problem(f"there is no group {group!r}", place, near and f"did you mean override /{near}?")
     elif choice.value not in names:
-        yield no_choice(group, choice.value, names, place)
-    elif group in catalog.GROUPS and not key.value.startswith("override "):
+        yield unknown_choice(group, choice.value, names, place)
+    elif group in conf_files.GROUPS and not key.value.startswith("override "):
         yield Problem(f"{group} is chosen twice: in config and here", place, f"write override /{group}: {choice.value}")
 
 
@@ -231,14 +233,14 @@ def _overruled(file: Path, entries: list[yaml.Node], choices: Choices, sets: boo
         if group in first and key.value.startswith("override "):
             name, before = first[group]
             what = f"{group} is chosen twice: {name} in line {before}, and {choice.value} here"
-            yield Problem(what, f"{shown(file)}:{line}", "leave one of the two lines")
+            yield Problem(what, f"{display_path(file)}:{line}", "leave one of the two lines")
         elif key.value.startswith("override "):
             first[group] = (str(choice.value), line)
     names = [str(entry.value) for entry in entries if isinstance(entry, yaml.ScalarNode)]
     if sets and "_self_" in names and (later := names[names.index("_self_") + 1 :]):
         own = next(entry for entry in entries if entry.value == "_self_")
         what = f"_self_ stands before {later[-1]}, which would overwrite what this file sets"
-        yield Problem(what, f"{shown(file)}:{own.start_mark.line + 1}", "write - _self_ last")
+        yield Problem(what, f"{display_path(file)}:{own.start_mark.line + 1}", "write - _self_ last")
 
 
 def _circles(file: Path) -> Iterator[Problem]:
@@ -246,12 +248,12 @@ def _circles(file: Path) -> Iterator[Problem]:
     seen, below = [file.resolve()], [file.resolve()]
     while below:
         here = below.pop()
-        for entry in catalog.read(here).get("defaults") or []:
+        for entry in conf_files.read_file(here).get("defaults") or []:
             base = _base(here, entry) if isinstance(entry, str) else None
             if base == here or base == file.resolve():
-                what = f"{shown(here)} builds on {entry}, which is {'itself' if base == here else 'built on it'}"
-                remedy = f"call {here.name} another name" if entry in catalog.recipes() else "name config there"
-                yield Problem(what, shown(here), remedy)
+                what = f"{display_path(here)} builds on {entry}, which is {'itself' if base == here else 'built on it'}"
+                remedy = f"call {here.name} another name" if entry in conf_files.recipes() else "name config there"
+                yield Problem(what, display_path(here), remedy)
             elif base and base not in seen:
                 seen.append(base)
                 below.append(base)
@@ -266,7 +268,7 @@ def _base(file: Path, name: str) -> Path | None:
 def _misshapen(file: Path, node: yaml.MappingNode) -> Iterator[Problem]:
     """A list where a group's keys belong, and a key that is empty: Hydra's words for them are about its own classes."""
     for key, value in node.value:
-        place = f"{shown(file)}:{key.start_mark.line + 1}"
+        place = f"{display_path(file)}:{key.start_mark.line + 1}"
         if key.tag.endswith(":null"):
             yield Problem("a key is empty", place, "write key: value")
         elif isinstance(value, yaml.SequenceNode) and key.value != "defaults":
@@ -280,4 +282,4 @@ def _of_hydra(file: Path, node: yaml.MappingNode) -> Iterator[Problem]:
         if key.value not in ("sweeper", "launcher"):
             what = f"hydra.{key.value}: this runner decides it itself"
             remedy = "leave it out; run.output_dir is where runs go"
-            yield Problem(what, f"{shown(file)}:{key.start_mark.line + 1}", remedy)
+            yield Problem(what, f"{display_path(file)}:{key.start_mark.line + 1}", remedy)

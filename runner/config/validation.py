@@ -9,9 +9,9 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from runner.config.peer_keys import NONE
-from runner.config.provenance import flat
-from runner.config.suggestions import choices_with, known_keys, mappings, nearest, nearest_key, parts_of
+from runner.config.did_you_mean import choices_with, known_keys, mapping_keys, nearest, nearest_key, parts_of
+from runner.config.other_trainers_keys import NONE
+from runner.config.provenance import flattened
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 from runner.spec.part import CODE
@@ -75,16 +75,16 @@ def value_of(spec: RunSpec, key: str) -> Any:
     steps = key.split(".")
     for step in steps:
         if not isinstance(value, dict) or step not in value:
-            if isinstance(value, dict) and (parent := key.rpartition(".")[0]) in mappings():
+            if isinstance(value, dict) and (parent := key.rpartition(".")[0]) in mapping_keys():
                 remedy = f"{parent} has {', '.join(value) or 'nothing'} here; {key}=… would set it"
                 raise RequestError(Problem(f"{key} is not set", "command line", remedy))
             chosen = getattr(getattr(spec, steps[0], None), "name", None)
-            raise RequestError(unknown(key, chosen, "command line"))
+            raise RequestError(unknown_key(key, chosen, "command line"))
         value = value[step]
     return value
 
 
-def unknown(key: str, chosen: str | None, source: str | None) -> Problem:
+def unknown_key(key: str, chosen: str | None, source: str | None) -> Problem:
     """A key that is nowhere, or only in other choices than the one `chosen` for its group."""
     group, _, leaf = key.partition(".")
     others = [f"{group}={name}" for name in choices_with(key)]
@@ -114,8 +114,8 @@ def _explain(
         tag = str(first["loc"][1]) if len(first["loc"]) > 2 else None  # of a union
         chosen = str(names.get(str(first["loc"][0]), tag)) if tag else None
         inner = first["input"] if "." not in key and isinstance(first["input"], dict) else {}
-        keys = [f"{key}.{leaf}" for leaf, _ in flat(inner)] or [key]  # for a misspelt group: what stands in it
-        return [unknown(k, chosen, source_of(k)) for k in keys]
+        keys = [f"{key}.{leaf}" for leaf, _ in flattened(inner)] or [key]  # for a misspelt group: what stands in it
+        return [unknown_key(k, chosen, source_of(k)) for k in keys]
     if kind == "missing":
         return [Problem(f"{key} is missing", None, f"write {key}=…")]
     if kind == "value_error":

@@ -14,11 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import json_text
-from runner.data.chat_template import CALL_OF_MARKS, MARK, Message, Template, template_source, with_tools
+from runner.data.chat_template import (
+    CALL_OF_MARKS,
+    MARK,
+    Message,
+    Template,
+    refused,
+    render_checked,
+    template_source,
+    with_tool_template,
+)
 from runner.data.examples import Example, Tool, Turn
 from runner.data.loss_mask import IGNORED, Learned, TurnFinder, labels_of, learned_spans
 from runner.data.readers.files import kind_of
-from runner.data.rendered_text_checks import refused, render_checked
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec
 
@@ -77,7 +85,7 @@ class ChatTokenizer:
             encodings = self.backend.encode_batch([texts[i][0] for i in group], add_special_tokens=special)
             for index, encoding in zip(group, encodings, strict=True):
                 text, shown = texts[index]
-                ids = begun(encoding.ids, self.bos_id)
+                ids = with_bos(encoding.ids, self.bos_id)
                 offsets = list(encoding.offsets)[-len(ids) :] if ids else []
                 if special:
                     found[index] = self._ended(ids, offsets, text)
@@ -225,7 +233,7 @@ class ChatTokenizer:
     def token_ids(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Token ids of each text; if `special`, with the tokenizer's own around them: a template has its own."""
         found = self.backend.encode_batch(list(texts), add_special_tokens=special)
-        return [begun(encoding.ids, self.bos_id) for encoding in found]
+        return [with_bos(encoding.ids, self.bos_id) for encoding in found]
 
     def ended(self, text: str) -> str:
         """The text with the token that ends one, as words."""
@@ -234,7 +242,7 @@ class ChatTokenizer:
 
     def _ended(self, ids: list[int], offsets: list[tuple[int, int]], text: str) -> Encoded:
         """Plain text is learned whole, and that it ends."""
-        framed = ended(ids, self.end_id)
+        framed = with_eos(ids, self.end_id)
         offsets = [*offsets[: len(framed)], *[(len(text), len(text))] * (len(framed) - len(offsets))]
         return Encoded(framed, list(framed), offsets, text)
 
@@ -249,7 +257,7 @@ class ChatTokenizer:
         own = template if isinstance(template, dict) else {"default": template}
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         default = own.get("default") or template_source(FALLBACK, adds_bos(tokenizer))
-        return _kept(backend.to_str(), with_tools(default, own.get("tool_use")), tuple(special.items()))
+        return _kept(backend.to_str(), with_tool_template(default, own.get("tool_use")), tuple(special.items()))
 
     @classmethod
     def from_file(cls, file: Path, data: DataSpec) -> ChatTokenizer:
@@ -273,13 +281,13 @@ def _kept(body: str, template: str, special: tuple[tuple[str, str], ...]) -> Cha
     return ChatTokenizer(body, template, dict(special))
 
 
-def begun(ids: Sequence[int], bos_id: int | None) -> list[int]:
+def with_bos(ids: Sequence[int], bos_id: int | None) -> list[int]:
     """The ids with BOS once in front, whoever wrote it: text, template and tokenizer may."""
     run = next((i for i, token in enumerate(ids) if token != bos_id), len(ids))
     return list(ids[max(0, run - 1) :])
 
 
-def ended(ids: list[int], end_id: int | None) -> list[int]:
+def with_eos(ids: list[int], end_id: int | None) -> list[int]:
     """The ids with the end of text behind them, once; none where the tokenizer has none."""
     if end_id is None:
         return ids
@@ -343,7 +351,7 @@ def _template(file: Path, data: DataSpec, names: dict[str, Any], adds_bos: bool 
         if source is not None and not isinstance(source, str):
             what = f"the chat template {name} in tokenizer_config.json is {kind_of(source)}, not text"
             raise RequestError(Problem(what, str(file.parent), "set data.chat_template to a Jinja file"))
-    return with_tools(named.get("default") or template_source(FALLBACK, adds_bos), named.get("tool_use"))
+    return with_tool_template(named.get("default") or template_source(FALLBACK, adds_bos), named.get("tool_use"))
 
 
 __all__ = ["FALLBACK", "IGNORED", "ChatTokenizer", "Encoded"]

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypedDict, TypeVar
 
-from runner.config import catalog
+from runner.config import conf_files
 
 T = TypeVar("T")
 
@@ -162,7 +162,7 @@ def _draw(count: int, rng: random.Random) -> list[_Question]:
     with_hw = spoken_hardware(round(count * (1 - SHARE_WITHOUT_HW)))
     without = round(len(with_hw) * SHARE_WITHOUT_HW / (1 - SHARE_WITHOUT_HW)) or 1
     hardware = _Deck([*with_hw, *[("", "")] * without], rng)
-    spoken = [method for method in catalog.options("method") if method in METHODS]
+    spoken = [method for method in conf_files.options("method") if method in METHODS]
     methods = _Deck(spoken, rng)
     templates = _Deck(TEMPLATES, rng)
     phrases = {(method, kind): _Deck(_phrases(method, kind), rng) for method in spoken for kind in ("means", "object")}
@@ -230,8 +230,8 @@ def spoken_models(count: int) -> list[tuple[str, str]]:
     """(choice, name) of every model that its name alone makes loadable, for `count` sentences."""
     names = {
         choice: (values.get("title") or choice, *values.get("aliases", ()))
-        for choice in catalog.options("model")
-        if "id" in (values := catalog.load("model", choice))  # hub: needs a model.id beside it
+        for choice in conf_files.options("model")
+        if "id" in (values := conf_files.load_choice("model", choice))  # hub: needs a model.id beside it
         and not values.get("from_scratch")  # nothing to fine-tune
     }
     return _spoken(names, count)
@@ -244,8 +244,8 @@ def spoken_hardware(count: int) -> list[tuple[str, str]]:
     on them, as they are.
     """
     names = {}
-    for choice in catalog.options("hw"):
-        values = catalog.load("hw", choice)
+    for choice in conf_files.options("hw"):
+        values = conf_files.load_choice("hw", choice)
         if values["accelerator"] != "detect" and values.get("aliases"):
             said = (values.get("title") or choice, *values["aliases"])
             names[choice] = tuple(_with_article(name, values) for name in said)

@@ -16,7 +16,7 @@ from typing import TypeVar, cast
 from runner.data import commands_dataset
 from runner.data.examples import Example, Kind, Learnable, Turn, as_kind, columns, fingerprint
 from runner.data.pretraining.documents import reference_pages
-from runner.data.readers.files import Row, Table, read_rows, refuse
+from runner.data.readers.files import Row, Table, raise_problems, read_rows
 from runner.data.readers.hub import load_hub
 from runner.data.readers.sources import Loose, Source, files_of, mixed, sources_of
 from runner.data.readers.streams import tables
@@ -28,7 +28,7 @@ from runner.spec import DataSpec
 from runner.spec.input_paths import is_url
 
 __all__ = [
-    "Example", "Learnable", "Loaded", "Turn", "canonical", "canonical_rows", "columns", "detect_format",
+    "Example", "Learnable", "Loaded", "Turn", "canonical_row", "canonical_rows", "columns", "detect_format",
     "fingerprint", "load_examples", "load_hub", "read_dataset", "read_rows", "split",
 ]  # fmt: skip
 
@@ -43,7 +43,7 @@ LOOKED_AT = 50
 """Rows whose columns are compared with what was read of them."""
 
 
-def canonical(row: Row, where: str, spec: DataSpec, kind: Kind | None = None) -> Learnable:
+def canonical_row(row: Row, where: str, spec: DataSpec, kind: Kind | None = None) -> Learnable:
     """One row made canonical; RequestError with every mistake in it, each at `where`."""
     try:
         shape = detect_format(row, spec, kind)
@@ -148,7 +148,7 @@ def read_dataset(spec: DataSpec, seed: int, kind: Kind | None = "sft") -> Loaded
     if held_source is not None:
         held = [_rows_of(held_source, kind, problems, left)]
     if problems and (spec.on_error == "stop" or not any(trains) or (held_source is not None and not any(held))):
-        refuse(problems)
+        raise_problems(problems)
     train, out = trains[0], held[0]
     if len(sources) > 1:
         order = mixed([len(rows) for rows in trains], [own.weight for own in sources], spec.mix, seed)

@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner.data.chat_template import CALL_OF_MARKS, MARK, Template
+from runner.data.chat_template import CALL_OF_MARKS, MARK, Template, check_given, left_out_problem, missing_part
 from runner.data.examples import Example, Tool, Turn
-from runner.data.rendered_text_checks import check_given, missing_part, refusal
 from runner.errors import Problem, RequestError
 
 IGNORED = -100
@@ -23,7 +22,7 @@ IGNORED = -100
 Span = tuple[int, int]
 
 
-def shared(one: str, other: str) -> int:
+def common_prefix_length(one: str, other: str) -> int:
     """How many characters two texts have in common from the beginning."""
     if other.startswith(one):
         return len(one)
@@ -54,8 +53,10 @@ class TurnFinder:
         except Exception:  # a template may refuse in any way; then the difference of the turns has to do
             return "", ""
         _, inside, last = (*whole.split(MARK), "", "")[:3]
-        closing = inside[: _whole_tags(inside, shared(inside, last))]  # Phi-3 puts one more token behind the last
-        return closing.rstrip(), asked[shared(asked, not_asked) :]
+        closing = inside[
+            : _whole_tags(inside, common_prefix_length(inside, last))
+        ]  # Phi-3 puts one more token behind the last
+        return closing.rstrip(), asked[common_prefix_length(asked, not_asked) :]
 
     def spans(self, turns: Sequence[Turn], tools: Sequence[Tool], text: str, marks: Sequence[Span]) -> dict[int, Span]:
         """Index of each assistant turn → [begin, end) of what it says in `text`, the rendered whole.
@@ -79,7 +80,7 @@ class TurnFinder:
         if before and after and text.startswith(before) and text.startswith(after) and len(before) < len(after):
             return len(before), self._without_trailing(after)
         begin, end = self.changed(turns, index, tools, text)
-        alike = shared(before or "", text)
+        alike = common_prefix_length(before or "", text)
         if alike >= last and alike:
             start = min(_whole_tags(text, alike), begin)
         else:
@@ -117,9 +118,9 @@ class TurnFinder:
 
     def _different(self, turns: Sequence[Turn], index: int, other: Turn, tools: Sequence[Tool], text: str) -> Span:
         changed = self._text([*turns[:index], other, *turns[index + 1 :]], tools) or ""
-        begin = shared(text, changed)
+        begin = common_prefix_length(text, changed)
         room = min(len(text), len(changed)) - begin
-        end = shared(text[::-1][:room], changed[::-1][:room])
+        end = common_prefix_length(text[::-1][:room], changed[::-1][:room])
         return begin, len(text) - end
 
     def _check(self, turns: Sequence[Turn], text: str, spans: dict[int, Span]) -> None:
@@ -147,7 +148,7 @@ class TurnFinder:
             ):
                 found.add(index)
             else:
-                raise _unclear(index) if lacks == "content" else refusal(lacks, index)
+                raise _unclear(index) if lacks == "content" else left_out_problem(lacks, index)
         return found
 
     def pieces(self, turns: Sequence[Turn], index: int, tools: Sequence[Tool], text: str, span: Span) -> list[Span]:
@@ -160,7 +161,7 @@ class TurnFinder:
         begin, end = span
         results = [i for i in range(index + 1, len(turns)) if turns[i]["role"] == "tool" and turns[i]["content"]]
         alone = self._text(turns[: index + 1], tools) or ""
-        cut = _whole_tags(text, shared(alone, text))  # what follows is not what the turn says by itself
+        cut = _whole_tags(text, common_prefix_length(alone, text))  # what follows is not what the turn says by itself
         unclosed = not (self.closing and text[begin:end].endswith(self.closing))
         if begin < cut and (cut < end or unclosed):
             answers = [self.changed(turns, i, tools, text) for i in results]
@@ -203,7 +204,7 @@ def learned_spans(example: Example, loss_on: str, text: str, marks: Sequence[Spa
     pair = loss_on == "completion" or (loss_on == "auto" and not example.dialogue)
     if pair and unweighted and not marks and all(turn["role"] == "assistant" for turn in example.completion):
         asked = turns.template.render(example.prompt, True, tools).text
-        begin = shared(asked, text)  # as TRL: from where the prompt asks, to the end
+        begin = common_prefix_length(asked, text)  # as TRL: from where the prompt asks, to the end
         if begin < len(asked):  # what asks is not in the text: an answer may begin like it
             begin = min(begin, turns.changed(said, len(example.prompt), tools, text)[0])
         span = (begin, len(text))

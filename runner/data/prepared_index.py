@@ -23,14 +23,14 @@ from runner.spec import RunSpec
 from runner.spec.input_paths import is_url
 
 
-def remember(spec: RunSpec, entries: Sequence[Path]) -> None:
+def record_prepared(spec: RunSpec, entries: Sequence[Path]) -> None:
     """These folders of the cache hold the tokens of the run."""
     record = _record(spec)
     record.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(record, json.dumps([str(entry.relative_to(cache_dir())) for entry in entries]))
 
 
-def entries(spec: RunSpec) -> list[str]:
+def prepared_folders(spec: RunSpec) -> list[str]:
     """Folders of the run's tokens, below the cache; none where nothing was prepared, or a file has changed since.
 
     None either where shards are made: a pod makes its own, of which the tokens would have to come out the same.

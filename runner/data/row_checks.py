@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.config.suggestions import nearest
+from runner.config.did_you_mean import nearest
 from runner.data import user_code_checks
+from runner.data.chat_template import refused, render_checked
 from runner.data.chat_tokenizer import template_of
 from runner.data.examples import (
     Example,
@@ -27,18 +28,17 @@ from runner.data.examples import (
     UnpairedExample,
     columns,
 )
-from runner.data.inspect.sample import head
+from runner.data.inspect.sample import first_rows_of_file
 from runner.data.inspect.token_counts import tokenizer_file
 from runner.data.load import canonical_rows
 from runner.data.loss_mask import TurnFinder, learned_spans
 from runner.data.pretraining.documents import texts
 from runner.data.pretraining.workspace import is_whole, workspace_of
-from runner.data.readers.files import Table, kind_of_file, refuse
+from runner.data.readers.files import Table, kind_of_file, raise_problems
 from runner.data.readers.hub import first_rows
 from runner.data.readers.sources import Source, files_of, sources_of
 from runner.data.readers.streams import in_pieces, tables
-from runner.data.readers.urls import UnreachableError, size_of
-from runner.data.rendered_text_checks import refused, render_checked
+from runner.data.readers.urls import UnreachableError, url_size
 from runner.data.row_store import num_bytes
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec, Grpo, Pretrain, RunSpec
@@ -125,11 +125,11 @@ def check_rows(spec: RunSpec) -> list[str]:
         problems.append(nothing_held_out(spec))
     if isinstance(objective, Grpo):
         known = {name for part in parts for name in part.columns} if all(part.whole for part in parts) else None
-        problems += user_code_checks.problems(objective, known, here=spec.where.name == "local")
+        problems += user_code_checks.reward_problems(objective, known, here=spec.where.name == "local")
         if known and "exact_match" in objective.rewards and not problems and not any(part.answered for part in parts):
             problems.append(user_code_checks.nothing_right(known))
     if problems:
-        refuse(problems)
+        raise_problems(problems)
     return notes
 
 
@@ -230,8 +230,8 @@ def _beginning(file: str) -> tuple[Table, bool]:
         pieces = tables(file, PIECE_BYTES)
         return next(pieces, Table(file, [])), next(pieces, None) is None
     if not is_url(file):
-        return head(file)[0], False
-    if size_of(file) > WHOLE_BYTES:
+        return first_rows_of_file(file)[0], False
+    if url_size(file) > WHOLE_BYTES:
         kind = kind_of_file(file)
         raise UnreachableError(Problem(f"{file} is a large {kind} file, which can only be read whole"))
     return next(tables(file), Table(file, [])), True
@@ -242,7 +242,7 @@ def _check_documents(spec: RunSpec, notes: list[str]) -> None:
     if spec.data.source != "file":
         for part in _parts(spec, notes):
             for table in part.tables:
-                refuse(table.problems) if table.problems else None
+                raise_problems(table.problems) if table.problems else None
         return
     for source in _sources(spec, notes):
         count = 0
@@ -256,7 +256,7 @@ def _check_documents(spec: RunSpec, notes: list[str]) -> None:
             notes.append(f"{error}; its rows are checked when they are loaded")
             continue
         if not count:
-            refuse([Problem("holds no document", source.name, "name another source")])
+            raise_problems([Problem("holds no document", source.name, "name another source")])
 
 
 def _tried(turns: TurnFinder, row: Learnable, loss_on: str) -> Iterator[Problem]:

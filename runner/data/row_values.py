@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from runner.config import json_text
-from runner.config.suggestions import nearest
+from runner.config.did_you_mean import nearest
 from runner.data.examples import FunctionCall, Tool, ToolCall, Turn
 from runner.data.readers.files import Row, kind_of
 from runner.errors import Problem

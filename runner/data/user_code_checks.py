@@ -15,7 +15,7 @@ from contextlib import suppress
 from importlib import util
 from pathlib import Path
 
-from runner.config.suggestions import nearest
+from runner.config.did_you_mean import nearest
 from runner.errors import Problem
 from runner.paths import PACKAGE
 from runner.spec import DataSpec, Grpo
@@ -25,9 +25,9 @@ ALWAYS = ("prompts", "completions", "completion_ids")
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def problems(objective: Grpo, columns: Iterable[str] | None, *, here: bool) -> list[Problem]:
+def reward_problems(objective: Grpo, columns: Iterable[str] | None, *, here: bool) -> list[Problem]:
     """Everything that is wrong; `columns` are those of all rows (None: not known), `here`: this machine trains."""
-    found = [] if objective.reward_regex is None or (bad := pattern(objective.reward_regex)) is None else [bad]
+    found = [] if objective.reward_regex is None or (bad := regex_problem(objective.reward_regex)) is None else [bad]
     given = None if columns is None else {*ALWAYS, *columns} - {"prompt"}
     for name in objective.rewards:
         if ".py:" in name:
@@ -45,7 +45,7 @@ def nothing_right(columns: Iterable[str]) -> Problem:
     return Problem("exact_match compares with the row's answer, and no row has one", "objective.rewards", remedy)
 
 
-def pattern(regex: str) -> Problem | None:
+def regex_problem(regex: str) -> Problem | None:
     """What is wrong with `objective.reward_regex`."""
     try:
         re.compile(regex, re.DOTALL)
@@ -60,7 +60,7 @@ def _of(name: str, given: set[str] | None, here: bool) -> list[Problem]:
     return found + (_signature(node, given, source) if isinstance(node, _Function) else [])
 
 
-def of_class(name: str, key: str, base: str, *, here: bool) -> list[Problem]:
+def class_problems(name: str, key: str, base: str, *, here: bool) -> list[Problem]:
     """Everything that is wrong with a class of the user's, `FILE.py:CLASS`, which has to be derived from `base`."""
     source = f"{key}={name}"
     node, found = _defined(name, source, "class", here)
@@ -180,7 +180,7 @@ def _absent(tree: ast.Module, file: str, source: str) -> Iterator[Problem]:
 
 def _left_behind(file: str, source: str) -> Iterator[Problem]:
     """The user's own modules that the file imports: a pod gets the file alone."""
-    own, *others = sources(file)
+    own, *others = source_files(file)
     if others:
         names = ", ".join(sorted({Path(other).name for other in others}))
         what = f"{file} imports modules of this machine ({names}), and a pod gets {Path(own).name} alone"
@@ -190,7 +190,7 @@ def _left_behind(file: str, source: str) -> Iterator[Problem]:
 # ── the user's own modules ─────────────────────────────────────────────────────────────────────
 
 
-def sources(file: str) -> list[str]:
+def source_files(file: str) -> list[str]:
     """The file and every module of the user's own that it imports, however far, also inside functions: what decides
     what it does. Packages that are installed are not among them, nor is this project's own, however it is installed."""
     found, open_files = [Path(file).expanduser()], [Path(file).expanduser()]
@@ -206,7 +206,7 @@ def sources(file: str) -> list[str]:
 
 def sources_of_formats(data: DataSpec) -> list[str]:
     """The same of every row format of the user's that `data` names."""
-    return [one for name in data.own_formats.values() for one in sources(name.rpartition(":")[0])]
+    return [one for name in data.own_formats.values() for one in source_files(name.rpartition(":")[0])]
 
 
 def _local(tree: ast.Module, file: Path, folder: Path | None = None) -> Iterator[tuple[Path, Path]]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from runner.doctor import all_reduce, disk, gpu_checks, software, system
+from runner.doctor import gpu_checks, software, system
 from runner.doctor.finding import STATES, DoctorTarget, Finding, exit_code
 from runner.machine import detect
 from runner.machine.detect import Machine
@@ -31,10 +31,10 @@ def examine_machine(
     seen = gpu_checks.read_gpus(machine, root)
     found = [*_run(target, machine), *gpu_checks.gpu_findings(seen, machine, target)]
     if bandwidth:
-        found.append(all_reduce.bandwidth_finding(machine, target))
+        found.append(gpu_checks.bandwidth_finding(machine, target))
     elif len(machine.gpus) > 1:
-        found.append(all_reduce.unmeasured(len(machine.gpus)))
-    found += disk.disk_findings(target)
+        found.append(gpu_checks.unmeasured_finding(len(machine.gpus)))
+    found += system.disk_findings(target)
     found += system.system_findings(machine, target, root)
     found += software.software_findings(machine, seen.driver, target)
     found += system.key_findings(target)
@@ -97,10 +97,10 @@ def print_findings(console: Console, found: Sequence[Finding]) -> None:
         table.add_row(Text(finding.state, style=style), Text(finding.name), said)
     with ascii_fallback(console):
         console.print(table, highlight=False)
-        console.print(verdict(found))
+        console.print(count_line(found))
 
 
-def verdict(found: Sequence[Finding]) -> Text:
+def count_line(found: Sequence[Finding]) -> Text:
     """How many of each, the worst first."""
     number = Counter(finding.state for finding in found)
     counts = [f"{number[state]} {state}{'s' * (number[state] > 1)}" for state in reversed(STATES[1:]) if number[state]]

@@ -50,7 +50,7 @@ class DoctorTarget:
         return self.spec.where.name == "local"
 
 
-def in_words(size: float) -> str:
+def size_text(size: float) -> str:
     """Bytes, as `63.0 GiB` or `64 MiB`."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 

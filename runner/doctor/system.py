@@ -1,22 +1,30 @@
-"""Processor, main memory and /dev/shm, within what the container is allowed; and the keys in the environment."""
+"""Processor, main memory, /dev/shm and disks, within what the container is allowed; keys in the environment.
+
+A disk is tried: a file is written, synced and read back."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from runner.cloud.errors import CloudError
-from runner.cloud.runpod.account import KEYS_PAGE
+from runner.cloud.provider_errors import CloudError
+from runner.cloud.runpod.account_key import KEYS_PAGE
 from runner.config import credentials
-from runner.doctor.finding import GIB, DoctorTarget, Finding, in_words
-from runner.errors import RunnerError
+from runner.data.pretraining.workspace import Workspace, workspace_of
+from runner.doctor.finding import GIB, DoctorTarget, Finding, State, size_text
+from runner.errors import CannotRunError, Problem, RunnerError
+from runner.hub import model_config
+from runner.machine import writable
 from runner.machine.detect import Machine
+from runner.paths import cache_dir
 from runner.plan.host_memory import CPU_PROCESS, CUDA_PROCESS
 from runner.plan.memory import FREE_SHARE
-from runner.spec import RunPodPlace
+from runner.plan.plan import Plan
+from runner.spec import RunInfo, RunPodPlace, RunSpec
 
 # NVIDIA asks for `docker run --shm-size=1g` (NCCL's user guide, "Runtime and MPI issues"); DeepSpeed 0.19 warns
 # under 512 MiB. With four GPUs Docker's 64 MiB were too little for segments of 9.2 MiB (NVIDIA/nccl issue 342).
@@ -91,7 +99,7 @@ def _shm(num_gpus: int, folder: Path) -> Finding:
     except OSError:
         return Finding("/dev/shm", "ok", "not there, not needed outside of Linux")
     facts = {"size_gib": round(size / GIB, 3), "free_gib": round(free / GIB, 3)}
-    what = f"{in_words(free)} free of {in_words(size)}"
+    what = f"{size_text(free)} free of {size_text(size)}"
     remedy = _MORE_SHM if size < SHM_ASKED * GIB else "delete what ended programs left there: ls -l /dev/shm"
     if num_gpus > 1 and free < SHM_LEAST * GIB:
         return Finding("/dev/shm", "problem", f"{what}: NCCL cannot start on {num_gpus} GPUs", remedy, facts)
@@ -134,7 +142,7 @@ def _key(name: str, target: DoctorTarget | None) -> Finding:
 def _rents(place: RunPodPlace) -> Finding:
     """Ask RunPod whether it accepts the key for reading pods and, where a bid needs it, for GraphQL. Whether a key may
     also write is told by the first request to rent."""
-    from runner.cloud.runpod.provider import RunPod  # requests: 0.1 s, for a run that is rented
+    from runner.cloud.runpod.runpod_provider import RunPod  # requests: 0.1 s, for a run that is rented
 
     name = "RUNPOD_API_KEY"
     try:
@@ -170,3 +178,116 @@ def _need(name: str, target: DoctorTarget) -> tuple[str, str] | None:
             "make one in RunPod's console, under Settings, then export RUNPOD_API_KEY=…",
         )
     return None
+
+
+LITTLE, NOTHING = 10.0, 0.5
+"""GiB free, where no run is named: less than a 7B model with what comes out of it; less than the demo run."""
+TIGHT = 0.9
+"""Share of the free space for a run: what others write meanwhile, and logs, are not in the plan."""
+
+
+@dataclass
+class Folder:
+    """One of the folders a run writes to."""
+
+    title: str
+    path: Path
+    setting: str
+    """The key or variable that moves it elsewhere."""
+    terms: tuple[str, ...]
+    """Terms of the plan's disk that lie here."""
+    needed_gib: float = 0.0
+
+
+@dataclass
+class _Disk:
+    folders: list[Folder] = field(default_factory=list)
+    free: int = 0
+    size: int = 0
+
+
+def check_disk(spec: RunSpec, plan: Plan | None) -> list[str]:
+    """Notes, before a run starts here; CannotRunError where a disk has less room than the plan says."""
+    target = DoctorTarget(spec, plan)
+    writing = [f for f in run_folders(target) if not writable.why_not(writable.nearest(f.path))] if target.here else []
+    found = [_room(disk, planned=True) for disk in _disks(writing)] if plan else []  # others are told as unwritable
+    problems = [Problem(one.found, None, one.remedy) for one in found if one.state == "problem"]
+    if problems:
+        raise CannotRunError(*problems)
+    return [f"{one.found}: {one.remedy}" for one in found if one.state != "ok"]
+
+
+def disk_findings(target: DoctorTarget | None) -> Iterator[Finding]:
+    """One line per disk, and one per folder that cannot be written to."""
+    found = run_folders(target)
+    for folder in found:
+        failure = writable.why_not(writable.nearest(folder.path), synced=True)
+        if failure:
+            what = f"{folder.title} ({folder.path}) cannot be written to: {failure}"
+            yield Finding("disk", "problem", what, f"name another folder: {folder.setting}")
+    for disk in _disks(found):
+        yield _room(disk, planned=target is not None and target.here and target.plan is not None)
+
+
+def _disks(folders: Iterable[Folder]) -> list[_Disk]:
+    """The disks that the folders are on."""
+    disks: dict[int, _Disk] = {}
+    for folder in folders:
+        there = writable.nearest(folder.path)
+        try:
+            device, usage = there.stat().st_dev, shutil.disk_usage(there)
+        except OSError:
+            continue  # it cannot be written to
+        disk = disks.setdefault(device, _Disk())
+        disk.folders.append(folder)
+        disk.free, disk.size = usage.free, usage.total
+    return list(disks.values())
+
+
+def run_folders(target: DoctorTarget | None) -> list[Folder]:
+    """Where runs, our cache and the Hub's are, and what a run puts into each."""
+    output = Path(target.spec.run.output_dir if target else RunInfo().output_dir).expanduser()
+    nvme = target.spec.deepspeed.nvme_path if target else None
+    objective = target.spec.objective if target else None
+    place = workspace_of(objective) if objective else None
+    ours = target is not None and target.spec.model.package is not None  # unpacked from a package, not downloaded
+    found = [
+        Folder("runs", output, "run.output_dir=…", ("checkpoints", "final_model", *(() if nvme else ("offloaded",)))),
+        Folder("cache", cache_dir(), "RUNNER_CACHE=…", ("tokenised", *(("weights",) if ours else ()))),
+        Folder("Hugging Face cache", _hub_cache(place), "HF_HOME=…", ("data", *(() if ours else ("weights",)))),
+    ]
+    if place is not None:
+        found.append(Folder("shards", place.root, "objective.root=…", ("shards",)))
+    if nvme:
+        found.append(Folder("offload", Path(nvme).expanduser(), "deepspeed.nvme_path=…", ("offloaded",)))
+    if target is not None and target.here and target.plan is not None:
+        for folder in found:
+            folder.needed_gib = sum(target.plan.disk.get(term, 0.0) for term in folder.terms)
+    return found
+
+
+def _hub_cache(place: Workspace | None) -> Path:
+    """Pretraining from a corpus has one of its own, unless `HF_HOME` names another (train/pretraining_stages.py)."""
+    return model_config.cache_folder() if place is None or os.environ.get("HF_HOME") else place.hf_cache
+
+
+def _room(disk: _Disk, *, planned: bool) -> Finding:
+    names = ", ".join(folder.title for folder in disk.folders)
+    needed = sum(folder.needed_gib for folder in disk.folders)
+    free = disk.free / GIB
+    what = f"{size_text(disk.free)} of {size_text(disk.size)} free for {names}"
+    facts = {
+        "free_gib": round(free, 2),
+        "size_gib": round(disk.size / GIB, 2),
+        "needed_gib": round(needed, 2) if planned else None,
+        "folders": {folder.title: str(folder.path) for folder in disk.folders},
+    }
+    largest = max(disk.folders, key=lambda folder: folder.needed_gib)
+    remedy = f"make room, or name a folder on a larger disk: {largest.setting}"
+    state: State = "ok"
+    if planned:
+        what += f"; the run takes {needed:.1f}"
+        state = "problem" if needed > free else "warning" if needed > TIGHT * free else "ok"
+    else:
+        state = "problem" if free < NOTHING else "warning" if free < LITTLE else "ok"
+    return Finding("disk", state, what, None if state == "ok" else remedy, facts)

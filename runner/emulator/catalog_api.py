@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from fastapi import APIRouter, Request
 
-from runner.emulator import catalog
+from runner.emulator import hardware_catalog
 from runner.emulator.answers import ApiProblem, Json, known, page
-from runner.emulator.catalog import Cpu, DataCenter, Gpu
+from runner.emulator.hardware_catalog import Cpu, DataCenter, Gpu
 from runner.emulator.state import World
 
 ONLY_WITH_AVAILABILITY = ("product", "count", "cloud", "countryCodes", "cudaVersions", "minCudaVersion", "vcpuCount")
@@ -21,22 +21,22 @@ def router(world: World) -> APIRouter:
     @api.get("/gpus")
     def list_gpus(request: Request) -> Json:
         asked = _asked(request.query_params)
-        shown = [_gpu(world, gpu, asked) for gpu in catalog.gpus().values()]
+        shown = [_gpu(world, gpu, asked) for gpu in hardware_catalog.gpus().values()]
         return {"gpus": [s for s in shown if not asked or not asked["countries"] or s["dataCenters"]]}
 
     @api.get("/gpus/{identity}")
     def get_gpu(request: Request, identity: str) -> Json:
-        gpu = known(catalog.gpus(), identity, "GPU type")
+        gpu = known(hardware_catalog.gpus(), identity, "GPU type")
         return _gpu(world, gpu, _asked(request.query_params))
 
     @api.get("/cpus")
     def list_cpus(request: Request) -> Json:
         asked = _asked(request.query_params)
-        return {"cpus": [_cpu(cpu, asked is not None) for cpu in catalog.cpus().values()]}
+        return {"cpus": [_cpu(cpu, asked is not None) for cpu in hardware_catalog.cpus().values()]}
 
     @api.get("/cpus/{identity}")
     def get_cpu(request: Request, identity: str) -> Json:
-        cpu = known(catalog.cpus(), identity, "CPU type")
+        cpu = known(hardware_catalog.cpus(), identity, "CPU type")
         return _cpu(cpu, _asked(request.query_params) is not None)
 
     @api.get("/datacenters")
@@ -45,7 +45,7 @@ def router(world: World) -> APIRouter:
         regions = _list(query, "regions")
         centers = [
             center
-            for center in catalog.data_centers().values()
+            for center in hardware_catalog.data_centers().values()
             if (not regions or center.region in regions)
             and set(_list(query, "networkVolumeTypes")) <= set(center.volume_types)
             and set(_list(query, "compliance")) <= set(center.compliance)
@@ -55,12 +55,12 @@ def router(world: World) -> APIRouter:
 
     @api.get("/datacenters/{identity}")
     def get_center(identity: str, include: str = "") -> Json:
-        center = known(catalog.data_centers(), identity, "data center")
+        center = known(hardware_catalog.data_centers(), identity, "data center")
         return _center(world, center, include)
 
     @api.get("/templates")
     def list_public(source: str = "official", cursor: str | None = None) -> Json:
-        public = [t for t in world.templates.values() if t["id"] in catalog.content()["templates"]]
+        public = [t for t in world.templates.values() if t["id"] in hardware_catalog.content()["templates"]]
         return page("templates", public if source == "official" else [], cursor, 100)
 
     return api
@@ -99,12 +99,12 @@ def _gpu(world: World, gpu: Gpu, asked: Json | None) -> Json:
         return shown
     centers = [
         {"id": center.id, "name": center.name, "availability": _stock(world, gpu, center.id, asked)}
-        for center in map(catalog.data_centers().__getitem__, catalog.centers_of(gpu.id))
+        for center in map(hardware_catalog.data_centers().__getitem__, hardware_catalog.centers_of(gpu.id))
         if not asked["countries"] or center.country in asked["countries"]
     ]
     levels = [center["availability"] for center in centers]
     best = next((level for level in ("HIGH", "MEDIUM", "LOW") if level in levels), "NONE")
-    offered = [v for v in catalog.content()["cuda_versions"] if not asked["cuda"] or v in asked["cuda"]]
+    offered = [v for v in hardware_catalog.content()["cuda_versions"] if not asked["cuda"] or v in asked["cuda"]]
     cuda = [{"version": version, "available": best != "NONE"} for version in offered]
     return {**shown, "availability": best if offered else "NONE", "dataCenters": centers, "cudaVersions": cuda}
 
@@ -126,7 +126,7 @@ def _cpu(cpu: Cpu, with_availability: bool) -> Json:
     }  # fmt: skip
     if not with_availability:
         return shown
-    centers = [{"id": c.id, "name": c.name, "availability": "HIGH"} for c in catalog.data_centers().values()]
+    centers = [{"id": c.id, "name": c.name, "availability": "HIGH"} for c in hardware_catalog.data_centers().values()]
     return {**shown, "availability": "HIGH", "dataCenters": centers}
 
 
@@ -139,11 +139,11 @@ def _center(world: World, center: DataCenter, include: str) -> Json:
         asked: Json = {"count": 1, "cloud": "SECURE"}
         shown["gpuAvailability"] = [
             {"id": gpu.id, "name": gpu.name, "availability": _stock(world, gpu, center.id, asked)}
-            for gpu in catalog.gpus().values()
-            if center.id in catalog.centers_of(gpu.id)
+            for gpu in hardware_catalog.gpus().values()
+            if center.id in hardware_catalog.centers_of(gpu.id)
         ]
     if "CPU_AVAILABILITY" in include:
         shown["cpuAvailability"] = [
-            {"id": cpu.id, "name": cpu.name, "availability": "HIGH"} for cpu in catalog.cpus().values()
+            {"id": cpu.id, "name": cpu.name, "availability": "HIGH"} for cpu in hardware_catalog.cpus().values()
         ]
     return shown

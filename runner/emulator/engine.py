@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from runner.emulator import catalog
+from runner.emulator import hardware_catalog
 from runner.emulator.answers import ApiProblem
 from runner.emulator.container import Container, command_of, free_port
 from runner.emulator.faults import Fault, Faults
@@ -65,7 +65,7 @@ class Engine:
             pod.close_bill()
             pod.status, pod.running_since = "EXITED", None
             if persistent := pod.persistent():
-                pod.bill("disk", catalog.storage_usd_per_hour("stopped", persistent["size"]))
+                pod.bill("disk", hardware_catalog.storage_usd_per_hour("stopped", persistent["size"]))
             pod.log.add("system", "stop container")
 
     def start(self, pod: Pod) -> None:
@@ -169,7 +169,7 @@ class Engine:
         pod.status, pod.due = "STARTING", now + pod.pull_s
         pod.bill("gpu" if "gpu" in pod.compute else "cpu", pod.usd_per_hour)
         disks = pod.config["disk"] + (pod.persistent() or {"size": 0})["size"]
-        pod.bill("disk", catalog.storage_usd_per_hour("running", disks))
+        pod.bill("disk", hardware_catalog.storage_usd_per_hour("running", disks))
         pod.log.add("system", f"create container {pod.config['image']}")
         pod.log.add("system", f"{pod.config['image']} Pulling")
 
@@ -226,7 +226,7 @@ class Engine:
             ssh_port=port,
             ssh_delay_s=pod.ssh_delay_s,
             on_line=lambda line: pod.log.add("container", line),
-            plain=pod.config["image"].partition(":")[0] in catalog.content()["plain_images"],
+            plain=pod.config["image"].partition(":")[0] in hardware_catalog.content()["plain_images"],
         )
         pod.running_since = time.monotonic()
         pod.container.start()

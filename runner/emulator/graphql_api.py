@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from runner.emulator import catalog
+from runner.emulator import hardware_catalog
 from runner.emulator.answers import ApiProblem, Json
-from runner.emulator.pod_creation import NO_CAPACITY, placed
+from runner.emulator.pods_api import NO_CAPACITY, placed
 from runner.emulator.state import World
 
 LOWEST_BID = 0.5
@@ -49,7 +49,7 @@ def _myself(world: World) -> Json:
 
 def _rent(world: World, asked: Json) -> Json:
     """A pod that may be taken away; it costs what was bid."""
-    gpu, count = catalog.gpus().get(asked["gpuTypeId"]), int(asked.get("gpuCount", 1))
+    gpu, count = hardware_catalog.gpus().get(asked["gpuTypeId"]), int(asked.get("gpuCount", 1))
     bid = float(asked["bidPerGpu"])
     cloud = "COMMUNITY" if asked.get("cloudType") == "COMMUNITY" else "SECURE"
     if gpu is None or bid < LOWEST_BID * gpu.usd_per_hour(cloud):

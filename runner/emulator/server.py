@@ -1,4 +1,6 @@
-"""The emulator: its web application, a server on a loopback port with a world behind it, and the command."""
+"""The emulator: its web application, a server on a loopback port with a world behind it, and the command.
+
+`/_emulator` is what has no counterpart at RunPod: faults, the clock and the state, without a key."""
 
 from __future__ import annotations
 
@@ -13,27 +15,28 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from rich.console import Console
 from starlette.types import ASGIApp
 
-from runner.emulator import account_api, admin_api, billing_api, catalog_api, graphql_api, pods_api, serverless_api
+from runner.emulator import account_api, catalog_api, graphql_api, pods_api, serverless_api
 from runner.emulator.answers import MEDIA_TYPE, ApiProblem, Json
 from runner.emulator.container import sshd
-from runner.emulator.faults import Fault, parsed
+from runner.emulator.faults import KINDS, Fault, parsed
 from runner.emulator.middleware import Front
 from runner.emulator.pods import Pod
 from runner.emulator.settings import RESTRICTED, Clock, Settings
 from runner.emulator.state import Exchange, World
 from runner.errors import CannotRunError, Problem, RequestError
 
-PARTS = (pods_api, catalog_api, account_api, billing_api, serverless_api, graphql_api, admin_api)
+PARTS = (pods_api, catalog_api, account_api, serverless_api, graphql_api)
 
 
 def application(world: World) -> ASGIApp:
@@ -41,6 +44,8 @@ def application(world: World) -> ASGIApp:
     app = FastAPI(title="RunPod REST v2, emulated", docs_url=None, redoc_url=None, openapi_url=None)
     for part in PARTS:
         app.include_router(part.router(world))
+    app.include_router(account_api.billing_router(world))
+    app.include_router(admin_router(world))
 
     @app.exception_handler(ApiProblem)
     def say(request: Request, problem: ApiProblem) -> JSONResponse:
@@ -221,3 +226,60 @@ def _started(root: Path, port: int, settings: Json) -> Emulator:
     except OSError as error:
         what = f"port {port} of 127.0.0.1 cannot be listened on: {error.strerror}"
         raise RequestError(Problem(what, "--port", "leave --port out for any free one")) from None
+
+
+def admin_router(world: World) -> APIRouter:
+    """The routes."""
+    api, engine = APIRouter(prefix="/_emulator"), world.engine
+
+    @api.get("/faults")
+    def faults() -> Json:
+        return {"faults": world.faults.listed(), "kinds": KINDS}
+
+    @api.post("/faults", status_code=201)
+    def inject(body: Json) -> Json:
+        try:
+            fault = Fault(**{name: value for name, value in body.items() if name not in ("id", "used")})
+        except (TypeError, ValueError) as error:
+            raise ApiProblem(422, str(error)) from None
+        return {"struck": world.inject(fault), **asdict(fault)}
+
+    @api.delete("/faults", status_code=204)
+    def clear() -> Response:
+        world.faults.clear()
+        world.clock.skew_s = 0.0
+        return Response(status_code=204)
+
+    @api.delete("/faults/{number}", status_code=204)
+    def clear_one(number: int) -> Response:
+        world.faults.clear(number)
+        return Response(status_code=204)
+
+    @api.post("/clock")
+    def clock(body: Json) -> Json:
+        """speed, advance_s, skew_s."""
+        if "speed" in body:
+            world.clock.set_speed(float(body["speed"]))
+        world.clock.advance(float(body.get("advance_s", 0.0)))
+        world.clock.skew_s = float(body.get("skew_s", world.clock.skew_s))
+        return {"speed": world.clock.speed, "billed_s": world.clock.billed(), "skew_s": world.clock.skew_s}
+
+    @api.post("/balance")
+    def balance(body: Json) -> Json:
+        """Set the total of the account's deposits; it may be less than what is billed already."""
+        world.settings.balance_usd = float(body["usd"])
+        return {"usd": world.settings.balance_usd, "billed_usd": world.billed()}
+
+    @api.get("/pods")
+    def pods() -> Json:
+        """Dead and alive, with what each has cost."""
+        with engine.lock:
+            found = [*engine.past, *engine.pods.values()]
+        names = ("id", "name", "status", "data_center", "restarts", "created")
+        return {"pods": [{**{n: getattr(p, n) for n in names}, "gpu": p.gpu_id, "usd": p.usd()} for p in found]}
+
+    @api.get("/exchanges")
+    def exchanges() -> Json:
+        return {"exchanges": [asdict(exchange) for exchange in list(world.exchanges)]}
+
+    return api

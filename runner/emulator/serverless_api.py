@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from runner.emulator import catalog
+from runner.emulator import hardware_catalog
 from runner.emulator.answers import ApiProblem, Json, known, page
-from runner.emulator.pod_creation import config_of
+from runner.emulator.pods_api import config_of
 from runner.emulator.settings import stamp
 from runner.emulator.state import World, new_id
 
@@ -88,14 +88,14 @@ def _config(world: World, body: Json) -> Json:
 
 def _compute(body: Json) -> Json:
     if "cpu" in body:
-        cpus = [cpu for cpu in body["cpu"] if cpu["id"] in catalog.cpus()]
+        cpus = [cpu for cpu in body["cpu"] if cpu["id"] in hardware_catalog.cpus()]
         if len(cpus) < len(body["cpu"]):
             raise ApiProblem(400, "CPU flavor not found")
-        memory = [int(c["vcpuCount"] * catalog.cpus()[c["id"]].ram_gb_per_vcpu) for c in cpus]
+        memory = [int(c["vcpuCount"] * hardware_catalog.cpus()[c["id"]].ram_gb_per_vcpu) for c in cpus]
         return {"cpu": [{**cpu, "memory": gb} for cpu, gb in zip(cpus, memory, strict=True)]}
     gpu = body["gpu"]
-    types = {one.id for one in catalog.gpus().values() if one.pool in gpu["pools"]}
-    if unknown := set(gpu["pools"]) - {one.pool for one in catalog.gpus().values()}:
+    types = {one.id for one in hardware_catalog.gpus().values() if one.pool in gpu["pools"]}
+    if unknown := set(gpu["pools"]) - {one.pool for one in hardware_catalog.gpus().values()}:
         raise ApiProblem(400, f"GPU pool {min(unknown)!r} not found")
     if strange := {text.strip() for text in gpu.get("excludedTypes", [])} - types:
         raise ApiProblem(400, f"excludedTypes: {min(strange)!r} is not in one of the pools")

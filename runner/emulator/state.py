@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.emulator import catalog
+from runner.emulator import hardware_catalog
 from runner.emulator.answers import ApiProblem, Json
 from runner.emulator.engine import Engine
 from runner.emulator.faults import EVENTS, Fault, Faults
@@ -83,7 +83,7 @@ class World:
         content = self.volumes[volume]
         kind = "network" if content["type"] == "STANDARD" else "network_high_performance"
         hours = (self.clock.billed() - self.volume_since[volume]) / 3600
-        return catalog.storage_usd_per_hour(kind, content["size"]) * hours
+        return hardware_catalog.storage_usd_per_hour(kind, content["size"]) * hours
 
     def close(self) -> None:
         """End every pod."""

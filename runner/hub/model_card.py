@@ -9,7 +9,7 @@ import yaml
 
 from runner import __version__
 from runner.rundir.directory import RunDir, write_atomically
-from runner.rundir.records import Summary
+from runner.rundir.json_files import Summary
 from runner.spec import Peft, RunSpec
 
 TITLES = {"full": "Full fine-tuning", "freeze": "Some layers trained", "lora": "LoRA", "qlora4": "QLoRA, 4 bits"}
@@ -26,7 +26,7 @@ COUNTED = ("num_exact", "num_prompts", "exact_match")
 PLACE = "path/to/this/folder"
 
 
-def card(
+def card_text(
     spec: RunSpec, run: RunDir, repo: str | None = None, *, adapter: bool, picture: bool = False,
     step: int | None = None,
 ) -> str:  # fmt: skip
@@ -56,7 +56,7 @@ def card(
 
 def write_card(spec: RunSpec, run: RunDir, folder: Path, step: int | None = None) -> None:
     """Put the card of the run into a folder with its weights."""
-    text = card(spec, run, adapter=(folder / "adapter_config.json").is_file(), step=step)
+    text = card_text(spec, run, adapter=(folder / "adapter_config.json").is_file(), step=step)
     write_atomically(folder / "README.md", text)
 
 

@@ -1,18 +1,25 @@
-"""Uploads: a model with its card and spec, or a checkpoint, to a repository on the Hub or a prefix in an S3 bucket."""
+"""Upload a model with its card and spec, or a checkpoint, to a repository on the Hub or a prefix in an S3 bucket.
+
+`python -m runner.hub.upload runs/<id>` is what the agent runs in a pod, with the keys that it was sent.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol, TypedDict, TypeVar
 
+from rich.console import Console
+
 from runner.config import json_text
-from runner.errors import CannotRunError, Problem, RequestError, RunFailedError
-from runner.hub.model_card import base_name, card
-from runner.report.text import dump
+from runner.errors import CannotRunError, Problem, RequestError, RunFailedError, RunnerError
+from runner.hub.model_card import base_name, card_text
+from runner.report.text import dump, print_problems
 from runner.rundir import checkpoints, plain_files
 from runner.rundir.directory import RunDir
 from runner.spec import RunInfo, RunSpec
@@ -24,7 +31,7 @@ Answer = TypeVar("Answer")
 WRITE = "export HF_TOKEN=… with a token that may write (huggingface.co/settings/tokens)"
 
 
-class Sent(TypedDict, total=False):
+class UploadFacts(TypedDict, total=False):
     """What an upload leaves in `pushed.json`."""
 
     url: str
@@ -33,7 +40,7 @@ class Sent(TypedDict, total=False):
     commit: str
 
 
-class Pushed(Sent):
+class UploadResult(UploadFacts):
     """The same, with the files that went."""
 
     files: list[str]
@@ -49,7 +56,7 @@ class Target(Protocol):
     def prepare(self) -> None:
         """Make the repository, or find that the bucket may be used: before hours are spent on what goes there."""
 
-    def send(self, files: Files, message: str, without: Sequence[str] = ()) -> Sent:
+    def send(self, files: Files, message: str, without: Sequence[str] = ()) -> UploadFacts:
         """Upload files, delete the folders `without`: facts for `pushed.json`."""
 
     def folders(self, below: str) -> list[str]:
@@ -84,7 +91,7 @@ class Hub:
         self._asked(lambda: HfApi().create_repo(self.repo, private=not self.public, exist_ok=True))
         self._asked(lambda: HfApi().auth_check(self.repo, write=True))  # one that is there may be somebody else's
 
-    def send(self, files: Files, message: str, without: Sequence[str] = ()) -> Sent:
+    def send(self, files: Files, message: str, without: Sequence[str] = ()) -> UploadFacts:
         """One commit."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -139,7 +146,7 @@ class S3:
         bucket, _ = self._place()
         self._asked(lambda client: client.head_bucket(Bucket=bucket))
 
-    def send(self, files: Files, message: str, without: Sequence[str] = ()) -> Sent:
+    def send(self, files: Files, message: str, without: Sequence[str] = ()) -> UploadFacts:
         """Every file, in parts; then what goes."""
         bucket, prefix = self._place()
 
@@ -193,7 +200,7 @@ CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints there."""
 
 
-def push_model(run: RunDir, spec: RunSpec, folder: Path, target: Target) -> Pushed:
+def push_model(run: RunDir, spec: RunSpec, folder: Path, target: Target) -> UploadResult:
     """Upload `model/` or `merged/`, and record it in `pushed.json`; its address, and the files that went.
 
     RequestError for a folder with links.
@@ -224,7 +231,7 @@ def _files(run: RunDir, spec: RunSpec, folder: Path, repo: str | None) -> Files:
     plain_files.refuse_special_files(folder, *(run.path / name for name in BESIDE))
     beside = [name for name in BESIDE if (run.path / name).is_file()]
     adapter = (folder / "adapter_config.json").is_file()
-    text = card(spec, run, repo, adapter=adapter, picture="loss.png" in beside)
+    text = card_text(spec, run, repo, adapter=adapter, picture="loss.png" in beside)
     files: dict[str, Path | bytes] = {
         str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()
     }
@@ -254,3 +261,75 @@ def _with_base(file: Path, spec: RunSpec) -> bytes:
     if str(config.get("base_model_name_or_path") or "").startswith("/"):
         config["base_model_name_or_path"] = base_name(spec)
     return dump(config).encode()
+
+
+def push_run(run_dir: Path, to: str | None = None, *, public: bool = False, merged: bool = False) -> UploadResult:
+    """Upload `model/` (or `merged/`) of a finished run, by default to its `push.to`: address, commit, files.
+
+    RequestError for what cannot be pushed, CannotRunError without the library, RunFailedError where it fails.
+    """
+    run = RunDir.find(run_dir)
+    spec = run.spec
+    folder = _folder(run, merged)
+    if (to := to or spec.push.to) is None:
+        remedy = f"python -m runner push {quote(str(run.path))} org/name"
+        raise RequestError(Problem("the run has no push.to, and no repository was named", "command line", remedy))
+    target = target_of(to, public=public)
+    target.prepare()
+    return push_model(run, spec, folder, target)
+
+
+def check_push(spec: RunSpec) -> list[str]:
+    """Make the place for the model before the run begins; notes. RequestError where nothing may be written there."""
+    if spec.push.to is None:
+        return []
+    try:
+        target_of(spec.push.to).prepare()
+    except RunFailedError as error:  # a Hub that does not answer now may do so in hours
+        return [f"push.to={spec.push.to}: {error}; it is tried again when the model is there"]
+    except CannotRunError as error:
+        if spec.is_rented and "not installed" in str(error):  # it is installed in the pod
+            return []
+        raise _named(spec, error) from None
+    except RequestError as error:
+        raise _named(spec, error) from None
+    return []
+
+
+def push_finished(run: RunDir) -> str:
+    """The address of the model of a run that has just ended well. RunFailedError where it did not go there."""
+    try:
+        return str(push_run(run.path)["url"])
+    except RunnerError as error:
+        again = f"python -m runner push {quote(str(run.path))}"
+        told = (Problem(f"the model is in {run.path}/model and was not uploaded: {p.what}", p.source, p.remedy)
+                for p in error.problems)  # fmt: skip
+        raise RunFailedError(*told, Problem("the training itself is done", None, again)) from None
+
+
+def _named(spec: RunSpec, error: RunnerError) -> RunnerError:
+    return type(error)(*(Problem(p.what, p.source or f"push.to={spec.push.to}", p.remedy) for p in error.problems))
+
+
+def _folder(run: RunDir, merged: bool) -> Path:
+    """What is pushed; RequestError where the run has not left it."""
+    folder = run.path / ("merged" if merged else "model")
+    if not folder.is_dir() or not run.summary:
+        what = f"{run.path} has no {folder.name}/: its state is {run.state()}"
+        remedy = f"python -m runner {'merge' if merged else 'resume'} {quote(str(run.path))}"
+        raise RequestError(Problem(what, None, remedy))
+    return folder
+
+
+def main(argv: list[str]) -> int:
+    """Upload, say where it is."""
+    try:
+        print(push_run(Path(argv[0]))["url"])
+        return 0
+    except RunnerError as error:
+        print_problems(Console(stderr=True), error)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -12,15 +12,15 @@ from pathlib import Path
 from rich.console import Console
 
 from runner.errors import InterruptedRun, Problem, Rewind, RunFailedError, RunnerError
-from runner.launcher.oom_report import report
-from runner.launcher.supervisor import GRACE_SECONDS, LAUNCHER_LOG, Ending, elsewhere, gone
+from runner.launcher.oom_report import write_report
+from runner.launcher.supervisor import GRACE_SECONDS, LAUNCHER_LOG, Ending, failed_elsewhere, has_failed
 from runner.launcher.torchrun import ranks_of, several
 from runner.machine.processes import Killer
-from runner.report.known_causes import GPU_MEMORY, SECONDARY, cause_of
+from runner.report.failure_causes import GPU_MEMORY, SECONDARY, cause_of
 from runner.report.text import print_problems
 from runner.rundir import checkpoints
-from runner.rundir.directory import ACTIVE, RunDir, shown
-from runner.rundir.records import Heartbeat
+from runner.rundir.directory import ACTIVE, RunDir, display_path
+from runner.rundir.json_files import Heartbeat
 from runner.spec import RunSpec
 
 TAIL = 20_000
@@ -31,7 +31,7 @@ def report_ending(run: RunDir, spec: RunSpec, ending: Ending, killer: Callable[[
     """The run's exit code; says why it failed, unless the worker did, and keeps that in `status.json`."""
     state = run.status.get("state")
     if ending.code == 0 and state == "interrupted":  # torchrun would call any other code of a worker's a failure
-        told = [failed(run, sign) for sign in ending.ranks if sign["state"] == "interrupted"]
+        told = [failed_report(run, sign) for sign in ending.ranks if sign["state"] == "interrupted"]
         print_problems(Console(stderr=True), told[0] if told else InterruptedRun("interrupted"))
         return InterruptedRun.exit_code
     if ending.code == 0 or ending.code == Rewind.exit_code or state == "rewinding":
@@ -41,20 +41,20 @@ def report_ending(run: RunDir, spec: RunSpec, ending: Ending, killer: Callable[[
     if spec.hw.num_nodes > 1:
         ending = _with_others(run, spec, ending)
     if ending.hung is not None:
-        return _say(run, hung(run, ending))
+        return _say(run, slowest_rank(run, ending))
     if run.status.get("oom"):
-        print_problems(Console(stderr=True), report(run, spec))
+        print_problems(Console(stderr=True), write_report(run, spec))
         return 1
     if several(spec):
         return _of_several(run, spec, ending, killer)
     if ending.code < 0 and ending.interrupted:
         return _interrupted(run)
     if ending.code == -signal.SIGKILL:
-        print_problems(Console(stderr=True), report(run, spec, killer()))
+        print_problems(Console(stderr=True), write_report(run, spec, killer()))
         return 1
     if ending.code < 0:  # killed from outside: the worker could not say so itself
         what = f"the worker was ended by {signal.Signals(-ending.code).name}"
-        return _say(run, RunFailedError(Problem(what, None, again(run))))
+        return _say(run, RunFailedError(Problem(what, None, how_to_resume(run))))
     if run.state() in (*ACTIVE, "killed"):
         if ending.code == InterruptedRun.exit_code:  # by a second signal: the worker left without a word
             return _interrupted(run)
@@ -66,8 +66,8 @@ def _with_others(run: RunDir, spec: RunSpec, ending: Ending) -> Ending:
     """With what was said on other machines: the cause may be there, where this one only lost the connection."""
     deadline = time.monotonic() + (0 if ending.lost or ending.interrupted else GRACE_SECONDS)
     while True:
-        others = elsewhere(run, ranks_of(spec, 0))
-        if any(first_hand(sign) for sign in [*ending.ranks, *others]) or time.monotonic() > deadline:
+        others = failed_elsewhere(run, ranks_of(spec, 0))
+        if any(failed_by_itself(sign) for sign in [*ending.ranks, *others]) or time.monotonic() > deadline:
             return replace(ending, ranks=[*ending.ranks, *others])
         time.sleep(0.2)
 
@@ -91,31 +91,33 @@ def _of_several(run: RunDir, spec: RunSpec, ending: Ending, killer: Callable[[],
     ended = {rank: number for rank, number in ending.killed.items() if rank not in ending.stopped}
     killed = [rank for rank, number in ended.items() if number == signal.SIGKILL]
     spoken = [sign for sign in ending.ranks if sign["state"] == "failed"]
-    own = sorted((sign for sign in spoken if first_hand(sign)), key=lambda sign: float(sign["ended"]))
-    silent = [sign["rank"] for sign in ending.ranks if gone(sign) and sign["state"] == "alive"]
+    own = sorted((sign for sign in spoken if failed_by_itself(sign)), key=lambda sign: float(sign["ended"]))
+    silent = [sign["rank"] for sign in ending.ranks if has_failed(sign) and sign["state"] == "alive"]
     silent = [rank for rank in silent if rank not in ending.stopped]
     if not own and (ending.interrupted or any(sign["state"] == "interrupted" for sign in ending.ranks)):
         return _interrupted(run)
     if own:
-        return _say(run, failed(run, own[0]))
+        return _say(run, failed_report(run, own[0]))
     if ending.lost:
         return _say(run, RunFailedError(ending.lost))
     if killed and killer() == "kernel":
-        print_problems(Console(stderr=True), report(run, spec, "kernel"))
+        print_problems(Console(stderr=True), write_report(run, spec, "kernel"))
         return 1
     # NCCL's watchdog and bitsandbytes end the process themselves: all there is are their words on standard error.
     full = next((line for line in _tail(run.path / "logs" / LAUNCHER_LOG).splitlines() if GPU_MEMORY.search(line)), "")
     if full:
         run.set_status("failed", exit_code=1, error=full.strip(), oom={"kind": "cuda", "message": full.strip()})
-        print_problems(Console(stderr=True), report(run, spec))
+        print_problems(Console(stderr=True), write_report(run, spec))
         return 1
     if silent or killed:
         rank = (killed or silent)[0]  # torchrun's SIGTERM may have reached one before it could say what it lost
         number = ended.get(rank)
         how = f"was ended by {signal.Signals(number).name}" if number else "ended without a word"
-        return _say(run, RunFailedError(Problem(f"rank {rank} {how}; the others were stopped", None, again(run))))
+        return _say(
+            run, RunFailedError(Problem(f"rank {rank} {how}; the others were stopped", None, how_to_resume(run)))
+        )
     if spoken:
-        return _say(run, failed(run, spoken[0]))
+        return _say(run, failed_report(run, spoken[0]))
     return _say(run, RunFailedError(torchrun_problem(run, ending, LAUNCHER_LOG)))
 
 
@@ -125,10 +127,10 @@ def torchrun_problem(run: RunDir, ending: Ending, name: str) -> Problem:
     cause = cause_of(_tail(log))
     what = cause.what if cause else f"torchrun ended with exit code {ending.code}"
     remedy = f"{cause.remedy}; " if cause else ""
-    return Problem(what, None, f"{remedy}see {shown(log)}")
+    return Problem(what, None, f"{remedy}see {display_path(log)}")
 
 
-def failed(run: RunDir, sign: Heartbeat) -> RunnerError:
+def failed_report(run: RunDir, sign: Heartbeat) -> RunnerError:
     """The error that a failed process reported."""
     error, rank = sign["error"], sign["rank"]
     log = run.path / "logs" / f"rank{rank}.log"
@@ -139,11 +141,11 @@ def failed(run: RunDir, sign: Heartbeat) -> RunnerError:
         return found
     cause = cause_of(f"{error['what']}\n{_tail(log)}")
     what = f"rank {rank}: {cause.what + ': ' if cause else ''}{error['what']}"
-    trace = shown(run.path / "logs" / f"rank{rank}.traceback.txt")
+    trace = display_path(run.path / "logs" / f"rank{rank}.traceback.txt")
     return RunFailedError(Problem(what, None, f"{cause.remedy + '; ' if cause else ''}the stack trace is in {trace}"))
 
 
-def hung(run: RunDir, ending: Ending) -> RunnerError:
+def slowest_rank(run: RunDir, ending: Ending) -> RunnerError:
     """Which process was furthest behind, and where it stood."""
     sign = ending.hung
     assert sign is not None
@@ -151,21 +153,23 @@ def hung(run: RunDir, ending: Ending) -> RunnerError:
     where = f"{sign.get('phase', 'starting')}" + (f", after step {sign['step']}" if sign.get("step") else "")
     ranks = f"rank {rank}" if len(ending.ranks) > 1 else "the worker"
     what = f"{ranks} hangs: no sign of life for {ending.silent_seconds / 60:.1f} minutes ({where})"
-    log = shown(run.path / "logs" / (f"rank{rank}.stack.txt" if ending.ranks else LAUNCHER_LOG))
+    log = display_path(run.path / "logs" / (f"rank{rank}.stack.txt" if ending.ranks else LAUNCHER_LOG))
     stood = f"where it stood is in {log}" if ending.ranks else f"it never began; see {log}"
-    return RunFailedError(Problem(what, None, f"{stood}; {again(run)}; train.hang_minutes sets how long to wait"))
+    return RunFailedError(
+        Problem(what, None, f"{stood}; {how_to_resume(run)}; train.hang_minutes sets how long to wait")
+    )
 
 
-def again(run: RunDir) -> str:
+def how_to_resume(run: RunDir) -> str:
     """How to go on."""
     done = checkpoints.complete(run)
-    folder = shlex.quote(shown(run.path))
+    folder = shlex.quote(display_path(run.path))
     if done:
         return f"python -m runner resume {folder} goes on after step {done[-1]}"
     return f"python -m runner {folder}/spec.json starts anew; train.save_every_minutes=5 would keep a checkpoint sooner"
 
 
-def first_hand(sign: Heartbeat) -> bool:
+def failed_by_itself(sign: Heartbeat) -> bool:
     """The process failed by itself, and did not only lose another one."""
     if sign["state"] != "failed":
         return False

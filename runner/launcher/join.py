@@ -18,9 +18,9 @@ from rich.console import Console
 
 from runner.errors import InterruptedRun, Problem, RequestError, Rewind, RunFailedError, RunnerError
 from runner.launcher import local, supervisor, torchrun
-from runner.launcher.failure import again, failed, first_hand, hung, torchrun_problem
+from runner.launcher.failure import failed_by_itself, failed_report, how_to_resume, slowest_rank, torchrun_problem
 from runner.report.text import print_problems
-from runner.rundir.directory import RunDir, alive, shown, write_atomically
+from runner.rundir.directory import RunDir, display_path, is_alive, write_atomically
 from runner.spec import RunSpec
 
 WAITING = ("created", "rewinding")
@@ -34,7 +34,7 @@ def join(run_dir: Path, address: str | None, node: int | None, attached: bool, c
     input as long as it lives (`attached`). RequestError for a run that is not there, or that waits for nobody.
     """
     run = RunDir((run_dir.parent if run_dir.name == "spec.json" else run_dir).absolute())
-    spec = _read(run, shown(run_dir))
+    spec = _read(run, display_path(run_dir))
     if not attached:
         _check_waiting(run, spec)
     local.check_here(spec)
@@ -43,7 +43,7 @@ def join(run_dir: Path, address: str | None, node: int | None, attached: bool, c
     with _number(run, spec, node) as number:
         each = spec.hw.processes_per_node
         what = f"machine {number + 1} of {spec.hw.num_nodes}, {each} process{'es' * (each > 1)}"
-        console.print(f"Joins   {shown(run.path)}: {what}", highlight=False, soft_wrap=True)
+        console.print(f"Joins   {display_path(run.path)}: {what}", highlight=False, soft_wrap=True)
         while True:
             supervisor.remove_reports(run, torchrun.ranks_of(spec, number))
             code = _attempt(run, spec, number, address)
@@ -73,7 +73,7 @@ def _check_waiting(run: RunDir, spec: RunSpec) -> None:
         remedy = "several machines: hw.num_nodes=2 hw.rendezvous=HOST:29500, on the first one"
         raise RequestError(Problem(f"{run.id} is a run of one machine", "command line", remedy))
     if state not in WAITING:
-        remedy = f"on the first machine: python -m runner resume {quote(shown(run.path))}; then type this again"
+        remedy = f"on the first machine: python -m runner resume {quote(display_path(run.path))}; then type this again"
         raise RequestError(Problem(f"{run.id} waits for no machine: it is {state}", "command line", remedy))
 
 
@@ -92,7 +92,7 @@ def _number(run: RunDir, spec: RunSpec, given: int | None) -> Iterator[int]:
                 json.dump(here, stream)
         except FileExistsError:
             holder = RunDir(file.parent).read(file.name)
-            if holder.get("host") != here["host"] or alive(holder.get("pid")):
+            if holder.get("host") != here["host"] or is_alive(holder.get("pid")):
                 taken.append(str(holder.get("host", "another machine")))
                 continue
             write_atomically(file, json.dumps(here))
@@ -115,9 +115,9 @@ def _attempt(run: RunDir, spec: RunSpec, node: int, address: str | None) -> int:
     states = {sign["state"] for sign in ending.ranks}
     if ending.code == 0:
         return InterruptedRun.exit_code if "interrupted" in states else 0
-    if not any(map(first_hand, ending.ranks)) and ("interrupted" in states or ending.interrupted):
+    if not any(map(failed_by_itself, ending.ranks)) and ("interrupted" in states or ending.interrupted):
         return InterruptedRun.exit_code
-    if not any(map(first_hand, [*ending.ranks, *supervisor.elsewhere(run, own)])):
+    if not any(map(failed_by_itself, [*ending.ranks, *supervisor.failed_elsewhere(run, own)])):
         _speak(run, ending, own, node, who() == "kernel")
     print_problems(Console(stderr=True), _error(run, own), started=True)
     return RunFailedError.exit_code
@@ -132,9 +132,12 @@ def _speak(run: RunDir, ending: supervisor.Ending, own: range, node: int, by_ker
     if killed and by_kernel:
         how = "killed by the kernel for want of memory"
     if ending.hung is not None:
-        rank, problem = ending.hung["rank"], hung(run, ending).problems[0]
+        rank, problem = ending.hung["rank"], slowest_rank(run, ending).problems[0]
     elif silent:
-        rank, problem = silent[0], Problem(f"rank {silent[0]} was {how}; the others were stopped", None, again(run))
+        rank, problem = (
+            silent[0],
+            Problem(f"rank {silent[0]} was {how}; the others were stopped", None, how_to_resume(run)),
+        )
     elif not ending.ranks:
         rank, problem = own[0], torchrun_problem(run, ending, torchrun.log_of(node))
     else:
@@ -147,11 +150,14 @@ def _speak(run: RunDir, ending: supervisor.Ending, own: range, node: int, by_ker
 
 def _error(run: RunDir, own: range) -> RunnerError:
     """The first error, here or on another machine."""
-    said = [*(s for s in supervisor.signs(run, own) if s["state"] == "failed"), *supervisor.elsewhere(run, own)]
+    said = [
+        *(s for s in supervisor.rank_reports(run, own) if s["state"] == "failed"),
+        *supervisor.failed_elsewhere(run, own),
+    ]
     said = [s for s in said if s["state"] == "failed"]
     if not said:
         return RunFailedError(Problem("another machine ended the run", None, "its terminal says why"))
-    return failed(run, min(said, key=lambda sign: (not first_hand(sign), float(sign["ended"]))))
+    return failed_report(run, min(said, key=lambda sign: (not failed_by_itself(sign), float(sign["ended"]))))
 
 
 def _end_with_input() -> None:

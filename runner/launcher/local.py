@@ -47,7 +47,7 @@ def check_here(spec: RunSpec) -> None:
             )
         )
     if spec.hw.accelerator == "cuda":
-        check_torch(spec)
+        check_installed_torch(spec)
     if spec.deepspeed.name not in ("none", "auto") and util.find_spec("deepspeed") is None:
         what = f"deepspeed={spec.deepspeed.name} needs DeepSpeed, which is not installed"
         raise CannotRunError(Problem(what, None, "pip install deepspeed (Linux), or deepspeed=none"))
@@ -61,7 +61,7 @@ def _check_gpus() -> None:
         raise CannotRunError(*(Problem(one.what, "hw=local", f"{one.remedy}; or hw=cpu") for one in broken))
 
 
-def check_torch(spec: RunSpec) -> None:
+def check_installed_torch(spec: RunSpec) -> None:
     """CannotRunError where the installed torch cannot use this machine's GPUs, or Triton cannot compile for them."""
     torch, used = torch_build.installed_torch(), detect.detect().gpus[: spec.hw.num_gpus]
     if torch is None or not used:  # of a named machine that is somewhere else
@@ -98,7 +98,7 @@ def execute(
     """
     for claim in (run.path / "logs").glob("node*.json"):  # of an earlier start: see launcher/join.py
         claim.unlink()
-    with nodes.joined(run, spec) as others:
+    with nodes.started_nodes(run, spec) as others:
         while True:
             supervisor.remove_reports(run)
             stdout = sys.stderr if quiet_stdout else None
@@ -122,7 +122,7 @@ def start_and_watch(
     with (run.path / "logs" / name).open("w", encoding="utf-8") as log:
 
         def cold() -> supervisor.Process:
-            return torchrun.start(run, spec, log, stdout, node=node, address=address)
+            return torchrun.start_processes(run, spec, log, stdout, node=node, address=address)
 
         process = cold() if warm is None else warm.start(run, spec, stdout, cold)
         with supervisor.forward_signals(process, run, own) as asked:

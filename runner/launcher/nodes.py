@@ -17,9 +17,9 @@ from typing import Any
 
 from runner import __version__
 from runner.errors import CannotRunError, Problem
-from runner.machine import hostfile, network
+from runner.machine import hostfile
 from runner.machine.hostfile import Host
-from runner.rundir.directory import RunDir, shown
+from runner.rundir.directory import RunDir, display_path
 from runner.spec import RunSpec
 
 # No questions: nobody is there to answer. 10 s for a machine that does not answer, where TCP waits for two minutes; and
@@ -74,7 +74,7 @@ def check_nodes(spec: RunSpec) -> None:
 def _check(hosts: tuple[Host, ...], file: str, folder: str) -> None:
     """Once for all points of a sweep."""
     first = hosts[0]
-    if not network.is_own(first.address):
+    if not hostfile.is_own(first.address):
         what = f"this machine is not {first.name}, the first of {file}"
         raise CannotRunError(Problem(what, first.place, f"type the command on {first.name}, or put this machine first"))
     if shutil.which("ssh") is None:
@@ -111,7 +111,7 @@ def _unfit(host: Host, process: subprocess.Popen[Any], folder: str) -> Problem |
 
 
 @contextmanager
-def joined(run: RunDir, spec: RunSpec) -> Iterator[RemoteNodes]:
+def started_nodes(run: RunDir, spec: RunSpec) -> Iterator[RemoteNodes]:
     """The other machines at work on `run`, until the block ends; none where there is no hostfile."""
     others = RemoteNodes(run)
     try:
@@ -161,7 +161,7 @@ def _ended(log: Path, host: Host, code: int) -> Problem:
     what = f"{host.name} ended with exit code {code}: {_last(_text(log))}"
     if code == SSH_FAILED:
         what = f"the connection to {host.name} was lost: {_last(_text(log))}"
-    return Problem(what, host.place, f"what it said is in {shown(log)}")
+    return Problem(what, host.place, f"what it said is in {display_path(log)}")
 
 
 def _text(file: Path) -> str:

@@ -16,8 +16,8 @@ from runner.report.plan_terms import PHASES, term_of
 from runner.report.summary import TRAINING
 from runner.resolve import plan_inputs, price
 from runner.rundir import checkpoints
-from runner.rundir.directory import PHASE_OF_STATE, RunDir, shown
-from runner.rundir.records import MetricsLine, OutOfMemory
+from runner.rundir.directory import PHASE_OF_STATE, RunDir, display_path
+from runner.rundir.json_files import MetricsLine, OutOfMemory
 from runner.spec import HardwareSpec, RunSpec
 
 HEADROOM = 0.9
@@ -107,7 +107,7 @@ def diagnose_oom(run: RunDir, spec: RunSpec, killer: Killer | None = None) -> Oo
     )
 
 
-def report(run: RunDir, spec: RunSpec, killer: Killer | None = None) -> RunFailedError:
+def write_report(run: RunDir, spec: RunSpec, killer: Killer | None = None) -> RunFailedError:
     """Write `autopsy.json` and the run's `error`; what to show on screen."""
     found = diagnose_oom(run, spec, killer)
     run.write("autopsy.json", asdict(found))
@@ -236,7 +236,7 @@ def _sentence(facts: Mapping[str, Any], spec: RunSpec) -> str:
 
 def _remedy(run: RunDir, spec: RunSpec, facts: Mapping[str, Any], found: list[Suggestion]) -> str:
     """The remedy, as a command where there is one."""
-    again = f"python -m runner {shlex.quote(shown(run.spec_file))}"
+    again = f"python -m runner {shlex.quote(display_path(run.spec_file))}"
     if facts["memory"] == "main" and spec.hw.accelerator == "cuda":
         offload = "no offloading, " if facts["dominant_term"] == "offloaded" else ""
         return f"take {offload}a machine with more main memory, or fewer examples (data.max_examples)"
@@ -247,7 +247,7 @@ def _remedy(run: RunDir, spec: RunSpec, facts: Mapping[str, Any], found: list[Su
         return "no hardware of the catalogue holds it; try method=qlora4, or a smaller model"
     start = "it fits with"
     if facts["killer"] == "somebody else":
-        on = f"python -m runner resume {shlex.quote(shown(run.path))}" if checkpoints.complete(run) else again
+        on = f"python -m runner resume {shlex.quote(display_path(run.path))}" if checkpoints.complete(run) else again
         start = f"{on}; if memory was the reason, it fits with"
     words = [f"{s.words} ({s.gib:.1f} GiB by the plan)" for s in found]
     example = "" if facts["killer"] == "somebody else" else f"; the first: {again} {found[0].words}"

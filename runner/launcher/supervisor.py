@@ -23,8 +23,8 @@ from runner.config import json_text
 from runner.errors import Problem
 from runner.launcher.torchrun import MEETING_SECONDS
 from runner.machine.processes import interrupts_handled_by
-from runner.rundir.directory import RunDir, alive
-from runner.rundir.records import Heartbeat
+from runner.rundir.directory import RunDir, is_alive
+from runner.rundir.json_files import Heartbeat
 
 GRACE_SECONDS = 5.0
 """After one process failed, the others may end by themselves; torchrun alone would wait for 30 s."""
@@ -80,14 +80,14 @@ class Ending:
     """The failure of another machine, where that ended all processes."""
 
 
-def signs(run: RunDir, own: range | None = None) -> list[Heartbeat]:
+def rank_reports(run: RunDir, own: range | None = None) -> list[Heartbeat]:
     """`logs/rank<k>.json` of the processes on this machine, by rank. Where several machines share the folder, `own`
     are this one's ranks: names of rented machines are not always different."""
     here = socket.gethostname()
     return [s for s in _all_signs(run) if (s.get("host") == here if own is None else s["rank"] in own)]
 
 
-def elsewhere(run: RunDir, own: range) -> list[Heartbeat]:
+def failed_elsewhere(run: RunDir, own: range) -> list[Heartbeat]:
     """Those of other machines' processes that have failed, or were interrupted alone: before the first step or after
     the last one.
 
@@ -130,10 +130,10 @@ def watch(
         try:
             code = process.wait(timeout=0.5)
             killed = _signals(run, log)
-            return Ending(code, signs(run, own), None, 0.0, killed, stopped, asked.unanswered, cause)
+            return Ending(code, rank_reports(run, own), None, 0.0, killed, stopped, asked.unanswered, cause)
         except subprocess.TimeoutExpired:
             pass
-        ranks, now = signs(run, own), time.monotonic()
+        ranks, now = rank_reports(run, own), time.monotonic()
         if asked.urgent(now):
             _end_all(process, ranks)
             return Ending(process.wait(), ranks, stopped={sign["rank"] for sign in ranks}, interrupted=True)
@@ -143,7 +143,11 @@ def watch(
                 process.kill()
                 process.wait()
                 return Ending(int(any(sign["state"] == "failed" for sign in ranks)), ranks, lost=cause)
-        broken = any(gone(sign) for sign in ranks) or (own and elsewhere(run, own)) or (asked.unanswered and not ranks)
+        broken = (
+            any(has_failed(sign) for sign in ranks)
+            or (own and failed_elsewhere(run, own))
+            or (asked.unanswered and not ranks)
+        )
         cause = cause or (None if broken else lost())
         if broken or cause:
             failed_at = failed_at or now
@@ -159,12 +163,12 @@ def watch(
 
 def _over(ranks: list[Heartbeat], own: range) -> bool:
     """All of this machine's processes have said their last word and are gone."""
-    return len(ranks) == len(own) and not any(sign["state"] == "alive" or alive(sign["pid"]) for sign in ranks)
+    return len(ranks) == len(own) and not any(sign["state"] == "alive" or is_alive(sign["pid"]) for sign in ranks)
 
 
-def gone(sign: Heartbeat) -> bool:
+def has_failed(sign: Heartbeat) -> bool:
     """The process has failed, or ended without a word."""
-    return sign["state"] == "failed" or (sign["state"] == "alive" and not alive(sign["pid"]))
+    return sign["state"] == "failed" or (sign["state"] == "alive" and not is_alive(sign["pid"]))
 
 
 @dataclass
@@ -209,7 +213,7 @@ def forward_signals(process: Process, run: RunDir, own: range | None = None) -> 
         if asked.times and now - asked.times[-1] < SAME_SECONDS:
             return
         asked.times.append(now)
-        pids = [sign["pid"] for sign in signs(run, own) if sign["state"] == "alive" and alive(sign["pid"])]
+        pids = [sign["pid"] for sign in rank_reports(run, own) if sign["state"] == "alive" and is_alive(sign["pid"])]
         asked.unanswered |= not pids or len(asked.times) > 1
         if pids and len(asked.times) == 1:
             what = "Stops after this step, with a checkpoint; Ctrl-C again ends the run at once"
@@ -255,7 +259,7 @@ def _end_all(process: Process, ranks: list[Heartbeat]) -> None:
 
 def _kill(ranks: list[Heartbeat]) -> set[int]:
     """Ends those still at work; gives their ranks."""
-    living = [sign for sign in ranks if sign["state"] == "alive" and alive(sign["pid"])]
+    living = [sign for sign in ranks if sign["state"] == "alive" and is_alive(sign["pid"])]
     for sign in living:
         _send(sign["pid"], signal.SIGKILL)
     return {sign["rank"] for sign in living}

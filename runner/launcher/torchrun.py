@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TextIO
 
 from runner.launcher import inherited_ranks
-from runner.machine import detect, gpus, network
+from runner.machine import detect, gpus, hostfile
 from runner.machine.processes import die_with_parent
 from runner.plan.worker_environment import CPU_ENV, LOCALHOST, MEETING_SECONDS, arguments, several, variables
 from runner.rundir import lock
@@ -17,8 +17,8 @@ from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 
 __all__ = [
-    "CPU_ENV",  "LOCALHOST", "MEETING_SECONDS", "command", "environment", "log_of",
-    "ranks_of", "several", "start",
+    "CPU_ENV", "LOCALHOST", "MEETING_SECONDS", "log_of", "process_environment", "ranks_of", "several",
+    "start_processes", "torchrun_command",
 ]  # fmt: skip
 
 
@@ -33,23 +33,23 @@ def log_of(node: int) -> str:
     return f"launcher{node or ''}.log"
 
 
-def start(
+def start_processes(
     run: RunDir, spec: RunSpec, log: TextIO, stdout: TextIO | None = None, *, node: int = 0, address: str | None = None
 ) -> subprocess.Popen[Any]:
     """Start this machine's processes; `log` takes torchrun's own words."""
     return subprocess.Popen(
-        command(run, spec, node),
-        env=environment(spec, address),
+        torchrun_command(run, spec, node),
+        env=process_environment(spec, address),
         stdin=subprocess.DEVNULL if node else None,
         stdout=stdout,
         stderr=log if several(spec) else None,
         start_new_session=True,
-        pass_fds=lock.inherited(),
+        pass_fds=lock.inherited_locks(),
         preexec_fn=partial(die_with_parent, os.getpid()),
     )
 
 
-def command(run: RunDir, spec: RunSpec, node: int = 0) -> list[str]:
+def torchrun_command(run: RunDir, spec: RunSpec, node: int = 0) -> list[str]:
     """The command for machine number `node`. A rewound run meets under another id, so that no machine joins what
     another is still leaving.
     """
@@ -57,7 +57,7 @@ def command(run: RunDir, spec: RunSpec, node: int = 0) -> list[str]:
     return [sys.executable, *arguments(spec, str(run.spec_file), f"{run.id}-{rewinds}", str(node))]
 
 
-def environment(spec: RunSpec, address: str | None = None) -> dict[str, str]:
+def process_environment(spec: RunSpec, address: str | None = None) -> dict[str, str]:
     """This process's over our own defaults, under what the hardware profile sets; without places of other launchers.
 
     `address` is this machine's own towards the others, where several are not to find it by themselves.
@@ -66,7 +66,7 @@ def environment(spec: RunSpec, address: str | None = None) -> dict[str, str]:
     own = variables(spec, os.cpu_count())
     # gloo takes the interface of the host name, and 127.0.0.1 where that does not resolve: the others then wait for it
     # in vain. NCCL looks through the interfaces by itself.
-    found = network.interface(str(hw.rendezvous), address) if hw.num_nodes > 1 else None
+    found = hostfile.interface(str(hw.rendezvous), address) if hw.num_nodes > 1 else None
     if found is not None:
         own["GLOO_SOCKET_IFNAME"] = found
     if gpus.is_wsl() or "PYTORCH_CUDA_ALLOC_CONF" in os.environ:  # its driver has no such segments; torch's older name

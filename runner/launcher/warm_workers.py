@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from runner.launcher.supervisor import Process
-from runner.launcher.torchrun import environment, several
+from runner.launcher.torchrun import process_environment, several
 from runner.rundir import lock
-from runner.rundir.directory import RunDir, alive
+from runner.rundir.directory import RunDir, is_alive
 from runner.spec import RunSpec
 
 LOST = -signal.SIGKILL
@@ -91,7 +91,7 @@ class WarmWorkers:
         """Have the process for such a run import its libraries, while the sweep's other points are being checked."""
         if not can_fork(spec):
             return
-        variables = environment(spec)
+        variables = process_environment(spec)
         if self._warm is not None and (self._warm.environment != variables or self._warm.process.poll() is not None):
             self.close()
         if self._warm is None:
@@ -104,7 +104,7 @@ class WarmWorkers:
         if self._warm is None or not can_fork(spec):
             return cold()
         order = {"argv": [str(run.spec_file)], "cwd": os.getcwd()}
-        handles = [1 if stdout is None else stdout.fileno(), 2, *lock.inherited()]
+        handles = [1 if stdout is None else stdout.fileno(), 2, *lock.inherited_locks()]
         try:
             socket.send_fds(self._warm.connection, [json.dumps(order).encode()], handles)
         except OSError:  # it has just died
@@ -171,9 +171,9 @@ class _Forked:
         if self._child is None:
             return code if code in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL) else None
         end = time.monotonic() + LEAVING_SECONDS
-        while alive(self._child) and time.monotonic() < end:
+        while is_alive(self._child) and time.monotonic() < end:
             time.sleep(0.1)
-        if alive(self._child):
+        if is_alive(self._child):
             os.kill(self._child, signal.SIGKILL)
         return LOST
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runner.config import catalog
+from runner.config import conf_files
 from runner.machine import gpus
 from runner.machine.gpus import Gpu, Unusable
 from runner.spec import HardwareSpec
@@ -237,8 +237,8 @@ def _gpu_facts(machine: Machine, num_gpus: int) -> dict[str, Any]:
 
 def _catalogued(gpu: str) -> dict[str, Any]:
     """Facts of a GPU in `conf/hw` by its exact name; empty for an unknown one."""
-    for name in catalog.options("hw"):
-        values = catalog.load("hw", name)
+    for name in conf_files.options("hw"):
+        values = conf_files.load_choice("hw", name)
         if values.get("gpu") == gpu:
             return {key: values[key] for key in _FROM_CATALOGUE if key in values}
     return {}

@@ -13,7 +13,7 @@ from runner.plan.model_shape import Family, LayerShape, Matrix, Shape
 from runner.plan.quantization import MethodName, base_bytes, largest_load_peak
 from runner.spec import Freeze, Full, Lora, Method, Peft, QLora4, QLora8
 from runner.spec.adapters import Adapter, Layer
-from runner.spec.layer_ranges import parse_layers
+from runner.spec.method import parse_layers
 
 Precision = Literal["bf16", "fp16", "fp32"]
 

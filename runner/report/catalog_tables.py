@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from runner.config import catalog
-from runner.config.suggestions import nearest
+from runner.config import conf_files
+from runner.config.did_you_mean import nearest
 from runner.errors import Problem, RequestError
 from runner.paths import CONF, RECIPES
 from runner.report.invocation import as_invoked
@@ -45,28 +45,28 @@ class Listing:
 def listing(what: str | None, folders: tuple[Path, ...] = ()) -> Listing:
     """The rows of one group; of all groups where none is named; RequestError for a group that is not there."""
     if what is None:
-        rows = [{"group": g, "choices": list(catalog.options(g, folders))} for g in catalog.GROUPS]
-        rows.append({"group": "recipes", "choices": list(catalog.recipes())})
+        rows = [{"group": g, "choices": list(conf_files.options(g, folders))} for g in conf_files.GROUPS]
+        rows.append({"group": "recipes", "choices": list(conf_files.recipes())})
         return Listing("Choices", rows, ("group", "choices"), "python -m runner list models shows one group in full")
     group = SPOKEN.get(what, what)
     if group == "recipes":
-        rows = [recipe_row(name) for name in catalog.recipes()]
+        rows = [recipe_row(name) for name in conf_files.recipes()]
         return Listing(
             "Recipes", rows, ("name", "model", "method", "hw", "data", "what"), "python -m runner recipe=NAME"
         )
-    if group not in catalog.GROUPS:
-        near = nearest(what, [*catalog.GROUPS, *SPOKEN, "recipes"])
+    if group not in conf_files.GROUPS:
+        near = nearest(what, [*conf_files.GROUPS, *SPOKEN, "recipes"])
         raise RequestError(
             Problem(
                 f"there is nothing called {what!r} to list",
                 "command line",
-                f"did you mean {near}?" if near else f"one of {', '.join((*catalog.GROUPS, 'recipes'))}",
+                f"did you mean {near}?" if near else f"one of {', '.join((*conf_files.GROUPS, 'recipes'))}",
             )
         )
     row_of, columns = _ROWS.get(group, (_plain_row, ("name", "what")))
     return Listing(
         group,
-        [row_of(group, name, folders) for name in catalog.options(group, folders)],
+        [row_of(group, name, folders) for name in conf_files.options(group, folders)],
         columns,
         f"python -m runner {group}=NAME",
     )
@@ -76,17 +76,17 @@ def recipe_row(name: str) -> Row:
     """One recipe: the choices it makes and the first line of its comment."""
     file = RECIPES / f"{name}.yaml"
     chosen = {}
-    for entry in catalog.read(file).get("defaults", []):
+    for entry in conf_files.read_file(file).get("defaults", []):
         if isinstance(entry, dict):
             for key, value in entry.items():
                 chosen[str(key).removeprefix("override").strip().lstrip("/")] = value
     defaults = {
         k: v
-        for e in catalog.read(RECIPES.parent / "conf" / "config.yaml")["defaults"]
+        for e in conf_files.read_file(RECIPES.parent / "conf" / "config.yaml")["defaults"]
         if isinstance(e, dict)
         for k, v in e.items()
     }
-    row = {group: chosen.get(group, defaults.get(group)) for group in catalog.GROUPS}
+    row = {group: chosen.get(group, defaults.get(group)) for group in conf_files.GROUPS}
     return {"name": name, **row, "what": _comment(file)}
 
 
@@ -112,7 +112,7 @@ def _hw_row(group: str, name: str, folders: tuple[Path, ...]) -> Row:
 
 
 def _fields(group: str, name: str, keys: list[str], folders: tuple[Path, ...]) -> Row:
-    values = catalog.load(group, name, folders)
+    values = conf_files.load_choice(group, name, folders)
     return {"name": name, **{key: values.get(key) for key in keys}}
 
 

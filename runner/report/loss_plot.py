@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.rundir.directory import RunDir
-from runner.rundir.records import Summary
+from runner.rundir.json_files import Summary
 
 MEASURES = ("reward_margin", "reward")
 """Metrics drawn below the loss: the first that a run has."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from types import MappingProxyType
 
-from runner.config import catalog
+from runner.config import conf_files
 from runner.plan.plan import Plan
 
 
@@ -119,6 +119,6 @@ def gib(size: float) -> str:
 
 def _title(group: str, name: str) -> str:
     """As people call it; the name itself where the catalogue has no title for it."""
-    if name not in catalog.options(group):
+    if name not in conf_files.options(group):
         return name
-    return str(catalog.load(group, name).get("title") or name)
+    return str(conf_files.load_choice(group, name).get("title") or name)

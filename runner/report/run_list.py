@@ -13,7 +13,7 @@ from runner.config import json_text
 from runner.report.invocation import as_invoked
 from runner.report.text import duration
 from runner.rundir.directory import RunDir, runs_in
-from runner.rundir.records import MetricsLine, Summary, of_type
+from runner.rundir.json_files import MetricsLine, Summary, of_type
 
 _STATE_STYLE = {"done": "green", "failed": "red", "killed": "red", "interrupted": "yellow"}
 _TAIL = 64 * 1024

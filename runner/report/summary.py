@@ -14,8 +14,8 @@ from rich.table import Table
 from runner.plan.memory import COLLECTIVES, CONTEXT, GIB
 from runner.report.invocation import as_invoked
 from runner.report.text import duration
-from runner.rundir.directory import RunDir, shown
-from runner.rundir.records import Summary
+from runner.rundir.directory import RunDir, display_path
+from runner.rundir.json_files import Summary
 from runner.spec import RunSpec
 
 
@@ -109,7 +109,7 @@ def print_summary(console: Console, summary: Summary, run: RunDir) -> None:
     )
     if "plan" in summary:
         table.add_row("Plan", plan_line(summary["plan"]))
-    where = shown(run.path)
+    where = display_path(run.path)
     table.add_row("Model", f"{where}/model")
     table.add_row("Loss curve", f"{where}/loss.png")
     console.print()

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from runner.config.provenance import Origin, flat
+from runner.config.provenance import Origin, flattened
 from runner.plan.plan import Plan
 from runner.report.summary import metric_of
 from runner.report.text import duration
@@ -64,11 +64,11 @@ _DERIVED = "then derived from the hardware"
 
 
 def _print_group(console: Console, group: str, value: Any, final: dict[str, Any], places: list[Origin]) -> None:
-    composed = dict(flat(value, f"{group}."))
+    composed = dict(flattened(value, f"{group}."))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for _ in range(3):
         table.add_column(overflow="fold")  # a line number that is cut off is of no use
-    for key, decided in flat(final, f"{group}."):
+    for key, decided in flattened(final, f"{group}."):
         setting = [place.place for place in places if place.concerns(key)]
         where = _DERIVED.removeprefix("then ") if decided != composed.get(key) else (setting or ["default"])[-1]
         table.add_row(Text(key), Text(str(decided)), Text(where, style="dim"))

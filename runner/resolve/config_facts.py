@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from runner.errors import Problem, RequestError
-from runner.hub import client
-from runner.hub import config as hub_config
+from runner.hub import model_config
+from runner.hub import model_config as hub_config
 from runner.plan.model_shape import Shape, shape_of
 from runner.plan.trainable import ALIASES, OUTSIDE, modules_around, modules_of
 from runner.spec import ModelSpec, Peft, RunSpec
@@ -115,7 +115,7 @@ def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:
     try:
         facts = hub_config.local_facts(model.id, model.revision)
         if facts is None:
-            config = (client.config if needed else client.kept)(_hub_id(model), model.revision)
+            config = (model_config.fetch if needed else model_config.fetched_before)(_hub_id(model), model.revision)
             facts = None if config is None else hub_config.facts_from_config(config, f"{model.id}/config.json")
     except RequestError:
         if needed:
@@ -166,13 +166,13 @@ def fetch_config(spec: RunSpec) -> None:
     model = spec.model
     if model.architecture is not None or model.gguf_file is not None or model.package is not None:
         return
-    with suppress(client.UnreachableError):
+    with suppress(model_config.UnreachableError):
         try:
             known = hub_config.local_facts(model.id, model.revision)
         except RequestError:  # a kind that the arithmetic does not know: the trainer may
             return
         if known is None:
-            client.config(_hub_id(model), model.revision)
+            model_config.fetch(_hub_id(model), model.revision)
 
 
 def why_no_plan(spec: RunSpec) -> str:
@@ -187,4 +187,4 @@ def why_no_plan(spec: RunSpec) -> str:
 
 def at_hand(model: ModelSpec) -> bool:
     """Nothing of the model is downloaded before a run."""
-    return model.package is not None or model.from_scratch or Path(model.id).is_dir() or hub_config.cached(model.id)
+    return model.package is not None or model.from_scratch or Path(model.id).is_dir() or hub_config.is_cached(model.id)

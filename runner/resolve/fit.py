@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from pydantic import BaseModel, TypeAdapter
 
-from runner.config import catalog, deepspeed_json, recipe_checks, repeat
-from runner.config.provenance import flat
-from runner.config.request import COMMAND_LINE, Request, check_request
+from runner.config import conf_files, deepspeed_json, recipe_checks, spec_json
+from runner.config.command_line import COMMAND_LINE, Request, check_request
+from runner.config.provenance import flattened
 from runner.errors import Problem, RequestError
 from runner.plan.choose_stage import StageSearch
 from runner.plan.memory import GIB
@@ -28,7 +28,7 @@ from runner.resolve.price import hardware
 from runner.spec import HardwareSpec, Method, ModelSpec, RunSpec, TrainSpec
 
 if TYPE_CHECKING:
-    from runner.cloud.runpod.types import GpuType
+    from runner.cloud.runpod.json_types import GpuType
 
 ADVISED = 200
 """Up to so many combinations, those that do not fit are told what to change: that takes as long as the rest."""
@@ -41,8 +41,8 @@ def candidate_methods(given: Mapping[str, object], folders: tuple[Path, ...] = (
     Variants of them, and PEFT's other adapters, need about what `lora` needs: they are looked at when they are named.
     """
     found = []
-    for name in catalog.options("method", folders):
-        own = catalog.load("method", name, folders)
+    for name in conf_files.options("method", folders):
+        own = conf_files.load_choice("method", name, folders)
         if own.get("name") != name or "peft_type" in own:
             continue
         values = _with_typed(type(METHOD.validate_python(own)), own, given, "method")
@@ -52,7 +52,7 @@ def candidate_methods(given: Mapping[str, object], folders: tuple[Path, ...] = (
 
 def candidate_models(folders: tuple[Path, ...] = ()) -> list[ModelSpec]:
     """Every pretrained model of the catalogue whose shape is known."""
-    found = [catalog.load("model", name, folders) for name in catalog.options("model", folders)]
+    found = [conf_files.load_choice("model", name, folders) for name in conf_files.options("model", folders)]
     return [
         ModelSpec.model_validate(values)
         for values in found
@@ -75,7 +75,7 @@ def named_in(request: Request) -> dict[str, object]:
     """
     checked = check_request(request)
     if checked.request.spec_file is not None:
-        return dict.fromkeys(catalog.GROUPS)
+        return dict.fromkeys(conf_files.GROUPS)
     named: dict[str, object] = {}
     if checked.request.recipe:
         choices, keys = recipe_checks.choices_and_keys(
@@ -83,10 +83,10 @@ def named_in(request: Request) -> dict[str, object]:
         )
         named = {**dict.fromkeys(choices), **keys}
     for override in checked.overrides:
-        if override.key_or_group in catalog.GROUPS:  # another choice: what a recipe says of it stays, as in a run
+        if override.key_or_group in conf_files.GROUPS:  # another choice: what a recipe says of it stays, as in a run
             named[override.key_or_group] = None
         elif not override.is_hydra_override() and not override.is_delete():
-            named |= dict(flat({override.key_or_group: override.value()}))
+            named |= dict(flattened({override.key_or_group: override.value()}))
     return named
 
 
@@ -100,7 +100,7 @@ def _with_typed(
             continue
         if key.split(".")[1] not in part.model_fields:
             return None
-        repeat.set_key(content, key.partition(".")[2], value)
+        spec_json.set_key(content, key.partition(".")[2], value)
     return content
 
 
@@ -202,7 +202,7 @@ class MemoryTable(TypedDict):
 
 def memory_table(spec: RunSpec, names: Iterable[str] = TABLE_MODELS) -> MemoryTable:
     """Method × model size: GiB on one GPU that is large enough, for one sequence at a time."""
-    found = [ModelSpec.model_validate(catalog.load("model", name)) for name in names]
+    found = [ModelSpec.model_validate(conf_files.load_choice("model", name)) for name in names]
     length = min(spec.train.max_length, *(m.context_length or spec.train.max_length for m in found))
     base = table_run(spec, length)
     rows: list[MethodRow] = [
@@ -228,7 +228,7 @@ def table_run(spec: RunSpec, length: int) -> RunSpec:
     train = {"max_length": length, "gradient_checkpointing": True, "precision": "bf16", "attention": "auto"}
     return spec.model_copy(
         update={
-            "hw": HardwareSpec.model_validate(catalog.load("hw", "h200")),
+            "hw": HardwareSpec.model_validate(conf_files.load_choice("hw", "h200")),
             "train": spec.train.model_copy(update=train),
             "eval": spec.eval.model_copy(update={"num_prompts": 0}),
         }
@@ -304,7 +304,7 @@ def _lowest_price(row: GpuRow, cloud: str | None) -> float:
 
 def _single_gpus() -> list[tuple[str, dict[str, Any]]]:
     """Machines with one GPU: `hw=h100` before `hw=h100x3`."""
-    found = [(name, catalog.load("hw", name)) for name in catalog.options("hw")]
+    found = [(name, conf_files.load_choice("hw", name)) for name in conf_files.options("hw")]
     return [(name, values) for name, values in found if values.get("num_gpus") == 1]
 
 

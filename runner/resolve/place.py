@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from runner.cloud.runpod.catalog import stand_ins
-from runner.config import catalog
+from runner.cloud.runpod.catalog import gpus_by_model_size
+from runner.config import conf_files
 from runner.config.validation import validated
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
 from runner.machine import detect
@@ -110,7 +110,7 @@ def _best(spec: RunSpec, requested: HardwareSpec) -> tuple[RunSpec | None, str]:
         return None, f"no plan: {config_facts.why_no_plan(spec)}"
     size = plan_inputs.num_sequences(spec)
     hardware, there = _of_place(spec, _rentable(spec, requested))
-    found = offers(spec, options, hardware, size, stand_ins(spec.model.num_parameters))
+    found = offers(spec, options, hardware, size, gpus_by_model_size(spec.model.num_parameters))
     if not found:
         return None, f"no hardware that is for rent{there} and has a known price holds it"
     within = [offer for offer in found if _within_limits(offer.change.spec)] if _has_limits(spec) else found
@@ -132,7 +132,7 @@ def _of_place(spec: RunSpec, hardware: list[HardwareSpec]) -> tuple[list[Hardwar
     place = spec.where
     if not isinstance(place, RunPodPlace) or not (place.country or place.data_centers or place.volume):
         return hardware, ""
-    from runner.cloud.errors import CloudError, NoKeyError, WrongKeyError
+    from runner.cloud.provider_errors import CloudError, NoKeyError, WrongKeyError
     from runner.cloud.runpod.api import Api  # 0.1 s, for a run that is bound to a place alone
     from runner.cloud.runpod.offers import gpus_there
 
@@ -151,7 +151,7 @@ def _of_pod(spec: RunSpec, pod: str, requested: HardwareSpec) -> tuple[RunSpec, 
 
     gpu_id, gpus, cpus = fleet.machine_of(pod, spec.where.name)
     if gpu_id is None:
-        cpu = detect.resolve(HardwareSpec.model_validate(catalog.load("hw", "cpu")))
+        cpu = detect.resolve(HardwareSpec.model_validate(conf_files.load_choice("hw", "cpu")))
         return spec.model_copy(
             update={"hw": cpu.model_copy(update={"num_cpus": cpus or cpu.num_cpus})}
         ), "it has no GPU"

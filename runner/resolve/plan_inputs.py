@@ -9,7 +9,7 @@ from runner.config import credentials, deepspeed_json
 from runner.data.inspect import lengths
 from runner.data.pretraining import corpus_checks
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
-from runner.hub import client
+from runner.hub import model_config
 from runner.plan.choose_stage import StageSearch
 from runner.plan.memory import GIB
 from runner.plan.model_shape import shape_of
@@ -61,7 +61,7 @@ def facts_of(spec: RunSpec) -> RunFacts:
         )
     except RunnerError as error:
         found = lengths.DataLengths(None, None, False, str(error))
-    steps, tokens, said = lengths.steps(spec, found)
+    steps, tokens, said = lengths.optimizer_steps(spec, found)
     notes += said
     usd, source = price_of(spec.hw, spec.where)
     if usd is not None and spec.where.name == "local" and spec.hw.accelerator == "cuda":
@@ -69,13 +69,13 @@ def facts_of(spec: RunSpec) -> RunFacts:
     total = None
     if found.num_examples and found.tokens_per_example:
         total = round(found.num_examples * found.tokens_per_example)
-    shards, data, unknown_size = corpus_checks.stored(spec, found)
+    shards, data, unknown_size = corpus_checks.stored_bytes(spec, found)
     notes += unknown_size
     held_out, row = found.held_out_rows, found.held_out_tokens_per_row or spec.train.max_length
     if held_out is None and steps is not None:
         notes.append("time: the held-out loss is left out, as the number of held-out rows is not known")
     if spec.model.gated and credentials.hub_token() is None and not config_facts.at_hand(spec.model):
-        notes.append(f"{spec.model.id} is gated: {client.gate(spec.model.id)}")
+        notes.append(f"{spec.model.id} is gated: {model_config.gated_remedy(spec.model.id)}")
     if spec.data.source == "commands" and spec.model.package is None:
         notes.append("data is the bundled demo: name data= and train.max_length= for your own run")
     return RunFacts(

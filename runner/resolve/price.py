@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runner.cloud.providers import DEFAULT, PRICES, Price
-from runner.config import catalog
+from runner.config import conf_files
 from runner.spec import HardwareSpec, RentedPlace, Where
 
 
@@ -19,9 +19,9 @@ def price_of(hw: HardwareSpec, where: Where | RentedPlace | None = None) -> Pric
 def hardware(folders: tuple[Path, ...] = (), where: RentedPlace | None = None) -> list[HardwareSpec]:
     """Every named GPU machine of the catalogue and of a user's own folders, with today's price at the cloud of `where`
     (and in the part of it that `where.cloud` names), where that tells it."""
-    names = catalog.options("hw", folders)
+    names = conf_files.options("hw", folders)
     place = RentedPlace(name=where.name, cloud=where.cloud) if where else None  # neither a bid nor other GPUs
-    found = [HardwareSpec.model_validate(catalog.load("hw", name, folders)) for name in names]
+    found = [HardwareSpec.model_validate(conf_files.load_choice("hw", name, folders)) for name in names]
     return [_priced(hw, place) for hw in found if hw.accelerator == "cuda"]
 
 

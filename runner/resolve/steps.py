@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from runner.config import deepspeed_json, pod_packages
+from runner.config.command_line import Request
 from runner.config.compose import Sources, compose, source_finder
-from runner.config.request import Request
 from runner.config.validation import SourceOf, validated
 from runner.data.pretraining import corpus_checks
 from runner.errors import RequestError
@@ -19,7 +19,7 @@ from runner.machine import detect, hostfile, kernels
 from runner.plan import auto_values
 from runner.resolve import config_facts, place, plan_inputs
 from runner.spec import RunSpec
-from runner.spec.unused_keys import unused
+from runner.spec.unused_keys import unused_keys
 
 
 @dataclass
@@ -114,7 +114,7 @@ def choose_stage_and_batch(spec: RunSpec, resolution: Resolution) -> RunSpec:
 def note_unread_keys(spec: RunSpec, resolution: Resolution) -> RunSpec:
     """Name keys that have no effect in this combination; before a pod is sized, for what is decided nobody wrote."""
     source = resolution.source_of
-    resolution.notes += unused(spec, source.typed) if isinstance(source, Sources) else unused(spec)
+    resolution.notes += unused_keys(spec, source.typed) if isinstance(source, Sources) else unused_keys(spec)
     return spec
 
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from runner.config import json_text
 from runner.errors import Problem, RequestError
-from runner.rundir import plain_files, records
+from runner.rundir import json_files, plain_files
 
 if TYPE_CHECKING:  # pydantic: 0.1 s, for nothing where runs are only listed
     from typing_extensions import Unpack
 
-    from runner.rundir.records import EvalLine, MetricsLine, State, Status, StatusFacts, Subject, Summary
+    from runner.rundir.json_files import EvalLine, MetricsLine, State, Status, StatusFacts, Subject, Summary
     from runner.spec import RunSpec
 
 ACTIVE = ("created", "loading", "evaluating", "training", "saving")
@@ -75,7 +75,7 @@ class RunDir:
         """As `at`; RequestError where there is none, or where its model is not plain files."""
         run = cls.at(path)
         if run is None:
-            raise RequestError(no_such_run(path))
+            raise RequestError(no_such_run_problem(path))
         plain_files.refuse_special_files(run.path / "model")
         return run
 
@@ -97,17 +97,17 @@ class RunDir:
         try:
             return RunSpec.model_validate(json_text.loads(self.spec_file.read_text("utf-8")))
         except (OSError, ValueError):
-            from runner.config.repeat import load_spec  # the words for it
+            from runner.config.spec_json import load_spec  # the words for it
 
             return load_spec(self.spec_file)
 
     def write_spec(self, spec: RunSpec) -> None:
         """`spec.json`, and `training.yaml` with the same values for people to read, change and start from."""
-        from runner.config.catalog import dump  # YAML and OmegaConf: nothing that a list of runs needs
+        from runner.config.conf_files import dump_yaml  # YAML and OmegaConf: nothing that a list of runs needs
 
         content = spec.model_dump(mode="json")
         self.write("spec.json", content)
-        write_atomically(self.path / YAML_FILE, dump(content))
+        write_atomically(self.path / YAML_FILE, dump_yaml(content))
 
     def write(self, name: str, content: Any) -> None:
         """Write JSON so that a reader, or the next command after a crash, sees the old file or the new one."""
@@ -124,17 +124,17 @@ class RunDir:
     @property
     def status(self) -> Status:
         """`status.json`; empty if it is not there or not readable."""
-        return cast("Status", records.of_type(self.read("status.json"), records.Status))
+        return cast("Status", json_files.of_type(self.read("status.json"), json_files.Status))
 
     @property
     def summary(self) -> Summary:
         """`summary.json` of a run that is done; else empty."""
-        return cast("Summary", records.of_type(self.read("summary.json"), records.Summary))
+        return cast("Summary", json_files.of_type(self.read("summary.json"), json_files.Summary))
 
     def set_status(self, state: State, **facts: Unpack[StatusFacts]) -> None:
         """Move to `state`, keep the facts already there, stamp time, process and machine."""
         stamp = {"run_id": self.id, "state": state, "pid": os.getpid(), "host": socket.gethostname()}
-        stamp["born"] = birth(os.getpid())
+        stamp["born"] = process_birth(os.getpid())
         self.write("status.json", {**self.read("status.json"), **stamp, "updated": time.time(), **facts})
 
     def spent(self) -> float:
@@ -153,9 +153,9 @@ class RunDir:
         if state not in ACTIVE:
             return state
         if status.get("host") == socket.gethostname():
-            return state if alive(status.get("pid"), status.get("born")) else "killed"
+            return state if is_alive(status.get("pid"), status.get("born")) else "killed"
         # Another name of this machine, or a container on it, whose processes are not to be seen from here: its lock is.
-        boot = str(birth(os.getpid())).partition(":")[0]
+        boot = str(process_birth(os.getpid())).partition(":")[0]
         return "killed" if str(status.get("born")).startswith(f"{boot}:") and self._unowned() else state
 
     def _unowned(self) -> bool:
@@ -171,15 +171,15 @@ class RunDir:
 
     def metrics(self) -> Iterator[MetricsLine]:
         """Lines of `metrics.jsonl`, one per optimiser step."""
-        return cast("Iterator[MetricsLine]", self._lines("metrics.jsonl", records.MetricsLine))
+        return cast("Iterator[MetricsLine]", self._lines("metrics.jsonl", json_files.MetricsLine))
 
     def evals(self) -> Iterator[EvalLine]:
         """Lines of `evals.jsonl`, one per measurement of the held-out loss."""
-        return cast("Iterator[EvalLine]", self._lines("evals.jsonl", records.EvalLine))
+        return cast("Iterator[EvalLine]", self._lines("evals.jsonl", json_files.EvalLine))
 
     def cut_after(self, step: int) -> None:
         """Forget the lines of later steps: they are done again."""
-        for name, kind in (("metrics.jsonl", records.MetricsLine), ("evals.jsonl", records.EvalLine)):
+        for name, kind in (("metrics.jsonl", json_files.MetricsLine), ("evals.jsonl", json_files.EvalLine)):
             lines = list(self._lines(name, kind))
             kept = [line for line in lines if line.get("step", math.inf) <= step and step]
             if len(kept) < len(lines):
@@ -197,24 +197,24 @@ class RunDir:
             except ValueError:
                 continue
             if isinstance(content, dict):
-                yield records.of_type(content, kind)
+                yield json_files.of_type(content, kind)
 
 
-def without_spec(path: Path) -> RunDir | None:
+def run_without_spec(path: Path) -> RunDir | None:
     """The directory of a run at `path`, or of that id below `runs/`, whose `spec.json` is lost."""
     places = [RunDir(p) for p in (path, Path("runs") / path) if (p / "status.json").is_file()]
     return next((run for run in places if not run.spec_file.is_file()), None)
 
 
-def no_such_run(path: Path) -> Problem:
+def no_such_run_problem(path: Path) -> Problem:
     """There is no run at `path`; the one whose id is nearest."""
-    from runner.config.suggestions import nearest  # the schema, as above
+    from runner.config.did_you_mean import nearest  # the schema, as above
 
-    if damaged := without_spec(path):
-        from runner.config.repeat import restoring
+    if damaged := run_without_spec(path):
+        from runner.config.spec_json import how_to_restore
 
-        what = f"{shown(damaged.path)} is no run: it has no spec.json"
-        return Problem(what, "command line", restoring(damaged.spec_file))
+        what = f"{display_path(damaged.path)} is no run: it has no spec.json"
+        return Problem(what, "command line", how_to_restore(damaged.spec_file))
     parent = path.parent if path.parent.is_dir() and path.parent != Path() else Path("runs")
     near = nearest(path.name, [run.id for run in all_runs(parent)])
     remedy = f"did you mean {quote(str(parent / near))}?" if near else "python -m runner runs shows them"
@@ -267,7 +267,7 @@ def write_atomically(file: Path, text: str) -> None:
     temporary.replace(file)
 
 
-def birth(pid: Any) -> str | None:
+def process_birth(pid: Any) -> str | None:
     """When a process began, by boot and clock tick: tells it from a later one that was given its number, after a reboot
     or in a container that was started again. None for one that is not there, or where there is no /proc."""
     try:
@@ -277,12 +277,12 @@ def birth(pid: Any) -> str | None:
         return None
 
 
-def alive(pid: Any, born: str | None = None) -> bool:
+def is_alive(pid: Any, born: str | None = None) -> bool:
     """The process `pid`, which was `born` then, runs on this machine. A zombie is not: in a container whose
     first process does not collect orphans it stays for ever."""
     try:
         os.kill(int(pid), 0)
-        if born and birth(pid) not in (born, None):
+        if born and process_birth(pid) not in (born, None):
             return False
         return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] not in ("Z", "X")
     except (ProcessLookupError, TypeError, ValueError):
@@ -293,7 +293,7 @@ def alive(pid: Any, born: str | None = None) -> bool:
         return True
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """A path as one would type it from here."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from runner.config import json_text
 from runner.errors import Problem, RequestError
-from runner.rundir.directory import RunDir, alive
+from runner.rundir.directory import RunDir, is_alive
 
 LEAVING_SECONDS = 15.0
 _held: set[int] = set()
 
 
 @contextmanager
-def owned(run: RunDir) -> Iterator[None]:
+def own_run(run: RunDir) -> Iterator[None]:
     """Own `run`: no other process starts or resumes it until the block ends, or longer: until the last process that
     inherited the lock is gone, should this one be killed. RequestError where somebody has it.
 
@@ -50,10 +50,10 @@ def _lock(handle: int, run: RunDir) -> None:
             return
         except BlockingIOError:
             by = _read(handle)
-            lost = by.get("host") == socket.gethostname() and not alive(by.get("pid"))
+            lost = by.get("host") == socket.gethostname() and not is_alive(by.get("pid"))
             if not lost or time.monotonic() > end:
                 held = _holder(run.path / ".owner") if lost else None
-                raise RequestError(at_work(run, by if held is None else {**by, "pid": held})) from None
+                raise RequestError(run_at_work_error(run, by if held is None else {**by, "pid": held})) from None
             time.sleep(0.1)
         except OSError:  # a disk without locks
             return
@@ -68,12 +68,12 @@ def _holder(file: Path) -> int | None:
     return None
 
 
-def inherited() -> tuple[int, ...]:
+def inherited_locks() -> tuple[int, ...]:
     """File descriptors of the locks that this process holds: what it starts keeps them."""
     return tuple(_held)
 
 
-def at_work(run: RunDir, by: Mapping[str, object]) -> Problem:
+def run_at_work_error(run: RunDir, by: Mapping[str, object]) -> Problem:
     """Two would write the same files. `by` are process and host, as far as they are known."""
     status = run.status
     pid = by.get("pid") or status.get("pid")

@@ -15,7 +15,7 @@ KINDS = (
 )  # fmt: skip
 
 
-def what_else(mode: int) -> str:
+def special_kind(mode: int) -> str:
     """The kind of a special file; empty for a folder or a plain file."""
     return next((what for test, what in KINDS if test(mode)), "")
 
@@ -23,14 +23,14 @@ def what_else(mode: int) -> str:
 def special_files(folder: Path) -> list[tuple[Path, str]]:
     """Special files below a folder, or in its place, each with its kind."""
     try:
-        if what := what_else(os.lstat(folder).st_mode):
+        if what := special_kind(os.lstat(folder).st_mode):
             return [(folder, what)]
     except OSError:
         return []
     names = [
         Path(path, name) for path, folders, files in os.walk(folder) for name in (*sorted(folders), *sorted(files))
     ]
-    return [(path, what) for path in names if (what := what_else(path.lstat().st_mode))]
+    return [(path, what) for path in names if (what := special_kind(path.lstat().st_mode))]
 
 
 def refuse_special_files(*folders: Path) -> None:

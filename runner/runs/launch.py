@@ -1,4 +1,4 @@
-"""From a request to a finished run."""
+"""From a request to a finished run, by the executor that `where=` names (one table: `executor_of`)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import shlex
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import click
 from rich.console import Console
 
+from runner.config.command_line import Request
 from runner.config.compose import source_finder
-from runner.config.request import Request
-from runner.doctor import disk
+from runner.doctor import system
 from runner.errors import InterruptedRun, Problem, RunnerError
 from runner.launcher import inherited_ranks
 from runner.launcher.torchrun import MEETING_SECONDS
@@ -26,13 +26,12 @@ from runner.report.tables import headline, in_one_line
 from runner.report.text import dump
 from runner.resolve import config_facts, plan_inputs
 from runner.resolve.steps import resolve, with_facts
-from runner.rundir.directory import Outcome, RunDir, shown
+from runner.rundir.directory import Outcome, RunDir, display_path
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
-from runner.rundir.lock import owned
+from runner.rundir.lock import own_run
 from runner.runs import input_digests, inputs, unread_keys
 from runner.runs import resume as resuming
 from runner.runs.content_checks import check_contents
-from runner.runs.executors import executor_of
 from runner.spec import RunSpec
 
 
@@ -45,11 +44,11 @@ def run(
 ) -> int:
     """One run, as `request` composes it, to its end; the exit code of the worker."""
     spec, notes = resolve(composed, source_finder(request), fetch=True)
-    notes += [*unread_keys.unread_key_notes("run", request, notes), *resuming.unfinished(request)]
+    notes += [*unread_keys.unread_key_notes("run", request, notes), *resuming.unfinished_note(request)]
     planned = plan_or_refuse(spec, notes, composed)
     try:
         check_launch(spec, notes, composed, launch_options)
-        notes += disk.check_disk(spec, planned)
+        notes += system.check_disk(spec, planned)
     except RunnerError:
         if planned is not None:
             line = f"Plan    {in_one_line(planned)}"
@@ -68,9 +67,9 @@ def resume(
     launch_options: LaunchOptions = DEFAULT_OPTIONS,
 ) -> int:  # fmt: skip
     """Go on with a run in its own directory; the exit code of the worker."""
-    request = resuming.request(run, overrides, config_dirs)
+    request = resuming.resume_request(run, overrides, config_dirs)
     resuming.check_can_resume(run)
-    with owned(run):
+    with own_run(run):
         return _resume(run, request, overrides, console, as_json, launch_options)
 
 
@@ -92,7 +91,7 @@ def _resume(
     check_launch(spec, notes, composed, launch_options)
     if not confirm_costs([(spec, planned)], launch_options, console):
         return InterruptedRun.exit_code
-    with resuming.recorded(run, spec, overrides):
+    with resuming.recording_resume(run, spec, overrides):
         outcome = execute_in(run, spec, notes, console, as_json, planned, launch_options)
     if as_json:
         click.echo(dump(run.summary or run.status))
@@ -144,7 +143,7 @@ def create_and_execute(
     """Make the run directory, say what is about to happen, and run."""
     spec = inputs.with_absolute_paths(spec)
     run = RunDir.create(spec, sweep)
-    with owned(run):
+    with own_run(run):
         input_digests.record_digests(run, spec)
         return execute_in(run, spec, notes, console, as_json, planned, launch_options)
 
@@ -161,7 +160,7 @@ def execute_in(
         for one in consoles:
             one.print(line, highlight=False, soft_wrap=True)
 
-    say(headline(spec, shown(directory.path)))
+    say(headline(spec, display_path(directory.path)))
     if planned is not None:
         directory.write("plan.json", planned.as_dict())
         say(f"Plan    {in_one_line(planned)}")
@@ -180,7 +179,7 @@ def _waits_for(directory: RunDir, spec: RunSpec) -> list[str]:
     """The command to type on the other machines, where they are not started by ssh."""
     if spec.hw.num_nodes == 1 or spec.hw.hostfile:
         return []
-    word = f"cd {shlex.quote(os.getcwd())} && python -m runner join {shlex.quote(shown(directory.path))}"
+    word = f"cd {shlex.quote(os.getcwd())} && python -m runner join {shlex.quote(display_path(directory.path))}"
     others = "the other machine" if spec.hw.num_nodes == 2 else f"each of the {spec.hw.num_nodes - 1} other machines"
     return [f"waits {MEETING_SECONDS // 60} minutes for {others}; type there: {word}"]
 
@@ -195,9 +194,42 @@ def confirm_costs(
 
 def _push() -> Any:
     """Read only where there is something to upload."""
-    return import_module("runner.hub.push")
+    return import_module("runner.hub.upload")
 
 
 def _one_pod() -> Any:
     """Read only where a pod may have the run."""
     return import_module("runner.cloud.fleet")
+
+
+class Executor(Protocol):
+    """A place that runs can be executed at; a module with these functions is one."""
+
+    def check(self, spec: RunSpec, launch_options: LaunchOptions) -> None:
+        """RunnerError, before anything is made or rented, for what cannot run there."""
+
+    def confirm(
+        self, asked: Sequence[tuple[RunSpec, dict[str, Any]]], launch_options: LaunchOptions, console: Console
+    ) -> bool:  # fmt: skip
+        """Ask the user to agree to the cost of these runs, given their plans; True where they cost nothing."""
+
+    def execute(self, run: RunDir, spec: RunSpec, *, quiet_stdout: bool, launch_options: LaunchOptions) -> Outcome:
+        """Run `spec` in its directory to its end. `quiet_stdout` keeps standard output for JSON."""
+
+
+EXECUTORS = {"local": "runner.launcher.local"}
+RENTED = "runner.cloud.executor"
+"""The module of each place, and of every place at a provider, imported when a run is executed there: 0.1 s of the half
+second that a typo takes."""
+
+
+def executor_of(spec: RunSpec) -> Executor:
+    """The executor of a resolved run."""
+    return cast(Executor, import_module(EXECUTORS.get(spec.where.name, RENTED)))
+
+
+if TYPE_CHECKING:  # both are executors, or the type check fails
+    from runner.cloud import executor as _rented
+    from runner.launcher import local as _here
+
+    _implementations: tuple[Executor, ...] = (_here, _rented)

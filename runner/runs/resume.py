@@ -11,22 +11,22 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from runner.config.command_line import Request
 from runner.config.compose import compose, source_finder
-from runner.config.provenance import flat
-from runner.config.request import Request
+from runner.config.provenance import flattened
 from runner.errors import Problem, RequestError, RunnerError
-from runner.launcher.supervisor import signs
+from runner.launcher.supervisor import rank_reports
 from runner.rundir import checkpoints, lock
 from runner.rundir.directory import (
     ACTIVE,
     YAML_FILE,
     RunDir,
-    alive,
-    birth,
+    display_path,
     facts_of,
-    no_such_run,
-    shown,
-    without_spec,
+    is_alive,
+    no_such_run_problem,
+    process_birth,
+    run_without_spec,
     write_atomically,
 )
 from runner.runs import input_digests
@@ -49,7 +49,7 @@ FORMS = {
 those alike, between stages; a universal checkpoint of ZeRO-2 fails an assertion when ZeRO-3 loads it."""
 
 
-def request(run: RunDir, overrides: tuple[str, ...], config_dirs: tuple[Path, ...]) -> Request:
+def resume_request(run: RunDir, overrides: tuple[str, ...], config_dirs: tuple[Path, ...]) -> Request:
     """The run as it was, with what was typed now; the batch is divided anew where the hardware is another."""
     words = {word.partition("=")[0].lstrip("+") for word in overrides}
     derived = ("train.micro_batch_size", "train.accumulation_steps")
@@ -65,11 +65,11 @@ def check_can_resume(run: RunDir) -> None:
     """RequestError for a folder that is no run."""
     if run.spec_file.is_file():
         return
-    problem = no_such_run(run.path)
-    if without_spec(run.path) is None:
+    problem = no_such_run_problem(run.path)
+    if run_without_spec(run.path) is None:
         why = "is no run: it has no spec.json" if run.path.exists() else "does not exist"
         found = str(problem.remedy).startswith("did you mean") or run.path.parent == Path()
-        problem = Problem(f"{shown(run.path)} {why}", "command line", problem.remedy if found else _list(run))
+        problem = Problem(f"{display_path(run.path)} {why}", "command line", problem.remedy if found else _list(run))
     raise RequestError(problem)
 
 
@@ -79,11 +79,11 @@ def compose_resumed(run: RunDir, asked: Request) -> RunSpec:
     asked_for = compose(asked)  # first: a file that is no run is told there
     old = with_absolute_paths(run.spec)
     new = with_absolute_paths(asked_for)
-    same = input_digests.with_moved(run, old, new)
-    before, after = (dict(flat(spec.model_dump(mode="json"))) for spec in (old, same))
+    same = input_digests.with_moved_places(run, old, new)
+    before, after = (dict(flattened(spec.model_dump(mode="json"))) for spec in (old, same))
     find = source_finder(asked)
     changed = [key for key in after if before.get(key) != after[key] and not key.startswith(FREE)]
-    remedy = f"start a run of its own: python -m runner {quote(shown(run.spec_file))} …"
+    remedy = f"start a run of its own: python -m runner {quote(display_path(run.spec_file))} …"
     problems = [
         Problem(f"{key} was {before.get(key)} and cannot become {after[key]} in the middle of a run", find(key), remedy)
         for key in changed
@@ -106,9 +106,8 @@ def _check_longer(run: RunDir, old: RunSpec, new: RunSpec) -> None:
         raise RequestError(Problem(f"{run.id} is done: all {steps} steps", "command line", remedy))
     if checkpoints.newest(run) is None:
         what = f"{run.id} is done, and has no whole checkpoint from which it could be made longer"
-        remedy = (
-            f"python -m runner {quote(shown(run.spec_file))} … starts another one (train.keep_checkpoints=0 keeps none)"
-        )
+        again = f"python -m runner {quote(display_path(run.spec_file))} …"
+        remedy = f"{again} starts another one (train.keep_checkpoints=0 keeps none)"
         raise RequestError(Problem(what, "command line", remedy))
 
 
@@ -118,7 +117,7 @@ def check_same_run(run: RunDir, spec: RunSpec) -> list[str]:
     if not step:
         return ["there is no complete checkpoint: the run begins anew"]
     old = run.spec
-    problems = input_digests.changed(run, spec)
+    problems = input_digests.changed_inputs(run, spec)
     if _batch(old) != _batch(spec):
         what = f"{spec.hw.name} makes the global batch {_batch(spec)}, and the first {step} steps took {_batch(old)}"
         remedy = f"take a number of processes that divides {_batch(old)}, or set train.micro_batch_size"
@@ -134,7 +133,7 @@ def check_same_run(run: RunDir, spec: RunSpec) -> list[str]:
     return []
 
 
-def unfinished(asked: Request) -> list[str]:
+def unfinished_note(asked: Request) -> list[str]:
     """A note for a new run that is started from the `spec.json` of one that could go on."""
     if asked.spec_file is None:
         return []
@@ -142,12 +141,11 @@ def unfinished(asked: Request) -> list[str]:
     done = checkpoints.complete(run)
     if not done or run.state() not in ("failed", "interrupted", "killed"):
         return []
-    return [
-        f"a new run; python -m runner resume {quote(shown(run.path))} would go on after step {done[-1]} of {run.id}"
-    ]
+    command = f"python -m runner resume {quote(display_path(run.path))}"
+    return [f"a new run; {command} would go on after step {done[-1]} of {run.id}"]
 
 
-def record(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> None:
+def record_spec(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> None:
     """The spec that is in force from now on; `resumes.json` keeps what was typed, and after which step."""
     spent = run.spent()
     before: list[Any] = run.read("resumes.json").get("resumes", [])
@@ -159,13 +157,13 @@ def record(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def recorded(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> Iterator[None]:
+def recording_resume(run: RunDir, spec: RunSpec, overrides: tuple[str, ...]) -> Iterator[None]:
     """`record` for a resume; one that fails before it has kept a step leaves spec.json and inputs.json as they were,
     since the next resume starts from those."""
     files, step = (run.spec_file, run.path / YAML_FILE), (checkpoints.complete(run) or [0])[-1]
     before = {file: file.read_text("utf-8") for file in files if file.is_file()}
     inputs = run.read(input_digests.FILE)
-    record(run, spec, overrides)
+    record_spec(run, spec, overrides)
 
     def undo() -> None:
         for file, text in before.items():
@@ -193,22 +191,22 @@ def _check_idle(run: RunDir) -> None:
     """Refuse a run with a live process, also one without the lock (rundir/lock.py): torchrun's ranks do not inherit
     it."""
     status, state, here = run.status, run.state(), socket.gethostname()
-    busy = [sign for sign in signs(run) if sign["state"] == "alive" and alive(sign["pid"], sign.get("born"))]
+    busy = [sign for sign in rank_reports(run) if sign["state"] == "alive" and is_alive(sign["pid"], sign.get("born"))]
     if busy:
-        raise RequestError(lock.at_work(run, {"pid": busy[0]["pid"]}))
+        raise RequestError(lock.run_at_work_error(run, {"pid": busy[0]["pid"]}))
     if state not in ACTIVE:
         return
     if status.get("pid") is None:
         what = f"{run.id} is in a pod ({status.get('host')}): {state}, as far as is known here"
         raise RequestError(Problem(what, "command line", f"python -m runner attach {run.id}, or fetch {run.id}"))
-    problem = lock.at_work(run, status)
+    problem = lock.run_at_work_error(run, status)
     if status.get("host") == here:
         raise RequestError(problem)
-    boot = str(birth(os.getpid())).partition(":")[0]
+    boot = str(process_birth(os.getpid())).partition(":")[0]
     if str(status.get("born")).partition(":")[0] != boot:  # else: another container, or name, of this machine
-        gone = f"if {status.get('host')} is no more, delete {shown(run.path / 'status.json')} and resume again"
+        gone = f"if {status.get('host')} is no more, delete {display_path(run.path / 'status.json')} and resume again"
         raise RequestError(Problem(problem.what, problem.source, f"{problem.remedy}; {gone}"))
 
 
 def _list(run: RunDir) -> str:
-    return f"python -m runner runs --output-dir {quote(shown(run.path.parent))} lists them"
+    return f"python -m runner runs --output-dir {quote(display_path(run.path.parent))} lists them"

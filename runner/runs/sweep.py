@@ -16,10 +16,10 @@ from typing import Any
 import click
 from rich.console import Console
 
+from runner.config.command_line import COMMAND_LINE, Request
 from runner.config.compose import compose, source_finder
-from runner.config.request import COMMAND_LINE, Request
-from runner.config.suggestions import nearest
-from runner.doctor import disk
+from runner.config.did_you_mean import nearest
+from runner.doctor import system
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
 from runner.launcher.warm_workers import WarmWorkers
 from runner.machine import detect
@@ -28,11 +28,11 @@ from runner.report.summary import metric_of
 from runner.report.tables import print_sweep
 from runner.report.text import dump, print_problems
 from runner.resolve.steps import resolve
-from runner.rundir.directory import RunDir, shown, write_atomically
+from runner.rundir.directory import RunDir, display_path, write_atomically
+from runner.rundir.json_files import TrainSummary
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
-from runner.rundir.records import TrainSummary
 from runner.runs.launch import check_launch, confirm_costs, create_and_execute, plan_or_refuse
-from runner.runs.sweeper import Sweep, misdirected, parallel_jobs, read_sweep, task_overrides
+from runner.runs.sweep_points import Sweep, direction_problem, parallel_jobs, read_sweep, task_overrides
 from runner.spec import RunSpec
 
 EVAL_METRICS = (
@@ -120,7 +120,7 @@ def _told(folder: Path, name: str, shared: RunSpec, as_json: bool, console: Cons
     if as_json:
         click.echo(dump(rows))
     else:
-        print_sweep(console, rows, shared.run.metric, shown(folder))
+        print_sweep(console, rows, shared.run.metric, display_path(folder))
     return 1 if any(row["exit_code"] for row in rows) or not rows else 0
 
 
@@ -253,7 +253,7 @@ def _checked(asked: Sweep, launch_options: LaunchOptions) -> _Points:
 
 def _able(asked: Sweep, point: Request, launch_options: LaunchOptions) -> tuple[RunSpec, Plan | None]:
     composed = compose(point)
-    wrong = [unknown_metric(composed.run.metric), misdirected(asked, composed)]
+    wrong = [unknown_metric(composed.run.metric), direction_problem(asked, composed)]
     if problems := [problem for problem in wrong if problem is not None]:
         raise RequestError(*problems)
     spec, notes = resolve(composed, source_finder(point), fetch=True)
@@ -299,7 +299,7 @@ def _point(
             spec = launch_options.pool.fitted(spec)
         planned = plan_or_refuse(spec, notes, composed)
         check_launch(spec, notes, composed, launch_options)
-        notes += disk.check_disk(spec, planned)
+        notes += system.check_disk(spec, planned)
         outcome = create_and_execute(
             spec, notes, console, as_json, sweep=sweep_dir.name, planned=planned, launch_options=launch_options
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from runner.config.request import Request
+from runner.config.command_line import Request
 
 _OF_SWEEPS = ("run.metric", "run.metric_mode", "sweep.*")
 _ARITHMETIC = (
@@ -60,7 +60,7 @@ _CHOOSE = ("where.country", "where.data_centers", "where.volume", "where.pod")
 _CALLED = {"run": "a run without -m"}
 
 
-def is_read(verb: str, key: str) -> bool:
+def verb_reads(verb: str, key: str) -> bool:
     """The key can change what the verb answers, in some combination."""
     if _named(key, UNREAD.get(verb, ())):
         return False
@@ -78,7 +78,7 @@ def unread_key_notes(verb: str, request: Request, said: Collection[str] = ()) ->
     typed = dict.fromkeys(word.lstrip("+~").partition("=")[0] for word in request.overrides)
     known = {note.partition(" has no effect: ")[0] for note in said}
     choosing = _CHOOSE if verb == "plan" and "hw" not in typed else ()
-    keys = [key for key in typed if key not in ("recipe", *known, *choosing) and not is_read(verb, key)]
+    keys = [key for key in typed if key not in ("recipe", *known, *choosing) and not verb_reads(verb, key)]
     if not keys:
         return []
     listed = " and ".join(filter(None, (", ".join(keys[:-1]), keys[-1])))

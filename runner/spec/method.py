@@ -1,16 +1,54 @@
-"""`method=`: what trains."""
+"""`method=`: what trains, in which layers (`last:2`, `first:4`, `0-3`, `[0,2,5-7]`)."""
 
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from runner.spec import adapters, peft_types
-from runner.spec.layer_ranges import parse_layers
+from runner.spec import adapters
 from runner.spec.part import Layers, Part
+
+_HELP = "write last:2, first:4, a range such as 0-3, or a list such as [0,2,5-7]"
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """A choice of layers that does not know yet how many there are."""
+
+    first: int = 0
+    last: int = 0
+    indices: frozenset[int] = frozenset()
+
+    def select(self, num_layers: int) -> tuple[int, ...]:
+        """Sorted indices among `num_layers` layers; ValueError if one does not exist."""
+        needed = max(self.first, self.last, max(self.indices, default=-1) + 1)
+        if needed > num_layers:
+            raise ValueError(f"the model has {num_layers} layers (0 to {num_layers - 1}), not {needed}; {_HELP}")
+        chosen = set(self.indices) | set(range(self.first))
+        chosen |= set(range(num_layers - self.last, num_layers))
+        return tuple(sorted(chosen))
+
+
+def parse_layers(value: str | list[int | str]) -> LayerChoice:
+    """Parse one choice of layers; ValueError says what to write instead."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(first|last):([1-9]\d*)", value.strip())):
+        count = int(match[2])
+        return LayerChoice(first=count) if match[1] == "first" else LayerChoice(last=count)
+    indices: set[int] = set()
+    for item in value.split(",") if isinstance(value, str) else value:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(item).strip())
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"{item!r} names no layers; {_HELP}")
+        indices.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if not indices:
+        raise ValueError(f"no layers named; {_HELP}")
+    return LayerChoice(indices=frozenset(indices))
+
 
 Kind = Literal["full", "freeze", "lora", "qlora4", "qlora8", "peft"]
 """How a method trains, whatever its name: all adapters of PEFT's other types are `peft`."""
@@ -186,10 +224,10 @@ class Peft(_Targets):
 
     def _of_type(self) -> str | None:
         given = f"method.peft_type={self.peft_type}"
-        if reason := peft_types.UNUSABLE.get(self.peft_type):
+        if reason := adapters.UNUSABLE.get(self.peft_type):
             written = "method=lora, qlora4 or qlora8" if self.peft_type == "LORA" else "method=lora"
             return f"{given} {reason}; write {written}"
-        known = (*adapters.TYPES, *peft_types.UNCOUNTED)
+        known = (*adapters.TYPES, *adapters.UNCOUNTED)
         if self.peft_type not in known:
             near = get_close_matches(self.peft_type.upper(), known, n=1)
             instead = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"
@@ -213,9 +251,9 @@ class Peft(_Targets):
                 return f"method.arguments.{key}: {self.peft_type} has {', '.join(defaults)}; {remedy}"
             if not _alike(value, defaults[key], strict=known is not None):
                 return f"method.arguments.{key}={value} is of another kind than its default; write one like {defaults[key]}"
-            if problem := peft_types.out_of_bounds(key, value, defaults[key]):
+            if problem := adapters.out_of_bounds(key, value, defaults[key]):
                 return problem
-        if self.layers is not None and self.peft_type in peft_types.ON_ALL_LAYERS:
+        if self.layers is not None and self.peft_type in adapters.ON_ALL_LAYERS:
             return f"method.layers: PEFT puts {self.peft_type} on all layers; leave it out"
         if known is None:
             return None

@@ -10,8 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from runner.spec.cross_checks import disagreements
 from runner.spec.data import DataSpec
 from runner.spec.hw import DeepSpeedSpec, HardwareSpec
-from runner.spec.layer_ranges import parse_layers
-from runner.spec.method import Method
+from runner.spec.method import Method, parse_layers
 from runner.spec.model import ModelSpec
 from runner.spec.objective import Objective, Sft
 from runner.spec.part import Part

@@ -13,7 +13,7 @@ from runner.spec.where import RentedPlace
 _Keys = Iterator[tuple[str, str]]
 
 
-def unused(spec: RunSpec, typed: Callable[[str], bool] = lambda key: False) -> Iterator[str]:
+def unused_keys(spec: RunSpec, typed: Callable[[str], bool] = lambda key: False) -> Iterator[str]:
     """One sentence for each such key. Facts that the files of model and hardware state only where they are `typed`."""
     for key, why in _candidates(spec):
         group, _, leaf = key.partition(".")

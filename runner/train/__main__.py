@@ -25,7 +25,7 @@ from runner.report.progress import Progress
 from runner.report.text import print_problems
 from runner.rundir import checkpoints
 from runner.rundir.directory import PHASE_OF_STATE, RunDir
-from runner.rundir.records import OutOfMemory
+from runner.rundir.json_files import OutOfMemory
 
 RANK = int(os.environ.get("RANK", "0"))
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.utils.logging import set_tqdm_hook
 
-from runner.rundir.directory import RunDir, birth
+from runner.rundir.directory import RunDir, process_birth
 
 EVERY_SECONDS = 0.5
 
@@ -25,7 +25,7 @@ class Heartbeat(TrainerCallback):  # type: ignore[misc]  # transformers has no t
     def __init__(self, run: RunDir, rank: int) -> None:
         self.file = run.path / "logs" / f"rank{rank}.json"
         self.facts: dict[str, Any] = {"rank": rank, "pid": os.getpid(), "host": socket.gethostname(), "state": "alive"}
-        self.facts |= {"count": 0, "born": birth(os.getpid())}
+        self.facts |= {"count": 0, "born": process_birth(os.getpid())}
         self.last = 0.0
         self.stacks: Any = None
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from runner.errors import Problem, Rewind, RunFailedError
 from runner.rundir import checkpoints
-from runner.rundir.directory import RunDir, shown
+from runner.rundir.directory import RunDir, display_path
 from runner.spec import TrainSpec
 from runner.train.distributed import Ranks
 
@@ -155,7 +155,7 @@ class LossGuard:
         raise RunFailedError(
             Problem(
                 f"the {what} became {found[0].value} at {place}, in {self._rows(found)}",
-                shown(file),
+                display_path(file),
                 "look at these rows in that file; if they are sound, lower train.learning_rate"
                 + (" or raise train.warmup_ratio" if self.exact else ", or use train.precision=fp32"),
             )

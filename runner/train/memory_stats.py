@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import torch
 
-from runner.report.known_causes import GPU_MEMORY, PINNED_MEMORY
-from runner.rundir.records import OutOfMemory
+from runner.report.failure_causes import GPU_MEMORY, PINNED_MEMORY
+from runner.rundir.json_files import OutOfMemory
 
 GIB = 2**30
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")

@@ -22,7 +22,7 @@ from runner.plan.model_shape import shape_of
 from runner.plan.trainable import training_of
 from runner.rundir.directory import RunDir
 from runner.spec import Freeze, Full, Lora, Method, Peft, QLora4, QLora8, Reward, RunSpec
-from runner.spec.layer_ranges import parse_layers
+from runner.spec.method import parse_layers
 from runner.train.adapter_targets import check_names, linear_names, unfit
 from runner.train.model_loading import DTYPES
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from runner.data.prepared_index import remember
+from runner.data.prepared_index import record_prepared
 from runner.errors import InterruptedRun, Problem, RunFailedError, RunnerError
 from runner.paths import cache_dir
 from runner.report import terminal
@@ -77,7 +77,7 @@ def prepared(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     progress.note(line_of(rows, len(data.held or ())))
     entries = [rows.folder] + ([held.folder] if held else [])
-    remember(asked, entries)
+    record_prepared(asked, entries)
     facts = {key: value for key, value in vars(rows).items() if key != "rows"}
     return facts | {
         "num_sequences": len(rows.rows),

@@ -52,7 +52,7 @@ def _tokenizer(spec: RunSpec, place: Workspace | None) -> str:
     assert name is not None or place is not None  # a rule across parts: without an experiment a tokenizer is named
     folder = Path(name).expanduser() if name is not None else place.tokenizer  # type: ignore[union-attr]  # as asserted
     check_tokenizer(spec, folder)
-    return str(tokenizer.bundle(folder))
+    return str(tokenizer.bundle_folder(folder))
 
 
 def _work(
@@ -62,7 +62,7 @@ def _work(
         folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("HF_HOME", str(place.hf_cache))
     os.environ.setdefault("HF_DATASETS_CACHE", str(place.hf_cache / "datasets"))
-    found = sharder.shard(place, objective, spec.data, spec.train.seed, say, beat)
+    found = sharder.make_shards(place, objective, spec.data, spec.train.seed, say, beat)
     held = f", {found.val['lines']:,} held out" if found.val else ""
     count = f"{found.train['lines']:,} documents in {found.train['num_shards']} shards{held}"
     say(f"Shards  {count}: {'written' if found.made else 'there already'} ({place.train})")
@@ -73,10 +73,12 @@ def _work(
     if (place.tokenizer / "tokenizer.json").is_file():
         if objective.shards == "auto":
             check_trained(place, sharder.settings_of(objective, spec.data, spec.train.seed))
-        say(f"Tokens  {tokenizer.size_of(place.tokenizer):,} in the tokenizer that is there ({place.tokenizer})")
+        say(
+            f"Tokens  {tokenizer.vocabulary_size(place.tokenizer):,} in the tokenizer that is there ({place.tokenizer})"
+        )
         return
     beat()
-    facts = tokenizer.train(place.train, place.tokenizer, int(spec.model.vocab_size or 0))
+    facts = tokenizer.train_tokenizer(place.train, place.tokenizer, int(spec.model.vocab_size or 0))
     say(f"Tokens  {facts['vocab_size']:,} learned from the shards ({place.tokenizer})")
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, fingerprint
-from runner.data.readers.files import refuse
+from runner.data.readers.files import raise_problems
 from runner.data.tokenize_rows import TokenizeSettings, encode_chunk, in_chunks
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec, Sft
@@ -74,7 +74,7 @@ def _write(
             if tell is not None:
                 tell(min(done, len(examples)), len(examples))
     if problems and (spec.data.on_error == "stop" or not lengths):
-        refuse(problems)
+        raise_problems(problems)
     if not lengths:
         what = f"none of the {len(examples)} examples has a token to learn within {limit} tokens"
         remedy = "raise train.max_length, or check the field names of the data"

@@ -19,7 +19,7 @@ from runner.report.progress import Progress
 from runner.report.summary import summary_of
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
-from runner.rundir.records import State, StatusFacts, Summary
+from runner.rundir.json_files import State, StatusFacts, Summary
 from runner.spec import RunSpec
 from runner.train import (
     model_loading,

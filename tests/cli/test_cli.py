@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from runner.cli.verbs import VERBS
-from runner.config import catalog
+from runner.cli.options import VERBS
+from runner.config import conf_files
 from runner.launcher import local
 from runner.paths import ASSETS
 from runner.rundir.directory import Outcome, RunDir
@@ -185,11 +185,11 @@ def test_show_as_json_is_the_spec() -> None:
     assert RunSpec.model_validate_json(runner("show", "--json", *words).stdout) == spec_of(*words)
 
 
-@pytest.mark.parametrize("group", [*catalog.GROUPS, "models", "gpus", "recipes"])
+@pytest.mark.parametrize("group", [*conf_files.GROUPS, "models", "gpus", "recipes"])
 def test_every_group_is_listed_with_all_its_choices(group: str) -> None:
     rows = json.loads(runner("list", group, "--json").stdout)
-    known = {"models": catalog.options("model"), "gpus": catalog.options("hw"), "recipes": catalog.recipes()}
-    assert [row["name"] for row in rows] == list(known.get(group) or catalog.options(group))
+    known = {"models": conf_files.options("model"), "gpus": conf_files.options("hw"), "recipes": conf_files.recipes()}
+    assert [row["name"] for row in rows] == list(known.get(group) or conf_files.options(group))
     table = runner("list", group)
     assert table.exit_code == 0
     assert all(row["name"] in table.stdout for row in rows)
@@ -203,7 +203,7 @@ def test_models_are_listed_with_their_sizes() -> None:
 
 def test_list_alone_shows_every_group() -> None:
     rows = json.loads(runner("list", "--json").stdout)
-    assert [row["group"] for row in rows] == [*catalog.GROUPS, "recipes"]
+    assert [row["group"] for row in rows] == [*conf_files.GROUPS, "recipes"]
     assert runner("list").exit_code == 0
 
 
@@ -332,7 +332,7 @@ def test_the_times_of_a_run_that_was_resumed_add_up(here: Path) -> None:
     status = {**run.read("status.json"), "updated": 1010.0}
     run.write("status.json", status)
     assert run.spent() == 30.0
-    resume.record(run, spec_of(), ())
+    resume.record_spec(run, spec_of(), ())
     assert run.spent() == 30.0
     run.write("status.json", {**run.read("status.json"), "started": 90_000.0, "updated": 90_020.0})
     assert run.spent() == 50.0
@@ -451,7 +451,7 @@ def test_a_sweep_may_start_from_a_recipe_that_leaves_something_open(here: Path, 
 
 HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "runpod", "deepspeed", "numpy", "matplotlib")
 BEFORE_TRAINING = [
-    *(["list", group] for group in (*catalog.GROUPS, "recipes")),
+    *(["list", group] for group in (*conf_files.GROUPS, "recipes")),
     ["--help"],
     ["show"],
     ["show", "recipe=mistral7b_full_h100x3", "--json"],
@@ -504,7 +504,7 @@ def test_nothing_before_training_imports_torch(here: Path) -> None:
 UNNEEDED = (
     "asyncio", "ssl", "http.client", "urllib.request", "unittest", "rich.markdown", "rich.syntax", "rich.progress",
     "rich.live", "rich.traceback", "pydantic.networks", "hydra_plugins", "hydra._internal.core_plugins.basic_sweeper",
-    "hydra._internal.core_plugins.importlib_resources_config_source", "runner.cloud.runpod.types",
+    "hydra._internal.core_plugins.importlib_resources_config_source", "runner.cloud.runpod.json_types",
     "runner.cloud.executor",
 )  # fmt: skip
 """Hydra's plugins, what talks to a server, what draws: no answer below needs one of them."""

@@ -98,7 +98,7 @@ def test_every_verb_that_takes_a_run_offers_runs(verb: str, folder: Path) -> Non
 
 def test_no_verb_with_a_run_was_forgotten() -> None:
     from runner.cli.main import cli as group
-    from runner.cli.run import _verbs
+    from runner.cli.run_verbs import _verbs
 
     with group.make_context("runner", ["list"]) as ctx:
         verbs = dict(_verbs(group, ctx))

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from runner.data import prepared_index
-from runner.data.inspect.stats import histogram, suggested
+from runner.data.inspect.stats import histogram, suggested_length
 from runner.report.data_tables import bars
 from runner.report.progress import Progress
 from runner.train import prepare
@@ -83,7 +83,7 @@ def test_classes_of_a_histogram_are_round_and_complete() -> None:
     assert found[0] == {"from": 0, "to": 20, "rows": 3} and found[-1] == {"from": 80, "to": 100, "rows": 1}
     assert sum(one["rows"] for one in found) == 4 and len(found) <= 24
     assert bars(found)[0].endswith("█ 3") and bars(found)[1].endswith("  0")
-    assert suggested(list(range(1, 101)), None) == 128 and suggested([5000], 4096) == 4096
+    assert suggested_length(list(range(1, 101)), None) == 128 and suggested_length([5000], 4096) == 4096
 
 
 def test_the_front_of_data_stays_light(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_what_is_prepared_is_all_that_the_run_takes(
     there = sorted((tmp_path / "cache" / "tokenised").iterdir())
     assert sorted(found["folders"]) == [str(folder) for folder in there] and len(there) == 2  # to learn, and held out
     assert not found["from_cache"] and found["num_tokens"] > 0 and found["num_held_out"] > 0
-    assert sorted(prepared_index.entries(spec)) == [f"tokenised/{folder.name}" for folder in there]
+    assert sorted(prepared_index.prepared_folders(spec)) == [f"tokenised/{folder.name}" for folder in there]
     train_here(spec)
     assert sorted((tmp_path / "cache" / "tokenised").iterdir()) == there
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from runner.config.repeat import load_spec
-from runner.config.suggestions import parts_of
+from runner.config.did_you_mean import parts_of
+from runner.config.spec_json import load_spec
 from runner.config.validation import PATTERNS
 from runner.errors import RequestError
 from runner.rundir.directory import RunDir
-from runner.runs.worker_verbs import produce
+from runner.runs.worker_tasks import produce_in_worker
 from runner.spec import RunSpec
 from tests.support.front import here, laptop, only_problem, problems_of, runner, write
 from tests.support.front import spec_of as resolved
@@ -350,7 +350,7 @@ def test_a_folder_that_is_not_there_is_not_said_to_be_no_run(here: Path) -> None
 
 def test_a_place_that_cannot_be_written_to_is_found_before_anything_is_loaded() -> None:
     with pytest.raises(RequestError, match="/proc cannot be written to"):
-        produce("export", RunDir(Path("a")), Path("/proc/x"))
+        produce_in_worker("export", RunDir(Path("a")), Path("/proc/x"))
 
 
 def test_json_as_show_prints_it_is_run_again(here: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from runner.config import catalog
+from runner.config import conf_files
 from tests.support.front import here, laptop, runner, spec_of, write
 
 __all__ = ["here", "laptop"]  # fixtures
@@ -48,7 +48,7 @@ def test_the_contract() -> None:
     assert content["price_source"].startswith("conf/hw, seen 20")
 
 
-@pytest.mark.parametrize("recipe", catalog.recipes())
+@pytest.mark.parametrize("recipe", conf_files.recipes())
 def test_every_recipe_plans(recipe: str) -> None:
     content = plan(f"recipe={recipe}")
     assert content["fits"], content["reasons"]
@@ -62,7 +62,7 @@ IA3 = {
 """(IA)³'s layers in families that do not call them as Llama does."""
 
 
-@pytest.mark.parametrize("method", catalog.options("method"))
+@pytest.mark.parametrize("method", conf_files.options("method"))
 @pytest.mark.parametrize("model", ["mistral7b", "phi2", "mixtral_8x7b", "qwen3_8b", "phi3_mini", "smollm2_135m"])
 def test_every_method_plans_every_kind_of_model(model: str, method: str) -> None:
     named: tuple[str, ...] = ()
@@ -247,7 +247,7 @@ def test_where_auto_stays_here_if_it_fits_and_else_rents() -> None:
     assert spec_of("where=auto").where.name == "local"
     away = spec_of("where=auto", "model=mistral7b", "method=full")
     assert away.where.name == "runpod"
-    assert away.hw.name in catalog.options("hw")
+    assert away.hw.name in conf_files.options("hw")
 
 
 @pytest.mark.parametrize("verb", ["plan", "show", "fit", "table", "explain train.seed"])

@@ -20,7 +20,7 @@ import pytest
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger, LedgerError
 from runner.cloud.provider import PodRequest
-from runner.cloud.runpod.provider import RunPod
+from runner.cloud.runpod.runpod_provider import RunPod
 from runner.emulator.container import free_port
 from runner.errors import Problem
 from tests.support.emulated import IMAGE, Emulator, emulator, needs_sshd, until

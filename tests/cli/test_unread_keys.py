@@ -14,16 +14,16 @@ import pytest
 from runner.cli.options import request_of
 from runner.cloud.runpod import prices
 from runner.config.compose import compose
-from runner.config.suggestions import _annotations
+from runner.config.did_you_mean import _annotations
 from runner.config.validation import validated
 from runner.data.inspect.preview import preview
 from runner.data.inspect.stats import stats
-from runner.data.pretraining.sharder import shard
+from runner.data.pretraining.sharder import make_shards
 from runner.data.pretraining.workspace import workspace_of
 from runner.errors import RunnerError
 from runner.resolve import fit, plan_inputs
 from runner.resolve.steps import resolve, with_facts
-from runner.runs.unread_keys import is_read
+from runner.runs.unread_keys import verb_reads
 from runner.spec import DataSpec, Pretrain, RunSpec
 from tests.support import tiny_llama
 from tests.support.front import here, laptop, runner, write
@@ -108,7 +108,7 @@ def files(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = Pretrain(experiment="made")
     place = workspace_of(objective)
     assert place is not None
-    shard(place, objective, DataSpec(path="texts.jsonl"), 42)
+    make_shards(place, objective, DataSpec(path="texts.jsonl"), 42)
     monkeypatch.setattr(prices, "price", _priced)
 
 
@@ -194,7 +194,7 @@ def test_what_is_said_to_have_no_effect_changes_nothing(verb: str, words: str) -
     spec = compose(request_of(tuple(words.split()), ()))
     answer, tried = ANSWERS[verb](spec), set()
     for key, value, found in answers(verb, spec):
-        if not is_read(verb, key) and found is not None:
+        if not verb_reads(verb, key) and found is not None:
             assert found == answer, f"{key}={value}"
             tried.add(key)
     assert len(tried) > 10
@@ -209,7 +209,7 @@ def test_what_changes_nothing_is_said_to_have_no_effect(here: Path, verb: str, t
     counts: set[str] = set()
 
     def undecided(key: str) -> bool:
-        return key not in counts and is_read(verb, key)
+        return key not in counts and verb_reads(verb, key)
 
     for words in (*RUNS, *MORE):
         if verb.startswith("data") and "ultrachat" in words:  # on the Hub

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from runner.cloud import adopted_spec, attach
+from runner.cloud import adopted_spec, remote_run
 from runner.cloud.ledger import Ledger
 from runner.errors import RequestError
 from runner.rundir.directory import RunDir
@@ -32,7 +32,7 @@ def values(*words: str) -> dict[str, Any]:
 
 
 def adopt(told: dict[str, Any], root: Path) -> adopted_spec.AdoptedSpec:
-    return adopted_spec.adopt(json.dumps(told), "p0d", None, root / "runs", "runpod")
+    return adopted_spec.adopt_spec(json.dumps(told), "p0d", None, root / "runs", "runpod")
 
 
 def test_an_honest_spec_is_taken_as_it_is_but_for_the_place(here: Path) -> None:
@@ -125,7 +125,7 @@ def test_places_on_a_pods_disk_stay_unless_the_run_itself_lies_there(here: Path)
     told["data"] = {"source": "file", "path": "/workspace/datasets/0123456789abcdef/my.jsonl"}
     assert adopt(told, here).changes == []
     told = changed(values(), grpo("/workspace/p/runs/run-h/model/evil.py:f"))
-    assert adopted_spec.adopt(json.dumps(told), "p0d", None, Path("/workspace/p/runs"), "runpod").changes == [
+    assert adopted_spec.adopt_spec(json.dumps(told), "p0d", None, Path("/workspace/p/runs"), "runpod").changes == [
         "objective.rewards.0 is /of-pod-p0d/evil.py:f"
     ]
 
@@ -136,7 +136,7 @@ ODD = ["", "[1]", "null", "[" * 100_000, "{", '{"model": 7}', '{"model": {"id": 
 @pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
 def test_a_spec_of_no_shape_is_refused_in_one_line(text: str, here: Path) -> None:
     with pytest.raises(RequestError, match=r"has no spec of a run: its spec\.json is damaged"):
-        adopted_spec.adopt(text, "p0d", None, here / "runs", "runpod")
+        adopted_spec.adopt_spec(text, "p0d", None, here / "runs", "runpod")
 
 
 def test_of_a_plan_numbers_are_taken() -> None:
@@ -159,9 +159,9 @@ def test_a_hostile_pod_is_adopted_and_the_run_reads_nothing_of_this_machine(
     run, said = RunDir(here / "runs" / "run-h"), list[str]()
     with server(tmp_path / "sshd") as there:
         pod = SimpleNamespace(id="p0d", name="runner-run-h-0001", volume_id=None)
-        monkeypatch.setattr(attach, "_connected", lambda *_: _Connected(there.connection(), tmp_path / "workspace"))
+        monkeypatch.setattr(remote_run, "_connected", lambda *_: _Connected(there.connection(), tmp_path / "workspace"))
         rented = SimpleNamespace(pod=pod, ledger=Ledger(), name=pod.name, api=SimpleNamespace())
-        attach._adopted_spec(rented, SimpleNamespace(), run, said.append)
+        remote_run._adopted_spec(rented, SimpleNamespace(), run, said.append)
     kept = RunSpec.model_validate(run.read("spec.json"))
     assert kept.objective.rewards == ["/of-pod-p0d/evil.py:reward"] and kept.push.to is None
     assert run.read("plan.json") == {} and len(said) == 2
@@ -194,9 +194,9 @@ def test_what_this_machine_ordered_is_taken_wherever_it_lies_and_never_replaced(
     )  # fmt: skip
     rented: Any = SimpleNamespace(ledger=ledger, name=name)
     here_now = RunDir(here / "runs" / "run-o")
-    assert attach._ordered_spec(here_now, rented) == spec
+    assert remote_run._ordered_spec(here_now, rented) == spec
     assert RunSpec.model_validate(here_now.read("spec.json")) == spec
     here_now.spec_file.write_text("{")
     with pytest.raises(RequestError, match=r"runs/run-o/spec.json cannot be read: it is no spec of a run"):
-        attach._ordered_spec(here_now, rented)
+        remote_run._ordered_spec(here_now, rented)
     assert here_now.spec_file.read_text() == "{"

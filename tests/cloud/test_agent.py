@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from runner.cloud.agent import agent
-from runner.cloud.runpod import start_command
-from runner.rundir.directory import alive
+from runner.cloud.runpod import runpod_provider
+from runner.rundir.directory import is_alive
 from tests.support.processes import until
 
 AGENT = Path(agent.__file__)
@@ -72,11 +72,11 @@ class Pod:
             "deadline": t + 600, "budget_usd": None, "usd_per_hour": 1.0, "heartbeat_minutes": 10.0, "keep": False,
             "uncollected": "stop",
         }  # fmt: skip
-        agent.write(self.folder / "agent.json", {**order, **changes})
+        agent.write_json(self.folder / "agent.json", {**order, **changes})
 
     def task(self, code: str, **changes: Any) -> None:
         task = {"id": uuid.uuid4().hex, "pod_id": self.id, "python": sys.executable, "command": ["-c", code], "env": {}}
-        agent.write(self.folder / "work.json", {**task, **changes})
+        agent.write_json(self.folder / "work.json", {**task, **changes})
 
     def start(self, **env: str) -> dict[str, Any]:
         pod = {"RUNPOD_POD_ID": self.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": self.api.url}
@@ -88,7 +88,7 @@ class Pod:
         return status
 
     def status(self) -> dict[str, Any]:
-        return agent.read(self.folder / "agent-status.json")
+        return agent.read_json(self.folder / "agent-status.json")
 
     def state(self) -> str | None:
         return self.status().get("state")
@@ -101,9 +101,9 @@ class Pod:
         """As a restart of the container does it."""
         agent_pid = self.status().get("agent")
         for pid in [agent_pid, self.status().get("pid"), *children(agent_pid)]:
-            if pid and alive(pid):
+            if pid and is_alive(pid):
                 os.kill(pid, signal.SIGKILL)
-        until(lambda: not alive(agent_pid))
+        until(lambda: not is_alive(agent_pid))
 
     def clear(self) -> None:
         if self.status().get("agent"):
@@ -313,7 +313,7 @@ def test_a_process_that_waits_for_work_ends_with_its_agent(pod: Pod) -> None:
     own = pod.start()["agent"]
     (waits,) = until(lambda: children(own))
     os.kill(own, signal.SIGKILL)
-    until(lambda: not alive(waits), 10)
+    until(lambda: not is_alive(waits), 10)
 
 
 def test_after_a_restart_of_the_container_the_training_goes_on_and_the_deadline_stays(pod: Pod) -> None:
@@ -321,11 +321,11 @@ def test_after_a_restart_of_the_container_the_training_goes_on_and_the_deadline_
     pod.start()
     pod.task("import time; print('begun', flush=True); time.sleep(100)")
     until(lambda: "begun" in pod.log("worker.log"))
-    before = agent.read(pod.folder / "armed.json")
+    before = agent.read_json(pod.folder / "armed.json")
     pod.kill()
     pod.start()
     until(lambda: pod.log("worker.log").count("begun") == 2)
-    after = agent.read(pod.folder / "armed.json")
+    after = agent.read_json(pod.folder / "armed.json")
     assert pod.status()["starts"] == 2
     assert abs(after["at_boot"] - before["at_boot"]) < 0.01
 
@@ -389,7 +389,7 @@ def test_the_start_command_ends_a_pod_to_which_no_agent_comes(pod: Pod, tmp_path
     start.write_text("#!/bin/bash\ntouch started\nsleep 100\n")
     start.chmod(0o755)
     env = {"RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": pod.api.url}
-    command = start_command.arguments(pod.run_id, 1 / 60, str(start))
+    command = runpod_provider.start_arguments(pod.run_id, 1 / 60, str(start))
     main = subprocess.Popen(
         command, cwd=tmp_path, env={**os.environ, **env, "RUNNER_WORKSPACE": str(tmp_path / "workspace")},
         start_new_session=True,
@@ -407,7 +407,7 @@ def test_the_start_command_brings_the_agent_back(pod: Pod, tmp_path: Path) -> No
     pod.order()
     env = {"RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": pod.api.url}
     main = subprocess.Popen(
-        start_command.arguments(pod.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
+        runpod_provider.start_arguments(pod.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
         env={**os.environ, **env, "RUNNER_WORKSPACE": str(tmp_path / "workspace")},
     )  # fmt: skip
     try:

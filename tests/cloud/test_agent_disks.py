@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from runner.cloud.agent import agent
-from runner.cloud.runpod import start_command
+from runner.cloud.runpod import runpod_provider
 from runner.emulator.container import namespaces
-from runner.rundir.directory import alive
+from runner.rundir.directory import is_alive
 from tests.cloud.test_agent import AGENT, KEY, Api, Pod, pod
 from tests.conftest import ROOT
 from tests.support.processes import until
@@ -118,7 +118,7 @@ def end(pid: int, run_id: str) -> None:
                 os.kill(int(file.parent.name), signal.SIGKILL)
         except OSError:
             continue
-    if alive(pid):
+    if is_alive(pid):
         os.kill(pid, signal.SIGKILL)
     for left in agent.SHM.glob(f"runner-{run_id}.*"):
         left.unlink()
@@ -207,7 +207,7 @@ def watched(pod: Pod, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     (pod.folder / "agent.py").write_text(text.replace("WATCH_SECONDS = 30.0", "WATCH_SECONDS = 1.0"), "utf-8")
     env = {"RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": pod.api.url}
     main = subprocess.Popen(
-        start_command.arguments(pod.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
+        runpod_provider.start_arguments(pod.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
         env={**os.environ, **env, "RUNNER_WORKSPACE": str(tmp_path / "workspace")},
     )  # fmt: skip
     yield main

@@ -155,11 +155,11 @@ def test_an_order_that_is_not_a_newer_one_for_this_pod_changes_nothing(
     clock: Clock, tmp_path: Path, newer: dict[str, Any]
 ) -> None:
     found = switch(tmp_path)
-    agent.write(tmp_path / "agent.json", order(**newer))
+    agent.write_json(tmp_path / "agent.json", order(**newer))
     for _ in range(2):
         found._renew()
     assert found.limits.due() == pytest.approx(1600) and found.order["id"] == "o1"
-    agent.write(tmp_path / "agent.json", order(id="o3", deadline=5_000_900.0))
+    agent.write_json(tmp_path / "agent.json", order(id="o3", deadline=5_000_900.0))
     found._renew()
     assert found.limits.due() == pytest.approx(1900)
 
@@ -178,7 +178,7 @@ def test_how_a_pod_is_ended(
     clock: Clock, tmp_path: Path, changes: dict[str, Any], status: dict[str, Any], how: str
 ) -> None:
     found = switch(tmp_path, **changes)
-    agent.note(tmp_path, **status)
+    agent.update_status(tmp_path, **status)
     assert found._how() == how
     (tmp_path / "agent-status.json").write_text("gar")  # cut short: what was read last still counts
     assert found._how() == how
@@ -186,7 +186,7 @@ def test_how_a_pod_is_ended(
 
 def test_what_was_collected_is_kept_by_no_disk(clock: Clock, tmp_path: Path) -> None:
     found = switch(tmp_path, uncollected="stop")
-    agent.note(tmp_path, state="done")
+    agent.update_status(tmp_path, state="done")
     assert found._how() == "stop"
     (tmp_path / "collected").touch()
     assert found._how() == "terminate"
@@ -195,20 +195,22 @@ def test_what_was_collected_is_kept_by_no_disk(clock: Clock, tmp_path: Path) -> 
 def test_a_status_that_no_disk_takes_is_kept_in_memory_and_an_old_file_does_not_hide_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    agent.note(tmp_path, state="armed", pid=7)
+    agent.update_status(tmp_path, state="armed", pid=7)
     file = tmp_path / "agent-status.json"
     before = file.read_text()
     file.unlink()
     file.mkdir()
-    agent.note(tmp_path, state="failed")
-    assert agent.status_of(tmp_path)["state"] == "failed"
-    kept = agent.read(agent.unwritten(tmp_path))
+    agent.update_status(tmp_path, state="failed")
+    assert agent.read_status(tmp_path)["state"] == "failed"
+    kept = agent.read_json(agent.unwritten(tmp_path))
     assert agent.UNWRITTEN == {} and kept["state"] == "failed"  # for the agent's other process
     monkeypatch.setattr(tail, "SHM", agent.SHM)
     told = [line for line in tail.Tail(tmp_path, {}).news() if line.get("whole") == "agent-status.json"]
     assert json.loads(base64.b64decode(told[-1]["data"]))["state"] == "failed"  # and for the launcher
     file.rmdir()
     file.write_text(before)
-    assert agent.status_of(tmp_path)["state"] == "failed"
-    agent.note(tmp_path, exit_code=1)
-    assert agent.read(file)["state"] == "failed" and agent.UNWRITTEN == {} and not agent.unwritten(tmp_path).exists()
+    assert agent.read_status(tmp_path)["state"] == "failed"
+    agent.update_status(tmp_path, exit_code=1)
+    assert (
+        agent.read_json(file)["state"] == "failed" and agent.UNWRITTEN == {} and not agent.unwritten(tmp_path).exists()
+    )

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from runner.cloud.errors import ApiDownError, UnclearError
 from runner.cloud.provider import PodRequest
+from runner.cloud.provider_errors import ApiDownError, UnclearError
 from runner.cloud.runpod import transport
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.provider import RunPod
+from runner.cloud.runpod.runpod_provider import RunPod
 from runner.errors import RunnerError
 from tests.cloud.test_agent_disks import odd
 from tests.support.emulated import IMAGE

@@ -9,8 +9,8 @@ import pytest
 
 from runner.cloud import budget, clock
 from runner.cloud.budget import Meter
-from runner.cloud.errors import TooDearError
 from runner.cloud.ledger import Ledger
+from runner.cloud.provider_errors import TooDearError
 from runner.errors import CannotRunError
 from runner.spec import RunPodPlace
 from tests.conftest import ROOT

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from runner.cloud import attach, clock, executor
+from runner.cloud import clock, executor, remote_run
 from runner.cloud.budget import Meter
 from runner.cloud.follow import Display, News
 from runner.cloud.ledger import Ledger
-from runner.cloud.lifecycle import acquire
+from runner.cloud.rent_pod import acquire
 from tests.support.emulated import Emulator, emulator
 from tests.support.front import here, laptop, runner
 from tests.support.rented import PLAN, Key, rented_spec, run_of, state
@@ -86,7 +86,7 @@ def test_a_run_that_is_attached_to_counts_its_earlier_pods(
     ledger.move("runner-before-0001", "GONE", "", ended=now - HOUR)
     rented = acquire(run, spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
     rented.detach()
-    again = attach._adopt(run.id, run.path)
+    again = remote_run._adopt(run.id, run.path)
     assert again.meter.before_usd == pytest.approx(4.0) and again.usd() == pytest.approx(4.0, abs=0.05)
     again.release()
 

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from runner.cloud.errors import (
+from runner.cloud.provider import PodRequest
+from runner.cloud.provider_errors import (
     ApiDownError,
     NoBalanceError,
     NoCapacityError,
@@ -16,9 +17,8 @@ from runner.cloud.errors import (
     UnclearError,
     WrongKeyError,
 )
-from runner.cloud.provider import PodRequest
 from runner.cloud.runpod.api import _said
-from runner.cloud.runpod.provider import RunPod
+from runner.cloud.runpod.runpod_provider import RunPod
 from tests.support.emulated import IMAGE, Emulator, emulator
 
 __all__ = ["emulator"]

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from runner.cloud import attach, clock
+from runner.cloud import clock, remote_run
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger
-from runner.cloud.lifecycle import acquire
 from runner.cloud.reconcile import UNKNOWN_S, reconcile
+from runner.cloud.rent_pod import acquire
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.provider import RunPod
+from runner.cloud.runpod.runpod_provider import RunPod
 from tests.cli.test_pods_verbs import elsewhere
 from tests.support.emulated import Emulator, emulator
 from tests.support.front import here, laptop, runner
@@ -142,7 +142,7 @@ def test_who_comes_back_with_another_clock_moves_no_deadline(ahead: float, over:
         place=lambda name, content: placed.append(content), start_agent=lambda: {},
     )  # fmt: skip
     session: Any = SimpleNamespace(at=at, over=over)
-    attach._listen(session, 10.0)
+    remote_run._listen(session, 10.0)
     (new,) = placed
     assert new["deadline"] - new["sent"] == pytest.approx(6600, abs=1)
     assert new["sent"] - new["started"] == pytest.approx(660, abs=1)

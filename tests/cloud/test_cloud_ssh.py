@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runner.cloud import ssh, ssh_keys, transfer
-from runner.cloud.runpod.account import api_key
+from runner.cloud.runpod.account_key import api_key
 from runner.cloud.runpod.api import Api
 from runner.cloud.ssh import CommandError, HostKeyError, LostError
 from runner.errors import CannotRunError, RequestError
@@ -170,16 +170,16 @@ def test_the_key_is_made_from_the_account_and_the_run(tmp_path: Path, monkeypatc
     made = []
     for machine in ("here", "elsewhere"):
         monkeypatch.setenv("RUNNER_STATE", str(tmp_path / machine))
-        made.append(ssh_keys.pair("run-1"))
+        made.append(ssh_keys.key_pair("run-1"))
     assert made[0].public == made[1].public and made[0].private != made[1].private
     assert made[0].private.stat().st_mode & 0o777 == 0o600
     said = subprocess.run(["ssh-keygen", "-y", "-f", str(made[0].private)], capture_output=True, text=True, check=True)
     assert said.stdout.split()[1] == made[0].public.split()[1]
-    assert ssh_keys.pair("run-2").public != made[0].public
+    assert ssh_keys.key_pair("run-2").public != made[0].public
     monkeypatch.setenv("RUNPOD_API_KEY", "rpa_TWO")
-    assert ssh_keys.pair("run-1").public == made[0].public  # the copy, after the account's key was exchanged
-    ssh_keys.forget("run-1")
-    assert ssh_keys.pair("run-1").public != made[0].public
+    assert ssh_keys.key_pair("run-1").public == made[0].public  # the copy, after the account's key was exchanged
+    ssh_keys.delete_key("run-1")
+    assert ssh_keys.key_pair("run-1").public != made[0].public
     assert b"rpa_" not in made[1].private.read_bytes()
 
 
@@ -189,9 +189,9 @@ def test_a_key_file_that_a_broken_disk_left_empty_is_made_again(
 ) -> None:
     monkeypatch.setenv("RUNNER_STATE", str(tmp_path))
     monkeypatch.setenv("RUNPOD_API_KEY", "rpa_ONE")
-    made = ssh_keys.pair("run-1")
+    made = ssh_keys.key_pair("run-1")
     made.private.write_bytes(harm(made.private.read_bytes()))
-    assert ssh_keys.pair("run-1") == made and made.private.stat().st_mode & 0o777 == 0o600
+    assert ssh_keys.key_pair("run-1") == made and made.private.stat().st_mode & 0o777 == 0o600
     said = subprocess.run(["ssh-keygen", "-y", "-f", str(made.private)], capture_output=True, text=True, check=True)
     assert said.stdout.split()[1] == made.public.split()[1]
 
@@ -200,7 +200,7 @@ def test_without_an_api_key_the_remedy_is_said(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("RUNNER_STATE", str(tmp_path))
     monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
     with pytest.raises(RequestError, match="RUNPOD_API_KEY is not set"):
-        ssh_keys.pair("run-1")
+        ssh_keys.key_pair("run-1")
 
 
 @pytest.mark.parametrize("key", ["rpa_é", "rpa_ключ", "rpa_one\nrpa_two", "rpa_xy zz", "rpa_\x00"[:-1] + "\x07"])
@@ -209,7 +209,7 @@ def test_an_api_key_that_no_header_can_carry_is_one_clear_line(
 ) -> None:
     monkeypatch.setenv("RUNNER_STATE", str(tmp_path))
     monkeypatch.setenv("RUNPOD_API_KEY", key)
-    for call in (Api, lambda: ssh_keys.pair("run-1")):
+    for call in (Api, lambda: ssh_keys.key_pair("run-1")):
         with pytest.raises(RequestError) as caught:
             call()
         (problem,) = caught.value.problems

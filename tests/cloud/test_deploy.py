@@ -11,7 +11,7 @@ import pytest
 
 from runner.cloud.runpod import serverless
 from runner.cloud.runpod import serverless as deploying
-from runner.cloud.runpod.provider import RunPod
+from runner.cloud.runpod.runpod_provider import RunPod
 from runner.cloud.runpod.serverless import DeployOptions, Source
 from runner.errors import CannotRunError, RunnerError
 from runner.rundir.directory import RunDir
@@ -55,7 +55,7 @@ def test_a_lost_answer_is_looked_up_and_a_refusal_leaves_no_template(run: RunDir
 
     def lost(name: str) -> Callable[[], str]:
         def make() -> str:
-            from runner.cloud.errors import UnclearError
+            from runner.cloud.provider_errors import UnclearError
 
             calls.append(name)
             RunPod().create_template({"name": name, "image": "x/y", "serverless": True})
@@ -99,7 +99,7 @@ def test_what_a_worker_cannot_reach_is_refused_before_anything_is_made(run: RunD
 
 def test_a_whole_model_on_a_volume_is_named_by_its_path() -> None:
     model: Any = spec_of("model=mistral7b", "method=full", "hw=h100x3").model
-    env = serverless.variables(model, Source("/runpod-volume/runs/x/model", "vol"), "x", 4096, None)
+    env = serverless.worker_variables(model, Source("/runpod-volume/runs/x/model", "vol"), "x", 4096, None)
     assert env == {
         "MAX_MODEL_LEN": "4096", "OPENAI_SERVED_MODEL_NAME_OVERRIDE": "x", "MODEL_NAME": "/runpod-volume/runs/x/model",
     }  # fmt: skip

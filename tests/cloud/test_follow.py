@@ -12,7 +12,7 @@ import pytest
 
 from runner.cloud.agent import agent, tail
 from runner.cloud.follow import Follower, News, PodGoneError
-from runner.cloud.transfer import RemoteRun
+from runner.cloud.transfer import PodRunFolder
 from runner.errors import Problem
 from runner.rundir.directory import RunDir
 from tests.support.emulated import needs_sshd
@@ -49,7 +49,7 @@ class Pod:
 
     def begin(self) -> None:
         follower = Follower(
-            RemoteRun(self.link, str(self.folder.parent.parent), "run-f"), self.run, self.find, self.prepare
+            PodRunFolder(self.link, str(self.folder.parent.parent), "run-f"), self.run, self.find, self.prepare
         )
 
         def listen() -> None:
@@ -106,7 +106,7 @@ def test_lines_arrive_as_they_are_written(pod: Pod) -> None:
     until(pod.same("logs/worker.log"))
     pod.add("metrics.jsonl", 'ss": 0.1}\n')
     pod.add("logs/worker.log", "ne\n")
-    agent.write(pod.folder / "agent-status.json", {"state": "training"})
+    agent.write_json(pod.folder / "agent-status.json", {"state": "training"})
     until(lambda: pod.kinds("agent"))
     assert [step["step"] for step in pod.kinds("step")] == [1, 2, 3]
     assert pod.kinds("words") == ["Loading …", "half a line"]

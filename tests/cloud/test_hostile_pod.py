@@ -15,9 +15,9 @@ import pytest
 
 from runner.cloud import download, payload
 from runner.cloud.agent import tail
-from runner.cloud.follow import Follower, shown
+from runner.cloud.follow import Follower, without_control_sequences
 from runner.cloud.ssh import RunnerError
-from runner.cloud.transfer import RemoteRun
+from runner.cloud.transfer import PodRunFolder
 from runner.errors import RequestError
 from runner.hub.upload import S3, push_model
 from runner.rundir import checkpoints, plain_files
@@ -42,7 +42,7 @@ class Pod:
         (self.folder / "model" / "config.json").write_text("{}")
         (self.folder / "agent.py").write_text("")
         self.run.write("spec.json", self.spec.model_dump(mode="json"))
-        self.at, self.told = RemoteRun(there.connection(), str(root / "workspace"), "run-h"), list[str]()
+        self.at, self.told = PodRunFolder(there.connection(), str(root / "workspace"), "run-h"), list[str]()
         self.before = self.run.spec_file.read_bytes()
 
     def bring(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def test_words_of_a_pod_do_not_command_the_terminal(pod: Pod) -> None:
     words = "\x1b]52;c;ZXZpbA==\x07\x1b[31mred\x1b[0m\ttab\x1b[2J\x9b2J\r\n".encode()
     line = {"file": "logs/worker.log", "at": 0, "data": base64.b64encode(words).decode()}
     (news,) = follower._take(json.dumps(line).encode())
-    assert news.value == "red\ttab2J" and shown("grün 你好") == "grün 你好"
+    assert news.value == "red\ttab2J" and without_control_sequences("grün 你好") == "grün 你好"
 
 
 @needs_sshd
@@ -190,7 +190,7 @@ def test_files_that_are_ours_are_not_overwritten_even_by_an_rsync_that_cheats(po
                      f'{pod.folder}/;; esac\nexec sh -c "$SSH_ORIGINAL_COMMAND"\n')  # fmt: skip
     cheat.chmod(0o755)
     with server(tmp_path / "cheating", str(cheat)) as there:
-        at = RemoteRun(there.connection(), pod.at.workspace, "run-h")
+        at = PodRunFolder(there.connection(), pod.at.workspace, "run-h")
         with pytest.raises(RunnerError):
             download.download_run(at, pod.run, pod.spec, pod.told.append)
         at.connection.close()

@@ -22,19 +22,19 @@ import pytest
 from rich.console import Console
 
 from runner.cloud import executor, fleet, termination, transfer
-from runner.cloud import lifecycle as renting
-from runner.cloud.attach import _listen
+from runner.cloud import rent_pod as renting
 from runner.cloud.budget import spent
 from runner.cloud.clock import ProviderClock, now
-from runner.cloud.errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
 from runner.cloud.follow import Display
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Entry, Ledger, LedgerError, owner
-from runner.cloud.lifecycle import acquire
 from runner.cloud.provider import Pod
+from runner.cloud.provider_errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
 from runner.cloud.reconcile import UNKNOWN_S, _armed, reconcile
+from runner.cloud.remote_run import _listen
+from runner.cloud.rent_pod import acquire
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.provider import RunPod
+from runner.cloud.runpod.runpod_provider import RunPod
 from runner.cloud.session import Session
 from runner.cloud.ssh import LostError
 from runner.cloud.ssh_keys import KeyPair
@@ -291,7 +291,7 @@ def test_a_listing_after_a_launcher_was_killed_leaves_its_training_alone_as_its_
     long_since(rented)
     for _ in range(2):
         assert reconcile(RunPod(), Ledger()) == [] and list(emulator.pods()) == [rented.pod.id]
-        assert fleet.owned_by_none(RunPod(), Ledger()) == []
+        assert fleet.unowned_pods(RunPod(), Ledger()) == []
     entry = Ledger().entry(rented.name)
     assert entry is not None and entry.pid is None and entry.updated > now() - 60
     rented.ledger.set(rented.name, updated=now() - 3 * 3600)  # and was not attached to for another three
@@ -346,7 +346,7 @@ def test_a_pod_past_its_deadline_is_stopped_where_its_disk_may_have_the_only_res
     if disk:
         assert f"fetch {rented.run_id}" in note and states(rented.name)[-1] == "STOPPED"
         assert [pod.status for pod in emulator.pods().values()] == ["EXITED"]
-        assert reconcile(RunPod(), Ledger()) == [] and fleet.owned_by_none(RunPod(), Ledger()) == []
+        assert reconcile(RunPod(), Ledger()) == [] and fleet.unowned_pods(RunPod(), Ledger()) == []
         assert fleet.terminate(RunPod(), Ledger(), rented.run_id) == [rented.pod.id]
     assert emulator.pods() == {}
 
@@ -443,7 +443,7 @@ def test_a_disk_here_that_takes_nothing_ends_a_pod_only_before_it_trains(
     rented, full = rent(), OSError(errno.ENOSPC, "No space left on device")
     session = session_of(rented, tmp_path, monkeypatch)
     if where == "before":
-        monkeypatch.setattr(transfer, "send", raising(full))
+        monkeypatch.setattr(transfer, "send_run", raising(full))
     elif where == "pod.json":
         monkeypatch.setattr(RunDir, "write", raising(full))
     elif where == "following":
@@ -546,9 +546,9 @@ def test_ctrl_c_while_waiting_gives_the_pod_back(
 LAUNCHER = """
 import os, signal, sys
 from pathlib import Path
-from runner.cloud import ledger, lifecycle as pod, readiness as waiting
+from runner.cloud import ledger, rent_pod as pod, readiness as waiting
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.provider import RunPod
+from runner.cloud.runpod.runpod_provider import RunPod
 from tests.support.rented import PLAN, Key, rented_spec, run_of
 die, folder = sys.argv[1], Path(sys.argv[2])
 waiting.says_hello = lambda host, port: True

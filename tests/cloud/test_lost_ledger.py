@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from runner.cloud import ledger as ledgers
-from runner.cloud.errors import StillThereError
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger, LedgerError
-from runner.cloud.lifecycle import acquire
+from runner.cloud.provider_errors import StillThereError
 from runner.cloud.reconcile import reconcile
-from runner.cloud.runpod.provider import RunPod
+from runner.cloud.rent_pod import acquire
+from runner.cloud.runpod.runpod_provider import RunPod
 from runner.emulator.container import namespaces
 from tests.conftest import ROOT
 from tests.support.emulated import Emulator, emulator

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from runner.cloud.budget import Meter, deadline_of, stopped_usd_per_day
-from runner.cloud.lifecycle import find_offers
-from runner.cloud.runpod import templates
-from runner.cloud.runpod.catalog import image_of, stand_ins
-from runner.cloud.runpod.offers import candidates, cpu_candidates, runpod
-from runner.cloud.runpod.provider import RunPod
-from runner.cloud.runpod.types import CpuType, GpuType, Volume
+from runner.cloud.rent_pod import find_offers
+from runner.cloud.runpod import offers
+from runner.cloud.runpod.catalog import gpus_by_model_size, image_of
+from runner.cloud.runpod.json_types import CpuType, GpuType, Volume
+from runner.cloud.runpod.offers import candidates, cpu_candidates, runpod_place
+from runner.cloud.runpod.runpod_provider import RunPod
 from runner.cloud.runpod.volumes import usd_per_month
 from runner.config.pod_packages import runpod_table
 from runner.errors import RunnerError
@@ -48,7 +48,7 @@ def test_the_hardware_that_was_planned_for_comes_first_then_the_lists_of_the_see
     assert names() == [RTX4090, A6000]  # without a cap, none that costs over half more than was agreed to
     thirteen = ("model=llama2_13b", "hw=a100", "where.max_usd=20")
     assert names(*thirteen) == [A100_SXM, A100]  # an A6000 has less memory than the plan counts on
-    assert stand_ins(70_000_000_000) == ["NVIDIA H100 PCIe", H100, "NVIDIA H100 NVL"]
+    assert gpus_by_model_size(70_000_000_000) == ["NVIDIA H100 PCIe", H100, "NVIDIA H100 NVL"]
 
 
 def test_named_gpus_are_taken_as_they_are_and_data_centres_in_their_order() -> None:
@@ -154,7 +154,7 @@ def test_a_country_that_cannot_be_is_refused_before_renting(
 
 
 def test_a_template_is_named_by_id_or_name(emulator: Emulator) -> None:
-    assert templates.find_template(RunPod(), "RunPod PyTorch 2.8.0") == "runpod-torch-v280"
+    assert offers.find_template(RunPod(), "RunPod PyTorch 2.8.0") == "runpod-torch-v280"
     find_offers(RunPod(), rented_spec("where.template=runpod-torch-v280"), PLAN)
     for word, says in (("runpod-vllm", "for serverless workers"), ("runpod pytorch 2.9", "did you mean runpod-torch")):
         with pytest.raises(RunnerError) as error:
@@ -177,12 +177,12 @@ def test_without_ssh_nothing_is_asked(monkeypatch: pytest.MonkeyPatch, emulator:
 
 
 def test_nothing_is_left_open_in_a_resolved_run() -> None:
-    place = runpod(rented_spec())
+    place = runpod_place(rented_spec())
     assert isinstance(place.volume_gb, int) and place.volume_gb > 30
     assert place.container_disk_gb == 20 and isinstance(place.deadline_hours, float)
-    assert runpod(rented_spec("where.max_hours=2")).deadline_hours == 2.0
-    assert runpod(rented_spec("where.max_hours=1e300")).deadline_hours == 8784.0
-    assert runpod(rented_spec("where.volume_gb=77", "where.deadline_hours=9")).volume_gb == 77
+    assert runpod_place(rented_spec("where.max_hours=2")).deadline_hours == 2.0
+    assert runpod_place(rented_spec("where.max_hours=1e300")).deadline_hours == 8784.0
+    assert runpod_place(rented_spec("where.volume_gb=77", "where.deadline_hours=9")).volume_gb == 77
     away = spec_of("where=auto", "model=mistral7b", "method=full").where
     assert isinstance(away, RunPodPlace) and away.volume_gb != "auto"
 
@@ -206,17 +206,17 @@ def test_places_that_cannot_be(words: list[str], says: str) -> None:
 
 
 def test_images_by_name() -> None:
-    assert image_of(runpod(rented_spec("where.image=axolotl"))).startswith("axolotlai/")
-    assert image_of(runpod(rented_spec("where.image=my/own:1"))) == "my/own:1"
-    assert image_of(runpod(rented_spec())) == image_of(runpod(rented_spec("where.image=pytorch")))
-    assert image_of(runpod(rented_spec())) == runpod_table("images")["pytorch"]["image"]
+    assert image_of(runpod_place(rented_spec("where.image=axolotl"))).startswith("axolotlai/")
+    assert image_of(runpod_place(rented_spec("where.image=my/own:1"))) == "my/own:1"
+    assert image_of(runpod_place(rented_spec())) == image_of(runpod_place(rented_spec("where.image=pytorch")))
+    assert image_of(runpod_place(rented_spec())) == runpod_table("images")["pytorch"]["image"]
 
 
 # ── money ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_pod_ends_at_its_deadline_or_its_cap_whichever_comes_first() -> None:
-    place = runpod(rented_spec("where.deadline_hours=3", "where.max_usd=2"))
+    place = runpod_place(rented_spec("where.deadline_hours=3", "where.max_usd=2"))
     assert deadline_of(place, Meter(1.0, 1000.0, cap_usd=2.0)) == 1000.0 + 2 * 3600
     assert deadline_of(place, Meter(0.1, 1000.0, cap_usd=2.0)) == 1000.0 + 3 * 3600
     assert deadline_of(place, Meter(1.0, 1000.0, cap_usd=2.0, before_usd=1.5)) == 1000.0 + 1800

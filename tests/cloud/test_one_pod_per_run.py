@@ -11,14 +11,14 @@ import pytest
 
 from runner.cloud.agent import agent
 from runner.cloud.budget import spent
-from runner.cloud.errors import NoCapacityError, StillThereError
-from runner.cloud.fleet import refuse_second
+from runner.cloud.fleet import refuse_second_pod
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import HeldError, Ledger
-from runner.cloud.lifecycle import acquire
 from runner.cloud.provider import PodRequest
+from runner.cloud.provider_errors import NoCapacityError, StillThereError
+from runner.cloud.rent_pod import acquire
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.provider import RunPod
+from runner.cloud.runpod.runpod_provider import RunPod
 from runner.errors import RequestError
 from runner.rundir.directory import RunDir
 from tests.cloud.test_agent import Pod, pod
@@ -69,7 +69,7 @@ def test_a_run_that_trains_in_a_pod_without_a_launcher_is_attached_to_and_not_re
 ) -> None:
     rented = left(run, state)
     with pytest.raises(RequestError, match=f"is in pod {rented.pod.id}") as error:
-        refuse_second(run.id, "runpod" if rents else None)
+        refuse_second_pod(run.id, "runpod" if rents else None)
     assert f"python -m runner attach {run.id}" in str(error.value.problems[0].remedy)
     assert list(emulator.pods()) == [rented.pod.id]
 
@@ -80,22 +80,22 @@ def test_also_where_the_ledger_is_lost_or_another_machine_has_rented_it(
     rented = left(run)
     (state / "ledger.db").unlink()
     with pytest.raises(RequestError, match=f"is in pod {rented.pod.id}"):
-        refuse_second(run.id, "runpod")
+        refuse_second_pod(run.id, "runpod")
 
 
 def test_a_pod_that_is_gone_or_half_made_is_no_obstacle(emulator: Emulator, run: RunDir) -> None:
     left(run, "SYNCED")
-    assert "is ended" in "".join(refuse_second(run.id, "runpod")) and emulator.pods() == {}
+    assert "is ended" in "".join(refuse_second_pod(run.id, "runpod")) and emulator.pods() == {}
     rented = left(run)
     RunPod().terminate(rented.pod.id)
-    assert "is gone" in "".join(refuse_second(run.id, "runpod"))
+    assert "is gone" in "".join(refuse_second_pod(run.id, "runpod"))
     assert Ledger().entries() == []
 
 
 def test_another_runs_pod_is_none_of_its_business(emulator: Emulator, run: RunDir, tmp_path: Path) -> None:
     left(run_of(rented_spec(), tmp_path / "runs"))
     RunPod().create_pod(PodRequest("somebody-else", IMAGE, "secure", gpu_id="NVIDIA L4"))
-    assert refuse_second(run.id, "runpod") == []
+    assert refuse_second_pod(run.id, "runpod") == []
 
 
 def test_two_that_resume_at_once_rent_one_pod(emulator: Emulator, run: RunDir) -> None:
@@ -110,7 +110,7 @@ def test_two_that_resume_at_once_rent_one_pod(emulator: Emulator, run: RunDir) -
     rented.mark("RUNNING")
     rented.ledger.leave(rented.name)
     with pytest.raises(RequestError, match="is in pod"):
-        refuse_second(run.id, "runpod")
+        refuse_second_pod(run.id, "runpod")
     assert list(emulator.pods()) == [rented.pod.id] and creates(emulator) == 1
 
 
@@ -123,7 +123,7 @@ def test_a_kept_pod_is_used_again(emulator: Emulator, run: RunDir) -> None:
     Ledger().set(first.name, created=time.time() - 3600, updated=time.time() - 1800)  # an hour ago, for half an hour
     cost = spent(Ledger(), run.id)
     assert cost == pytest.approx(0.37, abs=0.02)  # stopped, it costs no GPU
-    assert refuse_second(run.id, "runpod") == [] == refuse_second(run.id, None)
+    assert refuse_second_pod(run.id, "runpod") == [] == refuse_second_pod(run.id, None)
     said: list[str] = [""]
     again = rent(run, said=said)
     assert again.pod.id == first.pod.id and creates(emulator) == 1 and again.pod.status == "RUNNING"
@@ -185,9 +185,9 @@ def test_a_kept_pod_that_is_gone_is_replaced(emulator: Emulator, run: RunDir) ->
 def test_what_a_stopped_pod_alone_has_is_fetched_before_the_run_goes_on_here(emulator: Emulator, run: RunDir) -> None:
     rented = left(run)
     RunPod().stop(rented.pod.id)
-    assert "runner fetch" in "".join(refuse_second(run.id, "runpod"))  # a note: the pod itself is used
+    assert "runner fetch" in "".join(refuse_second_pod(run.id, "runpod"))  # a note: the pod itself is used
     with pytest.raises(RequestError, match="has stopped itself") as error:
-        refuse_second(run.id, None)
+        refuse_second_pod(run.id, None)
     assert f"python -m runner fetch {run.id}" in str(error.value.problems[0].remedy)
 
 
@@ -229,4 +229,4 @@ def test_a_fresh_order_does_not_disturb_what_is_at_work(pod: Pod) -> None:
     status = pod.start()
     time.sleep(1)
     assert status["state"] == "training" == pod.state() and pod.log("worker.log").count("begun") == 1
-    assert agent.read(pod.folder / "agent.json")["id"] == pod.status()["order"]
+    assert agent.read_json(pod.folder / "agent.json")["id"] == pod.status()["order"]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.cloud import lifecycle, ssh_keys
-from runner.cloud.runpod import start_command
+from runner.cloud import rent_pod, ssh_keys
+from runner.cloud.runpod import runpod_provider
 from runner.cloud.ssh import connection_to
 from tests.support.emulated import Emulator, emulator, needs_sshd
 from tests.support.rented import PLAN, rented_spec, run_of, state
@@ -22,8 +22,8 @@ PLAIN = "where.image=pytorch/pytorch:2.8.0-cuda12.8-cudnn9-runtime"
 def test_an_image_without_an_ssh_server_is_reached_all_the_same(emulator: Emulator, tmp_path: Path) -> None:
     spec = rented_spec(PLAIN, "where.setup_minutes=1")
     run = run_of(spec, tmp_path)
-    pair = ssh_keys.pair(run.id)
-    rented = lifecycle.acquire(run, spec, PLAN, pair, print, alone_minutes=5)
+    pair = ssh_keys.key_pair(run.id)
+    rented = rent_pod.acquire(run, spec, PLAN, pair, print, alone_minutes=5)
     try:
         at = rented.pod
         with_key = connection_to(at, pair.private)
@@ -39,6 +39,6 @@ def test_an_image_without_an_ssh_server_is_reached_all_the_same(emulator: Emulat
 
 
 def test_without_a_key_no_server_is_started() -> None:
-    assert start_command.MAIN.index('[ -n "${PUBLIC_KEY:-}" ] || exec sleep infinity') < start_command.MAIN.index(
+    assert runpod_provider.MAIN.index('[ -n "${PUBLIC_KEY:-}" ] || exec sleep infinity') < runpod_provider.MAIN.index(
         "sshd -t"
     )

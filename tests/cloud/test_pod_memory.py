@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from runner.cloud.transfer import check_memory
-from runner.config import catalog
+from runner.config import conf_files
 from runner.errors import CannotRunError
 from runner.machine import detect
 from runner.resolve.plan_inputs import plan
@@ -51,6 +51,6 @@ def test_a_pod_that_does_not_say_is_believed() -> None:
 @pytest.mark.usefixtures("laptop")
 @pytest.mark.parametrize("name", ["a100_40gb", "a100pcie", "h100pcie", "h100nvl"])
 def test_more_hardware_plans(name: str) -> None:
-    assert name in catalog.options("hw")
+    assert name in conf_files.options("hw")
     result = runner("plan", "model=mistral7b", "method=qlora4", f"hw={name}")
     assert result.exit_code == 0, result.output

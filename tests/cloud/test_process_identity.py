@@ -101,10 +101,10 @@ def test_on_a_network_file_system_the_owner_of_another_machine_is_never_taken_fo
     held: Held, facts: list[str], dead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its locks may be its own affair there."""
-    if dead and not process_identity.machine():
+    if dead and not process_identity.machine_id():
         pytest.skip("this machine has no machine-id")
     process = held([], facts)
-    monkeypatch.setattr(process_identity, "on_network", lambda file: True)
+    monkeypatch.setattr(process_identity, "is_on_network", lambda file: True)
     monkeypatch.setattr(process_identity, "_is_held", lambda file: False)  # `nolock`
     entry = Ledger().entry("runner-a-1")
     assert entry is not None and entry.owned == (not dead)
@@ -125,7 +125,7 @@ def test_the_hostname_alone_as_an_earlier_version_wrote_it(state: Path) -> None:
     ledger = Ledger()
     ledger.plan("runner-a-1", run_id="a", **FACTS)
     for host, started, owned in (
-        (socket.gethostname(), process_identity.started(os.getpid()), True), (socket.gethostname(), 1.0, False),
+        (socket.gethostname(), process_identity.start_ticks(os.getpid()), True), (socket.gethostname(), 1.0, False),
         ("elsewhere", 1.0, True),
     ):  # fmt: skip
         ledger.set("runner-a-1", host=host, pid_started=started)
@@ -142,4 +142,4 @@ def test_without_room_for_a_lock_a_process_still_holds_its_pod(state: Path) -> N
 
 
 def test_where_a_file_lies(tmp_path: Path) -> None:
-    assert not process_identity.on_network(tmp_path / "x" / "y")
+    assert not process_identity.is_on_network(tmp_path / "x" / "y")

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from runner.cloud import attach, fleet, lifecycle, ssh_keys
-from runner.cloud.errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
+from runner.cloud import fleet, remote_run, rent_pod, ssh_keys
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger, LedgerError
 from runner.cloud.provider import OVER
+from runner.cloud.provider_errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
 from runner.cloud.providers import PRICES, PROVIDERS, cloud_of, connect, name_of, provider_class, provider_of
 from runner.cloud.reconcile import UNKNOWN_S, reconcile
 from runner.resolve.price import hardware, price_of
@@ -67,7 +67,7 @@ Rent = Callable[..., Lease]
 def rent(tmp_path: Path) -> Rent:
     def rented(*words: str, run: RunDir | None = None) -> Lease:
         run = run or run_of(rented_spec(), tmp_path / "runs")
-        return lifecycle.acquire(run, spec_there(*words), PLAN, KEY, print, alone_minutes=20)
+        return rent_pod.acquire(run, spec_there(*words), PLAN, KEY, print, alone_minutes=20)
 
     return rented
 
@@ -89,7 +89,7 @@ def test_the_place_names_the_provider(cloud: MemoryCloud) -> None:
 
 def test_its_key_opens_the_pods_of_its_runs(cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RUNPOD_API_KEY", raising=False)
-    assert ssh_keys.pair("run-1", "memory").public.startswith("ssh-ed25519 ")
+    assert ssh_keys.key_pair("run-1", "memory").public.startswith("ssh-ed25519 ")
 
 
 def test_nothing_outside_asks_for_runpod_where_it_means_a_rented_machine() -> None:
@@ -109,7 +109,7 @@ def test_from_planned_to_gone(cloud: MemoryCloud, rent: Rent) -> None:
     rented = rent()
     assert cloud.alive() == [rented.pod.id] and rented.usd_per_hour == USD and rented.pod.gpu_id == "CLOUD A"
     rented.mark("RUNNING")
-    (row,) = fleet.rows(connect("memory"), Ledger())
+    (row,) = fleet.pod_rows(connect("memory"), Ledger())
     assert (row.pod_id, row.state, row.page) == (rented.pod.id, "RUNNING", f"https://cloud.example/pods/{row.pod_id}")
     rented.release()
     rented.release()  # again is no error
@@ -232,12 +232,12 @@ def test_after_a_launcher_was_killed_the_next_command_ends_its_pod(
 
     with monkeypatch.context() as context:
         context.setattr(Ledger, "move", moved)
-        context.setattr("runner.cloud.termination.end", lambda *_: None)
-        context.setattr("runner.cloud.lifecycle.wait_for_name", lambda *_: [])
+        context.setattr("runner.cloud.termination.terminate", lambda *_: None)
+        context.setattr("runner.cloud.rent_pod.wait_for_name", lambda *_: [])
         if die == "PLANNED":
-            context.setattr(lifecycle._Order, "_afford", lambda *_: _raise(Killed()))
+            context.setattr(rent_pod._Order, "_afford", lambda *_: _raise(Killed()))
         if die == "CREATING":
-            context.setattr(lifecycle._Order, "_create", _killed_in_create(Killed()))
+            context.setattr(rent_pod._Order, "_create", _killed_in_create(Killed()))
         with pytest.raises(Killed):
             rent()
     assert len(cloud.alive()) == (die != "PLANNED")
@@ -251,7 +251,7 @@ def _raise(error: BaseException) -> None:
 
 
 def _killed_in_create(error: BaseException) -> Callable[..., None]:
-    def create(order: lifecycle._Order, wanted: lifecycle.PodRequest) -> None:
+    def create(order: rent_pod._Order, wanted: rent_pod.PodRequest) -> None:
         order.ledger.move(wanted.name, "CREATING", "asking")
         order.api.create_pod(wanted)
         raise error
@@ -309,7 +309,7 @@ def test_a_ledger_that_cannot_be_written_while_renting_leaves_no_pod(
 def test_ctrl_c_while_waiting_gives_the_pod_back(
     cloud: MemoryCloud, rent: Rent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lifecycle, "wait_until_ready", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(rent_pod, "wait_until_ready", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         rent()
     assert cloud.alive() == [] and Ledger().entries() == []
@@ -353,7 +353,7 @@ def test_verbs_that_name_a_run_find_its_cloud(only_here: MemoryCloud, rent: Rent
     assert (status["pod_id"], status["pod"]) == (rented.pod.id, "EXITED")
     told = runner("logs", rented.run_id)
     assert told.exit_code == 2 and f"pod {rented.pod.id} is EXITED" in " ".join(told.stderr.split()), told.output
-    found = attach._adopt(rented.run_id, Path("runs") / rented.run_id)
+    found = remote_run._adopt(rented.run_id, Path("runs") / rented.run_id)
     assert name_of(found.api) == "memory" and found.pod.id == rented.pod.id
     found.ledger.leave(found.name)
     ended = runner("pods", "terminate", rented.run_id, "--json")

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from runner.cloud import executor, readiness
-from runner.cloud.errors import NoBalanceError, NoImageError, PullLimitError
-from runner.cloud.lifecycle import acquire
-from runner.report.known_causes import cause_of
+from runner.cloud.provider_errors import NoBalanceError, NoImageError, PullLimitError
+from runner.cloud.rent_pod import acquire
+from runner.report.failure_causes import cause_of
 from runner.rundir.directory import RunDir
 from runner.rundir.launch_options import LaunchOptions
 from tests.support.emulated import Emulator, emulator

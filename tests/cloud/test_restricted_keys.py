@@ -9,7 +9,7 @@ import pytest
 
 from runner.cloud.ledger import Ledger
 from runner.cloud.provider import PodRequest
-from runner.cloud.runpod.provider import RunPod
+from runner.cloud.runpod.runpod_provider import RunPod
 from runner.machine import detect
 from tests.support.emulated import IMAGE, Emulator, emulator
 from tests.support.front import LAPTOP, here, laptop, runner

@@ -10,10 +10,10 @@ import pytest
 from runner.cli.options import request_of
 from runner.cloud import reuse_pod
 from runner.cloud.ledger import NOBODY, Ledger
-from runner.cloud.lifecycle import acquire
 from runner.cloud.provider import PodRequest
 from runner.cloud.reconcile import reconcile
-from runner.cloud.runpod.provider import RunPod
+from runner.cloud.rent_pod import acquire
+from runner.cloud.runpod.runpod_provider import RunPod
 from runner.errors import RequestError
 from runner.resolve.steps import resolved
 from runner.rundir.directory import RunDir
@@ -39,7 +39,7 @@ def stopped(run: RunDir, status: str) -> str:
     return rented.pod.id
 
 
-def found(*words: str) -> reuse_pod.Found:
+def found(*words: str) -> reuse_pod.ReusablePod:
     return reuse_pod.find_named(RunPod(), Ledger(), rented_spec(*WORDS, *words))
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from runner.cloud.agent import agent
-from runner.cloud.runpod import start_command
-from runner.rundir.directory import alive
+from runner.cloud.runpod import runpod_provider
+from runner.rundir.directory import is_alive
 from tests.cloud.test_agent import AGENT, KEY, Api, Pod
 from tests.support.processes import until
 
@@ -39,7 +39,7 @@ def runs(tmp_path: Path, api: Api) -> Iterator[tuple[Pod, Pod]]:
 def hand_on(first: Pod, second: Pod) -> None:
     """What the launcher does: the order of the next run, and the word."""
     second.order()
-    agent.write(first.folder / "successor.json", {"run_id": second.run_id})
+    agent.write_json(first.folder / "successor.json", {"run_id": second.run_id})
 
 
 def done(run: Pod) -> dict[str, object]:
@@ -74,7 +74,7 @@ def test_start_answers_for_the_run_that_has_the_pod(runs: tuple[Pod, Pod]) -> No
     before = done(first)
     hand_on(first, second)
     answer = first.start()  # as the launcher asks it
-    order = agent.read(second.folder / "agent.json")["id"]
+    order = agent.read_json(second.folder / "agent.json")["id"]
     assert (answer["order"], answer["agent"], answer["state"]) == (order, before["agent"], "armed")
 
 
@@ -100,7 +100,7 @@ def test_an_order_that_is_not_for_this_pod_is_not_followed(
     first, second = runs
     done(first)
     second.order(**changes)
-    agent.write(first.folder / "successor.json", {"run_id": second.run_id})
+    agent.write_json(first.folder / "successor.json", {"run_id": second.run_id})
     time.sleep(1.2)
     assert second.state() is None and not api.ended()
     first.order(deadline=time.time() + 1, uncollected="terminate")
@@ -139,7 +139,7 @@ def test_after_a_restart_of_the_container_the_last_run_has_its_agent_again(runs:
     first.start()
     until(lambda: second.log("worker.log").count("begun") == 2)
     own = second.status()["agent"]
-    assert alive(own) and own != first.status()["agent"]
+    assert is_alive(own) and own != first.status()["agent"]
     assert second.status()["starts"] == 2 and first.log("worker.log").count("done it") == 1
     assert first.start()["agent"] == own
 
@@ -151,7 +151,7 @@ def test_the_start_command_leaves_a_pod_alone_that_was_handed_on(runs: tuple[Pod
     first.order()
     env = {"RUNPOD_POD_ID": first.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": first.api.url}
     main = subprocess.Popen(
-        start_command.arguments(first.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
+        runpod_provider.start_arguments(first.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
         env={**os.environ, **env, "RUNNER_WORKSPACE": str(tmp_path / "workspace")},
     )  # fmt: skip
     try:
@@ -162,10 +162,10 @@ def test_the_start_command_leaves_a_pod_alone_that_was_handed_on(runs: tuple[Pod
         until(lambda: second.state() == "armed")
         pid = second.status()["agent"]
         time.sleep(6)  # longer than it waits between two looks
-        assert alive(pid) and second.status()["agent"] == pid
+        assert is_alive(pid) and second.status()["agent"] == pid
         assert "at work already" not in first.log("agent.log")
         second.kill()
-        until(lambda: alive(second.status()["agent"]), 30)
+        until(lambda: is_alive(second.status()["agent"]), 30)
         assert second.state() == "armed"
     finally:
         os.killpg(main.pid, signal.SIGKILL)
@@ -200,7 +200,7 @@ def test_the_next_runs_key_opens_the_pod(runs: tuple[Pod, Pod], tmp_path: Path) 
     first.task("pass")
     until(lambda: first.state() == "done")
     second.order(public_key="ssh-ed25519 BBBB second")
-    agent.write(first.folder / "successor.json", {"run_id": second.run_id})
+    agent.write_json(first.folder / "successor.json", {"run_id": second.run_id})
     until(lambda: second.state() == "armed")
     assert keys.read_text() == "ssh-ed25519 AAAA first\nssh-ed25519 BBBB second\n"
     keys.write_text("ssh-ed25519 AAAA first\n")  # a container that was made anew
@@ -219,6 +219,6 @@ def test_the_next_runs_training_does_not_hold_the_locks(runs: tuple[Pod, Pod]) -
     second.task(LONG)
     until(lambda: "begun" in second.log("worker.log"))
     os.kill(second.status()["agent"], signal.SIGKILL)
-    until(lambda: not alive(second.status()["agent"]))
+    until(lambda: not is_alive(second.status()["agent"]))
     first.start()
-    until(lambda: alive(second.status()["agent"]))
+    until(lambda: is_alive(second.status()["agent"]))

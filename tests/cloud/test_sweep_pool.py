@@ -15,7 +15,7 @@ import pytest
 
 from runner.cloud.ledger import Entry, Ledger
 from runner.rundir import checkpoints
-from runner.rundir.directory import RunDir, alive, all_runs
+from runner.rundir.directory import RunDir, all_runs, is_alive
 from tests.cloud.test_runpod_run import GPU, Typed, adapter_loads, ended, workers
 from tests.conftest import ROOT
 from tests.support.emulated import Emulator, emulator, needs_sshd
@@ -173,7 +173,7 @@ def test_processes_of_a_sweep_that_is_killed_end_with_it_and_their_pods_are_nobo
     assert len(owners) == 2 and process.pid not in owners
     process.kill()
     process.wait()
-    until(lambda: not any(map(alive, owners)), 5)
+    until(lambda: not any(map(is_alive, owners)), 5)
     assert len(typed.emulator.pods()) == 2  # their agents listen for a launcher
     assert (
         len(json.loads(ended(typed.verb("pods", "reap", "--all", "--yes", "--json"))[1].partition("pod ")[0])["ended"])

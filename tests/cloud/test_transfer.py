@@ -15,8 +15,8 @@ import pytest
 
 from runner.cloud import payload, transfer
 from runner.cloud.agent import agent, install
-from runner.cloud.agent.install import Found, decide
-from runner.cloud.transfer import RemoteRun
+from runner.cloud.agent.install import FoundPython, choose_python
+from runner.cloud.transfer import PodRunFolder
 from runner.config import credentials
 from runner.data import prepared_index
 from runner.data.readers.sources import files_of
@@ -48,7 +48,7 @@ def test_parcels_are_named_by_their_content(tmp_path: Path) -> None:
     a_file(tmp_path / "b", rows=5)
     (third,) = payload.payload_items(same)
     assert first.target == second.target != third.target
-    there = payload.rewritten(spec, "/workspace", [first])
+    there = payload.spec_for_pod(spec, "/workspace", [first])
     assert there.data.path == f"/workspace/{first.target}" and there.where == LocalPlace()
     assert there.run.output_dir == "/workspace/runs"
     assert there.train == spec.train and there.hw == spec.hw
@@ -70,8 +70,8 @@ def test_a_relative_file_that_is_not_there_is_said(tmp_path: Path, monkeypatch: 
 )
 def test_what_is_elsewhere_stays_as_it_is(words: tuple[str, ...]) -> None:
     spec = rented_spec("data=file", *words)
-    assert payload.payload_items(spec) == payload.tokens(spec) == []
-    assert payload.rewritten(spec, "/workspace", []).data == spec.data
+    assert payload.payload_items(spec) == payload.prepared_tokens(spec) == []
+    assert payload.spec_for_pod(spec, "/workspace", []).data == spec.data
 
 
 def test_every_kind_of_file_travels_and_is_found_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_every_kind_of_file_travels_and_is_found_there(tmp_path: Path, monkeypat
         ("data.sources.0.path", "a.jsonl"), ("data.sources.1.path", tmp_path.name),
         ("data.chat_template", "my.jinja"), ("objective.rewards.1", "mine.py"),
     ]  # fmt: skip
-    there = payload.rewritten(spec, "/workspace", found)
+    there = payload.spec_for_pod(spec, "/workspace", found)
     one, two = there.data.sources
     assert one.path == f"/workspace/{found[0].target}" and one.weight == 2
     assert two.path == f"/workspace/{found[1].target}/*.jsonl" and found[1].files == ("a.jsonl", "b.jsonl")
@@ -113,7 +113,7 @@ def test_the_wheel_is_the_project_and_the_same_each_time(tmp_path: Path) -> None
     assert "runner/train/__main__.py" in names and "runner/assets/conf/config.yaml" in names
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('hydra', 'omegaconf', 'click')))\n"
-        "import runner.launcher.on_pod, runner.hub.push, runner.paths as p\n"
+        "import runner.launcher.on_pod, runner.hub.upload, runner.paths as p\n"
         "assert p.CONF.is_dir() and p.DEEPSPEED_CONFIGS.is_dir(); print(runner.__file__)"
     )
     said = subprocess.run(
@@ -124,7 +124,7 @@ def test_the_wheel_is_the_project_and_the_same_each_time(tmp_path: Path) -> None
 
 
 def test_what_is_installed_has_no_hydra_and_has_torch() -> None:
-    names = [install.name_of(line) for line in payload.requirements()]
+    names = [install.requirement_name(line) for line in payload.training_requirements()]
     assert "hydra-core" not in names and {"torch", "trl", "pydantic", "rich"} <= set(names)
     assert "pytest" not in names
 
@@ -140,20 +140,20 @@ def test_what_is_installed_has_no_hydra_and_has_torch() -> None:
     ],
 )
 def test_which_python_trains(image: dict[str, str], how: str, says: str) -> None:
-    choice = decide(None, Found("/usr/bin/python3", "3.12", image), NEEDS)
+    choice = choose_python(None, FoundPython("/usr/bin/python3", "3.12", image), NEEDS)
     assert choice.how == how and says in choice.why
 
 
 def test_a_python_that_was_named_is_taken_or_refused() -> None:
-    image = Found("/usr/bin/python3", "3.12", {})
-    assert decide(Found("/mine", "3.11", ALL), image, NEEDS).how == "given"
+    image = FoundPython("/usr/bin/python3", "3.12", {})
+    assert choose_python(FoundPython("/mine", "3.11", ALL), image, NEEDS).how == "given"
     with pytest.raises(ValueError, match=r"/mine lacks torch>=2\.13"):
-        decide(Found("/mine", "3.11", {**ALL, "torch": "2.12.1"}), image, NEEDS)
+        choose_python(FoundPython("/mine", "3.11", {**ALL, "torch": "2.12.1"}), image, NEEDS)
 
 
 def test_around_an_images_torch_nothing_of_it_is_pinned() -> None:
     pins = "torch==2.13.0\ntriton==3.5\nnvidia-nccl-cu12==2.1\nnvidia-ml-py==13.6\ntrl==1.16\n"
-    kept = install.without_torch(pins, "2.14.0").split()
+    kept = install.pins_without_torch(pins, "2.14.0").split()
     assert "trl==1.16" in kept and "torch==2.14.0" in kept and "torch==2.13.0" not in kept and "triton==3.5" not in kept
 
 
@@ -181,17 +181,17 @@ def test_the_wheel_of_flash_attn_is_that_of_python_torch_and_its_build(
     how: str, versions: dict[str, str], python: str, build: str, expected: list[str] | None
 ) -> None:
     order = {"requirements": [*NEEDS, "flash-attn"], "constraints": "torch==2.13.0\n", "flash_attn": FLASH_WHEELS}
-    image, choice = Found("/usr/bin/python3", python, versions), install.Choice(how, "")
+    image, choice = FoundPython("/usr/bin/python3", python, versions), install.PythonChoice(how, "")
     if expected is None:
         with pytest.raises(ValueError, match=f"no wheel of flash-attn is known for Python {python} and torch"):
-            install.flash_attn(order, choice, image, build)
+            install.flash_attn_requirements(order, choice, image, build)
         return
-    assert install.flash_attn(order, choice, image, build) == expected
-    assert install.flash_attn({**order, "requirements": NEEDS}, choice, image, build) == []
+    assert install.flash_attn_requirements(order, choice, image, build) == expected
+    assert install.flash_attn_requirements({**order, "requirements": NEEDS}, choice, image, build) == []
 
 
 def test_flash_attn_that_does_not_load_is_said() -> None:
-    assert "No module named 'flash_attn_2_cuda'" in str(install.unloadable(sys.executable))
+    assert "No module named 'flash_attn_2_cuda'" in str(install.flash_attn_problem(sys.executable))
 
 
 def test_this_python_is_found_out_about(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_this_python_is_found_out_about(tmp_path: Path) -> None:
     assert install.main(tmp_path) == 0
     answer = json.loads((tmp_path / "install.json").read_text())
     assert answer["how"] == "image" and answer["python"] == sys.executable
-    assert install.probe("/usr/bin/false", NEEDS) is None
+    assert install.probe_python("/usr/bin/false", NEEDS) is None
 
 
 def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,9 +233,9 @@ def there(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def remote(there: Server, tmp_path: Path) -> Iterator[RemoteRun]:
+def remote(there: Server, tmp_path: Path) -> Iterator[PodRunFolder]:
     link = there.connection()
-    found = RemoteRun(link, str(tmp_path / "workspace"), "run-1")
+    found = PodRunFolder(link, str(tmp_path / "workspace"), "run-1")
     for name in agent.FOLDERS:
         (tmp_path / "workspace" / name).mkdir(parents=True)
     (tmp_path / "workspace" / "runs" / "run-1" / "logs").mkdir(parents=True)
@@ -244,20 +244,20 @@ def remote(there: Server, tmp_path: Path) -> Iterator[RemoteRun]:
 
 
 @needs_sshd
-def test_an_item_that_is_there_is_not_sent_twice(remote: RemoteRun, tmp_path: Path) -> None:
+def test_an_item_that_is_there_is_not_sent_twice(remote: PodRunFolder, tmp_path: Path) -> None:
     spec = rented_spec(f"data.path={a_file(tmp_path)}", "data=file", "data.format=text")
     run, said = run_of(spec, tmp_path / "here"), []
-    code = transfer.send(remote, run, spec, said.append)
+    code = transfer.send_run(remote, run, spec, said.append)
     assert (Path(code) / "runner" / "train" / "worker.py").is_file()
     there = RunSpec.model_validate(json.loads((Path(remote.folder) / "spec.json").read_text()))
     assert there.data.path is not None and Path(there.data.path).read_text() == a_file(tmp_path).read_text()
     assert "is there already" not in said[0]
-    assert transfer.send(remote, run, spec, said.append) == code
+    assert transfer.send_run(remote, run, spec, said.append) == code
     assert "is there already" in said[1]
 
 
 @needs_sshd
-def test_a_glob_sends_what_fits_and_links_send_what_they_point_to(remote: RemoteRun, tmp_path: Path) -> None:
+def test_a_glob_sends_what_fits_and_links_send_what_they_point_to(remote: PodRunFolder, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     (corpus / "deep").mkdir(parents=True)
     a_file(corpus / "deep", "# a.jsonl", rows=1)
@@ -265,7 +265,7 @@ def test_a_glob_sends_what_fits_and_links_send_what_they_point_to(remote: Remote
     (corpus / "deep" / "b.jsonl").symlink_to(a_file(tmp_path, "elsewhere", rows=2))
     (corpus / "deep" / "c.jsonl").symlink_to(tmp_path / "nowhere")
     spec = rented_spec(f"data.path={corpus}/**/*.jsonl", "data=file", "data.format=text")
-    transfer.send(remote, run_of(spec, tmp_path / "here"), spec, lambda line: None)
+    transfer.send_run(remote, run_of(spec, tmp_path / "here"), spec, lambda line: None)
     there = RunSpec.model_validate(json.loads((Path(remote.folder) / "spec.json").read_text()))
     assert there.data.path is not None
     sent = files_of(there.data.path)
@@ -276,7 +276,7 @@ def test_a_glob_sends_what_fits_and_links_send_what_they_point_to(remote: Remote
 
 @needs_sshd
 @pytest.mark.parametrize("linked", ["the folder", "a folder in it", "the file"])
-def test_through_links_the_pod_sees_what_is_seen_here(linked: str, remote: RemoteRun, tmp_path: Path) -> None:
+def test_through_links_the_pod_sees_what_is_seen_here(linked: str, remote: PodRunFolder, tmp_path: Path) -> None:
     """Also with what an earlier attempt of the same run has left behind."""
     real = tmp_path / "real"
     real.mkdir()
@@ -294,7 +294,7 @@ def test_through_links_the_pod_sees_what_is_seen_here(linked: str, remote: Remot
     left = tmp_path / "workspace" / f"{item.target}.{remote.run_id}.part"
     left.mkdir(parents=True)
     (left / ".a.jsonl.x7Gh").write_text("half a row")
-    transfer.send(remote, run_of(spec, tmp_path / "here"), spec, lambda line: None)
+    transfer.send_run(remote, run_of(spec, tmp_path / "here"), spec, lambda line: None)
     assert not left.exists()
     there = RunSpec.model_validate(json.loads((Path(remote.folder) / "spec.json").read_text()))
     assert there.data.path is not None and Path(there.data.path).name == named.name
@@ -303,7 +303,7 @@ def test_through_links_the_pod_sees_what_is_seen_here(linked: str, remote: Remot
 
 
 @needs_sshd
-def test_what_another_run_has_sent_meanwhile_stays(remote: RemoteRun, tmp_path: Path) -> None:
+def test_what_another_run_has_sent_meanwhile_stays(remote: PodRunFolder, tmp_path: Path) -> None:
     """Two launchers send the same to one volume: the first one's stays, for it may be read already."""
     spec = rented_spec(f"data.path={a_file(tmp_path)}", "data=file", "data.format=text")
     (item,) = payload.payload_items(spec)
@@ -316,13 +316,15 @@ def test_what_another_run_has_sent_meanwhile_stays(remote: RemoteRun, tmp_path: 
             target.write_text("whole, and being read")
 
     object.__setattr__(remote.connection, "put", late)
-    transfer.send(remote, run_of(spec, tmp_path / "here"), spec, lambda line: None)
+    transfer.send_run(remote, run_of(spec, tmp_path / "here"), spec, lambda line: None)
     assert target.read_text() == "whole, and being read"
     assert [file.name for file in target.parent.iterdir()] == [target.name]
 
 
 @needs_sshd
-def test_tokens_that_were_prepared_travel(remote: RemoteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_were_prepared_travel(
+    remote: PodRunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of other settings, or of a file that has changed since, they stay."""
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
     file = a_file(tmp_path)
@@ -330,21 +332,23 @@ def test_tokens_that_were_prepared_travel(remote: RemoteRun, tmp_path: Path, mon
     entry = tmp_path / "cache" / "tokenised" / "abc"
     entry.mkdir(parents=True)
     (entry / "rows.arrow").write_bytes(b"rows")
-    prepared_index.remember(spec_of("model=mistral7b", "method=lora", "train.max_steps=10", *words), [entry])
-    assert prepared_index.entries(rented_spec(*words)) == ["tokenised/abc"]  # where and how it trains does not matter
-    assert prepared_index.entries(rented_spec(*words, "train.max_length=64")) == []
-    assert prepared_index.entries(rented_spec(*words, "data.chat_template=chatml")) == []
+    prepared_index.record_prepared(spec_of("model=mistral7b", "method=lora", "train.max_steps=10", *words), [entry])
+    assert prepared_index.prepared_folders(rented_spec(*words)) == [
+        "tokenised/abc"
+    ]  # where and how it trains does not matter
+    assert prepared_index.prepared_folders(rented_spec(*words, "train.max_length=64")) == []
+    assert prepared_index.prepared_folders(rented_spec(*words, "data.chat_template=chatml")) == []
     run, said = run_of(rented_spec(*words), tmp_path / "here"), []
     for _ in range(2):
-        transfer.send(remote, run, rented_spec(*words), said.append)
+        transfer.send_run(remote, run, rented_spec(*words), said.append)
     assert (tmp_path / "workspace" / "cache" / "runner" / "tokenised" / "abc" / "rows.arrow").read_bytes() == b"rows"
     assert [line for line in said if "tokens" in line][1].endswith("abc is there already (0.0 MB)")
     a_file(tmp_path, rows=5)
-    assert prepared_index.entries(rented_spec(*words)) == []
+    assert prepared_index.prepared_folders(rented_spec(*words)) == []
 
 
 @needs_sshd
-def test_the_later_checkpoint_counts(remote: RemoteRun, tmp_path: Path) -> None:
+def test_the_later_checkpoint_counts(remote: PodRunFolder, tmp_path: Path) -> None:
     spec = rented_spec()
     run = run_of(spec, tmp_path / "here")
     for folder, step in ((run.path, 4), (Path(remote.folder), 8)):
@@ -354,20 +358,20 @@ def test_the_later_checkpoint_counts(remote: RemoteRun, tmp_path: Path) -> None:
         checkpoints.seal(place, {})
     (run.path / "metrics.jsonl").write_text("mine\n")
     (Path(remote.folder) / "metrics.jsonl").write_text("theirs\n")
-    transfer.send(remote, run, spec, lambda line: None)
+    transfer.send_run(remote, run, spec, lambda line: None)
     assert (Path(remote.folder) / "metrics.jsonl").read_text() == "theirs\n"
     place = checkpoints.folder(run, 12)
     place.mkdir()
     (place / "weights").write_text("12")
     checkpoints.seal(place, {})
-    transfer.send(remote, run, spec, lambda line: None)
+    transfer.send_run(remote, run, spec, lambda line: None)
     assert (Path(remote.folder) / "metrics.jsonl").read_text() == "mine\n"
     assert checkpoints.complete(RunDir(Path(remote.folder))) == [8, 12]
 
 
 @needs_sshd
 def test_only_the_secrets_that_are_needed_go_and_into_memory(
-    remote: RemoteRun, monkeypatch: pytest.MonkeyPatch
+    remote: PodRunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     monkeypatch.setenv("WANDB_API_KEY", "w_x")
@@ -385,7 +389,7 @@ def test_only_the_secrets_that_are_needed_go_and_into_memory(
 
 @needs_sshd
 def test_keys_that_their_own_tools_keep_here_go_too(
-    remote: RemoteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    remote: PodRunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in (*credentials.HUB, "WANDB_API_KEY", *credentials.S3):
         monkeypatch.delenv(name, raising=False)

@@ -15,7 +15,7 @@ import pytest
 from runner.cloud import download, ssh, untrusted_files
 from runner.cloud.follow import TOO_MUCH, Follower
 from runner.cloud.ssh import CommandError
-from runner.cloud.transfer import RemoteRun
+from runner.cloud.transfer import PodRunFolder
 from runner.cloud.untrusted_files import TooMuchError
 from runner.rundir.directory import RunDir
 from tests.cloud.test_hostile_pod import Pod, pod, sealed
@@ -79,7 +79,7 @@ def test_a_pod_that_says_little_and_sends_much_is_cut_off(
     )
     cheat.chmod(0o755)
     with server(tmp_path / "cheating", str(cheat)) as there:
-        at = RemoteRun(there.connection(), pod.at.workspace, "run-h")
+        at = PodRunFolder(there.connection(), pod.at.workspace, "run-h")
         with pytest.raises(TooMuchError, match="the pod sends more than it said"):
             download.download_run(at, pod.run, pod.spec, pod.told.append)
         at.connection.close()
@@ -95,7 +95,7 @@ def test_complaints_without_end_stop_no_transfer(pod: Pod, tmp_path: Path) -> No
     )
     cheat.chmod(0o755)
     with server(tmp_path / "cheating", str(cheat)) as there:
-        download.download_run(RemoteRun(there.connection(), pod.at.workspace, "run-h"), pod.run, pod.spec)
+        download.download_run(PodRunFolder(there.connection(), pod.at.workspace, "run-h"), pod.run, pod.spec)
     pod.check()
 
 

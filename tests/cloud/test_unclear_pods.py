@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from runner.cloud.errors import NoBalanceError, NoPodError, StillThereError
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger
-from runner.cloud.lifecycle import acquire
 from runner.cloud.provider import PodRequest
+from runner.cloud.provider_errors import NoBalanceError, NoPodError, StillThereError
 from runner.cloud.reconcile import reconcile
-from runner.cloud.runpod import types
-from runner.cloud.runpod.account import BILLING_PAGE
+from runner.cloud.rent_pod import acquire
+from runner.cloud.runpod import json_types
+from runner.cloud.runpod.account_key import BILLING_PAGE
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.provider import RunPod
+from runner.cloud.runpod.runpod_provider import RunPod
 from runner.emulator.pods_api import listed
 from tests.support.emulated import IMAGE, Emulator, emulator
 from tests.support.front import here, laptop, runner
@@ -246,5 +246,5 @@ def test_a_foreign_pod_of_odd_shape_blocks_nothing(
 
 
 def test_a_pod_of_odd_shape_is_still_a_pod() -> None:
-    found = types.pod({"id": "a", "name": "runner-x-1", "status": "RUNNING", "gpu": 7, "cost": None})
+    found = json_types.pod({"id": "a", "name": "runner-x-1", "status": "RUNNING", "gpu": 7, "cost": None})
     assert (found.id, found.name, found.status, found.usd_per_hour) == ("a", "runner-x-1", "RUNNING", 0.0)

@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf, open_dict
 from omegaconf._utils import get_yaml_loader
 
-from runner.config import catalog, repeat, yaml_files
+from runner.config import conf_files, spec_json, yaml_files
+from runner.config.command_line import Checked, Request, check_request
 from runner.config.compose import compose, origins_of_key
-from runner.config.hydra_compose import hydra_over, merge, primary_of
-from runner.config.request import Checked, Request, check_request
+from runner.config.hydra_compose import hydra_over, merge_config, primary_of
 from runner.errors import RequestError
 from runner.paths import CONF, RECIPES
 from runner.rundir.directory import RunDir
-from runner.runs.sweeper import read_sweep
+from runner.runs.sweep_points import read_sweep
 from runner.spec import RunSpec
 from tests.support.front import here, laptop, only_problem, problems_of, runner, spec_of, write
 
@@ -473,7 +473,7 @@ def _by_hydra(checked: Checked) -> tuple[object, dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [None, *catalog.recipes()])
+@pytest.mark.parametrize("recipe", [None, *conf_files.recipes()])
 @pytest.mark.parametrize("words", WORDS, ids=" ".join)
 def test_files_are_merged_as_hydra_merges_them(
     recipe: str | None, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -482,7 +482,7 @@ def test_files_are_merged_as_hydra_merges_them(
     assert not checked.problems
     config, choices = _by_hydra(checked)
     monkeypatch.setattr("runner.config.hydra_compose.hydra_over", None)  # it is not asked
-    mine, chosen = merge(checked, primary_of(checked.request))
+    mine, chosen = merge_config(checked, primary_of(checked.request))
     assert OmegaConf.to_container(mine) == config
     assert dict(chosen) == choices
 
@@ -497,7 +497,7 @@ def test_what_is_for_hydra_is_left_to_it(here: Path, words: tuple[str, ...], rec
     checked = replace(
         check_request(Request("mine.yaml")), overrides=check_request(Request(overrides=words), sweeping=True).overrides
     )
-    config, _ = merge(checked, primary_of(checked.request))
+    config, _ = merge_config(checked, primary_of(checked.request))
     assert config.hydra.sweeper.max_batch_size == 2
 
 
@@ -613,9 +613,9 @@ def test_a_spec_json_cannot_be_swept(here: Path) -> None:
 # ── a resolved run as YAML ─────────────────────────────────────────────────────────────────────
 
 EACH = [
-    *((f"{group}={name}",) for group in ("hw", "method", "deepspeed", "track") for name in catalog.options(group)),
-    *((f"model={name}",) for name in catalog.options("model") if name != "hub" and "scratch" not in name),
-    *((f"recipe={name}",) for name in catalog.recipes()),
+    *((f"{group}={name}",) for group in ("hw", "method", "deepspeed", "track") for name in conf_files.options(group)),
+    *((f"model={name}",) for name in conf_files.options("model") if name != "hub" and "scratch" not in name),
+    *((f"recipe={name}",) for name in conf_files.recipes()),
     ("objective=dpo", "data=hub", "data.id=a/b"),
     ("objective=kto", "data=hub", "data.id=a/b"),
     ("objective=orpo", "data=hub", "data.id=a/b"),
@@ -648,8 +648,8 @@ def test_any_text_comes_back_from_yaml_as_it_was(here: Path, text: str) -> None:
             "hw": spec.hw.model_copy(update={"env": {"NAME": text}}),
         }
     )
-    write(here / "mine.yaml", catalog.dump(spec.model_dump(mode="json")))
-    again = repeat.load_spec(Path("mine.yaml"))
+    write(here / "mine.yaml", conf_files.dump_yaml(spec.model_dump(mode="json")))
+    again = spec_json.load_spec(Path("mine.yaml"))
     assert (again.data.path, again.data.add_tokens, again.hw.env) == (text, [text], {"NAME": text})
 
 
@@ -657,7 +657,7 @@ def test_any_text_comes_back_from_yaml_as_it_was(here: Path, text: str) -> None:
 @example("a\u2028b")
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists))
 def test_any_value_comes_back_from_yaml_as_it_was(value: Any) -> None:
-    assert yaml.load(catalog.dump({"key": value}), Loader=get_yaml_loader()) == {"key": value}
+    assert yaml.load(conf_files.dump_yaml({"key": value}), Loader=get_yaml_loader()) == {"key": value}
 
 
 def test_a_resolved_run_is_changed_by_hand_and_by_words(here: Path) -> None:

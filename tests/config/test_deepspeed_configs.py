@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runner.config import catalog
+from runner.config import conf_files
 from runner.paths import DEEPSPEED_CONFIGS
 
 NAMES = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
@@ -26,9 +26,9 @@ def test_there_is_one_file_for_every_stage_and_no_other() -> None:
     assert sorted(file.name for file in DEEPSPEED_CONFIGS.iterdir()) == sorted(f"{n}.json" for n in NAMES)
 
 
-@pytest.mark.parametrize("name", catalog.options("deepspeed"))
+@pytest.mark.parametrize("name", conf_files.options("deepspeed"))
 def test_every_choice_names_the_file_of_its_own_name(name: str) -> None:
-    named = catalog.load("deepspeed", name).get("config")
+    named = conf_files.load_choice("deepspeed", name).get("config")
     assert named == (f"{name}.json" if name in NAMES else None)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from runner.paths import DEEPSPEED_CONFIGS
 from runner.plan.zero import resolved_config
-from runner.report.known_causes import CAUSES
+from runner.report.failure_causes import CAUSES
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "deepspeed.md").read_text("utf-8")

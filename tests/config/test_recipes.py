@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.config import catalog
-from runner.config.request import Request
+from runner.config import conf_files
+from runner.config.command_line import Request
 from runner.machine import detect
 from runner.paths import ASSETS, RECIPES
 from runner.resolve.steps import resolved
@@ -17,7 +17,7 @@ from tests.support.front import LAPTOP, laptop, spec_of
 __all__ = ["laptop"]  # a fixture
 pytestmark = pytest.mark.usefixtures("laptop")
 
-RECIPE_NAMES = catalog.recipes()
+RECIPE_NAMES = conf_files.recipes()
 Shown = dict[str, tuple[RunSpec, list[str]]]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.config.request import as_typed
+from runner.config.command_line import as_typed
 from runner.paths import ASSETS
 from tests.support.front import here, laptop, only_problem, problems_of, spec_of, write
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from runner.config import catalog
-from runner.config.peer_keys import PEERS
-from runner.config.suggestions import allowed_words, choices_with, known_keys, nearest, nearest_choice, nearest_key
+from runner.config import conf_files
+from runner.config.did_you_mean import allowed_words, choices_with, known_keys, nearest, nearest_choice, nearest_key
+from runner.config.other_trainers_keys import PEERS
 from runner.spec import RunSpec
 
 
@@ -58,13 +58,13 @@ def test_the_nearest_key(typed: str, meant: str | None) -> None:
     ],
 )
 def test_the_nearest_choice(group: str, typed: str, meant: str | None) -> None:
-    assert nearest_choice(group, typed, catalog.options(group)) == meant
+    assert nearest_choice(group, typed, conf_files.options(group)) == meant
 
 
 @pytest.mark.parametrize("group", ["model", "hw"])
 def test_a_choice_is_nearest_to_itself(group: str) -> None:
-    for name in catalog.options(group):
-        assert nearest_choice(group, name, catalog.options(group)) == name
+    for name in conf_files.options(group):
+        assert nearest_choice(group, name, conf_files.options(group)) == name
 
 
 def test_nothing_is_suggested_where_nothing_is_near() -> None:

@@ -14,7 +14,7 @@ from runner.data.chat_template import template_source
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Preference, PromptExample, Turn, UnpairedExample
 from runner.data.inspect.preview import preview
-from runner.data.preference_tokens import PreferenceSettings, encode_preferences
+from runner.data.tokenize_rows import PreferenceSettings, encode_preferences
 from runner.train import model_loading
 from runner.train.objectives import pretraining
 from tests.conftest import spec_of

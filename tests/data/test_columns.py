@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from runner.data.examples import Example, Kind, Preference, PromptExample, Turn, UnpairedExample
-from runner.data.load import canonical, load_examples, read_dataset
+from runner.data.load import canonical_row, load_examples, read_dataset
 from runner.data.row_formats import detect_format, left_out
 from runner.errors import RequestError
 from runner.spec import DataSpec
@@ -41,7 +41,7 @@ def spec(**changes: Any) -> DataSpec:
 
 
 def made(row: dict[str, Any], kind: Kind, **changes: Any) -> Any:
-    return canonical(row, "row 1", spec(**changes), kind)
+    return canonical_row(row, "row 1", spec(**changes), kind)
 
 
 def refusal(row: dict[str, Any], kind: Kind, **changes: Any) -> tuple[str, str]:

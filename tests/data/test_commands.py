@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.config import catalog
+from runner.config import conf_files
 from runner.data import commands_dataset
 from runner.data.commands_dataset import Row, examples, key_of
 from runner.paths import ASSETS
@@ -93,12 +93,12 @@ def test_every_command_names_choices_that_exist(rows: Rows) -> None:
         choices = parsed(row)
         assert list(choices) in (["model", "method"], ["model", "method", "hw"])
         for group, name in choices.items():
-            assert name in catalog.options(group), row
+            assert name in conf_files.options(group), row
 
 
 def test_a_command_needs_nothing_beside_it(rows: Rows) -> None:
     for row in [*rows[0], *rows[1]]:
-        assert "id" in catalog.load("model", parsed(row)["model"])
+        assert "id" in conf_files.load_choice("model", parsed(row)["model"])
         assert parsed(row).get("hw") != "local"
 
 
@@ -154,7 +154,9 @@ def test_a_method_without_spoken_names_is_not_spoken_of(monkeypatch: pytest.Monk
     """So a file more in conf/method changes no row."""
     monkeypatch.delitem(commands_dataset.METHODS, "freeze")
     train, _ = examples()
-    assert {parsed(row)["method"] for row in train} == set(commands_dataset.METHODS) != set(catalog.options("method"))
+    assert (
+        {parsed(row)["method"] for row in train} == set(commands_dataset.METHODS) != set(conf_files.options("method"))
+    )
 
 
 def test_a_name_of_two_choices_is_never_said() -> None:

@@ -6,8 +6,8 @@ import json
 import re
 import typing
 
-from runner.data.chat_template import named
-from runner.data.load import canonical, detect_format
+from runner.data.chat_template import named_templates
+from runner.data.load import canonical_row, detect_format
 from runner.data.row_parsers import FORMATS
 from runner.paths import ASSETS
 from runner.spec import DataSpec, Sft
@@ -22,12 +22,12 @@ def test_every_format_stands_there_with_a_row_that_is_one() -> None:
         kind = "unpaired" if name == "unpaired" else None
         spec = DataSpec(path="x")
         assert detect_format(json.loads(row), spec, kind) == name
-        canonical(json.loads(row), "row 1", spec, kind)
+        canonical_row(json.loads(row), "row 1", spec, kind)
 
 
 def test_templates_and_choices_are_all_there() -> None:
     line = next(line for line in PAGE.splitlines() if "one of these names: " in line)
-    assert re.findall(r"`(\w+)`", line.partition("these names: ")[2]) == list(named())
+    assert re.findall(r"`(\w+)`", line.partition("these names: ")[2]) == list(named_templates())
     choices = typing.get_args(Sft.model_fields["loss_on"].annotation)
     assert set(choices) <= {row.partition("`")[2].partition("`")[0] for row in PAGE.splitlines() if row[:3] == "| `"}
     for key in ("on_error", "on_long", "mix"):

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from pyarrow import parquet
 
 from runner.data import commands_dataset
-from runner.data.load import Example, canonical, detect_format, fingerprint, load_examples, split
+from runner.data.load import Example, canonical_row, detect_format, fingerprint, load_examples, split
 from runner.data.readers import hub
 from runner.data.readers.files import read_rows, read_table
 from runner.errors import RequestError
@@ -225,40 +225,40 @@ def test_unknown_fields_are_answered_with_the_keys_to_set(fields: list[str], rem
 
 
 def test_a_pair_of_texts_becomes_two_turns() -> None:
-    example = canonical({"prompt": "2 + 2?", "completion": "4", "id": 7}, "row 1", spec())
+    example = canonical_row({"prompt": "2 + 2?", "completion": "4", "id": 7}, "row 1", spec())
     assert example == Example(prompt=[USER], completion=[ANSWER])
 
 
 def test_a_conversation_is_split_after_the_last_turn_that_is_not_the_assistants() -> None:
     turns = [SYSTEM, USER, ANSWER, USER, ANSWER, ANSWER]
-    example = canonical({"messages": turns}, "row 1", spec())
+    example = canonical_row({"messages": turns}, "row 1", spec())
     assert (example.prompt, example.completion) == (turns[:4], turns[4:])
     tool = {"role": "tool", "content": "4"}
-    example = canonical({"messages": [USER, ANSWER, tool, ANSWER]}, "row 1", spec())
+    example = canonical_row({"messages": [USER, ANSWER, tool, ANSWER]}, "row 1", spec())
     assert (example.prompt, example.completion) == ([USER, ANSWER, tool], [ANSWER])
 
 
 def test_two_lists_of_turns_are_taken_as_they_are() -> None:
-    example = canonical({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, "row 1", spec())
+    example = canonical_row({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, "row 1", spec())
     assert (example.prompt, example.completion) == ([SYSTEM, USER], [ANSWER])
 
 
 def test_sharegpt_turns_are_understood() -> None:
     turns = [{"from": "human", "value": "2 + 2?", "weight": None}, {"from": "gpt", "value": "4", "weight": 1}]
-    example = canonical({"conversations": turns}, "row 1", spec(messages_field="conversations"))
+    example = canonical_row({"conversations": turns}, "row 1", spec(messages_field="conversations"))
     assert (example.prompt, example.completion) == ([USER], [ANSWER])
 
 
 def test_plain_text_stays_plain() -> None:
-    assert canonical({"text": " a\n"}, "row 1", spec(system_prompt="Be brief.")) == Example(text=" a\n")
+    assert canonical_row({"text": " a\n"}, "row 1", spec(system_prompt="Be brief.")) == Example(text=" a\n")
 
 
 def test_the_system_prompt_is_put_before_conversations_that_have_none() -> None:
     brief = spec(system_prompt="Be brief.")
     for row in ({"prompt": "2 + 2?", "completion": "4"}, {"messages": [USER, ANSWER]}):
-        assert canonical(row, "row 1", brief).prompt == [SYSTEM, USER]
+        assert canonical_row(row, "row 1", brief).prompt == [SYSTEM, USER]
     own = {"role": "system", "content": "Rhyme."}
-    assert canonical({"messages": [own, USER, ANSWER]}, "row 1", brief).prompt == [own, USER]
+    assert canonical_row({"messages": [own, USER, ANSWER]}, "row 1", brief).prompt == [own, USER]
 
 
 # --- rows that are wrong -----------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_the_system_prompt_is_put_before_conversations_that_have_none() -> None:
 )
 def test_a_wrong_pair_is_explained(row: dict[str, Any], what: str, remedy: str) -> None:
     with pytest.raises(RequestError) as caught:
-        canonical(row, "my.jsonl, line 3", spec(format="prompt_completion"))
+        canonical_row(row, "my.jsonl, line 3", spec(format="prompt_completion"))
     (problem,) = caught.value.problems
     assert problem.source == "my.jsonl, line 3"
     assert problem.what.startswith(what)
@@ -336,7 +336,7 @@ def test_a_wrong_pair_is_explained(row: dict[str, Any], what: str, remedy: str) 
 )
 def test_a_wrong_conversation_is_explained(turns: Any, what: str) -> None:
     with pytest.raises(RequestError) as caught:
-        canonical({"messages": turns}, "row 1", spec())
+        canonical_row({"messages": turns}, "row 1", spec())
     assert [problem.what for problem in caught.value.problems] == [what]
 
 

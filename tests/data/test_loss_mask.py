@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from runner.data.chat_template import Template, named, template_source
+from runner.data.chat_template import Template, named_templates, template_source
 from runner.data.chat_tokenizer import ChatTokenizer, Encoded
 from runner.data.examples import Example, Turn
 from runner.data.loss_mask import IGNORED, TurnFinder, labels_of
@@ -244,7 +244,7 @@ def test_templates_render_as_transformers_does() -> None:
     tokenizer = AutoTokenizer.from_pretrained(train_models.source_of(spec_of().model))
     turns = [{"role": "user", "content": " a<b> é"}, {"role": "assistant", "content": "世界 🌍\n"}]
     tokenizer.bos_token = tokenizer.bos_token or "<s>"
-    for source in (tokenizer.chat_template, *(file.read_text("utf-8") for file in named().values())):
+    for source in (tokenizer.chat_template, *(file.read_text("utf-8") for file in named_templates().values())):
         tokenizer.chat_template = source
         words = ChatTokenizer.of(tokenizer)
         theirs = tokenizer.apply_chat_template(turns, tools=TOOLS, tokenize=False)

@@ -17,9 +17,8 @@ from runner.data.chat_template import template_source
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Learnable, Preference, PromptExample, Turn, UnpairedExample
 from runner.data.inspect import preview as previewing
-from runner.data.load import InspectedFile, canonical
-from runner.data.preference_tokens import TOOLS, PreferenceSettings, encode_preferences, split_prompt
-from runner.data.tokenize_rows import in_chunks
+from runner.data.load import InspectedFile, canonical_row
+from runner.data.tokenize_rows import TOOLS, PreferenceSettings, encode_preferences, in_chunks, split_prompt
 from runner.errors import RequestError
 from runner.spec import DataSpec, RunSpec
 from runner.train.objectives.grpo import GrpoTrainer
@@ -120,7 +119,7 @@ def test_a_question_and_its_system_prompt_are_in_what_is_trained(objective: str,
     kind = spec(objective).objective.learns_from
     if objective == "kto":
         del row["chosen"], row["rejected"]
-    (found,) = tokenise([canonical(row, "row 1", DataSpec(path="x"), kind)], tokenizer, spec(objective)).rows
+    (found,) = tokenise([canonical_row(row, "row 1", DataSpec(path="x"), kind)], tokenizer, spec(objective)).rows
     turns: list[Turn] = [{"role": "system", "content": "Be brief."}, user("2+2?")]
     asked = chat_ids(tokenizer, turns, ask=True)
     good, bad = (chat_ids(tokenizer, [*turns, said(text)], ask=False) for text in ("It is 4.", "It is 5."))
@@ -199,7 +198,7 @@ def test_what_others_say_inside_an_answer_is_given_and_not_learned(
 def test_a_question_is_asked_with_its_tools(tokenizer: Any) -> None:
     tokenizer.chat_template = template_source("qwen")
     row: dict[str, Any] = {"prompt": "Wie wird das Wetter?", "tools": json.dumps([SEARCH]), "answer": "7"}
-    question = canonical(row, "row 1", DataSpec(path="x"), "prompts")
+    question = canonical_row(row, "row 1", DataSpec(path="x"), "prompts")
     assert question == PromptExample([user("Wie wird das Wetter?")], "7", {"tools": row["tools"]}, [SEARCH])
     (found,) = tokenise([question], tokenizer, spec("grpo", "train.max_length=999")).rows
     assert found[TOOLS] == [SEARCH] and found["tools"] == row["tools"]  # the text is the reward functions'

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from runner.data.chat_template import template_source
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Preference, PromptExample, Turn
-from runner.data.load import canonical
+from runner.data.load import canonical_row
 from runner.data.loss_mask import IGNORED
-from runner.data.preference_tokens import PreferenceSettings, encode_preferences
+from runner.data.tokenize_rows import PreferenceSettings, encode_preferences
 from runner.train.objectives.grpo import GrpoTrainer
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import CALL, OF_TRL, SPECIAL, body
@@ -67,7 +67,7 @@ def rows(name: str) -> dict[str, Example]:
         call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
         found["tools"] = {"messages": [said[0], call], "tools": DESCRIBED}
     spec = spec_of("data.system_prompt=null").data
-    examples = {kind: canonical(row, kind, spec, "sft") for kind, row in found.items()}
+    examples = {kind: canonical_row(row, kind, spec, "sft") for kind, row in found.items()}
     return {kind: row for kind, row in examples.items() if isinstance(row, Example)}
 
 

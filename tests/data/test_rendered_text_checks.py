@@ -8,11 +8,11 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from runner.data.chat_template import named, template_source
+from runner.data.chat_template import named_templates, template_source
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Preference, Turn, UnpairedExample
-from runner.data.load import canonical
-from runner.data.preference_tokens import PreferenceSettings, encode_preferences
+from runner.data.load import canonical_row
+from runner.data.tokenize_rows import PreferenceSettings, encode_preferences
 from runner.errors import RequestError
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import ENDS, OF_TRL, SPECIAL, body, learned_pieces, whole
@@ -27,7 +27,7 @@ ANALYSIS = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>
 
 def words_of(body: str, name: str) -> ChatTokenizer:
     """A template of ours by its name, or TRL's copy of one on the Hub."""
-    ours = named().get(name.removeprefix("our "))
+    ours = named_templates().get(name.removeprefix("our "))
     return ChatTokenizer(body, (ours or OF_TRL / f"{name}.jinja").read_text("utf-8"), SPECIAL)
 
 
@@ -68,7 +68,7 @@ CASES: dict[str, tuple[list[Turn], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", [*TRLS, *(f"our {name}" for name in named())])
+@pytest.mark.parametrize("name", [*TRLS, *(f"our {name}" for name in named_templates())])
 def test_what_a_turn_says_is_learned_or_the_row_is_refused(name: str, body: str) -> None:
     """And of a tool's result nothing, whatever the template does with it."""
     words = words_of(body, name)
@@ -89,7 +89,7 @@ SHOWS_THOUGHTS = {"qwen3", "qwen3_5_think", "gptoss", "glm4moe", "gemma4_v5", "l
 
 
 @pytest.mark.parametrize(
-    "name", sorted({*SHOWS_CALLS, *SHOWS_THOUGHTS, "llama3", "gemma", *(f"our {n}" for n in named())})
+    "name", sorted({*SHOWS_CALLS, *SHOWS_THOUGHTS, "llama3", "gemma", *(f"our {n}" for n in named_templates())})
 )
 def test_templates_that_show_calls_and_thoughts_are_not_refused(name: str, body: str) -> None:
     words = words_of(body, name)
@@ -131,7 +131,7 @@ def test_thoughts_go_by_the_name_that_the_template_reads(body: str) -> None:
     analysis = ANALYSIS.format("deep thought")
     for key in ("thinking", "reasoning", "reasoning_content"):
         row = {"messages": [asks("q"), {"role": "assistant", "content": "final words", key: "deep thought"}]}
-        example = canonical(row, "row 1", spec_of("data=file", "data.path=x.jsonl").data)
+        example = canonical_row(row, "row 1", spec_of("data=file", "data.path=x.jsonl").data)
         words = words_of(body, "gptoss")
         assert learned_pieces(words, words.encode(example, "auto")) == [f"{analysis}final words<|return|>"]
         words = words_of(body, "qwen3")
@@ -198,14 +198,14 @@ def test_several_calls_in_one_list_are_several_calls() -> None:
         {"role": "assistant", "content": "", "tool_calls": [{"function": one} for one in calls]},
     ):
         row = {"messages": [{"role": "user", "content": "?"}, turn]}
-        (said,) = canonical(row, "row 1", spec).completion
+        (said,) = canonical_row(row, "row 1", spec).completion
         assert [one["function"] for one in said["tool_calls"]] == calls, turn
     row = {"messages": [asks("?"), {"role": "assistant", "content": None, "function_call": calls[0]}]}
-    (said,) = canonical(row, "row 1", spec).completion
+    (said,) = canonical_row(row, "row 1", spec).completion
     assert [one["function"] for one in said["tool_calls"]] == calls[:1]
     for wrong in ('[{"name": "a"}, 7]', "look it up", '{"name": "a", "arguments": [1]}'):
         with pytest.raises(RequestError, match="is no call of a function"):
-            canonical({"messages": [asks("?"), {"from": "function_call", "value": wrong}]}, "row 1", spec)
+            canonical_row({"messages": [asks("?"), {"from": "function_call", "value": wrong}]}, "row 1", spec)
 
 
 def test_what_the_model_is_given_is_shown_or_the_row_is_refused(body: str) -> None:
@@ -249,7 +249,7 @@ def test_words_that_are_in_the_text_by_chance_are_not_shown(body: str) -> None:
 def test_thoughts_of_a_turn_have_many_names() -> None:
     spec = spec_of("data=file", "data.path=x.jsonl").data
     for key in ("thinking", "reasoning", "thought", "cot", "analysis"):
-        example = canonical({"messages": [asks("q"), {**says("a"), key: "deep"}]}, "row 1", spec)
+        example = canonical_row({"messages": [asks("q"), {**says("a"), key: "deep"}]}, "row 1", spec)
         assert example.completion == [says("a", "deep")]
 
 
@@ -258,7 +258,7 @@ def test_a_tool_is_shown_as_the_model_knows_tools(body: str) -> None:
     spec = spec_of("data=file", "data.path=x.jsonl").data
     function = TOOLS[0]["function"]
     for tool in (TOOLS[0], function, {"type": "function", **function}):
-        example = canonical({"messages": [asks("q"), says("a")], "tools": [tool]}, "row 1", spec)
+        example = canonical_row({"messages": [asks("q"), says("a")], "tools": [tool]}, "row 1", spec)
         assert example.tools == TOOLS
         for name in ("our qwen", "gptoss", "gemma4_v5", "llama3_1"):
             assert "city" in words_of(body, name).encode(example, "auto").text

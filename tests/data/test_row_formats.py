@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from runner.data.examples import Example, Kind, Preference, PromptExample, UnpairedExample, columns, content_of
-from runner.data.load import canonical, detect_format
+from runner.data.load import canonical_row, detect_format
 from runner.data.row_checks import check_rows
 from runner.errors import RequestError
 from runner.spec import DataSpec
@@ -27,12 +27,12 @@ def spec(**changes: Any) -> DataSpec:
 
 
 def made(row: dict[str, Any], kind: Kind | None = None, **changes: Any) -> Any:
-    return canonical(row, "row 1", spec(**changes), kind)
+    return canonical_row(row, "row 1", spec(**changes), kind)
 
 
 def told(row: dict[str, Any], kind: Kind | None = None, **changes: Any) -> list[str]:
     with pytest.raises(RequestError) as caught:
-        canonical(row, "row 1", spec(**changes), kind)
+        canonical_row(row, "row 1", spec(**changes), kind)
     assert all(problem.source == "row 1" for problem in caught.value.problems)
     return [problem.what for problem in caught.value.problems]
 
@@ -287,7 +287,7 @@ def test_what_is_not_said_is_not_in_the_content() -> None:
 
 
 def one(row: dict[str, Any], **data: Any) -> Any:
-    return canonical(row, "row 1", DataSpec(path="x", **data), "sft")
+    return canonical_row(row, "row 1", DataSpec(path="x", **data), "sft")
 
 
 def refusal_of(row: dict[str, Any], **data: Any) -> str:
@@ -354,10 +354,10 @@ def test_an_alpaca_task_without_input_is_the_task_alone(absent: object) -> None:
 @pytest.mark.parametrize(("value", "meant"), [(1.0, True), (0.0, False), ("1.0", True), ("0.0", False)])
 def test_a_mark_may_be_the_float_that_pandas_makes_of_it(value: object, meant: bool) -> None:
     row = {"prompt": "q", "completion": "a", "label": value}
-    found = canonical(row, "row 1", DataSpec(path="x"), "unpaired")
+    found = canonical_row(row, "row 1", DataSpec(path="x"), "unpaired")
     assert isinstance(found, UnpairedExample) and found.label is meant
     with pytest.raises(RequestError, match=r"label is 0\.5, neither true nor false"):
-        canonical({**row, "label": 0.5}, "row 1", DataSpec(path="x"), "unpaired")
+        canonical_row({**row, "label": 0.5}, "row 1", DataSpec(path="x"), "unpaired")
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_two_columns_of_text_are_a_question_and_its_answer_in_the_words_that_are
     (tmp_path / "rows.jsonl").write_text(json.dumps(row), "utf-8")
     words = shlex.split(said.removeprefix("write "))
     spec = spec_of(f"data.path={tmp_path / 'rows.jsonl'}", "data=file", *words)  # as somebody types them
-    found = canonical(row, "row 1", spec.data, "sft")
+    found = canonical_row(row, "row 1", spec.data, "sft")
     assert isinstance(found, Example) and found.completion[0]["content"] == "a"
 
 

@@ -40,7 +40,7 @@ def made(tmp_path: Path, data: DataSpec, seed: int = 0, **knobs: Any) -> tuple[W
     objective = Pretrain(experiment="e", root=str(tmp_path / "work"), **knobs)
     place = workspace_of(objective)
     assert place is not None
-    return place, sharder.shard(place, objective, data, seed)
+    return place, sharder.make_shards(place, objective, data, seed)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -106,7 +106,7 @@ def test_after_a_kill_it_goes_on_to_the_same_shards_or_trains_on_those_there(
     place = workspace_of(objective)
     assert place is not None
     with pytest.raises(ends):
-        sharder.shard(place, objective, corpus, 0, beat=beat)
+        sharder.make_shards(place, objective, corpus, 0, beat=beat)
     assert not is_whole(place.train)
     reuse = objective.model_copy(update={"shards": "reuse"})
     kept = {text for folder in (place.train, place.val) for text in sharder.lines_of(folder)}
@@ -114,7 +114,7 @@ def test_after_a_kill_it_goes_on_to_the_same_shards_or_trains_on_those_there(
         assert kept == set(list(documents(corpus))[:dies_at])
     if is_ready(place.train, "reuse"):
         said: list[str] = []
-        found = sharder.shard(place, reuse, corpus, 0, said.append)
+        found = sharder.make_shards(place, reuse, corpus, 0, said.append)
         assert (
             not found.made
             and list(sharder.lines_of(place.train)) == list(sharder.lines_of(whole.train))[: found.train["lines"]]
@@ -123,8 +123,8 @@ def test_after_a_kill_it_goes_on_to_the_same_shards_or_trains_on_those_there(
     else:
         assert ends is Killed and dies_at < 20
         with pytest.raises(RequestError, match="holds no shards"):
-            sharder.shard(place, reuse, corpus, 0)
-    sharder.shard(place, objective, corpus, 0)
+            sharder.make_shards(place, reuse, corpus, 0)
+    sharder.make_shards(place, objective, corpus, 0)
     for cut, meant in ((place.train, whole.train), (place.val, whole.val)):
         assert contents(cut) == contents(meant)
         assert manifest_of(cut) == manifest_of(meant)
@@ -186,7 +186,7 @@ def test_another_seed_or_size_of_shards_is_said(tmp_path: Path, corpus: DataSpec
     place, first = made(tmp_path, corpus)
     said: list[str] = []
     objective = Pretrain(experiment="e", root=str(tmp_path / "work"), lines_per_shard=7)
-    assert sharder.shard(place, objective, corpus, 5, said.append).train == first.train
+    assert sharder.make_shards(place, objective, corpus, 5, said.append).train == first.train
     assert "made with another lines_per_shard, seed than asked for now" in said[0]
 
 
@@ -226,7 +226,7 @@ def test_several_sources_are_mixed_and_a_cut_changes_nothing(mix: str, tmp_path:
     objective = Pretrain(experiment="e", root=str(tmp_path / "work"))
     other = data.model_copy(update={"mix": "concat" if mix != "concat" else "weights"})
     with pytest.raises(RequestError, match="made with another source, mode, val_ratio") as caught:
-        sharder.shard(place, objective, other, 5, said.append)
+        sharder.make_shards(place, objective, other, 5, said.append)
     assert "objective.shards=anew" in str(caught.value.problems[0].remedy) and not said
 
 
@@ -270,7 +270,7 @@ def test_interrupted_again_and_again_it_comes_to_the_same_shards(
     assert place is not None
     for count in again:
         with pytest.raises(KeyboardInterrupt):
-            sharder.shard(place, objective, corpus, 0, beat=partial(_end, iter(range(count - 1))))
+            sharder.make_shards(place, objective, corpus, 0, beat=partial(_end, iter(range(count - 1))))
         assert len(list(sharder.lines_of(place.train))) == manifest_of(place.train)["lines"]
     made(tmp_path, corpus, **knobs)
     assert contents(place.train) == contents(whole.train) and manifest_of(place.train) == manifest_of(whole.train)

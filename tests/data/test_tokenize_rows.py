@@ -16,7 +16,7 @@ from trl import pack_dataset
 from runner.data.chat_template import template_source
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example
-from runner.data.inspect.lengths import packed
+from runner.data.inspect.lengths import packed_sequences
 from runner.data.loss_mask import IGNORED
 from runner.data.tokenize_rows import TokenChunk, TokenizeSettings, encode_chunk, in_chunks
 from runner.errors import RequestError
@@ -35,7 +35,7 @@ def test_packing_loses_no_row_and_overfills_no_sequence(lengths: list[int], limi
     found = bins(lengths, limit)
     assert sorted(row for group in found for row in group) == [row for row, length in enumerate(lengths) if length]
     assert all(sum(lengths[row] for row in group) <= limit for group in found)
-    assert len(found) == packed(lengths, limit)  # what the plan counts on
+    assert len(found) == packed_sequences(lengths, limit)  # what the plan counts on
 
 
 @settings(deadline=None, max_examples=10)

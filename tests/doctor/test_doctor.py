@@ -22,10 +22,10 @@ from packaging.version import Version
 from rich.console import Console
 
 from runner.cli.options import request_of
-from runner.doctor import all_reduce, checks, disk, gpu_checks, software, system
+from runner.doctor import checks, gpu_checks, software, system
 from runner.doctor.checks import print_findings
 from runner.doctor.finding import STATES, DoctorTarget, Finding, exit_code
-from runner.doctor.gpu_checks import Card, Driver, Seen
+from runner.doctor.gpu_checks import Card, Driver, GpuReport
 from runner.doctor.software import Torch
 from runner.machine import detect
 from runner.machine.detect import Gpu, Machine
@@ -275,7 +275,7 @@ def test_a_full_disk_is_a_problem(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("laptop")
 @pytest.mark.parametrize(("folder", "why"), [("/proc/nowhere/runs", "No such file"), ("/dev/null/runs", "Not a dir")])
 def test_a_folder_that_cannot_be_written_to_is_a_problem(folder: str, why: str) -> None:
-    found = [f for f in disk.disk_findings(run_of(f"run.output_dir={folder}")) if f.state == "problem"]
+    found = [f for f in system.disk_findings(run_of(f"run.output_dir={folder}")) if f.state == "problem"]
     assert found[0].found.startswith(f"runs ({folder}) cannot be written to: {why}")
 
 
@@ -283,7 +283,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_problem(folder: str, why: str) 
 @pytest.mark.parametrize(("free", "state"), [(0.1, "problem"), (5, "warning"), (50, "ok")])
 def test_little_room_is_told_without_a_run(free: float, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     space(monkeypatch, size=100, free=free)
-    assert named(list(disk.disk_findings(None)), "disk").state == state
+    assert named(list(system.disk_findings(None)), "disk").state == state
 
 
 @pytest.mark.usefixtures("laptop")
@@ -293,7 +293,7 @@ def test_room_is_held_against_the_plan_once_per_disk(monkeypatch: pytest.MonkeyP
     needed = run.plan.disk_gib
     for free, state in ((needed - 1, "problem"), (needed + 1, "warning"), (needed * 2, "ok")):
         space(monkeypatch, size=1000, free=free)
-        finding = named(list(disk.disk_findings(run)), "disk")  # one disk for all three folders
+        finding = named(list(system.disk_findings(run)), "disk")  # one disk for all three folders
         assert (finding.state, finding.facts["needed_gib"]) == (state, pytest.approx(needed, abs=0.1))
 
 
@@ -304,10 +304,10 @@ def test_every_term_of_a_planned_disk_lies_in_one_folder() -> None:
         ("model=phi2", "hw=h100"),
         ("model=phi2", "hw=h100", "deepspeed=zero3_offload", "deepspeed.nvme_path=/tmp"),
     ):
-        terms = [term for folder in disk.folders(run_of(*words)) for term in folder.terms]
+        terms = [term for folder in system.run_folders(run_of(*words)) for term in folder.terms]
         assert sorted(terms) == ["checkpoints", "data", "final_model", "offloaded", "tokenised", "weights"]
     (shards,) = [
-        folder for folder in disk.folders(run_of("recipe=pretrain_2b", "hw=local")) if "shards" in folder.terms
+        folder for folder in system.run_folders(run_of("recipe=pretrain_2b", "hw=local")) if "shards" in folder.terms
     ]
     assert shards.path.resolve() == Path.cwd().resolve() and 40 < shards.needed_gib < 60
 
@@ -323,9 +323,9 @@ def test_a_run_that_its_disk_has_no_room_for_is_not_started(tmp_path: Path, monk
     run = run_of("method=lora")
     assert run.plan is not None
     space(monkeypatch, size=100, free=1.02 * run.plan.disk_gib)
-    assert "the run takes" in disk.check_disk(run.spec, run.plan)[0]
+    assert "the run takes" in system.check_disk(run.spec, run.plan)[0]
     space(monkeypatch, size=100, free=50)
-    assert disk.check_disk(run.spec, run.plan) == []
+    assert system.check_disk(run.spec, run.plan) == []
 
 
 @pytest.mark.parametrize(
@@ -541,7 +541,7 @@ def test_cards_without_a_driver_are_seen_on_the_bus(tmp_path: Path) -> None:
 
 
 def test_hidden_cards_are_told() -> None:
-    seen = Seen(Driver("580.82", (13, 0)), None, (), {}, 0)
+    seen = GpuReport(Driver("580.82", (13, 0)), None, (), {}, 0)
     machine = Machine((), "", 2, 16, 64.0, True)
     (driver,) = gpu_checks.gpu_findings(seen, machine, None)
     assert (driver.state, driver.found) == ("warning", "NVIDIA 580.82, CUDA 13.0, and no GPU is visible")
@@ -670,7 +670,7 @@ def test_compilers_matter_to_offload_alone() -> None:
 
 
 def test_gloo_adds_up_between_two_processes() -> None:
-    found = all_reduce.bandwidth_finding(LAPTOP, None)
+    found = gpu_checks.bandwidth_finding(LAPTOP, None)
     assert (found.state, found.remedy) == ("ok", None), found.found
     assert found.found.startswith("gloo all-reduce over 2 CPU processes: ")
     assert (found.facts["backend"], found.facts["world_size"]) == ("gloo", 2)
@@ -679,7 +679,7 @@ def test_gloo_adds_up_between_two_processes() -> None:
 
 
 def test_an_all_reduce_that_hangs_is_ended_and_told() -> None:
-    found = all_reduce.bandwidth_finding(LAPTOP, None, limit_s=0.2)
+    found = gpu_checks.bandwidth_finding(LAPTOP, None, limit_s=0.2)
     assert found.state == "problem"
     assert "no answer within 0.2 s" in found.found
     assert found.remedy
@@ -690,7 +690,7 @@ def test_a_slow_link_is_told_beside_what_plans_count_on(speed: float, state: str
     pair = machine_with(H100, H100B)
     hw = detect.resolve(detect.HardwareSpec(name="local", accelerator="detect"), pair)
     content = {"backend": "nccl", "world_size": 2, "sizes": [{"mib": 256, "ms": 1.0, "bus_gb_s": speed}]}
-    found = all_reduce._judged(content, "2 GPUs", hw)
+    found = gpu_checks._judged_speed(content, "2 GPUs", hw)
     assert found.state == state
     assert "count on 370" in found.found
 
@@ -703,5 +703,5 @@ def test_the_error_of_a_rank_is_told_without_its_stack() -> None:
         "[rank1]: torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:77, unhandled system error\n"
         "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
     )
-    assert all_reduce._reason(output).startswith("torch.distributed.DistBackendError: NCCL error in")
-    assert all_reduce._reason("") == "it failed without a word"
+    assert gpu_checks._reason(output).startswith("torch.distributed.DistBackendError: NCCL error in")
+    assert gpu_checks._reason("") == "it failed without a word"

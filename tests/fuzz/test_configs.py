@@ -9,11 +9,11 @@ from random import Random
 import yaml
 
 from runner.cli.options import request_of
-from runner.config import catalog, foreign_configs, recipe_checks
+from runner.config import conf_files, other_trainers, recipe_checks
 from runner.config.compose import compose
 from runner.config.deepspeed_json import read_deepspeed_json
-from runner.hub import client
-from runner.hub.config import facts_from_config, local_facts
+from runner.hub import model_config
+from runner.hub.model_config import facts_from_config, local_facts
 from runner.machine.hostfile import read_hostfile
 from runner.paths import DEEPSPEED_CONFIGS, RECIPES
 from runner.rundir.directory import RunDir
@@ -110,7 +110,7 @@ def test_a_models_config_is_read_or_refused(tmp_path: Path) -> None:
         local_facts(str(tmp_path))
 
     def of_hub(text: str) -> None:
-        facts_from_config(client._parsed(text, "org/name"), "config.json")
+        facts_from_config(model_config._parsed(text, "org/name"), "config.json")
 
     fuzz(Target("config.json", config, read))
     fuzz(Target("config.json of the Hub", config, of_hub))
@@ -129,14 +129,14 @@ def test_a_deepspeed_json_is_read_or_refused(tmp_path: Path) -> None:
 def test_a_recipe_is_read_or_refused(tmp_path: Path) -> None:
     def read(text: str) -> None:
         file = _written(tmp_path / "mine.yaml", text)
-        catalog._read.cache_clear()
-        catalog.read(file)
-        foreign_configs.problems_in(file)
+        conf_files._read.cache_clear()
+        conf_files.read_file(file)
+        other_trainers.problems_in(file)
         recipe_checks.recipe_problems(file, ())
         recipe_checks.choices_and_keys(file)
 
     def composed(text: str) -> None:
-        catalog._read.cache_clear()
+        conf_files._read.cache_clear()
         compose(request_of((str(_written(tmp_path / "mine.yaml", text)),), ()))
 
     fuzz(Target("recipes", recipe, read))

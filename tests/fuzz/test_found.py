@@ -15,7 +15,7 @@ from rich.console import Console
 
 from runner.cli.options import request_of
 from runner.cloud import adopted_spec
-from runner.config import catalog, foreign_configs, json_text, recipe_checks
+from runner.config import conf_files, json_text, other_trainers, recipe_checks
 from runner.config.compose import compose
 from runner.config.deepspeed_json import read_deepspeed_json
 from runner.data.chat_template import Template
@@ -25,7 +25,7 @@ from runner.data.readers.files import Table, read_table
 from runner.data.readers.streams import tables
 from runner.data.template_sandbox import LARGEST
 from runner.errors import LONGEST, Problem, RequestError
-from runner.hub.config import local_facts
+from runner.hub.model_config import local_facts
 from runner.machine.hostfile import read_hostfile
 from runner.report.run_list import print_runs, run_rows
 from runner.rundir.directory import RunDir
@@ -129,7 +129,7 @@ LAUGHS = "l0: &l0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
 def test_yaml_that_would_fill_the_stack_or_the_memory_is_broken_yaml(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text)
-    assert words in told(lambda: catalog.read(file))
+    assert words in told(lambda: conf_files.read_file(file))
     assert words in told(lambda: compose(request_of((str(file),), ())))
 
 
@@ -140,14 +140,14 @@ def test_a_defaults_list_of_other_things_is_refused(tmp_path: Path, listed: str)
     file = tmp_path / "mine.yaml"
     file.write_text(f"defaults: {listed}\n")
     assert isinstance(recipe_checks.choices_and_keys(file), tuple)
-    assert not foreign_configs.problems_in(file)
+    assert not other_trainers.problems_in(file)
     assert told(lambda: compose(request_of((str(file),), ())))
 
 
 def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
     spec = spec_of("model=mistral7b", "method=lora", "hw=rtx4090", "where=runpod").model_dump(mode="json")
     spec["data"]["chat_template"] = "a" * 300
-    assert adopted_spec.adopt(json.dumps(spec), "p1", None, tmp_path, "runpod").spec
+    assert adopted_spec.adopt_spec(json.dumps(spec), "p1", None, tmp_path, "runpod").spec
 
 
 # --- files of a run ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from runner.cloud import adopted_spec, fleet, transfer
 from runner.cloud.follow import Display, Follower
-from runner.cloud.runpod import types
+from runner.cloud.runpod import json_types
 from runner.report.run_list import print_runs, run_rows
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
@@ -120,7 +120,7 @@ def test_a_pods_spec_and_plan_are_adopted_or_refused(tmp_path: Path) -> None:
     spec = spec_of("model=mistral7b", "method=lora", "hw=rtx4090", "where=runpod").model_dump(mode="json")
 
     def read(text: str) -> None:
-        adopted_spec.adopt(text, "p1", None, tmp_path, "runpod")
+        adopted_spec.adopt_spec(text, "p1", None, tmp_path, "runpod")
 
     def plan(text: str) -> None:
         assert all(isinstance(number, (int, float)) for number in adopted_spec.adopt_plan(text).values())
@@ -128,14 +128,14 @@ def test_a_pods_spec_and_plan_are_adopted_or_refused(tmp_path: Path) -> None:
     fuzz(Target("adopted specs", lambda rng: mutate.json_text(rng, spec), read))
     known = {"usd": 1.0, "usd_per_hour": 0.5, "hours": 2.0, "disk_gib": 20, "host_ram_gib": 8}
     fuzz(Target("adopted plans", lambda rng: mutate.json_text(rng, known), plan))
-    fuzz(Target("JSON of a pod", lambda rng: mutate.json_text(rng, STATUS), transfer.loads))
+    fuzz(Target("JSON of a pod", lambda rng: mutate.json_text(rng, STATUS), transfer.json_object))
 
 
 def test_a_pod_of_any_shape_is_listed() -> None:
     def read(raw: Any) -> None:
         if not isinstance(raw, dict) or "id" not in raw:
             return
-        pod = types.pod(raw)
+        pod = json_types.pod(raw)
         fleet.run_of(pod)
         fleet.pod_deadline(pod)
 

@@ -7,16 +7,16 @@ from random import Random
 from typing import Any
 
 from runner.data import chat_template
+from runner.data.chat_template import render_checked
 from runner.data.chat_tokenizer import template_of
 from runner.data.loss_mask import TurnFinder, learned_spans
-from runner.data.rendered_text_checks import render_checked
 from runner.errors import Problem, RequestError
 from runner.spec import DataSpec
 from tests.fuzz import mutate
 from tests.fuzz.fuzzing import Target, fuzz
 from tests.fuzz.test_rows import ROWS, SPECS, TOOLS
 
-SOURCES = [file.read_text("utf-8") for file in chat_template.named().values()]
+SOURCES = [file.read_text("utf-8") for file in chat_template.named_templates().values()]
 CALL: Any = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
 CONVERSATIONS: list[list[Any]] = [
     [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runner.hub.model_card import card
+from runner.hub.model_card import card_text
 from runner.rundir.directory import RunDir
 from tests.conftest import run_cli
 from tests.support.front import here, laptop, spec_of, write
@@ -50,7 +50,7 @@ def made(here: Path, objective: str, method: str, *more: str) -> tuple[str, str]
     before, after = MEASURED[objective]
     run.write("summary.json", {"train": TRAIN, "eval": {"num_prompts": 40, "before": before, "after": after}})
     run.write("environment.json", FINGERPRINTS)
-    return card(spec, run, adapter="lora" in method), str(here)
+    return card_text(spec, run, adapter="lora" in method), str(here)
 
 
 @pytest.mark.parametrize("method", ["full", "freeze", "lora", "qlora4", "qlora8"])

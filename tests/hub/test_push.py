@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from runner.errors import RunFailedError
-from runner.hub.model_card import card
-from runner.hub.push import push_finished
+from runner.hub.model_card import card_text
+from runner.hub.upload import push_finished
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
@@ -99,7 +99,7 @@ def test_a_hub_that_cannot_be_reached_is_told_in_words(run: RunDir, hub: Hub) ->
 
 def test_the_card_says_what_the_hub_reads(run: RunDir) -> None:
     spec = spec_of("model=mistral7b", "method=qlora4", "hw=h100x3", "data=guanaco")
-    text = card(spec, run, "me/tuned", adapter=True, picture=False)
+    text = card_text(spec, run, "me/tuned", adapter=True, picture=False)
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["base_model"] == spec.model.id and metadata["base_model_relation"] == "adapter"
     assert metadata["datasets"] == [spec.data.id]

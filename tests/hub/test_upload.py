@@ -10,8 +10,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from runner.errors import RequestError, RunFailedError
-from runner.hub.push import push
-from runner.hub.upload import push_checkpoint, target_of
+from runner.hub.upload import push_checkpoint, push_run, target_of
 from runner.rundir.directory import RunDir
 from tests.conftest import spec_of
 from tests.hub.test_push import SUMMARY
@@ -44,7 +43,7 @@ def keys(bucket: str, prefix: str) -> set[str]:
 
 def test_a_model_with_its_card(run: RunDir, s3: str) -> None:
     boto3.client("s3").create_bucket(Bucket=s3)
-    assert push(run.path, f"s3://{s3}/models/mine")["url"] == f"s3://{s3}/models/mine"
+    assert push_run(run.path, f"s3://{s3}/models/mine")["url"] == f"s3://{s3}/models/mine"
     names = ("adapter_model.safetensors", "summary.json", "spec.json", "README.md")
     assert keys(s3, "models") == {f"models/mine/{name}" for name in names}
     assert run.read("pushed.json") == {"url": f"s3://{s3}/models/mine", "folder": "model"}
@@ -65,10 +64,10 @@ def test_the_last_checkpoints_stay(run: RunDir, s3: str, tmp_path: Path) -> None
 
 def test_a_bucket_that_is_not_there(run: RunDir, s3: str) -> None:
     with pytest.raises(RunFailedError, match="s3://nowhere/x failed"):
-        push(run.path, "s3://nowhere/x")
+        push_run(run.path, "s3://nowhere/x")
 
 
 def test_without_a_model_there_is_nothing_to_upload(run: RunDir) -> None:
     (run.path / "summary.json").unlink()
     with pytest.raises(RequestError, match="has no model"):
-        push(run.path, "org/name")
+        push_run(run.path, "org/name")

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from runner.launcher import torchrun
-from runner.report.known_causes import CAUSES, cause_of
+from runner.report.failure_causes import CAUSES, cause_of
 from runner.resolve import plan_inputs
 from runner.rundir import checkpoints
-from runner.rundir.directory import RunDir, alive
+from runner.rundir.directory import RunDir, is_alive
 from runner.spec import RunSpec
 from tests.conftest import run_cli, spec_of
 from tests.support.processes import losses, only_run, sign, start, tiny_model, until, words
@@ -176,7 +176,7 @@ def test_a_rank_that_hangs_is_found_and_its_stack_is_kept(model: Path, tmp_path:
     assert "after step 5" in errors or "after step 4" in errors
     stack = (run / "logs" / "rank1.stack.txt").read_text("utf-8")
     assert "at_step" in stack and "sitecustomize.py" in stack
-    until(lambda: not any(alive(sign(run, rank)["pid"]) for rank in (0, 1)), 10)
+    until(lambda: not any(is_alive(sign(run, rank)["pid"]) for rank in (0, 1)), 10)
 
 
 @pytest.mark.slow
@@ -241,20 +241,20 @@ def on(hw: str, *more: str) -> RunSpec:
 
 def test_the_command_keeps_arguments_whole_and_has_one_process_per_gpu(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "my runs" / "a run")
-    command = torchrun.command(run, on("h100x3"))
+    command = torchrun.torchrun_command(run, on("h100x3"))
     assert command[command.index("--nproc-per-node") + 1] == "3"
     assert command[command.index("--rdzv-backend") + 1] == "c10d"
     assert command[-3:] == ["-m", "runner.train", str(tmp_path / "my runs" / "a run" / "spec.json")]
 
 
 def test_one_process_without_deepspeed_needs_no_torchrun(tmp_path: Path) -> None:
-    assert "torch.distributed.run" not in torchrun.command(RunDir(tmp_path), on("h100", "deepspeed=none"))
-    assert "torch.distributed.run" in torchrun.command(RunDir(tmp_path), on("h100", "deepspeed=zero2"))
+    assert "torch.distributed.run" not in torchrun.torchrun_command(RunDir(tmp_path), on("h100", "deepspeed=none"))
+    assert "torch.distributed.run" in torchrun.torchrun_command(RunDir(tmp_path), on("h100", "deepspeed=zero2"))
 
 
 def test_the_profile_decides_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_P2P_DISABLE", "0")
-    found = torchrun.environment(on("rtx4090x2"))
+    found = torchrun.process_environment(on("rtx4090x2"))
     assert found["NCCL_P2P_DISABLE"] == "1" and found["NCCL_IB_DISABLE"] == "1"
     assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert int(found["OMP_NUM_THREADS"]) >= 1
@@ -272,11 +272,11 @@ def test_the_plan_names_the_command_and_environment_of_the_launch(
 ) -> None:
     spec = on(*words)
     planned = plan_inputs.plan(spec, [])
-    launched = torchrun.command(RunDir(Path("runs/ID")), spec)
+    launched = torchrun.torchrun_command(RunDir(Path("runs/ID")), spec)
     assert planned.command == ["python", *launched[1:]]
     for name in planned.env:
         monkeypatch.delenv(name, raising=False)
-    environment = torchrun.environment(spec)
+    environment = torchrun.process_environment(spec)
     assert planned.env and planned.env == {name: environment[name] for name in planned.env}
     assert {name for name in environment if name not in os.environ} - {*planned.env} <= {
         "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME",  # of a machine that only the launch has seen

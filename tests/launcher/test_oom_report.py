@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from runner.config.request import Request
+from runner.config.command_line import Request
 from runner.launcher.failure import report_ending
-from runner.launcher.oom_report import OomReport, diagnose_oom, report
+from runner.launcher.oom_report import OomReport, diagnose_oom, write_report
 from runner.launcher.supervisor import Ending
 from runner.machine.processes import OomKills, killer, oom_kills
 from runner.resolve import plan_inputs
@@ -300,7 +300,7 @@ def test_without_a_plan_it_still_says_where_and_what_to_try() -> None:
 def test_a_kill_is_told_by_what_the_kernel_counted(who: Any) -> None:
     run, spec = died("hw=cpu", state="training")
     (run.path / "metrics.jsonl").write_text('{"step": 3, "memory_gib": 1.1}\n', "utf-8")
-    error = report(run, spec, who)
+    error = write_report(run, spec, who)
     written = run.read("autopsy.json")
     assert (written["killer"], written["step"], written["held_gib"]) == (who, 3, 1.1)
     assert written["suggestions"] and written["what"] == run.read("status.json")["error"] == str(error)

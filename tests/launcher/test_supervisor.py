@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runner.launcher import supervisor
-from runner.launcher.failure import hung, report_ending
+from runner.launcher.failure import report_ending, slowest_rank
 from runner.launcher.supervisor import Ending
 from runner.rundir.directory import RunDir
 from tests.conftest import spec_of
@@ -58,7 +58,7 @@ def test_a_process_that_never_begins_is_ended(run: RunDir, monkeypatch: pytest.M
     began = time.monotonic()
     ending = supervisor.watch(process, run, 0.1 / 60)
     assert time.monotonic() - began < 30 and process.poll() is not None
-    problem = hung(run, ending).problems[0]
+    problem = slowest_rank(run, ending).problems[0]
     assert problem.what.startswith("the worker hangs: no sign of life for") and "(starting)" in problem.what
     assert problem.remedy is not None and "it never began; see" in problem.remedy
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from runner.config import catalog
+from runner.config import conf_files
 from runner.machine import detect
 from runner.machine.detect import Gpu, Machine
 from runner.spec import HardwareSpec
 from tests.support.front import runner
 
-NAMES = catalog.options("hw")
+NAMES = conf_files.options("hw")
 GIB = 2**30
 
 RTX4090 = Gpu("GeForce RTX 4090", "GPU-aa11", 23.99, 8.9)
@@ -29,7 +29,7 @@ V100 = Gpu("Tesla V100-SXM2-32GB", "GPU-ee55", 32.0, 7.0)
 
 
 def spec_of(name: str, **changes: Any) -> HardwareSpec:
-    return HardwareSpec.model_validate({**catalog.load("hw", name), **changes})
+    return HardwareSpec.model_validate({**conf_files.load_choice("hw", name), **changes})
 
 
 CUDA_NAMES = [name for name in NAMES if spec_of(name).accelerator == "cuda"]

@@ -16,7 +16,7 @@ import pytest
 from runner import __version__
 from runner.errors import CannotRunError
 from runner.launcher import nodes
-from runner.machine import network
+from runner.machine import hostfile
 from runner.rundir.directory import RunDir, all_runs
 from tests.conftest import ROOT, run_cli
 from tests.support import front
@@ -251,12 +251,12 @@ def wait_for_launcher(run: RunDir, name: str) -> Path:
 
 
 def test_own_addresses() -> None:
-    assert network.is_own("127.0.0.1") and network.is_own("localhost")
-    assert not network.is_own("192.0.2.1") and not network.is_own("nobody.invalid")
+    assert hostfile.is_own("127.0.0.1") and hostfile.is_own("localhost")
+    assert not hostfile.is_own("192.0.2.1") and not hostfile.is_own("nobody.invalid")
 
 
 def test_nobody_is_met_on_the_loopback() -> None:
     names = {name for _, name in socket.if_nameindex()} - {"lo"}
-    assert network.interface("127.0.0.1:29500") in {*names, None}
-    assert network.interface("127.0.0.1:29500", address="127.0.0.1") is None
-    assert network.split("[fe80::1]:29500") == ("fe80::1", 29500)
+    assert hostfile.interface("127.0.0.1:29500") in {*names, None}
+    assert hostfile.interface("127.0.0.1:29500", address="127.0.0.1") is None
+    assert hostfile.split("[fe80::1]:29500") == ("fe80::1", 29500)

@@ -57,7 +57,7 @@ def clean(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 def test_settings_are_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**LEFT, **SET}.items():
         monkeypatch.setenv(name, value)
-    found = torchrun.environment(spec_of("hw=cpu", "hw.env={MASTER_PORT: '1234'}"))
+    found = torchrun.process_environment(spec_of("hw=cpu", "hw.env={MASTER_PORT: '1234'}"))
     assert {name for name in LEFT if name in found} == {"SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "MASTER_PORT"}
     assert found["MASTER_PORT"] == "1234"  # the hardware profile's own
     assert {name: found.get(name) for name in SET} == SET

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from runner.cloud.provider import PodRequest
-from runner.cloud.runpod.types import allowed_cuda, request_body
+from runner.cloud.runpod.json_types import allowed_cuda, request_body
 from runner.config import pod_packages
 from runner.doctor import software
 from runner.machine import detect, kernels
@@ -78,7 +78,11 @@ def test_a_rented_run_is_planned_and_trained_with_what_the_pod_will_have() -> No
     content, sdpa = plan(*RENTED), plan(*RENTED, "train.attention=sdpa")
     assert content["peak_gib"] == sdpa["peak_gib"] and pod_packages.NO_FLASH in content["notes"]
     spec = spec_of(*RUN, *RENTED)
-    assert spec.train.attention == "sdpa" and pod_packages.extras(spec) == [] and pod_packages.wheels(spec) == []
+    assert (
+        spec.train.attention == "sdpa"
+        and pod_packages.extra_requirements(spec) == []
+        and pod_packages.flash_attn_wheels(spec) == []
+    )
     chosen = spec_of("where=runpod", "model=mistral7b", "method=lora", "train.max_length=4096")  # without hw=
     assert chosen.hw.accelerator == "cuda" and chosen.train.attention == "sdpa"
 
@@ -87,8 +91,8 @@ def test_flash_attention_that_is_named_is_planned_installed_and_its_host_asked_f
     named = (*RENTED, "train.attention=flash_attention_2")
     assert plan(*named)["peak_gib"]["expected"] < plan(*RENTED)["peak_gib"]["expected"]
     spec = spec_of(*RUN, *named)
-    assert pod_packages.extras(spec) == ["flash-attn", "einops"]
-    wheels = pod_packages.wheels(spec)
+    assert pod_packages.extra_requirements(spec) == ["flash-attn", "einops"]
+    wheels = pod_packages.flash_attn_wheels(spec)
     assert [wheel["build"] for wheel in wheels] == ["", "cu126"] and pod_packages.least_cuda(spec) is None
     assert all("torch2.13-cp312-cp312-linux_x86_64.whl" in wheel["url"] for wheel in wheels)
     blackwell = spec_of(*RUN, "where=runpod", "hw=b200", "train.attention=flash_attention_2")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runner import __version__, paths
-from runner.config import catalog
+from runner.config import conf_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,16 +47,16 @@ def test_installed_wheel_finds_its_configs_from_anywhere(wheel: Path, tmp_path: 
         archive.extractall(tmp_path / "site")
     code = (
         "import sys; sys.path.insert(0, 'site')\n"
-        "from runner.config import catalog; from runner import paths\n"
-        "print(paths.CONF, *catalog.options('model'), *catalog.recipes(), sep='\\n')"
+        "from runner.config import conf_files; from runner import paths\n"
+        "print(paths.CONF, *conf_files.options('model'), *conf_files.recipes(), sep='\\n')"
     )
     # -I: neither the checkout nor an environment variable may help.
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     expected = [
         str(tmp_path / "site" / "runner" / "assets" / "conf"),
-        *catalog.options("model"),
-        *catalog.recipes(),
+        *conf_files.options("model"),
+        *conf_files.recipes(),
     ]
     assert done.stdout.splitlines() == expected
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from runner.plan.memory import CONTEXT, GIB
-from runner.report.calibrate import calibration
+from runner.report.plan_accuracy import calibration
 from runner.report.summary import TRAINING, beside_plan, pair, plan_line
 from runner.resolve import plan_inputs
 from runner.rundir.directory import RunDir, all_runs

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from runner.config.request import Request
+from runner.config.command_line import Request
 from runner.errors import RequestError
 from runner.plan.cost import Checkpoints, checkpoints_of
 from runner.rundir import checkpoints
@@ -70,7 +70,7 @@ def done(tmp_path: Any) -> RunDir:
 
 
 def check(run: RunDir, *words: str) -> RunSpec:
-    return resume.compose_resumed(run, resume.request(run, words, ()))
+    return resume.compose_resumed(run, resume.resume_request(run, words, ()))
 
 
 def test_a_finished_run_can_be_made_longer_and_nothing_else(done: RunDir) -> None:
@@ -93,12 +93,12 @@ def test_a_finished_run_without_a_whole_checkpoint_is_never_begun_anew(done: Run
 
 def test_a_new_run_of_one_that_could_go_on_says_so(done: RunDir) -> None:
     asked = Request(spec_file=done.spec_file)
-    assert resume.unfinished(asked) == [] == resume.unfinished(Request())
+    assert resume.unfinished_note(asked) == [] == resume.unfinished_note(Request())
     done.set_status("failed")
-    (note,) = resume.unfinished(asked)
+    (note,) = resume.unfinished_note(asked)
     assert f"resume {done.path}" in note and "after step 4" in note
     checkpoints.discard(done, [4])
-    assert resume.unfinished(asked) == []
+    assert resume.unfinished_note(asked) == []
 
 
 def test_what_a_signal_ended_says_what_there_is(done: RunDir) -> None:

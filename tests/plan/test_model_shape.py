@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from runner.config import catalog
+from runner.config import conf_files
 from runner.errors import RequestError
-from runner.hub.config import facts_from_config, local_facts
+from runner.hub.model_config import facts_from_config, local_facts
 from runner.plan.model_shape import ARCHITECTURES, Shape, shape_of
 from runner.plan.trainable import modules_around, modules_of
 from runner.spec import ModelSpec
 
-KNOWN = [name for name in catalog.options("model") if catalog.load("model", name).get("architecture")]
+KNOWN = [name for name in conf_files.options("model") if conf_files.load_choice("model", name).get("architecture")]
 
 # Sizes that no two of are alike, and that are no family's default: a mixed-up pair shows.
 COMMON = {
@@ -67,7 +67,7 @@ TINY: list[tuple[str, dict[str, Any]]] = [
 
 
 def catalogued(name: str, **changes: Any) -> ModelSpec:
-    return ModelSpec.model_validate(catalog.load("model", name) | changes)
+    return ModelSpec.model_validate(conf_files.load_choice("model", name) | changes)
 
 
 def remedies(error: RequestError) -> str:
@@ -283,9 +283,8 @@ def test_a_broken_file_is_named(text: str, what: str, tmp_path: Path) -> None:
 
 
 def test_neither_module_loads_transformers() -> None:
-    code = (
-        "import sys, runner.hub.config; print({'torch', 'transformers', 'huggingface_hub', 'numpy'} & {*sys.modules})"
-    )
+    heavy = "{'torch', 'transformers', 'huggingface_hub', 'numpy'}"
+    code = f"import sys, runner.hub.model_config; print({heavy} & {{*sys.modules}})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
 

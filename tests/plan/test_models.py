@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from runner.config import catalog
+from runner.config import conf_files
 from runner.spec import ModelSpec
 
-NAMES = catalog.options("model")
-KNOWN = [name for name in NAMES if catalog.load("model", name).get("architecture")]
+NAMES = conf_files.options("model")
+KNOWN = [name for name in NAMES if conf_files.load_choice("model", name).get("architecture")]
 
 # Facts that size a model: memory and time cannot be planned without one of them.
 SIZING = (
@@ -29,7 +29,7 @@ SIZING = (
 
 def spec_of(name: str) -> ModelSpec:
     """The catalogue's entry; `hub` gets the id that its user must give."""
-    values = catalog.load("model", name)
+    values = conf_files.load_choice("model", name)
     return ModelSpec.model_validate({"id": "org/name", **values} if name == "hub" else values)
 
 
@@ -104,14 +104,14 @@ def test_hub_without_an_id_says_that_the_id_is_missing() -> None:
     from pydantic import ValidationError
 
     with pytest.raises(ValidationError) as caught:
-        ModelSpec.model_validate(catalog.load("model", "hub"))
+        ModelSpec.model_validate(conf_files.load_choice("model", "hub"))
     (problem,) = caught.value.errors()
     assert (problem["loc"], problem["type"]) == (("id",), "missing")
 
 
 def test_larger_models_start_from_smaller_rates() -> None:
     # Mixtral goes by its 12.9 B active parameters, and random weights by other rates, so they are left out.
-    rated = [n for n in KNOWN if "learning_rate_full" in catalog.load("model", n)]  # others have the schema's
+    rated = [n for n in KNOWN if "learning_rate_full" in conf_files.load_choice("model", n)]  # others have the schema's
     known = [s for s in map(spec_of, rated) if not s.num_experts and not s.from_scratch]
     specs = sorted(known, key=lambda s: s.num_parameters or 0)
     for rates in ([s.learning_rate_full for s in specs], [s.learning_rate_adapter for s in specs]):

@@ -15,7 +15,7 @@ from docs.generate import planning_page
 from docs.generate import planning_published as published
 from docs.generate.planning_facts import RUNS as REPORTED_RUNS
 from docs.generate.planning_speed import RENTED, money_example
-from runner.config.request import Request
+from runner.config.command_line import Request
 from runner.plan import host_memory
 from runner.plan.memory import GIB
 from runner.plan.plan import Plan

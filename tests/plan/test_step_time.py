@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from runner.config.catalog import load, options
+from runner.config.conf_files import load_choice, options
 from runner.plan.model_shape import Shape, shape_of
 from runner.plan.step_time import (
     Machine,
@@ -30,7 +30,7 @@ STAGES: tuple[Stage, ...] = ("none", "zero1", "zero2", "zero2_offload", "zero3",
 
 
 def shape(name: str) -> Shape:
-    return shape_of(ModelSpec(**load("model", name)))
+    return shape_of(ModelSpec(**load_choice("model", name)))
 
 
 def qwen(layers: int, hidden: int, inner: int, heads: int) -> Shape:
@@ -49,7 +49,7 @@ def qwen(layers: int, hidden: int, inner: int, heads: int) -> Shape:
 
 
 def machine(name: str, precision: str = "bf16", **changes: Any) -> Machine:
-    found = machine_of(HardwareSpec(**{**load("hw", name), **changes}), precision)
+    found = machine_of(HardwareSpec(**{**load_choice("hw", name), **changes}), precision)
     assert found is not None
     return found
 
@@ -175,7 +175,7 @@ def test_the_default_job_takes_what_was_measured() -> None:
 
 def test_every_gpu_of_the_catalogue_has_a_speed_and_says_where_it_is_from() -> None:
     for name in options("hw"):
-        values = load("hw", name)
+        values = load_choice("hw", name)
         if values["accelerator"] == "cuda":
             found = step(work(MISTRAL, 1024, "lora"), machine(name, "bf16" if values["bf16"] else "fp16"), 2)
             assert 0.1 < found.efficiency < 0.7, name

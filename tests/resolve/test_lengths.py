@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from runner.config.catalog import load
-from runner.data.inspect.lengths import DataLengths, lengths, packed, steps
+from runner.config.conf_files import load_choice
+from runner.data.inspect.lengths import DataLengths, lengths, optimizer_steps, packed_sequences
 from runner.data.inspect.token_counts import tokenizer_file
 from runner.errors import RequestError
 from runner.spec import DataSpec, ModelSpec, RunSpec
 from tests.conftest import spec_of
 
 NOWHERE = ModelSpec(id="nobody/nothing")
-COMMANDS = DataSpec(**load("data", "commands"))
-SMOLLM2 = ModelSpec(**load("model", "smollm2_135m"))
+COMMANDS = DataSpec(**load_choice("data", "commands"))
+SMOLLM2 = ModelSpec(**load_choice("model", "smollm2_135m"))
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +57,8 @@ def test_the_default_job_is_known_to_the_token(real_cache: None) -> None:
     """What the worker prints: 39,761 tokens in 168 sequences; 294 steps of one are 1.75 epochs."""
     found = lengths(COMMANDS, SMOLLM2)
     assert (found.num_examples, sum(found.row_tokens), found.exact) == (600, 39_761, True)
-    assert packed(found.row_tokens, 256) == 168
-    assert steps(spec_of(), found) == (294, 69_582, [])
+    assert packed_sequences(found.row_tokens, 256) == 168
+    assert optimizer_steps(spec_of(), found) == (294, 69_582, [])
     assert found.held_out_tokens_per_row is not None
     assert (found.held_out_rows, round(40 * found.held_out_tokens_per_row), found.answer_tokens) == (40, 2655, 31)
 
@@ -71,7 +71,7 @@ def test_before_the_demo_model_is_unpacked_its_steps_are_those_that_the_run_take
     assert found.tokens_per_example == pytest.approx(66.27, rel=0.02)
     assert found.held_out_tokens_per_row == pytest.approx(66.38, rel=0.02)
     assert found.answer_tokens == pytest.approx(31, abs=3)
-    count, tokens, (note,) = steps(spec_of(), found)
+    count, tokens, (note,) = optimizer_steps(spec_of(), found)
     assert count == pytest.approx(294, abs=1) and tokens == pytest.approx(69_582, rel=0.02)
     assert note == (
         "about 66 tokens a row: all rows, 2.42 characters a token assumed: the tokenizer is not on this machine"
@@ -177,17 +177,17 @@ def test_data_on_the_hub_are_not_guessed() -> None:
     found = lengths(DataSpec(name="hub", source="hub", id="org/rows"), SMOLLM2)
     assert (found.num_examples, found.tokens_per_example, found.exact) == (None, None, False)
     assert _held(found) == (None, None, None)
-    count, tokens, notes = steps(_spec(), found)
+    count, tokens, notes = optimizer_steps(_spec(), found)
     assert (count, tokens) == (None, None) and "org/rows is on the Hub" in notes[0]
 
 
 def test_data_of_the_catalogue_are_as_large_as_their_card_says() -> None:
-    found = lengths(DataSpec(**load("data", "gsm8k")), SMOLLM2)
+    found = lengths(DataSpec(**load_choice("data", "gsm8k")), SMOLLM2)
     assert (found.num_examples, found.tokens_per_example, found.exact) == (7473, 132.5, False)
     assert _held(found) == (1319, 132.5, None)
-    assert lengths(DataSpec(**load("data", "gsm8k"), max_eval_examples=50), SMOLLM2).held_out_rows == 50
-    assert lengths(DataSpec(**load("data", "gsm8k"), max_examples=100), SMOLLM2).num_examples == 100
-    count, _, notes = steps(_spec(num_epochs=1, packing=False), found)
+    assert lengths(DataSpec(**load_choice("data", "gsm8k"), max_eval_examples=50), SMOLLM2).held_out_rows == 50
+    assert lengths(DataSpec(**load_choice("data", "gsm8k"), max_examples=100), SMOLLM2).num_examples == 100
+    count, _, notes = optimizer_steps(_spec(num_epochs=1, packing=False), found)
     at_once = 2 * 2  # micro batch and processes of `_spec`
     assert count == math.ceil(math.ceil(7473 / at_once) / 4) and "the card of openai/gsm8k states" in notes[0]
 
@@ -196,7 +196,7 @@ def test_data_of_the_catalogue_are_as_large_as_their_card_says() -> None:
     "change", [{"split": "test"}, {"subset": "socratic"}, {"revision": "v1"}, {"eval_split": None}]
 )
 def test_the_card_says_nothing_of_another_split(change: dict[str, str | None]) -> None:
-    assert lengths(DataSpec(**{**load("data", "gsm8k"), **change}), SMOLLM2).num_examples is None
+    assert lengths(DataSpec(**{**load_choice("data", "gsm8k"), **change}), SMOLLM2).num_examples is None
 
 
 def test_the_hubs_cache_and_a_folder_have_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,27 +226,29 @@ def _spec(**train: object) -> RunSpec:
 
 
 def test_estimated_rows_are_packed_to_97_percent() -> None:
-    count, tokens, notes = steps(_spec(num_epochs=2), DataLengths(970, 50.0, False, "a sample"))
+    count, tokens, notes = optimizer_steps(_spec(num_epochs=2), DataLengths(970, 50.0, False, "a sample"))
     # 970 × 50 / (100 × 0.97) = 500 sequences; 125 micro batches of 2 × 2, 32 steps of 4 of them, twice.
     assert (count, tokens) == (64, 97_000)
     assert notes == ["about 970 rows of 50 tokens: a sample", "packing assumed to fill 97% of a sequence"]
 
 
 def test_without_packing_each_row_is_a_sequence_and_long_ones_are_cut() -> None:
-    count, tokens, _ = steps(_spec(packing=False, num_epochs=1), DataLengths(3, 90.0, True, "", (10, 60, 200)))
+    count, tokens, _ = optimizer_steps(
+        _spec(packing=False, num_epochs=1), DataLengths(3, 90.0, True, "", (10, 60, 200))
+    )
     assert (count, tokens) == (1, 170)
 
 
 def test_max_steps_stand_for_data_that_nobody_counted() -> None:
-    assert steps(_spec(max_steps=10), DataLengths(None, None, False, "?"))[:2] == (10, 10 * 16 * 100)
-    assert steps(_spec(max_steps=10, packing=False), DataLengths(32, 50.0, False, "?"))[:2] == (10, 5 * 1600)
+    assert optimizer_steps(_spec(max_steps=10), DataLengths(None, None, False, "?"))[:2] == (10, 10 * 16 * 100)
+    assert optimizer_steps(_spec(max_steps=10, packing=False), DataLengths(32, 50.0, False, "?"))[:2] == (10, 5 * 1600)
 
 
 def test_rows_go_where_they_leave_the_least_room() -> None:
-    assert packed((60, 50, 50, 40), 100) == 2
-    assert packed((60, 45, 50, 40), 100) == 2
-    assert packed((60, 60, 60), 100) == 3
-    assert packed((100, 0, 1), 100) == 2
+    assert packed_sequences((60, 50, 50, 40), 100) == 2
+    assert packed_sequences((60, 45, 50, 40), 100) == 2
+    assert packed_sequences((60, 60, 60), 100) == 3
+    assert packed_sequences((100, 0, 1), 100) == 2
 
 
 def test_packing_and_steps_are_those_of_the_trainer() -> None:
@@ -262,10 +264,10 @@ def test_packing_and_steps_are_those_of_the_trainer() -> None:
     rows = tuple(min(512, 1 + int(rng.expovariate(1 / 120))) for _ in range(700))
     table = datasets.Dataset.from_dict({"input_ids": [[1] * n for n in rows]})
     by_trl = len(trl.pack_dataset(table, 512, "bfd"))
-    assert packed(rows, 512) == by_trl
+    assert packed_sequences(rows, 512) == by_trl
     for epochs in (0.5, 1.0, 2.7):
         spec = _spec(num_epochs=epochs, max_length=512)
-        assert steps(spec, DataLengths(700, 120.0, True, "", rows))[0] == num_steps(spec, by_trl)
+        assert optimizer_steps(spec, DataLengths(700, 120.0, True, "", rows))[0] == num_steps(spec, by_trl)
 
 
 def test_counting_needs_neither_torch_nor_transformers_nor_much_time() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from runner.cli.options import request_of
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.types import GpuType
+from runner.cloud.runpod.json_types import GpuType
 from runner.errors import CannotRunError
 from runner.machine.detect import HardwareSpec
 from runner.plan.search import offers

@@ -8,8 +8,8 @@ from functools import cache
 import pytest
 
 from runner.cli.options import request_of
+from runner.config.command_line import Request
 from runner.config.compose import compose
-from runner.config.request import Request
 from runner.errors import RequestError
 from runner.plan.auto_values import EAGER_UP_TO, resolve_autos
 from runner.plan.choose_stage import MAX_MICRO_BATCH

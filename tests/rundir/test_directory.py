@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import RequestError
-from runner.rundir.directory import ACTIVE, RunDir, alive, all_runs, write_atomically
+from runner.rundir.directory import ACTIVE, RunDir, all_runs, is_alive, write_atomically
 from runner.spec import RunSpec
 from tests.support.front import here, laptop, runner, spec_of
 
@@ -153,10 +153,10 @@ def test_a_zombie_is_not_alive() -> None:
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     try:
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, and not yet collected
-        assert not alive(child.pid)
+        assert not is_alive(child.pid)
     finally:
         child.wait()
-    assert alive(os.getpid()) and not alive(None)
+    assert is_alive(os.getpid()) and not is_alive(None)
 
 
 def test_a_spec_that_somebody_has_broken_is_told_by_its_key(spec: RunSpec) -> None:

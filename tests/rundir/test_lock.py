@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from runner.errors import RequestError
-from runner.rundir.directory import RunDir, alive, birth
-from runner.rundir.lock import inherited, owned
+from runner.rundir.directory import RunDir, is_alive, process_birth
+from runner.rundir.lock import inherited_locks, own_run
 from runner.runs.launch import resume
 from tests.conftest import run_cli, spec_of
 from tests.launcher.test_interrupts import below
@@ -60,7 +60,7 @@ def test_a_worker_that_its_launcher_lost_keeps_the_run(model: Path, tmp_path: Pa
     shutil.rmtree(run.path / "logs")
     assert run.state() == "killed" and f"process {worker.pid}" in refusal(run)
     worker.kill()
-    until(lambda: not alive(worker.pid))
+    until(lambda: not is_alive(worker.pid))
     done = run_cli("resume", str(run.path), OMP_NUM_THREADS="1")  # without `logs/`
     assert done.returncode == 0, done.stderr
     assert len(losses(run.path)) == 12 and run.state() == "done"
@@ -68,24 +68,24 @@ def test_a_worker_that_its_launcher_lost_keeps_the_run(model: Path, tmp_path: Pa
 
 def test_of_two_resumes_at_once_one_is_refused(run: RunDir) -> None:
     run.set_status("interrupted")
-    with owned(run):
+    with own_run(run):
         told = run_cli("resume", str(run.path))
         assert told.returncode == 2
         assert f"{run.id} is at work (interrupted, process {os.getpid()})" in told.stderr
         assert f"wait for its end, or stop it: kill {os.getpid()}" in told.stderr
-    with owned(run):
+    with own_run(run):
         pass
 
 
 def test_the_lock_lives_as_long_as_who_inherited_it(run: RunDir) -> None:
     run.set_status("interrupted")
-    with owned(run):
-        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=inherited())
+    with own_run(run):
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=inherited_locks())
     assert "is at work" in refusal(run)
     child.communicate(b"\n")
-    with owned(run):
-        assert len(inherited()) == 1
-    assert inherited() == ()
+    with own_run(run):
+        assert len(inherited_locks()) == 1
+    assert inherited_locks() == ()
 
 
 @pytest.mark.parametrize("file", ["status.json", "logs/rank0.json"])
@@ -96,7 +96,7 @@ def test_a_number_that_another_process_has_now_is_nobody(file: str, run: RunDir)
     else:
         run.set_status("failed")
         sign = {"rank": 0, "pid": os.getpid(), "host": socket.gethostname(), "state": "alive", "beat": 0.0}
-        run.write(file, {**sign, "born": birth(os.getpid())})
+        run.write(file, {**sign, "born": process_birth(os.getpid())})
         assert f"process {os.getpid()}" in refusal(run)
         run.write(file, {**sign, "born": SOMEBODY})
     assert run.state() in ("killed", "failed")
@@ -104,9 +104,9 @@ def test_a_number_that_another_process_has_now_is_nobody(file: str, run: RunDir)
 
 
 def test_a_run_under_an_earlier_name_of_this_machine_is_not_at_work_for_ever(run: RunDir) -> None:
-    run.set_status("training", host="before-dhcp", born=birth(os.getpid()))
+    run.set_status("training", host="before-dhcp", born=process_birth(os.getpid()))
     assert run.state() == "training"  # started without a lock: nobody can tell
-    with owned(run):
+    with own_run(run):
         assert run.state() == "training"
     assert run.state() == "killed"
     run.set_status("training", host="another-machine", born=SOMEBODY)
@@ -115,7 +115,7 @@ def test_a_run_under_an_earlier_name_of_this_machine_is_not_at_work_for_ever(run
 
 @pytest.mark.parametrize(
     ("born", "free"),
-    [(birth(os.getpid()), True), (SOMEBODY, False), (None, False)],
+    [(process_birth(os.getpid()), True), (SOMEBODY, False), (None, False)],
     ids=["this machine", "another", "unknown"],  # not the value: workers of a parallel run have to collect the same
 )
 def test_another_host_is_believed_unless_it_is_this_machine(born: Any, free: bool, run: RunDir) -> None:

@@ -15,7 +15,7 @@ from runner.rundir import checkpoints
 from runner.rundir.directory import Outcome, RunDir
 from runner.runs import input_digests
 from runner.runs.inputs import with_absolute_paths
-from runner.runs.worker_verbs import report_changed_base
+from runner.runs.worker_tasks import report_changed_base
 from runner.spec import RunSpec
 from tests.conftest import run_cli, spec_of
 from tests.support.front import here, laptop, runner, write
@@ -139,9 +139,9 @@ def test_a_folder_that_is_read_as_the_hub_is_an_input(here: Path, run: RunDir) -
     spec = with_absolute_paths(spec_of("data=hub", "data.id=rows", "hw=cpu"))
     assert spec.data.id == str(here / "rows")
     input_digests.record_digests(run, spec)
-    assert input_digests.changed(run, spec) == []
+    assert input_digests.changed_inputs(run, spec) == []
     write(here / "rows" / "test.jsonl", ROWS)
-    (problem,) = input_digests.changed(run, spec)
+    (problem,) = input_digests.changed_inputs(run, spec)
     assert (problem.source, problem.what) == (
         "data.id", f"{here / 'rows'} is not what the run has trained on until now",
     )  # fmt: skip

@@ -211,7 +211,7 @@ def test_own_code_goes_to_a_pod_without_this_projects_modules(
     monkeypatch.setattr(sys, "path", elsewhere if installed == "in site-packages" else [root, *elsewhere])
     for name, text in (("penalised.py", OBJECTIVE), ("lines.py", TRACKER)):
         (tmp_path / name).write_text(text, "utf-8")
-        assert user_code_checks.sources(name) == [name]
+        assert user_code_checks.source_files(name) == [name]
     write(tmp_path / "own", "track", "lines", "name: own\ncode: lines.py:Lines\n")
     result = runner(*PODS, "objective.code=penalised.py:Penalised", "--config-dir", "own", "track=lines")
     assert result.exit_code == 0, result.output
@@ -219,7 +219,7 @@ def test_own_code_goes_to_a_pod_without_this_projects_modules(
     score = "import runner.spec\nfrom runner.errors import Problem\nimport aside\ndef score(completions, **_): ...\n"
     (tmp_path / "score.py").write_text(score, "utf-8")
     (tmp_path / "aside.py").write_text("from runner.train.trackers import Tracker\n", "utf-8")
-    assert user_code_checks.sources("score.py") == ["score.py", "aside.py"]  # a neighbour still counts
+    assert user_code_checks.source_files("score.py") == ["score.py", "aside.py"]  # a neighbour still counts
     (tmp_path / "penalised.py").write_text(f"import aside\n{OBJECTIVE}", "utf-8")
     result = runner(*PODS, "objective.code=penalised.py:Penalised")
     assert result.exit_code == 2 and "imports modules of this machine (aside.py)" in " ".join(result.stderr.split())

@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from runner.plan.model_shape import shape_of
 from runner.plan.trainable import training_of
 from runner.spec import Method, ModelSpec, Peft
-from runner.spec.adapters import TYPES, evaluate
-from runner.spec.peft_types import ON_ALL_LAYERS, UNCOUNTED, UNUSABLE
+from runner.spec.adapters import ON_ALL_LAYERS, TYPES, UNCOUNTED, UNUSABLE, evaluate
 from runner.train import peft_methods
 from tests.conftest import spec_of
 

@@ -15,13 +15,13 @@ from rich.console import Console
 
 from runner.cli.options import request_of
 from runner.config.compose import compose, source_finder
-from runner.config.suggestions import parts_of
+from runner.config.did_you_mean import parts_of
 from runner.report.progress import Progress
 from runner.resolve.steps import resolve
 from runner.rundir.launch_options import DEFAULT_OPTIONS
 from runner.runs import launch
 from runner.runs.content_checks import check_contents
-from runner.runs.unread_keys import UNREAD, is_read
+from runner.runs.unread_keys import UNREAD, verb_reads
 from runner.spec import RunSpec
 from runner.spec.part import Part
 from runner.spec.unused_keys import _candidates, _facts
@@ -119,7 +119,9 @@ def test_every_key_is_read_by_the_run_or_said_to_have_no_effect(
         train_here(spec)
     keys = {f"{group}.{key}" for group in RunSpec.model_fields for key in type(getattr(spec, group)).model_fields}
     said = {key for key, _ in (*_candidates(spec), *_facts(spec))}
-    silent = {key for key in keys - seen - said - BESIDE - REFUSED if not key.endswith(".name") and is_read("run", key)}
+    silent = {
+        key for key in keys - seen - said - BESIDE - REFUSED if not key.endswith(".name") and verb_reads("run", key)
+    }
     assert not silent, " ".join(sorted(silent))
     assert len(seen) > 80
 
@@ -135,8 +137,8 @@ def test_data_prepare_reads_what_it_does_not_say_to_have_no_effect(
             check_contents(spec)
             prepared(spec, Progress(Console(file=io.StringIO())))
         seen |= found
-    wrong = {key for key in seen if not key.endswith(".name") and not is_read("data prepare", key)}
+    wrong = {key for key in seen if not key.endswith(".name") and not verb_reads("data prepare", key)}
     assert not wrong - set(UNREAD["data prepare"]), " ".join(sorted(wrong))
     keys = {f"{GROUPS[part]}.{key}" for part in GROUPS for key in part.model_fields}
-    silent = {key for key in keys - seen - REFUSED if not key.endswith(".name") and is_read("data prepare", key)}
+    silent = {key for key in keys - seen - REFUSED if not key.endswith(".name") and verb_reads("data prepare", key)}
     assert not silent - {"where.volume", "objective.options"}, " ".join(sorted(silent))  # these of a class of one's own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner.spec.layer_ranges import parse_layers
+from runner.spec.method import parse_layers
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from runner.cloud.errors import ApiDownError, NoCapacityError, UnclearError
 from runner.cloud.provider import OVER, Offer, Pod, PodRequest, Provider
+from runner.cloud.provider_errors import ApiDownError, NoCapacityError, UnclearError
 from runner.errors import Problem
 from runner.spec import RunSpec
 

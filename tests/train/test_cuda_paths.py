@@ -17,7 +17,7 @@ from rich.console import Console
 
 from runner.cloud.agent import install
 from runner.cloud.provider import PodRequest
-from runner.cloud.runpod.types import request_body
+from runner.cloud.runpod.json_types import request_body
 from runner.errors import CannotRunError, RequestError
 from runner.launcher import local, torchrun
 from runner.machine import detect, gpus, kernels, torch_build
@@ -32,7 +32,7 @@ from runner.plan.choose_stage import job_of
 from runner.plan.memory import setting_of
 from runner.plan.model_shape import shape_of
 from runner.plan.trainable import training_of
-from runner.report.known_causes import cause_of
+from runner.report.failure_causes import cause_of
 from runner.report.progress import Progress
 from runner.rundir.directory import RunDir
 from runner.spec import RunPodPlace, RunSpec
@@ -192,9 +192,9 @@ def test_liger_is_off_for_a_model_that_it_has_no_kernels_for(monkeypatch: pytest
     monkeypatch.setattr(torch_build, "installed_torch", lambda: Torch("2.13.0", (13, 0)))
     monkeypatch.setattr(torch_build, "driver", lambda: Driver("580.82", (13, 0)))
     monkeypatch.setattr(kernels, "no_compiler", lambda: None)
-    local.check_torch(of("llama", "true"))
+    local.check_installed_torch(of("llama", "true"))
     with pytest.raises(CannotRunError, match="the installed liger-kernel has no kernels for opt models"):
-        local.check_torch(of("opt", "true"))
+        local.check_installed_torch(of("opt", "true"))
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +370,7 @@ def test_the_processes_see_exactly_the_gpus_of_the_run(
     there = detect.detect(root_with(tmp_path, dev__nvidiactl=""))
     spec = on(*words)
     seen(monkeypatch, there)
-    environment = torchrun.environment(spec)
+    environment = torchrun.process_environment(spec)
     assert environment.get("CUDA_VISIBLE_DEVICES") == (shown if shown is not None else setting)
     chosen = setting is None and shown is not None and "hw.env" not in words[-1]
     assert environment.get("CUDA_DEVICE_ORDER") == ("PCI_BUS_ID" if chosen else None)
@@ -404,7 +404,7 @@ def test_one_dead_gpu_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(detect, "detect", lambda: there)
     spec = on("hw=local", "deepspeed=none")
     assert (spec.hw.accelerator, spec.hw.num_gpus) == ("cuda", 3)
-    assert torchrun.environment(spec)["CUDA_VISIBLE_DEVICES"] == "GPU-0,GPU-1,GPU-3"
+    assert torchrun.process_environment(spec)["CUDA_VISIBLE_DEVICES"] == "GPU-0,GPU-1,GPU-3"
 
 
 def test_a_dead_gpu_that_was_named_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -412,7 +412,7 @@ def test_a_dead_gpu_that_was_named_is_passed_over(monkeypatch: pytest.MonkeyPatc
     there = look(monkeypatch, tmp_path, nvml_of(*EIGHT[:4], dead=2))
     assert [gpu.uuid for gpu in there.gpus] == ["GPU-3"]
     monkeypatch.setattr(detect, "detect", lambda: there)
-    assert torchrun.environment(on("hw=local"))["CUDA_VISIBLE_DEVICES"] == "GPU-3"
+    assert torchrun.process_environment(on("hw=local"))["CUDA_VISIBLE_DEVICES"] == "GPU-3"
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ def test_expandable_segments(
     wsl = gpus.is_wsl(root_with(tmp_path, **files))
     monkeypatch.setattr(gpus, "is_wsl", lambda: wsl)
     seen(monkeypatch, machine(H100))
-    assert torchrun.environment(on("hw=h100")).get("PYTORCH_ALLOC_CONF") == value
+    assert torchrun.process_environment(on("hw=h100")).get("PYTORCH_ALLOC_CONF") == value
 
 
 # ── GPUs of other kinds ────────────────────────────────────────────────────────────────────────
@@ -513,7 +513,7 @@ def test_mig_slices_are_gpus_of_which_a_run_takes_one(monkeypatch: pytest.Monkey
     monkeypatch.setattr(detect, "detect", lambda: there)
     spec = on("hw=local")
     assert (spec.hw.num_gpus, spec.hw.memory_gib) == (1, 39.25)
-    assert torchrun.environment(spec)["CUDA_VISIBLE_DEVICES"] == "MIG-0"
+    assert torchrun.process_environment(spec)["CUDA_VISIBLE_DEVICES"] == "MIG-0"
     two = on("hw=local", "hw.num_gpus=2")
     assert "NCCL joins no MIG slices" in str(detect.why_not_here(two.hw, there))
 
@@ -584,7 +584,7 @@ def test_the_cpu_never_takes_the_place_of_a_broken_gpu(monkeypatch: pytest.Monke
 
 
 def test_notes_of_a_run_name_what_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner.config.request import Request
+    from runner.config.command_line import Request
     from runner.resolve.steps import resolved
 
     amd = Unusable("an AMD GPU is not used", "hw=cpu")
@@ -648,14 +648,14 @@ def test_a_run_that_triton_compiles_for_needs_a_c_compiler(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     if missing is None:
-        local.check_torch(spec)
+        local.check_installed_torch(spec)
         return
     with pytest.raises(CannotRunError, match=missing):
-        local.check_torch(spec)
+        local.check_installed_torch(spec)
     (tmp_path / "gcc").touch(0o755)
     (tmp_path / "Python.h").unlink()
     with pytest.raises(CannotRunError, match="no header files of Python"):
-        local.check_torch(spec)
+        local.check_installed_torch(spec)
 
 
 @pytest.mark.parametrize(
@@ -677,10 +677,10 @@ def test_a_gpu_that_triton_does_not_compile_for_is_refused(
     rows = ("train.packing=false", "data=file", "data.path=x.jsonl") if "objective=orpo" in words else ()
     spec = on("hw=local", *words, *rows)
     if not refused:
-        local.check_torch(spec)
+        local.check_installed_torch(spec)
         return
     with pytest.raises(CannotRunError, match=f"Triton compiles, and it has none for {gpu.name}"):
-        local.check_torch(spec)
+        local.check_installed_torch(spec)
 
 
 def test_doctor_names_the_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -857,13 +857,13 @@ def test_a_host_that_no_torch_fits_is_said(driver: str, capabilities: list[float
 
 
 def test_the_pin_names_the_build() -> None:
-    assert install.for_build("torch==2.13.0\ntrl==1.16.0\n", "cu126") == "torch==2.13.0+cu126\ntrl==1.16.0\n"
-    assert install.for_build("torch==2.13.0\n", "") == "torch==2.13.0\n"
+    assert install.pins_for_build("torch==2.13.0\ntrl==1.16.0\n", "cu126") == "torch==2.13.0+cu126\ntrl==1.16.0\n"
+    assert install.pins_for_build("torch==2.13.0\n", "") == "torch==2.13.0\n"
 
 
 def test_an_environment_whose_torch_sees_too_few_gpus_is_no_good() -> None:
-    assert install.blind(sys.executable, 0) is None
-    assert install.blind(sys.executable, 1) == "torch sees 0 of 1 GPUs"
+    assert install.torch_gpu_problem(sys.executable, 0) is None
+    assert install.torch_gpu_problem(sys.executable, 1) == "torch sees 0 of 1 GPUs"
 
 
 def test_hosts_that_cannot_start_the_image_are_never_asked_for() -> None:
@@ -971,7 +971,7 @@ def test_a_pods_gpus_are_tried_without_torch(
         return driver
 
     monkeypatch.setattr(install.ctypes, "CDLL", load)
-    assert install.look(2) == (install.REFUSED if reason else 0)
+    assert install.check_gpus(2) == (install.REFUSED if reason else 0)
     assert (reason or "") in capsys.readouterr().out
     if reason is None:
         assert driver is not None and driver.tried == [0, 1]
@@ -1000,10 +1000,10 @@ def test_a_pod_whose_gpus_do_not_compute_gets_nothing(
         assert code is not None
         return code, "Welcome to the pod\ncuInit fails\n", ""
 
-    at = transfer.RemoteRun(types.SimpleNamespace(attempt=attempt), "/workspace", "r1")
-    monkeypatch.setattr(transfer, "arm", lambda *_: done.append("arm"))
+    at = transfer.PodRunFolder(types.SimpleNamespace(attempt=attempt), "/workspace", "r1")
+    monkeypatch.setattr(transfer, "arm_agent", lambda *_: done.append("arm"))
     monkeypatch.setattr(transfer, "check_memory", lambda *_: done.append("memory"))
-    monkeypatch.setattr(transfer, "send", lambda *_: done.append("send") or "code")
+    monkeypatch.setattr(transfer, "send_run", lambda *_: done.append("send") or "code")
     monkeypatch.setattr(transfer, "send_secrets", lambda *_: [])
     monkeypatch.setattr(transfer, "start_task", lambda *_: done.append("begin"))
     monkeypatch.setenv("RUNNER_POD_PYTHON", named or "")

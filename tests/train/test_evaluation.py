@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from runner.errors import RequestError
-from runner.runs.worker_verbs import EvaluateOptions, evaluate
+from runner.runs.worker_tasks import EvaluateOptions, evaluate
 from tests.conftest import run_cli
 from tests.support import preferences
 

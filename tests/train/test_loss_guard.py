@@ -22,7 +22,7 @@ from trl import pack_dataset
 
 from runner.errors import Problem, RequestError, Rewind, RunFailedError
 from runner.rundir import checkpoints
-from runner.rundir.directory import RunDir, shown
+from runner.rundir.directory import RunDir, display_path
 from runner.train import model_loading, row_ids
 from runner.train.guarded_trainer import GuardedTrainer
 from runner.train.loss_guard import MAX_REWINDS, LossGuard, MicroBatch, is_spike, step_losses
@@ -127,7 +127,7 @@ def test_a_broken_loss_stops_before_a_weight_changes_and_shows_the_row(tmp_path:
     assert problem.remedy and "learning_rate" in problem.remedy
     assert trainer.state.global_step == 2 and same(lab.steps.weights, copy(trainer.model))
     file = lab.run.path / "nan" / "step-3-rank0.json"
-    assert problem.source == shown(file)
+    assert problem.source == display_path(file)
     kept = json.loads(file.read_text("utf-8"), parse_constant=lambda word: pytest.fail(word))
     losses = [line["loss"] for line in trainer.state.log_history]
     words = " ".join(f"w{token}" for token in special)

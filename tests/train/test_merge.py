@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runner.errors import RequestError, RunFailedError
 from runner.rundir.directory import RunDir
-from runner.runs import worker_verbs
+from runner.runs import worker_tasks
 from runner.spec import RunSpec
 from runner.train.merge import adapter as merging
 from runner.train.merge import proof, rounding
@@ -220,9 +220,9 @@ def test_nothing_is_left_of_a_killed_process(tmp_path: Path, monkeypatch: pytest
         "    os.kill(os.getpid(), signal.SIGKILL)\n",
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    monkeypatch.setattr(worker_verbs, "MODULE", "killed")
+    monkeypatch.setattr(worker_tasks, "MODULE", "killed")
     with pytest.raises(RunFailedError, match="SIGKILL"):
-        worker_verbs.produce("merge", RunDir(tmp_path), tmp_path / "out" / "merged")
+        worker_tasks.produce_in_worker("merge", RunDir(tmp_path), tmp_path / "out" / "merged")
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(RequestError, match=r"killed\.py exists"):
-        worker_verbs.produce("merge", RunDir(tmp_path), tmp_path / "killed.py")
+        worker_tasks.produce_in_worker("merge", RunDir(tmp_path), tmp_path / "killed.py")

@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer
 
 from runner.data.pretraining.sharder import lines_of
-from runner.data.pretraining.tokenizer import bundle
+from runner.data.pretraining.tokenizer import bundle_folder
 from runner.data.pretraining.workspace import manifest_of
 from runner.errors import RequestError
 from runner.plan.plan import Plan
@@ -305,7 +305,7 @@ def test_a_tokenizer_of_the_hub_is_opened_from_there(tmp_path: Path, monkeypatch
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     opened = AutoTokenizer.from_pretrained
-    folder = bundle(byte_pairs(tmp_path / "tok.json", special_tokens=["</s>"]))
+    folder = bundle_folder(byte_pairs(tmp_path / "tok.json", special_tokens=["</s>"]))
 
     def from_hub(name: str, **more: object) -> object:
         if name != "org/words":

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from runner.data.chat_template import template_source
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Preference
-from runner.data.preference_tokens import PreferenceSettings, encode_preferences
+from runner.data.tokenize_rows import PreferenceSettings, encode_preferences
 from runner.errors import RequestError
 from runner.train import chat, export, stop_tokens
 from runner.train.evaluation.generation import Answer, compare, generate, learned_answer

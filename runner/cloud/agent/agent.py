@@ -11,8 +11,8 @@ status; it lives on in a session of its own. DIR is the run's folder in the pod:
     successor.json     the run that has the pod next: once this one is over, its switch becomes that run's
 
 The limits are held in memory, and ending the pod needs no file, log or lock: a disk that is full, read-only or broken
-does not keep a pod alive. Twice a second the pod's start command (runpod/start_command.py) is told until when the agent
-will have ended the pod; where it falls silent, the start command does it.
+does not keep a pod alive. Twice a second the pod's start command (runpod/runpod_provider.py) is told until when the
+agent will have ended the pod; where it falls silent, the start command does it.
 
 How a pod ends itself is the provider's to say: the order's `calls`, or RunPod's (`CALLS`) where it has none. It stays
 one file: it is sent before all else and started again from whatever the disk has kept, and a part of it alone would be
@@ -83,7 +83,7 @@ WATCH_SECONDS = 30.0
 # --- the pod ---------------------------------------------------------------------------------------------------------
 
 
-def variables() -> dict[str, str]:
+def pod_variables() -> dict[str, str]:
     """The provider's environment of this pod: from the process, else from the file that is there for shells."""
     found: dict[str, str] = {}
     try:
@@ -100,7 +100,7 @@ class ThisPod:
     """This pod, as its own key may treat it."""
 
     def __init__(self, order: dict[str, Any] | None = None) -> None:
-        env, order = variables(), order or {}
+        env, order = pod_variables(), order or {}
         given = order.get("calls")
         self.calls = {**CALLS, **(given if isinstance(given, dict) else {})}
         KEYS.add(self.calls["key"])
@@ -131,7 +131,7 @@ class ThisPod:
             },
         )
         try:
-            with at_most(REQUEST_SECONDS), self._open(request, timeout=15) as answer:
+            with time_limit(REQUEST_SECONDS), self._open(request, timeout=15) as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             return int(error.code)
@@ -176,7 +176,7 @@ def watch_address(pod_id: str, base: str) -> str:
 
 
 @contextmanager
-def at_most(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     """TimeoutError after so long, in the main thread: a socket's own timeout begins anew with every byte."""
 
     def late(*_: object) -> None:
@@ -200,7 +200,7 @@ def log(line: str) -> None:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} {line}", file=sys.stderr, flush=True)
 
 
-def read(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; empty if it is not there, not whole, or cannot be read."""
     try:
         content = json.loads(file.read_text("utf-8"))
@@ -209,7 +209,7 @@ def read(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def write(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
     """Written whole or not at all; on a full disk over the old content, which takes no new block."""
     text = json.dumps(content, indent=1)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
@@ -237,16 +237,16 @@ def unwritten(folder: Path) -> Path:
     return SHM / f"runner-{folder.name}.unwritten"
 
 
-def status_of(folder: Path) -> dict[str, Any]:
+def read_status(folder: Path) -> dict[str, Any]:
     """Where a run stands: its file, and what could not be written there since."""
-    found = read(folder / "agent-status.json")
-    for kept in (read(unwritten(folder)), UNWRITTEN.get(folder, {})):
+    found = read_json(folder / "agent-status.json")
+    for kept in (read_json(unwritten(folder)), UNWRITTEN.get(folder, {})):
         if kept.get("time", 0.0) >= found.get("time", 0.0):
             found = {**found, **kept}
     return found
 
 
-def there(file: Path) -> bool:
+def exists(file: Path) -> bool:
     """False also where the disk does not say, or no memory is left to ask."""
     try:
         return file.exists()
@@ -254,18 +254,18 @@ def there(file: Path) -> bool:
         return False
 
 
-def note(folder: Path, **facts: Any) -> None:
+def update_status(folder: Path, **facts: Any) -> None:
     """Put facts into the status; the others stay. The switch and its child both do: one at a time. Never raises: what
     the disk does not take is kept in memory."""
     with suppress(Exception), ExitStack() as stack:
         with suppress(OSError):
             own = stack.enter_context((SHM / f"runner-{folder.name}.status").open("w"))
             _wait_for(own)
-        UNWRITTEN[folder] = {**status_of(folder), "time": time.time(), **facts}
+        UNWRITTEN[folder] = {**read_status(folder), "time": time.time(), **facts}
         try:
-            write(folder / "agent-status.json", UNWRITTEN[folder])
+            write_json(folder / "agent-status.json", UNWRITTEN[folder])
         except OSError:
-            write(unwritten(folder), UNWRITTEN[folder])
+            write_json(unwritten(folder), UNWRITTEN[folder])
         else:
             unwritten(folder).unlink(missing_ok=True)
         del UNWRITTEN[folder]
@@ -284,16 +284,16 @@ def _wait_for(stream: IO[str], seconds: float = 2.0) -> None:
 
 def successor(folder: Path, pod_id: str) -> Path | None:
     """The folder of the run that this pod was handed on to, if that has its order for this very pod."""
-    named = read(folder / "successor.json").get("run_id")
+    named = read_json(folder / "successor.json").get("run_id")
     if not named or not pod_id:
         return None
-    order = read(folder.parent / named / "agent.json")
+    order = read_json(folder.parent / named / "agent.json")
     return folder.parent / named if (order.get("run_id"), order.get("pod_id")) == (named, pod_id) else None
 
 
-def admit(key: str | None) -> None:
+def authorize_key(key: str | None) -> None:
     """Let a run's launcher in by its own key, for a pod that was handed on knows the first run's alone."""
-    named = variables().get("RUNNER_AUTHORIZED_KEYS")
+    named = pod_variables().get("RUNNER_AUTHORIZED_KEYS")
     with suppress(Exception):
         file = Path(named) if named else Path.home() / ".ssh" / "authorized_keys"
         known = file.read_text("utf-8") if file.exists() else ""
@@ -350,7 +350,7 @@ class Limits:
         self.at = now() + left
         self.grace = min(GRACE_SECONDS, max(0.0, left) / 10)
         try:
-            write(folder / "armed.json", {
+            write_json(folder / "armed.json", {
                 **mine, "boot_id": boot_id(), "at_boot": self.at, "at_wall": time.time() + left,
             })  # fmt: skip
         except Exception as error:  # it is for a restart of the container; this process knows
@@ -383,7 +383,7 @@ class Limits:
 
 def _since_armed(folder: Path, mine: dict[str, Any], left: float) -> float:
     """Seconds of an order that are left where the container, or the pod, was started again since it was armed."""
-    armed = read(folder / "armed.json")
+    armed = read_json(folder / "armed.json")
     try:
         if {key: armed.get(key) for key in mine} == mine:
             same = armed.get("boot_id") == boot_id()
@@ -411,7 +411,7 @@ class DeadManSwitch:
     @property
     def status(self) -> dict[str, Any]:
         """Where the run stands, as far as it could last be read."""
-        self._status = status_of(self.folder) or self._status
+        self._status = read_status(self.folder) or self._status
         return self._status
 
     def begin(self) -> None:
@@ -419,7 +419,9 @@ class DeadManSwitch:
         try:
             self.child = os.fork()
         except OSError as error:
-            note(self.folder, state="failed", exit_code=1, message=f"no process can be started: {error.strerror}")
+            update_status(
+                self.folder, state="failed", exit_code=1, message=f"no process can be started: {error.strerror}"
+            )
             return
         if self.child == 0:
             with suppress(BaseException):
@@ -429,9 +431,9 @@ class DeadManSwitch:
                 for one in self.held:
                     one.close()
                 try:
-                    work(self.folder)
+                    run_task(self.folder)
                 except BaseException as error:
-                    note(self.folder, state="failed", exit_code=1, message=f"{type(error).__name__}: {error}")
+                    update_status(self.folder, state="failed", exit_code=1, message=f"{type(error).__name__}: {error}")
             os._exit(0)
 
     def serve(self) -> Path:
@@ -456,14 +458,16 @@ class DeadManSwitch:
         if self.child is not None and self._worker_is_gone():
             self.child = None
             if self.status.get("state") not in FINAL:
-                note(self.folder, state="failed", exit_code=1, message="the agent's worker ended without a word")
+                update_status(
+                    self.folder, state="failed", exit_code=1, message="the agent's worker ended without a word"
+                )
             return None
         over = self._is_over()
         if self._idle() and (following := successor(self.folder, self.own.id)):
             log(f"the pod is handed on to {following.name}")
             self._leave_child()
             return following
-        if over and there(self.folder / "collected"):
+        if over and exists(self.folder / "collected"):
             reason = "everything was collected"
         elif over and self._waits(status):
             reason = self.limits.over(silence=False)
@@ -475,7 +479,7 @@ class DeadManSwitch:
 
     def _renew(self) -> None:
         """A newer order, for this pod; a `fresh` one is that of a run that begins again in a pod that was kept."""
-        order = read(self.folder / "agent.json")
+        order = read_json(self.folder / "agent.json")
         if order.get("id") in (None, self.order["id"], self._refused) or order.get("pod_id") != self.own.id:
             return
         try:
@@ -489,10 +493,10 @@ class DeadManSwitch:
         self.order, self.limits = order, limits
         if again:
             (self.folder / "collected").unlink(missing_ok=True)
-            note(self.folder, **ANEW, over=self.status.get("task"), order=order["id"])
+            update_status(self.folder, **ANEW, over=self.status.get("task"), order=order["id"])
             self.begin()
         else:
-            note(self.folder, order=order["id"])
+            update_status(self.folder, order=order["id"])
 
     def _worker_is_gone(self) -> bool:
         assert self.child is not None
@@ -512,7 +516,7 @@ class DeadManSwitch:
         log(f"ends the pod ({how}): {reason}")
         with suppress(Exception):
             self._end_work(until)
-        note(self.folder, state="ending", ended_in=status.get("state"), message=reason, how=how)
+        update_status(self.folder, state="ending", ended_in=status.get("state"), message=reason, how=how)
         with suppress(Exception):  # a broken disk never ends to be written to
             sync = threading.Thread(target=os.sync, daemon=True)
             sync.start()
@@ -560,7 +564,7 @@ class DeadManSwitch:
         if self.order.get("keep"):
             return "stop"
         begun = status.get("state") in ("training", "uploading", "done", "failed", "ending")
-        if not begun or there(self.folder / "collected") or status.get("uploaded"):
+        if not begun or exists(self.folder / "collected") or status.get("uploaded"):
             return "terminate"
         return "stop" if self.order.get("uncollected") == "stop" else "terminate"
 
@@ -588,13 +592,15 @@ def kill_group(pid: Any, number: int) -> None:
 # --- the work --------------------------------------------------------------------------------------------------------
 
 
-def work(folder: Path) -> None:
+def run_task(folder: Path) -> None:
     """Wait for what to do; install, train, upload. Every state is in the status before it begins."""
-    status, switch = status_of(folder), os.getppid()
+    status, switch = read_status(folder), os.getppid()
     while True:
         if os.getppid() != switch:  # killed; whoever follows it has a process of its own for the work
             return
-        task = read(folder / "work.json")  # an earlier pod's, on a volume, or what this pod has done, is not for now
+        task = read_json(
+            folder / "work.json"
+        )  # an earlier pod's, on a volume, or what this pod has done, is not for now
         if task.get("pod_id") == status["pod_id"] and task.get("id") not in (None, status.get("over")):
             break
         time.sleep(EVERY_SECONDS)
@@ -604,22 +610,24 @@ def work(folder: Path) -> None:
     if status.get("task") != task["id"]:
         starts = 1
     if starts > MAX_STARTS:
-        note(folder, state="failed", exit_code=1, message=f"the container was restarted {MAX_STARTS - 1} times")
+        update_status(
+            folder, state="failed", exit_code=1, message=f"the container was restarted {MAX_STARTS - 1} times"
+        )
         return
-    note(folder, state="installing", task=task["id"], starts=starts, exit_code=None, message=None)
+    update_status(folder, state="installing", task=task["id"], starts=starts, exit_code=None, message=None)
     await_secrets(folder, task)
     python = install(folder, task)
     if python is None:
         message = "installing failed: logs/install.log says why"
-        note(folder, state="failed", exit_code=1, message=message)
+        update_status(folder, state="failed", exit_code=1, message=message)
         return
     code = train(folder, task, python)
     if code == 0 and task.get("after"):
-        note(folder, state="uploading", pid=None)
-        uploaded = call(folder, task, [python, *task["after"]], "upload.log") == 0
+        update_status(folder, state="uploading", pid=None)
+        uploaded = run_command(folder, task, [python, *task["after"]], "upload.log") == 0
         said = None if uploaded else "the upload failed: logs/upload.log says why; the model is in this pod"
-        note(folder, uploaded=uploaded, message=said)
-    note(folder, state="done" if code == 0 else "failed", exit_code=code, pid=None)
+        update_status(folder, uploaded=uploaded, message=said)
+    update_status(folder, state="done" if code == 0 else "failed", exit_code=code, pid=None)
 
 
 def await_secrets(folder: Path, task: dict[str, Any], seconds: float = 30.0) -> None:
@@ -633,27 +641,27 @@ def install(folder: Path, task: dict[str, Any]) -> str | None:
     """The Python that trains; None if there is none."""
     if not task.get("install"):
         return str(task["python"])
-    code = call(folder, task, [sys.executable, *task["install"]], INSTALL_LOG)
-    return read(folder / "install.json").get("python") if code == 0 else None
+    code = run_command(folder, task, [sys.executable, *task["install"]], INSTALL_LOG)
+    return read_json(folder / "install.json").get("python") if code == 0 else None
 
 
 def train(folder: Path, task: dict[str, Any], python: str) -> int:
     """The exit code of the training."""
     over = threading.Event()
-    threading.Thread(target=sample, args=(folder, over), daemon=True).start()
-    code = call(folder, task, [python, *task["command"]], "worker.log", state="training")
+    threading.Thread(target=sample_gpus, args=(folder, over), daemon=True).start()
+    code = run_command(folder, task, [python, *task["command"]], "worker.log", state="training")
     over.set()
     return code
 
 
-def call(folder: Path, task: dict[str, Any], command: list[str], name: str, state: str | None = None) -> int:
+def run_command(folder: Path, task: dict[str, Any], command: list[str], name: str, state: str | None = None) -> int:
     """Run to the end, in a process group of its own; its words go to a log."""
     with (folder / "logs" / name).open("ab") as words:
         process = subprocess.Popen(
             command, cwd=task.get("cwd"), env=environment(folder, task, name != INSTALL_LOG), stdin=subprocess.DEVNULL,
             stdout=words, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-    note(folder, pid=process.pid, **({"state": state} if state else {}))
+    update_status(folder, pid=process.pid, **({"state": state} if state else {}))
     code = process.wait()
     log(f"{name}: exit code {code}")
     return code if code >= 0 else 128 - code
@@ -661,14 +669,14 @@ def call(folder: Path, task: dict[str, Any], command: list[str], name: str, stat
 
 def environment(folder: Path, task: dict[str, Any], told: bool = True) -> dict[str, str]:
     """The pod's, the task's, and the secrets where they are `told`; without the key that ends the pod."""
-    secrets = read(SHM / f"runner-{folder.name}.env") if told else {}
-    env = {**variables(), **task.get("env", {}), **secrets}
+    secrets = read_json(SHM / f"runner-{folder.name}.env") if told else {}
+    env = {**pod_variables(), **task.get("env", {}), **secrets}
     for name in KEYS:
         env.pop(name, None)
     return env
 
 
-def sample(folder: Path, over: threading.Event, every: float = 5.0) -> None:
+def sample_gpus(folder: Path, over: threading.Event, every: float = 5.0) -> None:
     """`gpu.jsonl`: what the GPUs do, a line every few seconds, as long as there is an nvidia-smi."""
     fields = ("index", "utilization.gpu", "memory.used", "memory.total", "power.draw", "temperature.gpu")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
@@ -695,43 +703,45 @@ def run(folder: Path) -> int:
     held: list[IO[str]] = []
     following: Path | None = folder
     while following is not None:
-        following = hold(following, held)
+        following = arm_and_serve(following, held)
     return 0
 
 
-def hold(folder: Path, held: list[IO[str]]) -> Path | None:
+def arm_and_serve(folder: Path, held: list[IO[str]]) -> Path | None:
     """Arm the switch of one run, then let its work begin; the folder of the run that has the pod next."""
-    order = read(folder / "agent.json")
+    order = read_json(folder / "agent.json")
     own = ThisPod(order)
     if not order or order.get("pod_id") != own.id:
         log(f"the order is for pod {order.get('pod_id')}, and this is {own.id}")
         return None
     if held:
-        speak(folder)
-    if not lock(folder.name, held):
+        redirect_output(folder)
+    if not lock_run(folder.name, held):
         log("an agent is at work already")
         return None
-    order = read(folder / "agent.json") or order  # it may have stood by for long
+    order = read_json(folder / "agent.json") or order  # it may have stood by for long
     if following := successor(folder, own.id):
         return following
-    admit(order.get("public_key"))
-    before = before_this(folder, order, own.id)
+    authorize_key(order.get("public_key"))
+    before = previous_status(folder, order, own.id)
     switch = DeadManSwitch(folder, order, own, again=before.get("state") == "ending")
     switch.held = held
     lower_oom_score()
     own.tell_watch(switch.limits.due() + WATCH_SECONDS, "terminate")
     with suppress(OSError):
-        write(folder / "agent-status.json", before)
+        write_json(folder / "agent-status.json", before)
     if not before.get("state"):
         with suppress(OSError):
             (folder / "collected").unlink(missing_ok=True)
     right = own.may_end()
     facts = {"pod_id": own.id, "agent": os.getpid(), "order": order["id"], "right_to_end": right, "pid": None}
     if order.get("heartbeat_minutes") is None and not right:
-        note(folder, state="refused", **facts, exit_code=1, message="this pod may not end itself: its key is refused")
+        update_status(
+            folder, state="refused", **facts, exit_code=1, message="this pod may not end itself: its key is refused"
+        )
         return None  # nothing is here yet; the launcher ends the pod
     again = before.get("state") not in (None, "refused")
-    note(folder, state=before["state"] if again else "armed", **facts, armed=time.time())
+    update_status(folder, state=before["state"] if again else "armed", **facts, armed=time.time())
     for name in FOLDERS:
         with suppress(OSError):
             (folder.parent.parent / name).mkdir(exist_ok=True)
@@ -740,7 +750,7 @@ def hold(folder: Path, held: list[IO[str]]) -> Path | None:
     return switch.serve()
 
 
-def lock(run_id: str, held: list[IO[str]]) -> bool:
+def lock_run(run_id: str, held: list[IO[str]]) -> bool:
     """One agent for one run: False where another one is at work. Where no lock can be made it goes on without one.
 
     Of a run that was handed the pod, another agent may be at work: this one stands by. The lock of a run that had the
@@ -760,21 +770,21 @@ def lock(run_id: str, held: list[IO[str]]) -> bool:
     return True
 
 
-def before_this(folder: Path, order: dict[str, Any], pod_id: str) -> dict[str, Any]:
+def previous_status(folder: Path, order: dict[str, Any], pod_id: str) -> dict[str, Any]:
     """The run's status from before this process, if it is of this pod."""
-    status = read(folder / "agent-status.json")
+    status = read_json(folder / "agent-status.json")
     if status.get("pod_id") != pod_id:
         return {}
     over = status.get("state") in (*FINAL, "ending")
     if over and order.get("fresh") and status.get("order") != order["id"]:  # in a pod that was kept
         return {"over": status.get("task")}
-    if over and there(folder / "collected"):  # ended and started again; somebody may want something of it
+    if over and exists(folder / "collected"):  # ended and started again; somebody may want something of it
         (folder / "collected").unlink(missing_ok=True)
         return {**status, "state": "ending", "ended_in": status.get("ended_in") or status.get("state")}
     return status
 
 
-def speak(folder: Path) -> None:
+def redirect_output(folder: Path) -> None:
     """Standard output and error go to the run's `logs/agent.log` from here on, where that can be written."""
     with suppress(OSError):
         (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -797,16 +807,16 @@ def start(folder: Path) -> int:
         os.setsid()
         if os.fork() == 0:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            speak(folder)
+            redirect_output(folder)
             os._exit(run(folder))
         os._exit(0)
     os.wait()
-    own, deadline = ThisPod(read(folder / "agent.json")).id, now() + 60
+    own, deadline = ThisPod(read_json(folder / "agent.json")).id, now() + 60
     while now() < deadline:
         while following := successor(folder, own):
             folder = following
-        status = status_of(folder)
-        if status.get("order") == read(folder / "agent.json").get("id") and status.get("right_to_end") is not None:
+        status = read_status(folder)
+        if status.get("order") == read_json(folder / "agent.json").get("id") and status.get("right_to_end") is not None:
             print(json.dumps(status), flush=True)
             return 0
         time.sleep(0.1)

@@ -50,7 +50,7 @@ FLASH = "flash-attn"
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundPython:
     """A Python and the packages it has, of those that matter."""
 
     executable: str
@@ -59,19 +59,19 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PythonChoice:
     """Which way to go, and why, in words."""
 
     how: str
     why: str
 
 
-def numbers(version: str) -> tuple[int, ...]:
+def version_numbers(version: str) -> tuple[int, ...]:
     """`2.13.0+cu128` → (2, 13, 0)."""
     return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[+a-z]", version)[0]))
 
 
-def name_of(requirement: str) -> str:
+def requirement_name(requirement: str) -> str:
     """`torch>=2.13` → `torch`."""
     return re.split(r"[<>=!~\[; ]", requirement, maxsplit=1)[0].lower()
 
@@ -79,32 +79,33 @@ def name_of(requirement: str) -> str:
 def lower_bound(requirement: str) -> tuple[int, ...]:
     """`torch>=2.13,<3` → (2, 13); empty without one."""
     bound = re.search(r"[>=]=\s*([\w.]+)", requirement)
-    return numbers(bound[1]) if bound else ()
+    return version_numbers(bound[1]) if bound else ()
 
 
-def lacking(found: Found, requirements: list[str]) -> list[str]:
+def missing_requirements(found: FoundPython, requirements: list[str]) -> list[str]:
     """The requirements that it does not meet."""
     return [
         line
         for line in requirements
-        if name_of(line) not in found.versions or numbers(found.versions[name_of(line)]) < lower_bound(line)
+        if requirement_name(line) not in found.versions
+        or version_numbers(found.versions[requirement_name(line)]) < lower_bound(line)
     ]
 
 
-def decide(given: Found | None, image: Found, requirements: list[str]) -> Choice:
+def choose_python(given: FoundPython | None, image: FoundPython, requirements: list[str]) -> PythonChoice:
     """Which Python trains. ValueError where one was named that cannot."""
     if given is not None:
-        missing = lacking(given, requirements)
+        missing = missing_requirements(given, requirements)
         if missing:
             raise ValueError(f"{given.executable} lacks {', '.join(missing)}")
-        return Choice("given", f"{given.executable}, as RUNNER_POD_PYTHON says")
-    if not lacking(image, requirements):
-        return Choice("image", "the image's own Python has everything")
-    torch = next((line for line in requirements if name_of(line) == "torch"), "torch")
+        return PythonChoice("given", f"{given.executable}, as RUNNER_POD_PYTHON says")
+    if not missing_requirements(image, requirements):
+        return PythonChoice("image", "the image's own Python has everything")
+    torch = next((line for line in requirements if requirement_name(line) == "torch"), "torch")
     has = image.versions.get("torch")
-    if has and not lacking(image, [torch]):
-        return Choice("around", f"around the image's torch {has}")
-    return Choice("pinned", f"with the pinned torch: the image has {has or 'none'}, and {torch} is needed")
+    if has and not missing_requirements(image, [torch]):
+        return PythonChoice("around", f"around the image's torch {has}")
+    return PythonChoice("pinned", f"with the pinned torch: the image has {has or 'none'}, and {torch} is needed")
 
 
 def build_for(driver: str, capabilities: list[float]) -> str:
@@ -141,17 +142,17 @@ def wanted_build(gpus: int) -> str:
     return build_for(driver, capabilities)
 
 
-def fault(gpus: int) -> str | None:
+def gpu_problem(gpus: int) -> str | None:
     """Why so many GPUs of this host cannot be trained on, found out without torch; None where they can."""
     try:
         wanted_build(gpus)
-        computes(ctypes.CDLL("libcuda.so.1"), gpus)
+        check_gpus_compute(ctypes.CDLL("libcuda.so.1"), gpus)
     except (OSError, ValueError) as error:
         return str(error)
     return None
 
 
-def computes(driver: Any, gpus: int) -> None:
+def check_gpus_compute(driver: Any, gpus: int) -> None:
     """Write a number on every GPU and read it back (CUDA's driver API); ValueError in the driver's own words."""
 
     def do(name: str, *arguments: Any) -> None:
@@ -179,7 +180,7 @@ def computes(driver: Any, gpus: int) -> None:
             raise ValueError(f"GPU {number} of the host does not keep what is written")
 
 
-def blind(executable: str, gpus: int) -> str | None:
+def torch_gpu_problem(executable: str, gpus: int) -> str | None:
     """Why a Python's torch does not compute on so many GPUs; None where it does."""
     if not gpus:
         return None
@@ -190,7 +191,7 @@ def blind(executable: str, gpus: int) -> str | None:
     return f"torch sees {said[0]} of {gpus} GPUs" if done.returncode == 0 else f"torch cannot use the GPUs: {said[0]}"
 
 
-def unloadable(executable: str) -> str | None:
+def flash_attn_problem(executable: str) -> str | None:
     """Why a Python's flash-attn cannot be used: a wheel for another torch or C++ ABI is found out as it is loaded."""
     done = subprocess.run(
         [executable, "-c", "import torch, flash_attn_2_cuda"], capture_output=True, text=True, timeout=300
@@ -199,67 +200,72 @@ def unloadable(executable: str) -> str | None:
     return None if done.returncode == 0 else f"flash-attn does not load: {said[0]}"
 
 
-def wheel_of(wheels: list[dict[str, Any]], python: str, torch: str, build: str) -> str:
+def flash_attn_wheel(wheels: list[dict[str, Any]], python: str, torch: str, build: str) -> str:
     """Address of the wheel of flash-attn for a Python and a torch of that folder of PyTorch's index; ValueError."""
     for wheel in wheels:
-        same = numbers(wheel["torch"]) == numbers(torch)[:2] and wheel["python"] == python
+        same = version_numbers(wheel["torch"]) == version_numbers(torch)[:2] and wheel["python"] == python
         if same and wheel["build"] == build:
             return str(wheel["url"])
     raise ValueError(f"no wheel of flash-attn is known for Python {python} and torch {torch} {build}".rstrip())
 
 
-def flash_attn(order: dict[str, Any], choice: Choice, image: Found, build: str) -> list[str]:
+def flash_attn_requirements(order: dict[str, Any], choice: PythonChoice, image: FoundPython, build: str) -> list[str]:
     """What to install of flash-attn around the requirements: nothing where it is not asked for, or the image has it."""
-    wanted = any(name_of(line) == FLASH for line in order["requirements"])
+    wanted = any(requirement_name(line) == FLASH for line in order["requirements"])
     if not wanted or choice.how not in ("around", "pinned") or (choice.how == "around" and FLASH in image.versions):
         return []
     pinned = re.search(r"(?m)^torch==([\w.]+)", order["constraints"])
     torch = image.versions["torch"] if choice.how == "around" else pinned[1] if pinned else ""
     if choice.how == "around":  # PyPI's own says nothing, and is for CUDA 13.0
         build = torch.partition("+")[2].replace("cu130", "")
-    return [f"{FLASH} @ {wheel_of(order.get('flash_attn') or [], image.python, torch, build)}"]
+    return [f"{FLASH} @ {flash_attn_wheel(order.get('flash_attn') or [], image.python, torch, build)}"]
 
 
-def for_build(constraints: str, build: str) -> str:
+def pins_for_build(constraints: str, build: str) -> str:
     """The pins with torch's for that folder of PyTorch's index."""
     return re.sub(r"(?m)^(torch==[\w.]+)$", rf"\1+{build}", constraints) if build else constraints
 
 
-def without_torch(constraints: str, version: str) -> str:
+def pins_without_torch(constraints: str, version: str) -> str:
     """The pins, with the image's torch in place of theirs and none for what it brings."""
     tied = re.compile(r"^(torch|torchvision|torchaudio|triton|nvidia-[\w-]+)\b", re.IGNORECASE)
     kept = [line for line in constraints.splitlines() if not tied.match(line)]
     return "\n".join([*kept, f"torch=={version}", ""])
 
 
-def probe(executable: str, requirements: list[str]) -> Found | None:
+def probe_python(executable: str, requirements: list[str]) -> FoundPython | None:
     """What a Python has; None if it does not run."""
-    names = json.dumps([name_of(line) for line in requirements])
+    names = json.dumps([requirement_name(line) for line in requirements])
     try:
         done = subprocess.run([executable, "-c", PROBE, names], capture_output=True, text=True, timeout=120)
         answer = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
-    return Found(executable, answer["python"], answer["versions"])
+    return FoundPython(executable, answer["python"], answer["versions"])
 
 
-def make(
-    folder: Path, choice: Choice, image: Found, order: dict[str, Any], build: str = "", alone: list[str] | None = None
+def make_environment(
+    folder: Path,
+    choice: PythonChoice,
+    image: FoundPython,
+    order: dict[str, Any],
+    build: str = "",
+    alone: list[str] | None = None,
 ) -> str:
     """The Python of an environment in `folder`; made whole or not at all. CalledProcessError if a step fails. `alone`:
     packages whose own requirements are not wanted."""
     python = str(folder / "bin" / "python")
     if (folder / "COMPLETE").exists():
-        say(f"the environment is there already: {folder}")
+        log_line(f"the environment is there already: {folder}")
         return python
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     around = choice.how == "around"
     pins = folder.parent / f"{folder.name}.txt"
     pins.write_text(
-        without_torch(order["constraints"], image.versions["torch"])
+        pins_without_torch(order["constraints"], image.versions["torch"])
         if around
-        else for_build(order["constraints"], build),
+        else pins_for_build(order["constraints"], build),
         "utf-8",
     )
     site = ["--system-site-packages"] if around else []
@@ -272,7 +278,7 @@ def make(
         install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     if build and not around:  # that index has old versions of other packages, too, which uv would be content with
         install += ["--extra-index-url", f"{INDEX}/{build}", *(["--index-strategy", "unsafe-best-match"] if uv else [])]
-    _do([*install, "-c", str(pins), *(line for line in order["requirements"] if name_of(line) != FLASH)])
+    _do([*install, "-c", str(pins), *(line for line in order["requirements"] if requirement_name(line) != FLASH)])
     if alone:
         _do([*install, "--no-deps", *alone])
     (folder / "COMPLETE").touch()
@@ -288,11 +294,11 @@ def _uv(python: str) -> str | None:
 
 
 def _do(command: list[str]) -> None:
-    say("$ " + " ".join(command))
+    log_line("$ " + " ".join(command))
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": ""})
 
 
-def say(line: str) -> None:
+def log_line(line: str) -> None:
     """One line for the log."""
     print(line, flush=True)
 
@@ -303,57 +309,61 @@ def main(folder: Path) -> int:
     needed = [*order["requirements"], *order["alone"]]
     given = None
     if order.get("python"):
-        given = probe(order["python"], needed)
+        given = probe_python(order["python"], needed)
         if given is None:
-            say(f"{order['python']}, which RUNNER_POD_PYTHON names, does not run in the pod")
+            log_line(f"{order['python']}, which RUNNER_POD_PYTHON names, does not run in the pod")
             return 1
-    image = probe(order.get("image_python") or shutil.which("python3") or sys.executable, needed)
+    image = probe_python(order.get("image_python") or shutil.which("python3") or sys.executable, needed)
     if image is None:
-        say("the image has no Python")
+        log_line("the image has no Python")
         return 1
     gpus = int(order.get("gpus") or 0)
     try:
         build = "" if given else wanted_build(gpus)
-        has_torch = given is None and not lacking(image, [line for line in needed if name_of(line) == "torch"])
-        if has_torch and (reason := blind(image.executable, gpus)):
-            say(f"the image's {reason}")
+        has_torch = given is None and not missing_requirements(
+            image, [line for line in needed if requirement_name(line) == "torch"]
+        )
+        if has_torch and (reason := torch_gpu_problem(image.executable, gpus)):
+            log_line(f"the image's {reason}")
             image = replace(image, versions={k: v for k, v in image.versions.items() if k != "torch"})
-        choice = decide(given, image, needed)
-        say(f"trains with {choice.how}: {choice.why}")
+        choice = choose_python(given, image, needed)
+        log_line(f"trains with {choice.how}: {choice.why}")
         python = (given or image).executable
         if choice.how in ("around", "pinned"):
             torch = image.versions.get("torch", "") if choice.how == "around" else ""
-            flash = flash_attn(order, choice, image, build)
+            flash = flash_attn_requirements(order, choice, image, build)
             key = json.dumps(
                 [choice.how, image.python, torch, needed, order["constraints"], *([build] if build else []), *flash]
             )
             name = f"env-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-            python = make(Path(order["environments"]) / name, choice, image, order, build, [*order["alone"], *flash])
-        if given is None and (reason := blind(python, gpus)):
+            python = make_environment(
+                Path(order["environments"]) / name, choice, image, order, build, [*order["alone"], *flash]
+            )
+        if given is None and (reason := torch_gpu_problem(python, gpus)):
             raise ValueError(reason)
-        if FLASH in map(name_of, needed) and (reason := unloadable(python)):
+        if FLASH in map(requirement_name, needed) and (reason := flash_attn_problem(python)):
             raise ValueError(reason)
     except ValueError as error:
-        say(str(error))
+        log_line(str(error))
         return 1
     except subprocess.CalledProcessError as error:
         return error.returncode
-    found = probe(python, needed)
+    found = probe_python(python, needed)
     version = found.versions.get("torch") if found else None
     answer = {"python": python, "how": choice.how, "why": choice.why, "torch": version}
     (folder / "install.json").write_text(json.dumps(answer), "utf-8")
     return 0
 
 
-def look(gpus: int) -> int:
+def check_gpus(gpus: int) -> int:
     """`--gpus`: the exit code."""
-    reason = fault(gpus)
+    reason = gpu_problem(gpus)
     if reason:
-        say(reason)
+        log_line(reason)
     return REFUSED if reason else 0
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--gpus":
-        sys.exit(look(int(sys.argv[2])))
+        sys.exit(check_gpus(int(sys.argv[2])))
     sys.exit(main(Path(sys.argv[1]).absolute()))

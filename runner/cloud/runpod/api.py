@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from runner.cloud import clock
-from runner.cloud.errors import ApiDownError, ConflictError, UnclearError
 from runner.cloud.provider import Pod, PodRequest
-from runner.cloud.runpod import graphql, types
-from runner.cloud.runpod.account import api_key, base_url, fingerprint
+from runner.cloud.provider_errors import ApiDownError, ConflictError, UnclearError
+from runner.cloud.runpod import graphql, json_types
+from runner.cloud.runpod.account_key import api_key, base_url, fingerprint
+from runner.cloud.runpod.json_types import CpuType, DataCenter, GpuType, Volume
 from runner.cloud.runpod.transport import NotFound, bounded, request
-from runner.cloud.runpod.types import CpuType, DataCenter, GpuType, Volume
 from runner.config import json_text
 from runner.errors import Problem
 
@@ -38,13 +38,15 @@ class Api:
         if wanted.bid_usd is not None:
             return self._rent_spot(wanted)
         return _read(
-            types.pod, request("POST", "/v2/pods", json=types.request_body(wanted), repeat=False), UnclearError
+            json_types.pod,
+            request("POST", "/v2/pods", json=json_types.request_body(wanted), repeat=False),
+            UnclearError,
         )
 
     def pods(self) -> list[Pod]:
         """Every pod of the account, of all pages; an entry that is no pod at all is passed over."""
         found: list[Any] = self._all("/v2/pods", "pods")
-        return [types.pod(raw) for raw in found if isinstance(raw, dict) and raw.get("id")]
+        return [json_types.pod(raw) for raw in found if isinstance(raw, dict) and raw.get("id")]
 
     def pod(self, pod_id: str) -> Pod | None:
         """One pod; None only where RunPod itself says that there is none."""
@@ -52,7 +54,7 @@ class Api:
             raw = request("GET", f"/v2/pods/{_segment(pod_id)}", repeat=True)
         except NotFound:
             return None
-        return _read(types.pod, raw, ApiDownError)
+        return _read(json_types.pod, raw, ApiDownError)
 
     def time(self) -> float | None:
         """What time it is at RunPod, by the header `Date` of an answer; None where none comes, or without it."""
@@ -138,29 +140,29 @@ class Api:
             params |= {"cloud": cloud.upper()} if cloud else {}
             params |= {"countryCodes": ",".join(countries)} if countries else {}
         raw = request("GET", "/v2/catalog/gpus", params=params or None, repeat=True)
-        return [_read(types.gpu_type, gpu, ApiDownError) for gpu in _entries(raw, "gpus")]
+        return [_read(json_types.gpu_type, gpu, ApiDownError) for gpu in _entries(raw, "gpus")]
 
     def cpus(self) -> list[CpuType]:
         """Every CPU flavour."""
         raw = request("GET", "/v2/catalog/cpus", repeat=True)
-        return [_read(types.cpu_type, cpu, ApiDownError) for cpu in _entries(raw, "cpus")]
+        return [_read(json_types.cpu_type, cpu, ApiDownError) for cpu in _entries(raw, "cpus")]
 
     def data_centers(self) -> list[DataCenter]:
         """Every data centre."""
         raw = request("GET", "/v2/catalog/datacenters", repeat=True)
-        return [_read(types.data_center, entry, ApiDownError) for entry in _entries(raw, "dataCenters")]
+        return [_read(json_types.data_center, entry, ApiDownError) for entry in _entries(raw, "dataCenters")]
 
     # ── network volumes ────────────────────────────────────────────────────────────────────────
 
     def volumes(self) -> list[Volume]:
         """Every network volume of the account."""
         found = self._all("/v2/network-volumes", "networkVolumes")
-        return [_read(types.volume, raw, ApiDownError) for raw in found]
+        return [_read(json_types.volume, raw, ApiDownError) for raw in found]
 
     def create_volume(self, name: str, size_gb: int, data_center: str) -> Volume:
         """Make one; UnclearError: look for the name."""
         body = {"name": name, "size": size_gb, "dataCenter": data_center}
-        return _read(types.volume, request("POST", "/v2/network-volumes", json=body, repeat=False), UnclearError)
+        return _read(json_types.volume, request("POST", "/v2/network-volumes", json=body, repeat=False), UnclearError)
 
     def delete_volume(self, volume_id: str) -> None:
         """Delete it and what is on it; one that is gone already is no error."""

@@ -18,7 +18,7 @@ def vcpus(wanted: int | None, fewest: int = FEWEST, most: int = MOST) -> int:
     return found
 
 
-def stand_ins(num_parameters: int | None) -> list[str]:
+def gpus_by_model_size(num_parameters: int | None) -> list[str]:
     """The list of conf/runpod/gpus.yaml for a model of that size."""
     billions = (num_parameters or 0) / 1e9
     for entry in runpod_table("gpus")["by_size"]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from runner.cloud.errors import NoBalanceError, NoCapacityError, RefusedError, UnclearError, WrongKeyError
 from runner.cloud.provider import PodRequest
-from runner.cloud.runpod import account, types
-from runner.cloud.runpod.account import api_key
+from runner.cloud.provider_errors import NoBalanceError, NoCapacityError, RefusedError, UnclearError, WrongKeyError
+from runner.cloud.runpod import account_key, json_types
+from runner.cloud.runpod.account_key import api_key
+from runner.cloud.runpod.json_types import WORKSPACE
 from runner.cloud.runpod.transport import FULL, POOR, bounded
-from runner.cloud.runpod.types import WORKSPACE
 from runner.errors import Problem
 
 FORBIDDEN = 403
@@ -32,18 +32,18 @@ def rent_spot(wanted: PodRequest) -> str:
     try:
         answer = bounded(lambda: run_graphql_query(MUTATION, api_key=api_key(), variables={"input": _input(wanted)}))
         if "data" not in answer and answer.get("status") == FORBIDDEN:
-            raise WrongKeyError(account.no_graphql(str(answer.get("detail"))))
+            raise WrongKeyError(account_key.no_graphql_problem(str(answer.get("detail"))))
         return str(answer["data"]["podRentInterruptable"]["id"])
     except AuthenticationError as error:
-        raise WrongKeyError(account.wrong_key(str(error))) from None
+        raise WrongKeyError(account_key.wrong_key_problem(str(error))) from None
     except QueryError as error:
         said = str(error)
         if any(word in said.lower() for word in DENIED):
-            raise WrongKeyError(account.no_graphql(said)) from None
+            raise WrongKeyError(account_key.no_graphql_problem(said)) from None
         if any(word in said.lower() for word in FULL):
             raise NoCapacityError(Problem(f"RunPod: {said}", None, "raise where.bid_usd, or leave spot out")) from None
         if any(word in said.lower() for word in POOR):
-            raise NoBalanceError(account.no_balance(said)) from None
+            raise NoBalanceError(account_key.no_balance_problem(said)) from None
         raise RefusedError(Problem(f"RunPod refuses the bid: {said}", None, "leave where.spot out")) from None
     except (requests.RequestException, OSError, KeyError, TypeError, ValueError, AttributeError):
         raise UnclearError(Problem("RunPod: the answer to a bid was lost", None, None)) from None
@@ -67,7 +67,7 @@ def _input(wanted: PodRequest) -> dict[str, Any]:
         "ports": ",".join(wanted.ports),
         "env": [{"key": key, "value": value} for key, value in wanted.env.items()],
         "startSsh": True,
-        "allowedCudaVersions": types.allowed_cuda(wanted) or None,  # its input type has no minCudaVersion
+        "allowedCudaVersions": json_types.allowed_cuda(wanted) or None,  # its input type has no minCudaVersion
     }
     return {key: value for key, value in found.items() if value is not None}
 

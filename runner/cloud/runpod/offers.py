@@ -1,4 +1,4 @@
-"""Offers in order of preference: GPU types × data centres, in a named cloud."""
+"""Offers in order of preference: GPU types × data centres, in a named cloud; and the search for templates."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from runner.cloud import budget
 from runner.cloud.provider import Offer
-from runner.cloud.runpod import templates
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.catalog import image_of, stand_ins, vcpus
-from runner.cloud.runpod.types import DataCenter, Volume
+from runner.cloud.runpod.catalog import gpus_by_model_size, image_of, vcpus
+from runner.cloud.runpod.json_types import DataCenter, Volume
+from runner.config.did_you_mean import nearest
 from runner.config.pod_packages import runpod_table
-from runner.config.suggestions import nearest
 from runner.errors import CannotRunError, Problem, RequestError
 from runner.spec import RunPodPlace, RunSpec
 
 if TYPE_CHECKING:
-    from runner.cloud.runpod.types import CpuType, GpuType, Volume
+    from runner.cloud.runpod.json_types import CpuType, GpuType, Volume
 
 
 def candidates(
@@ -27,7 +26,7 @@ def candidates(
 ) -> list[Offer]:  # fmt: skip
     """Machines for a run of GPUs, best first; with `within` only in those data centres of each GPU type. RequestError
     and CannotRunError say why there is none."""
-    place, count = runpod(spec), max(1, spec.hw.num_gpus)
+    place, count = runpod_place(spec), max(1, spec.hw.num_gpus)
     known = {gpu.id: gpu for gpu in gpus}
     wanted = wanted_gpus(spec, known)
     price = {i: known[i].usd(place.cloud) for i in wanted}
@@ -61,7 +60,7 @@ def cpu_candidates(
     spec: RunSpec, cpus: Sequence[CpuType], volume: Volume | None, within: Sequence[str] = ()
 ) -> list[Offer]:
     """A CPU pod: for `hw=cpu`, to try things at a few cents an hour. It is in the secure cloud, as all of them are."""
-    place = runpod(spec)
+    place = runpod_place(spec)
     known = {cpu.id: cpu for cpu in cpus}
     flavour = known.get(place.cpu_type)
     if flavour is None:
@@ -78,7 +77,7 @@ def cpu_candidates(
 
 def wanted_gpus(spec: RunSpec, known: dict[str, GpuType]) -> list[str]:
     """RunPod's ids in order: those that were named, else that of `hw` and its stand-ins with as much memory."""
-    place = runpod(spec)
+    place = runpod_place(spec)
     if place.gpu_types:
         unknown = [gpu_id for gpu_id in place.gpu_types if gpu_id not in known]
         if unknown:
@@ -93,11 +92,11 @@ def wanted_gpus(spec: RunSpec, known: dict[str, GpuType]) -> list[str]:
         what, _, remedy = _unknown(first, known)
         raise RequestError(Problem(what, f"hw={spec.hw.name}", remedy))
     memory = known[first].memory_gb
-    others = [i for i in stand_ins(spec.model.num_parameters) if i != first and i in known]
+    others = [i for i in gpus_by_model_size(spec.model.num_parameters) if i != first and i in known]
     return [first, *(i for i in others if known[i].memory_gb >= memory)]
 
 
-def runpod(spec: RunSpec) -> RunPodPlace:
+def runpod_place(spec: RunSpec) -> RunPodPlace:
     """The place of a run that is to be rented."""
     assert isinstance(spec.where, RunPodPlace)
     return spec.where
@@ -138,8 +137,8 @@ REGIONS = {"EU", "EUR", "AP", "OC", "SEA"}
 
 def offers(api: Api, spec: RunSpec, plan: dict[str, Any]) -> list[Offer]:
     """Machines to ask for, with template or image and network volume; every error is one line with its remedy."""
-    place = runpod(spec)
-    template = templates.find_template(api, place.template) if place.template is not None else None
+    place = runpod_place(spec)
+    template = find_template(api, place.template) if place.template is not None else None
     volume = volume_of(api, spec)
     image = None if template else image_of(place)
     machines = _machines(api, spec, plan, volume)
@@ -147,7 +146,7 @@ def offers(api: Api, spec: RunSpec, plan: dict[str, Any]) -> list[Offer]:
 
 
 def _machines(api: Api, spec: RunSpec, plan: dict[str, Any], volume: Volume | None) -> list[Offer]:
-    place = runpod(spec)
+    place = runpod_place(spec)
     on_cpu = spec.hw.accelerator == "cpu" and not place.gpu_types
     if not place.country:
         if on_cpu:
@@ -164,7 +163,7 @@ def _machines(api: Api, spec: RunSpec, plan: dict[str, Any], volume: Volume | No
 def _centers(api: Api, spec: RunSpec, volume: Volume | None) -> list[str]:
     """Data centres of the countries that were named, of those that were named themselves if any; RequestError where a
     country has none, or a named data centre or the volume is elsewhere."""
-    place = runpod(spec)
+    place = runpod_place(spec)
     source = f"where.country=[{','.join(place.country)}]"
     found = [center for code in place.country for center in centers_in(api, code, place.cloud, source)]
     if elsewhere := [center for center in place.data_centers if center not in found]:
@@ -179,7 +178,7 @@ def _centers(api: Api, spec: RunSpec, volume: Volume | None) -> list[str]:
 def gpus_there(api: Api, spec: RunSpec, counts: Iterable[int]) -> tuple[str, dict[int, set[str]]] | None:
     """The place that a run is bound to by country, data centre or network volume, in words, and the ids of the GPUs
     there, by how many one pod has of them; None for a run that may be anywhere. Errors as `offers` has them."""
-    place = runpod(spec)
+    place = runpod_place(spec)
     if not (place.country or place.data_centers or place.volume):
         return None
     volume = volume_of(api, spec)
@@ -211,7 +210,7 @@ def _country(center: DataCenter) -> str:
 
 def volume_of(api: Api, spec: RunSpec) -> Volume | None:
     """The network volume that `where.volume` names, by id or name; and every named data centre exists."""
-    place = runpod(spec)
+    place = runpod_place(spec)
     if place.data_centers:
         known = {center.id: center.id for center in api.data_centers()}
         for center in place.data_centers:
@@ -238,3 +237,42 @@ def volume_of(api: Api, spec: RunSpec) -> Volume | None:
         what = f"network volume {volume.name} is in {volume.data_center}, and a pod elsewhere cannot have it"
         raise RequestError(Problem(what, "where.data_centers", f"write where.data_centers=[{volume.data_center}]"))
     return volume
+
+
+SOURCES = ("official", "verified", "community")
+
+
+def search_templates(api: Api, text: str = "") -> list[dict[str, str]]:
+    """Templates for pods that have every word of `text` in their name, image or id: the account's own first."""
+    found = [{**template, "source": "own"} for template in api.templates()]
+    for source in SOURCES:
+        found += [{**template, "source": source} for template in api.public_templates(source)]
+    words = text.lower().split()
+    rows: dict[str, dict[str, str]] = {}
+    for template in found:
+        row = {key: str(template.get(key) or "") for key in ("id", "name", "image", "category", "source")}
+        said = f"{row['name']} {row['image']} {row['id']}".lower()
+        if not template.get("serverless") and all(word in said for word in words):
+            rows.setdefault(row["id"], row)
+    return list(rows.values())
+
+
+def find_template(api: Api, word: str) -> str:
+    """The id of the template named by id or exact name; RequestError for none, several, or a serverless one."""
+    source = f"where.template={word}"
+    template = api.template(word)
+    if template is not None and template.get("serverless"):
+        what = f"template {word} ({template.get('name')}) is for serverless workers, and no pod can be made of it"
+        raise RequestError(Problem(what, source, "python -m runner pods templates lists those for pods"))
+    if template is not None:
+        return word
+    rows = search_templates(api)
+    named = [row["id"] for row in rows if row["name"].lower() == word.lower()]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        what = f"{len(named)} templates have the name {word}"
+        raise RequestError(Problem(what, source, f"name one by its id: {' or '.join(named)}"))
+    near = nearest(word, {text: row["id"] for row in rows for text in (row["name"], row["id"])})
+    remedy = f"did you mean {near}?" if near else "python -m runner pods templates TEXT searches them"
+    raise RequestError(Problem(f"RunPod has no template {word} that this key may use", source, remedy))

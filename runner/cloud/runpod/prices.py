@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runner import __version__
-from runner.cloud.runpod.account import KEY, base_url
+from runner.cloud.runpod.account_key import KEY, base_url
 from runner.cloud.runpod.catalog import vcpus
 from runner.config import json_text
 from runner.paths import cache_dir

@@ -13,9 +13,8 @@ from typing import Any
 
 import yaml
 
-from runner.cloud.errors import CloudError, UnclearError
-from runner.cloud.runpod import serverless
-from runner.cloud.runpod.account import CONSOLE
+from runner.cloud.provider_errors import CloudError, UnclearError
+from runner.cloud.runpod.account_key import CONSOLE
 from runner.cloud.runpod.api import Api
 from runner.errors import CannotRunError, Problem, RequestError
 from runner.paths import CONF
@@ -47,7 +46,7 @@ class Gpus:
 
 
 @cache
-def facts() -> dict[str, Any]:
+def serving_facts() -> dict[str, Any]:
     """conf/runpod/serving.yaml."""
     content: dict[str, Any] = yaml.safe_load((CONF / "runpod" / "serving.yaml").read_text("utf-8"))
     return content
@@ -55,8 +54,8 @@ def facts() -> dict[str, Any]:
 
 def gpus_for(model: ModelSpec) -> Gpus:
     """The smallest GPUs of which one holds the weights in 16 bits, or else as few as divide the heads."""
-    needed = weights_gb(model) / facts()["weights_share"]
-    pools: dict[str, int] = facts()["pools"]
+    needed = weights_gb(model) / serving_facts()["weights_share"]
+    pools: dict[str, int] = serving_facts()["pools"]
     for count in (1, 2, 4, MOST_GPUS):
         if model.num_heads and model.num_heads % count:
             continue  # vLLM shares out whole heads
@@ -76,7 +75,9 @@ def weights_gb(model: ModelSpec) -> float:
     return model.num_parameters * 2 / 1e9
 
 
-def variables(spec_model: ModelSpec, source: Source, name: str, context: int, secret: str | None) -> dict[str, str]:
+def worker_variables(
+    spec_model: ModelSpec, source: Source, name: str, context: int, secret: str | None
+) -> dict[str, str]:
     """The worker's environment (docs.runpod.io/serverless/vllm/environment-variables). `secret`: the name of the secret
     in RunPod's console that holds HF_TOKEN; the token itself is never sent."""
     env = {"MAX_MODEL_LEN": str(context), "OPENAI_SERVED_MODEL_NAME_OVERRIDE": name}
@@ -98,23 +99,25 @@ def _rank(rank: int) -> int:
     return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)
 
 
-def template(name: str, model: ModelSpec, env: dict[str, str]) -> dict[str, Any]:
+def template_request(name: str, model: ModelSpec, env: dict[str, str]) -> dict[str, Any]:
     """The request for the template that the endpoint is made from."""
-    disk = facts()["spare_disk_gb"] + (round(weights_gb(model)) if model.num_parameters else 0)
+    disk = serving_facts()["spare_disk_gb"] + (round(weights_gb(model)) if model.num_parameters else 0)
     return {
-        "name": name, "image": facts()["image"], "serverless": True, "env": env, "disk": disk,
+        "name": name, "image": serving_facts()["image"], "serverless": True, "env": env, "disk": disk,
         "startSsh": False, "startJupyter": False,
     }  # fmt: skip
 
 
-def endpoint(name: str, template_id: str, gpus: Gpus, source: Source, max_workers: int, idle_s: int) -> dict[str, Any]:
+def endpoint_request(
+    name: str, template_id: str, gpus: Gpus, source: Source, max_workers: int, idle_s: int
+) -> dict[str, Any]:
     """The request for the endpoint. Without requests there is no worker, and nothing is paid for."""
     body: dict[str, Any] = {
         "name": name,
         "templateId": template_id,
         "type": "QUEUE",
         "scaling": {"type": "QUEUE_DELAY", "queueDelay": 4},
-        "gpu": {"pools": gpus.pools, "count": gpus.count, "minCudaVersion": facts()["min_cuda"]},
+        "gpu": {"pools": gpus.pools, "count": gpus.count, "minCudaVersion": serving_facts()["min_cuda"]},
         "workers": {"min": 0, "max": max_workers, "idleTimeout": idle_s},
         "flashboot": "FLASHBOOT",
     }
@@ -154,19 +157,19 @@ def deploy(run_dir: Path, wanted: DeployOptions, agreed: Callable[[str], bool]) 
         remedy = f"python -m runner deploy --delete {quote(str(run.path))}"
         raise RequestError(Problem(f"{run.path} has the endpoint {known['endpoint']} already", None, remedy))
     source = _source(run, spec, wanted)
-    gpus = Gpus(list(wanted.pools), 1) if wanted.pools else serverless.gpus_for(spec.model)
+    gpus = Gpus(list(wanted.pools), 1) if wanted.pools else gpus_for(spec.model)
     name = f"runner-{run.id}"
     context = min(spec.model.context_length or CONTEXT, CONTEXT)
-    env = serverless.variables(spec.model, source, run.id, context, wanted.secret)
+    env = worker_variables(spec.model, source, run.id, context, wanted.secret)
     what = f"{source.path} on {gpus.count} × {' or '.join(gpus.pools)}, 0 to {wanted.max_workers} workers, paid by use"
     if not agreed(what):
         raise RequestError(Problem("not deployed", None, "--yes deploys without asking"))
     api = Api()
     run.write(RECORD, {"name": name, "model": source.path})
-    body = serverless.template(name, spec.model, env)
+    body = template_request(name, spec.model, env)
     template = _made(lambda: api.create_template(body), api.templates, name)
     try:
-        request = serverless.endpoint(name, template, gpus, source, wanted.max_workers, wanted.idle_seconds)
+        request = endpoint_request(name, template, gpus, source, wanted.max_workers, wanted.idle_seconds)
         identity = _made(lambda: str(api.create_endpoint(request)["id"]), api.endpoints, name)
     except Exception:
         with suppress(CloudError):
@@ -215,7 +218,7 @@ def _source(run: RunDir, spec: RunSpec, wanted: DeployOptions) -> Source:
         raise RequestError(Problem(what, None, f"{remedy} deploy --merged"))
     folder = "merged" if wanted.merged else "model"
     if wanted.volume:
-        return Source(f"{serverless.VOLUME}/runs/{run.id}/{folder}", wanted.volume, rank)
+        return Source(f"{VOLUME}/runs/{run.id}/{folder}", wanted.volume, rank)
     pushed = run.read("pushed.json")
     repo = wanted.repo or (pushed.get("repo") if pushed.get("folder") == folder else None)
     if repo is None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from runner.cloud.clock import pace
-from runner.cloud.errors import (
+from runner.cloud.provider_errors import (
     ApiDownError,
     CloudError,
     ConflictError,
@@ -25,8 +25,8 @@ from runner.cloud.errors import (
     UnclearError,
     WrongKeyError,
 )
-from runner.cloud.runpod import account
-from runner.cloud.runpod.account import api_key, base_url
+from runner.cloud.runpod import account_key
+from runner.cloud.runpod.account_key import api_key, base_url
 from runner.errors import CannotRunError, Problem, RunnerError
 from runner.report.invocation import install
 
@@ -114,7 +114,7 @@ def _once(method: str, path: str, params: Any, json: Any) -> Any:
             )
         )
     except AuthenticationError as error:
-        raise WrongKeyError(account.wrong_key(str(error).rstrip("."))) from None
+        raise WrongKeyError(account_key.wrong_key_problem(str(error).rstrip("."))) from None
     except QueryError as error:
         raise _meaning(error, _response_of(error), method, path) from None
     except requests.exceptions.JSONDecodeError:
@@ -189,9 +189,9 @@ def _meaning(error: Any, response: Any, method: str, path: str) -> RunnerError:
     own = _is_problem(response)
     low = text.lower()
     if status == 403 and own:
-        return WrongKeyError(account.not_allowed(method, path, said))
+        return WrongKeyError(account_key.not_allowed_problem(method, path, said))
     if status == 402 or (status in (400, 422) and any(word in low for word in POOR)):
-        return NoBalanceError(account.no_balance(said)) if own else _again(status, response)
+        return NoBalanceError(account_key.no_balance_problem(said)) if own else _again(status, response)
     if not own:  # a proxy, a login page: whatever it says is not RunPod's word
         return _again(status, response)
     if status in (400, 409, 422) and any(word in low for word in FULL):

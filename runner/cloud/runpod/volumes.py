@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from runner.cloud.clock import pace
-from runner.cloud.errors import CloudError, UnclearError
-from runner.cloud.runpod.account import KEYS_PAGE
+from runner.cloud.provider_errors import CloudError, UnclearError
+from runner.cloud.runpod.account_key import KEYS_PAGE
 from runner.cloud.runpod.api import Api
-from runner.cloud.runpod.types import Volume
-from runner.config.suggestions import nearest
+from runner.cloud.runpod.json_types import Volume
+from runner.config.did_you_mean import nearest
 from runner.errors import CannotRunError, Problem, RequestError
 from runner.report.invocation import install
 
@@ -133,7 +133,7 @@ def list_files(api: Api, volume: str, prefix: str) -> list[dict[str, Any]]:
         return list(_listed(client, found.id, prefix.lstrip("/")))
 
 
-def endpoint(data_center: str) -> str:
+def s3_endpoint(data_center: str) -> str:
     """Of a data centre; `AWS_ENDPOINT_URL_S3` wins, as for every S3 client."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or f"https://s3api-{data_center.lower()}.runpod.io"
 
@@ -152,7 +152,7 @@ def _client(data_center: str) -> Any:
         raise RequestError(Problem(f"{' and '.join(missing)} not set: volumes have keys of their own", None, remedy))
     config = Config(retries={"max_attempts": 5, "mode": "standard"}, connect_timeout=10, read_timeout=60)
     session = Session()  # not the default one, which keeps the keys that it met first
-    return session.client("s3", endpoint_url=endpoint(data_center), region_name=data_center.lower(), config=config)
+    return session.client("s3", endpoint_url=s3_endpoint(data_center), region_name=data_center.lower(), config=config)
 
 
 def _listed(client: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:

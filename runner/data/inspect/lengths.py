@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from runner.config import catalog, json_text
+from runner.config import conf_files, json_text
 from runner.data import commands_dataset, user_code_checks
 from runner.data.examples import Kind, Learnable
 from runner.data.inspect.sample import Sample, sample
@@ -108,9 +108,9 @@ def _of_hub(data: DataSpec) -> DataLengths:
 
 def _is_as_in_the_catalogue(data: DataSpec) -> bool:
     """The rows are of the split that the file in `conf/data/` counts."""
-    if data.name not in catalog.options("data"):
+    if data.name not in conf_files.options("data"):
         return data.name != "hub"  # of a folder of the user's own, which says what it says
-    own = catalog.load("data", data.name)
+    own = conf_files.load_choice("data", data.name)
     return all(getattr(data, key) == own.get(key, None) for key in ("id", "subset", "revision", "split", "eval_split"))
 
 
@@ -186,7 +186,7 @@ def _spread(examples: list[Learnable]) -> list[Learnable]:
 # --- steps -----------------------------------------------------------------------------------------------------
 
 
-def steps(spec: RunSpec, data: DataLengths) -> tuple[int | None, int | None, list[str]]:
+def optimizer_steps(spec: RunSpec, data: DataLengths) -> tuple[int | None, int | None, list[str]]:
     """Optimiser steps of a resolved run, the tokens they learn from (padding left out), and what was assumed.
 
     The arithmetic of `runner.train.trainer.num_steps`, which counts rows that are already tokenised. None where
@@ -218,7 +218,7 @@ def _rows(spec: RunSpec, data: DataLengths, notes: list[str]) -> tuple[int | Non
         if not data.exact:
             notes.append(f"about {data.tokens_per_example:.0f} tokens a row: {data.how}")
         cut = list(_pieces(data.row_tokens, limit, spec.data.on_long if spec.objective.name == "sft" else "truncate"))
-        return packed(cut, limit) if packing else len(cut), sum(cut)
+        return packed_sequences(cut, limit) if packing else len(cut), sum(cut)
     if data.num_examples is None:
         return None, None
     if data.tokens_per_example is None:
@@ -244,7 +244,7 @@ def _pieces(row_tokens: Sequence[int], limit: int, on_long: str) -> Iterator[int
             yield from (min(limit, tokens - begun) for begun in range(0, tokens, limit))
 
 
-def packed(row_tokens: Sequence[int], limit: int) -> int:
+def packed_sequences(row_tokens: Sequence[int], limit: int) -> int:
     """Sequences of `limit` tokens that best-fit decreasing makes of the rows, as TRL's packing does.
 
     Each row, the longest first, goes where it leaves the least room; where none has room it begins a sequence.

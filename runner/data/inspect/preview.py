@@ -10,7 +10,7 @@ from runner.data.examples import Example, Kind, Learnable, Preference, Turn, Unp
 from runner.data.inspect.token_counts import tokenizer_file
 from runner.data.load import InspectedFile, inspect_files
 from runner.data.loss_mask import IGNORED
-from runner.data.preference_tokens import given_spans, split_prompt
+from runner.data.tokenize_rows import given_spans, split_prompt
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 

@@ -19,7 +19,7 @@ from runner.data.examples import Kind, Learnable
 from runner.data.load import canonical_rows
 from runner.data.pretraining.documents import reference_pages
 from runner.data.readers import arrow
-from runner.data.readers.files import COMPRESSIONS, Row, Table, kind_of_file, read_table, refuse
+from runner.data.readers.files import COMPRESSIONS, Row, Table, kind_of_file, raise_problems, read_table
 from runner.data.readers.sources import Source, mixed, sources_of
 from runner.errors import Problem
 from runner.spec import DataSpec
@@ -73,14 +73,14 @@ def _of_source(source: Source, kind: Kind | None) -> Sample:
     problems: list[Problem] = []
     total, hows = 0, []
     for file in files:
-        table, rows, how = head(file)
+        table, rows, how = first_rows_of_file(file)
         found, wrong = canonical_rows(table, source.spec, kind)
         examples += found
         problems += wrong
         total += len(found) if rows is None else rows
         hows.append(how)
     if problems and not examples:
-        refuse(problems)
+        raise_problems(problems)
     how = "; ".join(dict.fromkeys(hows))
     how += f", {len(problems)} mistake{'s' * (len(problems) != 1)} in them left out" if problems else ""
     whole = how.startswith("all rows") and len(files) == len(source.files)
@@ -97,7 +97,7 @@ def _size(file: str) -> int:
     return place.stat().st_size if place.is_file() else 0
 
 
-def head(name: str) -> tuple[Table, int | None, str]:
+def first_rows_of_file(name: str) -> tuple[Table, int | None, str]:
     """Rows of a file, how many it has where these are not all, and how that is known."""
     file, kind, size = Path(name).expanduser(), kind_of_file(name), _size(name)
     compressed = file.suffix.lower() in COMPRESSIONS and file.suffix.lower() != ".gz"

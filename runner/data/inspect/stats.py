@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Learnable, fingerprint
-from runner.data.inspect.lengths import packed
+from runner.data.inspect.lengths import packed_sequences
 from runner.data.inspect.token_counts import TokenCounter, tokenizer_file
 from runner.data.load import read_dataset
 from runner.data.loss_mask import IGNORED
@@ -77,7 +77,7 @@ def stats(spec: RunSpec) -> Stats:
         "length": _quantiles(ordered),
         "histogram": histogram(ordered),
         "at_length": [_at(limit, tokens) for limit in limits],
-        "suggested_max_length": suggested(ordered, spec.model.context_length),
+        "suggested_max_length": suggested_length(ordered, spec.model.context_length),
         "max_length": spec.train.max_length,
         "duplicates": _duplicates(rows, loaded.held),
     }
@@ -128,7 +128,7 @@ def _widths() -> Iterator[int]:
 def _at(limit: int, tokens: Sequence[int]) -> AtLength:
     """What a longest length of `limit` tokens cuts off, and how full sequences are with and without packing."""
     cut = [min(count, limit) for count in tokens]
-    sequences = packed(cut, limit)
+    sequences = packed_sequences(cut, limit)
     longest = max(cut)
     return {
         "max_length": limit,
@@ -140,7 +140,7 @@ def _at(limit: int, tokens: Sequence[int]) -> AtLength:
     }
 
 
-def suggested(ordered: Sequence[int], context: int | None) -> int:
+def suggested_length(ordered: Sequence[int], context: int | None) -> int:
     """The least multiple of 64 tokens that leaves 99% of the rows whole, within what the model can read."""
     wanted = ordered[round(SHARE_WHOLE * (len(ordered) - 1))]
     length = max(64, -(-wanted // 64) * 64)

@@ -8,7 +8,14 @@ from pathlib import Path
 from runner.data.inspect.lengths import DataLengths
 from runner.data.inspect.token_counts import CHARS_PER_TOKEN, tokenizer_file
 from runner.data.pretraining import tokenizer
-from runner.data.pretraining.sharder import Settings, check_same, missing, other, settings_of, taken
+from runner.data.pretraining.sharder import (
+    Settings,
+    check_same,
+    documents_to_read,
+    missing_shards_problem,
+    other_documents,
+    settings_of,
+)
 from runner.data.pretraining.workspace import Workspace, is_ready, manifest_of, workspace_of
 from runner.data.readers.sources import files_of
 from runner.data.row_store import num_bytes
@@ -29,7 +36,7 @@ def check_pretraining(spec: RunSpec) -> None:
     place = workspace_of(objective)
     if place is not None and (objective.shards == "anew" or not is_ready(place.train, objective.shards)):
         if objective.shards == "reuse":
-            raise RequestError(missing(place))
+            raise RequestError(missing_shards_problem(place))
         if spec.data.source == "file":
             _check_corpus(spec.data)
     elif place is not None and objective.shards == "auto":
@@ -59,14 +66,16 @@ def check_named(spec: RunSpec, name: str) -> None:
     if spec.where.name != "local" and not path.exists():
         return  # a pod's: inputs.py
     check_tokenizer(spec, path)
-    tokenizer.end_of(path)
+    tokenizer.end_token(path)
 
 
 def check_trained(place: Workspace, settings: Settings) -> None:
     """RequestError for a tokenizer of the experiment that was trained on other documents."""
     known = tokenizer.facts_of(place.tokenizer).get("settings", {})
     if changed := settings.differ(known):
-        raise RequestError(other(f"{place.tokenizer} was trained on shards with another {changed}", known, settings))
+        raise RequestError(
+            other_documents(f"{place.tokenizer} was trained on shards with another {changed}", known, settings)
+        )
 
 
 def check_tokenizer(spec: RunSpec, folder: Path) -> None:
@@ -74,7 +83,7 @@ def check_tokenizer(spec: RunSpec, folder: Path) -> None:
     if not (file := tokenizer.file_of(folder)).is_file():
         remedy = "name a tokenizer.json, a folder with one, or a Hub id (org/name); or leave it out"
         raise RequestError(Problem(f"there is no {file}", "objective.tokenizer", remedy))
-    check_size(spec, folder, tokenizer.size_of(folder))
+    check_size(spec, folder, tokenizer.vocabulary_size(folder))
 
 
 def check_size(spec: RunSpec, folder: Path | str, size: int) -> None:
@@ -94,7 +103,7 @@ def documents_of(spec: RunSpec) -> DataSpec:
     own = data.eval_path or data.eval_split
     share = objective.val_ratio if objective.mode == "split" and not own else 0.0
     limits: dict[str, float | int | None] = {"eval_fraction": share}
-    if (take := taken(objective)) is not None:
+    if (take := documents_to_read(objective)) is not None:
         held = round(take * share)
         limits["max_examples"] = min(take - held, data.max_examples or take)
         limits |= {} if own else {"max_eval_examples": min(max(1, held), data.max_eval_examples or take)}
@@ -116,7 +125,7 @@ def lengths_of(spec: RunSpec) -> DataLengths | None:
     return DataLengths(train["lines"], per_line, False, how, (), held, per_line if held else None, 0)
 
 
-def stored(spec: RunSpec, found: DataLengths) -> tuple[float, float, list[str]]:
+def stored_bytes(spec: RunSpec, found: DataLengths) -> tuple[float, float, list[str]]:
     """Bytes of the shards that a run makes, and of data that it downloads or sends to a pod; a note where they are not
     known.
 
@@ -125,7 +134,7 @@ def stored(spec: RunSpec, found: DataLengths) -> tuple[float, float, list[str]]:
     """
     objective, data = spec.objective, spec.data
     place = workspace_of(objective)
-    files = sent(spec) if spec.is_rented else 0.0
+    files = sent_bytes(spec) if spec.is_rented else 0.0
     if isinstance(objective, Pretrain) and place is not None:
         if objective.shards != "anew" and spec.where.name == "local" and is_ready(place.train, objective.shards):
             return 0.0, files, []
@@ -145,7 +154,7 @@ def stored(spec: RunSpec, found: DataLengths) -> tuple[float, float, list[str]]:
     return 0.0, 2 * (data.num_rows + (data.num_eval_rows or 0)) * data.bytes_per_row, []
 
 
-def sent(spec: RunSpec) -> float:
+def sent_bytes(spec: RunSpec) -> float:
     """Bytes of the data files of this machine that a pod gets."""
     if spec.data.source != "file":
         return 0.0

@@ -8,7 +8,7 @@ from importlib import import_module
 from itertools import islice
 from typing import Any
 
-from runner.data.readers.files import kind_of_file, refuse
+from runner.data.readers.files import kind_of_file, raise_problems
 from runner.data.readers.hub import problem_of
 from runner.data.readers.sources import Source, files_of, sources_of
 from runner.data.readers.streams import tables
@@ -68,7 +68,7 @@ def _all(source: Source) -> Iterator[str]:
         field = "text" if kind_of_file(name) == "txt" else source.spec.text_field
         for table in tables(name):
             if table.problems:
-                refuse(table.problems)
+                raise_problems(table.problems)
             for index, row in enumerate(table.rows):
                 place = table.place(index)
                 row, own = as_standard(row, place, source.spec)

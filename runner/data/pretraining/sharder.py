@@ -135,7 +135,7 @@ class _Shards:
                 file.unlink()
 
 
-def taken(objective: Pretrain) -> int | None:
+def documents_to_read(objective: Pretrain) -> int | None:
     """How many documents are read at most."""
     return objective.take or (SMOKE_DOCUMENTS if objective.mode == "smoke" else None)
 
@@ -153,11 +153,18 @@ def settings_of(objective: Pretrain, data: DataSpec, seed: int) -> Settings:
         remedy = "correct it, or write objective.shards=reuse to take the shards that are there"
         raise RequestError(Problem(what, "data.path", remedy)) from None
     return Settings(
-        source, fingerprint, objective.mode, ratio, objective.lines_per_shard, taken(objective), objective.gzip, seed
+        source,
+        fingerprint,
+        objective.mode,
+        ratio,
+        objective.lines_per_shard,
+        documents_to_read(objective),
+        objective.gzip,
+        seed,
     )
 
 
-def shard(
+def make_shards(
     place: Workspace, objective: Pretrain, data: DataSpec, seed: int, say: Callable[[str], None] = lambda line: None,
     beat: Callable[[], None] = lambda: None,
 ) -> Sharded:  # fmt: skip
@@ -181,7 +188,7 @@ def shard(
             say(f"Shards  made with another {changed} than asked for now; objective.shards=anew makes them again")
         return Sharded(manifest_of(place.train), manifest_of(place.val) or None, False)
     if objective.shards == "reuse":
-        raise RequestError(missing(place))
+        raise RequestError(missing_shards_problem(place))
     check_same(place, settings, (*CONTENT, *OTHERS))
     for folder in (place.train, place.val):
         if has_lost(folder):  # which documents were in it is known by number only: all are done again
@@ -242,7 +249,7 @@ def _read(file: Path) -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def missing(place: Workspace) -> Problem:
+def missing_shards_problem(place: Workspace) -> Problem:
     """Shards that are to be reused are not there."""
     lost = has_lost(place.train)
     what = f"some of {place.train} are gone" if lost else f"{place.train} holds no shards"
@@ -255,10 +262,10 @@ def check_same(place: Workspace, settings: Settings, keys: Sequence[str] = CONTE
         known = _settings(folder)
         if changed := settings.differ(known, keys):
             begun = "made" if is_whole(folder) else "begun"
-            raise RequestError(other(f"{folder} was {begun} with another {changed}", known, settings))
+            raise RequestError(other_documents(f"{folder} was {begun} with another {changed}", known, settings))
 
 
-def other(what: str, known: dict[str, Any], settings: Settings) -> Problem:
+def other_documents(what: str, known: dict[str, Any], settings: Settings) -> Problem:
     """Shards or a tokenizer that belong to other documents, with the ways out."""
     before, now = str(known.get("source", settings.source)), settings.source
     names = "" if (before + now).count("[") else f" ({before}, now {now})"  # no lists of sources

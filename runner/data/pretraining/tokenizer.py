@@ -30,7 +30,7 @@ MOST_BYTES = 1_000_000_000
 saw 40 GB, and reading as much takes hours)."""
 
 
-def train(shards: Path, target: Path, vocab_size: int) -> dict[str, Any]:
+def train_tokenizer(shards: Path, target: Path, vocab_size: int) -> dict[str, Any]:
     """Write `target`, whole or not at all; the facts of it. RequestError where `tokenizers` is not installed."""
     tokenizers = _library()
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -70,7 +70,7 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
 
 
-def end_of(named: Path) -> str | None:
+def end_token(named: Path) -> str | None:
     """The token that ends a text, of a `tokenizer.json` with nothing beside it; None for a folder that says itself.
 
     RequestError where there is none.
@@ -86,10 +86,10 @@ def end_of(named: Path) -> str | None:
     return end
 
 
-def bundle(named: Path) -> Path:
+def bundle_folder(named: Path) -> Path:
     """The folder to open: the one that is named, or one in the cache, made of a `tokenizer.json` with nothing beside
     it; RequestError where it cannot be."""
-    end = end_of(named)
+    end = end_token(named)
     if end is None:
         return named
     content = file_of(named).read_bytes()
@@ -115,7 +115,7 @@ def file_of(named: Path) -> Path:
     return named if named.is_file() else named / "tokenizer.json"
 
 
-def size_of(folder: Path) -> int:
+def vocabulary_size(folder: Path) -> int:
     """Tokens of a tokenizer, the added ones included; RequestError where it is none."""
     file = file_of(folder)
     try:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from runner.config import json_text
-from runner.config.suggestions import nearest
+from runner.config.did_you_mean import nearest
 from runner.data.readers import arrow, urls
 from runner.errors import Problem, RequestError
 from runner.spec.input_paths import is_url
@@ -62,7 +62,7 @@ class Table:
         return f"{self.name}, {self.unit} {self.numbers[index] if self.numbers else index + 1}"
 
 
-def refuse(problems: Sequence[Problem]) -> NoReturn:
+def raise_problems(problems: Sequence[Problem]) -> NoReturn:
     """Raise one RequestError: the first 20 problems spelled out, the others counted."""
     rest = len(problems) - SHOWN_PROBLEMS
     more = [Problem(f"and {rest} more")] if rest > 0 else []
@@ -73,7 +73,7 @@ def read_rows(path: str) -> list[Row]:
     """All rows of a data file; RequestError names every line that cannot be read."""
     table = read_table(path)
     if table.problems:
-        refuse(table.problems)
+        raise_problems(table.problems)
     return list(table.rows)
 
 
@@ -105,7 +105,7 @@ def kind_of_file(path: str) -> str | None:
 
 def _bytes(path: str) -> bytes:
     if is_url(path):
-        return urls.fetched(path)
+        return urls.fetch_url(path)
     file = Path(path).expanduser()
     try:
         return file.read_bytes()

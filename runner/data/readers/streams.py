@@ -30,7 +30,7 @@ def tables(path: str, block: int | None = None) -> Iterator[Table]:
         yield read_table(path)
         return
     try:
-        with urls.opened(path) if is_url(path) else file.open("rb") as opened:
+        with urls.open_url(path) if is_url(path) else file.open("rb") as opened:
             if kind_of_file(path) == "parquet":
                 yield from _parquet(opened, path)
             else:

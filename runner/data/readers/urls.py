@@ -43,7 +43,7 @@ def _is_missing(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError) and (cause is None or told or _is_missing(cause))
 
 
-def fetched(url: str) -> bytes:
+def fetch_url(url: str) -> bytes:
     """The content of one file."""
 
     def read(system: Any, path: str) -> bytes:
@@ -54,13 +54,13 @@ def fetched(url: str) -> bytes:
     return ask_file_system(url, read)
 
 
-def size_of(url: str) -> int:
+def url_size(url: str) -> int:
     """Bytes of one file; 0 where the place does not say."""
     return ask_file_system(url, lambda system, path: int(system.size(path) or 0))
 
 
 @contextmanager
-def opened(url: str) -> Iterator[IO[bytes]]:
+def open_url(url: str) -> Iterator[IO[bytes]]:
     """One file, read as it comes; RequestError where it cannot be opened."""
     with ask_file_system(url, lambda system, path: system.open(path, "rb")) as stream:
         yield stream

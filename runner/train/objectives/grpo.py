@@ -14,7 +14,7 @@ from runner import spec as schema
 from runner.data import load
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, PromptExample, Turn
-from runner.data.preference_tokens import TOOLS, PreferenceSettings
+from runner.data.tokenize_rows import TOOLS, PreferenceSettings
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 from runner.train import row_ids

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from peft import get_peft_model
 
-from runner.data.preference_tokens import PreferenceSettings
+from runner.data.tokenize_rows import PreferenceSettings
 from runner.spec import Full, RunSpec
 from runner.train import model_loading
 from runner.train.evaluation.heldout import RowMeans

@@ -16,9 +16,8 @@ from datasets.arrow_writer import ArrowWriter
 
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Learnable, fingerprint
-from runner.data.preference_tokens import PreferenceSettings, encode_preferences
-from runner.data.readers.files import refuse
-from runner.data.tokenize_rows import in_chunks
+from runner.data.readers.files import raise_problems
+from runner.data.tokenize_rows import PreferenceSettings, encode_preferences, in_chunks
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 from runner.train.token_cache import ROWS, Tell, Tokenised, stored, tokenizer_fingerprint
@@ -68,7 +67,7 @@ def _write(
                 tell(min(done, len(rows)), len(rows))
         writer.finalize()
     if problems and (spec.data.on_error == "stop" or not kept):
-        refuse(problems)
+        raise_problems(problems)
     if not kept:
         what = f"none of the {len(rows)} rows leaves room for an answer within {settings.limit} tokens"
         raise RequestError(Problem(what, None, "raise train.max_length"))

@@ -16,7 +16,7 @@ from typing import Any
 from datasets.arrow_writer import ArrowWriter
 
 from runner import spec as schema
-from runner.data.chat_tokenizer import begun, ended
+from runner.data.chat_tokenizer import with_bos, with_eos
 from runner.data.examples import Example, fingerprint
 from runner.data.pretraining.sharder import lines_of
 from runner.data.pretraining.workspace import manifest_of, workspace_of
@@ -140,7 +140,7 @@ def _encoded(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     while some := list(islice(stream, AT_ONCE)):
         for ids in tokenizer(some)["input_ids"]:
-            yield ended(begun(ids, begin), end)
+            yield with_eos(with_bos(ids, begin), end)
 
 
 def _text(example: Example) -> str:

@@ -36,7 +36,7 @@ def _rights(right: Any) -> list[str]:
 
 def regex(pattern: str) -> Reward:
     """1 where the pattern is found; RequestError for one that cannot be read."""
-    if problem := user_code_checks.pattern(pattern):
+    if problem := user_code_checks.regex_problem(pattern):
         raise RequestError(problem)
     wanted = re.compile(pattern, re.DOTALL)
 

@@ -7,7 +7,7 @@ from typing import Any
 from trl import RewardConfig, RewardTrainer
 
 from runner import spec as schema
-from runner.data.preference_tokens import PreferenceSettings
+from runner.data.tokenize_rows import PreferenceSettings
 from runner.train.objectives.pairs import Compared, Prepared
 
 

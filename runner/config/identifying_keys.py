@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runner.config import catalog, recipe_checks
-from runner.config.suggestions import known_keys, nearest_choice
+from runner.config import conf_files, recipe_checks
+from runner.config.did_you_mean import known_keys, nearest_choice
 from runner.config.validation import SourceOf
 from runner.errors import Problem
 
@@ -37,8 +37,8 @@ def identity_problems(
     """One problem per key of the composed `values` that contradicts the choice it belongs to."""
     for group, choice in choices.items():
         held = values.get(group)
-        if group in catalog.GROUPS and choice is not None and isinstance(held, dict):
-            own = catalog.load(group, choice, folders)
+        if group in conf_files.GROUPS and choice is not None and isinstance(held, dict):
+            own = conf_files.load_choice(group, choice, folders)
             yield from _of_choice(group, choice, own, held, folders, source_of)
 
 
@@ -46,7 +46,7 @@ def repeat_problems(
     before: Mapping[str, Any], after: Mapping[str, Any], exchange: tuple[str, ...], source_of: SourceOf
 ) -> Iterator[Problem]:
     """The same for a `spec.json` with single values changed."""
-    for group in catalog.GROUPS:
+    for group in conf_files.GROUPS:
         own, held = before.get(group), after.get(group)
         if isinstance(own, dict) and isinstance(held, dict):
             changed = [k for k in _naming(group) if held.get(k) != own.get(k) and not _taken_away(group, k, held)]
@@ -79,7 +79,7 @@ def _of_choice(
         what = f"{group}.{key}={value} names another {_NOUN.get(group, group)}"
         remedy, source = _instead(group, key, str(value), folders), source_of(f"{group}.{key}")
         if source != "command line":
-            remedy = recipe_checks.for_file(remedy)
+            remedy = recipe_checks.remedy_for_file(remedy)
         yield Problem(f"{what}, and the rest would stay that of {group}={choice}", source, remedy)
     if group == "model" and not generic and own.get("architecture") and not held.get("from_scratch"):
         for key in ARCHITECTURE:
@@ -112,14 +112,14 @@ def _taken_away(group: str, key: str, held: Mapping[str, Any]) -> bool:
 def _describes(group: str, key: str, held: Mapping[str, Any], folders: tuple[Path, ...]) -> bool:
     """A generic choice is told by this key what it is, facts included."""
     if key == "name":
-        return held.get(key) not in catalog.options(group, folders)
+        return held.get(key) not in conf_files.options(group, folders)
     if group == "hw":  # its memory and speed are looked at, not told, unless it says itself that it is a GPU
         return held.get("accelerator") == "cuda" and held.get("memory_gib") is not None
     return key != "source"
 
 
 def _instead(group: str, key: str, value: str, folders: tuple[Path, ...]) -> str:
-    names = catalog.options(group, folders)
+    names = conf_files.options(group, folders)
     if key == "name" and value in names:
         return f"write {group}={value}"
     if group == "data" and key == "source":

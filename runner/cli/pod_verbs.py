@@ -89,7 +89,7 @@ def stop(run: str, as_json: bool) -> None:
 
     api, ledger = _ready(run)
     pod_id = fleet.stop(api, ledger, run)
-    per_day = next((row.usd_per_day_stopped for row in fleet.rows(api, ledger) if row.pod_id == pod_id), 0.0)
+    per_day = next((row.usd_per_day_stopped for row in fleet.pod_rows(api, ledger) if row.pod_id == pod_id), 0.0)
     said = f"pod {pod_id} is stopped, and costs about ${per_day:.2f} a day until it is terminated"
     _answer(as_json, said, pod_id=pod_id, state="stopped", usd_per_day=per_day)
 
@@ -111,7 +111,7 @@ def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool
       python -m runner pods start mistral7b-qlora4-20261125-164234-ab12 --hours 2
     """
     from runner.cloud import fleet, pod_shell, reuse_pod
-    from runner.cloud.interactive import check_hours, described
+    from runner.cloud.interactive import check_hours, describe
 
     check_hours(hours)
     values = pod_shell.env_values(env)
@@ -123,7 +123,7 @@ def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool
     if not yes and sys.stdin.isatty():
         click.confirm("Start it?", abort=True, err=True)
     rented = reuse_pod.start(api, ledger, run, hours, lambda line: click.echo(line, err=True), values)
-    said = described(rented.pod.id, rented.usd_per_hour, rented.deadline, "stops")
+    said = describe(rented.pod.id, rented.usd_per_hour, rented.deadline, "stops")
     facts = {"pod_id": rented.pod.id, "usd_per_hour": rented.usd_per_hour, "deadline": rented.deadline}
     _answer(as_json, said, **facts, run_id=rented.run_id, state="running")
 
@@ -258,11 +258,11 @@ def reap(everything: bool, yes: bool, as_json: bool) -> None:
       python -m runner pods reap --all --yes
     """
     from runner.cloud import fleet
-    from runner.cloud.errors import StillThereError
+    from runner.cloud.provider_errors import StillThereError
 
     apis, ledger = _all_ready()
     found = [
-        (api, fleet.owned_by_none(api, ledger, everything=everything, say=lambda line: click.echo(line, err=True)))
+        (api, fleet.unowned_pods(api, ledger, everything=everything, say=lambda line: click.echo(line, err=True)))
         for api in apis
     ]
     for name, pod_id, why in (pod for _, pods in found for pod in pods):
@@ -279,7 +279,7 @@ def reap(everything: bool, yes: bool, as_json: bool) -> None:
             failures += error.problems
     if failures:
         raise StillThereError(*failures)
-    stopped = [] if everything else [pod for api in apis for pod in fleet.stopped_with_a_run(api, ledger)]
+    stopped = [] if everything else [pod for api in apis for pod in fleet.stopped_pods_with_a_run(api, ledger)]
     for pod_id, run_id in stopped:
         click.echo(
             f"pod {pod_id} is stopped, with run {run_id}, and costs its disk: python -m runner fetch {run_id} brings "
@@ -304,10 +304,10 @@ def templates(text: tuple[str, ...], as_json: bool) -> None:
       python -m runner pods templates pytorch 2.8
     """
     from runner.cloud.runpod.api import Api
-    from runner.cloud.runpod.templates import search
+    from runner.cloud.runpod.offers import search_templates
     from runner.report.pod_tables import print_templates
 
-    rows = search(Api(), " ".join(text))
+    rows = search_templates(Api(), " ".join(text))
     if as_json:
         click.echo(dump(rows))
     else:
@@ -340,11 +340,11 @@ def up(
     spec = interactive.spec_for(resolved(request)[0], hours)
     api = provider_of(spec)
     _settle(api, _ledger())
-    offer = interactive.offer(api, spec, hours)
+    offer = interactive.first_offer(api, spec, hours)
     click.echo(f"{offer.described}; ${offer.usd_per_hour * hours:.2f} for {hours:g} hours at most", err=True)
     if not yes and sys.stdin.isatty():
         click.confirm("Rent it?", abort=True, err=True)
-    made = interactive.rent(spec, hours, lambda line: click.echo(line, err=True), values)
+    made = interactive.rent_interactive(spec, hours, lambda line: click.echo(line, err=True), values)
     _answer(as_json, made.described, **made.as_dict())
 
 

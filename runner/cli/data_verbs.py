@@ -106,6 +106,6 @@ def prepare(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> N
       python -m runner data prepare data.path=my.jsonl train.max_length=2048
       python -m runner data prepare recipes/mistral7b_qlora4_h100x3.yaml --json
     """
-    from runner.runs.worker_verbs import prepare as tokenise
+    from runner.runs.worker_tasks import prepare as tokenise
 
     sys.exit(tokenise(_composed("prepare", words, config_dirs), as_json))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 
-from runner.cloud.errors import NoKeyError
+from runner.cloud.provider_errors import NoKeyError
 from runner.errors import Problem
 
 KEY = "RUNPOD_API_KEY"
@@ -26,9 +26,9 @@ def api_key() -> str:
     """The account's key; NoKeyError without one, or where it can be none."""
     key = os.environ.get(KEY, "").strip()
     if not key:
-        raise NoKeyError(no_key())
+        raise NoKeyError(no_key_problem())
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise NoKeyError(odd_key())
+        raise NoKeyError(odd_key_problem())
     return key
 
 
@@ -37,18 +37,18 @@ def fingerprint(key: str) -> str:
     return hashlib.blake2b(key.encode(), digest_size=6, person=b"runner-account").hexdigest()
 
 
-def no_key() -> Problem:
+def no_key_problem() -> Problem:
     """RUNPOD_API_KEY is not set."""
     return Problem("RUNPOD_API_KEY is not set", "environment", f"export RUNPOD_API_KEY=…, made at {KEYS_PAGE}")
 
 
-def odd_key() -> Problem:
+def odd_key_problem() -> Problem:
     """RUNPOD_API_KEY cannot be sent in a header."""
     what = "RUNPOD_API_KEY is no key: it has a blank, a line break or a letter that no key has"
     return Problem(what, "environment", f"copy it again, on one line, from {KEYS_PAGE}")
 
 
-def wrong_key(said: str) -> Problem:
+def wrong_key_problem(said: str) -> Problem:
     """401."""
     remedy = f"make a key with write access at {KEYS_PAGE} and export RUNPOD_API_KEY=…"
     return Problem(f"RunPod does not accept RUNPOD_API_KEY: {said}", "environment", remedy)
@@ -60,7 +60,7 @@ ACTS = {"POST /v2/pods": "rent a pod", "DELETE /v2/pods": "end a pod", "GET /v2/
 """What requests are for, by method and the beginning of the path."""
 
 
-def not_allowed(method: str, path: str, said: str) -> Problem:
+def not_allowed_problem(method: str, path: str, said: str) -> Problem:
     """403: a key of the kinds Restricted and Read Only, which may do less than the account."""
     asked = f"{method} {path}"
     act = "start or stop a pod" if path.endswith("/action") else None
@@ -70,12 +70,12 @@ def not_allowed(method: str, path: str, said: str) -> Problem:
     return Problem(what, "environment", remedy)
 
 
-def no_graphql(said: str) -> Problem:
+def no_graphql_problem(said: str) -> Problem:
     """A bid, which goes through GraphQL, by a key that may not use it."""
     what = f"RUNPOD_API_KEY is accepted, and may not bid for spot machines, which takes GraphQL: {said}"
     return Problem(what, "where.spot", f"give that key Read/Write for GraphQL at {KEYS_PAGE}, or leave where.spot out")
 
 
-def no_balance(said: str) -> Problem:
+def no_balance_problem(said: str) -> Problem:
     """402."""
     return Problem(f"RunPod: {said}", None, f"add funds at {BILLING_PAGE}; nothing was rented")

@@ -79,14 +79,14 @@ def pod(raw: Raw) -> Pod:
     direct, proxy = _dict(ssh, "direct"), _dict(ssh, "proxy")
     network = _dict(raw, "mounts").get("network")
     first = network[0] if isinstance(network, list) and network and isinstance(network[0], dict) else {}
-    port = number(direct.get("port"))
+    port = finite_number(direct.get("port"))
     return Pod(
         id=str(raw["id"]),
         name=str(raw.get("name") or ""),
         status=str(raw.get("status") or "UNKNOWN"),
-        usd_per_hour=number(raw.get("cost")),
+        usd_per_hour=finite_number(raw.get("cost")),
         gpu_id=gpu.get("id"),
-        gpu_count=int(number(gpu.get("count"))),
+        gpu_count=int(finite_number(gpu.get("count"))),
         cloud=str(raw.get("cloud") or "").lower(),
         data_center=raw.get("dataCenterId"),
         image=str(raw.get("image") or ""),
@@ -97,9 +97,9 @@ def pod(raw: Raw) -> Pod:
         volume_id=first.get("volumeId"),
         ssh_user=str(direct.get("username") or "root"),
         started=epoch(raw.get("startedAt")),
-        disk_gb=number(raw.get("disk")),
-        volume_gb=number(_dict(_dict(raw, "mounts"), "persistent").get("size")),
-        num_vcpus=int(number(raw["cpu"].get("vcpuCount"))) if isinstance(raw.get("cpu"), dict) else None,
+        disk_gb=finite_number(raw.get("disk")),
+        volume_gb=finite_number(_dict(_dict(raw, "mounts"), "persistent").get("size")),
+        num_vcpus=int(finite_number(raw["cpu"].get("vcpuCount"))) if isinstance(raw.get("cpu"), dict) else None,
         env={str(k): str(v) for k, v in _dict(raw, "env").items()},
     )
 
@@ -109,7 +109,7 @@ def _dict(raw: Raw, name: str) -> Raw:
     return value if isinstance(value, dict) else {}
 
 
-def number(value: Any) -> float:
+def finite_number(value: Any) -> float:
     """0 for what is no finite number."""
     try:
         return float(value) if math.isfinite(float(value)) else 0.0

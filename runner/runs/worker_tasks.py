@@ -25,7 +25,7 @@ from runner.machine import writable
 from runner.report.invocation import install
 from runner.rundir import checkpoints
 from runner.rundir.atomic_folder import unfinished
-from runner.rundir.directory import ACTIVE, RunDir, shown
+from runner.rundir.directory import ACTIVE, RunDir, display_path
 from runner.runs import input_digests
 from runner.spec import RunSpec
 
@@ -34,19 +34,19 @@ MODULE = "runner.train.artifact_verbs"
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
 
 
-def environment() -> dict[str, str]:
+def single_process_environment() -> dict[str, str]:
     """Environment of a single process, without the rank variables of another launcher."""
     return {**ENVIRONMENT, **inherited_ranks.without_ranks(os.environ)}
 
 
-def produce(verb: str, run: RunDir, target: Path, *arguments: str) -> int:
+def produce_in_worker(verb: str, run: RunDir, target: Path, *arguments: str) -> int:
     """Have `verb` write `target` from the run; its exit code. Nothing of a killed one is left.
 
     RequestError where `target` exists or cannot be made; CannotRunError without torch; RunFailedError if killed.
     """
     _check_target(target)
     command = [sys.executable, "-m", MODULE, verb, str(run.spec_file), "--out", str(target), *arguments]
-    worker = subprocess.Popen(command, env=environment())
+    worker = subprocess.Popen(command, env=single_process_environment())
     try:
         return exit_code_of(worker)
     finally:
@@ -90,7 +90,7 @@ def _check_target(target: Path) -> None:
 
 def no_model_yet(run: RunDir, instead: str | None = None) -> RequestError:
     """A run that has no model yet: resumed where it has a checkpoint, else run again."""
-    going_on = f"python -m runner resume {shlex.quote(shown(run.path))}"
+    going_on = f"python -m runner resume {shlex.quote(display_path(run.path))}"
     state = run.state()
     if state in ACTIVE:
         remedy = "wait for its end: python -m runner runs shows how far it is"
@@ -98,7 +98,7 @@ def no_model_yet(run: RunDir, instead: str | None = None) -> RequestError:
         remedy = f"{going_on} goes on after step {checkpoints.complete(run)[-1]}"
     else:
         remedy = f"{going_on} begins it anew: it has no checkpoint"
-    what = f"{shown(run.path)} has no model yet: its state is {state}"
+    what = f"{display_path(run.path)} has no model yet: its state is {state}"
     return RequestError(Problem(what, None, f"{remedy}, {instead}" if instead else remedy))
 
 
@@ -118,7 +118,7 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
         str(max_new_tokens),
     ]
     command += ["--base"] * base + ["--json"] * as_json + (["--prompt", prompt] if prompt is not None else [])
-    return subprocess.call(command, env=environment())
+    return subprocess.call(command, env=single_process_environment())
 
 
 def report_changed_base(run: RunDir, base: bool = False) -> None:
@@ -168,7 +168,7 @@ def evaluate(run_dir: Path, options: EvaluateOptions, as_json: bool) -> int:
         value = getattr(options, option)
         words += [f"--{option.replace('_', '-')}", str(value)] if value is not None else []
     command = [sys.executable, "-m", MODULE, "eval", str(run.spec_file), *words]
-    return subprocess.call(command, env=environment())
+    return subprocess.call(command, env=single_process_environment())
 
 
 def export(run_dir: Path, step: int | None, out: Path | None, as_json: bool) -> int:
@@ -187,7 +187,7 @@ def export(run_dir: Path, step: int | None, out: Path | None, as_json: bool) -> 
     else:
         _check_checkpoint(run, step)
     target = out or run.path / f"export-{step}"
-    return produce("export", run, target, "--step", str(step), *["--json"] * as_json)
+    return produce_in_worker("export", run, target, "--step", str(step), *["--json"] * as_json)
 
 
 def _check_checkpoint(run: RunDir, step: int) -> None:
@@ -216,7 +216,7 @@ def merge(run_dir: Path, out: Path | None, as_json: bool) -> int:
     if not (model / "adapter_config.json").is_file():
         raise no_model_yet(run)
     report_changed_base(run)
-    return produce("merge", run, out or run.path / "merged", *["--json"] * as_json)
+    return produce_in_worker("merge", run, out or run.path / "merged", *["--json"] * as_json)
 
 
 def prepare(spec: RunSpec, as_json: bool) -> int:
@@ -226,7 +226,7 @@ def prepare(spec: RunSpec, as_json: bool) -> int:
     for note in check_contents(spec):
         print(f"Note    {note}", file=sys.stderr)
     command = [sys.executable, "-m", "runner.train.prepare", *["--json"] * as_json]
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment())
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=single_process_environment())
     assert worker.stdin is not None
     with suppress(BrokenPipeError), worker.stdin:
         worker.stdin.write(spec.model_dump_json())

@@ -150,7 +150,7 @@ def calibrate(output_dir: Path, as_json: bool) -> None:
       python -m runner calibrate
       python -m runner calibrate --output-dir /data/runs --json
     """
-    from runner.report.calibrate import calibration, print_calibration
+    from runner.report.plan_accuracy import calibration, print_calibration
 
     found = calibration(output_dir)
     if as_json:

@@ -1,16 +1,58 @@
-"""The start command of a RunPod pod: the image's own, and a watch that ends the pod if nobody connects.
+"""RunPod as a `Provider`: `api.py` with the choice of machines, the start command and the pages that people need.
 
 Between the moment a pod is rented and the moment its agent is armed lie minutes in which the launcher may die. From
-its first second, therefore, a pod runs these lines: they end it when no agent has been sent in time, and start the
-agent again when the container was restarted, for a restart takes every process with it.
+its first second, therefore, a pod runs the watch of its start command: it ends the pod when no agent has been sent in
+time, and starts the agent again when the container was restarted, for a restart takes every process with it.
 
 An agent says twice a second, through a socket and thus whatever the disks do, until when it will have ended the pod.
-Where it falls silent, because it hangs, or died and cannot be started again, these lines end the pod then.
+Where it falls silent, because it hangs, or died and cannot be started again, the watch ends the pod then.
 """
 
 from __future__ import annotations
 
 import shlex
+from typing import Any
+
+from runner.cloud.agent import agent
+from runner.cloud.provider import Offer, Provider
+from runner.cloud.runpod import graphql, offers
+from runner.cloud.runpod.account_key import BILLING_PAGE, CONSOLE, KEY, api_key
+from runner.cloud.runpod.api import Api
+from runner.spec import RunSpec
+
+
+class RunPod(Api):
+    """One account of RunPod. NoKeyError without RUNPOD_API_KEY; RUNPOD_API_BASE_URL names another address."""
+
+    title = "RunPod"
+    calls = agent.CALLS
+    key_variable = KEY
+    billing_page = BILLING_PAGE
+
+    @property
+    def secret(self) -> str:
+        """The API key."""
+        return api_key()
+
+    def offers(self, spec: RunSpec, plan: dict[str, Any]) -> list[Offer]:
+        """GPU types, data centres and the network volume of `where`, held against the catalogue."""
+        return offers.offers(self, spec, plan)
+
+    def start_command(self, run_id: str, minutes: float) -> str:
+        """The watch, then the image's own start command."""
+        return watched_start_command(run_id, minutes)
+
+    def balance(self) -> float | None:
+        """Through GraphQL."""
+        return graphql.balance()
+
+    def page(self, pod_id: str | None = None) -> str:
+        """In RunPod's console."""
+        return f"{CONSOLE}/pods" + (f"?id={pod_id}" if pod_id else "")
+
+
+_: type[Provider] = RunPod  # held by mypy: providers.py names it as text
+
 
 START = "/start.sh"
 """Of RunPod's images: sets up SSH, then waits. Replacing the start command replaces it, so it is called where it is."""
@@ -90,12 +132,12 @@ while True:
 """
 
 
-def arguments(run_id: str, minutes: float, start: str = START) -> list[str]:
+def start_arguments(run_id: str, minutes: float, start: str = START) -> list[str]:
     """What to give a pod as its command: ends it after so many minutes without an agent."""
     seconds = str(round(60 * minutes))
     return ["bash", "-c", MAIN, "runner", WATCH, run_id, seconds, start]
 
 
-def as_text(run_id: str, minutes: float, start: str = START) -> str:
+def watched_start_command(run_id: str, minutes: float, start: str = START) -> str:
     """The same where the API takes one string, quoted as for a shell."""
-    return shlex.join(arguments(run_id, minutes, start))
+    return shlex.join(start_arguments(run_id, minutes, start))

@@ -17,8 +17,8 @@ from hydra.core.override_parser.types import Glob, OverrideType
 from hydra.errors import HydraException
 from yaml import YAMLError
 
-from runner.config import catalog, recipe_checks
-from runner.config.suggestions import nearest, only_text, takes_list, takes_text
+from runner.config import conf_files, recipe_checks
+from runner.config.did_you_mean import accepts_list, accepts_text, nearest, only_text
 from runner.errors import Problem, RequestError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Checked:
 def check_request(request: Request, *, sweeping: bool = False) -> Checked:
     """Judge every word; `sweeping` allows several values for a key."""
     request, found = _lift_recipe(request)
-    unsure = set(catalog.GROUPS) if found else set()
+    unsure = set(conf_files.GROUPS) if found else set()
     problems = [*request.problems, *found]
     for folder in request.config_dirs:
         if not os.path.isdir(folder):
@@ -131,11 +131,11 @@ def _implied(request: Request, overrides: list[Override]) -> list[Override]:
 
 def _takes(chosen: str | None, group: str, choice: str, request: Request) -> bool:
     """The recipe's own choice is one whose rows are named by such a key: `data/mine.yaml` with `source: file`."""
-    if chosen is None or chosen not in catalog.options(group, request.folders):
+    if chosen is None or chosen not in conf_files.options(group, request.folders):
         return False
     return choice in (
         chosen,
-        catalog.load(group, chosen, request.folders).get("source") if choice == "file" else None,
+        conf_files.load_choice(group, chosen, request.folders).get("source") if choice == "file" else None,
     )
 
 
@@ -151,7 +151,7 @@ def _of_recipe(request: Request) -> tuple[dict[str, str], dict[str, Any]]:
 def for_hydra(override: Override) -> str:
     """A plain `key=value` becomes `++key=value`: the schema, not Hydra, knows which keys there are."""
     plain = override.type == OverrideType.CHANGE and not override.is_hydra_override()
-    return f"{'++' if plain and override.key_or_group not in catalog.GROUPS else ''}{override.input_line}"
+    return f"{'++' if plain and override.key_or_group not in conf_files.GROUPS else ''}{override.input_line}"
 
 
 def _lift_recipe(request: Request) -> tuple[Request, list[Problem]]:
@@ -166,7 +166,7 @@ def _lift_recipe(request: Request) -> tuple[Request, list[Problem]]:
         problem = Problem(f"recipe={named[0]}: a sweep cannot go over recipes", COMMAND_LINE, remedy)
     else:
         chosen = named[0] if named else request.recipe
-        whole = recipe_checks.whole_run(chosen, request.config_dirs) if chosen else None
+        whole = recipe_checks.whole_run_file(chosen, request.config_dirs) if chosen else None
         if whole is not None:
             return replace(request, recipe=None, spec_file=whole, overrides=rest), []
         return replace(request, recipe=chosen, overrides=rest), []
@@ -189,20 +189,20 @@ def _read(text: str, request: Request, sweeping: bool) -> tuple[Override | None,
         return override, Problem(f"{text}: {problem[0]}", COMMAND_LINE, problem[1])
     if override.is_sweep_override() and not sweeping:
         remedy = "add -m to run once per value"
-        if group not in catalog.GROUPS:
+        if group not in conf_files.GROUPS:
             value = text.partition("=")[2]
-            if takes_list(group):
+            if accepts_list(group):
                 remedy += f", or write a list: {group}=[{value}]"
-            elif takes_text(group):
+            elif accepts_text(group):
                 remedy += f", or quote it: {as_typed(group, value)}"
         return override, Problem(f"{text}: several values make a sweep", COMMAND_LINE, remedy)
     if (raw := _number(override)) and only_text(group):
         return override, Problem(f"{group}={raw}: expected text", COMMAND_LINE, f"quote it: {as_typed(group, raw)}")
-    if group in catalog.GROUPS:
+    if group in conf_files.GROUPS:
         return override, _choice_problem(override, request)
     if any(os.path.isdir(folder / group) for folder in request.folders):
-        near = nearest(group, catalog.GROUPS)
-        remedy = f"call the folder {near}, and write {near}=…" if near else f"one of {', '.join(catalog.GROUPS)}"
+        near = nearest(group, conf_files.GROUPS)
+        remedy = f"call the folder {near}, and write {near}=…" if near else f"one of {', '.join(conf_files.GROUPS)}"
         return None, Problem(f"there is no group {group!r}", COMMAND_LINE, remedy)
     return override, None
 
@@ -270,7 +270,7 @@ def as_typed(key: str, value: str) -> str:
     else."""
     text = value.replace("${", "\\${")  # else it would be an interpolation
     word = quoted(text, '"')
-    if takes_list(key) and value.startswith("[") and value.endswith("]") and len(value) > 2:
+    if accepts_list(key) and value.startswith("[") and value.endswith("]") and len(value) > 2:
         word = f"[{','.join(quoted(part.strip(), chr(34)) for part in text[1:-1].split(','))}]"
     return f"{key}='{word}'" if "'" not in word else shlex.quote(f"{key}={word}")
 
@@ -284,12 +284,12 @@ def _choice_problem(override: Override, request: Request) -> Problem | None:
     text = str(override.input_line)
     if text.startswith("+"):
         return Problem(f"{text}: a run has one {group}", COMMAND_LINE, f"write {text.lstrip('+')}")
-    names = catalog.options(group, request.folders)
+    names = conf_files.options(group, request.folders)
     chosen = _chosen(override, names)
     bad = [value for value in chosen if value not in names]
     if len(bad) < len(chosen):
         return None  # of a sweep, some of whose points are right: the others are told one by one
-    return recipe_checks.no_choice(group, bad[0], names, COMMAND_LINE) if bad else None
+    return recipe_checks.unknown_choice(group, bad[0], names, COMMAND_LINE) if bad else None
 
 
 def _chosen(override: Override, names: tuple[str, ...]) -> list[str]:

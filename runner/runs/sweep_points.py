@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
+from runner.config.command_line import COMMAND_LINE, NO_PRUNING, PRUNER, Request, check_request, for_hydra
 from runner.config.compose import compose_checked, spec_of_point, texts_of
 from runner.config.hydra_compose import as_request_error, file_origins, hydra_over, primary_of
-from runner.config.request import COMMAND_LINE, NO_PRUNING, PRUNER, Request, check_request, for_hydra
 from runner.errors import Problem, RequestError, RunFailedError, RunnerError
 from runner.spec import RunSpec
 
@@ -102,7 +102,7 @@ def read_sweep(request: Request) -> Sweep:
         raise RequestError(*(sweep.told(problem, request) for problem in error.problems)) from None
 
 
-def misdirected(sweep: Sweep, run: RunSpec) -> Problem | None:
+def direction_problem(sweep: Sweep, run: RunSpec) -> Problem | None:
     """The problem with the direction of an HPO sweeper: it would look for the worst runs."""
     if sweep.direction is None:
         return None

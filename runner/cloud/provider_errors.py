@@ -90,7 +90,7 @@ class StillThereError(CloudError):
     """A pod could not be confirmed to be gone."""
 
 
-def still_there(api: Provider, pod_id: str, name: str, why: str) -> Problem:
+def still_there_problem(api: Provider, pod_id: str, name: str, why: str) -> Problem:
     """A pod that may still run: its id, the command that ends it, and its page."""
     remedy = (
         f"python -m runner pods terminate {pod_id}   (every following command tries, too), "
@@ -99,7 +99,7 @@ def still_there(api: Provider, pod_id: str, name: str, why: str) -> Problem:
     return Problem(f"POD {pod_id} ({name}) MAY STILL BE RUNNING AND COST MONEY: {why}", None, remedy)
 
 
-def unseen(api: Provider, name: str, why: str) -> Problem:
+def unseen_pod(api: Provider, name: str, why: str) -> Problem:
     """A create request whose outcome is not known: the name that the pod would have."""
     remedy = (
         f"python -m runner pods terminate {name}   (every following command looks for it, too), "

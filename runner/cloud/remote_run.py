@@ -25,7 +25,7 @@ from runner.cloud.session import END_STATES, Session
 from runner.cloud.ssh import CommandError, LostError
 from runner.config import credentials, json_text
 from runner.errors import CannotRunError, InterruptedRun, Problem, RequestError, RunFailedError
-from runner.rundir.directory import ACTIVE, RunDir, no_such_run, shown, without_spec
+from runner.rundir.directory import ACTIVE, RunDir, display_path, no_such_run_problem, run_without_spec
 from runner.spec import RentedPlace, RunSpec
 
 LISTENING_MINUTES = 10.0
@@ -68,7 +68,7 @@ def fetch(words: str, output_dir: Path, console: Console) -> int:
                 remedy = "python -m runner pods ends a pod that nobody holds; then resume the run"
                 raise RunFailedError(Problem(what, None, remedy))
             session.collect(final=False)
-            display.say(f"Copied  what there is so far to {shown(session.run.path)}; the run goes on")
+            display.say(f"Copied  what there is so far to {display_path(session.run.path)}; the run goes on")
             return 0
         _listen(session, LISTENING_MINUTES)
         ended_in = session.agent.get("ended_in") or session.agent.get("state")
@@ -96,8 +96,8 @@ def status(words: str) -> dict[str, Any]:
         said = at.connection.attempt(f"cat {shlex.quote(at.folder)}/status.json; tail -n 1 {at.folder}/metrics.jsonl")
     facts |= {"agent": agent.get("state"), "exit_code": agent.get("exit_code"), "message": agent.get("message")}
     text, _, line = said[1].strip().rpartition("}\n{")
-    run = transfer.loads(text + "}") if line else transfer.loads(said[1])
-    metrics = transfer.loads("{" + line) if line else {}
+    run = transfer.json_object(text + "}") if line else transfer.json_object(said[1])
+    metrics = transfer.json_object("{" + line) if line else {}
     facts |= {key: run.get(key) for key in ("state", "num_steps") if run.get(key) is not None}
     return facts | {key: metrics[key] for key in ("step", "loss", "tokens_per_second") if key in metrics}
 
@@ -106,7 +106,7 @@ def _status_here(run: RunDir) -> dict[str, Any]:
     last, kept = ([{}, *run.metrics()])[-1], run.status
     facts = {key: kept.get(key) for key in ("model", "method", "objective", "data", "num_steps", "error")}
     facts |= {key: last.get(key) for key in ("step", "loss", "tokens_per_second")}
-    return {"run_id": run.id, "state": run.state(), **facts, "folder": shown(run.path)}
+    return {"run_id": run.id, "state": run.state(), **facts, "folder": display_path(run.path)}
 
 
 def _is_local(run: RunDir) -> bool:
@@ -116,10 +116,10 @@ def _is_local(run: RunDir) -> bool:
 
 def _check_reachable(words: str, here: RunDir | None) -> None:
     key = provider_class(cloud_of(words, Ledger.or_copy()[0].entries())).key_variable
-    if here is None and (damaged := without_spec(Path(words))) and not damaged.read("pod.json"):
-        raise RequestError(no_such_run(Path(words)))  # it never was in a pod
+    if here is None and (damaged := run_without_spec(Path(words))) and not damaged.read("pod.json"):
+        raise RequestError(no_such_run_problem(Path(words)))  # it never was in a pod
     if here is None and credentials.find_key(key) is None:
-        told = no_such_run(Path(words))
+        told = no_such_run_problem(Path(words))
         what = f"{told.what} on this machine, and no {key} to look for it in pods"
         raise RequestError(replace(told, what=what, remedy=f"{told.remedy}; for a run in a pod, export {key}=…"))
 
@@ -132,8 +132,10 @@ def _check_rented(words: str) -> None:
     if run and not run.read("spec.json") and not run.read("pod.json"):
         _ = run.spec  # it never was in a pod: what is wrong with its spec.json is said
     if run and _is_local(run):
-        what = f"{run.id} runs on this machine, not in a pod: its files are in {shown(run.path)}"
-        raise RequestError(Problem(what, "command line", f"python -m runner status {shlex.quote(shown(run.path))}"))
+        what = f"{run.id} runs on this machine, not in a pod: its files are in {display_path(run.path)}"
+        raise RequestError(
+            Problem(what, "command line", f"python -m runner status {shlex.quote(display_path(run.path))}")
+        )
 
 
 def logs(words: str, follow: bool, lines: int) -> Iterator[str]:
@@ -160,9 +162,9 @@ def logs(words: str, follow: bool, lines: int) -> Iterator[str]:
 
 
 @contextmanager
-def _connected(run_id: str, pod: Any, cloud: str) -> Iterator[transfer.RemoteRun]:
+def _connected(run_id: str, pod: Any, cloud: str) -> Iterator[transfer.PodRunFolder]:
     ssh.check_installed()
-    pair = ssh_keys.pair(run_id, cloud)
+    pair = ssh_keys.key_pair(run_id, cloud)
     connection = ssh.connection_to(pod, pair.private)
     try:
         yield transfer.probe_pod(connection, run_id)
@@ -185,7 +187,7 @@ def _session_with(words: str, output_dir: Path, console: Console) -> Iterator[tu
         if run.state() in ACTIVE:  # so that it can be resumed from what is here
             run.set_status("failed", exit_code=1, error=str(error))
         raise
-    pair = ssh_keys.pair(run_id, name_of(rented.api))
+    pair = ssh_keys.key_pair(run_id, name_of(rented.api))
     session: Session | None = None
     try:
         ordered = _ordered_spec(run, rented)
@@ -234,7 +236,7 @@ def _listen(session: Session, minutes: float | None) -> None:
     assert at is not None
     file = shlex.quote(f"{at.folder}/agent.json")
     said, _, times = at.connection.run(f"cat {file}; echo; stat -c %Y {file}; date +%s").rstrip().rpartition("}")
-    sent, old = clock.now(), transfer.loads(said + "}")
+    sent, old = clock.now(), transfer.json_object(said + "}")
     try:
         came, there = map(float, times.split())
         # Its times are those of another clock: of a launcher elsewhere, or of this one before it was set.
@@ -272,7 +274,7 @@ def _ordered_spec(run: RunDir, rented: Lease) -> RunSpec | None:
         try:
             spec = RunSpec.model_validate(json_text.loads(directory.spec_file.read_text("utf-8")))
         except (OSError, ValueError, ValidationError) as error:
-            file, why = shown(directory.spec_file), getattr(error, "strerror", None) or "it is no spec of a run"
+            file, why = display_path(directory.spec_file), getattr(error, "strerror", None) or "it is no spec of a run"
             remedy = f"put it right; or mv {shlex.quote(file)} away, and the pod's is read, without what acts here"
             raise RequestError(Problem(f"{file} cannot be read: {why}", None, remedy)) from None
         if isinstance(spec.where, RentedPlace):
@@ -293,7 +295,7 @@ def _adopted_spec(rented: Lease, pair: ssh_keys.KeyPair, run: RunDir, say: Calla
         except CommandError:
             raise RequestError(Problem(f"pod {pod.id} has no run {run.id}", "command line")) from None
         plan = at.connection.attempt(f"cat {shlex.quote(at.folder)}/plan.json")[1]
-    found = adopted_spec.adopt(text, pod.id, pod.volume_id, run.path.parent, cloud)
+    found = adopted_spec.adopt_spec(text, pod.id, pod.volume_id, run.path.parent, cloud)
     for line in found.changes:
         say(f"Warning: of the spec in pod {pod.id}, {line}: what a pod says is not acted on here")
     (run.path / "logs").mkdir(parents=True, exist_ok=True)

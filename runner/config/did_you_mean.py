@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from runner.config import catalog
-from runner.config.peer_keys import PEERS
+from runner.config import conf_files
+from runner.config.other_trainers_keys import PEERS
 from runner.spec import RunSpec
 
 
@@ -56,12 +56,12 @@ def _words(annotation: Any) -> Iterator[str]:
             yield from _words(inner)
 
 
-def takes_list(key: str) -> bool:
+def accepts_list(key: str) -> bool:
     """A list may be written after `key=`."""
     return any("list[" in str(annotation) for annotation in _annotations().get(key, []))
 
 
-def takes_text(key: str) -> bool:
+def accepts_text(key: str) -> bool:
     """Any text may be written after `key=`."""
     return any("str" in str(annotation).replace("list[str]", "") for annotation in _annotations().get(key, []))
 
@@ -71,7 +71,7 @@ def only_text(key: str) -> bool:
     return set(_annotations().get(key, ())) <= {str, str | None} and key in known_keys()
 
 
-def mappings() -> set[str]:
+def mapping_keys() -> set[str]:
     """Keys whose value is a mapping with names that the schema does not have, such as `method.arguments`."""
     return {key for key, kinds in _annotations().items() if any(typing.get_origin(kind) is dict for kind in kinds)}
 
@@ -103,7 +103,7 @@ def names_of(group: str, part: type[BaseModel]) -> tuple[str, ...]:
     if own[part]:
         return own[part]
     held = {name for names in own.values() for name in names}
-    chosen = {name: catalog.load(group, name).get("name", name) for name in catalog.options(group)}
+    chosen = {name: conf_files.load_choice(group, name).get("name", name) for name in conf_files.options(group)}
     return tuple(name for name in chosen if chosen[name] not in held)
 
 
@@ -149,8 +149,8 @@ def nearest(word: str, candidates: Iterable[str] | dict[str, str], cutoff: float
 def nearest_choice(group: str, word: str, names: Iterable[str]) -> str | None:
     """The choice of a group most like `word`; models and hardware also by what people call them."""
     table: dict[str, str] = {}
-    for name in catalog.options(group) if group in ("model", "hw") else ():
-        values = catalog.load(group, name)
+    for name in conf_files.options(group) if group in ("model", "hw") else ():
+        values = conf_files.load_choice(group, name)
         table |= dict.fromkeys([*values.get("aliases", []), values.get("title") or name], name)
     known = {name.lower(): name for name in names}
     pieces = [piece.lower() for piece in re.split(r"[^A-Za-z0-9]+", word)]

@@ -16,9 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from runner.cloud import budget, clock, errors, reuse_pod, termination
+from runner.cloud import budget, clock, provider_errors, reuse_pod, termination
 from runner.cloud.budget import Meter, deadline_of, hours_of, spent
-from runner.cloud.errors import (
+from runner.cloud.lease import Lease
+from runner.cloud.ledger import PREFIX, Ledger
+from runner.cloud.provider import Offer, Pod, PodRequest, Provider, place_of
+from runner.cloud.provider_errors import (
     ApiDownError,
     BadHostError,
     NoCapacityError,
@@ -27,9 +30,6 @@ from runner.cloud.errors import (
     TooDearError,
     UnclearError,
 )
-from runner.cloud.lease import Lease
-from runner.cloud.ledger import PREFIX, Ledger
-from runner.cloud.provider import Offer, Pod, PodRequest, Provider, place_of
 from runner.cloud.providers import provider_of
 from runner.cloud.readiness import wait_for_name, wait_until_ready
 from runner.cloud.reconcile import reconcile
@@ -153,7 +153,7 @@ class _Order:
             )  # fmt: skip
             _check_place(rented.pod, machine)
             with suppress(ApiDownError):  # looked for again when the run is over
-                for double in termination.end_doubles(self.api, pod.id, name):
+                for double in termination.terminate_duplicates(self.api, pod.id, name):
                     self.say(f"the request was carried out twice: pod {double} is ended")
             self.ledger.move(name, "SSH_READY", f"{rented.pod.ssh_host}:{rented.pod.ssh_port} says hello")
             return rented
@@ -181,7 +181,7 @@ class _Order:
             raise
         except BaseException:  # Ctrl-C in the middle of the request
             for pod in self._looked_for(name, "interrupted"):
-                termination.end(self.api, self.ledger, name, pod.id, "interrupted")
+                termination.terminate(self.api, self.ledger, name, pod.id, "interrupted")
             raise
 
     def _looked_for(self, name: str, why: str) -> list[Pod]:
@@ -190,14 +190,19 @@ class _Order:
         try:
             found = wait_for_name(self.api, name)
         except RunnerError as error:
-            raise StillThereError(errors.unseen(self.api, name, f"{why}; {error}")) from None
+            raise StillThereError(provider_errors.unseen_pod(self.api, name, f"{why}; {error}")) from None
         if not found and not recorded:
-            raise StillThereError(errors.unseen(self.api, name, f"{why}, and the ledger cannot be written"))
+            raise StillThereError(
+                provider_errors.unseen_pod(self.api, name, f"{why}, and the ledger cannot be written")
+            )
         return found
 
     def unseen(self) -> list[Problem]:
         """What has to be said about pods that may appear yet."""
-        return [errors.unseen(self.api, name, "no pod of that name has appeared so far") for name in self.unclear]
+        return [
+            provider_errors.unseen_pod(self.api, name, "no pod of that name has appeared so far")
+            for name in self.unclear
+        ]
 
     def _give_back(self, name: str, pod: Pod, why: BaseException) -> None:
         """End a pod that is not used; a StillThereError takes the place of the error that led here."""
@@ -205,9 +210,9 @@ class _Order:
         self.say(f"giving pod {pod.id} back: {reason}")
         for attempt in (1, 2):
             try:
-                termination.end(self.api, self.ledger, name, pod.id, reason)
+                termination.terminate(self.api, self.ledger, name, pod.id, reason)
                 with suppress(ApiDownError):
-                    termination.end_doubles(self.api, pod.id, name)
+                    termination.terminate_duplicates(self.api, pod.id, name)
                 return
             except KeyboardInterrupt:
                 if attempt == 2:
@@ -218,7 +223,7 @@ class _Order:
         env = {"PUBLIC_KEY": self.keys.public, "SSH_KEY": self.keys.public, "RUNNER_RUN_ID": self.run.id}
         env["RUNNER_RENTED"] = str(round(clock.now()))
         env["RUNNER_DEADLINE"] = str(round(clock.now() + hours_of(place) * 3600))
-        volume_gb = 0 if machine.volume_id or machine.cpu_id else number(place.volume_gb)
+        volume_gb = 0 if machine.volume_id or machine.cpu_id else size_or_default(place.volume_gb)
         return PodRequest(
             name=name,
             image=machine.image,
@@ -229,14 +234,14 @@ class _Order:
             cpu_id=machine.cpu_id,
             num_vcpus=machine.num_vcpus,
             data_centers=machine.data_centers,
-            container_disk_gb=number(place.container_disk_gb),
+            container_disk_gb=size_or_default(place.container_disk_gb),
             volume_gb=volume_gb,
             volume_id=machine.volume_id,
             cuda_versions=() if machine.cpu_id else tuple(place.cuda_versions),
             min_cuda=pod_packages.least_cuda(self.spec),
             ports=(SSH_PORT, *self.ports),
             env={**env, **self.env},
-            args=self._start_command(machine, number(place.container_disk_gb) + volume_gb),
+            args=self._start_command(machine, size_or_default(place.container_disk_gb) + volume_gb),
             bid_usd=place.bid_usd if place.spot else None,
         )
 
@@ -278,7 +283,7 @@ def _check_place(pod: Pod, machine: Offer) -> None:
         raise BadHostError(Problem(f"pod {pod.id} is in {pod.data_center}, not in {' or '.join(machine.data_centers)}"))
 
 
-def number(value: int | str) -> int:
+def size_or_default(value: int | str) -> int:
     """A size of a resolved run; what is open still gets 20."""
     return value if isinstance(value, int) else 20
 

@@ -42,9 +42,9 @@ def show(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None
     if as_json:
         click.echo(dump(content))
         return
-    from runner.config import catalog
+    from runner.config import conf_files
 
-    click.echo(catalog.dump(content), nl=False)
+    click.echo(conf_files.dump_yaml(content), nl=False)
     for note in notes:
         click.echo(f"# note: {' '.join(note.split())}")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from runner.config import catalog, foreign_configs, json_text
-from runner.config.provenance import Origin, flat, origins_in_file, shown
+from runner.config import conf_files, json_text, other_trainers
+from runner.config.provenance import Origin, display_path, flattened, origins_in_file
 from runner.config.validation import validated
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
@@ -17,18 +17,18 @@ from runner.spec import RunSpec
 def read_spec_file(file: Path) -> dict[str, Any]:
     """The values of a resolved run; RequestError if it cannot be read or holds something else."""
     if file.suffix != ".json":
-        return catalog.read(file)
+        return conf_files.read_file(file)
     try:
         values = json_text.loads(file.read_text("utf-8"))
     except OSError as error:
-        what = f"cannot read {shown(file)}: {error.strerror}"
-        raise RequestError(Problem(what, "command line", restoring(file))) from None
+        what = f"cannot read {display_path(file)}: {error.strerror}"
+        raise RequestError(Problem(what, "command line", how_to_restore(file))) from None
     except ValueError as error:
         what = "holds nothing" if not file.stat().st_size else f"is not JSON: {error}"
-        raise RequestError(Problem(f"{shown(file)} {what}", "command line", restoring(file))) from None
+        raise RequestError(Problem(f"{display_path(file)} {what}", "command line", how_to_restore(file))) from None
     if not isinstance(values, dict):
-        what = f"{shown(file)} is not a spec.json: it holds no keys"
-        raise RequestError(Problem(what, "command line", restoring(file)))
+        what = f"{display_path(file)} is not a spec.json: it holds no keys"
+        raise RequestError(Problem(what, "command line", how_to_restore(file)))
     lacks = [name for name, field in RunSpec.model_fields.items() if field.is_required() and name not in values]
     lacks += [name for name in ("model", "method") if isinstance(values.get(name), str)]  # of `plan --json`
     if lacks:
@@ -36,11 +36,11 @@ def read_spec_file(file: Path) -> dict[str, Any]:
     return values
 
 
-def restoring(file: Path) -> str:
+def how_to_restore(file: Path) -> str:
     """How to bring back a `spec.json` that is lost or damaged."""
     same = file.with_name("training.yaml")
     if same.is_file():
-        words = f"show {quote(shown(same))} --json > {quote(shown(file))}"
+        words = f"show {quote(display_path(same))} --json > {quote(display_path(file))}"
         return f"{same.name} beside it holds the same values: python -m runner {words} writes it anew"
     if file.with_name("status.json").is_file():
         return f"bring {file.name} back from a copy: {same.name}, which held the same values, is gone as well"
@@ -50,19 +50,21 @@ def restoring(file: Path) -> str:
 def _other(file: Path, values: dict[str, Any], lacks: list[str]) -> Problem:
     """A JSON file that is no whole spec.json: DeepSpeed's, another trainer's, or one that somebody has cut."""
     if values.keys() & {"zero_optimization", "train_micro_batch_size_per_gpu", "zero_allow_untested_optimizer"}:
-        remedy = f"write deepspeed=auto deepspeed.config={shown(file)}"
-        return Problem(f"{shown(file)} is a DeepSpeed config, and no spec.json", "command line", remedy)
-    if theirs := foreign_configs.problems_in(file):
+        remedy = f"write deepspeed=auto deepspeed.config={display_path(file)}"
+        return Problem(f"{display_path(file)} is a DeepSpeed config, and no spec.json", "command line", remedy)
+    if theirs := other_trainers.problems_in(file):
         return theirs[0]
     remedy = "write a recipe (docs/recipes.md): what it leaves out has its default"
     if any(file.with_name(name).is_file() for name in ("training.yaml", "status.json")):  # of a run
-        remedy = restoring(file)
-    return Problem(f"{shown(file)} is not a whole spec.json: it has no {', '.join(lacks)}", "command line", remedy)
+        remedy = how_to_restore(file)
+    return Problem(
+        f"{display_path(file)} is not a whole spec.json: it has no {', '.join(lacks)}", "command line", remedy
+    )
 
 
 def load_spec(file: Path) -> RunSpec:
     """The run that a `spec.json` describes; RequestError with every key that somebody has made wrong in it."""
-    return validated(read_spec_file(file), lambda key: shown(file))
+    return validated(read_spec_file(file), lambda key: display_path(file))
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
@@ -79,4 +81,4 @@ def origins_in_spec(file: Path) -> Iterator[Origin]:
     """Every key that the file sets."""
     if file.suffix != ".json":
         return origins_in_file(file, "")
-    return (Origin(key, value, shown(file)) for key, value in flat(read_spec_file(file)))
+    return (Origin(key, value, display_path(file)) for key, value in flattened(read_spec_file(file)))

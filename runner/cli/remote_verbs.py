@@ -28,7 +28,7 @@ def attach(run_id: str, output_dir: Path, as_json: bool) -> None:
       python -m runner attach runs/<id>
       python -m runner attach <id>                 on another machine, with the same RUNPOD_API_KEY
     """
-    from runner.cloud.attach import attach as go_back
+    from runner.cloud.remote_run import attach as go_back
     from runner.rundir.directory import RunDir
 
     terminal.outlive()
@@ -52,7 +52,7 @@ def fetch(run_id: str, output_dir: Path, as_json: bool) -> None:
       python -m runner fetch runs/<id>
       python -m runner fetch <id> --output-dir ~/runs --json
     """
-    from runner.cloud.attach import fetch as bring
+    from runner.cloud.remote_run import fetch as bring
     from runner.rundir.directory import RunDir
 
     terminal.outlive()
@@ -80,7 +80,7 @@ def status(run_id: str, as_json: bool) -> None:
       python -m runner status runs/<id>
       python -m runner status <id> --json
     """
-    from runner.cloud.attach import status as ask
+    from runner.cloud.remote_run import status as ask
 
     facts = ask(run_id)
     if as_json:
@@ -105,7 +105,7 @@ def logs(run_id: str, follow: bool, lines: int, as_json: bool) -> None:
       python -m runner logs runs/<id>
       python -m runner logs <id> -f
     """
-    from runner.cloud.attach import logs as read
+    from runner.cloud.remote_run import logs as read
 
     for line in read(run_id, follow, lines):
         click.echo(dump({"line": line}) if as_json else line)

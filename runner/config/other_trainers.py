@@ -7,10 +7,10 @@ from pathlib import Path
 
 import yaml
 
-from runner.config import catalog, yaml_files
-from runner.config.peer_keys import NONE, PEERS, TORCHTUNE
-from runner.config.provenance import shown
-from runner.config.suggestions import known_keys, nearest_key
+from runner.config import conf_files, yaml_files
+from runner.config.did_you_mean import known_keys, nearest_key
+from runner.config.other_trainers_keys import NONE, PEERS, TORCHTUNE
+from runner.config.provenance import display_path
 from runner.errors import Problem
 from runner.spec import RunSpec
 
@@ -86,7 +86,7 @@ def _problem(file: Path, trainer: str, lines: list[str], rest: list[str]) -> Pro
     if rest:
         lines = [*lines, f"without a key here: {', '.join(rest)}"]
     remedy = "write a recipe, as docs/recipes.md shows; its keys are called here\n      " + "\n      ".join(lines)
-    return Problem(f"{shown(file)} is {trainer}, and this runner has keys of its own", None, remedy)
+    return Problem(f"{display_path(file)} is {trainer}, and this runner has keys of its own", None, remedy)
 
 
 def _trainer(words: dict[str, int]) -> str | None:
@@ -106,7 +106,7 @@ def _here(word: str, trainer: str) -> str | None:
     if word == "stage" and "LLaMA-Factory" in trainer:  # sft, dpo, …; elsewhere it is ZeRO's
         return _choice("objective")
     key = nearest_key(word) if word in PEERS or word in {k.rpartition(".")[2] for k in known_keys()} else None
-    if key in catalog.GROUPS:
+    if key in conf_files.GROUPS:
         return _choice(key)
     return key and _written(key)
 
