@@ -99,7 +99,8 @@ def setting_of(training: Training, job: Job, micro_batch: int) -> Setting:
         trained_width=training.trained_width,
         frozen_width=training.width,
         checkpointing=job.checkpointing,
-        attention=job.attention,
+        # SDPA has no cap of the scores: a model that wants one has them computed as numbers (transformers 5.23).
+        attention="eager" if training.shape.traits.softcap and job.attention != "flash" else job.attention,
         head=_head(job),
         labelled=job.labelled,
         rank=training.rank,
