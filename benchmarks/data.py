@@ -89,7 +89,8 @@ def work(file: Path, num_proc: int) -> dict[str, Any]:
     from runner.config.conf_files import load_choice
     from runner.data import load as data_load
     from runner.spec import ModelSpec
-    from runner.train import model_loading, token_dataset
+    from runner.train import model_loading
+    from runner.train.tokens import token_dataset
     from tests.conftest import spec_of
 
     spec = spec_of("data=file", f"data.path={file}", "data.eval_fraction=0.01", f"train.max_length={LIMIT}")

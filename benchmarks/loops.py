@@ -23,10 +23,12 @@ from runner.data.loss_mask import IGNORED
 from runner.report.progress import Progress
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.train import model_loading, peft_methods, token_dataset
+from runner.train import adapter_config, model_loading, trainable_weights
 from runner.train.__main__ import quiet_libraries
-from runner.train.callbacks import StopOnSignal
-from runner.train.trainer import CountingTrainer, autocast, num_steps, settings, shared_settings
+from runner.train.objectives.sft import UnguardedSftTrainer, sft_config
+from runner.train.tokens import token_dataset
+from runner.train.trainers.callbacks import StopOnSignal
+from runner.train.trainers.trainer_settings import autocast, num_steps, shared_settings
 from runner.train.worker import work
 
 
@@ -123,14 +125,14 @@ def _parts(spec: RunSpec, run: RunDir) -> tuple[Any, Iterator[dict[str, Any]], i
     tokenizer = model_loading.load_tokenizer(spec, source)
     rows = token_dataset.tokenise(examples, tokenizer, spec).rows
     model = model_loading.load_model(spec, source)
-    peft_methods.mark_trainable(spec, model)
+    trainable_weights.mark_trainable(spec, model)
     steps = num_steps(spec, len(rows))
-    trainer = CountingTrainer(
+    trainer = UnguardedSftTrainer(
         model=model,
-        args=settings(spec, shared_settings(spec, run, steps, [])),
+        args=sft_config(spec, shared_settings(spec, run, steps, [])),
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=peft_methods.adapter_config(spec, model),
+        peft_config=adapter_config.adapter_config(spec, model),
     )
     return trainer.model, _endless(trainer.get_train_dataloader()), steps, int(trainer.args.warmup_steps)
 

@@ -26,8 +26,8 @@ from runner.rundir.directory import RunDir
 from runner.runs import resume
 from runner.spec import RunSpec
 from runner.train.__main__ import RANK, quiet_libraries
-from runner.train.callbacks import StopOnSignal
-from runner.train.distributed import Ranks, join, leave
+from runner.train.distributed import Ranks, destroy_process_group, init_process_group
+from runner.train.trainers.callbacks import StopOnSignal
 from runner.train.worker import work
 
 FAILED = "failed.txt"
@@ -50,14 +50,14 @@ def main() -> None:
         except Exception:
             (run.path / FAILED).write_text(traceback.format_exc(), "utf-8")
             os._exit(1)  # the other process waits in a collective that will never end
-    leave()
+    destroy_process_group()
 
 
 def finish(run: RunDir, console: Console) -> Ranks:
     """One run to its end, as `runner.train` does it; then nothing of it is left in this process."""
     spec = run.spec
     quiet_libraries(run.path / "logs" / f"rank{RANK}.log")
-    ranks = join(spec)
+    ranks = init_process_group(spec)
     environment = dict(os.environ)
     finished: Any = work(spec, run, Progress(console), StopOnSignal(ranks), ranks)
     del finished

@@ -206,11 +206,11 @@ def _order(run: RunDir, held: Sequence[Mapping[str, str]]) -> dict[str, list[flo
 
     from runner.data.chat_tokenizer import ChatTokenizer
     from runner.data.tokenize_rows import split_prompt
-    from runner.train import chat
+    from runner.train import open_model
 
     spec = RunSpec.model_validate(run.read("spec.json"))
     torch.set_num_threads(spec.hw.num_cpus or 1)
-    model, tokenizer = chat.load(spec, run)
+    model, tokenizer = open_model.load_finished(spec, run)
     model.eval()
     words = ChatTokenizer.of(tokenizer)
 
@@ -278,7 +278,11 @@ def _ordered(name: str, order: dict[str, list[float]]) -> list[str]:
 
 
 BENCHMARK = Benchmark(
-    "objectives", add_options, measure, section, measures=("runner/train/objectives", "runner/train/trainer.py")
+    "objectives",
+    add_options,
+    measure,
+    section,
+    measures=("runner/train/objectives", "runner/train/trainers"),
 )
 
 if __name__ == "__main__":

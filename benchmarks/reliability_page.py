@@ -54,7 +54,7 @@ What a run keeps and what a pod may cost, whatever happens to them, and how that
   template, shared weights, adapter, trainer state and the room on the disk; all but the bytes of the weights. Values of
   a published generation_config.json that have no effect, which transformers loads and then refuses to save
   (`do_sample: false` with a temperature), are left out and named. A checkpoint without weights or trainer state never
-  counts. (runner/train/save_rehearsal.py)
+  counts. (runner/train/model_saving.py)
 - **A run has one owner**: `resume` refuses while any of its processes is alive. The launcher holds a lock that its
   worker inherits and the kernel lets go with the last of them (runner/rundir/lock.py), so neither two resumes at once
   nor a launcher that got SIGKILL make two owners. A process number that somebody else has by now (a reboot, a

@@ -35,7 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.utils import add_fused_lm_head
 
 from runner.spec import Full, ModelSpec, RunSpec
-from runner.train import peft_methods
+from runner.train import adapter_config, trainable_weights
 from runner.train.model_loading import DTYPES
 
 FLASH = "flash_on_fakes"
@@ -249,9 +249,9 @@ def build(spec: RunSpec, num_layers: int | None = None) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.config._attn_implementation = FLASH
-        peft_methods.mark_trainable(spec, model)
+        trainable_weights.mark_trainable(spec, model)
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer
-        adapter = peft_methods.adapter_config(spec, model)
+        adapter = adapter_config.adapter_config(spec, model)
         if adapter is not None:
             model = get_peft_model(model, adapter)
     if spec.train.gradient_checkpointing:

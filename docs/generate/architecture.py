@@ -38,7 +38,7 @@ LAZY = (
     "runs",
     "train.__main__",
     "train.chat",
-    "train.prepare",
+    "train.tokens.fill_token_cache",
     "train.artifact_verbs",
     "emulator.server",
     "resolve.place",

@@ -1,6 +1,6 @@
 """Index of the tokens that `data prepare` has made for a run; they are sent to its pod.
 
-Tokens are found by their content alone (train/token_cache.py). Here is only remembered what was made for which words,
+Tokens are found by their content alone (tokens/token_cache.py). Here is only remembered what was made for which words,
 so that the command line, which reads neither rows nor tokenizer, knows what to send. A wrong guess costs a transfer,
 never wrong tokens.
 """

@@ -15,7 +15,7 @@ _LOADED: dict[str, str] = {}
 
 
 def load(name: str, key: str, kind: str = "class") -> Any:
-    """What `FILE.py:NAME` names; RequestError from `key` for a file that cannot be run or lacks the name."""
+    """Class or function that `FILE.py:NAME` names; RequestError from `key` for a file that fails or lacks the name."""
     file, _, wanted = name.rpartition(":")
     path, source = Path(file).expanduser(), f"{key}={name}"
     if not path.is_file():
@@ -36,7 +36,7 @@ def load(name: str, key: str, kind: str = "class") -> Any:
     return found
 
 
-def place_of(error: BaseException) -> str | None:
+def user_line_of(error: BaseException) -> str | None:
     """The innermost line of a user's file that an error came through, with the key that named the file; None where it
     came through none."""
     for step in reversed(traceback.extract_tb(error.__traceback__)):

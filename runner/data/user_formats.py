@@ -66,7 +66,7 @@ def as_standard(row: Row, where: str, spec: DataSpec) -> tuple[Row, DataSpec]:
         raise
     except Exception as error:  # whatever a user's code raises
         said = str(error) if type(error) is ValueError and str(error) else f"{type(error).__name__}: {error}"
-        place = user_code.place_of(error)
+        place = user_code.user_line_of(error)
         what = f"{name} cannot read it: {said}" + (f" ({place})" if place else "")
         raise RequestError(Problem(what, where, "correct the row, or the format")) from error
     if not isinstance(made, dict):

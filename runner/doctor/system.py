@@ -267,7 +267,7 @@ def run_folders(target: DoctorTarget | None) -> list[Folder]:
 
 
 def _hub_cache(place: Workspace | None) -> Path:
-    """Pretraining from a corpus has one of its own, unless `HF_HOME` names another (train/pretraining_stages.py)."""
+    """Pretraining from a corpus has one of its own, unless `HF_HOME` names another (objectives/pretraining.py)."""
     return model_config.cache_folder() if place is None or os.environ.get("HF_HOME") else place.hf_cache
 
 

@@ -88,7 +88,7 @@ def checkpoint(trained: WeightBytes, stage: int, *, tied_values: int = 0) -> dic
 
 
 def final_model(trained: WeightBytes) -> float:
-    """Bytes of `model/`: the weights in 16 bits, or the adapter in fp32 (`runner.train.peft_methods.settle`)."""
+    """Bytes of `model/`: the weights in 16 bits, or the adapter in fp32 (runner/train/trainable_weights.py)."""
     return 4.0 * trained.trainable if trained.adapter else trained.weights_16
 
 
@@ -148,7 +148,7 @@ def _saving(trained: WeightBytes, stage: int) -> float:
     """Bytes of main memory on one node that weights on GPUs pass through on their way to a file.
 
     Up to stage 2 one process writes the model, copying a file's tensors (`SHARD` at most) off the GPU first. In stage
-    3 rank 0 gathers all of it, or of the adapter (`runner.train.peft_methods.whole_weights`).
+    3 rank 0 gathers all of it, or of the adapter (`gather_weights` in runner/train/model_saving.py).
     """
     weights = final_model(trained) if stage else checkpoint(trained, 0)["weights"]
     return weights if stage == 3 else min(weights, SHARD)

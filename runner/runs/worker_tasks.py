@@ -225,7 +225,7 @@ def prepare(spec: RunSpec, as_json: bool) -> int:
 
     for note in check_contents(spec):
         print(f"Note    {note}", file=sys.stderr)
-    command = [sys.executable, "-m", "runner.train.prepare", *["--json"] * as_json]
+    command = [sys.executable, "-m", "runner.train.tokens.fill_token_cache", *["--json"] * as_json]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=single_process_environment())
     assert worker.stdin is not None
     with suppress(BrokenPipeError), worker.stdin:

@@ -1,7 +1,7 @@
 """The worker: `python -m runner.train runs/<id>/spec.json`, alone or under torchrun. Exit codes as in runner/errors.py.
 
-Under torchrun nobody speaks but the main process; what goes wrong is left in `logs/rank<k>.json`, and the front says
-it once. There an interrupted worker ends with 0, for any other code would have torchrun stop the others.
+Under torchrun only the main process prints; errors are written to `logs/rank<k>.json`, and the launcher reports them
+once. An interrupted worker then exits with 0: for any other code torchrun would stop the others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -26,6 +26,9 @@ from runner.report.text import print_problems
 from runner.rundir import checkpoints
 from runner.rundir.directory import PHASE_OF_STATE, RunDir
 from runner.rundir.json_files import OutOfMemory
+
+if TYPE_CHECKING:
+    from runner.train.heartbeat import Heartbeat
 
 RANK = int(os.environ.get("RANK", "0"))
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
@@ -43,35 +46,35 @@ def main(argv: list[str]) -> int:
     progress = Progress(console, terminal.appended(run.path / "logs" / "run.log") if RANK == 0 else None)
     if "torch" not in sys.modules:  # loaded already in a run that was forked
         progress.note("Loading torch and transformers …")
-    pulse = None
+    heartbeat = None
     try:
         from runner.train.heartbeat import Heartbeat  # torch: after the first line is on screen
 
-        pulse = Heartbeat(run, RANK)
-        pulse.install()
-        from runner.train.callbacks import StopOnSignal
-        from runner.train.distributed import join
+        heartbeat = Heartbeat(run, RANK)
+        heartbeat.install()
+        from runner.train.distributed import init_process_group
+        from runner.train.trainers.callbacks import StopOnSignal
         from runner.train.worker import work
 
-        ranks = join(spec)
+        ranks = init_process_group(spec)
         stop = StopOnSignal(ranks)
         stop.install()
-        finished = work(spec, run, progress, stop, ranks, pulse)
+        finished = work(spec, run, progress, stop, ranks, heartbeat)
         if ranks.main:
             from runner.report.summary import print_summary
 
             for console in progress.consoles:
                 print_summary(console, finished.summary, run)
-        pulse.end("done")
+        heartbeat.end("done")
         return 0
     except BaseException as error:
-        return _explained(run, pulse, error)
+        return _report_error(run, heartbeat, error)
     finally:
-        _leave()
+        _destroy_process_group()
 
 
-def _explained(run: RunDir, pulse: Any, error: BaseException) -> int:
-    """The error in `status.json` and on screen (alone), or in the process's own file (under torchrun)."""
+def _report_error(run: RunDir, heartbeat: Heartbeat | None, error: BaseException) -> int:
+    """Report the error: in `status.json` and on screen (alone), or in `logs/rank<k>.json` (torchrun); the exit code."""
     oom = _out_of_memory(error)
     agreed = isinstance(error, InterruptedRun)  # by all processes, with a checkpoint
     if isinstance(error, KeyboardInterrupt):
@@ -81,7 +84,7 @@ def _explained(run: RunDir, pulse: Any, error: BaseException) -> int:
     code = error.exit_code if isinstance(error, RunnerError) else 1
     problems = error.problems if isinstance(error, RunnerError) else []
     what = str(error) if problems else f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-    if not problems and (place := user_code.place_of(error)):
+    if not problems and (place := user_code.user_line_of(error)):
         what = f"{what} ({place})"
     interrupted = isinstance(error, InterruptedRun)
     log = None if problems and oom is None else _keep_traceback(run, error)
@@ -92,9 +95,9 @@ def _explained(run: RunDir, pulse: Any, error: BaseException) -> int:
         code = 1
     elif not LAUNCHED and not interrupted and run.status.get("state") != "rewinding":
         run.set_status("failed", exit_code=code, error=what)
-    if pulse is not None:
+    if heartbeat is not None:
         kept = {"what": what, "problems": [vars(problem) for problem in problems], "exit_code": code}
-        pulse.end("interrupted" if interrupted else "failed", error=kept, agreed=agreed)
+        heartbeat.end("interrupted" if interrupted else "failed", error=kept, agreed=agreed)
     if LAUNCHED:
         return 0 if agreed else code
     if oom is None and not isinstance(error, Rewind):  # of which the guard has spoken
@@ -106,7 +109,7 @@ def _explained(run: RunDir, pulse: Any, error: BaseException) -> int:
 
 
 def _out_of_memory(error: BaseException) -> OutOfMemory | None:
-    """Whether the run died of that: kept in `status.json`, for the front to say what would have fitted."""
+    """Facts of an out-of-memory error for `status.json`, from which the launcher says what would have fitted."""
     if "torch" not in sys.modules:
         return None
     from runner.train.memory_stats import out_of_memory
@@ -120,15 +123,15 @@ def _keep_traceback(run: RunDir, error: BaseException) -> Path:
     return log
 
 
-def _leave() -> None:
+def _destroy_process_group() -> None:
     if LAUNCHED and "torch" in sys.modules:
-        from runner.train.distributed import leave
+        from runner.train.distributed import destroy_process_group
 
-        leave()
+        destroy_process_group()
 
 
 def quiet_environment() -> None:
-    """What libraries read when they are imported."""
+    """Set the variables that libraries read when they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ["TRANSFORMERS_VERBOSITY"] = "warning"
@@ -136,7 +139,7 @@ def quiet_environment() -> None:
 
 
 def quiet_libraries(log: Path) -> None:
-    """Libraries talk to a log file; the terminal is ours."""
+    """Send warnings and logs of libraries to a file instead of the terminal."""
     quiet_environment()
     handler = logging.FileHandler(log, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

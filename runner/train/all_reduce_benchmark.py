@@ -1,4 +1,4 @@
-"""How fast an all-reduce is between the processes of this machine: NCCL over GPUs, gloo over CPU processes.
+"""Benchmark of an all-reduce between the processes of this machine: NCCL over GPUs, gloo over CPU processes.
 
     torchrun --standalone --nproc-per-node=2 -m runner.train.all_reduce_benchmark RESULT.json gloo
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
 
 
 def measure(mib: int, device: torch.device) -> dict[str, float]:
-    """An all-reduce of `mib` MiB of fp32: `mib`, `ms` of the slowest rank, `bus_gb_s`.
+    """Time an all-reduce of `mib` MiB of fp32: `mib`, `ms` of the slowest rank, `bus_gb_s`.
 
     RuntimeError for a wrong sum.
     """

@@ -1,6 +1,6 @@
-"""`python -m runner.train.artifact_verbs VERB spec.json …`: make something from a run that is over, or measure it.
+"""`python -m runner.train.artifact_verbs VERB spec.json …`: merge, export or evaluate a finished run.
 
-The frame of every such verb: its words, its JSON, its errors. Exit codes as in runner/errors.py.
+Arguments, JSON output and errors of these verbs. Exit codes as in runner/errors.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ Say = Callable[[str], None]
 
 
 def main() -> int:
-    """Do it, and tell what came of it."""
+    """Run the verb; print its result as text or JSON, and return the exit code."""
     options = _options()
     run = RunDir(options.spec.resolve().parent)
     # SIGTERM, too, ends with what is half done tidied away.
@@ -53,8 +53,8 @@ def main() -> int:
     return problem.exit_code
 
 
-def _work(options: argparse.Namespace, run: RunDir, say: Say) -> dict[str, Any]:
-    """Torch is imported here: after the first line is on screen, and after standard output is safe."""
+def _work(options: argparse.Namespace, run: RunDir, say: Say) -> Mapping[str, Any]:
+    """Run the verb. torch is imported here, after the first line is on screen and standard output is redirected."""
     spec = RunSpec.model_validate(json.loads(options.spec.read_text("utf-8")))
     if options.verb == "merge":
         from runner.train.merge.adapter import merge

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -17,6 +17,9 @@ from runner.report.text import print_problems
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 from runner.train.__main__ import quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def main() -> int:
@@ -29,13 +32,13 @@ def main() -> int:
     quiet_libraries(run.path / "logs" / "rank0.log")
     console = Console(stderr=True)
     try:
-        from runner.train import inference_spec
+        from runner.train import open_model
 
-        spec = inference_spec.here(
+        spec = open_model.local_spec(
             spec, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
         )
         with console.status("Loading the model …"):
-            model, tokenizer = load(spec, run, base=options.base)
+            model, tokenizer = open_model.load_finished(spec, run, base=options.base)
     except RunnerError as error:
         print_problems(console, error)
         return error.exit_code
@@ -71,50 +74,12 @@ def main() -> int:
             print(text, file=out, flush=True)
 
 
-def load(spec: RunSpec, run: RunDir, *, base: bool = False) -> tuple[Any, Any]:
-    """Model and tokenizer of a finished run, loaded as a user of plain transformers and peft would; an adapter's base
-    stops where its template ends a turn. `spec` is the run's as it is opened here (inference_spec.py)."""
-    from runner.train import stop_tokens
-
-    model, tokenizer = _loaded(spec, run, base=base)
-    stop_tokens.align(model, tokenizer)
-    return model, tokenizer
-
-
-def _loaded(spec: RunSpec, run: RunDir, *, base: bool) -> tuple[Any, Any]:
-    from peft import PeftModel
-    from transformers import AutoTokenizer
-
-    from runner.train import model_loading
-
-    folder = run.path / "model"
-    if not spec.method.adapts and not base:
-        tuned = spec.model_copy(
-            update={
-                "model": spec.model.model_copy(
-                    update={
-                        "id": str(folder),
-                        "package": None,
-                        "gguf_file": None,
-                        "revision": None,
-                        "from_scratch": False,
-                    }
-                )
-            }
-        )
-        return model_loading.load_model(tuned, str(folder)), AutoTokenizer.from_pretrained(folder)
-    source = model_loading.source_of(spec.model)
-    tokenizer = model_loading.load_tokenizer(spec, source)
-    model = model_loading.load_model(spec, source)
-    if base:
-        return model, tokenizer
-    return PeftModel.from_pretrained(model, str(folder)), tokenizer
-
-
-def answer(spec: RunSpec, model: Any, tokenizer: Any, turns: list[Turn], max_new_tokens: int) -> str:
-    """One greedy answer; RunFailedError in one line for whatever a model makes of a prompt."""
+def answer(
+    spec: RunSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turns: list[Turn], max_new_tokens: int
+) -> str:
+    """One greedy answer; RunFailedError with one line for any error of the model."""
     from runner.train.evaluation.generation import generate
-    from runner.train.trainer import autocast
+    from runner.train.trainers.trainer_settings import autocast
 
     try:
         (found,) = generate(

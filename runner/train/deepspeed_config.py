@@ -1,26 +1,35 @@
-"""The DeepSpeed JSON of the worker: the planned one, or one made here for a model without a plan."""
+"""DeepSpeed in the worker: its JSON, conversion of a checkpoint to resume with other shards, models under ZeRO-3."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import weakref
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from torch.nn import Module
 from transformers import AutoConfig
 from trl.trainer import utils as trl_utils
 
 from runner.config import deepspeed_json
+from runner.errors import Problem, RunFailedError
 from runner.plan import zero
-from runner.rundir.directory import RunDir
+from runner.rundir import checkpoints
+from runner.rundir.directory import RunDir, write_atomically
 from runner.spec import RunSpec
-from runner.train import moe_compat
+from runner.train.distributed import Ranks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FILE = "deepspeed.json"
 _gather = trl_utils.maybe_gather_lm_head_ctx
 
 
 def deepspeed_config(spec: RunSpec, run: RunDir, source: str) -> dict[str, Any] | None:
-    """Resolved, with no "auto" left; None for a run without DeepSpeed. RequestError for an "auto" nobody decides."""
+    """The resolved JSON, with no "auto" left; None without DeepSpeed. RequestError for an "auto" that stays open."""
     stage = spec.deepspeed.name
     if stage in ("none", "auto"):
         return None
@@ -43,8 +52,52 @@ def deepspeed_config(spec: RunSpec, run: RunDir, source: str) -> dict[str, Any] 
     return dict(resolved)
 
 
-def settle(model: Any) -> None:
-    """Prepare a model for ZeRO-3, before DeepSpeed wraps it: mark the blocks of a mixture, and mend TRL's fused head.
+LATEST_UNIVERSAL = "latest_universal"  # the file in which DeepSpeed looks for the folder's name
+
+
+def _has_same_shards(spec: RunSpec, path: Path, ranks: Ranks) -> bool:
+    """True if the checkpoint was written by as many processes and in the same ZeRO stage."""
+    noted = checkpoints.facts(path)
+    return noted.get("processes") == ranks.world and noted.get("stage") == spec.deepspeed.name
+
+
+def config_to_resume(
+    spec: RunSpec, run: RunDir, step: int, ranks: Ranks, config: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """DeepSpeed's JSON to resume after `step`. A checkpoint of other shards is converted to a universal one, once.
+
+    RunFailedError where DeepSpeed cannot convert it.
+    """
+    path = checkpoints.folder(run, step)
+    if config is None or not step or _has_same_shards(spec, path, ranks):
+        return config
+    problem = _convert(run, path) if ranks.main and not (path / LATEST_UNIVERSAL).is_file() else None
+    problem = ranks.broadcast(problem)
+    if problem is not None:
+        noted = checkpoints.facts(path)
+        remedy = f"go on with {noted.get('processes')} processes and deepspeed={noted.get('stage')}, which wrote it"
+        raise RunFailedError(Problem(f"checkpoint {step} cannot be divided anew: {problem}", None, remedy))
+    return {**config, "checkpoint": {"load_universal": True}}
+
+
+def _convert(run: RunDir, path: Path) -> str | None:
+    """Run DeepSpeed's converter in a process of its own; its last line if it fails."""
+    tag = (path / "latest").read_text("utf-8").strip()
+    target = path / f"{tag}_universal"
+    words = ["-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    words += ["--input_folder", str(path / tag), "--output_folder", str(target)]
+    log = run.path / "logs" / "universal.log"
+    with log.open("w", encoding="utf-8") as stream:
+        done = subprocess.run([sys.executable, *words], stdout=stream, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        lines = log.read_text("utf-8", errors="replace").strip().splitlines()
+        return f"{lines[-1] if lines else 'no message'} ({log})"
+    write_atomically(path / LATEST_UNIVERSAL, target.name)
+    return None
+
+
+def prepare_for_zero3(model: PreTrainedModel) -> None:
+    """Prepare a model for ZeRO-3, before DeepSpeed wraps it: mark the blocks of a mixture, and fix TRL's fused head.
 
     A block with experts becomes a leaf, whose parameters are fetched together: in which order its modules are run may
     differ from step to step, and DeepSpeed then stops with "tracing error". DeepSpeed 0.19 knows the blocks of Mixtral,
@@ -52,19 +105,24 @@ def settle(model: Any) -> None:
     """
     from deepspeed.utils import set_z3_leaf_module  # not installed everywhere
 
-    for block in moe_compat.blocks(model):
+    for block in moe_blocks(model):
         set_z3_leaf_module(block, True)
-    trl_utils.maybe_gather_lm_head_ctx = _Fetched(model)
+    trl_utils.maybe_gather_lm_head_ctx = _LmHeadGather(model)
 
 
-class _Fetched:
+def moe_blocks(model: PreTrainedModel) -> list[Module]:
+    """The modules of a mixture that send tokens to experts; none of a dense model."""
+    return [module for module in model.modules() if isinstance(getattr(module, "experts", None), Module)]
+
+
+class _LmHeadGather:
     """TRL's context for a head's weight, which takes into account that ZeRO-3 may be fetching the weight.
 
     TRL 1.16 gathers a weight that is not there. One that is also the embedding may be in flight, fetched ahead for the
     backward pass: it would be read before it has arrived, and "Cannot partition a param in flight" ends the run.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = weakref.ref(model)
 
     def __call__(self, *params: Any) -> AbstractContextManager[Any]:

@@ -1,6 +1,6 @@
 """Ranks of a run, and the few collectives outside training.
 
-torchrun tells each process its place through the environment; without it there is one process, and nothing to settle.
+torchrun sets each process's rank in the environment; without it there is one process, and every collective is local.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from runner.spec import RunSpec
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 """Of one collective. A hang is found earlier, by the heartbeat (launcher/supervisor.py): this is for a lost watcher."""
 LOOK_SECONDS = 0.2
@@ -40,21 +41,21 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """The one process that writes the run's files and talks."""
+        """The main process: it writes the run's files and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all processes."""
         if self.world > 1:
-            self.total([0.0])  # an all-reduce over gloo, also where the GPUs speak NCCL: it needs no stream
+            self.all_reduce_sum([0.0])  # an all-reduce over gloo, also where the GPUs speak NCCL: it needs no stream
 
     @contextmanager
     def main_first(self, beat: Callable[[], None] = lambda: None) -> Iterator[Callable[[], None]]:
-        """What fills a cache is done by the main process and found there by the others; where other machines do not
-        share it, by one process on each, once the main one is through.
+        """Context that the main process runs first, to fill a cache that the others then read; on other machines one
+        process each runs it next, in case they do not share the cache.
 
-        Gives what whoever is at work calls as it gets on: `beat`, the sign of life, of those who wait as well. They
-        look into the store where all have met, for as long as it takes: a collective would end after `TIMEOUT`.
+        Yields a function to call on progress: it beats here and, through the store, in the processes that wait. They
+        poll the store for as long as it takes: a collective would end after `TIMEOUT`.
         """
         if self.world == 1:
             yield beat
@@ -81,27 +82,27 @@ class Ranks:
             store.set("main", "over")
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true anywhere; all get the same answer."""
-        return self.total([float(flag)])[0] > 0
+        """True if the flag is true in any process."""
+        return self.all_reduce_sum([float(flag)])[0] > 0
 
-    def total(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over all processes."""
+    def all_reduce_sum(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over all processes, in fp64."""
         if self.world == 1:
             return list(numbers)
         values = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(values)
         return [float(v) for v in values]
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's value, by rank, on every process."""
+    def all_gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank; picklable."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, value)
         return found
 
-    def from_main(self, value: Any) -> Any:
-        """The main process's value, on every process."""
+    def broadcast(self, value: T) -> T:
+        """The main process's value, in every process; picklable."""
         if self.world == 1:
             return value
         box = [value]
@@ -110,7 +111,7 @@ class Ranks:
 
 
 def _wait(store: PrefixStore, over: str, beat: Callable[[], None]) -> None:
-    """Until the key is there; whenever whoever is at work got on, that is a sign of life."""
+    """Poll until the key is there; beat whenever the working process has made progress."""
     heard = 0
     while not store.check([over]):
         time.sleep(LOOK_SECONDS)
@@ -120,20 +121,20 @@ def _wait(store: PrefixStore, over: str, beat: Callable[[], None]) -> None:
 
 
 def launched() -> bool:
-    """Started by torchrun."""
+    """True in a process started by torchrun."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def place() -> Ranks:
-    """Who this process is, before anything is joined."""
+def ranks_from_environment() -> Ranks:
+    """Rank and world size from torchrun's variables, without a process group."""
     if not launched():
         return Ranks()
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
 
 
-def join(spec: RunSpec) -> Ranks:
-    """Meet the other processes. With DeepSpeed before the model is loaded, or ZeRO-3 sees a world of one."""
-    ranks = place()
+def init_process_group(spec: RunSpec) -> Ranks:
+    """Create the process group. With DeepSpeed before the model is loaded, or ZeRO-3 sees a world of one."""
+    ranks = ranks_from_environment()
     if not launched():
         return ranks
     on_gpu = spec.hw.accelerator == "cuda"
@@ -152,7 +153,7 @@ def join(spec: RunSpec) -> Ranks:
     return ranks
 
 
-def leave() -> None:
-    """Part from the others, without a word."""
+def destroy_process_group() -> None:
+    """Destroy the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -23,7 +23,7 @@ from runner.train.__main__ import main, quiet_environment
 
 MOST_BYTES, MOST_FDS = 65536, 16
 IMPORTS = (
-    "runner.train.worker", "runner.train.preload", "runner.report.summary", "runner.train.callbacks",
+    "runner.train.worker", "runner.train.preload", "runner.report.summary", "runner.train.trainers.callbacks",
     "runner.train.heartbeat", "matplotlib.pyplot",
     "deepspeed",  # TRL imports it wherever it is installed: 0.4 s, as much as the plot's library
 )  # fmt: skip

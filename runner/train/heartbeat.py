@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from transformers import TrainerCallback
 from transformers.utils.logging import set_tqdm_hook
@@ -19,26 +19,30 @@ from runner.rundir.directory import RunDir, process_birth
 EVERY_SECONDS = 0.5
 
 
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+
 class Heartbeat(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Written whenever work gets on, by the thread that does the work: a thread of its own would beat on in a hang."""
+    """Written on progress by the thread that does the work: a thread of its own would beat on in a hang."""
 
     def __init__(self, run: RunDir, rank: int) -> None:
         self.file = run.path / "logs" / f"rank{rank}.json"
         self.facts: dict[str, Any] = {"rank": rank, "pid": os.getpid(), "host": socket.gethostname(), "state": "alive"}
         self.facts |= {"count": 0, "born": process_birth(os.getpid())}
         self.last = 0.0
-        self.stacks: Any = None
+        self.stacks: TextIO | None = None
 
     def install(self) -> None:
-        """Begin; SIGUSR1 writes the stacks of all threads to `logs/rank<k>.stack.txt`, even inside a C call."""
+        """Start to beat; SIGUSR1 writes the stacks of all threads to `logs/rank<k>.stack.txt`, even inside a C call."""
         self.stacks = self.file.with_suffix(".stack.txt").open("w", encoding="utf-8")
         if hasattr(signal, "SIGUSR1"):
             faulthandler.register(signal.SIGUSR1, self.stacks, all_threads=True)
-        set_tqdm_hook(self.at_each)
+        set_tqdm_hook(self.wrap_tqdm)
         self.beat("loading", now=True)
 
     def beat(self, phase: str | None = None, *, now: bool = False, **facts: Any) -> None:
-        """Something was done; `phase` and `facts` stay until they are changed."""
+        """Record progress, at most every half second; `phase` and `facts` stay until they are changed."""
         changed = phase is not None and phase != self.facts.get("phase")
         self.facts |= facts | ({"phase": phase} if phase else {})
         moment = time.monotonic()
@@ -50,12 +54,11 @@ class Heartbeat(TrainerCallback):  # type: ignore[misc]  # transformers has no t
             temporary.replace(self.file)
 
     def end(self, state: str, **facts: Any) -> None:
-        """The last word: `done`, `interrupted`, or `failed` with the error."""
+        """Record the end: `done`, `interrupted`, or `failed` with the error."""
         self.beat(state=state, ended=time.time(), now=True, **facts)
 
-    def at_each(self, bar: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """transformers makes a progress bar: over the weights that it loads, over the files of a model that it writes.
-        Every turn of such a loop is a sign of life."""
+    def wrap_tqdm(self, bar: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Beat at each turn of transformers' progress bars, over weights that it loads and files that it writes."""
 
         def turns(items: Iterable[Any]) -> Iterator[Any]:
             for item in items:
@@ -64,15 +67,21 @@ class Heartbeat(TrainerCallback):  # type: ignore[misc]  # transformers has no t
 
         return bar(*map(turns, args[:1]), *args[1:], **kwargs)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # Always written (0.1 ms): who was a step behind the others is who they waited for.
         self.beat("training", step=state.global_step, now=True)
 
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.beat()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.beat("training", step=state.global_step, now=True)
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.beat()

@@ -35,13 +35,13 @@ class Peak:
     """Of that, in tensors."""
 
     def merged(self, other: Peak) -> Peak:
-        """The higher of each."""
+        """The higher value of each."""
         pairs = zip(asdict(self).values(), asdict(other).values(), strict=True)
         return Peak(*(a if b is None else b if a is None else max(a, b) for a, b in pairs))
 
     @property
     def held(self) -> float:
-        """What the plan speaks of: reserved on a GPU, resident on a CPU."""
+        """The figure that the plan predicts: reserved on a GPU, resident on a CPU."""
         return self.resident if self.reserved is None else self.reserved
 
 
@@ -54,14 +54,14 @@ class Peaks:
         self.resets = _reset(on_gpu)
 
     def end(self, phase: str) -> None:
-        """What was measured since the last call belongs to `phase`."""
-        now = highest(self.on_gpu)
+        """Count what was measured since the last call as `phase`."""
+        now = peak_since_reset(self.on_gpu)
         self.phases[phase] = self.phases[phase].merged(now) if phase in self.phases else now
         self.resets = _reset(self.on_gpu)
 
     def overall(self) -> Peak:
-        """Of all phases so far, and of what came since."""
-        peak = highest(self.on_gpu)
+        """The peak of all phases, and of the time since."""
+        peak = peak_since_reset(self.on_gpu)
         for other in self.phases.values():
             peak = peak.merged(other)
         return peak
@@ -73,12 +73,12 @@ class Peaks:
 
 
 def gpu_in_use() -> bool:
-    """CUDA is there and initialised: asking it for numbers before that would create a context of half a GiB."""
+    """True once CUDA is initialised: a query before that would create a context of half a GiB."""
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch's
 
 
-def highest(on_gpu: bool) -> Peak:
-    """Since the last reset."""
+def peak_since_reset(on_gpu: bool) -> Peak:
+    """The peak since the last reset."""
     resident = _resident()
     if not on_gpu:
         return Peak(resident)
@@ -97,7 +97,7 @@ def _resident() -> float:
 
 
 def _reset(on_gpu: bool) -> bool:
-    """Begin anew; False where the peak of main memory cannot be reset, so that phases cannot be told apart.
+    """Reset the peaks; False where that of main memory cannot be reset, so that phases cannot be told apart.
 
     What is free but kept, by torch's allocator or by the C library, goes back first: the next phase would seem to use
     it. Linux: "5" in clear_refs resets the peak of the resident size (proc_pid_clear_refs(5)).
@@ -117,7 +117,7 @@ def _reset(on_gpu: bool) -> bool:
 
 
 def _outside() -> float:
-    """Taken of the GPU and not by torch's allocator: this process's CUDA context and libraries, and other processes."""
+    """GiB of the GPU in use outside torch's allocator: CUDA context, libraries, other processes."""
     free, total = torch.cuda.mem_get_info()
     return float(total - free - torch.cuda.memory_reserved()) / GIB
 
@@ -128,7 +128,7 @@ _CPU = ("defaultcpuallocator: can't allocate memory", "cannot allocate memory")
 
 
 def out_of_memory(error: BaseException) -> OutOfMemory | None:
-    """What to keep of an error that means: no memory left. None for any other.
+    """Facts of an out-of-memory error; None for any other error.
 
     `kind` is `cuda` or `cpu` (main memory), `message` the allocator's first line, `phase` that of the step, where the
     stack shows it; sizes in GiB.
@@ -138,15 +138,15 @@ def out_of_memory(error: BaseException) -> OutOfMemory | None:
         if kind:
             lines = (str(cause).strip() or type(cause).__name__).splitlines()
             text = next((line.strip() for line in lines if GPU_MEMORY.search(line)), lines[0])
-            found: OutOfMemory = {"kind": kind, "message": text, "phase": _where(cause.__traceback__)}
-            found.update(_held())
+            found: OutOfMemory = {"kind": kind, "message": text, "phase": _phase_of(cause.__traceback__)}
+            found.update(_memory_now())
             return found
     return None
 
 
-def _held() -> OutOfMemory:
+def _memory_now() -> OutOfMemory:
     on_gpu = gpu_in_use()
-    peak = highest(on_gpu)
+    peak = peak_since_reset(on_gpu)
     free, total = torch.cuda.mem_get_info() if on_gpu else (None, None)
     return {
         "allocated_gib": _rounded(peak.allocated),
@@ -186,7 +186,7 @@ def _functions(stack: TracebackType | None) -> set[str]:
     return {frame.f_code.co_name for frame, _ in walk_tb(stack)}
 
 
-def _where(stack: TracebackType | None) -> str | None:
+def _phase_of(stack: TracebackType | None) -> str | None:
     """`eval`, `backward`, `step` or `forward`, by the functions that were being run."""
     called = set()
     while stack is not None:

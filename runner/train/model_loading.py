@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
@@ -30,8 +30,11 @@ from runner.data.chat_tokenizer import FALLBACK, adds_bos
 from runner.errors import Problem, RequestError
 from runner.paths import cache_dir
 from runner.rundir.atomic_folder import cached
-from runner.spec import Full, ModelSpec, QLora4, QLora8, Reward, RunSpec
+from runner.spec import Full, ModelSpec, QLora4, QLora8, RunSpec
 from runner.train import quantised_experts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FEW_TOKENS = 8
 """That may have been added to a tokenizer without the model: more is another model's."""
@@ -39,7 +42,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def source_of(model: ModelSpec, say: Callable[[str], None] = lambda line: None) -> str:
-    """What `from_pretrained` is given: a Hub id, or a local folder.
+    """Hub id or local folder for `from_pretrained`.
 
     A model carried by a package as GGUF is dequantised to 16-bit safetensors once (20 s for
     SmolLM2-135M) and read from the cache afterwards (0.1 s).
@@ -84,7 +87,7 @@ def _dequantise(folder: Path, gguf_file: str, target: Path) -> None:
         AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(temporary)
 
 
-def load_tokenizer(spec: RunSpec, source: str) -> Any:
+def load_tokenizer(spec: RunSpec, source: str) -> PreTrainedTokenizerBase:
     """The tokenizer with a pad token and a chat template, and the special tokens of `data.add_tokens`.
 
     RequestError for a template that cannot be read.
@@ -105,7 +108,7 @@ def load_tokenizer(spec: RunSpec, source: str) -> Any:
     return tokenizer
 
 
-def check_vocabulary(spec: RunSpec, source: str, tokenizer: Any) -> None:
+def check_vocabulary(spec: RunSpec, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """RequestError for a tokenizer with more tokens than the embedding has rows, which `data.add_tokens` would add."""
     with explained(spec.model):
         config = AutoConfig.from_pretrained(source, revision=spec.model.revision)
@@ -119,17 +122,17 @@ def check_vocabulary(spec: RunSpec, source: str, tokenizer: Any) -> None:
     raise RequestError(Problem(what, "model.id", f"{few} the tokenizer that the model came with"))
 
 
-def kind_of(spec: RunSpec) -> Any:
-    """The class of what trains: with a head for words, or for one number."""
-    return AutoModelForSequenceClassification if isinstance(spec.objective, Reward) else AutoModelForCausalLM
+def auto_class(spec: RunSpec) -> Any:
+    """The auto class of the model that trains, by its head: logits over the vocabulary, or one number."""
+    return AutoModelForSequenceClassification if spec.objective.scores else AutoModelForCausalLM
 
 
-def head_of(spec: RunSpec) -> dict[str, int]:
-    """What `kind_of` has to be told of its head when a base without one is loaded."""
-    return {"num_labels": 1} if isinstance(spec.objective, Reward) else {}
+def head_options(spec: RunSpec) -> dict[str, int]:
+    """Arguments of `from_pretrained` for the head, when a base without one is loaded."""
+    return {"num_labels": 1} if spec.objective.scores else {}
 
 
-def load_model(spec: RunSpec, source: str) -> Any:
+def load_model(spec: RunSpec, source: str) -> PreTrainedModel:
     """The base model as the method wants it: 16 bits, quantised, or fp32 where its own weights train.
 
     The weights of a reward model's new head are random, by the run's seed.
@@ -156,14 +159,14 @@ def load_model(spec: RunSpec, source: str) -> Any:
         dtype = torch.float32
     if spec.hw.accelerator == "cuda" and not spec.deepspeed.name.startswith("zero3"):  # which shards as it loads
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    if head := head_of(spec):
+    if head := head_options(spec):
         options |= head
         set_seed(spec.train.seed)
     if spec.model.from_scratch:
         return random_weights(spec, dtype)
     with explained(spec.model), quantised_experts.quantising():
-        model = kind_of(spec).from_pretrained(source, dtype=dtype, **options)
-    quantised_experts.settle(model)
+        model = auto_class(spec).from_pretrained(source, dtype=dtype, **options)
+    quantised_experts.enable_quantised_experts(model)
     if isinstance(spec.method, QLora8):
         _take_any_rows()
     if isinstance(spec.method, QLora4) and spec.hw.accelerator == "cpu":
@@ -175,7 +178,23 @@ def load_model(spec: RunSpec, source: str) -> Any:
     return model
 
 
-def random_weights(spec: RunSpec, dtype: torch.dtype) -> Any:
+def load_to_train(
+    spec: RunSpec, source: str, tokenizer: PreTrainedTokenizerBase, loaded: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """The model that trains: with a head for words, or for one number; new weights get the tokenizer's special ids.
+
+    `loaded` is the model as model_loading makes it, where it is in memory already (preload.py).
+    """
+    if not spec.model.from_scratch:
+        check_vocabulary(spec, source, tokenizer)
+    model = load_model(spec, source) if loaded is None else loaded
+    if spec.model.from_scratch:
+        for config in (model.config, model.generation_config):
+            config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return model
+
+
+def random_weights(spec: RunSpec, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the sizes in `model`, its weights by the run's seed."""
     facts = spec.model
     sizes = {
@@ -193,7 +212,7 @@ def random_weights(spec: RunSpec, dtype: torch.dtype) -> Any:
         "head_dim": facts.head_dim or (facts.hidden_size or 0) // (facts.num_heads or 1) or None,
     }
     known = {name: value for name, value in sizes.items() if value is not None}
-    # The tokenizer's ids are set when it is there (objectives.load_model).
+    # The tokenizer's ids are set when it is there (load_to_train).
     config = AutoConfig.for_model(
         str(facts.architecture), bos_token_id=None, eos_token_id=None, pad_token_id=None, **known
     )
@@ -201,7 +220,7 @@ def random_weights(spec: RunSpec, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(spec))
 
 
-def _add_rows(spec: RunSpec, source: str, model: Any) -> None:
+def _add_rows(spec: RunSpec, source: str, model: PreTrainedModel) -> None:
     """Embeddings (and a head of its own) for `data.add_tokens`: each begins as the mean of all others.
 
     The same on every process and whenever it is loaded, so that an adapter meets what it was trained on. The ids are
@@ -220,7 +239,7 @@ def _add_rows(spec: RunSpec, source: str, model: Any) -> None:
                 module.weight[before:] = module.weight[:before].float().mean(0).to(module.weight.dtype)
 
 
-def _keep_trainable_layout(model: Any) -> None:
+def _keep_trainable_layout(model: PreTrainedModel) -> None:
     """Stop bitsandbytes from repacking 4-bit weights for inference on a CPU with avx512_bf16.
 
     In 0.50 the first forward pass in eval mode repacks them for good, and the backward pass then reads
@@ -238,7 +257,7 @@ def _take_any_rows() -> None:
     """Let int8 layers take inputs of more than three dimensions, as DeepSeek's attention gives them: bitsandbytes 0.50
     takes their last two for a matrix, and fails."""
 
-    def forward(layer: Any, x: torch.Tensor) -> Any:
+    def forward(layer: Linear8bitLt, x: torch.Tensor) -> Any:
         if x.dim() <= 3:
             return _int8_forward(layer, x)
         return _int8_forward(layer, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
@@ -257,7 +276,7 @@ def _only_look() -> None:
     looking.dequantize_module_weight = _dequantised
 
 
-def _dequantised(module: Any) -> torch.Tensor:
+def _dequantised(module: torch.nn.Module) -> torch.Tensor:
     """The weight of a linear layer [out, in], packed or not."""
     if isinstance(module, (Linear4bit, Linear8bitLt)):
         packed: Any = module.weight

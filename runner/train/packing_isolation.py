@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 from runner.train.memory_stats import out_of_memory
-from runner.train.trainer import autocast
+from runner.train.trainers.trainer_settings import autocast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from runner.train.trainers.recording_trainer import RecordingTrainerMixin
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -30,7 +35,7 @@ PLACED = 0.1
 """Share of the way from alone to one text that a document may lie off: 0 to 1e-6 measured, 0.6 with OPT's positions."""
 
 
-def check(spec: RunSpec, trainer: Any, tokenizer: Any) -> None:
+def check_isolation(spec: RunSpec, trainer: RecordingTrainerMixin, tokenizer: PreTrainedTokenizerBase) -> None:
     """RequestError where packing would train on documents that see one another. Every process has to call it."""
     if not spec.train.packing:
         return
@@ -40,7 +45,7 @@ def check(spec: RunSpec, trainer: Any, tokenizer: Any) -> None:
     training = model.training
     model.eval()
     with torch.random.fork_rng(devices), torch.no_grad(), autocast(spec):
-        what = fault(model, collator, tokenizer.all_special_ids)
+        what = find_leak(model, collator, tokenizer.all_special_ids)
     model.train(training)
     if trainer.ranks.any(what is not None):
         name, kernel = model.config.architectures or [type(model).__name__], model.config._attn_implementation
@@ -50,8 +55,8 @@ def check(spec: RunSpec, trainer: Any, tokenizer: Any) -> None:
         raise RequestError(Problem(what, "train.packing", "write train.packing=false"))
 
 
-def fault(model: Any, collate: Collate, special: list[int]) -> str | None:
-    """What is wrong with packed documents, in words; None where they are as if each was alone."""
+def find_leak(model: PreTrainedModel, collate: Collate, special: list[int]) -> str | None:
+    """Description of how packed documents influence one another; None where each is as if alone."""
     known = [i for i in range(min(1000, model.config.get_text_config().vocab_size)) if i not in special]
     found = None
     for draw in range(DRAWS):
@@ -73,7 +78,7 @@ def fault(model: Any, collate: Collate, special: list[int]) -> str | None:
 def _difference(
     packed: Callable[..., torch.Tensor], first: list[int], other: list[int], second: list[int], alone: torch.Tensor
 ) -> str | None:
-    """Whether the second document's logits depend on the first one, or on there being one."""
+    """Describe how the second document's logits depend on the first one, or on there being one; None if they do not."""
     behind, after = slice(-LENGTH, None), packed(first, second)
     joined = packed(first + second)
     moved = _distance(after[behind], packed(other, second)[behind])
@@ -92,14 +97,14 @@ def _document(known: list[int], number: int) -> list[int]:
     return [known[(7 * place + number) % len(known)] for place in range(LENGTH)]
 
 
-def _batch(collate: Collate, documents: Sequence[list[int]]) -> dict[str, Any]:
+def _batch(collate: Collate, documents: Sequence[list[int]]) -> dict[str, torch.Tensor]:
     """A training batch of one sequence."""
     ids = [token for document in documents for token in document]
     batch = collate([{"input_ids": ids, "labels": ids, "seq_lengths": [len(document) for document in documents]}])
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def _logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+def _logits(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """Those of a batch of one sequence, [s, V]."""
     sent = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     logits: torch.Tensor = model(**sent, use_cache=False).logits

@@ -25,8 +25,8 @@ from transformers.utils import logging
 from runner.rundir.directory import RunDir
 from runner.spec import Lora, Pretrain, RunSpec
 from runner.train import model_loading
-from runner.train.evaluation.baseline import adds_nothing
-from runner.train.objectives.registry import objective_of
+from runner.train.evaluation.baseline import starts_as_base
+from runner.train.objectives import objective_of
 
 ROWS, WEIGHTS = "rows", "weights"
 THREADS_LEAVE_SECONDS = 2.0
@@ -76,7 +76,7 @@ def _keys(spec: RunSpec, run: RunDir) -> dict[str, str]:
         found[ROWS] = [spec.data, spec.objective, spec.eval, spec.train.seed]
     if (
         isinstance(spec.method, Lora)
-        and adds_nothing(spec)
+        and starts_as_base(spec)
         and not (spec.model.from_scratch or spec.data.add_tokens)
         and (spec.model.gguf_file is not None or Path(spec.model.id).is_dir())
         and (spec.hw.accelerator, spec.deepspeed.name) == ("cpu", "none")

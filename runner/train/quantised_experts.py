@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
@@ -27,6 +27,9 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from runner.plan.model_shape import MOST_VALUES
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 IMPLEMENTATION = "quantised"
 NAMES = ("gate_up_proj", "up_proj", "down_proj")
 INT8 = 127
@@ -41,15 +44,15 @@ def quantising() -> Iterator[None]:
         yield
 
 
-def settle(model: Any) -> None:
-    """Let quantised experts compute as they have to, and take PEFT's adapters."""
+def enable_quantised_experts(model: PreTrainedModel) -> None:
+    """Make quantised experts compute through `forward` below, and accept PEFT's adapters."""
     found = [module for module in model.modules() if parameters(module)]
     if not found:
         return
     for module in found:
         module.updates, module.exact = {}, False
     model.set_experts_implementation(IMPLEMENTATION)
-    _WRAPPER.get_param, _WRAPPER._activate_lora = _stand_in, _activated
+    _WRAPPER.get_param, _WRAPPER._activate_lora = _placeholder, _activate_factors
 
 
 def parameters(module: Any) -> dict[str, torch.nn.Parameter]:
@@ -59,7 +62,7 @@ def parameters(module: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def unpacked(parameter: Any) -> torch.Tensor:
-    """What a quantised parameter stands for, in the arithmetic's type: [E, out, in], or [E, in, out] (gpt-oss)."""
+    """Dequantised values of a parameter, in the compute dtype: [E, out, in], or [E, in, out] (gpt-oss)."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         whole: torch.Tensor = dequantize_4bit(parameter.data, state)
@@ -80,11 +83,11 @@ class _Quantiser:
 
     quantization_config: Any
 
-    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Also for experts that compute through transformers' interface: others have a forward pass of their own."""
         path, _, name = param_name.rpartition(".")
         experts, linear = model.get_submodule(path), super().param_needs_quantization(model, param_name)  # type: ignore[misc]  # no types
-        return bool(linear) or (name in NAMES and _fit(experts, getattr(experts, name)))
+        return bool(linear) or (name in NAMES and _can_quantise(experts, getattr(experts, name)))
 
     def get_quantize_ops(self) -> Any:
         """The operation for either."""
@@ -99,7 +102,7 @@ class _In8Bits(_Quantiser, Bnb8BitHfQuantizer):  # type: ignore[misc]  # no type
     pass
 
 
-def _fit(experts: Any, parameter: torch.Tensor) -> bool:
+def _can_quantise(experts: Any, parameter: torch.Tensor) -> bool:
     plain = hasattr(experts, "has_gate") and not experts.has_post_expert_norm
     return plain and (_quantised(parameter) or (parameter.dim() == 3 and parameter.numel() <= MOST_VALUES))
 
@@ -122,7 +125,7 @@ class _Quantise(ConversionOps):  # type: ignore[misc]  # no types
 
 
 def _in_4_bits(whole: torch.Tensor, config: Any) -> torch.nn.Parameter:
-    """As in a `Linear4bit`: blocks of 64 values with a scale."""
+    """Quantise to 4 bits as `Linear4bit` does: blocks of 64 values with a scale."""
     made: Any = Params4bit(
         whole, requires_grad=False, compress_statistics=config.bnb_4bit_use_double_quant,
         quant_type=config.bnb_4bit_quant_type, quant_storage=config.bnb_4bit_quant_storage,
@@ -131,7 +134,10 @@ def _in_4_bits(whole: torch.Tensor, config: Any) -> torch.nn.Parameter:
 
 
 def _in_8_bits(whole: torch.Tensor) -> torch.nn.Parameter:
-    """As in a `Linear8bitLt`: a scale for each row, its largest value over 127. Activations are not quantised here."""
+    """Quantise to 8 bits as `Linear8bitLt` does: a scale for each row, its largest value over 127.
+
+    Activations are not quantised here.
+    """
     largest = torch.linalg.vector_norm(whole, float("inf"), dim=-1, keepdim=True)
     scales = largest.float().clamp_(min=1e-12).div_(INT8)
     codes = torch.empty(whole.shape, dtype=torch.int8, device=whole.device)
@@ -153,17 +159,19 @@ class _Product(torch.autograd.Function):
         """The parameter itself is no input: under ZeRO-3 it is another one, gathered again, in the backward pass."""
         ctx.experts, ctx.parameter, ctx.dtype = experts, parameter, rows.dtype
         ctx.save_for_backward(offsets)
-        return _times(rows, experts, parameter, offsets, turned=not experts.is_transposed)
+        return _grouped_product(rows, experts, parameter, offsets, turned=not experts.is_transposed)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradient of the rows."""
         (offsets,) = ctx.saved_tensors
-        back = _times(grad, ctx.experts, ctx.parameter, offsets, turned=ctx.experts.is_transposed)
+        back = _grouped_product(grad, ctx.experts, ctx.parameter, offsets, turned=ctx.experts.is_transposed)
         return back.to(ctx.dtype), None, None, None
 
 
-def _times(rows: torch.Tensor, experts: Any, parameter: Any, offsets: torch.Tensor, *, turned: bool) -> torch.Tensor:
+def _grouped_product(
+    rows: torch.Tensor, experts: Any, parameter: Any, offsets: torch.Tensor, *, turned: bool
+) -> torch.Tensor:
     weight = unpacked(parameter)
     if experts.exact:
         weight = weight.float()
@@ -179,16 +187,16 @@ def forward(
     every = torch.arange(experts.num_experts, device=ids.device)
     offsets = torch.searchsorted(ids, every, right=True).int()  # where each expert's rows end
     first = "gate_up_proj" if experts.has_gate else "up_proj"
-    rows = _projected(experts, hidden_states[order // count], first, offsets, ids)
+    rows = _project(experts, hidden_states[order // count], first, offsets, ids)
     rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
-    rows = _projected(experts, rows, "down_proj", offsets, ids)
+    rows = _project(experts, rows, "down_proj", offsets, ids)
     rows = rows * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     rows = rows[torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))]
     out: torch.Tensor = rows.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
     return out
 
 
-def _projected(experts: Any, rows: torch.Tensor, name: str, offsets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def _project(experts: Any, rows: torch.Tensor, name: str, offsets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """One projection with its adapters and its bias."""
     parameter = getattr(experts, name)
     if not _quantised(parameter):  # too large for bitsandbytes' kernels
@@ -214,7 +222,7 @@ _WRAPPER: Any = ParamWrapper
 _get_param, _activate_lora = _WRAPPER.get_param, _WRAPPER._activate_lora
 
 
-def _stand_in(wrapper: Any) -> torch.Tensor:
+def _placeholder(wrapper: Any) -> torch.Tensor:
     """For `ParamWrapper.get_param`: of a quantised parameter its shape, type and place, in no memory."""
     experts = wrapper.get_base_layer()
     parameter: Any = experts._parameters.get(wrapper.parameter_name)
@@ -227,7 +235,7 @@ def _stand_in(wrapper: Any) -> torch.Tensor:
 
 
 @contextmanager
-def _activated(wrapper: Any, active_adapters: list[str]) -> Iterator[None]:
+def _activate_factors(wrapper: Any, active_adapters: list[str]) -> Iterator[None]:
     """For `ParamWrapper._activate_lora`: it adds B·A to a copy of all experts; quantised ones multiply by A, then B."""
     experts, name = wrapper.get_base_layer(), wrapper.parameter_name
     if name not in parameters(experts):
@@ -245,7 +253,7 @@ def _activated(wrapper: Any, active_adapters: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def exactly(experts: Any) -> Iterator[None]:
+def computing_in_fp32(experts: Any) -> Iterator[None]:
     """Context in which these experts multiply in fp32."""
     experts.exact = True
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,10 @@ from runner.paths import ASSETS
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.train.token_cache import tokenizer_fingerprint
+from runner.train.tokens.token_cache import tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGES = (
     "torch",
@@ -34,12 +37,12 @@ PACKAGES = (
 FINGERPRINTS = {"data_fingerprint": "the rows", "tokenizer_fingerprint": "the tokenizer or its chat template"}
 
 
-def fingerprints(tokenizer: Any, data_fingerprint: str) -> dict[str, str]:
-    """What the run learns from, by content: the same for the whole run."""
+def fingerprints(tokenizer: PreTrainedTokenizerBase, data_fingerprint: str) -> dict[str, str]:
+    """Digests of rows and tokenizer, which stay the same for the whole run."""
     return {"data_fingerprint": data_fingerprint, "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
 
 
-def check_same(spec: RunSpec, run: RunDir, found: dict[str, str], step: int) -> None:
+def check_fingerprints(spec: RunSpec, run: RunDir, found: dict[str, str], step: int) -> None:
     """RequestError where the checkpoint was trained on other rows, or with another tokenizer."""
     known = checkpoints.facts(checkpoints.folder(run, step))
     changed = [what for key, what in FINGERPRINTS.items() if key in known and known[key] != found[key]]
@@ -49,7 +52,7 @@ def check_same(spec: RunSpec, run: RunDir, found: dict[str, str], step: int) -> 
         raise RequestError(Problem(what, "resume", remedy))
 
 
-def environment(spec: RunSpec, model: Any, source: str, found: dict[str, str]) -> dict[str, Any]:
+def environment(spec: RunSpec, model: PreTrainedModel, source: str, found: dict[str, str]) -> dict[str, Any]:
     """Facts for `environment.json`; `found` are the fingerprints."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -79,7 +82,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(*words: str) -> str | None:
-    """Answer of git about the project's own checkout; None where there is none."""
+    """Output of git in the project's own checkout; None without one."""
     if not (ASSETS / ".git").exists():
         return None
     try:

@@ -7,21 +7,24 @@ that end a turn stop generation, in this run and in what is saved: `generation_c
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
 from runner.data.chat_tokenizer import ChatTokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def ids_of(config: Any, tokenizer: Any) -> list[int]:
+
+def stop_ids(config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of the tokens that stop generation: the config's, or else the tokenizer's."""
     known = getattr(config, "eos_token_id", None)
     known = tokenizer.eos_token_id if known is None else known
     return [] if known is None else list(known) if isinstance(known, (list, tuple)) else [known]
 
 
-def align(model: Any, tokenizer: Any, save: bool = False) -> list[str]:
+def align(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, save: bool = False) -> list[str]:
     """Make generation stop where the chat template ends a turn; the tokens that had to be added.
 
     `save`: the end of a turn becomes the tokenizer's eos as well, which llama.cpp and others go by; not where the
@@ -30,7 +33,7 @@ def align(model: Any, tokenizer: Any, save: bool = False) -> list[str]:
     config = getattr(model, "generation_config", None)
     if config is None:  # a reward model
         return []
-    words, known = ChatTokenizer.of(tokenizer), ids_of(config, tokenizer)
+    words, known = ChatTokenizer.of(tokenizer), stop_ids(config, tokenizer)
     added = [token for token in words.stops if token not in known]
     if added:
         config.eos_token_id = [*known, *added]
@@ -39,7 +42,7 @@ def align(model: Any, tokenizer: Any, save: bool = False) -> list[str]:
     return [str(token) for token in tokenizer.convert_ids_to_tokens(added)]
 
 
-def save(folder: Path, tokenizer: Any) -> None:
+def save(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Beside an adapter: the tokens to add to those that stop its base."""
-    stops = dict.fromkeys([*ids_of(None, tokenizer), *ChatTokenizer.of(tokenizer).stops])
+    stops = dict.fromkeys([*stop_ids(None, tokenizer), *ChatTokenizer.of(tokenizer).stops])
     GenerationConfig(eos_token_id=list(stops), pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Tracker:
-    """Where metrics go besides the run directory; this one is nowhere.
+    """Base class of the trackers, which get metrics besides the run directory; itself it tracks nothing.
 
     A class of your own, named by `track.code`, overrides `start`, `log` and `finish`; they are called on the main
     process alone.
@@ -30,7 +30,7 @@ class Tracker:
         self.spec, self.run = spec, run
 
     def start(self) -> str | None:
-        """Begin before training; one line for the user."""
+        """Start before training; a line for the user, or None."""
         return None
 
     def log(self, file: str, line: Mapping[str, Any]) -> None:
@@ -80,8 +80,8 @@ class WandB(Tracker):
         return f"Weights & Biases: recorded offline ({reason}); upload it later: wandb sync {where}"
 
 
-class Careful(Tracker):
-    """A tracker of the user's, which cannot stop a training: what it raises is said once, and it is left out."""
+class GuardedTracker(Tracker):
+    """Wraps a user's tracker: its first exception is reported, and it is not called again."""
 
     def __init__(self, own: type[Tracker], spec: RunSpec, run: RunDir, say: Callable[[str], None]) -> None:
         super().__init__(spec, run)
@@ -105,7 +105,7 @@ class Careful(Tracker):
         try:
             return call()
         except Exception as error:  # whatever a user's class raises
-            place = user_code.place_of(error) or f"track.code={self.spec.track.code}"
+            place = user_code.user_line_of(error) or f"track.code={self.spec.track.code}"
             self.say(f"The tracker is left out from here: {type(error).__name__}: {error} ({place})")
             self.inner = None
             return None
@@ -115,7 +115,7 @@ TRACKERS: dict[str, type[Tracker]] = {"none": Tracker, "tensorboard": TensorBoar
 
 
 def tracker_of(spec: RunSpec, run: RunDir, say: Callable[[str], None], main: bool = True) -> Tracker:
-    """The run's tracker; RequestError where `track.code` is none."""
+    """The run's tracker; RequestError where `track.code` names no subclass of `Tracker`."""
     if spec.track.name != "own":
         return TRACKERS[spec.track.name](spec, run)
     code = str(spec.track.code)
@@ -123,11 +123,11 @@ def tracker_of(spec: RunSpec, run: RunDir, say: Callable[[str], None], main: boo
     if not (isinstance(own, type) and issubclass(own, Tracker)):
         what = f"{code} is no subclass of runner.train.trackers.Tracker"
         raise RequestError(Problem(what, "track.code", "derive it from that"))
-    return Careful(own, spec, run, say) if main else Tracker(spec, run)
+    return GuardedTracker(own, spec, run, say) if main else Tracker(spec, run)
 
 
 def _why_offline() -> str | None:
-    """Why wandb cannot go online, or None; never asks, never waits for more than 3 s."""
+    """Reason why wandb cannot go online, or None; without a prompt, within 3 s."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]

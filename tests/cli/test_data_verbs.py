@@ -15,7 +15,7 @@ from runner.data import prepared_index
 from runner.data.inspect.stats import histogram, suggested_length
 from runner.report.data_tables import bars
 from runner.report.progress import Progress
-from runner.train import prepare
+from runner.train.tokens import fill_token_cache
 from tests.conftest import ROOT, run_cli, spec_of, train_here
 from tests.support import preferences
 from tests.support.front import here, laptop, runner
@@ -115,7 +115,7 @@ def test_what_is_prepared_is_all_that_the_run_takes(
         preferences.write(tmp_path / "text.jsonl", [{"text": "The door is red. " * 9}] * 20)
         words.append(f"data.path={tmp_path / 'text.jsonl'}")
     spec = spec_of(*words)
-    found = prepare.prepared(spec, Progress(Console(file=io.StringIO())))
+    found = fill_token_cache.fill_cache(spec, Progress(Console(file=io.StringIO())))
     there = sorted((tmp_path / "cache" / "tokenised").iterdir())
     assert sorted(found["folders"]) == [str(folder) for folder in there] and len(there) == 2  # to learn, and held out
     assert not found["from_cache"] and found["num_tokens"] > 0 and found["num_held_out"] > 0

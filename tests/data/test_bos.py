@@ -16,7 +16,7 @@ from runner.data.examples import Example, Preference, PromptExample, Turn, Unpai
 from runner.data.inspect.preview import preview
 from runner.data.tokenize_rows import PreferenceSettings, encode_preferences
 from runner.train import model_loading
-from runner.train.objectives import pretraining
+from runner.train.tokens import text_dataset
 from tests.conftest import spec_of
 
 BOS, EOS = 256, 257
@@ -61,7 +61,7 @@ def test_plain_text_begins_and_ends_once(tmp_path: Path, adds: str, said: str) -
         encoded = one.encode(Example(text=said), "auto")
         assert (encoded.ids, encoded.labels) == (right, right)
         assert len(encoded.offsets) == len(right)
-    rows = list(pretraining.sequences([said], tokenizer, 64, packing=False))
+    rows = list(text_dataset.cut_into_sequences([said], tokenizer, 64, packing=False))
     assert rows == [{"input_ids": right, "labels": right}]
     pair = Preference(said.removesuffix("</s>"), " a", " b")
     (columns,) = encode_preferences(words, [pair], PreferenceSettings(64)).rows

@@ -21,9 +21,9 @@ from runner.data.load import InspectedFile, canonical_row
 from runner.data.tokenize_rows import TOOLS, PreferenceSettings, encode_preferences, in_chunks, split_prompt
 from runner.errors import RequestError
 from runner.spec import DataSpec, RunSpec
+from runner.train.objectives import objective_of
 from runner.train.objectives.grpo import GrpoTrainer
-from runner.train.objectives.pairs import Given
-from runner.train.objectives.registry import objective_of
+from runner.train.trainers.preference_trainer import GivenSpansCollator
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import SPECIAL, body
 from tests.data.test_tokenize_rows import tokenizer
@@ -190,7 +190,7 @@ def test_what_others_say_inside_an_answer_is_given_and_not_learned(
     if objective == "orpo":
         return
     collator: Any = {"dpo": DataCollatorForPreference, "kto": DataCollatorForUnpairedPreference}[objective]
-    batch = Given(collator(pad_token_id=0))([found])
+    batch = GivenSpansCollator(collator(pad_token_id=0))([found])
     learned = batch["input_ids"][-1][batch["completion_mask"][-1].bool()]
     assert learned.tolist() == ids[:begin] + ids[end:]
 

@@ -20,9 +20,9 @@ from runner.data.inspect.lengths import packed_sequences
 from runner.data.loss_mask import IGNORED
 from runner.data.tokenize_rows import TokenChunk, TokenizeSettings, encode_chunk, in_chunks
 from runner.errors import RequestError
-from runner.train import token_dataset
-from runner.train.token_cache import line_of
-from runner.train.token_dataset import bins
+from runner.train.tokens import token_dataset
+from runner.train.tokens.token_cache import describe_rows
+from runner.train.tokens.token_dataset import pack_best_fit
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import SPECIAL, body
 
@@ -32,7 +32,7 @@ __all__ = ["body"]  # a fixture
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 64), max_size=200), st.integers(64, 100))
 def test_packing_loses_no_row_and_overfills_no_sequence(lengths: list[int], limit: int) -> None:
-    found = bins(lengths, limit)
+    found = pack_best_fit(lengths, limit)
     assert sorted(row for group in found for row in group) == [row for row, length in enumerate(lengths) if length]
     assert all(sum(lengths[row] for row in group) <= limit for group in found)
     assert len(found) == packed_sequences(lengths, limit)  # what the plan counts on
@@ -43,10 +43,10 @@ def test_packing_loses_no_row_and_overfills_no_sequence(lengths: list[int], limi
 def test_packing_is_trls_bin_by_bin(lengths: list[int]) -> None:
     rows = Dataset.from_dict({"input_ids": [[row] * length for row, length in enumerate(lengths)]})
     by_trl = pack_dataset(rows, 40, "bfd")
-    assert [[lengths[row] for row in group] for group in bins(lengths, 40)] == by_trl["seq_lengths"][:]
-    assert [[row for row in group for _ in range(lengths[row])] for group in bins(lengths, 40)] == by_trl["input_ids"][
-        :
-    ]
+    assert [[lengths[row] for row in group] for group in pack_best_fit(lengths, 40)] == by_trl["seq_lengths"][:]
+    assert [[row for row in group for _ in range(lengths[row])] for group in pack_best_fit(lengths, 40)] == by_trl[
+        "input_ids"
+    ][:]
 
 
 @given(
@@ -122,7 +122,7 @@ def test_rows_that_the_template_refuses_are_named_all_or_skipped(tokenizer: Any)
     assert [problem.source for problem in caught.value.problems] == ["my.jsonl, line 3", "my.jsonl, line 9"]
     found = token_dataset.tokenise(rows, tokenizer, spec("data.on_error=skip"))
     assert (found.num_refused, found.num_examples) == (2, 6)
-    assert "2 skipped: the chat template refuses them" in line_of(found, 0)
+    assert "2 skipped: the chat template refuses them" in describe_rows(found, 0)
 
 
 @pytest.mark.parametrize(("policy", "facts"), [("truncate", (1, 0, 0)), ("drop", (0, 1, 0)), ("split", (0, 0, 1))])

@@ -28,7 +28,7 @@ from runner.plan.memory import Job, setting_of
 from runner.plan.model_shape import Matrix, shape_of
 from runner.plan.trainable import training_of
 from runner.spec import ModelSpec, RunSpec
-from runner.train import peft_methods
+from runner.train import adapter_config
 from runner.train.model_loading import load_model
 from tests.conftest import spec_of
 
@@ -185,7 +185,7 @@ def test_the_head_works_in_tiles_of_rows_too(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def steps_with(spec: RunSpec, attention: str, fused: bool, packed: bool = False) -> simulate.Simulated:
-    """A step on fakes with a mask of four dimensions and, unless `fused`, `CountingTrainer.compute_loss`."""
+    """A step on fakes with a mask of four dimensions and, unless `fused`, `UnguardedSftTrainer.compute_loss`."""
     model, counter = simulate.build(spec), simulate.LiveBytes()
     model.config._attn_implementation = attention
     b, s = int(spec.train.micro_batch_size), spec.train.max_length
@@ -255,7 +255,7 @@ def real_steps(spec: RunSpec, source: Path) -> simulate.Simulated:
         model = load_model(spec, str(source))
         model.config._attn_implementation = simulate.FLASH
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-        model = get_peft_model(model, peft_methods.adapter_config(spec, model))
+        model = get_peft_model(model, adapter_config.adapter_config(spec, model))
         for parameter in model.parameters():
             if parameter.requires_grad and spec.method.name != "lora":
                 parameter.data = parameter.data.to(torch.bfloat16)

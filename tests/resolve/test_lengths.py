@@ -258,7 +258,7 @@ def test_packing_and_steps_are_those_of_the_trainer() -> None:
     import datasets
     import trl
 
-    from runner.train.trainer import num_steps
+    from runner.train.trainers.trainer_settings import num_steps
 
     rng = random.Random(3)
     rows = tuple(min(512, 1 + int(rng.expovariate(1 / 120))) for _ in range(700))

@@ -159,7 +159,7 @@ def test_runs_share_what_the_model_was_before(overrides: tuple[str, ...], counts
         run = RunDir(tmp_path / name)
         run.path.mkdir()
         run.write("status.json", {"sweep": "one"})
-        files.append(baseline.file_of(spec, run))
+        files.append(baseline.baseline_file(spec, run))
     assert None not in files
     assert (files[0] != files[1]) is counts
 
@@ -168,13 +168,13 @@ def test_other_files_and_other_versions_share_nothing(tmp_path: Path) -> None:
     (tmp_path / "sweeps" / "one").mkdir(parents=True)
     run, spec = RunDir(tmp_path / "a"), spec_of("hw=cpu")
     run.path.mkdir()
-    assert baseline.file_of(spec, run) is None  # no sweep's
+    assert baseline.baseline_file(spec, run) is None  # no sweep's
     run.write("status.json", {"sweep": "one"})
-    found = {baseline.file_of(spec, run)}
+    found = {baseline.baseline_file(spec, run)}
     for file in ("environment.json", "inputs.json"):
         for digest in "ab":
             run.write(file, {"model.id": digest})
-            found.add(baseline.file_of(spec, run))
+            found.add(baseline.baseline_file(spec, run))
     assert len(found) == 5
 
 

@@ -33,11 +33,11 @@ from tests.support.front import here, laptop, runner
 __all__ = ["here", "laptop"]  # fixtures
 
 OBJECTIVE = """
-from runner.train.guarded_trainer import GuardedTrainer
+from runner.train.objectives.sft import SftTrainer
 from runner.train.objectives.sft import Sft
 
 
-class PenalisedTrainer(GuardedTrainer):
+class PenalisedTrainer(SftTrainer):
     METRICS = {"penalty": "penalty"}
     penalty = 0.0
 
@@ -184,8 +184,8 @@ def test_an_error_in_own_code_names_its_key_and_line(tmp_path: Path) -> None:
     outer = user_code.load(f"{tmp_path}/mine.py:outer", "objective.code", "function")
     with pytest.raises(KeyError) as caught:
         outer()
-    assert user_code.place_of(caught.value) == f"objective.code: {tmp_path}/mine.py, line 2, in inner"
-    assert user_code.place_of(ValueError()) is None
+    assert user_code.user_line_of(caught.value) == f"objective.code: {tmp_path}/mine.py, line 2, in inner"
+    assert user_code.user_line_of(ValueError()) is None
 
 
 PODS = ("plan", "where=runpod", "hw=h100", "model=mistral7b", "method=lora")

@@ -16,7 +16,7 @@ from runner.plan.model_shape import shape_of
 from runner.plan.trainable import training_of
 from runner.spec import Method, ModelSpec, Peft
 from runner.spec.adapters import ON_ALL_LAYERS, TYPES, UNCOUNTED, UNUSABLE, evaluate
-from runner.train import peft_methods
+from runner.train import adapter_config, trainable_weights
 from tests.conftest import spec_of
 
 METHOD: TypeAdapter[Method] = TypeAdapter(Method)
@@ -56,9 +56,9 @@ def test_the_plan_counts_what_trains(name: str, arguments: dict[str, Any], shape
     method = METHOD.validate_python({"name": "x", "peft_type": name, "arguments": arguments})
     assert isinstance(method, Peft)
     spec = spec_of("method=full").model_copy(update={"method": method})
-    adapted = get_peft_model(model, peft_methods.adapter_config(spec, model))
+    adapted = get_peft_model(model, adapter_config.adapter_config(spec, model))
     training = training_of(shape_of(facts), method, "bf16", deepspeed=False)
-    trainable, _, _ = peft_methods.describe_trainable(adapted)
+    trainable, _, _ = trainable_weights.describe_trainable(adapted)
     assert training.trainable == trainable > 0
     buffers = sum(b.numel() for n, b in adapted.named_buffers() if "vera_" in n)
     own = sum(p.numel() for n, p in adapted.named_parameters() if not p.requires_grad) + buffers
@@ -71,9 +71,9 @@ def test_chosen_layers_and_targets_count(words: dict[str, Any]) -> None:
     model, facts = _model("llama")
     method = METHOD.validate_python({"name": "x", "peft_type": "LOHA", **words})
     spec = spec_of("method=full").model_copy(update={"method": method})
-    adapted = get_peft_model(model, peft_methods.adapter_config(spec, model))
+    adapted = get_peft_model(model, adapter_config.adapter_config(spec, model))
     expected = training_of(shape_of(facts), method, "bf16", deepspeed=False).trainable
-    assert peft_methods.describe_trainable(adapted)[0] == expected
+    assert trainable_weights.describe_trainable(adapted)[0] == expected
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from runner.runs.unread_keys import UNREAD, verb_reads
 from runner.spec import RunSpec
 from runner.spec.part import Part
 from runner.spec.unused_keys import _candidates, _facts
-from runner.train.prepare import prepared
+from runner.train.tokens.fill_token_cache import fill_cache
 from tests.conftest import train_here
 from tests.support import preferences
 from tests.train.test_pretraining import SMALL
@@ -135,7 +135,7 @@ def test_data_prepare_reads_what_it_does_not_say_to_have_no_effect(
         spec = compose(request_of(words_of(folder, name), ()))
         with reading(monkeypatch) as found:
             check_contents(spec)
-            prepared(spec, Progress(Console(file=io.StringIO())))
+            fill_cache(spec, Progress(Console(file=io.StringIO())))
         seen |= found
     wrong = {key for key in seen if not key.endswith(".name") and not verb_reads("data prepare", key)}
     assert not wrong - set(UNREAD["data prepare"]), " ".join(sorted(wrong))

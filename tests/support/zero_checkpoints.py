@@ -26,7 +26,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from runner.paths import DEEPSPEED_CONFIGS
 from runner.spec import RunSpec
-from runner.train import model_loading, peft_methods
+from runner.train import adapter_config, model_loading, trainable_weights
 
 STEPS = 2
 
@@ -48,8 +48,8 @@ def train(case: dict[str, Any]) -> None:
         disable_tqdm=True, deepspeed=str(DEEPSPEED_CONFIGS / f"zero{case['stage']}.json"),
     )  # fmt: skip
     model = model_loading.load_model(spec, spec.model.id)
-    peft_methods.mark_trainable(spec, model)
-    adapter = peft_methods.adapter_config(spec, model)
+    trainable_weights.mark_trainable(spec, model)
+    adapter = adapter_config.adapter_config(spec, model)
     if adapter is not None:
         model = get_peft_model(model, adapter)
         for parameter in model.parameters():  # ZeRO-3 wants one precision: an adapter's is fp32, a saved module's not

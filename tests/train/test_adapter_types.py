@@ -18,7 +18,7 @@ from runner.report.progress import Progress
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.train import chat, inference_spec
+from runner.train import chat, open_model
 from runner.train.export import export
 from runner.train.merge import adapter as merging
 from runner.train.merge import proof
@@ -43,7 +43,7 @@ def spec_of(run: RunDir) -> RunSpec:
 
 
 def exact(model: Any) -> list[torch.Tensor]:
-    with proof.exact(model):
+    with proof.computing_in_fp32(model):
         return proof.logits(model, PROMPTS)
 
 
@@ -80,8 +80,8 @@ def test_an_adapter_lives_as_long_as_loras(method: str, train: Callable[..., Any
     moved = proof.agreement(expected, exact(untouched)).typical_difference
     assert proof.agreement(expected, exact(merged)).typical_difference < moved / 4
 
-    opened = inference_spec.here(spec)
-    model, tokenizer = chat.load(opened, run)
+    opened = open_model.local_spec(spec)
+    model, tokenizer = open_model.load_finished(opened, run)
     assert isinstance(chat.answer(opened, model, tokenizer, [{"role": "user", "content": "w5 w9"}], 3), str)
 
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from runner.errors import RequestError
-from runner.train import model_loading, peft_methods
+from runner.train import adapter_config, model_loading, trainable_weights
 from runner.train.merge.fold import fold
 from tests.conftest import spec_of
 
@@ -35,13 +35,13 @@ def test_new_tokens_are_one_id_and_begin_as_the_mean() -> None:
 def test_freeze_says_that_it_trains_no_embedding() -> None:
     spec, _, model = loaded("method=freeze")
     with pytest.raises(RequestError, match="method=freeze trains none"):
-        peft_methods.mark_trainable(spec, model)
+        trainable_weights.mark_trainable(spec, model)
 
 
 def test_an_adapter_trains_and_saves_them(tmp_path: Path) -> None:
     """One step on the new rows; then the adapter meets a base that was loaded anew, and says the same."""
     spec, tokenizer, model = loaded("method=lora", "train.precision=fp32")
-    model = get_peft_model(model, peft_methods.adapter_config(spec, model))
+    model = get_peft_model(model, adapter_config.adapter_config(spec, model))
     ids = torch.tensor([tokenizer("<call> hello")["input_ids"]])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert any("token_adapter" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
@@ -56,7 +56,7 @@ def test_an_adapter_trains_and_saves_them(tmp_path: Path) -> None:
 def test_an_adapter_with_new_tokens_is_merged() -> None:
     """Their rows are fp32 and the embedding they go into is bf16: rounded like all that is merged."""
     spec, tokenizer, model = loaded("method=lora", "train.precision=bf16")
-    model = get_peft_model(model.bfloat16(), peft_methods.adapter_config(spec, model))
+    model = get_peft_model(model.bfloat16(), adapter_config.adapter_config(spec, model))
     for name, parameter in model.named_parameters():
         if "trainable_tokens_delta" in name:
             parameter.data = parameter.data.float() + 0.5

@@ -23,7 +23,7 @@ from runner.report.progress import Progress
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.train import checkpointing
-from runner.train.callbacks import StopOnSignal
+from runner.train.trainers.callbacks import StopOnSignal
 from runner.train.worker import work
 from tests.conftest import ROOT, run_cli, spec_of
 from tests.support.processes import losses, only_run, sign, start, tiny_model, until, words
@@ -70,14 +70,15 @@ if "runner.train" in sys.orig_argv and "torch.distributed.run" not in sys.orig_a
     {patch}
 """
 IN_AFTER = """
-    from runner.train.evaluation.before_after import Measuring
-    was = Measuring._answers
-    Measuring._answers = lambda self, when: time.sleep(600) if when == "after" else was(self, when)
+    from runner.train.evaluation.before_after import BeforeAfter
+    was = BeforeAfter._answers
+    BeforeAfter._answers = lambda self, when: time.sleep(600) if when == "after" else was(self, when)
 """
 IN_SAVE = """
-    from runner.train import peft_methods
-    was = peft_methods.save_model
-    peft_methods.save_model = lambda *args: (was(*args), time.sleep(600))
+    from runner.train import model_saving
+
+    was = model_saving.save_weights
+    model_saving.save_weights = lambda *args: (was(*args), time.sleep(600))
 """
 IN_CHECKPOINT = """
     from transformers import Trainer
@@ -266,7 +267,7 @@ def test_loading_gives_a_sign_of_life_with_every_weight(
 ) -> None:
     beats: list[float] = []
     monkeypatch.setattr(checkpointing.Heartbeat, "beat", lambda self, *args, **kw: beats.append(time.monotonic()))
-    before = set_tqdm_hook(checkpointing.Heartbeat(RunDir(tmp_path), 0).at_each)
+    before = set_tqdm_hook(checkpointing.Heartbeat(RunDir(tmp_path), 0).wrap_tqdm)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model)
     finally:

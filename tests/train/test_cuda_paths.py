@@ -36,11 +36,11 @@ from runner.report.failure_causes import cause_of
 from runner.report.progress import Progress
 from runner.rundir.directory import RunDir
 from runner.spec import RunPodPlace, RunSpec
-from runner.train import callbacks, chat, inference_spec, model_loading, peft_methods, trainer
+from runner.train import chat, model_loading, open_model, trainable_weights
 from runner.train.distributed import Ranks
-from runner.train.loss_guard import LossGuard
-from runner.train.objectives import build_trainer
-from runner.train.objectives.registry import objective_of
+from runner.train.objectives import objective_of
+from runner.train.trainers import callbacks, trainer_settings
+from runner.train.trainers.loss_guard import LossGuard
 from tests.conftest import spec_of, train_here
 from tests.machine.test_hardware import H100, T4, V100, fake_nvml, put_nvidia_smi, root_with
 from tests.support import preferences, tiny_llama
@@ -156,7 +156,7 @@ def test_flash_attention_is_refused_in_fp32_where_it_was_asked_for() -> None:
 def test_trainer_arguments(name: str, installed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(kernels, "has_liger", lambda: installed)
     spec = on(*MACHINES[name])
-    found = trainer.shared_settings(spec, RunDir(tmp_path), 10, [])
+    found = trainer_settings.shared_settings(spec, RunDir(tmp_path), 10, [])
     half = name in ("t4", "v100")
     assert (found["bf16"], found["fp16"], found["use_cpu"]) == (not half, half, False)
     assert (found["dataloader_pin_memory"], found["activation_checkpointing"]) == (True, True)
@@ -168,8 +168,8 @@ def test_trainer_arguments(name: str, installed: bool, monkeypatch: pytest.Monke
 
 def test_liger_is_off_on_a_cpu_and_refused_there_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(kernels, "has_liger", lambda: True)
-    assert trainer.shared_settings(on("hw=cpu"), RunDir(tmp_path), 10, [])["use_liger_kernel"] is False
-    assert trainer.shared_settings(on("hw=h100", "train.liger=false"), RunDir(tmp_path), 10, [])[
+    assert trainer_settings.shared_settings(on("hw=cpu"), RunDir(tmp_path), 10, [])["use_liger_kernel"] is False
+    assert trainer_settings.shared_settings(on("hw=h100", "train.liger=false"), RunDir(tmp_path), 10, [])[
         "use_liger_kernel"
     ] is (False)
     with pytest.raises(RequestError, match=r"train\.liger=true needs a GPU"):
@@ -209,13 +209,13 @@ def trainer_of(spec: RunSpec, other: RunSpec | None = None) -> Any:
     examples = objective_of(spec).read()
     source = model_loading.source_of(spec.model)
     tokenizer = model_loading.load_tokenizer(spec, source)
-    tokenised = build_trainer.tokenise(objective_of(spec), examples, tokenizer)
+    tokenised = objective_of(spec).tokenise_all(examples, tokenizer)
     told = other or spec
-    model = build_trainer.load_model(told, source, tokenizer)
-    peft_methods.mark_trainable(told, model)
+    model = model_loading.load_to_train(told, source, tokenizer)
+    trainable_weights.mark_trainable(told, model)
     guard = LossGuard(spec.train, run, Ranks(), lambda line: None)
-    settings = build_trainer.settings(objective_of(spec), run, 6, [])
-    return build_trainer.build(objective, source, model, tokenizer, tokenised, args=settings, guard=guard, callbacks=[])
+    settings = objective_of(spec).trainer_settings(run, 6, [])
+    return objective.build_trainer(source, model, tokenizer, tokenised, args=settings, guard=guard)
 
 
 # ── attention masks ────────────────────────────────────────────────────────────────────────────
@@ -252,7 +252,7 @@ def mask_made(spec: RunSpec, found: Any, rows: list[dict[str, Any]]) -> torch.Te
     layer = next(module for name, module in found.model.named_modules() if name.endswith("layers.0"))
     hook = layer.register_forward_pre_hook(lambda _, args, more: made.append(more["attention_mask"]), with_kwargs=True)
     found.model.eval()  # whose loss the guard does not look at
-    with torch.no_grad(), trainer.autocast(spec):
+    with torch.no_grad(), trainer_settings.autocast(spec):
         found.compute_loss(found.model, found.data_collator(rows))
     hook.remove()
     (mask,) = made
@@ -299,7 +299,7 @@ def test_an_adapter_that_is_resumed_in_fp16_stays_fp32(folder: Path, tmp_path: P
 def test_under_deepspeed_a_bf16_adapter_becomes_fp16_which_it_scales_itself() -> None:
     spec = on("hw=v100x8", "method=qlora4", "deepspeed=zero3")
     model = torch.nn.Linear(2, 2, dtype=BF16)
-    peft_methods.widen(spec, model)
+    trainable_weights.set_training_dtype(spec, model)
     assert {p.dtype for p in model.parameters()} == {FP16}
 
 
@@ -334,7 +334,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_step_takes_as_long_as_the_gpu_needs(launches: list[str], tmp_path: Path) -> None:
-    writer = callbacks.MetricsWriter(RunDir(tmp_path), Progress(Console(quiet=True)))
+    writer = callbacks.MetricsWriter(None, RunDir(tmp_path), Progress(Console(quiet=True)))
     writer.on_step_begin(None, None, None)
     writer.on_step_end(None, None, None)
     assert (writer.seconds, launches) == (10.0, ["synchronize", "synchronize"])
@@ -768,14 +768,14 @@ def test_chat_answers_on_a_cpu_whatever_the_run_was_trained_on(
     hw: str, stage: str, train: dict[str, Any], method: str, trained: dict[str, tuple[RunSpec, RunDir]]
 ) -> None:
     spec, run = trained[method]
-    here = inference_spec.here(of_a_pod(spec, hw, stage, **train))
+    here = open_model.local_spec(of_a_pod(spec, hw, stage, **train))
     assert (here.hw.accelerator, here.deepspeed.name, here.hw.world_size) == ("cpu", "none", 1)
-    model, tokenizer = chat.load(here, run)
+    model, tokenizer = open_model.load_finished(here, run)
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert model.config._attn_implementation == "sdpa"
     text = chat.answer(here, model, tokenizer, [{"role": "user", "content": "w4 w15 w26"}], 4)
-    own, its = chat.load(inference_spec.here(spec), run)
-    assert text == chat.answer(inference_spec.here(spec), own, its, [{"role": "user", "content": "w4 w15 w26"}], 4)
+    own, its = open_model.load_finished(open_model.local_spec(spec), run)
+    assert text == chat.answer(open_model.local_spec(spec), own, its, [{"role": "user", "content": "w4 w15 w26"}], 4)
 
 
 @pytest.mark.parametrize("hw", ["h100", "t4"])
@@ -813,7 +813,7 @@ def test_on_another_gpu_a_run_is_opened_with_what_that_can(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=0: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=0: "NVIDIA GPU")
     pod = of_a_pod(on("hw=cpu", "method=qlora4"), "h100x3", "zero3", precision=precision, attention=attention)
-    found = inference_spec.here(pod)
+    found = open_model.local_spec(pod)
     assert (found.train.precision, found.train.attention) == expected
     assert (found.hw.accelerator, found.hw.num_gpus, found.deepspeed.name) == ("cuda", 1, "none")
     monkeypatch.setattr(model_loading, "is_flash_attn_2_available", lambda: False)
@@ -828,7 +828,7 @@ def test_a_gpu_that_torch_does_not_see_is_said_before_the_cpu_is_taken(monkeypat
     monkeypatch.setattr(torch_build, "installed_torch", lambda: Torch("2.13.0", (13, 0)))
     monkeypatch.setattr(torch_build, "driver", lambda: Driver("550.54.15", (12, 4)))
     said: list[str] = []
-    assert inference_spec.here(on("hw=t4"), said.append).hw.accelerator == "cpu"
+    assert open_model.local_spec(on("hw=t4"), said.append).hw.accelerator == "cpu"
     assert len(said) == 1 and "does not see 1 × Tesla T4" in said[0] and "the driver serves CUDA 12.4" in said[0]
 
 

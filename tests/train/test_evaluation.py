@@ -76,13 +76,13 @@ def test_the_base_is_worse(done: tuple[Path, Any]) -> None:
     import argparse
 
     from runner.spec import RunSpec
-    from runner.train.chat import load
     from runner.train.evaluation.finished_model import held_out
+    from runner.train.open_model import load_finished
 
     run = done[1]
     spec = RunSpec.model_validate(run.read("spec.json"))
     options = argparse.Namespace(data=None, tasks=None, limit=None)
-    tuned, base = (held_out(spec, *load(spec, run, base=base), options) for base in (False, True))
+    tuned, base = (held_out(spec, *load_finished(spec, run, base=base), options) for base in (False, True))
     assert tuned["loss"] < 0.8 * base["loss"] and tuned["tokens"] == base["tokens"]
 
 

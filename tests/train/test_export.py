@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +22,6 @@ from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 from runner.train import export as exporting
-from runner.train import peft_methods
 from tests.conftest import ROOT, run_cli
 from tests.support import tiny_llama
 from tests.support.front import here, laptop, runner, spec_of
@@ -72,9 +71,8 @@ def assert_same(ours: Weights, theirs: Weights) -> None:
 def test_the_last_checkpoint_is_the_final_save(
     words: list[str], train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        peft_methods, "shutil", SimpleNamespace(rmtree=lambda path: None)
-    )  # as in a run not yet finished
+    removed = shutil.rmtree  # all but the start of an adapter, as in a run not yet finished
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **more: path.name == "initial_adapter" or removed(path, **more))
     _, run = train(*tiny_llama.words(tmp_path), *words, "train.save_every_steps=5", "eval.num_prompts=0")
     facts = export(run, 5, tmp_path / "out")
     assert not facts["sharded"]
@@ -89,7 +87,9 @@ def test_a_reward_model_keeps_its_head(words: list[str], train: Callable[..., An
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = ["objective=reward", f"data.path={pairs}", "train.max_steps=2", "eval.num_prompts=0"]
     _, run = train(*tiny_llama.words(tmp_path), *words, *more)
-    empty = exporting._empty(str(tmp_path / "base"), RunSpec.model_validate(run.read("spec.json")), where="meta")
+    empty = exporting._model_without_weights(
+        str(tmp_path / "base"), RunSpec.model_validate(run.read("spec.json")), where="meta"
+    )
     assert empty.score.weight.shape == (1, 64)  # what the shards of a DeepSpeed checkpoint are put into
     export(run, 2, tmp_path / "out")
     assert_same(weights(tmp_path / "out"), weights(run.path / "model"))

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from runner.errors import RequestError
 from runner.spec import Freeze
-from runner.train.peft_methods import decoder_layers, describe_trainable, linear_names, mark_trainable
+from runner.train.adapter_config import decoder_layers, linear_names
+from runner.train.trainable_weights import describe_trainable, mark_trainable
 from tests.conftest import spec_of
 
 

@@ -23,10 +23,11 @@ from trl import pack_dataset
 from runner.errors import Problem, RequestError, Rewind, RunFailedError
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir, display_path
-from runner.train import model_loading, row_ids
-from runner.train.guarded_trainer import GuardedTrainer
-from runner.train.loss_guard import MAX_REWINDS, LossGuard, MicroBatch, is_spike, step_losses
-from runner.train.trainer import CountingTrainer, settings, shared_settings
+from runner.train import model_loading
+from runner.train.objectives.sft import SftTrainer, UnguardedSftTrainer, sft_config
+from runner.train.trainers import guarded_trainer
+from runner.train.trainers.loss_guard import MAX_REWINDS, LossGuard, MicroBatch, is_spike, step_losses
+from runner.train.trainers.trainer_settings import shared_settings
 from tests.conftest import ROOT, spec_of
 
 VOCABULARY = 64
@@ -80,11 +81,11 @@ class Lab:
         self.steps = Steps()
         self.notes: list[str] = []
 
-    def trainer(self, data: Dataset, **changed: Any) -> GuardedTrainer:
+    def trainer(self, data: Dataset, **changed: Any) -> SftTrainer:
         guard = LossGuard(self.spec.train, self.run, note=self.notes.append)
-        args = settings(self.spec, shared_settings(self.spec, self.run, 100, []))
+        args = sft_config(self.spec, shared_settings(self.spec, self.run, 100, []))
         args.num_train_epochs, args.max_steps = 1, -1
-        return GuardedTrainer(
+        return SftTrainer(
             model=model(), args=args, train_dataset=data, eval_dataset=data.select(range(2)),
             processing_class=tokenizer(), callbacks=[self.steps], guard=guard, **changed,
         )  # fmt: skip
@@ -94,9 +95,9 @@ def dataset(many: list[list[int]]) -> Dataset:
     return Dataset.from_dict({"input_ids": many, "labels": many})
 
 
-def order(trainer: GuardedTrainer) -> list[list[int]]:
+def order(trainer: SftTrainer) -> list[list[int]]:
     """Rows of every micro batch, in the order of training."""
-    return [batch[row_ids.KEY].tolist() for batch in trainer.get_train_dataloader()]
+    return [batch[guarded_trainer.ROW_IDS].tolist() for batch in trainer.get_train_dataloader()]
 
 
 def flat(many: list[list[int]]) -> list[int]:
@@ -161,7 +162,7 @@ def test_guarded_losses_are_bit_by_bit_those_without_a_guard(tmp_path: Path) -> 
     data = dataset([PATTERN[: 8 + i % 9] for i in range(22)])
     guarded = lab.trainer(data)
     guarded.train()
-    bare = CountingTrainer(
+    bare = UnguardedSftTrainer(
         model=model(), args=guarded.args, train_dataset=data, processing_class=tokenizer(), callbacks=[lab.steps]
     )
     bare.train()
@@ -171,7 +172,7 @@ def test_guarded_losses_are_bit_by_bit_those_without_a_guard(tmp_path: Path) -> 
 
 
 def test_beginnings_of_rows_are_cut() -> None:
-    (found,) = row_ids.texts(dataset([PATTERN * 500]), [0], tokenizer())
+    (found,) = guarded_trainer.row_texts(dataset([PATTERN * 500]), [0], tokenizer())
     assert found["num_tokens"] == 8000 and len(found["texts"][0]) == 300
 
 
@@ -242,7 +243,7 @@ def test_skipping_leaves_the_gradient_exactly_as_without_the_micro_batch(tmp_pat
     trainer.current_gradient_accumulation_steps = 2
     trainer.create_optimizer_and_scheduler(4)
     data = dataset([PATTERN, GARBAGE])
-    one, two = (trainer.data_collator([{**row, row_ids.COLUMN: i}]) for i, row in enumerate(data))
+    one, two = (trainer.data_collator([{**row, guarded_trainer.ROW_COLUMN: i}]) for i, row in enumerate(data))
     trainer.training_step(trainer.model, dict(one), torch.tensor(30))
     alone = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
     trainer.model.zero_grad()
@@ -338,7 +339,7 @@ import torch.distributed as dist
 from runner.errors import Rewind, RunFailedError
 from runner.rundir.directory import RunDir
 from runner.spec import TrainSpec
-from runner.train.loss_guard import LossGuard, MicroBatch
+from runner.train.trainers.loss_guard import LossGuard, MicroBatch
 from runner.train.distributed import Ranks
 from pathlib import Path
 

@@ -19,7 +19,7 @@ from runner.rundir.directory import RunDir
 from runner.runs import worker_tasks
 from runner.spec import RunSpec
 from runner.train.merge import adapter as merging
-from runner.train.merge import proof, rounding
+from runner.train.merge import fold, proof
 from tests.conftest import ROOT, run_cli
 from tests.support import tiny_llama
 from tests.support.front import here, laptop, runner, spec_of, write
@@ -39,7 +39,7 @@ def merge(run: RunDir, target: Path) -> dict[str, Any]:
 
 
 def exact(model: Any) -> list[torch.Tensor]:
-    with proof.exact(model):
+    with proof.computing_in_fp32(model):
         return proof.logits(model, PROMPTS)
 
 
@@ -62,9 +62,9 @@ def test_an_update_smaller_than_a_step_is_kept_on_average(dtype: torch.dtype) ->
     update = 0.1 * steps(weight, dtype)
     assert torch.equal((weight + update).to(dtype).float(), weight)  # rounded to nearest all of it is lost
     generator = torch.Generator().manual_seed(0)
-    assert torch.equal(rounding.at_random(weight, dtype, generator).float(), weight)  # what is exact stays
+    assert torch.equal(fold.round_stochastically(weight, dtype, generator).float(), weight)  # what is exact stays
     signs = [1] * 50 + [-1] * 50
-    draws = [rounding.at_random(weight + sign * update, dtype, generator).float() for sign in signs]
+    draws = [fold.round_stochastically(weight + sign * update, dtype, generator).float() for sign in signs]
     moved = torch.stack([(draw - weight) / steps(weight, dtype) for draw in draws])
     assert moved[:50].mean() == pytest.approx(0.1, abs=0.005) and moved[50:].mean() == pytest.approx(-0.1, abs=0.005)
     assert set(moved.unique().tolist()) <= {-1.0, -0.5, 0.0, 1.0}  # neighbours only; below 2^n the step is half
@@ -73,10 +73,10 @@ def test_an_update_smaller_than_a_step_is_kept_on_average(dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_yardstick_moves_weights_as_rounding_does(dtype: torch.dtype) -> None:
     weight = grid(dtype)
-    assert torch.equal(rounding.once_more({"w"}, dtype, 0)("other", weight), weight)
-    drawn = (rounding.once_more({"w"}, dtype, 0)("w", weight) - weight) / steps(weight, dtype)
+    assert torch.equal(proof.rounded_again({"w"}, dtype, 0)("other", weight), weight)
+    drawn = (proof.rounded_again({"w"}, dtype, 0)("w", weight) - weight) / steps(weight, dtype)
     within = weight + torch.rand(len(weight)) * steps(weight, dtype)  # anywhere between two neighbours
-    rounded = (rounding.at_random(within, dtype, torch.Generator()).float() - within) / steps(weight, dtype)
+    rounded = (fold.round_stochastically(within, dtype, torch.Generator()).float() - within) / steps(weight, dtype)
     assert torch.equal(drawn[:8], torch.zeros(8))
     for moved in (drawn[weight != 0], rounded[weight != 0]):
         assert moved.abs().max() <= 1 and moved.pow(2).mean() == pytest.approx(1 / 6, rel=0.06)

@@ -59,7 +59,7 @@ def found(name: str, more: dict[str, Any], dtype: torch.dtype = torch.bfloat16) 
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
-        return packing_isolation.fault(model, collator, [0, 1, 2])
+        return packing_isolation.find_leak(model, collator, [0, 1, 2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -99,7 +99,7 @@ def test_documents_whose_positions_go_on_are_found() -> None:
             return Output
 
     with torch.no_grad():
-        fault = packing_isolation.fault(Placed(), DataCollatorForLanguageModeling(0, padding_free=True), [])
+        fault = packing_isolation.find_leak(Placed(), DataCollatorForLanguageModeling(0, padding_free=True), [])
     assert "has other logits than alone" in (fault or "")
 
 
@@ -136,10 +136,10 @@ def test_packing_is_refused_before_the_first_step_and_the_remedy_works(objective
 def test_the_proof_changes_nothing_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of(*words(tiny_model(tmp_path / "model"), tmp_path / "runs", "hw.num_cpus=1", "method.dropout=0.1"))
     calls = []
-    kept = packing_isolation.check
-    monkeypatch.setattr(packing_isolation, "check", lambda *some: (kept(*some), calls.append(1)))
+    kept = packing_isolation.check_isolation
+    monkeypatch.setattr(packing_isolation, "check_isolation", lambda *some: (kept(*some), calls.append(1)))
     _, proven = train_here(spec)
-    monkeypatch.setattr(packing_isolation, "check", lambda *some: None)
+    monkeypatch.setattr(packing_isolation, "check_isolation", lambda *some: None)
     _, unproven = train_here(spec)
     losses = [[(line["loss"], line["grad_norm"]) for line in run.metrics()] for run in (proven, unproven)]
     assert losses[0] == losses[1] and calls == [1]

@@ -13,9 +13,8 @@ from benchmarks.objectives import pairs
 from runner.data import commands_dataset
 from runner.errors import RequestError
 from runner.train import model_loading
-from runner.train.objectives import build_trainer
-from runner.train.objectives.registry import objective_of
-from runner.train.token_cache import line_of
+from runner.train.objectives import objective_of
+from runner.train.tokens.token_cache import describe_rows
 from tests.conftest import spec_of, train_here
 from tests.support import preferences
 
@@ -117,10 +116,10 @@ def test_what_is_cut_and_dropped_is_said(folder: Path, tmp_path: Path) -> None:
     spec = spec_of(*preferences.words(folder, "objective=dpo", f"data.path={file}", "train.max_length=70"))
     examples = objective_of(spec).read()
     tokenizer = model_loading.load_tokenizer(spec, spec.model.id)
-    train, held = build_trainer.tokenise(objective_of(spec), examples, tokenizer)
+    train, held = objective_of(spec).tokenise_all(examples, tokenizer)
     dropped = train.num_dropped + (held.num_dropped if held else 0)
     assert dropped == 1 and train.num_truncated > 0
-    assert "cut to the longest length" in line_of(train, len(examples.held))
+    assert "cut to the longest length" in describe_rows(train, len(examples.held))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 from runner.train import model_loading, preload
-from runner.train.objectives.registry import objective_of
+from runner.train.objectives import objective_of
 from tests.conftest import spec_of
 from tests.support.processes import tiny_model, words
 

@@ -24,7 +24,7 @@ from runner.report.progress import Progress
 from runner.resolve import plan_inputs
 from runner.rundir.directory import RunDir
 from runner.runs import inputs
-from runner.train.prepare import prepared
+from runner.train.tokens.fill_token_cache import fill_cache
 from tests.conftest import run_cli, spec_of, train_here
 
 # recipes/pretrain_22m.yaml, small enough for seconds: 2 layers of 64, 384 tokens, 1,500 paragraphs.
@@ -57,7 +57,7 @@ def test_prepare_does_all_that_comes_before_training(tmp_path: Path, monkeypatch
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
     spec = spec_of(*SMALL, "objective.take=200", f"objective.root={tmp_path}", "train.max_steps=1")
     out = io.StringIO()
-    first, again = (prepared(spec, Progress(Console(file=out, width=200))) for _ in range(2))
+    first, again = (fill_cache(spec, Progress(Console(file=out, width=200))) for _ in range(2))
     assert (first["from_cache"], again["from_cache"]) == (False, True) and first["num_tokens"] == again["num_tokens"]
     assert first["num_examples"] == manifest_of(tmp_path / "datasets/train/small")["lines"]
     assert (tmp_path / "artifacts/tokenizer/small/tokenizer.json").is_file()
@@ -131,7 +131,7 @@ def test_another_corpus_is_refused_before_the_run_and_anew_makes_a_tokenizer_of_
         (tmp_path / f"{name}.txt").write_text("".join(letters))
     words = (*SMALL, "data=file", "data.path=abc.txt", "objective.take=null", "train.max_steps=1")
     progress = Progress(Console(file=io.StringIO()))
-    prepared(spec_of(*words), progress)
+    fill_cache(spec_of(*words), progress)
     bundle = tmp_path / "artifacts" / "tokenizer" / "small" / "bundle.json"
     first = json.loads(bundle.read_text("utf-8"))
     spec_of(*words)
@@ -146,7 +146,7 @@ def test_another_corpus_is_refused_before_the_run_and_anew_makes_a_tokenizer_of_
     with pytest.raises(RequestError, match=r"abc\.txt: its files or the field that is read have changed"):
         spec_of(*words)
     (tmp_path / "abc.txt").write_text(text)
-    prepared(spec_of(*other, "objective.shards=anew"), progress)
+    fill_cache(spec_of(*other, "objective.shards=anew"), progress)
     second = json.loads(bundle.read_text("utf-8"))
     assert second["settings"]["fingerprint"] != first["settings"]["fingerprint"]
     spec_of(*other)
@@ -209,7 +209,7 @@ def test_the_disk_plan_counts_shards_and_tokens_where_the_corpus_is_known(
     )
     words = (*SMALL, f"data.path={corpus}", f"objective.root={tmp_path}", "objective.take=null")
     before, on_a_pod = planned(*words), planned(*words, "where=runpod", "hw=a100")
-    prepared(spec_of(*words), Progress(Console(file=io.StringIO())))
+    fill_cache(spec_of(*words), Progress(Console(file=io.StringIO())))
     shards = sum(manifest_of(tmp_path / "datasets" / part / "small")["bytes"] for part in ("train", "val"))
     assert before.disk["shards"] == pytest.approx(shards / 2**30, rel=0.02, abs=0.0006)
     assert on_a_pod.disk["shards"] == before.disk["shards"]
@@ -314,10 +314,10 @@ def test_a_tokenizer_of_the_hub_is_opened_from_there(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_hub)
     words = (*SMALL, "objective.take=50", f"objective.root={tmp_path}")
-    facts = prepared(spec_of(*words, "objective.tokenizer=org/words"), Progress(Console(file=io.StringIO())))
+    facts = fill_cache(spec_of(*words, "objective.tokenizer=org/words"), Progress(Console(file=io.StringIO())))
     assert facts["num_tokens"] > 0 and not (tmp_path / "artifacts/tokenizer/small").exists()
     with pytest.raises(RequestError, match="the Hub has no model org/nothing") as caught:
-        prepared(spec_of(*words, "objective.tokenizer=org/nothing"), Progress(Console(file=io.StringIO())))
+        fill_cache(spec_of(*words, "objective.tokenizer=org/nothing"), Progress(Console(file=io.StringIO())))
     assert caught.value.problems[0].source == "objective.tokenizer"
     rented = spec_of("recipe=pretrain_22m", "objective.tokenizer=org/words", "where=runpod", "hw=a100")
     inputs.check_files(rented)  # nothing of this machine is missed

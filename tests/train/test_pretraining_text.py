@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.data.examples import Example
-from runner.train.objectives import pretraining
+from runner.train.tokens import text_dataset
 from tests.conftest import spec_of
 from tests.support.preferences import words
 
@@ -27,7 +27,7 @@ class Letters:
 @settings(deadline=None)
 @given(st.lists(st.text("abc", max_size=20), min_size=1, max_size=12), st.integers(2, 9), st.booleans())
 def test_every_token_is_there_once_and_in_order(documents: list[str], limit: int, packing: bool) -> None:
-    rows = list(pretraining.sequences(documents, Letters(), limit, packing))
+    rows = list(text_dataset.cut_into_sequences(documents, Letters(), limit, packing))
     expected = [token for document in documents for token in [*map(ord, document), 0]]
     found = [token for row in rows for token in row["input_ids"]]
     assert found == expected[: len(found)]
@@ -48,7 +48,7 @@ def test_what_is_measured_of_a_document_does_not_depend_on_packing(documents: li
     def parts(packing: bool) -> list[list[int]]:
         """Those with something to be learned from."""
         found = []
-        for row in pretraining.sequences(documents, Letters(), limit, packing, whole=True):
+        for row in text_dataset.cut_into_sequences(documents, Letters(), limit, packing, whole=True):
             ids, begin = row["input_ids"], 0
             assert len(ids) <= limit
             for length in row.get("seq_lengths", [len(ids)]):
@@ -67,4 +67,4 @@ def test_conversations_are_refused(tmp_path: Path) -> None:
     tokenizer = model_loading.load_tokenizer(spec, spec.model.id)
     chat = Example(prompt=[{"role": "user", "content": "a"}], completion=[{"role": "assistant", "content": "b"}])
     with pytest.raises(RequestError, match="learns plain text"):
-        pretraining.tokenise([chat], tokenizer, spec)
+        text_dataset.tokenise([chat], tokenizer, spec)

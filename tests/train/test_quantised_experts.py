@@ -19,7 +19,7 @@ from runner.plan.model_shape import shape_of
 from runner.plan.trainable import Training, training_of
 from runner.resolve import fit
 from runner.spec import RunSpec
-from runner.train import model_loading, peft_methods, quantised_experts
+from runner.train import adapter_config, model_loading, quantised_experts
 from runner.train.merge import proof
 from tests.conftest import spec_of
 from tests.plan.test_quantization import model_bytes
@@ -113,7 +113,7 @@ def test_gradients_are_those_of_a_plain_model_of_the_same_weights(
     found = []
     for each in (model, other):
         torch.manual_seed(0)
-        adapted: Any = get_peft_model(each, peft_methods.adapter_config(spec, each))
+        adapted: Any = get_peft_model(each, adapter_config.adapter_config(spec, each))
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:  # zero at first, and then nothing would be learnt of A
                 nn.init.normal_(parameter, std=0.1)
@@ -146,7 +146,7 @@ def test_a_parameter_too_large_for_the_kernels_stays_in_16_bits(
     assert [*quantised_experts.parameters(model.model.layers[0].mlp.experts)] == ["down_proj"]
     assert model_bytes(model) == planned(spec).frozen_bytes
     shapes._shape.cache_clear()
-    adapted: Any = get_peft_model(model, peft_methods.adapter_config(spec, model))
+    adapted: Any = get_peft_model(model, adapter_config.adapter_config(spec, model))
     adapted(IDS, labels=IDS).loss.backward()
     trained = [p for name, p in adapted.named_parameters() if "experts" in name and "lora_B" in name]
     assert len(trained) == 6 and all(p.grad is not None and p.grad.abs().max() > 0 for p in trained)

@@ -17,9 +17,8 @@ from runner.errors import CannotRunError, RequestError, RunFailedError
 from runner.launcher.supervisor import remove_reports
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
-from runner.train import checkpointing, save_rehearsal, worker
-from runner.train.objectives import build_trainer
-from runner.train.save_rehearsal import fix_generation_config
+from runner.train import checkpointing, model_loading, model_saving
+from runner.train.model_saving import fix_generation_config
 from tests.conftest import spec_of, train_here
 from tests.support import tiny_llama
 from tests.train.test_merge import merge
@@ -148,14 +147,14 @@ def never_stopping(model: Any) -> None:
 def test_what_cannot_be_saved_is_refused_before_the_first_step(
     change: Change, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = build_trainer.load_model
+    kept = model_loading.load_to_train
 
     def changed(*some: Any) -> Any:
         model = kept(*some)
         change(model)
         return model
 
-    monkeypatch.setattr(build_trainer, "load_model", changed)
+    monkeypatch.setattr(model_loading, "load_to_train", changed)
     with pytest.raises(RequestError, match="the trained model could not be saved"):
         train_here(spec_of(*asked))
     (folder,) = (tmp_path / "runs").iterdir()
@@ -175,7 +174,7 @@ def test_a_card_that_cannot_be_written_is_found(asked: list[str], monkeypatch: p
     def broken(*some: Any) -> None:
         raise ValueError("no card")
 
-    monkeypatch.setattr(save_rehearsal, "write_card", broken)
+    monkeypatch.setattr(model_saving, "write_card", broken)
     with pytest.raises(RequestError, match="no card"):
         train_here(spec_of(*asked))
 
@@ -228,13 +227,15 @@ def test_a_run_whose_last_save_failed_is_resumed_without_another_step(
     asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = spec_of(*asked)
-    run, kept = RunDir.create(spec), worker.save
-    monkeypatch.setattr(worker, "save", lambda *some: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    run, kept = RunDir.create(spec), model_saving.save_model
+    monkeypatch.setattr(
+        model_saving, "save_model", lambda *some: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError, match="No space left"):
         train_here(spec, run)
     lines = list(run.metrics())
     assert not (run.path / "model").exists() and checkpoints.newest(run) == 4
-    monkeypatch.setattr(worker, "save", kept)
+    monkeypatch.setattr(model_saving, "save_model", kept)
     remove_reports(run)
     train_here(spec, run)
     assert list(run.metrics()) == lines
@@ -246,4 +247,4 @@ def test_nothing_is_sealed_without_weights_and_state(files: list[str], tmp_path:
     for name in files:
         (tmp_path / name).write_text("{}")
     with pytest.raises(RunFailedError, match="does not count as a checkpoint"):
-        checkpointing._check_held(tmp_path)
+        checkpointing._check_complete(tmp_path)

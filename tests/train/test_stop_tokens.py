@@ -16,8 +16,8 @@ from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Preference
 from runner.data.tokenize_rows import PreferenceSettings, encode_preferences
 from runner.errors import RequestError
-from runner.train import chat, export, stop_tokens
-from runner.train.evaluation.generation import Answer, compare, generate, learned_answer
+from runner.train import export, open_model, stop_tokens
+from runner.train.evaluation.generation import Answer, compare_answers, generate, learned_answer
 from runner.train.merge import adapter
 from tests.conftest import spec_of, train_here
 from tests.data.test_loss_mask import ENDS, SPECIAL, body, learned_pieces, whole
@@ -122,7 +122,7 @@ def test_an_answer_that_does_not_stop_is_wrong(tmp_path: Path) -> None:
     assert found == [Answer("w5 w6", "w5 w6", True), Answer("w5 w6 w7 w8", "w5 w6 w7 w8", False)]
     rows = [Example([asks("w4")], [says("w5 w6")]), Example([asks("w4")], [says("w5 w6 w7 w8")]), Example([asks("w4")])]
     words = ChatTokenizer.of(tokenizer)
-    compared = compare(rows, [*found, found[0]], lambda row: learned_answer(words, tokenizer, [1], row))
+    compared = compare_answers(rows, [*found, found[0]], lambda row: learned_answer(words, tokenizer, [1], row))
     assert [(row["exact"], row["stopped"]) for row in compared] == [(True, True), (False, False), (False, True)]
     assert compared[1]["answer"] == compared[1]["expected"] and compared[2]["expected"] is None
 
@@ -155,7 +155,7 @@ def test_calls_are_asked_for_with_their_tools_and_compared_as_the_template_write
     assert right == Answer(call, call, True)
     other = Answer(call.replace("Oslo", "Rome"), call.replace("Oslo", "Rome"), True)
     endless = Answer(call, call, False)
-    compared = compare([row] * 3, [right, other, endless], lambda _: right)
+    compared = compare_answers([row] * 3, [right, other, endless], lambda _: right)
     assert [one["exact"] for one in compared] == [True, False, False]
     assert {one["expected"] for one in compared} == {call} and compared[0]["prompt"] == "q"
     assert OSLO in turns[1]["tool_calls"]
@@ -177,7 +177,7 @@ def test_what_is_saved_stops_where_the_template_ends_a_turn(method: str, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(saved)
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("w63", 63)
     spec = spec_of(*words)
-    model, _ = chat.load(spec, run)
+    model, _ = open_model.load_finished(spec, run)
     assert sorted(model.generation_config.eos_token_id) == [1, 2, 63]
     answers = [json.loads(line) for line in (run.path / "answers_after.jsonl").read_text("utf-8").splitlines()]
     assert answers and all(row["stopped"] or not row["exact"] for row in answers)

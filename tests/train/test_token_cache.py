@@ -24,8 +24,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from runner.data.examples import Example
 from runner.spec import RunSpec
-from runner.train import token_dataset
-from runner.train.objectives import pretraining
+from runner.train.tokens import token_dataset
+from runner.train.tokens import text_dataset
 
 class Rows(list):
     passes = 0  # the first is for the fingerprint
@@ -41,7 +41,7 @@ kind, folder = sys.argv[1], Path(sys.argv[2])
 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
 spec = RunSpec.model_validate_json((folder / "spec.json").read_text("utf-8"))
 rows = Rows(Example(text=f"{n}? " * (n % 5 + 1)) for n in range(2600))
-found = {"dataset": token_dataset, "text": pretraining}[kind].tokenise(rows, tokenizer, spec)
+found = {"dataset": token_dataset, "text": text_dataset}[kind].tokenise(rows, tokenizer, spec)
 print(json.dumps({"from_cache": found.from_cache, "tokens": found.num_tokens, "rows": found.rows["input_ids"][:]}))
 """
 

@@ -14,7 +14,8 @@ from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.load import Example
 from runner.data.loss_mask import IGNORED
 from runner.errors import RequestError
-from runner.train import model_loading, token_dataset
+from runner.train import model_loading
+from runner.train.tokens import token_dataset
 from tests.conftest import spec_of
 
 

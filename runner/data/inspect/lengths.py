@@ -189,8 +189,8 @@ def _spread(examples: list[Learnable]) -> list[Learnable]:
 def optimizer_steps(spec: RunSpec, data: DataLengths) -> tuple[int | None, int | None, list[str]]:
     """Optimiser steps of a resolved run, the tokens they learn from (padding left out), and what was assumed.
 
-    The arithmetic of `runner.train.trainer.num_steps`, which counts rows that are already tokenised. None where
-    the data's size is not known and `train.max_steps` does not stand for it.
+    The arithmetic of `num_steps` in train/trainers/trainer_settings.py, which counts rows that are already tokenised.
+    None where the data's size is not known and `train.max_steps` does not stand for it.
     """
     train = spec.train
     notes: list[str] = []

@@ -130,7 +130,7 @@ def _sliced(k: Block, hidden: Tensor) -> Tensor:
 
 
 def labelled(k: Block, inner: Inner, norm: LayerKind, kind: LayerKind) -> Tensor:
-    """`CountingTrainer.compute_loss` on a CPU: logits in the arithmetic's width, then in fp32, then log-softmax."""
+    """`UnguardedSftTrainer.compute_loss` on a CPU: logits in the arithmetic's width, then in fp32, then log-softmax."""
     t = k.t
     logits = _logits(k, inner, norm, kind)
     wide = k.cast(logits, 4)

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -28,9 +28,24 @@ NEUTRAL: dict[str, tuple[str, ...]] = {
 NEUTRAL_PARTS = ("run", "push", "sweep", "track")
 NEUTRAL_IN_ZERO_UPDATE = ("rank", "alpha", "dropout")
 
+Measurement = dict[str, float]
+"""Loss, exact matches and rewards by name, as in `eval` of `summary.json`."""
 
-def file_of(spec: RunSpec, run: RunDir) -> Path | None:
-    """The file in the sweep's folder with what such a run measures, whether it is there or not; None without a sweep.
+
+class Baseline(TypedDict):
+    """The file in the sweep's folder."""
+
+    run: str
+    """Id of the run that has measured."""
+    result: Measurement
+    logged: dict[str, float] | None
+    """Metrics as the trainer logged them."""
+    answers: str | None
+    """Text of `answers_before.jsonl`."""
+
+
+def baseline_file(spec: RunSpec, run: RunDir) -> Path | None:
+    """Path of the file in the sweep's folder with this run's measurement before training; None without a sweep.
 
     Its name is a digest of the settings, the versions, and the contents of everything that is read.
     """
@@ -45,16 +60,16 @@ def file_of(spec: RunSpec, run: RunDir) -> Path | None:
 def _settings(spec: RunSpec) -> dict[str, Any]:
     """The settings that can change what is measured."""
     values = spec.model_dump(mode="json", exclude=set(NEUTRAL_PARTS))
-    neutral = NEUTRAL | ({"method": NEUTRAL_IN_ZERO_UPDATE} if adds_nothing(spec) else {})
+    neutral = NEUTRAL | ({"method": NEUTRAL_IN_ZERO_UPDATE} if starts_as_base(spec) else {})
     for part, keys in neutral.items():
         values[part] = {key: value for key, value in values[part].items() if key not in keys}
     return values
 
 
-def adds_nothing(spec: RunSpec) -> bool:
-    """The adapter starts with B = 0: to the last bit the model is its base, whatever the rank and the scale.
+def starts_as_base(spec: RunSpec) -> bool:
+    """True if the adapter starts with B = 0: the model then equals its base bit by bit, at any rank and scale.
 
-    Of PEFT's other types none is taken to: a rotation by nothing, or a scale of 1, still rounds.
+    False for PEFT's other types: a rotation by nothing, or a scale of 1, still rounds.
     """
     method = spec.method
     if not isinstance(method, (Lora, QLora4, QLora8)) or method.use_dora:
@@ -62,13 +77,14 @@ def adds_nothing(spec: RunSpec) -> bool:
     return not isinstance(method, Lora) or method.init in ("default", "gaussian")
 
 
-def read(file: Path) -> dict[str, Any]:
-    """What an earlier run has measured: `run`, `result`, `logged`, `answers`; empty where there is none."""
-    return RunDir(file.parent).read(file.name)
+def read(file: Path) -> Baseline | None:
+    """The measurement of an earlier run; None where there is none."""
+    content = RunDir(file.parent).read(file.name)
+    return cast(Baseline, content) if content else None
 
 
-def write(file: Path, content: dict[str, Any]) -> None:
-    """Leave it to the runs that follow."""
+def write(file: Path, content: Baseline) -> None:
+    """Write the measurement for later runs of the sweep."""
     write_atomically(file, json.dumps(content, ensure_ascii=False))
 
 

@@ -5,32 +5,56 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 from torch.nn import functional
 
 from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
-from runner.spec import DataSpec, Pretrain, RunSpec, Sft
-from runner.train import inference_spec
+from runner.spec import RunSpec
+from runner.train import open_model
 from runner.train.artifact_verbs import Say
-from runner.train.chat import load
 from runner.train.evaluation.before_after import MOST
-from runner.train.objectives import build_trainer
-from runner.train.objectives.registry import objective_of
-from runner.train.trainer import autocast
+from runner.train.objectives import objective_of
+from runner.train.open_model import load_finished
+from runner.train.trainers.trainer_settings import autocast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100  # torch's cross_entropy leaves these labels out
 
 
-def evaluation(spec: RunSpec, run: RunDir, options: argparse.Namespace, say: Say) -> dict[str, Any]:
-    """What was measured, also written to `eval.json`."""
+class HeldOut(TypedDict):
+    """Next-token loss of rows, each by itself."""
+
+    loss: float
+    perplexity: float
+    rows: int
+    tokens: int
+    """Learned tokens, over which the loss is a mean."""
+
+
+class Evaluation(TypedDict, total=False):
+    """`eval.json`, and the JSON of `eval`."""
+
+    run_id: str
+    model: Literal["base", "tuned"]
+    held_out: HeldOut
+    tasks: dict[str, dict[str, float]]
+    """lm-eval's figures by task."""
+    seconds: float
+
+
+def evaluation(spec: RunSpec, run: RunDir, options: argparse.Namespace, say: Say) -> Evaluation:
+    """Evaluate a finished run's model or its base; also written to `eval.json`."""
     began = time.monotonic()
-    spec = inference_spec.here(spec, say)
-    model, tokenizer = load(spec, run, base=options.base)
+    spec = open_model.local_spec(spec, say)
+    model, tokenizer = load_finished(spec, run, base=options.base)
     model.eval()
-    facts: dict[str, Any] = {"run_id": run.id, "model": "base" if options.base else "tuned"}
+    facts: Evaluation = {"run_id": run.id, "model": "base" if options.base else "tuned"}
     if options.data or not options.tasks:
         facts["held_out"] = held_out(spec, model, tokenizer, options)
         loss, perplexity = facts["held_out"]["loss"], facts["held_out"]["perplexity"]
@@ -45,17 +69,19 @@ def evaluation(spec: RunSpec, run: RunDir, options: argparse.Namespace, say: Say
     return facts
 
 
-def held_out(spec: RunSpec, model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
+def held_out(
+    spec: RunSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
+) -> HeldOut:
     """Loss per learned token of the run's held-out rows, or of all rows in `--data`, each row by itself."""
-    if not isinstance(spec.objective, (Sft, Pretrain)):
+    spec = spec.model_copy(update={"train": spec.train.model_copy(update={"packing": False})})
+    objective = objective_of(spec)
+    if not objective.per_token_loss:
         what = f"objective={spec.objective.name} has no loss of words"
         raise RequestError(Problem(what, None, "name benchmarks with --tasks; summary.json has its held-out metrics"))
-    spec = spec.model_copy(update={"train": spec.train.model_copy(update={"packing": False})})
     if options.data:
-        spec = _on(spec, str(options.data))
-    objective = objective_of(spec)
+        objective = objective_of(objective.reading(options.data))
     examples = objective.read()
-    rows = build_trainer.tokenise(objective, examples, tokenizer)[0 if options.data else 1]
+    rows = objective.tokenise_all(examples, tokenizer)[0 if options.data else 1]
     if rows is None:
         raise RequestError(Problem("the run held no rows out", None, "name some with --data"))
     total, count = 0.0, 0
@@ -70,18 +96,9 @@ def held_out(spec: RunSpec, model: Any, tokenizer: Any, options: argparse.Namesp
     return {"loss": loss, "perplexity": math.exp(min(loss, MOST)), "rows": len(chosen), "tokens": count}
 
 
-def _on(spec: RunSpec, path: str) -> RunSpec:
-    """All rows of a file, read as the run's own."""
-    update: dict[str, Any] = {"source": "file", "path": path, "sources": [], "eval_path": None, "eval_fraction": 0.0,
-              "max_examples": None}  # fmt: skip
-    data = DataSpec.model_validate(spec.data.model_dump() | update)
-    objective = spec.objective
-    if isinstance(objective, Pretrain):
-        objective = objective.model_copy(update={"experiment": None})
-    return spec.model_copy(update={"data": data, "objective": objective})
-
-
-def benchmarks(spec: RunSpec, model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def benchmarks(
+    spec: RunSpec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
     """lm-eval's figures by task; RequestError for a task that it does not know."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -102,7 +119,7 @@ def benchmarks(spec: RunSpec, model: Any, tokenizer: Any, options: argparse.Name
     return {task: _figures(figures) for task, figures in found["results"].items()}
 
 
-def _figures(figures: dict[str, Any]) -> dict[str, float]:
-    """`acc,none` → `acc`."""
+def _figures(figures: Mapping[str, float | str]) -> dict[str, float]:
+    """lm-eval's names without the filter: `acc,none` → `acc`."""
     numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
     return {name.removesuffix(",none"): float(value) for name, value in numbers.items() if "," in name}

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -24,10 +24,13 @@ from runner.rundir.atomic_folder import whole
 from runner.rundir.directory import RunDir
 from runner.spec import DeepSpeedSpec, RunSpec
 from runner.train import model_loading, stop_tokens
-from runner.train.merge import proof, rounding
+from runner.train.merge import proof
 from runner.train.merge.fold import fold
-from runner.train.save_rehearsal import fix_generation_config
-from runner.train.trainer import autocast
+from runner.train.model_saving import fix_generation_config
+from runner.train.trainers.trainer_settings import autocast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NUM_PROMPTS = 4
 MAX_TOKENS = 128  # of a prompt: 4 × 128 positions of 128,256 fp32 logits (Llama 3) are 0.25 GiB
@@ -38,7 +41,7 @@ FIXED_TEXTS = (
 )
 
 # What rounding the merged weights to 16 bits may do to the logits depends on the model, so it is measured on this one:
-# its weights are rounded once more at random (rounding.once_more), DRAWS times, and the merge may be further from base
+# its weights are rounded once more at random (proof.rounded_again), DRAWS times, and the merge may be further from base
 # + adapter than the furthest of them by these factors. Any two roundings are alike, so the ratio is about 1.
 # SmolLM2-135M, bf16, 281 held-out positions: 0.75 (lora), 0.81 (qlora4), 0.97 (qlora8), 0.89 (DoRA over 4 bits), 0.87
 # (q_proj of one layer). What is wrong: 5.9 (8 bits) and 40 (4 bits) on the unquantised base, 23 by PEFT's own merge,
@@ -51,13 +54,13 @@ GIB = 1 << 30
 
 
 def merge(spec: RunSpec, run: RunDir, target: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Write `target` and prove it; the facts of the proof. RunFailedError, and no `target`, if it does not hold."""
+    """Write `target` and prove it equal; the facts of the proof. RunFailedError, and no `target`, if it is not."""
     adapter = run.path / "model"
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     prompts, what = held_out(spec, run, tokenizer)
     made, (spec, model) = spec, _load(spec, adapter, say)
     dtype = _sixteen_bits(spec, model)
-    with proof.exact(model):
+    with proof.computing_in_fp32(model):
         before = proof.logits(model, prompts)
     with autocast(spec):
         as_run = proof.logits(model, prompts)
@@ -89,7 +92,7 @@ def prove(
     RunFailedError beyond what rounding explains: see `TYPICAL_FACTOR`.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype="auto")
-    with proof.exact(model):
+    with proof.computing_in_fp32(model):
         after = proof.logits(model, prompts)
     found = proof.agreement(before, after)
     # fp32 arithmetic alone, all that is left where nothing had to be rounded
@@ -115,15 +118,20 @@ def prove(
 
 
 def _rounded_once_more(
-    model: Any, prompts: list[list[int]], after: list[torch.Tensor], names: set[str], dtype: torch.dtype, seed: int
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    after: list[torch.Tensor],
+    names: set[str],
+    dtype: torch.dtype,
+    seed: int,
 ) -> proof.Agreement:
-    """How far another rounding of the same weights takes the logits."""
-    with proof.exact(model, rounding.once_more(names, dtype, seed)):
+    """Difference of the logits after another rounding of the same weights."""
+    with proof.computing_in_fp32(model, proof.rounded_again(names, dtype, seed)):
         return proof.agreement(after, proof.logits(model, prompts))
 
 
-def held_out(spec: RunSpec, run: RunDir, tokenizer: Any) -> tuple[list[list[int]], str]:
-    """Token ids of a few prompts to compare on, and what they are: the run's held-out ones with their answers."""
+def held_out(spec: RunSpec, run: RunDir, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], str]:
+    """Token ids of a few prompts to compare on, and their name: the run's held-out ones with their answers."""
     rows = _rows(run.path / "answers_after.jsonl")[:NUM_PROMPTS]
     if not rows:
         return [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in FIXED_TEXTS], "fixed texts"
@@ -169,7 +177,7 @@ def _load(spec: RunSpec, adapter: Path, say: Callable[[str], None]) -> tuple[Run
     return spec, PeftModel.from_pretrained(base, str(adapter))
 
 
-def _sixteen_bits(spec: RunSpec, model: Any) -> torch.dtype:
+def _sixteen_bits(spec: RunSpec, model: PreTrainedModel) -> torch.dtype:
     """The precision to write: the training's; after fp32 training the one that the base was published in, or bf16."""
     if spec.train.precision != "fp32":
         return model_loading.DTYPES[spec.train.precision]

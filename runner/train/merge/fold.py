@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -14,7 +14,9 @@ from torch import nn
 
 from runner.train import quantised_experts
 from runner.train.merge.proof import dequantised, quantised
-from runner.train.merge.rounding import at_random
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SEED = 0  # the same merge gives the same weights
 
@@ -33,18 +35,18 @@ def fold(model: PeftModel, dtype: torch.dtype) -> tuple[Any, set[str]]:
             layer, lora.ParamWrapper
         ):  # a parameter that is no layer's weight: all experts of a mixture in one
             experts, own = layer.get_base_layer(), layer.parameter_name
-            _unpack(experts, own)
+            _unpack_experts(experts, own)
             setattr(experts, own, _widened(getattr(experts, own)))
             layer.merge(safe_merge=True)
-            _settle(experts, dtype, generator)
+            _round_parameters(experts, dtype, generator)
             rounded.add(f"{name.replace('.base_layer', '')}.{own}")  # one wrapper in another where several are adapted
         elif isinstance(layer, lora.LoraLayer):
             packed = quantised(layer.get_base_layer())
-            layer.base_layer = _plain(layer.get_base_layer(), torch.float32)
+            layer.base_layer = _unpacked_layer(layer.get_base_layer(), torch.float32)
             # On the classes for packed layers PEFT's own `merge` packs again; the update itself is the same.
             kind: Any = lora.Linear if packed else type(layer)
             kind.merge(layer, safe_merge=True)
-            _settle(layer.base_layer, dtype, generator)
+            _round_parameters(layer.base_layer, dtype, generator)
             rounded.add(f"{name}.weight")
         elif isinstance(layer, TrainableTokensLayer):  # PEFT copies its fp32 rows into a weight of their own width only
             weight = layer.get_base_layer().weight
@@ -54,28 +56,30 @@ def fold(model: PeftModel, dtype: torch.dtype) -> tuple[Any, set[str]]:
             for own, parameter in list(base.named_parameters(recurse=False)):  # (IA)³ scales a bias, too
                 setattr(base, own, _widened(parameter))
             layer.merge(safe_merge=True)
-            _settle(base, dtype, generator)
+            _round_parameters(base, dtype, generator)
             rounded |= {f"{name}.{own}" for own, _ in base.named_parameters(recurse=False)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged")
         merged = model.merge_and_unload()  # nothing is left to merge: takes the wrappers away, keeps saved modules
     for name, module in list(merged.named_modules()):
         if quantised(module):
-            plain = _plain(module, torch.float32)
-            rounded |= {f"{name}.{own}" for own, parameter in plain.named_parameters() if _loses(parameter, dtype)}
-            _settle(plain, dtype, generator)
+            plain = _unpacked_layer(module, torch.float32)
+            rounded |= {
+                f"{name}.{own}" for own, parameter in plain.named_parameters() if _loses_precision(parameter, dtype)
+            }
+            _round_parameters(plain, dtype, generator)
             merged.set_submodule(name, plain)
         for own in quantised_experts.parameters(module):
-            _unpack(module, own)
-            rounded |= {f"{name}.{own}"} if _loses(getattr(module, own), dtype) else set()
-            _settle(module, dtype, generator)
-    rounded |= {name for name, parameter in merged.named_parameters() if _loses(parameter, dtype)}
-    _settle(merged, dtype, generator)
-    _forget_packing(merged)
+            _unpack_experts(module, own)
+            rounded |= {f"{name}.{own}"} if _loses_precision(getattr(module, own), dtype) else set()
+            _round_parameters(module, dtype, generator)
+    rounded |= {name for name, parameter in merged.named_parameters() if _loses_precision(parameter, dtype)}
+    _round_parameters(merged, dtype, generator)
+    _remove_quantization_config(merged)
     return merged.cpu(), rounded
 
 
-def _plain(module: Any, dtype: torch.dtype) -> Any:
+def _unpacked_layer(module: Any, dtype: torch.dtype) -> Any:
     """The same layer with an unpacked weight of its own in `dtype`; a weight shared with another layer no longer is."""
     if quantised(module):
         bias = module.bias is not None
@@ -87,7 +91,7 @@ def _plain(module: Any, dtype: torch.dtype) -> Any:
     return module
 
 
-def _unpack(experts: Any, own: str) -> None:
+def _unpack_experts(experts: Any, own: str) -> None:
     """Give a mixture's experts a plain parameter in place of a quantised one."""
     packed = quantised_experts.parameters(experts).get(own)
     if packed is not None:
@@ -99,24 +103,41 @@ def _widened(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> nn.
     return nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
 
 
-def _loses(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether rounding to `dtype` changes it."""
+def _loses_precision(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
+    """True if rounding to `dtype` changes the weight."""
     return parameter.is_floating_point() and not torch.equal(parameter, parameter.to(dtype).to(parameter.dtype))
 
 
-def _settle(module: Any, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Parameters to `dtype` and the CPU; buffers such as the rotary frequencies keep their precision.
+def _round_parameters(module: Any, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Round parameters to `dtype`, on the CPU; buffers such as the rotary frequencies keep their precision.
 
     A quantised parameter beside them (the other one of a mixture's experts) holds bits, not numbers.
     """
     for parameter in module.parameters():
         plain = parameter.is_floating_point() and not hasattr(parameter, "quant_state")
         if plain and (parameter.dtype != dtype or parameter.device.type != "cpu"):
-            parameter.data = at_random(parameter.data.cpu().float(), dtype, generator)
+            parameter.data = round_stochastically(parameter.data.cpu().float(), dtype, generator)
 
 
-def _forget_packing(model: Any) -> None:
-    """Take away what says that the model is quantised: it no longer is."""
+def _remove_quantization_config(model: PreTrainedModel) -> None:
+    """Remove the quantisation config of a model that is no longer quantised."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+
+
+def round_stochastically(weight: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Round fp32 to a neighbour in `dtype`, so that the expectation is the weight itself; exact values stay.
+
+    The weights of a base lie on the 16-bit grid already. Rounded to nearest, an update of less than half a step is
+    lost, all of it and in every weight alike: the adapter comes out smaller than it was trained. Rounded up or down at
+    random, with the nearer neighbour as much the likelier, it is kept on average, and what is left is noise that
+    cancels out. SmolLM2-135M after 3 steps of LoRA, bf16, 281 positions: to nearest the logits are typically 0.49 away
+    from base + adapter (whose own effect is 3.8), at random 0.12.
+    """
+    near = weight.to(dtype)
+    rest = weight - near.float()
+    towards = torch.where(rest < 0, -torch.inf, torch.inf).to(dtype)
+    other = torch.nextafter(near, towards)
+    chance = rest / (other.float() - near.float())  # at most 1/2, and 0 where nothing is left to round
+    return torch.where(torch.rand(weight.shape, generator=generator) < chance, other, near)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
@@ -14,13 +15,15 @@ from torch.nn import functional
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from runner.train import quantised_experts
-from runner.train.merge.rounding import Change
-from runner.train.peft_methods import decoder_layers
+from runner.train.adapter_config import decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the logits of two models are apart, over the same tokens."""
+    """Differences between the logits of two models, over the same tokens."""
 
     max_difference: float
     typical_difference: float
@@ -30,7 +33,32 @@ class Agreement:
     positions: int
 
 
-def logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+WeightChange = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def rounded_again(names: Collection[str], dtype: torch.dtype, seed: int) -> WeightChange:
+    """Change of weights (name, fp32 value) as `fold.round_stochastically` makes, for those with the names.
+
+    Between two neighbours one step apart, a weight at a share p of the step moves by p or by 1 − p. Over all p that is
+    the difference of two uniform numbers, times the step.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    limits = torch.finfo(dtype)
+    lowest = math.frexp(limits.tiny)[1]  # below it the steps no longer shrink
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name not in names:
+            return weight
+        # weight = m · 2^e with 0.5 ≤ |m| < 1, and eps is the step at 1 = 0.5 · 2^1
+        exponent = torch.frexp(weight.cpu()).exponent.clamp(min=lowest)
+        noise = torch.rand(weight.shape, generator=generator) - torch.rand(weight.shape, generator=generator)
+        step = torch.ldexp(torch.full(weight.shape, limits.eps / 2), exponent)
+        return weight + (noise * step).to(weight.device) * (weight != 0)
+
+    return change
+
+
+def logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Logits of every prompt, each [s, V] in fp32 on the CPU."""
     model.eval()
     found = []
@@ -51,7 +79,7 @@ def agreement(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> A
 
 
 def quantised(module: Any) -> bool:
-    """A linear layer whose weight bitsandbytes has packed."""
+    """True for a linear layer with a weight packed by bitsandbytes."""
     return isinstance(module, (Linear4bit, Linear8bitLt))
 
 
@@ -65,7 +93,7 @@ def dequantised(module: Any) -> torch.Tensor:
 
 
 @contextmanager
-def exact(model: Any, change: Change = lambda name, weight: weight) -> Iterator[None]:
+def computing_in_fp32(model: PreTrainedModel, change: WeightChange = lambda name, weight: weight) -> Iterator[None]:
     """Context in which the model computes in fp32 with its weights as they stand, packed ones unpacked.
 
     Sixteen-bit arithmetic would hide what the weights say: its own rounding, at every product, is as large as the
@@ -76,16 +104,16 @@ def exact(model: Any, change: Change = lambda name, weight: weight) -> Iterator[
     with ExitStack() as stack:
         for module in model.modules():
             if quantised(module):
-                stack.enter_context(_replaced(module, partial(_multiply, module)))
+                stack.enter_context(_with_forward(module, partial(_multiply, module)))
             elif quantised_experts.parameters(module):
-                stack.enter_context(quantised_experts.exactly(module))
-        for unit in _units(model):
+                stack.enter_context(quantised_experts.computing_in_fp32(module))
+        for unit in _modules_to_widen(model):
             stack.enter_context(_widened(unit, names, change))
         yield
 
 
-def _units(model: Any) -> list[Any]:
-    """What is widened at once: every decoder layer, and every module outside them that has weights of its own."""
+def _modules_to_widen(model: PreTrainedModel) -> list[Any]:
+    """Modules to widen one at a time: decoder layers, and the modules outside them that have weights of their own."""
     path, layers = decoder_layers(model)
     outside = [
         module
@@ -96,12 +124,12 @@ def _units(model: Any) -> list[Any]:
 
 
 def _multiply(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """What a packed layer computes, without its shortcuts (int8 also rounds the activations): x is [..., in]."""
+    """Output of a packed layer without its shortcuts (int8 also rounds the activations); x is [..., in]."""
     return functional.linear(x, dequantised(module).to(x.dtype), module.bias)
 
 
 @contextmanager
-def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+def _with_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -112,13 +140,13 @@ def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = before
 
 
-def _floating(value: Any) -> Any:
-    """In fp32, where it is numbers of another width."""
+def _to_fp32(value: Any) -> Any:
+    """The value in fp32, if it is a floating-point tensor."""
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 @contextmanager
-def _widened(unit: Any, names: dict[int, str], change: Change) -> Iterator[None]:
+def _widened(unit: Any, names: dict[int, str], change: WeightChange) -> Iterator[None]:
     kept: list[tuple[Any, torch.Tensor]] = []
 
     def widen(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -126,7 +154,7 @@ def _widened(unit: Any, names: dict[int, str], change: Change) -> Iterator[None]
             if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):  # packed: bits, not numbers
                 kept.append((parameter, parameter.data))
                 parameter.data = change(names[id(parameter)], parameter.data.float())
-        return tuple(map(_floating, given))  # Mamba gives its head what has the width of the head's weight
+        return tuple(map(_to_fp32, given))  # Mamba gives its head what has the width of the head's weight
 
     def narrow(*_: Any) -> None:
         while kept:

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import Dataset, Features, Value
 from trl import KTOConfig, KTOTrainer
 
 from runner import spec as schema
-from runner.train.evaluation.heldout import Row
-from runner.train.objectives.pairs import REWARDS, Compared, Prepared
+from runner.train.objectives.preference import PreferenceObjective
+from runner.train.trainers.heldout import Row
+from runner.train.trainers.preference_trainer import REWARD_METRICS, TokenisedPairsMixin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from runner.data.examples import Learnable
+    from runner.train.trainers.recording_trainer import Batch
+    from runner.train.trainers.trainer_settings import SharedSettings
 
 
-class KtoTrainer(Prepared, KTOTrainer):  # type: ignore[misc]  # trl has no types
-    """Marked answers; the KL divergence is estimated from answers exchanged within a micro batch, and over all held-out
+class KtoTrainer(TokenisedPairsMixin, KTOTrainer):  # type: ignore[misc]  # trl has no types
+    """KTO; the KL divergence is estimated from answers exchanged within a micro batch, and over all held-out
     rows where they are measured."""
 
-    METRICS = REWARDS | {"kl": "kl"}
-    exchanged: tuple[Any, ...] = ()
+    METRICS = REWARD_METRICS | {"kl": "kl"}
+    exchanged: tuple[torch.Tensor, ...] = ()
     """Log probabilities of the exchanged answers in the last held-out row: the model's, then the reference's."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -35,14 +44,14 @@ class KtoTrainer(Prepared, KTOTrainer):  # type: ignore[misc]  # trl has no type
             dataset = dataset.add_column(f"KL_{column}", [values[index] for index in order])
         return dataset
 
-    def _compute_kl_logps(self, model: Any, batch: Any) -> Any:
-        found = super()._compute_kl_logps(model, batch)
+    def _compute_kl_logps(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        found: torch.Tensor = super()._compute_kl_logps(model, batch)
         if not self.model.training:
             self.exchanged = (*self.exchanged, found)
         return found
 
-    def described(self, row: Row, inputs: Any) -> Row:
-        """With the divergence as it is, which TRL clamps at 0."""
+    def row_metrics(self, row: Row, inputs: Batch) -> Row:
+        """The metrics, with the divergence as it is: TRL clamps it at 0."""
         ours, theirs, *_ = (*self.exchanged, inputs.get("ref_KL_logps"))
         self.exchanged = ()
         return row | {"kl": float(ours) - float(theirs)}
@@ -67,20 +76,19 @@ class KtoTrainer(Prepared, KTOTrainer):  # type: ignore[misc]  # trl has no type
         return found
 
 
-class Kto(Compared):
-    """Marked answers."""
+class Kto(PreferenceObjective[schema.Kto]):
+    """Kahneman-Tversky optimisation (arXiv 2402.01306): answers marked good or bad."""
 
     trainer_class = KtoTrainer
     columns = ("prompt_ids", "completion_ids", "completion_given")
 
-    def features(self, rows: Sequence[Any]) -> Features:
-        """With the mark."""
+    def features(self, rows: Sequence[Learnable]) -> Features:
+        """The columns, and the mark."""
         return Features({**super().features(rows), "label": Value("bool")})
 
-    def settings(self, shared: dict[str, Any]) -> KTOConfig:
-        """TRL's."""
-        objective = self.spec.objective
-        assert isinstance(objective, schema.Kto)
+    def settings(self, shared: SharedSettings) -> KTOConfig:
+        """TRL's settings of KTO."""
+        objective = self.objective_spec
         return KTOConfig(
             **shared,
             beta=objective.beta,

@@ -1,169 +1,128 @@
-"""Plain text → token ids, concatenated and cut into sequences of equal length; nothing lost or padded.
+"""`objective=pretrain`: next-token loss on plain text, and the stages before it: folders, shards, tokenizer.
 
-A document ends with the tokenizer's end of text. One longer than what is left of a sequence goes on in the next; what
-of several documents lies in one sequence does not attend to one another (`seq_lengths`, from which TRL makes
-positions). Read, tokenised and written as a stream: memory does not grow with the text.
-"""
+A finished stage is skipped."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
-from datasets.arrow_writer import ArrowWriter
+from transformers import AutoTokenizer
 
 from runner import spec as schema
-from runner.data.chat_tokenizer import with_bos, with_eos
-from runner.data.examples import Example, fingerprint
-from runner.data.pretraining.sharder import lines_of
-from runner.data.pretraining.workspace import manifest_of, workspace_of
+from runner.data.pretraining import sharder, tokenizer
+from runner.data.pretraining.corpus_checks import check_size, check_tokenizer, check_trained
+from runner.data.pretraining.workspace import Workspace, is_ready, manifest_of, workspace_of
 from runner.errors import Problem, RequestError
-from runner.spec import RunSpec
+from runner.spec import ModelSpec, RunSpec
+from runner.train import model_loading
+from runner.train.distributed import Ranks
 from runner.train.objectives.objective import Examples
 from runner.train.objectives.sft import NextToken
-from runner.train.token_cache import ROWS, Tell, Tokenised, stored, tokenizer_fingerprint
+from runner.train.tokens import text_dataset
+from runner.train.tokens.text_dataset import Shards
+from runner.train.tokens.token_cache import OnProgress, Tokenised
 
-AT_ONCE = 512
-"""Documents that the tokenizer is given together: it spreads them over the cores."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-
-class Shards:
-    """The documents of a folder of shards."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.manifest = folder, manifest_of(folder)
-
-    def __len__(self) -> int:
-        return int(self.manifest.get("lines", 0))
-
-    def __iter__(self) -> Iterator[str]:
-        return lines_of(self.folder)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over the shards' own; empty without any."""
-        digests = [shard["sha256"] for shard in self.manifest.get("shards", [])]
-        return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
+    from runner.data.examples import Example, Learnable
 
 
-def tokenise(
-    documents: Shards | Sequence[Example],
-    tokenizer: Any,
-    spec: RunSpec,
-    tell: Tell | None = None,
-    *,
-    held: bool = False,
-) -> Tokenised:
-    """The rows of a run, or those in the cache; RequestError where there is no token to learn.
-
-    `held`: rows that are measured. What is learned of a document must not depend on packing then: one that does not fit
-    into what is left of a sequence begins the next.
-    """
-    own = documents.fingerprint if isinstance(documents, Shards) else fingerprint(documents)
-    parts = ["text", own, tokenizer_fingerprint(tokenizer), spec.train.max_length, spec.train.packing, held]
-    return stored(parts, lambda folder: _write(documents, tokenizer, spec, folder, tell, held))
-
-
-def _write(
-    documents: Shards | Sequence[Example], tokenizer: Any, spec: RunSpec, folder: Path, tell: Tell | None, held: bool
-) -> dict[str, Any]:
-    """Rows of the entry into `folder`; its facts."""
-    limit, packing = spec.train.max_length, spec.train.packing
-    texts: Iterable[str] = documents if isinstance(documents, Shards) else map(_text, documents)
-    rows = tokens = 0
-    with ArrowWriter(path=str(folder / ROWS)) as writer:
-        for row in sequences(_told(texts, len(documents), tell), tokenizer, limit, packing, whole=held):
-            writer.write(row)
-            rows, tokens = rows + 1, tokens + len(row["input_ids"])
-        if not rows:
-            raise RequestError(Problem("the text holds no token to learn", "data", "name another source"))
-        writer.finalize()
-    return {
-        "num_examples": len(documents),
-        "num_truncated": 0,
-        "num_dropped": 0,
-        "num_split": 0,
-        "num_refused": 0,
-        "num_unlearned": 0,
-        "num_prompt_differs": 0,
-        "num_conversations": 0,
-        "num_tokens": tokens,
-        "packing_efficiency": tokens / (rows * limit) if packing else None,
-    }
-
-
-def _told(texts: Iterable[str], total: int, tell: Tell | None) -> Iterator[str]:
-    """The same, while `tell` hears how many were taken."""
-    for number, text in enumerate(texts):
-        if tell is not None and number % AT_ONCE == 0:
-            tell(number, total)
-        yield text
-    if tell is not None:
-        tell(total, total)
-
-
-def sequences(
-    texts: Iterable[str], tokenizer: Any, limit: int, packing: bool, whole: bool = False
-) -> Iterator[dict[str, list[int]]]:
-    """Rows of `input_ids` and `labels`, [limit] each but for the last; packed ones with `seq_lengths`.
-
-    `whole`: only a document longer than `limit` goes on in the next row, and rows need not be full.
-    """
-    ids: list[int] = []
-    parts: list[int] = []
-    for document in _encoded(texts, tokenizer):
-        if whole and ids and len(document) > limit - len(ids):
-            yield _row(ids, parts, packing)
-            ids, parts = [], []
-        while document:
-            taken = document[: limit - len(ids)]
-            document = document[len(taken) :]
-            ids, parts = ids + taken, [*parts, len(taken)]
-            if len(ids) == limit or not packing:
-                yield _row(ids, parts, packing)
-                ids, parts = [], []
-    if len(ids) > 1:  # one token alone has nothing before it
-        yield _row(ids, parts, packing)
-
-
-def _row(ids: list[int], parts: list[int], packing: bool) -> dict[str, list[int]]:
-    row = {"input_ids": ids, "labels": list(ids)}
-    return row | {"seq_lengths": parts} if packing else row
-
-
-def _encoded(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Ids of every document, with the one that ends it."""
-    stream = iter(texts)
-    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    while some := list(islice(stream, AT_ONCE)):
-        for ids in tokenizer(some)["input_ids"]:
-            yield with_eos(with_bos(ids, begin), end)
-
-
-def _text(example: Example) -> str:
-    if example.text is None:
-        what = "objective=pretrain learns plain text, and the rows are conversations"
-        raise RequestError(Problem(what, "data", "write objective=sft, or data.format=text data.text_field=…"))
-    return example.text
-
-
-class Pretrain(NextToken):
+class Pretrain(NextToken[schema.Pretrain]):
     """Plain text, of `data` or of shards."""
 
+    def prepare(self, say: Callable[[str], None], beat: Callable[[], None], ranks: Ranks) -> None:
+        """Write shards and train a tokenizer, where that is asked for; the main process works, the others wait."""
+        spec, place = self.spec, workspace_of(self.objective_spec)
+        if place is not None:
+            with ranks.main_first(beat) as working:
+                if ranks.main:
+                    _work(spec, self.objective_spec, place, say, working)
+            if not is_ready(place.train, self.objective_spec.shards):
+                what = f"{place.train} is not there on this machine"
+                raise RequestError(Problem(what, "objective.root", "name a folder that all machines share"))
+        if spec.model.from_scratch:
+            # Of random weights `model.id` is the folder of their tokenizer (or its Hub id) from here on.
+            folder = _tokenizer(spec, self.objective_spec, place)
+            self.spec = spec.model_copy(update={"model": spec.model.model_copy(update={"id": folder})})
+
     def read(self) -> Examples:
-        """Shards are streams; rows of `data` are read as ever."""
-        assert isinstance(self.spec.objective, schema.Pretrain)
-        place = workspace_of(self.spec.objective)
+        """Streams of shards, or the rows of `data`."""
+        place = workspace_of(self.objective_spec)
         if place is None:
             return super().read()
         train, val = Shards(place.train), Shards(place.val)
         return Examples(train, val if len(val) else None, f"{train.fingerprint}{val.fingerprint}", [])
 
+    def reading(self, path: Path) -> RunSpec:
+        """The spec with all rows of a file, and no shards."""
+        objective = self.objective_spec.model_copy(update={"experiment": None})
+        return super().reading(path).model_copy(update={"objective": objective})
+
     def tokenise(
-        self, rows: Shards | Sequence[Any], tokenizer: Any, tell: Tell | None = None, *, held: bool = False
+        self,
+        rows: Shards | Sequence[Learnable],
+        tokenizer: PreTrainedTokenizerBase,
+        on_progress: OnProgress | None = None,
+        *,
+        held: bool = False,
     ) -> Tokenised:
         """Sequences of equal length."""
-        return tokenise(rows, tokenizer, self.spec, tell, held=held)
+        return text_dataset.tokenise(
+            cast("Shards | Sequence[Example]", rows), tokenizer, self.spec, on_progress, held=held
+        )
+
+
+def _tokenizer(spec: RunSpec, objective: schema.Pretrain, place: Workspace | None) -> str:
+    """The folder of the tokenizer for random weights, or its Hub id; RequestError where it does not go with them."""
+    name = objective.tokenizer
+    if name is not None and tokenizer.is_hub_id(name):
+        try:
+            with model_loading.explained(ModelSpec(id=name)):
+                size = len(AutoTokenizer.from_pretrained(name))
+        except RequestError as error:
+            remedy = "name a tokenizer.json or a folder that is here, or a Hub id: org/name"
+            raise RequestError(*(Problem(p.what, "objective.tokenizer", remedy) for p in error.problems)) from error
+        check_size(spec, name, size)
+        return name
+    assert name is not None or place is not None  # a rule across parts: without an experiment a tokenizer is named
+    folder = Path(name).expanduser() if name is not None else place.tokenizer  # type: ignore[union-attr]  # as asserted
+    check_tokenizer(spec, folder)
+    return str(tokenizer.bundle_folder(folder))
+
+
+def _work(
+    spec: RunSpec, objective: schema.Pretrain, place: Workspace, say: Callable[[str], None], beat: Callable[[], None]
+) -> None:
+    for folder in (place.train.parent, place.val.parent, place.tokenizer.parent, place.hf_cache):
+        folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("HF_HOME", str(place.hf_cache))
+    os.environ.setdefault("HF_DATASETS_CACHE", str(place.hf_cache / "datasets"))
+    found = sharder.make_shards(place, objective, spec.data, spec.train.seed, say, beat)
+    held = f", {found.val['lines']:,} held out" if found.val else ""
+    count = f"{found.train['lines']:,} documents in {found.train['num_shards']} shards{held}"
+    say(f"Shards  {count}: {'written' if found.made else 'there already'} ({place.train})")
+    if not spec.model.from_scratch or objective.tokenizer:
+        return
+    if objective.shards == "anew" and _is_of_others(spec, place):
+        shutil.rmtree(place.tokenizer, ignore_errors=True)
+    if (place.tokenizer / "tokenizer.json").is_file():
+        if objective.shards == "auto":
+            check_trained(place, sharder.settings_of(objective, spec.data, spec.train.seed))
+        say(
+            f"Tokens  {tokenizer.vocabulary_size(place.tokenizer):,} in the tokenizer that is there ({place.tokenizer})"
+        )
+        return
+    beat()
+    facts = tokenizer.train_tokenizer(place.train, place.tokenizer, int(spec.model.vocab_size or 0))
+    say(f"Tokens  {facts['vocab_size']:,} learned from the shards ({place.tokenizer})")
+
+
+def _is_of_others(spec: RunSpec, place: Workspace) -> bool:
+    """True if the tokenizer was not trained on these shards with these settings."""
+    known, shards = tokenizer.facts_of(place.tokenizer), manifest_of(place.train)["settings"]
+    return known.get("wanted") != spec.model.vocab_size or known.get("settings") != shards

@@ -12,24 +12,27 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from runner.data import user_code, user_code_checks
+from runner.data.examples import Turn
 from runner.errors import RequestError
 from runner.spec import Grpo
 
+Completion = str | Sequence[Turn]
+"""Text, or turns of which the last is the answer."""
 Reward = Callable[..., list[float]]
 
 
-def text_of(completion: str | Sequence[dict[str, Any]]) -> str:
-    """What was answered, as text."""
+def text_of(completion: Completion) -> str:
+    """The answer as text."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
-def exact_match(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
+def exact_match(completions: Sequence[Completion], answer: Sequence[str | list[str] | None], **_: Any) -> list[float]:
     """1 where the answer is the row's, or one of the row's list, but for white space around it."""
     pairs = zip(completions, answer, strict=True)
     return [float(text_of(said).strip() in _rights(right)) for said, right in pairs]
 
 
-def _rights(right: Any) -> list[str]:
+def _rights(right: str | list[str] | None) -> list[str]:
     rights = right if isinstance(right, list) else [] if right is None else [right]
     return [str(one).strip() for one in rights]
 
@@ -40,7 +43,7 @@ def regex(pattern: str) -> Reward:
         raise RequestError(problem)
     wanted = re.compile(pattern, re.DOTALL)
 
-    def reward(completions: Sequence[Any], **_: Any) -> list[float]:
+    def reward(completions: Sequence[Completion], **_: Any) -> list[float]:
         return [float(wanted.search(text_of(said)) is not None) for said in completions]
 
     return reward
@@ -49,13 +52,13 @@ def regex(pattern: str) -> Reward:
 def length(target: int) -> Reward:
     """1 up to `target` characters, 0 from twice as many on, in between a straight line."""
 
-    def reward(completions: Sequence[Any], **_: Any) -> list[float]:
+    def reward(completions: Sequence[Completion], **_: Any) -> list[float]:
         return [max(0.0, min(1.0, 2 - len(text_of(said)) / target)) for said in completions]
 
     return reward
 
 
-def json_validity(completions: Sequence[Any], **_: Any) -> list[float]:
+def json_validity(completions: Sequence[Completion], **_: Any) -> list[float]:
     """1 where the whole answer is JSON."""
     return [float(_is_json(text_of(said))) for said in completions]
 
@@ -83,7 +86,7 @@ def _function(name: str, objective: Grpo) -> Reward:
 
 
 def _named(function: Reward, name: str) -> Reward:
-    """TRL logs a function's `__name__`."""
+    """The function under a name of its own: TRL logs `__name__`."""
 
     def reward(**columns: Any) -> list[float]:
         return function(**columns)

@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +22,20 @@ from runner.data.readers.files import raise_problems
 from runner.data.tokenize_rows import TokenizeSettings, encode_chunk, in_chunks
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec, Sft
-from runner.train.token_cache import ROWS, Tell, Tokenised, stored, tokenizer_fingerprint
+from runner.train.tokens.token_cache import ROWS, OnProgress, Tokenised, cached_rows, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SEQUENCES_AT_ONCE = 1000
 
 
-def tokenise(examples: Sequence[Example], tokenizer: Any, spec: RunSpec, tell: Tell | None = None) -> Tokenised:
+def tokenise(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    spec: RunSpec,
+    on_progress: OnProgress | None = None,
+) -> Tokenised:
     """Tokenise and pack, or take from the cache.
 
     RequestError with every row that the template refuses (unless `data.on_error=skip`), or if nothing is left to learn.
@@ -42,7 +50,7 @@ def tokenise(examples: Sequence[Example], tokenizer: Any, spec: RunSpec, tell: T
         spec.data.on_long,
         spec.data.on_error,
     ]
-    return stored(parts, lambda folder: _write(examples, tokenizer, spec, folder, tell))
+    return cached_rows(parts, lambda folder: _write(examples, tokenizer, spec, folder, on_progress))
 
 
 def _loss_on(spec: RunSpec) -> str:
@@ -50,7 +58,11 @@ def _loss_on(spec: RunSpec) -> str:
 
 
 def _write(
-    examples: Sequence[Example], tokenizer: Any, spec: RunSpec, folder: Path, tell: Tell | None
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    spec: RunSpec,
+    folder: Path,
+    on_progress: OnProgress | None,
 ) -> dict[str, Any]:
     """Rows of the entry into `folder`; its facts."""
     limit = spec.train.max_length
@@ -71,15 +83,15 @@ def _write(
             refused += len({problem.source for problem in chunk.problems})
             problems += chunk.problems[: 1000 - len(problems)]
             done += chunk.examples + len(chunk.problems)
-            if tell is not None:
-                tell(min(done, len(examples)), len(examples))
+            if on_progress is not None:
+                on_progress(min(done, len(examples)), len(examples))
     if problems and (spec.data.on_error == "stop" or not lengths):
         raise_problems(problems)
     if not lengths:
         what = f"none of the {len(examples)} examples has a token to learn within {limit} tokens"
         remedy = "raise train.max_length, or check the field names of the data"
         raise RequestError(Problem(what, None, remedy))
-    groups = bins(lengths, limit) if spec.train.packing else None
+    groups = pack_best_fit(lengths, limit) if spec.train.packing else None
     _write_rows(folder / ROWS, ids_file, labels_file, lengths, groups)
     ids_file.unlink()
     labels_file.unlink()
@@ -110,21 +122,21 @@ def _write_rows(
             flat = [row for rows in members for row in rows]
             totals = [int(sizes[rows].sum()) for rows in members]
             arrays = [
-                _lists(np.concatenate([column[starts[row] : starts[row + 1]] for row in flat]), totals)
+                _list_array(np.concatenate([column[starts[row] : starts[row + 1]] for row in flat]), totals)
                 for column in columns
             ]
             if groups is not None:
-                arrays.append(_lists(sizes[flat], [len(rows) for rows in members]))
+                arrays.append(_list_array(sizes[flat], [len(rows) for rows in members]))
             writer.write_batch(pa.record_batch(arrays, schema=schema))
 
 
-def _lists(values: Any, sizes: Sequence[int]) -> Any:
+def _list_array(values: Any, sizes: Sequence[int]) -> Any:
     """An Arrow array of lists, out of their values one after the other."""
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
-def bins(lengths: Sequence[int], limit: int) -> list[list[int]]:
+def pack_best_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """Indices of the rows of every sequence; rows of no tokens are left out, and each must fit into `limit`.
 
     Best-fit decreasing (arXiv 2404.10830): each row, the longest first, goes into the fullest sequence that has room

@@ -1,4 +1,4 @@
-"""`python -m runner.train.prepare [--json] < spec.json`: tokenise and pack now what a run would do at its beginning.
+"""`python -m runner.train.tokens.fill_token_cache [--json] < spec.json`: tokenise what a run would at its start.
 
 The same functions with the same settings, so the run finds its tokens in the cache.
 """
@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -22,6 +22,9 @@ from runner.report.progress import Progress
 from runner.report.text import dump, print_problems, problems_as_json
 from runner.spec import RunSpec
 from runner.train.__main__ import quiet_libraries
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 
 def main() -> int:
@@ -35,7 +38,7 @@ def main() -> int:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         quiet_libraries(log)
-        facts = prepared(spec, Progress(console))
+        facts = fill_cache(spec, Progress(console))
     except KeyboardInterrupt:
         return InterruptedRun.exit_code
     except Exception as error:
@@ -51,21 +54,21 @@ def main() -> int:
     return 0
 
 
-def _interrupted(number: int, frame: Any) -> None:
+def _interrupted(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def prepared(spec: RunSpec, progress: Progress) -> dict[str, Any]:
-    """Fill the cache for training and held-out rows; what was found."""
-    from runner.train import model_loading, pretraining_stages
+def fill_cache(spec: RunSpec, progress: Progress) -> dict[str, Any]:
+    """Tokenise training and held-out rows into the cache; facts for the JSON of `data prepare`."""
+    from runner.train import model_loading
     from runner.train.distributed import Ranks
-    from runner.train.objectives import build_trainer  # torch and transformers: after the first line
-    from runner.train.objectives.registry import objective_of
-    from runner.train.token_cache import line_of
+    from runner.train.objectives import objective_of
+    from runner.train.tokens.token_cache import describe_rows
 
     began = time.perf_counter()
-    asked, spec = spec, pretraining_stages.prepare(spec, progress.note, lambda: None, Ranks())
     objective = objective_of(spec)
+    objective.prepare(progress.note, lambda: None, Ranks())
+    requested, spec = spec, objective.spec
     data = objective.read()
     if data.note:
         progress.note(data.note)
@@ -73,11 +76,11 @@ def prepared(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     tokenizer = model_loading.load_tokenizer(spec, model_loading.source_of(spec.model, progress.note))
     began = time.perf_counter()
     with progress.stage("Tokenising", "rows"):
-        rows, held = build_trainer.tokenise(objective, data, tokenizer, progress.advance)
+        rows, held = objective.tokenise_all(data, tokenizer, progress.advance)
     seconds = time.perf_counter() - began
-    progress.note(line_of(rows, len(data.held or ())))
+    progress.note(describe_rows(rows, len(data.held or ())))
     entries = [rows.folder] + ([held.folder] if held else [])
-    record_prepared(asked, entries)
+    record_prepared(requested, entries)
     facts = {key: value for key, value in vars(rows).items() if key != "rows"}
     return facts | {
         "num_sequences": len(rows.rows),

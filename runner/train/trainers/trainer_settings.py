@@ -1,18 +1,15 @@
-"""TRL's SFTTrainer with our settings, which the other objectives' trainers share."""
+"""Training settings in TRL's words, which all objectives share; autocast and the number of steps."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-from torch.nn import functional
-from trl import SFTConfig, SFTTrainer
 
 from runner.machine import kernels
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-from runner.train.recording_trainer import RecordingTrainerMixin
 
 SCHEDULES = {
     "cosine": "cosine",
@@ -32,45 +29,8 @@ NEVER = 2**31 - 1
 WSD_DECAY_SHARE = 0.2  # of all steps; 10–20% decays as well as a full cosine (arXiv 2405.18392)
 
 
-class CountingTrainer(RecordingTrainerMixin, SFTTrainer):  # type: ignore[misc]  # trl has no types
-    """SFTTrainer that counts, keeps whole checkpoints, and spares a CPU the head's work where nothing is learned."""
-
-    def sizes(self, inputs: Any) -> tuple[int, int]:
-        """`inputs["input_ids"]` is [b, s]."""
-        mask = inputs.get("attention_mask")
-        if mask is None:  # packed: padding begins a document of its own at every position
-            pad = self.processing_class.pad_token_id
-            mask = (inputs["position_ids"] != 0) | (inputs["input_ids"] != pad)
-        return inputs["input_ids"].numel(), int(mask.sum())
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Mean cross-entropy over the labelled tokens; `inputs["labels"]` is [b, s].
-
-        TRL's fused head saves memory with Triton; without it, it scores every position in fp32 and once more
-        in backward: 1.3 of the 1.9 s of a step of 512 tokens on one CPU thread. So on a CPU the head
-        sees only the positions that have a label in some row. TRL's entropy and token accuracy are not counted then.
-        """
-        if not self.args.use_cpu or self.aux_loss_enabled:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"][:, 1:]
-        columns = (labels != -100).any(0).nonzero().flatten()
-        rest = {key: value for key, value in inputs.items() if key != "labels"}
-        outputs = model(**rest, use_cache=False, logits_to_keep=columns)
-        logits, labels = outputs.logits, labels[:, columns].flatten()
-        if logits.shape[1] != len(columns):  # xLSTM takes `logits_to_keep` and does not look at it
-            logits = logits[:, columns]
-        total = functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
-        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = total / torch.as_tensor(count).clamp(min=1)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # counted over all ranks, whose gradients are averaged
-        return (loss, outputs) if return_outputs else loss
-
-
 def autocast(spec: RunSpec) -> AbstractContextManager[Any]:
-    """The arithmetic that training uses, for evaluation outside the trainer."""
+    """Autocast as in training, for evaluation outside the trainer."""
     if spec.train.precision == "fp32":
         return nullcontext()
     dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float16
@@ -90,42 +50,61 @@ def num_steps(spec: RunSpec, num_rows: int) -> int:
     return -(-int(spec.train.num_epochs * per_epoch * 1000) // 1000)
 
 
-def _pad_to(spec: RunSpec) -> int | str:
-    """On a CPU every packed batch gets the same shape: oneDNN builds a kernel per shape and keeps each one's
-    scratch memory. The main job peaked at 3.1 GiB without this (252 steps) and 2.2 GiB with it (336 steps)."""
-    return spec.train.max_length if spec.hw.accelerator == "cpu" and spec.train.packing else "auto"
+class SharedSettings(TypedDict):
+    """TRL's settings that all objectives have, by its names."""
 
-
-def _held_batch(spec: RunSpec) -> int:
-    """Held-out rows at a time: rows of preferences are measured one by one, and packed ones are full (heldout.py)."""
-    alone = spec.train.packing or spec.objective.name not in ("sft", "pretrain")
-    return 1 if alone else int(spec.train.micro_batch_size)
-
-
-def settings(spec: RunSpec, shared: dict[str, Any]) -> SFTConfig:
-    """`shared_settings` and what supervised fine-tuning adds."""
-    return SFTConfig(
-        **shared,
-        packing=spec.train.packing,
-        pad_to_multiple_of=_pad_to(spec),
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
+    output_dir: str
+    per_device_train_batch_size: int
+    per_device_eval_batch_size: int
+    gradient_accumulation_steps: int
+    num_train_epochs: float
+    max_steps: int
+    learning_rate: float
+    lr_scheduler_type: str
+    lr_scheduler_kwargs: dict[str, int]
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    optim: str
+    bf16: bool
+    fp16: bool
+    use_cpu: bool
+    activation_checkpointing: bool
+    use_liger_kernel: bool
+    liger_kernel_config: dict[str, bool] | None
+    max_length: int
+    seed: int
+    logging_steps: int
+    logging_nan_inf_filter: bool
+    eval_strategy: str
+    eval_steps: int | None
+    metric_for_best_model: str | None
+    greater_is_better: bool | None
+    save_strategy: str
+    save_steps: int
+    save_total_limit: int | None
+    deepspeed: dict[str, Any] | None
+    ddp_find_unused_parameters: bool
+    report_to: list[str]
+    run_name: str
+    disable_tqdm: bool
+    dataloader_pin_memory: bool
 
 
 def shared_settings(
     spec: RunSpec, run: RunDir, total_steps: int, report_to: list[str], deepspeed: dict[str, Any] | None = None
-) -> dict[str, Any]:
+) -> SharedSettings:
     """Our settings in TRL's words. With `deepspeed` (its resolved JSON) before the model is loaded, for ZeRO-3's sake:
-    transformers looks for living settings to know that it has to shard."""
+    transformers looks for existing settings to know that it has to shard."""
     train, evaluate = spec.train, spec.eval
     warmup = round(train.warmup_ratio * total_steps)
-    schedule_options = {}
+    schedule_options: dict[str, int] = {}
     if train.schedule == "wsd":
         schedule_options = {"num_decay_steps": max(1, round(WSD_DECAY_SHARE * total_steps))}
     return {
         "output_dir": str(run.path / "checkpoints"),
         "per_device_train_batch_size": int(train.micro_batch_size),
-        "per_device_eval_batch_size": _held_batch(spec),
+        "per_device_eval_batch_size": 1,  # rows of preferences are measured one by one (heldout.py)
         "gradient_accumulation_steps": int(train.accumulation_steps),
         "num_train_epochs": train.num_epochs,
         "max_steps": train.max_steps or -1,

@@ -1,16 +1,24 @@
-"""Open a finished run with this machine's hardware."""
+"""Load the model of a finished run on this machine's hardware."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
 
 from runner.machine import detect, torch_build
+from runner.rundir.directory import RunDir
 from runner.spec import DeepSpeedSpec, Full, HardwareSpec, RunSpec
+from runner.train import model_loading, stop_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def here(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> RunSpec:
+def local_spec(spec: RunSpec, say: Callable[[str], None] = lambda line: None) -> RunSpec:
     """`spec` as its model can be loaded here: on one GPU or the CPU, in arithmetic and attention that it has.
 
     `say` hears why GPUs that are there are not used.
@@ -55,3 +63,25 @@ def _precision(trained: str, hw: HardwareSpec) -> str:
     if trained == "bf16" and not hw.bf16:
         return "fp16" if hw.accelerator == "cuda" else "fp32"
     return "fp32" if trained == "fp16" and hw.accelerator == "cpu" else trained
+
+
+def load_finished(spec: RunSpec, run: RunDir, *, base: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a finished run, loaded as a user of plain transformers and peft would; an adapter's base
+    stops where its template ends a turn. `spec` is the run's as `local_spec` gives it."""
+    model, tokenizer = _loaded(spec, run, base=base)
+    stop_tokens.align(model, tokenizer)
+    return model, tokenizer
+
+
+def _loaded(spec: RunSpec, run: RunDir, *, base: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = run.path / "model"
+    if not spec.method.adapts and not base:
+        elsewhere = {"package": None, "gguf_file": None, "revision": None, "from_scratch": False}
+        tuned = spec.model_copy(update={"model": spec.model.model_copy(update=elsewhere | {"id": str(folder)})})
+        return model_loading.load_model(tuned, str(folder)), AutoTokenizer.from_pretrained(folder)
+    source = model_loading.source_of(spec.model)
+    tokenizer = model_loading.load_tokenizer(spec, source)
+    model = model_loading.load_model(spec, source)
+    if base:
+        return model, tokenizer
+    return PeftModel.from_pretrained(model, str(folder)), tokenizer

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
@@ -18,19 +18,22 @@ from datasets.utils.logging import disable_progress_bar
 from runner.paths import cache_dir
 from runner.rundir.atomic_folder import cached
 
-SHELF = "tokenised"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CACHE_FOLDER = "tokenised"
 ROWS = "rows.arrow"
 LAYOUT = 6  # raise it when what is stored changes shape: old entries are then left alone
-Tell = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Told after every chunk: rows done, rows in all."""
 
 
 @dataclass(frozen=True)
 class Tokenised:
-    """Token ids ready for the trainer, and what was found on the way."""
+    """Token ids for the trainer, with counts of what was cut, dropped or skipped."""
 
     rows: Dataset
-    """`input_ids` [s], `labels` [s], and `seq_lengths` where packed; preferences: objectives/preference_dataset.py."""
+    """`input_ids` [s], `labels` [s], and `seq_lengths` where packed; preferences: preference_dataset.py."""
     num_examples: int
     num_truncated: int
     num_dropped: int
@@ -52,15 +55,15 @@ class Tokenised:
 
     @property
     def folder(self) -> Path:
-        """Its place in the cache."""
+        """Folder of the entry in the cache."""
         return Path(self.rows.cache_files[0]["filename"]).parent
 
 
-def stored(parts: list[Any], write: Callable[[Path], dict[str, Any]]) -> Tokenised:
+def cached_rows(parts: list[Any], write: Callable[[Path], dict[str, Any]]) -> Tokenised:
     """The entry that `parts` stand for: found, or made by `write`, which puts `rows.arrow` into a folder and gives the
     facts. Two runs may make the same one at once."""
     disable_progress_bar()
-    folder = cache_dir() / SHELF / hashlib.sha256(json.dumps([LAYOUT, *parts]).encode()).hexdigest()[:32]
+    folder = cache_dir() / CACHE_FOLDER / hashlib.sha256(json.dumps([LAYOUT, *parts]).encode()).hexdigest()[:32]
     found = _read(folder)
     from_cache = found is not None
     if found is None:
@@ -81,7 +84,7 @@ def _read(folder: Path) -> tuple[Dataset, dict[str, Any]] | None:
         return None
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over everything that decides a token id: vocabulary, merges, added tokens, template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     body = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -94,8 +97,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
-def line_of(rows: Tokenised, num_eval: int) -> str:
-    """What was found in the data, for people."""
+def describe_rows(rows: Tokenised, num_eval: int) -> str:
+    """The tokenised rows as a line of text."""
     parts = [f"{rows.num_examples:,} examples, {rows.num_tokens:,} tokens"]
     if rows.packing_efficiency is not None:
         parts.append(f"packed into {len(rows.rows):,} sequences, {rows.packing_efficiency:.0%} full")

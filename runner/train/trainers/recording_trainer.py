@@ -1,10 +1,10 @@
-"""Records that every trainer keeps: token counts, and complete checkpoints."""
+"""Trainer mixin that counts tokens, seals checkpoints, and resumes from them exactly."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -13,9 +13,20 @@ from runner.train.checkpointing import CheckpointSealer
 from runner.train.distributed import Ranks
 from runner.train.memory_stats import Peaks
 
+Batch = dict[str, torch.Tensor]
+"""Columns of a micro batch, [b, s] each; of GRPO a list of rows."""
+Loss = torch.Tensor | tuple[torch.Tensor, Any]
+"""The loss, with the model's output where that is asked for."""
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from transformers import PreTrainedModel, Trainer, TrainerControl
+else:
+    Trainer = object
+
 
 def _names(checkpoint: Path) -> set[str]:
-    """Names of a whole model's weights in a checkpoint; none where it holds an adapter, or is DeepSpeed's."""
+    """Names of the weights in a checkpoint of a whole model; empty for an adapter or DeepSpeed's shards."""
     names: set[str] = set()
     for file in checkpoint.glob("model*.safetensors"):
         with safe_open(file, framework="pt") as opened:
@@ -23,26 +34,17 @@ def _names(checkpoint: Path) -> set[str]:
     return names
 
 
-class CutShort(Exception):
-    """A signal came in the middle of a measurement; raised by all processes at the same batch."""
+class EvaluationInterrupted(Exception):
+    """A signal interrupted a measurement; raised by all processes at the same batch."""
 
 
-class RecordingTrainerMixin:
-    """Mixed in before a TRL trainer, which has no types: hence each `type: ignore` at a `super()`."""
+class RecordingTrainerMixin(Trainer):  # type: ignore[misc]  # transformers has no types
+    """Mixed in before a TRL trainer: counts tokens, and seals and loads checkpoints."""
 
     METRICS: ClassVar[Mapping[str, str]] = {}
     """TRL's name of a metric → ours, in `metrics.jsonl`, `evals.jsonl` and `summary.json`."""
 
-    args: Any
-    accelerator: Any
-    control: Any
-    model: Any
-    processing_class: Any
-    state: Any
-    is_deepspeed_enabled: bool
-    lr_scheduler: Any
-    optimizer: Any
-    is_in_train: bool
+    control: TrainerControl
 
     positions = 0
     """Positions computed in the current step, padding included."""
@@ -51,77 +53,77 @@ class RecordingTrainerMixin:
     learning_rate_ratio = 1.0
     """Learning rate of LoRA's B as a multiple of A's."""
     ranks = Ranks()
-    noted: Mapping[str, Any] = {}
-    """What a checkpoint says of itself: processes and ZeRO stage."""
     sealer: CheckpointSealer | None = None
     """Seals the checkpoints; None where none are kept (a bare trainer in a test)."""
     peaks: Peaks | None = None
     """Set once training has begun: a measurement between two steps is no part of its peak."""
 
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, model: PreTrainedModel, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro batch, counted."""
         positions, tokens = self.sizes(inputs)
         self.positions += positions
         self.tokens += tokens
-        return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
 
-    def sizes(self, inputs: Any) -> tuple[int, int]:
+    def sizes(self, inputs: Batch) -> tuple[int, int]:
         """Positions of a micro batch, and how many of them hold a token; `inputs["attention_mask"]` is [b, s]."""
         return inputs["attention_mask"].numel(), int(inputs["attention_mask"].sum())
 
-    def measured(self, logs: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-        """The objective's own metrics among what TRL logs, under our names."""
+    def own_metrics(self, logs: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+        """The objective's metrics among those that TRL logs, under our names."""
         found = {ours: logs.get(prefix + name) for name, ours in self.METRICS.items()}
         return {name: float(value) for name, value in found.items() if value is not None}
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """None: to count them the trainer walks through all modules at every step, and nobody reads `total_flos`."""
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """0: counting walks through all modules at every step, and nothing reads `total_flos`."""
         return 0
 
     def take_counts(self) -> tuple[int, int]:
         """Positions and tokens of all processes since the last call."""
-        positions, tokens = self.ranks.total([self.positions, self.tokens])
+        positions, tokens = self.ranks.all_reduce_sum([self.positions, self.tokens])
         self.positions = self.tokens = 0
         return int(positions), int(tokens)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing, for a run that was ended after its last step: transformers would take one step more."""
+        """Skip the epoch of a run that ended after its last step: transformers would take one more."""
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+        super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """A signal cuts a measurement short: the checkpoint is written at once, and `measure_again` makes up for it."""
+        """A signal interrupts a measurement: the checkpoint is written at once, `repeat_evaluation` makes up for it."""
         try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
-        except CutShort:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationInterrupted:
             self.control.should_evaluate = False
-            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]  # what was logged is not again
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        if self.peaks is None:
-            return super()._evaluate(*args, **kwargs)  # type: ignore[misc]
-        self.peaks.end("train")
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.peaks is not None:
+            self.peaks.end("train")
         try:
-            return super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+            found: dict[str, float] = super()._evaluate(*args, **kwargs)
         finally:
-            self.peaks.end("eval")
+            if self.peaks is not None:
+                self.peaks.end("eval")
+        return found
 
-    def measure_again(self) -> None:
-        """The held-out loss after the step that a run goes on after, with all that hangs on it."""
+    def repeat_evaluation(self) -> None:
+        """Measure the held-out loss after the step that the run resumes from, and update the best metric."""
         found = self._evaluate(None, None)
-        self._determine_best_metric(found, None)  # type: ignore[attr-defined]
+        self._determine_best_metric(found, None)
 
     def replay_evaluation(self, logged: Mapping[str, float]) -> None:
         """Log a measurement of the held-out loss that another run has made, as `evaluate` does its own."""
         found = dict(logged)
-        self.log(found)  # type: ignore[attr-defined]
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)  # type: ignore[attr-defined]
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """LoRA+: every B in a group of its own with a larger learning rate, as `peft.optimizers.loraplus` has it."""
-        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        optimizer: Optimizer = super().create_optimizer(*args, **kwargs)
         if self.learning_rate_ratio == 1:
             return optimizer
         second = {id(p) for name, p in self.model.named_parameters() if ".lora_B." in name}
@@ -137,24 +139,24 @@ class RecordingTrainerMixin:
     def follow_schedule(self) -> None:
         """The next step's learning rate from the schedule in force: in the checkpoint of a run that is made longer lies
         that of the shorter one, which may have come to 0. All our schedules are torch's LambdaLR."""
-        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         rates = [base * share(scheduler.last_epoch) for base, share in pairs]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         scheduler._last_lr = rates
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Every process writes its part; then the whole is sealed beside the training."""
+    def _save_checkpoint(self, model: PreTrainedModel, trial: None) -> None:
+        """Write this process's part of a checkpoint, then have the sealer complete it in the background."""
         if self.sealer is None:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            super()._save_checkpoint(model, trial)
             return
         step = self.state.global_step
         self.sealer.clear(step)
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        self.sealer.seal(step, self.state.best_global_step, self.noted)
+        super()._save_checkpoint(model, trial)
+        self.sealer.seal(step, self.state.best_global_step)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         """peft 0.21 makes an adapter fp32 as it loads it, and TRL trains one over a packed base in bf16: it goes on in
         the precision it had, or a resumed run takes other steps than one that nobody stopped.
 
@@ -167,12 +169,12 @@ class RecordingTrainerMixin:
             self.model.load_state_dict(saved.state_dict())
             return
         before = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in self.model.named_parameters():  # new ones, in part
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(before[name])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Not into DeepSpeed's checkpoints: they hold the weights already, and ZeRO-3 would gather them all."""
+        """Save no model into DeepSpeed's checkpoints, which hold the weights: ZeRO-3 would gather them all."""
         if not (_internal_call and self.is_deepspeed_enabled):
-            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            super().save_model(output_dir, _internal_call)

@@ -1,4 +1,4 @@
-"""What happens beside the steps: metrics.jsonl, progress, stopping early or on a signal."""
+"""Callbacks of the trainer: `metrics.jsonl`, progress, early stopping, stopping on a signal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -17,21 +18,31 @@ from runner.report.progress import Progress
 from runner.rundir.directory import RunDir
 from runner.train.distributed import Ranks
 from runner.train.memory_stats import GIB, gpu_in_use
-from runner.train.recording_trainer import CutShort, RecordingTrainerMixin
 from runner.train.trackers import Tracker
+from runner.train.trainers.recording_trainer import EvaluationInterrupted, RecordingTrainerMixin
 
 SAME_SECONDS = 1.0
 """Two signals so close together are one. Who means it twice is helped by the launcher (launcher/supervisor.py)."""
+
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
 class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """One line of `metrics.jsonl` per optimiser step, one of `evals.jsonl` per evaluation."""
 
     def __init__(
-        self, run: RunDir, progress: Progress, main: bool = True, start: int = 0, tracker: Tracker | None = None
+        self,
+        trainer: RecordingTrainerMixin,
+        run: RunDir,
+        progress: Progress,
+        main: bool = True,
+        start: int = 0,
+        tracker: Tracker | None = None,
     ) -> None:
+        self.trainer = trainer
         self.run, self.progress, self.main, self.start, self.tracker = run, progress, main, start, tracker
-        self.trainer: RecordingTrainerMixin | None = None
         self.started = 0.0
         self.seconds = 0.0
         lines = [line for line in run.metrics() if line["step"] <= start]  # of the run's earlier part
@@ -40,23 +51,32 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has 
         self.total_seconds = sum(line["step_seconds"] for line in lines)
         self.losses: list[float] = [line["loss"] for line in lines]
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.started = clock()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.seconds = clock() - self.started
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         logs = logs or {}
         if "eval_loss" in logs:
-            own = self.trainer.measured(logs, "eval_") if self.trainer is not None else {}
+            own = self.trainer.own_metrics(logs, "eval_")
             line = {"step": state.global_step, "loss": logs["eval_loss"], **own, "time": time.time()}
             known = [(kept["step"], kept["loss"]) for kept in self.run.evals()]
             if (line["step"], line["loss"]) not in known:  # measured again by a run that was ended after its last step
                 self._append("evals.jsonl", line)
-            if self.trainer is not None and self.trainer.is_in_train and state.global_step > self.start:
+            if self.trainer.is_in_train and state.global_step > self.start:
                 self.progress.note(f"  step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
-        if "loss" not in logs or self.trainer is None:
+        if "loss" not in logs:
             return
         positions, tokens = self.trainer.take_counts()
         self.positions, self.tokens = self.positions + positions, self.tokens + tokens
@@ -68,7 +88,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has 
             "loss": float(logs["loss"]),
             "grad_norm": float(logs.get("grad_norm", float("nan"))),
             "learning_rate": float(logs["learning_rate"]),
-            **self.trainer.measured(logs),
+            **self.trainer.own_metrics(logs),
             "tokens_per_second": positions / self.seconds,
             "effective_tokens_per_second": tokens / self.seconds,
             "step_seconds": self.seconds,
@@ -89,35 +109,46 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has 
             self.tracker.log(name, line)
 
 
-class AtStart(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Calls something when everything is ready and nothing is trained yet."""
+class AtTrainBegin(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Calls a function when the trainer has prepared model and optimiser, and has made no step yet."""
 
     def __init__(self, begin: Callable[[], None]) -> None:
         self.begin = begin
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.begin()
 
 
 class StopEarly(EarlyStoppingCallback):  # type: ignore[misc]  # transformers has no types
-    """Too many measurements without a new best: that was the last step, which gets its checkpoint like any other's.
+    """Stop after `patience` measurements without a new best, with a checkpoint of the last step.
 
     transformers forgets the count when a run is resumed, or (`restore_callback_states_from_checkpoint`) changes the
     order of the callbacks.
     """
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         kept = state.stateful_callbacks.get(type(self).__name__, {})
         if kept:
             self.early_stopping_patience_counter = kept["attributes"]["early_stopping_patience_counter"]
         self._stop(control)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
         super().on_evaluate(args, state, control, metrics, **kwargs)
         self._stop(control)
 
-    def _stop(self, control: Any) -> None:
+    def _stop(self, control: TrainerControl) -> None:
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_save = control.should_training_stop = True
 
@@ -140,11 +171,11 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers has n
         self.stopping = False
 
     def install(self) -> None:
-        """Take over both signals."""
+        """Handle SIGINT and SIGTERM."""
         signal.signal(signal.SIGINT, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.received is not None:
             if now - self.since > SAME_SECONDS:
@@ -154,25 +185,29 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers has n
         if not self.training:
             raise KeyboardInterrupt
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.training = True
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.agreed():
             control.should_save = control.should_training_stop = True
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.training and self.agreed():
             control.should_save = control.should_training_stop = True
-            raise CutShort
+            raise EvaluationInterrupted
 
     def agreed(self) -> bool:
-        """Whether to stop: asked of all processes at the same point."""
+        """True if any process has received a signal; all processes call it at the same point."""
         self.stopping = self.stopping or self.ranks.any(self.received is not None)
         return self.stopping
 
-    def settle(self) -> bool:
-        """Whether to stop, with the last step's checkpoint sealed; a later signal ends the process at once."""
+    def finish_training(self) -> bool:
+        """Call when the last checkpoint is sealed; True if a signal stopped it. A later one ends the process."""
         stop = self.agreed()
         self.training = False
         if self.received is not None and not stop:  # just now
@@ -181,7 +216,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers has n
 
 
 def clock() -> float:
-    """Seconds by which work is timed: what was launched on a GPU is done by then.
+    """Seconds of the clock, once all work launched on the GPU is done.
 
     The host waits for the GPU after `on_step_end` only, in `_maybe_log_save_evaluate`: without this a step would be as
     short as its launch.

@@ -8,7 +8,7 @@ A loss is a mean per labelled token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, NoReturn
@@ -29,11 +29,13 @@ REWIND_COVERS = 2
 that were seen before and during the spike" (arXiv 2204.02311 §5.1)."""
 SHOWN_LOSSES = 20
 SHOWN_ROWS = 8
+MakeFacts = Callable[[], Mapping[str, object]]
+"""Makes what else the dump of a broken loss should hold."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What is judged: one micro batch of this process."""
+    """A micro batch of this process, to be judged."""
 
     step: int
     """Optimiser step it belongs to, from 1, as in `metrics.jsonl`."""
@@ -46,7 +48,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one process found; they are exchanged."""
+    """A broken or spiking loss of one process."""
 
     rank: int
     value: float
@@ -54,7 +56,7 @@ class Finding:
 
 
 def is_spike(loss: float, losses: Sequence[float], factor: float) -> bool:
-    """Whether a loss is above `factor` × the median of the last step losses; never before there are enough."""
+    """True if a loss is above `factor` × the median of the last step losses; never before there are enough."""
     recent = losses[-WINDOW:]
     return len(recent) >= MIN_STEPS and loss > factor * median(recent)
 
@@ -79,7 +81,7 @@ class LossGuard:
         self.run, self.ranks, self.note = run, ranks or Ranks(), note
         self.action, self.factor = train.on_loss_spike, train.spike_factor
         self.exact = train.precision == "fp32"
-        kept = self.ranks.from_main(run.read("rewinds.json"))  # nodes may not share a disk
+        kept = self.ranks.broadcast(run.read("rewinds.json"))  # nodes may not share a disk
         self.num_rewinds = int(kept.get("count", 0))
         self.left_out = {int(step) for step in kept.get("skipped_steps", [])}
         """Steps whose data made a spike before a rewind."""
@@ -89,9 +91,9 @@ class LossGuard:
         """Steps of this process' life in which something was not learned."""
 
     def learns(
-        self, batch: MicroBatch, losses: Sequence[float], facts: Callable[[], dict[str, Any]] = dict
+        self, batch: MicroBatch, losses: Sequence[float], facts: MakeFacts = dict
     ) -> bool:  # fmt: skip
-        """Whether this micro batch takes part in learning.
+        """True if this micro batch is to be learned from.
 
         `losses` are the step losses so far; `facts` makes what else the dump of a broken one should hold.
         RunFailedError for a loss that is no number, and for a spike after the last rewind; Rewind for a spike.
@@ -100,7 +102,7 @@ class LossGuard:
         judged = self.action != "ignore" and batch.step not in self.left_out
         spike = judged and is_spike(batch.loss, losses, self.factor)
         # One all-reduce of 16 bytes over gloo; TRL gathers its own numbers at every micro batch, too.
-        num_broken, num_spikes = self.ranks.total([float(broken), float(spike)])
+        num_broken, num_spikes = self.ranks.all_reduce_sum([float(broken), float(spike)])
         if num_broken:
             if broken:
                 self._dump(batch.step, batch.rows, losses, micro_batch=batch.number, loss=batch.loss, **facts())
@@ -112,12 +114,12 @@ class LossGuard:
             self.skipped.add(batch.step)
             return False
         if num_spikes:
-            self._spiked(batch, self._exchange(spike, batch.loss, batch.rows), median(losses[-WINDOW:]))
+            self._handle_spike(batch, self._exchange(spike, batch.loss, batch.rows), median(losses[-WINDOW:]))
             return False
         return True
 
     def check_norm(
-        self, step: int, norm: float, rows: list[int], losses: Sequence[float], facts: Callable[[], dict[str, Any]]
+        self, step: int, norm: float, rows: list[int], losses: Sequence[float], facts: MakeFacts
     ) -> None:  # fmt: skip
         """RunFailedError where the gradient of a step was no number; not for fp16, whose scaler passes over such steps.
 
@@ -137,12 +139,12 @@ class LossGuard:
             checkpoints.discard(self.run, [step for step in done if step >= self.rewound_from])
 
     def _exchange(self, mine: bool, value: float, rows: list[int]) -> list[Finding]:
-        """The findings of all processes that have one; each gets the same list."""
-        found = self.ranks.gather(Finding(self.ranks.rank, value, rows) if mine else None)
+        """The findings of all processes."""
+        found = self.ranks.all_gather(Finding(self.ranks.rank, value, rows) if mine else None)
         return [finding for finding in found if finding is not None]
 
     def _dump(self, step: int, row_ids: list[int], losses: Sequence[float], **facts: Any) -> None:
-        """`nan/step-<k>-rank<r>.json`; a number that JSON does not know is written as text."""
+        """Write `nan/step-<k>-rank<r>.json`, numbers that JSON lacks as text."""
         (self.run.path / "nan").mkdir(exist_ok=True)
         facts = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
         rank = self.ranks.rank
@@ -161,8 +163,8 @@ class LossGuard:
             )
         )
 
-    def _spiked(self, batch: MicroBatch, found: list[Finding], middle: float) -> None:
-        """Skip: say so. Rewind: note the steps to leave out, for the worker that starts again."""
+    def _handle_spike(self, batch: MicroBatch, found: list[Finding], middle: float) -> None:
+        """Skip the step, or write the steps to leave out and raise Rewind: the worker is then started again."""
         worst = max(finding.value for finding in found)
         what = (
             f"the loss jumped to {worst:.4g} at step {batch.step}, {worst / middle:.1f} × the median of the last "

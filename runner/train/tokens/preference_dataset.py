@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Features, Json
 from datasets.arrow_writer import ArrowWriter
@@ -20,33 +20,36 @@ from runner.data.readers.files import raise_problems
 from runner.data.tokenize_rows import PreferenceSettings, encode_preferences, in_chunks
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
-from runner.train.token_cache import ROWS, Tell, Tokenised, stored, tokenizer_fingerprint
+from runner.train.tokens.token_cache import ROWS, OnProgress, Tokenised, cached_rows, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def tokenise(
     rows: Sequence[Learnable],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     spec: RunSpec,
     settings: PreferenceSettings,
     features: Features,
-    tell: Tell | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Tokenised:
     """Rows of the objective's kind, tokenised in the columns of `features`, or from the cache.
 
     RequestError with every row that the template refuses (unless `data.on_error=skip`), or where none is short enough.
     """
     parts = ["pairs", fingerprint(rows), tokenizer_fingerprint(tokenizer), vars(settings), spec.data.on_error]
-    return stored(parts, lambda folder: _write(rows, tokenizer, spec, settings, features, folder, tell))
+    return cached_rows(parts, lambda folder: _write(rows, tokenizer, spec, settings, features, folder, on_progress))
 
 
 def _write(
     rows: Sequence[Learnable],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     spec: RunSpec,
     settings: PreferenceSettings,
     features: Features,
     folder: Path,
-    tell: Tell | None,
+    on_progress: OnProgress | None,
 ) -> dict[str, Any]:
     """Rows of the entry into `folder`; its facts."""
     counts = dict.fromkeys(("truncated", "dropped", "tokens", "prompt_differs", "conversations"), 0)
@@ -63,8 +66,8 @@ def _write(
             refused += len({problem.source for problem in chunk.problems})
             problems += chunk.problems[: 1000 - len(problems)]
             done += chunk.examples + len(chunk.problems)
-            if tell is not None:
-                tell(min(done, len(rows)), len(rows))
+            if on_progress is not None:
+                on_progress(min(done, len(rows)), len(rows))
         writer.finalize()
     if problems and (spec.data.on_error == "stop" or not kept):
         raise_problems(problems)

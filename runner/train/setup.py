@@ -1,0 +1,188 @@
+"""Setup of a run: rows tokenised, model loaded, trainer built; everything before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import set_seed
+
+from runner.data.row_checks import nothing_held_out
+from runner.errors import RequestError
+from runner.report.progress import Progress
+from runner.rundir import checkpoints
+from runner.rundir.directory import RunDir
+from runner.rundir.json_files import State, StatusFacts
+from runner.spec import RunSpec
+from runner.train import deepspeed_config, model_loading, model_saving, preload, stop_tokens, trainable_weights
+from runner.train.checkpointing import CheckpointPush, CheckpointSealer
+from runner.train.distributed import Ranks
+from runner.train.evaluation.before_after import BeforeAfter
+from runner.train.heartbeat import Heartbeat
+from runner.train.memory_stats import Peaks
+from runner.train.objectives import objective_of
+from runner.train.objectives.objective import Examples, Objective
+from runner.train.run_environment import check_fingerprints, environment, fingerprints
+from runner.train.tokens.token_cache import Tokenised, describe_rows
+from runner.train.trackers import Tracker, tracker_of
+from runner.train.trainers.callbacks import MetricsWriter, StopOnSignal
+from runner.train.trainers.guarded_trainer import LossGuardMixin
+from runner.train.trainers.loss_guard import LossGuard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Unpack
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process of a run: where it writes, whom it works with, and how it is stopped."""
+
+    run: RunDir
+    progress: Progress
+    stop: StopOnSignal
+    ranks: Ranks
+    heartbeat: Heartbeat
+
+    def enter(self, state: State, **facts: Unpack[StatusFacts]) -> None:
+        """Begin a state of the run: a heartbeat, and `status.json` by the main process."""
+        self.heartbeat.beat(state)
+        if self.ranks.main:
+            self.run.set_status(state, **facts)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run, and what they were tokenised with."""
+
+    examples: Examples
+    source: str
+    """Hub id or folder of the model, for `from_pretrained`."""
+    tokenizer: PreTrainedTokenizerBase
+    train: Tokenised
+    held: Tokenised | None
+    fingerprints: dict[str, str]
+    """Digests of rows and tokenizer, which a resumed run must find again."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that can begin to train."""
+
+    spec: RunSpec
+    """With the tokenizer that pretraining made."""
+    data: Data
+    start: int
+    """Step after which the run resumes; 0 for a new one."""
+    steps: int
+    """Optimiser steps in total."""
+    trainer: LossGuardMixin
+    metrics: MetricsWriter
+    before_after: BeforeAfter
+    tracker: Tracker
+    sealer: CheckpointSealer
+    push: CheckpointPush
+    peaks: Peaks
+
+
+def set_up(spec: RunSpec, process: Process) -> Setup:
+    """Load everything and build the trainer; RequestError for what can only be known now."""
+    run, progress, ranks = process.run, process.progress, process.ranks
+    start = _resume_step(process)
+    peaks = Peaks(spec.hw.accelerator == "cuda")
+    if spec.hw.accelerator == "cpu" and spec.hw.num_cpus:
+        torch.set_num_threads(max(1, spec.hw.num_cpus // (spec.hw.num_processes or 1)))
+    set_seed(spec.train.seed)
+
+    objective = objective_of(spec)
+    objective.prepare(progress.note, process.heartbeat.beat, ranks)
+    spec = objective.spec
+    data = _load_data(objective, process, start)
+    steps = objective.num_steps(len(data.train.rows))
+    tracker = tracker_of(spec, run, progress.note, ranks.main)
+    if line := tracker.start():
+        progress.note(line)
+    # Before the model is loaded, which ZeRO-3 shards as it is: transformers finds it by the settings' being there.
+    config = deepspeed_config.deepspeed_config(spec, run, data.source)
+    config = deepspeed_config.config_to_resume(spec, run, start, ranks, config)
+    settings = objective.trainer_settings(run, steps, list(tracker.report_to), config)
+    model = _load_model(spec, data, process)
+
+    push = CheckpointPush(run, spec.push, progress.note)
+    noted = {"processes": ranks.world, "stage": spec.deepspeed.name, **data.fingerprints}
+    sealer = CheckpointSealer(run, ranks, spec.train.keep_checkpoints, process.heartbeat, push.enqueue, noted)
+    guard = LossGuard(spec.train, run, ranks, progress.note)
+    trainer = objective.build_trainer(
+        data.source, model, data.tokenizer, (data.train, data.held), args=settings, guard=guard, sealer=sealer
+    )
+    metrics = MetricsWriter(trainer, run, progress, ranks.main, start, tracker)
+    before_after = BeforeAfter(trainer, objective, data.examples, spec, run, progress, process.heartbeat)
+    if ranks.main:
+        model_saving.keep_initial_adapter(spec, trainer.model, run)
+    _say_what_trains(spec, trainer.model, progress)
+    facts = environment(spec, trainer.model, data.source, data.fingerprints)
+    if ranks.main:
+        run.write("environment.json", {**facts, "processes": ranks.world})
+    return Setup(spec, data, start, steps, trainer, metrics, before_after, tracker, sealer, push, peaks)
+
+
+def _resume_step(process: Process) -> int:
+    """Step of the newest complete checkpoint, 0 without one. Whatever the run wrote after it is removed."""
+    run, ranks = process.run, process.ranks
+    step: int = ranks.broadcast((checkpoints.newest(run, process.progress.note) or 0) if ranks.main else 0)
+    if ranks.main:
+        checkpoints.discard(run, [later for later in checkpoints.steps(run) if later > step])
+        run.cut_after(step)
+    if step:
+        process.progress.note(f"Resumes after step {step}")
+    ranks.barrier()
+    return step
+
+
+def _load_data(objective: Objective[Any], process: Process, start: int) -> Data:
+    """Rows read and tokenised: by the main process, the others find them in the cache."""
+    spec, progress = objective.spec, process.progress
+    examples = preload.taken(preload.ROWS, spec, process.run) or objective.read()
+    if examples.note:
+        progress.note(examples.note)
+    with process.ranks.main_first(process.heartbeat.beat) as working:
+
+        def count(done: int, total: int) -> None:
+            """Show progress, and beat."""
+            progress.advance(done, total)
+            working()
+
+        source = model_loading.source_of(spec.model, progress.note)
+        tokenizer = model_loading.load_tokenizer(spec, source)
+        with progress.stage("Tokenising", "rows"):
+            train, held = objective.tokenise_all(examples, tokenizer, count)
+    progress.note(describe_rows(train, len(examples.held or ())))
+    if spec.eval.every_steps and (held is None or not len(held.rows)):
+        raise RequestError(nothing_held_out(spec))
+    found = fingerprints(tokenizer, examples.fingerprint)
+    if process.ranks.main:
+        check_fingerprints(spec, process.run, found, start)
+    return Data(examples, source, tokenizer, train, held, found)
+
+
+def _load_model(spec: RunSpec, data: Data, process: Process) -> PreTrainedModel:
+    """The model that trains, without its adapter; its generation config can be saved and stops at the end of a turn."""
+    note, tokenizer = process.progress.note, data.tokenizer
+    loaded = preload.taken(preload.WEIGHTS, spec, process.run)
+    model = model_loading.load_to_train(spec, data.source, tokenizer, loaded)
+    if line := model_saving.fix_generation_config(model):
+        note(line)
+    if data.train.num_conversations and (added := stop_tokens.align(model, tokenizer, save=True)):
+        note(f"Stops   at {' and '.join(added)}, too, where the chat template ends a turn; saved with the model")
+    trainable_weights.mark_trainable(spec, model)
+    return model
+
+
+def _say_what_trains(spec: RunSpec, model: PreTrainedModel, progress: Progress) -> None:
+    trainable, total, lines = trainable_weights.describe_trainable(model)
+    progress.note(f"Trains  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    shown = lines if len(lines) <= 8 else [*lines[:7], f"and {len(lines) - 7} more"]
+    progress.note("        " + ", ".join(shown))
+    if line := trainable_weights.wrong_formula(spec, model):
+        progress.note(line)

@@ -1,0 +1,1 @@
+"""Rows as token ids: tokenised, packed, and cached by content."""
