@@ -24,7 +24,7 @@ from runner.cloud.provider import Provider, place_of
 from runner.cloud.provider_errors import NoBalanceError, StillThereError
 from runner.cloud.providers import provider_of
 from runner.cloud.reconcile import reconcile
-from runner.cloud.session import Session
+from runner.cloud.session import FINISHED, Session, before_its_end
 from runner.cloud.sweep_pool import Pool, machine_key
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
 from runner.report.failure_causes import cause_of
@@ -34,7 +34,6 @@ from runner.rundir.directory import Outcome, RunDir, display_path
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.spec import RunSpec
 
-FINISHED = ("done", "failed")
 OF_THIS_MACHINE = (OSError, MemoryError)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 LOG_CHARS = 20_000
@@ -402,12 +401,12 @@ def _brought_from_stopped(session: Session, error: PodGoneError) -> dict[str, An
         rented.say(f"Starts  pod {rented.pod.id}: {error}, and its disk may have the result")
         reuse_pod.start_again(rented, place, rented.say)
         session.agent = session.login().agent() or session.agent
-        ended_in = session.agent.get("ended_in") or session.agent.get("state")
-        if ended_in not in FINISHED:
+        last = before_its_end(session.agent)
+        if last.get("state") not in FINISHED:
             session.collect(final=False)
             session.agent = {}
             return None
-        return {**session.agent, "state": ended_in}
+        return last
     except (RunnerError, OSError) as failed:
         if not over and _may_start_again(rented):
             rented.say(f"Warning: what pod {rented.pod.id} has could not be brought here: {failed}")

@@ -21,7 +21,7 @@ from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Ledger, LedgerError
 from runner.cloud.provider import OVER, Pod, Provider
 from runner.cloud.providers import cloud_of, connect, name_of, provider_class
-from runner.cloud.session import END_STATES, Session
+from runner.cloud.session import END_STATES, FINISHED, Session, before_its_end
 from runner.cloud.ssh import CommandError, LostError
 from runner.config import credentials, json_text
 from runner.errors import CannotRunError, InterruptedRun, Problem, RequestError, RunFailedError
@@ -31,7 +31,6 @@ from runner.spec import RentedPlace, RunSpec
 LISTENING_MINUTES = 10.0
 """How long a pod waits for somebody who has come back and falls silent again."""
 STARTING_SECONDS = 600.0
-FINISHED = ("done", "failed")
 UNKNOWN_DEADLINE_S = 24 * 3600.0
 """For a pod that tells no deadline: its agent knows one."""
 
@@ -71,11 +70,7 @@ def fetch(words: str, output_dir: Path, console: Console) -> int:
             display.say(f"Copied  what there is so far to {display_path(session.run.path)}; the run goes on")
             return 0
         _listen(session, LISTENING_MINUTES)
-        ended_in = session.agent.get("ended_in") or session.agent.get("state")
-        last = {**session.agent, "state": ended_in}
-        if last["state"] not in FINISHED:
-            last["message"] = f"the pod ended it: {session.agent.get('message')}"
-        return executor.finish(session, last, display).exit_code
+        return executor.finish(session, before_its_end(session.agent), display).exit_code
 
 
 def status(words: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ LOADS = 4
 MARGIN_SECONDS = 90.0
 """Before the pod's own end the launcher ends the training, so that there is time to bring its checkpoint home."""
 END_STATES = ("done", "failed", "ending", "refused")
+FINISHED = ("done", "failed")
 
 
 @dataclass
@@ -307,6 +308,17 @@ class Session:
         if self.at is not None:
             self.at.connection.close()
             self.at = None
+
+
+def before_its_end(agent: dict[str, Any]) -> dict[str, Any]:
+    """The agent's status as the run left it. A pod that has ended itself since says why in `message`: that is nothing
+    about a run that was over."""
+    if agent.get("state") != "ending":
+        return agent
+    ended_in, message = agent.get("ended_in") or "ending", f"the pod ended it: {agent.get('message')}"
+    if ended_in in FINISHED:
+        message = "the upload failed" if agent.get("uploaded") is False else ""
+    return {**agent, "state": ended_in, "message": message or None}
 
 
 def mirrored_status(run: RunDir, status: dict[str, Any], rented: Lease) -> None:

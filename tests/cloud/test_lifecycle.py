@@ -35,7 +35,7 @@ from runner.cloud.remote_run import _listen
 from runner.cloud.rent_pod import acquire
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.runpod_provider import RunPod
-from runner.cloud.session import Session
+from runner.cloud.session import Session, before_its_end
 from runner.cloud.ssh import LostError
 from runner.cloud.ssh_keys import KeyPair
 from runner.errors import Problem, RunFailedError
@@ -304,6 +304,23 @@ def test_a_launcher_that_leaves_its_pod_to_another_command_was_heard_of(emulator
     rented.ledger.set(rented.name, updated=now() - 3 * 3600)
     rented.ledger.leave(rented.name)  # its disk is full: `fetch` goes on
     assert reconcile(RunPod(), Ledger()) == [] and list(emulator.pods()) == [rented.pod.id]
+
+
+@pytest.mark.parametrize(
+    ("agent", "stood", "message"),
+    [
+        ({"state": "ending", "ended_in": "done", "exit_code": 0}, "done", None),
+        ({"state": "ending", "ended_in": "failed", "exit_code": 1}, "failed", None),
+        ({"state": "ending", "ended_in": "done", "uploaded": False}, "done", "the upload failed"),
+        ({"state": "ending", "ended_in": "training"}, "training", "the pod ended it: no sign of the launcher"),
+        ({"state": "failed", "ended_in": None}, "failed", "no sign of the launcher"),
+    ],
+)
+def test_why_a_pod_ended_itself_is_no_failure_of_a_run_that_was_over(
+    agent: dict[str, Any], stood: str, message: str | None
+) -> None:
+    found = before_its_end({**agent, "message": "no sign of the launcher"})
+    assert (found["state"], found["message"]) == (stood, message)
 
 
 @pytest.mark.parametrize(("minutes", "stands"), [(10.0, "done"), (10.0, "training"), (None, "training")])
