@@ -12,7 +12,7 @@ from rich.console import Console
 
 from runner.cli.options import Arguments, Finite, as_json_option, one_run, reports_errors, request_of, takes_words
 from runner.errors import Problem
-from runner.report.text import dump
+from runner.report.text import dump, without_control_sequences
 
 all_option = click.option(
     "--all", "everything", is_flag=True, help="Also the account's pods that are not of this project: to look at alone."
@@ -238,7 +238,7 @@ def logs(run: str, follow: bool, tail: int, source: str | None) -> None:
     api, ledger = _ready(run)
     _, pod_id, _ = fleet.find_pod(api, ledger, run)
     for line in api.logs(pod_id, source=source, tail=tail, follow=follow):
-        click.echo(line)
+        click.echo(without_control_sequences(line))
 
 
 @pods.command()

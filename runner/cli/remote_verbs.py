@@ -10,7 +10,7 @@ from rich.console import Console
 
 from runner.cli.options import as_json_option, output_dir_option, reports_errors
 from runner.report import terminal
-from runner.report.text import dump
+from runner.report.text import dump, without_control_sequences
 
 
 @click.command()
@@ -88,7 +88,7 @@ def status(run_id: str, as_json: bool) -> None:
         return
     for name, value in facts.items():
         if value is not None:
-            click.echo(f"{name.replace('_', ' '):16} {value}")
+            click.echo(f"{name.replace('_', ' '):16} {without_control_sequences(str(value))}")
 
 
 @click.command()
@@ -108,6 +108,6 @@ def logs(run_id: str, follow: bool, lines: int, as_json: bool) -> None:
     from runner.cloud.remote_run import logs as read
 
     for line in read(run_id, follow, lines):
-        click.echo(dump({"line": line}) if as_json else line)
+        click.echo(dump({"line": line}) if as_json else without_control_sequences(line))
         if terminal.lost():  # `| head`: nobody reads on
             return

@@ -29,6 +29,7 @@ from runner.config import json_text
 from runner.errors import Problem, RunnerError
 from runner.report.invocation import as_invoked
 from runner.report.progress import Progress
+from runner.report.text import without_control_sequences
 from runner.rundir.directory import RunDir
 
 TICK_SECONDS = 0.5
@@ -42,7 +43,6 @@ NOT_HERE = ("status.json",)
 NOT_PLAIN = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMLINK, errno.ENXIO)
 """A link, a folder or a pipe is where a file belongs (EMLINK for a link on BSD)."""
 LONGEST_LINE = 64 << 20
-CONTROL = re.compile(r"\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 WORDS = "logs/worker.log"
 TOO_MUCH = "Warning: the pod's logs are more than a run's can be, or than this disk has room for: no more is copied"
 
@@ -242,11 +242,6 @@ def _is_ours(name: str, patterns: tuple[str, ...]) -> bool:
     return any(re.fullmatch(one, name) for one in told)
 
 
-def without_control_sequences(text: str) -> str:
-    """A line without terminal control sequences."""
-    return CONTROL.sub("", text)
-
-
 class Display:
     """Output of a run in a pod on this terminal: lines, and a live bar. A context manager around following it."""
 
@@ -265,7 +260,7 @@ class Display:
 
     def say(self, line: str) -> None:
         """Print one line."""
-        self.console.print(as_invoked(line), highlight=False, soft_wrap=True, markup=False)
+        self.console.print(without_control_sequences(as_invoked(line)), highlight=False, soft_wrap=True, markup=False)
 
     def tell(self, news: News) -> None:
         """Show what happened in the pod; what is no number where one belongs is not shown."""

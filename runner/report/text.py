@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,15 @@ TITLES = {
 }
 
 
+CONTROL = re.compile(r"\x1b\][^\x07\x1b]*(\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""What a terminal obeys (ECMA-48, and xterm's OSC), but for tabs and line breaks."""
+
+
+def without_control_sequences(text: str) -> str:
+    """A text without terminal control sequences: parts of it may be a stranger's, such as a pod's."""
+    return CONTROL.sub("", text)
+
+
 def print_problems(console: Console, error: RunnerError, *, started: bool = False, title: str | None = None) -> None:
     """One line per problem, its remedy below it; `started`: the worker was at it already."""
     title = title or TITLES.get(error.exit_code, "Error")
@@ -45,12 +55,13 @@ def print_problems(console: Console, error: RunnerError, *, started: bool = Fals
     with ascii_fallback(console):
         console.print(Text(title, style="bold red"))
         for problem in error.problems:
-            line = Text("  • ").append(as_invoked(problem.what))
+            line = Text("  • ").append(without_control_sequences(as_invoked(problem.what)))
             if problem.source:
-                line.append(f"  ({problem.source})", style="dim")
+                line.append(f"  ({without_control_sequences(problem.source)})", style="dim")
             console.print(line, soft_wrap=True)
             if problem.remedy:
-                console.print(Text(f"    → {as_invoked(problem.remedy)}", style="green"), soft_wrap=True)
+                remedy = without_control_sequences(as_invoked(problem.remedy))
+                console.print(Text(f"    → {remedy}", style="green"), soft_wrap=True)
 
 
 def problems_as_json(error: RunnerError) -> dict[str, Any]:

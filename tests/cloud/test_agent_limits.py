@@ -63,6 +63,11 @@ def test_the_training_is_told_before_the_deadline_and_the_pod_ends_at_it(clock: 
     assert short.grace == 2  # a tenth
 
 
+def test_the_deadline_counts_from_when_the_order_was_sent(clock: Clock, tmp_path: Path) -> None:
+    """By the launcher's clock: minutes of renting and sending have passed since the pod began."""
+    assert limits(tmp_path, started=5_000_000.0 - 300).due() == pytest.approx(1600)
+
+
 def test_the_budget_counts_from_the_pods_start_and_not_from_the_order(clock: Clock, tmp_path: Path) -> None:
     found = limits(tmp_path, started=5_000_000.0 - 300, budget_usd=0.1)
     assert found.due() == pytest.approx(1000 + 360 - 300)

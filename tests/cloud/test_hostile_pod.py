@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
+import re
 import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from rich.console import Console
 
-from runner.cloud import download, payload
+from runner.cli import pod_verbs, remote_verbs
+from runner.cloud import download, fleet, payload, remote_run
 from runner.cloud.agent import tail
-from runner.cloud.follow import Follower, without_control_sequences
+from runner.cloud.follow import Display, Follower
 from runner.cloud.ssh import RunnerError
 from runner.cloud.transfer import PodRunFolder
-from runner.errors import RequestError
+from runner.errors import Problem, RequestError, RunFailedError
 from runner.hub.upload import S3, push_model
+from runner.report.text import print_problems, without_control_sequences
 from runner.rundir import checkpoints, plain_files
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
@@ -169,7 +176,23 @@ def test_words_of_a_pod_do_not_command_the_terminal(pod: Pod) -> None:
     words = "\x1b]52;c;ZXZpbA==\x07\x1b[31mred\x1b[0m\ttab\x1b[2J\x9b2J\r\n".encode()
     line = {"file": "logs/worker.log", "at": 0, "data": base64.b64encode(words).decode()}
     (news,) = follower._take(json.dumps(line).encode())
-    assert news.value == "red\ttab2J" and without_control_sequences("grün 你好") == "grün 你好"
+    assert news.value == "red\ttab2J" and without_control_sequences("grün 你好\n") == "grün 你好\n"
+
+
+def test_what_a_pod_says_of_itself_commands_the_terminal_neither_in_errors_nor_in_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A status' message, the last words of a command in the pod, `logs`, `pods logs` and `status`."""
+    evil, console = "\x1b]52;c;ZXZpbA==\x07\x1b[2Jred", Console(record=True, file=io.StringIO())
+    print_problems(console, RunFailedError(Problem(evil, evil, evil)))
+    Display(console).say(evil)
+    monkeypatch.setattr(remote_run, "logs", lambda *_: [evil])
+    monkeypatch.setattr(remote_run, "status", lambda *_: {"message": evil})
+    monkeypatch.setattr(fleet, "find_pod", lambda *_: ("", "pod1", "run-1"))
+    monkeypatch.setattr(pod_verbs, "_ready", lambda run: (SimpleNamespace(logs=lambda *_, **__: [evil]), None))
+    typed = [CliRunner().invoke(verb, ["run-1"]) for verb in (remote_verbs.logs, remote_verbs.status, pod_verbs.logs)]
+    said = [console.file.getvalue(), *(done.output for done in typed)]  # type: ignore[attr-defined]  # a StringIO
+    assert all("red" in text and not re.search(r"[\x07\x1b]", text) for text in said), said
 
 
 @needs_sshd
