@@ -30,7 +30,7 @@ from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Entry, Ledger, LedgerError, owner
 from runner.cloud.provider import Pod
 from runner.cloud.provider_errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
-from runner.cloud.reconcile import UNKNOWN_S, _armed, reconcile
+from runner.cloud.reconcile import UNKNOWN_S, _armed, overdue, reconcile
 from runner.cloud.remote_run import _listen
 from runner.cloud.rent_pod import acquire
 from runner.cloud.runpod.api import Api
@@ -296,6 +296,28 @@ def test_a_listing_after_a_launcher_was_killed_leaves_its_training_alone_as_its_
     assert entry is not None and entry.pid is None and entry.updated > now() - 60
     rented.ledger.set(rented.name, updated=now() - 3 * 3600)  # and was not attached to for another three
     assert len(reconcile(RunPod(), Ledger())) == 1
+
+
+def test_a_pod_has_five_minutes_to_end_itself_after_its_deadline_or_its_launchers_silence(
+    emulator: Emulator, rent: Rent
+) -> None:
+    entry = replace(long_since(rent()), deadline=5_000.0, updated=1_000.0, heartbeat_s=600.0)
+    assert not overdue(replace(entry, heartbeat_s=None), 5_299) and overdue(replace(entry, heartbeat_s=None), 5_301)
+    assert not overdue(entry, 1_899) and overdue(entry, 1_901)
+
+
+def test_a_listing_is_no_word_of_a_launcher_and_a_word_takes_nothing_back(emulator: Emulator, rent: Rent) -> None:
+    rented = rent()
+    rented.mark("RUNNING", "training")
+    rented.ledger.leave(rented.name)
+    for heard in (now() - 100, now() + 1000):  # the second one by a clock that was ahead
+        rented.ledger.set(rented.name, updated=heard)
+        reconcile(RunPod(), Ledger())
+        entry = Ledger().entry(rented.name)
+        assert entry is not None and entry.updated == heard
+    rented.ledger.leave(rented.name)
+    entry = Ledger().entry(rented.name)
+    assert entry is not None and entry.updated == heard
 
 
 def test_a_launcher_that_leaves_its_pod_to_another_command_was_heard_of(emulator: Emulator, rent: Rent) -> None:
