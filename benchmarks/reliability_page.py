@@ -71,10 +71,10 @@ a recipe is read like words that were typed, and a typed word wins.
 
 Runs on this machine's CPU are forked, one after the other, from one process that has the libraries loaded
 ([measured](benchmarks.md#sweeps)); process, log, seed and exit code are each run's own, and a run that is killed costs
-only itself. The model before training is measured once by the runs that would measure the same, also on GPUs: settings
-other than those of the optimiser, versions, and the contents of data, tokenizer and model have to be equal, and the log
-says by which run. Runs on GPUs, of several processes, or many at once (`hydra/launcher=joblib`) start
-from nothing, for a CUDA context does not survive a fork.
+only itself. The model before training is measured once, and its save tried once, by the runs that would do the same,
+also on GPUs: settings other than those of the optimiser, versions, and the contents of data, tokenizer and model have
+to be equal, and the log says by which run. Runs on GPUs, of several processes, or many at once
+(`hydra/launcher=joblib`) start from nothing, for a CUDA context does not survive a fork.
 
 With `hydra/sweeper=optuna` (`pip install hydra-optuna-sweeper`) the ends of each range and all choices have to be
 valid before the first trial. A trial that fails, does not fit, or whose metric is no number counts as the worst, and

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from runner.cli.options import as_json_option, reports_errors
-from runner.report.text import dump
+from runner.report.text import counted, dump
 from runner.spec.where import country_codes
 
 
@@ -156,7 +156,7 @@ def put(volume: str, source: Path, target: str, as_json: bool) -> None:
     from runner.cloud.runpod.api import Api
 
     sent = volumes.put_files(Api(), volume, source, target, lambda line: click.echo(line, err=True))
-    _answer(as_json, f"{len(sent)} files sent", {"sent": sent})
+    _answer(as_json, f"{counted(len(sent), 'file')} sent", {"sent": sent})
 
 
 @volumes.command()
@@ -171,7 +171,7 @@ def get(volume: str, source: str, target: Path, as_json: bool) -> None:
     from runner.cloud.runpod.api import Api
 
     brought = volumes.get_files(Api(), volume, source, target, lambda line: click.echo(line, err=True))
-    _answer(as_json, f"{len(brought)} files brought", {"brought": [str(file) for file in brought]})
+    _answer(as_json, f"{counted(len(brought), 'file')} brought", {"brought": [str(file) for file in brought]})
 
 
 @volumes.command()

@@ -36,8 +36,11 @@ def show(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None
       python -m runner show recipe=mistral7b_qlora4_h100x3 --json
     """
     from runner.resolve.steps import resolved
+    from runner.runs.unread_keys import taken_back
 
-    spec, notes = resolved(request_of(words, config_dirs))
+    request = request_of(words, config_dirs)
+    spec, notes = resolved(request)
+    notes += taken_back(request)
     content = spec.model_dump(mode="json")
     if as_json:
         click.echo(dump(content))

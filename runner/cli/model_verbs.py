@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from runner.cli.options import as_json_option, reports_errors
-from runner.report.text import dump
+from runner.report.text import counted, dump
 
 
 @click.command()
@@ -126,7 +126,7 @@ def push(run_dir: Path, repo: str | None, public: bool, merged: bool, as_json: b
     from runner.hub.upload import push_run as upload
 
     done = upload(run_dir, repo, public=public, merged=merged)
-    click.echo(dump(done) if as_json else f"{len(done['files'])} files: {done['url']}")
+    click.echo(dump(done) if as_json else f"{counted(len(done['files']), 'file')}: {done['url']}")
 
 
 @click.command()

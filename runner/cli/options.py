@@ -203,6 +203,9 @@ def stray(word: str, first: bool = False) -> Problem:
     if "/" in word:
         why = "correct it" if word.startswith("/") else f"the path is relative to {Path.cwd()}"
         return Problem(f"there is no file or folder {word}", "command line", why)
+    key, colon, value = word.partition(":")
+    if colon and value and key in {*conf_files.GROUPS, *known_keys()}:
+        return Problem(f"{word!r} is neither a verb nor a choice", "command line", f"did you mean {key}={value}?")
     choices = {name: f"{group}={name}" for group in conf_files.GROUPS for name in conf_files.options(group)}
     choices |= {name: f"recipe={name}" for name in conf_files.recipes()}
     if first and word not in choices and (verb := _MEANT.get(word) or nearest(word, list(VERBS), cutoff=0.7)):

@@ -185,6 +185,10 @@ def _read(text: str, request: Request, sweeping: bool) -> tuple[Override | None,
     group = override.key_or_group
     if not group:
         return None, Problem(f"cannot read {text!r}", COMMAND_LINE, "write key=value")
+    if override.is_hydra_override() and override.is_sweep_override():
+        swept = text.lstrip("+").removeprefix(f"{PARAMS}.")
+        remedy = f"write {swept}" if swept != text.lstrip("+") else "name one value"
+        return None, Problem(f"{text}: a sweep cannot go over Hydra's own keys", COMMAND_LINE, remedy)
     if override.is_hydra_override() and (problem := _hydra_problem(group, sweeping)):
         return override, Problem(f"{text}: {problem[0]}", COMMAND_LINE, problem[1])
     if override.is_sweep_override() and not sweeping:
@@ -225,6 +229,8 @@ def _hydra_problem(key: str, sweeping: bool) -> tuple[str, str] | None:
     return None if sweeping else ("it has no effect on a single run", "add -m to sweep, or leave it out")
 
 
+PARAMS = "hydra.sweeper.params"
+"""Where a recipe writes the keys and values of a sweep."""
 PRUNER = ("hydra.sweeper.pruner", "hydra/sweeper/pruner")
 NO_PRUNING = (
     "Hydra's Optuna sweeper hears of whole runs only, and cannot prune one",
@@ -262,6 +268,10 @@ def _how_to_quote(text: str) -> str:
     name, _, value = text.partition("=")
     if not re.fullmatch(r"[+~]{0,2}\w[\w./@-]*", name) or ".." in name or not value:
         return "write key=value"
+    if any(re.match(r"[+~]{0,2}\w[\w./]*=", word) for word in value.split()[1:]):  # in one pair of quotes
+        return f"without quotes they are words of their own: {text}"
+    if name in conf_files.GROUPS and (choice := value.strip(" ,;:=\"'")):
+        return f"write {name}={choice}"
     return f"quote values with special characters: {as_typed(name, value)}"
 
 

@@ -71,6 +71,18 @@ def only_text(key: str) -> bool:
     return set(_annotations().get(key, ())) <= {str, str | None} and key in known_keys()
 
 
+def only_number(key: str) -> type[int] | type[float] | None:
+    """The type of number that has to be written after `key=`, or a word of the schema such as `auto`; None for a key
+    that takes a truth value or any text."""
+    found = " ".join(
+        annotation.__name__ if isinstance(annotation, type) else str(annotation)
+        for annotation in _annotations().get(key, [])
+    )
+    if re.search(r"\b(bool|str|list|dict)\b", found):
+        return None
+    return float if "float" in found else int if "int" in found else None
+
+
 def mapping_keys() -> set[str]:
     """Keys whose value is a mapping with names that the schema does not have, such as `method.arguments`."""
     return {key for key, kinds in _annotations().items() if any(typing.get_origin(kind) is dict for kind in kinds)}

@@ -240,3 +240,27 @@ NONE = {
     "this runner has no such setting",
 )  # fmt: skip
 """Keys of theirs that have none of ours, and why."""
+
+CHOICES = {
+    ("objective", "ipo"): "objective=dpo objective.loss=ipo",
+    ("objective", "hinge"): "objective=dpo objective.loss=hinge",
+    ("objective", "cpo"): "objective=dpo objective.loss=cpo",
+    ("objective", "simpo"): "objective=dpo objective.loss=simpo",
+    ("objective", "rm"): "objective=reward",
+    ("objective", "pt"): "objective=pretrain",
+    ("objective", "lm"): "objective=pretrain",
+    ("method", "dora"): "method=lora method.use_dora=true",
+    ("method", "rslora"): "method=lora method.use_rslora=true",
+    ("method", "pissa"): "method=lora method.init=pissa",
+    ("method", "olora"): "method=lora method.init=olora",
+    ("method", "qlora"): "method=qlora4",
+}
+"""Their choices of a group in our words."""
+VALUES = {
+    "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float32": "fp32", "no": "fp32",
+    "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "paged_adamw_32bit": "paged_adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "fa2": "flash_attention_2", "flash_attn": "flash_attention_2", "fa3": "flash_attention_3",
+    "constant_with_warmup": "constant", "warmup_stable_decay": "wsd", "sharegpt": "chat", "openai": "chat",
+}  # fmt: skip
+"""Their values of a key in ours."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from runner.config import conf_files, other_trainers, yaml_files
+from runner.config import conf_files, other_trainers, other_trainers_keys, yaml_files
 from runner.config.did_you_mean import nearest, nearest_choice
 from runner.config.provenance import display_path, flattened
 from runner.errors import Problem, RequestError
@@ -163,7 +163,9 @@ def unknown_choice(group: str, name: str, names: tuple[str, ...], place: str) ->
 
 
 def _meant(group: str, name: str) -> str | None:
-    """The meaning of a word that names no choice: a Hub id, a file, a stage."""
+    """The meaning of a word that names no choice: a Hub id, a file, a stage, a peer's name."""
+    if found := other_trainers_keys.CHOICES.get((group, name.lower())):
+        return found
     path = re.search(r"[/.]", name) is not None and not name.endswith((".yaml", ".yml"))
     if group == "model" and (path or os.path.isdir(Path(name))):
         return f"model=hub model.id={name}"
@@ -176,8 +178,8 @@ def _meant(group: str, name: str) -> str | None:
         return f"data=hub data.id={name}" if of_hub else f"data=file data.path={name}"
     if group == "deepspeed" and name.endswith(".json"):
         return f"deepspeed=auto deepspeed.config={name}"
-    if group == "deepspeed" and (found := re.fullmatch(r"(?:stage[_-]?|z)?([0-3])", name)):
-        return f"deepspeed=zero{found[1]}" if found[1] != "0" else "deepspeed=none"
+    if group == "deepspeed" and (stage := re.fullmatch(r"(?:stage[_-]?|z)?([0-3])", name)):
+        return f"deepspeed=zero{stage[1]}" if stage[1] != "0" else "deepspeed=none"
     if group == "hw" and name.isdigit() and len(name) < 3:
         return f"hw.num_gpus={name}"
     if group == "hw" and name.lower() in ("gpu", "cuda", "auto", "nvidia"):

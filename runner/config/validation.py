@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from runner.config.did_you_mean import choices_with, known_keys, mapping_keys, nearest, nearest_key, parts_of
-from runner.config.other_trainers_keys import NONE
+from runner.config.did_you_mean import (
+    accepts_text,
+    choices_with,
+    known_keys,
+    mapping_keys,
+    nearest,
+    nearest_key,
+    only_number,
+    parts_of,
+)
+from runner.config.other_trainers_keys import NONE, VALUES
 from runner.config.provenance import flattened
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
@@ -41,15 +50,36 @@ def validated(
     Groups and keys that are `unsure` hold something else than the user meant: what follows from
     them is not told.
     """
-    problems, spec = list(found), None
+    misread = dict(_misread(values, source_of, frozenset(unsure)))
+    hidden = frozenset(unsure) | misread.keys()
+    problems, spec = [*found, *misread.values()], None
     try:
         spec = RunSpec.model_validate(values)
     except ValidationError as error:
         names = {group: part["name"] for group, part in values.items() if isinstance(part, dict) and "name" in part}
-        problems += problems_of(error, source_of, frozenset(unsure), names)
+        problems += problems_of(error, source_of, hidden, names)
     if spec is None or problems:
         raise RequestError(*dict.fromkeys(problems))
     return spec
+
+
+EMPTY = ("data.system_prompt", "model.title", "hw.title")
+"""Texts that may be empty."""
+
+
+def _misread(values: dict[str, Any], source_of: SourceOf, unsure: frozenset[str]) -> Iterator[tuple[str, Problem]]:
+    """Keys with a value that Python takes for another: a truth value for 1 or 0 (YAML's `yes` in `max_steps: yes`), and
+    an empty text (of a shell variable that is not set) for nothing, or for the folder one is in."""
+    for group, part in values.items():
+        for leaf, value in part.items() if isinstance(part, dict) else ():
+            key = f"{group}.{leaf}"
+            if {key, group} & unsure:
+                continue
+            if isinstance(value, bool) and (number := only_number(key)):
+                what = f"{key}={_shown(value)}: expected {_EXPECTED[number.__name__]}"
+                yield key, Problem(what, source_of(key), f"docs/reference.md says what {key} takes")
+            elif value == "" and accepts_text(key) and key not in EMPTY:
+                yield key, Problem(f"{key} is empty", source_of(key), f"leave it out, or write {key}=…")
 
 
 def problems_of(
@@ -147,7 +177,8 @@ def _rule(key: str, detail: ErrorDetails, source_of: SourceOf, unsure: frozenset
 
 
 def _did_you_mean(value: Any, choices: list[str]) -> str | None:
-    near = nearest(str(value), choices)
+    peer = VALUES.get(str(value).lower())
+    near = peer if peer in choices else nearest(str(value), choices)
     return f"did you mean {near}?" if near else None
 
 

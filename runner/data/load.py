@@ -24,6 +24,7 @@ from runner.data.row_formats import UNREAD, detect_format, left_out, rewarded
 from runner.data.row_formats import read_row as read_shape
 from runner.data.row_store import Stored, num_bytes
 from runner.errors import Problem, RequestError
+from runner.report.text import counted
 from runner.spec import DataSpec
 from runner.spec.input_paths import is_url
 
@@ -122,7 +123,10 @@ class Loaded:
         lines = [f"Columns that were not read: {', '.join(self.left_out)}"] if self.left_out else []
         if self.skipped:
             rows, first = len({problem.source for problem in self.skipped}), self.skipped[0]
-            lines.append(f"Skipped {rows:,} rows that are wrong; the first: {first.source}: {first.what}")
+            lines.append(
+                f"Skipped {counted(rows, 'row')} that {'is' if rows == 1 else 'are'} wrong; the first: {first.source}: "
+                f"{first.what}"
+            )
         return "\n".join(lines) or None
 
 

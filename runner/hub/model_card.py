@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 import yaml
 
 from runner import __version__
+from runner.report.text import counted
 from runner.rundir.directory import RunDir, write_atomically
 from runner.rundir.json_files import Summary
 from runner.spec import Peft, RunSpec
@@ -74,7 +75,10 @@ def _settings(spec: RunSpec, run: RunDir) -> str:
         for key in keys or values:
             if key not in ("name", "root", "tokenizer") and values.get(key) not in (None, [], {}):
                 chosen.append((f"{part}.{key}", _portable(values[key])))
-    chosen += [("hardware", f"{spec.hw.name}, {spec.hw.world_size} processes"), ("deepspeed", spec.deepspeed.name)]
+    chosen += [
+        ("hardware", f"{spec.hw.name}, {counted(spec.hw.world_size, 'process')}"),
+        ("deepspeed", spec.deepspeed.name),
+    ]
     if (rows := run.summary.get("train", {}).get("examples")) is not None:
         chosen.append(("training rows", f"{rows:,}"))
     if fingerprint := run.read("environment.json").get("data_fingerprint"):
@@ -164,9 +168,8 @@ def _results(summary: Summary) -> str:
     if "num_exact" in after:
         count = measured["num_prompts"]
         lines.append(f"| held-out prompts answered exactly | {before['num_exact']} of {count} | {after['num_exact']} |")
-    facts = (
-        f"{train['steps']:,} steps, {train['tokens']:,} tokens, {train['trainable_parameters']:,} parameters trained"
-    )
+    parameters = f"{train['trainable_parameters']:,} parameters trained"
+    facts = f"{counted(train['steps'], 'step')}, {train['tokens']:,} tokens, {parameters}"
     return "\n".join([*lines, "", f"{facts}."])
 
 

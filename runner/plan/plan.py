@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from runner.plan import cost, host_memory
+from runner.plan import cost, host_memory, main_memory
 from runner.plan.choose_stage import StageChoice, StageSearch
 from runner.plan.cost import Checkpoints, checkpoints_of
-from runner.plan.memory import FREE_SHARE, GIB, STATES
+from runner.plan.main_memory import stage_number, weight_bytes
+from runner.plan.memory import GIB
 from runner.plan.model_shape import shape_for
 from runner.plan.run_time import GB, RunFacts, hours_of
 from runner.plan.trainable import Training
@@ -118,8 +119,8 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[st
     stage = spec.deepspeed.name
     option = options.choice(spec, shape, stage, train.micro_batch_size, train.accumulation_steps)
     training = options.training(shape, spec.method, train.precision, deepspeed=stage != "none")
-    ram = _host(spec, training, option, facts)
-    one = sum(host_memory.checkpoint(_summary(training, _states(spec)), _number(stage)).values())
+    ram = main_memory.terms(spec, training, option, facts.data_tokens or 0)
+    one = sum(host_memory.checkpoint(weight_bytes(spec, training), stage_number(stage)).values())
     step_s = option.step.total_s if option.step else None
     kept = checkpoints_of(train, seconds=one / GB / cost.SAVE_GB_S, step_seconds=step_s, num_steps=facts.num_steps)
     disk = _disk(spec, training, stage, facts, kept.at_once)
@@ -161,7 +162,7 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[st
         phases={name: _gib(terms) for name, terms in option.memory.phases.items()},
         host_ram_gib=round(sum(ram.values()) / GIB, 3),
         host_ram=_gib(ram),
-        host_capacity_gib=_main_memory(spec),
+        host_capacity_gib=main_memory.there(spec),
         host_cpus=hw.cpus(rented=spec.is_rented),
         disk_gib=round(sum(disk.values()) / GIB, 3),
         disk=_gib(disk),
@@ -208,62 +209,20 @@ def _of_checkpoints(spec: RunSpec, kept: Checkpoints, seconds: float, step_s: fl
 
 def _unsure(ram: Mapping[str, float], spec: RunSpec) -> bool:
     """More main memory is needed than every rented machine has, and what this one has is not known."""
-    return spec.hw.accelerator == "cuda" and _main_memory(spec) is None and sum(ram.values()) > USUAL_HOST_GIB * GIB
-
-
-def _main_memory(spec: RunSpec) -> float | None:
-    return spec.hw.main_memory_gib(rented=spec.is_rented)
+    return (
+        spec.hw.accelerator == "cuda" and main_memory.there(spec) is None and sum(ram.values()) > USUAL_HOST_GIB * GIB
+    )
 
 
 def _gib(terms: Mapping[str, float]) -> dict[str, float]:
     return {name: round(size / GIB, 3) for name, size in terms.items() if size}
 
 
-def _summary(training: Training, optimizer_bytes: float) -> host_memory.WeightBytes:
-    return host_memory.WeightBytes(
-        method_name=training.method,
-        parameters=training.shape.num_parameters,
-        trainable=training.trainable,
-        bytes_trained=training.adapter_width if training.adapter else training.trained_width,
-        bytes_16=training.width,
-        bytes_optimizer=optimizer_bytes,
-    )
-
-
-def _states(spec: RunSpec) -> float:
-    return STATES[spec.train.optimizer]
-
-
-def _number(stage: str) -> int:
-    return int(stage[4]) if stage.startswith("zero") else 0
-
-
-def _host(spec: RunSpec, training: Training, option: StageChoice, facts: RunFacts) -> dict[str, float]:
-    """Main memory of one node."""
-    on_gpu = spec.hw.accelerator == "cuda"
-    per_node = spec.hw.num_processes or max(1, spec.hw.num_gpus)
-    trained = _summary(training, _states(spec))
-    tensors = option.memory.expected - host_memory.CPU_PROCESS
-    ram = host_memory.host_ram(
-        trained,
-        _number(option.stage),
-        processes=per_node,
-        accelerator="cuda" if on_gpu else "cpu",
-        held=training.frozen_bytes + training.trained_bytes,
-        largest_matrix=training.largest_matrix,
-        data_tokens=0 if spec.objective.name == "pretrain" else facts.data_tokens or 0,  # text is tokenised as a stream
-        training=0.0 if on_gpu else tensors,
-    )
-    if option.memory.host:
-        ram["offloaded"] = ram.get("offloaded", 0.0) + per_node * option.memory.host
-    return ram
-
-
 def _disk(spec: RunSpec, training: Training, stage: str, facts: RunFacts, checkpoints: int) -> dict[str, float]:
     source = "package" if spec.model.package else "hub" if facts.download else "folder"
     return host_memory.disk(
-        _summary(training, _states(spec)),
-        _number(stage),
+        weight_bytes(spec, training),
+        stage_number(stage),
         source=source,  # type: ignore[arg-type]  # one of those words
         checkpoints=checkpoints,
         data_tokens=(facts.data_tokens or 0) + round(facts.held_out_tokens),
@@ -283,12 +242,9 @@ def _short_of_memory(option: StageChoice, ram: Mapping[str, float], spec: RunSpe
             f"needs {peak:.1f} GiB at its peak ({_PHASE[phase]}), most of it {_named(largest)} "
             f"({terms[largest] / GIB:.1f} GiB); {what} {option.capacity / GIB:.1f} GiB"
         )
-    needed = sum(ram.values()) / GIB
-    has = _main_memory(spec)
-    if has and hw.accelerator == "cuda" and needed > FREE_SHARE * has:
-        sure = "the machine has" if hw.host_memory_gib else "such a pod is sure of"
+    if lacking := main_memory.lacking(spec, ram):
         more = "" if hw.host_memory_gib else " (hw.host_memory_gib=… where you know of more)"
-        reasons.append(f"needs {needed:.0f} GiB of main memory; {sure} {has:.0f} GiB{more}")
+        reasons.append(lacking + more)
     return reasons
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from runner.errors import RunnerError
-from runner.plan import cost
+from runner.plan import cost, main_memory
 from runner.plan.auto_values import resolve_hardware_autos
 from runner.plan.choose_stage import OFFLOADING, STAGES, StageChoice, StageSearch
-from runner.plan.memory import FREE_SHARE, GIB
+from runner.plan.memory import GIB
+from runner.plan.model_shape import shape_for
 from runner.spec import HardwareSpec, Method, ModelSpec, QLora4, RunSpec
 
 MILLION = 1e6
@@ -30,6 +31,10 @@ class SearchRow:
     fits: bool
     peak_gib: float
     capacity_gib: float | None
+    host_ram_gib: float | None
+    """Main memory of one node at the peak, without the rows."""
+    host_capacity_gib: float | None
+    """Main memory that one node has (a rented one at least); None where nobody says."""
     tokens_per_second: float | None
     usd_per_million_tokens: float | None
     """Of training alone, at the price of the hardware's file; None where there is no price."""
@@ -61,12 +66,15 @@ def fit(
     rows = []
     for spec in specs:
         try:
-            option = options.best(resolve_hardware_autos(spec))
+            ready = resolve_hardware_autos(spec)
+            option = options.best(ready)
         except RunnerError as error:  # a stage that this method cannot have
             rows.append(_refused(spec, str(error)))
             continue
-        note = "" if option.fits or not advice else _advice(spec, options)
-        rows.append(_row(spec, option, sequences, note))
+        ram = _main_memory(ready, option, options)
+        lacking = main_memory.lacking(ready, ram) if option.fits else None
+        advised = _advice(spec, options) if advice and (lacking or not option.fits) else ""
+        rows.append(_row(spec, option, ram, sequences, "; ".join(filter(None, (lacking, advised)))))
     return rows
 
 
@@ -82,7 +90,7 @@ def _order(row: SearchRow, by: str) -> tuple[bool, float, float]:
     return not row.fits, (first if row.fits else row.peak_gib), second
 
 
-def _row(spec: RunSpec, option: StageChoice, sequences: int | None, note: str) -> SearchRow:
+def _row(spec: RunSpec, option: StageChoice, ram: Mapping[str, float], sequences: int | None, note: str) -> SearchRow:
     hw, gpus = spec.hw, spec.hw.num_gpus * spec.hw.num_nodes
     seconds = option.seconds_per_sequence
     known = option.step is not None
@@ -99,9 +107,11 @@ def _row(spec: RunSpec, option: StageChoice, sequences: int | None, note: str) -
         zero_stage=option.stage,
         micro_batch=option.micro_batch,
         accumulation=option.accumulation,
-        fits=option.fits,
+        fits=option.fits and main_memory.lacking(spec, ram) is None,
         peak_gib=round(option.memory.expected / GIB, 1),
         capacity_gib=hw.memory_gib,
+        host_ram_gib=round(sum(ram.values()) / GIB, 1),
+        host_capacity_gib=main_memory.there(spec),
         tokens_per_second=round(spec.train.max_length / seconds) if known else None,
         usd_per_million_tokens=round(per_million, 3) if per_million is not None else None,
         hours=round(hours, 2) if hours is not None else None,
@@ -114,7 +124,9 @@ def _refused(spec: RunSpec, why: str) -> SearchRow:
     hw = spec.hw
     gpus = hw.num_gpus * hw.num_nodes
     names = spec.model.name, spec.method.name, hw.name, gpus, spec.deepspeed.name
-    return SearchRow(*names, 0, 0, False, 0.0, hw.memory_gib, None, None, None, None, why)
+    return SearchRow(
+        *names, 0, 0, False, 0.0, hw.memory_gib, None, main_memory.there(spec), None, None, None, None, why
+    )
 
 
 def _advice(spec: RunSpec, options: StageSearch) -> str:
@@ -205,13 +217,21 @@ def _with(spec: RunSpec, **parts: dict[str, Any]) -> RunSpec:
 
 def _tried(words: str, spec: RunSpec, options: StageSearch) -> Change | None:
     try:
-        option = options.best(resolve_hardware_autos(spec))
+        ready = resolve_hardware_autos(spec)
+        option = options.best(ready)
     except RunnerError:
         return None
-    host = spec.hw.main_memory_gib(rented=spec.is_rented)
-    if host and option.memory.host * spec.hw.world_size / spec.hw.num_nodes > FREE_SHARE * host * GIB:
+    if main_memory.lacking(ready, _main_memory(ready, option, options)):
         return None
     return Change(words, option, spec) if option.fits else None
+
+
+def _main_memory(spec: RunSpec, option: StageChoice, options: StageSearch) -> dict[str, float]:
+    """Bytes of main memory on one node, without the rows: nobody has read them."""
+    precision = spec.train.precision
+    assert precision != "auto"
+    sharded = option.stage != "none"
+    return main_memory.terms(spec, options.training(shape_for(spec), spec.method, precision, deepspeed=sharded), option)
 
 
 @dataclass(frozen=True, slots=True)

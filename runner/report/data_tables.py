@@ -9,15 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from runner.report.text import counted
+
 SHOWN_PROBLEMS = 20
 LEARNED, GIVEN = "bold green", "dim"
 BAR = "█"
 BAR_WIDTH = 40
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def print_preview(console: Console, found: Mapping[str, Any]) -> None:
@@ -26,7 +23,9 @@ def print_preview(console: Console, found: Mapping[str, Any]) -> None:
         wrong = f", {file['num_wrong']:,} wrong" if file["num_wrong"] else ""
         held = ", held out" if file in found["held_out_files"] else ""
         shape = file["format"] or "unknown"
-        console.print(f"{file['name']}: {shape}, {file['num_rows']:,} rows{wrong}{held}", highlight=False, markup=False)
+        console.print(
+            f"{file['name']}: {shape}, {counted(file['num_rows'], 'row')}{wrong}{held}", highlight=False, markup=False
+        )
         if file["left_out"]:
             names = ", ".join(file["left_out"])
             console.print(f"  columns that are not read: {names}", highlight=False, markup=False, soft_wrap=True)
@@ -100,8 +99,8 @@ def print_stats(console: Console, found: Mapping[str, Any]) -> None:
     ]
     twice = found["duplicates"]
     lines.append(
-        f"Twice     {twice['rows']:,} rows, {twice['prompts']:,} prompts; "
-        f"{twice['held_out_in_train']:,} rows to train on are held out as well"
+        f"Twice     {counted(twice['rows'], 'row')}, {counted(twice['prompts'], 'prompt')}; "
+        f"rows to train on that are held out as well: {twice['held_out_in_train']:,}"
     )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

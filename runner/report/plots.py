@@ -10,6 +10,7 @@ from typing import Any
 from runner.errors import Problem, RequestError
 from runner.plan.plan import Plan
 from runner.report.plan_terms import PHASES, gib, heading, present, segments
+from runner.report.text import counted
 
 INK, GREY, GRID, RED = "#24292f", "#6b7280", "#e6e8eb", "#c0392b"
 FORMATS = (".png", ".svg", ".pdf")
@@ -171,7 +172,7 @@ def plot_lengths(found: Mapping[str, Any], file: Path) -> None:
                 axis.axvline(value, color=colour, linewidth=1.4, label=f"{name} {value:,}")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False)
-        title = f"{found['num_rows']:,} rows, {found['num_tokens']:,} tokens"
+        title = f"{counted(found['num_rows'], 'row')}, {counted(found['num_tokens'], 'token')}"
         axis.set_title(title, loc="left", fontweight="bold", color=INK)
         axis.set_xlabel("tokens of a row", color=GREY)
         axis.set_ylabel("rows", color=GREY)

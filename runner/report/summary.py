@@ -13,7 +13,7 @@ from rich.table import Table
 
 from runner.plan.memory import COLLECTIVES, CONTEXT, GIB
 from runner.report.invocation import as_invoked
-from runner.report.text import duration
+from runner.report.text import counted, duration
 from runner.rundir.directory import RunDir, display_path
 from runner.rundir.json_files import Summary
 from runner.spec import RunSpec
@@ -91,7 +91,7 @@ def print_summary(console: Console, summary: Summary, run: RunDir) -> None:
     table.add_row(
         "Trained",
         f"{summary['model']} with {summary['method']} on {summary['data']}: {train['trainable_parameters']:,} "
-        f"parameters ({share:.2%}), {train['steps']} steps, {train['tokens']:,} tokens",
+        f"parameters ({share:.2%}), {counted(train['steps'], 'step')}, {train['tokens']:,} tokens",
     )
     table.add_row("Loss", f"{train['loss_first']:.4f} → [bold]{train['loss_last']:.4f}[/bold]")
     if "exact_match" in after:

@@ -12,7 +12,7 @@ from rich.text import Text
 from runner.config.provenance import Origin, flattened
 from runner.plan.plan import Plan
 from runner.report.summary import metric_of
-from runner.report.text import duration
+from runner.report.text import counted, duration
 from runner.spec import RunSpec
 
 
@@ -36,7 +36,7 @@ def in_one_line(plan: Plan) -> str:
     parts = [f"{plan.peak_gib['expected']:.1f}{capacity} GiB at the peak ({plan.peak_phase})"]
     if plan.zero_stage != "none":
         parts.append(plan.zero_stage)
-    parts.append(f"{plan.num_steps:,} steps" if plan.num_steps else "as many steps as the data has")
+    parts.append(counted(plan.num_steps, "step") if plan.num_steps else "as many steps as the data has")
     if plan.hours is not None:
         parts.append(f"about {duration(plan.hours * 3600)}")
     if plan.usd is not None:

@@ -19,6 +19,12 @@ from runner.report.invocation import as_invoked
 _ASCII = str.maketrans("│┐┌×–—…•→’·█━", "|++x--.*>'.#=")
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`, `2 processes`."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
+
+
 @contextmanager
 def ascii_fallback(console: Console) -> Iterator[None]:
     """Print in ASCII where the console's encoding is not Unicode."""

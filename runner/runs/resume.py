@@ -16,6 +16,7 @@ from runner.config.compose import compose, source_finder
 from runner.config.provenance import flattened
 from runner.errors import Problem, RequestError, RunnerError
 from runner.launcher.supervisor import rank_reports
+from runner.report.text import counted
 from runner.rundir import checkpoints, lock
 from runner.rundir.directory import (
     ACTIVE,
@@ -103,7 +104,7 @@ def _check_longer(run: RunDir, old: RunSpec, new: RunSpec) -> None:
     longer = (new.train.max_steps, new.train.num_epochs) != (old.train.max_steps, old.train.num_epochs)
     if not longer or (new.train.max_steps or math.inf) <= steps:
         remedy = f"to train longer, resume with train.max_steps={2 * steps or 100}, say"
-        raise RequestError(Problem(f"{run.id} is done: all {steps} steps", "command line", remedy))
+        raise RequestError(Problem(f"{run.id} is done: all {counted(steps, 'step')}", "command line", remedy))
     if checkpoints.newest(run) is None:
         what = f"{run.id} is done, and has no whole checkpoint from which it could be made longer"
         again = f"python -m runner {quote(display_path(run.spec_file))} …"

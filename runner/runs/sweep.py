@@ -33,6 +33,7 @@ from runner.rundir.json_files import TrainSummary
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.runs.launch import check_launch, confirm_costs, create_and_execute, plan_or_refuse
 from runner.runs.sweep_points import Sweep, direction_problem, parallel_jobs, read_sweep, task_overrides
+from runner.runs.unread_keys import taken_back
 from runner.spec import RunSpec
 
 EVAL_METRICS = (
@@ -83,6 +84,8 @@ def sweep(request: Request, console: Console, as_json: bool, launch_options: Lau
 
 def _sweep(request: Request, console: Console, as_json: bool, launch_options: LaunchOptions) -> int:
     asked = read_sweep(request)
+    for note in taken_back(request):
+        console.print(f"Note    {note}", highlight=False, soft_wrap=True, markup=False)
     _check_targets(asked)
     points = _checked(asked, launch_options)
     specs, shared = points.specs, points.specs[0]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-from runner.config.command_line import COMMAND_LINE, NO_PRUNING, PRUNER, Request, check_request, for_hydra
+from runner.config.command_line import COMMAND_LINE, NO_PRUNING, PARAMS, PRUNER, Request, check_request, for_hydra
 from runner.config.compose import compose_checked, spec_of_point, texts_of
 from runner.config.hydra_compose import as_request_error, file_origins, hydra_over, primary_of
 from runner.errors import Problem, RequestError, RunFailedError, RunnerError
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
-
-PARAMS = "hydra.sweeper.params"
 
 Task = Callable[[RunSpec | RunnerError, int], float]
 """Runs a point, or records why it cannot be one; returns the metric, so that an HPO sweeper can drive it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from runner.config.command_line import Request
 
@@ -29,8 +29,7 @@ UNREAD = {
     "run": _OF_SWEEPS,
     "plan": (*_ARITHMETIC, "run.*", "track"),
     "fit": (
-        *_ARITHMETIC, "run.*", "track", "model.title", "hw.title", "hw.env", "hw.host_memory_gib",
-        "hw.rented_memory_gib_per_gpu", "hw.rented_vcpus_per_gpu", "hw.price_date",
+        *_ARITHMETIC, "run.*", "track", "model.title", "hw.title", "hw.env", "hw.rented_vcpus_per_gpu", "hw.price_date",
         "hw.runpod_gpu_id", "data.max_eval_examples", "data.num_eval_rows", "eval.max_new_tokens", "eval.num_prompts",
         "model.gated", "objective.shards", "train.max_grad_norm",
         "train.keep_checkpoints", "train.save_every_minutes", "train.save_every_steps", "where.cloud",
@@ -73,13 +72,25 @@ def _named(key: str, keys: tuple[str, ...]) -> bool:
 
 
 def unread_key_notes(verb: str, request: Request, said: Collection[str] = ()) -> list[str]:
-    """One sentence for the keys and choices among the typed words that `verb` does not read; what a recipe sets is
-    meant for a run. Not for those that a note has `said` to have no effect at all."""
+    """One sentence for the keys and choices among the typed words that `verb` does not read, and one for each word that
+    a later one takes back; what a recipe sets is meant for a run. Not for those that a note has `said` to have no
+    effect at all."""
     typed = dict.fromkeys(word.lstrip("+~").partition("=")[0] for word in request.overrides)
     known = {note.partition(" has no effect: ")[0] for note in said}
     choosing = _CHOOSE if verb == "plan" and "hw" not in typed else ()
     keys = [key for key in typed if key not in ("recipe", *known, *choosing) and not verb_reads(verb, key)]
-    if not keys:
-        return []
-    listed = " and ".join(filter(None, (", ".join(keys[:-1]), keys[-1])))
-    return [f"{listed} {'has' if len(keys) == 1 else 'have'} no effect on {_CALLED.get(verb, verb)}"]
+    notes = list(taken_back(request))
+    if keys:
+        listed = " and ".join(filter(None, (", ".join(keys[:-1]), keys[-1])))
+        notes.append(f"{listed} {'has' if len(keys) == 1 else 'have'} no effect on {_CALLED.get(verb, verb)}")
+    return notes
+
+
+def taken_back(request: Request) -> Iterator[str]:
+    """A sentence for each typed word that a later one takes back."""
+    words = [word for word in request.overrides if "=" in word]
+    last = {word.lstrip("+").partition("=")[0]: word for word in words}
+    for word in dict.fromkeys(words):
+        final = last[word.lstrip("+").partition("=")[0]]
+        if word != final:
+            yield f"{word} has no effect: {final} comes after it"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -167,20 +168,36 @@ def gather_weights(spec: RunSpec, model: PreTrainedModel, main: bool) -> dict[st
     return found
 
 
+def check_room(spec: RunSpec, run: RunDir, trainer: RecordingTrainerMixin, ranks: Ranks) -> None:
+    """Raise CannotRunError where the disk has no room for the model alone. Every process has to call it."""
+    _on_main(run, ranks, partial(_check_room, spec, run, trainer.model))
+
+
 def rehearse_save(
     spec: RunSpec, run: RunDir, trainer: RecordingTrainerMixin, tokenizer: PreTrainedTokenizerBase, ranks: Ranks
 ) -> None:
     """Write a checkpoint and a model without their weights, and remove them. Every process has to call it.
 
-    RequestError for what cannot be saved, CannotRunError where there is no room for it.
+    RequestError for what cannot be saved, CannotRunError where nothing can be written.
     """
-    error: RunnerError | None = None
-    if ranks.main:
-        folder = run.path / ".rehearsal.tmp"
+    folder = run.path / ".rehearsal.tmp"
+
+    def write() -> None:
         try:
-            _check_room(spec, run, trainer.model)
             with _weightless():
                 _write(spec, run, folder, trainer, tokenizer)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    _on_main(run, ranks, write)
+
+
+def _on_main(run: RunDir, ranks: Ranks, action: Callable[[], None]) -> None:
+    """Call `action` in the main process; every process raises what went wrong there, in words for people."""
+    error: RunnerError | None = None
+    if ranks.main:
+        try:
+            action()
         except RunnerError as refused:
             error = refused
         except OSError as refused:
@@ -193,8 +210,6 @@ def rehearse_save(
             remedy = "correct config.json, generation_config.json or the tokenizer's files in a copy of model.id"
             error = RequestError(Problem(what, "model.id", remedy))
             error.__cause__ = refused
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
     error = ranks.broadcast(error)
     if error is not None:
         raise error

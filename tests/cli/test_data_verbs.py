@@ -15,6 +15,7 @@ from runner.data import prepared_index
 from runner.data.inspect.stats import histogram, suggested_length
 from runner.report.data_tables import bars
 from runner.report.progress import Progress
+from runner.report.text import counted
 from runner.train.tokens import fill_token_cache
 from tests.conftest import ROOT, run_cli, spec_of, train_here
 from tests.support import preferences
@@ -29,7 +30,7 @@ def test_a_preview_shows_format_rows_and_every_mistake(here: Path) -> None:
     (here / "my.jsonl").write_text(GOOD + '{"messages": []}\n{\n')
     result = runner("data", "preview", "data.path=my.jsonl", "model=llama3_8b")
     assert result.exit_code == 2
-    assert "my.jsonl: chat, 1 rows, 2 wrong" in result.output
+    assert "my.jsonl: chat, 1 row, 2 wrong" in result.output
     assert "⟦[b]4[/b]\n⟧" in result.output and "[user] 2+2?" in result.output
     assert "line 2: messages is an empty list" in result.output and "line 3: broken JSON" in result.output
     result = runner("data", "preview", "data.path=my.jsonl", "data.on_error=skip", "--json", "model=llama3_8b")
@@ -136,3 +137,10 @@ def test_prepared_tokens_are_found_by_the_run(tmp_path: Path) -> None:
     (tmp_path / "my.jsonl").write_text('{"text": ""}\n')
     wrong = run_cli(*words, cwd=tmp_path)
     assert wrong.returncode == 2 and "text is empty" in wrong.stdout
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "said"), [(1, "row", "1 row"), (0, "row", "0 rows"), (2048, "process", "2,048 processes")]
+)
+def test_one_is_not_many(number: int, noun: str, said: str) -> None:
+    assert counted(number, noun) == said

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from runner.config.did_you_mean import parts_of
+from runner.cli.options import request_of
+from runner.config import other_trainers_keys
+from runner.config.compose import compose
+from runner.config.did_you_mean import allowed_words, known_keys, parts_of
 from runner.config.spec_json import load_spec
 from runner.config.validation import PATTERNS
 from runner.errors import RequestError
@@ -427,3 +430,79 @@ def test_a_file_of_ones_own_without_a_right_name_is_told_the_line(
 def test_explain_of_a_name_that_a_mapping_lacks_says_which_it_has() -> None:
     said = " ".join(runner("explain", "method.arguments.nope", "method=oft").stderr.split())
     assert "method.arguments.nope is not set" in said and "method.arguments has oft_block_size here" in said
+
+
+# --- values that Python takes for others
+
+
+@pytest.mark.parametrize(
+    "key", ["train.batch_size", "train.micro_batch_size", "where.max_usd", "method.rank", "eval.num_prompts"]
+)
+def test_a_truth_value_is_no_number(here: Path, key: str) -> None:
+    assert only_problem(f"{key}=true").what.startswith(f"{key}=true: expected a ")
+    group, leaf = key.split(".")
+    write(here / "mine.yaml", f"defaults: [config, _self_]\n{group}:\n  {leaf}: yes\n")
+    problem = only_problem("recipe=mine.yaml")
+    assert problem.what.startswith(f"{key}=true: expected a ") and "mine.yaml:3" in str(problem.source)
+
+
+@pytest.mark.parametrize("key", ["data.path", "run.output_dir", "model.id", "where.volume", "data.chat_template"])
+def test_an_empty_text_as_of_a_variable_that_is_not_set_is_refused(key: str) -> None:
+    problem = only_problem(f"{key}=", "where=runpod" if key.startswith("where") else "method=lora")
+    assert problem.what == f"{key} is empty" and str(problem.remedy).startswith("leave it out")
+
+
+def test_texts_that_may_be_empty_are() -> None:
+    assert resolved("data.system_prompt=").data.system_prompt == ""
+
+
+@pytest.mark.parametrize("verb", ["plan", "fit", "show", "doctor"])
+def test_a_word_that_a_later_one_takes_back_is_named(verb: str) -> None:
+    words = ("model=smollm2_135m", "method=lora", "hw=cpu", "data=commands")
+    said = " ".join(runner(verb, *words, "method=full", "train.max_steps=3", "train.max_steps=5").output.split())
+    assert "method=lora has no effect: method=full comes after it" in said
+    assert "train.max_steps=3 has no effect: train.max_steps=5 comes after it" in said
+    assert "model=smollm2_135m has no effect" not in said
+
+
+@pytest.mark.parametrize(
+    ("word", "remedy"),
+    [
+        ("model=phi2 method=lora", "without quotes they are words of their own: model=phi2 method=lora"),
+        ("model=phi2,", "write model=phi2"),
+        ("model==phi2", "write model=phi2"),
+        ("model:phi2", "did you mean model=phi2?"),
+        ("train.max_steps:5", "did you mean train.max_steps=5?"),
+    ],
+)
+def test_a_word_with_wrong_marks_is_told_the_right_one(word: str, remedy: str) -> None:
+    assert only_problem(word).remedy == remedy
+    typed = remedy.rpartition(": ")[2].removeprefix("write ").removeprefix("did you mean ").rstrip("?")
+    assert resolved(*typed.split()).model.name in ("phi2", "smollm2_135m")
+
+
+@pytest.mark.parametrize(
+    ("word", "remedy"),
+    [
+        ("hydra.sweeper.params.train.max_steps=1,2", "write train.max_steps=1,2"),
+        ("hydra/launcher=basic,joblib", "name one value"),
+    ],
+)
+def test_a_sweep_over_hydras_own_keys_is_told_what_to_write(word: str, remedy: str) -> None:
+    found = runner("-m", word, "train.max_steps=1,2")
+    assert found.exit_code == 2 and f"→ {remedy}" in " ".join(found.stderr.split())
+
+
+@pytest.mark.parametrize(("group", "name"), other_trainers_keys.CHOICES)
+def test_a_choice_of_another_trainers_is_told_in_our_words(group: str, name: str) -> None:
+    remedy = str(only_problem(f"{group}={name}").remedy)
+    assert remedy == f"write {other_trainers_keys.CHOICES[group, name]}"
+    more = ("data.path=pairs.jsonl",) if group == "objective" else ()
+    assert compose(request_of((*remedy.removeprefix("write ").split(), *more), ()))
+
+
+def test_a_value_of_another_trainers_is_told_in_our_words() -> None:
+    keys = [key for key in known_keys() if allowed_words(key)]
+    for theirs, ours in other_trainers_keys.VALUES.items():
+        key = next(key for key in keys if ours in allowed_words(key))
+        assert only_problem(f"{key}={theirs}").remedy == f"did you mean {ours}?", theirs

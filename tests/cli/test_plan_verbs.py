@@ -397,6 +397,40 @@ def test_fit_agrees_with_plan() -> None:
     assert row["peak_gib"] == pytest.approx(planned["peak_gib"]["expected"], abs=0.06)
 
 
+OFFLOADED = ("model=llama30b", "method=full", "hw=h100x8", "deepspeed=zero3_offload")
+
+
+def test_fit_counts_main_memory_as_plan_does() -> None:
+    words = ("train.max_length=1024", "train.batch_size=16")
+    for size in ("300", "2000"):
+        (row,) = fit(*OFFLOADED, f"hw.host_memory_gib={size}")
+        planned = plan(*OFFLOADED, *words, f"hw.host_memory_gib={size}")
+        assert row["fits"] == planned["fits"] == (size == "2000")
+        assert row["host_ram_gib"] == pytest.approx(planned["host_ram_gib"], rel=0.01)
+        assert row["host_capacity_gib"] == planned["host_capacity_gib"] == float(size)
+        assert row["peak_gib"] < row["capacity_gib"]
+
+
+def test_fit_says_what_main_memory_lacks_and_what_would_fit() -> None:
+    (row,) = fit(*OFFLOADED, "hw.host_memory_gib=300")
+    assert row["note"] == "needs 700 GiB of main memory; the machine has 300 GiB; fits with deepspeed=zero3"
+    (row,) = fit(*OFFLOADED, "hw.host_memory_gib=300", "deepspeed=zero3")
+    assert row["fits"]
+
+
+def test_fit_takes_the_main_memory_that_a_pod_is_sure_of() -> None:
+    (row,) = fit(*OFFLOADED, "hw=h100", "where=runpod")
+    assert not row["fits"]
+    assert "such a pod is sure of" in row["note"]
+    assert fit(*OFFLOADED, "hw=h100", "where=runpod", "hw.host_memory_gib=2000")[0]["fits"]
+
+
+def test_what_is_advised_fits_the_main_memory_too() -> None:
+    words = ("model=llama30b", "method=full", "hw=h100x8", "deepspeed=zero1")
+    assert fit(*words)[0]["note"] == "fits with deepspeed=zero3"
+    assert "no single change makes it fit" in fit(*words, "hw.host_memory_gib=10")[0]["note"]
+
+
 def test_fit_with_nothing_that_fits_exits_with_3() -> None:
     assert runner("fit", "model=llama2_70b", "method=full", "hw=t4").exit_code == 3
 

@@ -455,7 +455,7 @@ def test_the_numbers_of_rows_need_no_name(tmp_path: Path) -> None:
 def test_a_preview_says_what_is_left_out(here: Path) -> None:
     (here / "my.jsonl").write_text('{"instruction": "Add.", "input": "1+1", "output": "2", "text": "…", "id": 7}\n')
     result = runner("data", "preview", "data.path=my.jsonl", "model=llama3_8b")
-    assert "my.jsonl: alpaca, 1 rows\n  columns that are not read: text, id" in result.output
+    assert "my.jsonl: alpaca, 1 row\n  columns that are not read: text, id" in result.output
     found = json.loads(runner("data", "preview", "data.path=my.jsonl", "model=llama3_8b", "--json").output)
     assert found["files"][0]["left_out"] == ["text", "id"]
 

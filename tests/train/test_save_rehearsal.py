@@ -248,3 +248,23 @@ def test_nothing_is_sealed_without_weights_and_state(files: list[str], tmp_path:
         (tmp_path / name).write_text("{}")
     with pytest.raises(RunFailedError, match="does not count as a checkpoint"):
         checkpointing._check_complete(tmp_path)
+
+
+def test_equal_runs_of_a_sweep_try_it_once(asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs/sweeps/one").mkdir(parents=True)
+    tried: list[str] = []
+    rehearse = model_saving.rehearse_save
+
+    def counted(spec: Any, run: RunDir, *more: Any) -> None:
+        tried.append(run.id)
+        rehearse(spec, run, *more)
+
+    monkeypatch.setattr(model_saving, "rehearse_save", counted)
+    runs = []
+    for words in (["train.learning_rate=1e-3"], ["train.learning_rate=2e-3"], ["train.max_length=48"]):
+        spec = spec_of(*asked, "train.max_steps=1", *words)
+        run = RunDir.create(spec)
+        run.write("status.json", {**run.status, "sweep": "one"})
+        train_here(spec, run)
+        runs.append(run.id)
+    assert tried == [runs[0], runs[2]]

@@ -19,7 +19,7 @@ from runner.errors import InterruptedRun, Problem, RunFailedError, RunnerError
 from runner.paths import cache_dir
 from runner.report import terminal
 from runner.report.progress import Progress
-from runner.report.text import dump, print_problems, problems_as_json
+from runner.report.text import counted, dump, print_problems, problems_as_json
 from runner.spec import RunSpec
 from runner.train.__main__ import quiet_libraries
 
@@ -72,7 +72,9 @@ def fill_cache(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     data = objective.read()
     if data.note:
         progress.note(data.note)
-    progress.note(f"Read    {len(data.train):,} rows in {time.perf_counter() - began:.1f} s; loading the tokenizer …")
+    progress.note(
+        f"Read    {counted(len(data.train), 'row')} in {time.perf_counter() - began:.1f} s; loading the tokenizer …"
+    )
     tokenizer = model_loading.load_tokenizer(spec, model_loading.source_of(spec.model, progress.note))
     began = time.perf_counter()
     with progress.stage("Tokenising", "rows"):

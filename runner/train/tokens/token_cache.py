@@ -16,6 +16,7 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 
 from runner.paths import cache_dir
+from runner.report.text import counted
 from runner.rundir.atomic_folder import cached
 
 if TYPE_CHECKING:
@@ -99,9 +100,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def describe_rows(rows: Tokenised, num_eval: int) -> str:
     """The tokenised rows as a line of text."""
-    parts = [f"{rows.num_examples:,} examples, {rows.num_tokens:,} tokens"]
+    parts = [f"{counted(rows.num_examples, 'example')}, {rows.num_tokens:,} tokens"]
     if rows.packing_efficiency is not None:
-        parts.append(f"packed into {len(rows.rows):,} sequences, {rows.packing_efficiency:.0%} full")
+        parts.append(f"packed into {counted(len(rows.rows), 'sequence')}, {rows.packing_efficiency:.0%} full")
     if rows.num_truncated:
         parts.append(f"{rows.num_truncated:,} cut to the longest length")
     if rows.num_dropped:
