@@ -118,6 +118,9 @@ def unknown_key(key: str, chosen: str | None, source: str | None) -> Problem:
     """A key that is nowhere, or only in other choices than the one `chosen` for its group."""
     group, _, leaf = key.partition(".")
     others = [f"{group}={name}" for name in choices_with(key)]
+    if key == "method.peft_type" and source != "command line":
+        remedy = f"peft_type goes with a name of its own: write name: {chosen}_mine in its place, or take {others[0]}"
+        return Problem(f"name: {chosen} is a method of another kind, without peft_type", source, remedy)
     if others:
         listed = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
         return Problem(

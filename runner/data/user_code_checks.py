@@ -67,7 +67,55 @@ def class_problems(name: str, key: str, base: str, *, here: bool) -> list[Proble
     if isinstance(node, _Function) or (isinstance(node, ast.ClassDef) and not _may_derive(node, name)):
         what = f"{name} is no class" if isinstance(node, _Function) else f"{name} is derived from no other class"
         found.append(Problem(what, source, f"derive it from {base}"))
+    elif isinstance(node, ast.ClassDef) and not found:
+        wanted = base.partition(" of ")[0].rpartition(".")[2]
+        file = Path(name.rpartition(":")[0]).expanduser()
+        if _derives(node, file, wanted) is False:
+            bases = ", ".join(map(ast.unparse, node.bases))
+            found.append(
+                Problem(f"{name} is derived from {bases}, and not from {wanted}", source, f"derive it from {base}")
+            )
     return found
+
+
+def _derives(node: ast.ClassDef, file: Path, wanted: str) -> bool | None:
+    """Whether a class has the base of that name which is this project's; None where reading alone does not tell."""
+    if file.resolve().is_relative_to(PACKAGE) and node.name == wanted:
+        return True
+    answers = [_base_derives(base, file, wanted) for base in node.bases]
+    if any(answers):
+        return True
+    return None if None in answers or node.keywords or node.decorator_list else False
+
+
+def _base_derives(base: ast.expr, file: Path, wanted: str) -> bool | None:
+    ours = file.resolve().is_relative_to(PACKAGE)
+    if isinstance(base, ast.Subscript):  # Generic[T]
+        base = base.value
+    if not isinstance(base, ast.Name):
+        return False if ours else None  # of a library: none of its classes is derived from ours
+    tree = ast.parse(file.read_bytes())
+    defined = dict(_bound(tree.body)).get(base.id)
+    if isinstance(defined, ast.ClassDef):
+        return _derives(defined, file, wanted)
+    for node in ast.walk(tree):
+        for one in node.names if isinstance(node, ast.ImportFrom) and node.module and not node.level else ():
+            if (one.asname or one.name) == base.id and isinstance(node, ast.ImportFrom):
+                return _imported_derives(str(node.module).split("."), one.name, wanted, ours)
+    return False if ours or hasattr(builtins, base.id) else None
+
+
+def _imported_derives(module: list[str], name: str, wanted: str, ours: bool) -> bool | None:
+    if module[0] != PACKAGE.name:
+        return False if ours else None
+    place = PACKAGE.joinpath(*module[1:])
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    if not file.is_file():
+        return None
+    found = dict(_bound(ast.parse(file.read_bytes()).body)).get(name)
+    if isinstance(found, ast.ClassDef):
+        return _derives(found, file, wanted)
+    return _base_derives(ast.Name(name), file, wanted)  # which imports it itself
 
 
 def _may_derive(node: ast.ClassDef, name: str) -> bool:

@@ -51,6 +51,8 @@ class WeightBytes:
     """Width of all others."""
     bytes_optimizer: float = 8.0
     """Optimiser states per trained value: 8 for AdamW over fp32, 4 over bf16, about 2 in 8 bits, 0 for SGD."""
+    projections: int = 0
+    """Frozen values that an adapter's file has beside those that train, in fp32."""
 
     @property
     def adapter(self) -> bool:
@@ -78,18 +80,18 @@ def checkpoint(trained: WeightBytes, stage: int, *, tied_values: int = 0) -> dic
     states = trained.bytes_optimizer * trained.trainable
     if stage == 0:
         weights = trained.bytes_16 * frozen + trained.bytes_trained * trained.trainable
-        return {"weights": float(weights), "optimizer": states}
+        return {"weights": float(weights + 4 * trained.projections), "optimizer": states}
     module = trained.trainable + frozen + (tied_values if trained.adapter else 0) if stage < 3 else 0
     again = frozen if stage >= 2 else 0
     return {
-        "deepspeed_weights": float(trained.bytes_16 * (module + again)),
+        "deepspeed_weights": float(trained.bytes_16 * (module + again) + 4 * trained.projections),
         "optimizer": states + MASTER * trained.trainable,
     }
 
 
 def final_model(trained: WeightBytes) -> float:
     """Bytes of `model/`: the weights in 16 bits, or the adapter in fp32 (runner/train/trainable_weights.py)."""
-    return 4.0 * trained.trainable if trained.adapter else trained.weights_16
+    return 4.0 * (trained.trainable + trained.projections) if trained.adapter else trained.weights_16
 
 
 def pinned(size: float) -> int:

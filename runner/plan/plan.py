@@ -15,7 +15,8 @@ from runner.plan.model_shape import shape_for
 from runner.plan.run_time import GB, RunFacts, hours_of
 from runner.plan.trainable import Training
 from runner.plan.worker_environment import arguments, variables
-from runner.spec import RunSpec
+from runner.spec import Peft, RunSpec
+from runner.spec.adapters import TYPES
 
 SPOT_WARNING_S = 5
 """Between SIGTERM and SIGKILL on RunPod's interruptible machines (docs.runpod.io, spot pods)."""
@@ -147,11 +148,12 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[st
     if option.fits and not option.comfortable and option.capacity:
         high, there = option.memory.high / GIB, option.capacity / GIB
         said.append(f"tight: with a fragmented allocator it may need {high:.1f} of {there:.1f} GiB")
+    said += _uncounted(spec)
     said += _of_checkpoints(spec, kept, one / GB / cost.SAVE_GB_S, step_s or 0.0)
     positions = option.batch * train.max_length * spec.objective.passes(spec.method.adapts).sequences
     return Plan(
         model=spec.model.name,
-        method=spec.method.name,
+        method=spec.method.label,
         hw=hw.name,
         where=spec.where.name,
         fits=not _short_of_memory(option, ram, spec),
@@ -212,6 +214,16 @@ def _unsure(ram: Mapping[str, float], spec: RunSpec) -> bool:
     return (
         spec.hw.accelerator == "cuda" and main_memory.there(spec) is None and sum(ram.values()) > USUAL_HOST_GIB * GIB
     )
+
+
+def _uncounted(spec: RunSpec) -> Iterator[str]:
+    """Types differ in what they build in a step: a run with HRA was planned at 1.8 GiB and took 4.9."""
+    method = spec.method
+    if isinstance(method, Peft) and method.peft_type not in TYPES:
+        yield (
+            f"memory is a lower bound: what {method.peft_type} keeps and builds beside its parameters in a step is not "
+            "known; train.max_steps=2 measures it (peak_memory_gib in summary.json)"
+        )
 
 
 def _gib(terms: Mapping[str, float]) -> dict[str, float]:

@@ -101,7 +101,7 @@ def _row(spec: RunSpec, option: StageChoice, ram: Mapping[str, float], sequences
         per_million = seconds / spec.train.max_length * MILLION / 3600 * per_hour
     return SearchRow(
         model=spec.model.name,
-        method=spec.method.name,
+        method=spec.method.label,
         hw=hw.name,
         num_gpus=gpus,
         zero_stage=option.stage,
@@ -123,7 +123,7 @@ def _row(spec: RunSpec, option: StageChoice, ram: Mapping[str, float], sequences
 def _refused(spec: RunSpec, why: str) -> SearchRow:
     hw = spec.hw
     gpus = hw.num_gpus * hw.num_nodes
-    names = spec.model.name, spec.method.name, hw.name, gpus, spec.deepspeed.name
+    names = spec.model.name, spec.method.label, hw.name, gpus, spec.deepspeed.name
     return SearchRow(
         *names, 0, 0, False, 0.0, hw.memory_gib, None, main_memory.there(spec), None, None, None, None, why
     )

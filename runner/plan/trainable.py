@@ -134,7 +134,7 @@ def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed
     shared = other.shared([_layer(m) for m in adapted]) * adapter_width if other else 0
     return Training(
         shape, name, trains,
-        base_trained=_outside(shape, extra),
+        base_trained=_outside(shape, extra) + _inside(shape, extra),
         adapter=sizes[0],
         adapter_weights=sizes[1],
         trained_width=4 if scaled else width,  # of the copies that `modules_to_save` makes: left as the model is
@@ -237,12 +237,33 @@ def _outside(shape: Shape, modules: set[str]) -> int:
     return values
 
 
+def _inside(shape: Shape, modules: set[str]) -> int:
+    """Values in the modules of all layers, which PEFT copies whole; a part of one that is named itself counts once."""
+    if modules & {"layers", "h"}:
+        return shape.num_layers * shape.layer_parameters
+    norms = modules & {"input_layernorm", "post_attention_layernorm", "ln_1", "ln_2"}
+    attention, mlp = bool(modules & {"self_attn", "attention", "attn"}), "mlp" in modules
+    sides = [not m.linear or shape.intermediate_size in (m.inputs, m.outputs) for m in shape.matrices]
+    first = sides.index(True)  # of the MLP, which follows attention
+    named = [m for i, m in enumerate(shape.matrices) if m.name in modules or (mlp if i >= first else attention)]
+    values = sum(m.parameters for m in named) + shape.final_norm_parameters * len(norms)
+    return shape.num_layers * values
+
+
 def _runs(
     shape: Shape, chosen: tuple[int, ...] | None, kind: LayerKind
 ) -> tuple[tuple[tuple[tuple[LayerKind, ...], int], ...], int]:
     """Layers as repeated patterns, and the first that trains."""
     inside = set(range(shape.num_layers) if chosen is None else chosen)
     return patterns(shape, lambda i: kind if i in inside else LayerKind()), min(inside, default=shape.num_layers)
+
+
+def saved_projections(training: Training) -> int:
+    """Frozen values that VeRA's file has beside those that train, unless `save_projection` is false."""
+    peft, targets = training.peft, training.targets
+    if peft is None or not peft.arguments.get("save_projection", False):
+        return 0
+    return peft.shared([_layer(m) for m in training.shape.matrices if targets is None or m.name in targets])
 
 
 def norms_and_biases(shape: Shape) -> int:

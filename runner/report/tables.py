@@ -24,7 +24,7 @@ def headline(spec: RunSpec, where: str) -> str:
     model = f"{spec.model.title or spec.model.id}{size} ({spec.model.name})"
     return (
         f"Run     [bold]{escape(where)}[/bold]\n"
-        f"Model   {escape(model)}, {spec.method.name}, {spec.data.name} data\n"
+        f"Model   {escape(model)}, {spec.method.label}, {spec.data.name} data\n"
         f"On      {machine}, {train.precision}, batch {train.batch_size} × {train.max_length} tokens, "
         f"learning rate {train.learning_rate:g}"
     )

@@ -76,6 +76,12 @@ def _untrained_layer(spec: RunSpec, shape: Shape) -> Problem | None:
     key = "method.arguments" if method.trainable is None else "method.trainable"
     given = " or ".join(f"{key}.{name}={value}" for name, value in method.arguments.items())
     remedy = f"write another formula than {method.trainable}" if method.trainable else f"change {given}"
+    layers = [
+        Layer(m.name, m.inputs, m.outputs) for m in shape.matrices if m.linear and (not wanted or m.name in wanted)
+    ]
+    if uneven := method.adapter.uneven(layers):
+        what, _, instead = uneven.partition("; ")
+        return Problem(f"{what} of {spec.model.name}", "method.arguments", instead)
     for m in shape.matrices:
         if m.linear and (wanted is None or m.name in wanted):
             try:

@@ -7,6 +7,7 @@ them against the installed one. A type without a count needs a formula, `method.
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -59,6 +60,15 @@ UNCOUNTED: dict[str, dict[str, Any]] = {
         "random_loc_seed": 777, "bias": "none", "proportional_parameters": False, "init_weights": True},
 }  # fmt: skip
 """Types for linear layers that need `method.trainable`: arguments that may be set, with PEFT's defaults."""
+
+WHOLE_BLOCKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "BOFT": (("boft_block_size", "boft_block_num"), ("inputs",)),
+    "C3A": (("block_size",), ("inputs", "outputs")),
+    "GRALORA": (("gralora_k",), ("inputs", "outputs")),
+    "ROAD": (("group_size",), ("outputs",)),
+    "VBLORA": (("vector_length",), ("inputs", "outputs")),
+}
+"""Arguments that have to divide sides of each layer: `ValueError` in `peft/tuners/<type>/layer.py`. 0 is not set."""
 
 ON_ALL_LAYERS = ("BEFT", "GLORA", "IA3", "ROAD", "SHIRA", "SUPERTUNING")
 """Types that PEFT cannot put on some layers only."""
@@ -287,6 +297,24 @@ class Adapter:
             return known.count(layer, self.arguments)
         assert self.trainable is not None
         return evaluate(self.trainable, self.arguments | {"inputs": layer.inputs, "outputs": layer.outputs})
+
+    def uneven(self, layers: list[Layer]) -> str | None:
+        """A sentence about an argument that does not divide a side of one of the layers, as PEFT needs it to; its remedy
+        after a semicolon."""
+        names, sides = WHOLE_BLOCKS.get(self.peft_type, ((), ()))
+        values = {**self.defaults, **self.arguments}
+        whole = math.gcd(*(getattr(layer, side) for layer in layers for side in sides)) if layers and sides else 0
+        for name in names:
+            value = values[name]
+            wrong = [(layer, side) for layer in layers for side in sides if value and getattr(layer, side) % value]
+            if wrong:
+                layer, side = wrong[0]
+                other = min((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: (abs(n - value), n))
+                what = (
+                    f"method.arguments.{name}={value} does not divide the {getattr(layer, side)} {side} of {layer.name}"
+                )
+                return f"{what}; write method.arguments.{name}={other}"
+        return None
 
     def multiplied(self, layer: Layer) -> int:
         """Weights that a token is multiplied with in a layer."""

@@ -57,6 +57,12 @@ Kind = Literal["full", "freeze", "lora", "qlora4", "qlora8", "peft"]
 class _Method(Part):
     kind: ClassVar[Kind]
     adapts: ClassVar[bool] = True
+
+    @property
+    def label(self) -> str:
+        """Its name, with the variant that its keys make of it: `lora (LoRA+ 16)`."""
+        return str(getattr(self, "name", self.kind))
+
     """The model's own weights are frozen, and an adapter trains."""
     packed: ClassVar[bool] = False
     """The frozen weights are quantised."""
@@ -129,6 +135,13 @@ class _LowRank(_Targets):
     """Weight-decomposed LoRA (arXiv 2402.09353): a little better at low ranks, slower."""
     learning_rate_ratio: float = Field(default=1.0, ge=1)
     """LoRA+ (arXiv 2402.12354): the learning rate of B as a multiple of that of A, which is `train.learning_rate`."""
+
+    @property
+    def label(self) -> str:
+        """Its name, with the variant that its keys make of it: `lora (LoRA+ 16)`."""
+        variants = ["DoRA"] if self.use_dora else []
+        variants += [f"LoRA+ {self.learning_rate_ratio:g}"] if self.learning_rate_ratio > 1 else []
+        return super().label + (f" ({', '.join(variants)})" if variants else "")
 
 
 class Lora(_LowRank):

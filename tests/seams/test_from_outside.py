@@ -127,6 +127,26 @@ def test_a_peft_method_is_a_yaml_file(conf: Path, peft_type: str, arguments: dic
     assert isinstance(finished.model, PeftModel) and (run.path / "model" / "adapter_config.json").is_file()
 
 
+@pytest.mark.usefixtures("here")
+def test_a_method_is_called_what_it_is_and_an_uncounted_one_a_lower_bound(tmp_path: Path) -> None:
+    words = ("plan", "model=mistral7b", "hw=h100", "--config-dir", "own")
+    content = "peft_type: HRA\narguments: {r: 4}\ntrainable: r * inputs\n"
+    write(tmp_path / "own", "method", "mine", f"name: mine\n{content}")
+    write(tmp_path / "own", "method", "wrong", f"name: lora\n{content}")
+    block = "name: block\npeft_type: BOFT\narguments: {boft_block_size: 5}\ntrainable: inputs\n"
+    write(tmp_path / "own", "method", "block", block)
+    assert "lora (LoRA+ 16)" in runner(*words, "method=loraplus").stdout
+    assert "lora (DoRA)" in runner(*words, "method=lora", "method.use_dora=true").stdout
+    assert "memory is a lower bound: what HRA keeps" in " ".join(runner(*words, "method=mine").output.split())
+    assert "lower bound" not in runner(*words, "method=oft").output
+    said = " ".join(runner(*words, "method=wrong").stderr.split())
+    assert "name: lora is a method of another kind" in said and "write name: lora_mine in its place" in said
+    result = runner(*words, "method=block")
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 2 and "does not divide the 4096 inputs of q_proj of mistral7b" in said
+    assert "write method.arguments.boft_block_size=4" in said
+
+
 def test_an_objective_is_a_class_and_a_yaml_file(conf: Path, tmp_path: Path) -> None:
     (tmp_path / "penalised.py").write_text(OBJECTIVE, "utf-8")
     write(conf, "objective", "penalised", "name: sft\ncode: penalised.py:Penalised\noptions: {penalty: 0.25}\n")
@@ -241,6 +261,52 @@ def test_a_class_that_derives_from_nothing_is_refused_before_anything_starts(
         result = runner(*PODS, f"where={place}", "--config-dir", "own", word)
         said = " ".join(result.stderr.split())
         assert result.exit_code == 2 and f"derive it from {wanted}" in said, result.output
+
+
+WRONG = {
+    "the trainer": ("from runner.train.guarded_trainer import GuardedTrainer as Base", "Base", "objective.code"),
+    "another objective": ("from runner.train.objectives.dpo import Dpo", "Dpo", "objective.code"),
+    "through another class": (
+        "from runner.train.objectives.kto import Kto\nclass Half(Kto): ...",
+        "Half",
+        "objective.code",
+    ),
+    "the base of all": ("from runner.train.objectives.objective import Objective", "Objective", "objective.code"),
+    "a tracker": ("from runner.train.trackers import Tracker", "Tracker", "objective.code"),
+    "an objective": ("from runner.train.objectives.sft import Sft", "Sft", "data.format"),
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("case", WRONG)
+def test_a_class_that_derives_from_another_kind_is_refused_before_anything_starts(case: str, tmp_path: Path) -> None:
+    text, base, key = WRONG[case]
+    (tmp_path / "mine.py").write_text(f"{text}\nclass Mine({base}): ...\n", "utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n', "utf-8")
+    rows = ("data=file", "data.path=rows.jsonl") if key == "data.format" else ()
+    result = runner(*PODS, *rows, f"{key}=mine.py:Mine")
+    wanted = "Sft" if key == "objective.code" else "RowFormat"
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 2 and f"mine.py:Mine is derived from {base}, and not from {wanted}" in said, (
+        result.output
+    )
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import runner.train.objectives.sft as sft\nclass Mine(sft.Sft): ...",
+        "from runner.train.objectives.registry import Sft as Base\nclass Mixin: ...\nclass Mine(Mixin, Base): ...",
+        "from somewhere import Base\nclass Mine(Base): ...",
+    ],
+)
+def test_a_class_of_which_reading_does_not_tell_is_left_to_the_run(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(f"{text}\n", "utf-8")
+    (tmp_path / "somewhere").mkdir()
+    assert (
+        user_code_checks.of_class("mine.py:Mine", "objective.code", "Sft of runner.train.objectives", here=False) == []
+    )
 
 
 @pytest.mark.usefixtures("here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from runner.plan.model_shape import shape_of
-from runner.plan.trainable import training_of
+from runner.plan.trainable import saved_projections, training_of
 from runner.spec import Method, ModelSpec, Peft
-from runner.spec.adapters import ON_ALL_LAYERS, TYPES, UNCOUNTED, UNUSABLE, evaluate
+from runner.spec.adapters import ON_ALL_LAYERS, TYPES, UNCOUNTED, UNUSABLE, Layer, evaluate
 from runner.train import adapter_config, trainable_weights
 from tests.conftest import spec_of
 
@@ -74,6 +75,63 @@ def test_chosen_layers_and_targets_count(words: dict[str, Any]) -> None:
     adapted = get_peft_model(model, adapter_config.adapter_config(spec, model))
     expected = training_of(shape_of(facts), method, "bf16", deepspeed=False).trainable
     assert trainable_weights.describe_trainable(adapted)[0] == expected
+
+
+@pytest.mark.parametrize("saved", ["mlp", "self_attn", "k_proj", "input_layernorm", "lm_head"])
+def test_modules_to_save_count_inside_the_layers_too(saved: str) -> None:
+    model, facts = _model("llama")
+    method = METHOD.validate_python({"name": "lora", "target_modules": ["q_proj"], "modules_to_save": [saved]})
+    if saved == "self_attn":  # the adapter would be in the module that is copied
+        method = method.model_copy(update={"target_modules": ["down_proj"]})
+    spec = spec_of("method=full").model_copy(update={"method": method})
+    adapted = get_peft_model(model, adapter_config.adapter_config(spec, model))
+    expected = training_of(shape_of(facts), method, "bf16", deepspeed=False).trainable
+    assert trainable_weights.describe_trainable(adapted)[0] == expected
+
+
+UNEVEN = {
+    "BOFT": ({"boft_block_size": 5}, "boft_block_size=5 does not divide the 64 inputs of q_proj; write", "=4"),
+    "C3A": ({"block_size": 24}, "block_size=24 does not divide the 64 inputs of q_proj; write", "=16"),
+    "ROAD": ({"group_size": 48}, "group_size=48 does not divide the 64 outputs of q_proj; write", "=16"),
+    "GRALORA": ({"r": 30, "gralora_k": 3}, "gralora_k=3 does not divide the 64 inputs of q_proj; write", "=2"),
+    "VBLORA": ({"vector_length": 48}, "vector_length=48 does not divide the 64 inputs of q_proj; write", "=16"),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_a_block_that_does_not_divide_a_layer_is_told_by_the_facts(name: str) -> None:
+    arguments, said, instead = UNEVEN[name]
+    model, facts = _model("llama")
+    layers = [Layer(m.name, m.inputs, m.outputs) for m in shape_of(facts).matrices if m.linear]
+
+    def made(values: dict[str, Any]) -> Peft:
+        content = {"name": "x", "peft_type": name, "arguments": values, "trainable": "inputs"}
+        found = METHOD.validate_python(content)
+        assert isinstance(found, Peft)
+        return found
+
+    told = made(arguments).adapter.uneven(layers)
+    assert told is not None and said in told and told.endswith(instead)
+    spec = spec_of("method=full").model_copy(update={"method": made(arguments)})
+    with pytest.raises(ValueError, match=r"(?i)divi"):  # PEFT's own, after the model is loaded
+        get_peft_model(model, adapter_config.adapter_config(spec, model))
+    good = made({**arguments, list(arguments)[-1]: int(instead.removeprefix("="))})
+    assert good.adapter.uneven(layers) is None
+    spec = spec.model_copy(update={"method": good})
+    get_peft_model(_model("llama")[0], adapter_config.adapter_config(spec, model))
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_veras_projections_are_in_its_file(saves: bool, tmp_path: Path) -> None:
+    model, facts = _model("llama")
+    arguments = {"r": 64, "save_projection": saves}
+    method = METHOD.validate_python({"name": "x", "peft_type": "VERA", "arguments": arguments})
+    spec = spec_of("method=full").model_copy(update={"method": method})
+    get_peft_model(model, adapter_config.adapter_config(spec, model)).save_pretrained(tmp_path)
+    training = training_of(shape_of(facts), method, "bf16", deepspeed=False)
+    planned = 4 * (training.trainable + saved_projections(training))
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert planned <= size < planned + 10_000  # the names of the tensors
 
 
 @pytest.mark.parametrize(
