@@ -27,6 +27,9 @@ from benchmarks.bench import ROOT, Benchmark, alone, git, say, table
 TESTS: dict[str, tuple[str, ...]] = {
     "runner/plan/cost.py": ("tests/plan/test_cost.py", "tests/plan/test_checkpoint_count.py"),
     "runner/plan/zero.py": ("tests/plan/test_zero.py", "tests/plan/test_host_memory.py", "-k", "not rank and not step"),
+    "runner/plan/zero_config.py": (
+        "tests/plan/test_zero.py", "tests/config/test_deepspeed_docs.py", "-k", "not rank and not step",
+    ),
     "runner/plan/memory.py": (
         "tests/plan/test_zero.py", "tests/plan/test_host_memory.py", "tests/plan/test_quantization.py",
         "-k", "not rank and not step",

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.errors import Problem, RequestError
-from runner.plan import zero
 from runner.plan.memory import GIB, PROMPT_TOKENS, Job, Memory, floor, memory
 from runner.plan.model_shape import Shape, shape_for
 from runner.plan.step_time import Machine, StepTime, Work, evaluation_time, machine_of, step_time, work_of
 from runner.plan.trainable import Precision, Training, training_of
+from runner.plan.zero_config import ResolvedConfig, refusal, resolved_config
 from runner.spec import HardwareSpec, Method, RunSpec
 
 Templates = Mapping[str, Mapping[str, object]]
@@ -41,7 +41,7 @@ class StageChoice:
     """Bytes of one GPU (of the machine, on a CPU); None where the hardware does not say."""
     step: StepTime | None
     """None where the hardware's speed is not known."""
-    config: zero.ResolvedConfig | None
+    config: ResolvedConfig | None
 
     @property
     def fits(self) -> bool:
@@ -67,7 +67,7 @@ class StageSearch:
         self._training: dict[Any, tuple[Method, Training]] = {}
         self._machines: dict[Any, tuple[HardwareSpec, Machine | None]] = {}
         self._work: dict[Any, tuple[Training, Work]] = {}
-        self._configs: dict[Any, zero.ResolvedConfig] = {}
+        self._configs: dict[Any, ResolvedConfig] = {}
 
     def training(self, shape: Shape, method: Method, precision: Precision, *, deepspeed: bool) -> Training:
         """`training_of`, remembered by identity: pydantic models with lists cannot be hashed."""
@@ -103,13 +103,13 @@ class StageSearch:
             self._work[key] = (training, work)
         return self._work[key][1]
 
-    def config(self, spec: RunSpec, stage: str, micro: int, accumulation: int, hidden: int) -> zero.ResolvedConfig:
+    def config(self, spec: RunSpec, stage: str, micro: int, accumulation: int, hidden: int) -> ResolvedConfig:
         """The resolved DeepSpeed JSON, remembered."""
         train = spec.train
         key = (stage, micro, accumulation, spec.hw.world_size, hidden, train.precision, train.max_grad_norm)
         if key not in self._configs:
             assert train.precision != "auto"
-            self._configs[key] = zero.resolved_config(
+            self._configs[key] = resolved_config(
                 self.templates[stage],
                 micro_batch=micro,
                 accumulation=accumulation,
@@ -221,7 +221,7 @@ def allowed_stages(spec: RunSpec) -> tuple[str, ...]:
 
 def _refusal(spec: RunSpec, stage: str) -> Problem | None:
     master = getattr(spec.method, "master_weights", True)
-    return zero.refusal(stage, spec.method.kind, spec.train.optimizer, spec.train.precision, master)
+    return refusal(stage, spec.method.kind, spec.train.optimizer, spec.train.precision, master)
 
 
 def batches(spec: RunSpec) -> list[tuple[int, int]]:

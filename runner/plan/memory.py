@@ -16,6 +16,7 @@ from runner.plan.autograd.step_peak import Step, TrainableLayers, patterns, repl
 from runner.plan.autograd.tape import KINDS
 from runner.plan.host_memory import CPU_PROCESS
 from runner.plan.trainable import Precision, Training, largest_trained, norms_and_biases
+from runner.plan.zero_config import ResolvedConfig
 from runner.spec.objective_base import Passes
 
 GIB = 2**30
@@ -128,7 +129,7 @@ def memory(
     micro_batch: int,
     accumulation: int,
     stage: str = "none",
-    config: zero.ResolvedConfig | None = None,
+    config: ResolvedConfig | None = None,
 ) -> Memory:
     """Peaks of every phase; `config` is the resolved DeepSpeed JSON of `stage`."""
     sharded = stage != "none"
@@ -175,7 +176,7 @@ def _quiet(training: Training) -> TrainableLayers:
 
 
 def floor(
-    training: Training, job: Job, accumulation: int, stage: str = "none", config: zero.ResolvedConfig | None = None
+    training: Training, job: Job, accumulation: int, stage: str = "none", config: ResolvedConfig | None = None
 ) -> float:
     """Bytes that are there whatever the micro batch: a quick no for what is far too large."""
     fixed, *_ = _states(training, job, stage, config, accumulation > 1)
@@ -183,7 +184,7 @@ def floor(
 
 
 def _states(
-    training: Training, job: Job, stage: str, config: zero.ResolvedConfig | None, accumulates: bool
+    training: Training, job: Job, stage: str, config: ResolvedConfig | None, accumulates: bool
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float], float]:
     """What is always there; what is there in the optimiser's step; what comes with communication; host bytes."""
     states = STATES[job.optimizer]

@@ -239,15 +239,18 @@ def _outside(shape: Shape, modules: set[str]) -> int:
 
 def _inside(shape: Shape, modules: set[str]) -> int:
     """Values in the modules of all layers, which PEFT copies whole; a part of one that is named itself counts once."""
+    return sum(_inside_layer(shape, layer, modules) for layer in shape.layers) if modules else 0
+
+
+def _inside_layer(shape: Shape, layer: LayerShape, modules: set[str]) -> int:
     if modules & {"layers", "h"}:
-        return shape.num_layers * shape.layer_parameters
+        return layer.parameters
     norms = modules & {"input_layernorm", "post_attention_layernorm", "ln_1", "ln_2"}
     attention, mlp = bool(modules & {"self_attn", "attention", "attn"}), "mlp" in modules
-    sides = [not m.linear or shape.intermediate_size in (m.inputs, m.outputs) for m in shape.matrices]
-    first = sides.index(True)  # of the MLP, which follows attention
-    named = [m for i, m in enumerate(shape.matrices) if m.name in modules or (mlp if i >= first else attention)]
-    values = sum(m.parameters for m in named) + shape.final_norm_parameters * len(norms)
-    return shape.num_layers * values
+    sides = [not m.linear or shape.intermediate_size in (m.inputs, m.outputs) for m in layer.matrices]
+    first = sides.index(True) if True in sides else len(sides)  # of the MLP, which follows attention
+    named = [m for i, m in enumerate(layer.matrices) if m.name in modules or (mlp if i >= first else attention)]
+    return sum(m.parameters for m in named) + shape.final_norm_parameters * len(norms)
 
 
 def _runs(

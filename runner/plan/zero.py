@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: bytes per GPU by stage, and the JSON with no "auto" left.
+"""DeepSpeed ZeRO: bytes per GPU by stage, from the JSON of zero_config.py.
 
 Sources are files of DeepSpeed 0.19.8 under `deepspeed/`, unless another library is named. Checked
 against the tensors two real ranks hold: `tests/plan/test_zero.py`.
@@ -6,59 +6,11 @@ against the tensors two real ranks hold: `tests/plan/test_zero.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypedDict, cast
+from typing import NamedTuple
 
-from runner.errors import Problem, RequestError
-
-Precision = Literal["bf16", "fp16", "fp32"]
-
-
-class Offload(TypedDict, total=False):
-    """`offload_optimizer` or `offload_param`; DeepSpeed's defaults are in zero/offload_config.py."""
-
-    device: str
-    nvme_path: str
-    pin_memory: bool
-    buffer_count: int
-    buffer_size: int
-    max_in_cpu: int
-
-
-OffloadPart = Literal["offload_optimizer", "offload_param"]
-OFFLOADS: tuple[OffloadPart, ...] = ("offload_optimizer", "offload_param")
-
-
-class _Stage(TypedDict):
-    stage: int
-
-
-class Zero(_Stage, total=False):
-    """`zero_optimization` of a resolved JSON: the keys that decide sizes."""
-
-    reduce_bucket_size: int
-    overlap_comm: bool
-    sub_group_size: int
-    stage3_max_reuse_distance: int
-    stage3_max_live_parameters: int
-    stage3_prefetch_bucket_size: int
-    offload_optimizer: Offload | None
-    offload_param: Offload | None
-
-
-class _Sharded(TypedDict):
-    zero_optimization: Zero
-
-
-class ResolvedConfig(_Sharded, total=False):
-    """A DeepSpeed JSON without "auto": the keys that the plan reads."""
-
-    train_batch_size: int
-    train_micro_batch_size_per_gpu: int
-    gradient_accumulation_steps: int
-    gradient_clipping: float
-
+from runner.plan.zero_config import Offload, Precision, ResolvedConfig, Zero, offload_of, offloads
 
 FP32 = 4
 """Bytes of a master weight, and of a gradient in the step: `_configure_master_weights`, runtime/base_optimizer.py."""
@@ -135,80 +87,6 @@ class _Run(NamedTuple):
     persistent: int
 
 
-def resolved_config(
-    template: Mapping[str, object],
-    *,
-    micro_batch: int,
-    accumulation: int,
-    world: int,
-    hidden_size: int,
-    precision: Precision,
-    max_grad_norm: float,
-    nvme_path: str | None = None,
-) -> ResolvedConfig:
-    """The template with every "auto" filled in as transformers 5.23 does (integrations/deepspeed.py).
-
-    `nvme_path` moves what the template offloads from main memory to that folder.
-    Raises RequestError for an "auto" that the plan does not decide, and for NVMe without ZeRO-3 offload.
-    """
-    known: dict[str, object] = {
-        "train_batch_size": micro_batch * accumulation * world,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": max_grad_norm,
-        "bf16.enabled": precision == "bf16",
-        "fp16.enabled": precision == "fp16",
-        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
-        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    unknown: list[str] = []
-    config = cast("ResolvedConfig", _filled(template, known, "", unknown))
-    if unknown:
-        raise RequestError(
-            *(Problem(f'"{key}" is "auto" in the DeepSpeed JSON', None, "write a value") for key in unknown)
-        )
-    if nvme_path is not None:
-        _to_nvme(config["zero_optimization"], nvme_path)
-    return config
-
-
-def _filled(
-    part: Mapping[str, object], known: Mapping[str, object], prefix: str, unknown: list[str]
-) -> dict[str, object]:
-    """A copy of one level of the JSON, without "auto"; keys that nothing fills go to `unknown`."""
-    result: dict[str, object] = {}
-    for key, value in part.items():
-        name = prefix + key
-        if isinstance(value, Mapping):
-            value = _filled(value, known, name + ".", unknown)
-        elif value == "auto":
-            if name not in known:
-                unknown.append(name)
-            value = known.get(name)
-        result[key] = value
-    return result
-
-
-def _to_nvme(zero: Zero, path: str) -> None:
-    """Move the offload devices to NVMe. ZeRO-1/2 would take it for main memory without a word (`cpu_offload`)."""
-    parts = [part for part in OFFLOADS if _offloads(zero, part)]
-    if zero["stage"] != 3 or not parts:
-        remedy = "write deepspeed=zero3_offload"
-        raise RequestError(Problem("offloading to NVMe needs ZeRO-3 with offload", None, remedy))
-    for part in parts:
-        zero[part] = {**_offload(zero, part), "device": "nvme", "nvme_path": path}
-
-
-def _offload(zero: Zero, part: OffloadPart) -> Offload:
-    """The block, empty where nothing is offloaded."""
-    return zero.get(part) or {}
-
-
-def _offloads(zero: Zero, part: OffloadPart) -> bool:
-    return _offload(zero, part).get("device", "none") != "none"
-
-
 def padded(sizes: Iterable[int], world: int) -> int:
     """Elements with every parameter padded to a multiple of `world`, as ZeRO-3 shards them (`_aligned_size`)."""
     return sum(-(-size // world) * world for size in sizes)
@@ -262,8 +140,8 @@ def _stage_1_and_2(run: _Run, zero: Zero, accumulates: bool) -> Terms:
     weights = whole * width + run.frozen_bytes
     buckets = zero.get("reduce_bucket_size", REDUCE_BUCKET) * width * (2 if zero.get("overlap_comm") else 1)
     held = run.trainable if zero["stage"] == 1 else run.waiting
-    if _offloads(zero, "offload_optimizer"):
-        host = _host_1_and_2(run, _offload(zero, "offload_optimizer"), own, accumulates)
+    if offloads(zero, "offload_optimizer"):
+        host = _host_1_and_2(run, offload_of(zero, "offload_optimizer"), own, accumulates)
         buckets += run.largest_trained * width
         return Terms(weights, held * width, 0.0, 0.0, 0.0, buckets, 0.0, 0.0, host)
     part = own * width
@@ -279,10 +157,10 @@ def _stage_3(run: _Run, zero: Zero, live: float) -> Terms:
     part, waiting = own * width, run.waiting * width
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET) * width
     weights = float(run.persistent * width)
-    if not _offloads(zero, "offload_param"):
+    if not offloads(zero, "offload_param"):
         weights += part + run.frozen_bytes / run.world
     host = _host_3(run, zero, own)
-    if _offloads(zero, "offload_optimizer"):
+    if offloads(zero, "offload_optimizer"):
         return Terms(weights, waiting, 0.0, 0.0, 0.0, bucket, bucket, live, host)
     master = own * FP32
     group = min(own, zero.get("sub_group_size", SUB_GROUP_SIZE))
@@ -296,7 +174,7 @@ def _gathered(run: _Run, zero: Zero, frozen: int, largest: int) -> float:
     DeepSpeed counts elements of storage: of a quantised weight, the bytes it is packed into.
     """
     elements = run.trainable - run.persistent + min(frozen, run.frozen_bytes)
-    alone = run.world == 1 and not _offloads(zero, "offload_param")
+    alone = run.world == 1 and not offloads(zero, "offload_param")
     if elements <= 0 or alone:  # alone, a gathered parameter is a view of its part (`_no_gather_coalesced`)
         return 0.0
     size = (run.trainable - run.persistent) * run.width + run.frozen_bytes
@@ -335,16 +213,16 @@ def _host_3(run: _Run, zero: Zero, own: int) -> float:
     (`max_in_cpu`) for parameters (swap_tensor/partitioned_param_swapper.py); defaults of zero/offload_config.py.
     """
     width, host = run.width, 0.0
-    if _offloads(zero, "offload_optimizer"):
-        offload = _offload(zero, "offload_optimizer")
+    if offloads(zero, "offload_optimizer"):
+        offload = offload_of(zero, "offload_optimizer")
         host += _pinned(own * width, offload)
         if offload.get("device") == "nvme":
             group = min(own, zero.get("sub_group_size", SUB_GROUP_SIZE))
             host += offload.get("buffer_count", 4) * group * FP32
         else:
             host += own * FP32 + _pinned(own * FP32, offload) + own * run.optimizer_bytes
-    if _offloads(zero, "offload_param"):
-        offload = _offload(zero, "offload_param")
+    if offloads(zero, "offload_param"):
+        offload = offload_of(zero, "offload_param")
         if offload.get("device") == "nvme":
             buffers = offload.get("buffer_count", 5) * offload.get("buffer_size", 100_000_000)
             host += _pinned(buffers * width, offload)
@@ -353,55 +231,3 @@ def _host_3(run: _Run, zero: Zero, own: int) -> float:
             # Trained ones are page-locked whatever `pin_memory` (`_create_param_groups_fp16_flat_cpu_memory`).
             host += _pinned(own * width, {}) + run.frozen_bytes / run.world
     return host
-
-
-def refusal(stage: str, method_name: str, optimizer: str, precision: str, master_weights: bool) -> Problem | None:
-    """What cannot work, with its remedy; None where nothing stands against the combination."""
-    if stage.startswith("zero3") and method_name == "qlora8":
-        # Int8Params.CB and Linear8bitLt.state.CB (bitsandbytes 0.50 nn/modules.py) keep the storage that
-        # DeepSpeed means to free when it sets `param.data` (`free_param`, zero/partition_parameters.py).
-        return Problem(
-            f"deepspeed={stage} cannot shard an 8-bit base: bitsandbytes keeps every int8 matrix whole beside it",
-            None,
-            "write deepspeed=zero2, which takes as much memory, or method=qlora4, which ZeRO-3 shards",
-        )
-    if stage.startswith("zero3") and method_name == "peft":
-        # peft 0.21: LoHa and LoKr give their update the shape of the base's weight, which is [0] once it is sharded
-        # (`weight.reshape(base_layer.weight.shape)`); the other types have not been tried.
-        return Problem(
-            f"deepspeed={stage} shards the base, whose shape PEFT's other adapters than LoRA need whole",
-            None,
-            "write deepspeed=zero2, or method=lora",
-        )
-    if stage != "none" and optimizer == "adafactor":
-        # transformers 5.23 optimization.py: it factors matrices only, and clips by the RMS of every tensor; ZeRO hands
-        # it flat parts. The fourth step's loss was 1.6% off the one without ZeRO, and 0.4% off between one process and
-        # two of ZeRO-3, where AdamW's agree to 1e-7 (benchmarks/matrix.py, without this refusal).
-        return Problem(
-            f"deepspeed={stage} hands Adafactor flat parts of the weights: it would keep a whole second moment, and "
-            "take other steps with every number of processes",
-            None,
-            "write train.optimizer=adamw, or deepspeed=none",
-        )
-    if stage.endswith("_offload") and optimizer != "adamw":
-        # The states are in main memory, where bitsandbytes' optimisers do not run; of torch's only AdamW has a fused
-        # kernel there. A user's JSON without zero_force_ds_cpu_optimizer=false gets DeepSpeedCPUAdam, an AdamW as well.
-        return Problem(
-            f"deepspeed={stage} runs AdamW on the CPU, not train.optimizer={optimizer}",
-            None,
-            f"write train.optimizer=adamw, or deepspeed={stage.removesuffix('_offload')}",
-        )
-    if precision == "fp16" and method_name in ("full", "freeze") and not master_weights:
-        # torch 2.13 amp/grad_scaler.py: "Attempting to unscale FP16 gradients."; DeepSpeed,
-        # runtime/base_optimizer.py `_configure_master_weights`: fp16 masters only with offload to DeepSpeedCPUAdam.
-        who = (
-            "torch's loss scaler refuses fp16 gradients"
-            if stage == "none"
-            else "DeepSpeed keeps fp32 copies under fp16"
-        )
-        return Problem(
-            f"method.master_weights=false cannot train in fp16: {who}",
-            None,
-            "write method.master_weights=true, or train.precision=bf16",
-        )
-    return None

@@ -15,7 +15,7 @@ from trl.trainer import utils as trl_utils
 
 from runner.config import deepspeed_json
 from runner.errors import Problem, RunFailedError
-from runner.plan import zero
+from runner.plan.zero_config import resolved_config
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir, write_atomically
 from runner.spec import RunSpec
@@ -39,7 +39,7 @@ def deepspeed_config(spec: RunSpec, run: RunDir, source: str) -> dict[str, Any] 
     train = spec.train
     assert isinstance(train.micro_batch_size, int) and isinstance(train.accumulation_steps, int)
     assert train.precision != "auto"
-    resolved = zero.resolved_config(
+    resolved = resolved_config(
         deepspeed_json.deepspeed_templates(spec.deepspeed)[stage],
         micro_batch=train.micro_batch_size,
         accumulation=train.accumulation_steps,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.paths import DEEPSPEED_CONFIGS
-from runner.plan.zero import resolved_config
+from runner.plan.zero_config import resolved_config
 from runner.report.failure_causes import CAUSES
 from tests.conftest import ROOT
 

@@ -16,7 +16,8 @@ import pytest
 
 from runner.errors import RequestError
 from runner.paths import DEEPSPEED_CONFIGS
-from runner.plan.zero import Precision, Terms, padded, refusal, resolved_config, terms
+from runner.plan.zero import Terms, padded, terms
+from runner.plan.zero_config import Precision, refusal, resolved_config
 
 SUPPORT = Path(__file__).parents[1] / "support"
 NAMES = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")

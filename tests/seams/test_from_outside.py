@@ -264,8 +264,8 @@ def test_a_class_that_derives_from_nothing_is_refused_before_anything_starts(
 
 
 WRONG = {
-    "the trainer": ("from runner.train.guarded_trainer import GuardedTrainer as Base", "Base", "objective.code"),
-    "another objective": ("from runner.train.objectives.dpo import Dpo", "Dpo", "objective.code"),
+    "the trainer": ("from runner.train.objectives.sft import SftTrainer as Base", "Base", "objective.code"),
+    "another objective": ("from runner.train.objectives.preference import Dpo", "Dpo", "objective.code"),
     "through another class": (
         "from runner.train.objectives.kto import Kto\nclass Half(Kto): ...",
         "Half",
@@ -297,7 +297,7 @@ def test_a_class_that_derives_from_another_kind_is_refused_before_anything_start
     "text",
     [
         "import runner.train.objectives.sft as sft\nclass Mine(sft.Sft): ...",
-        "from runner.train.objectives.registry import Sft as Base\nclass Mixin: ...\nclass Mine(Mixin, Base): ...",
+        "from runner.train.objectives import Sft as Base\nclass Mixin: ...\nclass Mine(Mixin, Base): ...",
         "from somewhere import Base\nclass Mine(Base): ...",
     ],
 )
