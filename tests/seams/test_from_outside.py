@@ -305,7 +305,8 @@ def test_a_class_of_which_reading_does_not_tell_is_left_to_the_run(text: str, tm
     (tmp_path / "mine.py").write_text(f"{text}\n", "utf-8")
     (tmp_path / "somewhere").mkdir()
     assert (
-        user_code_checks.of_class("mine.py:Mine", "objective.code", "Sft of runner.train.objectives", here=False) == []
+        user_code_checks.class_problems("mine.py:Mine", "objective.code", "Sft of runner.train.objectives", here=False)
+        == []
     )
 
 
