@@ -304,10 +304,8 @@ def test_a_class_that_derives_from_another_kind_is_refused_before_anything_start
 def test_a_class_of_which_reading_does_not_tell_is_left_to_the_run(text: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(f"{text}\n", "utf-8")
     (tmp_path / "somewhere").mkdir()
-    assert (
-        user_code_checks.class_problems("mine.py:Mine", "objective.code", "Sft of runner.train.objectives", here=False)
-        == []
-    )
+    base = "Sft of runner.train.objectives"
+    assert user_code_checks.class_problems("mine.py:Mine", "objective.code", base, here=False) == []
 
 
 @pytest.mark.usefixtures("here")
