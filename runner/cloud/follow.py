@@ -195,7 +195,7 @@ class Follower:
 
     def _unwritten(self, error: OSError) -> Iterator[News]:
         """Said once: a disk here that is full or read-only ends no training in a pod, whose disk has it all."""
-        if error.errno in NOT_PLAIN or isinstance(error, untrusted_files.NotPlainError) or self.refused:
+        if error.errno in (None, *NOT_PLAIN) or self.refused:  # None: NotPlainError, or a pipe that cannot be sought in
             return
         self.refused = True
         yield News("words", f"Warning: nothing can be written at {self.run.path}: {error.strerror}; the run goes on")
