@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -192,5 +191,5 @@ def ls(volume: str, prefix: str, as_json: bool) -> None:
         click.echo(f"{row['size']:>14,}  {row['path']}")
 
 
-def _answer(as_json: bool, said: str, facts: dict[str, Any]) -> None:
+def _answer(as_json: bool, said: str, facts: dict[str, object]) -> None:
     click.echo(dump(facts) if as_json else said)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from typing import Any
 
 import click
 
@@ -63,7 +62,7 @@ class Verbs(click.Group):
         verb: click.Command = getattr(module, cmd_name, None) or getattr(module, f"{cmd_name}_")
         return verb
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         """A verb's usage errors also in JSON, and an option that is a key with the word to write."""
         words = ctx.meta[WORDS]
         try:

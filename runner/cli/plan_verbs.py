@@ -154,6 +154,6 @@ def calibrate(output_dir: Path, as_json: bool) -> None:
 
     found = calibration(output_dir)
     if as_json:
-        click.echo(dump(found))
+        click.echo(dump(found.as_dict()))
         return
     print_calibration(Console(), found)

@@ -386,5 +386,5 @@ def _ledger() -> Any:
     return ledger
 
 
-def _answer(as_json: bool, said: str, **facts: Any) -> None:
+def _answer(as_json: bool, said: str, **facts: object) -> None:
     click.echo(dump(facts) if as_json else said)

@@ -109,7 +109,7 @@ def _model(values: dict[str, Any], pod_id: str, output_dir: Path) -> Iterator[st
         yield f"model.id is {model['id']}"
 
 
-def _places(told: RunSpec, values: dict[str, Any], pod_id: str, output_dir: Path) -> Iterator[str]:
+def _places(told: RunSpec, values: dict[str, object], pod_id: str, output_dir: Path) -> Iterator[str]:
     keys = {key for key, _ in named_places(told)} | ({"data.id"} if told.data.id else set())
     if told.data.chat_template is not None and "/" in told.data.chat_template:
         keys.add("data.chat_template")

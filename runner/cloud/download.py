@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 from fnmatch import fnmatch
-from typing import Any
 
 from runner.cloud import transfer, untrusted_files
 from runner.cloud.transfer import PodRunFolder, Say
@@ -31,7 +30,7 @@ LAST = "summary.json"
 TOLD = 5
 
 
-def download_run(at: PodRunFolder, run: RunDir, spec: RunSpec, say: Say = lambda line: None) -> dict[str, Any]:
+def download_run(at: PodRunFolder, run: RunDir, spec: RunSpec, say: Say = lambda line: None) -> dict[str, object]:
     """Download all of a run; the pod's `status.json`.
 
     LostError where the connection breaks: called again, it goes on there. TooMuchError where it is more than there is

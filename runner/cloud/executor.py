@@ -58,7 +58,9 @@ def check(spec: RunSpec, launch_options: LaunchOptions = DEFAULT_OPTIONS) -> Non
         raise RequestError(Problem(what, f"where={spec.where.name}", "add --yes"))
 
 
-def confirm(asked: Sequence[tuple[RunSpec, dict[str, Any]]], launch_options: LaunchOptions, console: Console) -> bool:
+def confirm(
+    asked: Sequence[tuple[RunSpec, dict[str, object]]], launch_options: LaunchOptions, console: Console
+) -> bool:
     """Say what would be rented for runs and their plans at which price, and ask. What the provider does not have is an
     error here already."""
     kinds: dict[str, list[tuple[RunSpec, dict[str, Any]]]] = {}
@@ -97,7 +99,7 @@ def _priced(runs: Sequence[tuple[RunSpec, dict[str, Any]]]) -> tuple[str, float 
     return f"{described}, ${rate:.2f} an hour{about}{limit}", usd, rate
 
 
-def _machine(spec: RunSpec, plan: dict[str, Any]) -> tuple[str, float]:
+def _machine(spec: RunSpec, plan: dict[str, object]) -> tuple[str, float]:
     """What would be asked for first, or the pod that is named, and its price per hour."""
     if place_of(spec).pod:
         api, ledger = provider_of(spec), Ledger()
@@ -323,7 +325,7 @@ def _park(session: Session, pool: Pool) -> bool:
         raise
 
 
-def account(run: RunDir, rented: Lease, error: BaseException | None = None) -> dict[str, Any]:
+def account(run: RunDir, rented: Lease, error: BaseException | None = None) -> dict[str, object]:
     """What the run has cost, in `status.json` and beside the prediction in `summary.json`."""
     plan = run.read("plan.json")
     cost = {
@@ -374,7 +376,7 @@ def _problem_of(run: RunDir, message: str) -> Problem:
     return Problem(f"{message}: {cause.what}", display_path(log), cause.in_pod or cause.remedy)
 
 
-def _brought_from_stopped(session: Session, error: PodGoneError) -> dict[str, Any] | None:
+def _brought_from_stopped(session: Session, error: PodGoneError) -> dict[str, object] | None:
     """The agent's last status of a run that was over when its pod stopped, as after a launcher that was suspended or
     cut off: the pod is started for what its disk has. None for a pod that may be replaced: its run is not over, and its
     newest checkpoint is here, as far as it could be brought.
@@ -438,7 +440,7 @@ def _replaceable(session: Session, error: PodGoneError, lost: int) -> None:
         raise RunFailedError(Problem(f"{error}, for the {lost}. time: where.max_replacements", None, remedy))
 
 
-def _ended_by_itself(session: Session, last: dict[str, Any]) -> RunnerError:
+def _ended_by_itself(session: Session, last: dict[str, object]) -> RunnerError:
     run, rented = session.run, session.rented
     error = RunFailedError(
         Problem(

@@ -8,7 +8,6 @@ pod that ends itself: by the one order or by the other.
 from __future__ import annotations
 
 import shlex
-from typing import Any
 
 from runner.cloud import clock
 from runner.cloud.session import Session
@@ -53,7 +52,7 @@ def _hand_over(old: Session, new: Session) -> None:
     serve_next(at, PodRunFolder(at.connection, at.workspace, new.run.id), new.order(detach=False))
 
 
-def serve_next(at: PodRunFolder, there: PodRunFolder, order: dict[str, Any]) -> None:
+def serve_next(at: PodRunFolder, there: PodRunFolder, order: dict[str, object]) -> None:
     """Make the dead-man's switch of the run `at` serve the run `there`, by its order; RunFailedError otherwise."""
     folder = shlex.quote(there.folder)
     # A run that had the pod before has handed it on to somebody, too: two that name each other would go round for ever.

@@ -203,7 +203,7 @@ class Ledger:
             self._insert(db, row)
             self._log(db, name, run_id, None, "PLANNED", "planned")
 
-    def move(self, name: str, state: State, why: str, **facts: Any) -> None:
+    def move(self, name: str, state: State, why: str, **facts: object) -> None:
         """To another state, before what it says is done; `facts` are columns that are known now.
 
         A state that a pod is in already is written again, with its reason.
@@ -218,7 +218,7 @@ class Ledger:
             self._set(db, name, values)
             self._log(db, name, row["run_id"], row["state"], state, why)
 
-    def try_move(self, name: str, state: State, why: str, **facts: Any) -> bool:
+    def try_move(self, name: str, state: State, why: str, **facts: object) -> bool:
         """As `move`; False where it cannot be written. For what must be done whether it is recorded or not."""
         try:
             self.move(name, state, why, **facts)
@@ -226,7 +226,7 @@ class Ledger:
             return False
         return True
 
-    def set(self, name: str, **facts: Any) -> None:
+    def set(self, name: str, **facts: object) -> None:
         """Facts without a change of state."""
         with self._write() as db:
             self._set(db, name, {"updated": clock.now(), **facts})
@@ -321,7 +321,7 @@ class Ledger:
                 raise
 
     @staticmethod
-    def _insert(db: sqlite3.Connection, row: dict[str, Any]) -> None:
+    def _insert(db: sqlite3.Connection, row: dict[str, object]) -> None:
         marks = ", ".join(f":{key}" for key in row)
         db.execute(f"insert into pods ({', '.join(row)}) values ({marks})", row)
 
@@ -349,7 +349,7 @@ def _unusable(file: Path, error: Exception) -> Problem:
     return Problem(f"the ledger {file} cannot be written: {said}", None, remedy)
 
 
-def _readable(file: Path) -> list[dict[str, Any]]:
+def _readable(file: Path) -> list[dict[str, object]]:
     """Rows of a ledger that cannot be written, as far as they can be read."""
     rows: list[dict[str, Any]] = []
     if not file.is_file():
@@ -387,7 +387,7 @@ def _table(db: sqlite3.Connection) -> str:
     return str(db.execute("select sql from sqlite_master where name = 'pods'").fetchone()["sql"])
 
 
-def owner(pid: int | None = None) -> dict[str, Any]:
+def owner(pid: int | None = None) -> dict[str, object]:
     """Columns that say who holds a pod: this process, or another one that can be seen from here."""
     if pid is None:
         owners.hold_lock()

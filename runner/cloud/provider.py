@@ -143,7 +143,7 @@ class Provider(Protocol):
     def secret(self) -> str:
         """The account's key, from which the SSH keys of its runs are derived."""
 
-    def offers(self, spec: RunSpec, plan: dict[str, Any]) -> list[Offer]:
+    def offers(self, spec: RunSpec, plan: dict[str, object]) -> list[Offer]:
         """Machines for a run, best first; RequestError and CannotRunError say why there is none. Nothing is rented."""
 
     def create_pod(self, wanted: PodRequest) -> Pod:

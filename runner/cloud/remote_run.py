@@ -97,7 +97,7 @@ def status(words: str) -> dict[str, Any]:
     return facts | {key: metrics[key] for key in ("step", "loss", "tokens_per_second") if key in metrics}
 
 
-def _status_here(run: RunDir) -> dict[str, Any]:
+def _status_here(run: RunDir) -> dict[str, object]:
     last, kept = ([{}, *run.metrics()])[-1], run.status
     facts = {key: kept.get(key) for key in ("model", "method", "objective", "data", "num_steps", "error")}
     facts |= {key: last.get(key) for key in ("step", "loss", "tokens_per_second")}

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from runner.cloud import budget, clock, provider_errors, reuse_pod, termination
 from runner.cloud.budget import Meter, deadline_of, hours_of, spent
@@ -52,7 +52,7 @@ class Key(Protocol):
 
 
 def acquire(
-    run: RunDir, spec: RunSpec, plan: dict[str, Any], keys: Key, say: Say, *, detached: bool = False,
+    run: RunDir, spec: RunSpec, plan: dict[str, object], keys: Key, say: Say, *, detached: bool = False,
     alone_minutes: float | None = None, env: dict[str, str] | None = None, ports: tuple[str, ...] = (),
 ) -> Lease:  # fmt: skip
     """A pod for a run that answers by SSH, its own stopped one first, or an error with nothing left behind.
@@ -75,7 +75,7 @@ def acquire(
         raise type(error)(*error.problems, *order.unseen()) from None
 
 
-def find_offers(api: Provider, spec: RunSpec, plan: dict[str, Any]) -> list[Offer]:
+def find_offers(api: Provider, spec: RunSpec, plan: dict[str, object]) -> list[Offer]:
     """Machines to ask for, best first. Nothing is rented; CannotRunError without ssh, NotYetError for several nodes."""
     source = f"where={spec.where.name}"
     if shutil.which("ssh") is None:

@@ -321,7 +321,7 @@ def before_its_end(agent: dict[str, Any]) -> dict[str, Any]:
     return {**agent, "state": ended_in, "message": message or None}
 
 
-def mirrored_status(run: RunDir, status: dict[str, Any], rented: Lease) -> None:
+def mirrored_status(run: RunDir, status: dict[str, object], rented: Lease) -> None:
     """The pod's `status.json` as this run's: its process is on another machine, whose number means nothing here."""
     if status:
         own = {"host": rented.name, "pid": None}

@@ -60,7 +60,7 @@ class PodRunFolder:
         """The run's directory there."""
         return f"{self.workspace}/runs/{self.run_id}"
 
-    def place(self, name: str, content: Any) -> None:
+    def place(self, name: str, content: object) -> None:
         """A JSON file of the run's directory there, whole or not at all. Over standard input: no argument shows it."""
         file = shlex.quote(f"{self.folder}/{name}")
         self.connection.run(f"cat > {file}.new && mv {file}.new {file}", stdin=json.dumps(content).encode())
@@ -114,8 +114,8 @@ def probe_pod(connection: Connection, run_id: str, say: Say = lambda line: None)
 def agent_order(
     run_id: str, pod_id: str, *, deadline: float, started: float, usd_per_hour: float, budget_usd: float | None,
     heartbeat_minutes: float | None, boarding_minutes: float | None, keep: bool, uncollected: str,
-    calls: dict[str, Any], public_key: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    calls: dict[str, object], public_key: str | None = None,
+) -> dict[str, object]:  # fmt: skip
     """The agent's order as a run begins in its pod: until when (epoch seconds of this machine, as `sent` is), for
     how much, how to end, by which calls, and by which key this launcher comes in."""
     return {
@@ -126,7 +126,7 @@ def agent_order(
     }  # fmt: skip
 
 
-def arm_agent(at: PodRunFolder, orders: dict[str, Any], say: Say) -> dict[str, Any]:
+def arm_agent(at: PodRunFolder, orders: dict[str, object], say: Say) -> dict[str, Any]:
     """Send the agent and its order, start it; its status. RunFailedError where it refuses an unattended run."""
     at.connection.run(f"mkdir -p {shlex.quote(at.folder)}/logs")
     at.connection.put([Path(str(module.__file__)) for module in SCRIPTS], f"{at.folder}/")

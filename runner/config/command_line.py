@@ -139,7 +139,7 @@ def _takes(chosen: str | None, group: str, choice: str, request: Request) -> boo
     )
 
 
-def _of_recipe(request: Request) -> tuple[dict[str, str], dict[str, Any]]:
+def _of_recipe(request: Request) -> tuple[dict[str, str], dict[str, object]]:
     if request.recipe is None:
         return {}, {}
     try:

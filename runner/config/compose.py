@@ -153,7 +153,7 @@ def _composed(request: Request, checked: Checked) -> _Composed:
     return found
 
 
-def _environment(values: dict[str, Any]) -> dict[str, Any]:
+def _environment(values: dict[str, object]) -> dict[str, Any]:
     hw = values.get("hw")
     env = hw.get("env") if isinstance(hw, dict) else None
     return env if isinstance(env, dict) else {}
@@ -170,7 +170,7 @@ def texts_of(request: Request) -> dict[str, str]:
     return found
 
 
-def _keep_texts(values: dict[str, Any], texts: dict[str, str]) -> None:
+def _keep_texts(values: dict[str, object], texts: dict[str, str]) -> None:
     env = _environment(values)
     scalars = {key: value for key, value in env.items() if isinstance(value, (int, float))}
     env.update({key: texts.get(key, str(value)) for key, value in scalars.items()})

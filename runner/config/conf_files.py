@@ -28,7 +28,7 @@ def recipes() -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in RECIPES.glob("*.yaml")))
 
 
-def dump_yaml(content: dict[str, Any]) -> str:
+def dump_yaml(content: dict[str, object]) -> str:
     """YAML that `read` reads as the same values: texts such as `1e-5`, `no` and `010` are quoted."""
     from omegaconf._utils import get_omega_conf_dumper
 
@@ -37,7 +37,7 @@ def dump_yaml(content: dict[str, Any]) -> str:
     class Quoting(plain):  # type: ignore[misc, valid-type]  # a base known at run time
         """YAML breaks lines at these characters, too, and would read them as a space; escaped they stay."""
 
-    def quoted(dumper: yaml.Dumper, text: str) -> Any:
+    def quoted(dumper: yaml.Dumper, text: str) -> object:
         node: Any = plain.yaml_representers[str](dumper, text)
         if not {"\x85", "\u2028", "\u2029"}.isdisjoint(text):
             node.style = '"'

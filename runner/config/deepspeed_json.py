@@ -317,7 +317,7 @@ def _place(file: str, text: str, key: str) -> str:
     return f"{file}:{text.count(chr(10), 0, position) + 1}"
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> Any:
     """1e9 is a whole number to DeepSpeed and a float to Python's json."""
     if isinstance(value, dict):
         return {k: _whole(v) for k, v in value.items()}

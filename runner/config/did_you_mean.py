@@ -18,7 +18,7 @@ from runner.spec import RunSpec
 
 
 @cache
-def _annotations() -> dict[str, list[Any]]:
+def _annotations() -> dict[str, list[object]]:
     """Every dotted key of the schema with its types, one per variant of a union that has it."""
     found: dict[str, list[Any]] = {}
     for key, annotation in _walk(RunSpec, ""):
@@ -31,7 +31,7 @@ def known_keys() -> Collection[str]:
     return _annotations().keys()
 
 
-def default_of(key: str) -> Any:
+def default_of(key: str) -> object:
     """The value of a key that nothing sets; None for one that is unknown, has to be set, or is null then."""
     group, _, leaf = key.partition(".")
     field = RunSpec.model_fields.get(group)
@@ -46,7 +46,7 @@ def allowed_words(key: str) -> list[str]:
     return [word for annotation in _annotations().get(key, []) for word in _words(annotation)]
 
 
-def _words(annotation: Any) -> Iterator[str]:
+def _words(annotation: object) -> Iterator[str]:
     if annotation is bool:
         yield from ("true", "false")
     elif typing.get_origin(annotation) is typing.Literal:
@@ -88,7 +88,7 @@ def mapping_keys() -> set[str]:
     return {key for key, kinds in _annotations().items() if any(typing.get_origin(kind) is dict for kind in kinds)}
 
 
-def parts_of(annotation: Any) -> Iterator[type[BaseModel]]:
+def parts_of(annotation: object) -> Iterator[type[BaseModel]]:
     """The schema classes inside an annotation (a class, a union, an Annotated)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
@@ -119,7 +119,7 @@ def names_of(group: str, part: type[BaseModel]) -> tuple[str, ...]:
     return tuple(name for name in chosen if chosen[name] not in held)
 
 
-def _walk(part: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
+def _walk(part: type[BaseModel], prefix: str) -> Iterator[tuple[str, object]]:
     for name, field in part.model_fields.items():
         yield prefix + name, field.annotation
         for inner in parts_of(field.annotation):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from runner.config import conf_files, recipe_checks
 from runner.config.did_you_mean import known_keys, nearest_choice
@@ -32,7 +31,7 @@ ARCHITECTURE = (
 
 
 def identity_problems(
-    choices: Mapping[str, str | None], values: Mapping[str, Any], folders: tuple[Path, ...], source_of: SourceOf
+    choices: Mapping[str, str | None], values: Mapping[str, object], folders: tuple[Path, ...], source_of: SourceOf
 ) -> Iterator[Problem]:
     """One problem per key of the composed `values` that contradicts the choice it belongs to."""
     for group, choice in choices.items():
@@ -43,7 +42,7 @@ def identity_problems(
 
 
 def repeat_problems(
-    before: Mapping[str, Any], after: Mapping[str, Any], exchange: tuple[str, ...], source_of: SourceOf
+    before: Mapping[str, object], after: Mapping[str, object], exchange: tuple[str, ...], source_of: SourceOf
 ) -> Iterator[Problem]:
     """The same for a `spec.json` with single values changed."""
     for group in conf_files.GROUPS:
@@ -60,8 +59,8 @@ def repeat_problems(
 def _of_choice(
     group: str,
     choice: str,
-    own: Mapping[str, Any],
-    held: Mapping[str, Any],
+    own: Mapping[str, object],
+    held: Mapping[str, object],
     folders: tuple[Path, ...],
     source_of: SourceOf,
 ) -> Iterator[Problem]:
@@ -91,7 +90,7 @@ def _of_choice(
                 yield Problem(what, source_of(f"model.{key}"), remedy)
 
 
-def _name_for(group: str, choice: str, held: Mapping[str, Any]) -> str:
+def _name_for(group: str, choice: str, held: Mapping[str, object]) -> str:
     """The line that a choice's file lacks."""
     if group == "track":
         return f"write name: {'own' if held.get('code') else 'tensorboard'} into it"
@@ -104,12 +103,12 @@ def _naming(group: str) -> tuple[str, ...]:
     return ("name", *NAMING.get(group, ()))
 
 
-def _taken_away(group: str, key: str, held: Mapping[str, Any]) -> bool:
+def _taken_away(group: str, key: str, held: Mapping[str, object]) -> bool:
     """`model.package=null` loads the same model from the Hub, and so without a GGUF file."""
     return group == "model" and key in ("package", "gguf_file") and held.get(key) is None
 
 
-def _describes(group: str, key: str, held: Mapping[str, Any], folders: tuple[Path, ...]) -> bool:
+def _describes(group: str, key: str, held: Mapping[str, object], folders: tuple[Path, ...]) -> bool:
     """A generic choice is told by this key what it is, facts included."""
     if key == "name":
         return held.get(key) not in conf_files.options(group, folders)

@@ -33,7 +33,7 @@ def _brackets(text: str | bytes) -> int:
     return text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
 
 
-def _is_deep(value: Any) -> bool:
+def _is_deep(value: object) -> bool:
     """Level by level: 50 ns a value."""
     level = [value]
     for _ in range(DEEPEST):

@@ -64,7 +64,7 @@ def _walk(node: yaml.MappingNode, prefix: str, file: str) -> Iterator[Origin]:
             yield Origin(key, _plain(value_node), f"{file}:{key_node.start_mark.line + 1}")
 
 
-def _plain(node: yaml.Node) -> Any:
+def _plain(node: yaml.Node) -> object:
     """The text of a scalar, or a list of such."""
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item) for item in node.value]

@@ -129,7 +129,7 @@ def remedy_for_file(remedy: str) -> str:
     return said + (f"{', and below it ' if said else 'write '}{value}" if value else "")
 
 
-def choices_and_keys(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, str], dict[str, Any]]:
+def choices_and_keys(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, str], dict[str, object]]:
     """Choices of a recipe by group, and the dotted keys it sets, those of recipes it builds on included."""
     choices: dict[str, str] = {}
     keys: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 
 
-def read_spec_file(file: Path) -> dict[str, Any]:
+def read_spec_file(file: Path) -> dict[str, object]:
     """The values of a resolved run; RequestError if it cannot be read or holds something else."""
     if file.suffix != ".json":
         return conf_files.read_file(file)
@@ -47,7 +47,7 @@ def how_to_restore(file: Path) -> str:
     return "name the spec.json of a run, or a recipe (docs/recipes.md)"
 
 
-def _other(file: Path, values: dict[str, Any], lacks: list[str]) -> Problem:
+def _other(file: Path, values: dict[str, object], lacks: list[str]) -> Problem:
     """A JSON file that is no whole spec.json: DeepSpeed's, another trainer's, or one that somebody has cut."""
     if values.keys() & {"zero_optimization", "train_micro_batch_size_per_gpu", "zero_allow_untested_optimizer"}:
         remedy = f"write deepspeed=auto deepspeed.config={display_path(file)}"

@@ -43,7 +43,7 @@ _EXPECTED = {
 
 
 def validated(
-    values: dict[str, Any], source_of: SourceOf, found: Iterable[Problem] = (), unsure: Iterable[str] = ()
+    values: dict[str, object], source_of: SourceOf, found: Iterable[Problem] = (), unsure: Iterable[str] = ()
 ) -> RunSpec:
     """The run that `values` describe; RequestError with what was `found` before and all that is wrong with them.
 
@@ -86,7 +86,7 @@ def problems_of(
     error: ValidationError,
     source_of: SourceOf,
     unsure: frozenset[str] = frozenset(),
-    names: Mapping[str, Any] = NO_NAMES,
+    names: Mapping[str, object] = NO_NAMES,
 ) -> list[Problem]:
     """One problem per offending key; `source_of(key)` tells where its value came from, `names` what was chosen."""
     by_key: dict[str, list[ErrorDetails]] = {}
@@ -99,7 +99,7 @@ def problems_of(
     return found
 
 
-def value_of(spec: RunSpec, key: str) -> Any:
+def value_of(spec: RunSpec, key: str) -> object:
     """The value of `spec` under a dotted key; RequestError where there is no such key."""
     value: Any = spec.model_dump(mode="json")
     steps = key.split(".")
@@ -139,7 +139,7 @@ def unknown_key(key: str, chosen: str | None, source: str | None) -> Problem:
 
 
 def _explain(
-    key: str, details: list[ErrorDetails], source_of: SourceOf, unsure: frozenset[str], names: Mapping[str, Any]
+    key: str, details: list[ErrorDetails], source_of: SourceOf, unsure: frozenset[str], names: Mapping[str, object]
 ) -> list[Problem]:
     first = details[0]
     kind = first["type"]
@@ -179,7 +179,7 @@ def _rule(key: str, detail: ErrorDetails, source_of: SourceOf, unsure: frozenset
     return found
 
 
-def _did_you_mean(value: Any, choices: list[str]) -> str | None:
+def _did_you_mean(value: object, choices: list[str]) -> str | None:
     peer = VALUES.get(str(value).lower())
     near = peer if peer in choices else nearest(str(value), choices)
     return f"did you mean {near}?" if near else None
@@ -254,7 +254,7 @@ def _number(bound: float) -> str:
     return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 60 else text[:57] + "…"
 

@@ -28,7 +28,7 @@ def compose(stream: IO[str]) -> yaml.Node | None:
     return node
 
 
-def _parsed(stream: IO[str], read: Any) -> Any:
+def _parsed(stream: IO[str], read: object) -> Any:
     fast, careful = _loaders()
     try:
         _read(fast, stream, _check_size)

@@ -318,7 +318,7 @@ def template_of(file: Path | None, data: DataSpec) -> Template | None:
     return Template(_template(file, data, names), special)
 
 
-def _names(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _names(file: Path) -> tuple[dict[str, object], dict[str, str]]:
     """The settings beside a tokenizer.json, and the special tokens in them."""
     names: Any = {}
     with suppress(OSError, ValueError):
@@ -328,7 +328,7 @@ def _names(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return names, {key: _content(value) for key, value in names.items() if key.endswith("_token") and _content(value)}
 
 
-def _content(token: Any) -> str:
+def _content(token: object) -> str:
     return str(token.get("content") or "") if isinstance(token, dict) else token if isinstance(token, str) else ""
 
 

@@ -49,7 +49,7 @@ def compiled(source: str) -> Callable[..., str]:
         what = f"the chat template is no Jinja: {f'line {line}: ' if line else ''}{why}"
         raise RequestError(Problem(what, None, "set data.chat_template to another file")) from None
 
-    def bounded(**given: Any) -> str:
+    def bounded(**given: object) -> str:
         token = _deadline.set(time.thread_time() + SECONDS)
         try:
             return render(**given)
@@ -88,7 +88,7 @@ def _environment() -> Any:
         if size > LARGEST:
             refuse(f"it makes more than {LARGEST:,} characters")
 
-    def check_value(value: Any) -> Any:
+    def check_value(value: object) -> object:
         """The value. A list of two lists of two lists … is small, and its text is not: all that is in it counts."""
         size, level = 0, [value]
         while level:
@@ -106,7 +106,7 @@ def _environment() -> Any:
             check_size(size)
         return "".join(found)
 
-    def check_call(name: str, value: Any, given: Iterable[Any]) -> None:
+    def check_call(name: str, value: object, given: Iterable[object]) -> None:
         """Widths and counts, and what each character of a text becomes."""
         look_at_the_clock()
         for one in given:
@@ -118,7 +118,7 @@ def _environment() -> Any:
     class Bound(visitor.NodeTransformer):  # type: ignore[misc, name-defined]  # jinja2 is read when it is needed
         """Puts a look at the clock before every pass of a loop and body of a macro, and bounds `~`."""
 
-        def generic_visit(self, node: Any, *args: Any, **kwargs: Any) -> Any:
+        def generic_visit(self, node: object, *args: object, **kwargs: object) -> object:
             node = super().generic_visit(node, *args, **kwargs)
             if isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock)):
                 clock = nodes.Call(nodes.EnvironmentAttribute("look_at_the_clock"), [], [], None, None)
@@ -131,10 +131,10 @@ def _environment() -> Any:
     class Environment(sandbox.ImmutableSandboxedEnvironment):  # type: ignore[misc, name-defined]
         intercepted_binops = frozenset({"*", "**", "%", "+"})
 
-        def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
+        def _parse(self, source: str, name: str | None, filename: str | None) -> object:
             return Bound().visit(super()._parse(source, name, filename))
 
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        def call_binop(self, context: object, operator: str, left: object, right: object) -> object:
             sizes = [len(one) if isinstance(one, (str, list, tuple)) else None for one in (left, right)]
             if operator == "+" and None not in sizes:
                 check_size(sum(sizes))  # type: ignore[arg-type]  # none is None
@@ -153,15 +153,15 @@ def _environment() -> Any:
                 refuse("it formats to a width of a million")
             return found
 
-        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  # as Jinja's own
+        def call(__self, __context: object, __obj: object, *args: object, **kwargs: object) -> Any:  # noqa: N805  # as Jinja's own
             if __obj is not look_at_the_clock:
                 name = str(getattr(__obj, "__name__", ""))
                 check_call(name, getattr(__obj, "__self__", None), (*args, *kwargs.values()))
             return super().call(__context, __obj, *args, **kwargs)
 
-    def checked(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(name: str, own: Callable[..., object]) -> Callable[..., object]:
         @wraps(own)  # with the mark of a filter that wants the environment
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: object, **kwargs: object) -> Any:
             values = [one for one in args if not isinstance(one, (jinja2.Environment, nodes.EvalContext))]
             values = [one for one in values if not isinstance(one, jinja2.runtime.Context)]
             check_value(values[0]) if values else None

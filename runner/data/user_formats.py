@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from runner.data import user_code
 from runner.data.columns import seen
@@ -26,11 +25,11 @@ from runner.spec.part import is_own
 class RowFormat:
     """A row format; one object reads all rows of a run."""
 
-    def fits(self, row: dict[str, Any]) -> bool:
+    def fits(self, row: dict[str, object]) -> bool:
         """Whether a row, by its columns, is in this format; one that is not is refused as a row that is wrong."""
         return True
 
-    def convert(self, row: dict[str, Any]) -> dict[str, Any]:
+    def convert(self, row: dict[str, object]) -> dict[str, object]:
         """The row in a standard format (docs/data.md), under the standard names: `messages`, `prompt` and
         `completion`, `prompt`, `chosen` and `rejected`, `text`, `input_ids` and `labels` …
 

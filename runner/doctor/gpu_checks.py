@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from runner.doctor.finding import GIB, DoctorTarget, Finding, State
@@ -224,7 +225,7 @@ def _peers(seen: GpuReport, machine: Machine) -> Finding:
     return Finding("p2p", "ok", f"all cards reach each other over {over}", None, seen.links)
 
 
-def _ask(pynvml: Any, function: str, *arguments: Any) -> Any:
+def _ask(pynvml: ModuleType, function: str, *arguments: Any) -> Any:
     """NVML's answer; None where this card, driver or NVML has none."""
     try:
         return getattr(pynvml, function)(*arguments)
@@ -236,19 +237,19 @@ def _text(value: str | bytes | None) -> str | None:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _cuda(pynvml: Any) -> tuple[int, int] | None:
+def _cuda(pynvml: ModuleType) -> tuple[int, int] | None:
     number = _ask(pynvml, "nvmlSystemGetCudaDriverVersion_v2")  # 13000
     return (number // 1000, number % 1000 // 10) if number else None
 
 
-def _handles(pynvml: Any, machine: Machine) -> dict[str, Any]:
+def _handles(pynvml: ModuleType, machine: Machine) -> dict[str, Any]:
     """NVML's handles of the visible cards, by UUID."""
     every = [_ask(pynvml, "nvmlDeviceGetHandleByIndex", i) for i in range(_ask(pynvml, "nvmlDeviceGetCount") or 0)]
     by_uuid = {_text(_ask(pynvml, "nvmlDeviceGetUUID", handle)): handle for handle in every if handle is not None}
     return {gpu.uuid: by_uuid[gpu.uuid] for gpu in machine.gpus if gpu.uuid in by_uuid}
 
 
-def _card(pynvml: Any, card: Card, handle: Any) -> Card:
+def _card(pynvml: ModuleType, card: Card, handle: Any) -> Card:
     memory = _ask(pynvml, "nvmlDeviceGetMemoryInfo", handle)
     used = getattr(memory, "used", None)
     _, _, pending, failed = _ask(pynvml, "nvmlDeviceGetRemappedRows", handle) or (None,) * 4
@@ -268,7 +269,7 @@ def _card(pynvml: Any, card: Card, handle: Any) -> Card:
     )
 
 
-def _links(pynvml: Any, handles: list[Any]) -> dict[str, int]:
+def _links(pynvml: ModuleType, handles: list[object]) -> dict[str, int]:
     """Pairs of cards by what joins them; empty as soon as NVML does not say."""
     kinds: Counter[str] = Counter()
     for one, other in itertools.combinations(handles, 2):

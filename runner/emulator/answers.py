@@ -40,7 +40,7 @@ def known(entries: Mapping[str, T], identity: str, what: str) -> T:
     return entries[identity]
 
 
-def page(name: str, entries: Sequence[Any], cursor: str | None, size: int) -> Json:
+def page(name: str, entries: Sequence[object], cursor: str | None, size: int) -> Json:
     """`{name: [entries of the page], "pagination": …}`; a cursor says how many came before."""
     start = _start(cursor)
     end = start + size

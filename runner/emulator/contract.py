@@ -64,7 +64,7 @@ def _followed(parameter: Json, document: Json) -> Json:
     return document["components"]["parameters"][reference.rpartition("/")[2]] if reference else parameter
 
 
-def _bare(schema: Any, is_properties: bool = False) -> Any:
+def _bare(schema: object, is_properties: bool = False) -> object:
     """A schema without its prose. Names of properties are no prose, whatever they are."""
     if isinstance(schema, dict):
         kept = schema if is_properties else {k: v for k, v in schema.items() if k not in PROSE}
@@ -72,7 +72,7 @@ def _bare(schema: Any, is_properties: bool = False) -> Any:
     return [_bare(item) for item in schema] if isinstance(schema, list) else schema
 
 
-def _collect(part: Any, schemas: Json, needed: Json) -> None:
+def _collect(part: object, schemas: Json, needed: Json) -> None:
     if isinstance(part, dict):
         reference = part.get("$ref")
         name = reference.rpartition("/")[2] if isinstance(reference, str) else None
@@ -108,7 +108,7 @@ def _components() -> Json:
     return content
 
 
-def body_errors(operation: Operation, body: Any) -> list[str]:
+def body_errors(operation: Operation, body: object) -> list[str]:
     """What is wrong with a body, in RunPod's wording: `$: additional properties 'bogus' not allowed`."""
     return _errors(operation.body, body) if operation.body is not None else []
 
@@ -123,7 +123,7 @@ def query_errors(operation: Operation, query: dict[str, str]) -> list[str]:
     ]
 
 
-def _typed(schema: Json, text: str) -> Any:
+def _typed(schema: Json, text: str) -> object:
     """A query parameter's text as the type that its schema asks for."""
     if schema.get("type") == "integer":
         return int(text) if re.fullmatch(r"-?\d+", text) else text
@@ -132,7 +132,7 @@ def _typed(schema: Json, text: str) -> Any:
     return text.split(",") if schema.get("type") == "array" else text
 
 
-def _errors(schema: Json, value: Any) -> list[str]:
+def _errors(schema: Json, value: object) -> list[str]:
     validator = Draft202012Validator({**schema, "components": _components()})
     return sorted({worded for error in validator.iter_errors(value) if (worded := _worded(error))})
 

@@ -87,7 +87,7 @@ class Faults:
             self._all.append(fault)
         return fault
 
-    def take(self, *kinds: str, **facts: Any) -> Fault | None:
+    def take(self, *kinds: str, **facts: object) -> Fault | None:
         """The first that matches, counted as used; facts are sets of names, by what they name."""
         with self._lock:
             for fault in self._all:
@@ -99,7 +99,7 @@ class Faults:
                     return fault
         return None
 
-    def any(self, *kinds: str, **facts: Any) -> bool:
+    def any(self, *kinds: str, **facts: object) -> bool:
         """Whether there is one that matches, and would strike next; it is not counted."""
         with self._lock:
             return any(f.kind in kinds and not f.skip and f.matches(facts) for f in self._all)

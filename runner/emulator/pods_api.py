@@ -218,7 +218,7 @@ def router(world: World) -> APIRouter:
         return Response(status_code=204)
 
     @api.post("/{identity}/action")
-    def act(identity: str, body: Json) -> Any:
+    def act(identity: str, body: Json) -> object:
         pod, action = world.pod(identity), body["action"]
         if action not in ACTIONS[pod.status]:
             raise ApiProblem(409, f"action {action!r} is not valid for a pod that is {pod.status}")

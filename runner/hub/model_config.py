@@ -86,7 +86,7 @@ _ONLY: dict[str, dict[str, Any]] = {
 }
 
 
-def facts_from_config(config: Mapping[str, object], source: str | None = None) -> dict[str, Any]:
+def facts_from_config(config: Mapping[str, object], source: str | None = None) -> dict[str, object]:
     """What ModelSpec can hold of a `config.json`: architecture, sizes and the number of parameters.
 
     Of a model with several parts (`text_config`), the language model alone: its parameters do not count
@@ -112,7 +112,7 @@ def facts_from_config(config: Mapping[str, object], source: str | None = None) -
         raise RequestError(*(Problem(p.what, p.source or source, p.remedy) for p in error.problems)) from None
 
 
-def local_facts(model_id: str, revision: str | None = None) -> dict[str, Any] | None:
+def local_facts(model_id: str, revision: str | None = None) -> dict[str, object] | None:
     """`facts_from_config` of a model folder, or of a Hub id in the local Hugging Face cache; None if not at hand.
 
     In the cache, the snapshot that `revision` (default `main`) points to; without such a reference, the
@@ -171,7 +171,7 @@ def _unusual_layers(model_type: str, config: Mapping[str, object], source: str |
         yield Problem(what, source, "plan a model of the same sizes without it")
 
 
-def _bias(model_type: str, config: Mapping[str, object], source: str | None) -> dict[str, Any]:
+def _bias(model_type: str, config: Mapping[str, object], source: str | None) -> dict[str, object]:
     """`attention_bias`, where a config says another than the usual one."""
     given = config.get("attention_bias")
     traits = TRAITS[model_type]
@@ -182,7 +182,7 @@ def _bias(model_type: str, config: Mapping[str, object], source: str | None) -> 
     return {"attention_bias": given}
 
 
-def _sizes(model_type: str, config: Mapping[str, object], source: str | None) -> dict[str, Any]:
+def _sizes(model_type: str, config: Mapping[str, object], source: str | None) -> dict[str, object]:
     """Every size of ModelSpec, from the config or the default of its class."""
     keys = {**_KEYS, **_OWN_KEYS.get(model_type, {})}
     facts: dict[str, Any] = dict(zip((*_KEYS, "tie_embeddings"), _DEFAULTS[model_type], strict=True))

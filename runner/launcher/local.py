@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from importlib import util
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 
@@ -84,7 +84,9 @@ def check_installed_torch(spec: RunSpec) -> None:
         raise CannotRunError(Problem(what, "train.liger=true", "write train.liger=false, or leave it at auto"))
 
 
-def confirm(asked: Sequence[tuple[RunSpec, dict[str, Any]]], launch_options: LaunchOptions, console: Console) -> bool:
+def confirm(
+    asked: Sequence[tuple[RunSpec, dict[str, object]]], launch_options: LaunchOptions, console: Console
+) -> bool:
     """True: nobody is asked about what costs nothing."""
     return True
 

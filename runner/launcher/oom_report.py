@@ -184,7 +184,7 @@ def _peak(option: StageChoice) -> float:
     return round(option.memory.expected / GIB, 3)
 
 
-def _smaller_evaluation(spec: RunSpec, planned: Mapping[str, Any], options: StageSearch) -> list[Change]:
+def _smaller_evaluation(spec: RunSpec, planned: Mapping[str, object], options: StageSearch) -> list[Change]:
     """Fewer prompts at once, where that is what failed: it costs nothing but time."""
     if planned["plan_phase"] != "eval" or spec.eval.batch_size == 1:
         return []
@@ -234,7 +234,7 @@ def _sentence(facts: Mapping[str, Any], spec: RunSpec) -> str:
     return "; ".join(parts)
 
 
-def _remedy(run: RunDir, spec: RunSpec, facts: Mapping[str, Any], found: list[Suggestion]) -> str:
+def _remedy(run: RunDir, spec: RunSpec, facts: Mapping[str, object], found: list[Suggestion]) -> str:
     """The remedy, as a command where there is one."""
     again = f"python -m runner {shlex.quote(display_path(run.spec_file))}"
     if facts["memory"] == "main" and spec.hw.accelerator == "cuda":

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # One of these exists wherever an NVIDIA driver is loaded (the last: Windows' subsystem for Linux).
@@ -116,7 +117,7 @@ def _from_nvml() -> Found | str:
     return Found(tuple(gpus for gpus, _ in seen), tuple(problem for _, problem in seen if problem))
 
 
-def _read_nvml(pynvml: Any, index: int) -> tuple[tuple[Gpu, ...], Unusable | None]:
+def _read_nvml(pynvml: ModuleType, index: int) -> tuple[tuple[Gpu, ...], Unusable | None]:
     """One GPU, or its slices; or what is wrong with it: a card that fell off the bus still counts."""
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
@@ -142,7 +143,7 @@ def _read_nvml(pynvml: Any, index: int) -> tuple[tuple[Gpu, ...], Unusable | Non
     return tuple(slices), None if slices else _undivided(index, name)
 
 
-def _memory(pynvml: Any, handle: Any) -> float | None:
+def _memory(pynvml: ModuleType, handle: Any) -> float | None:
     """GiB; None for a GPU without memory of its own."""
     try:
         return round(float(pynvml.nvmlDeviceGetMemoryInfo(handle).total) / 2**30, 2)
@@ -152,7 +153,7 @@ def _memory(pynvml: Any, handle: Any) -> float | None:
         raise
 
 
-def _ask(pynvml: Any, function: str, *arguments: Any) -> Any:
+def _ask(pynvml: ModuleType, function: str, *arguments: Any) -> Any:
     """NVML's answer; None where this card, driver or NVML has none."""
     try:
         return getattr(pynvml, function)(*arguments)

@@ -209,7 +209,7 @@ def _qlora4(method: Method) -> QLora4:
     return QLora4(**(kept if method.kind in ("lora", "qlora8", "peft") else {}))
 
 
-def _with(spec: RunSpec, **parts: dict[str, Any]) -> RunSpec:
+def _with(spec: RunSpec, **parts: dict[str, object]) -> RunSpec:
     """A copy with some keys changed; what was left at `auto` is open still, and what was fixed stays."""
     update: dict[str, Any] = {name: getattr(spec, name).model_copy(update=keys) for name, keys in parts.items()}
     return spec.model_copy(update=update)

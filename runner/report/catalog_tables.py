@@ -161,12 +161,12 @@ def print_listing(console: Console, table: Listing) -> None:
     console.print(f"\n[dim]{as_invoked(table.hint)}[/dim]", highlight=False)
 
 
-def _shown(row: Row, column: str) -> Any:
+def _shown(row: Row, column: str) -> object:
     """A value; for hardware without a price, why it has none."""
     return row.get("price_date") if column == "usd_per_hour" and row.get(column) is None else row.get(column)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return "–"
     if isinstance(value, bool):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from runner.rundir.directory import RunDir
 from runner.rundir.json_files import Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MEASURES = ("reward_margin", "reward")
 """Metrics drawn below the loss: the first that a run has."""
@@ -55,7 +58,9 @@ def plot_loss(run: RunDir, summary: Summary) -> None:
     pyplot.close(figure)
 
 
-def _draw_measure(axis: Any, name: str, lines: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]) -> None:
+def _draw_measure(
+    axis: Axes, name: str, lines: Sequence[Mapping[str, object]], held: Sequence[Mapping[str, object]]
+) -> None:
     """Draw the objective's metric."""
     steps, values = zip(*((line["step"], line[name]) for line in lines if name in line), strict=True)
     axis.plot(steps, values, color=BLUE, alpha=0.35, linewidth=1)

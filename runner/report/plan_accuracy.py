@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TypedDict
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,16 +25,65 @@ ENOUGH = 3
 """Runs from which a median is worth more than an anecdote."""
 
 
-def calibration(output_dir: Path) -> dict[str, Any]:
-    """`runs`: one row per finished run with a plan, oldest first; `groups`: medians by method and hardware; `says`.
+class Pair(TypedDict):
+    """A figure of the plan beside the measurement; `error` is predicted / measured - 1."""
 
-    Errors are predicted / measured - 1: positive where too much was predicted.
-    """
+    predicted: float | None
+    measured: float | None
+    error: float | None
+
+
+@dataclass(frozen=True)
+class RunAccuracy:
+    """A finished run with a plan."""
+
+    run_id: str
+    model: str
+    method: str
+    hw: str
+    measures: dict[str, Pair]
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON: each measure beside the other keys."""
+        named = {"run_id": self.run_id, "model": self.model, "method": self.method, "hw": self.hw}
+        return {**named, **self.measures}
+
+
+@dataclass(frozen=True)
+class GroupAccuracy:
+    """Runs of one method on one hardware: how many, and the median error of each measure."""
+
+    method: str
+    hw: str
+    count: int
+    medians: dict[str, float | None]
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON: each median beside the other keys."""
+        return {"method": self.method, "hw": self.hw, "count": self.count, **self.medians}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Runs, oldest first; medians by method and hardware; and what to believe, in a sentence."""
+
+    runs: list[RunAccuracy]
+    groups: list[GroupAccuracy]
+    says: str
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        rows = [row.as_dict() for row in self.runs]
+        return {"runs": rows, "groups": [group.as_dict() for group in self.groups], "says": self.says}
+
+
+def calibration(output_dir: Path) -> Calibration:
+    """Every finished run below `output_dir` that has a plan. Errors are positive where too much was predicted."""
     rows = list(_rows(output_dir))
-    return {"runs": rows, "groups": _groups(rows), "says": verdict(rows, output_dir)}
+    return Calibration(rows, _groups(rows), verdict(rows, output_dir))
 
 
-def _rows(output_dir: Path) -> Iterator[dict[str, Any]]:
+def _rows(output_dir: Path) -> Iterator[RunAccuracy]:
     for run in all_runs(output_dir):
         summary = run.summary
         planned = summary.get("plan")
@@ -41,44 +91,44 @@ def _rows(output_dir: Path) -> Iterator[dict[str, Any]]:
             continue
         hw = summary["hw"]
         device = planned.get("device")
-        yield {
-            "run_id": run.id,
-            "model": summary["model"],
-            "method": summary["method"],
-            # `local` and `cuda` name no hardware
-            "hw": f"{hw} ({device})" if device and hw in ("local", "cuda") else hw,
-            **{key: {k: planned[key][k] for k in ("predicted", "measured", "error")} for key in MEASURES},
+        # `local` and `cuda` name no hardware
+        named = f"{hw} ({device})" if device and hw in ("local", "cuda") else hw
+        measures = {
+            key: Pair(predicted=pair["predicted"], measured=pair["measured"], error=pair["error"])
+            for key, pair in ((key, planned[key]) for key in MEASURES)
         }
+        yield RunAccuracy(run.id, summary["model"], summary["method"], named, measures)
 
 
-def _groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs of one method on one hardware: how many, and the median error of each measure."""
-    names = sorted({(row["method"], row["hw"]) for row in rows})
+def _groups(rows: list[RunAccuracy]) -> list[GroupAccuracy]:
     found = []
-    for method, hw in names:
-        mine = [row for row in rows if (row["method"], row["hw"]) == (method, hw)]
-        medians = {key: _median(mine, key) for key in MEASURES}
-        found.append({"method": method, "hw": hw, "count": len(mine), **medians})
+    for method, hw in sorted({(row.method, row.hw) for row in rows}):
+        mine = [row for row in rows if (row.method, row.hw) == (method, hw)]
+        found.append(GroupAccuracy(method, hw, len(mine), {key: _median(mine, key) for key in MEASURES}))
     return found
 
 
-def _median(rows: list[dict[str, Any]], key: str) -> float | None:
-    errors = [row[key]["error"] for row in rows if row[key]["error"] is not None]
+def _median(rows: list[RunAccuracy], key: str) -> float | None:
+    errors = [error for row in rows if (error := row.measures[key]["error"]) is not None]
     return round(median(errors), 4) if errors else None
 
 
-def verdict(rows: list[dict[str, Any]], output_dir: Path) -> str:
+def verdict(rows: list[RunAccuracy], output_dir: Path) -> str:
     """One sentence: what to believe, hardware by hardware; with no runs, how to get one."""
     if not rows:
         return f"No finished run in {output_dir} has a plan beside its measurements yet. Start one: python -m runner"
-    return "; ".join(_verdict(hw, [row for row in rows if row["hw"] == hw]) for hw in sorted({r["hw"] for r in rows}))
+    return "; ".join(_verdict(hw, [row for row in rows if row.hw == hw]) for hw in sorted({row.hw for row in rows}))
 
 
-def _verdict(hw: str, rows: list[dict[str, Any]]) -> str:
+def _verdict(hw: str, rows: list[RunAccuracy]) -> str:
     """`On local (CPU), 4 runs: believe time (±6%); memory is 1.7 × what the plan says`."""
     right, wrong = [], []
     for key, word in MEASURES.items():
-        ratios = [r[key]["measured"] / r[key]["predicted"] for r in rows if r[key]["error"] is not None]
+        ratios = [
+            pair["measured"] / pair["predicted"]
+            for pair in (row.measures[key] for row in rows)
+            if pair["error"] is not None and pair["measured"] is not None and pair["predicted"] is not None
+        ]
         error = _median(rows, key)
         if error is None or not ratios:
             continue
@@ -93,15 +143,15 @@ def _verdict(hw: str, rows: list[dict[str, Any]]) -> str:
     return f"On {hw}, by the median of {count}{few}: {', but '.join(parts) or 'nothing was predicted'}"
 
 
-def print_calibration(console: Console, found: Mapping[str, Any]) -> None:
+def print_calibration(console: Console, found: Calibration) -> None:
     """The table of runs, the medians below it, and the sentence."""
     with ascii_fallback(console):
-        if found["runs"]:
-            console.print(_wide(found["runs"]) if console.width >= 120 else _narrow(found["runs"]))
+        if found.runs:
+            console.print(_wide(found.runs) if console.width >= 120 else _narrow(found.runs))
             console.print()
-            console.print(_table_of_groups(found["groups"]))
+            console.print(_table_of_groups(found.groups))
             console.print()
-        console.print(escape(found["says"]), highlight=False, soft_wrap=True)
+        console.print(escape(found.says), highlight=False, soft_wrap=True)
 
 
 _FORMS: dict[str, Callable[[float], str]] = {
@@ -112,32 +162,31 @@ _FORMS: dict[str, Callable[[float], str]] = {
 _HEADS = {"peak_gib": "peak GiB", "tokens_per_second": "tokens/s", "seconds": "time"}
 
 
-def _wide(rows: list[dict[str, Any]]) -> Table:
+def _wide(rows: list[RunAccuracy]) -> Table:
     """Predicted → measured, and the error."""
     table = _table("run", "hardware", right=[name for head in _HEADS.values() for name in (head, "error")])
     for row in rows:
         cells = []
-        for key in MEASURES:
-            cells += [f"{_said(key, row[key]['predicted'])} → {_said(key, row[key]['measured'])}"]
-            cells += [_share(row[key]["error"])]
-        table.add_row(escape(row["run_id"]), escape(row["hw"]), *cells)
+        for key, pair in row.measures.items():
+            cells += [f"{_said(key, pair['predicted'])} → {_said(key, pair['measured'])}", _share(pair["error"])]
+        table.add_row(escape(row.run_id), escape(row.hw), *cells)
     return table
 
 
-def _narrow(rows: list[dict[str, Any]]) -> Table:
+def _narrow(rows: list[RunAccuracy]) -> Table:
     """Measured, and the error of the plan; the run's id has model and method in it."""
     table = _table("run", right=[f"{head} (error)" for head in _HEADS.values()])
     for row in rows:
-        cells = (f"{_said(key, row[key]['measured'])} ({_share(row[key]['error'])})" for key in MEASURES)
-        table.add_row(escape(row["run_id"]), *cells)
+        cells = (f"{_said(key, pair['measured'])} ({_share(pair['error'])})" for key, pair in row.measures.items())
+        table.add_row(escape(row.run_id), *cells)
     return table
 
 
-def _table_of_groups(groups: list[dict[str, Any]]) -> Table:
+def _table_of_groups(groups: list[GroupAccuracy]) -> Table:
     table = _table("method", "hardware", right=["runs", *(f"median error of {word}" for word in MEASURES.values())])
     for group in groups:
-        errors = (_share(group[key]) for key in MEASURES)
-        table.add_row(group["method"], escape(group["hw"]), str(group["count"]), *errors)
+        errors = map(_share, group.medians.values())
+        table.add_row(group.method, escape(group.hw), str(group.count), *errors)
     return table
 
 

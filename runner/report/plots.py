@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runner.errors import Problem, RequestError
 from runner.plan.plan import Plan
 from runner.report.plan_terms import PHASES, gib, heading, present, segments
 from runner.report.text import counted
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 INK, GREY, GRID, RED = "#24292f", "#6b7280", "#e6e8eb", "#c0392b"
 FORMATS = (".png", ".svg", ".pdf")
 
 
 @contextmanager
-def drawn(file: Path, width: float, height: float) -> Iterator[tuple[Any, Any]]:
+def drawn(file: Path, width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     """A figure and its axes, written into `file` at the end of the block.
 
     RequestError where the folder is not there, the file's name ends in none of `FORMATS`, it cannot be written, or
@@ -65,7 +69,7 @@ def check_picture(file: Path) -> None:
         raise RequestError(Problem(what, "command line", f"mkdir -p {file.parent}"))
 
 
-def _bars(axis: Any, plan: Plan) -> None:
+def _bars(axis: Axes, plan: Plan) -> None:
     """One bar per phase, the first on top, and its number."""
     families = present(plan)
     capacity, high = plan.capacity_gib, plan.peak_gib["high"]
@@ -89,7 +93,7 @@ def _bars(axis: Any, plan: Plan) -> None:
         )  # fmt: skip
 
 
-def _capacity(axis: Any, plan: Plan) -> None:
+def _capacity(axis: Axes, plan: Plan) -> None:
     """The line that no bar may cross, and the room beyond it."""
     capacity, high = plan.capacity_gib, plan.peak_gib["high"]
     axis.set_xlim(0, 1.1 * max(high, capacity or 0.0))
@@ -105,7 +109,7 @@ def _capacity(axis: Any, plan: Plan) -> None:
     )  # fmt: skip
 
 
-def _range(axis: Any, plan: Plan) -> None:
+def _range(axis: Axes, plan: Plan) -> None:
     """From the low to the high estimate, on the phase that is the peak; nothing where its ends would touch."""
     peak = plan.peak_gib
     if peak["high"] - peak["low"] < 0.012 * axis.get_xlim()[1]:
@@ -118,7 +122,7 @@ def _range(axis: Any, plan: Plan) -> None:
     )  # fmt: skip
 
 
-def _frame(figure: Any, axis: Any, plan: Plan) -> None:
+def _frame(figure: Figure, axis: Axes, plan: Plan) -> None:
     """Title, legend and axes."""
     peak, title = plan.peak_gib, _title(plan)
     figure.subplots_adjust(left=0.1, right=0.97, top=0.8, bottom=0.2)

@@ -47,7 +47,7 @@ def print_pods(console: Console, rows: Sequence[Any], now: float | None = None) 
     console.print(f"\n[dim]${total:.2f} an hour in all. End one: {end}[/dim]", highlight=False)
 
 
-def watch_gpus(console: Console, look: Callable[[], Sequence[Any]], every: float | None) -> None:
+def watch_gpus(console: Console, look: Callable[[], Sequence[object]], every: float | None) -> None:
     """A table of GPUs in use, once, or again `every` so many seconds until Ctrl-C."""
     table = _gpus_in_use(look())
     if every is None:

@@ -132,7 +132,7 @@ def print_runs(console: Console, rows: list[RunRow], output_dir: Path) -> None:
     console.print(table, end="", soft_wrap=True)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value or "–")
     return text if len(text) <= 24 else f"{text[:23]}…"
 

@@ -62,8 +62,8 @@ def summary_of(
 
 
 def _beside_plan(
-    spec: RunSpec, run: RunDir, peaks: dict[str, Any], tokens_per_second: float, seconds: float
-) -> dict[str, Any] | None:
+    spec: RunSpec, run: RunDir, peaks: dict[str, object], tokens_per_second: float, seconds: float
+) -> dict[str, object] | None:
     """The part `plan`; its time runs from the creation of the run, before torch was imported, as the plan's does."""
     plan, created = run.read("plan.json"), run.status.get("created")
     if not plan:

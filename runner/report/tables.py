@@ -44,7 +44,7 @@ def in_one_line(plan: Plan) -> str:
     return ", ".join(parts)
 
 
-def print_origins(console: Console, key: str, value: Any, final: Any, places: list[Origin]) -> None:
+def print_origins(console: Console, key: str, value: object, final: object, places: list[Origin]) -> None:
     """The value of a key and the places that set it, the deciding one last; for a group, one line per key."""
     if isinstance(final, dict) and final:
         _print_group(console, key, value, final, places)

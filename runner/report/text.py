@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -70,12 +69,12 @@ def print_problems(console: Console, error: RunnerError, *, started: bool = Fals
                 console.print(Text(f"    → {remedy}", style="green"), soft_wrap=True)
 
 
-def problems_as_json(error: RunnerError) -> dict[str, Any]:
+def problems_as_json(error: RunnerError) -> dict[str, object]:
     """The same for machines: `{"exit_code": …, "problems": [{"what", "source", "remedy"}]}`."""
     return {"exit_code": error.exit_code, "problems": [vars(problem) for problem in error.problems]}
 
 
-def dump(content: Any) -> str:
+def dump(content: object) -> str:
     """JSON for standard output."""
     return json.dumps(content, indent=2, ensure_ascii=False)
 

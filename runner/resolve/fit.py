@@ -91,8 +91,8 @@ def named_in(request: Request) -> dict[str, object]:
 
 
 def _with_typed(
-    part: type[BaseModel], values: dict[str, Any], given: Mapping[str, object], group: str
-) -> dict[str, Any] | None:
+    part: type[BaseModel], values: dict[str, object], given: Mapping[str, object], group: str
+) -> dict[str, object] | None:
     """One candidate of an open group with what was typed for the group; None if it has no such key."""
     content = dict(values)
     for key, value in given.items():
@@ -235,7 +235,7 @@ def table_run(spec: RunSpec, length: int) -> RunSpec:
     )
 
 
-def table_cell(base: RunSpec, model: ModelSpec, method: dict[str, Any], micro_batch: int = 1) -> float:
+def table_cell(base: RunSpec, model: ModelSpec, method: dict[str, object], micro_batch: int = 1) -> float:
     """GiB expected at the peak."""
     size = {"micro_batch_size": micro_batch, "accumulation_steps": 1, "batch_size": micro_batch}
     one = base.model_copy(

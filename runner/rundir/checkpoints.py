@@ -51,7 +51,7 @@ def facts(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def seal(path: Path, noted: dict[str, Any]) -> None:
+def seal(path: Path, noted: dict[str, object]) -> None:
     """Bring every file to the disk, then write the marker with sizes and checksums. OSError if the disk refuses."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != MARKER)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -85,7 +85,7 @@ def damage(path: Path, *, content: bool = True) -> list[str]:
     return found
 
 
-def _is_file(entry: tuple[str, Any]) -> bool:
+def _is_file(entry: tuple[str, object]) -> bool:
     """Whether an entry of the marker is as `seal` writes it: a pod may have sent another."""
     name, noted = entry
     right = isinstance(noted, dict) and type(noted.get("size")) is int and isinstance(noted.get("sha256"), str)
@@ -129,7 +129,7 @@ def superseded(run: RunDir, keep: int, best: int | None = None) -> list[int]:
     return [step for step in complete(run)[:-keep] if step != best]
 
 
-def _flushed(file: Path) -> dict[str, Any]:
+def _flushed(file: Path) -> dict[str, object]:
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
     return {"size": file.stat().st_size, "sha256": _sum(file)}

@@ -109,7 +109,7 @@ class RunDir:
         self.write("spec.json", content)
         write_atomically(self.path / YAML_FILE, dump_yaml(content))
 
-    def write(self, name: str, content: Any) -> None:
+    def write(self, name: str, content: object) -> None:
         """Write JSON so that a reader, or the next command after a crash, sees the old file or the new one."""
         write_atomically(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -267,7 +267,7 @@ def write_atomically(file: Path, text: str) -> None:
     temporary.replace(file)
 
 
-def process_birth(pid: Any) -> str | None:
+def process_birth(pid: object) -> str | None:
     """When a process began, by boot and clock tick: tells it from a later one that was given its number, after a reboot
     or in a container that was started again. None for one that is not there, or where there is no /proc."""
     try:

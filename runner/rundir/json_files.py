@@ -278,7 +278,7 @@ def of_type(content: dict[str, Any], record: type) -> dict[str, Any]:
 
 
 @cache
-def _hints(record: type) -> dict[str, Any]:
+def _hints(record: type) -> dict[str, object]:
     return get_type_hints(record)
 
 

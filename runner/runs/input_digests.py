@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from runner.data import user_code_checks
 from runner.data.readers.sources import files_digest, files_of
@@ -73,7 +72,7 @@ def _called(key: str, path: str) -> str:
     return f"{path} or a module it imports" if imports else path
 
 
-def _digests(spec: RunSpec) -> dict[str, Any]:
+def _digests(spec: RunSpec) -> dict[str, object]:
     found = {key: _digest(key, value) for key, value in named_places(spec) if key != "deepspeed.config"}
     return {key: value for key, value in found.items() if value is not None}
 

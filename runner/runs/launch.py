@@ -209,7 +209,7 @@ class Executor(Protocol):
         """RunnerError, before anything is made or rented, for what cannot run there."""
 
     def confirm(
-        self, asked: Sequence[tuple[RunSpec, dict[str, Any]]], launch_options: LaunchOptions, console: Console
+        self, asked: Sequence[tuple[RunSpec, dict[str, object]]], launch_options: LaunchOptions, console: Console
     ) -> bool:  # fmt: skip
         """Ask the user to agree to the cost of these runs, given their plans; True where they cost nothing."""
 

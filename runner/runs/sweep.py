@@ -11,7 +11,6 @@ from datetime import datetime
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -154,11 +153,11 @@ def _left_out(folder: Path, points: _Points) -> None:
         _write_row(folder, _row(number, words) | {"exit_code": error.exit_code, "error": str(error)})
 
 
-def _row(number: int, words: list[str]) -> dict[str, Any]:
+def _row(number: int, words: list[str]) -> dict[str, object]:
     return {"index": number, "run_id": None, "overrides": words, "metric": None}
 
 
-def _write_row(folder: Path, row: dict[str, Any]) -> None:
+def _write_row(folder: Path, row: dict[str, object]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / f"point-{row['index']:04d}.json", dump(row))
 

@@ -343,7 +343,7 @@ def evaluate(formula: str, names: Mapping[str, Any]) -> int:
         raise ValueError(f"{formula!r} divides by 0") from None
 
 
-def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
+def _value(node: ast.expr, names: Mapping[str, object]) -> Any:
     match node:
         case ast.Constant(value=int(value)):
             return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -64,7 +64,7 @@ class HardwareSpec(Named):
 
     @field_validator("env", mode="before")
     @classmethod
-    def _without_null(cls, value: Any) -> Any:
+    def _without_null(cls, value: object) -> object:
         """Null takes a variable of the profile away."""
         return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 

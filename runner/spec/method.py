@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -217,7 +217,7 @@ class Peft(_Targets):
 
     @field_validator("arguments", mode="before")
     @classmethod
-    def _arguments_are_simple(cls, value: Any) -> Any:
+    def _arguments_are_simple(cls, value: object) -> object:
         for key, given in value.items() if isinstance(value, dict) else ():
             if isinstance(given, float) and not math.isfinite(given):
                 raise ValueError(f"method.arguments.{key}={given}: expected a finite number; write one")
@@ -302,7 +302,7 @@ def _quoted(formula: str) -> str:
     return f"method.trainable='\"{formula}\"'"
 
 
-def _alike(value: Any, default: Any, *, strict: bool) -> bool:
+def _alike(value: object, default: object, *, strict: bool) -> bool:
     """A value may take the place of its default: a whole number that of any number, and nothing that of a truth.
 
     Not `strict`, PEFT itself looks at texts and truths: some of its arguments take either.
@@ -316,7 +316,7 @@ def _alike(value: Any, default: Any, *, strict: bool) -> bool:
     return isinstance(value, type(default))
 
 
-def _tag(value: Any) -> str | None:
+def _tag(value: object) -> str | None:
     """Which class a method is of: its name's, and PEFT's for every other name with a `peft_type`."""
     if isinstance(value, Part):
         return getattr(value, "kind", None)

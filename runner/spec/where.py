@@ -85,7 +85,7 @@ class _PodKeys(_Place):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_push(cls, values: Any) -> Any:
+    def _without_push(cls, values: object) -> object:
         """`push_to: null` stands in the spec.json of runs from before there was `push.to`."""
         if isinstance(values, dict) and "push_to" in values and values["push_to"] is None:
             return {key: value for key, value in values.items() if key != "push_to"}
@@ -93,7 +93,7 @@ class _PodKeys(_Place):
 
     @field_validator("country", mode="before")
     @classmethod
-    def _codes(cls, value: Any) -> Any:
+    def _codes(cls, value: object) -> object:
         return country_codes(value)
 
     @field_validator("volume_gb", "container_disk_gb", "deadline_hours")

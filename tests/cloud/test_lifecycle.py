@@ -424,7 +424,7 @@ def session_of(rented: Lease, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     session = Session(run, spec, rented, KeyPair(folder / "key", "ssh-ed25519 AAAA test"), print)
     monkeypatch.setattr(session, "login", lambda: None)
     monkeypatch.setattr(session, "_keepalive", lambda at: nullcontext())
-    for name in ("arm", "check_memory", "check_gpus", "send", "send_secrets", "start_task"):
+    for name in ("arm_agent", "check_memory", "check_gpus", "send_run", "send_secrets", "start_task"):
         monkeypatch.setattr(transfer, name, lambda *_: {})
     return session
 

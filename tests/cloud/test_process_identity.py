@@ -38,10 +38,13 @@ ELSEWHERE: dict[str, tuple[list[str], list[str]]] = {
     "here": ([], []),
     "a hostname from before": (["unshare", "--uts", "sh", "-c", 'hostname before; exec "$@"', "sh"], []),
     "a container": (["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts"], []),
-    "a container without a machine-id": (["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"], ["machine="]),
-    "before a reboot": ([], ["boot=another"]),
-    "before a reboot, without a machine-id": ([], ["boot=another", "machine="]),
-    "a virtual machine with the same folder": ([], ["boot=another", "machine=another"]),
+    "a container without a machine-id": (
+        ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"],
+        ["machine_id="],
+    ),
+    "before a reboot": ([], ["boot_id=another"]),
+    "before a reboot, without a machine-id": ([], ["boot_id=another", "machine_id="]),
+    "a virtual machine with the same folder": ([], ["boot_id=another", "machine_id=another"]),
 }
 Held = Callable[..., subprocess.Popen[str]]
 
@@ -94,7 +97,11 @@ def test_a_hostname_that_changes_under_a_living_owner_changes_nothing(
 
 @pytest.mark.parametrize(
     ("facts", "dead"),
-    [(["boot=another", "machine=another"], False), (["boot=another", "machine="], False), (["boot=another"], True)],
+    [
+        (["boot_id=another", "machine_id=another"], False),
+        (["boot_id=another", "machine_id="], False),
+        (["boot_id=another"], True),
+    ],
     ids=["another machine", "no machine-id", "the same machine, started again"],
 )
 def test_on_a_network_file_system_the_owner_of_another_machine_is_never_taken_for_dead(
@@ -114,7 +121,7 @@ def test_on_a_network_file_system_the_owner_of_another_machine_is_never_taken_fo
 
 
 def test_an_owner_whose_lock_is_gone_is_taken_for_alive(held: Held, state: Path) -> None:
-    process = held([], ["boot=another", "machine=another"])
+    process = held([], ["boot_id=another", "machine_id=another"])
     process.kill()
     process.wait()
     shutil.rmtree(state / "owners")

@@ -117,7 +117,7 @@ def test_every_run_with_a_plan_is_a_row_and_every_method_has_its_median() -> Non
         past_run("lora", memory, 1.05)
     past_run("full", 1.0, 1.0)
     RunDir.create(spec_of()).write("summary.json", {"model": "phi2", "hw": "cpu"})  # from before there were plans
-    found = calibration(Path("runs"))
+    found = calibration(Path("runs")).as_dict()
     assert sorted(row["peak_gib"]["measured"] for row in found["runs"]) == [2.0, 3.0, 3.4, 4.0]
     lora = next(group for group in found["groups"] if group["method"] == "lora")
     assert lora["count"] == 3
@@ -128,19 +128,19 @@ def test_every_run_with_a_plan_is_a_row_and_every_method_has_its_median() -> Non
 def test_the_sentence_tells_what_to_believe_and_what_to_multiply() -> None:
     for _ in range(3):
         past_run("lora", 1.7, 1.05)
-    assert calibration(Path("runs"))["says"] == (
+    assert calibration(Path("runs")).says == (
         "On cpu, by the median of 3 runs: believe speed (+0%) and time (-5%), but memory is 1.7 × what the plan says"
     )
 
 
 def test_one_run_is_called_little_to_go_by() -> None:
     past_run("lora", 1.0, 1.0)
-    assert "by the median of 1 run (few to go by): believe memory" in calibration(Path("runs"))["says"]
+    assert "by the median of 1 run (few to go by): believe memory" in calibration(Path("runs")).says
 
 
 def test_local_is_named_by_its_device() -> None:
     past_run("lora", 1.0, 1.0, hw="local")
-    assert [row["hw"] for row in calibration(Path("runs"))["runs"]] == ["local (CPU)"]
+    assert [row.hw for row in calibration(Path("runs")).runs] == ["local (CPU)"]
 
 
 def test_the_verb_prints_the_table_and_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

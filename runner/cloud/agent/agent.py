@@ -118,7 +118,7 @@ class ThisPod:
         with suppress(OSError):
             self._watch.sendto(f"{due} {how}".encode(), watch_address(self.id, self.base))
 
-    def ask(self, method: str, path: str = "", body: dict[str, Any] | None = None) -> int:
+    def ask(self, method: str, path: str = "", body: dict[str, object] | None = None) -> int:
         """The status of an answer; 0 where there was none."""
         request = urllib.request.Request(
             self.base + self.calls["path"].format(id=self.id) + path,
@@ -146,7 +146,7 @@ class ThisPod:
         answer = self._patient(*self.calls["probe"])
         return 200 <= answer < 300 or answer in self.calls["probe_granted"]
 
-    def _patient(self, method: str, path: str = "", body: dict[str, Any] | None = None) -> int:
+    def _patient(self, method: str, path: str = "", body: dict[str, object] | None = None) -> int:
         answer = 0
         for wait in (0.5, 1.0, 2.0, 4.0, 0.0):
             answer = self.ask(method, path, body)
@@ -209,7 +209,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, object]) -> None:
     """Written whole or not at all; on a full disk over the old content, which takes no new block."""
     text = json.dumps(content, indent=1)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
@@ -254,7 +254,7 @@ def exists(file: Path) -> bool:
         return False
 
 
-def update_status(folder: Path, **facts: Any) -> None:
+def update_status(folder: Path, **facts: object) -> None:
     """Put facts into the status; the others stay. The switch and its child both do: one at a time. Never raises: what
     the disk does not take is kept in memory."""
     with suppress(Exception), ExitStack() as stack:
@@ -398,7 +398,7 @@ def _since_armed(folder: Path, mine: dict[str, Any], left: float) -> float:
 class DeadManSwitch:
     """The process that outlives all others: it holds the limits, and starts the work as its child."""
 
-    def __init__(self, folder: Path, order: dict[str, Any], own: ThisPod, again: bool = False) -> None:
+    def __init__(self, folder: Path, order: dict[str, object], own: ThisPod, again: bool = False) -> None:
         self.folder, self.order, self.own = folder, order, own
         self.beat = SHM / f"runner-{order['run_id']}.beat"
         self.limits = Limits(folder, order, self.beat, again)
@@ -554,7 +554,7 @@ class DeadManSwitch:
     def _due(self) -> float:
         return self.limits.due(not (self._is_over() and self._waits(self.status)), self._begun())
 
-    def _waits(self, status: dict[str, Any]) -> bool:
+    def _waits(self, status: dict[str, object]) -> bool:
         """No disk outlives this pod, and nobody else has the result: it is kept until the deadline."""
         return self.order.get("uncollected") == "wait" and not status.get("uploaded")
 
@@ -630,7 +630,7 @@ def run_task(folder: Path) -> None:
     update_status(folder, state="done" if code == 0 else "failed", exit_code=code, pid=None)
 
 
-def await_secrets(folder: Path, task: dict[str, Any], seconds: float = 30.0) -> None:
+def await_secrets(folder: Path, task: dict[str, object], seconds: float = 30.0) -> None:
     """After a restart they are gone with the memory; a launcher that is there sends them again, and nobody else can."""
     end = now() + seconds
     while task.get("secrets") and now() < end and not (SHM / f"runner-{folder.name}.env").exists():
@@ -770,7 +770,7 @@ def lock_run(run_id: str, held: list[IO[str]]) -> bool:
     return True
 
 
-def previous_status(folder: Path, order: dict[str, Any], pod_id: str) -> dict[str, Any]:
+def previous_status(folder: Path, order: dict[str, object], pod_id: str) -> dict[str, Any]:
     """The run's status from before this process, if it is of this pod."""
     status = read_json(folder / "agent-status.json")
     if status.get("pod_id") != pod_id:

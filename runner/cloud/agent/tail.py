@@ -40,7 +40,7 @@ class Tail:
         self.seen: dict[str, tuple[int, int, int]] = {}
         self.steps: list[int] | None = None
 
-    def news(self) -> Iterator[dict[str, Any]]:
+    def news(self) -> Iterator[dict[str, object]]:
         """What has changed since it was last asked. The small files come last: they speak of what is in the others."""
         for pattern in GROWING:
             for file in sorted(self.folder.glob(pattern)):
@@ -55,7 +55,7 @@ class Tail:
         # What the disk did not take of the agent's status: there only where it is the newer one.
         yield from self._whole(SHM / f"runner-{self.folder.name}.unwritten", "agent-status.json")
 
-    def _growing(self, file: Path) -> Iterator[dict[str, Any]]:
+    def _growing(self, file: Path) -> Iterator[dict[str, object]]:
         name = str(file.relative_to(self.folder))
         try:
             with file.open("rb") as stream:

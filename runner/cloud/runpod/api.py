@@ -183,7 +183,7 @@ class Api:
         """Those of the account."""
         return self._all("/v2/templates", "templates")
 
-    def public_templates(self, source: str) -> list[dict[str, Any]]:
+    def public_templates(self, source: str) -> list[dict[str, object]]:
         """The first 100 of the `official`, `verified` or `community` ones: RunPod has no search and no pages."""
         raw = request("GET", "/v2/catalog/templates", params={"source": source}, repeat=True)
         return _entries(raw, "templates")
@@ -208,7 +208,7 @@ class Api:
         found: dict[str, Any] = _read(dict, request("POST", "/v2/serverless", json=body, repeat=False), UnclearError)
         return found
 
-    def endpoints(self) -> list[dict[str, Any]]:
+    def endpoints(self) -> list[dict[str, object]]:
         """Every serverless endpoint of the account."""
         return self._all("/v2/serverless", "endpoints")
 
@@ -271,7 +271,7 @@ def _said(data: str) -> str:
     return str(content.get("line", "")) if isinstance(content, dict) else data
 
 
-def _entries(raw: Any, name: str) -> list[dict[str, Any]]:
+def _entries(raw: object, name: str) -> list[dict[str, object]]:
     entries = raw.get(name) if isinstance(raw, dict) else None
     if not isinstance(entries, list):
         raise ApiDownError(Problem(f"RunPod: an answer without {name}", None, "try again later"))

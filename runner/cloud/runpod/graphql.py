@@ -49,7 +49,7 @@ def rent_spot(wanted: PodRequest) -> str:
         raise UnclearError(Problem("RunPod: the answer to a bid was lost", None, None)) from None
 
 
-def _input(wanted: PodRequest) -> dict[str, Any]:
+def _input(wanted: PodRequest) -> dict[str, object]:
     found: dict[str, Any] = {
         "name": wanted.name,
         "imageName": wanted.image,

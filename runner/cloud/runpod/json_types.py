@@ -164,7 +164,7 @@ def volume(raw: Raw) -> Volume:
     )
 
 
-def epoch(text: Any) -> float | None:
+def epoch(text: object) -> float | None:
     """Seconds since the epoch of an RFC 3339 time; None for none."""
     if not text:
         return None

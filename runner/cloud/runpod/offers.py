@@ -135,7 +135,7 @@ REGIONS = {"EU", "EUR", "AP", "OC", "SEA"}
 """With which ids of data centres begin that have their country second: `EU-RO-1`, but `US-KS-2`."""
 
 
-def offers(api: Api, spec: RunSpec, plan: dict[str, Any]) -> list[Offer]:
+def offers(api: Api, spec: RunSpec, plan: dict[str, object]) -> list[Offer]:
     """Machines to ask for, with template or image and network volume; every error is one line with its remedy."""
     place = runpod_place(spec)
     template = find_template(api, place.template) if place.template is not None else None
@@ -145,7 +145,7 @@ def offers(api: Api, spec: RunSpec, plan: dict[str, Any]) -> list[Offer]:
     return [replace(m, image=image, template=template, volume_id=volume.id if volume else None) for m in machines]
 
 
-def _machines(api: Api, spec: RunSpec, plan: dict[str, Any], volume: Volume | None) -> list[Offer]:
+def _machines(api: Api, spec: RunSpec, plan: dict[str, object], volume: Volume | None) -> list[Offer]:
     place = runpod_place(spec)
     on_cpu = spec.hw.accelerator == "cpu" and not place.gpu_types
     if not place.country:

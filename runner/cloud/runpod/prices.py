@@ -130,7 +130,7 @@ def _prices(catalogue: Any) -> dict[str, dict[str, float]]:
     }
 
 
-def _store(answer: dict[str, Any]) -> None:
+def _store(answer: dict[str, object]) -> None:
     file = _file()
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     with suppress(OSError):  # a read-only home costs a request each time, nothing else

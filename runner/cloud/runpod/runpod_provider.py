@@ -11,7 +11,6 @@ Where it falls silent, because it hangs, or died and cannot be started again, th
 from __future__ import annotations
 
 import shlex
-from typing import Any
 
 from runner.cloud.agent import agent
 from runner.cloud.provider import Offer, Provider
@@ -34,7 +33,7 @@ class RunPod(Api):
         """The API key."""
         return api_key()
 
-    def offers(self, spec: RunSpec, plan: dict[str, Any]) -> list[Offer]:
+    def offers(self, spec: RunSpec, plan: dict[str, object]) -> list[Offer]:
         """GPU types, data centres and the network volume of `where`, held against the catalogue."""
         return offers.offers(self, spec, plan)
 

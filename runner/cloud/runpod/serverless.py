@@ -110,7 +110,7 @@ def template_request(name: str, model: ModelSpec, env: dict[str, str]) -> dict[s
 
 def endpoint_request(
     name: str, template_id: str, gpus: Gpus, source: Source, max_workers: int, idle_s: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The request for the endpoint. Without requests there is no worker, and nothing is paid for."""
     body: dict[str, Any] = {
         "name": name,
@@ -145,7 +145,7 @@ class DeployOptions:
     secret: str | None = None
 
 
-def deploy(run_dir: Path, wanted: DeployOptions, agreed: Callable[[str], bool]) -> dict[str, Any]:
+def deploy(run_dir: Path, wanted: DeployOptions, agreed: Callable[[str], bool]) -> dict[str, object]:
     """Make template and endpoint; the facts of `endpoint.json`. `agreed` is asked before anything is made.
 
     RequestError where the model is in no place that a worker reaches, or has an endpoint already.
@@ -229,7 +229,7 @@ def _source(run: RunDir, spec: RunSpec, wanted: DeployOptions) -> Source:
     return Source(str(repo), None, rank)
 
 
-def _made(make: Callable[[], str], listed: Callable[[], list[dict[str, Any]]], name: str) -> str:
+def _made(make: Callable[[], str], listed: Callable[[], list[dict[str, object]]], name: str) -> str:
     """The id of what is made; where the answer was lost, of what bears the name. A create is never sent twice."""
     try:
         return make()

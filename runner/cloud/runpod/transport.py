@@ -57,7 +57,7 @@ class NotFound(CloudError):
     """404, said by RunPod itself and not by something on the way to it."""
 
 
-def request(method: str, path: str, *, params: Any = None, json: Any = None, repeat: bool) -> Any:
+def request(method: str, path: str, *, params: object = None, json: object = None, repeat: bool) -> Any:
     """The answer's JSON, or None without one. `repeat`: it is safe to send again.
 
     WrongKeyError, NoBalanceError, NoCapacityError, RefusedError, ConflictError and NotFound say what RunPod answered.
@@ -99,7 +99,7 @@ def _pause(attempt: int, last: _Again) -> float:
     return usual * random.uniform(0.8, 1.2) * pace(base_url())
 
 
-def _once(method: str, path: str, params: Any, json: Any) -> Any:
+def _once(method: str, path: str, params: object, json: object) -> Any:
     try:
         import requests
         from runpod.api.rest import run_rest_request
@@ -171,7 +171,7 @@ def _reason(error: BaseException) -> str:
     return f"the connection broke ({type(error).__name__})"
 
 
-def _response_of(error: BaseException) -> Any:
+def _response_of(error: BaseException) -> object:
     """The answer behind an error of the SDK, which keeps its text and not its headers: from the frame it came from."""
     trace = error.__traceback__
     found = None
@@ -205,7 +205,7 @@ def _meaning(error: Any, response: Any, method: str, path: str) -> RunnerError:
     return _again(status, response)
 
 
-def _again(status: int, response: Any) -> _Again:
+def _again(status: int, response: object) -> _Again:
     error = _Again("it was asked too often (429)" if status == TOO_OFTEN else f"it answers {status}")
     error.undone = status == TOO_OFTEN and _is_problem(response)
     after = getattr(response, "headers", {}).get("Retry-After")

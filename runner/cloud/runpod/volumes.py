@@ -125,7 +125,7 @@ def get_files(api: Api, volume: str, source: str, target: Path, say: Say) -> lis
     return brought
 
 
-def list_files(api: Api, volume: str, prefix: str) -> list[dict[str, Any]]:
+def list_files(api: Api, volume: str, prefix: str) -> list[dict[str, object]]:
     """Files whose path begins with `prefix`: path and size."""
     found = find_volume(api, volume)
     client = _client(found.data_center)

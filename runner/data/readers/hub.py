@@ -87,7 +87,7 @@ def _rows(rows: Any) -> Sequence[Row]:
     """The rows of a `datasets.Dataset`, each read and cleaned when it is asked for."""
     clean = _cleaned(rows)
 
-    def cleaned(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def cleaned(batch: dict[str, list[object]]) -> dict[str, list[object]]:
         found = [clean(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
         return {name: [row[name] for row in found] for name in batch}
 
