@@ -42,8 +42,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "runner/rundir/checkpoints.py": ("tests/rundir/test_checkpoints.py",),
     "runner/data/loss_mask.py": ("tests/data/test_loss_mask.py",),
     "runner/data/row_formats.py": ("tests/data/test_row_formats.py", "tests/data/test_columns.py"),
-    "runner/train/token_dataset.py": ("tests/train/test_token_dataset.py",),
-    "runner/train/loss_guard.py": ("tests/train/test_loss_guard.py", "-k", "not all_processes and not worker_is"),
+    "runner/train/tokens/token_dataset.py": ("tests/train/test_token_dataset.py",),
+    "runner/train/trainers/loss_guard.py": (
+        "tests/train/test_loss_guard.py", "-k", "not all_processes and not worker_is",
+    ),
     "runner/train/checkpointing.py": ("tests/train/test_checkpointing.py",),
     "runner/runs/resume.py": ("tests/runs/test_resume.py",),
 }  # fmt: skip

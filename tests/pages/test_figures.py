@@ -67,7 +67,7 @@ def test_a_release_is_refused_for_an_old_price(
 
 
 def test_a_price_needs_a_day_and_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(age, "load", lambda *_: {"usd_per_hour": 1.0, "price_date": "2026-11-09"})
+    monkeypatch.setattr(age, "load_choice", lambda *_: {"usd_per_hour": 1.0, "price_date": "2026-11-09"})
     with pytest.raises(ValueError, match="needs a day and a source"):
         list(age.prices())
 
