@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks import (
     age,
+    attention,
     chaos,
     chaos_agents,
     chaos_cloud,
@@ -43,6 +44,7 @@ BENCHMARKS = {
         sweep,
         throughput_cpu,
         gpu,
+        attention,
         data,
         objectives,
         memory_accuracy,

@@ -1,4 +1,4 @@
-"""Our worker against a bare PyTorch loop, packed against padded, SDPA against eager: on the CPU, taking turns."""
+"""Our worker against a bare PyTorch loop, packed against padded: on the CPU, taking turns."""
 
 from __future__ import annotations
 
@@ -51,12 +51,6 @@ PACKING = f"""\
 Packed: one sequence made of whole examples that do not see each other. Padded: {PADDED_BATCH} examples of the
 same data, each filled up to the longest one. Effective tokens per second leave the padding out.
 """
-ATTENTION = """\
-### SDPA against eager attention
-
-The worker with packed batches under both attention kernels: what `train.attention=auto` should take on a
-CPU. It depends on the length: `--with train.max_length=2048` measures longer sequences.
-"""
 WAITING = """\
 ### Threads that spin against threads that sleep
 
@@ -103,19 +97,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for name in options.only:
         say(f"throughput_cpu: {name}")
         with tempfile.TemporaryDirectory(prefix="runner-benchmark-") as folder:
-            pair = [_loop(c, extra, total, Path(folder)) for c in (COMPARISONS[name].base, COMPARISONS[name].other)]
+            pair = [loop_of(c, extra, total, Path(folder)) for c in (COMPARISONS[name].base, COMPARISONS[name].other)]
             take_turns(pair, total, BLOCK)
-            measured[name] = [_columns(loop.steps[WARMUP_STEPS:]) for loop in pair]
-    job = _job(_spec(extra, total, Path("runs")))
+            measured[name] = [columns(loop.steps[WARMUP_STEPS:]) for loop in pair]
+    job = _job(spec_of(extra, total, Path("runs")))
     return {"job": job, "steps": options.steps, "comparisons": measured}
 
 
-def _loop(contestant: Contestant, extra: tuple[str, ...], total_steps: int, folder: Path) -> Loop:
-    spec = _spec((*extra, *contestant.overrides), total_steps, folder)
+def loop_of(contestant: Contestant, extra: tuple[str, ...], total_steps: int, folder: Path) -> Loop:
+    """The process of a contestant, its run in `folder`."""
+    spec = spec_of((*extra, *contestant.overrides), total_steps, folder)
     return Loop(contestant.what, contestant.kind, RunDir.create(spec).path, spec.hw.env)
 
 
-def _spec(overrides: tuple[str, ...], total_steps: int, output_dir: Path) -> RunSpec:
+def spec_of(overrides: tuple[str, ...], total_steps: int, output_dir: Path) -> RunSpec:
     """The default job on the CPU, without the prompts it answers before and after."""
     ours = ("hw=cpu", f"train.max_steps={total_steps}", "eval.num_prompts=0", f"run.output_dir={output_dir}")
     return resolved(Request(overrides=(*ours, *overrides)))[0]
@@ -129,11 +124,13 @@ def _job(spec: RunSpec) -> str:
     )
 
 
-def _columns(steps: list[Step]) -> dict[str, list[float]]:
+def columns(steps: list[Step]) -> dict[str, list[float]]:
+    """The steps of a loop as JSON has them: a list per field."""
     return {field.name: [round(getattr(step, field.name), 6) for step in steps] for field in fields(Step)}
 
 
-def _steps(columns: dict[str, list[Any]]) -> list[Step]:
+def steps_of(columns: dict[str, list[Any]]) -> list[Step]:
+    """Those of `columns`."""
     return [Step(*values) for values in zip(*(columns[field.name] for field in fields(Step)), strict=True)]
 
 
@@ -142,7 +139,7 @@ def section(measured: dict[str, Any]) -> str:
     parts = [EXPLANATION.format(job=measured["job"], steps=measured["steps"])]
     for name, (base, other) in measured["comparisons"].items():
         comparison = COMPARISONS[name]
-        parts += [comparison.text, comparison.tables(comparison, (_steps(base), _steps(other))), ""]
+        parts += [comparison.text, comparison.tables(comparison, (steps_of(base), steps_of(other))), ""]
     return "\n".join(parts)
 
 
@@ -195,12 +192,6 @@ COMPARISONS = {
     "packing": Comparison(
         PACKING, Contestant("padded", PADDED), Contestant("packed", ("train.packing=true",)), _effective
     ),
-    "attention": Comparison(
-        ATTENTION,
-        Contestant("SDPA", ("train.attention=sdpa",)),
-        Contestant("eager", ("train.attention=eager",)),
-        _seconds,
-    ),
     "waiting": Comparison(  # libgomp's own default is 300,000 turns of a loop, about 3 ms
         WAITING,
         Contestant("spinning", ("hw.env.GOMP_SPINCOUNT='300000'",)),
@@ -208,7 +199,7 @@ COMPARISONS = {
         _seconds,
     ),
 }
-DEFAULT = ("worker", "packing", "attention")
+DEFAULT = ("worker", "packing")
 BENCHMARK = Benchmark("throughput_cpu", add_options, measure, section, measures=("runner/train",))
 
 if __name__ == "__main__":

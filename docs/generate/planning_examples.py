@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from types import FrameType
-from typing import Literal
 
 import yaml
 
@@ -16,7 +15,7 @@ from runner.config import conf_files
 from runner.config.command_line import Request
 from runner.config.compose import compose
 from runner.plan.autograd.layers import LAYERS
-from runner.plan.autograd.ops import Block, LayerKind, Setting
+from runner.plan.autograd.ops import AttentionKernel, Block, LayerKind, Setting
 from runner.plan.autograd.step_peak import TrainableLayers, replay_step
 from runner.plan.autograd.tape import CASTS, Kept, Storage, Tape, Tensor
 from runner.plan.choose_stage import job_of
@@ -159,9 +158,7 @@ def kept_by(method: str) -> dict[str, float]:
     return dict(tape.noted)
 
 
-def kept_per_layer(
-    method: str, checkpointing: bool, attention: Literal["flash", "sdpa", "eager"] = "flash"
-) -> dict[str, float]:
+def kept_per_layer(method: str, checkpointing: bool, attention: AttentionKernel = "flash") -> dict[str, float]:
     """By kind, what the forward pass holds more for one more trained layer, from the peaks of 12 and of 8 layers."""
     shape, training, setting = trained(spec_of(f"method={method}", *RUN))
     setting = replace(setting, checkpointing=checkpointing, attention=attention)

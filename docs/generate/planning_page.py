@@ -22,7 +22,7 @@ from docs.generate import planning_published as passed_on
 from docs.generate import planning_speed as speed
 from runner.data.inspect import token_counts
 from runner.paths import ASSETS
-from runner.plan import auto_values, choose_stage, cost, host_memory, memory, zero
+from runner.plan import choose_stage, cost, host_memory, memory, zero
 from runner.plan import plan as contract
 from runner.plan.autograd import head
 from runner.plan.memory import GIB
@@ -242,7 +242,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "tokenised_file": lambda: str(host_memory.TOKENISED_FILE),
     "loader_threads": lambda: str(host_memory.LOADER_THREADS),
     "max_micro_batch": lambda: str(choose_stage.MAX_MICRO_BATCH),
-    "eager_up_to": lambda: str(auto_values.EAGER_UP_TO),
     "live_parameters": lambda: f"{zero.LIVE_PARAMETERS:,}",
     "download_rate": lambda: f"{cost.DOWNLOAD_GB_S:g}",
     "load_rate": lambda: f"{cost.LOAD_GB_S:g}",

@@ -13,7 +13,6 @@ from runner.spec import RentedPlace, RunSpec
 
 OWN_PYTHON = "RUNNER_POD_PYTHON"
 FLASH = "flash_attention_2"
-NO_FLASH = f"attention: SDPA's, as no pod has flash-attn by itself; train.attention={FLASH} installs it there"
 
 
 def extra_requirements(spec: RunSpec) -> list[str]:
@@ -59,15 +58,16 @@ def check_flash_attention(spec: RunSpec) -> None:
         return
     own = f"or name a Python of the image that has it: {OWN_PYTHON}"
     if attention != FLASH:
-        what, remedy = "no wheel of it is known for the torch that a pod gets", f"write train.attention={FLASH} or sdpa"
+        what = "no wheel of it is known for the torch that a pod gets"
+        remedy = f"write train.attention={FLASH} or varlen"
     elif _python(place) is None:
         named = f"pod {place.pod}" if place.pod else place.template or place.image
         what = f"which Python {named} has is not known, and a wheel of flash-attn is for one alone"
         key = "pod" if place.pod else "template" if place.template else "image"
-        remedy = f"write train.attention=sdpa, or leave out where.{key}; {own}"
+        remedy = f"write train.attention=varlen, or leave out where.{key}; {own}"
     elif not flash_attn_wheels(spec):
         what = f"no wheel of flash-attn is known for torch {_torch()} on {spec.hw.name}"
-        remedy = f"write train.attention=sdpa; {own}"
+        remedy = f"write train.attention=varlen; {own}"
     elif least_cuda(spec) and place.cuda_versions and "13.0" not in place.cuda_versions:
         what = f"on {spec.hw.name} it needs CUDA 13.0"
         remedy = "leave out where.cuda_versions, or write where.cuda_versions='[\"13.0\"]'"

@@ -139,12 +139,10 @@ def _torch(torch: Torch, machine: Machine, driver: Driver | None) -> Finding:
 
 
 def _attention() -> Finding:
-    """FlashAttention on GPUs that could use it: what `train.attention=auto` means here."""
-    version = kernels.flash_attn()
-    if version is not None:
-        return Finding("attention", "ok", f"flash-attn {version}", None, {"flash_attn": version})
-    remedy = "pip install flash-attn --no-build-isolation (builds for long without a wheel for your torch)"
-    return Finding("attention", "note", kernels.NO_FLASH, remedy, {"flash_attn": None})
+    """What `train.attention=auto` means on GPUs that have a flash kernel."""
+    versions = {"flash_attn": kernels.flash_attn(), "flash_attn_3": kernels.flash_attn_3()}
+    found = [f"{name.replace('_', '-')} {version}" for name, version in versions.items() if version is not None]
+    return Finding("attention", "ok", ", ".join(["torch's flash kernel (varlen)", *found]), None, versions)
 
 
 def _compilers(torch: Torch | None, *, needed: bool) -> Iterator[Finding]:

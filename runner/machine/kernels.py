@@ -12,8 +12,6 @@ from pathlib import Path
 from runner.machine import detect
 from runner.spec import RunSpec
 
-NO_FLASH = "flash-attn is not installed: attention is SDPA's, which makes a mask for packed rows"
-
 TRITON_SINCE = 7.0
 """Oldest compute capability that Triton compiles for: github.com/triton-lang/triton/issues/161."""
 INSTALL_COMPILER = "apt-get install gcc python3-dev (conda install gcc for a Python of conda's)"
@@ -27,20 +25,23 @@ def flash_attn() -> str | None:
         return None
 
 
-def without_flash_attention(spec: RunSpec) -> RunSpec:
-    """Decide `train.attention=auto` for SDPA where the run is, or may be, on this machine's own GPUs, which could run
-    FlashAttention, and which do not have it. For a pod plan/auto_values.py decides."""
+def flash_attn_3() -> str | None:
+    """Version of FlashAttention 3, a package of its own; None without it."""
+    try:
+        return metadata.version("flash-attn-3")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def installed_attention(spec: RunSpec) -> str | None:
+    """What `train.attention=auto` means where a kernel is installed here that is faster than torch's own.
+
+    That is FlashAttention 3 on Hopper: 1.5 to 2 times version 2, which torch has (arXiv 2407.08608)."""
     hw = spec.hw
-    could = spec.train.attention == "auto" and hw.accelerator == "cuda" and hw.flash_attention
-    if (
-        not could
-        or spec.train.precision == "fp32"
-        or spec.is_rented
-        or detect.why_not_here(hw)
-        or flash_attn() is not None
-    ):
-        return spec
-    return spec.model_copy(update={"train": spec.train.model_copy(update={"attention": "sdpa"})})
+    could = hw.accelerator == "cuda" and hw.compute_capability == 9.0 and spec.train.precision != "fp32"
+    if not could or spec.is_rented or detect.why_not_here(hw) or flash_attn_3() is None:
+        return None
+    return "flash_attention_3"
 
 
 def liger(spec: RunSpec) -> bool:

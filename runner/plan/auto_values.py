@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from runner.config import pod_packages
 from runner.errors import Problem, RequestError
 from runner.plan.choose_stage import STAGES, StageChoice, StageSearch, batches
 from runner.plan.memory import GIB
@@ -15,8 +14,7 @@ def resolve_autos(spec: RunSpec, options: StageSearch | None = None) -> tuple[Ru
     """The run with every `auto` decided that the hardware decides, and what a user should know about it.
 
     `spec.hw` must be detected already. With `options` the ZeRO stage and the micro batch are the fastest that fit;
-    without (a model whose shape is not known) the micro batch follows from the global batch alone. What only the
-    machine that trains can know (which kernels are installed on a GPU) stays `auto` and is recorded there.
+    without (a model whose shape is not known) the micro batch follows from the global batch alone.
     """
     spec = resolve_hardware_autos(spec)
     _check_product(spec)
@@ -80,22 +78,12 @@ def _check_product(spec: RunSpec) -> None:
         )
 
 
-# On a CPU in bf16, packed, eager attention takes 0.74 to 0.98 of SDPA's time at 256 and 512 tokens
-# (docs/benchmarks.md); at 1,024 it is slower, and its scores, heads × s² per layer, take 4.5 instead of 2.5 GiB.
-EAGER_UP_TO = 512
-
-
 def resolve_hardware_autos(spec: RunSpec) -> RunSpec:
     """The `auto`s that the hardware alone decides."""
     train: dict[str, Any] = {"precision": _precision(spec)}
     on_gpu = spec.hw.accelerator == "cuda"
-    flash = on_gpu and spec.hw.flash_attention and train["precision"] != "fp32"  # it has kernels for 16 bits alone
-    flash = flash and (not spec.is_rented or pod_packages.has_flash(spec))
-    if spec.train.attention == "auto" and not flash:
-        micro = spec.train.micro_batch_size if spec.train.packing else 1  # a packed micro batch is one row
-        row = spec.train.max_length * (micro if isinstance(micro, int) else 1)
-        short_on_cpu = not on_gpu and row <= EAGER_UP_TO
-        train["attention"] = "eager" if short_on_cpu else "sdpa"
+    if spec.train.attention == "auto":
+        train["attention"] = "varlen"
     if spec.train.gradient_checkpointing == "auto":
         train["gradient_checkpointing"] = on_gpu
     if spec.train.liger == "auto" and not on_gpu:

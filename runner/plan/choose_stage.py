@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.errors import Problem, RequestError
+from runner.plan.autograd.ops import AttentionKernel
 from runner.plan.memory import GIB, PROMPT_TOKENS, Job, Memory, floor, memory
 from runner.plan.model_shape import Shape, shape_for
 from runner.plan.step_time import Machine, StepTime, Work, evaluation_time, machine_of, step_time, work_of
@@ -83,9 +84,10 @@ class StageSearch:
             self._machines[key] = (hw, machine_of(hw, precision))
         return self._machines[key][1]
 
-    def work(self, training: Training, job: Job) -> Work:
-        """`work_of`, remembered."""
-        key = (id(training), job.seq, job.checkpointing, job.passes)
+    def work(self, training: Training, job: Job, micro: int) -> Work:
+        """`work_of` for micro batches of so many sequences, remembered."""
+        span = attention_span(job, micro)
+        key = (id(training), job.seq, job.checkpointing, job.passes, span)
         if key not in self._work:
             work = work_of(
                 training.shape,
@@ -99,6 +101,7 @@ class StageSearch:
                 weight_bytes=training.frozen_bytes + training.trained_bytes,
                 gradient_bytes=training.width,
                 quiet=job.passes.quiet,
+                span=span,
             )
             self._work[key] = (training, work)
         return self._work[key][1]
@@ -141,14 +144,14 @@ class StageSearch:
         step = None
         if machine is not None:
             step = step_time(
-                self.work(training, job),
+                self.work(training, job, micro),
                 machine,
                 micro_batch=micro * job.passes.sequences,
                 accumulation=accumulation,
                 stage=stage,  # type: ignore[arg-type]  # a stage's name
                 optimizer=spec.train.optimizer,
             )
-            step = with_answers(step, self.work(training, job), machine, job, micro * accumulation)
+            step = with_answers(step, self.work(training, job, micro), machine, job, micro * accumulation)
         capacity = None if spec.hw.memory_gib is None else spec.hw.memory_gib * GIB
         total = micro * accumulation * spec.hw.world_size
         return StageChoice(stage, micro, accumulation, total, held, capacity, step, config)
@@ -240,12 +243,11 @@ def job_of(spec: RunSpec) -> Job:
     """The run in the memory arithmetic's own terms; precision, checkpointing and hardware must be resolved."""
     train, hw = spec.train, spec.hw
     assert train.precision != "auto"
-    flash = train.attention.startswith("flash") or (train.attention == "auto" and hw.flash_attention)
     return Job(
         seq=train.max_length,
         precision=train.precision,
         checkpointing=train.gradient_checkpointing is True,
-        attention="flash" if flash else "eager" if train.attention == "eager" else "sdpa",
+        attention=attention_kernel(spec),
         optimizer=train.optimizer,
         on_gpu=hw.accelerator == "cuda",
         world=hw.world_size,
@@ -254,6 +256,43 @@ def job_of(spec: RunSpec) -> Job:
         passes=spec.objective.passes(spec.method.adapts),
         packed=train.packing,
     )
+
+
+def attention_span(job: Job, micro: int) -> float | None:
+    """Tokens that attention on a GPU spans, as `flops_per_token` has it; None: the sequence, an upper bound.
+
+    A kernel with a mask computes all pairs of a row, the masked ones too, and a packed micro batch is one row.
+    """
+    if not job.on_gpu or job.attention not in ("sdpa", "eager"):
+        return None
+    return 2.0 * job.seq * (micro * job.passes.sequences if job.packed else 1)
+
+
+KERNELS: dict[AttentionKernel, str] = {
+    "flash": "a flash kernel, no mask",
+    "blockwise": "each document in blocks, no mask",
+    "per_document": "SDPA once per document, no mask",
+    "sdpa": "SDPA with a mask of all pairs of tokens",
+    "eager": "all pairs of tokens",
+}
+
+
+ALL_SCORES = ("gemma2", "gpt_oss")
+"""Families with capped scores or sinks: `varlen` computes each document's scores; all pairs are an upper bound."""
+
+
+def attention_kernel(spec: RunSpec) -> AttentionKernel:
+    """The kernel that `train.attention` means on the run's hardware: as train/varlen_attention.py chooses."""
+    named, hw = spec.train.attention, spec.hw
+    if named == "sdpa":
+        return "sdpa"
+    if named == "eager" or (named in ("auto", "varlen") and spec.model.architecture in ALL_SCORES):
+        return "eager"
+    if named.startswith("flash"):
+        return "flash"
+    if hw.accelerator == "cpu":
+        return "blockwise"
+    return "flash" if hw.flash_attention and spec.train.precision != "fp32" else "per_document"
 
 
 def asks_prompts(spec: RunSpec) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from runner.plan import zero
-from runner.plan.autograd.ops import LayerKind, Setting
+from runner.plan.autograd.ops import AttentionKernel, LayerKind, Setting
 from runner.plan.autograd.step_peak import Step, TrainableLayers, patterns, replay_step
 from runner.plan.autograd.tape import KINDS
 from runner.plan.host_memory import CPU_PROCESS
@@ -60,7 +60,7 @@ class Job:
     """Tokens per sequence."""
     precision: Precision
     checkpointing: bool
-    attention: Literal["flash", "sdpa", "eager"]
+    attention: AttentionKernel
     optimizer: str
     on_gpu: bool
     world: int = 1

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from runner.plan import cost, host_memory, main_memory
-from runner.plan.choose_stage import StageChoice, StageSearch
+from runner.plan.choose_stage import KERNELS, StageChoice, StageSearch, attention_kernel
 from runner.plan.cost import Checkpoints, checkpoints_of
 from runner.plan.main_memory import stage_number, weight_bytes
 from runner.plan.memory import GIB
@@ -73,6 +73,8 @@ class Plan:
     """Choice of data that the steps are counted for."""
     precision: str
     """Arithmetic: bf16, fp16 or fp32."""
+    attention: str
+    """`train.attention`, and the kernel that it means on this hardware."""
     num_gpus: int
     """GPUs of all nodes; 0 on a CPU."""
     trainable_parameters: int
@@ -133,13 +135,6 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[st
     reasons = [*_short_of_memory(option, ram, spec), *_too_much(spec, hours.total if hours else None, price)]
     if _unsure(ram, spec):
         said.append(f"what main memory {hw.name} has is not known here (hw.host_memory_gib=…)")
-    if train.attention == "auto" and hw.accelerator == "cuda":  # decided by what is installed where it trains
-        plain = spec.model_copy(update={"train": train.model_copy(update={"attention": "sdpa"})})
-        other = options.choice(plain, shape, stage, option.micro_batch, option.accumulation)
-        verdict = "" if other.fits or not option.fits else ", which does not fit"
-        said.append(
-            f"attention: assumes that flash-attn is installed; with SDPA {other.memory.expected / GIB:.1f} GiB{verdict}"
-        )
     if option.memory.host and stage == "none":
         said.append(
             f"paged: the optimiser's {option.memory.host / GIB:.1f} GiB move to main memory while the GPU is full, and "
@@ -176,6 +171,7 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[st
         max_length=train.max_length,
         data=spec.data.name,
         precision=train.precision,
+        attention=f"{train.attention}: {KERNELS[attention_kernel(spec)]}",
         num_gpus=hw.num_gpus * hw.num_nodes,
         trainable_parameters=training.trainable,
         num_steps=facts.num_steps,

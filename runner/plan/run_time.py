@@ -64,7 +64,7 @@ def hours_of(
     weights = 2.0 * training.shape.num_parameters / GB
     hours = cost.hours(
         training_s=facts.num_steps * option.step.total_s,
-        evaluation_s=_evaluation(spec, options.work(training, job_of(spec)), machine, option.stage, facts),
+        evaluation_s=_evaluation(spec, options.work(training, job_of(spec), 1), machine, option.stage, facts),
         download_gb=weights if facts.download else 0.0,
         load_gb=weights,
         save_gb=(disk.get("final_model", 0.0) + checkpoints) / GB,

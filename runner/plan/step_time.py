@@ -49,6 +49,7 @@ def flops_per_token(
     adapter_parameters: int = 0,
     backward_layers: int | None = None,
     quiet: int = 0,
+    span: float | None = None,
 ) -> float:
     """Floating-point operations that the hardware executes for one token of a training step.
 
@@ -59,8 +60,9 @@ def flops_per_token(
     not (Korthikanti et al. 2022, arXiv 2205.05198, appendix A). A mixture counts the experts a token is routed to.
 
     Attention adds 2·(s/2)·d for scores and as much for values, per token and layer (PaLM, arXiv 2204.02311,
-    appendix B, halved: a causal kernel skips the masked half), twice that backward. In a packed sequence it spans
-    one document: `seq` is then the mean length of a document, or the sequence, for an upper bound.
+    appendix B, halved: a causal kernel skips the masked half), twice that backward. `span` takes the place of s where
+    it is another: the mean length of a packed document for a kernel without a mask, or twice the row for one with a
+    mask, which computes all pairs of tokens and skips nothing.
 
     `quiet`: forward passes beside it of which nothing is kept (a reference model's).
     """
@@ -73,7 +75,8 @@ def flops_per_token(
     )
     active = all_active / layers
     head = (shape.head_outputs or shape.vocab_size) * shape.hidden_size
-    attention = 2.0 * seq * shape.num_heads * shape.head_dim  # 2 products × 2 operations × s/2 × d
+    span = seq if span is None else span
+    attention = 2.0 * span * shape.num_heads * shape.head_dim  # 2 products × 2 operations × s/2 × d
     per_layer = 2 * active + attention
     total = (1 + quiet) * (layers * per_layer + 2 * head)
     total += reached * (2 * active + 2 * attention) + 2 * head
@@ -131,8 +134,9 @@ def work_of(
     weight_bytes: float | None = None,
     gradient_bytes: int = 2,
     quiet: int = 0,
+    span: float | None = None,
 ) -> Work:
-    """The work of a run; `weight_bytes` is 2 per parameter unless given, `quiet` as in `flops_per_token`."""
+    """The work of a run; `weight_bytes` is 2 per parameter unless given, `quiet`, `span` as in `flops_per_token`."""
     share = _reached(shape.num_layers, method, trained_layers, backward_layers) / shape.num_layers
     flops = flops_per_token(
         shape,
@@ -143,6 +147,7 @@ def work_of(
         adapter_parameters=adapter_parameters,
         backward_layers=backward_layers,
         quiet=quiet,
+        span=span,
     )
     unpacks = {"qlora4": ("linear", "fused"), "qlora8": ("fused",)}.get(method, ())  # int8 layers multiply in int8
     packed = shape.over_layers(

@@ -155,6 +155,7 @@ def _print_facts(console: Console, plan: Plan) -> None:
     table.add_column()
     for label, words in (
         ("ZeRO", _zero(plan)),
+        ("Attention", plan.attention.split()),
         ("Batch", _batch(plan)),
         ("Trains", [f"{plan.trainable_parameters:,} parameters"]),
         ("Main memory", [*_sizes(plan.host_ram_gib, plan.host_ram), *_of_pod(plan)]),

@@ -25,8 +25,8 @@ def headline(spec: RunSpec, where: str) -> str:
     return (
         f"Run     [bold]{escape(where)}[/bold]\n"
         f"Model   {escape(model)}, {spec.method.label}, {spec.data.name} data\n"
-        f"On      {machine}, {train.precision}, batch {train.batch_size} × {train.max_length} tokens, "
-        f"learning rate {train.learning_rate:g}"
+        f"On      {machine}, {train.precision}, {train.attention} attention, "
+        f"batch {train.batch_size} × {train.max_length} tokens, learning rate {train.learning_rate:g}"
     )
 
 

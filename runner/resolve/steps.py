@@ -54,11 +54,11 @@ def read_hostfile(spec: RunSpec, resolution: Resolution) -> RunSpec:
 
 
 def choose_attention(spec: RunSpec, resolution: Resolution) -> RunSpec:
-    """Decide `train.attention=auto` where this machine could run FlashAttention and has not installed it."""
-    found = kernels.without_flash_attention(spec)
-    if found.train.attention != spec.train.attention:
-        resolution.notes.append(kernels.NO_FLASH)
-    return found
+    """Decide `train.attention=auto` where a kernel is installed here that is faster than torch's own."""
+    found = kernels.installed_attention(spec)
+    if spec.train.attention != "auto" or found is None:
+        return spec
+    return spec.model_copy(update={"train": spec.train.model_copy(update={"attention": found})})
 
 
 def read_deepspeed_json(spec: RunSpec, resolution: Resolution) -> RunSpec:
@@ -107,7 +107,7 @@ def check_workspace(spec: RunSpec, _: Resolution) -> RunSpec:
 def choose_stage_and_batch(spec: RunSpec, resolution: Resolution) -> RunSpec:
     """Decide precision, ZeRO stage, micro batch and the other `auto`s that follow from the hardware."""
     found, notes = auto_values.resolve_autos(spec, plan_inputs.stage_search(spec))
-    resolution.notes += [*_packages_of_pod(spec, found), *notes]
+    resolution.notes += [*_packages_of_pod(found), *notes]
     return found
 
 
@@ -162,10 +162,9 @@ def _apply(steps: Iterable[Step], spec: RunSpec, resolution: Resolution) -> RunS
     return spec
 
 
-def _packages_of_pod(requested: RunSpec, ready: RunSpec) -> list[str]:
+def _packages_of_pod(ready: RunSpec) -> list[str]:
     """Notes on packages that the run could use and a pod has, or lacks."""
     if not ready.is_rented:
         return []
-    could = requested.train.attention == "auto" and ready.hw.flash_attention and ready.train.precision != "fp32"
     brings = pod_packages.image_note(ready)
-    return [*([pod_packages.NO_FLASH] if could else []), *([brings] if brings else [])]
+    return [brings] if brings else []

@@ -116,12 +116,12 @@ class RunSpec(Part):
             and (self.hw.accelerator != "detect")
         ):
             problems.append(
-                f"train.attention={self.train.attention} does not run on {self.hw.name}; write train.attention=sdpa"
+                f"train.attention={self.train.attention} does not run on {self.hw.name}; write train.attention=varlen"
             )
         elif self.train.attention.startswith("flash") and self.train.precision == "fp32":
             problems.append(
                 f"train.attention={self.train.attention} has kernels for 16 bits alone, and train.precision is fp32; "
-                "write train.attention=sdpa"
+                "write train.attention=varlen"
             )
         if on_cpu and self.train.liger is True:
             problems.append("train.liger=true needs a GPU; write train.liger=false or auto")

@@ -23,7 +23,6 @@ from transformers import (
     GgufConfig,
 )
 from transformers.trainer_utils import set_seed
-from transformers.utils import is_flash_attn_2_available
 
 from runner.data.chat_template import template_source
 from runner.data.chat_tokenizer import FALLBACK, adds_bos
@@ -31,7 +30,7 @@ from runner.errors import Problem, RequestError
 from runner.paths import cache_dir
 from runner.rundir.atomic_folder import cached
 from runner.spec import Full, ModelSpec, QLora4, QLora8, RunSpec
-from runner.train import quantised_experts
+from runner.train import quantised_experts, varlen_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -167,6 +166,7 @@ def load_model(spec: RunSpec, source: str) -> PreTrainedModel:
     with explained(spec.model), quantised_experts.quantising():
         model = auto_class(spec).from_pretrained(source, dtype=dtype, **options)
     quantised_experts.enable_quantised_experts(model)
+    _take_varlen(spec, model)
     if isinstance(spec.method, QLora8):
         _take_any_rows()
     if isinstance(spec.method, QLora4) and spec.hw.accelerator == "cpu":
@@ -217,7 +217,18 @@ def random_weights(spec: RunSpec, dtype: torch.dtype) -> PreTrainedModel:
         str(facts.architecture), bos_token_id=None, eos_token_id=None, pad_token_id=None, **known
     )
     set_seed(spec.train.seed)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(spec))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(spec))
+    _take_varlen(spec, model)
+    return model
+
+
+def _take_varlen(spec: RunSpec, model: Any) -> None:
+    """Attend over documents where that was chosen and every layer can; environment.json says which attention it was.
+
+    A model with a layer that cannot keeps transformers' default for it.
+    """
+    if attention(spec) is None:
+        varlen_attention.use(model)
 
 
 def _add_rows(spec: RunSpec, source: str, model: PreTrainedModel) -> None:
@@ -284,15 +295,9 @@ def _dequantised(module: torch.nn.Module) -> torch.Tensor:
     return dequantize_module_weight(module)
 
 
-def attention(spec: RunSpec) -> str:
-    """The attention kernel: as asked, else FlashAttention where it is installed and can be, else SDPA.
-
-    It has kernels for 16 bits alone, on Ampere and later.
-    """
-    if spec.train.attention != "auto":
-        return spec.train.attention
-    could = spec.hw.accelerator == "cuda" and spec.hw.flash_attention and spec.train.precision != "fp32"
-    return "flash_attention_2" if could and is_flash_attn_2_available() else "sdpa"
+def attention(spec: RunSpec) -> str | None:
+    """`attn_implementation` to load with: as asked; None (transformers' default) where `varlen` takes its place."""
+    return None if spec.train.attention in ("auto", varlen_attention.NAME) else spec.train.attention
 
 
 @contextmanager

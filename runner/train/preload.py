@@ -81,7 +81,7 @@ def _keys(spec: RunSpec, run: RunDir) -> dict[str, str]:
         and (spec.model.gguf_file is not None or Path(spec.model.id).is_dir())
         and (spec.hw.accelerator, spec.deepspeed.name) == ("cpu", "none")
     ):
-        found[WEIGHTS] = [spec.model, spec.objective, spec.train.precision, model_loading.attention(spec)]
+        found[WEIGHTS] = [spec.model, spec.objective, spec.train.precision, spec.train.attention]
     return {
         part: json.dumps([*(v if isinstance(v, (str, int)) else v.model_dump(mode="json") for v in values), inputs])
         for part, values in found.items()

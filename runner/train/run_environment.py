@@ -16,6 +16,7 @@ from runner.paths import ASSETS
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
+from runner.train import varlen_attention
 from runner.train.tokens.token_cache import tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def environment(spec: RunSpec, model: PreTrainedModel, source: str, found: dict[
         "model_source": source,
         "model_commit": getattr(model.config, "_commit_hash", None),
         "attention": model.config._attn_implementation,
+        "attention_kernel": varlen_attention.kernel(model, spec.train.precision),
         "liger": kernels.liger(spec),
         **found,
         "seed": spec.train.seed,

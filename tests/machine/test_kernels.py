@@ -28,44 +28,40 @@ def plan(*words: str) -> dict[str, Any]:
     return content
 
 
-def about_attention(content: dict[str, Any]) -> list[str]:
-    return [note for note in content["notes"] if "flash-attn" in note]
-
-
 @pytest.fixture
 def h100_here(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detect, "detect", lambda: replace(LAPTOP, gpus=(H100,)))
 
 
-def installed(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
-    monkeypatch.setattr(kernels, "flash_attn", lambda: version)
+def attention(*words: str) -> str:
+    return str(plan(*words)["attention"])
 
 
-def test_elsewhere_a_plan_says_that_it_assumes_flash_attention_and_what_it_takes_without() -> None:
-    content, plain = plan("hw=h100"), plan("hw=h100", "train.attention=sdpa")
-    assert about_attention(content) == [
-        f"attention: assumes that flash-attn is installed; with SDPA {plain['peak_gib']['expected']:.1f} GiB"
-    ]
-    assert content["peak_gib"]["expected"] < plain["peak_gib"]["expected"]
-    assert about_attention(plain) == []
+@pytest.mark.parametrize("hw", ["h100", "rtx3090"])
+def test_without_any_package_no_mask_is_planned(hw: str) -> None:
+    here, sdpa, flash = (
+        plan(f"hw={hw}", *words) for words in ((), ("train.attention=sdpa",), ("train.attention=flash_attention_2",))
+    )
+    assert here["attention"] == "varlen: a flash kernel, no mask"
+    assert sdpa["attention"] == "sdpa: SDPA with a mask of all pairs of tokens"
+    assert here["peak_gib"] == flash["peak_gib"] and here["peak_gib"]["expected"] < sdpa["peak_gib"]["expected"]
 
 
-def test_what_fits_with_flash_attention_only_is_said() -> None:
-    full = plan("hw=h100", "train.micro_batch_size=1")["peak_gib"]["expected"]
-    (note,) = about_attention(plan("hw=h100", f"hw.memory_gib={full + 0.01}", "train.micro_batch_size=1"))
-    assert note.endswith("which does not fit")
+def test_where_no_flash_kernel_runs_documents_are_taken_one_by_one() -> None:
+    one_by_one = "varlen: SDPA once per document, no mask"
+    assert attention("hw=t4") == attention("hw=h100", "train.precision=fp32") == one_by_one
+    assert attention("hw=cpu") == "varlen: each document in blocks, no mask"
 
 
 @pytest.mark.usefixtures("h100_here")
-def test_here_what_is_installed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(monkeypatch, None)
-    without = plan("hw=local")
-    assert about_attention(without) == [kernels.NO_FLASH]
-    spec = json.loads(runner("show", "--json", *RUN, "hw=local").stdout)
-    assert spec["train"]["attention"] == "sdpa"
-    installed(monkeypatch, "2.8.3")
-    assert plan("hw=local")["peak_gib"]["expected"] < without["peak_gib"]["expected"]
-    assert about_attention(plan("hw=local", "train.attention=sdpa")) == []
+def test_here_flash_attention_3_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "flash_attn", lambda: "2.8.3")  # the same kernel as torch's
+    assert attention("hw=local").startswith("varlen")
+    monkeypatch.setattr(kernels, "flash_attn_3", lambda: "3.0.0")
+    assert attention("hw=local") == "flash_attention_3: a flash kernel, no mask"
+    assert attention("hw=local", "train.precision=fp32").startswith("varlen")  # it knows 16 bits alone
+    assert attention("hw=local", "train.attention=sdpa").startswith("sdpa")
+    assert attention("hw=h100x3").startswith("varlen")  # not this machine
 
 
 # ── in a pod ────────────────────────────────────────────────────────────────────────────────────
@@ -74,22 +70,20 @@ def test_here_what_is_installed_decides(monkeypatch: pytest.MonkeyPatch) -> None
 RENTED = ("where=runpod", "hw=h100")
 
 
-def test_a_rented_run_is_planned_and_trained_with_what_the_pod_will_have() -> None:
-    content, sdpa = plan(*RENTED), plan(*RENTED, "train.attention=sdpa")
-    assert content["peak_gib"] == sdpa["peak_gib"] and pod_packages.NO_FLASH in content["notes"]
+def test_a_rented_run_needs_no_package_for_it() -> None:
     spec = spec_of(*RUN, *RENTED)
     assert (
-        spec.train.attention == "sdpa"
+        spec.train.attention == "varlen"
         and pod_packages.extra_requirements(spec) == []
         and pod_packages.flash_attn_wheels(spec) == []
     )
     chosen = spec_of("where=runpod", "model=mistral7b", "method=lora", "train.max_length=4096")  # without hw=
-    assert chosen.hw.accelerator == "cuda" and chosen.train.attention == "sdpa"
+    assert chosen.hw.accelerator == "cuda" and chosen.train.attention == "varlen"
 
 
 def test_flash_attention_that_is_named_is_planned_installed_and_its_host_asked_for() -> None:
     named = (*RENTED, "train.attention=flash_attention_2")
-    assert plan(*named)["peak_gib"]["expected"] < plan(*RENTED)["peak_gib"]["expected"]
+    assert plan(*named)["peak_gib"] == plan(*RENTED)["peak_gib"]
     spec = spec_of(*RUN, *named)
     assert pod_packages.extra_requirements(spec) == ["flash-attn", "einops"]
     wheels = pod_packages.flash_attn_wheels(spec)
@@ -105,12 +99,12 @@ def test_flash_attention_that_is_named_is_planned_installed_and_its_host_asked_f
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("hw=rtx5090", "no wheel of flash-attn is known for torch 2.13 on rtx5090 → write train.attention=sdpa"),
+        ("hw=rtx5090", "no wheel of flash-attn is known for torch 2.13 on rtx5090 → write train.attention=varlen"),
         ("where.image=axolotl", "which Python axolotl has is not known"),
         ("where.template=abc", "which Python abc has is not known, and a wheel of flash-attn is for one alone → write"),
         ("where.pod=abc", "leave out where.pod"),
         ('hw=b200 where.cuda_versions=["12.8"]', "on b200 it needs CUDA 13.0 → leave out where.cuda_versions"),
-        ("train.attention=flash_attention_3", "write train.attention=flash_attention_2 or sdpa"),
+        ("train.attention=flash_attention_3", "write train.attention=flash_attention_2 or varlen"),
     ],
 )
 def test_flash_attention_that_a_pod_cannot_get_is_refused_before_renting(
@@ -130,23 +124,13 @@ def test_what_an_image_brings_is_said() -> None:
     assert not [note for note in plan(*RENTED)["notes"] if " brings " in note]
 
 
-@pytest.mark.usefixtures("h100_here")
-def test_auto_knows_what_is_here_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(monkeypatch, None)
-    assert plan("where=auto", "hw=local")["peak_gib"] == plan("hw=local")["peak_gib"]
-
-
-def test_a_card_without_it_and_a_cpu_need_no_note() -> None:
-    assert about_attention(plan("hw=t4")) == about_attention(plan("hw=cpu")) == []
-
-
 def test_doctor_says_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     def of(*gpus: detect.Gpu) -> list[tuple[str, str]]:
         found = software.software_findings(replace(LAPTOP, gpus=gpus), None, None)
         return [(finding.state, finding.found) for finding in found if finding.name == "attention"]
 
-    installed(monkeypatch, None)
-    assert of(H100) == [("note", kernels.NO_FLASH)]
-    installed(monkeypatch, "2.8.3")
-    assert of(H100) == [("ok", "flash-attn 2.8.3")]
+    monkeypatch.setattr(kernels, "flash_attn", lambda: None)
+    assert of(H100) == [("ok", "torch's flash kernel (varlen)")]
+    monkeypatch.setattr(kernels, "flash_attn", lambda: "2.8.3")
+    assert of(H100) == [("ok", "torch's flash kernel (varlen), flash-attn 2.8.3")]
     assert of(T4) == of() == []

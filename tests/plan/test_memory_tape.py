@@ -16,19 +16,20 @@ import torch
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks import simulate
 from runner.plan.autograd import head, layers
 from runner.plan.autograd import step_peak as stepping
-from runner.plan.autograd.ops import Block, LayerKind, Setting
+from runner.plan.autograd.ops import BLOCKWISE_QUERIES, Block, LayerKind, Setting
 from runner.plan.autograd.step_peak import Step, TrainableLayers, replay_step
 from runner.plan.autograd.tape import Node, Storage, Tensor
 from runner.plan.memory import Job, setting_of
 from runner.plan.model_shape import Matrix, shape_of
 from runner.plan.trainable import training_of
 from runner.spec import ModelSpec, RunSpec
-from runner.train import adapter_config
+from runner.train import adapter_config, varlen_attention
 from runner.train.model_loading import load_model
 from tests.conftest import spec_of
 
@@ -184,8 +185,10 @@ def test_the_head_works_in_tiles_of_rows_too(monkeypatch: pytest.MonkeyPatch) ->
 # --- attention and the head of a CPU: a step written out, as the simulation has neither --------------
 
 
-def steps_with(spec: RunSpec, attention: str, fused: bool, packed: bool = False) -> simulate.Simulated:
-    """A step on fakes with a mask of four dimensions and, unless `fused`, `UnguardedSftTrainer.compute_loss`."""
+def steps_with(
+    spec: RunSpec, attention: str, fused: bool, packed: bool = False, masked: bool = True
+) -> simulate.Simulated:
+    """A step on fakes, with a mask of four dimensions or none; unless `fused` by `UnguardedSftTrainer.compute_loss`."""
     model, counter = simulate.build(spec), simulate.LiveBytes()
     model.config._attn_implementation = attention
     b, s = int(spec.train.micro_batch_size), spec.train.max_length
@@ -195,7 +198,8 @@ def steps_with(spec: RunSpec, attention: str, fused: bool, packed: bool = False)
         ids = torch.zeros(b, s, dtype=torch.int64)
         start = counter.live
         counter.enter("forward")
-        mask = torch.zeros(b, 1, s, s, dtype=torch.bool if attention == "sdpa" else model.dtype)
+        kind = torch.bool if attention == "sdpa" else model.dtype
+        mask = torch.zeros(b, 1, s, s, dtype=kind) if masked else None
         with torch.autocast("cpu", torch.bfloat16):
             if fused:
                 loss = model(ids, labels=ids, attention_mask=mask, use_cache=False, fused_lm_head=True).loss
@@ -231,6 +235,26 @@ def test_scores_that_are_capped_are_counted_where_sdpa_was_asked_for(family: str
     training, _ = setting(run_of("lora", family=family))
     job = Job(seq=512, precision="bf16", checkpointing=True, attention=asked, optimizer="adamw", on_gpu=True)
     assert setting_of(training, job, 2).attention == counted
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocks_of_a_cpus_documents_are_counted(method: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of documents as long as a row, which take most; they are given, as the positions of fakes are not known."""
+    varlen_attention.register()
+    for checkpointing in (True, False):
+        spec = run_of(method, f"train.gradient_checkpointing={str(checkpointing).lower()}")
+        b, s = int(spec.train.micro_batch_size), spec.train.max_length
+        rows = (b * s,) if packed else (s,) * b
+        documents = varlen_attention.Documents(rows, (False,) * len(rows), None, None)
+        mapping = {varlen_attention.NAME: lambda *_, documents=documents, **__: documents}
+        monkeypatch.setattr(ALL_MASK_ATTENTION_FUNCTIONS, "_local_mapping", mapping)
+        plan = planned(spec, packed=packed, attention="blockwise", head="labelled")
+        assert_same(plan, steps_with(spec, varlen_attention.NAME, False, packed, masked=False), 0.03)
+
+
+def test_the_plan_and_the_worker_have_blocks_of_one_size() -> None:
+    assert BLOCKWISE_QUERIES == varlen_attention.BLOCK
 
 
 # --- quantised weights: real tensors on the CPU ----------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from runner.config.conf_files import load_choice, options
+from runner.plan.choose_stage import attention_span, job_of
 from runner.plan.model_shape import Shape, shape_of
 from runner.plan.step_time import (
     Machine,
@@ -23,6 +24,7 @@ from runner.plan.step_time import (
     work_of,
 )
 from runner.spec import HardwareSpec, ModelSpec
+from tests.conftest import spec_of
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("full", "freeze", "lora", "qlora4", "qlora8")
@@ -319,3 +321,18 @@ def test_processes_share_the_questions_and_zero_three_gathers_the_weights_for_ev
     gathered = 10 * 2 * MISTRAL.num_parameters * 7 / 8 / 240e9
     assert measuring(of, eight, **asked, stage="zero3") == pytest.approx(shared + gathered)
     assert measuring(of, eight, **asked, stage="zero2") == shared
+
+
+def test_a_mask_costs_all_pairs_of_a_packed_row() -> None:
+    """2·(b·s) keys for every token instead of s/2: Llama-3-8B, 8 × 4,096 packed, a forward and a backward pass."""
+    words = ("model=llama3_8b", "method=full", "hw=h100", "train.max_length=4096", "train.gradient_checkpointing=false")
+    kernel, mask = (
+        attention_span(job_of(spec_of(*words, f"train.attention={attention}")), 8) for attention in ("varlen", "sdpa")
+    )
+    assert kernel is None and mask == 2 * 8 * 4096
+    llama = shape("llama3_8b")
+    few, many = (
+        flops_per_token(llama, 4096, method="full", trained_layers=32, checkpointing=False, span=span)
+        for span in (kernel, mask)
+    )
+    assert many - few == pytest.approx(3 * 32 * 2 * 4096 * (mask - 4096))

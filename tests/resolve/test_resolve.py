@@ -11,7 +11,7 @@ from runner.cli.options import request_of
 from runner.config.command_line import Request
 from runner.config.compose import compose
 from runner.errors import RequestError
-from runner.plan.auto_values import EAGER_UP_TO, resolve_autos
+from runner.plan.auto_values import resolve_autos
 from runner.plan.choose_stage import MAX_MICRO_BATCH
 from runner.resolve import steps
 from runner.spec import RunSpec
@@ -29,11 +29,11 @@ def test_nothing_that_the_hardware_decides_is_left_open() -> None:
 @pytest.mark.parametrize(
     ("hw", "precision", "attention", "checkpointing"),
     [
-        ("h100", "bf16", "auto", True),  # FlashAttention, where the pod has it
-        ("rtx3090", "bf16", "auto", True),
-        ("t4", "fp16", "sdpa", True),  # Turing: no bfloat16, no FlashAttention 2
-        ("v100", "fp16", "sdpa", True),
-        ("cpu", "bf16", "eager", False),  # tests.support.front.LAPTOP has bfloat16
+        ("h100", "bf16", "varlen", True),
+        ("rtx3090", "bf16", "varlen", True),
+        ("t4", "fp16", "varlen", True),  # Turing: no bfloat16
+        ("v100", "fp16", "varlen", True),
+        ("cpu", "bf16", "varlen", False),  # tests.support.front.LAPTOP has bfloat16
     ],
 )
 def test_arithmetic_kernels_and_memory_follow_the_hardware(
@@ -41,17 +41,6 @@ def test_arithmetic_kernels_and_memory_follow_the_hardware(
 ) -> None:
     train = spec_of(f"hw={hw}").train
     assert (train.precision, train.attention, train.gradient_checkpointing) == (precision, attention, checkpointing)
-
-
-@pytest.mark.parametrize(("length", "attention"), [(EAGER_UP_TO, "eager"), (EAGER_UP_TO + 1, "sdpa")])
-def test_on_a_cpu_short_sequences_take_eager_attention(length: int, attention: str) -> None:
-    assert spec_of("hw=cpu", f"train.max_length={length}").train.attention == attention
-
-
-@pytest.mark.parametrize(("packing", "attention"), [("true", "sdpa"), ("false", "eager")])
-def test_on_a_cpu_a_packed_micro_batch_is_one_long_row(packing: str, attention: str) -> None:
-    batch = "train.batch_size=4", "train.micro_batch_size=4", f"train.packing={packing}"
-    assert spec_of("hw=cpu", f"train.max_length={EAGER_UP_TO}", *batch).train.attention == attention
 
 
 def test_a_cpu_without_bfloat16_computes_in_fp32() -> None:

@@ -108,7 +108,7 @@ def test_from_pretrained_gets_what_the_machine_computes_with(
     packing = asked.pop("quantization_config", None)
     assert asked.pop("dtype") == (FP32 if method == "full" and not sharded else width)
     assert asked == {
-        "attn_implementation": "sdpa",  # flash-attn is not installed
+        "attn_implementation": None,  # varlen takes its place when the model is there
         "revision": spec.model.revision,
         # ZeRO-3 shards as it loads; every other process fills the GPU that is its own.
         **({} if sharded else {"device_map": {"": 1 if "x" in name else 0}}),
@@ -119,28 +119,6 @@ def test_from_pretrained_gets_what_the_machine_computes_with(
         assert (packing.bnb_4bit_quant_type, packing.bnb_4bit_use_double_quant) == ("nf4", True)
     if method == "qlora8":
         assert (packing.load_in_8bit, packing.llm_int8_threshold) == (True, 6.0)
-
-
-@pytest.mark.parametrize(
-    ("words", "kernel"),
-    [
-        (("hw=h100",), "flash_attention_2"),
-        (("hw=rtx4090x2",), "flash_attention_2"),
-        (("hw=h100", "method=full"), "flash_attention_2"),  # fp32 weights: computed in bf16
-        (("hw=h100", "train.precision=fp32"), "sdpa"),
-        (("hw=h100", "train.attention=eager"), "eager"),
-        (("hw=t4",), "sdpa"),
-        (("hw=v100", "train.precision=fp32"), "sdpa"),
-    ],
-    ids=" ".join,
-)
-def test_flash_attention_is_taken_where_it_is_installed_and_can_be(
-    words: tuple[str, ...], kernel: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model_loading, "is_flash_attn_2_available", lambda: True)
-    with pytest.raises(Asked):
-        model_loading.load_model(on(*words), "somewhere")
-    assert asked["attn_implementation"] == kernel
 
 
 def test_flash_attention_is_refused_in_fp32_where_it_was_asked_for() -> None:
@@ -760,7 +738,7 @@ def of_a_pod(spec: RunSpec, hw: str, stage: str = "none", **train: Any) -> RunSp
     [
         ("h100", "none", {"attention": "auto"}),
         ("h100x3", "zero3", {"attention": "flash_attention_2"}),
-        ("t4", "none", {"precision": "fp16", "attention": "sdpa"}),
+        ("t4", "none", {"precision": "fp16", "attention": "varlen"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -772,7 +750,7 @@ def test_chat_answers_on_a_cpu_whatever_the_run_was_trained_on(
     assert (here.hw.accelerator, here.deepspeed.name, here.hw.world_size) == ("cpu", "none", 1)
     model, tokenizer = open_model.load_finished(here, run)
     assert {p.device.type for p in model.parameters()} == {"cpu"}
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "varlen"
     text = chat.answer(here, model, tokenizer, [{"role": "user", "content": "w4 w15 w26"}], 4)
     own, its = open_model.load_finished(open_model.local_spec(spec), run)
     assert text == chat.answer(open_model.local_spec(spec), own, its, [{"role": "user", "content": "w4 w15 w26"}], 4)
@@ -816,7 +794,6 @@ def test_on_another_gpu_a_run_is_opened_with_what_that_can(
     found = open_model.local_spec(pod)
     assert (found.train.precision, found.train.attention) == expected
     assert (found.hw.accelerator, found.hw.num_gpus, found.deepspeed.name) == ("cuda", 1, "none")
-    monkeypatch.setattr(model_loading, "is_flash_attn_2_available", lambda: False)
     with pytest.raises(Asked):
         model_loading.load_model(found, "somewhere")
     assert asked["device_map"] == {"": 0}

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from runner.errors import RequestError
-from runner.train import packing_isolation
+from runner.train import packing_isolation, varlen_attention
 from tests.conftest import spec_of, train_here
 from tests.support import tiny_llama
 from tests.support.processes import tiny_model, words
@@ -50,13 +50,16 @@ RAISE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def found(name: str, more: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> str | None:
+def found(
+    name: str, more: dict[str, Any], dtype: torch.dtype = torch.bfloat16, varlen: bool = False
+) -> str | None:  # fmt: skip
     """The fault of an untrained model of that architecture."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         name, **{k: v for k, v in {**SIZES, **more}.items() if k not in more or v is not None}
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    assert not varlen or varlen_attention.use(model)
     with torch.no_grad():
         collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
         return packing_isolation.find_leak(model, collator, [0, 1, 2])
@@ -66,6 +69,11 @@ def found(name: str, more: dict[str, Any], dtype: torch.dtype = torch.bfloat16) 
 @pytest.mark.parametrize("name", KEPT_APART)
 def test_models_that_keep_documents_apart_pass(name: str, dtype: torch.dtype) -> None:
     assert found(name, KEPT_APART[name], dtype) is None
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "olmoe"])
+def test_attention_over_documents_keeps_them_apart(name: str) -> None:
+    assert found(name, KEPT_APART[name], varlen=True) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

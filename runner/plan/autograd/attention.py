@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runner.plan.autograd.ops import Block
+from runner.plan.autograd.ops import BLOCKWISE_QUERIES, Block
 from runner.plan.autograd.tape import Node, Storage, Tensor
 from runner.plan.model_shape import Shape
 
@@ -85,7 +85,7 @@ def rotate_part(k: Block, query: Tensor, key: Tensor, cos: int) -> tuple[Tensor,
 
 def mask(k: Block, width: int) -> list[Storage]:
     """The mask that the model makes once: for SDPA bytes, for eager attention numbers in the embeddings' width."""
-    if k.set.attention == "flash":
+    if k.set.attention not in ("sdpa", "eager"):
         return []
     masks = 2 if k.shape.traits.windows else 1
     return [k.t.new(masks * k.set.b * k.set.s**2, 1 if k.set.attention == "sdpa" else width)]
@@ -95,25 +95,29 @@ def attend(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
     """Attention over q [n, heads·d] and key, v [n, kv·d]."""
     if k.set.attention == "eager":
         return _eager(k, q, key, v)
+    if k.set.attention == "blockwise":
+        return _blockwise(k, q, key, v)
     return _fused(k, q, key, v)
 
 
 def _fused(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
-    """FlashAttention 2 (`mha_fwd`, `mha_bwd`), or SDPA's memory-efficient kernel with a mask.
+    """FlashAttention 2 (`mha_fwd`, `mha_bwd`), or SDPA's memory-efficient kernel, with a mask or once per document.
 
-    The latter wants keys and values for every head, and a mask in the arithmetic's width, which every layer makes
-    for itself and keeps (`convert_boolean_attn_mask` in torch's attention.cpp).
+    The latter wants keys and values for every head; with a mask also that in the arithmetic's width, which every layer
+    makes for itself and keeps (`convert_boolean_attn_mask` in torch's attention.cpp). Once per document it keeps what
+    it made of each, and what the next layer gets is joined of them.
     """
     t, shape, w, s, b = k.t, k.shape, k.set.width, k.set.s, k.set.b
-    masked = k.set.attention == "sdpa"
-    if masked:
+    masked, apart = k.set.attention == "sdpa", k.set.attention == "per_document"
+    if masked or apart:
         key, v = repeat(k, key), repeat(k, v)
     if k.set.autocast:
         q, key, v = k.cast(q, w), k.cast(key, w), k.cast(v, w)
     same, values, narrow, width = key.values == q.values, q.values, key.values, q.width
     sources = (q.node, key.node, v.node)
     mask = t.new(b * s * s, width) if masked else None
-    out = Tensor(values, width, t.new(values, width))
+    kernels = t.new(values, width)
+    out = Tensor(values, width, t.new(values, width) if apart else kernels)
     sums = t.new(k.n * shape.num_heads, 4)
     if all(x is None for x in sources):
         return out
@@ -129,8 +133,45 @@ def _fused(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
         del inner
         return [(node, g) for node, g in zip(sources, (dq, dk, dv), strict=True) if node is not None]
 
-    kept = t.keep(q.storage, key.storage, v.storage, out.storage, sums, mask)
+    kept = t.keep(q.storage, key.storage, v.storage, kernels, sums, mask)
     out.node = t.node(out.width, backward, kept)
+    return out
+
+
+def _blockwise(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
+    """`Blockwise` of train/varlen_attention.py: scores of a block at a time, computed again in the backward pass."""
+    t, shape, w = k.t, k.shape, k.set.width
+    if k.set.autocast:
+        q, key, v = k.cast(q, w), k.cast(key, w), k.cast(v, w)
+    values, narrow, width = q.values, key.values, q.width
+    sources = (q.node, key.node, v.node)
+    # Of documents as long as a row, which take most; rows of one length are taken together.
+    size, rows, s = min(BLOCKWISE_QUERIES, k.set.s), k.set.b, k.set.s
+    largest = max(size * (s - s % size), s % size * s)  # of the last whole block of queries, and of the rest
+    scores, queries = rows * shape.num_heads * largest, values * size / s
+    copies = 2 * narrow if rows > 1 else 0.0  # keys and values, a head after the other
+    parts = t.new(values, width)
+    inner = t.new(2 * scores + queries + copies, width)
+    del inner
+    out = Tensor(values, width, t.new(values, width))  # the documents' joined
+    del parts
+    if all(x is None for x in sources):
+        return out
+
+    def backward(grad: Storage) -> list[tuple[Node, Storage]]:
+        wide = 4 if s > size else width  # summed over blocks
+        dq, dk, dv = t.new(values, width), t.new(narrow, wide), t.new(narrow, wide)
+        inner = t.new(3 * scores + 2 * queries + copies, width)
+        del inner
+        joined = [t.new(values, width)]
+        del dq
+        joined.append(t.new(narrow, width))
+        del dk
+        joined.append(t.new(narrow, width))
+        del dv
+        return [(node, g) for node, g in zip(sources, joined, strict=True) if node is not None]
+
+    out.node = t.node(out.width, backward, t.keep(q.storage, key.storage, v.storage))
     return out
 
 

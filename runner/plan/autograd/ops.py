@@ -31,6 +31,14 @@ def module(forward: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+AttentionKernel = Literal["flash", "blockwise", "per_document", "sdpa", "eager"]
+"""`flash`: no scores and no mask. `blockwise`: `varlen` on a CPU, which keeps queries, keys and values. `per_document`:
+`varlen` on a GPU without a flash kernel: SDPA without a mask, and keys for every head. `sdpa`: one with a mask.
+`eager`: all scores."""
+BLOCKWISE_QUERIES = 256
+"""Queries whose scores `blockwise` holds at once: `BLOCK` in train/varlen_attention.py."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """Everything but the shape that decides the memory of a step."""
@@ -49,8 +57,7 @@ class Setting:
     """Bytes of a frozen weight that is not quantised."""
     checkpointing: bool = False
     """Every layer is computed again in the backward pass."""
-    attention: Literal["flash", "sdpa", "eager"] = "flash"
-    """`flash`: no scores and no mask; `sdpa`: a mask for packed rows and keys for every head; `eager`: all scores."""
+    attention: AttentionKernel = "flash"
     head: Literal["fused", "labelled", "number"] = "fused"
     """`fused`: TRL's tiles; `labelled`: logits of the labelled positions (on a CPU); `number`: one each."""
     labelled: float = 1.0

@@ -23,7 +23,7 @@ from runner.hub.model_card import write_card
 from runner.rundir.atomic_folder import whole
 from runner.rundir.directory import RunDir
 from runner.spec import DeepSpeedSpec, RunSpec
-from runner.train import model_loading, stop_tokens
+from runner.train import model_loading, stop_tokens, varlen_attention
 from runner.train.merge import proof
 from runner.train.merge.fold import fold
 from runner.train.model_saving import fix_generation_config
@@ -84,7 +84,7 @@ def merge(spec: RunSpec, run: RunDir, target: Path, say: Callable[[str], None]) 
 
 
 def prove(
-    folder: Path, attention: str, before: list[torch.Tensor], prompts: list[list[int]], rounded: set[str],
+    folder: Path, attention: str | None, before: list[torch.Tensor], prompts: list[list[int]], rounded: set[str],
     dtype: torch.dtype, as_run: list[torch.Tensor],
 ) -> dict[str, Any]:  # fmt: skip
     """Compare the folder, read back, with base + adapter (`before`, and `as_run` in the run's own arithmetic).
@@ -92,6 +92,8 @@ def prove(
     RunFailedError beyond what rounding explains: see `TYPICAL_FACTOR`.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype="auto")
+    if attention is None:
+        varlen_attention.use(model)
     with proof.computing_in_fp32(model):
         after = proof.logits(model, prompts)
     found = proof.agreement(before, after)
@@ -159,7 +161,7 @@ def _load(spec: RunSpec, adapter: Path, say: Callable[[str], None]) -> tuple[Run
     on the CPU, whose memory has to hold the merged model anyway.
     """
     on_gpu = spec.hw.accelerator == "cuda" and torch.cuda.is_available() and spec.method.packed
-    attention = "eager" if spec.train.attention == "eager" else "sdpa"  # FlashAttention knows 16 bits only
+    attention = "varlen" if spec.train.attention.startswith("flash") else spec.train.attention  # which knows fp32
     spec = spec.model_copy(
         update={
             "hw": spec.hw.model_copy(update={"accelerator": "cuda" if on_gpu else "cpu"}),
