@@ -371,7 +371,10 @@ def _wide_norm(k: Block, x: Tensor, kind: LayerKind, features: int) -> Tensor:
     own, traits = x.width, k.shape.traits
     x = k.cast(x, 4)
     x = _standardised(k, x, features) if traits.norm == "layer_wide" else _over_root(k, x, features)
-    return k.cast(k.weigh(x, features, 4, kind.weights), own)
+    if traits.norm == "rms_wide":  # OLMo: the product has no name, so that its factor lives on while it is cast
+        return k.cast(k.weigh(x, features, 4, kind.weights), own)
+    x = k.weigh(x, features, 4, kind.weights)
+    return k.cast(x, own)
 
 
 def _standardised(k: Block, x: Tensor, features: int) -> Tensor:
