@@ -135,7 +135,7 @@ def test_packing_is_refused_before_the_first_step_and_the_remedy_works(objective
     with pytest.raises(RequestError) as refused:
         train_here(spec_of(*asked))
     (problem,) = refused.value.problems
-    assert "OPTForCausalLM with attention eager cannot be trained on packed documents" in problem.what
+    assert "OPTForCausalLM with attention varlen cannot be trained on packed documents" in problem.what
     assert problem.remedy == "write train.packing=false" and not list(tmp_path.glob("runs/*/metrics.jsonl"))
     finished, _ = train_here(spec_of(*asked, "train.packing=false"))
     assert finished.summary["train"]["steps"] == 2
