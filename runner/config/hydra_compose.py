@@ -197,8 +197,9 @@ def _file_of(config_path: str | None, request: Request, primary: Primary) -> Pat
     return next((file for file in candidates if os.path.isfile(file)), None)
 
 
-MISTAKES = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError)
-"""Raised for a wrong config: the last four by Hydra for a defaults list of numbers, lists or nulls."""
+MISTAKES = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError, OSError)
+"""Raised for a wrong config: by Hydra also for a defaults list of numbers or nulls, and for a name that no file can
+have."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,9 @@ _EXPECTED = {
 }
 
 
+HALF = re.compile("[\ud800-\udfff]")
+
+
 def validated(
     values: dict[str, object], source_of: SourceOf, found: Iterable[Problem] = (), unsure: Iterable[str] = ()
 ) -> RunSpec:
@@ -52,12 +55,14 @@ def validated(
     """
     misread = dict(_misread(values, source_of, frozenset(unsure)))
     hidden = frozenset(unsure) | misread.keys()
-    problems, spec = [*found, *misread.values()], None
+    problems, spec = [*found, *misread.values(), *_halves(values, source_of)], None
     try:
         spec = RunSpec.model_validate(values)
     except ValidationError as error:
         names = {group: part["name"] for group, part in values.items() if isinstance(part, dict) and "name" in part}
         problems += problems_of(error, source_of, hidden, names)
+    except UnicodeEncodeError:  # of a pattern; it is among `_halves`
+        pass
     if spec is None or problems:
         raise RequestError(*dict.fromkeys(problems))
     return spec
@@ -80,6 +85,14 @@ def _misread(values: dict[str, Any], source_of: SourceOf, unsure: frozenset[str]
                 yield key, Problem(what, source_of(key), f"docs/reference.md says what {key} takes")
             elif value == "" and accepts_text(key) and key not in EMPTY:
                 yield key, Problem(f"{key} is empty", source_of(key), f"leave it out, or write {key}=…")
+
+
+def _halves(values: dict[str, Any], source_of: SourceOf) -> Iterator[Problem]:
+    """Text that JSON and YAML can spell, and no file can hold."""
+    for key, value in flattened(values):
+        if HALF.search(f"{key}{value}"):
+            what = f"{key} holds half a character (\\ud800 to \\udfff)"
+            yield Problem(what, source_of(key), "write the character itself")
 
 
 def problems_of(

@@ -36,9 +36,12 @@ def _parsed(stream: IO[str], read: object) -> Any:
         return _read(fast, stream, read)
     except _TooMuchError:
         raise
-    except yaml.YAMLError:
+    except yaml.YAMLError as error:
         stream.seek(0)
-        return _read(careful, stream, read)
+        try:
+            return _read(careful, stream, read)
+        except RecursionError:  # nested too deeply before the mistake, which was found first
+            raise error from None
 
 
 class _TooMuchError(yaml.MarkedYAMLError):

@@ -70,14 +70,19 @@ def detect_format(row: Row, spec: DataSpec, kind: Kind | None = None) -> str:
 
 def _detected(row: Row, spec: DataSpec, kind: Kind | None) -> str:
     row = seen(row, spec)
-    said = {name: value for name, value in row.items() if value is not None or name == spec.label_field}
-    if shape := _first_fit(said, spec, kind) or _first_fit(row, spec, kind):  # what is null is named where it is missed
+    if shape := _shape(row, spec, kind):
         flags = [name for name, value in row.items() if isinstance(value, bool)]
         if kind == "unpaired" and shape in ("chat", "alpaca", "prompt_completion") and len(flags) == 1:
             raise RequestError(Problem(f"has no field {spec.label_field}", None, f"write data.label_field={flags[0]}"))
         return shape
     what = f"cannot tell what to learn by the fields: {', '.join(map(str, row)) or 'none'}"
     raise RequestError(Problem(what, None, _which_fields(row, spec, kind)))
+
+
+def _shape(row: Row, spec: DataSpec, kind: Kind | None) -> str | None:
+    """The first format that fits by what is there; a null is named where it is missed."""
+    said = {name: value for name, value in row.items() if value is not None or name == spec.label_field}
+    return _first_fit(said, spec, kind) or _first_fit(row, spec, kind)
 
 
 def _first_fit(row: Row, spec: DataSpec, kind: Kind | None) -> str | None:
@@ -201,7 +206,9 @@ def _left(names: list[str], reader: RowReader, spec: DataSpec, kind: Kind | None
     what = f"column{'s' * many} {' and '.join(names)} look{'s' * (not many)} {UNREAD}"
     ignored = f"data.ignore_columns={listing([*spec.ignore_columns, *names])}"
     words = _mapping(names, reader.row, spec, kind)
-    if many and not any(map(is_content, names)):  # which of them is the prompt cannot be told by their names
+    if (
+        many and not any(map(is_content, names)) and not {*media(reader)} & {*names}
+    ):  # which of them is the prompt cannot be told by their names
         words = f"data.prompt_field={names[0]}, or another of them"
     remedy = f"write {words}, or {ignored}" if words else f"write {ignored} to leave {'them' if many else 'it'} out"
     return Problem(what + ("them" if many else "it"), reader.where, remedy)
@@ -222,7 +229,9 @@ def _mapping(names: list[str], row: Row, spec: DataSpec, kind: Kind | None, begu
 
 def _rest(row: Row, spec: DataSpec, kind: Kind | None) -> list[str]:
     """Columns that look like content and are not read; RequestError for a row that cannot be read as that kind."""
-    shape = detect_format(row, spec, kind)
+    shape = spec.format if spec.format != "auto" else _shape(seen(row, spec), spec, kind)
+    if shape is None:
+        raise RequestError("no format")  # without a remedy: it is this search that looks for one
     reader, found = _read(row, "", spec, shape, kind)
     if reader.problems:
         raise RequestError(*reader.problems)

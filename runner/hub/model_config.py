@@ -22,6 +22,8 @@ from runner.plan.model_shape import ARCHITECTURES, TRAITS, shape_of
 from runner.rundir.directory import write_atomically
 from runner.spec import ModelSpec
 
+LARGEST = 1 << 40
+"""Above every size of a model, and far below what a float cannot hold."""
 # Fact of ModelSpec → the keys it may stand under, in the order in which they count.
 _KEYS = {
     "hidden_size": ("hidden_size",),
@@ -210,7 +212,9 @@ def _sizes(model_type: str, config: Mapping[str, object], source: str | None) ->
 
 
 def _is_size(value: object, optional: bool) -> bool:
-    return (value is None and optional) or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+    if value is None:
+        return optional
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST
 
 
 def _config_file(model_id: str, revision: str | None) -> Path | None:

@@ -12,6 +12,7 @@ import pytest
 from runner.data.examples import Example, Kind, Preference, PromptExample, UnpairedExample, columns, content_of
 from runner.data.load import canonical_row, detect_format
 from runner.data.row_checks import check_rows
+from runner.data.row_formats import left_out, rewarded
 from runner.errors import RequestError
 from runner.spec import DataSpec
 from tests.support.front import spec_of
@@ -419,3 +420,125 @@ def test_what_a_template_refuses_is_told_with_what_is_unusual_in_it(
         check_rows(spec_of("data=file", "data.eval_fraction=0", *words))
     (problem,) = caught.value.problems
     assert "the model's chat template refuses a conversation: " in problem.what and said in str(problem.remedy)
+
+
+# --- what is told of a row that nothing reads --------------------------------------------------------------------
+
+
+def remedy(row: dict[str, Any], kind: Kind | None = None, **changes: Any) -> str:
+    """What to write instead, of the one thing that is wrong with the row."""
+    with pytest.raises(RequestError) as caught:
+        canonical_row(row, "row 1", spec(**changes), kind)
+    (problem,) = caught.value.problems
+    return str(problem.remedy)
+
+
+def test_columns_that_nothing_reads_are_listed() -> None:
+    assert told({"a": 1, "b": 2}) == ["cannot tell what to learn by the fields: a, b"]
+    assert told({}) == ["cannot tell what to learn by the fields: none"]
+
+
+KEYS = (
+    "write data.messages_field=…, data.text_field=…, or data.prompt_field=… data.completion_field=…; where no column "
+    'is such, write rows as {"prompt": "…", "completion": "…"} first, or data.format=FILE.py:CLASS for a format of '
+    "your own (CONTRIBUTING.md)"
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"instruction": "a", "target": "b"}, "write data.output_field=target"),
+        ({"instruction": "a", "context": "c", "target": "b"},
+         "write data.output_field=target data.input_field=context"),
+        ({"prompt": "a", "reply": "b"}, "write data.completion_field=reply"),
+        ({"user": "a", "completion": "b"}, "write data.prompt_field=user"),
+        ({"human": "a", "gpt": "b"}, "write data.prompt_field=human data.completion_field=gpt"),
+        ({"body": "words"}, "write data.text_field=body"),
+        ({"Content": "words"}, "write data.text_field=Content"),
+        ({"turns": [USER, ANSWER]}, "write data.messages_field=turns"),
+        ({"dialog": json.dumps([USER, ANSWER])}, "write data.messages_field=dialog"),
+        ({"turns": "a text", "body": "b"}, "write data.text_field=body"),  # turns that are none
+        ({"a": 1}, KEYS),
+        ({"prompt": 1}, f"prompt is a number, and prompt and answer have to be text or turns: {KEYS}"),
+        ({"prompt": 1, "reply": {}},
+         f"prompt is a number and reply is an object, and prompt and answer have to be text or turns: {KEYS}"),
+    ],
+)  # fmt: skip
+def test_names_that_others_use_are_answered_with_the_keys_to_write(row: dict[str, Any], words: str) -> None:
+    assert remedy(row) == words
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "chosen_response": "b", "rejected_response": "c"},
+         "write data.chosen_field=chosen_response data.rejected_field=rejected_response"),
+        ({"prompt": "a", "answer_chosen": "b", "chosen_score": 3, "answer_rejected": "c", "chosen_model": "m"},
+         "write data.chosen_field=answer_chosen data.rejected_field=answer_rejected"),
+        ({"prompt": "a", "good": "b", "bad": "c"},
+         "write data.prompt_field=… data.chosen_field=… data.rejected_field=…: the better and the worse answer; rows "
+         "that mark one of two answers have to be written so first"),
+    ],
+)  # fmt: skip
+def test_a_preference_by_other_names_is_answered_with_its_keys(row: dict[str, Any], words: str) -> None:
+    assert remedy(row, "preference") == words
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": [USER, ANSWER]}, {"instruction": "a", "output": "b"}, {"prompt": "a", "completion": "b"}]
+)
+def test_a_judgement_under_another_name_is_looked_for_in_every_shape_that_answers(row: dict[str, Any]) -> None:
+    assert told({**row, "good": True}, "unpaired") == ["has no field label"]
+    assert remedy({**row, "good": True}, "unpaired") == "write data.label_field=good"
+    assert isinstance(made({**row, "label": True}, "unpaired"), UnpairedExample)
+    with pytest.raises(RequestError):  # which of the two is not guessed
+        made({**row, "good": True, "seen": False}, "unpaired")
+
+
+def test_a_column_that_is_left_out_is_named_with_what_leaves_it_out() -> None:
+    row = {"messages": [USER, ANSWER], "image": "a.png"}
+    assert told(row) == ["column image looks like content, and nothing reads it"]
+    assert remedy(row) == "write data.ignore_columns=[image] to leave it out"
+    both = {**row, "audio": "a.wav"}
+    assert told(both) == ["columns image and audio look like content, and nothing reads them"]
+    assert remedy(both) == "write data.ignore_columns=[image,audio] to leave them out"
+    assert made(both, ignore_columns=["image", "audio"]).completion
+
+
+def test_an_example_knows_where_it_stands_and_what_was_not_read() -> None:
+    row = {"prompt": "a", "completion": "b", "id": 7, "": 1, "score": 2}
+    assert made(row).where == "row 1"
+    shape = detect_format(row, spec())
+    assert left_out(row, spec(), shape) == ["id", "score"]
+    asked = {"prompt": "a", "answer": "4", "level": 3}
+    assert left_out(asked, spec(), "prompts", "prompts") == []  # reward functions get all of it
+    assert left_out({"messages": [USER], "level": 3}, spec(), "chat", "prompts") == []
+    assert rewarded(asked, spec()) == ["level"]
+    assert rewarded({"text": "a", "level": 3}, spec()) == []
+
+
+def test_token_ids_and_named_text_are_taken_as_they_are_whatever_stands_beside_them() -> None:
+    ids = {"input_ids": [1, 2], "prompt": "a", "image": "a.png"}
+    assert made(ids, "sft").ids == [1, 2]
+    assert detect_format({"input_ids": [1]}, spec(), "preference") == "tokens"
+    text = {"text": "words", "summary": "short", "image": "a.png"}
+    assert made(text, format="text").text == "words"
+    assert told({"text": "words", "image": "a.png"}) == ["column image looks like content, and nothing reads it"]
+
+
+def test_a_pair_asks_for_a_prompt_with_its_tools() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    row = {"chosen": [USER, ANSWER], "rejected": [USER, WORSE], "tools": tools, "level": 3}
+    found = made(row, "prompts")
+    assert isinstance(found, PromptExample) and found.tools == tools and found.extra["level"] == 3
+    assert found.prompt == [USER]
+
+
+def test_names_of_ones_own_for_roles_and_weights_hold_in_every_reading() -> None:
+    talk = [{"role": "frage", "content": "2 + 2?"}, {"role": "assistant", "content": "4", "keep": 0},
+            {"role": "frage", "content": "3 + 3?"}, {"role": "assistant", "content": "6", "keep": 1}]  # fmt: skip
+    own: dict[str, Any] = {"roles": {"frage": "user"}, "weight_field": "keep"}
+    found = made({"messages": talk}, **own)
+    assert [turn.get("weight") for turn in found.prompt + found.completion][1] == 0
+    assert rewarded({"messages": talk[:1], "level": 3}, spec(**own)) == ["level"]

@@ -18,6 +18,7 @@ from runner.cloud import adopted_spec
 from runner.config import conf_files, json_text, other_trainers, recipe_checks
 from runner.config.compose import compose
 from runner.config.deepspeed_json import read_deepspeed_json
+from runner.config.spec_json import load_spec
 from runner.data.chat_template import Template
 from runner.data.chat_tokenizer import template_of
 from runner.data.load import canonical_rows
@@ -82,6 +83,13 @@ def test_json_text_in_a_cell_is_read_or_refused(row: dict[str, Any]) -> None:
     assert bool(found) != bool(problems)
 
 
+def test_a_remedy_is_not_looked_for_within_the_search_for_one() -> None:
+    row = {"prompt": '[{"role": "user"}]', "answer": "4", "solution": '[{"role": "user"}]'}
+    for kind in (None, "sft", "preference", "unpaired", "prompts"):
+        found, problems = canonical_rows(Table("x.jsonl", [row, {"messages": []}]), DATA, kind)  # type: ignore[arg-type]
+        assert bool(found) or problems
+
+
 def test_damaged_archives_and_tables_are_refused(tmp_path: Path) -> None:
     data = bytearray(gzip.compress(os.urandom(4000)))
     data[20:60] = bytes(40)
@@ -105,6 +113,30 @@ def test_configs_of_a_model_and_of_deepspeed(tmp_path: Path) -> None:
     assert "train_batch_size is Infinity: expected a whole number" in told(
         lambda: read_deepspeed_json(str(tmp_path / "ds.json"))
     )
+
+
+def test_a_model_of_impossible_size_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3", "head_dim": 10**400}))
+    assert "expected a whole number" in told(lambda: local_facts(str(tmp_path)))
+
+
+def test_half_a_character_in_a_spec_is_named(tmp_path: Path) -> None:
+    spec = spec_of("model=mistral7b", "method=lora", "hw=rtx4090").model_dump(mode="json")
+    spec["model"]["title"] = "a\ud800"
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    assert "model.title holds half a character" in told(lambda: load_spec(tmp_path / "spec.json"))
+    spec["run"]["name"] = "a\ud800"
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    assert "run.name holds half a character" in told(lambda: RunDir(tmp_path).spec)
+
+
+def test_a_group_that_no_folder_can_be_is_refused() -> None:
+    assert told(lambda: compose(request_of((f"~{'a' * 300}",), ())))
+
+
+def test_a_mistake_before_deep_nesting_is_told(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f'{{"a": "\\ud800", "b": {DEEP}}}')
+    assert "broken YAML" in told(lambda: conf_files.read_file(tmp_path / "mine.yaml"))
 
 
 def test_a_hostfile_with_a_number_that_is_none(tmp_path: Path) -> None:

@@ -11,6 +11,14 @@ import pytest
 
 from runner.config.conf_files import load_choice, options
 from runner.plan.choose_stage import attention_span, job_of
+from runner.plan.hardware_speed import (
+    CPU_ADAM_S_PER_PARAMETER,
+    CPU_PASS_S,
+    CPU_PASS_WITHOUT_ADAPTER_S,
+    HIDDEN_SHARE,
+    PASS_S,
+    PASS_WITHOUT_ADAPTER_S,
+)
 from runner.plan.model_shape import Shape, shape_of
 from runner.plan.step_time import (
     Machine,
@@ -29,6 +37,12 @@ from tests.conftest import spec_of
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("full", "freeze", "lora", "qlora4", "qlora8")
 STAGES: tuple[Stage, ...] = ("none", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_remembered() -> None:
+    """What one test has computed is no answer for another."""
+    flops_per_token.cache_clear()
 
 
 def shape(name: str) -> Shape:
@@ -113,6 +127,52 @@ def test_a_mixture_computes_the_experts_a_token_goes_to() -> None:
     experts = 32 * 3 * 4096 * 14336
     dense = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 4096 * 8)
     assert flops(of=mixtral) == 6 * (dense + 2 * experts + HEAD)
+
+
+def test_full_training_reaches_every_layer_whatever_is_said_of_the_top_ones() -> None:
+    assert flops(trained_layers=2) == flops(trained_layers=2, backward_layers=1) == flops()
+    few = work(MISTRAL, trained_layers=2, backward_layers=1)
+    assert few.passes == work(MISTRAL).passes == 4  # forward, recomputation, backward as two
+    assert few.unpacked_weights == 0
+
+
+def test_a_reference_model_adds_its_forward_passes() -> None:
+    one = 2 * (LAYERS + HEAD)
+    assert flops(quiet=2) - flops() == 2 * one
+    assert work(MISTRAL, quiet=1).passes == work(MISTRAL).passes + 1
+    four = work(MISTRAL, 1024, "qlora4", quiet=1)
+    assert four.flops_per_token - work(MISTRAL, 1024, "qlora4").flops_per_token == one + 2 * 1024 * 4096 * 32
+    assert four.unpacked_weights == LAYERS * (1 + 1 + 2)
+
+
+def test_a_frozen_model_is_passed_forward_and_only_reached_layers_again() -> None:
+    half = {"trained_layers": 2, "backward_layers": 16}
+    assert work(MISTRAL, method="freeze", checkpointing=False, **half).passes == 1 + 0.5 * 2
+    assert work(MISTRAL, method="freeze", checkpointing=True, **half).passes == 1 + 0.5 * 3
+    assert work(MISTRAL, method="freeze", checkpointing=False, **half).flops_per_token == flops(
+        1024, method="freeze", **half
+    )
+
+
+def test_quantised_weights_are_unpacked_in_every_pass_that_multiplies_in_16_bits() -> None:
+    assert work(MISTRAL, method="qlora4", checkpointing=True).unpacked_weights == 3 * LAYERS
+    assert work(MISTRAL, method="qlora4", checkpointing=False).unpacked_weights == 2 * LAYERS
+    assert work(MISTRAL, method="qlora8").unpacked_weights == 0  # int8 layers multiply in int8
+    mixtral = shape("mixtral_8x7b")
+    experts = 32 * 8 * 3 * 4096 * 14336
+    assert work(mixtral, method="qlora8", checkpointing=False).unpacked_weights == 2 * experts
+    four = work(mixtral, method="qlora4", checkpointing=False).unpacked_weights
+    assert four == 2 * (experts + 32 * (2 * 4096**2 + 2 * 4096 * 1024))  # the router stays as it is
+    assert work(MISTRAL, method="lora").unpacked_weights == work(MISTRAL).unpacked_weights == 0
+
+
+def test_weights_are_two_bytes_unless_they_are_stored_otherwise() -> None:
+    assert work(MISTRAL).weight_bytes == 2 * MISTRAL.num_parameters
+    assert work(MISTRAL, weight_bytes=7.0).weight_bytes == 7.0
+    settings: Any = {"method": "lora", "trained_layers": 32, "checkpointing": False, "trained_parameters": 5}
+    assert work_of(MISTRAL, 8, **settings).flops_per_token == flops(8, method="lora")  # without an adapter's own
+    with_adapter = work_of(MISTRAL, 8, **settings, adapter_parameters=1000)
+    assert with_adapter.flops_per_token == flops(8, method="lora") + 6000
 
 
 # --- against published measurements ----------------------------------------------------------------------------
@@ -215,6 +275,59 @@ def test_methods_rank_as_their_arithmetic_does() -> None:
 def exposed(stage: Stage, accumulation: int = 1, name: str = "a100x8", method: str = "full") -> float:
     """Seconds of sending beside one token of computing, which hides next to nothing."""
     return step(work(MISTRAL, 1, method), machine(name, tflops_bf16=1e6), 1, accumulation, stage=stage).communication_s
+
+
+LINK, HOST, EIGHT = 100.0, 10.0, 8
+PLAIN = Machine(True, 1e3, 1e3, 8.0, 312.0, LINK, HOST, EIGHT, 2)
+"""Eight processes on two nodes; bytes a second small enough to reckon with."""
+
+
+def moved(stage: Stage, accumulation: int = 1, flops_: float = 0.0, on: Machine = PLAIN) -> StepTime:
+    """A step that computes next to nothing: 40 trained parameters, gradients of 4 bytes, weights of 1,000 bytes."""
+    of = Work("full", flops_, 1, 0.0, 0, 0.0, 40, 1000.0, 4)
+    return step(of, on, 1, accumulation, stage=stage)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sent", "to_host", "after"),
+    [
+        # of N = 8 processes each sends 7/8; gradients 160 bytes, updated weights 2 × 40
+        ("none", 2 * 160 * 7 / 8, 0, 0),
+        ("zero1", 160 * 7 / 8, 0, 80 * 7 / 8 / LINK),
+        ("zero2", 3 * 160 * 7 / 8, 0, 80 * 7 / 8 / LINK),
+        ("zero2_offload", 3 * 160 * 7 / 8, 3 * 160 / 8, 80 * 7 / 8 / LINK + 80 / 8 / HOST),
+        ("zero3", 3 * (2000 + 160) * 7 / 8, 0, 0),
+        ("zero3_offload", 3 * (2000 + 160) * 7 / 8, 3 * (160 + 2000) / 8, 80 / 8 / HOST),
+    ],
+)
+def test_what_each_stage_sends_in_three_micro_batches(stage: Stage, sent: float, to_host: float, after: float) -> None:
+    found = moved(stage, 3)
+    assert found.communication_s == pytest.approx(sent / LINK + to_host / HOST + after)
+    assert found.total_s == found.compute_s + found.communication_s + found.update_s
+    busy = moved(stage, 3, flops_=1000.0)  # computing hides a share of it, but never what comes after the update
+    hidden = min(HIDDEN_SHARE * busy.compute_s, sent / LINK + to_host / HOST)
+    assert busy.communication_s == pytest.approx(found.communication_s - hidden)
+    assert busy.total_s == busy.compute_s + busy.communication_s + busy.update_s
+
+
+def test_the_update_is_shared_by_the_processes_of_zero_and_by_the_nodes_of_an_offload() -> None:
+    assert moved("none").update_s == 40 * 32 / 1e3  # AdamW moves 32 bytes a parameter
+    assert moved("zero1").update_s == moved("zero3").update_s == 40 / EIGHT * 32 / 1e3
+    assert moved("zero2_offload").update_s == moved("zero3_offload").update_s == 40 / 2 * CPU_ADAM_S_PER_PARAMETER
+
+
+def test_without_a_stage_a_step_is_that_of_plain_data_parallelism() -> None:
+    of, on = work(MISTRAL, 64), machine("a100x8")
+    assert step(of, on) == step(of, on, stage="none") != step(of, on, stage="zero3")
+    asked = {**NOTHING, "num_prompts": 8, "new_tokens": 4}
+    assert evaluation_time(of, on, **asked) == evaluation_time(of, on, **asked, stage="none")
+
+
+def test_a_step_that_computes_nothing_reaches_no_share_of_the_peak() -> None:
+    assert moved("none").efficiency == 0.0
+    on_gpu = step(work(MISTRAL, 4096), machine("a100"), 2, 3)
+    flops_of_step = 3 * 2 * 4096 * work(MISTRAL, 4096).flops_per_token
+    assert on_gpu.efficiency == pytest.approx(flops_of_step / (312e12 * on_gpu.compute_s))
 
 
 def test_the_volumes_are_those_of_the_zero_paper() -> None:
@@ -336,3 +449,27 @@ def test_a_mask_costs_all_pairs_of_a_packed_row() -> None:
         for span in (kernel, mask)
     )
     assert many - few == pytest.approx(3 * 32 * 2 * 4096 * (mask - 4096))
+
+
+def test_a_token_passes_every_layer_at_the_speed_of_its_method() -> None:
+    one = {"num_prompts": 1, "new_tokens": 1}
+    small = shape("smollm2_135m")
+    cpu = machine_of(HardwareSpec(name="cpu", accelerator="cpu", num_cpus=2), "bf16")
+    assert cpu is not None
+    for method in METHODS:
+        of = work(small, 16, method, False)
+        read = max(of.weight_bytes / 20e9, of.flops_per_token / 2 / cpu.flops)
+        layers = 30 * CPU_PASS_S.get(method, CPU_PASS_WITHOUT_ADAPTER_S)
+        assert measuring(of, cpu, **one) == pytest.approx(layers + read), method
+        assert measuring(of, machine("h100"), **one) == 30 * PASS_S.get(method, PASS_WITHOUT_ADAPTER_S), method
+
+
+def test_the_loss_and_prompts_take_half_of_a_steps_operations() -> None:
+    of, on = work(MISTRAL, 1024, "lora"), machine("a100")
+    seconds = of.flops_per_token / 2 / (312e12 * 0.47)  # Qwen's LoRA on an A100
+    assert measuring(of, on, tokens=1000) == pytest.approx(1000 * seconds)
+    asked = {"num_prompts": 3, "prompt_tokens": 50}
+    assert measuring(of, on, **asked) == pytest.approx(150 * seconds)
+    cpu = machine_of(HardwareSpec(name="cpu", accelerator="cpu", num_cpus=4), "bf16")
+    assert cpu is not None
+    assert measuring(of, cpu, tokens=1000) == pytest.approx(1000 * of.flops_per_token / 2 / (4 * 97e9))

@@ -106,6 +106,12 @@ def test_a_checkpoint_that_is_half_deleted_does_not_count(run: RunDir, monkeypat
     assert checkpoints.newest(run) == 10
 
 
+def test_what_is_gone_already_is_discarded_quietly(run: RunDir) -> None:
+    (checkpoints.folder(run, 10) / checkpoints.MARKER).unlink()
+    checkpoints.discard(run, [10, 99])
+    assert checkpoints.steps(run) == [5, 15]
+
+
 def test_other_things_beside_checkpoints_are_none(run: RunDir) -> None:
     folder = run.path / "checkpoints"
     (folder / "checkpoint-20").write_text("a file")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -75,6 +79,60 @@ def test_packing_is_lossless_and_tight() -> None:
     assert sum(map(len, packed.rows["input_ids"])) == sum(map(len, loose.rows["input_ids"])) == packed.num_tokens
     assert len(loose.rows) == 30
     assert all(sum(r["seq_lengths"]) == len(r["input_ids"]) <= 256 for r in packed.rows)
+
+
+def best_fit_decreasing(lengths: list[int], limit: int) -> list[list[int]]:
+    """By the book: each row, the longest first, into the fullest sequence that has room for it."""
+    found: list[list[int]] = []
+    for row in sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i]):
+        room = [limit - sum(lengths[i] for i in one) for one in found]
+        fitting = [(left, number) for number, left in enumerate(room) if left >= lengths[row]]
+        if fitting:
+            found[min(fitting)[1]].append(row)
+        else:
+            found.append([row])
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_are_packed_by_best_fit_decreasing(seed: int) -> None:
+    rng = Random(seed)
+    limit = rng.choice((1, 2, 7, 64, 100))
+    lengths = [rng.randrange(limit + 1) for _ in range(rng.randrange(60))]
+    found = token_dataset.bins(lengths, limit)
+    assert sorted(row for one in found for row in one) == [i for i, n in enumerate(lengths) if n]  # each once
+    assert all(0 < sum(lengths[row] for row in one) <= limit for one in found)
+    by_the_book = best_fit_decreasing(lengths, limit)
+    spaces = [sorted(sum(lengths[row] for row in one) for one in packed) for packed in (found, by_the_book)]
+    assert spaces[0] == spaces[1]
+    assert [lengths[one[0]] for one in found] == sorted((lengths[one[0]] for one in found), reverse=True)
+
+
+def test_packed_rows_lie_one_after_the_other_with_their_lengths(tmp_path: Path) -> None:
+    lengths = array("i", [3, 1, 0, 2])
+    for name, first in (("ids", 0), ("labels", 100)):
+        np.arange(first, first + 6, dtype=np.int32).tofile(tmp_path / name)
+    token_dataset._write_rows(tmp_path / "packed", tmp_path / "ids", tmp_path / "labels", lengths, [[3, 1], [0]])
+    token_dataset._write_rows(tmp_path / "loose", tmp_path / "ids", tmp_path / "labels", lengths, None)
+    packed, loose = (
+        pa.ipc.open_stream((tmp_path / name).read_bytes()).read_all().to_pylist() for name in ("packed", "loose")
+    )
+    assert packed == [
+        {"input_ids": [4, 5, 3], "labels": [104, 105, 103], "seq_lengths": [2, 1]},
+        {"input_ids": [0, 1, 2], "labels": [100, 101, 102], "seq_lengths": [3]},
+    ]
+    assert [one["input_ids"] for one in loose] == [[0, 1, 2], [3], [], [4, 5]]
+    assert [one["labels"] for one in loose] == [[100, 101, 102], [103], [], [104, 105]]
+
+
+def test_more_rows_than_are_written_at_once_keep_their_order(tmp_path: Path) -> None:
+    count = 2 * token_dataset.SEQUENCES_AT_ONCE + 3
+    for name in ("ids", "labels"):
+        np.arange(count, dtype=np.int32).tofile(tmp_path / name)
+    files = tmp_path / "rows", tmp_path / "ids", tmp_path / "labels"
+    token_dataset._write_rows(*files, array("i", [1] * count), None)
+    rows = pa.ipc.open_stream(files[0].read_bytes()).read_all()["input_ids"].to_pylist()
+    assert rows == [[number] for number in range(count)]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
