@@ -85,7 +85,7 @@ def _resume(
     composed = resuming.compose_resumed(run, request)
     spec, notes = resolve(composed, source_finder(request), fetch=True)
     if spec.is_rented or (state_dir() / "ledger.db").exists():
-        notes += _one_pod().refuse_second(run.id, spec.where.name if spec.is_rented else None)
+        notes += _one_pod().refuse_second_pod(run.id, spec.where.name if spec.is_rented else None)
     notes += resuming.check_same_run(run, spec)
     planned = plan_or_refuse(spec, notes, composed)
     check_launch(spec, notes, composed, launch_options)
