@@ -227,11 +227,15 @@ def _hold_out(drawn: Sequence[_Question], count: int) -> list[_Question]:
 
 
 def spoken_models(count: int) -> list[tuple[str, str]]:
-    """(choice, name) of every model that its name alone makes loadable, for `count` sentences."""
+    """(choice, name) of every model that has aliases and that its name alone makes loadable, for `count` sentences.
+
+    As with hardware, a model that is added without aliases leaves the demo's rows as they are.
+    """
     names = {
-        choice: (values.get("title") or choice, *values.get("aliases", ()))
+        choice: (values.get("title") or choice, *values["aliases"])
         for choice in conf_files.options("model")
         if "id" in (values := conf_files.load_choice("model", choice))  # hub: needs a model.id beside it
+        and values.get("aliases")
         and not values.get("from_scratch")  # nothing to fine-tune
     }
     return _spoken(names, count)

@@ -32,4 +32,4 @@ class Named(Part):
     title: str | None = None
     """Name as a person would write it, such as `Mistral 7B`."""
     aliases: list[str] = []
-    """What else people call it, cased as they write it: used for "did you mean" and for the `commands` data set, which leaves out hardware without any."""
+    """What else people call it, cased as they write it: used for "did you mean" and for the `commands` data set, which leaves out models and hardware without any."""
