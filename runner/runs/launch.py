@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import click
 from rich.console import Console
@@ -85,7 +85,9 @@ def _resume(
     composed = resuming.compose_resumed(run, request)
     spec, notes = resolve(composed, source_finder(request), fetch=True)
     if spec.is_rented or (state_dir() / "ledger.db").exists():
-        notes += _one_pod().refuse_second_pod(run.id, spec.where.name if spec.is_rented else None)
+        from runner.cloud.fleet import refuse_second_pod  # only where a pod may have the run
+
+        notes += refuse_second_pod(run.id, spec.where.name if spec.is_rented else None)
     notes += resuming.check_same_run(run, spec)
     planned = plan_or_refuse(spec, notes, composed)
     check_launch(spec, notes, composed, launch_options)
@@ -123,7 +125,10 @@ def check_launch(
     that somebody named."""
     try:
         executor_of(spec).check(spec, launch_options)
-        notes += _push().check_push(spec) if spec.push.to else []
+        if spec.push.to:
+            from runner.hub.upload import check_push
+
+            notes += check_push(spec)
     except RunnerError as error:
         if composed.where.name != "auto" or spec.where.name == "local":
             raise
@@ -171,7 +176,9 @@ def execute_in(
         say(f"Note    {as_invoked(note)}")
     outcome = executor_of(spec).execute(directory, spec, quiet_stdout=as_json, launch_options=launch_options)
     if outcome.exit_code == 0 and spec.push.to and spec.where.name == "local":  # a pod uploads by itself
-        say(f"Pushed  {_push().push_finished(directory)}")
+        from runner.hub.upload import push_finished
+
+        say(f"Pushed  {push_finished(directory)}")
     return outcome
 
 
@@ -190,16 +197,6 @@ def confirm_costs(
     """Show what is rented for these runs with its price, and ask for agreement."""
     renting = [(spec, plan.as_dict() if plan else {}) for spec, plan in asked if spec.is_rented]
     return not renting or executor_of(renting[0][0]).confirm(renting, launch_options, console)
-
-
-def _push() -> Any:
-    """Read only where there is something to upload."""
-    return import_module("runner.hub.upload")
-
-
-def _one_pod() -> Any:
-    """Read only where a pod may have the run."""
-    return import_module("runner.cloud.fleet")
 
 
 class Executor(Protocol):

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import click
@@ -92,8 +91,9 @@ def _sweep(request: Request, console: Console, as_json: bool, launch_options: La
     folder = Path(shared.run.output_dir).expanduser() / "sweeps" / name
     max_pods = _max_pods(asked, specs, launch_options)
     if max_pods:
-        pods = import_module("runner.cloud.sweep_pool")  # read for rented runs alone, as launch.rented is
-        launch_options = replace(launch_options, pool=pods.pool_for(specs, folder, max_pods))
+        from runner.cloud.sweep_pool import pool_for  # for rented runs alone
+
+        launch_options = replace(launch_options, pool=pool_for(specs, folder, max_pods))
     _tell(asked, points)
     if not confirm_costs([(spec, plan) for _, _, spec, plan in points.right], launch_options, console):
         return InterruptedRun.exit_code
