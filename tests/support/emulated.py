@@ -1,4 +1,4 @@
-"""An emulated RunPod for tests: `emulator` is a fixture, `Emulator(root)` the same by hand (runner/cloud/emulator).
+"""An emulated RunPod for tests: `emulator` is a fixture, `Emulator(root)` the same by hand (runner/emulator).
 
     def test_it(emulator: Emulator) -> None:
         emulator.inject("no_capacity", gpu="NVIDIA L4", times=2)     # faults.KINDS has all
