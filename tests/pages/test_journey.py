@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos_pods import _pods_python
+from benchmarks.chaos_pods import pods_python
 from benchmarks.journey import PAGE, commands, parts, retyped, typist
 from tests.support.emulated import Emulator, emulator, needs_sshd
 from tests.support.front import runner
@@ -73,7 +73,7 @@ def test_small_here_large_in_a_pod_and_both_on_the_hub(
     visible = Path(sys.prefix) / f"pods-python-{tmp_path.name}"  # from inside of a pod, which has a /tmp of its own
     env = {
         **emulator.env, **hub.env(), "RUNNER_STATE": str(tmp_path / "state"), "RUNNER_CLOUD_PACE": "0.1",
-        "RUNNER_POD_PYTHON": str(_pods_python(visible)),
+        "RUNNER_POD_PYTHON": str(pods_python(visible)),
     }  # fmt: skip
     try:
         small, large = tmp_path / "small", tmp_path / "large"
