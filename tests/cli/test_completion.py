@@ -30,7 +30,7 @@ def offered(line: str) -> list[str]:
 )
 def test_choices_are_offered_however_the_runner_is_called(program: str) -> None:
     assert offered(f"{program} model=mis") == ["model=mistral7b", "model=mistral7b_instruct"]
-    assert offered(f"{program} hw=h100 model=phi") == ["model=phi2", "model=phi3_mini"]
+    assert offered(f"{program} hw=h100 model=phi") == ["model=phi2", "model=phi3_mini", "model=phi4"]
 
 
 @pytest.mark.parametrize(
