@@ -1,6 +1,6 @@
 """The training loops that are compared: our worker as it is, and a bare one written by hand.
 
-`python -m benchmarks.loops worker|bare RUN_DIR`, started by benchmarks/turns.py.
+`python -m benchmarks.loops worker|bare RUN_DIR DESCRIPTOR`, started by benchmarks/turns.py; 1 is standard output.
 """
 
 from __future__ import annotations
@@ -145,9 +145,9 @@ def _endless(loader: Any) -> Iterator[dict[str, Any]]:
         epoch += 1
 
 
-def main(kind: str, run_dir: str) -> None:
+def main(kind: str, run_dir: str, answers: str) -> None:
     """One loop, until there are no more turns."""
-    turns = Turns()
+    turns = Turns(int(answers))
     run = RunDir(Path(run_dir))
     spec = run.spec
     quiet_libraries(run.path / "logs" / "rank0.log")

@@ -42,10 +42,9 @@ class Finished(Exception):
 class Turns:
     """The loop's side."""
 
-    def __init__(self) -> None:
-        # What libraries print must not get between the answers: it goes to standard error.
-        self._answers: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)
+    def __init__(self, answers: int) -> None:
+        """`answers`: descriptor of a pipe of their own: what libraries print must not get between, from imports on."""
+        self._answers: TextIO = os.fdopen(answers, "w", encoding="utf-8")
         self._steps: list[Step] = []
         self._wanted = 0
         self._began = 0.0
@@ -88,15 +87,21 @@ class Loop:
     steps: list[Step] = field(default_factory=list)
     """Everything it has handed in."""
     _process: subprocess.Popen[str] | None = None
+    _answers: TextIO | None = None
 
     def start(self) -> None:
         """Start it and wait until it has loaded; RuntimeError if it fails."""
-        with self._log.open("w", encoding="utf-8") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.loops", self.kind, str(self.run_dir)],
-                cwd=ROOT, env={**os.environ, **self.env, "PYTHONPATH": str(ROOT)},
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-            )  # fmt: skip
+        reading, writing = os.pipe()
+        self._answers = os.fdopen(reading, encoding="utf-8")
+        try:
+            with self._log.open("w", encoding="utf-8") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "benchmarks.loops", self.kind, str(self.run_dir), str(writing)],
+                    cwd=ROOT, env={**os.environ, **self.env, "PYTHONPATH": str(ROOT)},
+                    stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, pass_fds=(writing,),
+                )  # fmt: skip
+        finally:
+            os.close(writing)  # so that the loop's end is the end of its answers
         self._take_answer()
 
     def turn(self, steps: int) -> None:
@@ -108,6 +113,8 @@ class Loop:
 
     def stop(self) -> None:
         """No more turns; wait until it has ended."""
+        if self._answers is not None:
+            self._answers.close()
         if self._process is None:
             return
         assert self._process.stdin is not None
@@ -119,8 +126,8 @@ class Loop:
             self._process.wait()
 
     def _take_answer(self) -> None:
-        assert self._process is not None and self._process.stdout is not None
-        line = self._process.stdout.readline()
+        assert self._answers is not None
+        line = self._answers.readline()
         if not line:
             raise RuntimeError(f"the loop {self.name} ended early:\n{self._log.read_text('utf-8')[-4000:]}")
         self.steps += [Step(**step) for step in json.loads(line)]

@@ -300,6 +300,14 @@ def attention(spec: RunSpec) -> str | None:
     return None if spec.train.attention in ("auto", varlen_attention.NAME) else spec.train.attention
 
 
+def another_attention(spec: RunSpec, model: Any) -> str | None:
+    """What attends in place of `varlen`, where layers of the model cannot take it."""
+    taken = model.config._attn_implementation
+    if attention(spec) is not None or taken == varlen_attention.NAME:
+        return None
+    return f"Attends with {taken}, not varlen, which layers of {type(model).__name__} cannot take (docs/gpus.md)"
+
+
 @contextmanager
 def explained(model: ModelSpec) -> Iterator[None]:
     """Context in which the Hub's and transformers' refusals become one line with a remedy."""

@@ -171,6 +171,8 @@ def _load_model(spec: RunSpec, data: Data, process: Process) -> PreTrainedModel:
     note, tokenizer = process.progress.note, data.tokenizer
     loaded = preload.taken(preload.WEIGHTS, spec, process.run)
     model = model_loading.load_to_train(spec, data.source, tokenizer, loaded)
+    if line := model_loading.another_attention(spec, model):
+        note(line)
     if line := model_saving.fix_generation_config(model):
         note(line)
     if data.train.num_conversations and (added := stop_tokens.align(model, tokenizer, save=True)):

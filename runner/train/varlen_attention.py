@@ -28,6 +28,8 @@ BLOCK = 256
 """Queries whose scores a CPU holds at once. Forward and backward of one document in bf16, 9 heads of 64, one thread of
 an EPYC with avx512_bf16, SDPA's flash kernel against blocks of 256: 7.0 and 2.7 ms for 256 tokens, 61 and 25 ms for
 1,024, 192 and 93 ms for 2,048; in fp32 6.9 and 6.8 ms, 74 and 66 ms for 1,024."""
+JOINED = 128
+"""Tokens of neighbouring documents that a CPU attends to at once, each to itself: as many short ones cost calls."""
 FLASH_SINCE = (8, 0)
 """Oldest compute capability of torch's flash kernels."""
 
@@ -189,7 +191,7 @@ def attention(
     if not extras and not dropout and has_flash(q, k, v):
         out = _flash(q, k, v, attention_mask, scale)
     else:
-        out = _one_by_one(q, k, v, attention_mask, scale, dropout, softcap, s_aux)
+        out = _one_by_one(q, k, v, attention_mask, s, scale, dropout, softcap, s_aux)
     return out.view(b, s, *out.shape[1:]), None
 
 
@@ -230,16 +232,18 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documen
 
 
 def _one_by_one(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, row: int,
     scale: float, dropout: float, softcap: float | None, sinks: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """A call per document, or per run of documents of one length, over [tokens, heads, d]."""
-    runs = list(_runs(documents))
-    sizes = [count * length for count, length, _ in runs]
+    """A call per document, or per run of documents of one length, over [tokens, heads, d]; `row`: tokens of a row."""
+    in_blocks = not on_gpu(q.device) and softcap is None and sinks is None and not dropout
+    runs = list(_joined(documents) if in_blocks else _runs(documents))
+    sizes = [count * sum(lengths) for count, lengths, _ in runs]
     parts = zip(*(torch.split(x, sizes) for x in (q, k, v)), strict=True)
     groups = q.shape[1] // k.shape[1]
     outs = []
-    for (count, length, padding), part in zip(runs, parts, strict=True):
+    for (count, lengths, padding), part in zip(runs, parts, strict=True):
+        length = sum(lengths)
         if padding:
             outs.append(part[2].new_zeros(count * length, q.shape[1], v.shape[-1]))
         elif length == 1 and sinks is None and not dropout:  # a token that sees itself alone
@@ -247,16 +251,40 @@ def _one_by_one(
         else:
             a, b, c = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in part)
             band = documents.window if documents.window is not None and documents.window < length else None
-            out = _document(a, b, c, band, scale, dropout, softcap, sinks)
+            if in_blocks:
+                a, b, c = (x.to(_dtype(x)) for x in (a, b, c))
+                out = Blockwise.apply(a, b, c, scale, band, lengths, row <= BLOCK)  # type: ignore[no-untyped-call]
+            else:
+                out = _document(a, b, c, band, scale, dropout, softcap, sinks)
             outs.append(out.transpose(1, 2).reshape(count * length, q.shape[1], v.shape[-1]))
     dtype = _dtype(q)
     return torch.cat([out.to(dtype) for out in outs])
 
 
-def _runs(documents: Documents) -> Iterator[tuple[int, int, bool]]:
-    """Neighbouring stretches of one kind and length: how many, tokens of each, whether they are padding."""
+Run = tuple[int, tuple[int, ...], bool]
+"""Neighbouring stretches of one kind: how many, the lengths of the documents in each, whether they are padding."""
+
+
+def _runs(documents: Documents) -> Iterator[Run]:
+    """Stretches of one length together."""
     for (length, padding), group in groupby(zip(documents.lengths, documents.padding, strict=True)):
-        yield len(list(group)), length, padding
+        yield len(list(group)), (length,), padding
+
+
+def _joined(documents: Documents) -> Iterator[Run]:
+    """The same, and neighbours of several lengths as one stretch of up to `JOINED` tokens."""
+    lengths: tuple[int, ...] = ()
+    for count, (length,), padding in _runs(documents):
+        alone = count > 1 or padding or length == 1
+        if lengths and (alone or sum(lengths) + length > JOINED):
+            yield 1, lengths, False
+            lengths = ()
+        if alone:
+            yield count, (length,), padding
+        else:
+            lengths += (length,)
+    if lengths:
+        yield 1, lengths, False
 
 
 def _document(
@@ -266,39 +294,47 @@ def _document(
     """Causal attention in documents of one length: q [n, h, s, d], k and v [n, kv, s, d] → [n, h, s, d]."""
     if softcap is not None or sinks is not None:
         return eager(q, k, v, _causal(q, k, window), scale, dropout, softcap, sinks)
-    if not on_gpu(q.device) and not dropout:
-        q, k, v = (x.to(_dtype(x)) for x in (q, k, v))
-        return Blockwise.apply(q, k, v, scale, window)  # type: ignore[no-any-return, no-untyped-call]
     mask = None if window is None else _causal(q, k, window)
     k, v = (repeat_kv(x, q.shape[1] // k.shape[1]) for x in (k, v))  # the memory-efficient kernel knows no groups
     return functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scale)
 
 
 class Blockwise(torch.autograd.Function):
-    """Causal attention by plain products over blocks of queries, which the backward pass computes again.
+    """Causal attention by plain products over blocks of queries.
 
-    Queries, keys and values are all that is kept. On a CPU this is faster than SDPA's kernel, in bf16 by half
+    What is kept are queries, keys and values, and of rows that are one block the softmax of their scores; that of
+    longer ones is computed again in the backward pass. On a CPU this is faster than SDPA's kernel, in bf16 by half
     (`BLOCK`), as its products run in oneDNN.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> Any:
-        """q [n, h, s, d], k [n, kv, s, d], v [n, kv, s, e], all of one dtype → [n, h, s, e]."""
-        ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.window = scale, window
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        scale: float, window: int | None, lengths: tuple[int, ...], keep: bool,
+    ) -> Any:  # fmt: skip
+        """q [n, h, s, d], k [n, kv, s, d], v [n, kv, s, e], all of one dtype → [n, h, s, e].
+
+        `lengths`, whose sum is s, are those of documents; several only where s ≤ `BLOCK`. `keep`: the scores' softmax,
+        likewise.
+        """
         n, h, s, _ = q.shape
         keys, values = (x.reshape(n * x.shape[1], s, x.shape[3]) for x in (k, v))
         out = q.new_empty(n, s, h, v.shape[3]).transpose(1, 2)
+        kept: tuple[torch.Tensor, ...] = ()
         for queries, seen in _blocks(s, window):
-            shares = _shares(_grouped(q, k, queries), keys[:, seen], scale, queries, seen, window)
+            hidden = _hidden(q, queries, seen, window, lengths)
+            shares = _shares(_grouped(q, k, queries), keys[:, seen], scale, hidden)
             out[:, :, queries] = torch.bmm(shares, values[:, seen]).view(n, h, -1, v.shape[3])
-            del shares  # before the next block's are made
+            kept = (shares,) if keep else ()
+            del shares, hidden  # before the next block's are made
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.scale, ctx.window, ctx.lengths = scale, window, lengths
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         """Gradients of queries, keys and values."""
-        q, k, v = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         n, _, s, _ = q.shape
         keys, values = (x.reshape(n * x.shape[1], s, x.shape[3]) for x in (k, v))
         several = s > BLOCK  # summed over blocks of queries
@@ -306,14 +342,16 @@ class Blockwise(torch.autograd.Function):
         dk, dv = (torch.zeros(x.shape, dtype=torch.float32 if several else x.dtype) for x in (keys, values))
         for queries, seen in _blocks(s, ctx.window):
             query, g = _grouped(q, k, queries), _grouped(grad, k, queries)
-            shares = _shares(query, keys[:, seen], ctx.scale, queries, seen, ctx.window)
+            hidden = None if kept else _hidden(q, queries, seen, ctx.window, ctx.lengths)
+            shares = kept[0] if hidden is None else _shares(query, keys[:, seen], ctx.scale, hidden)
+            del hidden
             dv[:, seen] += torch.bmm(shares.transpose(1, 2), g)
             scores = torch._softmax_backward_data(torch.bmm(g, values[:, seen].transpose(1, 2)), shares, -1, q.dtype)
             scores *= ctx.scale
             dq[:, :, queries] = torch.bmm(scores, keys[:, seen]).view(n, q.shape[1], -1, q.shape[3])
             dk[:, seen] += torch.bmm(scores.transpose(1, 2), query)
             del query, g, shares, scores
-        return dq, dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape), None, None
+        return dq, dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape), None, None, None, None
 
 
 def _blocks(s: int, window: int | None) -> Iterator[tuple[slice, slice]]:
@@ -329,19 +367,25 @@ def _grouped(x: torch.Tensor, k: torch.Tensor, queries: slice) -> torch.Tensor:
     return x[:, :, queries].reshape(n * kv, -1, x.shape[3])
 
 
-def _shares(
-    query: torch.Tensor, keys: torch.Tensor, scale: float, queries: slice, seen: slice, window: int | None
+def _hidden(
+    like: torch.Tensor, queries: slice, seen: slice, window: int | None, lengths: tuple[int, ...]
 ) -> torch.Tensor:
+    """What is added to the scores of a block, [block, keys]: minus infinity where a query does not see a key."""
+    size, keys = queries.stop - queries.start, seen.stop - seen.start
+    hidden = like.new_full((size, keys), float("-inf")).triu_(keys - size + 1)
+    if window is not None:
+        hidden += like.new_full((size, keys), float("-inf")).tril_(keys - size - window)
+    end = 0
+    for length in lengths[:-1]:
+        end += length
+        hidden[end:, :end] = float("-inf")
+    return hidden
+
+
+def _shares(query: torch.Tensor, keys: torch.Tensor, scale: float, hidden: torch.Tensor) -> torch.Tensor:
     """Softmax of the scores of a block, [n·kv, h/kv·block, keys]."""
-    scores = torch.baddbmm(query.new_empty(()), query, keys.transpose(1, 2), beta=0, alpha=scale)
-    size = queries.stop - queries.start
-    after = slice(queries.start - seen.start, None) if window is None else slice(None)  # keys that some do not see
-    shape = size, seen.stop - seen.start
-    hidden = torch.ones(shape, dtype=torch.bool).tril(shape[1] - size)
-    hidden = ~(hidden if window is None else hidden.triu(shape[1] - size - window + 1))
-    by_head = scores.view(len(scores), -1, *shape)
-    by_head[..., after].masked_fill_(hidden[:, after], float("-inf"))
-    return scores.softmax(-1)
+    every = hidden.repeat(query.shape[1] // len(hidden), 1)
+    return torch.baddbmm(every, query, keys.transpose(1, 2), alpha=scale).softmax(-1)
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, window: int | None = None) -> torch.Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, turns
 from benchmarks.__main__ import page
 
 
@@ -77,3 +78,31 @@ def test_most_valuable_first() -> None:
 def test_the_page_says_that_nothing_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("benchmarks.bench.RESULTS", tmp_path)
     assert gpu.NOT_MEASURED in page()
+
+
+def test_what_libraries_print_as_they_load_is_no_answer_of_a_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed warns on standard output when it is imported on a machine without a GPU."""
+    loop = tmp_path / "loop"
+    loop.write_text(
+        f"#!{sys.executable}\n"
+        "import sys\n"
+        "print('[2026-11-30 17:28:28,325] [WARNING] no accelerator', flush=True)\n"
+        f"sys.path.insert(0, {str(turns.ROOT)!r})\n"
+        "from benchmarks.turns import Finished, Step, Turns\n"
+        "turns = Turns(int(sys.argv[-1]))\n"
+        "try:\n"
+        "    turns.begin()\n"
+        "    while True:\n"
+        "        turns.step_done(Step(1.0, 2.0, 3, 4))\n"
+        "except Finished:\n"
+        "    print('ended')\n"
+    )
+    loop.chmod(0o755)
+    monkeypatch.setattr(turns.sys, "executable", str(loop))
+    (tmp_path / "logs").mkdir()
+    one = turns.Loop("one", "bare", tmp_path, {})
+    turns.take_turns([one], total=3, block=2)
+    assert one.steps == [turns.Step(1.0, 2.0, 3, 4)] * 3
+    assert (tmp_path / "logs" / "benchmark.log").read_text().endswith("no accelerator\nended\n")

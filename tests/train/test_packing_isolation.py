@@ -82,6 +82,11 @@ def test_a_document_that_is_seen_by_the_next_is_found(name: str, dtype: torch.dt
     assert "moves the logits of the next" in (found(name, SEEN[name], dtype) or "")
 
 
+def test_documents_of_gpt_oss_are_found_under_varlen_too() -> None:
+    """Its masks are made without positions."""
+    assert "moves the logits of the next" in (found("gpt_oss", SEEN["gpt_oss"], varlen=True) or "")
+
+
 @pytest.mark.parametrize("name", RAISE)
 def test_a_model_that_cannot_take_packed_documents_says_so(name: str) -> None:
     assert (found(name, RAISE[name]) or "").startswith(

@@ -20,8 +20,9 @@ from transformers.masking_utils import (
 )
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from runner.train import varlen_attention
+from runner.train import model_loading, varlen_attention
 from runner.train.varlen_attention import Documents
+from tests.conftest import spec_of
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -146,7 +147,7 @@ def test_deepspeeds_hooks_hand_documents_on() -> None:
 def test_documents_of_several_blocks_give_what_a_mask_gives(s: int, window: int | None) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, s, d, requires_grad=True) for heads, d in ((4, 16), (2, 16), (2, 8)))
-    ours = varlen_attention.Blockwise.apply(q, k, v, 0.25, window)
+    ours = varlen_attention.Blockwise.apply(q, k, v, 0.25, window, (s,), False)
     place = torch.arange(s)
     distance = place[:, None] - place[None]
     mask = (distance >= 0) & (distance < (window or s))
@@ -211,6 +212,25 @@ def test_models_that_do_not_hand_on_their_mask_keep_what_transformers_takes() ->
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES | more))
         before = model.config._attn_implementation
         assert not varlen_attention.use(model) and model.config._attn_implementation == before != "varlen"
+        line = model_loading.another_attention(spec_of("hw=cpu", "train.attention=varlen"), model)
+        assert line and line.startswith(
+            f"Attends with {before}, not varlen, which layers of {type(model).__name__} cannot"
+        )
+    assert model_loading.another_attention(spec_of("hw=cpu", "train.attention=varlen"), pair("llama")[0]) is None
+    assert model_loading.another_attention(spec_of("hw=cpu", "train.attention=eager"), model) is None
+
+
+def test_short_rows_compute_their_scores_once_and_join_short_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of 256 tokens took longer than with eager attention: scores twice, and calls for every document."""
+    computed = mock.Mock(wraps=varlen_attention._shares)
+    monkeypatch.setattr(varlen_attention, "_shares", computed)
+    for lengths, blocks in (([70, 50, 60, 30], 2), ([20] * 3 + [90, 10], 2), ([250], 1), ([200, 100], 2 * 2)):
+        computed.reset_mock()
+        s = sum(lengths)
+        q = torch.randn(1, 4, s, 8, requires_grad=True)
+        documents = Documents(tuple(lengths), (False,) * len(lengths), None, None)
+        varlen_attention.attention(mock.Mock(), q, q[:, :2], q[:, :2], documents)[0].sum().backward()
+        assert computed.call_count == blocks, lengths
 
 
 # ── on a GPU ────────────────────────────────────────────────────────────────────────────────────

@@ -139,7 +139,8 @@ def _fused(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
 
 
 def _blockwise(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
-    """`Blockwise` of train/varlen_attention.py: scores of a block at a time, computed again in the backward pass."""
+    """`Blockwise` of train/varlen_attention.py: scores of a block at a time; the softmax of a row that is one block is
+    kept, that of longer ones computed again in the backward pass."""
     t, shape, w = k.t, k.shape, k.set.width
     if k.set.autocast:
         q, key, v = k.cast(q, w), k.cast(key, w), k.cast(v, w)
@@ -150,18 +151,22 @@ def _blockwise(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
     largest = max(size * (s - s % size), s % size * s)  # of the last whole block of queries, and of the rest
     scores, queries = rows * shape.num_heads * largest, values * size / s
     copies = 2 * narrow if rows > 1 else 0.0  # keys and values, a head after the other
+    keep = s <= BLOCKWISE_QUERIES
     parts = t.new(values, width)
-    inner = t.new(2 * scores + queries + copies, width)
+    inner = t.new(scores + queries + copies + size * s, width)
+    shares: Storage | None = t.new(scores, width)
     del inner
     out = Tensor(values, width, t.new(values, width))  # the documents' joined
     del parts
+    if not keep:
+        shares = None
     if all(x is None for x in sources):
         return out
 
     def backward(grad: Storage) -> list[tuple[Node, Storage]]:
         wide = 4 if s > size else width  # summed over blocks
         dq, dk, dv = t.new(values, width), t.new(narrow, wide), t.new(narrow, wide)
-        inner = t.new(3 * scores + 2 * queries + copies, width)
+        inner = t.new((2 if keep else 3) * scores + 2 * queries + copies, width)
         del inner
         joined = [t.new(values, width)]
         del dq
@@ -171,7 +176,7 @@ def _blockwise(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
         del dv
         return [(node, g) for node, g in zip(sources, joined, strict=True) if node is not None]
 
-    out.node = t.node(out.width, backward, t.keep(q.storage, key.storage, v.storage))
+    out.node = t.node(out.width, backward, t.keep(q.storage, key.storage, v.storage, shares))
     return out
 
 

@@ -32,7 +32,8 @@ def module(forward: Callable[P, R]) -> Callable[P, R]:
 
 
 AttentionKernel = Literal["flash", "blockwise", "per_document", "sdpa", "eager"]
-"""`flash`: no scores and no mask. `blockwise`: `varlen` on a CPU, which keeps queries, keys and values. `per_document`:
+"""`flash`: no scores and no mask. `blockwise`: `varlen` on a CPU, which keeps queries, keys and values, and in
+rows of up to `BLOCKWISE_QUERIES` the softmax of the scores. `per_document`:
 `varlen` on a GPU without a flash kernel: SDPA without a mask, and keys for every head. `sdpa`: one with a mask.
 `eager`: all scores."""
 BLOCKWISE_QUERIES = 256
