@@ -16,7 +16,6 @@ from rich.console import Console
 
 from runner.config.command_line import COMMAND_LINE, Request
 from runner.config.compose import compose, source_finder
-from runner.config.did_you_mean import nearest
 from runner.doctor import system
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
 from runner.launcher.warm_workers import WarmWorkers
@@ -27,35 +26,12 @@ from runner.report.tables import print_sweep
 from runner.report.text import dump, print_problems
 from runner.resolve.steps import resolve
 from runner.rundir.directory import RunDir, display_path, write_atomically
-from runner.rundir.json_files import TrainSummary
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.runs.launch import check_launch, confirm_costs, create_and_execute, plan_or_refuse
+from runner.runs.sweep_metric import unknown_metric, unwritten_metric
 from runner.runs.sweep_points import Sweep, direction_problem, parallel_jobs, read_sweep, task_overrides
 from runner.runs.unread_keys import taken_back
 from runner.spec import RunSpec
-
-EVAL_METRICS = (
-    "loss", "perplexity", "exact_match", "num_exact", "num_prompts", "reward", "reward_std", "reward_margin",
-    "reward_accuracy", "reward_chosen", "reward_rejected", "log_odds_ratio", "nll_loss", "kl", "entropy",
-    "completion_tokens", "completion_cut", "groups_alike", "logps_chosen", "logps_rejected",
-)  # fmt: skip
-"""Before and after training; which of them depends on objective and data."""
-METRICS = (
-    *(f"train.{name}" for name in TrainSummary.__annotations__),
-    *(f"eval.{when}.{name}" for when in ("after", "before") for name in EVAL_METRICS),
-    "eval.num_prompts", "seconds", "peak_memory_gib",
-)  # fmt: skip
-OPEN_METRICS = ("plan.", "cost.", "eval.after.reward_", "eval.before.reward_")
-"""Prefixes of metrics of plans and pods, and of a user's own reward functions."""
-
-
-def unknown_metric(key: str) -> Problem | None:
-    """The problem with `run.metric`: with a name that no run writes, a sweep would be a table of dashes."""
-    if key in METRICS or key.startswith(OPEN_METRICS):
-        return None
-    near = nearest(key, METRICS)
-    remedy = f"did you mean run.metric={near}?" if near else "write run.metric=eval.after.loss, or train.loss_last"
-    return Problem(f"run.metric={key}: no run writes such a number", "run.metric", remedy)
 
 
 @dataclass(frozen=True)
@@ -260,6 +236,8 @@ def _able(asked: Sweep, point: Request, launch_options: LaunchOptions) -> tuple[
         raise RequestError(*problems)
     spec, notes = resolve(composed, source_finder(point), fetch=True)
     planned = plan_or_refuse(spec, notes, composed)
+    if (problem := unwritten_metric(spec, planned)) is not None:
+        raise RequestError(problem)
     check_launch(spec, notes, composed, launch_options)
     return spec, planned
 

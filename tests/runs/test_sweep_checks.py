@@ -13,9 +13,9 @@ from hydra.core.plugins import Plugins
 
 from runner.launcher import local
 from runner.rundir.directory import Outcome, RunDir
-from runner.runs.sweep import EVAL_METRICS, unknown_metric
+from runner.runs.sweep_metric import HELD_OUT, unknown_metric, unwritten_metric
 from runner.spec import RunSpec
-from tests.support.front import here, laptop, runner, write
+from tests.support.front import here, laptop, runner, spec_of, write
 
 __all__ = ["here", "laptop"]
 
@@ -51,13 +51,62 @@ def test_a_metric_that_some_run_writes_is_taken(metric: str) -> None:
     assert unknown_metric(metric) is None
 
 
-def test_every_metric_of_every_trainer_is_known() -> None:
-    from runner.train.objectives import grpo, kto, preference
-    from runner.train.trainers import recording_trainer
+ROW = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
-    for module in (recording_trainer, grpo, kto, preference):
-        for trainer in vars(module).values():
-            assert set(getattr(trainer, "METRICS", {}).values()) <= set(EVAL_METRICS)
+
+def test_what_an_objective_measures_is_what_its_trainer_names() -> None:
+    from runner.train.objectives import kto, preference, sft
+
+    trainers = {
+        "sft": sft.SftTrainer, "pretrain": sft.SftTrainer, "dpo": preference.DpoTrainer, "kto": kto.KtoTrainer,
+        "orpo": preference.OrpoTrainer, "reward": preference.RewardModelTrainer,
+    }  # fmt: skip
+    for name, trainer in trainers.items():
+        assert {"loss", *trainer.METRICS.values()} == set(HELD_OUT[name]) - {"perplexity"}, name
+    assert set(preference.CpoTrainer.METRICS.values()) - set(HELD_OUT["dpo"]) == {"nll_loss"}
+
+
+PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+
+
+@pytest.mark.parametrize(
+    ("words", "metric", "why", "instead"),
+    [
+        ("eval.num_prompts=0", "eval.after.exact_match", "eval.num_prompts=0 asks no prompts", "eval.after.perplexity"),
+        ("", "eval.after.reward_accuracy", "objective=sft does not measure it", "eval.after.num_endless"),
+        ("", "eval.before.reward_mine", "objective=sft does not measure it", "eval.before.loss"),
+        ("data.eval_fraction=0", "eval.after.loss", "data.eval_fraction=0 holds no rows out", "train.loss_last"),
+        ("objective=dpo", "eval.after.perplexity", "objective=dpo does not measure it", "eval.after.reward_margin"),
+        ("objective=dpo", "eval.after.nll_loss", "objective=dpo does not measure it", "eval.after.logps_chosen"),
+        ("", "plan.x", "the plan of this run has no such number", "plan.seconds.error"),
+        ("", "plan.host_ram_gib.error", "the plan of this run has no such number", "plan.peak_gib.measured"),
+        ("", "cost.usd", "this run rents nothing", "train.tokens_per_second"),
+        ("", "cost.x", "this run rents nothing", "seconds"),
+    ],
+)
+def test_a_metric_that_this_run_does_not_write_is_refused(
+    here: Path, trained: list[RunSpec], words: str, metric: str, why: str, instead: str
+) -> None:
+    (here / "x.jsonl").write_text(PAIR * 40 if "dpo" in words else ROW * 40, "utf-8")
+    sweep = ["-m", "train.max_steps=1,2", "data.path=x.jsonl", *words.split()]
+    told = " ".join(runner(*sweep, f"run.metric={metric}").stderr.split())
+    assert f"run.metric={metric}: {why}" in told and instead in told and not trained
+    assert runner(*sweep, f"run.metric={instead}").exit_code == 0 and len(trained) == 2
+
+
+def test_rewards_are_of_grpo_and_the_bill_is_of_rented_runs(here: Path) -> None:
+    (here / "q.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 40, "utf-8")
+    grpo = ("objective=grpo", "train.batch_size=8", "data.path=q.jsonl", "objective.rewards=[exact_match,length]")
+    assert unwritten_metric(spec_of(*grpo, "run.metric=eval.after.reward_length"), None) is None
+    problem = unwritten_metric(spec_of(*grpo), None)
+    assert problem is not None and "eval.after.loss: objective=grpo does not measure it" in problem.what
+    assert problem.remedy is not None and problem.remedy.endswith(
+        "reward, eval.after.reward_exact_match, eval.after.reward_length"
+    )
+    rented = ("where=runpod", "hw=l4")
+    assert unwritten_metric(spec_of(*rented, "run.metric=cost.usd"), None) is None
+    problem = unwritten_metric(spec_of(*rented, "run.metric=cost.x"), None)
+    assert problem is not None and problem.remedy is not None and "cost.usd, cost.predicted_usd" in problem.remedy
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_words(here: Path) -> None:
