@@ -60,8 +60,9 @@ def test_a_listing_ends_a_pod_by_runpods_clock_alone(
         assert runner(*words).exit_code == 0
         assert list(emulator.pods()) == [rented.pod.id]
     emulator.clock.skew_s = 2 * 3600 + 400  # two hours and some minutes later, at RunPod
-    assert runner("pods").exit_code == 0
-    assert emulator.pods() == {}
+    said = runner("pods")
+    assert said.exit_code == 0 and f"pod {rented.pod.id} of run {rented.run_id} was past its deadline" in said.output
+    assert [pod.status for pod in emulator.pods().values()] == ["EXITED"]  # its own disk may have the only result
 
 
 def test_without_runpods_time_nothing_is_ended(
@@ -141,9 +142,13 @@ def test_who_comes_back_with_another_clock_moves_no_deadline(ahead: float, over:
         connection=SimpleNamespace(run=lambda command: said), folder="/workspace/runs/a",
         place=lambda name, content: placed.append(content), start_agent=lambda: {},
     )  # fmt: skip
-    session: Any = SimpleNamespace(at=at, over=over)
+    known, told = clock.now() + 6600, dict[str, Any]()
+    ledger = SimpleNamespace(set=lambda name, **fields: told.update(fields))
+    rented = SimpleNamespace(deadline=known, ledger=ledger, name="runner-a-0001")
+    session: Any = SimpleNamespace(at=at, over=over, rented=rented)
     remote_run._listen(session, 10.0)
     (new,) = placed
+    assert told == {"heartbeat_s": 600.0, "deadline": known}
     assert new["deadline"] - new["sent"] == pytest.approx(6600, abs=1)
     assert new["sent"] - new["started"] == pytest.approx(660, abs=1)
     assert new["id"] != "o1" and new["fresh"] is False and new["budget_usd"] == (None if over else 3.0)
