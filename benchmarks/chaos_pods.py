@@ -30,6 +30,8 @@ from tests.support.processes import only_run, tiny_model, words
 
 STEPS = 80
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
+FRONT = re.compile(r'^  File ".*/runner/cli/\w+\.py", line \d+', re.MULTILINE)
+"""A frame of a command line's stack trace."""
 CAP_LEFT_S = 110.0
 """So long before its cap a run of the second kind begins. The launcher ends a training 90 s before the end."""
 SILENCE_S = 15.0
@@ -244,7 +246,7 @@ def _case(number: int, folder: Path, model: Path, python: Path, dice: random.Ran
         "cap_reached": None if past is None else "launcher" if stopped else "pod" if past > -GRACE_S else None,
         "past_cap_seconds": None if past is None else max(0.0, past), "state": state, "outside": stray, **phases,
         "not_plain": hostile.not_plain(run) if run else 0, "escapes": len(CONTROL.findall(said)),
-        "crashed": bool(re.search(r'^  File ".*runner/(cli|verbs/\w+)\.py"', said, re.MULTILINE)),
+        "crashes": crashes(said),
     }  # fmt: skip
     if _wrong(found):
         kept = cases.FOLDER / "failed" / folder.name
@@ -262,8 +264,15 @@ def _lost(case: dict[str, Any]) -> bool:
 
 def _wrong(case: dict[str, Any]) -> bool:
     """Whether the case's folder is worth keeping."""
-    bad = ("left", "past_cap_seconds", "outside", "not_plain", "escapes", "crashed")
+    bad = ("left", "past_cap_seconds", "outside", "not_plain", "escapes", "crashes")
     return _lost(case) or not case["quiet"] or any(case[key] for key in bad)
+
+
+def crashes(said: str) -> int:
+    """How many stack traces of a command line there are in what commands have said; those of a pod's processes that a
+    launcher repeats are none."""
+    traces = re.split(r"^Traceback \(most recent call last\):$", said, flags=re.MULTILINE)[1:]
+    return sum(bool(FRONT.search(trace)) for trace in traces)
 
 
 def _read(file: Path) -> str:
@@ -394,19 +403,28 @@ def section(measured: dict[str, Any]) -> str:
             str(sum(case["killed"] for case in some)), str(sum(case["detached"] for case in some)),
             str(sum(case["finished"] for case in some)), str(sum(map(_lost, some))), str(len(reached)),
             f"{max(past):.1f}" if past else "–", str(sum(len(case["left"]) for case in some)),
-            *(_sum(some, key) for key in ("outside", "not_plain", "escapes", "crashed")),
+            *(_sum(some, key) for key in ("outside", "not_plain", "escapes", "crashes")),
         ])  # fmt: skip
     enemies = sum(str(case["fault"]).startswith("hostile") for case in found)
     head = ["fault", "runs", "killed", "detached", "trained to the end", "lost", "cap reached", "past the cap, s",
             "left", "outside", "not plain", "escapes", "crashed"]  # fmt: skip
     text = EXPLANATION.format(seconds=(STEPS + 2 * EVALUATED) * STEP_S, faults=len(FAULTS) - 1, left=CAP_LEFT_S,
                               hostile=enemies, ways=len(hostile.WAYS))  # fmt: skip
+    old = sum("crashes" not in case for case in found)
+    uncounted = [f"The {old} cases' crashes were looked for by a pattern that no file of the command line matches: "
+                 "they are not counted."] * bool(old)  # fmt: skip
+    kinds = {case["fault"]: [c["finished"] for c in found if c["fault"] == case["fault"]] for case in found}
+    idle = {f"`{kind}`": len(finished) for kind, finished in kinds.items() if not any(finished)}
+    nothing = [f"No training was finished in the {sum(idle.values())} cases of {', '.join(idle)}: that no finished "
+               "model was lost says nothing of them."] * bool(idle)  # fmt: skip
     by = [[case.get("cap_reached") for case in found].count(who) for who in ("launcher", "pod")]
     facts = [
         f"{sum(case['near_cap'] for case in found)} runs began near their cap, and **{sum(by)} reached it**: {by[0]} "
         f"were ended by their launcher, which has the training save its checkpoint first, {by[1]} by their pod. The "
         "others were over before: by the fault, or by the silence of a launcher that was killed.",
         _hits(found),
+        *nothing,
+        *uncounted,
         *(
             f"Past its cap: {case['past_cap_seconds']} s, case {case['case']}, `{case['fault']}`"
             f"{f', its launcher killed while {phase}' if (phase := case.get('kill_phase')) else ''}."
