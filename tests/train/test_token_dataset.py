@@ -99,7 +99,7 @@ def test_rows_are_packed_by_best_fit_decreasing(seed: int) -> None:
     rng = Random(seed)
     limit = rng.choice((1, 2, 7, 64, 100))
     lengths = [rng.randrange(limit + 1) for _ in range(rng.randrange(60))]
-    found = token_dataset.bins(lengths, limit)
+    found = token_dataset.pack_best_fit(lengths, limit)
     assert sorted(row for one in found for row in one) == [i for i, n in enumerate(lengths) if n]  # each once
     assert all(0 < sum(lengths[row] for row in one) <= limit for one in found)
     by_the_book = best_fit_decreasing(lengths, limit)
