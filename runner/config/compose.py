@@ -60,7 +60,8 @@ def compose_checked(checked: Checked) -> RunSpec:
         problems += composed.problems
     if composed.values is None:
         raise RequestError(*dict.fromkeys(problems))
-    return validated(composed.values, source_finder(base), problems, unsure | composed.unsure)
+    source = source_finder(base)
+    return validated(composed.values, source, problems, unsure | composed.unsure, source.written)
 
 
 def origins_of_key(request: Request, key: str) -> list[Origin]:
@@ -102,6 +103,15 @@ class Sources:
     def typed(self, key: str) -> bool:
         """The command line sets it; no file is read for that."""
         return any(origin.concerns(key) for origin in self._typed)
+
+    def written(self, key: str) -> str | list[str] | None:
+        """The value as the place that set it last writes it; None where that is a mapping around it, or no text."""
+        found = [origin for origin in (*self._in_files, *self._typed) if origin.concerns(key)]
+        if not found or found[-1].key != key:
+            return None
+        value = found[-1].value
+        texts = value if isinstance(value, list) else [value]
+        return value if all(isinstance(text, str) for text in texts) else None
 
     @cached_property
     def _typed(self) -> list[Origin]:

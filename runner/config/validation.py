@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, get_origin
@@ -9,6 +10,7 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from runner.config.command_line import COMMAND_LINE, as_typed
 from runner.config.did_you_mean import (
     accepts_text,
     choices_with,
@@ -28,6 +30,9 @@ from runner.spec.part import CODE
 SourceOf = Callable[[str], str | None]
 """From a key to the place that set it: `command line`, or a file and line."""
 
+Written = Callable[[str], str | list[str] | None]
+"""From a key to its value as its last place writes it (YAML, or a typed word); None where that is not known."""
+
 NO_NAMES: Mapping[str, Any] = {}
 
 _EXPECTED = {
@@ -46,8 +51,9 @@ HALF = re.compile("[\ud800-\udfff]")
 
 
 def validated(
-    values: dict[str, object], source_of: SourceOf, found: Iterable[Problem] = (), unsure: Iterable[str] = ()
-) -> RunSpec:
+    values: dict[str, object], source_of: SourceOf, found: Iterable[Problem] = (), unsure: Iterable[str] = (),
+    written: Written = lambda key: None,
+) -> RunSpec:  # fmt: skip
     """The run that `values` describe; RequestError with what was `found` before and all that is wrong with them.
 
     Groups and keys that are `unsure` hold something else than the user meant: what follows from
@@ -60,7 +66,7 @@ def validated(
         spec = RunSpec.model_validate(values)
     except ValidationError as error:
         names = {group: part["name"] for group, part in values.items() if isinstance(part, dict) and "name" in part}
-        problems += problems_of(error, source_of, hidden, names)
+        problems += problems_of(error, source_of, hidden, names, written)
     except UnicodeEncodeError:  # of a pattern; it is among `_halves`
         pass
     if spec is None or problems:
@@ -100,6 +106,7 @@ def problems_of(
     source_of: SourceOf,
     unsure: frozenset[str] = frozenset(),
     names: Mapping[str, object] = NO_NAMES,
+    written: Written = lambda key: None,
 ) -> list[Problem]:
     """One problem per offending key; `source_of(key)` tells where its value came from, `names` what was chosen."""
     by_key: dict[str, list[ErrorDetails]] = {}
@@ -108,7 +115,7 @@ def problems_of(
     found: list[Problem] = []
     for key, details in by_key.items():
         if not (unsure & {key, key.split(".")[0]}):
-            found += _explain(key, details, source_of, unsure, names)
+            found += _explain(key, details, source_of, unsure, names, written)
     return found
 
 
@@ -152,8 +159,9 @@ def unknown_key(key: str, chosen: str | None, source: str | None) -> Problem:
 
 
 def _explain(
-    key: str, details: list[ErrorDetails], source_of: SourceOf, unsure: frozenset[str], names: Mapping[str, object]
-) -> list[Problem]:
+    key: str, details: list[ErrorDetails], source_of: SourceOf, unsure: frozenset[str], names: Mapping[str, object],
+    written: Written,
+) -> list[Problem]:  # fmt: skip
     first = details[0]
     kind = first["type"]
     if kind == "extra_forbidden":
@@ -174,7 +182,11 @@ def _explain(
     choices = [c for d in details if d["type"] == "literal_error" for c in _choices(d)]
     value = _shown(first["input"])
     last = details[-1] if details[-1]["type"] == "string_pattern_mismatch" else first  # after the names, a pattern
-    remedy = _did_you_mean(value, choices) or _instead(key, last, source_of(key))
+    read = next((d["input"] for d in details if d["type"] == "string_type"), None)
+    if isinstance(read, (bool, int, float)):  # YAML and Hydra have read a text as one
+        remedy = _in_quotes(key, read, source_of(key), written(key))
+    else:
+        remedy = _did_you_mean(value, choices) or _instead(key, last, source_of(key))
     return [Problem(f"{key}={value}: expected {expected}", source_of(key), remedy)]
 
 
@@ -206,14 +218,6 @@ def _instead(key: str, detail: ErrorDetails, source: str | None) -> str:
     """Remedy for a value of the wrong type, or out of bounds."""
     kind, value, leaf = detail["type"], detail["input"], key.rpartition(".")[2]
     in_file = source is not None and source != "command line"
-    if kind == "string_type" and isinstance(value, (bool, int, float)):  # YAML and Hydra have read it as one
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        listed = isinstance(detail["loc"][-1], int)
-        if in_file and isinstance(value, bool):
-            return f'quote it: {leaf}: "…", since yes, no, on, off, true and false are no texts in YAML'
-        if in_file:
-            return f'quote it: {leaf}: ["{text}"]' if listed else f'quote it: {leaf}: "{text}"'
-        return f"quote it: {key}='[\"{text}\"]'" if listed else f"quote it: {key}='\"{text}\"'"
     if kind in _NEAREST:
         more = "more" if kind.startswith("greater") else "less"
         return f"write {key}={_number(detail['ctx'][_NEAREST[kind]])}, or {more}"
@@ -224,6 +228,22 @@ def _instead(key: str, detail: ErrorDetails, source: str | None) -> str:
             return f"write name: {repaired} into the file of that choice"
         return f"write {leaf}: {repaired}" if in_file else f"write {key}={repaired}"
     return f"docs/reference.md says what {key} takes"
+
+
+def _in_quotes(key: str, value: object, source: str | None, written: str | list[str] | None) -> str:
+    """Remedy for a text, or a list of texts, that was read as a number or a truth value: what was written, in quotes.
+
+    The value says it no more: to YAML 1.1, `1.10` is 1.1, `010` is 8, `12:30` is 750 and `no` is false.
+    """
+    if isinstance(written, str) and "${" in written:  # in quotes it would still stand for a number
+        written = _shown(value)
+    in_list = isinstance(written, list) or (written or "").startswith("[")
+    if written is None or "${" in str(written) or (in_list and source == COMMAND_LINE and set(written) & set("'\"")):
+        return f"write the value of {key} as you wrote it, in quotes"
+    if source == COMMAND_LINE:
+        return f"quote it: {as_typed(key, str(written))}"
+    said = ", since yes, no, on, off, true and false are no texts in YAML" if isinstance(value, bool) else ""
+    return f"quote it: {key.rpartition('.')[2]}: {json.dumps(written, ensure_ascii=False)}{said}"
 
 
 PATTERNS = {

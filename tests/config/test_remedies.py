@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from runner.config.command_line import as_typed
 from runner.paths import ASSETS
@@ -57,6 +58,7 @@ def test_what_cannot_be_read_is_told_in_a_way_that_can(value: str) -> None:
         ("data.add_tokens=[<|x|>,<|y|>]", "data.add_tokens", ["<|x|>", "<|y|>"]),
         ("method.target_modules=q_proj,v_proj", "method.target_modules", ["q_proj", "v_proj"]),
         ("data.add_tokens=[1]", "data.add_tokens", ["1"]),
+        ("data.add_tokens=[1.10,a,010,TRUE]", "data.add_tokens", ["1.10", "a", "010", "TRUE"]),
     ],
 )
 def test_the_printed_remedy_is_typed(word: str, key: str, value: object) -> None:
@@ -89,12 +91,44 @@ def test_yaml_that_means_something_else_is_told(here: Path) -> None:
     write(here / "mine.yaml", "defaults: [config, _self_]\nrun: {name: no}\nmethod: qlora4\ntrain.max_steps: 5\n")
     found = problems_of("mine.yaml")
     assert {p.source: p.remedy for p in found.values()} == {
-        "mine.yaml:2": 'quote it: name: "…", since yes, no, on, off, true and false are no texts in YAML',
+        "mine.yaml:2": 'quote it: name: "no", since yes, no, on, off, true and false are no texts in YAML',
         "mine.yaml:3": "write it into the defaults list: - override /method: qlora4",
         "mine.yaml:4": "write train: {max_steps: …}",
     }
     write(here / "run.yaml", "defaults: [config, _self_]\nrun: {name: 123}\n")
     assert only_problem("run.yaml").remedy == 'quote it: name: "123"'
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("run: {name: 1.10}", 'name: "1.10"'),
+        ("run: {name: 010}", 'name: "010"'),
+        ("run: {name: 1_000}", 'name: "1_000"'),
+        ("data: {system_prompt: 12:30}", 'system_prompt: "12:30"'),
+        ("data: {system_prompt: 1e3}", 'system_prompt: "1e3"'),
+        ("data: {add_tokens: [010, yes, a]}", 'add_tokens: ["010", "yes", "a"]'),
+        ("data:\n  add_tokens:\n  - 1.10\n", 'add_tokens: ["1.10"]'),
+        ("run: {name: '${train.seed}'}", 'name: "42"'),
+    ],
+)
+def test_the_text_in_the_remedy_is_the_one_in_the_file(here: Path, line: str, remedy: str) -> None:
+    head = "defaults: [config, _self_]\n"
+    write(here / "mine.yaml", head + line)
+    told = only_problem("mine.yaml").remedy or ""
+    assert told.startswith(f"quote it: {remedy}")
+    group, leaf = line.partition(":")[0], remedy.partition(":")[0]
+    write(here / "mine.yaml", f"{head}{group}: {{{remedy}}}")
+    assert getattr(getattr(spec_of("mine.yaml"), group), leaf) == yaml.safe_load(remedy)[leaf]
+
+
+def test_a_text_within_a_typed_mapping_is_not_guessed() -> None:
+    for word in ("run={name:1.10}", "data.add_tokens=[1.10,'a']"):
+        assert (only_problem(word).remedy or "").endswith("as you wrote it, in quotes")
+    assert only_problem("method.target_modules=[1.10]").remedy == "quote it: method.target_modules='[\"1.10\"]'"
+    pod = ("where=runpod", "hw=l4")
+    (word,) = shell((only_problem(*pod, "where.cuda_versions=[12.10]").remedy or "").removeprefix("quote it: "))
+    assert spec_of(*pod, word).where.model_dump()["cuda_versions"] == ["12.10"]
 
 
 def test_a_name_longer_than_a_file_may_have_is_refused() -> None:
