@@ -8,13 +8,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MUST_HAVE = {
-    r" -m runner\b": "the launcher: it has the API key and the tokens that it tells the pod",
-    r" -m runner\.execute\.there\b": "the training: the Hub's and wandb's tokens",
-    r" -m runner\.execute\.upload\b": "the upload: the token of where it goes",
-    r" -c from multiprocessing\.| -c .*resource_tracker|/torch/|compile_worker": "children of launcher or training",
+    "runner": "the launcher: it has the API key and the tokens that it tells the pod",
+    "runner.launcher.on_pod": "the training in a pod: the Hub's and wandb's tokens",
+    "runner.train": "its worker: the same",
+    "runner.train.fork_server": "what forks workers: the same",
+    "torch.distributed.run": "what starts its workers: the same",
+    "runner.hub.upload": "the upload: the token of where it goes",
 }
-"""Command lines of the only processes that may have a secret among their variables, and why."""
-MAY = re.compile("|".join(MUST_HAVE))
+"""Modules after `python -m` of the only processes that may have a secret among their variables, and why."""
+CHILDREN = re.compile(r"from multiprocessing\.\w+ import \w+")
+"""What `python -c` has in children of those, which have the variables of their parents."""
+COMPILE_WORKER = "/torch/_inductor/compile_worker/"
 PROC = Path("/proc")
 
 
@@ -61,14 +65,15 @@ class Watch:
         agent and tail, pip, uv, and whatever else there is."""
         for folder in PROC.glob("[0-9]*"):
             try:
-                words = (folder / "cmdline").read_text("utf-8", errors="replace").replace("\0", " ")
+                argv = (folder / "cmdline").read_text("utf-8", errors="replace").split("\0")
                 variables = (folder / "environ").read_text("utf-8", errors="replace")
             except OSError:
                 continue
+            words = " ".join(argv)
             if words not in self.arguments:
                 self.arguments.add(words)
                 self.look("arguments", words)
-            if words and not MAY.search(words):
+            if words and not may_have(argv):
                 self.look(f"variables of {words}", variables)
 
     def files(self) -> None:
@@ -82,6 +87,21 @@ class Watch:
                 self.look(str(file), file.read_bytes().decode(errors="replace"))
             except OSError:
                 continue
+
+
+def may_have(argv: Sequence[str]) -> bool:
+    """Whether the process of such a command line may have a secret among its variables: by the module that Python runs,
+    not by words that stand somewhere in it, as in what ssh is to run there."""
+    if not re.fullmatch(r"python[\d.]*", Path(argv[0]).name):
+        return False
+    for number, word in enumerate(argv[1:-1], 1):
+        if word == "-m":
+            return argv[number + 1] in MUST_HAVE
+        if word == "-c":
+            return bool(CHILDREN.match(argv[number + 1]))
+        if not word.startswith("-"):
+            return COMPILE_WORKER in word
+    return False
 
 
 def _files(folder: Path) -> Iterable[Path]:
