@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -307,11 +306,14 @@ def test_the_agent_outlives_garbled_answers_and_ends_the_pod_by_a_whole_one(odd:
     pod.kill()
     pod.order(deadline=time.time() + 2, uncollected="terminate")
     env = {"RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": odd["url"]}
-    process = subprocess.Popen([sys.executable, str(AGENT), "run", str(pod.folder)], env={**os.environ, **env})
+    words, log = [sys.executable, str(AGENT), "run", str(pod.folder)], pod.folder / "words"
+    with log.open("wb") as file:
+        process = subprocess.Popen(words, env={**os.environ, **env}, stderr=file)
     try:
-        asked = odd["asked"]
-        until(lambda: odd["asked"] > asked + 3, 40)
-        assert process.poll() is None and json.loads((pod.folder / "agent-status.json").read_text())
+        until(lambda: log.read_text().count("terminate: the API answers 0") > 1, 60)
+        odd["words"] = b"HTTP/1.1 204 No Content\r\n\r\n"
+        until(lambda: "terminate: the API answers 204" in log.read_text(), 30)
+        assert process.poll() is None
     finally:
         process.kill()
         process.wait()

@@ -17,8 +17,10 @@ from runner.errors import CannotRunError, RunnerError
 from runner.rundir.directory import RunDir
 from tests.conftest import spec_of
 from tests.support.emulated import Emulator, emulator
+from tests.support.front import runner
+from tests.support.rented import state
 
-__all__ = ["emulator"]  # a fixture
+__all__ = ["emulator", "state"]  # fixtures
 
 
 def yes(what: str) -> bool:
@@ -106,3 +108,11 @@ def test_a_whole_model_on_a_volume_is_named_by_its_path() -> None:
     unknown = model.model_copy(update={"num_parameters": None})
     with pytest.raises(CannotRunError):
         serverless.gpus_for(unknown)
+
+
+@pytest.mark.usefixtures("state")
+def test_delete_says_whether_something_was_deleted(run: RunDir, emulator: Emulator) -> None:
+    made = deploying.deploy(run.path, DeployOptions(), yes)
+    first, again = (runner("deploy", "--delete", str(run.path)).output for _ in range(2))
+    assert first == f"Deleted: endpoint {made['endpoint']}, template {made['template']}\n"
+    assert again == f"Nothing to delete: RunPod has no endpoint of {run.path}\n"

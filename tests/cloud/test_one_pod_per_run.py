@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from runner.cloud import remote_run
 from runner.cloud.agent import agent
 from runner.cloud.budget import spent
 from runner.cloud.fleet import refuse_second_pod
 from runner.cloud.lease import Lease
-from runner.cloud.ledger import HeldError, Ledger
+from runner.cloud.ledger import HeldError, Ledger, owner
 from runner.cloud.provider import PodRequest
 from runner.cloud.provider_errors import NoCapacityError, StillThereError
 from runner.cloud.rent_pod import acquire
@@ -24,7 +26,7 @@ from runner.rundir.directory import RunDir
 from tests.cloud.test_agent import Pod, pod
 from tests.conftest import ROOT
 from tests.support.emulated import IMAGE, Emulator, emulator
-from tests.support.front import here, laptop
+from tests.support.front import here, laptop, runner
 from tests.support.processes import until
 from tests.support.rented import PLAN, Key, rented_spec, run_of, state
 
@@ -230,3 +232,15 @@ def test_a_fresh_order_does_not_disturb_what_is_at_work(pod: Pod) -> None:
     time.sleep(1)
     assert status["state"] == "training" == pod.state() and pod.log("worker.log").count("begun") == 1
     assert agent.read_json(pod.folder / "agent.json")["id"] == pod.status()["order"]
+
+
+def test_a_dead_launcher_of_another_hostname_holds_no_pod(emulator: Emulator, run: RunDir) -> None:
+    rented, same = left(run), str(owner()["host"]).partition("|")[2]
+    dead = {"pid": 2**22 + 1, "pid_started": 1.0, "host": f"before-dhcp|{same}"}
+    rented.ledger.set(rented.name, **dead)
+    (row,) = json.loads(runner("pods", "--json").stdout)
+    assert row["pod_id"] == rented.pod.id and not row["held"]
+    rented.ledger.set(rented.name, **dead)
+    remote_run._adopt(run.id, run.path)  # attach and fetch take it so
+    rented.ledger.set(rented.name, **dead)
+    assert json.loads(runner("pods", "reap", "--all", "--yes", "--json").stdout)["ended"] == [rented.pod.id]

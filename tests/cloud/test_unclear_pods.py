@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from runner.cloud import fleet
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger
 from runner.cloud.provider import PodRequest
@@ -248,3 +249,22 @@ def test_a_foreign_pod_of_odd_shape_blocks_nothing(
 def test_a_pod_of_odd_shape_is_still_a_pod() -> None:
     found = json_types.pod({"id": "a", "name": "runner-x-1", "status": "RUNNING", "gpu": 7, "cost": None})
     assert (found.id, found.name, found.status, found.usd_per_hour) == ("a", "runner-x-1", "RUNNING", 0.0)
+
+
+def test_terminate_without_a_list_ends_every_pod_that_the_ledger_knows(emulator: Emulator, tmp_path: Path) -> None:
+    rented = two(tmp_path)
+    (other,) = set(emulator.pods()) - {rented.pod.id}
+    fleet.adopt(RunPod(), rented.ledger, other, rented.run_id)
+    emulator.inject("answer", on="list", status=500, times=0)
+    result = runner("pods", "terminate", rented.run_id, "--json")
+    assert result.exit_code == 0 and emulator.pods() == {}, result.output
+    assert set(json.loads(result.stdout)["pod_ids"]) == {rented.pod.id, other}
+
+
+def test_a_lost_create_and_nobody_who_answers_is_not_nothing(emulator: Emulator, tmp_path: Path) -> None:
+    emulator.inject("lost", on="create")
+    emulator.inject("lost", on="list", times=0)  # the connection breaks, every time
+    with pytest.raises(StillThereError, match="MAY STILL BE RUNNING AND COST MONEY") as error:
+        rent(tmp_path)
+    (pod,) = emulator.pods().values()
+    assert f"python -m runner pods terminate {pod.name}" in str(error.value.problems[0].remedy)
