@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from runner.config import credentials, json_text
 from runner.errors import Problem, RequestError
+from runner.hub.bounded import bounded
 from runner.paths import cache_dir
 from runner.plan.model_shape import ARCHITECTURES, TRAITS, shape_of
 from runner.rundir.directory import write_atomically
@@ -255,7 +256,8 @@ def _read(file: Path) -> dict[str, object]:
 if TYPE_CHECKING:
     from urllib.error import HTTPError
 
-TIMEOUT_S = 5.0
+TIMEOUT_S = 5.0  # between two bytes
+TOTAL_S = 15.0  # to the last one
 _unreachable: dict[str, str] = {}
 """Hubs that this process did not reach, and why: nobody waits for one twice."""
 LARGEST = 1_000_000  # bytes; a config.json has a few thousand
@@ -327,6 +329,7 @@ def _asked(path: str, wanted: str, name: str, remedy: str) -> str:
     """What the Hub answers; UnreachableError where it does not, HTTPError where it refuses."""
     import urllib.error
     import urllib.request
+    from http.client import HTTPException
 
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise UnreachableError(Problem(f"HF_HUB_OFFLINE is set: {wanted} is not here", None, remedy))
@@ -337,14 +340,20 @@ def _asked(path: str, wanted: str, name: str, remedy: str) -> str:
     if (secret := credentials.hub_token()) is not None:
         # Unredirected: a redirect to a storage host must not get the token.
         request.add_unredirected_header("Authorization", f"Bearer {secret}")
-    try:
+
+    def read() -> bytes:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             content: bytes = answer.read(LARGEST)
-            return content.decode("utf-8")
+            return content
+
+    try:
+        return bounded(read, TOTAL_S).decode("utf-8")
     except urllib.error.HTTPError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         why = getattr(error, "reason", error)
+        if isinstance(error, HTTPException):
+            why = "what answers there does not speak HTTP"
         _unreachable[base] = str(why)
         raise UnreachableError(Problem(f"the Hub cannot be reached for {name}: {why}", None, remedy)) from None
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runner.cloud.provider import PodRequest
 from runner.cloud.provider_errors import ApiDownError, UnclearError
-from runner.cloud.runpod import transport
+from runner.cloud.runpod import prices, transport
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.runpod_provider import RunPod
 from runner.errors import RunnerError
+from runner.hub import model_config
+from runner.hub.model_config import UnreachableError
 from tests.cloud.test_agent_disks import odd
 from tests.support.emulated import IMAGE
 
 __all__ = ["odd"]
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n"
+BEGUN = {"status line": b"", "headers": b"HTTP/1.1 200 OK\r\nX: ", "body": HEAD + b"Content-Length: 99999\r\n\r\n"}
 
 
 @pytest.fixture
@@ -44,8 +48,7 @@ def test_an_answer_that_drips_ends(
     """A byte every 20 ms, as 50 B/s is: no single wait is long."""
     monkeypatch.setattr(transport, "TOTAL_S", 0.3)
     monkeypatch.setattr(transport, "TRIES", 2)
-    begun = {"status line": b"", "headers": b"HTTP/1.1 200 OK\r\nX: ", "body": HEAD + b"Content-Length: 99999\r\n\r\n"}
-    odd |= {"words": begun[where] + b" " * 2000, "pause": 0.02}
+    odd |= {"words": BEGUN[where] + b" " * 2000, "pause": 0.02}
     began = time.monotonic()
     with pytest.raises(ApiDownError, match=r"no answer in time"):
         ask(api)
@@ -60,6 +63,32 @@ def test_a_create_that_drips_is_unclear(api: Api, odd: dict[str, Any], monkeypat
         with pytest.raises(UnclearError):
             api.create_pod(PodRequest("runner-a-1", IMAGE, "secure", gpu_id="NVIDIA L4", bid_usd=spot))
         assert odd["asked"] == asked + 1  # and never again
+
+
+@pytest.mark.parametrize("where", list(BEGUN))
+def test_a_plan_does_not_wait_for_what_drips(
+    api: Api, odd: dict[str, Any], where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neither for RunPod's prices nor for the Hub's facts of a model."""
+    monkeypatch.setattr(prices, "TOTAL_S", 0.3)
+    monkeypatch.setattr(model_config, "TOTAL_S", 0.3)
+    monkeypatch.setattr(prices, "_file", lambda: tmp_path / "prices.json")
+    monkeypatch.setenv("HF_ENDPOINT", odd["url"])
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    odd |= {"words": BEGUN[where] + b" " * 2000, "pause": 0.02}  # 40 s
+    began = time.monotonic()
+    assert prices.price("NVIDIA L4") is None
+    with pytest.raises(UnreachableError, match=r"the Hub cannot be reached for org/model: .*no whole answer in time"):
+        model_config._get("org/model", "main")
+    assert odd["asked"] == 2 and time.monotonic() - began < 5
+
+
+def test_a_hub_that_does_not_speak_http_is_one_line(odd: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", odd["url"])
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    odd["words"] = b"HTTP/1.1 abc OK\r\n\r\n"
+    with pytest.raises(UnreachableError, match="does not speak HTTP"):
+        model_config._get("org/model", "main")
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from runner import __version__
 from runner.cloud.runpod.account_key import KEY, base_url
 from runner.cloud.runpod.catalog import vcpus
 from runner.config import json_text
+from runner.hub.bounded import bounded
 from runner.paths import cache_dir
 from runner.spec import HardwareSpec, RentedPlace
 
@@ -24,7 +25,8 @@ CPU_USD_PER_VCPU = 0.03  # cpu3c, secure cloud, as users saw it in 2026
 
 PATH = "/v2/catalog/gpus"  # REST v2: {"gpus": [{"id": …, "price": {"secure": 0.44, "community": 0.31}}]}
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 2.0  # between two bytes
+TOTAL_S = 4.0  # to the last one
 FRESH_S = 3600.0  # prices moved by about a fifth in three months of 2026: an hour changes nothing
 FAILED_S = 60.0  # without a network, a plan should wait for the timeout once, not each time
 LARGEST = 4_000_000  # bytes; the catalogue has about 50 entries of 1 kB
@@ -115,8 +117,13 @@ def _fetch(base: str, key: str) -> dict[str, Any]:
         )
         # Unredirected: urllib would hand the key on to wherever a redirect points.
         request.add_unredirected_header("Authorization", f"Bearer {key}")
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            answer["gpus"] = _prices(json_text.loads(response.read(LARGEST)))
+
+        def read() -> bytes:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+                content: bytes = response.read(LARGEST)
+                return content
+
+        answer["gpus"] = _prices(json_text.loads(bounded(read, TOTAL_S)))
     _store(answer)
     return answer
 

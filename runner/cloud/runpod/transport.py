@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import random
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -28,6 +27,7 @@ from runner.cloud.provider_errors import (
 from runner.cloud.runpod import account_key
 from runner.cloud.runpod.account_key import api_key, base_url
 from runner.errors import CannotRunError, Problem, RunnerError
+from runner.hub import bounded as hub_bounded
 from runner.report.invocation import install
 
 T = TypeVar("T")
@@ -130,27 +130,8 @@ def _once(method: str, path: str, params: object, json: object) -> Any:
 
 
 def bounded(call: Callable[[], T], seconds: float | None = None) -> T:
-    """What a call returns or raises; TimeoutError after so long, `TOTAL_S` by default.
-
-    A socket's own timeout begins anew with every byte. The call goes on in a thread that nobody waits for.
-    """
-    found: list[T] = []
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            found.append(call())
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(TOTAL_S if seconds is None else seconds)
-    for error in failed:
-        raise error
-    if not found:
-        raise TimeoutError("timed out: no whole answer in time")
-    return found[0]
+    """What a call returns or raises; TimeoutError after so long, `TOTAL_S` by default."""
+    return hub_bounded.bounded(call, TOTAL_S if seconds is None else seconds)
 
 
 def _prefixed(path: str) -> str:
