@@ -414,7 +414,7 @@ def section(measured: dict[str, Any]) -> str:
     uncounted = [f"The {old} cases' crashes were looked for by a pattern that no file of the command line matches: "
                  "they are not counted."] * bool(old)  # fmt: skip
     kinds = {case["fault"]: [c["finished"] for c in found if c["fault"] == case["fault"]] for case in found}
-    idle = {f"`{kind}`": len(finished) for kind, finished in kinds.items() if not any(finished)}
+    idle = {f"`{kind}`" if kind else "no fault": len(finished) for kind, finished in kinds.items() if not any(finished)}
     nothing = [f"No training was finished in the {sum(idle.values())} cases of {', '.join(idle)}: that no finished "
                "model was lost says nothing of them."] * bool(idle)  # fmt: skip
     by = [[case.get("cap_reached") for case in found].count(who) for who in ("launcher", "pod")]
