@@ -28,6 +28,19 @@ pytestmark = pytest.mark.usefixtures("here")
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
+def test_own_choices_are_known_to_fit_and_resume(here: Path, worker: Any) -> None:
+    write(here / "own/hw/box.yaml", "name: box\naccelerator: cpu\n")
+    write(here / "own/model/mine.yaml", "defaults: [mistral7b]\nname: mine\n")
+    rows = json.loads(runner("fit", "--config-dir", "own", "model=mine", "method=lora", "hw=h100", "--json").stdout)
+    assert {row["model"] for row in rows} == {"mine"}
+    run = RunDir.create(spec_of("train.max_steps=4", "hw=cpu"))
+    run.set_status("interrupted")
+    worker()
+    told = runner("resume", str(run.path), "--config-dir", "own", "hw=box")
+    assert told.exit_code == 0, told.output
+    assert run.spec.hw.name == "box"
+
+
 # ── refusals ───────────────────────────────────────────────────────────────────────────────────
 
 

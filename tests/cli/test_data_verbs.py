@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,11 @@ def test_a_preview_shows_format_rows_and_every_mistake(here: Path) -> None:
     assert found["files"] == [facts]
     assert [(piece["text"], piece["trained"]) for piece in found["rows"][0]["segments"]][-1] == ("[b]4[/b]\n", True)
     assert len(found["problems"]) == 2
+
+
+def test_one_mistake_is_said_in_the_singular(here: Path) -> None:
+    (here / "my.jsonl").write_text(GOOD + '{"messages": []}\n')
+    assert "1 mistake in 1 row;" in runner("data", "preview", "data.path=my.jsonl", "model=llama3_8b").output
 
 
 def test_pairs_are_shown_side_by_side(here: Path) -> None:
@@ -132,6 +138,7 @@ def test_prepared_tokens_are_found_by_the_run(tmp_path: Path) -> None:
     words = ("data", "prepare", "data.path=my.jsonl", "train.max_length=128", "--json")
     first, second = (run_cli(*words, cwd=tmp_path) for _ in range(2))
     assert first.returncode == second.returncode == 0, first.stderr
+    assert not re.search("warning|Traceback|Retry|unauthenticated", first.stderr, re.IGNORECASE)
     found = json.loads(second.stdout)
     assert found["from_cache"] and (found["num_examples"], found["num_held_out"]) == (28, 2)
     (tmp_path / "my.jsonl").write_text('{"text": ""}\n')

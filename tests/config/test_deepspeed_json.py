@@ -60,6 +60,11 @@ def test_it_decides_stage_offload_precision_and_batch(here: Path) -> None:
     assert run_of(here, zero(2) | {"bf16": {"enabled": False}, "fp16": {"enabled": False}})[0].train.precision == "fp32"
 
 
+def test_offload_in_it_is_in_the_plan(here: Path) -> None:
+    mine(here, zero(3, **OFFLOAD))
+    assert "ZeRO-3 with offload" in " ".join(runner("plan", *WORDS).stdout.split())
+
+
 def test_what_it_leaves_out_or_at_auto_is_the_runs(here: Path) -> None:
     for content in (zero(), zero() | {"bf16": {"enabled": "auto"}, "train_batch_size": "auto", "optimizer": ADAMW}):
         spec, handed = run_of(here, content, "deepspeed=zero2")

@@ -127,8 +127,10 @@ def test_a_text_within_a_typed_mapping_is_not_guessed() -> None:
         assert (only_problem(word).remedy or "").endswith("as you wrote it, in quotes")
     assert only_problem("method.target_modules=[1.10]").remedy == "quote it: method.target_modules='[\"1.10\"]'"
     pod = ("where=runpod", "hw=l4")
-    (word,) = shell((only_problem(*pod, "where.cuda_versions=[12.10]").remedy or "").removeprefix("quote it: "))
-    assert spec_of(*pod, word).where.model_dump()["cuda_versions"] == ["12.10"]
+    for version in ("12.8", "12.10"):
+        remedy = only_problem(*pod, f"where.cuda_versions=[{version}]").remedy or ""
+        (word,) = shell(remedy.removeprefix("quote it: "))
+        assert spec_of(*pod, word).where.model_dump()["cuda_versions"] == [version]
 
 
 def test_a_name_longer_than_a_file_may_have_is_refused() -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from rich.console import Console
 
 from runner.report import invocation
+from runner.report.summary import print_summary
+from runner.rundir.directory import RunDir
+from runner.rundir.json_files import TrainSummary
 from tests.conftest import ROOT
 
 
@@ -53,6 +60,26 @@ def test_errors_name_it_too(tmp_path: Path) -> None:
 def test_an_active_environment_is_called_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     assert invocation.python() == "python"
+
+
+def test_a_runs_last_words_are_spelled_for_this_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(invocation.VARIABLE, ".venv/bin/python")
+    train = dict.fromkeys((*TrainSummary.__annotations__,), 1)
+    said: Any = {
+        "model": "m", "method": "lora", "data": "d", "train": train, "eval": {"before": {}, "after": {}},
+        "seconds": 2, "peak_memory_gib": 1,
+    }  # fmt: skip
+    print_summary(console := Console(file=io.StringIO()), said, RunDir(tmp_path / "x"))
+    assert isinstance(console.file, io.StringIO)
+    assert f"Try it:  .venv/bin/python -m runner chat {tmp_path}/x" in console.file.getvalue()
+
+
+def test_no_page_or_hint_installs_from_an_index() -> None:
+    files = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "runner").rglob("*.py")]
+    assert len(files) > 300
+    named = re.compile(r"pip install[^`\n]*llm-finetuning-runner")
+    assert not [file for file in files if named.search(file.read_text("utf-8"))]
+    assert ". .venv/bin/activate" in (ROOT / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,8 @@ def test_a_folder_that_cannot_be_written_is_told_in_words(here: Path) -> None:
     assert (
         told.exit_code == 2 and f"run.output_dir={here / 'file'} cannot be written to: Not a directory" in told.stderr
     )
+    told = runner("-m", "train.max_steps=1,2", "run.output_dir=/proc/x")
+    assert told.exit_code == 2 and "/proc/x cannot be written to" in told.stderr
 
 
 # ── points that cannot run ─────────────────────────────────────────────────────────────────────

@@ -30,7 +30,11 @@ def test_fit_takes_a_key_of_an_open_group_for_every_candidate() -> None:
     assert {row["num_gpus"] for row in rows} == {2} and len({row["hw"] for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("word", ["model=phi2", "method=full", "hw=h100", "train.seed=3", "recipe=smollm2_quick"])
+@pytest.mark.parametrize(
+    "word",
+    ["model=phi2", "method=full", "hw=h100", "train.seed=3", "recipe=smollm2_quick", "data=gsm8k", "deepspeed=zero2",
+     "where=runpod", "track=wandb", "run.name=x", "eval.num_prompts=3"],
+)  # fmt: skip
 def test_table_refuses_what_it_does_not_read(word: str) -> None:
     result = runner("table", word)
     assert result.exit_code == 2 and "changes with train.max_length alone" in " ".join(result.stderr.split())

@@ -43,6 +43,7 @@ def test_it_says_what_happened_and_what_to_type_next(main_job: dict[str, Any]) -
     out = main_job["out"]
     assert "0 of 40" in out and "held-out loss" in out.lower()
     assert f"python -m runner chat runs/{main_job['run_id']}" in out
+    assert abs(main_job["run"].read("plan.json")["num_steps"] - main_job["train"]["steps"]) <= 1
     assert (main_job["run"].path / "loss.png").stat().st_size > 20_000
 
 
