@@ -194,7 +194,7 @@ def pencil() -> list[tuple[str, str, str, float]]:
     n = tokens = 2048
     p, h, v, layers = s.num_parameters, s.hidden_size, s.vocab_size, s.num_layers
     table, hidden, tables = 4 * v * h, 4 * n * h, 8 * tokens * s.head_dim
-    moving = 4 * (p - v * h) + table + hidden + tables + 16 * n
+    moving = 4 * (p - v * h) + table + hidden + 16 * n
     rows: list[tuple[str, str, str, float]] = [
         ("always", "trained_weights", "4·P", 4 * p),
         ("always", "optimizer", "8·P", 8 * p),
@@ -202,7 +202,7 @@ def pencil() -> list[tuple[str, str, str, float]]:
         ("forward", "weight_casts", "2·L·W", 2 * layers * weights(s)),
         ("forward", "head_and_loss", "2·n·32,768 + 2·n·h + 2·V·h + 28·n", 2 * (n * 32768 + n * h + v * h) + 28 * n),
         ("backward", "gradients", "4·(P − V·h)", 4 * (p - v * h)),
-        ("backward", "activations", "4·V·h + 4·n·h + 8·s·d", table + hidden + tables),
+        ("backward", "activations", "4·V·h + 4·n·h", table + hidden),
         ("backward", "process", "CUDA context", CONTEXT["expected"]),
         ("backward", "allocator_slack", f"{SLACK['expected']:.0%} of what moves", SLACK["expected"] * moving),
         ("step", "gradients", "4·P", 4 * p),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,12 @@ from hydra.errors import HydraException
 from yaml import YAMLError
 
 from runner.config import conf_files, recipe_checks
-from runner.config.did_you_mean import accepts_list, accepts_text, nearest, only_text
+from runner.config.did_you_mean import accepts_list, accepts_text, as_typed, nearest, only_text, quoted
+from runner.config.provenance import COMMAND_LINE
 from runner.errors import Problem, RequestError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
-
-COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
@@ -258,12 +256,6 @@ def _plain_text(word: str) -> str:
     return f"{key}={quoted(value)}" if plain and (value.startswith("~/") or not value.isascii()) else word
 
 
-def quoted(value: str, quote: str = "'") -> str:
-    """A text in Hydra's quotes, in which only a quote, and backslashes before one, have to be escaped."""
-    escaped = re.sub(rf"(\\*)({quote}|$)", lambda m: m[1] * 2 + ("\\" + m[2] if m[2] else ""), value)
-    return f"{quote}{escaped}{quote}"
-
-
 def _how_to_quote(text: str) -> str:
     name, _, value = text.partition("=")
     if not re.fullmatch(r"[+~]{0,2}\w[\w./@-]*", name) or ".." in name or not value:
@@ -273,16 +265,6 @@ def _how_to_quote(text: str) -> str:
     if name in conf_files.GROUPS and (choice := value.strip(" ,;:=\"'")):
         return f"write {name}={choice}"
     return f"quote values with special characters: {as_typed(name, value)}"
-
-
-def as_typed(key: str, value: str) -> str:
-    """The word to type into a shell so that `key` gets the text `value`, or a list of it where it takes nothing
-    else."""
-    text = value.replace("${", "\\${")  # else it would be an interpolation
-    word = quoted(text, '"')
-    if accepts_list(key) and value.startswith("[") and value.endswith("]") and len(value) > 2:
-        word = f"[{','.join(quoted(part.strip(), chr(34)) for part in text[1:-1].split(','))}]"
-    return f"{key}='{word}'" if "'" not in word else shlex.quote(f"{key}={word}")
 
 
 def _choice_problem(override: Override, request: Request) -> Problem | None:

@@ -19,10 +19,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from runner.config import conf_files, identifying_keys, recipe_checks, spec_json
-from runner.config.command_line import COMMAND_LINE, Checked, Request, check_request
+from runner.config.command_line import Checked, Request, check_request
 from runner.config.did_you_mean import default_of, known_keys, nearest_key
 from runner.config.hydra_compose import as_request_error, file_origins, interruptible, merge_config, primary_of
-from runner.config.provenance import Origin, display_path
+from runner.config.provenance import COMMAND_LINE, Origin, display_path
 from runner.config.validation import SourceOf, validated
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 import types
 import typing
 from collections.abc import Collection, Iterable, Iterator
@@ -171,3 +172,19 @@ def nearest_choice(group: str, word: str, names: Iterable[str]) -> str | None:
     exact = next((known[piece] for piece in whole if piece in known), None)  # `H100 80GB`: closer to `A100 80GB`
     inside = next((known[name] for name in sorted(known) if len(word) > 3 and word.lower() in name), None)
     return exact or nearest(word, {**table, **known}) or inside
+
+
+def quoted(value: str, quote: str = "'") -> str:
+    """A text in Hydra's quotes, in which only a quote, and backslashes before one, have to be escaped."""
+    escaped = re.sub(rf"(\\*)({quote}|$)", lambda m: m[1] * 2 + ("\\" + m[2] if m[2] else ""), value)
+    return f"{quote}{escaped}{quote}"
+
+
+def as_typed(key: str, value: str) -> str:
+    """The word to type into a shell so that `key` gets the text `value`, or a list of it where it takes nothing
+    else."""
+    text = value.replace("${", "\\${")  # else it would be an interpolation
+    word = quoted(text, '"')
+    if accepts_list(key) and value.startswith("[") and value.endswith("]") and len(value) > 2:
+        word = f"[{','.join(quoted(part.strip(), chr(34)) for part in text[1:-1].split(','))}]"
+    return f"{key}='{word}'" if "'" not in word else shlex.quote(f"{key}={word}")

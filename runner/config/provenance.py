@@ -12,6 +12,9 @@ import yaml
 from runner.config import yaml_files
 from runner.paths import ASSETS
 
+COMMAND_LINE = "command line"
+"""The place of what was typed."""
+
 
 @dataclass(frozen=True)
 class Origin:

@@ -10,9 +10,9 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from runner.config.command_line import COMMAND_LINE, as_typed
 from runner.config.did_you_mean import (
     accepts_text,
+    as_typed,
     choices_with,
     known_keys,
     mapping_keys,
@@ -22,7 +22,7 @@ from runner.config.did_you_mean import (
     parts_of,
 )
 from runner.config.other_trainers_keys import NONE, VALUES
-from runner.config.provenance import flattened
+from runner.config.provenance import COMMAND_LINE, flattened
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 from runner.spec.part import CODE

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from pydantic import BaseModel, TypeAdapter
 
 from runner.config import conf_files, deepspeed_json, recipe_checks, spec_json
-from runner.config.command_line import COMMAND_LINE, Request, check_request
-from runner.config.provenance import flattened
+from runner.config.command_line import Request, check_request
+from runner.config.provenance import COMMAND_LINE, flattened
 from runner.errors import Problem, RequestError
 from runner.plan.choose_stage import StageSearch
 from runner.plan.memory import GIB

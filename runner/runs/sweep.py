@@ -14,8 +14,9 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from runner.config.command_line import COMMAND_LINE, Request
+from runner.config.command_line import Request
 from runner.config.compose import compose, source_finder
+from runner.config.provenance import COMMAND_LINE
 from runner.doctor import system
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
 from runner.launcher.warm_workers import WarmWorkers

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-from runner.config.command_line import COMMAND_LINE, NO_PRUNING, PARAMS, PRUNER, Request, check_request, for_hydra
+from runner.config.command_line import NO_PRUNING, PARAMS, PRUNER, Request, check_request, for_hydra
 from runner.config.compose import compose_checked, spec_of_point, texts_of
 from runner.config.hydra_compose import as_request_error, file_origins, hydra_over, primary_of
+from runner.config.provenance import COMMAND_LINE
 from runner.errors import Problem, RequestError, RunFailedError, RunnerError
 from runner.spec import RunSpec
 

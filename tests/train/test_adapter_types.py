@@ -110,7 +110,7 @@ def test_lora_plus_has_two_learning_rates(train: Callable[..., Any], tmp_path: P
         ),
         (
             ["method.peft_type=BOFT", "method.trainable=inputs", "method.arguments.boft_block_size=7"],
-            "must be divisible by boft_block_size (7)",
+            "boft_block_size=7 does not divide the 64 inputs of q_proj",
         ),
     ],
 )
