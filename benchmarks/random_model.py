@@ -23,7 +23,7 @@ from runner.resolve.steps import resolved
 WORDS = 1000
 TINY = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": WORDS + 2,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": WORDS + 2,
 }  # fmt: skip
 """Sizes of `--tiny`: the same code on a CPU, within seconds."""
 MEDIAN_TOKENS = 180
@@ -36,7 +36,7 @@ def write_model(name: str, folder: Path, *, tiny: bool) -> None:
     config = transformers_config(model)
     if tiny:
         sizes = {key: value for key, value in TINY.items() if hasattr(config, key)}
-        config = type(config)(**{**config.to_dict(), **sizes, "head_dim": None})
+        config = type(config)(**{**config.to_dict(), **sizes})
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 0, 1
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -49,11 +49,11 @@ def write_model(name: str, folder: Path, *, tiny: bool) -> None:
 
 
 def write_rows(file: Path, tokens: int, longest: int) -> int:
-    """Rows of random words, log-normal lengths cut at `longest`, at least `tokens` in all. Returns the mean length."""
+    """Rows of random words, at least one and `tokens`, of log-normal lengths below `longest`; the mean length."""
     dice = random.Random(0)
     lengths: list[int] = []
     with file.open("w", encoding="utf-8") as out:
-        while sum(lengths) < tokens:
+        while not lengths or sum(lengths) < tokens:
             length = min(longest - 1, max(8, round(dice.lognormvariate(0, 0.8) * min(MEDIAN_TOKENS, longest / 3))))
             lengths.append(length + 1)  # and the end of the text
             out.write(json.dumps({"text": " ".join(f"w{dice.randrange(WORDS)}" for _ in range(length))}) + "\n")
