@@ -10,7 +10,7 @@ _OF_SWEEPS = ("run.metric", "run.metric_mode", "sweep.*")
 _ARITHMETIC = (
     "model.aliases", "model.gguf_file", "model.learning_rate_full", "model.learning_rate_adapter",
     "model.num_parameters", "hw.aliases", "hw.gpu", "hw.node_address", "method.alpha", "method.init",
-    "method.learning_rate_ratio", "method.outlier_threshold", "method.quant_type", "method.use_rslora",
+    "method.outlier_threshold", "method.quant_type", "method.use_rslora",
     "objective.center", "objective.chosen_weight", "objective.code", "objective.options",
     "objective.clip", "objective.desirable_weight", "objective.gzip", "objective.label_smoothing",
     "objective.lines_per_shard", "objective.loss_on", "objective.reward_length", "objective.reward_regex",
@@ -35,7 +35,7 @@ UNREAD = {
         "train.keep_checkpoints", "train.save_every_minutes", "train.save_every_steps", "where.cloud",
         "where.max_hours", "where.max_usd",
     ),
-    "doctor": (*_ARITHMETIC, "model.title", "hw.title"),
+    "doctor": (*_ARITHMETIC, "method.learning_rate_ratio", "model.title", "hw.title"),
     "data preview": (*_CARDS, "data.max_eval_examples", "data.max_examples", "data.num_proc", "data.on_long"),
     "data stats": (*_CARDS, "data.num_proc", "data.on_long"),
     "data prepare": _CARDS,
