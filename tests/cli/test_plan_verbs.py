@@ -80,7 +80,7 @@ def test_every_method_plans_every_kind_of_model(model: str, method: str) -> None
 def test_the_main_job_fits_a_laptop() -> None:
     content = plan()
     assert content["fits"]
-    assert content["peak_gib"]["expected"] == pytest.approx(2.15, abs=0.1)  # measured on one core: 1.8
+    assert content["peak_gib"]["expected"] == pytest.approx(2.15, abs=0.1)  # 1.8 to 1.9, measured
 
 
 def test_the_main_job_is_predicted_whether_or_not_its_model_is_unpacked(
