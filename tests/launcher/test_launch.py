@@ -120,7 +120,7 @@ def test_all_write_a_checkpoint_when_the_first_one_s_clock_says_so(
     """Rank 1's clock stands still: were each to go by its own, one would wait for the other for ever."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(CLOCKS, "utf-8")
-    often = ("train.save_every_minutes=0.02", "train.keep_checkpoints=20")
+    often = ("train.save_every_minutes=0.002", "train.keep_checkpoints=20")
     done = run_cli(
         *words(model, tmp_path / "runs", *TWO[:2], *often), OMP_NUM_THREADS="1", PYTHONPATH=str(tmp_path / "site")
     )
