@@ -162,11 +162,19 @@ def unknown_choice(group: str, name: str, names: tuple[str, ...], place: str) ->
     return Problem(f"there is no {group} {name!r}", place, remedy)
 
 
+def _of_id(hub_id: str) -> str | None:
+    """The choice of the catalogue whose model has this Hub id."""
+    ids = ((name, conf_files.load_choice("model", name).get("id")) for name in conf_files.options("model"))
+    return next((name for name, known in ids if str(known).lower() == hub_id.lower()), None)
+
+
 def _meant(group: str, name: str) -> str | None:
     """The meaning of a word that names no choice: a Hub id, a file, a stage, a peer's name."""
     if found := other_trainers_keys.CHOICES.get((group, name.lower())):
         return found
     path = re.search(r"[/.]", name) is not None and not name.endswith((".yaml", ".yml"))
+    if group == "model" and "/" in name and (known := _of_id(name)):
+        return f"model={known}"
     if group == "model" and (path or os.path.isdir(Path(name))):
         return f"model=hub model.id={name}"
     if group == "data" and path:

@@ -75,6 +75,7 @@ def test_the_printed_remedy_is_typed(word: str, key: str, value: object) -> None
 def test_an_obvious_meaning_is_said() -> None:
     for word, meant in {
         "model=org/name": "model=hub model.id=org/name",
+        "model=meta-llama/llama-3.1-8b": "model=llama3_1_8b",
         "model=./tiny": "model=hub model.id=./tiny",
         "data=my.jsonl": "data=file data.path=my.jsonl",
         "data=rows/a.parquet": "data=file data.path=rows/a.parquet",
