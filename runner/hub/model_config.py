@@ -23,7 +23,7 @@ from runner.plan.model_shape import ARCHITECTURES, TRAITS, shape_of
 from runner.rundir.directory import write_atomically
 from runner.spec import ModelSpec
 
-LARGEST = 1 << 40
+LARGEST_SIZE = 1 << 40
 """Above every size of a model, and far below what a float cannot hold."""
 # Fact of ModelSpec → the keys it may stand under, in the order in which they count.
 _KEYS = {
@@ -133,9 +133,8 @@ def is_cached(model_id: str) -> bool:
 
 
 def _repo(model_id: str) -> Path:
-    return cache_folder() / "--".join(
-        ("models", *model_id.split("/"))
-    )  # repo_folder_name, huggingface_hub/file_download.py
+    # repo_folder_name, huggingface_hub/file_download.py
+    return cache_folder() / "--".join(("models", *model_id.split("/")))
 
 
 def _language_model(config: Mapping[str, object]) -> Mapping[str, object]:
@@ -215,7 +214,7 @@ def _sizes(model_type: str, config: Mapping[str, object], source: str | None) ->
 def _is_size(value: object, optional: bool) -> bool:
     if value is None:
         return optional
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST_SIZE
 
 
 def _config_file(model_id: str, revision: str | None) -> Path | None:
@@ -260,7 +259,7 @@ TIMEOUT_S = 5.0  # between two bytes
 TOTAL_S = 15.0  # to the last one
 _unreachable: dict[str, str] = {}
 """Hubs that this process did not reach, and why: nobody waits for one twice."""
-LARGEST = 1_000_000  # bytes; a config.json has a few thousand
+LARGEST_ANSWER = 1_000_000  # bytes; a config.json has a few thousand
 
 
 class UnreachableError(RequestError):
@@ -281,7 +280,7 @@ def fetch(model_id: str, revision: str | None = None) -> dict[str, object]:
 
 
 def fetched_before(model_id: str, revision: str | None = None) -> dict[str, object] | None:
-    """What an earlier `config` has kept; None where there was none."""
+    """What an earlier `fetch` has kept; None where there was none."""
     file = _file(model_id, revision)
     return _parsed(file.read_text("utf-8"), model_id) if file.is_file() else None
 
@@ -343,7 +342,7 @@ def _asked(path: str, wanted: str, name: str, remedy: str) -> str:
 
     def read() -> bytes:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-            content: bytes = answer.read(LARGEST)
+            content: bytes = answer.read(LARGEST_ANSWER)
             return content
 
     try:

@@ -227,6 +227,12 @@ def test_a_config_that_is_not_understood_is_refused(config: dict[str, Any], what
     assert all(problem.source == "somewhere/config.json" for problem in caught.value.problems)
 
 
+def test_a_context_of_a_million_tokens_is_a_size() -> None:
+    """Qwen2.5-7B-Instruct-1M has 1,010,000."""
+    facts = facts_from_config({"model_type": "qwen2", "max_position_embeddings": 1_010_000})
+    assert facts["context_length"] == 1_010_000
+
+
 def test_of_a_model_with_several_parts_the_language_model_counts() -> None:
     inner = {"model_type": "mistral", "hidden_size": 5120, "head_dim": 128, "vocab_size": 131072}
     config = {"model_type": "mistral3", "text_config": inner, "tie_word_embeddings": True}
