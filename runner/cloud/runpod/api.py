@@ -11,12 +11,13 @@ from urllib.parse import quote
 from runner.cloud import clock
 from runner.cloud.provider import Pod, PodRequest
 from runner.cloud.provider_errors import ApiDownError, ConflictError, UnclearError
-from runner.cloud.runpod import graphql, json_types
+from runner.cloud.runpod import graphql, json_types, transport
 from runner.cloud.runpod.account_key import api_key, base_url, fingerprint
 from runner.cloud.runpod.json_types import CpuType, DataCenter, GpuType, Volume
-from runner.cloud.runpod.transport import NotFound, bounded, request
+from runner.cloud.runpod.transport import NotFound, request
 from runner.config import json_text
 from runner.errors import Problem
+from runner.hub.bounded import bounded
 
 T = TypeVar("T")
 MAX_PAGES = 200
@@ -62,7 +63,8 @@ class Api:
 
         headers = {"Authorization": f"Bearer {api_key()}", "Accept": "application/json"}
         try:
-            answer = bounded(lambda: requests.get(f"{self.base}/v2/pods", headers=headers, timeout=10.0))
+            url = f"{self.base}/v2/pods"
+            answer = bounded(lambda: requests.get(url, headers=headers, timeout=10.0), transport.TOTAL_S)
         except (requests.RequestException, OSError):
             return None
         return clock.parse_date(answer.headers.get("Date"))

@@ -7,11 +7,12 @@ from typing import Any
 
 from runner.cloud.provider import PodRequest
 from runner.cloud.provider_errors import NoBalanceError, NoCapacityError, RefusedError, UnclearError, WrongKeyError
-from runner.cloud.runpod import account_key, json_types
+from runner.cloud.runpod import account_key, json_types, transport
 from runner.cloud.runpod.account_key import api_key
 from runner.cloud.runpod.json_types import WORKSPACE
-from runner.cloud.runpod.transport import FULL, POOR, bounded
+from runner.cloud.runpod.transport import FULL, POOR
 from runner.errors import Problem
+from runner.hub.bounded import bounded
 
 FORBIDDEN = 403
 DENIED = ("access denied", "forbidden", "unauthorized", "not authorized", "permission")
@@ -30,7 +31,8 @@ def rent_spot(wanted: PodRequest) -> str:
     from runpod.error import AuthenticationError, QueryError
 
     try:
-        answer = bounded(lambda: run_graphql_query(MUTATION, api_key=api_key(), variables={"input": _input(wanted)}))
+        variables = {"input": _input(wanted)}
+        answer = bounded(lambda: run_graphql_query(MUTATION, api_key=api_key(), variables=variables), transport.TOTAL_S)
         if "data" not in answer and answer.get("status") == FORBIDDEN:
             raise WrongKeyError(account_key.no_graphql_problem(str(answer.get("detail"))))
         return str(answer["data"]["podRentInterruptable"]["id"])

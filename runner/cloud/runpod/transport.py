@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from runner.cloud.clock import pace
 from runner.cloud.provider_errors import (
@@ -27,10 +26,9 @@ from runner.cloud.provider_errors import (
 from runner.cloud.runpod import account_key
 from runner.cloud.runpod.account_key import api_key, base_url
 from runner.errors import CannotRunError, Problem, RunnerError
-from runner.hub import bounded as hub_bounded
+from runner.hub.bounded import bounded
 from runner.report.invocation import install
 
-T = TypeVar("T")
 TIMEOUT_S = 30.0  # between two bytes
 TOTAL_S = 60.0  # to the last byte, however slowly they come
 TRIES = 5
@@ -111,7 +109,8 @@ def _once(method: str, path: str, params: object, json: object) -> Any:
         return bounded(
             lambda: run_rest_request(
                 method, _prefixed(path), api_key=api_key(), params=params, json=json, timeout=TIMEOUT_S
-            )
+            ),
+            TOTAL_S,
         )
     except AuthenticationError as error:
         raise WrongKeyError(account_key.wrong_key_problem(str(error).rstrip("."))) from None
@@ -127,11 +126,6 @@ def _once(method: str, path: str, params: object, json: object) -> Any:
         raise
     except Exception as error:  # whatever else an answer can be: nested a thousand times, a number of 5000 digits
         raise _Again(f"the answer cannot be read ({type(error).__name__})") from None
-
-
-def bounded(call: Callable[[], T], seconds: float | None = None) -> T:
-    """What a call returns or raises; TimeoutError after so long, `TOTAL_S` by default."""
-    return hub_bounded.bounded(call, TOTAL_S if seconds is None else seconds)
 
 
 def _prefixed(path: str) -> str:
