@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from runner.cloud import clock, termination
@@ -18,6 +17,7 @@ from runner.cloud.providers import DEFAULT, connect
 from runner.cloud.reconcile import overdue, reconcile, rented_at
 from runner.config.did_you_mean import nearest
 from runner.errors import Problem, RequestError, RunnerError
+from runner.rundir.directory import run_id_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def find_pod(api: Provider, ledger: Ledger, word: str) -> tuple[str, str, str]:
 
     RequestError where there is none, or more than one.
     """
-    asked = Path(word).name if "/" in word else word
+    asked = run_id_of(word)
     alive = [row for row in pod_rows(api, ledger) if row.pod_id is not None and row.status is not None]
     exact = [row for row in alive if asked in (row.pod_id, row.name, row.run_id)]
     found = exact or [row for row in alive if len(asked) > 3 and row.run_id.startswith(asked)]
@@ -192,7 +192,7 @@ def terminate(
 
 def _meant(api: Provider, ledger: Ledger, word: str, say: Callable[[str], None]) -> list[tuple[str, str, str]]:
     """Name, id and run of every pod that a word means."""
-    asked = Path(word).name if "/" in word else word
+    asked = run_id_of(word)
     entries = ledger.entries()
     own = [e for e in entries if asked in (e.pod_id, e.name, e.run_id)]
     found = {str(e.pod_id): (e.name, str(e.pod_id), e.run_id) for e in own if e.pod_id}

@@ -1,8 +1,9 @@
 """`Provider`: the calls that renting needs from a cloud, and the records they exchange.
 
-A class with these methods is a cloud; `providers.py` names it. Everything else in this folder (ledger, lifecycle,
-budget, transfer, the agent in the pod) is written against it alone. A provider raises the errors of `errors.py`, and
-translates its own words: a pod's `status` is one of those below, a price is in US$, a time in seconds since the epoch.
+A class with these methods is a cloud; `providers.py` names it. Everything else in this folder (ledger, renting,
+budget, transfer, the agent in the pod) is written against it alone. A provider raises the errors of
+`provider_errors.py`, and translates its own words: a pod's `status` is one of those below, a price is in US$, a time in
+seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -142,6 +143,9 @@ class Provider(Protocol):
     @property
     def secret(self) -> str:
         """The account's key, from which the SSH keys of its runs are derived."""
+
+    def check_key(self, spec: RunSpec) -> None:
+        """WrongKeyError where the key may not do what the run needs, as far as that can be asked without renting."""
 
     def offers(self, spec: RunSpec, plan: dict[str, object]) -> list[Offer]:
         """Machines for a run, best first; RequestError and CannotRunError say why there is none. Nothing is rented."""

@@ -12,7 +12,7 @@ from runner.cloud.provider import OVER, Provider
 from runner.cloud.provider_errors import NoKeyError
 from runner.cloud.runpod import prices
 from runner.errors import RunnerError
-from runner.rundir.directory import RunDir
+from runner.rundir.directory import RunDir, run_id_of
 from runner.spec import HardwareSpec, RentedPlace, RunSpec
 
 PROVIDERS: dict[str, str | type[Provider]] = {"runpod": "runner.cloud.runpod.runpod_provider:RunPod"}
@@ -57,12 +57,11 @@ def cloud_of(words: str, entries: list[Any]) -> str:
     """
     if len(PROVIDERS) == 1:
         return DEFAULT
-    path = Path(words)
-    word = path.parent.name if path.name == "spec.json" else path.name
+    word = run_id_of(words)
     apis = dict(_accounts())
     bases = {entry.base for entry in entries if word in (entry.run_id, entry.pod_id, entry.name)}
     named = [name for name, api in apis.items() if api.base in bases]
-    place = run.read("spec.json").get("where") if (run := RunDir.at(path)) else None
+    place = run.read("spec.json").get("where") if (run := RunDir.at(Path(words))) else None
     if not named and isinstance(place, dict) and place.get("name") in PROVIDERS:
         return str(place["name"])
     if named or len(apis) < 2:

@@ -25,7 +25,15 @@ from runner.cloud.session import END_STATES, FINISHED, Session, before_its_end
 from runner.cloud.ssh import CommandError, LostError
 from runner.config import credentials, json_text
 from runner.errors import CannotRunError, InterruptedRun, Problem, RequestError, RunFailedError
-from runner.rundir.directory import ACTIVE, RunDir, display_path, no_such_run_problem, run_without_spec
+from runner.rundir.directory import (
+    ACTIVE,
+    RunDir,
+    display_path,
+    no_such_run_problem,
+    run_folder,
+    run_id_of,
+    run_without_spec,
+)
 from runner.spec import RentedPlace, RunSpec
 
 LISTENING_MINUTES = 10.0
@@ -173,7 +181,7 @@ def _session_with(words: str, output_dir: Path, console: Console) -> Iterator[tu
     _check_rented(words)
     ssh.check_installed()
     run_id = run_id_of(words)
-    path = Path(words) if Path(words).is_dir() else output_dir / run_id
+    path = folder if (folder := run_folder(Path(words))).is_dir() else output_dir / run_id
     display = Display(console)
     run = RunDir(path)
     try:
@@ -300,18 +308,12 @@ def _adopted_spec(rented: Lease, pair: ssh_keys.KeyPair, run: RunDir, say: Calla
     return found.spec
 
 
-def run_id_of(words: str) -> str:
-    """`runs/<id>`, `runs/<id>/spec.json` or `<id>`."""
-    path = Path(words)
-    return path.parent.name if path.name == "spec.json" else path.name
-
-
 def _adopt(words: str, folder: Path) -> Lease:
     """The run's pod, held by this process. RequestError where there is none, CannotRunError where another command
     holds it."""
     run_id, (ledger, _) = run_id_of(words), Ledger.or_copy()
     api = connect(cloud_of(words, ledger.entries()))
-    pod = _pod_of(api, ledger, run_id)
+    pod = _pod_of(api, ledger, words)
     own = [entry for entry in ledger.entries(run_id) if entry.pod_id == pod.id]
     entry = (
         own[-1] if own else ledger.entry(pod.name) or fleet.adopt(api, ledger, pod.id, run_id, str(folder.absolute()))
@@ -329,16 +331,21 @@ def _look(words: str) -> tuple[str, Pod]:
     """The run's cloud and its pod, and nothing is held. RequestError where there is none."""
     ledger, _ = Ledger.or_copy()
     cloud = cloud_of(words, ledger.entries())
-    return cloud, _pod_of(connect(cloud), ledger, run_id_of(words))
+    return cloud, _pod_of(connect(cloud), ledger, words)
 
 
-def _pod_of(api: Provider, ledger: Ledger, run_id: str) -> Pod:
+def _pod_of(api: Provider, ledger: Ledger, words: str) -> Pod:
     """A run's pod, by name. One handed on within a sweep keeps the name of its first run, and is its last one's."""
+    run_id = run_id_of(words)
     start, entries = f"{PREFIX}{run_id}-", ledger.entries()
     mine, others = ({e.pod_id for e in entries if (e.run_id == run_id) is own} for own in (True, False))
     pods = [p for p in api.pods() if p.status not in OVER and (p.id in mine or p.name.startswith(start))]
     pods = [pod for pod in pods if pod.id not in others]
     if not pods:
-        remedy = "resume goes on with what is here; python -m runner pods lists what there is"
+        remedy = "python -m runner pods lists what there is"
+        if here := RunDir.at(Path(words)):
+            remedy = (
+                f"python -m runner resume {shlex.quote(display_path(here.path))} goes on with what is here; {remedy}"
+            )
         raise NoPodOfRunError(Problem(f"{api.title} has no pod of run {run_id}", "command line", remedy))
     return max(pods, key=lambda pod: pod.created or 0.0)

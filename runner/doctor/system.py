@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.cloud.provider_errors import CloudError
-from runner.cloud.runpod.account_key import KEYS_PAGE
+from runner.cloud.providers import connect, provider_class
 from runner.config import credentials
 from runner.data.pretraining.workspace import Workspace, workspace_of
 from runner.doctor.finding import GIB, DoctorTarget, Finding, State, size_text
@@ -24,7 +24,7 @@ from runner.paths import cache_dir
 from runner.plan.host_memory import CPU_PROCESS, CUDA_PROCESS
 from runner.plan.memory import FREE_SHARE
 from runner.plan.plan import Plan
-from runner.spec import RunInfo, RunPodPlace, RunSpec
+from runner.spec import RunInfo, RunSpec
 
 # NVIDIA asks for `docker run --shm-size=1g` (NCCL's user guide, "Runtime and MPI issues"); DeepSpeed 0.19 warns
 # under 512 MiB. With four GPUs Docker's 64 MiB were too little for segments of 9.2 MiB (NVIDIA/nccl issue 342).
@@ -117,18 +117,19 @@ _FOR = {
 
 def key_findings(target: DoctorTarget | None) -> Iterator[Finding]:
     """One line per key."""
-    for name in _FOR:
-        yield _key(name, target)
+    rents = provider_class(target.spec.where.name).key_variable if target and target.spec.is_rented else None
+    for name in dict.fromkeys([*_FOR, *filter(None, [rents])]):
+        yield _key(name, target, name == rents)
 
 
-def _key(name: str, target: DoctorTarget | None) -> Finding:
+def _key(name: str, target: DoctorTarget | None, rents: bool) -> Finding:
     value = os.environ.get(name, "")
+    if value.strip() and (value != value.strip() or value[0] in "\"'" or value[-1] in "\"'" or "\n" in value):
+        remedy = "export it again without"
+        return Finding(name, "warning", "set, with a space, a line break or a quote around it", remedy)
+    if target and rents:
+        return _rents(name, target.spec)
     if value.strip():
-        if value != value.strip() or value[0] in "\"'" or value[-1] in "\"'" or "\n" in value:
-            remedy = "export it again without"
-            return Finding(name, "warning", "set, with a space, a line break or a quote around it", remedy)
-        if name == "RUNPOD_API_KEY" and target and isinstance(target.spec.where, RunPodPlace):
-            return _rents(target.spec.where)
         return Finding(name, "ok", "set")
     if key := credentials.find_key(name):
         return Finding(name, "ok", f"not set; {key.source} is used")
@@ -139,27 +140,19 @@ def _key(name: str, target: DoctorTarget | None) -> Finding:
     return Finding(name, "warning" if name == "WANDB_API_KEY" else "problem", f"not set, and {what}", remedy)
 
 
-def _rents(place: RunPodPlace) -> Finding:
-    """Ask RunPod whether it accepts the key for reading pods and, where a bid needs it, for GraphQL. Whether a key may
-    also write is told by the first request to rent."""
-    from runner.cloud.runpod.runpod_provider import RunPod  # requests: 0.1 s, for a run that is rented
-
-    name = "RUNPOD_API_KEY"
+def _rents(name: str, spec: RunSpec) -> Finding:
+    """Ask the cloud whether it accepts the key. Whether that may also rent is told by the first request for a pod."""
     try:
-        api = RunPod()
-        api.pods()
+        api = connect(spec.where.name)
+        api.check_key(spec)
+        usd = api.balance()
     except CloudError as error:
-        return Finding(name, "warning", f"set, and RunPod could not be asked: {error}", "try again later")
+        return Finding(name, "warning", f"set, and the cloud could not be asked: {error}", "try again later")
     except RunnerError as error:
         (problem, *_) = error.problems
         return Finding(name, "problem", problem.what, problem.remedy)
-    usd = api.balance()
     if usd is not None:
         return Finding(name, "ok", f"set, and accepted: the account has ${usd:.2f}")
-    if place.spot:
-        remedy = f"give that key Read/Write for GraphQL at {KEYS_PAGE}, or leave where.spot out"
-        what = "set, and RunPod's GraphQL, which spot machines take, does not answer it"
-        return Finding(name, "problem", what, remedy)
     return Finding(name, "ok", "set, and accepted; the balance is not told to it, and not compared before renting")
 
 
@@ -172,11 +165,6 @@ def _need(name: str, target: DoctorTarget) -> tuple[str, str] | None:
     offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
     if name == "WANDB_API_KEY" and spec.track.name == "wandb" and not offline:
         return "track=wandb: the run is recorded offline", "export WANDB_API_KEY=… or wandb login"
-    if name == "RUNPOD_API_KEY" and spec.where.name == "runpod":
-        return (
-            "where=runpod rents with it",
-            "make one in RunPod's console, under Settings, then export RUNPOD_API_KEY=…",
-        )
     return None
 
 

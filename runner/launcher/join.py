@@ -20,7 +20,7 @@ from runner.errors import InterruptedRun, Problem, RequestError, Rewind, RunFail
 from runner.launcher import local, supervisor, torchrun
 from runner.launcher.failure import failed_by_itself, failed_report, how_to_resume, slowest_rank, torchrun_problem
 from runner.report.text import print_problems
-from runner.rundir.directory import RunDir, display_path, is_alive, write_atomically
+from runner.rundir.directory import RunDir, display_path, is_alive, run_folder, write_atomically
 from runner.spec import RunSpec
 
 WAITING = ("created", "rewinding")
@@ -33,7 +33,7 @@ def join(run_dir: Path, address: str | None, node: int | None, attached: bool, c
     `node` is given by the first machine, which knows the others from its hostfile and holds this process's standard
     input as long as it lives (`attached`). RequestError for a run that is not there, or that waits for nobody.
     """
-    run = RunDir((run_dir.parent if run_dir.name == "spec.json" else run_dir).absolute())
+    run = RunDir(run_folder(run_dir).absolute())
     spec = _read(run, display_path(run_dir))
     if not attached:
         _check_waiting(run, spec)

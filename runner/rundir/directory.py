@@ -67,7 +67,7 @@ class RunDir:
     @classmethod
     def at(cls, path: Path) -> RunDir | None:
         """The run at `path`: its directory, its `spec.json`, or its id below `runs/`; None where there is none."""
-        folder = path.parent if path.name == "spec.json" else path
+        folder = run_folder(path)
         return next((cls(p) for p in (folder, Path("runs") / folder) if (p / "spec.json").is_file()), None)
 
     @classmethod
@@ -198,6 +198,16 @@ class RunDir:
                 continue
             if isinstance(content, dict):
                 yield json_files.of_type(content, kind)
+
+
+def run_folder(path: Path) -> Path:
+    """A run's directory, named by itself or by its `spec.json`."""
+    return path.parent if path.name == "spec.json" else path
+
+
+def run_id_of(words: str) -> str:
+    """The id in `runs/<id>`, `runs/<id>/spec.json`, `.` or `<id>`."""
+    return RunDir(run_folder(Path(words))).id
 
 
 def run_without_spec(path: Path) -> RunDir | None:

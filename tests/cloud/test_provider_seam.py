@@ -26,6 +26,8 @@ from runner.cloud.provider import OVER
 from runner.cloud.provider_errors import ApiDownError, NoCapacityError, NoPodError, StillThereError, TooDearError
 from runner.cloud.providers import PRICES, PROVIDERS, cloud_of, connect, name_of, provider_class, provider_of
 from runner.cloud.reconcile import UNKNOWN_S, reconcile
+from runner.doctor.finding import DoctorTarget
+from runner.doctor.system import key_findings
 from runner.resolve.price import hardware, price_of
 from runner.rundir.directory import RunDir
 from runner.spec import RentedPlace, RunSpec
@@ -101,8 +103,15 @@ def test_nothing_outside_asks_for_runpod_where_it_means_a_rented_machine() -> No
                 values = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
                 if isinstance(node, ast.Compare) and "runpod" in values and "RUNPOD_API_KEY" not in ast.unparse(node):
                     asked.append(f"{file.name}: {ast.unparse(node)}")
-    # RunPod's key is asked for where it is rented from.
-    assert asked == ["system.py: spec.where.name == 'runpod'"]
+    assert asked == []
+
+
+def test_doctor_asks_the_cloud_that_is_rented_from_about_its_key(cloud: MemoryCloud) -> None:
+    (told,) = (one for one in key_findings(DoctorTarget(spec_there(), None)) if one.name == "MEMORY_API_KEY")
+    assert told.state == "ok" and "accepted" in told.found
+    cloud.faults["check_key"] = ["down"]
+    (told,) = (one for one in key_findings(DoctorTarget(spec_there(), None)) if one.name == "MEMORY_API_KEY")
+    assert told.state == "warning" and "the cloud does not answer" in told.found
 
 
 def test_from_planned_to_gone(cloud: MemoryCloud, rent: Rent) -> None:
@@ -341,7 +350,9 @@ def only_here(cloud: MemoryCloud, monkeypatch: pytest.MonkeyPatch) -> MemoryClou
 
 
 @pytest.mark.usefixtures("here")
-def test_verbs_that_name_a_run_find_its_cloud(only_here: MemoryCloud, rent: Rent) -> None:
+def test_verbs_that_name_a_run_find_its_cloud(
+    only_here: MemoryCloud, rent: Rent, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rented = rent("where.volume_gb=50")
     rented.mark("RUNNING")
     rented.ledger.leave(rented.name)
@@ -351,6 +362,11 @@ def test_verbs_that_name_a_run_find_its_cloud(only_here: MemoryCloud, rent: Rent
     assert stopped.exit_code == 0 and json.loads(stopped.stdout)["pod_id"] == rented.pod.id, stopped.output
     status = json.loads(runner("status", rented.run_id, "--json").stdout)
     assert (status["pod_id"], status["pod"]) == (rented.pod.id, "EXITED")
+    with monkeypatch.context() as inside:
+        inside.chdir(Path("runs") / rented.run_id)
+        for words in (".", "spec.json"):
+            assert json.loads(runner("status", words, "--json").stdout)["pod_id"] == rented.pod.id
+            assert fleet.find_pod(connect("memory"), Ledger(), words)[1] == rented.pod.id
     told = runner("logs", rented.run_id)
     assert told.exit_code == 2 and f"pod {rented.pod.id} is EXITED" in " ".join(told.stderr.split()), told.output
     found = remote_run._adopt(rented.run_id, Path("runs") / rented.run_id)
@@ -362,7 +378,9 @@ def test_verbs_that_name_a_run_find_its_cloud(only_here: MemoryCloud, rent: Rent
     values = json.loads(told_here.read_text("utf-8"))  # the ledger has forgotten the pod: the run's directory tells
     told_here.write_text(json.dumps({**values, "where": {**values["where"], "name": "memory"}}), "utf-8")
     told = runner("fetch", f"runs/{rented.run_id}")
-    assert told.exit_code == 2 and f"Memory has no pod of run {rented.run_id}" in " ".join(told.stderr.split())
+    said = " ".join(told.stderr.split())
+    assert told.exit_code == 2 and f"Memory has no pod of run {rented.run_id}" in said
+    assert f"runner resume runs/{rented.run_id} goes on with what is here" in said
 
 
 def test_among_several_accounts_the_ledger_and_the_lists_tell(

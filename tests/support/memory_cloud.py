@@ -63,6 +63,9 @@ class MemoryAccount:
     }
     cloud: MemoryCloud
 
+    def check_key(self, spec: RunSpec) -> None:
+        self.cloud.fault("check_key")
+
     def offers(self, spec: RunSpec, plan: dict[str, Any]) -> list[Offer]:
         return list(OFFERS)
 

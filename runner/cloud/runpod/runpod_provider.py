@@ -13,8 +13,9 @@ from __future__ import annotations
 import shlex
 
 from runner.cloud.agent import agent
-from runner.cloud.provider import Offer, Provider
-from runner.cloud.runpod import graphql, offers
+from runner.cloud.provider import Offer, Provider, place_of
+from runner.cloud.provider_errors import WrongKeyError
+from runner.cloud.runpod import account_key, graphql, offers
 from runner.cloud.runpod.account_key import BILLING_PAGE, CONSOLE, KEY, api_key
 from runner.cloud.runpod.api import Api
 from runner.spec import RunSpec
@@ -32,6 +33,12 @@ class RunPod(Api):
     def secret(self) -> str:
         """The API key."""
         return api_key()
+
+    def check_key(self, spec: RunSpec) -> None:
+        """It may read pods and, for a bid, use GraphQL."""
+        self.pods()
+        if place_of(spec).spot and self.balance() is None:
+            raise WrongKeyError(account_key.no_graphql_problem("it gets no answer"))
 
     def offers(self, spec: RunSpec, plan: dict[str, object]) -> list[Offer]:
         """GPU types, data centres and the network volume of `where`, held against the catalogue."""
