@@ -26,7 +26,7 @@ from runner.cloud.session import Session
 from runner.cloud.transfer import PodRunFolder, Say
 from runner.errors import Problem, RequestError, RunFailedError, RunnerError
 from runner.paths import state_dir
-from runner.rundir.directory import RunDir
+from runner.rundir.directory import RunDir, display_path
 from runner.spec import RentedPlace, RunSpec
 
 OWN = "-own-"
@@ -246,10 +246,11 @@ def _scripts(at: PodRunFolder) -> None:
     at.connection.put([Path(str(module.__file__)) for module in transfer.SCRIPTS], f"{at.folder}/")
 
 
-def unavailable_error(pod: str) -> RunFailedError:
+def unavailable_error(run: RunDir, pod: str) -> RunFailedError:
     """A pod that was named is not replaced by another one."""
     what = f"pod {pod} was named by where.pod, and no other one is rented in its place"
-    return RunFailedError(Problem(what, f"where.pod={pod}", "resume with where.pod=null rents one"))
+    remedy = f"python -m runner resume {shlex.quote(display_path(run.path))} where.pod=null rents one"
+    return RunFailedError(Problem(what, f"where.pod={pod}", remedy))
 
 
 def take_stopped(
@@ -267,24 +268,17 @@ def take_stopped(
         termination.terminate(api, ledger, entry.name, str(entry.pod_id), "it was kept, and is gone")
         return None
     _check_same_machine(run, entry, pod, machines)
-    before = spent(ledger, run.id)
-    name, place = f"{PREFIX}{run.id}-{secrets.token_hex(2)}", place_of(spec)
-    own = ledger.hand_over(
-        entry.name, name, run_id=run.id, run_dir=str(run.path.absolute()),
-        heartbeat_s=None if detached else place.heartbeat_minutes * 60,
+    place = place_of(spec)
+    rented = _taken(
+        api, ledger, ReusablePod(entry, pod), run.id, run.path.absolute(), say, place.max_usd, spent(ledger, run.id),
+        None if detached else 60 * place.heartbeat_minutes,
     )  # fmt: skip
-    if own is None:
-        raise RequestError(Problem(f"another command has taken pod {pod.id} of {run.id}", "command line"))
-    meter = Meter(entry.usd_per_hour, clock.now(), entry.disk_gb, place.max_usd, before)
-    rented = Lease(api, ledger, name, pod, deadline_of(place, meter), meter, run.id, pod.volume_gb, say)
+    rented.deadline = deadline_of(place, rented.meter)
     say(f"Starts  pod {pod.id}, which was kept for {run.id}")
     try:
-        ledger.set(name, deadline=rented.deadline, pod_id=pod.id)
-        rented.pod = wait_until_ready(
-            api, restart(api, pod), setup_s=place.setup_minutes * 60, bad_host_s=place.bad_host_minutes * 60, say=say,
-            seen=lambda seen: None,
-        )  # fmt: skip
-        ledger.move(name, "SSH_READY", f"{rented.pod.ssh_host}:{rented.pod.ssh_port} says hello")
+        ledger.set(rented.name, deadline=rented.deadline)
+        start_again(rented, place, say)
+        ledger.move(rented.name, "SSH_READY", f"{rented.pod.ssh_host}:{rented.pod.ssh_port} says hello")
         return rented
     except BaseException as error:
         rented.release(keep=True)

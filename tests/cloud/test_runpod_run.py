@@ -287,6 +287,7 @@ def test_a_pod_of_ones_own_that_is_stopped_under_a_run_is_not_ended_with_its_dis
     typed.emulator.inject("preempt", warning=False)
     code, said = ended(process)
     assert code == 1 and "no other one is rented in its place" in said, said
+    assert f"runner resume {typed.folder.path} where.pod=null rents one" in said
     assert {id: pod.status for id, pod in typed.emulator.pods().items()} == {made["pod_id"]: "EXITED"}, said
 
 
