@@ -206,8 +206,8 @@ def run_folder(path: Path) -> Path:
 
 
 def run_id_of(words: str) -> str:
-    """The id in `runs/<id>`, `runs/<id>/spec.json`, `.` or `<id>`."""
-    return RunDir(run_folder(Path(words))).id
+    """The id in `runs/<id>`, `runs/<id>/spec.json`, `.` or `<id>`; of no word none, though it is a path to here."""
+    return RunDir(run_folder(Path(words))).id if words else ""
 
 
 def run_without_spec(path: Path) -> RunDir | None:

@@ -367,6 +367,7 @@ def test_verbs_that_name_a_run_find_its_cloud(
         for words in (".", "spec.json"):
             assert json.loads(runner("status", words, "--json").stdout)["pod_id"] == rented.pod.id
             assert fleet.find_pod(connect("memory"), Ledger(), words)[1] == rented.pod.id
+        assert runner("pods", "terminate", "").exit_code == 2 and len(only_here.alive()) == 1
     told = runner("logs", rented.run_id)
     assert told.exit_code == 2 and f"pod {rented.pod.id} is EXITED" in " ".join(told.stderr.split()), told.output
     found = remote_run._adopt(rented.run_id, Path("runs") / rented.run_id)
