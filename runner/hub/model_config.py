@@ -22,6 +22,7 @@ from runner.paths import cache_dir
 from runner.plan.model_shape import ARCHITECTURES, TRAITS, shape_of
 from runner.rundir.directory import write_atomically
 from runner.spec import ModelSpec
+from runner.spec.model import MOST_LAYERS
 
 LARGEST_SIZE = 1 << 40
 """Above every size of a model, and far below what a float cannot hold."""
@@ -194,8 +195,11 @@ def _sizes(model_type: str, config: Mapping[str, object], source: str | None) ->
         for name in reversed(names):
             if name in config:
                 facts[fact] = config[name]
-                if not _is_size(config[name], optional=fact in ("num_kv_heads", "head_dim") or name == "n_inner"):
-                    problems.append(Problem(f"{name}={json.dumps(config[name])}: expected a whole number > 0", source))
+                optional = fact in ("num_kv_heads", "head_dim") or name == "n_inner"
+                largest = MOST_LAYERS if fact == "num_layers" else LARGEST_SIZE
+                if not _is_size(config[name], optional, largest):
+                    what = f"{name}={json.dumps(config[name])}: expected a whole number from 1 to {largest:,}"
+                    problems.append(Problem(what, source))
     tied = config.get("tie_word_embeddings", facts["tie_embeddings"])
     if not isinstance(tied, bool):
         problems.append(Problem(f"tie_word_embeddings={json.dumps(tied)}: expected true or false", source))
@@ -211,10 +215,10 @@ def _sizes(model_type: str, config: Mapping[str, object], source: str | None) ->
     return {fact: value for fact, value in facts.items() if value is not None}
 
 
-def _is_size(value: object, optional: bool) -> bool:
+def _is_size(value: object, optional: bool, largest: int) -> bool:
     if value is None:
         return optional
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST_SIZE
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest
 
 
 def _config_file(model_id: str, revision: str | None) -> Path | None:

@@ -7,6 +7,10 @@ from pydantic import Field, model_validator
 from runner.spec.part import Named
 
 
+MOST_LAYERS = 10_000
+"""The plan lists each layer; Llama 405B has 126, the deepest decoder published (DeepNet, arXiv 2203.00555) 1,000."""
+
+
 class ModelSpec(Named):
     """Which model, and the facts about its architecture that can be known without loading it."""
 
@@ -32,7 +36,7 @@ class ModelSpec(Named):
     """Width of the residual stream."""
     intermediate_size: int | None = Field(default=None, ge=1)
     """Width of the MLP (of one expert, in a mixture)."""
-    num_layers: int | None = Field(default=None, ge=1)
+    num_layers: int | None = Field(default=None, ge=1, le=MOST_LAYERS)
     """Number of decoder layers."""
     num_heads: int | None = Field(default=None, ge=1)
     """Number of attention heads."""
