@@ -59,7 +59,7 @@ docs-check: $(VENV)/.dev
 	@$(BIN)/python -m docs.generate --check
 
 fuzz: $(VENV)/.dev  ## Feed mutated documents to all that reads others' files, for FUZZ_SECONDS each (60)
-	@FUZZ_SECONDS=$${FUZZ_SECONDS:-60} FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} $(BIN)/python -m pytest -q tests/fuzz $(ARGS)
+	@FUZZ_SECONDS=$${FUZZ_SECONDS:-60} FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} FUZZ_INPUTS=$${FUZZ_INPUTS:-1000000000} $(BIN)/python -m pytest -q tests/fuzz $(ARGS)
 
 mutants: $(VENV)/.dev  ## Change the code that guards money and work, and see which changes the tests notice
 	@$(BIN)/python -m benchmarks mutants $(ARGS)

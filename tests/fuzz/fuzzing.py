@@ -17,6 +17,8 @@ from runner.errors import RunnerError
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0.5"))
 """Per target; `make fuzz` gives each more."""
+INPUTS = int(os.environ.get("FUZZ_INPUTS", "3000"))
+"""Per target at most, so that a faster machine does not meet an input that no one has tried; `make fuzz` has no bound."""
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 HANG_S = 8
 """CPU seconds in which a reader must be done with one input; most take less than a millisecond."""
@@ -42,10 +44,10 @@ class Hang(BaseException):
 
 
 def fuzz(target: Target) -> None:
-    """Inputs for `SECONDS` of CPU; AssertionError with the seed and the input for the first that breaks the promise."""
+    """`INPUTS` inputs, or those of `SECONDS` of CPU; AssertionError with the seed and the input for the first that breaks the promise."""
     began, number, refused = time.process_time(), 0, 0
     with _bounded_memory():
-        while time.process_time() - began < SECONDS:
+        while number < INPUTS and time.process_time() - began < SECONDS:
             seed = f"{target.name}-{SEED}-{number}"
             refused += check(target, target.make(Random(seed)), seed)
             number += 1
