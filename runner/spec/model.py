@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from runner.spec.part import Named
 
-
 MOST_LAYERS = 10_000
 """The plan lists each layer; Llama 405B has 126, the deepest decoder published (DeepNet, arXiv 2203.00555) 1,000."""
 
