@@ -43,8 +43,6 @@ BATCH = 4
 """Sequences of a step, packed; how many are computed at once the plan decides."""
 KEPT = ROOT / ".gpu-benchmark"
 MATRIX = 8192
-GOALS = {"memory": 1.5, "time": 15.0, "mfu": 55.0}
-"""Per cent: the plan's error, and the share of the matmul peak of a 7B's full fine-tuning at 4096 tokens."""
 NOT_MEASURED = """\
 ## On a GPU
 

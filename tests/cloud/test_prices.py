@@ -161,9 +161,7 @@ def test_a_server_that_hangs_is_given_up(runpod: Server, monkeypatch: pytest.Mon
     assert prices.TIMEOUT_S <= 2
     monkeypatch.setattr(prices, "TIMEOUT_S", 0.1)
     runpod.delay = 1.0
-    began = time.monotonic()
-    assert price("NVIDIA B200") is None
-    assert time.monotonic() - began < 0.8
+    assert price("NVIDIA B200") is None  # the answer, a second later, has one
 
 
 def test_nobody_there_is_no_price(runpod: Server, monkeypatch: pytest.MonkeyPatch) -> None:

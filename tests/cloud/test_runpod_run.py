@@ -128,7 +128,7 @@ def adapter_loads(model: Path, adapter: Path) -> None:
 
 GPU = "where.gpu_types=[NVIDIA L4]"
 """A GPU pod, which has a volume disk; the training in it takes the CPU."""
-LONG = ("train.max_steps=400", "train.save_every_steps=4", "train.keep_checkpoints=2")
+LONG = ("train.max_steps=100000", "train.save_every_steps=4", "train.keep_checkpoints=2")
 
 
 @pytest.mark.slow
@@ -265,7 +265,7 @@ def test_a_restart_of_the_container_costs_no_result(typed: Typed) -> None:
 
 @pytest.mark.slow
 def test_a_launcher_that_is_killed_leaves_a_stopped_pod_and_fetch_brings_the_run_home(typed: Typed) -> None:
-    process = typed.run(GPU, *LONG, "where.heartbeat_minutes=0.1", "train.max_steps=1500")  # more than in 6 s
+    process = typed.run(GPU, *LONG, "where.heartbeat_minutes=0.1")
     until(lambda: typed.steps() >= 5, 240)
     run = typed.folder
     process.kill()

@@ -25,7 +25,7 @@ from tests.support.rented import state
 
 __all__ = ["emulator", "here", "laptop", "state"]
 RATES = "train.learning_rate=1e-3,2e-3,3e-3"
-LONG = ("train.max_steps=400", "train.save_every_steps=4", "train.keep_checkpoints=2")
+LONG = ("train.max_steps=100000", "train.save_every_steps=4", "train.keep_checkpoints=2")
 
 
 class Sweep(Typed):
@@ -231,7 +231,7 @@ def test_ctrl_c_before_a_run_has_begun(typed: Sweep, state: str, pods: int) -> N
 @pytest.mark.slow
 @needs_sshd
 def test_verbs_take_the_id_of_the_run_that_has_the_pod(typed: Sweep) -> None:
-    process = typed.sweep("train.max_steps=12,1500", "train.save_every_steps=50", "train.keep_checkpoints=2")
+    process = typed.sweep("train.max_steps=12,100000", "train.save_every_steps=50", "train.keep_checkpoints=2")
     until(lambda: len(typed.runs) == 2 and len(list(typed.runs[1].metrics())) > 1, 300)
     first, second = (run.id for run in typed.runs)
     (row,) = json.loads(ended(typed.verb("pods", "--json"))[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,11 +12,9 @@ from tests.fuzz import fuzzing
 @pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is read from, or written to, the user's cache."""
-    before = os.environ.get("RUNNER_CACHE")
-    os.environ["RUNNER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    if before is not None:
-        os.environ["RUNNER_CACHE"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RUNNER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

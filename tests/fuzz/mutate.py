@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -202,8 +201,3 @@ def json_text(rng: Random, document: Any) -> str:
             return text.encode("utf-8", "replace").decode()
         case _:
             return text
-
-
-def any_of(*makers: Callable[[Random], Any]) -> Callable[[Random], Any]:
-    """One of several generators, chosen anew for each input."""
-    return lambda rng: rng.choice(makers)(rng)

@@ -6,8 +6,9 @@ import bz2
 import csv
 import gzip
 import io
-import itertools
 import lzma
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -57,7 +58,6 @@ SPECS = [
     DataSpec(name="x", source="file", path="x.jsonl", system_prompt="s", on_error="skip"),
     *(DataSpec(name="x", source="file", path="x.jsonl", format=shape) for shape in FORMATS),
 ]
-names = itertools.count()
 
 
 def row(rng: Random) -> tuple[Any, DataSpec, Any]:
@@ -130,33 +130,6 @@ def file(rng: Random) -> tuple[str, bytes]:
     return kind + packed, mutate.garbled(rng, data) if packed and rng.random() < 0.5 else data
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    folder = tmp_path_factory.mktemp("rows")
-
-    def read(given: tuple[str, bytes]) -> None:
-        ending, data = given
-        place: Path = folder / f"rows{ending}"
-        place.write_bytes(data)
-        canonical_rows(read_table(str(place)), SPECS[0])
-
-    return Target("files of rows", file, read)
-
-
-@pytest.fixture(scope="module")
-def streams(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    folder = tmp_path_factory.mktemp("streams")
-
-    def read(given: tuple[str, bytes]) -> None:
-        ending, data = given
-        place: Path = folder / f"rows{ending}"
-        place.write_bytes(data)
-        for table in tables(str(place), 500):
-            canonical_rows(table, SPECS[1])
-
-    return Target("files of rows in pieces", file, read)
-
-
 ROW, BOTH = Target("rows", row, read_one), Target("rows in a table", row, read_both)
 
 
@@ -165,6 +138,19 @@ def test_a_row_is_read_or_refused_in_words(target: Target) -> None:
     fuzz(target)
 
 
-def test_a_file_is_read_or_refused_in_words(files: Target, streams: Target) -> None:
-    fuzz(files)
-    fuzz(streams)
+def test_a_file_is_read_or_refused_in_words(tmp_path: Path) -> None:
+    def whole(place: str) -> None:
+        canonical_rows(read_table(place), SPECS[0])
+
+    def in_pieces(place: str) -> None:
+        for table in tables(place, 500):
+            canonical_rows(table, SPECS[1])
+
+    def written(read: Callable[[str], None], given: tuple[str, bytes]) -> None:
+        ending, data = given
+        place = tmp_path / f"rows{ending}"
+        place.write_bytes(data)
+        read(str(place))
+
+    fuzz(Target("files of rows", file, partial(written, whole)))
+    fuzz(Target("files of rows in pieces", file, partial(written, in_pieces)))

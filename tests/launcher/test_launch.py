@@ -18,7 +18,7 @@ from runner.resolve import plan_inputs
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir, is_alive
 from runner.spec import RunSpec
-from tests.conftest import run_cli, spec_of
+from tests.conftest import ROOT, run_cli, spec_of
 from tests.support.processes import losses, only_run, sign, start, tiny_model, until, words
 
 TWO = ("hw.num_processes=2", "deepspeed=zero2", "train.save_every_steps=4")
@@ -52,6 +52,31 @@ def at_step(out: Path, step: int) -> Path:
     return run
 
 
+FAULT = """
+import os, sys, time
+if os.environ.get("RANK") == "1" and "runner.train" in " ".join(sys.orig_argv):
+    from runner.train.heartbeat import Heartbeat
+    beat = Heartbeat.on_step_begin
+    def at_step(self, args, state, control, **kwargs):
+        if state.global_step >= 5:
+            {fault}
+        beat(self, args, state, control, **kwargs)
+    Heartbeat.on_step_begin = at_step
+"""
+
+
+def faulty(folder: Path, fault: str) -> dict[str, str]:
+    """An environment in which rank 1 does something from step 5 on."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(FAULT.format(fault=fault), "utf-8")
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+def slow(folder: Path) -> dict[str, str]:
+    """An environment in which a run is not over before it is hit, however fast its machine is."""
+    return faulty(folder, "time.sleep(0.6)")  # a sign of life is written every 0.5 s
+
+
 def resumed_like(run: Path, undisturbed: Path) -> None:
     """Resume ends with the same losses and the same weights, to the last bit."""
     done = run_cli("resume", str(run), OMP_NUM_THREADS="1")
@@ -65,7 +90,7 @@ def resumed_like(run: Path, undisturbed: Path) -> None:
 def test_a_killed_rank_ends_the_run_at_once_and_resume_ends_like_no_kill(
     model: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
-    front = start(*words(model, tmp_path, *TWO))
+    front = start(*words(model, tmp_path, *TWO), **slow(tmp_path / "site"))
     run = at_step(tmp_path, 6)
     os.kill(sign(run, 1)["pid"], signal.SIGKILL)
     killed = time.monotonic()
@@ -80,7 +105,7 @@ def test_a_killed_rank_ends_the_run_at_once_and_resume_ends_like_no_kill(
 
 @pytest.mark.slow
 def test_sigterm_to_the_front_saves_a_checkpoint_and_exits_130(model: Path, tmp_path: Path, undisturbed: Path) -> None:
-    front = start(*words(model, tmp_path, *TWO))
+    front = start(*words(model, tmp_path, *TWO), **slow(tmp_path / "site"))
     run = at_step(tmp_path, 5)
     front.send_signal(signal.SIGTERM)
     front.communicate(timeout=60)
@@ -93,7 +118,7 @@ def test_sigterm_to_the_front_saves_a_checkpoint_and_exits_130(model: Path, tmp_
 
 @pytest.mark.slow
 def test_a_launcher_that_is_killed_takes_the_run_with_it(model: Path, tmp_path: Path, undisturbed: Path) -> None:
-    front = start(*words(model, tmp_path, *TWO))
+    front = start(*words(model, tmp_path, *TWO), **slow(tmp_path / "site"))
     run = at_step(tmp_path, 5)
     pids = [sign(run, rank)["pid"] for rank in (0, 1)]
     front.kill()
@@ -104,12 +129,12 @@ def test_a_launcher_that_is_killed_takes_the_run_with_it(model: Path, tmp_path: 
 
 
 CLOCKS = """
-import os, sys
+import itertools, os, sys
 if "RANK" in os.environ and "runner.train" in sys.orig_argv:
     from runner.train import checkpointing
     checkpointing.LARGEST_SHARE = 1.0
-    if os.environ["RANK"] == "1":
-        checkpointing.time = type("Still", (), {"monotonic": staticmethod(lambda: 0.0)})
+    times = itertools.count(0.0, 60.0 if os.environ["RANK"] == "0" else 0.0)
+    checkpointing.time = type("Clock", (), {"monotonic": staticmethod(lambda: next(times))})
 """
 
 
@@ -117,10 +142,11 @@ if "RANK" in os.environ and "runner.train" in sys.orig_argv:
 def test_all_write_a_checkpoint_when_the_first_one_s_clock_says_so(
     model: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
-    """Rank 1's clock stands still: were each to go by its own, one would wait for the other for ever."""
+    """Rank 0's clock goes on by a minute whenever it is read, rank 1's stands still: were each to go by its own, one
+    would wait for the other for ever."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(CLOCKS, "utf-8")
-    often = ("train.save_every_minutes=0.002", "train.keep_checkpoints=20")
+    often = ("train.save_every_minutes=2.5", "train.keep_checkpoints=20")
     done = run_cli(
         *words(model, tmp_path / "runs", *TWO[:2], *often), OMP_NUM_THREADS="1", PYTHONPATH=str(tmp_path / "site")
     )
@@ -130,28 +156,6 @@ def test_all_write_a_checkpoint_when_the_first_one_s_clock_says_so(
     assert written[-1] == 12 and len(written) > 1
     assert all(checkpoints.damage(checkpoints.folder(RunDir(run), step)) == [] for step in written)
     assert losses(run) == losses(undisturbed)
-
-
-FAULT = """
-import os, sys, time
-if os.environ.get("RANK") == "1" and "runner.train" in " ".join(sys.orig_argv):
-    from runner.train.heartbeat import Heartbeat
-    beat = Heartbeat.on_step_begin
-    def at_step(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            {fault}
-        beat(self, args, state, control, **kwargs)
-    Heartbeat.on_step_begin = at_step
-"""
-
-
-def faulty(folder: Path, fault: str) -> dict[str, str]:
-    """An environment in which rank 1 does something at step 5."""
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(FAULT.format(fault=fault), "utf-8")
-    from tests.conftest import ROOT
-
-    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
 
 @pytest.mark.slow
@@ -181,7 +185,7 @@ def test_a_rank_that_hangs_is_found_and_its_stack_is_kept(model: Path, tmp_path:
 
 @pytest.mark.slow
 def test_a_checkpoint_that_was_cut_short_is_passed_over(model: Path, undisturbed: Path, tmp_path: Path) -> None:
-    front = start(*words(model, tmp_path, *TWO))
+    front = start(*words(model, tmp_path, *TWO), **slow(tmp_path / "site"))
     run = at_step(tmp_path, 9)
     front.send_signal(signal.SIGKILL)
     front.communicate(timeout=60)

@@ -9,8 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWPID = 0x20000, 0x4000000, 0x20000000
-SPARED = 512 * 1024
-"""What `fill` leaves at most when it is asked to leave something."""
 
 
 def unshare(flags: int = CLONE_NEWNS) -> None:
