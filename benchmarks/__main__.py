@@ -65,7 +65,7 @@ INTRO = """\
 
 # Benchmarks
 
-What the README claims, measured. `python -m benchmarks` (or `make bench`) repeats everything on your
+What the README claims, measured. `python -m benchmarks` (or `make bench`) repeats everything but `gpu` on your
 machine and writes this page again; `python -m benchmarks NAME` repeats one of them: {names}.
 How exact the plan's memory is (`memory_accuracy`) stands in [planning.md](planning.md#how-exact-is-it).
 
@@ -83,7 +83,10 @@ def page() -> str:
     ]
     if not gpu.BENCHMARK.file.is_file():
         sections.append(gpu.NOT_MEASURED)
-    names = ", ".join(f"`{name}`" for name in BENCHMARKS)
+    names = ", ".join(
+        f"`{name}`" if benchmark.file.is_file() else f"`{name}` (not measured yet)"
+        for name, benchmark in BENCHMARKS.items()
+    )
     return "\n".join([INTRO.format(names=names), *sections])
 
 

@@ -57,9 +57,9 @@ What a run keeps and what a pod may cost, whatever happens to them, and how that
   counts. (runner/train/model_saving.py)
 - **A run has one owner**: `resume` refuses while any of its processes is alive. The launcher holds a lock that its
   worker inherits and the kernel lets go with the last of them (runner/rundir/lock.py), so neither two resumes at once
-  nor a launcher that got SIGKILL make two owners. A process number that somebody else has by now (a reboot, a
-  container) is
-  nobody; a run at work on another host, as far as is known, is refused with what to do if that host is no more.
+  nor a launcher that got SIGKILL make two owners. A process number that another process has by now (a reboot, a
+  container) does not count; a run at work on another host, as far as is known, is refused with what to do if that host
+  is no more.
 - **A rented pod ends**: what cannot happen with money is in [runpod.md](runpod.md#what-cannot-happen).
 
 ## Sweeps

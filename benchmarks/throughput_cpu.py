@@ -120,7 +120,8 @@ def _job(spec: RunSpec) -> str:
     """What all the loops share."""
     return (
         f"{spec.model.name}, {spec.method.name}, data {spec.data.name}, {spec.train.precision}, "
-        f"sequences of {spec.train.max_length} tokens, batch {spec.train.batch_size}, {spec.hw.num_cpus} threads"
+        f"{spec.train.attention} attention, sequences of {spec.train.max_length} tokens, "
+        f"batch {spec.train.batch_size}, {spec.hw.num_cpus} threads"
     )
 
 
