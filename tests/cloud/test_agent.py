@@ -216,7 +216,7 @@ def test_a_detached_run_that_never_begins_does_not_wait_for_its_deadline(pod: Po
 def test_a_detached_run_that_has_begun_needs_no_launcher(pod: Pod) -> None:
     pod.order(heartbeat_minutes=None, boarding_minutes=2 / 60)
     pod.start()
-    pod.task("import time; time.sleep(5)")
+    pod.task("import time; time.sleep(100)")
     time.sleep(4)
     assert pod.state() == "training" and not pod.api.ended() and not pod.api.ended("stop")
 
