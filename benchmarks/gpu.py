@@ -70,7 +70,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of its file in `KEPT`, without `.json`."""
         return f"{self.model}-{self.method}-{self.length}"
 
 
