@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from runner.errors import Problem, RequestError
-from runner.plan.choose_stage import STAGES, StageChoice, StageSearch, batches
+from runner.plan.choose_stage import STAGES, StageChoice, StageSearch, batches, caps_scores
 from runner.plan.memory import GIB
 from runner.spec import RunSpec
 
@@ -18,6 +18,7 @@ def resolve_autos(spec: RunSpec, options: StageSearch | None = None) -> tuple[Ru
     """
     spec = resolve_hardware_autos(spec)
     _check_product(spec)
+    _check_attention(spec)
     notes: list[str] = []
     if options is not None:
         best = options.best(spec)
@@ -76,6 +77,13 @@ def _check_product(spec: RunSpec) -> None:
                 f"write train.batch_size={total}, or leave accumulation_steps at auto",
             )
         )
+
+
+def _check_attention(spec: RunSpec) -> None:
+    """RequestError where transformers refuses to load the model with the attention that is named."""
+    if spec.train.attention == "sdpa" and caps_scores(spec.model):
+        what = f"train.attention=sdpa: SDPA cannot cap the attention scores of {spec.model.architecture}"
+        raise RequestError(Problem(what, "train.attention", "write train.attention=varlen, or leave it at auto"))
 
 
 def resolve_hardware_autos(spec: RunSpec) -> RunSpec:

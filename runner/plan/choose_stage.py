@@ -9,11 +9,11 @@ from typing import Any
 from runner.errors import Problem, RequestError
 from runner.plan.autograd.ops import AttentionKernel
 from runner.plan.memory import GIB, PROMPT_TOKENS, Job, Memory, floor, memory
-from runner.plan.model_shape import Shape, shape_for
+from runner.plan.model_shape import TRAITS, Shape, shape_for
 from runner.plan.step_time import Machine, StepTime, Work, evaluation_time, machine_of, step_time, work_of
 from runner.plan.trainable import Precision, Training, training_of
 from runner.plan.zero_config import ResolvedConfig, refusal, resolved_config
-from runner.spec import HardwareSpec, Method, RunSpec
+from runner.spec import HardwareSpec, Method, ModelSpec, RunSpec
 
 Templates = Mapping[str, Mapping[str, object]]
 """The DeepSpeed JSONs by stage, as they are in deepspeed_configs/."""
@@ -272,24 +272,26 @@ KERNELS: dict[AttentionKernel, str] = {
     "flash": "a flash kernel, no mask",
     "blockwise": "each document in blocks, no mask",
     "per_document": "SDPA once per document, no mask",
+    "scores": "each document's scores, no mask",
     "sdpa": "SDPA with a mask of all pairs of tokens",
     "eager": "all pairs of tokens",
 }
 
 
-ALL_SCORES = ("gemma2", "gpt_oss")
-"""Families with capped scores or sinks: `varlen` computes each document's scores; all pairs are an upper bound."""
+def caps_scores(model: ModelSpec) -> bool:
+    """Attention scores go through tanh, which neither SDPA nor torch's flash kernel knows."""
+    return model.architecture in TRAITS and TRAITS[model.architecture].softcap
 
 
 def attention_kernel(spec: RunSpec) -> AttentionKernel:
     """The kernel that `train.attention` means on the run's hardware: as train/varlen_attention.py chooses."""
     named, hw = spec.train.attention, spec.hw
-    if named == "sdpa":
-        return "sdpa"
-    if named == "eager" or (named in ("auto", "varlen") and spec.model.architecture in ALL_SCORES):
-        return "eager"
+    if named in ("sdpa", "eager"):
+        return named
     if named.startswith("flash"):
         return "flash"
+    if caps_scores(spec.model):
+        return "scores"
     if hw.accelerator == "cpu":
         return "blockwise"
     return "flash" if hw.flash_attention and spec.train.precision != "fp32" else "per_document"

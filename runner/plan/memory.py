@@ -89,9 +89,10 @@ class Memory:
 
 
 def setting_of(training: Training, job: Job, micro_batch: int) -> Setting:
-    """The tape's view of a run. A packed micro batch is one row [1, b·s] (`padding_free`, TRL's collator)."""
+    """The tape's view of a run. A packed micro batch is one row [1, b·s] (`padding_free`, TRL's collator), but scores
+    that are computed by document are those of `seq` tokens at most."""
     sequences = micro_batch * job.passes.sequences
-    rows = 1 if job.packed else sequences
+    rows = 1 if job.packed and job.attention != "scores" else sequences
     return Setting(
         b=rows,
         s=job.seq * sequences // rows,
@@ -100,8 +101,7 @@ def setting_of(training: Training, job: Job, micro_batch: int) -> Setting:
         trained_width=training.trained_width,
         frozen_width=training.width,
         checkpointing=job.checkpointing,
-        # SDPA has no cap of the scores: a model that wants one has them computed as numbers (transformers 5.23).
-        attention="eager" if training.shape.traits.softcap and job.attention != "flash" else job.attention,
+        attention=job.attention,
         head=_head(job),
         labelled=job.labelled,
         rank=training.rank,

@@ -30,6 +30,8 @@ an EPYC with avx512_bf16, SDPA's flash kernel against blocks of 256: 7.0 and 2.7
 1,024, 192 and 93 ms for 2,048; in fp32 6.9 and 6.8 ms, 74 and 66 ms for 1,024."""
 JOINED = 128
 """Tokens of neighbouring documents that a CPU attends to at once, each to itself: as many short ones cost calls."""
+EXTRAS = ("attn_logit_softcapping", "sinks")
+"""What a layer calls a cap of its scores and its sinks, of which it gives `attention` `softcap` and `s_aux`."""
 FLASH_SINCE = (8, 0)
 """Oldest compute capability of torch's flash kernels."""
 
@@ -74,6 +76,8 @@ def kernel(model: Any, precision: str) -> str:
     name = model.config._attn_implementation
     if name != NAME:
         return str(name)
+    if any(getattr(layer, extra, None) is not None for layer in model.modules() for extra in EXTRAS):
+        return "products per document"
     if not on_gpu(model.device):
         return "blocks of products"
     flash = torch.cuda.get_device_capability(model.device) >= FLASH_SINCE and precision != "fp32"
@@ -185,7 +189,9 @@ def attention(
             out = eager(query, key, value, mask, scale, dropout, softcap, s_aux)
             return out.transpose(1, 2).contiguous(), None
         options |= {"dropout": dropout, "scaling": scaling}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+        return sdpa_attention_forward(  # type: ignore[no-any-return]  # transformers' is not typed
+            module, query, key, value, attention_mask, **options
+        )
     b, _, s, _ = query.shape
     q, k, v = (x.transpose(1, 2).reshape(b * s, x.shape[1], x.shape[3]) for x in (query, key, value))
     if not extras and not dropout and has_flash(q, k, v):
@@ -253,7 +259,9 @@ def _one_by_one(
             band = documents.window if documents.window is not None and documents.window < length else None
             if in_blocks:
                 a, b, c = (x.to(_dtype(x)) for x in (a, b, c))
-                out = Blockwise.apply(a, b, c, scale, band, lengths, row <= BLOCK)  # type: ignore[no-untyped-call]
+                out = Blockwise.apply(  # type: ignore[no-untyped-call]  # torch's `apply` is not typed
+                    a, b, c, scale, band, lengths, row <= BLOCK
+                )
             else:
                 out = _document(a, b, c, band, scale, dropout, softcap, sinks)
             outs.append(out.transpose(1, 2).reshape(count * length, q.shape[1], v.shape[-1]))

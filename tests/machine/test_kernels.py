@@ -53,6 +53,15 @@ def test_where_no_flash_kernel_runs_documents_are_taken_one_by_one() -> None:
     assert attention("hw=cpu") == "varlen: each document in blocks, no mask"
 
 
+@pytest.mark.parametrize("hw", ["h100", "t4", "cpu"])
+def test_capped_scores_are_planned_as_they_run(hw: str) -> None:
+    """Of Gemma 2, and not of Gemma 3, which has no cap."""
+    gemma, words = f"hw={hw}", "varlen: each document's scores, no mask"
+    assert attention(gemma, "model=gemma2_2b") == attention(gemma, "model=gemma2_2b", "train.attention=varlen") == words
+    assert attention(gemma, "model=gemma3_1b") == attention(gemma)
+    assert "train.attention=varlen" in only_problem(gemma, "model=gemma2_2b", "train.attention=sdpa").remedy
+
+
 @pytest.mark.usefixtures("h100_here")
 def test_here_flash_attention_3_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "flash_attn", lambda: "2.8.3")  # the same kernel as torch's

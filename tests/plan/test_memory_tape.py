@@ -86,11 +86,11 @@ def run_of(method: str, *overrides: str, family: str = "llama", s: int = 192, b:
     return spec.model_copy(update={"model": model_of(family)})
 
 
-def setting(spec: RunSpec, packed: bool = False, **changes: Any) -> tuple[Any, Setting]:
+def setting(spec: RunSpec, packed: bool = False, attention: Any = "flash", **changes: Any) -> tuple[Any, Setting]:
     training = training_of(shape_of(spec.model), spec.method, "bf16", deepspeed=False)
     job = Job(
         seq=spec.train.max_length, precision="bf16", checkpointing=spec.train.gradient_checkpointing is True,
-        attention="flash", optimizer="adamw", on_gpu=True, packed=packed,
+        attention=attention, optimizer="adamw", on_gpu=True, packed=packed,
     )  # fmt: skip
     return training, replace(setting_of(training, job, int(spec.train.micro_batch_size)), **changes)
 
@@ -226,15 +226,21 @@ def test_masks_scores_and_logits_are_counted(method: str, attention: str, fused:
         assert_same(plan, steps_with(spec, attention, fused, packed), 0.03)
 
 
-@pytest.mark.parametrize(
-    ("family", "asked", "counted"),
-    [("gemma2", "sdpa", "eager"), ("gemma2", "flash", "flash"), ("gemma3_text", "sdpa", "sdpa")],
-)
-def test_scores_that_are_capped_are_counted_where_sdpa_was_asked_for(family: str, asked: Any, counted: str) -> None:
-    """Gemma 2: SDPA has no cap, so that the scores of all heads are there; Gemma 3 has none to cap."""
-    training, _ = setting(run_of("lora", family=family))
-    job = Job(seq=512, precision="bf16", checkpointing=True, attention=asked, optimizer="adamw", on_gpu=True)
-    assert setting_of(training, job, 2).attention == counted
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_scores_that_are_capped_are_counted_by_document(
+    packed: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 2 under `varlen`: documents of `train.max_length` tokens, in a packed row too."""
+    varlen_attention.register()
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: torch.softmax(x.float(), dim))  # CUDA's autocast
+    spec = run_of("lora", f"train.gradient_checkpointing={str(checkpointing).lower()}", family="gemma2")
+    b, s = int(spec.train.micro_batch_size), spec.train.max_length
+    documents = varlen_attention.Documents((s,) * b, (False,) * b, None, None)
+    mapping = {varlen_attention.NAME: lambda *_, **__: documents}
+    monkeypatch.setattr(ALL_MASK_ATTENTION_FUNCTIONS, "_local_mapping", mapping)
+    plan = planned(spec, packed=packed, attention="scores", head="labelled")
+    assert_same(plan, steps_with(spec, varlen_attention.NAME, False, packed, masked=False), 0.04)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -443,6 +443,7 @@ def test_a_mask_costs_all_pairs_of_a_packed_row() -> None:
         attention_span(job_of(spec_of(*words, f"train.attention={attention}")), 8) for attention in ("varlen", "sdpa")
     )
     assert kernel is None and mask == 2 * 8 * 4096
+    assert attention_span(job_of(spec_of("model=gemma2_2b", *words[1:])), 8) is None  # capped, each document's own
     llama = shape("llama3_8b")
     few, many = (
         flops_per_token(llama, 4096, method="full", trained_layers=32, checkpointing=False, span=span)

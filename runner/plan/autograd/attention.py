@@ -93,7 +93,7 @@ def mask(k: Block, width: int) -> list[Storage]:
 
 def attend(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
     """Attention over q [n, heads·d] and key, v [n, kv·d]."""
-    if k.set.attention == "eager":
+    if k.set.attention in ("eager", "scores"):
         return _eager(k, q, key, v)
     if k.set.attention == "blockwise":
         return _blockwise(k, q, key, v)

@@ -31,11 +31,11 @@ def module(forward: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-AttentionKernel = Literal["flash", "blockwise", "per_document", "sdpa", "eager"]
+AttentionKernel = Literal["flash", "blockwise", "per_document", "scores", "sdpa", "eager"]
 """`flash`: no scores and no mask. `blockwise`: `varlen` on a CPU, which keeps queries, keys and values, and in
 rows of up to `BLOCKWISE_QUERIES` the softmax of the scores. `per_document`:
-`varlen` on a GPU without a flash kernel: SDPA without a mask, and keys for every head. `sdpa`: one with a mask.
-`eager`: all scores."""
+`varlen` on a GPU without a flash kernel: SDPA without a mask, and keys for every head. `scores`: `varlen` where scores
+are capped, which holds those of each document, counted like `eager`'s. `sdpa`: one with a mask. `eager`: all scores."""
 BLOCKWISE_QUERIES = 256
 """Queries whose scores `blockwise` holds at once: `BLOCK` in train/varlen_attention.py."""
 
