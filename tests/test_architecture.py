@@ -23,6 +23,12 @@ def test_an_import_that_points_the_wrong_way_is_told() -> None:
     assert architecture.allowed("cli", "emulator") and not architecture.allowed("cloud", "emulator")
 
 
+def test_hydra_is_imported_by_the_room_of_configs_alone() -> None:
+    own = re.compile(r"^\s*(?:from|import) (?:hydra|omegaconf)\b", re.MULTILINE)
+    modules = {module for module, file in architecture.modules().items() if own.search(file.read_text("utf-8"))}
+    assert {architecture.room_of(module) for module in modules} == {"config"}, sorted(modules)
+
+
 def test_the_page_names_files_that_are_there() -> None:
     page = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
     named = re.findall(r"`(runner/[a-z_/]+\.py|tests/[a-z_/]+\.py)`", page)

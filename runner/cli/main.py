@@ -68,7 +68,7 @@ class Verbs(click.Group):
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
-            if isinstance(error, click.NoSuchOption) and (instead := _as_key(error, words)):
+            if isinstance(error, click.NoSuchOption) and (instead := _meant(error, words)):
                 error = click.NoSuchOption(error.option_name, f"{error.message} {instead}", ctx=error.ctx)
             if "--json" in words:
                 from runner.report.text import dump, problems_as_json
@@ -88,10 +88,12 @@ WORDS = f"{__name__}.words"
 """Where click keeps the words of the command line for an error."""
 
 
-def _as_key(error: click.NoSuchOption, words: tuple[str, ...]) -> str:
-    """`--learning_rate 1e-4`, as other trainers take it, in this runner's way; empty where it is no key."""
+def _meant(error: click.NoSuchOption, words: tuple[str, ...]) -> str:
+    """`--learning_rate 1e-4`, as other trainers take it, in this runner's way; the verbs that have such an option where
+    no key is called so; empty where neither is known."""
     if not (error.ctx and any(p.name == "words" for p in error.ctx.command.params)):
         return ""
+    from runner.cli.run_verbs import all_verbs
     from runner.config import conf_files
     from runner.config.did_you_mean import known_keys, nearest_key
     from runner.config.other_trainers_keys import PEERS
@@ -101,11 +103,12 @@ def _as_key(error: click.NoSuchOption, words: tuple[str, ...]) -> str:
     option, _, value = option.partition("=")
     word = option.lstrip("-").replace("-", "_")
     key = word if word in conf_files.GROUPS else nearest_key(word)
-    if (
-        len(word) < 2
-        or key is None
-        or (error.possibilities and word not in {*conf_files.GROUPS, *PEERS, *known_keys()})
-    ):
+    exact = word in {*conf_files.GROUPS, *PEERS, *known_keys()}
+    if not exact and (key is None or key.rpartition(".")[2] != word):
+        having = [name for name, verb in all_verbs(error.ctx.find_root()) if option in verb.options]
+        if having:
+            return f"It is an option of {' and '.join(having)}."
+    if len(word) < 2 or key is None or (error.possibilities and not exact):
         return ""
     following = words[place + 1] if place is not None and place + 1 < len(words) else ""
     value = value or ("…" if not following or following.startswith("-") or "=" in following else following)

@@ -98,9 +98,9 @@ def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str,
     from runner.resolve.steps import with_facts
 
     request = request_of(words, config_dirs)
-    say_unread("fit", request)
     given = search.named_in(request)
     spec = search.with_default_length(with_facts(compose(request), source_finder(request), needed=True), given)
+    say_unread("fit", request)
     found = search.fit_rows(spec, given, by, request.folders)
     rows = [asdict(row) for row in found]
     fit = [row for row in rows if row["fits"]]

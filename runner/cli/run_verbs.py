@@ -61,9 +61,9 @@ def run(
     if shell_completion:
         from runner.cli.completion import answer
 
-        group = ctx.find_root().command
-        assert isinstance(group, click.Group)
-        click.echo(answer(shell_completion, os.environ.get("COMP_LINE", ""), dict(_verbs(group, ctx))), nl=False)
+        click.echo(
+            answer(shell_completion, os.environ.get("COMP_LINE", ""), dict(all_verbs(ctx.find_root()))), nl=False
+        )
         return
     from runner.config.compose import compose
 
@@ -80,10 +80,12 @@ def run(
     sys.exit(launch.run(request, composed, console, as_json, launch_options))
 
 
-def _verbs(group: click.Group, ctx: click.Context, before: str = "") -> Iterator[tuple[str, Verb]]:
-    """Every verb with what may follow it; a verb of a group, `pods stop`, after the group."""
+def all_verbs(ctx: click.Context, before: str = "") -> Iterator[tuple[str, Verb]]:
+    """Every verb of the context's group with what may follow it; a verb of a group, `pods stop`, after the group."""
     from runner.cli.completion import Verb
 
+    group = ctx.command
+    assert isinstance(group, click.Group)
     for name in group.list_commands(ctx):
         if (verb := group.get_command(ctx, name)) is None:
             continue
@@ -91,7 +93,7 @@ def _verbs(group: click.Group, ctx: click.Context, before: str = "") -> Iterator
         options = tuple(o for p in seen for o in p.opts if o[0] == "-")
         yield before + name, Verb(options, tuple(str(p.name) for p in seen if isinstance(p, click.Argument)))
         if isinstance(verb, click.Group):
-            yield from _verbs(verb, ctx, f"{before}{name} ")
+            yield from all_verbs(click.Context(verb, ctx), f"{before}{name} ")
 
 
 @click.command()

@@ -97,7 +97,7 @@ def read_deepspeed_json(name: str) -> DeepSpeedJson:
         names = ", ".join(sorted(f.name for f in DEEPSPEED_CONFIGS.glob("*.json")))
         raise RequestError(Problem(f"deepspeed.config={name}: {why}", None, f"a path, or {names}")) from None
     try:
-        content = json_text.loads(text, object_pairs_hook=_once)
+        content = json_text.loads(text, object_pairs_hook=json_text.once)
     except ValueError as error:
         raise RequestError(Problem(f"deepspeed.config={name} is not JSON: {error}", display_path(file))) from None
     if not isinstance(content, dict):
@@ -322,15 +322,6 @@ def _whole(value: object) -> Any:
     if isinstance(value, dict):
         return {k: _whole(v) for k, v in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A mapping; ValueError for a key that stands in it twice, one value of which would be ignored."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands in it twice")
-    return found
 
 
 def _text(value: object) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 from hydra import version
@@ -40,9 +39,6 @@ from runner.config.validation import unknown_key
 from runner.config.yaml_files import load
 from runner.errors import Problem, RequestError
 from runner.paths import CONF, RECIPES
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,24 @@ def loads(text: str | bytes, **how: Any) -> Any:
     return found
 
 
+class RepeatedKeyError(ValueError):
+    """A key that stands twice in one object: all but the last of its values would be ignored."""
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` that raises RepeatedKeyError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise RepeatedKeyError(f"the key {repeated(pairs)!r} stands in it twice")
+    return found
+
+
+def repeated(pairs: list[tuple[str, Any]]) -> str:
+    """The first key that stands there more than once."""
+    keys = [key for key, _ in pairs]
+    return next(key for key in keys if keys.count(key) > 1)
+
+
 def _refused(text: str | bytes, what: str) -> json.JSONDecodeError:
     return json.JSONDecodeError(what, text if isinstance(text, str) else text.decode("utf-8", "replace"), 0)
 

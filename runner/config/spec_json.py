@@ -19,10 +19,12 @@ def read_spec_file(file: Path) -> dict[str, object]:
     if file.suffix != ".json":
         return conf_files.read_file(file)
     try:
-        values = json_text.loads(file.read_text("utf-8"))
+        values = json_text.loads(file.read_text("utf-8"), object_pairs_hook=json_text.once)
     except OSError as error:
         what = f"cannot read {display_path(file)}: {error.strerror}"
         raise RequestError(Problem(what, "command line", how_to_restore(file))) from None
+    except json_text.RepeatedKeyError as error:
+        raise RequestError(Problem(str(error), display_path(file), "leave one of them out")) from None
     except ValueError as error:
         what = "holds nothing" if not file.stat().st_size else f"is not JSON: {error}"
         raise RequestError(Problem(f"{display_path(file)} {what}", "command line", how_to_restore(file))) from None

@@ -7,10 +7,12 @@ become in examples.py.
 from __future__ import annotations
 
 import random
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import TypeVar, cast
 
 from runner.data import commands_dataset
@@ -68,7 +70,9 @@ def canonical_rows(
     try:
         shape = shape or detect_format(table.rows[0], spec, kind)
     except RequestError as error:  # the same holds for every other row
-        return [], problems + [replace(problem, source=table.place(0)) for problem in error.problems]
+        remedy = _inner_list(table, spec, kind) if len(table.rows) == 1 else None
+        found_wrong = [replace(p, source=table.place(0), remedy=remedy or p.remedy) for p in error.problems]
+        return [], problems + found_wrong
     for index, row in enumerate(table.rows):
         try:
             one = read_shape(row, table.place(index), spec, shape, kind)
@@ -80,6 +84,20 @@ def canonical_rows(
         except RequestError as error:
             return [], problems + error.problems  # every other row is of that kind as well
     return found, problems
+
+
+def _inner_list(table: Table, spec: DataSpec, kind: Kind | None) -> str | None:
+    """How to get at the rows of `{"data": [{…}, …]}`; None where no column of the one row is a list of rows."""
+    for name, value in table.rows[0].items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            with suppress(RequestError):
+                detect_format(value[0], spec, kind)
+                said, file = f"its list {name} holds the rows", Path(table.name).expanduser()
+                if file.suffix.lower() not in (".json", ".jsonl") or not file.is_file():
+                    return f"{said}: write them alone"
+                code = f"import json; print(json.dumps(json.load(open({str(file)!r}, encoding='utf-8'))[{name!r}]))"
+                return f"{said}: python -c {shlex.quote(code)} > rows.json, and write data.path=rows.json"
+    return None
 
 
 def _add(problems: list[Problem], more: Sequence[Problem], spec: DataSpec) -> None:

@@ -128,7 +128,7 @@ def _environment() -> Any:
                 return nodes.Call(joined, list(node.nodes), [], None, None).set_lineno(node.lineno)
             return node
 
-    class Environment(sandbox.ImmutableSandboxedEnvironment):  # type: ignore[misc, name-defined]
+    class Environment(sandbox.ImmutableSandboxedEnvironment):  # type: ignore[misc, name-defined]  # as `Bound`
         intercepted_binops = frozenset({"*", "**", "%", "+"})
 
         def _parse(self, source: str, name: str | None, filename: str | None) -> object:

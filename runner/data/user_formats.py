@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import inspect
+from abc import ABC, abstractmethod
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,13 +24,14 @@ from runner.spec import DataSpec
 from runner.spec.part import is_own
 
 
-class RowFormat:
+class RowFormat(ABC):
     """A row format; one object reads all rows of a run."""
 
     def fits(self, row: dict[str, object]) -> bool:
         """Whether a row, by its columns, is in this format; one that is not is refused as a row that is wrong."""
         return True
 
+    @abstractmethod
     def convert(self, row: dict[str, object]) -> dict[str, object]:
         """The row in a standard format (docs/data.md), under the standard names: `messages`, `prompt` and
         `completion`, `prompt`, `chosen` and `rejected`, `text`, `input_ids` and `labels` …
@@ -36,7 +39,6 @@ class RowFormat:
         What it raises is told as a mistake of the row, which `data.on_error=skip` leaves out; ValueError with its
         own words alone.
         """
-        raise NotImplementedError
 
 
 _NAMES = {key: info.default for key, info in DataSpec.model_fields.items() if key.endswith("_field")}
@@ -87,7 +89,7 @@ def _load(code: str, file: str, state: tuple[int, int] | None) -> RowFormat:
     if not (isinstance(own, type) and issubclass(own, RowFormat)):
         what = f"{code} is no subclass of {RowFormat.__module__}.{RowFormat.__name__}"
         raise RequestError(Problem(what, "data.format", "derive it from that"))
-    if own.convert is RowFormat.convert:
+    if inspect.isabstract(own):
         raise RequestError(Problem(f"{code} has no method convert", "data.format", "define convert(self, row)"))
     try:
         return own()

@@ -111,6 +111,15 @@ def choose_stage_and_batch(spec: RunSpec, resolution: Resolution) -> RunSpec:
     return found
 
 
+def choose_metric(spec: RunSpec, _: Resolution) -> RunSpec:
+    """Decide `run.metric=auto` and `run.metric_mode=auto` by the objective."""
+    run, objective = spec.run, spec.objective
+    metric = objective.metric if run.metric == "auto" else run.metric
+    mode = objective.metric_mode if metric == objective.metric else "min"
+    mode = mode if run.metric_mode == "auto" else run.metric_mode
+    return spec.model_copy(update={"run": run.model_copy(update={"metric": metric, "metric_mode": mode})})
+
+
 def note_unread_keys(spec: RunSpec, resolution: Resolution) -> RunSpec:
     """Name keys that have no effect in this combination; before a pod is sized, for what is decided nobody wrote."""
     source = resolution.source_of
@@ -131,6 +140,7 @@ STEPS: tuple[Step, ...] = (
     check_rules,
     check_workspace,
     choose_stage_and_batch,
+    choose_metric,
     note_unread_keys,
     size_pod,
 )

@@ -17,6 +17,7 @@ from rich.console import Console
 from runner.config.command_line import Request
 from runner.config.compose import compose, source_finder
 from runner.config.provenance import COMMAND_LINE
+from runner.config.sweep_points import Sweep, direction_problem, parallel_jobs, read_sweep, task_overrides
 from runner.doctor import system
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
 from runner.launcher.warm_workers import WarmWorkers
@@ -30,7 +31,6 @@ from runner.rundir.directory import RunDir, display_path, write_atomically
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.runs.launch import check_launch, confirm_costs, create_and_execute, plan_or_refuse
 from runner.runs.sweep_metric import unknown_metric, unwritten_metric
-from runner.runs.sweep_points import Sweep, direction_problem, parallel_jobs, read_sweep, task_overrides
 from runner.runs.unread_keys import taken_back
 from runner.spec import RunSpec
 
@@ -64,6 +64,7 @@ def _sweep(request: Request, console: Console, as_json: bool, launch_options: La
     _check_targets(asked)
     points = _checked(asked, launch_options)
     specs, shared = points.specs, points.specs[0]
+    _check_metrics(specs)
     name = f"sweep-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = Path(shared.run.output_dir).expanduser() / "sweeps" / name
     max_pods = _max_pods(asked, specs, launch_options)
@@ -184,6 +185,15 @@ def _check_targets(sweep: Sweep) -> None:
         raise RequestError(Problem(what, f"push.to={targets[0]}", remedy))
 
 
+def _check_metrics(specs: list[RunSpec]) -> None:
+    """RequestError where the runs would be sorted by different numbers."""
+    found = dict.fromkeys(f"{spec.run.metric} ({spec.run.metric_mode})" for spec in specs)
+    if len(found) > 1:
+        what = f"the runs of this sweep would be sorted by different numbers: {' and '.join(found)}"
+        remedy = "name one for all, such as run.metric=train.loss_last run.metric_mode=min"
+        raise RequestError(Problem(what, "run.metric", remedy))
+
+
 def _max_pods(sweep: Sweep, specs: list[RunSpec], launch_options: LaunchOptions) -> int | None:
     """How many pods at once, one handed on from run to run; None where every rented run has one of its own."""
     asked, renting = max(spec.sweep.max_pods for spec in specs), sum(spec.is_rented for spec in specs)
@@ -214,8 +224,9 @@ def _checked(asked: Sweep, launch_options: LaunchOptions) -> _Points:
     for number, point in enumerate(asked.points):
         try:
             points.right.append((number, point, *_able(asked, point, launch_options)))
-            if launch_options.warm is not None and len(points.right) == 1:
-                launch_options.warm.prepare(points.specs[0])
+            first = points.specs[0]
+            if launch_options.warm is not None and len(points.right) == 1 and first.sweep.max_pods == 1:
+                launch_options.warm.prepare(first)  # with more, a run here is refused
         except RunnerError as error:
             points.wrong.append((number, point, type(error)(*(asked.told(p, point) for p in error.problems))))
     if not asked.points:
@@ -232,10 +243,10 @@ def _checked(asked: Sweep, launch_options: LaunchOptions) -> _Points:
 
 def _able(asked: Sweep, point: Request, launch_options: LaunchOptions) -> tuple[RunSpec, Plan | None]:
     composed = compose(point)
-    wrong = [unknown_metric(composed.run.metric), direction_problem(asked, composed)]
+    spec, notes = resolve(composed, source_finder(point), fetch=True)
+    wrong = [unknown_metric(spec.run.metric), direction_problem(asked, spec)]
     if problems := [problem for problem in wrong if problem is not None]:
         raise RequestError(*problems)
-    spec, notes = resolve(composed, source_finder(point), fetch=True)
     planned = plan_or_refuse(spec, notes, composed)
     if (problem := unwritten_metric(spec, planned)) is not None:
         raise RequestError(problem)

@@ -250,6 +250,8 @@ class Grpo(ObjectiveBase):
     learns_from: ClassVar[Kind] = "prompts"
     rows_needed: ClassVar[str | None] = "prompts, with an answer where a reward compares with it"
     asks_prompts: ClassVar[bool] = True
+    metric: ClassVar[str] = "eval.after.reward"
+    metric_mode: ClassVar[Literal["min", "max"]] = "max"
 
     name: Literal["grpo"] = "grpo"
     """Name of the choice."""

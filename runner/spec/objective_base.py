@@ -63,6 +63,10 @@ class ObjectiveBase(Part):
     on_long: ClassVar[str] = "cuts long rows"
     """What it does with rows longer than `train.max_length`, where `data.on_long` does not say."""
 
+    metric: ClassVar[str] = "eval.after.loss"
+    """Key of `summary.json` that its runs are compared by, unless `run.metric` names another."""
+    metric_mode: ClassVar[Literal["min", "max"]] = "min"
+
     code: str | None = Field(default=None, pattern=CODE)
     """A class of your own as `FILE.py:CLASS`, derived from this objective's in `runner.train.objectives`; rows and plan stay this objective's."""
     options: dict[str, bool | int | float | str | None] = {}

@@ -27,10 +27,10 @@ class RunInfo(Part):
     """Folder in which every run gets its own directory."""
     on_changed_inputs: Literal["stop", "continue"] = "stop"
     """What `resume` does where rows, chat template, reward files, tokenizer or a base model in a folder are no longer those that the checkpoint was trained on: refuse, or go on with what they are now. Typed for one resume, it is not kept for the next."""
-    metric: str = "eval.after.loss"
-    """Key of `summary.json` that a sweep is sorted by and an HPO sweeper is given."""
-    metric_mode: Literal["min", "max"] = "min"
-    """Whether less or more of the metric is better."""
+    metric: str = "auto"
+    """Key of `summary.json` that a sweep is sorted by and an HPO sweeper is given; auto means `eval.after.reward` with `objective=grpo`, else `eval.after.loss`."""
+    metric_mode: Literal["auto", "min", "max"] = "auto"
+    """Whether less or more of the metric is better; auto means max for `eval.after.reward` with `objective=grpo`, else min."""
 
     @field_validator("name")
     @classmethod

@@ -98,10 +98,10 @@ def test_every_verb_that_takes_a_run_offers_runs(verb: str, folder: Path) -> Non
 
 def test_no_verb_with_a_run_was_forgotten() -> None:
     from runner.cli.main import cli as group
-    from runner.cli.run_verbs import _verbs
+    from runner.cli.run_verbs import all_verbs
 
     with group.make_context("runner", ["list"]) as ctx:
-        verbs = dict(_verbs(group, ctx))
+        verbs = dict(all_verbs(ctx))
     takes_a_run = {name for name, verb in verbs.items() if {"run", "run_dir", "run_id"} & set(verb.arguments[:1])}
     assert takes_a_run == set(OF_A_RUN)
 

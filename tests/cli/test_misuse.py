@@ -261,6 +261,8 @@ def test_a_folder_that_is_there_is_not_said_to_be_missing(here: Path) -> None:
         ("plan --train.max_steps=3", "Keys have no dashes: train.max_steps=3"),
         ("plan --model phi2", "Keys have no dashes: model=phi2"),
         ("--num-train-epochs 3", "Keys have no dashes: train.num_epochs=3"),
+        ("table --plot t.png", "It is an option of plan and data stats."),
+        ("plan --out there", "It is an option of merge and export."),
         ("plan --frobnicate", "No such option '--frobnicate'."),
         ("explain", "Missing argument 'KEY'."),
         ("data nope", "No such command 'nope'."),

@@ -444,3 +444,10 @@ def test_the_table_orders_methods_and_sizes() -> None:
     sevens = [by_method[name][0] for name in order]
     assert sevens == sorted(sevens, reverse=True)
     assert runner("table").exit_code == 0
+
+
+def test_a_key_that_is_refused_is_not_said_to_have_no_effect(here: Path) -> None:
+    told = runner("fit", "model=llama3_8b", "hw=rtx4090", "where.country=US")
+    assert told.exit_code == 2 and "where=local has no country" in told.stderr and "no effect" not in told.stderr
+    told = runner("fit", "model=llama3_8b", "method=lora", "hw=l40s", "where=runpod", "where.country=US")
+    assert told.exit_code == 0 and "where.country has no effect on fit" in told.stderr

@@ -24,10 +24,10 @@ from runner.config import conf_files, spec_json, yaml_files
 from runner.config.command_line import Checked, Request, check_request
 from runner.config.compose import compose, origins_of_key
 from runner.config.hydra_compose import hydra_over, merge_config, primary_of
+from runner.config.sweep_points import read_sweep
 from runner.errors import RequestError
 from runner.paths import CONF, RECIPES
 from runner.rundir.directory import RunDir
-from runner.runs.sweep_points import read_sweep
 from runner.spec import RunSpec
 from tests.support.front import here, laptop, only_problem, problems_of, runner, spec_of, write
 

@@ -33,7 +33,7 @@ def test_pages_of_benchmarks_show_the_results_that_are_kept() -> None:
         "| `train.learning_rate` | number > 0 and < 1 | `0.0002` | Peak learning rate. |",
         "| `train.micro_batch_size` | whole number or `auto` | `auto` | ",
         "| `train.packing` | true or false | `true` | ",
-        "| `run.metric_mode` | one of `min`, `max` | `min` | ",
+        "| `run.metric_mode` | one of `auto`, `min`, `max` | `auto` | ",
         "| `model.revision` | text or null | `null` | ",
         "| `hw.env` | mapping of names to texts | `{}` | ",
     ],

@@ -21,6 +21,7 @@ from runner.data import commands_dataset
 from runner.data.load import Example, canonical_row, detect_format, fingerprint, load_examples, split
 from runner.data.readers import hub
 from runner.data.readers.files import read_rows, read_table
+from runner.data.readers.streams import tables
 from runner.errors import RequestError
 from runner.paths import ASSETS
 from runner.spec import DataSpec
@@ -546,3 +547,40 @@ def test_without_a_network_the_hub_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(RequestError, match="the Hugging Face Hub cannot be reached"):
         load_examples(DataSpec(source="hub", id="org/no-such-data-set"), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("x.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n', "x.jsonl, line 2"),
+        ("x.json", '{"text": "a"}\n{"text": "b", "text": "c"}\n', "x.json, line 2"),
+        ("x.jsonl", '{"text": "b", "text": "c"}', "x.jsonl, line 1"),
+        ("x.json", '[\n {"text": "a"},\n {"m": [{"n": {"text": 1, "text": 1}}]},\n {"text": "d"}]', "x.json, row 2"),
+        ("x.json", '{"text": "b",\n "text": "c"}', "x.json, row 1"),
+    ],
+)
+def test_a_key_that_stands_twice_in_a_row_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(text, "utf-8")
+    for table in (read_table(name), *tables(name)):
+        assert [str(p.source) for p in table.problems] == [place]
+        assert "the key 'text' stands twice in one object" in table.problems[0].what
+        assert list(table.rows) == [{"text": letter} for letter in "ad" if f'"{letter}"' in text]
+
+
+@pytest.mark.parametrize("name", ["data", "the 'rows'"])
+def test_rows_in_a_list_of_one_object_are_told_with_what_takes_them_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "a", "completion": "é"}] * 2
+    Path("my rows.json").write_text(json.dumps({"version": "1", "tags": [], name: rows}), "utf-8")
+    with pytest.raises(RequestError) as caught:
+        load_examples(DataSpec(source="file", path="my rows.json"), seed=0)
+    (problem,) = caught.value.problems
+    assert problem.remedy is not None and problem.remedy.startswith(f"its list {name} holds the rows: python -c ")
+    typed = problem.remedy.partition(": ")[2].removesuffix(", and write data.path=rows.json")
+    subprocess.run(typed.replace("python", sys.executable, 1), shell=True, check=True)
+    assert read_rows("rows.json") == rows

@@ -143,8 +143,8 @@ def test_a_request_is_resolved_by_its_steps_in_order_and_validated_once(monkeypa
     steps.resolve(compose(Request()))
     assert seen == [
         "detect_hardware", "read_hostfile", "choose_attention", "read_deepspeed_json", "add_model_facts",
-        "choose_place", "check_rules", "validated", "check_workspace", "choose_stage_and_batch", "note_unread_keys",
-        "size_pod",
+        "choose_place", "check_rules", "validated", "check_workspace", "choose_stage_and_batch", "choose_metric",
+        "note_unread_keys", "size_pod",
     ]  # fmt: skip
 
 

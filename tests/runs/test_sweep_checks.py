@@ -98,7 +98,8 @@ def test_rewards_are_of_grpo_and_the_bill_is_of_rented_runs(here: Path) -> None:
     (here / "q.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 40, "utf-8")
     grpo = ("objective=grpo", "train.batch_size=8", "data.path=q.jsonl", "objective.rewards=[exact_match,length]")
     assert unwritten_metric(spec_of(*grpo, "run.metric=eval.after.reward_length"), None) is None
-    problem = unwritten_metric(spec_of(*grpo), None)
+    assert unwritten_metric(spec_of(*grpo), None) is None
+    problem = unwritten_metric(spec_of(*grpo, "run.metric=eval.after.loss"), None)
     assert problem is not None and "eval.after.loss: objective=grpo does not measure it" in problem.what
     assert problem.remedy is not None and problem.remedy.endswith(
         "reward, eval.after.reward_exact_match, eval.after.reward_length"
@@ -107,6 +108,43 @@ def test_rewards_are_of_grpo_and_the_bill_is_of_rented_runs(here: Path) -> None:
     assert unwritten_metric(spec_of(*rented, "run.metric=cost.usd"), None) is None
     problem = unwritten_metric(spec_of(*rented, "run.metric=cost.x"), None)
     assert problem is not None and problem.remedy is not None and "cost.usd, cost.predicted_usd" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("words", "metric", "mode"),
+    [
+        ("", "eval.after.loss", "min"),
+        ("objective=grpo", "eval.after.reward", "max"),
+        ("objective=grpo run.metric=eval.after.reward", "eval.after.reward", "max"),
+        ("objective=grpo run.metric_mode=min", "eval.after.reward", "min"),
+        ("objective=grpo run.metric=train.loss_last", "train.loss_last", "min"),
+        ("run.metric=eval.after.exact_match run.metric_mode=max", "eval.after.exact_match", "max"),
+    ],
+)
+def test_the_metric_is_the_objectives_unless_one_is_named(here: Path, words: str, metric: str, mode: str) -> None:
+    (here / "q.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 40, "utf-8")
+    run = spec_of("train.batch_size=8", "data.path=q.jsonl", *words.split()).run
+    assert (run.metric, run.metric_mode) == (metric, mode)
+
+
+def test_a_sweep_of_grpo_is_sorted_by_its_reward(here: Path, trained: list[RunSpec]) -> None:
+    sweep = ("-m", "train.batch_size=8", "train.max_steps=1")
+    told = runner(*sweep, "objective=grpo", "train.seed=1,2", "--json")
+    assert told.exit_code == 0 and len(trained) == 2, told.stderr
+    (kept,) = here.glob("runs/sweeps/*/sweep.json")
+    assert json.loads(kept.read_text("utf-8"))["metric"] == "eval.after.reward"
+
+    told = runner(*sweep, "objective=sft,grpo")
+    said = " ".join(told.stderr.split())
+    assert told.exit_code == 2 and "eval.after.loss (min) and eval.after.reward (max)" in said and len(trained) == 2
+    told = runner(*sweep, "objective=sft,grpo", "run.metric=train.loss_last", "run.metric_mode=min")
+    assert told.exit_code == 0 and len(trained) == 4, told.stderr
+
+
+def test_pods_at_once_without_a_rented_place_are_refused_before_torch_is_loaded(here: Path) -> None:
+    told = runner("-m", "sweep.max_pods=3", "train.max_steps=1,2")
+    assert told.exit_code == 2 and "2 of 2 runs are not rented" in told.stderr
+    assert "Loading torch" not in told.stderr
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_words(here: Path) -> None:

@@ -424,6 +424,7 @@ def test_the_verbs_read_rows_with_a_format_of_ones_own(tickets: Path) -> None:
         ("tickets.py:Ticket", "did you mean tickets.py:Tickets?"),
         ("absent.py:Tickets", "name a Python file and its class, FILE.py:CLASS"),
         ("tickets.py:Other", "derive it from runner.data.user_formats.RowFormat"),
+        ("tickets.py:Unwritten", "tickets.py:Unwritten has no method convert"),
         ("tickets.py:Unwritten", "define convert(self, row)"),
         ("tickets.py:Lists", "Lists.convert returned a list, not a row"),
         ("tickets.py:Roles", "as Roles converts it: messages[0] has the unknown role 'agent'"),

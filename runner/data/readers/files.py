@@ -144,15 +144,38 @@ def not_utf8(data: bytes, error: UnicodeDecodeError, path: str, first: int) -> P
 
 def _json(text: str, path: str, by_line: bool) -> Table:
     """A list of objects, or one object per line whatever the ending says: the Hub's .json often is."""
+    twice = _Repeated()
     try:
-        whole = json_text.loads(text) if text.strip() else []
+        whole = json_text.loads(text, object_pairs_hook=twice) if text.strip() else []
     except json.JSONDecodeError as error:
         if by_line or _is_json(text.lstrip().partition("\n")[0]):
             return json_lines(text, path)
         return Table(path, [], problems=[_broken(error, f"{path}, line {error.lineno}")])
     if not isinstance(whole, list):
-        return json_lines(text, path) if by_line else _objects([whole], path, "row", ())
-    return _objects(whole, path, "row", ())
+        return json_lines(text, path) if by_line else _objects([whole], path, "row", (), twice)
+    return _objects(whole, path, "row", (), twice)
+
+
+class _Repeated:
+    """An `object_pairs_hook` that keeps the objects in which a key stands twice: 1 µs a row, where reading takes 35."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, tuple[Row, str]] = {}
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> Row:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            self.found[id(made)] = made, json_text.repeated(pairs)
+        return made
+
+    def inside(self, value: object) -> str | None:
+        """The first such key in a value or in what it holds."""
+        if not self.found:
+            return None
+        if id(value) in self.found:
+            return self.found[id(value)][1]
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return next((key for part in parts if (key := self.inside(part)) is not None), None)
 
 
 def text_lines(text: str, path: str, first: int = 1) -> Table:
@@ -163,29 +186,32 @@ def text_lines(text: str, path: str, first: int = 1) -> Table:
 
 def json_lines(text: str, path: str, first: int = 1) -> Table:
     """Every line is an object; `first` is the number of the first line."""
-    values, numbers, problems = [], [], []
+    values, numbers, problems, twice = [], [], [], _Repeated()
     # Not splitlines(): U+2028 may stand unescaped inside a JSON string.
     for number, line in enumerate(text.split("\n"), first):
         if not line.strip():
             continue
         try:
-            values.append(json_text.loads(line))
+            values.append(json_text.loads(line, object_pairs_hook=twice))
             numbers.append(number)
         except json.JSONDecodeError as error:
             problems.append(_broken(error, f"{path}, line {number}"))
-    table = _objects(values, path, "line", numbers)
+    table = _objects(values, path, "line", numbers, twice)
     return Table(path, table.rows, "line", table.numbers, problems + table.problems)
 
 
-def _objects(values: Sequence[object], path: str, unit: str, numbers: Sequence[int]) -> Table:
-    """The values that are objects; each of the others is a problem."""
-    found = list(zip(numbers or range(1, len(values) + 1), values, strict=True))
-    problems = [
-        Problem(f"is {kind_of(value)}, not an object", f"{path}, {unit} {number}", _ROW_REMEDY)
-        for number, value in found
-        if not isinstance(value, dict)
-    ]
-    rows = [(number, value) for number, value in found if isinstance(value, dict)]
+def _objects(values: Sequence[object], path: str, unit: str, numbers: Sequence[int], twice: _Repeated) -> Table:
+    """The values that are objects with each key once; each of the others is a problem."""
+    rows: list[tuple[int, Row]] = []
+    problems = []
+    for number, value in zip(numbers or range(1, len(values) + 1), values, strict=True):
+        place = f"{path}, {unit} {number}"
+        if not isinstance(value, dict):
+            problems.append(Problem(f"is {kind_of(value)}, not an object", place, _ROW_REMEDY))
+        elif (key := twice.inside(value)) is not None:
+            problems.append(Problem(f"the key {key!r} stands twice in one object", place, "leave one of them out"))
+        else:
+            rows.append((number, value))
     return Table(path, [value for _, value in rows], unit, [number for number, _ in rows], problems)
 
 

@@ -19,6 +19,7 @@ from runner.data.examples import Learnable, fingerprint
 from runner.data.readers.files import raise_problems
 from runner.data.tokenize_rows import PreferenceSettings, encode_preferences, in_chunks
 from runner.errors import Problem, RequestError
+from runner.report.text import counted
 from runner.spec import RunSpec
 from runner.train.tokens.token_cache import ROWS, OnProgress, Tokenised, cached_rows, tokenizer_fingerprint
 
@@ -72,7 +73,7 @@ def _write(
     if problems and (spec.data.on_error == "stop" or not kept):
         raise_problems(problems)
     if not kept:
-        what = f"none of the {len(rows)} rows leaves room for an answer within {settings.limit} tokens"
+        what = f"no room for an answer within {settings.limit} tokens, in {counted(len(rows), 'row')}"
         raise RequestError(Problem(what, None, "raise train.max_length"))
     return {
         "num_examples": len(rows),

@@ -21,6 +21,7 @@ from runner.data.examples import Example, fingerprint
 from runner.data.readers.files import raise_problems
 from runner.data.tokenize_rows import TokenizeSettings, encode_chunk, in_chunks
 from runner.errors import Problem, RequestError
+from runner.report.text import counted
 from runner.spec import RunSpec, Sft
 from runner.train.tokens.token_cache import ROWS, OnProgress, Tokenised, cached_rows, tokenizer_fingerprint
 
@@ -88,7 +89,7 @@ def _write(
     if problems and (spec.data.on_error == "stop" or not lengths):
         raise_problems(problems)
     if not lengths:
-        what = f"none of the {len(examples)} examples has a token to learn within {limit} tokens"
+        what = f"no token to learn within {limit} tokens, in {counted(len(examples), 'example')}"
         remedy = "raise train.max_length, or check the field names of the data"
         raise RequestError(Problem(what, None, remedy))
     groups = pack_best_fit(lengths, limit) if spec.train.packing else None
