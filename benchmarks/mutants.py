@@ -2,7 +2,8 @@
 
 Each mutant is one change by mutmut (`<` to `<=`, `+` to `-`, a number plus one, an argument lost); the tests that reach
 its function run on it, and one that passes them all has survived. `make mutants ARGS="--only runner/plan/cost.py"`
-measures one file and keeps the figures of the others; `python -m benchmarks.mutants --list` says what survived.
+measures one file and keeps the figures of the others, and `--sample 80` some of its mutants, the same every time;
+`python -m benchmarks.mutants --list` says what survived.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -66,27 +68,30 @@ EXPLANATION = """\
 [mutmut](https://mutmut.readthedocs.io) changes one thing at a time in code that guards money and work, and the fast
 tests that reach the function run on it. *Untested* mutants are in functions that none of those tests calls. Survivors
 that change nothing anybody could see, each with its reason, are in benchmarks/justified_mutants.yaml, and count as
-justified. The target is {target:.0%} killed.
+justified. A *sample* is drawn at random with a fixed seed, for files whose tests take long. The target is {target:.0%}
+killed.
 """
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """`--only`, `--at-once`."""
+    """`--only`, `--at-once`, `--sample`, `--seed`."""
     parser.add_argument("--only", nargs="+", default=[*TESTS], metavar="FILE", help="these files (default all)")
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--sample", type=int, metavar="N", help="so many mutants of each file (default all)")
+    parser.add_argument("--seed", type=int, default=0, help="which ones")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Every mutant of every file; the kept figures of the files that are left out."""
+    """Every mutant of every file, or a sample; the kept figures of the files that are left out."""
     kept = json.loads(BENCHMARK.file.read_text("utf-8"))["measured"]["files"] if BENCHMARK.file.is_file() else {}
     files = {name: found for name, found in kept.items() if name in TESTS}
     for file in options.only:
-        files[file] = _mutants(file, TESTS[file], options.at_once)
+        files[file] = _mutants(file, TESTS[file], options)
         say(f"mutants {file}: {Counter(files[file]['states'])}")
     return {"files": {name: files[name] for name in TESTS if name in files}}
 
 
-def _mutants(file: str, tests: tuple[str, ...], at_once: int) -> dict[str, Any]:
+def _mutants(file: str, tests: tuple[str, ...], options: argparse.Namespace) -> dict[str, Any]:
     """One file's: how each mutant ended, and the differences that survived."""
     folder = FOLDER / file.replace("/", "-").removesuffix(".py")
     shutil.rmtree(folder, ignore_errors=True)
@@ -96,30 +101,41 @@ def _mutants(file: str, tests: tuple[str, ...], at_once: int) -> dict[str, Any]:
             shutil.copy2(ROOT / name, folder / name)
     (folder / "setup.cfg").write_text(_settings(file, tests), "utf-8")
     began = time.monotonic()
-    mutmut = [sys.executable, "-m", "mutmut"]
-    done = subprocess.run(
-        [*mutmut, "run", "--max-children", str(at_once)], cwd=folder, capture_output=True, text=True, env=_env()
-    )
     meta = folder / "mutants" / f"{file}.meta"
+    run = ("run", "--max-children", str(options.at_once))
+    # No mutant has that name: mutmut makes them all, learns which tests reach which, and tries none.
+    done = _mutmut(folder, *run, *(["none"] if options.sample else []))
     if not meta.is_file():
         raise RuntimeError(f"mutmut did not run {file}: {(done.stdout + done.stderr)[-2000:]}")
-    codes = json.loads(meta.read_text("utf-8"))["exit_code_by_key"]
+    codes = every = _codes(meta)
+    if options.sample:
+        names = random.Random(options.seed).sample([*every], min(options.sample, len(every)))
+        done = _mutmut(folder, *run, *names)
+        codes = {name: code for name, code in _codes(meta).items() if name in names}
     if None in codes.values():
         raise RuntimeError(f"mutmut did not finish {file}: {(done.stdout + done.stderr)[-3000:]}")
     ends = {name: STATES.get(abs(code), "killed") for name, code in codes.items()}
-    shown = {
-        name: subprocess.run([*mutmut, "show", name], cwd=folder, capture_output=True, text=True, env=_env()).stdout
-        for name, end in ends.items()
-        if end == "survived"
-    }
+    shown = [_mutmut(folder, "show", name).stdout for name, end in ends.items() if end == "survived"]
     return {
+        **({"sample_of": len(every), "seed": options.seed} if len(codes) < len(every) else {}),
         "date": date.today().isoformat(),
         "commit": git("rev-parse", "--short=12", "HEAD"),
         "seconds": round(time.monotonic() - began),
         "states": dict(Counter(ends.values())),
         "untested": sorted({name.rpartition("__mutmut")[0] for name, end in ends.items() if end == "untested"}),
-        "survivors": [_difference(text) for text in shown.values()],
+        "survivors": [_difference(text) for text in shown],
     }
+
+
+def _mutmut(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "COLUMNS": "100"}
+    return subprocess.run([sys.executable, "-m", "mutmut", *words], cwd=folder, capture_output=True, text=True, env=env)
+
+
+def _codes(meta: Path) -> dict[str, Any]:
+    """Exit code by mutant; None for one that was not tried."""
+    found: dict[str, Any] = json.loads(meta.read_text("utf-8"))["exit_code_by_key"]
+    return found
 
 
 def _settings(file: str, tests: tuple[str, ...]) -> str:
@@ -131,10 +147,6 @@ def _settings(file: str, tests: tuple[str, ...]) -> str:
     }  # fmt: skip
     lines = [f"{key}=\n    " + "\n    ".join(values) for key, values in lists.items()]
     return "\n".join(["[mutmut]", "source_paths=runner", *lines]) + "\n"
-
-
-def _env() -> dict[str, str]:
-    return {**os.environ, "COLUMNS": "100"}
 
 
 def _difference(shown: str) -> dict[str, str]:
@@ -181,8 +193,9 @@ def _rows(measured: dict[str, Any]) -> Iterator[list[str]]:
         states = found["states"]
         fine = sum((one["function"], one["was"], one["is"]) in reasons for one in found["survivors"])
         total, killed = sum(states.values()), states.get("killed", 0) + states.get("timed out", 0)
+        mutants = f"sample of {total} of {found['sample_of']}" if "sample_of" in found else str(total)
         yield [
-            f"`{file}`", str(total), str(killed), str(states.get("untested", 0)), str(states.get("survived", 0)),
+            f"`{file}`", mutants, str(killed), str(states.get("untested", 0)), str(states.get("survived", 0)),
             str(fine), f"{killed / max(1, total - fine):.0%}", f"{found['date']}, {found['commit']}",
         ]  # fmt: skip
 

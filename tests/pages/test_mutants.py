@@ -45,6 +45,8 @@ def test_a_survivor_with_a_reason_does_not_count_against_the_target(monkeypatch:
     assert "| 11 | 8 | 1 | 2 | 0 | 73% |" in mutants.section(measured)
     monkeypatch.setattr(mutants, "justified", lambda: [SURVIVOR | {"reason": "the same"}])
     assert "| 11 | 8 | 1 | 2 | 1 | 80% |" in mutants.section(measured)
+    measured["files"]["runner/plan/cost.py"] |= {"sample_of": 105, "seed": 0}
+    assert "| sample of 11 of 105 | 8 | 1 | 2 | 1 | 80% |" in mutants.section(measured)
 
 
 def test_every_justified_survivor_has_its_reason() -> None:
