@@ -8,11 +8,14 @@ import re
 import subprocess
 import sys
 import venv
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from rich.console import Console
 
 from runner.report import invocation
@@ -134,3 +137,21 @@ def test_the_install_command_satisfies_pip(tmp_path: Path) -> None:
     done = subprocess.run(command.replace("-e '.[", f"-e '{ROOT}[").replace("-c constraints", f"-c {ROOT}/constraints"),
                           shell=True, cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_every_pin_can_be_installed_on_every_python(python: str) -> None:
+    """A package that has left the oldest Python needs a second pin for it."""
+    refused = []
+    for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines():
+        if not line or line[0] == "#":
+            continue
+        pin = Requirement(line)
+        if pin.marker and not pin.marker.evaluate({"python_version": python, "python_full_version": f"{python}.0"}):
+            continue
+        with suppress(PackageNotFoundError):
+            package = distribution(pin.name)
+            needed = SpecifierSet(package.metadata["Requires-Python"] or "")
+            if pin.specifier.contains(package.version) and not needed.contains(f"{python}.0"):
+                refused.append(f"{line} wants Python {needed}")
+    assert not refused
