@@ -24,6 +24,7 @@ from benchmarks import (
     chaos_pods,
     data,
     gpu,
+    main_job,
     matrix,
     matrix_page,
     memory_accuracy,
@@ -40,6 +41,7 @@ from docs.generate import planning_page
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
     for module in (
+        main_job,
         startup,
         sweep,
         throughput_cpu,

@@ -217,6 +217,7 @@ def test_resume_on_another_number_of_processes_or_stage(undisturbed: Path, tmp_p
     assert resumes == [{"after_step": 8, "overrides": [change]}]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_gone_on_with_is_refused_before_anything_starts(undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
@@ -303,6 +304,7 @@ def test_known_causes_are_recognised(words: str, what: str) -> None:
     assert all(one.remedy for one in CAUSES)
 
 
+@pytest.mark.slow
 def test_a_resume_that_is_refused_leaves_nothing_behind(undisturbed: Path) -> None:
     done = run_cli("resume", str(undisturbed))
     assert done.returncode == 2 and "is done: all 12 steps" in done.stderr

@@ -210,6 +210,7 @@ def test_weights_masters_and_optimiser_states_are_exact(name: str, measured: Mea
         assert rank["buckets"] == plan.buckets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ZERO12, *ZERO3])
 def test_after_a_step_a_rank_holds_the_plan_and_nothing_else(name: str, measured: Measured) -> None:
     """Every tensor the garbage collector finds, not only those known by name."""
@@ -228,6 +229,7 @@ def touching(name: str, rank: int) -> int:
     return sum(e - s for s, e in zip(starts, ends, strict=True) if s < (rank + 1) * own and e > rank * own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZERO12)
 def test_gradients_of_stages_1_and_2_are_exact_but_for_the_parameter_two_ranks_share(
     name: str, measured: Measured
@@ -247,11 +249,13 @@ def test_gradients_of_stages_1_and_2_are_exact_but_for_the_parameter_two_ranks_s
             assert plan.gradients == twice * plan.kept_gradients + max(trained) * w
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZERO3)
 def test_gradients_of_stage_3_are_exact(name: str, measured: Measured) -> None:
     assert [rank["gradients"] for rank in measured[name]] == [planned(name).kept_gradients] * WORLD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ZERO12, *ZERO3])
 def test_the_step_adds_the_gradients_flattened_and_in_fp32(name: str, measured: Measured) -> None:
     plan = planned(name)
@@ -260,6 +264,7 @@ def test_the_step_adds_the_gradients_flattened_and_in_fp32(name: str, measured: 
     assert [rank["step"] for rank in measured[name]] == [in_fp32] * WORLD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in ZERO3 if n != "zero3-deep"])
 def test_a_model_below_the_live_limit_is_gathered_whole(name: str, measured: Measured) -> None:
     plan, w = planned(name), width(name)
@@ -268,6 +273,7 @@ def test_a_model_below_the_live_limit_is_gathered_whole(name: str, measured: Mea
     assert [r["gathered"] - persistent for r in measured[name]] == [pytest.approx(plan.gathered - copied)] * WORLD
 
 
+@pytest.mark.slow
 def test_beyond_the_live_limit_prefetching_fills_it(measured: Measured) -> None:
     """Not the largest layer, as DeepSpeed's estimator has it: the look-ahead grows up to the limit."""
     for rank in measured["zero3-deep"]:
@@ -276,6 +282,7 @@ def test_beyond_the_live_limit_prefetching_fills_it(measured: Measured) -> None:
         assert live > 5 * max(DEEP) ** 2 * 2
 
 
+@pytest.mark.slow
 def test_offloading_the_optimiser_leaves_weights_and_buffers(measured: Measured) -> None:
     plan = planned("zero2_offload")
     largest = max(parameters("zero2_offload")[1]) * 2
@@ -286,6 +293,7 @@ def test_offloading_the_optimiser_leaves_weights_and_buffers(measured: Measured)
         assert rank["total"] == plan.weights + largest + plan.host
 
 
+@pytest.mark.slow
 def test_offloading_everything_leaves_persistent_parameters_and_the_bucket(measured: Measured) -> None:
     plan = planned("zero3_offload")
     weights = padded(parameters("zero3_offload")[1], WORLD)  # 2 bytes, / 2 ranks

@@ -164,6 +164,7 @@ def test_shards_become_the_weights_that_the_model_held(name: str, sharded: dict[
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tiny_llama.TEMPLATE
 
 
+@pytest.mark.slow
 def test_shards_of_another_model_are_refused(sharded: dict[str, RunDir], tmp_path: Path) -> None:
     from runner.errors import RunFailedError
 

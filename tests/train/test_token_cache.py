@@ -79,7 +79,7 @@ def entries(cache: Path) -> list[Path]:
     return sorted((cache / "tokenised").iterdir())
 
 
-@pytest.mark.parametrize("kind", ["dataset", "text"])
+@pytest.mark.parametrize("kind", ["dataset", pytest.param("text", marks=pytest.mark.slow)])
 def test_after_a_killed_process_two_at_once_end_with_one_whole_entry(kind: str, given: Path, tmp_path: Path) -> None:
     with writing(writer(kind, given, tmp_path)) as killed:
         killed.kill()

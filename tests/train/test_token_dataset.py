@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,11 +26,12 @@ from tests.conftest import spec_of
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache of tokens (the unpacked model is found before)."""
+    """An empty cache of tokens; the unpacked model stays where it is."""
     source()
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
 
 
+@cache
 def source() -> str:
     return model_loading.source_of(spec_of().model)
 
