@@ -33,11 +33,8 @@ test-all: test test-slow  ## Run every test
 test-latest:  ## Run the fast tests with the newest versions that pyproject.toml allows, in .venv-latest
 	@LATEST=1 $(MAKE) --no-print-directory VENV=.venv-latest test
 
-coverage: $(VENV)/.dev  ## Measure which lines the fast tests reach, worker processes included
-	@$(BIN)/python -m coverage erase
-	@$(BIN)/python -m coverage run $(PYTEST) -m "not slow" $(ARGS)
-	@$(BIN)/python -m coverage combine --quiet
-	@$(BIN)/python -m coverage report --skip-covered --sort=cover
+coverage: $(VENV)/.dev  ## Measure which lines the fast tests reach, worker processes included; ARGS=--slow: all tests
+	@$(BIN)/python -m benchmarks coverage $(ARGS)
 
 lint: $(VENV)/.dev  ## Check style and layout
 	@$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from benchmarks import (
     chaos_agents,
     chaos_cloud,
     chaos_pods,
+    coverage,
     data,
     gpu,
     main_job,
@@ -56,6 +57,7 @@ BENCHMARKS = {
         chaos_agents,
         chaos_pods,
         mutants,
+        coverage,
     )
 }  # fmt: skip
 ELSEWHERE = {"memory_accuracy", "matrix", "chaos", "chaos_cloud", "chaos_agents", "chaos_pods"}
@@ -67,8 +69,8 @@ INTRO = """\
 
 # Benchmarks
 
-What the README claims, measured. `python -m benchmarks` (or `make bench`) repeats everything but `gpu` on your
-machine and writes this page again; `python -m benchmarks NAME` repeats one of them: {names}.
+What the README claims, measured. `python -m benchmarks` (or `make bench`) repeats everything but `gpu` and
+`coverage` on your machine and writes this page again; `python -m benchmarks NAME` repeats one of them: {names}.
 How exact the plan's memory is (`memory_accuracy`) stands in [planning.md](planning.md#how-exact-is-it).
 
 A median stands with its middle half (25th to 75th percentile): where that is wide, the machine was not
@@ -116,7 +118,11 @@ def main(arguments: list[str]) -> int:
         print(f"there is no benchmark {name}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
     if name != "--docs":
-        chosen = [b for b in BENCHMARKS.values() if b is not gpu.BENCHMARK] if name == "all" else [BENCHMARKS[name]]
+        chosen = (
+            [b for b in BENCHMARKS.values() if b not in (gpu.BENCHMARK, coverage.BENCHMARK)]
+            if name == "all"
+            else [BENCHMARKS[name]]
+        )
         for benchmark in chosen:
             write(benchmark.file, benchmark.run(options))
     for file, text in pages():

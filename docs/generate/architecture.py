@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from runner.paths import ASSETS
 
 TEXT = Path(__file__).with_name("architecture.md")
 PACKAGE = ASSETS / "runner"
+COVERAGE = ASSETS / "benchmarks" / "results" / "coverage.json"
 
 FLOORS = (
     ("errors", "paths"),
@@ -125,14 +127,26 @@ def pages() -> dict[str, tuple[str, str]]:
 
 
 def _rooms() -> str:
-    rows = ["| room | what it does | modules |", "|---|---|---|"]
+    rows = ["| room | what it does | modules | lines that tests reach |", "|---|---|---:|---:|"]
     known = modules()
+    reached = _reached()
     for room in [room for floor in reversed(FLOORS) for room in floor] + list(ALONE):
         own = [name for name in known if room_of(name) == room]
         sentence = (ast.get_docstring(ast.parse(known[room].read_text("utf-8"))) or "").split("\n\n")[0]
         place = f"`runner/{room}/`" if known[room].name == "__init__.py" else f"`runner/{room}.py`"
-        rows.append(f"| {place} | {' '.join(sentence.split())} | {len(own)} |")
+        rows.append(f"| {place} | {' '.join(sentence.split())} | {len(own)} | {reached.get(room, '–')} |")
     return "\n".join(rows)
+
+
+def _reached() -> dict[str, str]:
+    """Share of each room's statements, of the last `make coverage`."""
+    if not COVERAGE.is_file():
+        return {}
+    sums: dict[str, list[int]] = {}
+    for name, counts in json.loads(COVERAGE.read_text("utf-8"))["measured"]["files"].items():
+        room = Path(name).parts[1].removesuffix(".py")
+        sums[room] = [a + b for a, b in zip(sums.get(room, (0, 0)), counts, strict=True)]
+    return {room: f"{1 - missing / of:.0%}" for room, (of, missing) in sums.items() if of}
 
 
 def _arrows() -> str:
