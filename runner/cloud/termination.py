@@ -97,8 +97,7 @@ def stop(api: Provider, ledger: Ledger, name: str, pod_id: str, why: str) -> Non
                 ledger.try_move(name, "GONE", f"{why}; there was nothing left to keep")
                 return
             if found.status == "EXITED":
-                _kept(ledger, name, pod_id, why)
-                return
+                break
             said = f"it is {found.status}"
         except RunnerError as error:
             said = str(error)
@@ -107,6 +106,7 @@ def stop(api: Provider, ledger: Ledger, name: str, pod_id: str, why: str) -> Non
                 provider_errors.still_there_problem(api, pod_id, name, f"it was to be stopped, and {said}")
             )
         time.sleep(GAP_S * clock.pace(api.base))
+    _kept(ledger, name, pod_id, why)
 
 
 def _kept(ledger: Ledger, name: str, pod_id: str, why: str) -> None:
