@@ -36,8 +36,7 @@ def test_a_line_of_the_log_has_its_time_and_a_log_that_cannot_be_written_is_none
     monkeypatch.setattr(agent.time, "gmtime", lambda: agent.time.struct_time((2026, 11, 30, 9, 8, 7, 0, 334, 0)))
     agent.log("hello")
     assert capsys.readouterr() == ("", "2026-11-30 09:08:07 hello\n")
-    monkeypatch.setattr(sys, "stderr", None)
-    monkeypatch.setattr(agent, "print", lambda *_, **__: 1 / 0, raising=False)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=lambda text: 1 / 0))
     agent.log("hello")
 
 
