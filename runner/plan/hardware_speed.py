@@ -63,10 +63,12 @@ INT8_SLOWDOWN = 2.0
 # L40S 91.6/362, H100 67/989, B200 75/2250, RTX 5090 105/210 (GeForce Ada and Ampere have twice this).
 FP32_SHARE = {7.0: 1 / 8, 7.5: 1 / 8, 8.0: 1 / 16, 8.6: 1 / 4, 8.9: 1 / 4, 9.0: 1 / 15, 10.0: 1 / 30, 12.0: 1 / 2}
 
-# SmolLM2-135M, LoRA, 256 tokens a step, bf16, 2 threads: 0.781 s (docs/benchmarks.md, 2026-11-21) for 256 × 0.594
-# GFLOP by the formula, which scores every position: 97 GFLOP/s a core. In fp32 that job trains at 117 to 143 tokens/s
-# where bf16 reaches 410 to 480 (CPU with avx512_bf16, 2026-11). That it grows with the cores is an assumption.
-CPU_FLOPS = {"bf16": 97e9, "fp32": 97e9 * 130 / 445}
+# SmolLM2-135M, LoRA, 256 tokens a step (256 × 0.594 GFLOP by the formula, which scores every position), bf16, 2 threads
+# with avx512_bf16: 0.781 s on an EPYC of family 25 (2026-11-21), 97 GFLOP/s a core; 0.457 s on one of family 26
+# (docs/benchmarks.md, 2026-11-30), 166. The geometric mean, wrong by a third either way: which core it will be is not
+# known before the run. fp32 on the older one: 117 to 143 tokens/s where bf16 reached 410 to 480. That speed grows with
+# the cores is an assumption.
+CPU_FLOPS = {"bf16": 127e9, "fp32": 97e9 * 130 / 445}
 # A generated token passes every layer with next to nothing to compute: on a CPU too the time is that of starting the
 # kernels, whatever the number of cores. Main job (30 layers, LoRA, 5 batches of 8 prompts; README: run of 2026-11-21 on
 # 2 cores of an AMD EPYC with avx512_bf16): answers of 64 tokens before training took 29.1 s; less 4.1 s for the prompts
@@ -125,7 +127,7 @@ def machine_of(hw: HardwareSpec, precision: str) -> Machine | None:
     """The machine as the arithmetic needs it (`precision` resolved); None where a GPU's speed is not known."""
     if hw.accelerator != "cuda":
         flops = CPU_FLOPS.get(precision, CPU_FLOPS["fp32"]) * (hw.num_cpus or 1) / (hw.num_processes or 1)
-        note = "CPU speed: per core as measured in docs/benchmarks.md"
+        note = "CPU speed: per core as measured in docs/benchmarks.md, a third more or less"
         return Machine(False, flops, CPU_BANDWIDTH, 0.0, 0.0, LOOPBACK, LOOPBACK, hw.world_size, hw.num_nodes, (note,))
     if not (hw.tflops_bf16 and hw.bandwidth_gb_s and hw.compute_capability):
         return None

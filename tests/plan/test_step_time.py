@@ -220,16 +220,17 @@ def test_zero_and_offload_are_within_a_sixth_of_what_deepspeed_did(
     assert 64 / found.total_s == pytest.approx(measured, rel=1 / 6)
 
 
-def test_the_default_job_takes_what_was_measured() -> None:
-    """The median step in the results of `python -m benchmarks throughput_cpu`, 30 steps twice."""
+def test_the_default_job_takes_what_was_measured_within_a_third() -> None:
+    """On an EPYC of 2022 (2026-11-21), and on one of 2024: the median step of `python -m benchmarks throughput_cpu`."""
     runs = json.loads((ROOT / "benchmarks/results/throughput_cpu.json").read_text("utf-8"))["measured"]
     measured = median(second for run in runs["comparisons"]["worker"] for second in run["seconds"])
     of = work(shape("smollm2_135m"), 256, "lora", False, trained_parameters=4_884_480, adapter_parameters=4_884_480)
     cpu = machine_of(HardwareSpec(name="cpu", accelerator="cpu", num_cpus=2), "bf16")
     assert cpu is not None
     found = step(of, cpu)
-    assert found.total_s == pytest.approx(measured, rel=0.05)
-    assert found.notes == ("CPU speed: per core as measured in docs/benchmarks.md",)
+    assert found.total_s == pytest.approx(0.781, rel=1 / 3)
+    assert found.total_s == pytest.approx(measured, rel=1 / 3)
+    assert found.notes == ("CPU speed: per core as measured in docs/benchmarks.md, a third more or less",)
 
 
 # --- what must hold everywhere ---------------------------------------------------------------------------------
@@ -473,4 +474,4 @@ def test_the_loss_and_prompts_take_half_of_a_steps_operations() -> None:
     assert measuring(of, on, **asked) == pytest.approx(150 * seconds)
     cpu = machine_of(HardwareSpec(name="cpu", accelerator="cpu", num_cpus=4), "bf16")
     assert cpu is not None
-    assert measuring(of, cpu, tokens=1000) == pytest.approx(1000 * of.flops_per_token / 2 / (4 * 97e9))
+    assert measuring(of, cpu, tokens=1000) == pytest.approx(1000 * of.flops_per_token / 2 / (4 * 127e9))
