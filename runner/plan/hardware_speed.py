@@ -65,10 +65,10 @@ FP32_SHARE = {7.0: 1 / 8, 7.5: 1 / 8, 8.0: 1 / 16, 8.6: 1 / 4, 8.9: 1 / 4, 9.0: 
 
 # SmolLM2-135M, LoRA, 256 tokens a step (256 × 0.594 GFLOP by the formula, which scores every position), bf16, 2 threads
 # with avx512_bf16: 0.781 s on an EPYC of family 25 (2026-11-21), 97 GFLOP/s a core; 0.457 s on one of family 26
-# (docs/benchmarks.md, 2026-11-30), 166. The geometric mean, wrong by a third either way: which core it will be is not
+# (docs/benchmarks.md, 2026-11-30), 166. About the mean, wrong by up to a third either way: which core it will be is not
 # known before the run. fp32 on the older one: 117 to 143 tokens/s where bf16 reached 410 to 480. That speed grows with
 # the cores is an assumption.
-CPU_FLOPS = {"bf16": 127e9, "fp32": 97e9 * 130 / 445}
+CPU_FLOPS = {"bf16": 130e9, "fp32": 97e9 * 130 / 445}
 # A generated token passes every layer with next to nothing to compute: on a CPU too the time is that of starting the
 # kernels, whatever the number of cores. Main job (30 layers, LoRA, 5 batches of 8 prompts; README: run of 2026-11-21 on
 # 2 cores of an AMD EPYC with avx512_bf16): answers of 64 tokens before training took 29.1 s; less 4.1 s for the prompts
