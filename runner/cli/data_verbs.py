@@ -1,4 +1,4 @@
-"""`data`: look at a data set, count it, and prepare it, before it costs anything."""
+"""`data`: preview, count and prepare a data set before training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runner.report.text import dump
 
 @click.group()
 def data() -> None:
-    """Look at a data set before it costs anything: preview, stats, prepare.
+    """Inspect or prepare a data set before training.
 
     \b
     Examples:
@@ -42,9 +42,10 @@ def _composed(verb: str, words: Arguments, config_dirs: tuple[Path, ...]) -> Any
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(min=0), help="How many rows to show.")
 @click.option("--row", type=click.IntRange(min=1), help="Show this one (1-based, of those that are right).")
 def preview(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, rows: int, row: int | None) -> None:
-    """Detected format, rows as the template shows them, tokens that are learned in green, and what is wrong with which.
+    """Show the format, rows with their learned tokens, and mistakes.
 
-    Imports no torch. Exit code 0 without a mistake, 2 with one (also with data.on_error=skip where no row is right).
+    Rows are printed as the chat template renders them, learned tokens in green. torch is not imported. Exit code 0
+    without a mistake, 2 with one (with data.on_error=skip only if no row is right).
 
     \b
     Examples:
@@ -67,9 +68,11 @@ def preview(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, rows
 @data.command()
 @takes_words
 @one_run
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the lengths.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Plot the lengths.")
 def stats(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: Path | None) -> None:
-    """Lengths, what is cut and how full packing is at several longest lengths, duplicates, a suggested length.
+    """Show lengths, duplicates and the effect of train.max_length.
+
+    For several values of train.max_length: how many rows are cut and how full packed sequences are. One is suggested.
 
     \b
     Examples:
@@ -95,11 +98,10 @@ def stats(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: 
 @takes_words
 @one_run
 def prepare(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
-    """Tokenise, pack and cache now, on the cheap machine: the same run then starts training at once.
+    """Tokenise, pack and cache the rows of a run now.
 
-    Takes the words of the run, with any objective. What shapes the tokens (data, model, objective, train.max_length,
-    train.packing, train.seed) must be the same there; hardware, method and all else may differ. With where=runpod the
-    tokens travel to the pod.
+    A run with the same data, model, objective, train.max_length, train.packing and train.seed then starts training at
+    once; its other keys may differ. With where=runpod the tokens are uploaded to the pod.
 
     \b
     Examples:

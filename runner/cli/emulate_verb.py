@@ -1,4 +1,4 @@
-"""The verb `emulate`: a RunPod on this machine."""
+"""The verb `emulate`: an emulated RunPod on this machine."""
 
 from __future__ import annotations
 
@@ -14,21 +14,32 @@ from runner.report.invocation import install
 
 
 @click.command()
-@click.option("--port", default=0, type=click.IntRange(0, 65535), help="Of 127.0.0.1; any free one if left out.")
-@click.option("--root", type=click.Path(path_type=Path), metavar="DIR", help="Keeps pods and volumes there.")
-@click.option("--key", metavar="KEY", help="The account's API key, if it is not to be made up.")
-@click.option("--fault", "faults", multiple=True, metavar="KIND[:NAME=VALUE,…]", help="Goes wrong; may be given again.")
-@click.option("--speed", default=1.0, show_default=True, type=Finite(0.0), help="Of the bill.")
-@click.option("--realistic", is_flag=True, help="Pods take as long as RunPod's: a minute, where it is a second else.")
-@click.option("--s3", is_flag=True, help="Serve network volumes by S3, too.")
+@click.option("--port", default=0, type=click.IntRange(0, 65535), help="Port on 127.0.0.1. Default: any free one.")
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for pods and volumes. Default: a temporary one.",
+)
+@click.option("--key", metavar="KEY", help="API key of the account. Default: a random one.")
+@click.option(
+    "--fault",
+    "faults",
+    multiple=True,
+    metavar="KIND[:NAME=VALUE,…]",
+    help="Inject a fault (docs/emulator.md). May be given more than once.",
+)
+@click.option("--speed", default=1.0, show_default=True, type=Finite(0.0), help="Billed seconds per real second.")
+@click.option("--realistic", is_flag=True, help="Start pods in a minute instead of a second, as RunPod does.")
+@click.option("--s3", is_flag=True, help="Also serve network volumes over S3.")
 @reports_errors
 def emulate(
     port: int, root: Path | None, key: str | None, faults: tuple[str, ...], speed: float, realistic: bool, s3: bool
 ) -> None:
-    """A RunPod on this machine: try everything without an account or a cent.
+    """Start an emulated RunPod, to try renting without an account.
 
-    Prints the variables to export; ends with Ctrl-C, and every pod with it. A pod is a real ssh server (Debian's
-    openssh-server), with this machine's Python and no GPU. docs/emulator.md lists the faults.
+    Prints the variables to export. Ctrl-C ends it and every pod. A pod is a real ssh server (Debian's openssh-server)
+    with this machine's Python. docs/emulator.md lists the faults.
 
     \b
     Examples:

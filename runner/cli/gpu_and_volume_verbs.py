@@ -22,22 +22,25 @@ def _codes(context: click.Context, param: click.Parameter, words: tuple[str, ...
 
 
 @click.command()
-@click.option("--min-memory", type=click.IntRange(min=0), default=0, help="GB that one GPU must have.")
-@click.option("--cloud", type=click.Choice(["secure", "community"]), help="Only what this cloud has, and its stock.")
-@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Stock for pods with so many.")
+@click.option("--min-memory", type=click.IntRange(min=0), default=0, help="Least memory of one GPU, GB.")
+@click.option("--cloud", type=click.Choice(["secure", "community"]), help="Only GPUs of this cloud.")
+@click.option(
+    "--count", type=click.IntRange(min=1), default=1, show_default=True, help="Stock for pods with this many GPUs."
+)
 @click.option(
     "--country",
     "countries",
     multiple=True,
     metavar="CODE",
     callback=_codes,
-    help="Only what data centres of this country have, such as US; more than once for any of several.",
+    help="Only data centres of this country, such as US. May be given more than once.",
 )
 @as_json_option
 @reports_errors
 def gpus(min_memory: int, cloud: str | None, count: int, countries: tuple[str, ...], as_json: bool) -> None:
-    """RunPod's GPUs as they are now: ids, memory, prices per cloud, stock and where, and the largest model that each
-    holds.
+    """List RunPod's GPUs as they are now: prices, stock, memory.
+
+    The last columns name the data centres and the largest model of the catalogue that each GPU holds.
 
     \b
     Examples:
@@ -69,10 +72,10 @@ def gpus(min_memory: int, cloud: str | None, count: int, countries: tuple[str, .
 @as_json_option
 @click.pass_context
 def volumes(context: click.Context, as_json: bool) -> None:
-    """Network volumes: they outlive pods, in one data centre; a run takes one by where.volume=NAME.
+    """List and manage network volumes.
 
-    put, get and ls need S3 keys of their own (console.runpod.io/user/settings): AWS_ACCESS_KEY_ID and
-    AWS_SECRET_ACCESS_KEY.
+    A network volume stays when its pod ends, and belongs to one data centre. A run uses it by where.volume=NAME. put,
+    get and ls need RunPod's S3 keys (console.runpod.io/user/settings) in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 
     \b
     Examples:
@@ -102,18 +105,18 @@ def _list(as_json: bool) -> None:
 @volumes.command(name="list")
 @as_json_option
 def list_(as_json: bool) -> None:
-    """The same as `volumes` alone."""
+    """Same as `volumes` without a verb."""
     _list(as_json=as_json)
 
 
 @volumes.command()
 @click.argument("name")
-@click.option("--size", type=click.IntRange(10, 4096), required=True, help="GB.")
-@click.option("--data-center", required=True, help="Where it is, and where its pods will be.")
+@click.option("--size", type=click.IntRange(10, 4096), required=True, help="Size in GB.")
+@click.option("--data-center", required=True, help="Data centre of the volume and of the pods that use it.")
 @as_json_option
 @reports_errors
 def create(name: str, size: int, data_center: str, as_json: bool) -> None:
-    """Make a network volume; it is paid for until it is deleted."""
+    """Create a network volume; it is paid for until it is deleted."""
     from runner.cloud.runpod import volumes as keeping
     from runner.cloud.runpod.api import Api
 
@@ -129,7 +132,7 @@ def create(name: str, size: int, data_center: str, as_json: bool) -> None:
 @as_json_option
 @reports_errors
 def delete(volume: str, yes: bool, as_json: bool) -> None:
-    """Delete a network volume, by id or name, and all that is on it."""
+    """Delete a network volume and everything on it."""
     from runner.cloud.runpod import volumes as keeping
     from runner.cloud.runpod.api import Api
 
@@ -150,7 +153,10 @@ def delete(volume: str, yes: bool, as_json: bool) -> None:
 @as_json_option
 @reports_errors
 def put(volume: str, source: Path, target: str, as_json: bool) -> None:
-    """Send a file or a folder to a volume, by S3: no pod is needed. TARGET is a path there; with / a folder."""
+    """Upload a file or folder to a volume over S3; no pod is needed.
+
+    TARGET is a path on the volume; one that ends in / is a folder.
+    """
     from runner.cloud.runpod import volumes
     from runner.cloud.runpod.api import Api
 
@@ -165,7 +171,7 @@ def put(volume: str, source: Path, target: str, as_json: bool) -> None:
 @as_json_option
 @reports_errors
 def get(volume: str, source: str, target: Path, as_json: bool) -> None:
-    """Bring a file or a folder of a volume here, by S3."""
+    """Download a file or folder from a volume over S3."""
     from runner.cloud.runpod import volumes
     from runner.cloud.runpod.api import Api
 
@@ -179,7 +185,7 @@ def get(volume: str, source: str, target: Path, as_json: bool) -> None:
 @as_json_option
 @reports_errors
 def ls(volume: str, prefix: str, as_json: bool) -> None:
-    """Files of a volume, by S3."""
+    """List files on a volume over S3."""
     from runner.cloud.runpod import volumes
     from runner.cloud.runpod.api import Api
 

@@ -27,7 +27,9 @@ from runner.report.text import dump
 @takes_words
 @one_run
 def show(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
-    """The resolved run, as YAML from which a run can start; nothing is started.
+    """Print the resolved run as YAML; nothing is started.
+
+    The output is a recipe: saved to a file, it starts the same run.
 
     \b
     Examples:
@@ -57,7 +59,7 @@ def show(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None
 @takes_words
 @one_run
 def explain(key: str, words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
-    """Where the value of KEY came from: command line, recipe, or which file and line.
+    """Show where a value comes from: command line, or file and line.
 
     \b
     Examples:
@@ -88,7 +90,9 @@ def explain(key: str, words: Arguments, config_dirs: tuple[Path, ...], as_json: 
 @as_json_option
 @reports_errors
 def list_(what: str | None, config_dirs: tuple[Path, ...], as_json: bool) -> None:
-    """What there is to choose from: models, methods, hw, deepspeed, objectives, data, where, track, recipes.
+    """List the choices of one group, or the groups.
+
+    Groups: models, methods, hw, deepspeed, objectives, data, where, track, recipes.
 
     \b
     Examples:
@@ -110,7 +114,7 @@ def list_(what: str | None, config_dirs: tuple[Path, ...], as_json: bool) -> Non
 @as_json_option
 @reports_errors
 def runs(output_dir: Path, as_json: bool) -> None:
-    """Past runs: state, model, method, loss, time.
+    """List past runs: state, model, method, loss, time.
 
     \b
     Examples:
@@ -137,10 +141,10 @@ def runs(output_dir: Path, as_json: bool) -> None:
     help="Measure an all-reduce as well: NCCL over the GPUs, gloo over two processes on a CPU (10 s and more).",
 )
 def doctor(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, bandwidth: bool) -> None:
-    """Is this machine ready: driver, GPUs, disk, memory, packages, keys; what is wrong, and what to do about it.
+    """Check this machine: driver, GPUs, disk, packages, keys.
 
-    With the words of a run, also whether the machine has what that run needs. Imports no torch, but for --bandwidth.
-    Exit code 0 without a problem, 3 with one.
+    Every finding has a remedy. With the arguments of a run, also check what that run needs. torch is imported only for
+    --bandwidth. Exit code 0 without a problem, 3 with one.
 
     \b
     Examples:

@@ -18,34 +18,34 @@ from runner.report.invocation import remember
 EPILOG = """
 \b
 Examples:
-  python -m runner                                         train the demo model here, on the CPU if need be
+  python -m runner                                         train the demo model here; a CPU is enough
   python -m runner model=mistral7b method=qlora4 hw=h100x3
   python -m runner recipes/mistral7b_qlora4_h100x3.yaml train.learning_rate=1e-4
   python -m runner -m method=full,freeze,lora,qlora4,qlora8 train.max_steps=5
   python -m runner show model=phi2                         the resolved run as YAML
   python -m runner explain train.learning_rate recipe=phi2_lora_rtx6000adax5
-  python -m runner plan model=llama3_8b hw=rtx4090         memory, time and cost, before anything starts
-  python -m runner fit model=llama2_70b method=lora        which hardware, ZeRO stage and micro batch
+  python -m runner plan model=llama3_8b hw=rtx4090         memory, time and cost of a run
+  python -m runner fit model=llama2_70b method=lora        hardware that fits, cheapest first
   python -m runner list models
-  python -m runner data preview data.path=my.jsonl         which tokens are learned, and what is wrong with which row
+  python -m runner data preview data.path=my.jsonl         the format, the learned tokens, mistakes in rows
   python -m runner runs                                    past runs
-  python -m runner resume runs/<id>                        go on after the newest checkpoint
-  python -m runner join runs/<id>                          on every other machine of a run of several
+  python -m runner resume runs/<id>                        continue from the newest checkpoint
+  python -m runner join runs/<id>                          on every other machine of a multi-node run
   python -m runner model=mistral7b method=qlora4 hw=h100x3 where=runpod where.max_usd=20 --detach
-  python -m runner attach <id>                             back to a run in its pod; logs -f, status, fetch
-  python -m runner chat runs/<id>                          talk to a tuned model
+  python -m runner attach <id>                             follow a rented run again; also logs -f, status, fetch
+  python -m runner chat runs/<id>                          talk to the trained model
   python -m runner eval runs/<id> --tasks arc_easy         held-out loss, perplexity, benchmarks
-  python -m runner merge runs/<id>                         fold an adapter into its base: a plain 16-bit model
+  python -m runner merge runs/<id>                         merge an adapter into its base model
   python -m runner export runs/<id> --step 200             a checkpoint as a plain model or adapter
-  python -m runner push runs/<id> org/name                 the model, a card and its spec, on the Hub
-  python -m runner gpus --min-memory 48                    what RunPod has now, and for how much
-  python -m runner pods                                    what is rented; pods reap ends what no run owns
-  python -m runner doctor hw=h100x3                        is this machine ready, and what is wrong with it
-  python -m runner emulate                                 a RunPod on this machine, to try pods without an account
+  python -m runner push runs/<id> org/name                 upload the model and its card to the Hub
+  python -m runner gpus --min-memory 48                    GPUs that RunPod offers now, with prices
+  python -m runner pods                                    rented pods; `pods reap` ends those that no run uses
+  python -m runner doctor hw=h100x3                        check this machine for a run
+  python -m runner emulate                                 an emulated RunPod, to try pods without an account
 
-Choices are written group=name (model, method, hw, deepspeed, objective, data, where, track),
-values key=value; docs/reference.md has every key. Exit codes: 0 done, 1 the run failed,
-2 the request was wrong, 3 it does not fit, not here, or not within the limits, 130 interrupted.
+A choice is written group=name (model, method, hw, deepspeed, objective, data, where, track),
+a value key=value; docs/reference.md lists every key. Exit codes: 0 done, 1 the run failed,
+2 the request was wrong, 3 it cannot run on this hardware or within the limits, 130 interrupted.
 """
 
 
@@ -118,7 +118,7 @@ def _meant(error: click.NoSuchOption, words: tuple[str, ...]) -> str:
 @click.group(cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="runner")
 def cli() -> None:
-    """Fine-tune a language model: model × method × hardware × ZeRO stage → one resolved run."""
+    """Fine-tune a language model: choose model, method, hardware and ZeRO stage, then plan, run or rent."""
 
 
 def main() -> None:

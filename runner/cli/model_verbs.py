@@ -22,7 +22,7 @@ from runner.report.text import counted, dump
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON on standard output (with --prompt).")
 @reports_errors
 def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_json: bool) -> None:
-    """Talk to the tuned model of a run.
+    """Talk to the trained model of a run.
 
     \b
     Examples:
@@ -38,7 +38,7 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
 @click.command(name="eval")
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option(
-    "--data", type=click.Path(path_type=Path), metavar="FILE", help="Rows to measure on, if not the held-out ones."
+    "--data", type=click.Path(path_type=Path), metavar="FILE", help="Rows to measure on, instead of the held-out ones."
 )
 @click.option("--tasks", metavar="A,B", help="Benchmarks of lm-eval, by name (needs the extra `eval`).")
 @click.option("--tasks-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder with task files of your own.")
@@ -47,10 +47,10 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
 @as_json_option
 @reports_errors
 def eval_(run_dir: Path, as_json: bool, **options: Any) -> None:
-    """Measure the model of a run: held-out loss and perplexity, and benchmarks.
+    """Measure the model of a run: held-out loss, benchmarks.
 
-    The loss is the mean over all tokens that are learned, row by row, without packing. What was measured is also in
-    eval.json in the run's folder. Task files of lm-eval with data of their own (dataset_path: json) need no network.
+    The loss is the mean over all learned tokens, row by row, without packing. The results are also written to eval.json
+    in the run directory. lm-eval task files whose data are local (dataset_path: json) need no network.
 
     \b
     Examples:
@@ -66,14 +66,17 @@ def eval_(run_dir: Path, as_json: bool, **options: Any) -> None:
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write, if not runs/<id>/merged.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write. Default: runs/<id>/merged."
+)
 @as_json_option
 @reports_errors
 def merge(run_dir: Path, out: Path | None, as_json: bool) -> None:
-    """Fold the adapter of a finished run into its base: a plain 16-bit Hugging Face folder, and the proof of it.
+    """Merge the adapter of a finished run into its base model.
 
-    A quantised base is unpacked first, so that the adapter meets the weights it was trained against. Then the folder is
-    read back and must say what base + adapter said, or it is deleted (exit code 1).
+    Writes a plain 16-bit Hugging Face folder. A quantised base is dequantised first, so that the adapter is added to
+    the weights it was trained on. The folder is then loaded and its logits are compared with those of base + adapter;
+    if they differ, it is deleted (exit code 1).
 
     \b
     Examples:
@@ -87,14 +90,17 @@ def merge(run_dir: Path, out: Path | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--step", type=int, help="Which checkpoint; the newest complete one if left out.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write, if not export-<step>.")
+@click.option("--step", type=int, help="Step of the checkpoint. Default: the newest complete one.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write. Default: runs/<id>/export-<step>."
+)
 @as_json_option
 @reports_errors
 def export(run_dir: Path, step: int | None, out: Path | None, as_json: bool) -> None:
-    """Write a checkpoint as what the run would have saved at its end: a plain model, or an adapter.
+    """Convert a checkpoint into a plain model or adapter.
 
-    DeepSpeed's shards are put together, without a GPU. A checkpoint counts only if it was finished and is whole.
+    The result is what the run would have saved at this step. DeepSpeed shards are joined without a GPU. Incomplete or
+    damaged checkpoints are refused.
 
     \b
     Examples:
@@ -109,14 +115,15 @@ def export(run_dir: Path, step: int | None, out: Path | None, as_json: bool) -> 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="[ORG/NAME|s3://BUCKET/PREFIX]", required=False)
-@click.option("--public", is_flag=True, help="Everybody may see a repository that is made; else it is private.")
-@click.option("--merged", is_flag=True, help="What `merge` has written, instead of the adapter.")
+@click.option("--public", is_flag=True, help="Create the repository as public. Default: private.")
+@click.option("--merged", is_flag=True, help="Upload the result of `merge` instead of the adapter.")
 @as_json_option
 @reports_errors
 def push(run_dir: Path, repo: str | None, public: bool, merged: bool, as_json: bool) -> None:
-    """Upload a run's model to the Hugging Face Hub, with a card and the spec that makes it again: one commit.
+    """Upload the model of a run to the Hugging Face Hub or to S3.
 
-    Without a name it goes to the run's push.to, where a run with that key has put it at its end.
+    One commit holds the model, its card and the spec that repeats the run. Without a name, the target is the run's
+    push.to.
 
     \b
     Examples:
@@ -131,10 +138,18 @@ def push(run_dir: Path, repo: str | None, public: bool, merged: bool, as_json: b
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--repo", metavar="ORG/NAME", help="Where the model is on the Hub, if `push` did not put it there.")
-@click.option("--volume", metavar="ID", help="The network volume with runs/<id>/ on it, instead of the Hub.")
-@click.option("--merged", is_flag=True, help="Serve what `merge` has written, instead of base and adapter.")
-@click.option("--gpu", "pools", multiple=True, metavar="POOL", help="ADA_24, AMPERE_80, …; else the smallest.")
+@click.option("--repo", metavar="ORG/NAME", help="Repository on the Hub. Default: where `push` uploaded the model.")
+@click.option(
+    "--volume", metavar="ID", help="Load the model from runs/<id>/ on this network volume instead of the Hub."
+)
+@click.option("--merged", is_flag=True, help="Serve the result of `merge` instead of base and adapter.")
+@click.option(
+    "--gpu",
+    "pools",
+    multiple=True,
+    metavar="POOL",
+    help="GPU pool: ADA_24, AMPERE_80, … Default: the smallest that fits.",
+)
 @click.option("--max-workers", default=1, show_default=True, type=click.IntRange(1), help="Most at once.")
 @click.option("--idle-seconds", default=10, show_default=True, type=click.IntRange(1, 3600), help="Idle, one ends.")
 @click.option("--secret", metavar="NAME", help="The secret in RunPod's console with an HF_TOKEN for private models.")
@@ -143,7 +158,9 @@ def push(run_dir: Path, repo: str | None, public: bool, merged: bool, as_json: b
 @as_json_option
 @reports_errors
 def deploy(run_dir: Path, remove: bool, yes: bool, as_json: bool, **options: Any) -> None:
-    """Serve a run's model from RunPod: a serverless endpoint with OpenAI's API, which costs nothing while nobody asks.
+    """Serve the model of a run from a RunPod serverless endpoint.
+
+    The endpoint speaks OpenAI's API, and costs nothing while no request arrives.
 
     \b
     Examples:

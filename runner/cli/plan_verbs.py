@@ -25,12 +25,12 @@ from runner.report.text import dump
 @click.command()
 @takes_words
 @one_run
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the memory of every phase.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Plot the memory of every phase.")
 @click.option("--deepspeed", "ds_json", is_flag=True, help="Print the resolved DeepSpeed JSON and nothing else.")
 def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: Path | None, ds_json: bool) -> None:
-    """Does it fit, where do the GiB go, how long, how much: before anything is rented or loaded.
+    """Predict memory, time and cost of a run; nothing is started.
 
-    Exit code 0 if it fits, 3 if not, or if it takes more than where.max_usd or where.max_hours.
+    Exit code 0 if it fits, 3 if it does not or takes more than where.max_usd or where.max_hours.
 
     \b
     Examples:
@@ -77,12 +77,15 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
 @click.command()
 @takes_words
 @one_run
-@click.option("--by", type=click.Choice(["usd", "time"]), default="usd", show_default=True, help="What to rank by.")
-@click.option("--all", "everything", is_flag=True, help="Show what does not fit, too, and all of a long table.")
+@click.option(
+    "--by", type=click.Choice(["usd", "time"]), default="usd", show_default=True, help="Rank by cost or by time."
+)
+@click.option("--all", "everything", is_flag=True, help="Show every row, also those that do not fit.")
 def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str, everything: bool) -> None:
-    """What hardware, method or model, each with its best ZeRO stage and batch.
+    """List the hardware, methods or models that fit, best first.
 
-    Of models and hardware, all are tried where none is named; of methods full, freeze, lora, qlora4 and qlora8.
+    Each row has its best ZeRO stage and micro batch. Where no model or hardware is named, all of the catalogue are
+    tried; where no method is named, full, freeze, lora, qlora4 and qlora8.
 
     \b
     Examples:
@@ -118,7 +121,7 @@ def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str,
 @takes_words
 @one_run
 def table(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None:
-    """Memory by method and model size, from arithmetic, with what it assumes.
+    """Print memory by method and model size, with the assumptions.
 
     \b
     Examples:
@@ -143,7 +146,7 @@ def table(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> Non
 @as_json_option
 @reports_errors
 def calibrate(output_dir: Path, as_json: bool) -> None:
-    """Predicted against measured, over past runs.
+    """Compare the plans of past runs with what was measured.
 
     \b
     Examples:

@@ -15,7 +15,7 @@ from runner.errors import Problem
 from runner.report.text import dump, without_control_sequences
 
 all_option = click.option(
-    "--all", "everything", is_flag=True, help="Also the account's pods that are not of this project: to look at alone."
+    "--all", "everything", is_flag=True, help="Also list the account's other pods. No verb changes them."
 )
 
 env_option = click.option(
@@ -33,21 +33,21 @@ class Subverbs(click.Group):
 @as_json_option
 @click.pass_context
 def pods(context: click.Context, everything: bool, as_json: bool) -> None:
-    """Every pod of this project: state, cost so far, age, deadline; and what to do with one.
+    """List and manage the pods of this project.
 
-    What a crashed launcher has left is put in order first: whatever is half-made is ended.
+    Shows state, cost so far, age and deadline. Pods that a crashed launcher left half-created are ended first.
 
     \b
     Examples:
       python -m runner pods
-      python -m runner pods --all                      the account's other pods as well, which no verb touches
+      python -m runner pods --all                      the account's other pods as well
       python -m runner pods terminate <run>            a run's id, its folder, or the pod's id
       python -m runner pods tunnel <run>               TensorBoard and Jupyter at 127.0.0.1, over SSH
-      python -m runner pods top <run>                  what its GPUs do
-      python -m runner pods reap                       end what no run owns
-      python -m runner pods up hw=rtx4090 --hours 3    just a pod
-      python -m runner pods start <run> --hours 2      one that was kept
-      python -m runner pods templates pytorch          what where.template takes
+      python -m runner pods top <run>                  utilisation of its GPUs
+      python -m runner pods reap                       end pods that no run uses
+      python -m runner pods up hw=rtx4090 --hours 3    a pod without a run
+      python -m runner pods start <run> --hours 2      start a stopped pod
+      python -m runner pods templates pytorch          templates for where.template
     """
     if context.invoked_subcommand is None:
         _list(everything=everything, as_json=as_json)
@@ -70,7 +70,7 @@ def _list(everything: bool, as_json: bool) -> None:
 @all_option
 @as_json_option
 def list_(everything: bool, as_json: bool) -> None:
-    """The same as `pods` alone."""
+    """Same as `pods` without a verb."""
     _list(everything=everything, as_json=as_json)
 
 
@@ -79,7 +79,9 @@ def list_(everything: bool, as_json: bool) -> None:
 @as_json_option
 @reports_errors
 def stop(run: str, as_json: bool) -> None:
-    """Stop the pod of RUN: its volume disk is kept, and paid for; container disk and GPU are given back.
+    """Stop the pod of RUN and keep its volume disk.
+
+    The disk is paid for until the pod is terminated; the GPU and the container disk are released.
 
     \b
     Example:
@@ -96,15 +98,17 @@ def stop(run: str, as_json: bool) -> None:
 
 @pods.command()
 @click.argument("run")
-@click.option("--hours", type=Finite(min=0, min_open=True), required=True, help="Then it stops itself again.")
+@click.option(
+    "--hours", type=Finite(min=0, min_open=True), required=True, help="Hours after which the pod stops itself."
+)
 @env_option
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @as_json_option
 @reports_errors
 def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool) -> None:
-    """Start the stopped pod of RUN for SSH and Jupyter; it stops itself after so many hours, and keeps its disk.
+    """Start the stopped pod of RUN, for SSH and Jupyter.
 
-    A run takes a stopped pod by itself: where.pod=RUN.
+    The pod stops itself after --hours and keeps its disk. A run that uses it needs no `start`: where.pod=RUN.
 
     \b
     Example:
@@ -133,10 +137,11 @@ def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool
 @as_json_option
 @reports_errors
 def terminate(run: str, as_json: bool) -> None:
-    """End every pod of RUN, whoever holds it, and confirm that it is gone. What is only on its disk is lost.
+    """Terminate every pod of RUN and confirm that it is gone.
 
-    It needs neither RunPod's list nor the ledger, if it has the other one; without the list it says so. Exit code 1,
-    with the pod's id and page, where the end cannot be confirmed.
+    Data that is only on the pod's disk is lost. Works also while another process follows the run, and with either the
+    ledger or RunPod's list of pods unavailable. Exit code 1, with the pod's id and its page in the console, if the end
+    cannot be confirmed.
 
     \b
     Example:
@@ -156,7 +161,7 @@ def terminate(run: str, as_json: bool) -> None:
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @reports_errors
 def ssh(run: str, command: Arguments) -> None:
-    """A shell in the pod of RUN, or one COMMAND there.
+    """Open a shell in the pod of RUN, or run one COMMAND.
 
     \b
     Examples:
@@ -172,14 +177,13 @@ def ssh(run: str, command: Arguments) -> None:
 
 @pods.command()
 @click.argument("run")
-@click.option("-p", "--port", "ports", multiple=True, help="LOCAL:POD or one number for both; default 6006 and 8888.")
+@click.option("-p", "--port", "ports", multiple=True, help="LOCAL:POD, or one number for both. Default: 6006 and 8888.")
 @reports_errors
 def tunnel(run: str, ports: tuple[str, ...]) -> None:
-    """TensorBoard (6006) and Jupyter (8888) of the pod of RUN at 127.0.0.1, over SSH; Ctrl-C ends it.
+    """Forward TensorBoard and Jupyter of the pod of RUN.
 
-    TensorBoard is started in the pod where none answers, over all runs on its disk.
-
-    RunPod's own proxy addresses are public and ask for no password: they are not used.
+    Port 6006 (TensorBoard, started in the pod if needed) and 8888 (Jupyter) appear at 127.0.0.1, over SSH, until
+    Ctrl-C. RunPod's proxy addresses are public and have no password, so they are not used.
 
     \b
     Examples:
@@ -194,12 +198,12 @@ def tunnel(run: str, ports: tuple[str, ...]) -> None:
 
 @pods.command()
 @click.argument("run")
-@click.option("--every", type=Finite(min=0.5), default=2.0, show_default=True, metavar="SECONDS", help="Look so often.")
-@click.option("--once", is_flag=True, help="Look once, also where nobody pipes the output.")
+@click.option("--every", type=Finite(min=0.5), default=2.0, show_default=True, metavar="SECONDS", help="Interval.")
+@click.option("--once", is_flag=True, help="Print once and exit.")
 @as_json_option
 @reports_errors
 def top(run: str, every: float, once: bool, as_json: bool) -> None:
-    """What the GPUs of the pod of RUN do: utilisation, memory, power, temperature; until Ctrl-C.
+    """Show utilisation, memory and power of the GPUs of RUN's pod.
 
     \b
     Examples:
@@ -222,12 +226,14 @@ def top(run: str, every: float, once: bool, as_json: bool) -> None:
 
 @pods.command()
 @click.argument("run")
-@click.option("-f", "--follow", is_flag=True, help="Go on until the pod is gone.")
-@click.option("--tail", default=100, show_default=True, help="Lines from before.")
-@click.option("--source", type=click.Choice(["container", "system"]), help="Only these; default both.")
+@click.option("-f", "--follow", is_flag=True, help="Follow until the pod is gone.")
+@click.option("--tail", default=100, show_default=True, help="Number of earlier lines.")
+@click.option("--source", type=click.Choice(["container", "system"]), help="Only this source. Default: both.")
 @reports_errors
 def logs(run: str, follow: bool, tail: int, source: str | None) -> None:
-    """What RunPod logs of the pod of RUN: pulling the image, starting the container. The training's own: `logs`.
+    """Print RunPod's log of the pod: image pull, container start.
+
+    The training's own log is printed by `python -m runner logs`.
 
     \b
     Example:
@@ -242,15 +248,15 @@ def logs(run: str, follow: bool, tail: int, source: str | None) -> None:
 
 
 @pods.command()
-@click.option("--all", "everything", is_flag=True, help="Every pod of this project that no process here holds.")
+@click.option("--all", "everything", is_flag=True, help="Every pod of this project that no process here follows.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @as_json_option
 @reports_errors
 def reap(everything: bool, yes: bool, as_json: bool) -> None:
-    """End what no run owns: what crashed launchers left, and whatever is past its deadline.
+    """End pods that no run uses, or that are past their deadline.
 
-    Only pods whose name begins with `runner-` are touched. A detached run within its deadline is left alone; with --all
-    it is ended, too, also one that another machine has rented.
+    Only pods whose name begins with `runner-` are considered. A detached run within its deadline is kept; --all ends it
+    as well, also one that was rented from another machine.
 
     \b
     Examples:
@@ -295,8 +301,10 @@ def reap(everything: bool, yes: bool, as_json: bool) -> None:
 @as_json_option
 @reports_errors
 def templates(text: tuple[str, ...], as_json: bool) -> None:
-    """RunPod's templates for pods, the account's own first; with TEXT those that have all its words in name, image or
-    id. A run takes one by where.template=ID, or its exact name.
+    """List RunPod's templates for pods, the account's own first.
+
+    With TEXT, only templates that contain all its words in their name, image or id. A run uses one by where.template=ID
+    or its exact name.
 
     \b
     Examples:
@@ -317,13 +325,17 @@ def templates(text: tuple[str, ...], as_json: bool) -> None:
 @pods.command()
 @takes_words
 @one_run
-@click.option("--hours", type=Finite(min=0, min_open=True), required=True, help="Then it ends itself.")
+@click.option(
+    "--hours", type=Finite(min=0, min_open=True), required=True, help="Hours after which the pod ends itself."
+)
 @env_option
 @click.option("-y", "--yes", is_flag=True, help="Do not ask before renting.")
 def up(
     words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, hours: float, env: tuple[str, ...], yes: bool
 ) -> None:  # fmt: skip
-    """Just a pod: SSH, and Jupyter through a tunnel, with the same deadline and price guard as a run.
+    """Rent a pod without a run, for SSH and Jupyter.
+
+    Deadline and price are checked and enforced as for a run.
 
     \b
     Examples:

@@ -19,9 +19,9 @@ from runner.report.text import dump, without_control_sequences
 @as_json_option
 @reports_errors
 def attach(run_id: str, output_dir: Path, as_json: bool) -> None:
-    """Follow a run in its pod to its end, bring it home, end the pod. Ctrl-C leaves again, and the run goes on.
+    """Follow a rented run to its end, download it, end its pod.
 
-    The exit code is the training's.
+    Ctrl-C stops following; the run continues. The exit code is that of the training.
 
     \b
     Examples:
@@ -43,9 +43,10 @@ def attach(run_id: str, output_dir: Path, as_json: bool) -> None:
 @as_json_option
 @reports_errors
 def fetch(run_id: str, output_dir: Path, as_json: bool) -> None:
-    """Bring a run home: all of one that is over, and its pod is ended; a copy so far of one that trains.
+    """Download a rented run.
 
-    A pod that has stopped itself, because nobody came for its result, is started for it.
+    If the run has ended, its pod is ended after the download; if it still trains, a copy of its current state is
+    downloaded. A pod that stopped itself to keep its result is started for the download.
 
     \b
     Examples:
@@ -73,7 +74,7 @@ def _answer(as_json: bool, run: object) -> None:
 @as_json_option
 @reports_errors
 def status(run_id: str, as_json: bool) -> None:
-    """Where a run stands: its step, its loss; in a pod, its price, too.
+    """Show the state of a run: step, loss and, if rented, cost.
 
     \b
     Examples:
@@ -98,7 +99,7 @@ def status(run_id: str, as_json: bool) -> None:
 @as_json_option
 @reports_errors
 def logs(run_id: str, follow: bool, lines: int, as_json: bool) -> None:
-    """What the training of a run in a pod says.
+    """Print the training log of a rented run.
 
     \b
     Examples:

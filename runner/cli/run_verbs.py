@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def renting(command: Command) -> Command:
     """Options of what may rent a pod."""
-    detach = "where=runpod: leave once it trains; attach, logs, status and fetch come back to it."
+    detach = "where=runpod: return once the training has begun; see attach, logs, status and fetch."
     command = click.option("--detach", is_flag=True, help=detach)(command)
     return click.option("--yes", "-y", is_flag=True, help="where=runpod: rent without asking.")(command)
 
@@ -34,10 +34,15 @@ def renting(command: Command) -> Command:
     "-m",
     "--multirun",
     is_flag=True,
-    help="Sweep: key=a,b runs once per value (here in parallel: hydra/launcher=joblib; on pods: sweep.max_pods=N).",
+    help="Sweep: key=a,b runs once per value. In parallel: hydra/launcher=joblib here, sweep.max_pods=N on pods.",
 )
 @renting
-@click.option("-sc", "--shell-completion", metavar="install=bash|zsh|fish", help="Print a completion script; eval it.")
+@click.option(
+    "-sc",
+    "--shell-completion",
+    metavar="install=bash|zsh|fish",
+    help="Print a completion script, to be passed to eval.",
+)
 @click.pass_context
 def run(
     ctx: click.Context,
@@ -49,7 +54,7 @@ def run(
     detach: bool,
     shell_completion: str | None,
 ) -> None:
-    """Compose, validate and run (the verb may be left out).
+    """Check a run and start it. The verb may be left out.
 
     \b
     Examples:
@@ -103,14 +108,14 @@ def all_verbs(ctx: click.Context, before: str = "") -> Iterator[tuple[str, Verb]
 def resume(
     run_dir: Path, words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, yes: bool, detach: bool
 ) -> None:
-    """Go on with a run after its newest whole checkpoint: runs/<id> [KEY=VALUE]…
+    """Continue a run from its newest complete checkpoint.
 
     \b
     Examples:
       python -m runner resume runs/<id>
-      python -m runner resume runs/<id> train.max_steps=2000      longer than was planned
-      python -m runner resume runs/<id> hw=h100x3                 on other hardware: the same global batch
-      python -m runner resume runs/<id> data.path=moved.jsonl     the same rows, elsewhere
+      python -m runner resume runs/<id> train.max_steps=2000      for more steps than planned
+      python -m runner resume runs/<id> hw=h100x3                 on other hardware, with the same global batch
+      python -m runner resume runs/<id> data.path=moved.jsonl     the same rows in a file that was moved
     """
     from runner.rundir.directory import RunDir
     from runner.rundir.launch_options import LaunchOptions
@@ -127,16 +132,18 @@ def resume(
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--node-address", metavar="ADDRESS", help="This machine's own, if it is not on the way to the first one.")
+@click.option(
+    "--node-address", metavar="ADDRESS", help="Address of this machine, if not the one used towards the first machine."
+)
 @click.option("--node", type=click.IntRange(min=1), hidden=True)
 @click.option("--attached", is_flag=True, hidden=True)
 @as_json_option
 @reports_errors
 def join(run_dir: Path, node_address: str | None, node: int | None, attached: bool, as_json: bool) -> None:
-    """Take part in a run of several machines: typed on every one but the first, in the same folder: runs/<id>
+    """Join a multi-node run, on every machine but the first.
 
-    The first machine makes the run (hw.num_nodes=2 hw.rendezvous=HOST:29500) and waits 10 minutes for the others. All
-    share its folder (run.output_dir) at the same place. With hw.hostfile=FILE it starts the others itself, by ssh.
+    The first machine creates the run (hw.num_nodes=2 hw.rendezvous=HOST:29500) and waits 10 minutes for the others. All
+    machines share run.output_dir under the same path. With hw.hostfile=FILE the first one starts the others over ssh.
 
     \b
     Examples:
