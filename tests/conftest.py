@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import io
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -21,6 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Kept between test runs: unpacking SmolLM2 takes 20 s.
 os.environ.setdefault("RUNNER_CACHE", str(ROOT / ".pytest_cache" / "runner"))
 os.environ["WANDB_MODE"] = "offline"
+# No test uses the ledger of the user who runs it, not even where a parameter shadows the fixture that moves it.
+os.environ["RUNNER_STATE"] = tempfile.mkdtemp(prefix="runner-state-")
+atexit.register(shutil.rmtree, os.environ["RUNNER_STATE"], ignore_errors=True)
 os.environ["RUNNER_PYTHON"] = "python"  # messages spell commands as in a shell with the environment active
 
 # `make test` starts a worker per core, and each stays on its own: torch's threads then never wait for one another.

@@ -6,7 +6,9 @@ itself, and may have a result that is worth fetching; all others that nobody hol
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 from runner.cloud import clock, termination
 from runner.cloud.ledger import ARMED, Entry, Ledger, LedgerError
@@ -37,9 +39,13 @@ def reconcile(api: Provider, ledger: Ledger) -> list[str]:
     except CloudError as error:
         return [f"{len(entries)} pods of earlier commands could not be looked after: {error}"]
     there = clock.ProviderClock(api.time)
+    others: list[str] = []
     for entry in entries:
         if _of_another_account(api, entry, pods):
-            notes.append(f"pod {entry.pod_id or entry.name} was rented with another key or address; left alone")
+            if _has_ended(entry.base):
+                ledger.try_move(entry.name, "GONE", "its emulator has ended, and every pod with it")
+            else:
+                others.append(entry.pod_id or entry.name)
             continue
         try:
             if not ledger.take(entry.name):
@@ -54,7 +60,28 @@ def reconcile(api: Provider, ledger: Ledger) -> list[str]:
         except RunnerError as error:
             notes.append(f"pod {entry.pod_id or entry.name}: {error}")
         ledger.leave(entry.name, heard=False)
-    return notes
+    return notes + _left_unchanged(others)
+
+
+def _left_unchanged(pods: list[str]) -> list[str]:
+    if not pods:
+        return []
+    which = f"pod {pods[0]} was" if len(pods) == 1 else f"{len(pods)} pods ({pods[0]}, {pods[1]}, …) were"
+    return [f"{which} rented with another key or address; left unchanged"]
+
+
+def _has_ended(base: str) -> bool:
+    """An emulator on this machine that no longer listens; it ends its pods when it ends (docs/emulator.md)."""
+    address = urlsplit(base)
+    if address.hostname not in ("127.0.0.1", "localhost") or address.port is None:
+        return False
+    try:
+        socket.create_connection((address.hostname, address.port), timeout=1).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _of_another_account(api: Provider, entry: Entry, pods: dict[str, Pod]) -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -669,6 +670,24 @@ def test_another_accounts_pods_are_not_taken_for_gone(
     rented.ledger.set(rented.name, account="another", pod_id="elsewhere")
     (note,) = reconcile(RunPod(), Ledger())
     assert "another key" in note and len(Ledger().entries()) == 1
+
+
+def test_many_pods_of_another_account_are_one_note(emulator: Emulator, rent: Rent) -> None:
+    for rented in (rent(), rent()):
+        rented.ledger.leave(rented.name)
+        rented.ledger.set(rented.name, account="another", pod_id=f"elsewhere{rented.name[-4:]}")
+    (note,) = reconcile(RunPod(), Ledger())
+    assert note.startswith("2 pods (elsewhere") and len(Ledger().entries()) == 2
+
+
+def test_pods_of_an_emulator_that_has_ended_are_forgotten(emulator: Emulator, rent: Rent) -> None:
+    """Else every command, also with a real account, would list them as running."""
+    rented = rent()
+    rented.ledger.leave(rented.name)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        rented.ledger.set(rented.name, base=f"http://127.0.0.1:{free.getsockname()[1]}")
+    assert reconcile(RunPod(), Ledger()) == [] and Ledger().entries() == []
 
 
 @pytest.mark.slow

@@ -64,12 +64,12 @@ def creates(emulator: Emulator) -> int:
 # ── a run that is in a pod ─────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("state", ["RUNNING", "COLLECTING"])
+@pytest.mark.parametrize("left_in", ["RUNNING", "COLLECTING"])
 @pytest.mark.parametrize("rents", [True, False], ids=["rents", "local"])
 def test_a_run_that_trains_in_a_pod_without_a_launcher_is_attached_to_and_not_resumed(
-    emulator: Emulator, run: RunDir, state: str, rents: bool
+    emulator: Emulator, run: RunDir, left_in: str, rents: bool
 ) -> None:
-    rented = left(run, state)
+    rented = left(run, left_in)
     with pytest.raises(RequestError, match=f"is in pod {rented.pod.id}") as error:
         refuse_second_pod(run.id, "runpod" if rents else None)
     assert f"python -m runner attach {run.id}" in str(error.value.problems[0].remedy)

@@ -113,16 +113,16 @@ def test_a_double_goes_with_a_pod_that_is_given_back(emulator: Emulator, tmp_pat
     assert emulator.pods() == {}
 
 
-@pytest.mark.parametrize("state", ["PROVISIONING", "RUNNING"])
+@pytest.mark.parametrize("left_in", ["PROVISIONING", "RUNNING"])
 def test_a_double_of_a_launcher_that_was_killed_is_found_by_the_next_command(
-    emulator: Emulator, tmp_path: Path, state: Any
+    emulator: Emulator, tmp_path: Path, left_in: Any
 ) -> None:
     rented = rent(tmp_path)
-    rented.ledger.move(rented.name, state, "and then it was killed")
+    rented.ledger.move(rented.name, left_in, "and then it was killed")
     rented.ledger.leave(rented.name)
     double = RunPod().create_pod(PodRequest(rented.name, IMAGE, "secure", gpu_id="NVIDIA L4"))
     reconcile(RunPod(), Ledger())
-    assert double.id not in emulator.pods() and (rented.pod.id in emulator.pods()) == (state == "RUNNING")
+    assert double.id not in emulator.pods() and (rented.pod.id in emulator.pods()) == (left_in == "RUNNING")
 
 
 # ── terminate ──────────────────────────────────────────────────────────────────────────────────
