@@ -1,4 +1,4 @@
-"""Faults on demand, as users of RunPod have met them (docs/emulator.md)."""
+"""Injected faults, as reported by users of RunPod (docs/emulator.md)."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from typing import Any
 from runner.emulator.answers import Json
 
 KINDS = {
-    "answer": "an error is answered, `status` (401, 402, 403, 409, 429, 500, …; 502 is HTML), and nothing done",
-    "lost": "the request is carried out (commit: false: it is not), and the connection closes without an answer",
-    "timeout": "the request is carried out (commit: false: it is not), and the answer takes `seconds`",
-    "double": "create makes two pods of the same name, and answers with one of them",
-    "no_capacity": "create, or start, finds no machine: for gpu, cloud, data_center, or all",
-    "slow_pull": "the image takes `seconds`",
-    "no_pull": "the image cannot be pulled: STARTING for ever; `detail` is what the registry says in the system log",
-    "bad_host": "the pod never gets a machine: PROVISIONING for ever",
-    "no_ssh": "the pod runs, and its ssh server never answers",
+    "answer": "the request fails with `status` (401, 402, 403, 409, 429, 500, …; 502 is HTML) and has no effect",
+    "lost": "the request takes effect (with `commit: false` it does not), and the connection closes without a response",
+    "timeout": "the request takes effect (with `commit: false` it does not), and the response takes `seconds`",
+    "double": "create makes two pods of the same name and returns one of them",
+    "no_capacity": "create or start finds no machine, for a `gpu`, a `cloud`, a `data_center` or any",
+    "slow_pull": "the image pull takes `seconds`",
+    "no_pull": "the image cannot be pulled, the pod stays STARTING; `detail` is the registry's message in the log",
+    "bad_host": "the pod never gets a machine and stays PROVISIONING",
+    "no_ssh": "the pod runs, and its ssh server does not respond",
     "price": "the pod costs `factor` times the catalogue's price",
-    "late_listing": "a created pod is not in lists for `seconds`",
-    "undead": "terminate is answered well, and the pod lives on: for `seconds`, or until it is asked again",
-    "no_right": "the pod's own key may not stop or terminate it",
+    "late_listing": "a created pod is missing from lists for `seconds`",
+    "undead": "terminate succeeds, but the pod keeps running, for `seconds` or until the next request",
+    "no_right": "the pod's own key has no permission to stop or terminate it",
     "restart": "the container restarts, `seconds` from now or after the pod has started",
-    "preempt": "the pod's machine is taken away and the pod stopped; with `warning`, SIGTERM comes 5 s before",
-    "vanish": "the pod is gone, volume disk and all, as if it had never been",
-    "skew": "the server's clock is `seconds` ahead",
+    "preempt": "the pod loses its machine and is stopped; with `warning`, it gets SIGTERM 5 s before",
+    "vanish": "the pod and its volume disk disappear",
+    "skew": "the server's clock is ahead by `seconds`",
 }
 """Kind → what it does."""
 EVENTS = ("restart", "preempt", "vanish")
-"""Kinds that happen to a pod at a time, and not to a request."""
+"""Kinds that hit a pod at a moment instead of a request."""
 FOREVER = 0
 
 
 @dataclass
 class Fault:
-    """One thing that goes wrong, for requests or pods that match, `times` times."""
+    """A fault, injected `times` times into matching requests or pods."""
 
     kind: str
     on: str = "any"
@@ -44,7 +44,7 @@ class Fault:
     times: int = 1
     """How often; 0: always."""
     skip: int = 0
-    """How many that match are let through first."""
+    """Number of matching requests that are let through first."""
     pod: str | None = None
     """Id or name of the pod."""
     gpu: str | None = None
@@ -75,7 +75,7 @@ class Fault:
 
 
 class Faults:
-    """Those in force, oldest first."""
+    """Active faults, oldest first."""
 
     def __init__(self) -> None:
         self._all: list[Fault] = []
