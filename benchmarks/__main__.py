@@ -69,12 +69,11 @@ INTRO = """\
 
 # Benchmarks
 
-What the README claims, measured. `python -m benchmarks` (or `make bench`) repeats everything but `gpu` and
-`coverage` on your machine and writes this page again; `python -m benchmarks NAME` repeats one of them: {names}.
-How exact the plan's memory is (`memory_accuracy`) stands in [planning.md](planning.md#how-exact-is-it).
+Measurements behind the claims of the README. `python -m benchmarks` (or `make bench`) repeats all but `gpu` and
+`coverage` on your machine and rewrites this page; `python -m benchmarks NAME` repeats one: {names}.
+The accuracy of the plan's memory (`memory_accuracy`) is in [planning.md](planning.md#accuracy).
 
-A median stands with its middle half (25th to 75th percentile): where that is wide, the machine was not
-quiet.
+A median is given with its middle half (25th to 75th percentile), which is wide if the machine was busy.
 """
 
 

@@ -25,18 +25,16 @@ from runner.rundir.directory import RunDir
 from tests.support.processes import tiny_model, words
 
 EXPLANATION = """\
-A tiny Llama trains {steps} steps with an evaluation every {evaluated} (LoRA): with a checkpoint every {every} steps in
-one process and in two under DeepSpeed ZeRO-2, and by the clock alone in one process that also answers prompts before
-and after. At a random moment something is done to it: a process, its launcher or
-all of them get SIGKILL, the front gets SIGTERM, the disk is full (a small tmpfs), or after the kill a file of the
-newest checkpoint is cut short or changed. Then `python -m runner resume` goes on, until it is hit again. After
-{hits} hits the run is left alone. Then:
+A tiny Llama is trained with LoRA for {steps} steps and evaluated every {evaluated}, in three variants: one process
+and two processes under DeepSpeed ZeRO-2 with a checkpoint every {every} steps, and one process with checkpoints by
+time that also answers prompts. At a random moment a rank, the launcher or all processes get SIGKILL, the command gets
+SIGTERM, the disk (a small tmpfs) is full, or a file of the newest checkpoint is truncated or changed after a kill.
+`python -m runner resume` continues, until the next interruption. After {hits} interruptions the run is left
+undisturbed. Required are:
 
-- resume has to work, every time;
-- every JSON file of the run has to be whole, and every checkpoint that calls itself complete, too, but for those
-  that were damaged on purpose, which have to be found and passed over;
-- the losses of all steps, each of them once, and the final weights have to equal those of the undisturbed run to
-  the last bit.
+- a successful resume after each interruption;
+- complete JSON files and checkpoints; checkpoints that were damaged on purpose must be detected and skipped;
+- the losses of all steps and the final weights of an undisturbed run, bit for bit.
 """
 STEPS, EVERY, EVALUATED, HITS = 80, 5, 20, 5
 BY_STEPS = f"train.save_every_steps={EVERY}"
@@ -284,16 +282,16 @@ def section(measured: dict[str, Any]) -> str:
     ]
     lost = [hit["step"] - hit["checkpoint"] for hit in struck if hit["checkpoint"] is not None and hit["step"]]
     facts = [
-        f"{len(struck)} hits in {len(runs)} runs; at the end resume worked in "
+        f"{len(struck)} interruptions in {len(runs)} runs; every resume succeeded in "
         f"{sum(run['resumed'] for run in runs)} of {len(runs)}.",
-        f"Files whole after {sum(hit['whole'] for hit in struck)} of {len(struck)} hits.",
-        f"End equal to the undisturbed run's, losses and weights, bit for bit: {sum(run['equal'] for run in runs)} of "
+        f"Files complete after {sum(hit['whole'] for hit in struck)} of {len(struck)} interruptions.",
+        f"Losses and weights equal to the undisturbed run's, bit for bit: {sum(run['equal'] for run in runs)} of "
         f"{len(runs)} runs.",
-        f"Steps to do again after a hit: {sum(lost) / max(1, len(lost)):.1f} on average, {max(lost, default=0)} at "
-        "most "
-        f"(a checkpoint every {EVERY} steps, or by the clock; one damaged on purpose costs as many again).",
+        f"Steps repeated after an interruption: {sum(lost) / max(1, len(lost)):.1f} on average, "
+        f"{max(lost, default=0)} at most (a checkpoint every {EVERY} steps, or by time; one damaged on purpose costs "
+        "as many again).",
     ]
-    head = ["what was hit", *(f"while {phase}" for phase in phases), "in all"]
+    head = ["interrupted", *(f"while {phase}" for phase in phases), "total"]
     text = EXPLANATION.format(steps=STEPS, every=EVERY, evaluated=EVALUATED, hits=HITS)
     return f"{text}\n{table(head, rows)}\n\n" + "\n".join(f"- {fact}" for fact in facts)
 

@@ -43,19 +43,18 @@ runpy.run_path({agent!r}, run_name="__main__")
 """
 
 EXPLANATION = """\
-Each case is the real agent with the pod's real start command beside it, both as processes with a RunPod that answers
-over HTTP. {left:.0f} s after its order the pod has to be ended: by the deadline, because the budget is spent, or
-because the launcher is silent; while nothing was begun, in the middle of a training, or after its end with a result
-that nobody has fetched. At a random moment before, one of {damages} things goes wrong, and stays so: real disks (ext4)
-that are full, or read-only under open files; every call that opens, writes, locks, forks or kills fails, with one
-error; the agent's clock is a day off, once its order is armed (before, it takes the order for one of yesterday, and
-ends the pod at once); the agent gets SIGSTOP or SIGKILL; RunPod's answers are errors, for {left:.0f} s. The start
-command takes over {watch:.0f} s after the agent should have ended the pod (30 s in real pods).
+In each case the real agent and the pod's real start command run as processes with a RunPod that is served over HTTP.
+The pod has to end {left:.0f} s after its order: by the deadline, by the budget, or because the launcher is silent;
+before, during or after a training, in the last case with a result that nobody has downloaded. At a random moment
+before that, one of {damages} faults begins: a disk (ext4) that is full or read-only under open files; an error from
+every call that opens, writes, locks, forks or kills; a clock of the agent that is a day off; SIGSTOP or SIGKILL for
+the agent; errors from RunPod for {left:.0f} s. The start command acts {watch:.0f} s after the agent should have ended
+the pod (30 s in real pods).
 
-- *late*: the longest time from the limit to the request that ends the pod, at which it ends;
+- *late*: longest time from the limit to the request that ended the pod;
 - *early*: pods that were ended more than a tenth before their limit;
-- *lost*: pods with a finished result that were terminated and not stopped, though their disk could have kept it;
-- *left*: pods that nobody had ended {patience:.0f} s after their limit.
+- *lost*: pods with a finished result that were terminated although they could have been stopped;
+- *left*: pods that still existed {patience:.0f} s after their limit.
 """
 
 

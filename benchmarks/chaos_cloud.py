@@ -67,19 +67,18 @@ LOUD = "MAY STILL BE RUNNING"
 
 
 EXPLANATION = """\
-Each case is a launcher of its own that rents a pod from an [emulated RunPod](emulator.md), a process of its own, marks
-it as a run would, and gives it back. In each one thing is wrong, from the start or a random moment on: one of {faults}
-faults of RunPod's (the clock of RunPod a day off among them), or one of {harms} harms to the launcher's machine. Half
-of the launchers get SIGKILL at a random moment. Then the fault is over, a full disk has room again, a broken ledger is
-moved away as the message says, and the next command puts in order what is left.
+In each case a launcher rents a pod from an [emulated RunPod](emulator.md) in another process, records it as a run
+would, and ends it. One fault is active, from the start or from a random moment: one of {faults} faults of RunPod
+(such as a clock that is a day off), or one of {harms} faults of the launcher's machine. Half of the launchers get
+SIGKILL at a random moment. Then the fault ends: a full disk has space again, a damaged ledger is moved away as its
+message says. The next command must settle what is left.
 
-Training and agent are left out here, and caps (below they are not): of a pod that was armed when its launcher died the
-case lets the deadline pass. Of a pod whose ledger is lost no command knows; its start command, which runs in the
-emulated pod, ends it: after {alone:.0f} s here.
+There is no training, agent or budget in these cases (see below for those). If a pod was armed when its launcher died,
+its deadline is made to pass. A pod whose ledger is lost is ended by its start command, here after {alone:.0f} s.
 
-- *silent*: launchers that ended by themselves while a pod was there, and did not say that it may still be running;
-- *crashed*: launchers that ended with an error that is no message;
-- *robbed*: launchers whose pod was ended by somebody else's listing.
+- *silent*: launchers that ended while a pod existed, without a message that it may still be running;
+- *crashed*: launchers that ended with a stack trace;
+- *robbed*: launchers whose pod was ended by another command.
 """
 
 
@@ -114,12 +113,12 @@ def section(measured: dict[str, Any]) -> str:
     killed, left = sum(case["killed"] for case in found), sum(case["left"] for case in found)
     leaked = sum(len(case["leaked"]) for case in found)
     head = ["fault or harm", "launchers", "killed", "with a pod at the launcher's end", "silent", "crashed", "robbed",
-            "pods there after the next command"]  # fmt: skip
+            "pods after the next command"]  # fmt: skip
     states = ", ".join(f"{state} {n}" for state, n in _counted(c["state"] for c in found if c["killed"]).items())
     facts = [
-        f"**{leaked} pods were left** in {len(found)} cases; {killed} launchers were killed, and the next command, or "
-        f"the pod itself, ended {left - leaked} pods that were there when their launcher was gone.",
-        f"Where the killed ones stood, by the ledger: {states}.",
+        f"**{leaked} pods were left** in {len(found)} cases. {killed} launchers were killed; the next command, or the "
+        f"pod itself, ended {left - leaked} pods that existed when their launcher was gone.",
+        f"State of the killed launchers in the ledger: {states}.",
         *(f"*{harm}*: {what}." for harm, what in HARMS.items()),
     ]
     text = EXPLANATION.format(faults=len(FAULTS) - 1, harms=len(HARMS), alone=60 * ALONE_MINUTES)

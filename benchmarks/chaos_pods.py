@@ -86,31 +86,26 @@ TAKEN = ("vanish",)
 """Faults that take the disk away, with what only it had."""
 
 EXPLANATION = """\
-Each case is `python -m runner … where=runpod`, from renting to the end, with an [emulated RunPod](emulator.md) of its
-own: real ssh servers, rsync, the real agent. In place of the training stands a process that does with files and signals
-what one does, for {seconds:.0f} s: it evaluates, trains, evaluates and saves (benchmarks/pod_training.py). At a random
-moment (one of a create request at once) one of {faults} faults happens, or none; disks, of all pods or of the launcher
-with runs, ledger and cache, are real ones (ext4). Half of the launchers get SIGKILL at another moment (a quarter of
-those near their cap), and a quarter of the runs is left to its pod (`--detach`). Every second run begins {left:.0f} s
-before its cap: its meter is told that the pod was rented so much earlier, and its training would take for ever. Then
-nobody does anything until no pod is paid for any more, disks are mended, and `fetch` is typed (again when a training
-that was taken away has gone on in between), and `pods reap`.
+Each case is a whole `python -m runner … where=runpod` with an [emulated RunPod](emulator.md) of its own: real ssh
+servers, rsync and the real agent. Instead of the training, a process of {seconds:.0f} s reads and writes the same
+files and handles the same signals (benchmarks/pod_training.py). At a random moment one of {faults} faults begins, or
+none. Disks are real ones (ext4). Half of the launchers get SIGKILL at another moment, and a quarter of the runs is
+detached. Every second run starts {left:.0f} s before its budget is spent and would train forever. After all pods have
+ended, disks are repaired and `fetch` and `pods reap` are typed.
 
-In {hostile} more cases the pod is an enemy's from a random moment on, in one to three of {ways} ways: links and hard
-links, devices and pipes, names with newlines and `..`, helper scripts that write elsewhere or never stop, words that
-command a terminal and JSON of no shape, sparse files of 8 TiB and thousands of small ones. What it says it has trained
-is not counted then; one that `fetch` refuses, for it has more to send than a run can hold, is given up with the
-command that `fetch` names. – stands where nothing was counted: those cases were measured before these columns were.
+In {hostile} further cases the pod is hostile from a random moment on, in one to three of {ways} ways: links and hard
+links; devices and pipes; names with newlines and `..`; helper scripts that write elsewhere or never stop; terminal
+control sequences and malformed JSON; sparse files of 8 TiB and thousands of small ones. Its results are not counted,
+and if `fetch` refuses to download, the pod is ended with the command that `fetch` names. – means not counted.
 
-- *lost*: models that a training had finished, on a disk that was not taken away, and that are not here then, bit for
-  bit;
-- *cap reached*: runs that their cap has ended;
-- *past the cap*: the longest time for which a pod was paid for after its cap was reached;
+- *lost*: finished models on a disk that was not taken away which were not downloaded bit for bit;
+- *cap reached*: runs that were ended by their budget;
+- *past the cap*: longest time for which a pod was paid for after its budget was spent;
 - *left*: pods that exist at the end;
-- *outside*: bytes that appeared on the launcher's side outside of the run directory, the state and the cache;
+- *outside*: bytes written on the launcher's machine outside the run directory, the state and the cache;
 - *not plain*: links, devices and pipes in the run directory;
-- *escapes*: control characters that a launcher's output has, from which a pod could command a terminal;
-- *crashed*: commands that ended with an error that is no message.
+- *escapes*: terminal control characters in a launcher's output;
+- *crashed*: commands that ended with a stack trace.
 """
 
 
@@ -411,17 +406,16 @@ def section(measured: dict[str, Any]) -> str:
     text = EXPLANATION.format(seconds=(STEPS + 2 * EVALUATED) * STEP_S, faults=len(FAULTS) - 1, left=CAP_LEFT_S,
                               hostile=enemies, ways=len(hostile.WAYS))  # fmt: skip
     old = sum("crashes" not in case for case in found)
-    uncounted = [f"The {old} cases' crashes were looked for by a pattern that no file of the command line matches: "
-                 "they are not counted."] * bool(old)  # fmt: skip
+    uncounted = [f"Stack traces were not counted in the {old} cases, which are older than that column."] * bool(old)
     kinds = {case["fault"]: [c["finished"] for c in found if c["fault"] == case["fault"]] for case in found}
     idle = {f"`{kind}`" if kind else "no fault": len(finished) for kind, finished in kinds.items() if not any(finished)}
-    nothing = [f"No training was finished in the {sum(idle.values())} cases of {', '.join(idle)}: that no finished "
-               "model was lost says nothing of them."] * bool(idle)  # fmt: skip
+    nothing = [f"No training finished in the {sum(idle.values())} cases of {', '.join(idle)}, so they do not show that "
+               "a finished model is kept."] * bool(idle)  # fmt: skip
     by = [[case.get("cap_reached") for case in found].count(who) for who in ("launcher", "pod")]
     facts = [
         f"{sum(case['near_cap'] for case in found)} runs began near their cap, and **{sum(by)} reached it**: {by[0]} "
-        f"were ended by their launcher, which has the training save its checkpoint first, {by[1]} by their pod. The "
-        "others were over before: by the fault, or by the silence of a launcher that was killed.",
+        f"were ended by their launcher, after the training had saved a checkpoint, {by[1]} by their pod. The others "
+        "ended earlier, by the fault or because their launcher had been killed.",
         _hits(found),
         *nothing,
         *uncounted,

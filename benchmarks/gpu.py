@@ -47,7 +47,7 @@ NOT_MEASURED = """\
 ## On a GPU
 
 Not measured yet: `python -m benchmarks gpu` on a machine with an NVIDIA GPU writes this section. It runs three
-models, five methods and two lengths, as far as `--minutes` goes, and sets what the plan predicted beside it.
+models, five methods and two lengths, as far as `--minutes` permits, and compares them with the plan.
 """
 EXPLANATION = """\
 ## On a GPU

@@ -32,48 +32,45 @@ MIXTURES = {"mixtral": "Mixtral", "qwen3_moe": "Qwen3-MoE", "olmoe": "OLMoE"}
 INTRO = """\
 <!-- Written by `python -m benchmarks matrix` from benchmarks/results/matrix.json: run it again instead of editing. -->
 
-# Which method runs on which ZeRO stage
+# Methods by ZeRO stage
 
-Every cell was run: two processes train a model for {steps} steps, and what came of it has to answer all the questions
-below. A ✓ means that every answer is within its bound. What cannot work is refused before anything starts, by `plan`
-and by every run, in the words of the footnote. `python -m benchmarks matrix` repeats it all ({seconds:.0f} s here); the
-test suite does the first table anew each time (tests/train/test_matrix.py).
+Every cell was run: two processes train a model for {steps} steps, and all checks below are applied. A ✓ means that
+every check is within its bound. Combinations that cannot work are refused by `plan` and by every run, with the
+message in the footnote. `python -m benchmarks matrix` repeats the measurement ({seconds:.0f} s here; every number is
+in benchmarks/results/matrix.json), and the test suite repeats the first table (tests/train/test_matrix.py).
 
-The processes are two CPU ranks that talk over gloo: this shows that sharding, checkpoints and numbers are right, not
-how fast they are, and no CUDA kernel took part. Offloading moves tensors from the CPU to the CPU here. The model is a
-Llama with grouped-query attention and tied embeddings: 3 layers, width 64. So that ZeRO has something to do with it,
-the limits in `deepspeed_configs/` that are counted in elements (how much ZeRO-3 holds whole, keeps and updates at
-once) are 20,000 instead of 2e8 to 1e9; everything else in these files is as it is.
+The processes are two CPU ranks over gloo, which shows that sharding, checkpoints and numbers are correct. It shows
+nothing about speed, and no CUDA kernel was involved. Offloading copies from CPU to CPU here. The model is a Llama
+with grouped-query attention and tied embeddings, 3 layers of width 64. For ZeRO to have an effect on it, the limits
+in `deepspeed_configs/` that count elements are 20,000 instead of 2e8 to 1e9; all other settings are unchanged.
 """
 
 OPTIONS = """
-## Options that treat weights in a way of their own
+## Options
 
-On the stages that differ in kind: ZeRO-1 is ZeRO-2 but for when gradients are reduced, and offloading moves the same
-tensors elsewhere. PiSSA and OLoRA take their start out of the base, DoRA reads the base's weights, `embed_tokens` and
-`lm_head` are `method.modules_to_save`, and both are one matrix in this model. With `method.dropout=0.1` every process
-draws its own zeros, so one process cannot be compared with two.
+Only stages that differ in kind are listed: ZeRO-1 differs from ZeRO-2 in when gradients are reduced, and offloading
+moves the same tensors. PiSSA and OLoRA initialise the adapter from the base, DoRA reads the base's weights, and
+*saved modules* are `embed_tokens` and `lm_head`, one matrix in this model. With `method.dropout=0.1` each process has
+its own random numbers, so one process cannot be compared with two.
 """
 
 BF16 = """
-## In bf16
+## bf16
 
-Above, everything is computed in fp32, which shows the smallest mistake. The same with `train.precision=bf16`:
+The tables above use fp32, which shows the smallest error. The same with `train.precision=bf16`:
 """
 
 EXPERTS = """
 ## Mixtures of experts
 
-The same model with 4 experts in a layer, of which a token meets 2, in fp32. Every block with experts is a leaf of
-ZeRO-3, whose parameters are gathered together: DeepSpeed does that for Mixtral and Qwen3-MoE, the runner for all
-others, such as OLMoE. The head is the embedding: what is gathered ahead for the backward pass is waited for before the
-loss reads it.
+The same model with 4 experts per layer, 2 of them per token, in fp32. Under ZeRO-3 the parameters of a block with
+experts are gathered together, by DeepSpeed for Mixtral and Qwen3-MoE, by the runner for others such as OLMoE.
 """
 
 MEANING = """
-## What a ✓ means
+## Checks
 
-Losses are compared relatively, weights absolutely; 0 is equality of every bit.
+Losses are compared relatively, weights absolutely; 0 means bitwise equality.
 """
 
 
@@ -112,7 +109,7 @@ def section(measured: Facts) -> str:
     parts += [OPTIONS, _matrix(rest, notes)] if rest else []
     parts += [BF16, _matrix(bf16, notes)] if bf16 else []
     parts += [EXPERTS, _matrix(mixtures, notes)] if mixtures else []
-    parts += [MEANING, _bounds(cells), _details(cells)]
+    parts += [MEANING, _bounds(cells)]
     return "\n".join([*parts, *(f"[^{number}]: {note}" for number, note in enumerate(notes, 1))])
 
 
@@ -163,17 +160,6 @@ def _bounds(cells: Sequence[Facts]) -> str:
             worst += [f"{bounds[check]:g}", text]
         lines.append([f"**{check}**: {words}", *worst])
     return _centred(["check", "bound", "worst", "bound, bf16", "worst, bf16"], lines)
-
-
-def _details(cells: Sequence[Facts]) -> str:
-    """One line per run: every number."""
-    lines = []
-    for facts in (facts for facts in cells if not facts["refused"]):
-        values = {name: f"{value:.2g}" for name, value, _ in _numbers(facts)}
-        curve = " ".join(f"{loss:.4f}" for loss in facts["losses"])
-        lines.append([facts["row"], f"`{facts['stage']}`", curve, *(values.get(check, "–") for check in CHECKS)])
-    table = _centred(["method", "stage", "losses", *CHECKS], lines)
-    return f"\n<details><summary>Every run</summary>\n\n{table}\n\n</details>\n"
 
 
 def _centred(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,7 +10,7 @@ from itertools import product
 from statistics import mean
 from typing import Any
 
-from benchmarks.bench import Benchmark, alone, say, table
+from benchmarks.bench import Benchmark, alone, say
 from runner.config.command_line import Request
 from runner.plan.choose_stage import job_of
 from runner.plan.memory import GIB, memory
@@ -103,10 +103,10 @@ def tensors(spec: RunSpec) -> dict[str, float]:
 
 
 def section(measured: dict[str, Any]) -> str:
-    """The summary and one row per run."""
+    """The summary."""
     rows = measured["rows"]
     worst = max(rows, key=lambda row: abs(row["error"]))
-    text = EXPLANATION.format(
+    return EXPLANATION.format(
         mean=mean(abs(row["error"]) for row in rows),
         worst=worst["error"],
         where=f"{worst['model']} {worst['method']}, s {worst['s']}, b {worst['b']}",
@@ -114,15 +114,6 @@ def section(measured: dict[str, Any]) -> str:
         simulated=mean(row["simulated_s"] for row in rows),
         predicted=mean(row["predicted_ms"] for row in rows),
     )
-    head = ["model", "method", "s", "b", "checkpointing", "predicted GiB", "simulated GiB", "error", "peak in"]
-    lines = [
-        [
-            row["model"], row["method"], str(row["s"]), str(row["b"]), "yes" if row["ckpt"] else "no",
-            f"{row['predicted_gib']:.2f}", f"{row['simulated_gib']:.2f}", f"{row['error']:+.2f}%", row["phase"],
-        ]
-        for row in rows
-    ]  # fmt: skip
-    return f"{text}\n<details><summary>All runs</summary>\n\n{table(head, lines)}\n\n</details>\n"
 
 
 BENCHMARK = Benchmark("memory_accuracy", add_options, measure, section, measures=("runner/plan",))

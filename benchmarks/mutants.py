@@ -63,13 +63,13 @@ STATES = {0: "survived", 1: "killed", 3: "killed", 5: "untested", 33: "untested"
 TARGET = 0.9
 
 EXPLANATION = """\
-## Mutants: what the tests would notice
+## Mutants: defects that the tests detect
 
-[mutmut](https://mutmut.readthedocs.io) changes one thing at a time in code that guards money and work, and the fast
-tests that reach the function run on it. *Untested* mutants are in functions that none of those tests calls. Survivors
-that change nothing anybody could see, each with its reason, are in benchmarks/justified_mutants.yaml, and count as
-justified. A *sample* is drawn at random with a fixed seed, for files whose tests take long. The target is {target:.0%}
-killed.
+[mutmut](https://mutmut.readthedocs.io) makes one change at a time in code that guards money or results, and runs the
+fast tests that reach the function. *Untested* mutants are in functions that none of these tests calls. Survivors
+without an observable effect are listed with their reasons in benchmarks/justified_mutants.yaml and count as
+justified. A *sample* is drawn at random with a fixed seed, for files whose tests take long. The target is
+{target:.0%} killed.
 """
 
 

@@ -51,22 +51,24 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
 EXPLANATION = """\
 ## Objectives: what each learns in minutes
 
-SmolLM2-135M with LoRA, {precision}, {cores}, on the sentences of the bundled `commands` data. A pair is the right
-command for a question and one with another method or other hardware; KTO gets them one by one. The {held_out} held-out
-questions share no sentence with the training rows, and ask for combinations that those do not show.
+SmolLM2-135M with LoRA, {precision}, {cores}, on the sentences of the bundled `commands` data. A pair is the correct
+command for a sentence and one with another method or other hardware; KTO gets them as single rows. The {held_out}
+held-out sentences do not occur in the training rows and ask for combinations that the training rows do not contain.
 
-GRPO asks whether a sentence names hardware; the reward is 1 for exactly `yes` or `no`, where that is right, else 0.
-As it comes the model never says just that, and would learn nothing. So it goes on from {warm_up} supervised steps
-that answer right, but two times out of three as `Yes.` or `No.`: which spelling is wanted it has from the reward alone.
+GRPO learns whether a sentence names hardware. The reward is 1 for exactly the correct one of `yes` and `no`, else 0.
+The base model never answers that way and would learn nothing, so the run starts from {warm_up} supervised steps whose
+answers are correct, but two times out of three spelled `Yes.` or `No.`; the required spelling is learned from the
+reward alone.
 {warmed}
 """
 WARMED = """\
-Those steps took {warm_up_seconds:.0f} s, which the table's seconds do not hold. The {questions} held-out questions,
-half with hardware and half without, share neither a sentence nor a command with the training rows of either stage.
+Those steps took {warm_up_seconds:.0f} s, which are not in the table. The {questions} held-out questions, half with
+and half without hardware, share no sentence and no command with the training rows of either stage.
 """
 ORDER = """\
-DPO and KTO measure against the model as it was, so their margin begins at 0. The same for all, by the saved adapter in
-plain peft: of how many held-out pairs the right command is the likelier one, and by how much (log-probability, mean).
+DPO and KTO measure relative to the base model, so their margin starts at 0. The next table measures all with the
+saved adapter in plain peft: the share of held-out pairs in which the correct command is more likely, and the mean
+difference of log-probabilities.
 """
 
 

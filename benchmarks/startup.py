@@ -23,11 +23,11 @@ from runner.resolve.price import hardware
 EXPLANATION = """\
 ## Startup
 
-Whole processes, from start to exit, that answer before anything is trained: a rejected typo, the
-resolved run, a list, where a value came from. None of them imports torch; the last rows show what
-Python and an import alone cost on the same machine. The commands take turns, so that a busy moment hits
-all of them; the first round (cold files) is not counted. A median above its target is marked. Machines
-differ: the ratio is to importing Hydra, OmegaConf and pydantic alone, which every command needs.
+Whole processes of commands that answer before training: a rejected typo, the resolved run, a list, the origin of a
+value. None imports torch; the last rows show Python and single imports on the same machine. The commands take turns,
+so that load affects all of them, and the first round (cold files) is not counted. Medians above their target are
+marked. The ratio, for comparing machines, is to importing Hydra, OmegaConf and pydantic alone, which every command
+needs.
 """
 
 

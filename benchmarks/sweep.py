@@ -23,13 +23,13 @@ TARGET = 0.5
 EXPLANATION = """\
 ## Sweeps
 
-Three runs of three steps on this machine's CPU, no prompts asked: each with a command of its own; as one sweep
-(`-m train.learning_rate=1e-3,2e-3,3e-3`) whose runs start from nothing, as they do on GPUs (tiny model only); and as
-one whose runs are forked from a process that has torch and transformers loaded. The ways take turns; whole processes
-are timed, all that they start included, on one thread each: threads that wait for one another count as CPU time, the
-more the busier a machine is. Every loss is compared to the last bit.
+Three runs of three steps on this machine's CPU, without prompts: as three commands; as one sweep (`-m
+train.learning_rate=1e-3,2e-3,3e-3`) whose runs start separately, as on GPUs (tiny model only); and as one sweep whose
+runs are forked from a process that has loaded torch and transformers. The variants take turns. Whole processes and
+their children are timed, with one thread each, since waiting threads count as CPU time. Losses are compared bit for
+bit.
 """
-WAYS = {"singly": "a command each", "cold": "one sweep, each run from nothing", "sweep": "one sweep, forked"}
+WAYS = {"singly": "separate commands", "cold": "one sweep, separate processes", "sweep": "one sweep, forked"}
 MODELS = {"tiny": ("a tiny model", ("singly", "cold", "sweep")), "smollm2": ("SmolLM2 135M, LoRA", ("singly", "sweep"))}
 COLD = (
     "from runner.cli.main import main; from runner.launcher import warm_workers; "

@@ -28,28 +28,27 @@ EXPLANATION = f"""\
 
 The default job: {{job}}.
 
-{{steps}} optimiser steps of each loop, after {WARMUP_STEPS} that are not counted. Every loop is a process
-of its own; the two that are compared take turns every {BLOCK} steps, so that both meet the same machine. A
-step's time runs from the end of the step before to its own end: batch, forward, backward, update, log
-line. The ratio is that of the medians.
+{{steps}} optimiser steps of each loop, after {WARMUP_STEPS} that are not counted. Each loop is a separate process,
+and the two that are compared take turns every {BLOCK} steps, so that the load of the machine affects both. The
+time of a step is that from the end of the previous one, and includes batch, forward, backward, update and
+log line. The ratio is that of the medians.
 """
 WORKER = f"""\
-### Our worker against a bare PyTorch loop
+### The worker against a bare PyTorch loop
 
-The worker is `runner.train.worker.work`, untouched. The bare loop is `benchmarks/loops.py`: plain torch,
-written by hand for exactly this run, with the same model, adapter, batches, autocast, fused AdamW,
-clipping and schedule; the head sees labelled tokens only; nothing is logged. The worker should take at
-most {TARGET - 1:.0%} longer.
+The worker is `runner.train.worker.work`, unchanged. The bare loop, `benchmarks/loops.py`, is plain torch
+written for exactly this run: the same model, adapter, batches, autocast, fused AdamW, clipping and
+schedule, a head that sees labelled tokens only, and no logging. The target is at most {TARGET - 1:.0%} more time.
 """
 SAME = """\
-Both train on the same batches in the same order: the losses differ by at most {worst:.6f} in any step
-(mean loss {mean:.3f}).
+Both train on the same batches in the same order. The losses differ by at most {worst:.6f} in any step (mean
+{mean:.3f}).
 """
 PACKING = f"""\
 ### Packed against padded
 
-Packed: one sequence made of whole examples that do not see each other. Padded: {PADDED_BATCH} examples of the
-same data, each filled up to the longest one. Effective tokens per second leave the padding out.
+Packed: one sequence of whole examples that do not attend to each other. Padded: {PADDED_BATCH} examples of the same
+data, padded to the longest one. Effective tokens per second exclude padding.
 """
 WAITING = """\
 ### Threads that spin against threads that sleep
@@ -163,10 +162,7 @@ def _seconds_and_losses(comparison: Comparison, pair: Pair) -> str:
     """The same, and the proof that both loops did the same work."""
     losses = [(a.loss, b.loss) for a, b in zip(*pair, strict=True)]
     same = SAME.format(worst=max(abs(b - a) for a, b in losses), mean=sum(a for a, _ in losses) / len(losses))
-    head = ["step", comparison.base.what, comparison.other.what, "difference"]
-    rows = [[str(WARMUP_STEPS + i), f"{a:.6f}", f"{b:.6f}", f"{b - a:+.6f}"] for i, (a, b) in enumerate(losses, 1)]
-    details = f"<details><summary>Loss, step by step</summary>\n\n{table(head, rows)}\n\n</details>"
-    return f"{_seconds(comparison, pair)}\n\n{same}\n{details}"
+    return f"{_seconds(comparison, pair)}\n\n{same}"
 
 
 def _effective(comparison: Comparison, pair: Pair) -> str:

@@ -127,7 +127,7 @@ def pages() -> dict[str, tuple[str, str]]:
 
 
 def _rooms() -> str:
-    rows = ["| room | what it does | modules | lines that tests reach |", "|---|---|---:|---:|"]
+    rows = ["| package | what it does | modules | lines that tests reach |", "|---|---|---:|---:|"]
     known = modules()
     reached = _reached()
     for room in [room for floor in reversed(FLOORS) for room in floor] + list(ALONE):

@@ -168,18 +168,6 @@ def _accuracy_table() -> str:
     return table(("mean absolute, worst", *methods), lines, len(methods))
 
 
-def _accuracy_runs() -> str:
-    head = ("model", "method", "s", "b", "checkpointing", "predicted GiB", "simulated GiB", "error", "peak in")
-    rows = [
-        (
-            row["model"], row["method"], str(row["s"]), str(row["b"]), "yes" if row["ckpt"] else "no",
-            f"{row['predicted_gib']:.2f}", f"{row['simulated_gib']:.2f}", f"{row['error']:+.2f}%", row["phase"],
-        )
-        for row in _result()["measured"]["rows"]
-    ]  # fmt: skip
-    return table(head, rows)
-
-
 def _accuracy_source() -> str:
     result = _result()
     packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -206,7 +194,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "disk_terms": lambda: _named(DISK_TERMS),
     "accuracy": _accuracy,
     "accuracy_table": _accuracy_table,
-    "accuracy_runs": _accuracy_runs,
     "accuracy_source": _accuracy_source,
     "shape": examples.shape,
     "adapter_states": examples.adapter_states,

@@ -36,7 +36,7 @@ def test_the_cost_on_the_page_is_known_and_adds_up() -> None:
     minutes, seconds = re.findall(r"\nTime +(\d+) min (\d+) s", plan)[0]
     hours = (int(minutes) + int(seconds) / 60) / 60
     assert float(usd) == pytest.approx(hours * float(hourly), abs=0.006)
-    assert "not known" not in TEXT[: TEXT.index("## Coming and going")]
+    assert "not known" not in TEXT[: TEXT.index("## Spending limits")]
     rows, examples = re.search(r"here (\d+) rows", TEXT), re.search(r"Data +(\d+) examples.*; (\d+) held out", TEXT)
     assert rows and examples and int(rows[1]) == int(examples[1]) + int(examples[2])
 
