@@ -30,14 +30,14 @@ class SourceSpec(Part):
 
 
 class DataSpec(Part):
-    """Where the examples come from and what their fields are called."""
+    """The rows, and the names of their fields."""
 
     name: str = "file"
     """Name of the choice, as in `data=commands`."""
     source: Literal["commands", "pydoc", "file", "hub"] = "file"
-    """The bundled generator, the reference pages that every Python carries, local files, or a data set on the Hugging Face Hub."""
+    """The bundled generator, Python's own reference pages, local files, or a data set on the Hugging Face Hub."""
     path: str | None = None
-    """File (JSON, JSONL, CSV, TSV, Parquet, text; .gz, .bz2, .xz, .zst), folder, glob or URL (`s3://`, `gs://`, whatever fsspec reads) for `source=file`; relative to where the command is typed."""
+    """File (JSON, JSONL, CSV, TSV, Parquet, text; .gz, .bz2, .xz, .zst), folder, glob or URL (`s3://`, `gs://`, whatever fsspec reads) for `source=file`; relative to the working directory."""
     sources: list[SourceSpec] = []
     """Several sources for `source=file`, mixed by `mix`; instead of `path`."""
     mix: Literal["concat", "weights", "until_exhausted"] = "concat"
@@ -55,19 +55,19 @@ class DataSpec(Part):
     eval_split: str | None = None
     """Split with held-out rows; null means `eval_fraction` of the rows is held out."""
     num_rows: int | None = Field(default=None, ge=1)
-    """Rows of `split`, as the data set's card states them: for the plan, before anything is downloaded. Belongs to the files in `conf/data/`."""
+    """Rows of `split` by the data set's card, for planning before the download. Set in the files of `conf/data/`."""
     num_eval_rows: int | None = Field(default=None, ge=1)
-    """Rows of `eval_split`, likewise."""
+    """Rows of `eval_split` by the card."""
     bytes_per_row: float | None = Field(default=None, gt=0)
-    """Mean bytes of a row's text, likewise: a card's `num_bytes / num_examples`."""
+    """Mean bytes of a row's text by the card: `num_bytes / num_examples`."""
     streaming: bool = False
-    """Read the first `max_examples` rows of the Hub as they come, without downloading the data set: for one that does not fit on the disk."""
+    """Read the first `max_examples` rows from the Hub without downloading the whole data set."""
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the rows held out where no separate file or split is named."""
+    """Share of the rows held out if no separate file or split is named."""
     max_examples: int | None = Field(default=None, ge=1)
     """Take only the first n training rows."""
     max_eval_examples: int | None = Field(default=None, ge=1)
-    """Take only the first n held-out rows: a large set makes every evaluation slow."""
+    """Take only the first n held-out rows; a large set slows down every evaluation."""
     format: Format | OwnCode = "auto"
     """Row format; auto looks at the fields of the first row. docs/data.md shows each; `FILE.py:CLASS` is one of your own, derived from `RowFormat` of `runner.data.user_formats`."""
     messages_field: str = "messages"
@@ -81,7 +81,7 @@ class DataSpec(Part):
     instruction_field: str = "instruction"
     """Alpaca: field with the task."""
     input_field: str = "input"
-    """Alpaca: field with what the task is about; it may be empty or missing."""
+    """Alpaca: field with the input of the task; may be empty or missing."""
     output_field: str = "output"
     """Alpaca: field with the answer."""
     history_field: str = "history"
@@ -89,7 +89,7 @@ class DataSpec(Part):
     system_field: str = "system"
     """Field with a row's own system prompt; it may be missing. `system_prompt` is taken, too."""
     thinking_field: str = "thinking"
-    """Field with what was thought before a single answer (prompt_completion, alpaca); it may be missing. auto takes `reasoning` and `reasoning_content` too."""
+    """Field with the reasoning of a single answer (prompt_completion, alpaca); may be missing. auto also takes `reasoning` and `reasoning_content`."""
     tools_field: str = "tools"
     """Field with the tools (JSON schemas, as a list or as JSON text) that a conversation may call; it may be missing."""
     chosen_field: str = "chosen"
@@ -99,27 +99,27 @@ class DataSpec(Part):
     label_field: str = "label"
     """Unpaired preferences: field that says whether the answer is good: true or false, 1 or 0."""
     answer_field: str = "answer"
-    """Prompts to be answered by the model: field with what a reward function compares with."""
+    """Prompts: field with the answer that a reward function compares with."""
     ids_field: str = "input_ids"
     """Already tokenised: field with the token ids; `labels` beside it are taken as they are."""
     weight_field: str = "weight"
-    """Key of a turn with its weight: 0 or false trains on nothing of it, 1 or true on all (an assistant turn without one weighs 1)."""
+    """Key of a turn with its weight: 0 or false excludes the turn from the loss, 1 or true includes it (the default for assistant turns)."""
     ignore_columns: list[str] = []
-    """Columns that are left out although they look like content (`answer`, `context`, `reasoning`, …) and no other key reads them."""
+    """Columns to ignore although they look like content (`answer`, `context`, `reasoning`, …)."""
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = {}
-    """What else roles are called: `{Frage: user, Antwort: assistant}`."""
+    """Other names of roles: `{Frage: user, Antwort: assistant}`."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What to do about rows that are wrong: stop with all of them listed, or skip them and say how many."""
+    """Handling of wrong rows: stop lists all of them, skip leaves them out and reports their number."""
     on_long: Literal["truncate", "drop", "split"] = "truncate"
-    """What to do with rows longer than `train.max_length`: cut the end off, leave them out, or go on in another row. How many is said."""
+    """Handling of rows longer than `train.max_length`: cut the end, leave them out, or continue in another row. Their number is reported."""
     system_prompt: str | None = None
     """System turn put before every conversation that has none."""
     chat_template: str | None = None
     """Jinja file with a chat template, or a name from conf/chat_template; null means the tokenizer's own, or ChatML if it has none."""
     add_tokens: list[str] = []
-    """Special tokens to add to the tokenizer; the embedding grows with them, they are trained and saved with the model."""
+    """Special tokens to add to the tokenizer; the embedding grows with them, and they are trained and saved with the model."""
     num_proc: int | None = Field(default=None, ge=1)
-    """Processes that read and tokenise; null means one per core, and one where there are few rows."""
+    """Processes that read and tokenise; null means one per core, or one for few rows."""
 
     @property
     def own_formats(self) -> dict[str, str]:

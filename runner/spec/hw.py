@@ -11,7 +11,7 @@ from runner.spec.part import Named, Part
 
 
 class HardwareSpec(Named):
-    """One machine, or several alike."""
+    """The hardware: one machine, or several identical ones."""
 
     name: str = Field(min_length=1)
     """Name of the choice, as in `hw=h100x3`."""
@@ -34,9 +34,9 @@ class HardwareSpec(Named):
     host_memory_gib: float | None = Field(default=None, gt=0)
     """Main memory of one node."""
     rented_memory_gib_per_gpu: float | None = Field(default=None, gt=0)
-    """Main memory that a rented pod has with each GPU at least; null where nobody says. `host_memory_gib` comes first."""
+    """Least main memory of a rented pod per GPU; null if unknown. `host_memory_gib` takes precedence."""
     rented_vcpus_per_gpu: int | None = Field(default=None, ge=1)
-    """vCPUs that a rented pod has with each GPU at least; null where nobody says. `num_cpus` comes first."""
+    """Least number of vCPUs of a rented pod per GPU; null if unknown. `num_cpus` takes precedence."""
     bf16: bool | None = None
     """The hardware multiplies in bfloat16 natively."""
     flash_attention: bool = False
@@ -48,19 +48,19 @@ class HardwareSpec(Named):
     bandwidth_gb_s: float | None = Field(default=None, gt=0)
     """Memory bandwidth of one GPU in GB/s, from the vendor's datasheet."""
     interconnect: Literal["nvlink", "pcie", "none"] | None = None
-    """What joins the GPUs of one node."""
+    """Connection between the GPUs of one node."""
     usd_per_hour: float | None = Field(default=None, ge=0)
-    """Price of one GPU for one hour, in US$, as seen on `price_date`: a fallback for a live catalogue."""
+    """Price of one GPU per hour in US$, on `price_date`; used without a live catalogue."""
     price_date: str | None = None
-    """Day on which `usd_per_hour` was seen, and by whom; or why there is no price, such as `no dated price`."""
+    """Date and source of `usd_per_hour`, or the reason for its absence, such as `no dated price`."""
     env: dict[str, str] = {}
-    """Environment variables every process gets, such as `NCCL_P2P_DISABLE`: texts, as written (`0,1`, `010`, `no`)."""
+    """Environment variables of every process, such as `NCCL_P2P_DISABLE`; values are texts, as written (`0,1`, `010`, `no`)."""
     hostfile: str | None = None
-    """File with a line `name slots=4` per machine, the first of which is this one: the others are started by ssh."""
+    """File with a line `name slots=4` per machine. The first is this machine; the others are started over ssh."""
     rendezvous: str | None = None
-    """Where the nodes meet, `host:port` of the first one; null means the hostfile's first name and port 29500."""
+    """Rendezvous address, `host:port` of the first node; null means the first name in the hostfile and port 29500."""
     node_address: str | None = None
-    """The first node's own address towards the others; null means the one on its way to the rendezvous."""
+    """Address of the first node as seen by the others; null means that of the route to the rendezvous."""
 
     @field_validator("env", mode="before")
     @classmethod
@@ -113,14 +113,14 @@ class HardwareSpec(Named):
 
 
 class DeepSpeedSpec(Part):
-    """Which DeepSpeed ZeRO stage shards the training state."""
+    """The DeepSpeed ZeRO stage."""
 
     name: Literal["auto", "none", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"] = "auto"
     """The stage; auto takes none for one process."""
     config: str | None = None
-    """DeepSpeed JSON: a file name in `deepspeed_configs/`, or a path. With `deepspeed=auto` one of your own decides the stage."""
+    """DeepSpeed JSON: a file name in `deepspeed_configs/`, or a path. With `deepspeed=auto`, your own file decides the stage."""
     nvme_path: str | None = None
-    """Folder on an NVMe disk for what `zero3_offload` moves out of the GPU, instead of main memory."""
+    """Folder on an NVMe disk that `zero3_offload` uses instead of main memory."""
 
     @model_validator(mode="after")
     def _used(self) -> DeepSpeedSpec:

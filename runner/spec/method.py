@@ -77,11 +77,11 @@ class Full(_Method):
     name: Literal["full"] = "full"
     """Name of the choice."""
     master_weights: bool = True
-    """Keep the weights in fp32 and compute in 16 bits; false keeps them in 16 bits: half the memory, small updates are lost."""
+    """Keep the weights in fp32 and compute in 16 bits; false keeps them in 16 bits, with half the memory, and loses small updates."""
 
 
 class Freeze(_Method):
-    """Train some whole layers and leave the others as they are."""
+    """Train some whole layers and freeze the others."""
 
     kind = "freeze"
     adapts = False
@@ -106,7 +106,7 @@ class _Targets(_Method):
     """What all adapters share."""
 
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """Linear layers that get an adapter: all but the output head, or a list of names such as `[q_proj,v_proj]`."""
+    """Linear layers with an adapter: all except the output head, or a list of names such as `[q_proj,v_proj]`."""
     layers: Layers | None = None
     """Only these layers, written as for `freeze`; null means all."""
     modules_to_save: list[str] = []
@@ -152,7 +152,7 @@ class Lora(_LowRank):
     name: Literal["lora"] = "lora"
     """Name of the choice."""
     init: Literal["default", "gaussian", "pissa", "olora"] = "default"
-    """How A and B start: PEFT's default, gaussian, or from the weight's own decomposition (PiSSA, OLoRA)."""
+    """Initialisation of A and B: PEFT's default, gaussian, or from a decomposition of the weight (PiSSA, OLoRA)."""
 
     @model_validator(mode="after")
     def _init_fits(self) -> Lora:
@@ -196,7 +196,7 @@ class QLora8(_LowRank):
 
 
 class Peft(_Targets):
-    """Train an adapter of another type that PEFT has, over the frozen model in 16 bits: OFT, VeRA, (IA)³, LoHa, LoKr, or one that a file of your own names."""
+    """Train another PEFT adapter on the frozen 16-bit model: OFT, VeRA, (IA)³, LoHa, LoKr, or a type named in a file of your own."""
 
     kind = "peft"
 
@@ -205,9 +205,9 @@ class Peft(_Targets):
     peft_type: str
     """PEFT's name of the type, such as `OFT`."""
     arguments: dict[str, bool | int | float | str | list[str] | None] = {}
-    """Arguments of PEFT's configuration class, by its names: `method.arguments.r=16`."""
+    """Arguments of PEFT's configuration class: `method.arguments.r=16`."""
     trainable: str | None = None
-    """Parameters that a linear layer trains, for a type that the plan does not know: a formula of `inputs`, `outputs` and `arguments`, such as `r * (inputs + outputs)`."""
+    """Trained parameters of a linear layer, for a type unknown to the plan: a formula of `inputs`, `outputs` and `arguments`, such as `r * (inputs + outputs)`."""
 
     @property
     def adapter(self) -> adapters.Adapter:

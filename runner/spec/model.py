@@ -11,7 +11,7 @@ MOST_LAYERS = 10_000
 
 
 class ModelSpec(Named):
-    """Which model, and the facts about its architecture that can be known without loading it."""
+    """The model, and the facts about its architecture that are known without loading it."""
 
     name: str = "hub"
     """Name of the choice, as in `model=mistral7b`."""
@@ -24,9 +24,9 @@ class ModelSpec(Named):
     gguf_file: str | None = None
     """GGUF file inside `package` or the model folder; it is dequantised once and cached."""
     from_scratch: bool = False
-    """Random weights of the sizes below instead of loading `id`; the tokenizer is `objective.tokenizer`'s, or trained."""
+    """Start from random weights of the sizes below instead of loading `id`; the tokenizer is `objective.tokenizer`, or is trained."""
     gated: bool = False
-    """The Hub asks for an accepted licence: set `HF_TOKEN`."""
+    """The Hub requires an accepted licence: set `HF_TOKEN`."""
     architecture: str | None = None
     """`model_type` in transformers, such as `llama` or `mixtral`; null for a model that is not in the catalogue."""
     num_parameters: int | None = Field(default=None, ge=1)
@@ -46,7 +46,7 @@ class ModelSpec(Named):
     vocab_size: int | None = Field(default=None, ge=1)
     """Rows of the embedding matrix."""
     context_length: int | None = Field(default=None, ge=1)
-    """Longest sequence the model was made for, in tokens."""
+    """Longest supported sequence, in tokens."""
     tie_embeddings: bool | None = None
     """Input and output embeddings are one matrix."""
     attention_bias: bool | None = None

@@ -46,17 +46,17 @@ class Pretrain(ObjectiveBase):
     experiment: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Folder name of the shards and the tokenizer; null trains on the rows of `data` as they are."""
     root: str | None = None
-    """Folder that holds `datasets/`, `artifacts/` and `hf_cache/`; null means `RUNNER_WORKSPACE`, else where the command is typed."""
+    """Folder that holds `datasets/`, `artifacts/` and `hf_cache/`; null means `RUNNER_WORKSPACE`, else the working directory."""
     shards: Literal["auto", "reuse", "anew"] = "auto"
-    """auto makes them of `data` where there are none, goes on where it was interrupted, and refuses those of other data; reuse takes what is there, whatever it was made of, also of a stream that was interrupted; anew makes them and the tokenizer again."""
+    """auto creates missing shards from `data`, continues interrupted ones, and refuses shards of other data; reuse takes existing shards of any origin, also incomplete ones; anew rebuilds shards and tokenizer."""
     mode: Literal["smoke", "prod", "split"] = "split"
-    """smoke takes the first `take` documents (1,000 if that is null), prod all, or what was read until it is interrupted; split also sends a share of them, `val_ratio`, to the validation shards."""
+    """smoke takes the first `take` documents (1,000 if null); prod takes all, or those read before an interruption; split also writes a share, `val_ratio`, to validation shards."""
     val_ratio: float = Field(default=0.01, gt=0, lt=1)
-    """Share of the documents that become validation shards, with `mode=split`."""
+    """Share of the documents in validation shards, with `mode=split`."""
     lines_per_shard: int = Field(default=250_000, ge=1)
     """Documents in one shard, a line each."""
     take: int | None = Field(default=None, ge=1)
-    """Documents to read at most."""
+    """Maximum number of documents."""
     gzip: bool = False
     """Write shards as `.txt.gz`."""
     tokenizer: str | None = None
@@ -106,7 +106,7 @@ class _Referenced(ObjectiveBase):
     """What losses share that compare the model with what it was before."""
 
     precompute_reference: bool = False
-    """Ask the reference model for its probabilities once, before training, instead of keeping it in memory."""
+    """Compute the reference model's probabilities once before training instead of keeping the model in memory."""
 
 
 class Dpo(_Referenced):
@@ -121,11 +121,11 @@ class Dpo(_Referenced):
     loss: Literal["sigmoid", "ipo", "hinge", "cpo", "simpo"] = "sigmoid"
     """sigmoid is DPO's own; ipo (arXiv 2310.12036), hinge (arXiv 2305.10425); cpo (arXiv 2401.08417) and simpo (arXiv 2405.14734) need no reference model."""
     beta: float | Auto = "auto"
-    """How much the model is held to its reference (τ in IPO); auto means 0.1, and 2 for simpo."""
+    """Strength of the constraint to the reference (τ in IPO); auto means 0.1, and 2 for simpo."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of the preferences that are assumed to be the wrong way round; with sigmoid the loss is then the robust one (arXiv 2403.00409)."""
+    """Assumed share of swapped preferences; with sigmoid, the robust loss (arXiv 2403.00409)."""
     simpo_margin: float = Field(default=1.0, ge=0)
-    """γ: by how much the chosen answer has to be better, with `loss=simpo`."""
+    """γ: required margin of the chosen answer, with `loss=simpo`."""
     chosen_weight: float | Auto = "auto"
     """Weight of the chosen answers' own loss beside the preference, with cpo and simpo; auto means 1 for cpo and 0 for simpo."""
 
@@ -184,9 +184,9 @@ class Kto(_Referenced):
     name: Literal["kto"] = "kto"
     """Name of the choice."""
     beta: float = Field(default=0.1, gt=0)
-    """How much the model is held to its reference."""
+    """Strength of the constraint to the reference."""
     desirable_weight: float = Field(default=1.0, ge=0)
-    """Weight of good answers; raise it where they are fewer."""
+    """Weight of good answers; raise it if they are fewer."""
     undesirable_weight: float = Field(default=1.0, ge=0)
     """Weight of bad answers."""
 
@@ -245,7 +245,7 @@ class Reward(ObjectiveBase):
 
 
 class Grpo(ObjectiveBase):
-    """Group relative policy optimisation (arXiv 2402.03300): the model answers, and reward functions judge."""
+    """Group relative policy optimisation (arXiv 2402.03300): reward functions rate answers of the model."""
 
     learns_from: ClassVar[Kind] = "prompts"
     rows_needed: ClassVar[str | None] = "prompts, with an answer where a reward compares with it"
@@ -260,21 +260,21 @@ class Grpo(ObjectiveBase):
     reward_weights: list[float] | None = None
     """One weight for each of `rewards`; null means 1 each."""
     reward_regex: str | None = None
-    """Pattern for `regex`: 1 where it is found in an answer, else 0."""
+    """Pattern for `regex`: reward 1 if it is found in the answer, else 0."""
     reward_length: int = Field(default=200, ge=1)
-    """Characters for `length`: 1 for an answer of at most so many, falling to 0 at twice as many."""
+    """Characters for `length`: reward 1 up to this length, falling to 0 at twice this length."""
     num_generations: int = Field(default=8, ge=2)
-    """Answers to each prompt, compared with one another."""
+    """Answers per prompt, compared with each other."""
     max_new_tokens: int = Field(default=128, ge=1)
-    """Longest answer, in tokens; a prompt may fill the rest of `train.max_length`."""
+    """Longest answer, in tokens; the prompt may use the rest of `train.max_length`."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of sampling."""
+    """Sampling temperature."""
     beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL divergence from the model as it was; 0 needs no reference model."""
+    """Weight of the KL divergence from the initial model; 0 needs no reference model."""
     loss: Literal["dapo", "grpo", "dr_grpo", "bnpo"] = "dapo"
-    """How tokens are averaged: dapo (arXiv 2503.14476) over the batch, grpo over each answer, dr_grpo (arXiv 2503.20783) by a constant."""
+    """Average over tokens: dapo (arXiv 2503.14476) over the batch, grpo over each answer, dr_grpo (arXiv 2503.20783) by a constant."""
     clip: float = Field(default=0.2, gt=0)
-    """ε: how far one update may move a probability."""
+    """ε: largest relative change of a probability in one update."""
 
     @model_validator(mode="after")
     def _rewards_fit(self) -> Grpo:

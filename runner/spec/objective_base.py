@@ -68,11 +68,11 @@ class ObjectiveBase(Part):
     metric_mode: ClassVar[Literal["min", "max"]] = "min"
 
     code: str | None = Field(default=None, pattern=CODE)
-    """A class of your own as `FILE.py:CLASS`, derived from this objective's in `runner.train.objectives`; rows and plan stay this objective's."""
+    """A class of your own as `FILE.py:CLASS`, derived from this objective's class in `runner.train.objectives`; row format and plan stay the same."""
     options: dict[str, bool | int | float | str | None] = {}
-    """Settings of `code`, by names of its own."""
+    """Settings of `code`, by its own names."""
     extra_forward_passes: int = Field(default=0, ge=0)
-    """Forward passes without gradients that `code` adds to a step, over as many sequences as it trains on: for the plan."""
+    """Forward passes without gradients that `code` adds to a step, each over as many sequences as it trains on; used by the plan."""
 
     @property
     def has_reference(self) -> bool:

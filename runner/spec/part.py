@@ -30,6 +30,6 @@ class Named(Part):
     """A part chosen by name from a `conf/` group, with what people call it."""
 
     title: str | None = None
-    """Name as a person would write it, such as `Mistral 7B`."""
+    """Display name, such as `Mistral 7B`."""
     aliases: list[str] = []
-    """What else people call it, cased as they write it: used for "did you mean" and for the `commands` data set, which leaves out models and hardware without any."""
+    """Other names in common use, with their usual case, for "did you mean" and the `commands` data set, which omits models and hardware without any."""

@@ -19,16 +19,16 @@ from runner.spec.where import LocalPlace, RentedPlace, Where
 
 
 class RunInfo(Part):
-    """Name and place of the run."""
+    """Name and folder of the run."""
 
     name: str | None = None
-    """Name to recognise the run by; it begins the run's id. Null means model and method."""
+    """Name of the run, the beginning of its id; null means model and method."""
     output_dir: str = "runs"
     """Folder in which every run gets its own directory."""
     on_changed_inputs: Literal["stop", "continue"] = "stop"
-    """What `resume` does where rows, chat template, reward files, tokenizer or a base model in a folder are no longer those that the checkpoint was trained on: refuse, or go on with what they are now. Typed for one resume, it is not kept for the next."""
+    """Reaction of `resume` to changed rows, chat template, reward files, tokenizer or local base model: refuse, or continue with the new ones. Applies to one resume."""
     metric: str = "auto"
-    """Key of `summary.json` that a sweep is sorted by and an HPO sweeper is given; auto means `eval.after.reward` with `objective=grpo`, else `eval.after.loss`."""
+    """Key of `summary.json` by which a sweep is sorted and an HPO sweeper optimises; auto means `eval.after.reward` with `objective=grpo`, else `eval.after.loss`."""
     metric_mode: Literal["auto", "min", "max"] = "auto"
     """Whether less or more of the metric is better; auto means max for `eval.after.reward` with `objective=grpo`, else min."""
 
@@ -46,10 +46,10 @@ class RunInfo(Part):
 
 
 class SweepSpec(Part):
-    """How the points of a sweep are run."""
+    """Execution of sweeps."""
 
     max_pods: int = Field(default=1, ge=1)
-    """Rented pods of a sweep at once, each with a run; a pod whose run has ended well is handed on to the next one."""
+    """Number of simultaneously rented pods of a sweep. A pod whose run succeeded is used for the next run."""
 
 
 class RunSpec(Part):

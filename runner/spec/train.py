@@ -11,7 +11,7 @@ from runner.spec.part import CODE, Auto, Part
 
 
 class TrackSpec(Part):
-    """Where metrics go besides the run directory."""
+    """Destination of metrics besides the run directory."""
 
     name: Literal["none", "tensorboard", "wandb", "own"] = "none"
     """Name of the choice."""
@@ -35,14 +35,14 @@ class TrackSpec(Part):
 
 
 class TrainSpec(Part):
-    """How to optimise."""
+    """Optimisation."""
 
     batch_size: int = Field(default=16, ge=1)
-    """Global batch in sequences: the same on any hardware. With packing a sequence is `max_length` tokens of packed rows."""
+    """Global batch in sequences, the same on any hardware. With packing, a sequence is `max_length` tokens of packed rows."""
     micro_batch_size: int | Auto = Field(default="auto")
-    """Sequences that one process takes at once; auto derives it from `batch_size` and the hardware."""
+    """Sequences per process in one forward pass; auto derives it from `batch_size` and the hardware."""
     accumulation_steps: int | Auto = Field(default="auto")
-    """Micro batches per optimiser step; auto derives it so that the product comes nearest to `batch_size`."""
+    """Micro batches per optimiser step; auto chooses the product nearest to `batch_size`."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens per sequence; longer rows are cut, and the count is reported."""
     packing: bool = True
@@ -60,7 +60,7 @@ class TrainSpec(Part):
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradient clipping by global norm; 0 switches it off."""
+    """Gradient clipping by global norm; 0 disables it."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw", "adafactor", "sgd"] = "adamw"
     """Optimiser; adamw is torch's fused kernel, the 8-bit and paged ones are bitsandbytes' and need a GPU."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -72,19 +72,19 @@ class TrainSpec(Part):
     liger: bool | Auto = "auto"
     """Liger's fused kernels for norms, rotary positions and the MLP; auto means on a GPU where `liger-kernel` is installed and has some for the model."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
-    """Seed of everything: data order, adapter initialisation, dropout."""
+    """Seed of data order, adapter initialisation, dropout and all else."""
     save_every_steps: int | None = Field(default=None, ge=1)
-    """Write a checkpoint every n steps as well; one is always written after the last step, and when interrupted."""
+    """Write a checkpoint every n steps. One is always written after the last step and on interruption."""
     save_every_minutes: float | None = Field(default=15.0, gt=0)
-    """Write a checkpoint when the last one is n minutes old, but spend no more than a twentieth of the time on it; null means by steps alone."""
+    """Write a checkpoint when the last one is n minutes old, using at most a twentieth of the time; null means by steps alone."""
     keep_checkpoints: int = Field(default=2, ge=0)
-    """How many checkpoints to keep; with `eval.every_steps` the one with the lowest held-out loss is kept as well. 0 deletes the last one when the run is done: it cannot be made longer then."""
+    """Number of checkpoints to keep; with `eval.every_steps` also the one with the lowest held-out loss. 0 deletes the last one when the run is done, which then cannot be extended."""
     hang_minutes: float | None = Field(default=15.0, gt=0)
-    """End a run in which no process has got on for so long (four times that while starting, loading and saving); null waits."""
+    """Minutes without progress of any process after which the run is ended (four times that while starting, loading and saving); null disables it."""
     on_loss_spike: Literal["ignore", "skip", "rewind"] = "ignore"
-    """What to do when the loss jumps: skip leaves that micro batch out of learning; rewind goes back to the last checkpoint and leaves the data around the jump out (PaLM, arXiv 2204.02311 §5.1), three times at most."""
+    """Reaction to a loss spike: skip ignores that micro batch; rewind returns to the last checkpoint and skips the data around the spike (PaLM, arXiv 2204.02311 §5.1), at most three times."""
     spike_factor: float = Field(default=3.0, gt=1)
-    """A jump is a micro batch's loss above this many times the median of the last 50 steps; the first 20 steps are not judged."""
+    """A spike is a micro batch whose loss exceeds this multiple of the median of the last 50 steps; the first 20 steps are exempt."""
 
     @field_validator("micro_batch_size", "accumulation_steps")
     @classmethod
@@ -95,29 +95,29 @@ class TrainSpec(Part):
 
 
 class EvalSpec(Part):
-    """What is measured on held-out data."""
+    """Measurements on held-out data."""
 
     num_prompts: int = Field(default=40, ge=0)
-    """Held-out prompts answered before and after training and compared exactly; 0 switches it off."""
+    """Held-out prompts that are answered before and after training and compared exactly; 0 disables it."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest answer, in tokens."""
     batch_size: int = Field(default=8, ge=1)
     """Prompts answered at once."""
     every_steps: int | None = Field(default=None, ge=1)
-    """Measure the held-out loss every n steps as well; null means before and after only."""
+    """Measure the held-out loss every n steps; null means only before and after training."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
-    """Stop after n such measurements without a new best; needs `every_steps`."""
+    """Stop after n such measurements without improvement; needs `every_steps`."""
 
 
 class PushSpec(Part):
-    """Where the model is uploaded, from wherever it was trained."""
+    """Upload of the model."""
 
     to: str | None = None
-    """Upload the model, a card and the spec when the run is done: a Hub id `org/name` (made private if it is not there), or `s3://bucket/prefix`."""
+    """Upload model, card and spec at the end: a Hub id `org/name` (created as private), or `s3://bucket/prefix`."""
     every_steps: int | None = Field(default=None, ge=1)
-    """Upload a checkpoint every n steps as well, a multiple of `train.save_every_steps`; it goes to `checkpoints/` there, in the background."""
+    """Upload a checkpoint to `checkpoints/` every n steps, a multiple of `train.save_every_steps`, in the background."""
     keep_checkpoints: int = Field(default=1, ge=1)
-    """How many of the uploaded checkpoints stay there."""
+    """Number of uploaded checkpoints to keep."""
 
     @field_validator("to")
     @classmethod

@@ -43,13 +43,13 @@ class _PodKeys(_Place):
     """What a rented pod is like."""
 
     cloud: Literal["secure", "community"] = "secure"
-    """RunPod's own data centres, or machines of others: cheaper, less certain. Always named to RunPod: a price differs."""
+    """RunPod's own data centres, or machines of third parties, which are cheaper and less reliable."""
     data_centers: list[str] = []
-    """Data centres to take, in this order, such as `[EU-RO-1, US-KS-2]`; empty means any."""
+    """Data centres in order of preference, such as `[EU-RO-1, US-KS-2]`; empty means any."""
     country: list[str] = []
-    """Countries to be in, as ISO 3166 codes such as `US` or `[SE, RO]`: any of their data centres; empty means anywhere."""
+    """Countries as ISO 3166 codes, such as `US` or `[SE, RO]`; empty means any."""
     gpu_types: list[str] = []
-    """RunPod's exact GPU ids, tried in this order; empty means that of `hw` and what may stand in for it."""
+    """RunPod's exact GPU ids, tried in this order; empty means that of `hw` and its substitutes."""
     cpu_type: str = "cpu3c"
     """RunPod's CPU flavour, for `hw=cpu`."""
     image: str = "runpod/pytorch:1.0.7-cu1281-torch280-ubuntu2404"
@@ -57,31 +57,31 @@ class _PodKeys(_Place):
     template: str | None = None
     """RunPod template, by id or exact name, instead of an image (`pods templates TEXT` finds one)."""
     volume: str | None = None
-    """Network volume, by id or name: it outlives the pod, and binds the run to its data centre."""
+    """Network volume, by id or name. It is kept when the pod ends, and binds the run to its data centre."""
     volume_gb: int | Auto = Field(default="auto")
-    """Disk at `/workspace`, GB, where there is no network volume; auto takes what the plan needs, half more, and 20."""
+    """Disk at `/workspace` in GB, without a network volume; auto takes 1.5 times the plan's need plus 20."""
     container_disk_gb: int | Auto = Field(default="auto")
-    """Disk of the container's own files, GB; auto takes 20 (on a CPU pod, which has no other, what the plan needs as well)."""
+    """Disk of the container in GB; auto takes 20 (plus the plan's need on a CPU pod, which has no other disk)."""
     cuda_versions: list[str] = []
-    """CUDA versions that the host's driver must serve, such as `["12.8"]`; empty means any."""
+    """CUDA versions that the host's driver must support, such as `["12.8"]`; empty means any."""
     spot: bool = False
-    """An interruptible machine at a bid: cheaper, and taken away at any moment. Through RunPod's old API while it lives."""
+    """Rent an interruptible machine at a bid: cheaper, but it can be taken away at any time. Uses RunPod's old API."""
     bid_usd: float | None = Field(default=None, gt=0)
     """Bid per GPU-hour in US$, with `spot`."""
     max_replacements: int = Field(default=3, ge=0)
-    """How many pods may follow one that vanished in the middle of the run."""
+    """Number of replacements for pods that vanish during the run."""
     pod: str | None = None
-    """Run in this pod instead of a new one, by its id or its run's: one that is stopped, or was rented by `pods up`."""
+    """Run in this existing pod, by its id or its run's: a stopped one, or one rented by `pods up`."""
     keep: bool | None = None
-    """Leave the pod stopped at the end instead of ending it: its volume disk is kept, and paid for; null means as it was found: one named by `pod` that was stopped."""
+    """Stop the pod at the end instead of terminating it; its volume disk is kept and paid for. null keeps only a pod named by `pod` that was stopped before."""
     deadline_hours: float | Auto = Field(default="auto")
-    """Hours after which the pod ends itself, whatever happens, a year (8,784) at most; auto is `max_hours`, or twice the plan and one."""
+    """Hours after which the pod ends itself in any case, at most a year (8,784); auto is `max_hours`, or twice the plan plus one."""
     heartbeat_minutes: float = Field(default=30, gt=0, le=60 * LONGEST_HOURS)
-    """The pod ends itself when an attached launcher is silent for so long."""
+    """Minutes without contact to an attached launcher after which the pod ends itself."""
     setup_minutes: float = Field(default=20, gt=0, le=60 * LONGEST_HOURS)
-    """How long a pod may take until SSH answers: a cold image takes 9 to 13 minutes."""
+    """Minutes until SSH must respond; a first image pull takes 9 to 13."""
     bad_host_minutes: float = Field(default=3, gt=0, le=60 * LONGEST_HOURS)
-    """How long a pod may be without a machine; then it is given back and another one tried."""
+    """Minutes without a machine after which a pod is given up and another one is tried."""
 
     @model_validator(mode="before")
     @classmethod
@@ -137,19 +137,19 @@ class RentedPlace(_PodKeys):
 
 
 class RunPodPlace(RentedPlace):
-    """Run on a pod rented from RunPod, which is ended and verified to be gone when the run ends."""
+    """Run on a pod rented from RunPod, which is terminated and verified to be gone at the end."""
 
     name: Literal["runpod"]
     """Name of the choice."""
 
 
 class AutoPlace(_PodKeys):
-    """Run here if it fits here and ends in time, else on the cheapest rented hardware that it fits."""
+    """Run on this machine if the run fits and ends in time, else on the cheapest rented hardware."""
 
     name: Literal["auto"]
     """Name of the choice."""
     max_hours_here: float = Field(default=24, gt=0)
-    """Hours that a run may take on this machine; one that is planned to take longer is rented where that is faster and within `max_usd`. `max_hours` counts here, too."""
+    """Longest planned time on this machine; a longer run is rented if that is faster and within `max_usd`. `max_hours` applies as well."""
 
     @property
     def rented(self) -> RunPodPlace:

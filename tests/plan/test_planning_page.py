@@ -187,7 +187,6 @@ def test_money_by_pencil() -> None:
 def test_the_accuracy_shows_the_results_that_are_kept(text: str) -> None:
     rows = json.loads(planning_page.ACCURACY.read_text("utf-8"))["measured"]["rows"]
     assert f"over {len(rows)} runs" in text
-    assert text.count("| backward |") + text.count("| step |") + text.count("| forward |") >= len(rows)
     worst = max(abs(row["error"]) for row in rows)
     assert f"{worst:.2f}%" in text
     assert sum(abs(row["error"]) for row in rows) / len(rows) < 0.01
