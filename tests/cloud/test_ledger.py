@@ -14,7 +14,9 @@ from typing import Any, get_args
 
 import pytest
 
-from runner.cloud.ledger import MIGRATE, NOBODY, HeldError, Ledger, LedgerError, State, owner
+from runner.cloud import clock
+from runner.cloud import ledger as ledgers
+from runner.cloud.ledger import MIGRATE, NOBODY, Entry, HeldError, Ledger, LedgerError, State, owner
 
 FACTS: dict[str, Any] = {
     "run_dir": "/tmp/runs/a", "gpu": "NVIDIA L4", "cloud": "secure", "usd_per_hour": 0.49, "disk_gb": 30.0,
@@ -178,3 +180,198 @@ def test_a_ledger_of_an_earlier_version_learns_new_states(tmp_path: Path) -> Non
     assert entry.state == "PARKED" and entry.gpu == FACTS["gpu"] and entry.created == 1.0
     with pytest.raises(LedgerError):
         ledgers[2].move("runner-a-1", "LOST", "no such state")
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The present time."""
+    present = [1000.0]
+    monkeypatch.setattr(clock, "now", lambda: present[0])
+    return present
+
+
+def entry_of(ledger: Ledger, name: str = "runner-a-1") -> Entry:
+    found = ledger.entry(name)
+    assert found is not None
+    return found
+
+
+def test_what_is_planned_is_all_there(ledger: Ledger, at: list[float]) -> None:
+    ledger.plan("runner-a-1", run_id="a", **{**FACTS, "keep": True, "volume": "v1"})
+    own: Any = owner()
+    assert entry_of(ledger) == Entry(
+        "runner-a-1", "a", "/tmp/runs/a", "PLANNED", None, "NVIDIA L4", "secure", 0.49, 30.0, None, 1800.0, 1000.0,
+        1000.0, None, "planned", True, "v1", "https://api.runpod.io", "abc", *own.values(),
+    )  # fmt: skip
+    assert ledger.transitions("runner-a-1") == [(None, "PLANNED", "planned")] and ledger.transitions("runner-b-1") == []
+    assert own["pid"] == os.getpid() and owner(os.getppid())["pid"] == os.getppid()
+
+
+def test_a_move_and_a_fact_have_their_time_and_an_end_its_own(ledger: Ledger, at: list[float]) -> None:
+    ledger.plan("runner-a-1", run_id="a", **FACTS)
+    at[0] = 2000.0
+    ledger.move("runner-a-1", "CREATING", "asking")
+    entry = entry_of(ledger)
+    assert (entry.created, entry.updated, entry.detail, entry.ended) == (1000.0, 2000.0, "asking", None)
+    ledger.set("runner-a-1", deadline=7.0, keep=True)
+    at[0] = 3000.0
+    ledger.set("runner-a-1", usd_per_hour=9.0)
+    entry = entry_of(ledger)
+    assert (entry.updated, entry.deadline, entry.usd_per_hour, entry.keep) == (3000.0, 7.0, 9.0, True)
+    ledger.set("runner-a-1", updated=5.0)
+    assert entry_of(ledger).updated == 5.0 and entry_of(ledger).detail == "asking"
+    at[0] = 4000.0
+    ledger.move("runner-a-1", "GONE", "confirmed")
+    entry = entry_of(ledger)
+    assert (entry.ended, entry.pid, entry.host, entry.pid_started) == (4000.0, None, None, None)
+    ledger.move("runner-a-1", "GONE", "again", ended=8.0)
+    assert entry_of(ledger).ended == 8.0
+
+
+def test_entries_are_in_order_and_those_of_one_run_alone(ledger: Ledger, at: list[float]) -> None:
+    for number, run_id in enumerate(("b", "a", "a")):
+        at[0] = 1000.0 - number
+        ledger.plan(f"runner-{run_id}-{number}", run_id=run_id, **FACTS)
+    ledger.move("runner-a-2", "GONE", "confirmed")
+    assert [e.name for e in ledger.entries()] == ["runner-a-1", "runner-b-0"]
+    assert [e.name for e in ledger.entries("a")] == ["runner-a-1"]
+    assert [e.name for e in ledger.entries("a", gone=True)] == ["runner-a-2", "runner-a-1"]
+    assert ledger.entries("c") == [] and ledger.entry("runner-c-1") is None
+
+
+def test_who_takes_a_pod_holds_it_and_who_leaves_it_does_not(ledger: Ledger, at: list[float]) -> None:
+    assert not ledger.take("runner-a-1")  # there is none
+    ledger.plan("runner-a-1", run_id="a", **FACTS)
+    assert ledger.take("runner-a-1")  # its own
+    ledger.set("runner-a-1", **owner(os.getppid()))
+    entry = entry_of(ledger)
+    assert entry.owned and not entry.owned_here and not ledger.take("runner-a-1")
+    ledger.leave("runner-a-1")
+    assert not entry_of(ledger).owned and ledger.take("runner-a-1") and entry_of(ledger).owned_here
+
+
+@pytest.mark.parametrize("state", get_args(State))
+def test_a_launcher_that_leaves_was_heard_of_where_its_pod_ends_itself(
+    ledger: Ledger, at: list[float], state: State
+) -> None:
+    for heard, told, expected in ((True, 500.0, 2000.0), (False, 500.0, 500.0), (True, 9000.0, 9000.0)):
+        name = f"runner-{heard}-{told}"
+        ledger.plan(name, run_id=name, **FACTS)
+        ledger.move(name, state, "", updated=told)
+        at[0] = 2000.0
+        ledger.leave(name, heard=heard)
+        entry = entry_of(ledger, name)
+        assert entry.pid is None and entry.updated == (expected if state in ("RUNNING", "COLLECTING") else told)
+
+
+def test_what_fails_half_way_is_not_done(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger.plan("runner-a-1", run_id="a", **FACTS)
+    with monkeypatch.context() as context:
+        context.setattr(Ledger, "_log", staticmethod(broken))
+        with pytest.raises(LedgerError, match="cannot be written: disk I/O error"):
+            ledger.move("runner-a-1", "CREATING", "asking")
+        assert not ledger.try_move("runner-a-1", "CREATING", "asking")
+    assert entry_of(ledger).state == "PLANNED" and len(ledger.transitions("runner-a-1")) == 1
+    assert ledger.try_move("runner-a-1", "CREATING", "asking", pod_id="xyz") and entry_of(ledger).pod_id == "xyz"
+    with monkeypatch.context() as context:
+        context.setattr(Ledger, "_set", staticmethod(broken))
+        ledger.leave("runner-a-1")  # whose process will be gone, and be found to be
+
+
+def broken(*_: object) -> None:
+    raise sqlite3.OperationalError("disk I/O error")
+
+
+def test_a_ledger_that_is_locked_is_waited_for_half_a_minute(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ledgers.BUSY_S == 30
+    monkeypatch.setattr(ledgers, "BUSY_S", 0.3)
+    with closing(sqlite3.connect(ledger.file, isolation_level=None)) as other:
+        other.execute("begin immediate")
+        began = time.monotonic()
+        with pytest.raises(LedgerError, match="database is locked") as error:
+            ledger.plan("runner-a-1", run_id="a", **FACTS)
+        assert 0.25 < time.monotonic() - began < 3
+    assert error.value.problems[0].remedy == "another process of yours holds it: end that, or try again"
+
+
+def test_the_ledger_is_its_users_alone_and_lies_in_the_folder_of_the_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNNER_STATE", str(tmp_path / "a" / "state"))
+    assert Ledger().file == tmp_path / "a" / "state" / "ledger.db"
+    assert (tmp_path / "a" / "state").stat().st_mode & 0o777 == 0o700
+    copy, error = Ledger.or_copy()
+    assert error is None and copy.file == Ledger().file
+
+
+@pytest.mark.parametrize(
+    ("damage", "said", "remedy"),
+    [
+        ("garbage", "file is not a database", "mv {0} {0}.broken; python -m runner pods then lists what there is"),
+        ("page", "malformed", "mv {0} {0}.broken; python -m runner pods then lists what there is"),
+        ("pipe", "it is no plain file", "mv {0} {0}.broken; python -m runner pods then lists what there is"),
+        ("file", "File exists", "make room there, or set RUNNER_STATE=FOLDER to one that can be written to"),
+    ],
+)
+def test_a_ledger_that_cannot_be_used_is_told_with_what_to_do(
+    tmp_path: Path, damage: str, said: str, remedy: str
+) -> None:
+    file = tmp_path / "folder" / "ledger.db"
+    if damage == "file":
+        file.parent.write_text("")
+    else:
+        ledger = Ledger(file)
+        ledger.plan("runner-a-1", run_id="a", **FACTS)
+        with closing(sqlite3.connect(file)) as db:
+            db.execute("pragma wal_checkpoint(truncate)")
+        content = file.read_bytes()
+        if damage == "pipe":
+            file.unlink()
+            os.mkfifo(file)
+        else:
+            file.write_bytes(b"x" * 4096 if damage == "garbage" else content[:4096] + bytes(len(content) - 4096))
+    with pytest.raises(LedgerError) as error:
+        Ledger(file)
+    (problem,) = error.value.problems
+    assert problem.what.startswith(f"the ledger {file} cannot be written: ") and said in problem.what
+    assert problem.remedy == remedy.format(file)
+    copy, told = Ledger.or_copy(file)
+    assert told is not None and told.problems[0].remedy == problem.remedy and copy.file == file
+    assert copy.entries() == []
+
+
+def test_of_a_ledger_that_cannot_be_written_there_is_a_copy_that_can(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger.plan("runner-a-1", run_id="a", **FACTS)
+    ledger.move("runner-a-1", "RUNNING", "training", pod_id="xyz")
+    ledger.plan("runner-b-1", run_id="b", **FACTS)
+    with monkeypatch.context() as context:
+        context.setattr(ledgers, "_know_all_states", broken)
+        copy, error = Ledger.or_copy(ledger.file)
+        other, _ = Ledger.or_copy(ledger.file)
+    assert error is not None and "disk I/O error" in str(error) and copy.entries() == ledger.entries()
+    copy.move("runner-a-1", "TERMINATING", "enough")
+    assert entry_of(copy).state == "TERMINATING"  # also from another connection
+    assert entry_of(ledger).state == entry_of(other).state == "RUNNING"
+
+
+def test_a_ledger_in_a_folder_that_takes_no_file_is_read(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger.plan("runner-a-1", run_id="a", **FACTS)
+    with closing(sqlite3.connect(ledger.file)) as db:
+        db.execute("pragma wal_checkpoint(truncate)")
+    real, asked = sqlite3.connect, list[str]()
+
+    def connect(address: str, **options: Any) -> sqlite3.Connection:
+        asked.append(address.partition("?")[2])
+        if "immutable" not in address:
+            raise sqlite3.OperationalError("unable to open database file")
+        return real(address, **options)
+
+    monkeypatch.setattr(ledgers.sqlite3, "connect", connect)
+    (row,) = ledgers._readable(ledger.file)
+    assert row["name"] == "runner-a-1" and asked == ["mode=ro", "mode=ro&immutable=1"]
+    assert ledgers._readable(ledger.file.with_name("none.db")) == []
+    odd = ledger.file.with_name("a b?c#d%20.db")
+    odd.write_bytes(ledger.file.read_bytes())
+    assert len(ledgers._readable(odd)) == 1
