@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runner.cloud import budget
 from runner.cloud.provider import Offer
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.catalog import gpus_by_model_size, image_of, vcpus
-from runner.cloud.runpod.json_types import DataCenter, Volume
+from runner.cloud.runpod.json_types import CpuType, DataCenter, GpuType, Volume
 from runner.config.did_you_mean import nearest
 from runner.config.pod_packages import runpod_table
 from runner.errors import CannotRunError, Problem, RequestError
 from runner.spec import RunPodPlace, RunSpec
-
-if TYPE_CHECKING:
-    from runner.cloud.runpod.json_types import CpuType, GpuType, Volume
 
 
 def candidates(
@@ -28,13 +25,12 @@ def candidates(
     and CannotRunError say why there is none."""
     place, count = runpod_place(spec), max(1, spec.hw.num_gpus)
     known = {gpu.id: gpu for gpu in gpus}
-    wanted = wanted_gpus(spec, known)
-    price = {i: known[i].usd(place.cloud) for i in wanted}
     times = float(runpod_table("gpus")["dearest"])
     found: list[Offer] = []
     why: list[str] = []
-    for gpu_id in wanted:
-        gpu, usd = known[gpu_id], price[gpu_id]
+    for gpu_id in wanted_gpus(spec, known):
+        gpu = known[gpu_id]
+        usd = gpu.usd(place.cloud)
         if usd is None and not place.spot:
             why.append(f"{gpu_id} is not in the {place.cloud} cloud")
             continue
