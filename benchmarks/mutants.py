@@ -40,7 +40,15 @@ TESTS: dict[str, tuple[str, ...]] = {
     "runner/cloud/budget.py": (
         "tests/cloud/test_budget.py", "tests/cloud/test_cap_warnings.py", "tests/cloud/test_offers.py",
     ),
-    "runner/cloud/ledger.py": ("tests/cloud/test_ledger.py",),
+    "runner/cloud/ledger.py": ("tests/cloud/test_ledger.py", "-k", "not many_writers"),
+    "runner/cloud/termination.py": ("tests/cloud/test_termination.py",),
+    "runner/cloud/reconcile.py": ("tests/cloud/test_reconcile.py",),
+    "runner/cloud/rent_pod.py": ("tests/cloud/test_rent_pod.py",),
+    "runner/cloud/lease.py": ("tests/cloud/test_rent_pod.py", "-k", "held or pod_is or key_is or interrupt or list"),
+    "runner/cloud/runpod/offers.py": ("tests/cloud/test_offer_choice.py",),
+    "runner/cloud/agent/agent.py": (
+        "tests/cloud/test_agent_limits.py", "tests/cloud/test_agent_switch.py", "tests/cloud/test_agent_work.py",
+    ),
     "runner/rundir/checkpoints.py": ("tests/rundir/test_checkpoints.py", "-k", "not newest_are_kept"),
     "runner/data/loss_mask.py": ("tests/data/test_loss_mask.py",),
     "runner/data/row_formats.py": ("tests/data/test_row_formats.py", "tests/data/test_columns.py"),

@@ -26,7 +26,7 @@ class Waiting:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.waits = 0.0, list[float]()
         monkeypatch.delenv("RUNNER_CLOUD_PACE", raising=False)
-        for module in ("termination", "readiness"):
+        for module in ("termination", "readiness", "lease"):
             monkeypatch.setattr(
                 f"runner.cloud.{module}.time", SimpleNamespace(monotonic=self.monotonic, sleep=self.sleep)
             )
