@@ -210,7 +210,8 @@ def _host_3(run: _Run, zero: Zero, own: int) -> float:
 
     On NVMe stay the swap buffers: `buffer_count` (4) × the largest sub-group in fp32 for the optimiser
     (`OptimizerSwapper`, swap_tensor/optimizer_utils.py), 5 × 1e8 elements and the first 1e9 trained ones
-    (`max_in_cpu`) for parameters (swap_tensor/partitioned_param_swapper.py); defaults of zero/offload_config.py.
+    (`max_in_cpu`) for parameters (swap_tensor/partitioned_param_swapper.py); defaults of zero/offload_config.py. They
+    are locked whatever `pin_memory`, by page and not by power of two (ops/csrc/pin_memory/page_alloc.cpp).
     """
     width, host = run.width, 0.0
     if offloads(zero, "offload_optimizer"):
@@ -225,7 +226,7 @@ def _host_3(run: _Run, zero: Zero, own: int) -> float:
         offload = offload_of(zero, "offload_param")
         if offload.get("device") == "nvme":
             buffers = offload.get("buffer_count", 5) * offload.get("buffer_size", 100_000_000)
-            host += _pinned(buffers * width, offload)
+            host += buffers * width
             host += _pinned(min(own, offload.get("max_in_cpu", 1_000_000_000)) * width, {})
         else:
             # Trained ones are page-locked whatever `pin_memory` (`_create_param_groups_fp16_flat_cpu_memory`).
