@@ -199,7 +199,7 @@ class StageSearch:
             return False
         training = self.training(shape, spec.method, precision, deepspeed=stage != "none")
         config = self.config(spec, stage, *pair, shape.hidden_size) if stage != "none" else None
-        return floor(training, job_of(spec), pair[1], stage, config) > spec.hw.memory_gib * GIB
+        return floor(training, job_of(spec), stage, config) > spec.hw.memory_gib * GIB
 
 
 def _rank(option: StageChoice) -> tuple[bool, bool, float, int]:

@@ -136,19 +136,15 @@ def memory(
     setting = setting_of(training, job, micro_batch)
     # Under ZeRO gradients are reduced as they come; `zero.terms` counts them as a whole.
     one = replay_step(training.shape, setting, training.trains, sharded or accumulation > 1)
-    fixed, last, extra, host = _states(training, job, stage, config, accumulation > 1)
+    fixed, last, extra, host = _states(training, job, stage, config)
+    earlier = {"gradients": last["gradients"]} if accumulation > 1 and not sharded else {}
+    forward = _forward(training, job, setting, one, micro_batch * accumulation, stage)
     phases: Phases = {
         "load": _load(training, fixed, stage),
-        "forward": fixed | extra | _forward(training, job, setting, one, micro_batch * accumulation, stage),
-        "backward": _summed(fixed | extra, one.backward.kinds),
+        "forward": fixed | extra | forward | {"gradients": 0.0} | earlier,
+        "backward": fixed | one.backward.kinds | earlier | extra,
         "step": fixed | last,
     }
-    if accumulation > 1 and not sharded:
-        phases["forward"]["gradients"] = last["gradients"]
-        phases["backward"]["gradients"] = last["gradients"]
-    if sharded:
-        phases["backward"] |= {"gradients": extra["gradients"]}
-        phases["forward"].pop("gradients", None)
     gathered = {k: v for k, v in extra.items() if k == "zero_gathered"}  # answering runs the same layers
     phases["eval"] = fixed | gathered | _evaluation(training, job, setting)
     phases["save"] = dict(fixed)
@@ -175,16 +171,14 @@ def _quiet(training: Training) -> TrainableLayers:
     return TrainableLayers(patterns(training.shape, lambda i: LayerKind()))
 
 
-def floor(
-    training: Training, job: Job, accumulation: int, stage: str = "none", config: ResolvedConfig | None = None
-) -> float:
+def floor(training: Training, job: Job, stage: str = "none", config: ResolvedConfig | None = None) -> float:
     """Bytes that are there whatever the micro batch: a quick no for what is far too large."""
-    fixed, *_ = _states(training, job, stage, config, accumulation > 1)
+    fixed, *_ = _states(training, job, stage, config)
     return sum(fixed.values())
 
 
 def _states(
-    training: Training, job: Job, stage: str, config: ResolvedConfig | None, accumulates: bool
+    training: Training, job: Job, stage: str, config: ResolvedConfig | None
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float], float]:
     """What is always there; what is there in the optimiser's step; what comes with communication; host bytes."""
     states = STATES[job.optimizer]
@@ -279,13 +273,6 @@ def _answers(training: Training, setting: Setting, batch: int, prompt: int, new_
     )  # fmt: skip
     kinds = replay_step(shape, forward, _quiet(training)).forward.kinds
     return {"kv_cache": float(cache)} | {name: kinds[name] for name in KINDS if kinds[name]}
-
-
-def _summed(fixed: Mapping[str, float], kinds: Mapping[str, float]) -> dict[str, float]:
-    result = dict(fixed)
-    for name, size in kinds.items():
-        result[name] = result.get(name, 0.0) + size
-    return result
 
 
 def _with_overheads(phases: Phases, fixed: Mapping[str, float], job: Job, host: float) -> Memory:
