@@ -53,10 +53,9 @@ class TurnFinder:
         except Exception:  # a template may refuse in any way; then the difference of the turns has to do
             return "", ""
         _, inside, last = (*whole.split(MARK), "", "")[:3]
-        closing = inside[
-            : _whole_tags(inside, common_prefix_length(inside, last))
-        ]  # Phi-3 puts one more token behind the last
-        return closing.rstrip(), asked[common_prefix_length(asked, not_asked) :]
+        # Phi-3 puts one more token behind the last answer, and behind what does not ask for one.
+        closing = inside[: _whole_tags(inside, common_prefix_length(inside, last))]
+        return closing.rstrip(), asked[_whole_tags(asked, common_prefix_length(asked, not_asked)) :]
 
     def spans(self, turns: Sequence[Turn], tools: Sequence[Tool], text: str, marks: Sequence[Span]) -> dict[int, Span]:
         """Index of each assistant turn → [begin, end) of what it says in `text`, the rendered whole.
