@@ -148,6 +148,7 @@ class CheckpointPush:
         try:
             shutil.copytree(checkpoints.folder(self.run, step), held, copy_function=_link)
         except OSError as error:  # shutil.Error is one
+            shutil.rmtree(held, ignore_errors=True)
             self.note(f"the checkpoint after step {step} is not uploaded: {error}")
             return
         with self.lock:
