@@ -94,6 +94,24 @@ def test_every_file_and_folder_is_on_the_disk_before_the_marker_counts(
     assert flushed[-1] == (str(folder), True)  # the marker's own name
 
 
+@pytest.mark.parametrize("broken", ["os.fsync", "pathlib.Path.replace"])
+def test_half_a_marker_is_none(run: RunDir, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written beside its place, brought to the disk and renamed: whatever stops that, the checkpoint does not
+    count."""
+    folder = checkpoints.folder(run, 15)
+    (folder / checkpoints.MARKER).unlink()
+    monkeypatch.setattr(checkpoints, "_flushed", lambda file: {"size": 1, "sha256": "x"})
+    monkeypatch.setattr(checkpoints, "_flush_folder", lambda folder: None)
+
+    def stopped(*args: Any) -> None:
+        raise OSError("the power is gone")
+
+    monkeypatch.setattr(broken, stopped)
+    with pytest.raises(OSError, match="the power is gone"):
+        checkpoints.seal(folder, {"step": 15})
+    assert checkpoints.complete(run) == [5, 10] and checkpoints.newest(run) == 10
+
+
 def test_a_checkpoint_that_is_half_deleted_does_not_count(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
