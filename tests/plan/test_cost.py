@@ -25,7 +25,8 @@ def test_a_machine_of_ones_own_pulls_no_image() -> None:
 
 
 def test_money_is_hours_times_gpus_and_the_disk_meanwhile() -> None:
-    run = cost.Hours(setup=0, download=0, load=0, training=73, evaluation=0, save=0)
+    """Of all the hours, not those of training alone: the machine and its disk are paid for from start to end."""
+    run = cost.Hours(setup=10, download=1, load=2, training=40, evaluation=15, save=5)
     found = cost.usd(run, 2.0, num_gpus=3, disk_gb=200)
     assert found is not None
     assert (found.compute_usd, found.usd_per_hour) == (438, 6)
