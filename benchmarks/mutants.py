@@ -28,14 +28,9 @@ from benchmarks.bench import ROOT, Benchmark, alone, git, say, table
 
 TESTS: dict[str, tuple[str, ...]] = {
     "runner/plan/cost.py": ("tests/plan/test_cost.py", "tests/plan/test_checkpoint_count.py"),
-    "runner/plan/zero.py": ("tests/plan/test_zero.py", "tests/plan/test_host_memory.py", "-k", "not rank and not step"),
-    "runner/plan/zero_config.py": (
-        "tests/plan/test_zero.py", "tests/config/test_deepspeed_docs.py", "-k", "not rank and not step",
-    ),
-    "runner/plan/memory.py": (
-        "tests/plan/test_zero.py", "tests/plan/test_host_memory.py", "tests/plan/test_quantization.py",
-        "-k", "not rank and not step",
-    ),
+    "runner/plan/zero.py": ("tests/plan/test_zero_terms.py",),
+    "runner/plan/zero_config.py": ("tests/plan/test_zero_terms.py", "tests/config/test_deepspeed_docs.py"),
+    "runner/plan/memory.py": ("tests/plan/test_memory.py",),
     "runner/plan/step_time.py": ("tests/plan/test_step_time.py",),
     "runner/cloud/budget.py": (
         "tests/cloud/test_budget.py", "tests/cloud/test_cap_warnings.py", "tests/cloud/test_offers.py",
@@ -50,13 +45,14 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/cloud/test_agent_limits.py", "tests/cloud/test_agent_switch.py", "tests/cloud/test_agent_work.py",
     ),
     "runner/rundir/checkpoints.py": ("tests/rundir/test_checkpoints.py", "-k", "not newest_are_kept"),
-    "runner/data/loss_mask.py": ("tests/data/test_loss_mask.py",),
+    "runner/data/loss_mask.py": ("tests/data/test_learned_spans.py",),
     "runner/data/row_formats.py": ("tests/data/test_row_formats.py", "tests/data/test_columns.py"),
-    "runner/train/tokens/token_dataset.py": ("tests/train/test_token_dataset.py", "-k", "not do_not_see"),
-    "runner/train/trainers/loss_guard.py": (
-        "tests/train/test_loss_guard.py", "-k", "not all_processes and not worker_is",
+    "runner/train/tokens/token_dataset.py": (
+        "tests/train/test_tokenised_rows.py", "tests/train/test_token_dataset.py",
+        "-k", "tokenised_rows or best_fit or lie_one_after or written_at_once",
     ),
-    "runner/train/checkpointing.py": ("tests/train/test_checkpointing.py",),
+    "runner/train/trainers/loss_guard.py": ("tests/train/test_loss_judgement.py",),
+    "runner/train/checkpointing.py": ("tests/train/test_checkpoint_sealer.py",),
     "runner/runs/resume.py": ("tests/runs/test_resume.py",),
 }  # fmt: skip
 """What carries promises, and the fast tests that keep them. Pages that repeat the code's own output are none."""
