@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from runner.plan import zero
 from runner.plan.autograd.ops import AttentionKernel, LayerKind, Setting
@@ -136,19 +136,18 @@ def memory(
     setting = setting_of(training, job, micro_batch)
     # Under ZeRO gradients are reduced as they come; `zero.terms` counts them as a whole.
     one = replay_step(training.shape, setting, training.trains, sharded or accumulation > 1)
-    fixed, last, extra, host = _states(training, job, stage, config)
-    earlier = {"gradients": last["gradients"]} if accumulation > 1 and not sharded else {}
-    forward = _forward(training, job, setting, one, micro_batch * accumulation, stage)
+    states = _states(training, job, stage, config, accumulation > 1)
+    fixed, forward = states.fixed, _forward(training, job, setting, one, micro_batch * accumulation, stage)
+    gathered = {k: v for k, v in states.sent.items() if k == "zero_gathered"}  # answering runs the same layers
     phases: Phases = {
         "load": _load(training, fixed, stage),
-        "forward": fixed | extra | forward | {"gradients": 0.0} | earlier,
-        "backward": fixed | one.backward.kinds | earlier | extra,
-        "step": fixed | last,
+        "forward": states.sent | forward | states.earlier | fixed,
+        "backward": one.backward.kinds | states.earlier | fixed | states.sent | states.reduced,
+        "step": fixed | states.step,
+        "eval": fixed | gathered | _evaluation(training, job, setting),
+        "save": dict(fixed),
     }
-    gathered = {k: v for k, v in extra.items() if k == "zero_gathered"}  # answering runs the same layers
-    phases["eval"] = fixed | gathered | _evaluation(training, job, setting)
-    phases["save"] = dict(fixed)
-    return _with_overheads(phases, fixed, job, host)
+    return _with_overheads(phases, fixed, job, states.host)
 
 
 def _forward(training: Training, job: Job, setting: Setting, one: Step, sequences: int, stage: str) -> dict[str, float]:
@@ -173,14 +172,29 @@ def _quiet(training: Training) -> TrainableLayers:
 
 def floor(training: Training, job: Job, stage: str = "none", config: ResolvedConfig | None = None) -> float:
     """Bytes that are there whatever the micro batch: a quick no for what is far too large."""
-    fixed, *_ = _states(training, job, stage, config)
-    return sum(fixed.values())
+    return sum(_states(training, job, stage, config).fixed.values())
+
+
+class _States(NamedTuple):
+    """Bytes by term of everything but the activations."""
+
+    fixed: dict[str, float]
+    """Always there, once training has begun."""
+    step: dict[str, float]
+    """In the optimiser's step."""
+    sent: dict[str, float]
+    """What comes with communication, while layers run."""
+    earlier: dict[str, float]
+    """Gradients of the micro batches before, in the passes of the next."""
+    reduced: dict[str, float]
+    """Gradients at their peak, where they are reduced as they come; else they are the tape's."""
+    host: float
+    """Main memory."""
 
 
 def _states(
-    training: Training, job: Job, stage: str, config: ResolvedConfig | None
-) -> tuple[dict[str, float], dict[str, float], dict[str, float], float]:
-    """What is always there; what is there in the optimiser's step; what comes with communication; host bytes."""
+    training: Training, job: Job, stage: str, config: ResolvedConfig | None, accumulates: bool = False
+) -> _States:
     states = STATES[job.optimizer]
     if stage == "none":
         trained = training.trained_bytes
@@ -190,19 +204,15 @@ def _states(
             "trained_weights": trained,
             "optimizer": 0.0 if paged else _moments(training, job.optimizer),
         }
-        buckets = zero.terms(
-            "none", job.world, trainable=training.trainable, frozen=0, frozen_bytes=0.0,
-            largest_layer_parameters=0, optimizer_bytes=0.0, config=None, precision=job.precision,
-            trained_bytes=trained / max(1, training.trainable),
-        ).buckets  # fmt: skip
-        if buckets:
-            fixed["ddp_buckets"] = buckets
+        if job.world > 1:  # DDP's copy of the gradients: accelerate 1.15 leaves `gradient_as_bucket_view` off
+            fixed["ddp_buckets"] = trained
         if job.passes.separate_reference:
             fixed["reference"] = reference_bytes(training)
-        return fixed, {"gradients": trained} | paged, {}, _moments(training, job.optimizer) if paged else 0.0
+        gradients, host = {"gradients": trained}, _moments(training, job.optimizer) if paged else 0.0
+        return _States(fixed, gradients | paged, {}, gradients if accumulates else {}, {}, host)
     assert config is not None
     terms = zero.terms(
-        stage, job.world, trainable=training.trainable,
+        job.world, trainable=training.trainable,
         frozen=training.shape.num_parameters - (0 if training.adapter else training.base_trained),
         frozen_bytes=training.frozen_bytes,
         largest_layer_parameters=training.largest_matrix, optimizer_bytes=states, config=config,
@@ -212,9 +222,16 @@ def _states(
     fixed = {"weights": terms.weights, "master_weights": terms.master, "optimizer": terms.optimizer}
     if job.passes.separate_reference:  # ZeRO-3 shards it, lower stages hold all of it (`prepare_deepspeed`, TRL)
         fixed["reference"] = reference_bytes(training) / (job.world if stage.startswith("zero3") else 1)
-    last = {"gradients": terms.kept_gradients, "zero_step": terms.step}
-    extra = {"zero_gathered": terms.gathered, "zero_buckets": terms.buckets, "gradients": terms.gradients}
-    return {k: v for k, v in fixed.items() if v}, last, extra, terms.host
+    fixed = {k: v for k, v in fixed.items() if v}
+    sent, reduced = {"zero_gathered": terms.gathered, "zero_buckets": terms.buckets}, {"gradients": terms.gradients}
+    kept = {"gradients": terms.kept_gradients}
+    if stage.startswith("zero3"):
+        # Both are allocated once (`grad_partitions_flat_buffer`, `_setup_for_real_optimizer`, zero/stage3.py).
+        fixed |= kept | {"zero_buckets": terms.buckets}
+        return _States(fixed, {"zero_step": terms.step - terms.buckets}, sent, {}, reduced, terms.host)
+    # ZeRO-1 reduces them in the last micro batch.
+    earlier = {"gradients": terms.gradients - terms.kept_gradients} if stage == "zero1" else kept
+    return _States(fixed, kept | {"zero_step": terms.step}, sent, earlier if accumulates else {}, reduced, terms.host)
 
 
 def _paged(training: Training, optimizer: str) -> dict[str, float]:

@@ -59,8 +59,7 @@ class Terms:
     """`reduce_bucket_size` elements; two buckets with overlap_comm in ZeRO-1/2 (`setup_buckets`), one in
     ZeRO-3 (`_setup_for_real_optimizer`). The all-gather after the step writes into the weights and needs
     none, whatever `allgather_bucket_size` (`all_gather_dp_groups`, runtime/utils.py). Offload in ZeRO-1/2 adds
-    the largest trained parameter (`temp_grad_buffer_for_gpu_offload`). Without ZeRO, DDP's copy of
-    the gradients: accelerate 1.15 leaves `gradient_as_bucket_view` off (accelerate/utils/dataclasses.py)."""
+    the largest trained parameter (`temp_grad_buffer_for_gpu_offload`)."""
     step: float
     """Beyond `kept_gradients`: this rank's gradients flattened, and those again in fp32 (`step`,
     zero/stage_1_and_2.py); ZeRO-3 takes them by sub-groups (`_prepare_fp32_grad_for_sub_group`) and
@@ -93,7 +92,6 @@ def padded(sizes: Iterable[int], world: int) -> int:
 
 
 def terms(
-    stage: str,
     world: int,
     *,
     trainable: int,
@@ -101,26 +99,20 @@ def terms(
     frozen_bytes: float,
     largest_layer_parameters: int,
     optimizer_bytes: float,
-    config: ResolvedConfig | None,
+    config: ResolvedConfig,
     precision: Precision,
     largest_trained: int | None = None,
     persistent: int = 0,
-    trained_bytes: float = FP32,
 ) -> Terms:
-    """Bytes on one GPU by term; `config` is what `resolved_config` returned (None for stage "none").
+    """Bytes on one GPU by term; `config` is what `resolved_config` returned.
 
     `largest_layer_parameters` is the largest single parameter, `largest_trained` the largest that
     trains (default: the same without frozen ones, else 0: adapters fit the bucket), `persistent` the
-    elements in parameters below ZeRO-3's persistence threshold, `trained_bytes` those of one trained
-    value as DDP sees it.
+    elements in parameters below ZeRO-3's persistence threshold.
     Exact to the byte for ZeRO-3 where `trainable` and `frozen` come from `padded`.
     Quantised frozen weights: `frozen_bytes` is what stands in parameters; bitsandbytes' quantisation
     constants are no parameters and ZeRO-3 does not shard them.
     """
-    if stage == "none":
-        bucket = trainable * trained_bytes if world > 1 else 0.0
-        return Terms(0.0, 0.0, 0.0, 0.0, 0.0, bucket, 0.0, 0.0, 0.0)
-    assert config is not None  # of every stage but "none"
     zero = config["zero_optimization"]
     width = 4 if precision == "fp32" else 2
     if largest_trained is None:

@@ -190,13 +190,14 @@ def test_a_step_alone_counts_the_gradients_that_its_backward_pass_makes() -> Non
 
 
 def test_several_processes_hold_ddps_copy_of_the_gradients(shape: Shape) -> None:
+    from accelerate import DistributedDataParallelKwargs
+
+    assert DistributedDataParallelKwargs().gradient_as_bucket_view is False
     for method, size in ((Full(name="full"), 4.0 * ALL), (Lora(name="lora", rank=4), 4.0 * ADAPTER)):
         training = training_of(shape, method, "bf16", deepspeed=False)
         assert "ddp_buckets" not in memory(training, job(), 2, 1).phases["save"]
         found = memory(training, job(world=2), 2, 1)
         assert tensors(found, "save")["ddp_buckets"] == tensors(found, "step")["ddp_buckets"] == size
-    none = replace(training, adapter=0)  # nothing trains: no division by it
-    assert "ddp_buckets" not in memory(none, job(world=2), 2, 1).phases["save"]
 
 
 def test_a_reference_of_its_own_is_there_in_every_phase(shape: Shape) -> None:
@@ -257,14 +258,33 @@ def test_zero3_gathers_where_the_layers_run(shape: Shape) -> None:
     found = memory(training, job(world=2, eval_batch=1, eval_new_tokens=4), 2, 1, "zero3", config)
     gathered = 2.0 * (5000 + LARGEST)
     weights = 2.0 * ALL / 2 + 2 * SMALL  # norms are whole on every GPU
-    assert tensors(found, "save") == {"weights": weights, "master_weights": 2.0 * ALL, "optimizer": 4.0 * ALL}
+    once = {"gradients": 2.0 * ALL / 2, "zero_buckets": 500 * 2}  # allocated once: test_zero.py finds them after a step
+    fixed = {"weights": weights, "master_weights": 2.0 * ALL, "optimizer": 4.0 * ALL} | once
+    assert tensors(found, "save") == fixed
+    assert fixed.items() <= tensors(found, "eval").items() and fixed.items() <= tensors(found, "forward").items()
+    assert tensors(found, "backward")["gradients"] == 2.0 * ALL / 2 + 2 * LARGEST
+    assert tensors(found, "step") == fixed | {"zero_step": (2 + 4) * ALL / 2}
+    assert tensors(found, "load") == {"weights": weights}
     for phase in ("forward", "backward", "eval"):
         assert tensors(found, phase)["zero_gathered"] == gathered
-    assert "zero_gathered" not in tensors(found, "step") and "zero_buckets" not in tensors(found, "eval")
     lora = training_of(shape, Lora(name="lora", rank=4), "bf16", deepspeed=True)
     small = memory(lora, job(world=2), 2, 1, "zero3", config)
     assert tensors(small, "save")["weights"] == (2.0 * ALL + 2 * ADAPTER) / 2  # nothing small trains
     assert tensors(small, "backward")["gradients"] == 2.0 * ADAPTER / 2  # and no gradient is beyond the bucket
+
+
+@pytest.mark.parametrize(("stage", "parts"), [("zero1", 1), ("zero2", 2)])
+def test_gradients_wait_for_the_next_micro_batch_in_parts_or_whole(shape: Shape, stage: str, parts: int) -> None:
+    """ZeRO-1 reduces them in the last micro batch, ZeRO-2 in each (stage_1_and_2.py); test_zero.py finds as many."""
+    training = training_of(shape, Full(name="full"), "bf16", deepspeed=True)
+    config = zeroed(stage=int(stage[4])) | {"gradient_accumulation_steps": 2}
+    once = memory(training, job(world=2), 2, 1, stage, zeroed(stage=int(stage[4])))
+    twice = memory(training, job(world=2), 2, 2, stage, config)
+    assert "gradients" not in tensors(once, "forward")
+    assert tensors(twice, "forward")["gradients"] == 2.0 * ALL / parts
+    assert tensors(twice, "backward")["gradients"] > 2.0 * ALL / parts
+    assert "gradients" not in tensors(twice, "eval")
+    assert tensors(once, "step")["gradients"] == 2.0 * ALL / 2
 
 
 def test_zero_is_told_what_is_frozen(shape: Shape) -> None:
@@ -279,7 +299,7 @@ def test_zero_is_told_what_is_frozen(shape: Shape) -> None:
         (freeze, trained, ALL - trained),
         (training_of(shape, Lora(name="lora", rank=4), "bf16", deepspeed=True), ADAPTER, ALL),
     ):
-        by_hand = terms("zero3", 2, trainable=mine, frozen=others, frozen_bytes=2.0 * others,
+        by_hand = terms(2, trainable=mine, frozen=others, frozen_bytes=2.0 * others,
                         largest_trained=LARGEST if mine == trained else 0, **asked)  # fmt: skip
         found = memory(training, job(world=2), 2, 1, "zero3", asked["config"])
         assert tensors(found, "forward")["zero_gathered"] == by_hand.gathered
@@ -384,7 +404,7 @@ def test_zero3_gathers_everything_to_generate(shape: Shape) -> None:
     config = zeroed(stage=3, stage3_max_live_parameters=5000, stage3_max_reuse_distance=0)
     found = tensors(memory(training, asked, 5, 24, "zero3", config), "forward")
     assert "kv_cache" in found and found["zero_gathered"] == 2.0 * ALL + 2 * ADAPTER
-    assert "gradients" not in found
+    assert found["gradients"] == 2.0 * ADAPTER / 2
     two = tensors(memory(training, asked, 5, 24, "zero2", zeroed(stage=2)), "forward")
     assert "kv_cache" in two and "zero_gathered" not in two
 

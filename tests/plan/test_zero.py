@@ -170,7 +170,6 @@ def planned(name: str) -> Terms:
     sharded = resolved["zero_optimization"]["stage"] == 3
     count = (lambda sizes: padded(sizes, WORLD)) if sharded else sum
     return terms(
-        name.split("-")[0],
         WORLD,
         trainable=count(trained),
         frozen=count(frozen),
@@ -309,7 +308,6 @@ def test_offloading_everything_leaves_persistent_parameters_and_the_bucket(measu
 def billion(name: str, world: int) -> Terms:
     resolved = config(name, hidden=4096)
     return terms(
-        name,
         world,
         trainable=8_000_000_000,
         frozen=0,
@@ -356,7 +354,6 @@ def test_offload_needs_the_main_memory_deepspeeds_estimator_says_and_the_16_bit_
     for part in ("offload_optimizer", "offload_param"):
         resolved["zero_optimization"][part]["pin_memory"] = False
     host = terms(
-        "zero3_offload",
         8,
         trainable=8_000_000_000,
         frozen=0,
@@ -376,7 +373,6 @@ def test_page_locked_buffers_are_rounded_to_a_power_of_two() -> None:
     pageable["zero_optimization"]["offload_optimizer"]["pin_memory"] = False
     hosts = [
         terms(
-            "zero3_offload",
             8,
             trainable=8_000_000_000,
             frozen=0,
@@ -389,31 +385,6 @@ def test_page_locked_buffers_are_rounded_to_a_power_of_two() -> None:
         for c in (pinned, pageable)
     ]
     assert hosts[0] - hosts[1] == (2**32 - 4_000_000_000) + (2**31 - 2_000_000_000)
-
-
-# Without ZeRO
-
-
-def test_without_zero_ddp_keeps_a_copy_of_the_gradients_and_one_process_nothing() -> None:
-    import dataclasses
-
-    from accelerate import DistributedDataParallelKwargs
-
-    assert DistributedDataParallelKwargs().gradient_as_bucket_view is False
-    for world, bucket in ((1, 0), (4, 400)):
-        found = terms(
-            "none",
-            world,
-            trainable=100,
-            frozen=900,
-            frozen_bytes=1800,
-            largest_layer_parameters=100,
-            optimizer_bytes=8,
-            config={},
-            precision="bf16",
-        )
-        assert found.buckets == bucket
-        assert sum(dataclasses.astuple(found)) == bucket
 
 
 # What cannot work

@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 
 from runner.plan import zero, zero_config
-from runner.plan.zero import Terms, padded, terms
+from runner.plan.zero import padded, terms
 from runner.plan.zero_config import offload_of, offloads, refusal, resolved_config
-
-NOTHING = asdict(Terms(*[0.0] * 9))
 
 
 def found(stage: dict[str, Any], *, precision: Any = "bf16", accumulation: int = 1, **changes: Any) -> dict[str, float]:
@@ -24,7 +22,7 @@ def found(stage: dict[str, Any], *, precision: Any = "bf16", accumulation: int =
         "optimizer_bytes": 8.0,
     } | changes  # fmt: skip
     config: Any = {"zero_optimization": stage, "gradient_accumulation_steps": accumulation}
-    made = asdict(terms("zero", precision=precision, config=config, **asked))
+    made = asdict(terms(precision=precision, config=config, **asked))
     return {name: size for name, size in made.items() if size}
 
 
@@ -212,18 +210,8 @@ def test_the_defaults_count() -> None:
     assert found(far, **many)["gathered"] == (500_000_000 + 7) * 2
     config: Any = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 6}}  # no accumulation
     asked: dict[str, Any] = {"trainable": 10, "frozen": 0, "frozen_bytes": 0.0, "largest_layer_parameters": 6}
-    once = terms("zero2", 3, **asked, optimizer_bytes=8.0, config=config, precision="bf16")
+    once = terms(3, **asked, optimizer_bytes=8.0, config=config, precision="bf16")
     assert once.gradients == 4 * 2
-
-
-# --- without ZeRO --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("world", "buckets"), [(1, 0.0), (2, 30.0), (3, 30.0)])
-def test_ddp_copies_the_gradients_of_several_processes(world: int, buckets: float) -> None:
-    asked: dict[str, Any] = {"frozen": 9, "frozen_bytes": 9.0, "largest_layer_parameters": 9, "optimizer_bytes": 8.0}
-    held = terms("none", world, trainable=10, **asked, config=None, precision="bf16", trained_bytes=3.0)
-    assert asdict(held) == NOTHING | {"buckets": buckets}
 
 
 def test_every_parameter_is_padded_to_the_number_of_gpus() -> None:
