@@ -29,9 +29,9 @@ CALM = [1.0] * 30
 
 
 class Several:
-    """Process `rank` of three, where the others have found something."""
+    """Process `rank` of several, where others have found something."""
 
-    world = 3
+    world = 2
 
     def __init__(self, rank: int = 0, broken: int = 0, spikes: int = 0, found: tuple[Finding, ...] = ()) -> None:
         self.rank, self.main, self.found = rank, rank == 0, found
@@ -248,7 +248,7 @@ def test_steps_that_were_left_out_before_stay_so_and_are_told_once(run: RunDir) 
     assert (one.num_rewinds, one.left_out) == (2, {7, 25})
     for number in (1, 2):
         assert one.learns(batch(99.0, step=25, number=number), CALM) is False
-    assert one.notes == ["  step 25: not learned from, its data made the loss jump before"]
+        assert one.notes == ["  step 25: not learned from, its data made the loss jump before"]
     assert one.skipped == {25}
     failed(lambda: one.learns(batch(9.0, step=31), CALM), Rewind)
     assert run.read("rewinds.json") == {"skipped_steps": [7, 25, 30, 31], "count": 3}
