@@ -57,6 +57,20 @@ def check_files(spec: RunSpec) -> None:
         raise RequestError(*problems)
 
 
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".index.json")
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    ".model",
+    "vocab.json",
+    "vocab.txt",
+    ".tiktoken",
+    "tekken.json",
+    ".gguf",
+)
+"""Endings of files; the tokenizer's are those of the classes in transformers 5.23."""
+
+
 def with_absolute_paths(spec: RunSpec) -> RunSpec:
     """The run with absolute paths, so that it is the same from any folder: what `spec.json` holds."""
     values = spec.model_dump(mode="json")
@@ -160,8 +174,21 @@ def _missing(path: str, key: str, spec: RunSpec) -> Problem | None:
     return Problem(f"{path} does not exist", key, remedy)
 
 
+def _model_folder(folder: str) -> Iterator[Problem]:
+    """What a folder lacks that training begins with: transformers makes an empty tokenizer where there is none."""
+    names = os.listdir(folder)
+    for part, endings, files in (
+        ("weights", WEIGHTS, "model.safetensors"),
+        ("tokenizer", TOKENIZERS, "tokenizer.json and tokenizer_config.json"),
+    ):
+        if not any(name.endswith(endings) for name in names):
+            yield Problem(f"{folder} has no {part}", "model.id", f"copy {files} into it from where the model is from")
+
+
 def _model(spec: RunSpec, planned: Plan | None) -> Iterator[Problem]:
     model = spec.model
+    if not model.from_scratch and os.path.isdir(model.id):
+        yield from _model_folder(model.id)
     if model.package is not None and spec.where.name == "local" and util.find_spec(model.package) is None:
         name = model.package.replace("_", "-")
         what = f"model={model.name} is carried by the Python package {name}, which is not installed"

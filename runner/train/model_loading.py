@@ -93,6 +93,9 @@ def load_tokenizer(spec: RunSpec, source: str) -> PreTrainedTokenizerBase:
     """
     with explained(spec.model):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.model.revision)
+    if not tokenizer.vocab_size:  # what transformers makes of a model without tokenizer files
+        remedy = "add tokenizer.json and tokenizer_config.json of the model it was made from"
+        raise RequestError(Problem(f"{spec.model.id} has no tokenizer", "model.id", remedy))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:

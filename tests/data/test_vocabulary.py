@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 
 from runner.data.chat_template import template_source
 from runner.data.chat_tokenizer import ChatTokenizer
@@ -58,3 +58,9 @@ def test_a_tokenizer_without_any_end_is_refused(tokenizer: Any, tmp_path: Path) 
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(RequestError, match="names neither an eos_token nor a pad_token"):
         model_loading.load_tokenizer(spec, str(tmp_path))
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    GPT2Config().save_pretrained(tmp_path)  # of which transformers makes a tokenizer of no words
+    with pytest.raises(RequestError, match="has no tokenizer"):
+        model_loading.load_tokenizer(spec_of("model=hub", f"model.id={tmp_path}"), str(tmp_path))

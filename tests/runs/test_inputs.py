@@ -149,6 +149,17 @@ def test_a_model_that_can_only_be_a_folder_has_to_be_one(here: Path) -> None:
     assert "the Hub has no config.json for org/none" in refused(here, "model=hub", "model.id=org/none")
 
 
+def test_a_model_folder_without_weights_or_tokenizer_is_planned_and_not_run(here: Path) -> None:
+    """transformers makes a tokenizer without a vocabulary of such a folder: every row would be empty."""
+    write(here / "base" / "config.json", json.dumps(CONFIG))
+    said = refused(here, "model.id=base", "train.max_steps=1")
+    assert "base has no weights (model.id)" in said and "base has no tokenizer (model.id)" in said
+    assert runner("plan", "model.id=base", "hw=h100").exit_code == 0
+    for name in ("model.safetensors", "tokenizer_config.json"):
+        write(here / "base" / name, "")
+    assert "has no" not in runner("model.id=base", "train.max_steps=1", "train.micro_batch_size=9000").output
+
+
 def test_a_hub_model_is_planned_before_it_runs(started: list[RunDir]) -> None:
     result = of_hub("org/open")
     assert result.exit_code == 0, result.output
