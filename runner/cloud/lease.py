@@ -77,14 +77,11 @@ class Lease:
 
     def _asked(self) -> Pod | None:
         """A key is refused once in a while: a run in the middle of its training does not end for that."""
-        for strike in range(1, termination.WRONG_KEYS + 1):
-            try:
+        for _ in range(termination.WRONG_KEYS - 1):
+            with suppress(WrongKeyError):
                 return self.api.pod(self.pod.id)
-            except WrongKeyError:
-                if strike == termination.WRONG_KEYS:
-                    raise
-                time.sleep(termination.GAP_S * clock.pace(self.api.base))
-        raise AssertionError("unreachable")
+            time.sleep(termination.GAP_S * clock.pace(self.api.base))
+        return self.api.pod(self.pod.id)
 
     def release(self, keep: bool = False) -> None:
         """End the pod, or stop it with `keep`, and confirm that; StillThereError, loud, where that cannot be done.

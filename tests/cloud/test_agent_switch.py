@@ -379,12 +379,13 @@ def test_a_fresh_order_begins_the_run_again_and_a_newer_one_only_moves_its_limit
     assert agent.read_status(folder) | {"time": 0} == {
         "state": "done", "task": "t1", "exit_code": 0, "uploaded": True, "starts": 2, "order": "o2", "time": 0,
     }  # fmt: skip
-    for number, child in enumerate((7, None), 3):
+    for number, child in enumerate((7, None, None), 3):
         switch.child = child
         agent.write_json(folder / "agent.json", order(id=f"o{number}", fresh=True))
         switch._renew()
-        assert switch.begun == (child is None) and (folder / "collected").exists() == (child is not None)
-    assert agent.read_status(folder) | {"time": 0} == {**agent.ANEW, "over": "t1", "order": "o4", "time": 0}
+        assert switch.begun == max(0, number - 3) and (folder / "collected").exists() == (child is not None)
+        assert agent.read_status(folder)["over" if number == 4 else "order"] == ("t1" if number == 4 else f"o{number}")
+    assert agent.read_status(folder) | {"time": 0} == {**agent.ANEW, "over": None, "order": "o5", "time": 0}
     assert agent.ANEW["state"] == "armed" and {*agent.ANEW.values()} == {"armed", None, 0}
 
 

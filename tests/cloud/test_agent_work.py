@@ -165,6 +165,7 @@ class Work:
         update = agent.update_status
 
         def noted(at: Path, **facts: Any) -> None:
+            assert at == run
             self.states.append(facts)
             update(at, **facts)
 
@@ -457,13 +458,13 @@ class Arming:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.right, self.begun, self.watch, self.oom, self.keys = True, 0, list[Any](), list[int](), list[Any]()
-        self.again: list[bool] = []
+        self.served: list[Any] = []
         own = SimpleNamespace(id="pod1", may_end=lambda: self.right, tell_watch=lambda *words: self.watch.append(words))
         monkeypatch.setattr(agent, "ThisPod", lambda order=None: own)
         monkeypatch.setattr(agent, "lower_oom_score", lambda: self.oom.append(1))
         monkeypatch.setattr(agent, "authorize_key", self.keys.append)
         monkeypatch.setattr(DeadManSwitch, "begin", lambda switch: setattr(self, "begun", self.begun + 1))
-        monkeypatch.setattr(DeadManSwitch, "serve", lambda switch: switch.held)
+        monkeypatch.setattr(DeadManSwitch, "serve", lambda switch: self.served.append(switch.own.id) or switch.held)
 
     def arm(self, folder: Path, held: list[Any] | None = None, **changes: Any) -> Any:
         agent.write_json(folder / "agent.json", order(public_key="ssh-ed25519 A", **changes))
@@ -481,7 +482,7 @@ def test_arming_tells_the_start_command_says_so_and_lets_the_work_begin(
     (folder / "collected").touch()  # an earlier pod's, on a volume
     held: list[Any] = []
     assert arming.arm(folder, held) is held and len(held) == 1
-    assert (arming.begun, arming.oom, arming.keys) == (1, [1], ["ssh-ed25519 A"])
+    assert (arming.begun, arming.oom, arming.keys, arming.served) == (1, [1], ["ssh-ed25519 A"], ["pod1"])
     assert arming.watch == [(1600.0 + agent.WATCH_SECONDS, "terminate")] and not (folder / "collected").exists()
     assert agent.read_status(folder) == {
         "state": "armed", "pod_id": "pod1", "agent": os.getpid(), "order": "o1", "right_to_end": True, "pid": None,

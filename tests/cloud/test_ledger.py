@@ -164,6 +164,18 @@ def test_a_stopped_pod_is_paid_for_again_from_the_moment_it_is_taken(ledger: Led
     assert before.ended == 1000.0  # when it was stopped
 
 
+def test_a_pod_that_is_taken_from_a_person_is_the_runs_from_that_moment(ledger: Ledger, at: list[float]) -> None:
+    ledger.plan("runner-a-1", run_id="a", **FACTS)
+    ledger.move("runner-a-1", "RUNNING", "a person's own", **NOBODY)
+    at[0] = 5000.0
+    to = {"run_id": "b", "run_dir": "/tmp/runs/b", "heartbeat_s": None}
+    entry = ledger.hand_over("runner-a-1", "runner-b-1", running=True, **to)  # type: ignore[arg-type]
+    assert entry is not None and (entry.created, entry.updated, entry.heartbeat_s) == (5000.0, 5000.0, None)
+    before = entry_of(ledger)
+    assert (before.ended, before.updated, before.detail) == (5000.0, 5000.0, "handed on to run b")
+    assert ledger.transitions("runner-a-1")[-1] == ("RUNNING", "GONE", "handed on to run b")
+
+
 def test_a_ledger_of_an_earlier_version_learns_new_states(tmp_path: Path) -> None:
     file = tmp_path / "ledger.db"
     with closing(sqlite3.connect(file)) as db:
@@ -334,6 +346,7 @@ def test_a_ledger_that_cannot_be_used_is_told_with_what_to_do(
         Ledger(file)
     (problem,) = error.value.problems
     assert problem.what.startswith(f"the ledger {file} cannot be written: ") and said in problem.what
+    assert "Errno" not in problem.what
     assert problem.remedy == remedy.format(file)
     copy, told = Ledger.or_copy(file)
     assert told is not None and told.problems[0].remedy == problem.remedy and copy.file == file
@@ -346,6 +359,7 @@ def test_of_a_ledger_that_cannot_be_written_there_is_a_copy_that_can(
     ledger.plan("runner-a-1", run_id="a", **FACTS)
     ledger.move("runner-a-1", "RUNNING", "training", pod_id="xyz")
     ledger.plan("runner-b-1", run_id="b", **FACTS)
+    monkeypatch.chdir(ledger.file.parent)
     with monkeypatch.context() as context:
         context.setattr(ledgers, "_know_all_states", broken)
         copy, error = Ledger.or_copy(ledger.file)
@@ -354,6 +368,7 @@ def test_of_a_ledger_that_cannot_be_written_there_is_a_copy_that_can(
     copy.move("runner-a-1", "TERMINATING", "enough")
     assert entry_of(copy).state == "TERMINATING"  # also from another connection
     assert entry_of(ledger).state == entry_of(other).state == "RUNNING"
+    assert {file.name.partition("-")[0] for file in ledger.file.parent.iterdir()} == {"ledger.db"}  # it is in memory
 
 
 def test_a_ledger_in_a_folder_that_takes_no_file_is_read(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,6 +219,9 @@ def test_a_cpu_pod_is_where_it_may_be(api: Any) -> None:
     assert [one.data_centers for one in offers.offers(api, rented_spec("hw=cpu"), PLAN)] == [()]
     there = offers.offers(api, rented_spec("hw=cpu", "where.country=US"), PLAN)
     assert [(one.cpu_id, one.data_centers) for one in there] == [("cpu3c", ("US-KS-2", "US-TX-3"))]
+    api.listed = [US]
+    (kept,) = offers.offers(api, rented_spec("hw=cpu", "where.country=US", "where.volume=more"), PLAN)
+    assert (kept.data_centers, kept.volume_id) == (("US-KS-2",), "v2")
     named = offers.offers(api, rented_spec("hw=cpu", ONE), PLAN)
     assert [(one.gpu_id, one.gpu_count) for one in named] == [(RTX4090, 1)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,32 @@ def test_pods_of_another_account_are_left_alone_unless_this_one_has_them(
     notes = left.settle()
     assert left.now().state == ("SSH_READY" if alone else "GONE")
     pod = facts.get("pod_id", "pod1")
-    assert (notes == [f"pod {pod} was rented with another key or address; left alone"]) is alone
+    assert (notes == [f"pod {pod} was rented with another key or address; left unchanged"]) is alone
+
+
+def test_several_pods_of_other_accounts_are_one_note(left: Left) -> None:
+    for number in (1, 2, 3):
+        left.entry("SSH_READY", f"runner-a-{number}", f"pod{number}", created=NOW + number, base="https://elsewhere")
+    said = "3 pods (pod1, pod2, …) were rented with another key or address; left unchanged"
+    assert left.settle() == [said]
+
+
+def test_pods_of_an_emulator_that_has_ended_are_gone(left: Left, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        base = f"http://127.0.0.1:{server.getsockname()[1]}"
+        left.entry("RUNNING", base=base)
+        assert "left unchanged" in left.settle()[0] and left.now().state == "RUNNING"
+    for other in ("https://api.example:9", "http://127.0.0.1", "http://192.0.2.1:9"):
+        left.ledger.set(NAME, base=other)
+        assert "left unchanged" in left.settle()[0] and left.now().state == "RUNNING"
+    left.ledger.set(NAME, base=base)
+    with monkeypatch.context() as context:
+        context.setattr(socket, "create_connection", raising(TimeoutError()))
+        assert "left unchanged" in left.settle()[0]
+    assert left.settle() == [] and left.now().state == "GONE"
+    assert left.now().detail == "its emulator has ended, and every pod with it"
+    left.entry("RUNNING", "runner-b-1", base=base.replace("127.0.0.1", "localhost"))
+    assert left.settle() == [] and left.now("runner-b-1").state == "GONE"
 
 
 def test_what_another_command_takes_or_has_settled_is_left_to_it(left: Left, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,8 +152,8 @@ def test_what_cannot_be_done_with_one_pod_is_said_and_the_others_are_settled(
         left.api.add(f"pod{number}", f"runner-a-{number}")
     end = termination.terminate
     errors = {
-        "pod1": StillThereError(Problem("pod1 may run", None, "end it")),
-        "pod2": RequestError(Problem("no such thing")),
+        "pod1": RequestError(Problem("no such thing")),
+        "pod2": StillThereError(Problem("pod2 may run", None, "end it")),
     }
 
     def terminate(*words: Any) -> None:
@@ -137,7 +163,7 @@ def test_what_cannot_be_done_with_one_pod_is_said_and_the_others_are_settled(
 
     monkeypatch.setattr(termination, "terminate", terminate)
     first, second, third = left.settle()
-    assert first == "pod1 may run; end it" and second == "pod pod2: no such thing" and "pod3" in third
+    assert first == "pod pod1: no such thing" and second == "pod2 may run; end it" and "pod3" in third
     assert [entry.owned for entry in left.ledger.entries()] == [False, False]
 
 
@@ -171,6 +197,7 @@ def test_a_pod_that_was_to_be_kept_is_stopped_once_a_run_was_in_it(
     assert note == "pod pod1 of run a is stopped, as was asked" if stopped else "it is ended" in note
     assert left.now().state == ("STOPPED" if stopped else "GONE")
     assert [pod.status for pod in left.api.cloud.rented.values()] == (["EXITED"] if stopped else [])
+    assert not stopped or left.now().detail == "again, after the launcher ended; kept"
 
 
 def test_a_double_is_ended_and_its_pod_that_trains_is_not(left: Left) -> None:
@@ -178,8 +205,8 @@ def test_a_double_is_ended_and_its_pod_that_trains_is_not(left: Left) -> None:
     left.api.add("pod2")
     left.api.add("pod3", "runner-b-1")
     assert left.settle() == [] and sorted(left.api.cloud.rented) == ["pod1", "pod3"]
-    left.api.asked.clear()
-    assert left.settle() == [] and left.api.asked == []  # there is none
+    left.api.cloud.calls.clear()
+    assert left.settle() == [] and left.api.cloud.calls == ["list"]  # there is none
 
 
 # ── a create that was not answered ─────────────────────────────────────────────────────────────
@@ -240,7 +267,7 @@ def test_a_lost_create_that_brings_nothing_forth_is_kept_in_mind_for_a_while(lef
     assert left.now().state == "CREATE_UNKNOWN" and waiting.now > 60  # the run is over: looked for once more
     left.ledger.set(NAME, created=NOW - UNKNOWN_S - 1)
     end_unanswered_creates(left.api, left.ledger, "a")
-    assert left.now().state == "GONE"
+    assert (left.now().state, left.now().detail) == ("GONE", "no pod of that name has appeared")
 
 
 # ── a pod that ends itself ─────────────────────────────────────────────────────────────────────
@@ -254,6 +281,7 @@ def test_a_pod_that_has_ended_itself_is_gone_when_it_is_absent_twice(left: Left,
     left.api.cloud.rented.clear()
     said = [] if state == "STOPPED" else ["pod pod1 of run a is gone"]
     assert left.settle() == said and left.now().state == "GONE"
+    assert left.now().detail == "it has ended itself, or was taken away"
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "COLLECTING"])
@@ -262,6 +290,7 @@ def test_a_pod_that_has_stopped_itself_has_a_result(left: Left, state: State) ->
     left.api.add(status="EXITED")
     assert left.settle() == ["pod pod1 has stopped itself with its result: python -m runner fetch a"]
     assert left.now().state == "STOPPED" and left.settle() == [] and len(left.api.cloud.rented) == 1
+    assert left.now().detail == "it has stopped itself, with what nobody had fetched"
 
 
 def test_a_stopped_pod_is_past_no_deadline(left: Left) -> None:

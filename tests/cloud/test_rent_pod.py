@@ -438,12 +438,12 @@ def test_a_state_that_cannot_be_recorded_is_said_with_the_command_that_ends_the_
 
 def test_a_held_pod_is_gone_when_it_is_absent_three_times(lease: Lease, shop: Shop, waiting: Waiting) -> None:
     shop.pods = lambda: []  # type: ignore[method-assign]
-    for looks, there in (("p", True), ("x", True), ("ap", True), ("aap", True), ("aaa", False)):
+    for looks, there in (("p", True), ("x", True), ("ap", True), ("aap", True), ("apx", True), ("aaa", False)):
         shop.looks = looks
         found = lease.refresh()
         assert (found is not None) is there and shop.looks == ""
         assert found is None or found is lease.pod
-        assert lease.pod.status == ("EXITED" if looks == "x" else "RUNNING")
+        assert lease.pod.status == ("EXITED" if looks.endswith("x") else "RUNNING" if there else "EXITED")
     assert lease.ledger.transitions(NAME)[-1] == ("RUNNING", "PREEMPTED", "it vanished")
 
 
@@ -463,6 +463,27 @@ def test_a_key_is_refused_three_times_before_a_run_ends_for_it(lease: Lease, sho
     shop.looks = "e"
     with pytest.raises(ApiDownError):
         lease.refresh()
+    shop.base, shop.looks = "http://127.0.0.1:1", "kp"
+    lease.refresh()
+    assert waiting.waits[4:] == [0.25]
+
+
+def test_what_a_lost_create_brings_forth_while_a_run_trains_is_ended(lease: Lease, shop: Shop) -> None:
+    for run_id in ("a", "b"):
+        lease.ledger.plan(f"runner-{run_id}-2", run_id=run_id, **FACTS)
+        lease.ledger.move(f"runner-{run_id}-2", "CREATE_UNKNOWN", "lost", **NOBODY)
+        shop.add(f"pod-{run_id}", f"runner-{run_id}-2")
+    assert lease.refresh() is not None and sorted(shop.cloud.rented) == ["pod-b", "pod1"]
+
+
+def test_a_lost_create_is_looked_for_a_minute_longer_when_the_run_is_over(
+    lease: Lease, shop: Shop, waiting: Waiting
+) -> None:
+    lease.ledger.plan("runner-a-2", run_id="a", **FACTS)
+    lease.ledger.move("runner-a-2", "CREATE_UNKNOWN", "lost", **NOBODY)
+    assert lease.refresh() is not None and waiting.now == 0
+    lease.release()
+    assert waiting.now >= 60
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -189,6 +189,16 @@ def test_one_absence_is_no_end(api: Account, waiting: Waiting) -> None:
         assert waiting.waits == waits and api.looks == ""
 
 
+def test_near_at_hand_the_looks_are_closer_together(api: Account, ledger: Ledger, waiting: Waiting) -> None:
+    api.base = "http://127.0.0.1:1"
+    api.cloud.faults["stop"] = ["ignored", "ignored"]
+    termination.stop(api, ledger, NAME, "pod1", "enough")
+    api.cloud.rented.clear()
+    assert termination.is_gone(api, "pod1")
+    termination.confirm_gone(api, NAME, "pod1")
+    assert waiting.waits == pytest.approx([0.25] * len(waiting.waits)) and len(waiting.waits) == 3
+
+
 def test_pods_of_the_same_name_are_ended_but_for_one(api: Account) -> None:
     api.add("pod2")
     api.add("pod3", status="TERMINATED")

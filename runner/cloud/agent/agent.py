@@ -197,7 +197,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 def log(line: str) -> None:
     """One line with its time; standard error is `logs/agent.log`. Never raises: nothing depends on a log."""
     with suppress(Exception):
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} {line}", file=sys.stderr, flush=True)
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} {line}", file=sys.stderr)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -744,7 +744,7 @@ def arm_and_serve(folder: Path, held: list[IO[str]]) -> Path | None:
     update_status(folder, state=before["state"] if again else "armed", **facts, armed=time.time())
     for name in FOLDERS:
         with suppress(OSError):
-            (folder.parent.parent / name).mkdir(exist_ok=True)
+            (folder.parent.parent / name).mkdir()
     if before.get("state") != "ending":  # ended on purpose and started again: somebody wants to have a look
         switch.begin()
     return switch.serve()
@@ -817,10 +817,10 @@ def start(folder: Path) -> int:
             folder = following
         status = read_status(folder)
         if status.get("order") == read_json(folder / "agent.json").get("id") and status.get("right_to_end") is not None:
-            print(json.dumps(status), flush=True)
+            print(json.dumps(status))
             return 0
         time.sleep(0.1)
-    print(json.dumps({"state": "silent"}), flush=True)
+    print(json.dumps({"state": "silent"}))
     return 1
 
 
