@@ -102,7 +102,7 @@ def _which_fields(row: Row, spec: DataSpec, kind: Kind | None) -> str:
     if guess["messages_field"]:
         keys = {"messages_field": guess["messages_field"]}
     elif spec.instruction_field in row and guess["completion_field"]:  # Dolly
-        keys = {"output_field": guess["completion_field"], **({"input_field": "context"} if "context" in row else {})}
+        keys = {"output_field": guess["completion_field"]}
     elif all(named.values()):
         keys = {key: name for key, name in named.items() if name and name != pair[key]}
     elif guess["text_field"]:
@@ -121,7 +121,7 @@ def _which_fields(row: Row, spec: DataSpec, kind: Kind | None) -> str:
     with suppress(RequestError):
         tried = spec.model_copy(update=keys)
         rest = _rest(row, tried, kind)
-        return f"write {(_mapping(rest, row, spec, kind, keys) if rest else '') or _said(keys)}"
+        return f"write {_mapping(rest, row, spec, kind, keys) or _said(keys)}"
     return f"write {_said(keys)}" + (f"; or {_OWN}" if "messages_field" in keys else "")
 
 
@@ -178,9 +178,10 @@ def rewarded(row: Row, spec: DataSpec) -> list[str]:
     """Columns of a prompt that nothing but reward functions gets; RequestError where a format of the user's own cannot
     convert the row."""
     row, spec = as_standard(row, "", spec)
-    reader = RowReader(seen(row, spec), "", spec.roles, spec.weight_field)
-    extra = prompts_of(reader, spec).extra if prompt_field(reader.row, spec) is not None else {}
-    return [name for name in extra if name not in reader.read]
+    if prompt_field(seen(row, spec), spec) is None:
+        return []
+    reader, _ = _read(row, "", spec, "prompts", "prompts")
+    return [name for name in passed_on(reader) if name not in reader.read]
 
 
 def _read(row: Row, where: str, spec: DataSpec, shape: str, kind: Kind | None) -> tuple[RowReader, Learnable]:
@@ -246,5 +247,7 @@ def _said(keys: Mapping[str, str]) -> str:
 
 def _word(value: str) -> str:
     """A name as Hydra reads it whole: in quotes where its grammar or a space at its end would get at it."""
-    plain = re.fullmatch(r"\w([\w ./-]*\w)?", value)
-    return value if plain else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if re.fullmatch(r"\w([\w ./-]*\w)?", value):
+        return value
+    # A backslash stands for itself, but before a quote: there Hydra reads two as one.
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value) + '"'

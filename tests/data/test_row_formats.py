@@ -459,6 +459,8 @@ KEYS = (
         ({"turns": [USER, ANSWER]}, "write data.messages_field=turns"),
         ({"dialog": json.dumps([USER, ANSWER])}, "write data.messages_field=dialog"),
         ({"turns": "a text", "body": "b"}, "write data.text_field=body"),  # turns that are none
+        ({"frage": "a", "antwort": "b"}, "write data.prompt_field=frage data.completion_field=antwort"),
+        ({"frage": "a", "source": "b"}, KEYS),  # of which one is a fact about the row
         ({"a": 1}, KEYS),
         ({"prompt": 1}, f"prompt is a number, and prompt and answer have to be text or turns: {KEYS}"),
         ({"prompt": 1, "reply": {}},
@@ -542,3 +544,67 @@ def test_names_of_ones_own_for_roles_and_weights_hold_in_every_reading() -> None
     found = made({"messages": talk}, **own)
     assert [turn.get("weight") for turn in found.prompt + found.completion][1] == 0
     assert rewarded({"messages": talk[:1], "level": 3}, spec(**own)) == ["level"]
+
+
+def test_a_name_of_ones_own_is_kept_beside_one_that_is_guessed() -> None:
+    assert remedy({"frage": "a", "reply": "b"}, prompt_field="frage") == "write data.completion_field=reply"
+
+
+def test_what_a_judgement_still_lacks_is_no_reason_for_other_keys() -> None:
+    assert remedy({"human": "a", "gpt": "b"}, "unpaired") == "write data.prompt_field=human data.completion_field=gpt"
+    talk = remedy({"conversation": [USER, ANSWER]}, "unpaired")
+    own = "data.format=FILE.py:CLASS for a format of your own (CONTRIBUTING.md)"
+    assert talk == f"write data.messages_field=conversation; or {own}"
+
+
+def test_keys_are_told_only_where_they_read_every_column() -> None:
+    """Two that would both be the input: neither is, and leaving them out is what helps."""
+    row = {"prompt": "a", "completion": "b", "context": "c", "story": "d"}
+    assert remedy(row) == "write data.ignore_columns=[context,story] to leave them out"
+    one = {"prompt": "a", "completion": "b", "context": "c"}
+    keys = "data.instruction_field=prompt data.input_field=context"
+    assert remedy(one).startswith(f"write {keys}")
+
+
+@pytest.mark.parametrize(
+    "name", ['my "text"', "back\\slash", "trailing ", "a,b", "größe", "x: y", 'both\\"', "end\\", 'two\\\\"']
+)
+def test_names_with_any_character_work_as_they_are_told(name: str) -> None:
+    row = {name: "q", "antwort (1)": "a"}
+    words = shlex.split(remedy(row).removeprefix("write "))
+    found = canonical_row(row, "row 1", spec_of("data=file", "data.path=x.jsonl", *words).data, "sft")
+    assert found.prompt == [{"role": "user", "content": "q"}] and found.completion[0]["content"] == "a"
+
+
+def test_a_null_is_missed_where_the_objective_looks_for_it() -> None:
+    assert detect_format({"prompt": None}, spec(), "prompts") == "prompts"
+
+
+TICKETS = """
+from runner.data.user_formats import RowFormat
+
+
+class Tickets(RowFormat):
+    def convert(self, row):
+        if "worse" in row:
+            return {"prompt": row["ticket"], "chosen": row["reply"], "rejected": row["worse"]}
+        return {"prompt": row["ticket"], "completion": row["reply"]}
+"""
+
+
+def test_a_format_of_ones_own_is_read_as_what_it_makes(tmp_path: Path) -> None:
+    (tmp_path / "tickets.py").write_text(TICKETS, "utf-8")
+    own = {"format": f"{tmp_path / 'tickets.py'}:Tickets"}
+    row = {"ticket": "2 + 2?", "reply": "4", "id": 7}
+    found = made(row, "sft", **own)
+    assert found.prompt == [USER] and found.completion == [ANSWER] and found.where == "row 1"
+    pair = made({**row, "worse": "5"}, "preference", **own)
+    assert isinstance(pair, Preference) and pair.rejected == [WORSE]
+    assert isinstance(made({**row, "worse": "5"}, "prompts", **own), PromptExample)
+    assert left_out(row, spec(**own), own["format"]) == []  # it was given all of them
+    with pytest.raises(RequestError) as caught:
+        made({**row, "reply": 4.5, "ticket": None}, "sft", **own)
+    assert [(p.source, p.remedy) for p in caught.value.problems] == [
+        ("row 1", "correct Tickets.convert, or the row")
+    ] * len(caught.value.problems)
+    assert all(p.what.startswith("as Tickets converts it: ") for p in caught.value.problems)
