@@ -19,6 +19,7 @@ from runner.errors import RunnerError
 
 # A create that was not answered is believed to have come to nothing when its name has not appeared for so long.
 UNKNOWN_S = 15 * 60
+DAY_S = 86_400
 AFTER_DEADLINE_S = 5 * 60  # a pod that should have ended itself, and did not
 
 
@@ -42,7 +43,7 @@ def reconcile(api: Provider, ledger: Ledger) -> list[str]:
     others: list[str] = []
     for entry in entries:
         if _of_another_account(api, entry, pods):
-            if _has_ended(entry.base):
+            if _emulator_has_ended(entry):
                 ledger.try_move(entry.name, "GONE", "its emulator has ended, and every pod with it")
             else:
                 others.append(entry.pod_id or entry.name)
@@ -70,10 +71,15 @@ def _left_unchanged(pods: list[str]) -> list[str]:
     return [f"{which} rented with another key or address; left unchanged"]
 
 
-def _has_ended(base: str) -> bool:
-    """An emulator on this machine that no longer listens; it ends its pods when it ends (docs/emulator.md)."""
-    address = urlsplit(base)
+def _emulator_has_ended(entry: Entry) -> bool:
+    """An emulator on this machine that no longer listens; it ends its pods when it ends (docs/emulator.md).
+
+    Not before the pod's own switch has ended it, or a day after it was rented: the address may be a tunnel's to RunPod.
+    """
+    address = urlsplit(entry.base)
     if address.hostname not in ("127.0.0.1", "localhost") or address.port is None:
+        return False
+    if clock.now() < (entry.deadline or entry.created + DAY_S):
         return False
     try:
         socket.create_connection((address.hostname, address.port), timeout=1).close()

@@ -686,7 +686,7 @@ def test_pods_of_an_emulator_that_has_ended_are_forgotten(emulator: Emulator, re
     rented.ledger.leave(rented.name)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        rented.ledger.set(rented.name, base=f"http://127.0.0.1:{free.getsockname()[1]}")
+        rented.ledger.set(rented.name, base=f"http://127.0.0.1:{free.getsockname()[1]}", deadline=1.0)
     assert reconcile(RunPod(), Ledger()) == [] and Ledger().entries() == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,10 @@ def test_pods_of_an_emulator_that_has_ended_are_gone(left: Left, monkeypatch: py
     with monkeypatch.context() as context:
         context.setattr(socket, "create_connection", raising(TimeoutError()))
         assert "left unchanged" in left.settle()[0]
+    for deadline in (NOW + 1, None):  # what was rented at that address may be a pod of RunPod's, through a tunnel
+        left.ledger.set(NAME, deadline=deadline)
+        assert "left unchanged" in left.settle()[0] and left.now().state == "RUNNING"
+    monkeypatch.setattr(clock, "now", lambda: time.time() + reconcile.DAY_S + 1)
     assert left.settle() == [] and left.now().state == "GONE"
     assert left.now().detail == "its emulator has ended, and every pod with it"
     left.entry("RUNNING", "runner-b-1", base=base.replace("127.0.0.1", "localhost"))
