@@ -96,7 +96,7 @@ def last_words(run: RunDir) -> str:
     """Why a run did not get to its end: the last line of its stack trace."""
     file = run.path / FAILED
     lines = file.read_text("utf-8").strip().splitlines() if file.is_file() else []
-    return lines[-1] if lines else "ended without a word"
+    return lines[-1] if lines else "ended without a message"
 
 
 def answer(ask: Callable[[], float | str | None]) -> Answer:

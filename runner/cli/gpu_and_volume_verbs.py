@@ -176,7 +176,7 @@ def get(volume: str, source: str, target: Path, as_json: bool) -> None:
     from runner.cloud.runpod.api import Api
 
     brought = volumes.get_files(Api(), volume, source, target, lambda line: click.echo(line, err=True))
-    _answer(as_json, f"{counted(len(brought), 'file')} brought", {"brought": [str(file) for file in brought]})
+    _answer(as_json, f"{counted(len(brought), 'file')} downloaded", {"brought": [str(file) for file in brought]})
 
 
 @volumes.command()

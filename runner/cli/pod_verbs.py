@@ -151,7 +151,7 @@ def terminate(run: str, as_json: bool) -> None:
 
     api, ledger = _ready(run, settle=False)  # nothing comes before it
     ended = fleet.terminate(api, ledger, run, say=lambda line: click.echo(line, err=True))
-    said = "\n".join(f"pod {pod_id} is gone: looked for twice" for pod_id in ended)
+    said = "\n".join(f"pod {pod_id} is gone, confirmed by two polls" for pod_id in ended)
     facts: dict[str, Any] = {"pod_id": ended[0]} if len(ended) == 1 else {"pod_ids": ended}
     _answer(as_json, said, **facts, state="gone")
 
@@ -288,11 +288,11 @@ def reap(everything: bool, yes: bool, as_json: bool) -> None:
     stopped = [] if everything else [pod for api in apis for pod in fleet.stopped_pods_with_a_run(api, ledger)]
     for pod_id, run_id in stopped:
         click.echo(
-            f"pod {pod_id} is stopped, with run {run_id}, and costs its disk: python -m runner fetch {run_id} brings "
-            f"the run home, python -m runner pods terminate {pod_id} gives it up",
+            f"pod {pod_id} is stopped, with run {run_id}, and its disk costs money: python -m runner fetch {run_id} "
+            f"downloads the run, python -m runner pods terminate {pod_id} ends the pod",
             err=True,
         )
-    said = f"{len(ended)} ended, and looked for twice" if ended else "nothing to end"
+    said = f"{len(ended)} ended, confirmed by two polls" if ended else "nothing to end"
     _answer(as_json, said, ended=ended, stopped=[pod_id for pod_id, _ in stopped])
 
 

@@ -159,7 +159,7 @@ def check_real_price(place: RentedPlace, pod_id: str, usd_per_hour: float, offer
     """TooDearError for a pod whose own price is above what is left: it has been half as high again as the list's."""
     if place.max_usd is not None and usd_per_hour > place.max_usd - spent_usd:
         what = f"pod {pod_id} costs ${usd_per_hour:.2f} an hour, where ${offered:.2f} was offered"
-        what += f": its first hour is more than what is left of where.max_usd={place.max_usd:g}; it was given back"
+        what += f": its first hour is more than what is left of where.max_usd={place.max_usd:g}; the pod was ended"
         raise TooDearError(Problem(what, "where.max_usd", "raise where.max_usd, or take cheaper hardware"))
 
 

@@ -55,7 +55,7 @@ def check(spec: RunSpec, launch_options: LaunchOptions = DEFAULT_OPTIONS) -> Non
         what = "a detached run on an interruptible pod would lose everything when the pod is taken away"
         raise RequestError(Problem(what, "--detach", "add where.volume=NAME, or push.to=org/name"))
     if not launch_options.yes and not sys.stdin.isatty():
-        what = "renting a pod costs money, and there is nobody to ask"
+        what = "renting a pod costs money, and there is no terminal to confirm it on"
         raise RequestError(Problem(what, f"where={spec.where.name}", "add --yes"))
 
 
@@ -81,7 +81,7 @@ def execute(
                 rented.release(keep=place_of(spec).pod is not None)  # somebody's own, with what else is on its disk
                 _replaceable(session, error, lost)
                 step, most = checkpoints.newest(run) or 0, place_of(spec).max_replacements
-                resumes = f"goes on after step {step}" if step else "begins anew"
+                resumes = f"continues after step {step}" if step else "begins anew"
                 display.say(f"{error}: pod {lost} of {most} in its place; the run {resumes}")
             except OF_THIS_MACHINE as error:  # where the run is over, its pod still has the result
                 verb = f"fetch {run.id}" if session.over else f"resume {quote(display_path(run.path))}"
@@ -167,7 +167,7 @@ def _run_in_pod(session: Session, display: Display, launch_options: LaunchOption
             rented.release(keep=place_of(session.spec).keeps and bool(place_of(session.spec).pod))
         account(run, rented, error)
         if isinstance(error, KeyboardInterrupt):  # before anybody followed it, who would have told
-            display.say(f"Interrupted: you asked for it; pod {rented.pod.id} is given back")
+            display.say(f"Interrupted by you; ending pod {rented.pod.id}")
         raise
     return finish(session, last, display, launch_options.pool)
 
@@ -178,7 +178,7 @@ def _failed_here(error: BaseException, still: str, verb: str) -> Problem:
     said = getattr(error, "strerror", None) or str(error) or "no memory"
     if getattr(error, "errno", None) in NO_ROOM:
         return Problem(f"{said}: nothing can be written here{still}", None, f"make room, then: python -m runner {verb}")
-    return Problem(f"{said}: this machine could not go on{still}", None, f"python -m runner {verb} goes on")
+    return Problem(f"{said}: this machine could not continue{still}", None, f"python -m runner {verb} goes on")
 
 
 def follow(session: Session, display: Display, leave: bool = False) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def finish(session: Session, last: dict[str, Any], display: Display, pool: Pool 
     run, rented, spec = session.run, session.rented, session.spec
     if last.get("state") == "ending":
         raise _ended_by_itself(session, last)
-    display.say("Brings  the run home")
+    display.say("Fetches the run")
     code = int(last["exit_code"]) if isinstance(last.get("exit_code"), int) else 1
     shared = pool if code == 0 else None
     try:
@@ -344,7 +344,7 @@ def _brought_from_stopped(session: Session, error: PodGoneError) -> dict[str, ob
         return last
     except (RunnerError, OSError) as failed:
         if not over and _may_start_again(rented):
-            rented.say(f"Warning: what pod {rented.pod.id} has could not be brought here: {failed}")
+            rented.say(f"Warning: what pod {rented.pod.id} has could not be downloaded: {failed}")
             return None
         with suppress(RunnerError):
             termination.stop(rented.api, rented.ledger, rented.name, rented.pod.id, str(error))
@@ -369,7 +369,7 @@ def _replaceable(session: Session, error: PodGoneError, lost: int) -> None:
         raise reuse_pod.unavailable_error(run, place.pod)
     if lost > place.max_replacements:
         account(run, session.rented, error)
-        remedy = f"python -m runner resume {quote(display_path(run.path))} goes on after the last checkpoint"
+        remedy = f"python -m runner resume {quote(display_path(run.path))} continues from the last checkpoint"
         raise RunFailedError(Problem(f"{error}, for the {lost}. time: where.max_replacements", None, remedy))
 
 
@@ -379,7 +379,7 @@ def _ended_by_itself(session: Session, last: dict[str, object]) -> RunnerError:
         Problem(
             f"pod {rented.pod.id} ended itself: {last.get('message')}",
             f"where={session.spec.where.name}",
-            f"python -m runner fetch {run.id} brings what its disk has" if last.get("how") == "stop" else None,
+            f"python -m runner fetch {run.id} downloads what is on its disk" if last.get("how") == "stop" else None,
         )
     )
     account(run, rented, error)

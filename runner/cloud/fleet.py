@@ -164,7 +164,7 @@ def _silent(line: str) -> None:
 
 
 def terminate(
-    api: Provider, ledger: Ledger, word: str, why: str = "asked for by a person", say: Callable[[str], None] = _silent
+    api: Provider, ledger: Ledger, word: str, why: str = "requested by the user", say: Callable[[str], None] = _silent
 ) -> list[str]:
     """End every pod that a word means, whoever holds it, and confirm it; their ids. StillThereError where that fails.
 
@@ -237,7 +237,7 @@ def stop(api: Provider, ledger: Ledger, word: str) -> str:
     name, pod_id, run_id = find_pod(api, ledger, word)
     if ledger.entry(name) is None:
         adopt(api, ledger, pod_id, run_id)
-    termination.stop(api, ledger, name, pod_id, "asked for by a person")
+    termination.stop(api, ledger, name, pod_id, "requested by the user")
     ledger.leave(name)
     return pod_id
 
@@ -297,7 +297,7 @@ def unowned_pods(
         elif entry is not None and now is not None and overdue(entry, now):
             found.append((pod.name, pod.id, "its launcher is silent for too long"))
         elif everything:
-            found.append((pod.name, pod.id, "nobody here holds it" if entry else "rented from another machine"))
+            found.append((pod.name, pod.id, "no process here follows it" if entry else "rented from another machine"))
         elif deadline is not None and now is None:
             unsure.append(pod.id)
     if unsure:
@@ -357,7 +357,7 @@ def refuse_second_pod(run_id: str, provider: str | None) -> list[str]:
 
 def _busy(entry: Entry, rents: bool) -> Problem | None:
     if entry.owned and not entry.owned_here:
-        what = f"{entry.run_id} is at work in pod {entry.pod_id or entry.name}: process {entry.pid} looks after it"
+        what = f"{entry.run_id} is running in pod {entry.pod_id or entry.name}: process {entry.pid} follows it"
         remedy = f"python -m runner logs {entry.run_id} -f looks on; pods terminate {entry.run_id} ends the pod"
         return Problem(what, "command line", remedy)
     if entry.state in ARMED:

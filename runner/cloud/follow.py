@@ -198,7 +198,7 @@ class Follower:
         if error.errno in (None, *NOT_PLAIN) or self.refused:  # None: NotPlainError, or a pipe that cannot be sought in
             return
         self.refused = True
-        yield News("words", f"Warning: nothing can be written at {self.run.path}: {error.strerror}; the run goes on")
+        yield News("words", f"Warning: nothing can be written at {self.run.path}: {error.strerror}; the run continues")
 
     def _has_room(self, name: str, size: int) -> bool:
         """Whether a file may have so many bytes here, beside the others."""
@@ -278,7 +278,7 @@ class Display:
                 self.open.enter_context(self.progress.stage("Training", "steps", self.total, int(news.value["step"])))
             self.progress.step(int(news.value["step"]), self.total, news.value)
         elif news.kind == "lost":
-            self.say(f"{news.value}; the run goes on there, and is looked for")
+            self.say(f"{news.value}; the run continues there, and contact is retried")
         elif news.kind == "back":
             self.say("The connection is back")
 

@@ -198,7 +198,7 @@ class Ledger:
             query = "select * from pods where run_id = ? and state != 'GONE'"
             for other in map(_entry, db.execute(query, (run_id,)).fetchall()):
                 if other.owned and not other.owned_here:
-                    what = f"{run_id} is at work in pod {other.pod_id or name}: process {other.pid} looks after it"
+                    what = f"{run_id} is running in pod {other.pod_id or name}: process {other.pid} follows it"
                     raise HeldError(Problem(what, "command line", f"python -m runner logs {run_id} -f looks on"))
             self._insert(db, row)
             self._log(db, name, run_id, None, "PLANNED", "planned")

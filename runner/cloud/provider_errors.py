@@ -93,7 +93,7 @@ class StillThereError(CloudError):
 def still_there_problem(api: Provider, pod_id: str, name: str, why: str) -> Problem:
     """A pod that may still run: its id, the command that ends it, and its page."""
     remedy = (
-        f"python -m runner pods terminate {pod_id}   (every following command tries, too), "
+        f"python -m runner pods terminate {pod_id}   (every later command tries again), "
         f"or end it by hand at {api.page(pod_id)}"
     )
     return Problem(f"POD {pod_id} ({name}) MAY STILL BE RUNNING AND COST MONEY: {why}", None, remedy)

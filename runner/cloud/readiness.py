@@ -120,7 +120,7 @@ def _check_pull(api: Provider, pod: Pod) -> None:
                 remedy = "correct where.image; for a private one, a template with its registry's login"
                 raise NoImageError(Problem(what, "where.image", f"{remedy}: where.template=ID"))
             if PULL_LIMIT.search(line):
-                what = f"the registry lets nobody pull {pod.image} now: {line}"
+                what = f"the registry refuses to serve {pod.image} now: {line}"
                 remedy = (
                     "wait (Docker Hub counts by six hours), take an image from another registry (where.image=…), or"
                 )

@@ -104,7 +104,7 @@ def _settle(
     to be."""
     name, state = entry.name, entry.state
     if state == "PLANNED":
-        ledger.move(name, "GONE", "never asked for: the launcher ended before")
+        ledger.move(name, "GONE", "never requested: the launcher ended first")
         return None
     if state in ("CREATING", "CREATE_UNKNOWN"):
         return _unanswered(api, ledger, entry)
@@ -115,9 +115,9 @@ def _settle(
         return _armed(api, ledger, entry, pods.get(entry.pod_id), there, died)
     if entry.keep and (state == "TERMINATING" or rented_at(ledger, entry) < entry.created):  # it had a run before
         termination.stop(api, ledger, name, entry.pod_id, "again, after the launcher ended")
-        return f"pod {entry.pod_id} of run {entry.run_id} is stopped, as was asked"
+        return f"pod {entry.pod_id} of run {entry.run_id} is stopped, as requested"
     termination.terminate(
-        api, ledger, name, entry.pod_id, f"nobody holds it any more, {state} since its launcher ended"
+        api, ledger, name, entry.pod_id, f"no process follows it any more, {state} since its launcher ended"
     )
     return f"pod {entry.pod_id} of run {entry.run_id} was left {state} by a launcher that is gone: it is ended"
 
@@ -125,7 +125,7 @@ def _settle(
 def _unanswered(api: Provider, ledger: Ledger, entry: Entry) -> str | None:
     """A create of which nobody knows what became of it."""
     if entry.state == "CREATING":
-        ledger.move(entry.name, "CREATE_UNKNOWN", "the launcher ended while it asked")
+        ledger.move(entry.name, "CREATE_UNKNOWN", "the launcher ended during the request")
     found = wait_for_name(api, entry.name) if entry.state == "CREATING" else pods_named(api, entry.name)
     for pod in found:
         termination.terminate(api, ledger, entry.name, pod.id, "it came of a create that was not answered")
@@ -157,7 +157,7 @@ def _armed(
                 return f"pod {entry.pod_id} of run {entry.run_id} is gone"
         return None
     if pod.status == "EXITED" and entry.state != "STOPPED":
-        ledger.move(entry.name, "STOPPED", "it has stopped itself, with what nobody had fetched")
+        ledger.move(entry.name, "STOPPED", "it has stopped itself, with a result that was not downloaded")
         return f"pod {pod.id} has stopped itself with its result: python -m runner fetch {entry.run_id}"
     now = None if entry.state == "STOPPED" else there.now(pod, rented_at(ledger, entry))
     if now is not None and died:
@@ -173,7 +173,7 @@ def _armed(
 def _end_overdue(api: Provider, ledger: Ledger, entry: Entry, pod: Pod) -> str:
     """As its agent should have: a pod with a disk of its own is stopped, for that may have the only result; one without
     it, or that cannot be stopped, is terminated."""
-    late = f"pod {pod.id} of run {entry.run_id} was past its deadline and alive"
+    late = f"pod {pod.id} of run {entry.run_id} was past its deadline and still running"
     if pod.volume_gb:
         try:
             termination.stop(api, ledger, entry.name, pod.id, "it is past its deadline")

@@ -56,7 +56,7 @@ def attach(words: str, output_dir: Path, console: Console) -> int:
                 last = executor.follow(session, display, leave=True)
         except KeyboardInterrupt:
             _listen(session, None)
-            display.say(f"Left    the run goes on: python -m runner attach {session.run.id}")
+            display.say(f"Left    the run continues: python -m runner attach {session.run.id}")
             return InterruptedRun.exit_code
         return executor.finish(session, last, display).exit_code
 
@@ -72,10 +72,10 @@ def fetch(words: str, output_dir: Path, console: Console) -> int:
                 what = (
                     f"nothing has begun in pod {session.rented.pod.id}: the run is being sent, or was never sent whole"
                 )
-                remedy = "python -m runner pods ends a pod that nobody holds; then resume the run"
+                remedy = "python -m runner pods ends a pod that no process follows; then resume the run"
                 raise RunFailedError(Problem(what, None, remedy))
             session.collect(final=False)
-            display.say(f"Copied  what there is so far to {display_path(session.run.path)}; the run goes on")
+            display.say(f"Copied  the current state to {display_path(session.run.path)}; the run continues")
             return 0
         _listen(session, LISTENING_MINUTES)
         return executor.finish(session, before_its_end(session.agent), display).exit_code
@@ -147,7 +147,7 @@ def logs(words: str, follow: bool, lines: int) -> Iterator[str]:
     run_id = run_id_of(words)
     cloud, pod = _look(words)
     if pod.status != "RUNNING" or not pod.ssh_host:
-        remedy = f"python -m runner fetch {run_id} starts it and brings all files here"
+        remedy = f"python -m runner fetch {run_id} starts it and downloads all files"
         raise RequestError(Problem(f"pod {pod.id} is {pod.status}: its files cannot be read", run_id, remedy))
     with _connected(run_id, pod, cloud) as at:
         folder = shlex.quote(at.folder)
@@ -345,7 +345,7 @@ def _pod_of(api: Provider, ledger: Ledger, words: str) -> Pod:
         remedy = "python -m runner pods lists what there is"
         if here := RunDir.at(Path(words)):
             remedy = (
-                f"python -m runner resume {shlex.quote(display_path(here.path))} goes on with what is here; {remedy}"
+                f"python -m runner resume {shlex.quote(display_path(here.path))} continues with what is here; {remedy}"
             )
         raise NoPodOfRunError(Problem(f"{api.title} has no pod of run {run_id}", "command line", remedy))
     return max(pods, key=lambda pod: pod.created or 0.0)

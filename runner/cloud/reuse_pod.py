@@ -70,7 +70,7 @@ def find_named(api: Provider, ledger: Ledger, spec: RunSpec, own: str | None = N
         what, remedy = f"pod {pod_id} was rented from another machine", "use it there; or stop it: pods stop, and again"
         raise RequestError(Problem(what, source, f"{remedy}: python -m runner pods stop {pod_id}"))
     if entry.owned and not entry.owned_here:
-        what = f"{run_id} is at work in pod {pod_id}: process {entry.pid} looks after it"
+        what = f"{run_id} is running in pod {pod_id}: process {entry.pid} follows it"
         raise RequestError(Problem(what, source, f"python -m runner logs {run_id} -f looks on; leave out where.pod"))
     if entry.state == "STOPPED":
         if pod.status != "EXITED":
@@ -192,7 +192,7 @@ def _check_kind(spec: RunSpec, entry: Entry, pod: Pod, source: str) -> None:
     gpus = hw.num_gpus if hw.accelerator == "cuda" else 0
     if gpus and (entry.gpu not in wanted or pod.gpu_count != gpus):
         has = f"{pod.gpu_count or 'no'} × {entry.gpu}"
-        what = f"pod {pod.id} has {has}, and the run wants {gpus} × {' or '.join(wanted)}"
+        what = f"pod {pod.id} has {has}, and the run needs {gpus} × {' or '.join(wanted)}"
         raise RequestError(Problem(what, source, "name the hardware that it has: hw=…"))
 
 
@@ -309,6 +309,6 @@ def _check_same_machine(run: RunDir, entry: Entry, pod: Pod, machines: Sequence[
     for machine in machines:
         if entry.gpu == (machine.gpu_id or machine.cpu_id) and (machine.cpu_id or machine.gpu_count == pod.gpu_count):
             return
-    what = f"{run.id} has a stopped pod, {pod.id}, with {pod.gpu_count or ''} {entry.gpu}: not what is asked for"
+    what = f"{run.id} has a stopped pod, {pod.id}, with {pod.gpu_count or ''} {entry.gpu}: not what the run needs"
     remedy = f"python -m runner pods terminate {run.id}, then resume; or ask for what it has"
     raise RequestError(Problem(what, "hw", remedy))

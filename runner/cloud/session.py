@@ -110,7 +110,7 @@ class Session:
             except LostError:
                 if attempt == LOADS - 1:
                     raise
-                self.say("The connection to the pod was lost: sending goes on")
+                self.say("The connection to the pod was lost: the upload continues")
                 self.close()
 
     def _load(self, detach: bool) -> None:
@@ -188,7 +188,7 @@ class Session:
 
     def _why_stop(self) -> str | None:
         if self.asked:
-            return "you asked for it"
+            return "interrupted by you"
         left = self.rented.deadline - clock.now()
         if left < min(MARGIN_SECONDS, (self.rented.deadline - self.rented.meter.started) / 5):
             if budget.cap_sets_deadline(self.rented.deadline, self.rented.meter):
@@ -290,7 +290,7 @@ class Session:
                 if time.monotonic() - began > PROGRESS_SECONDS:  # something was brought: patience begins anew
                     end = time.monotonic() + COLLECT_SECONDS
                 if time.monotonic() > end:
-                    what = f"the result could not be brought here: {error}"
+                    what = f"the result could not be downloaded: {error}"
                     raise RunFailedError(Problem(what, None, f"python -m runner fetch {self.run.id}")) from None
                 time.sleep(2)
                 address = self.find()

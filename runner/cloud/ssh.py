@@ -218,7 +218,7 @@ class Connection:
                 wrong = StderrTail(process.stderr)  # read all the while: a full pipe would stop the transfer for ever
                 skipped, arrived = _tell(process, say, most, told)
                 if most is not None and arrived > most:
-                    raise untrusted_files.too_much_error("the pod sends more than it said", most, target)
+                    raise untrusted_files.too_much_error("the pod sends more than it announced", most, target)
                 complaint = wrong.text()
             except BaseException:
                 os.killpg(process.pid, signal.SIGKILL)  # rsync is two processes here
@@ -236,7 +236,7 @@ class Connection:
         if not any(words in wrong for words in CHANGED):
             return LostError(Problem(f"{what}: {_last(wrong)}"))
         what = f"pod {self.name} at {self.host}:{self.port} shows another host key than before: nothing was sent to it"
-        remedy = "somebody may be in between; if the pod was started anew by hand, forget the old key: rm "
+        remedy = "the connection may be intercepted; if you started the pod again by hand, delete the old key: rm "
         return HostKeyError(Problem(what, None, remedy + shlex.quote(str(self.known_hosts))))
 
     def close(self) -> None:
@@ -292,7 +292,7 @@ def _number(pattern: str, lines: list[str]) -> int:
 
 def _last(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (lines or ["it said nothing"])[-1]
+    return (lines or ["no output"])[-1]
 
 
 class OutputTooLongError(RunnerError):

@@ -134,7 +134,7 @@ def arm_agent(at: PodRunFolder, orders: dict[str, object], say: Say) -> dict[str
     status = at.start_agent()
     if status.get("state") == "refused":
         remedy = "without --detach the launcher stays and ends the pod; or take another pod (where.cloud)"
-        what = "the pod may not end itself, and nobody would watch over it: a detached run is refused"
+        what = "the pod has no permission to end itself, and no launcher would: a detached run is refused"
         raise RunFailedError(Problem(what, None, remedy))
     if not status.get("right_to_end"):
         say("Warning: the pod may not end itself (its own key is refused): this command must end it")
@@ -166,7 +166,7 @@ def check_memory(at: PodRunFolder, needed_gib: float) -> None:
     has = min(sizes, default=0) / GIB
     if sizes and needed_gib > FREE_SHARE * has:
         what = f"the pod has {has:.0f} GiB of main memory, and the plan needs {needed_gib:.0f} GiB"
-        remedy = "take more GPUs or another type, whose pods have more, or a run that offloads less; it was given back"
+        remedy = "take more GPUs or another type, whose pods have more, or a run that offloads less; the pod was ended"
         raise CannotRunError(Problem(what, "where", remedy))
 
 

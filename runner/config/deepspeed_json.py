@@ -260,7 +260,7 @@ def _mapping(value: Mapping[str, object], known: Known, prefix: str) -> Iterator
                 yield name, f"{name} is {_text(inner)}: expected a mapping", f'write "{key}": {_example(kind, inner)}'
         elif inner == "auto":
             if name not in AUTO and not prefix.endswith("params."):
-                yield name, f'{name} is "auto", which nobody decides', "write a value, or leave it out"
+                yield name, f'{name} is "auto", which nothing decides', "write a value, or leave it out"
         elif not _fits(inner, kind):
             yield name, f"{name} is {json.dumps(inner)}: expected {_expected(kind)}", _written(key, inner, kind)
 

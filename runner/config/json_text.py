@@ -26,14 +26,14 @@ def loads(text: str | bytes, **how: Any) -> Any:
 
 
 class RepeatedKeyError(ValueError):
-    """A key that stands twice in one object: all but the last of its values would be ignored."""
+    """A key that occurs twice in one object: all but the last of its values would be ignored."""
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An `object_pairs_hook` that raises RepeatedKeyError."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise RepeatedKeyError(f"the key {repeated(pairs)!r} stands in it twice")
+        raise RepeatedKeyError(f"the key {repeated(pairs)!r} occurs twice")
     return found
 
 

@@ -43,7 +43,7 @@ def how_to_restore(file: Path) -> str:
     same = file.with_name("training.yaml")
     if same.is_file():
         words = f"show {quote(display_path(same))} --json > {quote(display_path(file))}"
-        return f"{same.name} beside it holds the same values: python -m runner {words} writes it anew"
+        return f"{same.name} beside it holds the same values: python -m runner {words} writes it again"
     if file.with_name("status.json").is_file():
         return f"bring {file.name} back from a copy: {same.name}, which held the same values, is gone as well"
     return "name the spec.json of a run, or a recipe (docs/recipes.md)"

@@ -59,7 +59,7 @@ def _check_size(loader: Any) -> None:
         mark: Any = event.start_mark
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in [anchor for anchor, _ in open_ones]:
-                raise _TooMuchError(None, None, f"*{event.anchor} stands within itself", mark)
+                raise _TooMuchError(None, None, f"*{event.anchor} contains itself", mark)
             values += sizes.get(event.anchor, 0)
         elif isinstance(event, yaml.CollectionStartEvent):
             open_ones.append((event.anchor, values))

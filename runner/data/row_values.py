@@ -275,7 +275,7 @@ class RowReader:
         first = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), None)
         asked = any(turn["role"] == "user" for turn in turns)
         if whole and first is not None and turns[first]["role"] == "assistant" and asked:
-            self.wrong(f"{name}[{first}] is the assistant's, before anything was asked", "put the question first")
+            self.wrong(f"{name}[{first}] is the assistant's, before any user turn", "put the question first")
 
 
 def _as_role(said: str, name: str) -> str:

@@ -175,9 +175,9 @@ def _signature(node: _Function, given: set[str] | None, source: str) -> list[Pro
     if missing:
         have = ", ".join(sorted((given or set()) - set(ALWAYS))) or "none"
         remedy = f"use {', '.join(ALWAYS)} or a column of the rows: {have}"
-        found.append(Problem(f"{said} wants {' and '.join(missing)}, which the rows do not have", source, remedy))
+        found.append(Problem(f"{said} needs {' and '.join(missing)}, which the rows do not have", source, remedy))
     if args.kwarg is None:
-        what = f"{said} does not take what else it is given: the rows' other columns, and TRL's own"
+        what = f"{said} does not accept its other arguments: the rows' other columns, and TRL's own"
         found.append(Problem(what, source, "end its parameters with **_"))
     return found
 

@@ -172,7 +172,9 @@ def _judged(card: Card, target: DoctorTarget | None) -> Finding:
             "warning", "MIG is on, and slices are not told apart here", "name the slice's memory: hw.memory_gib=…"
         )
     if card.used_gib is not None and card.used_gib > IN_USE:
-        return say("warning", f"others hold {card.used_gib:.1f} of {gpu.memory_gib:.1f} GiB", "nvidia-smi shows who")
+        return say(
+            "warning", f"other processes use {card.used_gib:.1f} of {gpu.memory_gib:.1f} GiB", "nvidia-smi shows who"
+        )
     if gpu.compute_capability is not None and gpu.compute_capability < AMPERE:
         what = f"{gpu.memory_gib:.1f} GiB, compute capability {gpu.compute_capability}: no bfloat16, no FlashAttention"
         return say("note", what, "train.precision=auto takes fp16 here")
@@ -189,7 +191,7 @@ def _short(card: Card, target: DoctorTarget | None) -> str | None:
     needed, free = target.plan.peak_gib["expected"], card.gpu.memory_gib - card.used_gib
     if free >= needed:
         return None
-    return f"others hold {card.used_gib:.1f} of {card.gpu.memory_gib:.1f} GiB; the run needs {needed:.1f}"
+    return f"other processes use {card.used_gib:.1f} of {card.gpu.memory_gib:.1f} GiB; the run needs {needed:.1f}"
 
 
 def _together(cards: list[Card]) -> Finding:
@@ -349,7 +351,7 @@ def _reason(output: str) -> str:
     """The first error that a rank's stack trace ends with."""
     lines = [line.split("]: ", 1)[-1].strip() for line in output.splitlines()]
     errors = [line for line in lines if line.split(":")[0].split(".")[-1].endswith("Error") and ": " in line]
-    return (errors or [line for line in lines if line] or ["it failed without a word"])[0][:300]
+    return (errors or [line for line in lines if line] or ["it failed without a message"])[0][:300]
 
 
 def _failed(backend: str, between: str, why: str) -> Finding:
@@ -365,7 +367,7 @@ def _judged_speed(content: dict[str, Any], between: str, hw: HardwareSpec) -> Fi
     what = f"{content['backend']} all-reduce over {between}: {largest['bus_gb_s']:.1f} GB/s at {largest['mib']} MiB"
     if content["world_size"] == 1:
         return Finding(
-            "bandwidth", "ok", f"{content['backend']} starts; one GPU has nobody to exchange with", None, content
+            "bandwidth", "ok", f"{content['backend']} starts; one GPU has no peer to exchange with", None, content
         )
     planned = machine_of(hw, "bf16") if content["backend"] == "nccl" else None
     if planned is None:

@@ -103,7 +103,7 @@ def _packages(target: DoctorTarget | None) -> Finding:
     older = [f"{name} {have[name]} (asked: {requirement.specifier})" for name, requirement in asked.items()
              if not requirement.specifier.contains(str(have[name]), prereleases=True)]  # fmt: skip
     if older:  # the bounds are what the tests ran with, not what is known to fail
-        return Finding("packages", "warning", f"not as asked for: {', '.join(older)}", install("train"), facts)
+        return Finding("packages", "warning", f"not as required: {', '.join(older)}", install("train"), facts)
     shown = ", ".join(f"{name} {have[name]}" for name in ("transformers", "trl", "peft", "deepspeed") if have.get(name))
     return Finding(
         "packages", "ok", f"Python {platform.python_version()}, {shown}: all {len(asked)} as asked", None, facts

@@ -79,7 +79,7 @@ def _memory(machine: Machine, target: DoctorTarget | None, root: Path) -> Findin
         remedy = "a larger machine or container limit, or a run that takes less: python -m runner plan says for what"
         return Finding("memory", "problem", what, remedy, facts)
     if free is not None and needed > free:
-        return Finding("memory", "warning", what, "end what holds the rest of it", facts)
+        return Finding("memory", "warning", what, "end the processes that use the rest", facts)
     return Finding("memory", "ok", what, None, facts)
 
 
@@ -153,7 +153,7 @@ def _rents(name: str, spec: RunSpec) -> Finding:
         return Finding(name, "problem", problem.what, problem.remedy)
     if usd is not None:
         return Finding(name, "ok", f"set, and accepted: the account has ${usd:.2f}")
-    return Finding(name, "ok", "set, and accepted; the balance is not told to it, and not compared before renting")
+    return Finding(name, "ok", "set, and accepted; it cannot read the balance, which is not checked before renting")
 
 
 def _need(name: str, target: DoctorTarget) -> tuple[str, str] | None:

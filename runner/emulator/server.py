@@ -194,7 +194,7 @@ def serve(console: Console, port: int, root: Path | None, faults: list[Fault], w
             say(f"export {name}={shlex.quote(value)}")
         say(f"# a RunPod on this machine, until Ctrl-C; faults: POST {emulator.url}/_emulator/faults")
         stop.wait()
-        say(f"# billed {emulator.billed():.4f} US$ that nobody pays; {len(emulator.pods())} pods ended")
+        say(f"# billed {emulator.billed():.4f} US$ (not charged); {len(emulator.pods())} pods ended")
     return 0
 
 

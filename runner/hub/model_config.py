@@ -356,7 +356,7 @@ def _asked(path: str, wanted: str, name: str, remedy: str) -> str:
     except (OSError, ValueError, HTTPException) as error:
         why = getattr(error, "reason", error)
         if isinstance(error, HTTPException):
-            why = "what answers there does not speak HTTP"
+            why = "the server there does not speak HTTP"
         _unreachable[base] = str(why)
         raise UnreachableError(Problem(f"the Hub cannot be reached for {name}: {why}", None, remedy)) from None
 

@@ -112,7 +112,7 @@ def _of_several(run: RunDir, spec: RunSpec, ending: Ending, killer: Callable[[],
     if silent or killed:
         rank = (killed or silent)[0]  # torchrun's SIGTERM may have reached one before it could say what it lost
         number = ended.get(rank)
-        how = f"was ended by {signal.Signals(number).name}" if number else "ended without a word"
+        how = f"was ended by {signal.Signals(number).name}" if number else "ended without a message"
         return _say(
             run, RunFailedError(Problem(f"rank {rank} {how}; the others were stopped", None, how_to_resume(run)))
         )
@@ -165,7 +165,7 @@ def how_to_resume(run: RunDir) -> str:
     done = checkpoints.complete(run)
     folder = shlex.quote(display_path(run.path))
     if done:
-        return f"python -m runner resume {folder} goes on after step {done[-1]}"
+        return f"python -m runner resume {folder} continues after step {done[-1]}"
     return f"python -m runner {folder}/spec.json starts anew; train.save_every_minutes=5 would keep a checkpoint sooner"
 
 

@@ -128,7 +128,7 @@ def _speak(run: RunDir, ending: supervisor.Ending, own: range, node: int, by_ker
     ended = [rank for rank, number in ending.killed.items() if number == signal.SIGKILL]
     killed = [rank for rank in ended if rank not in ending.stopped]
     silent = killed or [sign["rank"] for sign in ending.ranks if sign["state"] == "alive"]
-    how = "ended by SIGKILL" if killed else "gone without a word"
+    how = "ended by SIGKILL" if killed else "gone without a message"
     if killed and by_kernel:
         how = "killed by the kernel for want of memory"
     if ending.hung is not None:

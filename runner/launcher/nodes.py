@@ -175,4 +175,4 @@ def _last(text: str) -> str:
     """The last line that says something; a remedy belongs to the line before."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("•")]
-    return (told or lines or ["it said nothing"])[-1].removeprefix("•").strip()
+    return (told or lines or ["no output"])[-1].removeprefix("•").strip()

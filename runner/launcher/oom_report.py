@@ -244,7 +244,7 @@ def _remedy(run: RunDir, spec: RunSpec, facts: Mapping[str, object], found: list
         less = "train.gradient_checkpointing=true train.micro_batch_size=1"
         return f"nothing is known of this model's size; try {again} {less}"
     if not found:
-        return "no hardware of the catalogue holds it; try method=qlora4, or a smaller model"
+        return "no hardware of the catalogue is large enough; try method=qlora4, or a smaller model"
     start = "it fits with"
     if facts["killer"] == "somebody else":
         on = f"python -m runner resume {shlex.quote(display_path(run.path))}" if checkpoints.complete(run) else again

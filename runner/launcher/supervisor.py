@@ -167,7 +167,7 @@ def _over(ranks: list[Heartbeat], own: range) -> bool:
 
 
 def has_failed(sign: Heartbeat) -> bool:
-    """The process has failed, or ended without a word."""
+    """The process has failed, or ended without a message."""
     return sign["state"] == "failed" or (sign["state"] == "alive" and not is_alive(sign["pid"]))
 
 

@@ -241,7 +241,7 @@ def _parts(gpu: Gpu, divided: dict[str, list[tuple[str, str, float]]]) -> list[G
 def _others(root: Path, loaded: bool, silence: str) -> list[Unusable]:
     """GPUs without a word from an NVIDIA driver."""
     if loaded:
-        remedy = f"reboot (after an update of the driver), or start the container anew; {ON_THE_CPU}"
+        remedy = f"reboot (after an update of the driver), or restart the container; {ON_THE_CPU}"
         why = f": {silence}" if silence else " to NVML or nvidia-smi"
         return [Unusable(f"the NVIDIA driver is loaded and does not answer{why}", remedy, broken=True)]
     found = []

@@ -58,7 +58,7 @@ def read_hostfile(file: str) -> list[Host]:
         host = Host(found[1], int(found[2]), place)
         if any(host.name == other.name for other in hosts):
             remedy = "give a machine one line with all its slots"
-            problems.append(Problem(f"{host.name} stands there twice", place, remedy))
+            problems.append(Problem(f"{host.name} is listed twice", place, remedy))
         elif hosts and host.slots != hosts[0].slots:
             what = f"{host.name} has {host.slots} slots, and {hosts[0].name} has {hosts[0].slots}"
             remedy = "every machine runs as many processes as the others: write one number"

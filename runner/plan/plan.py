@@ -251,7 +251,7 @@ def _short_of_memory(option: StageChoice, ram: Mapping[str, float], spec: RunSpe
             f"({terms[largest] / GIB:.1f} GiB); {what} {option.capacity / GIB:.1f} GiB"
         )
     if lacking := main_memory.lacking(spec, ram):
-        more = "" if hw.host_memory_gib else " (hw.host_memory_gib=… where you know of more)"
+        more = "" if hw.host_memory_gib else " (hw.host_memory_gib=… if the host has more)"
         reasons.append(lacking + more)
     return reasons
 

@@ -53,7 +53,7 @@ CAUSES = (
         GPU_MEMORY,
         "the GPU's memory was full",
         "write train.micro_batch_size=1 or train.gradient_checkpointing=true, or take method=qlora4 or more GPUs; "
-        "nvidia-smi shows what others hold of it",
+        "nvidia-smi shows what other processes use",
     ),
     _cause(
         r"NVIDIA driver on your system is too old|driver version is insufficient|forward compatibility was attempted|"
@@ -83,13 +83,13 @@ CAUSES = (
     ),
     _cause(
         r"429 Client Error|HTTP (Error|status)[^\n]{0,20}\b429|too many requests",
-        "a server was asked too often (429), the Hugging Face Hub for one",
+        "a server got too many requests (429), such as the Hugging Face Hub",
         "export HF_TOKEN=...: with a token more is allowed; wait some minutes, then resume",
     ),
     _cause(
         r"address already in use|EADDRINUSE|failed to bind|server socket has failed to listen",
         "the port of the rendezvous is in use",
-        "write another port in hw.rendezvous, or end the run that holds it",
+        "write another port in hw.rendezvous, or end the run that uses it",
     ),
     _cause(
         r"unable to find nvcc|CUDA_HOME (environment variable )?(is not set|does not exist)|"

@@ -67,7 +67,7 @@ class Outlet(io.FileIO):
         os.dup2(null, self.fileno())
         os.close(null)
         if self.goes_on and self.fileno() == 1:
-            what = f"Standard output is lost ({error.strerror}): the run goes on; its words are in logs/run.log"
+            what = f"Standard output is lost ({error.strerror}): the run continues; its output is in logs/run.log"
             Console(stderr=True).print(what, highlight=False, soft_wrap=True)
 
 

@@ -134,6 +134,6 @@ def advice(requested: RunSpec, plan: Plan) -> str:
         return "raise the limit, or take a smaller run (fewer steps, a cheaper method, other hardware)"
     changes = nearest_changes(requested, options, hardware(), sequences=num_sequences(requested))
     if not changes:
-        return "no hardware of the catalogue holds it; try method=qlora4, or a smaller model"
+        return "no hardware of the catalogue is large enough; try method=qlora4, or a smaller model"
     texts = [f"{change.described} ({change.option.memory.expected / GIB:.1f} GiB)" for change in changes]
     return "it fits with " + ", or ".join(texts)

@@ -97,13 +97,13 @@ def newest(run: RunDir, say: Callable[[str], None] = lambda line: None) -> int |
     for step in reversed(steps(run)):
         path = folder(run, step)
         if not (path / MARKER).is_file():
-            say(f"checkpoint {step} was never finished: passed over")
+            say(f"checkpoint {step} is incomplete: skipped")
             continue
         wrong = damage(path)
         if not wrong:
             return step
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        say(f"checkpoint {step} is damaged ({wrong[0]}{more}): passed over")
+        say(f"checkpoint {step} is damaged ({wrong[0]}{more}): skipped")
     return None
 
 

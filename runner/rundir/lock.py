@@ -79,7 +79,7 @@ def run_at_work_error(run: RunDir, by: Mapping[str, object]) -> Problem:
     pid = by.get("pid") or status.get("pid")
     elsewhere = by.get("host", socket.gethostname()) != socket.gethostname()
     where = f" on {by['host']}" if elsewhere else ""
-    what = f"{run.id} is at work{where} ({status.get('state', 'starting')}, process {pid})"
+    what = f"{run.id} is running{where} ({status.get('state', 'starting')}, process {pid})"
     return Problem(what, "command line", f"wait for its end, or stop it{where and ' there'}: kill {pid}")
 
 

@@ -16,7 +16,7 @@ from runner.spec import RunSpec
 from runner.spec.input_paths import get_place, is_code, is_url, named_places, put_place
 
 FILE = "inputs.json"
-REMEDY = "bring back what it was, or write run.on_changed_inputs=continue to go on with what it is now"
+REMEDY = "restore it, or write run.on_changed_inputs=continue to use the new content"
 
 
 def record_digests(run: RunDir, spec: RunSpec) -> None:
@@ -31,7 +31,7 @@ def changed_inputs(run: RunDir, spec: RunSpec) -> list[Problem]:
     known, now = run.read(FILE), _digests(spec)
     places = dict(named_places(spec))
     gone = [
-        Problem(f"{places[key]} does not exist", key, f"bring it back, or say where it is now: {key}=…")
+        Problem(f"{places[key]} does not exist", key, f"restore it, or name its new place: {key}=…")
         for key in known
         if key in places and key not in now
     ]

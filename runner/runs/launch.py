@@ -188,7 +188,7 @@ def _waits_for(directory: RunDir, spec: RunSpec) -> list[str]:
         return []
     word = f"cd {shlex.quote(os.getcwd())} && python -m runner join {shlex.quote(display_path(directory.path))}"
     others = "the other machine" if spec.hw.num_nodes == 2 else f"each of the {spec.hw.num_nodes - 1} other machines"
-    return [f"waits {MEETING_SECONDS // 60} minutes for {others}; type there: {word}"]
+    return [f"waiting up to {MEETING_SECONDS // 60} minutes for {others}; type there: {word}"]
 
 
 def confirm_costs(

@@ -116,7 +116,7 @@ def check_same_run(run: RunDir, spec: RunSpec) -> list[str]:
     """Notes about what the checkpoint means for the resolved run; RequestError where it cannot be taken up."""
     step = (checkpoints.complete(run) or [0])[-1]
     if not step:
-        return ["there is no complete checkpoint: the run begins anew"]
+        return ["there is no complete checkpoint: the run starts again from the beginning"]
     old = run.spec
     problems = input_digests.changed_inputs(run, spec)
     if _batch(old) != _batch(spec):

@@ -95,7 +95,7 @@ def no_model_yet(run: RunDir, instead: str | None = None) -> RequestError:
     if state in ACTIVE:
         remedy = "wait for its end: python -m runner runs shows how far it is"
     elif checkpoints.complete(run):
-        remedy = f"{going_on} goes on after step {checkpoints.complete(run)[-1]}"
+        remedy = f"{going_on} continues after step {checkpoints.complete(run)[-1]}"
     else:
         remedy = f"{going_on} begins it anew: it has no checkpoint"
     what = f"{display_path(run.path)} has no model yet: its state is {state}"
@@ -193,7 +193,7 @@ def export(run_dir: Path, step: int | None, out: Path | None, as_json: bool) -> 
 def _check_checkpoint(run: RunDir, step: int) -> None:
     known = checkpoints.complete(run)
     if step not in known:
-        what = f"checkpoint {step} was never finished" if step in checkpoints.steps(run) else f"no checkpoint {step}"
+        what = f"checkpoint {step} is incomplete" if step in checkpoints.steps(run) else f"no checkpoint {step}"
         remedy = f"complete ones: {', '.join(map(str, known))}" if known else "the run has no complete checkpoint"
         raise RequestError(Problem(f"{run.path}: {what}", "--step", remedy))
     wrong = checkpoints.damage(checkpoints.folder(run, step))

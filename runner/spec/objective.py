@@ -39,7 +39,7 @@ class Pretrain(ObjectiveBase):
     rows_needed: ClassVar[str | None] = "plain text"
     bundled: ClassVar[bool] = False
     packs: ClassVar[bool] = True
-    on_long: ClassVar[str] = "goes on in the next sequence"
+    on_long: ClassVar[str] = "continues in the next sequence"
 
     name: Literal["pretrain"] = "pretrain"
     """Name of the choice."""

@@ -76,7 +76,7 @@ def config_to_resume(
     if problem is not None:
         noted = checkpoints.facts(path)
         remedy = f"go on with {noted.get('processes')} processes and deepspeed={noted.get('stage')}, which wrote it"
-        raise RunFailedError(Problem(f"checkpoint {step} cannot be divided anew: {problem}", None, remedy))
+        raise RunFailedError(Problem(f"checkpoint {step} cannot be resharded: {problem}", None, remedy))
     return {**config, "checkpoint": {"load_universal": True}}
 
 

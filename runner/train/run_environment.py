@@ -48,7 +48,7 @@ def check_fingerprints(spec: RunSpec, run: RunDir, found: dict[str, str], step: 
     known = checkpoints.facts(checkpoints.folder(run, step))
     changed = [what for key, what in FINGERPRINTS.items() if key in known and known[key] != found[key]]
     if step and changed and spec.run.on_changed_inputs == "stop":
-        remedy = "bring them back, or write run.on_changed_inputs=continue to go on with what they are now"
+        remedy = "restore them, or write run.on_changed_inputs=continue to use the new content"
         what = f"{' and '.join(changed)} are not those of the first {step} steps"
         raise RequestError(Problem(what, "resume", remedy))
 

@@ -301,7 +301,7 @@ def test_a_run_that_has_no_model_yet_is_resumed(here: Path, verb: str) -> None:
     (checkpoint / "COMPLETE").touch()
     run.set_status("interrupted")
     said = runner(verb, str(run.path)).stderr
-    assert f"python -m runner resume {run.path} goes on after step 7" in said
+    assert f"python -m runner resume {run.path} continues after step 7" in said
     run.set_status("training")
     assert "wait for its end" in runner(verb, str(run.path)).stderr
 

@@ -283,7 +283,7 @@ def test_a_worker_that_ends_without_a_word_has_failed(clock: Clock, folder: Path
         assert agent.read_status(folder)["state"] == stands
         if stands == "failed":
             assert agent.read_status(folder)["exit_code"] == 1
-            assert "ended without a word" in agent.read_status(folder)["message"]
+            assert "ended without a message" in agent.read_status(folder)["message"]
 
 
 @pytest.mark.parametrize("state", ["training", "uploading", "done", "failed", "ending"])

@@ -134,7 +134,7 @@ def test_two_launchers_do_not_rent_for_one_run(ledger: Ledger) -> None:
     ledger.plan("runner-a-1", run_id="a", **FACTS)
     ledger.plan("runner-a-2", run_id="a", **FACTS)  # the same process, after a pod that did not become ready
     ledger.set("runner-a-1", **owner(os.getppid()))
-    with pytest.raises(HeldError, match=f"process {os.getppid()} looks after it"):
+    with pytest.raises(HeldError, match=f"process {os.getppid()} follows it"):
         ledger.plan("runner-a-3", run_id="a", **FACTS)
     ledger.plan("runner-b-1", run_id="b", **FACTS)
     ledger.move("runner-a-1", "GONE", "confirmed", **owner(os.getppid()))

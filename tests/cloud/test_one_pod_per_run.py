@@ -108,7 +108,7 @@ def test_two_that_resume_at_once_rent_one_pod(emulator: Emulator, run: RunDir) -
         "rent(RunDir(Path(sys.argv[1])))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(run.path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and HeldError.__name__ in done.stderr and "is at work in pod" in done.stderr
+    assert done.returncode == 1 and HeldError.__name__ in done.stderr and "is running in pod" in done.stderr
     rented.mark("RUNNING")
     rented.ledger.leave(rented.name)
     with pytest.raises(RequestError, match="is in pod"):
@@ -171,7 +171,7 @@ def test_a_kept_pod_whose_host_is_full_stays_kept(emulator: Emulator, run: RunDi
 
 def test_a_kept_pod_of_another_kind_is_refused_and_stays(emulator: Emulator, run: RunDir) -> None:
     rent(run).release(keep=True)
-    with pytest.raises(RequestError, match="not what is asked for"):
+    with pytest.raises(RequestError, match="not what the run needs"):
         rent(run, "hw=a40")
     assert [pod.status for pod in emulator.pods().values()] == ["EXITED"] and creates(emulator) == 1
 

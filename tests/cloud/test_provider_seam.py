@@ -381,7 +381,7 @@ def test_verbs_that_name_a_run_find_its_cloud(
     told = runner("fetch", f"runs/{rented.run_id}")
     said = " ".join(told.stderr.split())
     assert told.exit_code == 2 and f"Memory has no pod of run {rented.run_id}" in said
-    assert f"runner resume runs/{rented.run_id} goes on with what is here" in said
+    assert f"runner resume runs/{rented.run_id} continues with what is here" in said
 
 
 def test_among_several_accounts_the_ledger_and_the_lists_tell(

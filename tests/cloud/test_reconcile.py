@@ -185,7 +185,7 @@ def test_a_pod_that_nobody_holds_and_that_does_not_end_itself_is_ended(left: Lef
     left.entry(state)
     assert left.settle() == [f"pod pod1 of run a was left {state} by a launcher that is gone: it is ended"]
     assert left.api.cloud.rented == {} and left.now().state == "GONE"
-    assert left.ledger.transitions(NAME)[-1][2].startswith(f"nobody holds it any more, {state} since")
+    assert left.ledger.transitions(NAME)[-1][2].startswith(f"no process follows it any more, {state} since")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_pod_that_was_to_be_kept_is_stopped_once_a_run_was_in_it(
         left.entry("GONE", "runner-b-1", created=NOW + before)
     left.entry(state, keep=1)
     (note,) = left.settle()
-    assert note == "pod pod1 of run a is stopped, as was asked" if stopped else "it is ended" in note
+    assert note == "pod pod1 of run a is stopped, as requested" if stopped else "it is ended" in note
     assert left.now().state == ("STOPPED" if stopped else "GONE")
     assert [pod.status for pod in left.api.cloud.rented.values()] == (["EXITED"] if stopped else [])
     assert not stopped or left.now().detail == "again, after the launcher ended; kept"
@@ -314,7 +314,7 @@ def test_five_minutes_past_its_deadline_a_pod_is_stopped_with_its_disk_or_ended_
     notes = left.settle()
     pod = left.api.cloud.rented.get("pod1")
     assert (pod.status if pod else "gone") == {"alive": "RUNNING"}.get(became, became)
-    late_note = "pod pod1 of run a was past its deadline and alive: "
+    late_note = "pod pod1 of run a was past its deadline and still running: "
     expected = {
         "alive": [], "gone": [f"{late_note}it is ended"],
         "EXITED": [f"{late_note}it is stopped, and its disk, which may have the result, costs money until "

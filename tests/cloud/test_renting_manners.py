@@ -71,7 +71,7 @@ def test_a_registry_that_limits_pulls_is_said_and_not_tried_on_other_pods(emulat
     with pytest.raises(PullLimitError) as caught:
         rent(tmp_path, [], "where.image=acme/public:1")
     (problem,) = caught.value.problems
-    assert problem.what.startswith("the registry lets nobody pull acme/public:1 now: ") and line in problem.what
+    assert problem.what.startswith("the registry refuses to serve acme/public:1 now: ") and line in problem.what
     assert "where.template=ID" in str(problem.remedy) and "another registry" in str(problem.remedy)
     assert caught.value.exit_code == 3 and creates(emulator) == 1 and emulator.pods() == {}
 

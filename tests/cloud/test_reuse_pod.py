@@ -52,8 +52,8 @@ def test_a_stopped_pod_is_found_by_its_id_and_by_its_run(emulator: Emulator, run
     ("status", "words", "said"),
     [
         ("training", (), r"has what is newest of .*, which is not here"),
-        ("done", ("hw=h100",), r"has 1 × NVIDIA GeForce RTX 4090, and the run wants 1 × NVIDIA H100"),
-        ("done", ("hw=rtx4090x2",), r"the run wants 2 × NVIDIA GeForce RTX 4090"),
+        ("done", ("hw=h100",), r"has 1 × NVIDIA GeForce RTX 4090, and the run needs 1 × NVIDIA H100"),
+        ("done", ("hw=rtx4090x2",), r"the run needs 2 × NVIDIA GeForce RTX 4090"),
     ],
 )
 def test_a_pod_with_a_result_that_is_not_home_or_other_gpus_is_refused(

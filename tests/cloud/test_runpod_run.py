@@ -227,7 +227,7 @@ def test_ctrl_c_while_installing_is_an_interrupt(typed: Typed, slow_python: Path
     until(lambda: typed.path.is_dir() and typed.folder.read("agent-status.json").get("state") == "installing", 120)
     process.send_signal(signal.SIGINT)
     code, said = ended(process)
-    assert code == 130 and "you asked for it" in said and "where.max_usd" not in said
+    assert code == 130 and "interrupted by you" in said and "where.max_usd" not in said
     assert typed.folder.state() == "interrupted" and typed.emulator.pods() == {}
 
 

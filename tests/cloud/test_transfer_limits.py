@@ -80,7 +80,7 @@ def test_a_pod_that_says_little_and_sends_much_is_cut_off(
     cheat.chmod(0o755)
     with server(tmp_path / "cheating", str(cheat)) as there:
         at = PodRunFolder(there.connection(), pod.at.workspace, "run-h")
-        with pytest.raises(TooMuchError, match="the pod sends more than it said"):
+        with pytest.raises(TooMuchError, match="the pod sends more than it announced"):
             download.download_run(at, pod.run, pod.spec, pod.told.append)
         at.connection.close()
     assert size_of(pod.run.path) < 1e5 and not (pod.run.path / download.ARRIVED).exists()
@@ -183,7 +183,7 @@ def test_a_full_disk_here_ends_no_training_there(pod: Pod, monkeypatch: pytest.M
     ) * 2:
         told += list(follower._take(json.dumps(line).encode()))
     assert [news.kind for news in told] == ["words", "agent", "agent"]
-    assert "No space left on device; the run goes on" in told[0].value and told[1].value == {"state": "done"}
+    assert "No space left on device; the run continues" in told[0].value and told[1].value == {"state": "done"}
 
 
 @needs_sshd

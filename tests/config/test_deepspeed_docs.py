@@ -35,7 +35,7 @@ def rows(heading: str) -> dict[str, list[str]]:
     section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     found = {row[0].strip("`"): row[1:] for row in cells[2:]}
-    assert len(found) == len(cells) - 2, "a row stands there twice"
+    assert len(found) == len(cells) - 2, "a row is listed twice"
     return found
 
 

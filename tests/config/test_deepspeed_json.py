@@ -160,7 +160,7 @@ def test_a_file_of_ours_under_another_stage_and_one_without_deepspeed_are_refuse
          "begin with a copy of deepspeed_configs/zero2.json"),
         ("{1}", "deepspeed.config=mine.json is not JSON: Expecting property name enclosed in double quotes: "
          "line 1 column 2 (char 1)", None),
-        ('{"a": 1, "a": 2}', "deepspeed.config=mine.json is not JSON: the key 'a' stands in it twice", None),
+        ('{"a": 1, "a": 2}', "deepspeed.config=mine.json is not JSON: the key 'a' occurs twice", None),
         (zero("2"), 'zero_optimization.stage is "2": expected a whole number', 'write "stage": 2'),
         (zero(True), "zero_optimization.stage is true: expected a whole number",
          "leave it out, or see DeepSpeed's documentation"),
@@ -176,7 +176,7 @@ def test_a_file_of_ours_under_another_stage_and_one_without_deepspeed_are_refuse
          "leave one out"),
         (zero(overlap_com=True), "unknown key zero_optimization.overlap_com", "did you mean overlap_comm?"),
         (zero() | {"train_bach_size": 3}, "unknown key train_bach_size", "did you mean train_batch_size?"),
-        (zero(overlap_comm="auto"), 'zero_optimization.overlap_comm is "auto", which nobody decides',
+        (zero(overlap_comm="auto"), 'zero_optimization.overlap_comm is "auto", which nothing decides',
          "write a value, or leave it out"),
         (zero(overlap_comm="True"), 'zero_optimization.overlap_comm is "True": expected true or false',
          'write "overlap_comm": true'),

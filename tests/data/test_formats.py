@@ -566,7 +566,7 @@ def test_a_key_that_stands_twice_in_a_row_is_refused(
     Path(name).write_text(text, "utf-8")
     for table in (read_table(name), *tables(name)):
         assert [str(p.source) for p in table.problems] == [place]
-        assert "the key 'text' stands twice in one object" in table.problems[0].what
+        assert "the key 'text' occurs twice in one object" in table.problems[0].what
         assert list(table.rows) == [{"text": letter} for letter in "ad" if f'"{letter}"' in text]
 
 

@@ -129,7 +129,7 @@ def test_sharegpts_calls_are_calls() -> None:
     ("row", "what"),
     [
         ({"messages": [USER, ANSWER, SYSTEM, USER, ANSWER]}, "messages[2] is a system turn after the first turn"),
-        ({"messages": [ANSWER, USER, ANSWER]}, "messages[0] is the assistant's, before anything was asked"),
+        ({"messages": [ANSWER, USER, ANSWER]}, "messages[0] is the assistant's, before any user turn"),
         ({"messages": [USER, TOOL, ANSWER]}, "messages[1] is a tool's answer that nothing called for"),
         ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "messages[1].weight is 0.5, neither 0 nor 1"),
         ({"messages": [USER, {**ANSWER, "weight": "high"}]}, 'messages[1].weight is "high", neither 0 nor 1'),

@@ -434,7 +434,7 @@ def test_healthy_cards_stand_in_one_line(gpu_machine: Callable[..., list[Finding
         ({"nvmlDeviceGetComputeMode": 2}, "problem", "PROHIBITED"),
         ({"nvmlDeviceGetComputeMode": 3}, "ok", "H100"),  # one process at a time: what a run is
         ({"nvmlDeviceGetMigMode": (1, 1)}, "warning", "MIG is on"),
-        ({"used_gib": 30.0}, "warning", "others hold 30.0 of 79.7 GiB"),
+        ({"used_gib": 30.0}, "warning", "other processes use 30.0 of 79.7 GiB"),
         ({"nvmlDeviceGetTotalEccErrors": NotImplemented, "nvmlDeviceGetRemappedRows": NotImplemented}, "ok", "H100"),
     ],
 )
@@ -704,4 +704,4 @@ def test_the_error_of_a_rank_is_told_without_its_stack() -> None:
         "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
     )
     assert gpu_checks._reason(output).startswith("torch.distributed.DistBackendError: NCCL error in")
-    assert gpu_checks._reason("") == "it failed without a word"
+    assert gpu_checks._reason("") == "it failed without a message"

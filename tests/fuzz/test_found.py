@@ -154,7 +154,7 @@ LAUGHS = "l0: &l0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
     [
         ("- " * 3000, "nested deeper than 100 levels"),
         ("a: " + "{a: " * 50_000, "nested deeper than 100 levels"),  # ended the process
-        ("a: &a [x, *a]\n", "*a stands within itself"),
+        ("a: &a [x, *a]\n", "*a contains itself"),
         (LAUGHS, "more than 100,000 values"),
     ],
 )

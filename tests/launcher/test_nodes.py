@@ -90,7 +90,7 @@ def test_two_machines_train_what_one_does(two: tuple[Machine, Machine], words: l
     (code, out, err), (code_2, out_2, err_2) = ended(front, joiner)
     assert (code, code_2) == (130, 130), err + err_2
     assert re.search(r"stopped after step \d+; checkpoint saved in", err) and "runner resume" in err
-    assert re.search(r"waits 10 minutes for the other machine; type there: .* join .*" + run.id, out)
+    assert re.search(r"waiting up to 10 minutes for the other machine; type there: .* join .*" + run.id, out)
     assert "machine 2 of 2" in out_2 and "Traceback" not in err + err_2
     assert run.state() == "interrupted"
     assert not list((run.path / "logs").glob("node*.json"))

@@ -43,7 +43,7 @@ def test_a_changed_byte_and_a_missing_one_are_found(run: RunDir, name: str) -> N
     file.write_bytes(content)
     said: list[str] = []
     assert checkpoints.newest(run, said.append) == 10
-    assert said == [f"checkpoint 15 is damaged ({name} has changed since it was written): passed over"]
+    assert said == [f"checkpoint 15 is damaged ({name} has changed since it was written): skipped"]
     assert checkpoints.damage(file.parents[name.count("/")], content=False) == []
     file.write_bytes(content[:-1])
     assert checkpoints.newest(run, said.append) == 10
@@ -54,7 +54,7 @@ def test_one_that_was_never_finished_does_not_count(run: RunDir) -> None:
     (checkpoints.folder(run, 15) / checkpoints.MARKER).unlink()
     said: list[str] = []
     assert checkpoints.newest(run, said.append) == 10
-    assert said == ["checkpoint 15 was never finished: passed over"]
+    assert said == ["checkpoint 15 is incomplete: skipped"]
 
 
 def test_a_missing_file_and_an_unreadable_marker_are_damage(run: RunDir) -> None:
@@ -159,7 +159,7 @@ def test_files_outside_and_links_are_damage_and_the_others_are_told_as_well(run:
     assert [one.split(" ")[0] for one in checkpoints.damage(folder)] == [*other, "adapter.bin", "global_step/shard.pt"]
     said: list[str] = []
     assert checkpoints.newest(run, said.append) == 10
-    outside = f"checkpoint 15 is damaged ({next(iter(other))} is outside of it and 2 more): passed over"
+    outside = f"checkpoint 15 is damaged ({next(iter(other))} is outside of it and 2 more): skipped"
     assert said == [outside]
     (folder / "global_step" / "link").symlink_to("/etc/passwd")
     assert checkpoints.damage(folder) == ["global_step/link is a link"]  # before any file is read

@@ -192,7 +192,7 @@ def test_a_spec_that_is_lost_or_damaged_is_told_with_how_to_restore_it(
         result = runner(verb, str(run.path))
         said = " ".join(result.stderr.split())
         assert result.exit_code == 2 and what in said and "did you mean" not in said, result.output
-        assert f"show {run.path}/training.yaml --json > {run.spec_file} writes it anew" in said, verb
+        assert f"show {run.path}/training.yaml --json > {run.spec_file} writes it again" in said, verb
     assert runner("show", str(run.path / "training.yaml"), "--json").stdout == before
     (run.path / "training.yaml").unlink()
     assert "bring spec.json back from a copy" in runner("resume", str(run.path)).stderr

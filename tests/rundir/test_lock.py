@@ -71,7 +71,7 @@ def test_of_two_resumes_at_once_one_is_refused(run: RunDir) -> None:
     with own_run(run):
         told = run_cli("resume", str(run.path))
         assert told.returncode == 2
-        assert f"{run.id} is at work (interrupted, process {os.getpid()})" in told.stderr
+        assert f"{run.id} is running (interrupted, process {os.getpid()})" in told.stderr
         assert f"wait for its end, or stop it: kill {os.getpid()}" in told.stderr
     with own_run(run):
         pass
@@ -81,7 +81,7 @@ def test_the_lock_lives_as_long_as_who_inherited_it(run: RunDir) -> None:
     run.set_status("interrupted")
     with own_run(run):
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=inherited_locks())
-    assert "is at work" in refusal(run)
+    assert "is running" in refusal(run)
     child.communicate(b"\n")
     with own_run(run):
         assert len(inherited_locks()) == 1
@@ -125,7 +125,7 @@ def test_another_host_is_believed_unless_it_is_this_machine(born: Any, free: boo
         _is_free(run)
         return
     told = refusal(run)
-    assert f"{run.id} is at work on elsewhere (training, process 57)" in told and "stop it there: kill 57" in told
+    assert f"{run.id} is running on elsewhere (training, process 57)" in told and "stop it there: kill 57" in told
     assert (
         f"if elsewhere is no more, delete {os.path.relpath(run.path / 'status.json')} and resume again" in told
         or f"delete {run.path / 'status.json'} and resume again" in told

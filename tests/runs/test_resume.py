@@ -158,7 +158,9 @@ def test_a_run_that_is_done_goes_on_only_for_more_steps(run: RunDir) -> None:
 def test_without_a_checkpoint_it_begins_anew(here: Path) -> None:
     run = made(here, *WORDS, steps=())
     other = resolved_as(run, train={"micro_batch_size": 64})
-    assert resume.check_same_run(run, other) == ["there is no complete checkpoint: the run begins anew"]
+    assert resume.check_same_run(run, other) == [
+        "there is no complete checkpoint: the run starts again from the beginning"
+    ]
 
 
 def test_the_global_batch_stays_what_it_was(run: RunDir) -> None:

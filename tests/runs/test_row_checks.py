@@ -172,7 +172,7 @@ except ImportError:
         ("scor", REWARD, "has no function scor (objective.rewards=./reward.py:scor) → did you mean ./reward.py:score?"),
         ("score", "def score(completions, **rest):\n    return [\n", "line 2: SyntaxError: '[' was never closed"),
         ("score", "x = '\0'", "./reward.py cannot be read"),
-        ("narrow", REWARD, "narrow(completions) does not take what else it is given"),
+        ("narrow", REWARD, "narrow(completions) does not accept its other arguments"),
         ("later", REWARD, "later(completions, **rest) is asynchronous"),
         ("score", "def score(completions, key, **rest): ...", "wants key, which the rows do not have"),
         ("score", "import nothing_like_it\ndef score(**rest): ...", "No module named 'nothing_like_it'"),

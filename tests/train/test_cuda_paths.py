@@ -1005,4 +1005,4 @@ def test_a_pod_whose_gpus_do_not_compute_gets_nothing(
 
 def test_a_machine_without_a_driver_is_refused_by_the_file_that_is_sent() -> None:
     done = subprocess.run([sys.executable, install.__file__, "--gpus", "1"], capture_output=True, text=True)
-    assert done.returncode == install.REFUSED and "NVIDIA driver does not answer" in done.stdout
+    assert done.returncode == install.REFUSED and "NVIDIA driver does not respond" in done.stdout

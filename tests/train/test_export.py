@@ -185,7 +185,7 @@ def test_the_command_takes_the_newest_whole_checkpoint(sharded: dict[str, RunDir
     assert json.loads(done.stdout) == {
         "folder": str(run.path / "export-2"), "kind": "model", "step": 2, "sharded": True,
     }  # fmt: skip
-    assert "checkpoint 7 was never finished" in done.stderr
+    assert "checkpoint 7 is incomplete" in done.stderr
     assert AutoModelForCausalLM.from_pretrained(run.path / "export-2").config.num_hidden_layers == 3
 
 
@@ -200,7 +200,7 @@ def test_a_checkpoint_that_does_not_count_is_refused(here: Path) -> None:
         checkpoints.seal(checkpoints.folder(run, step), {})
     (checkpoints.folder(run, 4) / "weights").write_text("half of")
     answer = runner("export", str(run.path), "--step", "6")
-    assert answer.exit_code == 2 and "was never finished" in answer.stderr and "complete ones: 2, 4" in answer.stderr
+    assert answer.exit_code == 2 and "is incomplete" in answer.stderr and "complete ones: 2, 4" in answer.stderr
     answer = runner("export", str(run.path), "--step", "4", "--json")
     problem = json.loads(answer.stdout)["problems"][0]
     assert answer.exit_code == 2 and "weights has 7 of 11 bytes" in problem["what"] and problem["remedy"].endswith(" 2")

@@ -459,7 +459,7 @@ class DeadManSwitch:
             self.child = None
             if self.status.get("state") not in FINAL:
                 update_status(
-                    self.folder, state="failed", exit_code=1, message="the agent's worker ended without a word"
+                    self.folder, state="failed", exit_code=1, message="the agent's worker ended without a message"
                 )
             return None
         over = self._is_over()
@@ -485,7 +485,7 @@ class DeadManSwitch:
         try:
             limits = Limits(self.folder, order, self.beat)
         except Exception as error:
-            log(f"an order that is none, the old one stays: {type(error).__name__}: {error}")
+            log(f"an invalid order, the previous one stays in force: {type(error).__name__}: {error}")
             self._refused = order["id"]
             return
         log(f"a new order: {order['id']}")
@@ -717,7 +717,7 @@ def arm_and_serve(folder: Path, held: list[IO[str]]) -> Path | None:
     if held:
         redirect_output(folder)
     if not lock_run(folder.name, held):
-        log("an agent is at work already")
+        log("another agent is already running")
         return None
     order = read_json(folder / "agent.json") or order  # it may have stood by for long
     if following := successor(folder, own.id):

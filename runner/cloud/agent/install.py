@@ -132,13 +132,13 @@ def wanted_build(gpus: int) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ValueError(f"the host's NVIDIA driver does not answer: {error}") from None
+        raise ValueError(f"the host's NVIDIA driver does not respond: {error}") from None
     rows = [line.split(",") for line in done.stdout.splitlines() if line.strip()]
     try:
         driver, capabilities = rows[0][0].strip(), [float(row[1]) for row in rows]
     except (IndexError, ValueError):
         said = " ".join(f"{done.stdout} {done.stderr}".split()) or f"nvidia-smi ends with {done.returncode}"
-        raise ValueError(f"the host's NVIDIA driver does not answer: {said}") from None
+        raise ValueError(f"the host's NVIDIA driver does not respond: {said}") from None
     return build_for(driver, capabilities)
 
 
@@ -185,7 +185,7 @@ def torch_gpu_problem(executable: str, gpus: int) -> str | None:
     if not gpus:
         return None
     done = subprocess.run([executable, "-c", SEES], capture_output=True, text=True, timeout=300)
-    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:] or ["nothing was said"]
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:] or ["no message"]
     if done.returncode == 0 and int(said[0]) >= gpus:
         return None
     return f"torch sees {said[0]} of {gpus} GPUs" if done.returncode == 0 else f"torch cannot use the GPUs: {said[0]}"
@@ -196,7 +196,7 @@ def flash_attn_problem(executable: str) -> str | None:
     done = subprocess.run(
         [executable, "-c", "import torch, flash_attn_2_cuda"], capture_output=True, text=True, timeout=300
     )
-    said = done.stderr.strip().splitlines()[-1:] or ["nothing was said"]
+    said = done.stderr.strip().splitlines()[-1:] or ["no message"]
     return None if done.returncode == 0 else f"flash-attn does not load: {said[0]}"
 
 

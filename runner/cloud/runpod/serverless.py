@@ -70,7 +70,7 @@ def gpus_for(model: ModelSpec) -> Gpus:
 def weights_gb(model: ModelSpec) -> float:
     """The weights in 16 bits, in 10⁹ bytes; CannotRunError where their number is not known."""
     if model.num_parameters is None:
-        what = f"the number of parameters of {model.id} is not known, and so neither is the GPU that holds it"
+        what = f"the number of parameters of {model.id} is not known, so no GPU can be chosen for it"
         raise CannotRunError(Problem(what, "model.num_parameters", "write --gpu POOL"))
     return model.num_parameters * 2 / 1e9
 

@@ -181,7 +181,7 @@ def _meaning(error: Any, response: Any, method: str, path: str) -> RunnerError:
 
 
 def _again(status: int, response: object) -> _Again:
-    error = _Again("it was asked too often (429)" if status == TOO_OFTEN else f"it answers {status}")
+    error = _Again("too many requests (429)" if status == TOO_OFTEN else f"it answers {status}")
     error.undone = status == TOO_OFTEN and _is_problem(response)
     after = getattr(response, "headers", {}).get("Retry-After")
     try:

@@ -231,7 +231,7 @@ def _seal(parts: Sequence[_Shards], say: Callable[[str], None]) -> None:
         part.flush(max(number for other in same for number in (other.last, *(n for n, _ in other.lines))), partial=True)
     if lines := parts[0].manifest.get("lines"):
         say(
-            f"Shards  interrupted: {lines:,} documents are kept ({parts[0].folder}). The same command goes on; "
+            f"Shards  interrupted: {lines:,} documents are kept ({parts[0].folder}). The same command continues; "
             "objective.shards=reuse trains on them"
         )
 

@@ -209,7 +209,7 @@ def _objects(values: Sequence[object], path: str, unit: str, numbers: Sequence[i
         if not isinstance(value, dict):
             problems.append(Problem(f"is {kind_of(value)}, not an object", place, _ROW_REMEDY))
         elif (key := twice.inside(value)) is not None:
-            problems.append(Problem(f"the key {key!r} stands twice in one object", place, "leave one of them out"))
+            problems.append(Problem(f"the key {key!r} occurs twice in one object", place, "leave one of them out"))
         else:
             rows.append((number, value))
     return Table(path, [value for _, value in rows], unit, [number for number, _ in rows], problems)
