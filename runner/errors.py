@@ -19,7 +19,7 @@ LONGEST = 8000
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong."""
+    """A mistake: what is wrong, its source, and a remedy."""
 
     what: str
     """The mistake, in one line."""

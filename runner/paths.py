@@ -1,4 +1,4 @@
-"""Where the project's own files are: in a checkout, or inside the installed wheel."""
+"""Paths of the project's own files, in a checkout or in the installed wheel."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The command line: each verb in the module that is imported when it is typed."""
+"""The command line. The module of a verb is imported when the verb is typed."""

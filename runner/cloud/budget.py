@@ -28,7 +28,7 @@ def storage_usd_per_hour(disk_gb: float) -> float:
 
 
 def stopped_usd_per_day(volume_gb: float) -> float:
-    """What a stopped pod's volume disk costs; its container disk is gone."""
+    """Return the daily price of a stopped pod's volume disk."""
     return volume_gb * STOPPED_USD_PER_GB_MONTH / HOURS_PER_MONTH * 24
 
 
@@ -52,7 +52,7 @@ class Meter:
         return self.usd_per_hour + storage_usd_per_hour(self.disk_gb)
 
     def usd(self, now: float) -> float:
-        """So far, with earlier pods."""
+        """Cost so far, earlier pods included."""
         return self.before_usd + max(0.0, now - self.started) / 3600 * self.rate
 
     def ends(self) -> float | None:
@@ -62,7 +62,7 @@ class Meter:
         return self.started + max(0.0, self.cap_usd - self.before_usd) / self.rate * 3600
 
     def warning(self, now: float) -> str | None:
-        """One sentence each time that a further share of the cap is reached."""
+        """Return a sentence when a further share of the cap is reached."""
         if self.cap_usd is None:
             return None
         share = self.usd(now) / self.cap_usd
@@ -116,8 +116,8 @@ def paid_minutes(place: RentedPlace, usd_per_hour: float, disk_gb: float, spent_
 
 
 def over_first_hour(place: RentedPlace, usd_per_hour: float) -> str:
-    """Why a price is above the cap; empty where it is not. A cap that does not pay for one hour ends a pod before it
-    has done anything, more often than not."""
+    """Return why a price exceeds the cap in the first hour; empty if it does not. A cap below one hour usually ends a
+    pod before it has done anything."""
     if place.max_usd is None or usd_per_hour <= place.max_usd:
         return ""
     return f"the first hour costs ${usd_per_hour:.2f}, more than where.max_usd={place.max_usd:g}"
@@ -126,8 +126,8 @@ def over_first_hour(place: RentedPlace, usd_per_hour: float) -> str:
 def over_plan(
     place: RentedPlace, plan: dict[str, Any], usd_per_hour: float, *, named: bool, most_times: float
 ) -> str:  # fmt: skip
-    """Why a price is too high for a run of that plan; empty where it is not. Without a cap a machine that nobody has
-    `named` may cost at most so many times what the plan says."""
+    """Return why a price is too high for a run of that plan; empty if it is not. Without a cap, hardware that was not
+    `named` may cost at most a multiple of the plan."""
     hours, planned = plan.get("hours"), plan.get("usd_per_hour")
     if over := over_first_hour(place, usd_per_hour):
         return over

@@ -259,7 +259,7 @@ def _park(session: Session, pool: Pool) -> bool:
 
 
 def account(run: RunDir, rented: Lease, error: BaseException | None = None) -> dict[str, object]:
-    """What the run has cost, in `status.json` and beside the prediction in `summary.json`."""
+    """Record the cost of the run in `status.json`, and beside the prediction in `summary.json`."""
     plan = run.read("plan.json")
     cost = {
         "usd": round(rented.usd(), 4),

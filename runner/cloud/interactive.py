@@ -34,7 +34,7 @@ class InteractivePod:
 
     @property
     def described(self) -> str:
-        """What to do with it."""
+        """Instructions for using the pod."""
         jupyter = f"      http://127.0.0.1:8888/?token={self.jupyter_token}"
         return describe(self.pod_id, self.usd_per_hour, self.deadline, "ends", jupyter)
 

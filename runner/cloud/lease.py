@@ -36,16 +36,16 @@ class Lease:
 
     @property
     def usd_per_hour(self) -> float:
-        """Its real price."""
+        """Actual hourly price."""
         return self.meter.usd_per_hour
 
     @property
     def cap_usd(self) -> float | None:
-        """What this pod may cost still: `where.max_usd` less what earlier pods of the run have cost."""
+        """Remaining budget of this pod: `where.max_usd` less the cost of earlier pods of the run."""
         return None if self.meter.cap_usd is None else self.meter.cap_usd - self.meter.before_usd
 
     def usd(self) -> float:
-        """What the run has cost so far, earlier pods and disks included."""
+        """Cost of the run so far, earlier pods and disks included."""
         return self.meter.usd(clock.now())
 
     def mark(self, state: State, why: str = "") -> None:
@@ -109,5 +109,5 @@ class Lease:
         self.ledger.leave(self.name)
 
     def kept_usd_per_day(self) -> float:
-        """What it costs while it is stopped."""
+        """Daily cost while the pod is stopped."""
         return stopped_usd_per_day(self.volume_gb)

@@ -204,7 +204,7 @@ class Ledger:
             self._log(db, name, run_id, None, "PLANNED", "planned")
 
     def move(self, name: str, state: State, why: str, **facts: object) -> None:
-        """To another state, before what it says is done; `facts` are columns that are known now.
+        """Record a new state before acting on it; `facts` are columns that are known now.
 
         A state that a pod is in already is written again, with its reason.
         """
@@ -219,7 +219,7 @@ class Ledger:
             self._log(db, name, row["run_id"], row["state"], state, why)
 
     def try_move(self, name: str, state: State, why: str, **facts: object) -> bool:
-        """As `move`; False where it cannot be written. For what must be done whether it is recorded or not."""
+        """Like `move`, but return False if it cannot be written."""
         try:
             self.move(name, state, why, **facts)
         except LedgerError:
@@ -290,7 +290,7 @@ class Ledger:
                 db.execute(query, (clock.now(), name))
 
     def entry(self, name: str) -> Entry | None:
-        """By the pod's name."""
+        """Return the entry with this pod name."""
         with self._open() as db:
             row = db.execute("select * from pods where name = ?", (name,)).fetchone()
         return _entry(row) if row is not None else None
@@ -303,7 +303,7 @@ class Ledger:
         return [e for e in found if (gone or e.state != "GONE") and run_id in (None, e.run_id)]
 
     def transitions(self, name: str) -> list[tuple[str | None, str, str]]:
-        """From, to and why, in order."""
+        """Return state transitions in order: from, to and reason."""
         with self._open() as db:
             query = 'select "from", "to", why from transitions where name = ? order by rowid'
             return [tuple(row) for row in db.execute(query, (name,))]

@@ -1,4 +1,4 @@
-"""What is sent to a pod: this project as a wheel, and the local files that a run names, each named by its content.
+"""Files that are uploaded to a pod: this project as a wheel, and local files of a run, named by their content.
 
 A volume that has an item already is not sent it twice; and a spec whose paths name items is the same on every pod.
 What is not here, such as a URL, a name, or a place on the pod's own disk, stays as it is. The wheel is unpacked and put
@@ -56,7 +56,7 @@ def payload_items(spec: RunSpec) -> list[PayloadItem]:
 
 
 def prepared_tokens(spec: RunSpec) -> list[PayloadItem]:
-    """What `data prepare` has made for this run, for the pod's own cache, where the run looks first."""
+    """Return the token cache written by `data prepare` for this run."""
     found = []
     for name in prepared_index.prepared_folders(spec):
         folder = cache_dir() / name
@@ -141,7 +141,8 @@ def packed_wheel() -> tuple[str, bytes]:
 
 
 def training_requirements() -> list[str]:
-    """What training needs, as pip takes it: the core and the extra `train`, without what only the front needs."""
+    """Return pip requirements for training: the core and the extra `train`, without packages that only the command line
+    needs."""
     try:
         listed = importlib.metadata.requires(PROJECT) or []
     except importlib.metadata.PackageNotFoundError:

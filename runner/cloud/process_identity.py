@@ -52,7 +52,7 @@ def hold_lock() -> None:
 
 
 def owner_is_alive(host: str | None, pid: int, pid_started: float | None) -> bool:
-    """Whether an owner is at work, or has to be taken to be."""
+    """Return True if an owner is alive, or must be assumed to be."""
     name, *rest = (host or "").split("|")
     if len(rest) != 3:  # of an earlier version
         return name != socket.gethostname() or _runs(pid, pid_started)
@@ -91,19 +91,19 @@ def _is_held(lock: Path) -> bool | None:
 
 @cache
 def machine_id() -> str:
-    """Of the installed system (machine-id(5)); empty in most containers."""
+    """Id of the installed system (machine-id(5)); empty in most containers."""
     return _first("/etc/machine-id", "/var/lib/dbus/machine-id")
 
 
 @cache
 def boot_id() -> str:
-    """Of the kernel's start, the same in all its containers (random(4)); empty on macOS."""
+    """Id of the kernel's boot, the same in all containers (random(4)); empty on macOS."""
     return _first("/proc/sys/kernel/random/boot_id")
 
 
 @cache
 def pid_namespace() -> str:
-    """In which process numbers are unique."""
+    """Id of the namespace in which process ids are unique."""
     try:
         return str(os.stat("/proc/self/ns/pid").st_ino)
     except OSError:
@@ -111,7 +111,7 @@ def pid_namespace() -> str:
 
 
 def start_ticks(pid: int) -> float | None:
-    """When a process began, in ticks since the machine's start: a number that is used again is told by it."""
+    """Start time of a process in ticks since boot, which distinguishes reused process ids."""
     try:
         return float(Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[19])
     except (OSError, IndexError, ValueError):
@@ -119,7 +119,7 @@ def start_ticks(pid: int) -> float | None:
 
 
 def is_on_network(file: Path) -> bool:
-    """Whether another machine may have the same file; False where it cannot be found out (macOS)."""
+    """Return True if other machines may share the file; False if unknown (macOS)."""
     try:
         lines = Path("/proc/self/mountinfo").read_text("utf-8").splitlines()
     except OSError:

@@ -193,6 +193,6 @@ def place_of(spec: RunSpec) -> RentedPlace:
 
 
 def gpu_id_of(spec: RunSpec) -> str | None:
-    """What the provider of `where` calls the GPU of `hw`: the key `hw.<provider>_gpu_id`."""
+    """Return the provider's id of the GPU of `hw`: the key `hw.<provider>_gpu_id`."""
     found: str | None = getattr(spec.hw, f"{spec.where.name}_gpu_id", None)
     return found

@@ -75,7 +75,7 @@ class ApiDownError(CloudError):
 
 
 class UnclearError(CloudError):
-    """Whether a request that must not be repeated was carried out is not known."""
+    """Unknown outcome of a request that must not be repeated."""
 
 
 class BadHostError(CloudError):

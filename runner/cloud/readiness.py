@@ -129,7 +129,7 @@ def _check_pull(api: Provider, pod: Pod) -> None:
 
 
 def says_hello(host: str, port: int) -> bool:
-    """Whether an SSH server answers there: its first bytes are `SSH-` (RFC 4253, 4.2)."""
+    """Return True if an SSH server responds: its first bytes are `SSH-` (RFC 4253, 4.2)."""
     try:
         with socket.create_connection((host, port), timeout=BANNER_S) as connection:
             connection.settimeout(BANNER_S)

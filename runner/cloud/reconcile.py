@@ -188,13 +188,13 @@ def _end_overdue(api: Provider, ledger: Ledger, entry: Entry, pod: Pod) -> str:
 
 
 def rented_at(ledger: Ledger, entry: Entry) -> float:
-    """When the entry's pod was asked for, by this machine's clock of then; another run may have had it first."""
+    """Return when the entry's pod was requested, by this machine's clock; another run may have used it first."""
     same = [e for e in ledger.entries(gone=True) if e.pod_id == entry.pod_id and e.pod_id is not None]
     return min(e.created for e in [entry, *same])
 
 
 def overdue(entry: Entry, now: float) -> bool:
-    """It should have ended itself: at its deadline, or when its launcher was silent for too long.
+    """Return True if the pod should have ended itself, by its deadline or its launcher's silence.
 
     `now` by the clock that the entry was written by, never by whatever this machine's clock says.
     """

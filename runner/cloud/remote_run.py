@@ -82,7 +82,7 @@ def fetch(words: str, output_dir: Path, console: Console) -> int:
 
 
 def status(words: str) -> dict[str, Any]:
-    """Where a run stands: by its folder where it runs or ended here, else by its pod; nothing is changed there."""
+    """Return the state of a run, from its directory if it runs or ended here, else from its pod; nothing is changed."""
     run_id = run_id_of(words)
     here = RunDir.at(Path(words))
     if here and (_is_local(here) or here.state() in FINISHED):

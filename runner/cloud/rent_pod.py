@@ -124,7 +124,7 @@ class _Order:
     """Names for which no pod has appeared yet."""
 
     def rent(self, machine: Offer) -> Lease:
-        """One pod, ready. Whatever goes wrong after it exists, it is ended."""
+        """Rent one pod and wait until it is ready. On any later error it is ended."""
         place = place_of(self.spec)
         self.spent = spent(self.ledger, self.run.id)
         name = f"{PREFIX}{self.run.id}-{secrets.token_hex(2)}"
@@ -198,7 +198,7 @@ class _Order:
         return found
 
     def unseen(self) -> list[Problem]:
-        """What has to be said about pods that may appear yet."""
+        """Return warnings about pods that may still appear."""
         return [
             provider_errors.unseen_pod(self.api, name, "no pod of that name has appeared so far")
             for name in self.unclear

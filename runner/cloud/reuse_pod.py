@@ -47,13 +47,13 @@ class ReusablePod:
 
     @property
     def described(self) -> str:
-        """For whoever is asked."""
+        """Description for the question before renting."""
         state = "stopped" if self.entry.state == "STOPPED" else "running"
         return f"pod {self.pod.id} ({state}), {self.pod.gpu_count or ''} {self.entry.gpu}".replace("  ", " ")
 
 
 def owner_folder(run_id: str) -> Path:
-    """What stands in the ledger as the run directory of a pod that is a person's own."""
+    """Return the ledger's run directory for a pod without a run."""
     return state_dir() / "pods" / run_id
 
 

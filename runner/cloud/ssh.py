@@ -120,7 +120,7 @@ class Connection:
 
     @property
     def known_hosts(self) -> Path:
-        """Of this pod at this address. The provider says the address: at another one another container may answer."""
+        """Return the known-hosts file for this pod at this address."""
         return self.hosts / f"{self.name}@{self.host}:{self.port}"
 
     def words(self, *more: str) -> list[str]:
@@ -144,7 +144,7 @@ class Connection:
             self.host, self.port = host, port
 
     def run(self, command: str, *, stdin: bytes = b"", seconds: float = ANSWER_SECONDS, check: bool = True) -> str:
-        """What a command of the pod's shell says. `stdin` is the way for what no argument list may show."""
+        """Run a command in the pod's shell and return its output. `stdin` carries what no argument list may show."""
         code, said, wrong = self.attempt(command, stdin=stdin, seconds=seconds)
         if check and code:
             first = command.strip().splitlines()[0][:80]

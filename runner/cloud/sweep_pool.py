@@ -73,7 +73,7 @@ class Pool:
         return spec.model_copy(update={"where": spec.where.model_copy(update=self.disks)})
 
     def variables(self) -> dict[str, str]:
-        """Of a pod that is rented for this sweep: when whoever looks at it from elsewhere may call it forgotten."""
+        """Environment variables of a pod of this sweep: the time after which others may consider it abandoned."""
         return {"RUNNER_DEADLINE": str(round(clock.now() + 3600 * self.hours))}
 
     def take(self, run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, say: Say) -> Lease | None:
@@ -152,7 +152,7 @@ class Pool:
         return next((account for account in accounts if account.base == entry.base), accounts[0])
 
     def parked(self, ledger: Ledger) -> list[Entry]:
-        """Those that wait for the next run."""
+        """Return the pods that wait for the next run."""
         return [entry for entry in ledger.entries() if entry.state == "PARKED" and entry.pid == self.points.owner]
 
     def _wanted(self, kind: str) -> bool:
@@ -218,7 +218,7 @@ class PreviousRun:
 
     @classmethod
     def of(cls, entry: Entry) -> PreviousRun:
-        """By its directory here."""
+        """Load by the run's directory."""
         run = RunDir(Path(entry.run_dir))
         return cls(run, run.spec)
 
@@ -282,7 +282,7 @@ class Points:
 
     @property
     def stopped(self) -> bool:
-        """No further point is begun: the sweep was interrupted, or its process is gone."""
+        """Return True if no further point is to be started: interrupted, or the sweep's process is gone."""
         return (self.folder / "stopped").exists() or not is_alive(self.owner)
 
     def stop(self) -> None:
@@ -296,7 +296,7 @@ class Points:
             self._marker("served", index).touch()
 
     def served(self, index: int) -> bool:
-        """Whether a point has had its pod. One that has only begun may still take what another one leaves."""
+        """Return True if a point has had its pod."""
         return self._marker("served", index).exists() or self._marker("over", index).exists()
 
     def at_work(self) -> list[int]:
@@ -306,7 +306,7 @@ class Points:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time."""
+        """Hold the lock of the pool."""
         with (self.folder / "lock").open("w") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             yield
@@ -367,7 +367,7 @@ def _apart(label: str) -> Iterator[None]:
 
 
 class Labelled(io.TextIOBase):
-    """Whole lines go on to another stream, with a label before each; to whoever asks it is no terminal."""
+    """Stream that prefixes whole lines with a label; not a terminal."""
 
     def __init__(self, stream: TextIO, label: str) -> None:
         self.stream, self.label, self.rest = stream, label, ""
@@ -380,5 +380,5 @@ class Labelled(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Of what is whole."""
+        """Write complete lines."""
         self.stream.flush()

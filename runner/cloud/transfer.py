@@ -49,7 +49,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PodRunFolder:
-    """Where a run lies in a pod."""
+    """Directory of a run in a pod."""
 
     connection: Connection
     workspace: str

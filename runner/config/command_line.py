@@ -44,7 +44,7 @@ class Request:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Where a user's own choices are: named folders, and the one the recipe is in."""
+        """Folders of the user's choices: the named ones, and that of the recipe."""
         try:
             beside = (recipe_checks.find_recipe(self.recipe, self.config_dirs).resolve().parent,) if self.recipe else ()
         except RequestError:

@@ -127,7 +127,7 @@ class Sources:
 
 
 def source_finder(request: Request) -> Sources:
-    """Where the keys of a request come from."""
+    """Return a function from key to source for a request."""
     return Sources(request)
 
 

@@ -68,7 +68,7 @@ def accepts_text(key: str) -> bool:
 
 
 def only_text(key: str) -> bool:
-    """Nothing but a text, or null, may be written after `key=`."""
+    """Return True if the key accepts only text or null."""
     return set(_annotations().get(key, ())) <= {str, str | None} and key in known_keys()
 
 

@@ -31,8 +31,7 @@ def has_flash(spec: RunSpec) -> bool:
 
 
 def flash_attn_wheels(spec: RunSpec) -> list[dict[str, Any]]:
-    """Those of flash-attn that fit the pod's GPUs, its torch and its image's Python, one for each build of torch; the
-    pod's driver decides between them. Empty where none is known to fit."""
+    """Return flash-attn wheels for the pod's GPUs, torch and Python, one per build of torch; empty if none is known."""
     place, capability = spec.where, spec.hw.compute_capability
     if not isinstance(place, RentedPlace) or not has_flash(spec) or capability is None:
         return []
@@ -46,7 +45,7 @@ def flash_attn_wheels(spec: RunSpec) -> list[dict[str, Any]]:
 
 
 def least_cuda(spec: RunSpec) -> str | None:
-    """What the host's driver has to serve for a wheel to fit: hosts with older ones are not asked for."""
+    """Return the least CUDA version of the host's driver for a wheel."""
     builds = [wheel["build"] for wheel in flash_attn_wheels(spec)]
     return "13.0" if builds == [""] else None
 

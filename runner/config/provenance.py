@@ -27,7 +27,7 @@ class Origin:
     """`command line`, or file and line, such as `conf/method/lora.yaml:7`."""
 
     def concerns(self, key: str) -> bool:
-        """It sets `key`, something inside it, or the mapping it is in."""
+        """Return True if the origin sets `key`, a part of it, or a mapping that contains it."""
         return self.key == key or self.key.startswith(f"{key}.") or key.startswith(f"{self.key}.")
 
 

@@ -39,7 +39,7 @@ def read_spec_file(file: Path) -> dict[str, object]:
 
 
 def how_to_restore(file: Path) -> str:
-    """How to bring back a `spec.json` that is lost or damaged."""
+    """Return the remedy for a lost or damaged `spec.json`."""
     same = file.with_name("training.yaml")
     if same.is_file():
         words = f"show {quote(display_path(same))} --json > {quote(display_path(file))}"

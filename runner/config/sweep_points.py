@@ -123,7 +123,7 @@ def task_overrides() -> list[str]:
 
 
 def parallel_jobs() -> int:
-    """How many points of the sweep run at once (joblib's `n_jobs`; -1 is one per core)."""
+    """Return the number of parallel points (joblib's `n_jobs`; -1 is one per core)."""
     from hydra.core.hydra_config import HydraConfig
 
     jobs = int(HydraConfig.get().launcher.get("n_jobs", 1))

@@ -51,7 +51,8 @@ def refused(turns: Sequence[Mapping[str, Any]], error: Exception, where: str | N
 
 
 def missing_part(turn: Turn, text: str) -> str | None:
-    """What of an assistant's turn is not in `text`: `content`, `reasoning`, `tool calls`; None where all is.
+    """Return the part of an assistant turn that is missing in `text`: `content`, `reasoning`, `tool calls`; None if
+    nothing is.
 
     Each value takes up its place: two equal calls have to be there twice.
     """
@@ -179,7 +180,7 @@ CALL_OF_MARKS: ToolCall = {"type": "function", "function": {"name": MARK, "argum
 
 @dataclass(frozen=True)
 class Form:
-    """How a template reads what only some turns have; transformers documents one way, published templates know more."""
+    """Field names by which a template reads optional parts of a turn."""
 
     reasoning: str = "reasoning_content"
     """gpt-oss reads `thinking`."""

@@ -183,8 +183,8 @@ class ChatTokenizer:
         raise RequestError(Problem(f"the chat template {what}", None, remedy))
 
     def prompt_differs(self, prompt: Sequence[Turn], answer: Sequence[Turn], tools: Sequence[Tool] = ()) -> bool:
-        """Whether the text before an answer is another one than generation gets: some templates end a prompt with
-        `<think>`, and write an answer without thoughts without it. False where nothing is answered."""
+        """Return True if the text before an answer differs from the generation prompt, as with templates that end a
+        prompt with `<think>`."""
         if self._asks_alike or not answer:
             return False
         with suppress(Exception):  # who asks is told that the template refuses the prompt
@@ -333,7 +333,7 @@ def _content(token: object) -> str:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether transformers' tokenizer begins every text with BOS."""
+    """Return True if the tokenizer starts every text with BOS."""
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 

@@ -65,13 +65,13 @@ def _plain(name: str) -> str:
 
 
 def is_fact(name: str) -> bool:
-    """Whether a column is named like something about a row, such as `chosen_model` or `Source`."""
+    """Return True if the name of a column suggests metadata, such as `chosen_model` or `Source`."""
     words = re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
     return not _FACTS.isdisjoint(words)
 
 
 def is_content(name: str) -> bool:
-    """Whether a column is named like something that is learned or given."""
+    """Return True if the name of a column suggests content."""
     return _plain(name) in _CONTENT
 
 
@@ -87,7 +87,7 @@ def is_index(name: str) -> bool:
 
 
 def is_odd(name: str, value: object) -> bool:
-    """Whether a column is named like a prompt, an answer or turns, and holds neither text nor a list."""
+    """Return True if a column is named like a prompt, an answer or turns, but holds neither text nor a list."""
     return _plain(str(name)) in _ASKING | _ANSWERING | _TALKING and not isinstance(value, (str, list, type(None)))
 
 

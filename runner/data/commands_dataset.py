@@ -39,7 +39,7 @@ class Row(TypedDict):
 
 @dataclass(frozen=True)
 class Said:
-    """How people speak of a method: "with …", and "train … Mistral"."""
+    """Phrases for a method: "with …", and "train … Mistral"."""
 
     means: tuple[str, ...]
     objects: tuple[str, ...] = ()
@@ -198,7 +198,7 @@ def _sentence(template: str, model: str, phrase: str, hw: str, careless: bool) -
 
 
 def key_of(sentence: str) -> str:
-    """What two sentences have in common that differ in case, spaces and their full stop only."""
+    """Return the sentence without differences of case, spaces and final full stop."""
     return " ".join(sentence.casefold().split()).rstrip(".?")
 
 

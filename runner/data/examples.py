@@ -24,7 +24,7 @@ Tool = Mapping[str, object]
 
 
 class FunctionCall(TypedDict):
-    """What is called, and with what."""
+    """A function call: name and arguments."""
 
     name: str
     arguments: dict[str, object]
@@ -47,7 +47,7 @@ class _Said(TypedDict):
 
 
 class Turn(_Said, total=False):
-    """One turn of a conversation; what is not said is not there."""
+    """One turn of a conversation; absent parts are None."""
 
     weight: float
     """0: nothing of it is learned."""
@@ -191,7 +191,7 @@ def columns(rows: Sequence[Learnable]) -> dict[str, list[Any]]:
 
 
 def content_of(row: Learnable) -> dict[str, object]:
-    """What a row says, without what it does not: for JSON."""
+    """Return the non-empty fields of a row, for JSON."""
     if isinstance(row, Example):
         found: dict[str, object] = {"prompt": row.prompt, "completion": row.completion, "text": row.text}
         rest = {"dialogue": row.dialogue, "tools": row.tools, "ids": row.ids, "labels": row.labels}

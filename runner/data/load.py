@@ -121,7 +121,7 @@ def split(rows: Sequence[T], eval_fraction: float, seed: int) -> tuple[list[T], 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a data set held."""
+    """A loaded data set."""
 
     train: Sequence[Learnable]
     held: Sequence[Learnable]
@@ -137,7 +137,7 @@ class Loaded:
 
     @property
     def note(self) -> str | None:
-        """What was left out, for people."""
+        """Return a sentence about skipped rows."""
         lines = [f"Columns that were not read: {', '.join(self.left_out)}"] if self.left_out else []
         if self.skipped:
             rows, first = len({problem.source for problem in self.skipped}), self.skipped[0]
@@ -260,7 +260,7 @@ def _sources(spec: DataSpec) -> tuple[list[Source], Source | None]:
 
 @dataclass(frozen=True)
 class InspectedFile:
-    """One file, or split of the Hub, as it is: for people who look before they train."""
+    """A file or split with its rows and problems, for inspection."""
 
     name: str
     shape: str | None
@@ -274,7 +274,7 @@ class InspectedFile:
 
 
 def inspect_files(spec: DataSpec, kind: Kind | None) -> tuple[list[InspectedFile], list[InspectedFile]]:
-    """What there is to train on and what is held out elsewhere, with everything that is wrong; nothing is refused.
+    """Read training and held-out sources with all problems; nothing is refused.
 
     RequestError only where there is nothing to read at all.
     """

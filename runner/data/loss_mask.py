@@ -23,7 +23,7 @@ Span = tuple[int, int]
 
 
 def common_prefix_length(one: str, other: str) -> int:
-    """How many characters two texts have in common from the beginning."""
+    """Return the number of common leading characters."""
     if other.startswith(one):
         return len(one)
     length = min(len(one), len(other))
@@ -105,7 +105,7 @@ class TurnFinder:
             return None
 
     def changed(self, turns: Sequence[Turn], index: int, tools: Sequence[Tool], text: str) -> Span:
-        """What becomes different in `text` where turn `index` says something else."""
+        """Return the span of `text` that changes with the content of turn `index`."""
         other: Turn = {**turns[index]}
         if other["content"]:
             other["content"] = MARK
@@ -183,7 +183,7 @@ def _unclear(index: int) -> RequestError:
 
 @dataclass(frozen=True)
 class Learned:
-    """What of a rendered conversation the loss is taken on."""
+    """Spans of a rendered conversation that the loss is taken on."""
 
     spans: list[Span]
     """[begin, end) in characters, in order."""
@@ -192,7 +192,7 @@ class Learned:
 
 
 def learned_spans(example: Example, loss_on: str, text: str, marks: Sequence[Span], turns: TurnFinder) -> Learned:
-    """What of `text`, the rendered conversation, is learned; `loss_on` as in `Sft`."""
+    """Return the learned spans of `text`, the rendered conversation; `loss_on` as in `Sft`."""
     said, tools = [*example.prompt, *example.completion], example.tools
     check_given(turns.template, said, tools, text)
     answers = {index: (0, len(text)) for index, turn in enumerate(said) if turn["role"] == "assistant"}

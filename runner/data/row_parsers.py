@@ -213,7 +213,7 @@ def _asks(turns: list[Turn]) -> int:
 
 
 def passed_on(reader: RowReader) -> dict[str, Any]:
-    """What the reward functions are given of a row, with its types; what JSON has no type for as text."""
+    """Return the fields of a row for the reward functions, with their types; values without a JSON type as text."""
     found = {name: _passable(value) for name, value in reader.row.items() if name not in RESERVED}
     for name, value in found.items():
         reader.check_characters(name, value)

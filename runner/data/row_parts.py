@@ -22,17 +22,17 @@ _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \n]?")
 
 
 def messages_field(row: Row, spec: DataSpec) -> str:
-    """Where the turns of a conversation are: the field that is named, or else ShareGPT's."""
+    """Return the field with the turns: the named one, or ShareGPT's."""
     return _first(row, (spec.messages_field, SHAREGPT)) or spec.messages_field
 
 
 def prompt_field(row: Row, spec: DataSpec) -> str | None:
-    """Where the prompt is: the field that is named, a conversation, an instruction, or else what others call it."""
+    """Return the field with the prompt: the named one, a conversation, an instruction, or a common name."""
     return _first(row, (spec.prompt_field, messages_field(row, spec), spec.instruction_field, *PROMPTS))
 
 
 def completion_field(row: Row, spec: DataSpec) -> str:
-    """Where the answer is: the field that is named, or else what others call it."""
+    """Return the field with the answer: the named one, or a common name."""
     named = spec.completion_field
     own = any(
         getattr(spec, key) != type(spec).model_fields[key].default for key in ("completion_field", "output_field")

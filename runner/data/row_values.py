@@ -55,12 +55,12 @@ class RowReader:
         self.problems.append(Problem(what, self.where, remedy))
 
     def value(self, name: str) -> Any:
-        """What the field holds; None where it is not there."""
+        """Return the field, or None if it is missing."""
         self.read.add(name)
         return self.row.get(name)
 
     def has(self, name: str) -> bool:
-        """Whether the field is there; a problem where not."""
+        """Return True if the field exists, and note a problem otherwise."""
         if name not in self.row:
             near = nearest(name, [str(key) for key in self.row])
             self.wrong(f"has no field {name}", f"is {near} misspelt?" if near else f"add {name}")

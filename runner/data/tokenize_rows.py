@@ -31,7 +31,7 @@ ALONE = 20_000
 
 @dataclass(frozen=True)
 class TokenizeSettings:
-    """What shapes the tokens, besides the tokenizer."""
+    """Settings besides the tokenizer that determine the tokens."""
 
     loss_on: str
     limit: int
@@ -40,7 +40,7 @@ class TokenizeSettings:
 
 @dataclass
 class ChunkCounts:
-    """What became of the rows of a chunk."""
+    """Counts of kept, cut and dropped rows of a chunk."""
 
     examples: int = 0
     truncated: int = 0
@@ -54,7 +54,7 @@ class ChunkCounts:
     problems: list[Problem] = field(default_factory=list)
 
     def refuse(self, error: RequestError, where: str) -> None:
-        """Note what is wrong with the row at `where`."""
+        """Note the problem of the row at `where`."""
         self.problems += [Problem(p.what, where or p.source, p.remedy) for p in error.problems]
 
 
@@ -129,8 +129,8 @@ def encode_chunk(words: ChatTokenizer, examples: Sequence[Example], settings: To
 def in_chunks(
     work: Callable[[ChatTokenizer, Sequence[R]], T], words: ChatTokenizer, rows: Sequence[R], num_proc: int | None
 ) -> Iterator[T]:
-    """What `work` makes of a thousand rows at a time, in their order, whatever the number of processes; few are in
-    memory at once. `work` is sent to the other processes, so it has a name in a module."""
+    """Yield the results of `work` for chunks of a thousand rows, in order, with any number of processes and few chunks
+    in memory. `work` must be a module-level function."""
     processes = num_proc or (1 if len(rows) <= ALONE else max(1, len(_cores())))
     kind = rows.kind if isinstance(rows, Stored) else None
     # Rows in a file go to the other processes as they are written there.
@@ -188,7 +188,7 @@ TOOLS = "__tools__"  # not `tools`: a reward function gets that column as it is 
 
 @dataclass(frozen=True)
 class PreferenceSettings:
-    """What shapes the columns, besides the tokenizer."""
+    """Settings besides the tokenizer that determine the columns."""
 
     limit: int
     """Longest sequence, in tokens."""

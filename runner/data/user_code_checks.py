@@ -39,14 +39,14 @@ _ANSWERS = ("solution", "ground_truth", "final_answer", "expected_answer", "corr
 
 
 def nothing_right(columns: Iterable[str]) -> Problem:
-    """No row has an answer: each would be wrong, and nothing learned."""
+    """Return the problem of rows without an answer: every reward would be zero."""
     named = next((name for name in _ANSWERS if name in set(columns)), None)
     remedy = f"write data.answer_field={named or '…'}, or objective.rewards=[./my.py:score] for a function of your own"
     return Problem("exact_match compares with the row's answer, and no row has one", "objective.rewards", remedy)
 
 
 def regex_problem(regex: str) -> Problem | None:
-    """What is wrong with `objective.reward_regex`."""
+    """Return the problem of `objective.reward_regex`, or None."""
     try:
         re.compile(regex, re.DOTALL)
     except re.error as error:

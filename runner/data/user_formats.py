@@ -28,7 +28,7 @@ class RowFormat(ABC):
     """A row format; one object reads all rows of a run."""
 
     def fits(self, row: dict[str, object]) -> bool:
-        """Whether a row, by its columns, is in this format; one that is not is refused as a row that is wrong."""
+        """Return True if a row is in this format, by its columns; other rows are refused."""
         return True
 
     @abstractmethod

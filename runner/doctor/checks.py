@@ -101,7 +101,7 @@ def print_findings(console: Console, found: Sequence[Finding]) -> None:
 
 
 def count_line(found: Sequence[Finding]) -> Text:
-    """How many of each, the worst first."""
+    """Return the number of findings by state, worst first."""
     number = Counter(finding.state for finding in found)
     counts = [f"{number[state]} {state}{'s' * (number[state] > 1)}" for state in reversed(STATES[1:]) if number[state]]
     rest = f" ({', '.join(counts)})" if counts else ""

@@ -46,7 +46,7 @@ class DoctorTarget:
 
     @property
     def here(self) -> bool:
-        """It runs on this machine, not on a rented one."""
+        """True if the run is on this machine, not rented."""
         return self.spec.where.name == "local"
 
 

@@ -233,7 +233,7 @@ def _disks(folders: Iterable[Folder]) -> list[_Disk]:
 
 
 def run_folders(target: DoctorTarget | None) -> list[Folder]:
-    """Where runs, our cache and the Hub's are, and what a run puts into each."""
+    """Return the folders of runs, cache and Hub, and the data that a run writes to each."""
     output = Path(target.spec.run.output_dir if target else RunInfo().output_dir).expanduser()
     nvme = target.spec.deepspeed.nvme_path if target else None
     objective = target.spec.objective if target else None

@@ -1,1 +1,2 @@
-"""A RunPod on this machine: REST v2 with pods that are real ssh servers, and faults on demand (docs/emulator.md)."""
+"""An emulated RunPod on this machine: REST v2 with pods that are real ssh servers, and injected faults
+(docs/emulator.md)."""

@@ -138,7 +138,7 @@ def network_volumes(world: World) -> APIRouter:
 
 
 def volume_folder(world: World, identity: str) -> Any:
-    """Where a volume's files are on this machine."""
+    """Return the local folder of a volume."""
     return world.root / "volumes" / identity
 
 

@@ -33,7 +33,7 @@ FOLDERS = {"workspace": 0o755, "root": 0o700, "tmp": 0o1777, "mnt": 0o755, "run/
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where things are, as the pod's processes see them."""
+    """Paths as the pod's processes see them."""
 
     root: str
     """Empty in a namespace of its own, else the container disk."""
@@ -162,7 +162,7 @@ def free_port() -> int:
 
 @dataclass
 class Container:
-    """One life of a container: made anew by every start and restart."""
+    """One container, created at each start and restart."""
 
     folder: Path
     """Of the pod, on the host; the container disk is `disk` below it."""
@@ -188,12 +188,12 @@ class Container:
 
     @property
     def user(self) -> str:
-        """Who may come in by ssh."""
+        """User for ssh logins."""
         return "root" if namespaces() else getpass.getuser()
 
     @property
     def disk(self) -> Path:
-        """What a stop deletes."""
+        """Folder that a stop deletes."""
         return self.folder / "disk"
 
     def start(self) -> None:
@@ -250,7 +250,7 @@ class Container:
         self.ended = process.wait()
 
     def signal(self, number: int) -> None:
-        """To the main process, as `docker kill --signal` does."""
+        """Send a signal to the main process, as `docker kill --signal` does."""
         for pid in self._first():
             with contextlib.suppress(OSError):
                 os.kill(pid, number)

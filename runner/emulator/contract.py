@@ -41,8 +41,8 @@ class Operation:
 
 
 def reduced(document: Json) -> Json:
-    """Of an OpenAPI document what the emulator serves: path → method → operation, body and query schemas; and the
-    schemas these refer to."""
+    """Return the served part of an OpenAPI document: path → method → operation, body and query schemas, and their
+    referenced schemas."""
     paths: Json = {}
     for path, item in document["paths"].items():
         for method in METHODS:
@@ -109,12 +109,12 @@ def _components() -> Json:
 
 
 def body_errors(operation: Operation, body: object) -> list[str]:
-    """What is wrong with a body, in RunPod's wording: `$: additional properties 'bogus' not allowed`."""
+    """Return the errors of a body in RunPod's wording: `$: additional properties 'bogus' not allowed`."""
     return _errors(operation.body, body) if operation.body is not None else []
 
 
 def query_errors(operation: Operation, query: dict[str, str]) -> list[str]:
-    """What is wrong with the known query parameters; unknown ones are passed over, as there."""
+    """Return the errors of known query parameters; unknown ones are ignored, as by RunPod."""
     return [
         f"{name}: {error}"
         for name, schema in operation.query.items()

@@ -69,7 +69,7 @@ class Engine:
             pod.log.add("system", "stop container")
 
     def start(self, pod: Pod) -> None:
-        """From EXITED back; the machine is the same one, and its GPUs may be somebody else's by now."""
+        """Start an EXITED pod on the same machine, whose GPUs may be taken."""
         facts = _facts(pod) | {"data_center": {pod.data_center}}
         if fault := self.faults.take("no_capacity", on={"start"}, **facts):
             message = "There are not enough free GPUs on the host machine to start this pod."
@@ -96,7 +96,7 @@ class Engine:
         self.remove(pod)
 
     def remove(self, pod: Pod) -> None:
-        """It is gone, its disks too; a network volume is not its own."""
+        """Delete a pod and its disks, but not its network volume."""
         with self.lock:
             if self.pods.pop(pod.id, None) is None:
                 return
@@ -116,7 +116,7 @@ class Engine:
         return [pod.id for pod in pods]
 
     def usd(self, *kinds: str) -> float:
-        """What all pods have cost, those that are gone included."""
+        """Return the cost of all pods, ended ones included."""
         with self.lock:
             return sum(pod.usd(*kinds) for pod in [*self.pods.values(), *self.past])
 

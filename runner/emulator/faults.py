@@ -65,7 +65,7 @@ class Fault:
             raise ValueError(f"{self.kind!r} is no fault: {', '.join(KINDS)}")
 
     def matches(self, facts: Json) -> bool:
-        """Whether it is meant for what `facts` describe; a fact that is not known does not match."""
+        """Return True if the fault applies to `facts`; an unknown fact does not match."""
         if self.times != FOREVER and self.used >= self.times:
             return False
         if self.on != "any" and "on" in facts and self.on not in facts["on"]:
@@ -82,7 +82,7 @@ class Faults:
         self._lock = threading.Lock()
 
     def add(self, fault: Fault) -> Fault:
-        """From now on."""
+        """Activate a fault."""
         with self._lock:
             self._all.append(fault)
         return fault
@@ -100,7 +100,7 @@ class Faults:
         return None
 
     def any(self, *kinds: str, **facts: object) -> bool:
-        """Whether there is one that matches, and would strike next; it is not counted."""
+        """Return True if a matching fault would apply next; it is not counted."""
         with self._lock:
             return any(f.kind in kinds and not f.skip and f.matches(facts) for f in self._all)
 

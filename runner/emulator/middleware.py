@@ -91,7 +91,7 @@ class Call:
         self._sent = bytearray()
 
     def find(self) -> None:
-        """Which operation it is; 404 or 405 where it is none."""
+        """Return the operation; 404 or 405 if there is none."""
         raw = self.scope.get("raw_path", self.path.encode()).decode()
         methods = []
         for operation in contract.operations():
@@ -133,7 +133,7 @@ class Call:
                 raise ApiProblem(400, "request body is not valid JSON") from None
 
     def names(self) -> set[str]:
-        """What a fault may call the operation."""
+        """Names of the operation in a fault's `on`."""
         if self.operation is None:
             return {"any", "graphql"}
         short = SHORT.get(self.operation.name, self.operation.name)
@@ -142,7 +142,7 @@ class Call:
         return {"any", self.operation.name, short, "reads" if self.method == "GET" else "writes"}
 
     def facts(self) -> Json:
-        """What a fault can ask of the request."""
+        """Facts of the request that a fault can match."""
         body = self.body if isinstance(self.body, dict) else {}
         gpu = body.get("gpu")
         pod = self.world.engine.pods.get(self.identity or "")

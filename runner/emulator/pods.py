@@ -57,7 +57,7 @@ class LogLine:
 
 
 class PodLog:
-    """What the container and the machine have said, with a way to wait for more."""
+    """Log of a container and its machine, with a way to wait for more lines."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self._numbers = clock, itertools.count(1)
@@ -124,7 +124,7 @@ class Pod:
 
     @property
     def names(self) -> set[str]:
-        """What a fault may call it."""
+        """Names of the pod in a fault's `pod`."""
         return {self.id, self.name}
 
     @property
@@ -160,7 +160,7 @@ class Pod:
         return sum(s.usd(now) for s in self.segments if not kinds or s.kind in kinds)
 
     def is_up(self, runtime_s: float) -> bool:
-        """Whether the API knows about the container yet: RUNNING comes first."""
+        """Return True if the API knows about the container yet: RUNNING comes first."""
         alive = self.container is not None and self.container.ended is None
         since = self.running_since
         return self.status == "RUNNING" and alive and since is not None and time.monotonic() - since >= runtime_s

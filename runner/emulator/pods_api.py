@@ -70,7 +70,7 @@ def with_template(world: World, body: Json) -> Json:
 
 
 def config_of(body: Json) -> Json:
-    """What the API shows of the container, defaults filled in."""
+    """Return the container's configuration as the API shows it, with defaults."""
     return {
         "image": body["image"],
         "args": body.get("args", ""),

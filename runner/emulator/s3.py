@@ -101,7 +101,7 @@ class VolumeStore:
 
 class _Quiet(MotoRequestHandler):
     def log_request(self, *_: object) -> None:
-        """Nobody reads it."""
+        """Discard the line."""
 
 
 def _backend() -> Any:

@@ -149,7 +149,7 @@ class Emulator:
         return fault
 
     def clear(self) -> None:
-        """No more faults."""
+        """Remove all faults."""
         self.world.faults.clear()
         self.world.clock.skew_s = 0.0
 
@@ -199,7 +199,7 @@ def serve(console: Console, port: int, root: Path | None, faults: list[Fault], w
 
 
 def faults_of(texts: tuple[str, ...]) -> list[Fault]:
-    """Of the command line; RequestError with all that are none."""
+    """Parse the faults of the command line; RequestError with all that are invalid."""
     found, problems = [], []
     for text in texts:
         try:

@@ -34,7 +34,7 @@ class Clock:
         return self._billed + (time.monotonic() - self._since) * self.speed
 
     def set_speed(self, speed: float) -> None:
-        """From now on."""
+        """Change the speed from now on."""
         self._billed, self._since = self.billed(), time.monotonic()
         self.speed = speed
 

@@ -79,7 +79,7 @@ class World:
         return sum(pod.usd() for pod in pods if pod_id in (pod.id, pod.name))
 
     def volume_usd(self, volume: str) -> float:
-        """What a network volume has cost so far."""
+        """Return the cost of a network volume so far."""
         content = self.volumes[volume]
         kind = "network" if content["type"] == "STANDARD" else "network_high_performance"
         hours = (self.clock.billed() - self.volume_since[volume]) / 3600
@@ -91,5 +91,5 @@ class World:
 
 
 def new_id(length: int = 10) -> str:
-    """As RunPod's look."""
+    """Return a random id in RunPod's format."""
     return "".join(secrets.choice(ALPHABET) for _ in range(length))

@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: facts of models in, models and their cards out."""
+"""The Hugging Face Hub: reading model facts, uploading models and cards."""

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def bounded(call: Callable[[], T], seconds: float) -> T:
-    """What a call returns or raises; TimeoutError after so many seconds.
+    """Return or raise the result of a call; TimeoutError after so many seconds.
 
     A socket's own timeout begins anew with every byte. The call goes on in a thread that nobody waits for.
     """

@@ -137,7 +137,7 @@ def _linked(spec: RunSpec) -> str:
 
 
 def base_name(spec: RunSpec) -> str:
-    """What the base is called where it has no page."""
+    """Return the name of a base model without a page on the Hub."""
     return spec.model.id if spec.model.package else PurePath(spec.model.id).name
 
 

@@ -91,7 +91,7 @@ _ONLY: dict[str, dict[str, Any]] = {
 
 
 def facts_from_config(config: Mapping[str, object], source: str | None = None) -> dict[str, object]:
-    """What ModelSpec can hold of a `config.json`: architecture, sizes and the number of parameters.
+    """Return the ModelSpec fields in a `config.json`: architecture, sizes and the number of parameters.
 
     Of a model with several parts (`text_config`), the language model alone: its parameters do not count
     an image encoder. `source` is named in errors. Raises RequestError for a `model_type` that is none of
@@ -284,7 +284,7 @@ def fetch(model_id: str, revision: str | None = None) -> dict[str, object]:
 
 
 def fetched_before(model_id: str, revision: str | None = None) -> dict[str, object] | None:
-    """What an earlier `fetch` has kept; None where there was none."""
+    """Return the cached result of an earlier `fetch`; None without one."""
     file = _file(model_id, revision)
     return _parsed(file.read_text("utf-8"), model_id) if file.is_file() else None
 
@@ -295,7 +295,7 @@ def _file(model_id: str, revision: str | None) -> Path:
 
 
 def gated_remedy(model_id: str) -> str:
-    """How a gated model is opened."""
+    """Return the remedy for a gated model."""
     return f"accept its licence at https://huggingface.co/{model_id}, then export HF_TOKEN=…"
 
 

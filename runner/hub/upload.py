@@ -32,7 +32,7 @@ WRITE = "export HF_TOKEN=… with a token that may write (huggingface.co/setting
 
 
 class UploadFacts(TypedDict, total=False):
-    """What an upload leaves in `pushed.json`."""
+    """The content of `pushed.json`."""
 
     url: str
     repo: str
@@ -47,11 +47,11 @@ class UploadResult(UploadFacts):
 
 
 class Target(Protocol):
-    """What an upload needs of a place. Errors: RequestError for keys and names, RunFailedError where it fails."""
+    """Interface of an upload target. Errors: RequestError for keys and names, RunFailedError for failures."""
 
     @property
     def repo(self) -> str | None:
-        """Its name on the Hub."""
+        """Repository name on the Hub."""
 
     def prepare(self) -> None:
         """Make the repository, or find that the bucket may be used: before hours are spent on what goes there."""

@@ -1,1 +1,1 @@
-"""Processes of a run: torchrun, nodes, the supervisor, and why a process failed."""
+"""Processes of a run: torchrun, nodes, the supervisor, and the diagnosis of failures."""

@@ -146,13 +146,13 @@ def failed_report(run: RunDir, sign: Heartbeat) -> RunnerError:
 
 
 def slowest_rank(run: RunDir, ending: Ending) -> RunnerError:
-    """Which process was furthest behind, and where it stood."""
+    """The error for the slowest rank, when a hang was detected."""
     sign = ending.hung
     assert sign is not None
     rank = sign["rank"]
     where = f"{sign.get('phase', 'starting')}" + (f", after step {sign['step']}" if sign.get("step") else "")
     ranks = f"rank {rank}" if len(ending.ranks) > 1 else "the worker"
-    what = f"{ranks} hangs: no sign of life for {ending.silent_seconds / 60:.1f} minutes ({where})"
+    what = f"{ranks} hangs: no heartbeat for {ending.silent_seconds / 60:.1f} minutes ({where})"
     log = display_path(run.path / "logs" / (f"rank{rank}.stack.txt" if ending.ranks else LAUNCHER_LOG))
     stood = f"where it stood is in {log}" if ending.ranks else f"it never began; see {log}"
     return RunFailedError(
@@ -161,7 +161,7 @@ def slowest_rank(run: RunDir, ending: Ending) -> RunnerError:
 
 
 def how_to_resume(run: RunDir) -> str:
-    """How to go on."""
+    """Return the remedy: resume, or start again."""
     done = checkpoints.complete(run)
     folder = shlex.quote(display_path(run.path))
     if done:

@@ -79,7 +79,8 @@ class OomReport:
 
 
 def diagnose_oom(run: RunDir, spec: RunSpec, killer: Killer | None = None) -> OomReport:
-    """Why a worker ended: by its note in `status.json`, or by SIGKILL from `killer`. Needs no torch."""
+    """Diagnose an out-of-memory failure of a worker, by its note in `status.json` or by SIGKILL from `killer`. Needs no
+    torch."""
     status, plan = run.status, run.read("plan.json")
     oom: OutOfMemory = status.get("oom") or {}
     on_gpu = spec.hw.accelerator == "cuda"

@@ -61,7 +61,7 @@ class Process(Protocol):
 
 @dataclass
 class Ending:
-    """How the processes ended."""
+    """Result of the processes."""
 
     code: int
     """Exit code of the launched process; negative: the signal that ended it."""
@@ -88,8 +88,8 @@ def rank_reports(run: RunDir, own: range | None = None) -> list[Heartbeat]:
 
 
 def failed_elsewhere(run: RunDir, own: range) -> list[Heartbeat]:
-    """Those of other machines' processes that have failed, or were interrupted alone: before the first step or after
-    the last one.
+    """Return the processes of other machines that failed, or were interrupted alone, before the first or after the last
+    step.
 
     No other end is one that all the others share in by themselves.
     """
@@ -173,14 +173,14 @@ def has_failed(sign: Heartbeat) -> bool:
 
 @dataclass
 class HangDetector:
-    """How long no process has given a sign of life, of the time that this one has lived through."""
+    """Measures the time without a heartbeat from any process, excluding time in which this process was suspended."""
 
     last: float = field(default_factory=time.monotonic)
     seen: list[Heartbeat] = field(default_factory=list)
     total: float = 0.0
 
     def seconds(self, ranks: list[Heartbeat], now: float) -> float:
-        """To be asked twice a second. After a gap in that, everybody has as long as ever to give the next sign."""
+        """Return the seconds without progress. Call it twice a second; after a gap the time starts again."""
         if ranks != self.seen or now - self.last > GAP_SECONDS:
             self.total = 0.0
         else:

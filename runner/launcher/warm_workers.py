@@ -30,9 +30,7 @@ LEAVING_SECONDS = 60.0
 
 
 def can_fork(spec: RunSpec) -> bool:
-    """One process on a CPU, on a Linux that can wait for it. CUDA does not survive a fork, and libraries that are
-    imported ask for it.
-    """
+    """Return True for one process on a CPU, on a Linux that can wait for it. CUDA does not survive a fork."""
     if (
         spec.where.name != "local"
         or spec.hw.accelerator != "cpu"

@@ -1,1 +1,1 @@
-"""This machine: hardware, kernels, network and which folders can be written."""
+"""This machine: hardware, kernels, network and writable folders."""

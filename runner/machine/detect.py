@@ -136,7 +136,7 @@ def resolve(hw: HardwareSpec, machine: Machine | None = None) -> HardwareSpec:
 
 
 def why_not_here(hw: HardwareSpec, machine: Machine | None = None) -> str | None:
-    """Why `hw` cannot be had on this machine, as a sentence; None where it can.
+    """Return why `hw` is not available on this machine, as a sentence; None if it is.
 
     It can where the first `num_gpus` visible GPUs have at least 95% of the memory each, and bfloat16
     if the profile counts on it. The name does not matter: an H200 will do for an H100.

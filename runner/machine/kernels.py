@@ -1,4 +1,4 @@
-"""Which kernels are installed here, or can be compiled: read from packages' records and files, nothing is imported."""
+"""Detect installed and compilable kernels from package records and files, without importing them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def flash_attn_3() -> str | None:
 
 
 def installed_attention(spec: RunSpec) -> str | None:
-    """What `train.attention=auto` means where a kernel is installed here that is faster than torch's own.
+    """Return the attention of `train.attention=auto` if a faster kernel than torch's own is installed.
 
     That is FlashAttention 3 on Hopper: 1.5 to 2 times version 2, which torch has (arXiv 2407.08608)."""
     hw = spec.hw

@@ -33,8 +33,8 @@ def problems(spec: RunSpec) -> Iterator[Problem]:
 
 
 def why_not(folder: Path, *, synced: bool = False) -> str | None:
-    """Why 1 MiB cannot be written and read back in `folder`, or in the one in which it would be made; None where it
-    can. Leaves nothing. `synced`: written through to the disk."""
+    """Return why 1 MiB cannot be written to and read from `folder` or its nearest parent; None if it can. Leaves
+    nothing. `synced`: flushed to the disk."""
     block = os.urandom(BLOCK)  # random: a file system that compresses cannot make it nothing
     try:
         with tempfile.NamedTemporaryFile(dir=nearest(folder), prefix=".runner-doctor-") as file:

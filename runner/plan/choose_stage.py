@@ -56,7 +56,7 @@ class StageChoice:
 
     @property
     def seconds_per_sequence(self) -> float:
-        """Of the whole machine; infinite where the speed is not known."""
+        """Seconds per sequence of the whole machine; infinite if the speed is unknown."""
         return self.step.total_s / self.batch if self.step else float("inf")
 
 

@@ -1,4 +1,4 @@
-"""What a run costs: the hours a machine is held, times its price, and the disk it needs meanwhile; its checkpoints."""
+"""Cost of a run: hours of the machine times its price, and its disk; its checkpoints."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Hours:
 
     @property
     def total(self) -> float:
-        """From the first second that is paid for to the last."""
+        """Hours from the first paid second to the last."""
         return self.setup + self.download + self.load + self.training + self.evaluation + self.save
 
 
@@ -52,7 +52,7 @@ def hours(
     save_gb: float = 0.0,
     rented: bool = False,
 ) -> Hours:
-    """How long the machine is needed. `download_gb` is 0 where the weights are there already; GB are 10⁹ bytes."""
+    """Return the hours of the machine. `download_gb` is 0 if the weights are present; GB are 10⁹ bytes."""
     setup_s = IMAGE_PULL_S + START_S if rented else LOCAL_START_S
     parts = (setup_s, download_gb / DOWNLOAD_GB_S, load_gb / LOAD_GB_S, training_s, evaluation_s, save_gb / SAVE_GB_S)
     return Hours(*(part / 3600 for part in parts))
@@ -60,7 +60,7 @@ def hours(
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a run costs, in US$."""
+    """Cost of a run, in US$."""
 
     compute_usd: float
     storage_usd: float
@@ -98,7 +98,7 @@ LARGEST_SHARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
-    """What a run writes to go on from."""
+    """Number and interval of the checkpoints of a run."""
 
     written: int | None
     """In all, the one after the last step included; None where the run's length is not known."""

@@ -38,7 +38,7 @@ MASTER = 4  # DeepSpeed keeps an fp32 copy of what trains
 
 @dataclass(frozen=True, slots=True)
 class WeightBytes:
-    """What of a model trains, in values and bytes per value."""
+    """Trained part of a model, in values and bytes per value."""
 
     method_name: MethodName
     parameters: int

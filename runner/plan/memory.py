@@ -54,7 +54,7 @@ PROMPT_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the memory of a run depends on besides the method, the ZeRO stage and the batch."""
+    """Inputs of the memory of a run besides method, ZeRO stage and batch."""
 
     seq: int
     """Tokens per sequence."""

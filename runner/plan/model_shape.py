@@ -27,7 +27,7 @@ side."""
 
 
 class Traits(NamedTuple):
-    """How an architecture differs from the others of its family."""
+    """Differences of an architecture from the others of its family."""
 
     family: Family = "llama"
     qkv_bias: bool = False
@@ -298,7 +298,7 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shape:
-    """What the arithmetic needs to know of a decoder-only transformer.
+    """Shape of a decoder-only transformer.
 
     Compared by identity (`shape_of` makes one per model): as a key of caches it is hashed 100,000 times by `fit`.
     """
@@ -344,7 +344,7 @@ class Shape:
 
     @property
     def num_layers(self) -> int:
-        """How many layers there are."""
+        """Number of layers."""
         return len(self.layers)
 
     @property
@@ -395,7 +395,8 @@ def shape_for(spec: RunSpec) -> Shape:
 
 @lru_cache(maxsize=256)
 def scored(shape: Shape) -> Shape:
-    """With a head of one number instead of one for each word (`GenericForSequenceClassification`, transformers)."""
+    """Return the shape with a head of one value instead of one per token (`GenericForSequenceClassification`,
+    transformers)."""
     return replace(shape, tie_embeddings=False, head_bias=False, head_outputs=1)
 
 

@@ -27,7 +27,7 @@ USUAL_HOST_GIB = 60
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs, takes and costs. Sizes in GiB; `docs/planning.md` explains every figure."""
+    """Memory, time and cost of a run. Sizes in GiB; `docs/planning.md` explains every figure."""
 
     model: str
     """The choice: `model.name`."""

@@ -17,7 +17,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the arithmetic cannot know by itself: looked up by the caller."""
+    """Facts that the caller looks up."""
 
     num_steps: int | None = None
     """Optimiser steps; None where the data's size is not known."""

@@ -79,7 +79,7 @@ def fit(
 
 
 def ranked(rows: Iterable[SearchRow], by: str) -> list[SearchRow]:
-    """Those that fit first, cheapest (`by="usd"`) or fastest (`by="time"`) first."""
+    """Return rows that fit first, cheapest (`by="usd"`) or fastest (`by="time"`) first."""
     return sorted(rows, key=lambda row: _order(row, by))
 
 

@@ -1,4 +1,4 @@
-"""How long one optimiser step takes: arithmetic, memory traffic, and what the processes send each other.
+"""Time of one optimiser step: arithmetic, memory traffic and communication.
 
 What does not depend on the micro batch is made once (`work_of`, `machine_of`); `step_time` is then a few
 multiplications. It is an estimate: of the 44 published measurements in tests/plan/test_step_time.py (LoRA and 4-bit
@@ -103,7 +103,7 @@ def _active_share(shape: Shape, count: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a run computes and moves, whatever its micro batch and hardware."""
+    """Operations and traffic of a run, independent of micro batch and hardware."""
 
     method: str
     flops_per_token: float

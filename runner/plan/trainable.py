@@ -52,7 +52,7 @@ def modules_of(shape: Shape) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One method on one model, under DeepSpeed or not: everything that no batch changes."""
+    """One method on one model, with or without DeepSpeed: everything independent of the batch."""
 
     shape: Shape
     method: MethodName

@@ -21,12 +21,12 @@ GPU_ENV = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def several(spec: RunSpec) -> bool:
-    """Whether torchrun is needed: more than one process, or DeepSpeed, which wants a process group even of one."""
+    """Return True if torchrun is needed: several processes, or DeepSpeed, which always needs a process group."""
     return spec.hw.world_size > 1 or spec.deepspeed.name not in ("none", "auto")
 
 
 def arguments(spec: RunSpec, spec_file: str, meeting_id: str, node: str = "0") -> list[str]:
-    """What Python is given on machine number `node`; a list, so that a path with a space in it stays one argument.
+    """Return Python's arguments on machine number `node`.
 
     With several machines the rendezvous is static: c10d's would number them by the order of their addresses, and must
     recognise the first one by its host name. So rank 0 is where the run was typed, and only one port has to be open:
@@ -57,7 +57,7 @@ def arguments(spec: RunSpec, spec_file: str, meeting_id: str, node: str = "0") -
 
 
 def variables(spec: RunSpec, num_cpus: int | None = None) -> dict[str, str]:
-    """What a process finds unless it is set already, and what the hardware profile sets in any case.
+    """Return environment variables: defaults, and those that the hardware profile sets in any case.
 
     OpenMP threads are shared out among the processes of a machine, whose cores are `hw.num_cpus`, else `num_cpus`; they
     are left out where nobody knows.

@@ -134,7 +134,7 @@ def offloads(zero: Zero, part: OffloadPart) -> bool:
 
 
 def refusal(stage: str, method_name: str, optimizer: str, precision: str, master_weights: bool) -> Problem | None:
-    """What cannot work, with its remedy; None where nothing stands against the combination."""
+    """Return why a combination cannot work, with its remedy; None if it can."""
     if stage.startswith("zero3") and method_name == "qlora8":
         # Int8Params.CB and Linear8bitLt.state.CB (bitsandbytes 0.50 nn/modules.py) keep the storage that
         # DeepSpeed means to free when it sets `param.data` (`free_param`, zero/partition_parameters.py).

@@ -1,1 +1,1 @@
-"""Output for people: tables, bars, plots, error texts, and lines that survive a closed terminal."""
+"""Output for users: tables, bars, plots, error messages, and output that survives a closed terminal."""

@@ -92,7 +92,7 @@ def segments(terms: Mapping[str, float]) -> dict[Family, float]:
 
 
 def cells(sizes: list[float], scale: float, width: int) -> list[int]:
-    """How many of `width` cells each size takes where `scale` takes them all; their sum is that of the sum."""
+    """Return the number of cells for each size, if `scale` takes all `width`; their sum is that of the sum."""
     edges = [0, *(round(width * edge / scale) for edge in accumulate(sizes))]
     return [end - start for start, end in pairwise(edges)]
 

@@ -86,7 +86,7 @@ def guard(*, goes_on: bool = False) -> None:
 
 
 def outlive() -> None:
-    """From here on a run depends on this process: it survives the loss of its terminal (SIGHUP) and of its reader."""
+    """Let this process survive the loss of its terminal (SIGHUP) and of its reader."""
     for outlet in _outlets():
         outlet.goes_on = True
     if hasattr(signal, "SIGHUP"):
@@ -94,7 +94,7 @@ def outlive() -> None:
 
 
 def lost() -> OSError | None:
-    """Why nothing that is written to standard output arrives any more; None while it does."""
+    """Return why standard output is lost; None while it works."""
     return next((outlet.lost for outlet in _outlets() if outlet.fileno() == 1), None)
 
 

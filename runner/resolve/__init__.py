@@ -1,1 +1,1 @@
-"""Every open value of a request decided: hardware, place, plan, each `auto`."""
+"""Decisions on every open value of a request: hardware, place, plan, each `auto`."""

@@ -182,7 +182,7 @@ def fetch_config(spec: RunSpec) -> None:
 
 
 def why_no_plan(spec: RunSpec) -> str:
-    """Why a run cannot be planned, in one line."""
+    """Return why a run cannot be planned, in one line."""
     try:
         with_facts(spec, needed=True)
         shape_of(spec.model)
@@ -192,5 +192,5 @@ def why_no_plan(spec: RunSpec) -> str:
 
 
 def at_hand(model: ModelSpec) -> bool:
-    """Nothing of the model is downloaded before a run."""
+    """Return True if the model is on this machine, or needs no download."""
     return model.package is not None or model.from_scratch or Path(model.id).is_dir() or hub_config.is_cached(model.id)

@@ -117,7 +117,7 @@ def with_default_length(spec: RunSpec, given: Mapping[str, object]) -> RunSpec:
 
 
 def title(spec: RunSpec, rows: Sequence[SearchRow]) -> str:
-    """How many answers there are, and for what sequences and batch."""
+    """Return the number of answers, and the sequences and batch they are for."""
     fitting = sum(row.fits for row in rows)
     size = f"sequences of {spec.train.max_length:,} tokens, batch {spec.train.batch_size}"
     return f"{fitting} of {len(rows)} combinations fit: {size}"

@@ -1,1 +1,1 @@
-"""The directory of a run: its files, checkpoints and lock; written whole or not at all."""
+"""The directory of a run: its files, checkpoints and lock, written atomically."""

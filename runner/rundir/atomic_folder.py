@@ -14,7 +14,7 @@ LEFT_BEHIND = 24 * 3600.0  # seconds without a change: whoever wrote it was kill
 
 
 def unfinished(target: Path, pid: int) -> Path:
-    """Where process `pid` prepares `target`: beside it, so that a rename is enough to finish."""
+    """Return the temporary path of `target` for process `pid`, beside it so that a rename completes it."""
     return target.with_name(f".{target.name}.{pid}.tmp")
 
 

@@ -27,7 +27,7 @@ BLOCK = 1 << 20
 
 
 def folder(run: RunDir, step: int) -> Path:
-    """Where the checkpoint after `step` lies."""
+    """Return the folder of the checkpoint after `step`."""
     return run.path / "checkpoints" / f"{PREFIX}{step}"
 
 

@@ -278,8 +278,8 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def process_birth(pid: object) -> str | None:
-    """When a process began, by boot and clock tick: tells it from a later one that was given its number, after a reboot
-    or in a container that was started again. None for one that is not there, or where there is no /proc."""
+    """Return boot id and start tick of a process, which identify it when its id is reused. None for a missing process,
+    or without /proc."""
     try:
         ticks = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[19]
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text('utf-8').strip()}:{ticks}"
@@ -311,7 +311,7 @@ def display_path(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a worker ended."""
+    """Result of a worker."""
 
     run: RunDir
     exit_code: int

@@ -1,4 +1,4 @@
-"""One owner per run: a lock that the kernel holds as long as any process of the run lives."""
+"""Lock of a run, which the kernel holds while any process of the run is alive."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The life of a run on this side: checked, launched, resumed, swept, and used when it is over."""
+"""The life of a run on this machine: check, launch, resume, sweep, and use afterwards."""

@@ -1,4 +1,4 @@
-"""From a request to a finished run, by the executor that `where=` names (one table: `executor_of`)."""
+"""Launch a run: from a request to its end, by the executor of `where=` (one table: `executor_of`)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(
     as_json: bool,
     launch_options: LaunchOptions = DEFAULT_OPTIONS,
 ) -> int:
-    """One run, as `request` composes it, to its end; the exit code of the worker."""
+    """Run what `request` composes and return the worker's exit code."""
     spec, notes = resolve(composed, source_finder(request), fetch=True)
     notes += [*unread_keys.unread_key_notes("run", request, notes), *resuming.unfinished_note(request)]
     planned = plan_or_refuse(spec, notes, composed)

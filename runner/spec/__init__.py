@@ -1,4 +1,4 @@
-"""The one schema: what a run is, after composition and before anything happens.
+"""The schema of a run after composition.
 
 `RunSpec` is frozen, knows no Hydra and no torch, and refuses unknown keys. Units stand in the
 names (`memory_gib`, `usd_per_hour`). The sentence under a field is its documentation:

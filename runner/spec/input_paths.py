@@ -44,7 +44,7 @@ def named_places(spec: RunSpec) -> Iterator[tuple[str, str]]:
 
 
 def get_place(values: Any, key: str) -> str:
-    """What a dumped spec says for a key of `named_places`. KeyError or IndexError where there is none."""
+    """Return the value of a dumped spec at a key of `named_places`. KeyError or IndexError if there is none."""
     for step in key.split("."):
         values = values[int(step)] if step.isdigit() else values[step]
     return str(values)

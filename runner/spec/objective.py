@@ -64,12 +64,12 @@ class Pretrain(ObjectiveBase):
 
     @property
     def sharded(self) -> bool:
-        """It trains on shards that are made of the documents."""
+        """True if it trains on shards of the documents."""
         return self.experiment is not None
 
     @property
     def reads_rows(self) -> bool:
-        """It reads the rows of `data`."""
+        """True if it reads the rows of `data`."""
         return not (self.sharded and self.shards == "reuse")  # else the shards are read, whatever they were made of
 
     def files(self) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What every objective has: what it says of its rows, its step and its keys to all that is outside of training.
+"""Base of the objectives: the rows, the cost of a step, and the rules for other keys.
 
 Sources of `passes`: the trainers of TRL 1.16. `dpo_trainer.py`: chosen and rejected in one batch
 (`DataCollatorForPreference`), the reference's pass while the activations of the model's own are held (`_compute_loss`).
@@ -81,16 +81,16 @@ class ObjectiveBase(Part):
 
     @property
     def sharded(self) -> bool:
-        """It trains on shards that are made of the documents."""
+        """True if it trains on shards of the documents."""
         return False
 
     @property
     def reads_rows(self) -> bool:
-        """It reads the rows of `data`."""
+        """True if it reads the rows of `data`."""
         return True
 
     def passes(self, adapts: bool) -> Passes:
-        """What a step is made of, with a method that `adapts` or one that trains the model's own weights."""
+        """Return the passes of a step, with a method that `adapts` or one that trains the model's own weights."""
         own = self._passes(adapts)
         return replace(own, quiet=own.quiet + self.extra_forward_passes)
 

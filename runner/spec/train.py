@@ -1,4 +1,4 @@
-"""How a run trains, what it measures, which tracker gets its numbers, and where the model is uploaded."""
+"""Training, evaluation, trackers and upload of a run."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The worker: torch, transformers, trl, peft and deepspeed are imported here and nowhere else."""
+"""The worker. Only this package imports torch, transformers, trl, peft and deepspeed."""

@@ -304,7 +304,7 @@ def attention(spec: RunSpec) -> str | None:
 
 
 def another_attention(spec: RunSpec, model: Any) -> str | None:
-    """What attends in place of `varlen`, where layers of the model cannot take it."""
+    """Return the attention in place of `varlen` if a layer of the model does not support it."""
     taken = model.config._attn_implementation
     if attention(spec) is not None or taken == varlen_attention.NAME:
         return None

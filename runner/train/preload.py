@@ -34,7 +34,7 @@ _loaded: dict[str, tuple[str, Any]] = {}
 
 
 def taken(part: str, spec: RunSpec, run: RunDir) -> Any | None:
-    """What was loaded for such a run, once; None where nothing was."""
+    """Return the objects loaded for such a run, once; None if there are none."""
     key, value = _loaded.pop(part, (None, None))
     return value if key is not None and key == _keys(spec, run).get(part) else None
 

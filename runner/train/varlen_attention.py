@@ -72,7 +72,7 @@ def can_use(model: Any) -> bool:
 
 
 def kernel(model: Any, precision: str) -> str:
-    """What attention runs on, for environment.json."""
+    """Return the name of the attention kernel, for environment.json."""
     name = model.config._attn_implementation
     if name != NAME:
         return str(name)
@@ -137,7 +137,7 @@ def _documents(
     rows, place = torch.arange(shape[0], device=device)[:, None], torch.arange(shape[1], device=device)[None]
 
     def asked(distance: int) -> torch.Tensor:
-        """Which tokens see the one `distance` places before them, [b, s - |distance|]."""
+        """Return which tokens attend to the one `distance` places before them, [b, s - |distance|]."""
         later, earlier = place[:, abs(distance) :], place[:, : shape[1] - abs(distance)]
         pair = (later, earlier) if distance > 0 else (earlier, later)
         return sees(rows, rows * 0, *pair).expand(shape[0], -1)

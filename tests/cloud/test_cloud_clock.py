@@ -83,7 +83,7 @@ def test_reap_names_a_stopped_pod_which_costs_its_disk(emulator: Emulator, tmp_p
     done = runner("pods", "reap", "--yes", "--json")
     assert json.loads(done.stdout) == {"ended": [], "stopped": [rented.pod.id]}
     assert f"python -m runner fetch {rented.run_id} downloads the run" in done.stderr
-    assert f"python -m runner pods terminate {rented.pod.id} gives it up" in done.stderr
+    assert f"python -m runner pods terminate {rented.pod.id} ends the pod" in done.stderr
     assert json.loads(runner("pods", "reap", "--all", "--yes", "--json").stdout)["ended"] == [rented.pod.id]
 
 

@@ -176,7 +176,7 @@ def test_a_rank_that_hangs_is_found_and_its_stack_is_kept(model: Path, tmp_path:
     _, errors = front.communicate(timeout=240)
     run = only_run(tmp_path / "runs")
     assert front.returncode == 1 and run is not None
-    assert errors.count("rank 1 hangs: no sign of life") == 1
+    assert errors.count("rank 1 hangs: no heartbeat") == 1
     assert "after step 5" in errors or "after step 4" in errors
     stack = (run / "logs" / "rank1.stack.txt").read_text("utf-8")
     assert "at_step" in stack and "sitecustomize.py" in stack

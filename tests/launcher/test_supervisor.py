@@ -59,7 +59,7 @@ def test_a_process_that_never_begins_is_ended(run: RunDir, monkeypatch: pytest.M
     ending = supervisor.watch(process, run, 0.1 / 60)
     assert time.monotonic() - began < 30 and process.poll() is not None
     problem = slowest_rank(run, ending).problems[0]
-    assert problem.what.startswith("the worker hangs: no sign of life for") and "(starting)" in problem.what
+    assert problem.what.startswith("the worker hangs: no heartbeat for") and "(starting)" in problem.what
     assert problem.remedy is not None and "it never began; see" in problem.remedy
 
 

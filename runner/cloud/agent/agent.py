@@ -140,7 +140,7 @@ class ThisPod:
             return 0
 
     def may_end(self) -> bool:
-        """Whether the key is good for more than reading; nothing is changed by the question."""
+        """Return True if the key has write permission; the request changes nothing."""
         if not (self.id and self.key):
             return False
         answer = self._patient(*self.calls["probe"])
@@ -195,7 +195,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def log(line: str) -> None:
-    """One line with its time; standard error is `logs/agent.log`. Never raises: nothing depends on a log."""
+    """Write one line with its time to standard error, which is `logs/agent.log`. Never raises."""
     with suppress(Exception):
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} {line}", file=sys.stderr)
 
@@ -238,7 +238,7 @@ def unwritten(folder: Path) -> Path:
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """Where a run stands: its file, and what could not be written there since."""
+    """Return the state of a run: its file, with what could not be written since."""
     found = read_json(folder / "agent-status.json")
     for kept in (read_json(unwritten(folder)), UNWRITTEN.get(folder, {})):
         if kept.get("time", 0.0) >= found.get("time", 0.0):
@@ -365,7 +365,7 @@ class Limits:
         return self.at if longest is None else min(self.at, self.heard + longest)
 
     def over(self, silence: bool = True, begun: bool = True) -> str | None:
-        """Why the pod must end now, in words; a launcher's `silence` may be one reason."""
+        """Return the reason to end the pod now, or an empty one; a launcher's `silence` may be a reason."""
         due, longest = self.due(silence, begun), self._longest(begun)
         if now() > self.at - self.grace:
             return "the budget is spent" if self.why == "budget" else "the deadline has come"
@@ -410,7 +410,7 @@ class DeadManSwitch:
 
     @property
     def status(self) -> dict[str, Any]:
-        """Where the run stands, as far as it could last be read."""
+        """Return the state of the run as last read."""
         self._status = read_status(self.folder) or self._status
         return self._status
 
@@ -631,7 +631,7 @@ def run_task(folder: Path) -> None:
 
 
 def await_secrets(folder: Path, task: dict[str, object], seconds: float = 30.0) -> None:
-    """After a restart they are gone with the memory; a launcher that is there sends them again, and nobody else can."""
+    """Wait for the secrets, which a restart deletes from memory; an attached launcher sends them again."""
     end = now() + seconds
     while task.get("secrets") and now() < end and not (SHM / f"runner-{folder.name}.env").exists():
         time.sleep(EVERY_SECONDS)
@@ -751,7 +751,7 @@ def arm_and_serve(folder: Path, held: list[IO[str]]) -> Path | None:
 
 
 def lock_run(run_id: str, held: list[IO[str]]) -> bool:
-    """One agent for one run: False where another one is at work. Where no lock can be made it goes on without one.
+    """Lock the run for this agent; False if another agent has it. Without working locks it continues unlocked.
 
     Of a run that was handed the pod, another agent may be at work: this one stands by. The lock of a run that had the
     pod before, and has it again, is held already.

@@ -1,4 +1,4 @@
-"""In the pod: find or make the Python that trains. Standard library only, Python 3.10 or later; run by the agent.
+"""Find or create the Python that trains, in the pod. Standard library only, Python 3.10 or later; run by the agent.
 
 `install.py DIR` reads DIR/install-order.json and leaves DIR/install.json {python, how, torch}. In this order:
 
@@ -60,7 +60,7 @@ class FoundPython:
 
 @dataclass(frozen=True)
 class PythonChoice:
-    """Which way to go, and why, in words."""
+    """The chosen installation, and the reason in words."""
 
     how: str
     why: str
@@ -93,7 +93,7 @@ def missing_requirements(found: FoundPython, requirements: list[str]) -> list[st
 
 
 def choose_python(given: FoundPython | None, image: FoundPython, requirements: list[str]) -> PythonChoice:
-    """Which Python trains. ValueError where one was named that cannot."""
+    """Choose the Python that trains. ValueError if a named one is unusable."""
     if given is not None:
         missing = missing_requirements(given, requirements)
         if missing:
@@ -143,7 +143,7 @@ def wanted_build(gpus: int) -> str:
 
 
 def gpu_problem(gpus: int) -> str | None:
-    """Why so many GPUs of this host cannot be trained on, found out without torch; None where they can."""
+    """Return why so many GPUs of this host are unusable, tested without torch; None if they work."""
     try:
         wanted_build(gpus)
         check_gpus_compute(ctypes.CDLL("libcuda.so.1"), gpus)
@@ -181,7 +181,7 @@ def check_gpus_compute(driver: Any, gpus: int) -> None:
 
 
 def torch_gpu_problem(executable: str, gpus: int) -> str | None:
-    """Why a Python's torch does not compute on so many GPUs; None where it does."""
+    """Return why a Python's torch does not compute on so many GPUs; None if it does."""
     if not gpus:
         return None
     done = subprocess.run([executable, "-c", SEES], capture_output=True, text=True, timeout=300)
@@ -192,7 +192,7 @@ def torch_gpu_problem(executable: str, gpus: int) -> str | None:
 
 
 def flash_attn_problem(executable: str) -> str | None:
-    """Why a Python's flash-attn cannot be used: a wheel for another torch or C++ ABI is found out as it is loaded."""
+    """Return why a Python's flash-attn is unusable, such as a wheel for another torch or C++ ABI."""
     done = subprocess.run(
         [executable, "-c", "import torch, flash_attn_2_cuda"], capture_output=True, text=True, timeout=300
     )
@@ -210,7 +210,7 @@ def flash_attn_wheel(wheels: list[dict[str, Any]], python: str, torch: str, buil
 
 
 def flash_attn_requirements(order: dict[str, Any], choice: PythonChoice, image: FoundPython, build: str) -> list[str]:
-    """What to install of flash-attn around the requirements: nothing where it is not asked for, or the image has it."""
+    """Return the requirements that add flash-attn: none if it is not requested, or the image has it."""
     wanted = any(requirement_name(line) == FLASH for line in order["requirements"])
     if not wanted or choice.how not in ("around", "pinned") or (choice.how == "around" and FLASH in image.versions):
         return []
@@ -234,7 +234,7 @@ def pins_without_torch(constraints: str, version: str) -> str:
 
 
 def probe_python(executable: str, requirements: list[str]) -> FoundPython | None:
-    """What a Python has; None if it does not run."""
+    """Return the packages of a Python; None if it does not run."""
     names = json.dumps([requirement_name(line) for line in requirements])
     try:
         done = subprocess.run([executable, "-c", PROBE, names], capture_output=True, text=True, timeout=120)

@@ -31,7 +31,7 @@ QUIET_SECONDS = 2.0
 
 
 class Tail:
-    """What has been told of a folder."""
+    """Reports changes of a folder."""
 
     def __init__(self, folder: Path, known: dict[str, list[int]]) -> None:
         self.folder = folder
@@ -41,7 +41,7 @@ class Tail:
         self.steps: list[int] | None = None
 
     def news(self) -> Iterator[dict[str, object]]:
-        """What has changed since it was last asked. The small files come last: they speak of what is in the others."""
+        """Return the changes since the last call. Small files come last, since they refer to the others."""
         for pattern in GROWING:
             for file in sorted(self.folder.glob(pattern)):
                 yield from self._growing(file)

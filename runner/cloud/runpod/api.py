@@ -58,7 +58,7 @@ class Api:
         return _read(json_types.pod, raw, ApiDownError)
 
     def time(self) -> float | None:
-        """What time it is at RunPod, by the header `Date` of an answer; None where none comes, or without it."""
+        """Return RunPod's time from the header `Date` of a response; None without one."""
         import requests  # 0.1 s
 
         headers = {"Authorization": f"Bearer {api_key()}", "Accept": "application/json"}
@@ -182,7 +182,7 @@ class Api:
         )
 
     def templates(self) -> list[dict[str, Any]]:
-        """Those of the account."""
+        """Return the account's templates."""
         return self._all("/v2/templates", "templates")
 
     def public_templates(self, source: str) -> list[dict[str, object]]:
@@ -191,7 +191,7 @@ class Api:
         return _entries(raw, "templates")
 
     def template(self, template_id: str) -> dict[str, Any] | None:
-        """One of the account or of the catalogue; None where RunPod has none."""
+        """Return a template of the account or the catalogue; None if there is none."""
         try:
             found = request("GET", f"/v2/templates/{_segment(template_id)}", repeat=True)
         except NotFound:
@@ -199,7 +199,7 @@ class Api:
         return found if isinstance(found, dict) else None
 
     def delete_template(self, template_id: str) -> None:
-        """One that is gone already is no error."""
+        """Delete a template; a missing one is not an error."""
         try:
             request("DELETE", f"/v2/templates/{_segment(template_id)}", repeat=True)
         except NotFound:
@@ -215,7 +215,7 @@ class Api:
         return self._all("/v2/serverless", "endpoints")
 
     def delete_endpoint(self, endpoint_id: str) -> None:
-        """One that is gone already is no error."""
+        """Delete an endpoint; a missing one is not an error."""
         try:
             request("DELETE", f"/v2/serverless/{_segment(endpoint_id)}", repeat=True)
         except NotFound:
@@ -224,7 +224,7 @@ class Api:
     # ── money ──────────────────────────────────────────────────────────────────────────────────
 
     def billed(self, pod_id: str) -> float | None:
-        """What RunPod has billed for a pod so far, in US$; None where it does not say (it bills with a delay)."""
+        """Return the amount billed for a pod so far, in US$; None if unknown (billing is delayed)."""
         params = {"podId": pod_id, "bucketSize": "day"}
         raw = request("GET", "/v2/billing/pods", params=params, repeat=True)
         records = (raw or {}).get("records")

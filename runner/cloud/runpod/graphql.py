@@ -1,4 +1,4 @@
-"""What RunPod's REST v2 lacks, through GraphQL, which it serves until early 2027: bids for pods, the balance."""
+"""Requests that REST v2 lacks, over GraphQL, which RunPod serves until early 2027: bids for pods, the balance."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class CpuType:
 
 @dataclass(frozen=True, slots=True)
 class DataCenter:
-    """Where pods and volumes are."""
+    """A data centre of pods and volumes."""
 
     id: str
     name: str
@@ -118,7 +118,7 @@ def finite_number(value: Any) -> float:
 
 
 def gpu_type(raw: Raw) -> GpuType:
-    """From the catalogue."""
+    """Parse a GPU of the catalogue."""
     price, most = raw.get("price") or {}, raw.get("maxCount") or {}
     return GpuType(
         id=str(raw["id"]),
@@ -135,7 +135,7 @@ def gpu_type(raw: Raw) -> GpuType:
 
 
 def cpu_type(raw: Raw) -> CpuType:
-    """From the catalogue."""
+    """Parse a CPU of the catalogue."""
     vcpu, price = raw["vcpu"], raw.get("price") or {}
     return CpuType(
         id=str(raw["id"]),
@@ -148,13 +148,13 @@ def cpu_type(raw: Raw) -> CpuType:
 
 
 def data_center(raw: Raw) -> DataCenter:
-    """From the catalogue."""
+    """Parse a data centre of the catalogue."""
     types = tuple(raw.get("networkVolumeTypes") or ())
     return DataCenter(str(raw["id"]), str(raw.get("name") or raw["id"]), str(raw.get("region") or ""), types)
 
 
 def volume(raw: Raw) -> Volume:
-    """From `/v2/network-volumes`."""
+    """Parse an entry of `/v2/network-volumes`."""
     return Volume(
         id=str(raw["id"]),
         name=str(raw["name"]),
@@ -179,7 +179,7 @@ LEAST_VOLUME_GB = 10  # RunPod's own floor
 
 
 def request_body(wanted: PodRequest) -> Raw:
-    """As REST v2 wants it (CreatePodRequest)."""
+    """Return the body of REST v2's CreatePodRequest."""
     body: Raw = {
         "name": wanted.name,
         "cloud": wanted.cloud.upper(),

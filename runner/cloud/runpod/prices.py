@@ -34,7 +34,7 @@ LARGEST = 4_000_000  # bytes; the catalogue has about 50 entries of 1 kB
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What one GPU costs."""
+    """Price of one GPU."""
 
     usd_per_hour: float
     source: str

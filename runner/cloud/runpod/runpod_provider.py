@@ -35,7 +35,7 @@ class RunPod(Api):
         return api_key()
 
     def check_key(self, spec: RunSpec) -> None:
-        """It may read pods and, for a bid, use GraphQL."""
+        """Check that the key can read pods and, for a bid, use GraphQL."""
         self.pods()
         if place_of(spec).spot and self.balance() is None:
             raise WrongKeyError(account_key.no_graphql_problem("it gets no answer"))
@@ -53,7 +53,7 @@ class RunPod(Api):
         return graphql.balance()
 
     def page(self, pod_id: str | None = None) -> str:
-        """In RunPod's console."""
+        """Return the pod's page in RunPod's console."""
         return f"{CONSOLE}/pods" + (f"?id={pod_id}" if pod_id else "")
 
 
@@ -139,11 +139,11 @@ while True:
 
 
 def start_arguments(run_id: str, minutes: float, start: str = START) -> list[str]:
-    """What to give a pod as its command: ends it after so many minutes without an agent."""
+    """Return the pod's command, which ends the pod after so many minutes without an agent."""
     seconds = str(round(60 * minutes))
     return ["bash", "-c", MAIN, "runner", WATCH, run_id, seconds, start]
 
 
 def watched_start_command(run_id: str, minutes: float, start: str = START) -> str:
-    """The same where the API takes one string, quoted as for a shell."""
+    """Return the same command as one shell-quoted string."""
     return shlex.join(start_arguments(run_id, minutes, start))

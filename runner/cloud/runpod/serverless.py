@@ -28,7 +28,7 @@ MOST_GPUS = 8
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the weights are: a repository on the Hub, or a folder on a network volume."""
+    """Source of the weights: a repository on the Hub, or a folder on a network volume."""
 
     path: str
     """`org/name`, or a path below `VOLUME`."""
@@ -39,7 +39,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """What one worker gets."""
+    """GPUs of one worker."""
 
     pools: list[str]
     count: int
@@ -134,7 +134,7 @@ CONTEXT = 4096
 
 @dataclass(frozen=True)
 class DeployOptions:
-    """What the command line says of an endpoint."""
+    """Options of `deploy`."""
 
     repo: str | None = None
     volume: str | None = None

@@ -1,4 +1,4 @@
-"""One request through RunPod's SDK, and the meaning of its answer.
+"""Send one request through RunPod's SDK and classify the response.
 
 The SDK sends with a timeout of 30 s and never again, and tells errors by their status. What is safe to repeat (reads,
 and ending a pod) is repeated here with growing pauses, as long as RunPod says when it was asked too often; what is not

@@ -26,7 +26,7 @@ LOOKS = 5
 
 
 def usd_per_month(size_gb: int) -> float:
-    """What a volume costs, used or not."""
+    """Return the monthly price of a volume."""
     return round(min(size_gb, FIRST_GB) * USD_PER_GB + max(0, size_gb - FIRST_GB) * USD_PER_GB_BEYOND, 2)
 
 
@@ -54,7 +54,7 @@ def create(api: Api, name: str, size_gb: int, data_center: str) -> Volume:
 
 
 def find_volume(api: Api, word: str) -> Volume:
-    """By id or name; RequestError where there is none, or more than one."""
+    """Find a volume by id or name; RequestError if there is none, or more than one."""
     volumes = api.volumes()
     found = [v for v in volumes if v.id == word] or [v for v in volumes if v.name == word]
     if len(found) == 1:
@@ -134,7 +134,7 @@ def list_files(api: Api, volume: str, prefix: str) -> list[dict[str, object]]:
 
 
 def s3_endpoint(data_center: str) -> str:
-    """Of a data centre; `AWS_ENDPOINT_URL_S3` wins, as for every S3 client."""
+    """Return the S3 endpoint of a data centre; `AWS_ENDPOINT_URL_S3` takes precedence."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or f"https://s3api-{data_center.lower()}.runpod.io"
 
 

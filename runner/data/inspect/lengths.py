@@ -39,7 +39,7 @@ PACKING_EFFICIENCY = 0.97
 
 @dataclass(frozen=True)
 class DataLengths:
-    """What is known of the training data before it is loaded."""
+    """Lengths of the training data, known or estimated before loading."""
 
     num_examples: int | None
     """Training rows, after holding out and `data.max_examples`; None where nobody knows."""
@@ -60,8 +60,8 @@ class DataLengths:
 
 
 def lengths(data: DataSpec, model: ModelSpec, *, seed: int = 42, kind: Kind | None = None) -> DataLengths:
-    """What can be known of the data here; `seed` chooses the held-out rows, as in `train.seed`, and `kind` is what the
-    objective learns from.
+    """Count or estimate the lengths of the data; `seed` selects held-out rows as `train.seed` does, `kind` is the kind
+    of row.
 
     Reads files and, after the first time, its own cache; never the network. RequestError for a data file that
     is missing or of an unknown kind.

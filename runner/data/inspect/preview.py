@@ -50,7 +50,7 @@ class PreviewedRow(TypedDict):
 
 
 class Preview(TypedDict):
-    """What `data preview --json` prints."""
+    """The object printed by `data preview --json`."""
 
     objective: str
     learns_from: Kind

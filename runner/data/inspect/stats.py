@@ -22,7 +22,7 @@ BINS = 24
 
 
 class AtLength(TypedDict):
-    """What one longest length cuts off, and how full sequences are."""
+    """Truncation and fill rate for one maximum length."""
 
     max_length: int
     rows_cut: int
@@ -33,7 +33,7 @@ class AtLength(TypedDict):
 
 
 class Stats(TypedDict):
-    """What `data stats --json` prints."""
+    """The object printed by `data stats --json`."""
 
     num_rows: int
     num_held_out: int

@@ -111,7 +111,7 @@ def documents_of(spec: RunSpec) -> DataSpec:
 
 
 def lengths_of(spec: RunSpec) -> DataLengths | None:
-    """What the manifests say; None where there are no shards, or packed ones."""
+    """Return counts from the manifests; None without shards, or with packed ones."""
     objective = spec.objective
     place = workspace_of(objective)
     if place is None or not isinstance(objective, Pretrain) or not is_ready(place.train, objective.shards):

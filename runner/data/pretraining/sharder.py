@@ -39,7 +39,7 @@ OTHERS = ("lines_per_shard", "gzip", "seed")
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides which document lies in which shard; kept in the manifest, and with the tokenizer."""
+    """Settings that determine the shards; stored in the manifest and with the tokenizer."""
 
     source: str
     """As it is called; what it holds is in `fingerprint`."""
@@ -136,7 +136,7 @@ class _Shards:
 
 
 def documents_to_read(objective: Pretrain) -> int | None:
-    """How many documents are read at most."""
+    """Return the maximum number of documents."""
     return objective.take or (SMOKE_DOCUMENTS if objective.mode == "smoke" else None)
 
 

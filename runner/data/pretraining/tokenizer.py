@@ -61,7 +61,7 @@ def train_tokenizer(shards: Path, target: Path, vocab_size: int) -> dict[str, An
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
-    """What `train` has noted about a tokenizer; empty for any other."""
+    """Return the notes of `train` about a tokenizer; empty for any other."""
     return json_object(folder / "bundle.json")
 
 

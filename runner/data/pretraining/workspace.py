@@ -41,7 +41,7 @@ class Workspace:
 
     @property
     def hf_cache(self) -> Path:
-        """For `HF_HOME`."""
+        """Return the folder for `HF_HOME`."""
         return self.root / "hf_cache"
 
 
@@ -54,7 +54,7 @@ def workspace_of(objective: Objective) -> Workspace | None:
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    """What lies in a folder of shards; empty where there is none, or none that can be read."""
+    """Return the manifest of a folder of shards; empty if there is none, or it is unreadable."""
     return json_object(folder / "manifest.json")
 
 

@@ -58,7 +58,7 @@ class Table:
             yield Table(self.name, [self.rows[i] for i in part], self.unit, numbers)
 
     def place(self, index: int) -> str:
-        """Where row `index` (0-based) stands, such as `my.jsonl, line 17`."""
+        """Return the position of row `index` (0-based), such as `my.jsonl, line 17`."""
         return f"{self.name}, {self.unit} {self.numbers[index] if self.numbers else index + 1}"
 
 
@@ -134,8 +134,7 @@ def _decoded(data: bytes, path: str) -> str:
 
 
 def not_utf8(data: bytes, error: UnicodeDecodeError, path: str, first: int) -> Problem:
-    """Where the bytes of a file are of another encoding, and how it is converted; `first` is the number of their first
-    line."""
+    """Return where a file is not UTF-8, and how to convert it; `first` is the number of the first line."""
     kind = "UTF-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "WINDOWS-1252"
     remedy = f"save the file as UTF-8, such as with: iconv -f {kind} -t UTF-8 {path}"
     line = first + data.count(b"\n", 0, error.start)
@@ -226,7 +225,7 @@ _KINDS = {
 
 
 def kind_of(value: object) -> str:
-    """What a value is in JSON's words, such as `a list`."""
+    """Return the type of a value in JSON's terms, such as `a list`."""
     return "null" if value is None else _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
@@ -317,7 +316,7 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def decompressed(data: bytes, path: str) -> bytes:
-    """What the file holds; RequestError for a damaged one."""
+    """Return the content of a file; RequestError if it is damaged."""
     ending = PurePosixPath(path.partition("?")[0]).suffix.lower()
     if data.startswith(_GZIP_MAGIC):
         ending = ".gz"  # some are called .jsonl all the same

@@ -96,7 +96,7 @@ def _rows(rows: Any) -> Sequence[Row]:
 
 
 def problem_of(error: Exception, spec: DataSpec, key: str, split: str) -> Problem:
-    """What `datasets` 5.2 raised for `data.<key>=<split>`, in one line, with what to do about it."""
+    """Return the error of `datasets` 5.2 for `data.<key>=<split>` in one line, with a remedy."""
     text = str(error)
     choices = re.findall(r"'([^']*)'", text.rpartition("[")[2])
     page = f"https://huggingface.co/datasets/{spec.id}"

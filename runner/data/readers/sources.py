@@ -48,7 +48,7 @@ class Loose(Source):
 
 
 def sources_of(spec: DataSpec) -> list[Source]:
-    """What `source=file` names, files listed; RequestError for a folder or glob without any."""
+    """Return the sources of `source=file`, with files listed; RequestError for a folder or glob without files."""
     if not spec.sources:
         assert spec.path is not None  # DataSpec: source=file has a path
         return [Source(spec.path, files_of(spec.path), spec)]
@@ -163,7 +163,7 @@ def _add_content(digest: Any, file: str, whole: bool) -> None:
 
 
 def documents_digest(data: DataSpec) -> str:
-    """What decides which documents `data` holds, in which order; RequestError and OSError for files that are gone."""
+    """Return a digest of the documents of `data` and their order; RequestError and OSError for missing files."""
     said: list[Any] = [data.text_field]
     if data.source == "hub":
         said += [data.id, data.subset, data.split, data.eval_split, data.revision]

@@ -81,7 +81,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """What trains in a layer."""
+    """Trained parts of a layer."""
 
     weights: bool = False
     adapters: bool = False

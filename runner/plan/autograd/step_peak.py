@@ -22,7 +22,7 @@ LONGEST = 8
 
 @dataclass(frozen=True, slots=True)
 class TrainableLayers:
-    """What trains: patterns of layers from the first to the last, each so many times, and the modules around them."""
+    """Trained layers as repeated patterns from first to last, and the modules around them."""
 
     runs: tuple[tuple[tuple[LayerKind, ...], int], ...]
     embedding: bool = False

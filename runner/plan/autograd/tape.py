@@ -152,7 +152,7 @@ class Tape:
         self.current = 0
 
     def kinds(self) -> list[float]:
-        """What is live, by kind."""
+        """Return the live sizes by kind."""
         found = self.by_kind.copy()
         found[ACTIVATIONS] = self.live - sum(found)
         return found

@@ -132,8 +132,8 @@ class LossGuard:
             self._fail("gradient norm", f"step {step}", self._exchange(broken, norm, rows), step)
 
     def step_back(self) -> None:
-        """After a rewind: the last checkpoint may have learned from what is to be left out, or hold the damage. It is
-        deleted where there is an older one; without one going back a little is better than starting anew."""
+        """After a rewind, delete the last checkpoint if there is an older one, since it may have learned from the
+        skipped data."""
         done = checkpoints.complete(self.run)
         if self.ranks.main and any(step < self.rewound_from for step in done):
             checkpoints.discard(self.run, [step for step in done if step >= self.rewound_from])
