@@ -295,7 +295,7 @@ def test_a_pod_that_has_stopped_itself_has_a_result(left: Left, state: State) ->
     left.api.add(status="EXITED")
     assert left.settle() == ["pod pod1 has stopped itself with its result: python -m runner fetch a"]
     assert left.now().state == "STOPPED" and left.settle() == [] and len(left.api.cloud.rented) == 1
-    assert left.now().detail == "it has stopped itself, with what nobody had fetched"
+    assert left.now().detail == "it has stopped itself, with a result that was not downloaded"
 
 
 def test_a_stopped_pod_is_past_no_deadline(left: Left) -> None:

@@ -86,7 +86,7 @@ def test_a_plan_and_the_catalogue_need_no_more_than_that(
     ("kind", "more", "judged", "found"),
     [
         ("read_only", (), "ok", "set, and accepted: the account has $100.00"),
-        ("no_graphql", (), "ok", "the balance is not told to it"),
+        ("no_graphql", (), "ok", "it cannot read the balance"),
         ("no_graphql", BID, "problem", "bid for spot machines, which takes GraphQL"),
         ("no_pods", (), "problem", f"{MAY_NOT}look at pods: access denied"),
     ],

@@ -163,7 +163,7 @@ def test_the_start_command_leaves_a_pod_alone_that_was_handed_on(runs: tuple[Pod
         pid = second.status()["agent"]
         time.sleep(6)  # longer than it waits between two looks
         assert is_alive(pid) and second.status()["agent"] == pid
-        assert "at work already" not in first.log("agent.log")
+        assert "already running" not in first.log("agent.log")
         second.kill()
         until(lambda: is_alive(second.status()["agent"]), 30)
         assert second.state() == "armed"
