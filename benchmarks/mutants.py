@@ -104,7 +104,7 @@ def _mutants(file: str, tests: tuple[str, ...], options: argparse.Namespace) -> 
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     (folder / "setup.cfg").write_text(_settings(file, tests), "utf-8")
-    began = time.monotonic()
+    began, commit = time.monotonic(), git("rev-parse", "--short=12", "HEAD")
     meta = folder / "mutants" / f"{file}.meta"
     run = ("run", "--max-children", str(options.at_once))
     # No mutant has that name: mutmut makes them all, learns which tests reach which, and tries none.
@@ -123,7 +123,7 @@ def _mutants(file: str, tests: tuple[str, ...], options: argparse.Namespace) -> 
     return {
         **({"sample_of": len(every), "seed": options.seed} if len(codes) < len(every) else {}),
         "date": date.today().isoformat(),
-        "commit": git("rev-parse", "--short=12", "HEAD"),
+        "commit": commit,
         "seconds": round(time.monotonic() - began),
         "states": dict(Counter(ends.values())),
         "untested": sorted({name.rpartition("__mutmut")[0] for name, end in ends.items() if end == "untested"}),
