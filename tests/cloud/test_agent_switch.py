@@ -48,6 +48,8 @@ def test_the_pods_variables_are_those_for_shells_and_the_processs_own_win(
     assert agent.pod_variables() == dict(os.environ)  # there is no such file
     variables.write_text("export RUNPOD_POD_ID=\"pod1\"\nexport OWN='file'\nA = b=c \n", "utf-8")
     found = agent.pod_variables()
+    variables.write_bytes(variables.read_bytes() + b"export ODD=\xff\n")  # which keeps no agent from ending its pod
+    assert agent.pod_variables() == {**found, "ODD": "\ufffd"}
     assert (found["RUNPOD_POD_ID"], found["OWN"], found["A"]) == ("pod1", "process", "b=c")
 
 

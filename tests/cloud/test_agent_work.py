@@ -144,6 +144,9 @@ def test_a_launchers_key_is_let_in_once_and_on_a_line_of_its_own(
     for _ in range(2):
         agent.authorize_key("ssh-ed25519 A")
     assert file.read_text() == "ssh-ed25519 B\nssh-ed25519 A\n"
+    file.write_bytes(b"ssh-rsa C caf\xe9\n")  # a comment that is no UTF-8
+    agent.authorize_key("ssh-ed25519 A")
+    assert file.read_bytes() == b"ssh-rsa C caf\xe9\nssh-ed25519 A\n"
     monkeypatch.delenv("RUNNER_AUTHORIZED_KEYS")
     monkeypatch.setattr(agent.Path, "home", lambda: tmp_path)
     agent.authorize_key("ssh-ed25519 A")

@@ -87,7 +87,7 @@ def pod_variables() -> dict[str, str]:
     """The provider's environment of this pod: from the process, else from the file that is there for shells."""
     found: dict[str, str] = {}
     try:
-        lines = RP_ENVIRONMENT.read_text("utf-8").splitlines()
+        lines = RP_ENVIRONMENT.read_text("utf-8", "replace").splitlines()
     except OSError:
         lines = []
     for line in lines:
@@ -296,7 +296,7 @@ def authorize_key(key: str | None) -> None:
     named = pod_variables().get("RUNNER_AUTHORIZED_KEYS")
     with suppress(Exception):
         file = Path(named) if named else Path.home() / ".ssh" / "authorized_keys"
-        known = file.read_text("utf-8") if file.exists() else ""
+        known = file.read_text("utf-8", "replace") if file.exists() else ""
         if key and key not in known.splitlines():
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as stream:
