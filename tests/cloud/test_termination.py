@@ -234,6 +234,11 @@ def test_a_pod_is_ended_though_it_cannot_be_asked_at_first_or_recorded_at_all(
     termination.terminate(api, ledger, NAME, "pod1", "enough")
     assert api.cloud.rented == {} and told(ledger)[-1][0] == "GONE"
     api.add()
+    api.cloud.faults["terminate"] = ["ignored"] * 999
+    with pytest.raises(StillThereError, match=rf"POD pod1 \({NAME}\) MAY STILL BE RUNNING"):
+        termination.terminate(api, ledger, NAME, "pod1", "enough")
+    assert told(ledger)[-1] == ("TERMINATING", "enough")  # the next command tries again
+    api.cloud.faults.clear()
     monkeypatch.setattr(Ledger, "move", _full)
     termination.terminate(api, ledger, NAME, "pod1", "enough")
     assert api.cloud.rented == {}
