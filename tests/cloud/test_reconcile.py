@@ -127,7 +127,7 @@ def test_pods_of_an_emulator_that_has_ended_are_gone(left: Left, monkeypatch: py
     monkeypatch.setattr(clock, "now", lambda: time.time() + reconcile.DAY_S + 1)
     assert left.settle() == [] and left.now().state == "GONE"
     assert left.now().detail == "its emulator has ended, and every pod with it"
-    left.entry("RUNNING", "runner-b-1", base=base.replace("127.0.0.1", "localhost"))
+    left.entry("RUNNING", "runner-b-1", base=base.replace("127.0.0.1", "localhost"), deadline=1.0)
     assert left.settle() == [] and left.now("runner-b-1").state == "GONE"
 
 
