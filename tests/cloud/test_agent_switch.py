@@ -319,6 +319,25 @@ def test_a_disk_that_does_not_answer_may_have_the_result(
     assert switch.told == [(clock.seconds + 45 + agent.WATCH_SECONDS, how)]
 
 
+def test_what_a_training_has_saved_is_on_its_disk_before_the_pod_ends(
+    clock: Clock, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switch = Switch(folder)
+    monkeypatch.setattr(agent.os, "sync", lambda: switch.ended.append(agent.read_status(folder)["state"]))
+    switch._end("the deadline has come")
+    assert switch.ended == ["ending", "terminate"]
+
+
+@pytest.mark.parametrize("pid", ["x", {"a": 1}, 2**70])
+def test_a_status_with_garbage_for_a_process_keeps_no_pod_alive(clock: Clock, folder: Path, pid: Any) -> None:
+    switch = Switch(folder)
+    agent.update_status(folder, state="training", pid=pid)
+    switch.child = 2**22 + 1
+    switch._end_work(clock.seconds - 1)
+    switch._end("the deadline has come")
+    assert switch.ended == ["terminate"]
+
+
 def test_the_start_command_waits_for_the_saving_of_a_training(clock: Clock, folder: Path) -> None:
     switch = Switch(folder, deadline=SENT + 4)
     switch._end("the deadline has come")

@@ -150,6 +150,8 @@ def test_a_launchers_key_is_let_in_once_and_on_a_line_of_its_own(
     monkeypatch.delenv("RUNNER_AUTHORIZED_KEYS")
     monkeypatch.setattr(agent.Path, "home", lambda: tmp_path)
     agent.authorize_key("ssh-ed25519 A")
+    monkeypatch.setenv("RUNNER_AUTHORIZED_KEYS", "/dev/null/keys")  # a disk that takes nothing
+    agent.authorize_key("ssh-ed25519 A")
     assert (tmp_path / ".ssh" / "authorized_keys").read_text() == "ssh-ed25519 A\n"
 
 
@@ -508,6 +510,7 @@ def test_an_unattended_run_is_refused_without_the_right_to_end_its_pod(
         1 if refused else None,
         "o1",
     )
+    assert not refused or status["message"] == "this pod may not end itself: its key is refused"
     arming.right = True  # another key, and once more
     assert arming.arm(folder, heartbeat_minutes=heartbeat) is not None
     assert agent.read_status(folder)["state"] == "armed"
@@ -645,6 +648,7 @@ def test_a_start_is_answered_as_soon_as_the_switch_is_armed_by_the_run_that_has_
 
     def sleep(seconds: float) -> None:
         nonlocal slept
+        assert seconds == 0.1
         slept += 1
         clock.pass_by(seconds)
         if slept == 10:

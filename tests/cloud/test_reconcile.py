@@ -270,6 +270,10 @@ def test_a_lost_create_that_brings_nothing_forth_is_kept_in_mind_for_a_while(lef
     assert left.now().state == "CREATE_UNKNOWN" and waiting.waits == []
     end_unanswered_creates(left.api, left.ledger, "a", now=True)
     assert left.now().state == "CREATE_UNKNOWN" and waiting.now > 60  # the run is over: looked for once more
+    left.entry("CREATE_UNKNOWN", "runner-b-1", None)
+    left.api.add("pod2", "runner-b-1")
+    end_unanswered_creates(left.api, left.ledger, "b", now=True)
+    assert left.api.cloud.rented == {}
     left.ledger.set(NAME, created=NOW - UNKNOWN_S - 1)
     end_unanswered_creates(left.api, left.ledger, "a")
     assert (left.now().state, left.now().detail) == ("GONE", "no pod of that name has appeared")

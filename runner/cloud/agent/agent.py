@@ -571,10 +571,12 @@ class DeadManSwitch:
     def _pass_on(self) -> None:
         pid = self.status.get("pid")
         if pid:
-            with suppress(OSError, TypeError, ValueError):
+            with suppress(*NO_PROCESS):
                 os.kill(int(pid), signal.SIGTERM)
 
 
+NO_PROCESS = (OSError, OverflowError, TypeError, ValueError)
+"""What the number of a process raises that is gone, or of a status that is garbage."""
 INSTALL_LOG = "install.log"
 """Of packages that are installed: their scripts get no token."""
 ANEW = {"state": "armed", "task": None, "starts": 0, "exit_code": None, "message": None, "pid": None, "uploaded": None,
@@ -584,7 +586,7 @@ ANEW = {"state": "armed", "task": None, "starts": 0, "exit_code": None, "message
 
 def kill_group(pid: Any, number: int) -> None:
     """All processes that a leader has started."""
-    with suppress(OSError, TypeError, ValueError):
+    with suppress(*NO_PROCESS):
         if int(pid) > 1:
             os.killpg(int(pid), number)
 
@@ -732,7 +734,7 @@ def arm_and_serve(folder: Path, held: list[IO[str]]) -> Path | None:
         write_json(folder / "agent-status.json", before)
     if not before.get("state"):
         with suppress(OSError):
-            (folder / "collected").unlink(missing_ok=True)
+            (folder / "collected").unlink()
     right = own.may_end()
     facts = {"pod_id": own.id, "agent": os.getpid(), "order": order["id"], "right_to_end": right, "pid": None}
     if order.get("heartbeat_minutes") is None and not right:
