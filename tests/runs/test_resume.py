@@ -212,8 +212,28 @@ def test_a_new_run_from_the_spec_of_one_that_could_go_on_says_so(run: RunDir, st
     wanted = f"a new run; python -m runner resume runs/{run.id} would go on after step 4 of {run.id}"
     assert notes == [wanted] * noted
     assert resume.unfinished_note(Request()) == []
-    checkpoints.discard(run, [2, 4])
+    keep(run, 6)
+    assert all(
+        "would go on after step 6 of" in note for note in resume.unfinished_note(Request(spec_file=run.spec_file))
+    )
+    checkpoints.discard(run, [2, 4, 6])
     assert resume.unfinished_note(Request(spec_file=run.spec_file)) == []
+
+
+def test_a_run_whose_process_is_gone_could_go_on_too(run: RunDir) -> None:
+    run.set_status("training")
+    assert resume.unfinished_note(Request(spec_file=run.spec_file)) == []  # this process is at it
+    run.write("status.json", {**run.read("status.json"), "pid": 2**22 + 1})
+    (note,) = resume.unfinished_note(Request(spec_file=run.spec_file))
+    assert note.endswith(f"would go on after step 4 of {run.id}")
+
+
+def test_a_resume_from_the_beginning_is_kept_as_one_and_says_what_it_runs_now(here: Path) -> None:
+    run = made(here, *WORDS, steps=())
+    other = resolved_as(run, data={"name": "moved"})
+    resume.record_spec(run, other, ())
+    assert run.read("resumes.json")["resumes"] == [{"after_step": 0, "overrides": []}]
+    assert run.status["data"] == "moved"
 
 
 def test_every_resume_is_kept_and_the_run_is_as_if_created(run: RunDir) -> None:
