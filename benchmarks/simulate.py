@@ -36,6 +36,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from runner.spec import Full, ModelSpec, RunSpec
 from runner.train import adapter_config, trainable_weights
+from runner.train.activation_checkpointing import checkpoint_every
 from runner.train.model_loading import DTYPES
 
 FLASH = "flash_on_fakes"
@@ -248,6 +249,7 @@ def build(spec: RunSpec, num_layers: int | None = None) -> Any:
         dtype = torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        checkpoint_every(model, spec.train.checkpoint_every)
         model.config._attn_implementation = FLASH
         trainable_weights.mark_trainable(spec, model)
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer

@@ -15,7 +15,7 @@ from runner.config import deepspeed_json
 from runner.config.command_line import Request
 from runner.config.compose import compose
 from runner.plan.auto_values import resolve_hardware_autos
-from runner.plan.choose_stage import StageChoice, StageSearch, allowed_stages, batches
+from runner.plan.choose_stage import StageChoice, StageSearch, allowed_stages, batches, checkpointings
 from runner.plan.search import combinations
 from runner.resolve.fit import candidate_methods, candidate_models, with_default_length
 from runner.resolve.price import hardware
@@ -110,7 +110,7 @@ def plans() -> dict[str, int]:
     ]
     weighed = 0
     for one in found:
-        weighed += len(allowed_stages(one)) * len(batches(one))
+        weighed += len(allowed_stages(one)) * len(batches(one)) * len(checkpointings(one))
         options.best(one)
     return {"rows": len(found), "weighed": weighed, "computed": options.computed}
 
@@ -162,8 +162,8 @@ def _weighed(counted: dict[str, int] | None) -> str:
     if counted is None:  # measured before they were counted
         return ""
     return (
-        f"\n\nThe whole catalogue is {counted['rows']:,} rows, each the best of its ZeRO stages and micro batches: "
-        f"{counted['weighed']:,} plans are weighed, {counted['computed']:,} of them worked out."
+        f"\n\nThe whole catalogue is {counted['rows']:,} rows, each the best of its ZeRO stages, micro batches and "
+        f"checkpointing: {counted['weighed']:,} plans are weighed, {counted['computed']:,} of them worked out."
     )
 
 

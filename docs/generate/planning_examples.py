@@ -32,7 +32,8 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 """Head and rows."""
 
 METHODS = ("full", "freeze", "lora", "qlora4", "qlora8")
-RUN = ("model=mistral7b", "hw=h200", "train.max_length=2048", "train.micro_batch_size=1", "train.batch_size=1")
+RUN = ("model=mistral7b", "hw=h200", "train.max_length=2048", "train.micro_batch_size=1", "train.batch_size=1",
+       "train.gradient_checkpointing=true")  # fmt: skip
 """The run that is worked out: one H200, which holds all of Mistral-7B."""
 
 
@@ -146,7 +147,7 @@ def _keeper(frame: FrameType | None) -> str:
 @cache
 def kept_by(method: str) -> dict[str, float]:
     """Bytes that a trained layer in the middle keeps without checkpointing, by part."""
-    shape, training, setting = trained(spec_of(f"method={method}", "train.gradient_checkpointing=false", *RUN))
+    shape, training, setting = trained(spec_of(f"method={method}", *RUN, "train.gradient_checkpointing=false"))
     tape, kind = Watched(), training.trains.runs[-1][0][0]
     block = Block(tape, shape, setting)
     width, values = block.width_of(LayerKind(training.trains.embedding)), block.n * shape.hidden_size
@@ -253,7 +254,7 @@ def adapter_states() -> str:
 
 
 EIGHT = ("model=mistral7b", "method=full", "hw=a100x8", "train.max_length=2048", "train.micro_batch_size=1",
-         "train.batch_size=8")  # fmt: skip
+         "train.batch_size=8", "train.gradient_checkpointing=true")  # fmt: skip
 
 
 def zero_stages() -> Table:

@@ -12,10 +12,12 @@ from runner.plan.plan import Plan
 
 NO_TENSOR = ("process", "collectives", "allocator_slack")
 
-ONE = ("train.max_length=2048", "train.micro_batch_size=1")
+CHECKPOINTED = "train.gradient_checkpointing=true"
+"""In all of them, as far as is said."""
+ONE = ("train.max_length=2048", "train.micro_batch_size=1", CHECKPOINTED)
 V100 = ("model=llama2_7b", "method=full", "hw=v100x8", "deepspeed=zero2", "train.batch_size=8", *ONE)
 EIGHT = ("model=llama3_8b", "method=full", "hw=rtx3090", "hw.num_gpus=8", "train.max_length=1024",
-         "train.batch_size=16", "train.micro_batch_size=1")  # fmt: skip
+         "train.batch_size=16", "train.micro_batch_size=1", CHECKPOINTED)  # fmt: skip
 RTX3090, RTX3090_OFFLOAD = (*EIGHT, "deepspeed=zero3"), (*EIGHT, "deepspeed=zero3_offload")
 OFFLOADED = ("model=llama30b", "method=full", "hw=h100", "hw.memory_gib=94", "hw.host_memory_gib=693",
              "deepspeed=zero3_offload", "train.batch_size=1", *ONE)  # fmt: skip
@@ -24,10 +26,12 @@ SEVENTY = ("model=llama2_70b", "method=qlora4", "hw=rtx4090", "hw.num_gpus=4", "
 QWEN2 = ("model=hub", "model.name=qwen2_7b", "model.id=Qwen/Qwen2-7B", "model.architecture=qwen2",
          "model.hidden_size=3584", "model.intermediate_size=18944", "model.num_layers=28", "model.num_heads=28",
          "model.num_kv_heads=4", "model.vocab_size=152064", "model.context_length=32768", "model.tie_embeddings=false",
-         "method=lora", "method.rank=8", "hw=a100", "train.batch_size=1", "train.micro_batch_size=1")  # fmt: skip
+         "method=lora", "method.rank=8", "hw=a100", "train.batch_size=1", "train.micro_batch_size=1",
+         CHECKPOINTED)  # fmt: skip
 LOADED = ("model=llama3_8b", "method=lora", "hw=a100", "train.batch_size=1", *ONE)
 # torchtune's own: rank 8 on two of the attention's projections, checkpoints, and in full all in bf16.
-TUNED = ("model=llama3_8b", "hw=rtx4090", "train.max_length=2048", "train.micro_batch_size=2", "train.batch_size=2")
+TUNED = ("model=llama3_8b", "hw=rtx4090", "train.max_length=2048", "train.micro_batch_size=2", "train.batch_size=2",
+         CHECKPOINTED)  # fmt: skip
 TUNED_LORA, TUNED_QLORA = (
     (*TUNED, f"method={method}", "method.rank=8", "method.target_modules=[q_proj,v_proj]")
     for method in ("lora", "qlora4")

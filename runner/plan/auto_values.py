@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from runner.errors import Problem, RequestError
-from runner.plan.choose_stage import STAGES, StageChoice, StageSearch, batches, caps_scores
+from runner.plan.choose_stage import STAGES, StageChoice, StageSearch, batches, caps_scores, is_counted
 from runner.plan.memory import GIB
+from runner.plan.model_shape import shape_for
 from runner.spec import RunSpec
 
 
@@ -23,15 +24,17 @@ def resolve_autos(spec: RunSpec, options: StageSearch | None = None) -> tuple[Ru
     if options is not None:
         best = options.best(spec)
         stage, micro, accumulation = best.stage, best.micro_batch, best.accumulation
-        notes += _why(spec, options, best)
+        checkpointing: bool | int | str = typed(best.checkpointing)
+        notes += [*_why(spec, options, best), *_why_checkpointed(spec, options, best)]
     else:
         (micro, accumulation), *_ = batches(spec)
+        checkpointing = True if spec.train.gradient_checkpointing == "auto" else spec.train.gradient_checkpointing
         stage = "none" if spec.deepspeed.name == "auto" and spec.hw.world_size == 1 else spec.deepspeed.name
     total = micro * accumulation * spec.hw.world_size
     if total != spec.train.batch_size:
         shape = f"{micro} × {accumulation} × {spec.hw.world_size} processes"
         notes.insert(0, f"global batch {spec.train.batch_size} rounded to {total} = {shape}")
-    batch = {"micro_batch_size": micro, "accumulation_steps": accumulation}
+    batch = {"micro_batch_size": micro, "accumulation_steps": accumulation, "gradient_checkpointing": checkpointing}
     update = {
         "train": spec.train.model_copy(update=batch | {"batch_size": total}),  # as run, so that spec.json repeats it
         "deepspeed": spec.deepspeed.model_copy(update={"name": stage} | _config(spec, stage)),
@@ -59,6 +62,27 @@ def _why(spec: RunSpec, options: StageSearch, best: StageChoice) -> list[str]:
             too_big.append(f"{stage} needs {tried.memory.high / GIB:.1f} GiB with headroom")
     reason = "; ".join(too_big) if too_big else "it is the fastest that fits"
     return [f"deepspeed=auto took {best.stage}: {reason}"]
+
+
+def typed(every: int) -> bool | int:
+    """The value of `train.gradient_checkpointing` for every n-th layer."""
+    return bool(every) if every < 2 else every
+
+
+def _why_checkpointed(spec: RunSpec, options: StageSearch, best: StageChoice) -> list[str]:
+    """Why so many layers are computed again, where that was left open."""
+    if spec.train.gradient_checkpointing != "auto":
+        return []
+    taken = f"train.gradient_checkpointing=auto took {str(typed(best.checkpointing)).lower()}"
+    if not is_counted(spec.method):
+        return [f"{taken}: memory is a lower bound"]
+    if best.capacity is None:
+        return [f"{taken}: how much memory {spec.hw.name} has is not known"]
+    if not best.checkpointing:
+        return [f"{taken}: all fits with headroom"]
+    whole = options.choice(spec, shape_for(spec), best.stage, best.micro_batch, best.accumulation, 0)
+    needs = f"a micro batch of {best.micro_batch} needs {whole.memory.high / GIB:.1f} GiB with headroom"
+    return [f"{taken}: without it {needs}"]
 
 
 def _check_product(spec: RunSpec) -> None:
@@ -92,8 +116,8 @@ def resolve_hardware_autos(spec: RunSpec) -> RunSpec:
     on_gpu = spec.hw.accelerator == "cuda"
     if spec.train.attention == "auto":
         train["attention"] = "varlen"
-    if spec.train.gradient_checkpointing == "auto":
-        train["gradient_checkpointing"] = on_gpu
+    if spec.train.gradient_checkpointing == "auto" and not on_gpu:
+        train["gradient_checkpointing"] = False
     if spec.train.liger == "auto" and not on_gpu:
         train["liger"] = False
     return spec.model_copy(update={"train": spec.train.model_copy(update=train)})

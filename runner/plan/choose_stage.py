@@ -1,9 +1,13 @@
-"""Candidates for a request on one machine: ZeRO stage × micro batch, each with memory and speed."""
+"""Candidates for a request on one machine: ZeRO stage × micro batch × checkpointing, each with memory and speed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import groupby
 from typing import Any
 
 from runner.errors import Problem, RequestError
@@ -13,7 +17,8 @@ from runner.plan.model_shape import TRAITS, Shape, shape_for
 from runner.plan.step_time import Machine, StepTime, Work, evaluation_time, machine_of, step_time, work_of
 from runner.plan.trainable import Precision, Training, training_of
 from runner.plan.zero_config import ResolvedConfig, refusal, resolved_config
-from runner.spec import HardwareSpec, Method, ModelSpec, RunSpec
+from runner.spec import HardwareSpec, Method, ModelSpec, Peft, RunSpec
+from runner.spec.adapters import TYPES
 
 Templates = Mapping[str, Mapping[str, object]]
 """The DeepSpeed JSONs by stage, as they are in deepspeed_configs/."""
@@ -26,6 +31,9 @@ NOISE = 1.05
 """A higher stage has to be 5% faster to be taken: the speeds are estimates (docs/planning.md)."""
 MAX_MICRO_BATCH = 8
 """Larger ones gain little speed on any GPU once a sequence has 512 tokens."""
+CHECKPOINTING = (0, 4, 2, 1)
+"""What `train.gradient_checkpointing=auto` chooses from on a GPU, the one that keeps most first: no layer, every
+fourth, every second, all. What lies between two of them is as near as the estimates of speed are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,8 @@ class StageChoice:
     stage: str
     micro_batch: int
     accumulation: int
+    checkpointing: int
+    """n where every n-th layer is computed again in the backward pass: 1 for all, 0 for none."""
     batch: int
     """Global batch, as rounded."""
     memory: Memory
@@ -125,88 +135,149 @@ class StageSearch:
         return self._configs[key]
 
     def choices(self, spec: RunSpec, stages: tuple[str, ...] | None = None) -> Iterator[StageChoice]:
-        """Every option of a run whose precision and hardware are resolved, best rounding first within a stage."""
+        """Every micro batch of a run whose precision and hardware are resolved, best rounding first within a stage,
+        with the checkpointing that needs least."""
         shape = shape_for(spec)
         for stage in stages or allowed_stages(spec):
             for micro, accumulation in batches(spec):
-                yield self.choice(spec, shape, stage, micro, accumulation)
+                yield self.choice(spec, shape, stage, micro, accumulation, checkpointings(spec)[-1])
 
-    def choice(self, spec: RunSpec, shape: Shape, stage: str, micro: int, accumulation: int) -> StageChoice:
+    def choice(
+        self, spec: RunSpec, shape: Shape, stage: str, micro: int, accumulation: int, checkpointing: int
+    ) -> StageChoice:
         """One of them."""
-        precision = spec.train.precision
-        assert precision != "auto"
-        sharded = stage != "none"
-        training = self.training(shape, spec.method, precision, deepspeed=sharded)
-        job = job_of(spec)
-        config = self.config(spec, stage, micro, accumulation, shape.hidden_size) if sharded else None
+        training = self._training_of(spec, shape, stage)
+        job = job_of(spec, checkpointing)
+        config = self.config(spec, stage, micro, accumulation, shape.hidden_size) if stage != "none" else None
         held = memory(training, job, micro, accumulation, stage, config)
-        machine = self.machine(spec.hw, precision)
-        step = None
-        if machine is not None:
-            step = step_time(
-                self.work(training, job, micro),
-                machine,
-                micro_batch=micro * job.passes.sequences,
-                accumulation=accumulation,
-                stage=stage,  # type: ignore[arg-type]  # a stage's name
-                optimizer=spec.train.optimizer,
-            )
-            step = with_answers(step, self.work(training, job, micro), machine, job, micro * accumulation)
+        step = self.step(spec, shape, stage, micro, accumulation, checkpointing)
         capacity = None if spec.hw.memory_gib is None else spec.hw.memory_gib * GIB
         total = micro * accumulation * spec.hw.world_size
-        return StageChoice(stage, micro, accumulation, total, held, capacity, step, config)
+        return StageChoice(stage, micro, accumulation, checkpointing, total, held, capacity, step, config)
+
+    def step(
+        self, spec: RunSpec, shape: Shape, stage: str, micro: int, accumulation: int, checkpointing: int
+    ) -> StepTime | None:
+        """Its time; None where the hardware's speed is not known."""
+        machine = self.machine(spec.hw, spec.train.precision)
+        if machine is None:
+            return None
+        job = job_of(spec, checkpointing)
+        work = self.work(self._training_of(spec, shape, stage), job, micro)
+        step = step_time(
+            work,
+            machine,
+            micro_batch=micro * job.passes.sequences,
+            accumulation=accumulation,
+            stage=stage,  # type: ignore[arg-type]  # a stage's name
+            optimizer=spec.train.optimizer,
+        )
+        return with_answers(step, work, machine, job, micro * accumulation)
+
+    def _training_of(self, spec: RunSpec, shape: Shape, stage: str) -> Training:
+        precision = spec.train.precision
+        assert precision != "auto"
+        return self.training(shape, spec.method, precision, deepspeed=stage != "none")
 
     def best(self, spec: RunSpec) -> StageChoice:
-        """The fastest that fits with headroom; else the fastest that fits; else the one that misses by least."""
-        shape = shape_for(spec)
-        chosen = [self._in_stage(spec, shape, stage) for stage in allowed_stages(spec)]
+        """The fastest that fits with headroom; else the fastest that fits; else the one that misses by least.
+
+        A stage whose fastest would not be taken is not worked out.
+        """
+        shape, stages = shape_for(spec), allowed_stages(spec)
+        pair, level = batches(spec)[0], checkpointings(spec)[0]
+        hopeless = [stage for stage in stages if self._hopeless(spec, shape, stage, pair)]
+        chosen: list[StageChoice] = []
+        taken: StageChoice | None = None
+        for stage in stages:
+            limit = taken.seconds_per_sequence / NOISE if taken else math.inf
+            if stage in hopeless or (taken and self._seconds(spec, shape, stage, pair, level) >= limit):
+                continue
+            option = self._in_stage(spec, shape, stage)
+            if option.comfortable and (not taken or option.seconds_per_sequence < limit):
+                taken = option
+            chosen.append(option)
+        if taken:
+            return taken
+        smallest, least = min(batches(spec)), checkpointings(spec)[-1]
+        chosen += [self.choice(spec, shape, stage, *smallest, least) for stage in hopeless]
         best = min(chosen, key=_rank)
-        if not best.fits:
-            return best
-        alike = [o for o in chosen if _rank(o)[:2] == _rank(best)[:2]]
-        near = [o for o in alike if o.seconds_per_sequence <= NOISE * best.seconds_per_sequence]
+        near = [o for o in chosen if o.fits and o.seconds_per_sequence <= NOISE * best.seconds_per_sequence]
         return min(near or [best], key=lambda o: ORDER.index(o.stage))
 
     def _in_stage(self, spec: RunSpec, shape: Shape, stage: str) -> StageChoice:
-        """Of the best rounding the largest micro batch with headroom; without headroom, what needs least.
+        """Of the best rounding the fastest with headroom; without headroom, what needs least.
 
         That is the safest: the largest micro batch would fill the card.
         """
-        pairs = batches(spec)
+        pairs, levels = batches(spec), checkpointings(spec)
         smallest = min(pairs)
-        if self._hopeless(spec, shape, stage, pairs[0]):
-            return self.choice(spec, shape, stage, *smallest)
-        first = self.choice(spec, shape, stage, *pairs[0])
-        if first.comfortable or len(pairs) == 1:
+
+        @cache
+        def option(pair: tuple[int, int], level: int) -> StageChoice:
+            return self.choice(spec, shape, stage, *pair, level)
+
+        if (first := option(pairs[0], levels[0])).comfortable:
             return first
-        least = self.choice(spec, shape, stage, *smallest)
-        rest = pairs[1:]
-        grows = least.memory.peak_phase in ("forward", "backward")
-        if grows and not least.comfortable:  # larger ones need more, unless they keep no gradients from step to step
-            rest = [pair for pair in rest if pair[1] == 1 < least.accumulation]
-        tried = [first, least]
-        for pair in rest:
-            option = self.choice(spec, shape, stage, *pair) if pair != smallest else least
-            if option.comfortable:
-                return option
-            tried.append(option)
-        return min(tried, key=lambda o: (o.memory.expected, pairs.index((o.micro_batch, o.accumulation))))
+        if option(smallest, levels[0]).comfortable or (least := option(smallest, levels[-1])).comfortable:
+            return self._fastest(spec, shape, stage, option)
+        needs = least.memory.expected
+        if least.memory.peak_phase not in ("forward", "backward"):  # which no micro batch changes, while it is the peak
+            alike = [pair for pair in pairs if _off(spec, pair) == _off(spec, pairs[0])]
+            at = bisect_left(alike, True, key=lambda pair: option(pair, levels[-1]).memory.expected <= needs)
+            return option(alike[at], levels[-1]) if at < len(alike) else least
+        # larger ones need more, unless they keep no gradients from step to step
+        alone = [option(pair, levels[-1]) for pair in pairs if pair[1] == 1 < least.accumulation]
+        return next((o for o in alone if o.comfortable), min([least, *alone], key=lambda o: o.memory.expected))
+
+    def _fastest(
+        self, spec: RunSpec, shape: Shape, stage: str, option: Callable[[tuple[int, int], int], StageChoice]
+    ) -> StageChoice:
+        """The fastest with headroom, which the smallest micro batch with the checkpointing that needs least has.
+
+        A larger micro batch needs more, and so does recomputing fewer layers; both are faster. So few are worked out:
+        the bounds of what has headroom are found by halving, and what cannot be faster than one that has is left out.
+        """
+        levels = checkpointings(spec)
+        seconds = partial(self._seconds, spec, shape, stage)
+        for _, some in groupby(batches(spec), key=partial(_off, spec)):
+            pairs = list(some)  # the largest micro batch first
+            best: StageChoice | None = None
+            start = 0
+            if not option(pairs[-1], levels[0]).comfortable:
+                start = bisect_left(levels, True, 1, key=lambda level: option(pairs[-1], level).comfortable)
+            for level in levels[start:]:
+                if best:
+                    limit = best.seconds_per_sequence
+                    pairs = [pair for pair in pairs if pair[0] > best.micro_batch and seconds(pair, level) < limit]
+                at = bisect_left(pairs, True, key=lambda pair: option(pair, level).comfortable)
+                # one that keeps no gradients from step to step may need less than smaller ones
+                if pairs and pairs[0][1] == 1 and option(pairs[0], level).comfortable:
+                    at = 0
+                if at < len(pairs):
+                    best = option(pairs[at], level)
+            if best:
+                return best
+        raise AssertionError("unreachable")
+
+    def _seconds(self, spec: RunSpec, shape: Shape, stage: str, pair: tuple[int, int], level: int) -> float:
+        """Of a sequence, as `StageChoice.seconds_per_sequence`."""
+        step = self.step(spec, shape, stage, *pair, level)
+        return step.total_s / (math.prod(pair) * spec.hw.world_size) if step else math.inf
 
     def _hopeless(self, spec: RunSpec, shape: Shape, stage: str, pair: tuple[int, int]) -> bool:
         """What is always there is more than there is room for."""
-        precision = spec.train.precision
-        if spec.hw.memory_gib is None or precision == "auto":
+        if spec.hw.memory_gib is None:
             return False
-        training = self.training(shape, spec.method, precision, deepspeed=stage != "none")
+        training, job = self._training_of(spec, shape, stage), job_of(spec, checkpointings(spec)[-1])
         config = self.config(spec, stage, *pair, shape.hidden_size) if stage != "none" else None
-        return floor(training, job_of(spec), stage, config) > spec.hw.memory_gib * GIB
+        return floor(training, job, stage, config) > spec.hw.memory_gib * GIB
 
 
-def _rank(option: StageChoice) -> tuple[bool, bool, float, int]:
-    lacking = 0.0 if option.fits else option.memory.expected
-    speed = round(option.seconds_per_sequence, 4) if option.fits else lacking
-    order = ORDER.index(option.stage)
-    return not option.fits, not option.comfortable, speed, order
+def _rank(option: StageChoice) -> tuple[bool, float, int]:
+    """Of those without headroom."""
+    speed = round(option.seconds_per_sequence, 4) if option.fits else option.memory.expected
+    return not option.fits, speed, ORDER.index(option.stage)
 
 
 def allowed_stages(spec: RunSpec) -> tuple[str, ...]:
@@ -227,6 +298,11 @@ def _refusal(spec: RunSpec, stage: str) -> Problem | None:
     return refusal(stage, spec.method.kind, spec.train.optimizer, spec.train.precision, master)
 
 
+def _off(spec: RunSpec, pair: tuple[int, int]) -> int:
+    """How many sequences the global batch is off with this micro batch and accumulation."""
+    return abs(math.prod(pair) * spec.hw.world_size - spec.train.batch_size)
+
+
 def batches(spec: RunSpec) -> list[tuple[int, int]]:
     """Micro batch and accumulation: nearest to the global batch first, then the largest micro batch."""
     world, wanted = spec.hw.world_size, spec.train.batch_size
@@ -236,17 +312,36 @@ def batches(spec: RunSpec) -> list[tuple[int, int]]:
     pairs = [
         (m, accumulation if isinstance(accumulation, int) else max(1, round(wanted / (world * m)))) for m in micros
     ]
-    return sorted(pairs, key=lambda pair: (abs(pair[0] * pair[1] * world - wanted), -pair[0]))
+    return sorted(pairs, key=lambda pair: (_off(spec, pair), -pair[0]))
 
 
-def job_of(spec: RunSpec) -> Job:
-    """The run in the memory arithmetic's own terms; precision, checkpointing and hardware must be resolved."""
+def checkpointings(spec: RunSpec) -> tuple[int, ...]:
+    """What is typed, or all that `auto` may take, the one that keeps most first.
+
+    Where nobody knows that it fits without, `auto` checkpoints every layer.
+    """
+    if spec.train.gradient_checkpointing != "auto":
+        return (spec.train.checkpoint_every,)
+    return CHECKPOINTING if spec.hw.memory_gib is not None and is_counted(spec.method) else (1,)
+
+
+def is_counted(method: Method) -> bool:
+    """The plan knows what the method keeps and builds beside its parameters in a step.
+
+    Types of PEFT's differ in that: a run with HRA was planned at 1.8 GiB and took 4.9.
+    """
+    return not isinstance(method, Peft) or method.peft_type in TYPES
+
+
+def job_of(spec: RunSpec, checkpointing: int | None = None) -> Job:
+    """The run in the memory arithmetic's own terms; precision and hardware must be resolved, and checkpointing, where
+    it is not said."""
     train, hw = spec.train, spec.hw
     assert train.precision != "auto"
     return Job(
         seq=train.max_length,
         precision=train.precision,
-        checkpointing=train.gradient_checkpointing is True,
+        checkpointing=train.checkpoint_every if checkpointing is None else checkpointing,
         attention=attention_kernel(spec),
         optimizer=train.optimizer,
         on_gpu=hw.accelerator == "cuda",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from runner.plan import zero
@@ -15,6 +16,7 @@ from runner.plan.autograd.ops import AttentionKernel, LayerKind, Setting
 from runner.plan.autograd.step_peak import Step, TrainableLayers, patterns, replay_step
 from runner.plan.autograd.tape import KINDS
 from runner.plan.host_memory import CPU_PROCESS
+from runner.plan.model_shape import Shape
 from runner.plan.trainable import Precision, Training, largest_trained, norms_and_biases
 from runner.plan.zero_config import ResolvedConfig
 from runner.spec.objective_base import Passes
@@ -59,7 +61,8 @@ class Job:
     seq: int
     """Tokens per sequence."""
     precision: Precision
-    checkpointing: bool
+    checkpointing: int
+    """n where every n-th layer is computed again in the backward pass: 1 for all, 0 for none."""
     attention: AttentionKernel
     optimizer: str
     on_gpu: bool
@@ -155,7 +158,7 @@ def _forward(training: Training, job: Job, setting: Setting, one: Step, sequence
     first keeps is held, or the generation of the answers to a whole optimiser step's prompts, `sequences` of them."""
     moments: list[dict[str, float]] = [one.forward.kinds]
     if job.passes.over_held:
-        quiet = replay_step(training.shape, replace(setting, rank=0, checkpointing=False), _quiet(training))
+        quiet = replay_step(training.shape, replace(setting, rank=0, checkpointing=0), _quiet(training.shape))
         moments.append({k: one.held.kinds[k] + quiet.forward.kinds[k] for k in KINDS})
     if job.passes.new_tokens:
         new = job.passes.new_tokens
@@ -166,8 +169,9 @@ def _forward(training: Training, job: Job, setting: Setting, one: Step, sequence
     return max(moments, key=lambda kinds: sum(kinds.values()))
 
 
-def _quiet(training: Training) -> TrainableLayers:
-    return TrainableLayers(patterns(training.shape, lambda i: LayerKind()))
+@lru_cache
+def _quiet(shape: Shape) -> TrainableLayers:
+    return TrainableLayers(patterns(shape, lambda i: LayerKind()))
 
 
 def floor(training: Training, job: Job, stage: str = "none", config: ResolvedConfig | None = None) -> float:
@@ -288,7 +292,7 @@ def _answers(training: Training, setting: Setting, batch: int, prompt: int, new_
         frozen_width=setting.frozen_width, attention=setting.attention, base=setting.base, head="labelled",
         labelled=1 / prompt,
     )  # fmt: skip
-    kinds = replay_step(shape, forward, _quiet(training)).forward.kinds
+    kinds = replay_step(shape, forward, _quiet(training.shape)).forward.kinds
     return {"kv_cache": float(cache)} | {name: kinds[name] for name in KINDS if kinds[name]}
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from runner.plan import cost, host_memory, main_memory
-from runner.plan.choose_stage import KERNELS, StageChoice, StageSearch, attention_kernel
+from runner.plan.choose_stage import KERNELS, StageChoice, StageSearch, attention_kernel, is_counted
 from runner.plan.cost import Checkpoints, checkpoints_of
 from runner.plan.main_memory import stage_number, weight_bytes
 from runner.plan.memory import GIB
@@ -16,7 +16,6 @@ from runner.plan.run_time import GB, RunFacts, hours_of
 from runner.plan.trainable import Training
 from runner.plan.worker_environment import arguments, variables
 from runner.spec import Peft, RunSpec
-from runner.spec.adapters import TYPES
 
 SPOT_WARNING_S = 5
 """Between SIGTERM and SIGKILL on RunPod's interruptible machines (docs.runpod.io, spot pods)."""
@@ -75,6 +74,8 @@ class Plan:
     """Arithmetic: bf16, fp16 or fp32."""
     attention: str
     """`train.attention`, and the kernel that it means on this hardware."""
+    checkpointing: int
+    """n where every n-th layer is computed again in the backward pass: 1 for all, 0 for none."""
     num_gpus: int
     """GPUs of all nodes; 0 on a CPU."""
     trainable_parameters: int
@@ -120,7 +121,8 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[st
     assert train.precision != "auto"
     shape = shape_for(spec)
     stage = spec.deepspeed.name
-    option = options.choice(spec, shape, stage, train.micro_batch_size, train.accumulation_steps)
+    sizes = train.micro_batch_size, train.accumulation_steps, train.checkpoint_every
+    option = options.choice(spec, shape, stage, *sizes)
     training = options.training(shape, spec.method, train.precision, deepspeed=stage != "none")
     ram = main_memory.terms(spec, training, option, facts.data_tokens or 0)
     one = sum(host_memory.checkpoint(weight_bytes(spec, training), stage_number(stage)).values())
@@ -172,6 +174,7 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[st
         data=spec.data.name,
         precision=train.precision,
         attention=f"{train.attention}: {KERNELS[attention_kernel(spec)]}",
+        checkpointing=option.checkpointing,
         num_gpus=hw.num_gpus * hw.num_nodes,
         trainable_parameters=training.trainable,
         num_steps=facts.num_steps,
@@ -213,9 +216,9 @@ def _unsure(ram: Mapping[str, float], spec: RunSpec) -> bool:
 
 
 def _uncounted(spec: RunSpec) -> Iterator[str]:
-    """Types differ in what they build in a step: a run with HRA was planned at 1.8 GiB and took 4.9."""
+    """What the memory leaves out."""
     method = spec.method
-    if isinstance(method, Peft) and method.peft_type not in TYPES:
+    if isinstance(method, Peft) and not is_counted(method):
         yield (
             f"memory is a lower bound: what {method.peft_type} keeps and builds beside its parameters in a step is not "
             "known; train.max_steps=2 measures it (peak_memory_gib in summary.json)"

@@ -28,6 +28,8 @@ class SearchRow:
     zero_stage: str
     micro_batch: int
     accumulation: int
+    checkpointing: int
+    """n where every n-th layer is computed again in the backward pass: 1 for all, 0 for none."""
     fits: bool
     peak_gib: float
     capacity_gib: float | None
@@ -107,6 +109,7 @@ def _row(spec: RunSpec, option: StageChoice, ram: Mapping[str, float], sequences
         zero_stage=option.stage,
         micro_batch=option.micro_batch,
         accumulation=option.accumulation,
+        checkpointing=option.checkpointing,
         fits=option.fits and main_memory.lacking(spec, ram) is None,
         peak_gib=round(option.memory.expected / GIB, 1),
         capacity_gib=hw.memory_gib,
@@ -125,7 +128,7 @@ def _refused(spec: RunSpec, why: str) -> SearchRow:
     gpus = hw.num_gpus * hw.num_nodes
     names = spec.model.name, spec.method.label, hw.name, gpus, spec.deepspeed.name
     return SearchRow(
-        *names, 0, 0, False, 0.0, hw.memory_gib, None, main_memory.there(spec), None, None, None, None, why
+        *names, 0, 0, 0, False, 0.0, hw.memory_gib, None, main_memory.there(spec), None, None, None, None, why
     )
 
 
@@ -181,7 +184,7 @@ def nearest_changes(
 def _changes(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
     """Changes in the order of what they take away: nothing, time, context, exactness."""
     train, named = spec.train, spec.deepspeed.name
-    if train.gradient_checkpointing is False:
+    if train.gradient_checkpointing not in (True, "auto"):
         yield "train.gradient_checkpointing=true", _with(spec, train={"gradient_checkpointing": True})
     if isinstance(train.micro_batch_size, int) and train.micro_batch_size > 1:
         yield "train.micro_batch_size=1", _with(spec, train={"micro_batch_size": 1})

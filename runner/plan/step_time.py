@@ -45,7 +45,7 @@ def flops_per_token(
     *,
     method: str,
     trained_layers: int,
-    checkpointing: bool,
+    checkpointing: int,
     adapter_parameters: int = 0,
     backward_layers: int | None = None,
     quiet: int = 0,
@@ -56,8 +56,9 @@ def flops_per_token(
     A matrix of W weights costs 2·W forward, 2·W for the gradient of its input and 2·W for its own (Kaplan et al.
     2020, arXiv 2001.08361, table 1). So: the whole model forward; gradients of inputs in the `backward_layers`
     top ones, which the loss flows through (default: `trained_layers`, as if the trained ones were the last);
-    gradients of weights where they train. With checkpointing those layers run forward once more, the head does
-    not (Korthikanti et al. 2022, arXiv 2205.05198, appendix A). A mixture counts the experts a token is routed to.
+    gradients of weights where they train. Every `checkpointing`-th of those layers (0: none) runs forward once more,
+    the head does not (Korthikanti et al. 2022, arXiv 2205.05198, appendix A). A mixture counts the experts a token is
+    routed to.
 
     Attention adds 2·(s/2)·d for scores and as much for values, per token and layer (PaLM, arXiv 2204.02311,
     appendix B, halved: a causal kernel skips the masked half), twice that backward. `span` takes the place of s where
@@ -80,12 +81,12 @@ def flops_per_token(
     per_layer = 2 * active + attention
     total = (1 + quiet) * (layers * per_layer + 2 * head)
     total += reached * (2 * active + 2 * attention) + 2 * head
-    if checkpointing:
-        total += reached * per_layer
+    again = _recomputed(layers, reached, checkpointing)
+    total += again * per_layer
     if method == "full":
         total += layers * 2 * active + 2 * head
     elif method in ADAPTERS:
-        total += (8 if checkpointing else 6) * adapter_parameters
+        total += (6 + 2 * (again / reached if reached else 0)) * adapter_parameters
     else:
         total += min(layers, trained_layers) * 2 * active
     return float(total)
@@ -94,6 +95,11 @@ def flops_per_token(
 def _reached(layers: int, method: str, trained: int, backward: int | None) -> int:
     """Layers that the backward pass runs through."""
     return layers if method == "full" else min(layers, trained if backward is None else backward)
+
+
+def _recomputed(layers: int, reached: int, every: int) -> int:
+    """How many of the `reached` last layers are computed again: every `every`-th of all, from the first."""
+    return math.ceil(layers / every) - math.ceil((layers - reached) / every) if every else 0
 
 
 def _active_share(shape: Shape, count: int) -> float:
@@ -127,7 +133,7 @@ def work_of(
     *,
     method: str,
     trained_layers: int,
-    checkpointing: bool,
+    checkpointing: int,
     trained_parameters: int,
     adapter_parameters: int = 0,
     backward_layers: int | None = None,
@@ -137,7 +143,9 @@ def work_of(
     span: float | None = None,
 ) -> Work:
     """The work of a run; `weight_bytes` is 2 per parameter unless given, `quiet`, `span` as in `flops_per_token`."""
-    share = _reached(shape.num_layers, method, trained_layers, backward_layers) / shape.num_layers
+    layers = shape.num_layers
+    reached = _reached(layers, method, trained_layers, backward_layers)
+    share, again = reached / layers, _recomputed(layers, reached, checkpointing) / layers
     flops = flops_per_token(
         shape,
         seq,
@@ -153,11 +161,11 @@ def work_of(
     packed = shape.over_layers(
         lambda layer: sum(m.weights for m in layer.matrices if any(getattr(m, k) for k in unpacks))
     )
-    unpacked = packed * (1 + quiet + share * (2 if checkpointing else 1))  # forward, backward, recomputation
+    unpacked = packed * (1 + quiet + share + again)  # forward, backward, recomputation
     stored = 2.0 * shape.num_parameters if weight_bytes is None else weight_bytes
-    passes = 1 + quiet + share * (3 if checkpointing else 2)
+    passes = 1 + quiet + 2 * share + again
     sizes = trained_parameters, stored, gradient_bytes
-    return Work(method, flops, seq, passes, shape.num_layers, unpacked, *sizes)
+    return Work(method, flops, seq, passes, layers, unpacked, *sizes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from runner.report.plan_terms import gib
+from runner.report.plan_terms import gib, recomputed
 from runner.report.text import ascii_fallback, duration
 
 UNKNOWN = "–"
@@ -45,11 +45,13 @@ _CHOICES = ("model", "method", "hw")
 _STAGE = Column("ZeRO", lambda row: str(row["zero_stage"]), number=False, rank=1)
 _GPUS = Column("GPUs", lambda row: str(row["num_gpus"]), rank=6)
 _BATCH = Column("batch", lambda row: f"{row['micro_batch']} × {row['accumulation']}", rank=4)
+_RECOMPUTED = Column("recomputes", lambda row: recomputed(row["checkpointing"]), number=False, rank=7)
 _MEMORY = Column("GiB", _memory)
 _FITTING = (
     _GPUS,
     _STAGE,
     _BATCH,
+    _RECOMPUTED,
     _MEMORY,
     Column("tokens/s", _known("tokens_per_second", lambda speed: f"{speed:,.0f}"), rank=3),
     Column("time", _known("hours", lambda hours: duration(3600 * hours)), rank=2),

@@ -117,6 +117,11 @@ def gib(size: float) -> str:
     return f"{size:.0f}" if size >= 99.95 else f"{size:.1f}"
 
 
+def recomputed(every: int) -> str:
+    """Which layers are computed again: `none`, `all`, `every 2nd`."""
+    return ("none", "all", "every 2nd", "every 3rd")[every] if every < 4 else f"every {every}th"
+
+
 def _title(group: str, name: str) -> str:
     """As people call it; the name itself where the catalogue has no title for it."""
     if name not in conf_files.options(group):

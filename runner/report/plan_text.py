@@ -20,6 +20,7 @@ from runner.report.plan_terms import (
     gib,
     heading,
     present,
+    recomputed,
     segments,
     term_of,
 )
@@ -156,6 +157,7 @@ def _print_facts(console: Console, plan: Plan) -> None:
     for label, words in (
         ("ZeRO", _zero(plan)),
         ("Attention", plan.attention.split()),
+        *([("Recomputes", _recomputes(plan))] if plan.num_gpus else []),
         ("Batch", _batch(plan)),
         ("Trains", [f"{plan.trainable_parameters:,} parameters"]),
         ("Main memory", [*_sizes(plan.host_ram_gib, plan.host_ram), *_of_pod(plan)]),
@@ -176,14 +178,20 @@ def _of_pod(plan: Plan) -> list[str]:
 
 
 _PROCESS = ("process", "processes")
-_WHY = "deepspeed=auto"
-"""Beginning of the note that says why a stage was taken (runner/plan/auto_values.py)."""
+_WHY_STAGE, _WHY_CHECKPOINTED = "deepspeed=auto", "train.gradient_checkpointing=auto"
+"""Beginnings of the notes that say why something was taken (runner/plan/auto_values.py)."""
 
 
 def _zero(plan: Plan) -> list[str]:
-    stage = STAGES.get(plan.zero_stage, plan.zero_stage)
-    why = [note for note in plan.notes if note.startswith(_WHY)]
-    return "; ".join([stage, *why]).split()
+    return _with_reason(STAGES.get(plan.zero_stage, plan.zero_stage), plan, _WHY_STAGE)
+
+
+def _recomputes(plan: Plan) -> list[str]:
+    return _with_reason(f"{recomputed(plan.checkpointing)} of the layers in the backward pass", plan, _WHY_CHECKPOINTED)
+
+
+def _with_reason(words: str, plan: Plan, beginning: str) -> list[str]:
+    return "; ".join([words, *(note for note in plan.notes if note.startswith(beginning))]).split()
 
 
 def _batch(plan: Plan) -> list[str]:
@@ -251,7 +259,7 @@ def _unknown(plan: Plan) -> str:
 
 def _print_notes(console: Console, plan: Plan) -> None:
     """Print assumptions, then the reasons for a refusal."""
-    notes = [note for note in plan.notes if not note.startswith(_WHY)]
+    notes = [note for note in plan.notes if not note.startswith((_WHY_STAGE, _WHY_CHECKPOINTED))]
     if notes:
         console.print()
     for note in notes:

@@ -245,7 +245,7 @@ def table_cell(base: RunSpec, model: ModelSpec, method: dict[str, object], micro
             "train": base.train.model_copy(update=size),
         }
     )
-    return _TABLE.choice(one, shape_of(model), "none", micro_batch, 1).memory.expected / GIB
+    return _TABLE.choice(one, shape_of(model), "none", micro_batch, 1, 1).memory.expected / GIB
 
 
 _HELD_METHODS = {"full, bf16 weights": "full", "LoRA, rank 16": "lora", "QLoRA, 4 bits": "qlora4"}

@@ -67,8 +67,8 @@ class TrainSpec(Part):
     """Arithmetic; auto takes bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
     """Attention kernel; auto takes varlen, which makes no mask: torch's flash kernel in 16 bits on GPUs since Ampere, else each document by itself; FlashAttention 3 where it is installed here and the GPU is a Hopper."""
-    gradient_checkpointing: bool | Auto = "auto"
-    """Recompute activations in the backward pass: less memory, a third more time; auto means on a GPU only."""
+    gradient_checkpointing: bool | int | Auto = "auto"
+    """Recompute activations in the backward pass: less memory, a third more time; a number n does it in every n-th layer. auto takes the fastest of these that fits on a GPU, and false on a CPU."""
     liger: bool | Auto = "auto"
     """Liger's fused kernels for norms, rotary positions and the MLP; auto means on a GPU where `liger-kernel` is installed and has some for the model."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
@@ -86,12 +86,25 @@ class TrainSpec(Part):
     spike_factor: float = Field(default=3.0, gt=1)
     """A spike is a micro batch whose loss exceeds this multiple of the median of the last 50 steps; the first 20 steps are exempt."""
 
+    @field_validator("gradient_checkpointing")
+    @classmethod
+    def _every_so_many(cls, value: bool | int | str) -> bool | int | str:
+        if isinstance(value, int) and value < 0:
+            raise ValueError("must be true, false, auto, or n for every n-th layer, a whole number of at least 2")
+        return bool(value) if value in (0, 1) else value
+
     @field_validator("micro_batch_size", "accumulation_steps")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
             raise ValueError("must be a whole number of at least 1, or auto")
         return value
+
+    @property
+    def checkpoint_every(self) -> int:
+        """`gradient_checkpointing` as a number: 1 for every layer, 0 for none; `auto` must be decided."""
+        assert self.gradient_checkpointing != "auto"
+        return int(self.gradient_checkpointing)
 
 
 class EvalSpec(Part):

@@ -182,6 +182,8 @@ def test_a_file_of_ours_under_another_stage_and_one_without_deepspeed_are_refuse
          'write "overlap_comm": true'),
         (zero(cpu_offload=True), "zero_optimization.cpu_offload has no place in a run",
          "write offload_optimizer: {device: cpu}"),
+        (zero() | {"activation_checkpointing": {}}, "activation_checkpointing has no place in a run",
+         "layers do not call DeepSpeed's; train.gradient_checkpointing decides it"),
         (zero() | {"amp": {"enabled": True}}, "amp has no place in a run",
          "DeepSpeed has given Apex up; train.precision decides it"),
         (zero() | {"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 are both switched on",

@@ -30,6 +30,7 @@ from runner.plan.model_shape import Matrix, shape_of
 from runner.plan.trainable import training_of
 from runner.spec import ModelSpec, RunSpec
 from runner.train import adapter_config, varlen_attention
+from runner.train.activation_checkpointing import checkpoint_every
 from runner.train.model_loading import load_model
 from tests.conftest import spec_of
 
@@ -89,7 +90,7 @@ def run_of(method: str, *overrides: str, family: str = "llama", s: int = 192, b:
 def setting(spec: RunSpec, packed: bool = False, attention: Any = "flash", **changes: Any) -> tuple[Any, Setting]:
     training = training_of(shape_of(spec.model), spec.method, "bf16", deepspeed=False)
     job = Job(
-        seq=spec.train.max_length, precision="bf16", checkpointing=spec.train.gradient_checkpointing is True,
+        seq=spec.train.max_length, precision="bf16", checkpointing=spec.train.checkpoint_every,
         attention=attention, optimizer="adamw", on_gpu=True, packed=packed,
     )  # fmt: skip
     return training, replace(setting_of(training, job, int(spec.train.micro_batch_size)), **changes)
@@ -120,6 +121,15 @@ def assert_same(plan: Step, seen: simulate.Simulated, within: float, extra: floa
 def test_every_family_and_method_peaks_where_the_real_model_does(family: str, method: str, checkpointing: str) -> None:
     spec = run_of(method, f"train.gradient_checkpointing={checkpointing}", family=family)
     assert_same(planned(spec), simulated(spec), 0.003 if family in CLOSE else 0.01)
+
+
+@pytest.mark.parametrize("every", [2, 4])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "glm4", "smollm3", "qwen3_moe"])
+def test_every_nth_layer_is_checkpointed_as_the_real_model_does(family: str, method: str, every: int) -> None:
+    spec = run_of(method, f"train.gradient_checkpointing={every}", family=family)
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update={"num_layers": 11})})
+    assert_same(planned(spec), simulated(spec), 0.003 if family in (*CLOSE, "llama") else 0.01)
 
 
 @pytest.mark.slow
@@ -220,8 +230,8 @@ def steps_with(
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_masks_scores_and_logits_are_counted(method: str, attention: str, fused: bool, packed: bool) -> None:
-    for checkpointing in (True, False):
-        spec = run_of(method, f"train.gradient_checkpointing={str(checkpointing).lower()}")
+    for checkpointing in ("true", "false", "2"):
+        spec = run_of(method, f"train.gradient_checkpointing={checkpointing}")
         plan = planned(spec, packed=packed, attention=attention, head="fused" if fused else "labelled")
         assert_same(plan, steps_with(spec, attention, fused, packed), 0.03)
 
@@ -283,6 +293,7 @@ def real_steps(spec: RunSpec, source: Path) -> simulate.Simulated:
     """Two real steps of the worker's model, its adapter in bf16 as SFTTrainer makes it over a quantised base."""
     with simulate.gpu_like():
         model = load_model(spec, str(source))
+        checkpoint_every(model, spec.train.checkpoint_every)
         model.config._attn_implementation = simulate.FLASH
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         model = get_peft_model(model, adapter_config.adapter_config(spec, model))
@@ -327,7 +338,7 @@ def cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     replay_step.cache_clear()
 
 
-@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize("checkpointing", ["true", "false", "2"])
 @pytest.mark.parametrize("method", ["lora", "qlora4", "qlora8"])
 @pytest.mark.usefixtures("cpu_kernels")
 def test_quantised_layers_keep_what_real_tensors_show(method: str, checkpointing: str, folder: Path) -> None:

@@ -48,13 +48,14 @@ PLAN: dict[str, Any] = {
     "host_ram_gib": 21.0, "host_ram": {"processes": 7.5, "saving": 13.5},
     "disk_gib": 121.4, "disk": {"weights": 13.5, "checkpoints": 94.4, "final_model": 13.5},
     "zero_stage": "zero3", "deepspeed": {}, "max_length": 256, "data": "commands", "precision": "bf16",
-    "attention": "varlen: a flash kernel, no mask",
+    "attention": "varlen: a flash kernel, no mask", "checkpointing": 2,
     "micro_batch": 1, "accumulation": 2, "batch": 6, "num_gpus": 3,
     "trainable_parameters": 7_241_732_096, "num_steps": 100, "tokens_total": 3_200_000,
     "step_seconds": 0.1483, "tokens_per_second": 5178.0, "hours": 0.05, "usd": 0.33, "usd_per_hour": 7.5,
     "hours_parts": {"setup": 0.01, "download": 0.02, "load": 0.0, "training": 0.02, "evaluation": 0.0, "save": 0.0},
     "price_source": "conf/hw, 2026-11-09", "command": ["torchrun"], "env": {},
-    "notes": ["deepspeed=auto took zero3: zero2 needs 90.1 GiB with headroom", "speed: an assumption"],
+    "notes": ["deepspeed=auto took zero3: zero2 needs 90.1 GiB with headroom", "speed: an assumption",
+              "train.gradient_checkpointing=auto took 2: without it a micro batch of 1 needs 80.2 GiB with headroom"],
 }  # fmt: skip
 
 
@@ -199,6 +200,8 @@ def test_batch_memory_disk_time_and_cost_are_told() -> None:
     text = text_of(PLAN)
     for line in (
         "ZeRO         ZeRO-3; deepspeed=auto took zero3: zero2 needs 90.1 GiB with headroom",
+        "Recomputes   every 2nd of the layers in the backward pass; train.gradient_checkpointing=auto took 2:",
+        "             without it a micro batch of 1 needs 80.2 GiB with headroom",
         "Batch        1 × 2 × 3 GPUs = 6 sequences of 256 tokens a step (micro batch × accumulation × GPUs)",
         "Trains       7,241,732,096 parameters",
         "Main memory  21.0 GiB: saving 13.5, processes 7.5",
@@ -209,7 +212,7 @@ def test_batch_memory_disk_time_and_cost_are_told() -> None:
         "• speed: an assumption",
     ):
         assert line in text
-    assert text.count("deepspeed=auto") == 1
+    assert text.count("deepspeed=auto") == text.count("checkpointing=auto") == 1
 
 
 def test_what_is_not_known_is_said_in_words() -> None:
@@ -262,8 +265,8 @@ def test_an_encoding_without_unicode_is_served() -> None:
 def row(**values: Any) -> dict[str, Any]:
     return {
         "model": "llama3_8b", "method": "lora", "hw": "h100x3", "num_gpus": 3, "zero_stage": "zero2", "micro_batch": 8,
-        "accumulation": 2, "peak_gib": 43.2, "capacity_gib": 79.65, "tokens_per_second": 12345.6, "hours": 2.345,
-        "usd": 28.14, "usd_per_million_tokens": 0.2341, "fits": True, "note": "",
+        "accumulation": 2, "checkpointing": 4, "peak_gib": 43.2, "capacity_gib": 79.65, "tokens_per_second": 12345.6,
+        "hours": 2.345, "usd": 28.14, "usd_per_million_tokens": 0.2341, "fits": True, "note": "",
     } | values  # fmt: skip
 
 

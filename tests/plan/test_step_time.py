@@ -106,6 +106,20 @@ def test_lora_spares_the_gradients_of_the_frozen_weights() -> None:
     assert flops(method="qlora4") == flops(method="qlora8") == flops(method="lora")
 
 
+def test_a_part_of_the_layers_runs_again_the_first_and_every_nth() -> None:
+    once = flops(checkpointing=True) - flops()
+    assert flops(checkpointing=2) - flops() == pytest.approx(once / 2)
+    assert flops(checkpointing=3) - flops() == pytest.approx(once * 11 / 32)
+    assert flops(checkpointing=40) - flops() == pytest.approx(once / 32)
+    # Of the two last layers the 31st is one of every second (1, 3, … 31), and none is one of every fourth's (… 29).
+    frozen = [flops(method="freeze", trained_layers=2, checkpointing=every) for every in (0, 4, 2, 1)]
+    assert frozen[0] == frozen[1] and frozen[3] - frozen[2] == pytest.approx(frozen[2] - frozen[0])
+    lora = [flops(method="lora", adapter_parameters=10**6, checkpointing=every) for every in (0, 2, 1)]
+    assert lora[2] - lora[1] == pytest.approx(lora[1] - lora[0])
+    some = work(MISTRAL, method="qlora4", checkpointing=4)
+    assert (some.passes, some.unpacked_weights) == (3.25, 2.25 * LAYERS)
+
+
 def test_freezing_spares_everything_below_the_first_layer_that_trains() -> None:
     one = LAYERS / 32
     assert flops(method="freeze", trained_layers=2) == 2 * LAYERS + 4 * HEAD + 2 * 4 * one

@@ -56,8 +56,8 @@ class Setting:
     """Bytes of a trained base weight."""
     frozen_width: int = 2
     """Bytes of a frozen weight that is not quantised."""
-    checkpointing: bool = False
-    """Every layer is computed again in the backward pass."""
+    checkpointing: int = 0
+    """n where every n-th layer, from the first, is computed again in the backward pass: 1 for all, 0 for none."""
     attention: AttentionKernel = "flash"
     head: Literal["fused", "labelled", "number"] = "fused"
     """`fused`: TRL's tiles; `labelled`: logits of the labelled positions (on a CPU); `number`: one each."""
@@ -87,6 +87,8 @@ class LayerKind:
     adapters: bool = False
     variant: int = 0
     """Which of the shape's `kinds` it is."""
+    again: bool = False
+    """It is computed again in the backward pass."""
 
 
 def _named(matrices: tuple[Matrix, ...]) -> dict[str, Matrix]:

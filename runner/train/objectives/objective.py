@@ -16,6 +16,7 @@ from runner.data.examples import Example
 from runner.rundir.directory import RunDir
 from runner.spec import DataSpec, RunSpec
 from runner.train import adapter_config, deepspeed_config, trainable_weights
+from runner.train.activation_checkpointing import checkpoint_every
 from runner.train.distributed import Ranks
 from runner.train.tokens.token_cache import OnProgress, Tokenised
 from runner.train.trainers import trainer_settings
@@ -177,6 +178,7 @@ class Objective(ABC, Generic[Own]):
             "eval_dataset": held.rows if held else None,
             "processing_class": tokenizer,
         }
+        checkpoint_every(model, spec.train.checkpoint_every)
         config = adapter_config.adapter_config(spec, model)
         with adapter_config.moe_compatible(model), adapter_config.explained_refusals(spec):
             made: Any = self.trainer(source, model, config, common)
