@@ -23,9 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Kept between test runs: unpacking SmolLM2 takes 20 s.
 os.environ.setdefault("RUNNER_CACHE", str(ROOT / ".pytest_cache" / "runner"))
 os.environ["WANDB_MODE"] = "offline"
-# No test uses the ledger of the user who runs it, not even where a parameter shadows the fixture that moves it.
-os.environ["RUNNER_STATE"] = tempfile.mkdtemp(prefix="runner-state-")
-atexit.register(shutil.rmtree, os.environ["RUNNER_STATE"], ignore_errors=True)
 os.environ["RUNNER_PYTHON"] = "python"  # messages spell commands as in a shell with the environment active
 
 # `make test` starts a worker per core, and each stays on its own: torch's threads then never wait for one another.
@@ -56,7 +53,10 @@ NEEDED = ("ip", "rsync", "ssh", "sshd")
 
 
 def pytest_sessionstart() -> None:
-    """Refuse to begin on CI where tests would be skipped for want of a program."""
+    """Keep every test off the user's ledger, and refuse to begin on CI where a program is missing."""
+    # Not even a test whose parameter shadows the fixture that moves the ledger uses the user's.
+    os.environ["RUNNER_STATE"] = tempfile.mkdtemp(prefix="runner-state-")
+    atexit.register(shutil.rmtree, os.environ["RUNNER_STATE"], ignore_errors=True)
     path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
     missing = [name for name in NEEDED if shutil.which(name, path=path) is None]
     if missing and os.environ.get("CI") and sys.platform == "linux":

@@ -117,7 +117,7 @@ def _row(spec: RunSpec, option: StageChoice, ram: Mapping[str, float], sequences
         host_capacity_gib=main_memory.there(spec),
         tokens_per_second=round(spec.train.max_length / seconds) if known else None,
         usd_per_million_tokens=round(per_million, 3) if per_million is not None else None,
-        hours=round(hours, 2) if hours is not None else None,
+        hours=round(hours, 4) if hours is not None else None,  # 0.36 s: a short run's are not all alike
         usd=round(hours * per_hour, 2) if hours is not None and per_hour is not None else None,
         note=note,
     )
