@@ -27,8 +27,9 @@ from benchmarks.matrix_page import MIXTURES
 from runner.config.command_line import Request
 from runner.config.compose import compose, source_finder
 from runner.errors import RunnerError
-from runner.launcher import local, torchrun
+from runner.launcher import local
 from runner.paths import DEEPSPEED_CONFIGS
+from runner.plan.worker_environment import CPU_ENV, LOCALHOST
 from runner.resolve.steps import resolve
 from runner.rundir.directory import RunDir
 from runner.runs import launch
@@ -182,10 +183,10 @@ def work_off(jobs: list[dict[str, str | None]], world: int, folder: Path) -> Non
     file, left = folder / f"jobs-{world}.json", jobs
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", f"{torchrun.LOCALHOST}:0", "--local-addr", torchrun.LOCALHOST,
+        "--rdzv-endpoint", f"{LOCALHOST}:0", "--local-addr", LOCALHOST,
         "-m", "benchmarks.matrix_ranks", str(file),
     ]  # fmt: skip
-    env = {**os.environ, **torchrun.CPU_ENV, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **CPU_ENV, "OMP_NUM_THREADS": "1"}
     while left:
         file.write_text(json.dumps(left), "utf-8")
         with (folder / f"ranks-{world}.log").open("a", encoding="utf-8") as log:

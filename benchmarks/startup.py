@@ -18,7 +18,7 @@ from runner.plan.auto_values import resolve_hardware_autos
 from runner.plan.choose_stage import StageChoice, StageSearch, allowed_stages, batches, checkpointings
 from runner.plan.search import combinations
 from runner.resolve.fit import candidate_methods, candidate_models, with_default_length
-from runner.resolve.price import hardware
+from runner.resolve.plan_inputs import hardware
 
 EXPLANATION = """\
 ## Startup

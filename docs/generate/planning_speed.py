@@ -30,7 +30,7 @@ from runner.plan.hardware_speed import (
 )
 from runner.plan.run_time import GB
 from runner.plan.step_time import flops_per_token
-from runner.resolve.price import hardware
+from runner.resolve.plan_inputs import hardware
 from runner.spec import HardwareSpec
 
 FIGURES: dict[str, Callable[[], str]] = {

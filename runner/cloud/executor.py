@@ -29,7 +29,7 @@ from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError,
 from runner.report.failure_causes import cause_of
 from runner.report.text import print_problems
 from runner.rundir import checkpoints
-from runner.rundir.directory import Outcome, RunDir, display_path
+from runner.rundir.directory import Outcome, RunDir, display_path, text_of
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.spec import RunSpec
 
@@ -297,10 +297,7 @@ def _close(
 def _problem_of(run: RunDir, message: str) -> Problem:
     """The agent's message, with the cause from the log of the installation where it is a known one."""
     log = run.path / "logs" / "install.log"
-    try:
-        cause = cause_of(log.read_text("utf-8", errors="replace")[-LOG_CHARS:]) if "install" in message else None
-    except OSError:
-        cause = None
+    cause = cause_of(text_of(log)[-LOG_CHARS:]) if "install" in message else None
     if "upload failed" in message:
         return Problem("the model is here, and its upload failed", display_path(run.path / "logs" / "upload.log"),
                        f"python -m runner push {quote(display_path(run.path))}")  # fmt: skip

@@ -7,19 +7,19 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 
 from runner.errors import InterruptedRun, Problem, Rewind, RunFailedError, RunnerError
 from runner.launcher.oom_report import write_report
 from runner.launcher.supervisor import GRACE_SECONDS, LAUNCHER_LOG, Ending, failed_elsewhere, has_failed
-from runner.launcher.torchrun import ranks_of, several
+from runner.launcher.torchrun import ranks_of
 from runner.machine.processes import Killer
+from runner.plan.worker_environment import several
 from runner.report.failure_causes import GPU_MEMORY, SECONDARY, cause_of
 from runner.report.text import print_problems
 from runner.rundir import checkpoints
-from runner.rundir.directory import ACTIVE, RunDir, display_path
+from runner.rundir.directory import ACTIVE, RunDir, display_path, text_of
 from runner.rundir.json_files import Heartbeat
 from runner.spec import RunSpec
 
@@ -104,9 +104,10 @@ def _of_several(run: RunDir, spec: RunSpec, ending: Ending, killer: Callable[[],
         print_problems(Console(stderr=True), write_report(run, spec, "kernel"))
         return 1
     # NCCL's watchdog and bitsandbytes end the process themselves: all there is are their words on standard error.
-    full = next((line for line in _tail(run.path / "logs" / LAUNCHER_LOG).splitlines() if GPU_MEMORY.search(line)), "")
+    said = text_of(run.path / "logs" / LAUNCHER_LOG)[-TAIL:].splitlines()
+    full = next((line.strip() for line in said if GPU_MEMORY.search(line)), "")
     if full:
-        run.set_status("failed", exit_code=1, error=full.strip(), oom={"kind": "cuda", "message": full.strip()})
+        run.set_status("failed", exit_code=1, error=full, oom={"kind": "cuda", "message": full})
         print_problems(Console(stderr=True), write_report(run, spec))
         return 1
     if silent or killed:
@@ -124,7 +125,7 @@ def _of_several(run: RunDir, spec: RunSpec, ending: Ending, killer: Callable[[],
 def torchrun_problem(run: RunDir, ending: Ending, name: str) -> Problem:
     """The error in torchrun's log, where no process has reported one."""
     log = run.path / "logs" / name
-    cause = cause_of(_tail(log))
+    cause = cause_of(text_of(log)[-TAIL:])
     what = cause.what if cause else f"torchrun ended with exit code {ending.code}"
     remedy = f"{cause.remedy}; " if cause else ""
     return Problem(what, None, f"{remedy}see {display_path(log)}")
@@ -139,7 +140,7 @@ def failed_report(run: RunDir, sign: Heartbeat) -> RunnerError:
         found = RunnerError(*(Problem(p.what, p.source or f"rank {rank}", p.remedy) for p in problems))
         found.exit_code = error["exit_code"]
         return found
-    cause = cause_of(f"{error['what']}\n{_tail(log)}")
+    cause = cause_of(f"{error['what']}\n{text_of(log)[-TAIL:]}")
     what = f"rank {rank}: {cause.what + ': ' if cause else ''}{error['what']}"
     trace = display_path(run.path / "logs" / f"rank{rank}.traceback.txt")
     return RunFailedError(Problem(what, None, f"{cause.remedy + '; ' if cause else ''}the stack trace is in {trace}"))
@@ -174,10 +175,3 @@ def failed_by_itself(sign: Heartbeat) -> bool:
     if sign["state"] != "failed":
         return False
     return bool(sign["error"]["problems"]) or not SECONDARY.search(sign["error"]["what"])
-
-
-def _tail(file: Path) -> str:
-    try:
-        return file.read_text("utf-8", errors="replace")[-TAIL:]
-    except OSError:
-        return ""

@@ -19,6 +19,7 @@ from rich.console import Console
 from runner.errors import InterruptedRun, Problem, RequestError, Rewind, RunFailedError, RunnerError
 from runner.launcher import local, supervisor, torchrun
 from runner.launcher.failure import failed_by_itself, failed_report, how_to_resume, slowest_rank, torchrun_problem
+from runner.plan.worker_environment import MEETING_SECONDS
 from runner.report.text import print_problems
 from runner.rundir.directory import RunDir, display_path, is_alive, run_folder, write_atomically
 from runner.spec import RunSpec
@@ -109,7 +110,7 @@ def _attempt(run: RunDir, spec: RunSpec, node: int, address: str | None) -> int:
     """Until this machine's processes end; its exit code, or `Rewind`'s."""
     own, began = torchrun.ranks_of(spec, node), time.monotonic()
     ending, who = local.start_and_watch(run, spec, node=node, address=address)
-    met = ending.ranks or time.monotonic() - began < torchrun.MEETING_SECONDS
+    met = ending.ranks or time.monotonic() - began < MEETING_SECONDS
     if run.status.get("state") == "rewinding" and met:
         return Rewind.exit_code
     states = {sign["state"] for sign in ending.ranks}

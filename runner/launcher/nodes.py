@@ -19,7 +19,7 @@ from runner import __version__
 from runner.errors import CannotRunError, Problem
 from runner.machine import hostfile
 from runner.machine.hostfile import Host
-from runner.rundir.directory import RunDir, display_path
+from runner.rundir.directory import RunDir, display_path, text_of
 from runner.spec import RunSpec
 
 # No questions: nobody is there to answer. 10 s for a machine that does not answer, where TCP waits for two minutes; and
@@ -158,17 +158,9 @@ def _wait(processes: list[subprocess.Popen[Any]], seconds: float) -> None:
 
 
 def _ended(log: Path, host: Host, code: int) -> Problem:
-    what = f"{host.name} ended with exit code {code}: {_last(_text(log))}"
-    if code == SSH_FAILED:
-        what = f"the connection to {host.name} was lost: {_last(_text(log))}"
-    return Problem(what, host.place, f"what it said is in {display_path(log)}")
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text("utf-8", errors="replace")
-    except OSError:
-        return ""
+    lost, ended = f"the connection to {host.name} was lost", f"{host.name} ended with exit code {code}"
+    how = lost if code == SSH_FAILED else ended
+    return Problem(f"{how}: {_last(text_of(log))}", host.place, f"what it said is in {display_path(log)}")
 
 
 def _last(text: str) -> str:

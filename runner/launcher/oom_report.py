@@ -14,7 +14,7 @@ from runner.plan.memory import GIB
 from runner.plan.search import Change, nearest_changes
 from runner.report.plan_terms import PHASES, term_of
 from runner.report.summary import TRAINING
-from runner.resolve import plan_inputs, price
+from runner.resolve import plan_inputs
 from runner.rundir import checkpoints
 from runner.rundir.directory import PHASE_OF_STATE, RunDir, display_path
 from runner.rundir.json_files import MetricsLine, OutOfMemory
@@ -102,7 +102,7 @@ def diagnose_oom(run: RunDir, spec: RunSpec, killer: Killer | None = None) -> Oo
         "others_gib": others,
         "message": oom.get("message"),
     }
-    what, remedy = _sentence(facts, spec), _remedy(run, spec, facts, found)
+    what, remedy = _sentence(facts), _remedy(run, spec, facts, found)
     return OomReport(
         **{k: v for k, v in facts.items() if k != "plan_phase"}, suggestions=found, what=what, remedy=remedy
     )
@@ -168,7 +168,7 @@ def suggestions(
         there = min(held, there or held)
     room = HEADROOM * min(predicted, there or predicted)
     too_low = min(1.0, predicted / held) if held else 1.0
-    machines = [_with(hw, HEADROOM * too_low) for hw in price.hardware() if hw.name != spec.hw.name]
+    machines = [_with(hw, HEADROOM * too_low) for hw in plan_inputs.hardware() if hw.name != spec.hw.name]
     small = spec.model_copy(update={"hw": spec.hw.model_copy(update={"memory_gib": room})})
     changes = [*_smaller_evaluation(small, planned, options), *nearest_changes(small, options, machines, limit=12)]
     here = [c for c in changes if c.spec.hw.name == spec.hw.name]
@@ -217,7 +217,7 @@ def _suggestion(change: Change, spec: RunSpec, options: StageSearch, planned: Ma
 # ── in words ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _sentence(facts: Mapping[str, Any], spec: RunSpec) -> str:
+def _sentence(facts: Mapping[str, Any]) -> str:
     """The failure in one line."""
     short = "out of GPU memory" if facts["memory"] == "gpu" else "out of main memory"
     parts = [_ENDS[facts["killer"]] if facts["killer"] else short]

@@ -15,15 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, cast
 
 from rich.console import Console
 
-from runner.config import json_text
 from runner.errors import Problem
-from runner.launcher.torchrun import MEETING_SECONDS
 from runner.machine.processes import interrupts_handled_by
-from runner.rundir.directory import RunDir, is_alive
+from runner.plan.worker_environment import MEETING_SECONDS
+from runner.rundir.directory import RunDir, is_alive, text_of
 from runner.rundir.json_files import Heartbeat
 
 GRACE_SECONDS = 5.0
@@ -98,12 +97,8 @@ def failed_elsewhere(run: RunDir, own: range) -> list[Heartbeat]:
 
 
 def _all_signs(run: RunDir) -> list[Heartbeat]:
-    found = []
-    for file in (run.path / "logs").glob("rank*.json"):
-        try:
-            found.append(json_text.loads(file.read_text("utf-8")))
-        except (OSError, ValueError):
-            continue
+    files = (run.path / "logs").glob("rank*.json")
+    found = [cast(Heartbeat, sign) for file in files if (sign := run.read(f"logs/{file.name}"))]
     return sorted(found, key=lambda sign: int(sign["rank"]))
 
 
@@ -272,8 +267,4 @@ def _send(pid: int, number: int) -> None:
 
 def _signals(run: RunDir, log: str) -> dict[int, int]:
     """Signals by rank, of those that torchrun's log says a signal ended."""
-    try:
-        text = (run.path / "logs" / log).read_text("utf-8", errors="replace")
-    except OSError:
-        return {}
-    return {int(rank): -int(code) for rank, code in _FAILED.findall(text)}
+    return {int(rank): -int(code) for rank, code in _FAILED.findall(text_of(run.path / "logs" / log))}

@@ -11,15 +11,10 @@ from typing import Any, TextIO
 from runner.launcher import inherited_ranks
 from runner.machine import detect, gpus, hostfile
 from runner.machine.processes import die_with_parent
-from runner.plan.worker_environment import CPU_ENV, LOCALHOST, MEETING_SECONDS, arguments, several, variables
+from runner.plan.worker_environment import arguments, several, variables
 from runner.rundir import lock
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
-
-__all__ = [
-    "CPU_ENV", "LOCALHOST", "MEETING_SECONDS", "log_of", "process_environment", "ranks_of", "several",
-    "start_processes", "torchrun_command",
-]  # fmt: skip
 
 
 def ranks_of(spec: RunSpec, node: int) -> range:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from runner.launcher.supervisor import Process
-from runner.launcher.torchrun import process_environment, several
+from runner.launcher.torchrun import process_environment
+from runner.plan.worker_environment import several
 from runner.rundir import lock
 from runner.rundir.directory import RunDir, is_alive
 from runner.spec import RunSpec

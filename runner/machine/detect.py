@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 from runner.config import conf_files
 from runner.machine import gpus
 from runner.machine.gpus import Gpu, Unusable
+from runner.machine.processes import control_group
+from runner.rundir.directory import text_of
 from runner.spec import HardwareSpec
 
 # bfloat16 and FlashAttention 2 both came with Ampere.
@@ -248,9 +249,9 @@ def _cores(root: Path) -> int:
     """Cores this process may run on, and no more than its control group's quota pays for."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    quotas = [_ratio(*text.split()[:2]) for text in _cgroup(root, "", "cpu.max") if len(text.split()) > 1]
-    paid = _cgroup(root, "cpu", "cpu.cfs_quota_us")
-    periods = _cgroup(root, "cpu", "cpu.cfs_period_us")
+    quotas = [_ratio(*text.split()[:2]) for text in control_group(root, "", "cpu.max") if len(text.split()) > 1]
+    paid = control_group(root, "cpu", "cpu.cfs_quota_us")
+    periods = control_group(root, "cpu", "cpu.cfs_period_us")
     quotas += [_ratio(quota, period) for quota, period in zip(paid, periods, strict=False)]
     return max(1, min([cores, *(math.ceil(q) for q in quotas if q is not None)]))
 
@@ -262,38 +263,21 @@ def _ratio(quota: str, period: str) -> float | None:
 
 def _memory_gib(root: Path) -> float | None:
     """Main memory in GiB, and no more than the control group may use; None where nobody says."""
-    total = re.search(r"^MemTotal:\s+(\d+) kB", _read(root / "proc/meminfo"), re.M)
+    total = re.search(r"^MemTotal:\s+(\d+) kB", text_of(root / "proc/meminfo"), re.M)
     sizes = [int(total[1]) * 1024] if total else []
     if not sizes and hasattr(os, "sysconf"):
         try:  # macOS
             sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         except (ValueError, OSError):
             return None
-    limits = [*_cgroup(root, "", "memory.max"), *_cgroup(root, "memory", "memory.limit_in_bytes")]
+    limits = [*control_group(root, "", "memory.max"), *control_group(root, "memory", "memory.limit_in_bytes")]
     sizes += [int(text) for text in limits if text.isdecimal()]  # not "max"; version 1 writes 2⁶³ for it
     return round(min(sizes) / 2**30, 2) if sizes else None
 
 
-def _cgroup(root: Path, controller: str, file: str) -> Iterator[str]:
-    """`file` of this process's control group and of all above it: each one limits.
-
-    `controller` is a version-1 controller, or "" for version 2. In a container the path that
-    `/proc/self/cgroup` names may be the host's and missing here; the group's root then is its own.
-    """
-    base = root / "sys/fs/cgroup" / controller
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, names, path = line.split(":", 2)
-        if controller in names.split(","):
-            own = base / path.strip("/")
-            for folder in (own, *own.parents):
-                if folder.is_relative_to(base) and (text := _read(folder / file)):
-                    yield text
-
-
 def _cpu_bf16(root: Path) -> bool:
     """The CPU has bfloat16 products: three times faster than fp32 where it does (measured, AVX512-BF16)."""
-    info = _read(root / "proc/cpuinfo")
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", info, re.M)
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text_of(root / "proc/cpuinfo"), re.M)
     if found:
         return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(found[1].split()))  # the last: Arm
     if platform.system() != "Darwin":
@@ -303,11 +287,3 @@ def _cpu_bf16(root: Path) -> bool:
         return subprocess.run(ask, capture_output=True, text=True, timeout=1).stdout.strip() == "1"
     except (OSError, subprocess.SubprocessError):
         return False
-
-
-def _read(file: Path) -> str:
-    """The file's text without its last newline; nothing if it cannot be read."""
-    try:
-        return file.read_text("utf-8", errors="replace").strip()
-    except OSError:
-        return ""

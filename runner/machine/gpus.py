@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from runner.rundir.directory import text_of
+
 # One of these exists wherever an NVIDIA driver is loaded (the last: Windows' subsystem for Linux).
 # Without one, pynvml is not even imported: that alone takes 40 ms.
 DRIVER_FILES = ("dev/nvidiactl", "proc/driver/nvidia", "dev/dxg")
@@ -258,14 +260,7 @@ def _others(root: Path, loaded: bool, silence: str) -> list[Unusable]:
 def on_the_bus(root: Path) -> int:
     """NVIDIA's display controllers that the kernel sees, with or without a driver."""
     devices = (root / "sys/bus/pci/devices").glob("*")
-    return sum(_line(d / "vendor") == _NVIDIA and _line(d / "class").startswith(_DISPLAY) for d in devices)
-
-
-def _line(file: Path) -> str:
-    try:
-        return file.read_text("utf-8", errors="replace").strip()
-    except OSError:
-        return ""
+    return sum(text_of(d / "vendor").strip() == _NVIDIA and text_of(d / "class").startswith(_DISPLAY) for d in devices)
 
 
 # ── CUDA_VISIBLE_DEVICES ───────────────────────────────────────────────────────────────────────
@@ -314,4 +309,4 @@ def _entries(setting: str) -> list[str]:
 
 def is_wsl(root: Path = Path("/")) -> bool:
     """Windows' subsystem for Linux, the second: its driver has no `expandable_segments`."""
-    return (root / "dev/dxg").exists() or "microsoft" in _line(root / "proc/sys/kernel/osrelease").lower()
+    return (root / "dev/dxg").exists() or "microsoft" in text_of(root / "proc/sys/kernel/osrelease").lower()

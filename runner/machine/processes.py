@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from runner.rundir.directory import text_of
+
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 """This process was started by torchrun."""
 
@@ -66,7 +68,7 @@ class OomKills:
 
 def oom_kills(root: Path = Path("/")) -> OomKills:
     """The counts now. `root` is where `proc` and `sys` are; a test puts its own there."""
-    return OomKills(_of_group(root), _oom_count(root / "proc/vmstat"))
+    return OomKills(_of_group(root), _oom_count(text_of(root / "proc/vmstat")))
 
 
 def killer(before: OomKills, after: OomKills) -> Killer:
@@ -79,28 +81,27 @@ def killer(before: OomKills, after: OomKills) -> Killer:
 
 
 def _of_group(root: Path) -> int | None:
-    """In a container the path in /proc/self/cgroup may be the host's: the nearest group above that is there, then."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text("utf-8").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _, names, path = line.split(":", 2)
-        if names and "memory" not in names.split(","):
-            continue
-        base = root / "sys/fs/cgroup" / ("memory" if names else "")
-        file = "memory.oom_control" if names else "memory.events"
-        own = base / path.strip("/")
-        for folder in (own, *own.parents):
-            if folder.is_relative_to(base) and (count := _oom_count(folder / file)) is not None:
-                return count
-    return None
+    texts = (*control_group(root, "memory", "memory.oom_control"), *control_group(root, "", "memory.events"))
+    return next((count for text in texts if (count := _oom_count(text)) is not None), None)
 
 
-def _oom_count(file: Path) -> int | None:
+def _oom_count(text: str) -> int | None:
     """The line `oom_kill N`."""
-    try:
-        found = re.search(r"^oom_kill (\d+)$", file.read_text("utf-8"), re.M)
-    except OSError:
-        return None
+    found = re.search(r"^oom_kill (\d+)$", text, re.M)
     return int(found[1]) if found else None
+
+
+def control_group(root: Path, controller: str, file: str) -> Iterator[str]:
+    """`file` of this process's control group and of all above it: each one limits.
+
+    `controller` is a version-1 controller, or "" for version 2. In a container the path that
+    `/proc/self/cgroup` names may be the host's and missing here; the group's root then is its own.
+    """
+    base = root / "sys/fs/cgroup" / controller
+    for line in text_of(root / "proc/self/cgroup").splitlines():
+        _, names, path = line.split(":", 2)
+        if controller in names.split(","):
+            own = base / path.strip("/")
+            for folder in (own, *own.parents):
+                if folder.is_relative_to(base) and (text := text_of(folder / file).strip()):
+                    yield text

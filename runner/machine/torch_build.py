@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from runner.machine.gpus import DRIVER_FILES, Gpu
+from runner.rundir.directory import text_of
 
 # Oldest driver branch per major version of CUDA: docs.nvidia.com/deploy/cuda-compatibility, "Minor Version
 # Compatibility". Within a major version an older driver of that family serves a newer toolkit.
@@ -49,10 +50,7 @@ def installed_torch() -> Torch | None:
         found = metadata.distribution("torch")
     except metadata.PackageNotFoundError:
         return None
-    try:
-        text = Path(str(found.locate_file("torch/version.py"))).read_text("utf-8")
-    except OSError:
-        text = ""
+    text = text_of(Path(str(found.locate_file("torch/version.py"))))
     cuda = re.search(r"^cuda\b.*=\s*['\"](\d+)\.(\d+)", text, re.M)
     return Torch(found.version, (int(cuda[1]), int(cuda[2])) if cuda else None)
 
@@ -78,11 +76,7 @@ def driver(root: Path = Path("/")) -> Driver | None:
 
 def module_version(root: Path) -> str | None:
     """Version of the loaded kernel module."""
-    try:
-        text = (root / _MODULE).read_text("utf-8", errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"Kernel Module\b.*?\s(\d{3}\.[\d.]+)", text)
+    found = re.search(r"Kernel Module\b.*?\s(\d{3}\.[\d.]+)", text_of(root / _MODULE))
     return found[1] if found else None
 
 

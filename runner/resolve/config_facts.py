@@ -8,7 +8,6 @@ from pathlib import Path
 
 from runner.errors import Problem, RequestError
 from runner.hub import model_config
-from runner.hub import model_config as hub_config
 from runner.plan.model_shape import Shape, shape_of
 from runner.plan.trainable import ALIASES, OUTSIDE, modules_around, modules_of
 from runner.spec import ModelSpec, Peft, RunSpec
@@ -119,10 +118,10 @@ def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:
         _check_facts(model)
         return spec
     try:
-        facts = hub_config.local_facts(model.id, model.revision)
+        facts = model_config.local_facts(model.id, model.revision)
         if facts is None:
             config = (model_config.fetch if needed else model_config.fetched_before)(_hub_id(model), model.revision)
-            facts = None if config is None else hub_config.facts_from_config(config, f"{model.id}/config.json")
+            facts = None if config is None else model_config.facts_from_config(config, f"{model.id}/config.json")
     except RequestError:
         if needed:
             raise
@@ -140,7 +139,7 @@ def _check_facts(model: ModelSpec) -> None:
     if model.from_scratch or model.package is not None or model.gguf_file is not None:
         return
     try:
-        facts = hub_config.local_facts(model.id, model.revision)
+        facts = model_config.local_facts(model.id, model.revision)
     except RequestError:
         return  # a kind that the arithmetic does not know: what was given is all there is
     wrong = [key for key in _SIZES if facts and key in facts and getattr(model, key) not in (None, facts[key])]
@@ -174,7 +173,7 @@ def fetch_config(spec: RunSpec) -> None:
         return
     with suppress(model_config.UnreachableError):
         try:
-            known = hub_config.local_facts(model.id, model.revision)
+            known = model_config.local_facts(model.id, model.revision)
         except RequestError:  # a kind that the arithmetic does not know: the trainer may
             return
         if known is None:
@@ -193,4 +192,6 @@ def why_no_plan(spec: RunSpec) -> str:
 
 def at_hand(model: ModelSpec) -> bool:
     """Return True if the model is on this machine, or needs no download."""
-    return model.package is not None or model.from_scratch or Path(model.id).is_dir() or hub_config.is_cached(model.id)
+    return (
+        model.package is not None or model.from_scratch or Path(model.id).is_dir() or model_config.is_cached(model.id)
+    )

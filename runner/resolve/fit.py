@@ -23,8 +23,7 @@ from runner.plan.choose_stage import StageSearch
 from runner.plan.memory import GIB
 from runner.plan.model_shape import shape_of
 from runner.plan.search import SearchRow, combinations, fit, ranked
-from runner.resolve.plan_inputs import num_sequences
-from runner.resolve.price import hardware
+from runner.resolve.plan_inputs import hardware, num_sequences
 from runner.spec import HardwareSpec, Method, ModelSpec, RunSpec, TrainSpec
 
 if TYPE_CHECKING:

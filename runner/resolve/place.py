@@ -19,7 +19,7 @@ from runner.plan import auto_values
 from runner.plan.plan import Plan
 from runner.plan.search import Offer, offers
 from runner.report.text import duration
-from runner.resolve import config_facts, plan_inputs, price
+from runner.resolve import config_facts, plan_inputs
 from runner.spec import AutoPlace, HardwareSpec, LocalPlace, RentedPlace, RunPodPlace, RunSpec
 
 
@@ -157,7 +157,7 @@ def _of_pod(spec: RunSpec, pod: str, requested: HardwareSpec) -> tuple[RunSpec, 
         ), "it has no GPU"
     count = requested.num_gpus if "num_gpus" in requested.model_fields_set else gpus
     found = sorted(
-        (hw for hw in price.hardware() if hw.runpod_gpu_id == gpu_id),
+        (hw for hw in plan_inputs.hardware() if hw.runpod_gpu_id == gpu_id),
         key=lambda hw: (hw.num_gpus != count, hw.num_gpus),
     )
     if not found:
@@ -182,7 +182,7 @@ def _rentable(spec: RunSpec, requested: HardwareSpec) -> list[HardwareSpec]:
     place = spec.where
     assert isinstance(place, RentedPlace)
     given: dict[str, Any] = {key: getattr(requested, key) for key in requested.model_fields_set & _OF_ANY}
-    found = [hw for hw in price.hardware(where=place) if hw.runpod_gpu_id]
+    found = [hw for hw in plan_inputs.hardware(where=place) if hw.runpod_gpu_id]
     if place.gpu_types:
         found = [hw for hw in found if hw.runpod_gpu_id in place.gpu_types]
     if given.get("num_gpus"):

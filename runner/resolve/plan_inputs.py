@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import NoReturn
 
-from runner.config import credentials, deepspeed_json
+from runner.cloud.providers import DEFAULT, PRICES, Price
+from runner.config import conf_files, credentials, deepspeed_json
 from runner.data.inspect import lengths
 from runner.data.pretraining import corpus_checks
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
@@ -17,8 +19,7 @@ from runner.plan.plan import Plan, plan_of
 from runner.plan.run_time import GB, RunFacts
 from runner.plan.search import nearest_changes
 from runner.resolve import config_facts
-from runner.resolve.price import hardware, price_of
-from runner.spec import RentedPlace, RunSpec
+from runner.spec import HardwareSpec, RentedPlace, RunSpec, Where
 from runner.spec.where import LONGEST_HOURS
 
 ENVIRONMENT_GB = 20  # torch with its CUDA libraries takes 8, packages on the way another 4: room for both
@@ -137,3 +138,24 @@ def advice(requested: RunSpec, plan: Plan) -> str:
         return "no hardware of the catalogue is large enough; try method=qlora4, or a smaller model"
     texts = [f"{change.described} ({change.option.memory.expected / GIB:.1f} GiB)" for change in changes]
     return "it fits with " + ", or ".join(texts)
+
+
+def price_of(hw: HardwareSpec, where: Where | RentedPlace | None = None) -> Price:
+    """US$ per GPU and hour (of the machine, on a CPU), and who says so: the cloud of `where`, else the default one."""
+    place = where if isinstance(where, RentedPlace) else None
+    name = place.name if place else DEFAULT
+    return PRICES[name](hw, place) if name in PRICES else (None, None)
+
+
+def hardware(folders: tuple[Path, ...] = (), where: RentedPlace | None = None) -> list[HardwareSpec]:
+    """Every named GPU machine of the catalogue and of a user's own folders, with today's price at the cloud of `where`
+    (and in the part of it that `where.cloud` names), where that tells it."""
+    names = conf_files.options("hw", folders)
+    place = RentedPlace(name=where.name, cloud=where.cloud) if where else None  # neither a bid nor other GPUs
+    found = [HardwareSpec.model_validate(conf_files.load_choice("hw", name, folders)) for name in names]
+    return [_priced(hw, place) for hw in found if hw.accelerator == "cuda"]
+
+
+def _priced(hw: HardwareSpec, place: RentedPlace | None) -> HardwareSpec:
+    usd, _ = price_of(hw, place)
+    return hw if usd in (None, hw.usd_per_hour) else hw.model_copy(update={"usd_per_hour": usd})

@@ -267,6 +267,14 @@ def all_runs(output_dir: Path) -> list[RunDir]:
     return sorted(runs_in(output_dir), key=lambda run: (run.status.get("created", 0.0), run.id))
 
 
+def text_of(file: Path) -> str:
+    """What a file holds; nothing where it cannot be read."""
+    try:
+        return file.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 def write_atomically(file: Path, text: str) -> None:
     """Temporary file beside it, fsync, rename."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")

@@ -17,9 +17,9 @@ from runner.config.compose import source_finder
 from runner.doctor import system
 from runner.errors import InterruptedRun, Problem, RunnerError
 from runner.launcher import inherited_ranks
-from runner.launcher.torchrun import MEETING_SECONDS
 from runner.paths import state_dir
 from runner.plan.plan import Plan
+from runner.plan.worker_environment import MEETING_SECONDS
 from runner.report import terminal
 from runner.report.invocation import as_invoked
 from runner.report.tables import headline, in_one_line

@@ -28,7 +28,7 @@ from runner.cloud.providers import PRICES, PROVIDERS, cloud_of, connect, name_of
 from runner.cloud.reconcile import UNKNOWN_S, reconcile
 from runner.doctor.finding import DoctorTarget
 from runner.doctor.system import key_findings
-from runner.resolve.price import hardware, price_of
+from runner.resolve.plan_inputs import hardware, price_of
 from runner.rundir.directory import RunDir
 from runner.spec import RentedPlace, RunSpec
 from tests.conftest import ROOT

@@ -16,8 +16,7 @@ from runner.errors import CannotRunError
 from runner.machine.detect import HardwareSpec
 from runner.plan.search import offers
 from runner.report.text import duration
-from runner.resolve.plan_inputs import stage_search
-from runner.resolve.price import hardware
+from runner.resolve.plan_inputs import hardware, stage_search
 from runner.resolve.steps import resolved, with_facts
 from runner.spec import RunPodPlace
 from tests.support.emulated import Emulator, emulator
