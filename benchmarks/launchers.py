@@ -18,14 +18,12 @@ def launch(spec: Any, folder: Path, words: int, alone: float | None) -> None:
     from runner.errors import RunnerError
     from runner.rundir.directory import RunDir
 
-    class Key:
-        public = "ssh-ed25519 AAAA chaos"
-
     def say(line: str) -> None:
         os.write(words, f"{line}\n".encode())
 
     try:
-        rented = acquire(RunDir(folder), spec, {"hours": 0.2, "usd_per_hour": 0.74}, Key(), say, alone_minutes=alone)
+        plan: dict[str, object] = {"hours": 0.2, "usd_per_hour": 0.74}
+        rented = acquire(RunDir(folder), spec, plan, "ssh-ed25519 AAAA chaos", say, alone_minutes=alone)
         rented.mark("SYNCED", "sent")
         rented.mark("RUNNING", "armed")
         for _ in range(10):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from shlex import quote
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -91,12 +90,7 @@ def execute(
 
 
 def _rent(
-    run: RunDir,
-    spec: RunSpec,
-    pair: ssh_keys.KeyPair,
-    display: Display,
-    launch_options: LaunchOptions,
-    again: bool,
+    run: RunDir, spec: RunSpec, pair: ssh_keys.KeyPair, display: Display, launch_options: LaunchOptions, again: bool
 ) -> Lease:
     """A pod of its own, or one of the sweep's; what another run waits for is not taken `again`."""
     pool = launch_options.pool
@@ -105,7 +99,7 @@ def _rent(
         if place_of(spec).pod:
             rented = reuse_pod.take_named(run, spec, pair, display.say, launch_options.detach)
         rented = rented or rent_pod.acquire(
-            run, spec, run.read("plan.json"), pair, display.say, detached=launch_options.detach,
+            run, spec, run.read("plan.json"), pair.public, display.say, detached=launch_options.detach,
             alone_minutes=BOOT_FACTOR * place_of(spec).setup_minutes, env=pool.variables() if pool else None,
         )  # fmt: skip
     except HeldError:  # the status is the other process's
@@ -372,13 +366,9 @@ def _replaceable(session: Session, error: PodGoneError, lost: int) -> None:
 
 def _ended_by_itself(session: Session, last: dict[str, object]) -> RunnerError:
     run, rented = session.run, session.rented
-    error = RunFailedError(
-        Problem(
-            f"pod {rented.pod.id} ended itself: {last.get('message')}",
-            f"where={session.spec.where.name}",
-            f"python -m runner fetch {run.id} downloads what is on its disk" if last.get("how") == "stop" else None,
-        )
-    )
+    what = f"pod {rented.pod.id} ended itself: {last.get('message')}"
+    remedy = f"python -m runner fetch {run.id} downloads what is on its disk" if last.get("how") == "stop" else None
+    error = RunFailedError(Problem(what, f"where={session.spec.where.name}", remedy))
     account(run, rented, error)
     return error
 
@@ -386,11 +376,7 @@ def _ended_by_itself(session: Session, last: dict[str, object]) -> RunnerError:
 @contextmanager
 def _terminated_is_interrupted() -> Iterator[None]:
     """SIGTERM gives the pod back as Ctrl-C does."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, handle)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

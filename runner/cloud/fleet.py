@@ -50,9 +50,9 @@ class PodRow:
 NOT_OURS: dict[str, Any] = {"run_id": "", "state": "NOT OURS", "detail": "not of this project: no verb touches it"}
 
 
-def pod_rows(api: Provider, ledger: Ledger, now: float | None = None, *, everything: bool = False) -> list[PodRow]:
+def pod_rows(api: Provider, ledger: Ledger, *, everything: bool = False) -> list[PodRow]:
     """Every pod of this project, oldest first; with `everything` the account's other pods as well."""
-    now = clock.now() if now is None else now
+    now = clock.now()
     listed = [pod for pod in api.pods() if pod.status not in OVER]
     pods = {pod.id: pod for pod in listed if pod.name.startswith(PREFIX)}
     found: list[PodRow] = []

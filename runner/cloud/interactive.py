@@ -83,7 +83,7 @@ def rent_interactive(
     token = secrets.token_urlsafe(12)  # of a server that listens inside the pod alone; nobody's key
     began, pair = clock.now(), ssh_keys.key_pair(run_id, spec.where.name)
     rented = acquire(
-        RunDir(owner_folder(run_id)), spec, {"hours": hours}, pair, say, detached=True,
+        RunDir(owner_folder(run_id)), spec, {"hours": hours}, pair.public, say, detached=True,
         alone_minutes=60 * hours, env={"JUPYTER_PASSWORD": token},
     )  # fmt: skip
     try:

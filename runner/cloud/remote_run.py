@@ -165,10 +165,9 @@ def logs(words: str, follow: bool, lines: int) -> Iterator[str]:
 
 
 @contextmanager
-def _connected(run_id: str, pod: Any, cloud: str) -> Iterator[transfer.PodRunFolder]:
+def _connected(run_id: str, pod: Pod, cloud: str) -> Iterator[transfer.PodRunFolder]:
     ssh.check_installed()
-    pair = ssh_keys.key_pair(run_id, cloud)
-    connection = ssh.connection_to(pod, pair.private)
+    connection = ssh.connection_to(pod, ssh_keys.key_pair(run_id, cloud).private)
     try:
         yield transfer.probe_pod(connection, run_id)
     finally:
@@ -198,7 +197,7 @@ def _session_with(words: str, output_dir: Path, console: Console) -> Iterator[tu
             if exited := rented.pod.status == "EXITED":
                 _wake(rented, display)
             try:
-                spec = ordered or _adopted_spec(rented, pair, run, display.say)
+                spec = ordered or _adopted_spec(rented, run, display.say)
                 session = Session(run, spec, rented, pair, display.say)
                 session.login()
             except (LostError, PodGoneError):
@@ -288,7 +287,7 @@ def _ordered_spec(run: RunDir, rented: Lease) -> RunSpec | None:
     return None
 
 
-def _adopted_spec(rented: Lease, pair: ssh_keys.KeyPair, run: RunDir, say: Callable[[str], None]) -> RunSpec:
+def _adopted_spec(rented: Lease, run: RunDir, say: Callable[[str], None]) -> RunSpec:
     """The run of another machine: its spec as the pod tells it, without what acts here, and a directory here."""
     pod = rented.pod
     cloud = name_of(rented.api)

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from runner.cloud import budget, clock, provider_errors, reuse_pod, termination
 from runner.cloud.budget import Meter, deadline_of, hours_of, spent
@@ -40,20 +39,11 @@ from runner.spec import RunSpec
 
 Say = Callable[[str], None]
 TRIES_PER_MACHINE = 2  # the second try of a GPU type mostly lands on another host
-SSH_PORT = "22/tcp"
-
-
-class Key(Protocol):
-    """The public half of a run's SSH key."""
-
-    @property
-    def public(self) -> str:
-        """A line for `authorized_keys`."""
 
 
 def acquire(
-    run: RunDir, spec: RunSpec, plan: dict[str, object], keys: Key, say: Say, *, detached: bool = False,
-    alone_minutes: float | None = None, env: dict[str, str] | None = None, ports: tuple[str, ...] = (),
+    run: RunDir, spec: RunSpec, plan: dict[str, object], public_key: str, say: Say, *, detached: bool = False,
+    alone_minutes: float | None = None, env: dict[str, str] | None = None,
 ) -> Lease:  # fmt: skip
     """A pod for a run that answers by SSH, its own stopped one first, or an error with nothing left behind.
 
@@ -68,9 +58,9 @@ def acquire(
     machines = find_offers(api, spec, plan)
     if (again := reuse_pod.take_stopped(api, ledger, run, spec, machines, say, detached)) is not None:
         return again
-    order = _Order(api, ledger, run, spec, keys, say, detached, alone_minutes, env or {}, ports)
+    order = _Order(api, ledger, run, spec, public_key, say, detached, alone_minutes, env or {})
     try:
-        return _first_of(order, machines, say)
+        return _first_of(order, machines)
     except RunnerError as error:
         raise type(error)(*error.problems, *order.unseen()) from None
 
@@ -87,18 +77,18 @@ def find_offers(api: Provider, spec: RunSpec, plan: dict[str, object]) -> list[O
     return api.offers(spec, plan)
 
 
-def _first_of(order: _Order, machines: list[Offer], say: Say) -> Lease:
+def _first_of(order: _Order, machines: list[Offer]) -> Lease:
     failures: list[RunnerError] = []
     for machine in machines:
         for _ in range(TRIES_PER_MACHINE):
             try:
                 return order.rent(machine)
             except NoCapacityError as error:
-                say(f"{machine.described}: none is free")
+                order.say(f"{machine.described}: none is free")
                 failures.append(error)
                 break
             except (BadHostError, UnclearError) as error:
-                say(f"{error}; another one is tried")
+                order.say(f"{error}; another one is tried")
                 failures.append(error)
     raise _nothing(order.spec, machines, failures)
 
@@ -111,13 +101,12 @@ class _Order:
     ledger: Ledger
     run: RunDir
     spec: RunSpec
-    keys: Key
+    public_key: str
     say: Say
     detached: bool
     alone_minutes: float | None
     env: dict[str, str]
-    ports: tuple[str, ...] = ()
-    spent: float = field(default=0.0)
+    spent: float = 0.0
     told: tuple[str, float] | None = None
     """Pod and price that were said last."""
     unclear: list[str] = field(default_factory=list)
@@ -220,7 +209,7 @@ class _Order:
 
     def _wanted(self, name: str, machine: Offer) -> PodRequest:
         place = place_of(self.spec)
-        env = {"PUBLIC_KEY": self.keys.public, "SSH_KEY": self.keys.public, "RUNNER_RUN_ID": self.run.id}
+        env = {"PUBLIC_KEY": self.public_key, "SSH_KEY": self.public_key, "RUNNER_RUN_ID": self.run.id}
         env["RUNNER_RENTED"] = str(round(clock.now()))
         env["RUNNER_DEADLINE"] = str(round(clock.now() + hours_of(place) * 3600))
         volume_gb = 0 if machine.volume_id or machine.cpu_id else size_or_default(place.volume_gb)
@@ -239,7 +228,6 @@ class _Order:
             volume_id=machine.volume_id,
             cuda_versions=() if machine.cpu_id else tuple(place.cuda_versions),
             min_cuda=pod_packages.least_cuda(self.spec),
-            ports=(SSH_PORT, *self.ports),
             env={**env, **self.env},
             args=self._start_command(machine, size_or_default(place.container_disk_gb) + volume_gb),
             bid_usd=place.bid_usd if place.spot else None,

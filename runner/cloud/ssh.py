@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,13 +175,11 @@ class Connection:
             words, stdin=pipe, stdout=pipe, stderr=stderr, start_new_session=True, env=environment()
         )
 
-    def put(self, sources: Sequence[Path | str], target: str, say: Callable[[str], None] | None = None,
-            options: Sequence[str] = ()) -> None:  # fmt: skip
+    def put(self, sources: Sequence[Path | str], target: str, options: Sequence[str] = ()) -> None:
         """Send files or folders; one that was broken off goes on where it was."""
-        self._rsync(["-rlptD", *options, *map(str, sources), f"{self.user}@{self.host}:{target}"], say)
+        self._rsync(["-rlptD", *options, *map(str, sources), f"{self.user}@{self.host}:{target}"])
 
-    def get(self, source: str, target: Path, say: Callable[[str], None] | None = None,
-            options: Sequence[str] = (), most: int | None = None) -> list[str]:  # fmt: skip
+    def get(self, source: str, target: Path, options: Sequence[str] = (), most: int | None = None) -> list[str]:
         """Bring a file or folder here; the names of what was left there, for it is neither: links, devices.
 
         TooMuchError, before anything is written, where it is more than `most` bytes; also for a pod that says less
@@ -190,33 +188,24 @@ class Connection:
         words = [*RECEIVE, *options, f"{self.user}@{self.host}:{source}", str(target)]
         if most is not None:
             told: list[str] = []
-            self._rsync(["--dry-run", "--stats", *words], None, told=told)
+            self._rsync(["--dry-run", "--stats", *words], told=told)
             size, files = (_number(pattern, told) for pattern in STATS)
             untrusted_files.check_size(size, files, most, target)
-        return self._rsync(words, say, most=most, target=target)
+        return self._rsync(words, most=most, target=target)
 
-    def _rsync(self, words: list[str], say: Callable[[str], None] | None, *, most: int | None = None,
-               target: Path = Path(), told: list[str] | None = None) -> list[str]:  # fmt: skip
-        carrier = shlex.join(self.words())
+    def _rsync(
+        self, words: list[str], *, most: int | None = None, target: Path = Path(), told: list[str] | None = None
+    ) -> list[str]:
         # --append-verify would trust a partial file's length; --partial compares its blocks.
-        command = [
-            "rsync",
-            "--partial",
-            "--timeout=60",
-            "--protect-args",
-            "--info=progress2",
-            "--outbuf=N",
-            "-e",
-            carrier,
-        ]
+        command = ["rsync", "--partial", "--timeout=60", "--protect-args", "--info=progress2", "--outbuf=N"]
         process = subprocess.Popen(
-            [*command, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            start_new_session=True, env=environment(),
+            [*command, "-e", shlex.join(self.words()), *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, start_new_session=True, env=environment(),
         )  # fmt: skip
         with process:
             try:
                 wrong = StderrTail(process.stderr)  # read all the while: a full pipe would stop the transfer for ever
-                skipped, arrived = _tell(process, say, most, told)
+                skipped, arrived = _tell(process, most, told)
                 if most is not None and arrived > most:
                     raise untrusted_files.too_much_error("the pod sends more than it announced", most, target)
                 complaint = wrong.text()
@@ -261,11 +250,9 @@ def greeting_problem(what: str) -> Problem:
     return Problem(f"the pod's shell prints {what} before the output of every command", "where.image", remedy)
 
 
-def _tell(
-    process: subprocess.Popen[Any], say: Callable[[str], None] | None, most: int | None, told: list[str] | None
-) -> tuple[list[str], int]:  # fmt: skip
-    """rsync's progress, such as `12,345,678  45%  10.2MB/s  0:00:07`, as it comes; what it has skipped, and how many
-    bytes have arrived by then: reading ends with more than `most`. Its own words are added to `told`."""
+def _tell(process: subprocess.Popen[Any], most: int | None, told: list[str] | None) -> tuple[list[str], int]:
+    """What rsync has skipped, and how many bytes have arrived by its progress (`12,345,678  45%  10.2MB/s  0:00:07`):
+    reading ends with more than `most`. Its own words are added to `told`."""
     assert process.stdout is not None
     rest, skipped, arrived = b"", [], 0
     while block := process.stdout.read1(4096):  # type: ignore[attr-defined]  # a BufferedReader
@@ -281,8 +268,6 @@ def _tell(
                 arrived = int(found[1].replace(b",", b""))
         if most is not None and arrived > most:
             break
-        if say is not None and shown:
-            say(" ".join(shown[-1].decode(errors="replace").split()[:4]))
     return skipped, arrived
 
 

@@ -317,7 +317,7 @@ class Points:
         are processes of their own (`apart`)."""
         self.folder.mkdir(parents=True)
         try:
-            with interrupts_handled_by(self._pass_on if apart else interrupt):
+            with interrupts_handled_by(self._pass_on if apart else signal.default_int_handler):
                 yield
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -330,11 +330,6 @@ class Points:
 
     def _marker(self, what: str, index: int) -> Path:
         return self.folder / f"{what}-{index:04d}"
-
-
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """A handler: the signal is a Ctrl-C."""
-    raise KeyboardInterrupt
 
 
 @cache
@@ -357,7 +352,7 @@ def _apart(label: str) -> Iterator[None]:
     """A point in a process of its own: its lines have a label, and Ctrl-C comes from the sweep's process alone."""
     with suppress(OSError):
         os.setpgid(0, 0)  # out of the terminal's reach, which would tell it a second time
-    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     out, err = Labelled(sys.stdout, label), Labelled(sys.stderr, label)
     try:
         with redirect_stdout(out), redirect_stderr(err):

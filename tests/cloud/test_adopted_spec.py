@@ -16,11 +16,9 @@ from runner.rundir.directory import RunDir
 from runner.spec import RunPodPlace, RunSpec
 from runner.spec.input_paths import named_places
 from tests.support.emulated import needs_sshd
-from tests.support.front import here, laptop, runner, spec_of
-from tests.support.rented import state
+from tests.support.front import runner, spec_of
 from tests.support.sshd import server
 
-__all__ = ["here", "laptop", "state"]
 pytestmark = pytest.mark.usefixtures("state", "here")
 
 

@@ -17,11 +17,10 @@ from runner.cloud.budget import Meter
 from runner.cloud.follow import Display, News
 from runner.cloud.ledger import Ledger
 from runner.cloud.rent_pod import acquire
-from tests.support.emulated import Emulator, emulator
-from tests.support.front import here, laptop, runner
-from tests.support.rented import PLAN, Key, rented_spec, run_of, state
+from tests.support.emulated import Emulator
+from tests.support.front import runner
+from tests.support.rented import KEY, PLAN, rented_spec, run_of
 
-__all__ = ["emulator", "here", "laptop", "state"]
 HOUR = 3600.0
 
 
@@ -72,9 +71,8 @@ def test_a_warning_names_the_real_share_and_is_not_said_twice(
 
 
 def test_a_run_that_is_attached_to_counts_its_earlier_pods(
-    emulator: Emulator, tmp_path: Path, state: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+    emulator: Emulator, tmp_path: Path, state: Path, here: Path, hello: None
 ) -> None:
-    monkeypatch.setattr("runner.cloud.readiness.says_hello", lambda host, port: True)
     spec, ledger = rented_spec("where.setup_minutes=0.2"), Ledger()
     run = run_of(spec, tmp_path / "runs")
     ledger.plan(
@@ -84,7 +82,7 @@ def test_a_run_that_is_attached_to_counts_its_earlier_pods(
     now = clock.now()
     ledger.move("runner-before-0001", "RUNNING", "", pod_id="before", created=now - 3 * HOUR)
     ledger.move("runner-before-0001", "GONE", "", ended=now - HOUR)
-    rented = acquire(run, spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
+    rented = acquire(run, spec, PLAN, KEY, print)
     rented.detach()
     again = remote_run._adopt(run.id, run.path)
     assert again.meter.before_usd == pytest.approx(4.0) and again.usd() == pytest.approx(4.0, abs=0.05)
@@ -92,9 +90,8 @@ def test_a_run_that_is_attached_to_counts_its_earlier_pods(
 
 
 def test_a_stopped_pod_costs_its_disk_alone_in_the_list(
-    emulator: Emulator, state: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+    emulator: Emulator, state: Path, here: Path, hello: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner.cloud.readiness.says_hello", lambda host, port: True)
     words = ("pods", "up", "hw=rtx4090", "where.max_usd=5", "where.volume_gb=20", "--hours", "3", "--yes", "--json")
     made = json.loads(runner(*words).stdout)
     assert runner("pods", "stop", made["pod_id"]).exit_code == 0

@@ -19,18 +19,14 @@ from runner.cloud.provider_errors import (
 )
 from runner.cloud.runpod.api import _said
 from runner.cloud.runpod.runpod_provider import RunPod
-from tests.support.emulated import IMAGE, Emulator, emulator
+from tests.support.emulated import IMAGE, Emulator
+from tests.support.rented import creates
 
-__all__ = ["emulator"]
 L4 = "NVIDIA L4"
 
 
 def wanted(name: str = "runner-a-0001", **more: object) -> PodRequest:
     return PodRequest(name, IMAGE, "secure", gpu_id=L4, **more)
-
-
-def creates(emulator: Emulator) -> int:
-    return sum(e.method == "POST" and e.path == "/v2/pods" for e in emulator.exchanges)
 
 
 def test_a_pod_is_created_read_listed_and_ended(emulator: Emulator) -> None:

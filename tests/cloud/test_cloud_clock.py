@@ -14,22 +14,19 @@ from runner.cloud import clock, remote_run
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import Ledger
 from runner.cloud.reconcile import UNKNOWN_S, reconcile
-from runner.cloud.rent_pod import acquire
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.runpod_provider import RunPod
 from tests.cli.test_pods_verbs import elsewhere
-from tests.support.emulated import Emulator, emulator
-from tests.support.front import here, laptop, runner
+from tests.support.emulated import Emulator
+from tests.support.front import runner
 from tests.support.processes import until
-from tests.support.rented import PLAN, Key, rented_spec, run_of, state
+from tests.support.rented import rent
 
-__all__ = ["emulator", "here", "laptop", "state"]
 DAY = 86_400.0
 
 
 @pytest.fixture(autouse=True)
-def ready(state: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.cloud.readiness.says_hello", lambda host, port: True)
+def ready(state: Path, here: Path, hello: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_BEGAN", clock._BEGAN)
 
 
@@ -40,8 +37,7 @@ def another_process(ahead: float) -> None:
 
 def left_alone(tmp_path: Path, emulator: Emulator) -> Lease:
     """A pod that trains, whose launcher is gone."""
-    spec = rented_spec("where.setup_minutes=0.2", "where.deadline_hours=2")
-    rented = acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
+    rented = rent(tmp_path, "where.deadline_hours=2")
     rented.mark("RUNNING", "training")
     rented.ledger.leave(rented.name)
     return rented

@@ -136,11 +136,9 @@ def test_files_go_and_come_and_a_broken_transfer_goes_on(there: Server, tmp_path
     link = there.connection()
     source = tmp_path / "some file.bin"
     source.write_bytes(b"x" * 3_000_000)
-    told: list[str] = []
-    link.put([source], f"{tmp_path}/a folder/", told.append, options=["--mkpath"])
+    link.put([source], f"{tmp_path}/a folder/", options=["--mkpath"])
     link.get(f"{tmp_path}/a folder/some file.bin", tmp_path / "back.bin")
     assert (tmp_path / "back.bin").read_bytes() == source.read_bytes()
-    assert any("100%" in line for line in told)
     with pytest.raises(CommandError, match="rsync failed"):
         link.get(f"{tmp_path}/nothing", tmp_path / "x")
     there.cut()

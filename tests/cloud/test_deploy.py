@@ -16,11 +16,8 @@ from runner.cloud.runpod.serverless import DeployOptions, Source
 from runner.errors import CannotRunError, RunnerError
 from runner.rundir.directory import RunDir
 from tests.conftest import spec_of
-from tests.support.emulated import Emulator, emulator
+from tests.support.emulated import Emulator
 from tests.support.front import runner
-from tests.support.rented import state
-
-__all__ = ["emulator", "state"]  # fixtures
 
 
 def yes(what: str) -> bool:

@@ -31,10 +31,8 @@ from runner.rundir import checkpoints, plain_files
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 from tests.support.emulated import needs_sshd
-from tests.support.front import here, laptop, runner, spec_of
+from tests.support.front import runner, spec_of
 from tests.support.sshd import Server, server
-
-__all__ = ["here", "laptop"]
 
 
 class Pod:

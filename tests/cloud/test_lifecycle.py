@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,37 +42,18 @@ from runner.cloud.ssh import LostError
 from runner.cloud.ssh_keys import KeyPair
 from runner.errors import Problem, RunFailedError
 from runner.rundir.directory import RunDir
-from tests.support.emulated import Emulator, emulator, until
-from tests.support.rented import A6000, PLAN, RTX4090, Key, rented_spec, run_of, state
+from tests.support.emulated import Emulator, until
+from tests.support.rented import A6000, KEY, PLAN, RTX4090, creates, impatient, rented_spec, run_of, states
+from tests.support.rented import rent as rent_in
 
-__all__ = ["emulator", "state"]
 pytestmark = pytest.mark.usefixtures("state", "hello")
 Rent = Callable[..., Lease]
 
 
 @pytest.fixture
-def hello(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pod is ready when its port is mapped: what this file is about ends where SSH begins."""
-    monkeypatch.setattr("runner.cloud.readiness.says_hello", lambda host, port: True)
-
-
-@pytest.fixture
 def rent(tmp_path: Path) -> Rent:
     """Rent a pod for the demo; words are the run's."""
-
-    def rented(*words: str, said: list[str] | None = None) -> Lease:
-        spec = rented_spec("where.setup_minutes=0.2", "where.bad_host_minutes=0.02", *words)
-        return acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, Key("ssh-ed25519 AAAA test"), (said or []).append)
-
-    return rented
-
-
-def states(name: str) -> list[str]:
-    return [new for _, new, _ in Ledger().transitions(name)]
-
-
-def creates(emulator: Emulator) -> int:
-    return sum(e.method == "POST" and e.path == "/v2/pods" for e in emulator.exchanges)
+    return partial(rent_in, tmp_path)
 
 
 def test_from_planned_to_gone(emulator: Emulator, rent: Rent) -> None:
@@ -141,8 +123,8 @@ def test_a_pod_that_appears_long_after_its_create_is_ended_too(emulator: Emulato
 
 def test_no_capacity_moves_on_and_nothing_else_does(emulator: Emulator, rent: Rent) -> None:
     emulator.inject("no_capacity", gpu=RTX4090, times=0)
-    said: list[str] = [""]
-    rented = rent("where.max_usd=5", said=said)
+    said: list[str] = []
+    rented = rent("where.max_usd=5", say=said.append)
     assert rented.pod.gpu_id == A6000 and any("none is free" in line for line in said)
     rented.release()
     emulator.inject("no_capacity", times=0)
@@ -185,8 +167,7 @@ def test_an_end_that_is_accepted_and_not_done_is_asked_for_again(emulator: Emula
 def test_an_end_that_cannot_be_confirmed_is_loud_and_tried_again_by_the_next_command(
     emulator: Emulator, rent: Rent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner.cloud.termination.LEAST_PATIENCE_S", 0.5)
-    monkeypatch.setattr("runner.cloud.termination.PATIENCE_S", 0.5)
+    impatient(monkeypatch, 0.5)
     rented = rent()
     emulator.inject("undead", times=0)
     with pytest.raises(StillThereError) as error:
@@ -541,12 +522,12 @@ def test_a_disk_here_that_takes_nothing_hides_no_pod_that_may_still_run(
 def test_what_earlier_pods_of_a_run_cost_counts(emulator: Emulator, tmp_path: Path) -> None:
     spec = rented_spec("where.max_usd=1")
     run = run_of(spec, tmp_path / "runs")
-    rented = acquire(run, spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
+    rented = acquire(run, spec, PLAN, KEY, print)
     rented.release()
     Ledger().set(rented.name, created=time.time() - 3600 * 1.3)
     assert spent(Ledger(), run.id) == pytest.approx(0.97, abs=0.03)
     with pytest.raises(TooDearError, match="are spent"):
-        acquire(run, spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
+        acquire(run, spec, PLAN, KEY, print)
     assert emulator.pods() == {}
 
 
@@ -556,8 +537,7 @@ def test_a_pod_whose_launcher_dies_at_once_ends_before_the_cap(emulator: Emulato
     run = run_of(spec, tmp_path / "runs")
 
     def alone_seconds() -> int:
-        key = Key("ssh-ed25519 AAAA test")
-        rented = acquire(run, spec, PLAN, key, print, alone_minutes=40)
+        rented = acquire(run, spec, PLAN, KEY, print, alone_minutes=40)
         command = shlex.split(emulator.pods()[rented.pod.id].config["args"])
         rented.release()
         Ledger().set(rented.name, created=time.time() - 3600 * 0.9)
@@ -589,7 +569,7 @@ from pathlib import Path
 from runner.cloud import ledger, rent_pod as pod, readiness as waiting
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.runpod_provider import RunPod
-from tests.support.rented import PLAN, Key, rented_spec, run_of
+from tests.support.rented import KEY, PLAN, rented_spec, run_of
 die, folder = sys.argv[1], Path(sys.argv[2])
 waiting.says_hello = lambda host, port: True
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
@@ -605,7 +585,7 @@ ledger.Ledger.move = moved
 plan = ledger.Ledger.plan
 ledger.Ledger.plan = lambda self, name, **facts: (plan(self, name, **facts), die == "PLANNED" and kill())
 spec = rented_spec()
-rented = pod.acquire(run_of(spec, folder), spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
+rented = pod.acquire(run_of(spec, folder), spec, PLAN, KEY, print)
 rented.mark("RUNNING", "training")
 print("ready", flush=True)
 sys.stdin.read()

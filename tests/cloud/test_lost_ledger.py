@@ -24,26 +24,23 @@ from runner.cloud.rent_pod import acquire
 from runner.cloud.runpod.runpod_provider import RunPod
 from runner.emulator.container import namespaces
 from tests.conftest import ROOT
-from tests.support.emulated import Emulator, emulator
-from tests.support.front import here, laptop, runner
-from tests.support.rented import PLAN, Key, rented_spec, run_of, state
+from tests.support.emulated import Emulator
+from tests.support.front import runner
+from tests.support.rented import KEY, PLAN, impatient, rented_spec, run_of
 
-__all__ = ["emulator", "here", "laptop", "state"]
-pytestmark = pytest.mark.usefixtures("state", "here", "quick")
+pytestmark = pytest.mark.usefixtures("state", "here", "hello", "quick")
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ready without SSH, and a locked ledger waited for less long."""
-    monkeypatch.setattr("runner.cloud.readiness.says_hello", lambda host, port: True)
+    """Nothing is waited for as long as it would be."""
     monkeypatch.setattr(ledgers, "BUSY_S", 0.2)
-    monkeypatch.setattr("runner.cloud.termination.LEAST_PATIENCE_S", 1.0)
-    monkeypatch.setattr("runner.cloud.termination.PATIENCE_S", 1.0)
+    impatient(monkeypatch, 1.0)
 
 
 def rent(tmp_path: Path, say: Callable[[str], None] = print) -> Lease:
     spec = rented_spec("where.setup_minutes=0.2", "where.volume_gb=20")
-    return acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, Key("ssh-ed25519 AAAA test"), say)
+    return acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, KEY, say)
 
 
 DAMAGES = ["deleted", "garbage", "zeroed page", "a folder", "a pipe", "locked", "cannot be written"]

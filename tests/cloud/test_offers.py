@@ -17,11 +17,10 @@ from runner.cloud.runpod.volumes import usd_per_month
 from runner.config.pod_packages import runpod_table
 from runner.errors import RunnerError
 from runner.spec import RunPodPlace
-from tests.support.emulated import Emulator, emulator
+from tests.support.emulated import Emulator
 from tests.support.front import spec_of
-from tests.support.rented import A6000, PLAN, RTX4090, rented_spec, state
+from tests.support.rented import A6000, PLAN, RTX4090, rented_spec
 
-__all__ = ["emulator", "state"]
 pytestmark = pytest.mark.usefixtures("state")
 
 A100, A100_SXM = "NVIDIA A100 80GB PCIe", "NVIDIA A100-SXM4-80GB"

@@ -25,28 +25,23 @@ from runner.errors import RequestError
 from runner.rundir.directory import RunDir
 from tests.cloud.test_agent import Pod, pod
 from tests.conftest import ROOT
-from tests.support.emulated import IMAGE, Emulator, emulator
-from tests.support.front import here, laptop, runner
+from tests.support.emulated import IMAGE, Emulator
+from tests.support.front import runner
 from tests.support.processes import until
-from tests.support.rented import PLAN, Key, rented_spec, run_of, state
+from tests.support.rented import KEY, PLAN, creates, impatient, rented_spec, run_of
 
-__all__ = ["emulator", "here", "laptop", "pod", "state"]
+__all__ = ["pod"]
 WORDS = ("where.setup_minutes=0.2", "where.bad_host_minutes=0.02", "where.volume_gb=20", "where.max_usd=9")
 
 
 @pytest.fixture
-def ready(state: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.cloud.readiness.says_hello", lambda host, port: True)
-
-
-@pytest.fixture
-def run(ready: None, tmp_path: Path) -> RunDir:
+def run(state: Path, here: Path, hello: None, tmp_path: Path) -> RunDir:
     return run_of(rented_spec(*WORDS), tmp_path / "runs")
 
 
 def rent(run: RunDir, *words: str, said: list[str] | None = None) -> Lease:
     say = print if said is None else said.append
-    return acquire(run, rented_spec(*WORDS, *words), PLAN, Key("ssh-ed25519 AAAA test"), say)
+    return acquire(run, rented_spec(*WORDS, *words), PLAN, KEY, say)
 
 
 def left(run: RunDir, state: str = "RUNNING") -> Lease:
@@ -55,10 +50,6 @@ def left(run: RunDir, state: str = "RUNNING") -> Lease:
     rented.ledger.move(rented.name, state, "and then the launcher was killed")
     rented.ledger.leave(rented.name)
     return rented
-
-
-def creates(emulator: Emulator) -> int:
-    return sum(e.method == "POST" and e.path == "/v2/pods" for e in emulator.exchanges)
 
 
 # ── a run that is in a pod ─────────────────────────────────────────────────────────────────────
@@ -147,8 +138,7 @@ def test_kept_again_it_is_stopped_and_not_ended(emulator: Emulator, run: RunDir)
 def test_a_pod_is_not_taken_for_stopped_before_it_is(
     emulator: Emulator, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner.cloud.termination.LEAST_PATIENCE_S", 0.3)
-    monkeypatch.setattr("runner.cloud.termination.PATIENCE_S", 0.3)
+    impatient(monkeypatch, 0.3)
     rented = rent(run)
     monkeypatch.setattr(Api, "stop", lambda self, pod_id: None)  # answered well, and nothing done
     with pytest.raises(StillThereError, match="MAY STILL BE RUNNING"):

@@ -9,10 +9,8 @@ import pytest
 from runner.cloud import rent_pod, ssh_keys
 from runner.cloud.runpod import runpod_provider
 from runner.cloud.ssh import connection_to
-from tests.support.emulated import Emulator, emulator, needs_sshd
-from tests.support.rented import PLAN, rented_spec, run_of, state
-
-__all__ = ["emulator", "state"]  # fixtures
+from tests.support.emulated import Emulator, needs_sshd
+from tests.support.rented import PLAN, rented_spec, run_of
 
 pytestmark = needs_sshd
 PLAIN = "where.image=pytorch/pytorch:2.8.0-cuda12.8-cudnn9-runtime"
@@ -23,7 +21,7 @@ def test_an_image_without_an_ssh_server_is_reached_all_the_same(emulator: Emulat
     spec = rented_spec(PLAIN, "where.setup_minutes=1")
     run = run_of(spec, tmp_path)
     pair = ssh_keys.key_pair(run.id)
-    rented = rent_pod.acquire(run, spec, PLAN, pair, print, alone_minutes=5)
+    rented = rent_pod.acquire(run, spec, PLAN, pair.public, print, alone_minutes=5)
     try:
         at = rented.pod
         with_key = connection_to(at, pair.private)

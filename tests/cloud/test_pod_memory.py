@@ -13,9 +13,8 @@ from runner.config import conf_files
 from runner.errors import CannotRunError
 from runner.machine import detect
 from runner.resolve.plan_inputs import plan
-from tests.support.front import laptop, runner, spec_of
+from tests.support.front import runner, spec_of
 
-__all__ = ["laptop"]
 OFFLOADED = ("model=llama2_70b", "method=full", "hw=h200", "deepspeed=zero3_offload", "data=guanaco")
 
 

@@ -20,9 +20,7 @@ from runner.emulator.container import namespaces
 from tests.cloud.test_ledger import FACTS
 from tests.conftest import ROOT
 from tests.support.processes import until
-from tests.support.rented import state
 
-__all__ = ["state"]
 HOLDER = """
 import os, sys
 from runner.cloud import process_identity as owner

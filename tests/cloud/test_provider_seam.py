@@ -32,25 +32,21 @@ from runner.resolve.plan_inputs import hardware, price_of
 from runner.rundir.directory import RunDir
 from runner.spec import RentedPlace, RunSpec
 from tests.conftest import ROOT
-from tests.support.front import here, laptop, runner
+from tests.support.front import runner
 from tests.support.memory_cloud import USD, MemoryCloud, account_of
-from tests.support.rented import PLAN, Key, rented_spec, run_of, state
+from tests.support.rented import KEY, PLAN, impatient, rented_spec, run_of, states
 
-__all__ = ["here", "laptop", "state"]
 pytestmark = pytest.mark.usefixtures("state")
-KEY = Key("ssh-ed25519 AAAA test")
 
 
 @pytest.fixture
-def cloud(monkeypatch: pytest.MonkeyPatch) -> MemoryCloud:
+def cloud(monkeypatch: pytest.MonkeyPatch, hello: None) -> MemoryCloud:
     """The cloud, known by the name `memory`; a pod is ready as soon as it has an address."""
     found = MemoryCloud()
     monkeypatch.setitem(PROVIDERS, "memory", account_of(found))
-    monkeypatch.setattr("runner.cloud.readiness.says_hello", lambda host, port: True)
     monkeypatch.setattr("runner.cloud.readiness.LEAST_LOOK_S", 0.2)
     monkeypatch.setattr("runner.cloud.readiness.LOOK_S", 0.2)
-    monkeypatch.setattr("runner.cloud.termination.LEAST_PATIENCE_S", 0.5)
-    monkeypatch.setattr("runner.cloud.termination.PATIENCE_S", 0.5)
+    impatient(monkeypatch, 0.5)
     monkeypatch.setattr("runner.cloud.termination.GAP_S", 0.5)
     return found
 
@@ -79,10 +75,6 @@ def settle() -> list[str]:
     for entry in Ledger().entries():
         Ledger().leave(entry.name)
     return reconcile(connect("memory"), Ledger())
-
-
-def states(name: str) -> list[str]:
-    return [new for _, new, _ in Ledger().transitions(name)]
 
 
 def test_the_place_names_the_provider(cloud: MemoryCloud) -> None:

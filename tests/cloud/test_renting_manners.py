@@ -13,21 +13,16 @@ from runner.cloud.rent_pod import acquire
 from runner.report.failure_causes import cause_of
 from runner.rundir.directory import RunDir
 from runner.rundir.launch_options import LaunchOptions
-from tests.support.emulated import Emulator, emulator
-from tests.support.front import here, laptop, runner
-from tests.support.rented import PLAN, Key, rented_spec, run_of, state
+from tests.support.emulated import Emulator
+from tests.support.front import runner
+from tests.support.rented import KEY, PLAN, creates, rented_spec, run_of
 
-__all__ = ["emulator", "here", "laptop", "state"]
 pytestmark = pytest.mark.usefixtures("state")
 
 
 def rent(tmp_path: Path, said: list[str], *words: str) -> None:
     spec = rented_spec("where.setup_minutes=1", *words)
-    acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, Key("ssh-ed25519 AAAA test"), said.append)
-
-
-def creates(emulator: Emulator) -> int:
-    return sum(e.method == "POST" and e.path == "/v2/pods" for e in emulator.exchanges)
+    acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, KEY, said.append)
 
 
 def test_a_price_above_the_catalogues_is_said_once(

@@ -11,11 +11,9 @@ from runner.cloud.ledger import Ledger
 from runner.cloud.provider import PodRequest
 from runner.cloud.runpod.runpod_provider import RunPod
 from runner.machine import detect
-from tests.support.emulated import IMAGE, Emulator, emulator
-from tests.support.front import LAPTOP, here, laptop, runner
-from tests.support.rented import state
+from tests.support.emulated import IMAGE, Emulator
+from tests.support.front import LAPTOP, runner
 
-__all__ = ["emulator", "here", "laptop", "state"]
 pytestmark = pytest.mark.usefixtures("state", "here")
 RUN = (
     "model=smollm2_135m",
@@ -66,8 +64,8 @@ def test_what_a_key_may_not_do_is_one_line_and_nothing_is_rented(
     assert emulator.pods() == {} and Ledger().entries() == []
 
 
+@pytest.mark.usefixtures("hello")
 def test_a_key_without_graphql_rents_all_the_same(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.cloud.readiness.says_hello", lambda host, port: True)
     use(emulator, monkeypatch, "no_graphql")
     assert "pod " in said("pods", "up", "hw=rtx4090", "where.max_usd=5", "--hours", "1", "--yes", code=0)
     assert len(emulator.pods()) == 1

@@ -17,23 +17,21 @@ from runner.cloud.runpod.runpod_provider import RunPod
 from runner.errors import RequestError
 from runner.resolve.steps import resolved
 from runner.rundir.directory import RunDir
-from tests.support.emulated import IMAGE, Emulator, emulator
-from tests.support.front import here, laptop, only_problem
-from tests.support.rented import PLAN, RTX4090, Key, rented_spec, run_of, state
+from tests.support.emulated import IMAGE, Emulator
+from tests.support.front import only_problem
+from tests.support.rented import KEY, PLAN, RTX4090, rented_spec, run_of
 
-__all__ = ["emulator", "here", "laptop", "state"]
 WORDS = ("where.setup_minutes=0.2", "where.bad_host_minutes=0.02", "where.volume_gb=20")
 
 
 @pytest.fixture
-def run(state: Path, here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunDir:
-    monkeypatch.setattr("runner.cloud.readiness.says_hello", lambda host, port: True)
+def run(state: Path, here: Path, hello: None, tmp_path: Path) -> RunDir:
     return run_of(rented_spec(*WORDS), tmp_path / "runs")
 
 
 def stopped(run: RunDir, status: str) -> str:
     """Its pod, kept after a run that ended so."""
-    rented = acquire(run, rented_spec(*WORDS, "where.keep=true"), PLAN, Key("ssh-ed25519 AAAA test"), print)
+    rented = acquire(run, rented_spec(*WORDS, "where.keep=true"), PLAN, KEY, print)
     rented.release(keep=True)
     run.set_status(status)
     return rented.pod.id
@@ -65,7 +63,7 @@ def test_a_pod_with_a_result_that_is_not_home_or_other_gpus_is_refused(
 
 
 def test_a_pod_of_another_run_or_machine_or_project_is_refused(emulator: Emulator, run: RunDir) -> None:
-    rented = acquire(run, rented_spec(*WORDS), PLAN, Key("ssh-ed25519 AAAA test"), print)
+    rented = acquire(run, rented_spec(*WORDS), PLAN, KEY, print)
     rented.mark("RUNNING")
     with pytest.raises(RequestError, match=f"{run.id} is in pod {rented.pod.id}"):
         found(f"where.pod={rented.pod.id}")
@@ -80,7 +78,7 @@ def test_a_run_that_names_no_hardware_is_planned_for_what_the_pod_has(
 ) -> None:
     def pod_of(*words: str) -> str:
         spec = rented_spec(*WORDS, "where.keep=true", "where.max_usd=90", *words)
-        rented = acquire(done := run_of(spec, tmp_path / "more"), spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
+        rented = acquire(done := run_of(spec, tmp_path / "more"), spec, PLAN, KEY, print)
         rented.release(keep=True)
         done.set_status("done")
         return rented.pod.id

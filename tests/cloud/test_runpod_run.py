@@ -22,13 +22,11 @@ from runner.cloud.ledger import Ledger
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from tests.conftest import SHORT
-from tests.support.emulated import Emulator, emulator, needs_sshd, rest
-from tests.support.hub import Hub, hub
+from tests.support.emulated import Emulator, needs_sshd, rest
+from tests.support.hub import Hub
 from tests.support.leaks import Watch
 from tests.support.processes import ROOT, losses, only_run, start, tiny_model, until, words
-from tests.support.rented import rented_spec
-
-__all__ = ["emulator", "hub"]  # fixtures
+from tests.support.rented import creates, rented_spec
 
 pytestmark = [needs_sshd, pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync: apt-get install rsync")]
 SECRETS = {"HF_TOKEN": "hf_" + "sEcReT" * 5, "WANDB_API_KEY": "w4ndb" * 8}
@@ -71,10 +69,6 @@ class Typed:
 @pytest.fixture
 def typed(tmp_path: Path, model: Path, emulator: Emulator) -> Typed:
     return Typed(tmp_path, model, emulator)
-
-
-def creates(emulator: Emulator) -> int:
-    return sum(e.method == "POST" and e.path == "/v2/pods" for e in emulator.exchanges)
 
 
 def ended(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str]:

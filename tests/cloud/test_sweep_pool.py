@@ -18,12 +18,10 @@ from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir, all_runs, is_alive
 from tests.cloud.test_runpod_run import GPU, Typed, adapter_loads, ended, workers
 from tests.conftest import ROOT
-from tests.support.emulated import Emulator, emulator, needs_sshd
-from tests.support.front import here, laptop, runner
+from tests.support.emulated import Emulator, needs_sshd
+from tests.support.front import runner
 from tests.support.processes import losses, tiny_model, until, words
-from tests.support.rented import state
 
-__all__ = ["emulator", "here", "laptop", "state"]
 RATES = "train.learning_rate=1e-3,2e-3,3e-3"
 LONG = ("train.max_steps=100000", "train.save_every_steps=4", "train.keep_checkpoints=2")
 

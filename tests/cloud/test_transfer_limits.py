@@ -20,10 +20,9 @@ from runner.cloud.untrusted_files import TooMuchError
 from runner.rundir.directory import RunDir
 from tests.cloud.test_hostile_pod import Pod, pod, sealed
 from tests.support.emulated import needs_sshd
-from tests.support.front import here, laptop
 from tests.support.sshd import server
 
-__all__ = ["here", "laptop", "pod"]
+__all__ = ["pod"]
 
 
 def size_of(folder: Path) -> int:

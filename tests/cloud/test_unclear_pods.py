@@ -14,31 +14,23 @@ from runner.cloud.ledger import Ledger
 from runner.cloud.provider import PodRequest
 from runner.cloud.provider_errors import NoBalanceError, NoPodError, StillThereError
 from runner.cloud.reconcile import reconcile
-from runner.cloud.rent_pod import acquire
 from runner.cloud.runpod import json_types
 from runner.cloud.runpod.account_key import BILLING_PAGE
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.runpod_provider import RunPod
 from runner.emulator.pods_api import listed
-from tests.support.emulated import IMAGE, Emulator, emulator
-from tests.support.front import here, laptop, runner
-from tests.support.rented import PLAN, Key, rented_spec, run_of, state
+from tests.support.emulated import IMAGE, Emulator
+from tests.support.front import runner
+from tests.support.rented import impatient, rent
 
-__all__ = ["emulator", "here", "laptop", "state"]
-pytestmark = pytest.mark.usefixtures("state", "here", "hello")
+pytestmark = pytest.mark.usefixtures("state", "here", "hello", "quick")
 
 
 @pytest.fixture
-def hello(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.cloud.readiness.says_hello", lambda host, port: True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.cloud.runpod.transport.PAUSE_S", 0.05)
     monkeypatch.setattr("runner.cloud.readiness.LEAST_LOOK_S", 0.5)
     monkeypatch.setattr("runner.cloud.readiness.LOOK_S", 0.5)
-
-
-def rent(tmp_path: Path, *words: str) -> Lease:
-    spec = rented_spec("where.setup_minutes=0.2", "where.bad_host_minutes=0.02", *words)
-    return acquire(run_of(spec, tmp_path / "runs"), spec, PLAN, Key("ssh-ed25519 AAAA test"), print)
 
 
 # ── lost ───────────────────────────────────────────────────────────────────────────────────────
@@ -153,8 +145,7 @@ def test_terminate_of_one_pod_leaves_the_other(emulator: Emulator, tmp_path: Pat
 def test_terminate_of_several_confirms_each(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner.cloud.termination.LEAST_PATIENCE_S", 0.5)
-    monkeypatch.setattr("runner.cloud.termination.PATIENCE_S", 0.5)
+    impatient(monkeypatch, 0.5)
     rented = two(tmp_path)
     emulator.inject("undead", times=0, pod=rented.pod.id)
     result = runner("pods", "terminate", rented.run_id)

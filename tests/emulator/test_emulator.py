@@ -15,9 +15,8 @@ import runpod
 
 from runner.emulator.container import namespaces
 from tests.conftest import ROOT
-from tests.support.emulated import IMAGE, Emulator, emulator, key_pair, needs_sshd, pod_body, rest, ssh, until
+from tests.support.emulated import IMAGE, Emulator, needs_sshd, pod_body, rest, ssh, until
 
-__all__ = ["emulator", "key_pair"]
 pytestmark = needs_sshd
 isolated = pytest.mark.skipif(not namespaces(), reason="no right to make namespaces: a pod is but processes")
 DISK = {"mounts": {"persistent": {"size": 10, "path": "/workspace"}}}

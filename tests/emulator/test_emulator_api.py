@@ -12,10 +12,8 @@ import runpod
 from runpod.error import QueryError
 
 from runner.emulator import contract
-from tests.support.emulated import IMAGE, Emulator, emulator, key_pair, needs_sshd, pod_body, rest, undescribed, until
+from tests.support.emulated import IMAGE, Emulator, needs_sshd, pod_body, rest, undescribed, until
 from tests.support.openapi import FILE, answer_errors, document, request_errors
-
-__all__ = ["emulator", "key_pair"]
 
 
 def raw(emulator: Emulator, method: str, path: str, **options: Any) -> requests.Response:

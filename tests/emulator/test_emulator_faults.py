@@ -17,10 +17,9 @@ import runpod
 from runpod.error import AuthenticationError, QueryError
 
 from runner.emulator.faults import KINDS, Fault, parsed
-from tests.support.emulated import Emulator, emulator, key_pair, needs_sshd, pod_body, rest, ssh, until
+from tests.support.emulated import Emulator, needs_sshd, pod_body, rest, ssh, until
 from tests.support.front import runner
 
-__all__ = ["emulator", "key_pair"]
 L4, A40 = "NVIDIA L4", "NVIDIA A40"
 
 

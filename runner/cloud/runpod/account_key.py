@@ -26,26 +26,17 @@ def api_key() -> str:
     """The account's key; NoKeyError without one, or where it can be none."""
     key = os.environ.get(KEY, "").strip()
     if not key:
-        raise NoKeyError(no_key_problem())
+        made = f"export RUNPOD_API_KEY=…, made at {KEYS_PAGE}"
+        raise NoKeyError(Problem("RUNPOD_API_KEY is not set", "environment", made))
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise NoKeyError(odd_key_problem())
+        what = "RUNPOD_API_KEY is no key: it has a blank, a line break or a letter that no key has"
+        raise NoKeyError(Problem(what, "environment", f"copy it again, on one line, from {KEYS_PAGE}"))
     return key
 
 
 def fingerprint(key: str) -> str:
     """Says in the ledger which account a pod belongs to, without giving the key away: 48 bits of a one-way hash."""
     return hashlib.blake2b(key.encode(), digest_size=6, person=b"runner-account").hexdigest()
-
-
-def no_key_problem() -> Problem:
-    """RUNPOD_API_KEY is not set."""
-    return Problem("RUNPOD_API_KEY is not set", "environment", f"export RUNPOD_API_KEY=…, made at {KEYS_PAGE}")
-
-
-def odd_key_problem() -> Problem:
-    """RUNPOD_API_KEY cannot be sent in a header."""
-    what = "RUNPOD_API_KEY is no key: it has a blank, a line break or a letter that no key has"
-    return Problem(what, "environment", f"copy it again, on one line, from {KEYS_PAGE}")
 
 
 def wrong_key_problem(said: str) -> Problem:

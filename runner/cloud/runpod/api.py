@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -71,10 +72,7 @@ class Api:
 
     def terminate(self, pod_id: str) -> None:
         """End it; one that is gone already is no error. Accepted is not done: look afterwards."""
-        try:
-            request("DELETE", f"/v2/pods/{_segment(pod_id)}", repeat=True)
-        except NotFound:
-            return
+        _delete("/v2/pods", pod_id)
 
     def stop(self, pod_id: str) -> None:
         """Stop it, keeping its volume disk; one that is stopped already is no error."""
@@ -168,10 +166,7 @@ class Api:
 
     def delete_volume(self, volume_id: str) -> None:
         """Delete it and what is on it; one that is gone already is no error."""
-        try:
-            request("DELETE", f"/v2/network-volumes/{_segment(volume_id)}", repeat=True)
-        except NotFound:
-            return
+        _delete("/v2/network-volumes", volume_id)
 
     # ── templates and serverless endpoints ─────────────────────────────────────────────────────
 
@@ -200,10 +195,7 @@ class Api:
 
     def delete_template(self, template_id: str) -> None:
         """Delete a template; a missing one is not an error."""
-        try:
-            request("DELETE", f"/v2/templates/{_segment(template_id)}", repeat=True)
-        except NotFound:
-            return
+        _delete("/v2/templates", template_id)
 
     def create_endpoint(self, body: dict[str, Any]) -> dict[str, Any]:
         """Make a serverless endpoint."""
@@ -216,10 +208,7 @@ class Api:
 
     def delete_endpoint(self, endpoint_id: str) -> None:
         """Delete an endpoint; a missing one is not an error."""
-        try:
-            request("DELETE", f"/v2/serverless/{_segment(endpoint_id)}", repeat=True)
-        except NotFound:
-            return
+        _delete("/v2/serverless", endpoint_id)
 
     # ── money ──────────────────────────────────────────────────────────────────────────────────
 
@@ -291,4 +280,6 @@ def _segment(text: str) -> str:
     return quote(text, safe="")
 
 
-__all__ = ["Api", "CpuType", "DataCenter", "GpuType", "Pod", "PodRequest", "Volume"]
+def _delete(path: str, identity: str) -> None:
+    with suppress(NotFound):
+        request("DELETE", f"{path}/{_segment(identity)}", repeat=True)

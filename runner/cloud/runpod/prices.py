@@ -17,6 +17,7 @@ from runner.cloud.runpod.catalog import vcpus
 from runner.config import json_text
 from runner.hub.bounded import bounded
 from runner.paths import cache_dir
+from runner.rundir.directory import write_atomically
 from runner.spec import HardwareSpec, RentedPlace
 
 Cloud = Literal["secure", "community"]
@@ -138,9 +139,6 @@ def _prices(catalogue: Any) -> dict[str, dict[str, float]]:
 
 
 def _store(answer: dict[str, object]) -> None:
-    file = _file()
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     with suppress(OSError):  # a read-only home costs a request each time, nothing else
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(answer), "utf-8")
-        temporary.replace(file)
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(_file(), json.dumps(answer))

@@ -46,7 +46,7 @@ class RunPod(Api):
 
     def start_command(self, run_id: str, minutes: float) -> str:
         """The watch, then the image's own start command."""
-        return watched_start_command(run_id, minutes)
+        return shlex.join(start_arguments(run_id, minutes))
 
     def balance(self) -> float | None:
         """Through GraphQL."""
@@ -142,8 +142,3 @@ def start_arguments(run_id: str, minutes: float, start: str = START) -> list[str
     """Return the pod's command, which ends the pod after so many minutes without an agent."""
     seconds = str(round(60 * minutes))
     return ["bash", "-c", MAIN, "runner", WATCH, run_id, seconds, start]
-
-
-def watched_start_command(run_id: str, minutes: float, start: str = START) -> str:
-    """Return the same command as one shell-quoted string."""
-    return shlex.join(start_arguments(run_id, minutes, start))

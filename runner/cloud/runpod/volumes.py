@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def put_files(api: Api, volume: str, source: Path, target: str, say: Say) -> lis
     found = find_volume(api, volume)
     client = _client(found.data_center)
     if source.is_dir():
-        files = {file: f"{target.strip('/')}/{file.relative_to(source)}" for file in _files(source)}
+        inside = sorted(file for file in source.rglob("*") if file.is_file())
+        files = {file: f"{target.strip('/')}/{file.relative_to(source)}" for file in inside}
     else:
         files = {source: f"{target}{source.name}" if target.endswith("/") or not target else target}
     sent = []
@@ -162,16 +164,12 @@ def _listed(client: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
                 yield {"path": item["Key"], "size": item["Size"]}
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
-
-
-class _spoken:  # noqa: N801  # reads as a word in `with`
+@contextmanager
+def _spoken() -> Iterator[None]:
     """Errors of the S3 client in words."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and type(error).__module__.startswith(("botocore", "boto3")):
-            raise CloudError(Problem(f"S3: {error}", None, "check the keys, and that the volume is there")) from None
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("botocore", "boto3")):
+            raise
+        raise CloudError(Problem(f"S3: {error}", None, "check the keys, and that the volume is there")) from None
