@@ -16,13 +16,14 @@ from rich.console import Console
 
 from runner.cloud import clock, rent_pod, reuse_pod, ssh, ssh_keys, termination
 from runner.cloud.confirm_rental import confirm
-from runner.cloud.follow import Display, News, PodGoneError
+from runner.cloud.follow import Display, News
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import HeldError
 from runner.cloud.provider import place_of
 from runner.cloud.provider_errors import StillThereError
 from runner.cloud.providers import provider_of
 from runner.cloud.session import FINISHED, Session, before_its_end
+from runner.cloud.ssh import PodGoneError
 from runner.cloud.sweep_pool import Pool
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
 from runner.report.failure_causes import cause_of

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from runner.cloud import untrusted_files
 from runner.cloud.agent.tail import GROWING, WHOLE
-from runner.cloud.ssh import SSH_FAILED
+from runner.cloud.ssh import SSH_FAILED, PodGoneError
 from runner.cloud.transfer import PodRunFolder
 from runner.config import json_text
 from runner.errors import Problem, RunnerError
@@ -45,10 +45,6 @@ NOT_PLAIN = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno
 LONGEST_LINE = 64 << 20
 WORDS = "logs/worker.log"
 TOO_MUCH = "Warning: the pod's logs are more than a run's can be, or than this disk has room for: no more is copied"
-
-
-class PodGoneError(RunnerError):
-    """The pod is gone, or its files are."""
 
 
 class News(NamedTuple):

@@ -16,13 +16,13 @@ from rich.console import Console
 
 from runner.cloud import adopted_spec, clock, executor, fleet, ssh, ssh_keys, transfer
 from runner.cloud.budget import Meter, spent
-from runner.cloud.follow import Display, PodGoneError
+from runner.cloud.follow import Display
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Ledger, LedgerError
 from runner.cloud.provider import OVER, Pod, Provider
 from runner.cloud.providers import cloud_of, connect, name_of, provider_class
 from runner.cloud.session import END_STATES, FINISHED, Session, before_its_end
-from runner.cloud.ssh import CommandError, LostError
+from runner.cloud.ssh import CommandError, LostError, PodGoneError
 from runner.config import credentials, json_text
 from runner.errors import CannotRunError, InterruptedRun, Problem, RequestError, RunFailedError
 from runner.rundir.directory import (

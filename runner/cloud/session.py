@@ -14,9 +14,9 @@ from typing import Any
 
 from runner.cloud import budget, clock, download, transfer
 from runner.cloud.agent import tail
-from runner.cloud.follow import Follower, News, PodGoneError
+from runner.cloud.follow import Follower, News
 from runner.cloud.lease import Lease
-from runner.cloud.ssh import CommandError, HostKeyError, LostError, connection_to
+from runner.cloud.ssh import CommandError, HostKeyError, LostError, PodGoneError
 from runner.cloud.ssh_keys import KeyPair
 from runner.cloud.transfer import PodRunFolder, Say
 from runner.cloud.untrusted_files import TooMuchError
@@ -63,28 +63,9 @@ class Session:
     # --- there ---
 
     def login(self) -> PodRunFolder:
-        """Log in; the server may take its time. LostError where the pod is not reached."""
-        pod = self.rented.pod
-        connection = connection_to(pod, self.keys.private)
-        end = time.monotonic() + transfer.LOGIN_SECONDS
-        while True:
-            try:
-                self.at = transfer.probe_pod(connection, self.run.id, self.say)
-                return self.at
-            except HostKeyError:
-                connection.close()
-                raise
-            except LostError as error:
-                try:
-                    address = self.find()
-                except PodGoneError as gone:
-                    raise PodGoneError(Problem(f"{gone}; until then {error}")) from None
-                if time.monotonic() > end:
-                    connection.close()
-                    raise
-            time.sleep(0.5)
-            if address:
-                connection.moved(*address)
+        """Log in, as `transfer.login` does."""
+        self.at = transfer.login(self.rented.pod, self.run.id, self.keys, self.say, self.find)
+        return self.at
 
     def order(self, detach: bool) -> dict[str, Any]:
         """The order for the agent. An end that nobody awaits stops the pod where its own disk holds the only result."""

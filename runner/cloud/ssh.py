@@ -69,6 +69,10 @@ class HostKeyError(LostError):
     """Another machine answers at the pod's address: nothing is sent to it."""
 
 
+class PodGoneError(RunnerError):
+    """The pod is gone, or its files are."""
+
+
 class CommandError(RunnerError):
     """A command in the pod failed."""
 

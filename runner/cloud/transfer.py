@@ -17,7 +17,7 @@ from typing import Any
 from runner.cloud import clock, payload
 from runner.cloud.agent import agent, install, tail
 from runner.cloud.provider import Pod
-from runner.cloud.ssh import Connection, HostKeyError, LostError, connection_to, greeting_problem
+from runner.cloud.ssh import Connection, HostKeyError, LostError, PodGoneError, connection_to, greeting_problem
 from runner.cloud.ssh_keys import KeyPair
 from runner.config import credentials, json_text, pod_packages
 from runner.errors import CannotRunError, Problem, RunFailedError
@@ -78,18 +78,32 @@ class PodRunFolder:
         return json_object(said.rstrip().rpartition("\n")[2])
 
 
-def login(pod: Pod, run_id: str, pair: KeyPair, say: Say) -> PodRunFolder:
-    """Log in to a pod that answers; its server may take its time. LostError where it is not reached."""
+def login(
+    pod: Pod, run_id: str, pair: KeyPair, say: Say, find: Callable[[], tuple[str, int] | None] = lambda: None
+) -> PodRunFolder:
+    """Log in to a pod; its server may take its time. LostError where it is not reached, PodGoneError by `find`, which
+    tells the address that the pod has now, if it may have another one."""
     connection = connection_to(pod, pair.private)
     end = time.monotonic() + LOGIN_SECONDS
-    while True:
-        try:
-            return probe_pod(connection, run_id, say)
-        except LostError as error:
-            if isinstance(error, HostKeyError) or time.monotonic() > end:
-                connection.close()
+    try:
+        while True:
+            try:
+                return probe_pod(connection, run_id, say)
+            except HostKeyError:
                 raise
-        time.sleep(0.5)
+            except LostError as error:
+                try:
+                    address = find()
+                except PodGoneError as gone:
+                    raise PodGoneError(Problem(f"{gone}; until then {error}")) from None
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.5)
+            if address:
+                connection.moved(*address)
+    except BaseException:
+        connection.close()
+        raise
 
 
 def probe_pod(connection: Connection, run_id: str, say: Say = lambda line: None) -> PodRunFolder:

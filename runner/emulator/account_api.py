@@ -6,17 +6,15 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from runner.emulator import hardware_catalog
-from runner.emulator.answers import ApiProblem, Json, known, page
+from runner.emulator.answers import ApiProblem, Json, epoch, known, page
 from runner.emulator.pods import Pod
 from runner.emulator.pods_api import config_of
 from runner.emulator.settings import stamp
-from runner.emulator.state import World, new_id
+from runner.emulator.state import World, new_id, volume_folder
 
 TEMPLATE_DEFAULTS = {
     "serverless": False, "public": False, "category": "NVIDIA", "startSsh": True, "startJupyter": True,
@@ -29,6 +27,7 @@ def router(world: World) -> APIRouter:
     api = APIRouter(prefix="/v2")
     _ssh_keys(api, world)
     _templates(api, world)
+    _bill_of_pods(api, world)
     api.include_router(network_volumes(world))
     return api
 
@@ -108,7 +107,7 @@ def network_volumes(world: World) -> APIRouter:
         if kind not in center.volume_types:
             raise ApiProblem(400, f"data center {center.id} has no {kind} network volumes")
         made = {"id": new_id(), "name": body["name"], "size": body["size"], "dataCenter": center.id, "type": kind}
-        volume_folder(world, made["id"]).mkdir(parents=True)
+        volume_folder(world.root, made["id"]).mkdir(parents=True)
         world.volumes[made["id"]], world.volume_since[made["id"]] = made, world.clock.billed()
         return made
 
@@ -131,15 +130,10 @@ def network_volumes(world: World) -> APIRouter:
             if (pod.network() or {}).get("volumeId") == identity:
                 raise ApiProblem(400, f"network volume is in use by pod {pod.id}")
         del world.volumes[identity]
-        shutil.rmtree(volume_folder(world, identity), ignore_errors=True)
+        shutil.rmtree(volume_folder(world.root, identity), ignore_errors=True)
         return Response(status_code=204)
 
     return api
-
-
-def volume_folder(world: World, identity: str) -> Any:
-    """Return the local folder of a volume."""
-    return world.root / "volumes" / identity
 
 
 BUCKET_S = {"hour": 3600.0, "day": 86_400.0, "week": 604_800.0, "month": 2_592_000.0, "year": 31_536_000.0}
@@ -169,11 +163,8 @@ class Window:
         return {**_range(self.start, self.end), "bucketSize": self.bucket}
 
 
-def billing_router(world: World) -> APIRouter:
-    """The route."""
-    api = APIRouter(prefix="/v2/billing")
-
-    @api.get("/pods")
+def _bill_of_pods(api: APIRouter, world: World) -> None:
+    @api.get("/billing/pods")
     def bill_of_pods(request: Request) -> Json:
         asked, chosen = _window(world, request.query_params), request.query_params.get("podId")
         records = [
@@ -189,8 +180,6 @@ def billing_router(world: World) -> APIRouter:
         metadata = {"query": query, "recordCount": len(records), "totals": totals, "uniquePodCount": pods}
         return {"records": records, "metadata": metadata}
 
-    return api
-
 
 def _window(world: World, query: Mapping[str, str]) -> Window:
     bucket, last = query.get("bucketSize", "day"), query.get("lastN")
@@ -201,15 +190,8 @@ def _window(world: World, query: Mapping[str, str]) -> Window:
             raise ApiProblem(400, "lastN and startTime/endTime are mutually exclusive")
         until = math.ceil(now / step) * step
         return Window(until - int(last) * step, until, bucket)
-    begin, until = _epoch(start) if start else now - DEFAULT_S, _epoch(end) if end else now
+    begin, until = epoch("startTime", start) if start else now - DEFAULT_S, epoch("endTime", end) if end else now
     return Window(math.floor(begin / step) * step, math.ceil(until / step) * step, bucket)
-
-
-def _epoch(text: str) -> float:
-    try:
-        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
-    except ValueError:
-        raise ApiProblem(422, "Request validation failed.", [f"{text!r} is not a date-time"]) from None
 
 
 def _pods(world: World) -> list[Pod]:

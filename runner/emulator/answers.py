@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -38,6 +39,14 @@ def known(entries: Mapping[str, T], identity: str, what: str) -> T:
     if identity not in entries:
         raise ApiProblem(404, f"{what} not found")
     return entries[identity]
+
+
+def epoch(name: str, text: str) -> float:
+    """Seconds since the epoch of a query parameter that is a date-time (RFC 3339); ApiProblem 422 where it is none."""
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        raise ApiProblem(422, "Request validation failed.", [f"{name}: {text!r} is not a date-time"]) from None
 
 
 def page(name: str, entries: Sequence[object], cursor: str | None, size: int) -> Json:

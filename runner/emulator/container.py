@@ -289,8 +289,3 @@ class Container:
     def wipe(self) -> None:
         """Delete the container disk."""
         shutil.rmtree(self.disk, ignore_errors=True)
-
-
-def command_of(args: str) -> list[str]:
-    """The words of a pod's `args`, which replace the image's command."""
-    return shlex.split(args)

@@ -7,14 +7,13 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator
-from datetime import datetime
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from runner.emulator import hardware_catalog
-from runner.emulator.answers import ApiProblem, Json, known, page
+from runner.emulator.answers import ApiProblem, Json, epoch, known, page
 from runner.emulator.pods import ACTIONS, LogLine, Pod, PodLog
 from runner.emulator.settings import stamp
 from runner.emulator.state import World, new_id
@@ -31,10 +30,10 @@ def placed(world: World, body: Json) -> Pod:
     body = with_template(world, body)
     _rules(body)
     cloud = body.get("cloud", "SECURE")
-    centers = _centers(world, body, cloud)
+    centers = _centers(world, body)
     compute, usd = _compute(body, cloud)
     centers = _capacity(world, body, cloud, centers)
-    pod = Pod(
+    return Pod(
         name=body["name"],
         config=config_of(body),
         cloud=cloud,
@@ -47,9 +46,7 @@ def placed(world: World, body: Json) -> Pod:
         log=PodLog(world.clock),
         public_key=_public_key(world, body),
         start_jupyter=body.get("startJupyter", False),
-        global_networking=False,
     )
-    return pod
 
 
 def with_template(world: World, body: Json) -> Json:
@@ -108,7 +105,7 @@ def check_ports(ports: list[str]) -> None:
             raise ApiProblem(400, f"invalid port {port!r}: expected <port>/<protocol>")
 
 
-def _centers(world: World, body: Json, cloud: str) -> list[str]:
+def _centers(world: World, body: Json) -> list[str]:
     """Where the pod may be; with a network volume, where that is."""
     wanted: list[str] = body.get("dataCenterIds") or []
     for center in wanted:
@@ -209,7 +206,7 @@ def router(world: World) -> APIRouter:
     def update_pod(identity: str, body: Json) -> Json:
         pod = world.pod(identity)
         with engine.lock:
-            update(world, pod, body)
+            update(pod, body)
         return shown(pod)
 
     @api.delete("/{identity}", status_code=204)
@@ -244,7 +241,7 @@ def listed(world: World) -> list[Pod]:
         return [pod for pod in world.engine.pods.values() if pod.listed_from <= time.monotonic()]
 
 
-def update(world: World, pod: Pod, body: Json) -> None:
+def update(pod: Pod, body: Json) -> None:
     """Change what is named; the container sees it when it starts next."""
     mounts = body.get("mounts") or {}
     if any(kind not in pod.config["mounts"] for kind in mounts):
@@ -267,11 +264,8 @@ def _first(pod: Pod, tail: int, since: str | None, last_id: str | None) -> int:
     if number:
         return int(number[1])
     if moment := last_id or since:
-        try:
-            epoch = datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp()
-        except ValueError:
-            raise ApiProblem(422, "Request validation failed.", [f"since: {moment!r} is not a date-time"]) from None
-        return max((line.number for line in lines if line.time < epoch), default=0)
+        began = epoch("since", moment)
+        return max((line.number for line in lines if line.time < began), default=0)
     return lines[-tail - 1].number if len(lines) > tail else 0
 
 

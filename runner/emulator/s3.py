@@ -10,7 +10,6 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from moto.core.models import DEFAULT_ACCOUNT_ID
@@ -20,7 +19,7 @@ from werkzeug.serving import make_server
 from werkzeug.wrappers import Response
 
 from runner.emulator.answers import Json
-from runner.emulator.state import World
+from runner.emulator.state import World, volume_folder
 
 Environ = Json
 REGION = "us-east-1"
@@ -64,15 +63,12 @@ class VolumeStore:
                 self._give_out(volume)
         return answer
 
-    def _folder(self, volume: str) -> Path:
-        return self.world.root / "volumes" / volume
-
     def _take_in(self, volume: str) -> None:
         """Files → objects."""
         backend, seen = _backend(), self._seen.setdefault(volume, {})
         if volume not in backend.buckets:
             backend.create_bucket(volume, REGION)
-        folder = self._folder(volume)
+        folder = volume_folder(self.world.root, volume)
         files = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
         for key in [key for key in seen if key not in files]:
             backend.delete_object(volume, key)
@@ -86,14 +82,15 @@ class VolumeStore:
     def _give_out(self, volume: str) -> None:
         """Objects → files."""
         objects, seen = _backend().buckets[volume].keys, self._seen[volume]
+        folder = volume_folder(self.world.root, volume)
         for key in [key for key in seen if key not in objects]:
-            (self._folder(volume) / key).unlink(missing_ok=True)
+            (folder / key).unlink(missing_ok=True)
             del seen[key]
         for key in list(objects.keys()):
             stored = objects[key]
             if seen.get(key, ("", "", ""))[2] == stored.etag or key.endswith("/") or ".." in key.split("/"):
                 continue
-            file = self._folder(volume) / key
+            file = folder / key
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(stored.value)
             seen[key] = (file.stat().st_mtime_ns, file.stat().st_size, stored.etag)

@@ -44,7 +44,6 @@ def application(world: World) -> ASGIApp:
     app = FastAPI(title="RunPod REST v2, emulated", docs_url=None, redoc_url=None, openapi_url=None)
     for part in PARTS:
         app.include_router(part.router(world))
-    app.include_router(account_api.billing_router(world))
     app.include_router(admin_router(world))
 
     @app.exception_handler(ApiProblem)
@@ -150,8 +149,7 @@ class Emulator:
 
     def clear(self) -> None:
         """Remove all faults."""
-        self.world.faults.clear()
-        self.world.clock.skew_s = 0.0
+        self.world.clear()
 
     def pods(self) -> dict[str, Pod]:
         """Pods that exist, by id, stopped ones included; a bill runs for each."""
@@ -246,8 +244,7 @@ def admin_router(world: World) -> APIRouter:
 
     @api.delete("/faults", status_code=204)
     def clear() -> Response:
-        world.faults.clear()
-        world.clock.skew_s = 0.0
+        world.clear()
         return Response(status_code=204)
 
     @api.delete("/faults/{number}", status_code=204)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from runner.cloud.agent import agent, tail
-from runner.cloud.follow import Follower, News, PodGoneError
+from runner.cloud.follow import Follower, News
+from runner.cloud.ssh import PodGoneError
 from runner.cloud.transfer import PodRunFolder
 from runner.errors import Problem
 from runner.rundir.directory import RunDir
