@@ -40,11 +40,7 @@ def check_here(spec: RunSpec) -> None:
         raise CannotRunError(Problem(reason, f"hw={spec.hw.name}", remedy))
     if util.find_spec("torch") is None or util.find_spec("trl") is None:
         raise CannotRunError(
-            Problem(
-                "training needs torch, transformers, trl and peft, which are not installed",
-                None,
-                install("train"),
-            )
+            Problem("training needs torch, transformers, trl and peft, which are not installed", None, install("train"))
         )
     if spec.hw.accelerator == "cuda":
         check_installed_torch(spec)

@@ -35,14 +35,7 @@ NO_PEER_TO_PEER = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
 _CONSUMER = re.compile(r"GeForce RTX [345]0\d\d")
 
 # Facts that a driver does not tell (the first: an old one) and a catalogue entry for the same GPU does.
-_FROM_CATALOGUE = (
-    "compute_capability",
-    "tflops_bf16",
-    "bandwidth_gb_s",
-    "interconnect",
-    "usd_per_hour",
-    "price_date",
-)
+_FROM_CATALOGUE = ("compute_capability", "tflops_bf16", "bandwidth_gb_s", "interconnect", "usd_per_hour", "price_date")
 
 
 @dataclass(frozen=True)

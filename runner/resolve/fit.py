@@ -238,11 +238,7 @@ def table_cell(base: RunSpec, model: ModelSpec, method: dict[str, object], micro
     """GiB expected at the peak."""
     size = {"micro_batch_size": micro_batch, "accumulation_steps": 1, "batch_size": micro_batch}
     one = base.model_copy(
-        update={
-            "model": model,
-            "method": METHOD.validate_python(method),
-            "train": base.train.model_copy(update=size),
-        }
+        update={"model": model, "method": METHOD.validate_python(method), "train": base.train.model_copy(update=size)}
     )
     return _TABLE.choice(one, shape_of(model), "none", micro_batch, 1, 1).memory.expected / GIB
 

@@ -22,17 +22,7 @@ from runner.hub import model_config
 from runner.hub.model_config import UnreachableError
 from runner.plan.plan import Plan
 from runner.spec import Pretrain, RentedPlace, RunSpec
-from runner.spec.input_paths import (
-    OF_POD,
-    TEMPLATES,
-    _code,
-    _data,
-    _is_named,
-    is_glob,
-    is_url,
-    named_places,
-    put_place,
-)
+from runner.spec.input_paths import OF_POD, TEMPLATES, _code, _data, _is_named, is_glob, is_url, named_places, put_place
 
 
 def check_inputs(spec: RunSpec, planned: Plan | None) -> list[str]:

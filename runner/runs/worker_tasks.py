@@ -109,14 +109,7 @@ def chat(run_dir: Path, prompt: str | None, base: bool, max_new_tokens: int, as_
     if not base and not (run.path / "model").is_dir():
         raise no_model_yet(run, "or talk to the model as it was: --base")
     report_changed_base(run, base)
-    command = [
-        sys.executable,
-        "-m",
-        "runner.train.chat",
-        str(run.spec_file),
-        "--max-new-tokens",
-        str(max_new_tokens),
-    ]
+    command = [sys.executable, "-m", "runner.train.chat", str(run.spec_file), "--max-new-tokens", str(max_new_tokens)]
     command += ["--base"] * base + ["--json"] * as_json + (["--prompt", prompt] if prompt is not None else [])
     return subprocess.call(command, env=single_process_environment())
 

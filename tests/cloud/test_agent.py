@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,11 @@ class Pod:
         self.folder = root / "workspace" / "runs" / self.run_id
         (self.folder / "logs").mkdir(parents=True)
 
+    @property
+    def env(self) -> dict[str, str]:
+        """Variables of every process in it."""
+        return {**os.environ, "RUNPOD_POD_ID": self.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": self.api.url}
+
     def order(self, **changes: Any) -> None:
         t = time.time()
         order = {
@@ -79,13 +85,24 @@ class Pod:
         agent.write_json(self.folder / "work.json", {**task, **changes})
 
     def start(self, **env: str) -> dict[str, Any]:
-        pod = {"RUNPOD_POD_ID": self.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": self.api.url}
-        done = subprocess.run(
-            [sys.executable, str(AGENT), "start", str(self.folder)], env={**os.environ, **pod, **env},
-            capture_output=True, text=True, timeout=90,
-        )  # fmt: skip
+        words = [sys.executable, str(AGENT), "start", str(self.folder)]
+        done = subprocess.run(words, env={**self.env, **env}, capture_output=True, text=True, timeout=90)
         status: dict[str, Any] = json.loads(done.stdout)
         return status
+
+    @contextmanager
+    def start_command(self, minutes: float = 10, start: Path | str = "/bin/cat") -> Iterator[subprocess.Popen[bytes]]:
+        """What a pod runs from its first second; it ends with the block, and all that it has started."""
+        workspace = self.folder.parents[1]
+        main = subprocess.Popen(
+            runpod_provider.start_arguments(self.run_id, minutes, str(start)), stdin=subprocess.PIPE,
+            cwd=workspace.parent, env={**self.env, "RUNNER_WORKSPACE": str(workspace)}, start_new_session=True,
+        )  # fmt: skip
+        try:
+            yield main
+        finally:
+            os.killpg(main.pid, signal.SIGKILL)
+            main.wait()
 
     def status(self) -> dict[str, Any]:
         return agent.read_json(self.folder / "agent-status.json")
@@ -388,30 +405,13 @@ def test_the_start_command_ends_a_pod_to_which_no_agent_comes(pod: Pod, tmp_path
     start = tmp_path / "start.sh"
     start.write_text("#!/bin/bash\ntouch started\nsleep 100\n")
     start.chmod(0o755)
-    env = {"RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": pod.api.url}
-    command = runpod_provider.start_arguments(pod.run_id, 1 / 60, str(start))
-    main = subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, **env, "RUNNER_WORKSPACE": str(tmp_path / "workspace")},
-        start_new_session=True,
-    )  # fmt: skip
-    try:
+    with pod.start_command(1 / 60, start) as main:
         until(pod.api.ended, 30)
         assert (tmp_path / "started").exists() and main.poll() is None
-    finally:
-        os.killpg(main.pid, signal.SIGKILL)
-        main.wait()
 
 
-def test_the_start_command_brings_the_agent_back(pod: Pod, tmp_path: Path) -> None:
+def test_the_start_command_brings_the_agent_back(pod: Pod) -> None:
     (pod.folder / "agent.py").write_bytes(AGENT.read_bytes())
     pod.order()
-    env = {"RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": pod.api.url}
-    main = subprocess.Popen(
-        runpod_provider.start_arguments(pod.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
-        env={**os.environ, **env, "RUNNER_WORKSPACE": str(tmp_path / "workspace")},
-    )  # fmt: skip
-    try:
+    with pod.start_command():
         until(lambda: pod.state() == "armed", 30)
-    finally:
-        os.killpg(main.pid, signal.SIGKILL)
-        main.wait()

@@ -10,13 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runner.cloud.agent import agent
-from runner.cloud.runpod import runpod_provider
 from runner.emulator.container import namespaces
 from runner.rundir.directory import is_alive
 from tests.cloud.test_agent import AGENT, KEY, Api, Pod, pod
@@ -148,6 +148,19 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@contextmanager
+def faulty_agent(pod: Pod, fault: str, since: float) -> Iterator[subprocess.Popen[bytes]]:
+    """The agent, whose every call fails from so many seconds on."""
+    env = {**pod.env, "FAULT": fault, "FAULT_FROM": str(time.time() + since)}
+    words = [sys.executable, "-c", FAULTY, str(AGENT), "run", str(pod.folder)]
+    process = subprocess.Popen(words, env=env, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "since"),
@@ -156,22 +169,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_no_call_that_fails_keeps_a_pod_alive(pod: Pod, fault: str, since: float) -> None:
     """Every file, lock, log and process: all of it fails, from one moment on, for as long as the agent lives."""
     pod.order(deadline=time.time() + 5, uncollected="terminate")
-    env = {
-        "RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": pod.api.url, "FAULT": fault,
-        "FAULT_FROM": str(time.time() + 2 + since),
-    }  # fmt: skip
     # Two seconds for Python itself to start; the earlier faults come before there is a task.
-    words = [sys.executable, "-c", FAULTY, str(AGENT), "run", str(pod.folder)]
-    process = subprocess.Popen(words, env={**os.environ, **env}, stderr=subprocess.DEVNULL)
-    try:
+    with faulty_agent(pod, fault, 2 + since) as process:
         until(lambda: pod.state() == "armed" or process.poll() is not None)
         if since:
             pod.task(LONG)
         until(pod.api.ended, 30)
         assert process.poll() is None
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.slow
@@ -180,46 +184,29 @@ def test_no_call_that_fails_costs_a_finished_result(pod: Pod, fault: str) -> Non
     """Found by benchmarks/chaos_agents.py: without memory for a look at the disk it was terminated, not stopped."""
     pod.order(deadline=time.time() + 6, uncollected="stop")
     pod.task("pass")
-    env = {
-        "RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": pod.api.url, "FAULT": fault,
-        "FAULT_FROM": str(time.time() + 4),
-    }  # fmt: skip
-    words = [sys.executable, "-c", FAULTY, str(AGENT), "run", str(pod.folder)]
-    process = subprocess.Popen(words, env={**os.environ, **env}, stderr=subprocess.DEVNULL)
-    try:
+    with faulty_agent(pod, fault, 4):
         until(lambda: pod.state() == "done", 4)
         until(lambda: pod.api.ended("stop"), 30)
         assert not pod.api.ended()
-    finally:
-        process.kill()
-        process.wait()
 
 
 # ── an agent that hangs, or is gone ────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
-def watched(pod: Pod, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def watched(pod: Pod) -> Iterator[None]:
     """The pod's start command; its agent gives it a second, and not thirty."""
     text = AGENT.read_text("utf-8")
     assert "WATCH_SECONDS = 30.0" in text
     (pod.folder / "agent.py").write_text(text.replace("WATCH_SECONDS = 30.0", "WATCH_SECONDS = 1.0"), "utf-8")
-    env = {"RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": pod.api.url}
-    main = subprocess.Popen(
-        runpod_provider.start_arguments(pod.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
-        env={**os.environ, **env, "RUNNER_WORKSPACE": str(tmp_path / "workspace")},
-    )  # fmt: skip
-    yield main
-    os.killpg(main.pid, signal.SIGKILL)
-    main.wait()
+    with pod.start_command():
+        yield
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["hangs", "is gone"])
 @pytest.mark.parametrize("uncollected", ["terminate", "stop"])
-def test_the_start_command_ends_a_pod_whose_agent_does_not(
-    pod: Pod, watched: subprocess.Popen[bytes], how: str, uncollected: str
-) -> None:
+def test_the_start_command_ends_a_pod_whose_agent_does_not(pod: Pod, watched: None, how: str, uncollected: str) -> None:
     pod.order(deadline=time.time() + 8, uncollected=uncollected)
     until(lambda: pod.state() == "armed", 30)
     pod.task(LONG)
@@ -234,7 +221,7 @@ def test_the_start_command_ends_a_pod_whose_agent_does_not(
     assert uncollected == "terminate" or not pod.api.ended()
 
 
-def test_the_start_command_leaves_a_pod_alone_whose_agent_speaks(pod: Pod, watched: subprocess.Popen[bytes]) -> None:
+def test_the_start_command_leaves_a_pod_alone_whose_agent_speaks(pod: Pod, watched: None) -> None:
     pod.order(deadline=time.time() + 3, uncollected="terminate")
     until(lambda: pod.state() == "armed", 30)
     pod.order(deadline=time.time() + 600, uncollected="terminate")
@@ -305,10 +292,9 @@ def test_the_agent_outlives_garbled_answers_and_ends_the_pod_by_a_whole_one(odd:
     real, pod.api.url = pod.api.url, odd["url"]
     pod.kill()
     pod.order(deadline=time.time() + 2, uncollected="terminate")
-    env = {"RUNPOD_POD_ID": pod.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": odd["url"]}
     words, log = [sys.executable, str(AGENT), "run", str(pod.folder)], pod.folder / "words"
     with log.open("wb") as file:
-        process = subprocess.Popen(words, env={**os.environ, **env}, stderr=file)
+        process = subprocess.Popen(words, env={**pod.env, "RUNPOD_API_BASE_URL": odd["url"]}, stderr=file)
     try:
         until(lambda: log.read_text().count("terminate: the API answers 0") > 1, 60)
         odd["words"] = b"HTTP/1.1 204 No Content\r\n\r\n"

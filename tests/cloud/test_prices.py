@@ -28,12 +28,7 @@ CATALOGUE = {  # as in the published description of the API
             "price": {"secure": 0.44, "community": 0.31, "serverless": 1.1},
             "maxCount": {"secure": 8, "community": 4},
         },
-        {
-            "id": "NVIDIA B200",
-            "secure": True,
-            "community": False,
-            "price": {"secure": 6, "community": 5.5},
-        },
+        {"id": "NVIDIA B200", "secure": True, "community": False, "price": {"secure": 6, "community": 5.5}},
     ]
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from runner.cloud.agent import agent
-from runner.cloud.runpod import runpod_provider
 from runner.rundir.directory import is_alive
-from tests.cloud.test_agent import AGENT, KEY, Api, Pod
+from tests.cloud.test_agent import AGENT, Api, Pod
 from tests.support.processes import until
 
 LONG = "import time; print('begun', flush=True); time.sleep(100)"
@@ -42,6 +40,12 @@ def hand_on(first: Pod, second: Pod) -> None:
     agent.write_json(first.folder / "successor.json", {"run_id": second.run_id})
 
 
+def handed_on(first: Pod, second: Pod) -> None:
+    """The pod of a run that is over, as it serves the next one."""
+    hand_on(first, second)
+    until(lambda: second.state() == "armed")
+
+
 def done(run: Pod) -> dict[str, object]:
     """A run to its end."""
     run.order()
@@ -54,8 +58,7 @@ def done(run: Pod) -> dict[str, object]:
 def test_the_same_process_serves_the_next_run(runs: tuple[Pod, Pod], api: Api) -> None:
     first, second = runs
     before = done(first)
-    hand_on(first, second)
-    until(lambda: second.state() == "armed")
+    handed_on(first, second)
     assert second.status()["agent"] == before["agent"] and second.status()["right_to_end"] is True
     second.task("print('the other one')")
     until(lambda: second.state() == "done")
@@ -119,8 +122,7 @@ def test_the_next_runs_limits_are_its_own(runs: tuple[Pod, Pod], api: Api) -> No
     first, second = runs
     done(first)
     first.order(deadline=time.time() + 3, uncollected="terminate")
-    hand_on(first, second)
-    until(lambda: second.state() == "armed")
+    handed_on(first, second)
     time.sleep(3.5)
     assert not api.ended()
     second.order(deadline=time.time() + 1)
@@ -131,8 +133,7 @@ def test_after_a_restart_of_the_container_the_last_run_has_its_agent_again(runs:
     """What starts it is the pod's start command, which knows the first run alone."""
     first, second = runs
     done(first)
-    hand_on(first, second)
-    until(lambda: second.state() == "armed")
+    handed_on(first, second)
     second.task(LONG)
     until(lambda: "begun" in second.log("worker.log"))
     second.kill()
@@ -145,21 +146,15 @@ def test_after_a_restart_of_the_container_the_last_run_has_its_agent_again(runs:
 
 
 @pytest.mark.slow
-def test_the_start_command_leaves_a_pod_alone_that_was_handed_on(runs: tuple[Pod, Pod], tmp_path: Path) -> None:
+def test_the_start_command_leaves_a_pod_alone_that_was_handed_on(runs: tuple[Pod, Pod]) -> None:
     first, second = runs
     (first.folder / "agent.py").write_bytes(AGENT.read_bytes())
     first.order()
-    env = {"RUNPOD_POD_ID": first.id, "RUNPOD_API_KEY": KEY, "RUNPOD_API_BASE_URL": first.api.url}
-    main = subprocess.Popen(
-        runpod_provider.start_arguments(first.run_id, 10, "/bin/cat"), stdin=subprocess.PIPE, start_new_session=True,
-        env={**os.environ, **env, "RUNNER_WORKSPACE": str(tmp_path / "workspace")},
-    )  # fmt: skip
-    try:
+    with first.start_command():
         until(lambda: first.state() == "armed", 30)
         first.task("pass")
         until(lambda: first.state() == "done")
-        hand_on(first, second)
-        until(lambda: second.state() == "armed")
+        handed_on(first, second)
         pid = second.status()["agent"]
         time.sleep(6)  # longer than it waits between two looks
         assert is_alive(pid) and second.status()["agent"] == pid
@@ -167,17 +162,13 @@ def test_the_start_command_leaves_a_pod_alone_that_was_handed_on(runs: tuple[Pod
         second.kill()
         until(lambda: is_alive(second.status()["agent"]), 30)
         assert second.state() == "armed"
-    finally:
-        os.killpg(main.pid, signal.SIGKILL)
-        main.wait()
 
 
 def test_of_two_agents_of_the_last_run_one_stands_by(runs: tuple[Pod, Pod]) -> None:
     """A launcher that comes back after a restart may be faster than the start command."""
     first, second = runs
     done(first)
-    hand_on(first, second)
-    until(lambda: second.state() == "armed")
+    handed_on(first, second)
     second.task(LONG)
     until(lambda: "begun" in second.log("worker.log"))
     second.kill()
@@ -214,8 +205,7 @@ def test_the_next_runs_training_does_not_hold_the_locks(runs: tuple[Pod, Pod]) -
     """A training that outlives its switch must not pass for one."""
     first, second = runs
     done(first)
-    hand_on(first, second)
-    until(lambda: second.state() == "armed")
+    handed_on(first, second)
     second.task(LONG)
     until(lambda: "begun" in second.log("worker.log"))
     os.kill(second.status()["agent"], signal.SIGKILL)

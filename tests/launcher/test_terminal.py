@@ -40,13 +40,7 @@ def is_whole(run: Path, steps: int) -> None:
     assert RunDir(run).read("status.json")["state"] == "done" and (run / "model").is_dir()
     assert len(losses(run)) == steps
     log = (run / "logs" / "run.log").read_text("utf-8")
-    for words_ in (
-        "Run     ",
-        "GiB at the peak",
-        "Loading torch",
-        f"  {steps}/{steps}  loss",
-        "Try it:  ",
-    ):
+    for words_ in ("Run     ", "GiB at the peak", "Loading torch", f"  {steps}/{steps}  loss", "Try it:  "):
         assert log.count(words_) == 1
     assert "\x1b" not in log and "Traceback" not in log
 

@@ -56,15 +56,7 @@ def test_nobody_can_mean_two_machines() -> None:
 
 @pytest.mark.parametrize("name", CUDA_NAMES)
 def test_no_fact_of_a_gpu_is_missing(name: str) -> None:
-    facts = (
-        "gpu",
-        "memory_gib",
-        "bf16",
-        "compute_capability",
-        "tflops_bf16",
-        "bandwidth_gb_s",
-        "interconnect",
-    )
+    facts = ("gpu", "memory_gib", "bf16", "compute_capability", "tflops_bf16", "bandwidth_gb_s", "interconnect")
     spec = spec_of(name)
     assert [fact for fact in facts if getattr(spec, fact) is None] == []
     since_ampere = (spec.compute_capability or 0) >= detect.AMPERE

@@ -36,10 +36,7 @@ def test_wheel_carries_every_config_and_nothing_of_the_checkout(wheel: Path) -> 
     folders = (paths.CONF, paths.RECIPES, paths.DEEPSPEED_CONFIGS)
     files = {f for folder in folders for f in folder.rglob("*") if f.suffix in (".yaml", ".json")}
     assert {f"runner/assets/{file.relative_to(ROOT)}" for file in files} <= names
-    assert {name.split("/")[0] for name in names} == {
-        "runner",
-        f"llm_finetuning_runner-{__version__}.dist-info",
-    }
+    assert {name.split("/")[0] for name in names} == {"runner", f"llm_finetuning_runner-{__version__}.dist-info"}
 
 
 def test_installed_wheel_finds_its_configs_from_anywhere(wheel: Path, tmp_path: Path) -> None:
