@@ -17,7 +17,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from runner.cloud.transfer import DEMO, json_object
+from runner.cloud.transfer import DEMO
+from runner.config import json_text
 from runner.errors import Problem, RequestError
 from runner.paths import DEEPSPEED_CONFIGS
 from runner.spec import RentedPlace, RunSpec
@@ -55,7 +56,7 @@ def adopt_spec(text: str, pod_id: str, volume: str | None, output_dir: Path, clo
     try:
         if len(text) > LARGEST:
             raise ValueError
-        told = RunSpec.model_validate(json_object(text))
+        told = RunSpec.model_validate(json_text.object_of(text))
     except (ValueError, ValidationError, RecursionError):
         remedy = f"python -m runner pods ssh {pod_id} looks; pods terminate {pod_id} ends the pod"
         raise RequestError(
@@ -70,7 +71,11 @@ def adopt_spec(text: str, pod_id: str, volume: str | None, output_dir: Path, clo
 
 def adopt_plan(text: str) -> dict[str, float]:
     """The finite numbers of a pod's `plan.json` that are read here."""
-    found = {key: value for key, value in json_object(text).items() if key in PLAN_KEYS and type(value) in (int, float)}
+    found = {
+        key: value
+        for key, value in json_text.object_of(text).items()
+        if key in PLAN_KEYS and type(value) in (int, float)
+    }
     return {key: value for key, value in found.items() if 0 <= value < 1e12 and math.isfinite(value)}
 
 

@@ -12,8 +12,9 @@ import shlex
 import shutil
 from fnmatch import fnmatch
 
-from runner.cloud import transfer, untrusted_files
+from runner.cloud import untrusted_files
 from runner.cloud.transfer import PodRunFolder, Say
+from runner.config import json_text
 from runner.paths import cache_dir
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir, write_atomically
@@ -46,12 +47,12 @@ def download_run(at: PodRunFolder, run: RunDir, spec: RunSpec, say: Say = lambda
     except untrusted_files.TooMuchError:
         shutil.rmtree(arrived, ignore_errors=True)
         raise
-    status = transfer.json_object(at.connection.attempt(f"cat {folder}/status.json")[1])
+    status = json_text.object_of(at.connection.attempt(f"cat {folder}/status.json")[1])
     step = max(_complete_there(at), default=None)
     if step is not None and step not in checkpoints.complete(run):
         download_checkpoint(at, run, step, say)
     places = {f"{at.workspace}/cache/runner": str(cache_dir())}
-    theirs = transfer.json_object(at.connection.attempt(f"cat {folder}/spec.json")[1]).get("model")
+    theirs = json_text.object_of(at.connection.attempt(f"cat {folder}/spec.json")[1]).get("model")
     if isinstance(theirs, dict):  # it is sent after the agent
         places[str(theirs.get("id"))] = spec.model.id
     if at.connection.attempt(f"test -e {folder}/summary.json")[0] == 0:

@@ -25,6 +25,7 @@ from runner.errors import CannotRunError, Problem, RequestError
 from runner.paths import cache_dir
 from runner.report.invocation import PROJECT
 from runner.rundir import plain_files
+from runner.rundir.directory import text_of
 from runner.spec import LocalPlace, RunSpec
 from runner.spec.input_paths import is_glob, is_url, named_places, put_place
 
@@ -160,10 +161,7 @@ def training_requirements() -> list[str]:
 
 def pinned_constraints() -> str:
     """The pins that the tests ran with; empty where they were not shipped."""
-    try:
-        return paths.CONSTRAINTS.read_text("utf-8")
-    except OSError:
-        return ""
+    return text_of(paths.CONSTRAINTS)
 
 
 def _wheel_files() -> dict[str, bytes]:

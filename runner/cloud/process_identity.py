@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from runner.paths import state_dir
-from runner.rundir.directory import is_alive
+from runner.rundir.directory import is_alive, text_of
 
 NETWORK = ("nfs", "cifs", "smb", "fuse", "9p", "virtiofs", "lustre", "ceph", "gpfs", "beegfs", "afs", "ocfs", "gfs")
 """Beginnings of the names of file systems that several machines may share."""
@@ -120,12 +120,8 @@ def start_ticks(pid: int) -> float | None:
 
 def is_on_network(file: Path) -> bool:
     """Return True if other machines may share the file; False if unknown (macOS)."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return False
     path, best, kind = file.resolve(), Path("/"), ""
-    for line in lines:
+    for line in text_of(Path("/proc/self/mountinfo")).splitlines():
         place, _, source = line.partition(" - ")
         point = Path(place.split()[4].replace("\\040", " "))
         if path.is_relative_to(point) and len(point.parts) >= len(best.parts):
@@ -134,8 +130,4 @@ def is_on_network(file: Path) -> bool:
 
 
 def _first(*files: str) -> str:
-    for file in files:
-        with suppress(OSError):
-            if text := Path(file).read_text("utf-8").strip():
-                return text
-    return ""
+    return next((text for file in files if (text := text_of(Path(file)).strip())), "")

@@ -99,8 +99,8 @@ def status(words: str) -> dict[str, Any]:
         said = at.connection.attempt(f"cat {shlex.quote(at.folder)}/status.json; tail -n 1 {at.folder}/metrics.jsonl")
     facts |= {"agent": agent.get("state"), "exit_code": agent.get("exit_code"), "message": agent.get("message")}
     text, _, line = said[1].strip().rpartition("}\n{")
-    run = transfer.json_object(text + "}") if line else transfer.json_object(said[1])
-    metrics = transfer.json_object("{" + line) if line else {}
+    run = json_text.object_of(text + "}") if line else json_text.object_of(said[1])
+    metrics = json_text.object_of("{" + line) if line else {}
     facts |= {key: run.get(key) for key in ("state", "num_steps") if run.get(key) is not None}
     return facts | {key: metrics[key] for key in ("step", "loss", "tokens_per_second") if key in metrics}
 
@@ -238,7 +238,7 @@ def _listen(session: Session, minutes: float | None) -> None:
     assert at is not None
     file = shlex.quote(f"{at.folder}/agent.json")
     said, _, times = at.connection.run(f"cat {file}; echo; stat -c %Y {file}; date +%s").rstrip().rpartition("}")
-    sent, old = clock.now(), transfer.json_object(said + "}")
+    sent, old = clock.now(), json_text.object_of(said + "}")
     try:
         came, there = map(float, times.split())
         # Its times are those of another clock: of a launcher elsewhere, or of this one before it was set.

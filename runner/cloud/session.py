@@ -16,6 +16,7 @@ from runner.cloud import budget, clock, download, transfer
 from runner.cloud.agent import tail
 from runner.cloud.follow import Follower, News
 from runner.cloud.lease import Lease
+from runner.cloud.provider import place_of
 from runner.cloud.ssh import CommandError, HostKeyError, LostError, PodGoneError
 from runner.cloud.ssh_keys import KeyPair
 from runner.cloud.transfer import PodRunFolder, Say
@@ -57,8 +58,7 @@ class Session:
     @property
     def where(self) -> RentedPlace:
         """The part `where` of the spec."""
-        assert isinstance(self.spec.where, RentedPlace)
-        return self.spec.where
+        return place_of(self.spec)
 
     # --- there ---
 

@@ -32,7 +32,7 @@ from runner.cloud import process_identity as owners
 from runner.cloud.budget import Meter, deadline_of, over_first_hour
 from runner.cloud.lease import Lease
 from runner.cloud.ledger import PREFIX, Entry, Ledger, owner
-from runner.cloud.provider import Provider, gpu_id_of
+from runner.cloud.provider import Provider, gpu_id_of, place_of
 from runner.cloud.provider_errors import StillThereError
 from runner.cloud.providers import connect, provider_of
 from runner.cloud.session import Session
@@ -121,8 +121,7 @@ class Pool:
     def _claimed(self, run: RunDir, spec: RunSpec) -> tuple[PreviousRun, Lease] | None:
         """A parked pod that fits, which the ledger now says is this run's."""
         api, ledger = provider_of(spec), Ledger()
-        place = spec.where
-        assert isinstance(place, RentedPlace)
+        place = place_of(spec)
         for entry in self.parked(ledger):
             before = PreviousRun.of(entry)
             if machine_key(before.spec) != machine_key(spec) or not _room(before.spec, spec):

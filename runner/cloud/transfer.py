@@ -69,13 +69,13 @@ class PodRunFolder:
         """The agent's status; empty where there is none."""
         kept, file = f"{agent.SHM}/runner-{self.run_id}.unwritten", f"{self.folder}/agent-status.json"
         first, second = shlex.quote(kept), shlex.quote(file)
-        return json_object(self.connection.attempt(f"cat {first} 2>/dev/null || cat {second} 2>/dev/null")[1])
+        return json_text.object_of(self.connection.attempt(f"cat {first} 2>/dev/null || cat {second} 2>/dev/null")[1])
 
     def start_agent(self) -> dict[str, Any]:
         """Start the agent, which leaves one that is at work alone; its status."""
         folder = shlex.quote(self.folder)
         said = self.connection.run(f"python3 {folder}/agent.py start {folder}")
-        return json_object(said.rstrip().rpartition("\n")[2])
+        return json_text.object_of(said.rstrip().rpartition("\n")[2])
 
 
 def login(
@@ -317,12 +317,3 @@ def _send_run(at: PodRunFolder, run: RunDir, there: RunSpec, say: Say) -> None:
         own += [folder for name in ("initial_adapter", "tensorboard") if (folder := run.path / name).is_dir()]
     if own:
         at.connection.put(own, f"{at.folder}/")
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """A JSON object; empty where it is none."""
-    try:
-        content = json_text.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -25,6 +25,15 @@ def loads(text: str | bytes, **how: Any) -> Any:
     return found
 
 
+def object_of(text: str | bytes) -> dict[str, Any]:
+    """A JSON object; empty where it is none."""
+    try:
+        found = loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 class RepeatedKeyError(ValueError):
     """A key that occurs twice in one object: all but the last of its values would be ignored."""
 

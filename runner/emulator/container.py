@@ -278,9 +278,7 @@ class Container:
         number = signal.SIGKILL if namespaces() else signal.SIGUSR1
         end = time.monotonic() + ENDING_S
         while process.poll() is None and time.monotonic() < end:
-            for pid in self._first():  # none while unshare has not come to it yet
-                with contextlib.suppress(OSError):
-                    os.kill(pid, number)
+            self.signal(number)  # to nobody while unshare has not come to it yet
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.02)
         process.kill()

@@ -19,16 +19,17 @@ INSTALL_COMPILER = "apt-get install gcc python3-dev (conda install gcc for a Pyt
 
 def flash_attn() -> str | None:
     """Version of flash-attn; None without it. By the package: flash-attn-4 calls its module the same."""
-    try:
-        return metadata.version("flash-attn")
-    except metadata.PackageNotFoundError:
-        return None
+    return _version("flash-attn")
 
 
 def flash_attn_3() -> str | None:
     """Version of FlashAttention 3, a package of its own; None without it."""
+    return _version("flash-attn-3")
+
+
+def _version(package: str) -> str | None:
     try:
-        return metadata.version("flash-attn-3")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 

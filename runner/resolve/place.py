@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from runner.cloud.provider import place_of
 from runner.cloud.runpod.catalog import gpus_by_model_size
 from runner.config import conf_files
 from runner.config.validation import validated
@@ -179,8 +180,7 @@ def _within_limits(spec: RunSpec) -> bool:
 
 def _rentable(spec: RunSpec, requested: HardwareSpec) -> list[HardwareSpec]:
     """The catalogue's GPUs that RunPod has, of the types and of the number that were asked for."""
-    place = spec.where
-    assert isinstance(place, RentedPlace)
+    place = place_of(spec)
     given: dict[str, Any] = {key: getattr(requested, key) for key in requested.model_fields_set & _OF_ANY}
     found = [hw for hw in plan_inputs.hardware(where=place) if hw.runpod_gpu_id]
     if place.gpu_types:
@@ -192,8 +192,7 @@ def _rentable(spec: RunSpec, requested: HardwareSpec) -> list[HardwareSpec]:
 
 def _of_gpu_types(spec: RunSpec, requested: HardwareSpec) -> HardwareSpec | None:
     """The profile of the first GPU of `where.gpu_types` that has one, whatever it costs."""
-    place = spec.where
-    assert isinstance(place, RentedPlace)
+    place = place_of(spec)
     known = {hw.runpod_gpu_id: hw for hw in reversed(_rentable(spec, requested))}  # hw=l40s before hw=l40sx2
     return next((known[gpu_id] for gpu_id in place.gpu_types if gpu_id in known), None)
 

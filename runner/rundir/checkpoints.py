@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from runner.config import json_text
 from runner.errors import InterruptedRun, Problem
 from runner.rundir import plain_files
 from runner.rundir.directory import RunDir, write_atomically
@@ -44,11 +43,7 @@ def complete(run: RunDir) -> list[int]:
 
 def facts(path: Path) -> dict[str, Any]:
     """Facts that `seal` noted besides the files: step, processes, metric; empty for a marker that cannot be read."""
-    try:
-        content = json_text.loads((path / MARKER).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return RunDir(path).read(MARKER)
 
 
 def seal(path: Path, noted: dict[str, object]) -> None:

@@ -116,10 +116,9 @@ class RunDir:
     def read(self, name: str) -> dict[str, Any]:
         """One of the JSON files; empty if it is not there or not readable."""
         try:
-            content = json_text.loads((self.path / name).read_text("utf-8"))
-        except (OSError, ValueError):
+            return json_text.object_of((self.path / name).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError):
             return {}
-        return content if isinstance(content, dict) else {}
 
     @property
     def status(self) -> Status:

@@ -49,7 +49,7 @@ def _lock(handle: int, run: RunDir) -> None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            by = _read(handle)
+            by = json_text.object_of(os.pread(handle, 4096, 0))
             lost = by.get("host") == socket.gethostname() and not is_alive(by.get("pid"))
             if not lost or time.monotonic() > end:
                 held = _holder(run.path / ".owner") if lost else None
@@ -81,11 +81,3 @@ def run_at_work_error(run: RunDir, by: Mapping[str, object]) -> Problem:
     where = f" on {by['host']}" if elsewhere else ""
     what = f"{run.id} is running{where} ({status.get('state', 'starting')}, process {pid})"
     return Problem(what, "command line", f"wait for its end, or stop it{where and ' there'}: kill {pid}")
-
-
-def _read(handle: int) -> dict[str, object]:
-    try:
-        found = json_text.loads(os.pread(handle, 4096, 0))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -11,9 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
-from runner.cloud import adopted_spec, fleet, transfer
+from runner.cloud import adopted_spec, fleet
 from runner.cloud.follow import Display, Follower
 from runner.cloud.runpod import json_types
+from runner.config import json_text
 from runner.report.run_list import print_runs, run_rows
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
@@ -128,7 +129,7 @@ def test_a_pods_spec_and_plan_are_adopted_or_refused(tmp_path: Path) -> None:
     fuzz(Target("adopted specs", lambda rng: mutate.json_text(rng, spec), read))
     known = {"usd": 1.0, "usd_per_hour": 0.5, "hours": 2.0, "disk_gib": 20, "host_ram_gib": 8}
     fuzz(Target("adopted plans", lambda rng: mutate.json_text(rng, known), plan))
-    fuzz(Target("JSON of a pod", lambda rng: mutate.json_text(rng, STATUS), transfer.json_object))
+    fuzz(Target("JSON of a pod", lambda rng: mutate.json_text(rng, STATUS), json_text.object_of))
 
 
 def test_a_pod_of_any_shape_is_listed() -> None:
