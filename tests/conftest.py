@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+pytest_plugins = ("tests.support.front",)  # the fixtures `here`, `laptop` and `started`
 ROOT = Path(__file__).resolve().parent.parent
 # Kept between test runs: unpacking SmolLM2 takes 20 s.
 os.environ.setdefault("RUNNER_CACHE", str(ROOT / ".pytest_cache" / "runner"))

@@ -12,10 +12,8 @@ import yaml
 from runner.hub.model_card import card_text
 from runner.rundir.directory import RunDir
 from tests.conftest import run_cli
-from tests.support.front import here, laptop, spec_of, write
+from tests.support.front import spec_of, write
 from tests.support.processes import only_run, tiny_model, words
-
-__all__ = ["here", "laptop"]  # fixtures
 
 TRAIN = {
     "loss_first": 4.5,

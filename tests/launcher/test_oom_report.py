@@ -24,9 +24,7 @@ from runner.train.__main__ import main
 from runner.train.memory_stats import out_of_memory
 from tests.conftest import ROOT, SHORT
 from tests.runs.test_run_life import start, wait_for_step
-from tests.support.front import here, laptop, spec_of, write
-
-__all__ = ["here", "laptop"]  # fixtures
+from tests.support.front import spec_of, write
 
 GPU = {"kind": "cuda", "message": "CUDA out of memory. Tried to allocate 2.00 GiB", "outside_gib": 0.6}
 

@@ -15,9 +15,8 @@ from runner.config import pod_packages
 from runner.doctor import software
 from runner.machine import detect, kernels
 from tests.machine.test_hardware import H100, T4
-from tests.support.front import LAPTOP, here, laptop, only_problem, runner, spec_of
+from tests.support.front import LAPTOP, only_problem, runner, spec_of
 
-__all__ = ["here", "laptop"]  # fixtures
 pytestmark = pytest.mark.usefixtures("here")
 
 RUN = ("model=mistral7b", "method=lora", "train.max_length=4096", "data=hub", "data.id=x/y", "train.max_steps=1")

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from runner.machine import writable
-from tests.support.front import here, laptop, runner, spec_of, write
+from tests.support.front import runner, spec_of, write
 
-__all__ = ["here", "laptop"]  # fixtures
 pytestmark = pytest.mark.usefixtures("here")
 
 ROW = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'

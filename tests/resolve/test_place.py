@@ -20,9 +20,9 @@ from runner.resolve.plan_inputs import hardware, stage_search
 from runner.resolve.steps import resolved, with_facts
 from runner.spec import RunPodPlace
 from tests.support.emulated import Emulator, emulator
-from tests.support.front import laptop, runner, spec_of
+from tests.support.front import runner, spec_of
 
-__all__ = ["emulator", "laptop"]
+__all__ = ["emulator"]
 LORA_7B = ("where=auto", "model=llama2_7b", "method=lora")
 HERE = "EU-SE-1"
 BIG = "hw.memory_gib=64"

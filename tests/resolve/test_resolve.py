@@ -15,9 +15,8 @@ from runner.plan.auto_values import resolve_autos
 from runner.plan.choose_stage import MAX_MICRO_BATCH
 from runner.resolve import steps
 from runner.spec import RunSpec
-from tests.support.front import here, laptop, spec_of
+from tests.support.front import spec_of
 
-__all__ = ["here", "laptop"]  # fixtures
 pytestmark = pytest.mark.usefixtures("here")
 
 

@@ -15,9 +15,7 @@ import pytest
 from runner.errors import RequestError
 from runner.rundir.directory import ACTIVE, RunDir, all_runs, is_alive, write_atomically
 from runner.spec import RunSpec
-from tests.support.front import here, laptop, runner, spec_of
-
-__all__ = ["here", "laptop"]  # fixtures
+from tests.support.front import runner, spec_of
 
 
 @cache

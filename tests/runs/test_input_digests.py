@@ -18,10 +18,8 @@ from runner.runs.inputs import with_absolute_paths
 from runner.runs.worker_tasks import report_changed_base
 from runner.spec import RunSpec
 from tests.conftest import run_cli, spec_of
-from tests.support.front import here, laptop, runner, write
+from tests.support.front import runner, write
 from tests.support.processes import only_run, tiny_model, words
-
-__all__ = ["here", "laptop"]  # fixtures
 
 ROWS = '{"prompt": "Q", "answer": "1"}\n' * 8
 REWARD = "def score(completions, **_):\n    return [1.0 for _ in completions]\n"

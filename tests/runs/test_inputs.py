@@ -17,9 +17,8 @@ from runner.config import credentials
 from runner.hub import model_config
 from runner.rundir.directory import RunDir
 from tests.conftest import run_cli
-from tests.support.front import here, laptop, refused, runner, started, write
+from tests.support.front import refused, runner, write
 
-__all__ = ["here", "laptop", "started"]  # fixtures
 pytestmark = pytest.mark.usefixtures("here")
 
 NOWHERE = "http://127.0.0.1:9"

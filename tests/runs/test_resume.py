@@ -15,9 +15,7 @@ from runner.rundir import checkpoints, lock
 from runner.rundir.directory import RunDir, process_birth
 from runner.runs import resume
 from runner.spec import RunSpec
-from tests.support.front import here, laptop, spec_of, write
-
-__all__ = ["here", "laptop"]  # fixtures
+from tests.support.front import spec_of, write
 
 WORDS = ("model=smollm2_135m", "method=lora", "hw=cpu", "train.max_steps=8", "run.name=r")
 STAGES = ("model=mistral7b", "method=lora", "hw=h100x3", "train.batch_size=12")

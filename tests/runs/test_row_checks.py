@@ -19,9 +19,7 @@ from runner.data import row_checks
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
 from tests.conftest import ROOT
-from tests.support.front import here, laptop, refused, runner, started, write
-
-__all__ = ["here", "laptop", "started"]  # fixtures
+from tests.support.front import refused, runner, write
 
 pytestmark = pytest.mark.usefixtures("here", "started")
 

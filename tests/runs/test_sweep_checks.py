@@ -15,9 +15,7 @@ from runner.launcher import local
 from runner.rundir.directory import Outcome, RunDir
 from runner.runs.sweep_metric import HELD_OUT, unknown_metric, unwritten_metric
 from runner.spec import RunSpec
-from tests.support.front import here, laptop, runner, spec_of, write
-
-__all__ = ["here", "laptop"]
+from tests.support.front import runner, spec_of, write
 
 
 def test_a_bare_m_starts_nothing(here: Path) -> None:
