@@ -37,19 +37,15 @@ def hand_over(old: Session, new: Session) -> None:
     """
     for attempt in range(1, TRIES + 1):
         try:
-            _hand_over(old, new)
+            at = old.login()
+            _clear_run(at, old, new)
+            serve_next(at, PodRunFolder(at.connection, at.workspace, new.run.id), new.order(detach=False))
             return
         except LostError:
             if attempt == TRIES:
                 raise
         finally:
             old.close()
-
-
-def _hand_over(old: Session, new: Session) -> None:
-    at = old.login()
-    _clear_run(at, old, new)
-    serve_next(at, PodRunFolder(at.connection, at.workspace, new.run.id), new.order(detach=False))
 
 
 def serve_next(at: PodRunFolder, there: PodRunFolder, order: dict[str, object]) -> None:

@@ -170,7 +170,7 @@ def _bill_of_pods(api: APIRouter, world: World) -> None:
         records = [
             record
             for start, end in asked.buckets()
-            for pod in _pods(world)
+            for pod in world.engine.all_pods()
             if chosen in (None, pod.id)
             for record in _record(world, pod, start, end)
         ]
@@ -192,11 +192,6 @@ def _window(world: World, query: Mapping[str, str]) -> Window:
         return Window(until - int(last) * step, until, bucket)
     begin, until = epoch("startTime", start) if start else now - DEFAULT_S, epoch("endTime", end) if end else now
     return Window(math.floor(begin / step) * step, math.ceil(until / step) * step, bucket)
-
-
-def _pods(world: World) -> list[Pod]:
-    with world.engine.lock:
-        return [*world.engine.past, *world.engine.pods.values()]
 
 
 def _record(world: World, pod: Pod, start: float, end: float) -> list[Json]:

@@ -90,16 +90,12 @@ def _collect(part: object, schemas: Json, needed: Json) -> None:
 def operations() -> tuple[Operation, ...]:
     """All of them, those without a placeholder in their path first."""
     content = json.loads(FILE.read_text("utf-8"))
-    found = [
-        Operation(entry["operation"], _pattern(path), method.upper(), entry["body"], entry["query"])
-        for path, item in sorted(content["paths"].items(), key=lambda pair: pair[0].count("{"))
-        for method, entry in item.items()
-    ]
+    found = []
+    for path, item in sorted(content["paths"].items(), key=lambda pair: pair[0].count("{")):
+        pattern = re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path) + "/?")
+        for method, entry in item.items():
+            found.append(Operation(entry["operation"], pattern, method.upper(), entry["body"], entry["query"]))
     return tuple(found)
-
-
-def _pattern(path: str) -> re.Pattern[str]:
-    return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", path) + "/?")
 
 
 @cache

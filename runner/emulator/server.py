@@ -228,7 +228,7 @@ def _started(root: Path, port: int, settings: Json) -> Emulator:
 
 def admin_router(world: World) -> APIRouter:
     """The routes."""
-    api, engine = APIRouter(prefix="/_emulator"), world.engine
+    api = APIRouter(prefix="/_emulator")
 
     @api.get("/faults")
     def faults() -> Json:
@@ -270,9 +270,8 @@ def admin_router(world: World) -> APIRouter:
     @api.get("/pods")
     def pods() -> Json:
         """Dead and alive, with what each has cost."""
-        with engine.lock:
-            found = [*engine.past, *engine.pods.values()]
         names = ("id", "name", "status", "data_center", "restarts", "created")
+        found = world.engine.all_pods()
         return {"pods": [{**{n: getattr(p, n) for n in names}, "gpu": p.gpu_id, "usd": p.usd()} for p in found]}
 
     @api.get("/exchanges")

@@ -56,11 +56,12 @@ def _made(world: World, body: Json) -> Json:
     if ("gpu" in body) == ("cpu" in body):
         raise ApiProblem(400, "exactly one of gpu or cpu is required")
     identity, workers = new_id(14), body.get("workers", {})
+    volumes = [known(world.volumes, volume, "network volume")["id"] for volume in body.get("networkVolumes", [])]
     made: Json = {
         "id": identity, "name": body["name"], "type": body["type"], "requestUrls": _urls(identity, body["type"]),
         **config, "workers": {"min": workers.get("min", 0), "max": workers.get("max", 3)},
         "scaling": body["scaling"], "dataCenterIds": body.get("dataCenterIds", []),
-        "networkVolumes": _volumes(world, body.get("networkVolumes", [])), "timeout": body.get("timeout", 300_000),
+        "networkVolumes": volumes, "timeout": body.get("timeout", 300_000),
         "flashboot": body.get("flashboot", "OFF"), "createdAt": stamp(world.clock.now()),
         "templateId": body.get("templateId"),
     }  # fmt: skip
@@ -101,10 +102,6 @@ def _compute(body: Json) -> Json:
         raise ApiProblem(400, f"excludedTypes: {min(strange)!r} is not in one of the pools")
     cuda = {"allowedCudaVersions": gpu.get("allowedCudaVersions", []), "minCudaVersion": gpu.get("minCudaVersion")}
     return {"gpu": {"count": 1, **gpu, **cuda}}
-
-
-def _volumes(world: World, wanted: list[str]) -> list[str]:
-    return [known(world.volumes, volume, "network volume")["id"] for volume in wanted]
 
 
 def _urls(identity: str, kind: str) -> Json:

@@ -87,8 +87,7 @@ class World:
         """US$ so far: of one pod, dead or alive, or of everything."""
         if pod_id is None:
             return self.engine.usd() + sum(self.volume_usd(volume) for volume in self.volumes)
-        pods = [*self.engine.pods.values(), *self.engine.past]
-        return sum(pod.usd() for pod in pods if pod_id in (pod.id, pod.name))
+        return sum(pod.usd() for pod in self.engine.all_pods() if pod_id in (pod.id, pod.name))
 
     def volume_usd(self, volume: str) -> float:
         """Return the cost of a network volume so far."""
@@ -212,10 +211,14 @@ class Engine:
                 pod.events.append((time.monotonic() + fault.seconds, fault))
         return [pod.id for pod in pods]
 
+    def all_pods(self) -> list[Pod]:
+        """Return ended pods, then existing ones."""
+        with self.lock:
+            return [*self.past, *self.pods.values()]
+
     def usd(self, *kinds: str) -> float:
         """Return the cost of all pods, ended ones included."""
-        with self.lock:
-            return sum(pod.usd(*kinds) for pod in [*self.pods.values(), *self.past])
+        return sum(pod.usd(*kinds) for pod in self.all_pods())
 
     @property
     def closing(self) -> bool:

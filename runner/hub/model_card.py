@@ -13,10 +13,10 @@ from runner.rundir.directory import RunDir, write_atomically
 from runner.rundir.json_files import Summary
 from runner.spec import Peft, RunSpec
 
-TITLES = {"full": "Full fine-tuning", "freeze": "Some layers trained", "lora": "LoRA", "qlora4": "QLoRA, 4 bits"}
-TITLES |= {"qlora8": "QLoRA, 8 bits"}
-
-
+TITLES = {
+    "full": "Full fine-tuning", "freeze": "Some layers trained", "lora": "LoRA", "qlora4": "QLoRA, 4 bits",
+    "qlora8": "QLoRA, 8 bits",
+}  # fmt: skip
 SHOWN = (
     "learning_rate", "schedule", "warmup_ratio", "weight_decay", "optimizer", "max_grad_norm",
     "num_epochs", "max_steps", "batch_size", "micro_batch_size", "accumulation_steps", "max_length", "packing",
@@ -103,18 +103,14 @@ def _with(run: RunDir) -> str:
 def _metadata(spec: RunSpec, adapter: bool) -> dict[str, object]:
     """huggingface.co/docs/hub/model-cards#model-card-metadata; the licence is the base's, which is not known here."""
     tags = [spec.objective.name, spec.method.name, "llm-finetuning-runner"]
-    found: dict[str, object] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": _task(spec)}
+    task = "text-classification" if spec.objective.scores else "text-generation"  # huggingface.co/tasks
+    found: dict[str, object] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": task}
     if _on_the_hub(spec):
         found["base_model"] = spec.model.id
         found["base_model_relation"] = "adapter" if adapter else "finetune"
     if spec.data.source == "hub" and spec.data.id and not _is_folder(spec.data.id):
         found["datasets"] = [spec.data.id]
     return found | {"tags": tags}
-
-
-def _task(spec: RunSpec) -> str:
-    """huggingface.co/tasks: a reward model says a number."""
-    return "text-classification" if spec.objective.scores else "text-generation"
 
 
 def _on_the_hub(spec: RunSpec) -> bool:

@@ -210,17 +210,6 @@ class Api:
         """Delete an endpoint; a missing one is not an error."""
         _delete("/v2/serverless", endpoint_id)
 
-    # ── money ──────────────────────────────────────────────────────────────────────────────────
-
-    def billed(self, pod_id: str) -> float | None:
-        """Return the amount billed for a pod so far, in US$; None if unknown (billing is delayed)."""
-        params = {"podId": pod_id, "bucketSize": "day"}
-        raw = request("GET", "/v2/billing/pods", params=params, repeat=True)
-        records = (raw or {}).get("records")
-        if not isinstance(records, list) or not records:
-            return None
-        return sum(float(record.get("totalAmount") or 0.0) for record in records)
-
     def _all(self, path: str, name: str) -> list[dict[str, Any]]:
         """Entries of every page; the SDK's own lists stop after the first."""
         found: list[dict[str, Any]] = []

@@ -125,7 +125,9 @@ def _fetch(base: str, key: str) -> dict[str, Any]:
                 return content
 
         answer["gpus"] = _prices(json_text.loads(bounded(read, TOTAL_S)))
-    _store(answer)
+    with suppress(OSError):  # a read-only home costs a request each time, nothing else
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(_file(), json.dumps(answer))
     return answer
 
 
@@ -136,9 +138,3 @@ def _prices(catalogue: Any) -> dict[str, dict[str, float]]:
         gpu["id"]: {c: float(gpu["price"][c]) for c in clouds if gpu["price"].get(c) and gpu.get(c, True)}
         for gpu in catalogue["gpus"]
     }
-
-
-def _store(answer: dict[str, object]) -> None:
-    with suppress(OSError):  # a read-only home costs a request each time, nothing else
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(_file(), json.dumps(answer))
