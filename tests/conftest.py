@@ -53,6 +53,14 @@ NEEDED = ("ip", "rsync", "ssh", "sshd")
 """Programs without which tests of pods and of several machines are skipped: on CI for Linux a skip is a failure."""
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model of the real architecture, which tests read and do not change."""
+    from tests.support.processes import tiny_model  # torch, for those alone that ask for it
+
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
 def pytest_sessionstart() -> None:
     """Keep every test off the user's ledger, and refuse to begin on CI where a program is missing."""
     # Not even a test whose parameter shadows the fixture that moves the ledger uses the user's.

@@ -20,7 +20,7 @@ from tests.cloud.test_runpod_run import GPU, Typed, adapter_loads, ended, worker
 from tests.conftest import ROOT
 from tests.support.emulated import Emulator, needs_sshd
 from tests.support.front import runner
-from tests.support.processes import losses, tiny_model, until, words
+from tests.support.processes import losses, until, words
 
 RATES = "train.learning_rate=1e-3,2e-3,3e-3"
 LONG = ("train.max_steps=100000", "train.save_every_steps=4", "train.keep_checkpoints=2")
@@ -57,11 +57,6 @@ class Sweep(Typed):
         return float(run.read("summary.json")["cost"]["usd"])
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
 def typed(tmp_path: Path, model: Path, emulator: Emulator) -> Sweep:
     return Sweep(tmp_path, model, emulator)
@@ -75,8 +70,7 @@ def at(typed: Sweep, state: str, count: int = 1) -> Callable[[], bool]:
 @pytest.mark.slow
 @needs_sshd
 def test_a_sweep_has_one_pod_that_goes_from_run_to_run(typed: Sweep) -> None:
-    code, said = ended(typed.sweep(RATES))
-    assert code == 0, said
+    said = ended(typed.sweep(RATES))
     assert typed.rented() == 1 and typed.emulator.pods() == {}
     assert [row["exit_code"] for row in typed.rows()] == [0, 0, 0] and len(typed.runs) == 3
     for run in typed.runs:
@@ -102,8 +96,7 @@ def test_a_sweep_has_one_pod_that_goes_from_run_to_run(typed: Sweep) -> None:
 def test_two_pods_are_two_runs_at_once(typed: Sweep) -> None:
     process = typed.sweep("train.learning_rate=1e-3,2e-3,3e-3,4e-3", "sweep.max_pods=2")
     until(at(typed, "RUNNING", 2), 200)
-    code, said = ended(process)
-    assert code == 0, said
+    said = ended(process)
     assert typed.rented() == 2 and typed.emulator.pods() == {}
     assert len(typed.runs) == 4 and all((run.path / "model").is_dir() for run in typed.runs)
     assert all(f"[{number}] " in said for number in (1, 2, 3, 4))
@@ -119,8 +112,7 @@ def test_after_a_run_that_fails_the_next_one_has_another_pod(typed: Sweep) -> No
     until(lambda: typed.runs and len(list(typed.runs[0].metrics())) > 2, 240)
     for pid in workers(typed.runs[0].id):
         os.kill(pid, signal.SIGKILL)
-    code, said = ended(process)
-    assert code == 1, said
+    ended(process, 1)
     assert sorted(row["exit_code"] for row in typed.rows()) == [0, 0, 1]
     assert typed.rented() == 2 and typed.emulator.pods() == {}
     first, second, _ = typed.entries()
@@ -135,8 +127,7 @@ def test_a_container_that_restarts_comes_back_with_the_run_that_has_the_pod(type
     until(lambda: len(typed.runs) == 2 and checkpoints.complete(typed.runs[1]), 300)
     (only,) = typed.emulator.pods()
     typed.emulator.inject("restart", pod=only)
-    code, said = ended(process)
-    assert code == 0, said
+    said = ended(process)
     assert "The connection is back" in said
     assert typed.rented() == 1 and typed.emulator.pods() == {}
     first, second = typed.runs
@@ -155,7 +146,7 @@ def test_a_launcher_that_is_killed_while_a_pod_is_parked(typed: Sweep, by_hand: 
     (pod,) = typed.emulator.pods().values()
     assert pod.status == "RUNNING"
     if by_hand:
-        assert ended(typed.verb("pods", "reap", "--yes"))[0] == 0
+        ended(typed.verb("pods", "reap", "--yes"))
         assert typed.emulator.pods() == {}
     else:
         until(lambda: typed.emulator.pods() == {}, 60)  # not stopped: nothing in it is needed
@@ -173,10 +164,8 @@ def test_processes_of_a_sweep_that_is_killed_end_with_it_and_their_pods_are_nobo
     process.wait()
     until(lambda: not any(map(is_alive, owners)), 5)
     assert len(typed.emulator.pods()) == 2  # their agents listen for a launcher
-    assert (
-        len(json.loads(ended(typed.verb("pods", "reap", "--all", "--yes", "--json"))[1].partition("pod ")[0])["ended"])
-        == 2
-    )
+    said = ended(typed.verb("pods", "reap", "--all", "--yes", "--json"))
+    assert len(json.loads(said.partition("pod ")[0])["ended"]) == 2
     assert typed.emulator.pods() == {} and typed.rented() == 2 and len(typed.runs) == 2
 
 
@@ -189,8 +178,8 @@ def test_a_launcher_that_is_killed_in_the_middle_of_a_handover(typed: Sweep) -> 
     process.communicate()
     assert typed.entries()[1].state == "SSH_READY"
     until(lambda: typed.emulator.pods() == {}, 60)
-    code, said = ended(typed.verb("pods", "--json"))
-    assert code == 0 and json.loads(said.partition("Note")[0]) == []
+    said = ended(typed.verb("pods", "--json"))
+    assert json.loads(said.partition("Note")[0]) == []
 
 
 @pytest.mark.slow
@@ -203,8 +192,7 @@ def test_ctrl_c_has_every_run_save_and_come_home(typed: Sweep, group: bool) -> N
         os.killpg(process.pid, signal.SIGINT)
     else:
         process.send_signal(signal.SIGTERM)
-    code, said = ended(process)
-    assert code == 130, said
+    ended(process, 130)
     assert typed.emulator.pods() == {} and typed.rented() == 2
     assert len(typed.runs) == 2
     for run in typed.runs:
@@ -220,8 +208,7 @@ def test_ctrl_c_before_a_run_has_begun(typed: Sweep, state: str, pods: int) -> N
     process = typed.sweep(RATES, f"sweep.max_pods={pods}")
     until(at(typed, state), 240)
     process.send_signal(signal.SIGINT)
-    code, said = ended(process)
-    assert code == 130, said
+    said = ended(process, 130)
     assert typed.emulator.pods() == {} and "Traceback" not in said
     assert not list((typed.root / "runs" / "sweeps").glob("*/.pool"))
 
@@ -232,17 +219,18 @@ def test_verbs_take_the_id_of_the_run_that_has_the_pod(typed: Sweep) -> None:
     process = typed.sweep("train.max_steps=12,100000", "train.save_every_steps=50", "train.keep_checkpoints=2")
     until(lambda: len(typed.runs) == 2 and len(list(typed.runs[1].metrics())) > 1, 300)
     first, second = (run.id for run in typed.runs)
-    (row,) = json.loads(ended(typed.verb("pods", "--json"))[1])
+    (row,) = json.loads(ended(typed.verb("pods", "--json")))
     assert row["run_id"] == second and row["held"] and second not in row["name"].partition("-2")[0]
-    assert json.loads(ended(typed.verb("status", second, "--json"))[1])["agent"] == "training"
-    code, said = ended(typed.verb("pods", "ssh", second, "echo", "inside"))
-    assert code == 0 and "inside" in said
-    code, said = ended(typed.verb("fetch", first, "--output-dir", str(typed.root / "runs")))
-    assert code == 2 and f"RunPod has no pod of run {first}" in said  # and does not end the other one's
-    assert json.loads(ended(typed.verb("pods", "reap", "--all", "--yes", "--json"))[1]) == {"ended": [], "stopped": []}
+    assert json.loads(ended(typed.verb("status", second, "--json")))["agent"] == "training"
+    said = ended(typed.verb("pods", "ssh", second, "echo", "inside"))
+    assert "inside" in said
+    said = ended(typed.verb("fetch", first, "--output-dir", str(typed.root / "runs")), 2)
+    assert f"RunPod has no pod of run {first}" in said  # and does not end the other one's
+    assert json.loads(ended(typed.verb("pods", "reap", "--all", "--yes", "--json"))) == {"ended": [], "stopped": []}
     assert len(typed.emulator.pods()) == 1
     process.send_signal(signal.SIGINT)
-    assert ended(process)[0] == 130 and typed.emulator.pods() == {}
+    ended(process, 130)
+    assert typed.emulator.pods() == {}
 
 
 # ── before anything is rented ────────────────────────────────────────────────────────────────────

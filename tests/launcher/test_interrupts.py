@@ -17,15 +17,10 @@ from runner.launcher.supervisor import GAP_SECONDS, KILL_SECONDS, HangDetector, 
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from tests.conftest import ROOT
-from tests.support.processes import losses, only_run, sign, start, tiny_model, until, words
+from tests.support.processes import losses, only_run, sign, start, until, words
 
 LONG = ("train.max_steps=2000", "train.save_every_steps=2", "data.max_examples=60")
 TWO = ("hw.num_processes=2", "deepspeed=none")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

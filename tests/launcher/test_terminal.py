@@ -18,15 +18,10 @@ from runner.report import terminal
 from runner.report.terminal import Outlet
 from runner.rundir.directory import RunDir
 from tests.conftest import ROOT
-from tests.support.processes import losses, only_run, tiny_model, until, words
+from tests.support.processes import losses, only_run, until, words
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def runner(*arguments: str, **options: Any) -> subprocess.Popen[str]:

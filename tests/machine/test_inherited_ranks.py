@@ -11,7 +11,7 @@ import pytest
 
 from runner.launcher import inherited_ranks, torchrun
 from tests.conftest import ROOT, run_cli, spec_of
-from tests.support.processes import losses, only_run, tiny_model, words
+from tests.support.processes import losses, only_run, words
 
 LEFT = {
     "LOCAL_RANK": "0", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", "NODE_RANK": "1",
@@ -24,11 +24,6 @@ LEFT = {
     "SLURM_LOCALID": "3", "CROSS_RANK": "1", "LOCAL_SIZE": "2",
 }  # fmt: skip
 SET = {"OMPI_MCA_btl": "tcp", "SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "0", "NCCL_DEBUG": "INFO", "RANKING": "x"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.slow

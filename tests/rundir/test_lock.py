@@ -20,15 +20,10 @@ from runner.rundir.lock import inherited_locks, own_run
 from runner.runs.launch import resume
 from tests.conftest import run_cli, spec_of
 from tests.launcher.test_interrupts import below
-from tests.support.processes import losses, only_run, start, tiny_model, until, words
+from tests.support.processes import losses, only_run, start, until, words
 
 SOMEBODY = "0c9d1b8e-0000-0000-0000-000000000000:1"
 """A process of another boot."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

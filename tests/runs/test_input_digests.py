@@ -19,7 +19,7 @@ from runner.runs.worker_tasks import report_changed_base
 from runner.spec import RunSpec
 from tests.conftest import run_cli, spec_of
 from tests.support.front import runner, write
-from tests.support.processes import only_run, tiny_model, words
+from tests.support.processes import only_run, words
 
 ROWS = '{"prompt": "Q", "answer": "1"}\n' * 8
 REWARD = "def score(completions, **_):\n    return [1.0 for _ in completions]\n"
@@ -196,11 +196,6 @@ def test_what_opens_an_adapter_says_that_its_base_is_another_one(
     base.rename(here / "moved")
     with pytest.raises(RequestError, match="the run's base, does not exist"):
         report_changed_base(run)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.slow

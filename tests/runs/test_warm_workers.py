@@ -17,15 +17,10 @@ from runner.launcher.warm_workers import WarmWorkers, can_fork
 from runner.rundir.directory import RunDir
 from runner.train.evaluation import baseline
 from tests.conftest import spec_of
-from tests.support.processes import losses, start, tiny_model, until, words
+from tests.support.processes import losses, start, until, words
 
 ONE = "hw.num_cpus=1"  # two threads wait for one another on a machine with other work to do
 SHORT = (ONE, "train.max_steps=4", "eval.num_prompts=2", "eval.max_new_tokens=4")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("warm") / "model")
 
 
 def by_rate(out: Path) -> dict[float, RunDir]:

@@ -11,8 +11,7 @@ The fixture exports RUNPOD_API_BASE_URL (without /v2: the SDK's paths begin with
 from __future__ import annotations
 
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import pytest
 from runner.emulator.container import sshd
 from runner.emulator.server import Emulator
 from tests.support.openapi import answer_errors, request_errors
+from tests.support.processes import until
 
 __all__ = ["IMAGE", "Emulator", "emulator", "key_pair", "needs_sshd", "pod_body", "rest", "ssh", "until"]
 
@@ -80,16 +80,6 @@ def pod_body(key: Path | None = None, **more: Any) -> dict[str, Any]:
     gpu = {"id": "NVIDIA L4", "count": 1}
     body = {"name": "a-pod", "image": IMAGE, "gpu": gpu, "cloud": "SECURE", "disk": 10, "ports": ["22/tcp"]}
     return {**body, **more, "env": {**env, **more.get("env", {})}}
-
-
-def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
-    """What the condition returns as soon as it is true; AssertionError if it takes too long."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.03)
-    raise AssertionError("waited in vain")
 
 
 def ssh(pod_id: str, key: Path, command: str, seconds: float = 30.0) -> subprocess.CompletedProcess[str]:

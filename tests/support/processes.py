@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.data.load import load_examples
+from runner.rundir.directory import RunDir
 from runner.spec import DataSpec
 from tests.conftest import ROOT
 
@@ -56,19 +57,15 @@ def start(*arguments: str, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "runner", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **env},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
 def until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
     """What the condition returns as soon as it is true; AssertionError if it takes too long."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        found = condition()
-        if found:
+        if found := condition():
             return found
         time.sleep(0.02)
     raise AssertionError("waited in vain")
@@ -89,8 +86,4 @@ def losses(run: Path) -> list[float]:
 
 def sign(run: Path, rank: int) -> dict[str, Any]:
     """The last sign of life of a process; empty before the first."""
-    try:
-        content: dict[str, Any] = json.loads((run / "logs" / f"rank{rank}.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content
+    return RunDir(run).read(f"logs/rank{rank}.json")
