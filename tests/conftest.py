@@ -115,18 +115,19 @@ def spec_of(*overrides: str) -> Any:
     return resolved(Request(overrides=overrides))[0]
 
 
-def run_cli(*words: str, cwd: Path | None = None, timeout: float = 560, **env: str) -> subprocess.CompletedProcess[str]:
-    """`python -m runner …` as a user runs it, in a process of its own; an empty variable is taken away."""
+def run_cli(
+    *words: str, cwd: Path | None = None, timeout: float = 560, code: int | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m runner …` as a user runs it, in a process of its own, which ends with `code` where one is given; an
+    empty variable is taken away."""
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, "-m", "runner", *words],
-        cwd=cwd,
-        env={k: v for k, v in {**os.environ, "PYTHONPATH": paths, "COLUMNS": "160", **env}.items() if v},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+    kept = {k: v for k, v in {**os.environ, "PYTHONPATH": paths, "COLUMNS": "160", **env}.items() if v}
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", *words], cwd=cwd, env=kept, capture_output=True, text=True, timeout=timeout,
         stdin=subprocess.DEVNULL,
-    )
+    )  # fmt: skip
+    assert code in (None, done.returncode), done.stderr
+    return done
 
 
 @cache

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,13 +21,19 @@ from tests.support.processes import losses, only_run, sign, start, until, words
 
 LONG = ("train.max_steps=2000", "train.save_every_steps=2", "data.max_examples=60")
 TWO = ("hw.num_processes=2", "deepspeed=none")
+Begin = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def started() -> Iterator[list[subprocess.Popen[str]]]:
-    """What is started in a test, and all below it, ends with it."""
+def begin(model: Path, tmp_path: Path) -> Iterator[Begin]:
+    """Begin a run in `tmp_path`, a long one; it, and all below it, ends with the test."""
     fronts: list[subprocess.Popen[str]] = []
-    yield fronts
+
+    def begun(*more: str, basis: tuple[str, ...] = LONG, **env: str) -> subprocess.Popen[str]:
+        fronts.append(start(*words(model, tmp_path, *basis, *more), **env))
+        return fronts[-1]
+
+    yield begun
     for front in fronts:
         for one in [*below(front), front]:
             with suppress(psutil.Error, ProcessLookupError):
@@ -57,10 +63,9 @@ def ended(front: subprocess.Popen[str], processes: list[psutil.Process], seconds
     ids=["one process", "two under torchrun"],
 )
 def test_a_second_signal_ends_stopped_workers_within_seconds(
-    model: Path, tmp_path: Path, started: list[subprocess.Popen[str]], more: tuple[str, ...], signals: tuple[int, int]
+    tmp_path: Path, begin: Begin, more: tuple[str, ...], signals: tuple[int, int]
 ) -> None:
-    front = start(*words(model, tmp_path, *LONG, *more))
-    started.append(front)
+    front = begin(*more)
     run = RunDir(until(lambda: only_run(tmp_path)))
     until(lambda: len(checkpoints.complete(run)) > 0 and sign(run.path, 0).get("phase") == "training")
     processes = below(front)
@@ -77,12 +82,9 @@ def test_a_second_signal_ends_stopped_workers_within_seconds(
     assert f"what was trained until step {step} is in" in errors and f"resume {run.path}" in errors
 
 
-def test_one_signal_is_enough_for_a_worker_that_has_not_begun(
-    model: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
-) -> None:
+def test_one_signal_is_enough_for_a_worker_that_has_not_begun(tmp_path: Path, begin: Begin) -> None:
     """It is stopped while it imports torch: there is nothing to save."""
-    front = start(*words(model, tmp_path, *LONG))
-    started.append(front)
+    front = begin()
     worker = until(lambda: [p for p in below(front) if "runner.train" in p.cmdline()])
     worker[0].send_signal(signal.SIGSTOP)
     run = RunDir(until(lambda: only_run(tmp_path)))
@@ -93,12 +95,9 @@ def test_one_signal_is_enough_for_a_worker_that_has_not_begun(
 
 
 @pytest.mark.slow
-def test_a_signal_for_the_whole_service_saves_a_checkpoint(
-    model: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
-) -> None:
+def test_a_signal_for_the_whole_service_saves_a_checkpoint(tmp_path: Path, begin: Begin) -> None:
     """systemd and Slurm tell every process, and the front passes it on: twice the same is no second one."""
-    front = start(*words(model, tmp_path, *LONG))
-    started.append(front)
+    front = begin()
     run = RunDir(until(lambda: only_run(tmp_path)))
     until(lambda: (run.path / "metrics.jsonl").exists())
     processes = below(front)
@@ -137,17 +136,13 @@ time.time = lambda: real() + sum(by for after, by in jumps if time.monotonic() -
 
 
 @pytest.mark.slow
-def test_a_run_that_was_suspended_goes_on_whatever_the_clock_says(
-    model: Path, tmp_path: Path, started: list[subprocess.Popen[str]]
-) -> None:
+def test_a_run_that_was_suspended_goes_on_whatever_the_clock_says(tmp_path: Path, begin: Begin) -> None:
     """All of it stands still for longer than `train.hang_minutes`; wall clocks jump three hours ahead, nine back."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(CLOCK.format(forward=2, back=12), "utf-8")
-    out = tmp_path / "runs"
-    hang = ("train.max_steps=150", "train.hang_minutes=0.15", "hw.num_processes=2", "deepspeed=none")
-    front = start(*words(model, out, *hang), PYTHONPATH=f"{tmp_path / 'site'}{os.pathsep}{ROOT}")
-    started.append(front)
-    run: Path = until(lambda: only_run(out))
+    hang = ("train.max_steps=150", "train.hang_minutes=0.15", *TWO)
+    front = begin(*hang, basis=(), PYTHONPATH=f"{tmp_path / 'site'}{os.pathsep}{ROOT}")
+    run: Path = until(lambda: only_run(tmp_path))
     until(lambda: (run / "metrics.jsonl").exists())
     processes = [*below(front), psutil.Process(front.pid)]
     for process in processes:

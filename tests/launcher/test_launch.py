@@ -33,8 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody stopped."""
     out = tmp_path_factory.mktemp("undisturbed")
-    done = run_cli(*words(model, out, *TWO), OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    done = run_cli(*words(model, out, *TWO), code=0, OMP_NUM_THREADS="1")
     found = only_run(out)
     assert found is not None
     assert done.stdout.count("Training …") == 1  # one rank speaks
@@ -79,8 +78,7 @@ def slow(folder: Path) -> dict[str, str]:
 
 def resumed_like(run: Path, undisturbed: Path) -> None:
     """Resume ends with the same losses and the same weights, to the last bit."""
-    done = run_cli("resume", str(run), OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    run_cli("resume", str(run), code=0, OMP_NUM_THREADS="1")
     assert losses(run) == losses(undisturbed)
     name = "model/adapter_model.safetensors"
     assert (run / name).read_bytes() == (undisturbed / name).read_bytes()
@@ -194,8 +192,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(model: Path, undisturbed
     last = checkpoints.complete(directory)[-1]
     victim = max(checkpoints.folder(directory, last).rglob("*.pt"), key=lambda file: file.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-100])
-    done = run_cli("resume", str(run), OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    done = run_cli("resume", str(run), code=0, OMP_NUM_THREADS="1")
     assert f"checkpoint {last} is damaged" in done.stdout and "skipped" in done.stdout
     assert losses(run) == losses(undisturbed)
 
@@ -208,8 +205,7 @@ def test_resume_on_another_number_of_processes_or_stage(undisturbed: Path, tmp_p
     shutil.copytree(undisturbed, run)
     shutil.rmtree(run / "checkpoints" / "checkpoint-12")
     RunDir(run).set_status("failed")
-    done = run_cli("resume", str(run), change, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    done = run_cli("resume", str(run), change, code=0, OMP_NUM_THREADS="1")
     assert "Resumes after step 8" in done.stdout
     assert losses(run)[:8] == losses(undisturbed)[:8]
     assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)

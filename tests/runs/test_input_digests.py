@@ -204,8 +204,7 @@ def test_the_worker_compares_the_rows_and_the_tokenizer_themselves(model: Path, 
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{n}", "completion": f"{n}"}) + "\n" for n in range(40)))
     data = ("data=file", f"data.path={rows}", "train.max_steps=2", "train.save_every_steps=2")
-    first = run_cli(*words(model, tmp_path), *data, OMP_NUM_THREADS="1")
-    assert first.returncode == 0, first.stderr
+    run_cli(*words(model, tmp_path), *data, code=0, OMP_NUM_THREADS="1")
     found = only_run(tmp_path)
     assert found is not None
     rows.write_text(rows.read_text().replace('"7"', '"8"'))
@@ -215,5 +214,4 @@ def test_the_worker_compares_the_rows_and_the_tokenizer_themselves(model: Path, 
     said = " ".join(again.stderr.split())
     assert "the rows are not those of the first 2 steps" in said and "run.on_changed_inputs=continue" in said
     assert "Traceback" not in said
-    done = run_cli("resume", str(found), "train.max_steps=3", "run.on_changed_inputs=continue", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    run_cli("resume", str(found), "train.max_steps=3", "run.on_changed_inputs=continue", code=0, OMP_NUM_THREADS="1")
