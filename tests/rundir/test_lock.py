@@ -56,7 +56,7 @@ def test_a_worker_that_its_launcher_lost_keeps_the_run(model: Path, tmp_path: Pa
     assert run.state() == "killed" and f"process {worker.pid}" in refusal(run)
     worker.kill()
     until(lambda: not is_alive(worker.pid))
-    run_cli("resume", str(run.path), code=0, OMP_NUM_THREADS="1")
+    run_cli("resume", str(run.path), code=0, OMP_NUM_THREADS="1")  # without `logs/`
     assert len(losses(run.path)) == 12 and run.state() == "done"
 
 
