@@ -27,8 +27,6 @@ LEAST_POLL_S = 0.1
 LOOK_S = 60.0
 LEAST_LOOK_S = 2.0
 BANNER_S = 5.0
-
-
 PULL_S = 20.0
 LEAST_PULL_S = 1.0
 NO_IMAGE = re.compile(

@@ -191,11 +191,7 @@ class S3:
 
 BESIDE = ("summary.json", "loss.png")
 """What goes along with the weights, the card and the spec."""
-
-
 RECORD = "pushed.json"
-
-
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints there."""
 

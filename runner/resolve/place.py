@@ -199,8 +199,6 @@ def _of_gpu_types(spec: RunSpec, requested: HardwareSpec) -> HardwareSpec | None
 
 _OF_ANY = {"num_gpus", "num_nodes", "num_processes"}
 """Keys that hold for whatever hardware is chosen; memory, cores and prices are said of this machine."""
-
-
 COMPARED = 3
 """Offers that are compared with their disks, which are a cent or two an hour."""
 

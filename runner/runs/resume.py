@@ -40,8 +40,6 @@ FREE = ("hw.", "deepspeed.", "where.", "push.", "track.", "run.", "eval.", "trai
         "train.on_loss_spike", "train.spike_factor")  # fmt: skip
 """Keys that may differ from the first part of the run: where and how it is computed, how long, what is kept and
 shown."""
-
-
 FORMS = {
     "none": "torch's", "zero1": "flat", "zero2": "flat", "zero2_offload": "flat", "zero3": "by weight",
     "zero3_offload": "by weight",

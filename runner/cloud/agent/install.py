@@ -34,8 +34,6 @@ for name in json.loads(sys.argv[1]):
     except m.PackageNotFoundError: pass
 print(json.dumps({"python": "%d.%d" % sys.version_info[:2], "versions": found}))
 """
-
-
 INDEX = "https://download.pytorch.org/whl"
 """PyTorch's own index of wheels, one folder per CUDA. PyPI's torch 2.13 is built for CUDA 13."""
 SEES = """
@@ -43,8 +41,6 @@ import torch
 for number in range(torch.cuda.device_count()): torch.zeros(1, device=f"cuda:{number}").add(1).item()
 print(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 """
-
-
 REFUSED = 3
 FLASH = "flash-attn"
 

@@ -58,8 +58,6 @@ class RunPod(Api):
 
 
 _: type[Provider] = RunPod  # held by mypy: providers.py names it as text
-
-
 START = "/start.sh"
 """Of RunPod's images: sets up SSH, then waits. Replacing the start command replaces it, so it is called where it is."""
 
