@@ -31,9 +31,9 @@ from runner.errors import CannotRunError, NotYetError, Problem
 from runner.spec import RentedPlace, RunSpec
 from tests.cloud.test_ledger import FACTS
 from tests.cloud.test_termination import NAME, Account, Waiting, waiting
-from tests.support.rented import PLAN, Key, rented_spec, run_of, state
+from tests.support.rented import PLAN, rented_spec, run_of
 
-__all__ = ["state", "waiting"]
+__all__ = ["waiting"]
 pytestmark = pytest.mark.usefixtures("state")
 NOW = 10_000_000.4
 A = Offer("floating", 0.5, "CLOUD A", 2, image="debian")
@@ -88,7 +88,7 @@ class Renting:
         self.run = run_of(rented_spec(), folder)
 
     def rent(self, *words: str, **options: Any) -> Lease:
-        return rent_pod.acquire(self.run, spec_of(*words), PLAN, Key("ssh-ed25519 A"), self.said.append, **options)
+        return rent_pod.acquire(self.run, spec_of(*words), PLAN, "ssh-ed25519 A", self.said.append, **options)
 
     def entry(self, name: str | None = None) -> Entry:
         found = Ledger().entries(self.run.id, gone=True)
@@ -118,12 +118,12 @@ def renting(shop: Shop, tmp_path: Path) -> Renting:
 def test_a_pod_is_asked_for_with_all_that_the_run_says(renting: Renting) -> None:
     renting.shop.machines = [replace(A, image=None, template="t1", data_centers=("X",))]
     words = ("where.cuda_versions=['12.8']", "where.max_usd=9")
-    rented = renting.rent(*words, env={"OWN": "1"}, ports=("80/http",), alone_minutes=40.0)
+    rented = renting.rent(*words, env={"OWN": "1"}, alone_minutes=40.0)
     (wanted,) = renting.shop.wanted
     assert wanted == PodRequest(
         rented.name, None, "floating", gpu_id="CLOUD A", gpu_count=2, num_vcpus=0, template="t1", data_centers=("X",),
         container_disk_gb=20, volume_gb=60, cuda_versions=("12.8",), min_cuda=wanted.min_cuda,
-        ports=("22/tcp", "80/http"), args=f"end-after 40.0 {renting.run.id}",
+        ports=("22/tcp",), args=f"end-after 40.0 {renting.run.id}",
         env={"PUBLIC_KEY": "ssh-ed25519 A", "SSH_KEY": "ssh-ed25519 A", "RUNNER_RUN_ID": renting.run.id,
              "RUNNER_RENTED": "10000000", "RUNNER_DEADLINE": "10010800", "OWN": "1"},
     )  # fmt: skip
