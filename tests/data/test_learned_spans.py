@@ -308,6 +308,8 @@ def test_what_no_template_shows_is_an_error() -> None:
             (problem,) = caught.value.problems
             assert problem.what == "the chat template does not show which words of turn 2 are the assistant's"
             assert "{% generation %}" in str(problem.remedy) and "objective.loss_on=all" in str(problem.remedy)
+    with pytest.raises(RequestError, match="which words of turn 2"):
+        learned(mute, talk(asks("the same words"), says("the same words")))  # these are the question's
     first = CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'user' or loop.last }}")
     with pytest.raises(RequestError, match="which words of turn"):
         learned(first, talk(asks("1"), says("one"), asks("2"), says("two")))
@@ -363,6 +365,11 @@ def test_answers_of_tools_inside_the_assistants_turn_are_cut_out() -> None:
     call_piece, answer = learned(gemma, talk(*turns[:1], says("", tool_calls=[call("add", a=1)]), *turns[2:]))
     assert call_piece.startswith("<|tool_call>call:add{a:1}") and "sum-2" not in call_piece
     assert answer == "two<turn|>"
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "description": "n"}}}
+    tool = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": schema}}
+    for tools in ([], [tool]):  # it puts what the turn says behind what the tool answers
+        pieces = learned(gemma, talk(*turns, tools=tools))
+        assert pieces == ["<|tool_call>call:add{a:1}<tool_call|>", "I add.", "two<turn|>"]
 
 
 def test_answers_of_tools_that_cannot_be_told_apart_are_an_error() -> None:
