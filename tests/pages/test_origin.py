@@ -30,7 +30,7 @@ DRY = {"plan", "show", "fit", "table", "list", "gpus", "runs"}
 
 def test_there_is_a_row_for_every_statement() -> None:
     assert [int(row[0]) for row in ROWS] == list(range(1, len(ROWS) + 1))
-    assert f"That makes {len(ROWS)}." in TEXT and TEXT.count("\n## ") == 5
+    assert f"their {len(ROWS)} statements" in TEXT and TEXT.count("\n## ") == 5
     assert all(len(row) == 3 and row[2].strip() for row in ROWS)
 
 
