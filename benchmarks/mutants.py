@@ -39,7 +39,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "runner/cloud/termination.py": ("tests/cloud/test_termination.py",),
     "runner/cloud/reconcile.py": ("tests/cloud/test_reconcile.py",),
     "runner/cloud/rent_pod.py": ("tests/cloud/test_rent_pod.py",),
-    "runner/cloud/lease.py": ("tests/cloud/test_rent_pod.py", "-k", "held or pod_is or key_is or interrupt or list"),
+    "runner/cloud/lease.py": ("tests/cloud/test_rent_pod.py",),
     "runner/cloud/runpod/offers.py": ("tests/cloud/test_offer_choice.py",),
     "runner/cloud/agent/agent.py": (
         "tests/cloud/test_agent_limits.py", "tests/cloud/test_agent_switch.py", "tests/cloud/test_agent_work.py",
