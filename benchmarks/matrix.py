@@ -25,7 +25,7 @@ from benchmarks import matrix_page
 from benchmarks.bench import ROOT, Benchmark, alone, say
 from benchmarks.matrix_page import MIXTURES
 from runner.config.command_line import Request
-from runner.config.compose import compose, source_finder
+from runner.config.compose import Sources, compose
 from runner.errors import RunnerError
 from runner.launcher import local
 from runner.paths import DEEPSPEED_CONFIGS
@@ -151,7 +151,7 @@ def cell_of(row: str, stage: str, words: tuple[str, ...], folder: Path) -> Cell:
 def prepare(request: Request) -> tuple[RunDir, RunSpec]:
     """What `runner.runs.launch` does before it starts the worker."""
     composed = compose(request)
-    spec, notes = resolve(composed, source_finder(request))
+    spec, notes = resolve(composed, Sources(request))
     plan = launch.plan_or_refuse(spec, notes, composed)
     local.check(spec)
     run = RunDir.create(spec)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 
+import click
+
 from runner.config import conf_files
 from runner.config.did_you_mean import allowed_words, known_keys
 from runner.errors import Problem, RequestError
@@ -63,6 +65,20 @@ class Verb:
     """The names of its arguments on the command line; `words` takes any number of `key=value`."""
 
 
+def all_verbs(ctx: click.Context, before: str = "") -> Iterator[tuple[str, Verb]]:
+    """Every verb of the context's group with what may follow it; a verb of a group, `pods stop`, after the group."""
+    group = ctx.command
+    assert isinstance(group, click.Group)
+    for name in group.list_commands(ctx):
+        if (verb := group.get_command(ctx, name)) is None:
+            continue
+        seen = [p for p in verb.params if not getattr(p, "hidden", False)]
+        options = tuple(o for p in seen for o in p.opts if o[0] == "-")
+        yield before + name, Verb(options, tuple(str(p.name) for p in seen if isinstance(p, click.Argument)))
+        if isinstance(verb, click.Group):
+            yield from all_verbs(click.Context(verb, ctx), f"{before}{name} ")
+
+
 def answer(request: str, line: str, verbs: Mapping[str, Verb]) -> str:
     """Print the answer to `-sc install=SHELL` or `-sc query=SHELL`; `verbs` are the command line's, `pods stop` among
     them."""
@@ -90,17 +106,13 @@ def candidates(line: str, verbs: Mapping[str, Verb]) -> list[str]:
         found = _keys(word, end="")
     elif len(given) < len(verb.arguments) and verb.arguments[len(given)] in ("run", "run_dir", "run_id"):
         found = _runs(word)
-    elif "words" not in verb.arguments and name is not None:
-        found = iter(_parts_of(name, verbs))  # of a group; else files, which the shell knows
+    elif "words" not in verb.arguments and name is not None:  # verbs of a group; else files, which the shell knows
+        found = (one.partition(" ")[2] for one in verbs if one.startswith(f"{name} "))
     elif "=" in word:
         found = _values(word, before)
     else:
         found = chain(_keys(word, end="="), _files(word, _STARTS), () if before else (v for v in verbs if " " not in v))
     return sorted({candidate for candidate in found if candidate.startswith(word)})
-
-
-def _parts_of(group: str, verbs: Mapping[str, Verb]) -> Iterator[str]:
-    return (name.partition(" ")[2] for name in verbs if name.startswith(f"{group} "))
 
 
 def _keys(word: str, end: str) -> Iterator[str]:

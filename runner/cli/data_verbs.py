@@ -9,9 +9,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-from runner.cli.options import Arguments, one_run, request_of, say_unread, takes_words
+from runner.cli.options import Arguments, answer, one_run, request_of, say_unread, takes_words
 from runner.errors import RequestError
-from runner.report.text import dump
 
 
 @click.group()
@@ -57,10 +56,7 @@ def preview(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, rows
     from runner.report.data_tables import print_preview
 
     found = look(_composed("preview", words, config_dirs), rows, row)
-    if as_json:
-        click.echo(dump(found))
-    else:
-        print_preview(Console(), found)
+    answer(as_json, found, lambda: print_preview(Console(), found))
     if found["problems"] and (found["on_error"] == "stop" or not found["num_rows"]):
         sys.exit(RequestError.exit_code)
 
@@ -86,11 +82,8 @@ def stats(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: 
     found = count(_composed("stats", words, config_dirs))
     if plot is not None:
         plot_lengths(found, plot)
-    if as_json:
-        click.echo(dump(found))
-        return
-    print_stats(Console(), found)
-    if plot is not None:
+    answer(as_json, found, lambda: print_stats(Console(), found))
+    if plot is not None and not as_json:
         click.echo(f"Picture: {plot}")
 
 

@@ -10,17 +10,18 @@ from rich.console import Console
 
 from runner.cli.options import (
     Arguments,
+    answer,
     as_json_option,
     config_dirs_option,
     one_run,
     output_dir_option,
     reports_errors,
     request_of,
+    say,
     say_unread,
     takes_words,
 )
 from runner.errors import Problem, RequestError
-from runner.report.text import dump
 
 
 @click.command()
@@ -37,6 +38,7 @@ def show(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None
       python -m runner show model=phi2 > mine.yaml; python -m runner mine.yaml train.max_steps=5
       python -m runner show recipe=mistral7b_qlora4_h100x3 --json
     """
+    from runner.config import conf_files
     from runner.resolve.steps import resolved
     from runner.runs.unread_keys import taken_back
 
@@ -44,14 +46,13 @@ def show(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> None
     spec, notes = resolved(request)
     notes += taken_back(request)
     content = spec.model_dump(mode="json")
-    if as_json:
-        click.echo(dump(content))
-        return
-    from runner.config import conf_files
 
-    click.echo(conf_files.dump_yaml(content), nl=False)
-    for note in notes:
-        click.echo(f"# note: {' '.join(note.split())}")
+    def print_yaml() -> None:
+        click.echo(conf_files.dump_yaml(content), nl=False)
+        for note in notes:
+            click.echo(f"# note: {' '.join(note.split())}")
+
+    answer(as_json, content, print_yaml)
 
 
 @click.command()
@@ -69,19 +70,17 @@ def explain(key: str, words: Arguments, config_dirs: tuple[Path, ...], as_json: 
     if "=" in key:
         remedy = f"python -m runner explain {key.partition('=')[0]} {key}"
         raise RequestError(Problem(f"{key} changes a value: the key to explain comes first", "command line", remedy))
-    from runner.config.compose import compose, origins_of_key, source_finder
+    from runner.config.compose import Sources, compose, origins_of_key
     from runner.config.validation import value_of
     from runner.report.tables import print_origins
     from runner.resolve.steps import resolve
 
     request = request_of(words, config_dirs)
     spec = compose(request)
-    value, final = value_of(spec, key), value_of(resolve(spec, source_finder(request))[0], key)
+    value, final = value_of(spec, key), value_of(resolve(spec, Sources(request))[0], key)
     origins = origins_of_key(request, key)
-    if as_json:
-        click.echo(dump({"key": key, "value": final, "composed": value, "origins": [vars(p) for p in origins]}))
-        return
-    print_origins(Console(), key, value, final, origins)
+    facts = {"key": key, "value": final, "composed": value, "origins": [vars(p) for p in origins]}
+    answer(as_json, facts, lambda: print_origins(Console(), key, value, final, origins))
 
 
 @click.command(name="list")
@@ -103,10 +102,7 @@ def list_(what: str | None, config_dirs: tuple[Path, ...], as_json: bool) -> Non
     from runner.report.catalog_tables import listing, print_listing
 
     table = listing(what, config_dirs)
-    if as_json:
-        click.echo(dump(table.rows))
-        return
-    print_listing(Console(), table)
+    answer(as_json, table.rows, lambda: print_listing(Console(), table))
 
 
 @click.command()
@@ -126,20 +122,16 @@ def runs(output_dir: Path, as_json: bool) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise RequestError(Problem(f"{output_dir} is not a folder", "--output-dir", "name one that holds runs"))
     rows = run_rows(output_dir)
-    if as_json:
-        click.echo(dump(rows))
-        return
-    print_runs(Console(), rows, output_dir)
+    answer(as_json, rows, lambda: print_runs(Console(), rows, output_dir))
 
 
 @click.command()
 @takes_words
 @one_run
 @click.option(
-    "--bandwidth",
-    is_flag=True,
+    "--bandwidth", is_flag=True,
     help="Measure an all-reduce as well: NCCL over the GPUs, gloo over two processes on a CPU (10 s and more).",
-)
+)  # fmt: skip
 def doctor(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, bandwidth: bool) -> None:
     """Check this machine: driver, GPUs, disk, packages, keys.
 
@@ -165,10 +157,7 @@ def doctor(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, bandw
         run = DoctorTarget(spec, plan_if_known(spec, notes))
         say_unread("doctor", request)
     if bandwidth:
-        click.echo("Measuring an all-reduce …", err=True)
+        say("Measuring an all-reduce …")
     found = examine_machine(run, bandwidth=bandwidth)
-    if as_json:
-        click.echo(dump(findings_as_json(found, run)))
-    else:
-        print_findings(Console(), found)
+    answer(as_json, findings_as_json(found, run), lambda: print_findings(Console(), found))
     sys.exit(exit_code(found))

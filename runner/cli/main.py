@@ -93,7 +93,7 @@ def _meant(error: click.NoSuchOption, words: tuple[str, ...]) -> str:
     no key is called so; empty where neither is known."""
     if not (error.ctx and any(p.name == "words" for p in error.ctx.command.params)):
         return ""
-    from runner.cli.run_verbs import all_verbs
+    from runner.cli.completion import all_verbs
     from runner.config import conf_files
     from runner.config.did_you_mean import known_keys, nearest_key
     from runner.config.other_trainers_keys import PEERS

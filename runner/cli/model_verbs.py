@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from runner.cli.options import as_json_option, reports_errors
-from runner.report.text import counted, dump
+from runner.cli.options import answer, as_json_option, reports_errors
+from runner.report.text import counted
 
 
 @click.command()
@@ -133,7 +133,7 @@ def push(run_dir: Path, repo: str | None, public: bool, merged: bool, as_json: b
     from runner.hub.upload import push_run as upload
 
     done = upload(run_dir, repo, public=public, merged=merged)
-    click.echo(dump(done) if as_json else f"{counted(len(done['files']), 'file')}: {done['url']}")
+    answer(as_json, done, f"{counted(len(done['files']), 'file')}: {done['url']}")
 
 
 @click.command()
@@ -173,13 +173,13 @@ def deploy(run_dir: Path, remove: bool, yes: bool, as_json: bool, **options: Any
     if remove:
         gone = serving.delete(run_dir)
         said = f"Deleted: {', '.join(gone)}" if gone else f"Nothing to delete: RunPod has no endpoint of {run_dir}"
-        click.echo(dump({"deleted": gone}) if as_json else said)
+        answer(as_json, {"deleted": gone}, said)
         return
     wanted = serving.DeployOptions(**options)
     done = serving.deploy(run_dir, wanted, lambda what: yes or click.confirm(f"Deploy {what}?", err=True))
-    if as_json:
-        click.echo(dump(done))
-        return
-    click.echo(f"Endpoint {done['endpoint']}: {done['console']}")
-    click.echo(f"OpenAI's API: base_url={done['openai_base_url']} model={done['served_model']}, key RUNPOD_API_KEY")
-    click.echo(f"Delete it: python -m runner deploy --delete {run_dir}")
+    lines = [
+        f"Endpoint {done['endpoint']}: {done['console']}",
+        f"OpenAI's API: base_url={done['openai_base_url']} model={done['served_model']}, key RUNPOD_API_KEY",
+        f"Delete it: python -m runner deploy --delete {run_dir}",
+    ]
+    answer(as_json, done, "\n".join(lines))

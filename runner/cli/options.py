@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -35,8 +35,8 @@ VERBS = {
     "calibrate": "plan_verbs",
     "doctor": "inspect_verbs",
     "pods": "pod_verbs",
-    "gpus": "gpu_and_volume_verbs",
-    "volumes": "gpu_and_volume_verbs",
+    "gpus": "runpod_verbs",
+    "volumes": "runpod_verbs",
     "attach": "remote_verbs",
     "logs": "remote_verbs",
     "status": "remote_verbs",
@@ -45,7 +45,7 @@ VERBS = {
     "eval": "model_verbs",
     "merge": "model_verbs",
     "export": "model_verbs",
-    "emulate": "emulate_verb",
+    "emulate": "runpod_verbs",
     "push": "model_verbs",
     "deploy": "model_verbs",
 }
@@ -64,6 +64,25 @@ config_dirs_option = click.option(
     help="Folder with groups (model/mine.yaml, …) and recipes of your own; may be given more than once.",
 )  # fmt: skip
 
+say = partial(click.echo, err=True)
+"""A line for people, beside the answer."""
+
+
+def answer(as_json: bool, facts: object, shown: str | Callable[[], None]) -> None:
+    """The facts in JSON, or as people read them: a text, or a function that prints them."""
+    if as_json:
+        click.echo(dump(facts))
+    elif isinstance(shown, str):
+        click.echo(shown)
+    else:
+        shown()
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask at a terminal, unless `yes` was typed; anything but a yes ends the process."""
+    if not yes and sys.stdin.isatty():
+        click.confirm(question, abort=True, err=True)
+
 
 class Finite(click.FloatRange):
     """A number within bounds; `nan`, which is within any, and `inf` are none."""
@@ -78,10 +97,8 @@ class Finite(click.FloatRange):
 
 def takes_words(command: Command) -> Command:
     """Arguments that every verb with a run takes, and errors in words."""
-    command = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE|SPEC.JSON] [KEY=VALUE]…")(
-        command
-    )
-    return reports_errors(as_json_option(config_dirs_option(command)))
+    words = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE|SPEC.JSON] [KEY=VALUE]…")
+    return reports_errors(as_json_option(config_dirs_option(words(command))))
 
 
 ADD_M = "add -m to run once per value"
@@ -158,7 +175,7 @@ def say_unread(verb: str, request: Request) -> None:
     from runner.runs import unread_keys
 
     for note in unread_keys.unread_key_notes(verb, request):
-        click.echo(f"Note    {note}", err=True)
+        say(f"Note    {note}")
 
 
 def _no_recipe(word: str, file: Path) -> Problem:

@@ -10,11 +10,13 @@ from rich.console import Console
 
 from runner.cli.options import (
     Arguments,
+    answer,
     as_json_option,
     one_run,
     output_dir_option,
     reports_errors,
     request_of,
+    say,
     say_unread,
     takes_words,
 )
@@ -38,7 +40,7 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
       python -m runner plan model=mistral7b method=full hw=h100x3 --json
       python -m runner plan model=hub model.id=org/name hw=a100 --plot plan.png
     """
-    from runner.config.compose import compose, source_finder
+    from runner.config.compose import Sources, compose
     from runner.machine import writable
     from runner.report.plan_text import print_plan
     from runner.report.plots import plot_plan
@@ -48,27 +50,25 @@ def plan(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, plot: P
 
     request = request_of(words, config_dirs)
     composed = compose(request)
-    spec, notes = resolve(composed, source_finder(request), needed=True)
+    spec, notes = resolve(composed, Sources(request), needed=True)
     inputs.check_files(spec)
     notes += unread_keys.unread_key_notes("plan", request, notes)
     notes += [f"{p.what}: a run is refused; {p.remedy}" for p in writable.problems(spec)]
     found = plan_inputs.plan(spec, notes)
-    content = found.as_dict()
     if plot is not None:
         plot_plan(found, plot)
     if ds_json:
         click.echo(dump(found.deepspeed))
         for reason in found.reasons:
-            click.echo(f"refused: {reason}", err=True)
+            say(f"refused: {reason}")
     elif as_json:
-        click.echo(dump(content))
+        click.echo(dump(found.as_dict()))
     else:
         console = Console()
         print_plan(console, found, {"model": spec.model.title, "hw": spec.hw.title})
         if found.reasons:
-            console.print(
-                f"→ {plan_inputs.advice(with_facts(composed, needed=True), found)}", highlight=False, soft_wrap=True
-            )
+            advice = plan_inputs.advice(with_facts(composed, needed=True), found)
+            console.print(f"→ {advice}", highlight=False, soft_wrap=True)
         if plot is not None:
             console.print(f"Picture: {plot}", highlight=False, soft_wrap=True)
     sys.exit(CannotRunError.exit_code if found.reasons else 0)
@@ -95,14 +95,14 @@ def fit(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool, by: str,
     """
     from dataclasses import asdict
 
-    from runner.config.compose import compose, source_finder
-    from runner.report.plan_text import print_fit
+    from runner.config.compose import Sources, compose
+    from runner.report.plan_tables import print_fit
     from runner.resolve import fit as search
     from runner.resolve.steps import with_facts
 
     request = request_of(words, config_dirs)
     given = search.named_in(request)
-    spec = search.with_default_length(with_facts(compose(request), source_finder(request), needed=True), given)
+    spec = search.with_default_length(with_facts(compose(request), Sources(request), needed=True), given)
     say_unread("fit", request)
     found = search.fit_rows(spec, given, by, request.folders)
     rows = [asdict(row) for row in found]
@@ -128,17 +128,14 @@ def table(words: Arguments, config_dirs: tuple[Path, ...], as_json: bool) -> Non
       python -m runner table
       python -m runner table train.max_length=2048 --json
     """
-    from runner.report.plan_text import print_memory_table
+    from runner.report.plan_tables import print_memory_table
     from runner.resolve import fit
     from runner.resolve.steps import resolved
 
     request = request_of(words, config_dirs)
     fit.refuse_for_table(request)
     content = fit.memory_table(fit.with_default_length(resolved(request)[0], fit.named_in(request)))
-    if as_json:
-        click.echo(dump(content))
-        return
-    print_memory_table(Console(), content)
+    answer(as_json, content, lambda: print_memory_table(Console(), content))
 
 
 @click.command()
@@ -156,7 +153,4 @@ def calibrate(output_dir: Path, as_json: bool) -> None:
     from runner.report.plan_accuracy import calibration, print_calibration
 
     found = calibration(output_dir)
-    if as_json:
-        click.echo(dump(found.as_dict()))
-        return
-    print_calibration(Console(), found)
+    answer(as_json, found.as_dict(), lambda: print_calibration(Console(), found))

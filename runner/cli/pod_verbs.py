@@ -10,7 +10,18 @@ from typing import Any
 import click
 from rich.console import Console
 
-from runner.cli.options import Arguments, Finite, as_json_option, one_run, reports_errors, request_of, takes_words
+from runner.cli.options import (
+    Arguments,
+    Finite,
+    answer,
+    as_json_option,
+    confirm,
+    one_run,
+    reports_errors,
+    request_of,
+    say,
+    takes_words,
+)
 from runner.errors import Problem
 from runner.report.text import dump, without_control_sequences
 
@@ -24,11 +35,7 @@ env_option = click.option(
 )  # fmt: skip
 
 
-class Subverbs(click.Group):
-    """`pods` alone lists."""
-
-
-@click.group(invoke_without_command=True, cls=Subverbs)
+@click.group(invoke_without_command=True)
 @all_option
 @as_json_option
 @click.pass_context
@@ -60,10 +67,7 @@ def _list(everything: bool, as_json: bool) -> None:
 
     apis, ledger = _all_ready()
     rows = fleet.rows_of_all(apis, ledger, everything=everything)
-    if as_json:
-        click.echo(dump([asdict(row) for row in rows]))
-    else:
-        print_pods(Console(), rows)
+    answer(as_json, [asdict(row) for row in rows], lambda: print_pods(Console(), rows))
 
 
 @pods.command(name="list")
@@ -93,7 +97,7 @@ def stop(run: str, as_json: bool) -> None:
     pod_id = fleet.stop(api, ledger, run)
     per_day = next((row.usd_per_day_stopped for row in fleet.pod_rows(api, ledger) if row.pod_id == pod_id), 0.0)
     said = f"pod {pod_id} is stopped, and costs about ${per_day:.2f} a day until it is terminated"
-    _answer(as_json, said, pod_id=pod_id, state="stopped", usd_per_day=per_day)
+    answer(as_json, {"pod_id": pod_id, "state": "stopped", "usd_per_day": per_day}, said)
 
 
 @pods.command()
@@ -123,13 +127,12 @@ def start(run: str, hours: float, env: tuple[str, ...], yes: bool, as_json: bool
     name, pod_id, _ = fleet.find_pod(api, ledger, run)
     entry = ledger.entry(name)
     if entry is not None:
-        click.echo(f"pod {pod_id}, ${entry.usd_per_hour * hours:.2f} for {hours:g} hours at most", err=True)
-    if not yes and sys.stdin.isatty():
-        click.confirm("Start it?", abort=True, err=True)
-    rented = reuse_pod.start(api, ledger, run, hours, lambda line: click.echo(line, err=True), values)
-    said = describe(rented.pod.id, rented.usd_per_hour, rented.deadline, "stops")
+        say(f"pod {pod_id}, ${entry.usd_per_hour * hours:.2f} for {hours:g} hours at most")
+    confirm("Start it?", yes)
+    rented = reuse_pod.start(api, ledger, run, hours, say, values)
     facts = {"pod_id": rented.pod.id, "usd_per_hour": rented.usd_per_hour, "deadline": rented.deadline}
-    _answer(as_json, said, **facts, run_id=rented.run_id, state="running")
+    said = describe(rented.pod.id, rented.usd_per_hour, rented.deadline, "stops")
+    answer(as_json, {**facts, "run_id": rented.run_id, "state": "running"}, said)
 
 
 @pods.command()
@@ -150,10 +153,10 @@ def terminate(run: str, as_json: bool) -> None:
     from runner.cloud import fleet
 
     api, ledger = _ready(run, settle=False)  # nothing comes before it
-    ended = fleet.terminate(api, ledger, run, say=lambda line: click.echo(line, err=True))
+    ended = fleet.terminate(api, ledger, run, say=say)
     said = "\n".join(f"pod {pod_id} is gone, confirmed by two polls" for pod_id in ended)
     facts: dict[str, Any] = {"pod_id": ended[0]} if len(ended) == 1 else {"pod_ids": ended}
-    _answer(as_json, said, **facts, state="gone")
+    answer(as_json, {**facts, "state": "gone"}, said)
 
 
 @pods.command(context_settings={"ignore_unknown_options": True})
@@ -193,7 +196,7 @@ def tunnel(run: str, ports: tuple[str, ...]) -> None:
     from runner.cloud.pod_shell import open_tunnel
 
     api, ledger = _ready(run)
-    open_tunnel(api, ledger, run, ports, lambda line: click.echo(line, err=True))
+    open_tunnel(api, ledger, run, ports, say)
 
 
 @pods.command()
@@ -267,15 +270,11 @@ def reap(everything: bool, yes: bool, as_json: bool) -> None:
     from runner.cloud.provider_errors import StillThereError
 
     apis, ledger = _all_ready()
-    found = [
-        (api, fleet.unowned_pods(api, ledger, everything=everything, say=lambda line: click.echo(line, err=True)))
-        for api in apis
-    ]
+    found = [(api, fleet.unowned_pods(api, ledger, everything=everything, say=say)) for api in apis]
     for name, pod_id, why in (pod for _, pods in found for pod in pods):
-        click.echo(f"pod {pod_id} ({name}): {why}", err=True)
+        say(f"pod {pod_id} ({name}): {why}")
     count = sum(len(pods) for _, pods in found)
-    if count and not yes and sys.stdin.isatty():
-        click.confirm(f"End {count}?", abort=True, err=True)
+    confirm(f"End {count}?", yes or not count)
     ended: list[str] = []
     failures: list[Problem] = []
     for api, pods in found:
@@ -287,13 +286,12 @@ def reap(everything: bool, yes: bool, as_json: bool) -> None:
         raise StillThereError(*failures)
     stopped = [] if everything else [pod for api in apis for pod in fleet.stopped_pods_with_a_run(api, ledger)]
     for pod_id, run_id in stopped:
-        click.echo(
+        say(
             f"pod {pod_id} is stopped, with run {run_id}, and its disk costs money: python -m runner fetch {run_id} "
-            f"downloads the run, python -m runner pods terminate {pod_id} ends the pod",
-            err=True,
+            f"downloads the run, python -m runner pods terminate {pod_id} ends the pod"
         )
     said = f"{len(ended)} ended, confirmed by two polls" if ended else "nothing to end"
-    _answer(as_json, said, ended=ended, stopped=[pod_id for pod_id, _ in stopped])
+    answer(as_json, {"ended": ended, "stopped": [pod_id for pod_id, _ in stopped]}, said)
 
 
 @pods.command()
@@ -316,10 +314,7 @@ def templates(text: tuple[str, ...], as_json: bool) -> None:
     from runner.report.pod_tables import print_templates
 
     rows = search_templates(Api(), " ".join(text))
-    if as_json:
-        click.echo(dump(rows))
-    else:
-        print_templates(Console(), rows, " ".join(text))
+    answer(as_json, rows, lambda: print_templates(Console(), rows, " ".join(text)))
 
 
 @pods.command()
@@ -353,11 +348,10 @@ def up(
     api = provider_of(spec)
     _settle(api, _ledger())
     offer = interactive.first_offer(api, spec, hours)
-    click.echo(f"{offer.described}; ${offer.usd_per_hour * hours:.2f} for {hours:g} hours at most", err=True)
-    if not yes and sys.stdin.isatty():
-        click.confirm("Rent it?", abort=True, err=True)
-    made = interactive.rent_interactive(spec, hours, lambda line: click.echo(line, err=True), values)
-    _answer(as_json, made.described, **made.as_dict())
+    say(f"{offer.described}; ${offer.usd_per_hour * hours:.2f} for {hours:g} hours at most")
+    confirm("Rent it?", yes)
+    made = interactive.rent_interactive(spec, hours, say, values)
+    answer(as_json, made.as_dict(), made.described)
 
 
 def _ready(word: str, settle: bool = True) -> tuple[Any, Any]:
@@ -386,7 +380,7 @@ def _settle(api: Any, ledger: Any) -> None:
     from runner.cloud.reconcile import reconcile
 
     for note in reconcile(api, ledger):
-        click.echo(f"Note    {note}", err=True)
+        say(f"Note    {note}")
 
 
 def _ledger() -> Any:
@@ -394,9 +388,5 @@ def _ledger() -> Any:
 
     ledger, error = Ledger.or_copy()
     for problem in error.problems if error else ():
-        click.echo(f"Note    {problem.what}; {problem.remedy}", err=True)
+        say(f"Note    {problem.what}; {problem.remedy}")
     return ledger
-
-
-def _answer(as_json: bool, said: str, **facts: object) -> None:
-    click.echo(dump(facts) if as_json else said)

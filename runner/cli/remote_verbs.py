@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import click
 from rich.console import Console
 
-from runner.cli.options import as_json_option, output_dir_option, reports_errors
+from runner.cli.options import answer, as_json_option, output_dir_option, reports_errors
 from runner.report import terminal
 from runner.report.text import dump, without_control_sequences
 
@@ -28,13 +30,9 @@ def attach(run_id: str, output_dir: Path, as_json: bool) -> None:
       python -m runner attach runs/<id>
       python -m runner attach <id>                 on another machine, with the same RUNPOD_API_KEY
     """
-    from runner.cloud.remote_run import attach as go_back
-    from runner.rundir.directory import RunDir
+    from runner.cloud import remote_run
 
-    terminal.outlive()
-    code = go_back(run_id, output_dir, Console(stderr=as_json))
-    _answer(as_json, RunDir(output_dir / Path(run_id).name))
-    sys.exit(code)
+    _end_with(remote_run.attach, run_id, output_dir, as_json)
 
 
 @click.command()
@@ -53,20 +51,21 @@ def fetch(run_id: str, output_dir: Path, as_json: bool) -> None:
       python -m runner fetch runs/<id>
       python -m runner fetch <id> --output-dir ~/runs --json
     """
-    from runner.cloud.remote_run import fetch as bring
+    from runner.cloud import remote_run
+
+    _end_with(remote_run.fetch, run_id, output_dir, as_json)
+
+
+def _end_with(work: Callable[[str, Path, Console], int], run_id: str, output_dir: Path, as_json: bool) -> NoReturn:
+    """Exit with the code of `work`, after the run's summary in JSON (its status, where there is none yet)."""
     from runner.rundir.directory import RunDir
 
     terminal.outlive()
-    code = bring(run_id, output_dir, Console(stderr=as_json))
-    _answer(as_json, RunDir(output_dir / Path(run_id).name))
-    sys.exit(code)
-
-
-def _answer(as_json: bool, run: object) -> None:
-    from runner.rundir.directory import RunDir
-
-    if as_json and isinstance(run, RunDir):
+    code = work(run_id, output_dir, Console(stderr=as_json))
+    run = RunDir(output_dir / Path(run_id).name)
+    if as_json:
         click.echo(dump(run.summary or run.status))
+    sys.exit(code)
 
 
 @click.command()
@@ -84,12 +83,9 @@ def status(run_id: str, as_json: bool) -> None:
     from runner.cloud.remote_run import status as ask
 
     facts = ask(run_id)
-    if as_json:
-        click.echo(dump(facts))
-        return
-    for name, value in facts.items():
-        if value is not None:
-            click.echo(f"{name.replace('_', ' '):16} {without_control_sequences(str(value))}")
+    known = {name.replace("_", " "): value for name, value in facts.items() if value is not None}
+    lines = [f"{name:16} {without_control_sequences(str(value))}" for name, value in known.items()]
+    answer(as_json, facts, "\n".join(lines))
 
 
 @click.command()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -16,9 +14,6 @@ from runner.errors import RequestError
 from runner.launcher import inherited_ranks
 from runner.report import terminal
 from runner.report.text import dump
-
-if TYPE_CHECKING:
-    from runner.cli.completion import Verb
 
 
 def renting(command: Command) -> Command:
@@ -64,11 +59,10 @@ def run(
       python -m runner runs/<id>/spec.json
     """
     if shell_completion:
-        from runner.cli.completion import answer
+        from runner.cli import completion
 
-        click.echo(
-            answer(shell_completion, os.environ.get("COMP_LINE", ""), dict(all_verbs(ctx.find_root()))), nl=False
-        )
+        verbs = dict(completion.all_verbs(ctx.find_root()))
+        click.echo(completion.answer(shell_completion, os.environ.get("COMP_LINE", ""), verbs), nl=False)
         return
     from runner.config.compose import compose
 
@@ -83,22 +77,6 @@ def run(
     if composed is None:
         sys.exit(sweep.sweep(request, console, as_json, launch_options))
     sys.exit(launch.run(request, composed, console, as_json, launch_options))
-
-
-def all_verbs(ctx: click.Context, before: str = "") -> Iterator[tuple[str, Verb]]:
-    """Every verb of the context's group with what may follow it; a verb of a group, `pods stop`, after the group."""
-    from runner.cli.completion import Verb
-
-    group = ctx.command
-    assert isinstance(group, click.Group)
-    for name in group.list_commands(ctx):
-        if (verb := group.get_command(ctx, name)) is None:
-            continue
-        seen = [p for p in verb.params if not getattr(p, "hidden", False)]
-        options = tuple(o for p in seen for o in p.opts if o[0] == "-")
-        yield before + name, Verb(options, tuple(str(p.name) for p in seen if isinstance(p, click.Argument)))
-        if isinstance(verb, click.Group):
-            yield from all_verbs(click.Context(verb, ctx), f"{before}{name} ")
 
 
 @click.command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +60,7 @@ def compose_checked(checked: Checked) -> RunSpec:
         problems += composed.problems
     if composed.values is None:
         raise RequestError(*dict.fromkeys(problems))
-    source = source_finder(base)
+    source = Sources(base)
     return validated(composed.values, source, problems, unsure | composed.unsure, source.written)
 
 
@@ -91,7 +91,7 @@ def _typed(checked: Checked) -> list[Origin]:
 
 @dataclass(frozen=True)
 class Sources:
-    """A lazy look-up from a key to the place that set it last."""
+    """Where the keys of a request come from: a lazy look-up from a key to the place that set it last."""
 
     request: Request
 
@@ -126,17 +126,12 @@ class Sources:
         return check_request(self.request)
 
 
-def source_finder(request: Request) -> Sources:
-    """Return a function from key to source for a request."""
-    return Sources(request)
-
-
 def spec_of_point(config: DictConfig, texts: dict[str, str]) -> RunSpec:
     """The validated run of what Hydra composed for a point of a sweep; `texts` are environment variables as the files
     write them."""
     composed = _resolved(config.copy(), lambda key: None)
     if composed.values is not None:
-        _keep_texts(composed.values, texts)
+        _keep_texts(composed.values, lambda: texts)
     return validated(composed.values or {}, lambda key: None, composed.problems, composed.unsure)
 
 
@@ -148,7 +143,7 @@ def _composed(request: Request, checked: Checked) -> _Composed:
             config, choices = merge_config(checked, primary_of(request))
     except RequestError as error:
         return _Composed(None, error.problems)
-    source_of = source_finder(request)
+    source_of = Sources(request)
     content = {key: value for key, value in config.items_ex(resolve=False) if key != "hydra"}
     names = {key: content.pop(key) for key in conf_files.GROUPS if isinstance(content.get(key), (str, int, float))}
     found = _resolved(OmegaConf.create(content), source_of, tuple(names))
@@ -156,17 +151,10 @@ def _composed(request: Request, checked: Checked) -> _Composed:
         recipe_checks.misplaced_choices(key, str(name), source_of(key), request.folders) for key, name in names.items()
     ]
     found = replace(found, problems=[*misplaced, *found.problems])
-    if found.values is not None:
-        if any(not isinstance(value, (str, type(None))) for value in _environment(found.values).values()):
-            _keep_texts(found.values, texts_of(request))
-        return _identified(found, identifying_keys.identity_problems(choices, found.values, request.folders, source_of))
-    return found
-
-
-def _environment(values: dict[str, object]) -> dict[str, Any]:
-    hw = values.get("hw")
-    env = hw.get("env") if isinstance(hw, dict) else None
-    return env if isinstance(env, dict) else {}
+    if found.values is None:
+        return found
+    _keep_texts(found.values, lambda: texts_of(request))
+    return _identified(found, identifying_keys.identity_problems(choices, found.values, request.folders, source_of))
 
 
 def texts_of(request: Request) -> dict[str, str]:
@@ -180,10 +168,13 @@ def texts_of(request: Request) -> dict[str, str]:
     return found
 
 
-def _keep_texts(values: dict[str, object], texts: dict[str, str]) -> None:
-    env = _environment(values)
-    scalars = {key: value for key, value in env.items() if isinstance(value, (int, float))}
-    env.update({key: texts.get(key, str(value)) for key, value in scalars.items()})
+def _keep_texts(values: dict[str, object], find_texts: Callable[[], dict[str, str]]) -> None:
+    """Environment variables that were read as numbers or truth values, as they were written."""
+    hw = values.get("hw")
+    env = hw.get("env") if isinstance(hw, dict) else None
+    if isinstance(env, dict) and (scalars := {k: v for k, v in env.items() if isinstance(v, (int, float))}):
+        texts = find_texts()
+        env.update({key: texts.get(key, str(value)) for key, value in scalars.items()})
 
 
 def _identified(found: _Composed, others: Iterable[Problem]) -> _Composed:
@@ -249,19 +240,16 @@ def _repeated(request: Request, spec_file: Path, overrides: tuple[Override, ...]
     before = spec_json.read_spec_file(spec_file)
     values, problems = copy.deepcopy(before), []
     for override in overrides:
-        if override.key_or_group in request.exchange and not override.is_delete():
-            name = str(override.value())
-            values[override.key_or_group] = before[override.key_or_group] = conf_files.load_choice(
-                override.key_or_group, name, request.folders
-            )
-        elif override.key_or_group in conf_files.GROUPS or override.is_delete():
+        key = override.key_or_group
+        if key in request.exchange and not override.is_delete():
+            values[key] = before[key] = conf_files.load_choice(key, str(override.value()), request.folders)
+        elif key in conf_files.GROUPS or override.is_delete():
             remedy = "change single values such as train.max_steps=5, or start from a recipe"
             place = display_path(spec_file)
             what = f"{override.input_line}: {place} is resolved, so a whole choice cannot be exchanged in it"
             problems.append(Problem(what, COMMAND_LINE, remedy))
         else:
-            spec_json.set_key(values, override.key_or_group, override.value())
-    if any(not isinstance(value, (str, type(None))) for value in _environment(values).values()):
-        _keep_texts(values, texts_of(request))
-    others = identifying_keys.repeat_problems(before, values, request.exchange, source_finder(request))
+            spec_json.set_key(values, key, override.value())
+    _keep_texts(values, lambda: texts_of(request))
+    others = identifying_keys.repeat_problems(before, values, request.exchange, Sources(request))
     return _identified(_Composed(values, problems), others)

@@ -47,8 +47,14 @@ class DeepSpeedJson:
         return None if value == "auto" else value
 
     def place(self, key: str) -> str:
-        """File and line."""
-        return _place(self.file, self.text, key)
+        """File and line of a dotted key: each step is looked for after the one before."""
+        position = 0
+        for step in key.split("."):
+            found = re.compile(rf"{re.escape(json.dumps(step))}\s*:").search(self.text, position)
+            if found is None:
+                return self.file
+            position = found.start()
+        return f"{self.file}:{self.text.count(chr(10), 0, position) + 1}"
 
     @property
     def offloads(self) -> bool:
@@ -103,8 +109,8 @@ def read_deepspeed_json(name: str) -> DeepSpeedJson:
     if not isinstance(content, dict):
         what = f"deepspeed.config={name} holds {_kind(content)}, and not a mapping of keys"
         raise RequestError(Problem(what, display_path(file), "begin with a copy of deepspeed_configs/zero2.json"))
-    problems = [p for problem in _mapping(content, KEYS, "") for p in [_placed(problem, display_path(file), text)]]
     found = DeepSpeedJson(display_path(file), text, _whole(content))
+    problems = [Problem(what, found.place(key), remedy) for key, what, remedy in _mapping(content, KEYS, "")]
     problems += [] if problems else list(_senseless(found))
     if problems:
         raise RequestError(*problems)
@@ -123,12 +129,8 @@ def apply(spec: RunSpec, source_of: SourceOf) -> RunSpec:
         if getattr(spec.train, ours) == "auto" and config.get(key):
             train[ours] = config.get(key)
     name = config.stage if spec.deepspeed.name == "auto" else spec.deepspeed.name
-    found = spec.model_copy(
-        update={
-            "train": spec.train.model_copy(update=train),
-            "deepspeed": spec.deepspeed.model_copy(update={"name": name}),
-        }
-    )
+    deepspeed = spec.deepspeed.model_copy(update={"name": name})
+    found = spec.model_copy(update={"train": spec.train.model_copy(update=train), "deepspeed": deepspeed})
     problems = [
         Problem(f"{key} is {_text(theirs)} in {config.place(key)}, and {ours}={value}", source_of(ours), remedy)
         for key, theirs, ours, value, remedy in _contradictions(found, config)
@@ -142,16 +144,10 @@ def _contradictions(spec: RunSpec, config: DeepSpeedJson) -> Iterator[tuple[str,
     """Key and value of the JSON, key and value of the run, and what to write, for everything that differs."""
     if config.stage != spec.deepspeed.name:
         key = "zero_optimization.stage"
+        theirs = config.get(key)
         if config.stage.removesuffix("_offload") == spec.deepspeed.name.removesuffix("_offload"):
-            yield (
-                "zero_optimization",
-                f"{'with' if config.offloads else 'without'} offload",
-                "deepspeed",
-                (spec.deepspeed.name),
-                f"write deepspeed={config.stage}",
-            )
-        else:
-            yield key, config.get(key), "deepspeed", spec.deepspeed.name, f"write deepspeed={config.stage}"
+            key, theirs = "zero_optimization", f"{'with' if config.offloads else 'without'} offload"
+        yield key, theirs, "deepspeed", spec.deepspeed.name, f"write deepspeed={config.stage}"
     train = spec.train
     same = [
         ("train_batch_size", "train.batch_size", train.batch_size),
@@ -299,22 +295,6 @@ def _written(key: str, value: object, kind: Kind) -> str:
     if isinstance(value, str) and not isinstance(kind, tuple) and _fits(inner, kind):
         return f'write "{key}": {json.dumps(inner)}'
     return "leave it out, or see DeepSpeed's documentation"
-
-
-def _placed(problem: tuple[str, str, str], file: str, text: str) -> Problem:
-    key, what, remedy = problem
-    return Problem(what, _place(file, text, key), remedy)
-
-
-def _place(file: str, text: str, key: str) -> str:
-    """File and line of a dotted key: each step is looked for after the one before."""
-    position = 0
-    for step in key.split("."):
-        found = re.compile(rf"{re.escape(json.dumps(step))}\s*:").search(text, position)
-        if found is None:
-            return file
-        position = found.start()
-    return f"{file}:{text.count(chr(10), 0, position) + 1}"
 
 
 def _whole(value: object) -> Any:

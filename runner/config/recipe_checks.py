@@ -17,6 +17,7 @@ from runner.config.provenance import display_path, flattened
 from runner.errors import Problem, RequestError
 from runner.paths import RECIPES
 
+Choices = list[tuple[yaml.Node, yaml.Node]]
 _BASE = "begin it with: defaults: [config, _self_]"
 
 
@@ -67,12 +68,11 @@ def recipe_problems(file: Path, folders: tuple[Path, ...]) -> list[Problem]:
     ):
         return _baseless(file, choices, node, folders)
     found = [p for group, choice in choices for p in _problems_of_entry(group, choice, display_path(file), folders)]
-    return [*found, *_problems_of_list(file, node, entries, choices)]
+    found += _overruled(file, entries, choices, len(node.value) > 1)
+    return [*found, *_circles(file), *_of_hydra(file, node), *_misshapen(file, node)]
 
 
-def _baseless(
-    file: Path, choices: list[tuple[yaml.Node, yaml.Node]], node: yaml.MappingNode, folders: tuple[Path, ...]
-) -> list[Problem]:
+def _baseless(file: Path, choices: Choices, node: yaml.MappingNode, folders: tuple[Path, ...]) -> list[Problem]:
     """Problems of a recipe without `config` in its defaults list, and of each choice that stands elsewhere."""
     found, lines = [], []
     outside = [(key, value) for key, value in node.value if isinstance(value, yaml.ScalarNode)]
@@ -138,27 +138,19 @@ def choices_and_keys(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str
     for entry in listed if isinstance(listed, list) else ():  # else `recipe_problems` says so
         if isinstance(entry, dict):
             choices |= {re.sub(r"^(override|optional)\s+", "", str(k)).lstrip("/"): str(v) for k, v in entry.items()}
-        elif (base := base_recipe(file, str(entry))) is not None and base not in above:
+        elif (base := _base(file, str(entry))) is not None and base not in (file.resolve(), *above):
             below = choices_and_keys(base, (*above, base))
             choices, keys = below[0] | choices, below[1] | keys
     return choices, keys | dict(flattened({k: v for k, v in content.items() if k != "defaults"}))
 
 
-def base_recipe(file: Path, name: str) -> Path | None:
-    """The recipe that an entry of a defaults list names: one beside `file`, or a shipped one."""
-    found = (folder / f"{name.removesuffix('.yaml')}.yaml" for folder in (file.resolve().parent, RECIPES))
-    return next((f for f in found if os.path.isfile(f) and f.resolve() != file.resolve()), None)
-
-
 def unknown_choice(group: str, name: str, names: tuple[str, ...], place: str) -> Problem:
     """`group=name` where `names` are all there are."""
-    near = nearest_choice(group, name, names)
     if meant := _meant(group, name):
-        remedy = f"write {meant}"
-        return Problem(
-            f"there is no {group} {name!r}", place, remedy if place == "command line" else remedy_for_file(remedy)
-        )
-    remedy = f"did you mean {group}={near}?" if near else f"python -m runner list {group} shows all"
+        remedy = f"write {meant}" if place == "command line" else remedy_for_file(f"write {meant}")
+    else:
+        near = nearest_choice(group, name, names)
+        remedy = f"did you mean {group}={near}?" if near else f"python -m runner list {group} shows all"
     return Problem(f"there is no {group} {name!r}", place, remedy)
 
 
@@ -178,11 +170,7 @@ def _meant(group: str, name: str) -> str | None:
     if group == "model" and (path or os.path.isdir(Path(name))):
         return f"model=hub model.id={name}"
     if group == "data" and path:
-        of_hub = (
-            re.fullmatch(r"[\w-]+/[\w.-]+", name)
-            and "." not in name.rpartition("/")[2]
-            and not os.path.exists(Path(name))
-        )
+        of_hub = re.fullmatch(r"[\w-]+/[\w-]+", name) and not os.path.exists(name)
         return f"data=hub data.id={name}" if of_hub else f"data=file data.path={name}"
     if group == "deepspeed" and name.endswith(".json"):
         return f"deepspeed=auto deepspeed.config={name}"
@@ -214,19 +202,6 @@ def _problems_of_entry(key: yaml.Node, choice: yaml.Node, file: str, folders: tu
         yield unknown_choice(group, choice.value, names, place)
     elif group in conf_files.GROUPS and not key.value.startswith("override "):
         yield Problem(f"{group} is chosen twice: in config and here", place, f"write override /{group}: {choice.value}")
-
-
-Choices = list[tuple[yaml.Node, yaml.Node]]
-
-
-def _problems_of_list(
-    file: Path, node: yaml.MappingNode, entries: list[yaml.Node], choices: Choices
-) -> Iterator[Problem]:
-    """Mistakes in a file whose defaults list has these `entries`, some of which are `choices`."""
-    yield from _overruled(file, entries, choices, len(node.value) > 1)
-    yield from _circles(file)
-    yield from _of_hydra(file, node)
-    yield from _misshapen(file, node)
 
 
 def group_of(key: str) -> str:

@@ -13,6 +13,7 @@ from hydra.types import RunMode
 
 from runner.config.command_line import NO_PRUNING, PARAMS, PRUNER, Request, check_request, for_hydra
 from runner.config.compose import compose_checked, spec_of_point, texts_of
+from runner.config.did_you_mean import quoted
 from runner.config.hydra_compose import as_request_error, file_origins, hydra_over, primary_of
 from runner.config.provenance import COMMAND_LINE
 from runner.errors import Problem, RequestError, RunFailedError, RunnerError
@@ -65,7 +66,7 @@ class Sweep:
         """
         checked = check_request(replace(self.request, overrides=(*self.request.overrides, *launcher)), sweeping=True)
         quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
-        words = [*quiet, f"hydra.sweep.dir={_quoted(folder)}", "hydra.sweep.subdir=.", *checked.for_hydra]
+        words = [*quiet, f"hydra.sweep.dir={quoted(str(folder))}", "hydra.sweep.subdir=.", *checked.for_hydra]
         if self.direction is not None and run.run.metric_mode == "max":
             words.append("hydra.sweeper.direction=maximize")
         primary, each = primary_of(checked.request), _Each(task, texts_of(replace(self.request, overrides=())))
@@ -236,7 +237,3 @@ def _parsed(request: Request) -> tuple[Request, list[Override]]:
 
 def _key(word: str) -> str:
     return word.lstrip("+~").partition("=")[0]
-
-
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "\\'") + "'"

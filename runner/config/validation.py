@@ -33,8 +33,6 @@ SourceOf = Callable[[str], str | None]
 Written = Callable[[str], str | list[str] | None]
 """From a key to its value as its last place writes it (YAML, or a typed word); None where that is not known."""
 
-NO_NAMES: Mapping[str, Any] = {}
-
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
@@ -66,7 +64,7 @@ def validated(
         spec = RunSpec.model_validate(values)
     except ValidationError as error:
         names = {group: part["name"] for group, part in values.items() if isinstance(part, dict) and "name" in part}
-        problems += problems_of(error, source_of, hidden, names, written)
+        problems += _problems_of(error, source_of, hidden, names, written)
     except UnicodeEncodeError:  # of a pattern; it is among `_halves`
         pass
     if spec is None or problems:
@@ -101,12 +99,8 @@ def _halves(values: dict[str, Any], source_of: SourceOf) -> Iterator[Problem]:
             yield Problem(what, source_of(key), "write the character itself")
 
 
-def problems_of(
-    error: ValidationError,
-    source_of: SourceOf,
-    unsure: frozenset[str] = frozenset(),
-    names: Mapping[str, object] = NO_NAMES,
-    written: Written = lambda key: None,
+def _problems_of(
+    error: ValidationError, source_of: SourceOf, unsure: frozenset[str], names: Mapping[str, object], written: Written
 ) -> list[Problem]:
     """One problem per offending key; `source_of(key)` tells where its value came from, `names` what was chosen."""
     by_key: dict[str, list[ErrorDetails]] = {}
@@ -143,9 +137,8 @@ def unknown_key(key: str, chosen: str | None, source: str | None) -> Problem:
         return Problem(f"name: {chosen} is a method of another kind, without peft_type", source, remedy)
     if others:
         listed = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
-        return Problem(
-            f"{group}={chosen} has no {leaf}", source, f"{listed} {'has' if len(others) == 1 else 'have'} it"
-        )
+        remedy = f"{listed} {'has' if len(others) == 1 else 'have'} it"
+        return Problem(f"{group}={chosen} has no {leaf}", source, remedy)
     if key in known_keys() and group in RunSpec.model_fields and source != "command line" and leaf:
         steps = key.split(".")
         nested = ": {".join(steps) + ": …" + "}" * (len(steps) - 1)
@@ -210,17 +203,20 @@ def _did_you_mean(value: object, choices: list[str]) -> str | None:
     return f"did you mean {near}?" if near else None
 
 
-_NEAREST = {"greater_than_equal": "ge", "less_than_equal": "le"}
-"""Bounds that are themselves allowed."""
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"), "greater_than": ("greater than", "gt"),
+    "less_than_equal": ("at most", "le"), "less_than": ("less than", "lt"),
+}  # fmt: skip
+"""Pydantic's bounds in words, and their names in its error."""
 
 
 def _instead(key: str, detail: ErrorDetails, source: str | None) -> str:
     """Remedy for a value of the wrong type, or out of bounds."""
     kind, value, leaf = detail["type"], detail["input"], key.rpartition(".")[2]
     in_file = source is not None and source != "command line"
-    if kind in _NEAREST:
+    if kind in ("greater_than_equal", "less_than_equal"):  # bounds that are themselves allowed
         more = "more" if kind.startswith("greater") else "less"
-        return f"write {key}={_number(detail['ctx'][_NEAREST[kind]])}, or {more}"
+        return f"write {key}={_number(detail['ctx'][_BOUNDS[kind][1]])}, or {more}"
     if kind.startswith("bool"):
         return f"write {key}=true or {key}=false"
     if kind == "string_pattern_mismatch" and (repaired := _repaired(str(value), detail["ctx"]["pattern"])):
@@ -271,11 +267,9 @@ def _expected(detail: ErrorDetails) -> str:
     if kind == "literal_error":
         choices = _choices(detail)
         return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
-    bounds = {"greater_than_equal": "ge", "greater_than": "gt", "less_than_equal": "le", "less_than": "lt"}
-    if kind in bounds:
-        return f"{kind.replace('_', ' ').replace(' equal', ' or equal to')} {_number(ctx[bounds[kind]])}".replace(
-            "greater than or equal to", "at least"
-        ).replace("less than or equal to", "at most")
+    if kind in _BOUNDS:
+        words, bound = _BOUNDS[kind]
+        return f"{words} {_number(ctx[bound])}"
     return _EXPECTED.get(kind.split("_")[0], detail["msg"][0].lower() + detail["msg"][1:])
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from runner.config import deepspeed_json, pod_packages
 from runner.config.command_line import Request
-from runner.config.compose import Sources, compose, source_finder
+from runner.config.compose import Sources, compose
 from runner.config.validation import SourceOf, validated
 from runner.data.pretraining import corpus_checks
 from runner.errors import RequestError
@@ -149,7 +149,7 @@ STEPS: tuple[Step, ...] = (
 
 def resolved(request: Request, *, needed: bool = False) -> tuple[RunSpec, list[str]]:
     """The run of a request with nothing left open, and notes for the user."""
-    return resolve(compose(request), source_finder(request), needed=needed)
+    return resolve(compose(request), Sources(request), needed=needed)
 
 
 def resolve(

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 
 from runner.config.command_line import Request
-from runner.config.compose import source_finder
+from runner.config.compose import Sources
 from runner.doctor import system
 from runner.errors import InterruptedRun, Problem, RunnerError
 from runner.launcher import inherited_ranks
@@ -43,7 +43,7 @@ def run(
     launch_options: LaunchOptions = DEFAULT_OPTIONS,
 ) -> int:
     """Run what `request` composes and return the worker's exit code."""
-    spec, notes = resolve(composed, source_finder(request), fetch=True)
+    spec, notes = resolve(composed, Sources(request), fetch=True)
     notes += [*unread_keys.unread_key_notes("run", request, notes), *resuming.unfinished_note(request)]
     planned = plan_or_refuse(spec, notes, composed)
     try:
@@ -83,7 +83,7 @@ def _resume(
 ) -> int:
     """Go on with a run that this process owns."""
     composed = resuming.compose_resumed(run, request)
-    spec, notes = resolve(composed, source_finder(request), fetch=True)
+    spec, notes = resolve(composed, Sources(request), fetch=True)
     if spec.is_rented or (state_dir() / "ledger.db").exists():
         from runner.cloud.fleet import refuse_second_pod  # only where a pod may have the run
 

@@ -12,7 +12,7 @@ from shlex import quote
 from typing import Any
 
 from runner.config.command_line import Request
-from runner.config.compose import compose, source_finder
+from runner.config.compose import Sources, compose
 from runner.config.provenance import flattened
 from runner.errors import Problem, RequestError, RunnerError
 from runner.launcher.supervisor import rank_reports
@@ -80,7 +80,7 @@ def compose_resumed(run: RunDir, asked: Request) -> RunSpec:
     new = with_absolute_paths(asked_for)
     same = input_digests.with_moved_places(run, old, new)
     before, after = (dict(flattened(spec.model_dump(mode="json"))) for spec in (old, same))
-    find = source_finder(asked)
+    find = Sources(asked)
     changed = [key for key in after if before.get(key) != after[key] and not key.startswith(FREE)]
     remedy = f"start a run of its own: python -m runner {quote(display_path(run.spec_file))} …"
     problems = [

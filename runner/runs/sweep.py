@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 
 from runner.config.command_line import Request
-from runner.config.compose import compose, source_finder
+from runner.config.compose import Sources, compose
 from runner.config.provenance import COMMAND_LINE
 from runner.config.sweep_points import Sweep, direction_problem, parallel_jobs, read_sweep, task_overrides
 from runner.doctor import system
@@ -243,7 +243,7 @@ def _checked(asked: Sweep, launch_options: LaunchOptions) -> _Points:
 
 def _able(asked: Sweep, point: Request, launch_options: LaunchOptions) -> tuple[RunSpec, Plan | None]:
     composed = compose(point)
-    spec, notes = resolve(composed, source_finder(point), fetch=True)
+    spec, notes = resolve(composed, Sources(point), fetch=True)
     wrong = [unknown_metric(spec.run.metric), direction_problem(asked, spec)]
     if problems := [problem for problem in wrong if problem is not None]:
         raise RequestError(*problems)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from runner.spec.cross_checks import disagreements
 from runner.spec.data import DataSpec
 from runner.spec.hw import DeepSpeedSpec, HardwareSpec
-from runner.spec.method import Method, parse_layers
+from runner.spec.method import Full, Lora, Method, Peft, parse_layers
 from runner.spec.model import ModelSpec
 from runner.spec.objective import Objective, Sft
 from runner.spec.part import Part
@@ -78,54 +78,97 @@ class RunSpec(Part):
     @model_validator(mode="after")
     def _parts_agree(self) -> RunSpec:
         """Rules across parts: everything that can be refused without touching a GPU."""
-        problems: list[str] = []
-        limit = self.model.context_length
-        if limit and self.train.max_length > limit:
-            problems.append(
-                f"train.max_length={self.train.max_length} is beyond {self.model.name}'s limit of {limit} "
-                f"tokens; write train.max_length={limit} or less"
-            )
-        if self.eval.early_stopping_patience and not self.eval.every_steps:
-            problems.append("eval.early_stopping_patience needs measurements; add eval.every_steps=50, say")
-        if self.train.on_loss_spike == "rewind" and not self.train.save_every_steps:
-            problems.append(
-                "train.on_loss_spike=rewind goes back to a checkpoint, and one by the clock may be far behind; "
-                "add train.save_every_steps=100, say, or write train.on_loss_spike=skip"
-            )
-        if self.hw.num_nodes > 1 and self.where.name == "local" and not (self.hw.rendezvous or self.hw.hostfile):
-            problems.append(
-                f"hw.num_nodes={self.hw.num_nodes}, and the machines have no place to meet; write hw.rendezvous=HOST:29500 "
-                "with the first one's address, or hw.hostfile=FILE"
-            )
-        layers = getattr(self.method, "layers", None)
-        if layers is not None and self.model.num_layers:
-            try:
-                parse_layers(layers).select(self.model.num_layers)
-            except ValueError as error:
-                problems.append(f"method.layers={layers}: {error}")
-        on_cpu = self.hw.accelerator == "cpu"
-        if on_cpu and ("8bit" in self.train.optimizer or "paged" in self.train.optimizer):
-            problems.append(f"train.optimizer={self.train.optimizer} needs a GPU; write train.optimizer=adamw")
-        if self.train.precision == "bf16" and self.hw.bf16 is False and self.hw.accelerator == "cuda":
-            problems.append(f"train.precision=bf16: {self.hw.name} has no bfloat16; write train.precision=fp16 or auto")
-        if on_cpu and self.train.precision == "fp16":
-            problems.append("train.precision=fp16 needs a GPU; write train.precision=bf16, fp32 or auto")
-        if (
-            self.train.attention.startswith("flash")
-            and not self.hw.flash_attention
-            and (self.hw.accelerator != "detect")
-        ):
-            problems.append(
-                f"train.attention={self.train.attention} does not run on {self.hw.name}; write train.attention=varlen"
-            )
-        elif self.train.attention.startswith("flash") and self.train.precision == "fp32":
-            problems.append(
-                f"train.attention={self.train.attention} has kernels for 16 bits alone, and train.precision is fp32; "
-                "write train.attention=varlen"
-            )
-        if on_cpu and self.train.liger is True:
-            problems.append("train.liger=true needs a GPU; write train.liger=false or auto")
-        problems += disagreements(self)
-        if problems:
+        if problems := list(_disagreements(self)):
             raise ValueError("\n".join(problems))
         return self
+
+
+def _disagreements(spec: RunSpec) -> Iterator[str]:
+    """One line for every rule that is broken; its remedy after a semicolon."""
+    yield from _training(spec)
+    yield from _hardware(spec)
+    yield from _methods(spec)
+    objective = spec.objective
+    if spec.data.source == "commands" and not objective.bundled:
+        yield (
+            f"data={spec.data.name} holds questions and answers, and objective={objective.name} needs "
+            f"{objective.rows_needed}; name your own, such as data=file data.path=my.jsonl"
+        )
+    yield from objective.disagreements(spec)
+
+
+def _training(spec: RunSpec) -> Iterator[str]:
+    train, limit = spec.train, spec.model.context_length
+    if limit and train.max_length > limit:
+        what = f"train.max_length={train.max_length} is beyond {spec.model.name}'s limit of {limit} tokens"
+        yield f"{what}; write train.max_length={limit} or less"
+    if spec.eval.early_stopping_patience and not spec.eval.every_steps:
+        yield "eval.early_stopping_patience needs measurements; add eval.every_steps=50, say"
+    if train.on_loss_spike == "rewind" and not train.save_every_steps:
+        yield (
+            "train.on_loss_spike=rewind goes back to a checkpoint, and one by the clock may be far behind; "
+            "add train.save_every_steps=100, say, or write train.on_loss_spike=skip"
+        )
+    if train.packing and not spec.objective.packs:
+        name = spec.objective.name
+        yield f"train.packing=true: objective={name} takes its rows one by one; write train.packing=false"
+    every, saved = spec.push.every_steps, train.save_every_steps
+    if every and (saved is None or every % saved):
+        what = f"push.every_steps={every}: no checkpoint is written after every {every} steps"
+        yield f"{what}; add train.save_every_steps={every}"
+
+
+def _hardware(spec: RunSpec) -> Iterator[str]:
+    train, hw = spec.train, spec.hw
+    if hw.num_nodes > 1 and spec.where.name == "local" and not (hw.rendezvous or hw.hostfile):
+        yield (
+            f"hw.num_nodes={hw.num_nodes}, and the machines have no place to meet; write hw.rendezvous=HOST:29500 "
+            "with the first one's address, or hw.hostfile=FILE"
+        )
+    if train.precision == "bf16" and hw.bf16 is False and hw.accelerator == "cuda":
+        yield f"train.precision=bf16: {hw.name} has no bfloat16; write train.precision=fp16 or auto"
+    if train.attention.startswith("flash"):
+        if not hw.flash_attention and hw.accelerator != "detect":
+            yield f"train.attention={train.attention} does not run on {hw.name}; write train.attention=varlen"
+        elif train.precision == "fp32":
+            what = f"train.attention={train.attention} has kernels for 16 bits alone, and train.precision is fp32"
+            yield f"{what}; write train.attention=varlen"
+    if hw.accelerator == "cpu":
+        if "8bit" in train.optimizer or "paged" in train.optimizer:
+            yield f"train.optimizer={train.optimizer} needs a GPU; write train.optimizer=adamw"
+        if train.precision == "fp16":
+            yield "train.precision=fp16 needs a GPU; write train.precision=bf16, fp32 or auto"
+        if train.liger is True:
+            yield "train.liger=true needs a GPU; write train.liger=false or auto"
+
+
+_FUSED = ("sft", "pretrain", "dpo", "kto", "grpo")
+"""Objectives whose TRL trainer refuses an adapter on the head: `add_fused_lm_head`, TRL 1.16."""
+
+
+def _methods(spec: RunSpec) -> Iterator[str]:
+    objective, method = spec.objective, spec.method
+    layers = getattr(method, "layers", None)
+    if layers is not None and spec.model.num_layers:
+        try:
+            parse_layers(layers).select(spec.model.num_layers)
+        except ValueError as error:
+            yield f"method.layers={layers}: {error}"
+    if isinstance(method, Lora) and method.init in ("pissa", "olora") and objective.has_reference:
+        yield (
+            f"method.init={method.init} moves a part of the model into the adapter, and objective={objective.name} needs "
+            "the model without the adapter as its reference; write method.init=default"
+        )
+    if "lm_head" in getattr(method, "target_modules", ()) and objective.name in _FUSED:
+        yield (
+            f"method.target_modules: objective={objective.name} reads the head's own weight, so an adapter on lm_head "
+            "would never train; leave lm_head out"
+        )
+    if isinstance(method, Peft) and spec.data.add_tokens and "embed_tokens" not in method.modules_to_save:
+        head = "" if spec.model.tie_embeddings else ",lm_head"
+        yield (
+            f"data.add_tokens makes new embeddings, and method={method.name} trains none; "
+            f"write method.modules_to_save=[embed_tokens{head}]"
+        )
+    if spec.model.from_scratch and not isinstance(method, Full):
+        yield f"method={method.name}: a model from random weights trains whole; write method=full"

@@ -97,8 +97,8 @@ def test_every_verb_that_takes_a_run_offers_runs(verb: str, folder: Path) -> Non
 
 
 def test_no_verb_with_a_run_was_forgotten() -> None:
+    from runner.cli.completion import all_verbs
     from runner.cli.main import cli as group
-    from runner.cli.run_verbs import all_verbs
 
     with group.make_context("runner", ["list"]) as ctx:
         verbs = dict(all_verbs(ctx))

@@ -1,15 +1,18 @@
-"""The verbs `gpus` and `volumes`: GPUs to rent, and network volumes."""
+"""RunPod's own verbs: `gpus` to rent, network `volumes`, and `emulate`, an emulated RunPod on this machine."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from runner.cli.options import as_json_option, reports_errors
-from runner.report.text import counted, dump
+from runner.cli.options import Finite, answer, as_json_option, reports_errors, request_of, say
+from runner.errors import CannotRunError, Problem
+from runner.report.invocation import install
+from runner.report.text import counted
 from runner.spec.where import country_codes
 
 
@@ -49,7 +52,6 @@ def gpus(min_memory: int, cloud: str | None, count: int, countries: tuple[str, .
       python -m runner gpus --count 8 --json
       python -m runner gpus --country SE --country RO    where.country=[SE,RO]
     """
-    from runner.cli.options import request_of
     from runner.cloud.runpod import offers
     from runner.cloud.runpod.api import Api
     from runner.report.pod_tables import print_gpus
@@ -62,10 +64,7 @@ def gpus(min_memory: int, cloud: str | None, count: int, countries: tuple[str, .
     found = api.gpus(count=count, cloud=cloud, stock=True, countries=countries)
     spec, _ = resolved(request_of(("hw=cpu",), ()))
     rows = fit.gpu_rows(found, spec, min_memory=min_memory, cloud=cloud)
-    if as_json:
-        click.echo(dump(rows))
-    else:
-        print_gpus(Console(), rows, cloud)
+    answer(as_json, rows, lambda: print_gpus(Console(), rows, cloud))
 
 
 @click.group(invoke_without_command=True)
@@ -96,10 +95,7 @@ def _list(as_json: bool) -> None:
     from runner.report.pod_tables import print_volumes
 
     rows = [{**asdict(volume), "usd_per_month": usd_per_month(volume.size_gb)} for volume in Api().volumes()]
-    if as_json:
-        click.echo(dump(rows))
-    else:
-        print_volumes(Console(), rows)
+    answer(as_json, rows, lambda: print_volumes(Console(), rows))
 
 
 @volumes.command(name="list")
@@ -122,8 +118,8 @@ def create(name: str, size: int, data_center: str, as_json: bool) -> None:
 
     made = keeping.create(Api(), name, size, data_center)
     usd = keeping.usd_per_month(made.size_gb)
-    facts = {**asdict(made), "usd_per_month": usd}
-    _answer(as_json, f"volume {made.id} ({made.name}) in {made.data_center}: ${usd:.2f} a month until deleted", facts)
+    said = f"volume {made.id} ({made.name}) in {made.data_center}: ${usd:.2f} a month until deleted"
+    answer(as_json, {**asdict(made), "usd_per_month": usd}, said)
 
 
 @volumes.command()
@@ -139,11 +135,10 @@ def delete(volume: str, yes: bool, as_json: bool) -> None:
     api = Api()
     found = keeping.find_volume(api, volume)
     if not yes:
-        click.confirm(
-            f"Delete {found.name} ({found.id}, {found.size_gb} GB) and all that is on it?", abort=True, err=True
-        )
+        what = f"{found.name} ({found.id}, {found.size_gb} GB)"
+        click.confirm(f"Delete {what} and all that is on it?", abort=True, err=True)
     keeping.delete(api, found)
-    _answer(as_json, f"volume {found.id} is gone", {"id": found.id, "state": "gone"})
+    answer(as_json, {"id": found.id, "state": "gone"}, f"volume {found.id} is gone")
 
 
 @volumes.command()
@@ -160,8 +155,8 @@ def put(volume: str, source: Path, target: str, as_json: bool) -> None:
     from runner.cloud.runpod import volumes
     from runner.cloud.runpod.api import Api
 
-    sent = volumes.put_files(Api(), volume, source, target, lambda line: click.echo(line, err=True))
-    _answer(as_json, f"{counted(len(sent), 'file')} sent", {"sent": sent})
+    sent = volumes.put_files(Api(), volume, source, target, say)
+    answer(as_json, {"sent": sent}, f"{counted(len(sent), 'file')} sent")
 
 
 @volumes.command()
@@ -175,8 +170,8 @@ def get(volume: str, source: str, target: Path, as_json: bool) -> None:
     from runner.cloud.runpod import volumes
     from runner.cloud.runpod.api import Api
 
-    brought = volumes.get_files(Api(), volume, source, target, lambda line: click.echo(line, err=True))
-    _answer(as_json, f"{counted(len(brought), 'file')} downloaded", {"brought": [str(file) for file in brought]})
+    brought = volumes.get_files(Api(), volume, source, target, say)
+    answer(as_json, {"brought": list(map(str, brought))}, f"{counted(len(brought), 'file')} downloaded")
 
 
 @volumes.command()
@@ -190,12 +185,47 @@ def ls(volume: str, prefix: str, as_json: bool) -> None:
     from runner.cloud.runpod.api import Api
 
     rows = volumes.list_files(Api(), volume, prefix)
-    if as_json:
-        click.echo(dump(rows))
-        return
-    for row in rows:
-        click.echo(f"{row['size']:>14,}  {row['path']}")
+    lines = [f"{row['size']:>14,}  {row['path']}\n" for row in rows]
+    answer(as_json, rows, lambda: click.echo("".join(lines), nl=False))
 
 
-def _answer(as_json: bool, said: str, facts: dict[str, object]) -> None:
-    click.echo(dump(facts) if as_json else said)
+@click.command()
+@click.option("--port", default=0, type=click.IntRange(0, 65535), help="Port on 127.0.0.1. Default: any free one.")
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for pods and volumes. Default: a temporary one.",
+)
+@click.option("--key", metavar="KEY", help="API key of the account. Default: a random one.")
+@click.option(
+    "--fault",
+    "faults",
+    multiple=True,
+    metavar="KIND[:NAME=VALUE,…]",
+    help="Inject a fault (docs/emulator.md). May be given more than once.",
+)
+@click.option("--speed", default=1.0, show_default=True, type=Finite(0.0), help="Billed seconds per real second.")
+@click.option("--realistic", is_flag=True, help="Start pods in a minute instead of a second, as RunPod does.")
+@click.option("--s3", is_flag=True, help="Also serve network volumes over S3.")
+@reports_errors
+def emulate(
+    port: int, root: Path | None, key: str | None, faults: tuple[str, ...], speed: float, realistic: bool, s3: bool
+) -> None:
+    """Start an emulated RunPod, to try renting without an account.
+
+    Prints the variables to export. Ctrl-C ends it and every pod. A pod is a real ssh server (Debian's openssh-server)
+    with this machine's Python. docs/emulator.md lists the faults.
+
+    \b
+    Examples:
+      python -m runner emulate --port 8321
+      python -m runner emulate --fault "no_capacity:gpu=NVIDIA L4,times=2" --fault slow_pull:seconds=30
+    """
+    try:
+        from runner.emulator.server import REALISTIC, faults_of, serve  # FastAPI, uvicorn: 1 s
+    except ModuleNotFoundError as error:
+        what = f"the emulator's packages are not installed: there is no {error.name}"
+        raise CannotRunError(Problem(what, "emulate", install("emulator"))) from None
+    settings = {**(REALISTIC if realistic else {}), **({"key": key} if key else {}), "speed": speed}
+    sys.exit(serve(Console(highlight=False), port, root, faults_of(faults), s3, **settings))
