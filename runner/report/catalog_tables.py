@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,47 +49,32 @@ def listing(what: str | None, folders: tuple[Path, ...] = ()) -> Listing:
         return Listing("Choices", rows, ("group", "choices"), "python -m runner list models shows one group in full")
     group = SPOKEN.get(what, what)
     if group == "recipes":
-        rows = [recipe_row(name) for name in conf_files.recipes()]
-        return Listing(
-            "Recipes", rows, ("name", "model", "method", "hw", "data", "what"), "python -m runner recipe=NAME"
-        )
+        rows = [_recipe_row(name) for name in conf_files.recipes()]
+        columns = ("name", "model", "method", "hw", "data", "what")
+        return Listing("Recipes", rows, columns, "python -m runner recipe=NAME")
     if group not in conf_files.GROUPS:
         near = nearest(what, [*conf_files.GROUPS, *SPOKEN, "recipes"])
-        raise RequestError(
-            Problem(
-                f"there is nothing called {what!r} to list",
-                "command line",
-                f"did you mean {near}?" if near else f"one of {', '.join((*conf_files.GROUPS, 'recipes'))}",
-            )
-        )
-    row_of, columns = _ROWS.get(group, (_plain_row, ("name", "what")))
-    return Listing(
-        group,
-        [row_of(group, name, folders) for name in conf_files.options(group, folders)],
-        columns,
-        f"python -m runner {group}=NAME",
-    )
+        remedy = f"did you mean {near}?" if near else f"one of {', '.join((*conf_files.GROUPS, 'recipes'))}"
+        raise RequestError(Problem(f"there is nothing called {what!r} to list", "command line", remedy))
+    rows = [_row(group, name, folders) for name in conf_files.options(group, folders)]
+    return Listing(group, rows, _COLUMNS.get(group, ("name", "what")), f"python -m runner {group}=NAME")
 
 
-def recipe_row(name: str) -> Row:
+def _recipe_row(name: str) -> Row:
     """One recipe: the choices it makes and the first line of its comment."""
     file = RECIPES / f"{name}.yaml"
-    chosen = {}
-    for entry in conf_files.read_file(file).get("defaults", []):
-        if isinstance(entry, dict):
-            for key, value in entry.items():
-                chosen[str(key).removeprefix("override").strip().lstrip("/")] = value
-    defaults = {
-        k: v
-        for e in conf_files.read_file(RECIPES.parent / "conf" / "config.yaml")["defaults"]
-        if isinstance(e, dict)
-        for k, v in e.items()
-    }
-    row = {group: chosen.get(group, defaults.get(group)) for group in conf_files.GROUPS}
-    return {"name": name, **row, "what": _comment(file)}
+    chosen = _choices(CONF / "config.yaml") | _choices(file)
+    return {"name": name, **{group: chosen.get(group) for group in conf_files.GROUPS}, "what": _comment(file)}
 
 
-def _comment(file: Any) -> str:
+def _choices(file: Path) -> dict[str, Any]:
+    """The choices in a defaults list, by group."""
+    entries = [entry for entry in conf_files.read_file(file).get("defaults", []) if isinstance(entry, dict)]
+    pairs = [pair for entry in entries for pair in entry.items()]
+    return {str(key).removeprefix("override").strip().lstrip("/"): choice for key, choice in pairs}
+
+
+def _comment(file: Path) -> str:
     """First sentence of the comment a YAML file opens with, without a package directive."""
     words = []
     for line in file.read_text("utf-8").splitlines():
@@ -101,30 +85,22 @@ def _comment(file: Any) -> str:
     return " ".join(words).split(": ")[0].split(". ")[0].rstrip(".")
 
 
-def _model_row(group: str, name: str, folders: tuple[Path, ...]) -> Row:
-    keys = "title id architecture num_parameters num_layers hidden_size context_length gated"
-    return _fields(group, name, keys.split(), folders)
-
-
-def _hw_row(group: str, name: str, folders: tuple[Path, ...]) -> Row:
-    keys = "gpu num_gpus memory_gib bf16 flash_attention tflops_bf16 usd_per_hour price_date"
-    return _fields(group, name, keys.split(), folders)
-
-
-def _fields(group: str, name: str, keys: list[str], folders: tuple[Path, ...]) -> Row:
-    values = conf_files.load_choice(group, name, folders)
-    return {"name": name, **{key: values.get(key) for key in keys}}
-
-
-def _plain_row(group: str, name: str, folders: tuple[Path, ...]) -> Row:
+def _row(group: str, name: str, folders: tuple[Path, ...]) -> Row:
+    if group in _FACTS:
+        values = conf_files.load_choice(group, name, folders)
+        return {"name": name, **{key: values.get(key) for key in _FACTS[group]}}
     files = (base / group / f"{name}.yaml" for base in (*folders, CONF))
-    file = next(f for f in files if f.is_file())
-    return {"name": name, "what": _comment(file)}
+    return {"name": name, "what": _comment(next(file for file in files if file.is_file()))}
 
 
-_ROWS: dict[str, tuple[Callable[[str, str, tuple[Path, ...]], Row], tuple[str, ...]]] = {
-    "model": (_model_row, ("name", "id", "num_parameters", "num_layers", "hidden_size", "context_length")),
-    "hw": (_hw_row, ("name", "gpu", "num_gpus", "memory_gib", "bf16", "tflops_bf16", "usd_per_hour")),
+_FACTS = {
+    "model": ["title", "id", "architecture", "num_parameters", "num_layers", "hidden_size", "context_length", "gated"],
+    "hw": ["gpu", "num_gpus", "memory_gib", "bf16", "flash_attention", "tflops_bf16", "usd_per_hour", "price_date"],
+}
+"""Keys of a choice that are in the JSON; of another group's it is the sentence that its file opens with."""
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "model": ("name", "id", "num_parameters", "num_layers", "hidden_size", "context_length"),
+    "hw": ("name", "gpu", "num_gpus", "memory_gib", "bf16", "tflops_bf16", "usd_per_hour"),
 }
 
 _HEADERS = {
@@ -149,10 +125,7 @@ def print_listing(console: Console, table: Listing) -> None:
     columns = [column for column in table.columns if column not in left_out]
     view = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
-        number = any(
-            isinstance(r.get(column), (int, float)) and not isinstance(r.get(column), bool) for r in table.rows
-        )
-        justify: JustifyMethod = "right" if number else "left"
+        justify: JustifyMethod = "right" if any(type(r.get(column)) in (int, float) for r in table.rows) else "left"
         # A name is copied, so it is never broken over two lines.
         view.add_column(_HEADERS.get(column, column), justify=justify, overflow="fold", no_wrap=column == "name")
     for row in table.rows:

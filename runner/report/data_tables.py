@@ -22,29 +22,19 @@ def print_preview(console: Console, found: Mapping[str, Any]) -> None:
     for file in (*found["files"], *found["held_out_files"]):
         wrong = f", {file['num_wrong']:,} wrong" if file["num_wrong"] else ""
         held = ", held out" if file in found["held_out_files"] else ""
-        shape = file["format"] or "unknown"
-        console.print(
-            f"{file['name']}: {shape}, {counted(file['num_rows'], 'row')}{wrong}{held}", highlight=False, markup=False
-        )
-        if file["left_out"]:
-            names = ", ".join(file["left_out"])
-            console.print(f"  columns that are not read: {names}", highlight=False, markup=False, soft_wrap=True)
-        if file["rewarded"]:
-            names = ", ".join(file["rewarded"])
-            line = f"  columns that only reward functions get: {names}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        rows = f"{file['format'] or 'unknown'}, {counted(file['num_rows'], 'row')}"
+        console.print(f"{file['name']}: {rows}{wrong}{held}", highlight=False, markup=False)
+        for words, names in (("are not read", file["left_out"]), ("only reward functions get", file["rewarded"])):
+            line = f"  columns that {words}: {', '.join(names)}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True) if names else None
     unit = "tokens" if found["tokenizer"] else "turns: the model's tokenizer is not on this machine"
-    legend = Text.assemble("Learned for ", found["objective"], ": ", _legend(console), f" (by {unit})")
-    console.print(legend)
+    learned = "⟦in brackets⟧" if console.color_system is None else "green"
+    console.print(Text.assemble("Learned for ", found["objective"], ": ", (learned, LEARNED), f" (by {unit})"))
     for row in found["rows"]:
         console.print()
         console.print(Text(f"── {row['where']} ", style="bold"), soft_wrap=True)
         _print_row(console, row["segments"])
     _print_problems(console, found["problems"], found["on_error"])
-
-
-def _legend(console: Console) -> tuple[str, str]:
-    return ("⟦in brackets⟧" if console.color_system is None else "green", LEARNED)
 
 
 def _print_row(console: Console, segments: list[dict[str, Any]]) -> None:
@@ -73,9 +63,8 @@ def _print_problems(console: Console, problems: list[dict[str, Any]], policy: st
         return
     rows = len({problem["source"] for problem in problems})
     fate = {"stop": "; training would stop", "skip": "; training skips them"}.get(policy or "", "")
-    console.print(
-        f"\n{counted(len(problems), 'mistake')} in {counted(rows, 'row')}{fate}", style="bold red", highlight=False
-    )
+    count = f"{counted(len(problems), 'mistake')} in {counted(rows, 'row')}{fate}"
+    console.print(f"\n{count}", style="bold red", highlight=False)
     for problem in problems[:SHOWN_PROBLEMS]:
         line = Text("  • ").append(f"{problem['source']}: " if problem["source"] else "", style="dim")
         console.print(line.append(problem["what"]), soft_wrap=True)
@@ -87,7 +76,7 @@ def _print_problems(console: Console, problems: list[dict[str, Any]], policy: st
 
 def print_stats(console: Console, found: Mapping[str, Any]) -> None:
     """Counts, a histogram, and a table of longest lengths."""
-    length = found["length"]
+    length, twice = found["length"], found["duplicates"]
     learned = f", {found['num_learned']:,} of them learned" if found["num_learned"] is not None else ""
     lines = [
         f"Rows      {found['num_rows']:,} to train on, {found['num_held_out']:,} held out",
@@ -96,12 +85,9 @@ def print_stats(console: Console, found: Mapping[str, Any]) -> None:
         f"99% {length['p99']:,.0f}, longest {length['max']:,.0f}",
         f"Suggested train.max_length={found['suggested_max_length']} leaves 99% of the rows whole "
         f"(now {found['max_length']})",
-    ]
-    twice = found["duplicates"]
-    lines.append(
         f"Twice     {counted(twice['rows'], 'row')}, {counted(twice['prompts'], 'prompt')}; "
-        f"rows to train on that are held out as well: {twice['held_out_in_train']:,}"
-    )
+        f"rows to train on that are held out as well: {twice['held_out_in_train']:,}",
+    ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
     console.print()

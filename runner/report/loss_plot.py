@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runner.rundir.directory import RunDir
 from runner.rundir.json_files import Summary
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 MEASURES = ("reward_margin", "reward")
 """Metrics drawn below the loss: the first that a run has."""
+KEPT = 0.9
+"""Share of the running mean that the next step leaves."""
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9822b", "#8a8f98"
 
 
@@ -23,8 +25,7 @@ def plot_loss(run: RunDir, summary: Summary) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = list(run.metrics())
-    steps = [line["step"] for line in lines]
+    lines, held = list(run.metrics()), list(run.evals())
     losses = [line["loss"] for line in lines]
     measure = next((name for name in MEASURES if any(name in line for line in lines)), None)
     heights = [4, 2, 1] if measure else [4, 1]
@@ -33,21 +34,16 @@ def plot_loss(run: RunDir, summary: Summary) -> None:
         constrained_layout=True,
     )  # fmt: skip
     top, bottom = axes[0], axes[-1]
+    _draw(top, "loss", lines, held)
     if measure:
-        _draw_measure(axes[1], measure, lines, list(run.evals()))
-    top.plot(steps, losses, color=BLUE, alpha=0.35, linewidth=1, label="each step")
-    top.plot(steps, running_mean(losses), color=BLUE, linewidth=2, label="running mean")
-    held = [(line["step"], line["loss"]) for line in run.evals()]
-    if held:
-        top.plot(
-            *zip(*held, strict=True), color=ORANGE, marker="o", linewidth=1.2 if len(held) > 2 else 0, label="held out"
-        )
+        _draw(axes[1], measure, lines, held)
     if min(losses) > 0 and max(losses) / min(losses) > 20:
         top.set_yscale("log")
-    top.set_ylabel("loss")
     top.legend(frameon=False)
     top.set_title(_title(summary), loc="left", fontsize=11)
-    bottom.plot(steps, [line["learning_rate"] for line in lines], color=GREY, linewidth=1.5)
+    bottom.plot(
+        *zip(*((line["step"], line["learning_rate"]) for line in lines), strict=True), color=GREY, linewidth=1.5
+    )
     bottom.set_ylabel("learning rate")
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     bottom.set_xlabel("step")
@@ -58,16 +54,14 @@ def plot_loss(run: RunDir, summary: Summary) -> None:
     pyplot.close(figure)
 
 
-def _draw_measure(
-    axis: Axes, name: str, lines: Sequence[Mapping[str, object]], held: Sequence[Mapping[str, object]]
-) -> None:
-    """Draw the objective's metric."""
+def _draw(axis: Axes, name: str, lines: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]) -> None:
+    """Draw a metric: of each step with its running mean, and as it was measured on held-out rows."""
     steps, values = zip(*((line["step"], line[name]) for line in lines if name in line), strict=True)
-    axis.plot(steps, values, color=BLUE, alpha=0.35, linewidth=1)
-    axis.plot(steps, running_mean(list(values)), color=BLUE, linewidth=2)
-    points = [(line["step"], line[name]) for line in held if name in line]
-    if points:
-        axis.plot(*zip(*points, strict=True), color=ORANGE, marker="o", linewidth=1.2 if len(points) > 2 else 0)
+    axis.plot(steps, values, color=BLUE, alpha=0.35, linewidth=1, label="each step")
+    axis.plot(steps, running_mean(values), color=BLUE, linewidth=2, label="running mean")
+    if points := [(line["step"], line[name]) for line in held if name in line]:
+        width = 1.2 if len(points) > 2 else 0
+        axis.plot(*zip(*points, strict=True), color=ORANGE, marker="o", linewidth=width, label="held out")
     axis.set_ylabel(name.replace("_", " "))
 
 
@@ -80,11 +74,11 @@ def _title(summary: Summary) -> str:
     return text
 
 
-def running_mean(values: list[float], share: float = 0.9) -> list[float]:
+def running_mean(values: Sequence[float]) -> list[float]:
     """Exponential running mean, corrected for its start."""
     means: list[float] = []
     total = weight = 0.0
     for value in values:
-        total, weight = share * total + (1 - share) * value, share * weight + (1 - share)
+        total, weight = KEPT * total + (1 - KEPT) * value, KEPT * weight + (1 - KEPT)
         means.append(total / weight)
     return means

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runner.report.text import ascii_fallback, duration
+from runner.report.text import ascii_fallback, counted, duration
 from runner.rundir.directory import all_runs
 
 MEASURES = {"peak_gib": "memory", "tokens_per_second": "speed", "seconds": "time"}
@@ -137,10 +137,11 @@ def _verdict(hw: str, rows: list[RunAccuracy]) -> str:
         else:
             wrong.append(f"{word} is {median(ratios):.2g} × what the plan says")
     few = " (few to go by)" if len(rows) < ENOUGH else ""
-    count = f"{len(rows)} run{'s' if len(rows) > 1 else ''}"
     parts = [f"believe {' and '.join(right)}"] if right else []
     parts += [", ".join(wrong)] if wrong else []
-    return f"On {hw}, by the median of {count}{few}: {', but '.join(parts) or 'nothing was predicted'}"
+    return (
+        f"On {hw}, by the median of {counted(len(rows), 'run')}{few}: {', but '.join(parts) or 'nothing was predicted'}"
+    )
 
 
 def print_calibration(console: Console, found: Calibration) -> None:

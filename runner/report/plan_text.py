@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from runner.plan.plan import Plan
-from runner.report.plan_tables import print_fit, print_memory_table
 from runner.report.plan_terms import (
     FAMILIES,
     PHASES,
@@ -54,9 +53,8 @@ def _answer(plan: Plan) -> Text:
     peak, capacity = plan.peak_gib, plan.capacity_gib
     over = capacity is not None and peak["expected"] > capacity
     if not plan.fits:
-        text = Text(
-            f"Does not fit in {f'{gib(capacity)} GiB' if over and capacity else 'main memory'}", style="bold red"
-        )
+        room = f"{gib(capacity)} GiB" if over and capacity else "main memory"
+        text = Text(f"Does not fit in {room}", style="bold red")
     elif capacity is None:
         text = Text("Not known whether it fits", style="bold yellow")
     elif plan.reasons:
@@ -102,11 +100,8 @@ def _print_bars(console: Console, plan: Plan) -> None:
 def _fills(console: Console) -> dict[Family, Text]:
     """One cell of every family: a block in its colour, or a character of its own where colours are few or none."""
     coloured = console.color_system in ("256", "truecolor") and not console.no_color
-    result = {}
-    for family in FAMILIES:
-        shape = family.letter if console.options.ascii_only else "█" if coloured else family.fill
-        result[family] = Text(shape, style=family.colour)
-    return result
+    shapes = {f: f.letter if console.options.ascii_only else "█" if coloured else f.fill for f in FAMILIES}
+    return {family: Text(shape, style=family.colour) for family, shape in shapes.items()}
 
 
 def _bar(
@@ -207,9 +202,8 @@ def _batch(plan: Plan) -> list[str]:
 def _sizes(total: float, parts: Mapping[str, float]) -> list[str]:
     """`21.0 GiB: saving 13.5, processes 7.5`."""
     largest = sorted(parts.items(), key=lambda part: -part[1])
-    return _sum(
-        f"{gib(total)} GiB", [f"{name.replace('_', ' ')} {gib(size)}" for name, size in largest if size >= 0.05]
-    )
+    shown = [f"{name.replace('_', ' ')} {gib(size)}" for name, size in largest if size >= 0.05]
+    return _sum(f"{gib(total)} GiB", shown)
 
 
 def _sum(total: str, parts: list[str]) -> list[str]:
@@ -229,11 +223,8 @@ def _work(plan: Plan) -> list[str]:
     seconds = plan.step_seconds
     if speed is None or seconds is None:
         return [*size, "speed not known: no figures for this hardware"]
-    return [
-        *size,
-        f"{speed:,.0f} tokens/s,",
-        f"{seconds:.2g} s a step" if seconds < 10 else f"{duration(seconds)} a step",
-    ]
+    step = f"{seconds:.2g} s a step" if seconds < 10 else f"{duration(seconds)} a step"
+    return [*size, f"{speed:,.0f} tokens/s,", step]
 
 
 def _time(plan: Plan) -> list[str]:
@@ -276,6 +267,3 @@ def _hanging(console: Console, bullet: str, words: str, style: str) -> None:
     grid = Table.grid(padding=0)
     grid.add_row(Text(bullet, style=style), Text(words, style=style))
     console.print(grid)
-
-
-__all__ = ["print_fit", "print_memory_table", "print_plan"]

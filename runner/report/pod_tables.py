@@ -106,11 +106,8 @@ def print_gpus(console: Console, rows: Sequence[Mapping[str, Any]], cloud: str |
     beside = "; RAM (GiB) and vCPUs with each GPU, at least" if wide else ""
     if every:
         console.print(f"\n[dim]Data centres: {', '.join(sorted(every))}[/dim]", highlight=False)
-    console.print(
-        f"\n[dim]US$ per GPU and hour, as RunPod says now; stock{where}{beside}. Take one: hw=NAME, or "
-        'where.gpu_types="[ID, …]"[/dim]',
-        highlight=False,
-    )
+    hint = f'stock{where}{beside}. Take one: hw=NAME, or where.gpu_types="[ID, …]"'
+    console.print(f"\n[dim]US$ per GPU and hour, as RunPod says now; {hint}[/dim]", highlight=False)
 
 
 def print_volumes(console: Console, rows: Sequence[dict[str, Any]]) -> None:
@@ -124,10 +121,8 @@ def print_volumes(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     for name in ("GB", "$/month"):
         table.add_column(name, justify="right")
     for row in rows:
-        month = f"{row['usd_per_month']:.2f}"
-        table.add_row(
-            row["id"], escape(row["name"]), row["data_center"], row["type"].lower(), str(row["size_gb"]), month
-        )
+        size = str(row["size_gb"]), f"{row['usd_per_month']:.2f}"
+        table.add_row(row["id"], escape(row["name"]), row["data_center"], row["type"].lower(), *size)
     console.print(table)
 
 
@@ -144,10 +139,8 @@ def print_templates(console: Console, rows: Sequence[dict[str, Any]], text: str)
     for row in rows:
         table.add_row(*(escape(row[key]) for key in ("id", "name", "image", "source")))
     console.print(table)
-    console.print(
-        "\n[dim]where.template=ID takes one. Of official, verified and community ones RunPod lists 100 each.[/dim]",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    hint = "where.template=ID takes one. Of official, verified and community ones RunPod lists 100 each."
+    console.print(f"\n[dim]{hint}[/dim]", highlight=False, soft_wrap=True)
 
 
 def _usd(value: float | None) -> str:

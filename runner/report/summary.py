@@ -160,8 +160,7 @@ def beside_plan(
 
 def pair(predicted: float | None, measured: float | None) -> dict[str, float | None]:
     """Two numbers and how far the first is from the second; positive where too much was predicted."""
-    known = predicted is not None and measured
-    error = round(predicted / measured - 1, 4) if known and predicted is not None and measured else None
+    error = round(predicted / measured - 1, 4) if predicted is not None and measured else None
     return {"predicted": _rounded(predicted), "measured": _rounded(measured), "error": error}
 
 

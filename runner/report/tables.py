@@ -11,7 +11,6 @@ from rich.text import Text
 
 from runner.config.provenance import Origin, flattened
 from runner.plan.plan import Plan
-from runner.report.summary import metric_of
 from runner.report.text import counted, duration
 from runner.spec import RunSpec
 
@@ -99,6 +98,3 @@ def _varied(rows: list[dict[str, Any]]) -> list[str]:
             key, _, value = override.partition("=")
             values.setdefault(key, set()).add(value)
     return [key for key, seen in values.items() if len(seen) > 1] or list(values)
-
-
-__all__ = ["headline", "metric_of", "print_origins", "print_sweep"]

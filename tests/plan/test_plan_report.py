@@ -20,8 +20,9 @@ from runner.plan.autograd.tape import KINDS
 from runner.plan.choose_stage import StageSearch, allowed_stages
 from runner.plan.plan import Plan, plan_of
 from runner.plan.run_time import RunFacts
+from runner.report.plan_tables import print_fit, print_memory_table
 from runner.report.plan_terms import FAMILIES, PHASES, TERMS, cells, heading, present, segments, term_of
-from runner.report.plan_text import print_fit, print_memory_table, print_plan
+from runner.report.plan_text import print_plan
 from runner.report.plots import plot_plan
 from runner.resolve import fit
 from runner.spec import DeepSpeedSpec
