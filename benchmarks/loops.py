@@ -28,7 +28,7 @@ from runner.train.__main__ import quiet_libraries
 from runner.train.objectives.sft import UnguardedSftTrainer, sft_config
 from runner.train.tokens import token_dataset
 from runner.train.trainers.callbacks import StopOnSignal
-from runner.train.trainers.trainer_settings import autocast, num_steps, shared_settings
+from runner.train.trainers.trainer_settings import autocast, shared_settings
 from runner.train.worker import work
 
 
@@ -126,7 +126,7 @@ def _parts(spec: RunSpec, run: RunDir) -> tuple[Any, Iterator[dict[str, Any]], i
     rows = token_dataset.tokenise(examples, tokenizer, spec).rows
     model = model_loading.load_model(spec, source)
     trainable_weights.mark_trainable(spec, model)
-    steps = num_steps(spec, len(rows))
+    steps = spec.train.num_steps(len(rows), spec.hw.world_size)
     trainer = UnguardedSftTrainer(
         model=model,
         args=sft_config(spec, shared_settings(spec, run, steps, [])),

@@ -352,6 +352,3 @@ def _template(file: Path, data: DataSpec, names: dict[str, Any], adds_bos: bool 
             what = f"the chat template {name} in tokenizer_config.json is {kind_of(source)}, not text"
             raise RequestError(Problem(what, str(file.parent), "set data.chat_template to a Jinja file"))
     return with_tool_template(named.get("default") or template_source(FALLBACK, adds_bos), named.get("tool_use"))
-
-
-__all__ = ["FALLBACK", "IGNORED", "ChatTokenizer", "Encoded"]

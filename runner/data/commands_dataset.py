@@ -37,37 +37,15 @@ class Row(TypedDict):
     completion: str
 
 
-@dataclass(frozen=True)
-class Said:
-    """Phrases for a method: "with …", and "train … Mistral"."""
-
-    means: tuple[str, ...]
-    objects: tuple[str, ...] = ()
-
-
 # conf/method holds no names for people: the rows speak of these methods, and of no other.
-METHODS = {
-    "full": Said(
-        ("full fine-tuning", "full training"),
-        ("all weights of", "every weight of"),
-    ),
-    "freeze": Said(
-        ("layer freezing", "partial freezing"),
-        ("the last layers of", "only the last layers of"),
-    ),
-    "lora": Said(
-        ("LoRA", "plain LoRA"),
-        ("a LoRA adapter for", "a plain LoRA for"),
-    ),
-    "qlora4": Said(
-        ("4-bit QLoRA", "QLoRA in 4 bits"),
-        ("a 4-bit QLoRA adapter for", "a 4-bit QLoRA for"),
-    ),
-    "qlora8": Said(
-        ("8-bit QLoRA", "QLoRA in 8 bits"),
-        ("an 8-bit QLoRA adapter for", "an 8-bit QLoRA for"),
-    ),
+METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "full": (("full fine-tuning", "full training"), ("all weights of", "every weight of")),
+    "freeze": (("layer freezing", "partial freezing"), ("the last layers of", "only the last layers of")),
+    "lora": (("LoRA", "plain LoRA"), ("a LoRA adapter for", "a plain LoRA for")),
+    "qlora4": (("4-bit QLoRA", "QLoRA in 4 bits"), ("a 4-bit QLoRA adapter for", "a 4-bit QLoRA for")),
+    "qlora8": (("8-bit QLoRA", "QLoRA in 8 bits"), ("an 8-bit QLoRA adapter for", "an 8-bit QLoRA for")),
 }
+"""How people speak of a method: "with …", and "train … Mistral"."""
 
 # {on} is "on three H100s" or nothing; a sentence with {On} or {hw} needs hardware. {means} and
 # {object} are the two ways to name a method.
@@ -165,7 +143,7 @@ def _draw(count: int, rng: random.Random) -> list[_Question]:
     spoken = [method for method in conf_files.options("method") if method in METHODS]
     methods = _Deck(spoken, rng)
     templates = _Deck(TEMPLATES, rng)
-    phrases = {(method, kind): _Deck(_phrases(method, kind), rng) for method in spoken for kind in ("means", "object")}
+    phrases = {(method, kind): _Deck(METHODS[method][kind], rng) for method in spoken for kind in (0, 1)}
     questions: dict[str, _Question] = {}
     for _ in range(20 * count):
         if len(questions) == count:
@@ -173,10 +151,9 @@ def _draw(count: int, rng: random.Random) -> list[_Question]:
         (model, model_said), (hw, hw_said), method = models.draw(), hardware.draw(), methods.draw()
         for _ in TEMPLATES:
             template = templates.draw()
-            kind = "object" if "{object}" in template else "means"
-            if (not hw and ("{hw}" in template or "{On}" in template)) or not _phrases(method, kind):
+            if not hw and ("{hw}" in template or "{On}" in template):
                 continue
-            phrase = phrases[method, kind].draw()
+            phrase = phrases[method, int("{object}" in template)].draw()
             sentence = _sentence(template, model_said, phrase, hw_said, rng.random() < SHARE_CARELESS)
             if key_of(sentence) not in questions and len(sentence.split()) <= MAX_WORDS:
                 choices = (f"model={model}", f"method={method}", *([f"hw={hw}"] if hw else []))
@@ -200,10 +177,6 @@ def _sentence(template: str, model: str, phrase: str, hw: str, careless: bool) -
 def key_of(sentence: str) -> str:
     """Return the sentence without differences of case, spaces and final full stop."""
     return " ".join(sentence.casefold().split()).rstrip(".?")
-
-
-def _phrases(method: str, kind: str) -> tuple[str, ...]:
-    return METHODS[method].means if kind == "means" else METHODS[method].objects
 
 
 def _hold_out(drawn: Sequence[_Question], count: int) -> list[_Question]:
@@ -269,10 +242,8 @@ def _spoken(names: dict[str, tuple[str, ...]], count: int) -> list[tuple[str, st
     for choice, said in names.items():
         first_spelling = {key_of(name): name for name in reversed(said)}
         clear[choice] = [first_spelling[k] for k in dict.fromkeys(map(key_of, said)) if len(owners[k]) == 1]
-    ranked = sorted(
-        ((choice, rank) for choice in clear for rank in range(len(clear[choice][:NAMES_PER_CHOICE]))),
-        key=lambda p: p[1],
-    )
+    pairs = [(choice, rank) for choice in clear for rank in range(len(clear[choice][:NAMES_PER_CHOICE]))]
+    ranked = sorted(pairs, key=lambda pair: pair[1])
     room = max(count // MIN_USES, len(clear))
     return [(choice, clear[choice][rank]) for choice, rank in sorted(ranked[:room])]
 

@@ -16,24 +16,18 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from runner.data import commands_dataset
-from runner.data.examples import Example, Kind, Learnable, Turn, as_kind, columns, fingerprint
+from runner.data.examples import Example, Kind, Learnable, as_kind
 from runner.data.pretraining.documents import reference_pages
-from runner.data.readers.files import Row, Table, raise_problems, read_rows
+from runner.data.readers.files import Table, raise_problems
 from runner.data.readers.hub import load_hub
 from runner.data.readers.sources import Loose, Source, files_of, mixed, sources_of
 from runner.data.readers.streams import tables
-from runner.data.row_formats import UNREAD, detect_format, left_out, rewarded
-from runner.data.row_formats import read_row as read_shape
+from runner.data.row_formats import UNREAD, detect_format, left_out, read_row, rewarded
 from runner.data.row_store import Stored, num_bytes
 from runner.errors import Problem, RequestError
 from runner.report.text import counted
 from runner.spec import DataSpec
 from runner.spec.input_paths import is_url
-
-__all__ = [
-    "Example", "Learnable", "Loaded", "Turn", "canonical_row", "canonical_rows", "columns", "detect_format",
-    "fingerprint", "load_examples", "load_hub", "read_dataset", "read_rows", "split",
-]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -44,16 +38,6 @@ IN_MEMORY_ROWS = 200_000
 PIECE = 5000
 LOOKED_AT = 50
 """Rows whose columns are compared with what was read of them."""
-
-
-def canonical_row(row: Row, where: str, spec: DataSpec, kind: Kind | None = None) -> Learnable:
-    """One row made canonical; RequestError with every mistake in it, each at `where`."""
-    try:
-        shape = detect_format(row, spec, kind)
-    except RequestError as error:
-        raise RequestError(*(replace(problem, source=where) for problem in error.problems)) from None
-    found = read_shape(row, where, spec, shape, kind)
-    return as_kind(found, kind, where) if kind else found
 
 
 def canonical_rows(
@@ -75,7 +59,7 @@ def canonical_rows(
         return [], problems + found_wrong
     for index, row in enumerate(table.rows):
         try:
-            one = read_shape(row, table.place(index), spec, shape, kind)
+            one = read_row(row, table.place(index), spec, shape, kind)
         except RequestError as error:
             _add(problems, error.problems, spec)
             continue
@@ -156,7 +140,7 @@ def read_dataset(spec: DataSpec, seed: int, kind: Kind | None = "sft") -> Loaded
     Raises RequestError with all mistakes in the data together, the first 20 spelled out; with `data.on_error=skip`
     only where no row is left.
     """
-    sources, held_source = _sources(spec)
+    sources, held_source = all_sources(spec)
     problems: list[Problem] = []
     left: dict[str, None] = {}
     trains: list[Sequence[Learnable]] = []
@@ -242,20 +226,19 @@ def _joined(rows: Iterable[Learnable], of: Sequence[Sequence[Learnable]], kind: 
     return list(rows)
 
 
-def _sources(spec: DataSpec) -> tuple[list[Source], Source | None]:
+def all_sources(spec: DataSpec) -> tuple[list[Source], Source | None]:
     """What to train on, and held-out rows that are elsewhere."""
+    if spec.source == "file":
+        return sources_of(spec), Source(spec.eval_path, files_of(spec.eval_path), spec) if spec.eval_path else None
+    held: Table | None = None
     if spec.source == "hub":
         train, held = load_hub(spec)
-        return [Loose(train.name, [], spec, table=train)], Loose(held.name, [], spec, table=held) if held else None
-    if spec.source == "pydoc":
-        pages = Table("pydoc", [{"text": text} for text in reference_pages()])
-        return [Loose("pydoc", [], spec, table=pages)], None
-    if spec.source == "commands":
+    elif spec.source == "pydoc":
+        train = Table("pydoc", [{"text": text} for text in reference_pages()])
+    else:
         rows, others = ([dict(row) for row in rows] for rows in commands_dataset.examples())
-        return [Loose("commands", [], spec, table=Table("commands", rows))], Loose(
-            "commands, held-out", [], spec, table=Table("commands, held-out", others)
-        )
-    return sources_of(spec), Source(spec.eval_path, files_of(spec.eval_path), spec) if spec.eval_path else None
+        train, held = Table("commands", rows), Table("commands, held-out", others)
+    return [Loose(train.name, [], spec, table=train)], Loose(held.name, [], spec, table=held) if held else None
 
 
 @dataclass(frozen=True)
@@ -278,7 +261,7 @@ def inspect_files(spec: DataSpec, kind: Kind | None) -> tuple[list[InspectedFile
 
     RequestError only where there is nothing to read at all.
     """
-    sources, held = _sources(spec)
+    sources, held = all_sources(spec)
     return (
         [_found(table, own.spec, kind) for own in sources for table in own.tables()],
         [_found(table, held.spec, kind) for table in held.tables()] if held else [],

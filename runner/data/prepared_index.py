@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from runner.config import json_text
-from runner.data import user_code_checks
+from runner.data import user_code
 from runner.data.readers.sources import files_of
 from runner.errors import RequestError
 from runner.paths import cache_dir
@@ -60,7 +60,7 @@ def _states(spec: RunSpec) -> Iterator[tuple[str, int, int]]:
     """Path, size and time of change of every file on this machine that rows or the template come from; code of row
     formats too."""
     data = spec.data
-    files = [data.chat_template, *user_code_checks.sources_of_formats(data)]
+    files = [data.chat_template, *user_code.sources_of_formats(data)]
     if data.source == "file":
         for path in (data.path, data.eval_path, *(source.path for source in data.sources)):
             if path is not None and not is_url(path):

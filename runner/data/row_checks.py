@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.config.did_you_mean import nearest
-from runner.data import user_code_checks
+from runner.data import user_code
 from runner.data.chat_template import refused, render_checked
 from runner.data.chat_tokenizer import template_of
 from runner.data.examples import (
@@ -125,9 +125,9 @@ def check_rows(spec: RunSpec) -> list[str]:
         problems.append(nothing_held_out(spec))
     if isinstance(objective, Grpo):
         known = {name for part in parts for name in part.columns} if all(part.whole for part in parts) else None
-        problems += user_code_checks.reward_problems(objective, known, here=spec.where.name == "local")
+        problems += user_code.reward_problems(objective, known, here=spec.where.name == "local")
         if known and "exact_match" in objective.rewards and not problems and not any(part.answered for part in parts):
-            problems.append(user_code_checks.nothing_right(known))
+            problems.append(user_code.nothing_right(known))
     if problems:
         raise_problems(problems)
     return notes

@@ -131,7 +131,7 @@ def in_chunks(
 ) -> Iterator[T]:
     """Yield the results of `work` for chunks of a thousand rows, in order, with any number of processes and few chunks
     in memory. `work` must be a module-level function."""
-    processes = num_proc or (1 if len(rows) <= ALONE else max(1, len(_cores())))
+    processes = num_proc or (1 if len(rows) <= ALONE else _num_cores())
     kind = rows.kind if isinstance(rows, Stored) else None
     # Rows in a file go to the other processes as they are written there.
     rest: Iterator[Any] = iter(rows) if kind is None else cast("Stored", rows).lines()
@@ -159,10 +159,9 @@ def in_chunks(
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _cores() -> Sequence[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return range(os.cpu_count() or 1)
+def _num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _state: list[tuple[Callable[[ChatTokenizer, Sequence[Any]], Any], ChatTokenizer, Kind | None]] = []
@@ -273,11 +272,8 @@ def split_prompt(
     if isinstance(prompt, str):
         texts = [prompt, *(prompt + words.ended(str(answer)) for answer in answers)]
     else:
-        turns = [answer for answer in answers if not isinstance(answer, str)]
-        texts = [
-            words.prompt_text(prompt, tools),
-            *(words.conversation_text(prompt, answer, tools) for answer in turns),
-        ]
+        whole = [words.conversation_text(prompt, answer, tools) for answer in answers if not isinstance(answer, str)]
+        texts = [words.prompt_text(prompt, tools), *whole]
     asked, *conversations = words.token_ids(texts, special=isinstance(prompt, str))
     start = min(_same(asked, ids) for ids in conversations)
     return asked[:start], [ids[start:] for ids in conversations]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from runner.data import user_code_checks
+from runner.data import user_code
 from runner.data.readers.sources import files_digest, files_of
 from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
@@ -68,7 +68,7 @@ def with_moved_places(run: RunDir, old: RunSpec, new: RunSpec) -> RunSpec:
 
 
 def _called(key: str, path: str) -> str:
-    imports = is_code(key) and len(user_code_checks.source_files(path)) > 1
+    imports = is_code(key) and len(user_code.source_files(path)) > 1
     return f"{path} or a module it imports" if imports else path
 
 
@@ -86,5 +86,5 @@ def _digest(key: str, path: str) -> str | None:
     with suppress(OSError, RequestError):
         if place.is_dir():
             return files_digest([str(file) for file in sorted(place.rglob("*")) if file.is_file()])
-        return files_digest(user_code_checks.source_files(path) if is_code(key) else files_of(path))
+        return files_digest(user_code.source_files(path) if is_code(key) else files_of(path))
     return None

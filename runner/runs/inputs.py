@@ -14,7 +14,7 @@ from pathlib import Path
 
 from runner.config import credentials
 from runner.config.did_you_mean import nearest
-from runner.data import user_code_checks
+from runner.data import user_code
 from runner.data.pretraining.tokenizer import is_hub_id
 from runner.data.pretraining.workspace import workspace_of
 from runner.errors import Problem, RequestError
@@ -95,7 +95,7 @@ def _files(spec: RunSpec) -> Iterator[Problem]:
         *((key, name, "runner.data.user_formats.RowFormat") for key, name in data.own_formats.items()),
     ):
         if code is not None and os.path.isfile(Path(code.rpartition(":")[0]).expanduser()):
-            yield from user_code_checks.class_problems(code, key, wanted, here=spec.where.name == "local")
+            yield from user_code.class_problems(code, key, wanted, here=spec.where.name == "local")
     yield from _pretraining(spec)
     template = data.chat_template
     if template is not None and not _is_named(template):

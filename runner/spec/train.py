@@ -93,6 +93,18 @@ class TrainSpec(Part):
             raise ValueError("must be true, false, auto, or n for every n-th layer, a whole number of at least 2")
         return bool(value) if value in (0, 1) else value
 
+    def num_steps(self, rows: int, world_size: int) -> int:
+        """Optimiser steps of a resolved run: `max_steps`, or its epochs of so many rows over the global batch.
+
+        transformers counts an epoch's steps as ceil(micro batches / accumulation steps).
+        """
+        if self.max_steps:
+            return self.max_steps
+        assert isinstance(self.micro_batch_size, int) and isinstance(self.accumulation_steps, int)
+        micro_batches = -(-rows // (self.micro_batch_size * world_size))
+        per_epoch = max(1, -(-micro_batches // self.accumulation_steps))
+        return -(-int(self.num_epochs * per_epoch * 1000) // 1000)
+
     @field_validator("micro_batch_size", "accumulation_steps")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:

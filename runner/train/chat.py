@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from runner.data.load import Turn
+from runner.data.examples import Turn
 from runner.errors import Problem, RunFailedError, RunnerError
 from runner.report import terminal
 from runner.report.text import print_problems
@@ -26,7 +27,7 @@ def main() -> int:
     """Load once, then answer `--prompt`, or every line that is typed."""
     options = _options()
     run = RunDir(options.spec.resolve().parent)
-    spec = RunSpec.model_validate(json.loads(options.spec.read_text("utf-8")))
+    spec = run.spec
     terminal.guard()
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between a script and its JSON
     quiet_libraries(run.path / "logs" / "rank0.log")
@@ -34,9 +35,8 @@ def main() -> int:
     try:
         from runner.train import open_model
 
-        spec = open_model.local_spec(
-            spec, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
-        )
+        say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        spec = open_model.local_spec(spec, say)
         with console.status("Loading the model …"):
             model, tokenizer = open_model.load_finished(spec, run, base=options.base)
     except RunnerError as error:

@@ -14,9 +14,10 @@ from pyarrow import parquet
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import PromptExample
 from runner.data.inspect.sample import sample
-from runner.data.load import canonical_rows, load_hub
+from runner.data.load import canonical_rows
 from runner.data.readers.arrow import rows_of
 from runner.data.readers.files import read_table
+from runner.data.readers.hub import load_hub
 from runner.data.readers.streams import tables
 from runner.data.row_store import Stored
 from tests.conftest import spec_of

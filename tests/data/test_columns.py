@@ -15,11 +15,12 @@ import pytest
 from pyarrow import parquet
 
 from runner.data.examples import Example, Kind, Preference, PromptExample, Turn, UnpairedExample
-from runner.data.load import canonical_row, load_examples, read_dataset
+from runner.data.load import load_examples, read_dataset
 from runner.data.row_formats import detect_format, left_out
 from runner.errors import RequestError
 from runner.spec import DataSpec
 from tests.support.front import here, laptop, runner
+from tests.support.rows import canonical_row
 
 __all__ = ["here", "laptop"]  # fixtures
 

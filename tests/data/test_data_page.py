@@ -7,10 +7,11 @@ import re
 import typing
 
 from runner.data.chat_template import named_templates
-from runner.data.load import canonical_row, detect_format
+from runner.data.row_formats import detect_format
 from runner.data.row_parsers import FORMATS
 from runner.paths import ASSETS
 from runner.spec import DataSpec, Sft
+from tests.support.rows import canonical_row
 
 PAGE = (ASSETS / "docs" / "data.md").read_text("utf-8")
 ROWS = re.findall(r"^\| `(\w+)` \| `(\{.*?\})` \|", PAGE, re.MULTILINE)

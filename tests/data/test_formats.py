@@ -18,13 +18,16 @@ from huggingface_hub import constants
 from pyarrow import parquet
 
 from runner.data import commands_dataset
-from runner.data.load import Example, canonical_row, detect_format, fingerprint, load_examples, split
+from runner.data.examples import Example, fingerprint
+from runner.data.load import load_examples, split
 from runner.data.readers import hub
-from runner.data.readers.files import read_rows, read_table
+from runner.data.readers.files import read_table
 from runner.data.readers.streams import tables
+from runner.data.row_formats import detect_format
 from runner.errors import RequestError
 from runner.paths import ASSETS
 from runner.spec import DataSpec
+from tests.support.rows import canonical_row, read_rows
 
 ROWS = [
     {"prompt": "What is 2 + 2?", "completion": "4"},

@@ -17,7 +17,7 @@ from runner.data.chat_template import template_source
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Learnable, Preference, PromptExample, Turn, UnpairedExample
 from runner.data.inspect import preview as previewing
-from runner.data.load import InspectedFile, canonical_row
+from runner.data.load import InspectedFile
 from runner.data.tokenize_rows import TOOLS, PreferenceSettings, encode_preferences, in_chunks, split_prompt
 from runner.errors import RequestError
 from runner.spec import DataSpec, RunSpec
@@ -27,6 +27,7 @@ from runner.train.trainers.preference_trainer import GivenSpansCollator
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import SPECIAL, body
 from tests.data.test_tokenize_rows import tokenizer
+from tests.support.rows import canonical_row
 
 __all__ = ["body", "tokenizer"]  # fixtures
 SEARCH = {

@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 from runner.data.chat_template import template_source
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Preference, PromptExample, Turn
-from runner.data.load import canonical_row
 from runner.data.loss_mask import IGNORED
 from runner.data.tokenize_rows import PreferenceSettings, encode_preferences
 from runner.train.objectives.grpo import GrpoTrainer
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import CALL, OF_TRL, SPECIAL, body
+from tests.support.rows import canonical_row
 
 __all__ = ["body"]  # a fixture
 

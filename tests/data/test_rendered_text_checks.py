@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerFast
 from runner.data.chat_template import named_templates, template_source
 from runner.data.chat_tokenizer import ChatTokenizer
 from runner.data.examples import Example, Preference, Turn, UnpairedExample
-from runner.data.load import canonical_row
 from runner.data.tokenize_rows import PreferenceSettings, encode_preferences
 from runner.errors import RequestError
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import ENDS, OF_TRL, SPECIAL, body, learned_pieces, whole
+from tests.support.rows import canonical_row
 
 __all__ = ["body"]  # a fixture
 

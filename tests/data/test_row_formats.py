@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from runner.data.examples import Example, Kind, Preference, PromptExample, UnpairedExample, columns, content_of
-from runner.data.load import canonical_row, detect_format
 from runner.data.row_checks import check_rows
-from runner.data.row_formats import left_out, rewarded
+from runner.data.row_formats import detect_format, left_out, rewarded
 from runner.errors import RequestError
 from runner.spec import DataSpec
 from tests.support.front import spec_of
+from tests.support.rows import canonical_row
 
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
 WORSE = {"role": "assistant", "content": "5"}

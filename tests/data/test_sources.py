@@ -17,13 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.data import load as data_load
-from runner.data.load import Example, fingerprint, load_examples, read_dataset
+from runner.data.examples import Example, fingerprint
+from runner.data.load import load_examples, read_dataset
 from runner.data.readers import streams
-from runner.data.readers.files import read_rows
 from runner.data.readers.sources import files_of, mixed
 from runner.data.row_store import Stored
 from runner.errors import RequestError
 from runner.spec import DataSpec
+from tests.support.rows import read_rows
 
 
 def lines(count: int, name: str = "row") -> bytes:

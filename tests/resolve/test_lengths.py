@@ -258,8 +258,6 @@ def test_packing_and_steps_are_those_of_the_trainer() -> None:
     import datasets
     import trl
 
-    from runner.train.trainers.trainer_settings import num_steps
-
     rng = random.Random(3)
     rows = tuple(min(512, 1 + int(rng.expovariate(1 / 120))) for _ in range(700))
     table = datasets.Dataset.from_dict({"input_ids": [[1] * n for n in rows]})
@@ -267,7 +265,9 @@ def test_packing_and_steps_are_those_of_the_trainer() -> None:
     assert packed_sequences(rows, 512) == by_trl
     for epochs in (0.5, 1.0, 2.7):
         spec = _spec(num_epochs=epochs, max_length=512)
-        assert optimizer_steps(spec, DataLengths(700, 120.0, True, "", rows))[0] == num_steps(spec, by_trl)
+        assert optimizer_steps(spec, DataLengths(700, 120.0, True, "", rows))[0] == spec.train.num_steps(
+            by_trl, spec.hw.world_size
+        )
 
 
 def test_counting_needs_neither_torch_nor_transformers_nor_much_time() -> None:

@@ -14,7 +14,7 @@ import pytest
 from peft import PeftModel
 
 from runner.cli.options import request_of
-from runner.data import user_code, user_code_checks
+from runner.data import user_code
 from runner.data.examples import Example, Preference
 from runner.data.load import inspect_files, read_dataset
 from runner.errors import RequestError
@@ -226,12 +226,12 @@ def test_what_an_objective_of_ones_own_adds_to_a_step_is_planned(tmp_path: Path)
 def test_own_code_goes_to_a_pod_without_this_projects_modules(
     installed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = str(Path(user_code_checks.__file__).parents[2])
+    root = str(Path(user_code.__file__).parents[2])
     elsewhere = [place for place in sys.path if Path(place or ".").resolve() != Path(root)]
     monkeypatch.setattr(sys, "path", elsewhere if installed == "in site-packages" else [root, *elsewhere])
     for name, text in (("penalised.py", OBJECTIVE), ("lines.py", TRACKER)):
         (tmp_path / name).write_text(text, "utf-8")
-        assert user_code_checks.source_files(name) == [name]
+        assert user_code.source_files(name) == [name]
     write(tmp_path / "own", "track", "lines", "name: own\ncode: lines.py:Lines\n")
     result = runner(*PODS, "objective.code=penalised.py:Penalised", "--config-dir", "own", "track=lines")
     assert result.exit_code == 0, result.output
@@ -239,7 +239,7 @@ def test_own_code_goes_to_a_pod_without_this_projects_modules(
     score = "import runner.spec\nfrom runner.errors import Problem\nimport aside\ndef score(completions, **_): ...\n"
     (tmp_path / "score.py").write_text(score, "utf-8")
     (tmp_path / "aside.py").write_text("from runner.train.trackers import Tracker\n", "utf-8")
-    assert user_code_checks.source_files("score.py") == ["score.py", "aside.py"]  # a neighbour still counts
+    assert user_code.source_files("score.py") == ["score.py", "aside.py"]  # a neighbour still counts
     (tmp_path / "penalised.py").write_text(f"import aside\n{OBJECTIVE}", "utf-8")
     result = runner(*PODS, "objective.code=penalised.py:Penalised")
     assert result.exit_code == 2 and "imports modules of this machine (aside.py)" in " ".join(result.stderr.split())
@@ -305,7 +305,7 @@ def test_a_class_of_which_reading_does_not_tell_is_left_to_the_run(text: str, tm
     (tmp_path / "mine.py").write_text(f"{text}\n", "utf-8")
     (tmp_path / "somewhere").mkdir()
     base = "Sft of runner.train.objectives"
-    assert user_code_checks.class_problems("mine.py:Mine", "objective.code", base, here=False) == []
+    assert user_code.class_problems("mine.py:Mine", "objective.code", base, here=False) == []
 
 
 @pytest.mark.usefixtures("here")

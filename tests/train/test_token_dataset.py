@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from runner.data.chat_tokenizer import ChatTokenizer
-from runner.data.load import Example
+from runner.data.examples import Example
 from runner.data.loss_mask import IGNORED
 from runner.errors import RequestError
 from runner.train import model_loading

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from runner.config import conf_files, json_text
-from runner.data import commands_dataset, user_code_checks
+from runner.data import commands_dataset, user_code
 from runner.data.examples import Kind, Learnable
 from runner.data.inspect.sample import Sample, sample
 from runner.data.inspect.token_counts import CHARS_PER_TOKEN, TokenCounter, tokenizer_file
@@ -117,12 +117,10 @@ def _is_as_in_the_catalogue(data: DataSpec) -> bool:
 def _key(data: DataSpec, tokenizer: Path | None, seed: int, kind: Kind | None) -> str:
     """Changes with anything that changes the answer: settings, files by size and time, the code of the rows."""
     files = [tokenizer, Path(data.chat_template) if data.chat_template else None]
-    files += [Path(name) for name in user_code_checks.sources_of_formats(data)]
+    files += [Path(name) for name in user_code.sources_of_formats(data)]
     if data.source == "commands":
-        files += [
-            Path(commands_dataset.__file__),
-            *sorted(f for g in ("model", "hw", "method") for f in (CONF / g).glob("*.yaml")),
-        ]
+        files += [Path(commands_dataset.__file__)]
+        files += sorted(f for group in ("model", "hw", "method") for f in (CONF / group).glob("*.yaml"))
     else:
         files += [Path(name).expanduser().absolute() for path in _paths(data) for name in files_of(path)]
     stats = [(str(f), s.st_size, s.st_mtime_ns) for f in files if f and (s := _stat(f))]
@@ -189,22 +187,16 @@ def _spread(examples: list[Learnable]) -> list[Learnable]:
 def optimizer_steps(spec: RunSpec, data: DataLengths) -> tuple[int | None, int | None, list[str]]:
     """Optimiser steps of a resolved run, the tokens they learn from (padding left out), and what was assumed.
 
-    The arithmetic of `num_steps` in train/trainers/trainer_settings.py, which counts rows that are already tokenised.
     None where the data's size is not known and `train.max_steps` does not stand for it.
     """
     train = spec.train
     notes: list[str] = []
     rows, tokens = _rows(spec, data, notes)
-    assert isinstance(train.micro_batch_size, int) and isinstance(train.accumulation_steps, int)
-    at_once = train.micro_batch_size * spec.hw.world_size
-    batch = at_once * train.accumulation_steps
-    count = train.max_steps
-    if count is None and rows is not None:
-        micro_batches = -(-rows // at_once)
-        per_epoch = max(1, -(-micro_batches // train.accumulation_steps))
-        count = -(-int(train.num_epochs * per_epoch * 1000) // 1000)
-    if count is None:
+    if rows is None and train.max_steps is None:
         return None, None, [*notes, f"how long it trains is not known: {data.how}"]
+    count = train.num_steps(rows or 0, spec.hw.world_size)
+    assert isinstance(train.micro_batch_size, int) and isinstance(train.accumulation_steps, int)
+    batch = train.micro_batch_size * spec.hw.world_size * train.accumulation_steps
     if tokens is None or rows is None:
         return count, count * batch * train.max_length, [*notes, "every sequence counted as full"]
     passes = train.num_epochs if train.max_steps is None else count * batch / rows
@@ -223,9 +215,8 @@ def _rows(spec: RunSpec, data: DataLengths, notes: list[str]) -> tuple[int | Non
         return None, None
     if data.tokens_per_example is None:
         if packing:
-            notes.append(
-                f"{data.num_examples:,} rows, {data.how}: each counted as a full sequence, so it is at most this"
-            )
+            what = "each counted as a full sequence, so it is at most this"
+            notes.append(f"{data.num_examples:,} rows, {data.how}: {what}")
         return data.num_examples, None
     notes.append(f"about {data.num_examples:,} rows of {data.tokens_per_example:.0f} tokens: {data.how}")
     tokens = round(data.num_examples * min(data.tokens_per_example, limit))

@@ -147,11 +147,9 @@ def _segments(row: Learnable, words: ChatTokenizer | None, loss_on: str, whole: 
 
 
 def _compared(
-    row: Preference | UnpairedExample,
-    answers: dict[str, list[Turn] | str],
-    words: ChatTokenizer | None,
+    row: Preference | UnpairedExample, answers: dict[str, list[Turn] | str], words: ChatTokenizer | None,
     whole: bool = False,
-) -> Iterator[Segment]:
+) -> Iterator[Segment]:  # fmt: skip
     """A prompt with each of its answers, of which every token counts; but what users and tools say in one is given,
     unless the `whole` is judged."""
     prompt, parts = split_prompt(words, row.prompt, list(answers.values()), row.tools) if words else ([], [])
@@ -160,12 +158,11 @@ def _compared(
             spans = [] if whole else given_spans(words, row.prompt, answer, row.tools, len(prompt))
             pieces = _decoded(words, prompt + parts[index], len(prompt), [edge for span in spans for edge in span])
         elif isinstance(answer, str):
-            pieces = _given_and_learned(str(row.prompt), answer)
+            parts_of_text = ((str(row.prompt), False), (answer, True))
+            pieces = [{"text": text, "trained": trained, "tokens": None} for text, trained in parts_of_text]
         else:
-            pieces = [
-                *_turns(row.prompt, lambda _: False),
-                *_turns(answer, lambda turn: whole or turn["role"] == "assistant"),
-            ]
+            learned = _turns(answer, lambda turn: whole or turn["role"] == "assistant")
+            pieces = [*_turns(row.prompt, lambda _: False), *learned]
         yield from (piece | {"part": name} if name else piece for piece in pieces)
 
 
@@ -179,10 +176,6 @@ def _decoded(words: ChatTokenizer, ids: Sequence[int], start: int, edges: Sequen
             pieces.append({"text": text.removeprefix(known), "trained": index % 2 == 1, "tokens": end - begin})
         begin, known = end, text
     return pieces
-
-
-def _given_and_learned(given: str, said: str) -> list[Segment]:
-    return [{"text": text, "trained": trained, "tokens": None} for text, trained in ((given, False), (said, True))]
 
 
 def _pieces(example: Example, words: ChatTokenizer | None, loss_on: str) -> Iterator[Segment]:

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import json_text
-from runner.data import commands_dataset
 from runner.data.examples import Kind, Learnable
-from runner.data.load import canonical_rows
-from runner.data.pretraining.documents import reference_pages
+from runner.data.load import all_sources, canonical_rows
 from runner.data.readers import arrow
 from runner.data.readers.files import COMPRESSIONS, Row, Table, kind_of_file, raise_problems, read_table
 from runner.data.readers.sources import Source, mixed, sources_of
@@ -44,15 +42,9 @@ class Sample:
 def sample(data: DataSpec, kind: Kind | None = None) -> Sample:
     """Rows of a local source, as an objective of that kind learns them; RequestError for a file that is missing, of an
     unknown kind, or holds no usable row."""
-    if data.source == "commands":
-        train, held = (
-            canonical_rows(Table("commands", [dict(row) for row in rows]), data, kind)[0]
-            for rows in commands_dataset.examples()
-        )
-        return Sample(train, len(train), True, "all rows", Sample(held, len(held), True, "all rows", None))
-    if data.source == "pydoc":
-        rows = canonical_rows(Table("pydoc", [{"text": text} for text in reference_pages()]), data, kind)[0]
-        return Sample(rows, len(rows), True, "all rows", None)
+    if data.source in ("commands", "pydoc"):
+        (train,), held = all_sources(data)
+        return _all_rows(train, kind, _all_rows(held, kind) if held else None)
     found = [_of_source(source, kind) for source in sources_of(data)]
     examples = [example for one in found for example in one.examples]
     total = sum(one.total for one in found)
@@ -63,6 +55,11 @@ def sample(data: DataSpec, kind: Kind | None = None) -> Sample:
     held_out = sample(elsewhere, kind) if data.eval_path else None
     whole = all(one.whole for one in found) and (len(found) == 1 or data.mix == "concat")
     return Sample(examples, total, whole, "; ".join(dict.fromkeys(one.how for one in found)), held_out)
+
+
+def _all_rows(source: Source, kind: Kind | None, held_out: Sample | None = None) -> Sample:
+    rows = [row for table in source.tables() for row in canonical_rows(table, source.spec, kind)[0]]
+    return Sample(rows, len(rows), True, "all rows", held_out)
 
 
 def _of_source(source: Source, kind: Kind | None) -> Sample:
@@ -134,11 +131,8 @@ def _text_head(file: Path, name: str, kind: str, size: int) -> tuple[Table, int,
         table = read_table(name)
         return table, len(table.rows), "all rows"
     total = round(len(rows) * size / (read * used / len(text)))
-    return (
-        Table(name, rows),
-        total,
-        f"estimated from the first {len(rows):,} rows, {read * used / len(text) / size:.0%}",
-    )
+    share = read * used / len(text) / size
+    return Table(name, rows), total, f"estimated from the first {len(rows):,} rows, {share:.0%}"
 
 
 def _jsonl_rows(text: str) -> tuple[list[Row], int]:
@@ -169,9 +163,8 @@ def _json_rows(text: str) -> tuple[list[Row], int]:
 def _csv_rows(text: str, delimiter: str | None = None) -> tuple[list[Row], int]:
     first = text.partition("\n")[0]
     used = text.rfind("\n") + 1
-    reader = csv.DictReader(
-        io.StringIO(text[:used], newline=""), delimiter=delimiter or (";" if "," not in first and ";" in first else ",")
-    )
+    delimiter = delimiter or (";" if "," not in first and ";" in first else ",")
+    reader = csv.DictReader(io.StringIO(text[:used], newline=""), delimiter=delimiter)
     rows: list[Row] = []
     with suppress(csv.Error):
         rows.extend(row for row in reader if None not in row and None not in row.values())

@@ -73,9 +73,8 @@ def check_trained(place: Workspace, settings: Settings) -> None:
     """RequestError for a tokenizer of the experiment that was trained on other documents."""
     known = tokenizer.facts_of(place.tokenizer).get("settings", {})
     if changed := settings.differ(known):
-        raise RequestError(
-            other_documents(f"{place.tokenizer} was trained on shards with another {changed}", known, settings)
-        )
+        what = f"{place.tokenizer} was trained on shards with another {changed}"
+        raise RequestError(other_documents(what, known, settings))
 
 
 def check_tokenizer(spec: RunSpec, folder: Path) -> None:

@@ -152,16 +152,8 @@ def settings_of(objective: Pretrain, data: DataSpec, seed: int) -> Settings:
         what = f"{error.filename} cannot be read: {error.strerror}"
         remedy = "correct it, or write objective.shards=reuse to take the shards that are there"
         raise RequestError(Problem(what, "data.path", remedy)) from None
-    return Settings(
-        source,
-        fingerprint,
-        objective.mode,
-        ratio,
-        objective.lines_per_shard,
-        documents_to_read(objective),
-        objective.gzip,
-        seed,
-    )
+    lines, take = objective.lines_per_shard, documents_to_read(objective)
+    return Settings(source, fingerprint, objective.mode, ratio, lines, take, objective.gzip, seed)
 
 
 def make_shards(
@@ -174,9 +166,8 @@ def make_shards(
     """
     if is_ready(place.train, objective.shards) and objective.shards == "reuse":  # whatever they were made of
         if not is_whole(place.train):
-            say(
-                f"Shards  the first {manifest_of(place.train)['last'] + 1:,} documents of a stream that was interrupted"
-            )
+            last = manifest_of(place.train)["last"]
+            say(f"Shards  the first {last + 1:,} documents of a stream that was interrupted")
         return Sharded(manifest_of(place.train), manifest_of(place.val) or None, False)
     settings = settings_of(objective, data, seed)
     if objective.shards == "anew":

@@ -8,11 +8,13 @@ JSON (as text, or Arrow's own JSON type, which `datasets` writes), maps, element
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 from runner.config import json_text
+from runner.errors import Problem, RequestError
 
 Row = dict[str, Any]
 Convert = Callable[[object], object]
@@ -22,6 +24,20 @@ def rows_of(table: Any) -> list[Row]:
     """The rows of a pyarrow Table or RecordBatch."""
     convert = converter(table.schema)
     return [convert(row) for row in table.to_pylist(maps_as_pydicts="lossy")]
+
+
+@contextmanager
+def parquet(path: str) -> Iterator[Any]:
+    """Context with pyarrow's reader of Parquet; RequestError for a file that is none, or where there is no pyarrow."""
+    try:  # only Parquet needs it, and it takes 0.1 s to import
+        pyarrow, reader = import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError:
+        raise RequestError(Problem(f"{path}: Parquet needs pyarrow", None, "pip install pyarrow")) from None
+    try:
+        yield reader
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise RequestError(Problem(f"{path} is no Parquet file: {reason}", None, "write it again")) from None
 
 
 def converter(schema: Any, decoded: bool = False) -> Callable[[Row], Row]:

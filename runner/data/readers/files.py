@@ -69,14 +69,6 @@ def raise_problems(problems: Sequence[Problem]) -> NoReturn:
     raise RequestError(*problems[:SHOWN_PROBLEMS], *more)
 
 
-def read_rows(path: str) -> list[Row]:
-    """All rows of a data file; RequestError names every line that cannot be read."""
-    table = read_table(path)
-    if table.problems:
-        raise_problems(table.problems)
-    return list(table.rows)
-
-
 def read_table(path: str) -> Table:
     """The rows of `path` (relative to the working directory, or a URL), and the lines that are broken.
 
@@ -86,7 +78,8 @@ def read_table(path: str) -> Table:
     data = decompressed(_bytes(path), path)
     match kind_of_file(path):
         case "parquet":
-            return _parquet(data, path)
+            with arrow.parquet(path) as parquet:
+                return Table(path, arrow.rows_of(parquet.read_table(io.BytesIO(data))))
         case "json" | "jsonl" as kind:
             return _json(_decoded(data, path), path, by_line=kind == "jsonl")
         case "csv" | "tsv" as kind:
@@ -98,9 +91,17 @@ def read_table(path: str) -> Table:
 
 def kind_of_file(path: str) -> str | None:
     """`jsonl`, `csv`, …: by the ending, whatever it is compressed with; None where it is none of ours."""
-    name = PurePosixPath(path.partition("?")[0] if is_url(path) else path)
-    ending = (name.with_suffix("") if name.suffix.lower() in COMPRESSIONS else name).suffix
-    return _KINDS_OF_FILE.get(ending.lower())
+    ending = ending_of(path)
+    return _KINDS_OF_FILE.get(ending_of(_without_query(path)[: -len(ending)]) if ending in COMPRESSIONS else ending)
+
+
+def ending_of(path: str) -> str:
+    """The last ending of a file's name, such as `.gz`; of a URL without its query."""
+    return PurePosixPath(_without_query(path)).suffix.lower()
+
+
+def _without_query(path: str) -> str:
+    return path.partition("?")[0] if is_url(path) else path
 
 
 def _bytes(path: str) -> bytes:
@@ -281,19 +282,6 @@ def _header_problems(header: list[str], rows: list[Row], place: str) -> list[Pro
     return problems
 
 
-def _parquet(data: bytes, path: str) -> Table:
-    try:  # only Parquet needs it, and it takes 0.1 s to import
-        pyarrow = import_module("pyarrow")
-        parquet = import_module("pyarrow.parquet")
-    except ImportError:
-        raise RequestError(Problem(f"{path}: Parquet needs pyarrow", None, "pip install pyarrow")) from None
-    try:
-        return Table(path, arrow.rows_of(parquet.read_table(io.BytesIO(data))))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise RequestError(Problem(f"{path} is no Parquet file: {reason}", None, "write it again")) from None
-
-
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -317,7 +305,7 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 
 def decompressed(data: bytes, path: str) -> bytes:
     """Return the content of a file; RequestError if it is damaged."""
-    ending = PurePosixPath(path.partition("?")[0]).suffix.lower()
+    ending = ending_of(path)
     if data.startswith(_GZIP_MAGIC):
         ending = ".gz"  # some are called .jsonl all the same
     if ending not in COMPRESSIONS:

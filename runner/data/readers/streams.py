@@ -8,12 +8,11 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from importlib import import_module
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 from runner.data.readers import arrow, urls
-from runner.data.readers.files import Table, json_lines, kind_of_file, not_utf8, read_table, text_lines
+from runner.data.readers.files import Table, ending_of, json_lines, kind_of_file, not_utf8, read_table, text_lines
 from runner.errors import Problem, RequestError
 from runner.spec.input_paths import is_url
 
@@ -34,8 +33,8 @@ def tables(path: str, block: int | None = None) -> Iterator[Table]:
             if kind_of_file(path) == "parquet":
                 yield from _parquet(opened, path)
             else:
-                unpacked = _OPENERS[_ending(path)](opened) if _ending(path) in _OPENERS else opened
-                yield from _lines(unpacked, path, block or BLOCK)
+                unpack = _OPENERS.get(ending_of(path), lambda stream: stream)
+                yield from _lines(unpack(opened), path, block or BLOCK)
     except OSError as error:
         raise RequestError(Problem(f"{path} cannot be read: {error.strerror or error}")) from None
 
@@ -44,12 +43,8 @@ def in_pieces(path: str) -> bool:
     """A file that need not be read whole to see its first rows."""
     kind = kind_of_file(path)
     if kind == "parquet":
-        return _ending(path) == ".parquet"
-    return kind in ("jsonl", "txt") and _ending(path) != ".zst"
-
-
-def _ending(path: str) -> str:
-    return PurePosixPath(path.partition("?")[0] if is_url(path) else path).suffix.lower()
+        return ending_of(path) == ".parquet"
+    return kind in ("jsonl", "txt") and ending_of(path) != ".zst"
 
 
 def _lines(opened: IO[bytes], path: str, size: int) -> Iterator[Table]:
@@ -81,16 +76,9 @@ def _text(block: bytes, path: str, number: int) -> str:
 
 
 def _parquet(opened: IO[bytes], path: str) -> Iterator[Table]:
-    try:  # only Parquet needs it, and it takes 0.1 s to import
-        pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ImportError:
-        raise RequestError(Problem(f"{path}: Parquet needs pyarrow", None, "pip install pyarrow")) from None
     number = 1
-    try:
+    with arrow.parquet(path) as parquet:
         for batch in parquet.ParquetFile(opened).iter_batches(PARQUET_ROWS):
             rows = arrow.rows_of(batch)
             yield Table(path, rows, numbers=range(number, number + len(rows)))
             number += len(rows)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise RequestError(Problem(f"{path} is no Parquet file: {reason}", None, "write it again")) from None

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypedDict, TypeVar, ca
 
 from transformers import PrinterCallback
 
-from runner.data import load
-from runner.data.examples import Example
+from runner.data.examples import Example, fingerprint
+from runner.data.load import read_dataset
 from runner.rundir.directory import RunDir
 from runner.spec import DataSpec, RunSpec
 from runner.train import adapter_config, deepspeed_config, trainable_weights
@@ -97,9 +97,9 @@ class Objective(ABC, Generic[Own]):
 
     def read(self) -> Examples:
         """The rows of a run, checked; RequestError with all that is wrong with them."""
-        found = load.read_dataset(self.spec.data, self.spec.train.seed, self.spec.objective.learns_from)
+        found = read_dataset(self.spec.data, self.spec.train.seed, self.spec.objective.learns_from)
         skipped = len({problem.source for problem in found.skipped})
-        digest = load.fingerprint(chain(found.train, found.held))
+        digest = fingerprint(chain(found.train, found.held))
         return Examples(found.train, found.held, digest, self.prompts(found.held), found.note, skipped)
 
     def prompts(self, held: Sequence[Learnable]) -> list[Example]:
@@ -119,13 +119,9 @@ class Objective(ABC, Generic[Own]):
 
     @abstractmethod
     def tokenise(
-        self,
-        rows: Sequence[Learnable],
-        tokenizer: PreTrainedTokenizerBase,
-        on_progress: OnProgress | None = None,
-        *,
-        held: bool = False,
-    ) -> Tokenised:
+        self, rows: Sequence[Learnable], tokenizer: PreTrainedTokenizerBase, on_progress: OnProgress | None = None,
+        *, held: bool = False,
+    ) -> Tokenised:  # fmt: skip
         """Rows as the trainer takes them, from the cache or written to it; `on_progress` is called as they are done."""
 
     def tokenise_all(
@@ -139,7 +135,7 @@ class Objective(ABC, Generic[Own]):
 
     def num_steps(self, num_rows: int) -> int:
         """Optimiser steps of the whole run over so many rows."""
-        return trainer_settings.num_steps(self.spec, num_rows)
+        return self.spec.train.num_steps(num_rows, self.spec.hw.world_size)
 
     @abstractmethod
     def settings(self, shared: SharedSettings) -> TrainingArguments:
@@ -158,16 +154,10 @@ class Objective(ABC, Generic[Own]):
         """The trainer of `model` with PEFT's configuration `adapter` put on it; `common` are its other arguments."""
 
     def build_trainer(
-        self,
-        source: str,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: tuple[Tokenised, Tokenised | None],
-        *,
-        args: TrainingArguments,
-        guard: LossGuard,
+        self, source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+        rows: tuple[Tokenised, Tokenised | None], *, args: TrainingArguments, guard: LossGuard,
         sealer: CheckpointSealer | None = None,
-    ) -> LossGuardMixin:
+    ) -> LossGuardMixin:  # fmt: skip
         """The trainer, ready to train."""
         spec, (train, held) = self.spec, rows
         common: TrainerParts = {

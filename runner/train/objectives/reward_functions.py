@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from runner.data import user_code, user_code_checks
+from runner.data import user_code
 from runner.data.examples import Turn
 from runner.errors import RequestError
 from runner.spec import Grpo
@@ -39,7 +39,7 @@ def _rights(right: str | list[str] | None) -> list[str]:
 
 def regex(pattern: str) -> Reward:
     """1 where the pattern is found; RequestError for one that cannot be read."""
-    if problem := user_code_checks.regex_problem(pattern):
+    if problem := user_code.regex_problem(pattern):
         raise RequestError(problem)
     wanted = re.compile(pattern, re.DOTALL)
 

@@ -1,9 +1,9 @@
-"""Training settings in TRL's words, which all objectives share; autocast and the number of steps."""
+"""Training settings in TRL's words, which all objectives share; autocast."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
@@ -37,58 +37,8 @@ def autocast(spec: RunSpec) -> AbstractContextManager[Any]:
     return torch.autocast("cuda" if spec.hw.accelerator == "cuda" else "cpu", dtype)
 
 
-def num_steps(spec: RunSpec, num_rows: int) -> int:
-    """Optimiser steps of the whole run: `max_steps`, or the epochs' rows over the global batch.
-
-    transformers counts an epoch's steps as ceil(micro batches / accumulation steps).
-    """
-    if spec.train.max_steps:
-        return spec.train.max_steps
-    assert isinstance(spec.train.micro_batch_size, int) and isinstance(spec.train.accumulation_steps, int)
-    micro_batches = -(-num_rows // (spec.train.micro_batch_size * spec.hw.world_size))
-    per_epoch = max(1, -(-micro_batches // spec.train.accumulation_steps))
-    return -(-int(spec.train.num_epochs * per_epoch * 1000) // 1000)
-
-
-class SharedSettings(TypedDict):
-    """TRL's settings that all objectives have, by its names."""
-
-    output_dir: str
-    per_device_train_batch_size: int
-    per_device_eval_batch_size: int
-    gradient_accumulation_steps: int
-    num_train_epochs: float
-    max_steps: int
-    learning_rate: float
-    lr_scheduler_type: str
-    lr_scheduler_kwargs: dict[str, int]
-    warmup_steps: int
-    weight_decay: float
-    max_grad_norm: float
-    optim: str
-    bf16: bool
-    fp16: bool
-    use_cpu: bool
-    activation_checkpointing: bool
-    use_liger_kernel: bool
-    liger_kernel_config: dict[str, bool] | None
-    max_length: int
-    seed: int
-    logging_steps: int
-    logging_nan_inf_filter: bool
-    eval_strategy: str
-    eval_steps: int | None
-    metric_for_best_model: str | None
-    greater_is_better: bool | None
-    save_strategy: str
-    save_steps: int
-    save_total_limit: int | None
-    deepspeed: dict[str, Any] | None
-    ddp_find_unused_parameters: bool
-    report_to: list[str]
-    run_name: str
-    disable_tqdm: bool
-    dataloader_pin_memory: bool
+SharedSettings = dict[str, Any]
+"""TRL's settings that all objectives have, by its names; TRL refuses one that it does not know."""
 
 
 def shared_settings(
@@ -97,10 +47,7 @@ def shared_settings(
     """Our settings in TRL's words. With `deepspeed` (its resolved JSON) before the model is loaded, for ZeRO-3's sake:
     transformers looks for existing settings to know that it has to shard."""
     train, evaluate = spec.train, spec.eval
-    warmup = round(train.warmup_ratio * total_steps)
-    schedule_options: dict[str, int] = {}
-    if train.schedule == "wsd":
-        schedule_options = {"num_decay_steps": max(1, round(WSD_DECAY_SHARE * total_steps))}
+    decay = {"num_decay_steps": max(1, round(WSD_DECAY_SHARE * total_steps))} if train.schedule == "wsd" else {}
     return {
         "output_dir": str(run.path / "checkpoints"),
         "per_device_train_batch_size": int(train.micro_batch_size),
@@ -110,8 +57,8 @@ def shared_settings(
         "max_steps": train.max_steps or -1,
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": SCHEDULES[train.schedule],
-        "lr_scheduler_kwargs": schedule_options,
-        "warmup_steps": warmup,
+        "lr_scheduler_kwargs": decay,
+        "warmup_steps": round(train.warmup_ratio * total_steps),
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         "optim": OPTIMIZERS[train.optimizer],

@@ -1,0 +1,29 @@
+"""One row of a data set, and the rows of one file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from runner.data.examples import Kind, Learnable, as_kind
+from runner.data.readers.files import Row, raise_problems, read_table
+from runner.data.row_formats import detect_format, read_row
+from runner.errors import RequestError
+from runner.spec import DataSpec
+
+
+def canonical_row(row: Row, where: str, spec: DataSpec, kind: Kind | None = None) -> Learnable:
+    """One row made canonical; RequestError with every mistake in it, each at `where`."""
+    try:
+        shape = detect_format(row, spec, kind)
+    except RequestError as error:
+        raise RequestError(*(replace(problem, source=where) for problem in error.problems)) from None
+    found = read_row(row, where, spec, shape, kind)
+    return as_kind(found, kind, where) if kind else found
+
+
+def read_rows(path: str) -> list[Row]:
+    """All rows of a data file; RequestError names every line that cannot be read."""
+    table = read_table(path)
+    if table.problems:
+        raise_problems(table.problems)
+    return list(table.rows)
