@@ -96,7 +96,8 @@ def section(measured: dict[str, Any]) -> str:
     return EXPLANATION.format(job=measured["job"], steps=measured["steps"]) + "\n" + table(head, body)
 
 
-BENCHMARK = Benchmark("attention", add_options, measure, section, measures=("runner/train/varlen_attention.py",))
+MEASURES = ("runner/train/varlen_attention.py", "runner/train/varlen_kernels.py")
+BENCHMARK = Benchmark("attention", add_options, measure, section, measures=MEASURES)
 
 if __name__ == "__main__":
     alone(BENCHMARK, sys.argv[1:])

@@ -27,7 +27,7 @@ from runner.errors import RequestError
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.spec import DataSpec, DeepSpeedSpec, Freeze, RunSpec
-from runner.train import adapter_config, model_loading
+from runner.train import model_loading
 from runner.train.export import export
 from runner.train.merge.adapter import merge
 from runner.train.model_loading import DTYPES
@@ -159,7 +159,7 @@ def saved(spec: RunSpec, run: RunDir, steps: Iterable[int]) -> float:
 
 def _untrained(spec: RunSpec, state: State) -> list[str]:
     """Weights that should have changed and did not, or should not and did; of an adapter, those that are zero."""
-    if adapter_config.adapter_of(spec):
+    if spec.method.adapts:
         return [f"{name} is zero" for name, value in state.items() if not value.any()]
     base = {name: value.to(DTYPES[spec.train.precision]) for name, value in weights(Path(spec.model.id)).items()}
     wrong = [f"{name} is in one of them only" for name in state.keys() ^ base.keys()]
@@ -176,7 +176,7 @@ def reloaded(spec: RunSpec, run: RunDir) -> float:
     """Relative difference of the held-out loss: measured by the run, and by `model/` read back."""
     spec = spec.model_copy(update={"deepspeed": DeepSpeedSpec(name="none")})
     tokenizer = AutoTokenizer.from_pretrained(run.path / "model")
-    if adapter_config.adapter_of(spec):
+    if spec.method.adapts:
         model = PeftModel.from_pretrained(model_loading.load_model(spec, spec.model.id), str(run.path / "model"))
     else:
         model = AutoModelForCausalLM.from_pretrained(run.path / "model")
@@ -208,7 +208,7 @@ def exported(spec: RunSpec, run: RunDir, step: int, target: Path) -> float:
 def merged(spec: RunSpec, run: RunDir, target: Path) -> float | None:
     """Largest difference of a logit of the merged model as a share of what its rounding to 16 bits explains; None
     without an adapter."""
-    if adapter_config.adapter_of(spec) is None:
+    if not spec.method.adapts:
         return None
     facts = merge(spec, run, target, _silent)
     return float(facts["typical_difference"] / facts["typical_bound"])

@@ -22,15 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def adapter_of(spec: RunSpec) -> Lora | QLora4 | QLora8 | Peft | None:
-    """The method, if it trains an adapter."""
-    return None if isinstance(spec.method, (Full, Freeze)) else spec.method
-
-
 def adapter_config(spec: RunSpec, model: PreTrainedModel) -> PeftConfig | None:
     """PEFT's configuration of the adapter, or None for a method without one."""
-    method = adapter_of(spec)
-    if method is None:
+    method = spec.method
+    if isinstance(method, (Full, Freeze)):
         return None
     return _peft_config(method, spec, model) if isinstance(method, Peft) else _lora_config(method, spec, model)
 
@@ -57,9 +52,9 @@ def _peft_config(method: Peft, spec: RunSpec, model: PreTrainedModel) -> PeftCon
         "task_type": "SEQ_CLS" if spec.objective.scores else "CAUSAL_LM",
     }
     try:
-        made: PeftConfig = kind(
-            **{key: value for key, value in taken.items() if value is not None}, **_arguments(method)
-        )
+        # Every argument of a known type, so that a changed default of PEFT changes no run.
+        own = {k: list(v) if isinstance(v, tuple) else v for k, v in method.adapter.arguments.items()}
+        made: PeftConfig = kind(**{key: value for key, value in taken.items() if value is not None}, **own)
     except (TypeError, ValueError) as error:
         what = f"PEFT's {kind.__name__} does not take this: {' '.join(str(error).split())}"
         keys = ", ".join(f"method.arguments.{key}" for key in method.adapter.defaults)
@@ -80,11 +75,6 @@ def explained_refusals(spec: RunSpec) -> Iterator[None]:
         what = f"PEFT cannot put {method.peft_type} on {spec.model.name}: {' '.join(str(error).split())}"
         known = ", ".join(f"method.arguments.{key}" for key in method.adapter.defaults)
         raise RequestError(Problem(what, "method.arguments", f"change one of {known}")) from error
-
-
-def _arguments(method: Peft) -> dict[str, Any]:
-    """Every argument of a known type, so that a changed default of PEFT changes no run."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in method.adapter.arguments.items()}
 
 
 def _lora_config(method: Lora | QLora4 | QLora8, spec: RunSpec, model: PreTrainedModel) -> LoraConfig:
@@ -133,13 +123,8 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, Any]:
         if isinstance(module, torch.nn.ModuleList) and len(module) == wanted
     ]
     if not lists:
-        raise RequestError(
-            Problem(
-                f"{type(model).__name__} has no list of {wanted} decoder layers",
-                None,
-                "use method=lora, which finds linear layers by type",
-            )
-        )
+        what = f"{type(model).__name__} has no list of {wanted} decoder layers"
+        raise RequestError(Problem(what, None, "use method=lora, which finds linear layers by type"))
     return min(lists, key=lambda item: item[0].count("."))
 
 
@@ -165,13 +150,8 @@ def check_module_names(model: PreTrainedModel, names: str | list[str], key: str)
     known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for name in names:
         if name.rpartition(".")[2] not in known:
-            raise RequestError(
-                Problem(
-                    f"{key}: the model has no module {name}",
-                    None,
-                    f"linear layers: {', '.join(linear_names(model))}",
-                )
-            )
+            remedy = f"linear layers: {', '.join(linear_names(model))}"
+            raise RequestError(Problem(f"{key}: the model has no module {name}", None, remedy))
 
 
 def excluded_modules(model: PreTrainedModel, asked: str | list[str]) -> list[str]:
@@ -180,14 +160,11 @@ def excluded_modules(model: PreTrainedModel, asked: str | list[str]) -> list[str
     Routers of a mixture that give more than one tensor (Phimoe, Llama 4), and what a Mamba kernel reads itself.
     """
     kinds = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    found = [
-        name for name, module in kinds.items() if "Router" in type(module).__name__ or _read_by_kernel(model, name)
-    ]
+    found = [n for n, module in kinds.items() if "Router" in type(module).__name__ or _read_by_kernel(model, n)]
     named = [] if isinstance(asked, str) else [n for n in asked if any(f".{f}".endswith(f".{n}") for f in found)]
     if named:
-        what = (
-            f"{named[0]} of {model.config.model_type} cannot have an adapter: the model computes with its weight itself"
-        )
+        name = f"{named[0]} of {model.config.model_type}"
+        what = f"{name} cannot have an adapter: the model computes with its weight itself"
         raise RequestError(Problem(what, "method.target_modules", f"leave {named[0]} out"))
     return found
 
@@ -229,9 +206,8 @@ def moe_compatible(model: PreTrainedModel) -> Iterator[None]:
     different lengths nor be saved as it was published.
     """
     facts = model.config.get_text_config()
-    if not hasattr(facts, "num_experts") and (
-        name := next((one for one in EXPERT_COUNT_KEYS if hasattr(facts, one)), None)
-    ):
+    name = next((one for one in EXPERT_COUNT_KEYS if hasattr(facts, one)), None)
+    if name and not hasattr(facts, "num_experts"):
         type(facts).attribute_map = {**type(facts).attribute_map, "num_experts": name}
     if model.base_model is model and hasattr(model, "model"):
         model.base_model_prefix = "model"

@@ -6,11 +6,11 @@ Arguments, JSON output and errors of these verbs. Exit codes as in runner/errors
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from runner.errors import InterruptedRun, Problem, RunFailedError, RunnerError
 from runner.report import terminal
 from runner.report.text import dump, print_problems, problems_as_json
 from runner.rundir.directory import RunDir
-from runner.spec import RunSpec
 from runner.train.__main__ import quiet_libraries
 
 Say = Callable[[str], None]
@@ -38,7 +37,7 @@ def main() -> int:
     try:
         console.print("Loading torch and transformers …")
         quiet_libraries(run.path / "logs" / "rank0.log")
-        facts = _work(options, run, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+        facts = _work(options, run, partial(console.print, highlight=False, markup=False, soft_wrap=True))
     except Exception as error:
         problem = error if isinstance(error, RunnerError) else _unexpected(options.verb, run, error)
     except KeyboardInterrupt:
@@ -55,7 +54,7 @@ def main() -> int:
 
 def _work(options: argparse.Namespace, run: RunDir, say: Say) -> Mapping[str, Any]:
     """Run the verb. torch is imported here, after the first line is on screen and standard output is redirected."""
-    spec = RunSpec.model_validate(json.loads(options.spec.read_text("utf-8")))
+    spec = run.spec
     if options.verb == "merge":
         from runner.train.merge.adapter import merge
 

@@ -59,7 +59,7 @@ def export(spec: RunSpec, run: RunDir, step: int, target: Path, say: Callable[[s
     tokenizer = AutoTokenizer.from_pretrained(checkpoint) if kept else model_loading.load_tokenizer(spec, source)
     say(f"Reading checkpoint {step} …")
     with whole(target) as folder:
-        if adapter_config.adapter_of(spec):
+        if spec.method.adapts:
             config, state = _gathered_adapter(spec, source, checkpoint) if sharded else _plain_adapter(spec, checkpoint)
             if model_saving.starts_from_base(spec):
                 state = _over_whole_base(config, state, run.path / "initial_adapter")
@@ -75,7 +75,7 @@ def export(spec: RunSpec, run: RunDir, step: int, target: Path, say: Callable[[s
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_card(spec, run, folder, step)
-    kind: Literal["adapter", "model"] = "adapter" if adapter_config.adapter_of(spec) else "model"
+    kind: Literal["adapter", "model"] = "adapter" if spec.method.adapts else "model"
     say(f"Written {target} ({kind}, step {step})")
     return {"folder": str(target), "kind": kind, "step": step, "sharded": sharded}
 

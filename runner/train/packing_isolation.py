@@ -49,9 +49,8 @@ def check_isolation(spec: RunSpec, trainer: RecordingTrainerMixin, tokenizer: Pr
     model.train(training)
     if trainer.ranks.any(what is not None):
         name, kernel = model.config.architectures or [type(model).__name__], model.config._attn_implementation
-        what = (
-            f"{name[0]} with attention {kernel} cannot be trained on packed documents: {what or 'on another process'}"
-        )
+        which = f"{name[0]} with attention {kernel}"
+        what = f"{which} cannot be trained on packed documents: {what or 'on another process'}"
         raise RequestError(Problem(what, "train.packing", "write train.packing=false"))
 
 
@@ -63,9 +62,7 @@ def find_leak(model: PreTrainedModel, collate: Collate, special: list[int]) -> s
         first, other, second = (_document(known, 3 * draw + i) for i in range(3))
         alone = _logits(model, {"input_ids": torch.tensor([second])})  # what raises here raises without packing, too
         try:
-            found = _difference(
-                lambda *documents: _logits(model, _batch(collate, documents)), first, other, second, alone
-            )
+            found = _difference(lambda *given: _logits(model, _batch(collate, given)), first, other, second, alone)
         except Exception as error:
             if out_of_memory(error):
                 raise

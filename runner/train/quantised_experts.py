@@ -34,7 +34,6 @@ IMPLEMENTATION = "quantised"
 NAMES = ("gate_up_proj", "up_proj", "down_proj")
 INT8 = 127
 ALIGNED = 8  # ranks: grouped_mm wants rows of a multiple of 16 bytes
-Factors = tuple[torch.Tensor, torch.Tensor, float]
 
 
 @contextmanager

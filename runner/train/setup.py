@@ -1,21 +1,35 @@
-"""Setup of a run: rows tokenised, model loaded, trainer built; everything before the first step."""
+"""Setup of a run: rows tokenised, model loaded, trainer built, environment noted; everything before the first step."""
 
 from __future__ import annotations
 
+import platform
+import subprocess
 from dataclasses import dataclass
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import set_seed
 
+from runner import __version__
 from runner.data.row_checks import nothing_held_out
-from runner.errors import RequestError
+from runner.errors import Problem, RequestError
+from runner.machine import kernels
+from runner.paths import ASSETS
 from runner.report.progress import Progress
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.rundir.json_files import State, StatusFacts
 from runner.spec import RunSpec
-from runner.train import deepspeed_config, model_loading, model_saving, preload, stop_tokens, trainable_weights
+from runner.train import (
+    deepspeed_config,
+    model_loading,
+    model_saving,
+    preload,
+    stop_tokens,
+    trainable_weights,
+    varlen_attention,
+)
 from runner.train.checkpointing import CheckpointPush, CheckpointSealer
 from runner.train.distributed import Ranks
 from runner.train.evaluation.before_after import BeforeAfter
@@ -23,8 +37,7 @@ from runner.train.heartbeat import Heartbeat
 from runner.train.memory_stats import Peaks
 from runner.train.objectives import objective_of
 from runner.train.objectives.objective import Examples, Objective
-from runner.train.run_environment import check_fingerprints, environment, fingerprints
-from runner.train.tokens.token_cache import Tokenised, describe_rows
+from runner.train.tokens.token_cache import Tokenised, describe_rows, tokenizer_fingerprint
 from runner.train.trackers import Tracker, tracker_of
 from runner.train.trainers.callbacks import MetricsWriter, StopOnSignal
 from runner.train.trainers.guarded_trainer import LossGuardMixin
@@ -33,6 +46,11 @@ from runner.train.trainers.loss_guard import LossGuard
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from typing_extensions import Unpack
+
+PACKAGES = (
+    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed", "tokenizers",
+)  # fmt: skip
+FINGERPRINTS = {"data_fingerprint": "the rows", "tokenizer_fingerprint": "the tokenizer or its chat template"}
 
 
 @dataclass(frozen=True)
@@ -121,8 +139,8 @@ def set_up(spec: RunSpec, process: Process) -> Setup:
     if ranks.main:
         model_saving.keep_initial_adapter(spec, trainer.model, run)
     _say_what_trains(spec, trainer.model, progress)
-    facts = environment(spec, trainer.model, data.source, data.fingerprints)
     if ranks.main:
+        facts = _environment(spec, trainer.model, data.source, data.fingerprints)
         run.write("environment.json", {**facts, "processes": ranks.world})
     return Setup(spec, data, start, steps, trainer, metrics, before_after, tracker, sealer, push, peaks)
 
@@ -160,10 +178,23 @@ def _load_data(objective: Objective[Any], process: Process, start: int) -> Data:
     progress.note(describe_rows(train, len(examples.held or ())))
     if spec.eval.every_steps and (held is None or not len(held.rows)):
         raise RequestError(nothing_held_out(spec))
-    found = fingerprints(tokenizer, examples.fingerprint)
+    found = {
+        "data_fingerprint": examples.fingerprint,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+    }
     if process.ranks.main:
-        check_fingerprints(spec, process.run, found, start)
+        _check_fingerprints(spec, process.run, found, start)
     return Data(examples, source, tokenizer, train, held, found)
+
+
+def _check_fingerprints(spec: RunSpec, run: RunDir, found: dict[str, str], step: int) -> None:
+    """RequestError where the checkpoint was trained on other rows, or with another tokenizer."""
+    known = checkpoints.facts(checkpoints.folder(run, step))
+    changed = [what for key, what in FINGERPRINTS.items() if key in known and known[key] != found[key]]
+    if step and changed and spec.run.on_changed_inputs == "stop":
+        remedy = "restore them, or write run.on_changed_inputs=continue to use the new content"
+        what = f"{' and '.join(changed)} are not those of the first {step} steps"
+        raise RequestError(Problem(what, "resume", remedy))
 
 
 def _load_model(spec: RunSpec, data: Data, process: Process) -> PreTrainedModel:
@@ -188,3 +219,43 @@ def _say_what_trains(spec: RunSpec, model: PreTrainedModel, progress: Progress) 
     progress.note("        " + ", ".join(shown))
     if line := trainable_weights.wrong_formula(spec, model):
         progress.note(line)
+
+
+def _environment(spec: RunSpec, model: PreTrainedModel, source: str, found: dict[str, str]) -> dict[str, Any]:
+    """Facts for `environment.json`; `found` are the fingerprints."""
+    return {
+        "runner": __version__,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "num_threads": torch.get_num_threads(),
+        "model_source": source,
+        "model_commit": getattr(model.config, "_commit_hash", None),
+        "attention": model.config._attn_implementation,
+        "attention_kernel": varlen_attention.kernel(model, spec.train.precision),
+        "liger": kernels.liger(spec),
+        **found,
+        "seed": spec.train.seed,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*words: str) -> str | None:
+    """Output of git in the project's own checkout; None without one."""
+    if not (ASSETS / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", *words], cwd=ASSETS, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

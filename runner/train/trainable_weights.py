@@ -12,7 +12,7 @@ from runner.errors import Problem, RequestError
 from runner.plan.model_shape import shape_of
 from runner.plan.trainable import training_of
 from runner.spec import Freeze, Full, Method, Peft, RunSpec
-from runner.train.adapter_config import adapter_of, decoder_layers, selected_layers
+from runner.train.adapter_config import decoder_layers, selected_layers
 from runner.train.model_loading import DTYPES
 
 if TYPE_CHECKING:
@@ -52,13 +52,8 @@ def _freeze_modules(method: Freeze, model: PreTrainedModel) -> list[Any]:
         matches = [m for name, m in outside.items() if name == wanted or name.rpartition(".")[2] == wanted]
         if not matches:
             leaves = sorted({n.rpartition(".")[2] for n, m in outside.items() if any(True for _ in m.parameters())})
-            raise RequestError(
-                Problem(
-                    f"method.extra_modules: the model has no {wanted} outside its layers",
-                    None,
-                    f"it has {', '.join(leaves)}",
-                )
-            )
+            what = f"method.extra_modules: the model has no {wanted} outside its layers"
+            raise RequestError(Problem(what, None, f"it has {', '.join(leaves)}"))
         found += matches
     return found
 
@@ -122,7 +117,7 @@ def set_training_dtype(spec: RunSpec, model: PreTrainedModel) -> None:
     sharded = spec.train.precision == "fp16" and spec.deepspeed.name != "none"
     dtype = torch.float16 if sharded else torch.float32
     for parameter in model.parameters():
-        if parameter.requires_grad and (adapter_of(spec) or sharded) and parameter.dtype != dtype:
+        if parameter.requires_grad and (spec.method.adapts or sharded) and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
 
 
@@ -132,17 +127,15 @@ def saved_dtype(spec: RunSpec, name: str) -> torch.dtype:
     peft makes fp32 of what an adapter adds, and leaves whole modules (`modules_to_save`, a new head) as it finds the
     base: the norm behind an embedding may know 16 bits alone.
     """
-    added = adapter_of(spec) and any(kind in name for kind in (_prefix(spec.method), "trainable_tokens"))
+    added = spec.method.adapts and any(kind in name for kind in (_prefix(spec.method), "trainable_tokens"))
     return torch.float32 if added else DTYPES[spec.train.precision]
 
 
 def _prefix(method: Method) -> str:
     """Prefix of an adapter's own weights: `lora_`, `oft_`, `vera_`."""
     own = method.peft_type if isinstance(method, Peft) else "LORA"
-    return (
-        next(prefix for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if kind.value == own).partition("_")[0]
-        + "_"
-    )
+    prefix: str = next(prefix for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if kind.value == own)
+    return prefix.partition("_")[0] + "_"
 
 
 def cast_to_saved_dtype(spec: RunSpec, model: PreTrainedModel) -> None:
@@ -152,5 +145,5 @@ def cast_to_saved_dtype(spec: RunSpec, model: PreTrainedModel) -> None:
     Parameters only: a buffer such as the rotary frequencies must stay fp32, as it is after loading.
     """
     for name, parameter in model.named_parameters():
-        if adapter_of(spec) is None or parameter.requires_grad:
+        if not spec.method.adapts or parameter.requires_grad:
             parameter.data = parameter.data.to(saved_dtype(spec, name))

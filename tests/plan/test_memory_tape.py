@@ -29,7 +29,7 @@ from runner.plan.memory import Job, setting_of
 from runner.plan.model_shape import Matrix, shape_of
 from runner.plan.trainable import training_of
 from runner.spec import ModelSpec, RunSpec
-from runner.train import adapter_config, varlen_attention
+from runner.train import adapter_config, varlen_attention, varlen_kernels
 from runner.train.activation_checkpointing import checkpoint_every
 from runner.train.model_loading import load_model
 from tests.conftest import spec_of
@@ -246,7 +246,7 @@ def test_scores_that_are_capped_are_counted_by_document(
     monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: torch.softmax(x.float(), dim))  # CUDA's autocast
     spec = run_of("lora", f"train.gradient_checkpointing={str(checkpointing).lower()}", family="gemma2")
     b, s = int(spec.train.micro_batch_size), spec.train.max_length
-    documents = varlen_attention.Documents((s,) * b, (False,) * b, None, None)
+    documents = varlen_kernels.Documents((s,) * b, (False,) * b, None, None)
     mapping = {varlen_attention.NAME: lambda *_, **__: documents}
     monkeypatch.setattr(ALL_MASK_ATTENTION_FUNCTIONS, "_local_mapping", mapping)
     plan = planned(spec, packed=packed, attention="scores", head="labelled")
@@ -262,7 +262,7 @@ def test_blocks_of_a_cpus_documents_are_counted(method: str, packed: bool, monke
         spec = run_of(method, f"train.gradient_checkpointing={str(checkpointing).lower()}")
         b, s = int(spec.train.micro_batch_size), spec.train.max_length
         rows = (b * s,) if packed else (s,) * b
-        documents = varlen_attention.Documents(rows, (False,) * len(rows), None, None)
+        documents = varlen_kernels.Documents(rows, (False,) * len(rows), None, None)
         mapping = {varlen_attention.NAME: lambda *_, documents=documents, **__: documents}
         monkeypatch.setattr(ALL_MASK_ATTENTION_FUNCTIONS, "_local_mapping", mapping)
         plan = planned(spec, packed=packed, attention="blockwise", head="labelled")
@@ -270,7 +270,7 @@ def test_blocks_of_a_cpus_documents_are_counted(method: str, packed: bool, monke
 
 
 def test_the_plan_and_the_worker_have_blocks_of_one_size() -> None:
-    assert BLOCKWISE_QUERIES == varlen_attention.BLOCK
+    assert BLOCKWISE_QUERIES == varlen_kernels.BLOCK
 
 
 # --- quantised weights: real tensors on the CPU ----------------------------------------------------

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 
 from runner.errors import RequestError
 from runner.train import adapter_config, model_loading, trainable_weights
-from runner.train.merge.fold import fold
+from runner.train.merge.adapter import fold
 from tests.conftest import spec_of
 
 WORDS = ("data.add_tokens=['<call>','</call>']",)

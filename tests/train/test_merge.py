@@ -19,7 +19,7 @@ from runner.rundir.directory import RunDir
 from runner.runs import worker_tasks
 from runner.spec import RunSpec
 from runner.train.merge import adapter as merging
-from runner.train.merge import fold, proof
+from runner.train.merge import proof
 from tests.conftest import ROOT, run_cli
 from tests.support import tiny_llama
 from tests.support.front import here, laptop, runner, spec_of, write
@@ -62,9 +62,9 @@ def test_an_update_smaller_than_a_step_is_kept_on_average(dtype: torch.dtype) ->
     update = 0.1 * steps(weight, dtype)
     assert torch.equal((weight + update).to(dtype).float(), weight)  # rounded to nearest all of it is lost
     generator = torch.Generator().manual_seed(0)
-    assert torch.equal(fold.round_stochastically(weight, dtype, generator).float(), weight)  # what is exact stays
+    assert torch.equal(merging.round_stochastically(weight, dtype, generator).float(), weight)  # what is exact stays
     signs = [1] * 50 + [-1] * 50
-    draws = [fold.round_stochastically(weight + sign * update, dtype, generator).float() for sign in signs]
+    draws = [merging.round_stochastically(weight + sign * update, dtype, generator).float() for sign in signs]
     moved = torch.stack([(draw - weight) / steps(weight, dtype) for draw in draws])
     assert moved[:50].mean() == pytest.approx(0.1, abs=0.005) and moved[50:].mean() == pytest.approx(-0.1, abs=0.005)
     assert set(moved.unique().tolist()) <= {-1.0, -0.5, 0.0, 1.0}  # neighbours only; below 2^n the step is half
@@ -76,7 +76,7 @@ def test_the_yardstick_moves_weights_as_rounding_does(dtype: torch.dtype) -> Non
     assert torch.equal(proof.rounded_again({"w"}, dtype, 0)("other", weight), weight)
     drawn = (proof.rounded_again({"w"}, dtype, 0)("w", weight) - weight) / steps(weight, dtype)
     within = weight + torch.rand(len(weight)) * steps(weight, dtype)  # anywhere between two neighbours
-    rounded = (fold.round_stochastically(within, dtype, torch.Generator()).float() - within) / steps(weight, dtype)
+    rounded = (merging.round_stochastically(within, dtype, torch.Generator()).float() - within) / steps(weight, dtype)
     assert torch.equal(drawn[:8], torch.zeros(8))
     for moved in (drawn[weight != 0], rounded[weight != 0]):
         assert moved.abs().max() <= 1 and moved.pow(2).mean() == pytest.approx(1 / 6, rel=0.06)
@@ -165,13 +165,13 @@ def test_rounding_is_measured_again_before_a_merge_is_refused(
 ) -> None:
     """Where rounding sends one token of many to another expert, four draws may show nothing of it."""
     _, run = train(*tiny_llama.words(tmp_path), *ALL, "method=lora", "train.max_steps=2")
-    kept, seeds = merging._rounded_once_more, []
+    kept, seeds = proof._rounded_once_more, []
 
     def drawn(*some: Any) -> proof.Agreement:
         seeds.append(some[-1])
         return kept(*some) if some[-1] >= least else proof.Agreement(0.0, 0.0, 1.0, 1)
 
-    monkeypatch.setattr(merging, "_rounded_once_more", drawn)
+    monkeypatch.setattr(proof, "_rounded_once_more", drawn)
     for least, expected in ((0, 4), (6, 7)):
         seeds.clear()
         merge(run, tmp_path / f"merged{least}")
@@ -179,7 +179,7 @@ def test_rounding_is_measured_again_before_a_merge_is_refused(
     least = 99
     with pytest.raises(RunFailedError, match="not base \\+ adapter"):
         merge(run, tmp_path / "merged")
-    assert len(seeds) == 7 + merging.MOST_DRAWS
+    assert len(seeds) == 7 + proof.MOST_DRAWS
 
 
 def test_the_command_merges_once_and_says_what_it_found(train: Callable[..., Any], tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from transformers.masking_utils import (
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from runner.train import model_loading, varlen_attention
-from runner.train.varlen_attention import Documents
+from runner.train import model_loading, varlen_attention, varlen_kernels
+from runner.train.varlen_kernels import Documents
 from tests.conftest import spec_of
 
 SIZES = {
@@ -149,7 +149,7 @@ def test_deepspeeds_hooks_hand_documents_on() -> None:
 def test_documents_of_several_blocks_give_what_a_mask_gives(s: int, window: int | None) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, s, d, requires_grad=True) for heads, d in ((4, 16), (2, 16), (2, 8)))
-    ours = varlen_attention.Blockwise.apply(q, k, v, 0.25, window, (s,), False)
+    ours = varlen_kernels.Blockwise.apply(q, k, v, 0.25, window, (s,), False)
     place = torch.arange(s)
     distance = place[:, None] - place[None]
     mask = (distance >= 0) & (distance < (window or s))
@@ -187,7 +187,7 @@ def test_blocks_in_bf16_are_as_exact_as_eager_attention(s: int, size: float) -> 
             torch.bfloat16,
         )
         ours = both(
-            lambda q, k, v: varlen_attention.Blockwise.apply(q, k, v, 0.125, None, (s,), s <= varlen_attention.BLOCK),
+            lambda q, k, v: varlen_kernels.Blockwise.apply(q, k, v, 0.125, None, (s,), s <= varlen_kernels.BLOCK),
             torch.bfloat16,
         )
         errors.append([[float((x - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True)]
@@ -259,8 +259,8 @@ def test_models_that_do_not_hand_on_their_mask_keep_what_transformers_takes() ->
 
 def test_short_rows_compute_their_scores_once_and_join_short_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of 256 tokens took longer than with eager attention: scores twice, and calls for every document."""
-    computed = mock.Mock(wraps=varlen_attention._shares)
-    monkeypatch.setattr(varlen_attention, "_shares", computed)
+    computed = mock.Mock(wraps=varlen_kernels._shares)
+    monkeypatch.setattr(varlen_kernels, "_shares", computed)
     for lengths, blocks in (([70, 50, 60, 30], 2), ([20] * 3 + [90, 10], 2), ([250], 1), ([200, 100], 2 * 2)):
         computed.reset_mock()
         s = sum(lengths)
@@ -292,8 +292,8 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"shapes": [tuple(x.shape) for x in (q, k, v)], "dtype": q.dtype, "lengths": lengths} | options)
         return torch.zeros_like(q)
 
-    monkeypatch.setattr(varlen_attention, "varlen_attn", kernel)
-    monkeypatch.setattr(varlen_attention, "on_gpu", lambda device: True)
+    monkeypatch.setattr(varlen_kernels, "varlen_attn", kernel)
+    monkeypatch.setattr(varlen_kernels, "on_gpu", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     return calls
 

@@ -139,7 +139,7 @@ def _fused(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
 
 
 def _blockwise(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
-    """`Blockwise` of train/varlen_attention.py: scores of a block at a time; the softmax of a row that is one block is
+    """`Blockwise` of train/varlen_kernels.py: scores of a block at a time; the softmax of a row that is one block is
     kept, that of longer ones computed again in the backward pass."""
     t, shape, w = k.t, k.shape, k.set.width
     if k.set.autocast:

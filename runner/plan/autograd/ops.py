@@ -37,7 +37,7 @@ rows of up to `BLOCKWISE_QUERIES` the softmax of the scores. `per_document`:
 `varlen` on a GPU without a flash kernel: SDPA without a mask, and keys for every head. `scores`: `varlen` where scores
 are capped, which holds those of each document, counted like `eager`'s. `sdpa`: one with a mask. `eager`: all scores."""
 BLOCKWISE_QUERIES = 256
-"""Queries whose scores `blockwise` holds at once: `BLOCK` in train/varlen_attention.py."""
+"""Queries whose scores `blockwise` holds at once: `BLOCK` in train/varlen_kernels.py."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 import torch
 from torch.nn import functional
 
+from runner.data.loss_mask import IGNORED
 from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
 from runner.spec import RunSpec
@@ -23,8 +24,6 @@ from runner.train.trainers.trainer_settings import autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-IGNORED = -100  # torch's cross_entropy leaves these labels out
 
 
 class HeldOut(TypedDict):
@@ -110,9 +109,8 @@ def benchmarks(
     if unknown:
         remedy = "lm-eval ls tasks lists all; --tasks-dir names a folder with your own"
         raise RequestError(Problem(f"lm-eval has no task {unknown[0]}", "--tasks", remedy))
-    shown = HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=spec.eval.batch_size, max_length=spec.train.max_length
-    )
+    sizes = {"batch_size": spec.eval.batch_size, "max_length": spec.train.max_length}
+    shown = HFLM(pretrained=model, tokenizer=tokenizer, **sizes)
     with autocast(spec):
         found = simple_evaluate(shown, tasks=tasks, task_manager=manager, limit=options.limit, bootstrap_iters=1000)
     assert found is not None

@@ -89,15 +89,11 @@ def generate(
     model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt").to(
-            model.device
-        )
+        ids = {"input_ids": [prompts[i] for i in chosen]}
+        batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
         # What ZeRO-3 gathers in inference mode could not be trained with afterwards.
-        with (
-            torch.no_grad() if sharded else torch.inference_mode(),
-            autocast,
-            greedy_generation_config(model, tokenizer),
-        ):
+        no_gradients = torch.no_grad() if sharded else torch.inference_mode()
+        with no_gradients, autocast, greedy_generation_config(model, tokenizer):
             output = model.generate(
                 **batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, synced_gpus=sharded
             )

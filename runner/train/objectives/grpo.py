@@ -11,9 +11,8 @@ from datasets import Features, Json
 from trl import GRPOConfig, GRPOTrainer
 
 from runner import spec as schema
-from runner.data import load
 from runner.data.chat_tokenizer import ChatTokenizer
-from runner.data.examples import Example, PromptExample, Turn
+from runner.data.examples import Example, PromptExample, Turn, columns
 from runner.data.tokenize_rows import TOOLS, PreferenceSettings
 from runner.errors import Problem, RequestError
 from runner.train.evaluation.generation import greedy_generation_config
@@ -26,12 +25,11 @@ from runner.train.trainers.guarded_trainer import LossGuardMixin
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from runner.data.examples import Learnable
     from runner.train.objectives.objective import TrainerParts
-    from runner.train.trainers.recording_trainer import Batch, Loss
+    from runner.train.trainers.recording_trainer import Batch, Loss, NumItems
     from runner.train.trainers.trainer_settings import SharedSettings
 
 
@@ -80,11 +78,7 @@ class GrpoTrainer(LossGuardMixin, GRPOTrainer):  # type: ignore[misc]  # trl has
         return 0, 0
 
     def compute_loss(
-        self,
-        model: PreTrainedModel,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: PreTrainedModel, inputs: Batch, return_outputs: bool = False, num_items_in_batch: NumItems = None
     ) -> Loss:
         """With answers now: prompts [b, p] and completions [b, c] with their masks."""
         if model.training:
@@ -121,18 +115,17 @@ class Grpo(PreferenceObjective[schema.Grpo]):
     def judge(self, examples: Examples) -> Rewards:
         """The reward functions over the first `eval.num_prompts` held-out rows."""
         objective = self.objective_spec
-        functions, weights = (
-            reward_functions.functions(objective),
-            objective.reward_weights or [1.0] * len(objective.rewards),
-        )
+        functions = reward_functions.functions(objective)
+        weights = objective.reward_weights or [1.0] * len(functions)
         prompts = [row for row in examples.held or () if isinstance(row, PromptExample)][: self.spec.eval.num_prompts]
 
         def rewards_of(answers: list[str]) -> dict[str, float]:
-            table = load.columns(prompts)
+            rest = columns(prompts)
+            asked = rest.pop("prompt")
             said = [[{"role": "assistant", "content": answer}] for answer in answers]
             found = {}
             for function in functions:
-                values = function(prompts=table["prompt"], completions=said, completion_ids=None, **_rest(table))
+                values = function(prompts=asked, completions=said, completion_ids=None, **rest)
                 found[f"reward_{function.__name__}"] = sum(values) / len(values)
             return {"reward": sum(w * v for w, v in zip(weights, found.values(), strict=True)), **found}
 
@@ -183,10 +176,6 @@ class Grpo(PreferenceObjective[schema.Grpo]):
         made: GrpoTrainer = self.trainer_class(model=model, peft_config=adapter, **common)
         cast_reference(made, DTYPES[str(self.spec.train.precision)])
         return made
-
-
-def _rest(table: dict[str, Any]) -> dict[str, Any]:
-    return {name: column for name, column in table.items() if name != "prompt"}
 
 
 def _answer(row: PromptExample) -> list[Turn]:

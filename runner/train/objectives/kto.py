@@ -62,13 +62,10 @@ class KtoTrainer(TokenisedPairsMixin, KTOTrainer):  # type: ignore[misc]  # trl 
         found["kl"] = max(0.0, found["kl"])
         losses = []
         for row in rows:
-            wanted = "rewards/chosen" in row
-            gain = (
-                row["rewards/chosen"] - self.beta * found["kl"]
-                if wanted
-                else self.beta * found["kl"] - row["rewards/rejected"]
-            )
-            weight = self.desirable_weight if wanted else self.undesirable_weight
+            if "rewards/chosen" in row:
+                gain, weight = row["rewards/chosen"] - self.beta * found["kl"], self.desirable_weight
+            else:
+                gain, weight = self.beta * found["kl"] - row["rewards/rejected"], self.undesirable_weight
             losses.append(weight * (1 - 1 / (1 + math.exp(-gain))))
         found["loss"] = sum(losses) / len(losses)
         if "rewards/chosen" in found and "rewards/rejected" in found:

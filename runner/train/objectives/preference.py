@@ -42,17 +42,12 @@ class PreferenceObjective(Objective[Own]):
     (`prepare_model_for_kbit_training`), so they get a model with its adapter."""
 
     def tokenise(
-        self,
-        rows: Sequence[Learnable],
-        tokenizer: PreTrainedTokenizerBase,
-        on_progress: OnProgress | None = None,
-        *,
-        held: bool = False,
-    ) -> Tokenised:
+        self, rows: Sequence[Learnable], tokenizer: PreTrainedTokenizerBase, on_progress: OnProgress | None = None,
+        *, held: bool = False,
+    ) -> Tokenised:  # fmt: skip
         """As `Objective.tokenise`, in `columns`."""
-        return preference_dataset.tokenise(
-            rows, tokenizer, self.spec, self.row_settings(), self.features(rows), on_progress
-        )
+        settings, features = self.row_settings(), self.features(rows)
+        return preference_dataset.tokenise(rows, tokenizer, self.spec, settings, features, on_progress)
 
     def row_settings(self) -> PreferenceSettings:
         """Limit of tokens in a row, and which end is cut."""

@@ -64,17 +64,12 @@ class Pretrain(NextToken[schema.Pretrain]):
         return super().reading(path).model_copy(update={"objective": objective})
 
     def tokenise(
-        self,
-        rows: Shards | Sequence[Learnable],
-        tokenizer: PreTrainedTokenizerBase,
-        on_progress: OnProgress | None = None,
-        *,
-        held: bool = False,
-    ) -> Tokenised:
+        self, rows: Shards | Sequence[Learnable], tokenizer: PreTrainedTokenizerBase,
+        on_progress: OnProgress | None = None, *, held: bool = False,
+    ) -> Tokenised:  # fmt: skip
         """Sequences of equal length."""
-        return text_dataset.tokenise(
-            cast("Shards | Sequence[Example]", rows), tokenizer, self.spec, on_progress, held=held
-        )
+        documents = cast("Shards | Sequence[Example]", rows)
+        return text_dataset.tokenise(documents, tokenizer, self.spec, on_progress, held=held)
 
 
 def _tokenizer(spec: RunSpec, objective: schema.Pretrain, place: Workspace | None) -> str:
@@ -113,9 +108,8 @@ def _work(
     if (place.tokenizer / "tokenizer.json").is_file():
         if objective.shards == "auto":
             check_trained(place, sharder.settings_of(objective, spec.data, spec.train.seed))
-        say(
-            f"Tokens  {tokenizer.vocabulary_size(place.tokenizer):,} in the tokenizer that is there ({place.tokenizer})"
-        )
+        size = tokenizer.vocabulary_size(place.tokenizer)
+        say(f"Tokens  {size:,} in the tokenizer that is there ({place.tokenizer})")
         return
     beat()
     facts = tokenizer.train_tokenizer(place.train, place.tokenizer, int(spec.model.vocab_size or 0))

@@ -21,12 +21,11 @@ from runner.train.trainers.recording_trainer import RecordingTrainerMixin
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from runner.data.examples import Learnable
     from runner.train.objectives.objective import TrainerParts
-    from runner.train.trainers.recording_trainer import Batch, Loss
+    from runner.train.trainers.recording_trainer import Batch, Loss, NumItems
     from runner.train.trainers.trainer_settings import SharedSettings
 
 
@@ -42,11 +41,7 @@ class UnguardedSftTrainer(RecordingTrainerMixin, SFTTrainer):  # type: ignore[mi
         return inputs["input_ids"].numel(), int(mask.sum())
 
     def compute_loss(
-        self,
-        model: PreTrainedModel,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: PreTrainedModel, inputs: Batch, return_outputs: bool = False, num_items_in_batch: NumItems = None
     ) -> Loss:
         """Mean cross-entropy over the labelled tokens; `inputs["labels"]` is [b, s].
 
@@ -122,12 +117,8 @@ class Sft(NextToken[schema.Sft]):
         return [row for row in held if isinstance(row, Example) and row.completion]
 
     def tokenise(
-        self,
-        rows: Sequence[Learnable],
-        tokenizer: PreTrainedTokenizerBase,
-        on_progress: OnProgress | None = None,
-        *,
-        held: bool = False,
-    ) -> Tokenised:
+        self, rows: Sequence[Learnable], tokenizer: PreTrainedTokenizerBase, on_progress: OnProgress | None = None,
+        *, held: bool = False,
+    ) -> Tokenised:  # fmt: skip
         """`input_ids` [s] and `labels` [s]."""
         return token_dataset.tokenise(cast("Sequence[Example]", rows), tokenizer, self.spec, on_progress)

@@ -28,13 +28,9 @@ if TYPE_CHECKING:
 
 
 def tokenise(
-    rows: Sequence[Learnable],
-    tokenizer: PreTrainedTokenizerBase,
-    spec: RunSpec,
-    settings: PreferenceSettings,
-    features: Features,
-    on_progress: OnProgress | None = None,
-) -> Tokenised:
+    rows: Sequence[Learnable], tokenizer: PreTrainedTokenizerBase, spec: RunSpec, settings: PreferenceSettings,
+    features: Features, on_progress: OnProgress | None = None,
+) -> Tokenised:  # fmt: skip
     """Rows of the objective's kind, tokenised in the columns of `features`, or from the cache.
 
     RequestError with every row that the template refuses (unless `data.on_error=skip`), or where none is short enough.
@@ -44,22 +40,16 @@ def tokenise(
 
 
 def _write(
-    rows: Sequence[Learnable],
-    tokenizer: PreTrainedTokenizerBase,
-    spec: RunSpec,
-    settings: PreferenceSettings,
-    features: Features,
-    folder: Path,
-    on_progress: OnProgress | None,
-) -> dict[str, Any]:
+    rows: Sequence[Learnable], tokenizer: PreTrainedTokenizerBase, spec: RunSpec, settings: PreferenceSettings,
+    features: Features, folder: Path, on_progress: OnProgress | None,
+) -> dict[str, Any]:  # fmt: skip
     """Rows of the entry into `folder`; its facts."""
     counts = dict.fromkeys(("truncated", "dropped", "tokens", "prompt_differs", "conversations"), 0)
     done = kept = refused = 0
     problems: list[Problem] = []
     with ArrowWriter(path=str(folder / ROWS), features=features) as writer:
-        for chunk in in_chunks(
-            partial(encode_preferences, settings=settings), ChatTokenizer.of(tokenizer), rows, spec.data.num_proc
-        ):
+        encode = partial(encode_preferences, settings=settings)
+        for chunk in in_chunks(encode, ChatTokenizer.of(tokenizer), rows, spec.data.num_proc):
             for row in chunk.rows:
                 writer.write({name: _stored(row.get(name), features[name]) for name in writer.schema.names})
             counts = {name: count + getattr(chunk, name) for name, count in counts.items()}
@@ -78,10 +68,7 @@ def _write(
     return {
         "num_examples": len(rows),
         **{f"num_{name}": count for name, count in counts.items()},
-        "num_split": 0,
-        "num_unlearned": 0,
         "num_refused": refused,
-        "packing_efficiency": None,
     }
 
 

@@ -50,13 +50,9 @@ class Shards:
 
 
 def tokenise(
-    documents: Shards | Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    spec: RunSpec,
-    on_progress: OnProgress | None = None,
-    *,
-    held: bool = False,
-) -> Tokenised:
+    documents: Shards | Sequence[Example], tokenizer: PreTrainedTokenizerBase, spec: RunSpec,
+    on_progress: OnProgress | None = None, *, held: bool = False,
+) -> Tokenised:  # fmt: skip
     """The rows of a run, or those in the cache; RequestError where there is no token to learn.
 
     `held`: rows that are measured. What is learned of a document must not depend on packing then: one that does not fit
@@ -68,21 +64,16 @@ def tokenise(
 
 
 def _write(
-    documents: Shards | Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    spec: RunSpec,
-    folder: Path,
-    on_progress: OnProgress | None,
-    held: bool,
-) -> dict[str, Any]:
+    documents: Shards | Sequence[Example], tokenizer: PreTrainedTokenizerBase, spec: RunSpec, folder: Path,
+    on_progress: OnProgress | None, held: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Rows of the entry into `folder`; its facts."""
     limit, packing = spec.train.max_length, spec.train.packing
     texts: Iterable[str] = documents if isinstance(documents, Shards) else map(_text, documents)
     rows = tokens = 0
     with ArrowWriter(path=str(folder / ROWS)) as writer:
-        for row in cut_into_sequences(
-            _with_progress(texts, len(documents), on_progress), tokenizer, limit, packing, whole=held
-        ):
+        shown = _with_progress(texts, len(documents), on_progress)
+        for row in cut_into_sequences(shown, tokenizer, limit, packing, whole=held):
             writer.write(row)
             rows, tokens = rows + 1, tokens + len(row["input_ids"])
         if not rows:
@@ -90,13 +81,6 @@ def _write(
         writer.finalize()
     return {
         "num_examples": len(documents),
-        "num_truncated": 0,
-        "num_dropped": 0,
-        "num_split": 0,
-        "num_refused": 0,
-        "num_unlearned": 0,
-        "num_prompt_differs": 0,
-        "num_conversations": 0,
         "num_tokens": tokens,
         "packing_efficiency": tokens / (rows * limit) if packing else None,
     }

@@ -29,28 +29,28 @@ OnProgress = Callable[[int, int], None]
 """Told after every chunk: rows done, rows in all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tokenised:
     """Token ids for the trainer, with counts of what was cut, dropped or skipped."""
 
     rows: Dataset
     """`input_ids` [s], `labels` [s], and `seq_lengths` where packed; preferences: preference_dataset.py."""
     num_examples: int
-    num_truncated: int
-    num_dropped: int
+    num_truncated: int = 0
+    num_dropped: int = 0
     """Examples without a token to learn, after cutting to the longest length."""
-    num_split: int
+    num_split: int = 0
     """Examples that were longer and go on in another row."""
-    num_refused: int
+    num_refused: int = 0
     """Examples that the template refuses, skipped under `data.on_error=skip`."""
-    num_unlearned: int
+    num_unlearned: int = 0
     """Answers that are not learned, because the template drops a part of what they say as the conversation goes on."""
-    num_prompt_differs: int
+    num_prompt_differs: int = 0
     """Examples whose answer does not begin where the template asks for one, as generation will."""
-    num_conversations: int
+    num_conversations: int = 0
     """Examples that the chat template rendered."""
     num_tokens: int
-    packing_efficiency: float | None
+    packing_efficiency: float | None = None
     """Share of the positions in packed sequences that hold tokens; None without packing."""
     from_cache: bool
 
@@ -89,13 +89,20 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over everything that decides a token id: vocabulary, merges, added tokens, template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     body = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    parts = [
-        type(tokenizer).__name__,
-        body,
-        str(tokenizer.chat_template),
-        sorted(tokenizer.special_tokens_map.items()),
-    ]
+    special = sorted(tokenizer.special_tokens_map.items())
+    parts = [type(tokenizer).__name__, body, str(tokenizer.chat_template), special]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+_WHAT_BECAME = {
+    "num_truncated": "cut to the longest length",
+    "num_dropped": "dropped: nothing left to learn after the cut",
+    "num_split": "longer ones go on in another row",
+    "num_refused": "skipped: the chat template refuses them",
+    "num_unlearned": "earlier answers not learned: the chat template drops their thoughts",
+    "num_prompt_differs": "answers do not begin where the chat template asks for one: generation gets another prompt "
+    "than training (docs/data.md)",
+}
 
 
 def describe_rows(rows: Tokenised, num_eval: int) -> str:
@@ -103,19 +110,7 @@ def describe_rows(rows: Tokenised, num_eval: int) -> str:
     parts = [f"{counted(rows.num_examples, 'example')}, {rows.num_tokens:,} tokens"]
     if rows.packing_efficiency is not None:
         parts.append(f"packed into {counted(len(rows.rows), 'sequence')}, {rows.packing_efficiency:.0%} full")
-    if rows.num_truncated:
-        parts.append(f"{rows.num_truncated:,} cut to the longest length")
-    if rows.num_dropped:
-        parts.append(f"{rows.num_dropped:,} dropped: nothing left to learn after the cut")
-    if rows.num_split:
-        parts.append(f"{rows.num_split:,} longer ones go on in another row")
-    if rows.num_refused:
-        parts.append(f"{rows.num_refused:,} skipped: the chat template refuses them")
-    if rows.num_unlearned:
-        parts.append(f"{rows.num_unlearned:,} earlier answers not learned: the chat template drops their thoughts")
-    if rows.num_prompt_differs:
-        what = "answers do not begin where the chat template asks for one"
-        parts.append(f"{rows.num_prompt_differs:,} {what}: generation gets another prompt than training (docs/data.md)")
+    parts += [f"{count:,} {what}" for name, what in _WHAT_BECAME.items() if (count := getattr(rows, name))]
     if num_eval:
         parts.append(f"{num_eval:,} held out")
     return "Data    " + "; ".join(parts) + (" (tokens from the cache)" if rows.from_cache else "")

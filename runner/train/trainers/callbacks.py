@@ -33,16 +33,11 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has 
     """One line of `metrics.jsonl` per optimiser step, one of `evals.jsonl` per evaluation."""
 
     def __init__(
-        self,
-        trainer: RecordingTrainerMixin,
-        run: RunDir,
-        progress: Progress,
-        main: bool = True,
-        start: int = 0,
+        self, trainer: RecordingTrainerMixin, run: RunDir, progress: Progress, main: bool = True, start: int = 0,
         tracker: Tracker | None = None,
-    ) -> None:
-        self.trainer = trainer
-        self.run, self.progress, self.main, self.start, self.tracker = run, progress, main, start, tracker
+    ) -> None:  # fmt: skip
+        self.trainer, self.run, self.progress, self.main = trainer, run, progress, main
+        self.start, self.tracker = start, tracker
         self.started = 0.0
         self.seconds = 0.0
         lines = [line for line in run.metrics() if line["step"] <= start]  # of the run's earlier part
@@ -60,13 +55,9 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]  # transformers has 
         self.seconds = clock() - self.started
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        logs: dict[str, Any] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         logs = logs or {}
         if "eval_loss" in logs:
             own = self.trainer.own_metrics(logs, "eval_")
@@ -138,13 +129,9 @@ class StopEarly(EarlyStoppingCallback):  # type: ignore[misc]  # transformers ha
         self._stop(control)
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float],
         **kwargs: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().on_evaluate(args, state, control, metrics, **kwargs)
         self._stop(control)
 

@@ -17,10 +17,9 @@ from datasets import Dataset
 from runner.errors import Rewind, RunnerError
 from runner.train.checkpointing import CheckpointSealer
 from runner.train.trainers.loss_guard import LossGuard, MicroBatch, step_losses
-from runner.train.trainers.recording_trainer import Batch, Loss, RecordingTrainerMixin
+from runner.train.trainers.recording_trainer import Batch, Loss, NumItems, RecordingTrainerMixin
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -133,11 +132,7 @@ class LossGuardMixin(RecordingTrainerMixin):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
-        self,
-        model: PreTrainedModel,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: PreTrainedModel, inputs: Batch, return_outputs: bool = False, num_items_in_batch: NumItems = None
     ) -> Loss:
         """The trainer's loss; of a micro batch that the guard skips with gradient 0."""
         training = model.training
@@ -181,7 +176,7 @@ class LossGuardMixin(RecordingTrainerMixin):
             self.guard.ranks.barrier()
             raise
 
-    def _mean(self, loss: torch.Tensor, learned: int | None, num_items_in_batch: torch.Tensor | int | None) -> float:
+    def _mean(self, loss: torch.Tensor, learned: int | None, num_items_in_batch: NumItems) -> float:
         """Loss per labelled token (or per row) of this micro batch; `loss` may be its share in the whole step's."""
         value = float(loss.detach())
         if num_items_in_batch is None or learned is None:

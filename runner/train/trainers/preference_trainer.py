@@ -11,13 +11,12 @@ from runner.train.trainers.guarded_trainer import ROW_IDS, LossGuardMixin
 from runner.train.trainers.heldout import RowMeans
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.utils.data import DataLoader
     from transformers import PreTrainedModel
     from transformers.trainer_utils import EvalLoopOutput
 
     from runner.train.trainers.guarded_trainer import Collator, Row
-    from runner.train.trainers.recording_trainer import Batch, Loss
+    from runner.train.trainers.recording_trainer import Batch, Loss, NumItems
 
 REWARD_METRICS = {
     "rewards/margins": "reward_margin",
@@ -42,11 +41,7 @@ class _PairsMixin(RowMeans, LossGuardMixin):
         return batches, num_items
 
     def compute_loss(
-        self,
-        model: PreTrainedModel,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: PreTrainedModel, inputs: Batch, return_outputs: bool = False, num_items_in_batch: NumItems = None
     ) -> Loss:
         """The trainer's loss; in training weighted by the share of the rows."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

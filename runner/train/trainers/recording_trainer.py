@@ -15,6 +15,8 @@ from runner.train.memory_stats import Peaks
 
 Batch = dict[str, torch.Tensor]
 """Columns of a micro batch, [b, s] each; of GRPO a list of rows."""
+NumItems = torch.Tensor | int | None
+"""Tokens of a whole step, over which its loss is a mean."""
 Loss = torch.Tensor | tuple[torch.Tensor, Any]
 """The loss, with the model's output where that is asked for."""
 
