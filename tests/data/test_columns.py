@@ -18,27 +18,11 @@ from runner.data.examples import Example, Kind, Preference, PromptExample, Turn,
 from runner.data.load import load_examples, read_dataset
 from runner.data.row_formats import detect_format, left_out
 from runner.errors import RequestError
-from runner.spec import DataSpec
 from tests.support.front import here, laptop, runner
-from tests.support.rows import canonical_row
+from tests.support.rows import canonical_row, said, system, user
+from tests.support.rows import data_spec as spec
 
 __all__ = ["here", "laptop"]  # fixtures
-
-
-def system(text: str = "Be brief.") -> Turn:
-    return {"role": "system", "content": text}
-
-
-def user(text: str = "2+2?") -> Turn:
-    return {"role": "user", "content": text}
-
-
-def said(text: str = "It is 4.") -> Turn:
-    return {"role": "assistant", "content": text}
-
-
-def spec(**changes: Any) -> DataSpec:
-    return DataSpec(**({"path": "my.jsonl"} | changes))
 
 
 def made(row: dict[str, Any], kind: Kind, **changes: Any) -> Any:

@@ -28,16 +28,13 @@ from runner.errors import RequestError
 from runner.paths import ASSETS
 from runner.spec import DataSpec
 from tests.support.rows import canonical_row, read_rows
+from tests.support.rows import data_spec as spec
 
 ROWS = [
     {"prompt": "What is 2 + 2?", "completion": "4"},
     {"prompt": 'Say "hi",\nthen stop.', "completion": "hi\u2028there"},
     {"prompt": "Grüße, 世界 🌍", "completion": "ça va; très bien"},
 ]
-
-
-def spec(**changes: Any) -> DataSpec:
-    return DataSpec(**({"path": "my.jsonl"} | changes))
 
 
 def as_bytes(ending: str) -> bytes:

@@ -27,7 +27,7 @@ from runner.train.trainers.preference_trainer import GivenSpansCollator
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import SPECIAL, body
 from tests.data.test_tokenize_rows import tokenizer
-from tests.support.rows import canonical_row
+from tests.support.rows import canonical_row, said, user
 
 __all__ = ["body", "tokenizer"]  # fixtures
 SEARCH = {
@@ -45,14 +45,6 @@ def chat_ids(tokenizer: Any, turns: list[Turn], ask: bool) -> list[int]:
 
 def tokenise(rows: list[Any], tokenizer: Any, spec: RunSpec, tell: Any = None) -> Any:
     return objective_of(spec).tokenise(rows, tokenizer, tell)
-
-
-def user(text: str) -> Turn:
-    return {"role": "user", "content": text}
-
-
-def said(text: str) -> Turn:
-    return {"role": "assistant", "content": text}
 
 
 def preference(n: int) -> Preference:

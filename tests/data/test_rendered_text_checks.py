@@ -16,6 +16,7 @@ from runner.errors import RequestError
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import ENDS, OF_TRL, SPECIAL, body, learned_pieces, whole
 from tests.support.rows import canonical_row
+from tests.support.rows import user as asks
 
 __all__ = ["body"]  # a fixture
 
@@ -42,10 +43,6 @@ def says(content: str, thoughts: str = "", calls: tuple[Any, ...] = ()) -> Turn:
     if calls:
         turn["tool_calls"] = list(calls)
     return turn
-
-
-def asks(content: str) -> Turn:
-    return {"role": "user", "content": content}
 
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "description": "Which."}}, "required": ["city"]}

@@ -16,15 +16,12 @@ from runner.errors import RequestError
 from runner.spec import DataSpec
 from tests.support.front import spec_of
 from tests.support.rows import canonical_row
+from tests.support.rows import data_spec as spec
 
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
 WORSE = {"role": "assistant", "content": "5"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 TOOL = {"role": "tool", "content": "4"}
-
-
-def spec(**changes: Any) -> DataSpec:
-    return DataSpec(**({"path": "my.jsonl"} | changes))
 
 
 def made(row: dict[str, Any], kind: Kind | None = None, **changes: Any) -> Any:

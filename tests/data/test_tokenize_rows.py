@@ -25,6 +25,7 @@ from runner.train.tokens.token_cache import describe_rows
 from runner.train.tokens.token_dataset import pack_best_fit
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import SPECIAL, body
+from tests.support.rows import said, user
 
 __all__ = ["body"]  # a fixture
 
@@ -74,25 +75,14 @@ def test_long_rows_are_cut_dropped_or_split_and_counted(tokens: list[int], limit
 
 
 def examples(count: int) -> list[Example]:
-    return [
-        Example(
-            [{"role": "user", "content": f"{n}? " * (n % 5 + 1)}],
-            [{"role": "assistant", "content": "yes " * (n % 9) + str(n)}],
-            where=f"row {n + 1}",
-        )
-        for n in range(count)
-    ]
+    pairs = [(user(f"{n}? " * (n % 5 + 1)), said("yes " * (n % 9) + str(n))) for n in range(count)]
+    return [Example([question], [answer], where=f"row {n}") for n, (question, answer) in enumerate(pairs, 1)]
 
 
 def test_several_processes_give_what_one_does(body: str) -> None:
-    words, rows, settings = (
-        ChatTokenizer(body, template_source("chatml"), SPECIAL),
-        examples(2500),
-        TokenizeSettings("auto", 64),
-    )
-    one, two = (
-        list(in_chunks(partial(encode_chunk, settings=settings), words, rows, processes)) for processes in (1, 2)
-    )
+    words, rows = ChatTokenizer(body, template_source("chatml"), SPECIAL), examples(2500)
+    encode = partial(encode_chunk, settings=TokenizeSettings("auto", 64))
+    one, two = (list(in_chunks(encode, words, rows, processes)) for processes in (1, 2))
     assert [chunk.ids for chunk in one] == [chunk.ids for chunk in two]
     assert [chunk.labels for chunk in one] == [chunk.labels for chunk in two]
     assert sum(chunk.examples for chunk in two) == 2500
@@ -114,8 +104,7 @@ def spec(*overrides: str) -> Any:
 
 
 def test_rows_that_the_template_refuses_are_named_all_or_skipped(tokenizer: Any) -> None:
-    twice = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
-    wrong = [Example(twice, [{"role": "assistant", "content": "c"}], where=f"my.jsonl, line {n}") for n in (3, 9)]
+    wrong = [Example([user("a"), user("b")], [said("c")], where=f"my.jsonl, line {n}") for n in (3, 9)]
     rows = [*examples(4), *wrong]
     with pytest.raises(RequestError, match="user and assistant must take turns") as caught:
         token_dataset.tokenise(rows, tokenizer, spec())

@@ -1,14 +1,31 @@
-"""One row of a data set, and the rows of one file."""
+"""Turns, one row of a data set, and the rows of one file."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from runner.data.examples import Kind, Learnable, as_kind
+from runner.data.examples import Kind, Learnable, Turn, as_kind
 from runner.data.readers.files import Row, raise_problems, read_table
 from runner.data.row_formats import detect_format, read_row
 from runner.errors import RequestError
 from runner.spec import DataSpec
+
+
+def system(text: str = "Be brief.") -> Turn:
+    return {"role": "system", "content": text}
+
+
+def user(text: str = "2+2?") -> Turn:
+    return {"role": "user", "content": text}
+
+
+def said(text: str = "It is 4.") -> Turn:
+    return {"role": "assistant", "content": text}
+
+
+def data_spec(**changes: Any) -> DataSpec:
+    return DataSpec(**({"path": "my.jsonl"} | changes))
 
 
 def canonical_row(row: Row, where: str, spec: DataSpec, kind: Kind | None = None) -> Learnable:
