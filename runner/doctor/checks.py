@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypedDict
 
 from rich.console import Console
@@ -20,22 +19,20 @@ from runner.report.tables import in_one_line
 from runner.report.text import ascii_fallback
 
 
-def examine_machine(
-    target: DoctorTarget | None = None, *, bandwidth: bool = False, root: Path = Path("/")
-) -> list[Finding]:
-    """Look at this machine, for a run if one is named. `root` is where `proc`, `sys` and `dev` are.
+def examine_machine(target: DoctorTarget | None = None, *, bandwidth: bool = False) -> list[Finding]:
+    """Look at this machine, for a run if one is named.
 
     `bandwidth` measures an all-reduce, in processes that import torch: 10 s and more.
     """
-    machine = detect.detect(root)
-    seen = gpu_checks.read_gpus(machine, root)
+    machine = detect.detect()
+    seen = gpu_checks.read_gpus(machine)
     found = [*_run(target, machine), *gpu_checks.gpu_findings(seen, machine, target)]
     if bandwidth:
         found.append(gpu_checks.bandwidth_finding(machine, target))
     elif len(machine.gpus) > 1:
         found.append(gpu_checks.unmeasured_finding(len(machine.gpus)))
     found += system.disk_findings(target)
-    found += system.system_findings(machine, target, root)
+    found += system.system_findings(machine, target)
     found += software.software_findings(machine, seen.driver, target)
     found += system.key_findings(target)
     return found

@@ -149,28 +149,24 @@ def _judged(card: Card, target: DoctorTarget | None) -> Finding:
         return Finding(f"gpu {card.index}", state, f"{gpu.name}: {what}", remedy, {"gpus": [asdict(card)]})
 
     if card.remap_failed:
-        return say(
-            "problem", "broken memory could not be replaced by spare rows", "take another card: this one is worn"
-        )
+        what = "broken memory could not be replaced by spare rows"
+        return say("problem", what, "take another card: this one is worn")
     if card.prohibited:
         return say("problem", "its compute mode is PROHIBITED", "nvidia-smi -c DEFAULT, as root")
     if (short := _short(card, target)) is not None:
-        return say(
-            "problem", short, "nvidia-smi shows by whom: wait for them, or name another card by CUDA_VISIBLE_DEVICES"
-        )
+        remedy = "nvidia-smi shows by whom: wait for them, or name another card by CUDA_VISIBLE_DEVICES"
+        return say("problem", short, remedy)
     if card.remap_pending:
-        return say(
-            "warning", "a broken row of its memory waits to be replaced", "reset it when idle: nvidia-smi --gpu-reset"
-        )
+        what = "a broken row of its memory waits to be replaced"
+        return say("warning", what, "reset it when idle: nvidia-smi --gpu-reset")
     if card.ecc_errors:
         what = f"{card.ecc_errors} uncorrectable memory errors since the driver was loaded"
         return say("warning", what, "take another card; nvidia-smi -q -d ECC says more")
     if card.slowed_by:
         return say("warning", f"slowed down by {card.slowed_by}", "nvidia-smi -q -d PERFORMANCE,TEMPERATURE says more")
     if card.mig:
-        return say(
-            "warning", "MIG is on, and slices are not told apart here", "name the slice's memory: hw.memory_gib=…"
-        )
+        what = "MIG is on, and slices are not told apart here"
+        return say("warning", what, "name the slice's memory: hw.memory_gib=…")
     if card.used_gib is not None and card.used_gib > IN_USE:
         return say(
             "warning", f"other processes use {card.used_gib:.1f} of {gpu.memory_gib:.1f} GiB", "nvidia-smi shows who"
@@ -304,9 +300,8 @@ def bandwidth_finding(machine: Machine, target: DoctorTarget | None, limit_s: fl
     between = f"{processes} GPU{'s' * (processes > 1)}" if on_gpus else f"{processes} CPU processes"
     with tempfile.TemporaryDirectory(prefix="runner-doctor-") as folder:
         result = Path(folder) / "bandwidth.json"
-        said = _torchrun(
-            processes, [str(result), backend], {**os.environ, **hw.env, **detect.only(hw, machine)}, limit_s
-        )
+        env = {**os.environ, **hw.env, **detect.only(hw, machine)}
+        said = _torchrun(processes, [str(result), backend], env, limit_s)
         if said is not None or not result.is_file():
             return _failed(backend, between, said or "it ended without a result")
         content = json.loads(result.read_text("utf-8"))
@@ -366,9 +361,8 @@ def _judged_speed(content: dict[str, Any], between: str, hw: HardwareSpec) -> Fi
     largest = content["sizes"][-1]
     what = f"{content['backend']} all-reduce over {between}: {largest['bus_gb_s']:.1f} GB/s at {largest['mib']} MiB"
     if content["world_size"] == 1:
-        return Finding(
-            "bandwidth", "ok", f"{content['backend']} starts; one GPU has no peer to exchange with", None, content
-        )
+        what = f"{content['backend']} starts; one GPU has no peer to exchange with"
+        return Finding("bandwidth", "ok", what, None, content)
     planned = machine_of(hw, "bf16") if content["backend"] == "nccl" else None
     if planned is None:
         return Finding("bandwidth", "ok", what, None, content)

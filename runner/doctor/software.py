@@ -88,9 +88,8 @@ def _packages(target: DoctorTarget | None) -> Finding:
     try:
         asked = requirements()
     except metadata.PackageNotFoundError:
-        return Finding(
-            "packages", "note", "what this version asks for is not recorded: not installed by pip", install("train")
-        )
+        what = "what this version asks for is not recorded: not installed by pip"
+        return Finding("packages", "note", what, install("train"))
     have = {name: _version(name) for name in asked}
     facts = {"python": platform.python_version(), **{n: str(v) if v else None for n, v in have.items()}}
     missing = [name for name, version in have.items() if version is None]
@@ -105,9 +104,8 @@ def _packages(target: DoctorTarget | None) -> Finding:
     if older:  # the bounds are what the tests ran with, not what is known to fail
         return Finding("packages", "warning", f"not as required: {', '.join(older)}", install("train"), facts)
     shown = ", ".join(f"{name} {have[name]}" for name in ("transformers", "trl", "peft", "deepspeed") if have.get(name))
-    return Finding(
-        "packages", "ok", f"Python {platform.python_version()}, {shown}: all {len(asked)} as asked", None, facts
-    )
+    what = f"Python {platform.python_version()}, {shown}: all {len(asked)} as asked"
+    return Finding("packages", "ok", what, None, facts)
 
 
 def _start_without(missing: list[str], target: DoctorTarget | None) -> bool:
@@ -148,9 +146,8 @@ def _attention() -> Finding:
 def _compilers(torch: Torch | None, *, needed: bool) -> Iterator[Finding]:
     """Tools with which DeepSpeed builds its kernels when it first offloads to NVMe, or by a user's own JSON. Never more
     than a note: with the JSONs of this project nothing is built for main memory."""
-    compiler = next(
-        (tool for tool in (os.environ.get("CXX"), "c++", "g++", "clang++") if tool and shutil.which(tool)), None
-    )
+    tools = filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++"))
+    compiler = next(filter(shutil.which, tools), None)
     nvcc = _nvcc()
     what = [f"C++: {compiler or 'none'}", f"nvcc: {nvcc or 'none'}"]
     missing = ["a C++ compiler (apt install g++)"] if compiler is None else []
