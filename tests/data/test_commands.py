@@ -116,7 +116,7 @@ def test_held_out_uses_only_names_that_training_teaches(rows: Rows) -> None:
     for spoken in (commands_dataset.spoken_models(SENTENCES), commands_dataset.spoken_hardware(HW_SENTENCES)):
         taught = set().union(*(names_in(row["prompt"], spoken) for row in train))
         assert set().union(*(names_in(row["prompt"], spoken) for row in held)) <= taught
-    phrases = {(m, p) for m, said in commands_dataset.METHODS.items() for p in (*said.means, *said.objects)}
+    phrases = {(m, p) for m, said in commands_dataset.METHODS.items() for phrases_of in said for p in phrases_of}
     taught = set().union(*(names_in(row["prompt"], sorted(phrases)) for row in train))
     assert set().union(*(names_in(row["prompt"], sorted(phrases)) for row in held)) <= taught
 

@@ -33,8 +33,8 @@ def tables(path: str, block: int | None = None) -> Iterator[Table]:
             if kind_of_file(path) == "parquet":
                 yield from _parquet(opened, path)
             else:
-                unpack = _OPENERS.get(ending_of(path), lambda stream: stream)
-                yield from _lines(unpack(opened), path, block or BLOCK)
+                unpack = _OPENERS.get(ending_of(path))
+                yield from _lines(unpack(opened) if unpack else opened, path, block or BLOCK)
     except OSError as error:
         raise RequestError(Problem(f"{path} cannot be read: {error.strerror or error}")) from None
 
