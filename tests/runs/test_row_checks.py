@@ -172,7 +172,7 @@ except ImportError:
         ("score", "x = '\0'", "./reward.py cannot be read"),
         ("narrow", REWARD, "narrow(completions) does not accept its other arguments"),
         ("later", REWARD, "later(completions, **rest) is asynchronous"),
-        ("score", "def score(completions, key, **rest): ...", "wants key, which the rows do not have"),
+        ("score", "def score(completions, key, **rest): ...", "needs key, which the rows do not have"),
         ("score", "import nothing_like_it\ndef score(**rest): ...", "No module named 'nothing_like_it'"),
         ("score", "from .helper import one\ndef score(**rest): ...", "write from helper import"),
     ],
