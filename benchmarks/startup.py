@@ -162,8 +162,8 @@ def _weighed(counted: dict[str, int] | None) -> str:
     if counted is None:  # measured before they were counted
         return ""
     return (
-        f"\n\nThe whole catalogue is {counted['rows']:,} rows, each the best of its ZeRO stages, micro batches and "
-        f"checkpointing: {counted['weighed']:,} plans are weighed, {counted['computed']:,} of them worked out."
+        f"\n\nThe whole catalogue is {counted['rows']:,} rows, each the best of what is open to it: "
+        f"{counted['weighed']:,} plans are weighed, {counted['computed']:,} of them worked out."
     )
 
 
