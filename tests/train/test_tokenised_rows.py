@@ -155,6 +155,19 @@ def test_progress_is_told_after_every_chunk_and_counts_refused_rows(monkeypatch:
     assert told == [(3, 8), (6, 8), (8, 8)]
 
 
+def test_as_many_processes_tokenise_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+    own = token_dataset.in_chunks
+
+    def noted(work: Any, words: Any, rows: Any, num_proc: int | None) -> Any:
+        asked.append(num_proc)
+        return own(work, words, rows, 1)
+
+    monkeypatch.setattr(token_dataset, "in_chunks", noted)
+    tokenised([chat(4, 5)], "data.num_proc=3")
+    assert asked == [3]
+
+
 def test_nothing_but_rows_and_facts_stays_in_the_cache(tmp_path: Path) -> None:
     found = tokenised([chat(4, 5)])
     assert sorted(file.name for file in found.folder.iterdir()) == ["facts.json", "rows.arrow"]

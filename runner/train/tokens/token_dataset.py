@@ -106,11 +106,11 @@ def _write(
 
 
 def _write_rows(
-    file: Path, ids_file: Path, labels_file: Path, lengths: Sequence[int], groups: list[list[int]] | None
+    file: Path, ids_file: Path, labels_file: Path, lengths: array[int], groups: list[list[int]] | None
 ) -> None:
     """The Arrow file: a row per sequence, a thousand at a time."""
     columns = [np.memmap(name, np.int32, "r") for name in (ids_file, labels_file)]
-    sizes = np.frombuffer(lengths, np.int32) if isinstance(lengths, array) else np.asarray(lengths, np.int32)
+    sizes = np.frombuffer(lengths, np.int32)
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     fields = [("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))]
     fields += [("seq_lengths", pa.list_(pa.int32()))] if groups is not None else []
