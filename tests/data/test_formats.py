@@ -220,7 +220,7 @@ def test_a_shape_is_told_by_its_fields(row: dict[str, Any], changes: dict[str, A
 )
 def test_unknown_fields_are_answered_with_the_keys_to_set(fields: list[str], remedy: str) -> None:
     with pytest.raises(RequestError, match="cannot tell what to learn") as caught:
-        detect_format(dict.fromkeys(fields, "…"), spec())
+        detect_format({name: f"a text of {name}" for name in fields}, spec())
     assert caught.value.problems[0].remedy is not None
     assert caught.value.problems[0].remedy.startswith(remedy)
 
