@@ -27,10 +27,10 @@ from tests.support.processes import tiny_model, words
 EXPLANATION = """\
 A tiny Llama is trained with LoRA for {steps} steps and evaluated every {evaluated}, in three variants: one process
 and two processes under DeepSpeed ZeRO-2 with a checkpoint every {every} steps, and one process with checkpoints by
-time that also answers prompts. At a random moment a rank, the launcher or all processes get SIGKILL, the command gets
-SIGTERM, the disk (a small tmpfs) is full, or a file of the newest checkpoint is truncated or changed after a kill.
-`python -m runner resume` continues, until the next interruption. After {hits} interruptions the run is left
-undisturbed. Required are:
+time that also answers prompts. At a random moment, in half of the cases the next one of an evaluation or a save, a
+rank, the launcher or all processes get SIGKILL, the command gets SIGTERM, the disk (a small tmpfs) is full, or a file
+of the newest checkpoint is truncated or changed after a kill. `python -m runner resume` continues, until the next
+interruption. After {hits} interruptions the run is left undisturbed. Required are:
 
 - a successful resume after each interruption;
 - complete JSON files and checkpoints; checkpoints that were damaged on purpose must be detected and skipped;
@@ -45,6 +45,8 @@ VARIANTS = {
 }
 WEIGHTS = "model/adapter_model.safetensors"
 ACTIONS = ("a rank", "the launcher", "the front", "all", "SIGTERM", "cut short", "changed", "disk full")
+SHORT = ("evaluating", "saving")
+"""Phases that a random moment seldom falls into: half of the hits wait for one of them."""
 SMALL_DISKS, LARGE_DISK = ("1m", "2m", "3m"), "200m"
 
 
@@ -118,6 +120,9 @@ def _one_run(
             spoilt |= {hit["damaged"]} if hit.get("damaged") else set()
             found: dict[str, Any] = _checked(run, spoilt) if run else {"checkpoint": None, "whole": True}
             spoilt &= set(found.pop("bad", ()))  # what was written anew must be whole from then on
+            if run:  # what was done between the look and the blow counts too
+                done = [step for step, _ in _losses(run)[-1:]]
+                hit["step"] = max(hit["step"], *done, found["checkpoint"] if not hit.get("damaged") else 0)
             hits.append({"variant": variant, **hit, **found})
             if hit["ended by itself"]:  # done before the moment had come
                 break
@@ -142,8 +147,12 @@ def _hit(
         return _moment(out, action, by_itself=process.returncode == 0)
     # A third of a run is Python starting: most hits come later.
     end = time.monotonic() + dice.uniform(0.05 if dice.random() < 0.2 else 0.35, 1.0) * seconds
-    while time.monotonic() < end and process.poll() is None:
-        time.sleep(0.02)
+    phase = dice.choice((None, None, *SHORT))
+    while process.poll() is None:
+        left = end - time.monotonic()
+        if left <= (0.4 * seconds if phase else 0) and phase in (None, _moment(out, action, by_itself=False)["phase"]):
+            break
+        time.sleep(0.005)
     by_itself = process.poll() is not None
     moment = _moment(out, action, by_itself=by_itself)
     family = _family(process.pid)
