@@ -27,7 +27,7 @@ from runner.train import adapter_config, model_loading, trainable_weights
 from runner.train.__main__ import quiet_libraries
 from runner.train.objectives.sft import UnguardedSftTrainer, sft_config
 from runner.train.tokens import token_dataset
-from runner.train.trainers.callbacks import StopOnSignal
+from runner.train.trainers.stop_on_signal import StopOnSignal
 from runner.train.trainers.trainer_settings import autocast, shared_settings
 from runner.train.worker import work
 

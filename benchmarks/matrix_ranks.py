@@ -27,7 +27,7 @@ from runner.runs import resume
 from runner.spec import RunSpec
 from runner.train.__main__ import RANK, quiet_libraries
 from runner.train.distributed import Ranks, destroy_process_group, init_process_group
-from runner.train.trainers.callbacks import StopOnSignal
+from runner.train.trainers.stop_on_signal import StopOnSignal
 from runner.train.worker import work
 
 FAILED = "failed.txt"

@@ -147,7 +147,7 @@ def train_here(spec: Any, run: Any = None) -> tuple[Any, Any]:
 
     from runner.report.progress import Progress
     from runner.rundir.directory import RunDir
-    from runner.train.trainers.callbacks import StopOnSignal
+    from runner.train.trainers.stop_on_signal import StopOnSignal
     from runner.train.worker import work
 
     _freeze_libraries()

@@ -1,1 +1,1 @@
-"""Rows become token ids and labels: row formats, chat template, loss mask, packing, cache."""
+"""Rows become token ids and labels: readers, formats, chat template, loss mask (packing: `runner/train/tokens/`)."""

@@ -18,7 +18,13 @@ from rich.console import Console
 
 from runner.errors import InterruptedRun, Problem, RequestError, Rewind, RunFailedError, RunnerError
 from runner.launcher import local, supervisor, torchrun
-from runner.launcher.failure import failed_by_itself, failed_report, how_to_resume, slowest_rank, torchrun_problem
+from runner.launcher.explain_failure import (
+    failed_by_itself,
+    failed_report,
+    how_to_resume,
+    slowest_rank,
+    torchrun_problem,
+)
 from runner.plan.worker_environment import MEETING_SECONDS
 from runner.report.text import print_problems
 from runner.rundir.directory import RunDir, display_path, is_alive, run_folder, write_atomically

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from runner.errors import CannotRunError, Problem, Rewind
 from runner.launcher import nodes, supervisor, torchrun
-from runner.launcher.failure import report_ending
+from runner.launcher.explain_failure import report_ending
 from runner.launcher.warm_workers import WarmWorkers
 from runner.machine import detect, kernels, torch_build
 from runner.machine.processes import Killer, killer, oom_kills

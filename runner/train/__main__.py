@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         heartbeat = Heartbeat(run, RANK)
         heartbeat.install()
         from runner.train.distributed import init_process_group
-        from runner.train.trainers.callbacks import StopOnSignal
+        from runner.train.trainers.stop_on_signal import StopOnSignal
         from runner.train.worker import work
 
         ranks = init_process_group(spec)

@@ -39,9 +39,10 @@ from runner.train.objectives import objective_of
 from runner.train.objectives.objective import Examples, Objective
 from runner.train.tokens.token_cache import Tokenised, describe_rows, tokenizer_fingerprint
 from runner.train.trackers import Tracker, tracker_of
-from runner.train.trainers.callbacks import MetricsWriter, StopOnSignal
+from runner.train.trainers.callbacks import MetricsWriter
 from runner.train.trainers.guarded_trainer import LossGuardMixin
 from runner.train.trainers.loss_guard import LossGuard
+from runner.train.trainers.stop_on_signal import StopOnSignal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -22,7 +22,8 @@ from runner.train.checkpointing import SaveWhenDue
 from runner.train.distributed import Ranks
 from runner.train.heartbeat import Heartbeat
 from runner.train.setup import Process, Setup, set_up
-from runner.train.trainers.callbacks import AtTrainBegin, StopEarly, StopOnSignal
+from runner.train.trainers.callbacks import AtTrainBegin, StopEarly
+from runner.train.trainers.stop_on_signal import StopOnSignal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

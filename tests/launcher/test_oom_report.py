@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from runner.config.command_line import Request
-from runner.launcher.failure import report_ending
+from runner.launcher.explain_failure import report_ending
 from runner.launcher.oom_report import OomReport, diagnose_oom, write_report
 from runner.launcher.supervisor import Ending
 from runner.machine.processes import OomKills, killer, oom_kills

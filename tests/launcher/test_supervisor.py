@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runner.launcher import supervisor
-from runner.launcher.failure import report_ending, slowest_rank
+from runner.launcher.explain_failure import report_ending, slowest_rank
 from runner.launcher.supervisor import Ending
 from runner.rundir.directory import RunDir
 from tests.conftest import spec_of

@@ -23,7 +23,7 @@ from runner.report.progress import Progress
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.train import checkpointing
-from runner.train.trainers.callbacks import StopOnSignal
+from runner.train.trainers.stop_on_signal import StopOnSignal
 from runner.train.worker import work
 from tests.conftest import ROOT, run_cli, spec_of
 from tests.support.processes import losses, only_run, sign, start, tiny_model, until, words
