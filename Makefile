@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 help:  ## List these habits
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo '  ARGS="…" is passed on:  make run ARGS="show model=mistral7b method=qlora4 hw=h100x3"'
-	@echo '  PYTHON=… names one of Python 3.10 to 3.13 for the first install:  make run PYTHON=python3.12'
+	@echo '  PYTHON=… names one of Python 3.11 to 3.13 for the first install:  make run PYTHON=python3.12'
 	@echo '  TORCH_INDEX=… is where PyTorch comes from, if not chosen by what is here:  make run TORCH_INDEX=https://download.pytorch.org/whl/cu126'
 
 setup: $(VENV)/.dev  ## Install everything for development into .venv
@@ -80,7 +80,8 @@ $(VENV)/.dev: $(VENV)/.run
 	@touch $@
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
-		echo "Python 3.10 to 3.13 is needed; '$(PYTHON)' is $$( ($(PYTHON) --version) 2>/dev/null || echo 'not there')." >&2; \
-		echo 'Name another one: make run PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+		echo "Python 3.11 to 3.13 is needed; '$(PYTHON)' is $$( ($(PYTHON) --version) 2>/dev/null || echo 'not there')." >&2; \
+		echo 'Name another one: make run PYTHON=python3.12. uv (https://docs.astral.sh/uv) brings one:' >&2; \
+		echo '  uv python install 3.12 && make run PYTHON=$$(uv python find 3.12)' >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

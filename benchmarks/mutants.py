@@ -52,7 +52,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "-k", "tokenised_rows or best_fit or lie_one_after or written_at_once",
     ),
     "runner/train/trainers/loss_guard.py": ("tests/train/test_loss_judgement.py",),
-    "runner/train/checkpointing.py": ("tests/train/test_checkpoint_sealer.py",),
+    "runner/train/checkpoint_saving.py": ("tests/train/test_checkpoint_sealer.py",),
     "runner/runs/resume.py": ("tests/runs/test_resume.py",),
 }  # fmt: skip
 """What carries promises, and the fast tests that keep them. Pages that repeat the code's own output are none."""

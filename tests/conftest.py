@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -62,7 +63,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_sessionstart() -> None:
-    """Keep every test off the user's ledger, and refuse to begin on CI where a program is missing."""
+    """Let SIGINT interrupt, keep tests off the user's ledger, and refuse to begin on CI where a program is missing."""
+    # What a shell starts in the background ignores SIGINT, and hands that on to every process that a test interrupts.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Not even a test whose parameter shadows the fixture that moves the ledger uses the user's.
     os.environ["RUNNER_STATE"] = tempfile.mkdtemp(prefix="runner-state-")
     atexit.register(shutil.rmtree, os.environ["RUNNER_STATE"], ignore_errors=True)

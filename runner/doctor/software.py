@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
+import tomllib
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -68,10 +68,8 @@ def requirements() -> dict[str, Requirement]:
 def _of_checkout() -> list[str] | None:
     """The requirements in pyproject.toml, which an editable install's own record may be older than."""
     file = ASSETS / "pyproject.toml"
-    if sys.version_info < (3, 11) or not file.is_file():
+    if not file.is_file():
         return None
-    import tomllib  # not in Python 3.10
-
     project = tomllib.loads(file.read_text("utf-8"))["project"]
     return [*project["dependencies"], *project["optional-dependencies"]["train"]]
 

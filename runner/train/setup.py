@@ -30,7 +30,7 @@ from runner.train import (
     trainable_weights,
     varlen_attention,
 )
-from runner.train.checkpointing import CheckpointPush, CheckpointSealer
+from runner.train.checkpoint_saving import CheckpointPush, CheckpointSealer
 from runner.train.distributed import Ranks
 from runner.train.evaluation.before_after import BeforeAfter
 from runner.train.heartbeat import Heartbeat

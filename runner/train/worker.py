@@ -18,7 +18,7 @@ from runner.rundir.directory import RunDir
 from runner.rundir.json_files import Summary
 from runner.spec import RunSpec
 from runner.train import model_saving, packing_isolation, trainable_weights
-from runner.train.checkpointing import SaveWhenDue
+from runner.train.checkpoint_saving import SaveWhenDue
 from runner.train.distributed import Ranks
 from runner.train.heartbeat import Heartbeat
 from runner.train.setup import Process, Setup, set_up

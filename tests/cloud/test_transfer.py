@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from runner.errors import RequestError
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.spec import Grpo, LocalPlace, RunSpec
+from tests.conftest import ROOT
 from tests.support.emulated import needs_sshd
 from tests.support.front import spec_of
 from tests.support.rented import rented_spec, run_of
@@ -117,7 +119,7 @@ def test_the_wheel_is_the_project_and_the_same_each_time(tmp_path: Path) -> None
         "assert p.CONF.is_dir() and p.DEEPSPEED_CONFIGS.is_dir(); print(runner.__file__)"
     )
     said = subprocess.run(
-        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", "-c", code],
+        [sys.executable, "-P", "-c", code],
         env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert said.stdout.startswith(str(tmp_path)), said.stderr
@@ -142,6 +144,26 @@ def test_what_is_installed_has_no_hydra_and_has_torch() -> None:
 def test_which_python_trains(image: dict[str, str], how: str, says: str) -> None:
     choice = choose_python(None, FoundPython("/usr/bin/python3", "3.12", image), NEEDS)
     assert choice.how == how and says in choice.why
+
+
+def test_an_image_whose_python_is_too_old_trains_with_one_that_uv_brings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["requires-python"]
+    assert f">={install.OLDEST[0]}.{install.OLDEST[1]}," in wanted
+    old = FoundPython("/usr/bin/python3", "3.10", ALL)
+    choice = choose_python(None, old, NEEDS)
+    assert (choice.how, choice.why) == ("pinned", "with Python 3.12 and the pinned torch: the image's is 3.10")
+    done: list[list[str]] = []
+    monkeypatch.setattr(install, "_do", done.append)
+    order = {"constraints": "", "requirements": NEEDS}
+    folder = tmp_path / "env"
+    monkeypatch.setattr(install, "_uv", lambda python: None)
+    with pytest.raises(ValueError, match=r"the image's Python is 3\.10, 3\.11 is needed, and uv is not there"):
+        install.make_environment(folder, choice, old, order)
+    monkeypatch.setattr(install, "_uv", lambda python: folder.mkdir() or "/usr/bin/uv")
+    install.make_environment(folder, choice, old, order)
+    assert done[0] == ["/usr/bin/uv", "venv", "--python", "3.12", str(folder)]
 
 
 def test_a_python_that_was_named_is_taken_or_refused() -> None:

@@ -129,10 +129,10 @@ def test_a_launcher_that_is_killed_takes_the_run_with_it(model: Path, tmp_path: 
 CLOCKS = """
 import itertools, os, sys
 if "RANK" in os.environ and "runner.train" in sys.orig_argv:
-    from runner.train import checkpointing
-    checkpointing.LARGEST_SHARE = 1.0
+    from runner.train import checkpoint_saving
+    checkpoint_saving.LARGEST_SHARE = 1.0
     times = itertools.count(0.0, 60.0 if os.environ["RANK"] == "0" else 0.0)
-    checkpointing.time = type("Clock", (), {"monotonic": staticmethod(lambda: next(times))})
+    checkpoint_saving.time = type("Clock", (), {"monotonic": staticmethod(lambda: next(times))})
 """
 
 

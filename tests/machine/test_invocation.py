@@ -139,7 +139,7 @@ def test_the_install_command_satisfies_pip(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 def test_every_pin_can_be_installed_on_every_python(python: str) -> None:
     """A package that has left the oldest Python needs a second pin for it."""
     refused = []

@@ -16,8 +16,8 @@ from runner.errors import RequestError, RunFailedError
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
 from runner.spec.train import PushSpec
-from runner.train import checkpointing
-from runner.train.checkpointing import CheckpointPush, CheckpointSealer, SaveWhenDue
+from runner.train import checkpoint_saving
+from runner.train.checkpoint_saving import CheckpointPush, CheckpointSealer, SaveWhenDue
 from runner.train.distributed import Ranks
 
 BARRIER = "barrier"
@@ -174,7 +174,7 @@ def test_its_own_heartbeat_is_that_of_its_rank(run: RunDir) -> None:
 
 def test_how_long_it_held_up_the_training_is_kept(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(checkpoint_saving, "time", SimpleNamespace(monotonic=lambda: now[0]))
     sealer = CheckpointSealer(run, Ranks(), 1)
     assert sealer.seconds == sealer.began == 0.0
     sealer.clear(5)
@@ -228,7 +228,7 @@ def test_one_is_due_by_the_clock(
     minutes: float | None, seconds: float, passed: float, due: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [50.0]
-    monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(checkpoint_saving, "time", SimpleNamespace(monotonic=lambda: now[0]))
     order = Order()
     sealer: Any = SimpleNamespace(seconds=seconds, ranks=order)
     asked = SaveWhenDue(sealer, minutes)
@@ -246,7 +246,7 @@ def test_one_is_due_by_the_clock(
 
 def test_the_main_process_decides_for_all_and_nobody_where_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(checkpoint_saving, "time", SimpleNamespace(monotonic=lambda: now[0]))
     control: Any = SimpleNamespace(should_save=False)
     nothing: Any = None
     other = Order(rank=1)
@@ -298,8 +298,8 @@ class Place:
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> Place:
     place = Place()
-    monkeypatch.setattr(checkpointing, "target_of", place)
-    monkeypatch.setattr(checkpointing, "push_checkpoint", place.push)
+    monkeypatch.setattr(checkpoint_saving, "target_of", place)
+    monkeypatch.setattr(checkpoint_saving, "push_checkpoint", place.push)
     return place
 
 
@@ -380,7 +380,7 @@ def test_half_a_copy_does_not_stay_on_a_full_disk(run: RunDir, place: Place, mon
             raise OSError("No space left on device")
         shutil.copy2(source, target)
 
-    monkeypatch.setattr(checkpointing, "_link", full)
+    monkeypatch.setattr(checkpoint_saving, "_link", full)
     notes: list[str] = []
     push = CheckpointPush(run, PUSH, notes.append)
     sealed(run, 10)
@@ -420,8 +420,8 @@ def test_the_files_are_linked_not_copied_where_that_is_possible(
 
 
 def test_the_end_waits_a_minute_at_most(run: RunDir, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checkpointing.CLOSING_S == 60
-    monkeypatch.setattr(checkpointing, "CLOSING_S", 0.05)
+    assert checkpoint_saving.CLOSING_S == 60
+    monkeypatch.setattr(checkpoint_saving, "CLOSING_S", 0.05)
     place.go.clear()
     push = CheckpointPush(run, PUSH, lambda note: None)
     sealed(run, 10)
@@ -431,6 +431,6 @@ def test_the_end_waits_a_minute_at_most(run: RunDir, place: Place, monkeypatch: 
     push.close()
     assert time.monotonic() - began < 10 and place.steps == []
     place.go.set()
-    monkeypatch.setattr(checkpointing, "CLOSING_S", 20)
+    monkeypatch.setattr(checkpoint_saving, "CLOSING_S", 20)
     push.close()
     assert place.steps == [10]

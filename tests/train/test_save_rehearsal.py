@@ -17,7 +17,7 @@ from runner.errors import CannotRunError, RequestError, RunFailedError
 from runner.launcher.supervisor import remove_reports
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
-from runner.train import checkpointing, model_loading, model_saving
+from runner.train import checkpoint_saving, model_loading, model_saving
 from runner.train.model_saving import fix_generation_config
 from tests.conftest import spec_of, train_here
 from tests.support import tiny_llama
@@ -247,7 +247,7 @@ def test_nothing_is_sealed_without_weights_and_state(files: list[str], tmp_path:
     for name in files:
         (tmp_path / name).write_text("{}")
     with pytest.raises(RunFailedError, match="does not count as a checkpoint"):
-        checkpointing._check_complete(tmp_path)
+        checkpoint_saving._check_complete(tmp_path)
 
 
 def test_equal_runs_of_a_sweep_try_it_once(asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

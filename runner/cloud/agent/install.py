@@ -42,6 +42,10 @@ for number in range(torch.cuda.device_count()): torch.zeros(1, device=f"cuda:{nu
 print(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 """
 REFUSED = 3
+OLDEST = (3, 11)
+"""Oldest Python that trains (`requires-python`)."""
+INSTEAD = "3.12"
+"""The Python that uv brings where the image's is older."""
 FLASH = "flash-attn"
 
 
@@ -95,13 +99,20 @@ def choose_python(given: FoundPython | None, image: FoundPython, requirements: l
         if missing:
             raise ValueError(f"{given.executable} lacks {', '.join(missing)}")
         return PythonChoice("given", f"{given.executable}, as RUNNER_POD_PYTHON says")
-    if not missing_requirements(image, requirements):
+    if not is_too_old(image) and not missing_requirements(image, requirements):
         return PythonChoice("image", "the image's own Python has everything")
+    if is_too_old(image):
+        return PythonChoice("pinned", f"with Python {INSTEAD} and the pinned torch: the image's is {image.python}")
     torch = next((line for line in requirements if requirement_name(line) == "torch"), "torch")
     has = image.versions.get("torch")
     if has and not missing_requirements(image, [torch]):
         return PythonChoice("around", f"around the image's torch {has}")
     return PythonChoice("pinned", f"with the pinned torch: the image has {has or 'none'}, and {torch} is needed")
+
+
+def is_too_old(found: FoundPython) -> bool:
+    """The packages that train have left this Python."""
+    return version_numbers(found.python) < OLDEST
 
 
 def build_for(driver: str, capabilities: list[float]) -> str:
@@ -214,7 +225,8 @@ def flash_attn_requirements(order: dict[str, Any], choice: PythonChoice, image: 
     torch = image.versions["torch"] if choice.how == "around" else pinned[1] if pinned else ""
     if choice.how == "around":  # PyPI's own says nothing, and is for CUDA 13.0
         build = torch.partition("+")[2].replace("cu130", "")
-    return [f"{FLASH} @ {flash_attn_wheel(order.get('flash_attn') or [], image.python, torch, build)}"]
+    python = INSTEAD if is_too_old(image) else image.python
+    return [f"{FLASH} @ {flash_attn_wheel(order.get('flash_attn') or [], python, torch, build)}"]
 
 
 def pins_for_build(constraints: str, build: str) -> str:
@@ -248,8 +260,8 @@ def make_environment(
     build: str = "",
     alone: list[str] | None = None,
 ) -> str:
-    """The Python of an environment in `folder`; made whole or not at all. CalledProcessError if a step fails. `alone`:
-    packages whose own requirements are not wanted."""
+    """The Python of an environment in `folder`; made whole or not at all. CalledProcessError if a step fails,
+    ValueError where no Python is new enough. `alone`: packages whose own requirements are not wanted."""
     python = str(folder / "bin" / "python")
     if (folder / "COMPLETE").exists():
         log_line(f"the environment is there already: {folder}")
@@ -267,8 +279,12 @@ def make_environment(
     site = ["--system-site-packages"] if around else []
     uv = _uv(image.executable)
     if uv:
-        _do([uv, "venv", "--python", image.executable, *site, str(folder)])
+        _do([uv, "venv", "--python", INSTEAD if is_too_old(image) else image.executable, *site, str(folder)])
         install = [uv, "pip", "install", "--python", python]
+    elif is_too_old(image):
+        raise ValueError(
+            f"the image's Python is {image.python}, {OLDEST[0]}.{OLDEST[1]} is needed, and uv is not there"
+        )
     else:
         _do([image.executable, "-m", "venv", *site, str(folder)])
         install = [python, "-m", "pip", "install", "--disable-pip-version-check"]

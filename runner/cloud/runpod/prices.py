@@ -7,7 +7,7 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ def price(gpu_id: str | None, cloud: Cloud = "secure") -> Price | None:
     usd = found["gpus"].get(gpu_id, {}).get(cloud)
     if not usd:
         return None
-    seen = datetime.fromtimestamp(found["time"], timezone.utc)
+    seen = datetime.fromtimestamp(found["time"], UTC)
     return Price(usd, f"RunPod's catalogue, {cloud} cloud, {seen:%Y-%m-%d %H:%M} UTC")
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from runner.data.examples import Learnable
-    from runner.train.checkpointing import CheckpointSealer
+    from runner.train.checkpoint_saving import CheckpointSealer
     from runner.train.objectives.reward_functions import Reward
     from runner.train.trainers.loss_guard import LossGuard
     from runner.train.trainers.trainer_settings import SharedSettings

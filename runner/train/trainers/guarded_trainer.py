@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 
 from runner.errors import Rewind, RunnerError
-from runner.train.checkpointing import CheckpointSealer
+from runner.train.checkpoint_saving import CheckpointSealer
 from runner.train.trainers.loss_guard import LossGuard, MicroBatch, step_losses
 from runner.train.trainers.recording_trainer import Batch, Loss, NumItems, RecordingTrainerMixin
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from safetensors import safe_open
 
-from runner.train.checkpointing import CheckpointSealer
+from runner.train.checkpoint_saving import CheckpointSealer
 from runner.train.distributed import Ranks
 from runner.train.memory_stats import Peaks
 

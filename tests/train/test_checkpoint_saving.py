@@ -22,7 +22,7 @@ from runner.launcher.supervisor import SAME_SECONDS, remove_reports
 from runner.report.progress import Progress
 from runner.rundir import checkpoints
 from runner.rundir.directory import RunDir
-from runner.train import checkpointing
+from runner.train import checkpoint_saving
 from runner.train.trainers.stop_on_signal import StopOnSignal
 from runner.train.worker import work
 from tests.conftest import ROOT, run_cli, spec_of
@@ -213,14 +213,14 @@ def test_the_clock_asks_for_one_and_starts_anew_with_each(
     """A clock that goes on by 100 s at every step: with 4 minutes, one every third step."""
     steps = iter(range(1, 1000))
     monkeypatch.setattr(
-        checkpointing.SaveWhenDue, "on_step_begin", lambda *args, **kw: tick(next(steps)), raising=False
+        checkpoint_saving.SaveWhenDue, "on_step_begin", lambda *args, **kw: tick(next(steps)), raising=False
     )
     now = [0.0]
 
     def tick(step: int) -> None:
         now[0] = 100.0 * step
 
-    monkeypatch.setattr(checkpointing, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
+    monkeypatch.setattr(checkpoint_saving, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
     run = tiny("train.max_steps=11", "train.save_every_minutes=4", "train.keep_checkpoints=9")
     assert checkpoints.complete(run) == [3, 6, 9, 11]
     off = tiny("train.max_steps=11", "train.save_every_minutes=null", "train.keep_checkpoints=9")
@@ -231,9 +231,9 @@ def test_the_clock_asks_for_one_and_starts_anew_with_each(
 def test_checkpoints_by_the_clock_take_a_twentieth_of_the_time_at_most() -> None:
     class Slow:
         seconds = 60.0
-        ranks = checkpointing.Ranks()
+        ranks = checkpoint_saving.Ranks()
 
-    due: Any = checkpointing.SaveWhenDue(Slow(), 1.0)
+    due: Any = checkpoint_saving.SaveWhenDue(Slow(), 1.0)
     control: Any = type("Control", (), {"should_save": False})()
     for minutes, expected in ((2, False), (19, False), (20.1, True)):
         due.last, control.should_save = time.monotonic() - 60 * minutes, False
@@ -252,9 +252,9 @@ def test_writing_one_is_a_phase_of_its_own(tiny: Callable[..., RunDir], monkeypa
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", noted)
     beaten: list[str] = []
-    beat = checkpointing.Heartbeat.beat
+    beat = checkpoint_saving.Heartbeat.beat
     monkeypatch.setattr(
-        checkpointing.Heartbeat,
+        checkpoint_saving.Heartbeat,
         "beat",
         lambda self, phase=None, **kw: (beaten.append(phase), beat(self, phase, **kw))[1],
     )
@@ -268,8 +268,8 @@ def test_loading_gives_a_sign_of_life_with_every_weight(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beats: list[float] = []
-    monkeypatch.setattr(checkpointing.Heartbeat, "beat", lambda self, *args, **kw: beats.append(time.monotonic()))
-    before = set_tqdm_hook(checkpointing.Heartbeat(RunDir(tmp_path), 0).wrap_tqdm)
+    monkeypatch.setattr(checkpoint_saving.Heartbeat, "beat", lambda self, *args, **kw: beats.append(time.monotonic()))
+    before = set_tqdm_hook(checkpoint_saving.Heartbeat(RunDir(tmp_path), 0).wrap_tqdm)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model)
     finally:
