@@ -6,7 +6,7 @@ are those that users and the tests know.
 
 from __future__ import annotations
 
-from functools import cache
+import re
 from typing import IO, Any
 
 import yaml
@@ -29,17 +29,16 @@ def compose(stream: IO[str]) -> yaml.Node | None:
 
 
 def _parsed(stream: IO[str], read: object) -> Any:
-    fast, careful = _loaders()
     try:
-        _read(fast, stream, _check_size)
+        _read(_Fast, stream, _check_size)
         stream.seek(0)
-        return _read(fast, stream, read)
+        return _read(_Fast, stream, read)
     except _TooMuchError:
         raise
     except yaml.YAMLError as error:
         stream.seek(0)
         try:
-            return _read(careful, stream, read)
+            return _read(_Careful, stream, read)
         except RecursionError:  # nested too deeply before the mistake, which was found first
             raise error from None
 
@@ -80,21 +79,47 @@ def _read(kind: type[Any], stream: IO[str], read: Any) -> Any:
         loader.dispose()
 
 
-@cache
-def _loaders() -> tuple[type[Any], type[Any]]:
-    """OmegaConf's loader over libyaml's parser, where PyYAML was built with it, and as it is."""
-    from omegaconf._utils import get_yaml_loader  # a pod imports this module, and has no OmegaConf
+_FLOAT = re.compile(
+    r"""^(?:
+     [-+]?[0-9]+(?:_[0-9]+)*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+    |[-+]?[0-9]+(?:_[0-9]+)*(?:[eE][-+]?[0-9]+)
+    |\.[0-9]+(?:_[0-9]+)*(?:[eE][-+][0-9]+)?
+    |[-+]?[0-9]+(?:_[0-9]+)*(?::[0-5]?[0-9])+\.[0-9_]*
+    |[-+]?\.(?:inf|Inf|INF)
+    |\.(?:nan|NaN|NAN))$""",
+    re.VERBOSE,
+)
 
-    careful: type[Any] = get_yaml_loader()
-    if not yaml.__with_libyaml__:
-        return careful, careful
 
-    parser: Any = vars(yaml.cyaml)["CParser"]  # its types leave it out
+class _Careful(yaml.SafeLoader):
+    """As OmegaConf 2.3's loader (`get_yaml_loader`), which a pod does not have: `2e-5` is a number, a date is text, a
+    repeated key an error."""
 
-    class Fast(parser, careful):  # type: ignore[misc]  # bases known at run time
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG:
+                continue
+            if key.value in seen:
+                what = "while constructing a mapping", node.start_mark
+                raise yaml.constructor.ConstructorError(*what, f"found duplicate key {key.value}", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Careful.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Careful.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Careful.yaml_implicit_resolvers.items()
+}
+_Fast: type[Any] = _Careful
+if yaml.__with_libyaml__:
+    _parser: Any = vars(yaml.cyaml)["CParser"]  # its types leave it out
+
+    class _OverLibyaml(_parser, _Careful):  # type: ignore[misc]  # a base known at run time
         def __init__(self, stream: IO[str]) -> None:
-            parser.__init__(self, stream)
+            _parser.__init__(self, stream)
             yaml.constructor.SafeConstructor.__init__(self)
             yaml.resolver.Resolver.__init__(self)
 
-    return Fast, careful
+    _Fast = _OverLibyaml
