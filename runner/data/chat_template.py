@@ -239,7 +239,7 @@ class Template:
         self.source, self.special = source, special
         self._render = compiled(source)
         self.places: dict[Any, bool] = {}
-        """Form of a conversation, with the number of a turn in it → whether that is shown (rendered_text_checks.py)."""
+        """Form of a conversation, with the number of a turn in it → whether that is shown (`_has_place`)."""
 
     def render(self, turns: Sequence[Turn], ask: bool = False, tools: Sequence[Tool] = ()) -> Rendered:
         """The conversation as text; `ask` ends it where the assistant is to speak.

@@ -21,7 +21,7 @@ KINDS = {
     "no_ssh": "the pod runs, and its ssh server does not respond",
     "price": "the pod costs `factor` times the catalogue's price",
     "late_listing": "a created pod is missing from lists for `seconds`",
-    "undead": "terminate succeeds, but the pod keeps running, for `seconds` or until the next request",
+    "undead": "terminate succeeds, but the pod keeps running, for `seconds` or until the next terminate",
     "no_right": "the pod's own key has no permission to stop or terminate it",
     "restart": "the container restarts, `seconds` from now or after the pod has started",
     "preempt": "the pod loses its machine and is stopped; with `warning`, it gets SIGTERM 5 s before",

@@ -91,7 +91,7 @@ class Call:
         self._sent = bytearray()
 
     def find(self) -> None:
-        """Return the operation; 404 or 405 if there is none."""
+        """Set the operation and the id in its path; ApiProblem 404 or 405 if there is none."""
         raw = self.scope.get("raw_path", self.path.encode()).decode()
         methods = []
         for operation in contract.operations():

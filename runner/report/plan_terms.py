@@ -119,7 +119,10 @@ def gib(size: float) -> str:
 
 def recomputed(every: int) -> str:
     """Which layers are computed again: `none`, `all`, `every 2nd`."""
-    return ("none", "all", "every 2nd", "every 3rd")[every] if every < 4 else f"every {every}th"
+    if every < 2:
+        return ("none", "all")[every]
+    ending = "th" if every % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(every % 10, "th")
+    return f"every {every}{ending}"
 
 
 def _title(group: str, name: str) -> str:

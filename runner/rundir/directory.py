@@ -205,7 +205,7 @@ def run_folder(path: Path) -> Path:
 
 
 def run_id_of(words: str) -> str:
-    """The id in `runs/<id>`, `runs/<id>/spec.json`, `.` or `<id>`; of no word none, though it is a path to here."""
+    """The id in `runs/<id>`, `runs/<id>/spec.json`, `.` or `<id>`; empty for an empty word, which is no path."""
     return RunDir(run_folder(Path(words))).id if words else ""
 
 

@@ -21,7 +21,7 @@ from runner.plan.choose_stage import StageSearch, allowed_stages
 from runner.plan.plan import Plan, plan_of
 from runner.plan.run_time import RunFacts
 from runner.report.plan_tables import print_fit, print_memory_table
-from runner.report.plan_terms import FAMILIES, PHASES, TERMS, cells, heading, present, segments, term_of
+from runner.report.plan_terms import FAMILIES, PHASES, TERMS, cells, heading, present, recomputed, segments, term_of
 from runner.report.plan_text import print_plan
 from runner.report.plots import plot_plan
 from runner.resolve import fit
@@ -195,6 +195,12 @@ def test_the_peaks_terms_come_largest_first() -> None:
     sizes = [float(line.split()[-1]) for line in table.splitlines()[1:] if line]
     assert sizes == [18.0, 9.0, 7.0, 4.5, 4.5]
     assert "ZeRO's copies in the step" in table
+
+
+def test_the_layers_that_are_computed_again_are_counted_in_words() -> None:
+    words = [recomputed(every) for every in (0, 1, 2, 3, 4, 11, 21, 112)]
+    assert words[:2] == ["none", "all"]
+    assert words[2:] == [f"every {nth}" for nth in ("2nd", "3rd", "4th", "11th", "21st", "112th")]
 
 
 def test_batch_memory_disk_time_and_cost_are_told() -> None:

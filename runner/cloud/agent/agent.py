@@ -365,7 +365,7 @@ class Limits:
         return self.at if longest is None else min(self.at, self.heard + longest)
 
     def over(self, silence: bool = True, begun: bool = True) -> str | None:
-        """Return the reason to end the pod now, or an empty one; a launcher's `silence` may be a reason."""
+        """Return the reason to end the pod now, None without one; a launcher's `silence` may be one."""
         due, longest = self.due(silence, begun), self._longest(begun)
         if now() > self.at - self.grace:
             return "the budget is spent" if self.why == "budget" else "the deadline has come"
