@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, GenerationConfig, Trainer
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, Trainer, modeling_utils
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from runner.errors import CannotRunError, RequestError, RunFailedError
@@ -268,3 +270,12 @@ def test_equal_runs_of_a_sweep_try_it_once(asked: list[str], tmp_path: Path, mon
         train_here(spec, run)
         runs.append(run.id)
     assert tried == [runs[0], runs[2]]
+
+
+def test_weights_that_a_rehearsal_did_not_write_are_let_go_at_once() -> None:
+    weight = torch.zeros(1)
+    kept = weakref.ref(weight)
+    with model_saving._weightless():
+        modeling_utils.safe_save_file({"weight": weight}, "model.safetensors", metadata={"format": "pt"})
+    del weight
+    assert kept() is None
