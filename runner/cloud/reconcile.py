@@ -67,7 +67,8 @@ def reconcile(api: Provider, ledger: Ledger) -> list[str]:
 def _left_unchanged(pods: list[str]) -> list[str]:
     if not pods:
         return []
-    which = f"pod {pods[0]} was" if len(pods) == 1 else f"{len(pods)} pods ({pods[0]}, {pods[1]}, …) were"
+    shown = ", ".join([*pods[:2], "…"] if len(pods) > 2 else pods)
+    which = f"pod {shown} was" if len(pods) == 1 else f"{len(pods)} pods ({shown}) were"
     return [f"{which} rented with another key or address; left unchanged"]
 
 

@@ -102,10 +102,11 @@ def test_pods_of_another_account_are_left_alone_unless_this_one_has_them(
     assert (notes == [f"pod {pod} was rented with another key or address; left unchanged"]) is alone
 
 
-def test_several_pods_of_other_accounts_are_one_note(left: Left) -> None:
-    for number in (1, 2, 3):
-        left.entry("SSH_READY", f"runner-a-{number}", f"pod{number}", created=NOW + number, base="https://elsewhere")
-    said = "3 pods (pod1, pod2, …) were rented with another key or address; left unchanged"
+@pytest.mark.parametrize(("number", "shown"), [(2, "pod1, pod2"), (3, "pod1, pod2, …")])
+def test_several_pods_of_other_accounts_are_one_note(left: Left, number: int, shown: str) -> None:
+    for one in range(1, number + 1):
+        left.entry("SSH_READY", f"runner-a-{one}", f"pod{one}", created=NOW + one, base="https://elsewhere")
+    said = f"{number} pods ({shown}) were rented with another key or address; left unchanged"
     assert left.settle() == [said]
 
 
