@@ -36,6 +36,7 @@ _PERHAPS = re.compile(r"train|loss|learn|mask|ignore")
 """Others that may be meant so: `train_on_turn`, `is_trainable`, `ignore_loss`."""
 _TURN = 'write {"role": "user", "content": "…"}'
 _TURNS = 'write [{"role": "user", "content": "…"}, …]'
+_ONCE = "leave one of them out"
 _TRUTH = {"true": True, "false": False, "1": True, "0": False, "+1": True, "-1": False}
 
 
@@ -120,15 +121,21 @@ class RowReader:
             self.wrong(f"{name} is an empty list", "fill it in, or delete the row")
         return value
 
+    def _parsed(self, name: str, text: str, remedy: str) -> Any:
+        """The JSON text of a field; None, and a problem, where it is broken or has a key twice in one object."""
+        try:
+            return json_text.loads(text, object_pairs_hook=json_text.once)
+        except json.JSONDecodeError as error:
+            self.wrong(f"{name} is broken JSON: {error.msg} (column {error.colno})", remedy)
+        except json_text.RepeatedKeyError as error:
+            self.wrong(f"{name}: {error} in one object", _ONCE)
+        return None
+
     def tools(self, name: str) -> list[Tool]:
         """Tools as a list of schemas or as JSON text of one; none where there are none."""
         value = self.value(name)
         if isinstance(value, str) and value.strip():
-            try:
-                value = json_text.loads(value)
-            except json.JSONDecodeError as error:
-                self.wrong(f"{name} is broken JSON: {error.msg} (column {error.colno})", "write a list of JSON schemas")
-                return []
+            value = self._parsed(name, value, "write a list of JSON schemas")
         if not value:
             return []
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -143,10 +150,8 @@ class RowReader:
             return []
         value = self.value(name)
         if isinstance(value, str) and value.lstrip().startswith("["):  # CSV cannot hold a list
-            try:
-                value = json_text.loads(value)
-            except json.JSONDecodeError as error:
-                self.wrong(f"{name} is broken JSON: {error.msg} (column {error.colno})", _TURNS)
+            value = self._parsed(name, value, _TURNS)
+            if value is None:
                 return []
         if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
             columns = zip(*value.values(), strict=False)  # of datasets' Sequence({…})
@@ -246,13 +251,15 @@ class RowReader:
         found: list[ToolCall] = []
         for index, item in enumerate(_items(calls)):
             try:
-                call: Any = json_text.loads(item) if isinstance(item, str) else item
+                call: Any = _object(item)
                 function = call.get("function", call)
                 arguments = function.get("arguments", function.get("parameters", {}))
-                arguments = (
-                    json_text.loads(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
-                )
+                if isinstance(arguments, str) and arguments.strip():
+                    arguments = _object(arguments)
                 known: FunctionCall = {"name": str(function["name"]), "arguments": {**(arguments or {})}}
+            except json_text.RepeatedKeyError as error:
+                self.wrong(f"{name}[{index}]: {error} in one object", _ONCE)
+                continue
             except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
                 remedy = 'write {"function": {"name": "…", "arguments": {…}}}'
                 self.wrong(f"{name}[{index}] is no call of a function with its arguments in JSON", remedy)
@@ -310,10 +317,15 @@ def _tool(tool: Tool) -> Tool:
     return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
 
+def _object(value: object) -> Any:
+    """What JSON text says; what is no text stays. RepeatedKeyError for a key that occurs twice in one object."""
+    return json_text.loads(value, object_pairs_hook=json_text.once) if isinstance(value, str) else value
+
+
 def _items(calls: object) -> list[object]:
     """The calls of a turn: a list, one call, or the JSON text of either."""
-    with suppress(json.JSONDecodeError):
-        calls = json_text.loads(calls) if isinstance(calls, str) else calls
+    with suppress(json.JSONDecodeError, json_text.RepeatedKeyError):  # which the call itself is told
+        calls = _object(calls)
     return calls if isinstance(calls, list) else [calls]
 
 

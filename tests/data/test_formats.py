@@ -570,6 +570,27 @@ def test_a_key_that_stands_twice_in_a_row_is_refused(
         assert list(table.rows) == [{"text": letter} for letter in "ad" if f'"{letter}"' in text]
 
 
+ASKED = {"role": "user", "content": "?"}
+TWO = {"name": "f", "arguments": '{"y": 1, "y": 2}'}
+TWICE = '{"name": "f", "arguments": {"x": 1, "x": 2}}'
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "key"),
+    [
+        ({"messages": '[{"role": "user", "role": "assistant", "content": "a"}]'}, "messages", "role"),
+        ({"messages": [ASKED, {"role": "assistant", "content": "a"}], "tools": f"[{TWICE}]"}, "tools", "x"),
+        ({"messages": [ASKED, {"role": "assistant", "tool_calls": f"[{TWICE}]"}]}, "messages[1].tool_calls[0]", "x"),
+        ({"messages": [ASKED, {"role": "assistant", "tool_calls": [TWICE]}]}, "messages[1].tool_calls[0]", "x"),
+        ({"messages": [ASKED, {"role": "assistant", "tool_calls": [TWO]}]}, "messages[1].tool_calls[0]", "y"),
+    ],
+)
+def test_a_key_that_stands_twice_in_json_text_of_a_field_is_refused(row: dict[str, Any], field: str, key: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        canonical_row(row, "here", spec())
+    assert f"{field}: the key '{key}' occurs twice in one object" in [problem.what for problem in caught.value.problems]
+
+
 @pytest.mark.parametrize("name", ["data", "the 'rows'"])
 def test_rows_in_a_list_of_one_object_are_told_with_what_takes_them_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
