@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -235,6 +236,18 @@ def _config_file(model_id: str, revision: str | None) -> Path | None:
         return file
     snapshots = [] if revision else [f for f in repo.glob("snapshots/*/config.json") if os.path.isfile(f)]
     return max(snapshots, key=lambda f: f.parent.stat().st_mtime_ns, default=None)
+
+
+def instead_of(folder: Path) -> str | None:
+    """What to write for a folder that is no model, but holds an adapter or a GGUF file; None for any other."""
+    if os.path.isfile(adapter := folder / "adapter_config.json"):
+        if os.path.isfile(folder.parent / "spec.json"):
+            run = quote(str(folder.parent))
+            return f"it holds an adapter: python -m runner merge {run}, and write model.id={run}/merged"
+        base = json_text.object_of(adapter.read_text("utf-8", "replace")).get("base_model_name_or_path")
+        return f"it holds an adapter; name its base model: model.id={base or 'org/name'}"
+    gguf = min((file.name for file in folder.glob("*.gguf")), default=None)
+    return f"write model.gguf_file={gguf}" if gguf else None
 
 
 def cache_folder() -> Path:

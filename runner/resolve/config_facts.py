@@ -159,7 +159,8 @@ def _hub_id(model: ModelSpec) -> str:
     """The id, if it is one; RequestError for what can only be a folder, which is not there."""
     if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", model.id) is None:
         missing = f"there is no folder {model.id} with a config.json"
-        raise RequestError(Problem(missing, f"model.id={model.id}", "name one, or a Hub id: org/name"))
+        remedy = model_config.instead_of(Path(model.id)) or "name one, or a Hub id: org/name"
+        raise RequestError(Problem(missing, f"model.id={model.id}", remedy))
     return model.id
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
 
-from runner.config import credentials
+from runner.config import credentials, json_text
 from runner.config.did_you_mean import nearest
 from runner.data import user_code
 from runner.data.pretraining.tokenizer import is_hub_id
@@ -21,7 +21,7 @@ from runner.errors import Problem, RequestError
 from runner.hub import model_config
 from runner.hub.model_config import UnreachableError
 from runner.plan.plan import Plan
-from runner.spec import Pretrain, RentedPlace, RunSpec
+from runner.spec import ModelSpec, Pretrain, RentedPlace, RunSpec
 from runner.spec.input_paths import OF_POD, TEMPLATES, _code, _data, _is_named, is_glob, is_url, named_places, put_place
 
 
@@ -47,7 +47,9 @@ def check_files(spec: RunSpec) -> None:
         raise RequestError(*problems)
 
 
-WEIGHTS = (".safetensors", ".bin", ".gguf", ".index.json")
+INDEX = ".index.json"
+WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
+"""Files of which transformers 5.23 reads the first that is there."""
 TOKENIZERS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -56,9 +58,8 @@ TOKENIZERS = (
     "vocab.txt",
     ".tiktoken",
     "tekken.json",
-    ".gguf",
 )
-"""Endings of files; the tokenizer's are those of the classes in transformers 5.23."""
+"""Endings of files: those of the classes in transformers 5.23."""
 
 
 def with_absolute_paths(spec: RunSpec) -> RunSpec:
@@ -164,21 +165,37 @@ def _missing(path: str, key: str, spec: RunSpec) -> Problem | None:
     return Problem(f"{path} does not exist", key, remedy)
 
 
-def _model_folder(folder: str) -> Iterator[Problem]:
+def _model_folder(model: ModelSpec) -> Iterator[Problem]:
     """What a folder lacks that training begins with: transformers makes an empty tokenizer where there is none."""
-    names = os.listdir(folder)
-    for part, endings, files in (
-        ("weights", WEIGHTS, "model.safetensors"),
-        ("tokenizer", TOKENIZERS, "tokenizer.json and tokenizer_config.json"),
-    ):
-        if not any(name.endswith(endings) for name in names):
-            yield Problem(f"{folder} has no {part}", "model.id", f"copy {files} into it from where the model is from")
+    if model.gguf_file is not None:  # all in one
+        return
+    folder = Path(model.id)
+    names = {file.name for file in folder.iterdir() if file.is_file()}  # a link to nothing is no file
+    lacking = {} if "config.json" in names else {"config.json": "config.json"}
+    weights = [name for name in WEIGHTS if name in names]
+    if not weights:
+        lacking["weights"] = WEIGHTS[0]
+    elif weights[0].endswith(INDEX) and (shards := list(_missing_shards(folder, weights[0]))):
+        lacking[f"{shards[0]}, which {weights[0]} names"] = ", ".join(shards[:3]) + " …" * (len(shards) > 3)
+    if not any(name.endswith(TOKENIZERS) for name in names):
+        lacking["tokenizer"] = "tokenizer.json and tokenizer_config.json"
+    instead = None if weights else model_config.instead_of(folder)
+    for part, files in lacking.items():
+        remedy = instead or f"copy {files} into it from where the model is from"
+        yield Problem(f"{folder} has no {part}", "model.id", remedy)
+
+
+def _missing_shards(folder: Path, index: str) -> Iterator[str]:
+    """Files that the index of the weights names and that are not there."""
+    named = json_text.object_of((folder / index).read_text("utf-8", "replace")).get("weight_map")
+    found = sorted({str(file) for file in named.values()}) if isinstance(named, dict) else []
+    return (name for name in found if not (folder / name).is_file())
 
 
 def _model(spec: RunSpec, planned: Plan | None) -> Iterator[Problem]:
     model = spec.model
-    if not model.from_scratch and os.path.isdir(model.id):
-        yield from _model_folder(model.id)
+    if model.package is None and not model.from_scratch and os.path.isdir(model.id):
+        yield from _model_folder(model)
     if model.package is not None and spec.where.name == "local" and util.find_spec(model.package) is None:
         name = model.package.replace("_", "-")
         what = f"model={model.name} is carried by the Python package {name}, which is not installed"

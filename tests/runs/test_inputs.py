@@ -145,6 +145,10 @@ def of_hub(model_id: str, *words: str) -> Result:
 def test_a_model_that_can_only_be_a_folder_has_to_be_one(here: Path) -> None:
     said = refused(here, "model=hub", "model.id=./nofolder")
     assert "there is no folder ./nofolder with a config.json" in said
+    write(here / "run" / "model" / "adapter_config.json", "{}")
+    write(here / "run" / "spec.json", "{}")
+    said = refused(here, "model=hub", "model.id=run/model/")
+    assert "it holds an adapter: python -m runner merge run, and write model.id=run/merged" in said
     assert "the Hub has no config.json for org/none" in refused(here, "model=hub", "model.id=org/none")
 
 
@@ -157,6 +161,44 @@ def test_a_model_folder_without_weights_or_tokenizer_is_planned_and_not_run(here
     for name in ("model.safetensors", "tokenizer_config.json"):
         write(here / "base" / name, "")
     assert "has no" not in runner("model.id=base", "train.max_steps=1", "train.micro_batch_size=9000").output
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"training_args.bin": "", "vocab.json": ""}, "base has no weights (model.id) → copy model.safetensors"),
+        ({"m.gguf": ""}, "base has no weights (model.id) → write model.gguf_file=m.gguf"),
+        (
+            {"adapter_model.safetensors": "", "adapter_config.json": '{"base_model_name_or_path": "org/open"}'},
+            "base has no weights (model.id) → it holds an adapter; name its base model: model.id=org/open",
+        ),
+        (
+            {"adapter_model.safetensors": "", "adapter_config.json": "{}", "../spec.json": "{}"},
+            "it holds an adapter: python -m runner merge ., and write model.id=./merged",
+        ),
+        (
+            {
+                "a.safetensors": "", "tokenizer.model": "",
+                "model.safetensors.index.json": '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}',
+            },
+            "base has no b.safetensors, which model.safetensors.index.json names (model.id) → copy b.safetensors",
+        ),
+    ],
+)  # fmt: skip
+def test_a_model_folder_has_weights_that_transformers_loads(here: Path, files: dict[str, str], said: str) -> None:
+    for name, content in {"config.json": json.dumps(CONFIG), **files}.items():
+        write(here / "base" / name, content)
+    (here / "base" / "pytorch_model.bin").symlink_to("nowhere")
+    assert said in refused(here, "model.id=base", "train.max_steps=1")
+
+
+def test_a_folder_that_may_be_of_the_hub_is_not_run_without_its_config(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    for name in ("model.safetensors", "tokenizer.json"):
+        write(here / "org" / "base" / name, "")
+    assert "org/base has no config.json (model.id)" in refused(here, "model.id=org/base", "train.max_steps=1")
 
 
 def test_a_hub_model_is_planned_before_it_runs(started: list[RunDir]) -> None:
