@@ -88,7 +88,8 @@ def test_the_whole_way(typed: Typed) -> None:
         until(lambda: typed.steps() > 0, 240)
         assert process.poll() is None  # the metrics came while it ran
         assert len(watch.hidden()) > len(hidden)  # there is an SSH key
-        watch.look("output", ended(process))
+        said = ended(process)
+        watch.look("output", said)
         for e in typed.emulator.exchanges:
             watch.look(e.path, f"{e.path} {e.query} {e.body} {e.answer}")
     assert any("runner.launcher.on_pod" in words for words in watch.arguments)  # it did see the pod's processes
