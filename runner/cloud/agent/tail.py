@@ -41,7 +41,7 @@ class Tail:
         self.steps: list[int] | None = None
 
     def news(self) -> Iterator[dict[str, object]]:
-        """Return the changes since the last call. Small files come last, since they refer to the others."""
+        """Yield the changes since the last call. Small files come last, since they refer to the others."""
         for pattern in GROWING:
             for file in sorted(self.folder.glob(pattern)):
                 yield from self._growing(file)
