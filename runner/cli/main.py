@@ -96,14 +96,19 @@ def _meant(error: click.NoSuchOption, words: tuple[str, ...]) -> str:
     from runner.cli.completion import all_verbs
     from runner.config import conf_files
     from runner.config.did_you_mean import known_keys, nearest_key
-    from runner.config.other_trainers_keys import PEERS
+    from runner.config.other_trainers_keys import NONE, PEERS
+    from runner.spec import RunSpec
 
     place = next((n for n, word in enumerate(words) if word.startswith(error.option_name)), None)
     option = error.option_name if place is None else words[place]
     option, _, value = option.partition("=")
     word = option.lstrip("-").replace("-", "_")
+    if word in NONE:
+        return f"Leave it out: {NONE[word]}."
     key = word if word in conf_files.GROUPS else nearest_key(word)
-    exact = word in {*conf_files.GROUPS, *PEERS, *known_keys()}
+    if key in RunSpec.model_fields and key not in conf_files.GROUPS:  # `run=…` says nothing
+        key = None
+    exact = key is not None and word in {*conf_files.GROUPS, *PEERS, *known_keys()}
     if not exact and (key is None or key.rpartition(".")[2] != word):
         having = [name for name, verb in all_verbs(error.ctx.find_root()) if option in verb.options]
         if having:

@@ -211,6 +211,7 @@ NONE = {
     "logging_strategy": "every step is written to metrics.jsonl",
     "logging_dir": "logs are in the run's own folder",
     "do_train": "no verb means run",
+    "dry_run": "the verb plan predicts memory, time and cost of a run, and starts nothing",
     "do_eval": "eval.every_steps measures while training, and the verb eval after it",
     "do_predict": "the verb eval asks a finished run",
     "trust_remote_code": "no code of a model's repository is executed",

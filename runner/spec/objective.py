@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from runner.spec.objective_base import Kind, ObjectiveBase, Passes, Unused
 from runner.spec.part import Auto, is_own
@@ -131,9 +131,9 @@ class Dpo(_Referenced):
 
     @field_validator("beta", "chosen_weight")
     @classmethod
-    def _not_negative(cls, value: float | str) -> float | str:
+    def _not_negative(cls, value: float | str, info: ValidationInfo) -> float | str:
         if isinstance(value, float) and value < 0:
-            raise ValueError("must be a number of at least 0, or auto")
+            raise ValueError(f"must be a number of at least 0, or auto; write objective.{info.field_name}=auto")
         return value
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from runner.spec.part import CODE, Auto, Part
 
@@ -90,7 +90,8 @@ class TrainSpec(Part):
     @classmethod
     def _every_so_many(cls, value: bool | int | str) -> bool | int | str:
         if isinstance(value, int) and value < 0:
-            raise ValueError("must be true, false, auto, or n for every n-th layer, a whole number of at least 2")
+            what = "must be true, false, auto, or n for every n-th layer, a whole number of at least 2"
+            raise ValueError(f"{what}; write train.gradient_checkpointing=auto")
         return bool(value) if value in (0, 1) else value
 
     def num_steps(self, rows: int, world_size: int) -> int:
@@ -107,9 +108,9 @@ class TrainSpec(Part):
 
     @field_validator("micro_batch_size", "accumulation_steps")
     @classmethod
-    def _positive(cls, value: int | str) -> int | str:
+    def _positive(cls, value: int | str, info: ValidationInfo) -> int | str:
         if isinstance(value, int) and value < 1:
-            raise ValueError("must be a whole number of at least 1, or auto")
+            raise ValueError(f"must be a whole number of at least 1, or auto; write train.{info.field_name}=auto")
         return value
 
     @property

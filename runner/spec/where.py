@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from runner.spec.part import Auto, Part
 
@@ -98,16 +98,16 @@ class _PodKeys(_Place):
 
     @field_validator("volume_gb", "container_disk_gb", "deadline_hours")
     @classmethod
-    def _positive(cls, value: float | Auto) -> float | Auto:
+    def _positive(cls, value: float | Auto, info: ValidationInfo) -> float | Auto:
         if value != "auto" and value <= 0:
-            raise ValueError("expected more than 0, or auto")
+            raise ValueError(f"expected more than 0, or auto; write where.{info.field_name}=auto")
         return value
 
     @field_validator("deadline_hours")
     @classmethod
     def _ends(cls, value: float | Auto) -> float | Auto:
         if value != "auto" and value > LONGEST_HOURS:
-            raise ValueError(f"expected at most {LONGEST_HOURS} (a year), or auto")
+            raise ValueError(f"expected at most {LONGEST_HOURS} (a year), or auto; write where.deadline_hours=auto")
         return value
 
     @property

@@ -261,6 +261,8 @@ def test_a_folder_that_is_there_is_not_said_to_be_missing(here: Path) -> None:
         ("plan --train.max_steps=3", "Keys have no dashes: train.max_steps=3"),
         ("plan --model phi2", "Keys have no dashes: model=phi2"),
         ("--num-train-epochs 3", "Keys have no dashes: train.num_epochs=3"),
+        ("--resume_from_checkpoint runs/x", "Leave it out: python -m runner resume RUN continues from its last"),
+        ("--dry-run", "Leave it out: the verb plan predicts memory, time and cost of a run, and starts nothing."),
         ("table --plot t.png", "It is an option of plan and data stats."),
         ("plan --out there", "It is an option of merge and export."),
         ("plan --frobnicate", "No such option '--frobnicate'."),
@@ -273,6 +275,28 @@ def test_an_option_that_is_none_is_told_and_also_in_json(words: str, says: str) 
     assert (found.exit_code, found.stdout) == (2, "") and says in found.stderr
     found = runner(*words.split(), "--json")
     assert found.exit_code == 2 and says in json.loads(found.stdout)["problems"][0]["what"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train.gradient_checkpointing=-2",
+        "train.micro_batch_size=0",
+        "train.accumulation_steps=-1",
+        "objective.beta=-1 objective=dpo data.path=rows.jsonl",
+        "where.volume_gb=0 where=runpod",
+        "where.deadline_hours=1e5 where=runpod",
+    ],
+)
+def test_a_number_out_of_bounds_is_told_what_to_write(here: Path, words: str) -> None:
+    word, *others = words.split()
+    assert only_problem(word, *others).remedy == f"write {word.partition('=')[0]}=auto"
+
+
+@pytest.mark.parametrize("word", ["--runpod", "--train", "--evaluate"])
+def test_a_group_of_keys_is_not_told_in_place_of_an_option(word: str) -> None:
+    """`run=…` would be refused in its turn."""
+    assert "Keys have" not in runner(word, "3").stderr
 
 
 def test_an_option_of_a_verb_without_keys_stays_one() -> None:
