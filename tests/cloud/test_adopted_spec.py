@@ -159,7 +159,7 @@ def test_a_hostile_pod_is_adopted_and_the_run_reads_nothing_of_this_machine(
         pod = SimpleNamespace(id="p0d", name="runner-run-h-0001", volume_id=None)
         monkeypatch.setattr(remote_run, "_connected", lambda *_: _Connected(there.connection(), tmp_path / "workspace"))
         rented = SimpleNamespace(pod=pod, ledger=Ledger(), name=pod.name, api=SimpleNamespace())
-        remote_run._adopted_spec(rented, SimpleNamespace(), run, said.append)
+        remote_run._adopted_spec(rented, run, said.append)
     kept = RunSpec.model_validate(run.read("spec.json"))
     assert kept.objective.rewards == ["/of-pod-p0d/evil.py:reward"] and kept.push.to is None
     assert run.read("plan.json") == {} and len(said) == 2
