@@ -55,11 +55,16 @@ def print_origins(console: Console, key: str, value: object, final: object, plac
         label = place.value if place.key == key else f"{place.key} = {place.value}"
         console.print(Text.assemble(f"  {place.place}  ", (str(label), "dim")), soft_wrap=True)
     if final != value:
-        console.print(f"  {_DERIVED}: {value} → {final}", highlight=False, markup=False)
+        console.print(f"  then {_derived(key)}: {value} → {final}", highlight=False, markup=False)
 
 
 _DEFAULT = "default in the schema (runner/spec/); nothing sets it"
-_DERIVED = "then derived from the hardware"
+_FROM = {"run": "the objective", "model": "its config.json", "where": "the plan"}
+"""What decides the open values of a group, where it is not the hardware."""
+
+
+def _derived(key: str) -> str:
+    return f"derived from {_FROM.get(key.partition('.')[0], 'the hardware')}"
 
 
 def _print_group(console: Console, group: str, value: Any, final: dict[str, Any], places: list[Origin]) -> None:
@@ -69,7 +74,7 @@ def _print_group(console: Console, group: str, value: Any, final: dict[str, Any]
         table.add_column(overflow="fold")  # a line number that is cut off is of no use
     for key, decided in flattened(final, f"{group}."):
         setting = [place.place for place in places if place.concerns(key)]
-        where = _DERIVED.removeprefix("then ") if decided != composed.get(key) else (setting or ["default"])[-1]
+        where = _derived(key) if decided != composed.get(key) else (setting or ["default"])[-1]
         table.add_row(Text(key), Text(str(decided)), Text(where, style="dim"))
     console.print(table)
 

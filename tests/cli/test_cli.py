@@ -249,6 +249,7 @@ def test_explain_tells_command_line_default_and_hardware_apart() -> None:
     )
     assert "default in the schema" in runner("explain", "train.seed").stdout
     assert "derived from the hardware: auto → bf16" in runner("explain", "train.precision").stdout
+    assert "derived from the objective: auto → min" in runner("explain", "run.metric_mode").stdout
 
 
 def test_explain_of_a_group_has_a_line_for_every_key() -> None:
