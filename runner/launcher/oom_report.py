@@ -206,7 +206,7 @@ def _suggestion(change: Change, spec: RunSpec, options: StageSearch, planned: Ma
         return None
     if not option.fits:
         return None
-    words = [] if change.words.startswith("train.micro_batch_size=") else [change.words]
+    words = [word for word in change.words.split() if not word.startswith("train.micro_batch_size=")]
     if option.micro_batch != own.micro_batch_size:
         words.append(f"train.micro_batch_size={option.micro_batch}")
     if option.accumulation != own.accumulation_steps:

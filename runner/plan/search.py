@@ -171,6 +171,8 @@ def nearest_changes(
     """
     found: list[Change] = []
     for words, changed in _changes(spec):
+        if found and " " in words:  # two keys, one of which is enough
+            continue
         change = _tried(words, changed, options)
         if change is not None:
             found.append(change)
@@ -184,10 +186,15 @@ def nearest_changes(
 def _changes(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
     """Changes in the order of what they take away: nothing, time, context, exactness."""
     train, named = spec.train, spec.deepspeed.name
+    slower: dict[str, dict[str, object]] = {}
     if train.gradient_checkpointing not in (True, "auto"):
-        yield "train.gradient_checkpointing=true", _with(spec, train={"gradient_checkpointing": True})
+        slower["train.gradient_checkpointing=true"] = {"gradient_checkpointing": True}
     if isinstance(train.micro_batch_size, int) and train.micro_batch_size > 1:
-        yield "train.micro_batch_size=1", _with(spec, train={"micro_batch_size": 1})
+        slower["train.micro_batch_size=1"] = {"micro_batch_size": 1}
+    for words, keys in slower.items():
+        yield words, _with(spec, train=keys)
+    if len(slower) == 2:
+        yield " ".join(slower), _with(spec, train={"gradient_checkpointing": True, "micro_batch_size": 1})
     if spec.hw.world_size > 1:
         for stage in STAGES:
             if stage != named and (stage != "none" or named == "none"):

@@ -197,6 +197,16 @@ def test_what_cannot_fit_is_refused_with_what_does(here: Path) -> None:
     assert not (here / "runs").exists()
 
 
+def test_slower_and_smaller_is_told_where_neither_alone_fits() -> None:
+    """It came to a sixteenth of the context instead."""
+    run = ("plan", "hw=l4", "model=mistral7b", "method=lora", "train.max_length=8192", "train.batch_size=8")
+    both = "train.gradient_checkpointing=true train.micro_batch_size=1"
+    asked = "train.gradient_checkpointing=4", "train.micro_batch_size=2"
+    assert f"it fits with {both} (" in " ".join(runner(*run, *asked).stdout.split())
+    assert runner(*run, *both.split()).exit_code == 0
+    assert both not in " ".join(runner(*run, asked[0], "train.micro_batch_size=1").stdout.split())
+
+
 def test_limits_of_money_and_time_refuse() -> None:
     words = ("model=mistral7b", "method=lora", "hw=h100")
     assert plan(*words)["reasons"] == []
