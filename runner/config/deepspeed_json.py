@@ -104,6 +104,9 @@ def read_deepspeed_json(name: str) -> DeepSpeedJson:
         raise RequestError(Problem(f"deepspeed.config={name}: {why}", None, f"a path, or {names}")) from None
     try:
         content = json_text.loads(text, object_pairs_hook=json_text.once)
+    except json_text.RepeatedKeyError as error:
+        what = f"deepspeed.config={name}: {error} in one object"
+        raise RequestError(Problem(what, display_path(file), "leave one of them out")) from None
     except ValueError as error:
         raise RequestError(Problem(f"deepspeed.config={name} is not JSON: {error}", display_path(file))) from None
     if not isinstance(content, dict):

@@ -160,7 +160,8 @@ def test_a_file_of_ours_under_another_stage_and_one_without_deepspeed_are_refuse
          "begin with a copy of deepspeed_configs/zero2.json"),
         ("{1}", "deepspeed.config=mine.json is not JSON: Expecting property name enclosed in double quotes: "
          "line 1 column 2 (char 1)", None),
-        ('{"a": 1, "a": 2}', "deepspeed.config=mine.json is not JSON: the key 'a' occurs twice", None),
+        ('{"a": 1, "a": 2}', "deepspeed.config=mine.json: the key 'a' occurs twice in one object",
+         "leave one of them out"),
         (zero("2"), 'zero_optimization.stage is "2": expected a whole number', 'write "stage": 2'),
         (zero(True), "zero_optimization.stage is true: expected a whole number",
          "leave it out, or see DeepSpeed's documentation"),
