@@ -38,8 +38,9 @@ def attention(*words: str) -> str:
 
 @pytest.mark.parametrize("hw", ["h100", "rtx3090"])
 def test_without_any_package_no_mask_is_planned(hw: str) -> None:
+    asked = ("auto", "sdpa", "flash_attention_2")
     here, sdpa, flash = (
-        plan(f"hw={hw}", *words) for words in ((), ("train.attention=sdpa",), ("train.attention=flash_attention_2",))
+        plan(f"hw={hw}", "train.gradient_checkpointing=true", f"train.attention={name}") for name in asked
     )
     assert here["attention"] == "varlen: a flash kernel, no mask"
     assert sdpa["attention"] == "sdpa: SDPA with a mask of all pairs of tokens"

@@ -62,7 +62,8 @@ def test_two_sequences_a_pair_keep_twice_the_activations() -> None:
 def test_time_counts_both_sequences_and_the_passes_without_gradients() -> None:
     """LoRA with checkpointing: forward, recomputation and gradients of inputs, 3 forward passes' worth of operations;
     the reference adds one. Two sequences a pair."""
-    long = ("method=lora", "train.max_length=8192")  # so that launching kernels takes next to nothing
+    # So long that launching kernels takes next to nothing.
+    long = ("method=lora", "train.max_length=8192", "train.gradient_checkpointing=true")
     sft = planned(*long, "train.packing=false").step_seconds
     dpo, orpo, kto = (planned(*long, f"objective={name}").step_seconds for name in ("dpo", "orpo", "kto"))
     assert orpo == pytest.approx(2 * sft, rel=0.1)

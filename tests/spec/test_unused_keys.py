@@ -22,9 +22,10 @@ def fitted(*words: str) -> list[dict[str, object]]:
 
 
 def test_fit_takes_a_key_of_an_open_group_for_every_candidate() -> None:
-    rows = fitted("method.rank=512", "hw=h100")
+    same = ("hw=h100", "train.gradient_checkpointing=true", "train.micro_batch_size=1")
+    rows = fitted("method.rank=512", *same)
     assert {row["method"] for row in rows} == {"lora", "qlora4", "qlora8"}  # those that have a rank
-    before = {row["method"]: row["peak_gib"] for row in fitted("hw=h100")}
+    before = {row["method"]: row["peak_gib"] for row in fitted(*same)}
     assert all(row["peak_gib"] > before[row["method"]] for row in rows)
     rows = fitted("method=lora", "hw.num_gpus=2")
     assert {row["num_gpus"] for row in rows} == {2} and len({row["hw"] for row in rows}) == len(rows)

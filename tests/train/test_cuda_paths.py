@@ -930,9 +930,9 @@ GOOD_SMI = 'echo "580.82.07, 9.0"; echo "580.82.07, 9.0"'
         (
             'echo "Failed to initialize NVML"; exit 9',
             FakeDriver(2),
-            "driver does not answer: Failed to initialize NVML",
+            "driver does not respond: Failed to initialize NVML",
         ),
-        ("exit 9", FakeDriver(2), "driver does not answer: nvidia-smi ends with 9"),
+        ("exit 9", FakeDriver(2), "driver does not respond: nvidia-smi ends with 9"),
     ],
 )
 def test_a_pods_gpus_are_tried_without_torch(
