@@ -126,7 +126,7 @@ def end(pid: int, run_id: str) -> None:
 # ── faults of the system, as the agent sees them ───────────────────────────────────────────────
 
 FAULTY = """
-import builtins, errno, fcntl, io, os, pathlib, runpy, sys, time
+import builtins, errno, fcntl, io, os, runpy, sys, time
 code, start = getattr(errno, os.environ["FAULT"]), float(os.environ["FAULT_FROM"])
 def faulty(function):
     def call(*arguments, **named):
@@ -139,7 +139,7 @@ class Words:
     write = faulty(lambda text: sys.__stderr__.write(text))
     flush = faulty(lambda: sys.__stderr__.flush())
 sys.stderr = Words()
-io.open = builtins.open = pathlib.io.open = faulty(io.open)
+io.open = builtins.open = faulty(io.open)  # pathlib calls the first
 for name in ("open", "replace", "unlink", "fsync", "stat", "mkdir", "sync", "fork", "waitpid", "kill", "killpg"):
     setattr(os, name, faulty(getattr(os, name)))
 fcntl.flock = faulty(fcntl.flock)
