@@ -213,13 +213,14 @@ def _taken(
 
 
 def start_again(rented: Lease, place: RentedPlace | None, say: Say) -> None:
-    """Start a stopped pod, until it answers; its real price from then on."""
+    """Start a stopped pod, until it answers; its real price from then on, and the deadline where the cap is reached."""
     setup, bad = (60 * place.setup_minutes, 60 * place.bad_host_minutes) if place else (SETUP_S, BAD_HOST_S)
     pod = restart(rented.api, rented.pod)
     rented.pod = wait_until_ready(rented.api, pod, setup_s=setup, bad_host_s=bad, say=say, seen=lambda seen: None)
     if rented.pod.usd_per_hour and rented.pod.usd_per_hour != rented.meter.usd_per_hour:
         rented.meter.usd_per_hour = rented.pod.usd_per_hour
-        rented.ledger.set(rented.name, usd_per_hour=rented.pod.usd_per_hour)
+        rented.deadline = deadline_of(place, rented.meter) if place else rented.deadline
+        rented.ledger.set(rented.name, usd_per_hour=rented.pod.usd_per_hour, deadline=rented.deadline)
 
 
 def _hand_on(rented: Lease, old: Entry, new: Session, detached: bool) -> None:

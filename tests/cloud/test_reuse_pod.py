@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,16 @@ def test_what_a_pod_has_already_cannot_be_asked_of_it(here: Path) -> None:
     problem = only_problem("where=runpod", "hw=rtx4090", "where.pod=x", "where.volume=data")
     assert problem.remedy == "leave out where.volume"
     assert rented_spec("where.pod=x").where.keeps and not rented_spec("where.pod=x", "where.keep=false").where.keeps
+
+
+def test_a_pod_that_starts_at_another_price_ends_where_that_reaches_the_cap(
+    emulator: Emulator, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(run, "interrupted")
+    ready = reuse_pod.wait_until_ready
+    monkeypatch.setattr(reuse_pod, "wait_until_ready", lambda *a, **kw: replace(ready(*a, **kw), usd_per_hour=100.0))
+    rented = acquire(run, rented_spec(*WORDS, "where.max_usd=50"), PLAN, KEY, print)
+    assert rented.deadline == rented.meter.ends() < rented.meter.started + 1800  # half an hour of $100, less the disk
+    entry = Ledger().entry(rented.name)
+    assert entry is not None and entry.deadline == pytest.approx(rented.deadline) and entry.usd_per_hour == 100
+    rented.release()
