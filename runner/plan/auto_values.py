@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from runner.errors import Problem, RequestError
-from runner.plan.choose_stage import STAGES, StageChoice, StageSearch, batches, caps_scores, is_counted
+from runner.plan.attention_kernels import caps_scores
+from runner.plan.choose_stage import STAGES, StageChoice, StageSearch, batches, is_counted
 from runner.plan.memory import GIB
 from runner.plan.model_shape import shape_for
 from runner.spec import RunSpec

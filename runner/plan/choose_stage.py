@@ -11,13 +11,13 @@ from itertools import groupby
 from typing import Any
 
 from runner.errors import Problem, RequestError
-from runner.plan.autograd.ops import AttentionKernel
+from runner.plan.attention_kernels import attention_kernel
 from runner.plan.memory import GIB, PROMPT_TOKENS, Job, Memory, floor, memory
-from runner.plan.model_shape import TRAITS, Shape, shape_for
+from runner.plan.model_shape import Shape, shape_for
 from runner.plan.step_time import Machine, StepTime, Work, evaluation_time, machine_of, step_time, work_of
 from runner.plan.trainable import Precision, Training, training_of
 from runner.plan.zero_config import ResolvedConfig, refusal, resolved_config
-from runner.spec import HardwareSpec, Method, ModelSpec, Peft, RunSpec
+from runner.spec import HardwareSpec, Method, Peft, RunSpec
 from runner.spec.adapters import TYPES
 
 Templates = Mapping[str, Mapping[str, object]]
@@ -361,35 +361,6 @@ def attention_span(job: Job, micro: int) -> float | None:
     if not job.on_gpu or job.attention not in ("sdpa", "eager"):
         return None
     return 2.0 * job.seq * (micro * job.passes.sequences if job.packed else 1)
-
-
-KERNELS: dict[AttentionKernel, str] = {
-    "flash": "a flash kernel, no mask",
-    "blockwise": "each document in blocks, no mask",
-    "per_document": "SDPA once per document, no mask",
-    "scores": "each document's scores, no mask",
-    "sdpa": "SDPA with a mask of all pairs of tokens",
-    "eager": "all pairs of tokens",
-}
-
-
-def caps_scores(model: ModelSpec) -> bool:
-    """Attention scores go through tanh, which neither SDPA nor torch's flash kernel knows."""
-    return model.architecture in TRAITS and TRAITS[model.architecture].softcap
-
-
-def attention_kernel(spec: RunSpec) -> AttentionKernel:
-    """The kernel that `train.attention` means on the run's hardware: as train/varlen_attention.py chooses."""
-    named, hw = spec.train.attention, spec.hw
-    if named in ("sdpa", "eager"):
-        return named
-    if named.startswith("flash"):
-        return "flash"
-    if caps_scores(spec.model):
-        return "scores"
-    if hw.accelerator == "cpu":
-        return "blockwise"
-    return "flash" if hw.flash_attention and spec.train.precision != "fp32" else "per_document"
 
 
 def asks_prompts(spec: RunSpec) -> bool:

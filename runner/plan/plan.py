@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from runner.plan import cost, host_memory, main_memory
-from runner.plan.choose_stage import KERNELS, StageChoice, StageSearch, attention_kernel, is_counted
+from runner.plan.attention_kernels import KERNELS, attention_kernel
+from runner.plan.choose_stage import StageChoice, StageSearch, is_counted
 from runner.plan.cost import Checkpoints, checkpoints_of
 from runner.plan.main_memory import stage_number, weight_bytes
 from runner.plan.memory import GIB

@@ -360,13 +360,8 @@ def test_a_lost_create_that_cannot_be_looked_for_or_recorded_is_said(
     assert f"POD {renting.shop.wanted[-1].name} MAY" in str(error.value)
 
 
-def test_ctrl_c_leaves_no_pod(renting: Renting, monkeypatch: pytest.MonkeyPatch) -> None:
-    renting.shop.answers = [KeyboardInterrupt()]
-    with pytest.raises(KeyboardInterrupt):
-        renting.rent()
-    states = renting.states(renting.entry().name)
-    assert renting.shop.cloud.rented == {} and states[-1] == ("GONE", "interrupted; confirmed")
-    assert ("CREATE_UNKNOWN", "interrupted") in states
+def interrupted_ends(monkeypatch: pytest.MonkeyPatch) -> list[KeyboardInterrupt]:
+    """Interrupts of the next requests to terminate: one, and those that are added."""
     end, interrupts = termination.terminate, [KeyboardInterrupt()]
 
     def terminate(*words: Any) -> None:
@@ -375,6 +370,17 @@ def test_ctrl_c_leaves_no_pod(renting: Renting, monkeypatch: pytest.MonkeyPatch)
         end(*words)
 
     monkeypatch.setattr(termination, "terminate", terminate)
+    return interrupts
+
+
+def test_ctrl_c_leaves_no_pod(renting: Renting, monkeypatch: pytest.MonkeyPatch) -> None:
+    renting.shop.answers = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        renting.rent()
+    states = renting.states(renting.entry().name)
+    assert renting.shop.cloud.rented == {} and states[-1] == ("GONE", "interrupted; confirmed")
+    assert ("CREATE_UNKNOWN", "interrupted") in states
+    interrupts = interrupted_ends(monkeypatch)
     monkeypatch.setattr(rent_pod, "wait_until_ready", lambda *_, **__: _raise(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         renting.rent()  # a second Ctrl-C while it is given back: once more
@@ -510,14 +516,7 @@ def test_a_held_pod_is_given_back_with_its_doubles_and_lost_creates(
 def test_one_interrupt_does_not_leave_a_pod_behind_and_two_do(
     lease: Lease, shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end, interrupts = termination.terminate, [KeyboardInterrupt()]
-
-    def terminate(*words: Any) -> None:
-        if interrupts:
-            raise interrupts.pop()
-        end(*words)
-
-    monkeypatch.setattr(termination, "terminate", terminate)
+    interrupts = interrupted_ends(monkeypatch)
     lease.release()
     assert shop.cloud.rented == {}
     interrupts += [KeyboardInterrupt(), KeyboardInterrupt()]
