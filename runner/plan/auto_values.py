@@ -21,6 +21,7 @@ def resolve_autos(spec: RunSpec, options: StageSearch | None = None) -> tuple[Ru
     spec = resolve_hardware_autos(spec)
     _check_product(spec)
     _check_attention(spec)
+    _check_checkpointing(spec)
     notes: list[str] = []
     if options is not None:
         best = options.best(spec)
@@ -109,6 +110,15 @@ def _check_attention(spec: RunSpec) -> None:
     if spec.train.attention == "sdpa" and caps_scores(spec.model):
         what = f"train.attention=sdpa: SDPA cannot cap the attention scores of {spec.model.architecture}"
         raise RequestError(Problem(what, "train.attention", "write train.attention=varlen, or leave it at auto"))
+
+
+def _check_checkpointing(spec: RunSpec) -> None:
+    """RequestError for every n-th layer of a model that has fewer: only the first would be recomputed."""
+    named, layers = spec.train.gradient_checkpointing, spec.model.num_layers
+    if named != "auto" and layers is not None and int(named) > layers:
+        what = f"train.gradient_checkpointing={named}: {spec.model.name} has {layers} layers"
+        remedy = "write train.gradient_checkpointing=auto, or a smaller number"
+        raise RequestError(Problem(what, "train.gradient_checkpointing", remedy))
 
 
 def resolve_hardware_autos(spec: RunSpec) -> RunSpec:

@@ -152,7 +152,7 @@ def _print_facts(console: Console, plan: Plan) -> None:
     for label, words in (
         ("ZeRO", _zero(plan)),
         ("Attention", plan.attention.split()),
-        *([("Recomputes", _recomputes(plan))] if plan.num_gpus else []),
+        *([("Recomputes", _recomputes(plan))] if plan.num_gpus or plan.checkpointing else []),
         ("Batch", _batch(plan)),
         ("Trains", [f"{plan.trainable_parameters:,} parameters"]),
         ("Main memory", [*_sizes(plan.host_ram_gib, plan.host_ram), *_of_pod(plan)]),

@@ -11,6 +11,7 @@ import pytest
 from runner.config import deepspeed_json
 from runner.config.command_line import Request
 from runner.config.compose import compose
+from runner.errors import RequestError
 from runner.plan.auto_values import resolve_autos, resolve_hardware_autos
 from runner.plan.choose_stage import CHECKPOINTING, NOISE, StageChoice, StageSearch, allowed_stages, batches
 from runner.plan.model_shape import shape_for
@@ -122,3 +123,12 @@ def test_the_choice_is_what_the_run_then_is_planned_with() -> None:
     ready, _ = resolve_autos(spec, Counting())
     again = Counting().best(ready)
     assert again == replace(best, config=again.config)
+
+
+def test_every_nth_layer_of_fewer_is_refused() -> None:
+    """It would recompute the first alone."""
+    words = ("model=llama3_8b", "method=lora", "hw=h200")
+    with pytest.raises(RequestError, match="=33: llama3_8b has 32 layers") as caught:
+        resolve_autos(asked(*words, "train.gradient_checkpointing=33"), Counting())
+    assert str(caught.value.problems[0].remedy).startswith("write train.gradient_checkpointing=auto")
+    resolve_autos(asked(*words, "train.gradient_checkpointing=32"), Counting())
