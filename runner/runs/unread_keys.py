@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from runner.config.command_line import Request
+from runner.spec.data import SIZES
 
 _OF_SWEEPS = ("run.metric", "run.metric_mode", "sweep.*")
 _ARITHMETIC = (
@@ -23,7 +24,7 @@ _ARITHMETIC = (
     "where.volume", "where.volume_gb", "track.*", "push.*", "run.name", "run.on_changed_inputs", *_OF_SWEEPS,
 )  # fmt: skip
 """Change neither memory nor time nor money."""
-_CARDS = ("data.num_rows", "data.num_eval_rows", "data.bytes_per_row")
+_CARDS = tuple(f"data.{key}" for key in SIZES)
 """Facts of a data set's card, for verbs that do not read the rows."""
 UNREAD = {
     "run": _OF_SWEEPS,

@@ -12,6 +12,8 @@ from runner.spec.part import OwnCode, Part, is_own
 Format = Literal[
     "auto", "chat", "alpaca", "prompt_completion", "text", "preference", "unpaired", "prompts", "tokens"
 ]  # fmt: skip
+SIZES = ("num_rows", "num_eval_rows", "tokens_per_row", "bytes_per_row")
+"""Keys that say how much a data set on the Hub holds."""
 
 
 class SourceSpec(Part):
@@ -55,11 +57,13 @@ class DataSpec(Part):
     eval_split: str | None = None
     """Split with held-out rows; null means `eval_fraction` of the rows is held out."""
     num_rows: int | None = Field(default=None, ge=1)
-    """Rows of `split` by the data set's card, for planning before the download. Set in the files of `conf/data/`."""
+    """Rows of `split` by the data set's card, for planning time and cost before the download. Set in the files of `conf/data/`; for `data=hub` by you."""
     num_eval_rows: int | None = Field(default=None, ge=1)
     """Rows of `eval_split` by the card."""
+    tokens_per_row: float | None = Field(default=None, gt=0)
+    """Mean tokens of a row, where the card or you have counted them."""
     bytes_per_row: float | None = Field(default=None, gt=0)
-    """Mean bytes of a row's text by the card: `num_bytes / num_examples`."""
+    """Mean bytes of a row's text by the card: `num_bytes / num_examples`. Without `tokens_per_row`, tokens are estimated from it."""
     streaming: bool = False
     """Read the first `max_examples` rows from the Hub without downloading the whole data set."""
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from runner.spec.data import SIZES
 from runner.spec.part import is_own
 from runner.spec.run import RunSpec
 from runner.spec.where import RentedPlace
@@ -55,7 +56,7 @@ def _candidates(spec: RunSpec) -> _Keys:
 def _of_data(spec: RunSpec) -> _Keys:
     data, objective = spec.data, spec.objective
     if data.source != "hub":
-        for key in ("num_rows", "num_eval_rows", "bytes_per_row"):
+        for key in SIZES:
             yield f"data.{key}", f"the rows of data={data.name} are counted"
     if objective.name != "sft":
         yield "data.on_long", f"objective={objective.name} {objective.on_long}"

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from runner.config.conf_files import load_choice
+from runner.config.conf_files import load_choice, options
 from runner.data.inspect.lengths import DataLengths, lengths, optimizer_steps, packed_sequences
 from runner.data.inspect.token_counts import tokenizer_file
+from runner.data.pretraining.corpus_checks import stored_bytes
 from runner.errors import RequestError
 from runner.spec import DataSpec, ModelSpec, RunSpec
 from tests.conftest import spec_of
@@ -22,6 +23,7 @@ from tests.conftest import spec_of
 NOWHERE = ModelSpec(id="nobody/nothing")
 COMMANDS = DataSpec(**load_choice("data", "commands"))
 SMOLLM2 = ModelSpec(**load_choice("model", "smollm2_135m"))
+ON_THE_HUB = [name for name in options("data") if name != "hub" and load_choice("data", name).get("source") == "hub"]
 
 
 @pytest.fixture(autouse=True)
@@ -197,6 +199,34 @@ def test_data_of_the_catalogue_are_as_large_as_their_card_says() -> None:
 )
 def test_the_card_says_nothing_of_another_split(change: dict[str, str | None]) -> None:
     assert lengths(DataSpec(**{**load_choice("data", "gsm8k"), **change}), SMOLLM2).num_examples is None
+
+
+@pytest.mark.parametrize("name", ON_THE_HUB)
+def test_no_data_set_of_the_catalogue_is_of_unknown_size(name: str) -> None:
+    found = lengths(DataSpec(**load_choice("data", name)), SMOLLM2)
+    assert found.num_examples and found.tokens_per_example and found.held_out_rows
+    assert found.how.startswith("an estimate: ")
+
+
+def test_sizes_that_are_typed_are_planned_with() -> None:
+    data = DataSpec(name="hub", source="hub", id="org/rows", num_rows=1000, tokens_per_row=97)
+    found = lengths(data, SMOLLM2)
+    assert (found.num_examples, found.tokens_per_example, found.exact) == (950, 97, False)
+    assert _held(found) == (50, 97, None)
+    assert found.how == "an estimate: tokens as the card of org/rows states"
+    # 950 × 97 / (100 × 0.97) = 950 sequences; 238 micro batches of 2 × 2, 60 steps of 4 of them, twice.
+    assert optimizer_steps(_spec(num_epochs=2), found)[:2] == (120, 2 * 950 * 97)
+    few = lengths(data.model_copy(update={"max_examples": 100}), SMOLLM2)
+    assert optimizer_steps(_spec(num_epochs=1, packing=False), few)[:2] == (7, 100 * 97)
+    assert lengths(data.model_copy(update={"num_rows": None, "max_examples": 10}), SMOLLM2).tokens_per_example == 97
+
+
+def test_sizes_of_the_catalogue_are_not_those_of_another_data_set() -> None:
+    data = DataSpec(**{**load_choice("data", "gsm8k"), "id": "org/rows", "num_rows": 70})
+    found = lengths(data, SMOLLM2)
+    assert (found.num_examples, found.tokens_per_example, found.held_out_rows) == (70, None, None)
+    unknown = (0.0, 0.0, ["disk: the size of org/rows is not known, and not counted"])
+    assert stored_bytes(_spec().model_copy(update={"data": data}), found) == unknown
 
 
 def test_the_hubs_cache_and_a_folder_have_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,7 +223,7 @@ def test_the_disk_plan_counts_shards_and_tokens_where_the_corpus_is_known(
 def test_the_disk_plan_of_a_recipe_knows_its_corpus_or_says_so() -> None:
     plan = planned("recipe=pretrain_2b", "objective.experiment=none_yet")
     assert plan.disk["shards"] == pytest.approx(14_868_862 * 3434 / 2**30, rel=1e-3)
-    assert plan.disk["tokenised"] == pytest.approx(3 * plan.disk["shards"], rel=1e-3)
+    assert plan.disk["tokenised"] == pytest.approx(12 * 14_868_862 * 673 / 2**30, rel=1e-3)
     assert plan.host_ram_gib < 20  # text is tokenised as a stream
     some = planned("recipe=pretrain_2b", "objective.experiment=none_yet", "objective.take=1000000")
     assert some.disk["shards"] == pytest.approx(1_000_000 * 3434 / 2**30, rel=1e-3)

@@ -26,6 +26,7 @@ from runner.data.load import split
 from runner.data.readers.sources import files_of
 from runner.paths import CONF, cache_dir
 from runner.spec import DataSpec, ModelSpec, RunSpec
+from runner.spec.data import SIZES
 from runner.spec.input_paths import is_url
 
 LAYOUT = 3  # raise it when what is stored changes meaning
@@ -86,32 +87,51 @@ def lengths(data: DataSpec, model: ModelSpec, *, seed: int = 42, kind: Kind | No
 
 
 def _of_hub(data: DataSpec) -> DataLengths:
-    """Of a data set in the catalogue what its card states; of any other at most `data.max_examples`."""
-    if not data.num_rows or not _is_as_in_the_catalogue(data):
+    """What the card of a data set, or its user, states; of any other at most `data.max_examples`."""
+    card = stated_sizes(data)
+    tokens, how = _tokens_per_row(card)
+    if not card.num_rows:
         note = f"{data.id} is on the Hub: rows are counted when it is loaded"
-        note += ", at most data.max_examples" * bool(data.max_examples)
-        return DataLengths(data.max_examples, None, False, note, held_out_rows=data.max_eval_examples)
-    rows, held = data.num_rows, data.num_eval_rows
+        note += (
+            ", at most data.max_examples"
+            if data.max_examples
+            else "; data.num_rows=… and data.tokens_per_row=… give an estimate"
+        )
+        note += f", {how}" * (tokens is not None)
+        held_tokens = tokens if data.max_eval_examples else None
+        return DataLengths(data.max_examples, tokens, False, note, (), data.max_eval_examples, held_tokens)
+    rows, held = card.num_rows, card.num_eval_rows
     if not data.eval_split:
         held = round(rows * data.eval_fraction)
         rows -= held
-    tokens = data.bytes_per_row / CHARS_PER_TOKEN if data.bytes_per_row else None
     return DataLengths(
         min(rows, data.max_examples or rows),
         tokens,
         False,
-        f"as the card of {data.id} states" + f", {CHARS_PER_TOKEN:g} characters a token assumed" * bool(tokens),
-        held_out_rows=min(held or 0, data.max_eval_examples or held or 0),
+        how,
+        held_out_rows=data.max_eval_examples if held is None else min(held, data.max_eval_examples or held),
         held_out_tokens_per_row=tokens,
     )
 
 
-def _is_as_in_the_catalogue(data: DataSpec) -> bool:
-    """The rows are of the split that the file in `conf/data/` counts."""
+def _tokens_per_row(card: DataSpec) -> tuple[float | None, str]:
+    """Mean tokens of a row on the Hub, and what they are taken from."""
+    if card.tokens_per_row:
+        return card.tokens_per_row, f"an estimate: tokens as the card of {card.id} states"
+    if card.bytes_per_row:
+        how = f"an estimate: bytes as the card of {card.id} states, {CHARS_PER_TOKEN:g} a token assumed"
+        return card.bytes_per_row / CHARS_PER_TOKEN, how
+    return None, f"as the card of {card.id} states"
+
+
+def stated_sizes(data: DataSpec) -> DataSpec:
+    """The data set without sizes that are of other rows: of the catalogue's split, where another one is read."""
     if data.name not in conf_files.options("data"):
-        return data.name != "hub"  # of a folder of the user's own, which says what it says
+        return data  # of a folder of the user's own, which says what it says
     own = conf_files.load_choice("data", data.name)
-    return all(getattr(data, key) == own.get(key, None) for key in ("id", "subset", "revision", "split", "eval_split"))
+    if all(getattr(data, key) == own.get(key, None) for key in ("id", "subset", "revision", "split", "eval_split")):
+        return data
+    return data.model_copy(update={key: None for key in SIZES if getattr(data, key) == own.get(key)})
 
 
 def _key(data: DataSpec, tokenizer: Path | None, seed: int, kind: Kind | None) -> str:

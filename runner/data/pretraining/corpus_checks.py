@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from runner.data.inspect.lengths import DataLengths
+from runner.data.inspect.lengths import DataLengths, stated_sizes
 from runner.data.inspect.token_counts import CHARS_PER_TOKEN, tokenizer_file
 from runner.data.pretraining import tokenizer
 from runner.data.pretraining.sharder import (
@@ -131,7 +131,7 @@ def stored_bytes(spec: RunSpec, found: DataLengths) -> tuple[float, float, list[
     Shards hold the text, a byte a character (with `objective.gzip` they are smaller). A data set of
     the Hub lies there twice, as Parquet, at most as large as its rows, and as Arrow; one that is streamed does not.
     """
-    objective, data = spec.objective, spec.data
+    objective, data = spec.objective, stated_sizes(spec.data)
     place = workspace_of(objective)
     files = sent_bytes(spec) if spec.is_rented else 0.0
     if isinstance(objective, Pretrain) and place is not None:
@@ -144,13 +144,15 @@ def stored_bytes(spec: RunSpec, found: DataLengths) -> tuple[float, float, list[
             what = f"disk: how much text {name} holds is not known: its shards and their tokens (3 times as much)"
             remedy = "; make room for them with where.volume_gb=…" if spec.is_rented else ""
             return 0.0, files, [f"{what} are not counted{remedy}"]
-        held = (found.held_out_rows or 0) * (found.held_out_tokens_per_row or 0.0)
-        return (found.num_examples * found.tokens_per_example + held) * CHARS_PER_TOKEN, files, []
+        per_row = data.bytes_per_row or found.tokens_per_example * CHARS_PER_TOKEN
+        held_row = data.bytes_per_row or (found.held_out_tokens_per_row or 0.0) * CHARS_PER_TOKEN
+        return found.num_examples * per_row + (found.held_out_rows or 0) * held_row, files, []
     if data.source != "hub" or data.streaming:
         return 0.0, files, []
-    if not data.num_rows or not data.bytes_per_row:
+    row = data.bytes_per_row or (data.tokens_per_row or 0.0) * CHARS_PER_TOKEN
+    if not data.num_rows or not row:
         return 0.0, 0.0, [f"disk: the size of {data.id} is not known, and not counted"]
-    return 0.0, 2 * (data.num_rows + (data.num_eval_rows or 0)) * data.bytes_per_row, []
+    return 0.0, 2 * (data.num_rows + (data.num_eval_rows or 0)) * row, []
 
 
 def sent_bytes(spec: RunSpec) -> float:
