@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from runner import spec
-from runner.config.did_you_mean import names_of, parts_of
+from runner.config.schema_keys import names_of, parts_of
 from runner.doctor.checks import DoctorReport
 from runner.doctor.finding import Finding
 from runner.paths import ASSETS

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from runner.config import conf_files
-from runner.config.did_you_mean import allowed_words, known_keys
+from runner.config.schema_keys import allowed_words, known_keys
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 

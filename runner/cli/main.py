@@ -95,8 +95,9 @@ def _meant(error: click.NoSuchOption, words: tuple[str, ...]) -> str:
         return ""
     from runner.cli.completion import all_verbs
     from runner.config import conf_files
-    from runner.config.did_you_mean import known_keys, nearest_key
+    from runner.config.did_you_mean import nearest_key
     from runner.config.other_trainers_keys import NONE, PEERS
+    from runner.config.schema_keys import known_keys
     from runner.spec import RunSpec
 
     place = next((n for n, word in enumerate(words) if word.startswith(error.option_name)), None)

@@ -209,7 +209,8 @@ _MEANT = {
 def stray(word: str, first: bool = False) -> Problem:
     """A word that is no file, and neither `group=name` nor `key=value`; the `first` one may be meant as a verb."""
     from runner.config import conf_files
-    from runner.config.did_you_mean import known_keys, nearest
+    from runner.config.did_you_mean import nearest
+    from runner.config.schema_keys import known_keys
 
     if word in VERBS:
         return Problem(f"{word!r} is not the first word", "command line", f"python -m runner {word} …")

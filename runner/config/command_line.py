@@ -17,8 +17,9 @@ from hydra.errors import HydraException
 from yaml import YAMLError
 
 from runner.config import conf_files, recipe_checks
-from runner.config.did_you_mean import accepts_list, accepts_text, as_typed, nearest, only_text, quoted
+from runner.config.did_you_mean import nearest, unknown_choice
 from runner.config.provenance import COMMAND_LINE
+from runner.config.schema_keys import accepts_list, accepts_text, as_typed, only_text, quoted
 from runner.errors import Problem, RequestError
 
 if TYPE_CHECKING:
@@ -281,7 +282,7 @@ def _choice_problem(override: Override, request: Request) -> Problem | None:
     bad = [value for value in chosen if value not in names]
     if len(bad) < len(chosen):
         return None  # of a sweep, some of whose points are right: the others are told one by one
-    return recipe_checks.unknown_choice(group, bad[0], names, COMMAND_LINE) if bad else None
+    return unknown_choice(group, bad[0], names, COMMAND_LINE) if bad else None
 
 
 def _chosen(override: Override, names: tuple[str, ...]) -> list[str]:

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from runner.config import conf_files, identifying_keys, recipe_checks, spec_json
+from runner.config import conf_files, identifying_keys, spec_json
 from runner.config.command_line import Checked, Request, check_request
-from runner.config.did_you_mean import default_of, known_keys, nearest_key
+from runner.config.did_you_mean import misplaced_choices, nearest_key
 from runner.config.hydra_compose import as_request_error, file_origins, interruptible, merge_config, primary_of
 from runner.config.provenance import COMMAND_LINE, Origin, display_path
+from runner.config.schema_keys import default_of, known_keys
 from runner.config.validation import SourceOf, validated
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
@@ -147,9 +148,7 @@ def _composed(request: Request, checked: Checked) -> _Composed:
     content = {key: value for key, value in config.items_ex(resolve=False) if key != "hydra"}
     names = {key: content.pop(key) for key in conf_files.GROUPS if isinstance(content.get(key), (str, int, float))}
     found = _resolved(OmegaConf.create(content), source_of, tuple(names))
-    misplaced = [
-        recipe_checks.misplaced_choices(key, str(name), source_of(key), request.folders) for key, name in names.items()
-    ]
+    misplaced = [misplaced_choices(key, str(name), source_of(key), request.folders) for key, name in names.items()]
     found = replace(found, problems=[*misplaced, *found.problems])
     if found.values is None:
         return found

@@ -1,130 +1,85 @@
-"""The nearest key or choice to what was typed: "did you mean"."""
+"""Unknown keys and choices as problems: "did you mean" with the nearest one, or with what the word means."""
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
-import shlex
-import types
-import typing
-from collections.abc import Collection, Iterable, Iterator
-from functools import cache
-from typing import Any
-
-from pydantic import BaseModel
+from collections.abc import Iterable
+from pathlib import Path
 
 from runner.config import conf_files
-from runner.config.other_trainers_keys import PEERS
+from runner.config.other_trainers_keys import CHOICES, NONE, PEERS
+from runner.config.schema_keys import choices_with, known_keys
+from runner.errors import Problem
 from runner.spec import RunSpec
 
 
-@cache
-def _annotations() -> dict[str, list[object]]:
-    """Every dotted key of the schema with its types, one per variant of a union that has it."""
-    found: dict[str, list[Any]] = {}
-    for key, annotation in _walk(RunSpec, ""):
-        found.setdefault(key, []).append(annotation)
-    return found
-
-
-def known_keys() -> Collection[str]:
-    """Every dotted key of the schema, all variants of a union together."""
-    return _annotations().keys()
-
-
-def default_of(key: str) -> object:
-    """The value of a key that nothing sets; None for one that is unknown, has to be set, or is null then."""
+def unknown_key(key: str, chosen: str | None, source: str | None) -> Problem:
+    """A key that is nowhere, or only in other choices than the one `chosen` for its group."""
     group, _, leaf = key.partition(".")
-    field = RunSpec.model_fields.get(group)
-    for part in parts_of(field.annotation) if field else ():
-        if (found := part.model_fields.get(leaf)) and not found.is_required():
-            return found.get_default(call_default_factory=True)
+    others = [f"{group}={name}" for name in choices_with(key)]
+    if key == "method.peft_type" and source != "command line":
+        remedy = f"peft_type goes with a name of its own: write name: {chosen}_mine in its place, or take {others[0]}"
+        return Problem(f"name: {chosen} is a method of another kind, without peft_type", source, remedy)
+    if others:
+        listed = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
+        remedy = f"{listed} {'has' if len(others) == 1 else 'have'} it"
+        return Problem(f"{group}={chosen} has no {leaf}", source, remedy)
+    if key in known_keys() and group in RunSpec.model_fields and source != "command line" and leaf:
+        steps = key.split(".")
+        nested = ": {".join(steps) + ": …" + "}" * (len(steps) - 1)
+        return Problem(f"unknown key {key}: a dot has no meaning in YAML", source, f"write {nested}")
+    if (word := key.rpartition(".")[2]) in NONE and key not in known_keys():
+        return Problem(f"unknown key {key}", source, f"leave it out: {NONE[word]}")
+    near = nearest_key(key) if key not in known_keys() else None
+    every = f"docs/reference.md has every key of {group}" if group in RunSpec.model_fields and leaf else None
+    remedy = f"did you mean {near}?" if near else every or "see docs/reference.md for every key"
+    return Problem(f"unknown key {key}", source, remedy)
+
+
+def unknown_choice(group: str, name: str, names: tuple[str, ...], place: str) -> Problem:
+    """`group=name` where `names` are all there are."""
+    if meant := _meant(group, name):
+        remedy = f"write {meant}" if place == "command line" else remedy_for_file(f"write {meant}")
+    else:
+        near = nearest_choice(group, name, names)
+        remedy = f"did you mean {group}={near}?" if near else f"python -m runner list {group} shows all"
+    return Problem(f"there is no {group} {name!r}", place, remedy)
+
+
+def _of_id(hub_id: str) -> str | None:
+    """The choice of the catalogue whose model has this Hub id."""
+    ids = ((name, conf_files.load_choice("model", name).get("id")) for name in conf_files.options("model"))
+    return next((name for name, known in ids if str(known).lower() == hub_id.lower()), None)
+
+
+def _meant(group: str, name: str) -> str | None:
+    """The meaning of a word that names no choice: a Hub id, a file, a stage, a peer's name."""
+    if found := CHOICES.get((group, name.lower())):
+        return found
+    path = re.search(r"[/.]", name) is not None and not name.endswith((".yaml", ".yml"))
+    if group == "model" and "/" in name and (known := _of_id(name)):
+        return f"model={known}"
+    if group == "model" and (path or os.path.isdir(Path(name))):
+        return f"model=hub model.id={name}"
+    if group == "data" and path:
+        of_hub = re.fullmatch(r"[\w-]+/[\w-]+", name) and not os.path.exists(name)
+        return f"data=hub data.id={name}" if of_hub else f"data=file data.path={name}"
+    if group == "deepspeed" and name.endswith(".json"):
+        return f"deepspeed=auto deepspeed.config={name}"
+    if group == "deepspeed" and (stage := re.fullmatch(r"(?:stage[_-]?|z)?([0-3])", name)):
+        return f"deepspeed=zero{stage[1]}" if stage[1] != "0" else "deepspeed=none"
+    if group == "hw" and name.isdigit() and len(name) < 3:
+        return f"hw.num_gpus={name}"
+    if group == "hw" and name.lower() in ("gpu", "cuda", "auto", "nvidia"):
+        return "hw=local"
+    several = re.fullmatch(r"(?:(\d+)\s*[x×*]\s*)?([a-z]+\d+\w*?)(?:\s*[x×*]\s*(\d+))?", name.lower())
+    if group == "hw" and several and several[2] in conf_files.options("hw") and (several[1] or several[3]):
+        count = several[1] or several[3]
+        ready = f"{several[2]}x{count}"
+        return f"hw={ready}" if ready in conf_files.options("hw") else f"hw={several[2]} hw.num_gpus={count}"
     return None
-
-
-def allowed_words(key: str) -> list[str]:
-    """Words allowed after `key=` where only some are: `auto`, `true`, `cosine`."""
-    return [word for annotation in _annotations().get(key, []) for word in _words(annotation)]
-
-
-def _words(annotation: object) -> Iterator[str]:
-    if annotation is bool:
-        yield from ("true", "false")
-    elif typing.get_origin(annotation) is typing.Literal:
-        yield from map(str, typing.get_args(annotation))
-    elif typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
-        for inner in typing.get_args(annotation):
-            yield from _words(inner)
-
-
-def accepts_list(key: str) -> bool:
-    """A list may be written after `key=`."""
-    return any("list[" in str(annotation) for annotation in _annotations().get(key, []))
-
-
-def accepts_text(key: str) -> bool:
-    """Any text may be written after `key=`."""
-    return any("str" in str(annotation).replace("list[str]", "") for annotation in _annotations().get(key, []))
-
-
-def only_text(key: str) -> bool:
-    """Return True if the key accepts only text or null."""
-    return set(_annotations().get(key, ())) <= {str, str | None} and key in known_keys()
-
-
-def only_number(key: str) -> type[int] | type[float] | None:
-    """The type of number that has to be written after `key=`, or a word of the schema such as `auto`; None for a key
-    that takes a truth value or any text."""
-    found = " ".join(
-        annotation.__name__ if isinstance(annotation, type) else str(annotation)
-        for annotation in _annotations().get(key, [])
-    )
-    if re.search(r"\b(bool|str|list|dict)\b", found):
-        return None
-    return float if "float" in found else int if "int" in found else None
-
-
-def mapping_keys() -> set[str]:
-    """Keys whose value is a mapping with names that the schema does not have, such as `method.arguments`."""
-    return {key for key, kinds in _annotations().items() if any(typing.get_origin(kind) is dict for kind in kinds)}
-
-
-def parts_of(annotation: object) -> Iterator[type[BaseModel]]:
-    """The schema classes inside an annotation (a class, a union, an Annotated)."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
-        for inner in typing.get_args(annotation):
-            yield from parts_of(inner)
-
-
-def choices_with(key: str) -> list[str]:
-    """Choices that have `key` where others of their group have not: `method.rank` → lora, qlora4, qlora8."""
-    group, _, leaf = key.partition(".")
-    field = RunSpec.model_fields.get(group)
-    parts = list(parts_of(field.annotation)) if field else []
-    having = [part for part in parts if leaf in part.model_fields]
-    if len(having) == len(parts):
-        return []
-    return [name for part in having for name in names_of(group, part)]
-
-
-def names_of(group: str, part: type[BaseModel]) -> tuple[str, ...]:
-    """The names that choose a variant of a group: those of its type, or the catalogue's that no type has."""
-    field = RunSpec.model_fields[group]
-    own = {p: typing.get_args(p.model_fields["name"].annotation) for p in parts_of(field.annotation)}
-    if own[part]:
-        return own[part]
-    held = {name for names in own.values() for name in names}
-    chosen = {name: conf_files.load_choice(group, name).get("name", name) for name in conf_files.options(group)}
-    return tuple(name for name in chosen if chosen[name] not in held)
-
-
-def _walk(part: type[BaseModel], prefix: str) -> Iterator[tuple[str, object]]:
-    for name, field in part.model_fields.items():
-        yield prefix + name, field.annotation
-        for inner in parts_of(field.annotation):
-            yield from _walk(inner, f"{prefix}{name}.")
 
 
 def nearest_key(key: str) -> str | None:
@@ -174,17 +129,39 @@ def nearest_choice(group: str, word: str, names: Iterable[str]) -> str | None:
     return exact or nearest(word, {**table, **known}) or inside
 
 
-def quoted(value: str, quote: str = "'") -> str:
-    """A text in Hydra's quotes, in which only a quote, and backslashes before one, have to be escaped."""
-    escaped = re.sub(rf"(\\*)({quote}|$)", lambda m: m[1] * 2 + ("\\" + m[2] if m[2] else ""), value)
-    return f"{quote}{escaped}{quote}"
+def misplaced_choices(group: str, name: str, place: str | None, folders: tuple[Path, ...]) -> Problem:
+    """`group: name` among the values of a file."""
+    entry, rest = as_defaults_line(group, name, folders)
+    remedy = f"write it into the defaults list: {entry}" + (f", and below it {rest}" if rest else "")
+    return Problem(f"{group}: {name} chooses, and that is done in the defaults list", place, remedy)
 
 
-def as_typed(key: str, value: str) -> str:
-    """The word to type into a shell so that `key` gets the text `value`, or a list of it where it takes nothing
-    else."""
-    text = value.replace("${", "\\${")  # else it would be an interpolation
-    word = quoted(text, '"')
-    if accepts_list(key) and value.startswith("[") and value.endswith("]") and len(value) > 2:
-        word = f"[{','.join(quoted(part.strip(), chr(34)) for part in text[1:-1].split(','))}]"
-    return f"{key}='{word}'" if "'" not in word else shlex.quote(f"{key}={word}")
+def as_defaults_line(group: str, name: str, folders: tuple[Path, ...]) -> tuple[str, str | None]:
+    """The line of a defaults list that chooses `name`, and the value it needs where it is no choice itself."""
+    meant = None if name in conf_files.options(group, folders) else _meant(group, name)
+    if meant is None:
+        near = nearest_choice(group, name, conf_files.options(group, folders))
+        return f"- override /{group}: {near or name}", None
+    choice, value = as_yaml_lines(meant)
+    return choice or f"- override /{group}: local", value  # `hw: 2` is `hw.num_gpus=2`
+
+
+def as_yaml_lines(words: str) -> tuple[str | None, str | None]:
+    """`model=hub model.id=org/name` as a line of the defaults list, and one of values."""
+    choice = value = None
+    for word in re.split(r" (?=\w+\.\w+=)", words):
+        key, _, text = word.partition("=")
+        if "." in key:
+            value = f"{key.split('.')[0]}: {{{key.split('.')[1]}: {text}}}"
+        else:
+            choice = f"- override /{key}: {text}"
+    return choice, value
+
+
+def remedy_for_file(remedy: str) -> str:
+    """A remedy for the command line as one for a file: `write model=hub model.id=x`."""
+    if not re.fullmatch(r"write \w+(\.\w+)?=\S+( \w+\.\w+=\S+)*", remedy):
+        return remedy
+    choice, value = as_yaml_lines(remedy.removeprefix("write "))
+    said = f"write it into the defaults list: {choice}" if choice else ""
+    return said + (f"{', and below it ' if said else 'write '}{value}" if value else "")

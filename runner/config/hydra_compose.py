@@ -33,9 +33,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner.config import conf_files, recipe_checks
 from runner.config.command_line import Checked, Request
-from runner.config.did_you_mean import known_keys
+from runner.config.did_you_mean import unknown_key
 from runner.config.provenance import COMMAND_LINE, Origin, display_path, origins_in_file
-from runner.config.validation import unknown_key
+from runner.config.schema_keys import known_keys
 from runner.config.yaml_files import load
 from runner.errors import Problem, RequestError
 from runner.paths import CONF, RECIPES

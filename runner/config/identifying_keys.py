@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from runner.config import conf_files, recipe_checks
-from runner.config.did_you_mean import known_keys, nearest_choice
+from runner.config import conf_files
+from runner.config.did_you_mean import nearest_choice, remedy_for_file
+from runner.config.schema_keys import known_keys
 from runner.config.validation import SourceOf
 from runner.errors import Problem
 
@@ -78,7 +79,7 @@ def _of_choice(
         what = f"{group}.{key}={value} names another {_NOUN.get(group, group)}"
         remedy, source = _instead(group, key, str(value), folders), source_of(f"{group}.{key}")
         if source != "command line":
-            remedy = recipe_checks.remedy_for_file(remedy)
+            remedy = remedy_for_file(remedy)
         yield Problem(f"{what}, and the rest would stay that of {group}={choice}", source, remedy)
     if group == "model" and not generic and own.get("architecture") and not held.get("from_scratch"):
         for key in ARCHITECTURE:

@@ -8,9 +8,10 @@ from pathlib import Path
 import yaml
 
 from runner.config import conf_files, yaml_files
-from runner.config.did_you_mean import known_keys, nearest_key
+from runner.config.did_you_mean import nearest_key
 from runner.config.other_trainers_keys import NONE, PEERS, TORCHTUNE
 from runner.config.provenance import display_path
+from runner.config.schema_keys import known_keys
 from runner.errors import Problem
 from runner.spec import RunSpec
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from runner.config import conf_files, other_trainers, other_trainers_keys, yaml_files
-from runner.config.did_you_mean import nearest, nearest_choice
+from runner.config import conf_files, other_trainers, yaml_files
+from runner.config.did_you_mean import as_defaults_line, misplaced_choices, nearest, unknown_choice
 from runner.config.provenance import display_path, flattened
 from runner.errors import Problem, RequestError
 from runner.paths import RECIPES
@@ -80,7 +80,7 @@ def _baseless(file: Path, choices: Choices, node: yaml.MappingNode, folders: tup
         group = group_of(key.value)
         if group in conf_files.GROUPS and isinstance(value, yaml.ScalarNode):
             place = f"{display_path(file)}:{key.start_mark.line + 1}"
-            entry, rest = _in_defaults(group, value.value, folders)
+            entry, rest = as_defaults_line(group, value.value, folders)
             lines.append(f"  {entry}")
             if (key, value) in outside:
                 found.append(misplaced_choices(group, value.value, place, folders))
@@ -89,44 +89,6 @@ def _baseless(file: Path, choices: Choices, node: yaml.MappingNode, folders: tup
     what = f"{display_path(file)} builds on nothing: its defaults list does not name config"
     block = ["begin it with:", "defaults:", "  - config", *dict.fromkeys(lines), "  - _self_"]
     return [Problem(what, None, "\n".join(block) if lines else _BASE), *found]
-
-
-def misplaced_choices(group: str, name: str, place: str | None, folders: tuple[Path, ...]) -> Problem:
-    """`group: name` among the values of a file."""
-    entry, rest = _in_defaults(group, name, folders)
-    remedy = f"write it into the defaults list: {entry}" + (f", and below it {rest}" if rest else "")
-    return Problem(f"{group}: {name} chooses, and that is done in the defaults list", place, remedy)
-
-
-def _in_defaults(group: str, name: str, folders: tuple[Path, ...]) -> tuple[str, str | None]:
-    """The line of a defaults list that chooses `name`, and the value it needs where it is no choice itself."""
-    meant = None if name in conf_files.options(group, folders) else _meant(group, name)
-    if meant is None:
-        near = nearest_choice(group, name, conf_files.options(group, folders))
-        return f"- override /{group}: {near or name}", None
-    choice, value = as_yaml_lines(meant)
-    return choice or f"- override /{group}: local", value  # `hw: 2` is `hw.num_gpus=2`
-
-
-def as_yaml_lines(words: str) -> tuple[str | None, str | None]:
-    """`model=hub model.id=org/name` as a line of the defaults list, and one of values."""
-    choice = value = None
-    for word in re.split(r" (?=\w+\.\w+=)", words):
-        key, _, text = word.partition("=")
-        if "." in key:
-            value = f"{key.split('.')[0]}: {{{key.split('.')[1]}: {text}}}"
-        else:
-            choice = f"- override /{key}: {text}"
-    return choice, value
-
-
-def remedy_for_file(remedy: str) -> str:
-    """A remedy for the command line as one for a file: `write model=hub model.id=x`."""
-    if not re.fullmatch(r"write \w+(\.\w+)?=\S+( \w+\.\w+=\S+)*", remedy):
-        return remedy
-    choice, value = as_yaml_lines(remedy.removeprefix("write "))
-    said = f"write it into the defaults list: {choice}" if choice else ""
-    return said + (f"{', and below it ' if said else 'write '}{value}" if value else "")
 
 
 def choices_and_keys(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, str], dict[str, object]]:
@@ -142,50 +104,6 @@ def choices_and_keys(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str
             below = choices_and_keys(base, (*above, base))
             choices, keys = below[0] | choices, below[1] | keys
     return choices, keys | dict(flattened({k: v for k, v in content.items() if k != "defaults"}))
-
-
-def unknown_choice(group: str, name: str, names: tuple[str, ...], place: str) -> Problem:
-    """`group=name` where `names` are all there are."""
-    if meant := _meant(group, name):
-        remedy = f"write {meant}" if place == "command line" else remedy_for_file(f"write {meant}")
-    else:
-        near = nearest_choice(group, name, names)
-        remedy = f"did you mean {group}={near}?" if near else f"python -m runner list {group} shows all"
-    return Problem(f"there is no {group} {name!r}", place, remedy)
-
-
-def _of_id(hub_id: str) -> str | None:
-    """The choice of the catalogue whose model has this Hub id."""
-    ids = ((name, conf_files.load_choice("model", name).get("id")) for name in conf_files.options("model"))
-    return next((name for name, known in ids if str(known).lower() == hub_id.lower()), None)
-
-
-def _meant(group: str, name: str) -> str | None:
-    """The meaning of a word that names no choice: a Hub id, a file, a stage, a peer's name."""
-    if found := other_trainers_keys.CHOICES.get((group, name.lower())):
-        return found
-    path = re.search(r"[/.]", name) is not None and not name.endswith((".yaml", ".yml"))
-    if group == "model" and "/" in name and (known := _of_id(name)):
-        return f"model={known}"
-    if group == "model" and (path or os.path.isdir(Path(name))):
-        return f"model=hub model.id={name}"
-    if group == "data" and path:
-        of_hub = re.fullmatch(r"[\w-]+/[\w-]+", name) and not os.path.exists(name)
-        return f"data=hub data.id={name}" if of_hub else f"data=file data.path={name}"
-    if group == "deepspeed" and name.endswith(".json"):
-        return f"deepspeed=auto deepspeed.config={name}"
-    if group == "deepspeed" and (stage := re.fullmatch(r"(?:stage[_-]?|z)?([0-3])", name)):
-        return f"deepspeed=zero{stage[1]}" if stage[1] != "0" else "deepspeed=none"
-    if group == "hw" and name.isdigit() and len(name) < 3:
-        return f"hw.num_gpus={name}"
-    if group == "hw" and name.lower() in ("gpu", "cuda", "auto", "nvidia"):
-        return "hw=local"
-    several = re.fullmatch(r"(?:(\d+)\s*[x×*]\s*)?([a-z]+\d+\w*?)(?:\s*[x×*]\s*(\d+))?", name.lower())
-    if group == "hw" and several and several[2] in conf_files.options("hw") and (several[1] or several[3]):
-        count = several[1] or several[3]
-        ready = f"{several[2]}x{count}"
-        return f"hw={ready}" if ready in conf_files.options("hw") else f"hw={several[2]} hw.num_gpus={count}"
-    return None
 
 
 def _problems_of_entry(key: yaml.Node, choice: yaml.Node, file: str, folders: tuple[Path, ...]) -> Iterator[Problem]:

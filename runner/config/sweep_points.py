@@ -13,9 +13,9 @@ from hydra.types import RunMode
 
 from runner.config.command_line import NO_PRUNING, PARAMS, PRUNER, Request, check_request, for_hydra
 from runner.config.compose import compose_checked, spec_of_point, texts_of
-from runner.config.did_you_mean import quoted
 from runner.config.hydra_compose import as_request_error, file_origins, hydra_over, primary_of
 from runner.config.provenance import COMMAND_LINE
+from runner.config.schema_keys import quoted
 from runner.errors import Problem, RequestError, RunFailedError, RunnerError
 from runner.spec import RunSpec
 

@@ -10,19 +10,16 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from runner.config.did_you_mean import (
+from runner.config.did_you_mean import nearest, unknown_key
+from runner.config.other_trainers_keys import VALUES
+from runner.config.provenance import COMMAND_LINE, flattened
+from runner.config.schema_keys import (
     accepts_text,
     as_typed,
-    choices_with,
-    known_keys,
     mapping_keys,
-    nearest,
-    nearest_key,
     only_number,
     parts_of,
 )
-from runner.config.other_trainers_keys import NONE, VALUES
-from runner.config.provenance import COMMAND_LINE, flattened
 from runner.errors import Problem, RequestError
 from runner.spec import RunSpec
 from runner.spec.part import CODE
@@ -126,29 +123,6 @@ def value_of(spec: RunSpec, key: str) -> object:
             raise RequestError(unknown_key(key, chosen, "command line"))
         value = value[step]
     return value
-
-
-def unknown_key(key: str, chosen: str | None, source: str | None) -> Problem:
-    """A key that is nowhere, or only in other choices than the one `chosen` for its group."""
-    group, _, leaf = key.partition(".")
-    others = [f"{group}={name}" for name in choices_with(key)]
-    if key == "method.peft_type" and source != "command line":
-        remedy = f"peft_type goes with a name of its own: write name: {chosen}_mine in its place, or take {others[0]}"
-        return Problem(f"name: {chosen} is a method of another kind, without peft_type", source, remedy)
-    if others:
-        listed = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
-        remedy = f"{listed} {'has' if len(others) == 1 else 'have'} it"
-        return Problem(f"{group}={chosen} has no {leaf}", source, remedy)
-    if key in known_keys() and group in RunSpec.model_fields and source != "command line" and leaf:
-        steps = key.split(".")
-        nested = ": {".join(steps) + ": …" + "}" * (len(steps) - 1)
-        return Problem(f"unknown key {key}: a dot has no meaning in YAML", source, f"write {nested}")
-    if (word := key.rpartition(".")[2]) in NONE and key not in known_keys():
-        return Problem(f"unknown key {key}", source, f"leave it out: {NONE[word]}")
-    near = nearest_key(key) if key not in known_keys() else None
-    every = f"docs/reference.md has every key of {group}" if group in RunSpec.model_fields and leaf else None
-    remedy = f"did you mean {near}?" if near else every or "see docs/reference.md for every key"
-    return Problem(f"unknown key {key}", source, remedy)
 
 
 def _explain(

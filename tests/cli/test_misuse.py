@@ -12,7 +12,7 @@ import pytest
 from runner.cli.options import request_of
 from runner.config import other_trainers_keys
 from runner.config.compose import compose
-from runner.config.did_you_mean import allowed_words, known_keys, parts_of
+from runner.config.schema_keys import allowed_words, known_keys, parts_of
 from runner.config.spec_json import load_spec
 from runner.config.validation import PATTERNS
 from runner.errors import RequestError

@@ -14,7 +14,7 @@ import pytest
 from runner.cli.options import request_of
 from runner.cloud.runpod import prices
 from runner.config.compose import compose
-from runner.config.did_you_mean import _annotations
+from runner.config.schema_keys import _annotations
 from runner.config.validation import validated
 from runner.data.inspect.preview import preview
 from runner.data.inspect.stats import stats

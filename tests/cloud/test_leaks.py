@@ -18,6 +18,7 @@ def test_every_module_that_may_have_secrets_is_there() -> None:
     ("python3.12 -u -m runner.launcher.on_pod /workspace/runs/a/spec.json", True),
     ("python -m runner.hub.upload /workspace/runs/a", True),
     ("python -m runner.train spec.json", True),
+    ("fc-list --format=%{file}", True),
     ("python3 -m runner.cli.main", False),
     ("python /workspace/.runner/agent.py run /workspace/runs/a -m runner", False),
     ("python3 -c print() -m runner", False),

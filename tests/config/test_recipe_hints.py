@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.config.did_you_mean import known_keys
 from runner.config.other_trainers_keys import NONE, PEERS, TORCHTUNE
+from runner.config.schema_keys import known_keys
 from tests.support.front import here, laptop, only_problem, problems_of, runner, spec_of, write
 
 __all__ = ["here", "laptop"]  # fixtures

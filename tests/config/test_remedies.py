@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runner.config.did_you_mean import as_typed
+from runner.config.schema_keys import as_typed
 from runner.paths import ASSETS
 from tests.support.front import here, laptop, only_problem, problems_of, spec_of, write
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from runner.config import conf_files
-from runner.config.did_you_mean import allowed_words, choices_with, known_keys, nearest, nearest_choice, nearest_key
+from runner.config.did_you_mean import nearest, nearest_choice, nearest_key
 from runner.config.other_trainers_keys import PEERS
+from runner.config.schema_keys import allowed_words, choices_with, known_keys
 from runner.spec import RunSpec
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from runner.cli.options import request_of
 from runner.config.compose import Sources, compose
-from runner.config.did_you_mean import parts_of
+from runner.config.schema_keys import parts_of
 from runner.report.progress import Progress
 from runner.resolve.steps import resolve
 from runner.rundir.launch_options import DEFAULT_OPTIONS

@@ -19,6 +19,8 @@ MUST_HAVE = {
 CHILDREN = re.compile(r"from multiprocessing\.\w+ import \w+")
 """What `python -c` has in children of those, which have the variables of their parents."""
 COMPILE_WORKER = "/torch/_inductor/compile_worker/"
+LIBRARIES_OWN = {"fc-list": "matplotlib's, for a worker's first picture on a machine: it asks for the fonts, and ends"}
+"""Programs that a library starts in one of those, with its variables, and which hand them on to nobody."""
 PROC = Path("/proc")
 
 
@@ -90,10 +92,10 @@ class Watch:
 
 
 def may_have(argv: Sequence[str]) -> bool:
-    """Whether the process of such a command line may have a secret among its variables: by the module that Python runs,
-    not by words that stand somewhere in it, as in what ssh is to run there."""
+    """Whether the process of such a command line may have a secret among its variables: by the program or
+    the module that Python runs, not by words that stand somewhere in it, as in what ssh is to run there."""
     if not re.fullmatch(r"python[\d.]*", Path(argv[0]).name):
-        return False
+        return Path(argv[0]).name in LIBRARIES_OWN
     for number, word in enumerate(argv[1:-1], 1):
         if word == "-m":
             return argv[number + 1] in MUST_HAVE
