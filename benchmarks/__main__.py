@@ -31,6 +31,7 @@ from benchmarks import (
     memory_accuracy,
     mutants,
     objectives,
+    peers,
     reliability_page,
     startup,
     sweep,
@@ -48,6 +49,7 @@ BENCHMARKS = {
         throughput_cpu,
         gpu,
         attention,
+        peers,
         data,
         objectives,
         memory_accuracy,
@@ -69,8 +71,9 @@ INTRO = """\
 
 # Benchmarks
 
-Measurements behind the claims of the README. `python -m benchmarks` (or `make bench`) repeats all but `gpu` and
-`coverage` on your machine and rewrites this page; `python -m benchmarks NAME` repeats one: {names}.
+Measurements behind the claims of the README. `python -m benchmarks` (or `make bench`) repeats all but `gpu`,
+`coverage` and `peers` (which installs LLaMA-Factory) on your machine and rewrites this page;
+`python -m benchmarks NAME` repeats one: {names}.
 The accuracy of the plan's memory (`memory_accuracy`) is in [planning.md](planning.md#accuracy).
 
 A median is given with its middle half (25th to 75th percentile), which is wide if the machine was busy.
@@ -118,7 +121,7 @@ def main(arguments: list[str]) -> int:
         return 2
     if name != "--docs":
         chosen = (
-            [b for b in BENCHMARKS.values() if b not in (gpu.BENCHMARK, coverage.BENCHMARK)]
+            [b for b in BENCHMARKS.values() if b not in (gpu.BENCHMARK, coverage.BENCHMARK, peers.BENCHMARK)]
             if name == "all"
             else [BENCHMARKS[name]]
         )

@@ -39,11 +39,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, choices=[*BEFORE], default=[*BEFORE])
 
 
+def common_words() -> list[str]:
+    """Common words."""
+    texts = [page.read_text("utf-8") for page in sorted((CONF / "data").glob("*.yaml"))]
+    return sorted({word.lower() for text in texts for word in text.split() if word.isalpha()})
+
+
 def rows(file: Path) -> None:
     """Write the rows, the same every time."""
-    draw = random.Random(SEED)
-    texts = [page.read_text("utf-8") for page in sorted((CONF / "data").glob("*.yaml"))]
-    words = sorted({word.lower() for text in texts for word in text.split() if word.isalpha()})
+    draw, words = random.Random(SEED), common_words()
     with file.open("w", encoding="utf-8") as out:
         for _ in range(ROWS):
             count = min(600, max(5, round(draw.lognormvariate(0, WORDS[1]) * WORDS[0])))

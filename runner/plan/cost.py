@@ -1,4 +1,7 @@
-"""Cost of a run: hours of the machine times its price, and its disk; its checkpoints."""
+"""Cost of a run: hours of the machine times its price, and its disk; its checkpoints.
+
+The price itself comes from `PRICES` in runner/cloud/providers.py.
+"""
 
 from __future__ import annotations
 
