@@ -34,6 +34,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.utils import add_fused_lm_head
 
+from runner.hub.model_config import config_of
 from runner.spec import Full, ModelSpec, RunSpec
 from runner.train import adapter_config, trainable_weights
 from runner.train.activation_checkpointing import checkpoint_every
@@ -216,25 +217,9 @@ class Simulated:
 
 def transformers_config(model: ModelSpec, num_layers: int | None = None) -> Any:
     """The configuration that transformers would load, from the facts of the catalogue."""
-    facts: dict[str, Any] = {
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "num_hidden_layers": num_layers or model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.context_length,
-        "tie_word_embeddings": model.tie_embeddings,
-        "pad_token_id": None,  # the class's may be none of this vocabulary
-    }
-    if model.attention_bias is not None:
-        facts["attention_bias"] = model.attention_bias
-    if model.head_dim:
-        facts["head_dim"] = model.head_dim
-    if model.num_experts:
-        facts |= {"num_local_experts": model.num_experts, "num_experts_per_tok": model.experts_per_token}
-    if model.architecture == "qwen3_moe":
-        facts["moe_intermediate_size"] = model.intermediate_size
+    facts = config_of(model) | {"pad_token_id": None}  # the class's may be none of this vocabulary
+    if num_layers:
+        facts["num_hidden_layers"] = num_layers
     if model.architecture == "phi":
         facts |= {"resid_pdrop": 0.1, "partial_rotary_factor": 0.4}  # microsoft/phi-2's config.json
     assert model.architecture

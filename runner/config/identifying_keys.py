@@ -27,6 +27,7 @@ _NOUN = {"hw": "GPU", "data": "data set", "deepspeed": "ZeRO stage", "where": "p
 ARCHITECTURE = (
     "architecture", "num_parameters", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
     "head_dim", "vocab_size", "tie_embeddings", "attention_bias", "num_experts", "experts_per_token",
+    "dense_layers", "dense_intermediate_size", "shared_intermediate_size", "qk_norm",
 )  # fmt: skip
 """Facts of `model` that a pretrained model has, whatever is written beside it."""
 

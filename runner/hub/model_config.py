@@ -42,6 +42,12 @@ _EXPERT_KEYS = {"num_experts": ("num_local_experts", "num_experts"), "experts_pe
 _OWN_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
     "mixtral": _EXPERT_KEYS,
     "qwen3_moe": {**_EXPERT_KEYS, "intermediate_size": ("moe_intermediate_size",)},
+    "glm4_moe": {
+        "num_experts": ("n_routed_experts", "num_local_experts", "num_experts"),
+        "experts_per_token": ("num_experts_per_tok",),
+        "intermediate_size": ("moe_intermediate_size",),
+        "dense_intermediate_size": ("intermediate_size",),
+    },
     "gpt_neox": {"num_kv_heads": (), "head_dim": ()},
     "gpt2": {
         "hidden_size": ("n_embd", "hidden_size"),
@@ -62,6 +68,7 @@ _DEFAULTS: dict[str, tuple[int | bool | None, ...]] = {
     "qwen2": (4096, 22016, 32, 32, 32, None, 151936, 32768, False),
     "qwen3": (4096, 22016, 32, 32, 32, 128, 151936, 32768, False),
     "qwen3_moe": (2048, 768, 24, 32, 4, None, 151936, 32768, False),
+    "glm4_moe": (4096, 1408, 46, 96, 8, None, 151552, 131072, False),
     "gemma": (3072, 24576, 28, 16, 16, 256, 256000, 8192, True),
     "gemma2": (2304, 9216, 26, 8, 4, 256, 256000, 8192, True),
     "gemma3_text": (2304, 9216, 26, 8, 4, 256, 262208, 131072, True),
@@ -77,7 +84,8 @@ _DEFAULTS: dict[str, tuple[int | bool | None, ...]] = {
     "gpt_neox": (6144, 24576, 44, 64, None, None, 50432, 2048, False),
     "gpt2": (768, None, 12, 12, None, None, 50257, 1024, True),
 }
-_EXPERT_DEFAULTS = {"mixtral": (8, 2), "qwen3_moe": (128, 8)}  # experts, and those of one token
+_EXPERT_DEFAULTS = {"mixtral": (8, 2), "qwen3_moe": (128, 8), "glm4_moe": (128, 8)}  # experts, and those of one token
+_DENSE_DEFAULT = 10944  # intermediate_size of Glm4MoeConfig
 
 # Keys that change matrices, norms or what is kept for the backward pass, and the one value whose shape is known.
 _ONLY: dict[str, dict[str, Any]] = {
@@ -106,6 +114,7 @@ def facts_from_config(config: Mapping[str, object], source: str | None = None) -
     if problems := [*_variants(model_type, config, source), *_unusual_layers(model_type, config, source)]:
         raise RequestError(*problems)
     facts: dict[str, Any] = {"architecture": model_type, **_sizes(model_type, config, source)}
+    facts |= _shared_experts(facts, config, source) if TRAITS[model_type].shared else {}
     facts |= _bias(model_type, config, source)
     try:
         model = ModelSpec.model_validate({"id": "config.json", **facts})
@@ -115,6 +124,32 @@ def facts_from_config(config: Mapping[str, object], source: str | None = None) -
         raise RequestError(*(Problem(str(d["msg"]).removeprefix("Value error, "), source) for d in details)) from None
     except RequestError as error:
         raise RequestError(*(Problem(p.what, p.source or source, p.remedy) for p in error.problems)) from None
+
+
+def config_of(model: ModelSpec) -> dict[str, Any]:
+    """The keys of a `config.json` that make transformers build a model of these facts: the way back."""
+    config = {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim or (model.hidden_size or 0) // (model.num_heads or 1) or None,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.context_length,
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_bias": model.attention_bias,
+        "num_local_experts": model.num_experts,
+        "num_experts_per_tok": model.experts_per_token,
+    }
+    own = _OWN_KEYS.get(model.architecture or "", {}).get("intermediate_size", ())
+    config |= dict.fromkeys(own, model.intermediate_size)
+    if model.shared_intermediate_size and model.intermediate_size:
+        config["intermediate_size"] = model.dense_intermediate_size
+        config["first_k_dense_replace"] = model.dense_layers
+        config["n_shared_experts"] = model.shared_intermediate_size // model.intermediate_size
+        config["use_qk_norm"] = bool(model.qk_norm)
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def local_facts(model_id: str, revision: str | None = None) -> dict[str, object] | None:
@@ -186,11 +221,29 @@ def _bias(model_type: str, config: Mapping[str, object], source: str | None) -> 
     return {"attention_bias": given}
 
 
+def _shared_experts(facts: Mapping[str, Any], config: Mapping[str, object], source: str | None) -> dict[str, object]:
+    """Dense layers and shared experts of a mixture, and whether queries and keys are normalised."""
+    dense, shared = config.get("first_k_dense_replace", 1), config.get("n_shared_experts", 1)
+    normed = config.get("use_qk_norm", False)
+    problems = []
+    if not (_is_size(dense, False, MOST_LAYERS) or (dense == 0 and not isinstance(dense, bool))):
+        problems.append(f"first_k_dense_replace={json.dumps(dense)}: expected a whole number from 0")
+    if not _is_size(shared, False, MOST_LAYERS):
+        problems.append(f"n_shared_experts={json.dumps(shared)}: expected a whole number from 1")
+    if not isinstance(normed, bool):
+        problems.append(f"use_qk_norm={json.dumps(normed)}: expected true or false")
+    if problems:
+        raise RequestError(*(Problem(what, source) for what in problems))
+    width = int(str(shared)) * facts["intermediate_size"]
+    return {"dense_layers": dense, "shared_intermediate_size": width} | ({"qk_norm": True} if normed else {})
+
+
 def _sizes(model_type: str, config: Mapping[str, object], source: str | None) -> dict[str, object]:
     """Every size of ModelSpec, from the config or the default of its class."""
     keys = {**_KEYS, **_OWN_KEYS.get(model_type, {})}
     facts: dict[str, Any] = dict(zip((*_KEYS, "tie_embeddings"), _DEFAULTS[model_type], strict=True))
     facts |= dict(zip(_EXPERT_KEYS, _EXPERT_DEFAULTS.get(model_type, ()), strict=False))
+    facts |= {"dense_intermediate_size": _DENSE_DEFAULT} if TRAITS[model_type].shared else {}
     problems = []
     for fact, names in keys.items():
         for name in reversed(names):
@@ -209,7 +262,7 @@ def _sizes(model_type: str, config: Mapping[str, object], source: str | None) ->
     facts["tie_embeddings"] = tied
     if facts["num_kv_heads"] is None:
         facts["num_kv_heads"] = facts["num_heads"]
-    if facts["head_dim"] is None and facts["hidden_size"] % facts["num_heads"] == 0:
+    if facts["head_dim"] is None and (TRAITS[model_type].shared or facts["hidden_size"] % facts["num_heads"] == 0):
         facts["head_dim"] = facts["hidden_size"] // facts["num_heads"]
     if facts["intermediate_size"] is None:  # GPT2Block: n_inner, or 4 × the hidden size
         facts["intermediate_size"] = 4 * facts["hidden_size"]

@@ -41,6 +41,10 @@ class Traits(NamedTuple):
     qk_norm: Literal["", "head", "whole"] = ""
     """Queries and keys are normalised: each head of them, or all heads as one."""
     mixture: bool = False
+    """Layers have a router and experts in place of an MLP."""
+    shared: bool = False
+    """A mixture whose first layers have an MLP, and all others also an expert that every token goes through. The router
+    is in fp32, and its shares are sigmoids."""
     layout: Literal["before", "after", "around", "beside"] = "before"
     """Norms of a layer: before attention and MLP, after them, both, or one before the two side by side."""
     norm: Literal["rms", "rms_wide", "rms_offset", "layer", "layer_wide"] = "rms"
@@ -86,6 +90,7 @@ TRAITS = {
     "qwen2": Traits(qkv_bias=True),
     "qwen3": Traits(qk_norm="head", attention_bias="all"),
     "qwen3_moe": Traits(qk_norm="head", mixture=True, attention_bias="all"),
+    "glm4_moe": Traits(mixture=True, shared=True, attention_bias="qkv", rotary_share=0.5),
     "gemma": Traits(norm="rms_offset", scaled_embedding="inside", attention_bias="all"),
     "gemma2": _GEMMA._replace(softcap=True, capped_logits=True, attention_bias="all"),
     "gemma3_text": _GEMMA._replace(qk_norm="head", odd_every=6, attention_bias="all"),
@@ -129,9 +134,10 @@ _NEEDED = (
 
 
 _MIXTURE = ("num_experts", "experts_per_token")
+_SHARED = ("dense_layers", "dense_intermediate_size", "shared_intermediate_size")
 
 
-FACTS = ("architecture", "head_dim", "attention_bias", *_NEEDED, *_MIXTURE)
+FACTS = ("architecture", "head_dim", "attention_bias", "qk_norm", *_NEEDED, *_MIXTURE, *_SHARED)
 """Fields of ModelSpec that `complete` reads."""
 
 
@@ -154,6 +160,9 @@ class Sizes(NamedTuple):
     experts: int
     experts_per_token: int
     qkv_bias: bool
+    dense_layers: int
+    dense_inner: int
+    shared_inner: int
 
 
 def complete(facts: Mapping[str, str | int | None]) -> Sizes:
@@ -162,7 +171,8 @@ def complete(facts: Mapping[str, str | int | None]) -> Sizes:
     known = {key: int(value) for key, value in facts.items() if key != "architecture" and value is not None}
     if traits.family in _OWN_HEADS and "num_heads" in known:
         known.setdefault("num_kv_heads", known["num_heads"])
-    missing = [key for key in (*_NEEDED, *(_MIXTURE if traits.mixture else ())) if key not in known]
+    needed = (*_NEEDED, *(_MIXTURE if traits.mixture else ()), *(_SHARED if traits.shared else ()))
+    missing = [key for key in needed if key not in known]
     if missing:
         raise RequestError(_missing(missing))
     head_dim = known.get("head_dim") or known["hidden_size"] // known["num_heads"]
@@ -182,6 +192,9 @@ def complete(facts: Mapping[str, str | int | None]) -> Sizes:
         known.get("num_experts", 0),
         known.get("experts_per_token", 0),
         bool(known.get("attention_bias", traits.qkv_bias)),
+        known.get("dense_layers", 0),
+        known.get("dense_intermediate_size", 0),
+        known.get("shared_intermediate_size", 0),
     )
 
 
@@ -198,7 +211,8 @@ def _traits(facts: Mapping[str, str | int | None]) -> Traits:
                 f"known are {', '.join(ARCHITECTURES)}",
             )
         )
-    return TRAITS[str(architecture)]
+    traits = TRAITS[str(architecture)]
+    return traits._replace(qk_norm="head") if traits.shared and facts["qk_norm"] else traits
 
 
 def _missing(keys: list[str]) -> Problem:
@@ -234,6 +248,13 @@ def _contradictions(architecture: str, traits: Traits, known: dict[str, int]) ->
     if not traits.mixture and any(key in known for key in _MIXTURE):
         what = f"model.architecture={architecture} has no experts"
         found.append(Problem(what, None, "write model.num_experts=null model.experts_per_token=null"))
+    if not traits.shared and any(key in known for key in ("qk_norm", *_SHARED)):
+        keys = " ".join(f"model.{key}=null" for key in ("qk_norm", *_SHARED) if key in known)
+        what = f"model.architecture={architecture} has no shared experts, and no choice of norms"
+        found.append(Problem(what, None, f"write {keys}"))
+    if traits.shared and known["dense_layers"] > known["num_layers"]:
+        what = f"model.dense_layers={known['dense_layers']} of model.num_layers={known['num_layers']}"
+        found.append(Problem(what, None, "correct one of them"))
     if traits.mixture and known["experts_per_token"] > known["num_experts"]:
         what = f"model.experts_per_token={known['experts_per_token']} of model.num_experts={known['num_experts']}"
         found.append(Problem(what, None, "a token cannot be routed to more experts than there are"))
@@ -263,6 +284,18 @@ class Matrix:
     in 16 bits."""
     rank_factor: int = 1
     """What `all-linear` multiplies an adapter's rank by: 2 for a mixture's gate and up, fused into one."""
+    asked_as: tuple[str, ...] | None = None
+    """What LoRA's `target_modules` must name for it, all of them; None for its own name, and empty for what LoRA passes
+    over: PEFT takes the names of an MLP in a mixture with shared experts for those of the other experts."""
+
+    def adapted(self, targets: frozenset[str] | None, *, by_name: bool = False) -> bool:
+        """An adapter of these `targets` (None: `all-linear`) reaches it; `by_name` for other types than LoRA."""
+        names = (self.name,) if self.asked_as is None else self.asked_as
+        if by_name:
+            return self.linear and (targets is None or self.name in targets)
+        if targets is None:
+            return bool(names)
+        return bool(names) and targets.issuperset(names) and (self.linear or self.asked_as is not None)
 
     def adapter_parameters(self, rank: int) -> int:
         """Values in the adapters A [rank, inputs] and B [outputs, rank] of LoRA: one pair for each of `count`."""
@@ -406,9 +439,12 @@ def _shape(facts: tuple[str | int | None, ...]) -> Shape:
     norm = s.hidden * (2 if s.traits.norm == "layer" else 1)
     layer = LayerShape(_MATRICES[s.traits.family](s), len(s.traits.norm_names) * norm + _qk_norms(s))
     odd, every = replace(layer, table=None if s.traits.odd == "unrotated" else 1), s.traits.odd_every
+    dense = replace(layer, matrices=(*_attention(s), *_mlp(s, s.dense_inner))) if s.dense_layers else layer
     return Shape(
         traits=s.traits,
-        layers=tuple(odd if every and (i + 1) % every == 0 else layer for i in range(s.layers)),
+        layers=tuple(
+            dense if i < s.dense_layers else odd if every and (i + 1) % every == 0 else layer for i in range(s.layers)
+        ),
         hidden_size=s.hidden,
         intermediate_size=s.inner,
         num_heads=s.heads,
@@ -433,32 +469,49 @@ def _qk_norms(s: Sizes) -> int:
 
 
 def _llama(s: Sizes) -> tuple[Matrix, ...]:
+    if not s.traits.mixture:
+        return (*_attention(s), *_mlp(s, s.inner))
+    asked = (("gate",), ("gate_proj", "up_proj"), ("down_proj",)) if s.traits.shared else (None, None, None)
+    experts = (
+        Matrix("gate", s.hidden, s.experts, linear=False, asked_as=asked[0]),
+        _fused("gate_up_proj", s.hidden, 2 * s.inner, s.experts, rank_factor=2, asked_as=asked[1]),
+        _fused("down_proj", s.inner, s.hidden, s.experts, asked_as=asked[2]),
+    )
+    return (*_attention(s), *experts, *(_mlp(s, s.shared_inner) if s.traits.shared else ()))
+
+
+def _attention(s: Sizes) -> tuple[Matrix, ...]:
     query, key, bias = s.heads * s.head_dim, s.kv_heads * s.head_dim, s.qkv_bias
     output = Matrix("o_proj", query, s.hidden, bias and s.traits.attention_bias == "all")
-    attention: tuple[Matrix, ...] = (
+    if s.traits.fused_qkv:
+        return Matrix("qkv_proj", s.hidden, query + 2 * key), output
+    return (
         Matrix("q_proj", s.hidden, query, bias),
         Matrix("k_proj", s.hidden, key, bias),
         Matrix("v_proj", s.hidden, key, bias),
         output,
     )
-    if s.traits.fused_qkv:
-        attention = Matrix("qkv_proj", s.hidden, query + 2 * key), output
-    if s.traits.mixture:
-        return (
-            *attention,
-            Matrix("gate", s.hidden, s.experts, linear=False),
-            _fused("gate_up_proj", s.hidden, 2 * s.inner, s.experts, rank_factor=2),
-            _fused("down_proj", s.inner, s.hidden, s.experts),
-        )
-    mlp: tuple[Matrix, ...] = (Matrix("gate_proj", s.hidden, s.inner), Matrix("up_proj", s.hidden, s.inner))
+
+
+def _mlp(s: Sizes, inner: int) -> tuple[Matrix, ...]:
+    asked = () if s.traits.shared else None
+    down = Matrix("down_proj", inner, s.hidden, asked_as=asked)
     if s.traits.fused_gate_up:
-        mlp = (Matrix("gate_up_proj", s.hidden, 2 * s.inner),)
-    return (*attention, *mlp, Matrix("down_proj", s.inner, s.hidden))
+        return Matrix("gate_up_proj", s.hidden, 2 * inner, asked_as=asked), down
+    return (
+        Matrix("gate_proj", s.hidden, inner, asked_as=asked),
+        Matrix("up_proj", s.hidden, inner, asked_as=asked),
+        down,
+    )
 
 
-def _fused(name: str, inputs: int, outputs: int, count: int, rank_factor: int = 1) -> Matrix:
+def _fused(
+    name: str, inputs: int, outputs: int, count: int, rank_factor: int = 1, asked_as: tuple[str, ...] | None = None
+) -> Matrix:
     small = inputs * outputs * count <= MOST_VALUES
-    return Matrix(name, inputs, outputs, count=count, linear=False, fused=small, rank_factor=rank_factor)
+    return Matrix(
+        name, inputs, outputs, count=count, linear=False, fused=small, rank_factor=rank_factor, asked_as=asked_as
+    )
 
 
 def _phi(s: Sizes) -> tuple[Matrix, ...]:

@@ -36,6 +36,9 @@ _MODULES: dict[Family, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Last names of modules with weights, around the layers and in them, beside matrices and norms; transformers 5.23.0."""
 
+_LAST_OF_ATTENTION = ("o_proj", "dense", "c_proj")
+"""The matrix after which those of the MLP follow."""
+
 
 def modules_around(shape: Shape) -> tuple[str, ...]:
     """Last names of the modules with weights around the layers."""
@@ -47,7 +50,8 @@ def modules_of(shape: Shape) -> set[str]:
     around, inside = _MODULES[shape.traits.family]
     found = {*around, *inside, *shape.traits.norm_names, *(m.name for m in shape.matrices if m.linear)}
     found |= {"q_norm", "k_norm"} if shape.traits.qk_norm else set()
-    return found | ({"experts", "gate"} if shape.num_experts else set())
+    found |= {"experts", "gate"} if shape.num_experts else set()
+    return found | ({"shared_experts"} if shape.traits.shared else set())
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +124,11 @@ def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed
     every = method.target_modules == "all-linear"
     targets = None if every else frozenset(str(t).rpartition(".")[2] for t in method.target_modules)
     if every and chosen is not None:  # the worker then names the linear layers, and no fused experts
-        targets = frozenset(m.name for m in shape.matrices if m.linear)
+        targets = frozenset(m.name for m in shape.matrices if m.linear and m.asked_as is None)
     other = method.adapter if isinstance(method, Peft) else None
     if every and other is not None:
         targets = frozenset(m.name for m in shape.matrices if m.linear)  # and no fused experts
-    adapted = _adapted(shape.matrices, targets)
+    adapted = _adapted(shape.matrices, targets, other)
     runs, first = _runs(shape, chosen, LayerKind(adapters=True))
     layers = shape.layers if chosen is None else tuple(shape.layers[i] for i in chosen)
     extra = {ALIASES.get(m, m) for m in method.modules_to_save} | _new_head(shape)
@@ -154,8 +158,8 @@ def training_of(shape: Shape, method: Method, precision: Precision, *, deepspeed
     )  # fmt: skip
 
 
-def _adapted(matrices: Iterable[Matrix], targets: frozenset[str] | None) -> list[Matrix]:
-    return [m for m in matrices if targets is None or (m.linear and m.name in targets)]
+def _adapted(matrices: Iterable[Matrix], targets: frozenset[str] | None, other: Adapter | None) -> list[Matrix]:
+    return [m for m in matrices if m.adapted(targets, by_name=other is not None)]
 
 
 def _sizes(
@@ -163,7 +167,8 @@ def _sizes(
 ) -> tuple[int, int]:
     """Values of the adapters of these layers that train, and weights of them that a token is multiplied with."""
     counts = Counter(layers)
-    sizes = [(n, *_layer_sizes(method, _adapted(layer.matrices, targets))) for layer, n in counts.items()]
+    other = method.adapter if isinstance(method, Peft) else None
+    sizes = [(n, *_layer_sizes(method, _adapted(layer.matrices, targets, other))) for layer, n in counts.items()]
     return sum(n * values for n, values, _ in sizes), sum(n * weights for n, _, weights in sizes)
 
 
@@ -247,8 +252,7 @@ def _inside_layer(shape: Shape, layer: LayerShape, modules: set[str]) -> int:
         return layer.parameters
     norms = modules & {"input_layernorm", "post_attention_layernorm", "ln_1", "ln_2"}
     attention, mlp = bool(modules & {"self_attn", "attention", "attn"}), "mlp" in modules
-    sides = [not m.linear or shape.intermediate_size in (m.inputs, m.outputs) for m in layer.matrices]
-    first = sides.index(True) if True in sides else len(sides)  # of the MLP, which follows attention
+    first = 1 + next(i for i, m in enumerate(layer.matrices) if m.name in _LAST_OF_ATTENTION)
     named = [m for i, m in enumerate(layer.matrices) if m.name in modules or (mlp if i >= first else attention)]
     return sum(m.parameters for m in named) + shape.final_norm_parameters * len(norms)
 

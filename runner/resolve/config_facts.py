@@ -151,7 +151,7 @@ def _check_facts(model: ModelSpec) -> None:
 
 _SIZES = (
     "architecture", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size",
-    "num_experts",
+    "num_experts", "dense_layers", "dense_intermediate_size", "shared_intermediate_size",
 )  # fmt: skip
 
 

@@ -55,6 +55,14 @@ class ModelSpec(Named):
     """Experts per layer; null for a dense model."""
     experts_per_token: int | None = Field(default=None, ge=1)
     """Experts each token is routed to; null for a dense model."""
+    dense_layers: int | None = Field(default=None, ge=0)
+    """First layers of a mixture that have an MLP and no experts (GLM-4 MoE)."""
+    dense_intermediate_size: int | None = Field(default=None, ge=1)
+    """Width of that MLP."""
+    shared_intermediate_size: int | None = Field(default=None, ge=1)
+    """Width of the expert that every token goes through."""
+    qk_norm: bool | None = None
+    """Queries and keys are normalised, in an architecture that leaves a choice of it (GLM-4 MoE)."""
     learning_rate_full: float = Field(default=1e-5, gt=0)
     """Learning rate that methods training the model's own weights start from."""
     learning_rate_adapter: float = Field(default=2e-4, gt=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils import transformers_weight_conversion
 
 from runner.errors import Problem, RequestError
 from runner.spec import Freeze, Full, Lora, Peft, QLora4, QLora8, RunSpec
@@ -83,7 +84,7 @@ def _lora_config(method: Lora | QLora4 | QLora8, spec: RunSpec, model: PreTraine
     if method.layers is not None:
         chosen = list(selected_layers(method.layers, decoder_layers(model)[1]))
         if targets == "all-linear":  # PEFT wants names, not the shorthand, when layers are chosen
-            targets = linear_names(model)
+            targets = [name for name in linear_names(model) if name not in _names_of_experts(model)]
     check_module_names(model, targets, "method.target_modules")
     check_module_names(model, method.modules_to_save, "method.modules_to_save")
     init = method.init if isinstance(method, Lora) else "default"
@@ -141,6 +142,17 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     head = getattr(model, "score", None) or model.get_output_embeddings()
     kinds = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
     return sorted(kinds)
+
+
+def _names_of_experts(model: PreTrainedModel) -> Collection[str]:
+    """Names that PEFT takes for a mixture's experts, which `layers_to_transform` does not choose among.
+
+    In one with shared experts they are those of linear layers too, which therefore cannot be named for LoRA.
+    """
+    patterns: Any = transformers_weight_conversion
+    pattern = patterns._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+    found: Collection[str] = patterns._MOE_TARGET_MODULE_MAPPING.get(pattern, {})
+    return found
 
 
 def check_module_names(model: PreTrainedModel, names: str | list[str], key: str) -> None:

@@ -27,6 +27,7 @@ from transformers.trainer_utils import set_seed
 from runner.data.chat_template import template_source
 from runner.data.chat_tokenizer import FALLBACK, adds_bos
 from runner.errors import Problem, RequestError
+from runner.hub.model_config import config_of
 from runner.paths import cache_dir
 from runner.rundir.atomic_folder import cached
 from runner.spec import Full, ModelSpec, QLora4, QLora8, RunSpec
@@ -194,23 +195,8 @@ def load_to_train(
 def random_weights(spec: RunSpec, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the sizes in `model`, its weights by the run's seed."""
     facts = spec.model
-    sizes = {
-        "hidden_size": facts.hidden_size,
-        "intermediate_size": facts.intermediate_size,
-        "num_hidden_layers": facts.num_layers,
-        "num_attention_heads": facts.num_heads,
-        "num_key_value_heads": facts.num_kv_heads,
-        "vocab_size": facts.vocab_size,
-        "max_position_embeddings": facts.context_length,
-        "tie_word_embeddings": facts.tie_embeddings,
-        "attention_bias": facts.attention_bias,
-        "num_local_experts": facts.num_experts,
-        "num_experts_per_tok": facts.experts_per_token,
-        "head_dim": facts.head_dim or (facts.hidden_size or 0) // (facts.num_heads or 1) or None,
-    }
-    known = {name: value for name, value in sizes.items() if value is not None}
     no_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # set with the tokenizer (load_to_train)
-    config = AutoConfig.for_model(str(facts.architecture), **no_ids, **known)
+    config = AutoConfig.for_model(str(facts.architecture), **no_ids, **config_of(facts))
     set_seed(spec.train.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(spec))
     _take_varlen(spec, model)

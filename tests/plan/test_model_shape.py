@@ -15,8 +15,8 @@ import pytest
 
 from runner.config import conf_files
 from runner.errors import RequestError
-from runner.hub.model_config import facts_from_config, local_facts
-from runner.plan.model_shape import ARCHITECTURES, Shape, shape_of
+from runner.hub.model_config import config_of, facts_from_config, local_facts
+from runner.plan.model_shape import ARCHITECTURES, LayerShape, shape_of
 from runner.plan.trainable import modules_around, modules_of
 from runner.spec import ModelSpec
 
@@ -36,6 +36,7 @@ COMMON = {
     "pad_token_id": None,
 }
 MIXTURE = {"num_experts": 5, "num_experts_per_tok": 3}
+SHARED = {"n_routed_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 28, "n_shared_experts": 2}
 UNGROUPED = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
 GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 40, "vocab_size": 112}
 TINY: list[tuple[str, dict[str, Any]]] = [
@@ -46,6 +47,8 @@ TINY: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {**COMMON, "tie_word_embeddings": True}),
     ("qwen3", {**COMMON, "head_dim": 20}),
     ("qwen3_moe", {**COMMON, **MIXTURE, "moe_intermediate_size": 28, "head_dim": 20}),
+    ("glm4_moe", {**COMMON, **SHARED, "head_dim": 20}),
+    ("glm4_moe", {**COMMON, **SHARED, "first_k_dense_replace": 0, "use_qk_norm": True, "attention_bias": True}),
     ("gemma", {**COMMON, "head_dim": 20}),
     ("gemma2", {**COMMON, "head_dim": 20}),
     ("gemma3_text", {**COMMON, "head_dim": 20}),
@@ -89,15 +92,13 @@ def test_the_shape_is_that_of_the_real_model(architecture: str, config: dict[str
     model, whole = built(architecture, config)
     facts = facts_from_config(whole)
     shape = shape_of(ModelSpec.model_validate({"id": "org/name", **facts}))
-    layer = decoder_layer(model)
 
     total = sum(p.numel() for p in model.parameters())  # torch counts a tied matrix once
     assert facts["num_parameters"] == shape.num_parameters == total
-    assert shape.layers[0].parameters == sum(p.numel() for p in layer.parameters())
-    assert shape.layers[0].norm_parameters == sum(
-        p.numel() for n, p in layer.named_parameters() if "norm" in n or "ln_" in n
-    )
-    assert described(shape) == Counter(matrices(layer))
+    for mine, layer in zip(shape.layers, decoder_layers(model), strict=True):
+        assert mine.parameters == sum(p.numel() for p in layer.parameters())
+        assert mine.norm_parameters == sum(p.numel() for n, p in layer.named_parameters() if "norm" in n or "ln_" in n)
+        assert described(mine) == Counter(matrices(layer))
     assert shape.tie_embeddings is (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
     assert shape.head_bias is (model.get_output_embeddings().bias is not None)
     assert (shape.num_layers, shape.num_heads, shape.context_length) == (3, 6, 40)
@@ -111,9 +112,11 @@ def test_bitsandbytes_quantises_the_linear_matrices_and_no_others(architecture: 
     model, whole = built(architecture, dict(TINY)[architecture])
     head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
     replace_with_bnb_linear(model, [head], BitsAndBytesConfig(load_in_4bit=True))
-    quantised = [n for n, m in decoder_layer(model).named_modules() if type(m).__name__ == "Linear4bit"]
+    layers = decoder_layers(model)
     shape = shape_of(ModelSpec.model_validate({"id": "org/name", **facts_from_config(whole)}))
-    assert Counter(n.rpartition(".")[2] for n in quantised) == Counter(m.name for m in shape.matrices if m.linear)
+    for mine, layer in zip(shape.layers, layers, strict=True):
+        quantised = [n for n, m in layer.named_modules() if type(m).__name__ == "Linear4bit"]
+        assert Counter(n.rpartition(".")[2] for n in quantised) == Counter(m.name for m in mine.matrices if m.linear)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -137,8 +140,30 @@ def test_all_linear_adapters_are_as_large_as_pefts(architecture: str) -> None:
         warnings.simplefilter("ignore")  # of patterns for mixtures, and of GPT-2's transposed weights
         adapted = get_peft_model(model, LoraConfig(r=7, target_modules="all-linear", task_type="CAUSAL_LM"))
     shape = shape_of(ModelSpec.model_validate({"id": "org/name", **facts_from_config(whole)}))
-    expected = shape.num_layers * sum(m.adapter_parameters(7) for m in shape.matrices)
+    expected = shape.over_layers(lambda one: sum(m.adapter_parameters(7) for m in one.matrices if m.adapted(None)))
     assert sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n) == expected
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["gate_proj", "up_proj"], ["gate", "o_proj"]])
+def test_names_of_an_mlp_are_those_of_the_experts_in_a_mixture_with_shared_ones(targets: list[str]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, whole = built("glm4_moe", dict(TINY)["glm4_moe"])
+    adapted = get_peft_model(model, LoraConfig(r=7, target_modules=targets, task_type="CAUSAL_LM"))
+    shape = shape_of(ModelSpec.model_validate({"id": "org/name", **facts_from_config(whole)}))
+    named = [m for layer in shape.layers for m in layer.matrices if m.adapted(frozenset(targets))]
+    expected = sum(m.adapter_parameters(7) for m in named)
+    assert sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n) == expected
+
+
+@pytest.mark.parametrize(("architecture", "config"), TINY, ids=[f"{a}-{i}" for i, (a, _) in enumerate(TINY)])
+def test_facts_and_config_are_each_others_way_back(architecture: str, config: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    whole = json.loads(json.dumps(AutoConfig.for_model(architecture, **config).to_dict()))
+    facts = facts_from_config(whole)
+    again = AutoConfig.for_model(architecture, **config_of(ModelSpec.model_validate({"id": "org/name", **facts})))
+    assert facts_from_config(json.loads(json.dumps(again.to_dict()))) == facts
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -306,11 +331,10 @@ def built(architecture: str, config: dict[str, Any]) -> tuple[Any, dict[str, Any
         return AutoModelForCausalLM.from_config(made), json.loads(json.dumps(made.to_dict()))
 
 
-def decoder_layer(model: Any) -> Any:
-    """The first layer."""
+def decoder_layers(model: Any) -> Any:
     import torch
 
-    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))[0]
+    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
 
 
 def matrices(layer: Any) -> list[tuple[str, int, int, bool, int, bool]]:
@@ -334,6 +358,6 @@ def matrices(layer: Any) -> list[tuple[str, int, int, bool, int, bool]]:
     return found
 
 
-def described(shape: Shape) -> Counter[tuple[str, int, int, bool, int, bool]]:
-    """The same of a shape."""
-    return Counter((m.name, m.inputs, m.outputs, m.bias, m.count, m.linear) for m in shape.matrices)
+def described(layer: LayerShape) -> Counter[tuple[str, int, int, bool, int, bool]]:
+    """The same of a layer's shape."""
+    return Counter((m.name, m.inputs, m.outputs, m.bias, m.count, m.linear) for m in layer.matrices)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from runner.config import conf_files
+from runner.hub.model_config import config_of
 from runner.spec import ModelSpec
 
 NAMES = conf_files.options("model")
@@ -37,24 +38,8 @@ def transformers_config(spec: ModelSpec) -> Any:
     """The architecture's own config, from the YAML facts only; biases and the like are its defaults."""
     from transformers import AutoConfig
 
-    assert spec.architecture and spec.hidden_size and spec.num_heads
-    facts: dict[str, Any] = {
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        # Said always: Qwen3's default is 128 whatever the width.
-        "head_dim": spec.head_dim or spec.hidden_size // spec.num_heads,
-        "vocab_size": spec.vocab_size,
-        "max_position_embeddings": spec.context_length,
-        "tie_word_embeddings": spec.tie_embeddings,
-    }
-    if spec.attention_bias is not None:
-        facts["attention_bias"] = spec.attention_bias
-    if spec.num_experts:
-        facts |= {"num_local_experts": spec.num_experts, "num_experts_per_tok": spec.experts_per_token}
-    return AutoConfig.for_model(spec.architecture, **facts)
+    assert spec.architecture
+    return AutoConfig.for_model(spec.architecture, **config_of(spec))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -42,26 +42,31 @@ def rotate(k: Block, x: Tensor, cos: int, tables: Storage | None = None) -> Tens
     return out
 
 
+def rotates_part(shape: Shape) -> bool:
+    """The rest of each head is joined on again (GLM-4 and its mixture)."""
+    return shape.rotary_dim < shape.head_dim
+
+
 def own_tables(shape: Shape) -> bool:
     """Every layer interleaves a part of the cosines and sines for itself (GLM-4)."""
-    return shape.traits.rotation == "interleaved" and shape.rotary_dim < shape.head_dim
+    return shape.traits.rotation == "interleaved" and rotates_part(shape)
 
 
 def rotate_both(k: Block, q: Tensor, key: Tensor, cos: int) -> tuple[Tensor, Tensor]:
     """The architecture's `apply_rotary_pos_emb`."""
     rotation = k.shape.traits.rotation
-    if rotation == "half":
+    if rotation == "half" and not rotates_part(k.shape):
         return rotate(k, q, cos), rotate(k, key, cos)
     if rotation == "narrowed":
         own = q.width
         first, second = rotate(k, q, cos), rotate(k, key, cos)
         return k.cast(first, own), k.cast(second, own)
-    if not own_tables(k.shape):  # Cohere 2: in fp32
+    if rotation == "interleaved" and not own_tables(k.shape):  # Cohere 2: in fp32
         own = q.width
         q, key = k.cast(q, 4), k.cast(key, 4)
         first, second = rotate(k, q, cos), rotate(k, key, cos)
         return k.cast(first, own), k.cast(second, own)
-    tables = k.t.new(2 * k.set.s * k.shape.rotary_dim, cos)
+    tables = k.t.new(2 * k.set.s * k.shape.rotary_dim, cos) if own_tables(k.shape) else None
     (q, q_rest), (key, key_rest) = parts(k, q), parts(k, key)
     first, second = rotate(k, q, cos, tables), rotate(k, key, cos, tables)
     first = k.join(first, q_rest)

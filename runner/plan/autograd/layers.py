@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from runner.plan.autograd import peft_adapters
-from runner.plan.autograd.attention import attend, own_tables, parts, rotate, rotate_both, rotate_part
+from runner.plan.autograd.attention import attend, parts, rotate, rotate_both, rotate_part, rotates_part
 from runner.plan.autograd.moe import mixture
 from runner.plan.autograd.ops import Block, LayerKind, gelu_new, module, norm
 from runner.plan.autograd.tape import AGAIN, Node, Storage, Tensor
@@ -43,7 +43,10 @@ def _mlp_half(k: Block, hidden: Tensor, kind: LayerKind) -> Tensor:
     layout = k.shape.traits.layout
     if layout != "after":
         hidden = norm(k, hidden, kind)
-    hidden = mixture(k, hidden, kind) if "gate" in k.matrices else _llama_mlp(k, hidden, kind)
+    if "gate" not in k.matrices:
+        hidden = _llama_mlp(k, hidden, kind)
+    else:
+        hidden = _shared_mixture(k, hidden, kind) if k.shape.traits.shared else mixture(k, hidden, kind)
     return hidden if layout == "before" else norm(k, hidden, kind)
 
 
@@ -77,21 +80,27 @@ def _llama_attention(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Ten
     if traits.scaled_queries:
         q = k.scale(q)
     out = attend(k, q, key, v)
-    if traits.fused_qkv or (own_tables(shape) and k.layer.table is not None):
+    if traits.fused_qkv or (rotates_part(shape) and k.layer.table is not None):
         out = k.copy(out)  # views of one product, and joined ones, turn into heads that lie apart, as does the result
     return project(k, out, "o_proj", kind)
 
 
 @module
-def _llama_mlp(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
+def _llama_mlp(k: Block, x: Tensor, kind: LayerKind, down: str = "down_proj") -> Tensor:
     if k.shape.traits.fused_gate_up:
         up = project(k, x, "gate_up_proj", kind)
         gate, up = k.chunks(up, [up.values / 2, up.values / 2])
         up = k.mul(up, k.pointwise(gate))
-        return project(k, up, "down_proj", kind)
-    return project(
-        k, k.mul(k.pointwise(project(k, x, "gate_proj", kind)), project(k, x, "up_proj", kind)), "down_proj", kind
-    )
+        return project(k, up, down, kind)
+    return project(k, k.mul(k.pointwise(project(k, x, "gate_proj", kind)), project(k, x, "up_proj", kind)), down, kind)
+
+
+@module
+def _shared_mixture(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
+    """`Glm4MoeMoE.forward`: the experts of each token, and one for all."""
+    hidden = mixture(k, x, kind)
+    hidden = k.add(hidden, _llama_mlp(k, x, kind, "mlp.down_proj"))
+    return hidden
 
 
 @module
@@ -210,7 +219,7 @@ def project(k: Block, x: Tensor, name: str, kind: LayerKind) -> Tensor:
     """A linear layer by its name: `lora.Linear.forward`, and the same of `Linear4bit` and `Linear8bitLt`."""
     m, setting = k.matrices[name], k.set
     quantised = setting.base != "16" and not kind.weights
-    adapted = kind.adapters and (setting.targets is None or m.name in setting.targets)
+    adapted = kind.adapters and m.adapted(setting.targets, by_name=setting.peft is not None)
     if adapted and setting.peft is not None:
         return peft_adapters.project(k, x, m, setting.peft, lambda x: _base(k, x, m, kind, quantised))
     result = _base(k, x, m, kind, quantised)

@@ -34,17 +34,23 @@ class Weight:
     """The parameter plus B·A."""
 
 
+Routed = tuple[Tensor, tuple[Storage, Storage]]
+"""Shares of the chosen experts; logits and the choice, which live until the mixture returns."""
+
+
 @module
 def mixture(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
-    """`MixtralSparseMoeBlock.forward` and `Qwen3MoeSparseMoeBlock.forward`."""
-    scores = _router(k, x, kind)
+    """`MixtralSparseMoeBlock.forward`, `Qwen3MoeSparseMoeBlock.forward` and the first half of `Glm4MoeMoE.forward`."""
+    scores, held = _sigmoid_router(k, x, kind) if k.shape.traits.shared else _router(k, x, kind)
     quantised = k.set.base != "16" and k.matrices["gate_up_proj"].fused and not kind.weights
     experts = _quantised_experts if quantised else _experts
-    return experts(k, x, scores, _weight(k, "gate_up_proj", kind), _weight(k, "down_proj", kind))
+    out = experts(k, x, scores, _weight(k, "gate_up_proj", kind), _weight(k, "down_proj", kind))
+    del held
+    return out
 
 
 @module
-def _router(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
+def _router(k: Block, x: Tensor, kind: LayerKind) -> Routed:
     """`MixtralTopKRouter.forward`: logits, softmax in fp32, the chosen ones' shares."""
     shape, n, weight = k.shape, k.n, _weight(k, "gate", kind)
     m = weight.matrix
@@ -53,25 +59,48 @@ def _router(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
     else:
         logits = k.linear(x, m.inputs, m.outputs, "gate", width=weight.width, trained=kind.weights)
     shares = k.tanh(k.cast(logits, 4))  # softmax
-    chosen = k.take(shares, n * shape.experts_per_token)
-    return chosen if not shape.traits.qk_norm else k.cast(chosen, logits.width)
+    index = k.t.new(n * shape.experts_per_token, 8)
+    chosen = k.take(shares, n * shape.experts_per_token, index)
+    return (k.cast(chosen, logits.width) if shape.traits.qk_norm else chosen), (logits.storage, index)
+
+
+@module
+def _sigmoid_router(k: Block, x: Tensor, kind: LayerKind) -> Routed:
+    """`Glm4MoeTopkRouter.forward`: a product of fp32, which autocast narrows; the shares of the chosen ones."""
+    t, shape, weight = k.t, k.shape, _weight(k, "gate", kind)
+    m, chosen = weight.matrix, k.n * k.shape.experts_per_token
+    if weight.factors:
+        _fold(k, weight)
+        weight.factors, weight.width = [], k.set.width if k.set.autocast else 4
+        logits = _product(k, k.cast(x, 4), weight, m.inputs, m.outputs)
+    else:
+        logits = k.linear(k.cast(x, 4), m.inputs, m.outputs, "gate", width=weight.width, trained=kind.weights)
+    scores = k.tanh(logits)  # sigmoid
+    ranked = t.new(2 * k.n * shape.num_experts, 4)  # with the bias, and of the best groups
+    index = t.new(chosen, 8)
+    shares = k.take(scores, chosen, index)
+    del ranked
+    shares = k.mul(shares, k.tanh(shares))  # over their sum
+    return k.scale(shares), (logits.storage, index)
 
 
 @module
 def _experts(k: Block, x: Tensor, scores: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     shape, t = k.shape, k.t
     h, f, s = shape.hidden_size, shape.intermediate_size, k.n * shape.experts_per_token
-    order = t.new(3 * s, 8)  # top_k_index, expert_ids_g and perm
+    ids, order = t.new(s, 8), t.new(s, 8)  # expert_ids_g and perm
     index = t.new(s, 8)
-    selected = k.take(x, s * h)
+    selected = k.take(x, s * h, index)
     del index
+    scores = k.take(scores, s, order)
     rows = _product(k, selected, gate_up, h, 2 * f)
     rows = _gated(k, rows)
     rows = _product(k, rows, down, f, h)
     weighted = _weighted(k, rows, scores)
-    weighted = k.take(weighted, s * h)
+    inverse = t.new(s, 8)
+    weighted = k.take(weighted, s * h, inverse)
     out = _summed(k, x, weighted, s * h)
-    del order
+    del ids, order
     return k.cast(out, x.width)
 
 
@@ -79,14 +108,14 @@ def _experts(k: Block, x: Tensor, scores: Tensor, gate_up: Weight, down: Weight)
 def _quantised_experts(k: Block, x: Tensor, scores: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     shape, t = k.shape, k.t
     h, f, s = shape.hidden_size, shape.intermediate_size, k.n * shape.experts_per_token
-    order = t.new(3 * s, 8)  # top_k_index, ids and order
-    rows = _projected(k, k.take(x, s * h), gate_up, h, 2 * f)
+    ids, order = t.new(s, 8), t.new(s, 8)
+    rows = _projected(k, k.take(x, s * h, t.new(s, 8)), gate_up, h, 2 * f)
     rows = _gated(k, rows)
     rows = _projected(k, rows, down, f, h)
-    rows = _weighted(k, rows, scores)
-    rows = k.take(rows, s * h)
+    rows = _weighted(k, rows, k.take(scores, s, order))
+    rows = k.take(rows, s * h, t.new(s, 8))
     out = _summed(k, x, rows, s * h)
-    del order
+    del ids, order
     return k.cast(out, x.width)
 
 
@@ -167,7 +196,7 @@ def _gated(k: Block, rows: Tensor) -> Tensor:
 def _weight(k: Block, name: str, kind: LayerKind) -> Weight:
     """A parameter as the module finds it: `ParamWrapper` has made its factors ready before the module runs."""
     t, m, setting = k.t, k.matrices[name], k.set
-    if not kind.adapters or setting.targets is not None:
+    if not (kind.adapters and setting.peft is None and m.adapted(setting.targets)):
         width = k.width_of(kind)
         return Weight(m, width, t.leaf(width) if kind.weights else None)
     values = [m.count * setting.rank * m.rank_factor * side for side in (m.inputs, m.outputs)]

@@ -309,10 +309,10 @@ class Block:
             out.node = t.node(width, lambda grad: [(n, grad if w == width else t.new(v, w)) for n, v, w in nodes])
         return out
 
-    def take(self, x: Tensor, values: float) -> Tensor:
-        """`x[index]`: a copy of `values` of x; the gradient is added into zeros of x's size."""
+    def take(self, x: Tensor, values: float, index: Storage | None = None) -> Tensor:
+        """`x[index]`: a copy of `values` of x; keeps the index; the gradient is added into zeros of x's size."""
         t, every, width, source = self.t, x.values, x.width, x.node
-        kept = t.keep(None) if source is not None else None
+        kept = t.keep(index) if source is not None else None
         out = Tensor(values, width, t.new(values, width))
         if source is not None:
             out.node = t.node(out.width, lambda grad: [(source, t.new(every, width))], kept)
