@@ -48,6 +48,7 @@ _OWN_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
         "intermediate_size": ("moe_intermediate_size",),
         "dense_intermediate_size": ("intermediate_size",),
     },
+    "gpt_oss": _EXPERT_KEYS,
     "gpt_neox": {"num_kv_heads": (), "head_dim": ()},
     "gpt2": {
         "hidden_size": ("n_embd", "hidden_size"),
@@ -69,6 +70,7 @@ _DEFAULTS: dict[str, tuple[int | bool | None, ...]] = {
     "qwen3": (4096, 22016, 32, 32, 32, 128, 151936, 32768, False),
     "qwen3_moe": (2048, 768, 24, 32, 4, None, 151936, 32768, False),
     "glm4_moe": (4096, 1408, 46, 96, 8, None, 151552, 131072, False),
+    "gpt_oss": (2880, 2880, 36, 64, 8, 64, 201088, 131072, False),
     "gemma": (3072, 24576, 28, 16, 16, 256, 256000, 8192, True),
     "gemma2": (2304, 9216, 26, 8, 4, 256, 256000, 8192, True),
     "gemma3_text": (2304, 9216, 26, 8, 4, 256, 262208, 131072, True),
@@ -84,7 +86,12 @@ _DEFAULTS: dict[str, tuple[int | bool | None, ...]] = {
     "gpt_neox": (6144, 24576, 44, 64, None, None, 50432, 2048, False),
     "gpt2": (768, None, 12, 12, None, None, 50257, 1024, True),
 }
-_EXPERT_DEFAULTS = {"mixtral": (8, 2), "qwen3_moe": (128, 8), "glm4_moe": (128, 8)}  # experts, and those of one token
+_EXPERT_DEFAULTS = {
+    "mixtral": (8, 2),
+    "qwen3_moe": (128, 8),
+    "glm4_moe": (128, 8),
+    "gpt_oss": (128, 4),
+}  # experts, and those of one token
 _DENSE_DEFAULT = 10944  # intermediate_size of Glm4MoeConfig
 
 # Keys that change matrices, norms or what is kept for the backward pass, and the one value whose shape is known.

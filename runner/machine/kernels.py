@@ -10,6 +10,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from runner.machine import detect
+from runner.plan.attention_kernels import has_sinks
 from runner.spec import RunSpec
 
 TRITON_SINCE = 7.0
@@ -40,7 +41,7 @@ def installed_attention(spec: RunSpec) -> str | None:
     That is FlashAttention 3 on Hopper: 1.5 to 2 times version 2, which torch has (arXiv 2407.08608)."""
     hw = spec.hw
     could = hw.accelerator == "cuda" and hw.compute_capability == 9.0 and spec.train.precision != "fp32"
-    if not could or spec.is_rented or detect.why_not_here(hw) or flash_attn_3() is None:
+    if not could or has_sinks(spec.model) or spec.is_rented or detect.why_not_here(hw) or flash_attn_3() is None:
         return None
     return "flash_attention_3"
 

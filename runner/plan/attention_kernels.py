@@ -16,9 +16,16 @@ KERNELS: dict[AttentionKernel, str] = {
 }
 
 
-def caps_scores(model: ModelSpec) -> bool:
-    """Attention scores go through tanh, which neither SDPA nor torch's flash kernel knows."""
-    return model.architecture in TRAITS and TRAITS[model.architecture].softcap
+def needs_scores(model: ModelSpec) -> bool:
+    """Scores go through tanh or have a sink beside them, which neither SDPA nor torch's flash kernel knows."""
+    traits = TRAITS.get(model.architecture or "")
+    return traits is not None and (traits.softcap or traits.biased_experts)
+
+
+def has_sinks(model: ModelSpec) -> bool:
+    """gpt-oss: scores have a sink beside them, and no mask keeps packed documents apart."""
+    traits = TRAITS.get(model.architecture or "")
+    return traits is not None and traits.biased_experts
 
 
 def attention_kernel(spec: RunSpec) -> AttentionKernel:
@@ -28,7 +35,7 @@ def attention_kernel(spec: RunSpec) -> AttentionKernel:
         return named
     if named.startswith("flash"):
         return "flash"
-    if caps_scores(spec.model):
+    if needs_scores(spec.model):
         return "scores"
     if hw.accelerator == "cpu":
         return "blockwise"

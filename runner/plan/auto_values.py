@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from runner.errors import Problem, RequestError
-from runner.plan.attention_kernels import caps_scores
+from runner.plan.attention_kernels import has_sinks, needs_scores
 from runner.plan.choose_stage import STAGES, StageChoice, StageSearch, batches, is_counted
 from runner.plan.memory import GIB
 from runner.plan.model_shape import shape_for
@@ -21,6 +21,7 @@ def resolve_autos(spec: RunSpec, options: StageSearch | None = None) -> tuple[Ru
     spec = resolve_hardware_autos(spec)
     _check_product(spec)
     _check_attention(spec)
+    _check_packing(spec)
     _check_checkpointing(spec)
     notes: list[str] = []
     if options is not None:
@@ -107,9 +108,17 @@ def _check_product(spec: RunSpec) -> None:
 
 def _check_attention(spec: RunSpec) -> None:
     """RequestError where transformers refuses to load the model with the attention that is named."""
-    if spec.train.attention == "sdpa" and caps_scores(spec.model):
-        what = f"train.attention=sdpa: SDPA cannot cap the attention scores of {spec.model.architecture}"
+    named = spec.train.attention
+    if (named == "sdpa" and needs_scores(spec.model)) or (named.startswith("flash") and has_sinks(spec.model)):
+        what = f"train.attention={named} cannot compute the attention scores of {spec.model.architecture}"
         raise RequestError(Problem(what, "train.attention", "write train.attention=varlen, or leave it at auto"))
+
+
+def _check_packing(spec: RunSpec) -> None:
+    """RequestError for packed rows of a model whose masks do not keep documents apart."""
+    if spec.train.packing and has_sinks(spec.model):
+        what = f"train.packing=true: packed documents would see one another in {spec.model.architecture}"
+        raise RequestError(Problem(what, "train.packing", "write train.packing=false"))
 
 
 def _check_checkpointing(spec: RunSpec) -> None:

@@ -45,6 +45,11 @@ class Traits(NamedTuple):
     shared: bool = False
     """A mixture whose first layers have an MLP, and all others also an expert that every token goes through. The router
     is in fp32, and its shares are sigmoids."""
+    router: str = "gate"
+    """Name of a mixture's router."""
+    biased_experts: bool = False
+    """gpt-oss: experts and router have biases, and LoRA leaves both alone; each head of attention has a sink, and
+    packed documents see one another."""
     layout: Literal["before", "after", "around", "beside"] = "before"
     """Norms of a layer: before attention and MLP, after them, both, or one before the two side by side."""
     norm: Literal["rms", "rms_wide", "rms_offset", "layer", "layer_wide"] = "rms"
@@ -52,9 +57,9 @@ class Traits(NamedTuple):
     `layer`: torch's LayerNorm; `layer_wide`: one written out in fp32, without a bias."""
     norm_names: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     """Modules of a layer that are norms, beside those of queries and keys."""
-    rotation: Literal["half", "narrowed", "interleaved"] = "half"
-    """`half`: the second half of a head against the first; `narrowed`: the same, cast back to the width of the heads;
-    `interleaved`: every second feature, in fp32."""
+    rotation: Literal["half", "narrowed", "interleaved", "split"] = "half"
+    """`half`: the second half of a head against the first; `split`: the same, each half by itself; `narrowed`: as
+    `half`, cast back to the width of the heads; `interleaved`: every second feature, in fp32."""
     rotary_share: float = 1.0
     """Share of a head's features that are rotated where a config does not say."""
     odd_every: int = 0
@@ -91,6 +96,10 @@ TRAITS = {
     "qwen3": Traits(qk_norm="head", attention_bias="all"),
     "qwen3_moe": Traits(qk_norm="head", mixture=True, attention_bias="all"),
     "glm4_moe": Traits(mixture=True, shared=True, attention_bias="qkv", rotary_share=0.5),
+    "gpt_oss": Traits(
+        qkv_bias=True, attention_bias="all", mixture=True, router="router", biased_experts=True, norm="rms_wide",
+        rotation="split", windows=True,
+    ),
     "gemma": Traits(norm="rms_offset", scaled_embedding="inside", attention_bias="all"),
     "gemma2": _GEMMA._replace(softcap=True, capped_logits=True, attention_bias="all"),
     "gemma3_text": _GEMMA._replace(qk_norm="head", odd_every=6, attention_bias="all"),
@@ -319,7 +328,7 @@ class LayerShape:
     matrices: tuple[Matrix, ...]
     """Its matrices, in the order of their use; in a mixture the router too."""
     norm_parameters: int
-    """Values in its norms."""
+    """Values in its norms and its sinks."""
     table: int | None = 0
     """Which of the model's cosines and sines rotate queries and keys; None where nothing does."""
 
@@ -437,7 +446,7 @@ def scored(shape: Shape) -> Shape:
 def _shape(facts: tuple[str | int | None, ...]) -> Shape:
     s = complete(dict(zip(FACTS, facts, strict=True)))
     norm = s.hidden * (2 if s.traits.norm == "layer" else 1)
-    layer = LayerShape(_MATRICES[s.traits.family](s), len(s.traits.norm_names) * norm + _qk_norms(s))
+    layer = LayerShape(_MATRICES[s.traits.family](s), len(s.traits.norm_names) * norm + _qk_norms(s) + _sinks(s))
     odd, every = replace(layer, table=None if s.traits.odd == "unrotated" else 1), s.traits.odd_every
     dense = replace(layer, matrices=(*_attention(s), *_mlp(s, s.dense_inner))) if s.dense_layers else layer
     return Shape(
@@ -468,14 +477,21 @@ def _qk_norms(s: Sizes) -> int:
     return heads * s.head_dim
 
 
+def _sinks(s: Sizes) -> int:
+    return s.heads if s.traits.biased_experts else 0
+
+
 def _llama(s: Sizes) -> tuple[Matrix, ...]:
     if not s.traits.mixture:
         return (*_attention(s), *_mlp(s, s.inner))
-    asked = (("gate",), ("gate_proj", "up_proj"), ("down_proj",)) if s.traits.shared else (None, None, None)
+    biased = s.traits.biased_experts
+    asked: tuple[tuple[str, ...] | None, ...] = ((),) * 3 if biased else (None,) * 3
+    if s.traits.shared:
+        asked = ("gate",), ("gate_proj", "up_proj"), ("down_proj",)
     experts = (
-        Matrix("gate", s.hidden, s.experts, linear=False, asked_as=asked[0]),
-        _fused("gate_up_proj", s.hidden, 2 * s.inner, s.experts, rank_factor=2, asked_as=asked[1]),
-        _fused("down_proj", s.inner, s.hidden, s.experts, asked_as=asked[2]),
+        Matrix(s.traits.router, s.hidden, s.experts, biased, linear=False, asked_as=asked[0]),
+        _fused("gate_up_proj", s.hidden, 2 * s.inner, s.experts, biased, rank_factor=2, asked_as=asked[1]),
+        _fused("down_proj", s.inner, s.hidden, s.experts, biased, asked_as=asked[2]),
     )
     return (*_attention(s), *experts, *(_mlp(s, s.shared_inner) if s.traits.shared else ()))
 
@@ -506,11 +522,18 @@ def _mlp(s: Sizes, inner: int) -> tuple[Matrix, ...]:
 
 
 def _fused(
-    name: str, inputs: int, outputs: int, count: int, rank_factor: int = 1, asked_as: tuple[str, ...] | None = None
+    name: str,
+    inputs: int,
+    outputs: int,
+    count: int,
+    bias: bool,
+    *,
+    rank_factor: int = 1,
+    asked_as: tuple[str, ...] | None,
 ) -> Matrix:
     small = inputs * outputs * count <= MOST_VALUES
     return Matrix(
-        name, inputs, outputs, count=count, linear=False, fused=small, rank_factor=rank_factor, asked_as=asked_as
+        name, inputs, outputs, bias, count, linear=False, fused=small, rank_factor=rank_factor, asked_as=asked_as
     )
 
 

@@ -50,7 +50,7 @@ def modules_of(shape: Shape) -> set[str]:
     around, inside = _MODULES[shape.traits.family]
     found = {*around, *inside, *shape.traits.norm_names, *(m.name for m in shape.matrices if m.linear)}
     found |= {"q_norm", "k_norm"} if shape.traits.qk_norm else set()
-    found |= {"experts", "gate"} if shape.num_experts else set()
+    found |= {"experts", shape.traits.router} if shape.num_experts else set()
     return found | ({"shared_experts"} if shape.traits.shared else set())
 
 

@@ -62,6 +62,15 @@ def test_capped_scores_are_planned_as_they_run(hw: str) -> None:
     assert "train.attention=varlen" in only_problem(gemma, "model=gemma2_2b", "train.attention=sdpa").remedy
 
 
+@pytest.mark.parametrize("hw", ["h100", "cpu"])
+def test_what_gpt_oss_cannot_do_is_refused_before_it_is_rented(hw: str) -> None:
+    model = f"hw={hw}", "model=gpt_oss_20b"
+    assert attention(*model) == "varlen: each document's scores, no mask"
+    for named in ("sdpa", "flash_attention_2"):
+        assert "train.attention=varlen" in only_problem(*model, f"train.attention={named}").remedy
+    assert "train.packing=false" in only_problem(*model, "train.packing=true").remedy
+
+
 @pytest.mark.usefixtures("h100_here")
 def test_here_flash_attention_3_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "flash_attn", lambda: "2.8.3")  # the same kernel as torch's
@@ -70,6 +79,7 @@ def test_here_flash_attention_3_is_taken_where_it_is_installed(monkeypatch: pyte
     assert attention("hw=local") == "flash_attention_3: a flash kernel, no mask"
     assert attention("hw=local", "train.precision=fp32").startswith("varlen")  # it knows 16 bits alone
     assert attention("hw=local", "train.attention=sdpa").startswith("sdpa")
+    assert attention("hw=local", "model=gpt_oss_20b").startswith("varlen")
     assert attention("hw=h100x3").startswith("varlen")  # not this machine
 
 

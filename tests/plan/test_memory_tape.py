@@ -60,6 +60,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {**PLAIN, "tie_embeddings": True},
     "mixtral": {"num_experts": 4, "experts_per_token": 2},
     "qwen3_moe": {"num_experts": 8, "experts_per_token": 3, "intermediate_size": 192},
+    "gpt_oss": {"num_experts": 8, "experts_per_token": 3, "intermediate_size": 192, "num_layers": 4},
     "glm4_moe": {
         "num_experts": 8,
         "experts_per_token": 3,
@@ -262,15 +263,19 @@ def test_masks_scores_and_logits_are_counted(method: str, attention: str, fused:
         assert_same(plan, steps_with(spec, attention, fused, packed), 0.03)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("family", "packed"), [("gemma2", False), ("gemma2", True), ("gpt_oss", False)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_scores_that_are_capped_are_counted_by_document(
-    packed: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+def test_scores_that_are_capped_or_have_sinks_are_counted_by_document(
+    family: str, packed: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gemma 2 under `varlen`: documents of `train.max_length` tokens, in a packed row too."""
+    """Gemma 2 and gpt-oss under `varlen`: documents of `train.max_length` tokens, in a packed row too."""
     varlen_attention.register()
-    monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: torch.softmax(x.float(), dim))  # CUDA's autocast
-    spec = run_of("lora", f"train.gradient_checkpointing={str(checkpointing).lower()}", family="gemma2")
+
+    def softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:  # CUDA's autocast
+        return torch.softmax(x, dim, dtype=dtype or torch.float32)
+
+    monkeypatch.setattr(torch.Tensor, "softmax", softmax)
+    spec = run_of("lora", f"train.gradient_checkpointing={str(checkpointing).lower()}", family=family)
     b, s = int(spec.train.micro_batch_size), spec.train.max_length
     documents = varlen_kernels.Documents((s,) * b, (False,) * b, None, None)
     mapping = {varlen_attention.NAME: lambda *_, **__: documents}
@@ -372,7 +377,7 @@ def test_quantised_layers_keep_what_real_tensors_show(method: str, checkpointing
     assert_same(planned(spec), real_steps(spec, folder), 0.005)
 
 
-@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe", "glm4_moe"])
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe", "glm4_moe", "gpt_oss"])
 def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     path = tmp_path_factory.mktemp(request.param)
     config = simulate.transformers_config(model_of(request.param))

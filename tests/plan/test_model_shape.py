@@ -49,6 +49,7 @@ TINY: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {**COMMON, **MIXTURE, "moe_intermediate_size": 28, "head_dim": 20}),
     ("glm4_moe", {**COMMON, **SHARED, "head_dim": 20}),
     ("glm4_moe", {**COMMON, **SHARED, "first_k_dense_replace": 0, "use_qk_norm": True, "attention_bias": True}),
+    ("gpt_oss", {**COMMON, "num_local_experts": 5, "num_experts_per_tok": 3, "head_dim": 20}),
     ("gemma", {**COMMON, "head_dim": 20}),
     ("gemma2", {**COMMON, "head_dim": 20}),
     ("gemma3_text", {**COMMON, "head_dim": 20}),
@@ -97,7 +98,9 @@ def test_the_shape_is_that_of_the_real_model(architecture: str, config: dict[str
     assert facts["num_parameters"] == shape.num_parameters == total
     for mine, layer in zip(shape.layers, decoder_layers(model), strict=True):
         assert mine.parameters == sum(p.numel() for p in layer.parameters())
-        assert mine.norm_parameters == sum(p.numel() for n, p in layer.named_parameters() if "norm" in n or "ln_" in n)
+        assert mine.norm_parameters == sum(
+            p.numel() for n, p in layer.named_parameters() if "norm" in n or "ln_" in n or "sinks" in n
+        )
         assert described(mine) == Counter(matrices(layer))
     assert shape.tie_embeddings is (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
     assert shape.head_bias is (model.get_output_embeddings().bias is not None)
@@ -344,7 +347,7 @@ def matrices(layer: Any) -> list[tuple[str, int, int, bool, int, bool]]:
 
     found = []
     for path, parameter in layer.named_parameters():
-        if parameter.ndim < 2:
+        if parameter.ndim < 2 or path.endswith("_proj_bias"):
             continue
         owner, _, leaf = path.rpartition(".")
         module = layer.get_submodule(owner)
@@ -352,9 +355,20 @@ def matrices(layer: Any) -> list[tuple[str, int, int, bool, int, bool]]:
         name = owner.rpartition(".")[2] if leaf == "weight" else leaf
         count = parameter.shape[0] if parameter.ndim == 3 else 1
         outputs, inputs = parameter.shape[-2:]
-        if isinstance(module, Conv1D):  # GPT-2 stores the transpose
+        if isinstance(module, Conv1D) or getattr(
+            module, "is_transposed", False
+        ):  # GPT-2 and gpt-oss store the transpose
             outputs, inputs = inputs, outputs
-        found.append((name, inputs, outputs, getattr(module, "bias", None) is not None, count, linear))
+        found.append(
+            (
+                name,
+                inputs,
+                outputs,
+                getattr(module, "bias", getattr(module, f"{leaf}_bias", None)) is not None,
+                count,
+                linear,
+            )
+        )
     return found
 
 

@@ -47,6 +47,11 @@ def rotates_part(shape: Shape) -> bool:
     return shape.rotary_dim < shape.head_dim
 
 
+def joins(shape: Shape) -> bool:
+    """Rotated heads are joined of parts."""
+    return rotates_part(shape) or shape.traits.rotation == "split"
+
+
 def own_tables(shape: Shape) -> bool:
     """Every layer interleaves a part of the cosines and sines for itself (GLM-4)."""
     return shape.traits.rotation == "interleaved" and rotates_part(shape)
@@ -57,6 +62,10 @@ def rotate_both(k: Block, q: Tensor, key: Tensor, cos: int) -> tuple[Tensor, Ten
     rotation = k.shape.traits.rotation
     if rotation == "half" and not rotates_part(k.shape):
         return rotate(k, q, cos), rotate(k, key, cos)
+    if rotation == "split":
+        first = _rotate_split(k, q, cos)
+        second = _rotate_split(k, key, cos)
+        return first, second
     if rotation == "narrowed":
         own = q.width
         first, second = rotate(k, q, cos), rotate(k, key, cos)
@@ -72,6 +81,14 @@ def rotate_both(k: Block, q: Tensor, key: Tensor, cos: int) -> tuple[Tensor, Ten
     first = k.join(first, q_rest)
     second = k.join(second, key_rest)
     return first, second
+
+
+def _rotate_split(k: Block, x: Tensor, cos: int) -> Tensor:
+    """`_apply_rotary_emb` of gpt-oss: each half times cosines and sines, which are half as wide; then joined."""
+    first, second = k.chunks(x, [x.values / 2, x.values / 2])
+    low = k.subtract(k.times(first, cos), k.times(second, cos))
+    high = k.add(k.times(second, cos), k.times(first, cos))
+    return k.join(low, high)
 
 
 def parts(k: Block, x: Tensor) -> list[Tensor]:
@@ -206,6 +223,8 @@ def _eager(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
     if k.shape.traits.softcap:
         weights = k.scale(k.tanh(k.scale(weights)))
     weights = k.copy(weights, q.width)  # + mask, in the width of the embeddings
+    if k.shape.traits.biased_experts:
+        weights = k.copy(weights)  # a column of sinks is joined on
     weights = k.tanh(k.cast(weights, 4))  # softmax
     weights = k.cast(weights, q.width)
     out = k.product(weights, values, q.values)

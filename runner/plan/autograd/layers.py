@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from runner.plan.autograd import peft_adapters
-from runner.plan.autograd.attention import attend, parts, rotate, rotate_both, rotate_part, rotates_part
+from runner.plan.autograd.attention import attend, joins, parts, rotate, rotate_both, rotate_part
 from runner.plan.autograd.moe import mixture
 from runner.plan.autograd.ops import Block, LayerKind, gelu_new, module, norm
 from runner.plan.autograd.tape import AGAIN, Node, Storage, Tensor
@@ -43,7 +43,7 @@ def _mlp_half(k: Block, hidden: Tensor, kind: LayerKind) -> Tensor:
     layout = k.shape.traits.layout
     if layout != "after":
         hidden = norm(k, hidden, kind)
-    if "gate" not in k.matrices:
+    if k.shape.traits.router not in k.matrices:
         hidden = _llama_mlp(k, hidden, kind)
     else:
         hidden = _shared_mixture(k, hidden, kind) if k.shape.traits.shared else mixture(k, hidden, kind)
@@ -80,7 +80,7 @@ def _llama_attention(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Ten
     if traits.scaled_queries:
         q = k.scale(q)
     out = attend(k, q, key, v)
-    if traits.fused_qkv or (rotates_part(shape) and k.layer.table is not None):
+    if traits.fused_qkv or (joins(shape) and k.layer.table is not None):
         out = k.copy(out)  # views of one product, and joined ones, turn into heads that lie apart, as does the result
     return project(k, out, "o_proj", kind)
 

@@ -41,7 +41,9 @@ Routed = tuple[Tensor, tuple[Storage, Storage]]
 @module
 def mixture(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
     """`MixtralSparseMoeBlock.forward`, `Qwen3MoeSparseMoeBlock.forward` and the first half of `Glm4MoeMoE.forward`."""
-    scores, held = _sigmoid_router(k, x, kind) if k.shape.traits.shared else _router(k, x, kind)
+    traits = k.shape.traits
+    router = _sigmoid_router if traits.shared else _biased_router if traits.biased_experts else _router
+    scores, held = router(k, x, kind)
     quantised = k.set.base != "16" and k.matrices["gate_up_proj"].fused and not kind.weights
     experts = _quantised_experts if quantised else _experts
     out = experts(k, x, scores, _weight(k, "gate_up_proj", kind), _weight(k, "down_proj", kind))
@@ -62,6 +64,15 @@ def _router(k: Block, x: Tensor, kind: LayerKind) -> Routed:
     index = k.t.new(n * shape.experts_per_token, 8)
     chosen = k.take(shares, n * shape.experts_per_token, index)
     return (k.cast(chosen, logits.width) if shape.traits.qk_norm else chosen), (logits.storage, index)
+
+
+@module
+def _biased_router(k: Block, x: Tensor, kind: LayerKind) -> Routed:
+    """`GptOssTopKRouter.forward`: softmax of the chosen ones' logits."""
+    m = k.matrices["router"]
+    logits = k.linear(x, m.inputs, m.outputs, "router", width=k.width_of(kind), trained=kind.weights, bias=True)
+    index = k.t.new(k.n * k.shape.experts_per_token, 8)
+    return k.tanh(k.take(logits, k.n * k.shape.experts_per_token, index)), (logits.storage, index)
 
 
 @module
@@ -93,9 +104,13 @@ def _experts(k: Block, x: Tensor, scores: Tensor, gate_up: Weight, down: Weight)
     selected = k.take(x, s * h, index)
     del index
     scores = k.take(scores, s, order)
+    biases = _biases(k, gate_up, s)
     rows = _product(k, selected, gate_up, h, 2 * f)
+    rows = _biased(k, rows, biases, gate_up, ids)
     rows = _gated(k, rows)
+    biases = _biases(k, down, s)
     rows = _product(k, rows, down, f, h)
+    rows = _biased(k, rows, biases, down, ids)
     weighted = _weighted(k, rows, scores)
     inverse = t.new(s, 8)
     weighted = k.take(weighted, s * h, inverse)
@@ -110,13 +125,31 @@ def _quantised_experts(k: Block, x: Tensor, scores: Tensor, gate_up: Weight, dow
     h, f, s = shape.hidden_size, shape.intermediate_size, k.n * shape.experts_per_token
     ids, order = t.new(s, 8), t.new(s, 8)
     rows = _projected(k, k.take(x, s * h, t.new(s, 8)), gate_up, h, 2 * f)
+    _biases(k, gate_up, s)  # added in place
     rows = _gated(k, rows)
     rows = _projected(k, rows, down, f, h)
+    _biases(k, down, s)
     rows = _weighted(k, rows, k.take(scores, s, order))
     rows = k.take(rows, s * h, t.new(s, 8))
     out = _summed(k, x, rows, s * h)
     del ids, order
     return k.cast(out, x.width)
+
+
+def _biases(k: Block, weight: Weight, rows: float) -> Storage | None:
+    """The bias of each row's expert, gathered."""
+    return k.t.new(rows * weight.matrix.outputs, weight.width) if weight.matrix.bias else None
+
+
+def _biased(k: Block, rows: Tensor, biases: Storage | None, weight: Weight, ids: Storage) -> Tensor:
+    """`rows.add_(biases)`."""
+    t, m = k.t, weight.matrix
+    if biases is None or weight.node is None:
+        return rows
+    leaf, kept = t.leaf(weight.width), t.keep(ids)
+    gathered = t.node(weight.width, lambda grad: [(leaf, t.new(m.count * m.outputs, weight.width))], kept)
+    nodes = [node for node in (rows.node, gathered) if node is not None]
+    return Tensor(rows.values, rows.width, rows.storage, t.node(rows.width, lambda grad: [(n, grad) for n in nodes]))
 
 
 def _summed(k: Block, x: Tensor, rows: Tensor, values: int) -> Tensor:
@@ -189,8 +222,19 @@ def _narrow(k: Block, x: Tensor, factor: Storage, leaf: Node, matrix: Matrix, in
 @module
 def _gated(k: Block, rows: Tensor) -> Tensor:
     """`_apply_gate`."""
+    if k.shape.traits.biased_experts:
+        return _clamped(k, rows)
     gate, up = k.chunks(rows, [rows.values / 2, rows.values / 2])
     return k.mul(k.pointwise(gate), up)
+
+
+def _clamped(k: Block, rows: Tensor) -> Tensor:
+    """`GptOssExperts._apply_gate`: every second value is a gate; both are clamped."""
+    gate, up = k.slices(rows, [rows.values / 2, rows.values / 2])
+    gate = k.pointwise(gate)
+    up = k.pointwise(up)
+    glu = k.mul(gate, k.tanh(k.scale(gate)))
+    return k.mul(k.copy(up), glu)
 
 
 def _weight(k: Block, name: str, kind: LayerKind) -> Weight:

@@ -178,6 +178,25 @@ class Block:
             out.node = t.node(width, lambda grad: [(node, grad) for node in nodes])
         return out
 
+    def subtract(self, a: Tensor, b: Tensor) -> Tensor:
+        """a - b: the gradient of b is a's, negated."""
+        t, width = self.t, max(a.width, b.width)
+        na, nb, values = a.node, b.node, a.values
+        out = Tensor(values, width, t.new(values, width))
+        if na is None or nb is None:
+            return out
+        out.node = t.node(width, lambda grad: [(na, grad), (nb, t.new(values, width))])
+        return out
+
+    def times(self, x: Tensor, width: int) -> Tensor:
+        """x times numbers of `width` bytes that are there anyway and do not train."""
+        t, values, source, wide = self.t, x.values, x.node, max(x.width, width)
+        kept = t.keep(None) if source is not None else None
+        out = Tensor(values, wide, t.new(values, wide))
+        if source is not None:
+            out.node = t.node(wide, lambda grad: [(source, t.new(values, wide))], kept)
+        return out
+
     def mul(self, a: Tensor, b: Tensor) -> Tensor:
         """a · b; keeps each factor that the other's gradient needs."""
         t, width = self.t, max(a.width, b.width)

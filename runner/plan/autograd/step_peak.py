@@ -115,8 +115,9 @@ def replay_step(shape: Shape, setting: Setting, trains: TrainableLayers, has_gra
         needs_grad = bool(setting.checkpointing) and any(kind.adapters for pattern, _ in runs for kind in pattern)
         hidden, variables = embed(k, LayerKind(trains.embedding), needs_grad)
         cos = 4 if shape.traits.rotation == "narrowed" else hidden.width
+        width = shape.rotary_dim / 2 if shape.traits.rotation == "split" else shape.rotary_dim
         numbers = {layer.table for layer in shape.kinds} - {None}
-        tables = {number: tape.new(2 * setting.s * shape.rotary_dim, cos) for number in numbers}  # cos and sin
+        tables = {number: tape.new(2 * setting.s * width, cos) for number in numbers}  # cos and sin
         shared: list[Storage] = []
         # a checkpoint holds its layer's; else what is multiplied with them keeps them
         (variables if own_tables(shape) else shared).extend(tables[number] for number in tables if number in plain)
