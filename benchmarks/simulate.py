@@ -241,6 +241,7 @@ def build(spec: RunSpec, num_layers: int | None = None) -> Any:
         adapter = adapter_config.adapter_config(spec, model)
         if adapter is not None:
             model = get_peft_model(model, adapter)
+            trainable_weights.leave_casts_to_autocast(model)
     if spec.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         if adapter is not None:

@@ -1,12 +1,14 @@
-"""Trainable weights: marked, counted, described, and cast for training and for the save."""
+"""Trainable weights: marked, counted, described, cast for training and for the save, and fed without a detour."""
 
 from __future__ import annotations
 
 from collections import Counter
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.lora import LoraLayer
 
 from runner.errors import Problem, RequestError
 from runner.plan.model_shape import shape_of
@@ -119,6 +121,29 @@ def set_training_dtype(spec: RunSpec, model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and (spec.method.adapts or sharded) and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
+
+
+def leave_casts_to_autocast(model: PreTrainedModel) -> None:
+    """Let LoRA take its input as it is where autocast casts for its products anyway: the same numbers, bit by bit.
+
+    PEFT 0.21 makes an fp32 copy for the adapter (lora/layer.py), of which autocast makes a 16-bit one again, in every
+    adapted layer, forward and backward; over quantised layers it does not (`requires_conversion`, lora/bnb.py). Dropout
+    would draw other numbers in 16 bits, and DoRA computes with the input itself: those keep the copy.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not module.lora_variant and not _drops(module):
+            setattr(module, "_cast_input_dtype", MethodType(_cast_unless_autocast, module))  # noqa: B010  # mypy
+
+
+def _drops(layer: Any) -> bool:
+    return any(isinstance(module, torch.nn.Dropout) for module in layer.lora_dropout.values())
+
+
+def _cast_unless_autocast(layer: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        return x
+    cast: torch.Tensor = type(layer)._cast_input_dtype(layer, x, dtype)
+    return cast
 
 
 def saved_dtype(spec: RunSpec, name: str) -> torch.dtype:

@@ -49,7 +49,7 @@ def everything(spec: RunSpec, stage: str) -> list[StageChoice]:
 
 
 RUNS = [
-    ("llama3_8b", "lora", "rtx4090", 4),  # between all and none
+    ("qwen3_8b", "lora", "rtx4090", 4),  # between all and none
     ("llama3_8b", "lora", "h100", 0),
     ("llama3_3_70b", "qlora4", "h100", 1),  # large micro batches, as each unpacks all weights
     ("qwen3_1_7b", "qlora4", "rtx4090", 4),
@@ -92,7 +92,7 @@ def taken(*words: str, method: Peft | None = None, **hw: Any) -> tuple[bool | in
 
 def test_the_note_says_why() -> None:
     assert taken("model=llama3_8b", "method=lora", "hw=h200") == (False, f"{AUTO} took false: all fits with headroom")
-    every, note = taken("model=llama3_8b", "method=lora", "hw=rtx4090")
+    every, note = taken("model=qwen3_8b", "method=lora", "hw=rtx4090")
     assert every == 4 and note.startswith(f"{AUTO} took 4: without it a micro batch of 1 needs ")
     assert float(note.split()[-4]) > 24
     every, note = taken("model=olmo2_13b", "method=lora", "hw=v100")

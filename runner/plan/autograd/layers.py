@@ -227,8 +227,8 @@ def project(k: Block, x: Tensor, name: str, kind: LayerKind) -> Tensor:
         return result
     if quantised and setting.base == "nf4":
         result = k.copy(result)
-    if not quantised or not setting.autocast:
-        x = k.cast(x, setting.adapter_width)
+    if not setting.autocast or (not quantised and (setting.dropout or setting.dora)):
+        x = k.cast(x, setting.adapter_width)  # else autocast does it (`leave_casts_to_autocast`)
     own = result.width
     if setting.dora:
         result = k.add(result, _dora(k, x, result, m, quantised))

@@ -176,6 +176,7 @@ class Objective(ABC, Generic[Own]):
         made.learning_rate_ratio = getattr(spec.method, "learning_rate_ratio", 1.0)
         made.aux_loss_enabled = getattr(made, "aux_loss_enabled", False) and adapter_config.has_experts(model)
         trainable_weights.set_training_dtype(spec, made.model)
+        trainable_weights.leave_casts_to_autocast(made.model)
         if spec.deepspeed.name.startswith("zero3"):
             deepspeed_config.prepare_for_zero3(made.model)
         trained: LossGuardMixin = made
