@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def dataset(many: list[list[int]]) -> Dataset:
 
 def order(trainer: SftTrainer) -> list[list[int]]:
     """Rows of every micro batch, in the order of training."""
-    return [batch[guarded_trainer.ROW_IDS].tolist() for batch in trainer.get_train_dataloader()]
+    return [batch[guarded_trainer.ROW_IDS] for batch in trainer.get_train_dataloader()]
 
 
 def flat(many: list[list[int]]) -> list[int]:
@@ -188,7 +189,7 @@ def test_every_row_is_met_once_and_the_model_never_sees_its_number(tmp_path: Pat
 def test_a_broken_gradient_stops_unless_a_scaler_passes_over_it(fp16: bool, tmp_path: Path) -> None:
     lab = Lab(tmp_path, "train.batch_size=2", "train.micro_batch_size=1", "train.save_every_steps=3")
     trainer = lab.trainer(dataset([PATTERN] * 8))
-    sixth = iter([1, 1, 1, 1, 1, math.inf])
+    sixth = chain([1, 1, 1, 1, 1, math.inf], repeat(1))
     trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * next(sixth))
     trainer.args.fp16 = fp16  # only what the guard is told: a CPU has no scaler
     with pytest.raises(RunFailedError) as caught:

@@ -22,6 +22,7 @@ from runner.train.trainers.loss_guard import (
     LossGuard,
     MicroBatch,
     is_spike,
+    no_facts,
     step_losses,
 )
 
@@ -143,7 +144,7 @@ def test_by_default_notes_are_printed(run: RunDir, capsys: pytest.CaptureFixture
 def test_a_loss_that_is_no_number_stops_the_run_with_its_rows_in_a_file(run: RunDir, action: str, value: float) -> None:
     facts = {"learning_rate": 0.5, "scale": math.inf, "rows": [{"row": 4}]}
     problem = failed(
-        lambda: guard(run, action).learns(batch(value, rows=(4, 7)), [float(n) for n in range(30)], lambda: facts)
+        lambda: guard(run, action).learns(batch(value, rows=(4, 7)), [float(n) for n in range(30)], lambda rows: facts)
     )
     assert problem.what == (
         f"the loss became {value} at step 26, micro batch 2, in rows 4, 7 of the tokenised training set"
@@ -175,7 +176,7 @@ def test_a_left_out_step_that_is_no_number_stops_all_the_same(run: RunDir) -> No
 
 
 def test_what_another_process_found_stops_this_one_and_names_that_ones_rows(run: RunDir) -> None:
-    many = Finding(2, math.inf, list(range(11)))
+    many = Finding(2, math.inf, list(range(11)), 2)
     ranks = Several(rank=1, broken=1, found=(many,))
     problem = failed(lambda: guard(run, ranks=ranks).learns(batch(1.0), CALM))
     rows = "rows 0, 1, 2, 3, 4, 5, 6, 7 and 3 more (rank 2)"
@@ -185,7 +186,7 @@ def test_what_another_process_found_stops_this_one_and_names_that_ones_rows(run:
 
 
 def test_two_processes_with_broken_losses_are_both_named(run: RunDir) -> None:
-    ranks = Several(rank=1, broken=1, found=(Finding(2, math.inf, [9]),))
+    ranks = Several(rank=1, broken=1, found=(Finding(2, math.inf, [9], 2),))
     problem = failed(lambda: guard(run, ranks=ranks).learns(batch(math.nan), CALM))
     assert "became nan" in problem.what and problem.what.endswith(
         "in row 4 (rank 1); row 9 (rank 2) of the tokenised training set"
@@ -198,14 +199,41 @@ def test_exactly_eight_rows_are_all_named(run: RunDir) -> None:
     assert problem.what.endswith("in rows 0, 1, 2, 3, 4, 5, 6, 7 of the tokenised training set")
 
 
+def test_losses_of_a_step_are_judged_together_where_none_is_skipped(run: RunDir) -> None:
+    one = guard(run)
+    step = [
+        batch(1.0, number=1),
+        batch(99.0, number=2),
+        batch(math.inf, number=3, rows=(8,)),
+        batch(math.nan, number=4),
+    ]
+    assert not one.skips and guard(run, "skip").skips
+    one.check_losses(step[:2], CALM)
+    problem = failed(lambda: one.check_losses(step, CALM, lambda rows: {"rows": rows}))
+    assert problem.what == "the loss became inf at step 26, micro batch 3, in row 8 of the tokenised training set"
+    kept = run.read("nan/step-26-rank0.json")
+    assert (kept["micro_batch"], kept["loss"], kept["row_ids"], kept["rows"]) == (3, "inf", [8], [8])
+
+
+def test_a_loss_that_broke_elsewhere_is_named_by_its_own_micro_batch(run: RunDir) -> None:
+    ranks = Several(rank=1, broken=1, found=(Finding(2, math.inf, [9], 5),))
+    problem = failed(lambda: guard(run, ranks=ranks).check_losses([batch(1.0)], CALM))
+    assert problem.what.startswith("the loss became inf at step 26, micro batch 5, in row 9 (rank 2)")
+
+
+def test_steps_left_out_after_a_rewind_are_judged_one_by_one(run: RunDir) -> None:
+    run.write("rewinds.json", {"skipped_steps": [26], "count": 1})
+    assert guard(run).skips
+
+
 # --- a gradient that is no number ----------------------------------------------------------------
 
 
 def test_a_gradient_that_is_no_number_stops_the_run(run: RunDir) -> None:
     one = guard(run)
-    one.check_norm(7, 12.0, [4, 5], CALM, dict)
+    one.check_norm(7, 12.0, [4, 5], CALM, no_facts)
     assert not (run.path / "nan").exists()
-    problem = failed(lambda: one.check_norm(7, math.nan, [4, 5], CALM, lambda: {"learning_rate": 0.5}))
+    problem = failed(lambda: one.check_norm(7, math.nan, [4, 5], CALM, lambda rows: {"learning_rate": 0.5}))
     assert problem.what == "the gradient norm became nan at step 7, in rows 4, 5 of the tokenised training set"
     assert problem.source == display_path(run.path / "nan" / "step-7-rank0.json")
     assert run.read("nan/step-7-rank0.json") == {
@@ -215,7 +243,7 @@ def test_a_gradient_that_is_no_number_stops_the_run(run: RunDir) -> None:
 
 def test_a_gradient_that_broke_elsewhere_stops_this_process_too(run: RunDir) -> None:
     ranks = Several(rank=1, broken=1, found=(Finding(2, math.inf, [9]),))
-    problem = failed(lambda: guard(run, ranks=ranks).check_norm(7, 1.0, [4], CALM, dict))
+    problem = failed(lambda: guard(run, ranks=ranks).check_norm(7, 1.0, [4], CALM, no_facts))
     assert problem.what == "the gradient norm became inf at step 7, in row 9 (rank 2) of the tokenised training set"
     assert not (run.path / "nan").exists()
 

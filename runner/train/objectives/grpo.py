@@ -84,7 +84,7 @@ class GrpoTrainer(LossGuardMixin, GRPOTrainer):  # type: ignore[misc]  # trl has
         if model.training:
             masks = inputs["prompt_mask"], inputs["completion_mask"]
             self.positions += sum(mask.numel() for mask in masks)
-            self.tokens += int(sum(mask.sum() for mask in masks))
+            self.tokens += sum(mask.sum() for mask in masks)
         found: Loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn import functional
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
 
     from runner.data.examples import Learnable
     from runner.train.objectives.objective import TrainerParts
-    from runner.train.trainers.recording_trainer import Batch, Loss, NumItems
+    from runner.train.trainers.recording_trainer import Batch, Count, Loss, NumItems
     from runner.train.trainers.trainer_settings import SharedSettings
 
 
 class UnguardedSftTrainer(RecordingTrainerMixin, SFTTrainer):  # type: ignore[misc]  # trl has no types
-    """SFTTrainer that counts tokens, seals checkpoints, and on a CPU computes the head at labelled positions only."""
+    """SFTTrainer that counts tokens, seals checkpoints, computes the head at labelled positions only on a CPU, and
+    reads no number from a GPU in the middle of a step."""
 
-    def sizes(self, inputs: Batch) -> tuple[int, int]:
+    def sizes(self, inputs: Batch) -> tuple[int, Count]:
         """`inputs["input_ids"]` is [b, s]."""
         mask = inputs.get("attention_mask")
         if mask is None:  # packed: padding begins a document of its own at every position
             pad = self.processing_class.pad_token_id
             mask = (inputs["position_ids"] != 0) | (inputs["input_ids"] != pad)
-        return inputs["input_ids"].numel(), int(mask.sum())
+        return inputs["input_ids"].numel(), mask.sum()
 
     def compute_loss(
         self, model: PreTrainedModel, inputs: Batch, return_outputs: bool = False, num_items_in_batch: NumItems = None
@@ -47,11 +48,28 @@ class UnguardedSftTrainer(RecordingTrainerMixin, SFTTrainer):  # type: ignore[mi
 
         TRL's fused head saves memory with Triton; without it, it scores every position in fp32 and once more
         in backward: 1.3 of the 1.9 s of a step of 512 tokens on one CPU thread. So on a CPU the head
-        sees only the positions that have a label in some row. TRL's entropy and token accuracy are not counted then.
+        sees only the positions that have a label in some row.
+
+        TRL's entropy and token accuracy, which nothing reads, are not counted: for them and for its count of tokens it
+        waits for the GPU five times in a micro batch. A mixture's loss is left to TRL, which balances its experts.
         """
-        if not self.args.use_cpu or self.aux_loss_enabled:
+        if self.aux_loss_enabled:
             found: Loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             return found
+        total, outputs = (self._labelled_loss if self.args.use_cpu else self._fused_loss)(model, inputs)
+        count = (inputs["labels"][:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = total / torch.as_tensor(count).clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # counted over all ranks, whose gradients are averaged
+        return (loss, outputs) if return_outputs else loss
+
+    def _fused_loss(self, model: PreTrainedModel, inputs: Batch) -> tuple[torch.Tensor, Any]:
+        """Summed cross-entropy by TRL's fused head; 0 for a position without a label."""
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        return -outputs.log_probs.sum(), outputs
+
+    def _labelled_loss(self, model: PreTrainedModel, inputs: Batch) -> tuple[torch.Tensor, Any]:
+        """Summed cross-entropy from logits of the columns that have a label."""
         labels = inputs["labels"][:, 1:]
         columns = (labels != -100).any(0).nonzero().flatten()
         rest = {key: value for key, value in inputs.items() if key != "labels"}
@@ -59,12 +77,7 @@ class UnguardedSftTrainer(RecordingTrainerMixin, SFTTrainer):  # type: ignore[mi
         logits, labels = outputs.logits, labels[:, columns].flatten()
         if logits.shape[1] != len(columns):  # xLSTM takes `logits_to_keep` and does not look at it
             logits = logits[:, columns]
-        total = functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
-        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = total / torch.as_tensor(count).clamp(min=1)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # counted over all ranks, whose gradients are averaged
-        return (loss, outputs) if return_outputs else loss
+        return functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum"), outputs
 
 
 def _pad_to(spec: RunSpec) -> int | str:
@@ -87,9 +100,10 @@ def sft_config(spec: RunSpec, shared: SharedSettings) -> SFTConfig:
 class SftTrainer(TokenMean, LossGuardMixin, UnguardedSftTrainer):
     """The trainer of `objective=sft` and `pretrain`, with the loss guard."""
 
-    def num_labels(self, inputs: Batch) -> int | None:
+    def num_labels(self, inputs: Batch) -> torch.Tensor | None:
         """Labelled tokens of `inputs["labels"]`, [b, s]."""
-        return int((inputs["labels"][:, 1:] != -100).sum())
+        count: torch.Tensor = (inputs["labels"][:, 1:] != -100).sum()
+        return count
 
 
 class NextToken(Objective[Own]):

@@ -1,6 +1,6 @@
 """Trainer mixin that checks the loss before backward, and knows which rows each micro batch is made of.
 
-The training set gets a column `__row__`. The collator takes it off again and puts `row_ids` [b] beside what it makes of
+The training set gets a column `__row__`. The collator takes it off again and puts `row_ids` beside what it makes of
 the rows; the trainer takes that out before the model sees the batch. So it is true of any sampler, any number of
 processes and packed rows: the data itself says where it comes from.
 """
@@ -61,11 +61,11 @@ class RowIdCollator:
         self.collator = collator
 
     def __call__(self, examples: list[Row]) -> Batch:
-        """The collator's batch of b rows, with `row_ids` [b]: one per row also where it joins all into one."""
+        """The collator's batch of b rows, with b `row_ids`: one per row also where it joins all into one."""
         ids = [example[ROW_COLUMN] for example in examples if ROW_COLUMN in example]
         batch = self.collator([{k: v for k, v in example.items() if k != ROW_COLUMN} for example in examples])
         if ids:
-            batch[ROW_IDS] = torch.tensor(ids)
+            batch[ROW_IDS] = ids  # no tensor, which would go to the GPU and have to be fetched back
         return batch
 
 
@@ -103,6 +103,8 @@ class LossGuardMixin(RecordingTrainerMixin):
         self._wrap_collator()
         self.step_rows: tuple[int, list[list[int]]] = 0, []
         """The current step, and the row ids [b] of each of its micro batches so far."""
+        self.unjudged: list[torch.Tensor] = []
+        """Losses [] of the current step's micro batches so far, where they are judged together."""
 
     def _wrap_collator(self) -> None:
         """Wrap the collator, so that every micro batch carries its row ids."""
@@ -110,10 +112,10 @@ class LossGuardMixin(RecordingTrainerMixin):
 
     def _pop_row_ids(self, inputs: Batch) -> list[int]:
         """Remove the row ids from a micro batch and return them, [b]."""
-        ids: list[int] = inputs.pop(ROW_IDS).tolist()
+        ids: list[int] = inputs.pop(ROW_IDS)
         return ids
 
-    def num_labels(self, inputs: Batch) -> int | None:
+    def num_labels(self, inputs: Batch) -> torch.Tensor | None:
         """Labelled tokens of a micro batch; None where the loss is a mean over rows."""
         return None
 
@@ -127,27 +129,47 @@ class LossGuardMixin(RecordingTrainerMixin):
         """One micro batch, and which rows it is made of."""
         step = self.state.global_step + 1
         if step != self.step_rows[0]:
-            self.step_rows = step, []
+            self.step_rows, self.unjudged = (step, []), []
         self.step_rows[1].append(self._pop_row_ids(inputs))
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
         self, model: PreTrainedModel, inputs: Batch, return_outputs: bool = False, num_items_in_batch: NumItems = None
     ) -> Loss:
-        """The trainer's loss; of a micro batch that the guard skips with gradient 0."""
+        """The trainer's loss; of a micro batch that the guard skips with gradient 0.
+
+        Where nothing is to be skipped, the losses of a step are judged together before its last backward pass, so that
+        the host waits for the GPU once in a step.
+        """
         training = model.training
         learned = self.num_labels(inputs) if training else None
         result: Loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not training:
             return result
         loss, *rest = result if isinstance(result, tuple) else (result,)
+        mean = self._mean(loss, learned, num_items_in_batch)
+        if not self.guard.skips:
+            self._check_losses(mean)
+            return result
         step, ids = self.step_rows
-        batch = MicroBatch(step, len(ids), self._mean(loss, learned, num_items_in_batch), ids[-1])
+        batch = MicroBatch(step, len(ids), float(mean), ids[-1])
         with self._ending_together():
-            learns = self.guard.learns(batch, step_losses(self.state.log_history), lambda: self._facts(batch.rows))
+            learns = self.guard.learns(batch, step_losses(self.state.log_history), self._facts)
         if not learns:
             loss = loss.detach() + 0 * loss  # every parameter keeps its place in the graph, as DDP and ZeRO need it
         return (loss, rest[0]) if return_outputs else loss
+
+    def _check_losses(self, mean: torch.Tensor) -> None:
+        """Have the guard check the losses of a step; `mean` is that of the micro batch at hand."""
+        self.unjudged.append(mean)
+        step, ids = self.step_rows
+        if len(ids) < self.current_gradient_accumulation_steps:
+            return
+        losses, self.unjudged = torch.stack(self.unjudged).tolist(), []
+        first = len(ids) - len(losses)
+        batches = [MicroBatch(step, n + 1, loss, ids[n]) for n, loss in enumerate(losses, first)]
+        with self._ending_together():
+            self.guard.check_losses(batches, step_losses(self.state.log_history), self._facts)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Mark skipped steps, and check the gradient norm, which is known only here."""
@@ -160,7 +182,7 @@ class LossGuardMixin(RecordingTrainerMixin):
             ids = [row for some in self.step_rows[1] for row in some]
             losses = step_losses(self.state.log_history)
             with self._ending_together():
-                self.guard.check_norm(step, float(logs.get("grad_norm") or 0.0), ids, losses, lambda: self._facts(ids))
+                self.guard.check_norm(step, float(logs.get("grad_norm") or 0.0), ids, losses, self._facts)
 
     @contextmanager
     def _ending_together(self) -> Iterator[None]:
@@ -176,13 +198,13 @@ class LossGuardMixin(RecordingTrainerMixin):
             self.guard.ranks.barrier()
             raise
 
-    def _mean(self, loss: torch.Tensor, learned: int | None, num_items_in_batch: NumItems) -> float:
-        """Loss per labelled token (or per row) of this micro batch; `loss` may be its share in the whole step's."""
-        value = float(loss.detach())
+    def _mean(self, loss: torch.Tensor, learned: torch.Tensor | None, num_items_in_batch: NumItems) -> torch.Tensor:
+        """Loss [] per labelled token (or per row) of this micro batch; `loss` may be its share in the whole step's."""
+        value = loss.detach().float()
         if num_items_in_batch is None or learned is None:
             return value
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return value * float(num_items_in_batch) / (max(1, learned) * processes)
+        return value * num_items_in_batch / (learned.clamp(min=1) * processes)
 
     def _facts(self, ids: list[int]) -> DumpFacts:
         """Learning rate and row texts, for a dump."""

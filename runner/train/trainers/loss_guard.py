@@ -1,7 +1,8 @@
 """Guards for non-finite losses or gradients, and for loss spikes.
 
-Judged for every micro batch before its backward pass, so before the optimiser changes a weight, and by all processes
-together: what one of them finds, all act on in the same micro batch, and none is left waiting for the others.
+Judged before the optimiser changes a weight, and by all processes together: what one of them finds, all act on at the
+same point, and none is left waiting for the others. Where micro batches may be skipped, each is judged before its
+backward pass; else those of a step together before its last one, as every judgement waits for the GPU.
 A loss is a mean per labelled token.
 """
 
@@ -29,8 +30,13 @@ REWIND_COVERS = 2
 that were seen before and during the spike" (arXiv 2204.02311 §5.1)."""
 SHOWN_LOSSES = 20
 SHOWN_ROWS = 8
-MakeFacts = Callable[[], Mapping[str, object]]
-"""Makes what else the dump of a broken loss should hold."""
+MakeFacts = Callable[[list[int]], Mapping[str, object]]
+"""Makes what else the dump of a broken loss of these rows should hold."""
+
+
+def no_facts(rows: list[int]) -> Mapping[str, object]:
+    """Nothing else."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class Finding:
     rank: int
     value: float
     rows: list[int]
+    number: int = 0
+    """Place of the micro batch within the step; 0 for a gradient norm."""
 
 
 def is_spike(loss: float, losses: Sequence[float], factor: float) -> bool:
@@ -90,8 +98,21 @@ class LossGuard:
         self.skipped: set[int] = set()
         """Steps of this process' life in which something was not learned."""
 
+    @property
+    def skips(self) -> bool:
+        """Micro batches may be skipped, so each has to be judged before its backward pass."""
+        return self.action != "ignore" or bool(self.left_out)
+
+    def check_losses(
+        self, batches: Sequence[MicroBatch], losses: Sequence[float], facts: MakeFacts = no_facts
+    ) -> None:  # fmt: skip
+        """RunFailedError where a loss of a step is no number: `batches` are all of the step's in this process."""
+        broken = next((batch for batch in batches if not math.isfinite(batch.loss)), None)
+        if self.ranks.any(broken is not None):
+            self._stop(batches[-1].step, broken, losses, facts)
+
     def learns(
-        self, batch: MicroBatch, losses: Sequence[float], facts: MakeFacts = dict
+        self, batch: MicroBatch, losses: Sequence[float], facts: MakeFacts = no_facts
     ) -> bool:  # fmt: skip
         """True if this micro batch is to be learned from.
 
@@ -104,17 +125,14 @@ class LossGuard:
         # One all-reduce of 16 bytes over gloo; TRL gathers its own numbers at every micro batch, too.
         num_broken, num_spikes = self.ranks.all_reduce_sum([float(broken), float(spike)])
         if num_broken:
-            if broken:
-                self._dump(batch.step, batch.rows, losses, micro_batch=batch.number, loss=batch.loss, **facts())
-            place = f"step {batch.step}, micro batch {batch.number}"
-            self._fail("loss", place, self._exchange(broken, batch.loss, batch.rows), batch.step)
+            self._stop(batch.step, batch if broken else None, losses, facts)
         if batch.step in self.left_out:
             if batch.step not in self.skipped and self.ranks.main:
                 self.note(f"  step {batch.step}: not learned from, its data made the loss jump before")
             self.skipped.add(batch.step)
             return False
         if num_spikes:
-            self._handle_spike(batch, self._exchange(spike, batch.loss, batch.rows), median(losses[-WINDOW:]))
+            self._handle_spike(batch, self._exchange(batch if spike else None), median(losses[-WINDOW:]))
             return False
         return True
 
@@ -128,8 +146,9 @@ class LossGuard:
         broken = not math.isfinite(norm)
         if self.ranks.any(broken):
             if broken:
-                self._dump(step, rows, losses, grad_norm=norm, **facts())
-            self._fail("gradient norm", f"step {step}", self._exchange(broken, norm, rows), step)
+                self._dump(step, rows, losses, grad_norm=norm, **facts(rows))
+            found = self._exchange(MicroBatch(step, 0, norm, rows) if broken else None)
+            self._fail("gradient norm", f"step {step}", found, step)
 
     def step_back(self) -> None:
         """After a rewind, delete the last checkpoint if there is an older one, since it may have learned from the
@@ -138,9 +157,17 @@ class LossGuard:
         if self.ranks.main and any(step < self.rewound_from for step in done):
             checkpoints.discard(self.run, [step for step in done if step >= self.rewound_from])
 
-    def _exchange(self, mine: bool, value: float, rows: list[int]) -> list[Finding]:
+    def _stop(self, step: int, broken: MicroBatch | None, losses: Sequence[float], facts: MakeFacts) -> NoReturn:
+        """Dump this process's broken loss, if it is here, and fail."""
+        if broken:
+            self._dump(step, broken.rows, losses, micro_batch=broken.number, loss=broken.loss, **facts(broken.rows))
+        found = self._exchange(broken)
+        self._fail("loss", f"step {step}, micro batch {found[0].number}", found, step)
+
+    def _exchange(self, mine: MicroBatch | None) -> list[Finding]:
         """The findings of all processes."""
-        found = self.ranks.all_gather(Finding(self.ranks.rank, value, rows) if mine else None)
+        finding = None if mine is None else Finding(self.ranks.rank, mine.loss, mine.rows, mine.number)
+        found = self.ranks.all_gather(finding)
         return [finding for finding in found if finding is not None]
 
     def _dump(self, step: int, row_ids: list[int], losses: Sequence[float], **facts: Any) -> None:

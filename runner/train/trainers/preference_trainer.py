@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
 
     from runner.train.trainers.guarded_trainer import Collator, Row
-    from runner.train.trainers.recording_trainer import Batch, Loss, NumItems
+    from runner.train.trainers.recording_trainer import Batch, Count, Loss, NumItems
 
 REWARD_METRICS = {
     "rewards/margins": "reward_margin",
@@ -162,8 +162,8 @@ class LabelledPairsMixin(_PairsMixin):
             row[f"{name}_labels"] = labels
         return row
 
-    def sizes(self, inputs: Batch) -> tuple[int, int]:
+    def sizes(self, inputs: Batch) -> tuple[int, Count]:
         """Both sequences of a pair are padded to the longer one of all."""
         masks = [inputs[f"{name}_attention_mask"] for name in ("chosen", "rejected")]
         width = max(mask.shape[1] for mask in masks)
-        return 2 * len(masks[0]) * width, int(sum(mask.sum() for mask in masks))
+        return 2 * len(masks[0]) * width, sum(mask.sum() for mask in masks)

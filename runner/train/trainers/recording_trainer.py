@@ -13,8 +13,10 @@ from runner.train.checkpoint_saving import CheckpointSealer
 from runner.train.distributed import Ranks
 from runner.train.memory_stats import Peaks
 
-Batch = dict[str, torch.Tensor]
-"""Columns of a micro batch, [b, s] each; of GRPO a list of rows."""
+Batch = dict[str, Any]
+"""Tensors of a micro batch, [b, s] each, and its row ids as a list; of GRPO a list of rows."""
+Count = int | torch.Tensor
+"""A number that may be on the GPU still: to read it would make the host wait for all work before it."""
 NumItems = torch.Tensor | int | None
 """Tokens of a whole step, over which its loss is a mean."""
 Loss = torch.Tensor | tuple[torch.Tensor, Any]
@@ -50,8 +52,8 @@ class RecordingTrainerMixin(Trainer):  # type: ignore[misc]  # transformers has 
 
     positions = 0
     """Positions computed in the current step, padding included."""
-    tokens = 0
-    """Positions of the current step that hold a token."""
+    tokens: Count = 0
+    """Positions of the current step that hold a token; read once, when the step is over."""
     learning_rate_ratio = 1.0
     """Learning rate of LoRA's B as a multiple of A's."""
     ranks = Ranks()
@@ -68,9 +70,9 @@ class RecordingTrainerMixin(Trainer):  # type: ignore[misc]  # transformers has 
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
 
-    def sizes(self, inputs: Batch) -> tuple[int, int]:
+    def sizes(self, inputs: Batch) -> tuple[int, Count]:
         """Positions of a micro batch, and how many of them hold a token; `inputs["attention_mask"]` is [b, s]."""
-        return inputs["attention_mask"].numel(), int(inputs["attention_mask"].sum())
+        return inputs["attention_mask"].numel(), inputs["attention_mask"].sum()
 
     def own_metrics(self, logs: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         """The objective's metrics among those that TRL logs, under our names."""
@@ -83,7 +85,7 @@ class RecordingTrainerMixin(Trainer):  # type: ignore[misc]  # transformers has 
 
     def take_counts(self) -> tuple[int, int]:
         """Positions and tokens of all processes since the last call."""
-        positions, tokens = self.ranks.all_reduce_sum([self.positions, self.tokens])
+        positions, tokens = self.ranks.all_reduce_sum([self.positions, int(self.tokens)])
         self.positions = self.tokens = 0
         return int(positions), int(tokens)
 

@@ -46,7 +46,7 @@ def shared_settings(
 ) -> SharedSettings:
     """Our settings in TRL's words. With `deepspeed` (its resolved JSON) before the model is loaded, for ZeRO-3's sake:
     transformers looks for existing settings to know that it has to shard."""
-    train, evaluate = spec.train, spec.eval
+    train, evaluate, on_gpu = spec.train, spec.eval, spec.hw.accelerator == "cuda"
     decay = {"num_decay_steps": max(1, round(WSD_DECAY_SHARE * total_steps))} if train.schedule == "wsd" else {}
     return {
         "output_dir": str(run.path / "checkpoints"),
@@ -85,5 +85,7 @@ def shared_settings(
         "report_to": report_to,
         "run_name": run.id,
         "disable_tqdm": True,
-        "dataloader_pin_memory": spec.hw.accelerator == "cuda",
+        "dataloader_pin_memory": on_gpu,
+        # A copy that the host waits for waits for all work that was launched before it.
+        "accelerator_config": {"non_blocking": on_gpu},
     }
