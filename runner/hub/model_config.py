@@ -106,20 +106,25 @@ _ONLY: dict[str, dict[str, Any]] = {
 }
 
 
+class UnknownShapeError(RequestError):
+    """The arithmetic does not know the layers that a config describes."""
+
+
 def facts_from_config(config: Mapping[str, object], source: str | None = None) -> dict[str, object]:
     """Return the ModelSpec fields in a `config.json`: architecture, sizes and the number of parameters.
 
     Of a model with several parts (`text_config`), the language model alone: its parameters do not count
     an image encoder. `source` is named in errors. Raises RequestError for a `model_type` that is none of
-    `ARCHITECTURES`, for a variant whose shape is not known, and for values that cannot be.
+    `ARCHITECTURES` and for a variant whose shape is not known (UnknownShapeError), and for values that cannot be.
     """
     config = _language_model(config)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        kind = UnknownShapeError if isinstance(model_type, str) and model_type else RequestError
         what = f"model_type {model_type} is not known" if model_type else "the config has no model_type"
-        raise RequestError(Problem(what, source, f"known are {', '.join(ARCHITECTURES)}"))
+        raise kind(Problem(what, source, f"known are {', '.join(ARCHITECTURES)}"))
     if problems := [*_variants(model_type, config, source), *_unusual_layers(model_type, config, source)]:
-        raise RequestError(*problems)
+        raise UnknownShapeError(*problems)
     facts: dict[str, Any] = {"architecture": model_type, **_sizes(model_type, config, source)}
     facts |= _shared_experts(facts, config, source) if TRAITS[model_type].shared else {}
     facts |= _bias(model_type, config, source)
@@ -166,8 +171,14 @@ def local_facts(model_id: str, revision: str | None = None) -> dict[str, object]
     newest snapshot. Raises RequestError, naming the file, for one that cannot be read or is not JSON, and
     what `facts_from_config` raises.
     """
+    found = local_config(model_id, revision)
+    return facts_from_config(*found) if found else None
+
+
+def local_config(model_id: str, revision: str | None = None) -> tuple[dict[str, object], str] | None:
+    """The config.json that `local_facts` reads, and its path."""
     file = _config_file(model_id, revision)
-    return facts_from_config(_read(file), str(file)) if file else None
+    return (_read(file), str(file)) if file else None
 
 
 def is_cached(model_id: str) -> bool:

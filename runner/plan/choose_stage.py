@@ -12,8 +12,9 @@ from typing import Any
 
 from runner.errors import Problem, RequestError
 from runner.plan.attention_kernels import attention_kernel
-from runner.plan.memory import GIB, PROMPT_TOKENS, Job, Memory, floor, memory
+from runner.plan.memory import GIB, PROMPT_TOKENS, Job, Memory, floor, memory, setting_of
 from runner.plan.model_shape import Shape, shape_for
+from runner.plan.simulation import simulated_flops
 from runner.plan.step_time import Machine, StepTime, Work, evaluation_time, machine_of, step_time, work_of
 from runner.plan.trainable import Precision, Training, training_of
 from runner.plan.zero_config import ResolvedConfig, refusal, resolved_config
@@ -84,7 +85,10 @@ class StageSearch:
         """`training_of`, remembered by identity: pydantic models with lists cannot be hashed."""
         key = (shape, id(method), precision, deepspeed)
         if key not in self._training:
-            self._training[key] = (method, training_of(shape, method, precision, deepspeed=deepspeed))
+            made = training_of(shape, method, precision, deepspeed=deepspeed)
+            if shape.simulation is not None:
+                made = shape.simulation.applied(made, method, precision, deepspeed=deepspeed)
+            self._training[key] = (method, made)
         return self._training[key][1]
 
     def machine(self, hw: HardwareSpec, precision: str) -> Machine | None:
@@ -113,6 +117,8 @@ class StageSearch:
                 quiet=job.passes.quiet,
                 span=span,
             )
+            if training.shape.simulation is not None:
+                work = replace(work, flops_per_token=_simulated_per_token(training, job))
             self._work[key] = (training, work)
         return self._work[key][1]
 
@@ -351,6 +357,13 @@ def job_of(spec: RunSpec, checkpointing: int | None = None) -> Job:
         passes=spec.objective.passes(spec.method.adapts),
         packed=train.packing,
     )
+
+
+def _simulated_per_token(training: Training, job: Job) -> float:
+    """Operations for a token of a step, as `flops_per_token`: those of a micro batch of one."""
+    setting = setting_of(training, job, 1)
+    forward, whole = simulated_flops(training.shape, setting, training.trains)
+    return (whole + job.passes.quiet * forward) / (setting.b * setting.s)
 
 
 def attention_span(job: Job, micro: int) -> float | None:

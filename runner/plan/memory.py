@@ -13,10 +13,11 @@ from typing import Literal, NamedTuple
 
 from runner.plan import zero
 from runner.plan.autograd.ops import AttentionKernel, LayerKind, Setting
-from runner.plan.autograd.step_peak import Step, TrainableLayers, patterns, replay_step
+from runner.plan.autograd.step_peak import Step, TrainableLayers, patterns
 from runner.plan.autograd.tape import KINDS
 from runner.plan.host_memory import CPU_PROCESS
 from runner.plan.model_shape import Shape
+from runner.plan.simulation import step_of
 from runner.plan.trainable import Precision, Training, largest_trained, norms_and_biases
 from runner.plan.zero_config import ResolvedConfig
 from runner.spec.objective_base import Passes
@@ -138,7 +139,7 @@ def memory(
     sharded = stage != "none"
     setting = setting_of(training, job, micro_batch)
     # Under ZeRO gradients are reduced as they come; `zero.terms` counts them as a whole.
-    one = replay_step(training.shape, setting, training.trains, sharded or accumulation > 1)
+    one = step_of(training.shape, setting, training.trains, sharded or accumulation > 1)
     states = _states(training, job, stage, config, accumulation > 1)
     fixed, forward = states.fixed, _forward(training, job, setting, one, micro_batch * accumulation, stage)
     gathered = {k: v for k, v in states.sent.items() if k == "zero_gathered"}  # answering runs the same layers
@@ -158,7 +159,7 @@ def _forward(training: Training, job: Job, setting: Setting, one: Step, sequence
     first keeps is held, or the generation of the answers to a whole optimiser step's prompts, `sequences` of them."""
     moments: list[dict[str, float]] = [one.forward.kinds]
     if job.passes.over_held:
-        quiet = replay_step(training.shape, replace(setting, rank=0, checkpointing=0), _quiet(training.shape))
+        quiet = step_of(training.shape, replace(setting, rank=0, checkpointing=0), _quiet(training.shape))
         moments.append({k: one.held.kinds[k] + quiet.forward.kinds[k] for k in KINDS})
     if job.passes.new_tokens:
         new = job.passes.new_tokens
@@ -292,7 +293,7 @@ def _answers(training: Training, setting: Setting, batch: int, prompt: int, new_
         frozen_width=setting.frozen_width, attention=setting.attention, base=setting.base, head="labelled",
         labelled=1 / prompt,
     )  # fmt: skip
-    kinds = replay_step(shape, forward, _quiet(training.shape)).forward.kinds
+    kinds = step_of(shape, forward, _quiet(training.shape)).forward.kinds
     return {"kv_cache": float(cache)} | {name: kinds[name] for name in KINDS if kinds[name]}
 
 

@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from operator import attrgetter
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from runner.errors import Problem, RequestError
 from runner.spec import ModelSpec, RunSpec
+
+if TYPE_CHECKING:
+    from runner.plan.simulation import Simulation
 
 __all__ = ["ARCHITECTURES", "LayerShape", "Matrix", "Shape", "Traits", "shape_of"]
 
@@ -375,6 +378,8 @@ class Shape:
     The usual ones of the family: a config may rotate another share. That changes no parameter, and
     nothing that is kept for the backward pass: queries and keys are as wide after rotation.
     """
+    simulation: Simulation | None = None
+    """What tells the memory and the operations of a step where `traits` do not."""
     kinds: tuple[LayerShape, ...] = field(init=False)
     """The different layers, in the order of their first use."""
     matrices: tuple[Matrix, ...] = field(init=False)
@@ -420,12 +425,23 @@ _PHI_ROTARY = 32
 _GPT_NEOX_ROTARY = 0.25  # rotary_pct of GPT-NeoX-20B and Pythia, and the default of GPTNeoXConfig
 
 
+_simulated: dict[tuple[str, str | None], Shape] = {}
+"""Shapes of models that are simulated, by id and revision."""
+
+
+def add_simulated(model: ModelSpec, shape: Shape) -> None:
+    """From here on `shape_of` knows a model that only a simulation knows."""
+    _simulated[model.id, model.revision] = shape
+
+
 def shape_of(model: ModelSpec) -> Shape:
     """The shape that the facts of `model` describe: under 5 µs for facts that were seen before.
 
     Raises RequestError where a fact is missing, where the architecture is none of `ARCHITECTURES`, and
     where the facts contradict each other.
     """
+    if model.architecture is None and (found := _simulated.get((model.id, model.revision))) is not None:
+        return found
     return _shape(_read(model))
 
 

@@ -14,6 +14,7 @@ from runner.plan.main_memory import stage_number, weight_bytes
 from runner.plan.memory import GIB
 from runner.plan.model_shape import shape_for
 from runner.plan.run_time import GB, RunFacts, hours_of
+from runner.plan.simulation import Facts
 from runner.plan.trainable import Training
 from runner.plan.worker_environment import arguments, variables
 from runner.spec import Peft, RunSpec
@@ -103,6 +104,8 @@ class Plan:
     """What starts the worker on the first machine, the run's id for `ID`; on the others `--node-rank` is 1, 2, …"""
     env: dict[str, str]
     """Environment variables that the worker gets; what is set already stays, but for those of `hw.env`."""
+    simulated: dict[str, Any] | None = None
+    """Of a simulated model: `model_type`, `versions`, `steps`, their `seconds`, and whether all were `cached`."""
     notes: list[str] = field(default_factory=list)
     """What was assumed, rounded or chosen, in sentences."""
     host_capacity_gib: float | None = None
@@ -131,7 +134,8 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[st
     kept = checkpoints_of(train, seconds=one / GB / cost.SAVE_GB_S, step_seconds=step_s, num_steps=facts.num_steps)
     disk = _disk(spec, training, stage, facts, kept.at_once)
     hours, price = hours_of(spec, options, training, option, facts, disk, (kept.written or 1) * one)
-    said = [*notes, *facts.notes, *(option.step.notes if option.step else ())]
+    seen = shape.simulation.facts() if shape.simulation else None
+    said = [*_simulated(seen), *notes, *facts.notes, *(option.step.notes if option.step else ())]
     if spec.is_rented:
         unknown = _unknown(spec, hours.total if hours else None, price)
         said += [f"{what} is not known; the pod saves a checkpoint and ends at that limit" for what in unknown]
@@ -189,8 +193,20 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[st
         price_source=facts.price_source if price else None,
         command=["python", *arguments(spec, "runs/ID/spec.json", "ID-0")],
         env=variables(spec),
+        simulated=asdict(seen) if seen else None,
         notes=list(dict.fromkeys(said)),
     )
+
+
+def _simulated(seen: Facts | None) -> Iterator[str]:
+    """That memory and operations are no arithmetic, and how long they took."""
+    if seen:
+        when = "kept from before" if seen.cached else f"in {seen.seconds:.0f} s"
+        versions = ", ".join(f"{name} {version}" for name, version in seen.versions.items())
+        yield (
+            f"memory and operations of {seen.model_type} are simulated, not calculated: {seen.steps} steps on tensors "
+            f"without values, {when} ({versions})"
+        )
 
 
 def _of_checkpoints(spec: RunSpec, kept: Checkpoints, seconds: float, step_s: float) -> Iterator[str]:

@@ -10,6 +10,7 @@ from runner.errors import Problem, RequestError
 from runner.hub import model_config
 from runner.plan.model_shape import Shape, shape_of
 from runner.plan.trainable import ALIASES, OUTSIDE, modules_around, modules_of
+from runner.resolve import simulator
 from runner.spec import ModelSpec, Peft, RunSpec
 from runner.spec.adapters import Layer
 
@@ -111,17 +112,19 @@ def _last(name: str) -> str:
 def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:
     """A model that is not in the catalogue gets its facts from its config.json: here, or (if `needed`) on the Hub.
 
-    Where they are not needed, a config that the plan does not understand is left to the trainer.
+    Where they are not needed, a config that the plan does not understand is left to the trainer; where they are, it is
+    simulated.
     """
     model = spec.model
     if model.architecture is not None:
         _check_facts(model)
         return spec
     try:
-        facts = model_config.local_facts(model.id, model.revision)
-        if facts is None:
-            config = (model_config.fetch if needed else model_config.fetched_before)(_hub_id(model), model.revision)
-            facts = None if config is None else model_config.facts_from_config(config, f"{model.id}/config.json")
+        facts = _facts(model, needed)
+    except model_config.UnknownShapeError as unknown:
+        if needed and (config := _config(model, needed)):
+            simulator.add(model, *config, unknown)
+        return spec
     except RequestError:
         if needed:
             raise
@@ -132,6 +135,19 @@ def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:
     found = ModelSpec.model_validate(facts | given)
     _check_facts(found)
     return spec.model_copy(update={"model": found})
+
+
+def _facts(model: ModelSpec, needed: bool) -> dict[str, object] | None:
+    config = _config(model, needed)
+    return None if config is None else model_config.facts_from_config(*config)
+
+
+def _config(model: ModelSpec, needed: bool) -> tuple[dict[str, object], str] | None:
+    """The config.json, here or on the Hub, and where it is."""
+    if (found := model_config.local_config(model.id, model.revision)) is not None:
+        return found
+    config = (model_config.fetch if needed else model_config.fetched_before)(_hub_id(model), model.revision)
+    return None if config is None else (config, f"{model.id}/config.json")
 
 
 def _check_facts(model: ModelSpec) -> None:
@@ -184,8 +200,11 @@ def fetch_config(spec: RunSpec) -> None:
 def why_no_plan(spec: RunSpec) -> str:
     """Return why a run cannot be planned, in one line."""
     try:
-        with_facts(spec, needed=True)
+        if spec.model.architecture is None:
+            _facts(spec.model, needed=True)
         shape_of(spec.model)
+    except model_config.UnknownShapeError as error:
+        return f"{error} (python -m runner plan simulates it)"
     except RequestError as error:
         return str(error)
     return "the model's size is not known"

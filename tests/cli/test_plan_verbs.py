@@ -354,10 +354,10 @@ def test_an_offline_hub_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_architecture_is_refused_and_never_guessed(here: Path) -> None:
-    write(here / "odd" / "config.json", json.dumps({**CONFIG, "model_type": "rwkv"}))
+    write(here / "odd" / "config.json", json.dumps({**CONFIG, "model_type": "nobodys"}))
     result = runner("plan", "model=hub", "model.id=odd", "hw=rtx4090")
     assert result.exit_code == 2
-    assert "rwkv" in result.output
+    assert "nobodys" in result.output
 
 
 @pytest.mark.parametrize("words", [("hw.num_gpus=0",), ("train.max_length=100000",), ("train.micro_batch_size=0",)])

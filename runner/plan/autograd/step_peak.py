@@ -57,7 +57,7 @@ def _repeats(kinds: list[LayerKind], start: int, length: int) -> int:
     return times if times > 1 or length == 1 else 0
 
 
-def _checkpointed(
+def checkpointed_runs(
     runs: tuple[tuple[tuple[LayerKind, ...], int], ...], every: int
 ) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
     """The layers with every `every`-th of them marked, as transformers counts them: the first is always one."""
@@ -109,7 +109,7 @@ def replay_step(shape: Shape, setting: Setting, trains: TrainableLayers, has_gra
     """The group of each segment."""
     times: list[int] = [1]
     """How often each segment happens in its group."""
-    runs = _checkpointed(trains.runs, setting.checkpointing)
+    runs = checkpointed_runs(trains.runs, setting.checkpointing)
     plain = {shape.kinds[kind.variant].table for pattern, _ in runs for kind in pattern if not kind.again}
     with tape.segment("embedding"):
         needs_grad = bool(setting.checkpointing) and any(kind.adapters for pattern, _ in runs for kind in pattern)

@@ -1,0 +1,241 @@
+"""Simulations of models that the plan's arithmetic does not know, by a process that has torch; kept in the cache."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from runner.errors import Problem, RequestError
+from runner.paths import PACKAGE, cache_dir
+from runner.plan.autograd.ops import Setting
+from runner.plan.model_shape import LayerShape, Matrix, Shape, Traits, add_simulated
+from runner.plan.simulation import Facts, Recorded, Stretch
+from runner.plan.trainable import Precision, Training
+from runner.rundir.directory import write_atomically
+from runner.spec import Method, ModelSpec
+
+NEEDED = ("torch", "transformers", "peft", "trl", "accelerate")
+"""Packages that a simulation takes; their versions are part of what it is kept under."""
+CODE = ("train/simulated_step.py", "train/fake_tensors.py", "train/varlen_attention.py", "train/varlen_kernels.py")
+"""Modules that decide what a simulation shows, likewise."""
+ANSWER = "answer: "
+"""Before an answer of the process: `ANSWER` in train/simulated_step.py."""
+INSTALL = "pip install 'llm-finetuning-runner[train]'"
+
+
+def add(model: ModelSpec, config: Mapping[str, object], source: str, unknown: RequestError) -> None:
+    """Let the plan simulate a model. RequestError, with what is `unknown`, where that cannot be done."""
+    what = str(unknown)
+    if missing := [name for name in NEEDED if _version(name) is None]:
+        remedy = f"{INSTALL}: then such a model is simulated. {unknown.problems[0].remedy}"
+        raise RequestError(Problem(f"{what}, and {', '.join(missing)} to simulate it is not here", source, remedy))
+    try:
+        found = simulated_shape(model.name, json.dumps(config, sort_keys=True), source)
+    except RequestError as error:
+        why = error.problems[0].what
+        remedy = f"correct it, or plan a model of about its sizes: {unknown.problems[0].remedy}"
+        raise RequestError(Problem(f"{what}, and cannot be simulated: {why}", source, remedy)) from None
+    add_simulated(model, found)
+
+
+@lru_cache
+def simulated_shape(name: str, config: str, source: str, process: Process | None = None) -> Shape:
+    """The shape of the model that was built: its matrices by layer; what else it has counts with the last norm."""
+    simulated = Simulated(name, str(json.loads(config)["model_type"]), config, source, process or _process())
+    found = simulated.ask("model")
+    kinds = [
+        LayerShape(
+            tuple(Matrix(n, i, o, b, count=c, linear=is_linear) for n, i, o, b, c, is_linear in one["matrices"]),
+            one["other"],
+        )
+        for one in found["kinds"]
+    ]
+    layers = tuple(kinds[i] for i in found["layers"])
+    known = sum(layer.parameters for layer in layers) + found["embedding"] + found["head"]
+    bias = 0 if found["tied"] else found["head"] - found["vocab"] * found["hidden"]
+    return Shape(
+        traits=Traits(),
+        layers=layers,
+        hidden_size=found["hidden"],
+        intermediate_size=found["inner"],
+        num_heads=found["heads"],
+        num_kv_heads=found["kv_heads"],
+        head_dim=found["head_dim"],
+        vocab_size=found["vocab"],
+        context_length=found["context"],
+        tie_embeddings=found["tied"],
+        head_bias=bias > 0,
+        position_parameters=found["embedding"] - found["vocab"] * found["hidden"],
+        final_norm_parameters=found["total"] - known,
+        simulation=simulated,
+    )
+
+
+@dataclass(eq=False)
+class Process:
+    """`runner.train.simulated_step`, started with the first request that no cache answers."""
+
+    child: subprocess.Popen[str] | None = None
+    errors: Any = None
+    steps: int = 0
+    seconds: float = 0.0
+    ran: bool = False
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer, from the cache where it has been given before."""
+        text = json.dumps({"versions": _versions(), "request": request}, sort_keys=True)
+        file = cache_dir() / "simulations" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+        with suppress(OSError, ValueError):
+            return self._counted(json.loads(file.read_text("utf-8")))
+        self.ran = True
+        started = time.monotonic()
+        found = self._asked(request)
+        found["seconds"] = round(time.monotonic() - started, 2)
+        if "error" not in found:
+            with suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, json.dumps(found))
+        return self._counted(found)
+
+    def _counted(self, found: dict[str, Any]) -> dict[str, Any]:
+        self.seconds += found["seconds"]
+        self.steps += "forward" in found
+        return found
+
+    def _asked(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if self.child is None:
+            self._start()
+        assert self.child is not None and self.child.stdin is not None and self.child.stdout is not None
+        with suppress(BrokenPipeError):
+            self.child.stdin.write(json.dumps(request) + "\n")
+            self.child.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.child is not None and self.child.stdout is not None
+        for line in self.child.stdout:  # libraries print there, too, while they are imported
+            if line.startswith(ANSWER):
+                found: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
+                return found
+        self.child.wait()
+        self.errors.seek(0)
+        last = self.errors.read().strip().splitlines()[-1:] or [f"exit code {self.child.returncode}"]
+        self.child = None
+        return {"error": f"the process that simulates ended: {last[0]}"}
+
+    def _start(self) -> None:
+        """Start it without a network and without a GPU, which it has no use for."""
+        offline = {
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # as long as the process
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "runner.train.simulated_step"], env={**os.environ, **offline}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+        )  # fmt: skip
+        atexit.register(self.child.kill)
+        self._answer()
+
+
+@lru_cache
+def _process() -> Process:
+    """One for this whole process."""
+    return Process()
+
+
+@dataclass(frozen=True, eq=False)
+class Simulated:
+    """A model that is simulated, and the method that it is bound to."""
+
+    name: str
+    model_type: str
+    config: str
+    source: str
+    process: Process
+    bound: Mapping[str, Any] = field(default_factory=dict)
+
+    def ask(self, do: str, **more: Any) -> dict[str, Any]:
+        """What the process says; RequestError where it fails."""
+        found = self.process.ask({"do": do, "config": self.config, "name": self.name, **self.bound, **more})
+        if "error" in found:
+            what = f"{self.model_type} cannot be simulated: {found['error']}"
+            raise RequestError(Problem(what, self.source, "plan another method, or a known model of about its sizes"))
+        return found
+
+    def applied(self, made: Training, method: Method, precision: Precision, *, deepspeed: bool) -> Training:
+        """The training with the values that the model really trains, its shape bound to the method."""
+        if method.packed:
+            weights = made.frozen_bytes / 2**30
+            what = (
+                f"{method.kind} of {self.model_type} cannot be simulated, as bitsandbytes has no kernels for fakes: "
+                f"its weights take {weights:.1f} GiB at most, what a step keeps beside them is not known"
+            )
+            raise RequestError(Problem(what, "method", "plan method=lora: its weights take 16 bits"))
+        bound = {"method": method.model_dump(mode="json"), "precision": precision, "deepspeed": deepspeed}
+        simulated = replace(self, bound=bound)
+        found = simulated.ask("method")
+        weights = made.adapter_weights if made.adapter == found["adapter"] else found["adapter"]
+        return replace(
+            made,
+            shape=replace(made.shape, simulation=simulated),
+            base_trained=found["base_trained"],
+            adapter=found["adapter"],
+            adapter_weights=weights,
+            adapter_width=found["adapter_width"] or made.adapter_width,
+            frozen_bytes=float(found["frozen_bytes"]),
+        )
+
+    def record(
+        self, setting: Setting, layers: Sequence[int], again: Sequence[bool], *, held: bool, quiet: bool
+    ) -> Recorded:
+        """A step of those layers."""
+        if setting.head == "number":
+            what = f"{self.model_type} with a head of one number cannot be simulated"
+            raise RequestError(Problem(what, self.source, "plan it with objective=sft: it takes a little more"))
+        found = self.ask(
+            "step", layers=list(layers), again=list(again), held=held, quiet=quiet, b=setting.b, s=setting.s,
+            attention=setting.attention, head=setting.head, labelled=setting.labelled,
+        )  # fmt: skip
+        nothing = (0.0, 0.0, 0.0, 0.0)
+        forget = tuple(Stretch(index, nothing, tuple(kept), 0.0) for index, kept in found["forget"])
+        return Recorded(_stretches(found["forward"]), forget, _stretches(found["backward"]))
+
+    def facts(self) -> Facts:
+        """For the plan."""
+        process = self.process
+        versions = {name: _version(name) or "" for name in ("torch", "transformers")}
+        return Facts(self.model_type, versions, process.steps, round(process.seconds, 1), not process.ran)
+
+
+def _stretches(found: Sequence[Mapping[str, Any]]) -> tuple[Stretch, ...]:
+    return tuple(Stretch(one["index"], tuple(one["at_peak"]), tuple(one["kept"]), one["flops"]) for one in found)
+
+
+@lru_cache
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+@lru_cache
+def _versions() -> dict[str, str | None]:
+    """Versions of the packages, and of the code that simulates."""
+    code = {name: hashlib.sha256((PACKAGE / name).read_bytes()).hexdigest() for name in CODE}
+    return {name: _version(name) for name in NEEDED} | code

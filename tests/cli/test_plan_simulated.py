@@ -1,0 +1,89 @@
+"""`plan` of a model that no arithmetic knows: simulated in a process of its own, kept, or refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from runner.resolve import simulator
+from tests.support.front import runner
+
+GPT_OSS = {
+    "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 24, "head_dim": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500, "max_position_embeddings": 2048,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0, "eos_token_id": 1,
+    "quantization_config": {"quant_method": "mxfp4"},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
+    simulator.simulated_shape.cache_clear()
+    simulator._process.cache_clear()
+    return tmp_path
+
+
+def written(folder: Path, config: dict[str, Any]) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return f"model.id={folder}"
+
+
+def plan(*words: str) -> Result:
+    return runner("plan", "model=hub", "hw=rtx4090", *words)
+
+
+def test_it_is_simulated_once_and_said_to_be(here: Path) -> None:
+    words = (
+        written(here / "odd", GPT_OSS),
+        "method=lora",
+        "train.gradient_checkpointing=true",
+        "train.micro_batch_size=2",
+    )
+    first = json.loads(plan(*words, "--json").stdout)
+    assert first["fits"] and first["trainable_parameters"] > 0 and first["step_seconds"] > 0
+    seen = first["simulated"]
+    assert seen["model_type"] == "gpt_oss" and seen["steps"] > 0 and seen["seconds"] > 0 and not seen["cached"]
+    assert "memory and operations of gpt_oss are simulated, not calculated" in first["notes"][0]
+    simulator.simulated_shape.cache_clear()
+    simulator._process.cache_clear()
+    second = json.loads(plan(*words, "--json").stdout)
+    assert second["simulated"]["cached"] and second["phases"] == first["phases"]
+    assert "simulated, not calculated" in plan(*words).stdout.replace("\n", " ")
+
+
+def test_several_gpus_share_what_was_simulated(here: Path) -> None:
+    words = "hw=h100x3", "method=full", "train.gradient_checkpointing=true", "train.micro_batch_size=1"
+    words = written(here / "odd", GPT_OSS), *words, "train.batch_size=3"
+    alone, shared = (json.loads(plan(*words, f"deepspeed={stage}", "--json").stdout) for stage in ("none", "zero3"))
+    assert shared["zero_stage"] == "zero3" and shared["simulated"]["steps"] > 0
+    assert shared["phases"]["step"]["optimizer"] <= alone["phases"]["step"]["optimizer"]
+
+
+def test_a_type_that_transformers_does_not_know_is_refused(here: Path) -> None:
+    result = plan(written(here / "odd", {**GPT_OSS, "model_type": "nobodys"}))
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2
+    assert (
+        "model_type nobodys is not known, and cannot be simulated" in said and "plan a model of about its sizes" in said
+    )
+
+
+def test_a_config_that_builds_no_model_is_refused(here: Path) -> None:
+    result = plan(written(here / "odd", {**GPT_OSS, "num_attention_heads": "many"}))
+    assert result.exit_code == 2
+    assert "model_type gpt_oss is not known, and cannot be simulated" in " ".join(result.output.split())
+
+
+def test_without_torch_it_is_said_what_to_install(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulator, "_version", lambda name: None if name == "torch" else "1")
+    result = plan(written(here / "odd", GPT_OSS))
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2
+    assert "torch to simulate it is not here" in said and "pip install 'llm-finetuning-runner[train]'" in said
