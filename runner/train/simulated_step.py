@@ -2,7 +2,7 @@
 
 It reads requests, a JSON object a line, and answers each with one. A model is built from its config.json on the meta
 device, without weights or network, and a step of it runs on fake tensors. Layers that are alike need not all run: the
-plan names those that do (`runner/plan/simulated_step.py`) and extends what they show to all.
+plan names those that do (`runner/plan/simulation.py`) and extends what they show to all.
 """
 
 from __future__ import annotations

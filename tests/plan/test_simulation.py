@@ -38,6 +38,9 @@ UNKNOWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+TYPES = [pytest.param(name, marks=() if name in ("gpt_oss", "starcoder2") else pytest.mark.slow) for name in UNKNOWN]
+
+
 class Here(Process):
     """The simulation in this process."""
 
@@ -120,7 +123,7 @@ def test_a_known_model_is_simulated_as_it_is_calculated(model_type: str, method:
         assert seen == pytest.approx(flops, rel=0.06 if checkpointing else 0.02)
 
 
-@pytest.mark.parametrize("model_type", UNKNOWN)
+@pytest.mark.parametrize("model_type", TYPES)
 def test_a_few_layers_stand_for_all(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = {"num_hidden_layers": 24}
     shape = shape_from(config_of(model_type, **deep))
@@ -155,7 +158,7 @@ def real_step(config: str, spec: RunSpec, checkpointing: int, b: int = 2, s: int
     return {phase: peak - start for phase, peak in counter.peaks.items()}
 
 
-@pytest.mark.parametrize("model_type", UNKNOWN)
+@pytest.mark.parametrize("model_type", TYPES)
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_an_unknown_model_peaks_where_its_real_step_does(model_type: str, method: str) -> None:
     config, spec = config_of(model_type), run_of(method)
