@@ -12,11 +12,12 @@ from click.testing import Result
 from runner.resolve import simulator
 from tests.support.front import runner
 
-GPT_OSS = {
-    "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 24, "head_dim": 16,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500, "max_position_embeddings": 2048,
-    "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0, "eos_token_id": 1,
-    "quantization_config": {"quant_method": "mxfp4"},
+DEEPSEEK = {
+    "model_type": "deepseek_v3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 24,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 500, "max_position_embeddings": 2048,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 16, "pad_token_id": 0, "eos_token_id": 1, "quantization_config": {"quant_method": "fp8"},
 }  # fmt: skip
 
 
@@ -41,7 +42,7 @@ def plan(*words: str) -> Result:
 
 def test_it_is_simulated_once_and_said_to_be(here: Path) -> None:
     words = (
-        written(here / "odd", GPT_OSS),
+        written(here / "odd", DEEPSEEK),
         "method=lora",
         "train.gradient_checkpointing=true",
         "train.micro_batch_size=2",
@@ -49,8 +50,8 @@ def test_it_is_simulated_once_and_said_to_be(here: Path) -> None:
     first = json.loads(plan(*words, "--json").stdout)
     assert first["fits"] and first["trainable_parameters"] > 0 and first["step_seconds"] > 0
     seen = first["simulated"]
-    assert seen["model_type"] == "gpt_oss" and seen["steps"] > 0 and seen["seconds"] > 0 and not seen["cached"]
-    assert "memory and operations of gpt_oss are simulated, not calculated" in first["notes"][0]
+    assert seen["model_type"] == "deepseek_v3" and seen["steps"] > 0 and seen["seconds"] > 0 and not seen["cached"]
+    assert "memory and operations of deepseek_v3 are simulated, not calculated" in first["notes"][0]
     simulator.simulated_shape.cache_clear()
     simulator._process.cache_clear()
     second = json.loads(plan(*words, "--json").stdout)
@@ -60,14 +61,14 @@ def test_it_is_simulated_once_and_said_to_be(here: Path) -> None:
 
 def test_several_gpus_share_what_was_simulated(here: Path) -> None:
     words = "hw=h100x3", "method=full", "train.gradient_checkpointing=true", "train.micro_batch_size=1"
-    words = written(here / "odd", GPT_OSS), *words, "train.batch_size=3"
+    words = written(here / "odd", DEEPSEEK), *words, "train.batch_size=3"
     alone, shared = (json.loads(plan(*words, f"deepspeed={stage}", "--json").stdout) for stage in ("none", "zero3"))
     assert shared["zero_stage"] == "zero3" and shared["simulated"]["steps"] > 0
     assert shared["phases"]["step"]["optimizer"] <= alone["phases"]["step"]["optimizer"]
 
 
 def test_a_type_that_transformers_does_not_know_is_refused(here: Path) -> None:
-    result = plan(written(here / "odd", {**GPT_OSS, "model_type": "nobodys"}))
+    result = plan(written(here / "odd", {**DEEPSEEK, "model_type": "nobodys"}))
     said = " ".join(result.output.split())
     assert result.exit_code == 2
     assert (
@@ -76,14 +77,14 @@ def test_a_type_that_transformers_does_not_know_is_refused(here: Path) -> None:
 
 
 def test_a_config_that_builds_no_model_is_refused(here: Path) -> None:
-    result = plan(written(here / "odd", {**GPT_OSS, "num_attention_heads": "many"}))
+    result = plan(written(here / "odd", {**DEEPSEEK, "num_attention_heads": "many"}))
     assert result.exit_code == 2
-    assert "model_type gpt_oss is not known, and cannot be simulated" in " ".join(result.output.split())
+    assert "model_type deepseek_v3 is not known, and cannot be simulated" in " ".join(result.output.split())
 
 
 def test_without_torch_it_is_said_what_to_install(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulator, "_version", lambda name: None if name == "torch" else "1")
-    result = plan(written(here / "odd", GPT_OSS))
+    result = plan(written(here / "odd", DEEPSEEK))
     said = " ".join(result.output.split())
     assert result.exit_code == 2
     assert "torch to simulate it is not here" in said and "pip install 'llm-finetuning-runner[train]'" in said

@@ -32,13 +32,35 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "vocab_size": 1000, "max_position_embeddings": 1024, "tie_word_embeddings": False,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
 }  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+    "moe_intermediate_size": 192, "first_k_dense_replace": 1, "kv_lora_rank": 64, "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32, "v_head_dim": 32,
+}  # fmt: skip
 UNKNOWN: dict[str, dict[str, Any]] = {
-    "llama": {}, "qwen3": {"head_dim": 32},
-    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "head_dim": 32},
+    "deepseek_v3": {**LATENT, "q_lora_rank": 64},
+    "deepseek_v2": {**LATENT, "q_lora_rank": None},
+    "llama4_text": {
+        "num_hidden_layers": 8, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 32,
+        "intermediate_size_mlp": 704,
+    },
+    "qwen3_5_text": {
+        "num_hidden_layers": 8, "head_dim": 32, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+        "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    },
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 8},
+    "starcoder2": {},
+    "stablelm": {},
+    "lfm2": {"num_hidden_layers": 6},
+    "falcon_h1": {"mamba_d_ssm": 256, "mamba_n_heads": 8, "mamba_d_head": 32},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 32, "head_dim": 32, "num_hidden_layers": 8},
+    "gemma4_text": {"num_hidden_layers": 6, "head_dim": 32, "global_head_dim": 32},
 }  # fmt: skip
 
 
-TYPES = [pytest.param(name, marks=() if name in ("gpt_oss", "starcoder2") else pytest.mark.slow) for name in UNKNOWN]
+TYPES = [
+    pytest.param(name, marks=() if name in ("deepseek_v3", "starcoder2") else pytest.mark.slow) for name in UNKNOWN
+]
 
 
 class Here(Process):
@@ -111,7 +133,7 @@ def test_a_known_model_is_simulated_as_it_is_calculated(model_type: str, method:
         assert theirs[0].trained_bytes == ours[0].trained_bytes
         one = step_of(ours[0].shape, ours[1], ours[0].trains)
         two = step_of(theirs[0].shape, theirs[1], theirs[0].trains)
-        assert_same(two, one, 0.01 if model_type == "qwen3_moe" else 0.001)
+        assert_same(two, one, 0.0015)
         if model_type == "qwen3_moe" and method == "lora":  # the formula counts the adapters of experts not routed to
             continue
         flops = flops_per_token(
@@ -171,7 +193,7 @@ def test_an_unknown_model_peaks_where_its_real_step_does(model_type: str, method
 
 
 def test_a_second_micro_batch_and_sharded_gradients_are_simulated() -> None:
-    shape = shape_from(config_of("gpt_oss"))
+    shape = shape_from(config_of("starcoder2"))
     spec = run_of("full")
     first, second = planned(shape, spec, 1, s=32), planned(shape, spec, 1, held=True, s=32)
     assert first.backward.kinds["gradients"] > 0 and second.backward.kinds["gradients"] == 0
@@ -191,3 +213,10 @@ def test_a_method_that_cannot_be_simulated_says_what_is_known() -> None:
     ) as caught:
         setting(shape, run_of("qlora4"))
     assert caught.value.problems[0].remedy == "plan method=lora: its weights take 16 bits"
+
+
+def test_a_model_whose_code_reads_values_is_refused() -> None:
+    shape = simulated_shape("tiny", config_of("jetmoe", num_local_experts=4, kv_channels=32), "config.json", Process())
+    with pytest.raises(RequestError, match="jetmoe cannot be simulated: DataDependentOutputException") as caught:
+        planned(shape, run_of("lora"))
+    assert "a known model of about its sizes" in str(caught.value.problems[0].remedy)
