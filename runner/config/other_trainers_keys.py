@@ -174,6 +174,7 @@ PEERS = {
     "grad_checkpointing": "train.gradient_checkpointing",
     "gradient_checkpointing_kwargs": "train.gradient_checkpointing",
     "disable_gradient_checkpointing": "train.gradient_checkpointing",
+    "tf32": "train.tf32",
     "use_liger_kernel": "train.liger",
     "enable_liger_kernel": "train.liger",
     "data_seed": "train.seed",
@@ -232,7 +233,7 @@ NONE = {
     "special_tokens": "the tokenizer's own are used, and data.add_tokens adds others",
 } | dict.fromkeys(
     (
-        "tf32", "wandb_watch", "wandb_log_model", "pad_to_sequence_len", "strict", "plugins", "group_by_length",
+        "wandb_watch", "wandb_log_model", "pad_to_sequence_len", "strict", "plugins", "group_by_length",
         "remove_unused_columns", "dataloader_num_workers", "save_only_model", "xformers_attention", "adam_beta1",
         "adam_beta2", "adam_epsilon", "eot_tokens", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "debug",
         "loss_watchdog_patience", "neftune_noise_alpha", "noisy_embedding_alpha", "load_best_model_at_end",

@@ -165,7 +165,7 @@ class StageSearch:
         self, spec: RunSpec, shape: Shape, stage: str, micro: int, accumulation: int, checkpointing: int
     ) -> StepTime | None:
         """Its time; None where the hardware's speed is not known."""
-        machine = self.machine(spec.hw, spec.train.precision)
+        machine = self.machine(spec.hw, spec.train.arithmetic)
         if machine is None:
             return None
         job = job_of(spec, checkpointing)

@@ -61,6 +61,8 @@ INT8_SLOWDOWN = 2.0
 
 # fp32 peak over 16-bit peak, from the datasheets: V100 15.7/125, T4 8.1/65, A100 19.5/312, A6000 38.7/155,
 # L40S 91.6/362, H100 67/989, B200 75/2250, RTX 5090 105/210 (GeForce Ada and Ampere have twice this).
+TF32_SHARE = 1 / 2
+"""TF32 peak over 16-bit peak, from the same datasheets: A100 156/312, A6000 77/155, H100 495/989, B200 1,125/2,250."""
 FP32_SHARE = {7.0: 1 / 8, 7.5: 1 / 8, 8.0: 1 / 16, 8.6: 1 / 4, 8.9: 1 / 4, 9.0: 1 / 15, 10.0: 1 / 30, 12.0: 1 / 2}
 
 # SmolLM2-135M, LoRA, 256 tokens a step (256 × 0.594 GFLOP by the formula, which scores every position), bf16, 2 threads
@@ -124,7 +126,7 @@ class Machine:
 
 
 def machine_of(hw: HardwareSpec, precision: str) -> Machine | None:
-    """The machine as the arithmetic needs it (`precision` resolved); None where a GPU's speed is not known."""
+    """The machine as the arithmetic needs it (`precision` resolved, or tf32); None where a GPU's speed is not known."""
     if hw.accelerator != "cuda":
         flops = CPU_FLOPS.get(precision, CPU_FLOPS["fp32"]) * (hw.num_cpus or 1) / (hw.num_processes or 1)
         note = "CPU speed: per core as measured in docs/benchmarks.md, a third more or less"
@@ -132,7 +134,7 @@ def machine_of(hw: HardwareSpec, precision: str) -> Machine | None:
     if not (hw.tflops_bf16 and hw.bandwidth_gb_s and hw.compute_capability):
         return None
     capability = hw.compute_capability
-    share = FP32_SHARE.get(capability, 1 / 8) if precision == "fp32" else 1.0
+    share = {"fp32": FP32_SHARE.get(capability, 1 / 8), "tf32": TF32_SHARE}.get(precision, 1.0)
     pcie = PCIE_GB_S.get(int(capability), 24.0)
     link, notes = pcie, []
     if hw.interconnect == "nvlink":

@@ -177,7 +177,7 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[st
         batch=option.batch,
         max_length=train.max_length,
         data=spec.data.name,
-        precision=train.precision,
+        precision=train.arithmetic,
         attention=f"{train.attention}: {KERNELS[attention_kernel(spec)]}",
         checkpointing=option.checkpointing,
         num_gpus=hw.num_gpus * hw.num_nodes,

@@ -57,7 +57,7 @@ def hours_of(
 
     `disk` is what lies on the disk at its end, bytes by term; `checkpoints` the bytes of all that are written.
     """
-    machine = options.machine(spec.hw, str(spec.train.precision))
+    machine = options.machine(spec.hw, spec.train.arithmetic)
     if option.step is None or machine is None or facts.num_steps is None:
         return None, None
     rented = spec.where.name != "local"

@@ -151,6 +151,7 @@ def _print_facts(console: Console, plan: Plan) -> None:
     table.add_column()
     for label, words in (
         ("ZeRO", _zero(plan)),
+        *([("Products", ["tf32 of fp32"])] if plan.precision == "tf32" else []),
         ("Attention", plan.attention.split()),
         *([("Recomputes", _recomputes(plan))] if plan.num_gpus or plan.checkpointing else []),
         ("Batch", _batch(plan)),

@@ -24,7 +24,7 @@ def headline(spec: RunSpec, where: str) -> str:
     return (
         f"Run     [bold]{escape(where)}[/bold]\n"
         f"Model   {escape(model)}, {spec.method.label}, {spec.data.name} data\n"
-        f"On      {machine}, {train.precision}, {train.attention} attention, "
+        f"On      {machine}, {train.arithmetic}, {train.attention} attention, "
         f"batch {train.batch_size} × {train.max_length} tokens, learning rate {train.learning_rate:g}"
     )
 

@@ -133,6 +133,8 @@ def _hardware(spec: RunSpec) -> Iterator[str]:
         elif train.precision == "fp32":
             what = f"train.attention={train.attention} has kernels for 16 bits alone, and train.precision is fp32"
             yield f"{what}; write train.attention=varlen"
+    if train.tf32:
+        yield from _tf32(spec)
     if hw.accelerator == "cpu":
         if "8bit" in train.optimizer or "paged" in train.optimizer:
             yield f"train.optimizer={train.optimizer} needs a GPU; write train.optimizer=adamw"
@@ -140,6 +142,17 @@ def _hardware(spec: RunSpec) -> Iterator[str]:
             yield "train.precision=fp16 needs a GPU; write train.precision=bf16, fp32 or auto"
         if train.liger is True:
             yield "train.liger=true needs a GPU; write train.liger=false or auto"
+
+
+def _tf32(spec: RunSpec) -> Iterator[str]:
+    train, hw = spec.train, spec.hw
+    if hw.accelerator == "cpu":
+        yield "train.tf32=true needs a GPU; write train.tf32=false"
+    elif hw.compute_capability is not None and hw.compute_capability < 8:
+        yield f"train.tf32=true: {hw.name} has no TF32, which came with Ampere; write train.tf32=false"
+    elif train.precision != "fp32":
+        what = f"train.tf32=true rounds products of fp32, and train.precision={train.precision} has none"
+        yield f"{what}; write train.precision=fp32, or train.tf32=false"
 
 
 _FUSED = ("sft", "pretrain", "dpo", "kto", "grpo")

@@ -65,6 +65,8 @@ class TrainSpec(Part):
     """Optimiser; adamw is torch's fused kernel, the 8-bit and paged ones are bitsandbytes' and need a GPU."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic; auto takes bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
+    tf32: bool = False
+    """With `precision=fp32` on GPUs since Ampere, round the inputs of matrix products to TF32 (10 bits of mantissa): faster, no longer exact. Off by default, as in torch."""
     attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
     """Attention kernel; auto takes varlen, which makes no mask: torch's flash kernel in 16 bits on GPUs since Ampere, else each document by itself; FlashAttention 3 where it is installed here and the GPU is a Hopper."""
     gradient_checkpointing: bool | int | Auto = "auto"
@@ -112,6 +114,11 @@ class TrainSpec(Part):
         if isinstance(value, int) and value < 1:
             raise ValueError(f"must be a whole number of at least 1, or auto; write train.{info.field_name}=auto")
         return value
+
+    @property
+    def arithmetic(self) -> str:
+        """Number format of matrix products: `precision`, or tf32."""
+        return "tf32" if self.tf32 else self.precision
 
     @property
     def checkpoint_every(self) -> int:

@@ -238,6 +238,7 @@ def _environment(spec: RunSpec, model: PreTrainedModel, source: str, found: dict
         "model_commit": getattr(model.config, "_commit_hash", None),
         "attention": model.config._attn_implementation,
         "attention_kernel": varlen_attention.kernel(model, spec.train.precision),
+        "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
         "liger": kernels.liger(spec),
         **found,
         "seed": spec.train.seed,

@@ -174,7 +174,7 @@ def test_the_keys_of_torchtune_are_called_what_the_schema_calls_them() -> None:
 
 def test_words_of_other_trainers_without_a_key_here_are_told_so() -> None:
     assert not NONE.keys() & (PEERS.keys() | {key.rpartition(".")[2] for key in known_keys()})
-    for word in ("logging_steps", "trust_remote_code", "tf32"):
+    for word in ("logging_steps", "trust_remote_code", "dataloader_num_workers"):
         assert only_problem(f"train.{word}=1").remedy == f"leave it out: {NONE[word]}"
 
 

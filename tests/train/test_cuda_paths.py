@@ -34,6 +34,8 @@ from runner.plan.model_shape import shape_of
 from runner.plan.trainable import training_of
 from runner.report.failure_causes import cause_of
 from runner.report.progress import Progress
+from runner.report.tables import headline
+from runner.resolve import plan_inputs
 from runner.rundir.directory import RunDir
 from runner.spec import RunPodPlace, RunSpec
 from runner.train import chat, model_loading, open_model, trainable_weights
@@ -52,6 +54,7 @@ MACHINES = {
     "rtx4090x2": ("hw=rtx4090x2", "deepspeed=none"),
 }  # fmt: skip
 METHODS = ("full", "freeze", "lora", "qlora4", "qlora8")
+FP32_IN_TF32 = ("train.precision=fp32", "train.tf32=true")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -143,6 +146,21 @@ def test_trainer_arguments(name: str, installed: bool, monkeypatch: pytest.Monke
     # `train.liger=auto`: "on a GPU where liger-kernel is installed"; not its loss, beside TRL's own head.
     assert found["use_liger_kernel"] is installed
     assert found["liger_kernel_config"] == ({"fused_linear_cross_entropy": False} if installed else None)
+
+
+def test_tf32_is_torchs_own_setting_unless_asked_for(tmp_path: Path) -> None:
+    for words, expected in (((), None), (("train.precision=fp32",), None), (FP32_IN_TF32, True)):
+        found = trainer_settings.shared_settings(on("hw=h100", *words), RunDir(tmp_path), 10, [])
+        assert found["tf32"] is expected
+
+
+def test_the_plan_counts_and_names_tf32() -> None:
+    runs = [on("hw=h100", *words) for words in (("train.precision=fp32",), FP32_IN_TF32)]
+    plain, fast = (plan_inputs.plan(run, []) for run in runs)
+    assert (plain.precision, fast.precision) == ("fp32", "tf32")
+    assert plain.step_seconds and fast.step_seconds and fast.step_seconds < plain.step_seconds / 2
+    assert plain.peak_gib == fast.peak_gib
+    assert ", tf32, " in headline(on("hw=h100", *FP32_IN_TF32), "here")
 
 
 def test_liger_is_off_on_a_cpu_and_refused_there_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

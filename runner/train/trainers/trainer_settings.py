@@ -64,6 +64,7 @@ def shared_settings(
         "optim": OPTIMIZERS[train.optimizer],
         "bf16": train.precision == "bf16",
         "fp16": train.precision == "fp16",
+        "tf32": train.tf32 or None,  # None leaves torch's own setting
         "use_cpu": spec.hw.accelerator == "cpu",
         "activation_checkpointing": bool(train.gradient_checkpointing),
         "use_liger_kernel": kernels.liger(spec),
