@@ -155,7 +155,8 @@ def test_tf32_is_torchs_own_setting_unless_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_plan_counts_and_names_tf32() -> None:
-    runs = [on("hw=h100", *words) for words in (("train.precision=fp32",), FP32_IN_TF32)]
+    words = ("model=llama3_8b", "method=lora", "hw=h100", "train.micro_batch_size=1")
+    runs = [spec_of(*words, *more) for more in (("train.precision=fp32",), FP32_IN_TF32)]
     plain, fast = (plan_inputs.plan(run, []) for run in runs)
     assert (plain.precision, fast.precision) == ("fp32", "tf32")
     assert plain.step_seconds and fast.step_seconds and fast.step_seconds < plain.step_seconds / 2
