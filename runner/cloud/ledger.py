@@ -198,7 +198,7 @@ class Ledger:
             query = "select * from pods where run_id = ? and state != 'GONE'"
             for other in map(_entry, db.execute(query, (run_id,)).fetchall()):
                 if other.owned and not other.owned_here:
-                    what = f"{run_id} is running in pod {other.pod_id or name}: process {other.pid} follows it"
+                    what = f"{run_id} is running in pod {other.pod_id or other.name}: process {other.pid} follows it"
                     raise HeldError(Problem(what, "command line", f"python -m runner logs {run_id} -f looks on"))
             self._insert(db, row)
             self._log(db, name, run_id, None, "PLANNED", "planned")
@@ -340,7 +340,7 @@ def _unusable(file: Path, error: Exception) -> Problem:
     said = str(error)
     if isinstance(error, OSError):
         said = error.strerror or said
-    if any(word in said for word in ("no plain file", "malformed", "not a database", "corrupt")):
+    if any(word in said for word in ("no plain file", "malformed", "not a database")):
         remedy = f"mv {file} {file}.broken; python -m runner pods then lists what there is"
     elif "locked" in said:
         remedy = "another process of yours holds it: end that, or try again"

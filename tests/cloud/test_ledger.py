@@ -134,8 +134,13 @@ def test_two_launchers_do_not_rent_for_one_run(ledger: Ledger) -> None:
     ledger.plan("runner-a-1", run_id="a", **FACTS)
     ledger.plan("runner-a-2", run_id="a", **FACTS)  # the same process, after a pod that did not become ready
     ledger.set("runner-a-1", **owner(os.getppid()))
-    with pytest.raises(HeldError, match=f"process {os.getppid()} follows it"):
-        ledger.plan("runner-a-3", run_id="a", **FACTS)
+    for pod_id, pod in ((None, "runner-a-1"), ("xyz", "xyz")):
+        ledger.set("runner-a-1", pod_id=pod_id)
+        with pytest.raises(HeldError) as error:
+            ledger.plan("runner-a-3", run_id="a", **FACTS)
+        (problem,) = error.value.problems
+        assert problem.what == f"a is running in pod {pod}: process {os.getppid()} follows it"
+        assert problem.remedy == "python -m runner logs a -f looks on"
     ledger.plan("runner-b-1", run_id="b", **FACTS)
     ledger.move("runner-a-1", "GONE", "confirmed", **owner(os.getppid()))
     ledger.plan("runner-a-3", run_id="a", **FACTS)
@@ -360,14 +365,16 @@ def test_of_a_ledger_that_cannot_be_written_there_is_a_copy_that_can(
     ledger.move("runner-a-1", "RUNNING", "training", pod_id="xyz")
     ledger.plan("runner-b-1", run_id="b", **FACTS)
     monkeypatch.chdir(ledger.file.parent)
+    monkeypatch.setenv("RUNNER_STATE", str(ledger.file.parent))
     with monkeypatch.context() as context:
         context.setattr(ledgers, "_know_all_states", broken)
         copy, error = Ledger.or_copy(ledger.file)
-        other, _ = Ledger.or_copy(ledger.file)
+        other, _ = Ledger.or_copy()
     assert error is not None and "disk I/O error" in str(error) and copy.entries() == ledger.entries()
     copy.move("runner-a-1", "TERMINATING", "enough")
     assert entry_of(copy).state == "TERMINATING"  # also from another connection
     assert entry_of(ledger).state == entry_of(other).state == "RUNNING"
+    assert other.file == ledger.file
     assert {file.name.partition("-")[0] for file in ledger.file.parent.iterdir()} == {"ledger.db"}  # it is in memory
 
 
