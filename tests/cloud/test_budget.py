@@ -42,6 +42,8 @@ def test_what_earlier_pods_have_cost_counts() -> None:
     budget.check_left(CAPPED, 1.0, 1.85)
     with pytest.raises(TooDearError, match=r"\$1.95 of where.max_usd=2 are spent"):
         budget.check_left(CAPPED, 1.0, 1.95)
+    with pytest.raises(TooDearError):  # 5.7 minutes are left, and six are the least
+        budget.check_left(CAPPED, 1.0, 1.905)
     budget.check_left(FREE, 1.0, 1000.0)
     with pytest.raises(TooDearError, match=r"costs \$1.50 an hour, where \$0.90 was offered"):
         budget.check_real_price(CAPPED, "pod", 1.5, 0.9, 0.6)
@@ -66,13 +68,13 @@ def test_the_cap_brings_the_deadline_forward() -> None:
 
 
 def test_a_price_that_is_the_cap_is_within_it() -> None:
-    budget.check_left(CAPPED, 1.0, 1.9)  # a tenth of an hour is left, to the cent
+    budget.check_left(CAPPED, 10.0, 1.0)  # exactly a tenth of an hour is left
     budget.check_real_price(CAPPED, "pod", 1.5, 1.5, 0.5)
     budget.check_real_price(FREE, "pod", 9.0, 0.9, 0.6)
     budget.check_hours(CAPPED, 0.5, 4)
     assert budget.over_first_hour(CAPPED, 2.0) == ""
     assert budget.over_plan(CAPPED, {"hours": 4.0}, 0.5, named=False, most_times=3) == ""
-    assert budget.over_plan(FREE, {"usd_per_hour": 0.4}, 1.2, named=False, most_times=3) == ""
+    assert budget.over_plan(FREE, {"usd_per_hour": 0.25}, 0.75, named=False, most_times=3) == ""
 
 
 def test_refusals_name_the_key_and_what_to_write() -> None:
@@ -125,7 +127,7 @@ def test_all_pods_of_the_run_have_cost_by_their_disks_and_times(
 
     pod("a", "run", "p1", "GONE", ended=8 * 3600.0)
     pod("b", "run", "p2", "STOPPED", updated=9 * 3600.0)
-    pod("c", "run", "p3", "RUNNING")
+    pod("c", "run", "p3", "RUNNING", updated=9 * 3600.0)  # its launcher was last heard of an hour ago
     pod("d", "run", None, "CREATE_UNKNOWN")
     pod("e", "other", "p5", "RUNNING")
     an_hour = 1.0 + budget.storage_usd_per_hour(730.0)
