@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -298,6 +299,12 @@ def test_what_is_offloaded_is_told_from_what_is_not() -> None:
 # --- what is refused, and what is next to it -----------------------------------------------------
 
 
+USUAL = {
+    "deepspeed": "none", "method": "lora", "train.optimizer": "adamw", "train.precision": "bf16",
+    "method.master_weights": True,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("refused", "allowed"),
     [
@@ -314,10 +321,27 @@ def test_what_is_offloaded_is_told_from_what_is_not() -> None:
 def test_the_combination_is_refused_and_not_what_differs_in_one_part(
     refused: tuple[Any, ...], allowed: list[tuple[Any, ...]]
 ) -> None:
-    usual = ("none", "lora", "adamw", "bf16", True)
+    usual = (*USUAL.values(),)
     assert refusal(*(*refused, *usual[len(refused) :])) is not None
     for one in allowed:
         assert refusal(*(*one, *usual[len(one) :])) is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("zero3", "qlora8"), ("zero3_offload", "peft"), ("zero1", "full", "adafactor"), ("zero2_offload", "full", "sgd"),
+        ("none", "full", "adamw", "fp16", False), ("zero2", "freeze", "adamw", "fp16", False),
+    ],
+)  # fmt: skip
+def test_each_of_the_two_things_that_a_refusal_says_to_write_is_accepted(asked: tuple[Any, ...]) -> None:
+    values: dict[str, Any] = {**USUAL, **dict(zip(USUAL, asked, strict=False))}
+    problem = refusal(*values.values())
+    assert problem is not None and str(problem.remedy).startswith("write ")
+    written = re.findall(r"([\w.]+)=(\w+)", str(problem.remedy))
+    assert len(written) == 2
+    for key, value in written:
+        assert key in values and refusal(*{**values, key: value == "true" or value}.values()) is None
 
 
 def test_a_refusal_says_who_refuses_and_names_the_stage_without_offload() -> None:
