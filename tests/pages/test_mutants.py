@@ -49,6 +49,10 @@ def test_a_survivor_with_a_reason_does_not_count_against_the_target(monkeypatch:
     assert "| sample of 11 of 105 | 8 | 1 | 2 | 1 | 80% |" in mutants.section(measured)
 
 
-def test_every_justified_survivor_has_its_reason() -> None:
+def test_every_justified_survivor_has_its_reason_and_its_lines_are_still_there() -> None:
     for one in mutants.justified():
         assert {*one} == {"function", "was", "is", "reason"} and len(one["reason"]) > 20
+        file = one["function"].rpartition(".")[0].replace(".", "/") + ".py"
+        lines = {line.strip() for line in (ROOT / file).read_text("utf-8").splitlines()}
+        gone = [line for line in one["was"].splitlines() if line not in lines]
+        assert not gone, f"{file} has no line {gone[0]!r} any more: delete that entry of {mutants.JUSTIFIED.name}"
