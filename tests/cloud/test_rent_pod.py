@@ -256,6 +256,7 @@ def test_a_machine_that_is_not_free_is_asked_for_once_and_a_bad_one_twice(rentin
         renting.rent()
     (problem,) = error.value.problems
     assert problem.what == f"none of these is free now: {A.described}; {B.described}" and problem.source == "where=shop"
+    assert str(problem.remedy).startswith("try again later, name other GPUs (where.gpu_types)")
     assert [one[7:] for one in renting.shop.asked if one.startswith("create")] == ["CLOUD A", "CLOUD B"] * 2
     states = renting.states(Ledger().entries(renting.run.id, gone=True)[-1].name)
     assert states[-1] == ("GONE", "not created: none is free")
@@ -277,6 +278,7 @@ def test_a_pod_that_does_not_become_ready_is_given_back_and_another_one_tried(
     (problem,) = error.value.problems
     expected = f"no pod became ready: pod pod1 is bad; tried {A.described}"
     assert (problem.what, problem.source) == (expected, "where=shop")
+    assert str(problem.remedy).startswith("try again later, name other GPUs (where.gpu_types)")
     assert bounds == [(300, 120)] * 4 and renting.shop.cloud.rented == {}
     assert renting.said.count("pod pod1 is bad; another one is tried") == 4
     assert all(entry.state == "GONE" for entry in Ledger().entries(renting.run.id, gone=True))
@@ -391,6 +393,34 @@ def test_ctrl_c_leaves_no_pod(renting: Renting, monkeypatch: pytest.MonkeyPatch)
     assert interrupts == [] and len(renting.shop.cloud.rented) == 1
 
 
+def test_two_interrupts_while_a_bad_pod_is_given_back_rent_no_other_one(
+    renting: Renting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupts = interrupted_ends(monkeypatch)
+    interrupts.append(KeyboardInterrupt())
+    bad = BadHostError(Problem("pod pod1 is bad"))
+    monkeypatch.setattr(rent_pod, "wait_until_ready", lambda *_, **__: _raise(bad))
+    with pytest.raises(KeyboardInterrupt):
+        renting.rent()
+    assert renting.shop.times("create") == 1
+
+
+def test_a_pod_that_cannot_be_recorded_any_more_is_said_where_the_renting_was(
+    renting: Renting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rented = renting.rent()
+    monkeypatch.setattr(Ledger, "move", lambda *_, **__: _raise(LedgerError(Problem("the disk is full"))))
+    rented.mark("RUNNING")
+    assert "AND COST MONEY: python -m runner pods terminate pod1" in renting.said[-1]
+
+
+def test_the_runs_own_stopped_pod_is_taken_before_another_is_asked_for(renting: Renting) -> None:
+    renting.shop.machines = [replace(A, gpu_count=1)]
+    renting.rent("where.keep=true").release(keep=True)
+    again = renting.rent("where.keep=true")
+    assert (again.pod.id, again.pod.status) == ("pod1", "RUNNING") and renting.shop.times("create") == 1
+
+
 def _raise(error: BaseException) -> None:
     raise error
 
@@ -466,6 +496,7 @@ def test_a_pod_whose_last_look_finds_nothing_is_as_it_was_seen_last(lease: Lease
 def test_a_key_is_refused_three_times_before_a_run_ends_for_it(lease: Lease, shop: Shop, waiting: Waiting) -> None:
     shop.looks = "kkp"
     assert lease.refresh() is not None and waiting.waits == [5.0, 5.0]
+    assert shop.asked == ["look k", "look k", "look p"]  # the third look finds it: no second one is needed
     shop.looks = "kkk"
     with pytest.raises(WrongKeyError):
         lease.refresh()
@@ -505,6 +536,8 @@ def test_a_held_pod_is_given_back_with_its_doubles_and_lost_creates(
     shop.add("pod2")
     shop.add("pod3", "runner-a-2")
     shop.add("pod4", "runner-b-1")
+    lease.ledger.plan("runner-b-1", run_id="b", **FACTS)
+    lease.ledger.move("runner-b-1", "CREATE_UNKNOWN", "lost", **NOBODY)  # another run's, for its launcher to find
     lease.release(keep)
     assert sorted(shop.cloud.rented) == (["pod1", "pod4"] if keep else ["pod4"])
     assert state_of(lease) == ("STOPPED" if keep else "GONE")
