@@ -135,6 +135,10 @@ def test_a_run_that_is_done_goes_on_only_for_more_steps(run: RunDir) -> None:
         (problem,) = told(lambda words=words: composed(run, *words))
         assert problem.what == f"{run.id} is done: all 8 steps" and problem.source == "command line"
         assert problem.remedy == "to train longer, resume with train.max_steps=16, say"
+    run.set_status("done", step=9, exit_code=0)
+    (problem,) = told(lambda: composed(run, "train.max_steps=9"))  # another number, and no step more
+    assert problem.what == f"{run.id} is done: all 9 steps"
+    run.set_status("done", step=8, exit_code=0)
     assert composed(run, "train.max_steps=9").train.max_steps == 9
     assert composed(run, "train.max_steps=null", "train.num_epochs=50").train.num_epochs == 50
     checkpoints.discard(run, checkpoints.steps(run))
@@ -306,6 +310,9 @@ def test_a_run_that_is_at_work_is_left_alone_wherever_that_is(run: RunDir) -> No
     status = f"if other is no more, delete runs/{run.id}/status.json and resume again"
     own = lock.run_at_work_error(run, run.status)
     assert problem == Problem(own.what, own.source, f"{own.remedy}; {status}")
+    here = process_birth(os.getpid())
+    run.write("status.json", {**run.read("status.json"), "born": here})  # a container of this machine: its lock decides
+    assert composed(run)
     run.write("status.json", {**run.read("status.json"), "host": "pod p1", "pid": None})
     (problem,) = told(lambda: composed(run))
     assert problem.what == f"{run.id} is in a pod (pod p1): training, as far as is known here"
