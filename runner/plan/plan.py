@@ -105,7 +105,7 @@ class Plan:
     env: dict[str, str]
     """Environment variables that the worker gets; what is set already stays, but for those of `hw.env`."""
     simulated: dict[str, Any] | None = None
-    """Of a simulated model: `model_type`, `versions`, `steps`, their `seconds`, and whether all were `cached`."""
+    """Of a simulated model: `model_type`, `versions`, `steps`, `seconds`, `attention`, whether all was `cached`."""
     notes: list[str] = field(default_factory=list)
     """What was assumed, rounded or chosen, in sentences."""
     host_capacity_gib: float | None = None
@@ -207,6 +207,8 @@ def _simulated(seen: Facts | None) -> Iterator[str]:
             f"memory and operations of {seen.model_type} are simulated, not calculated: {seen.steps} steps on tensors "
             f"without values, {when} ({versions})"
         )
+        if seen.attention:
+            yield f"the code of {seen.model_type} takes no kernel without a mask: counted is {seen.attention} attention"
 
 
 def _of_checkpoints(spec: RunSpec, kept: Checkpoints, seconds: float, step_s: float) -> Iterator[str]:

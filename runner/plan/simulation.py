@@ -51,6 +51,8 @@ class Facts:
     """Seconds that they took."""
     cached: bool
     """All of them were simulated before."""
+    attention: str | None
+    """Attention with a mask or scores, where the model's code takes no kernel without; else null."""
 
 
 class Simulation(Protocol):

@@ -28,7 +28,10 @@ from runner.spec import Method, ModelSpec
 
 NEEDED = ("torch", "transformers", "peft", "trl", "accelerate")
 """Packages that a simulation takes; their versions are part of what it is kept under."""
-CODE = ("train/simulated_step.py", "train/fake_tensors.py", "train/varlen_attention.py", "train/varlen_kernels.py")
+CODE = (
+    "train/simulated_step.py", "train/fake_tensors.py", "train/varlen_attention.py", "train/varlen_kernels.py",
+    "train/trainable_weights.py", "train/adapter_config.py",
+)  # fmt: skip
 """Modules that decide what a simulation shows, likewise."""
 ANSWER = "answer: "
 """Before an answer of the process: `ANSWER` in train/simulated_step.py."""
@@ -92,6 +95,8 @@ class Process:
     steps: int = 0
     seconds: float = 0.0
     ran: bool = False
+    attention: str | None = None
+    """`sdpa` or `eager`, where a step could take no other."""
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer, from the cache where it has been given before."""
@@ -211,6 +216,8 @@ class Simulated:
             "step", layers=list(layers), again=list(again), held=held, quiet=quiet, b=setting.b, s=setting.s,
             attention=setting.attention, head=setting.head, labelled=setting.labelled,
         )  # fmt: skip
+        if found["attention"] in ("sdpa", "eager") and setting.attention in ("flash", "blockwise"):
+            self.process.attention = found["attention"]
         nothing = (0.0, 0.0, 0.0, 0.0)
         forget = tuple(Stretch(index, nothing, tuple(kept), 0.0) for index, kept in found["forget"])
         return Recorded(_stretches(found["forward"]), forget, _stretches(found["backward"]))
@@ -219,7 +226,9 @@ class Simulated:
         """For the plan."""
         process = self.process
         versions = {name: _version(name) or "" for name in ("torch", "transformers")}
-        return Facts(self.model_type, versions, process.steps, round(process.seconds, 1), not process.ran)
+        return Facts(
+            self.model_type, versions, process.steps, round(process.seconds, 1), not process.ran, process.attention
+        )
 
 
 def _stretches(found: Sequence[Mapping[str, Any]]) -> tuple[Stretch, ...]:

@@ -170,6 +170,7 @@ def built(config_json: str, asked_json: str, checkpoints: bool, device: str = "m
         if adapter is not None:
             model = get_peft_model(model, adapter)
     trainable_weights.set_training_dtype(spec, model)
+    trainable_weights.leave_casts_to_autocast(model)
     if asked["deepspeed"]:
         model.to(dtype)
     if checkpoints:
@@ -266,9 +267,8 @@ def step(asked: Asked) -> dict[str, Any]:
     with _shown(model, path, layers, asked["layers"]) as shown, attention_of(model, asked), gpu_like_if(asked):
         for layer, flag in zip(shown, again, strict=True):
             layer.gradient_checkpointing = flag
-        if asked["quiet"]:
-            return _quiet(model, shown, asked)
-        return _both_passes(model, shown, asked)
+        found = _quiet(model, shown, asked) if asked["quiet"] else _both_passes(model, shown, asked)
+        return found | {"attention": model.config.get_text_config()._attn_implementation}
 
 
 @contextmanager

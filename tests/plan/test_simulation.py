@@ -220,3 +220,11 @@ def test_a_model_whose_code_reads_values_is_refused() -> None:
     with pytest.raises(RequestError, match="jetmoe cannot be simulated: DataDependentOutputException") as caught:
         planned(shape, run_of("lora"))
     assert "a known model of about its sizes" in str(caught.value.problems[0].remedy)
+
+
+def test_scores_are_counted_where_the_models_code_takes_no_kernel() -> None:
+    config = config_of("bloom", n_layer=3, n_head=8)
+    shape = shape_from(config)
+    short, long = (planned(shape, run_of("lora"), s=s).forward.total for s in (128, 1024))
+    assert long > 12 * short
+    assert shape.simulation is not None and shape.simulation.facts().attention == "eager"
