@@ -87,7 +87,7 @@ class TurnFinder:
             start = at + len(self.opening) if at >= 0 else begin
         if after and text.startswith(after) and len(after) >= end:
             return start, self._without_trailing(after)
-        if turns[index].get("tool_calls"):
+        if turns[index].get("tool_calls") or not turns[index]["content"]:  # the template's words may follow them
             following = self.changed(turns, index + 1, tools, text)[0] if index + 1 < len(turns) else len(text)
             at = text.find(self.closing, end, following) if self.closing else -1
             return start, at + len(self.closing) if at >= 0 else end

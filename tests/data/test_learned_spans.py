@@ -337,6 +337,9 @@ def test_a_turn_is_found_where_the_text_before_it_changes_with_what_follows() ->
     assert learned(calls, talk(asks("1"), says("", tool_calls=[call("add", a=1)]))) == [
         '<call>add{"a": 1}</call><|im_end|>'
     ]
+    thinks = "{{ messages | length }}:" + THINKS.replace(" and loop.last", "")
+    thought = (asks("1"), says("", reasoning_content="hm"), asks("2"), says("two"))
+    assert learned(thinks, talk(*thought)) == ["<think>hm</think><|im_end|>", "two<|im_end|>"]
 
 
 def test_a_template_that_refuses_half_a_conversation_is_asked_otherwise() -> None:
