@@ -94,7 +94,10 @@ def nearest_key(key: str) -> str | None:
     if same_leaf:
         return nearest(key, sorted(same_leaf), cutoff=0.0)
     leaves = {k.rpartition(".")[2]: k for k in sorted(keys)}
-    found = nearest(key, sorted(keys)) or nearest(leaf, leaves, cutoff=0.75)
+    # A group that is right says nothing of the rest: train.foo is not like train.tf32.
+    beside = {k.rpartition(".")[2]: k for k in sorted(keys) if group and k.rpartition(".")[0] == group}
+    found = nearest(leaf, beside) if beside else nearest(key, sorted(keys))
+    found = found or nearest(leaf, leaves, cutoff=0.75)
     found = found or nearest(group, list(RunSpec.model_fields))
     return None if found == group else found  # `train` is right, and no answer to `train.foo`
 

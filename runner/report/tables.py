@@ -70,8 +70,8 @@ def _derived(key: str) -> str:
 def _print_group(console: Console, group: str, value: Any, final: dict[str, Any], places: list[Origin]) -> None:
     composed = dict(flattened(value, f"{group}."))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for _ in range(3):
-        table.add_column(overflow="fold")  # a line number that is cut off is of no use
+    for column in range(3):  # a key or a line number that is cut in two is of no use
+        table.add_column(overflow="fold", no_wrap=column != 1)
     for key, decided in flattened(final, f"{group}."):
         setting = [place.place for place in places if place.concerns(key)]
         where = _derived(key) if decided != composed.get(key) else (setting or ["default"])[-1]

@@ -35,14 +35,13 @@ CODE = (
 """Modules that decide what a simulation shows, likewise."""
 ANSWER = "answer: "
 """Before an answer of the process: `ANSWER` in train/simulated_step.py."""
-INSTALL = "pip install 'llm-finetuning-runner[train]'"
 
 
 def add(model: ModelSpec, config: Mapping[str, object], source: str, unknown: RequestError) -> None:
     """Let the plan simulate a model. RequestError, with what is `unknown`, where that cannot be done."""
     what = str(unknown)
     if missing := [name for name in NEEDED if _version(name) is None]:
-        remedy = f"{INSTALL}: then such a model is simulated. {unknown.problems[0].remedy}"
+        remedy = f"pip install {' '.join(missing)}: then such a model is simulated. {unknown.problems[0].remedy}"
         raise RequestError(Problem(f"{what}, and {', '.join(missing)} to simulate it is not here", source, remedy))
     try:
         found = simulated_shape(model.name, json.dumps(config, sort_keys=True), source)
@@ -102,8 +101,10 @@ class Process:
         """The answer, from the cache where it has been given before."""
         text = json.dumps({"versions": _versions(), "request": request}, sort_keys=True)
         file = cache_dir() / "simulations" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
-        with suppress(OSError, ValueError):
-            return self._counted(json.loads(file.read_text("utf-8")))
+        with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not what was written
+            kept = json.loads(file.read_text("utf-8"))
+            if kept["sha256"] == _digest(kept["answer"]):
+                return self._counted(kept["answer"])
         self.ran = True
         started = time.monotonic()
         found = self._asked(request)
@@ -111,7 +112,7 @@ class Process:
         if "error" not in found:
             with suppress(OSError):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, json.dumps(found))
+                write_atomically(file, json.dumps({"sha256": _digest(found), "answer": found}))
         return self._counted(found)
 
     def _counted(self, found: dict[str, Any]) -> dict[str, Any]:
@@ -120,8 +121,8 @@ class Process:
         return found
 
     def _asked(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        if self.child is None:
-            self._start()
+        if self.child is None and "error" in (greeting := self._start()):
+            return greeting
         assert self.child is not None and self.child.stdin is not None and self.child.stdout is not None
         with suppress(BrokenPipeError):
             self.child.stdin.write(json.dumps(request) + "\n")
@@ -140,8 +141,8 @@ class Process:
         self.child = None
         return {"error": f"the process that simulates ended: {last[0]}"}
 
-    def _start(self) -> None:
-        """Start it without a network and without a GPU, which it has no use for."""
+    def _start(self) -> dict[str, Any]:
+        """Start it without a network and without a GPU, which it has no use for; its first answer."""
         offline = {
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
@@ -154,7 +155,11 @@ class Process:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
         )  # fmt: skip
         atexit.register(self.child.kill)
-        self._answer()
+        return self._answer()
+
+
+def _digest(answer: object) -> str:
+    return hashlib.sha256(json.dumps(answer, sort_keys=True).encode()).hexdigest()
 
 
 @lru_cache

@@ -29,7 +29,9 @@ def offered(line: str) -> list[str]:
     "program", ["runner", "python -m runner", ".venv/bin/python -m runner", "/opt/bin/runner show"]
 )
 def test_choices_are_offered_however_the_runner_is_called(program: str) -> None:
-    assert offered(f"{program} model=mis") == ["model=mistral7b", "model=mistral7b_instruct"]
+    assert offered(f"{program} model=mis") == [
+        "model=mistral7b", "model=mistral7b_instruct", "model=mistral_nemo", "model=mistral_small_24b",
+    ]  # fmt: skip
     assert offered(f"{program} hw=h100 model=phi") == ["model=phi2", "model=phi3_mini", "model=phi4"]
 
 

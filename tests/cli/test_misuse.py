@@ -316,7 +316,7 @@ def test_explain_of_an_empty_mapping_says_so() -> None:
 def test_explain_of_a_group_cuts_nothing_off_at_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     told = runner("explain", "model").stdout
-    assert "…" not in told and "yaml:" in told and "model.learning_rate_adap" in told
+    assert "…" not in told and "yaml:" in told and "model.learning_rate_adapter" in told
 
 
 @pytest.mark.parametrize("columns", ["0", "1"])

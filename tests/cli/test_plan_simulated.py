@@ -87,4 +87,24 @@ def test_without_torch_it_is_said_what_to_install(here: Path, monkeypatch: pytes
     result = plan(written(here / "odd", DEEPSEEK))
     said = " ".join(result.output.split())
     assert result.exit_code == 2
-    assert "torch to simulate it is not here" in said and "pip install 'llm-finetuning-runner[train]'" in said
+    assert "torch to simulate it is not here" in said and "pip install torch: then" in said
+
+
+def test_a_kept_answer_that_is_damaged_is_made_again(here: Path) -> None:
+    model = written(here / "odd", DEEPSEEK)
+    said = json.loads(plan(model, "--json").stdout)
+    for number, file in enumerate(sorted((here / "cache" / "simulations").iterdir())):
+        damaged = ["{}", "[]", "null", '{"seconds": 1}', file.read_text("utf-8").replace("1", "2")]
+        file.write_text(damaged[number % len(damaged)], "utf-8")
+    simulator.simulated_shape.cache_clear()
+    simulator._process.cache_clear()
+    again = json.loads(plan(model, "--json").stdout)
+    assert again["phases"] == said["phases"] and not again["simulated"]["cached"]
+
+
+def test_a_torch_that_cannot_be_imported_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "broken").mkdir()
+    (here / "broken" / "torch.py").write_text("raise ImportError('libcudart.so is missing')")
+    monkeypatch.setenv("PYTHONPATH", str(here / "broken"))
+    result = plan(written(here / "odd", DEEPSEEK))
+    assert result.exit_code == 2 and "libcudart.so is missing" in " ".join(result.output.split())
