@@ -7,6 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 """The package itself, wherever it is installed."""
+VENDOR = PACKAGE / "web" / "vendor"
+"""Files of other projects that pages carry: `VENDOR / "uplot" / "uPlot.iife.min.js"`; its README.md lists them."""
 
 # The wheel carries conf/, recipes/ and deepspeed_configs/ below runner/assets; a checkout has
 # them beside runner/.
