@@ -96,7 +96,7 @@ WORKS = {
         Contestant("this project, padded", ("method=qlora4", f"method.rank={RANK}", *PADDED)),
     )),
     "prepare": Work("rows are prepared", (
-        Contestant(PEER, theirs={**LORA, "tokenized_path": "prepared"}),
+        Contestant(PEER, theirs={**LORA, "tokenized_path": "prepared", "do_train": False}),
         Contestant("this project", ("method=lora", f"method.rank={RANK}", *PADDED)),
     ), rows=MANY_ROWS, trains=False, target={"this project": 2.0}),
 }  # fmt: skip
@@ -133,7 +133,14 @@ def _environment() -> Path:
         venv.create(folder, with_pip=True, clear=True)
         torch = f"torch=={version('torch').partition('+')[0]}"
         wanted = [PINNED, torch, f"bitsandbytes=={version('bitsandbytes')}"]
-        subprocess.run([folder / "bin" / "pip", "install", "-q", *wanted], check=True)
+        pip = folder / "bin" / "pip"
+        subprocess.run([pip, "install", "-q", *wanted], check=True)
+        # The index builds these two for CUDA: beside a CPU build of torch neither can be imported. The peer asks whether
+        # torchvision is there; it imports torchaudio without asking, and uses it for sound alone.
+        subprocess.run([pip, "uninstall", "-q", "-y", "torchvision", "torchaudio"], check=True)
+        (site,) = folder.glob("lib/python*/site-packages")
+        (site / "torchaudio").mkdir()
+        (site / "torchaudio" / "__init__.py").touch()
         (folder / "made").touch()
     return folder
 
@@ -156,7 +163,7 @@ def _run(work: Work, one: Contestant, name: str, folder: Path, environment: Path
     if one.theirs is None:
         verb = ("data", "prepare") if name == "prepare" else ()
         words = (*verb, "data=file", f"data.path={rows}", "data.eval_fraction=0", "hw=cpu", "eval.num_prompts=0",
-                 "train.epochs=1", f"train.max_length={LENGTH}", f"run.output_dir={folder}/runs")  # fmt: skip
+                 "train.num_epochs=1", f"train.max_length={LENGTH}", f"run.output_dir={folder}/runs")  # fmt: skip
         if name == "prepare":
             env["RUNNER_CACHE"] = str(_emptied_cache(folder))
         command = [sys.executable, "-m", "runner", *words, *one.ours]
@@ -191,7 +198,7 @@ def _keys(theirs: Mapping[str, Any], folder: Path, rows: Path, model: Path) -> P
         "model_name_or_path": str(model), "stage": "sft", "do_train": True, "dataset": "rows",
         "dataset_dir": str(folder), "template": "smollm2", "cutoff_len": LENGTH, "output_dir": str(folder / "out"),
         "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1, "num_train_epochs": 1,
-        "bf16": True, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "learning_rate": 2e-4,
+        "bf16": True, "use_cpu": True, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "learning_rate": 2e-4,
     } | dict(theirs)  # fmt: skip
     file = folder / "peer.yaml"
     file.write_text(yaml.safe_dump(keys), "utf-8")
