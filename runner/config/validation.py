@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, get_origin
@@ -153,7 +154,7 @@ def _explain(
     if isinstance(read, (bool, int, float)):  # YAML and Hydra have read a text as one
         remedy = _in_quotes(key, read, source_of(key), written(key))
     else:
-        remedy = _did_you_mean(value, choices) or _instead(key, last, source_of(key))
+        remedy = _did_you_mean(value, choices) or _whole(key, details) or _instead(key, last, source_of(key))
     return [Problem(f"{key}={value}: expected {expected}", source_of(key), remedy)]
 
 
@@ -182,6 +183,14 @@ _BOUNDS = {
     "less_than_equal": ("at most", "le"), "less_than": ("less than", "lt"),
 }  # fmt: skip
 """Pydantic's bounds in words, and their names in its error."""
+
+
+def _whole(key: str, details: list[ErrorDetails]) -> str | None:
+    """Remedy for a fraction where a whole number is one of the kinds of value; None for any other mistake."""
+    value = details[0]["input"]
+    if isinstance(value, float) and math.isfinite(value) and any(d["type"].startswith("int") for d in details):
+        return f"write {key}={max(1, round(value))}"
+    return None
 
 
 def _instead(key: str, detail: ErrorDetails, source: str | None) -> str:

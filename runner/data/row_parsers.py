@@ -196,6 +196,8 @@ def prompts_of(reader: RowReader, spec: DataSpec) -> PromptExample:
     name = next((name for name in (spec.answer_field, spec.completion_field, spec.output_field) if name in row), None)
     answer = reader.value(name) if name else None
     if name and (turns := said_turns(answer)):
+        if isinstance(answer, str):  # JSON text: a key that occurs twice is told
+            reader.parsed(name, answer, "write turns")
         answer = turns[-1].get("content")
     elif not name and prompt_field(row, spec) == messages_field(row, spec):
         last = _asks(prompt)  # a whole conversation: its last answer is the one to compare with

@@ -121,7 +121,7 @@ class RowReader:
             self.wrong(f"{name} is an empty list", "fill it in, or delete the row")
         return value
 
-    def _parsed(self, name: str, text: str, remedy: str) -> Any:
+    def parsed(self, name: str, text: str, remedy: str) -> Any:
         """The JSON text of a field; None, and a problem, where it is broken or has a key twice in one object."""
         try:
             return json_text.loads(text, object_pairs_hook=json_text.once)
@@ -135,7 +135,7 @@ class RowReader:
         """Tools as a list of schemas or as JSON text of one; none where there are none."""
         value = self.value(name)
         if isinstance(value, str) and value.strip():
-            value = self._parsed(name, value, "write a list of JSON schemas")
+            value = self.parsed(name, value, "write a list of JSON schemas")
         if not value:
             return []
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -150,7 +150,7 @@ class RowReader:
             return []
         value = self.value(name)
         if isinstance(value, str) and value.lstrip().startswith("["):  # CSV cannot hold a list
-            value = self._parsed(name, value, _TURNS)
+            value = self.parsed(name, value, _TURNS)
             if value is None:
                 return []
         if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):

@@ -161,7 +161,10 @@ def only(hw: HardwareSpec, machine: Machine | None = None) -> dict[str, str]:
     """Variables under which the processes of a run see exactly its GPUs: the first `num_gpus` that are visible.
 
     One process that sees several would have transformers use DataParallel. Empty where nothing has to be hidden.
+    A run on the CPU sees none.
     """
+    if hw.accelerator == "cpu":
+        return {gpus.VARIABLE: ""}
     if hw.accelerator != "cuda":
         return {}
     number = _each(hw)

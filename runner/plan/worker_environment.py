@@ -11,10 +11,14 @@ LOCALHOST = "127.0.0.1"
 # step after step: 285 tokens/s instead of 428 (SmolLM2, LoRA, 512 tokens, two cores, 8 steps). So: let it keep
 # blocks up to 32 MiB: 8 MiB gave 264 tokens/s where 32 MiB gave 391 and 4 GiB 378 (256 tokens, 60 steps).
 # DeepSpeed, where installed, is imported by accelerate and would announce that it found no GPU.
+# torch built for CUDA asks NVML whether there is a GPU, not CUDA, which does not survive the fork of a sweep's runs
+# (`torch.cuda.is_available` of 2.13; with no visible GPU, CUDA_VISIBLE_DEVICES="", it asks neither).
 CPU_ENV = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 # Segments that grow in place: less memory lost between blocks of changing size (PyTorch, CUDA semantics).
 GPU_ENV = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}

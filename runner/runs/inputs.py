@@ -20,6 +20,7 @@ from runner.data.pretraining.workspace import workspace_of
 from runner.errors import Problem, RequestError
 from runner.hub import model_config
 from runner.hub.model_config import UnreachableError
+from runner.hub.weight_files import damage_of
 from runner.plan.plan import Plan
 from runner.spec import ModelSpec, Pretrain, RentedPlace, RunSpec
 from runner.spec.input_paths import OF_POD, TEMPLATES, _code, _data, _is_named, is_glob, is_url, named_places, put_place
@@ -175,7 +176,9 @@ def _model_folder(model: ModelSpec) -> Iterator[Problem]:
     weights = [name for name in WEIGHTS if name in names]
     if not weights:
         lacking["weights"] = WEIGHTS[0]
-    elif weights[0].endswith(INDEX) and (shards := list(_missing_shards(folder, weights[0]))):
+    elif weights[0].endswith(INDEX) and (
+        shards := [name for name in _shards(folder, weights[0]) if not (folder / name).is_file()]
+    ):
         lacking[f"{shards[0]}, which {weights[0]} names"] = ", ".join(shards[:3]) + " …" * (len(shards) > 3)
     if not any(name.endswith(TOKENIZERS) for name in names):
         lacking["tokenizer"] = "tokenizer.json and tokenizer_config.json"
@@ -183,13 +186,17 @@ def _model_folder(model: ModelSpec) -> Iterator[Problem]:
     for part, files in lacking.items():
         remedy = instead or f"copy {files} into it from where the model is from"
         yield Problem(f"{folder} has no {part}", "model.id", remedy)
+    for name in _shards(folder, weights[0]) if weights else ():
+        if (folder / name).is_file() and (damage := damage_of(folder / name)):
+            yield damage
 
 
-def _missing_shards(folder: Path, index: str) -> Iterator[str]:
-    """Files that the index of the weights names and that are not there."""
-    named = json_text.object_of((folder / index).read_text("utf-8", "replace")).get("weight_map")
-    found = sorted({str(file) for file in named.values()}) if isinstance(named, dict) else []
-    return (name for name in found if not (folder / name).is_file())
+def _shards(folder: Path, weights: str) -> list[str]:
+    """Files of the weights: the one, or those that its index names."""
+    if not weights.endswith(INDEX):
+        return [weights]
+    named = json_text.object_of((folder / weights).read_text("utf-8", "replace")).get("weight_map")
+    return sorted({str(file) for file in named.values()}) if isinstance(named, dict) else []
 
 
 def _model(spec: RunSpec, planned: Plan | None) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Literal
 
@@ -120,7 +121,13 @@ class DeepSpeedSpec(Part):
     config: str | None = None
     """DeepSpeed JSON: a file name in `deepspeed_configs/`, or a path. With `deepspeed=auto`, your own file decides the stage."""
     nvme_path: str | None = None
-    """Folder on an NVMe disk that `zero3_offload` uses instead of main memory."""
+    """Folder on an NVMe disk that `zero3_offload` uses instead of main memory; `~` is the home folder."""
+
+    @field_validator("nvme_path")
+    @classmethod
+    def _at_home(cls, value: str | None) -> str | None:
+        """With the home folder in place of `~`, which DeepSpeed does not know."""
+        return value and os.path.expanduser(value)
 
     @model_validator(mode="after")
     def _used(self) -> DeepSpeedSpec:

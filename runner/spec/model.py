@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+import os
+
+from pydantic import Field, field_validator, model_validator
 
 from runner.spec.part import Named
 
@@ -16,7 +18,7 @@ class ModelSpec(Named):
     name: str = "hub"
     """Name of the choice, as in `model=mistral7b`."""
     id: str = Field(min_length=1)
-    """Hugging Face Hub id (`org/name`) or a local folder that `from_pretrained` can read."""
+    """Hugging Face Hub id (`org/name`) or a local folder that `from_pretrained` can read; `~` is the home folder."""
     revision: str | None = None
     """Branch, tag or commit on the Hub; null means the default branch. The commit that was loaded is recorded with the run."""
     package: str | None = None
@@ -67,6 +69,12 @@ class ModelSpec(Named):
     """Learning rate that methods training the model's own weights start from."""
     learning_rate_adapter: float = Field(default=2e-4, gt=0)
     """Learning rate that LoRA-like methods start from."""
+
+    @field_validator("id")
+    @classmethod
+    def _at_home(cls, value: str) -> str:
+        """With the home folder in place of `~`, which no id of the Hub begins with and which `from_pretrained` does not know."""
+        return os.path.expanduser(value)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelSpec:

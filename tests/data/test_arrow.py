@@ -20,6 +20,7 @@ from runner.data.readers.files import read_table
 from runner.data.readers.hub import load_hub
 from runner.data.readers.streams import tables
 from runner.data.row_store import Stored
+from runner.errors import RequestError
 from tests.conftest import spec_of
 from tests.data.test_loss_mask import OF_TRL, SPECIAL, body, learned_pieces
 
@@ -144,3 +145,18 @@ def test_prompts_of_grpo_come_back_without_them(tmp_path: Path, body: str) -> No
     assert problems == [] and all(isinstance(row, PromptExample) for row in rows)
     asked = [row.prompt[1]["tool_calls"][0]["function"]["arguments"] for row in rows]
     assert asked == ARGUMENTS
+
+
+def test_a_key_that_stands_twice_in_arrows_json_or_map_is_refused(tmp_path: Path) -> None:
+    typed = pa.array(['{"x": 1, "x": 2}'], pa.json_())
+    mapped = pa.array([[("x", 1), ("x", 2)]], pa.map_(pa.string(), pa.int64()))
+    for name, column, said in (
+        ("a", typed, "the key 'x' occurs twice in one object"),
+        ("b", mapped, "a key occurs twice"),
+    ):
+        parquet.write_table(pa.table({"text": ["a"], "more": column}), file := tmp_path / f"{name}.parquet")
+        for read in (lambda file=file: read_table(str(file)), lambda file=file: list(tables(str(file)))):
+            with pytest.raises(RequestError) as caught:
+                read()
+            (problem,) = caught.value.problems
+            assert said in problem.what and problem.source == str(file)

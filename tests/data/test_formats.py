@@ -583,11 +583,12 @@ TWICE = '{"name": "f", "arguments": {"x": 1, "x": 2}}'
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": f"[{TWICE}]"}]}, "messages[1].tool_calls[0]", "x"),
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": [TWICE]}]}, "messages[1].tool_calls[0]", "x"),
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": [TWO]}]}, "messages[1].tool_calls[0]", "y"),
+        ({"prompt": "a", "answer": '[{"role": "assistant", "content": "4", "content": "5"}]'}, "answer", "content"),
     ],
 )
 def test_a_key_that_stands_twice_in_json_text_of_a_field_is_refused(row: dict[str, Any], field: str, key: str) -> None:
     with pytest.raises(RequestError) as caught:
-        canonical_row(row, "here", spec())
+        canonical_row(row, "here", spec(), "prompts" if "answer" in row else "sft")
     assert f"{field}: the key '{key}' occurs twice in one object" in [problem.what for problem in caught.value.problems]
 
 

@@ -12,8 +12,10 @@ from runner.cli.options import request_of
 from runner.config import conf_files, other_trainers, recipe_checks
 from runner.config.compose import compose
 from runner.config.deepspeed_json import read_deepspeed_json
+from runner.errors import RequestError
 from runner.hub import model_config
 from runner.hub.model_config import facts_from_config, local_facts
+from runner.hub.weight_files import damage_of
 from runner.machine.hostfile import read_hostfile
 from runner.paths import DEEPSPEED_CONFIGS, RECIPES
 from runner.rundir.directory import RunDir
@@ -114,6 +116,23 @@ def test_a_models_config_is_read_or_refused(tmp_path: Path) -> None:
 
     fuzz(Target("config.json", config, read))
     fuzz(Target("config.json of the Hub", config, of_hub))
+
+
+def test_weights_are_judged_by_their_header(tmp_path: Path) -> None:
+    one = {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}
+    header = {"__metadata__": {"format": "pt"}, "a": one, "b": one | {"data_offsets": [8, 16]}}
+
+    def given(rng: Random) -> bytes:
+        text = mutate.json_text(rng, header).encode("utf-8", "surrogatepass")
+        data = len(text).to_bytes(8, "little") + text + bytes(16)
+        return mutate.garbled(rng, data) if rng.random() < 0.4 else data
+
+    def read(data: bytes) -> None:
+        (file := tmp_path / "model.safetensors").write_bytes(data)
+        if (problem := damage_of(file)) is not None:
+            raise RequestError(problem)
+
+    fuzz(Target("safetensors headers", given, read))
 
 
 def test_a_hostfile_is_read_or_refused(tmp_path: Path) -> None:

@@ -261,6 +261,13 @@ def test_the_profile_decides_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     assert int(found["OMP_NUM_THREADS"]) >= 1
 
 
+def test_a_run_on_the_cpu_sees_no_gpu_and_does_not_ask_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    found = torchrun.process_environment(on("cpu"))
+    assert (found["CUDA_VISIBLE_DEVICES"], found["PYTORCH_NVML_BASED_CUDA_CHECK"]) == ("", "1")
+    assert torchrun.process_environment(on("h100"))["CUDA_VISIBLE_DEVICES"] == "0"
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -192,6 +192,57 @@ def test_a_model_folder_has_weights_that_transformers_loads(here: Path, files: d
     assert said in refused(here, "model.id=base", "train.max_steps=1")
 
 
+def tensors(values: int, length: int = 0) -> bytes:
+    """A safetensors file of one tensor with so many values, of which `length` bytes more are there than it says."""
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [values], "data_offsets": [0, 2 * values]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(2 * values + length)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (tensors(9)[:-1], "model.safetensors has 88 bytes, and by its header 89: it is damaged (model.id) → copy"),
+        (tensors(9, length=3), "model.safetensors has 92 bytes, and by its header 89: it is damaged"),
+        (tensors(9)[:40], "model.safetensors has 40 bytes and no whole header: it is damaged"),
+        (b"", "model.safetensors has 0 bytes and no whole header: it is damaged"),
+        (b"\x05\0\0\0\0\0\0\0[1,2]", "model.safetensors has a header that is none: it is damaged"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+         "model.safetensors is a pointer of Git LFS, without the weights (model.id) → git -C base lfs pull"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_damaged_are_found_before_the_run(here: Path, content: bytes, said: str) -> None:
+    """By header and size alone: a worker would find it after the start, or on a rented pod."""
+    for name in ("config.json", "tokenizer.json"):
+        write(here / "base" / name, json.dumps(CONFIG))
+    (here / "base" / "model.safetensors").write_bytes(content)
+    assert said in refused(here, "model.id=base", "train.max_steps=1")
+    (here / "base" / "model.safetensors").write_bytes(tensors(9))
+    assert "damaged" not in runner("model.id=base", "train.max_steps=1", "train.micro_batch_size=9000").output
+
+
+def test_every_damaged_shard_is_named(here: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        write(here / "base" / name, json.dumps(CONFIG))
+    for name, content in (("a", tensors(9)), ("b", tensors(9)[:50]), ("c", b"")):
+        (here / "base" / f"{name}.safetensors").write_bytes(content)
+    named = {"weight_map": {name: f"{name}.safetensors" for name in "abc"}}
+    write(here / "base" / "model.safetensors.index.json", json.dumps(named))
+    said = refused(here, "model.id=base", "train.max_steps=1")
+    assert "b.safetensors has 50 bytes" in said and "c.safetensors has 0 bytes" in said and "a.safetensors" not in said
+
+
+def test_a_model_folder_below_the_home_folder_is_found(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell replaces the `~` of model.id=~/base."""
+    monkeypatch.setenv("HOME", str(here))
+    write(here / "base" / "config.json", json.dumps(CONFIG))
+    shown = json.loads(runner("show", "--json", "model.id=~/base").stdout)
+    assert shown["model"]["id"] == str(here / "base") and shown["model"]["architecture"] == "llama"
+    assert f"{here}/base has no weights" in refused(here, "model.id=~/base", "train.max_steps=1")
+    assert f"there is no folder {here}/none" in refused(here, "model.id=~/none", "train.max_steps=1")
+    words = ("hw=h100x3", "deepspeed=zero3_offload", "deepspeed.nvme_path=~/nvme", "model=mistral7b", "method=full")
+    assert json.loads(runner("show", "--json", *words).stdout)["deepspeed"]["nvme_path"] == str(here / "nvme")
+
+
 def test_a_folder_that_may_be_of_the_hub_is_not_run_without_its_config(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ Convert = Callable[[object], object]
 def rows_of(table: Any) -> list[Row]:
     """The rows of a pyarrow Table or RecordBatch."""
     convert = converter(table.schema)
-    return [convert(row) for row in table.to_pylist(maps_as_pydicts="lossy")]
+    return [convert(row) for row in table.to_pylist(maps_as_pydicts="strict")]
 
 
 @contextmanager
@@ -35,6 +35,9 @@ def parquet(path: str) -> Iterator[Any]:
         raise RequestError(Problem(f"{path}: Parquet needs pyarrow", None, "pip install pyarrow")) from None
     try:
         yield reader
+    except (json_text.RepeatedKeyError, KeyError) as error:  # KeyError: a map of Arrow's
+        told = f"{error} in one object" if isinstance(error, ValueError) else "a key occurs twice in one map"
+        raise RequestError(Problem(told, path, "leave one of them out")) from None
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise RequestError(Problem(f"{path} is no Parquet file: {reason}", None, "write it again")) from None
@@ -94,4 +97,4 @@ def _of_list(inner: Convert | None) -> Convert | None:
 
 
 def _parsed(value: object) -> object:
-    return json_text.loads(value) if isinstance(value, str) else value
+    return json_text.loads(value, object_pairs_hook=json_text.once) if isinstance(value, str) else value
