@@ -27,6 +27,7 @@ from runner.config.schema_keys import names_of, parts_of
 from runner.doctor.checks import DoctorReport
 from runner.doctor.finding import Finding
 from runner.paths import ASSETS
+from runner.report.comparison import Result
 from runner.report.run_list import RunRow
 from runner.rundir import json_files
 from runner.spec.part import OwnCode
@@ -49,7 +50,7 @@ here is an error.
 
 RECORDS: dict[str, type[Any]] = {
     record.__name__: record
-    for record in (*filter(typing.is_typeddict, vars(json_files).values()), RunRow, DoctorReport, Finding)
+    for record in (*filter(typing.is_typeddict, vars(json_files).values()), RunRow, Result, DoctorReport, Finding)
 }
 """What a run and two commands write as JSON, by the name in run_files.md."""
 

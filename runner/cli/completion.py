@@ -56,13 +56,21 @@ _STARTS = (".yaml", ".yml", ".json")
 """Start of a run: a recipe, or the spec of another run."""
 
 
+_RUN_ARGUMENTS = ("run", "run_dir", "run_id", "runs")
+"""Names of arguments that are completed with runs."""
+
+
 @dataclass(frozen=True)
 class Verb:
     """Completions of a verb."""
 
     options: tuple[str, ...]
     arguments: tuple[str, ...]
-    """The names of its arguments on the command line; `words` takes any number of `key=value`."""
+    """The names of its arguments on the command line; `words` takes any number of `key=value`, `runs` of runs."""
+
+    def argument_at(self, place: int) -> str | None:
+        """Name of the argument that a word is for; None where there is none left."""
+        return next(iter((*self.arguments[place:], *(name for name in self.arguments[-1:] if name == "runs"))), None)
 
 
 def all_verbs(ctx: click.Context, before: str = "") -> Iterator[tuple[str, Verb]]:
@@ -104,7 +112,7 @@ def candidates(line: str, verbs: Mapping[str, Verb]) -> list[str]:
         found = iter((*conf_files.GROUPS, "recipes"))
     elif name == "explain" and not given:
         found = _keys(word, end="")
-    elif len(given) < len(verb.arguments) and verb.arguments[len(given)] in ("run", "run_dir", "run_id"):
+    elif verb.argument_at(len(given)) in _RUN_ARGUMENTS:
         found = _runs(word)
     elif "words" not in verb.arguments and name is not None:  # verbs of a group; else files, which the shell knows
         found = (one.partition(" ")[2] for one in verbs if one.startswith(f"{name} "))

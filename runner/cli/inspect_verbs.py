@@ -1,4 +1,4 @@
-"""Verbs that only look: show, explain, list, runs, doctor."""
+"""Verbs that only look: show, explain, list, doctor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from runner.cli.options import (
     as_json_option,
     config_dirs_option,
     one_run,
-    output_dir_option,
     reports_errors,
     request_of,
     say,
@@ -103,26 +102,6 @@ def list_(what: str | None, config_dirs: tuple[Path, ...], as_json: bool) -> Non
 
     table = listing(what, config_dirs)
     answer(as_json, table.rows, lambda: print_listing(Console(), table))
-
-
-@click.command()
-@output_dir_option
-@as_json_option
-@reports_errors
-def runs(output_dir: Path, as_json: bool) -> None:
-    """List past runs: state, model, method, loss, time.
-
-    \b
-    Examples:
-      python -m runner runs
-      python -m runner runs --output-dir /data/runs --json
-    """
-    from runner.report.run_list import print_runs, run_rows
-
-    if output_dir.exists() and not output_dir.is_dir():
-        raise RequestError(Problem(f"{output_dir} is not a folder", "--output-dir", "name one that holds runs"))
-    rows = run_rows(output_dir)
-    answer(as_json, rows, lambda: print_runs(Console(), rows, output_dir))
 
 
 @click.command()

@@ -28,7 +28,9 @@ Examples:
   python -m runner fit model=llama2_70b method=lora        hardware that fits, cheapest first
   python -m runner list models
   python -m runner data preview data.path=my.jsonl         the format, the learned tokens, mistakes in rows
-  python -m runner runs                                    past runs
+  python -m runner runs --best eval.after.loss             past runs, filtered and sorted; also runs delete, restore
+  python -m runner watch runs/<id>                         live curves and state in the terminal
+  python -m runner compare runs/<id> runs/<id>             what differs, and how it came out
   python -m runner resume runs/<id>                        continue from the newest checkpoint
   python -m runner join runs/<id>                          on every other machine of a multi-node run
   python -m runner model=mistral7b method=qlora4 hw=h100x3 where=runpod where.max_usd=20 --detach

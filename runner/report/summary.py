@@ -13,6 +13,7 @@ from rich.table import Table
 
 from runner.plan.memory import COLLECTIVES, CONTEXT, GIB
 from runner.report.invocation import as_invoked
+from runner.report.metric import value_of
 from runner.report.text import counted, duration
 from runner.rundir.directory import RunDir, display_path
 from runner.rundir.json_files import Summary
@@ -76,10 +77,8 @@ def _beside_plan(
 
 def metric_of(summary: Mapping[str, object], key: str) -> float:
     """The number behind a dotted key of a summary; NaN where there is none."""
-    value: Any = summary
-    for step in key.split("."):
-        value = value.get(step) if isinstance(value, dict) else None
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    value = value_of(summary, key)
+    return math.nan if value is None else value
 
 
 def print_summary(console: Console, summary: Summary, run: RunDir) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,40 @@ def test_a_narrow_terminal_shows_what_the_name_does_not_say(width: int, told: bo
     print_runs(console, run_rows(tmp_path), tmp_path)
     text = console.file.getvalue()
     assert ("lora" in text) is told and "\x1b[31mfailed\x1b[0m" in text
+
+
+def listed(*words: str, cwd: Path) -> list[str]:
+    return [row["run_id"] for row in json.loads(run_cli("runs", "--json", *words, cwd=cwd, code=0).stdout)]
+
+
+def test_filters_orders_and_the_best_run(tmp_path: Path) -> None:
+    now = time.time()
+    for place, (name, model, state, loss) in enumerate(
+        [("a", "llama3_8b", "done", 1.5), ("b", "phi2", "done", 1.0), ("c", "llama2_7b", "failed", None),
+         ("d", "llama3_8b", "done", 2.0)]
+    ):  # fmt: skip
+        run = folder(tmp_path / "runs", name, state, now - 86400 * (4 - place), model=model)
+        held = {} if loss is None else {"eval": {"after": {"loss": loss, "exact_match": loss / 4}}}
+        (run / "summary.json").write_text(json.dumps({"seconds": 10.0 * place, **held}), "utf-8")
+        (run / "spec.json").write_text("{}", "utf-8")
+    assert listed("--state", "done", "--model", "LLAMA*", cwd=tmp_path) == ["a", "d"]
+    assert listed("--since", "60h", cwd=tmp_path) == ["c", "d"] and listed("-n", "1", cwd=tmp_path) == ["d"]
+    assert listed("--text", "PHI", cwd=tmp_path) == ["b"] and listed("--method", "full", cwd=tmp_path) == []
+    assert listed("--sort", "seconds", "--reverse", "-n", "2", cwd=tmp_path) == ["d", "c"]
+    assert listed("--best", "eval.after.loss", cwd=tmp_path) == ["b", "a", "d", "c"]
+    assert listed("--best", "eval.after.exact_match", "-n", "1", cwd=tmp_path) == ["d"]  # more is better
+    table = run_cli("runs", "--best", "eval.after.loss", cwd=tmp_path, code=0).stdout.splitlines()
+    assert "eval.after.loss" in table[0] and table[1].startswith("b ") and "1.0000" in table[1]
+
+
+def test_a_filter_or_an_order_that_cannot_be_says_what_to_type(tmp_path: Path) -> None:
+    folder(tmp_path / "runs", "a", "done", 1.0, model="phi2")
+    for words, told in (
+        (("--state", "finished"), "one of created"), (("--since", "soon"), "write --since 2h"),
+        (("--sort", "los"), "did you mean --sort loss?"), (("--sort", "loss", "--best", "x"), "two orders"),
+        (("--best", "exact_match"), "did you mean --best eval.after.exact_match?"),
+        (("--state", "done", "delete", "a"), "--state filters the list"),
+    ):  # fmt: skip
+        assert told in run_cli("runs", *words, cwd=tmp_path, code=2).stderr
+    none = run_cli("runs", "--model", "phi3", cwd=tmp_path, code=0).stdout
+    assert none == "No run matches --model phi3: runs have phi2\n"
