@@ -17,7 +17,7 @@ from runner.config import credentials
 from runner.data.pretraining.workspace import Workspace, workspace_of
 from runner.doctor.finding import GIB, DoctorTarget, Finding, State, size_text
 from runner.errors import CannotRunError, Problem, RunnerError
-from runner.hub import model_config
+from runner.hub import config_json
 from runner.machine import writable
 from runner.machine.detect import Machine
 from runner.paths import cache_dir
@@ -256,7 +256,7 @@ def run_folders(target: DoctorTarget | None) -> list[Folder]:
 
 def _hub_cache(place: Workspace | None) -> Path:
     """Pretraining from a corpus has one of its own, unless `HF_HOME` names another (objectives/pretraining.py)."""
-    return model_config.cache_folder() if place is None or os.environ.get("HF_HOME") else place.hf_cache
+    return config_json.cache_folder() if place is None or os.environ.get("HF_HOME") else place.hf_cache
 
 
 def _room(disk: _Disk, *, planned: bool) -> Finding:

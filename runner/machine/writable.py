@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from runner.errors import CannotRunError, Problem
-from runner.hub import model_config
+from runner.hub import config_json
 from runner.paths import cache_dir
 from runner.spec import RunSpec
 
@@ -25,7 +25,7 @@ def problems(spec: RunSpec) -> Iterator[Problem]:
     """One per such cache; what a pod downloads is put on its own disk."""
     folders = [("the cache", cache_dir(), "RUNNER_CACHE")]
     if not spec.is_rented and (_downloads_model(spec) or spec.data.source == "hub"):
-        folders.append(("the Hugging Face cache", model_config.cache_folder(), "HF_HOME"))
+        folders.append(("the Hugging Face cache", config_json.cache_folder(), "HF_HOME"))
     for title, folder, variable in folders:
         if why := why_not(folder):
             remedy = f"name another folder: export {variable}=…"
@@ -62,5 +62,5 @@ def _downloads_model(spec: RunSpec) -> bool:
         or model.gguf_file
         or model.from_scratch
         or Path(model.id).expanduser().is_dir()
-        or model_config.is_cached(model.id)
+        or config_json.is_cached(model.id)
     )

@@ -17,6 +17,8 @@ from runner.spec import Method
 
 SHOWN = 3
 """Repetitions of a pattern of layers that are simulated: its first, its last, and one for all between them."""
+ANSWER = "answer: "
+"""Before each answer of the process that simulates: what libraries print while they are imported stands there, too."""
 
 
 class Stretch(NamedTuple):

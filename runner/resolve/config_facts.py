@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from runner.errors import Problem, RequestError
-from runner.hub import model_config
+from runner.hub import config_json, model_config
 from runner.plan.model_shape import Shape, shape_of
 from runner.plan.trainable import ALIASES, OUTSIDE, modules_around, modules_of
 from runner.resolve import simulator
@@ -144,9 +144,9 @@ def _facts(model: ModelSpec, needed: bool) -> dict[str, object] | None:
 
 def _config(model: ModelSpec, needed: bool) -> tuple[dict[str, object], str] | None:
     """The config.json, here or on the Hub, and where it is."""
-    if (found := model_config.local_config(model.id, model.revision)) is not None:
+    if (found := config_json.local_config(model.id, model.revision)) is not None:
         return found
-    config = (model_config.fetch if needed else model_config.fetched_before)(_hub_id(model), model.revision)
+    config = (config_json.fetch if needed else config_json.fetched_before)(_hub_id(model), model.revision)
     return None if config is None else (config, f"{model.id}/config.json")
 
 
@@ -175,7 +175,7 @@ def _hub_id(model: ModelSpec) -> str:
     """The id, if it is one; RequestError for what can only be a folder, which is not there."""
     if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", model.id) is None:
         missing = f"there is no folder {model.id} with a config.json"
-        remedy = model_config.instead_of(Path(model.id)) or "name one, or a Hub id: org/name"
+        remedy = config_json.instead_of(Path(model.id)) or "name one, or a Hub id: org/name"
         raise RequestError(Problem(missing, f"model.id={model.id}", remedy))
     return model.id
 
@@ -188,13 +188,13 @@ def fetch_config(spec: RunSpec) -> None:
     model = spec.model
     if model.architecture is not None or model.gguf_file is not None or model.package is not None:
         return
-    with suppress(model_config.UnreachableError):
+    with suppress(config_json.UnreachableError):
         try:
             known = model_config.local_facts(model.id, model.revision)
         except RequestError:  # a kind that the arithmetic does not know: the trainer may
             return
         if known is None:
-            model_config.fetch(_hub_id(model), model.revision)
+            config_json.fetch(_hub_id(model), model.revision)
 
 
 def why_no_plan(spec: RunSpec) -> str:
@@ -212,6 +212,4 @@ def why_no_plan(spec: RunSpec) -> str:
 
 def at_hand(model: ModelSpec) -> bool:
     """Return True if the model is on this machine, or needs no download."""
-    return (
-        model.package is not None or model.from_scratch or Path(model.id).is_dir() or model_config.is_cached(model.id)
-    )
+    return model.package is not None or model.from_scratch or Path(model.id).is_dir() or config_json.is_cached(model.id)

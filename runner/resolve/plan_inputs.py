@@ -11,7 +11,7 @@ from runner.config import conf_files, credentials, deepspeed_json
 from runner.data.inspect import lengths
 from runner.data.pretraining import corpus_checks
 from runner.errors import CannotRunError, Problem, RequestError, RunnerError
-from runner.hub import model_config
+from runner.hub import config_json
 from runner.plan.choose_stage import StageSearch
 from runner.plan.memory import GIB
 from runner.plan.model_shape import shape_of
@@ -76,7 +76,7 @@ def facts_of(spec: RunSpec) -> RunFacts:
     if held_out is None and steps is not None:
         notes.append("time: the held-out loss is left out, as the number of held-out rows is not known")
     if spec.model.gated and credentials.hub_token() is None and not config_facts.at_hand(spec.model):
-        notes.append(f"{spec.model.id} is gated: {model_config.gated_remedy(spec.model.id)}")
+        notes.append(f"{spec.model.id} is gated: {config_json.gated_remedy(spec.model.id)}")
     if spec.data.source == "commands" and spec.model.package is None:
         notes.append("data is the bundled demo: name data= and train.max_length= for your own run")
     return RunFacts(

@@ -21,7 +21,7 @@ from runner.errors import Problem, RequestError
 from runner.paths import PACKAGE, cache_dir
 from runner.plan.autograd.ops import Setting
 from runner.plan.model_shape import LayerShape, Matrix, Shape, Traits, add_simulated
-from runner.plan.simulation import Facts, Recorded, Stretch
+from runner.plan.simulation import ANSWER, Facts, Recorded, Stretch
 from runner.plan.trainable import Precision, Training
 from runner.rundir.directory import write_atomically
 from runner.spec import Method, ModelSpec
@@ -29,12 +29,10 @@ from runner.spec import Method, ModelSpec
 NEEDED = ("torch", "transformers", "peft", "trl", "accelerate")
 """Packages that a simulation takes; their versions are part of what it is kept under."""
 CODE = (
-    "train/simulated_step.py", "train/fake_tensors.py", "train/varlen_attention.py", "train/varlen_kernels.py",
-    "train/trainable_weights.py", "train/adapter_config.py",
+    "train/simulated_step.py", "train/simulated_model.py", "train/step_segments.py", "train/fake_tensors.py",
+    "train/varlen_attention.py", "train/varlen_kernels.py", "train/trainable_weights.py", "train/adapter_config.py",
 )  # fmt: skip
 """Modules that decide what a simulation shows, likewise."""
-ANSWER = "answer: "
-"""Before an answer of the process: `ANSWER` in train/simulated_step.py."""
 
 
 def add(model: ModelSpec, config: Mapping[str, object], source: str, unknown: RequestError) -> None:

@@ -18,8 +18,8 @@ from runner.data import user_code
 from runner.data.pretraining.tokenizer import is_hub_id
 from runner.data.pretraining.workspace import workspace_of
 from runner.errors import Problem, RequestError
-from runner.hub import model_config
-from runner.hub.model_config import UnreachableError
+from runner.hub import config_json
+from runner.hub.config_json import UnreachableError
 from runner.hub.weight_files import damage_of
 from runner.plan.plan import Plan
 from runner.spec import ModelSpec, Pretrain, RentedPlace, RunSpec
@@ -34,7 +34,7 @@ def check_inputs(spec: RunSpec, planned: Plan | None) -> list[str]:
     if planned is None or not _downloads(spec, planned) or spec.where.name != "local":
         return []
     try:
-        model_config.fetch(
+        config_json.fetch(
             spec.model.id, spec.model.revision
         )  # a few kilobytes; says as well whether a licence is missing
     except UnreachableError as error:
@@ -182,7 +182,7 @@ def _model_folder(model: ModelSpec) -> Iterator[Problem]:
         lacking[f"{shards[0]}, which {weights[0]} names"] = ", ".join(shards[:3]) + " …" * (len(shards) > 3)
     if not any(name.endswith(TOKENIZERS) for name in names):
         lacking["tokenizer"] = "tokenizer.json and tokenizer_config.json"
-    instead = None if weights else model_config.instead_of(folder)
+    instead = None if weights else config_json.instead_of(folder)
     for part, files in lacking.items():
         remedy = instead or f"copy {files} into it from where the model is from"
         yield Problem(f"{folder} has no {part}", "model.id", remedy)
@@ -211,7 +211,7 @@ def _model(spec: RunSpec, planned: Plan | None) -> Iterator[Problem]:
         yield Problem(
             f"{model.id} is gated on the Hugging Face Hub, and HF_TOKEN is not set",
             None,
-            model_config.gated_remedy(model.id),
+            config_json.gated_remedy(model.id),
         )
 
 
@@ -221,4 +221,4 @@ def _downloads(spec: RunSpec, planned: Plan | None) -> bool:
         return False
     if planned is not None:
         return "weights" in planned.disk
-    return not os.path.isdir(Path(spec.model.id)) and not model_config.is_cached(spec.model.id)
+    return not os.path.isdir(Path(spec.model.id)) and not config_json.is_cached(spec.model.id)

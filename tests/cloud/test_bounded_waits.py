@@ -15,8 +15,8 @@ from runner.cloud.runpod import prices, transport
 from runner.cloud.runpod.api import Api
 from runner.cloud.runpod.runpod_provider import RunPod
 from runner.errors import RunnerError
-from runner.hub import model_config
-from runner.hub.model_config import UnreachableError
+from runner.hub import config_json
+from runner.hub.config_json import UnreachableError
 from tests.cloud.test_agent_disks import odd
 from tests.support.emulated import IMAGE
 
@@ -71,7 +71,7 @@ def test_a_plan_does_not_wait_for_what_drips(
 ) -> None:
     """Neither for RunPod's prices nor for the Hub's facts of a model."""
     monkeypatch.setattr(prices, "TOTAL_S", 0.3)
-    monkeypatch.setattr(model_config, "TOTAL_S", 0.3)
+    monkeypatch.setattr(config_json, "TOTAL_S", 0.3)
     monkeypatch.setattr(prices, "_file", lambda: tmp_path / "prices.json")
     monkeypatch.setenv("HF_ENDPOINT", odd["url"])
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -79,7 +79,7 @@ def test_a_plan_does_not_wait_for_what_drips(
     began = time.monotonic()
     assert prices.price("NVIDIA L4") is None
     with pytest.raises(UnreachableError, match=r"the Hub cannot be reached for org/model: .*no whole answer in time"):
-        model_config._get("org/model", "main")
+        config_json._get("org/model", "main")
     assert odd["asked"] == 2 and time.monotonic() - began < 5
 
 
@@ -88,7 +88,7 @@ def test_a_hub_that_does_not_speak_http_is_one_line(odd: dict[str, Any], monkeyp
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     odd["words"] = b"HTTP/1.1 abc OK\r\n\r\n"
     with pytest.raises(UnreachableError, match="does not speak HTTP"):
-        model_config._get("org/model", "main")
+        config_json._get("org/model", "main")
 
 
 @pytest.mark.slow

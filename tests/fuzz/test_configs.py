@@ -13,7 +13,7 @@ from runner.config import conf_files, other_trainers, recipe_checks
 from runner.config.compose import compose
 from runner.config.deepspeed_json import read_deepspeed_json
 from runner.errors import RequestError
-from runner.hub import model_config
+from runner.hub import config_json
 from runner.hub.model_config import facts_from_config, local_facts
 from runner.hub.weight_files import damage_of
 from runner.machine.hostfile import read_hostfile
@@ -112,7 +112,7 @@ def test_a_models_config_is_read_or_refused(tmp_path: Path) -> None:
         local_facts(str(tmp_path))
 
     def of_hub(text: str) -> None:
-        facts_from_config(model_config._parsed(text, "org/name"), "config.json")
+        facts_from_config(config_json._parsed(text, "org/name"), "config.json")
 
     fuzz(Target("config.json", config, read))
     fuzz(Target("config.json of the Hub", config, of_hub))

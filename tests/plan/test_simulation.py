@@ -23,7 +23,7 @@ from runner.plan.step_time import flops_per_token
 from runner.plan.trainable import Training
 from runner.resolve.simulator import Process, simulated_shape
 from runner.spec import ModelSpec, RunSpec
-from runner.train import simulated_step
+from runner.train import simulated_model, simulated_step
 from runner.train.fake_tensors import LiveBytes, gpu_like
 from tests.conftest import spec_of
 
@@ -75,7 +75,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setenv("RUNNER_CACHE", str(tmp_path / "cache"))
     simulation._simulated.cache_clear()
     yield
-    simulated_step.built.cache_clear()
+    simulated_model.built.cache_clear()
 
 
 def config_of(model_type: str, **more: Any) -> str:
@@ -165,8 +165,8 @@ def real_step(config: str, spec: RunSpec, checkpointing: int, b: int = 2, s: int
         "method": spec.method.model_dump(mode="json"), "precision": "bf16", "deepspeed": False, "name": "tiny",
         "attention": "flash", "head": "fused", "b": b, "s": s,
     }  # fmt: skip
-    part = simulated_step.method_part(asked)
-    model = simulated_step.built.__wrapped__(config, part, bool(checkpointing), "cpu")
+    part = simulated_model.method_part(asked)
+    model = simulated_model.built.__wrapped__(config, part, bool(checkpointing), "cpu")
     counter, ids = LiveBytes(), torch.zeros(b, s, dtype=torch.int64)
     for there in (*model.parameters(), *model.buffers(), ids):
         counter.count(there)

@@ -14,7 +14,7 @@ import pytest
 from click.testing import Result
 
 from runner.config import credentials
-from runner.hub import model_config
+from runner.hub import config_json
 from runner.rundir.directory import RunDir
 from tests.conftest import run_cli
 from tests.support.front import refused, runner, write
@@ -54,7 +54,7 @@ def hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RUNNER_CACHE", str(here.parent / f"{here.name}-cache"))
     for name in ("HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(model_config, "_unreachable", {})
+    monkeypatch.setattr(config_json, "_unreachable", {})
     yield
     server.shutdown()
 
@@ -293,11 +293,11 @@ def test_a_model_of_the_catalogue_is_missed_in_one_note_too(
 
 def test_a_hub_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
-    with pytest.raises(model_config.UnreachableError):
-        model_config.fetch("org/open")
+    with pytest.raises(config_json.UnreachableError):
+        config_json.fetch("org/open")
     monkeypatch.setattr("urllib.request.urlopen", lambda *args, **options: pytest.fail("asked again"))
-    with pytest.raises(model_config.UnreachableError, match="cannot be reached for org/other"):
-        model_config.fetch("org/other")
+    with pytest.raises(config_json.UnreachableError, match="cannot be reached for org/other"):
+        config_json.fetch("org/other")
 
 
 # ── gated ──────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ from runner.data.readers import arrow
 from runner.data.readers.files import Row, Table
 from runner.data.readers.urls import UnreachableError
 from runner.errors import Problem, RequestError
-from runner.hub import model_config
+from runner.hub import config_json
 from runner.spec import DataSpec
 
 
@@ -42,11 +42,11 @@ def first_rows(spec: DataSpec, count: int, notes: list[str]) -> list[Table]:
     """
     try:
         if not Path(str(spec.id)).is_dir():  # which is read as a repository is
-            model_config.check_dataset(str(spec.id))
+            config_json.check_dataset(str(spec.id))
         few = spec.model_copy(update={"streaming": True})
         wanted = [("split", spec.split), *([("eval_split", spec.eval_split)] if spec.eval_split else [])]
         return [_split(few, key, split, count) for key, split in wanted]
-    except (model_config.UnreachableError, UnreachableError) as error:
+    except (config_json.UnreachableError, UnreachableError) as error:
         notes.append(f"{error}; its rows are checked when they are loaded")
         return []
 
