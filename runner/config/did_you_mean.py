@@ -74,11 +74,13 @@ def _meant(group: str, name: str) -> str | None:
         return f"hw.num_gpus={name}"
     if group == "hw" and name.lower() in ("gpu", "cuda", "auto", "nvidia"):
         return "hw=local"
-    several = re.fullmatch(r"(?:(\d+)\s*[x×*]\s*)?([a-z]+\d+\w*?)(?:\s*[x×*]\s*(\d+))?", name.lower())
+    several = re.fullmatch(
+        r"(?:(\d+)\s*[x×*]\s*)?([a-z]+\d+\w*?)(?:\s*[x×*:]\s*(\d+)\s*(?:[x×*]|gpus?)?)?", name.lower()
+    )
     if group == "hw" and several and several[2] in conf_files.options("hw") and (several[1] or several[3]):
-        count = several[1] or several[3]
-        ready = f"{several[2]}x{count}"
-        return f"hw={ready}" if ready in conf_files.options("hw") else f"hw={several[2]} hw.num_gpus={count}"
+        number = several[1] or several[3]
+        ready = f"{several[2]}x{number}"
+        return f"hw={ready}" if ready in conf_files.options("hw") else f"hw={several[2]} hw.num_gpus={number}"
     return None
 
 
@@ -98,6 +100,7 @@ def nearest_key(key: str) -> str | None:
     beside = {k.rpartition(".")[2]: k for k in sorted(keys) if group and k.rpartition(".")[0] == group}
     found = nearest(leaf, beside) if beside else nearest(key, sorted(keys))
     found = found or nearest(leaf, leaves, cutoff=0.75)
+    found = found or nearest(leaf, PEERS, cutoff=0.75)
     found = found or nearest(group, list(RunSpec.model_fields))
     return None if found == group else found  # `train` is right, and no answer to `train.foo`
 

@@ -17,6 +17,7 @@ from runner.config.provenance import COMMAND_LINE, flattened
 from runner.config.schema_keys import (
     accepts_text,
     as_typed,
+    default_of,
     mapping_keys,
     only_number,
     parts_of,
@@ -84,7 +85,7 @@ def _misread(values: dict[str, Any], source_of: SourceOf, unsure: frozenset[str]
                 continue
             if isinstance(value, bool) and (number := only_number(key)):
                 what = f"{key}={_shown(value)}: expected {_EXPECTED[number.__name__]}"
-                yield key, Problem(what, source_of(key), f"docs/reference.md says what {key} takes")
+                yield key, Problem(what, source_of(key), _example(key))
             elif value == "" and accepts_text(key) and key not in EMPTY:
                 yield key, Problem(f"{key} is empty", source_of(key), f"leave it out, or write {key}=…")
 
@@ -206,7 +207,17 @@ def _instead(key: str, detail: ErrorDetails, source: str | None) -> str:
         if leaf == "name":
             return f"write name: {repaired} into the file of that choice"
         return f"write {leaf}: {repaired}" if in_file else f"write {key}={repaired}"
-    return f"docs/reference.md says what {key} takes"
+    return _example(key, detail["ctx"]["gt"] + 1 if kind == "greater_than" else None)
+
+
+def _example(key: str, number: float | None = None) -> str:
+    """Remedy for a value that is no number of this key: its default, else this `number`, else where it is described."""
+    default = default_of(key)
+    if isinstance(default, (int, float)) and not isinstance(default, bool):
+        number = default
+    return (
+        f"docs/reference.md says what {key} takes" if number is None else f"write {key}={_number(number)}, for example"
+    )
 
 
 def _in_quotes(key: str, value: object, source: str | None, written: str | list[str] | None) -> str:

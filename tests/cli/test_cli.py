@@ -173,9 +173,9 @@ def test_an_answer_of_no_tokens_is_refused(tokens: str) -> None:
     [
         ("method.rank=0", "write method.rank=1, or more"),
         ("train.packing=maybe", "write train.packing=true or train.packing=false"),
-        ("train.learning_rate=abc", "docs/reference.md says what train.learning_rate takes"),
+        ("train.learning_rate=abc", "write train.learning_rate=0.0002, for example"),
         ("train.max_steps=0", "write train.max_steps=1, or more"),
-        ("train.warmup_ratio=2", "docs/reference.md says what train.warmup_ratio takes"),
+        ("train.warmup_ratio=2", "write train.warmup_ratio=0.03, for example"),
         ("train.micro_batch_size=0", None),
         ("train.gradient_checkpointing=2.5", "write train.gradient_checkpointing=2"),
         ("train.micro_batch_size=0.2", "write train.micro_batch_size=1"),

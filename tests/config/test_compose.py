@@ -249,8 +249,8 @@ def test_every_mistake_of_a_command_line_is_told_at_once() -> None:
         "unknown key train.lerning_rate": "did you mean train.learning_rate?",
         "unknown key trian.batch_size": "did you mean train.batch_size?",
         "unknown key lr": "did you mean train.learning_rate?",
-        "train.batch_size=many: expected a whole number": "docs/reference.md says what train.batch_size takes",
-        "train.warmup_ratio=1.5: expected less than 1": "docs/reference.md says what train.warmup_ratio takes",
+        "train.batch_size=many: expected a whole number": "write train.batch_size=16, for example",
+        "train.warmup_ratio=1.5: expected less than 1": "write train.warmup_ratio=0.03, for example",
         "train.schedule=cosin: expected one of cosine, linear, constant, wsd": "did you mean cosine?",
         "train.packing=perhaps: expected true or false": "write train.packing=true or train.packing=false",
         "run.name=a b: a name is made of letters, digits, dots, dashes and underscores, "

@@ -84,6 +84,9 @@ def test_an_obvious_meaning_is_said() -> None:
         "deepspeed=stage2": "deepspeed=zero2",
         "deepspeed=0": "deepspeed=none",
         "deepspeed=./mine.json": "deepspeed=auto deepspeed.config=./mine.json",
+        "hw=h100x4x": "hw=h100 hw.num_gpus=4",
+        "hw=H100:8": "hw=h100x8",
+        "hw=a100x8gpus": "hw=a100x8",
     }.items():
         assert only_problem(word).remedy == f"write {meant}"
 
@@ -146,3 +149,23 @@ def test_errors_are_spelt_for_a_terminal_without_unicode_and_a_deleted_folder_is
     gone = f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m runner show"
     done = subprocess.run(["bash", "-c", gone], capture_output=True, env=ascii_only)
     assert done.returncode == 2 and done.stderr == b"The working directory has been deleted: cd to another one.\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "more"),
+    [
+        ("data.tokens_per_row=-5", ("data=hub", "data.id=a/b")),
+        ("train.learning_rate=0", ()),
+        ("train.warmup_ratio=2", ()),
+        ("train.batch_size=many", ()),
+        ("train.num_epochs=yes", ()),
+        ("train.spike_factor=1", ()),
+        ("hw.memory_gib=0", ("hw=a100",)),
+        ("where.max_usd=-1", ("where=runpod", "hw=l4")),
+    ],
+)
+def test_the_number_in_a_remedy_can_be_typed(word: str, more: tuple[str, ...]) -> None:
+    key = word.partition("=")[0]
+    remedy = only_problem(*more, word).remedy or ""
+    assert remedy.startswith(f"write {key}=") and remedy.endswith(", for example")
+    spec_of(*more, remedy.removeprefix("write ").removesuffix(", for example"))

@@ -35,6 +35,8 @@ def test_names_of_other_trainers_lead_to_ours(theirs: str, ours: str) -> None:
         ("metod", "method"),
         ("hw.gpus", "hw.num_gpus"),
         ("Train.Max_Steps", "train.max_steps"),
+        ("train.lrr", "train.learning_rate"),  # as `lr`, a name of other trainers
+        ("lr_schedulr", "train.schedule"),
         ("quite.another.thing", None),
         ("zzz", None),
     ],
