@@ -33,8 +33,11 @@ FLOORS = (
 """Rooms from the ground up: a module imports from its own room and from those on lower floors."""
 WORKER = ("errors", "paths", "spec", "config", "rundir", "plan", "report", "hub", "machine", "data")
 """What `train` imports: it runs in processes of its own, here or in a pod, and knows nothing of who started it."""
-ALONE = {"train": WORKER, "emulator": ("errors", "paths", "report")}
-"""Rooms beside the floors, with what they may import. Only `cli` starts the emulator; nothing imports `train`."""
+FRONT = tuple(room for floor in FLOORS for room in floor if room != "cli")
+"""What `ui` imports: all that the command line does, and no torch."""
+ALONE = {"train": WORKER, "emulator": ("errors", "paths", "report"), "ui": FRONT}
+"""Rooms beside the floors, with what they may import. Only `cli` starts the emulator and the page; nothing imports
+`train`."""
 LAZY = (
     "cli",
     "runs",
@@ -99,7 +102,7 @@ def allowed(importer: str, imported: str) -> bool:
     if importer in ALONE:
         return imported in ALONE[importer]
     if imported in ALONE:
-        return (importer, imported) == ("cli", "emulator")
+        return importer == "cli" and imported in ("emulator", "ui")
     height = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
     return height[imported] < height[importer]
 

@@ -33,6 +33,7 @@ VERBS = {
     "runs": "history_verbs",
     "watch": "history_verbs",
     "compare": "history_verbs",
+    "ui": "ui_verb",
     "data": "data_verbs",
     "calibrate": "plan_verbs",
     "doctor": "inspect_verbs",

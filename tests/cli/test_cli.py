@@ -157,8 +157,8 @@ def test_every_verb_has_examples_and_json() -> None:
     for verb in VERBS:
         said = runner(verb, "--help").stdout
         assert "Examples:\n" in said and f"python -m runner {'' if verb == 'run' else verb}" in said, verb
-        # `data` has verbs of its own; `emulate` is a server.
-        assert "--json" in said or verb in ("data", "emulate"), verb
+        # `data` has verbs of its own; `emulate` and `ui` are servers.
+        assert "--json" in said or verb in ("data", "emulate", "ui"), verb
 
 
 @pytest.mark.parametrize("tokens", ["0", "-3", "some"])

@@ -1,0 +1,124 @@
+"""The form: every key of the schema with its kind, its words, its bounds, its default and the sentence under it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import types
+import typing
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from runner import spec
+from runner.config import conf_files
+from runner.config.schema_keys import parts_of
+from runner.spec import RunSpec
+
+
+class Field(TypedDict):
+    """A key as the form shows it."""
+
+    key: str
+    kind: Literal["choice", "number", "text"]
+    words: list[str]
+    """Words allowed for it: all of a `choice`, or beside a number or a text."""
+    optional: bool
+    """It may be null."""
+    default: Any
+    sentence: str
+    bounds: dict[str, float]
+    """`ge`, `gt`, `le`, `lt`."""
+
+
+class Section(TypedDict):
+    """A group of keys."""
+
+    group: str
+    sentence: str
+    fields: list[Field]
+
+
+@cache
+def form() -> list[Section]:
+    """All sections, in the order of the schema. Keys of a group that has variants are there once."""
+    return [_section(name, field) for name, field in RunSpec.model_fields.items()]
+
+
+def _section(group: str, field: FieldInfo) -> Section:
+    found: dict[str, Field] = {}
+    for part in parts_of(field.annotation):
+        for name, inner in part.model_fields.items():
+            if name in ("aliases", "title") or (name == "name" and group in conf_files.GROUPS):
+                continue  # a choice's own names; which choice it is stands above the form
+            one = _field(f"{group}.{name}", part, name, inner)
+            if (known := found.setdefault(one["key"], one)) is not one:
+                known["words"] = list(dict.fromkeys([*known["words"], *one["words"]]))
+    return {"group": group, "sentence": _meaning(RunSpec, group), "fields": list(found.values())}
+
+
+def _field(key: str, part: type[BaseModel], name: str, field: FieldInfo) -> Field:
+    kinds = list(_leaves(field.annotation))
+    words = [word for kind in kinds for word in _words(kind)]
+    rest = [kind for kind in kinds if kind is not type(None) and kind is not bool and not _words(kind)]
+    plain = {kind for kind in rest if isinstance(kind, type)}
+    number = bool(rest) and plain <= {int, float} and len(plain) == len(set(rest))
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    return {
+        "key": key,
+        "kind": "choice" if not rest else "number" if number else "text",
+        "words": list(dict.fromkeys(words)),
+        "optional": type(None) in kinds,
+        "default": default if isinstance(default, str | int | float | bool | None) else str(default),
+        "sentence": _meaning(part, name),
+        "bounds": _bounds(field.metadata),
+    }
+
+
+def _leaves(annotation: object) -> Iterator[Any]:
+    """The types inside a union; a list or a mapping is one."""
+    if typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
+        for inner in typing.get_args(annotation):
+            if typing.get_origin(annotation) is not typing.Annotated or inner is typing.get_args(annotation)[0]:
+                yield from _leaves(inner)
+    else:
+        yield annotation
+
+
+def _words(kind: object) -> list[str]:
+    if kind is bool:
+        return ["true", "false"]
+    return list(map(str, typing.get_args(kind))) if typing.get_origin(kind) is Literal else []
+
+
+def _bounds(metadata: list[Any]) -> dict[str, float]:
+    return {name: getattr(one, name) for one in metadata for name in ("ge", "gt", "le", "lt") if hasattr(one, name)}
+
+
+def _meaning(part: type[BaseModel], name: str) -> str:
+    """The sentence under a field, from the class that declares it."""
+    declared = (_sentences().get(base.__name__, {}) for base in part.__mro__)
+    return next((found[name] for found in declared if name in found), "")
+
+
+@cache
+def _sentences() -> dict[str, dict[str, str]]:
+    """Class → field → the string that stands under it in `runner/spec/`."""
+    found: dict[str, dict[str, str]] = {}
+    for file in sorted(Path(inspect.getfile(spec)).parent.glob("*.py")):
+        for node in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                found[node.name] = dict(_documented(node.body))
+    return found
+
+
+def _documented(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for statement, below in pairwise(body):
+        match statement, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield name, " ".join(text.split())
