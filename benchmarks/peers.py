@@ -135,8 +135,8 @@ def _environment() -> Path:
         wanted = [PINNED, torch, f"bitsandbytes=={version('bitsandbytes')}"]
         pip = folder / "bin" / "pip"
         subprocess.run([pip, "install", "-q", *wanted], check=True)
-        # The index builds these two for CUDA: beside a CPU build of torch neither can be imported. The peer asks whether
-        # torchvision is there; it imports torchaudio without asking, and uses it for sound alone.
+        # The index builds these two for CUDA: beside a CPU build of torch neither can be imported. The peer asks
+        # whether torchvision is there; it imports torchaudio without asking, and uses it for sound alone.
         subprocess.run([pip, "uninstall", "-q", "-y", "torchvision", "torchaudio"], check=True)
         (site,) = folder.glob("lib/python*/site-packages")
         (site / "torchaudio").mkdir()
@@ -198,7 +198,8 @@ def _keys(theirs: Mapping[str, Any], folder: Path, rows: Path, model: Path) -> P
         "model_name_or_path": str(model), "stage": "sft", "do_train": True, "dataset": "rows",
         "dataset_dir": str(folder), "template": "smollm2", "cutoff_len": LENGTH, "output_dir": str(folder / "out"),
         "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1, "num_train_epochs": 1,
-        "bf16": True, "use_cpu": True, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "learning_rate": 2e-4,
+        "bf16": True, "use_cpu": True, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
+        "learning_rate": 2e-4,
     } | dict(theirs)  # fmt: skip
     file = folder / "peer.yaml"
     file.write_text(yaml.safe_dump(keys), "utf-8")
