@@ -276,6 +276,7 @@ def phases_of_terms() -> dict[str, list[str]]:
     found: dict[str, list[str]] = defaultdict(list)
     kinds: list[tuple[str, ...]] = [(f"method={method}", *RUN) for method in ("full", "lora", "qlora4")]
     others = ("data=ultrachat_200k", "train.packing=false", "train.batch_size=8")
+    kinds += [("method=full", *RUN, "train.optimizer=muon")]
     kinds += [("method=full", *RUN, "objective=dpo", *others), ("method=lora", *RUN, "objective=grpo", *others)]
     kinds += [(*EIGHT, f"deepspeed={stage}") for stage in ("none", "zero2", "zero3", "zero3_offload")]
     for words in kinds:

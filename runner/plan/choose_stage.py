@@ -15,7 +15,16 @@ from runner.plan.attention_kernels import attention_kernel
 from runner.plan.memory import GIB, PROMPT_TOKENS, Job, Memory, floor, memory, setting_of
 from runner.plan.model_shape import Shape, shape_for
 from runner.plan.simulation import simulated_flops
-from runner.plan.step_time import Machine, StepTime, Work, evaluation_time, machine_of, step_time, work_of
+from runner.plan.step_time import (
+    Machine,
+    StepTime,
+    Work,
+    evaluation_time,
+    machine_of,
+    orthogonalisation_flops,
+    step_time,
+    work_of,
+)
 from runner.plan.trainable import Precision, Training, training_of
 from runner.plan.zero_config import ResolvedConfig, refusal, resolved_config
 from runner.spec import HardwareSpec, Method, Peft, RunSpec
@@ -116,6 +125,7 @@ class StageSearch:
                 gradient_bytes=training.width,
                 quiet=job.passes.quiet,
                 span=span,
+                update_flops=orthogonalisation_flops(training.matrices),
             )
             if training.shape.simulation is not None:
                 work = replace(work, flops_per_token=_simulated_per_token(training, job))

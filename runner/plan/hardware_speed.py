@@ -102,7 +102,10 @@ CPU_ADAM_S_PER_PARAMETER = 2.5e-9
 
 # Bytes of memory traffic per trained parameter and update: each fp32 value of weight, gradient and moments read, and
 # all but the gradient written (AdamW 4 + 3), 8-bit moments a quarter of it; clipping reads the gradient once more.
-UPDATE_BYTES = {"adamw": 32, "paged_adamw": 32, "adamw_8bit": 20, "paged_adamw_8bit": 20, "adafactor": 20, "sgd": 16}
+# Muon: as AdamW without the second moment; its products are counted apart (`orthogonalisation_flops`).
+UPDATE_BYTES = {
+    "adamw": 32, "paged_adamw": 32, "adamw_8bit": 20, "paged_adamw_8bit": 20, "adafactor": 20, "sgd": 16, "muon": 24,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

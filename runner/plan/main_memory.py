@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from runner.plan import host_memory
 from runner.plan.choose_stage import StageChoice
-from runner.plan.memory import FREE_SHARE, GIB, STATES
+from runner.plan.memory import FREE_SHARE, GIB, states_per_value
 from runner.plan.trainable import Training, saved_projections
 from runner.spec import RunSpec
 
@@ -19,7 +19,7 @@ def weight_bytes(spec: RunSpec, training: Training) -> host_memory.WeightBytes:
         trainable=training.trainable,
         bytes_trained=training.adapter_width if training.adapter else training.trained_width,
         bytes_16=training.width,
-        bytes_optimizer=STATES[spec.train.optimizer],
+        bytes_optimizer=states_per_value(training, spec.train.optimizer),
         projections=saved_projections(training),
     )
 

@@ -30,8 +30,9 @@ Phases = dict[str, dict[str, float]]
 # column per matrix: under 0.01 of a byte per value at the sizes of language models.
 STATES = {
     "adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256,
-    "adafactor": 0.01, "sgd": 0.0,
+    "adafactor": 0.01, "sgd": 0.0, "muon": 4.0,
 }  # fmt: skip
+"""Muon keeps one fp32 momentum of a layer's matrices, and AdamW's two of all else (`states_per_value`)."""
 
 # Users and vendors report 0.5 to 0.9 GiB for a CUDA context with its libraries' workspaces; it grows with the
 # number of kernels a card's generation loads. Not measured by this project.
@@ -214,7 +215,8 @@ def _states(
         if job.passes.separate_reference:
             fixed["reference"] = reference_bytes(training)
         gradients, host = {"gradients": trained}, _moments(training, job.optimizer) if paged else 0.0
-        return _States(fixed, gradients | paged, {}, gradients if accumulates else {}, {}, host)
+        step = gradients | paged | _orthogonalisation(training, job.optimizer)
+        return _States(fixed, step, {}, gradients if accumulates else {}, {}, host)
     assert config is not None
     terms = zero.terms(
         job.world, trainable=training.trainable,
@@ -251,6 +253,23 @@ def _paged(training: Training, optimizer: str) -> dict[str, float]:
     return {"optimizer": STATES[optimizer] * largest_trained(training)}
 
 
+def states_per_value(training: Training, optimizer: str) -> float:
+    """Bytes of the optimiser's states per trained value, over fp32 values."""
+    if optimizer != "muon":
+        return STATES[optimizer]
+    share = training.in_matrices / training.trainable
+    return share * STATES["muon"] + (1 - share) * STATES["adamw"]
+
+
+def _orthogonalisation(training: Training, optimizer: str) -> dict[str, float]:
+    """What Muon needs for the matrix at hand: its update, two copies of it in bf16, and two square products of its
+    shorter side (`_zeropower_via_newtonschulz`, torch 2.13, optim/_muon.py)."""
+    if optimizer != "muon":
+        return {}
+    sizes = [(training.trained_width + 4) * m * n + 4 * min(m, n) ** 2 for m, n, _ in training.matrices]
+    return {"orthogonalisation": float(max(sizes, default=0))}
+
+
 def reference_bytes(training: Training) -> float:
     """The reference model, in the width of the arithmetic."""
     return float(training.width * training.shape.num_parameters)
@@ -259,8 +278,8 @@ def reference_bytes(training: Training) -> float:
 def _moments(training: Training, optimizer: str) -> float:
     """Bytes of the optimiser's states; torch keeps them in the width of their weight (`zeros_like`, optim/adam.py)."""
     parts = ((training.base_trained, training.trained_width), (training.adapter, training.adapter_width))
-    own = optimizer == "adamw"
-    return sum(count * STATES[optimizer] * (width / 4 if own else 1) for count, width in parts)
+    own, states = optimizer in ("adamw", "muon"), states_per_value(training, optimizer)
+    return sum(count * states * (width / 4 if own else 1) for count, width in parts)
 
 
 def _load(training: Training, fixed: Mapping[str, float], stage: str) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -125,6 +126,8 @@ class Work:
     """Bytes of all weights as stored: what ZeRO-3 gathers."""
     gradient_bytes: int
     """Bytes of one gradient as sent."""
+    update_flops: float = 0.0
+    """Operations of the update itself: Muon's."""
 
 
 def work_of(
@@ -141,6 +144,7 @@ def work_of(
     gradient_bytes: int = 2,
     quiet: int = 0,
     span: float | None = None,
+    update_flops: float = 0.0,
 ) -> Work:
     """The work of a run; `weight_bytes` is 2 per parameter unless given, `quiet`, `span` as in `flops_per_token`."""
     layers = shape.num_layers
@@ -165,7 +169,17 @@ def work_of(
     stored = 2.0 * shape.num_parameters if weight_bytes is None else weight_bytes
     passes = 1 + quiet + 2 * share + again
     sizes = trained_parameters, stored, gradient_bytes
-    return Work(method, flops, seq, passes, layers, unpacked, *sizes)
+    return Work(method, flops, seq, passes, layers, unpacked, *sizes, update_flops)
+
+
+def orthogonalisation_flops(matrices: Iterable[tuple[int, int, int]]) -> float:
+    """Operations of Muon for matrices of m rows and n columns (m the shorter side), so many of each: five iterations of
+    X·Xᵀ (2·m²·n), its square (2·m³) and the product with X (2·m²·n), as in torch 2.13, optim/_muon.py."""
+    total = 0.0
+    for rows, columns, count in matrices:
+        m, n = sorted((rows, columns))
+        total += count * 5 * (4.0 * m * m * n + 2.0 * m**3)
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +261,9 @@ def _update(work: Work, machine: Machine, stage: Stage, optimizer: str) -> float
     if stage.endswith("offload"):
         return work.trained_parameters / machine.num_nodes * CPU_ADAM_S_PER_PARAMETER
     share = 1 if stage == "none" else machine.world_size
-    return work.trained_parameters / share * UPDATE_BYTES[optimizer] / machine.bandwidth
+    moved = work.trained_parameters / share * UPDATE_BYTES[optimizer] / machine.bandwidth
+    reached = efficiency(work.method, machine.capability, machine.tflops, machine.bandwidth)[0] if machine.on_gpu else 1
+    return moved + (work.update_flops / (machine.flops * reached) if optimizer == "muon" else 0.0)
 
 
 def evaluation_time(

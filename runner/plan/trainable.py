@@ -90,6 +90,8 @@ class Training:
     """Layers in which something trains."""
     backward_layers: int
     """Layers from the first of them to the last of all: the backward pass runs through these."""
+    matrices: tuple[tuple[int, int, int], ...] = ()
+    """Matrices of the layers whose own weights train: rows, columns, and how many. Muon updates these."""
 
     @property
     def trainable(self) -> int:
@@ -100,6 +102,11 @@ class Training:
     def trained_bytes(self) -> float:
         """Bytes of what trains, as the weights are held."""
         return float(self.base_trained * self.trained_width + self.adapter * self.adapter_width)
+
+    @property
+    def in_matrices(self) -> int:
+        """Values that Muon updates."""
+        return sum(rows * columns * count for rows, columns, count in self.matrices)
 
     @property
     def largest_matrix(self) -> int:
@@ -223,7 +230,17 @@ def _whole(shape: Shape, method: Full | Freeze, width: int, trained_width: int, 
         peft=None,
         trained_layers=len(chosen),
         backward_layers=shape.num_layers - first,
+        matrices=_matrices(shape.layers[i] for i in chosen),
     )  # fmt: skip
+
+
+def _matrices(layers: Iterable[LayerShape]) -> tuple[tuple[int, int, int], ...]:
+    """Matrices of these layers by size."""
+    found: Counter[tuple[int, int]] = Counter()
+    for layer, n in Counter(layers).items():
+        for matrix in layer.matrices:
+            found[matrix.outputs, matrix.inputs] += n * matrix.count
+    return tuple((*size, count) for size, count in found.items())
 
 
 def _new_head(shape: Shape) -> set[str]:

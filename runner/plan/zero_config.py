@@ -161,6 +161,14 @@ def refusal(stage: str, method_name: str, optimizer: str, precision: str, master
             None,
             "write train.optimizer=adamw, or deepspeed=none",
         )
+    if stage != "none" and optimizer == "muon":
+        # deepspeed 0.19.8 has a Muon of its own (runtime/zero/muon), built from a block of its JSON alone. It scales
+        # updates by max(1, rows/columns)^½ (`_aspect_ratio_scale`), which AdamW's learning rates do not fit.
+        return Problem(
+            f"deepspeed={stage} hands the optimiser flat parts of the weights, and Muon orthogonalises whole matrices",
+            None,
+            "write deepspeed=none, or train.optimizer=adamw",
+        )
     if stage.endswith("_offload") and optimizer != "adamw":
         # The states are in main memory, where bitsandbytes' optimisers do not run; of torch's only AdamW has a fused
         # kernel there. A user's JSON without zero_force_ds_cpu_optimizer=false gets DeepSpeedCPUAdam, an AdamW as well.

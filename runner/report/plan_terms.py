@@ -51,6 +51,7 @@ TERMS: dict[str, tuple[str, Family]] = {
     "ddp_buckets": ("DDP's buckets", OTHER),
     "zero_buckets": ("ZeRO's buckets", OTHER),
     "zero_gathered": ("parameters that ZeRO-3 has gathered", OTHER),
+    "orthogonalisation": ("Muon's copies of a matrix", OPTIMIZER),
     "zero_step": ("ZeRO's copies in the step", OTHER),
     "collectives": ("NCCL's buffers", OTHER),
     "process": ("process (context, libraries)", OTHER),

@@ -155,12 +155,27 @@ def _tf32(spec: RunSpec) -> Iterator[str]:
         yield f"{what}; write train.precision=fp32, or train.tf32=false"
 
 
+def _muon(spec: RunSpec) -> Iterator[str]:
+    if spec.method.adapts:
+        what = (
+            f"train.optimizer=muon orthogonalises the update of a weight, and method={spec.method.name} trains factors"
+        )
+        yield f"{what} of one, of which that is not true; write train.optimizer=adamw, or method=full"
+    elif spec.model.num_experts:
+        what = (
+            f"train.optimizer=muon: the experts of {spec.model.name} are one tensor of three dimensions, which torch's"
+        )
+        yield f"{what} Muon does not take; write train.optimizer=adamw"
+
+
 _FUSED = ("sft", "pretrain", "dpo", "kto", "grpo")
 """Objectives whose TRL trainer refuses an adapter on the head: `add_fused_lm_head`, TRL 1.16."""
 
 
 def _methods(spec: RunSpec) -> Iterator[str]:
     objective, method = spec.objective, spec.method
+    if spec.train.optimizer == "muon":
+        yield from _muon(spec)
     layers = getattr(method, "layers", None)
     if layers is not None and spec.model.num_layers:
         try:

@@ -61,8 +61,8 @@ class TrainSpec(Part):
     """Decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradient clipping by global norm; 0 disables it."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw", "adafactor", "sgd"] = "adamw"
-    """Optimiser; adamw is torch's fused kernel, the 8-bit and paged ones are bitsandbytes' and need a GPU."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw", "adafactor", "sgd", "muon"] = "adamw"
+    """Optimiser; adamw is torch's fused kernel, the 8-bit and paged ones are bitsandbytes' and need a GPU. muon is torch's, for the matrices of the layers, with AdamW for all else and AdamW's learning rates; full and freeze alone."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic; auto takes bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     tf32: bool = False

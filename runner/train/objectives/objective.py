@@ -174,6 +174,7 @@ class Objective(ABC, Generic[Own]):
             made: Any = self.trainer(source, model, config, common)
         made.remove_callback(PrinterCallback)
         made.learning_rate_ratio = getattr(spec.method, "learning_rate_ratio", 1.0)
+        made.muon = spec.train.optimizer == "muon"
         made.aux_loss_enabled = getattr(made, "aux_loss_enabled", False) and adapter_config.has_experts(model)
         trainable_weights.set_training_dtype(spec, made.model)
         trainable_weights.leave_casts_to_autocast(made.model)

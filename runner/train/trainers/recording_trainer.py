@@ -12,6 +12,7 @@ from safetensors import safe_open
 from runner.train.checkpoint_saving import CheckpointSealer
 from runner.train.distributed import Ranks
 from runner.train.memory_stats import Peaks
+from runner.train.trainers.muon import muon_of
 
 Batch = dict[str, Any]
 """Tensors of a micro batch, [b, s] each, and its row ids as a list; of GRPO a list of rows."""
@@ -56,6 +57,8 @@ class RecordingTrainerMixin(Trainer):  # type: ignore[misc]  # transformers has 
     """Positions of the current step that hold a token; read once, when the step is over."""
     learning_rate_ratio = 1.0
     """Learning rate of LoRA's B as a multiple of A's."""
+    muon = False
+    """Matrices of the layers are updated by Muon."""
     ranks = Ranks()
     sealer: CheckpointSealer | None = None
     """Seals the checkpoints; None where none are kept (a bare trainer in a test)."""
@@ -126,7 +129,10 @@ class RecordingTrainerMixin(Trainer):  # type: ignore[misc]  # transformers has 
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """LoRA+: every B in a group of its own with a larger learning rate, as `peft.optimizers.loraplus` has it."""
+        """Muon where it was asked for. LoRA+: every B in a group of its own with a larger learning rate, as
+        `peft.optimizers.loraplus` has it."""
+        if self.muon and not getattr(self, "optimizer", None):
+            self.optimizer: Any = muon_of(self.model, self.args, self.get_decay_parameter_names(self.model))
         optimizer: Optimizer = super().create_optimizer(*args, **kwargs)
         if self.learning_rate_ratio == 1:
             return optimizer

@@ -24,6 +24,7 @@ OPTIMIZERS = {
     "paged_adamw_8bit": "paged_adamw_8bit",
     "adafactor": "adafactor",
     "sgd": "sgd",
+    "muon": "adamw_torch_fused",  # for what is no matrix of a layer (muon.py)
 }
 NEVER = 2**31 - 1
 WSD_DECAY_SHARE = 0.2  # of all steps; 10–20% decays as well as a full cosine (arXiv 2405.18392)
