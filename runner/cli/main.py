@@ -32,6 +32,7 @@ Examples:
   python -m runner watch runs/<id>                         live curves and state in the terminal
   python -m runner compare runs/<id> runs/<id>             what differs, and how it came out
   python -m runner ui                                      a web page: compose, watch and compare runs
+  python -m runner report runs/<id>                        curves, answers and settings as one HTML file
   python -m runner resume runs/<id>                        continue from the newest checkpoint
   python -m runner join runs/<id>                          on every other machine of a multi-node run
   python -m runner model=mistral7b method=qlora4 hw=h100x3 where=runpod where.max_usd=20 --detach

@@ -34,6 +34,7 @@ VERBS = {
     "watch": "history_verbs",
     "compare": "history_verbs",
     "ui": "ui_verb",
+    "report": "report_verbs",
     "data": "data_verbs",
     "calibrate": "plan_verbs",
     "doctor": "inspect_verbs",

@@ -22,7 +22,8 @@ from runner.spec import RunSpec
 
 OURS = ("spec.json", "training.yaml", "status.json", "plan.json", "deepspeed.json", "pod.json", "agent.json",
         "agent.py", "tail.py", "install.py", "work.json", "install-order.json", "armed.json", "collected",
-        "checkpoints", "successor.json", ".*", "*.tmp", "*.new", "summary.json")  # fmt: skip
+        "checkpoints", "successor.json", ".*", "*.tmp", "*.new", "summary.json", "report.html",
+        "origins.json")  # fmt: skip
 """What of the pod's folder does not come back as it is: this run directory has its own, or it is read by itself."""
 
 ARRIVED = ".arrived"

@@ -27,6 +27,7 @@ from runner.cloud.ssh import PodGoneError
 from runner.cloud.sweep_pool import Pool
 from runner.errors import InterruptedRun, Problem, RequestError, RunFailedError, RunnerError
 from runner.report.failure_causes import cause_of
+from runner.report.run_report.write import write_report
 from runner.report.text import print_problems
 from runner.rundir import checkpoints
 from runner.rundir.directory import Outcome, RunDir, display_path, text_of
@@ -272,6 +273,7 @@ def account(run: RunDir, rented: Lease, error: BaseException | None = None) -> d
         run.write("status.json", {**run.status, "cost": cost})
         if summary := run.summary:
             run.write("summary.json", {**summary, "model_dir": str(run.path / "model"), "cost": cost})
+    write_report(run)  # made here: one that a pod sent would be a stranger's page
     return cost
 
 

@@ -55,7 +55,7 @@ def print_origins(console: Console, key: str, value: object, final: object, plac
         label = place.value if place.key == key else f"{place.key} = {place.value}"
         console.print(Text.assemble(f"  {place.place}  ", (str(label), "dim")), soft_wrap=True)
     if final != value:
-        console.print(f"  then {_derived(key)}: {value} → {final}", highlight=False, markup=False)
+        console.print(f"  then {derived_from(key)}: {value} → {final}", highlight=False, markup=False)
 
 
 _DEFAULT = "default in the schema (runner/spec/); nothing sets it"
@@ -63,7 +63,8 @@ _FROM = {"run": "the objective", "model": "its config.json", "where": "the plan"
 """What decides the open values of a group, where it is not the hardware."""
 
 
-def _derived(key: str) -> str:
+def derived_from(key: str) -> str:
+    """What decided a value that was open when it was composed."""
     return f"derived from {_FROM.get(key.partition('.')[0], 'the hardware')}"
 
 
@@ -74,7 +75,7 @@ def _print_group(console: Console, group: str, value: Any, final: dict[str, Any]
         table.add_column(overflow="fold", no_wrap=column != 1)
     for key, decided in flattened(final, f"{group}."):
         setting = [place.place for place in places if place.concerns(key)]
-        where = _derived(key) if decided != composed.get(key) else (setting or ["default"])[-1]
+        where = derived_from(key) if decided != composed.get(key) else (setting or ["default"])[-1]
         table.add_row(Text(key), Text(str(decided)), Text(where, style="dim"))
     console.print(table)
 

@@ -11,6 +11,9 @@ State = Literal[
 ]
 """`killed` is never written: a list of runs shows it for a run whose process has disappeared."""
 
+ENDED = ("done", "failed", "interrupted", "killed")
+"""States that a run does not leave by itself."""
+
 
 class OutOfMemory(TypedDict, total=False):
     """`oom` in `status.json`: the state of memory when an allocation failed."""

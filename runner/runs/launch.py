@@ -29,7 +29,7 @@ from runner.resolve.steps import resolve, with_facts
 from runner.rundir.directory import Outcome, RunDir, display_path
 from runner.rundir.launch_options import DEFAULT_OPTIONS, LaunchOptions
 from runner.rundir.lock import own_run
-from runner.runs import input_digests, inputs, unread_keys
+from runner.runs import input_digests, inputs, origins, unread_keys
 from runner.runs import resume as resuming
 from runner.runs.content_checks import check_contents
 from runner.spec import RunSpec
@@ -56,7 +56,9 @@ def run(
         raise
     if not confirm_costs([(spec, planned)], launch_options, console):
         return InterruptedRun.exit_code
-    outcome = create_and_execute(spec, notes, console, as_json, planned=planned, launch_options=launch_options)
+    outcome = create_and_execute(
+        spec, notes, console, as_json, planned=planned, launch_options=launch_options, asked=(request, composed)
+    )
     if as_json:
         click.echo(dump(outcome.run.summary or outcome.run.status))
     return outcome.exit_code
@@ -94,6 +96,7 @@ def _resume(
     if not confirm_costs([(spec, planned)], launch_options, console):
         return InterruptedRun.exit_code
     with resuming.recording_resume(run, spec, overrides):
+        origins.record_resume(run, overrides)
         outcome = execute_in(run, spec, notes, console, as_json, planned, launch_options)
     if as_json:
         click.echo(dump(run.summary or run.status))
@@ -144,10 +147,13 @@ def check_launch(
 def create_and_execute(
     spec: RunSpec, notes: list[str], console: Console, as_json: bool, sweep: str | None = None,
     planned: Plan | None = None, launch_options: LaunchOptions = DEFAULT_OPTIONS,
+    asked: tuple[Request, RunSpec] | None = None,
 ) -> Outcome:  # fmt: skip
-    """Make the run directory, say what is about to happen, and run."""
+    """Make the run directory, say what is about to happen, and run. `asked` are the request and what it composed to."""
     spec = inputs.with_absolute_paths(spec)
     run = RunDir.create(spec, sweep)
+    if asked is not None:
+        origins.record_origins(run, *asked, spec)
     with own_run(run):
         input_digests.record_digests(run, spec)
         return execute_in(run, spec, notes, console, as_json, planned, launch_options)
@@ -179,6 +185,10 @@ def execute_in(
         from runner.hub.upload import push_finished
 
         say(f"Pushed  {push_finished(directory)}")
+    from runner.report.run_report.write import write_report  # read when there is something to report
+
+    if (page := write_report(directory)) is not None:
+        say(f"Report  {display_path(page)}")
     return outcome
 
 

@@ -34,6 +34,8 @@ from runner.runs.sweep_metric import unknown_metric, unwritten_metric
 from runner.runs.unread_keys import taken_back
 from runner.spec import RunSpec
 
+NOTHING_ASKED = Request()
+
 
 @dataclass(frozen=True)
 class _Points:
@@ -156,7 +158,7 @@ def _run(
     numbers, shared, pool = [number for number, *_ in points.right], points.specs[0], launch_options.pool
     task = partial(
         _point, sweep_dir=folder, as_json=as_json, launch_options=launch_options,
-        numbers=None if asked.searches else numbers, worst=_worst(shared),
+        numbers=None if asked.searches else numbers, worst=_worst(shared), request=asked.request,
     )  # fmt: skip
     chosen = [point for _, point, _, _ in points.right]
     if pool is None:
@@ -270,6 +272,7 @@ def _sharing(spec: RunSpec, jobs: int) -> RunSpec:
 def _point(
     given: RunSpec | RunnerError, index: int, sweep_dir: Path, as_json: bool,
     launch_options: LaunchOptions = DEFAULT_OPTIONS, numbers: list[int] | None = None, worst: float = math.inf,
+    request: Request = NOTHING_ASKED,
 ) -> float:  # fmt: skip
     """One point of a sweep: never raises; leaves `point-<number>.json` and returns the metric.
 
@@ -277,7 +280,8 @@ def _point(
     number, is the `worst` there can be: NaN would end a study of Optuna's.
     """
     console = Console(stderr=as_json)
-    row = _row(numbers[index] if numbers else index, task_overrides())
+    words = task_overrides()
+    row = _row(numbers[index] if numbers else index, words)
     value = math.nan
     try:
         if isinstance(given, RunnerError):
@@ -293,8 +297,9 @@ def _point(
         check_launch(spec, notes, composed, launch_options)
         notes += system.check_disk(spec, planned)
         outcome = create_and_execute(
-            spec, notes, console, as_json, sweep=sweep_dir.name, planned=planned, launch_options=launch_options
-        )
+            spec, notes, console, as_json, sweep=sweep_dir.name, planned=planned, launch_options=launch_options,
+            asked=(replace(request, overrides=tuple(words)), given),
+        )  # fmt: skip
         row |= {"run_id": outcome.run.id, "exit_code": outcome.exit_code}
         row["error"] = outcome.run.status.get("error")
         value = metric_of(outcome.run.summary, spec.run.metric)

@@ -31,6 +31,8 @@ class RunInfo(Part):
     """Key of `summary.json` by which a sweep is sorted and an HPO sweeper optimises; auto means `eval.after.reward` with `objective=grpo`, else `eval.after.loss`."""
     metric_mode: Literal["auto", "min", "max"] = "auto"
     """Whether less or more of the metric is better; auto means max for `eval.after.reward` with `objective=grpo`, else min."""
+    report: bool = True
+    """Write `report.html`, a page with curves, answers, plan and settings, when the run ends."""
 
     @field_validator("name")
     @classmethod

@@ -37,7 +37,7 @@ from runner.train.heartbeat import Heartbeat
 from runner.train.memory_stats import Peaks
 from runner.train.objectives import objective_of
 from runner.train.objectives.objective import Examples, Objective
-from runner.train.tokens.token_cache import Tokenised, describe_rows, tokenizer_fingerprint
+from runner.train.tokens.token_cache import Tokenised, describe_rows, row_statistics, tokenizer_fingerprint
 from runner.train.trackers import Tracker, tracker_of
 from runner.train.trainers.callbacks import MetricsWriter
 from runner.train.trainers.guarded_trainer import LossGuardMixin
@@ -142,7 +142,8 @@ def set_up(spec: RunSpec, process: Process) -> Setup:
     _say_what_trains(spec, trainer.model, progress)
     if ranks.main:
         facts = _environment(spec, trainer.model, data.source, data.fingerprints)
-        run.write("environment.json", {**facts, "processes": ranks.world})
+        counted = row_statistics(data.train, len(data.examples.held or ()))
+        run.write("environment.json", {**facts, "processes": ranks.world, "data": counted})
     return Setup(spec, data, start, steps, trainer, metrics, before_after, tracker, sealer, push, peaks)
 
 

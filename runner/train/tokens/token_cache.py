@@ -105,6 +105,19 @@ _WHAT_BECAME = {
 }
 
 
+def row_statistics(rows: Tokenised, num_eval: int) -> dict[str, int | float]:
+    """The counts of the tokenised rows, for `environment.json`; those that are zero are left out."""
+    found = {
+        "examples": rows.num_examples,
+        "tokens": rows.num_tokens,
+        "sequences": len(rows.rows),
+        "packing_efficiency": rows.packing_efficiency,
+        "held_out_examples": num_eval,
+        **{name.removeprefix("num_"): getattr(rows, name) for name in _WHAT_BECAME},
+    }
+    return {name: value for name, value in found.items() if value}
+
+
 def describe_rows(rows: Tokenised, num_eval: int) -> str:
     """The tokenised rows as a line of text."""
     parts = [f"{counted(rows.num_examples, 'example')}, {rows.num_tokens:,} tokens"]
