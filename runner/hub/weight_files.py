@@ -40,7 +40,10 @@ def damage_of(file: Path) -> Problem | None:
 def _values(header: bytes) -> int:
     """Bytes of all tensors by the header, `{"name": {"dtype": …, "shape": …, "data_offsets": [begin, end]}, …}`."""
     tensors = json_text.loads(header)
-    return max((int(one["data_offsets"][1]) for name, one in tensors.items() if name != "__metadata__"), default=0)
+    ends = [one["data_offsets"][1] for name, one in tensors.items() if name != "__metadata__"]
+    if not all(isinstance(end, int) for end in ends):
+        raise ValueError("an offset is no whole number")
+    return max(ends, default=0)
 
 
 def _damaged(file: Path, how: str) -> Problem:

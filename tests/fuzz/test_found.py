@@ -27,6 +27,7 @@ from runner.data.readers.streams import tables
 from runner.data.template_sandbox import LARGEST
 from runner.errors import LONGEST, Problem, RequestError
 from runner.hub.model_config import local_facts
+from runner.hub.weight_files import damage_of
 from runner.machine.hostfile import read_hostfile
 from runner.report.run_list import print_runs, run_rows
 from runner.rundir.directory import RunDir
@@ -137,6 +138,14 @@ def test_a_group_that_no_folder_can_be_is_refused() -> None:
 def test_a_mistake_before_deep_nesting_is_told(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(f'{{"a": "\\ud800", "b": {DEEP}}}')
     assert "broken YAML" in told(lambda: conf_files.read_file(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("offset", ["1e999", '"8"', "[8]", "null", "8.5", "{}"])
+def test_weights_whose_header_has_an_offset_that_is_none(tmp_path: Path, offset: str) -> None:
+    header = f'{{"a": {{"data_offsets": [0, {offset}]}}}}'.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    problem = damage_of(tmp_path / "model.safetensors")
+    assert problem is not None and "has a header that is none: it is damaged" in problem.what
 
 
 def test_a_hostfile_with_a_number_that_is_none(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from runner.spec import DataSpec
 from tests.fuzz import mutate
 from tests.fuzz.fuzzing import Target, fuzz
 
+pa.allocate_buffer(1)  # at its first use Arrow's pool reserves 1 GiB of address space, for which no input has asked
 TURNS = [
     {"role": "system", "content": "Be short."}, {"role": "user", "content": "2 + 2?", "weight": 0},
     {"role": "assistant", "content": "", "reasoning_content": "add",

@@ -72,14 +72,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 TILE = 256  # columns of the head's tile: with TRL's 32,768 it would be larger than all else in a small model
-CLOSE = ("gemma", "gemma2", "gemma3_text", "ministral3", "olmo2", "olmo3", "granite", "glm4", "smollm3", "cohere2")
+CLOSE = ("gemma", "gemma2", "gemma3_text", "ministral3", "olmo2", "olmo3", "granite", "glm4", "smollm3", "cohere2",
+         "gpt_neox")  # fmt: skip
 """Those that come within 0.3 % even where a forward pass holds 10 MB; the others are held to 1 %."""
 MIXTURES = [family for family, facts in FAMILIES.items() if "num_experts" in facts]
 """Held to 0.1 % but for an adapter of the router, of which 30 kB are not accounted for."""
 SMALL = 11_000
 """Bytes of masks, positions and the like that are no part of the tape: 0.3 % of the smallest forward passes."""
-WITHIN = {"gpt_neox": 0.02}
-"""The gradient of one hidden state of its MLP is not found where LoRA's casts of the inputs do not hide it."""
 Peaks = dict[str, float]
 
 
@@ -136,7 +135,15 @@ def assert_same(plan: Step, seen: simulate.Simulated, within: float, extra: floa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_and_method_peaks_where_the_real_model_does(family: str, method: str, checkpointing: str) -> None:
     spec = run_of(method, f"train.gradient_checkpointing={checkpointing}", family=family)
-    assert_same(planned(spec), simulated(spec), 0.003 if family in CLOSE else WITHIN.get(family, 0.01), floor=SMALL)
+    assert_same(planned(spec), simulated(spec), 0.003 if family in CLOSE else 0.01, floor=SMALL)
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_a_gradient_that_is_a_view_is_not_added_to_in_place(checkpointing: str) -> None:
+    """Of a product of two dimensions seen as three: LoRA's and the base's, at the widest place of GPT-NeoX's MLP."""
+    spec = run_of("lora", f"train.gradient_checkpointing={checkpointing}", family="gpt_neox")
+    seen = simulated(spec)
+    assert planned(spec).backward.total == pytest.approx(seen.peaks["backward"] - seen.start, rel=0.001)
 
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])

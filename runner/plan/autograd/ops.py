@@ -159,7 +159,10 @@ class Block:
         def backward(grad: Storage) -> list[tuple[Node, Storage]]:
             pieces = []
             if source is not None:
-                pieces.append((source, t.new(rows * inputs, w)))
+                product = t.new(rows * inputs, w)
+                product.viewed = True  # of two dimensions, seen as three
+                pieces.append((source, product))
+                del product
             if leaf is not None:
                 pieces.append((leaf, t.new(inputs * outputs, w)))
             if other is not None:

@@ -23,10 +23,11 @@ KINDS = ("activations", "weight_casts", "head_and_loss", "gradients")
 class Storage:
     """Bytes that are held as long as somebody refers to them."""
 
-    __slots__ = ("kind", "size", "tape", "width")
+    __slots__ = ("kind", "size", "tape", "viewed", "width")
 
     def __init__(self, tape: Tape, size: float, width: int, kind: int) -> None:
-        self.tape, self.size, self.width, self.kind = tape, size, width, kind
+        self.tape, self.size, self.width, self.kind, self.viewed = tape, size, width, kind, False
+        """`viewed`: a gradient that is a view, whose base has the storage, too: nothing is added to it in place."""
         tape.live = live = tape.live + size
         if kind:  # most are activations, and those are what the others leave of `live`
             tape.by_kind[kind] += size
@@ -333,7 +334,7 @@ class Tape:
                 self.gradients.append(piece)
         elif old is None:
             target.grad = piece
-        elif getrefcount(old) > 3:  # somebody else needs it: target.grad, `old`, and getrefcount's argument are 3
+        elif old.viewed or getrefcount(old) > 3:  # somebody else has it: 3 are target.grad, `old` and the argument
             target.grad = Storage(self, old.size, old.width, old.kind)
 
 
