@@ -268,7 +268,7 @@ def test_a_collected_pod_is_ended_when_its_run_is_over(clock: Clock, folder: Pat
     (folder / "collected").touch()
     assert switch.look(state="training") == []
     switch.child = 7
-    switch._worker_is_gone = lambda: False  # type: ignore[method-assign]
+    switch._worker_is_gone = lambda: False  # type: ignore[method-assign]  # for this test
     assert switch.look(state="done") == []  # its process still works
     switch.child = None
     assert switch.look(state="done") == ["everything was collected", "terminate"]
@@ -280,7 +280,7 @@ def test_a_worker_that_ends_without_a_word_has_failed(clock: Clock, folder: Path
     switch = Switch(folder, heartbeat_minutes=10.0)
     for state, stands in (("training", "failed"), ("done", "done")):
         switch.child = 7
-        switch._worker_is_gone = lambda: True  # type: ignore[method-assign]
+        switch._worker_is_gone = lambda: True  # type: ignore[method-assign]  # for this test
         assert switch.look(state=state, exit_code=0, message=None) == [] and switch.child is None
         assert agent.read_status(folder)["state"] == stands
         if stands == "failed":
@@ -354,13 +354,13 @@ def test_a_training_is_told_and_then_killed(clock: Clock, folder: Path, monkeypa
     switch._end_work(clock.seconds + 3)
     assert sent == []  # it has no process
     switch.child = 4700
-    switch._worker_is_gone = lambda: False  # type: ignore[method-assign]
+    switch._worker_is_gone = lambda: False  # type: ignore[method-assign]  # for this test
     began = clock.seconds
     switch._end_work(began + 3)
     term, *kills = sent
     assert term == ("kill", 4711, signal.SIGTERM) and clock.seconds - began == pytest.approx(3, abs=0.2)
     assert kills == [("killpg", 4711, signal.SIGKILL), ("killpg", 4700, signal.SIGKILL)]
-    switch._worker_is_gone = lambda: True  # type: ignore[method-assign]
+    switch._worker_is_gone = lambda: True  # type: ignore[method-assign]  # for this test
     began = clock.seconds
     switch._end_work(began + 3)
     assert clock.seconds == began  # it has saved: nothing is waited for
@@ -422,7 +422,7 @@ def test_the_pod_is_handed_on_where_nothing_is_at_work(
 ) -> None:
     switch, killed = Switch(folder, heartbeat_minutes=10.0), list[int]()
     switch.child = child
-    switch._worker_is_gone = lambda: False  # type: ignore[method-assign]
+    switch._worker_is_gone = lambda: False  # type: ignore[method-assign]  # for this test
     monkeypatch.setattr(agent, "kill_group", lambda pid, number: killed.append(pid))
     agent.update_status(folder, state=status)
     agent.write_json(folder / "successor.json", {"run_id": "run-2"})

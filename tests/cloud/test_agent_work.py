@@ -388,7 +388,7 @@ def test_what_the_gpus_do_is_written_as_long_as_somebody_says_it(
 def test_the_work_is_a_process_that_holds_no_lock_and_may_be_killed_for_memory(
     folder: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
-    switch = DeadManSwitch(folder, order(), SimpleNamespace(id="pod1"))  # type: ignore[arg-type]
+    switch = DeadManSwitch(folder, order(), SimpleNamespace(id="pod1"))  # type: ignore[arg-type]  # all it reads
     switch.held = [(agent.SHM / "lock").open("w")]
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -121,7 +121,7 @@ def test_all_pods_of_the_run_have_cost_by_their_disks_and_times(
             keep=False, volume=None, base="", account="", heartbeat_s=None,
         )  # fmt: skip
         ledger.move(name, "CREATING", "asking")
-        ledger.move(name, state, state, pod_id=id, created=7 * 3600.0)  # type: ignore[arg-type]
+        ledger.move(name, state, state, pod_id=id, created=7 * 3600.0)  # type: ignore[arg-type]  # a text is a state
         if facts:
             ledger.set(name, **facts)
 

@@ -174,7 +174,7 @@ def test_a_pod_that_is_taken_from_a_person_is_the_runs_from_that_moment(ledger: 
     ledger.move("runner-a-1", "RUNNING", "a person's own", **NOBODY)
     at[0] = 5000.0
     to = {"run_id": "b", "run_dir": "/tmp/runs/b", "heartbeat_s": None}
-    entry = ledger.hand_over("runner-a-1", "runner-b-1", running=True, **to)  # type: ignore[arg-type]
+    entry = ledger.hand_over("runner-a-1", "runner-b-1", running=True, **to)  # type: ignore[arg-type]  # of several types
     assert entry is not None and (entry.created, entry.updated, entry.heartbeat_s) == (5000.0, 5000.0, None)
     before = entry_of(ledger)
     assert (before.ended, before.updated, before.detail) == (5000.0, 5000.0, "handed on to run b")

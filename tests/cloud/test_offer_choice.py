@@ -91,7 +91,7 @@ def test_an_offer_is_for_all_gpus_of_the_run_in_its_cloud() -> None:
     for words, expected in (
         ((), Offer("secure", 0.74, RTX4090, 1)),
         (("where.cloud=community",), Offer("community", 0.34, RTX4090, 1)),
-        (("hw.num_gpus=3", "where.max_usd=9"), Offer("secure", pytest.approx(2.22), RTX4090, 3)),  # type: ignore[arg-type]
+        (("hw.num_gpus=3", "where.max_usd=9"), Offer("secure", pytest.approx(2.22), RTX4090, 3)),  # type: ignore[arg-type]  # approx
         (("where.spot=true", "where.bid_usd=0.2", "hw.num_gpus=2"), Offer("secure", 0.4, RTX4090, 2)),
     ):
         assert candidates(rented_spec(*words), PLAN, GPUS, None)[0] == expected
@@ -157,6 +157,9 @@ def test_gpus_that_runpod_does_not_have_are_told_each_with_the_nearest() -> None
         ("RunPod has no GPU 'NVIDIA RTX A600'", "where.gpu_types", f"did you mean {A6000!r}?"),
         ("RunPod has no GPU 'quantum'", "where.gpu_types", "python -m runner gpus lists RunPod's ids"),
     ]
+    for named, meant in (("NVIDIA GeForce A600", A6000), ("nvidia geforce rtx 4090", RTX4090)):  # by name, and by id
+        said = refusal(lambda named=named: wanted_gpus(rented_spec(f"where.gpu_types=[{named}]"), KNOWN))
+        assert said == (2, f"RunPod has no GPU {named!r}", "where.gpu_types", f"did you mean {meant!r}?")
     assert refusal(lambda: wanted_gpus(rented_spec(), {A100: KNOWN[A100]})) == (
         2, f"RunPod has no GPU {RTX4090!r}", "hw=rtx4090", "python -m runner gpus lists RunPod's ids"
     )  # fmt: skip
@@ -172,7 +175,7 @@ def test_a_cpu_pod_costs_by_its_cores(api: Any) -> None:
     for cores, got, usd in ((None, 2, 0.06), (3, 4, 0.12), (99, 32, 0.96)):
         words = () if cores is None else (f"hw.num_cpus={cores}",)
         (found,) = cpu_candidates(rented_spec("hw=cpu", "hw.num_cpus=null", *words), api.cpus(), None)
-        assert found == Offer("secure", pytest.approx(usd), cpu_id="cpu3c", num_vcpus=got)  # type: ignore[arg-type]
+        assert found == Offer("secure", pytest.approx(usd), cpu_id="cpu3c", num_vcpus=got)  # type: ignore[arg-type]  # approx
     (found,) = cpu_candidates(rented_spec("hw=cpu", "hw.num_cpus=1", "where.cpu_type=cpu5c"), api.cpus(), US, ["X"])
     assert (found.num_vcpus, found.data_centers) == (4, ("US-KS-2",))
     capped = rented_spec("hw=cpu", "hw.num_cpus=99", "where.max_usd=0.95")
@@ -264,7 +267,7 @@ def test_a_data_centre_is_known_by_its_id(api: Any) -> None:
         ("moon", "one of CA-MTL-3, EU-RO-1, EUR-IS-1, US-KS-2, US-TX-3"),
     ):
         expected = (2, f"RunPod has no data centre {named}", "where.data_centers", remedy)
-        assert refusal(lambda: places(api, f"where.data_centers=[US-KS-2,{named}]")) == expected  # noqa: B023
+        assert refusal(lambda: places(api, f"where.data_centers=[US-KS-2,{named}]")) == expected  # noqa: B023  # called at once
     countries = {"EU-RO-1": "RO", "EUR-IS-1": "IS", "US-KS-2": "US", "SEA-SG-1": "SG", "AP-JP-1": "JP", "OC-AU-1": "AU"}
     assert {one: offers._country(DataCenter(one, "", "", ())) for one in countries} == countries
 
@@ -349,4 +352,4 @@ def test_a_template_is_found_by_its_id_or_its_whole_name(api: Any) -> None:
         ("pytorch 2.9", "did you mean t7?"), ("zzz", "python -m runner pods templates TEXT searches them"),
     ):  # fmt: skip
         expected = (2, f"RunPod has no template {word} that this key may use", f"where.template={word}", remedy)
-        assert refusal(lambda: find_template(api, word)) == expected  # noqa: B023
+        assert refusal(lambda: find_template(api, word)) == expected  # noqa: B023  # called at once

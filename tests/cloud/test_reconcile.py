@@ -349,14 +349,14 @@ def test_lateness_is_judged_by_the_clock_that_the_entry_was_written_by(left: Lef
     """The pod was asked for at NOW by that clock, and made at NOW + 5000 by the provider's, which says NOW + 5301."""
     left.entry("RUNNING", deadline=NOW, created=NOW, heartbeat_s=None)
     left.api.add(created=created)
-    left.api.time = lambda: NOW + 5301  # type: ignore[method-assign]
+    left.api.time = lambda: NOW + 5301  # type: ignore[method-assign]  # for this test
     assert len(left.settle()) == 1
     left.entry("RUNNING", "runner-b-1", deadline=NOW + 5000, created=NOW, heartbeat_s=None)
     left.api.add(name="runner-b-1", created=created)
     assert len(left.settle()) == (created is None)
     left.entry("RUNNING", "runner-c-1", deadline=0.0, created=NOW, heartbeat_s=None)
     left.api.add(name="runner-c-1", created=created)
-    left.api.time = lambda: None  # type: ignore[method-assign]
+    left.api.time = lambda: None  # type: ignore[method-assign]  # for this test
     assert left.settle() == []  # nobody knows
 
 
@@ -364,9 +364,9 @@ def test_the_silence_of_a_launcher_that_was_killed_counts_from_when_that_is_foun
     left.entry("RUNNING", heartbeat_s=600.0, created=NOW - 99_999, updated=NOW - 9999, **DEAD)
     left.api.add(created=NOW - 99_999)
     assert left.settle() == [] and left.now().updated == NOW and left.now().pid is None
-    left.api.time = lambda: NOW + 899  # type: ignore[method-assign]
+    left.api.time = lambda: NOW + 899  # type: ignore[method-assign]  # for this test
     assert left.settle() == [] and left.now().updated == NOW  # a listing is no word of a launcher
-    left.api.time = lambda: NOW + 901  # type: ignore[method-assign]
+    left.api.time = lambda: NOW + 901  # type: ignore[method-assign]  # for this test
     assert len(left.settle()) == 1 and left.api.cloud.rented == {}
 
 

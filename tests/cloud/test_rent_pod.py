@@ -101,7 +101,7 @@ class Renting:
 @pytest.fixture
 def shop(waiting: Waiting, monkeypatch: pytest.MonkeyPatch) -> Shop:
     found = Shop()
-    monkeypatch.setitem(PROVIDERS, "shop", lambda: found)  # type: ignore[arg-type]
+    monkeypatch.setitem(PROVIDERS, "shop", lambda: found)  # type: ignore[arg-type]  # no path of a class
     monkeypatch.setattr("runner.cloud.readiness.says_hello", lambda host, port: True)
     monkeypatch.setattr(clock, "now", lambda: NOW)
     return found
@@ -477,7 +477,7 @@ def test_a_state_that_cannot_be_recorded_is_said_with_the_command_that_ends_the_
 
 
 def test_a_held_pod_is_gone_when_it_is_absent_three_times(lease: Lease, shop: Shop, waiting: Waiting) -> None:
-    shop.pods = lambda: []  # type: ignore[method-assign]
+    shop.pods = lambda: []  # type: ignore[method-assign]  # for this test
     for looks, there in (("p", True), ("x", True), ("ap", True), ("aap", True), ("apx", True), ("aaa", False)):
         shop.looks = looks
         found = lease.refresh()
@@ -488,7 +488,7 @@ def test_a_held_pod_is_gone_when_it_is_absent_three_times(lease: Lease, shop: Sh
 
 
 def test_a_pod_whose_last_look_finds_nothing_is_as_it_was_seen_last(lease: Lease, shop: Shop) -> None:
-    shop.pods = lambda: []  # type: ignore[method-assign]
+    shop.pods = lambda: []  # type: ignore[method-assign]  # for this test
     shop.looks = "apa"
     assert lease.refresh() is lease.pod and state_of(lease) == "RUNNING"
 

@@ -114,7 +114,7 @@ def test_an_end_is_confirmed_by_two_absences_in_a_row_five_seconds_apart(
 ) -> None:
     api.looks = looks
     monkeypatch.setattr(api.cloud, "rented", {})
-    api.pods = lambda: []  # type: ignore[method-assign]
+    api.pods = lambda: []  # type: ignore[method-assign]  # for this test
     if "p" in looks:
         api.add()
         api.cloud.faults["terminate"] = ["ignored"] * 9
@@ -181,7 +181,7 @@ def test_a_pod_is_absent_where_neither_its_address_nor_the_list_has_it(api: Acco
 
 
 def test_one_absence_is_no_end(api: Account, waiting: Waiting) -> None:
-    api.pods = lambda: []  # type: ignore[method-assign]
+    api.pods = lambda: []  # type: ignore[method-assign]  # for this test
     for looks, gone, waits in (("aa", True, [5.0]), ("ap", False, [5.0]), ("p", False, [])):
         api.looks = looks
         waiting.waits.clear()

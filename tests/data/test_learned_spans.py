@@ -387,3 +387,37 @@ def test_answers_of_tools_that_cannot_be_told_apart_are_an_error() -> None:
     with pytest.raises(RequestError, match="puts what a tool answers inside turn 2") as caught:
         learned(mixed, talk(*turns))
     assert "qwen" in str(caught.value.problems[0].remedy)
+
+
+# --- each kind of turn beside others -------------------------------------------------------------
+
+RECENT = CALLS.replace("{{ m.content }}", "{% if m.reasoning_content and loop.index0 >= messages | length - 2 %}"
+                       "<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}", 1)  # fmt: skip
+"""Shows thoughts in the last two turns: what stands before a turn changes with it."""
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+
+
+def test_a_turn_that_lost_its_thoughts_is_dropped_behind_one_that_has_all_its_words() -> None:
+    dropping = talk(asks("p"), says("a"), asks("q"), says("b", reasoning_content="t"), asks("r"), says("c"))
+    assert with_dropped(THINKS, dropping) == (["a<|im_end|>", "c<|im_end|>"], 1)
+
+
+def test_calls_at_the_end_are_learned_with_their_end_where_the_text_before_them_changes() -> None:
+    calls = says("", tool_calls=[call("add", a=1)])
+    changing = talk(asks("p"), says("a", reasoning_content="t"), asks("q"), calls)
+    assert with_dropped(RECENT, changing) == (['<call>add{"a": 1}</call><|im_end|>'], 1)
+
+
+def test_tools_that_a_template_shows_first_are_not_learned_with_a_pair() -> None:
+    shown = "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}" + CHATML
+    pair = talk(asks("2 + 2?"), says("4"), dialogue=False, tools=TOOLS)
+    assert learned(shown, pair) == ["4<|im_end|>\n"]
+
+
+def test_what_a_tool_answers_directly_behind_the_end_of_a_turn_is_not_inside_it() -> None:
+    bare = CALLS.replace("<|im_end|>\n", "<|im_end|>").replace(
+        "{% for m in messages %}",
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ m.content }}{% continue %}{% endif %}",
+    )
+    turns = (asks("p"), says("", tool_calls=[call("add", a=1)]), result("7"), says("seven"))
+    assert learned(bare, talk(*turns)) == ['<call>add{"a": 1}</call><|im_end|>', "seven<|im_end|>"]

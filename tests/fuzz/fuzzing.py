@@ -101,7 +101,7 @@ def _ring(number: int, frame: FrameType | None) -> None:
 def _bounded_memory() -> Iterator[None]:
     """An input that asks for gigabytes gets a MemoryError instead."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(open("/proc/self/statm").read().split()[0]) if os.path.exists("/proc/self/statm") else 0  # noqa: SIM115
+    pages = int(open("/proc/self/statm").read().split()[0]) if os.path.exists("/proc/self/statm") else 0  # noqa: SIM115  # one read
     if pages:
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MORE_BYTES, hard))
     try:

@@ -87,7 +87,7 @@ def test_json_text_in_a_cell_is_read_or_refused(row: dict[str, Any]) -> None:
 def test_a_remedy_is_not_looked_for_within_the_search_for_one() -> None:
     row = {"prompt": '[{"role": "user"}]', "answer": "4", "solution": '[{"role": "user"}]'}
     for kind in (None, "sft", "preference", "unpaired", "prompts"):
-        found, problems = canonical_rows(Table("x.jsonl", [row, {"messages": []}]), DATA, kind)  # type: ignore[arg-type]
+        found, problems = canonical_rows(Table("x.jsonl", [row, {"messages": []}]), DATA, kind)  # type: ignore[arg-type]  # a text
         assert bool(found) or problems
 
 

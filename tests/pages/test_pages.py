@@ -118,7 +118,7 @@ def _shown() -> list[tuple[str, list[str]]]:
     blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     found = []
     for block in blocks:
-        command, output = re.fullmatch(r"\$ ((?:.*\\\n)*.*)\n((?s:.*))", block).groups()  # type: ignore[union-attr]
+        command, output = re.fullmatch(r"\$ ((?:.*\\\n)*.*)\n((?s:.*))", block).groups()  # type: ignore[union-attr]  # it fits
         words = command.replace("\\\n", " ").split()
         if words[:3] == ["python", "-m", "runner"] and words[3] != "chat":
             found.append((" ".join(words[3:]), [line for line in output.splitlines() if line.strip() not in ("", "…")]))

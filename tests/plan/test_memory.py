@@ -82,7 +82,7 @@ def test_a_setting_has_everything_of_the_method(shape: Shape) -> None:
     whole = training_of(shape, Full(name="full"), "fp32", deepspeed=True)
     found = setting_of(whole, job(), 1)
     assert found == Setting(b=1, s=16, width=4, autocast=False, trained_width=4, frozen_width=4, adapter_width=4)
-    other = replace(training, peft=(adapter := object()))  # type: ignore[arg-type]
+    other = replace(training, peft=(adapter := object()))  # type: ignore[arg-type]  # an odd one
     assert setting_of(other, job(), 1).peft is adapter
     assert {field.name for field in fields(Setting)} >= {"b", "s", "peft"}
 

@@ -122,7 +122,7 @@ def _remedy(why: Sequence[str], place: RunPodPlace) -> str:
 def _unknown(gpu_id: str, known: dict[str, GpuType]) -> tuple[str, str, str]:
     """What, source, remedy."""
     short = gpu_id.removeprefix("NVIDIA ").removeprefix("GeForce ")  # `NVIDIA RTX 4090` is nobody's id, and meant often
-    near = nearest(short, {gpu.name: gpu.id for gpu in known.values()}) or nearest(gpu_id, known)
+    near = nearest(short, {gpu.name: gpu.id for gpu in known.values()}) or nearest(gpu_id, [*known])
     remedy = f"did you mean {near!r}?" if near else "python -m runner gpus lists RunPod's ids"
     return f"RunPod has no GPU {gpu_id!r}", "where.gpu_types", remedy
 
