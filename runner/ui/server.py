@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from runner.errors import Problem, RequestError, RunnerError
 from runner.paths import VENDOR
-from runner.ui import compose_room, runs_room
+from runner.ui import chat_room, compose_room, data_room, pods_room, runs_room
 from runner.ui.guard import LOCAL_NAMES, Access, Guard
 from runner.ui.remedies import for_form
 from runner.ui.safe_json import SafeJson
@@ -29,11 +29,14 @@ SHORTEST_TOKEN = 16
 """Characters of a token of one's own: the drawn one has 43."""
 
 
-def application(access: Access, output_dir: Path) -> ASGIApp:
-    """Everything that answers, behind the guard."""
+def application(access: Access, output_dir: Path, models: chat_room.ModelProcess | None = None) -> ASGIApp:
+    """Everything that answers, behind the guard; `models` is the process that chats."""
     app = FastAPI(title="runner", docs_url=None, redoc_url=None, openapi_url=None)
-    for room in (compose_room.router(), runs_room.router(output_dir)):
-        app.include_router(room)
+    models = models or chat_room.ModelProcess()
+    for room in (compose_room, data_room, pods_room):
+        app.include_router(room.router())
+    app.include_router(runs_room.router(output_dir))
+    app.include_router(chat_room.router(output_dir, models))
 
     @app.get("/")
     def index() -> FileResponse:
@@ -77,12 +80,16 @@ def serve(console: Console, host: str, port: int, token: str | None, output_dir:
     given = token or access.token
     console.print(f"Page    http://{shown}:{port}/?token={given}", markup=False, highlight=False, soft_wrap=True)
     console.print("Ctrl-C ends the page; runs go on.", markup=False, highlight=False, soft_wrap=True)
+    models = chat_room.ModelProcess()
     config = uvicorn.Config(
-        application(access, output_dir), http="h11", ws="none", lifespan="off", log_level="error", access_log=False,
-        server_header=False, timeout_graceful_shutdown=1,
+        application(access, output_dir, models), http="h11", ws="none", lifespan="off", log_level="error",
+        access_log=False, server_header=False, timeout_graceful_shutdown=1,
     )  # fmt: skip
-    with suppress(KeyboardInterrupt):  # uvicorn sends itself the signal again, once it has closed
-        uvicorn.Server(config).run([listening])
+    try:
+        with suppress(KeyboardInterrupt):  # uvicorn sends itself the signal again, once it has closed
+            uvicorn.Server(config).run([listening])
+    finally:
+        models.stop()
     return 0
 
 

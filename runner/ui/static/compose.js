@@ -31,27 +31,35 @@ export function Compose() {
   const [found, setFound] = useState({ problems: [], values: null, plan: null });
   const [busy, setBusy] = useState(false);
   const [failed, setFailed] = useState(null);
-  const last = useRef(null);
+  const latest = useRef(asked), waiting = useRef(false);
   useEffect(() => {
     if (!ready) ask("/api/catalogue").then((c) => { catalogue = c; setReady(true); }).catch((e) => setFailed(e.problems));
   }, []);
   useEffect(() => {
     keep(asked);
-    const timer = setTimeout(async () => {
-      if (last.current) last.current.abort();
-      last.current = new AbortController();
-      setBusy(true);
-      try {
-        const answer = await ask("/api/check", asked, { signal: last.current.signal });
-        setFound((before) => ({ ...answer, values: answer.values || before.values, resolved: answer.resolved || before.resolved }));
-        setFailed(null);
-        setBusy(false);
-      } catch (error) {
-        if (error instanceof Refused) { setFailed(error.problems); setBusy(false); }
-      }
-    }, PAUSE_MS);
+    latest.current = asked;
+    setBusy(true);
+    const timer = setTimeout(check, PAUSE_MS);
     return () => clearTimeout(timer);
   }, [asked]);
+  const check = async () => { // one at a time: what is typed meanwhile is asked for next
+    if (waiting.current) return;
+    waiting.current = true;
+    let about = null;
+    while (about !== latest.current) {
+      about = latest.current;
+      try {
+        const answer = await ask("/api/check", about);
+        setFound((before) => ({ ...answer, values: answer.values || before.values, resolved: answer.resolved || before.resolved }));
+        setFailed(null);
+      } catch (error) {
+        if (!(error instanceof Refused)) throw error;
+        setFailed(error.problems);
+      }
+    }
+    waiting.current = false;
+    setBusy(false);
+  };
   if (!ready) return html`<${Problems} problems=${failed} /><p class="empty">Reading the catalogue …</p>`;
 
   const set = (changes) => setAsked((before) => {
