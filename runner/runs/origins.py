@@ -7,7 +7,6 @@ from contextlib import suppress
 from runner.config.command_line import Request
 from runner.config.compose import origins
 from runner.config.provenance import COMMAND_LINE, flattened
-from runner.errors import RunnerError
 from runner.report.run_report.facts import ORIGINS
 from runner.report.tables import derived_from
 from runner.rundir.directory import RunDir
@@ -15,8 +14,8 @@ from runner.spec import RunSpec
 
 
 def record_origins(run: RunDir, request: Request, composed: RunSpec, spec: RunSpec) -> None:
-    """Write it for a new run. A run does without it where the place of a value cannot be found."""
-    with suppress(RunnerError, OSError):
+    """Write it for a new run, which does without it where that fails: it is for readers alone."""
+    with suppress(Exception):
         run.write(ORIGINS, {"typed": _typed(request), "places": places(request, composed, spec)})
 
 

@@ -34,8 +34,6 @@ from runner.runs.sweep_metric import unknown_metric, unwritten_metric
 from runner.runs.unread_keys import taken_back
 from runner.spec import RunSpec
 
-NOTHING_ASKED = Request()
-
 
 @dataclass(frozen=True)
 class _Points:
@@ -156,11 +154,12 @@ def _run(
     """Every point, through Hydra's launcher; over rented pods as many at once as there may be pods. False where it was
     stopped before the last one."""
     numbers, shared, pool = [number for number, *_ in points.right], points.specs[0], launch_options.pool
+    chosen = [point for _, point, _, _ in points.right]
     task = partial(
         _point, sweep_dir=folder, as_json=as_json, launch_options=launch_options,
-        numbers=None if asked.searches else numbers, worst=_worst(shared), request=asked.request,
+        numbers=None if asked.searches else numbers, worst=_worst(shared),
+        requests=() if asked.searches else tuple(chosen),
     )  # fmt: skip
-    chosen = [point for _, point, _, _ in points.right]
     if pool is None:
         asked.run(task, chosen, shared, folder)
         return True
@@ -272,16 +271,15 @@ def _sharing(spec: RunSpec, jobs: int) -> RunSpec:
 def _point(
     given: RunSpec | RunnerError, index: int, sweep_dir: Path, as_json: bool,
     launch_options: LaunchOptions = DEFAULT_OPTIONS, numbers: list[int] | None = None, worst: float = math.inf,
-    request: Request = NOTHING_ASKED,
+    requests: tuple[Request, ...] = (),
 ) -> float:  # fmt: skip
     """One point of a sweep: never raises; leaves `point-<number>.json` and returns the metric.
 
-    `numbers` are those of the points that are started, in the grid. The metric of one that failed, or that is no
-    number, is the `worst` there can be: NaN would end a study of Optuna's.
+    `numbers` are those of the points that are started, in the grid, and `requests` what they compose from. The metric
+    of one that failed, or that is no number, is the `worst` there can be: NaN would end a study of Optuna's.
     """
     console = Console(stderr=as_json)
-    words = task_overrides()
-    row = _row(numbers[index] if numbers else index, words)
+    row = _row(numbers[index] if numbers else index, task_overrides())
     value = math.nan
     try:
         if isinstance(given, RunnerError):
@@ -298,7 +296,7 @@ def _point(
         notes += system.check_disk(spec, planned)
         outcome = create_and_execute(
             spec, notes, console, as_json, sweep=sweep_dir.name, planned=planned, launch_options=launch_options,
-            asked=(replace(request, overrides=tuple(words)), given),
+            asked=(requests[index], given) if requests else None,
         )  # fmt: skip
         row |= {"run_id": outcome.run.id, "exit_code": outcome.exit_code}
         row["error"] = outcome.run.status.get("error")

@@ -7,11 +7,16 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from runner.cloud import clock, executor
+from runner.cloud.download import OURS
 from runner.config.command_line import Request
 from runner.config.compose import compose
+from runner.config.sweep_points import read_sweep
 from runner.report.run_report import comparison, curves
 from runner.report.run_report.facts import RunFacts, gather
 from runner.report.run_report.json_report import as_json
@@ -224,6 +229,27 @@ def test_what_cannot_be_is_refused_with_what_to_type(
     result = runner("report", *(word.replace("ID", run.id) for word in words))
     assert result.exit_code == 2 and told in result.output
     assert json.loads((run.path / "spec.json").read_text("utf-8"))
+
+
+def test_the_page_of_a_rented_run_is_made_here_with_its_cost(spec: RunSpec, here: Path) -> None:
+    """Not in the pod, which is a stranger's machine: what it may have written there is not downloaded."""
+    run = run_dir(spec, here / "runs")
+    pod = SimpleNamespace(gpu_id="NVIDIA L4", cloud="secure", id="p1")
+    meter = SimpleNamespace(started=clock.now() - 3600)
+    lease = SimpleNamespace(usd=lambda: 1.25, meter=meter, usd_per_hour=0.4, pod=pod, say=print)
+    executor.account(run, cast(Any, lease))
+    assert "$1.25" in text_of((run.path / "report.html").read_text("utf-8"))
+    assert {"report.html", "origins.json"} <= set(OURS)
+
+
+def test_the_points_of_a_sweep_keep_where_their_values_came_from(here: Path) -> None:
+    points = read_sweep(Request(overrides=(*WORDS, "train.learning_rate=1e-4,3e-4"))).points
+    for point, rate in zip(points, (1e-4, 3e-4), strict=True):
+        composed = compose(point)
+        run = run_dir(composed, here / "runs")
+        record_origins(run, point, composed, composed)
+        rows = {row.key: row for row in gather(run).spec_rows}
+        assert rows["train.learning_rate"].value == rate and rows["train.learning_rate"].place == "command line"
 
 
 @pytest.mark.parametrize("state", ["done", "failed", "interrupted"])

@@ -45,6 +45,7 @@ def test_it_says_what_happened_and_what_to_type_next(main_job: dict[str, Any]) -
     assert f"python -m runner chat runs/{main_job['run_id']}" in out
     assert abs(main_job["run"].read("plan.json")["num_steps"] - main_job["train"]["steps"]) <= 1
     assert (main_job["run"].path / "loss.png").stat().st_size > 20_000
+    assert "held-out loss" in (main_job["run"].path / "report.html").read_text("utf-8").lower()
 
 
 @pytest.mark.slow

@@ -237,7 +237,9 @@ def _plan(facts: RunFacts) -> Html | None:
         return None
     head = ["", "planned", "measured", "planned / measured − 1"]
     listed = table(head, [[r.name, r.planned, r.measured, r.error] for r in rows], (1, 2, 3))
-    return section("Plan beside measured", bars(rows), listed)
+    drawn = bars(rows)
+    note = "Bars: measured memory; outlines: the plan." if drawn else None
+    return section("Plan beside measured", drawn, listed, note=note)
 
 
 def _repeat(facts: RunFacts) -> Html:

@@ -89,7 +89,7 @@
     const plot = new uPlot({
       width: Math.max(220, box.clientWidth - 16), height: tall, padding: [10, 28, 0, 0],
       cursor: { sync: { key: "steps" }, drag: { x: true, y: false }, points: { size: 7 } },
-      legend: { show: legend, live: true, markers: { width: 0, fill: (u, i) => u.series[i]._stroke } },
+      legend: { show: legend, live: true, markers: { width: 0, fill: (u, i) => u.series[i].hue } },
       scales: { x: { time: false, ...(one ? { range: (_, low, high) => [low - 1, high + 1] } : {}) }, y: { distr: log ? 3 : 1 } },
       axes: [
         { ...axis, size: 32, values: (_, at) => at.map((x) => (Number.isInteger(x) ? x.toLocaleString("en") : "")) },
@@ -98,7 +98,7 @@
       series: [
         { label: "step", value: (_, x) => (x == null ? "–" : x.toLocaleString("en")) },
         ...lines.map(({ curve, ...line }) => ({
-          ...line, _stroke: line.stroke, value: (_, y) => format(y), spanGaps: false,
+          ...line, hue: line.stroke, value: (_, y) => format(y), spanGaps: false,
           points: line.points || { show: curve[0].length < 3, size: 6 },
         })),
       ],
