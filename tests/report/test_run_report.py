@@ -117,6 +117,17 @@ def test_files_that_are_missing_or_half_written_are_named_and_left_out(spec: Run
     as_json([gather(run)]), markdown([gather(run)])
 
 
+def test_a_run_before_its_first_step_misses_nothing(spec: RunSpec, here: Path) -> None:
+    run = run_dir(spec, here / "runs", state="loading")
+    (run.path / "metrics.jsonl").unlink()
+    assert not any("Missing" in note for note in gather(run).notes)
+
+
+def test_sixty_long_runs_are_one_page_of_bounded_size(spec: RunSpec, here: Path) -> None:
+    facts = gather(run_dir(spec, here / "runs", steps=3000))
+    assert len(page([facts] * 80).encode()) < 1_000_000
+
+
 def test_a_loss_that_is_not_finite_is_a_gap_and_is_named(spec: RunSpec, here: Path) -> None:
     run = run_dir(spec, here / "runs", state="failed")
     lines = [{"step": n, "loss": float("nan") if n in (3, 4) else 1.0} for n in range(1, 6)]

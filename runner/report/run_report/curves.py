@@ -24,6 +24,8 @@ MOST_OF_A_CURVE = 2000
 """Points of a curve that are kept at most: about one for each pixel of a wide screen."""
 MOST_OF_A_PAGE = 14_000
 """Points of all curves together: about 200 kB of the page."""
+LEAST_OF_A_CURVE = 60
+"""Points of a curve that are kept in any case, of 60 runs on one page, say."""
 MOST_OWN = 12
 """Curves of an objective's own metrics."""
 
@@ -82,8 +84,8 @@ def thinned(curve: Curve, most: int = MOST_OF_A_CURVE) -> Curve:
 
 def of_a_page(curves: Sequence[Curve]) -> int:
     """Points that each of the curves of one page may have."""
-    long = sum(len(steps) > 200 for steps, _ in curves)
-    return max(200, min(MOST_OF_A_CURVE, MOST_OF_A_PAGE // max(1, long)))
+    long = sum(len(steps) > LEAST_OF_A_CURVE for steps, _ in curves)
+    return max(LEAST_OF_A_CURVE, min(MOST_OF_A_CURVE, MOST_OF_A_PAGE // max(1, long)))
 
 
 def rounded(curve: Curve) -> list[list[float | None]]:

@@ -168,7 +168,8 @@ def _spec_rows(spec: Mapping[str, Any], places: Mapping[str, Any]) -> list[SpecR
 def _notes(run: RunDir, state: str, training: Mapping[str, Curve]) -> list[str]:
     """What a reader has to know of the numbers."""
     found = []
-    missing = [name for name in NEEDED if not (run.path / name).is_file()]
+    needed = NEEDED[:2] if state in ACTIVE else NEEDED  # the first step is yet to come
+    missing = [name for name in needed if not (run.path / name).is_file()]
     if missing:
         found.append(f"Missing from the run's directory, so left out here: {', '.join(missing)}.")
     resumes = run.read("resumes.json").get("resumes")

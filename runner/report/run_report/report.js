@@ -28,7 +28,8 @@
   // Steps over which the running mean forgets; the slider goes from none to a fifth of the run.
   const memory = () => {
     const share = Number(byId("smoothing").value) / 100;
-    return share === 0 ? 0 : Math.max(1, share ** 3 * last * 0.2);
+    const steps = share ** 2 * last * 0.2;
+    return steps < 0.5 ? 0 : steps;
   };
 
   // Exponential running mean, corrected for its start; steps that are further apart weigh more.
