@@ -101,7 +101,7 @@ INPUTS = {
     "down_proj": "input of down",
 }  # fmt: skip
 COPIES = "16-bit copies of weights, MiB"
-_BY = {"_over_root": NORM, "weigh": NORM, "_fused": ATTENTION, "pointwise": MLP, "mul": MLP}
+_BY = {"over_root": NORM, "weigh": NORM, "_fused": ATTENTION, "pointwise": MLP, "mul": MLP}
 
 
 class Watched(Tape):

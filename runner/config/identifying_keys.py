@@ -28,6 +28,8 @@ ARCHITECTURE = (
     "architecture", "num_parameters", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
     "head_dim", "vocab_size", "tie_embeddings", "attention_bias", "num_experts", "experts_per_token",
     "dense_layers", "dense_intermediate_size", "shared_intermediate_size", "qk_norm",
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
 )  # fmt: skip
 """Facts of `model` that a pretrained model has, whatever is written beside it."""
 

@@ -32,6 +32,22 @@ _KEYS = {
     "context_length": ("max_position_embeddings",),
 }
 _EXPERT_KEYS = {"num_experts": ("num_local_experts", "num_experts"), "experts_per_token": ("num_experts_per_tok",)}
+_LINEAR_DEFAULTS = {
+    "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+}  # fmt: skip
+"""Of Qwen3_5TextConfig and Qwen3_5MoeTextConfig."""
+_LATENT_DEFAULTS = {
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
+"""Of DeepseekV2Config and DeepseekV3Config."""
+_DEEPSEEK_KEYS = {
+    "num_experts": ("n_routed_experts", "num_local_experts", "num_experts"),
+    "experts_per_token": ("num_experts_per_tok",),
+    "intermediate_size": ("moe_intermediate_size",),
+    "dense_intermediate_size": ("intermediate_size",),
+    "head_dim": (),
+    **{key: (key,) for key in _LATENT_DEFAULTS},
+}
 _OWN_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
     "mixtral": _EXPERT_KEYS,
     "qwen3_moe": {**_EXPERT_KEYS, "intermediate_size": ("moe_intermediate_size",)},
@@ -41,7 +57,17 @@ _OWN_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
         "intermediate_size": ("moe_intermediate_size",),
         "dense_intermediate_size": ("intermediate_size",),
     },
+    "deepseek_v2": _DEEPSEEK_KEYS,
+    "deepseek_v3": _DEEPSEEK_KEYS,
     "gpt_oss": _EXPERT_KEYS,
+    "qwen3_5_text": {key: (key,) for key in _LINEAR_DEFAULTS},
+    "qwen3_5_moe_text": {
+        "num_experts": ("num_experts",),
+        "experts_per_token": ("num_experts_per_tok",),
+        "intermediate_size": ("moe_intermediate_size",),
+        "shared_intermediate_size": ("shared_expert_intermediate_size",),
+        **{key: (key,) for key in _LINEAR_DEFAULTS},
+    },
     "gpt_neox": {"num_kv_heads": (), "head_dim": ()},
     "gpt2": {
         "hidden_size": ("n_embd", "hidden_size"),
@@ -64,6 +90,10 @@ _DEFAULTS: dict[str, tuple[int | bool | None, ...]] = {
     "qwen3_moe": (2048, 768, 24, 32, 4, None, 151936, 32768, False),
     "glm4_moe": (4096, 1408, 46, 96, 8, None, 151552, 131072, False),
     "gpt_oss": (2880, 2880, 36, 64, 8, 64, 201088, 131072, False),
+    "deepseek_v2": (4096, 1407, 32, 32, None, None, 102400, 2048, False),
+    "deepseek_v3": (7168, 2048, 61, 128, 128, None, 129280, 4096, False),
+    "qwen3_5_moe_text": (2048, 512, 40, 16, 2, 256, 248320, 32768, False),
+    "qwen3_5_text": (4096, 12288, 32, 16, 4, 256, 248320, 32768, False),
     "gemma": (3072, 24576, 28, 16, 16, 256, 256000, 8192, True),
     "gemma2": (2304, 9216, 26, 8, 4, 256, 256000, 8192, True),
     "gemma3_text": (2304, 9216, 26, 8, 4, 256, 262208, 131072, True),
@@ -84,8 +114,12 @@ _EXPERT_DEFAULTS = {
     "qwen3_moe": (128, 8),
     "glm4_moe": (128, 8),
     "gpt_oss": (128, 4),
+    "deepseek_v2": (64, None),
+    "deepseek_v3": (256, 8),
+    "qwen3_5_moe_text": (256, 8),
 }  # experts, and those of one token
-_DENSE_DEFAULT = 10944  # intermediate_size of Glm4MoeConfig
+_SHARED_DEFAULTS = {"glm4_moe": (10944, 1, 1), "deepseek_v2": (11008, 0, 2), "deepseek_v3": (18432, 3, 1)}
+"""intermediate_size, first_k_dense_replace and n_shared_experts."""
 
 # Keys that change matrices, norms or what is kept for the backward pass, and the one value whose shape is known.
 _ONLY: dict[str, dict[str, Any]] = {
@@ -93,6 +127,10 @@ _ONLY: dict[str, dict[str, Any]] = {
     "granite": {"mlp_bias": False},
     "smollm3": {"mlp_bias": False, "no_rope_layer_interval": 4},
     "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3_5_text": {"linear_conv_kernel_dim": 4, "full_attention_interval": 4},
+    "qwen3_5_moe_text": {"linear_conv_kernel_dim": 4, "full_attention_interval": 4},
+    "deepseek_v2": {"mlp_bias": False, "topk_method": "greedy"},
+    "deepseek_v3": {"rope_interleave": True, "norm_topk_prob": True},
     "phi": {"qk_layernorm": False},
     "gpt_neox": {"attention_bias": True, "use_parallel_residual": True},
     "gpt2": {"add_cross_attention": False},
@@ -144,17 +182,22 @@ def config_of(model: ModelSpec) -> dict[str, Any]:
         "max_position_embeddings": model.context_length,
         "tie_word_embeddings": model.tie_embeddings,
         "attention_bias": model.attention_bias,
-        "num_local_experts": model.num_experts,
         "num_experts_per_tok": model.experts_per_token,
     }
-    own = _OWN_KEYS.get(model.architecture or "", {}).get("intermediate_size", ())
-    config |= dict.fromkeys(own, model.intermediate_size)
-    if model.shared_intermediate_size and model.intermediate_size:
+    own = _OWN_KEYS.get(model.architecture or "", {})
+    config |= dict.fromkeys(own.get("intermediate_size", ()), model.intermediate_size)
+    config[own.get("num_experts", ("num_local_experts",))[0]] = model.num_experts
+    if model.shared_intermediate_size and model.intermediate_size and model.dense_layers is not None:
         config["intermediate_size"] = model.dense_intermediate_size
         config["first_k_dense_replace"] = model.dense_layers
         config["n_shared_experts"] = model.shared_intermediate_size // model.intermediate_size
-        config["use_qk_norm"] = bool(model.qk_norm)
-    return {key: value for key, value in config.items() if value is not None}
+        config |= {} if model.kv_lora_rank else {"use_qk_norm": bool(model.qk_norm)}
+    if model.architecture == "qwen3_5_moe_text":
+        config["shared_expert_intermediate_size"] = model.shared_intermediate_size
+    config |= {key: getattr(model, key) for key in (*_LINEAR_DEFAULTS, *_LATENT_DEFAULTS)}
+    config |= {"head_dim": None} if model.kv_lora_rank else {}
+    found = {key: value for key, value in config.items() if value is not None}
+    return found | ({"q_lora_rank": model.q_lora_rank} if model.kv_lora_rank else {})  # null: queries have one matrix
 
 
 def local_facts(model_id: str, revision: str | None = None) -> dict[str, object] | None:
@@ -188,14 +231,15 @@ def _variants(model_type: str, config: Mapping[str, object], source: str | None)
 def _unusual_layers(model_type: str, config: Mapping[str, object], source: str | None) -> Iterator[Problem]:
     """Lists of one entry per layer that say which have positions, and which see a window: other ones than the usual."""
     traits = TRAITS[model_type]
-    every = traits.odd_every if traits.odd == "unrotated" else 0
+    every = traits.odd_every if traits.odd != "own_table" else 0
     key, without = ("no_rope_layers", 0) if model_type == "smollm3" else ("layer_types", "full_attention")
     listed = config.get(key)
     if not every or not isinstance(listed, list):
         return
     usual = [(i + 1) % every == 0 for i in range(len(listed))]
     if [one == without for one in listed] != usual:
-        what = f"{key}: the shape of {model_type} is known with every {every}th layer without positions only"
+        how = "without positions" if traits.odd == "unrotated" else "with attention"
+        what = f"{key}: the shape of {model_type} is known with every {every}th layer {how} only"
         yield Problem(what, source, "plan a model of the same sizes without it")
 
 
@@ -212,8 +256,9 @@ def _bias(model_type: str, config: Mapping[str, object], source: str | None) -> 
 
 def _shared_experts(facts: Mapping[str, Any], config: Mapping[str, object], source: str | None) -> dict[str, object]:
     """Dense layers and shared experts of a mixture, and whether queries and keys are normalised."""
-    dense, shared = config.get("first_k_dense_replace", 1), config.get("n_shared_experts", 1)
-    normed = config.get("use_qk_norm", False)
+    _, first, number = _SHARED_DEFAULTS[facts["architecture"]]
+    dense, shared = config.get("first_k_dense_replace", first), config.get("n_shared_experts", number)
+    normed = config.get("use_qk_norm", False) if not TRAITS[facts["architecture"]].latent else False
     problems = []
     if not (_is_size(dense, False, MOST_LAYERS) or (dense == 0 and not isinstance(dense, bool))):
         problems.append(f"first_k_dense_replace={json.dumps(dense)}: expected a whole number from 0")
@@ -232,13 +277,16 @@ def _sizes(model_type: str, config: Mapping[str, object], source: str | None) ->
     keys = {**_KEYS, **_OWN_KEYS.get(model_type, {})}
     facts: dict[str, Any] = dict(zip((*_KEYS, "tie_embeddings"), _DEFAULTS[model_type], strict=True))
     facts |= dict(zip(_EXPERT_KEYS, _EXPERT_DEFAULTS.get(model_type, ()), strict=False))
-    facts |= {"dense_intermediate_size": _DENSE_DEFAULT} if TRAITS[model_type].shared else {}
+    facts |= {"dense_intermediate_size": _SHARED_DEFAULTS[model_type][0]} if TRAITS[model_type].shared else {}
+    facts |= {"shared_intermediate_size": 512} if TRAITS[model_type].gated_expert else {}  # Qwen3_5MoeTextConfig
+    facts |= _LINEAR_DEFAULTS if TRAITS[model_type].odd == "attends" else {}
+    facts |= _LATENT_DEFAULTS if TRAITS[model_type].latent else {}
     problems = []
     for fact, names in keys.items():
         for name in reversed(names):
             if name in config:
                 facts[fact] = config[name]
-                optional = fact in ("num_kv_heads", "head_dim") or name == "n_inner"
+                optional = fact in ("num_kv_heads", "head_dim", "q_lora_rank", "experts_per_token") or name == "n_inner"
                 largest = MOST_LAYERS if fact == "num_layers" else LARGEST_SIZE
                 if not _is_size(config[name], optional, largest):
                     what = f"{name}={json.dumps(config[name])}: expected a whole number from 1 to {largest:,}"
@@ -251,7 +299,8 @@ def _sizes(model_type: str, config: Mapping[str, object], source: str | None) ->
     facts["tie_embeddings"] = tied
     if facts["num_kv_heads"] is None:
         facts["num_kv_heads"] = facts["num_heads"]
-    if facts["head_dim"] is None and (TRAITS[model_type].shared or facts["hidden_size"] % facts["num_heads"] == 0):
+    own_width = TRAITS[model_type].shared or facts["hidden_size"] % facts["num_heads"] == 0
+    if facts["head_dim"] is None and own_width and not TRAITS[model_type].latent:
         facts["head_dim"] = facts["hidden_size"] // facts["num_heads"]
     if facts["intermediate_size"] is None:  # GPT2Block: n_inner, or 4 × the hidden size
         facts["intermediate_size"] = 4 * facts["hidden_size"]

@@ -16,7 +16,7 @@ from runner.plan.autograd.ops import AttentionKernel, LayerKind, Setting
 from runner.plan.autograd.step_peak import Step, TrainableLayers, patterns
 from runner.plan.autograd.tape import KINDS
 from runner.plan.host_memory import CPU_PROCESS
-from runner.plan.model_shape import Shape
+from runner.plan.model_shape import Shape, cached_values
 from runner.plan.simulation import step_of
 from runner.plan.trainable import Precision, Training, largest_trained, norms_and_biases
 from runner.plan.zero_config import ResolvedConfig
@@ -305,7 +305,7 @@ def _answers(training: Training, setting: Setting, batch: int, prompt: int, new_
     """Keys and values of so many answers at their longest, and the pass that reads their prompts."""
     shape = training.shape
     length = prompt + new_tokens
-    cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * length * batch * training.width
+    cache = shape.over_layers(lambda layer: cached_values(shape, layer, length)) * batch * training.width
     # generate() computes the last position's logits only; the adapters' own products are next to nothing.
     forward = Setting(
         b=batch, s=prompt, width=setting.width, autocast=setting.autocast, trained_width=setting.trained_width,

@@ -47,7 +47,11 @@ class Traits(NamedTuple):
     """Layers have a router and experts in place of an MLP."""
     shared: bool = False
     """A mixture whose first layers have an MLP, and all others also an expert that every token goes through. The router
-    is in fp32, and its shares are sigmoids."""
+    is in fp32."""
+    sigmoid: bool = False
+    """The shares of a mixture's experts are sigmoids, and no softmax."""
+    gated_expert: bool = False
+    """A mixture with an expert that every token goes through, and a gate for what it says."""
     router: str = "gate"
     """Name of a mixture's router."""
     biased_experts: bool = False
@@ -60,15 +64,21 @@ class Traits(NamedTuple):
     `layer`: torch's LayerNorm; `layer_wide`: one written out in fp32, without a bias."""
     norm_names: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     """Modules of a layer that are norms, beside those of queries and keys."""
-    rotation: Literal["half", "narrowed", "interleaved", "split"] = "half"
+    rotation: Literal["half", "narrowed", "interleaved", "split", "pairs", "complex"] = "half"
     """`half`: the second half of a head against the first; `split`: the same, each half by itself; `narrowed`: as
-    `half`, cast back to the width of the heads; `interleaved`: every second feature, in fp32."""
+    `half`, cast back to the width of the heads; `interleaved`: every second feature, in fp32; `pairs`: the same, each
+    by itself; `complex`: as complex numbers."""
     rotary_share: float = 1.0
     """Share of a head's features that are rotated where a config does not say."""
     odd_every: int = 0
     """Every so many layers one is unlike the others; 0 where all are alike."""
-    odd: Literal["unrotated", "own_table"] = "own_table"
-    """How: it has no positions, or cosines and sines of its own."""
+    odd: Literal["unrotated", "own_table", "attends"] = "own_table"
+    """How: it has no positions; or cosines and sines of its own; or attention, where the others have a gated delta
+    rule."""
+    latent: bool = False
+    """Keys and values are made of a vector that all heads share (MLA), queries of another."""
+    gated_attention: bool = False
+    """What attention says is multiplied with a gate, which the projection of queries makes, too."""
     windows: bool = False
     """Some layers see a window: the model makes a mask for them, too."""
     softcap: bool = False
@@ -98,10 +108,22 @@ TRAITS = {
     "qwen2": Traits(qkv_bias=True),
     "qwen3": Traits(qk_norm="head", attention_bias="all"),
     "qwen3_moe": Traits(qk_norm="head", mixture=True, attention_bias="all"),
-    "glm4_moe": Traits(mixture=True, shared=True, attention_bias="qkv", rotary_share=0.5),
+    "glm4_moe": Traits(mixture=True, shared=True, sigmoid=True, attention_bias="qkv", rotary_share=0.5),
+    "deepseek_v2": Traits(mixture=True, shared=True, attention_bias="all", latent=True, rotation="complex"),
+    "deepseek_v3": Traits(
+        mixture=True, shared=True, sigmoid=True, attention_bias="all", latent=True, rotation="pairs"
+    ),
     "gpt_oss": Traits(
         qkv_bias=True, attention_bias="all", mixture=True, router="router", biased_experts=True, norm="rms_wide",
         rotation="split", windows=True,
+    ),
+    "qwen3_5_text": Traits(
+        qk_norm="head", attention_bias="all", norm="rms_offset", odd_every=4, odd="attends", gated_attention=True,
+        rotary_share=0.25,
+    ),
+    "qwen3_5_moe_text": Traits(
+        qk_norm="head", attention_bias="all", norm="rms_offset", odd_every=4, odd="attends", gated_attention=True,
+        rotary_share=0.25, mixture=True, gated_expert=True,
     ),
     "gemma": Traits(norm="rms_offset", scaled_embedding="inside", attention_bias="all"),
     "gemma2": _GEMMA._replace(softcap=True, capped_logits=True, attention_bias="all"),
@@ -147,13 +169,68 @@ _NEEDED = (
 
 _MIXTURE = ("num_experts", "experts_per_token")
 _SHARED = ("dense_layers", "dense_intermediate_size", "shared_intermediate_size")
+_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_LINEAR = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
 
 
-FACTS = ("architecture", "head_dim", "attention_bias", "qk_norm", *_NEEDED, *_MIXTURE, *_SHARED)
+FACTS = (
+    "architecture",
+    "head_dim",
+    "attention_bias",
+    "qk_norm",
+    *_NEEDED,
+    *_MIXTURE,
+    *_SHARED,
+    *_LINEAR,
+    "q_lora_rank",
+    *_LATENT,
+)
 """Fields of ModelSpec that `complete` reads."""
 
 
 _OWN_HEADS = ("gpt_neox", "gpt2")  # every query head has its own keys and values, of width hidden_size / num_heads
+
+
+class LinearAttention(NamedTuple):
+    """Sizes of layers with a gated delta rule in place of attention (Gated DeltaNet, arXiv 2412.06464)."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    """Width of a head of queries and keys."""
+    value_dim: int
+    """Width of a head of values."""
+
+    @property
+    def keys(self) -> int:
+        """Width of all keys, and of all queries."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Width of all values."""
+        return self.value_heads * self.value_dim
+
+
+CHUNK = 64
+"""Tokens that the gated delta rule takes at once: `chunk_size` of `torch_chunk_gated_delta_rule`, transformers 5.23."""
+CONVOLVED = 4
+"""Tokens under its convolution: `linear_conv_kernel_dim` of all published models."""
+
+
+class LatentAttention(NamedTuple):
+    """Sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
+
+    query_rank: int
+    """Width of the vector that queries are made of; 0 where they are made of the layer's input."""
+    rank: int
+    """Width of the vector that keys and values are made of."""
+    plain: int
+    """Features of a head of queries and keys that are not rotated."""
+    rotated: int
+    """Those that are; those of keys are shared by all heads."""
+    value_dim: int
+    """Width of a head of values."""
 
 
 class Sizes(NamedTuple):
@@ -175,6 +252,8 @@ class Sizes(NamedTuple):
     dense_layers: int
     dense_inner: int
     shared_inner: int
+    linear: LinearAttention | None
+    latent: LatentAttention | None
 
 
 def complete(facts: Mapping[str, str | int | None]) -> Sizes:
@@ -183,11 +262,19 @@ def complete(facts: Mapping[str, str | int | None]) -> Sizes:
     known = {key: int(value) for key, value in facts.items() if key != "architecture" and value is not None}
     if traits.family in _OWN_HEADS and "num_heads" in known:
         known.setdefault("num_kv_heads", known["num_heads"])
-    needed = (*_NEEDED, *(_MIXTURE if traits.mixture else ()), *(_SHARED if traits.shared else ()))
+    linear = traits.odd == "attends"
+    parts = (
+        (_MIXTURE, traits.mixture), (_SHARED, traits.shared), (_SHARED[2:], traits.gated_expert), (_LINEAR, linear),
+        (_LATENT, traits.latent),
+    )  # fmt: skip
+    needed = (*_NEEDED, *(key for keys, has in parts if has for key in keys))
     missing = [key for key in needed if key not in known]
     if missing:
         raise RequestError(_missing(missing))
+    latent = LatentAttention(known.get("q_lora_rank", 0), *(known[key] for key in _LATENT)) if traits.latent else None
     head_dim = known.get("head_dim") or known["hidden_size"] // known["num_heads"]
+    if latent:
+        head_dim = latent.plain + latent.rotated
     if problems := _contradictions(str(facts["architecture"]), traits, known):
         raise RequestError(*problems)
     return Sizes(
@@ -207,6 +294,8 @@ def complete(facts: Mapping[str, str | int | None]) -> Sizes:
         known.get("dense_layers", 0),
         known.get("dense_intermediate_size", 0),
         known.get("shared_intermediate_size", 0),
+        LinearAttention(*(known[key] for key in _LINEAR)) if linear else None,
+        latent,
     )
 
 
@@ -224,7 +313,11 @@ def _traits(facts: Mapping[str, str | int | None]) -> Traits:
             )
         )
     traits = TRAITS[str(architecture)]
-    return traits._replace(qk_norm="head") if traits.shared and facts["qk_norm"] else traits
+    return traits._replace(qk_norm="head") if _chooses_norms(traits) and facts["qk_norm"] else traits
+
+
+def _chooses_norms(traits: Traits) -> bool:
+    return traits.shared and not traits.latent
 
 
 def _missing(keys: list[str]) -> Problem:
@@ -240,7 +333,7 @@ def _contradictions(architecture: str, traits: Traits, known: dict[str, int]) ->
     """What cannot be true of any model of this architecture."""
     hidden, heads, kv_heads = known["hidden_size"], known["num_heads"], known["num_kv_heads"]
     found = []
-    if hidden % heads and ("head_dim" not in known or traits.family in _OWN_HEADS):
+    if hidden % heads and ("head_dim" not in known or traits.family in _OWN_HEADS) and not traits.latent:
         what = f"model.hidden_size={hidden} is not a multiple of model.num_heads={heads}"
         found.append(
             Problem(what, None, "correct one of them" if traits.family in _OWN_HEADS else "write model.head_dim=…")
@@ -260,10 +353,28 @@ def _contradictions(architecture: str, traits: Traits, known: dict[str, int]) ->
     if not traits.mixture and any(key in known for key in _MIXTURE):
         what = f"model.architecture={architecture} has no experts"
         found.append(Problem(what, None, "write model.num_experts=null model.experts_per_token=null"))
-    if not traits.shared and any(key in known for key in ("qk_norm", *_SHARED)):
-        keys = " ".join(f"model.{key}=null" for key in ("qk_norm", *_SHARED) if key in known)
+    of_experts = _SHARED if traits.shared else _SHARED[2:] if traits.gated_expert else ()
+    wrong = [key for key in _SHARED if key in known and key not in of_experts]
+    wrong += ["qk_norm"] if "qk_norm" in known and not _chooses_norms(traits) else []
+    if wrong:
+        keys = " ".join(f"model.{key}=null" for key in wrong)
         what = f"model.architecture={architecture} has no shared experts, and no choice of norms"
+        if of_experts:
+            what = f"model.architecture={architecture} has no {' and no '.join(f'model.{key}' for key in wrong)}"
         found.append(Problem(what, None, f"write {keys}"))
+    if not traits.latent and any(key in known for key in ("q_lora_rank", *_LATENT)):
+        keys = " ".join(f"model.{key}=null" for key in ("q_lora_rank", *_LATENT) if key in known)
+        found.append(Problem(f"model.architecture={architecture} has no latent attention", None, f"write {keys}"))
+    if traits.latent and "head_dim" in known:
+        what = f"model.head_dim={known['head_dim']}: in {architecture} it is qk_nope_head_dim + qk_rope_head_dim"
+        found.append(Problem(what, None, "write model.head_dim=null"))
+    if traits.odd != "attends" and any(key in known for key in _LINEAR):
+        keys = " ".join(f"model.{key}=null" for key in _LINEAR if key in known)
+        found.append(Problem(f"model.architecture={architecture} has no linear attention", None, f"write {keys}"))
+    if traits.odd == "attends" and known["linear_num_value_heads"] % known["linear_num_key_heads"]:
+        more, fewer = known["linear_num_value_heads"], known["linear_num_key_heads"]
+        what = f"model.linear_num_value_heads={more} is not a multiple of model.linear_num_key_heads={fewer}"
+        found.append(Problem(what, None, "correct one of them"))
     if traits.shared and known["dense_layers"] > known["num_layers"]:
         what = f"model.dense_layers={known['dense_layers']} of model.num_layers={known['num_layers']}"
         found.append(Problem(what, None, "correct one of them"))
@@ -331,9 +442,11 @@ class LayerShape:
     matrices: tuple[Matrix, ...]
     """Its matrices, in the order of their use; in a mixture the router too."""
     norm_parameters: int
-    """Values in its norms and its sinks."""
+    """Values in its norms, its sinks, and a convolution with decays."""
     table: int | None = 0
     """Which of the model's cosines and sines rotate queries and keys; None where nothing does."""
+    linear: LinearAttention | None = None
+    """The gated delta rule that it has in place of attention."""
 
     @property
     def parameters(self) -> int:
@@ -372,6 +485,8 @@ class Shape:
     """Experts that each token is routed to."""
     head_outputs: int = 0
     """Outputs of the head where they are not the vocabulary's words; 0 where they are."""
+    latent: LatentAttention | None = None
+    """Its attention, where keys and values are made of a vector that all heads share."""
     rotary_dim: int = 0
     """Features of a head that are rotated; 0 without rotary positions.
 
@@ -415,6 +530,27 @@ class Shape:
         """The sum of something of each layer."""
         values = {kind: value(kind) for kind in self.kinds}
         return sum(values[layer] for layer in self.layers)
+
+
+def mixing_flops(shape: Shape, layer: LayerShape, span: float) -> float:
+    """Forward operations of a token with others, beside those of the matrices: `span` is as long as the row whose half
+    a causal kernel computes. Of a gated delta rule: its products with a chunk, two triangular systems, the state."""
+    if (linear := layer.linear) is not None:
+        key, value = linear.key_dim, linear.value_dim
+        return linear.value_heads * (CHUNK * (5 * key + 3 * value) + 6 * key * value)
+    value = shape.latent.value_dim if shape.latent else shape.head_dim
+    return span * shape.num_heads * (shape.head_dim + value)
+
+
+def cached_values(shape: Shape, layer: LayerShape, length: int) -> int:
+    """Values that `generate` keeps of one answer of that length in a layer."""
+    if (linear := layer.linear) is not None:  # the state is in fp32, which counts as two values
+        return (
+            CONVOLVED * (2 * linear.keys + linear.values) + 2 * linear.value_heads * linear.key_dim * linear.value_dim
+        )
+    if shape.latent:
+        return (shape.latent.rank + shape.latent.rotated) * length
+    return 2 * shape.num_kv_heads * shape.head_dim * length
 
 
 MOST_VALUES = 2**31 - 1
@@ -464,7 +600,10 @@ def _shape(facts: tuple[str | int | None, ...]) -> Shape:
     norm = s.hidden * (2 if s.traits.norm == "layer" else 1)
     layer = LayerShape(_MATRICES[s.traits.family](s), len(s.traits.norm_names) * norm + _qk_norms(s) + _sinks(s))
     odd, every = replace(layer, table=None if s.traits.odd == "unrotated" else 1), s.traits.odd_every
-    dense = replace(layer, matrices=(*_attention(s), *_mlp(s, s.dense_inner))) if s.dense_layers else layer
+    if s.linear:
+        odd, layer = replace(layer, table=0), _linear_layer(s, s.linear, len(s.traits.norm_names) * norm)
+    attention = _latent_attention(s, s.latent) if s.latent else _attention(s)
+    dense = replace(layer, matrices=(*attention, *_mlp(s, s.dense_inner))) if s.dense_layers else layer
     return Shape(
         traits=s.traits,
         layers=tuple(
@@ -484,11 +623,28 @@ def _shape(facts: tuple[str | int | None, ...]) -> Shape:
         num_experts=s.experts,
         experts_per_token=s.experts_per_token,
         rotary_dim=_rotary_dim(s),
+        latent=s.latent,
     )
+
+
+def _linear_layer(s: Sizes, linear: LinearAttention, norms: int) -> LayerShape:
+    """A layer with a gated delta rule: `Qwen3_5GatedDeltaNet`."""
+    joined = 2 * linear.keys + linear.values
+    matrices = (
+        Matrix("in_proj_qkv", s.hidden, joined),
+        Matrix("in_proj_z", s.hidden, linear.values),
+        Matrix("in_proj_b", s.hidden, linear.value_heads),
+        Matrix("in_proj_a", s.hidden, linear.value_heads),
+        Matrix("out_proj", linear.values, s.hidden),
+    )
+    small = CONVOLVED * joined + 2 * linear.value_heads + linear.value_dim  # convolution, dt_bias and A_log, norm
+    return LayerShape((*matrices, *_forward(s)), norms + small, table=None, linear=linear)
 
 
 def _qk_norms(s: Sizes) -> int:
     """Values in the norms of queries and keys."""
+    if s.latent:
+        return s.latent.query_rank + s.latent.rank
     heads = {"": 0, "head": 2, "whole": s.heads + s.kv_heads}[s.traits.qk_norm]
     return heads * s.head_dim
 
@@ -498,10 +654,15 @@ def _sinks(s: Sizes) -> int:
 
 
 def _llama(s: Sizes) -> tuple[Matrix, ...]:
+    return (*(_latent_attention(s, s.latent) if s.latent else _attention(s)), *_forward(s))
+
+
+def _forward(s: Sizes) -> tuple[Matrix, ...]:
+    """The MLP, or a mixture."""
     if not s.traits.mixture:
-        return (*_attention(s), *_mlp(s, s.inner))
-    biased = s.traits.biased_experts
-    asked: tuple[tuple[str, ...] | None, ...] = ((),) * 3 if biased else (None,) * 3
+        return _mlp(s, s.inner)
+    biased, gated = s.traits.biased_experts, s.traits.gated_expert
+    asked: tuple[tuple[str, ...] | None, ...] = ((),) * 3 if biased or gated else (None,) * 3
     if s.traits.shared:
         asked = ("gate",), ("gate_proj", "up_proj"), ("down_proj",)
     experts = (
@@ -509,16 +670,34 @@ def _llama(s: Sizes) -> tuple[Matrix, ...]:
         _fused("gate_up_proj", s.hidden, 2 * s.inner, s.experts, biased, rank_factor=2, asked_as=asked[1]),
         _fused("down_proj", s.inner, s.hidden, s.experts, biased, asked_as=asked[2]),
     )
-    return (*_attention(s), *experts, *(_mlp(s, s.shared_inner) if s.traits.shared else ()))
+    gate = (Matrix("shared_expert_gate", s.hidden, 1),) if gated else ()
+    return (*experts, *(_mlp(s, s.shared_inner) if s.traits.shared or gated else ()), *gate)
+
+
+def _latent_attention(s: Sizes, latent: LatentAttention) -> tuple[Matrix, ...]:
+    bias, query = s.qkv_bias, s.heads * s.head_dim
+    queries: tuple[Matrix, ...] = (Matrix("q_proj", s.hidden, query),)
+    if latent.query_rank:
+        queries = (
+            Matrix("q_a_proj", s.hidden, latent.query_rank, bias),
+            Matrix("q_b_proj", latent.query_rank, query),
+        )
+    return (
+        *queries,
+        Matrix("kv_a_proj_with_mqa", s.hidden, latent.rank + latent.rotated, bias),
+        Matrix("kv_b_proj", latent.rank, s.heads * (latent.plain + latent.value_dim)),
+        Matrix("o_proj", s.heads * latent.value_dim, s.hidden, bias),
+    )
 
 
 def _attention(s: Sizes) -> tuple[Matrix, ...]:
     query, key, bias = s.heads * s.head_dim, s.kv_heads * s.head_dim, s.qkv_bias
     output = Matrix("o_proj", query, s.hidden, bias and s.traits.attention_bias == "all")
+    gated = 2 if s.traits.gated_attention else 1
     if s.traits.fused_qkv:
         return Matrix("qkv_proj", s.hidden, query + 2 * key), output
     return (
-        Matrix("q_proj", s.hidden, query, bias),
+        Matrix("q_proj", s.hidden, gated * query, bias),
         Matrix("k_proj", s.hidden, key, bias),
         Matrix("v_proj", s.hidden, key, bias),
         output,
@@ -591,4 +770,6 @@ def _rotary_dim(s: Sizes) -> int:
         return 0
     if s.traits.family == "phi":
         return min(_PHI_ROTARY, s.head_dim)
+    if s.latent:
+        return s.latent.rotated
     return int(s.head_dim * (_GPT_NEOX_ROTARY if s.traits.family == "gpt_neox" else s.traits.rotary_share))

@@ -32,7 +32,7 @@ from runner.plan.hardware_speed import (
     efficiency,
     machine_of,
 )
-from runner.plan.model_shape import Shape
+from runner.plan.model_shape import Shape, mixing_flops
 
 __all__ = ["Machine", "StepTime", "Work", "evaluation_time", "flops_per_token", "machine_of", "step_time", "work_of"]
 
@@ -78,7 +78,8 @@ def flops_per_token(
     active = all_active / layers
     head = (shape.head_outputs or shape.vocab_size) * shape.hidden_size
     span = seq if span is None else span
-    attention = 2.0 * span * shape.num_heads * shape.head_dim  # 2 products × 2 operations × s/2 × d
+    # of attention 2 products × 2 operations × s/2 × d
+    attention = sum(mixing_flops(shape, kind, span) * n for kind, n in Counter(shape.layers).items()) / layers
     per_layer = 2 * active + attention
     total = (1 + quiet) * (layers * per_layer + 2 * head)
     total += reached * (2 * active + 2 * attention) + 2 * head

@@ -36,7 +36,7 @@ _MODULES: dict[Family, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Last names of modules with weights, around the layers and in them, beside matrices and norms; transformers 5.23.0."""
 
-_LAST_OF_ATTENTION = ("o_proj", "dense", "c_proj")
+_LAST_OF_ATTENTION = ("o_proj", "dense", "c_proj", "out_proj")
 """The matrix after which those of the MLP follow."""
 
 
@@ -50,7 +50,12 @@ def modules_of(shape: Shape) -> set[str]:
     around, inside = _MODULES[shape.traits.family]
     found = {*around, *inside, *shape.traits.norm_names, *(m.name for m in shape.matrices if m.linear)}
     found |= {"q_norm", "k_norm"} if shape.traits.qk_norm else set()
+    if shape.latent is not None:
+        found |= {"kv_a_layernorm", *(["q_a_layernorm"] if shape.latent.query_rank else [])}
+    if any(layer.linear for layer in shape.kinds):
+        found |= {"linear_attn", "conv1d", "norm"}
     found |= {"experts", shape.traits.router} if shape.num_experts else set()
+    found |= {"shared_expert"} if shape.traits.gated_expert else set()
     return found | ({"shared_experts"} if shape.traits.shared else set())
 
 
@@ -268,7 +273,8 @@ def _inside_layer(shape: Shape, layer: LayerShape, modules: set[str]) -> int:
     if modules & {"layers", "h"}:
         return layer.parameters
     norms = modules & {"input_layernorm", "post_attention_layernorm", "ln_1", "ln_2"}
-    attention, mlp = bool(modules & {"self_attn", "attention", "attn"}), "mlp" in modules
+    names = {"linear_attn"} if layer.linear else {"self_attn", "attention", "attn"}
+    attention, mlp = bool(modules & names), "mlp" in modules
     first = 1 + next(i for i, m in enumerate(layer.matrices) if m.name in _LAST_OF_ATTENTION)
     named = [m for i, m in enumerate(layer.matrices) if m.name in modules or (mlp if i >= first else attention)]
     return sum(m.parameters for m in named) + shape.final_norm_parameters * len(norms)

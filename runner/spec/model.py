@@ -65,6 +65,24 @@ class ModelSpec(Named):
     """Width of the expert that every token goes through."""
     qk_norm: bool | None = None
     """Queries and keys are normalised, in an architecture that leaves a choice of it (GLM-4 MoE)."""
+    q_lora_rank: int | None = Field(default=None, ge=1)
+    """Width of the vector that queries are made of in latent attention (DeepSeek); null where they have one matrix."""
+    kv_lora_rank: int | None = Field(default=None, ge=1)
+    """Width of the vector that keys and values are made of there."""
+    qk_nope_head_dim: int | None = Field(default=None, ge=1)
+    """Features of a head of queries and keys there that are not rotated."""
+    qk_rope_head_dim: int | None = Field(default=None, ge=1)
+    """Features that are."""
+    v_head_dim: int | None = Field(default=None, ge=1)
+    """Width of a head of values there."""
+    linear_num_key_heads: int | None = Field(default=None, ge=1)
+    """Heads of queries and keys in layers with linear attention (Qwen3.5)."""
+    linear_num_value_heads: int | None = Field(default=None, ge=1)
+    """Heads of values there."""
+    linear_key_head_dim: int | None = Field(default=None, ge=1)
+    """Width of one of those heads of queries and keys."""
+    linear_value_head_dim: int | None = Field(default=None, ge=1)
+    """Width of one of those heads of values."""
     learning_rate_full: float = Field(default=1e-5, gt=0)
     """Learning rate that methods training the model's own weights start from."""
     learning_rate_adapter: float = Field(default=2e-4, gt=0)

@@ -12,12 +12,10 @@ from click.testing import Result
 from runner.resolve import simulator
 from tests.support.front import runner
 
-DEEPSEEK = {
-    "model_type": "deepseek_v3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 24,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 500, "max_position_embeddings": 2048,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32,
-    "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 16, "pad_token_id": 0, "eos_token_id": 1, "quantization_config": {"quant_method": "fp8"},
+UNKNOWN = {
+    "model_type": "starcoder2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 24,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500, "max_position_embeddings": 2048,
+    "bos_token_id": 1, "pad_token_id": 0, "eos_token_id": 1, "quantization_config": {"quant_method": "fp8"},
 }  # fmt: skip
 
 
@@ -42,7 +40,7 @@ def plan(*words: str) -> Result:
 
 def test_it_is_simulated_once_and_said_to_be(here: Path) -> None:
     words = (
-        written(here / "odd", DEEPSEEK),
+        written(here / "odd", UNKNOWN),
         "method=lora",
         "train.gradient_checkpointing=true",
         "train.micro_batch_size=2",
@@ -50,8 +48,8 @@ def test_it_is_simulated_once_and_said_to_be(here: Path) -> None:
     first = json.loads(plan(*words, "--json").stdout)
     assert first["fits"] and first["trainable_parameters"] > 0 and first["step_seconds"] > 0
     seen = first["simulated"]
-    assert seen["model_type"] == "deepseek_v3" and seen["steps"] > 0 and seen["seconds"] > 0 and not seen["cached"]
-    assert "memory and operations of deepseek_v3 are simulated, not calculated" in first["notes"][0]
+    assert seen["model_type"] == "starcoder2" and seen["steps"] > 0 and seen["seconds"] > 0 and not seen["cached"]
+    assert "memory and operations of starcoder2 are simulated, not calculated" in first["notes"][0]
     simulator.simulated_shape.cache_clear()
     simulator._process.cache_clear()
     second = json.loads(plan(*words, "--json").stdout)
@@ -61,14 +59,14 @@ def test_it_is_simulated_once_and_said_to_be(here: Path) -> None:
 
 def test_several_gpus_share_what_was_simulated(here: Path) -> None:
     words = "hw=h100x3", "method=full", "train.gradient_checkpointing=true", "train.micro_batch_size=1"
-    words = written(here / "odd", DEEPSEEK), *words, "train.batch_size=3"
+    words = written(here / "odd", UNKNOWN), *words, "train.batch_size=3"
     alone, shared = (json.loads(plan(*words, f"deepspeed={stage}", "--json").stdout) for stage in ("none", "zero3"))
     assert shared["zero_stage"] == "zero3" and shared["simulated"]["steps"] > 0
     assert shared["phases"]["step"]["optimizer"] <= alone["phases"]["step"]["optimizer"]
 
 
 def test_a_type_that_transformers_does_not_know_is_refused(here: Path) -> None:
-    result = plan(written(here / "odd", {**DEEPSEEK, "model_type": "nobodys"}))
+    result = plan(written(here / "odd", {**UNKNOWN, "model_type": "nobodys"}))
     said = " ".join(result.output.split())
     assert result.exit_code == 2
     assert (
@@ -77,21 +75,21 @@ def test_a_type_that_transformers_does_not_know_is_refused(here: Path) -> None:
 
 
 def test_a_config_that_builds_no_model_is_refused(here: Path) -> None:
-    result = plan(written(here / "odd", {**DEEPSEEK, "num_attention_heads": "many"}))
+    result = plan(written(here / "odd", {**UNKNOWN, "num_attention_heads": "many"}))
     assert result.exit_code == 2
-    assert "model_type deepseek_v3 is not known, and cannot be simulated" in " ".join(result.output.split())
+    assert "model_type starcoder2 is not known, and cannot be simulated" in " ".join(result.output.split())
 
 
 def test_without_torch_it_is_said_what_to_install(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulator, "_version", lambda name: None if name == "torch" else "1")
-    result = plan(written(here / "odd", DEEPSEEK))
+    result = plan(written(here / "odd", UNKNOWN))
     said = " ".join(result.output.split())
     assert result.exit_code == 2
     assert "torch to simulate it is not here" in said and "pip install torch: then" in said
 
 
 def test_a_kept_answer_that_is_damaged_is_made_again(here: Path) -> None:
-    model = written(here / "odd", DEEPSEEK)
+    model = written(here / "odd", UNKNOWN)
     said = json.loads(plan(model, "--json").stdout)
     for number, file in enumerate(sorted((here / "cache" / "simulations").iterdir())):
         damaged = ["{}", "[]", "null", '{"seconds": 1}', file.read_text("utf-8").replace("1", "2")]
@@ -106,5 +104,5 @@ def test_a_torch_that_cannot_be_imported_is_said(here: Path, monkeypatch: pytest
     (here / "broken").mkdir()
     (here / "broken" / "torch.py").write_text("raise ImportError('libcudart.so is missing')")
     monkeypatch.setenv("PYTHONPATH", str(here / "broken"))
-    result = plan(written(here / "odd", DEEPSEEK))
+    result = plan(written(here / "odd", UNKNOWN))
     assert result.exit_code == 2 and "libcudart.so is missing" in " ".join(result.output.split())

@@ -39,6 +39,17 @@ DENSE: dict[str, Any] = {
     "vocab_size": 1000, "context_length": 1024, "tie_embeddings": False,
 }  # fmt: skip
 PLAIN = {"num_kv_heads": 8, "intermediate_size": 1024}
+LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 48, "linear_value_head_dim": 64,
+}  # fmt: skip
+SHARED: dict[str, Any] = {
+    "num_experts": 8, "experts_per_token": 3, "intermediate_size": 192, "dense_layers": 1,
+    "dense_intermediate_size": 704, "shared_intermediate_size": 384, "num_layers": 4,
+}  # fmt: skip
+LATENT: dict[str, Any] = {
+    **SHARED, "head_dim": None, "num_kv_heads": 8, "q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16, "v_head_dim": 24,
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"num_heads": 16},  # heads that are together wider than the model
@@ -57,6 +68,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"num_kv_heads": 4, "vocab_size": 32064},  # its padding token is the 32,000th
     "phi": {**PLAIN, "hidden_size": 640, "head_dim": 80},
     "gpt_neox": PLAIN,
+    "qwen3_5_text": {"num_layers": 9, "tie_embeddings": True, **LINEAR},
+    "qwen3_5_moe_text": {
+        "num_layers": 9,
+        "num_experts": 8,
+        "experts_per_token": 3,
+        "intermediate_size": 192,
+        "shared_intermediate_size": 128,
+        **LINEAR,
+    },
+    "deepseek_v2": {**LATENT, "q_lora_rank": None},
+    "deepseek_v3": {**LATENT, "num_experts": 16},  # in eight groups of two or more
     "gpt2": {**PLAIN, "tie_embeddings": True},
     "mixtral": {"num_experts": 4, "experts_per_token": 2},
     "qwen3_moe": {"num_experts": 8, "experts_per_token": 3, "intermediate_size": 192},
@@ -79,6 +101,8 @@ MIXTURES = [family for family, facts in FAMILIES.items() if "num_experts" in fac
 """Held to 0.1 % but for an adapter of the router, of which 30 kB are not accounted for."""
 SMALL = 11_000
 """Bytes of masks, positions and the like that are no part of the tape: 0.3 % of the smallest forward passes."""
+WITHIN = {"deepseek_v2": 0.02}
+"""Of its LoRA without checkpointing 0.6 MB of gradients are not found."""
 Peaks = dict[str, float]
 
 
@@ -135,7 +159,7 @@ def assert_same(plan: Step, seen: simulate.Simulated, within: float, extra: floa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_and_method_peaks_where_the_real_model_does(family: str, method: str, checkpointing: str) -> None:
     spec = run_of(method, f"train.gradient_checkpointing={checkpointing}", family=family)
-    assert_same(planned(spec), simulated(spec), 0.003 if family in CLOSE else 0.01, floor=SMALL)
+    assert_same(planned(spec), simulated(spec), 0.003 if family in CLOSE else WITHIN.get(family, 0.01), floor=SMALL)
 
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
@@ -150,6 +174,14 @@ def test_a_gradient_that_is_a_view_is_not_added_to_in_place(checkpointing: str) 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_mixture_peaks_where_the_real_model_does(family: str, checkpointing: str) -> None:
     spec = run_of("full", f"train.gradient_checkpointing={checkpointing}", family=family)
+    floor = 2 * SMALL if family == "qwen3_5_moe_text" else 0  # positions in three dimensions
+    assert_same(planned(spec), simulated(spec), 0.001, floor=floor)
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_linear_attention_peaks_where_the_real_model_does(checkpointing: str) -> None:
+    """200 tokens: the last of four chunks is filled up."""
+    spec = run_of("full", f"train.gradient_checkpointing={checkpointing}", family="qwen3_5_text", s=200)
     assert_same(planned(spec), simulated(spec), 0.001)
 
 

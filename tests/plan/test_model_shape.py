@@ -39,6 +39,14 @@ MIXTURE = {"num_experts": 5, "num_experts_per_tok": 3}
 SHARED = {"n_routed_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 28, "n_shared_experts": 2}
 UNGROUPED = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
 GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 40, "vocab_size": 112}
+LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 10, "linear_value_head_dim": 14,
+}  # fmt: skip
+LATENT = {
+    **COMMON, **SHARED, "num_key_value_heads": 6, "q_lora_rank": 26, "kv_lora_rank": 18, "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 4, "v_head_dim": 12, "first_k_dense_replace": 1,
+    "n_group": 1, "topk_group": 1,
+}  # fmt: skip
 TINY: list[tuple[str, dict[str, Any]]] = [
     ("llama", COMMON),
     ("llama", {**UNGROUPED, "tie_word_embeddings": True, "head_dim": 20}),
@@ -50,6 +58,23 @@ TINY: list[tuple[str, dict[str, Any]]] = [
     ("glm4_moe", {**COMMON, **SHARED, "head_dim": 20}),
     ("glm4_moe", {**COMMON, **SHARED, "first_k_dense_replace": 0, "use_qk_norm": True, "attention_bias": True}),
     ("gpt_oss", {**COMMON, "num_local_experts": 5, "num_experts_per_tok": 3, "head_dim": 20}),
+    ("qwen3_5_text", {**COMMON, **LINEAR, "num_hidden_layers": 4, "head_dim": 20, "attention_bias": True}),
+    (
+        "qwen3_5_moe_text",
+        {
+            **COMMON,
+            **MIXTURE,
+            **LINEAR,
+            "num_hidden_layers": 4,
+            "head_dim": 20,
+            "moe_intermediate_size": 28,
+            "shared_expert_intermediate_size": 36,
+        },
+    ),
+    ("deepseek_v2", LATENT),
+    ("deepseek_v2", {**LATENT, "q_lora_rank": None, "attention_bias": True}),
+    ("deepseek_v3", LATENT),
+    ("deepseek_v3", {**LATENT, "q_lora_rank": None, "tie_word_embeddings": True}),
     ("gemma", {**COMMON, "head_dim": 20}),
     ("gemma2", {**COMMON, "head_dim": 20}),
     ("gemma3_text", {**COMMON, "head_dim": 20}),
@@ -68,6 +93,12 @@ TINY: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", GPT2),
     ("gpt2", {**GPT2, "n_inner": 80, "tie_word_embeddings": False}),
 ]
+
+
+SMALL = ("norm", "ln_", "sinks", "conv1d", "A_log", "dt_bias")
+"""Parts of the names of parameters that are no matrices."""
+UNSAID = {"deepseek_v2": {"num_experts_per_tok": 6}}
+"""Keys without a default in the class."""
 
 
 def catalogued(name: str, **changes: Any) -> ModelSpec:
@@ -99,12 +130,13 @@ def test_the_shape_is_that_of_the_real_model(architecture: str, config: dict[str
     for mine, layer in zip(shape.layers, decoder_layers(model), strict=True):
         assert mine.parameters == sum(p.numel() for p in layer.parameters())
         assert mine.norm_parameters == sum(
-            p.numel() for n, p in layer.named_parameters() if "norm" in n or "ln_" in n or "sinks" in n
+            p.numel() for n, p in layer.named_parameters() if any(small in n for small in SMALL)
         )
         assert described(mine) == Counter(matrices(layer))
     assert shape.tie_embeddings is (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
     assert shape.head_bias is (model.get_output_embeddings().bias is not None)
-    assert (shape.num_layers, shape.num_heads, shape.context_length) == (3, 6, 40)
+    layers = config.get("num_hidden_layers", 3)
+    assert (shape.num_layers, shape.num_heads, shape.context_length) == (layers, 6, 40)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -173,18 +205,21 @@ def test_facts_and_config_are_each_others_way_back(architecture: str, config: di
 def test_keys_left_out_of_a_config_have_the_defaults_of_its_class(architecture: str) -> None:
     from transformers import AutoConfig
 
-    whole = json.loads(json.dumps(AutoConfig.for_model(architecture).to_dict()))
-    assert facts_from_config({"model_type": architecture}) == facts_from_config(whole)
+    unsaid = UNSAID.get(architecture, {})
+    whole = json.loads(json.dumps(AutoConfig.for_model(architecture, **unsaid).to_dict()))
+    assert facts_from_config({"model_type": architecture, **unsaid}) == facts_from_config(whole)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_head_rotates_as_many_features_as_in_the_class(architecture: str) -> None:
     from transformers import AutoConfig
 
-    shape = shape_of(ModelSpec.model_validate({"id": "org/name", **facts_from_config({"model_type": architecture})}))
+    config = {"model_type": architecture, **UNSAID.get(architecture, {})}
+    shape = shape_of(ModelSpec.model_validate({"id": "org/name", **facts_from_config(config)}))
     rope = getattr(AutoConfig.for_model(architecture), "rope_parameters", None)  # GPT-2 has none
     share = rope.get("partial_rotary_factor", 1.0) if rope else 0.0
-    assert shape.rotary_dim == int(shape.head_dim * share)
+    width = shape.latent.rotated if shape.latent else shape.head_dim
+    assert shape.rotary_dim == int(width * share)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +382,7 @@ def matrices(layer: Any) -> list[tuple[str, int, int, bool, int, bool]]:
 
     found = []
     for path, parameter in layer.named_parameters():
-        if parameter.ndim < 2 or path.endswith("_proj_bias"):
+        if parameter.ndim < 2 or path.endswith("_proj_bias") or "conv1d" in path:
             continue
         owner, _, leaf = path.rpartition(".")
         module = layer.get_submodule(owner)

@@ -91,6 +91,23 @@ def _rotate_split(k: Block, x: Tensor, cos: int) -> Tensor:
     return k.join(low, high)
 
 
+def rotate_shared(k: Block, q: Tensor, key: Tensor, cos: int) -> tuple[Tensor, Tensor]:
+    """Of latent attention: `apply_rotary_pos_emb_interleave` of DeepSeek-V3, `apply_rotary_emb` of V2."""
+    if k.shape.traits.rotation == "complex":
+        wide, wide_key = k.cast(q, 4), k.cast(key, 4)
+        first = k.cast(k.times(wide, 4), q.width)
+        return first, k.cast(k.times(wide_key, 4), key.width)
+    halves, key_halves = k.slices(q, [q.values / 2] * 2), k.slices(key, [key.values / 2] * 2)
+    first = _paired(k, halves, cos)
+    return first, _paired(k, key_halves, cos)
+
+
+def _paired(k: Block, halves: list[Tensor], cos: int) -> Tensor:
+    first, second = halves
+    low = k.subtract(k.times(first, cos), k.times(second, cos))
+    return k.join(low, k.add(k.times(second, cos), k.times(first, cos)))
+
+
 def parts(k: Block, x: Tensor) -> list[Tensor]:
     """The first `rotary_dim` features of each head, and the rest."""
     share = k.shape.rotary_dim / k.shape.head_dim
@@ -136,10 +153,11 @@ def _fused(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
     if k.set.autocast:
         q, key, v = k.cast(q, w), k.cast(key, w), k.cast(v, w)
     same, values, narrow, width = key.values == q.values, q.values, key.values, q.width
+    said, of_values = v.values * values / narrow, v.values  # heads of values may be narrower
     sources = (q.node, key.node, v.node)
     mask = t.new(b * s * s, width) if masked else None
-    kernels = t.new(values, width)
-    out = Tensor(values, width, t.new(values, width) if apart else kernels)
+    kernels = t.new(said, width)
+    out = Tensor(said, width, t.new(said, width) if apart else kernels)
     sums = t.new(k.n * shape.num_heads, 4)
     if all(x is None for x in sources):
         return out
@@ -147,7 +165,7 @@ def _fused(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
     padded = -(-shape.head_dim // 32) * 32
 
     def backward(grad: Storage) -> list[tuple[Node, Storage]]:
-        dq, dk, dv = t.new(values, width), t.new(narrow, width), t.new(narrow, width)
+        dq, dk, dv = t.new(values, width), t.new(narrow, width), t.new(of_values, width)
         inner = t.new(rounded * shape.num_heads, 4), t.new(rounded * shape.num_heads * padded, 4)  # softmax_d, dq_accum
         if not same:
             expanded = t.new(2 * values, width)  # dk and dv for every query head, summed at the end
@@ -167,18 +185,19 @@ def _blockwise(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
     if k.set.autocast:
         q, key, v = k.cast(q, w), k.cast(key, w), k.cast(v, w)
     values, narrow, width = q.values, key.values, q.width
+    said, of_values = v.values * values / narrow, v.values
     sources = (q.node, key.node, v.node)
     # Of documents as long as a row, which take most; rows of one length are taken together.
     size, rows, s = min(BLOCKWISE_QUERIES, k.set.s), k.set.b, k.set.s
     largest = max(size * (s - s % size), s % size * s)  # of the last whole block of queries, and of the rest
     scores, queries = rows * shape.num_heads * largest, values * size / s
-    copies = 2 * narrow if rows > 1 else 0.0  # keys and values, a head after the other
+    copies = narrow + of_values if rows > 1 else 0.0  # keys and values, a head after the other
     keep = s <= BLOCKWISE_QUERIES
-    parts = t.new(values, width)
+    parts = t.new(said, width)
     inner = t.new(scores + queries + copies + size * s, width)
     shares: Storage | None = t.new(scores, width)
     del inner
-    out = Tensor(values, width, t.new(values, width))  # the documents' joined
+    out = Tensor(said, width, t.new(said, width))  # the documents' joined
     del parts
     if not keep:
         shares = None
@@ -187,14 +206,14 @@ def _blockwise(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
 
     def backward(grad: Storage) -> list[tuple[Node, Storage]]:
         wide = 4 if s > size else width  # summed over blocks
-        dq, dk, dv = t.new(values, width), t.new(narrow, wide), t.new(narrow, wide)
+        dq, dk, dv = t.new(values, width), t.new(narrow, wide), t.new(of_values, wide)
         inner = t.new((2 if keep else 3) * scores + 2 * queries + copies, width)
         del inner
         joined = [t.new(values, width)]
         del dq
         joined.append(t.new(narrow, width))
         del dk
-        joined.append(t.new(narrow, width))
+        joined.append(t.new(of_values, width))
         del dv
         return [(node, g) for node, g in zip(sources, joined, strict=True) if node is not None]
 
@@ -227,5 +246,5 @@ def _eager(k: Block, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
         weights = k.copy(weights)  # a column of sinks is joined on
     weights = k.tanh(k.cast(weights, 4))  # softmax
     weights = k.cast(weights, q.width)
-    out = k.product(weights, values, q.values)
+    out = k.product(weights, values, values.values)
     return k.copy(out)  # .transpose(1, 2).contiguous()

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from runner.plan.autograd import peft_adapters
-from runner.plan.autograd.attention import attend, joins, parts, rotate, rotate_both, rotate_part
-from runner.plan.autograd.moe import mixture
+from runner.plan.autograd.attention import attend, joins, parts, rotate, rotate_both, rotate_part, rotate_shared
+from runner.plan.autograd.delta_rule import gated_delta_net
+from runner.plan.autograd.moe import computed, mixture, routed
 from runner.plan.autograd.ops import Block, LayerKind, gelu_new, module, norm
 from runner.plan.autograd.tape import AGAIN, Node, Storage, Tensor
 from runner.plan.model_shape import Matrix
@@ -34,6 +35,10 @@ def llama(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
 def _attention_half(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
     """Attention with its norms."""
     layout = k.shape.traits.layout
+    if k.layer.linear is not None:
+        return gated_delta_net(k, norm(k, hidden, kind), kind, project)
+    if k.shape.latent is not None:
+        return _latent_attention(k, norm(k, hidden, kind), kind, cos)
     hidden = _llama_attention(k, hidden if layout == "after" else norm(k, hidden, kind), kind, cos)
     return hidden if layout == "before" else norm(k, hidden, kind)
 
@@ -46,7 +51,9 @@ def _mlp_half(k: Block, hidden: Tensor, kind: LayerKind) -> Tensor:
     if k.shape.traits.router not in k.matrices:
         hidden = _llama_mlp(k, hidden, kind)
     else:
-        hidden = _shared_mixture(k, hidden, kind) if k.shape.traits.shared else mixture(k, hidden, kind)
+        traits = k.shape.traits
+        of_experts = _shared_mixture if traits.shared else _gated_mixture if traits.gated_expert else mixture
+        hidden = of_experts(k, hidden, kind)
     return hidden if layout == "before" else norm(k, hidden, kind)
 
 
@@ -66,6 +73,13 @@ def _llama_attention(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Ten
     if traits.fused_qkv:
         qkv = project(k, hidden, "qkv_proj", kind)
         q, key, v = k.slices(qkv, [k.n * d * c for c in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)])
+    elif traits.gated_attention:
+        half = k.n * d * shape.num_heads
+        q, gate = k.chunks(project(k, hidden, "q_proj", kind), [half, half])
+        gate = k.copy(gate)
+        q = norm(k, q, kind, d)
+        key = norm(k, project(k, hidden, "k_proj", kind), kind, d)
+        v = project(k, hidden, "v_proj", kind)
     elif traits.qk_norm:
         whole = traits.qk_norm == "whole"
         q = norm(k, project(k, hidden, "q_proj", kind), kind, d * shape.num_heads if whole else d)
@@ -82,6 +96,8 @@ def _llama_attention(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Ten
     out = attend(k, q, key, v)
     if traits.fused_qkv or (joins(shape) and k.layer.table is not None):
         out = k.copy(out)  # views of one product, and joined ones, turn into heads that lie apart, as does the result
+    if traits.gated_attention:
+        out = k.mul(out, k.tanh(gate))
     return project(k, out, "o_proj", kind)
 
 
@@ -101,6 +117,51 @@ def _shared_mixture(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
     hidden = mixture(k, x, kind)
     hidden = k.add(hidden, _llama_mlp(k, x, kind, "mlp.down_proj"))
     return hidden
+
+
+@module
+def _gated_mixture(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
+    """`Qwen3_5MoeSparseMoeBlock.forward`: what an expert for all tokens says is multiplied with a gate."""
+    said = _llama_mlp(k, x, kind, "mlp.down_proj")
+    scores, held = routed(k, x, kind)
+    hidden = computed(k, x, scores, kind)
+    said = k.spread(said, k.tanh(project(k, x, "shared_expert_gate", kind)))
+    hidden = k.add(hidden, said)
+    del held
+    return hidden
+
+
+@module
+def _latent_attention(k: Block, hidden: Tensor, kind: LayerKind, cos: int) -> Tensor:
+    """`DeepseekV3Attention.forward`: keys and values are made of one vector for all heads, queries of another."""
+    sizes, heads, n = k.shape.latent, k.shape.num_heads, k.n
+    assert sizes is not None
+    if sizes.query_rank:
+        q = project(k, norm(k, project(k, hidden, "q_a_proj", kind), kind, sizes.query_rank), "q_b_proj", kind)
+    else:
+        q = project(k, hidden, "q_proj", kind)
+    plain, turned = k.chunks(q, [n * heads * sizes.plain, n * heads * sizes.rotated])
+    compressed = project(k, hidden, "kv_a_proj_with_mqa", kind)
+    latent, key_turned = k.chunks(compressed, [n * sizes.rank, n * sizes.rotated])
+    latent = norm(k, latent, kind, sizes.rank)
+    turned, key_turned = rotate_shared(k, turned, key_turned, cos)
+    query = k.join(plain, turned)
+    key, v = _expanded(k, latent, key_turned, kind)
+    out = attend(k, query, key, v)
+    return project(k, out, "o_proj", kind)
+
+
+def _expanded(k: Block, latent: Tensor, turned: Tensor, kind: LayerKind) -> tuple[Tensor, Tensor]:
+    """`expand_kv`: keys are written into a new tensor, what is rotated once for every head."""
+    sizes, heads, n = k.shape.latent, k.shape.num_heads, k.n
+    assert sizes is not None
+    both = project(k, latent, "kv_b_proj", kind)
+    plain, v = k.chunks(both, [n * heads * sizes.plain, n * heads * sizes.value_dim])
+    size = n * heads * (sizes.plain + sizes.rotated)
+    key = Tensor(size, both.width, k.t.new(size, both.width))
+    key = k.write(key, plain)
+    key = k.write(key, k.expand(turned, heads))
+    return key, v
 
 
 @module

@@ -41,14 +41,24 @@ Routed = tuple[Tensor, tuple[Storage, Storage]]
 @module
 def mixture(k: Block, x: Tensor, kind: LayerKind) -> Tensor:
     """`MixtralSparseMoeBlock.forward`, `Qwen3MoeSparseMoeBlock.forward` and the first half of `Glm4MoeMoE.forward`."""
-    traits = k.shape.traits
-    router = _sigmoid_router if traits.shared else _biased_router if traits.biased_experts else _router
-    scores, held = router(k, x, kind)
-    quantised = k.set.base != "16" and k.matrices["gate_up_proj"].fused and not kind.weights
-    experts = _quantised_experts if quantised else _experts
-    out = experts(k, x, scores, _weight(k, "gate_up_proj", kind), _weight(k, "down_proj", kind))
+    scores, held = routed(k, x, kind)
+    out = computed(k, x, scores, kind)
     del held
     return out
+
+
+def routed(k: Block, x: Tensor, kind: LayerKind) -> Routed:
+    """The architecture's router."""
+    traits = k.shape.traits
+    router = _wide_router if traits.shared else _biased_router if traits.biased_experts else _router
+    return router(k, x, kind)
+
+
+def computed(k: Block, x: Tensor, scores: Tensor, kind: LayerKind) -> Tensor:
+    """What the chosen experts say, times their shares."""
+    quantised = k.set.base != "16" and k.matrices["gate_up_proj"].fused and not kind.weights
+    experts = _quantised_experts if quantised else _experts
+    return experts(k, x, scores, _weight(k, "gate_up_proj", kind), _weight(k, "down_proj", kind))
 
 
 @module
@@ -76,8 +86,9 @@ def _biased_router(k: Block, x: Tensor, kind: LayerKind) -> Routed:
 
 
 @module
-def _sigmoid_router(k: Block, x: Tensor, kind: LayerKind) -> Routed:
-    """`Glm4MoeTopkRouter.forward`: a product of fp32, which autocast narrows; the shares of the chosen ones."""
+def _wide_router(k: Block, x: Tensor, kind: LayerKind) -> Routed:
+    """`Glm4MoeTopkRouter.forward`, `DeepseekV3TopkRouter.forward` and `DeepseekV2TopkRouter.forward`: a product of
+    fp32, which autocast narrows; the shares of the chosen ones."""
     t, shape, weight = k.t, k.shape, _weight(k, "gate", kind)
     m, chosen = weight.matrix, k.n * k.shape.experts_per_token
     if weight.factors:
@@ -86,6 +97,10 @@ def _sigmoid_router(k: Block, x: Tensor, kind: LayerKind) -> Routed:
         logits = _product(k, k.cast(x, 4), weight, m.inputs, m.outputs)
     else:
         logits = k.linear(k.cast(x, 4), m.inputs, m.outputs, "gate", width=weight.width, trained=kind.weights)
+    if not shape.traits.sigmoid:
+        scores = k.tanh(k.cast(logits, 4))  # softmax
+        index = t.new(chosen, 8)
+        return k.scale(k.take(scores, chosen, index)), (logits.storage, index)
     scores = k.tanh(logits)  # sigmoid
     ranked = t.new(2 * k.n * shape.num_experts, 4)  # with the bias, and of the best groups
     index = t.new(chosen, 8)

@@ -331,6 +331,49 @@ class Block:
             out.node = t.node(width, lambda grad: [(n, grad if w == width else t.new(v, w)) for n, v, w in nodes])
         return out
 
+    def write(self, out: Tensor, part: Tensor) -> Tensor:
+        """`out[...] = part` (`CopySlices`): the gradient of the whole is copied, and that of the part taken out."""
+        t, before, width, source = self.t, out.node, out.width, part.node
+        values, some, narrow = out.values, part.values, part.width
+        if source is None:
+            return out
+
+        def backward(grad: Storage) -> list[tuple[Node, Storage]]:
+            whole = t.new(values, width)
+            taken = t.new(some, width)
+            zeros = t.new(some, width) if before is not None else None
+            piece = taken if narrow == width else t.new(some, narrow)
+            del taken, zeros
+            return [(before, whole), (source, piece)] if before is not None else [(source, piece)]
+
+        return Tensor(values, width, out.storage, t.node(width, backward))
+
+    def expand(self, x: Tensor, times: int) -> Tensor:
+        """`x.expand(...)`: a view; the gradient is summed."""
+        t, values, width, source = self.t, x.values, x.width, x.node
+        node = t.node(width, lambda grad: [(source, t.new(values, width))]) if source is not None else None
+        return Tensor(times * values, width, x.storage, node)
+
+    def spread(self, x: Tensor, small: Tensor) -> Tensor:
+        """x times one number for each of its rows."""
+        t, values, source, other, rows = self.t, x.values, x.node, small.node, small.values
+        width, narrow = max(x.width, small.width), small.width
+        if source is None and other is None:
+            return Tensor(values, width, t.new(values, width))
+        kept = t.keep(small.storage if source is not None else None, x.storage if other is not None else None)
+        out = Tensor(values, width, t.new(values, width))
+
+        def backward(grad: Storage) -> list[tuple[Node, Storage]]:
+            pieces = [(source, t.new(values, width))] if source is not None else []
+            if other is not None:
+                product = t.new(values, width)
+                pieces.append((other, t.new(rows, narrow)))
+                del product
+            return pieces
+
+        out.node = t.node(width, backward, kept)
+        return out
+
     def take(self, x: Tensor, values: float, index: Storage | None = None) -> Tensor:
         """`x[index]`: a copy of `values` of x; keeps the index; the gradient is added into zeros of x's size."""
         t, every, width, source = self.t, x.values, x.width, x.node
@@ -358,12 +401,12 @@ def _rms_norm(k: Block, x: Tensor, kind: LayerKind, features: int) -> Tensor:
     """`LlamaRMSNorm.forward` (Mistral, Mixtral, Qwen, Phi-3): in fp32, then times the weight in x's own width."""
     own, trained = x.width, kind.weights
     x = k.cast(x, 4)
-    x = _over_root(k, x, features)  # in a variable until the end
+    x = over_root(k, x, features)  # in a variable until the end
     width = k.width_of(kind) if trained or k.set.autocast else own
     return k.weigh(k.cast(x, own), features, width, trained)
 
 
-def _over_root(k: Block, x: Tensor, features: int) -> Tensor:
+def over_root(k: Block, x: Tensor, features: int) -> Tensor:
     """`x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)` for x in fp32; keeps x and the row's root."""
     t, source, values = k.t, x.node, x.values
     squares = t.new(values, 4)
@@ -395,7 +438,7 @@ def _wide_norm(k: Block, x: Tensor, kind: LayerKind, features: int) -> Tensor:
     """`Gemma2RMSNorm`, `Olmo2RMSNorm` and `Cohere2LayerNorm`: in fp32, the weight as well, until the end."""
     own, traits = x.width, k.shape.traits
     x = k.cast(x, 4)
-    x = _standardised(k, x, features) if traits.norm == "layer_wide" else _over_root(k, x, features)
+    x = _standardised(k, x, features) if traits.norm == "layer_wide" else over_root(k, x, features)
     if traits.norm == "rms_wide":  # OLMo: the product has no name, so that its factor lives on while it is cast
         return k.cast(k.weigh(x, features, 4, kind.weights), own)
     x = k.weigh(x, features, 4, kind.weights)

@@ -114,8 +114,8 @@ def replay_step(shape: Shape, setting: Setting, trains: TrainableLayers, has_gra
     with tape.segment("embedding"):
         needs_grad = bool(setting.checkpointing) and any(kind.adapters for pattern, _ in runs for kind in pattern)
         hidden, variables = embed(k, LayerKind(trains.embedding), needs_grad)
-        cos = 4 if shape.traits.rotation == "narrowed" else hidden.width
-        width = shape.rotary_dim / 2 if shape.traits.rotation == "split" else shape.rotary_dim
+        cos = 4 if shape.traits.rotation in ("narrowed", "complex") else hidden.width
+        width = shape.rotary_dim / 2 if shape.traits.rotation in ("split", "complex") else shape.rotary_dim
         numbers = {layer.table for layer in shape.kinds} - {None}
         tables = {number: tape.new(2 * setting.s * width, cos) for number in numbers}  # cos and sin
         shared: list[Storage] = []
