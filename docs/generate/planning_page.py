@@ -20,6 +20,7 @@ from docs.generate import planning_examples as examples
 from docs.generate import planning_facts as reported
 from docs.generate import planning_published as passed_on
 from docs.generate import planning_speed as speed
+from docs.generate import published_speeds as other_speeds
 from runner.data.inspect import token_counts
 from runner.paths import ASSETS
 from runner.plan import choose_stage, cost, host_memory, memory, zero
@@ -209,6 +210,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "published_reasons": passed_on.reasons,
     "differs": lambda: f"{passed_on.DIFFERS:.0%}",
     "efficiency": lambda: table(*speed.efficiencies()),
+    "published_speeds": lambda: table(*other_speeds.speeds(), numbers=3),
+    "published_speeds_summary": other_speeds.summary,
+    "published_speeds_sources": other_speeds.sources,
     "links": lambda: table(*speed.links()),
     "time_example": speed.time_example,
     "money_example": speed.money_example,
