@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test test-slow test-all test-latest coverage lint types format check docs docs-check fuzz mutants bench build clean
+.PHONY: help setup run test test-slow test-all test-latest coverage lint types format check docs docs-check fuzz mutants shots bench build clean
 
 help:  ## List these habits
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -61,6 +61,9 @@ fuzz: $(VENV)/.dev  ## Feed mutated documents to all that reads others' files, f
 mutants: $(VENV)/.dev  ## Change the code that guards money and work, and see which changes the tests notice
 	@$(BIN)/python -m benchmarks mutants $(ARGS)
 
+shots: $(VENV)/.dev  ## Take pictures of every room of the web page into build/shots/
+	@$(BIN)/python -m tests.ui.shots
+
 bench: $(VENV)/.dev  ## Measure what the README claims
 	@$(BIN)/python -m benchmarks $(ARGS)
 
@@ -76,7 +79,7 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	@$(BIN)/python .ci/install.py train,demo,cloud,emulator,eval,dev
+	@$(BIN)/python .ci/install.py train,demo,cloud,emulator,ui,eval,dev
 	@touch $@
 
 $(BIN)/python:

@@ -50,8 +50,8 @@ LONGEST_FIRST = (
 """Files that take minutes: begun first, so that no core waits for one of them at the end."""
 
 
-NEEDED = ("ip", "rsync", "ssh", "sshd")
-"""Programs without which tests of pods and of several machines are skipped: on CI for Linux a skip is a failure."""
+NEEDED = ("chromium", "ip", "rsync", "ssh", "sshd")
+"""Programs without which tests of pods, machines and the web page are skipped: on CI for Linux a skip is a failure."""
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +73,7 @@ def pytest_sessionstart() -> None:
     path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
     missing = [name for name in NEEDED if shutil.which(name, path=path) is None]
     if missing and os.environ.get("CI") and sys.platform == "linux":
-        pytest.exit(f"CI lacks {', '.join(missing)}: apt-get install iproute2 openssh-server rsync", 1)
+        pytest.exit(f"CI lacks {', '.join(missing)}: apt-get install chromium iproute2 openssh-server rsync", 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Body
-from fastapi.responses import StreamingResponse
+from fastapi.responses import HTMLResponse, StreamingResponse
 
 from runner.config.compose import Sources, compose
 from runner.errors import Problem, RequestError
 from runner.report import comparison
 from runner.report.run_list import run_rows
+from runner.report.run_report.facts import gather
+from runner.report.run_report.page import page
 from runner.resolve import plan_inputs
 from runner.resolve.steps import resolve
 from runner.rundir import checkpoints
@@ -26,8 +28,12 @@ from runner.ui.compose_room import one_at_a_time
 from runner.ui.form_request import request_of, words_of
 from runner.ui.launches import Launches
 from runner.ui.run_feed import metric_columns
-from runner.ui.safe_json import SafeJson
+from runner.ui.safe_json import SafeJson, without_secrets
 
+REPORT_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+)
+"""A report has its own scripts in it: the sandbox gives it an origin of its own, which can ask this server nothing."""
 MOST_COMPARED = 20
 PENNY = 0.005
 """US$ an hour by which a confirmed price may be passed: it was shown rounded."""
@@ -63,6 +69,11 @@ def router(output_dir: Path) -> APIRouter:
     async def follow(run_id: str) -> StreamingResponse:
         run = confined.run_of(run_id, output_dir)
         return StreamingResponse(run_feed.events(run, snapshots), media_type="text/event-stream")
+
+    @api.get("/runs/{run_id}/report")
+    def report(run_id: str) -> HTMLResponse:
+        run = confined.run_of(run_id, output_dir)
+        return HTMLResponse(without_secrets(page([gather(run)])), headers={"content-security-policy": REPORT_POLICY})
 
     @api.post("/runs/{run_id}/stop")
     def stop_run(run_id: str) -> SafeJson:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -26,7 +27,8 @@ def secrets_here() -> list[str]:
 def without_secrets(text: str) -> str:
     """The text with every secret of the environment replaced: a log or a recipe may repeat one."""
     for secret in secrets_here():
-        for spelt in {secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}:
+        in_json = (json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1])
+        for spelt in {form for one in (secret, *in_json) for form in (one, html.escape(one), html.escape(one, False))}:
             text = text.replace(spelt, HIDDEN)
     return text
 

@@ -118,6 +118,7 @@ def test_no_secret_of_the_environment_reaches_the_browser(
     read = {"values": {"run.name": "${oc.env:HF_TOKEN}"}}
     answers = [
         page.get("/api/runs"), page.get("/api/runs/one"), page.get("/api/runs/one/events"), page.get("/api/catalogue"),
+        page.get("/api/runs/one/report"),
         page.post("/api/check", json=read), page.post("/api/recipe", json=read), page.post("/api/fit", json=read),
         page.post("/api/runs", json=read),
     ]  # fmt: skip
@@ -133,6 +134,10 @@ def test_markup_from_a_run_is_sent_as_data_and_never_as_a_page(page: TestClient,
     (run / "logs").mkdir(parents=True)
     (run / "status.json").write_text(json.dumps({"state": "done", "model": markup, "error": markup}))
     (run / "logs" / "run.log").write_text(markup + "\n")
+    (run / "spec.json").write_text("{}")
+    report = page.get("/api/runs/one/report")
+    assert report.status_code == 200 and markup not in report.text
+    assert report.headers["content-security-policy"].startswith("sandbox allow-scripts; default-src 'none'")
     for path in ("/api/runs", "/api/runs/one", "/api/runs/one/events"):
         answer = page.get(path)
         assert markup in answer.text and not answer.headers["content-type"].startswith("text/html")

@@ -58,6 +58,7 @@ export function Run({ id }) {
       <div class="row"><${State} state=${state.state} />
         ${can.stop ? html`<button type="button" id="stop" onClick=${() => act("stop")}>Stop</button>` : null}
         ${can.resume ? html`<button type="button" id="resume" class="main" onClick=${() => act("resume")}>Resume</button>` : null}
+        <a class="button" id="report" href=${`${path}/report`} target="_blank" rel="noopener">Report</a>
         ${state.has_model && !state.active ? html`<a class="button" href=${`#/chat/${encodeURIComponent(id)}`}>Chat</a>` : null}
         ${state.active ? null : html`<button type="button" class="danger" id="delete" onClick=${() => setQuestion(true)}>Delete</button>`}</div></div>
     ${state.error ? html`<div class="problem" role="alert"><p>${state.error}</p></div>` : null}
