@@ -29,6 +29,7 @@ LARGEST = 1 << 20
 DEFAULTS: dict[str, Any] = {
     "hw.hostfile": None, "hw.rendezvous": None, "hw.node_address": None, "deepspeed.nvme_path": None,
     "push": {"to": None, "every_steps": None, "keep_checkpoints": 1}, "run.on_changed_inputs": "stop",
+    "run.notify": None,
 }  # fmt: skip
 """Keys that set variables, reach hosts, write elsewhere or upload, and what they become."""
 PLAN_KEYS = ("usd", "usd_per_hour", "hours", "disk_gib", "host_ram_gib")
@@ -92,9 +93,10 @@ def _defaults(values: dict[str, Any]) -> Iterator[str]:
     values["hw"]["env"] = {k: v for k, v in env.items() if SWITCH.fullmatch(k) and v in ("0", "1")}
     if left := [name for name in env if name not in values["hw"]["env"]]:
         yield f"hw.env is left out: {', '.join(map(ascii, left))[:200]}"
-    if values["track"]["name"] == "wandb":  # an account and a project of the pod's choice, with the key that is here
+    tracker = values["track"]["name"]
+    if tracker not in ("none", "tensorboard", "own"):  # an account and a project of the pod's choice, with our key
         values["track"] = {**values["track"], "name": "none", "entity": None}
-        yield "track=wandb is left out"
+        yield f"track={tracker} is left out"
     if values["objective"].get("root") is not None:
         values["objective"]["root"] = None
         yield "objective.root is left out"

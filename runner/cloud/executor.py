@@ -237,7 +237,7 @@ def finish(session: Session, last: dict[str, Any], display: Display, pool: Pool 
     if keep and until is None:
         per_day = f"${rented.kept_usd_per_day():.2f} a day"
         display.say(f"Kept    its disk costs {per_day}: python -m runner pods terminate {run.id}")
-    return Outcome(run, code)
+    return Outcome(run, code, last.get("stopped_for"))
 
 
 def _park(session: Session, pool: Pool) -> bool:

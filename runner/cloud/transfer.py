@@ -20,6 +20,7 @@ from runner.cloud.provider import Pod
 from runner.cloud.ssh import Connection, HostKeyError, LostError, PodGoneError, connection_to, greeting_problem
 from runner.cloud.ssh_keys import KeyPair
 from runner.config import credentials, json_text, pod_packages
+from runner.config.tracker_packages import package_of
 from runner.errors import CannotRunError, Problem, RunFailedError
 from runner.plan.memory import FREE_SHARE, GIB
 from runner.rundir import checkpoints
@@ -29,7 +30,8 @@ from runner.spec.input_paths import named_places
 
 SCRIPTS = (agent, tail, install)
 CARRIED = (
-    "HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_MODE", "WANDB_BASE_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
+    "HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_MODE", "WANDB_BASE_URL", "MLFLOW_TRACKING_INSECURE_TLS",
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
     "AWS_REGION", "AWS_DEFAULT_REGION",
 )  # fmt: skip
 """Variables that are no secrets and travel where they are set."""
@@ -207,7 +209,8 @@ def send_run(at: PodRunFolder, run: RunDir, spec: RunSpec, say: Say) -> str:
 
 def send_secrets(at: PodRunFolder, spec: RunSpec) -> list[str]:
     """Send secrets over standard input into the pod's memory, readable by its root alone; their names."""
-    names = ["HF_TOKEN", *(["WANDB_API_KEY"] if spec.track.name == "wandb" else [])]
+    tracker = package_of(spec.track.name)
+    names = ["HF_TOKEN", *(tracker.secrets if tracker else ())]
     told = {name: key.value for name in names if (key := credentials.find_key(name))}
     places = [spec.push.to, *(value for _, value in named_places(spec))]
     if any(str(place).startswith("s3:") for place in places):

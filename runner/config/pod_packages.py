@@ -7,6 +7,7 @@ import re
 from functools import cache
 from typing import Any
 
+from runner.config.tracker_packages import package_of
 from runner.errors import Problem, RequestError
 from runner.paths import CONF, CONSTRAINTS
 from runner.spec import RentedPlace, RunSpec
@@ -21,6 +22,7 @@ def extra_requirements(spec: RunSpec) -> list[str]:
         *(["boto3"] if str(spec.push.to).startswith("s3:") else []),
         *(["gguf>=0.19"] if spec.model.gguf_file else []),
         *(["liger-kernel"] if spec.train.liger is True else []),
+        *(package.requirements if (package := package_of(spec.track.name)) else ()),
         *(["flash-attn", "einops"] if spec.train.attention == FLASH else []),
     ]
 

@@ -9,6 +9,7 @@ from typing import TextIO
 
 from rich.console import Console
 
+from runner.config.tracker_packages import package_of
 from runner.errors import CannotRunError, Problem, Rewind
 from runner.launcher import nodes, supervisor, torchrun
 from runner.launcher.explain_failure import report_ending
@@ -42,6 +43,10 @@ def check_here(spec: RunSpec) -> None:
         raise CannotRunError(
             Problem("training needs torch, transformers, trl and peft, which are not installed", None, install("train"))
         )
+    tracker = package_of(spec.track.name)
+    if tracker is not None and not tracker.installed:
+        what = f"track={spec.track.name} needs {tracker.title}, which is not installed"
+        raise CannotRunError(Problem(what, "track", f"{install(tracker.extra)}, or write track=none"))
     if spec.hw.accelerator == "cuda":
         check_installed_torch(spec)
     if spec.deepspeed.name not in ("none", "auto") and util.find_spec("deepspeed") is None:

@@ -322,3 +322,5 @@ class Outcome:
 
     run: RunDir
     exit_code: int
+    stopped_for: str | None = None
+    """Why a run in a pod was stopped from here, such as its cap."""

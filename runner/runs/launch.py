@@ -32,6 +32,7 @@ from runner.rundir.lock import own_run
 from runner.runs import input_digests, inputs, origins, unread_keys
 from runner.runs import resume as resuming
 from runner.runs.content_checks import check_contents
+from runner.runs.notify import check_notify, notifying
 from runner.spec import RunSpec
 
 
@@ -127,6 +128,7 @@ def check_launch(
     """Refuse what cannot run where it is to run; what `where=auto` would rent is refused as its choice, not as a pod
     that somebody named."""
     try:
+        check_notify(spec, launch_options)
         executor_of(spec).check(spec, launch_options)
         if spec.push.to:
             from runner.hub.upload import check_push
@@ -180,7 +182,9 @@ def execute_in(
     left = [] if spec.is_rented else inherited_ranks.inherited_rank_notes()
     for note in [*notes, *left, *_waits_for(directory, spec)]:
         say(f"Note    {as_invoked(note)}")
-    outcome = executor_of(spec).execute(directory, spec, quiet_stdout=as_json, launch_options=launch_options)
+    with notifying(directory, spec, say) as ended:
+        outcome = executor_of(spec).execute(directory, spec, quiet_stdout=as_json, launch_options=launch_options)
+        ended(outcome)
     if outcome.exit_code == 0 and spec.push.to and spec.where.name == "local":  # a pod uploads by itself
         from runner.hub.upload import push_finished
 

@@ -33,6 +33,26 @@ class RunInfo(Part):
     """Whether less or more of the metric is better; auto means max for `eval.after.reward` with `objective=grpo`, else min."""
     report: bool = True
     """Write `report.html`, a page with curves, answers, plan and settings, when the run ends."""
+    notify: str | None = None
+    """Webhook that is told how the run ended, as `env:VARIABLE`: the address is a secret, and is read from that variable where the run is started. Slack, Discord, ntfy, or any server that takes JSON."""
+    notify_on: list[Literal["end", "failure", "cap"]] = ["end", "failure", "cap"]
+    """Events that are posted: the run is done, it failed or was interrupted, `where.max_usd` was reached."""
+
+    @field_validator("notify", mode="before")
+    @classmethod
+    def _address_in_a_variable(cls, value: object) -> object:
+        """An address is not shown in the error: whoever has it can post."""
+        if value is None:
+            return None
+        name = str(value).removeprefix("env:")
+        if "/" in name or ":" in name:
+            raise ValueError(
+                "run.notify holds an address, which is a secret and would be kept in spec.json; "
+                "write export NOTIFY_WEBHOOK=ADDRESS and then run.notify=env:NOTIFY_WEBHOOK"
+            )
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError("run.notify is no name of a variable; write run.notify=env:NOTIFY_WEBHOOK")
+        return f"env:{name}"
 
     @field_validator("name")
     @classmethod

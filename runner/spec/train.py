@@ -13,12 +13,12 @@ from runner.spec.part import CODE, Auto, Part
 class TrackSpec(Part):
     """Destination of metrics besides the run directory."""
 
-    name: Literal["none", "tensorboard", "wandb", "own"] = "none"
+    name: Literal["none", "tensorboard", "wandb", "mlflow", "own"] = "none"
     """Name of the choice."""
     code: str | None = Field(default=None, pattern=CODE)
     """A class of your own as `FILE.py:CLASS`, derived from `runner.train.trackers.Tracker`, with `name: own`."""
     project: str = "llm-finetuning-runner"
-    """Project in Weights & Biases."""
+    """Project in Weights & Biases; experiment in MLflow."""
     entity: str | None = None
     """Team or user in Weights & Biases."""
 

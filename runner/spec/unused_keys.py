@@ -28,8 +28,12 @@ def unused_keys(spec: RunSpec, typed: Callable[[str], bool] = lambda key: False)
 
 def _candidates(spec: RunSpec) -> _Keys:
     train, objective, hw = spec.train, spec.objective, spec.hw
+    if spec.track.name not in ("wandb", "mlflow"):
+        yield "track.project", f"track={spec.track.name}"
     if spec.track.name != "wandb":
-        yield from ((f"track.{key}", f"track={spec.track.name}") for key in ("project", "entity"))
+        yield "track.entity", f"track={spec.track.name}"
+    if spec.run.notify is None:
+        yield "run.notify_on", "run.notify is not set"
     if spec.track.name != "own":
         yield "track.code", f"track={spec.track.name}"
     if train.on_loss_spike == "ignore":

@@ -1,13 +1,20 @@
-"""Trackers: TensorBoard, Weights & Biases, and a class of the user's. None can stop a training."""
+"""Trackers: TensorBoard, Weights & Biases, MLflow, and a class of the user's. None can stop a training."""
 
 from __future__ import annotations
 
+import logging
+import math
 import os
+import re
+import shlex
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, ClassVar, TypeVar
+from urllib.parse import urlsplit
 
 from runner.config import credentials
+from runner.config.provenance import flattened
 from runner.data import user_code
 from runner.errors import Problem, RequestError
 from runner.rundir.directory import RunDir
@@ -80,6 +87,51 @@ class WandB(Tracker):
         return f"Weights & Biases: recorded offline ({reason}); upload it later: wandb sync {where}"
 
 
+class MLflow(Tracker):
+    """MLflow: the server of MLFLOW_TRACKING_URI, else a SQLite store in the run directory."""
+
+    report_to = ("mlflow",)
+
+    def start(self) -> str:
+        """transformers' callback goes on with the run that is open."""
+        for name in ("alembic", "mlflow"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        import mlflow
+
+        asked = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+        local = f"sqlite:///{(self.run.path / 'mlflow.db').absolute()}"
+        where, why = (asked, _why_unreachable(asked)) if asked else (local, None)
+        if why is None:
+            try:
+                self._open(mlflow, where)
+                told = f"MLflow: {without_password(where)}"
+                return told if asked else f"{told} (mlflow ui --backend-store-uri {shlex.quote(local)})"
+            except Exception as error:  # whatever a server answers: a refused token, another version
+                why = without_password(f"{type(error).__name__}: {error}".splitlines()[0]).replace(asked or local, "…")
+        os.environ["MLFLOW_TRACKING_URI"] = local
+        self._open(mlflow, local)
+        return f"MLflow: recorded in {local} ({without_password(asked)} cannot be used: {why})"
+
+    def _open(self, mlflow: Any, where: str) -> None:
+        # 7 retries of 120 s are the defaults: a server that is gone would hold up every step.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        mlflow.set_tracking_uri(where)
+        mlflow.set_experiment(self.spec.track.project)
+        mlflow.start_run(run_name=self.run.id)
+        mlflow.set_tag("run_id", self.run.id)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """The numbers of the summary, and the end of MLflow's run."""
+        import mlflow
+
+        numbers = {k: float(v) for k, v in flattened(dict(summary)) if type(v) in (int, float) and math.isfinite(v)}
+        with suppress(Exception):  # a server that has gone stops no run
+            mlflow.log_metrics({f"summary.{key}": value for key, value in numbers.items()})
+        with suppress(Exception):
+            mlflow.end_run()
+
+
 class GuardedTracker(Tracker):
     """Wraps a user's tracker: its first exception is reported, and it is not called again."""
 
@@ -111,19 +163,37 @@ class GuardedTracker(Tracker):
             return None
 
 
-TRACKERS: dict[str, type[Tracker]] = {"none": Tracker, "tensorboard": TensorBoard, "wandb": WandB}
+TRACKERS: dict[str, type[Tracker]] = {"none": Tracker, "tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
 
 
 def tracker_of(spec: RunSpec, run: RunDir, say: Callable[[str], None], main: bool = True) -> Tracker:
     """The run's tracker; RequestError where `track.code` names no subclass of `Tracker`."""
     if spec.track.name != "own":
-        return TRACKERS[spec.track.name](spec, run)
+        return (TRACKERS[spec.track.name] if main else Tracker)(spec, run)
     code = str(spec.track.code)
     own = user_code.load(code, "track.code")
     if not (isinstance(own, type) and issubclass(own, Tracker)):
         what = f"{code} is no subclass of runner.train.trackers.Tracker"
         raise RequestError(Problem(what, "track.code", "derive it from that"))
     return GuardedTracker(own, spec, run, say) if main else Tracker(spec, run)
+
+
+def without_password(address: str) -> str:
+    """An address as it may be shown: without user and password."""
+    return re.sub(r"://[^/@\s]+@", "://…@", address)
+
+
+def _why_unreachable(address: str) -> str | None:
+    """Reason why a server cannot be reached, within 3 s; None where it can, and for a store that is a file."""
+    found = urlsplit(address)
+    if found.scheme not in ("http", "https") or not found.hostname:
+        return None
+    try:
+        port = found.port or (443 if found.scheme == "https" else 80)
+        socket.create_connection((found.hostname, port), timeout=3).close()
+    except (OSError, ValueError):
+        return f"{found.hostname} cannot be reached"
+    return None
 
 
 def _why_offline() -> str | None:

@@ -83,7 +83,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 OF_A_RUN = ["resume", "join", "chat", "eval", "merge", "export", "push", "deploy", "attach", "fetch", "status", "logs",
             "pods start", "pods stop", "pods top", "pods terminate", "pods ssh", "pods tunnel",
-            "pods logs"]  # fmt: skip
+            "pods logs", "watch", "compare", "runs delete", "report"]  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", OF_A_RUN)
@@ -104,7 +104,8 @@ def test_no_verb_with_a_run_was_forgotten() -> None:
 
     with group.make_context("runner", ["list"]) as ctx:
         verbs = dict(all_verbs(ctx))
-    takes_a_run = {name for name, verb in verbs.items() if {"run", "run_dir", "run_id"} & set(verb.arguments[:1])}
+    named = {"run", "run_dir", "run_id", "runs"}
+    takes_a_run = {name for name, verb in verbs.items() if named & set(verb.arguments[:1])}
     assert takes_a_run == set(OF_A_RUN)
 
 
