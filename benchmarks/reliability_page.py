@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks import chaos, chaos_agents, chaos_cloud, chaos_pods
+from benchmarks import chaos, chaos_agents, chaos_cloud, chaos_pods, fuzz_results
 from benchmarks.bench import ROOT
 
 PAGE = ROOT / "docs" / "reliability.md"
@@ -89,4 +89,5 @@ def page() -> str:
         if benchmark.file.is_file():
             shown = benchmark.show(json.loads(benchmark.file.read_text("utf-8")))
         parts.append(f"## {title}\n\n{shown}")
+    parts.append(f"## {fuzz_results.TITLE}\n\n{fuzz_results.section()}")
     return "\n".join(parts)
