@@ -353,3 +353,10 @@ def test_a_refusal_says_who_refuses_and_names_the_stage_without_offload() -> Non
     assert deepspeeds is not None and deepspeeds.what == f"{cannot}: DeepSpeed keeps fp32 copies under fp16"
     states = refusal("zero3_offload", "full", "paged_adamw", "bf16", True)
     assert states is not None and states.remedy == "write train.optimizer=adamw, or deepspeed=zero3"
+
+
+def test_muon_is_refused_with_deepspeed_and_not_without() -> None:
+    assert refusal("none", "full", "muon", "bf16", True) is None
+    for stage in ("zero1", "zero2", "zero3", "zero3_offload"):
+        problem = refusal(stage, "full", "muon", "bf16", True)
+        assert problem is not None and problem.what.startswith(f"deepspeed={stage} hands the optimiser flat parts")
