@@ -20,7 +20,7 @@ from runner.cloud.provider import Pod
 from runner.cloud.ssh import Connection, HostKeyError, LostError, PodGoneError, connection_to, greeting_problem
 from runner.cloud.ssh_keys import KeyPair
 from runner.config import credentials, json_text, pod_packages
-from runner.config.tracker_packages import package_of
+from runner.config.tracker_packages import package_of, travels
 from runner.errors import CannotRunError, Problem, RunFailedError
 from runner.plan.memory import FREE_SHARE, GIB
 from runner.rundir import checkpoints
@@ -211,7 +211,7 @@ def send_secrets(at: PodRunFolder, spec: RunSpec) -> list[str]:
     """Send secrets over standard input into the pod's memory, readable by its root alone; their names."""
     tracker = package_of(spec.track.name)
     names = ["HF_TOKEN", *(tracker.secrets if tracker else ())]
-    told = {name: key.value for name in names if (key := credentials.find_key(name))}
+    told = {name: key.value for name in names if (key := credentials.find_key(name)) and travels(name, key.value)}
     places = [spec.push.to, *(value for _, value in named_places(spec))]
     if any(str(place).startswith("s3:") for place in places):
         told |= credentials.s3_variables()

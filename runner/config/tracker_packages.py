@@ -44,6 +44,11 @@ TRACKER_PACKAGES = {
 """By the name of `track`."""
 
 
+def travels(name: str, value: str) -> bool:
+    """False for an address on this machine's disk: in a pod, the store of the run's own folder comes back instead."""
+    return not name.endswith("_URI") or value.startswith(("http://", "https://", "databricks"))
+
+
 def package_of(name: str) -> TrackerPackage | None:
     """The package of a tracker; None for `none` and for one of the user's own."""
     return TRACKER_PACKAGES.get(name)

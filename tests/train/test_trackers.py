@@ -99,6 +99,10 @@ def test_a_pod_gets_the_package_and_the_secrets_of_its_tracker(monkeypatch: pyte
 
     assert transfer.send_secrets(At(), spec_of("track=mlflow")) == ["HF_TOKEN", "MLFLOW_TRACKING_TOKEN"]  # type: ignore[arg-type]
     assert "WANDB" not in sent[0]
+    for address, names in (("sqlite:////home/me/m.db", []), ("https://me:pw@host", ["MLFLOW_TRACKING_URI"])):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        told = transfer.send_secrets(At(), spec_of("track=mlflow"))  # type: ignore[arg-type]
+        assert told == ["HF_TOKEN", *names, "MLFLOW_TRACKING_TOKEN"]
     assert {"mlflow-skinny>=3.17", "sqlalchemy>=2.1", "alembic>=1.20"} <= set(
         extra_requirements(spec_of("track=mlflow"))
     )
