@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,10 @@ def test_a_run_from_the_form_to_its_report(tmp_path: Path) -> None:
         page.locator('[id="key-train.max_steps-wrong"] .fix').click()
         page.wait_for_selector("#verdict.good")
         fill(page, "train.max_steps", "30")
-        page.wait_for_function("document.querySelector('#command').textContent.includes('max_steps=30')")
+        page.locator("#command", has_text="max_steps=30").wait_for()
         page.locator("#start:not([disabled])").click()
         page.wait_for_url("**/#/run/**")
-        page.wait_for_function("/^[1-9]/.test(document.querySelectorAll('.meter strong')[1].textContent)")
+        page.locator(".meter strong", has_text=re.compile(r"^[1-9]\d* / 30$")).wait_for()
         page.locator("#stop").click()
         page.wait_for_selector("#resume")
         page.locator("#resume").click()
@@ -84,7 +85,7 @@ def test_a_run_goes_on_when_the_server_is_killed(tmp_path: Path) -> None:
         page.goto(url)
         for key, text in {**SHORT, "train.max_steps": "3"}.items():
             fill(page, key, text)
-        page.wait_for_function("document.querySelector('#command').textContent.includes('max_steps=3')")
+        page.locator("#command", has_text="max_steps=3").wait_for()
         page.locator("#start:not([disabled])").click()
         page.wait_for_url("**/#/run/**")
         (pid,) = [int(file.parent.name) for file in Path("/proc").glob("[0-9]*/cmdline") if _is_server(file, tmp_path)]
