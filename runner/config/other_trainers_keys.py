@@ -175,6 +175,7 @@ PEERS = {
     "gradient_checkpointing_kwargs": "train.gradient_checkpointing",
     "disable_gradient_checkpointing": "train.gradient_checkpointing",
     "tf32": "train.tf32",
+    "torch_compile": "train.compile",
     "use_liger_kernel": "train.liger",
     "enable_liger_kernel": "train.liger",
     "data_seed": "train.seed",

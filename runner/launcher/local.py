@@ -49,6 +49,8 @@ def check_here(spec: RunSpec) -> None:
         raise CannotRunError(Problem(what, "track", f"{install(tracker.extra)}, or write track=none"))
     if spec.hw.accelerator == "cuda":
         check_installed_torch(spec)
+    if missing := kernels.no_compiler_of_layers(spec):
+        raise CannotRunError(Problem(missing[0], "train.compile=true", missing[1]))
     if spec.deepspeed.name not in ("none", "auto") and util.find_spec("deepspeed") is None:
         what = f"deepspeed={spec.deepspeed.name} needs DeepSpeed, which is not installed"
         raise CannotRunError(Problem(what, None, "pip install deepspeed (Linux), or deepspeed=none"))

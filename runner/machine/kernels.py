@@ -72,9 +72,19 @@ def has_liger_for(architecture: str | None) -> bool:
 
 def compiles_kernels(spec: RunSpec) -> bool:
     """A run on a GPU compiles with Triton as it trains: the head of TRL's trainers (but of those for ORPO, CPO and
-    reward models), or Liger's kernels."""
+    reward models), Liger's kernels, or the layers (`train.compile`)."""
     headless = spec.objective.passes(spec.method.adapts).head in ("logits", "number")
-    return spec.hw.accelerator == "cuda" and (not headless or liger(spec))
+    return spec.hw.accelerator == "cuda" and (not headless or liger(spec) or spec.train.compile is True)
+
+
+def no_compiler_of_layers(spec: RunSpec) -> tuple[str, str] | None:
+    """As `no_compiler`, for `train.compile=true` on a CPU: torch.compile writes C++ (`torch/_inductor/cpp_builder.py`:
+    CXX, else g++)."""
+    named = os.environ.get("CXX")
+    if spec.train.compile is not True or spec.hw.accelerator != "cpu" or shutil.which(named or "g++"):
+        return None
+    what = f"train.compile=true compiles C++, and there is no {named or 'g++'}"
+    return what, "apt-get install g++, or write train.compile=false"
 
 
 def no_compiler() -> tuple[str, str] | None:

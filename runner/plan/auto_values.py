@@ -138,7 +138,9 @@ def resolve_hardware_autos(spec: RunSpec) -> RunSpec:
         train["attention"] = "varlen"
     if spec.train.gradient_checkpointing == "auto" and not on_gpu:
         train["gradient_checkpointing"] = False
-    if spec.train.liger == "auto" and not on_gpu:
+    if spec.train.compile == "auto":
+        train["compile"] = False
+    if spec.train.liger == "auto" and (not on_gpu or spec.train.compile is True):
         train["liger"] = False
     return spec.model_copy(update={"train": spec.train.model_copy(update=train)})
 

@@ -74,6 +74,8 @@ class Plan:
     """Choice of data that the steps are counted for."""
     precision: str
     """Arithmetic: bf16, fp16 or fp32."""
+    compiled: bool
+    """Decoder layers are compiled (`train.compile`); the time is that without."""
     attention: str
     """`train.attention`, and the kernel that it means on this hardware."""
     checkpointing: int
@@ -178,6 +180,7 @@ def plan_of(spec: RunSpec, options: StageSearch, facts: RunFacts, notes: list[st
         max_length=train.max_length,
         data=spec.data.name,
         precision=train.arithmetic,
+        compiled=train.compile is True,
         attention=f"{train.attention}: {KERNELS[attention_kernel(spec)]}",
         checkpointing=option.checkpointing,
         num_gpus=hw.num_gpus * hw.num_nodes,

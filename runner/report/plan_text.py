@@ -153,6 +153,7 @@ def _print_facts(console: Console, plan: Plan) -> None:
         ("ZeRO", _zero(plan)),
         *([("Products", ["tf32 of fp32"])] if plan.precision == "tf32" else []),
         ("Attention", plan.attention.split()),
+        *([("Compiles", ["the", "layers;", "the", "time", "is", "that", "without"])] if plan.compiled else []),
         *([("Recomputes", _recomputes(plan))] if plan.num_gpus or plan.checkpointing else []),
         ("Batch", _batch(plan)),
         ("Trains", [f"{plan.trainable_parameters:,} parameters"]),

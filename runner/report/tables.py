@@ -20,11 +20,12 @@ def headline(spec: RunSpec, where: str) -> str:
     train, hw = spec.train, spec.hw
     machine = f"{hw.num_gpus} × {hw.gpu or hw.name}" if hw.accelerator == "cuda" else f"CPU, {hw.num_cpus} cores"
     size = f", {spec.model.num_parameters / 1e9:,.2f} B parameters" if spec.model.num_parameters else ""
+    compiled = ", compiled layers" if train.compile is True else ""
     model = f"{spec.model.title or spec.model.id}{size} ({spec.model.name})"
     return (
         f"Run     [bold]{escape(where)}[/bold]\n"
         f"Model   {escape(model)}, {spec.method.label}, {spec.data.name} data\n"
-        f"On      {machine}, {train.arithmetic}, {train.attention} attention, "
+        f"On      {machine}, {train.arithmetic}, {train.attention} attention{compiled}, "
         f"batch {train.batch_size} × {train.max_length} tokens, learning rate {train.learning_rate:g}"
     )
 

@@ -157,6 +157,8 @@ def _hardware(spec: RunSpec) -> Iterator[str]:
             yield f"{what}; write train.attention=varlen"
     if train.tf32:
         yield from _tf32(spec)
+    if train.compile is True:
+        yield from _compile(spec)
     if hw.accelerator == "cpu":
         if "8bit" in train.optimizer or "paged" in train.optimizer:
             yield f"train.optimizer={train.optimizer} needs a GPU; write train.optimizer=adamw"
@@ -175,6 +177,23 @@ def _tf32(spec: RunSpec) -> Iterator[str]:
     elif train.precision != "fp32":
         what = f"train.tf32=true rounds products of fp32, and train.precision={train.precision} has none"
         yield f"{what}; write train.precision=fp32, or train.tf32=false"
+
+
+def _compile(spec: RunSpec) -> Iterator[str]:
+    """What torch.compile cannot take, or only in pieces too small to gain by."""
+    asked, off = "train.compile=true", "write train.compile=false"
+    if spec.method.packed:
+        yield f"{asked}: bitsandbytes' products in 4 and 8 bits are not compiled (method={spec.method.name}); {off}"
+    if spec.deepspeed.name.startswith("zero3"):
+        what = f"{asked}: deepspeed={spec.deepspeed.name} gathers weights in the middle of a layer"
+        yield f"{what}; {off}, or deepspeed=zero2"
+    if spec.model.num_experts:
+        yield f"{asked}: a mixture's layers depend on where each token is routed ({spec.model.name}); {off}"
+    if spec.train.liger is True:
+        yield f"{asked} fuses what train.liger=true replaces by kernels of Liger's; write train.liger=false"
+    capability = spec.hw.compute_capability
+    if spec.hw.accelerator == "cuda" and capability is not None and capability < 7:
+        yield f"{asked}: Triton has no kernels for {spec.hw.name}; {off}"
 
 
 def _muon(spec: RunSpec) -> Iterator[str]:

@@ -73,6 +73,8 @@ class TrainSpec(Part):
     """Recompute activations in the backward pass: less memory, a third more time; a number n does it in every n-th layer. auto takes the fastest of these that fits on a GPU, and false on a CPU."""
     liger: bool | Auto = "auto"
     """Liger's fused kernels for norms, rotary positions and the MLP; auto means on a GPU where `liger-kernel` is installed and has some for the model."""
+    compile: bool | Auto = "auto"
+    """Compile each decoder layer with torch.compile, for training steps: minutes at the start, fewer and larger kernels after. auto is false, as it has not been measured on a GPU here (docs/gpus.md)."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Seed of data order, adapter initialisation, dropout and all else."""
     save_every_steps: int | None = Field(default=None, ge=1)

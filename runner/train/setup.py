@@ -22,6 +22,7 @@ from runner.rundir.directory import RunDir
 from runner.rundir.json_files import State, StatusFacts
 from runner.spec import RunSpec
 from runner.train import (
+    compiled_layers,
     deepspeed_config,
     model_loading,
     model_saving,
@@ -135,6 +136,9 @@ def set_up(spec: RunSpec, process: Process) -> Setup:
     trainer = objective.build_trainer(
         data.source, model, data.tokenizer, (data.train, data.held), args=settings, guard=guard, sealer=sealer
     )
+    if spec.train.compile is True:
+        number = compiled_layers.compile_layers(trainer.model, fixed_shapes=spec.train.packing)
+        progress.note(f"Compiles {number} layers, with the first steps")
     metrics = MetricsWriter(trainer, run, progress, ranks.main, start, tracker)
     before_after = BeforeAfter(trainer, objective, data.examples, spec, run, progress, process.heartbeat)
     if ranks.main:
@@ -241,6 +245,7 @@ def _environment(spec: RunSpec, model: PreTrainedModel, source: str, found: dict
         "attention_kernel": varlen_attention.kernel(model, spec.train.precision),
         "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
         "liger": kernels.liger(spec),
+        "compiled_layers": spec.train.compile is True,
         **found,
         "seed": spec.train.seed,
     }
