@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from runner.errors import RequestError
@@ -32,13 +32,17 @@ KEPT_APART: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SEEN: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64}, "bloom": {"n_head": 4, "n_layer": 2},
-    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}, "falcon": {"head_dim": None},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
     "gpt_oss": EXPERTS | {"head_dim": 16}, "mamba": {"state_size": 8},
     "mamba2": {"num_heads": 8, "state_size": 8, "head_dim": 16, "n_groups": 1},
     "rwkv": {"attention_hidden_size": 64, "context_length": 64},
     "recurrent_gemma": {"lru_width": 64, "block_types": ["recurrent", "attention"], "attention_window_size": 32},
     "jamba": EXPERTS | {"mamba_d_state": 8, "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},
     "minimax": {"num_local_experts": 2},
+}  # fmt: skip
+BY_VERSION: dict[str, dict[str, Any]] = {
+    # Falcon makes its mask with positions since transformers 5.24, and GPT-J takes any attention
+    "falcon": {"head_dim": None}, "gptj": GPT2 | {"rotary_dim": 8}, "llama": {}, "opt": SEEN["opt"],
 }  # fmt: skip
 RAISE: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -50,19 +54,29 @@ RAISE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+PACKS = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+
+
 def found(
     name: str, more: dict[str, Any], dtype: torch.dtype = torch.bfloat16, varlen: bool = False
 ) -> str | None:  # fmt: skip
     """The fault of an untrained model of that architecture."""
+    model = untrained(name, more, dtype)
+    assert not varlen or varlen_attention.use(model)
+    return fault_of(model)
+
+
+def untrained(name: str, more: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         name, **{k: v for k, v in {**SIZES, **more}.items() if k not in more or v is not None}
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    assert not varlen or varlen_attention.use(model)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def fault_of(model: Any) -> str | None:
     with torch.no_grad():
-        collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
-        return packing_isolation.find_leak(model, collator, [0, 1, 2])
+        return packing_isolation.find_leak(model, PACKS, [0, 1, 2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -80,6 +94,47 @@ def test_attention_over_documents_keeps_them_apart(name: str) -> None:
 @pytest.mark.parametrize("name", SEEN)
 def test_a_document_that_is_seen_by_the_next_is_found(name: str, dtype: torch.dtype) -> None:
     assert "moves the logits of the next" in (found(name, SEEN[name], dtype) or "")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_model_whose_mask_does_not_look_at_positions_is_found(dtype: torch.dtype) -> None:
+    """Whatever transformers' own models do: this one sees the whole row, and hands positions on."""
+
+    class Unaware(LlamaForCausalLM):
+        def forward(self, input_ids: torch.Tensor, **others: Any) -> Any:
+            s = input_ids.shape[1]
+            others["attention_mask"] = torch.ones(1, 1, s, s, dtype=torch.bool).tril()
+            return super().forward(input_ids, **others)
+
+    torch.manual_seed(0)
+    model = Unaware(AutoConfig.for_model("llama", **SIZES, attn_implementation="sdpa")).to(dtype).eval()
+    assert "moves the logits of the next" in (fault_of(model) or "")
+    assert fault_of(LlamaForCausalLM(model.config).to(dtype).eval()) is None
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("name", BY_VERSION)
+def test_a_fault_is_found_exactly_where_packed_losses_differ(name: str, varlen: bool) -> None:
+    model = untrained(name, BY_VERSION[name])
+    if varlen and not varlen_attention.use(model):
+        pytest.skip(f"this version's {name} cannot take it")
+    documents = [[3 + (7 * place + 11 * number) % 120 for place in range(16)] for number in range(3)]
+
+    def loss(*some: list[int]) -> list[float]:
+        """Of each document but its first token, whose label is no token's."""
+        batch = PACKS(
+            [{"input_ids": [token for one in some for token in one], "seq_lengths": [len(one) for one in some]}]
+        )
+        labels = batch.pop("labels")[0]
+        with torch.no_grad():
+            logits = model(**batch, use_cache=False).logits[0, :-1].float()
+        each = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="none")
+        return [part[: len(one) - 1].mean().item() for one, part in zip(some, each.split(16), strict=True)]
+
+    packed, alone = loss(*documents), [loss(one)[0] for one in documents]
+    same = packed == pytest.approx(alone, abs=1e-5)
+    assert same == (fault_of(model) is None)
+    assert name not in ("llama", "opt") or same == (name == "llama")
 
 
 def test_documents_of_gpt_oss_are_found_under_varlen_too() -> None:

@@ -19,7 +19,7 @@ from transformers.masking_utils import (
     chunked_causal_mask_function,
     sliding_window_causal_mask_function,
 )
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from runner.train import model_loading, varlen_attention, varlen_kernels
@@ -39,13 +39,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt_neox": {}, "olmo2": {}, "cohere": {},
     "gpt_oss": EXPERTS | {"head_dim": 16, "sliding_window": 7},  # sinks
 }  # fmt: skip
+BY_VERSION: dict[str, dict[str, Any]] = {
+    "bloom": {"n_head": 4, "n_layer": 2}, "doge": {}, "falcon": {},
+    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+}  # fmt: skip
+"""Whether these hand on their mask is up to the version of transformers: GPT-J does since 5.24."""
 
 
 @cache
 def pair(name: str) -> tuple[Any, Any]:
     """One untrained fp32 model under attention over documents, and with the same weights under a mask."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **SIZES | MODELS[name])
+    config = AutoConfig.for_model(name, **SIZES | {**MODELS, **BY_VERSION}[name])
     eager = name in ("gemma2", "gpt_oss")  # whose softcap and sinks SDPA does not know
     masked = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if eager else "sdpa")
     ours = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -243,18 +248,44 @@ def test_generation_with_a_cache_gives_what_sdpa_gives() -> None:
         assert texts[0] == texts[1], name
 
 
-def test_models_that_do_not_hand_on_their_mask_keep_what_transformers_takes() -> None:
-    for name, more in (("bloom", {"n_head": 4, "n_layer": 2}), ("doge", {}), ("gptj", {"n_embd": 64, "n_layer": 2,
-                       "n_head": 4, "rotary_dim": 8}), ("falcon", {})):  # fmt: skip
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES | more))
-        before = model.config._attn_implementation
-        assert not varlen_attention.use(model) and model.config._attn_implementation == before != "varlen"
-        line = model_loading.another_attention(spec_of("hw=cpu", "train.attention=varlen"), model)
-        assert line and line.startswith(
-            f"Attends with {before}, not varlen, which layers of {type(model).__name__} cannot"
-        )
-    assert model_loading.another_attention(spec_of("hw=cpu", "train.attention=varlen"), pair("llama")[0]) is None
+class Scored(LlamaAttention):
+    """Attention of its own, that hands its mask to no interface."""
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, **others: Any) -> Any:
+        b, s, _ = hidden_states.shape
+        q, k, v = (p(hidden_states).view(b, s, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attention_mask, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def keeps_what_transformers_takes(model: Any) -> bool:
+    """The model does not take attention over documents, nothing of it is changed, and the run says so."""
+    before = model.config._attn_implementation
+    if varlen_attention.use(model):
+        return False
+    assert model.config._attn_implementation == before != "varlen"
+    line = model_loading.another_attention(spec_of("hw=cpu", "train.attention=varlen"), model)
+    assert line and line.startswith(f"Attends with {before}, not varlen, which layers of {type(model).__name__} cannot")
     assert model_loading.another_attention(spec_of("hw=cpu", "train.attention=eager"), model) is None
+    return True
+
+
+def test_models_that_do_not_hand_on_their_mask_keep_what_transformers_takes() -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
+    model.model.layers[1].self_attn = Scored(model.config, 1)
+    assert keeps_what_transformers_takes(model)
+    assert model_loading.another_attention(spec_of("hw=cpu", "train.attention=varlen"), pair("llama")[0]) is None
+
+
+@pytest.mark.parametrize("name", BY_VERSION)
+def test_a_model_keeps_what_transformers_takes_or_gives_what_a_mask_gives(name: str) -> None:
+    if keeps_what_transformers_takes(
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES | BY_VERSION[name]))
+    ):
+        return
+    compared(name, packed([5, 20, 9]))
+    for left in (False, True):
+        compared(name, padded([9, 14, 3], left))
 
 
 def test_short_rows_compute_their_scores_once_and_join_short_documents(monkeypatch: pytest.MonkeyPatch) -> None:
