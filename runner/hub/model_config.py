@@ -141,6 +141,39 @@ class UnknownShapeError(RequestError):
     """The arithmetic does not know the layers that a config describes."""
 
 
+class NotCausalError(RequestError):
+    """The config is of another kind of model than those that this runner trains."""
+
+
+def check_causal(config: Mapping[str, object], source: str | None = None) -> None:
+    """NotCausalError for an encoder-decoder model and for an encoder, as far as a `config.json` says so."""
+    names = config.get("architectures")
+    masked = isinstance(names, list) and any(str(name).endswith("ForMaskedLM") for name in names)
+    if config.get("is_encoder_decoder") is True:
+        raise not_causal(config.get("model_type"), "an encoder-decoder model", source)
+    if masked and config.get("is_decoder") is not True:
+        raise not_causal(config.get("model_type"), "an encoder, in which a token sees those that follow", source)
+
+
+def not_causal(kind: object, what: str, source: str | None = None) -> NotCausalError:
+    """The sentence about a model of that kind."""
+    told = f"{kind} is {what}; this runner trains decoder-only causal LMs"
+    return NotCausalError(Problem(told, source, "name one: python -m runner list model shows some"))
+
+
+def check_sizes(config: Mapping[str, object], source: str | None = None) -> None:
+    """RequestError for sizes that no model can have, under the names that most types of models share."""
+    inner = _language_model(config)
+    problems = []
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        value, most = inner.get(name), MOST_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE
+        if isinstance(value, (int, float, str)) and not _is_size(value, False, most):  # some types list one per layer
+            what = f"{name}={json.dumps(value)}: expected a whole number from 1 to {most:,}"
+            problems.append(Problem(what, source, f"correct {name} in it"))
+    if problems:
+        raise RequestError(*problems)
+
+
 def facts_from_config(config: Mapping[str, object], source: str | None = None) -> dict[str, object]:
     """Return the ModelSpec fields in a `config.json`: architecture, sizes and the number of parameters.
 

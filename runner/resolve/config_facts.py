@@ -120,7 +120,9 @@ def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:
         _check_facts(model)
         return spec
     try:
-        facts = _facts(model, needed)
+        facts = _facts(model, needed, scores=spec.objective.scores)
+    except model_config.NotCausalError:
+        raise
     except model_config.UnknownShapeError as unknown:
         if needed and (config := _config(model, needed)):
             simulator.add(model, *config, unknown)
@@ -137,8 +139,11 @@ def with_facts(spec: RunSpec, *, needed: bool = False) -> RunSpec:
     return spec.model_copy(update={"model": found})
 
 
-def _facts(model: ModelSpec, needed: bool) -> dict[str, object] | None:
+def _facts(model: ModelSpec, needed: bool, *, scores: bool = False) -> dict[str, object] | None:
+    """Facts in the config; NotCausalError for an encoder, but where the model only gives `scores`."""
     config = _config(model, needed)
+    if config is not None and not scores:
+        model_config.check_causal(*config)
     return None if config is None else model_config.facts_from_config(*config)
 
 

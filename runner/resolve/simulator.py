@@ -10,14 +10,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 from runner.errors import Problem, RequestError
+from runner.hub.model_config import check_sizes, not_causal
 from runner.paths import PACKAGE, cache_dir
 from runner.plan.autograd.ops import Setting
 from runner.plan.model_shape import LayerShape, Matrix, Shape, Traits, add_simulated
@@ -33,20 +36,30 @@ CODE = (
     "train/varlen_attention.py", "train/varlen_kernels.py", "train/trainable_weights.py", "train/adapter_config.py",
 )  # fmt: skip
 """Modules that decide what a simulation shows, likewise."""
+LIMIT_S = 900.0
+"""Seconds that the simulations of one command may take: the models of the tests take some seconds."""
+SAID_AFTER_S, SAID_EVERY_S = 3.0, 10.0
+"""Seconds of waiting after which a line on stderr says what is waited for, and between that and the next one."""
+
+
+class SimulationError(RequestError):
+    """A simulation that failed."""
+
+    why = ""
 
 
 def add(model: ModelSpec, config: Mapping[str, object], source: str, unknown: RequestError) -> None:
     """Let the plan simulate a model. RequestError, with what is `unknown`, where that cannot be done."""
     what = str(unknown)
+    check_sizes(config, source)
     if missing := [name for name in NEEDED if _version(name) is None]:
         remedy = f"pip install {' '.join(missing)}: then such a model is simulated. {unknown.problems[0].remedy}"
         raise RequestError(Problem(f"{what}, and {', '.join(missing)} to simulate it is not here", source, remedy))
     try:
         found = simulated_shape(model.name, json.dumps(config, sort_keys=True), source)
-    except RequestError as error:
-        why = error.problems[0].what
+    except SimulationError as error:
         remedy = f"correct it, or plan a model of about its sizes: {unknown.problems[0].remedy}"
-        raise RequestError(Problem(f"{what}, and cannot be simulated: {why}", source, remedy)) from None
+        raise RequestError(Problem(f"{what}, and cannot be simulated: {error.why}", source, remedy)) from None
     add_simulated(model, found)
 
 
@@ -92,6 +105,14 @@ class Process:
     steps: int = 0
     seconds: float = 0.0
     ran: bool = False
+    lines: SimpleQueue[str | None] = field(default_factory=SimpleQueue)
+    """What the process prints; None at its end."""
+    kind: str = ""
+    spent: float = 0.0
+    """Seconds that were waited for answers that no cache had."""
+    began: float = 0.0
+    told: float = 0.0
+    late: bool = False
     attention: str | None = None
     """`sdpa` or `eager`, where a step could take no other."""
 
@@ -104,10 +125,12 @@ class Process:
             if kept["sha256"] == _digest(kept["answer"]):
                 return self._counted(kept["answer"])
         self.ran = True
-        started = time.monotonic()
+        self.began, self.kind = time.monotonic(), str(json.loads(request["config"]).get("model_type"))
         found = self._asked(request)
-        found["seconds"] = round(time.monotonic() - started, 2)
-        if "error" not in found:
+        seconds = time.monotonic() - self.began
+        self.spent += seconds
+        found["seconds"] = round(seconds, 2)
+        if not found.pop("transient", False):
             with suppress(OSError):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, json.dumps({"sha256": _digest(found), "answer": found}))
@@ -127,9 +150,24 @@ class Process:
             self.child.stdin.flush()
         return self._answer()
 
+    def _line(self) -> str | None:
+        """The next line, None at the end of the process, which is killed when all takes too long; a wait is told."""
+        while True:
+            try:
+                return self.lines.get(timeout=0.2)
+            except Empty:
+                spent = self.spent + time.monotonic() - self.began
+            if spent > LIMIT_S and self.child is not None:
+                self.late = True
+                self.child.kill()
+            elif spent > max(self.told, SAID_AFTER_S):
+                said = f"Simulating {self.kind} for the plan … {spent:.0f} s, {LIMIT_S / 60:.0f} minutes at most"
+                print(said, file=sys.stderr, flush=True)
+                self.told = spent + SAID_EVERY_S
+
     def _answer(self) -> dict[str, Any]:
-        assert self.child is not None and self.child.stdout is not None
-        for line in self.child.stdout:  # libraries print there, too, while they are imported
+        assert self.child is not None
+        while (line := self._line()) is not None:  # libraries print there, too, while they are imported
             if line.startswith(ANSWER):
                 found: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
                 return found
@@ -137,7 +175,10 @@ class Process:
         self.errors.seek(0)
         last = self.errors.read().strip().splitlines()[-1:] or [f"exit code {self.child.returncode}"]
         self.child = None
-        return {"error": f"the process that simulates ended: {last[0]}"}
+        if self.late:
+            kept = "what is finished is kept, and another try goes on from there"
+            return {"error": f"it takes longer than {LIMIT_S / 60:.0f} minutes ({kept})", "transient": True}
+        return {"error": f"the process that simulates ended: {last[0]}", "transient": True}
 
     def _start(self) -> dict[str, Any]:
         """Start it without a network and without a GPU, which it has no use for; its first answer."""
@@ -153,7 +194,15 @@ class Process:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
         )  # fmt: skip
         atexit.register(self.child.kill)
+        self.lines = SimpleQueue()
+        Thread(target=_read, args=(self.child.stdout, self.lines), daemon=True).start()
         return self._answer()
+
+
+def _read(stream: Iterable[str], lines: SimpleQueue[str | None]) -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
 
 
 def _digest(answer: object) -> str:
@@ -180,9 +229,14 @@ class Simulated:
     def ask(self, do: str, **more: Any) -> dict[str, Any]:
         """What the process says; RequestError where it fails."""
         found = self.process.ask({"do": do, "config": self.config, "name": self.name, **self.bound, **more})
+        if "not_causal" in found:
+            raise not_causal(self.model_type, found["not_causal"], self.source)
         if "error" in found:
             what = f"{self.model_type} cannot be simulated: {found['error']}"
-            raise RequestError(Problem(what, self.source, "plan another method, or a known model of about its sizes"))
+            remedy = "plan another method, or a known model of about its sizes"
+            failed = SimulationError(Problem(what, self.source, remedy))
+            failed.why = found["error"]
+            raise failed
         return found
 
     def applied(self, made: Training, method: Method, precision: Precision, *, deepspeed: bool) -> Training:

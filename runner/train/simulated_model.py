@@ -11,7 +11,9 @@ from typing import Any, cast
 import torch
 from peft import get_peft_model
 from pydantic import TypeAdapter
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import __version__ as transformers_version
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from trl.trainer.utils import add_fused_lm_head
 
@@ -22,6 +24,25 @@ from runner.train.model_loading import DTYPES
 METHOD: TypeAdapter[Method] = TypeAdapter(Method)
 Asked = Mapping[str, Any]
 """A request of the plan."""
+
+
+def not_causal(config_json: str) -> str | None:
+    """Of a model that predicts no next tokens, by the classes of transformers, what it is."""
+    config = _config(config_json)
+    if config.is_encoder_decoder:
+        return "an encoder-decoder model"
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True):
+        return "an encoder, in which a token sees those that follow (its config has no is_decoder=true)"
+    return None if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else "no causal LM in transformers"
+
+
+def _config(config_json: str) -> Any:
+    values = json.loads(config_json)
+    values.pop("quantization_config", None)  # the worker trains what it unpacks
+    values.pop("transformers_version", None)
+    if values["model_type"] not in CONFIG_MAPPING:
+        raise ValueError(f"transformers {transformers_version} does not know that type")
+    return CONFIG_MAPPING[values["model_type"]].from_dict(values)
 
 
 def run_like(asked: Asked) -> RunSpec:
@@ -41,12 +62,8 @@ def run_like(asked: Asked) -> RunSpec:
 @lru_cache(maxsize=2)
 def bare(config_json: str, dtype: torch.dtype, device: str = "meta") -> Any:
     """The model as transformers loads it, without its weights."""
-    values = json.loads(config_json)
-    values.pop("quantization_config", None)  # the worker trains what it unpacks
-    values.pop("transformers_version", None)
-    config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(_config(config_json), dtype=dtype)
 
 
 @lru_cache(maxsize=1)

@@ -24,7 +24,7 @@ from runner.plan.simulation import ANSWER
 from runner.train import adapter_config, varlen_attention
 from runner.train.fake_tensors import FLASH, gpu_like, to_fakes
 from runner.train.model_loading import DTYPES
-from runner.train.simulated_model import Asked, built, count, describe, method_part
+from runner.train.simulated_model import Asked, built, count, describe, method_part, not_causal
 from runner.train.step_segments import Segments, watched
 from runner.train.varlen_kernels import Documents
 
@@ -170,11 +170,13 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         try:
-            found = ANSWERS[asked["do"]](asked)
+            other = not_causal(asked["config"])
+            found = {"not_causal": other} if other else ANSWERS[asked["do"]](asked)
         except Exception as error:  # whatever a model's code makes of tensors without values
             traceback.print_exc()
             words = " ".join(str(error).split())
-            found = {"error": f"{type(error).__name__}: {words[:300]}"}
+            passing = isinstance(error, (MemoryError, OSError, ImportError))  # of this machine, not of the model
+            found = {"error": f"{type(error).__name__}: {words[:300]}", "transient": passing}
         print(ANSWER + json.dumps(found), file=answers, flush=True)
 
 

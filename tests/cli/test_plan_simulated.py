@@ -74,10 +74,49 @@ def test_a_type_that_transformers_does_not_know_is_refused(here: Path) -> None:
     )
 
 
-def test_a_config_that_builds_no_model_is_refused(here: Path) -> None:
-    result = plan(written(here / "odd", {**UNKNOWN, "num_attention_heads": "many"}))
-    assert result.exit_code == 2
-    assert "model_type starcoder2 is not known, and cannot be simulated" in " ".join(result.output.split())
+def test_a_config_that_builds_no_model_is_refused_once_and_for_all(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = written(here / "odd", {**UNKNOWN, "hidden_act": "nothing"})
+    first = plan(model)
+    assert first.exit_code == 2
+    said = " ".join(first.output.split())
+    assert "model_type starcoder2 is not known, and cannot be simulated" in said
+    assert said.count("cannot be simulated") == 1
+    simulator.simulated_shape.cache_clear()
+    simulator._process.cache_clear()
+    monkeypatch.setattr(simulator.Process, "_start", lambda process: pytest.fail("started again"))
+    assert first.output.endswith(plan(model).output)  # but for the lines about its progress
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "bert is an encoder"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "t5 is an encoder-decoder model"),
+    ],
+)
+def test_a_model_that_predicts_no_next_tokens_is_refused_without_torch(
+    here: Path, config: dict[str, Any], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulator, "_version", lambda name: None)
+    result = plan(written(here / "other", {"hidden_size": 64, **config}))
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2 and what in said and "this runner trains decoder-only causal LMs" in said
+    assert "simulate" not in said
+
+
+def test_what_transformers_knows_of_a_model_is_asked_where_its_config_says_nothing(here: Path) -> None:
+    for kind, what in (("bert", "an encoder"), ("t5", "an encoder-decoder model"), ("vit", "no causal LM")):
+        result = plan(written(here / kind, {"model_type": kind}))
+        said = " ".join(result.output.split())
+        assert result.exit_code == 2 and f"{kind} is {what}" in said and "cannot be simulated" not in said
+
+
+def test_sizes_that_cannot_be_are_named(here: Path) -> None:
+    result = plan(written(here / "odd", {**UNKNOWN, "num_hidden_layers": 0, "num_attention_heads": "many"}))
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2 and "simulate" not in said
+    assert "num_hidden_layers=0: expected a whole number from 1" in said
+    assert 'num_attention_heads="many": expected a whole number from 1' in said
 
 
 def test_without_torch_it_is_said_what_to_install(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,3 +145,13 @@ def test_a_torch_that_cannot_be_imported_is_said(here: Path, monkeypatch: pytest
     monkeypatch.setenv("PYTHONPATH", str(here / "broken"))
     result = plan(written(here / "odd", UNKNOWN))
     assert result.exit_code == 2 and "libcudart.so is missing" in " ".join(result.output.split())
+
+
+def test_a_simulation_is_told_while_it_runs_and_has_a_limit(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulator, "SAID_AFTER_S", 0.1)
+    monkeypatch.setattr(simulator, "LIMIT_S", 0.6)  # the import of torch takes longer
+    model = written(here / "odd", UNKNOWN)
+    result = plan(model)
+    assert result.exit_code == 2 and "Simulating starcoder2 for the plan … " in result.stderr
+    assert "it takes longer than" in " ".join(result.stderr.split())
+    assert not list((here / "cache").glob("simulations/*"))  # another time it may not

@@ -248,7 +248,7 @@ def test_generation_with_a_cache_gives_what_sdpa_gives() -> None:
         assert texts[0] == texts[1], name
 
 
-class Scored(LlamaAttention):
+class ScoredAttention(LlamaAttention):
     """Attention of its own, that hands its mask to no interface."""
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, **others: Any) -> Any:
@@ -272,7 +272,7 @@ def keeps_what_transformers_takes(model: Any) -> bool:
 
 def test_models_that_do_not_hand_on_their_mask_keep_what_transformers_takes() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
-    model.model.layers[1].self_attn = Scored(model.config, 1)
+    model.model.layers[1].self_attn = ScoredAttention(model.config, 1)
     assert keeps_what_transformers_takes(model)
     assert model_loading.another_attention(spec_of("hw=cpu", "train.attention=varlen"), pair("llama")[0]) is None
 
