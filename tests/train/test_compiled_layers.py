@@ -106,7 +106,8 @@ def test_a_run_has_the_losses_of_one_without_resumes_and_is_loaded(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
     saved = str(run.path / "model")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base" if method == "lora" else saved)
+    source = tmp_path / "base" if method == "lora" else saved
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, saved) if method == "lora" else base
     words_in = torch.tensor([[5, 9, 2]])
     with torch.no_grad():
