@@ -48,4 +48,4 @@ def _typed(request: Request) -> list[str]:
     folders = [word for folder in request.config_dirs for word in ("--config-dir", str(folder))]
     start = [str(request.spec_file)] if request.spec_file else []
     recipe = [f"recipe={request.recipe}"] if request.recipe else []
-    return [*folders, *start, *recipe, *request.overrides]
+    return [*folders, *start, *recipe, *(word.lstrip("+") for word in request.overrides)]  # `++` is of a sweep's

@@ -261,6 +261,7 @@ def test_the_points_of_a_sweep_keep_where_their_values_came_from(here: Path) -> 
         record_origins(run, point, composed, composed)
         rows = {row.key: row for row in gather(run).spec_rows}
         assert rows["train.learning_rate"].value == rate and rows["train.learning_rate"].place == "command line"
+        assert any(word.startswith("train.learning_rate=") for word in gather(run).typed)
 
 
 @pytest.mark.parametrize("state", ["done", "failed", "interrupted"])
