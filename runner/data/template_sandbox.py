@@ -21,8 +21,11 @@ from runner.errors import Problem, RequestError
 
 BEGIN, END = "\ue0f0\ue0f1", "\ue0f1\ue0f0"
 """Around what a template marks as {% generation %}; of Unicode's private use: no text one learns from holds the two."""
-SECONDS = 5.0
+SECONDS = 2.0
 """CPU time of one conversation: a thousand turns in a template of ours take 0.016 at most."""
+SLOW, LEAST = 0.25, 0.5
+"""After every conversation of over `SLOW` seconds a template has half of its time left for each, but no less than
+`LEAST`: a check renders a dozen, and one template is not to hold it up for a dozen times two seconds."""
 LARGEST = 1 << 24
 """Characters of a text: some million tokens."""
 ELEMENT = 16
@@ -49,12 +52,18 @@ def compiled(source: str) -> Callable[..., str]:
         what = f"the chat template is no Jinja: {f'line {line}: ' if line else ''}{why}"
         raise RequestError(Problem(what, None, "set data.chat_template to another file")) from None
 
+    left = SECONDS
+
     def bounded(**given: object) -> str:
-        token = _deadline.set(time.thread_time() + SECONDS)
+        nonlocal left
+        began = time.thread_time()
+        token = _deadline.set(began + left)
         try:
             return render(**given)
         finally:
             _deadline.reset(token)
+            if time.thread_time() - began > SLOW:
+                left = max(left / 2, min(left, LEAST))
 
     return bounded
 
@@ -81,7 +90,7 @@ def _environment() -> Any:
 
     def look_at_the_clock() -> str:
         if time.thread_time() > _deadline.get(float("inf")):
-            refuse(f"it takes more than {SECONDS:.0f} seconds for one conversation")
+            refuse("it takes seconds of CPU time for one conversation")
         return ""
 
     def check_size(size: int) -> None:

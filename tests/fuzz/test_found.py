@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,7 +250,7 @@ def test_a_template_that_is_no_jinja_is_refused(source: str) -> None:
 )
 def test_a_template_that_would_never_end_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.data.template_sandbox.SECONDS", 0.1)
-    with pytest.raises(Exception, match="more than 0 seconds for one conversation"):
+    with pytest.raises(Exception, match="seconds of CPU time for one conversation"):
         rendered(source)
 
 
@@ -305,3 +306,15 @@ def test_no_problem_brings_control_characters_or_megabytes_to_a_terminal() -> No
     assert problem.what.startswith("a\\x1b[2Jb\\ud800\n\tcx") and len(problem.what) < LONGEST + 100
     assert (problem.source, problem.remedy) == ("\\x07", None)
     assert Problem("é – 𝔘 …").what == "é – 𝔘 …"
+
+
+def test_a_template_that_is_slow_every_time_holds_a_check_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check renders a dozen conversations: each used to have the whole time."""
+    monkeypatch.setattr("runner.data.template_sandbox.SECONDS", 0.8)
+    monkeypatch.setattr("runner.data.template_sandbox.SLOW", 0.05)
+    monkeypatch.setattr("runner.data.template_sandbox.LEAST", 0.1)
+    began = time.process_time()
+    for _ in range(10):
+        with pytest.raises(Exception, match="seconds of CPU time"):
+            rendered("{% for i in range(99999) %}{% for j in range(99999) %}{{ '' }}{% endfor %}{% endfor %}")
+    assert time.process_time() - began < 4  # 0.8 + 0.4 + 0.2 + 7 × 0.1 s; each 0.8 without it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -43,8 +44,52 @@ PIECES = (
 )  # fmt: skip
 
 
+EXPRESSIONS = tuple(piece for piece in PIECES if piece.startswith("{{"))
+BLOCKS = (
+    ("{% for m in messages %}", "{% endfor %}"), ("{% if tools %}", "{% endif %}"), ("{% filter upper %}", "{% endfilter %}"),
+    ("{% if m.role == 'user' %}", "{% endif %}"), ("{% generation %}", "{% endgeneration %}"),
+    ("{% for i in range(99999) %}", "{% endfor %}"), ("{% for i in range(999999999) %}", "{% endfor %}"),
+    ("{% set x %}", "{% endset %}{{ x ~ x ~ x }}"), ("{% macro f(n) %}", "{{ f(n) }}{% endmacro %}{{ f(1) }}"),
+    ("{% for m in messages recursive %}", "{{ loop(messages) }}{% endfor %}"),
+    ("{% for m in messages %}<{{ m.role }}>{{ m.content }}", "</s>{% endfor %}"),
+)  # fmt: skip
+_EXPRESSION = re.compile(r"\{\{.*?\}\}", re.DOTALL)
+_LITERAL = re.compile(r"'[^'{}%]*'|\b\d+\b")
+
+
 def source(rng: Random) -> str:
-    """A template of which pieces are of another, or of an enemy's."""
+    """A template, published or an enemy's; two of three can be parsed."""
+    return rng.choice((altered, grown, spoiled))(rng)
+
+
+def altered(rng: Random) -> str:
+    """A published one of which expressions or literals are others: its blocks stay as they are."""
+    text = rng.choice(SOURCES)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        found = [*rng.choice((_EXPRESSION, _LITERAL)).finditer(text)]
+        if not found:
+            continue
+        old = rng.choice(found)
+        if old[0].startswith("{{"):
+            new = rng.choice((rng.choice(found)[0], rng.choice(EXPRESSIONS), "", old[0] * 2))
+        else:
+            new = rng.choice((rng.choice(found)[0], "''", "'assistant'", "-1", "none", "messages", "m.content"))
+        text = text[: old.start()] + new + text[old.end() :]
+    return text
+
+
+def grown(rng: Random, depth: int = 3) -> str:
+    """One of whole blocks, each within others."""
+    parts = []
+    for _ in range(rng.randrange(1, 4)):
+        begin, end = rng.choice(BLOCKS)
+        inner = grown(rng, depth - 1) if depth else rng.choice(EXPRESSIONS)
+        parts.append(rng.choice((rng.choice(EXPRESSIONS), begin + inner + end, begin + inner + end, "text\n")))
+    return "".join(parts)
+
+
+def spoiled(rng: Random) -> str:
+    """Pieces of templates without regard to where a block ends."""
     text = rng.choice(SOURCES)
     if rng.random() < 0.4:
         return "".join(rng.choice(PIECES) for _ in range(rng.randrange(1, 7)))
