@@ -180,7 +180,7 @@ def test_an_answer_of_no_tokens_is_refused(tokens: str) -> None:
         ("train.gradient_checkpointing=2.5", "write train.gradient_checkpointing=2"),
         ("train.micro_batch_size=0.2", "write train.micro_batch_size=1"),
         ("train.max_steps=7.6", "write train.max_steps=8"),
-        ("train.seed=1e400", "docs/reference.md says what train.seed takes"),
+        ("train.seed=1e400", "write train.seed=42, for example"),
     ],
 )
 def test_a_value_that_cannot_be_is_told_what_can(word: str, remedy: str | None) -> None:

@@ -54,7 +54,10 @@ def test_settings_are_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
     found = torchrun.process_environment(spec_of("hw=cpu", "hw.env={MASTER_PORT: '1234'}"))
     assert {name for name in LEFT if name in found} == {"SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "MASTER_PORT"}
     assert found["MASTER_PORT"] == "1234"  # the hardware profile's own
-    assert {name: found.get(name) for name in SET} == SET
+    assert {name: found.get(name) for name in SET} == {
+        **SET,
+        "CUDA_VISIBLE_DEVICES": "",
+    }  # hw=cpu: no GPU is looked for
 
 
 def test_the_launcher_s_own_variables_are_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

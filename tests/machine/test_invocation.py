@@ -151,7 +151,7 @@ def test_every_pin_can_be_installed_on_every_python(python: str) -> None:
             continue
         with suppress(PackageNotFoundError):
             package = distribution(pin.name)
-            needed = SpecifierSet(package.metadata["Requires-Python"] or "")
+            needed = SpecifierSet(package.metadata.get("Requires-Python") or "")
             if pin.specifier.contains(package.version) and not needed.contains(f"{python}.0"):
                 refused.append(f"{line} wants Python {needed}")
     assert not refused

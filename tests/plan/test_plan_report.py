@@ -49,7 +49,7 @@ PLAN: dict[str, Any] = {
     "host_ram_gib": 21.0, "host_ram": {"processes": 7.5, "saving": 13.5},
     "disk_gib": 121.4, "disk": {"weights": 13.5, "checkpoints": 94.4, "final_model": 13.5},
     "zero_stage": "zero3", "deepspeed": {}, "max_length": 256, "data": "commands", "precision": "bf16",
-    "attention": "varlen: a flash kernel, no mask", "checkpointing": 2,
+    "attention": "varlen: a flash kernel, no mask", "checkpointing": 2, "compiled": False,
     "micro_batch": 1, "accumulation": 2, "batch": 6, "num_gpus": 3,
     "trainable_parameters": 7_241_732_096, "num_steps": 100, "tokens_total": 3_200_000,
     "step_seconds": 0.1483, "tokens_per_second": 5178.0, "hours": 0.05, "usd": 0.33, "usd_per_hour": 7.5,

@@ -50,7 +50,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 BESIDE = {
     "model.title", "model.learning_rate_full", "model.learning_rate_adapter", "hw.title", "hw.runpod_gpu_id", "hw.bf16",
-    "train.hang_minutes", "run.on_changed_inputs", "push.keep_checkpoints",
+    "train.hang_minutes", "run.report", "run.on_changed_inputs", "push.keep_checkpoints",
 }  # fmt: skip
 """Read by whoever composes, shows, rents, watches or resumes the run."""
 REFUSED = {
