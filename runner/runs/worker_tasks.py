@@ -214,20 +214,13 @@ def merge(run_dir: Path, out: Path | None, as_json: bool) -> int:
 
 def prepare(spec: RunSpec, as_json: bool) -> int:
     """Exit code of the process; what it says goes where this one's words go. RequestError for data that are wrong."""
+    from runner.runs.content_checks import check_contents  # the readers of rows, which no other of these verbs needs
+
+    for note in check_contents(spec):
+        print(f"Note    {note}", file=sys.stderr)
     command = [sys.executable, "-m", "runner.train.tokens.fill_token_cache", *["--json"] * as_json]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=single_process_environment())
     assert worker.stdin is not None
-    try:  # it imports its libraries meanwhile: of 100,000 alpaca rows either takes about five seconds
-        from runner.runs.content_checks import (
-            check_contents,  # the readers of rows, which no other of these verbs needs
-        )
-
-        for note in check_contents(spec):
-            print(f"Note    {note}", file=sys.stderr)
-    except BaseException:
-        worker.kill()  # it has begun nothing
-        worker.wait()
-        raise
     with suppress(BrokenPipeError), worker.stdin:
         worker.stdin.write(spec.model_dump_json())
     return exit_code_of(worker)

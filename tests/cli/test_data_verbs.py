@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -21,7 +20,7 @@ from runner.report.text import counted
 from runner.train.tokens import fill_token_cache
 from tests.conftest import ROOT, run_cli, spec_of, train_here
 from tests.support import preferences
-from tests.support.front import here, laptop, refused, runner
+from tests.support.front import here, laptop, runner
 
 __all__ = ["here", "laptop"]  # fixtures
 
@@ -152,26 +151,3 @@ def test_prepared_tokens_are_found_by_the_run(tmp_path: Path) -> None:
 )
 def test_one_is_not_many(number: int, noun: str, said: str) -> None:
     assert counted(number, noun) == said
-
-
-def test_wrong_rows_leave_no_process_behind_that_was_to_tokenise_them(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is started while the rows are still checked, so that its imports take no time of their own."""
-    (here / "my.jsonl").write_text(GOOD + "{\n")
-    started: list[subprocess.Popen[str]] = []
-
-    def popen(*words: Any, **named: Any) -> subprocess.Popen[str]:
-        started.append(real(*words, **named))
-        return started[-1]
-
-    real = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", popen)
-    assert "my.jsonl, line 2" in refused(here, "data", "prepare", "data.path=my.jsonl")
-    assert [process.returncode for process in started] == [-9]
-
-
-def test_a_caller_that_ends_before_it_asks_leaves_nothing_to_do(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "runner.train.tokens.fill_token_cache"]
-    ended = subprocess.run(command, input="", capture_output=True, text=True, cwd=ROOT)
-    assert (ended.returncode, ended.stdout) == (130, "") and "Traceback" not in ended.stderr

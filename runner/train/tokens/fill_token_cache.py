@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 def main() -> int:
     """Exit codes as in runner/errors.py."""
     signal.signal(signal.SIGTERM, _interrupted)
-    as_json = "--json" in sys.argv
+    spec, as_json = RunSpec.model_validate(json.loads(sys.stdin.read())), "--json" in sys.argv
     terminal.guard()
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between a script and its JSON
     console = Console(file=sys.stderr if as_json else out)
@@ -39,12 +38,7 @@ def main() -> int:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         quiet_libraries(log)
-        with suppress(ImportError):  # needed later: the caller still checks the rows. What is missing is said there
-            from runner.train import model_loading, objectives  # noqa: F401
-        written = sys.stdin.read()
-        if not written:
-            return InterruptedRun.exit_code  # the caller has ended
-        facts = fill_cache(RunSpec.model_validate(json.loads(written)), Progress(console))
+        facts = fill_cache(spec, Progress(console))
     except KeyboardInterrupt:
         return InterruptedRun.exit_code
     except Exception as error:
