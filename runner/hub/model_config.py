@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from runner.errors import Problem, RequestError
 from runner.hub.config_json import local_config
-from runner.plan.model_shape import ARCHITECTURES, TRAITS, shape_of
+from runner.plan.architectures import ARCHITECTURES, TRAITS
+from runner.plan.model_shape import shape_of
 from runner.spec import ModelSpec
 from runner.spec.model import MOST_LAYERS
 

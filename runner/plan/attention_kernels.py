@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from runner.plan.architectures import TRAITS
 from runner.plan.autograd.ops import AttentionKernel
-from runner.plan.model_shape import TRAITS
 from runner.spec import ModelSpec, RunSpec
 
 KERNELS: dict[AttentionKernel, str] = {

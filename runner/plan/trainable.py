@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from runner.plan.architectures import Family
 from runner.plan.autograd.ops import LayerKind
 from runner.plan.autograd.step_peak import TrainableLayers, patterns
-from runner.plan.model_shape import Family, LayerShape, Matrix, Shape
+from runner.plan.model_shape import LayerShape, Matrix, Shape
 from runner.plan.quantization import MethodName, base_bytes, largest_load_peak
 from runner.spec import Freeze, Full, Lora, Method, Peft, QLora4, QLora8
 from runner.spec.adapters import Adapter, Layer

@@ -22,8 +22,9 @@ from typing import Any
 from runner.errors import Problem, RequestError
 from runner.hub.model_config import check_sizes, not_causal
 from runner.paths import PACKAGE, cache_dir
+from runner.plan.architectures import Traits
 from runner.plan.autograd.ops import Setting
-from runner.plan.model_shape import LayerShape, Matrix, Shape, Traits, add_simulated
+from runner.plan.model_shape import LayerShape, Matrix, Shape, add_simulated
 from runner.plan.simulation import ANSWER, Facts, Recorded, Stretch
 from runner.plan.trainable import Precision, Training
 from runner.rundir.directory import write_atomically

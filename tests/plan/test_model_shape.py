@@ -16,7 +16,8 @@ import pytest
 from runner.config import conf_files
 from runner.errors import RequestError
 from runner.hub.model_config import config_of, facts_from_config, local_facts
-from runner.plan.model_shape import ARCHITECTURES, LayerShape, shape_of
+from runner.plan.architectures import ARCHITECTURES
+from runner.plan.model_shape import LayerShape, shape_of
 from runner.plan.trainable import modules_around, modules_of
 from runner.spec import ModelSpec
 

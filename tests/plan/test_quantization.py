@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from runner.plan import quantization
-from runner.plan.model_shape import TRAITS, LayerShape, Matrix, Shape
+from runner.plan.architectures import TRAITS
+from runner.plan.model_shape import LayerShape, Matrix, Shape
 
 SIZES = [(576, 1536), (512, 1792), (64, 64), (100, 130), (130, 100), (33, 64), (2048, 16)]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from runner.plan.autograd.ops import Block, LayerKind, module, over_root
 from runner.plan.autograd.tape import Node, Storage, Tensor
-from runner.plan.model_shape import CHUNK, CONVOLVED, LinearAttention
+from runner.plan.model_sizes import CHUNK, CONVOLVED, LinearAttention
 
 Project = Callable[[Block, Tensor, str, LayerKind], Tensor]
 
