@@ -119,6 +119,12 @@ def _check_packing(spec: RunSpec) -> None:
     if spec.train.packing and has_sinks(spec.model):
         what = f"train.packing=true: packed documents would see one another in {spec.model.architecture}"
         raise RequestError(Problem(what, "train.packing", "write train.packing=false"))
+    if spec.train.packing and spec.model.linear_num_key_heads:
+        what = (
+            f"train.packing=true: packed documents would see one another in {spec.model.architecture}: its linear "
+            "attention keeps them apart with flash-linear-attention and causal-conv1d alone, which are not used here"
+        )
+        raise RequestError(Problem(what, "train.packing", "write train.packing=false"))
 
 
 def _check_checkpointing(spec: RunSpec) -> None:

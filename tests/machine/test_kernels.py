@@ -71,6 +71,13 @@ def test_what_gpt_oss_cannot_do_is_refused_before_it_is_rented(hw: str) -> None:
     assert "train.packing=false" in only_problem(*model, "train.packing=true").remedy
 
 
+@pytest.mark.parametrize("model", ["qwen3_5_4b", "qwen3_5_35b_a3b"])
+def test_linear_attention_is_not_packed(model: str) -> None:
+    """transformers 5.23 raises for packed rows without two kernels that have no wheels for every machine."""
+    assert spec_of("hw=h100", f"model={model}").train.packing is False
+    assert "train.packing=false" in only_problem("hw=h100", f"model={model}", "train.packing=true").remedy
+
+
 @pytest.mark.usefixtures("h100_here")
 def test_here_flash_attention_3_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "flash_attn", lambda: "2.8.3")  # the same kernel as torch's
