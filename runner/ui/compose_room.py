@@ -23,7 +23,7 @@ from runner.resolve.steps import resolve, with_facts
 from runner.runs import inputs
 from runner.spec import RunSpec
 from runner.ui import confined, remedies
-from runner.ui.form_request import command_line, request_of, words_of
+from runner.ui.form_request import command_line, names_of, request_of, texts_of, words_of
 from runner.ui.form_schema import form
 from runner.ui.safe_json import SafeJson, without_secrets
 
@@ -119,9 +119,9 @@ def shown(planned: Plan, spec: RunSpec) -> dict[str, Any]:
 
 def _fitting(asked: Asked) -> dict[str, Any]:
     """Rows of `fit`: what the form leaves open in `open` (hw, method) is searched."""
-    left = [group for group in asked.get("open") or [] if group in ("hw", "method")]
-    choices = {group: name for group, name in (asked.get("choices") or {}).items() if group not in left}
-    values = {k: v for k, v in (asked.get("values") or {}).items() if k.partition(".")[0] not in left}
+    left = [group for group in names_of(asked, "open") if group in ("hw", "method")]
+    choices = {group: name for group, name in texts_of(asked, "choices").items() if group not in left}
+    values = {k: v for k, v in texts_of(asked, "values").items() if k.partition(".")[0] not in left}
     request = request_of(words_of({**asked, "choices": choices, "values": values}))
     spec = with_facts(compose(request), Sources(request), needed=True)
     confined.check_spec(spec)

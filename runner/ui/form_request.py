@@ -25,7 +25,7 @@ def words_of(asked: dict[str, Any]) -> list[str]:
     """
     words: list[str] = []
     problems: list[Problem] = []
-    recipe, choices, values = asked.get("recipe"), _texts(asked, "choices"), _texts(asked, "values")
+    recipe, choices, values = asked.get("recipe"), texts_of(asked, "choices"), texts_of(asked, "values")
     try:
         words += [f"recipe={confined.recipe_of(recipe)}"] if isinstance(recipe, str) and recipe else []
     except RequestError as error:
@@ -49,11 +49,19 @@ def words_of(asked: dict[str, Any]) -> list[str]:
     return words
 
 
-def _texts(asked: dict[str, Any], name: str) -> dict[str, str]:
+def texts_of(asked: dict[str, Any], name: str) -> dict[str, str]:
     """A mapping of texts; RequestError for anything else."""
     found = asked.get(name) or {}
     if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, str) for k, v in found.items()):
         raise RequestError(Problem(f"{name} is to be an object of texts", "page"))
+    return found
+
+
+def names_of(asked: dict[str, Any], name: str) -> list[str]:
+    """A list of texts; RequestError for anything else."""
+    found = asked.get(name) or []
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise RequestError(Problem(f"{name} is to be a list of texts", "page"))
     return found
 
 

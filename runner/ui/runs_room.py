@@ -25,7 +25,7 @@ from runner.rundir.json_files import MetricsLine
 from runner.runs import trash
 from runner.ui import confined, run_feed
 from runner.ui.compose_room import one_at_a_time
-from runner.ui.form_request import request_of, words_of
+from runner.ui.form_request import names_of, request_of, words_of
 from runner.ui.launches import Launches
 from runner.ui.run_feed import metric_columns
 from runner.ui.safe_json import SafeJson, without_secrets
@@ -94,7 +94,7 @@ def router(output_dir: Path) -> APIRouter:
 
     @api.post("/compare")
     def compare_runs(asked: dict[str, Any] = Body()) -> SafeJson:  # noqa: B008
-        ids = [str(run_id) for run_id in asked.get("runs") or []][:MOST_COMPARED]
+        ids = names_of(asked, "runs")[:MOST_COMPARED]
         found = [confined.run_of(run_id, output_dir) for run_id in ids]
         if len(found) < 2:
             raise RequestError(Problem("a comparison needs two runs", "page", "select another one in the list"))

@@ -128,6 +128,18 @@ def test_what_is_no_form_is_refused_in_words(page: TestClient) -> None:
         assert answer.status_code == 400 and answer.json()["problems"][0]["what"]
 
 
+@pytest.mark.parametrize(
+    ("where", "asked"),
+    [("fit", {"choices": 5}), ("fit", {"values": [1]}), ("fit", {"open": 5}), ("compare", {"runs": 5}),
+     ("compare", {"runs": [1, 2]}), ("check", {"choices": {"model": 1}}), ("recipe", {"values": 5})],
+)  # fmt: skip
+def test_another_type_is_refused_in_words(page: TestClient, where: str, asked: dict[str, object]) -> None:
+    answer = page.post(f"/api/{where}", json=asked)
+    found = answer.json()["problems"]
+    assert answer.status_code == 400 or (where == "check" and answer.status_code == 200)
+    assert " is to be " in found[0]["what"]
+
+
 def a_run(folder: Path, name: str, **status: object) -> RunDir:
     """A run's directory with a status."""
     run = RunDir(folder / name)
