@@ -87,16 +87,16 @@ def _delta_rule(
     """`torch_chunk_gated_delta_rule`."""
     own, groups = query.width, sizes.value_heads // sizes.key_heads
     if groups > 1:
-        query = _repeated(k, query, groups)
-        key = _repeated(k, key, groups)
+        query = _longer(k, query, groups)
+        key = _longer(k, key, groups)
     query, key, value, beta, decay = [_contiguous(k, x, 4) for x in (query, key, value, beta, decay)]
     query = _unit(k, query, sizes.key_dim)
     key = _unit(k, key, sizes.key_dim)
     query = k.scale(query)
     number = -(-k.set.s // CHUNK)
     longer = number * CHUNK / k.set.s
-    query, key, value = [_padded(k, x, longer) for x in (query, key, value)]
-    beta, decay = [_padded(k, x, longer) for x in (beta, decay)]
+    query, key, value = [_longer(k, x, longer) for x in (query, key, value)]
+    beta, decay = [_longer(k, x, longer) for x in (beta, decay)]
     v_beta = k.spread(value, beta)
     k_beta = k.spread(key, beta)
     total = _cumulated(k, decay)
@@ -127,8 +127,8 @@ def _delta_rule(
     return _contiguous(k, k.slices(out, [out.values / longer])[0], own)
 
 
-def _repeated(k: Block, x: Tensor, times: int) -> Tensor:
-    """`repeat_interleave`."""
+def _longer(k: Block, x: Tensor, times: float) -> Tensor:
+    """`repeat_interleave`, or `torch.nn.functional.pad`, which copies even if nothing is added."""
     t, values, width, source = k.t, x.values, x.width, x.node
     out = Tensor(times * values, width, t.new(times * values, width))
     if source is not None:
@@ -162,15 +162,6 @@ def _unit(k: Block, x: Tensor, features: int) -> Tensor:
         return [(source, direct), (squared, small)]
 
     out.node = t.node(4, backward, kept)
-    return out
-
-
-def _padded(k: Block, x: Tensor, longer: float) -> Tensor:
-    """`torch.nn.functional.pad`: a copy, whether something is added or not."""
-    t, values, width, source = k.t, x.values, x.width, x.node
-    out = Tensor(longer * values, width, t.new(longer * values, width))
-    if source is not None:
-        out.node = t.node(width, lambda grad: [(source, t.new(values, width))])
     return out
 
 
