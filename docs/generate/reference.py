@@ -6,7 +6,6 @@ The sentence under a field is read from the source, because pydantic's
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 import types
@@ -14,7 +13,6 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from runner import spec
+from runner.config.field_sentences import meaning, sentences_in
 from runner.config.schema_keys import names_of, parts_of
 from runner.doctor.checks import DoctorReport
 from runner.doctor.finding import Finding
@@ -98,34 +97,10 @@ def undocumented() -> list[str]:
     return found
 
 
-def meaning(part: type[BaseModel], name: str) -> str:
-    """The sentence under a field, from the class that declares it; empty if there is none."""
-    declared = (_sentences().get(base.__name__, {}) for base in part.__mro__)
-    return next((sentences[name] for sentences in declared if name in sentences), "")
-
-
 @cache
 def _sentences() -> dict[str, dict[str, str]]:
-    """Class → field → the string literal that stands under it, in `runner/spec/` and the modules of records."""
-    found: dict[str, dict[str, str]] = {}
-    files = sorted(Path(spec.__path__[0]).glob("*.py"))
-    for file in [*files, *{Path(inspect.getfile(record)) for record in RECORDS.values()}]:
-        for node in ast.parse(file.read_text("utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                above = [base.id for base in node.bases if isinstance(base, ast.Name)]  # in the same module, or none
-                inherited = {key: text for base in above for key, text in found.get(base, {}).items()}
-                found[node.name] = inherited | dict(_documented(node.body))
-    return found
-
-
-def _documented(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
-    for statement, below in pairwise(body):
-        match statement, below:
-            case (
-                ast.AnnAssign(target=ast.Name(id=name)),
-                ast.Expr(value=ast.Constant(value=str(text))),
-            ):
-                yield name, " ".join(text.split())
+    """Record → field → the sentence under it."""
+    return sentences_in({Path(inspect.getfile(record)) for record in RECORDS.values()})
 
 
 def _records(found: re.Match[str]) -> str:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import types
 import typing
 from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from runner import spec
 from runner.config import conf_files
+from runner.config.field_sentences import meaning
 from runner.config.schema_keys import parts_of
 from runner.spec import RunSpec
 
@@ -59,7 +55,7 @@ def _section(group: str, field: FieldInfo) -> Section:
             one = _field(f"{group}.{name}", part, name, inner)
             if (known := found.setdefault(one["key"], one)) is not one:
                 known["words"] = list(dict.fromkeys([*known["words"], *one["words"]]))
-    return {"group": group, "sentence": _meaning(RunSpec, group), "fields": list(found.values())}
+    return {"group": group, "sentence": meaning(RunSpec, group), "fields": list(found.values())}
 
 
 def _field(key: str, part: type[BaseModel], name: str, field: FieldInfo) -> Field:
@@ -75,7 +71,7 @@ def _field(key: str, part: type[BaseModel], name: str, field: FieldInfo) -> Fiel
         "words": list(dict.fromkeys(words)),
         "optional": type(None) in kinds,
         "default": default if isinstance(default, str | int | float | bool | None) else str(default),
-        "sentence": _meaning(part, name),
+        "sentence": meaning(part, name),
         "bounds": _bounds(field.metadata),
     }
 
@@ -98,27 +94,3 @@ def _words(kind: object) -> list[str]:
 
 def _bounds(metadata: list[Any]) -> dict[str, float]:
     return {name: getattr(one, name) for one in metadata for name in ("ge", "gt", "le", "lt") if hasattr(one, name)}
-
-
-def _meaning(part: type[BaseModel], name: str) -> str:
-    """The sentence under a field, from the class that declares it."""
-    declared = (_sentences().get(base.__name__, {}) for base in part.__mro__)
-    return next((found[name] for found in declared if name in found), "")
-
-
-@cache
-def _sentences() -> dict[str, dict[str, str]]:
-    """Class → field → the string that stands under it in `runner/spec/`."""
-    found: dict[str, dict[str, str]] = {}
-    for file in sorted(Path(inspect.getfile(spec)).parent.glob("*.py")):
-        for node in ast.parse(file.read_text("utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                found[node.name] = dict(_documented(node.body))
-    return found
-
-
-def _documented(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
-    for statement, below in pairwise(body):
-        match statement, below:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                yield name, " ".join(text.split())
